@@ -1,0 +1,1 @@
+"""What two machines must compute identically: codec, ring, masks, shares, messages, states."""

@@ -1,0 +1,1 @@
+"""The device: examples, training, contribution, trust, personal adapter, inference session."""

@@ -1,0 +1,1 @@
+"""The fleet: cohorts, rounds, server optimizer, registry."""

@@ -1,0 +1,1 @@
+"""From adapter to device: base graph, quantization, adapter files, parity gate."""

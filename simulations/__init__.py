@@ -1,0 +1,1 @@
+"""Populations, the in-process grid, scenarios, reports and benchmarks."""
