@@ -1,0 +1,115 @@
+"""The trainable view of a frozen encoder: mean pooling, a linear head, and LoRA through peft on chosen projections.
+
+One function builds it, so that the vendor's seed, every device and the exporter hold the same module with the same
+tensor names. Training loops live on the device (``client/train.py``), the ONNX graph in ``export/``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.utils import logging as transformers_logging
+
+from adapters.base import Base
+from adapters.layout import Floats, Tensors
+from aggregation.errors import ConfigError
+
+HEAD_SCALE = 16.0  # logit of a phrase that lies exactly on its intent's prototype; a softmax temperature of 1/16
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """Low-rank adaptation of the encoder (Hu et al. 2021): ``y = W x + (alpha / rank) B A x``."""
+
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha < 1 or not self.targets:
+            raise ConfigError("LoRA needs a rank and an alpha of at least 1 and at least one target module")
+
+
+class PhraseClassifier(nn.Module):
+    """``encoder`` → mean over the tokens that are not padding → unit length → linear ``classifier``."""
+
+    def __init__(self, encoder: nn.Module, hidden: int, labels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(hidden, labels)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Unit embeddings, shape ``(batch, hidden)``, of token ids of shape ``(batch, sequence)``."""
+        states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        weights = attention_mask.unsqueeze(-1).to(states.dtype)
+        mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+        return nn.functional.normalize(mean, dim=-1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits, shape ``(batch, labels)``."""
+        logits: Tensor = self.classifier(self.embed(input_ids, attention_mask))
+        return logits
+
+
+def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:
+    """The base with a fresh adapter, in evaluation mode: every parameter frozen but LoRA's and the head's.
+
+    The values of the fresh adapter are peft's own random start; load one with ``load`` or make the vendor's with ``seeded``.
+
+    Raises:
+        ConfigError: Fewer than two labels, or no module of the base bears a target's name.
+    """
+    if labels < 2:
+        raise ConfigError(f"a classifier needs at least two labels, got {labels}")
+    transformers_logging.disable_progress_bar()
+    encoder = AutoModel.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
+    model = PhraseClassifier(encoder, encoder.config.hidden_size, labels)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        modules_to_save=["classifier"],
+    )
+    try:
+        return get_peft_model(model, config).eval()
+    except ValueError as error:
+        raise ConfigError(f"the base has no module named as in {list(lora.targets)}") from error
+
+
+def tensors(model: PeftModel) -> Tensors:
+    """Copies of the adapter's tensors as float32 arrays, under the names that PEFT saves."""
+    state = get_peft_model_state_dict(model)
+    return {name: value.detach().to(torch.float32).numpy().copy() for name, value in state.items()}
+
+
+def load(model: PeftModel, adapter: Mapping[str, Floats]) -> None:
+    """Set the adapter's values. The caller has checked them against the layout."""
+    set_peft_model_state_dict(model, {name: torch.from_numpy(np.array(value)) for name, value in adapter.items()})
+
+
+def seeded(model: PeftModel, prototypes: Floats, generator: torch.Generator) -> Tensors:
+    """The adapter on day one: LoRA that changes nothing (B = 0, A drawn as in its paper), a prototype head.
+
+    Args:
+        model: From ``build``.
+        prototypes: Shape ``(labels, hidden)``, a mean embedding for each label; zero rows for labels without phrases.
+        generator: Draws A; the same generator state gives the same adapter.
+    """
+    start = tensors(model)
+    for name, value in start.items():
+        if ".lora_A." in name:
+            bound = 1 / np.sqrt(value.shape[1])
+            draw = torch.rand(value.shape, generator=generator, dtype=torch.float32)
+            start[name] = ((2 * draw - 1) * bound).numpy()
+        elif ".lora_B." in name:
+            start[name] = np.zeros_like(value)
+        elif name.endswith("classifier.weight"):
+            lengths = np.linalg.norm(prototypes, axis=1, keepdims=True)
+            start[name] = (HEAD_SCALE * prototypes / np.maximum(lengths, 1e-12)).astype(np.float32)
+        elif name.endswith("classifier.bias"):
+            start[name] = np.zeros_like(value)
+    return start

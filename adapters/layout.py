@@ -1,0 +1,102 @@
+"""The layout of an adapter: which tensors it has, of which shapes, in which order they lie in a flat vector.
+
+Two machines add up vectors, never tensors; the layout is what makes element 17 mean the same on both. Its digest
+goes into the session's offer and into every manifest. Files and manifests are their neighbours' matter.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregation.errors import DataError
+
+Floats = NDArray[np.float32]
+Tensors = dict[str, Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One float32 tensor: its name as PEFT saves it, and its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The tensors of an adapter, sorted by name.
+
+    Law: ``layout.unflatten(layout.flatten(tensors))`` equals ``tensors``, bit for bit.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        names = [spec.name for spec in self.tensors]
+        if not names:
+            raise DataError("the adapter has no tensors")
+        if names != sorted(set(names)):
+            raise DataError("an adapter layout names every tensor once, in sorted order")
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Floats]) -> Self:
+        """The layout that ``tensors`` have."""
+        return cls(tuple(TensorSpec(name, tuple(tensors[name].shape)) for name in sorted(tensors)))
+
+    @property
+    def size(self) -> int:
+        """Elements of the flat vector."""
+        return sum(spec.size for spec in self.tensors)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, hex, of the names and shapes in order."""
+        rows = [[spec.name, list(spec.shape)] for spec in self.tensors]
+        return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+    def check(self, tensors: Mapping[str, Floats]) -> None:
+        """Refuse tensors of another layout or with values that are not finite.
+
+        Raises:
+            DataError: A tensor is missing, unknown, of another shape or type, or holds NaN or infinity.
+        """
+        expected = {spec.name for spec in self.tensors}
+        if odd := sorted(expected.symmetric_difference(tensors)):
+            raise DataError(f"tensor {odd[0]!r} is missing from the adapter or unknown to its layout")
+        for spec in self.tensors:
+            tensor = tensors[spec.name]
+            if tensor.dtype != np.float32 or tensor.shape != spec.shape:
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise DataError(f"tensor {spec.name!r} is {found}, expected float32 {list(spec.shape)}")
+            if not np.isfinite(tensor).all():
+                raise DataError(f"tensor {spec.name!r} holds NaN or infinity")
+
+    def flatten(self, tensors: Mapping[str, Floats]) -> Floats:
+        """One vector of shape ``(size,)``, tensors in layout order, each row-major. Raises as ``check``."""
+        self.check(tensors)
+        return np.concatenate([tensors[spec.name].reshape(-1) for spec in self.tensors])
+
+    def unflatten(self, vector: Floats) -> Tensors:
+        """The tensors of a vector of shape ``(size,)``; views, not copies.
+
+        Raises:
+            DataError: The vector has another size.
+        """
+        if vector.shape != (self.size,):
+            raise DataError(f"a vector of shape {vector.shape} does not fit a layout of {self.size} elements")
+        ends = np.cumsum([spec.size for spec in self.tensors])
+        return {
+            spec.name: vector[end - spec.size : end].reshape(spec.shape)
+            for spec, end in zip(self.tensors, ends, strict=True)
+        }

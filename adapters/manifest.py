@@ -1,0 +1,107 @@
+"""What is said, and signed, about adapters: a registry version, an exported base, an exported adapter.
+
+These three documents are where coordinator, exporter and device meet. Each is a frozen value with one signed form
+(``adapters/signed.py``); whoever reads one gets it verified or a ``TrustError``.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Annotated, ClassVar, Literal, Self
+
+from aggregation.identity import IdentityKey, PublicKey
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from adapters import signed
+from aggregation.errors import TrustError
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class SignedDocument:
+    """The signed form that every document below has. ``accept(sign(key), [key.public])`` gives the value back."""
+
+    __slots__ = ()
+    KIND: ClassVar[str]
+
+    def sign(self, key: IdentityKey) -> bytes:
+        """The canonical signed bytes."""
+        return signed.sign(self.KIND, asdict(self), key)  # type: ignore[call-overload]
+
+    @classmethod
+    def accept(cls, raw: bytes, trusted: Iterable[PublicKey]) -> Self:
+        """Verify ``raw`` and return the value.
+
+        Raises:
+            TrustError: Damaged, unknown signer, wrong signature, or a field that is missing, unknown or ill-formed.
+        """
+        body = signed.accept(raw, cls.KIND, trusted)
+        try:
+            return TypeAdapter(cls).validate_json(signed.canonical(body), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise TrustError(f"{cls.KIND}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How the adapter was made; enough for ``peft`` and the exporter to rebuild its module."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    kind: Literal["lora"]
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest(SignedDocument):
+    """One version of the shared adapter in the registry."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    KIND: ClassVar[str] = "edgeadapt/manifest/1"
+
+    version: int  # 0 is the adapter that the vendor ships on day one
+    sha256: Sha256  # of the safetensors blob
+    size: int  # of the blob, bytes
+    base_digest: Sha256
+    layout_digest: Sha256
+    parent: Sha256 | None  # blob digest of the version it was made from
+    round: int  # 0 for the seed
+    survivors: tuple[str, ...]  # device names whose updates are in the sum
+    metrics: dict[str, float]  # means over the survivors, as unmasked
+    method: Method
+    labels: tuple[str, ...]  # the head's rows, in order
+
+
+@dataclass(frozen=True, slots=True)
+class BaseCard(SignedDocument):
+    """An exported base graph: which frozen base it is, in which profile, and the digest of every file beside it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    KIND: ClassVar[str] = "edgeadapt/base/1"
+
+    base_digest: Sha256
+    profile: str
+    files: dict[str, Sha256]  # name in the folder → digest
+    slots: dict[str, tuple[str, ...]]  # graph inputs that an adapter fills → symbolic or fixed dimensions, as text
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar(SignedDocument):
+    """An exported adapter file: what it is, for which base, and where it came from."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    KIND: ClassVar[str] = "edgeadapt/adapter/1"
+
+    name: str  # "global", or the owner's name for a private one
+    sha256: Sha256  # of the adapter file
+    size: int  # bytes
+    format: Literal["fp32", "fp16", "int8", "int4"]
+    base_digest: Sha256
+    layout_digest: Sha256
+    version: int
+    source: Sha256  # digest of the safetensors blob it was exported from
+    parent: Sha256 | None  # of a private adapter: the blob digest of the global version it started from
+    rank: int
+    labels: tuple[str, ...]

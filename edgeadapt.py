@@ -1,0 +1,94 @@
+"""The one command. Each part brings its own command group, imported only when it is called.
+
+So `edgeadapt device …` starts in a second on a machine that has neither torch nor flwr, and a part whose extra is not
+installed says which one it needs instead of breaking the rest.
+"""
+
+import importlib
+import json
+import os
+import sys
+
+import click
+
+from aggregation.errors import EdgeAdaptError
+
+# command → (module, attribute, one line for --help, extra that it needs)
+COMMANDS = {
+    "demo": ("simulations.cli", "demo", "Households personalize a frozen model together; start here.", "simulations"),
+    "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
+    "simulate": ("simulations.cli", "simulate", "Run a scenario file, start to report.", "simulations"),
+}
+INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+# Nothing is fetched or reported at run time, whatever a library's defaults are.
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command's module when the command is called or asked for its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _, extra = COMMANDS[cmd_name]
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if not extra or (error.name or "").partition(".")[0] == module.partition(".")[0]:
+                raise
+            raise click.ClickException(
+                f"'{cmd_name}' needs {error.name}, which is not installed: pip install 'edgeadapt[{extra}]'"
+            ) from error
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, row[2]) for name, row in COMMANDS.items()])
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="edgeadapt")
+def cli() -> None:
+    """Federated on-device personalization: adapters over a frozen model, secure aggregation, signed ONNX."""
+
+
+def main() -> None:
+    """Run the command line: one line for an error, the error's own exit code, nothing torn."""
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
+    try:
+        sys.exit(cli(standalone_mode=False))
+    except EdgeAdaptError as error:
+        _fail(str(error), error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", INTERRUPTED)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    if "--json" in sys.argv:
+        print(json.dumps({"error": line}))
+    print(f"edgeadapt: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
