@@ -1,4 +1,4 @@
-"""The frozen base: found on disk, identified by digest, loaded once a process. Nothing here ever trains or writes it."""
+"""The frozen base: found on disk and identified by digest. Nothing here ever trains or writes it."""
 
 import hashlib
 import json

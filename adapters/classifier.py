@@ -58,7 +58,7 @@ class PhraseClassifier(nn.Module):
 def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:
     """The base with a fresh adapter, in evaluation mode: every parameter frozen but LoRA's and the head's.
 
-    The values of the fresh adapter are peft's own random start; load one with ``load`` or make the vendor's with ``seeded``.
+    The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's.
 
     Raises:
         ConfigError: Fewer than two labels, or no module of the base bears a target's name.
