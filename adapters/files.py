@@ -7,6 +7,7 @@ stands in its manifest; here is only the question whether these bytes are a soun
 import hashlib
 from collections.abc import Mapping
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -17,9 +18,11 @@ MAX_ADAPTER = 2**30  # bytes
 
 
 def encode(tensors: Mapping[str, Floats]) -> bytes:
-    """The adapter as safetensors bytes. Equal tensors give equal bytes."""
+    """The adapter as safetensors bytes. Equal tensors give equal bytes. Raises as ``Layout.check``."""
     Layout.of(tensors).check(tensors)
-    return save({name: tensors[name] for name in sorted(tensors)}, metadata={"format": "pt"})
+    # safetensors copies the memory behind an array as it lies: a transposed view would be written in the wrong order.
+    dense = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
+    return save(dense, metadata={"format": "pt"})
 
 
 def decode(blob: bytes, layout: Layout | None = None) -> Tensors:

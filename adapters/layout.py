@@ -91,10 +91,11 @@ class Layout:
         """The tensors of a vector of shape ``(size,)``; views, not copies.
 
         Raises:
-            DataError: The vector has another size.
+            DataError: The vector has another size or type.
         """
-        if vector.shape != (self.size,):
-            raise DataError(f"a vector of shape {vector.shape} does not fit a layout of {self.size} elements")
+        if vector.shape != (self.size,) or vector.dtype != np.float32:
+            found = f"{vector.dtype} vector of shape {vector.shape}"
+            raise DataError(f"a {found} does not fit a layout of {self.size} float32 elements")
         ends = np.cumsum([spec.size for spec in self.tensors])
         return {
             spec.name: vector[end - spec.size : end].reshape(spec.shape)

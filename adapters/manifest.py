@@ -8,13 +8,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
-from aggregation.identity import IdentityKey, PublicKey
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters import signed
 from aggregation.errors import TrustError
+from aggregation.identity import IdentityKey, PublicKey
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]  # what every database has an integer for
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # stays inside its folder
 
 
 class SignedDocument:
@@ -24,7 +26,7 @@ class SignedDocument:
     KIND: ClassVar[str]
 
     def sign(self, key: IdentityKey) -> bytes:
-        """The canonical signed bytes."""
+        """The canonical signed bytes. Raises as ``signed.sign``."""
         return signed.sign(self.KIND, asdict(self), key)  # type: ignore[call-overload]
 
     @classmethod
@@ -49,8 +51,8 @@ class Method:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     kind: Literal["lora"]
-    rank: int
-    alpha: int
+    rank: Count
+    alpha: Count
     targets: tuple[str, ...]
 
 
@@ -61,13 +63,13 @@ class Manifest(SignedDocument):
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     KIND: ClassVar[str] = "edgeadapt/manifest/1"
 
-    version: int  # 0 is the adapter that the vendor ships on day one
+    version: Count  # 0 is the adapter that the vendor ships on day one
     sha256: Sha256  # of the safetensors blob
-    size: int  # of the blob, bytes
+    size: Count  # of the blob, bytes
     base_digest: Sha256
     layout_digest: Sha256
     parent: Sha256 | None  # blob digest of the version it was made from
-    round: int  # 0 for the seed
+    round: Count  # 0 for the seed
     survivors: tuple[str, ...]  # device names whose updates are in the sum
     metrics: dict[str, float]  # means over the survivors, as unmasked
     method: Method
@@ -83,7 +85,7 @@ class BaseCard(SignedDocument):
 
     base_digest: Sha256
     profile: str
-    files: dict[str, Sha256]  # name in the folder → digest
+    files: dict[FileName, Sha256]  # name in the folder → digest
     slots: dict[str, tuple[str, ...]]  # graph inputs that an adapter fills → symbolic or fixed dimensions, as text
 
 
@@ -96,12 +98,12 @@ class Sidecar(SignedDocument):
 
     name: str  # "global", or the owner's name for a private one
     sha256: Sha256  # of the adapter file
-    size: int  # bytes
+    size: Count  # bytes
     format: Literal["fp32", "fp16", "int8", "int4"]
     base_digest: Sha256
     layout_digest: Sha256
-    version: int
+    version: Count
     source: Sha256  # digest of the safetensors blob it was exported from
     parent: Sha256 | None  # of a private adapter: the blob digest of the global version it started from
-    rank: int
+    rank: Count
     labels: tuple[str, ...]

@@ -8,9 +8,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from aggregation.errors import DataError, EdgeAdaptError, TrustError
 from aggregation.identity import IdentityKey, PublicKey
-
-from aggregation.errors import EdgeAdaptError, TrustError
 
 MAX_DOCUMENT = 2**20  # bytes
 
@@ -27,9 +26,19 @@ def canonical(value: object) -> bytes:
 
 
 def sign(kind: str, body: Body, key: IdentityKey) -> bytes:
-    """The document with its signature (Ed25519 over ``kind`` and the canonical body) and the signer's key id."""
-    signature = key.sign(kind.encode(), canonical(body))
-    return canonical({"body": body, "kind": kind, "signature": signature.hex(), "signer": key.public.key_id})
+    """The document with its signature (Ed25519 over ``kind`` and the canonical body) and the signer's key id.
+
+    Raises:
+        DataError: The body holds NaN, infinity or what JSON has no form for, or is longer than a reader accepts.
+    """
+    try:
+        signature = key.sign(kind.encode(), canonical(body))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{kind}: cannot be signed: {error}") from error
+    raw = canonical({"body": body, "kind": kind, "signature": signature.hex(), "signer": key.public.key_id})
+    if len(raw) > MAX_DOCUMENT:
+        raise DataError(f"{kind}: {len(raw)} bytes are above the limit of {MAX_DOCUMENT}")
+    return raw
 
 
 def accept(raw: bytes, kind: str, trusted: Iterable[PublicKey]) -> Body:
@@ -50,6 +59,8 @@ def accept(raw: bytes, kind: str, trusted: Iterable[PublicKey]) -> Body:
         body, signer, found = document["body"], document["signer"], document["kind"]
         signature = bytes.fromhex(document["signature"])
         exact = canonical(document) == raw and len(document) == 4 and isinstance(body, dict)
+        # fromhex also reads capitals and spaces, which would be other bytes for the same signature.
+        exact = exact and signature.hex() == document["signature"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrustError(f"{kind}: not a signed document (damaged or truncated)") from error
     if found != kind or not exact:
