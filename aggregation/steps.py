@@ -1,0 +1,26 @@
+"""The exchanges of a session, by name: what the coordinator asks and what a device answers (docs/protocol.md).
+
+The names travel as Flower message actions, so they are letters only. ``PLAN`` asks a device to train; the rest are queries.
+"""
+
+from enum import Enum
+
+RECORD = "edgeadapt"  # the one record in a message
+BODY = "body"  # its signed protocol message
+ADAPTER = "adapter"  # beside a plan: the adapter's safetensors bytes, whose digest the plan signs
+
+
+class Step(Enum):
+    """Coordinator → device, and the answer."""
+
+    HELLO = "hello"  # nothing → the device's certificate
+    OFFER = "offer"  # offer → advert
+    ROSTER = "roster"  # roster → encrypted shares
+    PLAN = "plan"  # plan and adapter → masked input
+    SURVIVORS = "survivors"  # survivor set → signed consistency statement
+    UNMASK = "unmask"  # signatures → shares
+
+    @property
+    def message_type(self) -> str:
+        """Flower's ``<category>.<action>``."""
+        return f"{'train' if self is Step.PLAN else 'query'}.{self.value}"
