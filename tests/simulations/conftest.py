@@ -1,0 +1,73 @@
+"""Made-up results of runs, plausible enough to look at."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from simulations.result import HouseholdResult, RoundResult, RunResult
+
+STEPS = ("plan", "survivors", "unmask")
+
+
+def _household(rng: np.random.Generator, number: int, *, unseen: bool) -> HouseholdResult:
+    language = ("en", "de", "fr")[number % 3]
+    base = float(np.clip(rng.normal(0.45, 0.09), 0, 1))
+    shared, alone = (float(np.clip(rng.normal(mean, 0.05), base, 1)) for mean in (0.79, 0.84))
+    accuracy = {"base": base, "local": alone, "global": shared, "personal": min(1.0, max(shared, alone) + 0.04)}
+    accuracy = {arm: round(value * 40) / 40 for arm, value in accuracy.items()}
+    name = f"{language}-{number // 3 + 1:02d}"
+    return HouseholdResult(name, language, unseen, int(rng.integers(48, 80)), 40, accuracy, "personal")
+
+
+def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> RoundResult:
+    unlucky = rng.choice(len(names), size=int(rng.integers(1, 3)), replace=False)
+    dropped = {names[i]: STEPS[(number + k) % 3] for k, i in enumerate(unlucky)}
+    survivors = tuple(name for name in names if name not in dropped)
+    learned = 1 - np.exp(-number / 4)
+    return RoundResult(
+        round=number,
+        survivors=survivors,
+        dropped=dropped,
+        aborted=None,
+        bytes_up=260_000 + (9_000 if number % 4 == 1 else 0),
+        bytes_down=402_000 + (21_000 if number % 4 == 1 else 0),
+        seconds=float(6 + rng.random()),
+        metrics={
+            "accuracy": float(0.45 + 0.36 * learned),
+            "loss": float(2.1 - 1.4 * learned),
+            "examples": 60.0 * len(survivors),
+            "training_seconds": 5.5,
+        },
+        version=number,
+    )
+
+
+@pytest.fixture
+def make_result() -> Callable[..., RunResult]:
+    """A function of ``households``, ``rounds`` and ``unseen`` that gives a result."""
+
+    def make(households: int = 15, rounds: int = 10, unseen: int = 3) -> RunResult:
+        rng = np.random.default_rng(7)
+        homes = tuple(_household(rng, i, unseen=i >= households - unseen) for i in range(households))
+        names = tuple(h.name for h in homes if not h.unseen)
+        return RunResult(
+            scenario="households",
+            seed=0,
+            households=homes,
+            rounds=tuple(_round(rng, number, names) for number in range(1, rounds + 1)),
+            adapter={"version": rounds, "sha256": "3b" * 32, "bytes": 412_312, "elements": 98_304},
+            base={"digest": "a7" * 32, "bytes": 90_868_376},
+            bundle="runs/households/bundle",
+            report="runs/households/report.html",
+            parity={"agreement": 0.9983, "max_abs_diff": 0.0312, "count": 600},
+            seconds={"total": 252.0, "training": 161.0, "coordination": 7.4, "personal": 38.0, "export": 21.0},
+        )
+
+    return make
+
+
+@pytest.fixture
+def result(make_result: Callable[..., RunResult]) -> RunResult:
+    """Fifteen households, three of them unseen, in ten rounds."""
+    return make_result()

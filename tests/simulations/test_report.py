@@ -1,0 +1,210 @@
+"""The page: it needs nothing but a browser, says the numbers, survives any name and any run, and is written whole."""
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from simulations.report import page, write_report
+from simulations.result import RunResult, summary
+
+HOSTILE = "<script>$\\frac$</script>&\"' onload=alert(1) \x1b[31m"  # a figure shows the first sixteen characters
+VOID = {"meta", "path", "use", "rect", "br"}
+
+
+class _Outline(HTMLParser):
+    """Collects elements and attributes, and insists that every element is closed where it was opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def outline(html: str) -> _Outline:
+    parser = _Outline()
+    parser.feed(html)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+def test_the_page_says_the_headline_and_every_number_of_the_table(result: RunResult) -> None:
+    html = page(result)
+    values = summary(result.households, "personal")
+    assert f"12 households, 3 languages: personal {values['mean']:.2f}".replace("0.", ".") in html
+    for arm in ("base", "local", "global", "personal"):
+        row = "".join(f"<td>{v:.3f}</td>".replace("0.", ".") for v in summary(result.households, arm).values())
+        assert row in html
+    assert "3b" * 32 in html
+    assert "edgeadapt device infer --bundle runs/households/bundle &quot;turn on the kitchen lights&quot;" in html
+
+
+def test_the_page_loads_nothing_and_runs_nothing(result: RunResult) -> None:
+    html = page(result)
+    seen = outline(html).seen
+    assert "//" not in html
+    assert "@import" not in html
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in seen}
+    links = [value for _, attrs in seen for name, value in attrs.items() if name in ("href", "src")]
+    assert links
+    assert all(link and link.startswith("#") for link in links)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(result: RunResult) -> None:
+    html = page(result)
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html)
+    assert len(ids) == len(set(ids))
+    assert {first or second for first, second in used} <= set(ids)
+
+
+def test_each_figure_has_a_title_a_description_and_text_as_text(result: RunResult) -> None:
+    figures = re.findall(r"<svg.*?</svg>", page(result), flags=re.DOTALL)
+    assert len(figures) == 4
+    for figure in figures:
+        assert re.search(r'role="img" aria-labelledby="\w+-title \w+-text"><title [^>]*>[^<]+</title><desc', figure)
+        assert "<text" in figure
+        assert "DejaVu" not in figure
+    assert "en-03" in figures[0]
+
+
+def test_figures_take_their_colours_from_the_page_so_that_dark_is_dark(result: RunResult) -> None:
+    for figure in re.findall(r"<svg.*?</svg>", page(result), flags=re.DOTALL):
+        assert re.findall(r"#[0-9a-f]{6}\b(?![\w-])", figure) == []
+        assert "var(--ink)" in figure or "var(--muted)" in figure
+
+
+def hostile(result: RunResult) -> RunResult:
+    first = replace(result.households[0], name=HOSTILE, language=HOSTILE, choice=HOSTILE)
+    lost = replace(result.rounds[0], dropped={HOSTILE: HOSTILE}, aborted=HOSTILE)
+    return replace(
+        result,
+        scenario=HOSTILE,
+        bundle=HOSTILE,
+        households=(first, *result.households[1:]),
+        rounds=(lost, *result.rounds[1:]),
+    )
+
+
+def test_a_hostile_name_is_shown_and_never_obeyed(result: RunResult) -> None:
+    parsed = outline(page(hostile(result)))
+    assert not any(tag == "script" for tag, _ in parsed.seen)
+    assert HOSTILE in "".join(parsed.text)
+    assert not any(name.startswith("on") for _, attrs in parsed.seen for name in attrs)
+
+
+def test_equal_results_give_equal_bytes(make_result: Callable[..., RunResult]) -> None:
+    assert page(make_result()) == page(make_result())
+    assert page(make_result()) != page(make_result(households=14))
+
+
+@pytest.mark.parametrize("shape", [(15, 10, 3), (5, 1, 0), (3, 1, 1), (100, 12, 20), (15, 100, 3)])
+def test_any_shape_of_run_draws(make_result: Callable[..., RunResult], shape: tuple[int, int, int]) -> None:
+    html = page(make_result(*shape))
+    outline(html)
+    assert "nan" not in html.lower().replace("finance", "")
+    assert len(html) < 2**20
+
+
+def test_a_run_without_unseen_households_says_nothing_of_them(make_result: Callable[..., RunResult]) -> None:
+    html = page(make_result(5, 2, 0))
+    assert "never took part" not in html
+    assert "took no part" not in html
+    assert "<td>–</td>" in html
+
+
+def aborted(result: RunResult, rounds: int) -> RunResult:
+    """The first ``rounds`` rounds of the run did not come through."""
+    gone = tuple(
+        replace(r, survivors=(), aborted="4 devices are left, 8 are needed", bytes_up=0, metrics={}, version=None)
+        for r in result.rounds[:rounds]
+    )
+    return replace(result, rounds=gone + result.rounds[rounds:])
+
+
+@pytest.mark.parametrize("rounds", [1, 9, 10])
+def test_aborted_rounds_are_marked_and_the_rest_is_drawn(result: RunResult, rounds: int) -> None:
+    html = page(aborted(result, rounds))
+    outline(html)
+    assert html.count("aborted: 4 devices are left, 8 are needed") == rounds
+    assert ("nothing was measured" in html) == (rounds == 10)
+    assert "nan" not in html.lower()
+
+
+def test_a_household_without_a_measured_accuracy_is_left_blank(result: RunResult) -> None:
+    blank = dict.fromkeys(("base", "local", "global", "personal"), math.nan)
+    html = page(replace(result, households=(*result.households[:-1], replace(result.households[-1], accuracy=blank))))
+    outline(html)
+    assert "nan" not in html.lower()
+
+
+def test_a_run_in_which_nobody_was_ever_lost_draws(result: RunResult) -> None:
+    html = page(replace(result, rounds=tuple(replace(r, dropped={}) for r in result.rounds)))
+    assert "lost at plan" not in html
+
+
+def test_the_report_replaces_an_older_one_and_leaves_no_other_file(result: RunResult, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("older")
+    write_report(result, path)
+    assert path.read_text() == page(result)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_disk_that_fails_leaves_the_older_report(
+    result: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("older")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(result, path)
+    assert path.read_text() == "older"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_missing_folder_is_an_error(result: RunResult, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_report(result, tmp_path / "nowhere" / "report.html")
+
+
+def test_importing_the_report_does_not_import_matplotlib() -> None:
+    code = "import sys, simulations.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_drawing_leaves_matplotlib_as_it_was(result: RunResult) -> None:
+    import matplotlib as mpl
+
+    before = mpl.rcParams.copy()
+    page(result)
+    assert mpl.rcParams.copy() == before
+    assert "matplotlib.pyplot" not in sys.modules

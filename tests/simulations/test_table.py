@@ -1,0 +1,70 @@
+"""The closing table: what it says, and that it can be read at eighty columns, in a pipe and with odd names."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from simulations.result import RunResult
+from simulations.table import print_table
+
+
+def printed(result: RunResult, *, terminal: bool = False, program: str = "edgeadapt") -> str:
+    out = StringIO()
+    console = Console(file=out, width=80, force_terminal=terminal, color_system="standard" if terminal else None)
+    print_table(result, console, program)
+    return out.getvalue()
+
+
+def test_the_table_has_every_arm_with_its_four_numbers(result: RunResult) -> None:
+    lines = [line.split() for line in printed(result).splitlines()]
+    rows = {words[0]: words[1:5] for words in lines if words}
+    assert rows["base"] == [".446", ".400", ".275", ".383"]
+    assert rows["personal"] == [".856", ".825", ".800", ".892"]
+    assert {"alone", "shared"} <= set(rows)
+
+
+def test_the_lines_below_say_what_it_cost_and_what_to_type(result: RunResult) -> None:
+    text = printed(result)
+    assert "up        263 kB a device a round, 0.29 % of the full model (90.9 MB)" in text
+    assert "lost      12 of 120 turns in 10 rounds: 4 at plan, 5 at survivors, 3 at unmask" in text
+    assert "time      4 min 12 s; training 2 min 41 s; coordination 7.4 s, 4.6 % of that" in text
+    assert "parity    .9983 of 600 phrases as in torch, largest difference 0.031" in text
+    assert text.endswith('edgeadapt device infer --bundle runs/households/bundle "turn on the kitchen lights"\n')
+
+
+def test_no_line_is_longer_than_a_terminal_but_a_path_or_command(result: RunResult) -> None:
+    lines = printed(result).splitlines()
+    assert all(len(line) <= 80 for line in lines if not line.startswith("try"))
+
+
+def test_a_pipe_gets_no_escape_sequence_and_a_terminal_does(result: RunResult) -> None:
+    assert "\x1b" not in printed(result)
+    assert "\x1b[" in printed(result, terminal=True)
+
+
+def test_a_long_command_stays_on_one_line_quoted_for_the_shell(result: RunResult) -> None:
+    bundle = "/home/some one/" + "far/" * 30 + "[bold]bundle"
+    last = printed(replace(result, bundle=bundle), program=".venv/bin/edgeadapt").splitlines()[-1]
+    assert last == f"try       .venv/bin/edgeadapt device infer --bundle '{bundle}' \"turn on the kitchen lights\""
+
+
+def test_no_unseen_household_is_a_dash(make_result: Callable[..., RunResult]) -> None:
+    text = printed(make_result(4, 2, 0))
+    assert text.count("–") == 4
+    assert "nan" not in text
+
+
+def test_a_run_of_which_no_round_came_through_says_so(result: RunResult) -> None:
+    gone = tuple(replace(r, survivors=(), aborted="too few", metrics={}, bytes_up=0) for r in result.rounds)
+    text = printed(replace(result, rounds=gone))
+    assert "nothing: no round came through" in text
+    assert "; 10 rounds aborted" in text
+
+
+@pytest.mark.parametrize("training", [0.0, float("nan")])
+def test_an_unknown_training_time_gives_no_share(result: RunResult, training: float) -> None:
+    text = printed(replace(result, seconds={**result.seconds, "training": training}))
+    assert ", – of that" in text

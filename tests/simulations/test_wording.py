@@ -1,0 +1,49 @@
+"""Numbers as they are said."""
+
+import pytest
+
+from simulations.wording import count, duration, in_order, percent, printable, share, size
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.8884, ".888"), (1.0, "1.000"), (0.0, ".000"), (0.9996, "1.000"), (float("nan"), "–")]
+)
+def test_a_share_has_three_digits_and_no_zero(value: float, said: str) -> None:
+    assert share(value) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (9996, "10.0 kB"), (331_400, "331 kB"), (999_600, "1.00 MB"),
+     (90_868_376, "90.9 MB"), (2.5e15, "2500 TB")],
+)  # fmt: skip
+def test_a_size_has_three_digits_and_its_unit(value: float, said: str) -> None:
+    assert size(value) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (252, "4 min 12 s"),
+     (3899.7, "1 h 05 min"), (float("nan"), "–")],
+)  # fmt: skip
+def test_a_duration_is_said_as_people_do(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "said"), [(263, 90_868, "0.29 %"), (1, 1, "100 %"), (9.96, 100, "10 %"), (1, 0, "–")]
+)
+def test_a_percentage_has_two_digits(part: float, whole: float, said: str) -> None:
+    assert percent(part, whole) == said
+
+
+def test_one_is_one_and_many_are_many() -> None:
+    assert (count(1, "household"), count(2, "household")) == ("1 household", "2 households")
+
+
+def test_steps_are_told_in_the_order_of_the_protocol_strangers_last() -> None:
+    assert in_order(["unmask", "x", "plan", "unmask", "offer"]) == ["offer", "plan", "unmask", "x"]
+
+
+def test_what_steers_a_terminal_is_not_printed() -> None:
+    assert printable("en-01\x1b[2J\n") == "en-01?[2J?"
