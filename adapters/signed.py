@@ -32,7 +32,7 @@ def sign(kind: str, body: Body, key: IdentityKey) -> bytes:
         DataError: The body holds NaN, infinity or what JSON has no form for, or is longer than a reader accepts.
     """
     try:
-        signature = key.sign(kind.encode(), canonical(body))
+        signature = key.sign(kind, canonical(body))
     except (TypeError, ValueError) as error:
         raise DataError(f"{kind}: cannot be signed: {error}") from error
     raw = canonical({"body": body, "kind": kind, "signature": signature.hex(), "signer": key.public.key_id})
@@ -69,7 +69,7 @@ def accept(raw: bytes, kind: str, trusted: Iterable[PublicKey]) -> Body:
     if key is None:
         raise TrustError(f"{kind}: signed by {str(signer)[:40]!r}, whom this device does not trust")
     try:
-        key.verify(kind.encode(), canonical(body), signature)
+        key.verify(kind, canonical(body), signature)
     except EdgeAdaptError as error:
         raise TrustError(f"{kind}: the signature does not match; the document was altered") from error
     return dict(body)

@@ -81,7 +81,7 @@ def _put(name: str, value: Floats) -> Callable[[Tensors], None]:
         (_without, "'b' is missing"),
         (_surplus, "unknown to its layout"),
         (_put("a", np.zeros((3, 2), np.float32)), r"'a' is float32 \[3, 2\], expected float32 \[2, 3\]"),
-        (_put("b", np.zeros(3, np.float64)), "'b' is float64"),  # type: ignore[arg-type]
+        (_put("b", np.zeros(3, np.float64)), "'b' is float64"),
         (_put("b", np.zeros(3, ">f4")), "'b' is >f4"),
         (_put("b", np.array([0, np.nan, 0], np.float32)), "'b' holds NaN"),
         (_put("b", np.array([0, np.inf, 0], np.float32)), "'b' holds NaN or infinity"),
