@@ -79,7 +79,7 @@ def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) 
 
     Args:
         settings: Which optimizer.
-        state: From ``start``, ``resume`` or the step before.
+        state: From ``start``, ``restore`` or the step before.
         adapter: Shape ``(n,)``: what the devices started from.
         mean_delta: Shape ``(n,)``: the mean of what they added to it.
 
@@ -108,7 +108,7 @@ def _adam(settings: FedAdam, state: Moments, adapter: Floats, delta: Floats) -> 
 
 
 def to_tensors(state: State) -> Tensors:
-    """What to store; empty for FedAvg. ``resume(settings, n, to_tensors(state))`` equals ``state``, bit for bit."""
+    """What to store; empty for FedAvg. ``restore(settings, to_tensors(state), n)`` equals ``state``, bit for bit."""
     match state:
         case Stateless():
             return {}
@@ -116,7 +116,7 @@ def to_tensors(state: State) -> Tensors:
             return {"first": first, "second": second}
 
 
-def resume(settings: Settings, size: int, stored: Mapping[str, Floats]) -> State:
+def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> State:
     """The state to go on from; where nothing is stored, the one to start from.
 
     Raises:

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from adapters import files
 from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError, DataError
-from coordinator.optimizer import FedAdam, FedAvg, Moments, Settings, State, resume, start, step, to_tensors
+from coordinator.optimizer import FedAdam, FedAvg, Moments, Settings, State, restore, start, step, to_tensors
 
 SIZE = 50
 small = st.floats(-4, 4, width=32)
@@ -99,7 +99,7 @@ def test_a_run_resumed_from_stored_state_goes_on_bit_for_bit(settings: Settings)
     state, halfway = run(settings, start(settings, SIZE), origin, means[:4])
     tensors = to_tensors(state)
     stored = files.decode(files.encode(tensors)) if tensors else {}
-    _, resumed = run(settings, resume(settings, SIZE, stored), halfway, means[4:])
+    _, resumed = run(settings, restore(settings, stored, SIZE), halfway, means[4:])
 
     assert resumed.tobytes() == straight.tobytes()
 
@@ -150,7 +150,7 @@ def test_state_of_another_optimizer_or_size_is_refused() -> None:
     ]
     for settings, size, stored in cases:
         with pytest.raises(ConfigError, match="stored optimizer state"):
-            resume(settings, size, stored)
+            restore(settings, stored, size)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])

@@ -1,0 +1,110 @@
+"""Blobs under their content address, on any file system that fsspec knows: a folder by default.
+
+A blob is there whole or not at all, and ``get`` returns the bytes that its name promises or raises. What a blob
+means is said in signed manifests, not here.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from adapters.files import sha256
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+
+
+@dataclass(frozen=True, slots=True)
+class Blobs:
+    """A folder of blobs. ``get(put(blob)) == blob``."""
+
+    fs: Any  # fsspec ships no types
+    root: str
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """Open the folder at ``url`` and make it if it is missing.
+
+        Raises:
+            ConfigError: No file system of that kind, or its package is not installed.
+            EdgeAdaptError: The folder cannot be made.
+        """
+        try:
+            fs, root = url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"the blob store's address is of no use: {error}") from error
+        blobs = cls(fs, root.rstrip("/") or root)
+        with blobs._explained("cannot be opened"):
+            fs.makedirs(blobs.root, exist_ok=True)
+        return blobs
+
+    def put(self, blob: bytes) -> str:
+        """Store ``blob`` and return its digest. When this returns, the blob is whole and will survive a power cut.
+
+        It is written beside its place and moved there; a kill leaves at most a file that ends in ``.part``.
+
+        Raises:
+            EdgeAdaptError: The folder is full or cannot be written to. Blobs that were there stay as they were.
+        """
+        digest = sha256(blob)
+        place = self._place(digest)
+        with self._explained("cannot be written to; nothing was changed"):
+            try:
+                self._write(f"{place}.part", blob)
+                self.fs.mv(f"{place}.part", place)
+                self._settle()
+            except OSError:
+                with suppress(OSError):
+                    self.fs.rm(f"{place}.part")
+                raise
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        """The blob of that digest (SHA-256, hex).
+
+        Raises:
+            DataError: It is missing.
+            TrustError: Other bytes lie under its name.
+            EdgeAdaptError: It cannot be read.
+        """
+        with self._explained("cannot be read"):
+            try:
+                blob: bytes = self.fs.cat_file(self._place(digest))
+            except FileNotFoundError as error:
+                raise DataError(f"blob {digest} is missing from {self._name}: restore it from a copy") from error
+        if sha256(blob) != digest:
+            raise TrustError(f"blob {digest} in {self._name} was altered: restore it from a copy")
+        return blob
+
+    @property
+    def _name(self) -> str:
+        return str(self.fs.unstrip_protocol(self.root))  # without the credentials that a URL may hold
+
+    def _place(self, digest: str) -> str:
+        return f"{self.root}/{digest}.safetensors"
+
+    def _write(self, path: str, blob: bytes) -> None:
+        with self.fs.open(path, "wb") as file:
+            file.write(blob)
+            if isinstance(self.fs, LocalFileSystem):
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _settle(self) -> None:
+        # On a local disk a move lasts only once its folder is on the disk too; object stores acknowledge when it does.
+        if isinstance(self.fs, LocalFileSystem):
+            folder = os.open(self.root, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise EdgeAdaptError(f"blob store {self._name} {what}: {error.strerror or error}") from error

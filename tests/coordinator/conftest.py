@@ -1,0 +1,111 @@
+"""A registry in a folder, and rounds to put into it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters import files
+from adapters.layout import Layout, Tensors
+from adapters.manifest import Manifest, Method
+from aggregation.entropy import SystemEntropy
+from aggregation.identity import IdentityKey
+from coordinator.registry import Registry, RoundRecord
+
+
+def _tensors(value: float) -> Tensors:
+    return {"a": np.full((2, 3), value, np.float32), "b": np.full(4, -value, np.float32)}
+
+
+LAYOUT = Layout.of(_tensors(0))
+
+
+def _manifest(number: int) -> Manifest:
+    blob = files.encode(_tensors(number))
+    return Manifest(
+        version=number,
+        sha256=files.sha256(blob),
+        size=len(blob),
+        base_digest="b" * 64,
+        layout_digest=LAYOUT.digest,
+        parent=files.sha256(files.encode(_tensors(number - 1))) if number else None,
+        round=number,
+        survivors=("anna", "ben") if number else (),
+        metrics={"loss": 1 / number} if number else {},
+        method=Method("lora", 8, 16, ("query", "value")),
+        labels=("on", "off"),
+    )
+
+
+def _record(number: int) -> RoundRecord:
+    return RoundRecord(
+        round=number,
+        survivors=("anna", "ben"),
+        dropped={"cora": "plan"},
+        aborted=None,
+        bytes_up=3 * 10**10,
+        bytes_down=7,
+        seconds=2.5,
+        protocol_seconds=0.25,
+        training_seconds=2.0,
+        metrics={"loss": 1 / number},
+        version=number,
+    )
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Version ``n`` holds the value ``n`` everywhere, comes from round ``n``, and leaves ``n`` as optimizer state."""
+
+    key: IdentityKey
+    layout: Layout = LAYOUT
+
+    tensors = staticmethod(_tensors)
+    manifest = staticmethod(_manifest)
+    record = staticmethod(_record)
+
+    def blob(self, number: int) -> bytes:
+        return files.encode(_tensors(number))
+
+    def aborted(self, number: int) -> RoundRecord:
+        return replace(_record(number), survivors=(), aborted="two devices are too few", version=None, metrics={})
+
+    def seed(self, registry: Registry) -> None:
+        registry.publish(_manifest(0), self.blob(0), self.key)
+
+    def commit(self, registry: Registry, number: int) -> None:
+        state = {"first": np.full(5, number, np.float32)}
+        registry.commit_round(_record(number), _manifest(number), self.blob(number), state, self.key)
+
+    def snapshot(self, registry: Registry) -> tuple[Any, ...]:
+        """All that a registry says, so that two moments can be compared."""
+        numbers = range(len(registry.versions()))
+        state = {name: value.tolist() for name, value in registry.optimizer_state().items()}
+        return registry.versions(), registry.rounds(), [registry.blob(n) for n in numbers], state
+
+
+@pytest.fixture(scope="session")
+def rounds() -> Rounds:
+    return Rounds(IdentityKey.generate(SystemEntropy()))
+
+
+@pytest.fixture
+def reopen(tmp_path: Path, rounds: Rounds) -> Iterator[Callable[[], Registry]]:
+    """Opens the registry in ``tmp_path``, as a new process would."""
+    opened: list[Registry] = []
+
+    def open_registry() -> Registry:
+        opened.append(Registry.open(f"sqlite:///{tmp_path}/registry.db", str(tmp_path / "blobs"), [rounds.key.public]))
+        return opened[-1]
+
+    yield open_registry
+    for registry in opened:
+        registry.close()
+
+
+@pytest.fixture
+def registry(reopen: Callable[[], Registry]) -> Registry:
+    return reopen()

@@ -1,0 +1,285 @@
+"""What can go wrong around the registry: each failure is one line, and nothing that was there is lost."""
+
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from sqlalchemy import create_engine, event
+from sqlalchemy.exc import OperationalError
+
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from coordinator import database
+from coordinator.registry import Registry
+
+Reopen = Callable[[], Registry]
+NO_SPACE = OSError(28, "No space left on device")
+
+
+def one_line(error: BaseException) -> str:
+    message = str(error)
+    assert "\n" not in message
+    return message
+
+
+def fail(*_: object, **__: object) -> None:
+    raise NO_SPACE
+
+
+def disk_full_on_open(registry: Registry, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LocalFileSystem, "open", fail)
+
+
+def disk_full_half_way_through_the_blob(registry: Registry, patch: pytest.MonkeyPatch) -> None:
+    real = LocalFileSystem.open
+
+    def half(self: LocalFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
+        with real(self, path, *args, **kwargs) as file:
+            file.write(b"half a")
+        raise NO_SPACE
+
+    patch.setattr(LocalFileSystem, "open", half)
+
+
+def disk_full_on_syncing_the_blob(registry: Registry, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(os, "fsync", fail)
+
+
+def disk_full_on_moving_the_blob(registry: Registry, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LocalFileSystem, "mv", fail)
+
+
+def disk_full_in_the_database(registry: Registry, patch: pytest.MonkeyPatch) -> None:
+    """SQLite's own full disk: the file may not grow by a page, and its pages are full."""
+    registry.engine.dispose()
+
+    def cap(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA max_page_count = 1")  # that is, no more than there are now
+
+    event.listen(registry.engine, "connect", cap)
+
+
+def database_fails_at(nth: int) -> Callable[[Registry, pytest.MonkeyPatch], None]:
+    def install(registry: Registry, patch: pytest.MonkeyPatch) -> None:
+        writes = 0
+
+        def count(_c: object, _cursor: object, statement: str, *_: object) -> None:
+            nonlocal writes
+            writes += statement.startswith(("INSERT", "DELETE"))
+            if writes == nth:
+                raise OperationalError(statement, None, sqlite3.OperationalError("database or disk is full"))
+
+        event.listen(registry.engine, "before_cursor_execute", count)
+
+    install.__name__ = f"database_fails_at_write_{nth}"
+    return install
+
+
+def commit_fails(registry: Registry, patch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise OperationalError("COMMIT", None, sqlite3.OperationalError("database or disk is full"))
+
+    event.listen(registry.engine, "commit", refuse)
+
+
+@pytest.mark.parametrize(
+    "install",
+    [
+        disk_full_on_open,
+        disk_full_half_way_through_the_blob,
+        disk_full_on_syncing_the_blob,
+        disk_full_on_moving_the_blob,
+        disk_full_in_the_database,
+        *map(database_fails_at, (1, 2, 3, 4)),
+        commit_fails,
+    ],
+    ids=lambda install: install.__name__,
+)
+def test_a_round_that_fails_at_any_step_leaves_all_as_it_was_and_can_be_repeated(
+    install: Callable[[Registry, pytest.MonkeyPatch], None], reopen: Reopen, rounds: Any, tmp_path: Path
+) -> None:
+    registry = reopen()
+    rounds.seed(registry)
+    rounds.commit(registry, 1)
+    before = rounds.snapshot(registry)
+
+    with pytest.MonkeyPatch.context() as patch:
+        install(registry, patch)
+        caught: EdgeAdaptError | None = None
+        while caught is None and len(before[1]) < 200:  # a capped database has room for a few
+            try:
+                rounds.commit(registry, len(before[1]) + 1)
+            except EdgeAdaptError as error:
+                caught = error
+            else:
+                before = rounds.snapshot(registry)
+    assert caught is not None
+    assert "nothing was changed" in one_line(caught)
+    assert "full" in str(caught) or "No space left" in str(caught)
+    assert not list((tmp_path / "blobs").glob("*.part"))
+
+    again = reopen()
+    assert rounds.snapshot(again) == before
+    rounds.commit(again, len(before[1]) + 1)
+    assert len(again.rounds()) == len(again.versions()) - 1 == len(before[1]) + 1
+
+
+def test_a_kill_between_blob_and_transaction_leaves_only_an_unnamed_blob(reopen: Reopen, rounds: Any) -> None:
+    registry = reopen()
+    rounds.seed(registry)
+    before = rounds.snapshot(registry)
+    registry.blobs.put(rounds.blob(1))
+    again = reopen()
+    assert rounds.snapshot(again) == before
+    rounds.commit(again, 1)
+    assert again.blob(1) == rounds.blob(1)
+
+
+def test_a_torn_part_file_is_written_anew(reopen: Reopen, rounds: Any, tmp_path: Path) -> None:
+    registry = reopen()
+    rounds.seed(registry)
+    part = tmp_path / "blobs" / f"{rounds.manifest(1).sha256}.safetensors.part"
+    part.write_bytes(rounds.blob(1)[:10])
+    rounds.commit(registry, 1)
+    assert registry.blob(1) == rounds.blob(1)
+    assert not part.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, rounds: Any) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EdgeAdaptError, match=r"file.* cannot be made: ") as caught:
+        Registry.open(f"sqlite:///{tmp_path}/file/sub/registry.db", str(tmp_path), [rounds.key.public])
+    one_line(caught.value)
+    with pytest.raises(EdgeAdaptError, match=r"blob store .*file/blobs cannot be opened: ") as caught:
+        Registry.open(f"sqlite:///{tmp_path}/r.db", str(tmp_path / "file/blobs"), [rounds.key.public])
+    one_line(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_became_unwritable_is_named_and_keeps_what_it_had(
+    registry: Registry, rounds: Any, tmp_path: Path
+) -> None:
+    rounds.seed(registry)
+    before = rounds.snapshot(registry)
+    for folder in (tmp_path / "blobs", tmp_path):
+        folder.chmod(0o555)
+        try:
+            with pytest.raises(EdgeAdaptError, match="nothing was changed"):
+                rounds.commit(registry, 1)
+        finally:
+            folder.chmod(0o755)
+        assert rounds.snapshot(registry) == before
+
+
+def test_a_read_only_database_is_named_and_keeps_what_it_had(reopen: Reopen, rounds: Any) -> None:
+    registry = reopen()
+    rounds.seed(registry)
+    before = rounds.snapshot(registry)
+    registry.engine.dispose()
+    event.listen(registry.engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only = ON"))
+    with pytest.raises(EdgeAdaptError, match=r"readonly database; nothing was changed"):
+        rounds.commit(registry, 1)
+    assert rounds.snapshot(reopen()) == before
+
+
+def test_a_file_that_is_no_database_is_refused_and_not_touched(tmp_path: Path, reopen: Reopen) -> None:
+    path = tmp_path / "registry.db"
+    path.write_bytes(b"a shopping list, certainly no database " * 50)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match="damaged or no database") as caught:
+        reopen()
+    assert str(path) in one_line(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_corrupt_database_is_refused(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
+    registry = reopen()
+    rounds.seed(registry)
+    rounds.commit(registry, 1)
+    registry.close()
+    path = tmp_path / "registry.db"
+    blob = path.read_bytes()
+    path.write_bytes(blob[:4096] + b"\xff" * (len(blob) - 4096))
+    with pytest.raises(DataError, match="damaged or no database") as caught:
+        reopen().versions()
+    one_line(caught.value)
+
+
+def test_a_truncated_database_is_refused(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
+    registry = reopen()
+    rounds.seed(registry)
+    registry.close()
+    path = tmp_path / "registry.db"
+    path.write_bytes(path.read_bytes()[:6000])
+    with pytest.raises(DataError, match="damaged or no database"):
+        reopen().versions()
+
+
+def test_another_programs_database_is_refused_and_not_touched(tmp_path: Path, reopen: Reopen) -> None:
+    path = tmp_path / "registry.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE recipes (name TEXT)")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="another program's database") as caught:
+        reopen()
+    assert "recipes" in one_line(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_registry_from_the_future_is_refused_and_not_touched(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
+    registry = reopen()
+    rounds.seed(registry)
+    registry.close()
+    path = tmp_path / "registry.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE edgeadapt_format SET format = 99")
+        connection.execute("DROP TABLE edgeadapt_optimizer")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="format 99"):
+        reopen()
+    assert path.read_bytes() == before
+
+
+def test_a_locked_database_is_named_and_keeps_what_it_had(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
+    registry = reopen()
+    rounds.seed(registry)
+    registry.engine.dispose()
+    event.listen(registry.engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout = 1"))
+    other = sqlite3.connect(tmp_path / "registry.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(EdgeAdaptError, match="locked; nothing was changed"):
+        rounds.commit(registry, 1)
+    other.execute("ROLLBACK")
+    other.close()
+    rounds.commit(registry, 1)
+
+
+@pytest.mark.parametrize(
+    ("database_url", "blob_url"),
+    [
+        ("no url", "blobs"),
+        ("oracle+nosuchdriver://host/db", "blobs"),
+        ("nosuchdatabase://host/db", "blobs"),
+        ("sqlite://", "nosuchprotocol://bucket"),
+    ],
+)
+def test_addresses_of_no_use_are_refused(
+    database_url: str, blob_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is of no use") as caught:
+        Registry.open(database_url, blob_url, [])
+    one_line(caught.value)
+
+
+def test_a_database_password_appears_in_no_message(tmp_path: Path) -> None:
+    engine = create_engine("sqlite:///" + str(tmp_path / "r.db"))
+    engine.url = engine.url.set(username="me", password="hunter2")  # noqa: S106
+    with pytest.raises(EdgeAdaptError) as caught, database.explained(engine):
+        raise OperationalError("SELECT 1", None, sqlite3.OperationalError("gone"))
+    assert "hunter2" not in one_line(caught.value)
