@@ -1,0 +1,72 @@
+"""A real ``kill -9`` in a loop of commits: whatever the instant, a new process finds whole rounds and goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.registry import Registry
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOP = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+from aggregation.identity import IdentityKey
+from coordinator.registry import Registry
+
+helpers, folder, pem = sys.argv[1:]
+spec = spec_from_file_location("helpers", helpers)
+sys.modules["helpers"] = module = module_from_spec(spec)
+spec.loader.exec_module(module)
+key = IdentityKey.from_pem(pem.encode())
+registry = Registry.open(f"sqlite:///{folder}/registry.db", f"{folder}/blobs", [key.public])
+rounds = module.Rounds(key)
+if registry.latest() is None:
+    rounds.seed(registry)
+number = len(registry.rounds())
+while True:
+    number += 1
+    rounds.commit(registry, number)
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.011])
+def test_a_kill_in_a_loop_of_commits_loses_at_most_the_round_under_way(
+    delay: float, reopen: Callable[[], Registry], rounds: Any, tmp_path: Path
+) -> None:
+    confirmed = 0
+    for _ in range(2):  # the second process goes on from what the killed one left
+        confirmed = _run_and_kill(tmp_path, rounds, confirmed + 3, delay)
+        registry = reopen()
+        done = len(registry.rounds())
+        assert confirmed <= done <= confirmed + 1
+        assert registry.rounds() == tuple(rounds.record(n) for n in range(1, done + 1))
+        assert [version.manifest for version in registry.versions()] == [rounds.manifest(n) for n in range(done + 1)]
+        for number in range(done + 1):
+            assert registry.blob(number) == rounds.blob(number)
+        assert (registry.optimizer_state()["first"] == done).all()
+        registry.close()
+
+
+def _run_and_kill(folder: Path, rounds: Any, until: int, delay: float) -> int:
+    """Kill the loop ``delay`` seconds after it confirmed round ``until``; the last round that it confirmed."""
+    helpers = Path(__file__).with_name("conftest.py")
+    command = [sys.executable, "-c", LOOP, str(helpers), str(folder), rounds.key.to_pem().decode()]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= until:
+                break
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        last = [int(line), *map(int, process.stdout.read().split())][-1]
+    assert process.returncode == -signal.SIGKILL
+    return last
