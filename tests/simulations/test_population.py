@@ -1,0 +1,234 @@
+"""The population that every arm of a comparison is measured on: what a household says, and what nobody learns from."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pydantic
+import pytest
+
+from aggregation.errors import ConfigError
+from simulations.population import Example, Household, Population, PopulationSettings, sample_population
+from simulations.population.values import spoken
+
+SMALL = PopulationSettings(households=4, utterances_min=20, utterances_max=30, test_utterances=10)
+
+
+@pytest.fixture(scope="module")
+def population() -> Population:
+    return sample_population(PopulationSettings(), seed=0)
+
+
+def _learnt(household: Household) -> tuple[Example, ...]:
+    return household.train + household.validation
+
+
+def _templates(examples: tuple[Example, ...]) -> set[str]:
+    return {example.template for example in examples}
+
+
+def _texts(examples: tuple[Example, ...]) -> set[str]:
+    return {spoken(example.text) for example in examples}
+
+
+def test_default_population_is_what_the_scenario_asks_for(population: Population) -> None:
+    assert len(population.households) == 15
+    assert Counter(h.language for h in population.households) == {"en": 5, "de": 5, "fr": 5}
+    assert len(population.labels) == 29
+    assert list(population.labels) == sorted(population.labels)
+    for household in population.households:
+        assert 60 <= len(_learnt(household)) <= 100
+        assert len(household.test) == 40
+        assert len(household.validation) == round(0.2 * len(_learnt(household)))
+    assert len({len(_learnt(household)) for household in population.households}) > 5
+
+
+def test_unseen_households_are_a_fifth_and_spread_over_the_languages(population: Population) -> None:
+    assert [h.language for h in population.households if h.unseen] == ["en", "de", "fr"]
+
+
+def test_household_names_are_unique_and_begin_with_the_language(population: Population) -> None:
+    names = [household.name for household in population.households]
+    assert len(set(names)) == 15
+    assert all(h.name.startswith(f"{h.language}-") for h in population.households)
+
+
+def test_no_household_learns_from_a_template_that_anyone_is_tested_on(population: Population) -> None:
+    learnt = set(chain.from_iterable(_templates(_learnt(h)) for h in population.households))
+    tested = set(chain.from_iterable(_templates(h.test) for h in population.households))
+    public = _templates(population.public)
+    assert not learnt & tested
+    assert not public & (learnt | tested)
+
+
+def test_no_test_sentence_is_one_that_anyone_learns_from(population: Population) -> None:
+    learnt = set(chain.from_iterable(_texts(_learnt(h)) for h in population.households))
+    learnt |= _texts(population.public)
+    for household in population.households:
+        assert not _texts(household.test) & learnt
+
+
+def test_a_household_never_says_the_same_sentence_twice(population: Population) -> None:
+    for household in population.households:
+        assert len(_texts(_learnt(household))) == len(_learnt(household))
+        assert len(_texts(household.test)) == len(household.test)
+
+
+def test_no_sentence_has_two_meanings(population: Population) -> None:
+    meant: dict[str, int] = {}
+    for example in population.public + tuple(chain.from_iterable(_learnt(h) + h.test for h in population.households)):
+        assert meant.setdefault(spoken(example.text), example.label) == example.label
+
+
+def test_every_label_has_public_phrases_in_the_public_language_only(population: Population) -> None:
+    counts = Counter(example.label for example in population.public)
+    assert set(counts) == set(range(len(population.labels)))
+    assert max(counts.values()) == 6
+    assert all(example.template.startswith("en/") for example in population.public)
+
+
+def test_an_example_names_its_language_and_intent_in_its_template(population: Population) -> None:
+    for household in population.households:
+        for example in _learnt(household) + household.test:
+            language, intent, digest = example.template.split("/")
+            assert (language, intent) == (household.language, population.labels[example.label])
+            assert len(digest) == 8
+
+
+def test_no_template_mark_is_left_in_a_sentence(population: Population) -> None:
+    for household in population.households:
+        for example in _learnt(household) + household.test:
+            assert not set("{}[]<>|;") & set(example.text)
+            assert example.text == " ".join(example.text.split()) != ""
+
+
+def _mix(examples: tuple[Example, ...], labels: int) -> np.ndarray:
+    return np.bincount([example.label for example in examples], minlength=labels) / len(examples)
+
+
+def test_the_test_part_follows_the_mix_of_its_own_household(population: Population) -> None:
+    """Total variation to the own training part is smaller than to anyone else's, in nearly every household."""
+    learnt = [_mix(_learnt(h), len(population.labels)) for h in population.households]
+    own_is_nearest = [
+        int(np.argmin([np.abs(_mix(h.test, len(population.labels)) - other).sum() for other in learnt])) == number
+        for number, h in enumerate(population.households)
+    ]
+    assert sum(own_is_nearest) >= 13
+
+
+def test_small_concentration_makes_households_one_sided() -> None:
+    def topics(concentration: float) -> float:
+        settings = SMALL.model_copy(update={"concentration": concentration})
+        return float(np.mean([len({e.label for e in _learnt(h)}) for h in sample_population(settings, 1).households]))
+
+    assert topics(0.3) + 4 < topics(5.0)
+
+
+def test_the_same_seed_gives_the_same_population_and_another_seed_another() -> None:
+    first, again, other = (sample_population(SMALL, seed) for seed in (3, 3, 4))
+    assert first == again
+    assert first.digest == again.digest
+    assert first.digest != other.digest
+
+
+def test_the_digest_is_the_one_that_other_machines_get() -> None:
+    """A known answer: it changes only with the words, the sampling, or the version of home-assistant-intents."""
+    assert sample_population(SMALL, 0).digest == "7039f20cb12c352112c50cab4dca1bba5a56e4f4ccd757be78c4c1bf64780bab"
+
+
+def test_the_digest_does_not_depend_on_the_hash_seed_of_the_process() -> None:
+    program = (
+        "from simulations.population import *;"
+        f"print(sample_population(PopulationSettings.model_validate_json('{SMALL.model_dump_json()}'), 3).digest)"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "12345"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == sample_population(SMALL, 3).digest
+
+
+def test_one_more_household_leaves_the_sentences_of_the_others_as_they_were() -> None:
+    more = SMALL.model_copy(update={"households": 5, "unseen": 0.2})
+    before, after = sample_population(SMALL, 3), sample_population(more, 3)
+    assert [h.train for h in before.households] == [h.train for h in after.households[:4]]
+    assert before.public == after.public
+
+
+def test_another_language_beside_it_leaves_a_languages_templates_where_they_were() -> None:
+    alone = sample_population(SMALL.model_copy(update={"languages": ("en",)}), 3)
+    beside = sample_population(SMALL.model_copy(update={"languages": ("en", "de")}), 3)
+    tested = set(chain.from_iterable(_templates(h.test) for h in alone.households))
+    learnt = set(chain.from_iterable(_templates(_learnt(h)) for h in beside.households))
+    assert not tested & learnt
+
+
+@pytest.mark.parametrize("language", ["es", "it", "nl", "pl", "pt", "pt-BR", "sv", "cs", "ru", "el", "zh-CN"])
+def test_other_languages_of_the_package_work(language: str) -> None:
+    settings = SMALL.model_copy(update={"languages": (language,), "public_languages": ("en", language)})
+    population = sample_population(settings, 0)
+    assert len(population.labels) >= 10
+    assert {example.template.split("/")[0] for example in population.public} == {"en", language}
+
+
+def test_an_unknown_language_is_named_with_the_ones_close_to_it() -> None:
+    with pytest.raises(ConfigError, match=r"no language 'deu'; close to it are: .*\bde\b"):
+        sample_population(SMALL.model_copy(update={"languages": ("deu",)}), 0)
+
+
+def test_a_language_with_a_path_in_it_is_unknown() -> None:
+    with pytest.raises(ConfigError, match="no language"):
+        sample_population(SMALL.model_copy(update={"languages": ("../data/en",)}), 0)
+
+
+def test_languages_that_share_too_few_intents_are_refused_with_their_counts() -> None:
+    with pytest.raises(ConfigError, match=r"share \d intents .* leave out the poorest of: .*ja \d"):
+        sample_population(SMALL.model_copy(update={"languages": ("en", "ja")}), 0)
+
+
+def test_a_household_with_too_little_to_say_is_named() -> None:
+    """Seed 6 gives the first household a mix of nearly one intent, which has a few dozen sentences."""
+    one_sided = PopulationSettings(
+        households=3, languages=("en",), utterances_min=400, utterances_max=400, concentration=1e-3
+    )
+    with pytest.raises(ConfigError, match=r"household en-01 has only \d+ of 400 .* raise concentration"):
+        sample_population(one_sided, 6)
+
+
+@pytest.mark.parametrize("package", ["hassil.parse_expression", "home_assistant_intents"])
+def test_a_missing_package_is_answered_with_the_extra_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from simulations.population import expansion, packages
+
+    packages.hassil_module.cache_clear()
+    expansion._parse.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=r"pip install 'edgeadapt\[simulations\]'"):
+        sample_population(SMALL, 0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"utterances_min": 90, "utterances_max": 80}, "above utterances_max"),
+        ({"households": 3, "languages": ("en", "de", "fr", "es")}, "cannot speak 4 languages"),
+        ({"languages": ("en", "en")}, "twice"),
+        ({"public_languages": ("de", "de")}, "twice"),
+        ({"households": 3, "unseen": 0.9}, "fewer than 2"),
+        ({"households": 2}, "greater than or equal to 3"),
+        ({"concentration": 0.0}, "greater than 0"),
+        ({"concentration": float("nan")}, "finite|greater than 0"),
+        ({"houses": 4}, "Extra inputs"),
+    ],
+)
+def test_settings_that_contradict_themselves_are_refused(wrong: dict[str, object], complaint: str) -> None:
+    with pytest.raises(pydantic.ValidationError, match=complaint):
+        PopulationSettings.model_validate(wrong)
+
+
+def test_every_setting_says_what_it_means() -> None:
+    assert all(field.description for field in PopulationSettings.model_fields.values())
+
+
+def test_at_least_one_household_is_unseen() -> None:
+    assert PopulationSettings(households=4, unseen=0.01).unseen_count == 1

@@ -1,0 +1,167 @@
+"""The parts that a population is made of: random expansion, the deal of templates, words and naturalness."""
+
+from collections import Counter
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from aggregation.errors import ConfigError
+from simulations.population.draws import pick, stream
+from simulations.population.expansion import Expander
+from simulations.population.speech import Voice
+from simulations.population.templates import Template, deal, load_language
+from simulations.population.words import furnish, load_words
+
+CODES = sorted(path.name[:-5] for path in (files("simulations.population") / "words").iterdir())
+DOMAINS = {
+    "binary_sensor", "button", "climate", "cover", "fan", "lawn_mower", "light", "lock", "media_player", "person",
+    "scene", "sensor", "switch", "todo", "vacuum", "valve", "weather",
+}  # fmt: skip
+
+
+def _sentences(template: str, rules: dict[str, str] | None = None, draws: int = 400) -> Counter[str]:
+    expander = Expander(rules or {}, lambda name: f"<{name}>", stream(0))
+    return Counter(expander.sentence(template) for _ in range(draws))
+
+
+@pytest.mark.parametrize(
+    ("template", "sentences"),
+    [
+        ("turn on [the] light", {"turn on light", "turn on the light"}),
+        ("(open|close|shut) it", {"open it", "close it", "shut it"}),
+        ("light[s]", {"light", "lights"}),
+        ("(up;now)", {"up now", "now up"}),
+        ("<turn> {name:x}", {"turn <name>", "switch <name>"}),
+        ("a [b [c]] d", {"a d", "a b d", "a b c d"}),
+    ],
+)
+def test_every_sentence_of_a_template_is_found_and_no_other(template: str, sentences: set[str]) -> None:
+    assert set(_sentences(template, {"turn": "(turn|switch)"})) == sentences
+
+
+def test_the_branches_of_a_fork_are_equally_likely() -> None:
+    """Four standard deviations of a fair draw; a branch taken 3/2 or 2/3 as often as it should be lies outside."""
+    counts = _sentences("(a|b|c|d)", draws=4000)
+    assert all(abs(count - 1000) < 4 * np.sqrt(4000 * 0.25 * 0.75) for count in counts.values())
+
+
+def test_a_template_with_millions_of_sentences_costs_one_walk() -> None:
+    assert _sentences("(a|b|c|d|e|f|g|h)" * 30, draws=5).total() == 5
+
+
+def _made(count: int) -> tuple[Template, ...]:
+    return tuple(Template(f"t{number}", f"text {number}", ()) for number in range(count))
+
+
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("count", [3, 4, 7, 100])
+def test_the_deal_uses_every_template_once_and_leaves_no_part_empty(count: int, public: bool) -> None:
+    split = deal(_made(count), "en/X", 0, public=public)
+    assert split is not None
+    assert sorted(split.public + split.train + split.test, key=str) == sorted(_made(count), key=str)
+    assert split.train
+    assert split.test
+    assert bool(split.public) == public
+
+
+@pytest.mark.parametrize(("count", "public"), [(0, False), (1, False), (2, True)])
+def test_too_few_templates_are_not_dealt(count: int, public: bool) -> None:
+    assert deal(_made(count), "en/X", 0, public=public) is None
+
+
+def test_the_deal_depends_on_the_seed_and_on_the_key() -> None:
+    base = deal(_made(30), "en/X", 0, public=True)
+    assert base == deal(_made(30), "en/X", 0, public=True)
+    assert base != deal(_made(30), "en/X", 1, public=True)
+    assert base != deal(_made(30), "en/Y", 0, public=True)
+
+
+def test_templates_of_an_intent_have_different_texts_and_ids() -> None:
+    for code in ("en", "de", "fr"):
+        for templates in load_language(code).templates.values():
+            assert len({t.text for t in templates}) == len({t.id for t in templates}) == len(templates)
+
+
+def test_misheard_spellings_and_swedish_endings_are_left_out() -> None:
+    french, swedish = load_language("fr"), load_language("sv")
+    assert not any("_dirty>" in body for body in french.rules.values())
+    assert "[e|me]" not in swedish.rules["name"]
+
+
+def test_a_text_in_two_blocks_is_one_template_with_the_kinds_of_both() -> None:
+    templates = load_language("en").templates["HassTurnOff"]
+    assert max(len(template.domains) for template in templates) >= 6
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_each_word_file_names_every_kind_of_thing(code: str) -> None:
+    words = load_words(code)
+    assert set(words.devices) == DOMAINS
+    assert set(words.phrases) == set(load_words("en").phrases)
+    assert all(words.devices.values())
+    assert all(words.phrases.values())
+    assert min(len(words.people), len(words.areas), len(words.floors)) >= 3
+
+
+def test_a_region_uses_the_words_of_its_language_and_a_stranger_the_english_ones() -> None:
+    assert load_words("pt-BR") == load_words("pt")
+    assert load_words("fi") == load_words("en")
+
+
+def test_homes_have_names_of_their_own_and_no_open_marks() -> None:
+    homes = [furnish(load_words("de"), stream(0, number)) for number in range(20)]
+    assert len({home.devices["light"] for home in homes}) == 20
+    assert not any("{" in name for home in homes for names in home.devices.values() for name in names)
+    assert homes[0].names("input_boolean") == homes[0].names("switch")
+
+
+@pytest.mark.parametrize(
+    ("code", "natural", "unnatural"),
+    [
+        ("en", "set a timer for 2 minutes", "set a timer for 2 minute"),
+        ("en", "turn on Emma's lamp", "turn on the Emma's lamp"),
+        ("de", "mach das Licht in der Küche an", "mach das Licht in das Küche an"),
+        ("de", "Licht in Omas Zimmer an", "Licht in der Omas Zimmer an"),
+        ("fr", "allume la lampe de chevet", "allume le lampe de chevet"),
+        ("fr", "allume la lumière de l'entrée", "allume la lumière de la entrée"),
+        ("es", "abre la persiana de la cocina", "abre la persiana de el cocina"),
+        ("it", "accendi la luce in cucina", "accendi lo luce in cucina"),
+    ],
+)
+def test_the_natural_one_of_two_sentences_has_fewer_flaws(code: str, natural: str, unnatural: str) -> None:
+    words = load_words(code)
+    assert words.flaws(natural) < words.flaws(unnatural)
+
+
+def _voice(code: str) -> Voice:
+    language = load_language(code)
+    return Voice(language, furnish(language.words, stream(1)), stream(2))
+
+
+def test_a_name_is_of_a_kind_that_the_template_asks_for() -> None:
+    voice = _voice("en")
+    said = {voice.say(Template("t", "{name}", ("vacuum", "lock"))) for _ in range(60)}
+    assert said == {*voice.home.names("vacuum"), *voice.home.names("lock")}
+
+
+def test_numbers_are_ones_that_people_say() -> None:
+    voice = _voice("de")
+    degrees = {int(voice.say(Template("t", "{temperature}", ()))) for _ in range(100)}
+    assert degrees == set(range(17, 25))
+    assert all(int(voice.say(Template("t", "{brightness}", ()))) % 5 == 0 for _ in range(20))
+
+
+def test_a_list_that_the_package_does_not_define_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"asks for \{moon\}"):
+        _voice("en").say(Template("t", "to the {moon}", ()))
+
+
+def test_streams_of_different_names_differ_and_the_same_name_repeats() -> None:
+    assert stream(1, 2).integers(2**60) == stream(1, 2).integers(2**60)
+    assert stream(1, 2).integers(2**60) != stream(2, 1).integers(2**60)
+
+
+def test_pick_reaches_both_ends() -> None:
+    rng = stream(0)
+    assert {pick(rng, "abc") for _ in range(100)} == set("abc")
