@@ -1,0 +1,51 @@
+# make demo | test | fast | lint | clean. The first run sets up .venv; later ones need no network.
+# Tools run as `python -m …`: a console script's first line breaks in a checkout path that has spaces or is long.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+# Nothing is fetched or reported once the environment stands, whatever a library's defaults are.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TRANSFORMERS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test fast lint setup clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
+	@$(PY) -m edgeadapt demo $(ARGS)
+
+test: lint  ## lint, then every test
+	$(PY) -m pytest -q $(ARGS)
+
+fast: $(STAMP)  ## the tests that are not marked slow
+	$(PY) -m pytest -q -m "not slow" $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "edgeadapt: $(PYTHON) not found: install Python 3.11 or newer (Debian: apt install python3 python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	  { echo "edgeadapt: $$($(PYTHON) -V) is too old: Python 3.11 or newer is needed (another one: make PYTHON=python3.12)" >&2; exit 1; }
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || \
+	  { echo "edgeadapt: $(PYTHON) cannot make environments: apt install python3-venv" >&2; exit 1; }
+	@echo "Setting up .venv; this happens once and takes a few minutes." >&2
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:  ## the environment and what tools leave behind; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,73 @@
+"""Who may import whom, and that each role's extra installs all that the role imports."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import grimp
+import pytest
+
+PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
+DEVICE = ("client.cli", "client.session", "client.trust")
+ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalchemy", "torch", "transformers"}
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph(*PARTS, include_external_packages=True, cache_dir=None)
+
+
+def test_the_contracts_in_pyproject_hold(root: Path) -> None:
+    lint = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = subprocess.run([sys.executable, "-c", lint, "--no-cache"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_device_that_only_answers_loads_no_training_framework(root: Path) -> None:
+    # The import graph sees what is written; this sees what happens, in a fresh interpreter.
+    script = f"import sys, edgeadapt, {', '.join(DEVICE)}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "client" in loaded
+    assert not loaded & ABSENT_ON_A_DEVICE
+
+
+def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> None:
+    script = "import sys, edgeadapt; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert "aggregation.errors" in loaded
+    assert not loaded & {"numpy", "adapters", "client", "coordinator", "export", "simulations", *ABSENT_ON_A_DEVICE}
+
+
+@pytest.mark.parametrize(
+    ("modules", "extra"),
+    [
+        (DEVICE, None),
+        (("client",), "train"),
+        (("coordinator",), "coordinator"),
+        (("export",), "export"),
+        (PARTS, "simulations"),
+    ],
+    ids=["bare install", "train", "coordinator", "export", "simulations"],
+)
+def test_each_roles_extra_installs_what_the_role_imports(
+    graph: grimp.ImportGraph, root: Path, modules: tuple[str, ...], extra: str | None
+) -> None:
+    needed: set[str] = set()
+    for module in modules:
+        needed |= graph.find_upstream_modules(module, as_package=extra is not None)
+    third_party = {name.partition(".")[0] for name in needed} - set(PARTS) - set(sys.stdlib_module_names)
+    assert third_party
+    assert not {name.replace("_", "-") for name in third_party} - _declared(root, extra)
+
+
+def _declared(root: Path, extra: str | None) -> set[str]:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = list(project["dependencies"]) + list(extras[extra] if extra else [])
+    if extra == "simulations":
+        lines += [line for other in ("train", "coordinator", "export") for line in extras[other]]
+    return {line.partition(">")[0].partition("=")[0].partition("[")[0].strip().lower() for line in lines}

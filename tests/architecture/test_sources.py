@@ -1,0 +1,135 @@
+"""Rules about the text of the code: sizes, docstrings, and what must not appear in it."""
+
+import ast
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+LONGEST_FILE = 500  # lines
+UNSAFE_IMPORTS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save", "np.load", "numpy.load"}
+GENERATORS = {"BitGenerator", "Generator", "PCG64", "Philox", "SeedSequence", "default_rng"}
+GLOBAL_SEEDS = {"random.seed", "torch.manual_seed", "torch.random.manual_seed", "torch.seed", "torch.cuda.manual_seed"}
+GLOBAL_SEEDS |= {"torch.cuda.manual_seed_all", "set_seed", "transformers.set_seed", "enable_full_determinism"}
+CLOCKS = {"monotonic", "now", "perf_counter", "time", "today", "utcnow"}
+
+
+def test_every_file_is_short_enough_to_read_at_a_sitting(all_sources: Any) -> None:
+    assert not [source.path for source in all_sources if source.text.count("\n") > LONGEST_FILE]
+
+
+def test_every_module_says_what_it_is_for(all_sources: Any) -> None:
+    assert not [source.path for source in all_sources if source.text.strip() and not ast.get_docstring(source.tree)]
+
+
+def test_every_public_class_and_function_that_is_installed_says_what_it_does(sources: Any) -> None:
+    silent = [
+        f"{source.path}: {node.name}"
+        for source in sources
+        for node in source.tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert not silent
+
+
+def test_nothing_unpickles_or_evaluates(all_sources: Any) -> None:
+    found = [f"{source.path}:{line}: {name}" for source in all_sources for line, name in unsafe(source.tree)]
+    assert not found
+
+
+def test_nothing_seeds_or_draws_from_a_global_generator(all_sources: Any) -> None:
+    found = [f"{source.path}:{line}: {name}" for source in all_sources for line, name in global_randomness(source.tree)]
+    assert not found
+
+
+def test_the_protocol_core_reads_no_clock(sources: Any) -> None:
+    core = [source for source in sources if source.path.startswith("aggregation/")]
+    assert core
+    found = [f"{s.path}:{line}: {name}" for s in core for line, name in calls(s.tree) if last(name) in CLOCKS]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "eval('1')",
+        "exec('x = 1')",
+        "torch.load('model.pt')",
+        "numpy.load('x.npy')",
+        "np.lib.format.read_array(file, allow_pickle=True)",
+    ],
+)
+def test_the_search_finds_what_unpickles_or_evaluates(code: str) -> None:
+    assert list(unsafe(ast.parse(code)))
+    assert not list(unsafe(ast.parse("model.eval(); spec.loader.exec_module(m); load(blob)")))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "np.random.seed(1)",
+        "numpy.random.normal(size=3)",
+        "np.random.RandomState(1)",
+        "torch.manual_seed(1)",
+        "random.seed(1)",
+        "set_seed(1)",
+        "from numpy.random import normal",
+    ],
+)
+def test_the_search_finds_global_randomness(code: str) -> None:
+    assert list(global_randomness(ast.parse(code)))
+    fine = "np.random.default_rng(1).normal(); torch.Generator().manual_seed(1); x: np.random.Generator"
+    assert not list(global_randomness(ast.parse(fine)))
+
+
+def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Lines that could run code hidden in data."""
+    yield from ((line, name) for line, name in imports(tree) if name.partition(".")[0] in UNSAFE_IMPORTS)
+    yield from ((line, name) for line, name in calls(tree) if name in UNSAFE_CALLS)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            yield node.value.lineno, "allow_pickle"
+
+
+def global_randomness(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Lines that seed, or draw from, a generator that nobody passed."""
+    yield from ((line, name) for line, name in calls(tree) if name in GLOBAL_SEEDS)
+    for line, name in [*calls(tree), *imports(tree)]:
+        _, found, member = name.partition("np.random." if name.startswith("np.") else "numpy.random.")
+        if found and member.partition(".")[0] not in GENERATORS:
+            yield line, name
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Dotted names that the module imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module or ''}.{alias.name}") for alias in node.names)
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Dotted names that the module calls."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (name := dotted(node.func)):
+            yield node.lineno, name
+
+
+def dotted(node: ast.AST) -> str:
+    """``a.b.c`` for such an expression, else nothing."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (front := dotted(node.value)):
+        return f"{front}.{node.attr}"
+    return ""
+
+
+def last(name: str) -> str:
+    """The ``c`` of ``a.b.c``."""
+    return name.rpartition(".")[2]
