@@ -1,0 +1,191 @@
+"""The checks, one function each: whatever a machine demands of a message before it acts on it.
+
+They are pure and raise ``ProtocolError``; nothing is logged and passed over. Rules by step of docs/protocol.md:
+
+1. offer: certified members, each once; this device among them with its own key; the device's policy holds.
+3. roster: adverts of members, each once, signed, for this offer; my own unchanged; ``threshold`` of them or more.
+4. boxes: from neighbours on the roster; enough of them.
+5. plan: this session; a round not begun before; me in U1; U1 among those whose shares I have; U1 large enough.
+7. survivors: this plan; U2 within U1; me in U2 with my own vector; U2 large enough.
+8. unmask: ``threshold`` agreements or more on the very survivor set that I agreed to.
+"""
+
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from aggregation import envelope, masks
+from aggregation.certificates import Root
+from aggregation.errors import ProtocolError, TrustError
+from aggregation.identity import PublicKey
+from aggregation.messages import Advert, Agreement, Box, Plan, Roster, Survivors
+from aggregation.session import COORDINATOR, Peer, Session, context_of
+from aggregation.spec import SessionSpec
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+# A private key to try public ones with; its value does not matter, any rejects points of small order.
+_PROBE = bytes(range(32))
+
+
+def members(root: Root, certificates: Sequence[bytes], at: "datetime | None") -> dict[str, PublicKey]:
+    """The devices of a cohort by id, in ascending order, each certified and each once.
+
+    Raises:
+        ProtocolError: A certificate is not the authority's, or an id or key is repeated or out of order.
+    """
+    try:
+        pairs = [root.verify(der, at) for der in certificates]
+    except TrustError as error:
+        raise ProtocolError(str(error)) from None
+    if any(left[0] >= right[0] for left, right in itertools.pairwise(pairs)):
+        raise ProtocolError("cohort has a device twice, or is out of order")
+    if len({key.raw for _, key in pairs}) != len(pairs):
+        raise ProtocolError("two devices of the cohort share an identity key")
+    return dict(pairs)
+
+
+def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes) -> Advert:
+    """The advert of ``device`` for the offer with digest ``offer``.
+
+    Raises:
+        ProtocolError: Not signed by ``device``, for another offer, or without one good key for each round.
+    """
+    message = envelope.open_as(Advert, raw, signer, device)
+    if message.offer != offer:
+        raise ProtocolError("advert is for another offer", device)
+    if message.device != device:
+        raise ProtocolError(f"advert is of {message.device}", device)
+    if not len(message.mask_keys) == len(message.commitments) == rounds:
+        raise ProtocolError(f"advert does not have keys for {rounds} rounds", device)
+    for key in (message.box_key, *message.mask_keys):
+        try:
+            masks.agree(_PROBE, key)
+        except ProtocolError as error:
+            raise ProtocolError(str(error), device) from None
+    return message
+
+
+def roster(
+    spec: SessionSpec, offer: bytes, known: Mapping[str, PublicKey], message: Roster
+) -> tuple[Session, dict[str, bytes]]:
+    """The session that a roster makes, and the adverts in it as signed.
+
+    Raises:
+        ProtocolError: For another offer, below the threshold, an advert that is no member's, a device or key
+            twice, or an advert that ``advert`` refuses.
+    """
+    if message.offer != offer:
+        raise ProtocolError("roster is for another offer", COORDINATOR)
+    if len(message.adverts) < max(spec.threshold, spec.minimum_survivors):
+        raise ProtocolError(f"roster of {len(message.adverts)} is too small to end a round", COORDINATOR)
+    signed: dict[str, bytes] = {}
+    peers: dict[str, Peer] = {}
+    for raw in message.adverts:
+        device = _claimed(raw)
+        if device not in known:
+            raise ProtocolError(f"{device} is on the roster but not in the cohort", COORDINATOR)
+        if peers and device <= next(reversed(peers)):
+            raise ProtocolError(f"{device} is on the roster twice, or out of order", COORDINATOR)
+        found = advert(offer, spec.rounds, known[device], device, raw)
+        signed[device] = raw
+        peers[device] = Peer(device, len(peers) + 1, known[device], found.box_key, found.mask_keys, found.commitments)
+    keys = [key for peer in peers.values() for key in (peer.box_key, *peer.mask_keys)]
+    if len(set(keys)) != len(keys):
+        raise ProtocolError("a key is on the roster twice", COORDINATOR)
+    return Session(spec, offer, context_of(offer, message.digest()), peers), signed
+
+
+def _claimed(raw: bytes) -> str:
+    """Whose advert it says it is; ``advert`` then demands that device's signature."""
+    return Advert.decode(envelope.unverified_body(raw)).device
+
+
+def boxes(session: Session, me: str, given: Mapping[str, Box]) -> None:
+    """The boxes that a device gets: from neighbours only, and with my own shares enough for a round.
+
+    Raises:
+        ProtocolError: Otherwise.
+    """
+    strangers = set(given) - set(session.neighbours(me, session.peers))
+    if strangers:
+        raise ProtocolError(f"shares of {min(strangers)}, who is no neighbour", COORDINATOR)
+    large_enough(session.spec, len(given) + 1, "devices that shared their secrets")
+
+
+def plan(session: Session, me: str, dealers: Collection[str], last_round: int, message: Plan) -> None:
+    """A plan that a device may act on. ``dealers``: those whose shares it has.
+
+    Raises:
+        ProtocolError: Otherwise.
+    """
+    if message.context != session.context:
+        raise ProtocolError("plan is for another session", COORDINATOR)
+    if not last_round < message.round <= session.spec.rounds:
+        raise ProtocolError(f"round {message.round} is over, or beyond the session", COORDINATOR)
+    if not ascending(message.members):
+        raise ProtocolError("plan has a member twice, or out of order", COORDINATOR)
+    if me not in message.members:
+        raise ProtocolError("plan does not include this device", COORDINATOR)
+    strangers = set(message.members) - set(session.peers)
+    without = set(session.neighbours(me, message.members)) - set(dealers)
+    if strangers or without:
+        raise ProtocolError(f"{min(strangers | without)} is in the plan but shared no secrets", COORDINATOR)
+    large_enough(session.spec, len(message.members), "members of the plan")
+
+
+def survivors(session: Session, current: Plan, me: str, vector: bytes, message: Survivors) -> None:
+    """A survivor set that a device may open. ``vector``: digest of its own masked vector.
+
+    Raises:
+        ProtocolError: Otherwise.
+    """
+    if message.plan != current.digest():
+        raise ProtocolError("survivor set is for another plan", COORDINATOR)
+    if not set(message.vectors) <= set(current.members):
+        raise ProtocolError("a survivor was not in the plan", COORDINATOR)
+    if message.vectors.get(me) != vector:
+        raise ProtocolError("survivor set does not have this device with its own vector", COORDINATOR)
+    large_enough(session.spec, len(message.vectors), "survivors")
+
+
+def owed(session: Session, current: Plan, me: str, message: Survivors) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Whose seed and whose mask key a device opens: survivors and dropped, never one device in both."""
+    near = (me, *session.neighbours(me, current.members))
+    return (
+        tuple(sorted(device for device in near if device in message.vectors)),
+        tuple(sorted(device for device in near if device not in message.vectors)),
+    )
+
+
+def agreements(session: Session, message: Survivors, signatures: Mapping[str, bytes]) -> None:
+    """``threshold`` survivors or more signed this very set.
+
+    Raises:
+        ProtocolError: Fewer, one that is no survivor, or a signature that is not valid.
+    """
+    if len(signatures) < session.spec.threshold:
+        raise ProtocolError(f"{len(signatures)} agreements are below the threshold", COORDINATOR)
+    digest = message.digest()
+    for device, signature in signatures.items():
+        if device not in message.vectors:
+            raise ProtocolError(f"{device} agreed but is no survivor", COORDINATOR)
+        body = Agreement(digest, device).encode()
+        envelope.verify(session.peers[device].identity, Agreement.TAG, body, signature)
+
+
+def large_enough(spec: SessionSpec, count: int, what: str) -> None:
+    """Return if ``count`` is neither below the threshold nor below the minimum of survivors.
+
+    Raises:
+        ProtocolError: It is.
+    """
+    least = max(spec.threshold, spec.minimum_survivors)
+    if count < least:
+        raise ProtocolError(f"{count} {what}, {least} are needed", COORDINATOR)
+
+
+def ascending(devices: Iterable[str]) -> bool:
+    """Whether each is after the one before it."""
+    return all(left < right for left, right in itertools.pairwise(devices))

@@ -1,0 +1,124 @@
+"""Signed messages: tag, version, body, signature. What every step begins by opening.
+
+A body counts only for the tag that its signer gave it. Opening is bounded: a message over its type's limit is
+refused before a byte of it is copied.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TypeVar
+
+from aggregation import wire
+from aggregation.errors import ProtocolError, TrustError
+from aggregation.identity import SIGNATURE, IdentityKey, PublicKey
+from aggregation.messages import MaskedInput, Message
+from aggregation.wire import Codec
+
+M = TypeVar("M", bound=Message)
+VERSION = 1
+OVERHEAD = 128  # bytes: more than magic, version, tag, lengths and signature take
+MAX_MESSAGE = 2**29  # bytes of a body
+_MAGIC = b"EA"
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A message as it travels."""
+
+    magic: bytes
+    version: int
+    tag: str
+    body: bytes
+    signature: bytes
+
+
+_ENVELOPE: Codec[Envelope] = wire.record(
+    Envelope,
+    {
+        "magic": wire.fixed(len(_MAGIC)),
+        "version": wire.uint(8),
+        "tag": wire.text(r"[a-z-]{1,32}"),
+        "body": wire.blob(MAX_MESSAGE),
+        "signature": wire.fixed(SIGNATURE),
+    },
+)
+
+
+def seal(key: IdentityKey, message: Message) -> bytes:
+    """Sign ``message`` and write it as it travels."""
+    body = message.encode()
+    return _ENVELOPE.encode(Envelope(_MAGIC, VERSION, message.TAG, body, key.sign(message.TAG, body)))
+
+
+def open_as(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
+    """Return the message of type ``kind`` that ``signer`` signed.
+
+    Args:
+        kind: What is expected at this step.
+        raw: As received.
+        signer: Whose signature must be on it.
+        peer: Name of the signer in errors.
+
+    Raises:
+        ProtocolError: Too large, not canonical, of another type or version, or not signed by ``signer``.
+    """
+    try:
+        if len(raw) > kind.LIMIT + OVERHEAD:
+            raise ProtocolError(f"{kind.TAG} of {len(raw)} bytes is over the limit of {kind.LIMIT}")
+        envelope = _ENVELOPE.decode(raw)
+        if (envelope.magic, envelope.version) != (_MAGIC, VERSION):
+            raise ProtocolError(f"not a message of protocol version {VERSION}")
+        if envelope.tag != kind.TAG:
+            raise ProtocolError(f"{envelope.tag} came where {kind.TAG} belongs")
+        verify(signer, kind.TAG, envelope.body, envelope.signature)
+        return kind.decode(envelope.body)
+    except ProtocolError as error:
+        raise error if error.peer else ProtocolError(str(error), peer) from None
+
+
+def unverified_body(raw: bytes) -> bytes:
+    """The body of a message whose signer is not known yet. Only to find out whom to verify it with.
+
+    Raises:
+        ProtocolError: Not a message.
+    """
+    return _ENVELOPE.decode(raw).body
+
+
+def signature(raw: bytes) -> bytes:
+    """The signature on a message that was opened before."""
+    return raw[-SIGNATURE:]
+
+
+def verify(signer: PublicKey, tag: str, body: bytes, signature: bytes) -> None:
+    """Return if ``signer`` signed ``body`` under ``tag``.
+
+    Raises:
+        ProtocolError: It did not.
+    """
+    try:
+        signer.verify(tag, body, signature)
+    except TrustError as error:
+        raise ProtocolError(str(error)) from None
+
+
+def seal_vector(key: IdentityKey, header: MaskedInput, packed: bytes) -> bytes:
+    """A masked input as it travels: length of the signed header, header, vector."""
+    signed = seal(key, header)
+    return b"".join((len(signed).to_bytes(4, "big"), signed, packed))
+
+
+def open_vector(raw: bytes, size: int, signer: PublicKey, peer: str) -> tuple[MaskedInput, memoryview]:
+    """Return header and packed vector of ``size`` bytes, the one bound to the other; the vector is not copied.
+
+    Raises:
+        ProtocolError: As in ``open_as``, another size, or a vector that is not the one signed.
+    """
+    start = 4 + int.from_bytes(raw[:4], "big")
+    if len(raw) != start + size or start > 4 + MaskedInput.LIMIT + OVERHEAD:
+        raise ProtocolError(f"masked input of {len(raw)} bytes does not hold a header and {size} bytes", peer)
+    header = open_as(MaskedInput, raw[4:start], signer, peer)
+    packed = memoryview(raw)[start:]
+    if hashlib.sha256(packed).digest() != header.vector:
+        raise ProtocolError("vector is not the one that was signed", peer)
+    return header, packed

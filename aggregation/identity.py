@@ -1,0 +1,123 @@
+"""Ed25519 identities: who signed a body, and for what purpose.
+
+Every signature covers a tag beside the body, so bytes signed for one purpose can never pass for another
+(RFC 8032 gives the signature; the framing below is this project's). Which keys are trusted is not decided here.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from aggregation.entropy import Entropy
+from aggregation.errors import ConfigError, TrustError
+
+SIGNATURE = 64  # bytes
+KEY = 32  # bytes, public or private
+_FRAME = b"edgeadapt/1\x00"
+
+
+def _framed(tag: str, body: bytes) -> bytes:
+    raw = tag.encode("ascii")
+    if not 0 < len(raw) < 256:
+        raise ConfigError(f"signature tag {tag[:40]!r} must have 1 to 255 characters")
+    return _FRAME + bytes([len(raw)]) + raw + body
+
+
+@dataclass(frozen=True, slots=True)
+class PublicKey:
+    """The public half of an identity: 32 raw bytes (RFC 8032, section 5.1.5)."""
+
+    raw: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.raw) != KEY:
+            raise TrustError(f"an Ed25519 public key has {KEY} bytes, not {len(self.raw)}")
+
+    @property
+    def key_id(self) -> str:
+        """Sixteen hex characters for logs and file names. A name, not a proof."""
+        return hashlib.sha256(self.raw).hexdigest()[:16]
+
+    def verify(self, tag: str, body: bytes, signature: bytes) -> None:
+        """Return if this key signed ``body`` for ``tag``.
+
+        Raises:
+            TrustError: It did not.
+        """
+        try:
+            Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, _framed(tag, body))
+        except (InvalidSignature, ValueError):
+            raise TrustError(f"signature of {self.key_id} on {tag!r} is not valid") from None
+
+    def to_pem(self) -> bytes:
+        """SubjectPublicKeyInfo in PEM."""
+        return Ed25519PublicKey.from_public_bytes(self.raw).public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> "PublicKey":
+        """Read what ``to_pem`` wrote.
+
+        Raises:
+            TrustError: Not the PEM of an Ed25519 public key.
+        """
+        try:
+            key = serialization.load_pem_public_key(pem)
+        except (ValueError, UnsupportedAlgorithm):
+            raise TrustError("not a public key in PEM form") from None
+        if not isinstance(key, Ed25519PublicKey):
+            raise TrustError(f"an Ed25519 public key is needed, not {type(key).__name__}")
+        return cls(key.public_bytes_raw())
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityKey:
+    """The private half. Its bytes appear in no ``repr``, and so in no log and no traceback."""
+
+    raw: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.raw) != KEY:
+            raise TrustError(f"an Ed25519 private key has {KEY} bytes, not {len(self.raw)}")
+
+    @classmethod
+    def generate(cls, entropy: Entropy) -> "IdentityKey":
+        """Make a new identity from 32 bytes of ``entropy``."""
+        return cls(entropy.bytes(KEY))
+
+    @property
+    def public(self) -> PublicKey:
+        """The half that others may know."""
+        return PublicKey(self._key().public_key().public_bytes_raw())
+
+    def sign(self, tag: str, body: bytes) -> bytes:
+        """Sign ``body`` for the purpose ``tag``: 64 bytes, the same for the same input."""
+        return self._key().sign(_framed(tag, body))
+
+    def to_pem(self) -> bytes:
+        """PKCS #8 in PEM, not encrypted: write it only where nobody else can read."""
+        return self._key().private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> "IdentityKey":
+        """Read what ``to_pem`` wrote.
+
+        Raises:
+            TrustError: Not the PEM of an Ed25519 private key.
+        """
+        try:
+            key = serialization.load_pem_private_key(pem, password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            raise TrustError("not an unencrypted private key in PEM form") from None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise TrustError(f"an Ed25519 private key is needed, not {type(key).__name__}")
+        return cls(key.private_bytes_raw())
+
+    def _key(self) -> Ed25519PrivateKey:
+        return Ed25519PrivateKey.from_private_bytes(self.raw)

@@ -1,0 +1,102 @@
+"""Masks: what keys they come from, and their expansion into the ring, added in place.
+
+A pair's mask key is HKDF-SHA256 (RFC 5869) of X25519 (RFC 7748) bound to the session, the plan and the pair; a
+self-mask key is HKDF-SHA256 of the seed bound to the same. The plan in the key means that devices shown
+different plans get masks that do not cancel. A key opens one AES-256-CTR stream, which is read as ring elements
+in little-endian order, so every element is uniform over the ring.
+
+Expansion allocates nothing but one block: keystreams go into it one after another while a block of the vector
+stays in the cache.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from aggregation.errors import ProtocolError
+from aggregation.ring import Ring
+
+KEY = 32  # bytes: 256 bits, of every key and seed
+BLOCK = 2**19  # bytes: vector block, keystream and zeros fit a second-level cache of 2 MiB
+BATCH = 1024  # masks: bounds the memory of open streams, whatever the cohort
+_ZEROS = bytes(BLOCK)
+_PAIR, _SELF = b"edgeadapt/pair-mask/1", b"edgeadapt/self-mask/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """One mask on a vector: the key of its stream, and whether it is added or subtracted."""
+
+    key: bytes = field(repr=False)
+    add: bool
+
+
+def public_key(private: bytes) -> bytes:
+    """The X25519 public key of 32 private bytes."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def agree(private: bytes, public: bytes) -> bytes:
+    """The X25519 secret of two parties. Never use it but through ``derive``.
+
+    Raises:
+        ProtocolError: ``public`` is a point of small order, for which the secret is no secret.
+    """
+    try:
+        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        raise ProtocolError("an X25519 key is of small order or of the wrong length") from None
+
+
+def derive(secret: bytes, *bound: bytes) -> bytes:
+    """HKDF-SHA256 of ``secret`` bound to ``bound``, each with its length before it: 32 bytes."""
+    info = b"".join(len(part).to_bytes(4, "big") + part for part in bound)
+    return HKDF(algorithm=hashes.SHA256(), length=KEY, salt=None, info=info).derive(secret)
+
+
+def pair_key(private: bytes, public: bytes, context: bytes, plan: bytes, pair: tuple[str, str]) -> bytes:
+    """The key that two devices share for one plan; the same whichever of them computes it."""
+    low, high = sorted(pair)
+    return derive(agree(private, public), _PAIR, context, plan, low.encode(), high.encode())
+
+
+def self_key(seed: bytes, context: bytes, plan: bytes, device: str) -> bytes:
+    """The key of a device's own mask for one plan."""
+    return derive(seed, _SELF, context, plan, device.encode())
+
+
+def apply(vector: Ring, masks: Iterable[Mask]) -> None:
+    """Add or subtract ``masks`` on ``vector`` in place, wrapping.
+
+    Args:
+        vector: Shape ``(n,)``, contiguous ``uint32`` or ``uint64``.
+        masks: In any order: the result is the same.
+    """
+    waiting = iter(masks)
+    while batch := list(itertools.islice(waiting, BATCH)):
+        _apply(vector, batch)
+
+
+def _apply(vector: Ring, masks: Sequence[Mask]) -> None:
+    streams = [(Cipher(algorithms.AES(mask.key), modes.CTR(bytes(16))).encryptor(), mask.add) for mask in masks]
+    buffer = memoryview(bytearray(BLOCK))
+    keystream: Ring = np.frombuffer(buffer, np.uint8).view(vector.dtype)
+    zeros = memoryview(_ZEROS)
+    for start in range(0, vector.size, keystream.size):
+        block = vector[start : start + keystream.size]
+        for stream, add in streams:
+            stream.update_into(zeros[: block.nbytes], buffer[: block.nbytes])
+            (np.add if add else np.subtract)(block, keystream[: block.size], out=block)
+
+
+def expand(key: bytes, size: int, dtype: np.dtype[np.uint32] | np.dtype[np.uint64]) -> Ring:
+    """The mask of ``key`` itself: shape ``(size,)``. For tests and auditors; masking uses ``apply``."""
+    vector: Ring = np.zeros(size, dtype)
+    apply(vector, [Mask(key, add=True)])
+    return vector

@@ -1,0 +1,79 @@
+"""Opening a round's secrets from the shares that devices sent, and naming who sent a wrong one.
+
+A secret counts only if it matches what its owner published in its advert: the seed its commitment, the mask key
+its public key. So a wrong share can cost a round but never make a wrong sum. Only where the first ``t`` shares
+fail are the dealer's digests of the shares looked at: a share that is not the one dealt is its holder's fault;
+shares that are as dealt and do not open the secret are the dealer's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aggregation import boxes, masks, shamir
+from aggregation.messages import Box, Opening, Plan
+from aggregation.session import Session, commitment
+
+
+@dataclass(slots=True)
+class Recovery:
+    """One round's openings.
+
+    Args:
+        session: The public side.
+        plan: Of the round.
+        dealt: Dealer → holder → box, as the dealers signed them.
+        openings: Holder → its answer.
+        blamed: Filled as wrong shares are found.
+    """
+
+    session: Session
+    plan: Plan
+    dealt: Mapping[str, Mapping[str, Box]]
+    openings: Mapping[str, Opening]
+    blamed: set[str] = field(default_factory=set)
+    _coefficients: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
+
+    def seed(self, dealer: str) -> bytes | None:
+        """The self-mask seed of a survivor, or nothing where too few good shares are left."""
+        shares = {holder: opening.seeds[dealer] for holder, opening in self.openings.items() if dealer in opening.seeds}
+        expected = self.session.peers[dealer].commitments[self.plan.round - 1]
+        return self._open(
+            dealer, 0, shares, lambda seed: commitment(seed, self.session.offer, dealer, self.plan.round) == expected
+        )
+
+    def mask_key(self, dealer: str) -> bytes | None:
+        """The mask key of a device that dropped, or nothing where too few good shares are left."""
+        shares = {holder: opening.keys[dealer] for holder, opening in self.openings.items() if dealer in opening.keys}
+        expected = self.session.peers[dealer].mask_keys[self.plan.round - 1]
+        return self._open(dealer, 1, shares, lambda key: masks.public_key(key) == expected)
+
+    def _open(
+        self, dealer: str, kind: int, shares: Mapping[str, bytes], right: Callable[[bytes], bool]
+    ) -> bytes | None:
+        t = self.session.spec.threshold
+        if len(shares) < t:
+            return None
+        secret = self._combine(list(shares)[:t], shares)
+        if secret is not None and right(secret):
+            return secret
+        good = self._as_dealt(dealer, kind, shares)
+        for start in range(len(good) if len(good) >= t else 0):
+            secret = self._combine([good[(start + i) % len(good)] for i in range(t)], shares)
+            if secret is not None and right(secret):
+                return secret
+            self.blamed.add(dealer)  # enough shares just as it dealt them, and they do not open its secret
+        return None
+
+    def _as_dealt(self, dealer: str, kind: int, shares: Mapping[str, bytes]) -> list[str]:
+        """Holders whose share is the one dealt to them; the others are blamed. The dealer's own share comes last."""
+        index = 2 * (self.plan.round - 1) + kind
+        dealt = {holder: box.digests[index] for holder, box in self.dealt[dealer].items()}
+        wrong = {holder for holder in shares if holder != dealer and boxes.digest(shares[holder]) != dealt[holder]}
+        self.blamed |= wrong
+        return sorted(set(shares) - wrong - {dealer}) + [dealer] * (dealer in shares)
+
+    def _combine(self, holders: Sequence[str], shares: Mapping[str, bytes]) -> bytes | None:
+        points = tuple(self.session.positions(holders))
+        if points not in self._coefficients:
+            self._coefficients[points] = shamir.lagrange(points)
+        return shamir.combine(self._coefficients[points], [shares[holder] for holder in holders])

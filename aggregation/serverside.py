@@ -1,0 +1,426 @@
+"""The coordinator's side of the protocol: one frozen type a state, whose methods are the legal steps.
+
+    open_session → Offering → Sharing → Established → Collecting → Confirming → Unmasking → Established …
+                                                      Collecting ─────────────→ Unmasking     (honest-but-curious)
+
+``on_…`` takes one device's answer and returns the next state; a bad answer raises ``ProtocolError`` with the
+peer's name, leaves the state as it was, and whoever drives the round counts that peer as lost. ``close`` ends a
+step with whoever answered: time is the caller's. Where too few are left it returns ``RoundAborted``, with the
+session for the next round. A round ends with the sum of its survivors or without one, never with another sum.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregation import boxes, checks, envelope, masks, ring
+from aggregation.certificates import Root
+from aggregation.entropy import Entropy
+from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.identity import IdentityKey, PublicKey
+from aggregation.masks import Mask
+from aggregation.messages import (
+    Agreement,
+    Assignment,
+    Box,
+    Offer,
+    Opening,
+    Plan,
+    Roster,
+    Shares,
+    Survivors,
+    Unmask,
+)
+from aggregation.once import Once
+from aggregation.recovery import Recovery
+from aggregation.ring import Ring
+from aggregation.session import Session
+from aggregation.spec import Adversary, SessionSpec
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+
+class AbortReason(Enum):
+    """Why a round ended without a sum."""
+
+    TOO_FEW = "too-few"  # devices left, at any step
+    UNRECOVERABLE = "unrecoverable"  # wrong shares, and too few good ones left
+    OUT_OF_RANGE = "out-of-range"  # a sum that honest survivors cannot have
+    SESSION_OVER = "session-over"  # no round left in the session
+
+
+@dataclass(frozen=True, slots=True)
+class RoundAborted:
+    """A round that revealed nothing. ``session`` is where the next round begins; none before a session stands."""
+
+    reason: AbortReason
+    detail: str
+    session: "Established | None"
+    blamed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """A round's sum.
+
+    Args:
+        round: Its number in the session, from 1.
+        values: Segment name → sum over the survivors, shape ``(segment.size,)``.
+        survivors: Whose contributions are in the sum.
+        dropped: Who was in the plan and is not in the sum.
+        blamed: Who sent or dealt a share that was found to be wrong.
+    """
+
+    round: int
+    values: dict[str, NDArray[np.float64]]
+    survivors: tuple[str, ...]
+    dropped: tuple[str, ...]
+    blamed: tuple[str, ...]
+
+
+def open_session(
+    key: IdentityKey,
+    root: Root,
+    spec: SessionSpec,
+    certificates: Mapping[str, bytes],
+    entropy: Entropy,
+    at: "datetime | None" = None,
+) -> tuple["Offering", bytes]:
+    """Offer a session to a cohort: step 1.
+
+    Args:
+        key: The coordinator's.
+        root: The pinned authority.
+        spec: Parameters; its degree must be the cohort less one.
+        certificates: Device id → DER.
+        entropy: Draws the session's id.
+        at: The time at which certificates must be valid.
+
+    Raises:
+        ProtocolError: A certificate is not the authority's, or not of the device it is filed under.
+        ConfigError: The spec does not fit a cohort of this size.
+    """
+    offer = Offer(entropy.bytes(32), spec, tuple(der for _, der in sorted(certificates.items())))
+    cohort = checks.members(root, offer.certificates, at)
+    if list(cohort) != sorted(certificates):
+        raise ProtocolError("a certificate is not of the device that it is filed under")
+    if spec.degree != len(cohort) - 1:
+        raise ConfigError(f"degree {spec.degree} with {len(cohort)} devices: only the complete graph is built")
+    return Offering(key, spec, offer.digest(), cohort), envelope.seal(key, offer)
+
+
+def _signer(known: Mapping[str, PublicKey], peer: str, seen: Collection[str], what: str) -> PublicKey:
+    """The key of a peer that may answer now and has not yet."""
+    if peer not in known:
+        raise ProtocolError(f"{what} from a device that was not asked", peer)
+    if peer in seen:
+        raise ProtocolError(f"second {what}", peer)
+    return known[peer]
+
+
+def _too_few(spec: SessionSpec, count: int, what: str, session: "Established | None") -> RoundAborted | None:
+    try:
+        checks.large_enough(spec, count, what)
+    except ProtocolError as error:
+        return RoundAborted(AbortReason.TOO_FEW, str(error), session)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Offering:
+    """The offer is out; adverts come in."""
+
+    key: IdentityKey
+    spec: SessionSpec
+    offer: bytes
+    cohort: Mapping[str, PublicKey]
+    adverts: Mapping[str, bytes] = field(default_factory=dict)
+
+    def on_advert(self, peer: str, body: bytes) -> "Offering":
+        """Take one device's advert: step 2.
+
+        Raises:
+            ProtocolError: Not its signed advert for this offer, or its second.
+        """
+        signer = _signer(self.cohort, peer, self.adverts, "advert")
+        checks.advert(self.offer, self.spec.rounds, signer, peer, body)
+        return replace(self, adverts={**self.adverts, peer: body})
+
+    def close(self) -> "tuple[Sharing, bytes] | RoundAborted":
+        """End step 2; the bytes are the roster, for everyone on it."""
+        aborted = _too_few(self.spec, len(self.adverts), "adverts", None)
+        if aborted:
+            return aborted
+        roster = Roster(self.offer, tuple(raw for _, raw in sorted(self.adverts.items())))
+        try:
+            session, _ = checks.roster(self.spec, self.offer, self.cohort, roster)
+        except ProtocolError as error:  # two devices sent the same key: one of them copies
+            return RoundAborted(AbortReason.TOO_FEW, str(error), None)
+        return Sharing(self.key, session), envelope.seal(self.key, roster)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """The roster is out; share boxes come in."""
+
+    key: IdentityKey
+    session: Session
+    dealt: Mapping[str, Mapping[str, Box]] = field(default_factory=dict)
+
+    def on_shares(self, peer: str, body: bytes) -> "Sharing":
+        """Take one device's boxes: step 4.
+
+        Raises:
+            ProtocolError: Not its signed boxes of this session, one box for each neighbour.
+        """
+        signer = _signer(_identities(self.session), peer, self.dealt, "shares")
+        message = envelope.open_as(Shares, body, signer, peer)
+        if (message.context, message.device) != (self.session.context, peer):
+            raise ProtocolError("shares are of another session or device", peer)
+        if set(message.boxes) != set(self.session.neighbours(peer, self.session.peers)):
+            raise ProtocolError("shares are not for exactly its neighbours", peer)
+        if not all(boxes.fits(box, self.session.spec.rounds) for box in message.boxes.values()):
+            raise ProtocolError("a box has not the size of one", peer)
+        return replace(self, dealt={**self.dealt, peer: message.boxes})
+
+    def close(self) -> "Established | RoundAborted":
+        """End step 4. Who sent no shares is in no round of this session."""
+        aborted = _too_few(self.session.spec, len(self.dealt), "devices that sent shares", None)
+        return aborted or Established(self.key, self.session, self.dealt)
+
+
+def _identities(session: Session) -> dict[str, PublicKey]:
+    return {device: peer.identity for device, peer in session.peers.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """A session between rounds.
+
+    Args:
+        key: The coordinator's.
+        session: The public side.
+        dealt: Dealer → holder → box.
+        last_round: The last round begun.
+        delivered: Devices known to have their boxes.
+    """
+
+    key: IdentityKey
+    session: Session
+    dealt: Mapping[str, Mapping[str, Box]]
+    last_round: int = 0
+    delivered: frozenset[str] = frozenset()
+
+    @property
+    def rounds_left(self) -> int:
+        """Rounds that may still begin."""
+        return self.session.spec.rounds - self.last_round
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Who may take part, in ascending order."""
+        return tuple(sorted(self.dealt))
+
+    def plan(
+        self, *, adapter_version: int, adapter_digest: str, training: bytes, cohort: Collection[str] | None
+    ) -> "tuple[Collecting, dict[str, bytes]] | RoundAborted":
+        """Begin a round: step 5.
+
+        Args:
+            adapter_version: Number of the adapter that training starts from.
+            adapter_digest: Its SHA-256, in hex.
+            training: Settings for the trainer, opaque here.
+            cohort: Who takes part, of ``devices``; everyone where none.
+
+        Returns:
+            The next state, and what to send to each member.
+        """
+        if not self.rounds_left:
+            return RoundAborted(AbortReason.SESSION_OVER, "the session has no round left: open a new one", self)
+        members = tuple(device for device in self.devices if cohort is None or device in cohort)
+        aborted = _too_few(self.session.spec, len(members), "members of the plan", self)
+        if aborted:
+            return aborted
+        begun = replace(self, last_round=self.last_round + 1)
+        plan = Plan(self.session.context, begun.last_round, members, adapter_version, adapter_digest, training)
+        out = {device: self._assignment(plan, device) for device in members}
+        vector = self.session.spec.vector
+        return Collecting(begun, plan, ring.zeros(vector.size, vector.ring_bits)), out
+
+    def _assignment(self, plan: Plan, device: str) -> bytes:
+        dealers = () if device in self.delivered else self.session.neighbours(device, self.devices)
+        return envelope.seal(self.key, Assignment(plan, {dealer: self.dealt[dealer][device] for dealer in dealers}))
+
+
+@dataclass(frozen=True, slots=True)
+class Collecting:
+    """The plan is out; masked inputs come in and are added up as they come, so that none is kept.
+
+    ``total`` is one buffer that moves on with the state: a state that was moved on from refuses further inputs.
+    """
+
+    established: Established
+    plan: Plan
+    total: Ring = field(repr=False, compare=False)
+    vectors: Mapping[str, bytes] = field(default_factory=dict)
+    once: Once = field(default_factory=Once, repr=False, compare=False)
+
+    def on_masked_input(self, peer: str, body: bytes) -> "Collecting":
+        """Take one device's masked vector: step 6.
+
+        Raises:
+            ProtocolError: Not its signed vector for this plan, of another size, or its second.
+        """
+        session = self.established.session
+        known = {device: session.peers[device].identity for device in self.plan.members}
+        signer = _signer(known, peer, self.vectors, "masked input")
+        size, bits = session.spec.vector.size, session.spec.vector.ring_bits
+        header, packed = envelope.open_vector(body, ring.packed_size(size, bits), signer, peer)
+        if (header.plan, header.device) != (self.plan.digest(), peer):
+            raise ProtocolError("masked input is for another plan or of another device", peer)
+        try:
+            vector = ring.unpack(packed, size, bits)
+        except ProtocolError as error:
+            raise ProtocolError(str(error), peer) from None
+        self.once.take("next state")
+        np.add(self.total, vector, out=self.total)
+        return replace(self, vectors={**self.vectors, peer: header.vector}, once=Once())
+
+    def close(self) -> "tuple[Confirming | Unmasking, dict[str, bytes]] | RoundAborted":
+        """End step 6: who answered are the survivors. The bytes go to each of them."""
+        aborted = _too_few(self.established.session.spec, len(self.vectors), "masked inputs", self.established)
+        if aborted:
+            return aborted
+        self.once.take("end of the step")
+        # A masked input proves that its sender has its boxes.
+        proven = replace(self.established, delivered=self.established.delivered | set(self.vectors))
+        opened = _Opened(proven, self.plan, Survivors(self.plan.digest(), self.vectors), self.total)
+        if proven.session.spec.adversary is Adversary.HONEST_BUT_CURIOUS:
+            return Unmasking(opened, tuple(sorted(self.vectors))), opened.unmask({}, self.vectors)
+        body = envelope.seal(proven.key, opened.survivors)
+        return Confirming(opened), dict.fromkeys(sorted(self.vectors), body)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What stays the same from the survivor set to the sum."""
+
+    established: Established
+    plan: Plan
+    survivors: Survivors
+    total: Ring = field(repr=False, compare=False)
+
+    @property
+    def session(self) -> Session:
+        return self.established.session
+
+    def signer(self, peer: str, seen: Collection[str], what: str) -> PublicKey:
+        known = {device: self.session.peers[device].identity for device in self.survivors.vectors}
+        return _signer(known, peer, seen, what)
+
+    def unmask(self, signatures: Mapping[str, bytes], devices: Collection[str]) -> dict[str, bytes]:
+        body = envelope.seal(self.established.key, Unmask(self.survivors, signatures))
+        return dict.fromkeys(sorted(devices), body)
+
+    def aborted(self, reason: AbortReason, detail: str, blamed: Collection[str] = ()) -> RoundAborted:
+        return RoundAborted(reason, detail, self.established, tuple(sorted(blamed)))
+
+
+@dataclass(frozen=True, slots=True)
+class Confirming:
+    """The survivor set is out; agreements come in."""
+
+    opened: _Opened
+    agreements: Mapping[str, bytes] = field(default_factory=dict)
+
+    def on_signature(self, peer: str, body: bytes) -> "Confirming":
+        """Take one survivor's agreement: step 7.
+
+        Raises:
+            ProtocolError: Not its signature on this survivor set, or its second.
+        """
+        signer = self.opened.signer(peer, self.agreements, "agreement")
+        message = envelope.open_as(Agreement, body, signer, peer)
+        if message != Agreement(self.opened.survivors.digest(), peer):
+            raise ProtocolError("agreement is on another survivor set or of another device", peer)
+        return replace(self, agreements={**self.agreements, peer: envelope.signature(body)})
+
+    def close(self) -> "tuple[Unmasking, dict[str, bytes]] | RoundAborted":
+        """End step 7. The bytes, with ``threshold`` agreements, go to each survivor that agreed."""
+        threshold, count = self.opened.session.spec.threshold, len(self.agreements)
+        if count < threshold:
+            return self.opened.aborted(AbortReason.TOO_FEW, f"{count} agreements, {threshold} are needed")
+        enough = dict(sorted(self.agreements.items())[:threshold])
+        asked = tuple(sorted(self.agreements))
+        return Unmasking(self.opened, asked), self.opened.unmask(enough, asked)
+
+
+@dataclass(frozen=True, slots=True)
+class Unmasking:
+    """The unmask request is out; openings come in. ``asked``: who may answer."""
+
+    opened: _Opened
+    asked: tuple[str, ...]
+    openings: Mapping[str, Opening] = field(default_factory=dict)
+    once: Once = field(default_factory=Once, repr=False, compare=False)
+
+    def on_unmask(self, peer: str, body: bytes) -> "Unmasking":
+        """Take one survivor's shares: step 8.
+
+        Raises:
+            ProtocolError: Not its signed opening of this survivor set, its second, or with a share that it does
+                not owe.
+        """
+        signer = self.opened.signer(peer, self.openings, "opening")
+        if peer not in self.asked:
+            raise ProtocolError("opening from a device that was not asked", peer)
+        message = envelope.open_as(Opening, body, signer, peer)
+        if (message.survivors, message.device) != (self.opened.survivors.digest(), peer):
+            raise ProtocolError("opening is of another survivor set or device", peer)
+        alive, dropped = checks.owed(self.opened.session, self.opened.plan, peer, self.opened.survivors)
+        if not (set(message.seeds) <= set(alive) and set(message.keys) <= set(dropped)):
+            raise ProtocolError("opening has a share that it does not owe", peer)
+        return replace(self, openings={**self.openings, peer: message}, once=Once())
+
+    def close(self) -> "tuple[Established, RoundResult] | RoundAborted":
+        """End step 8: open the sum, or nothing."""
+        opened, spec = self.opened, self.opened.session.spec
+        if len(self.openings) < spec.threshold:
+            detail = f"{len(self.openings)} openings, {spec.threshold} are needed"
+            return opened.aborted(AbortReason.TOO_FEW, detail)
+        recovery = Recovery(opened.session, opened.plan, opened.established.dealt, self.openings)
+        survivors = tuple(sorted(opened.survivors.vectors))
+        dropped = tuple(device for device in opened.plan.members if device not in opened.survivors.vectors)
+        seeds = {device: recovery.seed(device) for device in survivors}
+        keys = {device: recovery.mask_key(device) for device in dropped}
+        closed = sorted(device for device, secret in {**seeds, **keys}.items() if secret is None)
+        if closed:
+            detail = f"too few good shares to open {', '.join(closed[:3])}{' …' if closed[3:] else ''}"
+            return opened.aborted(AbortReason.UNRECOVERABLE, detail, recovery.blamed)
+        self.once.take("sum")
+        masks.apply(opened.total, _masks_to_remove(opened, seeds, keys))
+        try:
+            values = spec.vector.decode(opened.total, len(survivors))
+        except DataError as error:
+            return opened.aborted(AbortReason.OUT_OF_RANGE, str(error), recovery.blamed)
+        blamed = tuple(sorted(recovery.blamed))
+        return opened.established, RoundResult(opened.plan.round, values, survivors, dropped, blamed)
+
+
+def _masks_to_remove(
+    opened: _Opened, seeds: Mapping[str, bytes | None], keys: Mapping[str, bytes | None]
+) -> Iterator[Mask]:
+    """Each survivor's self mask, and what survivors share with those who dropped: the opposite of what was added."""
+    session, plan, index = opened.session, opened.plan.digest(), opened.plan.round - 1
+    for device, seed in seeds.items():
+        yield Mask(masks.self_key(seed or b"", session.context, plan, device), add=False)
+    for device, private in keys.items():
+        for survivor in session.neighbours(device, seeds):
+            public = session.peers[survivor].mask_keys[index]
+            key = masks.pair_key(private or b"", public, session.context, plan, (device, survivor))
+            yield Mask(key, add=not survivor < device)

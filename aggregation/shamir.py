@@ -1,0 +1,72 @@
+"""Shamir's secret sharing (1979) of 32-byte secrets over the integers mod p = 2^256 + 297, a prime.
+
+Any ``t`` shares give the secret; fewer say nothing about it. The Lagrange coefficients of a set of holders are
+computed once and serve every secret that the set opens.
+"""
+
+from collections.abc import Sequence
+
+from aggregation.entropy import Entropy
+from aggregation.errors import ConfigError, ProtocolError
+
+PRIME = 2**256 + 297
+SECRET = 32  # bytes
+SHARE = 33  # bytes: a value mod p may need 257 bits
+_DRAW = 48  # bytes: reduced mod p, 384 bits are uniform but for 2^-127
+
+
+def split(secret: bytes, threshold: int, points: Sequence[int], entropy: Entropy) -> list[bytes]:
+    """Share ``secret`` among the holders at ``points``.
+
+    Args:
+        secret: 32 bytes.
+        threshold: Shares that open it, between 1 and ``len(points)``.
+        points: Distinct positive x-coordinates, one a holder.
+        entropy: Draws the polynomial.
+
+    Returns:
+        One share of 33 bytes a point, in the order of ``points``.
+    """
+    if not 1 <= threshold <= len(set(points)) == len(points) or min(points) < 1 or len(secret) != SECRET:
+        raise ConfigError(f"cannot share {len(secret)} bytes among {len(points)} points with threshold {threshold}")
+    drawn = entropy.bytes(_DRAW * (threshold - 1))
+    higher = [int.from_bytes(drawn[i : i + _DRAW], "big") % PRIME for i in range(0, len(drawn), _DRAW)]
+    coefficients = [*higher, int.from_bytes(secret, "big")]
+    return [_evaluate(coefficients, x).to_bytes(SHARE, "big") for x in points]
+
+
+def _evaluate(coefficients: Sequence[int], x: int) -> int:
+    """Horner's rule, highest coefficient first. One reduction at the end: ``x`` is small, so numbers grow slowly."""
+    value = 0
+    for coefficient in coefficients:
+        value = value * x + coefficient
+    return value % PRIME
+
+
+def lagrange(points: Sequence[int], at: int = 0) -> list[int]:
+    """Coefficients by which shares at ``points`` combine into the polynomial's value ``at`` some x.
+
+    Raises:
+        ProtocolError: Two points are the same.
+    """
+    if len(set(points)) != len(points):
+        raise ProtocolError("two shares are of the same holder")
+    coefficients = []
+    for i, x in enumerate(points):
+        above, below = 1, 1
+        for j, other in enumerate(points):
+            if i != j:
+                above = above * (at - other) % PRIME
+                below = below * (x - other) % PRIME
+        coefficients.append(above * pow(below, -1, PRIME) % PRIME)
+    return coefficients
+
+
+def combine(coefficients: Sequence[int], shares: Sequence[bytes]) -> bytes | None:
+    """The secret of ``shares``, or nothing where they are not shares of a 32-byte secret.
+
+    A wrong share gives another value, not an error: the caller compares the secret with its commitment.
+    """
+    pairs = zip(coefficients, shares, strict=True)
+    value = sum(coefficient * int.from_bytes(share, "big") for coefficient, share in pairs) % PRIME
+    return value.to_bytes(SECRET, "big") if value < 1 << 8 * SECRET else None

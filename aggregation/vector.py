@@ -1,0 +1,164 @@
+"""What rides under the mask: named segments of bounded numbers, in fixed point, in one ring.
+
+A ``VectorSpec`` cannot be constructed if ``max_clients`` vectors within their bounds could wrap the ring, and
+``encode`` refuses what is out of bounds. Together they make overflow impossible among honest clients; a client
+that lies can only spoil the sum, and ``decode`` says so where the total is more than the survivors could reach.
+
+Steps are powers of two. That costs at most one bit of resolution and makes arithmetic exact: every multiple of
+the step, and so every integer where ``step <= 1``, is encoded and summed without error.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregation import ring
+from aggregation.errors import ConfigError, DataError
+from aggregation.ring import Ring
+
+Floats = NDArray[np.float64] | NDArray[np.float32]
+MAX_SIZE = 2**27  # elements: half a gigabyte of uint32
+MAX_CLIENTS = 2**20
+MAX_SEGMENTS = 4096
+_SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-100, 2.0**100
+_CHUNK = 2**16  # elements: half a megabyte of float64 stays in the second-level cache
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of elements that share a bound: ``size`` numbers with ``|x| <= bound``, in their own unit."""
+
+    name: str
+    size: int
+    bound: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= MAX_SIZE:
+            raise ConfigError(f"segment {self.name}: size {self.size} is not between 1 and {MAX_SIZE}")
+        if not _SMALLEST_BOUND <= self.bound <= _LARGEST_BOUND:
+            raise ConfigError(f"segment {self.name}: bound {self.bound} is not a positive, moderate number")
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSpec:
+    """Layout and fixed point of a contribution.
+
+    Args:
+        segments: In wire order, names unique.
+        ring_bits: Bits of an element.
+        max_clients: Most contributions in one sum.
+
+    Raises:
+        ConfigError: The ring is too small for so many clients, a name is repeated, or a size is out of range.
+    """
+
+    segments: tuple[Segment, ...]
+    ring_bits: int
+    max_clients: int
+
+    def __post_init__(self) -> None:
+        ring.dtype(self.ring_bits)
+        names = [segment.name for segment in self.segments]
+        if not 1 <= len(names) <= MAX_SEGMENTS or len(set(names)) != len(names):
+            raise ConfigError("a vector needs at least one segment, and every segment its own name")
+        if self.size > MAX_SIZE:
+            raise ConfigError(f"a vector of {self.size} elements is over the limit of {MAX_SIZE}")
+        if not 1 <= self.max_clients <= MAX_CLIENTS:
+            raise ConfigError(f"max_clients {self.max_clients} is not between 1 and {MAX_CLIENTS}")
+        if self.max_steps < 1:
+            raise ConfigError(f"a ring of {self.ring_bits} bits cannot hold a sum of {self.max_clients} clients")
+
+    @property
+    def size(self) -> int:
+        """Elements in all."""
+        return sum(segment.size for segment in self.segments)
+
+    @property
+    def max_steps(self) -> int:
+        """Steps that one client may be away from zero: ``max_clients`` times that is below half the ring."""
+        # 2^52: float64 holds every integer that rounding meets. A finer step than that would be no finer.
+        return min(((1 << (self.ring_bits - 1)) - 1) // self.max_clients, 1 << 52)
+
+    def step(self, segment: Segment) -> float:
+        """The finest power of two for which ``ceil(bound / step) <= max_steps``."""
+        step = math.ldexp(1.0, math.frexp(segment.bound / self.max_steps)[1] - 1)
+        return step if math.ceil(segment.bound / step) <= self.max_steps else 2 * step
+
+    def encode(self, values: Mapping[str, Floats], rng: np.random.Generator) -> Ring:
+        """Round ``values`` to ring steps without bias.
+
+        Args:
+            values: Name → shape ``(segment.size,)``, each ``|x| <= segment.bound``; exactly the spec's names.
+            rng: Rounding coins; not secret.
+
+        Returns:
+            Shape ``(size,)``. Guarantee: the expectation of ``decode`` is ``values``, each error below one step,
+            and multiples of the step are exact.
+
+        Raises:
+            DataError: A segment is missing, unknown, of another shape, not finite or out of its bound.
+        """
+        if set(values) != {segment.name for segment in self.segments}:
+            raise DataError(f"segments {sorted(values)} are not those of the spec")
+        out = ring.zeros(self.size, self.ring_bits)
+        for segment, part in self._parts(out):
+            given = values[segment.name]
+            if given.shape != (segment.size,):
+                raise DataError(f"segment {segment.name} has shape {given.shape}, not ({segment.size},)")
+            for start in range(0, segment.size, _CHUNK):
+                chunk = slice(start, start + _CHUNK)
+                part[chunk] = self._rounded(segment, given[chunk], rng)
+        return out
+
+    def _rounded(self, segment: Segment, given: Floats, rng: np.random.Generator) -> Ring:
+        scaled = given.astype(np.float64)
+        largest = np.abs(scaled).max()
+        if not largest <= segment.bound:  # also true for NaN
+            raise DataError(f"segment {segment.name} has a value of {largest}, its bound is {segment.bound}")
+        scaled *= 1 / self.step(segment)
+        scaled += rng.random(scaled.size)
+        np.floor(scaled, out=scaled)
+        steps = scaled.astype(np.int64).view(np.uint64)
+        steps &= np.uint64(2**self.ring_bits - 1)
+        return steps.astype(ring.dtype(self.ring_bits))
+
+    def decode(self, total: Ring, survivors: int) -> dict[str, NDArray[np.float64]]:
+        """Turn the sum of ``survivors`` contributions back into numbers.
+
+        Args:
+            total: Shape ``(size,)``; only the low ``ring_bits`` bits of an element count.
+            survivors: Contributions in the sum, at most ``max_clients``.
+
+        Returns:
+            Name → shape ``(segment.size,)``: the sums.
+
+        Raises:
+            DataError: More survivors than the spec allows, another shape, or a sum that ``survivors`` clients
+                within their bounds cannot have.
+        """
+        if not 1 <= survivors <= self.max_clients:
+            raise DataError(f"{survivors} survivors are not between 1 and {self.max_clients}")
+        ring.require(total, self.size, self.ring_bits)
+        sums = {}
+        for segment, part in self._parts(total):
+            step = self.step(segment)
+            signed = self._signed(part)
+            reach = survivors * math.ceil(segment.bound / step)
+            if np.any(signed > reach) or np.any(signed < -reach):
+                raise DataError(f"segment {segment.name} is more than {survivors} clients within its bound can sum to")
+            sums[segment.name] = signed.astype(np.float64) * step
+        return sums
+
+    def _signed(self, part: Ring) -> NDArray[np.int64]:
+        shift = np.uint64(64 - self.ring_bits)
+        high = part.astype(np.uint64) << shift  # the ring's top bit becomes the sign
+        return high.view(np.int64) >> np.int64(shift)
+
+    def _parts(self, vector: Ring) -> Iterator[tuple[Segment, Ring]]:
+        start = 0
+        for segment in self.segments:
+            yield segment, vector[start : start + segment.size]
+            start += segment.size
