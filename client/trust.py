@@ -1,0 +1,213 @@
+"""What a device believes: files that a pinned key signed, intact, made for this base, and not older than before.
+
+Rules, in the order in which they are checked:
+
+1. The pinned keys lie outside the bundle: what ships inside never vouches for itself.
+2. The base's card carries a pinned key's signature, and the files of the base have the digests that it names.
+3. An adapter's sidecar carries a pinned key's signature, its own name, and the base's digest.
+4. The adapter file has the size and the digest that the sidecar names, down to the last byte.
+5. Its tensors are finite, fill exactly the slots of the graph, and have the layout, rank and labels of the sidecar.
+6. Its version is not below the highest that this device has accepted under that name for that base.
+
+Nothing is parsed before it is verified, apart from the signed documents themselves (``adapters/signed.py``).
+"""
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import onnxruntime as ort
+
+from adapters.layout import Tensors
+from adapters.manifest import BaseCard, Sidecar
+from adapters.ondevice import check_name, check_slots, layout_of, restore
+from adapters.signed import MAX_DOCUMENT
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.identity import PublicKey
+
+TRUST_FILE = "trust.pem"
+MODEL, TOKENIZER = "model.onnx", "tokenizer.json"
+MAX_KEYS = 2**16  # bytes
+MAX_BASE_FILE = 2**31  # bytes, what protobuf can hold
+PEM_END = b"-----END PUBLIC KEY-----"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedBase:
+    """The base of a bundle, read once and verified; ``files`` are the very bytes that were."""
+
+    card: BaseCard
+    files: dict[str, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedAdapter:
+    """An adapter that may be used on the base it was verified for."""
+
+    sidecar: Sidecar
+    inputs: Tensors = field(repr=False)  # by graph input
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The pinned keys of a device, and the file in which it notes the versions it has accepted."""
+
+    keys: tuple[PublicKey, ...]
+    seen: Path
+
+    @classmethod
+    def open(cls, bundle: Path, pinned: Path | None = None) -> Self:
+        """Read the keys from ``pinned``, or from ``trust.pem`` in the folder that holds the bundle.
+
+        Raises:
+            TrustError: No such file, no public key in it, or it lies inside the bundle.
+        """
+        bundle = bundle.resolve()
+        file = bundle.parent / TRUST_FILE if pinned is None else pinned.resolve()
+        if file.is_relative_to(bundle):
+            raise TrustError(f"{file} lies in the bundle, which cannot vouch for itself; pin the keys elsewhere")
+        if not file.is_file():
+            raise TrustError(f"no pinned keys at {file}: put the vendor's public key there, or name it with --trust")
+        parts = _read(file, MAX_KEYS).split(PEM_END)
+        if parts.pop().strip() or not parts:
+            raise TrustError(f"{file} is not a list of public keys in PEM form")
+        keys = tuple(PublicKey.from_pem(part.strip() + b"\n" + PEM_END + b"\n") for part in parts)
+        return cls(keys, file.with_suffix(".seen.json"))
+
+    def base(self, bundle: Path) -> VerifiedBase:
+        """The base of a bundle (rule 2).
+
+        Raises:
+            TrustError: A file is damaged, altered, or signed by nobody pinned.
+            DataError: A file is missing.
+        """
+        folder = bundle / "base"
+        card = BaseCard.accept(_read(folder / "card.json", MAX_DOCUMENT), self.keys)
+        if sorted(card.files) != [MODEL, TOKENIZER]:
+            raise TrustError(
+                f"{folder / 'card.json'} lists other files than {MODEL} and {TOKENIZER}; get a newer client"
+            )
+        files = {name: _read(folder / name, MAX_BASE_FILE) for name in card.files}
+        for name, digest in card.files.items():
+            if _sha256(files[name]) != digest:
+                raise TrustError(f"{folder / name} is not the file that was signed; fetch the bundle again")
+        return VerifiedBase(card, files)
+
+    def sidecar(self, bundle: Path, name: str) -> Sidecar:
+        """What is said of an adapter (rule 3, without the base). Raises as ``base``, ConfigError for a bad name."""
+        path = bundle / "adapters" / f"{check_name(name)}.json"
+        if not path.is_file():
+            known = ", ".join(adapter_names(bundle)) or "none"
+            raise DataError(f"the bundle has no sidecar for an adapter {name!r}; it has: {known}")
+        sidecar = Sidecar.accept(_read(path, MAX_DOCUMENT), self.keys)
+        if sidecar.name != name:
+            raise TrustError(f"{path} was signed for the adapter {sidecar.name!r}; fetch the bundle again")
+        return sidecar
+
+    def adapter(self, bundle: Path, base: VerifiedBase, name: str) -> VerifiedAdapter:
+        """An adapter for ``base`` (rules 3 to 6). Notes its version.
+
+        Raises:
+            TrustError: Damaged, altered, signed by nobody pinned, for another base, or older than one accepted before.
+            DataError: A file is missing, or its tensors are not finite or do not fit the base.
+            ConfigError: ``name`` cannot be an adapter's.
+        """
+        sidecar = self.sidecar(bundle, name)
+        if sidecar.base_digest != base.card.base_digest:
+            raise TrustError(f"adapter {name!r} was made for another base; fetch one for {base.card.base_digest[:12]}")
+        path = bundle / "adapters" / f"{name}.onnx_adapter"
+        blob = _read(path, sidecar.size)
+        if len(blob) != sidecar.size or _sha256(blob) != sidecar.sha256:
+            raise TrustError(f"{path} is not the file that was signed; fetch the adapter again")
+        self._refuse_older(sidecar)
+        inputs = _tensors(blob, sidecar)
+        _check_claims(inputs, sidecar, base.card)
+        self._note(sidecar)
+        return VerifiedAdapter(sidecar, inputs)
+
+    def _refuse_older(self, sidecar: Sidecar) -> None:
+        highest = self._seen().get(sidecar.base_digest, {}).get(sidecar.name, sidecar.version)
+        if sidecar.version < highest:
+            raise TrustError(
+                f"adapter {sidecar.name!r} is version {sidecar.version}, but version {highest} was accepted "
+                "here before; fetch the current bundle"
+            )
+
+    def _note(self, sidecar: Sidecar) -> None:
+        seen = self._seen()
+        versions = seen.setdefault(sidecar.base_digest, {})
+        if versions.get(sidecar.name, -1) < sidecar.version:
+            versions[sidecar.name] = sidecar.version
+            _replace(self.seen, json.dumps(seen, indent=1, sort_keys=True).encode())
+
+    def _seen(self) -> dict[str, dict[str, int]]:
+        if not self.seen.exists():
+            return {}
+        try:
+            seen = json.loads(_read(self.seen, MAX_DOCUMENT))
+            sound = all(type(version) is int for versions in seen.values() for version in versions.values())
+        except (ValueError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise TrustError(f"{self.seen} is damaged; delete it only if you trust the bundle to be the current one")
+        return dict(seen)
+
+
+def adapter_names(bundle: Path) -> list[str]:
+    """The adapters of a bundle by their sidecars' file names, sorted; nothing of them is verified."""
+    return sorted(path.stem for path in (bundle / "adapters").glob("*.json"))
+
+
+def _tensors(blob: bytes, sidecar: Sidecar) -> Tensors:
+    if sidecar.format == "int4":
+        raise DataError(f"adapter {sidecar.name!r} is in format int4, which this client cannot read; get a newer one")
+    # The container can be read from a path only. A copy of the verified bytes: the file itself may change meanwhile.
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
+        path = Path(folder) / "adapter"
+        path.write_bytes(blob)
+        try:
+            values = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+        except Exception as error:  # onnxruntime raises several classes of its own, with no common base
+            raise DataError(f"adapter {sidecar.name!r} is not a sound .onnx_adapter file; export it again") from error
+        return restore({name: value.numpy() for name, value in values.items()}, sidecar.format)
+
+
+def _check_claims(inputs: Tensors, sidecar: Sidecar, card: BaseCard) -> None:
+    sizes = check_slots(inputs, card.slots)
+    if layout_of(inputs).digest != sidecar.layout_digest:
+        raise DataError(f"adapter {sidecar.name!r} has another layout than its sidecar says; export it again")
+    rows = sizes.get("labels", len(sidecar.labels))
+    rank = max((size for symbol, size in sizes.items() if symbol.startswith("rank_")), default=0)
+    if rows != len(sidecar.labels) or rank != sidecar.rank:
+        raise DataError(f"adapter {sidecar.name!r} has other labels or ranks than its sidecar says; export it again")
+
+
+def _sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The file, if it is not above ``limit`` bytes. More is refused before it is in memory."""
+    try:
+        with path.open("rb") as file:
+            blob = file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing; fetch the bundle again") from error
+    if len(blob) > limit:
+        raise TrustError(f"{path} is above its limit of {limit} bytes; fetch the bundle again")
+    return blob
+
+
+def _replace(path: Path, blob: bytes) -> None:
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            file.write(blob)
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot note the accepted version in {path} ({error.strerror}); make the folder writable, or pin the keys "
+            "in another one with --trust"
+        ) from error

@@ -1,0 +1,57 @@
+"""Registry tensors → the bytes of an ``.onnx_adapter`` file. Equal tensors give equal bytes.
+
+The container is ONNX Runtime's; a file of format ``fp32`` works with its ``LoraAdapter`` as it is. The container
+checks nothing, so what a device relies on stands in the signed sidecar (``bundle.py``).
+"""
+
+import tempfile
+from pathlib import Path
+
+import onnxruntime as ort
+
+from adapters.layout import Tensors
+from adapters.ondevice import Format, graph_name, quantize, restore, to_graph
+from aggregation.errors import DataError
+from export.plan import Plan
+
+
+def encode(tensors: Tensors, found: Plan, form: Format = "int8") -> bytes:
+    """The file of an adapter.
+
+    Args:
+        tensors: All tensors of the adapter, under peft's names.
+        found: The plan of a model with that adapter's layers.
+        form: How numbers are stored; see ``adapters.ondevice.quantize`` for what each loses.
+
+    Raises:
+        DataError: A tensor is missing, unknown, not finite, or too large for the format.
+    """
+    if odd := sorted({graph_name(name) for name in tensors}.symmetric_difference(found.inputs)):
+        raise DataError(f"tensor {odd[0]!r} is missing from the adapter or unknown to the exported base")
+    stored = quantize(to_graph(tensors, found.scaling), form)
+    # Sorted, because the container keeps the order in which it is filled.
+    values = {name: ort.OrtValue.ortvalue_from_numpy(stored[name]) for name in sorted(stored)}
+    container = ort.AdapterFormat()
+    container.set_adapter_version(1)
+    container.set_model_version(1)
+    container.set_parameters(values)
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
+        path = Path(folder) / "adapter"
+        container.export_adapter(str(path))
+        return path.read_bytes()
+
+
+def decode(blob: bytes, form: Format) -> Tensors:
+    """The graph inputs of a file that ``encode`` wrote in format ``form``.
+
+    Raises:
+        DataError: Not an adapter file, or not of this format.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
+        path = Path(folder) / "adapter"
+        path.write_bytes(blob)
+        try:
+            values = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+        except Exception as error:  # onnxruntime raises several classes of its own, with no common base
+            raise DataError("not a sound .onnx_adapter file") from error
+        return restore({name: value.numpy() for name, value in values.items()}, form)

@@ -1,0 +1,205 @@
+"""The bundle that a device opens: one base, any number of adapters, each described by a signed document.
+
+::
+
+    DIR/base/model.onnx  tokenizer.json  card.json
+    DIR/adapters/NAME.onnx_adapter  NAME.json
+
+A bundle is only ever replaced whole: it is put together in a folder beside the old one, and then the two change
+places. So a full disk or a kill leaves the old bundle, at worst as ``.DIR.previous``, from where the next call brings
+it back.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from adapters.files import sha256
+from adapters.layout import Layout, Tensors
+from adapters.manifest import BaseCard, Sidecar
+from adapters.ondevice import LORA_A, Format, check_name, check_slots, to_graph
+from aggregation.errors import ConfigError, DataError
+from aggregation.identity import IdentityKey
+from export import adapter
+from export.base import ExportedBase
+from export.graph import LABELS
+from export.plan import Plan
+
+CARD = Path("base", "card.json")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """An adapter to be exported, and what its manifest says of it."""
+
+    name: str  # "global", or the owner's name for a private one
+    tensors: Tensors = field(repr=False)  # under peft's names
+    labels: tuple[str, ...]  # the head's rows, in order
+    version: int
+    sha256: str  # of the safetensors blob that the tensors come from
+    parent: str | None = None  # of a private adapter: the blob digest of the global version it started from
+
+
+def write_bundle(
+    out: Path, exported: ExportedBase, sources: Sequence[AdapterSource], *, key: IdentityKey, form: Format = "int8"
+) -> None:
+    """Write a bundle to ``out``, replacing the bundle that may be there.
+
+    Adapters already in ``out`` for the same base stay, unless one of ``sources`` has their name: a household's private
+    adapter outlives an update of the shared one.
+
+    Args:
+        out: The bundle's folder.
+        exported: The base; export it once and use it for as many bundles as there are.
+        sources: The adapters.
+        key: Signs the card and the sidecars.
+        form: The adapters' number format.
+
+    Raises:
+        ConfigError: ``out`` is something other than a bundle, or an adapter's name cannot be a file's.
+        DataError: An adapter does not fit the base, or has other labels than rows.
+        OSError: The folder cannot be written. What was in ``out`` is still there.
+    """
+    out, card = _settled(out), exported.card
+    files = {f"base/{name}": blob for name, blob in exported.files.items()}
+    files[CARD.as_posix()] = card.sign(key)
+    for source in sources:
+        files |= _adapter_files(source, exported.plan, card, key, form)
+    old = _stated_card(out)
+    with _replacing(out) as stage:
+        if old is not None and old.base_digest == card.base_digest:
+            _link(out / "adapters", stage / "adapters")
+        _write(stage, files)
+
+
+def add_adapter(bundle: Path, found: Plan, source: AdapterSource, *, key: IdentityKey, form: Format = "int8") -> None:
+    """Add or replace one adapter in a bundle: a household's private one, signed by the device's own key.
+
+    Args:
+        bundle: A bundle that ``write_bundle`` made.
+        found: The plan of the model that the adapter was trained in (``export.plan.plan``).
+        source: The adapter.
+        key: Signs the sidecar.
+        form: The adapter's number format.
+
+    Raises:
+        ConfigError: ``bundle`` is no bundle, or the adapter's name cannot be a file's.
+        DataError: The adapter does not fit the plan, or has other labels than rows.
+        OSError: The folder cannot be written. The bundle is as it was.
+    """
+    bundle = _settled(bundle)
+    if (card := _stated_card(bundle)) is None:
+        raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
+    files = _adapter_files(source, found, card, key, form)
+    with _replacing(bundle) as stage:
+        _link(bundle, stage)
+        _write(stage, files)
+
+
+def _adapter_files(
+    source: AdapterSource, found: Plan, card: BaseCard, key: IdentityKey, form: Format
+) -> dict[str, bytes]:
+    path = f"adapters/{check_name(source.name)}"
+    blob = adapter.encode(source.tensors, found, form)
+    sizes = check_slots(to_graph(source.tensors, found.scaling), card.slots)
+    if sizes.get(LABELS, len(source.labels)) != len(source.labels):
+        raise DataError(f"adapter {source.name!r} has {len(source.labels)} labels for {sizes[LABELS]} rows of its head")
+    ranks = [value.shape[0] for name, value in source.tensors.items() if name.endswith(LORA_A)]
+    sidecar = Sidecar(
+        name=source.name,
+        sha256=sha256(blob),
+        size=len(blob),
+        format=form,
+        base_digest=card.base_digest,
+        layout_digest=Layout.of(source.tensors).digest,
+        version=source.version,
+        source=source.sha256,
+        parent=source.parent,
+        rank=max(ranks, default=0),
+        labels=source.labels,
+    )
+    return {f"{path}.onnx_adapter": blob, f"{path}.json": sidecar.sign(key)}
+
+
+def _stated_card(bundle: Path) -> BaseCard | None:
+    """What the card says, unverified: only the exporter relies on it; a device verifies it before it believes it."""
+    try:
+        body = json.loads((bundle / CARD).read_bytes())["body"]
+        return TypeAdapter(BaseCard).validate_python(body)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{bundle / CARD} is damaged; move {bundle} away and export again") from error
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A folder to fill beside ``out``; takes its place if the block ends without an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not a bundle; name another folder")
+    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        stage.chmod(0o755)
+        yield stage
+        _swap(out, stage)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _settled(out: Path) -> Path:
+    """The full path of ``out``, after ending what a killed call may have left half done."""
+    out = out.resolve()
+    if (previous := _previous(out)).exists():
+        if out.exists():  # killed after the exchange: the new bundle is whole
+            shutil.rmtree(previous)
+        else:  # killed between its two steps
+            previous.rename(out)
+    return out
+
+
+def _previous(out: Path) -> Path:
+    return out.parent / f".{out.name}.previous"
+
+
+def _swap(out: Path, stage: Path) -> None:
+    previous = _previous(out)
+    existed = out.exists()
+    if existed:
+        out.rename(previous)
+    try:
+        stage.rename(out)
+    except OSError:
+        if existed:
+            previous.rename(out)
+        raise
+    if existed:
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, blob in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it may be a second name of the old bundle's file
+        path.write_bytes(blob)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give every file of ``source`` a second name below ``target``; copy where the file system has no links."""
+
+    def link_or_copy(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copyfile(old, new)
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)

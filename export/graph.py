@@ -1,0 +1,199 @@
+"""The frozen base as one ONNX graph whose adapter is an input.
+
+Each adapted layer computes ``base(x) + (x @ A) @ B`` with A and B from the graph's inputs, the rank being a dimension
+of the layer's own; modules trained whole read their parameters from inputs too. Nothing of an adapter is in the file.
+Quantization is a step of its own (``quantize.py``), between ``trace`` and ``with_defaults``, never after the latter.
+"""
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.export import Dim
+
+from adapters.ondevice import LORA_A, LORA_B
+from aggregation.errors import ConfigError
+from export.plan import Plan, SavedSlot
+
+OPSET = 20
+TOKENS = ("input_ids", "attention_mask")
+ANSWER = "logits"
+LABELS = "labels"  # the free dimension of a head's rows
+EXAMPLE_RANK = 2  # torch.export takes a size of 0 or 1 for a constant
+
+
+class _Values:
+    """What the slots read during one forward pass. No module and no container, so that tracing looks through it."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, Tensor] = {}
+
+
+class _LoraInput(nn.Module):
+    def __init__(self, base: nn.Module, path: str, values: _Values) -> None:
+        super().__init__()
+        self.base, self.path, self.values = base, path, values
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = self.values.now
+        result: Tensor = self.base(x) + (x @ now[self.path + LORA_A]) @ now[self.path + LORA_B]
+        return result
+
+
+class _SavedInput(nn.Module):
+    def __init__(self, module: nn.Module, path: str, values: _Values) -> None:
+        super().__init__()
+        self.module, self.path, self.values = module, path, values
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        names = [name for name, _ in self.module.named_parameters()]
+        parameters = {name: self.values.now[f"{self.path}.{name}"] for name in names}
+        return torch.func.functional_call(self.module, parameters, args, kwargs)
+
+
+class _Graph(nn.Module):
+    def __init__(self, inner: nn.Module, values: _Values) -> None:
+        super().__init__()
+        self.inner, self.values = inner, values
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, adapter: dict[str, Tensor]) -> Tensor:
+        self.values.now = adapter
+        logits: Tensor = self.inner(input_ids=input_ids, attention_mask=attention_mask)
+        return logits
+
+
+def trace(model: PeftModel, found: Plan) -> onnx.ModelProto:
+    """Export ``model`` in float32: ``input_ids``, ``attention_mask`` (batch, sequence) and the slots → ``logits``.
+
+    The result names no file or line of the machine that made it, and equal models give equal graphs.
+
+    Raises:
+        ConfigError: torch cannot trace the model.
+    """
+    example, dynamic = _slots(model, found)
+    batch, sequence = Dim("batch"), Dim("sequence")
+    tokens = {name: torch.ones(2, 3, dtype=torch.int64) for name in TOKENS}
+    shapes = {name: {0: batch, 1: sequence} for name in TOKENS}
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _with_inputs(model, found),
+                (),
+                kwargs={**tokens, "adapter": example},
+                input_names=[*TOKENS, *example],
+                output_names=[ANSWER],
+                dynamic_shapes={**shapes, "adapter": dynamic},
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"torch cannot export this model: {str(cause).splitlines()[0]}") from error
+    assert program is not None  # noqa: S101  # only the legacy exporter returns None
+    return _anonymous(program.model_proto)
+
+
+def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
+    """The inputs that an adapter fills, with their dimensions as text: a number, or the name of a free one."""
+    return {
+        value.name: tuple(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim)
+        for value in graph.graph.input
+        if value.name not in TOKENS
+    }
+
+
+def with_defaults(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Give each slot an empty default, every free dimension 0, so that the graph also runs with no adapter.
+
+    ONNX Runtime's ``LoraAdapter`` needs them: required inputs are checked before the adapter is looked at.
+    """
+    result = copy.deepcopy(graph)
+    for name, dimensions in slots(graph).items():
+        empty = np.zeros([int(text) if text.isdigit() else 0 for text in dimensions], dtype=np.float32)
+        result.graph.initializer.append(numpy_helper.from_array(empty, name))
+    return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its progress, and that torchvision is absent, to whoever runs it; neither concerns them."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _with_inputs(model: PeftModel, found: Plan) -> nn.Module:
+    inner, values = copy.deepcopy(model.base_model.model).eval(), _Values()
+    for lora in found.loras:
+        _replace(inner, lora.path, _LoraInput(inner.get_submodule(lora.path).get_base_layer(), lora.path, values))
+    for saved in found.saved:
+        module = inner.get_submodule(saved.path).modules_to_save[found.adapter]
+        _replace(inner, saved.path, _SavedInput(module, saved.path, values))
+    return _Graph(inner, values)
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def _slots(model: PeftModel, found: Plan) -> tuple[dict[str, Tensor], dict[str, dict[int, Dim]]]:
+    """Example tensors and free dimensions of every slot."""
+    example: dict[str, Tensor] = {}
+    dynamic: dict[str, dict[int, Dim]] = {}
+    for number, lora in enumerate(found.loras):
+        base, rank = model.base_model.model.get_submodule(lora.path).get_base_layer(), Dim(f"rank_{number}")
+        example[lora.path + LORA_A] = torch.ones(base.in_features, EXAMPLE_RANK)
+        example[lora.path + LORA_B] = torch.ones(EXAMPLE_RANK, base.out_features)
+        dynamic[lora.path + LORA_A], dynamic[lora.path + LORA_B] = {1: rank}, {0: rank}
+    labels = Dim(LABELS)
+    for saved in found.saved:
+        free = _gives_the_answer(model, found, saved)
+        for spec in saved.parameters:
+            name = f"{saved.path}.{spec.name}"
+            # Two rows at least, for the same reason as EXAMPLE_RANK; a model with one label is refused earlier.
+            example[name] = torch.ones(spec.shape)
+            dynamic[name] = {0: labels} if free else {}
+    return example, dynamic
+
+
+def _gives_the_answer(model: PeftModel, found: Plan, saved: SavedSlot) -> bool:
+    """Whether this module is the linear layer whose output is the model's: then its rows are labels, of any number."""
+    module = model.base_model.model.get_submodule(saved.path).modules_to_save[found.adapter]
+    if type(module) is not nn.Linear:
+        return False
+    seen: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    try:
+        with torch.no_grad():
+            answer = model.base_model.model(**{name: torch.ones(1, 2, dtype=torch.int64) for name in TOKENS})
+    finally:
+        hook.remove()
+    return bool(seen) and seen[-1] is answer
+
+
+def _anonymous(graph: onnx.ModelProto) -> onnx.ModelProto:
+    # The exporter notes the Python stack of every node: paths of this machine, and another file on every machine.
+    inner = graph.graph
+    for item in (graph, inner, *inner.node, *inner.input, *inner.output, *inner.value_info, *inner.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    del inner.value_info[:]
+    return graph

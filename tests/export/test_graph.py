@@ -1,0 +1,192 @@
+"""The exported graph answers as torch does, for any adapter, batch and length, and holds nothing of an adapter."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel
+
+from adapters.base import Base
+from adapters.classifier import LoraSpec, PhraseClassifier, build, load, tensors
+from adapters.layout import Floats, Tensors
+from adapters.ondevice import to_graph
+from export import adapter, graph
+from export.base import ExportedBase, export_base
+from export.parity import OnnxRunner
+from export.plan import plan
+from export.quantize import Profile
+
+Ints = NDArray[np.int64]
+VOCABULARY = 60
+
+
+@pytest.fixture(scope="module")
+def session(exported: ExportedBase) -> ort.InferenceSession:
+    return OnnxRunner.open(exported).session
+
+
+def draw(model: PeftModel, rng: np.random.Generator) -> Tensors:
+    return {name: rng.standard_normal(value.shape, dtype=np.float32) for name, value in tensors(model).items()}
+
+
+def tokens(rng: np.random.Generator, batch: int, length: int) -> tuple[Ints, Ints]:
+    """Random tokens with each row padded to another length."""
+    mask = np.ones((batch, length), dtype=np.int64)
+    for row in range(1, batch):
+        mask[row, max(1, length - row) :] = 0
+    return rng.integers(4, VOCABULARY, (batch, length)) * mask, mask
+
+
+def onnx_logits(session: ort.InferenceSession, ids: Ints, mask: Ints, inputs: Tensors) -> Floats:
+    logits: Floats = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **inputs})[0]
+    return logits
+
+
+def torch_logits(model: PeftModel, ids: Ints, mask: Ints) -> Floats:
+    with torch.no_grad():
+        logits: Floats = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).numpy()
+    return logits
+
+
+@given(
+    rank=st.integers(1, 16),
+    labels=st.integers(2, 9),
+    batch=st.integers(1, 4),
+    length=st.integers(1, 24),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_rank_number_of_labels_batch_and_length_answers_as_torch(
+    tiny_base: Base, session: ort.InferenceSession, rank: int, labels: int, batch: int, length: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    model = build(tiny_base, labels, LoraSpec(rank=rank, alpha=3))
+    values = draw(model, rng)
+    load(model, values)
+    ids, mask = tokens(rng, batch, length)
+    found = onnx_logits(session, ids, mask, to_graph(values, plan(model).scaling))
+    expected = torch_logits(model, ids, mask)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
+
+
+def test_rank_0_is_the_base_without_an_adapter(model: PeftModel, session: ort.InferenceSession) -> None:
+    values = tensors(model)
+    inputs = {
+        name: value[:, :0] if "lora_A" in name else value[:0] if "lora_B" in name else value
+        for name, value in to_graph(values, plan(model).scaling).items()
+    }
+    ids, mask = tokens(np.random.default_rng(0), 3, 8)
+    inner = model.base_model.model
+    with torch.no_grad(), model.disable_adapter():
+        embedded = inner.embed(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+    prefix = "base_model.model.classifier."
+    expected = embedded @ values[prefix + "weight"].T + values[prefix + "bias"]
+    np.testing.assert_allclose(onnx_logits(session, ids, mask, inputs), expected, atol=1e-5)
+
+
+def test_without_any_adapter_the_defaults_are_empty_and_the_graph_runs(session: ort.InferenceSession) -> None:
+    ids, mask = tokens(np.random.default_rng(0), 2, 5)
+    assert onnx_logits(session, ids, mask, {}).shape == (2, 0)
+
+
+def test_padding_changes_no_answer(model: PeftModel, session: ort.InferenceSession) -> None:
+    inputs = to_graph(tensors(model), plan(model).scaling)
+    ids, mask = tokens(np.random.default_rng(1), 1, 6)
+    padded = [np.pad(array, ((0, 0), (0, 9))) for array in (ids, mask)]
+    alone = onnx_logits(session, ids, mask, inputs)
+    np.testing.assert_allclose(onnx_logits(session, *padded, inputs), alone, atol=1e-5)
+
+
+def test_rank_and_alpha_patterns_reach_the_graph(tiny_base: Base, session: ort.InferenceSession) -> None:
+    inner = PhraseClassifier(AutoModel.from_pretrained(tiny_base.folder), 32, 4)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["query", "value"],
+        modules_to_save=["classifier"],
+        rank_pattern={r"layer\.0.*query": 7},
+        alpha_pattern={r"layer\.1.*value": 40},
+    )
+    model = get_peft_model(inner, config).eval()
+    rng = np.random.default_rng(2)
+    values = draw(model, rng)
+    load(model, values)
+    ids, mask = tokens(rng, 3, 9)
+    found = onnx_logits(session, ids, mask, to_graph(values, plan(model).scaling))
+    np.testing.assert_allclose(found, torch_logits(model, ids, mask), atol=1e-4)
+
+
+def test_other_modules_trained_whole_are_inputs_too(tiny_base: Base) -> None:
+    inner = PhraseClassifier(AutoModel.from_pretrained(tiny_base.folder), 32, 4)
+    config = LoraConfig(r=2, target_modules=["key", "dense"], modules_to_save=["classifier", "LayerNorm"])
+    model = get_peft_model(inner, config).eval()
+    rng = np.random.default_rng(3)
+    values = draw(model, rng)
+    load(model, values)
+    exported = export_base(model, tiny_base, Profile.FP32)
+    assert exported.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
+    ids, mask = tokens(rng, 2, 5)
+    found = onnx_logits(OnnxRunner.open(exported).session, ids, mask, to_graph(values, exported.plan.scaling))
+    expected = torch_logits(model, ids, mask)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * float(np.abs(expected).max()))
+
+
+def test_each_layer_has_a_rank_of_its_own_and_the_head_a_free_number_of_labels(exported: ExportedBase) -> None:
+    query, value = (f"encoder.encoder.layer.0.attention.self.{name}" for name in ("query", "value"))
+    assert exported.slots[query + ".lora_A.weight"] == ("32", "rank_0")
+    assert exported.slots[query + ".lora_B.weight"] == ("rank_0", "32")
+    assert exported.slots[value + ".lora_A.weight"] == ("32", "rank_1")
+    assert exported.slots["classifier.weight"] == ("labels", "32")
+    assert exported.slots["classifier.bias"] == ("labels",)
+
+
+def test_the_same_base_exports_to_the_same_bytes_whatever_the_adapter(tiny_base: Base, exported: ExportedBase) -> None:
+    again = export_base(build(tiny_base, 4, LoraSpec(rank=4, alpha=8)), tiny_base, Profile.FP32)
+    assert again.files == exported.files
+
+
+def test_the_graph_names_no_path_of_the_machine_that_made_it(exported: ExportedBase, tiny_base: Base) -> None:
+    for trace in (b"site-packages", b".py", str(tiny_base.folder).encode()):
+        assert trace not in exported.model
+
+
+def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
+    exported: ExportedBase, exported_int8: ExportedBase
+) -> None:
+    assert exported_int8.slots == exported.slots
+    model = onnx.load_from_string(exported_int8.model)
+    floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) > 64]
+    assert [tensor.name for tensor in floats] == []
+
+
+def test_the_tokenizer_is_cut_off_at_the_models_positions_and_does_not_pad(exported: ExportedBase) -> None:
+    tokenizer = OnnxRunner.open(exported).tokenizer
+    assert len(tokenizer.encode("lock " * 100).ids) == 24
+    assert len(tokenizer.encode("lock").ids) == 3
+
+
+def test_a_float_file_works_in_plain_onnx_runtime(
+    model: PeftModel, exported: ExportedBase, session: ort.InferenceSession, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter").write_bytes(adapter.encode(tensors(model), exported.plan, "fp32"))
+    lora = ort.LoraAdapter()
+    lora.Load(str(tmp_path / "adapter"))
+    options = ort.RunOptions()
+    options.add_active_adapter(lora)
+    ids, mask = tokens(np.random.default_rng(4), 2, 7)
+    found = session.run(["logits"], {"input_ids": ids, "attention_mask": mask}, options)[0]
+    np.testing.assert_allclose(found, torch_logits(model, ids, mask), atol=1e-5)
+
+
+def test_defaults_are_added_to_a_copy(model: PeftModel) -> None:
+    traced = graph.trace(model, plan(model))
+    before = len(traced.graph.initializer)
+    assert len(graph.with_defaults(traced).graph.initializer) == before + len(graph.slots(traced))
+    assert len(traced.graph.initializer) == before

@@ -1,0 +1,77 @@
+from typing import Any
+
+import pytest
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel
+
+from adapters.base import Base
+from adapters.classifier import LoraSpec, PhraseClassifier, build
+from aggregation.errors import ConfigError
+from export.plan import plan
+
+QUERY = "encoder.encoder.layer.{}.attention.self.query"
+
+
+def classifier(base: Base) -> PhraseClassifier:
+    return PhraseClassifier(AutoModel.from_pretrained(base.folder), 32, 4)
+
+
+def with_lora(base: Base, **settings: Any) -> PeftModel:
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": ["query"], "modules_to_save": ["classifier"]}
+    return get_peft_model(classifier(base), LoraConfig(**(defaults | settings)))
+
+
+def test_every_adapted_layer_and_the_head_become_slots(tiny_base: Base) -> None:
+    found = plan(build(tiny_base, 4, LoraSpec(rank=4, alpha=8)))
+    assert [slot.path.rpartition(".")[2] for slot in found.loras] == ["query", "value"] * 2
+    assert [slot.path for slot in found.saved] == ["classifier"]
+    assert found.inputs[0] == QUERY.format(0) + ".lora_A.weight"
+    assert found.inputs[-2:] == ("classifier.weight", "classifier.bias")
+
+
+def test_the_scaling_is_the_layers_own_under_rank_and_alpha_patterns(tiny_base: Base) -> None:
+    model = with_lora(
+        tiny_base, rank_pattern={r"layer\.0.*query": 2}, alpha_pattern={r"layer\.1.*query": 32}, use_rslora=False
+    )
+    assert plan(model).scaling == {QUERY.format(0): 8 / 2, QUERY.format(1): 32 / 4}
+
+
+def test_rank_stabilized_scaling_is_honoured(tiny_base: Base) -> None:
+    assert plan(with_lora(tiny_base, use_rslora=True)).scaling[QUERY.format(0)] == 8 / 4**0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"use_dora": True}, "Dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"target_modules": ["word_embeddings"]}, "Embedding"),
+        ({"trainable_token_indices": {"word_embeddings": [1, 2]}}, "TrainableTokens"),
+        ({"bias": "all"}, "bias"),
+    ],
+)
+def test_what_a_graph_cannot_take_is_refused_by_name(tiny_base: Base, settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        plan(with_lora(tiny_base, **settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_method_than_lora_is_refused_by_name(tiny_base: Base) -> None:
+    config = IA3Config(target_modules=["query"], feedforward_modules=[])
+    with pytest.raises(ConfigError, match="ia3"):
+        plan(get_peft_model(classifier(tiny_base), config))
+
+
+def test_a_merged_adapter_is_refused(tiny_base: Base) -> None:
+    model = with_lora(tiny_base)
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="merged"):
+        plan(model)
+
+
+def test_two_active_adapters_are_refused(tiny_base: Base) -> None:
+    model = with_lora(tiny_base, modules_to_save=None)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["query"]))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ConfigError, match="2 are active"):
+        plan(model)
