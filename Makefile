@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast lint setup clean
+.PHONY: demo test fast lint setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
@@ -34,7 +34,12 @@ lint: $(STAMP)
 
 setup: $(STAMP)
 
+# The stamp is a copy: a pyproject.toml that only looks newer, as after a checkout, installs nothing.
 $(STAMP): pyproject.toml
+	@cmp -s $< $@ || $(MAKE) --no-print-directory install
+	@cp $< $@
+
+install:
 	@command -v $(PYTHON) >/dev/null || \
 	  { echo "edgeadapt: $(PYTHON) not found: install Python 3.11 or newer (Debian: apt install python3 python3-venv)" >&2; exit 1; }
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
@@ -44,7 +49,6 @@ $(STAMP): pyproject.toml
 	@echo "Setting up .venv; this happens once and takes a few minutes." >&2
 	@$(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@touch $@
 
 clean:  ## the environment and what tools leave behind; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
