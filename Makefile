@@ -48,7 +48,8 @@ install:
 	  { echo "edgeadapt: $(PYTHON) cannot make environments: apt install python3-venv" >&2; exit 1; }
 	@echo "Setting up .venv; this happens once and takes a few minutes." >&2
 	@$(PYTHON) -m venv .venv
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' || \
+	  { echo "edgeadapt: setting up failed, see above; the first time needs the network. Then run make again" >&2; exit 1; }
 
 clean:  ## the environment and what tools leave behind; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
