@@ -25,9 +25,6 @@ from aggregation.spec import SessionSpec
 if TYPE_CHECKING:
     from datetime import datetime
 
-# A private key to try public ones with; its value does not matter, any rejects points of small order.
-_PROBE = bytes(range(32))
-
 
 def members(root: Root, certificates: Sequence[bytes], at: "datetime | None") -> dict[str, PublicKey]:
     """The devices of a cohort by id, in ascending order, each certified and each once.
@@ -61,7 +58,7 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
         raise ProtocolError(f"advert does not have keys for {rounds} rounds", device)
     for key in (message.box_key, *message.mask_keys):
         try:
-            masks.agree(_PROBE, key)
+            masks.require_public(key)
         except ProtocolError as error:
             raise ProtocolError(str(error), device) from None
     return message

@@ -37,6 +37,32 @@ class Mask:
     add: bool
 
 
+# The u-coordinates of small order on Curve25519, as listed at https://cr.yp.to/ecdh.html: with them the "secret" is
+# the same whoever computes it. Those above p are other encodings; the top bit is ignored (RFC 7748, section 5).
+_P = 2**255 - 19
+_SMALL_ORDER = frozenset(
+    {
+        0,
+        1,
+        325606250916557431795983626356110631294008115727848805560023387167927233504,
+        39382357235489614581723060781553021112529911719440698176882885853963445705823,
+        _P - 1,
+        _P,
+        _P + 1,
+    }
+)
+
+
+def require_public(key: bytes) -> None:
+    """Return if ``key`` is an X25519 public key with which secrets are secret.
+
+    Raises:
+        ProtocolError: It is of small order.
+    """
+    if int.from_bytes(key, "little") % 2**255 in _SMALL_ORDER:
+        raise ProtocolError("an X25519 key is of small order")
+
+
 def public_key(private: bytes) -> bytes:
     """The X25519 public key of 32 private bytes."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
@@ -46,7 +72,7 @@ def agree(private: bytes, public: bytes) -> bytes:
     """The X25519 secret of two parties. Never use it but through ``derive``.
 
     Raises:
-        ProtocolError: ``public`` is a point of small order, for which the secret is no secret.
+        ProtocolError: ``public`` is a point of small order, or not 32 bytes.
     """
     try:
         return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))

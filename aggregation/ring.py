@@ -6,6 +6,7 @@ since 2^bits divides 2^32, sums may wrap there and be reduced at the end. On the
 """
 
 import math
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -15,6 +16,7 @@ from aggregation.errors import ConfigError, DataError, ProtocolError
 
 Ring: TypeAlias = NDArray[np.uint32] | NDArray[np.uint64]
 MAX_BITS = 64
+_BLOCK = 2**16  # items worked on at a time
 
 
 def dtype(bits: int) -> DTypeLike:
@@ -60,19 +62,18 @@ def pack(values: Ring, bits: int) -> bytes:
     Returns:
         ``packed_size(n, bits)`` bytes; unused bits of the last byte are zero.
     """
-    width = np.dtype(dtype(bits)).itemsize
     require(values, values.size, bits)
-    if bits % 8 == 0:
-        octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1, width)
-        return octets[:, : bits // 8].tobytes()
-    columns = _columns(values, bits)
-    words = np.zeros((_period(bits)[1], columns.shape[1]), "<u8")
-    for j, column in enumerate(columns):
-        word, shift = divmod(j * bits, 64)
-        words[word] |= column << np.uint64(shift)
-        if shift + bits > 64:
-            words[word + 1] |= column >> np.uint64(64 - shift)
-    return words.T.tobytes()[: packed_size(values.size, bits)]
+    kind, (count, per_row) = np.dtype(dtype(bits)), _period(bits)
+    rows = -(-values.size // count)
+    words = np.zeros((rows, per_row), kind)
+    for start, part in _row_blocks(values, count):
+        reduced = part & ((1 << bits) - 1)
+        target = words[start : start + len(part)]
+        for j, word, shift in _places(bits):
+            target[:, word] |= reduced[:, j] << shift
+            if shift + bits > 8 * kind.itemsize:
+                target[:, word + 1] |= reduced[:, j] >> (8 * kind.itemsize - shift)
+    return words.reshape(-1).view(np.uint8)[: packed_size(values.size, bits)].tobytes()
 
 
 def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
@@ -81,42 +82,48 @@ def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
     Raises:
         ProtocolError: Not exactly ``packed_size(size, bits)`` bytes, or unused bits that are not zero.
     """
-    target = np.dtype(dtype(bits))
     if len(raw) != packed_size(size, bits):
         raise ProtocolError(f"vector has {len(raw)} bytes where {packed_size(size, bits)} belong")
     unused = -size * bits % 8
     if unused and raw[-1] >> (8 - unused):
         raise ProtocolError("unused bits at the end of the vector are not zero")
-    if bits % 8 == 0:
-        octets = np.zeros((size, target.itemsize), np.uint8)
-        octets[:, : bits // 8] = np.frombuffer(raw, np.uint8).reshape(size, bits // 8)
-        return octets.view(target).reshape(size)
-    count, per_row = _period(bits)
+    kind, (count, per_row) = np.dtype(dtype(bits)), _period(bits)
     rows = -(-size // count)
-    padded = np.zeros(rows * per_row * 8, np.uint8)
-    padded[: len(raw)] = np.frombuffer(raw, np.uint8)
-    words = np.ascontiguousarray(padded.view("<u8").reshape(rows, per_row).T)
-    columns = np.empty((count, rows), target)
-    keep = np.uint64((1 << bits) - 1)
-    for j in range(count):
-        word, shift = divmod(j * bits, 64)
-        column = words[word] >> np.uint64(shift)
-        if shift + bits > 64:
-            column |= words[word + 1] << np.uint64(64 - shift)
-        columns[j] = column & keep
-    return columns.T.reshape(-1)[:size]
+    octets = np.zeros(rows * per_row * kind.itemsize, np.uint8)
+    octets[: len(raw)] = np.frombuffer(raw, np.uint8)
+    values = np.empty((rows, count), kind)
+    for start, part in _row_blocks(octets.view(kind), per_row):
+        target = values[start : start + len(part)]
+        for j, word, shift in _places(bits):
+            np.right_shift(part[:, word], shift, out=target[:, j])
+            if shift + bits > 8 * kind.itemsize:
+                target[:, j] |= part[:, word + 1] << (8 * kind.itemsize - shift)
+        target &= (1 << bits) - 1
+    return values.reshape(-1)[:size]
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """The least count of elements that fills whole 64-bit words, and how many words."""
-    common = math.gcd(bits, 64)
-    return 64 // common, bits // common
+    """The least count of elements that fills whole words of the element's type, and how many words."""
+    width = 8 * np.dtype(dtype(bits)).itemsize
+    common = math.gcd(bits, width)
+    return width // common, bits // common
 
 
-def _columns(values: Ring, bits: int) -> NDArray[np.uint64]:
-    """Element ``i`` at ``[i % period, i // period]``, reduced to ``bits`` bits, zeros at the end."""
-    count = _period(bits)[0]
-    padded = np.zeros((-(-values.size // count), count), np.uint64)
-    padded.reshape(-1)[: values.size] = values
-    padded &= np.uint64((1 << bits) - 1)
-    return np.ascontiguousarray(padded.T)
+def _places(bits: int) -> Iterator[tuple[int, int, int]]:
+    """Element of a row, the word that its lowest bit is in, and how far up."""
+    width = 8 * np.dtype(dtype(bits)).itemsize
+    for j in range(_period(bits)[0]):
+        word, shift = divmod(j * bits, width)
+        yield j, word, shift
+
+
+def _row_blocks(flat: Ring, width: int) -> Iterator[tuple[int, Ring]]:
+    """Rows of ``width`` items, a block at a time that stays in the cache, the last row filled up with zeros."""
+    whole, step = flat.size // width, max(_BLOCK // width, 1)
+    table = flat[: whole * width].reshape(whole, width)
+    for start in range(0, whole, step):
+        yield start, table[start : start + step]
+    if flat.size % width:
+        last = np.zeros((1, width), flat.dtype)
+        last[0, : flat.size % width] = flat[whole * width :]
+        yield whole, last

@@ -119,9 +119,11 @@ class VectorSpec:
         if not largest <= segment.bound:  # also true for NaN
             raise DataError(f"segment {segment.name} has a value of {largest}, its bound is {segment.bound}")
         scaled *= 1 / self.step(segment)
-        scaled += rng.random(scaled.size)
-        np.floor(scaled, out=scaled)
-        steps = scaled.astype(np.int64).view(np.uint64)
+        down = np.floor(scaled)
+        # Not floor(scaled + coin): that addition rounds, and could lift a whole number, even past its bound.
+        scaled -= down
+        down += rng.random(scaled.size) < scaled
+        steps = down.astype(np.int64).view(np.uint64)
         steps &= np.uint64(2**self.ring_bits - 1)
         return steps.astype(ring.dtype(self.ring_bits))
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from aggregation import clientside, serverside
 from aggregation.certificates import Authority
 from aggregation.clientside import Device
+from aggregation.errors import ProtocolError
 from aggregation.identity import IdentityKey
 from aggregation.policy import Policy
-from aggregation.serverside import Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
+from aggregation.serverside import Confirming, Established, RoundAborted, RoundResult
 from aggregation.spec import Adversary, SessionSpec, default_threshold
 from aggregation.vector import Segment, VectorSpec
 
@@ -24,6 +25,9 @@ END = dt.datetime(2036, 1, 1, tzinfo=dt.UTC)
 BASE = hashlib.sha256(b"base").hexdigest()
 LAYOUT = hashlib.sha256(b"layout").hexdigest()
 ADAPTER = hashlib.sha256(b"adapter").hexdigest()
+
+
+Lost = Mapping[str, Collection[str]]
 
 
 class CountedEntropy:
@@ -75,96 +79,117 @@ class Fleet:
     devices: dict[str, Device]
     states: dict[str, Any] = field(default_factory=dict)
     plain: dict[str, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
-    lost: set[str] = field(default_factory=set)
     seed: int = 0
+    spoil: Callable[[bytes], list[bytes]] | None = None
 
     @property
     def certificates(self) -> dict[str, bytes]:
         return {name: device.certificate for name, device in self.devices.items()}
 
+    def hop(self, call: Callable[[bytes], Any], body: bytes) -> Any:
+        """Deliver ``body``. With ``spoil``, first deliver spoiled copies, each of which must be refused by name."""
+        for spoiled in self.spoil(body) if self.spoil else ():
+            with pytest.raises(ProtocolError):
+                call(spoiled)
+        return call(body)
+
     def offer(self) -> tuple[Any, bytes]:
         return serverside.open_session(self.key, self.authority.root, self.spec, self.certificates, self.entropy)
 
-    def establish(self, lost: Mapping[str, Collection[str]] | None = None) -> Established | RoundAborted:
+    def join(self, name: str, offer: bytes) -> bytes:
+        device = self.devices[name]
+        self.states[name], advert = self.hop(lambda body: clientside.join(device, body, self.entropy), offer)
+        return advert  # type: ignore[no-any-return]
+
+    def share(self, name: str, roster: bytes) -> bytes:
+        device, state = self.devices[name], self.states[name]
+        self.states[name], shares = self.hop(lambda body: state.on_roster(device, body, self.entropy), roster)
+        return shares  # type: ignore[no-any-return]
+
+    def establish(self, lost: Lost | None = None) -> Any:
         """Steps 1–4. ``lost``: step → devices lost there."""
         lost = lost or {}
         state, offer = self.offer()
-        for name in set(self.devices) - set(lost.get("advert", ())):
-            self.states[name], advert = clientside.join(self.devices[name], offer, self.entropy)
-            state = state.on_advert(name, advert)
+        for name in sorted(set(self.devices) - set(lost.get("advert", ()))):
+            state = self.accept(state, "on_advert", name, self.join(name, offer))
         closed = state.close()
         if isinstance(closed, RoundAborted):
             return closed
         sharing, roster = closed
-        for name in set(sharing.session.peers) - set(lost.get("shares", ())):
-            self.states[name], shares = self.states[name].on_roster(self.devices[name], roster, self.entropy)
-            sharing = sharing.on_shares(name, shares)
+        for name in sorted(set(sharing.session.peers) - set(lost.get("shares", ()))):
+            sharing = self.accept(sharing, "on_shares", name, self.share(name, roster))
         return sharing.close()
+
+    def accept(self, state: Any, method: str, name: str, body: bytes) -> Any:
+        return self.hop(lambda raw: getattr(state, method)(name, raw), body)
 
     def begin(self, session: Established, cohort: Collection[str] | None = None) -> Any:
         return session.plan(adapter_version=1, adapter_digest=ADAPTER, training=b"settings", cohort=cohort)
 
     def values(self, name: str) -> dict[str, NDArray[np.float64]]:
+        """Fresh numbers within their bounds; whole ones for the weight."""
         self.seed += 1
         rng = np.random.default_rng(self.seed)
         self.plain[name] = {
-            segment.name: (
-                rng.integers(0, int(segment.bound) + 1, segment.size).astype(float)
-                if segment.name == "weight"
-                else rng.uniform(-segment.bound, segment.bound, segment.size)
-            )
+            segment.name: rng.integers(0, 101, segment.size).astype(float)
+            if segment.name == "weight"
+            else rng.uniform(-segment.bound, segment.bound, segment.size)
             for segment in self.spec.vector.segments
         }
         return self.plain[name]
 
     def contribute(self, name: str, plan: bytes) -> bytes:
-        planned = self.states[name].on_plan(self.devices[name], plan)
-        rng = np.random.default_rng(self.seed)
-        vector = self.spec.vector.encode(self.values(name), rng)
-        self.states[name], body = planned.contribute(self.devices[name], vector)
-        return body
+        device, state = self.devices[name], self.states[name]
+        planned = self.hop(lambda body: state.on_plan(device, body), plan)
+        vector = self.spec.vector.encode(self.values(name), np.random.default_rng(self.seed))
+        self.states[name], answer = planned.contribute(device, vector)
+        return answer  # type: ignore[no-any-return]
 
-    def survivors(self, name: str, body: bytes) -> bytes:
-        self.states[name], answer = self.states[name].on_survivors(self.devices[name], body)
-        return answer
+    def answer(self, method: str, name: str, body: bytes) -> bytes:
+        device, state = self.devices[name], self.states[name]
+        self.states[name], answer = self.hop(lambda raw: getattr(state, method)(device, raw), body)
+        return answer  # type: ignore[no-any-return]
 
-    def unmask(self, name: str, body: bytes) -> bytes:
-        self.states[name], answer = self.states[name].on_unmask(self.devices[name], body)
-        return answer
-
-    def round(
-        self,
-        session: Established,
-        lost: Mapping[str, Collection[str]] | None = None,
-        cohort: Collection[str] | None = None,
-    ) -> tuple[Established, RoundResult] | RoundAborted:
-        """Steps 5–8. ``lost``: step → devices that do not answer it."""
-        lost = lost or {}
+    def collect(self, session: Established, lost: Lost | None = None, cohort: Collection[str] | None = None) -> Any:
+        """Steps 5 and 6."""
         begun = self.begin(session, cohort)
-        steps: list[tuple[str, Callable[[str, bytes], bytes], Any]] = [
-            ("input", self.contribute, Collecting.on_masked_input),
-            ("survivors", self.survivors, Confirming.on_signature),
-            ("unmask", self.unmask, Unmasking.on_unmask),
-        ]
-        for step, answer, accept in steps:
-            if isinstance(begun, RoundAborted):
-                return begun
-            state, bodies = begun
-            if step == "survivors" and isinstance(state, Unmasking):
-                continue
-            for name in sorted(set(bodies) - set(lost.get(step, ()))):
-                state = accept(state, name, answer(name, bodies[name]))
-            begun = state.close()
-        return begun  # type: ignore[no-any-return]
+        if isinstance(begun, RoundAborted):
+            return begun
+        state, plans = begun
+        for name in sorted(set(plans) - set((lost or {}).get("input", ()))):
+            state = self.accept(state, "on_masked_input", name, self.contribute(name, plans[name]))
+        return state.close()
 
-    def expected(self, names: Collection[str]) -> dict[str, NDArray[np.float64]]:
-        return {
-            segment.name: np.sum([self.plain[name][segment.name] for name in names], axis=0)
-            for segment in self.spec.vector.segments
-        }
+    def confirm(self, state: Any, bodies: Mapping[str, bytes], lost: Lost | None = None) -> Any:
+        """Step 7, where the session has it."""
+        if not isinstance(state, Confirming):
+            return state, bodies
+        for name in sorted(set(bodies) - set((lost or {}).get("survivors", ()))):
+            state = self.accept(state, "on_signature", name, self.answer("on_survivors", name, bodies[name]))
+        return state.close()
 
-    def tolerance(self, segment: Segment) -> float:
-        return self.spec.vector.step(segment) * len(self.devices)
+    def open(self, state: Any, bodies: Mapping[str, bytes], lost: Lost | None = None) -> Any:
+        """Step 8."""
+        for name in sorted(set(bodies) - set((lost or {}).get("unmask", ()))):
+            state = self.accept(state, "on_unmask", name, self.answer("on_unmask", name, bodies[name]))
+        return state.close()
+
+    def round(self, session: Established, lost: Lost | None = None, cohort: Collection[str] | None = None) -> Any:
+        """Steps 5–8. ``lost``: step → devices that do not answer it."""
+        collected = self.collect(session, lost, cohort)
+        if isinstance(collected, RoundAborted):
+            return collected
+        confirmed = self.confirm(*collected, lost)
+        return confirmed if isinstance(confirmed, RoundAborted) else self.open(*confirmed, lost)
+
+    def assert_sum(self, result: RoundResult) -> None:
+        """The result is the plain sum of its survivors, to one step a survivor; counts are exact."""
+        for segment in self.spec.vector.segments:
+            plain = np.sum([self.plain[name][segment.name] for name in result.survivors], axis=0)
+            error = np.abs(result.values[segment.name] - plain).max()
+            # The plain sum itself is only as good as float64; that shows in rings of 50 bits and more.
+            rounding = len(result.survivors) * (self.spec.vector.step(segment) + segment.bound * 2.0**-52)
+            assert error == 0 if segment.name == "weight" else error < rounding
 
 
 def make_fleet(devices: int, *, spec: SessionSpec | None = None, policy: Policy | None = None, seed: int = 1) -> Fleet:
@@ -188,3 +213,21 @@ def make_fleet(devices: int, *, spec: SessionSpec | None = None, policy: Policy 
 def fleet_of() -> Callable[..., Fleet]:
     """Make a fleet of so many devices."""
     return make_fleet
+
+
+@pytest.fixture
+def spec_of() -> Callable[..., SessionSpec]:
+    """Make a spec for a fleet of so many devices, with changes by field."""
+    return session_spec
+
+
+@pytest.fixture
+def vector_of() -> Callable[..., VectorSpec]:
+    """Make a vector spec for so many clients."""
+    return vector_spec
+
+
+@pytest.fixture
+def entropy() -> CountedEntropy:
+    """Bytes that repeat from run to run."""
+    return CountedEntropy(7)
