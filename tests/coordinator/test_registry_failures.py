@@ -158,7 +158,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, rounds: Any) -> N
     one_line(caught.value)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_became_unwritable_is_named_and_keeps_what_it_had(
     registry: Registry, rounds: Any, tmp_path: Path
 ) -> None:
@@ -166,6 +165,8 @@ def test_a_folder_that_became_unwritable_is_named_and_keeps_what_it_had(
     before = rounds.snapshot(registry)
     for folder in (tmp_path / "blobs", tmp_path):
         folder.chmod(0o555)
+        if os.access(folder, os.W_OK):
+            pytest.skip("this user may write anywhere")
         try:
             with pytest.raises(EdgeAdaptError, match="nothing was changed"):
                 rounds.commit(registry, 1)
