@@ -19,8 +19,8 @@ def test_every_file_is_short_enough_to_read_at_a_sitting(all_sources: Any) -> No
     assert not [source.path for source in all_sources if source.text.count("\n") > LONGEST_FILE]
 
 
-def test_every_module_says_what_it_is_for(all_sources: Any) -> None:
-    assert not [source.path for source in all_sources if source.text.strip() and not ast.get_docstring(source.tree)]
+def test_every_module_says_what_it_is_for(sources: Any) -> None:
+    assert not [source.path for source in sources if source.text.strip() and not ast.get_docstring(source.tree)]
 
 
 def test_every_public_class_and_function_that_is_installed_says_what_it_does(sources: Any) -> None:
