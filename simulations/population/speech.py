@@ -21,7 +21,7 @@ _EVERYDAY = {
     "timer_minutes": range(1, 61),
     "timer_seconds": range(5, 60, 5),
 }
-_ATTEMPTS = 40
+_ATTEMPTS = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,16 @@ class Voice:
     rng: np.random.Generator
 
     def say(self, template: Template) -> str:
-        """A sentence of the template: the first of 40 attempts without a flaw, else the one with the fewest."""
+        """A sentence of the template: the first of 120 attempts without a flaw, else the one with the fewest."""
         expander = Expander(self.language.rules, lambda name: self._slot(name, template.domains), self.rng)
         best, fewest = "", len(self.language.words.unnatural) + 1
+        tried: set[str] = set()
         for _ in range(_ATTEMPTS):
             sentence = expander.sentence(template.text)
-            flaws = self.language.words.flaws(sentence)
+            if sentence in tried:
+                continue
+            tried.add(sentence)
+            flaws = self.language.words.flaws(sentence, enough=fewest)
             if flaws < fewest:
                 best, fewest = sentence, flaws
             if not flaws:

@@ -48,9 +48,14 @@ class Words:
     phrases: Mapping[str, tuple[str, ...]]
     unnatural: tuple[re.Pattern[str], ...]
 
-    def flaws(self, sentence: str) -> int:
-        """How many patterns of unnatural speech the sentence matches."""
-        return sum(pattern.search(sentence) is not None for pattern in self.unnatural)
+    def flaws(self, sentence: str, enough: int) -> int:
+        """How many patterns of unnatural speech the sentence matches; counting stops at ``enough``."""
+        found = 0
+        for pattern in self.unnatural:
+            if found >= enough:
+                break
+            found += pattern.search(sentence) is not None
+        return found
 
 
 @dataclass(frozen=True, slots=True)

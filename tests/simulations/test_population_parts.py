@@ -131,7 +131,12 @@ def test_homes_have_names_of_their_own_and_no_open_marks() -> None:
 )
 def test_the_natural_one_of_two_sentences_has_fewer_flaws(code: str, natural: str, unnatural: str) -> None:
     words = load_words(code)
-    assert words.flaws(natural) < words.flaws(unnatural)
+    assert words.flaws(natural, 9) < words.flaws(unnatural, 9)
+
+
+def test_counting_flaws_stops_when_it_is_enough() -> None:
+    words = load_words("en")
+    assert words.flaws("turn on the my Emma's lamp for 2 minute", 9) > words.flaws("the my 2 minute", 1) == 1
 
 
 def _voice(code: str) -> Voice:
