@@ -13,8 +13,8 @@ ARMS = ("base", "local", "global", "personal")
 class HouseholdResult:
     """One household's test accuracy by arm, each a share of its own test phrases.
 
-    ``base``: the vendor's head, no training. ``local``: trained alone, for as many epochs as the personal arm saw in all.
-    ``global``: the last shared adapter. ``personal``: the best of base, global and privately fine-tuned by its own
+    ``base``: the vendor's head, no training. ``local``: trained alone, for as many epochs as the personal arm saw in
+    all. ``global``: the last shared adapter. ``personal``: the best of base, global and privately fine-tuned by its own
     held-out part; ``choice`` says which that was.
     """
 
@@ -63,7 +63,7 @@ class RunResult:
 
 
 def summary(households: Sequence[HouseholdResult], arm: str) -> dict[str, float]:
-    """``mean``, ``p10`` and ``worst`` over the households that took part; ``unseen``: the mean over those that did not."""
+    """``mean``, ``p10``, ``worst`` of the households that took part; ``unseen``: the mean of those that did not."""
     seen = np.array([h.accuracy[arm] for h in households if not h.unseen])
     unseen = np.array([h.accuracy[arm] for h in households if h.unseen])
     return {

@@ -14,33 +14,35 @@ class PopulationSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    households: int = Field(15, ge=3, le=10_000, description="Number of households, unseen ones included.")
+    households: int = Field(default=15, ge=3, le=10_000, description="Number of households, unseen ones included.")
     languages: tuple[str, ...] = Field(
-        ("en", "de", "fr"),
+        default=("en", "de", "fr"),
         min_length=1,
         description="Languages of the households, by turns; codes of the package home-assistant-intents.",
     )
     unseen: float = Field(
-        0.2, gt=0, lt=1, description="Share of households kept out of training; rounded, at least one."
+        default=0.2, gt=0, lt=1, description="Share of households kept out of training; rounded, at least one."
     )
     utterances_min: int = Field(
-        60, ge=4, description="Fewest utterances of a household, training and validation together."
+        default=60, ge=4, description="Fewest utterances of a household, training and validation together."
     )
     utterances_max: int = Field(
-        100, le=100_000, description="Most utterances of a household, training and validation together."
+        default=100, le=100_000, description="Most utterances of a household, training and validation together."
     )
-    test_utterances: int = Field(40, ge=1, le=100_000, description="Test utterances of each household.")
+    test_utterances: int = Field(default=40, ge=1, le=100_000, description="Test utterances of each household.")
     validation_fraction: float = Field(
-        0.2, gt=0, le=0.5, description="Share of a household's utterances kept for its own validation."
+        default=0.2, gt=0, le=0.5, description="Share of a household's utterances kept for its own validation."
     )
     concentration: float = Field(
-        0.5,
+        default=0.5,
         gt=0,
         description="Dirichlet parameter of a household's mix of intents: small is one-sided, large is even.",
     )
-    public_phrases: int = Field(6, ge=1, le=1000, description="Public phrases for each intent and public language.")
+    public_phrases: int = Field(
+        default=6, ge=1, le=1000, description="Public phrases for each intent and public language."
+    )
     public_languages: tuple[str, ...] = Field(
-        ("en",), min_length=1, description="Languages of the public phrases; need not be spoken by a household."
+        default=("en",), min_length=1, description="Languages of the public phrases; need not be spoken by a household."
     )
 
     @model_validator(mode="after")

@@ -1,0 +1,109 @@
+"""The device's Flower ClientApp: one message in, one state transition, one message out.
+
+It only moves bytes: the protocol core decides what is legal, the trainer trains, and the home keeps the state between
+messages, whichever process answers the next one. A refusal goes back as an error reply; what concerns the device's own
+examples is logged here and travels as nothing but the fact.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from adapters import files
+from adapters.base import Base, find_base
+from adapters.classifier import LoraSpec
+from adapters.layout import Layout
+from adapters.task import Task
+from aggregation import clientside
+from aggregation.clientside import Advertised, ClientState, Confirmed, Masked, Planned, Ready
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import DataError, EdgeAdaptError, ProtocolError, TrustError
+from aggregation.ring import Ring
+from aggregation.steps import ADAPTER, BODY, RECORD, Step
+from client.contribute import Outcome, contribution
+from client.examples import Part, part, read_examples
+from client.home import Home
+from client.train import seed, trainer
+
+HOME = "home"  # key of the node's configuration: the device's folder
+REFUSED = 100  # Flower error code: the device refused; the reason says why
+
+log = logging.getLogger("edgeadapt.device")
+app = ClientApp()
+
+
+def _handler(message: Message, context: Context) -> Message:
+    step = Step(message.metadata.message_type.partition(".")[2])
+    try:
+        home = Home.open(Path(str(context.node_config.get(HOME, ""))))
+        with home.locked():
+            body = home.certificate if step is Step.HELLO else _transition(home, step, _fields(message))
+        return Message(RecordDict({RECORD: ConfigRecord({BODY: body})}), reply_to=message)
+    except EdgeAdaptError as error:
+        log.warning("%s refused: %s", step.value, error)
+        reason = "no usable examples" if isinstance(error, DataError) else str(error)
+        return Message(Error(REFUSED, reason), reply_to=message)
+
+
+for _step in Step:
+    _register = app.train if _step is Step.PLAN else app.query
+    _register(_step.value)(_handler)
+
+
+def _fields(message: Message) -> Mapping[str, bytes]:
+    record = message.content.config_records.get(RECORD)
+    fields = {} if record is None else {key: value for key, value in record.items() if isinstance(value, bytes)}
+    if BODY not in fields:
+        raise ProtocolError("the message carries no protocol body")
+    return fields
+
+
+def _transition(home: Home, step: Step, fields: Mapping[str, bytes]) -> bytes:
+    """One step of the protocol: load the state, move on, seal the new state, and only then answer."""
+    base = find_base(home.settings.base)
+    device, body, state = home.device(base.digest), fields[BODY], home.load_state()
+    after: ClientState
+    if step is Step.OFFER:
+        after, answer = clientside.join(device, body, SystemEntropy(), datetime.now(UTC))
+    elif step is Step.ROSTER and isinstance(state, Advertised):
+        after, answer = state.on_roster(device, body, SystemEntropy())
+    elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
+        planned = state.on_plan(device, body)
+        after, answer = planned.contribute(device, _train(home, base, planned, fields.get(ADAPTER, b"")))
+    elif step is Step.SURVIVORS and isinstance(state, Masked):
+        after, answer = state.on_survivors(device, body)
+    elif step is Step.UNMASK and isinstance(state, Masked | Confirmed):
+        after, answer = state.on_unmask(device, body)
+    else:
+        raise ProtocolError(f"{step.value} is not what comes next: this device holds {type(state).__name__}")
+    home.save_state(after)
+    return answer
+
+
+def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
+    """Train on the home's examples from the adapter in ``blob``; return what may leave under the mask."""
+    plan, spec = planned.plan, planned.spec
+    if files.sha256(blob) != plan.adapter_digest:
+        raise TrustError("the adapter beside the plan is not the one that the plan names")
+    task = Task.decode(plan.training)
+    start = files.decode(blob)
+    layout = Layout.of(start)
+    if layout.digest != spec.layout_digest:
+        raise TrustError("the adapter has another layout than the offer says")
+    examples = read_examples(home.examples, len(task.labels))
+    mine = trainer(base, len(task.labels), LoraSpec(task.method.rank, task.method.alpha, task.method.targets))
+    held_out = mine.score(start, part(examples, Part.VALIDATION)[: spec.weight_cap])
+    train_part = part(examples, Part.TRAIN)
+    salt = f"{home.folder.name}/{plan.adapter_version}"
+    begin = time.perf_counter()
+    trained = mine.train(start, train_part, task, epochs=task.epochs, salt=salt)
+    seconds = time.perf_counter() - begin
+    log.info("trained on %d examples", len(train_part), extra={"training_seconds": seconds})
+    outcome = Outcome(start, trained, len(train_part), held_out, seconds)
+    return contribution(outcome, layout, spec, np.random.default_rng(seed(task, f"{salt}/rounding")))

@@ -1,0 +1,67 @@
+"""From a trained adapter to the numbers that may leave the device: clipped, weighted, in fixed point.
+
+One function, so that there is one place to read to know what a device gives away: nothing but this vector travels,
+and it travels under the mask.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.layout import Layout, Tensors
+from adapters.task import MAX_SECONDS
+from aggregation.errors import DataError
+from aggregation.ring import Ring
+from aggregation.spec import SessionSpec
+from client.train import Score
+
+Vector = NDArray[np.float64]
+SHRINK = 1 - 2.0**-40  # keeps a clipped coordinate within the codec's bound whatever way the division rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one round of local training produced."""
+
+    start: Tensors
+    trained: Tensors
+    examples: int  # trained on
+    held_out: Score  # of ``start`` on the device's held-out part
+    seconds: float  # of training
+
+
+def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.random.Generator) -> Ring:
+    """The vector to be masked.
+
+    The delta is clipped to the L2 norm ``spec.clip_norm`` and multiplied by the device's weight, its number of examples
+    up to ``spec.weight_cap``. The metrics are those of at most ``spec.weight_cap`` held-out examples.
+
+    Args:
+        outcome: Finite tensors in ``layout``.
+        layout: Of the adapter; its digest is in the offer.
+        spec: The session's, from the offer that the device accepted.
+        rng: Rounding coins; not secret.
+
+    Raises:
+        DataError: A tensor holds NaN or infinity, or there is no example.
+    """
+    if outcome.examples < 1:
+        raise DataError("a device without examples has nothing to contribute")
+    delta = layout.flatten(outcome.trained).astype(np.float64) - layout.flatten(outcome.start)
+    weight = min(outcome.examples, spec.weight_cap)
+    values = {
+        "delta": clip(delta, spec.clip_norm) * weight,
+        "weight": np.array([float(weight)]),
+        "correct": np.array([float(outcome.held_out.correct)]),
+        "loss": np.array([outcome.held_out.loss]),
+        "held_out": np.array([float(outcome.held_out.count)]),
+        "seconds": np.array([min(outcome.seconds, MAX_SECONDS)]),
+    }
+    return spec.vector.encode(values, rng)
+
+
+def clip(delta: Vector, norm: float) -> Vector:
+    """``delta`` scaled down to L2 norm ``norm`` where it is longer. A vector within the bound comes back unchanged."""
+    length = float(np.linalg.norm(delta))
+    return delta if length <= norm else delta * (norm / length * SHRINK)

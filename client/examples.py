@@ -1,0 +1,87 @@
+"""The device's examples: a JSON-lines file that never leaves it, read with care and held in parts.
+
+An error names the line, never the text: error messages may travel, examples must not.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from aggregation.errors import DataError
+
+MAX_TEXT = 2_000  # characters
+MAX_FILE = 64 * 2**20  # bytes
+
+
+class Part(Enum):
+    """What an example is used for. ``TEST`` exists in simulations only: a real household has no second opinion."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A phrase and the number of its label. The text is private, so it stays out of ``repr``."""
+
+    text: str
+    label: int
+    part: Part = Part.TRAIN
+
+    def __repr__(self) -> str:
+        return f"Example(<{len(self.text)} characters>, {self.label}, {self.part.value})"
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Write the file atomically, readable by its owner only."""
+    rows = [json.dumps({"text": e.text, "label": e.label, "part": e.part.value}, ensure_ascii=False) for e in examples]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:  # mode 0600
+        file.write("".join(f"{row}\n" for row in rows))
+    Path(file.name).replace(path)
+
+
+def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
+    """Every example in the file.
+
+    Args:
+        path: JSON lines with ``text``, ``label`` and, optionally, ``part``.
+        labels: Number of labels; an example's label is below it.
+
+    Raises:
+        DataError: The file is missing, empty, too large, or a line is not an example.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise DataError(f"{path.name} is larger than {MAX_FILE} bytes")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise DataError(f"no readable examples in {path.name}") from error
+    examples = tuple(_example(line, number, labels) for number, line in enumerate(lines, 1) if line.strip())
+    if not any(example.part is Part.TRAIN for example in examples):
+        raise DataError(f"{path.name} holds no training example: this device has nothing to learn from")
+    return examples
+
+
+def part(examples: Sequence[Example], wanted: Part) -> tuple[Example, ...]:
+    """The examples of one part, in file order."""
+    return tuple(example for example in examples if example.part is wanted)
+
+
+def _example(line: str, number: int, labels: int) -> Example:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        text, label, where = row["text"], row["label"], Part(row.get("part", "train"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        # From None: the parser's own error quotes what it read.
+        raise DataError(f"line {number} of the examples is not an example") from None
+    if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
+        raise DataError(f"line {number} of the examples has an empty text or more than {MAX_TEXT} characters")
+    if type(label) is not int or not 0 <= label < labels:
+        raise DataError(f"line {number} of the examples has a label outside 0 … {labels - 1}")
+    return Example(text, label, where)

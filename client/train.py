@@ -1,0 +1,142 @@
+"""Training on the device: a few epochs of AdamW over the adapter's tensors, and its score on held-out examples.
+
+Deterministic for a given start, examples and seed: the model stays in evaluation mode (no dropout), and the order of
+the examples comes from an explicit generator. Nothing here knows of rounds, masks or messages.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from adapters import classifier
+from adapters.base import Base
+from adapters.layout import Tensors
+from adapters.task import MAX_LOSS, Task
+from aggregation.errors import DataError
+from client.examples import Example
+
+EVALUATION_BATCH = 64  # phrases; forward only, so larger than a training batch
+MAX_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """An adapter on some examples. ``loss`` is the sum of cross-entropies in nats, each clipped to ``MAX_LOSS``."""
+
+    correct: int
+    count: int
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of examples whose most probable label is theirs; NaN for no examples."""
+        return self.correct / self.count if self.count else float("nan")
+
+
+class Trainer:
+    """The frozen base with one adapter slot, and the tokenizer that belongs to it."""
+
+    def __init__(self, base: Base, task_labels: int, lora: classifier.LoraSpec) -> None:
+        self.base = base
+        self.model: PeftModel = classifier.build(base, task_labels, lora)
+        self._tokenizer = _tokenizer(base.folder)
+
+    def train(self, start: Tensors, examples: Sequence[Example], task: Task, *, epochs: int, salt: str) -> Tensors:
+        """The adapter after ``epochs`` passes over ``examples``, starting from ``start``.
+
+        Args:
+            start: In the layout of this trainer's model; checked by the caller.
+            examples: At least one.
+            task: Batch size, learning rate, weight decay and seed.
+            epochs: Passes over the examples.
+            salt: Mixed into the seed (a device's name and the round), so that devices shuffle differently.
+
+        Raises:
+            DataError: No examples, or the loss is not finite (the learning rate is too high).
+        """
+        if not examples:
+            raise DataError("there are no examples to train on")
+        classifier.load(self.model, start)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=task.weight_decay)
+        order = np.random.default_rng(seed(task, salt))
+        for batch in _batches(examples, task.batch_size, epochs, order):
+            loss = cross_entropy(self._logits(batch), torch.tensor([e.label for e in batch]))
+            if not torch.isfinite(loss):
+                raise DataError("the training loss is not finite: lower the learning rate")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        return classifier.tensors(self.model)
+
+    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
+        """The adapter's accuracy and loss on ``examples``."""
+        logits = self.logits(adapter, [e.text for e in examples])
+        if not examples:
+            return Score(0, 0, 0.0)
+        labels = torch.tensor([e.label for e in examples])
+        losses = cross_entropy(torch.from_numpy(logits), labels, reduction="none").clamp(max=MAX_LOSS)
+        correct = int((torch.from_numpy(logits).argmax(1) == labels).sum())
+        return Score(correct, len(examples), float(losses.sum()))
+
+    def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Logits, shape ``(len(texts), labels)``."""
+        classifier.load(self.model, adapter)
+        examples = [Example(text, 0) for text in texts]
+        with torch.inference_mode():
+            rows = [self._logits(examples[i : i + EVALUATION_BATCH]) for i in range(0, len(texts), EVALUATION_BATCH)]
+        return torch.cat(rows).numpy() if rows else np.zeros((0, 0), np.float32)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit embeddings by the frozen base alone, shape ``(len(texts), hidden)``."""
+        with torch.inference_mode(), self.model.disable_adapter():
+            ids, mask = self._tokens(texts)
+            embeddings: Tensor = self.model.get_base_model().embed(ids, mask)
+        return embeddings.numpy()
+
+    def _logits(self, batch: Sequence[Example]) -> Tensor:
+        ids, mask = self._tokens([e.text for e in batch])
+        logits: Tensor = self.model(input_ids=ids, attention_mask=mask)
+        return logits
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        encodings = self._tokenizer.encode_batch(list(texts))
+        ids = torch.tensor([e.ids for e in encodings])
+        return ids, torch.tensor([e.attention_mask for e in encodings])
+
+
+@lru_cache(maxsize=2)
+def trainer(base: Base, labels: int, lora: classifier.LoraSpec) -> Trainer:
+    """A process keeps the base loaded between messages; the adapter is set anew by every call."""
+    return Trainer(base, labels, lora)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(MAX_TOKENS)
+    tokenizer.enable_padding()
+    return tokenizer
+
+
+def _batches(
+    examples: Sequence[Example], size: int, epochs: int, order: np.random.Generator
+) -> Iterator[list[Example]]:
+    for _ in range(epochs):
+        shuffled = order.permutation(len(examples))
+        for start in range(0, len(examples), size):
+            yield [examples[i] for i in shuffled[start : start + size]]
+
+
+def seed(task: Task, salt: str) -> list[int]:
+    """The seed of one device's random choices in one round, for ``numpy.random.default_rng``."""
+    return [task.seed, int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big")]

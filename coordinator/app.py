@@ -1,0 +1,36 @@
+"""The coordinator's Flower ServerApp: opens the home that the run configuration names, runs its rounds on any grid."""
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from aggregation.errors import ConfigError
+from coordinator.home import CoordinatorHome
+from coordinator.rounds import federate
+from coordinator.wire import Clock, SystemClock, Wire
+
+HOME = "coordinator-home"  # key of the run configuration: the coordinator's folder
+
+log = logging.getLogger("edgeadapt.coordinator")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the rounds that are still to do."""
+    folder = context.run_config.get(HOME)
+    if not isinstance(folder, str) or not folder:
+        raise ConfigError(f"the run configuration needs {HOME!r}: the coordinator's folder")
+    home = CoordinatorHome.open(Path(folder))
+    # A simulated grid brings its own time, which does not wait.
+    clock: Clock = getattr(grid, "clock", None) or SystemClock()
+    for record in federate(home, Wire(grid, clock, home.settings.deadline)):
+        log.info(
+            "round %d of %d: %s",
+            record.round,
+            home.settings.rounds,
+            record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} lost",
+            extra={"record": record, "rounds": home.settings.rounds},
+        )

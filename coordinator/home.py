@@ -1,0 +1,49 @@
+"""The coordinator's home: the folder with its signing key, the authority it relies on, settings and registry."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from aggregation.certificates import Root
+from aggregation.errors import ConfigError
+from aggregation.identity import IdentityKey
+from coordinator.registry import Registry
+from coordinator.settings import FederationSettings
+
+KEY = "signing.pem"
+AUTHORITY = "authority.pem"
+SETTINGS = "federation.json"
+DATABASE = "registry.db"
+BLOBS = "blobs"
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorHome:
+    """A coordinator, opened from its folder."""
+
+    key: IdentityKey
+    root: Root
+    settings: FederationSettings
+    registry: Registry
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read the folder.
+
+        Raises:
+            ConfigError: A file is missing or a setting is ill-formed.
+        """
+        settings = FederationSettings.read(folder / SETTINGS)
+        try:
+            key = IdentityKey.from_pem((folder / KEY).read_bytes())
+            root = Root.from_pem((folder / AUTHORITY).read_bytes())
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{folder} is not a coordinator's home: {Path(error.filename).name} is missing"
+            ) from error
+        return cls(key, root, settings, open_registry(folder, key))
+
+
+def open_registry(folder: Path, key: IdentityKey) -> Registry:
+    """The registry of a coordinator's home."""
+    return Registry.open(f"sqlite:///{folder / DATABASE}", str(folder / BLOBS), [key.public])

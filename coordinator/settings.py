@@ -1,0 +1,126 @@
+"""What a federation is told: how many rounds, which devices are enough, how the server moves, what devices train."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adapters.layout import Layout
+from adapters.manifest import Manifest
+from adapters.task import Task, contribution_spec
+from aggregation.errors import ConfigError
+from aggregation.spec import Adversary, SessionSpec, default_threshold
+from coordinator.optimizer import FedAdam, FedAvg
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Training(_Section):
+    """What a device does in a round."""
+
+    epochs: int = Field(default=1, ge=1, le=100, description="passes over the device's examples in a round")
+    batch_size: int = Field(default=16, ge=1, le=1024, description="examples a step")
+    learning_rate: float = Field(default=2e-3, gt=0, le=1, description="of AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="of AdamW")
+
+    def task(self, manifest: Manifest, seed: int) -> Task:
+        """The task for the adapter that ``manifest`` describes."""
+        return Task(
+            method=manifest.method,
+            labels=manifest.labels,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            seed=seed,
+        )
+
+
+class Server(_Section):
+    """The server's step on the mean delta."""
+
+    optimizer: Literal["fedavg", "fedadam"] = Field(default="fedavg", description="rule of the server's step")
+    learning_rate: float = Field(default=1.0, gt=0, description="of the server's step")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="FedAdam: decay of the first moment")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="FedAdam: decay of the second moment")
+    tau: float = Field(default=1e-3, gt=0, description="FedAdam: adaptivity, added to the root of the second moment")
+
+    def rule(self) -> FedAvg | FedAdam:
+        """The optimizer's settings as its own type."""
+        if self.optimizer == "fedavg":
+            return FedAvg(self.learning_rate)
+        return FedAdam(self.learning_rate, self.beta1, self.beta2, self.tau)
+
+
+class Aggregation(_Section):
+    """Secure aggregation: the adversary it must withstand and the numbers in the offer."""
+
+    adversary: Literal["active", "honest-but-curious"] = Field(
+        default="active",
+        description="what the coordinator is held capable of; a device's own policy may refuse the weaker",
+    )
+    session_rounds: int = Field(default=4, ge=1, le=64, description="rounds a set of keys serves")
+    minimum_devices: int = Field(default=3, ge=3, description="fewest devices a session may have")
+    minimum_survivors: float = Field(
+        default=0.5, gt=0, le=1, description="share of the cohort that must survive a round; never below the threshold"
+    )
+    clip_norm: float = Field(default=8.0, gt=0, description="largest L2 norm of a device's delta, in weight units")
+    weight_cap: int = Field(default=128, ge=1, le=65536, description="largest weight of one device, in examples")
+    ring_bits: int = Field(default=22, ge=16, le=62, description="bits an element on the wire")
+
+    def spec(self, devices: int, layout: Layout, base_digest: str, rounds: int) -> SessionSpec:
+        """The session of a cohort of ``devices``.
+
+        Raises:
+            ConfigError: The ring cannot hold the sum of so many devices.
+        """
+        threshold = default_threshold(devices)
+        vector = contribution_spec(
+            layout,
+            clip_norm=self.clip_norm,
+            weight_cap=self.weight_cap,
+            ring_bits=self.ring_bits,
+            max_clients=devices,
+        )
+        return SessionSpec(
+            rounds=rounds,
+            threshold=threshold,
+            minimum_survivors=max(threshold, round(self.minimum_survivors * devices)),
+            degree=devices - 1,
+            vector=vector,
+            clip_norm=self.clip_norm,
+            weight_cap=self.weight_cap,
+            privacy="none",
+            base_digest=base_digest,
+            layout_digest=layout.digest,
+            adversary=Adversary.ACTIVE if self.adversary == "active" else Adversary.HONEST_BUT_CURIOUS,
+        )
+
+
+class FederationSettings(_Section):
+    """``federation.json`` in the coordinator's home."""
+
+    rounds: int = Field(default=10, ge=1, le=100_000, description="rounds of training")
+    seed: int = Field(default=0, ge=0, description="of the order in which devices visit their examples")
+    deadline: float = Field(default=600.0, gt=0, description="seconds a device has for one answer")
+    attempts: int = Field(default=3, ge=1, description="times a session is tried before the run gives up")
+    training: Training = Training()
+    server: Server = Server()
+    aggregation: Aggregation = Aggregation()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            ConfigError: Missing, not JSON, an unknown key, or a value out of range.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes(), strict=True)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path.parent} is not a coordinator's home: it has no {path.name}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

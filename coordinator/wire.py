@@ -1,0 +1,118 @@
+"""Ask devices, through any Flower grid, and take the answers as they come.
+
+Push and poll, never Flower's ``send_and_receive``, which sleeps three seconds a look. Who answers late, with an error
+or not at all is lost for the exchange; what that means for the round is the protocol's to say.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from aggregation.steps import ADAPTER, BODY, RECORD, Step
+
+FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
+LAST_POLL = 0.5
+
+
+class Clock(Protocol):
+    """Seconds that pass. The system's, or a simulation's that does not wait."""
+
+    def now(self) -> float: ...
+    def sleep(self, seconds: float) -> None: ...
+
+
+class SystemClock:
+    """The machine's monotonic clock."""
+
+    def now(self) -> float:
+        """Seconds since some fixed point."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One node's answer: ``body``, or why there is none."""
+
+    node: int
+    body: bytes | None
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Payload bytes over all devices: protocol messages and adapters, without the transport's own framing."""
+
+    up: int = 0
+    down: int = 0
+
+
+@dataclass(slots=True)
+class Wire:
+    """A grid with a deadline. ``traffic`` counts until somebody takes it."""
+
+    grid: Grid
+    clock: Clock
+    deadline: float  # seconds for one exchange
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def nodes(self) -> tuple[int, ...]:
+        """The nodes that the grid knows now, in ascending order."""
+        return tuple(sorted(self.grid.get_node_ids()))
+
+    def take_traffic(self) -> Traffic:
+        """The bytes since the last call."""
+        taken, self.traffic = self.traffic, Traffic()
+        return taken
+
+    def ask(self, step: Step, bodies: Mapping[int, bytes], group: str, adapter: bytes | None = None) -> Iterator[Reply]:
+        """Send each node its body and yield the answers in the order of their arrival, each node once.
+
+        Args:
+            step: What is asked.
+            bodies: Node → protocol message.
+            group: Flower's group id: the round.
+            adapter: The same file for every node, beside its body.
+        """
+        extra = {} if adapter is None else {ADAPTER: adapter}
+        messages = []
+        for node, body in bodies.items():
+            content = RecordDict({RECORD: ConfigRecord({BODY: body, **extra})})
+            message = Message(content, node, step.message_type, group_id=group, ttl=self.deadline + LAST_POLL)
+            messages.append(message)
+            self.traffic.down += len(body) + len(adapter or b"")
+        # Flower returns None for a message it could not push, and an empty list where all of them were too large.
+        pushed = zip(self.grid.push_messages(messages), bodies, strict=False)
+        waiting = {message_id: node for message_id, node in pushed if message_id is not None}
+        yield from (Reply(node, None, "could not be reached") for node in bodies if node not in waiting.values())
+        yield from self._collect(waiting)
+
+    def _collect(self, waiting: dict[str, int]) -> Iterator[Reply]:
+        end, pause = self.clock.now() + self.deadline, FIRST_POLL
+        while waiting:
+            arrived = [m for m in self.grid.pull_messages(list(waiting)) if m.metadata.reply_to_message_id in waiting]
+            for message in arrived:
+                yield self._reply(waiting.pop(message.metadata.reply_to_message_id), message)
+            if self.clock.now() >= end:
+                break
+            pause = FIRST_POLL if arrived else min(2 * pause, LAST_POLL)
+            if waiting:
+                self.clock.sleep(pause)
+        yield from (Reply(node, None, "did not answer in time") for node in waiting.values())
+
+    def _reply(self, node: int, message: Message) -> Reply:
+        if message.has_error():
+            return Reply(node, None, message.error.reason or "failed")
+        record = message.content.config_records.get(RECORD)
+        body = record.get(BODY) if record is not None else None
+        if not isinstance(body, bytes):
+            return Reply(node, None, "answered without a protocol body")
+        self.traffic.up += len(body)
+        return Reply(node, body)

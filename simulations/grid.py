@@ -1,0 +1,163 @@
+"""An in-process Flower grid with weather: the real ServerApp and ClientApp run on it unchanged, in no real time.
+
+Messages are delayed, reordered and lost as a seed says. Time is virtual: waiting for a reply costs nothing, and a
+device that is too late is too late. Training counts for no time at all, so a run is the same on any machine.
+"""
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from aggregation.steps import Step
+
+RUN_ID = 1
+SERVER_NODE = 1
+ROUND_STEPS = (Step.PLAN, Step.SURVIVORS, Step.UNMASK)  # where a device can be lost in a round
+
+
+class VirtualClock:
+    """Seconds that pass only when somebody sleeps. ``coordinator.wire.Clock`` for simulations."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def now(self) -> float:
+        """Virtual seconds since the start."""
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        """Let ``seconds`` pass at once."""
+        self._now += seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What becomes of a message: lost before the device sees it, lost on the way back, or back after ``delay`` s."""
+
+    request_lost: bool
+    reply_lost: bool
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """Seeded fates. They depend on seed, group, step and who is asked, never on what was sent before: a resumed run has
+    the weather that it would have had."""
+
+    seed: int
+    loss: float  # probability that a request or its reply is lost, each
+    delay: float  # mean of an exponential, virtual seconds
+    victims: int = 0  # devices lost for certain in every round, at a step that varies with the round
+
+    def fates(self, group: str, step: Step, nodes: Sequence[int]) -> dict[int, Fate]:
+        """The fate of the message of ``step`` to each of ``nodes`` in ``group`` (the round, or "session")."""
+        victims = self._victims(group, step, nodes)
+        return {node: self._fate(group, step, node, node in victims) for node in nodes}
+
+    def _fate(self, group: str, step: Step, node: int, victim: bool) -> Fate:
+        rng = self._rng(group, list(Step).index(step), node)
+        request_lost, reply_lost = (bool(lost) for lost in rng.random(2) < self.loss)
+        delay = float(rng.exponential(self.delay))
+        if victim:  # half of them before they hear of it, half after they answered
+            request_lost, reply_lost = (True, False) if rng.random() < 0.5 else (False, True)
+        return Fate(request_lost, reply_lost, delay)
+
+    def _victims(self, group: str, step: Step, nodes: Sequence[int]) -> set[int]:
+        if not group.isdecimal() or ROUND_STEPS[int(group) % len(ROUND_STEPS)] is not step:
+            return set()
+        chosen = self._rng(group, len(Step), 0).choice(nodes, size=min(self.victims, len(nodes)), replace=False)
+        return {int(node) for node in chosen}
+
+    def _rng(self, group: str, step: int, node: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, int.from_bytes(group.encode(), "big"), step, node])
+
+
+@dataclass(order=True)
+class _UnderWay:
+    arrives: float
+    number: int
+    request: Message = field(compare=False)
+    fate: Fate = field(compare=False)
+
+
+class InProcessGrid(Grid):
+    """Hands each message to ``client_app(message, context)`` when its reply is due."""
+
+    def __init__(self, client_app: ClientApp, homes: Mapping[int, str], weather: Weather) -> None:
+        """``homes``: node id (positive) → the folder of the device that lives there."""
+        self.clock = VirtualClock()
+        self._app = client_app
+        self._weather = weather
+        self._contexts = {node: Context(RUN_ID, node, {"home": home}, RecordDict(), {}) for node, home in homes.items()}
+        self._numbers = count(1)
+        self._due: list[_UnderWay] = []  # a heap of requests under way, by the arrival of their replies
+        self._run = Run.create_empty(RUN_ID)
+        # Flower's Message asks the process who it is.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
+
+    def set_run(self, run: Run) -> None:
+        """See ``Grid``."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """See ``Grid``."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See ``Grid``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See ``Grid``."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See ``Grid``. The fates of the messages are drawn here; all of them are of one group and step."""
+        batch, ids = list(messages), []
+        fates = self._fates(batch) if batch else {}
+        for message in batch:
+            number, fate = next(self._numbers), fates[message.metadata.dst_node_id]
+            ids.append(str(number))
+            message.metadata.__dict__["_message_id"] = str(number)  # as Flower's own grids do
+            heapq.heappush(self._due, _UnderWay(self.clock.now() + fate.delay, number, message, fate))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """See ``Grid``. Devices work here, in the order of their replies; a reply nobody waits for is dropped."""
+        wanted, replies = set(message_ids), []
+        while self._due and self._due[0].arrives <= self.clock.now():
+            under_way = heapq.heappop(self._due)
+            reply = self._deliver(under_way)
+            if reply is not None and under_way.request.metadata.message_id in wanted:
+                replies.append(reply)
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """See ``Grid``."""
+        ids = set(self.push_messages(messages))
+        arrivals = [reply.arrives for reply in self._due if reply.request.metadata.message_id in ids]
+        latest = max(arrivals, default=self.clock.now()) - self.clock.now()
+        self.clock.sleep(latest if timeout is None else min(latest, timeout))
+        return self.pull_messages(ids)
+
+    def _deliver(self, under_way: _UnderWay) -> Message | None:
+        if under_way.fate.request_lost:
+            return None
+        reply = self._app(under_way.request, self._contexts[under_way.request.metadata.dst_node_id])
+        return None if under_way.fate.reply_lost else reply
+
+    def _fates(self, batch: Sequence[Message]) -> dict[int, Fate]:
+        first = batch[0].metadata
+        step = Step(first.message_type.partition(".")[2])
+        return self._weather.fates(first.group_id, step, [message.metadata.dst_node_id for message in batch])

@@ -1,0 +1,70 @@
+"""From the last round to the devices: the exported pair, held to parity on the test phrases, a bundle in every home.
+
+The coordinator's bundle holds the base and the global adapter. A device's bundle is the same base with the global and
+its own private adapter, signed by itself: what it keeps never goes back to the coordinator.
+"""
+
+from pathlib import Path
+
+from adapters import classifier, files
+from adapters.base import Base
+from adapters.layout import Tensors
+from aggregation.identity import IdentityKey
+from client import home as device_home
+from client.train import trainer
+from coordinator import home as coordinator_home
+from export import adapter, parity
+from export.base import ExportedBase, export_base
+from export.bundle import AdapterSource, add_adapter, copy_bundle, write_bundle
+from export.parity import OnnxRunner, Parity
+from export.quantize import Profile
+from simulations import fleet
+from simulations.population import Population
+from simulations.scenario import Scenario
+
+BUNDLE = "bundle"
+GLOBAL = "global"
+PERSONAL = "personal"
+
+
+def publish(out: Path, scenario: Scenario, population: Population, base: Base) -> tuple[Path, Parity]:
+    """Export, check and hand out. Returns the first household's bundle and the parity of the global adapter.
+
+    Raises:
+        ParityError: The exported pair answers too differently from torch; no bundle was written.
+    """
+    registry = fleet.registry(out)
+    version = registry.latest() or registry.version(0)
+    shared = registry.tensors(version.manifest.version)
+    model = trainer(base, len(population.labels), fleet.lora(scenario)).model
+    exported = export_base(model, base, Profile(scenario.export.profile))
+    runner = OnnxRunner.open(exported)
+    classifier.load(model, shared)
+    texts = [example.text for household in population.households for example in household.test]
+    found = parity.compare(model, runner, _on_device(shared, exported), texts)
+    parity.gate(found, scenario.export.minimum_agreement)
+    key = IdentityKey.from_pem((out / fleet.COORDINATOR / coordinator_home.KEY).read_bytes())
+    source = AdapterSource(
+        GLOBAL, shared, population.labels, version.manifest.version, version.manifest.sha256, version.manifest.parent
+    )
+    write_bundle(out / BUNDLE, exported, [source], key=key)
+    for household in population.households:
+        _hand_out(out, household.name, exported, source)
+    return fleet.device_folder(out, population.households[0].name) / BUNDLE, found
+
+
+def _on_device(tensors: Tensors, exported: ExportedBase) -> Tensors:
+    """The adapter as a device reads it back from its int8 file."""
+    return adapter.decode(adapter.encode(tensors, exported.plan), "int8")
+
+
+def _hand_out(out: Path, household: str, exported: ExportedBase, shared: AdapterSource) -> None:
+    """Put the coordinator's bundle into a device's home and the device's own adapter beside the global one."""
+    folder = fleet.device_folder(out, household)
+    copy_bundle(out / BUNDLE, folder / BUNDLE)
+    blob = (folder / device_home.PERSONAL).read_bytes()
+    identity = IdentityKey.from_pem((folder / device_home.IDENTITY).read_bytes())
+    private = AdapterSource(
+        PERSONAL, files.decode(blob), shared.labels, shared.version, files.sha256(blob), parent=shared.sha256
+    )
+    add_adapter(folder / BUNDLE, exported.plan, private, key=identity)

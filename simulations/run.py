@@ -1,0 +1,155 @@
+"""One run of a scenario, start to report, in a folder that it can be resumed from.
+
+Each stage leaves its outcome in the folder and finds there what it need not do again: a kill loses at most the
+round, the household or the export under way. The apps in between are the real ones, on the in-process grid.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from flwr.app import Context, RecordDict
+
+from adapters.base import Base, find_base
+from aggregation.errors import ConfigError
+from client.app import app as client_app
+from client.examples import read_examples
+from client.home import replace
+from coordinator.app import HOME
+from coordinator.app import app as server_app
+from simulations import fleet
+from simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid, Weather
+from simulations.outcome import collect
+from simulations.personal import personalize_all
+from simulations.population import Population, sample_population
+from simulations.progress import Progress
+from simulations.publish import publish
+from simulations.report import write_report
+from simulations.result import RunResult
+from simulations.scenario import Scenario
+
+SCENARIO = "scenario.json"
+PREPARED = "prepared.json"
+SECONDS = "seconds.json"
+RESULT = "result.json"
+REPORT = "report.html"
+
+
+@dataclass(slots=True)
+class RunFolder:
+    """The folder of a run: its scenario, and how long each stage has taken so far, resumes included."""
+
+    path: Path
+    scenario: Scenario
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, path: Path, scenario: Scenario) -> Self:
+        """Take a new or empty folder.
+
+        Raises:
+            ConfigError: There is something in it already.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        if (path / SCENARIO).exists():
+            raise ConfigError(f"{path} holds a run already: add --resume to go on with it, or choose another --out")
+        if any(path.iterdir()):
+            raise ConfigError(f"{path} is not empty: choose another --out")
+        replace(path / SCENARIO, scenario.model_dump_json(indent=2).encode())
+        return cls(path, scenario)
+
+    @classmethod
+    def resume(cls, path: Path, scenario: Scenario | None) -> Self:
+        """Go on with the run in ``path``.
+
+        Args:
+            path: A folder that ``start`` took.
+            scenario: What it must be a run of; nothing accepts any.
+
+        Raises:
+            ConfigError: There is no run, or it is one of another scenario.
+        """
+        try:
+            stored = Scenario.parse(json.loads((path / SCENARIO).read_bytes()), str(path / SCENARIO))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ConfigError(f"{path} holds no run to resume") from error
+        except ValueError as error:
+            raise ConfigError(f"{path / SCENARIO} is damaged: {error}") from error
+        if scenario is not None and scenario != stored:
+            raise ConfigError(f"{path} is a run of another scenario or with other settings: choose another --out")
+        times = path / SECONDS
+        return cls(path, stored, json.loads(times.read_bytes()) if times.exists() else {})
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the wall time of the block to ``stage``, whether it ends well or not."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - begin)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add ``seconds`` to ``stage`` and store the times."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        replace(self.path / SECONDS, json.dumps(self.seconds).encode())
+
+
+def run(folder: RunFolder, progress: Progress) -> RunResult:
+    """Do what is still to do, and return the result.
+
+    Raises:
+        EdgeAdaptError: A stage failed; what the stages before it made stays in the folder.
+    """
+    scenario = folder.scenario
+    base = find_base(scenario.base.model)
+    with folder.timed("total"):
+        with folder.timed("prepare"), progress.stage("prepare"):
+            population = sample_population(scenario.population, scenario.seed)
+            _prepare(folder.path, scenario, population, base)
+        _federate(folder, population, progress)
+        with folder.timed("personal"):
+            households = personalize_all(folder.path, scenario, population, base, progress)
+        with folder.timed("export"), progress.stage("export"):
+            bundle, parity = publish(folder.path, scenario, population, base)
+    result = collect(folder.path, scenario, base, households, bundle, parity, folder.seconds, folder.path / REPORT)
+    write_report(result, folder.path / REPORT)
+    replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
+    return result
+
+
+def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
+    marker = out / PREPARED
+    if marker.exists():
+        found = json.loads(marker.read_bytes())
+        if found != {"population": population.digest, "base": base.digest}:
+            raise ConfigError(f"{out} was made from another population or base model: choose another --out")
+        return
+    for name in (fleet.AUTHORITY, fleet.COORDINATOR, fleet.DEVICES):  # what a kill in the middle left
+        shutil.rmtree(out / name, ignore_errors=True)
+    fleet.provision(out, scenario, population, base)
+    replace(marker, json.dumps({"population": population.digest, "base": base.digest}).encode())
+
+
+def _federate(folder: RunFolder, population: Population, progress: Progress) -> None:
+    """The rounds: the real ServerApp and ClientApp, on the in-process grid."""
+    homes = fleet.open_homes(folder.path, population)
+    for home in homes.values():
+        read_examples(home.examples, len(population.labels))  # a household without data is found before the first round
+    nodes = {
+        number: str(homes[household.name].folder)
+        for number, household in enumerate(population.households, SERVER_NODE + 1)
+        if not household.unseen
+    }
+    scenario = folder.scenario
+    weather = Weather(scenario.seed, scenario.network.loss, scenario.network.delay, scenario.network.victims)
+    context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {HOME: str(folder.path / fleet.COORDINATOR)})
+    trained = progress.training_seconds
+    with folder.timed("rounds"):
+        server_app(InProcessGrid(client_app, nodes, weather), context)
+    folder.add("training", progress.training_seconds - trained)
