@@ -69,9 +69,9 @@ class Policy:
                 2 * spec.threshold > cohort + corrupt,
                 f"threshold {spec.threshold} of {cohort} does not withstand {corrupt} corrupt devices",
             ),
+            (spec.vector.max_clients >= cohort, f"a sum of {cohort} could wrap the ring"),
             (spec.degree >= cohort - 1, f"degree {spec.degree} is not the complete graph of {cohort} devices"),
             (spec.minimum_survivors >= spec.threshold, "minimum of survivors is below the threshold"),
-            (spec.vector.max_clients >= cohort, f"a sum of {cohort} could wrap the ring"),
             (
                 self.minimum_ring_bits <= bits <= self.maximum_ring_bits,
                 f"ring of {bits} bits is outside this device's limits",

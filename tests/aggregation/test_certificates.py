@@ -1,0 +1,189 @@
+"""The authority: what it certified is accepted, and nothing else is."""
+
+import datetime as dt
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.x509.oid import NameOID
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aggregation.certificates import Authority, Root
+from aggregation.errors import ConfigError, TrustError
+from aggregation.identity import IdentityKey
+
+BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+END = dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
+DAY = dt.timedelta(days=1)
+
+
+@pytest.fixture
+def authority(entropy: Any) -> Authority:
+    return Authority.create("fleet", entropy, BEGIN, END)
+
+
+@pytest.fixture
+def identity(entropy: Any) -> IdentityKey:
+    return IdentityKey.generate(entropy)
+
+
+@pytest.fixture
+def certificate(authority: Authority, identity: IdentityKey) -> bytes:
+    return authority.issue("kitchen-1", identity.public, not_before=BEGIN, not_after=END)
+
+
+def forged(issuer: Authority, subject: list[x509.NameAttribute], public: Any, *, extension: bool = True) -> bytes:
+    """A certificate that the authority signs although ``issue`` would not make it."""
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name(subject))
+        .issuer_name(x509.load_der_x509_certificate(issuer.der).subject)
+        .public_key(public)
+        .serial_number(7)
+        .not_valid_before(BEGIN)
+        .not_valid_after(END)
+    )
+    if extension:
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    signed = builder.sign(Ed25519PrivateKey.from_private_bytes(issuer.key.raw), None)
+    return signed.public_bytes(serialization.Encoding.DER)
+
+
+def name(*values: str) -> list[x509.NameAttribute]:
+    return [x509.NameAttribute(NameOID.COMMON_NAME, value) for value in values]
+
+
+def test_a_certificate_gives_the_device_and_its_key(
+    authority: Authority, identity: IdentityKey, certificate: bytes
+) -> None:
+    assert authority.root.verify(certificate) == ("kitchen-1", identity.public)
+    assert authority.root.verify(certificate, BEGIN + DAY) == ("kitchen-1", identity.public)
+
+
+def test_the_same_certificate_is_issued_for_the_same_facts(authority: Authority, identity: IdentityKey) -> None:
+    first = authority.issue("a", identity.public, not_before=BEGIN, not_after=END)
+    assert authority.issue("a", identity.public, not_before=BEGIN, not_after=END) == first
+    assert authority.issue("a", identity.public, not_before=BEGIN + DAY, not_after=END) != first
+
+
+@pytest.mark.parametrize("when", [BEGIN - DAY, END + DAY])
+def test_a_certificate_counts_in_its_time_only(authority: Authority, certificate: bytes, when: dt.datetime) -> None:
+    with pytest.raises(TrustError, match="not valid at"):
+        authority.root.verify(certificate, when)
+
+
+def test_a_certificate_of_another_authority_of_the_same_name_is_refused(entropy: Any, certificate: bytes) -> None:
+    other = Authority.create("fleet", entropy, BEGIN, END)
+    with pytest.raises(TrustError, match="pinned authority"):
+        other.root.verify(certificate)
+
+
+def test_a_device_cannot_certify_another(authority: Authority, identity: IdentityKey, certificate: bytes) -> None:
+    child = Authority(identity, certificate).issue("child", identity.public, not_before=BEGIN, not_after=END)
+    with pytest.raises(TrustError):
+        authority.root.verify(child)
+
+
+def test_the_authoritys_own_certificate_is_no_devices(authority: Authority) -> None:
+    with pytest.raises(TrustError, match="no device"):
+        authority.root.verify(authority.der)
+
+
+def test_a_revoked_key_is_refused(authority: Authority, identity: IdentityKey, certificate: bytes) -> None:
+    root = Root(authority.der, revoked=frozenset({identity.public.key_id}))
+    with pytest.raises(TrustError, match="revoked"):
+        root.verify(certificate)
+
+
+def test_a_certificate_with_two_names_or_none_is_refused(authority: Authority, identity: IdentityKey) -> None:
+    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
+    for names in (name("a", "b"), name()):
+        with pytest.raises(TrustError, match="one common name"):
+            authority.root.verify(forged(authority, names, key))
+
+
+def test_a_certified_name_that_is_no_device_id_is_refused(authority: Authority, identity: IdentityKey) -> None:
+    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
+    with pytest.raises(TrustError, match="no device id"):
+        authority.root.verify(forged(authority, name("../kitchen"), key))
+
+
+def test_a_certificate_without_basic_constraints_is_refused(authority: Authority, identity: IdentityKey) -> None:
+    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
+    with pytest.raises(TrustError, match="basic constraints"):
+        authority.root.verify(forged(authority, name("a"), key, extension=False))
+
+
+def test_a_certificate_for_another_kind_of_key_is_refused(authority: Authority) -> None:
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    with pytest.raises(TrustError, match="Ed25519"):
+        authority.root.verify(forged(authority, name("a"), key))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_anywhere_is_refused(authority: Authority, certificate: bytes, place: float, bit: int) -> None:
+    raw = bytearray(certificate)
+    raw[int(place * len(raw))] ^= 1 << bit
+    with pytest.raises(TrustError):
+        authority.root.verify(bytes(raw))
+
+
+@pytest.mark.parametrize("der", [b"", b"junk", bytes(5000)])
+def test_what_is_no_certificate_is_refused(authority: Authority, der: bytes) -> None:
+    with pytest.raises(TrustError):
+        authority.root.verify(der)
+
+
+def test_authority_and_root_come_back_from_pem(authority: Authority) -> None:
+    assert Authority.from_pem(authority.to_pem()) == authority
+    assert Root.from_pem(authority.root.to_pem()) == authority.root
+
+
+def test_key_and_certificate_of_two_authorities_do_not_make_one(authority: Authority, entropy: Any) -> None:
+    other = Authority.create("other", entropy, BEGIN, END)
+    with pytest.raises(TrustError, match="belong together"):
+        Authority.from_pem(other.key.to_pem() + authority.root.to_pem())
+
+
+def test_a_device_certificate_cannot_be_pinned(authority: Authority, certificate: bytes) -> None:
+    pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
+    with pytest.raises(TrustError):
+        Root.from_pem(pem)
+
+
+def test_an_authority_with_another_kind_of_key_cannot_be_pinned() -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name(name("a")))
+        .issuer_name(x509.Name(name("a")))
+        .public_key(key.public_key())
+        .serial_number(7)
+        .not_valid_before(BEGIN)
+        .not_valid_after(END)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    )
+    pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    with pytest.raises(TrustError, match="Ed25519"):
+        Root.from_pem(pem)
+
+
+@pytest.mark.parametrize("device_id", ["", "a b", "-a", "a/b", "é", "a" * 65])
+def test_an_ill_formed_device_id_is_not_certified(authority: Authority, identity: IdentityKey, device_id: str) -> None:
+    with pytest.raises(ConfigError, match="device id"):
+        authority.issue(device_id, identity.public, not_before=BEGIN, not_after=END)
+
+
+def test_a_certificate_that_ends_before_it_begins_is_not_issued(authority: Authority, identity: IdentityKey) -> None:
+    with pytest.raises(ConfigError, match="before it begins"):
+        authority.issue("a", identity.public, not_before=END, not_after=BEGIN)
+
+
+def test_the_authoritys_key_is_in_no_repr(authority: Authority) -> None:
+    assert str(authority.key.raw) not in repr(authority)
+    assert "IdentityKey()" in repr(authority)

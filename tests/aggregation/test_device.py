@@ -1,0 +1,388 @@
+"""The device's states: what they refuse, that they answer once, and that secrets end with their round."""
+
+import dataclasses
+import datetime as dt
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aggregation import clientside, envelope
+from aggregation.clientside import Advertised, Confirmed, Masked, Planned, Ready
+from aggregation.errors import DataError, ProtocolError
+from aggregation.messages import Assignment, Box, Offer, Plan, Roster, Survivors, Unmask
+from aggregation.policy import Policy
+from aggregation.spec import Adversary
+
+FleetOf = Callable[..., Any]
+ME = "device-000"
+
+
+@pytest.fixture
+def fleet(fleet_of: FleetOf) -> Any:
+    return fleet_of(5)
+
+
+def resealed(fleet: Any, raw: bytes, kind: Any, **changes: Any) -> bytes:
+    """A message of the coordinator's, changed and signed again: what a lying coordinator sends."""
+    message = envelope.open_as(kind, raw, fleet.key.public, "coordinator")
+    return envelope.seal(fleet.key, dataclasses.replace(message, **changes))
+
+
+def replanned(fleet: Any, raw: bytes, **changes: Any) -> bytes:
+    plan = envelope.open_as(Assignment, raw, fleet.key.public, "coordinator").plan
+    return resealed(fleet, raw, Assignment, plan=dataclasses.replace(plan, **changes))
+
+
+def planned(fleet: Any) -> tuple[Any, dict[str, bytes]]:
+    state, plans = fleet.begin(fleet.establish())
+    return state, plans
+
+
+# Step 1, the offer
+
+
+def test_an_offer_without_this_device_is_refused(fleet: Any) -> None:
+    _, offer = fleet.offer()
+    others = tuple(device.certificate for name, device in fleet.devices.items() if name != ME)
+    with pytest.raises(ProtocolError, match="does not include this device"):
+        clientside.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=others), fleet.entropy)
+
+
+def test_an_offer_that_names_a_device_twice_is_refused(fleet: Any) -> None:
+    _, offer = fleet.offer()
+    twice = tuple(sorted(fleet.certificates.items()))
+    certificates = tuple(der for _, der in (*twice, twice[-1]))
+    with pytest.raises(ProtocolError, match="device twice"):
+        clientside.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=certificates), fleet.entropy)
+
+
+def test_two_devices_with_one_key_are_refused(fleet: Any) -> None:
+    _, offer = fleet.offer()
+    last = fleet.devices["device-004"]
+    begin, end = dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
+    twin = fleet.authority.issue("device-005", last.identity.public, not_before=begin, not_after=end)
+    certificates = (*(der for _, der in sorted(fleet.certificates.items())), twin)
+    with pytest.raises(ProtocolError, match="share an identity key"):
+        clientside.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=certificates), fleet.entropy)
+
+
+def test_an_offer_against_the_policy_is_refused(fleet: Any) -> None:
+    _, offer = fleet.offer()
+    strict = dataclasses.replace(fleet.devices[ME], policy=Policy(known_bases=frozenset({fleet.spec.base_digest})))
+    with pytest.raises(ProtocolError, match="cohort of 5 is below this device's minimum of 8"):
+        clientside.join(strict, offer, fleet.entropy)
+
+
+def test_a_device_with_a_clock_refuses_certificates_out_of_their_time(fleet: Any) -> None:
+    _, offer = fleet.offer()
+    with pytest.raises(ProtocolError, match="not valid at 2040"):
+        clientside.join(fleet.devices[ME], offer, fleet.entropy, at=dt.datetime(2040, 1, 1, tzinfo=dt.UTC))
+
+
+def test_a_device_with_anothers_certificate_does_not_join(fleet: Any) -> None:
+    _, offer = fleet.offer()
+    confused = dataclasses.replace(fleet.devices[ME], certificate=fleet.devices["device-001"].certificate)
+    with pytest.raises(ProtocolError, match="its own key"):
+        clientside.join(confused, offer, fleet.entropy)
+    broken = dataclasses.replace(fleet.devices[ME], certificate=b"")
+    with pytest.raises(ProtocolError, match="own certificate"):
+        clientside.join(broken, offer, fleet.entropy)
+
+
+def test_an_offer_of_another_coordinator_is_refused(fleet: Any, fleet_of: FleetOf) -> None:
+    _, offer = fleet_of(5, seed=2).offer()
+    with pytest.raises(ProtocolError, match=r"coordinator: .* not valid"):
+        clientside.join(fleet.devices[ME], offer, fleet.entropy)
+
+
+# Steps 3 and 4, the roster
+
+
+@pytest.fixture
+def on_roster(fleet: Any) -> tuple[Advertised, bytes]:
+    state, offer = fleet.offer()
+    for name in fleet.devices:
+        state = state.on_advert(name, fleet.join(name, offer))
+    _, roster = state.close()
+    return fleet.states[ME], roster
+
+
+@pytest.mark.parametrize(
+    ("choose", "reason"),
+    [
+        (lambda adverts: adverts[1:], "own advert"),
+        (lambda adverts: adverts[:3], "too small"),
+        (lambda adverts: (*adverts, adverts[0]), "twice"),
+        (lambda adverts: (adverts[0], *adverts), "twice"),
+        (lambda adverts: (adverts[1], adverts[0], *adverts[2:]), "out of order"),
+        (lambda adverts: (*adverts[:4], adverts[4][:-1]), "truncated"),
+    ],
+)
+def test_a_roster_with_other_adverts_is_refused(
+    fleet: Any, on_roster: tuple[Advertised, bytes], choose: Any, reason: str
+) -> None:
+    state, roster = on_roster
+    adverts = envelope.open_as(Roster, roster, fleet.key.public, "coordinator").adverts
+    with pytest.raises(ProtocolError, match=reason):
+        state.on_roster(fleet.devices[ME], resealed(fleet, roster, Roster, adverts=choose(adverts)), fleet.entropy)
+    state.on_roster(fleet.devices[ME], roster, fleet.entropy)
+
+
+def test_a_roster_for_another_offer_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
+    state, roster = on_roster
+    with pytest.raises(ProtocolError, match="another offer"):
+        state.on_roster(fleet.devices[ME], resealed(fleet, roster, Roster, offer=bytes(32)), fleet.entropy)
+
+
+def test_a_device_shares_its_secrets_once(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
+    state, roster = on_roster
+    state.on_roster(fleet.devices[ME], roster, fleet.entropy)
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        state.on_roster(fleet.devices[ME], roster, fleet.entropy)
+
+
+# Step 5, the plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"context": bytes(32)}, "another session"),
+        ({"round": 0}, "is over"),
+        ({"round": 4}, "beyond the session"),
+        ({"members": ("device-001", "device-002", "device-003", "device-004")}, "does not include this device"),
+        ({"members": ("device-000", "device-001", "device-002")}, "3 members of the plan, 4 are needed"),
+        ({"members": ("device-000", "device-000", "device-001", "device-002")}, "twice"),
+        ({"members": ("device-001", "device-000", "device-002", "device-003")}, "out of order"),
+        ({"members": ("device-000", "device-001", "device-002", "device-003", "zed")}, "zed is in the plan but"),
+    ],
+)
+def test_a_plan_that_is_not_for_this_device_now_is_refused(fleet: Any, changes: dict[str, Any], reason: str) -> None:
+    _, plans = planned(fleet)
+    state, device = fleet.states[ME], fleet.devices[ME]
+    with pytest.raises(ProtocolError, match=reason):
+        state.on_plan(device, replanned(fleet, plans[ME], **changes))
+    assert isinstance(state.on_plan(device, plans[ME]), Planned)
+
+
+def test_a_plan_with_a_member_whose_boxes_did_not_come_is_refused(fleet: Any) -> None:
+    _, plans = planned(fleet)
+    message = envelope.open_as(Assignment, plans[ME], fleet.key.public, "coordinator")
+    fewer = {dealer: box for dealer, box in message.boxes.items() if dealer != "device-003"}
+    with pytest.raises(ProtocolError, match="device-003 is in the plan but shared no secrets"):
+        fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, boxes=fewer))
+    with pytest.raises(ProtocolError, match="are needed"):
+        fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, boxes={}))
+
+
+def test_boxes_of_a_stranger_are_refused(fleet: Any) -> None:
+    _, plans = planned(fleet)
+    message = envelope.open_as(Assignment, plans[ME], fleet.key.public, "coordinator")
+    for stranger in ("zed", ME):
+        more = {**message.boxes, stranger: Box(b"", ())}
+        with pytest.raises(ProtocolError, match="no neighbour"):
+            fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, boxes=more))
+
+
+def test_a_round_is_begun_once(fleet: Any) -> None:
+    _, plans = planned(fleet)
+    state, device = fleet.states[ME], fleet.devices[ME]
+    begun = state.on_plan(device, plans[ME])
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        state.on_plan(device, replanned(fleet, plans[ME], adapter_version=2))
+    with pytest.raises(ProtocolError, match="is over"):
+        begun.on_plan(device, replanned(fleet, plans[ME], adapter_version=2))
+
+
+def test_skipped_rounds_cannot_be_joined_any_more_and_their_secrets_are_gone(fleet: Any) -> None:
+    _, plans = planned(fleet)
+    begun = fleet.states[ME].on_plan(fleet.devices[ME], replanned(fleet, plans[ME], round=2))
+    assert set(begun.ready.secrets) == set(begun.ready.held) == {3}
+    with pytest.raises(ProtocolError, match="is over"):
+        begun.on_plan(fleet.devices[ME], plans[ME])
+
+
+def test_a_plan_shows_what_training_needs(fleet: Any) -> None:
+    _, plans = planned(fleet)
+    begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
+    assert (begun.plan.round, begun.plan.training, begun.plan.adapter_version) == (1, b"settings", 1)
+    assert begun.spec == fleet.spec
+
+
+# Step 6, the masked input
+
+
+def test_two_vectors_are_never_masked_with_the_same_masks(fleet: Any) -> None:
+    _, plans = planned(fleet)
+    begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
+    begun.contribute(fleet.devices[ME], np.zeros(8, np.uint32))
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        begun.contribute(fleet.devices[ME], np.ones(8, np.uint32))
+
+
+@pytest.mark.parametrize("vector", [np.zeros(7, np.uint32), np.zeros(8, np.uint64), np.zeros((8, 1), np.uint32)])
+def test_a_vector_of_another_shape_is_refused_and_the_round_goes_on(fleet: Any, vector: Any) -> None:
+    _, plans = planned(fleet)
+    begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
+    with pytest.raises(DataError, match="ring vector"):
+        begun.contribute(fleet.devices[ME], vector)
+    begun.contribute(fleet.devices[ME], np.zeros(8, np.uint32))
+
+
+def test_the_plain_vector_does_not_outlive_its_masking(fleet: Any) -> None:
+    _, plans = planned(fleet)
+    begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
+    vector = np.zeros(8, np.uint32)
+    begun.contribute(fleet.devices[ME], vector)
+    assert np.all(vector != 0)
+
+
+# Steps 7 and 8, survivors and unmasking
+
+
+@pytest.fixture
+def masked(fleet: Any) -> tuple[Any, dict[str, bytes]]:
+    return fleet.collect(fleet.establish(), {"input": ["device-004"]})  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda vectors: {}, "does not have this device"),
+        (lambda vectors: {**vectors, ME: bytes(32)}, "does not have this device"),
+        (lambda vectors: {name: vectors[name] for name in vectors if name != ME}, "does not have this device"),
+        (lambda vectors: {**vectors, "zed": bytes(32)}, "was not in the plan"),
+        (lambda vectors: {name: vectors[name] for name in sorted(vectors)[:3]}, "3 survivors, 4 are needed"),
+    ],
+)
+def test_a_survivor_set_that_this_device_cannot_open_is_refused(
+    fleet: Any, masked: tuple[Any, dict[str, bytes]], change: Any, reason: str
+) -> None:
+    _, bodies = masked
+    state, device = fleet.states[ME], fleet.devices[ME]
+    vectors = envelope.open_as(Survivors, bodies[ME], fleet.key.public, "coordinator").vectors
+    with pytest.raises(ProtocolError, match=reason):
+        state.on_survivors(device, resealed(fleet, bodies[ME], Survivors, vectors=change(vectors)))
+    state.on_survivors(device, bodies[ME])
+
+
+def test_a_survivor_set_of_another_plan_is_refused(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
+    _, bodies = masked
+    with pytest.raises(ProtocolError, match="another plan"):
+        fleet.states[ME].on_survivors(fleet.devices[ME], resealed(fleet, bodies[ME], Survivors, plan=bytes(32)))
+
+
+def test_a_device_agrees_once(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
+    _, bodies = masked
+    fleet.states[ME].on_survivors(fleet.devices[ME], bodies[ME])
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        fleet.states[ME].on_survivors(fleet.devices[ME], bodies[ME])
+
+
+def test_an_active_session_opens_nothing_without_an_agreement(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
+    _, bodies = masked
+    survivors = envelope.open_as(Survivors, bodies[ME], fleet.key.public, "coordinator")
+    unmask = envelope.seal(fleet.key, Unmask(survivors, {}))
+    with pytest.raises(ProtocolError, match="no step of this session"):
+        fleet.states[ME].on_unmask(fleet.devices[ME], unmask)
+
+
+def test_an_honest_but_curious_session_has_no_agreement(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
+    fleet = fleet_of(5, spec=spec_of(5, adversary=Adversary.HONEST_BUT_CURIOUS))
+    _, bodies = fleet.collect(fleet.establish())
+    survivors = envelope.open_as(Unmask, bodies[ME], fleet.key.public, "coordinator").survivors
+    with pytest.raises(ProtocolError, match="no step of this session"):
+        fleet.states[ME].on_survivors(fleet.devices[ME], envelope.seal(fleet.key, survivors))
+    masked = fleet.states[ME]
+    masked.on_unmask(fleet.devices[ME], bodies[ME])
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        masked.on_unmask(fleet.devices[ME], bodies[ME])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda signed: dict(list(signed.items())[:3]), "3 agreements are below the threshold"),
+        (lambda signed: {**signed, ME: bytes(64)}, "not valid"),
+        (lambda signed: {**signed, "device-004": signed[ME]}, "agreed but is no survivor"),
+        (lambda signed: {**signed, ME: signed["device-001"]}, "not valid"),
+    ],
+)
+def test_an_unmask_request_without_enough_agreements_is_refused(
+    fleet: Any, masked: tuple[Any, dict[str, bytes]], change: Any, reason: str
+) -> None:
+    _, bodies = fleet.confirm(*masked)
+    state, device = fleet.states[ME], fleet.devices[ME]
+    signed = envelope.open_as(Unmask, bodies[ME], fleet.key.public, "coordinator").agreements
+    with pytest.raises(ProtocolError, match=reason):
+        state.on_unmask(device, resealed(fleet, bodies[ME], Unmask, agreements=change(signed)))
+    state.on_unmask(device, bodies[ME])
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        state.on_unmask(device, bodies[ME])
+
+
+# The life of secrets
+
+
+def test_secrets_end_with_their_round(fleet: Any) -> None:
+    session = fleet.establish()
+    assert set(fleet.states[ME].secrets) == {1, 2, 3}
+    state, bodies = fleet.collect(session)
+    masked = fleet.states[ME]
+    assert isinstance(masked, Masked)
+    assert set(masked.ready.secrets) == {2, 3}
+    assert masked.ready.box_key is None
+    assert not hasattr(masked, "secrets")
+    state, bodies = fleet.confirm(state, bodies)
+    assert isinstance(fleet.states[ME], Confirmed)
+    fleet.open(state, bodies)
+    ready = fleet.states[ME]
+    assert isinstance(ready, Ready)
+    assert set(ready.held) == {2, 3}
+
+
+def test_no_state_shows_a_secret(fleet: Any) -> None:
+    states = []
+    session = fleet.establish()
+    states.append(fleet.states[ME])
+    _, plans = fleet.begin(session)
+    begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
+    states += [begun, begun.contribute(fleet.devices[ME], np.zeros(8, np.uint32))[0]]
+    secrets = begun.secrets
+    for shown in map(repr, states):
+        assert repr(secrets.seed) not in shown
+        assert repr(secrets.mask_key) not in shown
+        assert "secrets=" not in shown
+        assert "held=" not in shown
+
+
+@pytest.mark.parametrize("stage", ["planned", "masked", "confirmed"])
+def test_a_new_round_may_begin_in_any_state(fleet: Any, stage: str) -> None:
+    session = fleet.establish()
+    state, plans = fleet.begin(session)
+    if stage == "planned":
+        for name in plans:
+            fleet.states[name] = fleet.states[name].on_plan(fleet.devices[name], plans[name])
+        outcome = state.close()
+    else:
+        for name in plans:
+            state = state.on_masked_input(name, fleet.contribute(name, plans[name]))
+        state, bodies = state.close()
+        for name in bodies if stage == "confirmed" else ():
+            fleet.answer("on_survivors", name, bodies[name])
+        outcome = state.close()
+    _, result = fleet.round(outcome.session)
+    assert result.round == 2
+    fleet.assert_sum(result)
+
+
+def test_a_plan_without_a_round_left_is_refused(fleet: Any) -> None:
+    session = fleet.establish()
+    for _ in range(3):
+        session, _ = fleet.round(session)
+    context = fleet.states[ME].session.context
+    plan = Plan(context, 4, tuple(sorted(fleet.devices)), 1, "0" * 64, b"")
+    with pytest.raises(ProtocolError, match="beyond the session"):
+        fleet.states[ME].on_plan(fleet.devices[ME], envelope.seal(fleet.key, Assignment(plan, {})))

@@ -1,0 +1,115 @@
+"""Masks: both sides of a pair find the same one, nobody else does, and what is added comes off again."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aggregation import masks, ring
+from aggregation.errors import ProtocolError
+from aggregation.masks import Mask
+
+CONTEXT, PLAN = hashlib.sha256(b"context").digest(), hashlib.sha256(b"plan").digest()
+A, B = hashlib.sha256(b"a").digest(), hashlib.sha256(b"b").digest()
+PUBLIC_A, PUBLIC_B = masks.public_key(A), masks.public_key(B)
+KEYS = st.binary(min_size=32, max_size=32)
+
+
+def test_both_devices_of_a_pair_find_the_same_key() -> None:
+    assert masks.pair_key(A, PUBLIC_B, CONTEXT, PLAN, ("u", "v")) == masks.pair_key(
+        B, PUBLIC_A, CONTEXT, PLAN, ("v", "u")
+    )
+
+
+def test_another_session_plan_pair_or_purpose_gives_another_key() -> None:
+    other = hashlib.sha256(b"other").digest()
+    keys = {
+        masks.pair_key(A, PUBLIC_B, CONTEXT, PLAN, ("u", "v")),
+        masks.pair_key(A, PUBLIC_B, other, PLAN, ("u", "v")),
+        masks.pair_key(A, PUBLIC_B, CONTEXT, other, ("u", "v")),
+        masks.pair_key(A, PUBLIC_B, CONTEXT, PLAN, ("u", "w")),
+        masks.pair_key(A, PUBLIC_A, CONTEXT, PLAN, ("u", "v")),
+        masks.self_key(A, CONTEXT, PLAN, "u"),
+        masks.self_key(A, CONTEXT, other, "u"),
+        masks.self_key(A, other, PLAN, "u"),
+        masks.self_key(A, CONTEXT, PLAN, "v"),
+        masks.self_key(B, CONTEXT, PLAN, "u"),
+    }
+    assert len(keys) == 10
+    assert {len(key) for key in keys} == {32}
+
+
+def test_what_a_key_is_bound_to_cannot_be_split_in_another_way() -> None:
+    assert masks.derive(A, b"ab", b"c") != masks.derive(A, b"a", b"bc")
+    assert masks.derive(A, b"ab") != masks.derive(A, b"ab", b"")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    size=st.sampled_from([1, 5, 2**17 - 1, 2**17, 2**17 + 3, 300_000]),
+    bits=st.sampled_from([24, 40]),
+    keys=st.lists(st.tuples(KEYS, st.booleans()), max_size=5),
+)
+def test_what_was_added_comes_off_in_any_order(size: int, bits: int, keys: list[tuple[bytes, bool]]) -> None:
+    vector = ring.zeros(size, bits)
+    vector += np.arange(size, dtype=np.uint32)
+    before = vector.copy()
+    masks.apply(vector, [Mask(key, add) for key, add in keys])
+    masks.apply(vector, [Mask(key, not add) for key, add in reversed(keys)])
+    assert np.array_equal(vector, before)
+
+
+@pytest.mark.parametrize("bits", [24, 64])
+def test_a_mask_is_one_stream_however_it_is_cut(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = np.dtype(ring.dtype(bits))
+    whole = masks.expand(A, 10_001, dtype)
+    monkeypatch.setattr(masks, "BLOCK", 64)
+    monkeypatch.setattr(masks, "BATCH", 2)
+    assert np.array_equal(masks.expand(A, 10_001, dtype), whole)
+    vector = ring.zeros(10_001, bits)
+    masks.apply(vector, (Mask(key, add=True) for key in (A, B, A, B, A)))
+    total = np.zeros_like(vector)
+    for key in (A, B, A, B, A):
+        total += masks.expand(key, 10_001, dtype)
+    assert np.array_equal(vector, total)
+
+
+def test_masking_allocates_a_block_and_no_vector() -> None:
+    import tracemalloc
+
+    vector = ring.zeros(4 * 10**6, 24)  # 16 MB
+    tracemalloc.start()
+    masks.apply(vector, [Mask(A, add=True), Mask(B, add=False)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * masks.BLOCK
+
+
+@pytest.mark.parametrize("point", sorted(masks._SMALL_ORDER))
+@pytest.mark.parametrize("top", [0, 2**255])
+def test_keys_of_small_order_are_refused_with_and_without_the_ignored_bit(point: int, top: int) -> None:
+    key = (point + top).to_bytes(32, "little")
+    with pytest.raises(ProtocolError, match="small order"):
+        masks.require_public(key)
+    with pytest.raises(ProtocolError, match="small order"):
+        masks.agree(A, key)
+    # The list is right: the library finds no secret with them, whatever the private key.
+    with pytest.raises(ValueError, match=r".*"):
+        X25519PrivateKey.from_private_bytes(B).exchange(X25519PublicKey.from_public_bytes(key))
+
+
+def test_a_genuine_key_is_accepted() -> None:
+    masks.require_public(PUBLIC_A)
+    assert masks.agree(A, PUBLIC_B) == masks.agree(B, PUBLIC_A)
+
+
+def test_a_key_of_another_length_is_refused() -> None:
+    with pytest.raises(ProtocolError):
+        masks.agree(A, PUBLIC_B[:31])
+
+
+def test_keys_are_in_no_repr() -> None:
+    assert repr(Mask(A, add=True)) == "Mask(add=True)"

@@ -1,0 +1,138 @@
+"""Messages and their envelope: one encoding, one purpose, one signer."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import pytest
+
+from aggregation import envelope
+from aggregation.errors import ConfigError, ProtocolError
+from aggregation.identity import IdentityKey
+from aggregation.messages import (
+    MESSAGES,
+    Advert,
+    Agreement,
+    Assignment,
+    Box,
+    MaskedInput,
+    Message,
+    Offer,
+    Opening,
+    Plan,
+    Roster,
+    Shares,
+    Survivors,
+    Unmask,
+)
+
+D = hashlib.sha256(b"digest").digest()
+KEY = IdentityKey(bytes(range(32)))
+BOXES = {"a": Box(b"sealed", (bytes(16),)), "b": Box(b"", ())}
+PLAN = Plan(D, 3, ("a", "b"), 7, D.hex(), b"settings")
+SURVIVORS = Survivors(D, {"a": D, "b": bytes(32)})
+
+
+@pytest.fixture
+def samples(spec_of: Any) -> list[Message]:
+    return [
+        Offer(D, spec_of(4), (b"der", b"")),
+        Advert(D, "a", D, (D, D), (D,)),
+        Roster(D, (b"advert",)),
+        Shares(D, "a", BOXES),
+        PLAN,
+        Assignment(PLAN, BOXES),
+        MaskedInput(D, "a", D),
+        SURVIVORS,
+        Agreement(D, "a"),
+        Unmask(SURVIVORS, {"a": bytes(64)}),
+        Opening(D, "a", {"b": bytes(33)}, {}),
+    ]
+
+
+def test_there_is_a_sample_of_every_message(samples: list[Message]) -> None:
+    assert tuple(map(type, samples)) == MESSAGES
+
+
+def test_messages_come_back_from_their_bytes(samples: list[Message]) -> None:
+    for message in samples:
+        assert type(message).decode(message.encode()) == message
+
+
+def test_every_field_of_a_message_travels(samples: list[Message]) -> None:
+    for message in samples:
+        assert list(message.FIELDS) == [field.name for field in dataclasses.fields(message)]
+
+
+def test_signed_messages_come_back_from_their_envelope(samples: list[Message]) -> None:
+    for message in samples:
+        assert envelope.open_as(type(message), envelope.seal(KEY, message), KEY.public, "peer") == message
+
+
+def test_no_message_passes_for_another(samples: list[Message]) -> None:
+    for message in samples:
+        raw = envelope.seal(KEY, message)
+        for kind in MESSAGES:
+            if kind is not type(message):
+                with pytest.raises(ProtocolError, match=r"peer: .* belongs|peer: .* limit"):
+                    envelope.open_as(kind, raw, KEY.public, "peer")
+
+
+def test_a_body_signed_for_one_purpose_does_not_count_for_another() -> None:
+    agreement = Agreement(D, "a")
+    body = agreement.encode()
+    moved = envelope.Envelope(b"EA", 1, "agreement", body, KEY.sign("advert", body))
+    with pytest.raises(ProtocolError, match="not valid"):
+        envelope.open_as(Agreement, envelope._ENVELOPE.encode(moved), KEY.public, "peer")
+
+
+@pytest.mark.parametrize(("field", "value"), [("version", 2), ("magic", b"EB")])
+def test_another_version_is_refused(field: str, value: Any) -> None:
+    genuine = envelope._ENVELOPE.decode(envelope.seal(KEY, Agreement(D, "a")))
+    other = envelope._ENVELOPE.encode(dataclasses.replace(genuine, **{field: value}))
+    with pytest.raises(ProtocolError, match="protocol version 1"):
+        envelope.open_as(Agreement, other, KEY.public, "peer")
+
+
+def test_a_message_over_its_limit_is_refused_by_size() -> None:
+    with pytest.raises(ProtocolError, match="over the limit"):
+        envelope.open_as(Agreement, bytes(Agreement.LIMIT + envelope.OVERHEAD + 1), KEY.public, "peer")
+
+
+def test_the_error_names_the_peer() -> None:
+    with pytest.raises(ProtocolError, match=r"^kitchen: ") as caught:
+        envelope.open_as(Agreement, b"", KEY.public, "kitchen")
+    assert caught.value.peer == "kitchen"
+
+
+def test_digests_of_different_messages_differ_even_where_their_bytes_agree() -> None:
+    same = MaskedInput(D, "a", D)
+    assert same.digest() == hashlib.sha256(b"masked-input\x00" + same.encode()).digest()
+    assert same.digest() != hashlib.sha256(same.encode()).digest()
+
+
+def test_a_vector_comes_back_with_its_header_and_no_copy() -> None:
+    packed = bytes(range(100))
+    raw = envelope.seal_vector(KEY, MaskedInput(D, "a", hashlib.sha256(packed).digest()), packed)
+    header, vector = envelope.open_vector(raw, 100, KEY.public, "peer")
+    assert header.device == "a"
+    assert vector == packed
+    assert vector.obj is raw
+
+
+def test_a_vector_other_than_the_signed_one_is_refused() -> None:
+    raw = envelope.seal_vector(KEY, MaskedInput(D, "a", D), bytes(10))
+    with pytest.raises(ProtocolError, match="not the one that was signed"):
+        envelope.open_vector(raw, 10, KEY.public, "peer")
+
+
+def test_a_plan_over_its_limits_is_not_written() -> None:
+    with pytest.raises(ConfigError, match="over the limit"):
+        dataclasses.replace(PLAN, training=bytes(2**20 + 1)).encode()
+
+
+def test_no_share_is_in_a_repr_of_what_holds_it() -> None:
+    from aggregation.boxes import Pair, Secrets
+
+    assert repr(Pair(b"s" * 33, b"k" * 33)) == "Pair()"
+    assert repr(Secrets(b"s" * 32, b"k" * 32)) == "Secrets()"

@@ -1,0 +1,121 @@
+"""What a spec refuses by itself, and what a device's policy refuses of a spec."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregation.errors import ConfigError, ProtocolError
+from aggregation.policy import Policy
+from aggregation.spec import Adversary, corrupt_count, default_threshold
+
+SpecOf = Callable[..., Any]
+
+
+def policy(spec: Any, **changes: Any) -> Policy:
+    return Policy(**{"known_bases": frozenset({spec.base_digest}), **changes})
+
+
+@given(devices=st.integers(3, 2000))
+def test_the_default_threshold_is_the_least_that_the_default_policy_accepts(devices: int) -> None:
+    t, corrupt = default_threshold(devices), corrupt_count(devices, Policy().corrupt_fraction)
+    assert 2 * t > devices + corrupt
+    assert 2 * (t - 1) <= devices + corrupt
+    assert t <= devices
+
+
+def test_a_safe_offer_is_accepted_with_default_limits(spec_of: SpecOf) -> None:
+    spec = spec_of(10)
+    policy(spec).check(spec, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limits", "cohort", "reason"),
+    [
+        ({}, {}, 7, "cohort of 7 is below"),
+        ({"threshold": 5, "minimum_survivors": 5}, {}, 10, "does not withstand 1 corrupt"),
+        ({"threshold": 10, "minimum_survivors": 10}, {}, 9, "threshold 10 is above the cohort"),
+        ({}, {"corrupt_fraction": 0.3}, 10, "does not withstand 3 corrupt"),
+        ({}, {"corrupt_fraction": 0}, 11, "a sum of 11 could wrap"),
+        ({"vector": None}, {"corrupt_fraction": 0}, 11, "not the complete graph"),
+        ({"adversary": Adversary.HONEST_BUT_CURIOUS}, {}, 10, "adversary model honest-but-curious"),
+        (
+            {"base_digest": "0" * 64},
+            {"known_bases": frozenset({"1" * 64})},
+            10,
+            "base 000000000000 is not on this device",
+        ),
+        ({"weight_cap": 2**20}, {}, 10, "weight cap 1048576"),
+        ({"rounds": 65}, {}, 10, "65 rounds"),
+        ({}, {"minimum_ring_bits": 25}, 10, "ring of 24 bits"),
+        ({}, {"maximum_ring_bits": 23}, 10, "ring of 24 bits"),
+    ],
+)
+def test_an_offer_against_the_policy_is_refused_with_its_reason(
+    spec_of: SpecOf,
+    vector_of: Callable[..., Any],
+    changes: dict[str, Any],
+    limits: dict[str, Any],
+    cohort: int,
+    reason: str,
+) -> None:
+    if "vector" in changes:
+        changes = {"vector": vector_of(20)}
+    spec = spec_of(10, **changes)
+    with pytest.raises(ProtocolError, match=reason) as caught:
+        policy(spec, **limits).check(spec, cohort)
+    assert caught.value.peer == "coordinator"
+
+
+def test_a_device_that_was_told_no_base_joins_nothing(spec_of: SpecOf) -> None:
+    with pytest.raises(ProtocolError, match="is not on this device"):
+        Policy().check(spec_of(10), 10)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"minimum_cohort": 2},
+        {"corrupt_fraction": 1.0},
+        {"corrupt_fraction": -0.1},
+        {"minimum_ring_bits": 0},
+        {"minimum_ring_bits": 40, "maximum_ring_bits": 30},
+        {"maximum_ring_bits": 65},
+    ],
+)
+def test_a_policy_that_protects_nobody_cannot_be_constructed(limits: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Policy(**limits)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounds": 0},
+        {"rounds": 10_000},
+        {"threshold": 1},
+        {"threshold": 11},
+        {"minimum_survivors": 5},
+        {"minimum_survivors": 11},
+        {"degree": 3},
+        {"degree": 10},
+        {"clip_norm": 0.0},
+        {"clip_norm": float("nan")},
+        {"clip_norm": float("inf")},
+        {"weight_cap": 0},
+        {"privacy": "some"},
+        {"base_digest": "AB" * 32},
+        {"base_digest": "ab"},
+        {"layout_digest": ""},
+    ],
+)
+def test_a_spec_that_contradicts_itself_cannot_be_constructed(spec_of: SpecOf, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        spec_of(10, **changes)
+
+
+def test_two_devices_are_too_few_for_a_threshold() -> None:
+    with pytest.raises(ConfigError, match="3 devices"):
+        default_threshold(2)

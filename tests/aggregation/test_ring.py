@@ -1,0 +1,78 @@
+"""Packing: exact sizes, a round trip for every width, and no second spelling."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregation import ring
+from aggregation.errors import ConfigError, DataError, ProtocolError
+
+
+def by_hand(values: list[int], bits: int) -> bytes:
+    """The packing in one big integer: slow, and independent of the code under test."""
+    total = sum((value % 2**bits) << (i * bits) for i, value in enumerate(values))
+    return total.to_bytes((len(values) * bits + 7) // 8, "little")
+
+
+@given(bits=st.integers(1, 64), data=st.data())
+def test_packing_is_what_one_big_integer_gives_and_comes_back(bits: int, data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=150))
+    vector = np.array(values, ring.dtype(bits))
+    raw = ring.pack(vector, bits)
+    assert raw == by_hand(values, bits)
+    assert len(raw) == ring.packed_size(len(values), bits)
+    assert np.array_equal(ring.unpack(raw, len(values), bits), vector)
+
+
+@pytest.mark.parametrize("bits", [1, 7, 8, 22, 24, 31, 32, 33, 48, 63, 64])
+def test_vectors_of_many_blocks_come_back(bits: int) -> None:
+    size = 3 * ring._BLOCK + 13
+    rng = np.random.default_rng(bits)
+    vector = rng.integers(0, 2**bits, size, dtype=np.uint64).astype(ring.dtype(bits))
+    assert np.array_equal(ring.unpack(ring.pack(vector, bits), size, bits), vector)
+
+
+@pytest.mark.parametrize("bits", [5, 24, 32, 40])
+def test_bits_above_the_ring_do_not_travel(bits: int) -> None:
+    vector = np.full(9, np.iinfo(ring.dtype(bits)).max, ring.dtype(bits))
+    assert np.array_equal(ring.unpack(ring.pack(vector, bits), 9, bits), vector & (2**bits - 1))
+
+
+def test_a_million_elements_of_24_bits_take_three_million_bytes() -> None:
+    assert len(ring.pack(ring.zeros(10**6, 24), 24)) == 3 * 10**6
+
+
+@given(size=st.integers(0, 40), bits=st.integers(1, 64), extra=st.sampled_from([-1, 1, 8]))
+def test_another_length_is_refused(size: int, bits: int, extra: int) -> None:
+    length = ring.packed_size(size, bits) + extra
+    if length >= 0:
+        with pytest.raises(ProtocolError, match="bytes where"):
+            ring.unpack(bytes(length), size, bits)
+
+
+@pytest.mark.parametrize(("size", "bits", "unused"), [(1, 1, 7), (3, 22, 6), (7, 31, 7), (1, 63, 1)])
+def test_bits_that_belong_to_no_element_must_be_zero(size: int, bits: int, unused: int) -> None:
+    raw = bytearray(ring.packed_size(size, bits))
+    raw[-1] = 1 << (8 - unused)
+    with pytest.raises(ProtocolError, match="unused bits"):
+        ring.unpack(bytes(raw), size, bits)
+    raw[-1] >>= 1
+    ring.unpack(bytes(raw), size, bits)
+
+
+@pytest.mark.parametrize("bits", [0, -1, 65])
+def test_a_ring_without_bits_or_above_64_does_not_exist(bits: int) -> None:
+    with pytest.raises(ConfigError):
+        ring.dtype(bits)
+
+
+@pytest.mark.parametrize("vector", [np.zeros(3, np.uint64), np.zeros((1, 4), np.uint32), np.zeros(4, np.int32)])
+def test_a_vector_of_another_shape_or_type_is_refused(vector: ring.Ring) -> None:
+    with pytest.raises(DataError, match="ring vector"):
+        ring.require(vector, 4, 24)
+
+
+def test_the_element_type_is_the_smallest_that_holds_the_ring() -> None:
+    assert np.dtype(ring.dtype(32)) == np.dtype("<u4")
+    assert np.dtype(ring.dtype(33)) == np.dtype("<u8")

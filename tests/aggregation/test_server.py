@@ -1,0 +1,294 @@
+"""The coordinator's states: who may answer when, and what ends a round."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aggregation import envelope, masks, ring, serverside
+from aggregation.errors import ConfigError, ProtocolError
+from aggregation.messages import Advert, Agreement, MaskedInput, Opening, Shares
+from aggregation.serverside import AbortReason, Established, RoundAborted
+
+FleetOf = Callable[..., Any]
+ME, OTHER = "device-000", "device-001"
+
+
+@pytest.fixture
+def fleet(fleet_of: FleetOf) -> Any:
+    return fleet_of(5)
+
+
+def said(fleet: Any, name: str, raw: bytes, kind: Any, **changes: Any) -> bytes:
+    """A device's message, changed and signed again by the device itself."""
+    device = fleet.devices[name]
+    message = envelope.open_as(kind, raw, device.identity.public, name)
+    return envelope.seal(device.identity, dataclasses.replace(message, **changes))
+
+
+def refused(call: Callable[[str, bytes], Any], name: str, body: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason) as caught:
+        call(name, body)
+    assert caught.value.peer == name
+
+
+# Step 1
+
+
+def test_a_certificate_must_be_of_the_device_it_is_filed_under(fleet: Any) -> None:
+    certificates = dict(fleet.certificates)
+    certificates["device-00x"] = certificates.pop("device-004")
+    with pytest.raises(ProtocolError, match="filed under"):
+        serverside.open_session(fleet.key, fleet.authority.root, fleet.spec, certificates, fleet.entropy)
+
+
+def test_a_spec_for_another_cohort_is_refused(fleet: Any) -> None:
+    certificates = {name: fleet.certificates[name] for name in sorted(fleet.devices)[:4]}
+    with pytest.raises(ConfigError, match="degree 4 with 4 devices"):
+        serverside.open_session(fleet.key, fleet.authority.root, fleet.spec, certificates, fleet.entropy)
+
+
+# Step 2
+
+
+def test_adverts_are_taken_once_and_from_the_cohort_only(fleet: Any) -> None:
+    state, offer = fleet.offer()
+    advert = fleet.join(ME, offer)
+    refused(state.on_advert, "zed", advert, "was not asked")
+    refused(state.on_advert, OTHER, advert, "not valid")
+    taken = state.on_advert(ME, advert)
+    refused(taken.on_advert, ME, advert, "second advert")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"offer": bytes(32)}, "another offer"),
+        ({"device": OTHER}, "advert is of device-001"),
+        ({"mask_keys": ()}, "keys for 3 rounds"),
+        ({"commitments": ()}, "keys for 3 rounds"),
+        ({"box_key": bytes(32)}, "small order"),
+        ({"mask_keys": (b"\x05" * 32, b"\x06" * 32, b"\x01" + bytes(31))}, "small order"),
+    ],
+)
+def test_an_advert_that_is_no_good_is_refused(fleet: Any, changes: dict[str, Any], reason: str) -> None:
+    state, offer = fleet.offer()
+    advert = fleet.join(ME, offer)
+    refused(state.on_advert, ME, said(fleet, ME, advert, Advert, **changes), reason)
+
+
+def test_two_devices_with_one_mask_key_make_no_session(fleet: Any) -> None:
+    state, offer = fleet.offer()
+    adverts = {name: fleet.join(name, offer) for name in fleet.devices}
+    copied = envelope.open_as(Advert, adverts[ME], fleet.devices[ME].identity.public, ME).mask_keys
+    adverts[OTHER] = said(fleet, OTHER, adverts[OTHER], Advert, mask_keys=copied)
+    for name, advert in adverts.items():
+        state = state.on_advert(name, advert)
+    outcome = state.close()
+    assert isinstance(outcome, RoundAborted)
+    assert "key is on the roster twice" in outcome.detail
+
+
+# Step 4
+
+
+@pytest.fixture
+def sharing(fleet: Any) -> tuple[Any, bytes]:
+    state, offer = fleet.offer()
+    for name in fleet.devices:
+        state = state.on_advert(name, fleet.join(name, offer))
+    return state.close()  # type: ignore[no-any-return]
+
+
+def test_shares_are_taken_once_and_from_the_roster_only(fleet: Any, sharing: tuple[Any, bytes]) -> None:
+    state, roster = sharing
+    shares = fleet.share(ME, roster)
+    refused(state.on_shares, "zed", shares, "was not asked")
+    refused(state.on_shares, OTHER, shares, "not valid")
+    refused(state.on_shares(ME, shares).on_shares, ME, shares, "second shares")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: {"context": bytes(32)}, "another session"),
+        (lambda m: {"device": OTHER}, "another session or device"),
+        (lambda m: {"boxes": {}}, "exactly its neighbours"),
+        (lambda m: {"boxes": {**m.boxes, ME: m.boxes[OTHER]}}, "exactly its neighbours"),
+        (lambda m: {"boxes": {**m.boxes, OTHER: dataclasses.replace(m.boxes[OTHER], sealed=b"")}}, "size of one"),
+        (lambda m: {"boxes": {**m.boxes, OTHER: dataclasses.replace(m.boxes[OTHER], digests=())}}, "size of one"),
+    ],
+)
+def test_shares_that_are_no_good_are_refused(fleet: Any, sharing: tuple[Any, bytes], change: Any, reason: str) -> None:
+    state, roster = sharing
+    shares = fleet.share(ME, roster)
+    message = envelope.open_as(Shares, shares, fleet.devices[ME].identity.public, ME)
+    refused(state.on_shares, ME, said(fleet, ME, shares, Shares, **change(message)), reason)
+
+
+# Step 6
+
+
+def vector_said(fleet: Any, name: str, raw: bytes, packed: bytes | None = None, **changes: Any) -> bytes:
+    size = ring.packed_size(fleet.spec.vector.size, fleet.spec.vector.ring_bits)
+    device = fleet.devices[name]
+    header, genuine = envelope.open_vector(raw, size, device.identity.public, name)
+    if packed is not None:
+        changes["vector"] = hashlib.sha256(packed).digest()
+    return envelope.seal_vector(device.identity, dataclasses.replace(header, **changes), packed or bytes(genuine))
+
+
+def test_a_masked_input_is_taken_once_and_for_its_plan_only(fleet: Any) -> None:
+    session = fleet.establish()
+    members = sorted(fleet.devices)[:4]
+    state, plans = fleet.begin(session, cohort=members)
+    body = fleet.contribute(ME, plans[ME])
+    refused(state.on_masked_input, "device-004", body, "was not asked")
+    refused(state.on_masked_input, OTHER, body, "not valid")
+    refused(state.on_masked_input, ME, vector_said(fleet, ME, body, plan=bytes(32)), "another plan")
+    refused(state.on_masked_input, ME, vector_said(fleet, ME, body, device=OTHER), "of another device")
+    assert not state.total.any()
+    taken = state.on_masked_input(ME, body)
+    refused(taken.on_masked_input, ME, body, "second masked input")
+
+
+def test_unused_bits_in_a_masked_input_are_refused_by_name(
+    fleet_of: FleetOf, spec_of: Callable[..., Any], vector_of: Callable[..., Any]
+) -> None:
+    fleet = fleet_of(4, spec=spec_of(4, vector=vector_of(4, size=6, bits=17)))
+    state, plans = fleet.begin(fleet.establish())
+    body = fleet.contribute(ME, plans[ME])
+    packed = bytearray(body[-ring.packed_size(7, 17) :])
+    packed[-1] |= 0x80
+    refused(state.on_masked_input, ME, vector_said(fleet, ME, body, bytes(packed)), "unused bits")
+
+
+def test_a_state_that_was_moved_on_from_adds_nothing_more(fleet: Any) -> None:
+    state, plans = fleet.begin(fleet.establish())
+    bodies = {name: fleet.contribute(name, plans[name]) for name in plans}
+    moved = state.on_masked_input(ME, bodies[ME])
+    before = moved.total.copy()
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        state.on_masked_input(OTHER, bodies[OTHER])
+    assert (moved.total == before).all()
+
+
+def test_inputs_are_added_up_as_they_come_and_none_is_kept(fleet: Any) -> None:
+    state, plans = fleet.begin(fleet.establish())
+    total = state.total
+    for name in plans:
+        state = state.on_masked_input(name, fleet.contribute(name, plans[name]))
+    assert state.total is total
+    assert {len(digest) for digest in state.vectors.values()} == {32}
+
+
+# Steps 7 and 8
+
+
+def test_agreements_are_taken_once_and_on_this_survivor_set_only(fleet: Any) -> None:
+    state, bodies = fleet.collect(fleet.establish(), {"input": ["device-004"]})
+    answer = fleet.answer("on_survivors", ME, bodies[ME])
+    refused(state.on_signature, "device-004", answer, "was not asked")
+    refused(state.on_signature, ME, said(fleet, ME, answer, Agreement, survivors=bytes(32)), "another survivor set")
+    refused(state.on_signature, ME, said(fleet, ME, answer, Agreement, device=OTHER), "another device")
+    refused(state.on_signature(ME, answer).on_signature, ME, answer, "second agreement")
+
+
+def test_openings_are_taken_once_and_only_of_what_is_owed(fleet: Any) -> None:
+    lost = {"input": ["device-004"]}
+    state, bodies = fleet.confirm(*fleet.collect(fleet.establish(), lost), lost)
+    answer = fleet.answer("on_unmask", ME, bodies[ME])
+    share = {"device-004": bytes(33)}
+    refused(state.on_unmask, "device-004", answer, "was not asked")
+    refused(state.on_unmask, ME, said(fleet, ME, answer, Opening, survivors=bytes(32)), "another survivor set")
+    refused(state.on_unmask, ME, said(fleet, ME, answer, Opening, seeds=share), "does not owe")
+    refused(state.on_unmask, ME, said(fleet, ME, answer, Opening, keys={OTHER: bytes(33)}), "does not owe")
+    refused(state.on_unmask(ME, answer).on_unmask, ME, answer, "second opening")
+
+
+def test_an_opening_of_one_who_did_not_agree_is_refused(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(5)
+    lost = {"survivors": [ME]}
+    state, bodies = fleet.confirm(*fleet.collect(fleet.establish()), lost)
+    assert ME not in bodies
+    answer = fleet.answer("on_unmask", OTHER, bodies[OTHER])
+    refused(state.on_unmask, ME, answer, "was not asked")
+
+
+def test_a_round_is_opened_once(fleet: Any) -> None:
+    state, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
+    for name in bodies:
+        state = state.on_unmask(name, fleet.answer("on_unmask", name, bodies[name]))
+    _, result = state.close()
+    fleet.assert_sum(result)
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        state.close()
+
+
+def test_boxes_are_sent_until_a_masked_input_shows_that_they_arrived(fleet: Any) -> None:
+    session = fleet.establish()
+    first, plans = fleet.begin(session)
+    for name in plans:
+        if name != ME:
+            first = first.on_masked_input(name, fleet.contribute(name, plans[name]))
+    state, _ = first.close()
+    aborted = state.close()
+    assert isinstance(aborted, RoundAborted)
+    _, again = fleet.begin(aborted.session)
+    assert len(again[ME]) > 2 * len(again[OTHER])
+    _, result = fleet.round(aborted.session)
+    assert len(result.survivors) == 5
+    fleet.assert_sum(result)
+
+
+def test_a_sum_that_honest_survivors_cannot_have_is_no_result(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One device's vector is not masked with what it agreed on: the sum is noise, and noise is out of range.
+    state, plans = fleet.begin(fleet.establish(), cohort=sorted(fleet.devices)[:4])
+    for name in plans:
+        body = fleet.contribute(name, plans[name])
+        if name == ME:
+            body = vector_said(fleet, name, body, bytes(range(7, 7 + 24)))
+        state = state.on_masked_input(name, body)
+    state, bodies = state.close()
+    fleet.states[ME] = dataclasses.replace(fleet.states[ME], vector=hashlib.sha256(bytes(range(7, 7 + 24))).digest())
+    outcome = fleet.open(*fleet.confirm(state, bodies))
+    assert isinstance(outcome, RoundAborted)
+    assert outcome.reason is AbortReason.OUT_OF_RANGE
+
+
+def test_closing_too_early_aborts_and_leaves_the_session(fleet: Any) -> None:
+    state, _ = fleet.offer()
+    assert state.close().reason is AbortReason.TOO_FEW
+    session = fleet.establish()
+    collecting, _ = fleet.begin(session)
+    aborted = collecting.close()
+    assert isinstance(aborted.session, Established)
+    assert aborted.session.rounds_left == 2
+    assert "0 masked inputs, 4 are needed" in aborted.detail
+
+
+def test_a_plan_for_too_few_leaves_the_round_unused(fleet: Any) -> None:
+    session = fleet.establish()
+    aborted = fleet.begin(session, cohort=[ME])
+    assert isinstance(aborted, RoundAborted)
+    assert aborted.session.rounds_left == 3
+
+
+def test_nothing_secret_of_the_coordinators_is_in_a_repr(fleet: Any) -> None:
+    assert str(fleet.key.raw) not in repr(fleet.offer()[0])
+
+
+def test_masks_are_removed_for_every_pair_of_survivor_and_dropped(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    genuine = masks.apply
+    monkeypatch.setattr(masks, "apply", lambda vector, given: genuine(vector, seen.append(list(given)) or seen[-1]))
+    _, result = fleet.round(fleet.establish(), {"input": ["device-002"]})
+    assert len(seen[-1]) == 4 + 4 * 1
+    fleet.assert_sum(result)
+
+
+def test_the_header_of_a_masked_input_is_small() -> None:
+    header = MaskedInput(bytes(32), "d" * 64, bytes(32))
+    assert len(header.encode()) < MaskedInput.LIMIT

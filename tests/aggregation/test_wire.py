@@ -1,0 +1,132 @@
+"""The canonical encoding: one byte string for one value, limits before allocation, no error but the one."""
+
+import math
+import tracemalloc
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregation import wire
+from aggregation.errors import ConfigError, ProtocolError
+from aggregation.messages import MESSAGES
+
+
+class Colour(Enum):
+    RED = "red"
+    DARK_BLUE = "dark-blue"
+
+
+@dataclass(frozen=True)
+class Point:
+    x: int
+    y: int
+
+    def __post_init__(self) -> None:
+        if self.x > self.y:
+            raise ConfigError("x is above y")
+
+
+POINT = wire.record(Point, {"x": wire.uint(8), "y": wire.uint(16)})
+NAMES = wire.text(r"[a-z]+")
+CASES: list[tuple[wire.Codec[Any], st.SearchStrategy[Any]]] = [
+    (wire.uint(8), st.integers(0, 255)),
+    (wire.uint(64), st.integers(0, 2**64 - 1)),
+    (wire.fixed(3), st.binary(min_size=3, max_size=3)),
+    (wire.blob(20), st.binary(max_size=20)),
+    (NAMES, st.text("abcxyz", min_size=1, max_size=200)),
+    (wire.real, st.floats(allow_nan=False, allow_infinity=False)),
+    (wire.choice(Colour), st.sampled_from(Colour)),
+    (wire.optional(wire.uint(8)), st.none() | st.integers(0, 255)),
+    (wire.sequence(wire.uint(16), 9), st.lists(st.integers(0, 65535), max_size=9).map(tuple)),
+    (
+        wire.mapping(NAMES, wire.uint(8), 5),
+        st.dictionaries(st.text("abc", min_size=1), st.integers(0, 255), max_size=5),
+    ),
+    (POINT, st.integers(0, 255).map(lambda x: Point(x, x + 1))),
+]
+
+
+@given(data=st.data())
+def test_what_was_written_is_read_back(data: st.DataObject) -> None:
+    codec, values = data.draw(st.sampled_from(CASES))
+    value = data.draw(values)
+    assert codec.decode(codec.encode(value)) == value
+
+
+@given(raw=st.binary(max_size=60), case=st.sampled_from(CASES))
+def test_any_bytes_are_the_one_encoding_of_a_value_or_refused(raw: bytes, case: tuple[wire.Codec[Any], Any]) -> None:
+    codec, _ = case
+    try:
+        value = codec.decode(raw)
+    except ProtocolError:
+        return
+    assert codec.encode(value) == raw
+
+
+@given(raw=st.binary(max_size=200), message=st.sampled_from(MESSAGES))
+def test_any_bytes_are_the_one_encoding_of_a_message_or_refused(raw: bytes, message: Any) -> None:
+    try:
+        value = message.decode(raw)
+    except ProtocolError:
+        return
+    assert value.encode() == raw
+
+
+@pytest.mark.parametrize(
+    ("codec", "raw", "reason"),
+    [
+        (wire.uint(16), b"\x01", "truncated"),
+        (wire.uint(16), b"\x01\x02\x03", "left over"),
+        (wire.blob(4), b"\x00\x00\x00\x05abcde", "over the limit"),
+        (wire.blob(4), b"\x00\x00\x00\x04abc", "truncated"),
+        (NAMES, b"\x03aB\xff", "not of the form"),
+        (NAMES, b"\x04abc\n", "not of the form"),
+        (wire.real, b"\x80" + bytes(7), "negative zero"),
+        (wire.real, b"\x7f\xf0" + bytes(6), "not finite"),
+        (wire.real, b"\x7f\xf8" + bytes(6), "not finite"),
+        (wire.choice(Colour), b"\x05green", "no Colour"),
+        (wire.optional(wire.uint(8)), b"\x02\x01", "neither 0 nor 1"),
+        (wire.mapping(NAMES, wire.uint(8), 5), b"\x00\x00\x00\x02\x01b\x01\x01a\x02", "out of order"),
+        (wire.mapping(NAMES, wire.uint(8), 5), b"\x00\x00\x00\x02\x01a\x01\x01a\x02", "repeated"),
+        (POINT, b"\x05\x00\x04", "x is above y"),
+    ],
+)
+def test_what_is_not_canonical_is_refused_with_its_reason(codec: wire.Codec[Any], raw: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        codec.decode(raw)
+
+
+@pytest.mark.parametrize(
+    ("codec", "value"),
+    [
+        (wire.uint(8), 256),
+        (wire.uint(8), -1),
+        (wire.fixed(3), b"ab"),
+        (wire.blob(2), b"abc"),
+        (NAMES, "not a name"),
+        (NAMES, "a" * 256),
+        (wire.real, math.nan),
+        (wire.sequence(wire.uint(8), 1), (1, 2)),
+    ],
+)
+def test_a_value_that_no_reader_would_accept_is_not_written(codec: wire.Codec[Any], value: Any) -> None:
+    with pytest.raises(ConfigError):
+        codec.encode(value)
+
+
+def test_a_length_that_the_message_cannot_hold_allocates_nothing() -> None:
+    codec = wire.sequence(wire.blob(2**30), 2**30)
+    tracemalloc.start()
+    with pytest.raises(ProtocolError, match="truncated"):
+        codec.decode((2**30).to_bytes(4, "big") + bytes(100))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_zero_and_negative_zero_have_one_encoding() -> None:
+    assert wire.real.encode(-0.0) == wire.real.encode(0.0)
