@@ -66,8 +66,8 @@ class Trust:
             TrustError: No such file, no public key in it, or it lies inside the bundle.
         """
         bundle = bundle.resolve()
-        file = bundle.parent / TRUST_FILE if pinned is None else pinned.resolve()
-        if file.is_relative_to(bundle):
+        file = bundle.parent / TRUST_FILE if pinned is None else pinned.absolute()
+        if file.resolve().is_relative_to(bundle):
             raise TrustError(f"{file} lies in the bundle, which cannot vouch for itself; pin the keys elsewhere")
         if not file.is_file():
             raise TrustError(f"no pinned keys at {file}: put the vendor's public key there, or name it with --trust")
@@ -204,8 +204,12 @@ def _read(path: Path, limit: int) -> bytes:
 def _replace(path: Path, blob: bytes) -> None:
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
             file.write(blob)
-        Path(file.name).replace(path)
+        try:
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
             f"cannot note the accepted version in {path} ({error.strerror}); make the folder writable, or pin the keys "

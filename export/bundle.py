@@ -103,6 +103,19 @@ def add_adapter(bundle: Path, found: Plan, source: AdapterSource, *, key: Identi
         _write(stage, files)
 
 
+def copy_bundle(bundle: Path, out: Path) -> None:
+    """Give ``bundle`` a second home at ``out``, replacing the bundle that may be there; files are shared by hard links.
+
+    Raises:
+        ConfigError: ``bundle`` is no bundle, or ``out`` is something other than one.
+        OSError: The folder cannot be written. What was in ``out`` is still there.
+    """
+    if _stated_card(bundle) is None:
+        raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
+    with _replacing(_settled(out)) as stage:
+        _link(bundle, stage)
+
+
 def _adapter_files(
     source: AdapterSource, found: Plan, card: BaseCard, key: IdentityKey, form: Format
 ) -> dict[str, bytes]:

@@ -1,0 +1,137 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from adapters.layout import Layout, Tensors
+from adapters.ondevice import SCALE, check_name, check_slots, layout_of, quantize, restore, to_graph
+from aggregation.errors import ConfigError, DataError
+
+A, B, HEAD, BIAS = "x.query.lora_A.weight", "x.query.lora_B.weight", "head.weight", "head.bias"
+SLOTS = {A: ("6", "rank_0"), B: ("rank_0", "5"), HEAD: ("labels", "4"), BIAS: ("labels",)}
+FLOATS = st.floats(-1e6, 1e6, width=32)
+
+
+def inputs(rank: int = 2, labels: int = 3) -> Tensors:
+    rng = np.random.default_rng(0)
+    shapes = {A: (6, rank), B: (rank, 5), HEAD: (labels, 4), BIAS: (labels,)}
+    return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def registry() -> Tensors:
+    return {"base_model.model." + name: value.T.copy() if "lora" in name else value for name, value in inputs().items()}
+
+
+def test_the_graph_form_turns_lora_and_folds_the_scaling_into_b() -> None:
+    tensors = registry()
+    found = to_graph(tensors, {"x.query": 2.5})
+    np.testing.assert_array_equal(found[A], tensors["base_model.model." + A].T)
+    np.testing.assert_array_equal(found[B], tensors["base_model.model." + B].T * np.float32(2.5))
+    np.testing.assert_array_equal(found[HEAD], tensors["base_model.model." + HEAD])
+    assert all(value.flags.c_contiguous for value in found.values())
+
+
+def test_the_graph_form_tells_the_layout_of_the_registry_tensors() -> None:
+    assert layout_of(to_graph(registry(), {"x.query": 2.5})) == Layout.of(registry())
+
+
+def test_fp32_loses_nothing() -> None:
+    restored = restore(quantize(inputs(), "fp32"), "fp32")
+    for name, value in inputs().items():
+        np.testing.assert_array_equal(restored[name], value)
+
+
+@given(arrays(np.float32, (6, 2), elements=FLOATS), arrays(np.float32, (3, 4), elements=FLOATS))
+def test_int8_errs_by_half_a_scale_at_most(a: Any, head: Any) -> None:
+    given_inputs = inputs() | {A: a, HEAD: head}
+    stored = quantize(given_inputs, "int8")
+    restored = restore(stored, "int8")
+    for name, axis in ((A, 0), (HEAD, 1)):
+        bound = np.abs(given_inputs[name]).max(axis=axis, keepdims=True) / 127 / 2
+        assert (np.abs(restored[name] - given_inputs[name]) <= bound * 1.001 + 1e-38).all()
+
+
+def test_int8_has_a_scale_for_each_rank_and_each_row_and_leaves_vectors_alone() -> None:
+    stored = quantize(inputs(rank=2, labels=3), "int8")
+    assert {name: stored[name + SCALE].shape for name in (A, B, HEAD)} == {A: (1, 2), B: (2, 1), HEAD: (3, 1)}
+    assert stored[A].dtype == np.int8
+    assert stored[BIAS].dtype == np.float32
+    assert BIAS + SCALE not in stored
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-45])
+def test_a_row_of_nothing_stays_nothing_in_int8(tiny: float) -> None:
+    given_inputs = inputs() | {B: np.full((2, 5), tiny, dtype=np.float32)}
+    assert not restore(quantize(given_inputs, "int8"), "int8")[B].any()
+
+
+def test_too_large_for_fp16_is_refused() -> None:
+    with pytest.raises(DataError, match="too large for fp16"):
+        quantize(inputs() | {A: np.full((6, 2), 1e5, dtype=np.float32)}, "fp16")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_stored(bad: float) -> None:
+    with pytest.raises(DataError, match="NaN or infinity"):
+        quantize(inputs() | {BIAS: np.array([0, bad, 0], dtype=np.float32)}, "int8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({A + SCALE: None}, "no sound scales"),
+        ({A + SCALE: np.ones((2, 1), np.float32)}, "no sound scales"),
+        ({A + SCALE: np.zeros((1, 2), np.float32)}, "no sound scales"),
+        ({A + SCALE: np.full((1, 2), np.nan, np.float32)}, "no sound scales"),
+        ({A + SCALE: np.full((1, 2), 3e38, np.float32)}, "NaN or infinity"),
+        ({BIAS: np.array([0, np.nan, 0], np.float32)}, "NaN or infinity"),
+        ({A: np.ones((6, 2), np.float32)}, "is float32 in an adapter of format int8"),
+        ({BIAS: np.ones(3, np.int8)}, "is int8 in an adapter of format int8"),
+        ({BIAS + SCALE: np.ones(1, np.float32)}, "belong to no tensor"),
+        ({"y" + SCALE: np.ones(1, np.float32)}, "belong to no tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_file_that_says_something_else_than_its_format_is_refused(change: dict[str, Any], message: str) -> None:
+    stored = {name: value for name, value in (quantize(inputs(), "int8") | change).items() if value is not None}
+    with pytest.raises(DataError, match=message):
+        restore(stored, "int8")
+
+
+def test_a_fitting_adapter_tells_what_each_free_dimension_is() -> None:
+    assert check_slots(inputs(rank=7, labels=2), SLOTS) == {"rank_0": 7, "labels": 2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {A: np.ones((7, 2), np.float32)},
+        {A: np.ones((6, 3), np.float32)},  # another rank than B's
+        {BIAS: np.ones(4, np.float32)},  # another number of labels than the weight's
+        {HEAD: np.ones((3, 4, 1), np.float32)},
+    ],
+)
+def test_a_tensor_of_a_shape_without_a_slot_is_refused(change: Tensors) -> None:
+    with pytest.raises(DataError, match="its slot takes"):
+        check_slots(inputs() | change, SLOTS)
+
+
+def test_a_missing_and_an_unknown_tensor_are_refused() -> None:
+    with pytest.raises(DataError, match="'extra' is missing from the adapter or has no slot"):
+        check_slots(inputs() | {"extra": np.ones(1, np.float32)}, SLOTS)
+    with pytest.raises(DataError, match=r"head\.bias"):
+        check_slots({name: value for name, value in inputs().items() if name != BIAS}, SLOTS)
+
+
+@pytest.mark.parametrize("name", ["global", "household-07", "a.b_c", "A" * 64])
+def test_plain_names_are_accepted(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a\n", "A" * 65, "é", "-x"])
+def test_a_name_that_could_leave_the_folder_or_hide_in_it_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="adapter name"):
+        check_name(name)

@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+from peft import PeftModel
+
+from adapters.classifier import tensors
+from adapters.ondevice import Format, to_graph
+from aggregation.errors import DataError
+from export.adapter import decode, encode
+from export.base import ExportedBase
+
+FORMATS: list[Format] = ["fp32", "fp16", "int8"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_same_tensors_in_any_order_give_the_same_bytes(
+    model: PeftModel, exported: ExportedBase, form: Format
+) -> None:
+    values = tensors(model)
+    assert encode(values, exported.plan, form) == encode(dict(reversed(values.items())), exported.plan, form)
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("fp32", 0.0), ("fp16", 2**-10), ("int8", 1 / 127)])
+def test_a_file_holds_the_tensors_to_the_precision_of_its_format(
+    model: PeftModel, exported: ExportedBase, form: Format, tolerance: float
+) -> None:
+    found = decode(encode(tensors(model), exported.plan, form), form)
+    for name, value in to_graph(tensors(model), exported.plan.scaling).items():
+        assert np.abs(found[name] - value).max() <= tolerance * np.abs(value).max()
+
+
+def test_a_missing_and_an_unknown_tensor_are_refused(model: PeftModel, exported: ExportedBase) -> None:
+    values = tensors(model)
+    with pytest.raises(DataError, match="missing from the adapter or unknown"):
+        encode(dict(list(values.items())[1:]), exported.plan)
+    with pytest.raises(DataError, match="'extra'"):
+        encode(values | {"extra": np.ones(1, np.float32)}, exported.plan)
+
+
+def test_nan_is_not_exported(model: PeftModel, exported: ExportedBase) -> None:
+    values = tensors(model)
+    next(iter(values.values()))[0, 0] = np.nan
+    with pytest.raises(DataError, match="NaN"):
+        encode(values, exported.plan)
+
+
+@pytest.mark.parametrize("blob", [b"", b"TORT", b"\0" * 64])
+def test_bytes_that_are_no_adapter_file_are_refused(blob: bytes) -> None:
+    with pytest.raises(DataError, match="not a sound"):
+        decode(blob, "int8")
+
+
+def test_a_file_read_in_another_format_is_refused(model: PeftModel, exported: ExportedBase) -> None:
+    with pytest.raises(DataError, match="format int8"):
+        decode(encode(tensors(model), exported.plan, "fp32"), "int8")

@@ -1,0 +1,204 @@
+"""A bundle is replaced whole or not at all, and nobody's adapter is lost on the way."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+
+from adapters.files import sha256
+from adapters.layout import Layout
+from adapters.manifest import BaseCard, Sidecar
+from aggregation.errors import ConfigError, DataError
+from aggregation.identity import IdentityKey
+from export.base import ExportedBase
+from export.bundle import AdapterSource, add_adapter, write_bundle
+from export.plan import plan
+
+Source = Callable[..., AdapterSource]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_bundle_has_a_base_and_its_adapters_each_with_a_signed_document(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    files = contents(bundle)
+    assert sorted(files) == [
+        "adapters/global.json",
+        "adapters/global.onnx_adapter",
+        "base/card.json",
+        "base/model.onnx",
+        "base/tokenizer.json",
+    ]
+    assert BaseCard.accept(files["base/card.json"], [vendor.public]) == exported.card
+    sidecar = Sidecar.accept(files["adapters/global.json"], [vendor.public])
+    assert sidecar.sha256 == sha256(files["adapters/global.onnx_adapter"])
+    assert sidecar.size == len(files["adapters/global.onnx_adapter"])
+    assert sidecar.layout_digest == Layout.of(source().tensors).digest
+    assert (sidecar.rank, sidecar.format, sidecar.version) == (4, "int8", 3)
+
+
+def test_equal_inputs_give_an_equal_bundle(
+    tmp_path: Path, bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    write_bundle(tmp_path / "again", exported, [source()], key=vendor)
+    assert contents(tmp_path / "again") == contents(bundle)
+
+
+def test_a_household_adds_its_private_adapter_signed_by_its_own_key(
+    bundle: Path, model: PeftModel, source: Source, household: IdentityKey
+) -> None:
+    before = contents(bundle)
+    add_adapter(bundle, plan(model), source("anna", seed=1, parent="a" * 64), key=household)
+    after = contents(bundle)
+    assert {name: after[name] for name in before} == before
+    assert Sidecar.accept(after["adapters/anna.json"], [household.public]).parent == "a" * 64
+
+
+def test_an_update_of_the_shared_adapter_keeps_the_private_ones(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, household: IdentityKey
+) -> None:
+    add_adapter(bundle, exported.plan, source("anna", seed=1, parent="a" * 64), key=household)
+    private, old = contents(bundle)["adapters/anna.onnx_adapter"], contents(bundle)["adapters/global.onnx_adapter"]
+    write_bundle(bundle, exported, [source(seed=2, version=4)], key=vendor)
+    assert contents(bundle)["adapters/anna.onnx_adapter"] == private
+    assert contents(bundle)["adapters/global.onnx_adapter"] != old
+
+
+def test_adapters_of_another_base_are_not_kept(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    write_bundle(bundle, replace(exported, base_digest="b" * 64), [source("new")], key=vendor)
+    assert not (bundle / "adapters" / "global.json").exists()
+
+
+@pytest.mark.parametrize("failing", range(1, 6))
+def test_a_disk_that_fills_up_at_any_file_leaves_the_old_bundle(
+    bundle: Path,
+    exported: ExportedBase,
+    source: Source,
+    vendor: IdentityKey,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: int,
+) -> None:
+    before, write, calls = contents(bundle), Path.write_bytes, iter(range(1, 100))
+
+    def full(path: Path, data: bytes) -> int:
+        if bundle.parent in path.parents and next(calls) == failing:
+            write(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_bundle(bundle, exported, [source(seed=2, version=4)], key=vendor)
+    assert contents(bundle) == before
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "trust.pem"]
+
+
+@pytest.mark.parametrize("step", ["first", "second"])
+def test_a_failed_exchange_leaves_the_old_bundle(
+    bundle: Path,
+    exported: ExportedBase,
+    source: Source,
+    vendor: IdentityKey,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    before, rename = contents(bundle), Path.rename
+
+    def broken(path: Path, target: Path) -> Path:
+        if (step == "first") == (path == bundle) and path.name != ".bundle.previous":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(PermissionError):
+        write_bundle(bundle, exported, [source(seed=2, version=4)], key=vendor)
+    assert contents(bundle) == before
+
+
+def test_a_kill_between_the_two_steps_of_the_exchange_is_mended_by_the_next_call(
+    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
+) -> None:
+    before = contents(bundle)
+    bundle.rename(bundle.parent / ".bundle.previous")
+    add_adapter(bundle, exported.plan, source("anna", seed=1), key=household)
+    assert before.items() <= contents(bundle).items()
+    assert not (bundle.parent / ".bundle.previous").exists()
+
+
+def test_a_folder_that_is_no_bundle_is_not_replaced(
+    tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="exists and is not a bundle"):
+        write_bundle(tmp_path, exported, [source()], key=vendor)
+    assert (tmp_path / "letters.txt").read_text() == "dear"
+
+
+def test_an_empty_folder_becomes_a_bundle(
+    tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    (tmp_path / "out").mkdir()
+    write_bundle(tmp_path / "out", exported, [source()], key=vendor)
+    assert (tmp_path / "out" / "base" / "card.json").is_file()
+
+
+def test_a_place_below_a_file_cannot_be_written(
+    tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OSError, match=r"File exists|Not a directory"):
+        write_bundle(tmp_path / "file" / "out", exported, [source()], key=vendor)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_adapter_is_not_added_to_what_is_no_bundle(
+    tmp_path: Path, exported: ExportedBase, source: Source, household: IdentityKey
+) -> None:
+    with pytest.raises(ConfigError, match="not a bundle"):
+        add_adapter(tmp_path, exported.plan, source("anna"), key=household)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{}", b"[1]", b'{"body": {"base_digest": 3}}'])
+def test_a_bundle_with_a_damaged_card_is_left_alone(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, raw: bytes
+) -> None:
+    (bundle / "base" / "card.json").write_bytes(raw)
+    before = contents(bundle)
+    with pytest.raises(DataError, match=r"card\.json is damaged"):
+        write_bundle(bundle, exported, [source()], key=vendor)
+    assert contents(bundle) == before
+
+
+def test_a_name_that_leaves_the_folder_is_refused(
+    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
+) -> None:
+    with pytest.raises(ConfigError, match="adapter name"):
+        add_adapter(bundle, exported.plan, source("../anna"), key=household)
+
+
+def test_labels_that_do_not_match_the_head_are_refused(
+    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
+) -> None:
+    with pytest.raises(DataError, match="3 labels for 4 rows"):
+        add_adapter(bundle, exported.plan, replace(source("anna"), labels=("a", "b", "c")), key=household)
+
+
+def test_the_old_bundles_files_are_not_written_through_their_second_names(
+    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
+) -> None:
+    kept = bundle.parent / "kept"
+    os.link(bundle / "adapters" / "global.onnx_adapter", kept)
+    before = kept.read_bytes()
+    add_adapter(bundle, exported.plan, source("global", seed=9), key=household)
+    assert kept.read_bytes() == before
+    assert json.loads((bundle / "adapters" / "global.json").read_bytes())["signer"] == household.public.key_id
