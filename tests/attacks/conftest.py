@@ -1,7 +1,105 @@
-"""The small fleet of tests/aggregation, here too."""
+"""What a malicious coordinator has to work with: the small fleet, everything it sends, and arithmetic of its own."""
 
+import dataclasses
 import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from aggregation import envelope, masks, ring
+from aggregation.masks import Mask
+from aggregation.messages import Message, Opening, Plan
+from aggregation.recovery import Recovery
+from aggregation.spec import Adversary
 
 _fleet = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "conftest.py"))
 entropy, fleet_of, spec_of, vector_of = (_fleet[name] for name in ("entropy", "fleet_of", "spec_of", "vector_of"))
+VICTIM = "device-002"
+
+
+@dataclass(slots=True)
+class Coordinator:
+    """A coordinator that keeps every upload and signs whatever it likes.
+
+    ``fleet`` are honest devices that run the code under test; ``session`` and ``state`` are what an honest
+    coordinator would hold.
+    """
+
+    fleet: Any
+    session: Any = None
+    state: Any = None
+    plan: Plan | None = None
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    openings: dict[str, Opening] = field(default_factory=dict)
+
+    def collect(self, lost: tuple[str, ...] = ()) -> None:
+        """Steps 1–6 as the protocol has them, but every upload is kept."""
+        self.session = self.fleet.establish()
+        self.state, plans = self.fleet.begin(self.session)
+        self.plan = self.state.plan
+        for name in plans:
+            if name not in lost:
+                self.uploads[name] = self.fleet.contribute(name, plans[name])
+                self.state = self.state.on_masked_input(name, self.uploads[name])
+
+    def digests(self) -> dict[str, bytes]:
+        return dict(self.state.vectors)
+
+    def sign(self, message: Message) -> bytes:
+        return envelope.seal(self.fleet.key, message)
+
+    def resign(self, raw: bytes, kind: Any, **changes: Any) -> bytes:
+        message = envelope.open_as(kind, raw, self.fleet.key.public, "coordinator")
+        return self.sign(dataclasses.replace(message, **changes))
+
+    def ask(self, name: str, method: str, message: Message) -> bytes:
+        """Send a message to a device in its present state; what it answers."""
+        return self.fleet.answer(method, name, self.sign(message))  # type: ignore[no-any-return]
+
+    def hear(self, name: str, kind: Any, raw: bytes) -> Any:
+        return envelope.open_as(kind, raw, self.fleet.devices[name].identity.public, name)
+
+    def recover(self, seeds: Mapping[str, Mapping[str, bytes]], keys: Mapping[str, Mapping[str, bytes]]) -> Recovery:
+        """Open secrets from shares however they were come by. ``seeds``, ``keys``: holder → dealer → share."""
+        openings = {
+            holder: Opening(bytes(32), holder, seeds.get(holder, {}), keys.get(holder, {}))
+            for holder in sorted({*seeds, *keys})
+        }
+        assert self.plan is not None
+        return Recovery(self.session.session, self.plan, self.session.dealt, openings)
+
+    def strip(self, name: str, seed: bytes, keys: Mapping[str, bytes]) -> dict[str, NDArray[np.float64]]:
+        """One device's own numbers from its upload: its seed, and of each pair either private mask key."""
+        assert self.plan is not None
+        session, spec, plan = self.session.session, self.fleet.spec.vector, self.plan.digest()
+        found = [Mask(masks.self_key(seed, session.context, plan, name), add=False)]
+        for peer in session.neighbours(name, self.plan.members):
+            mine, theirs = (name, peer) if name in keys else (peer, name)
+            public = session.peers[theirs].mask_keys[self.plan.round - 1]
+            key = masks.pair_key(keys[mine], public, session.context, plan, (name, peer))
+            found.append(Mask(key, add=not name < peer))
+        packed = self.uploads[name][-ring.packed_size(spec.size, spec.ring_bits) :]
+        vector = ring.unpack(packed, spec.size, spec.ring_bits)
+        masks.apply(vector, found)
+        return spec.decode(vector, 1)
+
+    def assert_exposed(self, name: str, values: Mapping[str, NDArray[np.float64]]) -> None:
+        """The attack has succeeded: these are the device's own numbers."""
+        for segment in self.fleet.spec.vector.segments:
+            error = np.abs(values[segment.name] - self.fleet.plain[name][segment.name]).max()
+            assert error < self.fleet.spec.vector.step(segment)
+
+
+@pytest.fixture
+def malicious(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Callable[..., Coordinator]:
+    """Make a malicious coordinator over five honest devices."""
+
+    def make(adversary: Adversary = Adversary.HONEST_BUT_CURIOUS, **changes: Any) -> Coordinator:
+        return Coordinator(fleet_of(5, spec=spec_of(5, adversary=adversary, **changes)))
+
+    return make

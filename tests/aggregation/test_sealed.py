@@ -1,0 +1,111 @@
+"""Sealed state: a restarted device goes on where it was, and never answers a step twice."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aggregation.clientside import Ready, seal, unseal
+from aggregation.errors import ConfigError, ProtocolError, TrustError
+
+KEY = bytes(range(32))
+ME = "device-000"
+FleetOf = Callable[..., Any]
+
+
+@pytest.fixture
+def fleet(fleet_of: FleetOf) -> Any:
+    return fleet_of(4)
+
+
+def restart(fleet: Any) -> None:
+    """Every device stops and starts again from its sealed state."""
+    for name, state in fleet.states.items():
+        fleet.states[name] = unseal(seal(state, KEY), KEY)
+        assert fleet.states[name] == state
+
+
+def test_a_session_goes_on_when_every_device_restarts_after_every_step(fleet: Any) -> None:
+    state, offer = fleet.offer()
+    for name in fleet.devices:
+        state = state.on_advert(name, fleet.join(name, offer))
+    restart(fleet)
+    state, roster = state.close()
+    for name in fleet.devices:
+        state = state.on_shares(name, fleet.share(name, roster))
+    session = state.close()
+    for lost in ({}, {"input": [ME]}):
+        restart(fleet)
+        state, bodies = fleet.collect(session, lost)
+        restart(fleet)
+        state, bodies = fleet.confirm(state, bodies)
+        restart(fleet)
+        session, result = fleet.open(state, bodies)
+        fleet.assert_sum(result)
+
+
+def test_a_device_that_restarts_between_plan_and_answer_has_given_up_the_round(fleet: Any) -> None:
+    _, plans = fleet.begin(fleet.establish())
+    begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
+    restored = unseal(seal(begun, KEY), KEY)
+    assert isinstance(restored, Ready)
+    assert set(restored.secrets) == set(restored.held) == {2, 3}
+    with pytest.raises(ProtocolError, match="is over"):
+        restored.on_plan(fleet.devices[ME], plans[ME])
+
+
+def test_a_device_that_sealed_before_it_answered_does_not_answer_again(fleet: Any) -> None:
+    session = fleet.establish()
+    _, plans = fleet.begin(session)
+    fleet.contribute(ME, plans[ME])
+    masked = unseal(seal(fleet.states[ME], KEY), KEY)
+    assert not hasattr(masked, "contribute")
+    with pytest.raises(ProtocolError, match="is over"):
+        masked.on_plan(fleet.devices[ME], plans[ME])  # type: ignore[union-attr]
+
+
+def test_no_secret_is_readable_in_a_sealed_state(fleet: Any) -> None:
+    fleet.establish()
+    ready = fleet.states[ME]
+    blob = seal(ready, KEY)
+    for secret in ready.secrets.values():
+        assert secret.seed not in blob
+        assert secret.mask_key not in blob
+    assert ready.session.context not in blob
+
+
+def test_the_same_state_is_sealed_differently_every_time(fleet: Any) -> None:
+    fleet.establish()
+    assert seal(fleet.states[ME], KEY) != seal(fleet.states[ME], KEY)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_an_altered_state_is_refused(fleet: Any, place: float, bit: int) -> None:
+    fleet.offer()
+    _, offer = fleet.offer()
+    fleet.join(ME, offer)
+    blob = bytearray(seal(fleet.states[ME], KEY))
+    blob[int(place * len(blob))] ^= 1 << bit
+    with pytest.raises(TrustError):
+        unseal(bytes(blob), KEY)
+
+
+@pytest.mark.parametrize("blob", [b"", b"junk", b"edgeadapt/state/1\x00", b"edgeadapt/state/1\x00" + bytes(40)])
+def test_what_is_no_sealed_state_is_refused(blob: bytes) -> None:
+    with pytest.raises(TrustError):
+        unseal(blob, KEY)
+
+
+def test_another_devices_key_does_not_open_it(fleet: Any) -> None:
+    fleet.establish()
+    with pytest.raises(TrustError, match="another device"):
+        unseal(seal(fleet.states[ME], KEY), bytes(32))
+
+
+def test_a_key_of_another_length_seals_nothing(fleet: Any) -> None:
+    fleet.establish()
+    with pytest.raises(ConfigError, match="32 bytes"):
+        seal(fleet.states[ME], bytes(16))

@@ -1,0 +1,72 @@
+"""One unmask request that names a victim as survivor and as dropped.
+
+With both kinds of shares a coordinator opens the victim's self mask *and* its pair masks: its update lies open.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aggregation import checks
+from aggregation.errors import ProtocolError
+from aggregation.messages import Opening, Survivors, Unmask
+from aggregation.spec import Adversary
+
+VICTIM = "device-002"
+
+
+def request(coordinator: Any) -> Unmask:
+    return Unmask(Survivors(coordinator.plan.digest(), coordinator.digests()), {})
+
+
+def openings(coordinator: Any) -> dict[str, Opening]:
+    message = request(coordinator)
+    answers = {name: coordinator.ask(name, "on_unmask", message) for name in coordinator.uploads}
+    return {name: coordinator.hear(name, Opening, raw) for name, raw in answers.items()}
+
+
+def test_a_device_gives_one_kind_of_share_of_each_device(malicious: Callable[..., Any]) -> None:
+    coordinator = malicious()
+    coordinator.collect(lost=("device-004",))
+    for opening in openings(coordinator).values():
+        assert set(opening.seeds) == set(coordinator.uploads)
+        assert set(opening.keys) == {"device-004"}
+
+
+def test_a_request_has_no_place_to_name_the_victim_as_dropped(malicious: Callable[..., Any]) -> None:
+    coordinator = malicious()
+    coordinator.collect()
+    raw = coordinator.sign(request(coordinator))
+    # As an entry of its own after the survivors, or as the victim's second entry: neither is a message.
+    body = request(coordinator).encode()
+    entry = bytes([len(VICTIM)]) + VICTIM.encode() + bytes(32)
+    for spoiled in (body + entry, body.replace(b"\x00\x00\x00\x05", b"\x00\x00\x00\x06", 1)[:-4] + entry + bytes(4)):
+        with pytest.raises(ProtocolError, match=r"left over|repeated|out of order"):
+            Unmask.decode(spoiled)
+    coordinator.fleet.answer("on_unmask", "device-000", raw)
+
+
+def test_with_the_rule_taken_out_the_victim_is_exposed(
+    malicious: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def both(session: Any, plan: Any, me: str, survivors: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return tuple(sorted(survivors.vectors)), (VICTIM,)
+
+    coordinator = malicious()
+    coordinator.collect()
+    monkeypatch.setattr(checks, "owed", both)
+    found = openings(coordinator)
+    recovery = coordinator.recover({n: o.seeds for n, o in found.items()}, {n: o.keys for n, o in found.items()})
+    seed, key = recovery.seed(VICTIM), recovery.mask_key(VICTIM)
+    coordinator.assert_exposed(VICTIM, coordinator.strip(VICTIM, seed, {VICTIM: key}))
+
+
+def test_the_rule_holds_in_an_active_session_too(malicious: Callable[..., Any]) -> None:
+    coordinator = malicious(Adversary.ACTIVE)
+    coordinator.collect(lost=("device-004",))
+    fleet = coordinator.fleet
+    _, bodies = fleet.confirm(*coordinator.state.close())
+    for name in bodies:
+        opening = coordinator.hear(name, Opening, fleet.answer("on_unmask", name, bodies[name]))
+        assert not set(opening.seeds) & set(opening.keys)

@@ -1,0 +1,83 @@
+"""Two unmask requests in one round: in one the victim has survived, in the other it was dropped."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aggregation.errors import ProtocolError
+from aggregation.messages import Opening, Survivors, Unmask
+from aggregation.once import Once
+from aggregation.spec import Adversary
+
+VICTIM = "device-002"
+
+
+def two_sets(coordinator: Any) -> tuple[Survivors, Survivors]:
+    digests, plan = coordinator.digests(), coordinator.plan.digest()
+    return Survivors(plan, digests), Survivors(plan, {name: digests[name] for name in digests if name != VICTIM})
+
+
+def asked_twice(coordinator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ask every device but the victim both questions, from the state that it was in before the first."""
+    fleet = coordinator.fleet
+    with_victim, without = two_sets(coordinator)
+    seeds, keys = {}, {}
+    for name in sorted(set(coordinator.uploads) - {VICTIM}):
+        before = fleet.states[name]
+        seeds[name] = coordinator.hear(name, Opening, coordinator.ask(name, "on_unmask", Unmask(with_victim, {}))).seeds
+        fleet.states[name] = before
+        keys[name] = coordinator.hear(name, Opening, coordinator.ask(name, "on_unmask", Unmask(without, {}))).keys
+    return seeds, keys
+
+
+def test_a_device_opens_one_survivor_set_a_round(malicious: Callable[..., Any]) -> None:
+    coordinator = malicious()
+    coordinator.collect()
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        asked_twice(coordinator)
+
+
+def test_a_device_agrees_to_one_survivor_set_a_round(malicious: Callable[..., Any]) -> None:
+    coordinator = malicious(Adversary.ACTIVE)
+    coordinator.collect()
+    first, second = two_sets(coordinator)
+    masked = coordinator.fleet.states["device-000"]
+    coordinator.ask("device-000", "on_survivors", first)
+    coordinator.fleet.states["device-000"] = masked
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        coordinator.ask("device-000", "on_survivors", second)
+
+
+def test_a_device_opens_only_the_survivor_set_that_it_agreed_to(malicious: Callable[..., Any]) -> None:
+    coordinator = malicious(Adversary.ACTIVE)
+    coordinator.collect()
+    first, second = two_sets(coordinator)
+    coordinator.ask("device-000", "on_survivors", first)
+    with pytest.raises(ProtocolError, match="not the survivor set that this device agreed to"):
+        coordinator.ask("device-000", "on_unmask", Unmask(second, {}))
+
+
+def test_the_threshold_lets_no_two_groups_answer_differently(malicious: Callable[..., Any]) -> None:
+    # One question a device: with t of n on each side of the lie, some device would have to answer both.
+    coordinator = malicious()
+    coordinator.collect()
+    with_victim, without = two_sets(coordinator)
+    seeds, keys = {}, {}
+    for number, name in enumerate(sorted(set(coordinator.uploads) - {VICTIM})):
+        question = with_victim if number < 2 else without
+        opening = coordinator.hear(name, Opening, coordinator.ask(name, "on_unmask", Unmask(question, {})))
+        seeds[name], keys[name] = opening.seeds, opening.keys
+    recovery = coordinator.recover(seeds, keys)
+    assert recovery.seed(VICTIM) is None or recovery.mask_key(VICTIM) is None
+
+
+def test_with_the_latch_taken_out_the_victim_is_exposed(
+    malicious: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator = malicious()
+    coordinator.collect()
+    monkeypatch.setattr(Once, "take", lambda self, what: None)
+    recovery = coordinator.recover(*asked_twice(coordinator))
+    seed, key = recovery.seed(VICTIM), recovery.mask_key(VICTIM)
+    coordinator.assert_exposed(VICTIM, coordinator.strip(VICTIM, seed, {VICTIM: key}))

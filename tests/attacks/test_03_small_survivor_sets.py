@@ -1,0 +1,61 @@
+"""Survivor sets that isolate a victim: too small, empty, or without the device that is asked."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
+
+from aggregation import checks
+from aggregation.errors import ProtocolError
+from aggregation.messages import Opening, Survivors, Unmask
+from aggregation.spec import Adversary
+
+VICTIM = "device-002"
+SETS: dict[str, Collection[str]] = {
+    "the victim alone": (VICTIM,),
+    "nobody": (),
+    "below the threshold": ("device-000", "device-001", VICTIM),
+}
+
+
+def isolating(coordinator: Any, survivors: Collection[str]) -> Survivors:
+    digests = coordinator.digests()
+    return Survivors(coordinator.plan.digest(), {name: digests[name] for name in survivors})
+
+
+@pytest.mark.parametrize("survivors", SETS.values(), ids=SETS)
+@pytest.mark.parametrize("adversary", Adversary)
+def test_no_device_opens_a_survivor_set_that_isolates_the_victim(
+    malicious: Callable[..., Any], adversary: Adversary, survivors: Collection[str]
+) -> None:
+    coordinator = malicious(adversary)
+    coordinator.collect()
+    message = isolating(coordinator, survivors)
+    active = adversary is Adversary.ACTIVE
+    for name in coordinator.uploads:
+        with pytest.raises(ProtocolError, match=r"does not have this device|are needed"):
+            coordinator.ask(name, "on_survivors" if active else "on_unmask", message if active else Unmask(message, {}))
+
+
+def test_no_device_opens_a_survivor_set_without_itself(malicious: Callable[..., Any]) -> None:
+    coordinator = malicious()
+    coordinator.collect()
+    message = isolating(coordinator, sorted(set(coordinator.uploads) - {"device-000"}))
+    with pytest.raises(ProtocolError, match="does not have this device"):
+        coordinator.ask("device-000", "on_unmask", Unmask(message, {}))
+
+
+def test_without_the_check_the_victim_is_exposed(
+    malicious: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator = malicious()
+    coordinator.collect()
+    monkeypatch.setattr(checks, "survivors", lambda *given: None)
+    message = Unmask(isolating(coordinator, (VICTIM,)), {})
+    found = {
+        name: coordinator.hear(name, Opening, coordinator.ask(name, "on_unmask", message))
+        for name in coordinator.uploads
+    }
+    recovery = coordinator.recover({n: o.seeds for n, o in found.items()}, {n: o.keys for n, o in found.items()})
+    keys = {name: recovery.mask_key(name) for name in coordinator.uploads if name != VICTIM}
+    coordinator.assert_exposed(VICTIM, coordinator.strip(VICTIM, recovery.seed(VICTIM), keys))

@@ -1,0 +1,65 @@
+"""Offers whose parameters void the masks: a tiny ring, a threshold of one, a cohort of two, a weaker adversary."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aggregation import clientside, envelope
+from aggregation.errors import ProtocolError
+from aggregation.messages import Offer
+from aggregation.policy import Policy
+from aggregation.spec import Adversary, SessionSpec
+from aggregation.vector import Segment, VectorSpec
+
+VICTIM = "device-002"
+EVIL: dict[str, dict[str, Any]] = {
+    "a ring of five bits": {"vector": VectorSpec((Segment("delta", 8, 1.0),), 5, 10)},
+    "a ring wider than the device allows": {"vector": VectorSpec((Segment("delta", 8, 1.0),), 64, 10)},
+    "a threshold that two groups can reach": {"threshold": 5, "minimum_survivors": 5},
+    "no consistency round": {"adversary": Adversary.HONEST_BUT_CURIOUS},
+    "a base that is not on the device": {"base_digest": "e" * 64},
+    "a weight that singles out one device": {"weight_cap": 2**31},
+    "a session that never ends": {"rounds": 1024},
+}
+
+
+@pytest.fixture
+def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
+    policy = Policy(known_bases=frozenset({spec_of(10).base_digest}), maximum_ring_bits=40)
+    return fleet_of(10, policy=policy)
+
+
+def offered(fleet: Any, spec: SessionSpec) -> bytes:
+    message = envelope.open_as(Offer, fleet.offer()[1], fleet.key.public, "coordinator")
+    return envelope.seal(fleet.key, dataclasses.replace(message, spec=spec))
+
+
+@pytest.mark.parametrize("changes", EVIL.values(), ids=EVIL)
+def test_the_offer_is_refused_and_without_the_policy_it_would_be_joined(
+    fleet: Any, spec_of: Callable[..., Any], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer = offered(fleet, spec_of(10, **changes))
+    with pytest.raises(ProtocolError, match="offer refused"):
+        clientside.join(fleet.devices[VICTIM], offer, fleet.entropy)
+    monkeypatch.setattr(Policy, "check", lambda *given: None)
+    clientside.join(fleet.devices[VICTIM], offer, fleet.entropy)
+
+
+@pytest.mark.parametrize("changes", [{"threshold": 1}, {"minimum_survivors": 1}, {"rounds": 0}])
+def test_an_offer_that_contradicts_itself_does_not_even_decode(
+    fleet: Any, spec_of: Callable[..., Any], changes: dict[str, Any]
+) -> None:
+    spec = spec_of(10)
+    for name, value in changes.items():
+        object.__setattr__(spec, name, value)  # past the constructor, as an attacker's own encoder would
+    with pytest.raises(ProtocolError, match="is not between"):
+        clientside.join(fleet.devices[VICTIM], offered(fleet, spec), fleet.entropy)
+
+
+def test_a_cohort_of_the_victim_and_one_other_is_refused(fleet: Any) -> None:
+    message = envelope.open_as(Offer, fleet.offer()[1], fleet.key.public, "coordinator")
+    pair = envelope.seal(fleet.key, dataclasses.replace(message, certificates=message.certificates[1:3]))
+    with pytest.raises(ProtocolError, match="cohort of 2 is below this device's minimum of 8"):
+        clientside.join(fleet.devices[VICTIM], pair, fleet.entropy)

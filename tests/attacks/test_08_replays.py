@@ -1,0 +1,108 @@
+"""Replays: a masked input, shares, or openings of another round or another session."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aggregation import checks
+from aggregation.errors import ProtocolError
+from aggregation.messages import Plan
+
+ME = "device-000"
+
+
+@pytest.fixture
+def fleet(fleet_of: Callable[..., Any]) -> Any:
+    return fleet_of(5)
+
+
+def two_rounds(fleet: Any) -> tuple[bytes, Any]:
+    """An upload of round 1, and the coordinator's state in round 2."""
+    session = fleet.establish()
+    state, plans = fleet.begin(session)
+    old = {name: fleet.contribute(name, plans[name]) for name in plans}
+    second, _ = fleet.begin(state.established)
+    return old[ME], second
+
+
+def test_a_masked_input_of_another_round_is_refused(fleet: Any) -> None:
+    old, second = two_rounds(fleet)
+    with pytest.raises(ProtocolError, match=f"{ME}: masked input is for another plan"):
+        second.on_masked_input(ME, old)
+
+
+def test_with_the_plan_left_out_a_replayed_input_would_be_added(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plan, "digest", lambda plan: bytes(32))
+    old, second = two_rounds(fleet)
+    assert second.on_masked_input(ME, old).total.any()
+
+
+def sharing(fleet: Any) -> tuple[Any, bytes]:
+    state, offer = fleet.offer()
+    for name in sorted(fleet.devices):
+        state = state.on_advert(name, fleet.join(name, offer))
+    return state.close()  # type: ignore[no-any-return]
+
+
+def test_shares_of_another_session_are_refused(fleet: Any) -> None:
+    _, roster = sharing(fleet)
+    old = fleet.share(ME, roster)
+    state, _ = sharing(fleet)
+    with pytest.raises(ProtocolError, match="another session"):
+        state.on_shares(ME, old)
+
+
+def test_with_the_context_left_out_replayed_shares_would_be_taken(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "context_of", lambda offer, roster: bytes(32))
+    _, roster = sharing(fleet)
+    old = fleet.share(ME, roster)
+    state, _ = sharing(fleet)
+    assert ME in state.on_shares(ME, old).dealt
+
+
+def test_a_plan_of_another_session_is_refused(fleet: Any) -> None:
+    _, plans = fleet.begin(fleet.establish())
+    fleet.establish()
+    with pytest.raises(ProtocolError, match="another session"):
+        fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
+
+
+@pytest.mark.parametrize("step", ["survivors", "unmask"])
+def test_questions_of_another_round_are_refused(fleet: Any, step: str) -> None:
+    state, bodies = fleet.collect(fleet.establish())
+    if step == "unmask":
+        state, bodies = fleet.confirm(state, bodies)
+        outcome = fleet.open(state, bodies)[0]
+    else:
+        outcome = state.close().session
+    later, _ = fleet.collect(outcome)
+    if step == "unmask":
+        fleet.confirm(later, _)
+    method = "on_survivors" if step == "survivors" else "on_unmask"
+    with pytest.raises(ProtocolError, match=r"another plan|not the survivor set"):
+        fleet.answer(method, ME, bodies[ME])
+
+
+@pytest.mark.parametrize("step", ["survivors", "unmask"])
+def test_answers_of_another_round_are_refused(fleet: Any, step: str) -> None:
+    session = fleet.establish()
+    kept = {}
+    for number in range(2):
+        state, bodies = fleet.collect(session)
+        answers = {name: fleet.answer("on_survivors", name, bodies[name]) for name in bodies}
+        if number and step == "survivors":
+            with pytest.raises(ProtocolError, match="another survivor set"):
+                state.on_signature(ME, kept["survivors"])
+        for name, answer in answers.items():
+            state = state.on_signature(name, answer)
+        state, bodies = state.close()
+        openings = {name: fleet.answer("on_unmask", name, bodies[name]) for name in bodies}
+        if number and step == "unmask":
+            with pytest.raises(ProtocolError, match="another survivor set"):
+                state.on_unmask(ME, kept["unmask"])
+        for name, opening in openings.items():
+            state = state.on_unmask(name, opening)
+        kept = {"survivors": answers[ME], "unmask": openings[ME]}
+        session, result = state.close()
+        fleet.assert_sum(result)

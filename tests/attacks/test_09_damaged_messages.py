@@ -1,0 +1,52 @@
+"""Damaged messages at every step are in tests/properties/test_tampering.py; here, that those tests can fail."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aggregation import envelope, wire
+from aggregation.errors import ProtocolError
+from aggregation.messages import Assignment
+
+ME = "device-000"
+
+
+def flipped_training(plan: bytes) -> bytes:
+    """One bit of the trainer's settings: no field of the plan is ill-formed by it."""
+    return plan.replace(b"settings", b"settingr", 1)
+
+
+def test_a_flipped_bit_in_the_settings_is_refused_and_without_signatures_would_pass(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(4)
+    _, plans = fleet.begin(fleet.establish())
+    state, device = fleet.states[ME], fleet.devices[ME]
+    with pytest.raises(ProtocolError, match="not valid"):
+        state.on_plan(device, flipped_training(plans[ME]))
+    monkeypatch.setattr(envelope, "verify", lambda *given: None)
+    assert state.on_plan(device, flipped_training(plans[ME])).plan.training == b"settingr"
+
+
+def test_left_over_bytes_are_refused_and_without_that_check_would_pass(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(4)
+    _, plans = fleet.begin(fleet.establish())
+    state, device = fleet.states[ME], fleet.devices[ME]
+    with pytest.raises(ProtocolError, match="left over"):
+        state.on_plan(device, plans[ME] + b"\x00")
+    monkeypatch.setattr(wire.Codec, "decode", lambda codec, raw: codec.read(wire.Reader(raw)))
+    state.on_plan(device, plans[ME] + b"\x00")
+
+
+def test_an_oversized_message_is_refused_before_its_signature_is_looked_at(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(envelope, "verify", lambda *given: looked.append("signature"))
+    fleet = fleet_of(4)
+    with pytest.raises(ProtocolError, match="over the limit"):
+        envelope.open_as(Assignment, bytes(Assignment.LIMIT + 1024), fleet.key.public, "coordinator")
+    assert not looked

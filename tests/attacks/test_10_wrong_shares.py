@@ -1,0 +1,158 @@
+"""A device that sends or deals wrong shares: named, and the round ends with the right sum or none."""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aggregation import boxes, envelope, recovery
+from aggregation.boxes import Pair
+from aggregation.messages import Opening, Shares
+from aggregation.serverside import AbortReason, RoundAborted
+
+SMALL = "device-000"  # first in order: its shares are among the first t
+
+
+def spoil(share: bytes) -> bytes:
+    return share[:-1] + bytes([share[-1] ^ 1])
+
+
+def wrong_opening(fleet: Any, name: str, raw: bytes) -> bytes:
+    device = fleet.devices[name]
+    message = envelope.open_as(Opening, raw, device.identity.public, name)
+    changed = {
+        "seeds": {dealer: spoil(share) for dealer, share in message.seeds.items()},
+        "keys": {dealer: spoil(share) for dealer, share in message.keys.items()},
+    }
+    return envelope.seal(device.identity, dataclasses.replace(message, **changed))
+
+
+def round_with_liars(fleet: Any, liars: Collection[str], lost: Collection[str] = ()) -> Any:
+    state, bodies = fleet.confirm(*fleet.collect(fleet.establish(), {"input": lost}))
+    for name in bodies:
+        answer = fleet.answer("on_unmask", name, bodies[name])
+        state = state.on_unmask(name, wrong_opening(fleet, name, answer) if name in liars else answer)
+    return state.close()
+
+
+@pytest.mark.parametrize("lost", [(), ("device-003",)])
+def test_a_device_that_sends_wrong_shares_is_named_and_the_round_ends(
+    fleet_of: Callable[..., Any], lost: tuple[str, ...]
+) -> None:
+    fleet = fleet_of(8)
+    _, result = round_with_liars(fleet, [SMALL], lost)
+    assert result.blamed == (SMALL,)
+    fleet.assert_sum(result)
+
+
+def test_as_many_liars_as_leave_a_threshold_of_good_shares_are_all_named(fleet_of: Callable[..., Any]) -> None:
+    fleet = fleet_of(10)
+    liars = sorted(fleet.devices)[: 10 - fleet.spec.threshold]
+    _, result = round_with_liars(fleet, liars)
+    assert result.blamed == tuple(liars)
+    fleet.assert_sum(result)
+
+
+def test_one_liar_more_ends_the_round_without_a_sum_and_names_them_all(fleet_of: Callable[..., Any]) -> None:
+    fleet = fleet_of(10)
+    liars = sorted(fleet.devices)[: 11 - fleet.spec.threshold]
+    outcome = round_with_liars(fleet, liars)
+    assert isinstance(outcome, RoundAborted)
+    assert outcome.reason is AbortReason.UNRECOVERABLE
+    assert outcome.blamed == tuple(liars)
+    honest = sorted(set(fleet.devices) - set(liars))
+    assert fleet.begin(outcome.session, cohort=honest).reason is AbortReason.TOO_FEW
+
+
+def test_with_commitments_unchecked_a_wrong_share_makes_a_wrong_seed(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bytes | None] = []
+
+    def unchecked(self: Any, dealer: str, kind: int, shares: Any, right: Any) -> bytes | None:
+        secret = self._combine(list(shares)[: self.session.spec.threshold], shares)
+        found.append(secret if secret is None or right(secret) else None)
+        return secret  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(recovery.Recovery, "_open", unchecked)
+    fleet = fleet_of(8)
+    outcome = round_with_liars(fleet, [SMALL])
+    assert found == [None] * 8  # every seed is wrong, nobody is named
+    assert isinstance(outcome, RoundAborted) or not np.allclose(
+        outcome[1].values["delta"], np.sum([own["delta"] for own in fleet.plain.values()], axis=0)
+    )
+
+
+def deal_badly(fleet: Any, dealer: str, cheated: Collection[str], *, digests: bool, monkeypatch: Any) -> Any:
+    """``dealer`` gives ``cheated`` wrong shares; with digests of what it gave, or of what it should have given."""
+    genuine = boxes.seal
+
+    def seal(session: Any, box_key: bytes, who: str, holder: str, pairs: dict[int, Pair]) -> Any:
+        right = genuine(session, box_key, who, holder, pairs)
+        if who != dealer or holder not in cheated:
+            return right
+        wrong = {number: Pair(spoil(pair.seed), spoil(pair.key)) for number, pair in pairs.items()}
+        box = genuine(session, box_key, who, holder, wrong)
+        return box if digests else dataclasses.replace(box, digests=right.digests)
+
+    monkeypatch.setattr(boxes, "seal", seal)
+    session = fleet.establish()
+    monkeypatch.setattr(boxes, "seal", genuine)
+    return session
+
+
+def test_a_dealer_whose_shares_do_not_fit_together_is_named_and_not_its_holders(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(8)
+    session = deal_badly(fleet, "device-005", ["device-000"], digests=True, monkeypatch=monkeypatch)
+    _, result = fleet.round(session)
+    assert result.blamed == ("device-005",)
+    fleet.assert_sum(result)
+
+
+def test_a_dealer_who_cheats_everyone_ends_the_round_and_is_named_and_the_next_goes_on_without_it(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(8)
+    others = sorted(set(fleet.devices) - {"device-005"})
+    session = deal_badly(fleet, "device-005", others[::2], digests=True, monkeypatch=monkeypatch)
+    outcome = fleet.round(session)
+    assert isinstance(outcome, RoundAborted)
+    assert outcome.blamed == ("device-005",)
+    _, result = fleet.round(outcome.session, cohort=others)
+    fleet.assert_sum(result)
+
+
+@pytest.mark.parametrize("lost", [(), ("device-005",)])
+def test_a_dealer_whose_box_does_not_hold_what_it_says_stops_nobody(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, lost: tuple[str, ...]
+) -> None:
+    # The holder finds out when it opens the box; it then has no share of that dealer, and blames nobody.
+    fleet = fleet_of(8)
+    session = deal_badly(fleet, "device-005", ["device-000"], digests=False, monkeypatch=monkeypatch)
+    _, result = fleet.round(session, {"input": lost})
+    assert result.blamed == ()
+    fleet.assert_sum(result)
+
+
+def test_a_box_that_does_not_open_stops_nobody(fleet_of: Callable[..., Any]) -> None:
+    fleet = fleet_of(8)
+    state, offer = fleet.offer()
+    for name in sorted(fleet.devices):
+        state = state.on_advert(name, fleet.join(name, offer))
+    sharing, roster = state.close()
+    for name in sorted(fleet.devices):
+        raw = fleet.share(name, roster)
+        if name == "device-005":
+            device = fleet.devices[name]
+            message = envelope.open_as(Shares, raw, device.identity.public, name)
+            box = message.boxes[SMALL]
+            junk = dataclasses.replace(box, sealed=bytes(len(box.sealed)))
+            raw = envelope.seal(device.identity, dataclasses.replace(message, boxes={**message.boxes, SMALL: junk}))
+        sharing = sharing.on_shares(name, raw)
+    _, result = fleet.round(sharing.close())
+    assert len(result.survivors) == 8
+    fleet.assert_sum(result)
