@@ -78,12 +78,12 @@ def open_box(session: Session, box_key: bytes, dealer: str, holder: str, box: Bo
 
     Nothing is no error: one bad dealer must not stop the others. The holder just has no share of that dealer.
     """
+    if not fits(box, session.spec.rounds):
+        return None
     try:
         key = _key(session, box_key, session.peers[dealer].box_key, dealer, holder)
         opened = AESGCM(key).decrypt(_NONCE, box.sealed, session.context)
     except InvalidTag:
-        return None
-    if not fits(box, session.spec.rounds):
         return None
     shares = [opened[i : i + SHARE] for i in range(0, len(opened), SHARE)]
     if tuple(map(digest, shares)) != box.digests:
