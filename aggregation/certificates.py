@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import NameOID
@@ -53,7 +53,7 @@ class Root:
         certificate = _load(der)
         try:
             certificate.verify_directly_issued_by(_load(self.der))
-        except (ValueError, TypeError, InvalidSignature):
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
             raise TrustError("certificate was not issued by the pinned authority") from None
         if _is_authority(certificate):
             raise TrustError("an authority's certificate is no device certificate")
@@ -80,7 +80,7 @@ class Root:
         try:
             certificate = x509.load_pem_x509_certificate(pem)
             certificate.verify_directly_issued_by(certificate)
-        except (ValueError, TypeError, InvalidSignature):
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion):
             raise TrustError("not a self-signed certificate in PEM form") from None
         if not _is_authority(certificate):
             raise TrustError("the certificate is not an authority's")
@@ -166,7 +166,7 @@ def _load(der: bytes) -> x509.Certificate:
         raise TrustError(f"certificate of {len(der)} bytes is over the limit of {MAX_CERTIFICATE}")
     try:
         return x509.load_der_x509_certificate(der)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise TrustError("not a certificate in DER form") from None
 
 
@@ -187,7 +187,7 @@ def _subject(certificate: x509.Certificate) -> str:
 def _identity(certificate: x509.Certificate) -> PublicKey:
     try:
         key = certificate.public_key()
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise TrustError("certificate holds no readable key") from None
     if not isinstance(key, Ed25519PublicKey):
         raise TrustError(f"certificate holds a {type(key).__name__} where Ed25519 belongs")

@@ -156,3 +156,11 @@ def test_a_box_that_does_not_open_stops_nobody(fleet_of: Callable[..., Any]) -> 
     _, result = fleet.round(sharing.close())
     assert len(result.survivors) == 8
     fleet.assert_sum(result)
+
+
+@pytest.mark.parametrize("cut", [{"sealed": b""}, {"digests": ()}])
+def test_a_box_of_another_size_holds_nothing(fleet_of: Callable[..., Any], cut: dict[str, Any]) -> None:
+    fleet = fleet_of(4)
+    established = fleet.establish()
+    box = dataclasses.replace(established.dealt["device-001"][SMALL], **cut)
+    assert boxes.open_box(established.session, fleet.states[SMALL].box_key, "device-001", SMALL, box) is None
