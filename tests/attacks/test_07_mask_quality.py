@@ -3,6 +3,7 @@
 Bounds are set so that a good generator fails once in millions of runs; inputs are fixed, so runs agree anyway.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,8 +37,8 @@ def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
 def twister(vector: NDArray[np.uint32], given: Sequence[Mask]) -> None:
     """Masks from a seeded Mersenne Twister, as in implementations that are widely used."""
     for mask in given:
-        generator = np.random.Generator(np.random.MT19937(int.from_bytes(mask.key[:4], "big")))
-        stream = generator.integers(0, 2**32, vector.size, dtype=np.uint32)
+        generator = random.Random(int.from_bytes(mask.key[:4], "big"))  # noqa: S311 - the weakness under test
+        stream = np.frombuffer(generator.randbytes(vector.nbytes), np.uint32)
         (np.add if mask.add else np.subtract)(vector, stream, out=vector)
 
 
