@@ -1,6 +1,6 @@
 """The exchanges of a session, by name: what the coordinator asks and what a device answers (docs/protocol.md).
 
-The names travel as Flower message actions, so they are letters only. ``PLAN`` asks a device to train; others are queries.
+The names travel as Flower message actions, so they are letters only. ``PLAN`` asks to train; others are queries.
 """
 
 from enum import Enum

@@ -98,10 +98,10 @@ def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
         raise TrustError("the adapter has another layout than the offer says")
     examples = read_examples(home.examples, len(task.labels))
     mine = trainer(base, len(task.labels), LoraSpec(task.method.rank, task.method.alpha, task.method.targets))
-    held_out = mine.score(start, part(examples, Part.VALIDATION)[: spec.weight_cap])
     train_part = part(examples, Part.TRAIN)
     salt = f"{home.folder.name}/{plan.adapter_version}"
     begin = time.perf_counter()
+    held_out = mine.score(start, part(examples, Part.VALIDATION)[: spec.weight_cap])
     trained = mine.train(start, train_part, task, epochs=task.epochs, salt=salt)
     seconds = time.perf_counter() - begin
     log.info("trained on %d examples", len(train_part), extra={"training_seconds": seconds})

@@ -17,6 +17,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from adapters import classifier
 from adapters.base import Base
@@ -69,9 +70,10 @@ class Trainer:
         classifier.load(self.model, start)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=task.weight_decay)
-        order = np.random.default_rng(seed(task, salt))
-        for batch in _batches(examples, task.batch_size, epochs, order):
-            loss = cross_entropy(self._logits(batch), torch.tensor([e.label for e in batch]))
+        order, tokens = np.random.default_rng(seed(task, salt)), self._tokens([e.text for e in examples])
+        labels = torch.tensor([e.label for e in examples])
+        for batch in _batches([len(ids) for ids in tokens], task.batch_size, epochs, order):
+            loss = cross_entropy(self._forward([tokens[i] for i in batch]), labels[batch])
             if not torch.isfinite(loss):
                 raise DataError("the training loss is not finite: lower the learning rate")
             optimizer.zero_grad(set_to_none=True)
@@ -92,27 +94,25 @@ class Trainer:
     def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
         """Logits, shape ``(len(texts), labels)``."""
         classifier.load(self.model, adapter)
-        examples = [Example(text, 0) for text in texts]
+        tokens = self._tokens(texts)
         with torch.inference_mode():
-            rows = [self._logits(examples[i : i + EVALUATION_BATCH]) for i in range(0, len(texts), EVALUATION_BATCH)]
+            rows = [self._forward(tokens[i : i + EVALUATION_BATCH]) for i in range(0, len(texts), EVALUATION_BATCH)]
         return torch.cat(rows).numpy() if rows else np.zeros((0, 0), np.float32)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Unit embeddings by the frozen base alone, shape ``(len(texts), hidden)``."""
         with torch.inference_mode(), self.model.disable_adapter():
-            ids, mask = self._tokens(texts)
-            embeddings: Tensor = self.model.get_base_model().embed(ids, mask)
+            embeddings: Tensor = self.model.get_base_model().embed(*_padded(self._tokens(texts)))
         return embeddings.numpy()
 
-    def _logits(self, batch: Sequence[Example]) -> Tensor:
-        ids, mask = self._tokens([e.text for e in batch])
+    def _forward(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Logits, shape ``(len(tokens), labels)``."""
+        ids, mask = _padded(tokens)
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask)
         return logits
 
-    def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        encodings = self._tokenizer.encode_batch(list(texts))
-        ids = torch.tensor([e.ids for e in encodings])
-        return ids, torch.tensor([e.attention_mask for e in encodings])
+    def _tokens(self, texts: Sequence[str]) -> list[Tensor]:
+        return [torch.tensor(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
 
 
 @lru_cache(maxsize=2)
@@ -124,17 +124,23 @@ def trainer(base: Base, labels: int, lora: classifier.LoraSpec) -> Trainer:
 def _tokenizer(folder: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(MAX_TOKENS)
-    tokenizer.enable_padding()
+    tokenizer.no_padding()
     return tokenizer
 
 
-def _batches(
-    examples: Sequence[Example], size: int, epochs: int, order: np.random.Generator
-) -> Iterator[list[Example]]:
+def _padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both of shape ``(len(tokens), longest)``."""
+    ids = pad_sequence(list(tokens), batch_first=True)
+    return ids, pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+
+
+def _batches(lengths: Sequence[int], size: int, epochs: int, order: np.random.Generator) -> Iterator[list[int]]:
+    """Indices of each batch. Texts of like length go together, for less padding; ties and the order are drawn."""
     for _ in range(epochs):
-        shuffled = order.permutation(len(examples))
-        for start in range(0, len(examples), size):
-            yield [examples[i] for i in shuffled[start : start + size]]
+        shuffled = order.permutation(len(lengths))
+        grouped = shuffled[np.argsort(np.asarray(lengths)[shuffled], kind="stable")]
+        batches = [grouped[start : start + size].tolist() for start in range(0, len(lengths), size)]
+        yield from (batches[i] for i in order.permutation(len(batches)))
 
 
 def seed(task: Task, salt: str) -> list[int]:

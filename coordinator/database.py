@@ -55,8 +55,6 @@ rounds = Table(
     Column("bytes_up", BigInteger, nullable=False),
     Column("bytes_down", BigInteger, nullable=False),
     Column("seconds", Float(53), nullable=False),
-    Column("protocol_seconds", Float(53), nullable=False),
-    Column("training_seconds", Float(53), nullable=False),
     Column("metrics", JSON, nullable=False),
     Column("version", ForeignKey(versions.c.version), unique=True),
 )

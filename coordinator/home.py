@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from sqlalchemy.engine import URL
+
 from aggregation.certificates import Root
 from aggregation.errors import ConfigError
 from aggregation.identity import IdentityKey
@@ -46,4 +48,5 @@ class CoordinatorHome:
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:
     """The registry of a coordinator's home."""
-    return Registry.open(f"sqlite:///{folder / DATABASE}", str(folder / BLOBS), [key.public])
+    url = URL.create("sqlite", database=str(folder / DATABASE))  # built, not formatted: a folder may have a "?"
+    return Registry.open(url, str(folder / BLOBS), [key.public])

@@ -47,14 +47,11 @@ class RoundRecord:
     bytes_up: int
     bytes_down: int
     seconds: float  # wall time of the round
-    protocol_seconds: float
-    training_seconds: float
     metrics: dict[str, float]
     version: int | None  # that came of it
 
     def __post_init__(self) -> None:
-        times = {"seconds": self.seconds, "protocol": self.protocol_seconds, "training": self.training_seconds}
-        for name, value in {**times, **self.metrics}.items():
+        for name, value in {"seconds": self.seconds, **self.metrics}.items():
             if not math.isfinite(value):
                 raise DataError(f"round {self.round}: {name!r} is {value}, which no record can hold")
         if self.aborted is not None and self.version is not None:
@@ -262,9 +259,12 @@ def _state_row(tensors: Tensors) -> dict[str, Any]:
 
 def _row(record: RoundRecord) -> dict[str, Any]:
     # Plain numbers: a database driver would store NumPy's as opaque bytes.
-    numbers = {"bytes_up": int(record.bytes_up), "bytes_down": int(record.bytes_down)}
-    times = {name: float(getattr(record, name)) for name in ("seconds", "protocol_seconds", "training_seconds")}
-    return {**asdict(record), **numbers, **times, "metrics": {k: float(v) for k, v in record.metrics.items()}}
+    numbers = {
+        "bytes_up": int(record.bytes_up),
+        "bytes_down": int(record.bytes_down),
+        "seconds": float(record.seconds),
+    }
+    return {**asdict(record), **numbers, "metrics": {k: float(v) for k, v in record.metrics.items()}}
 
 
 def _record(row: Row[Any]) -> RoundRecord:

@@ -157,8 +157,6 @@ def _round(
         bytes_up=traffic.up,
         bytes_down=traffic.down,
         seconds=time.perf_counter() - begin,
-        protocol_seconds=0.0,
-        training_seconds=0.0,
         metrics=_metrics(result) if result else {},
         version=version.manifest.version + 1 if result else None,
     )
@@ -176,7 +174,7 @@ def _protocol(
     if isinstance(planned, RoundAborted):
         return planned
     state, plans = planned
-    blob = files.encode(home.registry.tensors(manifest.version))
+    blob = home.registry.blob(manifest.version)
     masked = fleet.gather(
         state, serverside.Collecting.on_masked_input, Step.PLAN, plans, group=group, adapter=blob
     ).close()

@@ -66,7 +66,7 @@ class Aggregation(_Section):
     minimum_survivors: float = Field(
         default=0.5, gt=0, le=1, description="share of the cohort that must survive a round; never below the threshold"
     )
-    clip_norm: float = Field(default=8.0, gt=0, description="largest L2 norm of a device's delta, in weight units")
+    clip_norm: float = Field(default=12.0, gt=0, description="largest L2 norm of a device's delta, in weight units")
     weight_cap: int = Field(default=128, ge=1, le=65536, description="largest weight of one device, in examples")
     ring_bits: int = Field(default=22, ge=16, le=62, description="bits an element on the wire")
 

@@ -49,8 +49,6 @@ def _record(number: int) -> RoundRecord:
         bytes_up=3 * 10**10,
         bytes_down=7,
         seconds=2.5,
-        protocol_seconds=0.25,
-        training_seconds=2.0,
         metrics={"loss": 1 / number},
         version=number,
     )
