@@ -1,8 +1,7 @@
 """Answers phrases with the frozen base and one adapter at a time. Needs neither torch nor flwr nor transformers.
 
 Everything comes verified from ``trust.py``. An adapter is feeds for the graph, held in memory in float32, so that
-switching to one that was used before is exchanging a reference; docs/decisions/0003-adapters-are-dequantized-at-load.md
-says why.
+switching to one that was used before is exchanging a reference (docs/decisions/0003-int8-on-a-device.md).
 """
 
 from collections.abc import Sequence
@@ -41,8 +40,8 @@ class _Loaded:
 class Session:
     """One ONNX Runtime session over the base of a bundle, and the adapter that is in use.
 
-    Phrases are answered one by one: a quantized base scales the activations of a whole batch together, so that a
-    phrase's answer would depend on its neighbours and on padding.
+    Phrases are answered one by one: an answer then depends neither on its neighbours nor on padding, whatever the
+    base was quantized to, and nothing is spent on padding.
     """
 
     def __init__(self, bundle: Path, trust: Trust, base: VerifiedBase, threads: int) -> None:

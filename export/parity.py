@@ -57,7 +57,7 @@ class OnnxRunner:
         return cls(session, Tokenizer.from_str(exported.tokenizer.decode()))
 
     def probabilities(self, texts: Sequence[str], inputs: Tensors) -> Floats:
-        """Shape ``(texts, labels)``. One text at a time, as a device asks: see ``quantize.Profile``."""
+        """Shape ``(texts, labels)``. One text at a time, as a device asks."""
         rows = [self._logits(encoding.ids, inputs) for encoding in self.tokenizer.encode_batch(list(texts))]
         return _softmax(np.concatenate(rows))
 

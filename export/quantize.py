@@ -1,18 +1,16 @@
 """The profiles of an exported base: what its weights are stored and multiplied in. A closed choice.
 
-docs/decisions/0003-int8-by-blocks.md has the measurements behind ``native-int8``.
+docs/decisions/0003-int8-on-a-device.md has the measurements behind ``native-int8``.
 """
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from aggregation.errors import ConfigError
 
@@ -43,10 +41,9 @@ def quantize(graph: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
     if profile is Profile.FP32:
         return result
     _quantize_embeddings(result)
-    with _quiet():
-        # Level 4 multiplies in int8; without it ONNX Runtime unpacks to float32 first, six times slower.
-        quantizer = MatMulNBitsQuantizer(result, bits=8, block_size=BLOCK, is_symmetric=True, accuracy_level=4)
-        quantizer.process()
+    # Level 4 multiplies in int8; without it ONNX Runtime unpacks to float32 first, six times slower.
+    quantizer = quantizer_class()(result, bits=8, block_size=BLOCK, is_symmetric=True, accuracy_level=4)
+    quantizer.process()
     result = quantizer.model.model
     before, after = ([value.name for value in g.graph.input] for g in (graph, result))
     if before != after:
@@ -94,12 +91,14 @@ def _blocks(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return stored.reshape(table.shape), scales[:, :, 0]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quantizer_class() -> Any:
+    """ONNX Runtime's quantizer by blocks. Its module sets up logging for the whole process; that is undone here."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     try:
-        yield
+        from onnxruntime.quantization import matmul_nbits_quantizer
     finally:
-        logger.setLevel(level)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    logging.getLogger(matmul_nbits_quantizer.__name__).setLevel(logging.ERROR)  # it reports every node otherwise
+    return matmul_nbits_quantizer.MatMulNBitsQuantizer

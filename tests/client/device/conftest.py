@@ -10,15 +10,5 @@ assert _spec.loader is not None
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 
-for _name in (
-    "tiny_base",
-    "other_base",
-    "model",
-    "exported",
-    "exported_int8",
-    "vendor",
-    "household",
-    "source",
-    "bundle",
-):
+for _name in ("tiny_base", "model", "exported", "exported_int8", "vendor", "household", "source", "bundle"):
     globals()[_name] = getattr(_module, _name)
