@@ -16,7 +16,7 @@ from adapters.manifest import BaseCard, Sidecar
 from aggregation.errors import ConfigError, DataError
 from aggregation.identity import IdentityKey
 from export.base import ExportedBase
-from export.bundle import AdapterSource, add_adapter, write_bundle
+from export.bundle import AdapterSource, add_adapter, copy_bundle, write_bundle
 from export.plan import plan
 
 Source = Callable[..., AdapterSource]
@@ -202,3 +202,19 @@ def test_the_old_bundles_files_are_not_written_through_their_second_names(
     add_adapter(bundle, exported.plan, source("global", seed=9), key=household)
     assert kept.read_bytes() == before
     assert json.loads((bundle / "adapters" / "global.json").read_bytes())["signer"] == household.public.key_id
+
+
+def test_a_copy_is_equal_and_goes_its_own_way(
+    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
+) -> None:
+    before, home = contents(bundle), bundle.parent / "home" / "bundle"
+    copy_bundle(bundle, home)
+    assert contents(home) == before
+    add_adapter(home, exported.plan, source("global", seed=9), key=household)
+    assert contents(home) != before
+    assert contents(bundle) == before
+
+
+def test_what_is_no_bundle_is_not_copied(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a bundle"):
+        copy_bundle(tmp_path, tmp_path.parent / "out")

@@ -79,6 +79,13 @@ def test_a_file_of_another_length_is_refused(bundle: Path, file: str, change: st
     refused(bundle, TrustError)
 
 
+@pytest.mark.parametrize("file", ["base/card.json", *ADAPTER_FILES])
+def test_a_file_above_its_limit_is_not_read_to_its_end(bundle: Path, file: str) -> None:
+    with (bundle / file).open("r+b") as raw:
+        raw.truncate(2**40)  # sparse: more than any memory holds, and no byte on the disk
+    refused(bundle, TrustError, "above its limit")
+
+
 @pytest.mark.parametrize("file", FILES + ADAPTER_FILES)
 def test_a_missing_file_is_named(bundle: Path, file: str) -> None:
     (bundle / file).unlink()
