@@ -1,6 +1,6 @@
 """The device's examples: a JSON-lines file that never leaves it, read with care and held in parts.
 
-An error names the line, never the text: error messages may travel, examples must not.
+An error names the file and the line, never the text: a message is shown and logged, an example must not be.
 """
 
 import json
@@ -58,13 +58,15 @@ def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
     """
     try:
         if path.stat().st_size > MAX_FILE:
-            raise DataError(f"{path.name} is larger than {MAX_FILE} bytes")
+            raise DataError(f"{path} is larger than {MAX_FILE} bytes")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise DataError(f"no readable examples in {path.name}") from error
-    examples = tuple(_example(line, number, labels) for number, line in enumerate(lines, 1) if line.strip())
+        raise DataError(f"no readable examples in {path}") from error
+    examples = tuple(
+        _example(line, f"line {number} of {path}", labels) for number, line in enumerate(lines, 1) if line.strip()
+    )
     if not any(example.part is Part.TRAIN for example in examples):
-        raise DataError(f"{path.name} holds no training example: this device has nothing to learn from")
+        raise DataError(f"{path} holds no training example: this device has nothing to learn from")
     return examples
 
 
@@ -73,15 +75,15 @@ def part(examples: Sequence[Example], wanted: Part) -> tuple[Example, ...]:
     return tuple(example for example in examples if example.part is wanted)
 
 
-def _example(line: str, number: int, labels: int) -> Example:
+def _example(line: str, where: str, labels: int) -> Example:
     try:
         row: dict[str, Any] = json.loads(line)
-        text, label, where = row["text"], row["label"], Part(row.get("part", "train"))
+        text, label, use = row["text"], row["label"], Part(row.get("part", "train"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # From None: the parser's own error quotes what it read.
-        raise DataError(f"line {number} of the examples is not an example") from None
+        raise DataError(f"{where} is not an example") from None
     if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
-        raise DataError(f"line {number} of the examples has an empty text or more than {MAX_TEXT} characters")
+        raise DataError(f"{where} has an empty text or more than {MAX_TEXT} characters")
     if type(label) is not int or not 0 <= label < labels:
-        raise DataError(f"line {number} of the examples has a label outside 0 … {labels - 1}")
-    return Example(text, label, where)
+        raise DataError(f"{where} has a label outside 0 … {labels - 1}")
+    return Example(text, label, use)

@@ -44,9 +44,8 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     found = parity.compare(model, runner, _on_device(shared, exported), texts)
     parity.gate(found, scenario.export.minimum_agreement)
     key = IdentityKey.from_pem((out / fleet.COORDINATOR / coordinator_home.KEY).read_bytes())
-    source = AdapterSource(
-        GLOBAL, shared, population.labels, version.manifest.version, version.manifest.sha256, version.manifest.parent
-    )
+    manifest = version.manifest
+    source = AdapterSource(GLOBAL, shared, population.labels, manifest.version, manifest.sha256)
     write_bundle(out / BUNDLE, exported, [source], key=key)
     for household in population.households:
         _hand_out(out, household.name, exported, source)

