@@ -1,0 +1,180 @@
+"""The Merkle tree of RFC 9162, section 2.1, over SHA-256: root, proof that a leaf is in it, proof that it only grew.
+
+A proof is a short list of hashes. Who has the signed root of a log can check with it that an entry is in the log, or
+that a log seen earlier is the beginning of the one seen now, without the log itself.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from aggregation.errors import TrustError
+
+HASH = 32  # bytes
+EMPTY = hashlib.sha256(b"").digest()  # the root of a tree without leaves
+_LEAF, _NODE = b"\x00", b"\x01"  # so that no leaf can pass for a node (section 2.1.1)
+
+
+def leaf_hash(entry: bytes) -> bytes:
+    """The hash of an entry."""
+    return hashlib.sha256(_LEAF + entry).digest()
+
+
+def node_hash(left: bytes, right: bytes) -> bytes:
+    """The hash of two subtrees side by side."""
+    return hashlib.sha256(_NODE + left + right).digest()
+
+
+class Tree:
+    """A growing tree. It holds 64 bytes a leaf; a new leaf costs two hashes on average, root and proofs O(log² n)."""
+
+    __slots__ = ("_levels",)
+
+    def __init__(self, entries: Iterable[bytes] = ()) -> None:
+        # _levels[k][i] is the root of the leaves from i * 2^k up to (i + 1) * 2^k, for those that are there already.
+        self._levels: list[list[bytes]] = [[]]
+        for entry in entries:
+            self.append(entry)
+
+    @property
+    def size(self) -> int:
+        """Leaves."""
+        return len(self._levels[0])
+
+    def append(self, entry: bytes) -> None:
+        """Add a leaf."""
+        self._levels[0].append(leaf_hash(entry))
+        for level, nodes in enumerate(self._levels):
+            if len(nodes) % 2:
+                return
+            if level + 1 == len(self._levels):
+                self._levels.append([])
+            self._levels[level + 1].append(node_hash(nodes[-2], nodes[-1]))
+
+    def root(self, size: int | None = None) -> bytes:
+        """The root of the first ``size`` leaves; of all where none is given.
+
+        Raises:
+            ValueError: There are fewer leaves.
+        """
+        return self._range(0, self._upto(size))
+
+    def inclusion(self, index: int, size: int | None = None) -> tuple[bytes, ...]:
+        """PATH of section 2.1.3.1: that leaf ``index`` is among the first ``size``.
+
+        Raises:
+            ValueError: There is no such leaf.
+        """
+        end = self._upto(size)
+        if not 0 <= index < end:
+            raise ValueError(f"leaf {index} is not among {end}")
+        start, path = 0, []
+        while end - start > 1:
+            middle = start + _split(end - start)
+            if index < middle:
+                path.append(self._range(middle, end))
+                end = middle
+            else:
+                path.append(self._range(start, middle))
+                start = middle
+        return tuple(reversed(path))
+
+    def consistency(self, old: int, size: int | None = None) -> tuple[bytes, ...]:
+        """PROOF of section 2.1.4.1: that the first ``size`` leaves begin with the first ``old``.
+
+        Raises:
+            ValueError: There are fewer leaves, or ``old`` is 0, of which there is nothing to prove.
+        """
+        end = self._upto(size)
+        if not 0 < old <= end:
+            raise ValueError(f"{old} leaves are not the beginning of {end}")
+        start, path = 0, []
+        while end != old:
+            middle = start + _split(end - start)
+            if old <= middle:
+                path.append(self._range(middle, end))
+                end = middle
+            else:
+                path.append(self._range(start, middle))
+                start = middle
+        # The verifier knows the root of the old tree, and needs no hash for it.
+        return (*([self._range(start, end)] if start else []), *reversed(path))
+
+    def _upto(self, size: int | None) -> int:
+        end = self.size if size is None else size
+        if not 0 <= end <= self.size:
+            raise ValueError(f"{end} leaves are not among {self.size}")
+        return end
+
+    def _range(self, start: int, end: int) -> bytes:
+        """MTH of section 2.1.1 of the leaves from ``start``, a multiple of what is split off, up to ``end``."""
+        count = end - start
+        if count == 0:
+            return EMPTY
+        if count & (count - 1) == 0:
+            level = count.bit_length() - 1
+            return self._levels[level][start >> level]
+        middle = start + _split(count)
+        return node_hash(self._range(start, middle), self._range(middle, end))
+
+
+def _split(count: int) -> int:
+    """The largest power of two below ``count``."""
+    return 1 << (count - 1).bit_length() - 1
+
+
+def verify_inclusion(root: bytes, size: int, index: int, entry: bytes, path: Sequence[bytes]) -> None:
+    """Return if ``entry`` is leaf ``index`` of the tree of ``size`` leaves with this root (section 2.1.3.2).
+
+    Raises:
+        TrustError: It is not, or the proof is not one.
+    """
+    problem = TrustError(f"entry {index} is not shown to be in the log of {size} entries")
+    if not 0 <= index < size:
+        raise problem
+    node, last, found = index, size - 1, leaf_hash(entry)
+    for step in path:
+        if last == 0:
+            raise problem
+        if node & 1 or node == last:
+            found = node_hash(step, found)
+            while not node & 1 and node:
+                node, last = node >> 1, last >> 1
+        else:
+            found = node_hash(found, step)
+        node, last = node >> 1, last >> 1
+    if last or found != root:
+        raise problem
+
+
+def verify_consistency(old_root: bytes, old: int, root: bytes, size: int, path: Sequence[bytes]) -> None:
+    """Return if a tree of ``old`` leaves is the beginning of one of ``size``, by their roots (section 2.1.4.2).
+
+    Raises:
+        TrustError: It does not, or the proof is not one.
+    """
+    problem = TrustError(f"the log of {size} entries is not shown to begin with the {old} entries seen before")
+    if not 0 < old <= size:
+        raise problem
+    if old == size:
+        if path or old_root != root:
+            raise problem
+        return
+    steps = [old_root, *path] if old & (old - 1) == 0 else list(path)
+    if not steps:
+        raise problem
+    node, last = old - 1, size - 1
+    while node & 1:
+        node, last = node >> 1, last >> 1
+    first = second = steps[0]
+    for step in steps[1:]:
+        if last == 0:
+            raise problem
+        if node & 1 or node == last:
+            first, second = node_hash(step, first), node_hash(step, second)
+            while not node & 1 and node:
+                node, last = node >> 1, last >> 1
+        else:
+            second = node_hash(second, step)
+        node, last = node >> 1, last >> 1
+    if last or first != old_root or second != root:
+        raise problem
