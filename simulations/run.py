@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+import torch
 from flwr.app import Context, RecordDict
 
 from adapters.base import Base, find_base
 from aggregation.errors import ConfigError
 from client.app import app as client_app
 from client.examples import read_examples
-from client.home import replace
+from client.storage import replace
 from coordinator.app import HOME
 from coordinator.app import app as server_app
 from simulations import fleet
@@ -38,6 +39,7 @@ PREPARED = "prepared.json"
 SECONDS = "seconds.json"
 RESULT = "result.json"
 REPORT = "report.html"
+MOST_THREADS = 4  # for torch: a phrase is too little work for more
 
 
 @dataclass(slots=True)
@@ -107,6 +109,7 @@ def run(folder: RunFolder, progress: Progress) -> RunResult:
         EdgeAdaptError: A stage failed; what the stages before it made stays in the folder.
     """
     scenario = folder.scenario
+    torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
     base = find_base(scenario.base.model)
     with folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
@@ -150,6 +153,8 @@ def _federate(folder: RunFolder, population: Population, progress: Progress) -> 
     weather = Weather(scenario.seed, scenario.network.loss, scenario.network.delay, scenario.network.victims)
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {HOME: str(folder.path / fleet.COORDINATOR)})
     trained = progress.training_seconds
-    with folder.timed("rounds"):
-        server_app(InProcessGrid(client_app, nodes, weather), context)
-    folder.add("training", progress.training_seconds - trained)
+    try:
+        with folder.timed("rounds"):
+            server_app(InProcessGrid(client_app, nodes, weather), context)
+    finally:  # as "rounds", also where it is cut short: what is left of it is coordination
+        folder.add("training", progress.training_seconds - trained)

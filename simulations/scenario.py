@@ -16,7 +16,7 @@ from simulations.population.settings import PopulationSettings
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseSettings(_Section):
@@ -57,7 +57,7 @@ class ExportSettings(_Section):
 
     profile: Literal["fp32", "native-int8"] = Field(default="native-int8", description="how the base is quantized")
     minimum_agreement: float = Field(
-        default=0.95, ge=0, le=1, description="share of test phrases on which the exported pair must agree with torch"
+        default=0.97, ge=0, le=1, description="share of test phrases on which the exported pair must agree with torch"
     )
 
 
@@ -99,7 +99,8 @@ class Scenario(_Section):
     def parse(cls, settings: dict[str, Any], where: str) -> Self:
         """A scenario from parsed settings; ``where`` names them in an error."""
         try:
-            return cls.model_validate(settings)
+            # As JSON, so that strict still takes a list for a tuple; it takes neither true nor "5" for a number.
+            return cls.model_validate_json(json.dumps(settings, default=str), strict=True)
         except ValidationError as error:
             raise ConfigError(f"{where}: {_explain(error)}") from error
 
