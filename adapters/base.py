@@ -43,7 +43,10 @@ def find_base(where: str) -> Base:
 
 def _package_folder(package: str) -> Path:
     # find_spec alone: importing the package would pull in its whole framework.
-    spec = find_spec(package) if package.isidentifier() else None
+    try:
+        spec = find_spec(package) if package.isidentifier() else None
+    except ValueError:  # a module that was not imported from anywhere, such as __main__
+        spec = None
     if spec is None or spec.origin is None:
         raise ConfigError(f"base model {package!r} is neither a folder nor an installed package")
     return Path(spec.origin).parent / "model"

@@ -33,7 +33,7 @@ class Task:
     batch_size: Annotated[int, Field(gt=0, le=1024)]
     learning_rate: Annotated[float, Field(gt=0, le=1)]  # of AdamW
     weight_decay: Annotated[float, Field(ge=0, le=1)]
-    seed: int  # of the order of the examples; each device mixes in its own name
+    seed: Annotated[int, Field(ge=0)]  # of the order of the examples; each device mixes in its own name
 
     def encode(self) -> bytes:
         """Canonical JSON: ``Task.decode(task.encode()) == task``."""

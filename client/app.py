@@ -33,6 +33,7 @@ from client.train import seed, trainer
 
 HOME = "home"  # key of the node's configuration: the device's folder
 REFUSED = 100  # Flower error code: the device refused; the reason says why
+FAILED = 101  # Flower error code: a fault of the device's, such as a full disk
 
 log = logging.getLogger("edgeadapt.device")
 app = ClientApp()
@@ -47,8 +48,12 @@ def _handler(message: Message, context: Context) -> Message:
         return Message(RecordDict({RECORD: ConfigRecord({BODY: body})}), reply_to=message)
     except EdgeAdaptError as error:
         log.warning("%s refused: %s", step.value, error)
-        reason = "no usable examples" if isinstance(error, DataError) else str(error)
+        reason = "no usable examples" if isinstance(error, DataError) else " ".join(str(error).split())
         return Message(Error(REFUSED, reason), reply_to=message)
+    except Exception:
+        # Flower would send the text of whatever is raised here, and that may quote an example.
+        log.exception("%s failed", step.value)
+        return Message(Error(FAILED, "failed on the device, whose log says why"), reply_to=message)
 
 
 for _step in Step:
@@ -67,7 +72,9 @@ def _fields(message: Message) -> Mapping[str, bytes]:
 def _transition(home: Home, step: Step, fields: Mapping[str, bytes]) -> bytes:
     """One step of the protocol: load the state, move on, seal the new state, and only then answer."""
     base = find_base(home.settings.base)
-    device, body, state = home.device(base.digest), fields[BODY], home.load_state()
+    device, body = home.device(base.digest), fields[BODY]
+    # An offer begins anew, so that a state which can no longer be read shuts a device out of one session only.
+    state = None if step is Step.OFFER else home.load_state()
     after: ClientState
     if step is Step.OFFER:
         after, answer = clientside.join(device, body, SystemEntropy(), datetime.now(UTC))
@@ -81,7 +88,8 @@ def _transition(home: Home, step: Step, fields: Mapping[str, bytes]) -> bytes:
     elif step is Step.UNMASK and isinstance(state, Masked | Confirmed):
         after, answer = state.on_unmask(device, body)
     else:
-        raise ProtocolError(f"{step.value} is not what comes next: this device holds {type(state).__name__}")
+        holds = "no session" if state is None else f"the state {type(state).__name__}"
+        raise ProtocolError(f"{step.value} is not what comes next: this device holds {holds}")
     home.save_state(after)
     return answer
 
@@ -92,12 +100,14 @@ def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
     if files.sha256(blob) != plan.adapter_digest:
         raise TrustError("the adapter beside the plan is not the one that the plan names")
     task = Task.decode(plan.training)
-    start = files.decode(blob)
-    layout = Layout.of(start)
-    if layout.digest != spec.layout_digest:
-        raise TrustError("the adapter has another layout than the offer says")
-    examples = read_examples(home.examples, len(task.labels))
+    try:
+        start = files.decode(blob)
+    except DataError as error:
+        raise TrustError(f"the adapter beside the plan: {error}") from error
     mine = trainer(base, len(task.labels), LoraSpec(task.method.rank, task.method.alpha, task.method.targets))
+    if not Layout.of(start).digest == mine.layout.digest == spec.layout_digest:
+        raise TrustError("offer, task and adapter are not of one layout")
+    examples = read_examples(home.examples, len(task.labels))
     train_part = part(examples, Part.TRAIN)
     salt = f"{home.folder.name}/{plan.adapter_version}"
     begin = time.perf_counter()
@@ -106,4 +116,4 @@ def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
     seconds = time.perf_counter() - begin
     log.info("trained on %d examples", len(train_part), extra={"training_seconds": seconds})
     outcome = Outcome(start, trained, len(train_part), held_out, seconds)
-    return contribution(outcome, layout, spec, np.random.default_rng(seed(task, f"{salt}/rounding")))
+    return contribution(outcome, mine.layout, spec, np.random.default_rng(seed(task, f"{salt}/rounding")))

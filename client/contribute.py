@@ -64,4 +64,5 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.ra
 def clip(delta: Vector, norm: float) -> Vector:
     """``delta`` scaled down to L2 norm ``norm`` where it is longer. A vector within the bound comes back unchanged."""
     length = float(np.linalg.norm(delta))
-    return delta if length <= norm else delta * (norm / length * SHRINK)
+    # A length can round down to the norm with a coordinate just above it, which the codec would refuse.
+    return np.clip(delta, -norm, norm) if length <= norm else delta * (norm / length * SHRINK)

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from aggregation.errors import DataError
+from client.storage import replace
 
 MAX_TEXT = 2_000  # characters
 MAX_FILE = 64 * 2**20  # bytes
@@ -38,12 +38,10 @@ class Example:
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
-    """Write the file atomically, readable by its owner only."""
-    rows = [json.dumps({"text": e.text, "label": e.label, "part": e.part.value}, ensure_ascii=False) for e in examples]
+    """Write the file atomically, readable by its owner only. ``read_examples`` gives the same examples back."""
+    rows = [json.dumps({"text": e.text, "label": e.label, "part": e.part.value}) for e in examples]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:  # mode 0600
-        file.write("".join(f"{row}\n" for row in rows))
-    Path(file.name).replace(path)
+    replace(path, "".join(f"{row}\n" for row in rows).encode())
 
 
 def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
@@ -59,9 +57,13 @@ def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
     try:
         if path.stat().st_size > MAX_FILE:
             raise DataError(f"{path} is larger than {MAX_FILE} bytes")
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise DataError(f"no readable examples in {path}") from error
+        # Not splitlines: JSON may hold U+2028 and other ends of lines that are none here.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"no readable examples in {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        # From None: the decoder's own error holds all that it read.
+        raise DataError(f"no readable examples in {path}: it is not UTF-8") from None
     examples = tuple(
         _example(line, f"line {number} of {path}", labels) for number, line in enumerate(lines, 1) if line.strip()
     )
@@ -82,8 +84,15 @@ def _example(line: str, where: str, labels: int) -> Example:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # From None: the parser's own error quotes what it read.
         raise DataError(f"{where} is not an example") from None
-    if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
+    if not isinstance(text, str) or not _whole(text):
+        raise DataError(f"{where} has a text that is none")
+    if not text.strip() or len(text) > MAX_TEXT:
         raise DataError(f"{where} has an empty text or more than {MAX_TEXT} characters")
     if type(label) is not int or not 0 <= label < labels:
         raise DataError(f"{where} has a label outside 0 … {labels - 1}")
     return Example(text, label, use)
+
+
+def _whole(text: str) -> bool:
+    """Whether it is text throughout: JSON can escape halves of characters, which no tokenizer reads."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

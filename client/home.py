@@ -5,13 +5,12 @@ atomically *before* an answer leaves the device, so that a restarted device neve
 """
 
 import fcntl
-import os
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +22,7 @@ from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.identity import IdentityKey, PublicKey
 from aggregation.policy import Policy
+from client.storage import replace
 
 SETTINGS = "device.toml"
 IDENTITY = "identity.pem"
@@ -40,7 +40,7 @@ LOCK = "session.lock"
 class DeviceSettings(BaseModel):
     """``device.toml``: the owner's own settings. The coordinator cannot change them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     base: str = Field(description="frozen base: a folder, or an installed package that carries one")
     minimum_cohort: int = Field(default=8, ge=3, description="smallest cohort this device joins, in devices")
@@ -64,7 +64,7 @@ class Home:
         path = folder / SETTINGS
         try:
             return cls(folder, DeviceSettings.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(f"{folder} is not a device's home: it has no {SETTINGS}") from error
         except ValidationError as error:
             first = error.errors()[0]
@@ -143,17 +143,6 @@ def enrol(
     return Home.open(folder)
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Write a file atomically, readable by its owner only."""
-    with NamedTemporaryFile(dir=path.parent, delete=False) as file:  # mode 0600
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
-
-
 def _toml(value: str | int) -> str:
-    if isinstance(value, int):
-        return str(value)
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    # JSON's strings and numbers are TOML's, but for the one control character that JSON does not escape.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

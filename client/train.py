@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adapters import classifier
 from adapters.base import Base
-from adapters.layout import Tensors
+from adapters.layout import Layout, Tensors
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
 from client.examples import Example
@@ -50,7 +50,9 @@ class Trainer:
     def __init__(self, base: Base, task_labels: int, lora: classifier.LoraSpec) -> None:
         self.base = base
         self.model: PeftModel = classifier.build(base, task_labels, lora)
-        self._tokenizer = _tokenizer(base.folder)
+        self.layout = Layout.of(classifier.tensors(self.model))
+        positions = self.model.get_base_model().encoder.config.max_position_embeddings
+        self._tokenizer = _tokenizer(base.folder, min(MAX_TOKENS, positions))
 
     def train(self, start: Tensors, examples: Sequence[Example], task: Task, *, epochs: int, salt: str) -> Tensors:
         """The adapter after ``epochs`` passes over ``examples``, starting from ``start``.
@@ -63,7 +65,7 @@ class Trainer:
             salt: Mixed into the seed (a device's name and the round), so that devices shuffle differently.
 
         Raises:
-            DataError: No examples, or the loss is not finite (the learning rate is too high).
+            DataError: No examples, or loss or adapter are not finite (the learning rate is too high).
         """
         if not examples:
             raise DataError("there are no examples to train on")
@@ -79,7 +81,10 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        return classifier.tensors(self.model)
+        trained = classifier.tensors(self.model)
+        if not all(np.isfinite(tensor).all() for tensor in trained.values()):  # by the last step, which no loss follows
+            raise DataError("the trained adapter is not finite: lower the learning rate")
+        return trained
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """The adapter's accuracy and loss on ``examples``."""
@@ -121,9 +126,9 @@ def trainer(base: Base, labels: int, lora: classifier.LoraSpec) -> Trainer:
     return Trainer(base, labels, lora)
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
+def _tokenizer(folder: Path, longest: int) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(MAX_TOKENS)
+    tokenizer.enable_truncation(longest)
     tokenizer.no_padding()
     return tokenizer
 

@@ -77,15 +77,16 @@ def federate(home: CoordinatorHome, wire: Wire) -> Iterator[RoundRecord]:
         begin = time.perf_counter()
         if fleet is None or session is None or session.rounds_left == 0:
             left = home.settings.rounds - number + 1
-            fleet, session = _establish(home, wire, min(left, home.settings.aggregation.session_rounds))
+            rounds = min(left, home.settings.aggregation.session_rounds)
+            fleet, session = _establish(home, wire, rounds, f"session-{number}")
         record, session = _round(home, fleet, session, number, begin)
         yield record
 
 
-def _establish(home: CoordinatorHome, wire: Wire, rounds: int) -> tuple[Fleet, Established]:
+def _establish(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tuple[Fleet, Established]:
     reason = ""
     for attempt in range(1, home.settings.attempts + 1):
-        outcome = _session(home, wire, rounds)
+        outcome = _session(home, wire, rounds, f"{group}-{attempt}")
         if not isinstance(outcome, RoundAborted):
             return outcome
         reason = outcome.detail
@@ -93,10 +94,10 @@ def _establish(home: CoordinatorHome, wire: Wire, rounds: int) -> tuple[Fleet, E
     raise EdgeAdaptError(f"no session after {home.settings.attempts} attempts: {reason}")
 
 
-def _session(home: CoordinatorHome, wire: Wire, rounds: int) -> tuple[Fleet, Established] | RoundAborted:
+def _session(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tuple[Fleet, Established] | RoundAborted:
     """Steps 1–4 of the protocol."""
     version = _latest(home)
-    certificates, nodes = _roll_call(home, wire)
+    certificates, nodes = _roll_call(home, wire, group)
     least = home.settings.aggregation.minimum_devices
     if len(nodes) < least:
         return RoundAborted(serverside.AbortReason.TOO_FEW, f"{len(nodes)} devices answered, {least} are needed", None)
@@ -107,23 +108,23 @@ def _session(home: CoordinatorHome, wire: Wire, rounds: int) -> tuple[Fleet, Est
         home.key, home.root, spec, certificates, SystemEntropy(), datetime.now(UTC)
     )
     offers = dict.fromkeys(nodes, offer)
-    sharing = fleet.gather(offering, Offering.on_advert, Step.OFFER, offers, group="session").close()
+    sharing = fleet.gather(offering, Offering.on_advert, Step.OFFER, offers, group=group).close()
     if isinstance(sharing, RoundAborted):
         return sharing
     state, roster = sharing
     rosters = {device: roster for device in nodes if device not in fleet.lost}
-    session = fleet.gather(state, Sharing.on_shares, Step.ROSTER, rosters, group="session").close()
+    session = fleet.gather(state, Sharing.on_shares, Step.ROSTER, rosters, group=group).close()
     if isinstance(session, RoundAborted):
         return session
     log.info("session of %d devices for %d rounds", len(nodes) - len(fleet.lost), rounds)
     return fleet, session
 
 
-def _roll_call(home: CoordinatorHome, wire: Wire) -> tuple[dict[str, bytes], dict[str, int]]:
+def _roll_call(home: CoordinatorHome, wire: Wire, group: str) -> tuple[dict[str, bytes], dict[str, int]]:
     """Ask every node who it is; keep those with a certificate of the authority's, one node a device."""
     certificates: dict[str, bytes] = {}
     nodes: dict[str, int] = {}
-    for reply in wire.ask(Step.HELLO, dict.fromkeys(wire.nodes(), b""), "session"):
+    for reply in wire.ask(Step.HELLO, dict.fromkeys(wire.nodes(), b""), group):
         try:
             device, _ = home.root.verify(reply.body or b"", datetime.now(UTC))
         except EdgeAdaptError as error:
@@ -186,7 +187,17 @@ def _protocol(
         if isinstance(confirmed, RoundAborted):
             return confirmed
         confirming, bodies = confirmed
-    return fleet.gather(confirming, Unmasking.on_unmask, Step.UNMASK, bodies, group=group).close()
+    opened = fleet.gather(confirming, Unmasking.on_unmask, Step.UNMASK, bodies, group=group).close()
+    return opened if isinstance(opened, RoundAborted) else _weighed(*opened)
+
+
+def _weighed(session: Established, result: RoundResult) -> tuple[Established, RoundResult] | RoundAborted:
+    """The round, unless a device lied: an honest survivor weighs one example or more, and the sum is divided by all."""
+    weight = float(result.values["weight"][0])
+    if weight >= len(result.survivors):
+        return session, result
+    detail = f"{len(result.survivors)} survivors cannot have a weight of {weight:.0f} examples"
+    return RoundAborted(serverside.AbortReason.OUT_OF_RANGE, detail, session)
 
 
 def _metrics(result: RoundResult) -> dict[str, float]:

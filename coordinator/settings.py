@@ -14,7 +14,7 @@ from coordinator.optimizer import FedAdam, FedAvg
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Training(_Section):

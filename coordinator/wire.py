@@ -97,9 +97,11 @@ class Wire:
     def _collect(self, waiting: dict[str, int]) -> Iterator[Reply]:
         end, pause = self.clock.now() + self.deadline, FIRST_POLL
         while waiting:
-            arrived = [m for m in self.grid.pull_messages(list(waiting)) if m.metadata.reply_to_message_id in waiting]
+            arrived = list(self.grid.pull_messages(list(waiting)))
             for message in arrived:
-                yield self._reply(waiting.pop(message.metadata.reply_to_message_id), message)
+                node = waiting.pop(message.metadata.reply_to_message_id, None)
+                if node is not None:  # else its second reply, or one to another question
+                    yield self._reply(node, message)
             if self.clock.now() >= end:
                 break
             pause = FIRST_POLL if arrived else min(2 * pause, LAST_POLL)

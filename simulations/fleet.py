@@ -21,7 +21,8 @@ from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
 from client import home as device_home
 from client.examples import Example, Part, write_examples
-from client.home import Home, enrol, replace
+from client.home import Home, enrol
+from client.storage import replace
 from client.train import Trainer, trainer
 from coordinator import home as coordinator_home
 from coordinator.home import open_registry

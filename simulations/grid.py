@@ -73,7 +73,7 @@ class Weather:
     def _victims(self, group: str, step: Step, nodes: Sequence[int]) -> set[int]:
         if not group.isdecimal() or ROUND_STEPS[int(group) % len(ROUND_STEPS)] is not step:
             return set()
-        chosen = self._rng(group, len(Step), 0).choice(nodes, size=min(self.victims, len(nodes)), replace=False)
+        chosen = self._rng(group, len(Step), 0).choice(sorted(nodes), size=min(self.victims, len(nodes)), replace=False)
         return {int(node) for node in chosen}
 
     def _rng(self, group: str, step: int, node: int) -> np.random.Generator:

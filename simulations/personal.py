@@ -13,6 +13,7 @@ from adapters.layout import Tensors
 from adapters.task import Task
 from aggregation.errors import DataError
 from client import home as device_home
+from client import storage
 from client.examples import Part, part, read_examples
 from client.home import Home
 from client.personal import Choice, personalize
@@ -83,7 +84,7 @@ def _outcome(home: Home, household: Household, mine: Trainer, start: Start) -> H
         epochs=start.personal_epochs,
         salt=household.name,
     )
-    device_home.replace(home.folder / device_home.PERSONAL, files.encode(personal.adapter))
+    storage.replace(home.folder / device_home.PERSONAL, files.encode(personal.adapter))
     # Alone with the same compute: as many passes over the same examples as this household's device makes in all.
     passes = start.rounds * start.task.epochs + start.personal_epochs
     local = mine.train(start.seed, train, start.task, epochs=passes, salt=f"{household.name}/local")
@@ -97,5 +98,5 @@ def _outcome(home: Home, household: Household, mine: Trainer, start: Start) -> H
         {arm: mine.score(adapter, test).accuracy for arm, adapter in arms.items()},
         personal.choice.value,
     )
-    device_home.replace(path, json.dumps(asdict(outcome)).encode())
+    storage.replace(path, json.dumps(asdict(outcome)).encode())
     return outcome

@@ -1,0 +1,184 @@
+"""A tiny frozen base and a fleet of a few devices around it, for every part that needs them.
+
+Torch and Flower are imported by what uses them, so that other tests do not wait for them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LABELS = ("Light", "Music", "Timer")
+SAID = {
+    "Light": ("turn on the light", "kitchen light off", "switch the lamp on", "make it bright", "turn off the lamp"),
+    "Music": ("play music", "play the song", "stop the music", "play a song in the kitchen", "next song"),
+    "Timer": ("set a timer", "ten minutes", "wake me in ten minutes", "start the timer", "stop the timer"),
+}
+MODEL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    words = sorted({word for phrases in SAID.values() for phrase in phrases for word in phrase.split()})
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*MODEL, *words])}, unk_token=MODEL[1]))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+def _make_base(folder: Path, seed: int) -> Any:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from adapters.base import find_base
+
+    tokenizer = _tokenizer()
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=24,
+    )
+    model, generator = BertModel(config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # the rest are ones and zeros
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return find_base(str(folder))
+
+
+@pytest.fixture(scope="session")
+def make_base() -> Callable[[Path, int], Any]:
+    """A function of a folder and a seed that makes a base there: two layers of BERT with seeded weights."""
+    return _make_base
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return _make_base(tmp_path_factory.mktemp("tiny-base"), 1)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny matrices a second thread only waits for the first, and for whatever else the machine does."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _population(devices: int, unseen: int) -> Any:
+    from simulations.population import Example, Household, Population
+
+    def phrases(number: int, count: int) -> tuple[Example, ...]:
+        """So many phrases, with a mix of intents that depends on the household."""
+        labels = [(number * k + k // 3) % len(LABELS) for k in range(1, count + 1)]
+        return tuple(Example(SAID[LABELS[i]][(number + k) % 5], i, "t") for k, i in enumerate(labels))
+
+    households = tuple(
+        Household(
+            name=f"device-{number:02d}",
+            language="en",
+            unseen=number >= devices,
+            train=phrases(number, 4 + number % 5),
+            validation=phrases(number + 1, 3),
+            test=phrases(number + 2, 4),
+        )
+        for number in range(devices + unseen)
+    )
+    public = tuple(Example(SAID[label][0], i, "p") for i, label in enumerate(LABELS))
+    return Population(LABELS, public, households)
+
+
+@dataclass
+class TinyFleet:
+    """A provisioned fleet in ``out``, with what a run of it needs."""
+
+    out: Path
+    scenario: Any
+    population: Any
+    base: Any
+    nodes: dict[int, str] = field(default_factory=dict)  # node id → home
+
+    def home(self, device: str) -> Any:
+        from simulations import fleet
+
+        return fleet.open_homes(self.out, self.population)[device]
+
+    def node(self, device: str) -> int:
+        return next(node for node, home in self.nodes.items() if Path(home).name == device)
+
+    def grid(self, *, app: Any = None, kind: type | None = None, **weather: Any) -> Any:
+        """A grid over all devices; fine weather but for what is named."""
+        from client.app import app as client_app
+        from simulations.grid import InProcessGrid, Weather
+
+        fine = Weather(**{"seed": self.scenario.seed, "loss": 0.0, "delay": 1.0, **weather})
+        return (kind or InProcessGrid)(app or client_app, self.nodes, fine)
+
+    def federate(self, grid: Any) -> tuple[Any, ...]:
+        """Run the rounds that are still to do, as a run does; the records of all rounds."""
+        from flwr.app import Context, RecordDict
+
+        from coordinator.app import HOME, app
+        from simulations.grid import RUN_ID, SERVER_NODE
+
+        app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {HOME: str(self.out / "coordinator")}))
+        return self.registry().rounds()  # type: ignore[no-any-return]
+
+    def registry(self) -> Any:
+        from simulations import fleet
+
+        return fleet.registry(self.out)
+
+    def configure(self, changes: Mapping[str, Any]) -> None:
+        """Change the coordinator's settings, by dotted keys."""
+        import json
+
+        path = self.out / "coordinator" / "federation.json"
+        settings = json.loads(path.read_text())
+        for key, value in changes.items():
+            *sections, last = key.split(".")
+            section = settings
+            for name in sections:
+                section = section[name]
+            section[last] = value
+        path.write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[..., TinyFleet]:
+    """Make a fleet of so many devices; keywords are keys of the federation, dots as double underscores."""
+    from simulations import fleet
+    from simulations.grid import SERVER_NODE
+    from simulations.scenario import Scenario
+
+    count = 0
+
+    def make(devices: int = 8, *, unseen: int = 1, seed: int = 0, **federation: Any) -> TinyFleet:
+        nonlocal count
+        count += 1
+        settings = {"name": "tiny", "seed": seed, "base": {"model": str(tiny_base.folder)}, "adapter": {"rank": 2}}
+        scenario, population = Scenario.parse(settings, "tiny"), _population(devices, unseen)
+        made = TinyFleet(tmp_path / f"fleet-{count}", scenario, population, tiny_base)
+        fleet.provision(made.out, scenario, population, tiny_base)
+        made.configure({"rounds": 3, "training.learning_rate": 0.01})
+        made.configure({key.replace("__", "."): value for key, value in federation.items()})
+        seen = [household.name for household in population.households if not household.unseen]
+        folders = (str(fleet.device_folder(made.out, name)) for name in seen)
+        made.nodes = dict(enumerate(folders, SERVER_NODE + 1))
+        return made
+
+    return make
