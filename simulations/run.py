@@ -5,6 +5,7 @@ round, the household or the export under way. The apps in between are the real o
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ PREPARED = "prepared.json"
 SECONDS = "seconds.json"
 RESULT = "result.json"
 REPORT = "report.html"
+LOG = "run.log"
 MOST_THREADS = 4  # for torch: a phrase is too little work for more
 
 
@@ -111,7 +113,7 @@ def run(folder: RunFolder, progress: Progress) -> RunResult:
     scenario = folder.scenario
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
     base = find_base(scenario.base.model)
-    with folder.timed("total"):
+    with _logged(folder.path / LOG), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
             population = sample_population(scenario.population, scenario.seed)
             _prepare(folder.path, scenario, population, base)
@@ -124,6 +126,21 @@ def run(folder: RunFolder, progress: Progress) -> RunResult:
     write_report(result, folder.path / REPORT)
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Append what coordinator and devices log while the block runs: who was lost and why."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("edgeadapt")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
