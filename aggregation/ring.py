@@ -5,6 +5,7 @@ since 2^bits divides 2^32, sums may wrap there and be reduced at the end. On the
 ``bits`` bits, the first in the lowest bits of the first byte.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -74,6 +75,11 @@ def pack(values: Ring, bits: int) -> bytes:
             if shift + bits > 8 * kind.itemsize:
                 target[:, word + 1] |= reduced[:, j] >> (8 * kind.itemsize - shift)
     return words.reshape(-1).view(np.uint8)[: packed_size(values.size, bits)].tobytes()
+
+
+def digest(values: Ring, bits: int) -> bytes:
+    """SHA-256 of ``pack(values, bits)``: the same for vectors that are the same in the ring."""
+    return hashlib.sha256(pack(values, bits)).digest()
 
 
 def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:

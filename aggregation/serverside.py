@@ -74,6 +74,7 @@ class RoundResult:
         survivors: Whose contributions are in the sum.
         dropped: Who was in the plan and is not in the sum.
         blamed: Who sent or dealt a share that was found to be wrong.
+        digest: SHA-256 of the summed vector, packed as it would travel.
     """
 
     round: int
@@ -81,6 +82,7 @@ class RoundResult:
     survivors: tuple[str, ...]
     dropped: tuple[str, ...]
     blamed: tuple[str, ...]
+    digest: bytes
 
 
 def open_session(
@@ -408,8 +410,8 @@ class Unmasking:
             values = spec.vector.decode(opened.total, len(survivors))
         except DataError as error:
             return opened.aborted(AbortReason.OUT_OF_RANGE, str(error), recovery.blamed)
-        blamed = tuple(sorted(recovery.blamed))
-        return opened.established, RoundResult(opened.plan.round, values, survivors, dropped, blamed)
+        blamed, digest = tuple(sorted(recovery.blamed)), ring.digest(opened.total, spec.vector.ring_bits)
+        return opened.established, RoundResult(opened.plan.round, values, survivors, dropped, blamed, digest)
 
 
 def _masks_to_remove(

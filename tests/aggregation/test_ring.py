@@ -1,5 +1,7 @@
 """Packing: exact sizes, a round trip for every width, and no second spelling."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -76,3 +78,10 @@ def test_a_vector_of_another_shape_or_type_is_refused(vector: ring.Ring) -> None
 def test_the_element_type_is_the_smallest_that_holds_the_ring() -> None:
     assert np.dtype(ring.dtype(32)) == np.dtype("<u4")
     assert np.dtype(ring.dtype(33)) == np.dtype("<u8")
+
+
+def test_the_digest_is_of_the_packed_vector_and_of_what_counts_in_the_ring() -> None:
+    vector = np.array([1, 2, 3], ring.dtype(20))
+    assert ring.digest(vector, 20) == hashlib.sha256(ring.pack(vector, 20)).digest()
+    assert ring.digest(vector + (1 << 20), 20) == ring.digest(vector, 20)
+    assert ring.digest(vector + 1, 20) != ring.digest(vector, 20)
