@@ -1,0 +1,141 @@
+"""The auditor: checks a finished session from its transcript alone. It holds nothing secret and opens no file.
+
+    reading ─► log ─► identities ─► signatures ─► order ─► the rules ─► secrets ─► sums
+              (log)  (history)─────────────────────────►  (rules)      (opened)
+
+Each check is made in turn and ends in a finding. The first that fails ends the audit, but for the log itself: where it
+does not fit its checkpoints, the checks after it often find the very message.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from aggregation.audit import history as histories
+from aggregation.audit import log, opened, rules
+from aggregation.audit.history import History
+from aggregation.audit.opened import Opened, Vectors
+from aggregation.audit.report import Check, Finding, Problem, Report, RoundSummary, Skipped, Status
+from aggregation.certificates import Root
+from aggregation.identity import PublicKey
+from aggregation.messages import Message
+from aggregation.transcript import NO_SESSION, Checkpoint, Reading, read
+
+__all__ = ["Check", "Finding", "Report", "RoundSummary", "Status", "audit"]
+
+
+def audit(
+    raw: bytes,
+    root: Root,
+    coordinator: PublicKey,
+    vectors: Vectors = lambda digest: None,
+    *,
+    unfinished: bool = False,
+) -> Report:
+    """Check a session.
+
+    Args:
+        raw: The log.
+        root: The authority whose word on devices counts.
+        coordinator: The key of the coordinator, as devices pin it.
+        vectors: Digest → packed masked vector, where it was kept.
+        unfinished: Accept a log that is not closed: of a session under way.
+    """
+    auditor = _Auditor(read(raw), root, coordinator, vectors, unfinished)
+    return auditor.run()
+
+
+@dataclass(slots=True)
+class _Auditor:
+    """The checks and what they hand on to each other."""
+
+    reading: Reading
+    root: Root
+    coordinator: PublicKey
+    vectors: Vectors
+    unfinished: bool
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    history: History | None = None
+    messages: list[Message] = field(default_factory=list)
+    opened: dict[int, Opened] = field(default_factory=dict)
+
+    def run(self) -> Report:
+        steps: dict[Check, Callable[[], str]] = {
+            Check.LOG: self._log,
+            Check.IDENTITIES: self._identities,
+            Check.SIGNATURES: self._signatures,
+            Check.ORDER: self._order,
+            Check.THRESHOLDS: lambda: rules.thresholds(self._history),
+            Check.SURVIVORS: lambda: rules.survivors(self._history),
+            Check.SHARES: lambda: rules.shares(self._history),
+            Check.SECRETS: lambda: opened.secrets(self._history, self.opened),
+            Check.RESULTS: lambda: rules.results(self._history),
+            Check.SUMS: lambda: opened.sums(self._history, self.opened, self.vectors),
+            Check.PARTICIPATION: self._participation,
+        }
+        findings: list[Finding] = []
+        for check, step in steps.items():
+            over = any(finding.status is Status.FAIL and finding.check is not Check.LOG for finding in findings)
+            findings.append(Finding(check, Status.NOT_REACHED, "") if over else _find(check, step))
+        return self._report(tuple(findings))
+
+    @property
+    def _history(self) -> History:
+        if self.history is None:
+            raise Problem("there is no session to check")
+        return self.history
+
+    def _log(self) -> str:
+        self.checkpoints = log.checkpoints(self.reading, self.coordinator, self.unfinished)
+        return (
+            f"{len(self.reading.entries)} entries, none missing, moved or altered: they are those that the coordinator "
+            f"signed in {len(self.checkpoints)} checkpoints"
+        )
+
+    def _identities(self) -> str:
+        self.history = histories.begin(self.reading.entries, self.root, self.coordinator)
+        if any(checkpoint.offer != self.history.offer.digest() for checkpoint in self.checkpoints):
+            raise Problem("the checkpoints are of another session", self.reading.entries[0].place)
+        return f"{len(self.history.cohort)} devices, each certified by the authority, no device or key twice"
+
+    def _signatures(self) -> str:
+        self.messages = histories.verify(self._history, self.reading.entries, self.coordinator)
+        return f"{len(self.messages)} messages, each signed by the one who is said to have sent it"
+
+    def _order(self) -> str:
+        histories.follow(self._history, self.reading.entries, self.messages)
+        return "each message belongs to this session and to its step, and nobody answered a step twice"
+
+    def _participation(self) -> str:
+        counts = rules.participation(self._history)
+        often = f"{min(counts.values())} to {max(counts.values())}"
+        return f"{len(counts)} devices were counted in {often} of {len(self.opened)} sums each"
+
+    def _report(self, findings: tuple[Finding, ...]) -> Report:
+        rounds = self.history.rounds if self.history else []
+        return Report(
+            findings=findings,
+            rounds=tuple(
+                RoundSummary(
+                    current.plan.round,
+                    current.plan.members,
+                    current.counted,
+                    current.dropped if current.survivors else (),
+                    self.opened[current.plan.round].blamed if current.plan.round in self.opened else (),
+                    rules.ending(current),
+                )
+                for current in rounds
+            ),
+            participation=rules.participation(self.history) if self.history else {},
+            entries=len(self.reading.entries),
+            previous=self.checkpoints[0].previous if self.checkpoints else NO_SESSION,
+            last=self.checkpoints[-1].digest() if self.checkpoints else b"",
+        )
+
+
+def _find(check: Check, step: Callable[[], str]) -> Finding:
+    try:
+        return Finding(check, Status.PASS, step())
+    except Skipped as reason:
+        return Finding(check, Status.SKIPPED, str(reason))
+    except Problem as problem:
+        return Finding(check, Status.FAIL, str(problem), problem.place)

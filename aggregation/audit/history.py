@@ -1,0 +1,242 @@
+"""What happened, message by message: each signed by who is said to have sent it, each of this session and in its step.
+
+A ``History`` holds what the later checks (``rules``, ``opened``) look at. It grows entry by entry; the first message
+that does not belong ends it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from aggregation import boxes, checks, envelope
+from aggregation.audit.report import Problem
+from aggregation.certificates import Root
+from aggregation.errors import ProtocolError
+from aggregation.identity import PublicKey
+from aggregation.messages import (
+    Advert,
+    Agreement,
+    Assignment,
+    Box,
+    MaskedInput,
+    Message,
+    Offer,
+    Opening,
+    Plan,
+    Roster,
+    Shares,
+    Survivors,
+    Unmask,
+)
+from aggregation.session import COORDINATOR, Session
+from aggregation.transcript import EVERYONE, Abort, Checkpoint, Entry, Place, Result
+
+# The steps before the first round, and those of a round, in order: a log never goes back.
+_Kinds: TypeAlias = tuple[type[Message], ...]
+_SETUP: _Kinds = (Offer, Advert, Roster, Shares)
+_ROUND: _Kinds = (Assignment, MaskedInput, Survivors, Agreement, Unmask, Opening, Result, Abort)
+_ALL: _Kinds = (*_SETUP, *_ROUND, Checkpoint)
+KINDS = {kind.TAG: kind for kind in _ALL}
+_RANK = {kind: rank for rank, kind in (*enumerate(_SETUP), *enumerate(_ROUND))}
+_BY_DEVICES = {kind.TAG for kind in (Advert, Shares, MaskedInput, Agreement, Opening)}
+
+
+@dataclass(slots=True)
+class Round:
+    """One round as logged. ``places``: kind and peer → where."""
+
+    plan: Plan
+    inputs: dict[str, MaskedInput] = field(default_factory=dict)
+    survivors: Survivors | None = None
+    agreed: set[str] = field(default_factory=set)
+    unmasks: list[Unmask] = field(default_factory=list)
+    openings: dict[str, Opening] = field(default_factory=dict)
+    ending: Result | Abort | None = None
+    places: dict[tuple[str, str], Place] = field(default_factory=dict)
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The survivors, where they are known."""
+        return tuple(sorted(self.survivors.vectors)) if self.survivors else ()
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Who was in the plan and is no survivor."""
+        return tuple(device for device in self.plan.members if device not in self.counted)
+
+    def place(self, kind: type[Message], peer: str = EVERYONE) -> Place:
+        """Where a message is; where the round begins if it is not there."""
+        return self.places.get((kind.TAG, peer)) or next(iter(self.places.values()))
+
+
+@dataclass(slots=True)
+class History:
+    """A session as logged. ``cohort``: device → key, as the authority certified them."""
+
+    offer: Offer
+    cohort: Mapping[str, PublicKey]
+    session: Session | None = None
+    adverts: dict[str, bytes] = field(default_factory=dict)
+    dealt: dict[str, Mapping[str, Box]] = field(default_factory=dict)
+    rounds: list[Round] = field(default_factory=list)
+    places: dict[tuple[str, str], Place] = field(default_factory=dict)
+
+    def signer(self, entry: Entry, coordinator: PublicKey) -> PublicKey:
+        """Whose signature must be on an entry."""
+        if entry.kind not in _BY_DEVICES:
+            return coordinator
+        if entry.peer not in self.cohort:
+            raise Problem("the device is not in the cohort", entry.place)
+        return self.cohort[entry.peer]
+
+
+def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey) -> History:
+    """The offer, with every member certified by the authority, each once.
+
+    Raises:
+        Problem: Otherwise.
+    """
+    if not entries:
+        raise Problem("the log is empty")
+    first = entries[0]
+    try:
+        offer = envelope.open_as(Offer, first.message, coordinator, COORDINATOR)
+        return History(offer, checks.members(root, offer.certificates, None))
+    except ProtocolError as error:
+        raise Problem(str(error), first.place) from None
+
+
+def verify(history: History, entries: tuple[Entry, ...], coordinator: PublicKey) -> list[Message]:
+    """Every entry's message, signed by the one who is said to have sent it.
+
+    Raises:
+        Problem: One is not.
+    """
+    messages = []
+    for entry in entries:
+        kind = KINDS.get(entry.kind)
+        if kind is None:
+            raise Problem("there is no such kind of message", entry.place)
+        try:
+            signer = history.signer(entry, coordinator)
+            messages.append(envelope.open_as(kind, entry.message, signer, entry.peer))
+        except ProtocolError as error:
+            raise Problem(str(error), entry.place) from None
+    return messages
+
+
+def follow(history: History, entries: tuple[Entry, ...], messages: list[Message]) -> None:
+    """Fill the history: every message in its step, of this session, and none twice.
+
+    Raises:
+        Problem: One is not.
+    """
+    before = (0, 0)
+    for entry, message in zip(entries, messages, strict=True):
+        if entry.kind == Checkpoint.TAG:
+            continue
+        at = (entry.round, _RANK[KINDS[entry.kind]])
+        if (entry.round > 0) != (KINDS[entry.kind] in _ROUND) or at < before:
+            raise Problem("the message is not where its step is", entry.place)
+        before = at
+        places = _round_of(history, entry, message).places if entry.round else history.places
+        if (entry.kind, entry.peer) in places:
+            raise Problem("the step is answered a second time", entry.place)
+        places[entry.kind, entry.peer] = entry.place
+        try:
+            _take(history, entry, message)
+        except ProtocolError as error:
+            raise Problem(str(error), entry.place) from None
+
+
+def _round_of(history: History, entry: Entry, message: Message) -> Round:
+    last = history.rounds[-1] if history.rounds else None
+    if last is not None and last.plan.round == entry.round:
+        return last
+    if not isinstance(message, Assignment):
+        raise Problem("the round has no plan", entry.place)
+    history.rounds.append(Round(message.plan))
+    return history.rounds[-1]
+
+
+def _take(history: History, entry: Entry, message: Message) -> None:
+    """Dispatch by type; each branch raises ``ProtocolError`` or ``Problem`` for what does not belong."""
+    _demand(getattr(message, "device", entry.peer) == entry.peer, "it is of another device", entry)
+    match message:
+        case Offer():
+            _demand(entry.index == 0, "a second offer", entry)
+        case Advert():
+            history.adverts[entry.peer] = entry.message
+        case Roster():
+            history.session, signed = checks.roster(history.offer.spec, history.offer.digest(), history.cohort, message)
+            _demand(signed == history.adverts, "the roster is not made of the adverts that came", entry)
+        case Shares():
+            _take_shares(history, entry, message)
+        case Assignment():
+            _take_plan(history, history.rounds[-1], entry, message)
+        case _:
+            _take_answer(history.rounds[-1], entry, message)
+
+
+def _demand(holds: bool, text: str, entry: Entry) -> None:
+    if not holds:
+        raise Problem(text, entry.place)
+
+
+def _session(history: History, entry: Entry) -> Session:
+    if history.session is None:
+        raise Problem("it comes before the roster", entry.place)
+    return history.session
+
+
+def _take_shares(history: History, entry: Entry, message: Shares) -> None:
+    session = _session(history, entry)
+    _demand(message.context == session.context, "the shares are of another session", entry)
+    _demand(entry.peer in session.peers, "the device is not on the roster", entry)
+    neighbours = session.neighbours(entry.peer, session.peers)
+    _demand(set(message.boxes) == set(neighbours), "the boxes are not for exactly its neighbours", entry)
+    fits = all(boxes.fits(box, session.spec.rounds) for box in message.boxes.values())
+    _demand(fits, "a box has not the size of one", entry)
+    history.dealt[entry.peer] = message.boxes
+
+
+def _take_plan(history: History, current: Round, entry: Entry, message: Assignment) -> None:
+    session, plan = _session(history, entry), message.plan
+    _demand(plan == current.plan, "devices of one round got different plans", entry)
+    _demand(plan.context == session.context, "the plan is of another session", entry)
+    _demand(plan.round == entry.round <= session.spec.rounds, "the plan is of another round", entry)
+    _demand(checks.ascending(plan.members), "the plan has a member twice, or out of order", entry)
+    _demand(set(plan.members) <= set(history.dealt), "a member of the plan shared no secrets", entry)
+    dealt = {dealer: history.dealt[dealer].get(entry.peer) for dealer in message.boxes if dealer in history.dealt}
+    _demand(dealt == message.boxes, "the boxes are not those that were dealt to this device", entry)
+
+
+def _take_answer(current: Round, entry: Entry, message: Message) -> None:
+    plan, survivors = current.plan, current.survivors
+    match message:
+        case MaskedInput():
+            _demand(entry.peer in plan.members, "the device is not in the plan", entry)
+            current.inputs[entry.peer] = message
+        case Survivors():
+            _demand(survivors is None, "a second survivor set", entry)
+            current.survivors = message
+        case Unmask():
+            _demand(survivors in (None, message.survivors), "another survivor set than the one agreed to", entry)
+            current.survivors = message.survivors
+            current.unmasks.append(message)
+        case Agreement() | Opening():
+            _demand(survivors is not None and entry.peer in survivors.vectors, "the device is no survivor", entry)
+            if isinstance(message, Opening):
+                current.openings[entry.peer] = message
+            else:
+                current.agreed.add(entry.peer)
+        case Result() | Abort():
+            _demand(current.ending is None, "a second ending", entry)
+            current.ending = message
+        case _:
+            raise Problem("no step of a round", entry.place)
+    plan_named = getattr(message.survivors if isinstance(message, Unmask) else message, "plan", plan.digest())
+    _demand(plan_named == plan.digest(), "it is for another plan", entry)
+    if isinstance(message, Agreement | Opening | Result):
+        named = current.survivors and current.survivors.digest()
+        _demand(message.survivors == named, "it is for another survivor set", entry)

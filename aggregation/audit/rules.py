@@ -1,0 +1,142 @@
+"""The rules of the protocol, held against a history: how many, who, and which share of whom."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from aggregation import checks
+from aggregation.audit.history import History, Round
+from aggregation.audit.report import Problem
+from aggregation.errors import ProtocolError
+from aggregation.messages import Assignment, Opening, Survivors, Unmask
+from aggregation.spec import Adversary
+from aggregation.transcript import Abort, Place, Result
+
+
+def thresholds(history: History) -> str:
+    """No step of a round went on with too few.
+
+    Raises:
+        Problem: One did, or the threshold lets two separate groups of devices open a secret.
+    """
+    spec = history.offer.spec
+    neighbourhood = spec.degree + 1
+    withstands = 2 * spec.threshold - neighbourhood - 1
+    if withstands < 0:
+        raise Problem(f"two separate groups of {spec.threshold} among {neighbourhood} devices could open a secret")
+    for current in history.rounds:
+        _large_enough(history, current)
+    return (
+        f"{spec.threshold} of {neighbourhood} devices must answer to open a secret and "
+        f"{max(spec.threshold, spec.minimum_survivors)} or more updates make a sum; no round went on with fewer. "
+        f"The privacy of a device withstands {withstands} others that side with the coordinator"
+    )
+
+
+def _large_enough(history: History, current: Round) -> None:
+    spec = history.offer.spec
+    _hold(current.place(Assignment), lambda: checks.large_enough(spec, len(current.plan.members), "in the plan"))
+    if current.survivors is None:
+        return
+    where = current.place(Survivors if spec.adversary is Adversary.ACTIVE else Unmask)
+    count = len(current.survivors.vectors)
+    _hold(where, lambda: checks.large_enough(spec, count, "survivors"))
+    if current.openings and len(current.openings) < spec.threshold and isinstance(current.ending, Result):
+        raise Problem(f"{len(current.openings)} openings, {spec.threshold} are needed", current.place(Result))
+
+
+def survivors(history: History) -> str:
+    """The survivors are those of the plan whose updates arrived, and enough of them agreed to that.
+
+    Raises:
+        Problem: Otherwise.
+    """
+    for current in history.rounds:
+        if current.survivors is None:
+            continue
+        active = history.offer.spec.adversary is Adversary.ACTIVE
+        where = current.place(Survivors if active else Unmask)
+        arrived = {device: header.vector for device, header in current.inputs.items()}
+        for device in sorted({*arrived, *current.survivors.vectors}):
+            if current.survivors.vectors.get(device) != arrived.get(device):
+                raise Problem(f"{device} is not counted with the update that it sent in this round", where)
+        for unmask in current.unmasks if active else ():
+            _agreed(history, current, unmask)
+    return "each sum is over devices of its plan, with the updates that they sent; nobody is both counted and dropped"
+
+
+def _agreed(history: History, current: Round, unmask: Unmask) -> None:
+    where = current.place(Unmask)
+    if history.session is not None:
+        session = history.session
+        _hold(where, lambda: checks.agreements(session, unmask.survivors, unmask.agreements))
+    strangers = set(unmask.agreements) - current.agreed
+    if strangers:
+        raise Problem(f"the agreement of {min(strangers)} is not in the log", where)
+
+
+def shares(history: History) -> str:
+    """Of each device one kind of secret was opened: what hides its update, or what hides it from the others.
+
+    Raises:
+        Problem: A device gave a share that it does not owe.
+    """
+    count = 0
+    for current in history.rounds:
+        for device, opening in current.openings.items():
+            if history.session is None or current.survivors is None:
+                break
+            alive, dropped = checks.owed(history.session, current.plan, device, current.survivors)
+            wrong = (set(opening.seeds) - set(alive)) | (set(opening.keys) - set(dropped))
+            if wrong:
+                what = f"a share of {min(wrong)} is opened that would show its update to the coordinator"
+                raise Problem(what, current.place(Opening, device))
+            count += len(opening.seeds) + len(opening.keys)
+    return f"{count} shares were opened, and of each device one kind: no single update could be unmasked"
+
+
+def results(history: History) -> str:
+    """Each round ends in an adapter from which the next one starts, or without one.
+
+    Raises:
+        Problem: A round starts from another adapter than the one before it made.
+    """
+    current: tuple[int, str] | None = None
+    for logged in history.rounds:
+        plan = logged.plan
+        if current is not None and (plan.adapter_version, plan.adapter_digest) != current:
+            where = logged.place(Assignment)
+            raise Problem("it starts from another adapter than the rounds before it made", where)
+        current = (plan.adapter_version, plan.adapter_digest)
+        if isinstance(logged.ending, Result):
+            if logged.ending.version != plan.adapter_version + 1:
+                raise Problem("the new adapter is not the next version", logged.place(Result))
+            current = (logged.ending.version, logged.ending.adapter)
+    return (
+        "; ".join(f"round {logged.plan.round}: {ending(logged)}" for logged in history.rounds) or "no round was begun"
+    )
+
+
+def ending(current: Round) -> str:
+    """How a round ended, in a few words."""
+    match current.ending:
+        case Result(version=version, adapter=adapter):
+            return f"made adapter {version} ({adapter[:12]})"
+        case Abort(reason=reason):
+            return f"ended without a sum ({reason})"
+        case _:
+            return "was not ended"
+
+
+def participation(history: History) -> dict[str, int]:
+    """Device → rounds whose sum its update is in; devices of the cohort that are in none included."""
+    counted = Counter(
+        device for current in history.rounds if isinstance(current.ending, Result) for device in current.counted
+    )
+    return {device: counted[device] for device in history.cohort}
+
+
+def _hold(where: Place, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except ProtocolError as error:
+        raise Problem(str(error), where) from None

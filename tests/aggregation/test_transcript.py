@@ -1,0 +1,161 @@
+"""The log as it is written and read: what becomes an entry, what a checkpoint covers, where reading ends."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregation import envelope, ring, transcript
+from aggregation.errors import ProtocolError
+from aggregation.identity import IdentityKey
+from aggregation.merkle import verify_consistency, verify_inclusion
+from aggregation.messages import MaskedInput, Plan
+from aggregation.steps import Step
+from aggregation.transcript import (
+    ENTRY,
+    EVERYONE,
+    MAGIC,
+    Abort,
+    Checkpoint,
+    Entry,
+    Place,
+    Result,
+    Stage,
+    Transcript,
+    read,
+    resume,
+    vector_of,
+)
+
+KEY = IdentityKey(bytes(range(32)))
+OFFER = bytes([9]) * 32
+PLAN = Plan(bytes(32), 2, ("a", "b"), 1, "ab" * 32, b"")
+ENDINGS = (Result(bytes(32), bytes(32), bytes(32), 1, "ab" * 32), Abort(bytes(32), "too-few"))
+
+
+@pytest.fixture
+def log() -> Transcript:
+    return Transcript(OFFER)
+
+
+def entries(raw: bytes) -> tuple[Entry, ...]:
+    reading = read(MAGIC + raw)
+    assert reading.problem == ""
+    assert reading.end == len(MAGIC + raw)
+    return reading.entries
+
+
+def test_what_all_devices_get_alike_is_one_entry(log: Transcript) -> None:
+    (entry,) = entries(log.sent(Step.OFFER, {"a": b"same", "b": b"same"}))
+    assert entry == Entry(0, "offer", 0, EVERYONE, b"same")
+
+
+def test_what_devices_get_each_for_itself_is_an_entry_each(log: Transcript) -> None:
+    log.begin(PLAN)
+    found = entries(log.sent(Step.PLAN, {"a": b"with boxes", "b": b"same", "c": b"same"}))
+    assert [(entry.peer, entry.message) for entry in found] == [("a", b"with boxes"), (EVERYONE, b"same")]
+    assert {entry.round for entry in found} == {2}
+
+
+def test_devices_that_are_told_different_things_show_in_the_log(log: Transcript) -> None:
+    found = entries(log.sent(Step.SURVIVORS, {"a": b"one set", "b": b"another"}))
+    assert [entry.message for entry in found] == [b"one set", b"another"]
+
+
+def test_of_a_masked_input_the_signed_header_is_kept_and_the_vector_handed_out(log: Transcript) -> None:
+    header = MaskedInput(bytes(32), "a", bytes(32))
+    body = envelope.seal_vector(KEY, header, b"packed")
+    (entry,) = entries(log.received(Step.PLAN, "a", body))
+    assert envelope.open_as(MaskedInput, entry.message, KEY.public, "a") == header
+    assert vector_of(body) == b"packed"
+
+
+@pytest.mark.parametrize("step", [step for step in Step if step not in (Step.HELLO, Step.PLAN)])
+def test_every_other_answer_is_kept_as_it_came(log: Transcript, step: Step) -> None:
+    (entry,) = entries(log.received(step, "a", b"answer"))
+    assert (entry.kind, entry.peer, entry.message) == (transcript.ANSWERED[step].TAG, "a", b"answer")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_round_ends_with_a_signed_ending_and_a_checkpoint(log: Transcript, ending: Result | Abort) -> None:
+    log.begin(PLAN)
+    ended, checkpoint = entries(log.ended(KEY, ending))
+    assert envelope.open_as(type(ending), ended.message, KEY.public, "coordinator") == ending
+    assert (ended.round, checkpoint.round) == (2, 2)
+
+
+def test_a_checkpoint_signs_the_entries_before_it(log: Transcript) -> None:
+    before = log.sent(Step.OFFER, {"a": b"offer"}) + log.received(Step.OFFER, "a", b"advert")
+    *_, entry = entries(before + log.checkpoint(KEY, Stage.CLOSED))
+    found = envelope.open_as(Checkpoint, entry.message, KEY.public, "coordinator")
+    assert (found.offer, found.size, found.stage, found.previous) == (OFFER, 2, Stage.CLOSED, transcript.NO_SESSION)
+    leaves = [ENTRY.encode(leaf) for leaf in entries(before)]
+    verify_inclusion(found.root, 2, 1, leaves[1], log.tree.inclusion(1, 2))
+    verify_consistency(found.root, 2, log.tree.root(), 3, log.tree.consistency(2))
+
+
+def test_a_log_goes_on_where_it_was_left(log: Transcript) -> None:
+    log.begin(PLAN)
+    raw = log.received(Step.OFFER, "a", b"advert")
+    again = resume(entries(raw), OFFER, log.previous)
+    assert (again.round, again.tree.root()) == (2, log.tree.root())
+    assert again.checkpoint(KEY) == log.checkpoint(KEY)
+
+
+def test_an_empty_log_goes_on_from_the_beginning() -> None:
+    assert resume((), OFFER, bytes(32)).checkpoint(KEY) == Transcript(OFFER).checkpoint(KEY)
+
+
+@given(st.binary(max_size=300), st.booleans())
+def test_reading_any_bytes_ends_in_a_reading(raw: bytes, headed: bool) -> None:
+    given_bytes = MAGIC + raw if headed else raw
+    reading = read(given_bytes)
+    assert reading.end <= len(given_bytes)
+    assert bool(reading.problem) == (reading.end < len(given_bytes) or not given_bytes)
+
+
+@pytest.mark.parametrize("cut", range(1, 30))
+def test_a_torn_last_entry_ends_the_reading_before_it(log: Transcript, cut: int) -> None:
+    whole = MAGIC + log.received(Step.OFFER, "a", b"advert")
+    reading = read((whole + log.received(Step.OFFER, "b", b"advert"))[:-cut])
+    assert reading.end == len(whole)
+    assert "in entry 1" in reading.problem
+    assert [entry.peer for entry in reading.entries] == ["a"]
+
+
+def test_a_length_over_the_limit_is_refused_before_it_is_read(log: Transcript) -> None:
+    assert "entry 0" in read(MAGIC + b"\xff\xff\xff\xff").problem
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (Place(3, "advert", 0, "a"), "entry 3 (advert of a)"),
+        (Place(9, "assignment", 2, "a"), "entry 9 (assignment to a, round 2)"),
+        (Place(0, "offer", 0, EVERYONE), "entry 0 (offer)"),
+    ],
+)
+def test_a_place_is_said_in_words(place: Place, said: str) -> None:
+    assert str(place) == said
+
+
+@pytest.mark.parametrize("message", [*ENDINGS, Checkpoint(OFFER, 3, bytes(32), bytes(32), Stage.OPEN)])
+def test_messages_of_the_log_have_one_encoding(message: Any) -> None:
+    raw = message.encode()
+    assert type(message).decode(raw) == message
+    assert len(raw) < message.LIMIT
+    with pytest.raises(ProtocolError):
+        type(message).decode(raw + b"\x00")
+
+
+def test_the_coordinators_result_names_the_sum_by_digest(fleet_of: Callable[..., Any]) -> None:
+    fleet = fleet_of(4)
+    _, result = fleet.round(fleet.establish())
+    whole = {segment.name: result.values[segment.name] for segment in fleet.spec.vector.segments}
+    steps = [whole[segment.name] / fleet.spec.vector.step(segment) for segment in fleet.spec.vector.segments]
+    packed = ring.pack(np.concatenate(steps).astype(np.int64).astype(np.uint32), fleet.spec.vector.ring_bits)
+    assert result.digest == hashlib.sha256(packed).digest()

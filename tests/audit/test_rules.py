@@ -1,0 +1,301 @@
+"""What a coordinator or a device can forge with its own key: each rule finds what breaks it and names the place."""
+
+import datetime as dt
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from aggregation import checks, envelope
+from aggregation.audit import Check, Report, audit
+from aggregation.certificates import Authority
+from aggregation.messages import (
+    Advert,
+    Agreement,
+    Assignment,
+    MaskedInput,
+    Message,
+    Offer,
+    Opening,
+    Roster,
+    Shares,
+    Survivors,
+    Unmask,
+)
+from aggregation.policy import Policy
+from aggregation.steps import Step
+from aggregation.transcript import MAGIC, Abort, Checkpoint, Entry, Result, Stage, Transcript
+
+ME, OTHER, LOST = "device-000", "device-002", "device-001"
+
+
+def only(report: Report, check: Check, reason: str) -> Any:
+    """The one failure, where it must be."""
+    (finding,) = report.failed
+    assert finding.check is check, finding
+    assert reason in finding.text
+    return finding.place
+
+
+def test_rewriting_alone_changes_nothing(logged: Any) -> None:
+    assert logged.rewritten(lambda entries: entries) == logged.raw
+
+
+def test_a_device_of_another_authority_is_found(logged: Any, entropy: Any) -> None:
+    times = (dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2036, 1, 1, tzinfo=dt.UTC))
+    stranger = Authority.create("another", entropy, *times)
+    report = audit(logged.raw, stranger.root, logged.fleet.key.public)
+    assert only(report, Check.IDENTITIES, "not issued by the pinned authority").index == 0
+
+
+# Signatures
+
+
+def test_a_message_in_anothers_name_is_found(logged: Any) -> None:
+    mine, theirs = (logged.find(MaskedInput, 1, name) for name in (ME, OTHER))
+    raw = logged.rewritten(
+        lambda entries: [replace(mine, peer=OTHER) if e == mine else e for e in entries if e != theirs]
+    )
+    place = only(logged.audit(raw), Check.SIGNATURES, "is not valid")
+    assert (place.kind, place.round, place.peer) == ("masked-input", 1, OTHER)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"peer": "device-999"}, "not in the cohort"),
+        ({"kind": "letter"}, "no such kind"),
+        ({"kind": "opening"}, "came where"),
+    ],
+)
+def test_an_entry_that_says_something_else_than_its_message_is_found(
+    logged: Any, change: dict[str, Any], reason: str
+) -> None:
+    old = logged.find(MaskedInput, 1)
+    raw = logged.rewritten(lambda entries: [replace(e, **change) if e == old else e for e in entries])
+    assert only(logged.audit(raw), Check.SIGNATURES, reason).index == old.index
+
+
+# Order
+
+
+@pytest.mark.parametrize(
+    ("kind", "round_", "changes", "reason"),
+    [
+        (Advert, 0, {"device": OTHER}, "of another device"),
+        (Advert, 0, {"box_key": bytes([7]) * 32}, "not made of the adverts"),
+        (Roster, 0, {"adverts": ()}, "too small"),
+        (Shares, 0, {"context": bytes(32)}, "of another session"),
+        (Shares, 0, {"boxes": {}}, "exactly its neighbours"),
+        (MaskedInput, 1, {"plan": bytes(32)}, "for another plan"),
+        (Survivors, 1, {"plan": bytes(32)}, "for another plan"),
+        (Agreement, 1, {"survivors": bytes(32)}, "for another survivor set"),
+        (Opening, 1, {"survivors": bytes(32)}, "for another survivor set"),
+        (Result, 1, {"plan": bytes(32)}, "for another plan"),
+        (Result, 1, {"survivors": bytes(32)}, "for another survivor set"),
+    ],
+)
+def test_a_message_that_does_not_belong_is_found(
+    logged: Any, kind: type[Message], round_: int, changes: dict[str, Any], reason: str
+) -> None:
+    raw = logged.with_changed(kind, round_, **changes)
+    place = only(logged.audit(raw), Check.ORDER, reason)
+    expected = logged.find(Roster) if "adverts" in reason else logged.find(kind, round_)
+    assert place.index == expected.index
+
+
+@pytest.mark.parametrize("kind", [Advert, Roster, Shares, MaskedInput, Survivors, Agreement, Unmask, Opening, Result])
+def test_a_step_that_is_answered_twice_is_found(logged: Any, kind: type[Message]) -> None:
+    old = logged.find(kind, int(kind not in (Advert, Roster, Shares)))
+    raw = logged.rewritten(
+        lambda entries: [e for entry in entries for e in ([entry, old] if entry == old else [entry])]
+    )
+    assert only(logged.audit(raw), Check.ORDER, "a second time").index == old.index + 1
+
+
+def test_a_second_offer_is_found(logged: Any) -> None:
+    raw = logged.rewritten(lambda entries: [entries[0], replace(entries[0], peer=ME), *entries[1:]])
+    assert only(logged.audit(raw), Check.ORDER, "a second offer").index == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(Roster, "before the roster"), (Assignment, "has no plan")],
+)
+def test_a_message_that_others_rest_on_is_missed(logged: Any, kind: type[Message], reason: str) -> None:
+    raw = logged.rewritten(lambda entries: [e for e in entries if not (e.kind == kind.TAG and e.round < 2)])
+    only(logged.audit(raw), Check.ORDER, reason)
+
+
+def test_a_message_that_comes_too_early_or_late_is_found(logged: Any) -> None:
+    late, unmask = logged.find(Agreement, 1, "device-003"), logged.find(Unmask, 1)
+    raw = logged.rewritten(lambda entries: reordered(entries, [late, unmask], [unmask, late]))
+    assert only(logged.audit(raw), Check.ORDER, "not where its step is").kind == "agreement"
+
+
+def reordered(entries: list[Entry], old: list[Entry], new: list[Entry]) -> list[Entry]:
+    at = entries.index(old[0])
+    assert entries[at : at + len(old)] == old
+    return entries[:at] + new + entries[at + len(old) :]
+
+
+def test_different_plans_for_different_devices_are_found(logged: Any) -> None:
+    old = logged.find(Assignment, 1, OTHER)
+    plan = replace(logged_plan(logged), training=b"for you alone")
+    raw = logged.with_changed(Assignment, 1, OTHER, plan=plan)
+    assert only(logged.audit(raw), Check.ORDER, "different plans").index == old.index
+
+
+def logged_plan(logged: Any) -> Any:
+    entry = logged.find(Assignment, 1)
+    return envelope.open_as(Assignment, entry.message, logged.fleet.key.public, "coordinator").plan
+
+
+def test_boxes_that_nobody_dealt_are_found(logged: Any) -> None:
+    to_me, to_other = logged.find(Assignment, 1, ME), logged.find(Assignment, 1, OTHER)
+    swapped = [replace(to_me, message=to_other.message), replace(to_other, message=to_me.message)]
+    raw = logged.rewritten(
+        lambda entries: [dict(zip([to_me, to_other], swapped, strict=True)).get(e, e) for e in entries]
+    )
+    assert only(logged.audit(raw), Check.ORDER, "not those that were dealt").index == to_me.index
+
+
+# Thresholds
+
+
+def test_a_threshold_that_two_groups_can_reach_is_found(
+    logged_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Policy, "check", lambda policy, spec, cohort: None)  # no honest device joins such a session
+    weak = logged_of([{}], devices=4, threshold=2, minimum_survivors=2)
+    only(weak.audit(), Check.THRESHOLDS, "two separate groups of 2 among 4")
+
+
+def test_a_plan_for_too_few_is_found(logged_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as weakened:
+        weakened.setattr(checks, "large_enough", lambda spec, count, what: None)
+        weak = logged_of([{}], devices=5, threshold=4, minimum_survivors=4)
+        small = logged_of([{Step.PLAN: ["device-000", "device-001"]}], devices=5, threshold=4, minimum_survivors=4)
+    assert weak.audit().failed == ()
+    place = only(small.audit(), Check.THRESHOLDS, "3 survivors, 4 are needed")
+    assert (place.kind, place.round) == ("survivors", 1)
+
+
+# Survivors
+
+
+def test_an_update_that_arrived_and_is_not_counted_is_found(logged: Any) -> None:
+    raw = logged.rewritten(lambda entries: [e for e in entries if e != logged.find(MaskedInput, 1, OTHER)])
+    place = only(logged.audit(raw), Check.SURVIVORS, f"{OTHER} is not counted with the update")
+    assert (place.kind, place.round) == ("survivors", 1)
+
+
+def test_an_agreement_that_nobody_sent_is_found(logged: Any) -> None:
+    raw = logged.rewritten(lambda entries: [e for e in entries if e != logged.find(Agreement, 1, OTHER)])
+    assert only(logged.audit(raw), Check.SURVIVORS, "is not in the log").kind == "unmask"
+
+
+def test_an_agreement_that_does_not_fit_is_found(logged: Any) -> None:
+    raw = logged.with_changed(Unmask, 1, agreements=dict.fromkeys([ME, OTHER, "device-003"], bytes(64)))
+    assert only(logged.audit(raw), Check.SURVIVORS, "is not valid").kind == "unmask"
+
+
+# Shares and secrets
+
+
+def opening_of(logged: Any, name: str, round_: int = 1) -> Any:
+    entry = logged.find(Opening, round_, name)
+    return envelope.open_as(Opening, entry.message, logged.fleet.devices[name].identity.public, name)
+
+
+def test_a_share_of_the_other_kind_is_found(logged: Any) -> None:
+    opening = opening_of(logged, OTHER)
+    raw = logged.with_changed(Opening, 1, OTHER, keys={**opening.keys, ME: bytes(33)})
+    place = only(logged.audit(raw), Check.SHARES, f"a share of {ME} is opened that would show its update")
+    assert (place.kind, place.round, place.peer) == ("opening", 1, OTHER)
+
+
+def test_wrong_shares_that_leave_a_secret_closed_are_found(logged: Any) -> None:
+    opening = opening_of(logged, OTHER)
+    raw = logged.with_changed(Opening, 1, OTHER, seeds={**opening.seeds, ME: bytes(33)})
+    place = only(logged.audit(raw), Check.SECRETS, f"do not open what {ME} had committed to")
+    assert (place.kind, place.round) == ("result", 1)
+
+
+def test_a_wrong_share_that_did_no_harm_is_told_with_its_author(logged_of: Callable[..., Any]) -> None:
+    session = logged_of([{}], devices=5)
+    opening = opening_of(session, ME)
+    report = session.audit(session.with_changed(Opening, 1, ME, seeds={**opening.seeds, OTHER: bytes(33)}))
+    assert report.failed == ()
+    assert report.rounds[0].blamed == (ME,)
+    assert f"wrong shares came from {ME}" in report.findings[list(Check).index(Check.SECRETS)].text
+
+
+# Results and sums
+
+
+def test_a_sum_that_is_not_the_sum_is_found(logged: Any) -> None:
+    raw = logged.with_changed(Result, 2, sum=bytes(32))
+    place = only(logged.audit(raw), Check.SUMS, "do not add up")
+    assert (place.kind, place.round) == ("result", 2)
+    assert logged.audit(raw, kept=False).failed == ()  # what it takes to find it: the vectors
+
+
+def test_a_vector_that_was_altered_where_it_is_kept_is_found(logged: Any) -> None:
+    digest = next(iter(logged.vectors))
+    altered = {**logged.vectors, digest: bytes(len(logged.vectors[digest]))}
+    report = audit(logged.raw, logged.fleet.authority.root, logged.fleet.key.public, altered.get)
+    place = only(report, Check.SUMS, "not the one that was signed")
+    assert (place.kind, place.round, place.peer) == ("masked-input", 1, ME)
+
+
+def test_a_round_that_lacks_a_vector_is_left_out_of_the_sums(logged: Any) -> None:
+    left = dict(list(logged.vectors.items())[1:])
+    report = audit(logged.raw, logged.fleet.authority.root, logged.fleet.key.public, left.get)
+    assert report.failed == ()
+    assert "1 of 2 rounds" in report.findings[list(Check).index(Check.SUMS)].text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "kind"),
+    [
+        ({"version": 9}, "not the next version", "result"),
+        ({"adapter": "cd" * 32}, "starts from another adapter", "assignment"),
+    ],
+)
+def test_an_adapter_that_comes_from_elsewhere_is_found(
+    logged: Any, changes: dict[str, Any], reason: str, kind: str
+) -> None:
+    assert only(logged.audit(logged.with_changed(Result, 1, **changes)), Check.RESULTS, reason).kind == kind
+
+
+def test_a_round_without_an_ending_is_told(logged: Any) -> None:
+    raw = logged.rewritten(lambda entries: [e for e in entries if e.kind != Abort.TAG])
+    report = logged.audit(raw)
+    assert report.failed == ()
+    assert report.rounds[2].ending == "was not ended"
+
+
+def test_a_result_that_is_left_out_is_missed_by_the_next_round(logged: Any) -> None:
+    raw = logged.rewritten(lambda entries: [e for e in entries if e != logged.find(Result, 2)])
+    place = only(logged.audit(raw), Check.RESULTS, "starts from another adapter")
+    assert (place.kind, place.round) == ("assignment", 3)
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_of_another_session_is_found(logged: Any) -> None:
+    log, raw = Transcript(bytes(32)), MAGIC
+    for entry in logged.entries:
+        if entry.kind != Checkpoint.TAG:
+            log.round = entry.round
+            raw += log._append(entry.kind, entry.peer, entry.message)
+    raw += log.checkpoint(logged.fleet.key, Stage.CLOSED)
+    assert only(logged.audit(raw), Check.IDENTITIES, "of another session").index == 0
+
+
+def test_the_offer_must_come_first(logged: Any) -> None:
+    raw = logged.rewritten(lambda entries: [e for e in entries if e.kind != Offer.TAG])
+    assert only(logged.audit(raw), Check.IDENTITIES, "advert came where offer belongs").index == 0

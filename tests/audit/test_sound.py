@@ -1,0 +1,62 @@
+"""A sound transcript passes every check, and the report says what happened."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aggregation.audit import Check, Status
+from aggregation.spec import Adversary
+from aggregation.steps import Step
+
+
+def test_a_sound_session_passes_every_check(logged: Any) -> None:
+    report = logged.audit()
+    assert [finding.check for finding in report.findings] == list(Check)
+    assert {finding.status for finding in report.findings} == {Status.PASS}, report.findings
+    report.require()
+
+
+def test_the_report_tells_rounds_survivors_and_dropouts(logged: Any) -> None:
+    first, second, third = logged.audit().rounds
+    assert first.survivors == ("device-000", "device-002", "device-003")
+    assert first.dropped == ("device-001",)
+    assert second.survivors == second.planned
+    assert second.dropped == ()
+    assert third.ending == "ended without a sum (too-few)"
+    assert third.survivors == third.dropped == ()
+    assert first.ending.startswith("made adapter 2")
+
+
+def test_participation_counts_the_sums_that_a_device_is_in(logged: Any) -> None:
+    expected = {"device-000": 2, "device-001": 1, "device-002": 2, "device-003": 2}
+    assert logged.audit().participation == expected
+
+
+def test_without_the_vectors_all_but_the_sums_is_checked(logged: Any) -> None:
+    report = logged.audit(kept=False)
+    assert {finding.check for finding in report.findings if finding.status is not Status.PASS} == {Check.SUMS}
+    assert report.failed == ()
+
+
+@pytest.mark.parametrize("adversary", Adversary)
+@pytest.mark.parametrize("devices", [3, 5])
+def test_sessions_of_either_kind_and_any_size_pass(
+    logged_of: Callable[..., Any], adversary: Adversary, devices: int
+) -> None:
+    lost = {Step.PLAN: ["device-000"]} if devices > 3 else {}
+    report = logged_of([lost, {}], devices=devices, adversary=adversary).audit()
+    assert {finding.status for finding in report.findings} == {Status.PASS}, report.findings
+
+
+def test_a_session_without_a_round_passes(logged_of: Callable[..., Any]) -> None:
+    report = logged_of([]).audit()
+    assert report.failed == ()
+    assert report.rounds == ()
+    assert set(report.participation.values()) == {0}
+
+
+def test_a_session_under_way_passes_where_that_is_asked_for(logged: Any) -> None:
+    begun = logged.raw[: logged.ends()[40]]
+    assert logged.audit(begun).failed
+    assert logged.audit(begun, unfinished=True).failed == ()
