@@ -17,6 +17,7 @@ from aggregation.errors import EdgeAdaptError
 COMMANDS = {
     "demo": ("simulations.cli", "demo", "Households personalize a frozen model together; start here.", "simulations"),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
+    "seeds": ("simulations.cli", "seeds", "Finished runs of one scenario side by side.", "simulations"),
     "simulate": ("simulations.cli", "simulate", "Run a scenario file, start to report.", "simulations"),
 }
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from aggregation.errors import ConfigError
 from simulations.scenario import Scenario, describe
+from simulations.seeds import markdown, read_results, spreads
 
 RUNS = Path("runs")
 DEMO = "households.toml"
@@ -68,6 +70,22 @@ def simulate(scenario: Path, **options: Any) -> None:
       edgeadapt simulate --keys
     """
     _run(scenario, **options)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def seeds(runs: tuple[Path, ...], as_json: bool) -> None:
+    """Runs of one scenario side by side: mean and range of each accuracy.
+
+    \b
+    Example:
+      for s in 0 1 2; do edgeadapt demo --set seed=$s --out runs/seed-$s; done
+      edgeadapt seeds runs/seed-0 runs/seed-1 runs/seed-2
+    """
+    results = read_results(runs)
+    table = {arm: {name: asdict(s) for name, s in row.items()} for arm, row in spreads(results).items()}
+    click.echo(json.dumps(table) if as_json else markdown(results))
 
 
 def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
