@@ -19,6 +19,7 @@ from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError
 
 HEAD_SCALE = 16.0  # logit of a phrase that lies exactly on its intent's prototype; a softmax temperature of 1/16
+MAX_RANK = 1024  # a coordinator names the rank, and a device makes room for it before it sees the adapter's layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class LoraSpec:
     targets: tuple[str, ...] = ("query", "value")
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha < 1 or not self.targets:
-            raise ConfigError("LoRA needs a rank and an alpha of at least 1 and at least one target module")
+        if not 1 <= self.rank <= MAX_RANK or self.alpha < 1 or not self.targets:
+            raise ConfigError(f"LoRA needs a rank of 1 to {MAX_RANK}, an alpha of at least 1 and a target module")
 
 
 class PhraseClassifier(nn.Module):

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from adapters.layout import Layout
 from adapters.manifest import Method
 from adapters.signed import canonical
-from aggregation.errors import ProtocolError
+from aggregation.errors import ConfigError, ProtocolError
 from aggregation.vector import Segment, VectorSpec
 
 MAX_LOSS = 20.0  # nats; a device's loss is clipped to it, so that the metric has a bound
@@ -61,6 +61,9 @@ def contribution_spec(
     An example weighs one, up to ``weight_cap`` a device. ``delta`` is the clipped delta times the weight, so a
     coordinate stays within ``clip_norm * weight_cap``. ``correct``, ``loss`` and ``held_out`` come from the adapter
     that the device received, measured on its held-out part before training.
+
+    Raises:
+        ConfigError: The ring cannot hold the sum of so many devices, or cannot count their examples one by one.
     """
     segments = (
         Segment("delta", layout.size, clip_norm * weight_cap),
@@ -70,4 +73,10 @@ def contribution_spec(
         Segment("held_out", 1, float(weight_cap)),
         Segment("seconds", 1, MAX_SECONDS),
     )
-    return VectorSpec(segments, ring_bits, max_clients)
+    spec = VectorSpec(segments, ring_bits, max_clients)
+    if spec.max_steps < weight_cap:  # a step above one: the sum is divided by weights, which must be exact
+        raise ConfigError(
+            f"a ring of {ring_bits} bits cannot count {weight_cap} examples of each of {max_clients} devices:"
+            " take more bits or a lower weight cap"
+        )
+    return spec

