@@ -17,7 +17,6 @@ from flwr.clientapp import ClientApp
 
 from adapters import files
 from adapters.base import Base, find_base
-from adapters.classifier import LoraSpec
 from adapters.layout import Layout
 from adapters.task import Task
 from aggregation import clientside
@@ -26,10 +25,8 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.ring import Ring
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
-from client.contribute import Outcome, contribution
 from client.examples import Part, part, read_examples
 from client.home import Home
-from client.train import seed, trainer
 
 HOME = "home"  # key of the node's configuration: the device's folder
 REFUSED = 100  # Flower error code: the device refused; the reason says why
@@ -96,6 +93,11 @@ def _transition(home: Home, step: Step, fields: Mapping[str, bytes]) -> bytes:
 
 def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
     """Train on the home's examples from the adapter in ``blob``; return what may leave under the mask."""
+    # Not at the top: Flower starts a process for every message, and five of six need not wait seconds for torch.
+    from adapters.classifier import LoraSpec
+    from client.contribute import Outcome, contribution
+    from client.train import seed, trainer
+
     plan, spec = planned.plan, planned.spec
     if files.sha256(blob) != plan.adapter_digest:
         raise TrustError("the adapter beside the plan is not the one that the plan names")

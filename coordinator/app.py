@@ -20,6 +20,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds that are still to do."""
+    _show_log()
     folder = context.run_config.get(HOME)
     if not isinstance(folder, str) or not folder:
         raise ConfigError(f"the run configuration needs {HOME!r}: the coordinator's folder")
@@ -34,3 +35,11 @@ def main(grid: Grid, context: Context) -> None:
             record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} lost",
             extra={"record": record, "rounds": home.settings.rounds},
         )
+
+
+def _show_log() -> None:
+    """Write the log to Flower's stream of the run, unless whoever runs this already listens."""
+    if not log.hasHandlers():
+        parent = logging.getLogger("edgeadapt")
+        parent.addHandler(logging.StreamHandler())
+        parent.setLevel(logging.INFO)

@@ -16,6 +16,7 @@ from aggregation.steps import ADAPTER, BODY, RECORD, Step
 
 FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
 LAST_POLL = 0.5
+MAX_REASON = 200  # characters of an error reply
 
 
 class Clock(Protocol):
@@ -81,6 +82,7 @@ class Wire:
             group: Flower's group id: the round.
             adapter: The same file for every node, beside its body.
         """
+        end = self.clock.now() + self.deadline  # pushing counts: Flower reckons a message's age from its making
         extra = {} if adapter is None else {ADAPTER: adapter}
         messages = []
         for node, body in bodies.items():
@@ -88,14 +90,15 @@ class Wire:
             message = Message(content, node, step.message_type, group_id=group, ttl=self.deadline + LAST_POLL)
             messages.append(message)
             self.traffic.down += len(body) + len(adapter or b"")
-        # Flower returns None for a message it could not push, and an empty list where all of them were too large.
-        pushed = zip(self.grid.push_messages(messages), bodies, strict=False)
-        waiting = {message_id: node for message_id, node in pushed if message_id is not None}
+        # By id, not by place: for a message that it could not push one of Flower's grids returns None, another nothing.
+        pushed = set(self.grid.push_messages(messages))
+        nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        waiting = {message_id: node for message_id, node in nodes.items() if message_id in pushed}
         yield from (Reply(node, None, "could not be reached") for node in bodies if node not in waiting.values())
-        yield from self._collect(waiting)
+        yield from self._collect(waiting, end)
 
-    def _collect(self, waiting: dict[str, int]) -> Iterator[Reply]:
-        end, pause = self.clock.now() + self.deadline, FIRST_POLL
+    def _collect(self, waiting: dict[str, int], end: float) -> Iterator[Reply]:
+        pause = FIRST_POLL
         while waiting:
             arrived = list(self.grid.pull_messages(list(waiting)))
             for message in arrived:
@@ -111,10 +114,15 @@ class Wire:
 
     def _reply(self, node: int, message: Message) -> Reply:
         if message.has_error():
-            return Reply(node, None, message.error.reason or "failed")
+            return Reply(node, None, _one_line(message.error.reason or "failed"))
         record = message.content.config_records.get(RECORD)
         body = record.get(BODY) if record is not None else None
         if not isinstance(body, bytes):
             return Reply(node, None, "answered without a protocol body")
         self.traffic.up += len(body)
         return Reply(node, body)
+
+
+def _one_line(reason: str) -> str:
+    """A device's own words, fit for a log: a line of its own would look like the coordinator's."""
+    return "".join(c if c.isprintable() else " " for c in reason[:MAX_REASON])
