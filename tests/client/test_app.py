@@ -1,0 +1,362 @@
+"""The device's app, asked with real Flower messages: a right step is answered once, anything else is refused.
+
+The tests play the coordinator by hand, with its own key, so that they can sign what an honest one never would.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from adapters import files
+from adapters.layout import Layout
+from aggregation import serverside
+from aggregation.certificates import Root
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import DataError
+from aggregation.steps import ADAPTER, BODY, RECORD, Step
+from client import storage
+from client.app import FAILED, HOME, REFUSED, app
+from client.train import Trainer
+from coordinator.home import CoordinatorHome
+
+FIRST = "device-00"
+DEVICES = 4  # and one unseen
+PHRASE = "the code of the safe is 4711"
+
+
+def message(step: Step, record: Mapping[str, Any] | None) -> Message:
+    content = RecordDict({} if record is None else {RECORD: ConfigRecord(dict(record))})
+    made = Message(content, 2, step.message_type, group_id="1")
+    made.metadata.__dict__["_message_id"] = "1"  # as a grid does
+    return made
+
+
+@dataclass
+class Talk:
+    """The coordinator's side, one call an exchange."""
+
+    fleet: Any
+    coordinator: CoordinatorHome
+
+    def reply(self, device: str, step: Step, record: Mapping[str, Any] | None) -> Message:
+        home = str(self.fleet.out / "devices" / device)
+        return app(message(step, record), Context(1, 2, {HOME: home}, RecordDict(), {}))
+
+    def ask(self, device: str, step: Step, body: bytes, **extra: bytes) -> bytes:
+        """The body of an answer that must come."""
+        reply = self.reply(device, step, {BODY: body, **extra})
+        assert not reply.has_error(), reply.error
+        answer = reply.content.config_records[RECORD][BODY]
+        assert isinstance(answer, bytes)
+        return answer
+
+    def refused(self, device: str, step: Step, record: Mapping[str, Any] | None, reason: str = "") -> None:
+        """Refused in one line, with the device's state as it was."""
+        state = self.fleet.out / "devices" / device / "session.sealed"
+        before = state.read_bytes() if state.exists() else None
+        reply = self.reply(device, step, record)
+        assert reply.has_error(), f"{step} was answered"
+        assert reply.error.code == REFUSED
+        assert reason in (reply.error.reason or "")
+        assert "\n" not in (reply.error.reason or "")
+        assert (state.read_bytes() if state.exists() else None) == before
+
+    def offer(self) -> tuple[Any, bytes]:
+        devices = [f"device-{number:02d}" for number in range(DEVICES)]
+        certificates = {device: self.ask(device, Step.HELLO, b"") for device in devices}
+        version, home = self.version(), self.coordinator
+        layout = Layout.of(home.registry.tensors(0))
+        spec = home.settings.aggregation.spec(DEVICES, layout, version.manifest.base_digest, 2)
+        now = datetime.now(UTC)
+        return serverside.open_session(home.key, home.root, spec, certificates, SystemEntropy(), now)
+
+    def version(self) -> Any:
+        return self.coordinator.registry.version(0)
+
+    def sharing(self) -> tuple[Any, bytes]:
+        state, offer = self.offer()
+        for device in sorted(state.cohort):
+            state = state.on_advert(device, self.ask(device, Step.OFFER, offer))
+        return state.close()  # type: ignore[no-any-return]
+
+    def established(self) -> Any:
+        state, roster = self.sharing()
+        for device in sorted(state.session.peers):
+            state = state.on_shares(device, self.ask(device, Step.ROSTER, roster))
+        return state.close()
+
+    def plan(self, session: Any, **changes: Any) -> tuple[Any, dict[str, bytes]]:
+        manifest = self.version().manifest
+        task = self.coordinator.settings.training.task(manifest, 0)
+        whole = {"adapter_version": 0, "adapter_digest": manifest.sha256, "training": task.encode(), "cohort": None}
+        return session.plan(**{**whole, **changes})  # type: ignore[no-any-return]
+
+    @property
+    def adapter(self) -> bytes:
+        return self.coordinator.registry.blob(0)
+
+    def collect(self, state: Any, plans: Mapping[str, bytes]) -> tuple[Any, dict[str, bytes]]:
+        for device, body in plans.items():
+            state = state.on_masked_input(device, self.ask(device, Step.PLAN, body, adapter=self.adapter))
+        return state.close()  # type: ignore[no-any-return]
+
+    def confirm(self, state: Any, bodies: Mapping[str, bytes]) -> tuple[Any, dict[str, bytes]]:
+        for device, body in bodies.items():
+            state = state.on_signature(device, self.ask(device, Step.SURVIVORS, body))
+        return state.close()  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def talk(fleet_of: Callable[..., Any]) -> Iterator[Talk]:
+    fleet = fleet_of(DEVICES)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    coordinator = CoordinatorHome.open(fleet.out / "coordinator")
+    yield Talk(fleet, coordinator)
+    coordinator.registry.close()
+
+
+def spoiled(body: bytes) -> list[bytes]:
+    """The body truncated, with something behind it, and with one bit flipped here and there."""
+    rng = np.random.default_rng(len(body))
+    copies = [b"", body[:1], body[:-1], body[: len(body) // 2], body + b"\0"]
+    for place in rng.integers(0, 8 * len(body), 12):
+        flipped = bytearray(body)
+        flipped[place // 8] ^= 1 << (place % 8)
+        copies.append(bytes(flipped))
+    return copies
+
+
+def test_a_device_says_who_it_is(talk: Talk) -> None:
+    root = Root.from_pem((talk.fleet.out / "coordinator" / "authority.pem").read_bytes())
+    name, _ = root.verify(talk.ask(FIRST, Step.HELLO, b""), datetime.now(UTC))
+    assert name == FIRST
+
+
+def test_a_spoiled_message_is_refused_at_every_step_and_the_right_one_is_answered_after_it(talk: Talk) -> None:
+    def first(step: Step, body: bytes, **extra: bytes) -> None:
+        for copy in spoiled(body):
+            talk.refused(FIRST, step, {BODY: copy, **extra})
+
+    _, offer = talk.offer()
+    first(Step.OFFER, offer)
+    sharing, roster = talk.sharing()  # another offer, which the device takes
+    first(Step.ROSTER, roster)
+    for device in sorted(sharing.session.peers):
+        sharing = sharing.on_shares(device, talk.ask(device, Step.ROSTER, roster))
+    collecting, plans = talk.plan(sharing.close())
+    first(Step.PLAN, plans[FIRST], adapter=talk.adapter)
+    confirming, survivors = talk.collect(collecting, plans)
+    first(Step.SURVIVORS, survivors[FIRST])
+    unmasking, requests = talk.confirm(confirming, survivors)
+    first(Step.UNMASK, requests[FIRST])
+    for device, body in requests.items():
+        unmasking = unmasking.on_unmask(device, talk.ask(device, Step.UNMASK, body))
+    _, result = unmasking.close()
+    assert result.survivors == tuple(f"device-{n:02d}" for n in range(DEVICES))
+    assert result.values["weight"][0] == sum(len(h.train) for h in talk.fleet.population.households[:DEVICES])
+
+
+def test_a_step_out_of_order_is_refused(talk: Talk) -> None:
+    later = (Step.ROSTER, Step.PLAN, Step.SURVIVORS, Step.UNMASK)
+    for step in later:
+        talk.refused(FIRST, step, {BODY: b"anything"}, "this device holds no session")
+    _, offer = talk.offer()
+    talk.ask(FIRST, Step.OFFER, offer)
+    for step in later[1:]:
+        talk.refused(FIRST, step, {BODY: b"anything"}, f"{step.value} is not what comes next")
+    session = talk.established()
+    for step in (Step.ROSTER, Step.SURVIVORS, Step.UNMASK):
+        talk.refused(FIRST, step, {BODY: b"anything"}, "not what comes next")
+    _, survivors = talk.collect(*talk.plan(session))
+    talk.refused(FIRST, Step.UNMASK, {BODY: b"anything"}, "no step of this session")
+    talk.ask(FIRST, Step.SURVIVORS, survivors[FIRST])
+
+
+def test_the_same_step_twice_is_answered_once(talk: Talk) -> None:
+    sharing, roster = talk.sharing()
+    for device in sorted(sharing.session.peers):
+        sharing = sharing.on_shares(device, talk.ask(device, Step.ROSTER, roster))
+    talk.refused(FIRST, Step.ROSTER, {BODY: roster}, "not what comes next")
+    collecting, plans = talk.plan(sharing.close())
+    confirming, survivors = talk.collect(collecting, plans)
+    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, "round 1 is over")
+    _, requests = talk.confirm(confirming, survivors)
+    talk.refused(FIRST, Step.SURVIVORS, {BODY: survivors[FIRST]}, "not what comes next")
+    talk.ask(FIRST, Step.UNMASK, requests[FIRST])
+    talk.refused(FIRST, Step.UNMASK, {BODY: requests[FIRST]}, "not what comes next")
+
+
+def test_two_that_ask_at_once_get_one_answer(talk: Talk) -> None:
+    _, roster = talk.sharing()
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda _: talk.reply(FIRST, Step.ROSTER, {BODY: roster}), range(4)))
+    assert [reply.has_error() for reply in replies].count(False) == 1
+
+
+def test_a_plan_whose_adapter_or_task_is_not_right_is_refused_and_the_right_plan_is_answered(talk: Talk) -> None:
+    session, tensors = talk.established(), talk.coordinator.registry.tensors(0)
+    manifest = talk.version().manifest
+    task = talk.coordinator.settings.training.task(manifest, 0)
+    flipped = bytearray(talk.adapter)
+    flipped[-1] ^= 1
+    _, plans = talk.plan(session)
+    for other in (None, b"", talk.adapter[:-1], bytes(flipped)):
+        record = {BODY: plans[FIRST], **({} if other is None else {ADAPTER: other})}
+        talk.refused(FIRST, Step.PLAN, record, "not the one that the plan names")
+
+    def signed(blob: bytes, reason: str, **changes: Any) -> None:
+        """A plan that names ``blob`` and is signed by the coordinator."""
+        _, bodies = talk.plan(session, adapter_digest=files.sha256(blob), **changes)
+        talk.refused(FIRST, Step.PLAN, {BODY: bodies[FIRST], ADAPTER: blob}, reason)
+
+    name = min(tensors)
+    signed(b"no adapter", "not a sound adapter file")
+    signed(talk.adapter[:-1], "not a sound adapter file")
+    signed(files.encode({k: v for k, v in tensors.items() if k != name}), "not of one layout")
+    signed(files.encode({**tensors, name: np.zeros((7, 7), np.float32)}), "not of one layout")
+    signed(files.encode({**tensors, "extra": np.zeros(3, np.float32)}), "not of one layout")
+    poisoned = talk.adapter[:-4] + np.float32(np.nan).tobytes()
+    signed(poisoned, "holds NaN or infinity")
+
+    def asked(training: bytes, reason: str) -> None:
+        signed(talk.adapter, reason, training=training)
+
+    asked(b"", "task: field")
+    asked(json.dumps({**asdict(task), "code": "import os"}).encode(), "task: field code")
+    asked(json.dumps({**asdict(task), "epochs": 10**9}).encode(), "task: field epochs")
+    asked(json.dumps({**asdict(task), "seed": -1}).encode(), "task: field seed")
+    asked(replace(task, method=replace(task.method, rank=task.method.rank + 1)).encode(), "not of one layout")
+    asked(replace(task, method=replace(task.method, rank=10**9)).encode(), "LoRA needs a rank of 1 to 1024")
+    asked(replace(task, method=replace(task.method, targets=("nothing",))).encode(), "no module named as")
+    asked(replace(task, labels=(*task.labels, "another")).encode(), "not of one layout")
+    asked(replace(task, labels=()).encode(), "at least two labels")
+    talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
+
+
+def test_a_coordinator_with_another_key_is_refused(talk: Talk, fleet_of: Callable[..., Any]) -> None:
+    stranger = CoordinatorHome.open(fleet_of(DEVICES).out / "coordinator")
+    _, offer = Talk(talk.fleet, replace(talk.coordinator, key=stranger.key)).offer()
+    talk.refused(FIRST, Step.OFFER, {BODY: offer}, "signature")
+    stranger.registry.close()
+
+
+@pytest.mark.parametrize("record", [None, {}, {BODY: "text"}, {BODY: 7}, {ADAPTER: b"x"}, {BODY: [b"a"]}])
+def test_a_message_without_a_body_is_refused(talk: Talk, record: Any) -> None:
+    talk.refused(FIRST, Step.OFFER, record, "carries no protocol body")
+
+
+def test_a_node_without_a_home_is_refused(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for config in ({}, {HOME: ""}, {HOME: str(tmp_path / "gone")}):
+        reply = app(message(Step.HELLO, {BODY: b""}), Context(1, 2, config, RecordDict(), {}))
+        assert reply.error.code == REFUSED
+        assert "is not a device's home" in (reply.error.reason or "")
+
+
+def test_a_base_that_is_not_the_offered_one_is_refused(talk: Talk, make_base: Any, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "other-base", 2)
+    path = talk.fleet.out / "devices" / FIRST / "device.toml"
+    path.write_text(path.read_text().replace(str(talk.fleet.base.folder), str(other.folder)))
+    _, offer = talk.offer()
+    talk.refused(FIRST, Step.OFFER, {BODY: offer}, "is not on this device")
+
+
+def test_a_state_that_cannot_be_read_shuts_a_device_out_of_one_session_only(talk: Talk) -> None:
+    _, roster = talk.sharing()
+    (talk.fleet.out / "devices" / FIRST / "session.sealed").write_bytes(b"damaged")
+    talk.refused(FIRST, Step.ROSTER, {BODY: roster}, "sealed session state")
+    talk.established()
+
+
+# What an error may say.
+
+
+@pytest.mark.parametrize("spoil", ["broken", "label", "empty", "gone"])
+def test_what_is_wrong_with_the_examples_travels_as_nothing_but_the_fact(talk: Talk, spoil: str) -> None:
+    session, path = talk.established(), talk.fleet.out / "devices" / FIRST / "examples.jsonl"
+    right = path.read_bytes()
+    path.unlink()
+    if spoil != "gone":
+        wrong = {"broken": f'{{"text": "{PHRASE}"', "label": json.dumps({"text": PHRASE, "label": 99}), "empty": ""}
+        path.write_text(wrong[spoil])
+    _, plans = talk.plan(session)
+    record = {BODY: plans[FIRST], ADAPTER: talk.adapter}
+    reply = talk.reply(FIRST, Step.PLAN, record)
+    assert reply.error.reason == "no usable examples"
+    talk.refused(FIRST, Step.PLAN, record)
+    path.write_bytes(right)
+    talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
+
+
+@pytest.mark.parametrize("error", [RuntimeError(PHRASE), DataError(PHRASE), OSError(28, PHRASE), ValueError(PHRASE)])
+def test_no_text_of_an_exception_travels(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    session = talk.established()
+    _, plans = talk.plan(session)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as broken, caplog.at_level(logging.WARNING, "edgeadapt.device"):
+        broken.setattr(Trainer, "train", fail)
+        reply = talk.reply(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
+    assert reply.error.code in (REFUSED, FAILED)
+    assert "4711" not in repr(reply)
+    assert "4711" in caplog.text  # on the device
+    talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
+
+
+def test_no_answer_leaves_before_the_new_state_is_on_the_disk(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = talk.established()
+    _, plans = talk.plan(session)
+    state = talk.fleet.out / "devices" / FIRST / "session.sealed"
+    before = state.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", full)
+        reply = talk.reply(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
+    assert reply.error.code == FAILED
+    assert state.read_bytes() == before
+    talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
+    assert state.read_bytes() != before
+
+
+def test_the_state_is_replaced_before_the_answer_is_made(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed right after the new state is on the disk, a restarted device has answered, though nobody heard it."""
+    session = talk.established()
+    _, plans = talk.plan(session)
+
+    class Killed(BaseException):
+        pass
+
+    def die_after(path: Path, content: bytes) -> None:
+        storage.replace(path, content)
+        raise Killed
+
+    with monkeypatch.context() as broken:
+        broken.setattr("client.home.replace", die_after)
+        with pytest.raises(Killed):
+            talk.reply(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
+    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, "round 1 is over")
+
+
+def test_the_examples_file_is_never_written_by_a_round(talk: Talk) -> None:
+    path = talk.fleet.out / "devices" / FIRST / "examples.jsonl"
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    talk.collect(*talk.plan(talk.established()))
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
