@@ -57,20 +57,26 @@ class Weather:
     delay: float  # mean of an exponential, virtual seconds
     victims: int = 0  # devices lost for certain in every round, at a step that varies with the round
 
-    def fates(self, group: str, step: Step, nodes: Sequence[int]) -> dict[int, Fate]:
-        """The fate of the message of ``step`` to each of ``nodes`` in ``group`` (the round, or "session")."""
+    def fates(self, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, Fate]:
+        """The fate of the message to each of ``nodes``.
+
+        Args:
+            group: The round, or the session that is being made.
+            step: What is asked; nothing where it is no step of the protocol, as from one of Flower's own strategies.
+            nodes: Who is asked.
+        """
         victims = self._victims(group, step, nodes)
         return {node: self._fate(group, step, node, node in victims) for node in nodes}
 
-    def _fate(self, group: str, step: Step, node: int, victim: bool) -> Fate:
-        rng = self._rng(group, list(Step).index(step), node)
+    def _fate(self, group: str, step: Step | None, node: int, victim: bool) -> Fate:
+        rng = self._rng(group, [*Step, None].index(step), node)
         request_lost, reply_lost = (bool(lost) for lost in rng.random(2) < self.loss)
         delay = float(rng.exponential(self.delay))
         if victim:  # half of them before they hear of it, half after they answered
             request_lost, reply_lost = (True, False) if rng.random() < 0.5 else (False, True)
         return Fate(request_lost, reply_lost, delay)
 
-    def _victims(self, group: str, step: Step, nodes: Sequence[int]) -> set[int]:
+    def _victims(self, group: str, step: Step | None, nodes: Sequence[int]) -> set[int]:
         if not group.isdecimal() or ROUND_STEPS[int(group) % len(ROUND_STEPS)] is not step:
             return set()
         chosen = self._rng(group, len(Step), 0).choice(sorted(nodes), size=min(self.victims, len(nodes)), replace=False)
@@ -99,6 +105,7 @@ class InProcessGrid(Grid):
         self._contexts = {node: Context(RUN_ID, node, {"home": home}, RecordDict(), {}) for node, home in homes.items()}
         self._numbers = count(1)
         self._due: list[_UnderWay] = []  # a heap of requests under way, by the arrival of their replies
+        self._arrived: dict[str, Message] = {}  # replies that nobody has pulled yet, by the id of their request
         self._run = Run.create_empty(RUN_ID)
         # Flower's Message asks the process who it is.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
@@ -134,14 +141,14 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """See ``Grid``. Devices work here, in the order of their replies; a reply nobody waits for is dropped."""
-        wanted, replies = set(message_ids), []
+        """See ``Grid``. Devices work here, in the order of their replies."""
+        wanted = set(message_ids)
         while self._due and self._due[0].arrives <= self.clock.now():
             under_way = heapq.heappop(self._due)
             reply = self._deliver(under_way)
-            if reply is not None and under_way.request.metadata.message_id in wanted:
-                replies.append(reply)
-        return replies
+            if reply is not None:
+                self._arrived[under_way.request.metadata.message_id] = reply
+        return [self._arrived.pop(number) for number in list(self._arrived) if number in wanted]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """See ``Grid``."""
@@ -159,5 +166,5 @@ class InProcessGrid(Grid):
 
     def _fates(self, batch: Sequence[Message]) -> dict[int, Fate]:
         first = batch[0].metadata
-        step = Step(first.message_type.partition(".")[2])
+        step = next((step for step in Step if step.message_type == first.message_type), None)
         return self._weather.fates(first.group_id, step, [message.metadata.dst_node_id for message in batch])

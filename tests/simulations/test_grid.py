@@ -1,0 +1,217 @@
+"""The in-process grid: Flower's contract, in virtual time, with a weather that a seed decides and nothing else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregation.steps import Step
+from simulations.grid import ROUND_STEPS, Fate, InProcessGrid, Weather
+
+NODES = (2, 3, 4, 5, 6, 7, 8, 9)
+FINE = Weather(seed=0, loss=0.0, delay=1.0)
+
+
+class Echo:
+    """A device's app that answers with its node's number and remembers whom it was asked by."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        self.asked.append(context.node_id)
+        return Message(RecordDict({"r": ConfigRecord({"node": context.node_id})}), reply_to=message)
+
+
+def grid_of(weather: Weather, app: Any = None) -> InProcessGrid:
+    return InProcessGrid(app or Echo(), {node: f"home-{node}" for node in NODES}, weather)
+
+
+def messages(grid: InProcessGrid, step: Step, group: str = "1", nodes: Sequence[int] = NODES) -> list[Message]:
+    return [grid.create_message(RecordDict(), step.message_type, node, group) for node in nodes]
+
+
+def senders(replies: Any) -> list[int]:
+    return [reply.metadata.src_node_id for reply in replies]
+
+
+# The weather.
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["1", "2", "session-1-1"]), st.sampled_from(Step), st.permutations(NODES))
+def test_a_fate_depends_on_seed_round_step_and_device_only(seed: int, group: str, step: Step, order: list[int]) -> None:
+    weather = Weather(seed, loss=0.3, delay=2.0, victims=2)
+    fates = weather.fates(group, step, NODES)
+    assert weather.fates(group, step, order) == fates
+    fine = Weather(seed, loss=0.3, delay=2.0)
+    assert fine.fates(group, step, order[:3]) == {node: fine.fates(group, step, NODES)[node] for node in order[:3]}
+
+
+def test_other_seeds_rounds_steps_and_devices_have_other_fates() -> None:
+    delays = {
+        weather.fates(group, step, [node])[node].delay
+        for weather in (Weather(1, 0, 1.0), Weather(2, 0, 1.0))
+        for group in ("1", "2", "11", "session-1-1", "session-1-2")
+        for step in (*Step, None)
+        for node in (2, 3)
+    }
+    assert len(delays) == 2 * 5 * 7 * 2
+
+
+def test_what_was_sent_before_does_not_change_the_weather() -> None:
+    weather = Weather(seed=5, loss=0.3, delay=2.0, victims=1)
+    fresh, resumed = grid_of(weather), grid_of(weather)
+    for group in ("1", "2", "3"):  # a run from the start
+        for step in ROUND_STEPS:
+            found = senders(fresh.send_and_receive(messages(fresh, step, group)))
+    assert senders(resumed.send_and_receive(messages(resumed, Step.UNMASK, "3"))) == found
+
+
+def test_losses_have_the_probability_that_was_asked_for() -> None:
+    """Accepts the right probability and rejects two thirds and three halves of it."""
+    fates = Weather(seed=3, loss=0.1, delay=4.0).fates("1", Step.PLAN, range(4000)).values()
+    for lost in ([fate.request_lost for fate in fates], [fate.reply_lost for fate in fates]):
+        assert 0.08 < np.mean(lost) < 0.12
+    assert 3.6 < np.mean([fate.delay for fate in fates]) < 4.4
+
+
+@given(st.integers(0, 2**32), st.integers(1, 300))
+def test_a_victim_is_lost_in_every_round_at_a_step_that_varies(seed: int, first: int) -> None:
+    weather = Weather(seed, loss=0.0, delay=1.0, victims=1)
+    steps = []
+    for number in range(first, first + 3):
+        lost = {step: [n for n, fate in weather.fates(str(number), step, NODES).items() if gone(fate)] for step in Step}
+        assert [len(found) for found in lost.values() if found] == [1]
+        steps.append(next(step for step, found in lost.items() if found))
+    assert set(steps) == {Step.PLAN, Step.SURVIVORS, Step.UNMASK}
+
+
+def gone(fate: Fate) -> bool:
+    return fate.request_lost or fate.reply_lost
+
+
+def test_victims_vary_and_are_lost_on_the_way_there_and_on_the_way_back() -> None:
+    weather = Weather(seed=0, loss=0.0, delay=1.0, victims=1)
+    found = [
+        (node, fate.request_lost)
+        for number in range(1, 60)
+        for node, fate in weather.fates(str(number), ROUND_STEPS[number % 3], NODES).items()
+        if gone(fate)
+    ]
+    assert {node for node, _ in found} == set(NODES)
+    assert {request for _, request in found} == {True, False}
+
+
+def test_no_more_victims_than_devices_and_none_while_a_session_is_made() -> None:
+    weather = Weather(seed=0, loss=0.0, delay=1.0, victims=99)
+    assert all(gone(fate) for fate in weather.fates("3", Step.PLAN, NODES).values())
+    assert not any(gone(fate) for fate in weather.fates("session-1-1", Step.OFFER, NODES).values())
+
+
+# Flower's contract.
+
+
+def test_every_message_is_answered_once_in_an_order_that_is_not_that_of_sending() -> None:
+    grid = grid_of(FINE)
+    sent = messages(grid, Step.PLAN)
+    replies = list(grid.send_and_receive(sent))
+    assert sorted(senders(replies)) == list(NODES)
+    assert senders(replies) != list(NODES)
+    asked = {m.metadata.message_id: m.metadata.dst_node_id for m in sent}
+    assert {r.metadata.reply_to_message_id: r.metadata.src_node_id for r in replies} == asked
+    assert all(r.metadata.dst_node_id == 1 and r.metadata.group_id == "1" for r in replies)
+    assert not grid.pull_messages(asked)
+
+
+def test_ids_are_returned_in_the_order_of_the_messages_and_never_repeat() -> None:
+    grid = grid_of(FINE)
+    sent = [messages(grid, Step.PLAN), messages(grid, Step.PLAN)]
+    ids = [list(grid.push_messages(batch)) for batch in sent]
+    assert ids == [[m.metadata.message_id for m in batch] for batch in sent]
+    assert len({*ids[0], *ids[1]}) == 2 * len(NODES)
+    assert list(grid.push_messages([])) == []
+
+
+def test_time_passes_only_by_sleeping_and_a_reply_is_there_when_its_time_has_come() -> None:
+    app = Echo()
+    grid = grid_of(FINE, app)
+    ids = list(grid.push_messages(messages(grid, Step.PLAN)))
+    assert list(grid.pull_messages(ids)) == []
+    assert app.asked == []
+    delays = {node: fate.delay for node, fate in FINE.fates("1", Step.PLAN, NODES).items()}
+    grid.clock.sleep(sorted(delays.values())[2])
+    assert senders(grid.pull_messages(ids)) == sorted(delays, key=delays.__getitem__)[:3]
+    assert grid.clock.now() == sorted(delays.values())[2]
+
+
+def test_a_reply_waits_until_somebody_pulls_it() -> None:
+    grid = grid_of(FINE)
+    first, *others = grid.push_messages(messages(grid, Step.PLAN))
+    grid.clock.sleep(1e6)
+    assert sorted(senders(grid.pull_messages(others))) == list(NODES[1:])
+    assert senders(grid.pull_messages([first])) == [NODES[0]]
+    assert senders(grid.pull_messages([first])) == []
+
+
+def test_a_timeout_ends_the_wait_with_those_who_were_in_time() -> None:
+    grid = grid_of(FINE)
+    delays = sorted(fate.delay for fate in FINE.fates("1", Step.PLAN, NODES).values())
+    assert len(list(grid.send_and_receive(messages(grid, Step.PLAN), timeout=delays[3]))) == 4
+    assert grid.clock.now() == delays[3]
+    assert len(list(grid.send_and_receive(messages(grid, Step.SURVIVORS), timeout=1e6))) == len(NODES)
+    assert grid.clock.now() < 1e3
+
+
+def test_a_lost_request_never_reaches_the_device_and_a_lost_reply_does() -> None:
+    weather = Weather(seed=11, loss=0.4, delay=1.0)
+    app = Echo()
+    grid, fates = grid_of(weather, app), weather.fates("1", Step.PLAN, NODES)
+    replies = senders(grid.send_and_receive(messages(grid, Step.PLAN)))
+    assert sorted(app.asked) == [node for node in NODES if not fates[node].request_lost]
+    assert sorted(replies) == [node for node in NODES if not gone(fates[node])]
+    assert {(fate.request_lost, fate.reply_lost) for fate in fates.values()} >= {(True, False), (False, True)}
+
+
+def test_a_device_keeps_its_context_from_message_to_message() -> None:
+    seen: list[int] = []
+
+    def count(message: Message, context: Context) -> Message:
+        assert context.node_config == {"home": f"home-{context.node_id}"}
+        record = context.state.setdefault("count", MetricRecord({"n": 0}))
+        record["n"] += 1
+        seen.append(record["n"])
+        return Message(RecordDict(), reply_to=message)
+
+    grid = grid_of(FINE, count)
+    for _ in range(2):
+        list(grid.send_and_receive(messages(grid, Step.PLAN)))
+    assert seen == [1] * len(NODES) + [2] * len(NODES)
+    assert list(grid.get_node_ids()) == list(NODES)
+    grid.set_run(grid.run)
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.2])
+def test_flowers_own_federated_averaging_runs_on_it(loss: float) -> None:
+    device = ClientApp()
+
+    @device.train()
+    def train(message: Message, context: Context) -> Message:
+        start = message.content.array_records["arrays"].to_numpy_ndarrays()[0]
+        arrays = ArrayRecord([start + context.node_id])
+        return Message(RecordDict({"arrays": arrays, "m": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    grid = grid_of(Weather(seed=1, loss=loss, delay=1.0), device)
+    start = ArrayRecord({"0": Array(np.zeros(3, np.float32))})
+    strategy = FedAvg(fraction_evaluate=0.0)
+    result = strategy.start(grid=grid, initial_arrays=start, num_rounds=2)
+    mean = result.arrays.to_numpy_ndarrays()[0]
+    if loss:
+        assert 2 * min(NODES) < mean[0] < 2 * max(NODES)
+    else:
+        assert np.allclose(mean, 2 * np.mean(NODES))
