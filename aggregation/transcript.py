@@ -9,6 +9,7 @@ Nothing in it is secret: it says what the coordinator knows anyway, and nothing 
 say who took part. This file opens no file: whoever keeps the log writes the records that it returns.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,7 +21,9 @@ from aggregation.errors import ProtocolError
 from aggregation.identity import IdentityKey
 from aggregation.merkle import Tree
 from aggregation.messages import (
+    DEVICES,
     DIGESTS,
+    MAX_COHORT,
     Advert,
     Agreement,
     Assignment,
@@ -67,16 +70,16 @@ class Result(Message):
     """
 
     TAG: ClassVar = "result"
-    LIMIT: ClassVar = 1024
+    LIMIT: ClassVar = Survivors.LIMIT
     FIELDS: ClassVar = {
         "plan": DIGESTS,
-        "survivors": DIGESTS,
+        "survivors": wire.sequence(DEVICES, MAX_COHORT),
         "sum": DIGESTS,
         "version": wire.uint(64),
         "adapter": wire.text(r"[0-9a-f]{64}"),
     }
     plan: bytes
-    survivors: bytes
+    survivors: tuple[str, ...]
     sum: bytes
     version: int
     adapter: str
@@ -173,26 +176,29 @@ class Transcript:
     Args:
         offer: Digest of the session's offer.
         previous: Digest of the last checkpoint of the session before, or ``NO_SESSION``.
+        tree: Of the entries so far.
+        round: That of the last plan, or 0.
+        plan: Digest of the plan of the round under way, if one is.
     """
 
     offer: bytes
     previous: bytes = NO_SESSION
     tree: Tree = field(default_factory=Tree, repr=False)
     round: int = 0
+    plan: bytes | None = None
 
     def begin(self, plan: Plan) -> None:
         """What follows belongs to the round of ``plan``."""
-        self.round = plan.round
+        self.round, self.plan = plan.round, plan.digest()
 
     def sent(self, step: Step, bodies: Mapping[str, bytes]) -> bytes:
-        """What the coordinator asks. A body that several devices get is one entry, and its peer is everyone."""
-        devices: dict[bytes, list[str]] = {}
-        for device, body in bodies.items():
-            devices.setdefault(body, []).append(device)
-        kind = ASKED[step].TAG
-        personal = step is Step.PLAN  # boxes are addressed to one device
-        peers = {body: who[0] if personal and len(who) == 1 else EVERYONE for body, who in devices.items()}
-        return b"".join(self._append(kind, peers[body], body) for body in devices)
+        """What the coordinator asks. What all get alike is one entry; so is a plan that several get without boxes."""
+        kind, alike = ASKED[step].TAG, Counter(bodies.values())
+        if len(alike) == 1 and (len(bodies) > 1 or step is not Step.PLAN):
+            return self._append(kind, EVERYONE, next(iter(alike)))
+        shared = [body for body, count in alike.items() if count > 1 and step is Step.PLAN]
+        own = [self._append(kind, device, body) for device, body in bodies.items() if body not in shared]
+        return b"".join([*own, *(self._append(kind, EVERYONE, body) for body in shared)])
 
     def received(self, step: Step, device: str, body: bytes) -> bytes:
         """What a device answered, once the answer was found good."""
@@ -201,6 +207,7 @@ class Transcript:
 
     def ended(self, key: IdentityKey, ending: Result | Abort) -> bytes:
         """How the round ended, signed, and a checkpoint."""
+        self.plan = None
         return self._append(ending.TAG, EVERYONE, envelope.seal(key, ending)) + self.checkpoint(key)
 
     def checkpoint(self, key: IdentityKey, stage: Stage = Stage.OPEN) -> bytes:
@@ -258,6 +265,11 @@ def read(raw: bytes) -> Reading:
     return Reading(tuple(entries), at)
 
 
-def resume(entries: tuple[Entry, ...], offer: bytes, previous: bytes) -> Transcript:
-    """The transcript that wrote ``entries``, to go on with."""
-    return Transcript(offer, previous, Tree(map(ENTRY.encode, entries)), entries[-1].round if entries else 0)
+def resume(entries: tuple[Entry, ...], previous: bytes) -> Transcript:
+    """The transcript that wrote ``entries``, of which the first is the offer, to go on with.
+
+    Raises:
+        ProtocolError: The first is no offer.
+    """
+    offer = Offer.decode(envelope.unverified_body(entries[0].message)).digest()
+    return Transcript(offer, previous, Tree(map(ENTRY.encode, entries)), entries[-1].round)

@@ -7,7 +7,7 @@ Each check is made in turn and ends in a finding. The first that fails ends the 
 does not fit its checkpoints, the checks after it often find the very message.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from aggregation.audit import history as histories
@@ -16,11 +16,12 @@ from aggregation.audit.history import History
 from aggregation.audit.opened import Opened, Vectors
 from aggregation.audit.report import Check, Finding, Problem, Report, RoundSummary, Skipped, Status
 from aggregation.certificates import Root
+from aggregation.errors import TrustError
 from aggregation.identity import PublicKey
 from aggregation.messages import Message
 from aggregation.transcript import NO_SESSION, Checkpoint, Reading, read
 
-__all__ = ["Check", "Finding", "Report", "RoundSummary", "Status", "audit"]
+__all__ = ["Check", "Finding", "Report", "RoundSummary", "Status", "audit", "chain"]
 
 
 def audit(
@@ -42,6 +43,22 @@ def audit(
     """
     auditor = _Auditor(read(raw), root, coordinator, vectors, unfinished)
     return auditor.run()
+
+
+def chain(reports: Mapping[str, Report]) -> None:
+    """Return if the sessions follow each other from the coordinator's first one on, none left out.
+
+    Args:
+        reports: Name → report, in order.
+
+    Raises:
+        TrustError: A session is missing or was replaced. Those after the last one cannot be missed.
+    """
+    last, before = NO_SESSION, "the beginning"
+    for name, report in reports.items():
+        if report.previous != last:
+            raise TrustError(f"{name} does not follow {before}: a session is missing or was replaced")
+        last, before = report.last, name
 
 
 @dataclass(slots=True)
@@ -107,8 +124,9 @@ class _Auditor:
 
     def _participation(self) -> str:
         counts = rules.participation(self._history)
-        often = f"{min(counts.values())} to {max(counts.values())}"
-        return f"{len(counts)} devices were counted in {often} of {len(self.opened)} sums each"
+        least, most = min(counts.values()), max(counts.values())
+        often = f"{least} to {most}" if least < most else f"{most}"
+        return f"the update of each of the {len(counts)} devices is in {often} of {len(self.opened)} sums"
 
     def _report(self, findings: tuple[Finding, ...]) -> Report:
         rounds = self.history.rounds if self.history else []

@@ -49,7 +49,7 @@ class Round:
     inputs: dict[str, MaskedInput] = field(default_factory=dict)
     survivors: Survivors | None = None
     agreed: set[str] = field(default_factory=set)
-    unmasks: list[Unmask] = field(default_factory=list)
+    unmasks: dict[str, Unmask] = field(default_factory=dict)
     openings: dict[str, Opening] = field(default_factory=dict)
     ending: Result | Abort | None = None
     places: dict[tuple[str, str], Place] = field(default_factory=dict)
@@ -223,7 +223,7 @@ def _take_answer(current: Round, entry: Entry, message: Message) -> None:
         case Unmask():
             _demand(survivors in (None, message.survivors), "another survivor set than the one agreed to", entry)
             current.survivors = message.survivors
-            current.unmasks.append(message)
+            current.unmasks[entry.peer] = message
         case Agreement() | Opening():
             _demand(survivors is not None and entry.peer in survivors.vectors, "the device is no survivor", entry)
             if isinstance(message, Opening):
@@ -237,6 +237,8 @@ def _take_answer(current: Round, entry: Entry, message: Message) -> None:
             raise Problem("no step of a round", entry.place)
     plan_named = getattr(message.survivors if isinstance(message, Unmask) else message, "plan", plan.digest())
     _demand(plan_named == plan.digest(), "it is for another plan", entry)
-    if isinstance(message, Agreement | Opening | Result):
+    if isinstance(message, Agreement | Opening):
         named = current.survivors and current.survivors.digest()
         _demand(message.survivors == named, "it is for another survivor set", entry)
+    if isinstance(message, Result):
+        _demand(message.survivors == current.counted, "it is for another survivor set", entry)

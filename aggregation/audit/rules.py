@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
-from aggregation import checks
+from aggregation import checks, envelope
 from aggregation.audit.history import History, Round
 from aggregation.audit.report import Problem
 from aggregation.errors import ProtocolError
-from aggregation.messages import Assignment, Opening, Survivors, Unmask
+from aggregation.messages import Agreement, Assignment, Opening, Survivors, Unmask
 from aggregation.spec import Adversary
-from aggregation.transcript import Abort, Place, Result
+from aggregation.transcript import EVERYONE, Abort, Place, Result
 
 
 def thresholds(history: History) -> str:
@@ -37,11 +38,18 @@ def _large_enough(history: History, current: Round) -> None:
     _hold(current.place(Assignment), lambda: checks.large_enough(spec, len(current.plan.members), "in the plan"))
     if current.survivors is None:
         return
-    where = current.place(Survivors if spec.adversary is Adversary.ACTIVE else Unmask)
+    where = _told(history, current)
     count = len(current.survivors.vectors)
     _hold(where, lambda: checks.large_enough(spec, count, "survivors"))
     if current.openings and len(current.openings) < spec.threshold and isinstance(current.ending, Result):
         raise Problem(f"{len(current.openings)} openings, {spec.threshold} are needed", current.place(Result))
+
+
+def _told(history: History, current: Round) -> Place:
+    """Where devices were told the survivors."""
+    if history.offer.spec.adversary is Adversary.ACTIVE:
+        return current.place(Survivors)
+    return current.place(Unmask, next(iter(current.unmasks), EVERYONE))
 
 
 def survivors(history: History) -> str:
@@ -54,24 +62,33 @@ def survivors(history: History) -> str:
         if current.survivors is None:
             continue
         active = history.offer.spec.adversary is Adversary.ACTIVE
-        where = current.place(Survivors if active else Unmask)
+        where = _told(history, current)
         arrived = {device: header.vector for device, header in current.inputs.items()}
         for device in sorted({*arrived, *current.survivors.vectors}):
             if current.survivors.vectors.get(device) != arrived.get(device):
                 raise Problem(f"{device} is not counted with the update that it sent in this round", where)
-        for unmask in current.unmasks if active else ():
-            _agreed(history, current, unmask)
+        for peer, unmask in current.unmasks.items() if active else ():
+            _agreed(history, current, peer, unmask)
     return "each sum is over devices of its plan, with the updates that they sent; nobody is both counted and dropped"
 
 
-def _agreed(history: History, current: Round, unmask: Unmask) -> None:
-    where = current.place(Unmask)
-    if history.session is not None:
-        session = history.session
-        _hold(where, lambda: checks.agreements(session, unmask.survivors, unmask.agreements))
-    strangers = set(unmask.agreements) - current.agreed
-    if strangers:
-        raise Problem(f"the agreement of {min(strangers)} is not in the log", where)
+def _agreed(history: History, current: Round, peer: str, unmask: Unmask) -> None:
+    """Enough devices near one that was asked to open, itself included, agreed to the survivors that it was told."""
+    session, where, digest = history.session, current.place(Unmask, peer), unmask.survivors.digest()
+    if len(unmask.agreements) < history.offer.spec.threshold or session is None:
+        raise Problem(f"{len(unmask.agreements)} agreements, {history.offer.spec.threshold} are needed", where)
+    for device, signature in unmask.agreements.items():
+        if device not in current.agreed:
+            raise Problem(f"the agreement of {device} is not in the log", where)
+        near = all(device == each or session.neighbours(each, (device,)) for each in _asked(current, peer))
+        if not near:
+            raise Problem(f"the agreement of {device} counts for a device that shares no secrets with it", where)
+        body = Agreement(digest, device).encode()
+        _hold(where, partial(envelope.verify, history.cohort[device], Agreement.TAG, body, signature))
+
+
+def _asked(current: Round, peer: str) -> tuple[str, ...]:
+    return current.counted if peer == EVERYONE else (peer,)
 
 
 def shares(history: History) -> str:

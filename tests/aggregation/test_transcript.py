@@ -34,7 +34,7 @@ from aggregation.transcript import (
 KEY = IdentityKey(bytes(range(32)))
 OFFER = bytes([9]) * 32
 PLAN = Plan(bytes(32), 2, ("a", "b"), 1, "ab" * 32, b"")
-ENDINGS = (Result(bytes(32), bytes(32), bytes(32), 1, "ab" * 32), Abort(bytes(32), "too-few"))
+ENDINGS = (Result(bytes(32), ("a", "b"), bytes(32), 1, "ab" * 32), Abort(bytes(32), "too-few"))
 
 
 @pytest.fixture
@@ -98,16 +98,20 @@ def test_a_checkpoint_signs_the_entries_before_it(log: Transcript) -> None:
     verify_consistency(found.root, 2, log.tree.root(), 3, log.tree.consistency(2))
 
 
-def test_a_log_goes_on_where_it_was_left(log: Transcript) -> None:
+def test_a_log_goes_on_where_it_was_left(fleet_of: Callable[..., Any]) -> None:
+    offering, offer = fleet_of(3).offer()
+    log = Transcript(offering.offer, bytes([7]) * 32)
+    raw = log.sent(Step.OFFER, {"a": offer})
     log.begin(PLAN)
-    raw = log.received(Step.OFFER, "a", b"advert")
-    again = resume(entries(raw), OFFER, log.previous)
+    raw += log.received(Step.OFFER, "a", b"advert")
+    again = resume(entries(raw), log.previous)
     assert (again.round, again.tree.root()) == (2, log.tree.root())
     assert again.checkpoint(KEY) == log.checkpoint(KEY)
 
 
-def test_an_empty_log_goes_on_from_the_beginning() -> None:
-    assert resume((), OFFER, bytes(32)).checkpoint(KEY) == Transcript(OFFER).checkpoint(KEY)
+def test_what_does_not_begin_with_an_offer_is_not_gone_on_with(log: Transcript) -> None:
+    with pytest.raises(ProtocolError):
+        resume(entries(log.received(Step.OFFER, "a", b"advert")), log.previous)
 
 
 @given(st.binary(max_size=300), st.booleans())

@@ -124,10 +124,9 @@ class Logged:
             body = self.fleet.contribute(name, plans[name])
             state = self._received(Step.PLAN, state.on_masked_input, name, body)
             self.vectors[state.vectors[name]] = transcript.vector_of(body)
-        outcome, survivors = state.close(), b""
+        outcome = state.close()
         while not isinstance(outcome, RoundAborted) and isinstance(outcome[1], dict):
             state, bodies = outcome
-            survivors = state.opened.survivors.digest()
             step = Step.SURVIVORS if isinstance(state, Confirming) else Step.UNMASK
             outcome = self._exchange(step, state, bodies, lost)
         if isinstance(outcome, RoundAborted):
@@ -136,7 +135,7 @@ class Logged:
             return
         self.session, result = outcome
         self.version, self.adapter = self.version + 1, NEW_ADAPTER
-        ending = Result(plan, survivors, result.digest, self.version, self.adapter)
+        ending = Result(plan, result.survivors, result.digest, self.version, self.adapter)
         self.raw += self.log.ended(self.fleet.key, ending)
 
     def _exchange(self, step: Step, state: Any, bodies: Mapping[str, bytes], lost: Lost) -> Any:
