@@ -5,9 +5,10 @@ They are pure and raise ``ProtocolError``; nothing is logged and passed over. Ru
 1. offer: certified members, each once; this device among them with its own key; the device's policy holds.
 3. roster: adverts of members, each once, signed, for this offer; my own unchanged; ``threshold`` of them or more.
 4. boxes: from neighbours on the roster; enough of them.
-5. plan: this session; a round not begun before; me in U1; U1 among those whose shares I have; U1 large enough.
-7. survivors: this plan; U2 within U1; me in U2 with my own vector; U2 large enough.
-8. unmask: ``threshold`` agreements or more on the very survivor set that I agreed to.
+5. plan: this session; a round not begun before; me in U1; my neighbours in U1 among those whose shares I have; U1 large
+   enough, and enough of my neighbourhood in it.
+7. survivors: this plan; U2 within U1; me in U2 with my own vector; U2 large enough, my neighbourhood in it too.
+8. unmask: ``threshold`` agreements or more of my neighbourhood on the very survivor set that I agreed to.
 """
 
 import itertools
@@ -100,7 +101,7 @@ def _claimed(raw: bytes) -> str:
 
 
 def boxes(session: Session, me: str, given: Mapping[str, Box]) -> None:
-    """The boxes that a device gets: from neighbours only, and with my own shares enough for a round.
+    """The boxes that a device gets: from neighbours only, and enough of them for a round.
 
     Raises:
         ProtocolError: Otherwise.
@@ -108,7 +109,7 @@ def boxes(session: Session, me: str, given: Mapping[str, Box]) -> None:
     strangers = set(given) - set(session.neighbours(me, session.peers))
     if strangers:
         raise ProtocolError(f"shares of {min(strangers)}, who is no neighbour", COORDINATOR)
-    large_enough(session.spec, len(given) + 1, "devices that shared their secrets")
+    near_enough(session, me, given, "near this device shared their secrets")
 
 
 def plan(session: Session, me: str, dealers: Collection[str], last_round: int, message: Plan) -> None:
@@ -130,6 +131,7 @@ def plan(session: Session, me: str, dealers: Collection[str], last_round: int, m
     if strangers or without:
         raise ProtocolError(f"{min(strangers | without)} is in the plan but shared no secrets", COORDINATOR)
     large_enough(session.spec, len(message.members), "members of the plan")
+    near_enough(session, me, message.members, "near this device are in the plan")
 
 
 def survivors(session: Session, current: Plan, me: str, vector: bytes, message: Survivors) -> None:
@@ -145,6 +147,7 @@ def survivors(session: Session, current: Plan, me: str, vector: bytes, message: 
     if message.vectors.get(me) != vector:
         raise ProtocolError("survivor set does not have this device with its own vector", COORDINATOR)
     large_enough(session.spec, len(message.vectors), "survivors")
+    near_enough(session, me, message.vectors, "near this device survived")
 
 
 def owed(session: Session, current: Plan, me: str, message: Survivors) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -172,6 +175,17 @@ def agreements(session: Session, message: Survivors, signatures: Mapping[str, by
         envelope.verify(session.peers[device].identity, Agreement.TAG, body, signature)
 
 
+def nearby(session: Session, me: str, signatures: Mapping[str, bytes]) -> None:
+    """The agreements that I am shown are those of my neighbourhood: the devices that hold shares of my secrets.
+
+    Raises:
+        ProtocolError: One is of a device further off.
+    """
+    far = set(signatures) - {me, *session.neighbours(me, signatures)}
+    if far:
+        raise ProtocolError(f"{min(far)} agreed but is no neighbour", COORDINATOR)
+
+
 def large_enough(spec: SessionSpec, count: int, what: str) -> None:
     """Return if ``count`` is neither below the threshold nor below the minimum of survivors.
 
@@ -181,6 +195,17 @@ def large_enough(spec: SessionSpec, count: int, what: str) -> None:
     least = max(spec.threshold, spec.minimum_survivors)
     if count < least:
         raise ProtocolError(f"{count} {what}, {least} are needed", COORDINATOR)
+
+
+def near_enough(session: Session, me: str, present: Iterable[str], what: str) -> None:
+    """Return if those of ``present`` near ``me``, itself included, can open its secrets.
+
+    Raises:
+        ProtocolError: They are fewer than the threshold.
+    """
+    count = 1 + len(session.neighbours(me, present))
+    if count < session.spec.threshold:
+        raise ProtocolError(f"{count} devices {what}, {session.spec.threshold} are needed", COORDINATOR)
 
 
 def ascending(devices: Iterable[str]) -> bool:

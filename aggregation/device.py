@@ -137,6 +137,7 @@ class Advertised:
         """
         message = device.hear(Roster, roster)
         session, adverts = checks.roster(self.spec, self.offer, self.cohort, message)
+        device.policy.check_roster(self.spec, len(self.cohort), len(adverts))
         if adverts.get(self.me) != self.advert:
             raise ProtocolError("roster does not have this device's own advert", COORDINATOR)
         self.once.take("roster")
@@ -326,6 +327,7 @@ class Confirmed:
         if message.survivors != self.survivors:
             raise ProtocolError("not the survivor set that this device agreed to", COORDINATOR)
         checks.agreements(self.ready.session, message.survivors, message.agreements)
+        checks.nearby(self.ready.session, self.ready.me, message.agreements)
         self.once.take("opening")
         return self.ready, _opening(device, self.ready, self.plan, self.held, message.survivors)
 

@@ -5,6 +5,7 @@ The defaults are the safe ones; the coordinator cannot change them and each weak
 
 from dataclasses import dataclass
 
+from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec, corrupt_count
 
@@ -19,7 +20,8 @@ class Policy:
         minimum_ring_bits: Fewest bits of a ring element.
         maximum_ring_bits: Most bits of a ring element.
         adversaries: Adversary models that this device is content with.
-        corrupt_fraction: Share of the cohort that may side with the coordinator; the threshold must withstand it.
+        corrupt_fraction: Share of the cohort that may side with the coordinator; threshold and graph must withstand it.
+        complete_up_to: Largest cohort in which every device must be every other's neighbour.
         maximum_weight: Largest weight cap, in examples.
         maximum_rounds: Most rounds in a session.
 
@@ -33,6 +35,7 @@ class Policy:
     maximum_ring_bits: int = 64
     adversaries: frozenset[Adversary] = frozenset({Adversary.ACTIVE})
     corrupt_fraction: float = CORRUPT_FRACTION
+    complete_up_to: int = graph.COMPLETE
     maximum_weight: int = 65_536
     maximum_rounds: int = 64
 
@@ -52,12 +55,33 @@ class Policy:
         Raises:
             ProtocolError: It may not; the message names the first reason.
         """
-        for holds, reason in self._demands(spec, cohort):
-            if not holds:
-                raise ProtocolError(f"offer refused: {reason}", "coordinator")
+        _require("offer", self._demands(spec, cohort))
+
+    def check_roster(self, spec: SessionSpec, cohort: int, roster: int) -> None:
+        """Return if the graph holds with ``roster`` of the ``cohort`` devices, all corrupt ones among them.
+
+        Raises:
+            ProtocolError: It does not.
+        """
+        _require("roster", self._graph_demands(spec, cohort, roster))
+
+    def _graph_demands(self, spec: SessionSpec, cohort: int, present: int) -> tuple[tuple[bool, str], ...]:
+        """No device's two secrets can both be opened, and no part of the sum alone: docs/threat-model.md."""
+        corrupt = corrupt_count(cohort, self.corrupt_fraction)
+        if spec.degree >= present - 1:
+            holds = 2 * spec.threshold > present + corrupt
+            return ((holds, f"threshold {spec.threshold} of {present} does not withstand {corrupt} corrupt devices"),)
+        bits = graph.SIGMA + (graph.GRINDING if spec.adversary is Adversary.ACTIVE else 0)
+        return (
+            (cohort > self.complete_up_to, f"degree {spec.degree} is not the complete graph of {present} devices"),
+            (
+                graph.withstands(present, corrupt, spec.degree, spec.threshold, bits),
+                f"degree {spec.degree} and threshold {spec.threshold} of {present} devices do not withstand "
+                f"{corrupt} corrupt ones",
+            ),
+        )
 
     def _demands(self, spec: SessionSpec, cohort: int) -> tuple[tuple[bool, str], ...]:
-        corrupt = corrupt_count(cohort, self.corrupt_fraction)
         bits = spec.vector.ring_bits
         return (
             (
@@ -65,12 +89,8 @@ class Policy:
                 f"cohort of {cohort} is below this device's minimum of {self.minimum_cohort}",
             ),
             (spec.threshold <= cohort, f"threshold {spec.threshold} is above the cohort of {cohort}"),
-            (
-                2 * spec.threshold > cohort + corrupt,
-                f"threshold {spec.threshold} of {cohort} does not withstand {corrupt} corrupt devices",
-            ),
             (spec.vector.max_clients >= cohort, f"a sum of {cohort} could wrap the ring"),
-            (spec.degree >= cohort - 1, f"degree {spec.degree} is not the complete graph of {cohort} devices"),
+            *self._graph_demands(spec, cohort, cohort),
             (spec.minimum_survivors >= spec.threshold, "minimum of survivors is below the threshold"),
             (
                 self.minimum_ring_bits <= bits <= self.maximum_ring_bits,
@@ -84,3 +104,9 @@ class Policy:
             (spec.weight_cap <= self.maximum_weight, f"weight cap {spec.weight_cap} is above {self.maximum_weight}"),
             (spec.rounds <= self.maximum_rounds, f"session of {spec.rounds} rounds is above {self.maximum_rounds}"),
         )
+
+
+def _require(what: str, demands: tuple[tuple[bool, str], ...]) -> None:
+    for holds, reason in demands:
+        if not holds:
+            raise ProtocolError(f"{what} refused: {reason}", "coordinator")

@@ -98,7 +98,7 @@ def open_session(
     Args:
         key: The coordinator's.
         root: The pinned authority.
-        spec: Parameters; its degree must be the cohort less one.
+        spec: Parameters; its degree is the cohort less one, or even and less (``graph.choose``).
         certificates: Device id → DER.
         entropy: Draws the session's id.
         at: The time at which certificates must be valid.
@@ -111,8 +111,10 @@ def open_session(
     cohort = checks.members(root, offer.certificates, at)
     if list(cohort) != sorted(certificates):
         raise ProtocolError("a certificate is not of the device that it is filed under")
-    if spec.degree != len(cohort) - 1:
-        raise ConfigError(f"degree {spec.degree} with {len(cohort)} devices: only the complete graph is built")
+    if spec.degree >= len(cohort) or (spec.degree < len(cohort) - 1 and spec.degree % 2):
+        raise ConfigError(
+            f"degree {spec.degree} with {len(cohort)} devices: it must be {len(cohort) - 1}, or even and below that"
+        )
     return Offering(key, spec, offer.digest(), cohort), envelope.seal(key, offer)
 
 
@@ -302,10 +304,11 @@ class Collecting:
         # A masked input proves that its sender has its boxes.
         proven = replace(self.established, delivered=self.established.delivered | set(self.vectors))
         opened = _Opened(proven, self.plan, Survivors(self.plan.digest(), self.vectors), self.total)
+        survivors = tuple(sorted(self.vectors))
         if proven.session.spec.adversary is Adversary.HONEST_BUT_CURIOUS:
-            return Unmasking(opened, tuple(sorted(self.vectors))), opened.unmask({}, self.vectors)
+            return Unmasking(opened, survivors), dict.fromkeys(survivors, opened.unmask({}))
         body = envelope.seal(proven.key, opened.survivors)
-        return Confirming(opened), dict.fromkeys(sorted(self.vectors), body)
+        return Confirming(opened), dict.fromkeys(survivors, body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,9 +328,8 @@ class _Opened:
         known = {device: self.session.peers[device].identity for device in self.survivors.vectors}
         return _signer(known, peer, seen, what)
 
-    def unmask(self, signatures: Mapping[str, bytes], devices: Collection[str]) -> dict[str, bytes]:
-        body = envelope.seal(self.established.key, Unmask(self.survivors, signatures))
-        return dict.fromkeys(sorted(devices), body)
+    def unmask(self, signatures: Mapping[str, bytes]) -> bytes:
+        return envelope.seal(self.established.key, Unmask(self.survivors, signatures))
 
     def aborted(self, reason: AbortReason, detail: str, blamed: Collection[str] = ()) -> RoundAborted:
         return RoundAborted(reason, detail, self.established, tuple(sorted(blamed)))
@@ -353,13 +355,24 @@ class Confirming:
         return replace(self, agreements={**self.agreements, peer: envelope.signature(body)})
 
     def close(self) -> "tuple[Unmasking, dict[str, bytes]] | RoundAborted":
-        """End step 7. The bytes, with ``threshold`` agreements, go to each survivor that agreed."""
-        threshold, count = self.opened.session.spec.threshold, len(self.agreements)
-        if count < threshold:
-            return self.opened.aborted(AbortReason.TOO_FEW, f"{count} agreements, {threshold} are needed")
-        enough = dict(sorted(self.agreements.items())[:threshold])
-        asked = tuple(sorted(self.agreements))
-        return Unmasking(self.opened, asked), self.opened.unmask(enough, asked)
+        """End step 7. The bytes, ``threshold`` agreements of its neighbourhood, go to each that agreed."""
+        threshold, near = self.opened.session.spec.threshold, self._near()
+        asked = {device: signers for device, signers in near.items() if len(signers) == threshold}
+        if len(asked) < threshold:
+            return self.opened.aborted(AbortReason.TOO_FEW, f"{len(asked)} agreements, {threshold} are needed")
+        bodies = {
+            signers: self.opened.unmask({signer: self.agreements[signer] for signer in signers})
+            for signers in set(asked.values())
+        }
+        return Unmasking(self.opened, tuple(asked)), {device: bodies[signers] for device, signers in asked.items()}
+
+    def _near(self) -> dict[str, tuple[str, ...]]:
+        """Of each that agreed the first ``threshold`` of its neighbourhood that did."""
+        session, agreed = self.opened.session, sorted(self.agreements)
+        return {
+            device: tuple(sorted((device, *session.neighbours(device, agreed)))[: session.spec.threshold])
+            for device in agreed
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,7 +416,8 @@ class Unmasking:
         closed = sorted(device for device, secret in {**seeds, **keys}.items() if secret is None)
         if closed:
             detail = f"too few good shares to open {', '.join(closed[:3])}{' …' if closed[3:] else ''}"
-            return opened.aborted(AbortReason.UNRECOVERABLE, detail, recovery.blamed)
+            reason = AbortReason.UNRECOVERABLE if recovery.blamed else AbortReason.TOO_FEW
+            return opened.aborted(reason, detail, recovery.blamed)
         self.once.take("sum")
         masks.apply(opened.total, _masks_to_remove(opened, seeds, keys))
         try:

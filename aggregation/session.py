@@ -2,8 +2,9 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from aggregation import graph
 from aggregation.identity import PublicKey
 from aggregation.spec import SessionSpec
 
@@ -41,13 +42,22 @@ class Session:
     offer: bytes
     context: bytes
     peers: Mapping[str, Peer]
+    _near: Mapping[str, frozenset[str]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        sparse = self.spec.degree < len(self.peers) - 1
+        found = graph.near(graph.circle(self.context, self.peers), self.spec.degree) if sparse else {}
+        object.__setattr__(self, "_near", found)
 
     def neighbours(self, device: str, among: Iterable[str]) -> tuple[str, ...]:
         """Those of ``among`` with whom ``device`` shares masks and secrets, in the order given.
 
-        The graph is complete so far; ``degree`` in the spec leaves room for a sparse one.
+        Everyone else on the roster where ``degree`` reaches that far, else the neighbours on the circle (``graph``).
         """
-        return tuple(other for other in among if other != device)
+        if not self._near:
+            return tuple(other for other in among if other != device)
+        near = self._near[device]
+        return tuple(other for other in among if other in near)
 
     def positions(self, devices: Iterable[str]) -> list[int]:
         """The x-coordinates of ``devices``."""

@@ -1,0 +1,145 @@
+"""The sparse masking graph: who is whose neighbour above ``COMPLETE`` devices, and how many neighbours are enough.
+
+Devices stand on a circle in an order that follows from the session's context; each is the neighbour of the ``k / 2``
+before and after it. That is the Harary graph under a permutation, of Bell et al., CCS 2020. What can go wrong with it
+is a matter of chance, and this file bounds the chance by exact hypergeometric tails:
+
+- a device has so many corrupt neighbours that its seed and its mask key could both be opened;
+- the honest survivors fall apart, so that the sum over a part of them can be opened;
+- a device has lost so many neighbours that the round cannot end. That one costs a round, not a secret.
+
+``published`` is the paper's bound as it stands. ``choose`` and ``withstands`` are for sessions of this protocol, which
+differs in three ways: a dealer holds a share of its own; the coordinator may choose who drops out once it knows the
+circle; and an active one may try many rosters for a circle that it likes (docs/threat-model.md says what that means).
+"""
+
+import bisect
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from aggregation.errors import ConfigError
+
+COMPLETE = 128  # devices: up to here everyone is everyone's neighbour
+SIGMA = 40  # bits: a session is unsafe with probability 2^-40 or less
+ETA = 20  # bits: a round cannot end, although no more were lost than expected, with 2^-20 or less
+GRINDING = 40  # bits: an active coordinator may try 2^40 rosters and keep the worst
+_TAG = b"edgeadapt/circle/1\x00"
+
+
+class Degree(NamedTuple):
+    """Neighbours of a device, and shares that open its secrets."""
+
+    degree: int
+    threshold: int
+
+
+def circle(context: bytes, devices: Iterable[str]) -> tuple[str, ...]:
+    """``devices`` in their order on the circle of the session ``context``: by SHA-256 of both."""
+    return tuple(sorted(devices, key=lambda device: hashlib.sha256(_TAG + context + device.encode()).digest()))
+
+
+def near(order: tuple[str, ...], degree: int) -> dict[str, frozenset[str]]:
+    """The neighbours of each device on a circle: ``degree / 2`` on either side, symmetric, never itself.
+
+    Args:
+        order: Of the circle, more than ``degree`` devices.
+        degree: Even.
+
+    Raises:
+        ConfigError: Such a graph does not exist.
+    """
+    if degree % 2 or not 2 <= degree < len(order):
+        raise ConfigError(f"degree {degree} is not an even number between 2 and {len(order) - 1}")
+    steps = [step for step in range(-degree // 2, degree // 2 + 1) if step]
+    return {
+        device: frozenset(order[(place + step) % len(order)] for step in steps) for place, device in enumerate(order)
+    }
+
+
+def published(devices: int, corrupt: float, dropout: float) -> Degree:
+    """The least (k, t) of Bell et al. against a semi-malicious server, for σ = 40 and η = 20.
+
+    Args:
+        devices: In the cohort, n.
+        corrupt: Fraction of them that is corrupt, γ.
+        dropout: Fraction of them that is lost in a round, δ.
+
+    Raises:
+        ConfigError: No graph on so many devices withstands that.
+    """
+    bad, lost = _count(devices, corrupt), _count(devices, dropout)
+
+    def safe(k: int, t: int) -> bool:
+        apart = devices * tail(devices - 1, bad, k, 2 * t - k)
+        torn = _two_windows(devices, bad + lost, k // 2, k // 2)
+        return max(apart, torn) <= 2.0**-SIGMA
+
+    return _least(devices, lost, safe)
+
+
+def choose(devices: int, corrupt: float, dropout: float, *, bits: int = SIGMA + GRINDING) -> Degree:
+    """The least degree and threshold for a session of this protocol; the complete graph up to ``COMPLETE`` devices.
+
+    Raises:
+        ConfigError: No graph on so many devices withstands that.
+    """
+    bad, lost = _count(devices, corrupt), _count(devices, dropout)
+    if devices <= COMPLETE:
+        return Degree(devices - 1, (devices + bad) // 2 + 1)
+    return _least(devices, lost, lambda k, t: withstands(devices, bad, k, t, bits))
+
+
+@functools.lru_cache(maxsize=1024)
+def withstands(devices: int, corrupt: int, degree: int, threshold: int, bits: int) -> bool:
+    """Whether a session on a circle is safe but for a probability of 2^-``bits``.
+
+    A device's ``k`` neighbours and itself hold its shares, ``c`` of them corrupt. Both its secrets open only if
+    ``2 t <= k + 1 + c``. A part of the honest survivors opens only if the first of that part on the circle has ``t``
+    holders that answer, although the honest ones among the ``k / 2`` before it do not belong to the part and so do
+    not answer: ``t - 1 - k / 2`` of these must be corrupt. The same holds after the last of the part.
+    """
+    apart = devices * tail(devices - 1, corrupt, degree, 2 * threshold - degree - 1)
+    torn = _two_windows(devices, corrupt, degree // 2, threshold - 1 - degree // 2)
+    return degree % 2 == 0 and max(apart, torn) <= 2.0**-bits
+
+
+def tail(population: int, marked: int, drawn: int, least: int) -> float:
+    """P[at least ``least`` of ``drawn`` are marked], drawn without replacement from ``population``."""
+    first, last = max(least, 0, drawn + marked - population), min(marked, drawn)
+    ways = sum(math.comb(marked, i) * math.comb(population - marked, drawn - i) for i in range(first, last + 1))
+    return ways / math.comb(population, drawn)
+
+
+def _two_windows(devices: int, marked: int, width: int, least: int) -> float:
+    """Bounds P[two disjoint windows of the circle, ``width`` places each, have ``least`` marked devices each].
+
+    Of two disjoint windows each has the less the more the other has: the product bounds both (negative association).
+    """
+    if 2 * least > marked:
+        return 0.0
+    return math.comb(devices, 2) * tail(devices, marked, width, least) ** 2
+
+
+def _ends(devices: int, lost: int, k: int, t: int) -> bool:
+    """Whether every device keeps ``t`` neighbours but for a probability of 2^-``ETA``."""
+    return devices * tail(devices - 1, lost, k, k - t + 1) <= 2.0**-ETA
+
+
+def _least(devices: int, lost: int, safe: Callable[[int, int], bool]) -> Degree:
+    for k in range(2, devices, 2):
+        thresholds = range(k // 2 + 1, k + 1)
+        if _ends(devices, lost, k, thresholds[0]):
+            # More shares to open a secret are safer, and easier to lose: the least safe threshold decides.
+            least = bisect.bisect_left(thresholds, True, key=functools.partial(safe, k))
+            if least < len(thresholds) and _ends(devices, lost, k, thresholds[least]):
+                return Degree(k, thresholds[least])
+    raise ConfigError(f"no graph on {devices} devices withstands so many corrupt and lost ones: lower the fractions")
+
+
+def _count(devices: int, fraction: float) -> int:
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"fraction {fraction} is not in [0, 1)")
+    return math.ceil(fraction * devices - 1e-9)

@@ -1,0 +1,190 @@
+"""Rounds on sparse graphs, small ones: the device's own limit on complete graphs is lowered for that."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from aggregation import clientside, envelope
+from aggregation.errors import ConfigError, ProtocolError
+from aggregation.messages import Shares, Survivors, Unmask
+from aggregation.policy import Policy
+from aggregation.serverside import AbortReason, Established, RoundAborted
+from aggregation.spec import Adversary
+
+QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+STEPS = ("input", "survivors", "unmask")
+
+
+def sparse_fleet(
+    fleet_of: Callable[..., Any],
+    spec_of: Callable[..., Any],
+    count: int = 11,
+    adversary: Adversary = Adversary.ACTIVE,
+    **changes: Any,
+) -> Any:
+    """Devices on a circle of six neighbours each, of whom none is taken for corrupt."""
+    spec = spec_of(count, **{"degree": 6, "threshold": 5, "minimum_survivors": 6, "adversary": adversary, **changes})
+    policy = Policy(
+        known_bases=frozenset({spec.base_digest}),
+        minimum_cohort=3,
+        adversaries=frozenset(Adversary),
+        corrupt_fraction=0,
+        complete_up_to=3,
+    )
+    return fleet_of(count, spec=spec, policy=policy)
+
+
+def near(session: Established, device: str, among: set[str]) -> set[str]:
+    """Who of ``among`` holds shares of ``device``, itself included."""
+    return ({device} & among) | set(session.session.neighbours(device, sorted(among)))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=QUIET)
+@given(data=st.data())
+def test_a_round_on_a_sparse_graph_gives_the_plain_sum_of_its_survivors_or_aborts(
+    fleet_of: Callable[..., Any], spec_of: Callable[..., Any], data: st.DataObject
+) -> None:
+    adversary = data.draw(st.sampled_from(Adversary), "adversary")
+    fleet = sparse_fleet(fleet_of, spec_of, data.draw(st.integers(8, 12), "devices"), adversary)
+    names = sorted(fleet.devices)
+    session = fleet.establish()
+    for _ in range(2):
+        lost = {step: data.draw(st.sets(st.sampled_from(names), max_size=2), step) for step in STEPS}
+        outcome = fleet.round(session, lost)
+        check(fleet, session, outcome, lost)
+        session = outcome.session if isinstance(outcome, RoundAborted) else outcome[0]
+
+
+def check(fleet: Any, session: Established, outcome: Any, lost: dict[str, set[str]]) -> None:
+    """The oracle: every secret of the round has ``threshold`` holders that answer, or there is no sum."""
+    everyone, t = set(fleet.devices), fleet.spec.threshold
+    survivors = everyone - lost["input"]
+    asked = survivors
+    agreed = survivors - lost["survivors"]
+    if fleet.spec.adversary is Adversary.ACTIVE:
+        asked = {device for device in agreed if len(near(session, device, agreed)) >= t}
+    answered = asked - lost["unmask"]
+    if len(survivors) < 6 or any(len(near(session, device, answered)) < t for device in everyone):
+        assert isinstance(outcome, RoundAborted)
+        assert outcome.reason is AbortReason.TOO_FEW
+        assert outcome.blamed == ()
+        return
+    assert not isinstance(outcome, RoundAborted), outcome
+    assert outcome[1].survivors == tuple(sorted(survivors))
+    fleet.assert_sum(outcome[1])
+
+
+@pytest.mark.parametrize("adversary", Adversary)
+def test_every_loss_that_a_sparse_round_withstands_leaves_its_sum(
+    fleet_of: Callable[..., Any], spec_of: Callable[..., Any], adversary: Adversary
+) -> None:
+    fleet = sparse_fleet(fleet_of, spec_of, 12, adversary)
+    session = fleet.establish()
+    session, result = fleet.round(session, {"input": ["device-003"], "unmask": ["device-009"]})
+    assert result.dropped == ("device-003",)
+    fleet.assert_sum(result)
+    fleet.assert_sum(fleet.round(session)[1])
+
+
+def test_a_device_deals_shares_to_its_neighbours_and_to_nobody_else(
+    fleet_of: Callable[..., Any], spec_of: Callable[..., Any]
+) -> None:
+    fleet = sparse_fleet(fleet_of, spec_of)
+    session = fleet.establish()
+    for dealer, boxes in session.dealt.items():
+        assert len(boxes) == 6
+        assert set(boxes) == set(session.session.neighbours(dealer, session.devices))
+
+
+def test_boxes_for_others_than_the_neighbours_are_refused(
+    fleet_of: Callable[..., Any], spec_of: Callable[..., Any]
+) -> None:
+    fleet = sparse_fleet(fleet_of, spec_of)
+    state, offer = fleet.offer()
+    for name in sorted(fleet.devices):
+        state = state.on_advert(name, fleet.join(name, offer))
+    sharing, roster = state.close()
+    device = fleet.devices["device-000"]
+    message = envelope.open_as(Shares, fleet.share("device-000", roster), device.identity.public, "device-000")
+    stranger = next(name for name in sorted(fleet.devices)[1:] if name not in message.boxes)
+    box = next(iter(message.boxes.values()))
+    more = dataclasses.replace(message, boxes={**message.boxes, stranger: box})
+    with pytest.raises(ProtocolError, match="not for exactly its neighbours"):
+        sharing.on_shares("device-000", envelope.seal(device.identity, more))
+
+
+def test_a_sparse_session_survives_a_restart(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> None:
+    fleet = sparse_fleet(fleet_of, spec_of)
+    session = fleet.establish()
+    key = bytes(32)
+    fleet.states = {name: clientside.unseal(clientside.seal(state, key), key) for name, state in fleet.states.items()}
+    fleet.assert_sum(fleet.round(session)[1])
+
+
+def test_a_cohort_shrunk_to_the_degree_has_the_complete_graph(
+    fleet_of: Callable[..., Any], spec_of: Callable[..., Any]
+) -> None:
+    fleet = sparse_fleet(fleet_of, spec_of, 9)
+    session = fleet.establish({"advert": ["device-000", "device-001"]})
+    assert {len(boxes) for boxes in session.dealt.values()} == {6}
+    fleet.assert_sum(fleet.round(session)[1])
+
+
+@pytest.mark.parametrize("degree", [5, 7, 11])
+def test_a_degree_without_a_circle_is_not_offered(
+    fleet_of: Callable[..., Any], spec_of: Callable[..., Any], vector_of: Callable[..., Any], degree: int
+) -> None:
+    fleet = sparse_fleet(fleet_of, spec_of, 11, degree=degree, vector=vector_of(20))
+    with pytest.raises(ConfigError, match=f"degree {degree} with 11 devices: it must be 10, or even"):
+        fleet.offer()
+
+
+# What a device refuses where the graph is sparse
+
+
+@pytest.fixture
+def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
+    return sparse_fleet(fleet_of, spec_of, 12)
+
+
+def test_agreements_of_devices_further_off_do_not_count(fleet: Any) -> None:
+    session = fleet.establish()
+    _, bodies = fleet.confirm(*fleet.collect(session))
+    for me, body in bodies.items():
+        shown = envelope.open_as(Unmask, body, fleet.key.public, "coordinator").agreements
+        assert len(shown) == 5
+        assert set(shown) <= near(session, me, set(fleet.devices))
+    me = "device-000"
+    far = next(name for name in sorted(fleet.devices) if name not in near(session, me, set(fleet.devices)))
+    with pytest.raises(ProtocolError, match="agreed but is no neighbour"):
+        fleet.states[me].on_unmask(fleet.devices[me], bodies[far])
+    fleet.answer("on_unmask", me, bodies[me])
+
+
+def test_a_plan_or_survivor_set_that_leaves_a_device_too_few_neighbours_is_refused(fleet: Any) -> None:
+    session = fleet.establish()
+    me = "device-000"
+    gone = session.session.neighbours(me, session.devices)[:3]
+    _, plans = fleet.begin(session, set(fleet.devices) - set(gone))
+    with pytest.raises(ProtocolError, match="4 devices near this device are in the plan, 5 are needed"):
+        fleet.states[me].on_plan(fleet.devices[me], plans[me])
+    _, bodies = fleet.collect(session)
+    survivors = envelope.open_as(Survivors, bodies[me], fleet.key.public, "coordinator")
+    fewer = {name: digest for name, digest in survivors.vectors.items() if name not in gone}
+    lie = envelope.seal(fleet.key, dataclasses.replace(survivors, vectors=fewer))
+    with pytest.raises(ProtocolError, match="4 devices near this device survived, 5 are needed"):
+        fleet.states[me].on_survivors(fleet.devices[me], lie)
+
+
+def test_boxes_of_too_few_neighbours_are_refused(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> None:
+    fleet = sparse_fleet(fleet_of, spec_of, 12)
+    session = fleet.establish()
+    silent = session.session.neighbours("device-000", session.devices)[:3]
+    fewer = dataclasses.replace(session, dealt={d: boxes for d, boxes in session.dealt.items() if d not in silent})
+    _, plans = fleet.begin(fewer)
+    with pytest.raises(ProtocolError, match="4 devices near this device shared their secrets, 5 are needed"):
+        fleet.states["device-000"].on_plan(fleet.devices["device-000"], plans["device-000"])
