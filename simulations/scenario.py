@@ -111,9 +111,10 @@ def _set(settings: dict[str, Any], override: str) -> None:
     if not equals or not last:
         raise ConfigError(f"--set takes key=value, not {override!r}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        document = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text
+        document = {"value": text}
+    value = document["value"] if len(document) == 1 else text  # no second key behind a line's end
     for name in path:
         settings = settings.setdefault(name, {})
         if not isinstance(settings, dict):
