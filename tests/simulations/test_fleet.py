@@ -1,0 +1,112 @@
+"""A provisioned fleet: each folder holds what its owner needs, and nobody holds what is another's."""
+
+import stat
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters.classifier import HEAD_SCALE
+from aggregation.certificates import Root
+from aggregation.identity import IdentityKey
+from client.examples import Part, part, read_examples
+from client.train import trainer
+from coordinator.home import CoordinatorHome
+from simulations import fleet
+
+FleetOf = Callable[..., Any]
+
+
+@pytest.fixture
+def made(fleet_of: FleetOf) -> Any:
+    return fleet_of(4, unseen=1)
+
+
+def test_every_household_has_a_device_with_its_own_certified_identity(made: Any) -> None:
+    homes = fleet.open_homes(made.out, made.population)
+    root, keys = Root.from_pem((made.out / "coordinator" / "authority.pem").read_bytes()), set()
+    for name, home in homes.items():
+        device = home.device(made.base.digest)
+        assert root.verify(device.certificate, datetime.now(UTC)) == (name, device.identity.public)
+        keys.add(device.identity.raw)
+    assert len(homes) == len(keys) == 5
+
+
+def test_a_device_has_its_households_examples_in_their_parts(made: Any) -> None:
+    for household in made.population.households:
+        found = read_examples(made.home(household.name).examples, len(made.population.labels))
+        for wanted, phrases in (
+            (Part.TRAIN, household.train),
+            (Part.VALIDATION, household.validation),
+            (Part.TEST, household.test),
+        ):
+            assert [(e.text, e.label) for e in part(found, wanted)] == [(p.text, p.label) for p in phrases]
+
+
+def test_the_registry_begins_with_the_vendors_seed_adapter(made: Any) -> None:
+    registry = made.registry()
+    (version,) = registry.versions()
+    manifest, tensors = version.manifest, registry.tensors(0)
+    assert (manifest.version, manifest.round, manifest.parent, manifest.survivors) == (0, 0, None, ())
+    assert (manifest.base_digest, manifest.labels) == (made.base.digest, made.population.labels)
+    mine = trainer(made.base, len(manifest.labels), fleet.lora(made.scenario))
+    assert manifest.layout_digest == mine.layout.digest
+    head = next(value for name, value in tensors.items() if name.endswith("classifier.weight"))
+    assert np.allclose(np.linalg.norm(head, axis=1), HEAD_SCALE, rtol=1e-5)
+    public = [phrase.text for phrase in made.population.public]
+    assert mine.logits(tensors, public).argmax(1).tolist() == [phrase.label for phrase in made.population.public]
+
+
+def test_the_seed_decides_the_first_adapter_and_nothing_secret(fleet_of: FleetOf) -> None:
+    fleets = [fleet_of(3, seed=seed) for seed in (0, 0, 1)]
+    digests = [made.registry().version(0).manifest.sha256 for made in fleets]
+    assert digests[0] == digests[1] != digests[2]
+    for name in ("coordinator/signing.pem", "devices/device-00/identity.pem", "devices/device-00/sealing.key"):
+        assert len({(made.out / name).read_bytes() for made in fleets}) == 3
+
+
+def test_the_coordinator_trains_with_the_scenarios_seed(fleet_of: FleetOf) -> None:
+    made = fleet_of(3, seed=5)
+    assert CoordinatorHome.open(made.out / "coordinator").settings.seed == 5
+
+
+def test_no_secret_lies_in_another_folder_than_its_owners(made: Any) -> None:
+    secrets = {made.out / "authority": (made.out / "authority" / "authority.pem").read_bytes()}
+    secrets[made.out / "coordinator"] = (made.out / "coordinator" / "signing.pem").read_bytes()
+    for household in made.population.households:
+        folder = made.home(household.name).folder
+        secrets[folder] = (folder / "identity.pem").read_bytes()
+    files = [path for path in made.out.rglob("*") if path.is_file()]
+    for owner, secret in secrets.items():
+        assert b"PRIVATE KEY" in secret
+        private = secret[secret.index(b"-----BEGIN PRIVATE") :]
+        found = [path for path in files if private.strip() in path.read_bytes()]
+        assert [path.parent for path in found] == [owner]
+        assert stat.S_IMODE(found[0].stat().st_mode) == 0o600
+
+
+def test_no_phrase_of_a_household_lies_outside_its_home(made: Any) -> None:
+    public = {phrase.text for phrase in made.population.public}
+    for household in made.population.households:
+        folder = made.home(household.name).folder
+        others = [p for p in made.out.rglob("*") if p.is_file() and made.out / "devices" not in p.parents]
+        phrases = {e.text for e in household.train + household.validation + household.test} - public
+        assert phrases
+        assert not [p for p in others for text in phrases if text.encode() in p.read_bytes()]
+        assert folder.joinpath("examples.jsonl").is_file()
+
+
+@pytest.mark.parametrize(("devices", "smallest"), [(3, 3), (5, 3), (9, 7), (12, 8)])
+def test_a_device_keeps_the_default_smallest_cohort_unless_its_fleet_is_smaller(
+    fleet_of: FleetOf, devices: int, smallest: int
+) -> None:
+    assert fleet_of(devices).home("device-00").settings.minimum_cohort == smallest
+
+
+def test_a_device_trusts_bundles_of_the_coordinator_and_of_itself(made: Any) -> None:
+    trust = (made.home("device-00").folder / "trust.pem").read_bytes()
+    coordinator = IdentityKey.from_pem((made.out / "coordinator" / "signing.pem").read_bytes())
+    own = IdentityKey.from_pem((made.home("device-00").folder / "identity.pem").read_bytes())
+    assert trust == coordinator.public.to_pem() + own.public.to_pem()
