@@ -1,0 +1,250 @@
+"""A real deployment on Flower's own runtime: a SuperLink with TLS, and SuperNodes that it knows by their keys.
+
+Each is a process of its own with a home of its own below one folder, and none of them outlives the test.
+"""
+
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+HOST = "127.0.0.1"
+TAIL = 4000  # characters of each log that a failure shows
+LINK = "test"  # the SuperLink's name in Flower's configuration
+SETTINGS = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds until a task that waits is started; 1 by default
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # nodes train side by side
+    "TOKENIZERS_PARALLELISM": "false",
+    "NO_COLOR": "1",
+    "COLUMNS": "200",
+}
+
+
+@dataclass
+class Deployment:
+    """A SuperLink, its SuperNodes, and Flower's command line for them."""
+
+    folder: Path
+    port: int = field(default_factory=lambda: _free_port())
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Make certificates and start the SuperLink."""
+        _certify(self.folder)
+        link = {"address": f"{HOST}:{self.port}", "root-certificates": str(self.folder / "ca.pem")}
+        lines = [f"[superlink.{LINK}]", *(f'{key} = "{value}"' for key, value in link.items())]
+        home = self._home("cli")
+        (home / "config.toml").write_text("\n".join(lines) + "\n")
+        options = {
+            "--host": HOST,
+            "--port": self.port,
+            "--database": self.folder / "state.db",
+            "--ssl-certfile": self.folder / "server.pem",
+            "--ssl-keyfile": self.folder / "server.key",
+            "--ssl-ca-certfile": self.folder / "ca.pem",
+        }
+        flags = ("--enable-supernode-auth", "--disable-runtime-dependency-installation")
+        self._spawn("superlink", ["flower-superlink", *_listed(options), *flags])
+        self.wait("the SuperLink listens", lambda: _listens(self.port), seconds=60)
+
+    def add_node(self, name: str, device: Path) -> None:
+        """Register a new key and start a SuperNode with it, for the device that lives in ``device``."""
+        key = ec.generate_private_key(ec.SECP384R1())
+        private, public = self.folder / f"{name}.key", self.folder / f"{name}.pub"
+        openssh, plain = serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        private.write_bytes(key.private_bytes(serialization.Encoding.PEM, openssh, plain))
+        ssh = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        public.write_bytes(key.public_key().public_bytes(*ssh))
+        self.flwr("supernode", "register", str(public), LINK, "--name", name)
+        options = {
+            "--superlink": f"{HOST}:{self.port}",
+            "--port": _free_port(),
+            "--root-certificates": self.folder / "ca.pem",
+            "--auth-supernode-private-key": private,
+            "--node-config": f'home="{device}"',
+        }
+        self._spawn(name, ["flower-supernode", *_listed(options)])
+
+    def wait_for_nodes(self) -> None:
+        """Until the SuperLink has heard of every node."""
+        nodes = [name for name in self.processes if name != "superlink"]
+        self.wait("the nodes are online", lambda: all("SuperNode ID" in self.log(n) for n in nodes), seconds=90)
+
+    def flwr(self, *arguments: str, seconds: float = 60) -> str:
+        """What ``flwr`` prints."""
+        done = subprocess.run(
+            [_script("flwr"), *arguments],
+            env=self._environment("cli"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+            check=False,
+        )
+        output = done.stdout.decode(errors="replace")
+        assert done.returncode == 0, output
+        return output
+
+    def begin(self, app: Path, home: Path) -> str:
+        """Start a run of the app with the coordinator that lives in ``home``; the run's name here."""
+        name = f"run-{len(list(self.folder.glob('run-*.log'))) + 1}"
+        config = ["--run-config", f'coordinator-home="{home}"']
+        self._spawn(name, ["flwr", "run", str(app), LINK, "--stream", *config], home="cli")
+        return name
+
+    def finish(self, run: str, *, seconds: float) -> str:
+        """Wait until the run is over; the log of its ServerApp."""
+        code = self.processes[run].wait(timeout=seconds)
+        del self.processes[run]
+        assert code == 0, self.log(run)
+        return self.log(run)
+
+    def statuses(self) -> list[str]:
+        """How each run stands, as Flower has it."""
+        listed = self.flwr("list", LINK, "--format", "json")
+        return [run["status"] for run in json.loads(listed[listed.index("{") :])["runs"]]
+
+    def wait(self, what: str, condition: Callable[[], bool], *, seconds: float) -> None:
+        """Look until ``condition`` holds; fail if a process ends first or time is up."""
+        end = time.monotonic() + seconds
+        while not condition():
+            ended = [name for name, process in self.processes.items() if process.poll() is not None]
+            assert not ended, f"{ended} ended before {what}"
+            assert time.monotonic() < end, f"not within {seconds} s: {what}"
+            time.sleep(0.1)
+
+    def stop(self, name: str) -> None:
+        """Ask a process to end, as an operator would, and insist if it does not."""
+        process = self.processes.pop(name)
+        process.terminate()
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def close(self) -> None:
+        """End every process."""
+        for process in self.processes.values():
+            process.terminate()
+        for name in list(self.processes):
+            self.stop(name)
+        # Flower starts some of its children in sessions of their own: they are known by where their home is.
+        for process_id in _processes_of(self.folder):
+            os.kill(process_id, signal.SIGKILL)
+
+    def log(self, name: str) -> str:
+        """What a process has written."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def logs(self) -> str:
+        """The end of what each process has written."""
+        paths = sorted(self.folder.glob("*.log"))
+        return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-TAIL:]}" for path in paths)
+
+    def _spawn(self, name: str, command: list[str], *, home: str = "") -> None:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                [_script(command[0]), *command[1:]],
+                env=self._environment(home or name),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the test, which then ends the process
+            )
+
+    def _home(self, name: str) -> Path:
+        home = self.folder / f"{name}-home"
+        home.mkdir(exist_ok=True)
+        return home
+
+    def _environment(self, name: str) -> dict[str, str]:
+        # Flower finds the programs that it starts by PATH.
+        path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"
+        return {**os.environ, **SETTINGS, "PATH": path, "FLWR_HOME": str(self._home(name))}
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    """A running SuperLink without nodes."""
+    made = Deployment(tmp_path_factory.mktemp("flower"))
+    failed = request.session.testsfailed
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+        if request.session.testsfailed > failed:
+            print(made.logs())
+
+
+def _listed(options: Mapping[str, object]) -> list[str]:
+    return [str(part) for option in options.items() for part in option]
+
+
+def _script(name: str) -> str:
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as caller:
+        caller.settimeout(1)
+        return caller.connect_ex((HOST, port)) == 0
+
+
+def _processes_of(folder: Path) -> list[int]:
+    mark, found = f"FLWR_HOME={folder}/".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (process / "environ").read_bytes():
+                found.append(int(process.name))
+        except OSError:  # another user's, or gone
+            continue
+    return found
+
+
+def _certify(folder: Path) -> None:
+    """``ca.pem``, and ``server.pem`` with ``server.key`` for ``HOST``."""
+    authority, server = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST)), x509.DNSName("localhost")])
+    root = _builder("edgeadapt test authority", authority, "edgeadapt test authority")
+    root = root.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    leaf = _builder(HOST, server, "edgeadapt test authority").add_extension(address, critical=False)
+    pem = serialization.Encoding.PEM
+    (folder / "ca.pem").write_bytes(root.sign(authority, hashes.SHA256()).public_bytes(pem))
+    (folder / "server.pem").write_bytes(leaf.sign(authority, hashes.SHA256()).public_bytes(pem))
+    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "server.key").write_bytes(server.private_bytes(pem, *plain))
+
+
+def _builder(subject: str, key: ec.EllipticCurvePrivateKey, issuer: str) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder().subject_name(_name(subject)).issuer_name(_name(issuer))
+    builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
+    return builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=1))
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
