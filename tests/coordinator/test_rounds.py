@@ -1,0 +1,240 @@
+"""The order of a federation's rounds: who is taken, who is lost where, what a record says, and how a round fails."""
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+
+from aggregation.errors import ConfigError, EdgeAdaptError
+from aggregation.serverside import AbortReason, RoundAborted
+from aggregation.steps import BODY, RECORD, Step
+from client import contribute
+from client.app import app as client_app
+from coordinator import rounds as module
+from coordinator.app import main
+from coordinator.home import CoordinatorHome
+
+FleetOf = Callable[..., Any]
+
+
+class Spoiled:
+    """The real app, but for what ``change(step, group, node)`` puts in the place of an answer."""
+
+    def __init__(self, change: Callable[[Step, str, int], bytes | str | None]) -> None:
+        self.change = change
+        self.asked: list[tuple[str, Step, int]] = []
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        step, group = Step(message.metadata.message_type.partition(".")[2]), message.metadata.group_id
+        self.asked.append((group, step, context.node_id))
+        found = self.change(step, group, context.node_id)
+        if isinstance(found, str):
+            return Message(Error(7, found), reply_to=message)
+        if isinstance(found, bytes):
+            return Message(RecordDict({RECORD: ConfigRecord({BODY: found})}), reply_to=message)
+        return client_app(message, context)
+
+
+def test_a_round_says_who_survived_who_was_lost_where_and_what_it_measured(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(6, rounds=3, aggregation__session_rounds=2)
+    records = fleet.federate(fleet.grid(victims=1))
+    names = [f"device-{n:02d}" for n in range(6)]
+    assert [record.round for record in records] == [1, 2, 3]
+    assert [record.version for record in records] == [1, 2, 3]
+    assert [list(record.dropped.values()) for record in records] == [["survivors"], ["unmask"], ["plan"]]
+    for record in records:
+        late = {device for device, step in record.dropped.items() if step != "plan"}
+        assert set(record.survivors) == set(names) - (set(record.dropped) - late)
+        survivors = [h for h in fleet.population.households if h.name in record.survivors]
+        assert record.metrics["examples"] == sum(len(h.train) for h in survivors)
+        assert record.metrics["accuracy"] * sum(len(h.validation) for h in survivors) == pytest.approx(
+            round(record.metrics["accuracy"] * sum(len(h.validation) for h in survivors))
+        )
+        assert record.metrics["loss"] > 0
+        assert record.metrics["training_seconds"] > 0
+        assert record.seconds > 0
+        assert record.bytes_down > record.bytes_up > 0
+
+
+def test_a_version_says_from_which_round_and_parent_it_is(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(5, rounds=2)
+    records = fleet.federate(fleet.grid())
+    versions = [version.manifest for version in fleet.registry().versions()]
+    assert [(m.version, m.round) for m in versions] == [(0, 0), (1, 1), (2, 2)]
+    assert [m.parent for m in versions] == [None, versions[0].sha256, versions[1].sha256]
+    assert [m.survivors for m in versions[1:]] == [record.survivors for record in records]
+    assert [m.metrics for m in versions[1:]] == [record.metrics for record in records]
+    assert {(m.base_digest, m.layout_digest, m.method, m.labels) for m in versions} == {
+        (versions[0].base_digest, versions[0].layout_digest, versions[0].method, versions[0].labels)
+    }
+
+
+def test_a_session_serves_its_rounds_and_no_others(fleet_of: FleetOf) -> None:
+    fleet, app = fleet_of(4, rounds=5, aggregation__session_rounds=2), Spoiled(lambda *_: None)
+    fleet.federate(fleet.grid(app=app))
+    groups = list(dict.fromkeys(group for group, step, _ in app.asked if step is Step.OFFER))
+    assert groups == ["session-1-1", "session-3-1", "session-5-1"]
+
+
+def test_the_bytes_of_making_a_session_count_in_its_first_round(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(4, rounds=4, aggregation__session_rounds=2)
+    first, second, third, fourth = fleet.federate(fleet.grid())
+    assert first.bytes_up > second.bytes_up
+    assert third.bytes_up > fourth.bytes_up
+    assert abs(second.bytes_up - fourth.bytes_up) < 100
+
+
+def test_devices_that_answer_badly_are_lost_for_the_round_and_asked_again(fleet_of: FleetOf) -> None:
+    def change(step: Step, group: str, node: int) -> bytes | str | None:
+        spoil: dict[tuple[str, Step, int], bytes | str] = {
+            ("1", Step.PLAN, 2): b"no masked input",
+            ("1", Step.SURVIVORS, 3): "gone fishing",
+            ("1", Step.UNMASK, 4): b"",
+        }
+        return spoil.get((group, step, node))
+
+    fleet = fleet_of(8, rounds=2)
+    first, second = fleet.federate(fleet.grid(app=Spoiled(change)))
+    assert first.dropped == {"device-00": "plan", "device-01": "survivors", "device-02": "unmask"}
+    assert first.survivors == tuple(f"device-{n:02d}" for n in range(1, 8))
+    assert (second.dropped, len(second.survivors)) == ({}, 8)
+
+
+def test_a_device_lost_while_the_session_is_made_is_back_in_the_next_one(fleet_of: FleetOf) -> None:
+    app = Spoiled(lambda step, group, node: "no" if (group, node) == ("session-1-1", 5) else None)
+    fleet = fleet_of(8, rounds=2, aggregation__session_rounds=1)
+    first, second = fleet.federate(fleet.grid(app=app))
+    assert "device-03" not in first.survivors
+    assert "device-03" in second.survivors
+
+
+def test_nodes_without_a_certificate_of_the_authority_are_not_taken(fleet_of: FleetOf) -> None:
+    fleet, stranger = fleet_of(12, rounds=1), fleet_of(3)
+    certificate = stranger.home("device-00").certificate
+    mine = fleet.home("device-01").certificate
+    answers = {2: certificate, 4: b"no certificate", 5: mine}  # the last has what another device said already
+    app = Spoiled(lambda step, _, node: answers.get(node) if step is Step.HELLO else None)
+    (record,) = fleet.federate(fleet.grid(app=app))
+    assert set(record.survivors) | {"device-01"} == {"device-01", *(f"device-{n:02d}" for n in range(4, 12))}
+    assert not {node for _, step, node in app.asked if step is Step.PLAN} & {2, 4}
+
+
+def test_too_few_devices_end_the_run_in_one_line_after_so_many_attempts(
+    fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet, app = fleet_of(6, attempts=2), Spoiled(lambda _, __, node: "no" if node > 3 else None)
+    with (
+        caplog.at_level(logging.WARNING, "edgeadapt.coordinator"),
+        pytest.raises(EdgeAdaptError, match="no session after 2 attempts: 2 devices answered, 3 are needed"),
+    ):
+        fleet.federate(fleet.grid(app=app))
+    assert [record.message for record in caplog.records if "attempt" in record.message] == [
+        "session not made, attempt 1 of 2: 2 devices answered, 3 are needed",
+        "session not made, attempt 2 of 2: 2 devices answered, 3 are needed",
+    ]
+    assert {group for group, _, _ in app.asked} == {"session-1-1", "session-1-2"}
+    assert fleet.registry().rounds() == ()
+
+
+def test_a_second_attempt_has_other_weather_than_the_first(fleet_of: FleetOf) -> None:
+    app = Spoiled(lambda step, group, _: "no" if group == "session-1-1" and step is Step.OFFER else None)
+    fleet = fleet_of(5, rounds=1)
+    (record,) = fleet.federate(fleet.grid(app=app))
+    assert len(record.survivors) == 5
+
+
+def test_an_aborted_round_leaves_the_adapter_and_the_next_may_succeed(fleet_of: FleetOf) -> None:
+    app = Spoiled(lambda step, group, node: "no" if (group, step) == ("1", Step.PLAN) and node > 4 else None)
+    fleet = fleet_of(8, rounds=2)
+    before = fleet.registry().version(0)
+    first, second = fleet.federate(fleet.grid(app=app))
+    assert "3 masked inputs" in (first.aborted or "")
+    assert (first.version, first.survivors, first.metrics) == (None, (), {})
+    assert set(first.dropped.values()) == {"plan"}
+    assert first.bytes_up > 0
+    assert (second.aborted, second.version) == (None, 1)
+    assert fleet.registry().version(1).manifest.parent == before.manifest.sha256
+    assert [version.manifest.round for version in fleet.registry().versions()] == [0, 2]
+
+
+@pytest.mark.parametrize("step", [Step.SURVIVORS, Step.UNMASK])
+def test_too_few_answers_at_a_later_step_abort_the_round_as_well(fleet_of: FleetOf, step: Step) -> None:
+    app = Spoiled(lambda s, group, node: "no" if (group, s) == ("1", step) and node > 4 else None)
+    fleet = fleet_of(8, rounds=2, aggregation__session_rounds=1)
+    first, second = fleet.federate(fleet.grid(app=app))
+    assert "are needed" in (first.aborted or "")
+    assert second.aborted is None
+
+
+def test_a_weight_that_honest_devices_cannot_have_aborts_the_round(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = contribute.contribution
+
+    def lie(outcome: Any, layout: Any, spec: Any, rng: Any) -> Any:
+        vector = honest(outcome, layout, spec, rng)
+        step = spec.vector.step(spec.vector.segments[1])
+        vector[layout.size] = 2**spec.vector.ring_bits - int(spec.weight_cap / step)  # behind the delta: the weight
+        return vector
+
+    monkeypatch.setattr(contribute, "contribution", lie)
+    fleet = fleet_of(4, rounds=1)
+    (record,) = fleet.federate(fleet.grid())
+    assert record.aborted == "4 survivors cannot have a weight of -512 examples"
+    assert record.version is None
+    assert len(fleet.registry().versions()) == 1
+
+
+def result_of(**values: float) -> Any:
+    sums = {"weight": 4.0, "correct": 3.0, "loss": 2.0, "held_out": 6.0, "seconds": 0.5, **values}
+    vectors = {name: np.array([value]) for name, value in sums.items()}
+    return SimpleNamespace(values={"delta": np.zeros(3), **vectors}, survivors=("a", "b"))
+
+
+def test_metrics_are_means_over_held_out_examples() -> None:
+    assert module._metrics(result_of()) == {
+        "examples": 4.0,
+        "training_seconds": 0.5,
+        "accuracy": 0.5,
+        "loss": 2.0 / 6.0,
+    }
+
+
+def test_without_held_out_examples_there_is_no_accuracy_to_speak_of() -> None:
+    assert module._metrics(result_of(held_out=0.2, seconds=-0.001)) == {"examples": 4.0, "training_seconds": 0.0}
+
+
+@pytest.mark.parametrize("weight", [-3.0, 0.0, 1.0, 1.9])
+def test_survivors_that_weigh_less_than_one_example_each_have_lied(weight: float) -> None:
+    session: Any = object()
+    outcome = module._weighed(session, result_of(weight=weight))
+    assert isinstance(outcome, RoundAborted)
+    assert (outcome.reason, outcome.session) == (AbortReason.OUT_OF_RANGE, session)
+    enough = result_of(weight=2.0)
+    assert module._weighed(session, enough) == (session, enough)
+
+
+def test_an_empty_registry_is_refused(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(3)
+    for path in (fleet.out / "coordinator").glob("registry.db*"):
+        path.unlink()
+    with pytest.raises(EdgeAdaptError, match="the registry is empty: publish a seed adapter"):
+        fleet.federate(fleet.grid())
+
+
+@pytest.mark.parametrize("config", [{}, {"coordinator-home": ""}, {"coordinator-home": 7}])
+def test_a_run_without_the_coordinators_home_is_refused(fleet_of: FleetOf, config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="needs 'coordinator-home'"):
+        main(fleet_of(3).grid(), Context(1, 1, {}, RecordDict(), config))
+
+
+@pytest.mark.parametrize("name", ["signing.pem", "authority.pem", "federation.json"])
+def test_a_coordinators_home_with_a_file_missing_is_refused_by_name(fleet_of: FleetOf, name: str) -> None:
+    fleet = fleet_of(3)
+    (fleet.out / "coordinator" / name).unlink()
+    with pytest.raises(ConfigError, match=f"is not a coordinator's home.*{name}"):
+        CoordinatorHome.open(fleet.out / "coordinator")
