@@ -1,0 +1,177 @@
+"""The transcripts of a coordinator: one file a session, written as it goes, for ``edgeadapt audit`` to check later.
+
+    transcript/
+      authority.pem, coordinator.pem   whom the sessions rely on: public, to compare with what devices pin
+      session-000001.log               see ``aggregation.transcript``; each session's checkpoints name the one before
+      vectors/SHA256.bin               masked vectors, where the operator keeps them
+
+Records are appended whole and synced to the disk at each checkpoint. A kill can tear the last record; the next start
+cuts it back, keeps what it cut beside the log, and closes the log.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from aggregation import transcript
+from aggregation.audit.log import checkpoints
+from aggregation.audit.report import Problem
+from aggregation.certificates import Root
+from aggregation.errors import TrustError
+from aggregation.identity import IdentityKey
+from aggregation.messages import Plan
+from aggregation.serverside import AbortReason, RoundResult
+from aggregation.steps import Step
+from aggregation.transcript import MAGIC, NO_SESSION, Abort, Result, Stage, Transcript
+
+AUTHORITY = "authority.pem"
+COORDINATOR = "coordinator.pem"
+VECTORS = "vectors"
+LOGS = "session-*.log"
+TORN = ".torn"
+
+
+@dataclass(frozen=True, slots=True)
+class Transcripts:
+    """The folder.
+
+    Args:
+        folder: Made when the first session begins.
+        key: The coordinator's; signs the checkpoints.
+        root: The authority that certified the devices.
+        keep_vectors: Keep every masked vector too, so that sums can be added up again.
+    """
+
+    folder: Path
+    key: IdentityKey
+    root: Root
+    keep_vectors: bool
+
+    def begin(self, offer: bytes) -> "Recorder":
+        """Start the log of the session whose offer has this digest, and close the one before.
+
+        Raises:
+            TrustError: The log before it was altered.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace(self.folder / AUTHORITY, self.root.to_pem())
+        _replace(self.folder / COORDINATOR, self.key.public.to_pem())
+        vectors = self.folder / VECTORS if self.keep_vectors else None
+        if vectors:
+            vectors.mkdir(exist_ok=True)
+        previous = self.finish()
+        number = max((int(path.stem.partition("-")[2]) for path in logs(self.folder)), default=0) + 1
+        recorder = Recorder(self.folder / f"session-{number:06}.log", Transcript(offer, previous), self.key, vectors)
+        recorder.write(MAGIC)
+        return recorder
+
+    def finish(self) -> bytes:
+        """Close the last log if it is open, from what is on the disk. Returns the digest of its last checkpoint.
+
+        Raises:
+            TrustError: The log was altered.
+        """
+        previous = NO_SESSION
+        for path in logs(self.folder)[-2:]:  # only the last one can be open, and it may need to name the one before
+            previous = _finish(path, self.key, previous)
+        return previous
+
+
+def logs(folder: Path) -> list[Path]:
+    """The logs in a folder of transcripts, in the order of their sessions."""
+    return sorted(folder.glob(LOGS))
+
+
+def vector_path(folder: Path, digest: bytes) -> Path:
+    """Where the masked vector with this SHA-256 is kept."""
+    return folder / f"{digest.hex()}.bin"
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Writes the log of one session."""
+
+    path: Path
+    log: Transcript
+    key: IdentityKey
+    vectors: Path | None = None
+
+    def begin(self, plan: Plan) -> None:
+        """A round begins."""
+        self.log.begin(plan)
+
+    def sent(self, step: Step, bodies: Mapping[str, bytes]) -> None:
+        """The coordinator asks. Device → body."""
+        self.write(self.log.sent(step, bodies))
+
+    def received(self, step: Step, device: str, body: bytes) -> None:
+        """A device answered, and the answer was found good."""
+        self.write(self.log.received(step, device, body))
+        if self.vectors is not None and step is Step.PLAN:
+            vector = transcript.vector_of(body)
+            _replace(vector_path(self.vectors, hashlib.sha256(vector).digest()), vector)
+
+    def result(self, result: RoundResult, version: int, adapter: str) -> None:
+        """The round under way made this sum, and the sum this adapter (its SHA-256)."""
+        if self.log.plan is not None:
+            self._end(Result(self.log.plan, result.survivors, result.digest, version, adapter))
+
+    def abort(self, reason: AbortReason) -> None:
+        """The round under way, if one is, ended without an adapter."""
+        if self.log.plan is not None:
+            self._end(Abort(self.log.plan, reason.value))
+
+    def _end(self, ending: Result | Abort) -> None:
+        self.write(self.log.ended(self.key, ending), sync=True)
+
+    def checkpoint(self, stage: Stage = Stage.OPEN) -> None:
+        """Sign what is there."""
+        self.write(self.log.checkpoint(self.key, stage), sync=True)
+
+    def write(self, records: bytes, *, sync: bool = False) -> None:
+        """Append. Afterwards a kill of the process loses nothing, and with ``sync`` neither does a power cut."""
+        with self.path.open("ab") as file:
+            file.write(records)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+
+
+def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:
+    """The digest of a log's last checkpoint. A log that a kill left open is closed first, one without entries removed.
+
+    Args:
+        path: Of the log.
+        key: The coordinator's.
+        previous: Digest of the last checkpoint of the log before; comes back where this log has no entries.
+    """
+    raw = path.read_bytes()
+    reading = transcript.read(raw)
+    if reading.problem:
+        path.with_suffix(TORN).write_bytes(raw[reading.end :])
+        os.truncate(path, reading.end)
+    if not reading.entries:
+        path.unlink()
+        return previous
+    whole = replace(reading, problem="")
+    try:
+        found = checkpoints(whole, key.public, unfinished=True)
+    except Problem as problem:
+        raise TrustError(
+            f"{path} was altered after it was written ({problem}): find out why, and move it away"
+        ) from None
+    if not found or found[-1].stage is not Stage.CLOSED:
+        Recorder(path, transcript.resume(whole.entries, previous), key).checkpoint(Stage.CLOSED)
+        found = checkpoints(transcript.read(path.read_bytes()), key.public, unfinished=False)
+    return found[-1].digest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(content)
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
