@@ -1,4 +1,4 @@
-"""The coordinator's home: the folder with its signing key, the authority it relies on, settings and registry."""
+"""The coordinator's home: its signing key, the authority that it relies on, settings, registry and transcripts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,14 @@ from aggregation.errors import ConfigError
 from aggregation.identity import IdentityKey
 from coordinator.registry import Registry
 from coordinator.settings import FederationSettings
+from coordinator.transcript import Transcripts
 
 KEY = "signing.pem"
 AUTHORITY = "authority.pem"
 SETTINGS = "federation.json"
 DATABASE = "registry.db"
 BLOBS = "blobs"
+TRANSCRIPT = "transcript"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class CoordinatorHome:
     root: Root
     settings: FederationSettings
     registry: Registry
+    transcripts: Transcripts
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -43,7 +46,8 @@ class CoordinatorHome:
             raise ConfigError(
                 f"{folder} is not a coordinator's home: {Path(error.filename).name} is missing"
             ) from error
-        return cls(key, root, settings, open_registry(folder, key))
+        transcripts = Transcripts(folder / TRANSCRIPT, key, root, settings.aggregation.keep_masked_inputs)
+        return cls(key, root, settings, open_registry(folder, key), transcripts)
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:

@@ -24,6 +24,7 @@ from aggregation.steps import Step
 from coordinator import optimizer
 from coordinator.home import CoordinatorHome
 from coordinator.registry import RoundRecord, Version
+from coordinator.transcript import Recorder
 from coordinator.wire import Wire
 
 log = logging.getLogger("edgeadapt.coordinator")
@@ -32,10 +33,14 @@ S = TypeVar("S")
 
 @dataclass(slots=True)
 class Fleet:
-    """The devices that a session was made with: device → Flower node, and who is lost where in the round under way."""
+    """The devices that a session was made with: device → Flower node, and who is lost where in the round under way.
+
+    What is asked and answered goes into the session's transcript.
+    """
 
     wire: Wire
     nodes: Mapping[str, int]
+    recorder: Recorder
     lost: dict[str, str] = field(default_factory=dict)
 
     def gather(
@@ -51,12 +56,14 @@ class Fleet:
         """Ask each device of ``bodies`` and let the state ``accept`` each answer as it comes."""
         devices = {self.nodes[device]: device for device in bodies}
         asked = {self.nodes[device]: body for device, body in bodies.items()}
+        self.recorder.sent(step, bodies)
         for reply in self.wire.ask(step, asked, group, adapter):
             device = devices[reply.node]
             try:
                 if reply.body is None:
                     raise ProtocolError(reply.reason)
                 state = accept(state, device, reply.body)
+                self.recorder.received(step, device, reply.body)
                 log.debug("%s answered %s", device, step.value, extra={"answered": step.value})
             except ProtocolError as error:
                 self.lost[device] = step.value
@@ -73,14 +80,17 @@ def federate(home: CoordinatorHome, wire: Wire) -> Iterator[RoundRecord]:
     fleet: Fleet | None = None
     session: Established | None = None
     done = len(home.registry.rounds())
-    for number in range(done + 1, home.settings.rounds + 1):
-        begin = time.perf_counter()
-        if fleet is None or session is None or session.rounds_left == 0:
-            left = home.settings.rounds - number + 1
-            rounds = min(left, home.settings.aggregation.session_rounds)
-            fleet, session = _establish(home, wire, rounds, f"session-{number}")
-        record, session = _round(home, fleet, session, number, begin)
-        yield record
+    try:
+        for number in range(done + 1, home.settings.rounds + 1):
+            begin = time.perf_counter()
+            if fleet is None or session is None or session.rounds_left == 0:
+                left = home.settings.rounds - number + 1
+                rounds = min(left, home.settings.aggregation.session_rounds)
+                fleet, session = _establish(home, wire, rounds, f"session-{number}")
+            record, session = _round(home, fleet, session, number, begin)
+            yield record
+    finally:
+        home.transcripts.finish()
 
 
 def _establish(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tuple[Fleet, Established]:
@@ -103,10 +113,10 @@ def _session(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tupl
         return RoundAborted(serverside.AbortReason.TOO_FEW, f"{len(nodes)} devices answered, {least} are needed", None)
     layout = Layout.of(home.registry.tensors(version.manifest.version))
     spec = home.settings.aggregation.spec(len(nodes), layout, version.manifest.base_digest, rounds)
-    fleet = Fleet(wire, nodes)
     offering, offer = serverside.open_session(
         home.key, home.root, spec, certificates, SystemEntropy(), datetime.now(UTC)
     )
+    fleet = Fleet(wire, nodes, home.transcripts.begin(offering.offer))
     offers = dict.fromkeys(nodes, offer)
     sharing = fleet.gather(offering, Offering.on_advert, Step.OFFER, offers, group=group).close()
     if isinstance(sharing, RoundAborted):
@@ -116,6 +126,7 @@ def _session(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tupl
     session = fleet.gather(state, Sharing.on_shares, Step.ROSTER, rosters, group=group).close()
     if isinstance(session, RoundAborted):
         return session
+    fleet.recorder.checkpoint()
     log.info("session of %d devices for %d rounds", len(nodes) - len(fleet.lost), rounds)
     return fleet, session
 
@@ -146,6 +157,7 @@ def _round(
     result: RoundResult | None
     if isinstance(outcome, RoundAborted):
         after, result, aborted = outcome.session, None, outcome.detail
+        fleet.recorder.abort(outcome.reason)
         log.warning("round %d aborted: %s", number, aborted)
     else:
         (after, result), aborted = outcome, None
@@ -161,7 +173,7 @@ def _round(
         metrics=_metrics(result) if result else {},
         version=version.manifest.version + 1 if result else None,
     )
-    return _commit(home, version, record, result), after
+    return _commit(home, fleet.recorder, version, record, result), after
 
 
 def _protocol(
@@ -175,6 +187,7 @@ def _protocol(
     if isinstance(planned, RoundAborted):
         return planned
     state, plans = planned
+    fleet.recorder.begin(state.plan)
     blob = home.registry.blob(manifest.version)
     masked = fleet.gather(
         state, serverside.Collecting.on_masked_input, Step.PLAN, plans, group=group, adapter=blob
@@ -211,7 +224,9 @@ def _metrics(result: RoundResult) -> dict[str, float]:
     return metrics
 
 
-def _commit(home: CoordinatorHome, version: Version, record: RoundRecord, result: RoundResult | None) -> RoundRecord:
+def _commit(
+    home: CoordinatorHome, recorder: Recorder, version: Version, record: RoundRecord, result: RoundResult | None
+) -> RoundRecord:
     if result is None:
         home.registry.record_round(record)
         return record
@@ -236,6 +251,7 @@ def _commit(home: CoordinatorHome, version: Version, record: RoundRecord, result
         method=parent.method,
         labels=parent.labels,
     )
+    recorder.result(result, manifest.version, manifest.sha256)  # before the commit: no version without its log
     home.registry.commit_round(record, manifest, blob, optimizer.to_tensors(state), home.key)
     return record
 

@@ -1,0 +1,230 @@
+"""Transcripts on disk: what a run leaves, what a kill can do to them, and what the next start makes of that."""
+
+import hashlib
+import os
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregation.audit import Report, Status, audit, chain
+from aggregation.audit.log import checkpoints
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import TrustError
+from aggregation.identity import IdentityKey
+from aggregation.messages import Plan
+from aggregation.serverside import AbortReason, RoundResult
+from aggregation.steps import Step
+from aggregation.transcript import MAGIC, read
+from coordinator.home import CoordinatorHome
+from coordinator.transcript import TORN, VECTORS, Recorder, Transcripts, logs, vector_path
+
+PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")
+RESULT = RoundResult(1, {}, ("a", "b"), (), (), bytes(32))
+
+
+_small = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "conftest.py"))
+
+
+@pytest.fixture(scope="module")
+def offer() -> tuple[bytes, bytes]:
+    """Digest and bytes of an offer of the small fleet of tests/aggregation."""
+    offering, raw = _small["make_fleet"](3).offer()
+    return offering.offer, raw
+
+
+@pytest.fixture
+def transcripts(tmp_path: Path) -> Transcripts:
+    fleet = _small["make_fleet"](3)
+    return Transcripts(tmp_path / "transcript", fleet.key, fleet.authority.root, keep_vectors=False)
+
+
+def write(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> Recorder:
+    """A session of one round that went no further than its plan."""
+    recorder = transcripts.begin(offer[0])
+    recorder.sent(Step.OFFER, dict.fromkeys("ab", offer[1]))
+    recorder.checkpoint()
+    recorder.begin(PLAN)
+    recorder.sent(Step.PLAN, dict.fromkeys("ab", b"plan"))
+    return recorder
+
+
+def kinds(path: Path) -> list[str]:
+    reading = read(path.read_bytes())
+    assert reading.problem == ""
+    return [entry.kind for entry in reading.entries]
+
+
+def test_a_record_is_on_the_disk_when_the_call_returns(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
+    recorder = write(transcripts, offer)
+    assert kinds(recorder.path) == ["offer", "checkpoint", "assignment"]
+    recorder.received(Step.UNMASK, "a", b"opening")
+    assert kinds(recorder.path)[-1] == "opening"
+
+
+def test_a_round_ends_once(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
+    recorder = write(transcripts, offer)
+    recorder.result(RESULT, 2, "cd" * 32)
+    recorder.result(RESULT, 2, "cd" * 32)
+    recorder.abort(AbortReason.TOO_FEW)
+    assert kinds(recorder.path)[3:] == ["result", "checkpoint"]
+
+
+def test_a_round_that_ended_without_a_sum_says_why(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
+    recorder = write(transcripts, offer)
+    recorder.abort(AbortReason.UNRECOVERABLE)
+    assert kinds(recorder.path)[3:] == ["abort", "checkpoint"]
+    assert b"unrecoverable" in recorder.path.read_bytes()
+
+
+def test_the_log_of_a_session_is_closed_once_and_named_by_the_next(
+    transcripts: Transcripts, offer: tuple[bytes, bytes]
+) -> None:
+    first = write(transcripts, offer)
+    last = transcripts.finish()
+    closed = first.path.read_bytes()
+    assert transcripts.finish() == last
+    assert first.path.read_bytes() == closed
+    second = write(transcripts, offer)
+    assert second.log.previous == last
+    assert [path.name for path in logs(transcripts.folder)] == ["session-000001.log", "session-000002.log"]
+
+
+def test_a_log_that_a_kill_left_open_is_closed_by_the_next_start(
+    transcripts: Transcripts, offer: tuple[bytes, bytes]
+) -> None:
+    killed = write(transcripts, offer)
+    write(transcripts, offer)
+    assert kinds(killed.path) == ["offer", "checkpoint", "assignment", "checkpoint"]
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5, 40])
+def test_a_record_that_a_kill_tore_is_cut_back_and_kept_aside(
+    transcripts: Transcripts, offer: tuple[bytes, bytes], cut: int
+) -> None:
+    killed = write(transcripts, offer)
+    whole = killed.path.stat().st_size
+    killed.received(Step.UNMASK, "a", bytes(100))
+    os.truncate(killed.path, killed.path.stat().st_size - cut)
+    torn = killed.path.read_bytes()[whole:]
+    write(transcripts, offer)
+    assert kinds(killed.path) == ["offer", "checkpoint", "assignment", "checkpoint"]
+    assert killed.path.with_suffix(TORN).read_bytes() == torn
+
+
+@pytest.mark.parametrize("left", [0, 5, len(MAGIC), len(MAGIC) + 10])
+def test_a_log_that_a_kill_left_without_an_entry_is_no_session(
+    transcripts: Transcripts, offer: tuple[bytes, bytes], left: int
+) -> None:
+    first = write(transcripts, offer)
+    killed = write(transcripts, offer)
+    os.truncate(killed.path, left)
+    again = write(transcripts, offer)
+    assert again.path == killed.path
+    assert again.log.previous == last_checkpoint(transcripts, first)
+
+
+def last_checkpoint(transcripts: Transcripts, recorder: Recorder) -> bytes:
+    return checkpoints(read(recorder.path.read_bytes()), transcripts.key.public, unfinished=False)[-1].digest()
+
+
+def test_a_log_killed_before_its_first_checkpoint_still_names_the_one_before(
+    transcripts: Transcripts, offer: tuple[bytes, bytes]
+) -> None:
+    write(transcripts, offer)
+    last = transcripts.finish()
+    killed = transcripts.begin(offer[0])
+    killed.sent(Step.OFFER, dict.fromkeys("ab", offer[1]))
+    transcripts.finish()
+    reports = {path.name: report_of(transcripts, path) for path in logs(transcripts.folder)}
+    assert list(reports.values())[1].previous == last
+    chain(reports)
+
+
+def report_of(transcripts: Transcripts, path: Path) -> Report:
+    return audit(path.read_bytes(), transcripts.root, transcripts.key.public)
+
+
+def test_a_log_that_was_altered_is_not_signed_again(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
+    killed = write(transcripts, offer)
+    raw = bytearray(killed.path.read_bytes())
+    raw[len(MAGIC) + 60] ^= 1
+    killed.path.write_bytes(raw)
+    with pytest.raises(TrustError, match=r"session-000001\.log was altered"):
+        transcripts.begin(offer[0])
+    assert killed.path.read_bytes() == raw
+
+
+def test_vectors_are_kept_by_digest_where_that_is_asked_for(
+    transcripts: Transcripts, offer: tuple[bytes, bytes]
+) -> None:
+    body = (3).to_bytes(4, "big") + b"hdr" + b"vector"
+    for keep in (False, True):
+        kept = Transcripts(transcripts.folder / str(keep), transcripts.key, transcripts.root, keep)
+        write(kept, offer).received(Step.PLAN, "a", body)
+        path = vector_path(kept.folder / VECTORS, hashlib.sha256(b"vector").digest())
+        assert path.exists() == keep
+        assert not keep or path.read_bytes() == b"vector"
+
+
+def test_who_is_relied_on_lies_beside_the_logs_and_no_secret(
+    transcripts: Transcripts, offer: tuple[bytes, bytes]
+) -> None:
+    write(transcripts, offer)
+    assert b"PRIVATE" not in b"".join(path.read_bytes() for path in transcripts.folder.iterdir())
+    assert (transcripts.folder / "coordinator.pem").read_bytes() == transcripts.key.public.to_pem()
+
+
+# A whole run, with real devices on the in-process grid
+
+
+def audited(fleet: Any) -> dict[str, Report]:
+    folder = fleet.out / "coordinator" / "transcript"
+    home = CoordinatorHome.open(fleet.out / "coordinator")
+    vectors = {bytes.fromhex(path.stem): path.read_bytes() for path in folder.glob(f"{VECTORS}/*.bin")}
+    reports = {path.name: audit(path.read_bytes(), home.root, home.key.public, vectors.get) for path in logs(folder)}
+    chain(reports)
+    return reports
+
+
+def test_a_run_leaves_a_transcript_that_holds(fleet_of: Callable[..., Any]) -> None:
+    fleet = fleet_of(5, aggregation__session_rounds=2, aggregation__keep_masked_inputs=True)
+    records = fleet.federate(fleet.grid(victims=1))
+    reports = audited(fleet)
+    assert len(reports) >= 2
+    for report in reports.values():
+        assert {finding.status for finding in report.findings} <= {Status.PASS, Status.SKIPPED}, report.findings
+    rounds = [each for report in reports.values() for each in report.rounds]
+    assert [each.survivors for each in rounds if "made adapter" in each.ending] == [
+        record.survivors for record in records if record.survivors
+    ]
+    last = fleet.registry().latest().manifest
+    assert f"made adapter {last.version} ({last.sha256[:12]})" in {each.ending for each in rounds}
+
+
+def test_a_run_that_stopped_in_a_round_leaves_a_closed_log(fleet_of: Callable[..., Any]) -> None:
+    from client.app import app
+
+    fleet = fleet_of(4)
+
+    def stop(message: Any, context: Any) -> Any:
+        if "unmask" in message.metadata.message_type:
+            raise KeyboardInterrupt
+        return app(message, context)
+
+    with pytest.raises(KeyboardInterrupt):
+        fleet.federate(fleet.grid(app=stop))
+    (report,) = audited(fleet).values()
+    assert report.failed == ()
+    assert [each.ending for each in report.rounds] == ["was not ended"]
+    fleet.federate(fleet.grid())
+    assert [len(report.rounds) for report in audited(fleet).values()] == [1, 3]
+
+
+def test_another_key_makes_another_coordinator(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
+    write(transcripts, offer)
+    stranger = Transcripts(transcripts.folder, IdentityKey.generate(SystemEntropy()), transcripts.root, False)
+    with pytest.raises(TrustError, match="was altered"):
+        stranger.begin(offer[0])
