@@ -1,0 +1,191 @@
+"""`edgeadapt audit` as an outsider calls it: what it prints, what it exits with, and what it does not import."""
+
+import datetime as dt
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgeadapt
+from aggregation.certificates import Authority
+from aggregation.entropy import SystemEntropy
+from aggregation.identity import IdentityKey
+
+Run = Callable[..., tuple[int, str, str]]
+LOG = "session-000001.log"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, logged: Any) -> Path:
+    """A run whose coordinator kept the transcript of the fixture's session, with its vectors."""
+    transcripts = tmp_path / "run" / "coordinator" / "transcript"
+    (transcripts / "vectors").mkdir(parents=True)
+    (transcripts / LOG).write_bytes(logged.raw)
+    (transcripts / "authority.pem").write_bytes(logged.fleet.authority.root.to_pem())
+    (transcripts / "coordinator.pem").write_bytes(logged.fleet.key.public.to_pem())
+    for digest, vector in logged.vectors.items():
+        (transcripts / "vectors" / f"{digest.hex()}.bin").write_bytes(vector)
+    return transcripts
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", "audit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            edgeadapt.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+def damage(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_sound_run_is_told_in_words(run: Run, folder: Path) -> None:
+    code, out, err = run("verify", folder.parents[1])
+    assert (code, err) == (0, "")
+    assert out.count("  pass  ") == 11
+    assert "nobody answered a step twice" in out
+    assert "bit for bit" in out
+    assert "compare them with those that devices pin" in out
+
+
+@pytest.mark.parametrize("up", [0, 1, 2])
+def test_a_run_a_coordinator_and_a_folder_of_transcripts_are_all_found(run: Run, folder: Path, up: int) -> None:
+    assert run("verify", [folder, *folder.parents][up])[0] == 0
+    assert run("verify", folder / LOG)[0] == 0
+
+
+def test_json_is_one_object_that_names_each_check(run: Run, folder: Path, logged: Any) -> None:
+    code, out, _ = run("verify", folder, "--json")
+    told = json.loads(out)
+    assert (code, told["ok"], told["error"]) == (0, True, None)
+    assert [check["status"] for check in told["sessions"][0]["checks"]] == ["pass"] * 11
+    assert told["sessions"][0]["participation"] == logged.audit().participation
+    assert told["relied_on"]["coordinator"] == logged.fleet.key.public.key_id
+
+
+def test_a_flipped_byte_ends_in_one_line_that_names_the_place(run: Run, folder: Path, logged: Any) -> None:
+    damage(folder / LOG, logged.ends()[15] - 70)
+    code, out, err = run("verify", folder)
+    assert code == 4
+    assert "FAIL" in out
+    assert "not reached" in out
+    assert len(err.splitlines()) == 1
+    assert f"{LOG}: the transcript does not hold (signatures): entry 15 (masked-input of device-000, round 1)" in err
+
+
+def test_json_tells_the_place_of_a_failure_and_stays_one_object(run: Run, folder: Path, logged: Any) -> None:
+    damage(folder / LOG, logged.ends()[15] - 70)
+    code, out, err = run("verify", folder, "--json")
+    told = json.loads(out)
+    assert code == 4
+    assert told["error"] in err
+    failed = {check["check"]: check["place"] for check in told["sessions"][0]["checks"] if check["status"] == "FAIL"}
+    assert failed["signatures"] == {"index": 15, "kind": "masked-input", "round": 1, "peer": "device-000"}
+
+
+def test_without_vectors_the_sums_are_said_not_to_be_checked(run: Run, folder: Path) -> None:
+    for path in (folder / "vectors").iterdir():
+        path.unlink()
+    code, out, _ = run("verify", folder)
+    assert code == 0
+    assert "skipped" in out
+    assert "kept as digests only" in out
+
+
+def test_a_pinned_authority_that_is_another_one_is_decisive(run: Run, folder: Path, logged: Any) -> None:
+    times = (dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2036, 1, 1, tzinfo=dt.UTC))
+    pinned = folder.parents[1] / "pinned.pem"
+    pinned.write_bytes(Authority.create("another", SystemEntropy(), *times).root.to_pem())
+    code, _, err = run("verify", folder, "--authority", pinned)
+    assert code == 4
+    assert "not issued by the pinned authority" in err
+    pinned.write_bytes(logged.fleet.authority.root.to_pem())
+    code, out, _ = run("verify", folder, "--authority", pinned, "--coordinator", folder / "coordinator.pem")
+    assert code == 0
+    assert "the keys that you gave" in out
+
+
+def test_a_pinned_key_that_is_another_coordinators_is_decisive(run: Run, folder: Path) -> None:
+    pinned = folder.parents[1] / "pinned.pem"
+    pinned.write_bytes(IdentityKey.generate(SystemEntropy()).public.to_pem())
+    code, _, err = run("verify", folder, "--coordinator", pinned)
+    assert code == 4
+    assert "entry 0 (offer)" in err
+
+
+def test_a_session_under_way_passes_with_unfinished_only(run: Run, folder: Path, logged: Any) -> None:
+    (folder / LOG).write_bytes(logged.raw[: logged.ends()[30]])
+    code, _, err = run("verify", folder)
+    assert code == 4
+    assert "its end was cut off, or the session is under way" in err
+    assert run("verify", folder, "--unfinished")[0] == 0
+
+
+def test_a_session_that_is_left_out_is_missed(run: Run, folder: Path, logged: Any) -> None:
+    (folder / "session-000002.log").write_bytes(logged.raw)  # it says that it is the coordinator's first
+    code, _, err = run("verify", folder)
+    assert code == 4
+    assert "session-000002.log does not follow session-000001.log" in err
+
+
+def test_show_lists_rounds_survivors_and_dropouts(run: Run, folder: Path) -> None:
+    code, out, _ = run("show", folder)
+    assert code == 0
+    assert "round   1  3 of 4 counted  made adapter 2 (abababababab)  lost device-001" in out
+    assert "round   3  0 of 4 counted  ended without a sum (too-few)" in out
+    assert "device-000 2, device-001 1" in out
+
+
+def test_show_lists_every_message_where_asked(run: Run, folder: Path, logged: Any) -> None:
+    _, out, _ = run("show", folder, "--entries")
+    assert out.count(" bytes\n") == len(logged.entries)
+    assert "entry 11 (assignment to device-000, round 1)" in out
+
+
+def test_show_does_not_pass_off_an_altered_log_as_sound(run: Run, folder: Path, logged: Any) -> None:
+    damage(folder / LOG, logged.ends()[15] - 70)
+    assert run("show", folder)[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("lacking", "code", "said"),
+    [
+        ("authority.pem", 4, "say with --authority where it is"),
+        ("coordinator.pem", 4, "say with --coordinator where it is"),
+        (LOG, 5, "holds no transcript"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(run: Run, folder: Path, lacking: str, code: int, said: str) -> None:
+    (folder / lacking).unlink()
+    got, out, err = run("verify", folder)
+    assert (got, out) == (code, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_file_that_is_no_log_fails(run: Run, folder: Path) -> None:
+    (folder / LOG).write_bytes(b"hello")
+    code, _, err = run("verify", folder)
+    assert code == 4
+    assert "not a transcript of this version" in err
+
+
+def test_an_auditor_needs_no_framework() -> None:
+    script = "import sys, edgeadapt, coordinator.audit; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "aggregation" in loaded
+    assert not loaded & {"flwr", "onnx", "onnxruntime", "peft", "pydantic", "safetensors", "sqlalchemy", "torch"}
