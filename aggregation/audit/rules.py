@@ -1,10 +1,11 @@
 """The rules of the protocol, held against a history: how many, who, and which share of whom."""
 
+import bisect
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from aggregation import checks, envelope
+from aggregation import checks, envelope, graph
 from aggregation.audit.history import History, Round
 from aggregation.audit.report import Problem
 from aggregation.errors import ProtocolError
@@ -17,20 +18,36 @@ def thresholds(history: History) -> str:
     """No step of a round went on with too few.
 
     Raises:
-        Problem: One did, or the threshold lets two separate groups of devices open a secret.
+        Problem: One did, or parameters protect a device not even if all others are honest.
     """
     spec = history.offer.spec
-    neighbourhood = spec.degree + 1
-    withstands = 2 * spec.threshold - neighbourhood - 1
+    withstands, near = _withstands(history), min(spec.degree + 1, _present(history))
     if withstands < 0:
-        raise Problem(f"two separate groups of {spec.threshold} among {neighbourhood} devices could open a secret")
+        raise Problem(f"{spec.threshold} of {near} devices open a secret: two groups apart from each other could do so")
     for current in history.rounds:
         _large_enough(history, current)
     return (
-        f"{spec.threshold} of {neighbourhood} devices must answer to open a secret and "
-        f"{max(spec.threshold, spec.minimum_survivors)} or more updates make a sum; no round went on with fewer. "
-        f"The privacy of a device withstands {withstands} others that side with the coordinator"
+        f"{spec.threshold} of {near} devices must answer to open a secret, and a sum is of "
+        f"{max(spec.threshold, spec.minimum_survivors)} or more; no round went on with fewer. A device's update stays "
+        f"hidden even if {withstands} others side with the coordinator"
     )
+
+
+def _present(history: History) -> int:
+    return len(history.session.peers) if history.session else len(history.cohort)
+
+
+def _withstands(history: History) -> int:
+    """How many devices may be corrupt; below zero where the parameters do not even hold with none (``policy``)."""
+    spec, present = history.offer.spec, _present(history)
+    if spec.degree >= present - 1:
+        return 2 * spec.threshold - present - 1
+    bits = graph.SIGMA + (graph.GRINDING if spec.adversary is Adversary.ACTIVE else 0)
+    counts = range(present)
+    fails = bisect.bisect_left(
+        counts, True, key=lambda count: not graph.withstands(present, count, spec.degree, spec.threshold, bits)
+    )
+    return fails - 1
 
 
 def _large_enough(history: History, current: Round) -> None:

@@ -12,6 +12,7 @@ import pytest
 from aggregation import envelope, transcript
 from aggregation.audit import Report, audit
 from aggregation.messages import Assignment, Message
+from aggregation.policy import Policy
 from aggregation.serverside import Confirming, RoundAborted
 from aggregation.spec import Adversary
 from aggregation.steps import Step
@@ -149,8 +150,16 @@ class Logged:
         return sorted(set(names) - set(lost.get(step, ())))
 
 
-def make(rounds: Sequence[Lost], devices: int = 4, adversary: Adversary = Adversary.ACTIVE, **changes: Any) -> Logged:
-    return Logged(make_fleet(devices, spec=session_spec(devices, adversary=adversary, **changes))).run(rounds)
+def make(
+    rounds: Sequence[Lost],
+    devices: int = 4,
+    adversary: Adversary = Adversary.ACTIVE,
+    policy: Policy | None = None,
+    **changes: Any,
+) -> Logged:
+    return Logged(make_fleet(devices, spec=session_spec(devices, adversary=adversary, **changes), policy=policy)).run(
+        rounds
+    )
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,7 @@ def test_a_threshold_that_two_groups_can_reach_is_found(
     for check in ("check", "check_roster"):  # no honest device joins such a session
         monkeypatch.setattr(Policy, check, lambda *given: None)
     weak = logged_of([{}], devices=4, threshold=2, minimum_survivors=2)
-    only(weak.audit(), Check.THRESHOLDS, "two separate groups of 2 among 4")
+    only(weak.audit(), Check.THRESHOLDS, "2 of 4 devices open a secret")
 
 
 def test_a_plan_for_too_few_is_found(logged_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,19 @@
 """A sound transcript passes every check, and the report says what happened."""
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from aggregation.audit import Check, Status
+from aggregation.messages import Unmask
+from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from aggregation.steps import Step
+
+BASE = hashlib.sha256(b"base").hexdigest()  # of the fleet of tests/aggregation
 
 
 def test_a_sound_session_passes_every_check(logged: Any) -> None:
@@ -47,6 +53,33 @@ def test_sessions_of_either_kind_and_any_size_pass(
     lost = {Step.PLAN: ["device-000"]} if devices > 3 else {}
     report = logged_of([lost, {}], devices=devices, adversary=adversary).audit()
     assert {finding.status for finding in report.findings} == {Status.PASS}, report.findings
+
+
+@pytest.fixture(scope="module")
+def sparse(logged_of: Callable[..., Any]) -> Any:
+    """Eleven devices on a circle of six neighbours each."""
+    policy = Policy(known_bases=frozenset({BASE}), minimum_cohort=3, corrupt_fraction=0, complete_up_to=3)
+    lost = {Step.PLAN: ["device-003"], Step.UNMASK: ["device-008"]}
+    return logged_of([lost, {}], devices=11, policy=policy, degree=6, threshold=5, minimum_survivors=6)
+
+
+def test_a_session_on_a_sparse_graph_passes(sparse: Any) -> None:
+    report = sparse.audit()
+    assert {finding.status for finding in report.findings} == {Status.PASS}, report.findings
+    assert "5 of 7 devices must answer" in report.findings[list(Check).index(Check.THRESHOLDS)].text
+
+
+def test_on_a_sparse_graph_an_agreement_of_a_stranger_does_not_count(sparse: Any) -> None:
+    asked = [entry for entry in sparse.entries if (entry.kind, entry.round) == (Unmask.TAG, 1)]
+    assert len(asked) > 1
+    (mine, theirs) = (asked[0], next(entry for entry in asked if entry.message != asked[0].message))
+    swapped = sparse.rewritten(
+        lambda entries: [replace(mine, message=theirs.message) if entry == mine else entry for entry in entries]
+    )
+    (finding,) = sparse.audit(swapped).failed
+    assert finding.check is Check.SURVIVORS
+    assert "shares no secrets with it" in finding.text
+    assert finding.place.index == mine.index
 
 
 def test_a_session_without_a_round_passes(logged_of: Callable[..., Any]) -> None:
