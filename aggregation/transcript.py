@@ -179,6 +179,8 @@ class Transcript:
         tree: Of the entries so far.
         round: That of the last plan, or 0.
         plan: Digest of the plan of the round under way, if one is.
+        endings: Round → index and leaf of its ending.
+        checkpoints: Entries that each checkpoint covers → the checkpoint, signed.
     """
 
     offer: bytes
@@ -186,6 +188,8 @@ class Transcript:
     tree: Tree = field(default_factory=Tree, repr=False)
     round: int = 0
     plan: bytes | None = None
+    endings: dict[int, tuple[int, bytes]] = field(default_factory=dict, repr=False)
+    checkpoints: dict[int, bytes] = field(default_factory=dict, repr=False)
 
     def begin(self, plan: Plan) -> None:
         """What follows belongs to the round of ``plan``."""
@@ -207,13 +211,15 @@ class Transcript:
 
     def ended(self, key: IdentityKey, ending: Result | Abort) -> bytes:
         """How the round ended, signed, and a checkpoint."""
-        self.plan = None
-        return self._append(ending.TAG, EVERYONE, envelope.seal(key, ending)) + self.checkpoint(key)
+        record = self._append(ending.TAG, EVERYONE, envelope.seal(key, ending))
+        self.plan, self.endings[self.round] = None, (self.tree.size - 1, record[_LENGTH:])
+        return record + self.checkpoint(key)
 
     def checkpoint(self, key: IdentityKey, stage: Stage = Stage.OPEN) -> bytes:
         """Sign the root of what is there so far."""
         signed = Checkpoint(self.offer, self.tree.size, self.tree.root(), self.previous, stage)
-        return self._append(Checkpoint.TAG, EVERYONE, envelope.seal(key, signed))
+        self.checkpoints[signed.size] = envelope.seal(key, signed)
+        return self._append(Checkpoint.TAG, EVERYONE, self.checkpoints[signed.size])
 
     def _append(self, kind: str, peer: str, message: bytes) -> bytes:
         leaf = ENTRY.encode(Entry(self.tree.size, kind, self.round, peer, message))
