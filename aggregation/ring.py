@@ -64,6 +64,8 @@ def pack(values: Ring, bits: int) -> bytes:
         ``packed_size(n, bits)`` bytes; unused bits of the last byte are zero.
     """
     require(values, values.size, bits)
+    if bits == 8 * values.itemsize:  # nothing to move
+        return values.tobytes()
     kind, (count, per_row) = np.dtype(dtype(bits)), _period(bits)
     rows = -(-values.size // count)
     words = np.zeros((rows, per_row), kind)
@@ -93,6 +95,8 @@ def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
     unused = -size * bits % 8
     if unused and raw[-1] >> (8 - unused):
         raise ProtocolError("unused bits at the end of the vector are not zero")
+    if bits == 8 * np.dtype(dtype(bits)).itemsize:
+        return np.frombuffer(raw, dtype(bits)).copy()
     kind, (count, per_row) = np.dtype(dtype(bits)), _period(bits)
     rows = -(-size // count)
     octets = np.zeros(rows * per_row * kind.itemsize, np.uint8)
