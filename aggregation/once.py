@@ -15,12 +15,20 @@ class Once:
     def __init__(self) -> None:
         self._taken = False
 
+    def require(self, what: str) -> None:
+        """Return while it is open.
+
+        Raises:
+            ProtocolError: It was taken.
+        """
+        if self._taken:
+            raise ProtocolError(f"the {what} of this state was given already; a step is never answered twice")
+
     def take(self, what: str) -> None:
         """Return the first time.
 
         Raises:
             ProtocolError: Every time after it.
         """
-        if self._taken:
-            raise ProtocolError(f"the {what} of this state was given already; a step is never answered twice")
+        self.require(what)
         self._taken = True

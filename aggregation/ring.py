@@ -90,11 +90,7 @@ def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
     Raises:
         ProtocolError: Not exactly ``packed_size(size, bits)`` bytes, or unused bits that are not zero.
     """
-    if len(raw) != packed_size(size, bits):
-        raise ProtocolError(f"vector has {len(raw)} bytes where {packed_size(size, bits)} belong")
-    unused = -size * bits % 8
-    if unused and raw[-1] >> (8 - unused):
-        raise ProtocolError("unused bits at the end of the vector are not zero")
+    _require_packed(raw, size, bits)
     if bits == 8 * np.dtype(dtype(bits)).itemsize:
         return np.frombuffer(raw, dtype(bits)).copy()
     kind, (count, per_row) = np.dtype(dtype(bits)), _period(bits)
@@ -110,6 +106,32 @@ def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
                 target[:, j] |= part[:, word + 1] << (8 * kind.itemsize - shift)
         target &= (1 << bits) - 1
     return values.reshape(-1)[:size]
+
+
+def add(total: Ring, raw: bytes | memoryview, bits: int) -> None:
+    """Add a packed vector to ``total`` in place: ``total += unpack(raw, total.size, bits)`` without a second vector.
+
+    Raises:
+        ProtocolError: As ``unpack``; ``total`` is then as it was.
+    """
+    _require_packed(raw, total.size, bits)
+    if bits == 8 * total.itemsize:
+        np.add(total, np.frombuffer(raw, total.dtype), out=total)
+        return
+    step = _BLOCK - _BLOCK % 64  # elements: whole bytes, whatever the width
+    view = memoryview(raw)
+    for start in range(0, total.size, step):
+        part = total[start : start + step]
+        at = start * bits // 8
+        part += unpack(view[at : at + packed_size(part.size, bits)], part.size, bits)
+
+
+def _require_packed(raw: bytes | memoryview, size: int, bits: int) -> None:
+    if len(raw) != packed_size(size, bits):
+        raise ProtocolError(f"vector has {len(raw)} bytes where {packed_size(size, bits)} belong")
+    unused = -size * bits % 8
+    if unused and raw[-1] >> (8 - unused):
+        raise ProtocolError("unused bits at the end of the vector are not zero")
 
 
 def _period(bits: int) -> tuple[int, int]:

@@ -254,7 +254,7 @@ class Established:
         plan = Plan(self.session.context, begun.last_round, members, adapter_version, adapter_digest, training)
         out = {device: self._assignment(plan, device) for device in members}
         vector = self.session.spec.vector
-        return Collecting(begun, plan, ring.zeros(vector.size, vector.ring_bits)), out
+        return Collecting(begun, plan, plan.digest(), ring.zeros(vector.size, vector.ring_bits)), out
 
     def _assignment(self, plan: Plan, device: str) -> bytes:
         dealers = () if device in self.delivered else self.session.neighbours(device, self.devices)
@@ -266,10 +266,12 @@ class Collecting:
     """The plan is out; masked inputs come in and are added up as they come, so that none is kept.
 
     ``total`` is one buffer that moves on with the state: a state that was moved on from refuses further inputs.
+    ``digest`` is the plan's.
     """
 
     established: Established
     plan: Plan
+    digest: bytes
     total: Ring = field(repr=False, compare=False)
     vectors: Mapping[str, bytes] = field(default_factory=dict)
     once: Once = field(default_factory=Once, repr=False, compare=False)
@@ -285,14 +287,14 @@ class Collecting:
         signer = _signer(known, peer, self.vectors, "masked input")
         size, bits = session.spec.vector.size, session.spec.vector.ring_bits
         header, packed = envelope.open_vector(body, ring.packed_size(size, bits), signer, peer)
-        if (header.plan, header.device) != (self.plan.digest(), peer):
+        if (header.plan, header.device) != (self.digest, peer):
             raise ProtocolError("masked input is for another plan or of another device", peer)
         try:
-            vector = ring.unpack(packed, size, bits)
+            self.once.require("next state")
+            ring.add(self.total, packed, bits)
         except ProtocolError as error:
             raise ProtocolError(str(error), peer) from None
         self.once.take("next state")
-        np.add(self.total, vector, out=self.total)
         return replace(self, vectors={**self.vectors, peer: header.vector}, once=Once())
 
     def close(self) -> "tuple[Confirming | Unmasking, dict[str, bytes]] | RoundAborted":
@@ -303,8 +305,8 @@ class Collecting:
         self.once.take("end of the step")
         # A masked input proves that its sender has its boxes.
         proven = replace(self.established, delivered=self.established.delivered | set(self.vectors))
-        opened = _Opened(proven, self.plan, Survivors(self.plan.digest(), self.vectors), self.total)
-        survivors = tuple(sorted(self.vectors))
+        message, survivors = Survivors(self.digest, self.vectors), tuple(sorted(self.vectors))
+        opened = _Opened(proven, self.plan, message, message.digest(), self.total)
         if proven.session.spec.adversary is Adversary.HONEST_BUT_CURIOUS:
             return Unmasking(opened, survivors), dict.fromkeys(survivors, opened.unmask({}))
         body = envelope.seal(proven.key, opened.survivors)
@@ -313,11 +315,12 @@ class Collecting:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """What stays the same from the survivor set to the sum."""
+    """What stays the same from the survivor set, with its digest, to the sum."""
 
     established: Established
     plan: Plan
     survivors: Survivors
+    digest: bytes
     total: Ring = field(repr=False, compare=False)
 
     @property
@@ -350,7 +353,7 @@ class Confirming:
         """
         signer = self.opened.signer(peer, self.agreements, "agreement")
         message = envelope.open_as(Agreement, body, signer, peer)
-        if message != Agreement(self.opened.survivors.digest(), peer):
+        if message != Agreement(self.opened.digest, peer):
             raise ProtocolError("agreement is on another survivor set or of another device", peer)
         return replace(self, agreements={**self.agreements, peer: envelope.signature(body)})
 
@@ -359,7 +362,8 @@ class Confirming:
         threshold, near = self.opened.session.spec.threshold, self._near()
         asked = {device: signers for device, signers in near.items() if len(signers) == threshold}
         if len(asked) < threshold:
-            return self.opened.aborted(AbortReason.TOO_FEW, f"{len(asked)} agreements, {threshold} are needed")
+            detail = f"{len(self.agreements)} agreements, {threshold} are needed around each of {threshold} devices"
+            return self.opened.aborted(AbortReason.TOO_FEW, detail)
         bodies = {
             signers: self.opened.unmask({signer: self.agreements[signer] for signer in signers})
             for signers in set(asked.values())
@@ -395,7 +399,7 @@ class Unmasking:
         if peer not in self.asked:
             raise ProtocolError("opening from a device that was not asked", peer)
         message = envelope.open_as(Opening, body, signer, peer)
-        if (message.survivors, message.device) != (self.opened.survivors.digest(), peer):
+        if (message.survivors, message.device) != (self.opened.digest, peer):
             raise ProtocolError("opening is of another survivor set or device", peer)
         alive, dropped = checks.owed(self.opened.session, self.opened.plan, peer, self.opened.survivors)
         if not (set(message.seeds) <= set(alive) and set(message.keys) <= set(dropped)):

@@ -4,6 +4,7 @@ Any ``t`` shares give the secret; fewer say nothing about it. The Lagrange coeff
 computed once and serve every secret that the set opens.
 """
 
+import math
 from collections.abc import Sequence
 
 from aggregation.entropy import Entropy
@@ -51,15 +52,10 @@ def lagrange(points: Sequence[int], at: int = 0) -> list[int]:
     """
     if len(set(points)) != len(points):
         raise ProtocolError("two shares are of the same holder")
-    coefficients = []
-    for i, x in enumerate(points):
-        above, below = 1, 1
-        for j, other in enumerate(points):
-            if i != j:
-                above = above * (at - other) % PRIME
-                below = below * (x - other) % PRIME
-        coefficients.append(above * pow(below, -1, PRIME) % PRIME)
-    return coefficients
+    # Points are small, so products over them stay short: one reduction each, where there is one inverse to take.
+    above = [math.prod(at - other for other in points if other != x) for x in points]
+    below = [math.prod(x - other for other in points if other != x) for x in points]
+    return [over * pow(under, -1, PRIME) % PRIME for over, under in zip(above, below, strict=True)]
 
 
 def combine(coefficients: Sequence[int], shares: Sequence[bytes]) -> bytes | None:

@@ -4,6 +4,7 @@ The session is put together from real keys and shares without certificates and b
 and not once a round. What is timed is the code that runs in a round, signatures and digests included.
 """
 
+import dataclasses
 import datetime as dt
 import hashlib
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from aggregation.device import Device, Planned, Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
 from aggregation.messages import Agreement, Box, MaskedInput, Opening, Plan
+from aggregation.once import Once
 from aggregation.policy import Policy
 from aggregation.serverside import Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.session import Peer, Session, commitment
@@ -146,7 +148,7 @@ class Uploads:
 
 def collect(fleet: Fleet, uploads: Mapping[str, bytes], collecting: Collecting, gone: frozenset[str]) -> Uploads:
     """A round in which ``gone`` sent nothing, on a total of its own."""
-    fresh = Collecting(collecting.established, collecting.plan, np.zeros_like(collecting.total))
+    fresh = dataclasses.replace(collecting, total=np.zeros_like(collecting.total), once=Once())
     return Uploads(fleet, fresh, {name: body for name, body in uploads.items() if name not in gone})
 
 
@@ -154,7 +156,7 @@ def sum_up(given: Uploads) -> None:
     """The sum over the uploads, without the checks of signatures and digests (``receive``): what the peer does."""
     total, size = given.collecting.total, given.fleet.session.spec.vector.size
     for body in given.bodies.values():
-        np.add(total, ring.unpack(memoryview(body)[-ring.packed_size(size, BITS) :], size, BITS), out=total)
+        ring.add(total, memoryview(body)[-ring.packed_size(size, BITS) :], BITS)
 
 
 def receive(given: Uploads) -> Collecting:

@@ -85,3 +85,34 @@ def test_the_digest_is_of_the_packed_vector_and_of_what_counts_in_the_ring() -> 
     assert ring.digest(vector, 20) == hashlib.sha256(ring.pack(vector, 20)).digest()
     assert ring.digest(vector + (1 << 20), 20) == ring.digest(vector, 20)
     assert ring.digest(vector + 1, 20) != ring.digest(vector, 20)
+
+
+@pytest.mark.parametrize("bits", [3, 7, 22, 24, 31, 32, 33, 40, 64])
+@pytest.mark.parametrize("size", [1, 13, ring._BLOCK + 13, 2 * ring._BLOCK])
+def test_adding_a_packed_vector_is_unpacking_and_adding(bits: int, size: int) -> None:
+    rng = np.random.default_rng(bits)
+    first, second = (rng.integers(0, 2**bits, size, dtype=np.uint64).astype(ring.dtype(bits)) for _ in range(2))
+    total = first.copy()
+    ring.add(total, ring.pack(second, bits), bits)
+    assert np.array_equal(total, first + second)
+
+
+def test_what_cannot_be_unpacked_is_not_added() -> None:
+    total = ring.zeros(2 * ring._BLOCK + 1, 22)
+    raw = bytearray(b"\xff" * ring.packed_size(total.size, 22))
+    with pytest.raises(ProtocolError, match="unused bits"):
+        ring.add(total, bytes(raw), 22)
+    with pytest.raises(ProtocolError, match="bytes where"):
+        ring.add(total, bytes(raw[:-1]), 22)
+    assert not total.any()
+
+
+def test_a_contribution_is_packed_and_added_with_one_block_of_memory() -> None:
+    import tracemalloc
+
+    total, raw = ring.zeros(4 * 10**6, 22), bytes(ring.packed_size(4 * 10**6, 22))
+    tracemalloc.start()
+    ring.add(total, raw, 22)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * ring._BLOCK
