@@ -22,6 +22,7 @@ from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.identity import IdentityKey, PublicKey
 from aggregation.policy import Policy
+from aggregation.spec import Adversary
 from client.storage import replace
 
 SETTINGS = "device.toml"
@@ -44,6 +45,9 @@ class DeviceSettings(BaseModel):
 
     base: str = Field(description="frozen base: a folder, or an installed package that carries one")
     minimum_cohort: int = Field(default=8, ge=3, description="smallest cohort this device joins, in devices")
+    trust_coordinator_to_follow: bool = Field(
+        default=False, description="also join sessions that only withstand a coordinator that follows the protocol"
+    )
     examples: str = Field(default=EXAMPLES, description="examples file, relative to this folder")
 
 
@@ -93,7 +97,11 @@ class Home:
             self.certificate,
             Root.from_pem(self._read(AUTHORITY)),
             PublicKey.from_pem(self._read(COORDINATOR)),
-            Policy(minimum_cohort=self.settings.minimum_cohort, known_bases=frozenset({base_digest})),
+            Policy(
+                known_bases=frozenset({base_digest}),
+                minimum_cohort=self.settings.minimum_cohort,
+                adversaries=frozenset(Adversary if self.settings.trust_coordinator_to_follow else {Adversary.ACTIVE}),
+            ),
         )
 
     @contextmanager

@@ -108,7 +108,11 @@ class FederationSettings(_Section):
     """``federation.json`` in the coordinator's home."""
 
     rounds: int = Field(default=10, ge=1, le=100_000, description="rounds of training")
-    seed: int = Field(default=0, ge=0, description="of the order in which devices visit their examples")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="of the order in which devices visit their examples; a scenario's own seed replaces it",
+    )
     deadline: float = Field(default=600.0, gt=0, description="seconds a device has for one answer")
     attempts: int = Field(default=3, ge=1, description="times a session is tried before the run gives up")
     training: Training = Training()

@@ -71,6 +71,7 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
         }
         settings: dict[str, str | int] = {
             "base": scenario.base.model,
+            "trust_coordinator_to_follow": scenario.federation.aggregation.adversary != "active",
             "minimum_cohort": max(3, min(SMALLEST_POLICY, fleet - 2)),
         }
         home = enrol(device_folder(out, household.name), settings, identity, trust, entropy)

@@ -21,6 +21,7 @@ from aggregation.steps import Step
 RUN_ID = 1
 SERVER_NODE = 1
 ROUND_STEPS = (Step.PLAN, Step.SURVIVORS, Step.UNMASK)  # where a device can be lost in a round
+SHORT_ROUND_STEPS = (Step.PLAN, Step.UNMASK)  # of an honest-but-curious session, which has no consistency step
 
 
 class VirtualClock:
@@ -55,7 +56,8 @@ class Weather:
     seed: int
     loss: float  # probability that a request or its reply is lost, each
     delay: float  # mean of an exponential, virtual seconds
-    victims: int = 0  # devices lost for certain in every round, at a step that varies with the round
+    victims: int = 0  # devices lost for certain in every round, at one of ``steps`` by turns
+    steps: tuple[Step, ...] = ROUND_STEPS
 
     def fates(self, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, Fate]:
         """The fate of the message to each of ``nodes``.
@@ -77,7 +79,7 @@ class Weather:
         return Fate(request_lost, reply_lost, delay)
 
     def _victims(self, group: str, step: Step | None, nodes: Sequence[int]) -> set[int]:
-        if not group.isdecimal() or ROUND_STEPS[int(group) % len(ROUND_STEPS)] is not step:
+        if not group.isdecimal() or self.steps[int(group) % len(self.steps)] is not step:
             return set()
         chosen = self._rng(group, len(Step), 0).choice(sorted(nodes), size=min(self.victims, len(nodes)), replace=False)
         return {int(node) for node in chosen}

@@ -25,7 +25,7 @@ from client.storage import replace
 from coordinator.app import HOME
 from coordinator.app import app as server_app
 from simulations import fleet
-from simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid, Weather
+from simulations.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, InProcessGrid, Weather
 from simulations.outcome import collect
 from simulations.personal import personalize_all
 from simulations.population import Population, sample_population
@@ -167,7 +167,9 @@ def _federate(folder: RunFolder, population: Population, progress: Progress) -> 
         if not household.unseen
     }
     scenario = folder.scenario
-    weather = Weather(scenario.seed, scenario.network.loss, scenario.network.delay, scenario.network.victims)
+    network = scenario.network
+    steps = ROUND_STEPS if scenario.federation.aggregation.adversary == "active" else SHORT_ROUND_STEPS
+    weather = Weather(scenario.seed, network.loss, network.delay, network.victims, steps)
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {HOME: str(folder.path / fleet.COORDINATOR)})
     trained = progress.training_seconds
     try:

@@ -36,6 +36,7 @@ class PopulationSettings(BaseModel):
     concentration: float = Field(
         default=0.5,
         gt=0,
+        allow_inf_nan=False,
         description="Dirichlet parameter of a household's mix of intents: small is one-sided, large is even.",
     )
     public_phrases: int = Field(

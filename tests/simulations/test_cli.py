@@ -148,6 +148,18 @@ def test_the_bundle_answers_with_either_adapter(finished: tuple[Path, Result], r
         assert "%" in out
 
 
+def test_a_session_against_a_coordinator_that_follows_runs_where_the_scenario_says_so(
+    tmp_path: Path, scenario: Path, run: Command
+) -> None:
+    short = ("federation.aggregation.adversary=honest-but-curious", "federation.rounds=2", "personal.epochs=0")
+    changes = [word for change in short for word in ("--set", change)]
+    code, out, err = run("simulate", scenario, "--out", tmp_path / "run", "--json", *changes)
+    assert code == 0, err
+    rounds = json.loads(out)["rounds"]
+    assert [entry["aborted"] for entry in rounds] == [None, None]
+    assert {step for entry in rounds for step in entry["dropped"].values()} == {"plan", "unmask"}
+
+
 def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Command) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
     code, _, err = run("simulate", scenario, "--out", finished[0])
