@@ -22,7 +22,7 @@ from adapters.task import Task
 from aggregation import clientside
 from aggregation.clientside import Advertised, ClientState, Confirmed, Masked, Planned, Ready
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import DataError, EdgeAdaptError, ProtocolError, TrustError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
 from aggregation.ring import Ring
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
 from client.examples import Part, part, read_examples
@@ -45,8 +45,7 @@ def _handler(message: Message, context: Context) -> Message:
         return Message(RecordDict({RECORD: ConfigRecord({BODY: body})}), reply_to=message)
     except EdgeAdaptError as error:
         log.warning("%s refused: %s", step.value, error)
-        reason = "no usable examples" if isinstance(error, DataError) else " ".join(str(error).split())
-        return Message(Error(REFUSED, reason), reply_to=message)
+        return Message(Error(REFUSED, _reason(error)), reply_to=message)
     except Exception:
         # Flower would send the text of whatever is raised here, and that may quote an example.
         log.exception("%s failed", step.value)
@@ -56,6 +55,13 @@ def _handler(message: Message, context: Context) -> Message:
 for _step in Step:
     _register = app.train if _step is Step.PLAN else app.query
     _register(_step.value)(_handler)
+
+
+def _reason(error: EdgeAdaptError) -> str:
+    """What may travel: what was wrong with the coordinator's message; of the device's own matters only the kind."""
+    if isinstance(error, ProtocolError):
+        return " ".join(str(error).split())
+    return "no usable examples" if isinstance(error, DataError) else "cannot take part, and the device's log says why"
 
 
 def _fields(message: Message) -> Mapping[str, bytes]:
@@ -100,15 +106,15 @@ def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
 
     plan, spec = planned.plan, planned.spec
     if files.sha256(blob) != plan.adapter_digest:
-        raise TrustError("the adapter beside the plan is not the one that the plan names")
+        raise ProtocolError("the adapter beside the plan is not the one that the plan names")
     task = Task.decode(plan.training)
     try:
         start = files.decode(blob)
-    except DataError as error:
-        raise TrustError(f"the adapter beside the plan: {error}") from error
-    mine = trainer(base, len(task.labels), LoraSpec(task.method.rank, task.method.alpha, task.method.targets))
+        mine = trainer(base, len(task.labels), LoraSpec(task.method.rank, task.method.alpha, task.method.targets))
+    except (DataError, ConfigError) as error:  # of the coordinator's making, so it may hear what
+        raise ProtocolError(f"adapter and task: {error}") from error
     if not Layout.of(start).digest == mine.layout.digest == spec.layout_digest:
-        raise TrustError("offer, task and adapter are not of one layout")
+        raise ProtocolError("offer, task and adapter are not of one layout")
     examples = read_examples(home.examples, len(task.labels))
     train_part = part(examples, Part.TRAIN)
     salt = f"{home.folder.name}/{plan.adapter_version}"
