@@ -94,6 +94,7 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: t
     from simulations.progress import Progress
     from simulations.run import RunFolder, run
     from simulations.table import print_table
+    from simulations.wording import program
 
     out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
     folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
@@ -108,7 +109,7 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: t
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
-        print_table(result, Console())
+        print_table(result, Console(), program())
 
 
 def _fresh(scenario: Scenario) -> Path:

@@ -34,6 +34,7 @@ from simulations.publish import publish
 from simulations.report import write_report
 from simulations.result import RunResult
 from simulations.scenario import Scenario
+from simulations.wording import program
 
 SCENARIO = "scenario.json"
 PREPARED = "prepared.json"
@@ -123,7 +124,7 @@ def run(folder: RunFolder, progress: Progress) -> RunResult:
         with folder.timed("export"), progress.stage("export"):
             bundle, parity = publish(folder.path, scenario, population, base)
     result = collect(folder.path, scenario, base, households, bundle, parity, folder.seconds, folder.path / REPORT)
-    write_report(result, folder.path / REPORT)
+    write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result
 

@@ -2,8 +2,11 @@
 
 import math
 import shlex
+import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from aggregation.steps import Step
 from simulations.result import RoundResult, RunResult, summary
@@ -89,7 +92,7 @@ def headline(result: RunResult) -> str:
 
 def command(result: RunResult, program: str) -> str:
     """What to type to ask the exported bundle a phrase, quoted for a shell."""
-    return f'{shlex.quote(program)} device infer --bundle {shlex.quote(result.bundle)} "{PHRASE}"'
+    return f'{program} device infer --bundle {shlex.quote(result.bundle)} "{PHRASE}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +126,12 @@ def losses(rounds: tuple[RoundResult, ...]) -> str:
     aborted = sum(r.aborted is not None for r in rounds)
     said = f"{len(steps)} of {count(asked, 'turn')} in {count(len(rounds), 'round')}" + (f": {at}" if at else "")
     return said + (f"; {count(aborted, 'round')} aborted" if aborted else "")
+
+
+def program() -> str:
+    """How to call the command from here, as it must be typed: by its name where the shell finds it."""
+    if shutil.which("edgeadapt"):
+        return "edgeadapt"
+    python = Path(sys.executable)
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{shlex.quote(str(shown))} -m edgeadapt"

@@ -1,8 +1,10 @@
 """Numbers as they are said."""
 
+from pathlib import Path
+
 import pytest
 
-from simulations.wording import count, duration, in_order, percent, printable, share, size
+from simulations.wording import count, duration, in_order, percent, printable, program, share, size
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,13 @@ def test_steps_are_told_in_the_order_of_the_protocol_strangers_last() -> None:
 
 def test_what_steers_a_terminal_is_not_printed() -> None:
     assert printable("en-01\x1b[2J\n") == "en-01?[2J?"
+
+
+def test_the_command_is_called_as_the_shell_can_find_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.executable", str(tmp_path / "a b" / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == "'a b/python' -m edgeadapt"
+    (tmp_path / "edgeadapt").write_text("#!/bin/sh\n")
+    (tmp_path / "edgeadapt").chmod(0o755)
+    assert program() == "edgeadapt"
