@@ -148,6 +148,7 @@ def test_the_bundle_answers_with_either_adapter(finished: tuple[Path, Result], r
         assert "%" in out
 
 
+@pytest.mark.slow
 def test_a_session_against_a_coordinator_that_follows_runs_where_the_scenario_says_so(
     tmp_path: Path, scenario: Path, run: Command
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_folder_with_something_else_in_it_is_not_taken(tmp_path: Path, scenari
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_trains_nothing_and_says_the_same(
     copy: Path, finished: tuple[Path, Result], scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +201,7 @@ def test_resuming_nothing_is_refused(tmp_path: Path, scenario: Path, run: Comman
     assert "no run to resume" in _one_line(err)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(
     tmp_path: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +316,7 @@ def test_a_full_disk_is_said_in_one_line(small_disk: Path, scenario: Path, run: 
     assert "space" in _one_line(err).lower()
 
 
+@pytest.mark.slow
 def test_a_pair_below_the_parity_gate_is_not_published(
     copy: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
