@@ -7,7 +7,8 @@ Times come from the caller; nothing here reads a clock. Every time must carry a 
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cryptography import x509
@@ -19,6 +20,7 @@ from cryptography.x509.oid import NameOID
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.identity import IdentityKey, PublicKey
+from aggregation.revocation import Revocation, RevocationList, sign
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -34,11 +36,11 @@ class Root:
 
     Args:
         der: Its self-signed certificate.
-        revoked: Key ids of identities that were enrolled once and are trusted no longer.
+        revoked: Its newest revocation list, where one is at hand.
     """
 
     der: bytes
-    revoked: frozenset[str] = frozenset()
+    revoked: RevocationList | None = None
 
     def verify(self, der: bytes, at: "datetime | None" = None) -> tuple[str, PublicKey]:
         """Return the device id and identity key that this authority certified in ``der``.
@@ -60,18 +62,34 @@ class Root:
         device_id, key = _subject(certificate), _identity(certificate)
         if not _DEVICE_ID.fullmatch(device_id):
             raise TrustError(f"certified name {device_id[:64]!r} is no device id")
-        if key.key_id in self.revoked:
+        if self.revoked is not None and certificate.serial_number in self.revoked.revoked:
             raise TrustError(f"certificate of {device_id} is revoked")
         if at is not None and not certificate.not_valid_before_utc <= at <= certificate.not_valid_after_utc:
             raise TrustError(f"certificate of {device_id} is not valid at {at:%Y-%m-%d %H:%M}")
         return device_id, key
 
+    def revocations(self, raw: bytes) -> RevocationList:
+        """The revocation list in ``raw``, DER or PEM, if this authority signed it.
+
+        Raises:
+            TrustError: It did not, or this is no such list.
+        """
+        return RevocationList.read(raw, _load(self.der))
+
+    def with_revocations(self, raw: bytes) -> "Root":
+        """This root going by the list in ``raw`` from now on.
+
+        Raises:
+            TrustError: As ``revocations``, or the list is older than the one at hand.
+        """
+        return replace(self, revoked=self.revocations(raw).after(self.revoked))
+
     def to_pem(self) -> bytes:
-        """The authority's certificate in PEM; the list of revoked keys is not part of it."""
+        """The authority's certificate in PEM; the revocation list is not part of it."""
         return _load(self.der).public_bytes(serialization.Encoding.PEM)
 
     @classmethod
-    def from_pem(cls, pem: bytes, revoked: frozenset[str] = frozenset()) -> "Root":
+    def from_pem(cls, pem: bytes) -> "Root":
         """Pin the authority whose certificate is in ``pem``.
 
         Raises:
@@ -85,7 +103,7 @@ class Root:
         if not _is_authority(certificate):
             raise TrustError("the certificate is not an authority's")
         _identity(certificate)
-        return cls(certificate.public_bytes(serialization.Encoding.DER), revoked)
+        return cls(certificate.public_bytes(serialization.Encoding.DER))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +126,51 @@ class Authority:
         """What devices and coordinator pin."""
         return Root(self.der)
 
-    def issue(self, device_id: str, public: PublicKey, *, not_before: "datetime", not_after: "datetime") -> bytes:
+    def issue(
+        self,
+        device_id: str,
+        public: PublicKey,
+        *,
+        not_before: "datetime",
+        not_after: "datetime",
+        serial: int | None = None,
+    ) -> bytes:
         """Certify that ``public`` is the identity of ``device_id``; returns DER.
+
+        Args:
+            device_id: Name of the device.
+            public: Its identity key.
+            not_before: Begin of validity.
+            not_after: End of validity.
+            serial: A random one (RFC 5280, 4.1.2.2); where none is given it follows from all the rest.
 
         Raises:
             ConfigError: ``device_id`` is not 1 to 64 letters, digits, dots, colons, dashes, underscores.
         """
         if not _DEVICE_ID.fullmatch(device_id):
             raise ConfigError(f"device id {device_id[:64]!r} is not of the form {DEVICE_ID}")
-        builder = _builder(device_id, _subject(_load(self.der)), public, not_before, not_after)
+        issuer = _subject(_load(self.der))
+        builder = _builder(device_id, issuer, public, not_before, not_after, serial=serial)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         return _sign(builder, self.key)
+
+    def revocations(
+        self, number: int, revoked: Mapping[int, Revocation], this_update: "datetime", next_update: "datetime"
+    ) -> RevocationList:
+        """Sign a revocation list.
+
+        Args:
+            number: Above that of every list before.
+            revoked: Serial → revocation: all of them, not only new ones.
+            this_update: Now.
+            next_update: Until when the list is good.
+
+        Raises:
+            ConfigError: It would end before it begins.
+        """
+        private = Ed25519PrivateKey.from_private_bytes(self.key.raw)
+        der = sign(_load(self.der).subject, private, number, revoked, (this_update, next_update))
+        return self.root.revocations(der)
 
     def to_pem(self) -> bytes:
         """Private key, then certificate: write it only where nobody else can read."""
@@ -138,19 +190,25 @@ class Authority:
 
 
 def _builder(
-    subject: str, issuer: str, public: PublicKey, not_before: "datetime", not_after: "datetime"
+    subject: str,
+    issuer: str,
+    public: PublicKey,
+    not_before: "datetime",
+    not_after: "datetime",
+    *,
+    serial: int | None = None,
 ) -> x509.CertificateBuilder:
     if not not_before < not_after:
         raise ConfigError(f"certificate of {subject} would end before it begins")
-    # The serial follows from what is certified: no entropy needed, and no two different certificates share one.
+    # Unless it is given, the serial follows from what is certified: no two different certificates share one.
     stamp = f"{issuer}\x00{subject}\x00{not_before.isoformat()}\x00{not_after.isoformat()}\x00".encode()
-    serial = int.from_bytes(hashlib.sha256(stamp + public.raw).digest()[:19], "big") + 1
+    derived = int.from_bytes(hashlib.sha256(stamp + public.raw).digest()[:19], "big") + 1
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
         .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
         .public_key(Ed25519PublicKey.from_public_bytes(public.raw))
-        .serial_number(serial)
+        .serial_number(derived if serial is None else serial)
         .not_valid_before(not_before)
         .not_valid_after(not_after)
     )

@@ -93,10 +93,9 @@ def test_the_authoritys_own_certificate_is_no_devices(authority: Authority) -> N
         authority.root.verify(authority.der)
 
 
-def test_a_revoked_key_is_refused(authority: Authority, identity: IdentityKey, certificate: bytes) -> None:
-    root = Root(authority.der, revoked=frozenset({identity.public.key_id}))
-    with pytest.raises(TrustError, match="revoked"):
-        root.verify(certificate)
+def test_a_certificate_keeps_the_serial_that_it_was_given(authority: Authority, identity: IdentityKey) -> None:
+    der = authority.issue("a", identity.public, not_before=BEGIN, not_after=END, serial=2**158 + 1)
+    assert x509.load_der_x509_certificate(der).serial_number == 2**158 + 1
 
 
 def test_a_certificate_with_two_names_or_none_is_refused(authority: Authority, identity: IdentityKey) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 from aggregation import boxes, checks, clientside, envelope, masks, shamir
 from aggregation.certificates import Authority, Root
 from aggregation.errors import ProtocolError
 from aggregation.identity import IdentityKey
 from aggregation.messages import Advert, Offer, Roster, Shares
+from aggregation.revocation import Revocation
 from aggregation.session import Peer, Session, commitment, context_of
 
 VICTIM = "device-002"
@@ -136,7 +138,8 @@ def test_a_device_outside_the_cohort_cannot_be_put_on_the_roster(fleet: Any, fle
 
 
 def test_a_revoked_member_stops_the_offer(fleet: Any) -> None:
-    revoked = frozenset({fleet.devices["device-001"].identity.public.key_id})
-    root = Root(fleet.authority.der, revoked)
+    serial = x509.load_der_x509_certificate(fleet.devices["device-001"].certificate).serial_number
+    begin, end = dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
+    root = Root(fleet.authority.der, fleet.authority.revocations(1, {serial: Revocation(begin)}, begin, end))
     with pytest.raises(ProtocolError, match="device-001 is revoked"):
         clientside.join(dataclasses.replace(fleet.devices[VICTIM], root=root), fleet.offer()[1], fleet.entropy)

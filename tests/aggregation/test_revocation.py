@@ -1,0 +1,202 @@
+"""Revocation lists: a revoked device is out, and nobody who passes lists on can bring it back."""
+
+import datetime as dt
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregation.certificates import Authority, Root
+from aggregation.errors import ConfigError, TrustError
+from aggregation.identity import IdentityKey
+from aggregation.revocation import Reason, Revocation, RevocationList
+
+BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+END = dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
+DAY = dt.timedelta(days=1)
+Build = Callable[[x509.CertificateRevocationListBuilder], x509.CertificateRevocationListBuilder]
+
+
+@pytest.fixture
+def authority(entropy: Any) -> Authority:
+    return Authority.create("fleet", entropy, BEGIN, END)
+
+
+@pytest.fixture
+def certificate(authority: Authority, entropy: Any) -> bytes:
+    public = IdentityKey.generate(entropy).public
+    return authority.issue("kitchen-1", public, not_before=BEGIN, not_after=END, serial=77)
+
+
+def listed(authority: Authority, number: int = 1, *serials: int, begin: dt.datetime = BEGIN) -> RevocationList:
+    return authority.revocations(number, {serial: Revocation(begin) for serial in serials}, begin, begin + 30 * DAY)
+
+
+def odd(authority: Authority, build: Build, *, number: bool = True, ends: bool = True) -> bytes:
+    """A list that the authority signs although ``revocations`` would not make it."""
+    issuer = x509.load_der_x509_certificate(authority.der).subject
+    builder = x509.CertificateRevocationListBuilder(issuer, BEGIN, END if ends else BEGIN)
+    if number:
+        builder = builder.add_extension(x509.CRLNumber(5), critical=False)
+    signed = build(builder).sign(Ed25519PrivateKey.from_private_bytes(authority.key.raw), None)
+    return signed.public_bytes(serialization.Encoding.DER)
+
+
+def entry(serial: int, *extensions: tuple[x509.ExtensionType, bool]) -> x509.RevokedCertificate:
+    builder = x509.RevokedCertificateBuilder(serial, BEGIN)
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical)
+    return builder.build()
+
+
+def test_a_revoked_certificate_is_refused_and_another_is_not(authority: Authority, certificate: bytes) -> None:
+    assert authority.root.with_revocations(listed(authority, 1, 78).der).verify(certificate)[0] == "kitchen-1"
+    with pytest.raises(TrustError, match="kitchen-1 is revoked"):
+        authority.root.with_revocations(listed(authority, 1, 76, 77).der).verify(certificate)
+
+
+def test_a_list_comes_back_from_der_and_pem(authority: Authority) -> None:
+    revoked = {7: Revocation(BEGIN, Reason.KEY_COMPROMISE), 2**159 - 1: Revocation(BEGIN + DAY)}
+    made = authority.revocations(3, revoked, BEGIN, END)
+    for raw in (made.der, made.to_pem(), b"\n" + made.to_pem()):
+        found = authority.root.revocations(raw)
+        assert (found.number, found.this_update, found.next_update) == (3, BEGIN, END)
+        assert found.revoked == revoked
+        assert found == made
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_comes_back(authority: Authority, reason: Reason) -> None:
+    made = authority.revocations(1, {7: Revocation(BEGIN, reason)}, BEGIN, END)
+    assert authority.root.revocations(made.der).revoked[7].reason is reason
+
+
+def test_a_list_of_another_authority_of_the_same_name_is_refused(authority: Authority, entropy: Any) -> None:
+    other = Authority.create("fleet", entropy, BEGIN, END)
+    with pytest.raises(TrustError, match="not signed by the pinned authority"):
+        authority.root.revocations(listed(other).der)
+
+
+def test_a_list_in_the_name_of_another_authority_is_refused(authority: Authority) -> None:
+    renamed = Authority(authority.key, Authority.create("other", _Fixed(authority.key.raw), BEGIN, END).der)
+    assert renamed.key == authority.key
+    with pytest.raises(TrustError, match="not signed by the pinned authority"):
+        authority.root.revocations(listed(renamed).der)
+
+
+class _Fixed:
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+
+    def bytes(self, n: int) -> bytes:
+        return self._raw[:n]
+
+
+def test_any_flipped_bit_is_refused(authority: Authority) -> None:
+    der = listed(authority, 1, 77).der
+    for place in range(8 * len(der)):
+        raw = bytearray(der)
+        raw[place // 8] ^= 1 << place % 8
+        with pytest.raises(TrustError):
+            authority.root.revocations(bytes(raw))
+
+
+@given(raw=st.binary(max_size=300) | st.binary(max_size=300).map(lambda raw: b"-----BEGIN X509 CRL-----" + raw))
+def test_any_bytes_are_refused(raw: bytes) -> None:
+    with pytest.raises(TrustError):
+        Authority.create("fleet", _Fixed(bytes(32)), BEGIN, END).root.revocations(raw)
+
+
+def test_a_list_that_is_too_large_is_refused_unread(authority: Authority) -> None:
+    with pytest.raises(TrustError, match="over the limit"):
+        authority.root.revocations(bytes(2**22))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda builder: builder.add_extension(x509.DeltaCRLIndicator(1), critical=True),
+        lambda builder: builder.add_extension(x509.DeltaCRLIndicator(1), critical=False),
+        lambda builder: builder.add_extension(
+            x509.IssuingDistributionPoint(None, None, True, False, None, False, False), critical=True
+        ),
+    ],
+)
+def test_a_list_of_some_certificates_only_is_refused(authority: Authority, build: Build) -> None:
+    with pytest.raises(TrustError, match="not for here"):
+        authority.root.revocations(odd(authority, build))
+
+
+def test_an_entry_of_another_authoritys_certificate_is_refused(authority: Authority) -> None:
+    issuer = x509.CertificateIssuer([x509.DNSName("elsewhere")])
+    with pytest.raises(TrustError, match="not for a certificate of this authority"):
+        authority.root.revocations(
+            odd(authority, lambda builder: builder.add_revoked_certificate(entry(7, (issuer, True))))
+        )
+
+
+def test_an_entry_that_takes_a_revocation_back_is_refused(authority: Authority) -> None:
+    back = x509.CRLReason(x509.ReasonFlags.remove_from_crl)
+    with pytest.raises(TrustError, match="no readable"):
+        authority.root.revocations(
+            odd(authority, lambda builder: builder.add_revoked_certificate(entry(7, (back, False))))
+        )
+
+
+def test_a_list_without_a_number_is_refused(authority: Authority) -> None:
+    with pytest.raises(TrustError, match="no readable number"):
+        authority.root.revocations(odd(authority, lambda builder: builder, number=False))
+
+
+def test_an_authority_with_another_kind_of_key_signs_no_list(authority: Authority) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.load_der_x509_certificate(authority.der).subject
+    builder = x509.CertificateBuilder(subject, subject, key.public_key(), 7, BEGIN, END)
+    issuer = builder.sign(Ed25519PrivateKey.from_private_bytes(authority.key.raw), None)
+    with pytest.raises(TrustError, match="Ed25519"):
+        RevocationList.read(listed(authority).der, issuer)
+
+
+def test_an_older_list_is_refused_and_so_is_another_of_the_same_number(authority: Authority) -> None:
+    first, second = listed(authority, 1), listed(authority, 2, 77)
+    root = authority.root.with_revocations(first.der).with_revocations(second.der)
+    assert root.with_revocations(second.der) == root
+    with pytest.raises(TrustError, match="list 1 is older than 2"):
+        root.with_revocations(first.der)
+    with pytest.raises(TrustError, match="two revocation lists with the number 2"):
+        root.with_revocations(listed(authority, 2).der)
+
+
+def test_a_list_counts_until_its_own_end(authority: Authority) -> None:
+    made = listed(authority)
+    made.require_fresh(BEGIN + 30 * DAY)
+    with pytest.raises(TrustError, match="good until 2026-01-31"):
+        made.require_fresh(BEGIN + 30 * DAY + dt.timedelta(seconds=1))
+
+
+def test_a_list_counts_no_longer_than_whoever_asks_allows(authority: Authority) -> None:
+    made = listed(authority)
+    made.require_fresh(BEGIN + 7 * DAY, 7 * DAY)
+    with pytest.raises(TrustError, match="older than 7 days"):
+        made.require_fresh(BEGIN + 7 * DAY + dt.timedelta(seconds=1), 7 * DAY)
+
+
+def test_a_list_that_ends_before_it_begins_is_not_signed(authority: Authority) -> None:
+    with pytest.raises(ConfigError, match="before it begins"):
+        authority.revocations(1, {}, END, BEGIN)
+
+
+def test_the_pinned_authority_in_pem_says_nothing_of_revocations(authority: Authority) -> None:
+    root = authority.root.with_revocations(listed(authority, 1, 77).der)
+    assert Root.from_pem(root.to_pem()) == authority.root
+
+
+def test_a_list_of_thousands_is_within_the_limit(authority: Authority) -> None:
+    made = authority.revocations(1, {2**158 + serial: Revocation(BEGIN) for serial in range(20_000)}, BEGIN, END)
+    assert len(authority.root.revocations(made.der).revoked) == 20_000
