@@ -125,7 +125,7 @@ class RevocationList:
         """
         if at > self.next_update:
             raise TrustError(
-                f"revocation list {self.number} ended on {self.next_update:%Y-%m-%d %H:%M}: get a newer one"
+                f"revocation list {self.number} was good until {self.next_update:%Y-%m-%d %H:%M}: get a newer one"
             )
         if oldest is not None and at - self.this_update > oldest:
             raise TrustError(f"revocation list {self.number} is older than {oldest.days} days: get a newer one")
