@@ -1,149 +1,42 @@
-"""``edgeadapt device``: what a person does with a bundle on a device."""
+"""``edgeadapt device``: what a person does with a bundle on a device. A command is imported when it is called."""
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import importlib
 
 import click
 
-from aggregation.errors import DataError, EdgeAdaptError
+# command → (module, attribute, one line for --help, extra that it needs)
+COMMANDS = {
+    "adapters": ("client.commands.adapters", "adapters", "List the adapters of a bundle, each verified.", ""),
+    "infer": ("client.commands.infer", "infer", "Print the intent of each phrase and its probability.", ""),
+}
 
-if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
-    from client.session import Session
 
-FOLDER = click.Path(path_type=Path)
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _, extra = COMMANDS[cmd_name]
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if not extra or (error.name or "").partition(".")[0] == "client":
+                raise
+            raise click.ClickException(
+                f"'device {cmd_name}' needs {error.name}, which is not installed: pip install 'edgeadapt[{extra}]'"
+            ) from error
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, row[2]) for name, row in COMMANDS.items()])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def device() -> None:
-    """Inference on a device: verify a bundle, answer phrases.
+    """Inference on a device: verify a bundle, answer phrases, chat.
 
     The public keys that may sign a bundle are pinned in trust.pem, in the folder that holds the bundle.
     """
-
-
-@device.command()
-@click.option("--bundle", type=FOLDER, required=True, metavar="DIR", help="The bundle's folder.")
-@click.option(
-    "--adapter", "names", multiple=True, metavar="NAME", help="Default: the private one, else the shared one."
-)
-@click.option("--trust", type=FOLDER, metavar="FILE", help="Pinned public keys. Default: trust.pem beside the bundle.")
-@click.option("--top", default=1, type=click.IntRange(1, 1000), metavar="N", help="Show the N most likely intents.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
-def infer(
-    bundle: Path, names: tuple[str, ...], trust: Path | None, top: int, as_json: bool, texts: tuple[str, ...]
-) -> None:
-    """Print the intent of each TEXT and its probability; '-' reads one phrase a line from standard input.
-
-    \b
-    Examples:
-      edgeadapt device infer --bundle runs/demo/bundle "turn on the kitchen lights"
-      edgeadapt device infer --bundle runs/demo/bundle --top 3 "is the door locked" "make it warmer"
-      edgeadapt device infer --bundle runs/demo/bundle --adapter global --adapter anna "movie night"
-      edgeadapt device infer --bundle runs/demo/bundle --json - < phrases.txt
-    """
-    from client.session import Session
-
-    phrases = _phrases(texts)
-    session = Session.open(bundle, trust)
-    answers = [_answers(session, name, phrases, top) for name in names or (session.default(),)]
-    if as_json:
-        click.echo(json.dumps({"adapters": answers}, ensure_ascii=False))
-        return
-    click.echo("\n".join(_rows(answers)))
-
-
-@device.command()
-@click.option("--bundle", type=FOLDER, required=True, metavar="DIR", help="The bundle's folder.")
-@click.option("--trust", type=FOLDER, metavar="FILE", help="Pinned public keys. Default: trust.pem beside the bundle.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
-    """List the adapters of a bundle, each verified; one that must not be used is listed with the reason.
-
-    \b
-    Example:
-      edgeadapt device adapters --bundle runs/demo/bundle
-    """
-    from client.session import Session
-
-    session = Session.open(bundle, trust)
-    rows = [_verified(session, name) for name in session.names()]
-    if as_json:
-        click.echo(json.dumps({"adapters": rows}, ensure_ascii=False))
-    else:
-        for row in rows:
-            click.echo(_described(row))
-    if refused := [row["name"] for row in rows if "refused" in row]:
-        raise DataError(f"{len(refused)} of {len(rows)} adapters must not be used: {', '.join(refused)}")
-
-
-def _phrases(texts: Sequence[str]) -> list[str]:
-    phrases = [phrase for text in texts for phrase in (_lines() if text == "-" else [text])]
-    if not phrases:
-        raise DataError("standard input held no phrase; give one a line")
-    return phrases
-
-
-def _lines() -> list[str]:
-    # Bytes that are no UTF-8 become surrogates, which the session refuses with a line of its own.
-    with click.open_file("-", encoding="utf-8", errors="surrogateescape") as stream:
-        return [line.strip() for line in stream if line.strip()]
-
-
-def _answers(session: "Session", name: str, phrases: list[str], top: int) -> dict[str, Any]:
-    sidecar = session.use(name)
-    ranked = zip(phrases, session.rank(phrases, top), strict=True)
-    answers = [
-        {"text": text, "intents": [{"intent": p.label, "probability": round(p.probability, 6)} for p in best]}
-        for text, best in ranked
-    ]
-    return {"adapter": sidecar.name, "version": sidecar.version, "answers": answers}
-
-
-def _rows(adapters: list[dict[str, Any]]) -> list[str]:
-    """One line an answer: the intent, its probability, then whatever tells this line from its neighbours."""
-    cells = [
-        (
-            intent["intent"],
-            f"{intent['probability']:6.1%}",
-            result["adapter"] if len(adapters) > 1 else "",
-            answer["text"],
-        )
-        for result in adapters
-        for answer in result["answers"]
-        for intent in answer["intents"]
-    ]
-    if len({text for *_, text in cells}) == 1:
-        cells = [(*cell[:3], "") for cell in cells]
-    widths = [max(len(cell[i]) for cell in cells) for i in range(3)]
-    lines = ("  ".join(text.ljust(width) for text, width in zip(cell, (*widths, 0), strict=True)) for cell in cells)
-    return [line.rstrip() for line in lines]
-
-
-def _verified(session: "Session", name: str) -> dict[str, Any]:
-    try:
-        sidecar = session.use(name)
-    except EdgeAdaptError as error:
-        return {"name": name, "refused": str(error)}
-    return {
-        "name": name,
-        "private": sidecar.parent is not None,
-        "version": sidecar.version,
-        "format": sidecar.format,
-        "rank": sidecar.rank,
-        "bytes": sidecar.size,
-        "sha256": sidecar.sha256,
-        "labels": list(sidecar.labels),
-    }
-
-
-def _described(row: dict[str, Any]) -> str:
-    if "refused" in row:
-        return f"{row['name']}  refused: {row['refused']}"
-    kind = "private" if row["private"] else "shared"
-    return (
-        f"{row['name']}  {kind}  version {row['version']}  {row['format']}  rank {row['rank']}  "
-        f"{len(row['labels'])} intents  {row['bytes']:,} bytes  {row['sha256'][:12]}"
-    )

@@ -1,0 +1,1 @@
+"""The commands of ``edgeadapt device``, a module each; ``client/cli.py`` imports one when it is called."""

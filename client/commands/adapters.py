@@ -1,0 +1,64 @@
+"""``edgeadapt device adapters``: what a bundle holds, each adapter verified."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aggregation.errors import DataError, EdgeAdaptError
+from client.commands import options
+
+if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
+    from client.session import Session
+
+
+@click.command()
+@options.bundle
+@options.trust
+@options.as_json
+def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
+    """List the adapters of a bundle, each verified; one that must not be used is listed with the reason.
+
+    \b
+    Example:
+      edgeadapt device adapters --bundle runs/demo/bundle
+    """
+    from client.session import Session
+
+    session = Session.open(bundle, trust)
+    rows = [_verified(session, name) for name in session.names()]
+    if as_json:
+        click.echo(json.dumps({"adapters": rows}, ensure_ascii=False))
+    else:
+        for row in rows:
+            click.echo(_described(row))
+    if refused := [row["name"] for row in rows if "refused" in row]:
+        raise DataError(f"{len(refused)} of {len(rows)} adapters must not be used: {', '.join(refused)}")
+
+
+def _verified(session: "Session", name: str) -> dict[str, Any]:
+    try:
+        sidecar = session.use(name)
+    except EdgeAdaptError as error:
+        return {"name": name, "refused": str(error)}
+    return {
+        "name": name,
+        "private": sidecar.parent is not None,
+        "version": sidecar.version,
+        "format": sidecar.format,
+        "rank": sidecar.rank,
+        "bytes": sidecar.size,
+        "sha256": sidecar.sha256,
+        "labels": list(sidecar.labels),
+    }
+
+
+def _described(row: dict[str, Any]) -> str:
+    if "refused" in row:
+        return f"{row['name']}  refused: {row['refused']}"
+    kind = "private" if row["private"] else "shared"
+    return (
+        f"{row['name']}  {kind}  version {row['version']}  {row['format']}  rank {row['rank']}  "
+        f"{len(row['labels'])} intents  {row['bytes']:,} bytes  {row['sha256'][:12]}"
+    )

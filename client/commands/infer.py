@@ -1,0 +1,89 @@
+"""``edgeadapt device infer``: phrases in, intents and their probabilities out."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aggregation.errors import DataError
+from client.commands import options
+
+if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
+    from client.session import Session
+
+
+@click.command()
+@options.bundle
+@click.option(
+    "--adapter", "names", multiple=True, metavar="NAME", help="Default: the private one, else the shared one."
+)
+@options.trust
+@click.option("--top", default=1, type=click.IntRange(1, 1000), metavar="N", help="Show the N most likely intents.")
+@options.as_json
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+def infer(
+    bundle: Path, names: tuple[str, ...], trust: Path | None, top: int, as_json: bool, texts: tuple[str, ...]
+) -> None:
+    """Print the intent of each TEXT and its probability; '-' reads one phrase a line from standard input.
+
+    \b
+    Examples:
+      edgeadapt device infer --bundle runs/demo/bundle "turn on the kitchen lights"
+      edgeadapt device infer --bundle runs/demo/bundle --top 3 "is the door locked" "make it warmer"
+      edgeadapt device infer --bundle runs/demo/bundle --adapter global --adapter anna "movie night"
+      edgeadapt device infer --bundle runs/demo/bundle --json - < phrases.txt
+    """
+    from client.session import Session
+
+    phrases = _phrases(texts)
+    session = Session.open(bundle, trust)
+    answers = [_answers(session, name, phrases, top) for name in names or (session.default(),)]
+    if as_json:
+        click.echo(json.dumps({"adapters": answers}, ensure_ascii=False))
+        return
+    click.echo("\n".join(_rows(answers)))
+
+
+def _phrases(texts: Sequence[str]) -> list[str]:
+    phrases = [phrase for text in texts for phrase in (_lines() if text == "-" else [text])]
+    if not phrases:
+        raise DataError("standard input held no phrase; give one a line")
+    return phrases
+
+
+def _lines() -> list[str]:
+    # Bytes that are no UTF-8 become surrogates, which the session refuses with a line of its own.
+    with click.open_file("-", encoding="utf-8", errors="surrogateescape") as stream:
+        return [line.strip() for line in stream if line.strip()]
+
+
+def _answers(session: "Session", name: str, phrases: list[str], top: int) -> dict[str, Any]:
+    sidecar = session.use(name)
+    ranked = zip(phrases, session.rank(phrases, top), strict=True)
+    answers = [
+        {"text": text, "intents": [{"intent": p.label, "probability": round(p.probability, 6)} for p in best]}
+        for text, best in ranked
+    ]
+    return {"adapter": sidecar.name, "version": sidecar.version, "answers": answers}
+
+
+def _rows(adapters: list[dict[str, Any]]) -> list[str]:
+    """One line an answer: the intent, its probability, then whatever tells this line from its neighbours."""
+    cells = [
+        (
+            intent["intent"],
+            f"{intent['probability']:6.1%}",
+            result["adapter"] if len(adapters) > 1 else "",
+            answer["text"],
+        )
+        for result in adapters
+        for answer in result["answers"]
+        for intent in answer["intents"]
+    ]
+    if len({text for *_, text in cells}) == 1:
+        cells = [(*cell[:3], "") for cell in cells]
+    widths = [max(len(cell[i]) for cell in cells) for i in range(3)]
+    lines = ("  ".join(text.ljust(width) for text, width in zip(cell, (*widths, 0), strict=True)) for cell in cells)
+    return [line.rstrip() for line in lines]
