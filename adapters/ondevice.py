@@ -14,10 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters import int4
 from adapters.layout import Floats, Layout, Tensors
 from aggregation.errors import ConfigError, DataError
 
-Format = Literal["fp32", "fp16", "int8"]
+Format = Literal["fp32", "fp16", "int8", "int4"]
 Stored = dict[str, NDArray[Any]]
 
 PEFT_PREFIX = "base_model.model."  # peft puts it before every name of the base's module tree
@@ -61,27 +62,34 @@ def layout_of(inputs: Tensors) -> Layout:
 
 
 def quantize(inputs: Tensors, form: Format) -> Stored:
-    """What an adapter file holds. ``int8`` is symmetric, with one float32 scale for each rank or row.
+    """What an adapter file holds.
+
+    ``fp32`` and ``fp16`` hold the numbers themselves. ``int8`` is symmetric, with one float32 scale for each rank or
+    row. ``int4`` is packed two to a byte (``adapters/int4.py``), each rank of A and B being a row of it; a tensor with
+    an odd number of columns stays in int8. Vectors and empty tensors stay float32: a bias is too small to save on.
 
     Guarantee: ``restore(quantize(x, f), f)`` differs from ``x`` by nothing for ``fp32``, by half a unit in the last
-    place for ``fp16``, by half a scale (the largest of its row over 127) for ``int8``. Vectors stay float32: a bias is
-    too small to save on.
+    place for ``fp16``, by half a scale (the largest of its row over 127) for ``int8``, and for ``int4`` by a root mean
+    square of half the largest over 7 in each block of 32. Equal tensors give equal bytes.
 
     Raises:
-        DataError: A value is not finite, or too large for ``fp16``.
+        DataError: A value is not finite, or too large for the format.
     """
     stored: Stored = {}
     for name, value in inputs.items():
         if not np.isfinite(value).all():
             raise DataError(f"tensor {name!r} holds NaN or infinity; nothing was exported")
-        if form == "fp32" or value.ndim < 2:
+        if form == "fp32" or value.ndim < 2 or not value.size:
             stored[name] = np.ascontiguousarray(value, dtype=np.float32)
         elif form == "fp16":
-            stored[name] = _half(name, value)
+            _check_range(name, value, float(np.finfo(np.float16).max), form)
+            stored[name] = np.ascontiguousarray(value, dtype=np.float16)
+        elif form == "int4" and _rows_last(name, value).shape[-1] % 2 == 0:
+            _check_range(name, value, int4.LARGEST, form)
+            stored[name], stored[name + SCALE] = int4.pack(_rows_last(name, value))
         else:
-            scale = _scale(value, _group_axis(name))
+            stored[name + SCALE] = scale = _scale(value, _group_axis(name))
             stored[name] = np.rint(value / scale).astype(np.int8)
-            stored[name + SCALE] = scale
     return stored
 
 
@@ -146,23 +154,39 @@ def _scale(value: Floats, axis: int) -> Floats:
     return scale
 
 
-def _half(name: str, value: Floats) -> NDArray[np.float16]:
-    if value.size and np.abs(value).max() > np.finfo(np.float16).max:
-        raise DataError(f"tensor {name!r} is too large for fp16; export it as fp32 or int8")
-    return np.ascontiguousarray(value, dtype=np.float16)
+def _rows_last(name: str, value: NDArray[Any]) -> NDArray[Any]:
+    # As it is packed in int4: A lies so that the numbers of one rank follow each other, as they do in B.
+    return value.T if name.endswith(LORA_A) else value
+
+
+def _check_range(name: str, value: Floats, limit: float, form: Format) -> None:
+    if np.abs(value).max() > limit:
+        raise DataError(f"tensor {name!r} is too large for {form}; export it as fp32 or int8")
+
+
+# The number types that a tensor of two or more dimensions may have in a file.
+_TYPES: dict[Format, tuple[type[np.generic], ...]] = {
+    "fp32": (np.float32,),
+    "fp16": (np.float16,),
+    "int8": (np.int8,),
+    "int4": (np.uint8, np.int8),
+}
 
 
 def _restored(name: str, stored: Stored, form: Format) -> Floats:
     value = stored[name]
-    expected = np.float32 if value.ndim < 2 else {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}[form]
-    if value.dtype != expected:
+    if value.dtype not in (_TYPES[form] if value.ndim >= 2 and value.size else (np.float32,)):
         raise DataError(f"tensor {name!r} is {value.dtype} in an adapter of format {form}")
-    restored: Floats = value.astype(np.float32)
-    if value.dtype == np.int8:
-        restored *= _checked_scale(name, stored)
+    restored: Floats
+    if value.dtype == np.uint8:
+        restored = _rows_last(name, int4.unpack(value, _checked_blocks(name, stored)))
+    elif value.dtype == np.int8:
+        restored = value.astype(np.float32) * _checked_scale(name, stored)
+    else:
+        restored = value.astype(np.float32)
     if not np.isfinite(restored).all():
         raise DataError(f"tensor {name!r} holds NaN or infinity")
-    return restored
+    return np.ascontiguousarray(restored)
 
 
 def _checked_scale(name: str, stored: Stored) -> Floats:
@@ -174,9 +198,17 @@ def _checked_scale(name: str, stored: Stored) -> Floats:
     return scale
 
 
+def _checked_blocks(name: str, stored: Stored) -> int4.Scales:
+    shape = int4.scale_shape(stored[name])
+    scale = stored.get(name + SCALE)
+    if scale is None or scale.dtype != np.float16 or scale.shape != shape or not np.isfinite(scale).all():
+        raise DataError(f"tensor {name!r} has no sound scales of shape {list(shape)}")
+    return scale
+
+
 def _left_over(stored: Stored) -> Tensors:
     for name in stored:
         of = name.removesuffix(SCALE)
-        if name != of and (of not in stored or stored[of].dtype != np.int8):
+        if name != of and (of not in stored or stored[of].dtype not in (np.int8, np.uint8)):
             raise DataError(f"scales {name!r} belong to no tensor of the adapter")
     return {}

@@ -6,12 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from adapters.int4 import BLOCK
 from adapters.layout import Layout, Tensors
-from adapters.ondevice import SCALE, check_name, check_slots, layout_of, quantize, restore, to_graph
+from adapters.ondevice import SCALE, Format, check_name, check_slots, layout_of, quantize, restore, to_graph
 from aggregation.errors import ConfigError, DataError
 
 A, B, HEAD, BIAS = "x.query.lora_A.weight", "x.query.lora_B.weight", "head.weight", "head.bias"
 SLOTS = {A: ("6", "rank_0"), B: ("rank_0", "5"), HEAD: ("labels", "4"), BIAS: ("labels",)}
+FORMATS: list[Format] = ["fp32", "fp16", "int8", "int4"]
 FLOATS = st.floats(-1e6, 1e6, width=32)
 
 
@@ -62,15 +64,56 @@ def test_int8_has_a_scale_for_each_rank_and_each_row_and_leaves_vectors_alone() 
     assert BIAS + SCALE not in stored
 
 
+@given(
+    arrays(np.float32, (36, 2), elements=FLOATS), arrays(np.float32, (3, 70), elements=st.floats(-4e5, 4e5, width=32))
+)
+def test_int4_errs_in_a_block_by_half_a_seventh_of_its_largest_in_the_mean(a: Any, head: Any) -> None:
+    a = a.clip(-4e5, 4e5)
+    restored = restore(quantize({A: a, HEAD: head}, "int4"), "int4")
+    for found, value in ((restored[A].T, a.T), (restored[HEAD], head)):
+        assert found.shape == value.shape
+        for start in range(0, value.shape[1], BLOCK):
+            block = value[:, start : start + BLOCK].astype(np.float64)
+            error = np.sqrt(((found[:, start : start + BLOCK] - block) ** 2).mean(axis=1))
+            # The scale is rounded to float16: 2^-11 of itself, and at most 2^-25 where it is nearly nothing.
+            assert (error <= np.abs(block).max(axis=1) / 14 * 1.002 + 8 * 2.0**-25).all()
+
+
+def test_int4_packs_each_rank_as_a_row_and_leaves_odd_widths_to_int8() -> None:
+    stored = quantize(inputs(rank=2), "int4")
+    assert (str(stored[A].dtype), stored[A].shape, stored[A + SCALE].shape) == ("uint8", (2, 3), (2, 1))
+    assert (str(stored[HEAD].dtype), stored[HEAD].shape, stored[HEAD + SCALE].shape) == ("uint8", (3, 2), (3, 1))
+    assert stored[A + SCALE].dtype == np.float16
+    assert (str(stored[B].dtype), stored[B + SCALE].shape) == ("int8", (2, 1))  # five columns
+    assert {name: value.shape for name, value in restore(stored, "int4").items()} == {
+        name: value.shape for name, value in inputs(rank=2).items()
+    }
+
+
+def test_a_lora_layer_without_rank_survives_every_format() -> None:
+    for form in FORMATS:
+        found = restore(quantize(inputs(rank=0), form), form)
+        assert (found[A].shape, found[B].shape) == ((6, 0), (0, 5))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_restored_lies_in_memory_as_a_graph_reads_it(form: Format) -> None:
+    for value in restore(quantize(inputs(), form), form).values():
+        assert value.flags.c_contiguous
+        assert value.dtype == np.float32
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("tiny", [0.0, 1e-45])
-def test_a_row_of_nothing_stays_nothing_in_int8(tiny: float) -> None:
-    given_inputs = inputs() | {B: np.full((2, 5), tiny, dtype=np.float32)}
-    assert not restore(quantize(given_inputs, "int8"), "int8")[B].any()
+def test_a_row_of_nothing_stays_nothing_when_quantized(tiny: float, form: Format) -> None:
+    given_inputs = inputs() | {B: np.full((2, 6), tiny, dtype=np.float32)}
+    assert not restore(quantize(given_inputs, form), form)[B].any()
 
 
-def test_too_large_for_fp16_is_refused() -> None:
-    with pytest.raises(DataError, match="too large for fp16"):
-        quantize(inputs() | {A: np.full((6, 2), 1e5, dtype=np.float32)}, "fp16")
+@pytest.mark.parametrize(("form", "value"), [("fp16", 1e5), ("int4", 5e5)])
+def test_too_large_for_a_format_is_refused(form: Format, value: float) -> None:
+    with pytest.raises(DataError, match=f"too large for {form}"):
+        quantize(inputs() | {A: np.full((6, 2), value, dtype=np.float32)}, form)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -99,6 +142,25 @@ def test_a_file_that_says_something_else_than_its_format_is_refused(change: dict
     stored = {name: value for name, value in (quantize(inputs(), "int8") | change).items() if value is not None}
     with pytest.raises(DataError, match=message):
         restore(stored, "int8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({A + SCALE: None}, "no sound scales"),
+        ({A + SCALE: np.ones((1, 2), np.float16)}, "no sound scales"),
+        ({A + SCALE: np.ones((2, 1), np.float32)}, "no sound scales"),
+        ({A + SCALE: np.full((2, 1), np.nan, np.float16)}, "no sound scales"),
+        ({B + SCALE: np.ones((2, 1), np.float16)}, "no sound scales"),  # B has an odd width and is in int8
+        ({A: np.ones((2, 3), np.float32)}, "is float32 in an adapter of format int4"),
+        ({BIAS: np.ones(3, np.uint8)}, "is uint8 in an adapter of format int4"),
+        ({BIAS + SCALE: np.ones(1, np.float16)}, "belong to no tensor"),
+    ],
+)
+def test_an_int4_file_that_says_something_else_is_refused(change: dict[str, Any], message: str) -> None:
+    stored = {name: value for name, value in (quantize(inputs(), "int4") | change).items() if value is not None}
+    with pytest.raises(DataError, match=message):
+        restore(stored, "int4")
 
 
 def test_a_fitting_adapter_tells_what_each_free_dimension_is() -> None:

@@ -8,7 +8,7 @@ from aggregation.errors import DataError
 from export.adapter import decode, encode
 from export.base import ExportedBase
 
-FORMATS: list[Format] = ["fp32", "fp16", "int8"]
+FORMATS: list[Format] = ["fp32", "fp16", "int8", "int4"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -19,7 +19,7 @@ def test_the_same_tensors_in_any_order_give_the_same_bytes(
     assert encode(values, exported.plan, form) == encode(dict(reversed(values.items())), exported.plan, form)
 
 
-@pytest.mark.parametrize(("form", "tolerance"), [("fp32", 0.0), ("fp16", 2**-10), ("int8", 1 / 127)])
+@pytest.mark.parametrize(("form", "tolerance"), [("fp32", 0.0), ("fp16", 2**-10), ("int8", 1 / 127), ("int4", 1 / 7)])
 def test_a_file_holds_the_tensors_to_the_precision_of_its_format(
     model: PeftModel, exported: ExportedBase, form: Format, tolerance: float
 ) -> None:
