@@ -2,8 +2,8 @@
 
 A pair's mask key is HKDF-SHA256 (RFC 5869) of X25519 (RFC 7748) bound to the session, the plan and the pair; a
 self-mask key is HKDF-SHA256 of the seed bound to the same. The plan in the key means that devices shown
-different plans get masks that do not cancel. A key opens one AES-256-CTR stream, which is read as ring elements
-in little-endian order, so every element is uniform over the ring.
+different plans get masks that do not cancel. A key opens one AES-256-CTR stream (``keystream``), which is read as
+ring elements in little-endian order, so every element is uniform over the ring.
 
 Expansion allocates nothing but one block: keystreams go into it one after another while a block of the vector
 stays in the cache.
@@ -16,16 +16,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from aggregation.errors import ProtocolError
+from aggregation.keystream import ZEROS, Keystream
 from aggregation.ring import Ring
 
 KEY = 32  # bytes: 256 bits, of every key and seed
-BLOCK = 2**19  # bytes: vector block, keystream and zeros fit a second-level cache of 2 MiB
+BLOCK = ZEROS  # bytes of the vector that are masked at a time
 BATCH = 1024  # masks: bounds the memory of open streams, whatever the cohort
-_ZEROS = bytes(BLOCK)
 _PAIR, _SELF = b"edgeadapt/pair-mask/1", b"edgeadapt/self-mask/1"
 
 
@@ -110,15 +109,14 @@ def apply(vector: Ring, masks: Iterable[Mask]) -> None:
 
 
 def _apply(vector: Ring, masks: Sequence[Mask]) -> None:
-    streams = [(Cipher(algorithms.AES(mask.key), modes.CTR(bytes(16))).encryptor(), mask.add) for mask in masks]
+    streams = [(Keystream(mask.key), np.add if mask.add else np.subtract) for mask in masks]
     buffer = memoryview(bytearray(BLOCK))
-    keystream: Ring = np.frombuffer(buffer, np.uint8).view(vector.dtype)
-    zeros = memoryview(_ZEROS)
-    for start in range(0, vector.size, keystream.size):
-        block = vector[start : start + keystream.size]
-        for stream, add in streams:
-            stream.update_into(zeros[: block.nbytes], buffer[: block.nbytes])
-            (np.add if add else np.subtract)(block, keystream[: block.size], out=block)
+    words: Ring = np.frombuffer(buffer, np.uint8).view(vector.dtype)
+    for start in range(0, vector.size, words.size):
+        block = vector[start : start + words.size]
+        for stream, combine in streams:
+            stream.read_into(buffer[: block.nbytes])
+            combine(block, words[: block.size], out=block)
 
 
 def expand(key: bytes, size: int, dtype: np.dtype[np.uint32] | np.dtype[np.uint64]) -> Ring:

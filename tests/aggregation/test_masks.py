@@ -5,11 +5,13 @@ import hashlib
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregation import masks, ring
 from aggregation.errors import ProtocolError
+from aggregation.keystream import Keystream
 from aggregation.masks import Mask
 
 CONTEXT, PLAN = hashlib.sha256(b"context").digest(), hashlib.sha256(b"plan").digest()
@@ -75,6 +77,22 @@ def test_a_mask_is_one_stream_however_it_is_cut(bits: int, monkeypatch: pytest.M
     for key in (A, B, A, B, A):
         total += masks.expand(key, 10_001, dtype)
     assert np.array_equal(vector, total)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 40, [16, 16, 16], [31, 2, 100], [0, 7, 0, 90], [1000], [2**18 + 33, 2**19, 5]])
+def test_a_keystream_is_aes_ctr_however_it_is_read(sizes: list[int]) -> None:
+    stream, found = Keystream(A), bytearray(sum(sizes))
+    at = 0
+    for size in sizes:
+        stream.read_into(memoryview(found)[at : at + size])
+        at += size
+    plain = Cipher(algorithms.AES(A), modes.CTR(bytes(16))).encryptor().update(bytes(len(found)))
+    assert bytes(found) == plain
+
+
+def test_a_keystream_opens_with_a_key_of_256_bits_only() -> None:
+    with pytest.raises(ValueError, match="key"):
+        Keystream(A[:16])
 
 
 def test_masking_allocates_a_block_and_no_vector() -> None:

@@ -1,14 +1,17 @@
 """Fixed point: unbiased, exact where it promises to be, never out of the ring, loud about what it cannot hold."""
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation import ring
+from aggregation import ring, vector
 from aggregation.errors import ConfigError, DataError
 from aggregation.vector import MAX_SIZE, Segment, VectorSpec
 
@@ -69,14 +72,51 @@ def test_counts_are_exact_for_100_clients_and_a_million_elements() -> None:
         )
 
 
-def test_whole_steps_are_never_lifted_by_a_coin_close_to_one() -> None:
-    class Coins:
-        def random(self, n: int) -> Any:
-            return np.full(n, np.nextafter(1.0, 0.0))
+@pytest.mark.parametrize(("bits", "clients"), [(8, 1), (24, 4), (32, 1), (32, 100), (40, 3), (64, 1)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_whole_steps_are_never_lifted_by_the_largest_coin(
+    bits: int, clients: int, sign: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ones:
+        def __init__(self, key: bytes) -> None:
+            assert len(key) == 32
 
-    spec = VectorSpec((Segment("x", 1, 1.0),), 53, 1)
-    value = np.array([1 - spec.step(spec.segments[0])])
-    assert spec.decode(spec.encode({"x": value}, Coins()), 1)["x"] == value  # type: ignore[arg-type]
+        def read_into(self, buffer: memoryview) -> None:
+            buffer[:] = b"\xff" * len(buffer)
+
+    monkeypatch.setattr(vector, "Keystream", Ones)
+    spec = VectorSpec((Segment("x", 4, 1.0),), bits, clients)
+    step = spec.step(spec.segments[0])
+    whole = sign * np.array([1.0, 1 - step, step, 0.0])
+    assert np.array_equal(spec.decode(spec.encode({"x": whole}, np.random.default_rng(0)), 1)["x"], whole)
+    almost = np.array([0.25, 0.5, 0.75, 1 - 2.0**-7]) * step
+    lifted = spec.decode(spec.encode({"x": almost}, np.random.default_rng(0)), 1)["x"]
+    assert np.array_equal(lifted, np.full(4, step))  # the coin is the largest: any fraction would be
+
+
+@pytest.mark.parametrize(("bits", "clients"), [(8, 1), (32, 1), (32, 100), (64, 1)])
+def test_a_coin_and_a_whole_number_of_steps_fit_a_double(bits: int, clients: int) -> None:
+    spec = VectorSpec((Segment("x", 1, 1.0),), bits, clients)
+    assert 12 <= spec.coin_bits <= 31
+    assert float(spec.max_steps) + (1 - 2.0**-spec.coin_bits) < spec.max_steps + 1
+
+
+@pytest.mark.parametrize("bits", [16, 32, 48])
+def test_coins_are_the_key_streams_bits_of_a_key_that_the_generator_draws(bits: int) -> None:
+    """Rounding is reproducible, and its rule is checked against one in whole numbers, without floating point."""
+    spec = VectorSpec((Segment("x", 50_001, 1.0), Segment("y", 3, 2.0)), bits, 2)
+    values = {name: np.random.default_rng(4).uniform(-1, 1, size) for name, size in (("x", 50_001), ("y", 3))}
+    coins = np.empty(50_004, np.uint32)
+    stream = Cipher(algorithms.AES(np.random.default_rng(5).bytes(32)), modes.CTR(bytes(16))).encryptor()
+    coins[:] = np.frombuffer(stream.update(bytes(coins.nbytes)), np.uint32)
+    exact = [Fraction(float(x)) / Fraction(spec.step(part)) for part in spec.segments for x in values[part.name]]
+    shift, unit = 32 - spec.coin_bits, 2**spec.coin_bits
+    expected = [math.floor(x + Fraction(int(coin) >> shift, unit)) for x, coin in zip(exact, coins, strict=True)]
+    found = spec.encode(values, np.random.default_rng(5)).astype(np.int64)
+    wide = 1 << 8 * np.dtype(ring.dtype(bits)).itemsize
+    apart = {(int(a) - b) % wide for a, b in zip(found.tolist(), expected, strict=True)}
+    assert apart <= {0, 1}  # 1 where floating point rounds a sum up to the ceiling of its number
+    assert sum(int(a - b) % wide for a, b in zip(found.tolist(), expected, strict=True)) <= 2
 
 
 def test_single_precision_and_many_chunks_are_taken(vector_of: Callable[..., VectorSpec]) -> None:
