@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from adapters.layout import Layout
 from adapters.manifest import Manifest
 from adapters.task import Task, contribution_spec
+from aggregation import graph
 from aggregation.errors import ConfigError
-from aggregation.spec import Adversary, SessionSpec, default_threshold
+from aggregation.graph import Degree
+from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec, corrupt_count
 from coordinator.optimizer import FedAdam, FedAvg
 
 
@@ -66,6 +68,18 @@ class Aggregation(_Section):
     minimum_survivors: float = Field(
         default=0.5, gt=0, le=1, description="share of the cohort that must survive a round; never below the threshold"
     )
+    corrupt_fraction: float = Field(
+        default=CORRUPT_FRACTION,
+        ge=0,
+        lt=1,
+        description="share of the cohort that may side with the coordinator; a device's policy has its own",
+    )
+    lost_fraction: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="share of the cohort lost while a session is made, and as many again in a round; for sparse graphs",
+    )
     clip_norm: float = Field(default=12.0, gt=0, description="largest L2 norm of a device's delta, in weight units")
     weight_cap: int = Field(default=128, ge=1, le=65536, description="largest weight of one device, in examples")
     ring_bits: int = Field(default=22, ge=16, le=62, description="bits an element on the wire")
@@ -81,7 +95,6 @@ class Aggregation(_Section):
         Raises:
             ConfigError: The ring cannot hold the sum of so many devices.
         """
-        threshold = default_threshold(devices)
         vector = contribution_spec(
             layout,
             clip_norm=self.clip_norm,
@@ -89,19 +102,46 @@ class Aggregation(_Section):
             ring_bits=self.ring_bits,
             max_clients=devices,
         )
+        degree, threshold = self.masking_graph(devices)
+        # Of an active session so many that no two groups of survivors could agree on different sets.
+        fewest = self._majority(devices) if self.adversary == Adversary.ACTIVE.value else threshold
         return SessionSpec(
             rounds=rounds,
             threshold=threshold,
-            minimum_survivors=max(threshold, round(self.minimum_survivors * devices)),
-            degree=devices - 1,
+            minimum_survivors=max(fewest, round(self.minimum_survivors * devices)),
+            degree=degree,
             vector=vector,
             clip_norm=self.clip_norm,
             weight_cap=self.weight_cap,
             privacy="none",
             base_digest=base_digest,
             layout_digest=layout.digest,
-            adversary=Adversary.ACTIVE if self.adversary == "active" else Adversary.HONEST_BUT_CURIOUS,
+            adversary=Adversary(self.adversary),
         )
+
+    def masking_graph(self, devices: int) -> Degree:
+        """Neighbours of a device and shares that open its secrets, in a cohort of ``devices``.
+
+        A sparse graph must still hold on the roster, which lacks those who were lost before it and no corrupt one.
+        Where so small a roster would be no larger than ``graph.COMPLETE``, everyone is everyone's neighbour.
+
+        Raises:
+            ConfigError: No graph on so many devices withstands so many corrupt and lost ones.
+        """
+        corrupt, lost = (corrupt_count(devices, share) for share in (self.corrupt_fraction, self.lost_fraction))
+        if devices - lost <= graph.COMPLETE:
+            return Degree(devices - 1, self._majority(devices))
+        bits = graph.SIGMA + (graph.GRINDING if self.adversary == Adversary.ACTIVE.value else 0)
+        smallest = devices - lost
+        for count in range(smallest, devices + 1):
+            found = graph.choose(count, corrupt / count, lost / count, bits=bits)
+            if all(graph.withstands(present, corrupt, *found, bits) for present in (smallest, devices)):
+                return found
+        raise ConfigError(f"no graph on {devices} devices withstands {corrupt} corrupt and {lost} lost ones")
+
+    def _majority(self, devices: int) -> int:
+        """The least number of which any two sets have an honest device in common (``spec.default_threshold``)."""
+        return (devices + corrupt_count(devices, self.corrupt_fraction)) // 2 + 1
 
 
 class FederationSettings(_Section):

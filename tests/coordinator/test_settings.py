@@ -1,7 +1,9 @@
 """What a federation is told: each key has a meaning, and what cannot be is refused before a round begins."""
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from adapters.layout import Layout, TensorSpec
-from aggregation.errors import ConfigError
+from aggregation import graph
+from aggregation.errors import ConfigError, ProtocolError
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from coordinator.optimizer import FedAdam, FedAvg
@@ -79,13 +82,50 @@ def test_the_server_section_is_the_optimizers_own_settings() -> None:
     assert adam.rule() == FedAdam(0.1, 0.5, 0.6, 0.01)
 
 
-@pytest.mark.parametrize("devices", [8, 12, 15, 100, 128])
+@pytest.mark.parametrize("devices", [3, 8, 12, 15, 100, 128, 129, 143])
 def test_the_default_offer_is_one_that_the_default_device_accepts(devices: int) -> None:
     spec = Aggregation().spec(devices, LAYOUT, BASE, 4)
-    Policy(known_bases=frozenset({BASE})).check(spec, devices)
+    Policy(known_bases=frozenset({BASE}), minimum_cohort=3).check(spec, devices)
     assert spec.adversary is Adversary.ACTIVE
     assert spec.degree == devices - 1
     assert spec.minimum_survivors >= spec.threshold
+
+
+@pytest.mark.parametrize("adversary", ["active", "honest-but-curious"])
+@pytest.mark.parametrize("devices", [144, 150, 257, 1000])
+def test_a_large_cohort_gets_a_sparse_graph_that_every_roster_withstands(devices: int, adversary: Any) -> None:
+    spec = Aggregation(adversary=adversary).spec(devices, LAYOUT, BASE, 4)
+    policy = Policy(known_bases=frozenset({BASE}), adversaries=frozenset(Adversary))
+    policy.check(spec, devices)
+    for present in range(devices - math.ceil(0.1 * devices), devices + 1):
+        policy.check_roster(spec, devices, present)
+    assert spec.degree < devices / 2
+    assert spec.degree % 2 == 0
+
+
+def test_a_graph_for_the_whole_cohort_would_not_hold_once_a_tenth_is_lost() -> None:
+    """Why the graph is chosen for the roster."""
+    degree, threshold = graph.choose(1000, 0.1, 0.1)
+    spec = replace(Aggregation().spec(1000, LAYOUT, BASE, 4), degree=degree, threshold=threshold)
+    policy = Policy(known_bases=frozenset({BASE}))
+    policy.check(spec, 1000)
+    with pytest.raises(ProtocolError, match="do not withstand 100 corrupt"):
+        policy.check_roster(spec, 1000, 900)
+
+
+def test_two_groups_of_survivors_on_a_sparse_graph_share_an_honest_device() -> None:
+    for devices in (150, 1000):
+        spec = Aggregation(minimum_survivors=0.01).spec(devices, LAYOUT, BASE, 4)
+        assert 2 * spec.minimum_survivors > devices + devices // 10
+    short = Aggregation(minimum_survivors=0.01, adversary="honest-but-curious").spec(1000, LAYOUT, BASE, 4)
+    assert short.minimum_survivors == short.threshold < 500
+
+
+def test_more_corrupt_devices_make_a_denser_graph_and_too_many_none() -> None:
+    assert Aggregation(corrupt_fraction=0.05).masking_graph(1000) < Aggregation().masking_graph(1000)
+    assert Aggregation(corrupt_fraction=0.2).masking_graph(100) == (99, 61)
+    with pytest.raises(ConfigError, match="lower the fractions"):
+        Aggregation(corrupt_fraction=0.6, lost_fraction=0.3).masking_graph(1000)
 
 
 def test_the_minimum_of_survivors_is_a_share_of_the_cohort_but_never_below_the_threshold() -> None:

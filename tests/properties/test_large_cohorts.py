@@ -1,0 +1,40 @@
+"""A cohort above 128 devices, on the graph that a coordinator chooses for it: the plain sum comes out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from adapters.layout import Layout, TensorSpec
+from aggregation.policy import Policy
+from coordinator.settings import Aggregation
+
+DEVICES = 150
+LAYOUT = Layout((TensorSpec("a", (10, 10)),))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adversary", ["active", "honest-but-curious"])
+def test_a_session_of_150_devices_gives_the_plain_sum_with_a_tenth_lost_twice(
+    fleet_of: Callable[..., Any], spec_of: Callable[..., Any], adversary: Any
+) -> None:
+    settings = Aggregation(adversary=adversary)
+    degree, threshold = settings.masking_graph(DEVICES)
+    assert degree == 48
+    offered = settings.spec(DEVICES, LAYOUT, "b" * 64, 1)
+    spec = spec_of(
+        DEVICES,
+        rounds=1,
+        degree=degree,
+        threshold=threshold,
+        minimum_survivors=offered.minimum_survivors,
+        adversary=offered.adversary,
+    )
+    policy = Policy(known_bases=frozenset({spec.base_digest}), adversaries=frozenset({offered.adversary}))
+    fleet = fleet_of(DEVICES, spec=spec, policy=policy)
+    names = sorted(fleet.devices)
+    session = fleet.establish({"advert": names[:8], "shares": names[8:15]})
+    _, result = fleet.round(session, {"input": names[20:30], "unmask": names[40:45]})
+    assert result.survivors == tuple(name for name in names[15:] if name not in names[20:30])
+    assert {len(boxes) for boxes in session.dealt.values()} == {degree}
+    fleet.assert_sum(result)
