@@ -16,6 +16,7 @@ from aggregation.identity import IdentityKey, PublicKey
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # what every database has an integer for
+Task = Literal["text-classification", "text-generation"]  # as optimum and transformers call them
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # stays inside its folder
 
 
@@ -78,15 +79,17 @@ class Manifest(SignedDocument):
 
 @dataclass(frozen=True, slots=True)
 class BaseCard(SignedDocument):
-    """An exported base graph: which frozen base it is, in which profile, and the digest of every file beside it."""
+    """An exported base graph: which frozen base it is, for which task, in which profile, and every file's digest."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     KIND: ClassVar[str] = "edgeadapt/base/1"
 
     base_digest: Sha256
+    task: Task
     profile: str
     files: dict[FileName, Sha256]  # name in the folder → digest
-    slots: dict[str, tuple[str, ...]]  # graph inputs that an adapter fills → symbolic or fixed dimensions, as text
+    slots: dict[str, tuple[str, ...]]  # graph inputs that one adapter fills → symbolic or fixed dimensions, as text
+    max_rank: Count  # an adapter with a layer of a higher rank is refused
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The exported base: graph and tokenizer as bytes, with what is needed to make adapter files for it."""
+"""The exported base: its files as bytes, with what is needed to make adapter files for it."""
 
 import json
 from dataclasses import dataclass, field
@@ -9,54 +9,69 @@ from tokenizers import Tokenizer
 
 from adapters.base import Base
 from adapters.files import sha256
-from adapters.manifest import BaseCard
+from adapters.manifest import BaseCard, Task
 from aggregation.errors import ConfigError
-from export import graph
+from export import graph, headers
 from export.plan import Plan, plan
 from export.quantize import Profile, quantize
 
-MODEL, TOKENIZER = "model.onnx", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
+MAX_RANK = 64  # what one layer of an adapter may have, unless the exporter says otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class ExportedBase:
-    """A frozen base as a device runs it. One export serves every adapter of the same plan, whatever its rank."""
+    """A frozen base as a device runs it. One export serves every adapter of the same layers, whatever its rank."""
 
     base_digest: str
+    task: Task
     profile: Profile
     plan: Plan
     slots: dict[str, tuple[str, ...]]  # graph inputs that an adapter fills → dimensions as text
-    model: bytes = field(repr=False)  # ONNX
-    tokenizer: bytes = field(repr=False)  # JSON of the tokenizers library
+    max_rank: int
+    files: dict[str, bytes] = field(repr=False)  # of the base's folder, without the card
 
     @property
-    def files(self) -> dict[str, bytes]:
-        """The files of the base's folder, without the card."""
-        return {MODEL: self.model, TOKENIZER: self.tokenizer}
+    def model(self) -> bytes:
+        """The native header (ONNX); its weights are in ``files[headers.DATA]``."""
+        return self.files[headers.NATIVE]
+
+    @property
+    def tokenizer(self) -> bytes:
+        """JSON of the tokenizers library."""
+        return self.files[TOKENIZER]
 
     @property
     def card(self) -> BaseCard:
         """What the signer says of these files."""
         digests = {name: sha256(blob) for name, blob in self.files.items()}
-        return BaseCard(self.base_digest, self.profile.value, digests, self.slots)
+        return BaseCard(self.base_digest, self.task, self.profile.value, digests, self.slots, self.max_rank)
 
 
-def export_base(model: PeftModel, base: Base, profile: Profile) -> ExportedBase:
-    """Export the base under ``model``; takes seconds, and no tensor of the adapter gets into the result.
+def export_base(model: PeftModel, base: Base, profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
+    """Export the classifier ``model``; takes seconds, and no tensor of the adapter gets into the result.
+
+    Args:
+        model: From ``adapters.classifier.build``; its adapter names the layers that get slots.
+        base: The base under it.
+        profile: How weights are stored.
+        max_rank: What the card allows an adapter.
 
     Raises:
         ConfigError: The model cannot be exported (``plan``, ``graph.trace``), or its tokenizer has no limit.
     """
     found = plan(model)
-    finished = graph.with_defaults(quantize(graph.trace(model, found), profile))
-    checker.check_model(finished)
+    traced = quantize(graph.trace(model, found), profile)
+    checker.check_model(traced)
+    slots = graph.slots(traced)
     return ExportedBase(
         base_digest=base.digest,
+        task="text-classification",
         profile=profile,
         plan=found,
-        slots=graph.slots(finished),
-        model=finished.SerializeToString(deterministic=True),
-        tokenizer=_tokenizer(base),
+        slots=slots,
+        max_rank=max_rank,
+        files=headers.split(traced, slots) | {TOKENIZER: _tokenizer(base)},
     )
 
 

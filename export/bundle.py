@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/base/model.onnx  tokenizer.json  card.json
+    DIR/base/model.onnx  web.onnx  model.onnx.data  tokenizer.json  card.json
     DIR/adapters/NAME.onnx_adapter  NAME.json
 
 A bundle is only ever replaced whole: it is put together in a folder beside the old one, and then the two change
@@ -45,6 +45,7 @@ class AdapterSource:
     version: int
     sha256: str  # of the safetensors blob that the tensors come from
     parent: str | None = None  # of a private adapter: the blob digest of the global version it started from
+    plan: Plan | None = None  # of the model that the tensors come from; the exported base's if None
 
 
 def write_bundle(
@@ -63,15 +64,18 @@ def write_bundle(
         form: The adapters' number format.
 
     Raises:
-        ConfigError: ``out`` is something other than a bundle, or an adapter's name cannot be a file's.
-        DataError: An adapter does not fit the base, or has other labels than rows.
+        ConfigError: ``out`` is something other than a bundle, an adapter's name cannot be a file's, or an adapter of a
+            language model comes without its plan.
+        DataError: An adapter does not fit the base, is above its highest rank, or has other labels than rows.
         OSError: The folder cannot be written. What was in ``out`` is still there.
     """
     out, card = _settled(out), exported.card
     files = {f"base/{name}": blob for name, blob in exported.files.items()}
     files[CARD.as_posix()] = card.sign(key)
     for source in sources:
-        files |= _adapter_files(source, exported.plan, card, key, form)
+        if source.plan is None and exported.task == "text-generation":
+            raise ConfigError(f"adapter {source.name!r} comes without its plan, which has the scaling of its layers")
+        files |= _adapter_files(source, source.plan or exported.plan, card, key, form)
     old = _stated_card(out)
     with _replacing(out) as stage:
         if old is not None and old.base_digest == card.base_digest:
@@ -125,6 +129,8 @@ def _adapter_files(
     if sizes.get(LABELS, len(source.labels)) != len(source.labels):
         raise DataError(f"adapter {source.name!r} has {len(source.labels)} labels for {sizes[LABELS]} rows of its head")
     ranks = [value.shape[0] for name, value in source.tensors.items() if name.endswith(LORA_A)]
+    if (rank := max(ranks, default=0)) > card.max_rank:
+        raise DataError(f"adapter {source.name!r} has rank {rank}, the base takes at most {card.max_rank}")
     sidecar = Sidecar(
         name=source.name,
         sha256=sha256(blob),
@@ -135,7 +141,7 @@ def _adapter_files(
         version=source.version,
         source=source.sha256,
         parent=source.parent,
-        rank=max(ranks, default=0),
+        rank=rank,
         labels=source.labels,
     )
     return {f"{path}.onnx_adapter": blob, f"{path}.json": sidecar.sign(key)}

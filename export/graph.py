@@ -2,7 +2,8 @@
 
 Each adapted layer computes ``base(x) + (x @ A) @ B`` with A and B from the graph's inputs, the rank being a dimension
 of the layer's own; modules trained whole read their parameters from inputs too. Nothing of an adapter is in the file.
-Quantization is a step of its own (``quantize.py``), between ``trace`` and ``with_defaults``, never after the latter.
+Quantization is a step of its own (``quantize.py``), between ``trace`` and
+``headers.split``, never after the latter, whose defaults a quantizer would take for weights.
 """
 
 import copy
@@ -13,10 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.export import Dim
@@ -59,6 +58,19 @@ class _SavedInput(nn.Module):
         names = [name for name, _ in self.module.named_parameters()]
         parameters = {name: self.values.now[f"{self.path}.{name}"] for name in names}
         return torch.func.functional_call(self.module, parameters, args, kwargs)
+
+
+class _HeadInput(nn.Module):
+    """The linear layer that gives the answer. Its weight may also have a leading dimension for the rows of a batch."""
+
+    def __init__(self, path: str, bias: bool, values: _Values) -> None:
+        super().__init__()
+        self.path, self.bias, self.values = path, bias, values
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = self.values.now
+        logits: Tensor = (now[self.path + ".weight"] @ x.unsqueeze(-1)).squeeze(-1)
+        return logits + now[self.path + ".bias"] if self.bias else logits
 
 
 class _Graph(nn.Module):
@@ -113,18 +125,6 @@ def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     }
 
 
-def with_defaults(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Give each slot an empty default, every free dimension 0, so that the graph also runs with no adapter.
-
-    ONNX Runtime's ``LoraAdapter`` needs them: required inputs are checked before the adapter is looked at.
-    """
-    result = copy.deepcopy(graph)
-    for name, dimensions in slots(graph).items():
-        empty = np.zeros([int(text) if text.isdigit() else 0 for text in dimensions], dtype=np.float32)
-        result.graph.initializer.append(numpy_helper.from_array(empty, name))
-    return result
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter reports its progress, and that torchvision is absent, to whoever runs it; neither concerns them."""
@@ -145,7 +145,9 @@ def _with_inputs(model: PeftModel, found: Plan) -> nn.Module:
         _replace(inner, lora.path, _LoraInput(inner.get_submodule(lora.path).get_base_layer(), lora.path, values))
     for saved in found.saved:
         module = inner.get_submodule(saved.path).modules_to_save[found.adapter]
-        _replace(inner, saved.path, _SavedInput(module, saved.path, values))
+        head = _gives_the_answer(model, found, saved)
+        slot = _HeadInput(saved.path, module.bias is not None, values) if head else None
+        _replace(inner, saved.path, slot or _SavedInput(module, saved.path, values))
     return _Graph(inner, values)
 
 
@@ -186,7 +188,7 @@ def _gives_the_answer(model: PeftModel, found: Plan, saved: SavedSlot) -> bool:
             answer = model.base_model.model(**{name: torch.ones(1, 2, dtype=torch.int64) for name in TOKENS})
     finally:
         hook.remove()
-    return bool(seen) and seen[-1] is answer
+    return bool(seen) and seen[-1] is answer and answer.ndim == 2
 
 
 def _anonymous(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from export import headers
 from export.base import ExportedBase
 from export.graph import ANSWER, TOKENS
 
@@ -53,6 +54,8 @@ class OnnxRunner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        data = exported.files[headers.DATA]
+        options.add_external_initializers_from_files_in_memory([headers.DATA], [data], [len(data)])
         session = ort.InferenceSession(exported.model, options, providers=["CPUExecutionProvider"])
         return cls(session, Tokenizer.from_str(exported.tokenizer.decode()))
 

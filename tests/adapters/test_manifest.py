@@ -26,7 +26,7 @@ MANIFEST = Manifest(
     method=Method("lora", 8, 16, ("query", "value")),
     labels=("HassTurnOn", "HassTurnOff"),
 )
-CARD = BaseCard("b" * 64, "int8", {"model.onnx": "a" * 64}, {"lora_A": ("384", "rank")})
+CARD = BaseCard("b" * 64, "text-classification", "int8", {"model.onnx": "a" * 64}, {"lora_A": ("384", "rank")}, 64)
 SIDECAR = Sidecar(
     name="global",
     sha256="a" * 64,

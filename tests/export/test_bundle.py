@@ -35,7 +35,9 @@ def test_a_bundle_has_a_base_and_its_adapters_each_with_a_signed_document(
         "adapters/global.onnx_adapter",
         "base/card.json",
         "base/model.onnx",
+        "base/model.onnx.data",
         "base/tokenizer.json",
+        "base/web.onnx",
     ]
     assert BaseCard.accept(files["base/card.json"], [vendor.public]) == exported.card
     sidecar = Sidecar.accept(files["adapters/global.json"], [vendor.public])

@@ -76,7 +76,7 @@ def test_any_rank_number_of_labels_batch_and_length_answers_as_torch(
     ids, mask = tokens(rng, batch, length)
     found = onnx_logits(session, ids, mask, to_graph(values, plan(model).scaling))
     expected = torch_logits(model, ids, mask)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
+    np.testing.assert_allclose(found, expected, atol=3e-5 * max(1.0, float(np.abs(expected).max())))
 
 
 def test_rank_0_is_the_base_without_an_adapter(model: PeftModel, session: ort.InferenceSession) -> None:
@@ -203,6 +203,18 @@ def test_the_tokenizer_is_cut_off_at_the_models_positions_and_does_not_pad(expor
     assert len(tokenizer.encode("lock").ids) == 3
 
 
+def test_each_row_of_a_batch_can_have_an_adapter_of_its_own(
+    tiny_base: Base, model: PeftModel, session: ort.InferenceSession
+) -> None:
+    rng = np.random.default_rng(7)
+    inputs = [to_graph(draw(model, rng), plan(model).scaling) for _ in range(3)]
+    ids, mask = tokens(rng, 3, 8)
+    found = onnx_logits(session, ids, mask, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]})
+    for row in range(3):
+        alone = onnx_logits(session, ids[row : row + 1], mask[row : row + 1], inputs[row])
+        np.testing.assert_allclose(found[row : row + 1], alone, atol=1e-5 * float(np.abs(alone).max()))
+
+
 def test_a_float_file_works_in_plain_onnx_runtime(
     model: PeftModel, exported: ExportedBase, session: ort.InferenceSession, tmp_path: Path
 ) -> None:
@@ -214,10 +226,3 @@ def test_a_float_file_works_in_plain_onnx_runtime(
     ids, mask = tokens(np.random.default_rng(4), 2, 7)
     found = session.run(["logits"], {"input_ids": ids, "attention_mask": mask}, options)[0]
     np.testing.assert_allclose(found, torch_logits(model, ids, mask), atol=1e-5)
-
-
-def test_defaults_are_added_to_a_copy(model: PeftModel) -> None:
-    traced = graph.trace(model, plan(model))
-    before = len(traced.graph.initializer)
-    assert len(graph.with_defaults(traced).graph.initializer) == before + len(graph.slots(traced))
-    assert len(traced.graph.initializer) == before

@@ -1,0 +1,101 @@
+"""Two headers over one file of weights: the same answers, shared memory, and defaults only where they are wanted."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export import headers
+from export.base import ExportedBase
+
+SLOTS = {"A": ("64", "rank_0"), "B": ("rank_0", "32")}
+
+
+def graph() -> onnx.ModelProto:
+    """``x @ W + x @ A @ B`` with a weight above the limit of what stays in the header, and a bias below it."""
+    rng = np.random.default_rng(0)
+    weights = {"W": (64, 32), "bias": (32,)}
+    shapes = {"x": ("rows", "length", 64), "A": (64, "rank_0"), "B": ("rank_0", 32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "W"], ["base"]),
+        helper.make_node("MatMul", ["x", "A"], ["low"]),
+        helper.make_node("MatMul", ["low", "B"], ["update"]),
+        helper.make_node("Add", ["base", "bias"], ["biased"]),
+        helper.make_node("Add", ["biased", "update"], ["y"]),
+    ]
+    values = [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), name) for name, s in weights.items()]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ("rows", "length", 32))]
+    return helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs, values),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, blob in headers.split(graph(), SLOTS).items():
+        (tmp_path / name).write_bytes(blob)
+    return tmp_path
+
+
+def run(path: Path, **feeds: np.ndarray) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    answer: np.ndarray = ort.InferenceSession(str(path), options).run(["y"], feeds)[0]
+    return answer
+
+
+def test_both_headers_answer_as_the_graph_they_were_made_of(folder: Path) -> None:
+    rng = np.random.default_rng(1)
+    feeds = {"x": (2, 3, 64), "A": (64, 5), "B": (5, 32)}
+    values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in feeds.items()}
+    onnx.save(graph(), folder / "whole.onnx")
+    whole = run(folder / "whole.onnx", **values)
+    for name in (headers.NATIVE, headers.WEB):
+        np.testing.assert_array_equal(run(folder / name, **values), whole)
+
+
+def test_only_the_native_header_runs_without_an_adapter(folder: Path) -> None:
+    x = np.ones((1, 1, 64), dtype=np.float32)
+    none = {"A": np.zeros((64, 0), np.float32), "B": np.zeros((0, 32), np.float32)}
+    np.testing.assert_array_equal(run(folder / headers.NATIVE, x=x), run(folder / headers.WEB, x=x, **none))
+    with pytest.raises(ValueError, match=r"Required inputs \(\['A', 'B'\]\) are missing"):
+        run(folder / headers.WEB, x=x)
+
+
+def test_a_slot_takes_one_adapter_for_all_rows_or_one_for_each(folder: Path) -> None:
+    rng = np.random.default_rng(2)
+    x, a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, 3, 64), (2, 64, 4), (2, 4, 32)))
+    for name in (headers.NATIVE, headers.WEB):
+        together = run(folder / name, x=x, A=a, B=b)
+        for row in range(2):
+            alone = run(folder / name, x=x[row : row + 1], A=a[row], B=b[row])
+            np.testing.assert_allclose(together[row : row + 1], alone, atol=1e-5)
+
+
+def test_large_weights_start_at_pages_of_the_data_file_and_small_ones_stay(folder: Path) -> None:
+    tensors = {t.name: t for t in onnx.load(folder / headers.NATIVE, load_external_data=False).graph.initializer}
+    place = {entry.key: entry.value for entry in tensors["W"].external_data}
+    assert place["location"] == headers.DATA
+    assert int(place["offset"]) % headers.PAGE == 0
+    assert int(place["length"]) == 64 * 32 * 4
+    assert tensors["bias"].raw_data
+
+
+def test_equal_graphs_give_equal_files() -> None:
+    assert headers.split(graph(), SLOTS) == headers.split(graph(), SLOTS)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's memory maps")
+def test_a_session_opened_by_path_maps_the_weights(exported: ExportedBase, tmp_path: Path) -> None:
+    for name, blob in exported.files.items():
+        (tmp_path / name).write_bytes(blob)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(tmp_path / headers.NATIVE), options)
+    assert str(tmp_path / headers.DATA) in Path("/proc/self/maps").read_text(), session
