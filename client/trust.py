@@ -3,44 +3,67 @@
 Rules, in the order in which they are checked:
 
 1. The pinned keys lie outside the bundle: what ships inside never vouches for itself.
-2. The base's card carries a pinned key's signature, and the files of the base have the digests that it names.
+2. The base's card carries a pinned key's signature; the files of the base are those that it lists, with the digests
+   that it names, and no others lie beside them.
 3. An adapter's sidecar carries a pinned key's signature, its own name, and the base's digest.
 4. The adapter file has the size and the digest that the sidecar names, down to the last byte.
-5. Its tensors are finite, fill exactly the slots of the graph, and have the layout, rank and labels of the sidecar.
+5. Its tensors are finite, fill exactly the slots of the graph, have the layout, rank and labels of the sidecar, and no
+   rank above the base's limit.
 6. Its version is not below the highest that this device has accepted under that name for that base.
 
-Nothing is parsed before it is verified, apart from the signed documents themselves (``adapters/signed.py``).
+Nothing is parsed before it is verified, apart from the signed documents themselves (``adapters/signed.py``). The small
+files of the base are used from the bytes that were verified; the weights are mapped into memory from the folder, and
+``VerifiedBase.check`` says after loading whether they are still the file that was (docs/device.md says what that leaves
+open).
 """
 
-import hashlib
 import json
 import tempfile
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
 import onnxruntime as ort
 
 from adapters.layout import Tensors
-from adapters.manifest import BaseCard, Sidecar
+from adapters.manifest import BaseCard, Sidecar, Task
 from adapters.ondevice import check_name, check_slots, layout_of, restore
 from adapters.signed import MAX_DOCUMENT
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.identity import PublicKey
+from client import intact
 
-TRUST_FILE = "trust.pem"
-MODEL, TOKENIZER = "model.onnx", "tokenizer.json"
+TRUST_FILE, CARD = "trust.pem", "card.json"
+MODEL, TOKENIZER, GENAI = "model.onnx", "tokenizer.json", "genai_config.json"
+NEEDED: dict[Task, tuple[str, ...]] = {
+    "text-classification": (MODEL, TOKENIZER),
+    "text-generation": (MODEL, TOKENIZER, GENAI),
+}
 MAX_KEYS = 2**16  # bytes
-MAX_BASE_FILE = 2**31  # bytes, what protobuf can hold
+MAX_HELD_FILE = 2**31  # bytes, of what is held in memory; also what protobuf can hold
+MAX_BASE_FILE = 2**34  # bytes
+MAX_LABEL = 256  # characters
 PEM_END = b"-----END PUBLIC KEY-----"
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedBase:
-    """The base of a bundle, read once and verified; ``files`` are the very bytes that were."""
+    """The base of a bundle, verified: its folder, and of ``NEEDED`` files the very bytes that were hashed."""
 
     card: BaseCard
+    folder: Path
     files: dict[str, bytes] = field(repr=False)
+    hashed: tuple[intact.Hashed, ...] = field(repr=False)
+
+    def check(self) -> None:
+        """To be called after something was loaded from the folder itself: is it still what was verified?
+
+        Raises:
+            TrustError: A file was written or replaced since it was hashed.
+        """
+        for file in self.hashed:
+            file.check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +94,7 @@ class Trust:
             raise TrustError(f"{file} lies in the bundle, which cannot vouch for itself; pin the keys elsewhere")
         if not file.is_file():
             raise TrustError(f"no pinned keys at {file}: put the vendor's public key there, or name it with --trust")
-        parts = _read(file, MAX_KEYS).split(PEM_END)
+        parts = intact.read(file, MAX_KEYS).split(PEM_END)
         if parts.pop().strip() or not parts:
             raise TrustError(f"{file} is not a list of public keys in PEM form")
         keys = tuple(PublicKey.from_pem(part.strip() + b"\n" + PEM_END + b"\n") for part in parts)
@@ -85,16 +108,18 @@ class Trust:
             DataError: A file is missing.
         """
         folder = bundle / "base"
-        card = BaseCard.accept(_read(folder / "card.json", MAX_DOCUMENT), self.keys)
-        if sorted(card.files) != [MODEL, TOKENIZER]:
-            raise TrustError(
-                f"{folder / 'card.json'} lists other files than {MODEL} and {TOKENIZER}; get a newer client"
-            )
-        files = {name: _read(folder / name, MAX_BASE_FILE) for name in card.files}
+        card = BaseCard.accept(intact.read(folder / CARD, MAX_DOCUMENT), self.keys)
+        needed = NEEDED[card.task]
+        if missing := [name for name in needed if name not in card.files]:
+            raise TrustError(f"{folder / CARD} lists no {missing[0]}; get a newer client, or fetch the bundle again")
+        _check_listed(folder, card)
+        files = {name: intact.read(folder / name, MAX_HELD_FILE) for name in needed}
+        hashed = tuple(intact.hashed(folder / name, MAX_BASE_FILE) for name in card.files)
+        found = {file.path.name: file.digest for file in hashed}
         for name, digest in card.files.items():
-            if _sha256(files[name]) != digest:
+            if found[name] != digest or (name in files and sha256(files[name]).hexdigest() != digest):
                 raise TrustError(f"{folder / name} is not the file that was signed; fetch the bundle again")
-        return VerifiedBase(card, files)
+        return VerifiedBase(card, folder, files, hashed)
 
     def sidecar(self, bundle: Path, name: str) -> Sidecar:
         """What is said of an adapter (rule 3, without the base). Raises as ``base``, ConfigError for a bad name."""
@@ -102,7 +127,7 @@ class Trust:
         if not path.is_file():
             known = ", ".join(adapter_names(bundle)) or "none"
             raise DataError(f"the bundle has no sidecar for an adapter {name!r}; it has: {known}")
-        sidecar = Sidecar.accept(_read(path, MAX_DOCUMENT), self.keys)
+        sidecar = Sidecar.accept(intact.read(path, MAX_DOCUMENT), self.keys)
         if sidecar.name != name:
             raise TrustError(f"{path} was signed for the adapter {sidecar.name!r}; fetch the bundle again")
         return sidecar
@@ -119,8 +144,8 @@ class Trust:
         if sidecar.base_digest != base.card.base_digest:
             raise TrustError(f"adapter {name!r} was made for another base; fetch one for {base.card.base_digest[:12]}")
         path = bundle / "adapters" / f"{name}.onnx_adapter"
-        blob = _read(path, sidecar.size)
-        if len(blob) != sidecar.size or _sha256(blob) != sidecar.sha256:
+        blob = intact.read(path, sidecar.size)
+        if len(blob) != sidecar.size or sha256(blob).hexdigest() != sidecar.sha256:
             raise TrustError(f"{path} is not the file that was signed; fetch the adapter again")
         self._refuse_older(sidecar)
         inputs = _tensors(blob, sidecar)
@@ -147,7 +172,7 @@ class Trust:
         if not self.seen.exists():
             return {}
         try:
-            seen = json.loads(_read(self.seen, MAX_DOCUMENT))
+            seen = json.loads(intact.read(self.seen, MAX_DOCUMENT))
             sound = all(type(version) is int for versions in seen.values() for version in versions.values())
         except (ValueError, AttributeError, RecursionError):
             sound = False
@@ -162,8 +187,6 @@ def adapter_names(bundle: Path) -> list[str]:
 
 
 def _tensors(blob: bytes, sidecar: Sidecar) -> Tensors:
-    if sidecar.format == "int4":
-        raise DataError(f"adapter {sidecar.name!r} is in format int4, which this client cannot read; get a newer one")
     # The container can be read from a path only. A copy of the verified bytes: the file itself may change meanwhile.
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         path = Path(folder) / "adapter"
@@ -183,22 +206,31 @@ def _check_claims(inputs: Tensors, sidecar: Sidecar, card: BaseCard) -> None:
     rank = max((size for symbol, size in sizes.items() if symbol.startswith("rank_")), default=0)
     if rows != len(sidecar.labels) or rank != sidecar.rank:
         raise DataError(f"adapter {sidecar.name!r} has other labels or ranks than its sidecar says; export it again")
+    if rank > card.max_rank:
+        raise DataError(f"adapter {sidecar.name!r} has rank {rank}, above the base's limit of {card.max_rank}")
+    _check_labels(sidecar, card)
 
 
-def _sha256(blob: bytes) -> str:
-    return hashlib.sha256(blob).hexdigest()
+def _check_labels(sidecar: Sidecar, card: BaseCard) -> None:
+    if sidecar.labels and card.task == "text-generation":
+        raise DataError(f"adapter {sidecar.name!r} names labels, of which a base for text-generation has none")
+    if len(set(sidecar.labels)) != len(sidecar.labels):
+        raise DataError(f"adapter {sidecar.name!r} names a label twice; export it again")
+    for label in sidecar.labels:
+        if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
+            raise DataError(f"adapter {sidecar.name!r}: label {label[:40]!r} is no printable name; export it again")
 
 
-def _read(path: Path, limit: int) -> bytes:
-    """The file, if it is not above ``limit`` bytes. More is refused before it is in memory."""
-    try:
-        with path.open("rb") as file:
-            blob = file.read(limit + 1)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; fetch the bundle again") from error
-    if len(blob) > limit:
-        raise TrustError(f"{path} is above its limit of {limit} bytes; fetch the bundle again")
-    return blob
+def _check_listed(folder: Path, card: BaseCard) -> None:
+    """Refuse files that nobody signed: a library that is given the folder may read more than it was told to.
+
+    Names with a leading dot are left alone; file managers write such, and no library reads them.
+    """
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if unlisted := sorted(found - set(card.files) - {CARD}):
+        raise TrustError(
+            f"{folder / unlisted[0]} is not listed in the signed card; remove it or fetch the bundle again"
+        )
 
 
 def _replace(path: Path, blob: bytes) -> None:

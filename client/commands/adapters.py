@@ -10,7 +10,7 @@ from aggregation.errors import DataError, EdgeAdaptError
 from client.commands import options
 
 if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
-    from client.session import Session
+    from client.library import Library
 
 
 @click.command()
@@ -24,10 +24,10 @@ def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
     Example:
       edgeadapt device adapters --bundle runs/demo/bundle
     """
-    from client.session import Session
+    from client.library import Library
 
-    session = Session.open(bundle, trust)
-    rows = [_verified(session, name) for name in session.names()]
+    library = Library.open(bundle, trust)
+    rows = [_verified(library, name) for name in library.names()]
     if as_json:
         click.echo(json.dumps({"adapters": rows}, ensure_ascii=False))
     else:
@@ -37,9 +37,9 @@ def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
         raise DataError(f"{len(refused)} of {len(rows)} adapters must not be used: {', '.join(refused)}")
 
 
-def _verified(session: "Session", name: str) -> dict[str, Any]:
+def _verified(library: "Library", name: str) -> dict[str, Any]:
     try:
-        sidecar = session.use(name)
+        sidecar = library.trust.adapter(library.bundle, library.base, name).sidecar
     except EdgeAdaptError as error:
         return {"name": name, "refused": str(error)}
     return {
@@ -58,7 +58,8 @@ def _described(row: dict[str, Any]) -> str:
     if "refused" in row:
         return f"{row['name']}  refused: {row['refused']}"
     kind = "private" if row["private"] else "shared"
+    intents = f"{len(row['labels'])} intents  " if row["labels"] else ""
     return (
         f"{row['name']}  {kind}  version {row['version']}  {row['format']}  rank {row['rank']}  "
-        f"{len(row['labels'])} intents  {row['bytes']:,} bytes  {row['sha256'][:12]}"
+        f"{intents}{row['bytes']:,} bytes  {row['sha256'][:12]}"
     )

@@ -9,7 +9,7 @@ import grimp
 import pytest
 
 PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
-DEVICE = ("client.cli", "client.session", "client.trust")
+DEVICE = ("client.cli", "client.commands.adapters", "client.commands.infer", "client.session", "client.trust")
 ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalchemy", "torch", "transformers"}
 
 

@@ -90,7 +90,7 @@ def test_help_shows_examples() -> None:
     [
         (["--adapter", "../global", "unlock"], "adapter name '../global'"),
         (["--adapter", "nobody", "unlock"], "it has: global"),
-        ([""], "an empty text has no intent"),
+        ([""], "an empty text has no answer"),
         (["a" * 70_000], "above the limit"),
         (["-"], "standard input held no phrase"),
         (["--trust", "nowhere.pem", "unlock"], "no pinned keys"),

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.identity import IdentityKey
-from client import session as session_module
-from client.session import MAX_TEXT, Session
+from client.compose import parse
+from client.session import Session
+from client.text import MAX_TEXT
 from export.base import ExportedBase
 from export.bundle import AdapterSource, add_adapter, write_bundle
 from export.parity import _torch
@@ -136,11 +137,12 @@ def test_the_private_adapter_is_the_default_else_the_shared_one(
         Session.open(bundle).default()
 
 
-def test_adapters_that_were_not_used_for_long_are_given_up(with_anna: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "MAX_LOADED", 1)
-    session = opened(with_anna)
+def test_adapters_that_were_not_used_for_long_are_given_up(with_anna: Path) -> None:
+    session = Session.open(with_anna, loaded=1)
+    session.use("global")
     session.use("anna")
-    assert list(session._loaded) == ["anna"]
+    assert parse("anna") in session._loaded
+    assert parse("global") not in session._loaded
     assert session.use("global").name == "global"
 
 
@@ -162,6 +164,7 @@ def test_adapters_of_different_rank_and_labels_run_in_one_session(
 CHILD = """
 import sys, time
 from pathlib import Path
+from client.compose import parse
 from client.session import Session
 session = Session.open(Path(sys.argv[1]))
 session.use(session.default())

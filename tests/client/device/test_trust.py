@@ -1,6 +1,7 @@
 """Each way in which a bundle can be wrong is refused before it answers anything."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from export.base import ExportedBase
 from export.bundle import AdapterSource, add_adapter, write_bundle
 
 Source = Callable[..., AdapterSource]
-FILES = ["base/card.json", "base/model.onnx", "base/tokenizer.json"]
+FILES = [f"base/{name}" for name in ("card.json", "model.onnx", "model.onnx.data", "web.onnx", "tokenizer.json")]
 ADAPTER_FILES = ["adapters/global.json", "adapters/global.onnx_adapter"]
 
 
@@ -165,11 +166,49 @@ def test_a_card_in_a_sidecars_place_is_refused(bundle: Path) -> None:
     refused(bundle, TrustError, "of this kind")
 
 
-def test_a_card_that_lists_other_files_is_refused(bundle: Path, exported: ExportedBase, vendor: IdentityKey) -> None:
-    for files in (exported.card.files | {"extra": "0" * 64}, {"model.onnx": "0" * 64}, {}):
+def test_a_card_that_lists_a_file_too_many_or_too_few_is_refused(
+    bundle: Path, exported: ExportedBase, vendor: IdentityKey
+) -> None:
+    listed = exported.card.files
+    for files, kind, message in (
+        (listed | {"extra": "0" * 64}, DataError, "extra is missing"),
+        ({name: digest for name, digest in listed.items() if name != "model.onnx"}, TrustError, "lists no model.onnx"),
+        ({name: digest for name, digest in listed.items() if name != "web.onnx"}, TrustError, "web.onnx is not listed"),
+        ({}, TrustError, "lists no model.onnx"),
+    ):
         card: BaseCard = replace(exported.card, files=files)
         (bundle / "base" / "card.json").write_bytes(card.sign(vendor))
-        refused(bundle, TrustError, "lists other files")
+        refused(bundle, kind, message)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "model.onnx.data.bak"])
+def test_a_file_that_nobody_signed_beside_the_base_is_refused(bundle: Path, name: str) -> None:
+    (bundle / "base" / name).write_bytes(b"x")
+    refused(bundle, TrustError, f"{name} is not listed")
+
+
+def test_what_a_file_manager_leaves_behind_is_no_reason_to_refuse(bundle: Path) -> None:
+    (bundle / "base" / ".DS_Store").write_bytes(b"x")
+    assert accept(bundle).sidecar.name == "global"
+
+
+@pytest.mark.parametrize("change", ["written", "replaced", "removed"])
+def test_a_base_that_changes_between_check_and_use_is_refused(bundle: Path, change: str) -> None:
+    base = Trust.open(bundle).base(bundle)
+    base.check()
+    data = bundle / "base" / "model.onnx.data"
+    stat, raw = data.stat(), data.read_bytes()
+    if change != "written":
+        data.unlink()
+    if change != "removed":
+        data.write_bytes(raw)
+        os.utime(data, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # a forger sets the times of writing back
+    with pytest.raises(TrustError, match=r"model\.onnx\.data changed while"):
+        base.check()
+
+
+def test_only_small_files_of_the_base_are_held_in_memory(bundle: Path) -> None:
+    assert sorted(Trust.open(bundle).base(bundle).files) == ["model.onnx", "tokenizer.json"]
 
 
 def test_a_card_that_lists_a_file_outside_is_refused(bundle: Path, exported: ExportedBase, vendor: IdentityKey) -> None:
@@ -224,7 +263,10 @@ def test_a_signed_adapter_of_another_width_is_refused(
         ({"rank": 5}, "other labels or ranks"),
         ({"labels": ("a", "b")}, "other labels or ranks"),
         ({"format": "fp32"}, "int8 in an adapter of format fp32"),
-        ({"format": "int4"}, "format int4"),
+        ({"labels": ("a", "b", "c", "b")}, "a label twice"),
+        ({"labels": ("a", "b", "c", " ")}, "no printable name"),
+        ({"labels": ("a", "b", "c", "\x1b[31m")}, "no printable name"),
+        ({"labels": ("a", "b", "c", "d" * 257)}, "no printable name"),
     ],
 )
 def test_a_signed_sidecar_that_misdescribes_its_file_is_refused(
@@ -232,6 +274,22 @@ def test_a_signed_sidecar_that_misdescribes_its_file_is_refused(
 ) -> None:
     resign(bundle, vendor, **claim)
     refused(bundle, DataError, message)
+
+
+def test_a_rank_above_the_bases_limit_is_refused(bundle: Path, exported: ExportedBase, vendor: IdentityKey) -> None:
+    (bundle / "base" / "card.json").write_bytes(replace(exported.card, max_rank=3).sign(vendor))
+    refused(bundle, DataError, "rank 4, above the base's limit of 3")
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16", "int8", "int4"])
+def test_every_format_is_read(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, form: Any
+) -> None:
+    write_bundle(bundle, exported, [source()], key=vendor, form=form)
+    verified = accept(bundle)
+    assert verified.sidecar.format == form
+    for name, value in to_graph(source().tensors, exported.plan.scaling).items():
+        np.testing.assert_allclose(verified.inputs[name], value, atol=np.abs(value).max() / 5)
 
 
 def test_a_signed_file_that_is_no_adapter_is_refused(bundle: Path, vendor: IdentityKey) -> None:

@@ -1,0 +1,22 @@
+"""Texts as people and programs hand them over: what cannot be answered is refused before a model sees it."""
+
+from aggregation.errors import DataError
+
+MAX_TEXT = 2**16  # characters; what fits a model's limit of tokens is mostly far below
+
+
+def checked(text: str) -> str:
+    """The text, if it can be one.
+
+    Raises:
+        DataError: Empty or only white space, above ``MAX_TEXT`` characters, or not Unicode.
+    """
+    if not text.strip():
+        raise DataError("an empty text has no answer; give a phrase")
+    if len(text) > MAX_TEXT:
+        raise DataError(f"a text of {len(text)} characters is above the limit of {MAX_TEXT}; shorten it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError("a text is not valid Unicode; give it in UTF-8") from error
+    return text
