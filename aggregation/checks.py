@@ -8,7 +8,7 @@ They are pure and raise ``ProtocolError``; nothing is logged and passed over. Ru
 5. plan: this session; a round not begun before; me in U1; my neighbours in U1 among those whose shares I have; U1 large
    enough, and enough of my neighbourhood in it.
 7. survivors: this plan; U2 within U1; me in U2 with my own vector; U2 large enough, my neighbourhood in it too.
-8. unmask: ``threshold`` agreements or more of my neighbourhood on the very survivor set that I agreed to.
+8. unmask: a quorum of agreements, wherever they stand on the graph, on the very survivor set that I agreed to.
 """
 
 import itertools
@@ -160,30 +160,19 @@ def owed(session: Session, current: Plan, me: str, message: Survivors) -> tuple[
 
 
 def agreements(session: Session, message: Survivors, signatures: Mapping[str, bytes]) -> None:
-    """``threshold`` survivors or more signed this very set.
+    """A quorum of survivors or more signed this very set: no other set has a quorum, since a device signs one.
 
     Raises:
         ProtocolError: Fewer, one that is no survivor, or a signature that is not valid.
     """
-    if len(signatures) < session.spec.threshold:
-        raise ProtocolError(f"{len(signatures)} agreements are below the threshold", COORDINATOR)
+    if len(signatures) < session.spec.quorum:
+        raise ProtocolError(f"{len(signatures)} agreements, {session.spec.quorum} are needed", COORDINATOR)
     digest = message.digest()
     for device, signature in signatures.items():
         if device not in message.vectors:
             raise ProtocolError(f"{device} agreed but is no survivor", COORDINATOR)
         body = Agreement(digest, device).encode()
         envelope.verify(session.peers[device].identity, Agreement.TAG, body, signature)
-
-
-def nearby(session: Session, me: str, signatures: Mapping[str, bytes]) -> None:
-    """The agreements that I am shown are those of my neighbourhood: the devices that hold shares of my secrets.
-
-    Raises:
-        ProtocolError: One is of a device further off.
-    """
-    far = set(signatures) - {me, *session.neighbours(me, signatures)}
-    if far:
-        raise ProtocolError(f"{min(far)} agreed but is no neighbour", COORDINATOR)
 
 
 def large_enough(spec: SessionSpec, count: int, what: str) -> None:

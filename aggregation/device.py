@@ -239,7 +239,7 @@ class Planned:
         ring.require(ring_vector, self.spec.vector.size, bits)
         self.once.take("masked input")
         masks.apply(ring_vector, [*self._pair_masks(plan), self._self_mask(context, plan)])
-        packed = ring.pack(ring_vector, bits)
+        packed = ring.packed(ring_vector, bits)
         header = MaskedInput(plan, self.ready.me, hashlib.sha256(packed).digest())
         masked = Masked(self.ready, self.plan, self.held, header.vector)
         return masked, envelope.seal_vector(device.identity, header, packed)
@@ -249,13 +249,9 @@ class Planned:
 
     def _pair_masks(self, plan: bytes) -> list[Mask]:
         """One for each neighbour in the round: added by the smaller id, subtracted by the larger."""
-        session, me, index = self.ready.session, self.ready.me, self.plan.round - 1
-        found = []
-        for peer in session.neighbours(me, self.plan.members):
-            public = session.peers[peer].mask_keys[index]
-            key = masks.pair_key(self.secrets.mask_key, public, session.context, plan, (me, peer))
-            found.append(Mask(key, add=me < peer))
-        return found
+        session, me = self.ready.session, self.ready.me
+        publics = session.mask_keys(session.neighbours(me, self.plan.members), self.plan.round)
+        return masks.pair_masks(self.secrets.mask_key, me, publics, session.context, plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +323,6 @@ class Confirmed:
         if message.survivors != self.survivors:
             raise ProtocolError("not the survivor set that this device agreed to", COORDINATOR)
         checks.agreements(self.ready.session, message.survivors, message.agreements)
-        checks.nearby(self.ready.session, self.ready.me, message.agreements)
         self.once.take("opening")
         return self.ready, _opening(device, self.ready, self.plan, self.held, message.survivors)
 

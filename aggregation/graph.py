@@ -8,6 +8,8 @@ is a matter of chance, and this file bounds the chance by exact hypergeometric t
 - the honest survivors fall apart, so that the sum over a part of them can be opened;
 - a device has lost so many neighbours that the round cannot end. That one costs a round, not a secret.
 
+A graph says nothing about who agreed on the survivors: that takes a ``quorum`` of the whole cohort, whatever the graph.
+
 ``published`` is the paper's bound as it stands. ``choose`` and ``withstands`` are for sessions of this protocol, which
 differs in three ways: a dealer holds a share of its own; the coordinator may choose who drops out once it knows the
 circle; and an active one may try many rosters for a circle that it likes (docs/threat-model.md says what that means).
@@ -88,8 +90,19 @@ def choose(devices: int, corrupt: float, dropout: float, *, bits: int = SIGMA + 
     """
     bad, lost = _count(devices, corrupt), _count(devices, dropout)
     if devices <= COMPLETE:
-        return Degree(devices - 1, (devices + bad) // 2 + 1)
+        return Degree(devices - 1, quorum(devices, corrupt))
+    if devices - lost < quorum(devices, corrupt):
+        raise ConfigError(f"{devices - lost} of {devices} devices are too few to agree: lower the fractions")
     return _least(devices, lost, lambda k, t: withstands(devices, bad, k, t, bits))
+
+
+def quorum(devices: int, corrupt: float) -> int:
+    """The fewest devices of which no two groups can be found that have only corrupt ones in common.
+
+    Two groups of ``q`` have ``2 q - devices`` or more in common; more of them than are corrupt means that an honest
+    device is in both, and an honest device signs one survivor set a round.
+    """
+    return (devices + _count(devices, corrupt)) // 2 + 1
 
 
 @functools.lru_cache(maxsize=1024)

@@ -82,7 +82,7 @@ class Policy:
         )
 
     def _demands(self, spec: SessionSpec, cohort: int) -> tuple[tuple[bool, str], ...]:
-        bits = spec.vector.ring_bits
+        bits, corrupt = spec.vector.ring_bits, corrupt_count(cohort, self.corrupt_fraction)
         return (
             (
                 cohort >= self.minimum_cohort,
@@ -92,6 +92,10 @@ class Policy:
             (spec.vector.max_clients >= cohort, f"a sum of {cohort} could wrap the ring"),
             *self._graph_demands(spec, cohort, cohort),
             (spec.minimum_survivors >= spec.threshold, "minimum of survivors is below the threshold"),
+            (
+                spec.adversary is not Adversary.ACTIVE or 2 * spec.quorum > cohort + corrupt,
+                f"{spec.quorum} of {cohort} devices agree on the survivors: two groups could agree on different ones",
+            ),
             (
                 self.minimum_ring_bits <= bits <= self.maximum_ring_bits,
                 f"ring of {bits} bits is outside this device's limits",

@@ -358,25 +358,13 @@ class Confirming:
         return replace(self, agreements={**self.agreements, peer: envelope.signature(body)})
 
     def close(self) -> "tuple[Unmasking, dict[str, bytes]] | RoundAborted":
-        """End step 7. The bytes, ``threshold`` agreements of its neighbourhood, go to each that agreed."""
-        threshold, near = self.opened.session.spec.threshold, self._near()
-        asked = {device: signers for device, signers in near.items() if len(signers) == threshold}
-        if len(asked) < threshold:
-            detail = f"{len(self.agreements)} agreements, {threshold} are needed around each of {threshold} devices"
+        """End step 7. The bytes, a quorum of agreements, go to each that agreed."""
+        agreed, quorum = tuple(sorted(self.agreements)), self.opened.session.spec.quorum
+        if len(agreed) < quorum:
+            detail = f"{len(agreed)} agreements, {quorum} are needed"
             return self.opened.aborted(AbortReason.TOO_FEW, detail)
-        bodies = {
-            signers: self.opened.unmask({signer: self.agreements[signer] for signer in signers})
-            for signers in set(asked.values())
-        }
-        return Unmasking(self.opened, tuple(asked)), {device: bodies[signers] for device, signers in asked.items()}
-
-    def _near(self) -> dict[str, tuple[str, ...]]:
-        """Of each that agreed the first ``threshold`` of its neighbourhood that did."""
-        session, agreed = self.opened.session, sorted(self.agreements)
-        return {
-            device: tuple(sorted((device, *session.neighbours(device, agreed)))[: session.spec.threshold])
-            for device in agreed
-        }
+        body = self.opened.unmask({device: self.agreements[device] for device in agreed[:quorum]})
+        return Unmasking(self.opened, agreed), dict.fromkeys(agreed, body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,11 +424,9 @@ def _masks_to_remove(
     opened: _Opened, seeds: Mapping[str, bytes | None], keys: Mapping[str, bytes | None]
 ) -> Iterator[Mask]:
     """Each survivor's self mask, and what survivors share with those who dropped: the opposite of what was added."""
-    session, plan, index = opened.session, opened.plan.digest(), opened.plan.round - 1
+    session, plan = opened.session, opened.plan.digest()
     for device, seed in seeds.items():
         yield Mask(masks.self_key(seed or b"", session.context, plan, device), add=False)
     for device, private in keys.items():
-        for survivor in session.neighbours(device, seeds):
-            public = session.peers[survivor].mask_keys[index]
-            key = masks.pair_key(private or b"", public, session.context, plan, (device, survivor))
-            yield Mask(key, add=not survivor < device)
+        publics = session.mask_keys(session.neighbours(device, seeds), opened.plan.round)
+        yield from masks.pair_masks(private or b"", device, publics, session.context, plan)

@@ -93,3 +93,13 @@ class SessionSpec:
         for name in ("base_digest", "layout_digest"):
             if not _DIGEST.fullmatch(getattr(self, name)):
                 raise ConfigError(f"{name} is not a SHA-256 in 64 lower-case hex digits")
+
+    @property
+    def quorum(self) -> int:
+        """Agreements without which a device opens nothing of a round, in an active session.
+
+        On the complete graph the threshold is more than half of everyone already, so that two survivor sets cannot
+        both have it. On a sparse one it is that of a neighbourhood, and as many must agree as a sum is of at least.
+        """
+        complete = self.degree == self.vector.max_clients - 1
+        return self.threshold if complete else self.minimum_survivors

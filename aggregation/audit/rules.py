@@ -10,7 +10,8 @@ from aggregation.audit.history import History, Round
 from aggregation.audit.report import Problem
 from aggregation.errors import ProtocolError
 from aggregation.messages import Agreement, Assignment, Opening, Survivors, Unmask
-from aggregation.spec import Adversary
+from aggregation.session import Session
+from aggregation.spec import Adversary, SessionSpec
 from aggregation.transcript import EVERYONE, Abort, Place, Result
 
 
@@ -27,10 +28,15 @@ def thresholds(history: History) -> str:
     for current in history.rounds:
         _large_enough(history, current)
     return (
-        f"{spec.threshold} of {near} devices must answer to open a secret, and a sum is of "
-        f"{max(spec.threshold, spec.minimum_survivors)} or more; no round went on with fewer. A device's update stays "
-        f"hidden even if {withstands} others side with the coordinator"
+        f"{spec.threshold} of {near} devices must answer to open a secret, and a sum is of {spec.minimum_survivors} or "
+        f"more{_signed_by(spec)}; no round went on with fewer. A device's update stays hidden even if {withstands} "
+        "others side with the coordinator"
     )
+
+
+def _signed_by(spec: SessionSpec) -> str:
+    active = spec.adversary is Adversary.ACTIVE
+    return f", to which {spec.quorum} must agree" if active else ""
 
 
 def _present(history: History) -> int:
@@ -58,8 +64,18 @@ def _large_enough(history: History, current: Round) -> None:
     where = _told(history, current)
     count = len(current.survivors.vectors)
     _hold(where, lambda: checks.large_enough(spec, count, "survivors"))
-    if current.openings and len(current.openings) < spec.threshold and isinstance(current.ending, Result):
-        raise Problem(f"{len(current.openings)} openings, {spec.threshold} are needed", current.place(Result))
+    if isinstance(current.ending, Result) and history.session is not None:
+        _opened_nearby(history.session, current)
+
+
+def _opened_nearby(session: Session, current: Round) -> None:
+    """Near every device of the plan, itself included, so many opened as its secrets take."""
+    threshold = session.spec.threshold
+    for device in current.plan.members:
+        near = (device, *session.neighbours(device, current.openings))
+        count = sum(each in current.openings for each in near)
+        if count < threshold:
+            raise Problem(f"{count} devices near {device} opened, {threshold} are needed", current.place(Result))
 
 
 def _told(history: History, current: Round) -> Place:
@@ -90,22 +106,15 @@ def survivors(history: History) -> str:
 
 
 def _agreed(history: History, current: Round, peer: str, unmask: Unmask) -> None:
-    """Enough devices near one that was asked to open, itself included, agreed to the survivors that it was told."""
-    session, where, digest = history.session, current.place(Unmask, peer), unmask.survivors.digest()
-    if len(unmask.agreements) < history.offer.spec.threshold or session is None:
-        raise Problem(f"{len(unmask.agreements)} agreements, {history.offer.spec.threshold} are needed", where)
+    """A quorum agreed to the survivors that a device was told when it was asked to open."""
+    where, digest, quorum = current.place(Unmask, peer), unmask.survivors.digest(), history.offer.spec.quorum
+    if len(unmask.agreements) < quorum:
+        raise Problem(f"{len(unmask.agreements)} agreements, {quorum} are needed", where)
     for device, signature in unmask.agreements.items():
         if device not in current.agreed:
             raise Problem(f"the agreement of {device} is not in the log", where)
-        near = all(device == each or session.neighbours(each, (device,)) for each in _asked(current, peer))
-        if not near:
-            raise Problem(f"the agreement of {device} counts for a device that shares no secrets with it", where)
         body = Agreement(digest, device).encode()
         _hold(where, partial(envelope.verify, history.cohort[device], Agreement.TAG, body, signature))
-
-
-def _asked(current: Round, peer: str) -> tuple[str, ...]:
-    return current.counted if peer == EVERYONE else (peer,)
 
 
 def shares(history: History) -> str:

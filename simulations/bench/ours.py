@@ -23,7 +23,7 @@ from aggregation.once import Once
 from aggregation.policy import Policy
 from aggregation.serverside import Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.session import Peer, Session, commitment
-from aggregation.spec import Adversary, SessionSpec
+from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from aggregation.vector import Floats, Segment, VectorSpec
 
 BITS = 32  # of an element: the peer's modulus
@@ -93,7 +93,7 @@ class Fleet:
 def make(devices: int, degree: int, threshold: int, size: int) -> Fleet:
     """A session of ``devices`` with vectors of ``size`` elements."""
     vector = VectorSpec((Segment("delta", size, 1.0),), ring_bits=BITS, max_clients=devices)
-    least = max(threshold, devices // 2)
+    least = max(threshold, graph.quorum(devices, CORRUPT_FRACTION))
     spec = SessionSpec(
         1, threshold, least, degree, vector, 1.0, 1, "none", _DIGEST, _DIGEST, Adversary.ACTIVE
     )  # rounds, threshold, minimum_survivors, degree, vector, clip_norm, weight_cap, privacy, digests, adversary

@@ -304,7 +304,7 @@ def test_an_honest_but_curious_session_has_no_agreement(fleet_of: FleetOf, spec_
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda signed: dict(list(signed.items())[:3]), "3 agreements are below the threshold"),
+        (lambda signed: dict(list(signed.items())[:3]), "3 agreements, 4 are needed"),
         (lambda signed: {**signed, ME: bytes(64)}, "not valid"),
         (lambda signed: {**signed, "device-004": signed[ME]}, "agreed but is no survivor"),
         (lambda signed: {**signed, ME: signed["device-001"]}, "not valid"),

@@ -117,7 +117,7 @@ def test_more_certainty_and_more_corrupt_devices_cost_neighbours() -> None:
     assert graph.choose(1000, 0.05, 0.1) < graph.choose(1000, 0.1, 0.1)
 
 
-@pytest.mark.parametrize(("corrupt", "dropout"), [(0.5, 0.5), (1.0, 0.1), (0.1, -0.1)])
+@pytest.mark.parametrize(("corrupt", "dropout"), [(0.5, 0.3), (0.5, 0.5), (1.0, 0.1), (0.1, -0.1)])
 def test_what_no_graph_withstands_is_refused(corrupt: float, dropout: float) -> None:
     with pytest.raises(ConfigError):
         graph.choose(200, corrupt, dropout)
@@ -129,9 +129,8 @@ def test_what_no_graph_withstands_is_refused(corrupt: float, dropout: float) -> 
 def sparse(
     spec_of: Callable[..., Any], devices: int, degree: int, threshold: int, **changes: Any
 ) -> tuple[Any, Policy]:
-    spec = spec_of(
-        devices, degree=degree, threshold=threshold, minimum_survivors=max(threshold, devices // 2), **changes
-    )
+    least = max(threshold, graph.quorum(devices, 0.1))
+    spec = spec_of(devices, degree=degree, threshold=threshold, **{"minimum_survivors": least, **changes})
     return spec, Policy(known_bases=frozenset({spec.base_digest}), adversaries=frozenset(Adversary))
 
 
@@ -143,6 +142,31 @@ def test_a_device_accepts_the_graph_that_is_chosen_and_no_thinner_one(spec_of: C
         spec, policy = sparse(spec_of, 200, *thinner)
         with pytest.raises(ProtocolError, match="do not withstand 20 corrupt"):
             policy.check(spec, 200)
+
+
+@given(devices=st.integers(1, 9), corrupt=st.integers(0, 8))
+def test_two_quorums_have_an_honest_device_in_common_and_one_less_do_not(devices: int, corrupt: int) -> None:
+    corrupt = min(corrupt, devices - 1)
+    size = graph.quorum(devices, corrupt / devices)
+    assert least_overlap(devices, size) > corrupt
+    assert least_overlap(devices, size - 1) <= corrupt
+
+
+def least_overlap(devices: int, size: int) -> int:
+    """By trying every group against the first one."""
+    return min((len(set(range(size)) & set(other)) for other in combinations(range(devices), size)), default=devices)
+
+
+def test_a_device_demands_a_quorum_of_the_cohort_wherever_the_graph_is_sparse(spec_of: Callable[..., Any]) -> None:
+    degree, threshold = graph.choose(200, 0.1, 0.1)
+    spec, policy = sparse(spec_of, 200, degree, threshold, minimum_survivors=111)
+    policy.check(spec, 200)
+    assert (spec.quorum, graph.quorum(200, 0.1)) == (111, 111)
+    spec, policy = sparse(spec_of, 200, degree, threshold, minimum_survivors=110)
+    with pytest.raises(ProtocolError, match="110 of 200 devices agree on the survivors"):
+        policy.check(spec, 200)
+    complete = spec_of(10, minimum_survivors=9)
+    assert complete.quorum == complete.threshold == graph.quorum(10, 0.1)
 
 
 def test_a_device_demands_the_complete_graph_of_a_small_cohort(spec_of: Callable[..., Any]) -> None:

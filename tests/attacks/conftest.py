@@ -2,7 +2,7 @@
 
 import dataclasses
 import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from aggregation import envelope, masks, ring
 from aggregation.masks import Mask
-from aggregation.messages import Message, Opening, Plan
+from aggregation.messages import Message, Opening, Plan, Survivors
+from aggregation.policy import Policy
 from aggregation.recovery import Recovery
 from aggregation.spec import Adversary
 
@@ -88,6 +89,38 @@ class Coordinator:
         masks.apply(vector, found)
         return spec.decode(vector, 1)
 
+    def sum_over(self, part: Sequence[str], gone: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+        """The sum over ``part`` from ``openings``: its seeds come off, and the masks that it shares with ``gone``."""
+        assert self.plan is not None
+        session, spec, plan = self.session.session, self.fleet.spec.vector, self.plan.digest()
+        recovery = Recovery(session, self.plan, self.session.dealt, self.openings)
+        total, found = ring.zeros(spec.size, spec.ring_bits), []
+        for name in part:
+            packed = self.uploads[name][-ring.packed_size(spec.size, spec.ring_bits) :]
+            total += ring.unpack(packed, spec.size, spec.ring_bits)
+            seed = recovery.seed(name)
+            assert seed is not None
+            found.append(Mask(masks.self_key(seed, session.context, plan, name), add=False))
+            for other in session.neighbours(name, gone):
+                private = recovery.mask_key(other)
+                assert private is not None
+                public = session.peers[name].mask_keys[self.plan.round - 1]
+                key = masks.pair_key(private, public, session.context, plan, (name, other))
+                found.append(Mask(key, add=not name < other))
+        masks.apply(total, found)
+        return spec.decode(total, len(part))
+
+    def assert_sum(self, part: Sequence[str], values: Mapping[str, NDArray[np.float64]]) -> None:
+        """The attack has succeeded: this is the sum over ``part`` alone."""
+        for segment in self.fleet.spec.vector.segments:
+            plain = np.sum([self.fleet.plain[name][segment.name] for name in part], axis=0)
+            assert np.abs(values[segment.name] - plain).max() < len(part) * self.fleet.spec.vector.step(segment)
+
+    def agreement(self, name: str, survivors: Survivors) -> bytes:
+        """The signature of a device on a survivor set."""
+        raw = self.ask(name, "on_survivors", survivors)
+        return envelope.signature(raw)
+
     def assert_exposed(self, name: str, values: Mapping[str, NDArray[np.float64]]) -> None:
         """The attack has succeeded: these are the device's own numbers."""
         for segment in self.fleet.spec.vector.segments:
@@ -101,5 +134,17 @@ def malicious(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Call
 
     def make(adversary: Adversary = Adversary.HONEST_BUT_CURIOUS, **changes: Any) -> Coordinator:
         return Coordinator(fleet_of(5, spec=spec_of(5, adversary=adversary, **changes)))
+
+    return make
+
+
+@pytest.fixture
+def circle(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Callable[..., Coordinator]:
+    """Make a malicious coordinator over honest devices on a sparse graph, small as it is, which each of them allows."""
+
+    def make(devices: int, *, degree: int, threshold: int, minimum_survivors: int) -> Coordinator:
+        spec = spec_of(devices, degree=degree, threshold=threshold, minimum_survivors=minimum_survivors)
+        policy = Policy(known_bases=frozenset({spec.base_digest}), corrupt_fraction=0, complete_up_to=3)
+        return Coordinator(fleet_of(devices, spec=spec, policy=policy))
 
     return make

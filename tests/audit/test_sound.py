@@ -2,16 +2,17 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from aggregation import envelope
 from aggregation.audit import Check, Status
-from aggregation.messages import Unmask
+from aggregation.messages import Opening, Shares, Survivors, Unmask
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from aggregation.steps import Step
+from aggregation.transcript import EVERYONE
 
 BASE = hashlib.sha256(b"base").hexdigest()  # of the fleet of tests/aggregation
 
@@ -60,7 +61,7 @@ def sparse(logged_of: Callable[..., Any]) -> Any:
     """Eleven devices on a circle of six neighbours each."""
     policy = Policy(known_bases=frozenset({BASE}), minimum_cohort=3, corrupt_fraction=0, complete_up_to=3)
     lost = {Step.PLAN: ["device-003"], Step.UNMASK: ["device-008"]}
-    return logged_of([lost, {}], devices=11, policy=policy, degree=6, threshold=5, minimum_survivors=6)
+    return logged_of([lost, {}], devices=11, policy=policy, degree=6, threshold=5, minimum_survivors=7)
 
 
 def test_a_session_on_a_sparse_graph_passes(sparse: Any) -> None:
@@ -69,17 +70,54 @@ def test_a_session_on_a_sparse_graph_passes(sparse: Any) -> None:
     assert "5 of 7 devices must answer" in report.findings[list(Check).index(Check.THRESHOLDS)].text
 
 
-def test_on_a_sparse_graph_an_agreement_of_a_stranger_does_not_count(sparse: Any) -> None:
-    asked = [entry for entry in sparse.entries if (entry.kind, entry.round) == (Unmask.TAG, 1)]
-    assert len(asked) > 1
-    (mine, theirs) = (asked[0], next(entry for entry in asked if entry.message != asked[0].message))
-    swapped = sparse.rewritten(
-        lambda entries: [replace(mine, message=theirs.message) if entry == mine else entry for entry in entries]
-    )
-    (finding,) = sparse.audit(swapped).failed
+def test_on_a_sparse_graph_every_message_to_all_is_logged_once(sparse: Any) -> None:
+    kinds = [(entry.kind, entry.peer) for entry in sparse.entries if entry.round == 1]
+    assert kinds.count((Survivors.TAG, EVERYONE)) == kinds.count((Unmask.TAG, EVERYONE)) == 1
+
+
+def test_on_a_sparse_graph_a_neighbourhood_that_agrees_is_no_quorum(sparse: Any) -> None:
+    unmask = envelope.open_as(Unmask, sparse.find(Unmask, 1).message, sparse.fleet.key.public, "coordinator")
+    assert len(unmask.agreements) == 7
+    few = dict(list(unmask.agreements.items())[:6])
+    (finding,) = sparse.audit(sparse.with_changed(Unmask, 1, agreements=few)).failed
     assert finding.check is Check.SURVIVORS
-    assert "shares no secrets with it" in finding.text
-    assert finding.place.index == mine.index
+    assert "6 agreements, 7 are needed" in finding.text
+    assert (finding.place.kind, finding.place.round) == ("unmask", 1)
+
+
+def test_on_a_sparse_graph_shares_to_devices_further_off_are_found(sparse: Any) -> None:
+    session, me = sparse.session.session, "device-000"
+    far = next(name for name in sorted(session.peers) if name != me and name not in session.neighbours(me, (name,)))
+    entry = sparse.find(Shares, 0, me)
+    boxes = envelope.open_as(Shares, entry.message, sparse.fleet.devices[me].identity.public, me).boxes
+    wrong = {**boxes, far: next(iter(boxes.values()))}
+    (finding,) = sparse.audit(sparse.with_changed(Shares, 0, me, boxes=wrong)).failed
+    assert finding.check is Check.ORDER
+    assert "not for exactly its neighbours" in finding.text
+    assert finding.place.index == entry.index
+
+
+def test_on_a_sparse_graph_a_share_of_a_device_further_off_is_found(sparse: Any) -> None:
+    session, me = sparse.session.session, "device-000"
+    far = next(name for name in sorted(session.peers) if name != me and name not in session.neighbours(me, (name,)))
+    entry = sparse.find(Opening, 1, me)
+    opening = envelope.open_as(Opening, entry.message, sparse.fleet.devices[me].identity.public, me)
+    changed = sparse.with_changed(Opening, 1, me, seeds={**opening.seeds, far: bytes(33)})
+    (finding,) = sparse.audit(changed).failed
+    assert finding.check is Check.SHARES
+    assert f"a share of {far} is opened" in finding.text
+    assert finding.place.index == entry.index
+
+
+def test_on_a_sparse_graph_a_neighbourhood_that_hardly_opened_is_found(sparse: Any) -> None:
+    session, me = sparse.session.session, "device-000"
+    near = {me, *session.neighbours(me, session.peers)}
+    answered = [e for e in sparse.entries if (e.kind, e.round) == (Opening.TAG, 1) and e.peer in near]
+    gone = answered[4:]
+    (finding,) = sparse.audit(sparse.rewritten(lambda entries: [e for e in entries if e not in gone])).failed
+    assert finding.check is Check.THRESHOLDS
+    assert "4 devices near" in finding.text
+    assert finding.place.kind == "result"
 
 
 def test_a_session_without_a_round_passes(logged_of: Callable[..., Any]) -> None:

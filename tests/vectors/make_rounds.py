@@ -2,13 +2,15 @@
 
     python tests/vectors/make_rounds.py
 
-Run it again only where the protocol has changed: the file is frozen, and the certificates in it are made anew.
+Run it again only where the protocol has changed: the file is frozen, and the certificates in it are made anew. Beside
+what each party sends there are messages that must be refused, signed by the right party and wrong in one point.
 """
 
 import datetime as dt
 import hashlib
 import json
 import struct
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 P = 2**256 + 297
 SIZE, ROUNDS, HEX = 5, 2, hashlib.sha256(b"vector").hexdigest()
+
+# Bytes
 
 
 def sha(*parts: bytes) -> bytes:
@@ -55,6 +59,9 @@ def table(entries: dict[str, bytes]) -> bytes:
 
 def real(value: float) -> bytes:
     return struct.pack(">d", value)
+
+
+# Cryptography
 
 
 def sign(key: Ed25519PrivateKey, tag: str, body: bytes) -> bytes:
@@ -115,116 +122,290 @@ def certificate(subject: str, key: Ed25519PrivateKey, issuer: Ed25519PrivateKey,
     return builder.sign(issuer, None).public_bytes(serialization.Encoding.DER)
 
 
-def transcript(
-    label: str, names: list[str], k: int, t: int, bits: int, lost: str, silent: str | None
-) -> dict[str, Any]:
-    """One session and its first round. ``lost`` sends no masked input; ``silent`` does not agree, and opens nothing."""
-    seeds = {who: stream(f"{label}/identity/{who}", 32) for who in (*names, "authority", "coordinator")}
-    keys = {who: Ed25519PrivateKey.from_private_bytes(seed) for who, seed in seeds.items()}
-    root = certificate("vectors", keys["authority"], keys["authority"], True)
-    certificates = {name: certificate(name, keys[name], keys["authority"], False) for name in names}
-    out: dict[str, Any] = {
-        "root": root,
-        "certificates": certificates,
-        "identities": seeds,
-        "lost": lost,
-        "silent": silent,
-    }
+# One session and its first round
 
-    vector = many([text("delta") + u(SIZE, 4) + real(1.0)]) + u(bits, 1) + u(len(names), 4)
-    spec = b"".join(u(v, 4) for v in (ROUNDS, t, t, k)) + vector + real(2.5) + u(7, 8)
-    spec += text("none") + text(HEX) + text(HEX) + text("active")
-    out["session"] = stream(f"{label}/session", 32)
-    offer = out["session"] + spec + many([blob(certificates[name]) for name in names])
-    out["offer"], offered = message(keys["coordinator"], "offer", offer), digest("offer", offer)
 
-    draws = {name: stream(f"{label}/join/{name}", 32 * (1 + 2 * ROUNDS)) for name in names}
-    box_key = {name: draws[name][:32] for name in names}
-    mask_key = {(name, r): draws[name][64 * r - 32 : 64 * r] for name in names for r in range(1, ROUNDS + 1)}
-    seed = {(name, r): draws[name][64 * r : 64 * r + 32] for name in names for r in range(1, ROUNDS + 1)}
-    adverts = {}
-    for name in names:
+@dataclass
+class Case:
+    """What the vector is of, and what has come about so far. ``out`` is what goes into the file.
+
+    ``t``: shares that open a secret. ``least``: fewest survivors. ``quorum``: agreements that are shown. ``lost`` send
+    no masked input; ``silent`` do not agree, and open nothing.
+    """
+
+    label: str
+    names: list[str]
+    k: int
+    t: int
+    least: int
+    bits: int
+    lost: list[str]
+    silent: list[str]
+    out: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Ed25519PrivateKey] = field(default_factory=dict)
+    box_key: dict[str, bytes] = field(default_factory=dict)
+    mask_key: dict[tuple[str, int], bytes] = field(default_factory=dict)  # device and round →
+    seed: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    near: dict[str, list[str]] = field(default_factory=dict)
+    held: dict[tuple[str, str], list[bytes]] = field(default_factory=dict)  # dealer, holder → seed, key, seed, key …
+    boxes: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    offered: bytes = b""
+    context: bytes = b""
+
+    @property
+    def complete(self) -> bool:
+        return self.k == len(self.names) - 1
+
+    @property
+    def quorum(self) -> int:
+        return self.t if self.complete else self.least
+
+    def make(self) -> dict[str, Any]:
+        self.parties()
+        self.offer()
+        self.roster()
+        self.shares()
+        self.plan_and_inputs()
+        return self.out | {"spec": self.numbers(), "lost": self.lost, "silent": self.silent}
+
+    def numbers(self) -> dict[str, Any]:
+        return {
+            "degree": self.k,
+            "threshold": self.t,
+            "minimum_survivors": self.least,
+            "ring_bits": self.bits,
+            "size": SIZE,
+            "rounds": ROUNDS,
+            "digest": HEX,
+        }
+
+    def coordinator(self, tag: str, body: bytes) -> bytes:
+        return message(self.keys["coordinator"], tag, body)
+
+    def refuse(self, step: str, who: str, why: str, raw: bytes) -> None:
+        """What ``who`` must refuse of the coordinator, or the coordinator of ``who``, before the good message."""
+        self.out.setdefault("refused", []).append({"step": step, "device": who, "why": why, "message": raw})
+
+    def parties(self) -> None:
+        seeds = {who: stream(f"{self.label}/identity/{who}", 32) for who in (*self.names, "authority", "coordinator")}
+        self.keys = {who: Ed25519PrivateKey.from_private_bytes(seed) for who, seed in seeds.items()}
+        authority = self.keys["authority"]
+        self.out["root"] = certificate("vectors", authority, authority, True)
+        self.out["certificates"] = {n: certificate(n, self.keys[n], authority, False) for n in self.names}
+        self.out["identities"] = seeds
+
+    def offer(self) -> None:
+        self.out["session"] = stream(f"{self.label}/session", 32)
+        certificates = [blob(self.out["certificates"][name]) for name in self.names]
+        body = self.out["session"] + self.spec(self.t, self.least) + many(certificates)
+        self.out["offer"], self.offered = self.coordinator("offer", body), digest("offer", body)
+        first = self.names[0]
+        self.refuse("offer", first, "two groups can open a secret", self.weak_offer(t=2, least=2))
+        self.refuse("offer", first, "signed by a device", message(self.keys[first], "offer", body))
+        self.refuse("offer", first, "a byte left over", self.coordinator("offer", body + b"\x00"))
+        turned = self.out["session"] + self.spec(self.t, self.least) + many(certificates[::-1])
+        self.refuse("offer", first, "certificates out of order", self.coordinator("offer", turned))
+        twice = self.out["session"] + self.spec(self.t, self.least) + many(certificates[:1] + certificates)
+        self.refuse("offer", first, "a device twice", self.coordinator("offer", twice))
+        zero = body.replace(real(2.5), real(-0.0))
+        self.refuse("offer", first, "a negative zero", self.coordinator("offer", zero))
+        if not self.complete:
+            half = len(self.names) // 2
+            self.refuse("offer", first, "two groups can agree", self.weak_offer(t=self.t, least=half))
+
+    def weak_offer(self, *, t: int, least: int) -> bytes:
+        certificates = [blob(self.out["certificates"][name]) for name in self.names]
+        return self.coordinator("offer", self.out["session"] + self.spec(t, least) + many(certificates))
+
+    def spec(self, t: int, least: int) -> bytes:
+        vector = many([text("delta") + u(SIZE, 4) + real(1.0)]) + u(self.bits, 1) + u(len(self.names), 4)
+        spec = b"".join(u(v, 4) for v in (ROUNDS, t, least, self.k)) + vector + real(2.5) + u(7, 8)
+        return spec + text("none") + text(HEX) + text(HEX) + text("active")
+
+    def roster(self) -> None:
+        draws = {name: stream(f"{self.label}/join/{name}", 32 * (1 + 2 * ROUNDS)) for name in self.names}
+        for name, drawn in draws.items():
+            self.box_key[name] = drawn[:32]
+            for r in range(1, ROUNDS + 1):
+                self.mask_key[name, r] = drawn[64 * r - 32 : 64 * r]
+                self.seed[name, r] = drawn[64 * r : 64 * r + 32]
+        adverts = {name: message(self.keys[name], "advert", self.advert(name)) for name in self.names}
+        body = self.offered + many([blob(adverts[name]) for name in self.names])
+        self.context = sha(b"edgeadapt/context/1\x00", self.offered, digest("roster", body))
+        self.out |= {"join": draws, "adverts": adverts, "roster": self.coordinator("roster", body)}
+        self.out["context"] = self.context
+        self.refuse_adverts(adverts)
+
+    def advert(self, name: str) -> bytes:
         committed = [
-            sha(b"edgeadapt/commitment/1\x00", offered, u(r, 4), name.encode(), b"\x00", seed[name, r])
+            sha(b"edgeadapt/commitment/1\x00", self.offered, u(r, 4), name.encode(), b"\x00", self.seed[name, r])
             for r in range(1, ROUNDS + 1)
         ]
-        publics = [public(mask_key[name, r]) for r in range(1, ROUNDS + 1)]
-        body = offered + text(name) + public(box_key[name]) + many(publics) + many(committed)
-        adverts[name] = message(keys[name], "advert", body)
-    roster = offered + many([blob(adverts[name]) for name in names])
-    context = sha(b"edgeadapt/context/1\x00", offered, digest("roster", roster))
-    out |= {"join": draws, "adverts": adverts, "roster": message(keys["coordinator"], "roster", roster)}
+        publics = [public(self.mask_key[name, r]) for r in range(1, ROUNDS + 1)]
+        return self.offered + text(name) + public(self.box_key[name]) + many(publics) + many(committed)
 
-    circle = sorted(names, key=lambda name: sha(b"edgeadapt/circle/1\x00", context, name.encode()))
-    near = {
-        name: sorted({circle[(circle.index(name) + s) % len(names)] for s in range(-(k // 2), k // 2 + 1)} - {name})
-        if k < len(names) - 1
-        else [other for other in names if other != name]
-        for name in names
-    }
-    polynomials = {name: stream(f"{label}/deal/{name}", 96 * (t - 1) * ROUNDS) for name in names}
-    held: dict[tuple[str, str], list[bytes]] = {}  # dealer, holder → seed share and key share, round by round
-    boxes: dict[str, dict[str, bytes]] = {}
-    for dealer in names:
-        for holder in (dealer, *near[dealer]):
-            x, shares = names.index(holder) + 1, []
-            for r in range(1, ROUNDS + 1):
-                drawn = polynomials[dealer][96 * (t - 1) * (r - 1) : 96 * (t - 1) * r]
-                shares.append(share(seed[dealer, r], drawn[: 48 * (t - 1)], x))
-                shares.append(share(mask_key[dealer, r], drawn[48 * (t - 1) :], x))
-            held[dealer, holder] = shares
-            if holder != dealer:
-                secret = exchange(box_key[dealer], public(box_key[holder]))
-                key = derive(secret, b"edgeadapt/box/1", context, dealer.encode(), holder.encode())
-                sealed = AESGCM(key).encrypt(bytes(12), b"".join(shares), context)
-                digests = many([sha(b"edgeadapt/share/1\x00", one)[:16] for one in shares])
-                boxes.setdefault(dealer, {})[holder] = blob(sealed) + digests
-    out |= {"deal": polynomials, "near": near}
-    out["shares"] = {d: message(keys[d], "shares", context + text(d) + table(boxes[d])) for d in names}
+    def refuse_adverts(self, adverts: dict[str, bytes]) -> None:
+        first, second, *_ = self.names
+        body, key = self.advert(first), self.keys[first]
+        self.refuse("advert", first, "another device's", adverts[second])
+        self.refuse("advert", first, "for another offer", message(key, "advert", bytes(32) + body[32:]))
+        small = body.replace(public(self.box_key[first]), bytes(32))
+        self.refuse("advert", first, "a key of small order", message(key, "advert", small))
+        rest = [blob(adverts[name]) for name in self.names[2:]]
+        forged = message(self.keys["coordinator"], "advert", self.advert(second))
+        for why, shown in {
+            "its own advert left out": [blob(adverts[second]), *rest],
+            "an advert twice": [blob(adverts[first]), blob(adverts[first]), blob(adverts[second]), *rest],
+            "an advert that the coordinator signed": [blob(adverts[first]), blob(forged), *rest],
+            "too few adverts": [blob(adverts[first])],
+        }.items():
+            self.refuse("roster", first, why, self.coordinator("roster", self.offered + many(shown)))
 
-    plan = context + u(1, 4) + many([text(name) for name in names]) + u(3, 8) + text(HEX) + blob(b"train")
-    planned = digest("plan", plan)
-    out["assignments"] = {
-        name: message(keys["coordinator"], "assignment", plan + table({d: boxes[d][name] for d in near[name]}))
-        for name in names
-    }
-    out["plain"] = {n: [b % 2**bits for b in stream(f"{label}/plain/{n}", SIZE)] for n in names}
-    out["masked"], vectors, packed_of = {}, {}, {}
-    for name in names:
-        masked = list(out["plain"][name])
-        secrets = [(derive(seed[name, 1], b"edgeadapt/self-mask/1", context, planned, name.encode()), 1)]
-        for other in near[name]:
+    def shares(self) -> None:
+        circle = sorted(self.names, key=lambda name: sha(b"edgeadapt/circle/1\x00", self.context, name.encode()))
+        steps, n = range(-(self.k // 2), self.k // 2 + 1), len(self.names)
+        for at, name in enumerate(circle):
+            around = self.names if self.complete else [circle[(at + step) % n] for step in steps]
+            self.near[name] = sorted(set(around) - {name})
+        drawn = {name: stream(f"{self.label}/deal/{name}", 96 * (self.t - 1) * ROUNDS) for name in self.names}
+        for dealer in self.names:
+            for holder in (dealer, *self.near[dealer]):
+                self.deal(dealer, holder, drawn[dealer])
+        self.out |= {"deal": drawn, "near": {name: self.near[name] for name in self.names}}
+        body = {d: self.context + text(d) + table(self.boxes[d]) for d in self.names}
+        self.out["shares"] = {d: message(self.keys[d], "shares", body[d]) for d in self.names}
+        first = self.names[0]
+        left = dict(list(self.boxes[first].items())[1:])
+        for why, raw in {
+            "a neighbour without a box": self.context + text(first) + table(left),
+            "of another session": bytes(32) + body[first][32:],
+        }.items():
+            self.refuse("shares", first, why, message(self.keys[first], "shares", raw))
+
+    def deal(self, dealer: str, holder: str, drawn: bytes) -> None:
+        x, shares, size = self.names.index(holder) + 1, [], 48 * (self.t - 1)
+        for r in range(1, ROUNDS + 1):
+            polynomials = drawn[2 * size * (r - 1) : 2 * size * r]
+            shares.append(share(self.seed[dealer, r], polynomials[:size], x))
+            shares.append(share(self.mask_key[dealer, r], polynomials[size:], x))
+        self.held[dealer, holder] = shares
+        if holder != dealer:
+            secret = exchange(self.box_key[dealer], public(self.box_key[holder]))
+            key = derive(secret, b"edgeadapt/box/1", self.context, dealer.encode(), holder.encode())
+            sealed = AESGCM(key).encrypt(bytes(12), b"".join(shares), self.context)
+            digests = many([sha(b"edgeadapt/share/1\x00", one)[:16] for one in shares])
+            self.boxes.setdefault(dealer, {})[holder] = blob(sealed) + digests
+
+    def plan(self, *, number: int = 1, members: list[str] | None = None) -> bytes:
+        named = many([text(name) for name in members or self.names])
+        return self.context + u(number, 4) + named + u(3, 8) + text(HEX) + blob(b"train")
+
+    def plan_and_inputs(self) -> None:
+        planned = digest("plan", self.plan())
+        boxes = {name: table({d: self.boxes[d][name] for d in self.near[name]}) for name in self.names}
+        self.out["plan_digest"] = planned
+        self.out["assignments"] = {n: self.coordinator("assignment", self.plan() + boxes[n]) for n in self.names}
+        self.refuse_plans(boxes)
+        self.out["plain"] = {n: [b % 2**self.bits for b in stream(f"{self.label}/plain/{n}", SIZE)] for n in self.names}
+        self.out["masked"], vectors = {}, {}
+        for name in self.names:
+            packed = pack(self.masked(name, planned), self.bits)
+            vectors[name] = sha(packed)
+            header = message(self.keys[name], "masked-input", planned + text(name) + vectors[name])
+            self.out["masked"][name] = blob(header) + packed
+        self.refuse_inputs(planned)
+        self.unmask(planned, vectors)
+
+    def refuse_plans(self, boxes: dict[str, bytes]) -> None:
+        first, *others = self.names
+        for why, plan in {
+            "a round that is not there": self.plan(number=ROUNDS + 1),
+            "round zero": self.plan(number=0),
+            "without the device": self.plan(members=others),
+            "members out of order": self.plan(members=[*others, first]),
+            "too few members": self.plan(members=[first]),
+            "of another session": bytes(32) + self.plan()[32:],
+        }.items():
+            self.refuse("assignment", first, why, self.coordinator("assignment", plan + boxes[first]))
+
+    def masked(self, name: str, planned: bytes) -> list[int]:
+        masked = list(self.out["plain"][name])
+        own = derive(self.seed[name, 1], b"edgeadapt/self-mask/1", self.context, planned, name.encode())
+        secrets = [(own, 1)]
+        for other in self.near[name]:
             low, high = sorted((name, other))
-            secret = exchange(mask_key[name, 1], public(mask_key[other, 1]))
-            bound = (b"edgeadapt/pair-mask/1", context, planned, low.encode(), high.encode())
+            secret = exchange(self.mask_key[name, 1], public(self.mask_key[other, 1]))
+            bound = (b"edgeadapt/pair-mask/1", self.context, planned, low.encode(), high.encode())
             secrets.append((derive(secret, *bound), 1 if name < other else -1))
         for key, way in secrets:
-            masked = [(value + way * m) % 2**bits for value, m in zip(masked, mask(key, bits), strict=True)]
-        packed = pack(masked, bits)
-        header = message(keys[name], "masked-input", planned + text(name) + sha(packed))
-        out["masked"][name], packed_of[name] = blob(header) + packed, packed
-        vectors[name] = sha(packed)
+            stream_of = mask(key, self.bits)
+            masked = [(value + way * m) % 2**self.bits for value, m in zip(masked, stream_of, strict=True)]
+        return masked
 
-    alive = [name for name in names if name != lost]
-    survivors = planned + table({name: vectors[name] for name in alive})
-    surviving = digest("survivors", survivors)
-    agreed = [name for name in alive if name != silent]
-    out["survivors"] = message(keys["coordinator"], "survivors", survivors)
-    agreement = {name: surviving + text(name) for name in agreed}
-    out["agreements"] = {name: message(keys[name], "agreement", agreement[name]) for name in agreed}
-    out["unmask"], out["openings"] = {}, {}
-    for name in agreed:
-        signers = sorted({name, *near[name]} & set(agreed))[:t]
-        signed = table({signer: sign(keys[signer], "agreement", agreement[signer]) for signer in signers})
-        out["unmask"][name] = message(keys["coordinator"], "unmask", survivors + signed)
-        around = sorted({name, *near[name]})
-        seeds_of = table({d: held[d, name][0] for d in around if d in alive})
-        keys_of = table({d: held[d, name][1] for d in around if d not in alive})
-        out["openings"][name] = message(keys[name], "opening", surviving + text(name) + seeds_of + keys_of)
-    total = [sum(column) % 2**bits for column in zip(*(out["plain"][name] for name in alive), strict=True)]
-    out |= {"total": total, "total_digest": sha(pack(total, bits)), "context": context, "plan_digest": planned}
-    out["spec"] = {"degree": k, "threshold": t, "ring_bits": bits, "size": SIZE, "rounds": ROUNDS, "digest": HEX}
-    return out
+    def refuse_inputs(self, planned: bytes) -> None:
+        who = next(name for name in self.names if name not in self.lost)
+        good, key = self.out["masked"][who], self.keys[who]
+        packed = good[-((SIZE * self.bits + 7) // 8) :]
+        other = message(key, "masked-input", bytes(32) + text(who) + sha(packed))
+        longer = message(key, "masked-input", planned + text(who) + sha(packed + b"\x00"))
+        changed = packed[:-1] + bytes([packed[-1] ^ 1])
+        self.refuse("masked-input", who, "for another plan", blob(other) + packed)
+        self.refuse("masked-input", who, "too long", blob(longer) + packed + b"\x00")
+        self.refuse("masked-input", who, "another vector than was signed", good[: -len(packed)] + changed)
+        if SIZE * self.bits % 8:
+            spare = packed[:-1] + bytes([packed[-1] | 0x80])
+            header = message(key, "masked-input", planned + text(who) + sha(spare))
+            self.refuse("masked-input", who, "an unused bit that is set", blob(header) + spare)
+
+    def unmask(self, planned: bytes, vectors: dict[str, bytes]) -> None:
+        alive = [name for name in self.names if name not in self.lost]
+        agreed = [name for name in alive if name not in self.silent]
+        survivors = planned + table({name: vectors[name] for name in alive})
+        surviving = digest("survivors", survivors)
+        agreement = {name: surviving + text(name) for name in agreed}
+        signed = {name: sign(self.keys[name], "agreement", agreement[name]) for name in agreed[: self.quorum]}
+        self.out["unmask"] = self.coordinator("unmask", survivors + table(signed))
+        self.out["survivors"] = self.coordinator("survivors", survivors)
+        self.out["agreements"] = {n: message(self.keys[n], "agreement", agreement[n]) for n in agreed}
+        self.out["openings"] = {n: self.opening(n, surviving, alive) for n in agreed}
+        total = [sum(column) % 2**self.bits for column in zip(*(self.out["plain"][n] for n in alive), strict=True)]
+        self.out |= {"total": total, "total_digest": sha(pack(total, self.bits))}
+        self.refuse_survivors(planned, {name: vectors[name] for name in alive}, agreed[0])
+        self.refuse_unmask(survivors, signed, agreed[0])
+
+    def opening(self, name: str, surviving: bytes, alive: list[str]) -> bytes:
+        around = sorted({name, *self.near[name]})
+        seeds_of = table({d: self.held[d, name][0] for d in around if d in alive})
+        keys_of = table({d: self.held[d, name][1] for d in around if d not in alive})
+        return message(self.keys[name], "opening", surviving + text(name) + seeds_of + keys_of)
+
+    def refuse_survivors(self, planned: bytes, vectors: dict[str, bytes], who: str) -> None:
+        others = {name: vector for name, vector in vectors.items() if name != who}
+        for why, body in {
+            "for another plan": bytes(32) + table(vectors),
+            "without the device": planned + table(others),
+            "with another vector of the device": planned + table({**vectors, who: bytes(32)}),
+            "with a stranger": planned + table({**vectors, "stranger": bytes(32)}),
+            "too few": planned + table({who: vectors[who]}),
+            "out of order": planned + many([text(n) + v for n, v in sorted(vectors.items(), reverse=True)]),
+        }.items():
+            self.refuse("survivors", who, why, self.coordinator("survivors", body))
+
+    def refuse_unmask(self, survivors: bytes, signed: dict[str, bytes], who: str) -> None:
+        one, *rest = signed
+        for why, shown in {
+            "one agreement too few": {name: signed[name] for name in rest},
+            "an agreement of nobody's": {**signed, one: bytes(64)},
+            "an agreement of another device": {**signed, one: signed[rest[0]]},
+            "an agreement of no survivor": {**signed, self.lost[0]: signed[one]},
+        }.items():
+            self.refuse("unmask", who, why, self.coordinator("unmask", survivors + table(shown)))
+        opening, key = self.out["openings"][who], self.keys[who]
+        start = len(b"EA\x01") + len(text("opening")) + 4
+        body = opening[start:-64]
+        self.refuse("opening", who, "of other survivors", message(key, "opening", bytes(32) + body[32:]))
+        stranger = body[: 32 + len(text(who))] + table({self.lost[0]: bytes(33)}) + table({})
+        self.refuse("opening", who, "a share of the other kind", message(key, "opening", stranger))
 
 
 def hexed(value: Any) -> Any:
@@ -232,17 +413,24 @@ def hexed(value: Any) -> Any:
         return value.hex()
     if isinstance(value, dict):
         return {key: hexed(one) for key, one in value.items()}
-    return value
+    return [hexed(one) for one in value] if isinstance(value, list) else value
+
+
+def names(count: int) -> list[str]:
+    return [f"unit-{i:x}" for i in range(count)]
+
+
+CASES = (
+    Case("complete", names(5), k=4, t=3, least=3, bits=24, lost=["unit-1"], silent=["unit-3"]),
+    Case("wide", names(5), k=4, t=3, least=3, bits=32, lost=["unit-0"], silent=[]),
+    Case("sparse", names(9), k=4, t=4, least=5, bits=22, lost=["unit-4"], silent=[]),
+    Case("circle", names(13), k=8, t=6, least=8, bits=19, lost=["unit-2", "unit-7"], silent=["unit-a"]),
+)
 
 
 def main() -> None:
-    five, nine = ([f"unit-{i}" for i in range(n)] for n in (5, 9))
-    cases = {
-        "complete": transcript("complete", five, 4, 3, 24, lost="unit-1", silent="unit-3"),
-        "sparse": transcript("sparse", nine, 4, 4, 22, lost="unit-4", silent=None),
-        "wide": transcript("wide", five, 4, 3, 32, lost="unit-0", silent=None),
-    }
-    Path(__file__).with_name("rounds.json").write_text(json.dumps(hexed(cases), indent=1) + "\n")
+    made = {case.label: hexed(case.make()) for case in CASES}
+    Path(__file__).with_name("rounds.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,46 @@ from aggregation.vector import Segment, VectorSpec
 
 CASES: dict[str, Any] = json.loads(Path(__file__).with_name("rounds.json").read_text())
 raw = bytes.fromhex
+REASONS: dict[tuple[str, str], str] = {  # step and what is wrong → what is said
+    ("offer", "two groups can open a secret"): "(degree|threshold) .* not withstand",
+    ("offer", "two groups can agree"): "devices agree on the survivors: two groups",
+    ("offer", "signed by a device"): "on 'offer' is not valid",
+    ("offer", "a byte left over"): "1 bytes left over",
+    ("offer", "certificates out of order"): "a device twice, or is out of order",
+    ("offer", "a device twice"): "a device twice, or is out of order",
+    ("offer", "a negative zero"): "a negative zero",
+    ("advert", "another device's"): "on 'advert' is not valid",
+    ("advert", "for another offer"): "advert is for another offer",
+    ("advert", "a key of small order"): "key is of small order",
+    ("roster", "its own advert left out"): "this device's own advert",
+    ("roster", "an advert twice"): "on the roster twice, or out of order",
+    ("roster", "an advert that the coordinator signed"): "on 'advert' is not valid",
+    ("roster", "too few adverts"): "roster of 1 is too small",
+    ("shares", "a neighbour without a box"): "not for exactly its neighbours",
+    ("shares", "of another session"): "shares are of another session",
+    ("assignment", "a round that is not there"): "round 3 is over, or beyond the session",
+    ("assignment", "round zero"): "round 0 is over, or beyond the session",
+    ("assignment", "without the device"): "plan does not include this device",
+    ("assignment", "members out of order"): "a member twice, or out of order",
+    ("assignment", "too few members"): "1 members of the plan",
+    ("assignment", "of another session"): "plan is for another session",
+    ("masked-input", "for another plan"): "for another plan",
+    ("masked-input", "too long"): "does not hold a header and",
+    ("masked-input", "another vector than was signed"): "not the one that was signed",
+    ("masked-input", "an unused bit that is set"): "unused bits",
+    ("survivors", "for another plan"): "for another plan",
+    ("survivors", "without the device"): "this device with its own vector",
+    ("survivors", "with another vector of the device"): "this device with its own vector",
+    ("survivors", "with a stranger"): "not in the plan",
+    ("survivors", "too few"): "1 survivors",
+    ("survivors", "out of order"): "repeated or out of order",
+    ("unmask", "one agreement too few"): "agreements, . are needed",
+    ("unmask", "an agreement of nobody's"): "on 'agreement' is not valid",
+    ("unmask", "an agreement of another device"): "on 'agreement' is not valid",
+    ("unmask", "an agreement of no survivor"): "agreed but is no survivor",
+    ("opening", "of other survivors"): "of another survivor set",
+    ("opening", "a share of the other kind"): "a share that it does not owe",
+}
 
 
 class Given:
@@ -43,9 +84,19 @@ def case(request: pytest.FixtureRequest) -> dict[str, Any]:
 def spec_of(case: dict[str, Any]) -> SessionSpec:
     given, devices = case["spec"], len(case["certificates"])
     vector = VectorSpec((Segment("delta", given["size"], 1.0),), given["ring_bits"], devices)
-    t, digest = given["threshold"], given["digest"]
-    adversary = Adversary.ACTIVE
-    return SessionSpec(given["rounds"], t, t, given["degree"], vector, 2.5, 7, "none", digest, digest, adversary)
+    return SessionSpec(
+        rounds=given["rounds"],
+        threshold=given["threshold"],
+        minimum_survivors=given["minimum_survivors"],
+        degree=given["degree"],
+        vector=vector,
+        clip_norm=2.5,
+        weight_cap=7,
+        privacy="none",
+        base_digest=given["digest"],
+        layout_digest=given["digest"],
+        adversary=Adversary.ACTIVE,
+    )
 
 
 def devices_of(case: dict[str, Any]) -> dict[str, Device]:
@@ -60,66 +111,125 @@ def devices_of(case: dict[str, Any]) -> dict[str, Device]:
     }
 
 
+@dataclasses.dataclass(slots=True)
+class Walk:
+    """A session step by step. Before each message it delivers the vector's bad ones for it, which must be refused."""
+
+    case: dict[str, Any]
+    devices: dict[str, Device] = dataclasses.field(init=False)
+    states: dict[str, Any] = dataclasses.field(default_factory=dict)
+    server: Any = None
+    refused: int = 0
+
+    def __post_init__(self) -> None:
+        self.devices = devices_of(self.case)
+
+    def deliver(self, step: str, name: str, call: Callable[[bytes], Any], body: bytes) -> Any:
+        for bad in self.case["refused"]:
+            if (bad["step"], bad["device"]) == (step, name):
+                with pytest.raises(ProtocolError, match=REASONS[step, bad["why"]]):
+                    call(raw(bad["message"]))
+                self.refused += 1
+        return call(body)
+
+    def accept(self, step: str, method: str, name: str, body: bytes) -> None:
+        self.server = self.deliver(step, name, lambda given: getattr(self.server, method)(name, given), body)
+
+    def ask(self, step: str, method: str, name: str, body: bytes) -> str:
+        state, device = self.states[name], self.devices[name]
+        self.states[name], answer = self.deliver(step, name, lambda given: getattr(state, method)(device, given), body)
+        return answer.hex()  # type: ignore[no-any-return]
+
+    def establish(self) -> None:
+        case = self.case
+        key, root = IdentityKey(raw(case["identities"]["coordinator"])), Root(raw(case["root"]))
+        certificates = {name: device.certificate for name, device in self.devices.items()}
+        self.server, offer = serverside.open_session(key, root, spec_of(case), certificates, Given(case["session"]))
+        assert offer.hex() == case["offer"]
+        for name in self.devices:
+            self.join(name, offer)
+        self.server, roster = self.server.close()
+        assert roster.hex() == case["roster"]
+        for name in self.devices:
+            self.share(name, roster)
+        self.server = self.server.close()
+
+    def join(self, name: str, offer: bytes) -> None:
+        device, entropy = self.devices[name], Given(self.case["join"][name])
+        call = lambda body: clientside.join(device, body, entropy)  # noqa: E731
+        self.states[name], advert = self.deliver("offer", name, call, offer)
+        assert (advert.hex(), entropy.left) == (self.case["adverts"][name], b"")
+        self.accept("advert", "on_advert", name, advert)
+
+    def share(self, name: str, roster: bytes) -> None:
+        state, device, entropy = self.states[name], self.devices[name], Given(self.case["deal"][name])
+        call = lambda body: state.on_roster(device, body, entropy)  # noqa: E731
+        self.states[name], shares = self.deliver("roster", name, call, roster)
+        assert (shares.hex(), entropy.left) == (self.case["shares"][name], b"")
+        self.accept("shares", "on_shares", name, shares)
+
+    def collect(self) -> dict[str, bytes]:
+        case, digest = self.case, self.case["spec"]["digest"]
+        self.server, plans = self.server.plan(adapter_version=3, adapter_digest=digest, training=b"train", cohort=None)
+        assert self.server.plan.digest().hex() == case["plan_digest"]
+        assert {name: body.hex() for name, body in plans.items()} == case["assignments"]
+        for name in self.devices:
+            masked = self.contribute(name, plans[name])
+            if name not in case["lost"]:
+                self.accept("masked-input", "on_masked_input", name, masked)
+        self.server, bodies = self.server.close()
+        assert {body.hex() for body in bodies.values()} == {case["survivors"]}
+        return bodies  # type: ignore[no-any-return]
+
+    def contribute(self, name: str, plan: bytes) -> bytes:
+        state, device = self.states[name], self.devices[name]
+        planned = self.deliver("assignment", name, lambda body: state.on_plan(device, body), plan)
+        vector = np.array(self.case["plain"][name], ring.dtype(self.case["spec"]["ring_bits"]))
+        self.states[name], masked = planned.contribute(device, vector)
+        assert masked.hex() == self.case["masked"][name]
+        return masked  # type: ignore[no-any-return]
+
+    def open(self, bodies: dict[str, bytes]) -> Any:
+        case = self.case
+        for name, body in bodies.items():
+            if name not in case["silent"]:
+                agreement = self.ask("survivors", "on_survivors", name, body)
+                assert agreement == case["agreements"][name]
+                self.accept("agreement", "on_signature", name, raw(agreement))
+        self.server, bodies = self.server.close()
+        assert {body.hex() for body in bodies.values()} == {case["unmask"]}
+        assert set(bodies) == set(case["openings"])
+        for name, body in bodies.items():
+            opening = self.ask("unmask", "on_unmask", name, body)
+            assert opening == case["openings"][name]
+            self.accept("opening", "on_unmask", name, raw(opening))
+        return self.server.close()
+
+
 def test_a_round_is_byte_for_byte_what_the_independent_script_made(case: dict[str, Any]) -> None:
-    devices, spec = devices_of(case), spec_of(case)
-    key, root = IdentityKey(raw(case["identities"]["coordinator"])), Root(raw(case["root"]))
-    certificates = {name: device.certificate for name, device in devices.items()}
-    server: Any
-    server, offer = serverside.open_session(key, root, spec, certificates, Given(case["session"]))
-    assert offer.hex() == case["offer"]
-    states: dict[str, Any] = {}
-    for name, device in devices.items():
-        entropy = Given(case["join"][name])
-        states[name], advert = clientside.join(device, offer, entropy)
-        assert (advert.hex(), entropy.left) == (case["adverts"][name], b"")
-        server = server.on_advert(name, advert)
-    server, roster = server.close()
-    assert roster.hex() == case["roster"]
-    for name, device in devices.items():
-        entropy = Given(case["deal"][name])
-        states[name], shares = states[name].on_roster(device, roster, entropy)
-        assert (shares.hex(), entropy.left) == (case["shares"][name], b"")
-        server = server.on_shares(name, shares)
-    established = server.close()
-    assert established.session.context.hex() == case["context"]
-    for name, near in case["near"].items():
-        assert list(established.session.neighbours(name, established.devices)) == near
-    finish(case, devices, states, established)
-
-
-def finish(case: dict[str, Any], devices: dict[str, Device], states: dict[str, Any], established: Any) -> None:
-    digest, bits = case["spec"]["digest"], case["spec"]["ring_bits"]
-    server: Any
-    server, plans = established.plan(adapter_version=3, adapter_digest=digest, training=b"train", cohort=None)
-    assert server.plan.digest().hex() == case["plan_digest"]
-    assert {name: body.hex() for name, body in plans.items()} == case["assignments"]
-    for name, device in devices.items():
-        vector = np.array(case["plain"][name], ring.dtype(bits))
-        states[name], masked = states[name].on_plan(device, plans[name]).contribute(device, vector)
-        assert masked.hex() == case["masked"][name]
-        if name != case["lost"]:
-            server = server.on_masked_input(name, masked)
-    server, bodies = server.close()
-    assert {body.hex() for body in bodies.values()} == {case["survivors"]}
-    for name, body in bodies.items():
-        if name != case["silent"]:
-            states[name], agreement = states[name].on_survivors(devices[name], body)
-            assert agreement.hex() == case["agreements"][name]
-            server = server.on_signature(name, agreement)
-    server, bodies = server.close()
-    assert {name: body.hex() for name, body in bodies.items()} == case["unmask"]
-    for name, body in bodies.items():
-        states[name], opening = states[name].on_unmask(devices[name], body)
-        assert opening.hex() == case["openings"][name]
-        server = server.on_unmask(name, opening)
-    ended = server.close()
+    walk = Walk(case)
+    walk.establish()
+    session = walk.server.session
+    assert session.context.hex() == case["context"]
+    assert {name: list(session.neighbours(name, session.peers)) for name in session.peers} == case["near"]
+    ended = walk.open(walk.collect())
     assert not isinstance(ended, RoundAborted)
-    assert np.array_equal(server.opened.total & np.uint32(2**bits - 1), np.array(case["total"], np.uint32))
+    used = 2 ** case["spec"]["ring_bits"] - 1
+    assert np.array_equal(walk.server.opened.total & np.uint32(used), np.array(case["total"], np.uint32))
     assert ended[1].digest.hex() == case["total_digest"]
-    assert ended[1].dropped == (case["lost"],)
+    assert ended[1].dropped == tuple(case["lost"])
+    assert walk.refused == len(case["refused"])  # every bad message was tried, and none changed what came after
 
 
-# Negative vectors: what is nearly a message is none. Each body is cut out of its envelope in the frozen round.
+def test_the_vectors_have_dropouts_on_both_graphs_and_bad_messages_at_every_step() -> None:
+    sparse = {name: case["spec"]["degree"] < len(case["certificates"]) - 1 for name, case in CASES.items()}
+    assert {sparse[name] for name, case in CASES.items() if case["lost"] and case["silent"]} == {True, False}
+    for case in CASES.values():
+        assert {bad["step"] for bad in case["refused"]} == {step for step, _ in REASONS}
+    assert {(bad["step"], bad["why"]) for case in CASES.values() for bad in case["refused"]} == set(REASONS)
+
+
+# What is nearly a message is none. Each body is cut out of its envelope in the frozen round.
 
 BODIES: dict[str, str] = {
     "offer": CASES["sparse"]["offer"],
@@ -129,7 +239,7 @@ BODIES: dict[str, str] = {
     "assignment": CASES["sparse"]["assignments"]["unit-0"],
     "survivors": CASES["sparse"]["survivors"],
     "agreement": CASES["sparse"]["agreements"]["unit-0"],
-    "unmask": CASES["sparse"]["unmask"]["unit-0"],
+    "unmask": CASES["sparse"]["unmask"],
     "opening": CASES["sparse"]["openings"]["unit-0"],
 }
 KINDS: dict[str, type[Message]] = {kind.TAG: kind for kind in MESSAGES}
