@@ -102,7 +102,7 @@ def verify(signer: PublicKey, tag: str, body: bytes, signature: bytes) -> None:
         raise ProtocolError(str(error)) from None
 
 
-def seal_vector(key: IdentityKey, header: MaskedInput, packed: bytes) -> bytes:
+def seal_vector(key: IdentityKey, header: MaskedInput, packed: bytes | memoryview) -> bytes:
     """A masked input as it travels: length of the signed header, header, vector."""
     signed = seal(key, header)
     return b"".join((len(signed).to_bytes(4, "big"), signed, packed))

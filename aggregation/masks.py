@@ -10,7 +10,7 @@ stays in the cache.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,8 +73,12 @@ def agree(private: bytes, public: bytes) -> bytes:
     Raises:
         ProtocolError: ``public`` is a point of small order, or not 32 bytes.
     """
+    return _exchange(X25519PrivateKey.from_private_bytes(private), public)
+
+
+def _exchange(private: X25519PrivateKey, public: bytes) -> bytes:
     try:
-        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         raise ProtocolError("an X25519 key is of small order or of the wrong length") from None
 
@@ -87,8 +91,31 @@ def derive(secret: bytes, *bound: bytes) -> bytes:
 
 def pair_key(private: bytes, public: bytes, context: bytes, plan: bytes, pair: tuple[str, str]) -> bytes:
     """The key that two devices share for one plan; the same whichever of them computes it."""
+    return _pair_key(agree(private, public), context, plan, pair)
+
+
+def _pair_key(secret: bytes, context: bytes, plan: bytes, pair: tuple[str, str]) -> bytes:
     low, high = sorted(pair)
-    return derive(agree(private, public), _PAIR, context, plan, low.encode(), high.encode())
+    return derive(secret, _PAIR, context, plan, low.encode(), high.encode())
+
+
+def pair_masks(private: bytes, me: str, publics: Mapping[str, bytes], context: bytes, plan: bytes) -> list[Mask]:
+    """The masks of ``me`` with its peers: the smaller id of a pair adds, the larger subtracts.
+
+    They also take off a sum what the peers of a ``me`` that dropped had put on: a pair's masks are opposites.
+
+    Args:
+        private: The mask key of ``me``; loading it costs as much as an exchange, so it is loaded once.
+        me: A device id.
+        publics: Peer → its public mask key.
+        context: Of the session.
+        plan: Digest of the plan.
+    """
+    key = X25519PrivateKey.from_private_bytes(private)
+    return [
+        Mask(_pair_key(_exchange(key, public), context, plan, (me, peer)), add=me < peer)
+        for peer, public in publics.items()
+    ]
 
 
 def self_key(seed: bytes, context: bytes, plan: bytes, device: str) -> bytes:

@@ -63,6 +63,10 @@ class Session:
         """The x-coordinates of ``devices``."""
         return [self.peers[device].position for device in devices]
 
+    def mask_keys(self, devices: Iterable[str], round_: int) -> dict[str, bytes]:
+        """The public mask keys of ``devices`` in a round."""
+        return {device: self.peers[device].mask_keys[round_ - 1] for device in devices}
+
 
 def context_of(offer: bytes, roster: bytes) -> bytes:
     """The context of a session from the digests of offer and roster."""

@@ -4,6 +4,7 @@ Any ``t`` shares give the secret; fewer say nothing about it. The Lagrange coeff
 computed once and serve every secret that the set opens.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -52,10 +53,15 @@ def lagrange(points: Sequence[int], at: int = 0) -> list[int]:
     """
     if len(set(points)) != len(points):
         raise ProtocolError("two shares are of the same holder")
-    # Points are small, so products over them stay short: one reduction each, where there is one inverse to take.
+    # Points are small, so products over them stay short, and all of them share one inverse (Montgomery 1987, 10.3.1).
     above = [math.prod(at - other for other in points if other != x) for x in points]
     below = [math.prod(x - other for other in points if other != x) for x in points]
-    return [over * pow(under, -1, PRIME) % PRIME for over, under in zip(above, below, strict=True)]
+    before = list(itertools.accumulate(below, lambda product, under: product * under % PRIME, initial=1))
+    inverse, coefficients = pow(before[-1], -1, PRIME), []
+    for over, under, product in zip(above[::-1], below[::-1], before[-2::-1], strict=True):
+        coefficients.append(over * product * inverse % PRIME)
+        inverse = inverse * under % PRIME
+    return coefficients[::-1]
 
 
 def combine(coefficients: Sequence[int], shares: Sequence[bytes]) -> bytes | None:

@@ -160,17 +160,22 @@ class VectorSpec:
         sums = {}
         for segment, part in self._parts(total):
             step = self.step(segment)
-            signed = self._signed(part)
             reach = survivors * math.ceil(segment.bound / step)
-            if np.any(signed > reach) or np.any(signed < -reach):
-                raise DataError(f"segment {segment.name} is more than {survivors} clients within its bound can sum to")
-            sums[segment.name] = signed.astype(np.float64) * step
+            found = sums[segment.name] = np.empty(segment.size)
+            for start in range(0, segment.size, _CHUNK):
+                chunk = slice(start, start + _CHUNK)
+                signed = self._signed(part[chunk])
+                if not -reach <= signed.min() <= signed.max() <= reach:
+                    raise DataError(
+                        f"segment {segment.name} is more than {survivors} clients within its bound can sum to"
+                    )
+                np.multiply(signed, step, out=found[chunk])
         return sums
 
-    def _signed(self, part: Ring) -> NDArray[np.int64]:
-        shift = np.uint64(64 - self.ring_bits)
-        high = part.astype(np.uint64) << shift  # the ring's top bit becomes the sign
-        return high.view(np.int64) >> np.int64(shift)
+    def _signed(self, part: Ring) -> NDArray[np.int32] | NDArray[np.int64]:
+        unused = 8 * part.itemsize - self.ring_bits
+        high = part << unused  # the ring's top bit becomes the sign
+        return high.view(f"<i{part.itemsize}") >> unused
 
     def _parts(self, vector: Ring) -> Iterator[tuple[Segment, Ring]]:
         start = 0

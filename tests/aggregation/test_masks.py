@@ -26,6 +26,15 @@ def test_both_devices_of_a_pair_find_the_same_key() -> None:
     )
 
 
+def test_the_masks_of_a_pair_are_opposites() -> None:
+    (mine,) = masks.pair_masks(A, "u", {"v": PUBLIC_B}, CONTEXT, PLAN)
+    (yours,) = masks.pair_masks(B, "v", {"u": PUBLIC_A}, CONTEXT, PLAN)
+    assert mine == Mask(masks.pair_key(A, PUBLIC_B, CONTEXT, PLAN, ("u", "v")), add=True)
+    assert yours == Mask(mine.key, add=False)
+    with pytest.raises(ProtocolError, match="small order"):
+        masks.pair_masks(A, "u", {"v": PUBLIC_B, "w": bytes(32)}, CONTEXT, PLAN)
+
+
 def test_another_session_plan_pair_or_purpose_gives_another_key() -> None:
     other = hashlib.sha256(b"other").digest()
     keys = {

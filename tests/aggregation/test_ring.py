@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation import ring
+from aggregation import envelope, ring
+from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.identity import IdentityKey
+from aggregation.messages import MaskedInput
 
 
 def by_hand(values: list[int], bits: int) -> bytes:
@@ -116,3 +119,19 @@ def test_a_contribution_is_packed_and_added_with_one_block_of_memory() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 16 * ring._BLOCK
+
+
+@pytest.mark.parametrize(("bits", "moves"), [(32, False), (64, False), (24, True), (40, True)])
+def test_packing_without_a_copy_shares_memory_where_nothing_has_to_move(bits: int, moves: bool) -> None:
+    vector = np.arange(1000).astype(ring.dtype(bits))
+    view = ring.packed(vector, bits)
+    assert view == ring.pack(vector, bits)
+    vector[0] = 77
+    assert (view[0] == 77) is not moves
+
+
+@pytest.mark.parametrize(("bits", "size"), [(29, 10**6), (24, 10**6), (22, 999_983), (17, 10**5), (32, 10**6)])
+def test_an_upload_is_its_bits_and_less_than_a_hundredth_more(bits: int, size: int) -> None:
+    key, packed = IdentityKey.generate(SystemEntropy()), ring.packed(ring.zeros(size, bits), bits)
+    header = MaskedInput(bytes(32), "device-" + 40 * "0", hashlib.sha256(packed).digest())
+    assert len(envelope.seal_vector(key, header, packed)) <= 1.01 * size * bits / 8
