@@ -4,9 +4,11 @@ The defaults are the safe ones; the coordinator cannot change them and each weak
 """
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from aggregation import graph
-from aggregation.errors import ConfigError, ProtocolError
+from aggregation.errors import ConfigError, ProtocolError, TrustError
+from aggregation.revocation import RevocationList
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec, corrupt_count
 
 
@@ -24,6 +26,9 @@ class Policy:
         complete_up_to: Largest cohort in which every device must be every other's neighbour.
         maximum_weight: Largest weight cap, in examples.
         maximum_rounds: Most rounds in a session.
+        demand_proofs: Take part again only if the coordinator proves what its log holds (``receipts``).
+        revocation_days: Greatest age of the authority's revocation list, in days. 0: none is demanded, and one that the
+            device has counts until its own end.
 
     Raises:
         ConfigError: A value is out of range.
@@ -38,6 +43,8 @@ class Policy:
     complete_up_to: int = graph.COMPLETE
     maximum_weight: int = 65_536
     maximum_rounds: int = 64
+    demand_proofs: bool = True
+    revocation_days: int = 0
 
     def __post_init__(self) -> None:
         if self.minimum_cohort < 3:
@@ -48,6 +55,8 @@ class Policy:
             raise ConfigError(f"corrupt_fraction {self.corrupt_fraction} is not in [0, 1)")
         if not 1 <= self.minimum_ring_bits <= self.maximum_ring_bits <= 64:
             raise ConfigError("ring bits must be 1 <= minimum_ring_bits <= maximum_ring_bits <= 64")
+        if self.revocation_days < 0:
+            raise ConfigError(f"revocation_days {self.revocation_days} is below 0")
 
     def check(self, spec: SessionSpec, cohort: int) -> None:
         """Return if this device may take part in a session of ``spec`` with ``cohort`` devices.
@@ -56,6 +65,20 @@ class Policy:
             ProtocolError: It may not; the message names the first reason.
         """
         _require("offer", self._demands(spec, cohort))
+
+    def check_revocations(self, revoked: RevocationList | None, at: datetime) -> None:
+        """Return if this device may go by the revocation list that it has at this time, or by having none.
+
+        Raises:
+            ProtocolError: The list is missing, too old, or past its end: the coordinator keeps a newer one back.
+        """
+        if revoked is None:
+            _require("offer", ((not self.revocation_days, "no revocation list came, and this device demands one"),))
+            return
+        try:
+            revoked.require_fresh(at, timedelta(self.revocation_days) if self.revocation_days else None)
+        except TrustError as error:
+            raise ProtocolError(f"offer refused: {error}", "coordinator") from None
 
     def check_roster(self, spec: SessionSpec, cohort: int, roster: int) -> None:
         """Return if the graph holds with ``roster`` of the ``cohort`` devices, all corrupt ones among them.
