@@ -8,6 +8,7 @@ import click
 COMMANDS = {
     "adapters": ("client.commands.adapters", "adapters", "List the adapters of a bundle, each verified.", ""),
     "infer": ("client.commands.infer", "infer", "Print the intent of each phrase and its probability.", ""),
+    "serve-web": ("client.commands.serve_web", "serve_web", "Run a bundle in the browser: serve its page.", ""),
 }
 
 

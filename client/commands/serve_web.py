@@ -36,6 +36,5 @@ def serve_web(bundle: Path, trust: Path | None, host: str, port: int, out: Path 
         click.echo(f"wrote {out}")
         return
     with server(site, host, port) as serving:
-        shown = f"[{host}]" if ":" in host else host
-        click.echo(f"serving at http://{shown}:{serving.server_port}/ until Ctrl-C")
+        click.echo(f"serving at http://{host}:{serving.server_port}/ until Ctrl-C")
         serving.serve_forever()

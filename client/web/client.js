@@ -1,0 +1,38 @@
+// The page's side of worker.js: calls that return promises.
+
+export class Client {
+  #worker = new Worker(new URL("./worker.js", import.meta.url), { type: "module" });
+  #waiting = new Map(); // id → { resolve, reject, piece }
+  #last = 0;
+
+  constructor() {
+    this.#worker.onmessage = ({ data }) => this.#settle(data);
+    this.#worker.onerror = (event) => {
+      const error = new Error(`the page's worker cannot run: ${event.message ?? "its files are missing"}`);
+      for (const { reject } of this.#waiting.values()) reject(error);
+      this.#waiting.clear();
+    };
+  }
+
+  open = (args = {}) => this.#call("open", args);
+  use = (name) => this.#call("use", { name });
+  rank = (text, top) => this.#call("rank", { text, top });
+  generate = (args, piece) => this.#call("generate", args, piece);
+  stop = () => this.#worker.postMessage({ method: "stop" });
+
+  #call(method, args, piece) {
+    const id = ++this.#last;
+    return new Promise((resolve, reject) => {
+      this.#waiting.set(id, { resolve, reject, piece });
+      this.#worker.postMessage({ id, method, args });
+    });
+  }
+
+  #settle({ id, piece, result, error }) {
+    const call = this.#waiting.get(id);
+    if (piece) return call.piece?.(piece);
+    this.#waiting.delete(id);
+    if (error) call.reject(Object.assign(new Error(error.message), { name: error.name }));
+    else call.resolve(result);
+  }
+}

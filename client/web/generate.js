@@ -1,0 +1,97 @@
+// Text generation with a KV cache: one forward pass for the prompt, then one for each new token.
+//
+// The names of the graph's inputs, the shape of its cache and the tokens that end a text come from genai_config.json,
+// the file that onnxruntime-genai reads on other devices.
+
+import { decode } from "./bytes.js";
+import { chatFormat } from "./chat.js";
+import { DataError } from "./errors.js";
+import * as runtime from "./runtime.js";
+import { choose } from "./sampling.js";
+import { GENERATION } from "./trust.js";
+
+export class Generation {
+  constructor(session, text, files) {
+    const { model } = JSON.parse(decode(files.get(GENERATION)));
+    const { decoder } = model;
+    Object.assign(this, { session, text, limit: model.context_length });
+    this.inputs = decoder.inputs;
+    this.outputs = decoder.outputs;
+    this.layers = Array.from({ length: decoder.num_hidden_layers }, (_, i) => String(i));
+    this.empty = [1, decoder.num_key_value_heads, 0, decoder.head_size];
+    this.ends = new Set([model.eos_token_id].flat());
+    this.chat = chatFormat(files.get("tokenizer_config.json"), files.get("chat_template.jinja"));
+    this.declared = new Set(session.inputNames);
+  }
+
+  /**
+   * Continue a prompt with an adapter's feeds; with `chat`, answer it as a message, if the model knows such a form.
+   *
+   * Yields { id, text }: each new token, and the text that became readable with it. Ends after `maxTokens`, at a token
+   * that ends the text, or when the model's context is full; a consumer that stops early stops the generation.
+   *
+   * Throws DataError: an empty or too long prompt, or scores that are not finite.
+   */
+  async *pieces(prompt, feeds, { maxTokens, chat = false, temperature = 0, topP = 1, random }) {
+    const ids = this.#prompt(chat && this.chat && prompt.trim() ? this.chat(prompt) : prompt);
+    const state = { length: 0, cache: this.#cache() };
+    const [fresh, written] = [[], { text: "" }];
+    let next = ids;
+    while (fresh.length < maxTokens && ids.length + fresh.length < this.limit) {
+      const id = choose(await this.#scores(next, state, feeds), { temperature, topP, random });
+      if (this.ends.has(id)) return;
+      fresh.push(id);
+      next = [id];
+      yield { id, text: this.#grown(fresh, written) };
+    }
+  }
+
+  #prompt(prompt) {
+    const ids = this.text.plain(prompt);
+    if (!ids.length) throw new DataError("the prompt has no sign that the model knows; write something");
+    if (ids.length >= this.limit) {
+      throw new DataError(`the prompt has ${ids.length} tokens, the model reads ${this.limit}; give a shorter one`);
+    }
+    return ids;
+  }
+
+  #cache() {
+    const both = [this.inputs.past_key_names, this.inputs.past_value_names];
+    const names = both.flatMap((pattern) => this.layers.map((layer) => pattern.replace("%d", layer)));
+    return Object.fromEntries(names.map((name) => [name, runtime.floats(new Float32Array(0), this.empty)]));
+  }
+
+  /** The scores of the token that follows `ids`; `state` moves on. */
+  async #scores(ids, state, feeds) {
+    const total = state.length + ids.length;
+    const tokens = {
+      [this.inputs.input_ids]: runtime.int64(ids),
+      [this.inputs.attention_mask]: runtime.int64(new Array(total).fill(1)),
+      [this.inputs.position_ids]: runtime.int64(ids.map((_, i) => state.length + i)),
+    };
+    const wanted = Object.entries(tokens).filter(([name]) => this.declared.has(name));
+    const found = await runtime.run(this.session, { ...Object.fromEntries(wanted), ...state.cache, ...feeds });
+    state.length = total;
+    state.cache = this.#moved(found);
+    const logits = found[this.outputs.logits];
+    return logits.data.subarray(logits.data.length - logits.dims.at(-1));
+  }
+
+  #moved(found) {
+    const pairs = [
+      [this.inputs.past_key_names, this.outputs.present_key_names],
+      [this.inputs.past_value_names, this.outputs.present_value_names],
+    ];
+    const moved = pairs.flatMap(([past, present]) =>
+      this.layers.map((layer) => [past.replace("%d", layer), found[present.replace("%d", layer)]]),
+    );
+    return Object.fromEntries(moved);
+  }
+
+  #grown(ids, written) {
+    const text = this.text.decoded(ids);
+    const piece = text.slice(written.text.length);
+    written.text = text;
+    return piece;
+  }
+}

@@ -1,0 +1,130 @@
+// The tensors of an adapter file as the graph reads them: the reading half of adapters/ondevice.py.
+//
+// A tensor here is { shape, values: Float32Array }, row-major, by graph input.
+
+import { byCodePoint, encode, sha256 } from "./bytes.js";
+import { ConfigError, DataError, quoted } from "./errors.js";
+import * as numbers from "./numbers.js";
+import { product } from "./numbers.js";
+import { canonical } from "./signed.js";
+
+const PEFT_PREFIX = "base_model.model.";
+const LORA_A = ".lora_A.weight";
+const LORA_B = ".lora_B.weight";
+const SCALE = "#scale";
+const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
+// The number types that a tensor of two or more dimensions may have in a file.
+const TYPES = { fp32: ["float32"], fp16: ["float16"], int8: ["int8"], int4: ["uint8", "int8"] };
+
+/** `name`, if it can name an adapter and its two files on any system. Throws ConfigError. */
+export function checkName(name) {
+  if (!NAME.test(name)) {
+    throw new ConfigError(`adapter name ${quoted(name)} must be 1 to 64 letters, digits, '.', '_' or '-'`);
+  }
+  return name;
+}
+
+/**
+ * The float32 tensors of what `container.parse` found, in the number format that the sidecar states.
+ *
+ * Throws DataError: a tensor has another number type than the format allows, a scale is missing, left over, of another
+ * shape or not sound, or a value is not finite.
+ */
+export function restore(stored, format) {
+  const inputs = new Map();
+  for (const [name, tensor] of stored) {
+    if (name.endsWith(SCALE)) checkOwner(name, stored);
+    else inputs.set(name, finite(name, restored(name, tensor, stored, format)));
+  }
+  return inputs;
+}
+
+function restored(name, tensor, stored, format) {
+  const { type, shape } = tensor;
+  const allowed = shape.length < 2 || !product(shape) ? ["float32"] : TYPES[format];
+  if (!allowed.includes(type)) {
+    throw new DataError(`tensor ${quoted(name)} is ${type} in an adapter of format ${format}`);
+  }
+  if (type === "float32") return { shape, values: numbers.float32(tensor) };
+  if (type === "float16") return { shape, values: numbers.float16(tensor) };
+  return type === "int8" ? eightBits(name, tensor, stored) : fourBits(name, tensor, stored);
+}
+
+/** A scale for each rank of A and B, and for each row of any other tensor. */
+function eightBits(name, tensor, stored) {
+  const { shape } = tensor;
+  const axis = name.endsWith(LORA_A) ? 1 : 0;
+  const expected = shape.map((size, i) => (i === axis ? size : 1));
+  const scales = checkedScales(name, stored, { type: "float32", shape: expected, sound: (scale) => scale > 0 });
+  return { shape, values: numbers.int8(tensor, scales, { size: shape[axis], inner: product(shape.slice(axis + 1)) }) };
+}
+
+/** A scale for each block of a row; A lies transposed, so that the numbers of one rank follow each other. */
+function fourBits(name, tensor, stored) {
+  const shape = [...tensor.shape.slice(0, -1), 2 * tensor.shape.at(-1)];
+  const expected = [...shape.slice(0, -1), Math.ceil(shape.at(-1) / numbers.BLOCK)];
+  const scales = checkedScales(name, stored, { type: "float16", shape: expected, sound: Number.isFinite });
+  const values = numbers.int4(tensor, scales);
+  if (!name.endsWith(LORA_A)) return { shape, values };
+  if (shape.length !== 2) throw new DataError(`tensor ${quoted(name)} is not a matrix`);
+  return { shape: [...shape].reverse(), values: numbers.transposed(values, shape) };
+}
+
+function checkedScales(name, stored, { type, shape, sound }) {
+  const scale = stored.get(name + SCALE);
+  const values = scale?.type === type && String(scale.shape) === String(shape) ? numbers[type](scale) : null;
+  if (!values?.every((value) => sound(value))) {
+    throw new DataError(`tensor ${quoted(name)} has no sound scales of shape [${shape.join(", ")}]`);
+  }
+  return values;
+}
+
+function checkOwner(name, stored) {
+  const owner = stored.get(name.slice(0, -SCALE.length));
+  if (owner?.type !== "int8" && owner?.type !== "uint8") {
+    throw new DataError(`scales ${quoted(name)} belong to no tensor of the adapter`);
+  }
+}
+
+/**
+ * Refuse tensors that do not fill exactly the slots of a graph; return the size that each free dimension takes.
+ *
+ * Throws DataError: a tensor is missing or unknown, or of a shape that the graph does not take.
+ */
+export function checkSlots(inputs, slots) {
+  const odd = [...inputs.keys()].filter((name) => !Object.hasOwn(slots, name));
+  odd.push(...Object.keys(slots).filter((name) => !inputs.has(name)));
+  if (odd.length) {
+    const first = odd.sort(byCodePoint)[0];
+    throw new DataError(`tensor ${quoted(first)} is missing from the adapter or has no slot in the base's graph`);
+  }
+  const sizes = new Map();
+  for (const [name, dimensions] of Object.entries(slots)) {
+    const { shape } = inputs.get(name);
+    const fits = dimensions.every((text, i) => shape[i] === sizeOf(text, shape[i], sizes));
+    if (shape.length !== dimensions.length || !fits) {
+      throw new DataError(`tensor ${quoted(name)} is [${shape.join(", ")}], its slot takes [${dimensions.join(", ")}]`);
+    }
+  }
+  return sizes;
+}
+
+function sizeOf(text, size, sizes) {
+  if (/^[0-9]+$/.test(text)) return Number(text);
+  if (!sizes.has(text)) sizes.set(text, size);
+  return sizes.get(text);
+}
+
+/** SHA-256 of names and shapes as peft has them, in order (adapters/layout.py). */
+export async function layoutDigest(inputs) {
+  const rows = [...inputs].map(([name, { shape }]) => [PEFT_PREFIX + name, isLora(name) ? [...shape].reverse() : shape]);
+  rows.sort(([left], [right]) => byCodePoint(left, right));
+  return sha256(encode(canonical(rows)));
+}
+
+const isLora = (name) => name.endsWith(LORA_A) || name.endsWith(LORA_B);
+
+function finite(name, tensor) {
+  if (!tensor.values.every(Number.isFinite)) throw new DataError(`tensor ${quoted(name)} holds NaN or infinity`);
+  return tensor;
+}

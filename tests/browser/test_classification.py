@@ -1,0 +1,56 @@
+"""The page's answers are the native session's, whatever the adapter and its number format."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.ondevice import Format
+from aggregation.identity import IdentityKey
+from client.session import Session
+from export.base import ExportedBase
+from export.bundle import AdapterSource, write_bundle
+
+PHRASES = ("turn on the kitchen lights", "Lock the DOOR", "set a timer for ten minutes", "unlock")
+RANK = """(async () => {
+  const { Client } = await import('/client.js');
+  const client = new Client();
+  await client.open();
+  await client.use(%r);
+  const found = [];
+  for (const phrase of %r) found.push((await client.rank(phrase, 10)).labels);
+  return found;
+})()"""
+
+
+def in_page(page: Any, name: str, phrases: list[str]) -> list[dict[str, float]]:
+    rankings = page.evaluate(RANK % (name, phrases))
+    return [{row["label"]: row["probability"] for row in ranking} for ranking in rankings]
+
+
+def native(bundle: Path, name: str, phrases: list[str]) -> list[dict[str, float]]:
+    session = Session.open(bundle)
+    session.use(name)
+    return [{p.label: p.probability for p in ranking} for ranking in session.rank(phrases, 10)]
+
+
+def same(left: list[dict[str, float]], right: list[dict[str, float]]) -> None:
+    assert [list(each) for each in left] == [list(each) for each in right]
+    for one, other in zip(left, right, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16", "int8", "int4"])
+def test_an_adapter_of_any_format_answers_as_natively(
+    form: Format,
+    page: Any,
+    serve: Callable[[Path], str],
+    bundle: Path,
+    exported: ExportedBase,
+    source: Callable[..., AdapterSource],
+    vendor: IdentityKey,
+) -> None:
+    write_bundle(bundle, exported, [source()], key=vendor, form=form)
+    page.goto(serve(bundle))
+    same(in_page(page, "global", list(PHRASES)), native(bundle, "global", list(PHRASES)))
