@@ -21,7 +21,8 @@ CHUNK = 2**14  # blocks that the search holds in memory at once
 # Where the search starts: the code, or the fraction of one, on which a block's largest number falls. Beyond -8 it is
 # cut off, which pays where one number is far larger than the rest.
 STARTS = (7.0, -7.0, -7.5, -8.0, -8.5, -9.0)
-LARGEST = 7 * float(np.finfo(np.float16).max)  # the largest magnitude that can be stored
+MAX_SCALE = float(np.finfo(np.float16).max)
+LARGEST = 7 * MAX_SCALE  # the largest magnitude that can be stored
 
 Codes = NDArray[np.uint8]
 Scales = NDArray[np.float16]
@@ -110,6 +111,6 @@ def _codes(blocks: NDArray[np.float64], scale: Scales) -> NDArray[np.float64]:
 
 def _sound(scale: NDArray[np.float64]) -> Scales:
     # A block of zeros, or of numbers below what float16 can say, is stored as zeros.
-    half = scale.astype(np.float16)
+    half = scale.clip(-MAX_SCALE, MAX_SCALE).astype(np.float16)
     sound: Scales = np.where(half == 0, np.float16(1), half)
     return sound

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters import signed
+from adapters.method import Method as Method  # most who read a document ask for its method
 from aggregation.errors import TrustError
 from aggregation.identity import IdentityKey, PublicKey
 
@@ -43,18 +44,6 @@ class SignedDocument:
         except ValidationError as error:
             first = error.errors()[0]
             raise TrustError(f"{cls.KIND}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How the adapter was made; enough for ``peft`` and the exporter to rebuild its module."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    kind: Literal["lora"]
-    rank: Count
-    alpha: Count
-    targets: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +96,7 @@ class Sidecar(SignedDocument):
     layout_digest: Sha256
     version: Count
     source: Sha256  # digest of the safetensors blob it was exported from
+    method: Method | None  # how it was made, to undo the folding of the scaling; None if that is not known
     parent: Sha256 | None  # of a private adapter: the blob digest of the global version it started from
     rank: Count
     labels: tuple[str, ...]

@@ -49,6 +49,12 @@ def to_graph(tensors: Tensors, scaling: Mapping[str, float]) -> Tensors:
     return {graph_name(name): _turned(graph_name(name), value, scaling) for name, value in tensors.items()}
 
 
+def from_graph(inputs: Tensors, scaling: Mapping[str, float]) -> Tensors:
+    """The tensors under peft's names and in its shapes: ``from_graph(to_graph(t, s), s) == t`` up to rounding."""
+    unscaled = {path: 1 / factor if factor else 1.0 for path, factor in scaling.items()}
+    return {PEFT_PREFIX + name: _turned(name, value, unscaled) for name, value in inputs.items()}
+
+
 def graph_name(peft_name: str) -> str:
     """The graph input that holds the tensor which peft calls ``peft_name``."""
     return peft_name.removeprefix(PEFT_PREFIX)

@@ -5,14 +5,17 @@ checks nothing, so what a device relies on stands in the signed sidecar (``bundl
 """
 
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 
 from adapters.layout import Tensors
-from adapters.ondevice import Format, graph_name, quantize, restore, to_graph
+from adapters.ondevice import LORA_A, LORA_B, PEFT_PREFIX, Format, graph_name, quantize, restore, to_graph
 from aggregation.errors import DataError
-from export.plan import Plan
+from export.slots import LoraSlot, Plan
 
 
 def encode(tensors: Tensors, found: Plan, form: Format = "int8") -> bytes:
@@ -39,6 +42,28 @@ def encode(tensors: Tensors, found: Plan, form: Format = "int8") -> bytes:
         path = Path(folder) / "adapter"
         container.export_adapter(str(path))
         return path.read_bytes()
+
+
+def completed(tensors: Tensors, found: Plan, slots: Mapping[str, Sequence[str]]) -> tuple[Tensors, Plan]:
+    """The adapter and its plan with an empty pair for each layer of the base that it leaves alone.
+
+    A base has slots for every layer that any adapter may want; this one may adapt fewer.
+
+    Args:
+        tensors: Of the adapter, under peft's names.
+        found: Its plan.
+        slots: The base's, with dimensions as text.
+    """
+    full, loras = dict(tensors), list(found.loras)
+    for name in slots:
+        path = name.removesuffix(LORA_A)
+        if name == path or path in found.scaling or path + LORA_B not in slots:
+            continue
+        width, height = slots[name][0], slots[path + LORA_B][-1]
+        full[PEFT_PREFIX + name] = np.empty((0, int(width)), np.float32)
+        full[PEFT_PREFIX + path + LORA_B] = np.empty((int(height), 0), np.float32)
+        loras.append(LoraSlot(path, 1.0))
+    return full, replace(found, loras=tuple(loras))
 
 
 def decode(blob: bytes, form: Format) -> Tensors:

@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 from adapters.files import sha256
 from adapters.layout import Layout, Tensors
 from adapters.manifest import BaseCard, Sidecar
+from adapters.method import Method
 from adapters.ondevice import LORA_A, Format, check_name, check_slots, to_graph
 from aggregation.errors import ConfigError, DataError
 from aggregation.identity import IdentityKey
@@ -45,6 +46,7 @@ class AdapterSource:
     version: int
     sha256: str  # of the safetensors blob that the tensors come from
     parent: str | None = None  # of a private adapter: the blob digest of the global version it started from
+    method: Method | None = None  # how it was made; without it peft gets it back with its scaling folded in
     plan: Plan | None = None  # of the model that the tensors come from; the exported base's if None
 
 
@@ -124,11 +126,12 @@ def _adapter_files(
     source: AdapterSource, found: Plan, card: BaseCard, key: IdentityKey, form: Format
 ) -> dict[str, bytes]:
     path = f"adapters/{check_name(source.name)}"
-    blob = adapter.encode(source.tensors, found, form)
-    sizes = check_slots(to_graph(source.tensors, found.scaling), card.slots)
+    tensors, found = adapter.completed(source.tensors, found, card.slots)
+    blob = adapter.encode(tensors, found, form)
+    sizes = check_slots(to_graph(tensors, found.scaling), card.slots)
     if sizes.get(LABELS, len(source.labels)) != len(source.labels):
         raise DataError(f"adapter {source.name!r} has {len(source.labels)} labels for {sizes[LABELS]} rows of its head")
-    ranks = [value.shape[0] for name, value in source.tensors.items() if name.endswith(LORA_A)]
+    ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(LORA_A)]
     if (rank := max(ranks, default=0)) > card.max_rank:
         raise DataError(f"adapter {source.name!r} has rank {rank}, the base takes at most {card.max_rank}")
     sidecar = Sidecar(
@@ -137,9 +140,10 @@ def _adapter_files(
         size=len(blob),
         format=form,
         base_digest=card.base_digest,
-        layout_digest=Layout.of(source.tensors).digest,
+        layout_digest=Layout.of(tensors).digest,
         version=source.version,
         source=source.sha256,
+        method=source.method,
         parent=source.parent,
         rank=rank,
         labels=source.labels,

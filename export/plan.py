@@ -5,7 +5,6 @@ cannot say (DoRA, biases, other methods, merged weights) is refused by name, bec
 worse answers on a device.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
@@ -16,44 +15,11 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from adapters.layout import TensorSpec
-from adapters.ondevice import LORA_A, LORA_B, graph_name
+from adapters.ondevice import graph_name
 from aggregation.errors import ConfigError
+from export.slots import LoraSlot, Plan, SavedSlot, plan_of
 
-
-@dataclass(frozen=True, slots=True)
-class LoraSlot:
-    """One adapted linear layer: its path in the base, and the factor that peft applies to its update."""
-
-    path: str
-    scaling: float
-
-
-@dataclass(frozen=True, slots=True)
-class SavedSlot:
-    """One module trained whole (``modules_to_save``): its path, and its parameters by their names within it."""
-
-    path: str
-    parameters: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """All slots of a model, in the order of its module tree."""
-
-    adapter: str  # peft's name of the adapter that they were read from
-    loras: tuple[LoraSlot, ...]
-    saved: tuple[SavedSlot, ...]
-
-    @property
-    def scaling(self) -> dict[str, float]:
-        """The factor of each adapted layer by its path."""
-        return {slot.path: slot.scaling for slot in self.loras}
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The graph inputs that an adapter fills, in order."""
-        pairs = [slot.path + part for slot in self.loras for part in (LORA_A, LORA_B)]
-        return (*pairs, *(f"{slot.path}.{spec.name}" for slot in self.saved for spec in slot.parameters))
+__all__ = ["LoraSlot", "Plan", "SavedSlot", "plan", "plan_of"]
 
 
 def plan(model: PeftModel) -> Plan:

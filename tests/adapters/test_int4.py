@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from adapters.int4 import BLOCK, pack, scale_shape, unpack
+from adapters.int4 import BLOCK, LARGEST, pack, scale_shape, unpack
 from adapters.layout import Floats
 
 
@@ -39,6 +39,15 @@ def test_a_short_last_block_is_not_disturbed_by_what_fills_it_up() -> None:
     value = np.random.default_rng(1).standard_normal((4, BLOCK + 8), dtype=np.float32)
     alone = unpack(*pack(value[:, BLOCK:]))
     np.testing.assert_array_equal(unpack(*pack(value))[:, BLOCK:], alone)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [LARGEST, 1e-7, 1e-45])
+def test_the_largest_and_the_smallest_numbers_are_packed_without_a_warning(size: float) -> None:
+    value = np.full((1, BLOCK), size * 1.49 / 7, np.float32)
+    value[0, 0] = size
+    found = unpack(*pack(value))
+    assert np.sqrt(((found - value).astype(np.float64) ** 2).mean()) <= size / 14 * 1.01 + 8 * 2.0**-25
 
 
 def _error(found: Floats, value: Floats) -> float:

@@ -36,6 +36,7 @@ SIDECAR = Sidecar(
     layout_digest="c" * 64,
     version=3,
     source="d" * 64,
+    method=Method("lora", 8, 16, ("query",), rank_pattern=((r"layer\.0.*", 4),)),
     parent=None,
     rank=8,
     labels=("HassTurnOn",),

@@ -3,10 +3,13 @@ import pytest
 from peft import PeftModel
 
 from adapters.classifier import tensors
-from adapters.ondevice import Format, to_graph
+from adapters.method import Method
+from adapters.ondevice import Format, check_slots, to_graph
 from aggregation.errors import DataError
-from export.adapter import decode, encode
+from export.adapter import completed, decode, encode
 from export.base import ExportedBase
+from export.parity import OnnxRunner
+from export.slots import plan_of
 
 FORMATS: list[Format] = ["fp32", "fp16", "int8", "int4"]
 
@@ -41,6 +44,32 @@ def test_nan_is_not_exported(model: PeftModel, exported: ExportedBase) -> None:
     next(iter(values.values()))[0, 0] = np.nan
     with pytest.raises(DataError, match="NaN"):
         encode(values, exported.plan)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_layers_that_an_adapter_leaves_alone_get_an_empty_pair(
+    model: PeftModel, exported: ExportedBase, form: Format
+) -> None:
+    method = Method("lora", 4, 8, ("query",))
+    values = {name: value for name, value in tensors(model).items() if ".value." not in name}
+    full, found = completed(values, plan_of(method, values), exported.card.slots)
+    inputs = decode(encode(full, found, form), form)
+    assert check_slots(inputs, exported.card.slots)["labels"] == 4
+    assert {value.size for name, value in inputs.items() if ".value." in name} == {0}
+    loaded = tensors(model) | {
+        name: np.zeros_like(value) for name, value in tensors(model).items() if ".value." in name
+    }
+    expected, answer = (
+        OnnxRunner.open(exported).probabilities(["lock the door"], x)
+        for x in (decode(encode(loaded, exported.plan, form), form), inputs)
+    )
+    np.testing.assert_allclose(answer, expected, atol=1e-6)
+
+
+def test_a_missing_head_is_not_made_up(model: PeftModel, exported: ExportedBase) -> None:
+    values = {name: value for name, value in tensors(model).items() if "lora" in name}
+    full, _ = completed(values, plan_of(Method("lora", 4, 8, ()), values), exported.card.slots)
+    assert full.keys() == values.keys()
 
 
 @pytest.mark.parametrize("blob", [b"", b"TORT", b"\0" * 64])

@@ -1,0 +1,64 @@
+"""How an adapter was made: what ``peft`` and the exporter need to rebuild its modules, and to scale its updates.
+
+The patterns mean what they mean to peft (``rank_pattern`` and ``alpha_pattern`` of its ``LoraConfig``): regular
+expressions for the end of a layer's path, of which the first that matches counts. A property test holds this file to
+peft itself (``tests/export/test_peft.py``).
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, Field
+
+from aggregation.errors import DataError
+
+Rank = Annotated[int, Field(ge=0, lt=2**63)]
+Alpha = Rank | Annotated[float, Field(ge=0, lt=2**63)]  # a whole number to peft's types, any number in its files
+Pattern = Annotated[str, Field(min_length=1, max_length=512)]
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """Low-rank adaptation (Hu et al. 2021) of the layers that ``targets`` name: ``y = W x + scaling B A x``."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    kind: Literal["lora"]
+    rank: Rank
+    alpha: Alpha
+    targets: tuple[str, ...]
+    # Pairs, not dictionaries: the order counts, and the signed form of a dictionary has none.
+    rank_pattern: tuple[tuple[Pattern, Rank], ...] = ()
+    alpha_pattern: tuple[tuple[Pattern, Alpha], ...] = ()
+    rank_stabilized: bool = False  # scaling is alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023)
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the layer at ``path``, its place in the base's module tree. Raises as ``scaling_of``."""
+        return _matching(self.rank_pattern, path, self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of the layer at ``path``. Raises as ``scaling_of``."""
+        return _matching(self.alpha_pattern, path, self.alpha)
+
+    def scaling_of(self, path: str) -> float:
+        """The factor of the update of the layer at ``path``.
+
+        Raises:
+            DataError: A pattern is no regular expression, or the layer has rank 0.
+        """
+        rank, alpha = self.rank_of(path), self.alpha_of(path)
+        if rank < 1:
+            raise DataError(f"the adapter's method gives the layer {path!r} rank 0, which has no scaling")
+        return alpha / rank**0.5 if self.rank_stabilized else alpha / rank
+
+
+def _matching(patterns: tuple[tuple[str, V], ...], path: str, default: V) -> V:
+    for pattern, value in patterns:
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return value
+        except re.error as error:
+            raise DataError(f"the adapter's pattern {pattern[:40]!r} is no regular expression: {error}") from error
+    return default

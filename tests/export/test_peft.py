@@ -1,0 +1,336 @@
+"""Folders of real peft, read and written: scaling by layer, outputs, and everything that must be refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+
+from adapters import files
+from adapters.base import Base
+from adapters.classifier import PhraseClassifier, load, tensors
+from adapters.method import Method
+from adapters.ondevice import Format, from_graph, to_graph
+from aggregation.errors import ConfigError, DataError
+from export.adapter import decode, encode
+from export.base import ExportedBase, export_base
+from export.parity import OnnxRunner, compare
+from export.peft import CONFIG, WEIGHTS, read_peft, to_peft
+from export.plan import plan, plan_of
+from export.quantize import Profile
+
+IDS = torch.tensor([[1, 5, 9, 3, 7], [2, 2, 4, 8, 6]])
+TEXTS = ["turn on the kitchen lights", "lock the door", "play music"]
+
+
+class Net(nn.Module):
+    """Small enough to be built a hundred times; the paths are what patterns are matched with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = {"q_proj": nn.Linear(6, 6), "v_proj": nn.Linear(6, 4)}
+        self.layers = nn.ModuleList(nn.ModuleDict({"attn": nn.ModuleDict(block)}) for _ in range(2))
+        self.q_proj = nn.Linear(6, 6)
+        self.xq_proj = nn.Linear(6, 6)
+        self.score = nn.Linear(4, 3)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(3)  # a fresh generator for every call: two calls make the same base
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+
+
+def filled(model: PeftModel) -> PeftModel:
+    """With random values in the adapter, so that B is not zero and every scaling shows."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def answers(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+PATTERNS = st.sampled_from(
+    [
+        *("q_proj", "v_proj", "layers.0.attn.q_proj", r"layers\.1\..*", ".*proj", "^q_proj", "attn.q_proj"),
+        *("_proj", "x?q_proj", r"layers\.\d+\.attn\.v_proj", "nothing", "(q|v)_proj", "layers.1.attn"),
+    ]
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(PATTERNS, st.integers(1, 6), max_size=4),
+    st.dictionaries(PATTERNS, st.integers(1, 64), max_size=4),
+    st.booleans(),
+)
+@pytest.mark.filterwarnings("ignore:The following")
+def test_every_layer_is_scaled_as_peft_scales_it_whatever_the_patterns(
+    tmp_path_factory: pytest.TempPathFactory, ranks: dict[str, int], alphas: dict[str, int], stabilized: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("peft")
+    names = {"target_modules": ["q_proj", "v_proj", "xq_proj"], "modules_to_save": ["score"]}
+    # peft sorts patterns when it saves, so that a folder's patterns are the sorted ones.
+    patterns = {"rank_pattern": dict(sorted(ranks.items())), "alpha_pattern": dict(sorted(alphas.items()))}
+    model = get_peft_model(Net(), LoraConfig(r=3, lora_alpha=8, use_rslora=stabilized, **names, **patterns))
+    model.save_pretrained(folder)
+    read = read_peft(folder)
+    found = plan_of(read.method, read.tensors)
+    assert found.scaling == plan(model).scaling
+    assert set(found.inputs) == set(plan(model).inputs)
+    back = folder / "back"
+    to_peft(read.tensors, read.method, back)
+    assert plan(PeftModel.from_pretrained(Net(), back)).scaling == plan(model).scaling
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 5},
+        {"rank_pattern": {r"layers\.0.*": 2}, "alpha_pattern": {"v_proj": 24}},
+        {"layers_to_transform": [1]},
+        {"target_modules": "all-linear", "modules_to_save": None},
+        {"modules_to_save": ["lm_head", "norm"]},
+    ],
+)
+def test_a_llama_from_peft_and_back_answers_the_same(tmp_path: Path, changes: dict[str, Any]) -> None:
+    chosen = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+    model = filled(get_peft_model(llama(), LoraConfig(**(chosen | changes))))
+    model.save_pretrained(tmp_path / "theirs")
+    read = read_peft(tmp_path / "theirs")
+    to_peft(read.tensors, read.method, tmp_path / "ours", "somebody/llama")
+    reopened = PeftModel.from_pretrained(llama(), tmp_path / "ours")
+    assert torch.equal(answers(reopened), answers(model))
+    assert not torch.equal(answers(reopened), answers(llama()))
+    assert reopened.peft_config["default"].base_model_name_or_path == "somebody/llama"
+
+
+def classifier(base: Base) -> PhraseClassifier:
+    return PhraseClassifier(AutoModel.from_pretrained(base.folder), 32, 4).eval()
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("fp32", 1e-6), ("int8", 0.05)])
+def test_a_file_for_devices_opens_in_peft_with_its_scale_unfolded(
+    tmp_path: Path, model: PeftModel, exported: ExportedBase, tiny_base: Base, form: Format, tolerance: float
+) -> None:
+    values, method = tensors(model), Method("lora", 4, 8, ("query", "value"))
+    inputs = decode(encode(values, exported.plan, form), form)
+    found = from_graph(inputs, plan_of(method, values).scaling)
+    for name, value in values.items():
+        assert np.abs(found[name] - value).max() <= tolerance * np.abs(value).max()
+    to_peft(found, method, tmp_path / "peft")
+    reopened = PeftModel.from_pretrained(classifier(tiny_base), tmp_path / "peft")
+    mask = torch.ones_like(IDS)
+    with torch.no_grad():
+        difference = reopened(IDS, mask) - model(IDS, mask)
+    assert difference.abs().max() < 20 * tolerance
+
+
+def test_a_peft_folder_answers_the_same_through_the_exported_graph(tmp_path: Path, tiny_base: Base) -> None:
+    patterns = {"rank_pattern": {r"layer\.0.*query": 2}, "alpha_pattern": {r"layer\.1.*value": 32}}
+    names = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    model = get_peft_model(classifier(tiny_base), LoraConfig(r=4, lora_alpha=8, use_rslora=True, **names, **patterns))
+    filled(model).save_pretrained(tmp_path)
+    read = read_peft(tmp_path)
+    inputs = decode(encode(read.tensors, plan_of(read.method, read.tensors), "fp32"), "fp32")
+    runner = OnnxRunner.open(export_base(model, tiny_base, Profile.FP32))
+    assert compare(model, runner, inputs, TEXTS).max_abs_diff < 1e-5
+
+
+def test_half_precision_folders_are_read_as_the_floats_that_they_mean(tmp_path: Path, saved: Path) -> None:
+    exact = load_file(saved / WEIGHTS)
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        save_file({name: value.to(kind) for name, value in exact.items()}, saved / WEIGHTS)
+        for name, value in read_peft(saved).tensors.items():
+            np.testing.assert_array_equal(value, exact[name].to(kind).to(torch.float32).numpy())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A sound folder, to be damaged."""
+    filled(
+        get_peft_model(Net(), LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["score"]))
+    ).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["experts"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
+        ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow"),
+        ({"peft_type": "LOHA"}, "'LOHA'"),
+        ({"peft_type": None}, "'None'"),
+        ({"modules_to_save": None}, r"score\.(bias|weight)' belongs to no module"),
+    ],
+)
+def test_what_a_graph_cannot_say_is_refused_by_name(saved: Path, changes: dict[str, Any], named: str) -> None:
+    _configure(saved, changes)
+    with pytest.raises(ConfigError, match=named) as caught:
+        read_peft(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": "three"}, "rank"),
+        ({"r": -3}, "rank"),
+        ({"lora_alpha": None}, "alpha"),
+        ({"lora_alpha": float("nan")}, "alpha"),
+        ({"r": 5}, "has rank 3, but the adapter's method says 5"),
+        ({"rank_pattern": {"q_proj": 2}}, "has rank 3, but the adapter's method says 2"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+        ({"alpha_pattern": {"(": 2}}, "no regular expression"),
+        ({"alpha_pattern": {"q" * 600: 2}}, "alpha_pattern"),
+        ({"modules_to_save": "score"}, "modules_to_save"),
+        ({"modules_to_save": [1]}, "modules_to_save"),
+    ],
+)
+def test_a_configuration_that_is_damaged_or_of_other_tensors_is_refused(
+    saved: Path, changes: dict[str, Any], message: str
+) -> None:
+    _configure(saved, changes)
+    with pytest.raises(DataError, match=message):
+        read_peft(saved)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_a_configuration_that_is_no_object_is_refused(saved: Path, raw: bytes) -> None:
+    (saved / CONFIG).write_bytes(raw)
+    with pytest.raises(DataError, match=CONFIG):
+        read_peft(saved)
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda blob: b"",
+    "truncated": lambda blob: blob[:-1],
+    "trailing": lambda blob: blob + b"\0",
+    "header only": lambda blob: blob[:40],
+    "huge header": lambda blob: b"\xff" * 8 + blob[8:],
+    "noise": lambda blob: b"noise" * 100,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_weights_that_are_damaged_are_refused(saved: Path, damage: str) -> None:
+    (saved / WEIGHTS).write_bytes(DAMAGE[damage]((saved / WEIGHTS).read_bytes()))
+    with pytest.raises(DataError, match="damaged or truncated"):
+        read_peft(saved)
+
+
+def _change(name: str, value: Any) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(values: dict[str, torch.Tensor]) -> None:
+        if value is None:
+            del values[name]
+        else:
+            values[name] = value
+
+    return change
+
+
+A, B = (f"base_model.model.q_proj.lora_{letter}.weight" for letter in "AB")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_change(A, torch.full((3, 6), torch.nan)), "NaN"),
+        (_change(A, torch.full((3, 6), 1e300, dtype=torch.float64)), "NaN or infinity"),
+        (_change(A, torch.ones(4, 6)), "no pair of LoRA matrices of one rank"),
+        (_change(A, torch.ones(3, 6, 1)), "no pair of LoRA matrices"),
+        (_change(A, None), "no pair of LoRA matrices"),
+        (_change(B, None), "no pair of LoRA matrices"),
+        (_change(A, torch.ones(3, 6, dtype=torch.int8)), "of type I8"),
+        (_change("q_proj.lora_A.weight", torch.ones(3, 6)), "none that peft saves"),
+        (_change("base_model.model.q_proj.lora_B.bias", torch.ones(6)), "not of plain LoRA"),
+        (_change("base_model.model.q_proj.lora_magnitude_vector.weight", torch.ones(6)), "not of plain LoRA"),
+        (_change("base_model.model.emb.lora_embedding_A", torch.ones(3, 6)), "not of plain LoRA"),
+    ],
+)
+def test_tensors_that_no_graph_takes_are_refused(saved: Path, change: Any, message: str) -> None:
+    values = load_file(saved / WEIGHTS)
+    change(values)
+    save_file(values, saved / WEIGHTS)
+    with pytest.raises(DataError, match=message):
+        read_peft(saved)
+
+
+def test_pickled_weights_are_not_read(saved: Path) -> None:
+    (saved / WEIGHTS).rename(saved / "adapter_model.bin")
+    with pytest.raises(ConfigError, match="a pickle, which is not read"):
+        read_peft(saved)
+
+
+def test_a_folder_without_adapter_is_told_apart(saved: Path, tmp_path: Path) -> None:
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(ConfigError, match=f"has no {WEIGHTS}"):
+        read_peft(saved)
+    with pytest.raises(ConfigError, match=f"it has no {CONFIG}"):
+        read_peft(tmp_path / "nowhere")
+
+
+def test_another_method_is_refused_by_name(tmp_path: Path) -> None:
+    get_peft_model(Net(), IA3Config(target_modules=["q_proj"], feedforward_modules=[])).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="'IA3'"):
+        read_peft(tmp_path)
+
+
+def test_a_folder_that_holds_something_is_left_alone(saved: Path, tmp_path: Path) -> None:
+    read = read_peft(saved)
+    before = {path: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(ConfigError, match="is there already"):
+        to_peft(read.tensors, read.method, saved)
+    assert {path: path.read_bytes() for path in saved.iterdir()} == before
+    with pytest.raises(DataError, match="NaN"):
+        to_peft({name: value * np.nan for name, value in read.tensors.items()}, read.method, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_the_digest_is_the_files_and_equal_adapters_give_equal_folders(saved: Path, tmp_path: Path) -> None:
+    read = read_peft(saved)
+    assert read.sha256 == files.sha256((saved / WEIGHTS).read_bytes())
+    to_peft(read.tensors, read.method, tmp_path / "a")
+    to_peft(dict(reversed(read.tensors.items())), read.method, tmp_path / "b")
+    assert [(tmp_path / "a" / n).read_bytes() for n in (CONFIG, WEIGHTS)] == [
+        (tmp_path / "b" / n).read_bytes() for n in (CONFIG, WEIGHTS)
+    ]
+
+
+def test_folding_and_unfolding_the_scale_are_each_others_inverse(model: PeftModel) -> None:
+    load(model, tensors(model))
+    scaling = plan(model).scaling
+    for name, value in from_graph(to_graph(tensors(model), scaling), scaling).items():
+        np.testing.assert_allclose(value, tensors(model)[name], rtol=1e-6)
+
+
+def _configure(folder: Path, changes: dict[str, Any]) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
