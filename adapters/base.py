@@ -1,16 +1,23 @@
-"""The frozen base: found on disk and identified by digest. Nothing here ever trains or writes it."""
+"""The frozen base: found on disk and identified by digest. Nothing here ever trains or changes it.
+
+A base that comes as one GGUF file is converted once into a folder of the cache (``ggufbase.py``).
+"""
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from adapters.cache import made_once
 from aggregation.errors import ConfigError
 
 IDENTITY_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 CHUNK = 2**20  # bytes
+GGUF = ".gguf"
+CONVERSION = 1  # to be raised when the folder made from the same GGUF file changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +34,28 @@ class Base:
 
 
 def find_base(where: str) -> Base:
-    """The base in the folder ``where``, or in the ``model`` folder of the installed Python package ``where``.
+    """The base in the folder or GGUF file ``where``, or in the installed Python package ``where``.
+
+    A package holds its base in a folder ``model`` or in one GGUF file. A GGUF file is converted when it is first
+    seen, which takes some seconds; a line on stderr says so.
 
     Raises:
-        ConfigError: There is no such folder or package, or it lacks one of ``IDENTITY_FILES``.
+        ConfigError: There is no such folder, file or package, it lacks one of ``IDENTITY_FILES``, or the GGUF file is
+            of a kind that cannot be converted.
+        DataError: The GGUF file is damaged.
     """
     folder = Path(where)
-    if not folder.is_dir():
-        folder = _package_folder(where)
+    if not folder.exists():
+        folder = _in_package(where)
+    if folder.is_file():
+        folder = _converted(folder)
     for name in IDENTITY_FILES:
         if not (folder / name).is_file():
             raise ConfigError(f"base model folder {folder} has no {name}")
     return Base(folder, _digest(folder.resolve()))
 
 
-def _package_folder(package: str) -> Path:
+def _in_package(package: str) -> Path:
     # find_spec alone: importing the package would pull in its whole framework.
     try:
         spec = find_spec(package) if package.isidentifier() else None
@@ -49,7 +63,24 @@ def _package_folder(package: str) -> Path:
         spec = None
     if spec is None or spec.origin is None:
         raise ConfigError(f"base model {package!r} is neither a folder nor an installed package")
-    return Path(spec.origin).parent / "model"
+    home = Path(spec.origin).parent
+    files = sorted(home.glob(f"*{GGUF}"))
+    return files[0] if len(files) == 1 and not (home / "model").is_dir() else home / "model"
+
+
+def _converted(file: Path) -> Path:
+    if file.suffix != GGUF:
+        raise ConfigError(f"base model {file} is neither a folder nor a {GGUF} file")
+
+    def make(folder: Path) -> None:
+        try:
+            from adapters.ggufbase import convert
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'") from error
+        print(f"Converting {file.name} into a folder of the cache; this happens once.", file=sys.stderr)
+        convert(file, folder)
+
+    return made_once(f"gguf-{CONVERSION}-{_file_digest(file)[:16]}", make)
 
 
 @lru_cache(maxsize=8)
