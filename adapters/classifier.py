@@ -6,6 +6,7 @@ tensor names. Training loops live on the device (``client/train.py``), the ONNX 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from adapters.base import Base
 from adapters.layout import Floats, Tensors
+from adapters.method import Method
 from aggregation.errors import ConfigError
 
 HEAD_SCALE = 16.0  # logit of a phrase that lies exactly on its intent's prototype; a softmax temperature of 1/16
@@ -33,6 +35,18 @@ class LoraSpec:
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_RANK or self.alpha < 1 or not self.targets:
             raise ConfigError(f"LoRA needs a rank of 1 to {MAX_RANK}, an alpha of at least 1 and a target module")
+
+    @classmethod
+    def of(cls, method: Method) -> Self:
+        """What a manifest or a task says, if every layer has one rank and one scaling, ``alpha / rank``.
+
+        Raises:
+            ConfigError: It says more, or what cannot be built. Training something else would go unnoticed.
+        """
+        plain = Method("lora", method.rank, method.alpha, method.targets)
+        if method != plain or not isinstance(method.alpha, int):
+            raise ConfigError("the adapter has patterns or a scaling of its own; only plain LoRA can be trained here")
+        return cls(method.rank, method.alpha, method.targets)
 
 
 class PhraseClassifier(nn.Module):
