@@ -233,8 +233,8 @@ def vector_of(body: bytes) -> bytes:
 
 
 def _split(body: bytes) -> tuple[bytes, bytes]:
-    start = 4 + int.from_bytes(body[:4], "big")  # see ``envelope.seal_vector``
-    return body[4:start], body[start:]
+    vector, signed = envelope.split_vector(body)
+    return bytes(signed), bytes(vector)
 
 
 @dataclass(frozen=True, slots=True)

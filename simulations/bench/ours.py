@@ -156,7 +156,7 @@ def sum_up(given: Uploads) -> None:
     """The sum over the uploads, without the checks of signatures and digests (``receive``): what the peer does."""
     total, size = given.collecting.total, given.fleet.session.spec.vector.size
     for body in given.bodies.values():
-        ring.add(total, memoryview(body)[-ring.packed_size(size, BITS) :], BITS)
+        ring.add(total, memoryview(body)[: ring.packed_size(size, BITS)], BITS)
 
 
 def receive(given: Uploads) -> Collecting:

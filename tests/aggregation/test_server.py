@@ -160,7 +160,7 @@ def test_unused_bits_in_a_masked_input_are_refused_by_name(
     fleet = fleet_of(4, spec=spec_of(4, vector=vector_of(4, size=6, bits=17)))
     state, plans = fleet.begin(fleet.establish())
     body = fleet.contribute(ME, plans[ME])
-    packed = bytearray(body[-ring.packed_size(7, 17) :])
+    packed = bytearray(body[: ring.packed_size(7, 17)])
     packed[-1] |= 0x80
     refused(state.on_masked_input, ME, vector_said(fleet, ME, body, bytes(packed)), "unused bits")
 

@@ -84,7 +84,7 @@ class Coordinator:
             public = session.peers[theirs].mask_keys[self.plan.round - 1]
             key = masks.pair_key(keys[mine], public, session.context, plan, (name, peer))
             found.append(Mask(key, add=not name < peer))
-        packed = self.uploads[name][-ring.packed_size(spec.size, spec.ring_bits) :]
+        packed = self.uploads[name][: ring.packed_size(spec.size, spec.ring_bits)]
         vector = ring.unpack(packed, spec.size, spec.ring_bits)
         masks.apply(vector, found)
         return spec.decode(vector, 1)
@@ -96,7 +96,7 @@ class Coordinator:
         recovery = Recovery(session, self.plan, self.session.dealt, self.openings)
         total, found = ring.zeros(spec.size, spec.ring_bits), []
         for name in part:
-            packed = self.uploads[name][-ring.packed_size(spec.size, spec.ring_bits) :]
+            packed = self.uploads[name][: ring.packed_size(spec.size, spec.ring_bits)]
             total += ring.unpack(packed, spec.size, spec.ring_bits)
             seed = recovery.seed(name)
             assert seed is not None

@@ -61,7 +61,7 @@ def total(coordinator: Any, seeds: dict[str, Any], honest: Plan, other: Plan) ->
     spec, context = coordinator.fleet.spec.vector, coordinator.session.session.context
     out = ring.zeros(spec.size, spec.ring_bits)
     for name, raw in coordinator.uploads.items():
-        out += ring.unpack(raw[-len_of(coordinator) :], spec.size, spec.ring_bits)
+        out += ring.unpack(raw[: len_of(coordinator)], spec.size, spec.ring_bits)
         plan = (other if name == VICTIM else honest).digest()
         masks.apply(out, [Mask(masks.self_key(seeds[name], context, plan, name), add=False)])
     return spec.decode(out, len(seeds))  # type: ignore[no-any-return]

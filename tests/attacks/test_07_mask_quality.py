@@ -26,7 +26,7 @@ def upload(fleet: Any) -> NDArray[np.uint32]:
     begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
     spec = fleet.spec.vector
     _, body = begun.contribute(fleet.devices[ME], ring.zeros(spec.size, spec.ring_bits))
-    return ring.unpack(body[-ring.packed_size(spec.size, spec.ring_bits) :], spec.size, spec.ring_bits)
+    return ring.unpack(body[: ring.packed_size(spec.size, spec.ring_bits)], spec.size, spec.ring_bits)
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def test_a_log_that_was_altered_is_not_signed_again(transcripts: Transcripts, of
 def test_vectors_are_kept_by_digest_where_that_is_asked_for(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
-    body = (3).to_bytes(4, "big") + b"hdr" + b"vector"
+    body = b"vector" + b"hdr" + (3).to_bytes(4, "big")
     for keep in (False, True):
         kept = Transcripts(transcripts.folder / str(keep), transcripts.key, transcripts.root, keep)
         write(kept, offer).received(Step.PLAN, "a", body)

@@ -41,6 +41,10 @@ def u(value: int, size: int) -> bytes:
     return value.to_bytes(size, "big")
 
 
+def upload(packed: bytes, header: bytes) -> bytes:
+    return packed + header + u(len(header), 4)
+
+
 def text(value: str) -> bytes:
     return u(len(value), 1) + value.encode()
 
@@ -312,7 +316,7 @@ class Case:
             packed = pack(self.masked(name, planned), self.bits)
             vectors[name] = sha(packed)
             header = message(self.keys[name], "masked-input", planned + text(name) + vectors[name])
-            self.out["masked"][name] = blob(header) + packed
+            self.out["masked"][name] = upload(packed, header)
         self.refuse_inputs(planned)
         self.unmask(planned, vectors)
 
@@ -345,17 +349,17 @@ class Case:
     def refuse_inputs(self, planned: bytes) -> None:
         who = next(name for name in self.names if name not in self.lost)
         good, key = self.out["masked"][who], self.keys[who]
-        packed = good[-((SIZE * self.bits + 7) // 8) :]
+        packed = good[: (SIZE * self.bits + 7) // 8]
         other = message(key, "masked-input", bytes(32) + text(who) + sha(packed))
         longer = message(key, "masked-input", planned + text(who) + sha(packed + b"\x00"))
         changed = packed[:-1] + bytes([packed[-1] ^ 1])
-        self.refuse("masked-input", who, "for another plan", blob(other) + packed)
-        self.refuse("masked-input", who, "too long", blob(longer) + packed + b"\x00")
-        self.refuse("masked-input", who, "another vector than was signed", good[: -len(packed)] + changed)
+        self.refuse("masked-input", who, "for another plan", upload(packed, other))
+        self.refuse("masked-input", who, "too long", upload(packed + b"\x00", longer))
+        self.refuse("masked-input", who, "another vector than was signed", changed + good[len(packed) :])
         if SIZE * self.bits % 8:
             spare = packed[:-1] + bytes([packed[-1] | 0x80])
             header = message(key, "masked-input", planned + text(who) + sha(spare))
-            self.refuse("masked-input", who, "an unused bit that is set", blob(header) + spare)
+            self.refuse("masked-input", who, "an unused bit that is set", upload(spare, header))
 
     def unmask(self, planned: bytes, vectors: dict[str, bytes]) -> None:
         alive = [name for name in self.names if name not in self.lost]
