@@ -7,7 +7,8 @@ import click
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
     "adapters": ("client.commands.adapters", "adapters", "List the adapters of a bundle, each verified.", ""),
-    "infer": ("client.commands.infer", "infer", "Print the intent of each phrase and its probability.", ""),
+    "chat": ("client.commands.chat", "chat", "Talk to the language model of a bundle.", ""),
+    "infer": ("client.commands.infer", "infer", "Print the intent of each phrase, or continue a text.", ""),
     "serve-web": ("client.commands.serve_web", "serve_web", "Run a bundle in the browser: serve its page.", ""),
 }
 

@@ -1,0 +1,134 @@
+"""A batch whose rows use different adapters answers as each row does alone."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aggregation.errors import ConfigError, DataError
+from aggregation.identity import IdentityKey
+from client.compose import Adapter, compose, parse
+from client.rows import padded, stacked
+from client.session import Session
+from client.trust import Trust
+from export.base import ExportedBase
+from export.bundle import AdapterSource, write_bundle
+from export.plan import Plan
+
+Source = Callable[..., AdapterSource]
+ROWS = [
+    ("turn on the kitchen lights", "global"),
+    ("lock the door", "anna"),
+    ("unlock", "small"),
+    ("set a timer for ten minutes", "anna:0.5+global"),
+    ("play music", "global"),
+    ("unlock", "global"),
+]
+
+
+def small(given: AdapterSource) -> AdapterSource:
+    """Of rank 2 instead of 4, and for three labels instead of four."""
+    cut = {
+        name: value[:2] if "lora_A" in name else value[:, :2] if "lora_B" in name else value[:3]
+        for name, value in given.tensors.items()
+    }
+    tensors = {name: np.ascontiguousarray(value) for name, value in cut.items()}
+    return replace(given, tensors=tensors, labels=("a", "b", "c"))
+
+
+@pytest.fixture(params=["fp32", "native-int8"])
+def mixed(
+    request: pytest.FixtureRequest, tmp_path: Path, source: Source, vendor: IdentityKey
+) -> tuple[Path, ExportedBase]:
+    """A bundle with three adapters of two ranks and two label sets."""
+    base = request.getfixturevalue("exported" if request.param == "fp32" else "exported_int8")
+    sources = [source(), source("anna", seed=7), small(source("small", seed=3))]
+    write_bundle(tmp_path / "mixed", base, sources, key=vendor)
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    return tmp_path / "mixed", base
+
+
+def loaded(bundle: Path, names: str) -> Adapter:
+    trust = Trust.open(bundle)
+    base = trust.base(bundle)
+    choice = parse(names)
+    return compose(choice, [trust.adapter(bundle, base, part.name) for part in choice], base.card)
+
+
+def test_each_row_answers_as_it_does_alone(mixed: tuple[Path, ExportedBase]) -> None:
+    session = Session.open(mixed[0])
+    together = session.rank_rows(ROWS, 4)
+    for (text, names), found in zip(ROWS, together, strict=True):
+        session.use(names)
+        (alone,) = session.rank([text], 4)
+        assert [p.label for p in found] == [p.label for p in alone]
+        assert [p.probability for p in found] == pytest.approx([p.probability for p in alone], abs=1e-6)
+
+
+def test_rows_of_one_length_and_rank_are_the_same_to_the_bit(mixed: tuple[Path, ExportedBase]) -> None:
+    session = Session.open(mixed[0])
+    rows = [("lock the door", "global"), ("lock the door", "anna"), ("open the door", "anna")]
+    together = session.rank_rows(rows, 4)
+    for (text, names), found in zip(rows, together, strict=True):
+        session.use(names)
+        assert [found] == session.rank([text], 4)
+
+
+def test_the_neighbours_of_a_row_change_nothing(mixed: tuple[Path, ExportedBase]) -> None:
+    session = Session.open(mixed[0])
+    one = session.rank_rows([("lock the door", "anna"), ("open the door", "global")], 4)
+    other = session.rank_rows([("lock the door", "anna"), ("play a music", "anna")], 4)
+    assert one[0] == other[0]
+    assert one[1] != other[1]
+
+
+def test_a_batch_leaves_the_adapter_in_use_in_place(mixed: tuple[Path, ExportedBase]) -> None:
+    session = Session.open(mixed[0])
+    session.use("small")
+    before = session.rank(["unlock"], 3)
+    session.rank_rows(ROWS, 1)
+    assert session.adapter is not None
+    assert session.adapter.name == "small"
+    assert session.rank(["unlock"], 3) == before
+    assert session.rank_rows([], 1) == []
+
+
+@pytest.mark.parametrize("bad", [("", "global"), ("unlock", "nobody"), ("unlock", "../x")])
+def test_one_bad_row_is_refused_and_named(mixed: tuple[Path, ExportedBase], bad: tuple[str, str]) -> None:
+    with pytest.raises((DataError, ConfigError)) as caught:
+        Session.open(mixed[0]).rank_rows([*ROWS, bad], 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_ranks_and_labels_are_filled_up_with_zeros(mixed: tuple[Path, ExportedBase]) -> None:
+    bundle, base = mixed
+    one, other = loaded(bundle, "global"), loaded(bundle, "small")
+    stack = stacked([one, other], base.card.slots)
+    for name, value in stack.items():
+        assert value.shape == (2, *one.inputs[name].shape)
+        np.testing.assert_array_equal(value[0], one.inputs[name])
+        kept = tuple(slice(size) for size in other.inputs[name].shape)
+        np.testing.assert_array_equal(value[1][kept], other.inputs[name])
+        assert np.count_nonzero(value[1]) == np.count_nonzero(other.inputs[name])
+
+
+def test_a_module_trained_whole_that_is_no_head_must_be_one_for_all_rows(mixed: tuple[Path, ExportedBase]) -> None:
+    adapters = [loaded(mixed[0], name) for name in ("global", "anna")]
+    norm = {"norm.weight": ("32",)}
+    extra = [replace(one, inputs={"norm.weight": np.full(32, i, np.float32)}) for i, one in enumerate(adapters)]
+    with pytest.raises(ConfigError, match="which the rows of a batch share"):
+        stacked(extra, norm)
+    assert stacked([extra[0], extra[0]], norm)["norm.weight"].shape == (32,)
+
+
+def test_padding_is_masked() -> None:
+    ids, mask = padded([[5, 6, 7], [8]])
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_the_plan_of_the_test_base_has_a_head(exported: ExportedBase) -> None:
+    found: Plan = exported.plan
+    assert [slot.path for slot in found.saved] == ["classifier"]
