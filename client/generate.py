@@ -165,8 +165,8 @@ class Generator:
         try:
             text = self._tokenizer.apply_chat_template(messages=listed, add_generation_prompt=True)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0][:200]
-            raise ConfigError(f"this model cannot chat ({reason}); use `edgeadapt device infer`") from error
+            reason = f"this model cannot chat ({_first_line(error)})"
+            raise ConfigError(f"{reason}; use `edgeadapt device infer`") from error
         return self._encode(text)
 
     def room(self, options: Options) -> int:
@@ -193,7 +193,7 @@ class Generator:
             try:
                 self._adapters.load(str(path), adapter.name)
             except RuntimeError as error:
-                raise DataError(f"adapter {adapter.name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+                raise DataError(f"adapter {adapter.name!r} cannot be loaded: {_first_line(error)}") from error
         self._live = None  # an adapter that its generator still holds could not be given up
         self._loaded.put(adapter.choice, adapter, adapter.nbytes)
 
@@ -228,6 +228,9 @@ class Generator:
                 yield rest
         except GeneratorExit:  # at a ``yield``: the KV cache holds what ``tokens`` says
             raise
+        except RuntimeError as error:  # of onnxruntime-genai
+            self._live = None
+            raise DataError(f"{self._shown()} cannot be run: {_first_line(error)}") from error
         except BaseException:
             self._live = None
             raise
@@ -290,6 +293,10 @@ def _marks(tokenizer: bytes) -> tuple[str, ...]:
     """The special tokens. The tokenizer finds them in any text, so a message with one could pose as another's."""
     added = json.loads(tokenizer).get("added_tokens", [])
     return tuple(sorted(token["content"] for token in added if token.get("special") and token["content"]))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
