@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
@@ -29,9 +30,10 @@ from adapters.ondevice import LORA_A, Format, check_name, check_slots, to_graph
 from aggregation.errors import ConfigError, DataError
 from aggregation.identity import IdentityKey
 from export import adapter
-from export.base import ExportedBase
-from export.graph import LABELS
-from export.plan import Plan
+from export.slots import LABELS, Plan
+
+if TYPE_CHECKING:  # it brings torch, which an adapter's export does without
+    from export.base import ExportedBase
 
 CARD = Path("base", "card.json")
 
@@ -51,7 +53,7 @@ class AdapterSource:
 
 
 def write_bundle(
-    out: Path, exported: ExportedBase, sources: Sequence[AdapterSource], *, key: IdentityKey, form: Format = "int8"
+    out: Path, exported: "ExportedBase", sources: Sequence[AdapterSource], *, key: IdentityKey, form: Format = "int8"
 ) -> None:
     """Write a bundle to ``out``, replacing the bundle that may be there.
 
@@ -78,7 +80,7 @@ def write_bundle(
         if source.plan is None and exported.task == "text-generation":
             raise ConfigError(f"adapter {source.name!r} comes without its plan, which has the scaling of its layers")
         files |= _adapter_files(source, source.plan or exported.plan, card, key, form)
-    old = _stated_card(out)
+    old = stated_card(out)
     with _replacing(out) as stage:
         if old is not None and old.base_digest == card.base_digest:
             _link(out / "adapters", stage / "adapters")
@@ -101,7 +103,7 @@ def add_adapter(bundle: Path, found: Plan, source: AdapterSource, *, key: Identi
         OSError: The folder cannot be written. The bundle is as it was.
     """
     bundle = _settled(bundle)
-    if (card := _stated_card(bundle)) is None:
+    if (card := stated_card(bundle)) is None:
         raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
     files = _adapter_files(source, found, card, key, form)
     with _replacing(bundle) as stage:
@@ -116,7 +118,7 @@ def copy_bundle(bundle: Path, out: Path) -> None:
         ConfigError: ``bundle`` is no bundle, or ``out`` is something other than one.
         OSError: The folder cannot be written. What was in ``out`` is still there.
     """
-    if _stated_card(bundle) is None:
+    if stated_card(bundle) is None:
         raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
     with _replacing(_settled(out)) as stage:
         _link(bundle, stage)
@@ -151,7 +153,7 @@ def _adapter_files(
     return {f"{path}.onnx_adapter": blob, f"{path}.json": sidecar.sign(key)}
 
 
-def _stated_card(bundle: Path) -> BaseCard | None:
+def stated_card(bundle: Path) -> BaseCard | None:
     """What the card says, unverified: only the exporter relies on it; a device verifies it before it believes it."""
     try:
         body = json.loads((bundle / CARD).read_bytes())["body"]

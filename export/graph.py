@@ -22,12 +22,11 @@ from torch.export import Dim
 
 from adapters.ondevice import LORA_A, LORA_B
 from aggregation.errors import ConfigError
-from export.plan import Plan, SavedSlot
+from export.slots import LABELS, Plan, SavedSlot
 
 OPSET = 20
 TOKENS = ("input_ids", "attention_mask")
 ANSWER = "logits"
-LABELS = "labels"  # the free dimension of a head's rows
 EXAMPLE_RANK = 2  # torch.export takes a size of 0 or 1 for a constant
 
 

@@ -11,6 +11,7 @@ from adapters.method import Method
 from adapters.ondevice import LORA_A, LORA_B, graph_name
 from aggregation.errors import DataError
 
+LABELS = "labels"  # the free dimension of a head's rows
 LORA = ".lora_"  # in the name of everything that peft adds to a layer
 
 
