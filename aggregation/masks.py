@@ -10,8 +10,9 @@ stays in the cache.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -25,6 +26,7 @@ from aggregation.ring import Ring
 KEY = 32  # bytes: 256 bits, of every key and seed
 BLOCK = ZEROS  # bytes of the vector that are masked at a time
 BATCH = 1024  # masks: bounds the memory of open streams, whatever the cohort
+Apply: TypeAlias = Callable[[Ring, Iterable["Mask"]], None]
 _PAIR, _SELF = b"edgeadapt/pair-mask/1", b"edgeadapt/self-mask/1"
 
 

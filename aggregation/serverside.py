@@ -394,8 +394,8 @@ class Unmasking:
             raise ProtocolError("opening has a share that it does not owe", peer)
         return replace(self, openings={**self.openings, peer: message}, once=Once())
 
-    def close(self) -> "tuple[Established, RoundResult] | RoundAborted":
-        """End step 8: open the sum, or nothing."""
+    def close(self, apply: masks.Apply | None = None) -> "tuple[Established, RoundResult] | RoundAborted":
+        """End step 8: open the sum, or nothing. ``apply`` does what ``masks.apply`` does, where that can be faster."""
         opened, spec = self.opened, self.opened.session.spec
         if len(self.openings) < spec.threshold:
             detail = f"{len(self.openings)} openings, {spec.threshold} are needed"
@@ -411,7 +411,7 @@ class Unmasking:
             reason = AbortReason.UNRECOVERABLE if recovery.blamed else AbortReason.TOO_FEW
             return opened.aborted(reason, detail, recovery.blamed)
         self.once.take("sum")
-        masks.apply(opened.total, _masks_to_remove(opened, seeds, keys))
+        (apply or masks.apply)(opened.total, _masks_to_remove(opened, seeds, keys))
         try:
             values = spec.vector.decode(opened.total, len(survivors))
         except DataError as error:
