@@ -13,6 +13,20 @@ const sha256 = matching(/^[0-9a-f]{64}$/);
 const count = (value) => Number.isSafeInteger(value) && value >= 0;
 const fileName = matching(/^[A-Za-z0-9_][A-Za-z0-9_.-]*$/); // stays inside its folder
 
+const number = (value) => typeof value === "number" && value >= 0 && value < 2 ** 63;
+const pairOf = (first, second) => (value) => Array.isArray(value) && value.length === 2 && first(value[0]) && second(value[1]);
+const pattern = (value) => string(value) && value.length > 0 && [...value].length <= 512;
+
+const METHOD = {
+  kind: oneOf("lora"),
+  rank: count,
+  alpha: number,
+  targets: listOf(string),
+  rank_pattern: listOf(pairOf(pattern, count)),
+  alpha_pattern: listOf(pairOf(pattern, number)),
+  rank_stabilized: (value) => typeof value === "boolean",
+};
+
 const CARD = {
   base_digest: sha256,
   profile: string,
@@ -31,6 +45,7 @@ const SIDECAR = {
   layout_digest: sha256,
   version: count,
   source: sha256,
+  method: orNull((value) => isObject(value) && !misfit(value, METHOD)),
   parent: orNull(sha256),
   rank: count,
   labels: listOf(string),
@@ -44,11 +59,17 @@ export const sidecar = (raw, keys) => document(raw, "edgeadapt/adapter/1", SIDEC
 
 async function document(raw, kind, fields, keys) {
   const body = await accept(raw, kind, keys);
+  const why = misfit(body, fields);
+  if (why) throw new TrustError(`${kind}: ${why}`);
+  return body;
+}
+
+/** What keeps `body` from having exactly these fields, or undefined. */
+function misfit(body, fields) {
   for (const [name, check] of Object.entries(fields)) {
-    if (!Object.hasOwn(body, name)) throw new TrustError(`${kind}: field ${name} is missing; get a newer bundle`);
-    if (!check(body[name])) throw new TrustError(`${kind}: field ${name} is not what this page can read`);
+    if (!Object.hasOwn(body, name)) return `field ${name} is missing; get a newer bundle`;
+    if (!check(body[name])) return `field ${name} is not what this page can read`;
   }
   const extra = Object.keys(body).find((name) => !Object.hasOwn(fields, name));
-  if (extra !== undefined) throw new TrustError(`${kind}: field ${extra} is unknown; get a newer page`);
-  return body;
+  return extra === undefined ? undefined : `field ${extra} is unknown; get a newer page`;
 }

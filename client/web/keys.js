@@ -43,7 +43,8 @@ export const keySet = async (keys) => sha256(encode(keys.map((key) => hex(key.ra
 /** Throws TrustError unless `key` signed `body` for the purpose `tag`. */
 export async function verify(key, tag, body, signature) {
   const message = concat(FRAME, Uint8Array.of(tag.length), encode(tag), body);
-  if (!(await verifier())(key.raw, signature, message)) throw new TrustError(`signature of ${key.id} is not valid`);
+  const holds = await verifier();
+  if ((await holds(key.raw, signature, message)) !== true) throw new TrustError(`signature of ${key.id} is not valid`);
 }
 
 let chosen;

@@ -3,10 +3,10 @@
 // A tensor here is { shape, values: Float32Array }, row-major, by graph input.
 
 import { byCodePoint, encode, sha256 } from "./bytes.js";
+import { write } from "./canonical.js";
 import { ConfigError, DataError, quoted } from "./errors.js";
 import * as numbers from "./numbers.js";
 import { product } from "./numbers.js";
-import { canonical } from "./signed.js";
 
 const PEFT_PREFIX = "base_model.model.";
 const LORA_A = ".lora_A.weight";
@@ -119,7 +119,7 @@ function sizeOf(text, size, sizes) {
 export async function layoutDigest(inputs) {
   const rows = [...inputs].map(([name, { shape }]) => [PEFT_PREFIX + name, isLora(name) ? [...shape].reverse() : shape]);
   rows.sort(([left], [right]) => byCodePoint(left, right));
-  return sha256(encode(canonical(rows)));
+  return sha256(encode(write(rows)));
 }
 
 const isLora = (name) => name.endsWith(LORA_A) || name.endsWith(LORA_B);

@@ -12,6 +12,8 @@ from client.session import Session
 from export.base import ExportedBase
 from export.bundle import AdapterSource, write_bundle
 
+pytestmark = pytest.mark.slow
+
 PHRASES = ("turn on the kitchen lights", "Lock the DOOR", "set a timer for ten minutes", "unlock")
 RANK = """(async () => {
   const { Client } = await import('/client.js');
