@@ -1,26 +1,41 @@
-"""What a device demands of the log before its next round: the round that it took part in is in it, and it only grew.
+"""What a device demands of the log before it takes part again: what it did and how it ended is in it, and it only grew.
 
-A *receipt* is the coordinator's newest checkpoint, the ending of a round with its proof of inclusion, and for each
-earlier checkpoint a proof of consistency, whichever of them the device saw last. A *witness* is what a device keeps of
-that: how long the log was and its root. So a coordinator cannot rewrite what it showed a device before, and cannot show
-devices different logs without each of these holding for ever.
+A *receipt* goes beside a plan: the coordinator's newest checkpoint, and proofs that the log which it covers begins with
+what the device saw before, holds the device's own messages of its last round, and says how that round ended.
+A *passage* goes beside an offer: the receipt of the closed log of the session that the device joined last, and from
+there link by link to the new session. So a coordinator cannot take back what a device has seen, a recorded offer leads
+nowhere, and nobody can show devices different logs without each of these holding for ever.
+
+A *witness* is what a device keeps of that, from round to round and from session to session.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from aggregation import envelope, merkle, wire
 from aggregation.errors import ProtocolError, TrustError
-from aggregation.identity import PublicKey
-from aggregation.messages import MAX_COHORT
+from aggregation.identity import IdentityKey, PublicKey
+from aggregation.messages import DEVICES, DIGESTS, MAX_COHORT
 from aggregation.session import COORDINATOR
 from aggregation.spec import MAX_ROUNDS
-from aggregation.transcript import ENTRY, Abort, Checkpoint, Result, Transcript
+from aggregation.transcript import ENTRY, Abort, Checkpoint, Entry, Result, Stage, Transcript
 from aggregation.wire import Codec
 
 MAX_PATH = 128  # hashes: two for each doubling of a log that nobody can write
+MAX_SESSIONS = 10_000  # that a device may have missed
+_MAX_LEAF = Result.LIMIT + 2 * envelope.OVERHEAD + 64 * MAX_COHORT
 _PATH = wire.sequence(wire.fixed(merkle.HASH), MAX_PATH)
 _SIZE = wire.uint(64)
+_CHECKPOINT = wire.blob(Checkpoint.LIMIT + envelope.OVERHEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """An entry's leaf, and the path by which it is in the log."""
+
+    leaf: bytes
+    path: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,89 +44,244 @@ class Receipt:
 
     Args:
         checkpoint: The newest, signed.
-        ending: Leaf of the round's ending: a ``Result`` or an ``Abort``; empty where the device was in no round.
-        inclusion: That the ending is in the log that the checkpoint covers.
+        endings: Of the rounds that may have been the device's last: ``Result`` or ``Abort``.
+        own: The device's masked input, and its agreement, of the round to which it contributed last.
         consistency: Entries that an earlier checkpoint covers → that the newest begins with them.
     """
 
     checkpoint: bytes
-    ending: bytes
-    inclusion: tuple[bytes, ...]
+    endings: tuple[Proof, ...]
+    own: tuple[Proof, ...]
     consistency: Mapping[int, tuple[bytes, ...]]
 
 
+_PROOFS = wire.sequence(wire.record(Proof, {"leaf": wire.blob(_MAX_LEAF), "path": _PATH}), MAX_ROUNDS)
 RECEIPT: Codec[Receipt] = wire.record(
     Receipt,
     {
-        "checkpoint": wire.blob(Checkpoint.LIMIT + envelope.OVERHEAD),
-        "ending": wire.blob(Result.LIMIT + 2 * envelope.OVERHEAD + 64 * MAX_COHORT),
-        "inclusion": _PATH,
+        "checkpoint": _CHECKPOINT,
+        "endings": _PROOFS,
+        "own": _PROOFS,
         "consistency": wire.mapping(_SIZE, _PATH, 2 * MAX_ROUNDS),
     },
 )
 
 
-def receipt(log: Transcript, round_: int = 0) -> bytes:
-    """What a device gets that took part in ``round_`` of the session last; 0 for none.
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """The way from the log that a device saw last to that of a new session.
 
     Args:
-        log: Of the session, with a checkpoint after that round.
-        round_: One that has ended.
+        receipt: Of the closed log of the session that the device joined last; empty where it joined none.
+        closed: The last checkpoints of the sessions since, signed, in their order.
+        opening: That the new session follows the last of these.
     """
-    *earlier, newest = log.checkpoints
-    index, leaf = log.endings[round_] if round_ else (0, b"")
-    inclusion = log.tree.inclusion(index, newest) if round_ else ()
-    consistency = {size: log.tree.consistency(size, newest) for size in [*earlier, newest] if size}
-    return RECEIPT.encode(Receipt(log.checkpoints[newest], leaf, inclusion, consistency))
+
+    receipt: bytes
+    closed: tuple[bytes, ...]
+    opening: bytes
+
+
+PASSAGE: Codec[Passage] = wire.record(
+    Passage,
+    {
+        "receipt": wire.blob(2**28),
+        "closed": wire.sequence(_CHECKPOINT, MAX_SESSIONS),
+        "opening": _CHECKPOINT,
+    },
+)
+
+
+def receipts(log: Transcript, devices: Iterable[str]) -> dict[str, bytes]:
+    """Device → what it gets beside its next plan.
+
+    Args:
+        log: Of the session, with a checkpoint after every round that ended.
+        devices: Who gets one.
+    """
+    newest = max(log.checkpoints)
+    consistency = {size: log.tree.consistency(size, newest) for size in log.checkpoints if size}
+    endings = {
+        round_: Proof(leaf, log.tree.inclusion(index, newest))
+        for round_, (index, leaf) in log.endings.items()
+        if index < newest
+    }
+
+    def receipt(device: str) -> bytes:
+        last, leaves = log.own.get(device, (0, ()))
+        own = tuple(Proof(leaf, log.tree.inclusion(index, newest)) for index, leaf in leaves if index < newest)
+        # Its last round is this one or a later one: an answer to that would be lost.
+        since = tuple(proof for round_, proof in endings.items() if round_ >= last)
+        return RECEIPT.encode(Receipt(log.checkpoints[newest], since, own, consistency))
+
+    return {device: receipt(device) for device in devices}
+
+
+def passage(log: Transcript, key: IdentityKey, receipt: bytes = b"", closed: Iterable[bytes] = ()) -> bytes:
+    """What a device gets beside the offer of the session of ``log``, which is empty or just begun.
+
+    Args:
+        log: Of the new session.
+        key: The coordinator's.
+        receipt: From the closed log of the session that the device joined last, if it joined one.
+        closed: The last checkpoint of each session since, signed, in their order.
+    """
+    return PASSAGE.encode(Passage(receipt, tuple(closed), log.opening(key)))
 
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """What a device knows of the log of its session.
+    """What a device knows of the log of the session that it joined last.
 
     Args:
+        device: Its id.
         offer: Digest of the session's offer.
+        previous: Digest of the last checkpoint of the session before.
         size: Entries of the log when it last saw proofs; 0 before the first.
         root: Of these entries.
+        plan: Digest of the plan of the round to which it contributed last.
+        sent: SHA-256 of its last message, of which it does not know that it arrived.
+        owed: SHA-256 of its messages of that round that did arrive, as what the coordinator asked next has shown.
+        counted: Digest of the survivors that it was told.
     """
 
+    device: str
     offer: bytes
+    previous: bytes
     size: int = 0
     root: bytes = merkle.EMPTY
+    plan: bytes | None = None
+    sent: bytes | None = None
+    owed: tuple[bytes, ...] = ()
+    counted: bytes | None = None
 
-    def on_receipt(
-        self, coordinator: PublicKey, raw: bytes, plan: bytes | None
-    ) -> tuple["Witness", Result | Abort | None]:
-        """Check a receipt; returns what to keep, and how the device's last round ended.
+    def contributed(self, plan: bytes, message: bytes) -> "Witness":
+        """This device answered the plan of that digest with a signed ``message``."""
+        return replace(self, plan=plan, sent=_digest(message), owed=(), counted=None)
+
+    def told(self, survivors: Iterable[str], message: bytes | None = None) -> "Witness":
+        """The coordinator named the survivors, so what was sent before has arrived; ``message`` is the answer."""
+        arrived = () if self.sent is None else (self.sent,)
+        sent = None if message is None else _digest(message)
+        return replace(self, owed=(*self.owed, *arrived), sent=sent, counted=_names(survivors))
+
+    def on_receipt(self, coordinator: PublicKey, raw: bytes) -> "Witness":
+        """Check a receipt; returns what to keep.
 
         Args:
             coordinator: The pinned key.
             raw: As received.
-            plan: Digest of the plan of the round that this device contributed to last; nothing before the first.
 
         Raises:
             ProtocolError: Not a receipt of this session, or it does not prove that the log goes on from what this
-                device saw, or that the round's ending is in it.
+                device saw, that its messages are in it, and that its round ended with the survivors that it was told.
         """
+        return self._checked(coordinator, raw)[0]
+
+    def on_passage(self, coordinator: PublicKey, raw: bytes, offer: bytes) -> "Witness":
+        """Check a passage to the session of the offer with this digest; returns what to keep of it.
+
+        Raises:
+            ProtocolError: As ``on_receipt``; the log is not closed; or the new session does not follow it.
+        """
+        given = PASSAGE.decode(raw)
+        if offer == self.offer:
+            raise ProtocolError("this device has joined that session before: the offer is repeated", COORDINATOR)
+        if not given.receipt:
+            raise ProtocolError("no proof of the session that this device joined last", COORDINATOR)
+        last = _closed(self._checked(coordinator, given.receipt)[1])
+        for signed in given.closed:
+            link = _closed(envelope.open_as(Checkpoint, signed, coordinator, COORDINATOR))
+            if link.previous != last.digest():
+                raise ProtocolError("a session between the last one and this one is left out", COORDINATOR)
+            last = link
+        fresh = first(coordinator, raw, offer, self.device)
+        if fresh.previous != last.digest():
+            raise ProtocolError("the offer does not follow the sessions that this device knows: it is old", COORDINATOR)
+        return fresh
+
+    def _checked(self, coordinator: PublicKey, raw: bytes) -> tuple["Witness", Checkpoint]:
         given = RECEIPT.decode(raw)
         checkpoint = envelope.open_as(Checkpoint, given.checkpoint, coordinator, COORDINATOR)
-        if checkpoint.offer != self.offer:
+        if (checkpoint.offer, checkpoint.previous) != (self.offer, self.previous):
             raise ProtocolError("the log is of another session", COORDINATOR)
         try:
             if self.size:
                 path = given.consistency.get(self.size, ())
                 merkle.verify_consistency(self.root, self.size, checkpoint.root, checkpoint.size, path)
-            ending = None if plan is None else _ending(coordinator, given, checkpoint, plan)
+            self._ended(coordinator, given, checkpoint)
         except TrustError as error:
             raise ProtocolError(str(error), COORDINATOR) from None
-        return Witness(self.offer, checkpoint.size, checkpoint.root), ending
+        return Witness(self.device, self.offer, self.previous, checkpoint.size, checkpoint.root), checkpoint
+
+    def _ended(self, coordinator: PublicKey, given: Receipt, checkpoint: Checkpoint) -> None:
+        if self.plan is None:
+            return
+        ending = self._ending(coordinator, given, checkpoint)
+        owed = set(self.owed)
+        if isinstance(ending, Result):
+            if self.counted not in (None, _names(ending.survivors)):
+                raise ProtocolError("the log counts other survivors than this device was told", COORDINATOR)
+            if self.device in ending.survivors and self.sent is not None and self.counted is None:
+                owed.add(self.sent)
+        found = {_digest(_included(proof, checkpoint).message) for proof in given.own}
+        if owed - found:
+            raise ProtocolError("the log is not shown to hold this device's messages of its last round", COORDINATOR)
+
+    def _ending(self, coordinator: PublicKey, given: Receipt, checkpoint: Checkpoint) -> Result | Abort:
+        for proof in given.endings:
+            entry = _included(proof, checkpoint)
+            kind: type[Result] | type[Abort] = Result if entry.kind == Result.TAG else Abort
+            ending: Result | Abort = envelope.open_as(kind, entry.message, coordinator, COORDINATOR)
+            if ending.plan == self.plan:
+                return ending
+        raise ProtocolError("the log is not shown to hold the end of this device's last round", COORDINATOR)
 
 
-def _ending(coordinator: PublicKey, given: Receipt, checkpoint: Checkpoint, plan: bytes) -> Result | Abort:
-    entry = ENTRY.decode(given.ending)
-    merkle.verify_inclusion(checkpoint.root, checkpoint.size, entry.index, given.ending, given.inclusion)
-    kind: type[Result] | type[Abort] = Result if entry.kind == Result.TAG else Abort
-    ending: Result | Abort = envelope.open_as(kind, entry.message, coordinator, COORDINATOR)
-    if ending.plan != plan:
-        raise ProtocolError("the log shows the end of another round than this device took part in", COORDINATOR)
-    return ending
+_DIGESTS = wire.optional(DIGESTS)
+WITNESS: Codec[Witness] = wire.record(
+    Witness,
+    {
+        "device": DEVICES,
+        "offer": DIGESTS,
+        "previous": DIGESTS,
+        "size": _SIZE,
+        "root": DIGESTS,
+        "plan": _DIGESTS,
+        "sent": _DIGESTS,
+        "owed": wire.sequence(DIGESTS, 4),
+        "counted": _DIGESTS,
+    },
+)
+
+
+def first(coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> Witness:
+    """What ``device``, which keeps nothing yet, keeps of the passage to the session of the offer with this digest.
+
+    Raises:
+        ProtocolError: Not such a passage.
+    """
+    opening = envelope.open_as(Checkpoint, PASSAGE.decode(raw).opening, coordinator, COORDINATOR)
+    if (opening.offer, opening.size, opening.stage) != (offer, 0, Stage.OPEN):
+        raise ProtocolError("the opening is not of the session on offer", COORDINATOR)
+    return Witness(device, offer, opening.previous)
+
+
+def _closed(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.stage is not Stage.CLOSED:
+        raise ProtocolError("the log of a session before is not closed", COORDINATOR)
+    return checkpoint
+
+
+def _included(proof: Proof, checkpoint: Checkpoint) -> Entry:
+    entry = ENTRY.decode(proof.leaf)
+    merkle.verify_inclusion(checkpoint.root, checkpoint.size, entry.index, proof.leaf, proof.path)
+    return entry
+
+
+def _digest(message: bytes) -> bytes:
+    return hashlib.sha256(message).digest()
+
+
+def _names(devices: Iterable[str]) -> bytes:
+    return _digest("\n".join(sorted(devices)).encode())

@@ -8,6 +8,9 @@ from enum import Enum
 RECORD = "edgeadapt"  # the one record in a message
 BODY = "body"  # its signed protocol message
 ADAPTER = "adapter"  # beside a plan: the adapter's safetensors bytes, whose digest the plan signs
+PROOF = "proof"  # beside an offer a passage, beside a plan a receipt (``receipts``)
+REVOKED = "revoked"  # beside an offer: the authority's newest revocation list, where there is one
+SEEN = "seen"  # beside a certificate: digest of the offer that the device joined last, if it keeps a witness
 
 
 class Step(Enum):

@@ -19,7 +19,7 @@ from aggregation import envelope, wire
 from aggregation.certificates import DEVICE_ID
 from aggregation.errors import ProtocolError
 from aggregation.identity import IdentityKey
-from aggregation.merkle import Tree
+from aggregation.merkle import EMPTY, Tree
 from aggregation.messages import (
     DEVICES,
     DIGESTS,
@@ -44,7 +44,7 @@ MAGIC = b"edgeadapt/transcript/1\n"
 EVERYONE = "*"  # the peer of a message that all who were asked got alike
 NO_SESSION = bytes(32)  # in place of an earlier session's last checkpoint
 MAX_ENTRY = envelope.MAX_MESSAGE + 1024  # bytes
-_LENGTH = 4  # bytes before each entry
+LENGTH = 4  # bytes before each entry
 
 ASKED: dict[Step, type[Message]] = {
     Step.OFFER: Offer,
@@ -181,6 +181,7 @@ class Transcript:
         plan: Digest of the plan of the round under way, if one is.
         endings: Round → index and leaf of its ending.
         checkpoints: Entries that each checkpoint covers → the checkpoint, signed.
+        own: Device → the last round to which it contributed, and index and leaf of its masked input and its agreement.
     """
 
     offer: bytes
@@ -190,6 +191,7 @@ class Transcript:
     plan: bytes | None = None
     endings: dict[int, tuple[int, bytes]] = field(default_factory=dict, repr=False)
     checkpoints: dict[int, bytes] = field(default_factory=dict, repr=False)
+    own: dict[str, tuple[int, tuple[tuple[int, bytes], ...]]] = field(default_factory=dict, repr=False)
 
     def begin(self, plan: Plan) -> None:
         """What follows belongs to the round of ``plan``."""
@@ -206,25 +208,54 @@ class Transcript:
 
     def received(self, step: Step, device: str, body: bytes) -> bytes:
         """What a device answered, once the answer was found good."""
-        signed = _split(body)[0] if step is Step.PLAN else body
-        return self._append(ANSWERED[step].TAG, device, signed)
+        return self._append(ANSWERED[step].TAG, device, signed_of(step, body))
 
     def ended(self, key: IdentityKey, ending: Result | Abort) -> bytes:
         """How the round ended, signed, and a checkpoint."""
-        record = self._append(ending.TAG, EVERYONE, envelope.seal(key, ending))
-        self.plan, self.endings[self.round] = None, (self.tree.size - 1, record[_LENGTH:])
-        return record + self.checkpoint(key)
+        return self._append(ending.TAG, EVERYONE, envelope.seal(key, ending)) + self.checkpoint(key)
 
     def checkpoint(self, key: IdentityKey, stage: Stage = Stage.OPEN) -> bytes:
         """Sign the root of what is there so far."""
         signed = Checkpoint(self.offer, self.tree.size, self.tree.root(), self.previous, stage)
-        self.checkpoints[signed.size] = envelope.seal(key, signed)
-        return self._append(Checkpoint.TAG, EVERYONE, self.checkpoints[signed.size])
+        return self._append(Checkpoint.TAG, EVERYONE, envelope.seal(key, signed))
+
+    def opening(self, key: IdentityKey) -> bytes:
+        """A checkpoint of nothing, signed: that this session, of which nothing may be logged yet, follows that before.
+
+        It goes beside the offer and is no entry.
+        """
+        return envelope.seal(key, Checkpoint(self.offer, 0, EMPTY, self.previous, Stage.OPEN))
+
+    def add(self, entry: Entry) -> bytes:
+        """Take the next entry; its leaf.
+
+        Raises:
+            ProtocolError: It is a plan that cannot be read.
+        """
+        leaf, index = ENTRY.encode(entry), self.tree.size
+        if entry.kind == Checkpoint.TAG:
+            self.checkpoints[index] = entry.message
+        elif entry.kind in (Result.TAG, Abort.TAG):
+            self.plan, self.endings[entry.round] = None, (index, leaf)
+        elif entry.kind == MaskedInput.TAG:
+            self.own[entry.peer] = (entry.round, ((index, leaf),))
+        elif entry.kind == Agreement.TAG:
+            round_, leaves = self.own.get(entry.peer, (entry.round, ()))
+            self.own[entry.peer] = (round_, (*leaves, (index, leaf)))
+        elif entry.kind == Assignment.TAG and entry.round > self.round:
+            self.plan = Assignment.decode(envelope.unverified_body(entry.message)).plan.digest()
+        self.round = entry.round
+        self.tree.append(leaf)
+        return leaf
 
     def _append(self, kind: str, peer: str, message: bytes) -> bytes:
-        leaf = ENTRY.encode(Entry(self.tree.size, kind, self.round, peer, message))
-        self.tree.append(leaf)
-        return len(leaf).to_bytes(_LENGTH, "big") + leaf
+        leaf = self.add(Entry(self.tree.size, kind, self.round, peer, message))
+        return len(leaf).to_bytes(LENGTH, "big") + leaf
+
+
+def signed_of(step: Step, body: bytes) -> bytes:
+    """The part of a device's answer that is logged: all of it but the vector."""
+    return _split(body)[0] if step is Step.PLAN else body
 
 
 def vector_of(body: bytes) -> bytes:
@@ -259,7 +290,7 @@ def read(raw: bytes) -> Reading:
     entries: list[Entry] = []
     at = len(MAGIC)
     while at < len(raw):
-        start = at + _LENGTH
+        start = at + LENGTH
         size = int.from_bytes(raw[at:start], "big")
         if size > MAX_ENTRY or start + size > len(raw):
             return Reading(tuple(entries), at, f"the log is cut off, or damaged, in entry {len(entries)}")
@@ -275,7 +306,9 @@ def resume(entries: tuple[Entry, ...], previous: bytes) -> Transcript:
     """The transcript that wrote ``entries``, of which the first is the offer, to go on with.
 
     Raises:
-        ProtocolError: The first is no offer.
+        ProtocolError: The first is no offer, or a plan cannot be read.
     """
-    offer = Offer.decode(envelope.unverified_body(entries[0].message)).digest()
-    return Transcript(offer, previous, Tree(map(ENTRY.encode, entries)), entries[-1].round)
+    log = Transcript(Offer.decode(envelope.unverified_body(entries[0].message)).digest(), previous)
+    for entry in entries:
+        log.add(entry)
+    return log

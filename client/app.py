@@ -19,12 +19,16 @@ from adapters import files
 from adapters.base import Base, find_base
 from adapters.layout import Layout
 from adapters.task import Task
-from aggregation import clientside
-from aggregation.clientside import Advertised, ClientState, Confirmed, Masked, Planned, Ready
+from aggregation import clientside, envelope, receipts
+from aggregation.clientside import Advertised, ClientState, Confirmed, Device, Masked, Planned, Ready
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
+from aggregation.messages import Unmask
+from aggregation.receipts import Witness
 from aggregation.ring import Ring
-from aggregation.steps import ADAPTER, BODY, RECORD, Step
+from aggregation.session import COORDINATOR
+from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, REVOKED, SEEN, Step
+from aggregation.transcript import signed_of
 from client.examples import Part, part, read_examples
 from client.home import Home
 
@@ -41,8 +45,8 @@ def _handler(message: Message, context: Context) -> Message:
     try:
         home = Home.open(Path(str(context.node_config.get(HOME, ""))))
         with home.locked():
-            body = home.certificate if step is Step.HELLO else _transition(home, step, _fields(message))
-        return Message(RecordDict({RECORD: ConfigRecord({BODY: body})}), reply_to=message)
+            answer = _hello(home) if step is Step.HELLO else {BODY: _transition(home, step, _fields(message))}
+        return Message(RecordDict({RECORD: ConfigRecord(dict(answer))}), reply_to=message)
     except EdgeAdaptError as error:
         log.warning("%s refused: %s", step.value, error)
         return Message(Error(REFUSED, _reason(error)), reply_to=message)
@@ -72,29 +76,79 @@ def _fields(message: Message) -> Mapping[str, bytes]:
     return fields
 
 
+def _hello(home: Home) -> dict[str, bytes]:
+    witness = home.load_witness()
+    return {BODY: home.certificate, SEEN: b"" if witness is None else witness.offer}
+
+
 def _transition(home: Home, step: Step, fields: Mapping[str, bytes]) -> bytes:
     """One step of the protocol: load the state, move on, seal the new state, and only then answer."""
     base = find_base(home.settings.base)
+    if step is Step.OFFER and REVOKED in fields:
+        _hear_revocations(home, fields[REVOKED])
     device, body = home.device(base.digest), fields[BODY]
     # An offer begins anew, so that a state which can no longer be read shuts a device out of one session only.
     state = None if step is Step.OFFER else home.load_state()
+    seen = home.load_witness() if device.policy.demand_proofs else None
     after: ClientState
     if step is Step.OFFER:
-        after, answer = clientside.join(device, body, SystemEntropy(), datetime.now(UTC))
+        now = datetime.now(UTC)
+        device.policy.check_revocations(device.root.revoked, now)
+        after, answer = clientside.join(device, body, SystemEntropy(), now)
+        seen = _led_to(device, seen, fields, after)
     elif step is Step.ROSTER and isinstance(state, Advertised):
         after, answer = state.on_roster(device, body, SystemEntropy())
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
         planned = state.on_plan(device, body)
+        seen = _shown(device, seen, fields)
         after, answer = planned.contribute(device, _train(home, base, planned, fields.get(ADAPTER, b"")))
+        seen = seen and seen.contributed(planned.plan.digest(), signed_of(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
+        seen = seen and seen.told(after.survivors.vectors, answer)
     elif step is Step.UNMASK and isinstance(state, Masked | Confirmed):
         after, answer = state.on_unmask(device, body)
+        seen = seen and seen.told(Unmask.decode(envelope.unverified_body(body)).survivors.vectors)
     else:
         holds = "no session" if state is None else f"the state {type(state).__name__}"
         raise ProtocolError(f"{step.value} is not what comes next: this device holds {holds}")
     home.save_state(after)
+    if step is not Step.ROSTER:
+        home.save_witness(seen)
     return answer
+
+
+def _hear_revocations(home: Home, raw: bytes) -> None:
+    """What the coordinator passes on; of the authority's word it cannot make a newer one, only keep it back."""
+    try:
+        home.revoke(raw)
+    except TrustError as error:
+        raise ProtocolError(str(error), COORDINATOR) from None
+
+
+def _led_to(device: Device, seen: Witness | None, fields: Mapping[str, bytes], joined: Advertised) -> Witness | None:
+    """From the log that this device saw last to that of the session which it joins."""
+    if not device.policy.demand_proofs:
+        return None
+    proof = _proof(fields)
+    if seen is None:
+        return receipts.first(device.coordinator, proof, joined.offer, joined.me)
+    return seen.on_passage(device.coordinator, proof, joined.offer)
+
+
+def _shown(device: Device, seen: Witness | None, fields: Mapping[str, bytes]) -> Witness | None:
+    """What the log shows of this device's last round, before it takes part in the next."""
+    if not device.policy.demand_proofs:
+        return None
+    if seen is None:
+        raise ProtocolError("this device kept nothing of the session's log; it takes part again from the next offer")
+    return seen.on_receipt(device.coordinator, _proof(fields))
+
+
+def _proof(fields: Mapping[str, bytes]) -> bytes:
+    if PROOF not in fields:
+        raise ProtocolError("no proof of what the log holds came along", COORDINATOR)
+    return fields[PROOF]
 
 
 def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
@@ -110,7 +164,7 @@ def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
     task = Task.decode(plan.training)
     try:
         start = files.decode(blob)
-        mine = trainer(base, len(task.labels), LoraSpec(task.method.rank, task.method.alpha, task.method.targets))
+        mine = trainer(base, len(task.labels), LoraSpec.of(task.method))
     except (DataError, ConfigError) as error:  # of the coordinator's making, so it may hear what
         raise ProtocolError(f"adapter and task: {error}") from error
     if not Layout.of(start).digest == mine.layout.digest == spec.layout_digest:

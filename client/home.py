@@ -1,7 +1,8 @@
 """The device's home: the folder with its identity, whom it trusts, its settings, its examples and its sealed state.
 
 Everything secret is readable by its owner only. The state of a protocol session is encrypted at rest and replaced
-atomically *before* an answer leaves the device, so that a restarted device never answers a step twice.
+atomically *before* an answer leaves the device, so that a restarted device never answers a step twice. So are what the
+device saw of the coordinator's log, and the newest revocation list that it was shown; neither of them is secret.
 """
 
 import fcntl
@@ -11,18 +12,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from aggregation import clientside
+from aggregation import clientside, receipts
 from aggregation.certificates import Root
 from aggregation.clientside import ClientState, Device
 from aggregation.entropy import Entropy
-from aggregation.errors import ConfigError, TrustError
+from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.identity import IdentityKey, PublicKey
-from aggregation.policy import Policy
-from aggregation.spec import Adversary
+from aggregation.receipts import Witness
+from client.policy import PolicySettings
 from client.storage import replace
 
 SETTINGS = "device.toml"
@@ -35,6 +36,8 @@ TRUST = "trust.pem"
 PERSONAL = "personal.safetensors"
 SEALING_KEY = "sealing.key"
 STATE = "session.sealed"
+WITNESS = "log.seen"
+REVOKED = "revoked.crl"
 LOCK = "session.lock"
 
 
@@ -44,11 +47,8 @@ class DeviceSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     base: str = Field(description="frozen base: a folder, or an installed package that carries one")
-    minimum_cohort: int = Field(default=8, ge=3, description="smallest cohort this device joins, in devices")
-    trust_coordinator_to_follow: bool = Field(
-        default=False, description="also join sessions that only withstand a coordinator that follows the protocol"
-    )
     examples: str = Field(default=EXAMPLES, description="examples file, relative to this folder")
+    policy: PolicySettings = PolicySettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +95,30 @@ class Home:
         return Device(
             IdentityKey.from_pem(self._read(IDENTITY)),
             self.certificate,
-            Root.from_pem(self._read(AUTHORITY)),
+            self.root(),
             PublicKey.from_pem(self._read(COORDINATOR)),
-            Policy(
-                known_bases=frozenset({base_digest}),
-                minimum_cohort=self.settings.minimum_cohort,
-                adversaries=frozenset(Adversary if self.settings.trust_coordinator_to_follow else {Adversary.ACTIVE}),
-            ),
+            self.settings.policy.policy(base_digest),
         )
+
+    def root(self) -> Root:
+        """The pinned authority, going by the newest revocation list that this device was shown.
+
+        Raises:
+            TrustError: A file is missing or damaged.
+        """
+        root, path = Root.from_pem(self._read(AUTHORITY)), self.folder / REVOKED
+        return root.with_revocations(path.read_bytes()) if path.exists() else root
+
+    def revoke(self, raw: bytes) -> None:
+        """Go by a revocation list from now on, and keep it.
+
+        Raises:
+            TrustError: It is not the authority's, or older than the one at hand.
+        """
+        known = self.root()
+        new = known.with_revocations(raw).revoked
+        if new is not None and new != known.revoked:
+            replace(self.folder / REVOKED, new.to_pem())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -124,6 +140,25 @@ class Home:
         """Seal the state and replace the old one atomically."""
         replace(self.folder / STATE, clientside.seal(state, self._read(SEALING_KEY)))
 
+    def load_witness(self) -> Witness | None:
+        """What this device saw of the coordinator's log, or nothing before its first session.
+
+        Raises:
+            TrustError: The file is damaged.
+        """
+        path = self.folder / WITNESS
+        try:
+            return receipts.WITNESS.decode(path.read_bytes()) if path.exists() else None
+        except ProtocolError:
+            raise TrustError(f"{path} is damaged: 'edgeadapt device forget' starts this device's memory anew") from None
+
+    def save_witness(self, witness: Witness | None) -> None:
+        """Replace what was seen of the log atomically; nothing removes it."""
+        if witness is None:
+            (self.folder / WITNESS).unlink(missing_ok=True)
+        else:
+            replace(self.folder / WITNESS, receipts.WITNESS.encode(witness))
+
     def _read(self, name: str) -> bytes:
         try:
             return (self.folder / name).read_bytes()
@@ -132,25 +167,29 @@ class Home:
 
 
 def enrol(
-    folder: Path, settings: Mapping[str, str | int], identity: IdentityKey, trust: Mapping[str, bytes], entropy: Entropy
+    folder: Path, settings: DeviceSettings, identity: IdentityKey, trust: Mapping[str, bytes], entropy: Entropy
 ) -> Home:
     """Make a home.
 
     Args:
         folder: Created where it is missing.
-        settings: Keys of ``DeviceSettings``.
-        identity: Made on the device; its public half is in the certificate.
-        trust: ``CERTIFICATE``, ``AUTHORITY`` and ``COORDINATOR`` → their bytes.
+        settings: The owner's; what is as by default is not written.
+        identity: Made on the device; its public half is what the authority certifies.
+        trust: ``AUTHORITY``, ``COORDINATOR``, and ``CERTIFICATE`` where there is one yet → their bytes.
         entropy: Draws the sealing key.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{key} = {_toml(value)}\n" for key, value in settings.items()]
-    files = {SETTINGS: "".join(lines).encode(), IDENTITY: identity.to_pem(), SEALING_KEY: entropy.bytes(32), **trust}
+    whole = settings.model_dump(mode="json", exclude_defaults=True)
+    files = {SETTINGS: _toml(whole).encode(), IDENTITY: identity.to_pem(), SEALING_KEY: entropy.bytes(32), **trust}
     for name, content in files.items():
         replace(folder / name, content)
     return Home.open(folder)
 
 
-def _toml(value: str | int) -> str:
-    # JSON's strings and numbers are TOML's, but for the one control character that JSON does not escape.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+def _toml(table: Mapping[str, Any], name: str = "") -> str:
+    """A table and those within it. JSON's strings, lists and numbers are TOML's, but for one control character."""
+    flat = {key: json.dumps(value, ensure_ascii=False) for key, value in table.items() if not isinstance(value, dict)}
+    lines = [f"[{name}]\n"] if name else []
+    lines += [f"{key} = {value}\n".replace("\x7f", "\\u007f") for key, value in flat.items()]
+    lines += [_toml(value, key) for key, value in table.items() if key not in flat]
+    return "".join(lines)

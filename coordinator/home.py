@@ -1,6 +1,11 @@
-"""The coordinator's home: its signing key, the authority that it relies on, settings, registry and transcripts."""
+"""The coordinator's home: its signing key, the authority that it relies on, settings, registry and transcripts.
+
+The authority's revocation list lies in it too, where there is one. It is read again for each session, so that a new one
+counts without a restart, and the coordinator takes no older one than it went by before.
+"""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +20,7 @@ from coordinator.transcript import Transcripts
 
 KEY = "signing.pem"
 AUTHORITY = "authority.pem"
+REVOKED = "revoked.crl"
 SETTINGS = "federation.json"
 DATABASE = "registry.db"
 BLOBS = "blobs"
@@ -25,6 +31,7 @@ TRANSCRIPT = "transcript"
 class CoordinatorHome:
     """A coordinator, opened from its folder."""
 
+    folder: Path
     key: IdentityKey
     root: Root
     settings: FederationSettings
@@ -47,7 +54,24 @@ class CoordinatorHome:
                 f"{folder} is not a coordinator's home: {Path(error.filename).name} is missing"
             ) from error
         transcripts = Transcripts(folder / TRANSCRIPT, key, root, settings.aggregation.keep_masked_inputs)
-        return cls(key, root, settings, open_registry(folder, key), transcripts)
+        return cls(folder, key, root, settings, open_registry(folder, key), transcripts)
+
+    def trusted(self, at: datetime) -> Root:
+        """The authority, with the revocation list that lies here and in the newest transcript.
+
+        Args:
+            at: Now.
+
+        Raises:
+            TrustError: The list is not the authority's, is older than that of the last session, or is past its end.
+        """
+        root = self.root
+        for path in (self.folder / TRANSCRIPT / REVOKED, self.folder / REVOKED):
+            if path.exists():
+                root = root.with_revocations(path.read_bytes())
+        if root.revoked is not None:
+            root.revoked.require_fresh(at)
+        return root
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:

@@ -17,10 +17,12 @@ from adapters import files
 from adapters.layout import Layout
 from adapters.manifest import Manifest
 from aggregation import serverside
+from aggregation.certificates import Root
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
+from aggregation.receipts import receipts
 from aggregation.serverside import Confirming, Established, Offering, RoundAborted, RoundResult, Sharing, Unmasking
-from aggregation.steps import Step
+from aggregation.steps import ADAPTER, PROOF, REVOKED, Step
 from coordinator import optimizer
 from coordinator.home import CoordinatorHome
 from coordinator.registry import RoundRecord, Version
@@ -51,13 +53,14 @@ class Fleet:
         bodies: Mapping[str, bytes],
         *,
         group: str,
-        adapter: bytes | None = None,
+        beside: Mapping[str, Mapping[str, bytes]] | None = None,
     ) -> S:
         """Ask each device of ``bodies`` and let the state ``accept`` each answer as it comes."""
         devices = {self.nodes[device]: device for device in bodies}
         asked = {self.nodes[device]: body for device, body in bodies.items()}
+        extra = {self.nodes[device]: fields for device, fields in (beside or {}).items()}
         self.recorder.sent(step, bodies)
-        for reply in self.wire.ask(step, asked, group, adapter):
+        for reply in self.wire.ask(step, asked, group, extra):
             device = devices[reply.node]
             try:
                 if reply.body is None:
@@ -107,18 +110,19 @@ def _establish(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tu
 def _session(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tuple[Fleet, Established] | RoundAborted:
     """Steps 1–4 of the protocol."""
     version = _latest(home)
-    certificates, nodes = _roll_call(home, wire, group)
+    root = home.trusted(datetime.now(UTC))
+    certificates, nodes, seen = _roll_call(root, wire, group)
     least = home.settings.aggregation.minimum_devices
     if len(nodes) < least:
         return RoundAborted(serverside.AbortReason.TOO_FEW, f"{len(nodes)} devices answered, {least} are needed", None)
     layout = Layout.of(home.registry.tensors(version.manifest.version))
     spec = home.settings.aggregation.spec(len(nodes), layout, version.manifest.base_digest, rounds)
-    offering, offer = serverside.open_session(
-        home.key, home.root, spec, certificates, SystemEntropy(), datetime.now(UTC)
-    )
-    fleet = Fleet(wire, nodes, home.transcripts.begin(offering.offer))
+    offering, offer = serverside.open_session(home.key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
+    fleet = Fleet(wire, nodes, home.transcripts.begin(offering.offer, root.revoked))
     offers = dict.fromkeys(nodes, offer)
-    sharing = fleet.gather(offering, Offering.on_advert, Step.OFFER, offers, group=group).close()
+    revoked = {REVOKED: root.revoked.der} if root.revoked else {}
+    beside = _beside(home.transcripts.passages(fleet.recorder, seen), revoked)
+    sharing = fleet.gather(offering, Offering.on_advert, Step.OFFER, offers, group=group, beside=beside).close()
     if isinstance(sharing, RoundAborted):
         return sharing
     state, roster = sharing
@@ -131,19 +135,29 @@ def _session(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tupl
     return fleet, session
 
 
-def _roll_call(home: CoordinatorHome, wire: Wire, group: str) -> tuple[dict[str, bytes], dict[str, int]]:
-    """Ask every node who it is; keep those with a certificate of the authority's, one node a device."""
+def _roll_call(root: Root, wire: Wire, group: str) -> tuple[dict[str, bytes], dict[str, int], dict[str, bytes]]:
+    """Ask every node who it is; keep those with a certificate of the authority's, one node a device.
+
+    Returns:
+        Device → certificate, device → node, and device → the offer that it says it joined last.
+    """
     certificates: dict[str, bytes] = {}
     nodes: dict[str, int] = {}
+    seen: dict[str, bytes] = {}
     for reply in wire.ask(Step.HELLO, dict.fromkeys(wire.nodes(), b""), group):
         try:
-            device, _ = home.root.verify(reply.body or b"", datetime.now(UTC))
+            device, _ = root.verify(reply.body or b"", datetime.now(UTC))
         except EdgeAdaptError as error:
             log.info("node %d is not taken: %s", reply.node, reply.reason or error)
             continue
         if device not in nodes:
-            certificates[device], nodes[device] = reply.body or b"", reply.node
-    return certificates, nodes
+            certificates[device], nodes[device], seen[device] = reply.body or b"", reply.node, reply.seen
+    return certificates, nodes, seen
+
+
+def _beside(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:
+    """Device → fields beside its message: its own proof, and what all get alike."""
+    return {device: {PROOF: proof, **shared} for device, proof in proofs.items()}
 
 
 def _round(
@@ -188,9 +202,9 @@ def _protocol(
         return planned
     state, plans = planned
     fleet.recorder.begin(state.plan)
-    blob = home.registry.blob(manifest.version)
+    beside = _beside(receipts(fleet.recorder.log, plans), {ADAPTER: home.registry.blob(manifest.version)})
     masked = fleet.gather(
-        state, serverside.Collecting.on_masked_input, Step.PLAN, plans, group=group, adapter=blob
+        state, serverside.Collecting.on_masked_input, Step.PLAN, plans, group=group, beside=beside
     ).close()
     if isinstance(masked, RoundAborted):
         return masked

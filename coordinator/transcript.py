@@ -2,11 +2,13 @@
 
     transcript/
       authority.pem, coordinator.pem   whom the sessions rely on: public, to compare with what devices pin
+      revoked.crl                      the authority's revocation list in the newest session, where there is one
       session-000001.log               see ``aggregation.transcript``; each session's checkpoints name the one before
       vectors/SHA256.bin               masked vectors, where the operator keeps them
 
-Records are appended whole and synced to the disk at each checkpoint. A kill can tear the last record; the next start
-cuts it back, keeps what it cut beside the log, and closes the log.
+Records are appended whole, and synced to the disk before the next question goes out: from it a device learns that its
+answer arrived, and demands later that the answer is in the log. A kill can tear the last record; the next start cuts it
+back, keeps what it cut beside the log, ends the round under way, and closes the log.
 """
 
 import hashlib
@@ -15,23 +17,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import BinaryIO
 
-from aggregation import transcript
+from aggregation import envelope, transcript
 from aggregation.audit.log import checkpoints
 from aggregation.audit.report import Problem
 from aggregation.certificates import Root
-from aggregation.errors import TrustError
+from aggregation.errors import ProtocolError, TrustError
 from aggregation.identity import IdentityKey
-from aggregation.messages import Plan
+from aggregation.messages import Offer, Plan
+from aggregation.receipts import passage, receipts
+from aggregation.revocation import RevocationList
 from aggregation.serverside import AbortReason, RoundResult
 from aggregation.steps import Step
-from aggregation.transcript import MAGIC, NO_SESSION, Abort, Result, Stage, Transcript
+from aggregation.transcript import ENTRY, LENGTH, MAGIC, NO_SESSION, Abort, Entry, Result, Stage, Transcript
 
 AUTHORITY = "authority.pem"
 COORDINATOR = "coordinator.pem"
+REVOKED = "revoked.crl"
 VECTORS = "vectors"
 LOGS = "session-*.log"
 TORN = ".torn"
+INTERRUPTED = "interrupted"  # why a round ended that was under way when the process ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +57,20 @@ class Transcripts:
     root: Root
     keep_vectors: bool
 
-    def begin(self, offer: bytes) -> "Recorder":
+    def begin(self, offer: bytes, revoked: RevocationList | None = None) -> "Recorder":
         """Start the log of the session whose offer has this digest, and close the one before.
+
+        Args:
+            offer: Its digest.
+            revoked: The revocation list that the session goes by.
 
         Raises:
             TrustError: The log before it was altered.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         _replace(self.folder / AUTHORITY, self.root.to_pem())
+        if revoked is not None:
+            _replace(self.folder / REVOKED, revoked.to_pem())
         _replace(self.folder / COORDINATOR, self.key.public.to_pem())
         vectors = self.folder / VECTORS if self.keep_vectors else None
         if vectors:
@@ -66,7 +79,29 @@ class Transcripts:
         number = max((int(path.stem.partition("-")[2]) for path in logs(self.folder)), default=0) + 1
         recorder = Recorder(self.folder / f"session-{number:06}.log", Transcript(offer, previous), self.key, vectors)
         recorder.write(MAGIC)
+        _sync(self.folder)
         return recorder
+
+    def passages(self, recorder: "Recorder", seen: Mapping[str, bytes]) -> dict[str, bytes]:
+        """What each device gets beside the offer of the session of ``recorder``.
+
+        Args:
+            recorder: Of the new session.
+            seen: Device → digest of the offer that it says it joined last; empty where it joined none.
+        """
+        wanted, closed, found = set(seen.values()) - {b""}, list[bytes](), dict[str, bytes]()
+        for path in reversed([path for path in logs(self.folder) if path != recorder.path]):
+            if not wanted:
+                break
+            offer, last = _ends(path)
+            if offer in wanted:
+                wanted.remove(offer)
+                devices = [device for device, digest in seen.items() if digest == offer]
+                log = transcript.resume(transcript.read(path.read_bytes()).entries, NO_SESSION)
+                proofs = receipts(log, devices)
+                found |= {device: passage(recorder.log, self.key, proofs[device], closed) for device in devices}
+            closed.insert(0, last)
+        return {device: found.get(device) or passage(recorder.log, self.key) for device in seen}
 
     def finish(self) -> bytes:
         """Close the last log if it is open, from what is on the disk. Returns the digest of its last checkpoint.
@@ -105,7 +140,7 @@ class Recorder:
 
     def sent(self, step: Step, bodies: Mapping[str, bytes]) -> None:
         """The coordinator asks. Device → body."""
-        self.write(self.log.sent(step, bodies))
+        self.write(self.log.sent(step, bodies), sync=True)
 
     def received(self, step: Step, device: str, body: bytes) -> None:
         """A device answered, and the answer was found good."""
@@ -164,9 +199,45 @@ def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:
             f"{path} was altered after it was written ({problem}): find out why, and move it away"
         ) from None
     if not found or found[-1].stage is not Stage.CLOSED:
-        Recorder(path, transcript.resume(whole.entries, previous), key).checkpoint(Stage.CLOSED)
+        recorder = Recorder(path, transcript.resume(whole.entries, previous), key)
+        if recorder.log.plan is not None:
+            recorder.write(recorder.log.ended(key, Abort(recorder.log.plan, INTERRUPTED)))
+        recorder.checkpoint(Stage.CLOSED)
         found = checkpoints(transcript.read(path.read_bytes()), key.public, unfinished=False)
     return found[-1].digest()
+
+
+def _ends(path: Path) -> tuple[bytes, bytes]:
+    """Digest of the offer, and the last checkpoint as signed, of a closed log, without reading what is between.
+
+    Raises:
+        TrustError: It was altered.
+    """
+    with path.open("rb") as file:
+        file.seek(len(MAGIC))
+        spans = []
+        while head := file.read(LENGTH):
+            spans.append((file.tell(), int.from_bytes(head, "big")))
+            file.seek(sum(spans[-1]))
+        try:
+            first, last = (_entry(file, *spans[end]) for end in (0, -1))
+            return Offer.decode(envelope.unverified_body(first.message)).digest(), last.message
+        except (IndexError, ProtocolError) as error:
+            raise TrustError(f"{path} was altered after it was written ({error}): find out why") from None
+
+
+def _entry(file: BinaryIO, start: int, size: int) -> Entry:
+    file.seek(start)
+    return ENTRY.decode(file.read(size))
+
+
+def _sync(folder: Path) -> None:
+    """The names in a folder outlive a power cut from here on."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _replace(path: Path, content: bytes) -> None:

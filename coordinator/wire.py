@@ -12,7 +12,7 @@ from typing import Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from aggregation.steps import ADAPTER, BODY, RECORD, Step
+from aggregation.steps import BODY, RECORD, SEEN, Step
 
 FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
 LAST_POLL = 0.5
@@ -40,11 +40,12 @@ class SystemClock:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One node's answer: ``body``, or why there is none."""
+    """One node's answer: ``body``, or why there is none. ``seen``: see ``steps.SEEN``."""
 
     node: int
     body: bytes | None
     reason: str = ""
+    seen: bytes = b""
 
 
 @dataclass(slots=True)
@@ -73,23 +74,29 @@ class Wire:
         taken, self.traffic = self.traffic, Traffic()
         return taken
 
-    def ask(self, step: Step, bodies: Mapping[int, bytes], group: str, adapter: bytes | None = None) -> Iterator[Reply]:
+    def ask(
+        self,
+        step: Step,
+        bodies: Mapping[int, bytes],
+        group: str,
+        beside: Mapping[int, Mapping[str, bytes]] | None = None,
+    ) -> Iterator[Reply]:
         """Send each node its body and yield the answers in the order of their arrival, each node once.
 
         Args:
             step: What is asked.
             bodies: Node → protocol message.
             group: Flower's group id: the round.
-            adapter: The same file for every node, beside its body.
+            beside: Node → field → what else the message carries.
         """
         end = self.clock.now() + self.deadline  # pushing counts: Flower reckons a message's age from its making
-        extra = {} if adapter is None else {ADAPTER: adapter}
         messages = []
         for node, body in bodies.items():
-            content = RecordDict({RECORD: ConfigRecord({BODY: body, **extra})})
+            fields = {BODY: body, **(beside or {}).get(node, {})}
+            content = RecordDict({RECORD: ConfigRecord(dict(fields))})
             message = Message(content, node, step.message_type, group_id=group, ttl=self.deadline + LAST_POLL)
             messages.append(message)
-            self.traffic.down += len(body) + len(adapter or b"")
+            self.traffic.down += sum(map(len, fields.values()))
         # By id, not by place: for a message that it could not push one of Flower's grids returns None, another nothing.
         pushed = set(self.grid.push_messages(messages))
         nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
@@ -119,8 +126,9 @@ class Wire:
         body = record.get(BODY) if record is not None else None
         if not isinstance(body, bytes):
             return Reply(node, None, "answered without a protocol body")
+        seen = record.get(SEEN) if record is not None else None
         self.traffic.up += len(body)
-        return Reply(node, body)
+        return Reply(node, body, seen=seen if isinstance(seen, bytes) else b"")
 
 
 def _one_line(reason: str) -> str:

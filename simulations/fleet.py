@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cryptography import x509
 
 from adapters import files
 from adapters.base import Base
@@ -21,7 +22,8 @@ from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
 from client import home as device_home
 from client.examples import Example, Part, write_examples
-from client.home import Home, enrol
+from client.home import DeviceSettings, Home, enrol
+from client.policy import PolicySettings
 from client.storage import replace
 from client.train import Trainer, trainer
 from coordinator import home as coordinator_home
@@ -60,7 +62,11 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
     for household in population.households:
         identity = IdentityKey.generate(entropy)
         certificate = authority.issue(
-            household.name, identity.public, not_before=now - timedelta(hours=1), not_after=now + LIFETIME
+            household.name,
+            identity.public,
+            not_before=now - timedelta(hours=1),
+            not_after=now + LIFETIME,
+            serial=x509.random_serial_number(),
         )
         trust = {
             device_home.CERTIFICATE: certificate,
@@ -69,11 +75,11 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
             # Whose files this device opens: the coordinator's, and its own private adapter's.
             device_home.TRUST: key.public.to_pem() + identity.public.to_pem(),
         }
-        settings: dict[str, str | int] = {
-            "base": scenario.base.model,
-            "trust_coordinator_to_follow": scenario.federation.aggregation.adversary != "active",
-            "minimum_cohort": max(3, min(SMALLEST_POLICY, fleet - 2)),
-        }
+        policy = PolicySettings(
+            minimum_cohort=max(3, min(SMALLEST_POLICY, fleet - 2)),
+            adversaries=sorted({"active", scenario.federation.aggregation.adversary}),
+        )
+        settings = DeviceSettings(base=scenario.base.model, policy=policy)
         home = enrol(device_folder(out, household.name), settings, identity, trust, entropy)
         write_examples(home.examples, _examples(household))
 

@@ -1,129 +1,315 @@
-"""Receipts: a device goes on only with a log that has its round in it and begins with what it saw before."""
+"""Receipts and passages: a device goes on only with a log that begins with what it saw and holds what it did."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aggregation import envelope, receipts
 from aggregation.errors import ProtocolError
 from aggregation.identity import IdentityKey
-from aggregation.messages import Plan
-from aggregation.receipts import RECEIPT, Witness, receipt
+from aggregation.messages import Agreement, MaskedInput, Plan
+from aggregation.receipts import PASSAGE, RECEIPT, WITNESS, Witness, passage
 from aggregation.steps import Step
-from aggregation.transcript import Abort, Result, Transcript
+from aggregation.transcript import NO_SESSION, Abort, Checkpoint, Result, Stage, Transcript
 
-KEY, STRANGER = IdentityKey(bytes(range(32))), IdentityKey(bytes(32))
-OFFER = bytes([9]) * 32
+KEY, STRANGER, DEVICE = IdentityKey(bytes(range(32))), IdentityKey(bytes(32)), IdentityKey(bytes([1]) * 32)
+ME, OTHER = "a", "b"
+OFFERS = [bytes([number]) * 32 for number in range(9)]
+COUNTED = (ME, OTHER)
 
 
 def plan(round_: int) -> Plan:
-    return Plan(bytes(32), round_, ("a", "b"), round_, "ab" * 32, b"")
+    return Plan(bytes(32), round_, COUNTED, round_, "ab" * 32, b"")
 
 
-def log_of(rounds: int, *, word: bytes = b"advert", key: IdentityKey = KEY, offer: bytes = OFFER) -> Transcript:
-    """A session of so many rounds; the second one ends without a sum."""
-    log = Transcript(offer)
-    log.sent(Step.OFFER, dict.fromkeys("ab", b"offer"))
-    log.received(Step.OFFER, "a", word)
-    log.checkpoint(key)
-    for number in range(1, rounds + 1):
-        add_round(log, number, key)
-    return log
+def said(message: MaskedInput | Agreement, key: IdentityKey = DEVICE) -> bytes:
+    return envelope.seal(key, message)
 
 
-def add_round(log: Transcript, number: int, key: IdentityKey = KEY) -> None:
-    log.begin(plan(number))
-    log.sent(Step.PLAN, dict.fromkeys("ab", b"plan"))
-    digest = plan(number).digest()
-    result = Result(digest, ("a", "b"), bytes(32), number + 1, "cd" * 32)
-    log.ended(key, Abort(digest, "too-few") if number == 2 else result)
+def masked(round_: int) -> bytes:
+    return said(MaskedInput(plan(round_).digest(), ME, bytes(32)))
+
+
+def agreed(round_: int) -> bytes:
+    return said(Agreement(plan(round_).digest(), ME))
+
+
+@dataclass
+class Session:
+    """A coordinator's log of one session, and what the device ``ME`` keeps of it."""
+
+    offer: bytes = OFFERS[1]
+    previous: bytes = NO_SESSION
+    word: bytes = b"advert"
+    key: IdentityKey = KEY
+    log: Transcript = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.log = Transcript(self.offer, self.previous)
+        self.log.sent(Step.OFFER, dict.fromkeys(COUNTED, b"offer"))
+        self.log.received(Step.OFFER, ME, self.word)
+        self.log.checkpoint(self.key)
+
+    def round(self, number: int, *, without: tuple[Step, ...] = (), ending: Result | Abort | None = None) -> "Session":
+        self.log.begin(plan(number))
+        self.log.sent(Step.PLAN, dict.fromkeys(COUNTED, b"plan"))
+        if Step.PLAN not in without:
+            self.log.received(Step.PLAN, ME, masked(number) + len(masked(number)).to_bytes(4, "big"))
+        if Step.SURVIVORS not in without:
+            self.log.received(Step.SURVIVORS, ME, agreed(number))
+        self.log.ended(self.key, ending or Result(plan(number).digest(), COUNTED, bytes(32), number + 1, "cd" * 32))
+        return self
+
+    def receipt(self) -> bytes:
+        return receipts.receipts(self.log, [ME])[ME]
+
+    def close(self) -> bytes:
+        """Close the log; its last checkpoint, signed."""
+        self.log.checkpoint(self.key, Stage.CLOSED)
+        return self.log.checkpoints[max(self.log.checkpoints)]
+
+    @property
+    def end(self) -> bytes:
+        return digest(self.log.checkpoints[max(self.log.checkpoints)])
+
+
+def digest(signed: bytes) -> bytes:
+    return Checkpoint.decode(envelope.unverified_body(signed)).digest()
+
+
+def took_part(witness: Witness, round_: int, upto: Step = Step.UNMASK) -> Witness:
+    """After the device answered a round's steps up to this one."""
+    witness = witness.contributed(plan(round_).digest(), masked(round_))
+    if upto is not Step.PLAN:
+        witness = witness.told(COUNTED, agreed(round_))
+    return witness.told(COUNTED) if upto is Step.UNMASK else witness
+
+
+def joined(session: Session) -> Witness:
+    return receipts.first(KEY.public, passage(session.log, KEY), session.offer, ME)
 
 
 def seen(rounds: int) -> Witness:
-    """What a device keeps that saw the log after so many rounds."""
-    return Witness(OFFER).on_receipt(KEY.public, receipt(log_of(rounds)), None)[0]
+    """What the device keeps that took part in so many rounds and saw all but the end of the last one."""
+    session, witness = Session(), joined(Session())
+    for number in range(1, rounds + 1):
+        witness = took_part(witness.on_receipt(KEY.public, session.receipt()), number)
+        session.round(number)
+    return witness
 
 
-@pytest.mark.parametrize("before", range(4))
-@pytest.mark.parametrize("last", [1, 2, 3])
-def test_a_log_that_grew_and_holds_the_round_is_accepted(before: int, last: int) -> None:
-    witness, ending = seen(before).on_receipt(KEY.public, receipt(log_of(3), last), plan(last).digest())
-    assert ending is not None
-    assert ending.plan == plan(last).digest()
-    assert isinstance(ending, Abort) == (last == 2)
-    assert witness == seen(3)
+def log_of(rounds: int, **changes: object) -> Session:
+    session = Session(**changes)  # type: ignore[arg-type]
+    for number in range(1, rounds + 1):
+        session.round(number)
+    return session
 
 
-def test_a_device_that_saw_nothing_yet_takes_the_log_as_it_is() -> None:
-    witness, ending = Witness(OFFER).on_receipt(KEY.public, receipt(log_of(0)), None)
-    assert ending is None
-    assert witness.size == 2
+def refused(witness: Witness, raw: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        witness.on_receipt(KEY.public, raw)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 7])
+def test_a_log_that_grew_and_holds_the_round_is_accepted(rounds: int) -> None:
+    after = seen(rounds).on_receipt(KEY.public, log_of(rounds).receipt())
+    size = max(log_of(rounds).log.checkpoints)
+    assert after == Witness(ME, OFFERS[1], NO_SESSION, size, log_of(rounds).log.tree.root(size))
+
+
+def test_before_its_first_round_a_device_takes_the_log_as_it_is() -> None:
+    assert joined(Session()).on_receipt(KEY.public, Session().receipt()).size == 2
 
 
 def test_the_same_receipt_twice_is_no_harm() -> None:
-    once = seen(2)
-    assert once.on_receipt(KEY.public, receipt(log_of(2)), None)[0] == once
+    once = seen(2).on_receipt(KEY.public, log_of(2).receipt())
+    assert once.on_receipt(KEY.public, log_of(2).receipt()) == once
 
 
-def refused(witness: Witness, raw: bytes, plan_: bytes | None, reason: str) -> None:
-    with pytest.raises(ProtocolError, match=reason):
-        witness.on_receipt(KEY.public, raw, plan_)
+@pytest.mark.parametrize("missed", [1, 3])
+def test_a_device_that_was_not_heard_of_for_some_rounds_is_shown_the_end_of_its_own(missed: int) -> None:
+    session = log_of(2)
+    for number in range(3, 3 + missed):
+        session.round(number, without=(Step.PLAN, Step.SURVIVORS))
+    seen(2).on_receipt(KEY.public, session.receipt())
 
 
-def test_a_log_that_was_rewritten_is_refused() -> None:
-    refused(seen(1), receipt(log_of(3, word=b"another"), 1), plan(1).digest(), "is not shown to begin with")
+@pytest.mark.parametrize("missed", [1, 3])
+def test_a_device_whose_answers_were_lost_is_shown_the_end_of_the_round_that_it_knows_of(missed: int) -> None:
+    """It contributed to a round and nobody heard: no message of it is in the log, and it demands none."""
+    session, witness = log_of(1), seen(1)
+    for number in range(2, 2 + missed):
+        witness = took_part(witness.on_receipt(KEY.public, session.receipt()), number, Step.PLAN)
+        others = Result(plan(number).digest(), (OTHER,), bytes(32), number + 1, "cd" * 32)
+        session.round(number, without=(Step.PLAN, Step.SURVIVORS), ending=others)
+    witness.on_receipt(KEY.public, session.receipt())
 
 
-def test_a_log_that_is_shorter_than_what_was_seen_is_refused() -> None:
-    refused(seen(3), receipt(log_of(2), 1), plan(1).digest(), "is not shown to begin with")
+def test_an_agreement_that_nobody_heard_is_not_demanded_but_the_masked_input_is() -> None:
+    witness = took_part(joined(Session()).on_receipt(KEY.public, Session().receipt()), 1, Step.SURVIVORS)
+    witness.on_receipt(KEY.public, Session().round(1, without=(Step.SURVIVORS,)).receipt())
+    refused(witness, Session().round(1, without=(Step.PLAN, Step.SURVIVORS)).receipt(), "this device's messages")
 
 
-def test_two_devices_that_were_shown_two_logs_never_meet_in_one() -> None:
-    one, other = log_of(1), log_of(1, word=b"another")
-    for grown in (one, other):
-        add_round(grown, 2)
-    mine = seen(1)
-    assert mine.on_receipt(KEY.public, receipt(one, 1), plan(1).digest())
-    refused(mine, receipt(other, 1), plan(1).digest(), "is not shown to begin with")
+def test_an_aborted_round_is_an_end() -> None:
+    session = log_of(1).round(2, ending=Abort(plan(2).digest(), "too-few"))
+    seen(2).on_receipt(KEY.public, session.receipt())
+
+
+def test_an_input_that_is_counted_is_in_the_log_even_if_the_device_was_not_told() -> None:
+    witness = took_part(joined(Session()).on_receipt(KEY.public, Session().receipt()), 1, Step.PLAN)
+    witness.on_receipt(KEY.public, Session().round(1).receipt())
+    refused(witness, Session().round(1, without=(Step.PLAN, Step.SURVIVORS)).receipt(), "this device's messages")
+
+
+def test_other_survivors_than_the_device_was_told_are_refused() -> None:
+    others = Result(plan(1).digest(), (ME,), bytes(32), 2, "cd" * 32)
+    refused(seen(1), Session().round(1, ending=others).receipt(), "other survivors than this device was told")
 
 
 def test_the_end_of_another_round_is_refused() -> None:
-    refused(seen(1), receipt(log_of(3), 2), plan(3).digest(), "another round than this device took part in")
+    refused(seen(2), log_of(1).receipt(), "the end of this device's last round")
 
 
-def test_a_log_without_the_round_is_refused() -> None:
-    refused(seen(1), receipt(log_of(3)), plan(3).digest(), "truncated")
-
-
-def test_an_ending_that_is_not_in_the_log_is_refused() -> None:
-    forged = RECEIPT.decode(receipt(log_of(3, word=b"another"), 3))
-    mixed = replace(RECEIPT.decode(receipt(log_of(3), 3)), ending=forged.ending, inclusion=forged.inclusion)
-    refused(seen(1), RECEIPT.encode(mixed), plan(3).digest(), "is not shown to be in the log")
+def test_an_entry_that_is_not_in_the_log_is_refused() -> None:
+    genuine, forged = (RECEIPT.decode(log_of(3, word=word).receipt()) for word in (b"advert", b"another"))
+    for mixed in (replace(genuine, endings=forged.endings), replace(genuine, own=forged.own)):
+        refused(seen(3), RECEIPT.encode(mixed), "is not shown to be in the log")
 
 
 def test_another_session_or_another_coordinator_is_refused() -> None:
-    refused(seen(1), receipt(log_of(3, offer=bytes(32)), 1), plan(1).digest(), "of another session")
-    refused(seen(1), receipt(log_of(3, key=STRANGER), 1), plan(1).digest(), "is not valid")
+    refused(seen(3), log_of(3, offer=OFFERS[2]).receipt(), "of another session")
+    refused(seen(3), log_of(3, previous=OFFERS[2]).receipt(), "of another session")
+    refused(seen(3), log_of(3, key=STRANGER).receipt(), "is not valid")
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_in_what_this_device_checks_is_refused(place: float, bit: int) -> None:
-    genuine = RECEIPT.decode(receipt(log_of(3), 3))
-    witness = seen(1)
+def test_a_flipped_bit_in_what_a_device_checks_is_refused(place: float, bit: int) -> None:
+    genuine, witness = RECEIPT.decode(log_of(3).receipt()), seen(3)
     needed = replace(genuine, consistency={witness.size: genuine.consistency[witness.size]})
     raw = bytearray(RECEIPT.encode(needed))
     raw[int(place * len(raw))] ^= 1 << bit
     with pytest.raises(ProtocolError):
-        witness.on_receipt(KEY.public, bytes(raw), plan(3).digest())
+        witness.on_receipt(KEY.public, bytes(raw))
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_refused(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
-        seen(1).on_receipt(KEY.public, raw, None)
+        seen(1).on_receipt(KEY.public, raw)
+    with pytest.raises(ProtocolError):
+        seen(1).on_passage(KEY.public, raw, OFFERS[2])
+    with pytest.raises(ProtocolError):
+        receipts.first(KEY.public, raw, OFFERS[2], ME)
 
 
 def test_a_receipt_of_a_long_session_is_small() -> None:
-    assert len(receipt(log_of(64), 64)) < 40_000
+    assert len(log_of(64).receipt()) < 40_000
+
+
+def test_a_witness_comes_back_from_its_bytes() -> None:
+    for witness in (joined(Session()), seen(3), took_part(seen(1), 2, Step.PLAN)):
+        assert WITNESS.decode(WITNESS.encode(witness)) == witness
+
+
+# From session to session
+
+
+def chain(sessions: int, *, rounds: int = 2) -> tuple[list[Session], list[bytes]]:
+    """Sessions one after the other, all closed but the last, which has just begun; and their last checkpoints."""
+    made, closed = list[Session](), list[bytes]()
+    for number in range(1, sessions + 1):
+        previous = made[-1].end if made else NO_SESSION
+        made.append(Session(OFFERS[number], previous))
+        if number < sessions:
+            for round_ in range(1, rounds + 1):
+                made[-1].round(round_)
+            closed.append(made[-1].close())
+    return made, closed
+
+
+def way(sessions: list[Session], closed: list[bytes]) -> bytes:
+    """From the first session, in which the device took part, to the last."""
+    return passage(sessions[-1].log, KEY, sessions[0].receipt(), closed[1:])
+
+
+@pytest.mark.parametrize("sessions", [2, 3, 8])
+def test_a_device_is_led_from_its_last_session_to_the_new_one(sessions: int) -> None:
+    made, closed = chain(sessions)
+    after = seen(2).on_passage(KEY.public, way(made, closed), OFFERS[sessions])
+    assert after == Witness(ME, OFFERS[sessions], digest(closed[-1]))
+    after.on_receipt(KEY.public, made[-1].receipt())
+
+
+def test_a_session_that_was_closed_before_a_round_leads_on() -> None:
+    made, closed = chain(2, rounds=0)
+    joined(Session()).on_passage(KEY.public, way(made, closed), OFFERS[2])
+
+
+def astray(witness: Witness, raw: bytes, offer: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        witness.on_passage(KEY.public, raw, offer)
+
+
+def test_a_session_that_is_left_out_is_missed() -> None:
+    made, closed = chain(4)
+    astray(seen(2), passage(made[-1].log, KEY, made[0].receipt(), closed[2:]), OFFERS[4], "is left out")
+    astray(seen(2), passage(made[-1].log, KEY, made[0].receipt(), closed[1:2]), OFFERS[4], "does not follow")
+
+
+def test_a_session_that_is_not_closed_leads_nowhere() -> None:
+    made, _ = chain(2)
+    open_ = log_of(2)
+    astray(seen(2), passage(made[-1].log, KEY, open_.receipt()), OFFERS[2], "not closed")
+    made, _ = chain(3)
+    half = Session(OFFERS[2], made[0].end).log.checkpoints[2]
+    astray(seen(2), passage(made[-1].log, KEY, made[0].receipt(), [half]), OFFERS[3], "not closed")
+
+
+def test_what_a_receipt_must_prove_a_passage_must_prove_too() -> None:
+    made, closed = chain(2)
+    for word, reason in ((b"another", "is not shown to begin with"), (b"advert", "the end of this device's last")):
+        old = log_of(1 if word == b"advert" else 2, word=word)
+        old.close()
+        fresh = Session(OFFERS[2], old.end)
+        astray(seen(2), passage(fresh.log, KEY, old.receipt()), OFFERS[2], reason)
+    astray(seen(2), passage(made[-1].log, KEY), OFFERS[2], "no proof of the session that this device joined last")
+    seen(2).on_passage(KEY.public, way(made, closed), OFFERS[2])
+
+
+def test_an_opening_of_another_session_is_refused() -> None:
+    made, closed = chain(3)
+    astray(seen(2), way(made, closed), OFFERS[4], "the opening is not of the session on offer")
+    with pytest.raises(ProtocolError, match="the opening is not of the session on offer"):
+        receipts.first(KEY.public, way(made, closed), OFFERS[4], ME)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda c: replace(c, size=3), lambda c: replace(c, stage=Stage.CLOSED), lambda c: replace(c, offer=OFFERS[5])],
+)
+def test_a_checkpoint_of_a_log_that_has_begun_is_no_opening(change: Callable[[Checkpoint], Checkpoint]) -> None:
+    made, _ = chain(2)
+    given_ = PASSAGE.decode(passage(made[-1].log, KEY))
+    opening = change(Checkpoint.decode(envelope.unverified_body(given_.opening)))
+    raw = PASSAGE.encode(replace(given_, opening=envelope.seal(KEY, opening)))
+    with pytest.raises(ProtocolError, match="the opening is not"):
+        receipts.first(KEY.public, raw, OFFERS[2], ME)
+
+
+@settings(deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_passage_is_refused(place: float, bit: int) -> None:
+    made, closed = chain(3)
+    raw, witness = bytearray(way(made, closed)), seen(2)
+    given_ = PASSAGE.decode(bytes(raw))
+    inner = RECEIPT.decode(given_.receipt)
+    needed = replace(inner, consistency={witness.size: inner.consistency[witness.size]})
+    raw = bytearray(PASSAGE.encode(replace(given_, receipt=RECEIPT.encode(needed))))
+    raw[int(place * len(raw))] ^= 1 << bit
+    with pytest.raises(ProtocolError):
+        witness.on_passage(KEY.public, bytes(raw), OFFERS[3])

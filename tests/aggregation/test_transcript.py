@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from aggregation import envelope, ring, transcript
 from aggregation.errors import ProtocolError
 from aggregation.identity import IdentityKey
 from aggregation.merkle import verify_consistency, verify_inclusion
-from aggregation.messages import MaskedInput, Plan
+from aggregation.messages import Assignment, MaskedInput, Plan
 from aggregation.steps import Step
 from aggregation.transcript import (
     ENTRY,
@@ -102,10 +103,19 @@ def test_a_log_goes_on_where_it_was_left(fleet_of: Callable[..., Any]) -> None:
     offering, offer = fleet_of(3).offer()
     log = Transcript(offering.offer, bytes([7]) * 32)
     raw = log.sent(Step.OFFER, {"a": offer})
+    raw += log.checkpoint(KEY)
+    log.begin(replace(PLAN, round=1))
+    raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.seal(KEY, Assignment(replace(PLAN, round=1), {}))))
+    raw += log.ended(KEY, Abort(replace(PLAN, round=1).digest(), "too-few"))
     log.begin(PLAN)
-    raw += log.received(Step.OFFER, "a", b"advert")
+    raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.seal(KEY, Assignment(PLAN, {}))))
+    body = envelope.seal(KEY, MaskedInput(PLAN.digest(), "a", bytes(32)))
+    raw += log.received(Step.PLAN, "a", b"vector" + body + len(body).to_bytes(4, "big"))
+    raw += log.received(Step.SURVIVORS, "a", b"agreement")
     again = resume(entries(raw), log.previous)
-    assert (again.round, again.tree.root()) == (2, log.tree.root())
+    assert (again.round, again.plan, again.tree.root()) == (2, PLAN.digest(), log.tree.root())
+    assert (again.endings, again.checkpoints, again.own) == (log.endings, log.checkpoints, log.own)
+    assert [leaf.message for leaf in map(ENTRY.decode, (leaf for _, leaf in again.own["a"][1]))] == [body, b"agreement"]
     assert again.checkpoint(KEY) == log.checkpoint(KEY)
 
 

@@ -120,6 +120,9 @@ class Talk:
 @pytest.fixture
 def talk(fleet_of: Callable[..., Any]) -> Iterator[Talk]:
     fleet = fleet_of(DEVICES)
+    for home in (fleet.out / "devices").iterdir():  # these tests have no log; test_log_proofs.py has one
+        with (home / "device.toml").open("a") as file:
+            file.write("demand_proofs = false\n")
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     coordinator = CoordinatorHome.open(fleet.out / "coordinator")
     yield Talk(fleet, coordinator)

@@ -18,10 +18,11 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.identity import IdentityKey
 from client import home as device_home
-from client.home import Home, enrol
+from client.home import DeviceSettings, Home, enrol
+from client.policy import PolicySettings
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {"base": "some_base", "minimum_cohort": 5}
+SETTINGS = DeviceSettings(base="some_base", policy=PolicySettings(minimum_cohort=5))
 FILES = ("certificate.der", "authority.pem", "coordinator.pem")
 
 
@@ -34,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_home_opens_with_the_settings_it_was_made_with(folder: Path) -> None:
     home = Home.open(folder)
-    assert (home.settings.base, home.settings.minimum_cohort) == ("some_base", 5)
+    assert home.settings == SETTINGS
     assert home.examples == folder / "examples.jsonl"
     assert home.load_state() is None
 
@@ -49,17 +50,17 @@ def test_every_file_of_a_home_is_readable_by_its_owner_only(folder: Path) -> Non
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_a_base_with_any_name_is_written_and_read_back(tmp_path: Path, base: str) -> None:
     identity = IdentityKey(bytes(32))
-    assert enrol(tmp_path, {"base": base}, identity, {}, SystemEntropy()).settings.base == base
+    assert enrol(tmp_path, DeviceSettings(base=base), identity, {}, SystemEntropy()).settings.base == base
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ('base = "x"\nbasis = 1\n', "basis"),
-        ("minimum_cohort = 8\n", "base"),
-        ('base = "x"\nminimum_cohort = 2\n', "minimum_cohort"),
-        ('base = "x"\nminimum_cohort = "8"\n', "minimum_cohort"),
-        ('base = "x"\nminimum_cohort = true\n', "minimum_cohort"),
+        ("[policy]\nminimum_cohort = 8\n", "base"),
+        ('base = "x"\n[policy]\nminimum_cohort = 2\n', "minimum_cohort"),
+        ('base = "x"\n[policy]\nminimum_cohort = "8"\n', "minimum_cohort"),
+        ('base = "x"\n[policy]\nminimum_cohort = true\n', "minimum_cohort"),
         ("base = x\n", "device.toml"),
         ("base = 'x'\n\udcff", "device.toml"),
     ],

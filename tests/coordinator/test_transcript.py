@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from aggregation import envelope
 from aggregation.audit import Report, Status, audit, chain
 from aggregation.audit.log import checkpoints
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.identity import IdentityKey
-from aggregation.messages import Plan
+from aggregation.messages import Assignment, Plan
 from aggregation.serverside import AbortReason, RoundResult
 from aggregation.steps import Step
 from aggregation.transcript import MAGIC, read
@@ -22,6 +23,7 @@ from coordinator.home import CoordinatorHome
 from coordinator.transcript import TORN, VECTORS, Recorder, Transcripts, logs, vector_path
 
 PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")
+INTERRUPTED = ["offer", "checkpoint", "assignment", "abort", "checkpoint", "checkpoint"]
 RESULT = RoundResult(1, {}, ("a", "b"), (), (), bytes(32))
 
 
@@ -47,7 +49,7 @@ def write(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> Recorder:
     recorder.sent(Step.OFFER, dict.fromkeys("ab", offer[1]))
     recorder.checkpoint()
     recorder.begin(PLAN)
-    recorder.sent(Step.PLAN, dict.fromkeys("ab", b"plan"))
+    recorder.sent(Step.PLAN, dict.fromkeys("ab", envelope.seal(transcripts.key, Assignment(PLAN, {}))))
     return recorder
 
 
@@ -97,7 +99,7 @@ def test_a_log_that_a_kill_left_open_is_closed_by_the_next_start(
 ) -> None:
     killed = write(transcripts, offer)
     write(transcripts, offer)
-    assert kinds(killed.path) == ["offer", "checkpoint", "assignment", "checkpoint"]
+    assert kinds(killed.path) == INTERRUPTED
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 40])
@@ -110,7 +112,7 @@ def test_a_record_that_a_kill_tore_is_cut_back_and_kept_aside(
     os.truncate(killed.path, killed.path.stat().st_size - cut)
     torn = killed.path.read_bytes()[whole:]
     write(transcripts, offer)
-    assert kinds(killed.path) == ["offer", "checkpoint", "assignment", "checkpoint"]
+    assert kinds(killed.path) == INTERRUPTED
     assert killed.path.with_suffix(TORN).read_bytes() == torn
 
 
@@ -218,7 +220,7 @@ def test_a_run_that_stopped_in_a_round_leaves_a_closed_log(fleet_of: Callable[..
         fleet.federate(fleet.grid(app=stop))
     (report,) = audited(fleet).values()
     assert report.failed == ()
-    assert [each.ending for each in report.rounds] == ["was not ended"]
+    assert [each.ending for each in report.rounds] == ["ended without a sum (interrupted)"]
     fleet.federate(fleet.grid())
     assert [len(report.rounds) for report in audited(fleet).values()] == [1, 3]
 

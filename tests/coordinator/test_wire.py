@@ -40,7 +40,8 @@ def wire_of(app: Any = answer, deadline: float = 60.0, **weather: Any) -> Wire:
 def ask(wire: Wire, bodies: Mapping[int, bytes] | None = None, adapter: bytes | None = None) -> dict[int, Reply]:
     """The replies by node; each of those asked is there once."""
     bodies = dict.fromkeys(NODES, b"hello") if bodies is None else bodies
-    replies = list(wire.ask(Step.PLAN, bodies, "1", adapter))
+    beside = {} if adapter is None else {node: {ADAPTER: adapter} for node in bodies}
+    replies = list(wire.ask(Step.PLAN, bodies, "1", beside))
     assert sorted(reply.node for reply in replies) == sorted(bodies)
     return {reply.node: reply for reply in replies}
 

@@ -102,7 +102,7 @@ def test_no_phrase_of_a_household_lies_outside_its_home(made: Any) -> None:
 def test_a_device_keeps_the_default_smallest_cohort_unless_its_fleet_is_smaller(
     fleet_of: FleetOf, devices: int, smallest: int
 ) -> None:
-    assert fleet_of(devices).home("device-00").settings.minimum_cohort == smallest
+    assert fleet_of(devices).home("device-00").settings.policy.minimum_cohort == smallest
 
 
 def test_a_device_trusts_bundles_of_the_coordinator_and_of_itself(made: Any) -> None:

@@ -1,0 +1,85 @@
+"""The ``[policy]`` table of ``device.toml``: what the device's owner demands of every offer.
+
+Each key is a limit of ``aggregation.policy``, with its default. A table that would protect nobody is refused when it is
+read, and so is a key that is not known.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from aggregation.errors import ConfigError
+from aggregation.policy import Policy
+from aggregation.spec import Adversary
+
+SAFE = Policy()
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class PolicySettings(BaseModel):
+    """``[policy]``. The defaults are the safe ones; docs/device-policy.md says what each one costs to weaken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    known_bases: list[_Digest] = Field(
+        default=[],
+        description="SHA-256 of the frozen bases to train on, in hex; none: the one that this device has",
+    )
+    minimum_cohort: int = Field(default=SAFE.minimum_cohort, ge=3, description="fewest devices in a cohort")
+    minimum_ring_bits: int = Field(
+        default=SAFE.minimum_ring_bits, ge=1, le=64, description="fewest bits of an element of the masked vector"
+    )
+    maximum_ring_bits: int = Field(
+        default=SAFE.maximum_ring_bits, ge=1, le=64, description="most bits of an element of the masked vector"
+    )
+    adversaries: list[Literal["active", "honest-but-curious"]] = Field(
+        default=[adversary.value for adversary in SAFE.adversaries],
+        min_length=1,
+        description='what a session may take the coordinator for: "active", which lies about anything, or also '
+        '"honest-but-curious", which follows the protocol',
+    )
+    corrupt_fraction: float = Field(
+        default=SAFE.corrupt_fraction,
+        ge=0,
+        lt=1,
+        description="share of the cohort that may side with the coordinator; a session must withstand it",
+    )
+    complete_up_to: int = Field(
+        default=SAFE.complete_up_to,
+        ge=3,
+        description="largest cohort, in devices, in which each must share its secrets with every other",
+    )
+    maximum_weight: int = Field(
+        default=SAFE.maximum_weight, ge=1, description="largest weight of one device in the mean, in examples"
+    )
+    maximum_rounds: int = Field(default=SAFE.maximum_rounds, ge=1, description="most rounds in a session")
+    demand_proofs: bool = Field(
+        default=SAFE.demand_proofs,
+        description="take part again only if the coordinator proves that its log goes on from what this device saw and "
+        "holds what it did",
+    )
+    revocation_days: int = Field(
+        default=SAFE.revocation_days,
+        ge=0,
+        description="greatest age of the authority's revocation list, in days; 0: no list is demanded, and one that is "
+        "there counts until its own end",
+    )
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        try:
+            self.policy("0" * 64)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def policy(self, base_digest: str) -> Policy:
+        """The policy of a device that has the base of this digest.
+
+        Raises:
+            ConfigError: A limit is out of range, or contradicts another.
+        """
+        bases = {base_digest} & set(self.known_bases) if self.known_bases else {base_digest}
+        adversaries = frozenset(Adversary(name) for name in self.adversaries)
+        limits = self.model_dump(exclude={"known_bases", "adversaries"})
+        return Policy(known_bases=frozenset(bases), adversaries=adversaries, **limits)

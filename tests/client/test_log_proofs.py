@@ -1,0 +1,235 @@
+"""Devices that demand proofs, in whole runs: an honest coordinator is never refused, whatever is lost; others are."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from aggregation.identity import IdentityKey
+from aggregation.receipts import passage
+from aggregation.steps import BODY, PROOF, RECORD, SEEN, Step
+from aggregation.transcript import NO_SESSION, Transcript
+from client.app import HOME, app
+from client.home import WITNESS
+from coordinator import rounds as module
+from coordinator.transcript import logs
+
+FleetOf = Callable[..., Any]
+FIRST = "device-00"
+
+
+class Recording:
+    """The real app; keeps what each node was asked."""
+
+    def __init__(self, change: Callable[[Step, str, dict[str, Any]], None] | None = None) -> None:
+        self.asked: list[tuple[Step, str, int, dict[str, Any]]] = []
+        self.change = change
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        step, group = Step(message.metadata.message_type.partition(".")[2]), message.metadata.group_id
+        fields = message.content.config_records[RECORD]
+        if self.change:
+            self.change(step, group, fields)  # type: ignore[arg-type]
+        self.asked.append((step, group, context.node_id, dict(fields)))
+        return app(message, context)
+
+    def first(self, step: Step, node: int) -> dict[str, Any]:
+        return next(fields for asked, _, to, fields in self.asked if (asked, to) == (step, node))
+
+
+def ask(fleet: Any, device: str, step: Step, fields: Mapping[str, Any]) -> Message:
+    """Ask a device outside a run."""
+    made = Message(RecordDict({RECORD: ConfigRecord(dict(fields))}), 2, step.message_type, group_id="1")
+    made.metadata.__dict__["_message_id"] = "1"
+    return app(made, Context(1, 2, {HOME: str(fleet.out / "devices" / device)}, RecordDict(), {}))
+
+
+def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+
+
+def test_nobody_is_lost_to_proofs_from_session_to_session(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(5, rounds=5, aggregation__session_rounds=2)
+    assert [record.dropped for record in fleet.federate(fleet.grid())] == [{}] * 5
+
+
+def test_whatever_is_lost_an_honest_coordinator_is_never_refused(
+    fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Losses at every step, by turns, before a device hears of it and after it answered."""
+    fleet = fleet_of(8, rounds=9, aggregation__session_rounds=3)
+    with caplog.at_level(logging.WARNING, "edgeadapt.device"):
+        records = fleet.federate(fleet.grid(loss=0.06, victims=1))
+    assert {step for record in records for step in record.dropped.values()} >= {"plan", "survivors", "unmask"}
+    assert [line for line in refusals(caplog) if "what comes next" not in line] == []
+
+
+@pytest.mark.parametrize("at", ["plan", "survivors", "unmask"])
+def test_a_coordinator_that_was_stopped_in_a_round_goes_on_with_everybody(fleet_of: FleetOf, at: str) -> None:
+    fleet, count = fleet_of(5, rounds=4, aggregation__session_rounds=2), [0]
+
+    def stop(message: Any, context: Any) -> Any:
+        count[0] += message.metadata.message_type.endswith(at)
+        if count[0] == 7:  # in the second round, after some have answered
+            raise KeyboardInterrupt
+        return app(message, context)
+
+    with pytest.raises(KeyboardInterrupt):
+        fleet.federate(fleet.grid(app=stop))
+    records = fleet.federate(fleet.grid())
+    assert [record.dropped for record in records] == [{}] * 4
+
+
+def test_a_device_keeps_what_it_saw_across_processes(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(4, rounds=1)
+    assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).content.config_records[RECORD][SEEN] == b""
+    fleet.federate(fleet.grid())
+    witness = fleet.home(FIRST).load_witness()
+    assert witness.device == FIRST
+    assert len(witness.owed) == 2
+    assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).content.config_records[RECORD][SEEN] == witness.offer
+
+
+def lost_in_round_2(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, lie: Callable[..., Any]) -> tuple[Any, Any]:
+    """A run whose coordinator gives other receipts than its log's from the second round on."""
+    honest = module.receipts
+
+    def receipts(log: Transcript, devices: Any) -> dict[str, bytes]:
+        return lie(honest, log, devices) if log.endings else honest(log, devices)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(module, "receipts", receipts)
+    fleet = fleet_of(4, rounds=2)
+    return fleet, fleet.federate(fleet.grid())
+
+
+def rewritten(honest: Any, log: Transcript, devices: Any) -> Any:
+    """The same log, but for an advert that nobody sent, signed by the coordinator all the way."""
+    forged = Transcript(log.offer, log.previous)
+    forged.tree.append(b"an advert that nobody sent")
+    for index in range(1, log.tree.size):
+        forged.tree.append(bytes([index]))
+    forged.endings, forged.own, forged.round = log.endings, log.own, log.round
+    forged.checkpoint(KEY[0])
+    return honest(forged, devices)
+
+
+def without_me(honest: Any, log: Transcript, devices: Any) -> Any:
+    log.own.clear()
+    return honest(log, devices)
+
+
+KEY: list[IdentityKey] = []
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (lambda honest, log, devices: dict.fromkeys(devices, b""), "truncated"),
+        (without_me, "the log is not shown to hold this device's messages of its last round"),
+        (rewritten, "is not shown to begin with"),
+    ],
+)
+def test_no_device_takes_part_again_when_the_log_does_not_hold(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lie: Any, reason: str
+) -> None:
+    begin = module.CoordinatorHome.open
+
+    def opened(folder: Path) -> Any:
+        home = begin(folder)
+        KEY[:] = [home.key]
+        return home
+
+    monkeypatch.setattr("coordinator.app.CoordinatorHome.open", opened)
+    with caplog.at_level(logging.WARNING, "edgeadapt.device"):
+        _, (first, second) = lost_in_round_2(fleet_of, monkeypatch, lie)
+    assert first.dropped == {}
+    assert set(second.dropped.values()) == {"plan"}
+    assert second.aborted
+    assert len([line for line in refusals(caplog) if reason in line]) == 4
+
+
+def test_a_plan_or_an_offer_without_a_proof_is_refused_unless_the_owner_demands_none(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(8, rounds=2)
+    with (fleet.out / "devices" / FIRST / "device.toml").open("a") as file:
+        file.write("demand_proofs = false\n")
+
+    def strip(step: Step, group: str, fields: dict[str, Any]) -> None:
+        if (step, group) == (Step.PLAN, "2"):
+            del fields[PROOF]
+
+    first, second = fleet.federate(fleet.grid(app=Recording(strip)))
+    assert first.dropped == {}
+    assert set(second.dropped) == {f"device-{number:02d}" for number in range(1, 8)}
+    assert not (fleet.out / "devices" / FIRST / WITNESS).exists()
+
+
+def test_a_recorded_offer_is_refused_by_a_device_that_is_further_on(fleet_of: FleetOf) -> None:
+    fleet, tape = fleet_of(4, rounds=3, aggregation__session_rounds=1), Recording()
+    fleet.federate(fleet.grid(app=tape))
+    node = fleet.node(FIRST)
+    offers = [fields for step, _, to, fields in tape.asked if (step, to) == (Step.OFFER, node)]
+    before = (fleet.out / "devices" / FIRST / "session.sealed").read_bytes()
+    reasons = [ask(fleet, FIRST, Step.OFFER, fields).error.reason for fields in offers]
+    assert "no proof of the session that this device joined last" in reasons[0]
+    assert "of another session" in reasons[1]
+    assert "the offer is repeated" in reasons[2]
+    assert (fleet.out / "devices" / FIRST / "session.sealed").read_bytes() == before
+
+
+def test_a_coordinator_that_lost_its_logs_is_refused_until_the_owner_forgets(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(4, rounds=1)
+    fleet.federate(fleet.grid())
+    for path in logs(fleet.out / "coordinator" / "transcript"):
+        path.unlink()
+    fleet.configure({"rounds": 2, "attempts": 1})
+    with pytest.raises(Exception, match="0 adverts, 3 are needed"):
+        fleet.federate(fleet.grid())
+    for home in (fleet.out / "devices").iterdir():
+        (home / WITNESS).unlink(missing_ok=True)
+    assert fleet.federate(fleet.grid())[1].dropped == {}
+
+
+def test_a_damaged_witness_is_no_reason_to_start_anew(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(4, rounds=1)
+    fleet.federate(fleet.grid())
+    (fleet.out / "devices" / FIRST / WITNESS).write_bytes(b"damaged")
+    assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).has_error()
+
+
+def test_a_device_that_forgot_a_session_takes_part_from_the_next_offer(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(8, rounds=3, aggregation__session_rounds=2)
+
+    def forget(step: Step, group: str, fields: dict[str, Any]) -> None:
+        if (step, group) == (Step.PLAN, "2"):
+            (fleet.out / "devices" / FIRST / WITNESS).unlink(missing_ok=True)
+
+    first, second, third = fleet.federate(fleet.grid(app=Recording(forget)))
+    assert (first.dropped, second.dropped, third.dropped) == ({}, {FIRST: "plan"}, {})
+
+
+def test_the_coordinator_leads_devices_of_different_sessions_to_the_new_one(fleet_of: FleetOf) -> None:
+    """One device hears no offer for three sessions."""
+    fleet = fleet_of(8, rounds=5, aggregation__session_rounds=1)
+    away = fleet.node(FIRST)
+
+    class Away(Recording):
+        def __call__(self, message: Message, context: Context) -> Message:
+            if context.node_id == away and message.metadata.group_id in {f"session-{n}-1" for n in (2, 3, 4)}:
+                message.content.config_records[RECORD][BODY] = b"garbled on the way"
+            return super().__call__(message, context)
+
+    records = fleet.federate(fleet.grid(app=Away()))
+    assert [FIRST in record.survivors for record in records] == [True, False, False, False, True]
+
+
+def test_an_empty_past_is_no_passage_for_a_device_that_has_one(fleet_of: FleetOf) -> None:
+    fleet, tape = fleet_of(4, rounds=1), Recording()
+    fleet.federate(fleet.grid(app=tape))
+    offer = tape.first(Step.OFFER, fleet.node(FIRST))
+    witness = fleet.home(FIRST).load_witness()
+    key = IdentityKey.from_pem((fleet.out / "coordinator" / "signing.pem").read_bytes())
+    fresh = passage(Transcript(witness.offer, NO_SESSION), key)
+    assert "repeated" in ask(fleet, FIRST, Step.OFFER, {**offer, PROOF: fresh}).error.reason
