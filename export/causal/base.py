@@ -1,0 +1,66 @@
+"""A frozen causal language model, exported once for every adapter of its layers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from adapters.base import Base
+from adapters.layout import Tensors
+from aggregation.errors import ConfigError
+from export import headers
+from export.base import MAX_RANK, ExportedBase
+from export.causal import builder, slots
+from export.plan import LoraSlot, Plan
+from export.quantize import Profile, quantize
+
+
+def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
+    """Export ``base`` with a slot at each linear layer whose name ends in one of ``targets``; takes some seconds.
+
+    Args:
+        base: A causal language model.
+        targets: As peft's ``target_modules``: names of layers, such as ``("q_proj", "v_proj")``.
+        profile: How weights are stored.
+        max_rank: What the card allows an adapter.
+
+    Raises:
+        ConfigError: The base cannot be exported, no layer bears one of the names, or a layer's place in the graph
+            cannot be found.
+    """
+    weights = _weights(base, targets)
+    built = builder.build(base)
+    outputs = slots.find(built.graph, weights)
+    graph = quantize(built.graph, profile)
+    found = slots.insert(graph, outputs)
+    return ExportedBase(
+        base_digest=base.digest,
+        task="text-generation",
+        profile=profile,
+        # What an adapter scales its layers by stands in its own plan; 1 is the factor of one that is ready to be used.
+        plan=Plan("default", tuple(LoraSlot(path, 1.0) for path in weights), ()),
+        slots=found,
+        max_rank=max_rank,
+        files=headers.split(graph, found) | built.files,
+    )
+
+
+def _weights(base: Base, targets: Sequence[str]) -> Tensors:
+    """The weights of the layers that get slots, by path, in the order of the module tree."""
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
+    except ValueError as error:
+        raise ConfigError(f"{base.folder} holds no causal language model: {str(error).splitlines()[0]}") from error
+    found = {}
+    for target in targets:
+        layers = [path for path, _ in model.named_modules() if path == target or path.endswith(f".{target}")]
+        if not layers:
+            raise ConfigError(f"the base has no layer named {target!r}")
+        found.update({path: model.get_submodule(path) for path in layers})
+    for path, module in found.items():
+        if type(module) is not nn.Linear:
+            raise ConfigError(f"{path}: an adapter on {type(module).__name__} cannot be exported, only on Linear")
+    return {path: m.weight.detach().numpy() for path, m in model.named_modules() if path in found}

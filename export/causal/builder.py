@@ -1,0 +1,126 @@
+"""The fast road: onnxruntime-genai's model builder, which fuses attention, rotary embedding and normalization.
+
+It knows some twenty architectures, Llama's and Qwen's among them. Here it is only asked for the graph in float32 and
+the files that onnxruntime-genai wants beside it; quantization and slots are ours, so that both are the same on every
+road.
+"""
+
+import io
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from adapters.base import Base
+from aggregation.errors import ConfigError
+from export.headers import NATIVE
+
+# Projections stay apart, because each has a slot of its own; a table that is also the output layer is shared by us.
+OPTIONS = ("fuse_qkv=false", "shared_embeddings=false", "hf_token=false")
+CONTRIB = "com.microsoft"
+
+
+class UnknownArchitectureError(ConfigError):
+    """The builder has no road for this architecture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A graph in float32 with its weights, and the files that onnxruntime-genai needs beside it."""
+
+    graph: onnx.ModelProto
+    files: dict[str, bytes] = field(repr=False)
+
+
+def build(base: Base) -> Built:
+    """Token ids, attention mask and KV cache → logits and the next KV cache, with dynamic batch and lengths.
+
+    Raises:
+        UnknownArchitectureError: The builder does not know the architecture.
+        ConfigError: It cannot build this model.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
+        out = Path(name) / "out"
+        with _module() as builder:
+            _create(builder, base, out, Path(name) / "cache")
+        graph = onnx.load(out / NATIVE)
+        files = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(NATIVE)}
+    _fix_head_size(graph, json.loads(files["genai_config.json"])["model"]["decoder"]["head_size"])
+    _share_table(graph)
+    return Built(graph, files)
+
+
+def _create(builder: Any, base: Base, out: Path, cache: Path) -> None:
+    where = (None, str(base.folder), str(out), "fp32", "cpu", str(cache))
+    try:
+        options = builder.parse_extra_options(*where, list(OPTIONS))
+        builder.create_model(*where, **options)
+    except NotImplementedError as error:
+        raise UnknownArchitectureError(f"onnxruntime-genai's builder does not know {base.folder}: {error}") from error
+    except (ValueError, KeyError, AttributeError, RuntimeError, OSError) as error:
+        text = str(error).splitlines() or [type(error).__name__]
+        raise ConfigError(f"onnxruntime-genai cannot build {base.folder}: {text[0]}") from error
+
+
+@contextmanager
+def _module() -> Iterator[Any]:
+    """The builder's module, while it may print what it likes.
+
+    Importing it puts a folder of common names (``builders``, ``quantization``) on ``sys.path`` and sets up logging for
+    the whole process; both are undone afterwards.
+    """
+    path = sys.path[:]
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield _imported()
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"exporting a language model needs {error.name}: pip install 'edgeadapt[export]'") from error
+    finally:
+        sys.path[:] = path
+
+
+def _imported() -> Any:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        from onnxruntime_genai.models import builder
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    return builder
+
+
+def _fix_head_size(graph: onnx.ModelProto, size: int) -> None:
+    """State the width of the KV cache, which the builder leaves open, for whoever makes the first, empty one."""
+    for value in (*graph.graph.input, *graph.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param == "kv_cache_dim":
+                dimension.dim_value = size
+
+
+def _share_table(graph: onnx.ModelProto) -> None:
+    """Let an output layer that is the embedding table, turned, read the table itself: it is in the file only once."""
+    values = {tensor.name: tensor for tensor in graph.graph.initializer}
+    tables = {node.input[0] for node in graph.graph.node if node.op_type == "Gather" and node.input[0] in values}
+    for node in graph.graph.node:
+        if node.op_type != "MatMul" or (weight := values.get(node.input[1])) is None:
+            continue
+        for name in sorted(tables):
+            if list(weight.dims) == list(values[name].dims)[::-1] and _turned(weight, values[name]):
+                x, output = node.input[0], node.output[0]
+                node.CopyFrom(helper.make_node("FusedMatMul", [x, name], [output], node.name, domain=CONTRIB, transB=1))
+                graph.graph.initializer.remove(weight)
+                break
+
+
+def _turned(weight: onnx.TensorProto, table: onnx.TensorProto) -> bool:
+    return bool(np.array_equal(numpy_helper.to_array(weight).T, numpy_helper.to_array(table)))

@@ -1,0 +1,195 @@
+"""The exported language model answers as torch does, for any adapter, batch and cache, and generates the same text."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime_genai as og
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from adapters.base import Base
+from adapters.causal import build, tensors
+from adapters.classifier import LoraSpec
+from adapters.ondevice import to_graph
+from aggregation.errors import ConfigError
+from export import headers
+from export.adapter import encode
+from export.base import ExportedBase
+from export.causal import export_causal
+from export.plan import plan
+from export.quantize import Profile
+
+ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    ("qwen2", {}),  # with biases on q, k and v
+    ("qwen3", {"tie_word_embeddings": False}),  # with norms on q and k
+]
+
+
+@pytest.fixture(scope="module")
+def exported(llama: Base, every_layer: tuple[str, ...]) -> ExportedBase:
+    return export_causal(llama, every_layer, Profile.FP32)
+
+
+def ids(rows: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 90, (rows, length))
+
+
+@pytest.mark.parametrize(("kind", "settings"), ARCHITECTURES)
+def test_every_layer_takes_an_adapter_and_answers_as_torch(
+    make_lm: Any, every_layer: tuple[str, ...], drawn: Any, runner: Any, torch_logits: Any, kind: str, settings: Any
+) -> None:
+    base = make_lm(kind, **settings)
+    onnx_side = runner(export_causal(base, every_layer, Profile.FP32))
+    model = build(base, LoraSpec(rank=5, alpha=7, targets=every_layer))
+    inputs = to_graph(drawn(model, 0), plan(model).scaling)
+    tokens = ids(3, 9)
+    expected = torch_logits(model, tokens)
+    for first in (None, 1, 4):  # the whole, only the cache, some of both
+        np.testing.assert_allclose(onnx_side.logits(tokens, inputs, first), expected, atol=1e-4)
+    with model.disable_adapter():
+        np.testing.assert_allclose(onnx_side.logits(tokens, {}), torch_logits(model, tokens), atol=1e-4)
+
+
+def test_layers_with_ranks_and_scalings_of_their_own(
+    llama: Base, exported: ExportedBase, drawn: Any, runner: Any, torch_logits: Any
+) -> None:
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        rank_pattern={r"layers\.0.*down_proj": 11, r"layers\.1.*k_proj": 1},
+        alpha_pattern={r"layers\.1.*v_proj": 40},
+        use_rslora=True,
+    )
+    inner = AutoModelForCausalLM.from_pretrained(llama.folder, dtype=torch.float32)
+    model = get_peft_model(inner, config).eval()
+    inputs = to_graph(drawn(model, 1), plan(model).scaling)
+    tokens = ids(2, 6)
+    np.testing.assert_allclose(runner(exported).logits(tokens, inputs, 3), torch_logits(model, tokens), atol=1e-4)
+
+
+def test_each_row_of_a_batch_has_an_adapter_of_its_own(
+    llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Any, runner: Any
+) -> None:
+    model, side = build(llama, LoraSpec(rank=3, targets=every_layer)), runner(exported)
+    inputs = [to_graph(drawn(model, seed), plan(model).scaling) for seed in range(3)]
+    tokens = ids(3, 5)
+    found = side.logits(tokens, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}, 2)
+    for row in range(3):
+        np.testing.assert_allclose(found[row : row + 1], side.logits(tokens[row : row + 1], inputs[row], 2), atol=1e-5)
+
+
+def test_the_card_names_task_slots_and_highest_rank(llama: Base) -> None:
+    exported = export_causal(llama, ("v_proj", "q_proj"), Profile.FP32, max_rank=16)
+    assert (exported.card.task, exported.card.max_rank) == ("text-generation", 16)
+    assert list(exported.slots) == [
+        f"model.layers.{layer}.self_attn.{part}_proj.lora_{side}.weight"
+        for layer in range(2)
+        for part in "qv"
+        for side in "AB"
+    ]
+    assert exported.slots["model.layers.0.self_attn.v_proj.lora_A.weight"] == ("64", "rank_1")
+    assert exported.slots["model.layers.0.self_attn.v_proj.lora_B.weight"] == ("rank_1", "32")
+
+
+def test_the_web_header_has_no_defaults_and_the_same_weights(exported: ExportedBase) -> None:
+    native, web = (onnx.load_from_string(exported.files[name]) for name in (headers.NATIVE, headers.WEB))
+    assert {value.name for value in web.graph.input} == {value.name for value in native.graph.input}
+    assert not {tensor.name for tensor in web.graph.initializer} & set(exported.slots)
+    assert set(exported.slots) <= {tensor.name for tensor in native.graph.initializer}
+
+
+def test_a_table_that_is_also_the_output_layer_is_stored_once(exported: ExportedBase) -> None:
+    native = onnx.load_from_string(exported.model)
+    large = [tensor for tensor in native.graph.initializer if list(tensor.dims) in ([98, 64], [64, 98])]
+    assert [list(tensor.dims) for tensor in large] == [[98, 64]]
+
+
+def test_the_same_base_exports_to_the_same_bytes(llama: Base, every_layer: tuple[str, ...], exported: Any) -> None:
+    assert export_causal(llama, every_layer, Profile.FP32).files == exported.files
+
+
+def test_no_file_names_a_path_of_the_machine_that_made_it(exported: ExportedBase, llama: Base) -> None:
+    for name, blob in exported.files.items():
+        assert str(llama.folder).encode() not in blob, name
+        assert b"/tmp/" not in blob, name
+
+
+@pytest.fixture
+def folder(exported: ExportedBase, tmp_path: Path) -> Path:
+    for name, blob in exported.files.items():
+        (tmp_path / name).write_bytes(blob)
+    return tmp_path
+
+
+def generate(folder: Path, prompt: list[int], count: int, adapter: Path | None = None) -> list[int]:
+    model = og.Model(str(folder))
+    settings = og.GeneratorParams(model)
+    settings.set_search_options(max_length=len(prompt) + count, do_sample=False)
+    generator = og.Generator(model, settings)
+    if adapter:
+        adapters = og.Adapters(model)
+        adapters.load(str(adapter), "one")
+        generator.set_active_adapter(adapters, "one")
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+
+
+def test_genai_generates_the_tokens_of_torch_with_and_without_an_adapter(
+    folder: Path, llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Callable[..., Any]
+) -> None:
+    model = build(llama, LoraSpec(rank=6, alpha=12, targets=every_layer))
+    drawn(model, 3)
+    (folder / "one.onnx_adapter").write_bytes(encode(tensors(model), plan(model), "fp32"))
+    prompt = [1, 41, 52, 63]
+
+    def expected() -> list[int]:
+        with torch.no_grad():
+            sequence = model.generate(
+                torch.tensor([prompt]), max_new_tokens=12, do_sample=False, attention_mask=torch.ones(1, 4)
+            )
+        return [int(token) for token in sequence[0]][4:]
+
+    adapted = generate(folder, prompt, 12, folder / "one.onnx_adapter")
+    assert adapted == expected()
+    with model.disable_adapter():
+        bare = generate(folder, prompt, 12)
+        assert bare == expected()
+    assert bare != adapted
+
+
+def test_genai_finds_its_settings(folder: Path) -> None:
+    config = json.loads((folder / "genai_config.json").read_bytes())
+    assert config["model"]["decoder"]["filename"] == headers.NATIVE
+    assert (config["model"]["eos_token_id"], config["model"]["context_length"]) == (2, 64)
+
+
+def test_what_cannot_get_a_slot_is_refused_by_name(llama: Base) -> None:
+    with pytest.raises(ConfigError, match="no layer named 'query'"):
+        export_causal(llama, ("q_proj", "query"), Profile.FP32)
+    with pytest.raises(ConfigError, match=r"embed_tokens: an adapter on Embedding"):
+        export_causal(llama, ("embed_tokens",), Profile.FP32)
+
+
+def test_the_builder_leaves_no_trace_in_the_process(llama: Base) -> None:
+    script = (
+        "import logging, sys; from pathlib import Path; from adapters.base import find_base; "
+        f"from export.causal import builder; path = sys.path[:]; builder.build(find_base({str(llama.folder)!r})); "
+        "print(path == sys.path, logging.getLogger().handlers, logging.getLogger().level)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"True [] {logging.WARNING}"
+    assert "builder" not in done.stderr.lower()
