@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": ("simulations.bench.cli", "bench", "Measure secure aggregation against Flower's SecAgg+.", "simulations"),
     "demo": ("simulations.cli", "demo", "Households personalize a frozen model together; start here.", "simulations"),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
+    "export": ("export.cli", "export", "Make bundles for devices: bases, adapters, parity; back to peft.", "export"),
     "seeds": ("simulations.cli", "seeds", "Finished runs of one scenario side by side.", "simulations"),
     "simulate": ("simulations.cli", "simulate", "Run a scenario file, start to report.", "simulations"),
 }

@@ -153,12 +153,22 @@ def _adapter_files(
     return {f"{path}.onnx_adapter": blob, f"{path}.json": sidecar.sign(key)}
 
 
+def check_place(out: Path) -> None:
+    """Return if ``out`` is free for a bundle, or holds one that may be replaced.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not a bundle; name another folder")
+
+
 def stated_card(bundle: Path) -> BaseCard | None:
     """What the card says, unverified: only the exporter relies on it; a device verifies it before it believes it."""
     try:
         body = json.loads((bundle / CARD).read_bytes())["body"]
         return TypeAdapter(BaseCard).validate_python(body)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{bundle / CARD} is damaged; move {bundle} away and export again") from error
@@ -167,9 +177,8 @@ def stated_card(bundle: Path) -> BaseCard | None:
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
     """A folder to fill beside ``out``; takes its place if the block ends without an error."""
+    check_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not a bundle; name another folder")
     stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         stage.chmod(0o755)

@@ -89,10 +89,8 @@ def _folded(inputs: Tensors) -> Method:
 
 def _read(path: Path, limit: int) -> bytes:
     try:
-        with path.open("rb") as file:
-            blob = file.read(limit + 1)
+        if path.stat().st_size > limit:
+            raise DataError(f"{path} is above the limit of {limit} bytes")
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; is it a bundle, and does it have this adapter?") from error
-    if len(blob) > limit:
-        raise DataError(f"{path} is above the limit of {limit} bytes")
-    return blob

@@ -92,11 +92,9 @@ def to_peft(tensors: Tensors, method: Method, out: Path, base: str | None = None
 
 
 def _read(path: Path, limit: int) -> bytes:
-    with path.open("rb") as file:
-        blob = file.read(limit + 1)
-    if len(blob) > limit:
+    if path.stat().st_size > limit:
         raise DataError(f"{path} is above the limit of {limit} bytes")
-    return blob
+    return path.read_bytes()
 
 
 def _config(raw: bytes) -> Config:

