@@ -11,6 +11,7 @@ trained from, which lie close together; docs/decisions/0013-adapters-side-by-sid
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -76,7 +77,15 @@ class Adapter:
 
     choice: Choice
     sidecars: tuple[Sidecar, ...]  # of the parts, in the order of ``choice``
+    rank: int  # the greatest of a layer
+    nbytes: int  # of the inputs
     inputs: Tensors = field(repr=False)  # by graph input
+
+    @classmethod
+    def of(cls, choice: Choice, sidecars: tuple[Sidecar, ...], inputs: Tensors) -> Self:
+        """The adapter that has these inputs."""
+        rank = max((value.shape[1] for name, value in inputs.items() if name.endswith(LORA_A)), default=0)
+        return cls(choice, sidecars, rank, sum(value.nbytes for value in inputs.values()), inputs)
 
     @property
     def name(self) -> str:
@@ -89,19 +98,9 @@ class Adapter:
         return self.sidecars[0].labels
 
     @property
-    def rank(self) -> int:
-        """The greatest rank of a layer."""
-        return max((value.shape[1] for name, value in self.inputs.items() if name.endswith(LORA_A)), default=0)
-
-    @property
     def version(self) -> int:
         """The highest version among the parts."""
         return max(sidecar.version for sidecar in self.sidecars)
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes in memory."""
-        return sum(value.nbytes for value in self.inputs.values())
 
 
 def compose(choice: Choice, verified: Sequence[VerifiedAdapter], card: BaseCard) -> Adapter:
@@ -117,7 +116,7 @@ def compose(choice: Choice, verified: Sequence[VerifiedAdapter], card: BaseCard)
     """
     sidecars = tuple(one.sidecar for one in verified)
     if len(verified) == 1 and choice[0].weight == 1:
-        return Adapter(choice, sidecars, verified[0].inputs)
+        return Adapter.of(choice, sidecars, verified[0].inputs)
     if odd := [one for one in sidecars if one.labels != sidecars[0].labels]:
         raise ConfigError(
             f"adapters {sidecars[0].name!r} and {odd[0].name!r} have heads for other labels, which have no mean; "
@@ -125,7 +124,7 @@ def compose(choice: Choice, verified: Sequence[VerifiedAdapter], card: BaseCard)
         )
     weights = [part.weight for part in choice]
     inputs = {name: _joined(name, [one.inputs[name] for one in verified], weights) for name in verified[0].inputs}
-    composed = Adapter(choice, sidecars, inputs)
+    composed = Adapter.of(choice, sidecars, inputs)
     if composed.rank > card.max_rank:
         raise ConfigError(
             f"{composed.name} has rank {composed.rank}, above the base's limit of {card.max_rank}; leave one out"

@@ -10,7 +10,7 @@ the same tokens, as the next turn of a conversation does.
 import importlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -125,8 +125,7 @@ class Generator:
         self._check_idle()
         choice = chosen(names, weights)
         if (adapter := self._loaded.get(choice)) is None:
-            adapter = self._library.load(choice)
-            self._load(adapter)
+            adapter = self._load(self._library.load(choice))
         self._current = adapter
         return adapter
 
@@ -180,7 +179,8 @@ class Generator:
     def _encode(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(text)]
 
-    def _load(self, adapter: Adapter) -> None:
+    def _load(self, adapter: Adapter) -> Adapter:
+        """Hand the tensors over to onnxruntime-genai; the adapter that is returned has them no more."""
         values = {name: ort.OrtValue.ortvalue_from_numpy(adapter.inputs[name]) for name in sorted(adapter.inputs)}
         container = ort.AdapterFormat()
         container.set_adapter_version(1)
@@ -195,7 +195,9 @@ class Generator:
             except RuntimeError as error:
                 raise DataError(f"adapter {adapter.name!r} cannot be loaded: {_first_line(error)}") from error
         self._live = None  # an adapter that its generator still holds could not be given up
-        self._loaded.put(adapter.choice, adapter, adapter.nbytes)
+        handed_over = replace(adapter, inputs={})
+        self._loaded.put(adapter.choice, handed_over, adapter.nbytes)
+        return handed_over
 
     def _unload(self, adapter: Adapter) -> None:
         self._adapters.unload(adapter.name)
