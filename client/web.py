@@ -137,6 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
     site: Site
     local: bool  # served to this machine only
     protocol_version = "HTTP/1.1"
+    server_version, sys_version = "edgeadapt", ""
 
     def do_GET(self) -> None:
         """Answer with a file, "not changed since", or "not found"."""

@@ -33,7 +33,7 @@ export class Generation {
    * Throws DataError: an empty or too long prompt, or scores that are not finite.
    */
   async *pieces(prompt, feeds, { maxTokens, chat = false, temperature = 0, topP = 1, random }) {
-    const ids = this.#prompt(chat && this.chat && prompt.trim() ? this.chat(prompt) : prompt);
+    const ids = this.#prompt(prompt, chat);
     const state = { length: 0, cache: this.#cache() };
     const [fresh, written] = [[], { text: "" }];
     let next = ids;
@@ -46,8 +46,9 @@ export class Generation {
     }
   }
 
-  #prompt(prompt) {
-    const ids = this.text.plain(prompt);
+  #prompt(prompt, chat) {
+    const { text } = this;
+    const ids = chat && this.chat ? text.plain(this.chat(text.message(prompt))) : text.beginning(prompt);
     if (!ids.length) throw new DataError("the prompt has no sign that the model knows; write something");
     if (ids.length >= this.limit) {
       throw new DataError(`the prompt has ${ids.length} tokens, the model reads ${this.limit}; give a shorter one`);

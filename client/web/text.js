@@ -13,6 +13,7 @@ export class Text {
     const settings = JSON.parse(decode(tokenizer));
     this.limit = settings.truncation?.max_length ?? Infinity; // tokens; the library itself does not cut
     this.tokenizer = new Tokenizer(settings, config ? JSON.parse(decode(config)) : {});
+    this.marks = (settings.added_tokens ?? []).filter((token) => token.special && token.content).map((token) => token.content);
   }
 
   /**
@@ -34,6 +35,18 @@ export class Text {
   /** The ids of a text as it stands. Throws as `phrase`. */
   plain(text) {
     return this.tokenizer.encode(checked(text), { add_special_tokens: false }).ids;
+  }
+
+  /** The ids of a text that is to be continued, with the signs that the model wants around it. Throws as `phrase`. */
+  beginning(text) {
+    return this.tokenizer.encode(checked(text)).ids;
+  }
+
+  /** A message of a user. Throws as `phrase`, and if it could pass for someone else's by the model's own marks. */
+  message(text) {
+    const mark = this.marks.find((each) => checked(text).includes(each));
+    if (mark) throw new DataError(`a message contains ${quoted(mark)}, which is the model's own mark; leave it out`);
+    return checked(text);
   }
 
   /** Whole characters of `ids`; those of a character that has only begun are held back. */

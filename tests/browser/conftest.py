@@ -50,6 +50,13 @@ def libraries() -> None:
     need(all((LIBRARIES / path).is_file() for path in VENDOR.values()), "npm ci --prefix client/web has not run")
 
 
+@pytest.fixture(scope="session")
+def node(libraries: None) -> str:
+    program = shutil.which("node")
+    need(program, "no node on the path: apt install nodejs")
+    return str(program)
+
+
 class Chromium:
     """One browser process and one connection to it. Not for use from several threads."""
 

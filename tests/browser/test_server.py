@@ -1,0 +1,200 @@
+"""The server of the page hands out what is on its list, to this machine, and nothing else. No browser is needed."""
+
+import http.client
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import client.web
+from aggregation.errors import ConfigError, DataError, TrustError
+from client.cli import device
+from client.web import HEADERS, VENDOR, WEB, Site, server
+
+Get = Callable[..., tuple[int, dict[str, str], bytes]]
+
+
+@pytest.fixture(autouse=True)
+def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands in for what npm installs."""
+    folder = tmp_path / "node_modules"
+    for path in VENDOR.values():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(path.encode())
+    monkeypatch.setattr(client.web, "LIBRARIES", folder)
+    return folder
+
+
+@pytest.fixture
+def get(bundle: Path) -> Iterator[Get]:
+    """Asks for a path exactly as it is written, which a browser would not do."""
+    with server(Site.of(bundle), "127.0.0.1", 0) as serving:
+        threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+        def ask(path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
+            connection = http.client.HTTPConnection("127.0.0.1", serving.server_port, timeout=10)
+            connection.putrequest(method, path, skip_host="Host" in headers)
+            for name, value in headers.items():
+                connection.putheader(name.replace("_", "-"), value)
+            connection.endheaders()
+            answer = connection.getresponse()
+            found = (answer.status, dict(answer.getheaders()), answer.read())
+            connection.close()
+            return found
+
+        yield ask
+        serving.shutdown()
+
+
+def test_the_page_its_libraries_the_bundle_and_the_keys_are_served(get: Get, bundle: Path) -> None:
+    for path, file in (
+        ("/", WEB / "index.html"),
+        ("/worker.js", WEB / "worker.js"),
+        ("/trust.pem", bundle.parent / "trust.pem"),
+        ("/bundle/base/card.json", bundle / "base" / "card.json"),
+        ("/bundle/adapters/global.onnx_adapter", bundle / "adapters" / "global.onnx_adapter"),
+    ):
+        assert get(path)[::2] == (200, file.read_bytes()), path
+    for path, source in VENDOR.items():
+        assert get(f"/{path}")[::2] == (200, source.encode())
+    assert json.loads(get("/bundle.json")[2]) == {"adapters": ["global"]}
+
+
+def test_every_answer_carries_the_headers_that_isolate_the_page(get: Get) -> None:
+    for path in ("/", "/worker.js", "/bundle.json", "/bundle/base/card.json", "/nothing"):
+        found = get(path)[1]
+        assert HEADERS.items() <= found.items(), path
+    assert "default-src 'self'" in HEADERS["Content-Security-Policy"]
+    assert "unsafe-inline" not in HEADERS["Content-Security-Policy"]
+    assert "http" not in HEADERS["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../trust.seen.json",
+        "/bundle/../trust.pem",
+        "/bundle/base/../../trust.pem",
+        "/bundle/base/..%2f..%2ftrust.pem",
+        "/bundle/base/%2e%2e/card.json",
+        "/bundle/base/..\\..\\trust.pem",
+        "/bundle/adapters//global.json",
+        "/bundle/base/card.json/",
+        "/bundle/base/",
+        "/bundle/base",
+        "/bundle/",
+        "/bundle/base/.hidden",
+        "/bundle/secrets/key.pem",
+        "/bundle/key.pem",
+        "/etc/passwd",
+        "//etc/passwd",
+        "/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs",
+        "/package.json",
+        "/vendor/",
+        "/vendor/../web.py",
+        "/bundle/base/card.json%00.txt",
+        "http://127.0.0.1/trust.seen.json",
+    ],
+)
+def test_a_path_that_is_not_on_the_list_is_not_found(get: Get, bundle: Path, path: str) -> None:
+    for secret in ("base/.hidden", "secrets/key.pem", "key.pem"):
+        (bundle / secret).parent.mkdir(exist_ok=True)
+        (bundle / secret).write_bytes(b"secret")
+    (bundle.parent / "trust.seen.json").write_bytes(b"secret")
+    assert get(path)[::2] == (404, b"")
+
+
+def test_a_link_that_leaves_the_bundle_is_not_followed(get: Get, bundle: Path) -> None:
+    (bundle.parent / "private").write_bytes(b"secret")
+    (bundle / "base" / "link").symlink_to(bundle.parent / "private")
+    assert get("/bundle/base/link")[::2] == (404, b"")
+
+
+def test_a_page_under_a_foreign_name_reads_nothing(get: Get) -> None:
+    assert get("/bundle/base/card.json", Host="evil.example:80")[::2] == (404, b"")
+    assert get("/bundle/base/card.json", Host="")[::2] == (404, b"")
+    for name in ("localhost", "localhost:8765", "127.0.0.1:1"):
+        assert get("/bundle/base/card.json", Host=name)[0] == 200
+
+
+def test_nothing_can_be_written(get: Get) -> None:
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        assert get("/trust.pem", method)[0] == 501
+
+
+def test_a_file_is_sent_again_only_if_it_changed(get: Get, bundle: Path) -> None:
+    tag = get("/bundle/base/card.json")[1]["ETag"]
+    assert get("/bundle/base/card.json", If_None_Match=tag)[::2] == (304, b"")
+    (bundle / "base" / "card.json").write_bytes(b"other")
+    assert get("/bundle/base/card.json", If_None_Match=tag)[::2] == (200, b"other")
+
+
+def test_asking_for_the_head_sends_no_body(get: Get, bundle: Path) -> None:
+    for path in ("/bundle.json", "/bundle/base/card.json"):
+        status, headers, body = get(path, "HEAD")
+        assert (status, body) == (200, b"")
+        assert int(headers["Content-Length"]) == len(get(path)[2])
+
+
+def test_libraries_that_are_not_installed_are_named_with_what_to_do(bundle: Path, libraries: Path) -> None:
+    (libraries / "onnxruntime-web" / "dist" / "ort.wasm.min.mjs").unlink()
+    with pytest.raises(ConfigError, match=r"^the page's libraries are not installed: npm ci .*--prefix '.*web'$"):
+        Site.of(bundle)
+
+
+def test_a_bundle_that_is_none_and_keys_inside_it_are_refused(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no bundle at"):
+        Site.of(tmp_path)
+    (bundle / "trust.pem").write_bytes((bundle.parent / "trust.pem").read_bytes())
+    with pytest.raises(TrustError, match="cannot vouch for itself"):
+        Site.of(bundle, bundle / "trust.pem")
+
+
+def test_keys_named_by_the_user_are_served_instead(bundle: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.pem"
+    (bundle.parent / "trust.pem").rename(mine)
+    assert Site.of(bundle, mine).find("trust.pem") == mine
+
+
+def test_a_port_in_use_is_refused_in_one_line(bundle: Path) -> None:
+    site = Site.of(bundle)
+    with server(site, "127.0.0.1", 0) as first, pytest.raises(ConfigError, match="choose another --port"):
+        server(site, "127.0.0.1", first.server_port)
+
+
+def test_the_written_site_is_what_would_be_served(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "base" / ".hidden").write_bytes(b"secret")
+    out = tmp_path / "site"
+    done = CliRunner().invoke(device, ["serve-web", "--bundle", str(bundle), "--export", str(out)])
+    assert done.exit_code == 0, done.output
+    site = Site.of(bundle)
+    written = {file.relative_to(out).as_posix(): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert sorted(written) == sorted(site.paths())
+    assert "bundle/base/.hidden" not in written
+    for path, raw in written.items():
+        found = site.find(path)
+        assert raw == (found.read_bytes() if isinstance(found, Path) else found)
+
+
+def test_a_folder_that_holds_something_is_not_written_to(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "site"
+    out.mkdir()
+    (out / "mine").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        Site.of(bundle).export(out)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    (out / "mine").unlink()
+    Site.of(bundle).export(out)
+    assert (out / "index.html").is_file()
+
+
+def test_every_file_that_the_page_asks_for_is_on_the_list(bundle: Path) -> None:
+    """A module that is renamed, or a library's file that is missing, would show in a browser only."""
+    site = Site.of(bundle)
+    for file in WEB.glob("*.js"):
+        for line in file.read_text().splitlines():
+            if " from " in line and (quoted := line.split(" from ")[-1].strip(' ;"')).startswith("./"):
+                assert site.find(quoted.removeprefix("./")) is not None, (file.name, quoted)
