@@ -3,18 +3,21 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import click
 
-from aggregation.audit import Finding, Report, audit, chain
+from aggregation.audit import Check, Finding, Report, Status, audit, chain, many
 from aggregation.certificates import Root
 from aggregation.errors import DataError, TrustError
 from aggregation.identity import PublicKey
 from aggregation.transcript import read
+from coordinator.published import Published
+from coordinator.remake import Remake
 from coordinator.transcript import AUTHORITY, COORDINATOR, VECTORS, logs, vector_path
 
 FOLDER = click.Path(path_type=Path)
@@ -26,46 +29,83 @@ MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its t
 class Transcript:
     """Logs to check, and whom they must rely on.
 
-    ``given``: the authority and the coordinator's key came from the auditor, and not with the transcript.
+    Args:
+        paths: The logs, in order.
+        root: The authority, with the revocation list that counts.
+        coordinator: Its key.
+        given: The authority and the coordinator's key came from the auditor, and not with the transcript.
+        at: When the sessions took place, where that is known.
+        published: What the coordinator published, where it is at hand.
     """
 
     paths: tuple[Path, ...]
     root: Root
     coordinator: PublicKey
     given: bool
+    at: datetime | None
+    published: Published | None
 
     @classmethod
-    def open(cls, path: Path, authority: Path | None, coordinator: Path | None) -> Self:
+    def open(cls, path: Path, given: "Given") -> Self:
         """Find the logs at ``path``.
 
         Raises:
-            DataError: There are none.
-            TrustError: The authority's certificate or the coordinator's key is missing or damaged.
+            DataError: There are none, or the registry given is none.
+            TrustError: The authority's certificate or list, or the coordinator's key, is missing or damaged.
         """
         paths = (path,) if path.is_file() else _find(path)
         folder = paths[0].parent
-        root = Root.from_pem(_read(authority or folder / AUTHORITY, "--authority"))
-        key = PublicKey.from_pem(_read(coordinator or folder / COORDINATOR, "--coordinator"))
-        return cls(paths, root, key, authority is not None and coordinator is not None)
+        root = Root.from_pem(_read(given.authority or folder / AUTHORITY, "--authority"))
+        key = PublicKey.from_pem(_read(given.coordinator or folder / COORDINATOR, "--coordinator"))
+        if given.revoked:
+            root = _as_of(root.with_revocations(_read(given.revoked, "--revoked")), given.at)
+        home = given.registry or (folder.parent if Published.lies_in(folder.parent) else None)
+        published = Published.open(home, key) if home else None
+        return cls(paths, root, key, bool(given.authority and given.coordinator), given.at, published)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
         """Name of a log → its report; the last one may be ``unfinished``."""
         vectors = partial(_vector, self.paths[0].parent / VECTORS)
-        return {
-            path.name: audit(
-                path.read_bytes(),
-                self.root,
-                self.coordinator,
-                vectors,
-                unfinished=unfinished and path == self.paths[-1],
-            )
-            for path in self.paths
-        }
+        remake = Remake(self.published) if self.published else None
+        reports = {}
+        for path in self.paths:
+            open_end = unfinished and path == self.paths[-1]
+            report = audit(path.read_bytes(), self.root, self.coordinator, vectors, at=self.at, unfinished=open_end)
+            finding = _adapters(report, remake)
+            reports[path.name] = replace(report, findings=(*report.findings, finding), made=())
+        return reports
 
     @property
     def relied_on(self) -> dict[str, str]:
         """Fingerprints of the authority's certificate and of the coordinator's key, to compare with pinned ones."""
         return {"authority": hashlib.sha256(self.root.der).hexdigest(), "coordinator": self.coordinator.key_id}
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What an auditor brings along; what it does not, is taken from beside the logs or is not checked."""
+
+    authority: Path | None
+    coordinator: Path | None
+    revoked: Path | None
+    registry: Path | None
+    at: datetime | None
+
+
+def _as_of(root: Root, at: datetime | None) -> Root:
+    """The root as it was at that time: what was revoked later still counted."""
+    if root.revoked is None or at is None:
+        return root
+    then = {serial: since for serial, since in root.revoked.revoked.items() if since.at <= at}
+    return replace(root, revoked=replace(root.revoked, revoked=then))
+
+
+def _adapters(report: Report, remake: Remake | None) -> Finding:
+    if report.failed:
+        return Finding(Check.ADAPTERS, Status.NOT_REACHED, "")
+    if remake is None:
+        return Finding(Check.ADAPTERS, Status.SKIPPED, "the published adapters are not at hand (--registry)")
+    return remake.check(report.made)
 
 
 def _find(path: Path) -> tuple[Path, ...]:
@@ -94,6 +134,24 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
         click.option("--unfinished", is_flag=True, help="Accept a session that is still under way."),
         click.option(
+            "--registry",
+            type=FOLDER,
+            metavar="DIR",
+            help="The coordinator's home, to check the adapters too. Default: the one that the logs lie in.",
+        ),
+        click.option(
+            "--at",
+            type=click.DateTime(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S")),
+            metavar="DATE",
+            help="When the sessions took place (UTC), to check the dates of certificates. Default: not checked.",
+        ),
+        click.option(
+            "--revoked",
+            type=FOLDER,
+            metavar="FILE",
+            help="The authority's revocation list; with --at, what was revoked later counts. Default: not checked.",
+        ),
+        click.option(
             "--coordinator", type=FOLDER, metavar="FILE", help="Its public key, PEM. Default: beside the logs."
         ),
         click.option(
@@ -105,6 +163,11 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _given(options: dict[str, Any]) -> Given:
+    at = options.pop("at")
+    return Given(**options, at=at and at.replace(tzinfo=UTC))
+
+
 @click.group("audit", context_settings={"help_option_names": ["-h", "--help"]})
 def audit_command() -> None:
     """Check from its transcripts that a coordinator kept to the protocol."""
@@ -112,15 +175,7 @@ def audit_command() -> None:
 
 @audit_command.command()
 @_options
-@click.pass_context
-def verify(
-    context: click.Context,
-    path: Path,
-    authority: Path | None,
-    coordinator: Path | None,
-    unfinished: bool,
-    as_json: bool,
-) -> None:
+def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
     """Check every session at PATH, and exit with 4 if one does not hold.
 
     PATH is a session's log, a coordinator's home, or the folder of a run.
@@ -129,31 +184,23 @@ def verify(
     Examples:
       edgeadapt audit verify runs/demo
       edgeadapt audit verify runs/demo --authority pinned/authority.pem --coordinator pinned/coordinator.pem
+      edgeadapt audit verify runs/demo --at 2026-11-25 --revoked runs/demo/revoked.crl
       edgeadapt audit verify transcript/session-000001.log --json
     """
-    opened = Transcript.open(path, authority, coordinator)
+    opened = Transcript.open(path, _given(options))
     reports = opened.audit(unfinished=unfinished)
     error = _first_error(opened, reports)
     if as_json:
         click.echo(json.dumps({**_json(opened, reports), "ok": error is None, "error": error}))
     else:
         click.echo("\n".join(_told(opened, reports)))
-    _end(context, error, as_json)
+    _end(error, as_json)
 
 
 @audit_command.command()
 @_options
 @click.option("--entries", is_flag=True, help="List every message too.")
-@click.pass_context
-def show(
-    context: click.Context,
-    path: Path,
-    authority: Path | None,
-    coordinator: Path | None,
-    unfinished: bool,
-    as_json: bool,
-    entries: bool,
-) -> None:
+def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: Any) -> None:
     """List the rounds at PATH: who was in the plan, who was counted, who dropped out, what came of it.
 
     \b
@@ -161,22 +208,22 @@ def show(
       edgeadapt audit show runs/demo
       edgeadapt audit show transcript/session-000001.log --entries
     """
-    opened = Transcript.open(path, authority, coordinator)
+    opened = Transcript.open(path, _given(options))
     reports = opened.audit(unfinished=unfinished)
     error = _first_error(opened, reports)
     if as_json:
         click.echo(json.dumps({**_json(opened, reports), "ok": error is None, "error": error}))
     else:
         click.echo("\n".join(_shown(opened, reports, entries)))
-    _end(context, error, as_json)
+    _end(error, as_json)
 
 
-def _end(context: click.Context, error: str | None, as_json: bool) -> None:
+def _end(error: str | None, as_json: bool) -> None:
     if error is None:
         return
     if as_json:  # the one object on standard output has said it
         click.echo(f"edgeadapt: {error}", err=True)
-        context.exit(TrustError.exit_code)
+        click.get_current_context().exit(TrustError.exit_code)
     raise TrustError(error)
 
 
@@ -196,12 +243,20 @@ def _first_error(opened: Transcript, reports: Mapping[str, Report]) -> str | Non
 
 def _told(opened: Transcript, reports: Mapping[str, Report]) -> Iterator[str]:
     for name, report in reports.items():
-        yield f"{name}  {len(report.participation)} devices, {len(report.rounds)} rounds, {report.entries} messages"
+        size = ((len(report.participation), "device"), (len(report.rounds), "round"), (report.entries, "message"))
+        yield f"{name}  {', '.join(many(*each) for each in size)}"
         yield from (_line(finding) for finding in report.findings)
         yield ""
+    findings = [finding.status for report in reports.values() for finding in report.findings]
+    counts = ((status, findings.count(status)) for status in Status)
+    yield f"checks: {', '.join(f'{count} {status.value}' for status, count in counts if count)}"
     whose = "you gave" if opened.given else "came with the transcript: compare them with those that devices pin"
     yield f"checked with the keys that {whose}"
     yield from (f"  {party:11} {fingerprint}" for party, fingerprint in opened.relied_on.items())
+    missing = [] if opened.at else ["dates of certificates (--at DATE)"]
+    missing += [] if opened.root.revoked else ["revocation (--revoked FILE)"]
+    if missing:
+        yield f"not checked: {', '.join(missing)}"
 
 
 def _line(finding: Finding) -> str:

@@ -9,19 +9,23 @@ does not fit its checkpoints, the checks after it often find the very message.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from aggregation.audit import history as histories
 from aggregation.audit import log, opened, rules
 from aggregation.audit.history import History
 from aggregation.audit.opened import Opened, Vectors
-from aggregation.audit.report import Check, Finding, Problem, Report, RoundSummary, Skipped, Status
+from aggregation.audit.report import Check, Finding, Made, Problem, Report, RoundSummary, Skipped, Status, many
 from aggregation.certificates import Root
 from aggregation.errors import TrustError
 from aggregation.identity import PublicKey
 from aggregation.messages import Message
 from aggregation.transcript import NO_SESSION, Checkpoint, Reading, read
 
-__all__ = ["Check", "Finding", "Report", "RoundSummary", "Status", "audit", "chain"]
+if TYPE_CHECKING:
+    from datetime import datetime
+
+__all__ = ["Check", "Finding", "Made", "Report", "RoundSummary", "Status", "audit", "chain", "many"]
 
 
 def audit(
@@ -30,18 +34,20 @@ def audit(
     coordinator: PublicKey,
     vectors: Vectors = lambda digest: None,
     *,
+    at: "datetime | None" = None,
     unfinished: bool = False,
 ) -> Report:
     """Check a session.
 
     Args:
         raw: The log.
-        root: The authority whose word on devices counts.
+        root: The authority whose word on devices counts, with its revocation list where revocation is to be checked.
         coordinator: The key of the coordinator, as devices pin it.
         vectors: Digest → packed masked vector, where it was kept.
+        at: When the session took place, where the dates of certificates are to be checked. A log has no clock.
         unfinished: Accept a log that is not closed: of a session under way.
     """
-    auditor = _Auditor(read(raw), root, coordinator, vectors, unfinished)
+    auditor = _Auditor(read(raw), root, coordinator, vectors, at, unfinished)
     return auditor.run()
 
 
@@ -69,6 +75,7 @@ class _Auditor:
     root: Root
     coordinator: PublicKey
     vectors: Vectors
+    at: "datetime | None"
     unfinished: bool
     checkpoints: list[Checkpoint] = field(default_factory=list)
     history: History | None = None
@@ -105,14 +112,23 @@ class _Auditor:
         self.checkpoints = log.checkpoints(self.reading, self.coordinator, self.unfinished)
         return (
             f"{len(self.reading.entries)} entries, none missing, moved or altered: they are those that the coordinator "
-            f"signed in {len(self.checkpoints)} checkpoints"
+            f"signed in {many(len(self.checkpoints), 'checkpoint')}"
         )
 
     def _identities(self) -> str:
-        self.history = histories.begin(self.reading.entries, self.root, self.coordinator)
+        self.history = histories.begin(self.reading.entries, self.root, self.coordinator, self.at)
         if any(checkpoint.offer != self.history.offer.digest() for checkpoint in self.checkpoints):
             raise Problem("the checkpoints are of another session", self.reading.entries[0].place)
-        return f"{len(self.history.cohort)} devices, each certified by the authority, no device or key twice"
+        return f"{len(self.history.cohort)} devices, each certified by the authority{self._certified()}"
+
+    def _certified(self) -> str:
+        listed = self.root.revoked
+        checked = [f"valid on {self.at:%Y-%m-%d}"] if self.at else []
+        checked += [f"not on its revocation list {listed.number} of {listed.this_update:%Y-%m-%d}"] if listed else []
+        unchecked = [] if self.at else ["whether the certificates were valid at the time"]
+        unchecked += [] if listed else ["whether one was revoked"]
+        but = f". Not checked: {', '.join(unchecked)}" if unchecked else ""
+        return "".join(f", {each}" for each in checked) + ", no device or key twice" + but
 
     def _signatures(self) -> str:
         self.messages = histories.verify(self._history, self.reading.entries, self.coordinator)
@@ -126,10 +142,13 @@ class _Auditor:
         counts = rules.participation(self._history)
         least, most = min(counts.values()), max(counts.values())
         often = f"{least} to {most}" if least < most else f"{most}"
-        return f"the update of each of the {len(counts)} devices is in {often} of {len(self.opened)} sums"
+        return (
+            f"the update of each of the {many(len(counts), 'device')} is in {often} of {many(len(self.opened), 'sum')}"
+        )
 
     def _report(self, findings: tuple[Finding, ...]) -> Report:
         rounds = self.history.rounds if self.history else []
+        holds = all(finding.status is not Status.FAIL for finding in findings)
         return Report(
             findings=findings,
             rounds=tuple(
@@ -147,6 +166,7 @@ class _Auditor:
             entries=len(self.reading.entries),
             previous=self.checkpoints[0].previous if self.checkpoints else NO_SESSION,
             last=self.checkpoints[-1].digest() if self.checkpoints else b"",
+            made=opened.made(self.history, self.opened) if self.history and holds else (),
         )
 
 

@@ -6,7 +6,7 @@ that does not belong ends it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from aggregation import boxes, checks, envelope
 from aggregation.audit.report import Problem
@@ -30,6 +30,9 @@ from aggregation.messages import (
 )
 from aggregation.session import COORDINATOR, Session
 from aggregation.transcript import EVERYONE, Abort, Checkpoint, Entry, Place, Result
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 # The steps before the first round, and those of a round, in order: a log never goes back.
 _Kinds: TypeAlias = tuple[type[Message], ...]
@@ -90,8 +93,8 @@ class History:
         return self.cohort[entry.peer]
 
 
-def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey) -> History:
-    """The offer, with every member certified by the authority, each once.
+def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: "datetime | None" = None) -> History:
+    """The offer, with every member certified by the authority, each once; valid ``at`` that time, if one is given.
 
     Raises:
         Problem: Otherwise.
@@ -101,7 +104,7 @@ def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey) -> His
     first = entries[0]
     try:
         offer = envelope.open_as(Offer, first.message, coordinator, COORDINATOR)
-        return History(offer, checks.members(root, offer.certificates, None))
+        return History(offer, checks.members(root, offer.certificates, at))
     except ProtocolError as error:
         raise Problem(str(error), first.place) from None
 

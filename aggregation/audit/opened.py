@@ -11,8 +11,8 @@ import numpy as np
 
 from aggregation import masks, ring
 from aggregation.audit.history import History, Round
-from aggregation.audit.report import Problem, Skipped
-from aggregation.errors import ProtocolError
+from aggregation.audit.report import Floats, Made, Problem, Skipped, many
+from aggregation.errors import DataError, ProtocolError
 from aggregation.masks import Mask
 from aggregation.messages import MaskedInput
 from aggregation.recovery import Recovery
@@ -29,6 +29,7 @@ class Opened:
     seeds: Mapping[str, bytes] = field(repr=False)
     keys: Mapping[str, bytes] = field(repr=False)
     blamed: tuple[str, ...]
+    values: Mapping[str, Floats] | None = field(default=None, repr=False)  # from ``sums``: segment → sum
 
 
 def secrets(history: History, opened: dict[int, Opened]) -> str:
@@ -43,7 +44,8 @@ def secrets(history: History, opened: dict[int, Opened]) -> str:
     count = sum(len(each.seeds) + len(each.keys) for each in opened.values())
     blamed = sorted({device for each in opened.values() for device in each.blamed})
     wrong = f"; wrong shares came from {', '.join(blamed)} and were left out" if blamed else ""
-    return f"{count} secrets were opened, and each is the one that its owner had committed to beforehand{wrong}"
+    opening = "1 secret was" if count == 1 else f"{count} secrets were"
+    return f"{opening} opened, and each is the one that its owner had committed to beforehand{wrong}"
 
 
 def _open(session: Session, history: History, current: Round) -> Opened:
@@ -78,7 +80,23 @@ def sums(history: History, opened: Mapping[int, Opened], vectors: Vectors) -> st
         raise Skipped("the masked updates were kept as digests only, so the sums cannot be added up again")
     for current in kept:
         _add_up(history, current, opened[current.plan.round], vectors)
-    return f"the sums of {len(kept)} of {len(ended)} rounds were added up again, and are the same bit for bit"
+    return f"{len(kept)} of {many(len(ended), 'sum')} added up again from the masked updates: the same bit for bit"
+
+
+def made(history: History, opened: Mapping[int, Opened]) -> tuple[Made, ...]:
+    """What came of the rounds that have a result; with the sums that ``sums`` added up."""
+    return tuple(
+        Made(
+            place=current.place(Result),
+            before=(current.plan.adapter_version, current.plan.adapter_digest),
+            after=(current.ending.version, current.ending.adapter),
+            survivors=current.counted,
+            layout=history.offer.spec.layout_digest,
+            values=opened[current.plan.round].values,
+        )
+        for current in history.rounds
+        if isinstance(current.ending, Result)
+    )
 
 
 def _kept(current: Round, vectors: Vectors) -> bool:
@@ -102,6 +120,10 @@ def _add_up(history: History, current: Round, opened: Opened, vectors: Vectors) 
         masks.apply(total, _off(history.session, current, opened))
     if isinstance(current.ending, Result) and ring.digest(total, spec.ring_bits) != current.ending.sum:
         raise Problem("the updates do not add up to the sum that the result names", current.place(Result))
+    try:
+        opened.values = spec.decode(total, len(current.counted))
+    except DataError as error:
+        raise Problem(str(error), current.place(Result)) from None
 
 
 def _off(session: Session, current: Round, opened: Opened) -> list[Mask]:

@@ -1,11 +1,17 @@
 """What an audit says: one finding for each check, in words that need no cryptography, and what each round was."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
 
 from aggregation.errors import TrustError
 from aggregation.transcript import Place
+
+Floats = NDArray[np.float64]
 
 
 class Check(Enum):
@@ -22,6 +28,7 @@ class Check(Enum):
     RESULTS = "results"
     SUMS = "sums"
     PARTICIPATION = "participation"
+    ADAPTERS = "adapters"  # by who has the published files too: not from a transcript alone
 
 
 class Status(Enum):
@@ -31,6 +38,11 @@ class Status(Enum):
     FAIL = "FAIL"
     SKIPPED = "skipped"  # the transcript does not hold what it takes; the finding says what
     NOT_REACHED = "not reached"  # an earlier check failed
+
+
+def many(count: int, noun: str) -> str:
+    """So many of something, in words for people: one round, two rounds."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +80,27 @@ class RoundSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """A round's sum and the adapter that is said to have come of it, for who checks that step too.
+
+    Args:
+        place: Of the result in the log.
+        before: Version and digest of the adapter that the devices trained from.
+        after: Version and digest of the new one.
+        survivors: Whose updates are in the sum.
+        layout: Digest of the layout that the session was offered.
+        values: Segment name → sum, added up again from the masked vectors; nothing where these were not kept.
+    """
+
+    place: Place
+    before: tuple[int, str]
+    after: tuple[int, str]
+    survivors: tuple[str, ...]
+    layout: str
+    values: Mapping[str, Floats] | None = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """An audit's outcome.
 
@@ -78,6 +111,7 @@ class Report:
         entries: Entries of the log.
         previous: Digest of the last checkpoint of the session before, as this log says.
         last: Digest of this log's last checkpoint; nothing where it has none.
+        made: What came of the rounds that have a result, in order; nothing where a check failed.
     """
 
     findings: tuple[Finding, ...]
@@ -86,6 +120,7 @@ class Report:
     entries: int
     previous: bytes
     last: bytes
+    made: tuple[Made, ...] = ()
 
     @property
     def failed(self) -> tuple[Finding, ...]:

@@ -7,11 +7,11 @@ from functools import partial
 
 from aggregation import checks, envelope, graph
 from aggregation.audit.history import History, Round
-from aggregation.audit.report import Problem
+from aggregation.audit.report import Problem, many
 from aggregation.errors import ProtocolError
 from aggregation.messages import Agreement, Assignment, Opening, Survivors, Unmask
 from aggregation.session import Session
-from aggregation.spec import Adversary, SessionSpec
+from aggregation.spec import Adversary
 from aggregation.transcript import EVERYONE, Abort, Place, Result
 
 
@@ -27,16 +27,13 @@ def thresholds(history: History) -> str:
         raise Problem(f"{spec.threshold} of {near} devices open a secret: two groups apart from each other could do so")
     for current in history.rounds:
         _large_enough(history, current)
+    agreed = f", and {spec.quorum} must agree on who is in it" if spec.adversary is Adversary.ACTIVE else ""
+    others = "1 other sides" if withstands == 1 else f"{withstands} others side"
     return (
-        f"{spec.threshold} of {near} devices must answer to open a secret, and a sum is of {spec.minimum_survivors} or "
-        f"more{_signed_by(spec)}; no round went on with fewer. A device's update stays hidden even if {withstands} "
-        "others side with the coordinator"
+        f"{spec.threshold} of {near} devices must answer to open a secret; a sum is of {spec.minimum_survivors} "
+        f"devices or more{agreed}. No round went on with fewer. A device's update stays hidden even if {others} with "
+        "the coordinator"
     )
-
-
-def _signed_by(spec: SessionSpec) -> str:
-    active = spec.adversary is Adversary.ACTIVE
-    return f", to which {spec.quorum} must agree" if active else ""
 
 
 def _present(history: History) -> int:
@@ -134,7 +131,8 @@ def shares(history: History) -> str:
                 what = f"a share of {min(wrong)} is opened that would show its update to the coordinator"
                 raise Problem(what, current.place(Opening, device))
             count += len(opening.seeds) + len(opening.keys)
-    return f"{count} shares were opened, and of each device one kind: no single update could be unmasked"
+    came = f"{many(count, 'share')} of secrets came in"
+    return f"{came}; of each device they open one kind of secret only, so that no single update could be unmasked"
 
 
 def results(history: History) -> str:

@@ -38,6 +38,7 @@ class Logged:
     session: Any = None
     version: int = 1
     adapter: str = _fleet["ADAPTER"]
+    publish: Callable[[Any], str] = lambda result: NEW_ADAPTER
 
     def run(self, rounds: Sequence[Lost]) -> "Logged":
         """Steps 1–4, then a round for each of ``rounds``: step → devices lost there."""
@@ -135,7 +136,7 @@ class Logged:
             self.raw += self.log.ended(self.fleet.key, Abort(plan, outcome.reason.value))
             return
         self.session, result = outcome
-        self.version, self.adapter = self.version + 1, NEW_ADAPTER
+        self.version, self.adapter = self.version + 1, self.publish(result)
         ending = Result(plan, result.survivors, result.digest, self.version, self.adapter)
         self.raw += self.log.ended(self.fleet.key, ending)
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 import edgeadapt
+from aggregation.audit import Check
 from aggregation.certificates import Authority
 from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
+from aggregation.revocation import Revocation
 
 Run = Callable[..., tuple[int, str, str]]
 LOG = "session-000001.log"
@@ -71,7 +74,8 @@ def test_json_is_one_object_that_names_each_check(run: Run, folder: Path, logged
     code, out, _ = run("verify", folder, "--json")
     told = json.loads(out)
     assert (code, told["ok"], told["error"]) == (0, True, None)
-    assert [check["status"] for check in told["sessions"][0]["checks"]] == ["pass"] * 11
+    assert [check["status"] for check in told["sessions"][0]["checks"]] == ["pass"] * 11 + ["skipped"]
+    assert [check["check"] for check in told["sessions"][0]["checks"]] == [check.value for check in Check]
     assert told["sessions"][0]["participation"] == logged.audit().participation
     assert told["relied_on"]["coordinator"] == logged.fleet.key.public.key_id
 
@@ -124,6 +128,60 @@ def test_a_pinned_key_that_is_another_coordinators_is_decisive(run: Run, folder:
     code, _, err = run("verify", folder, "--coordinator", pinned)
     assert code == 4
     assert "entry 0 (offer)" in err
+
+
+@pytest.mark.parametrize(
+    ("day", "code"), [("2025-12-31", 4), ("2026-11-25", 0), ("2026-11-25T08:30:00", 0), ("2036-01-02", 4)]
+)
+def test_dates_of_certificates_are_checked_where_the_day_is_given(run: Run, folder: Path, day: str, code: int) -> None:
+    got, out, err = run("verify", folder, "--at", day)
+    assert got == code
+    if code:
+        assert f"certificate of device-000 is not valid at {day}" in err
+        assert "entry 0 (offer)" in err
+    else:
+        assert "valid on 2026-11-25" in " ".join(out.split())
+
+
+def test_what_is_not_checked_is_said(run: Run, folder: Path) -> None:
+    _, out, _ = run("verify", folder)
+    words = " ".join(out.split())
+    assert "Not checked: whether the certificates were valid at the time, whether one was revoked" in words
+    assert "not checked: dates of certificates (--at DATE), revocation (--revoked FILE)" in words
+    assert "the published adapters are not at hand (--registry)" in words
+
+
+@pytest.mark.parametrize(
+    ("options", "code"), [((), 4), (("--at", "2026-06-02"), 4), (("--at", "2026-05-31"), 0)], ids=str
+)
+def test_a_revoked_device_counts_only_before_it_was_revoked(
+    run: Run, folder: Path, logged: Any, options: tuple[str, ...], code: int
+) -> None:
+    authority, certificate = logged.fleet.authority, logged.fleet.devices["device-002"].certificate
+    day, end = dt.datetime(2026, 6, 1, tzinfo=dt.UTC), dt.datetime(2026, 9, 1, tzinfo=dt.UTC)
+    serial = x509.load_der_x509_certificate(certificate).serial_number
+    listed = folder.parents[1] / "revoked.crl"
+    listed.write_bytes(authority.revocations(3, {serial: Revocation(day)}, day, end).to_pem())
+    got, out, err = run("verify", folder, "--revoked", listed, *options)
+    assert got == code
+    if code:
+        assert "certificate of device-002 is revoked" in err
+    else:
+        assert "not on its revocation list 3 of 2026-06-01" in " ".join(out.split())
+
+
+def test_a_revocation_list_of_another_authority_is_refused(run: Run, folder: Path) -> None:
+    times = (dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2036, 1, 1, tzinfo=dt.UTC))
+    listed = folder.parents[1] / "revoked.crl"
+    listed.write_bytes(Authority.create("another", SystemEntropy(), *times).revocations(1, {}, *times).to_pem())
+    code, _, err = run("verify", folder, "--revoked", listed)
+    assert (code, "not signed by the pinned authority" in err) == (4, True)
+
+
+def test_a_folder_that_is_no_home_is_no_registry(run: Run, folder: Path) -> None:
+    code, out, err = run("verify", folder, "--registry", folder)
+    assert (code, out) == (5, "")
+    assert "is no coordinator's home: it has no registry.db" in err
 
 
 def test_a_session_under_way_passes_with_unfinished_only(run: Run, folder: Path, logged: Any) -> None:

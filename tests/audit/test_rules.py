@@ -256,7 +256,7 @@ def test_a_round_that_lacks_a_vector_is_left_out_of_the_sums(logged: Any) -> Non
     left = dict(list(logged.vectors.items())[1:])
     report = audit(logged.raw, logged.fleet.authority.root, logged.fleet.key.public, left.get)
     assert report.failed == ()
-    assert "1 of 2 rounds" in report.findings[list(Check).index(Check.SUMS)].text
+    assert "1 of 2 sums added up again" in report.findings[list(Check).index(Check.SUMS)].text
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ BASE = hashlib.sha256(b"base").hexdigest()  # of the fleet of tests/aggregation
 
 def test_a_sound_session_passes_every_check(logged: Any) -> None:
     report = logged.audit()
-    assert [finding.check for finding in report.findings] == list(Check)
+    assert [finding.check for finding in report.findings] == [check for check in Check if check is not Check.ADAPTERS]
     assert {finding.status for finding in report.findings} == {Status.PASS}, report.findings
     report.require()
 

@@ -1,0 +1,208 @@
+"""The step from the sum to the adapter, made again by an auditor: after real runs, and after each lie about them."""
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from aggregation import envelope
+from aggregation.audit import Check, Finding, Made, Status
+from aggregation.messages import MaskedInput
+from aggregation.transcript import read
+from coordinator.audit import Given, Transcript
+from coordinator.published import Published
+from coordinator.remake import DIGESTS_ONLY, UNKNOWN_STATE, UNPUBLISHED, Remake
+
+PUBLISHED = "published under the coordinator's signature and unaltered since"
+NOTHING = Given(None, None, None, None, None)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "fedavg": {"aggregation__keep_masked_inputs": True},
+    "fedadam": {
+        "aggregation__keep_masked_inputs": True,
+        "server__optimizer": "fedadam",
+        "server__learning_rate": 0.02,
+    },
+    "digests": {},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the homes of finished runs lie, one for each of ``RUNS`` once it was asked for."""
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def home_of(finished: Path, fleet_of: Callable[..., Any], tmp_path: Path) -> Callable[[str], Path]:
+    """The coordinator's home after three rounds in two sessions; each test has a copy to spoil."""
+
+    def make(name: str) -> Path:
+        if not (finished / name).exists():
+            fleet = fleet_of(4, aggregation__session_rounds=2, **RUNS[name])
+            fleet.federate(fleet.grid())
+            shutil.copytree(fleet.out / "coordinator", finished / name)
+        return Path(shutil.copytree(finished / name, tmp_path / name))
+
+    return make
+
+
+def adapters(home: Path) -> list[Finding]:
+    """What is found about the adapters of each session."""
+    reports = Transcript.open(home, NOTHING).audit(unfinished=False)
+    return [finding for report in reports.values() for finding in report.findings if finding.check is Check.ADAPTERS]
+
+
+def test_adapters_of_a_run_are_made_again_bit_for_bit(home_of: Callable[[str], Path]) -> None:
+    first, second = adapters(home_of("fedavg"))
+    assert first.status is second.status is Status.PASS
+    same = "Made again from the sums by the server's rule: the same bit for bit (FedAvg at rate 1, as"
+    assert first.text.startswith(f"2 adapters, {PUBLISHED}. {same}")
+    assert second.text.startswith(f"1 adapter, {PUBLISHED}. {same}")
+
+
+def test_fedadam_is_followed_from_version_zero_through_every_session(home_of: Callable[[str], Path]) -> None:
+    first, second = adapters(home_of("fedadam"))
+    assert first.status is second.status is Status.PASS
+    assert "FedAdam at rate 0.02" in second.text
+    assert "Not shown" not in second.text
+
+
+def test_fedadam_without_its_first_sums_is_said_not_to_be_shown(home_of: Callable[[str], Path]) -> None:
+    home = home_of("fedadam")
+    (home / "transcript" / "session-000001.log").unlink()
+    (only,) = adapters(home)
+    assert only.status is Status.SKIPPED
+    assert UNKNOWN_STATE in only.text
+
+
+def test_without_the_masked_updates_only_the_publishing_is_checked(home_of: Callable[[str], Path]) -> None:
+    first, _ = adapters(home_of("digests"))
+    assert first.status is Status.SKIPPED
+    assert first.text == f"2 adapters, {PUBLISHED}. Not shown of 2, that the sum made it: {DIGESTS_ONLY}"
+
+
+@pytest.mark.parametrize("server", [{"optimizer": "fedadam"}, {"learning_rate": 1.0000001}])
+def test_another_rule_than_was_followed_is_found(home_of: Callable[[str], Path], server: dict[str, Any]) -> None:
+    home = home_of("fedavg")
+    settings = json.loads((home / "federation.json").read_text())
+    (home / "federation.json").write_text(json.dumps({**settings, "server": server}))
+    first, _ = adapters(home)
+    assert first.status is Status.FAIL
+    assert "adapter 1 is not what the rule makes of the sum" in first.text
+    assert first.place is not None
+    assert (first.place.kind, first.place.round) == ("result", 1)
+
+
+def test_a_bit_of_a_published_file_is_missed(home_of: Callable[[str], Path]) -> None:
+    home = home_of("fedavg")
+    for number, blob in enumerate(sorted((home / "blobs").iterdir())):
+        whole = blob.read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(whole) * (number + 1) // 5] ^= 1
+        blob.write_bytes(damaged)
+        failed = [finding for finding in adapters(home) if finding.status is Status.FAIL]
+        assert failed
+        assert f"({blob.stem[:12]}) was altered" in failed[0].text
+        blob.unlink()
+        assert any(f"({blob.stem[:12]}) is missing" in finding.text for finding in adapters(home))
+        blob.write_bytes(whole)
+    assert {finding.status for finding in adapters(home)} == {Status.PASS}
+
+
+def test_a_manifest_that_is_altered_or_of_another_version_is_found(home_of: Callable[[str], Path]) -> None:
+    home = home_of("fedavg")
+    with closing(sqlite3.connect(home / "registry.db")) as database, database:
+        rows = dict(database.execute("select version, manifest from edgeadapt_versions"))
+        database.execute("update edgeadapt_versions set manifest = ? where version = 1", (rows[1][:-1] + b" ",))
+        database.execute("update edgeadapt_versions set manifest = ? where version = 3", (rows[2],))
+    first, second = adapters(home)
+    assert first.status is Status.FAIL
+    assert "edgeadapt/manifest/1" in first.text
+    assert UNPUBLISHED in second.text  # another version stands where the last one belongs
+
+
+def test_a_sum_that_was_not_kept_is_said_beside_those_that_were(home_of: Callable[[str], Path]) -> None:
+    home = home_of("fedavg")
+    log = read((home / "transcript" / "session-000001.log").read_bytes()).entries
+    headers = [entry for entry in log if (entry.kind, entry.round) == (MaskedInput.TAG, 1)]
+    signed = MaskedInput.decode(envelope.unverified_body(headers[0].message))
+    (home / "transcript" / "vectors" / f"{signed.vector.hex()}.bin").unlink()
+    first, _ = adapters(home)
+    assert first.status is Status.PASS
+    assert ". 1 of 2, made again from the sums by the server's rule: the same bit for bit" in first.text
+    assert f"Not shown of 1, that the sum made it: {DIGESTS_ONLY}" in first.text
+
+
+def test_an_adapter_that_was_never_published_is_found_unless_a_kill_explains_it(
+    home_of: Callable[[str], Path],
+) -> None:
+    home = home_of("fedavg")
+    with closing(sqlite3.connect(home / "registry.db")) as database, database:
+        database.execute("delete from edgeadapt_versions where version in (1, 3)")
+    first, second = adapters(home)
+    assert (first.status, "adapter 1 is not in the registry" in first.text) == (Status.FAIL, True)
+    assert second.status is Status.SKIPPED
+    assert second.text == f"0 adapters, {PUBLISHED}. Not shown of 1, that the sum made it: {UNPUBLISHED}"
+
+
+@pytest.fixture
+def first_session(
+    home_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Published, tuple[Made, ...]]:
+    """What is published, and what the audit of the first session hands on to be made again."""
+    handed: list[tuple[Made, ...]] = []
+
+    class Spy(Remake):
+        def check(self, made: tuple[Made, ...]) -> Finding:
+            handed.append(made)
+            return super().check(made)
+
+    monkeypatch.setattr("coordinator.audit.Remake", Spy)
+    opened = Transcript.open(home_of("fedavg"), NOTHING)
+    opened.audit(unfinished=False)
+    assert opened.published is not None
+    assert Remake(opened.published).check(handed[0]).status is Status.PASS
+    return opened.published, handed[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"before": (0, "ab" * 32)}, "the devices got another adapter than was published as 0"),
+        ({"survivors": ("someone",)}, "says another survivors than the log"),
+        ({"layout": "0" * 64}, "says another layout_digest than the log"),
+        ({"values": {"delta": np.zeros(3), "weight": np.ones(1)}}, "flat float32 vectors of one size"),
+    ],
+)
+def test_a_log_that_says_something_else_than_was_published_is_found(
+    first_session: tuple[Published, tuple[Made, ...]], changes: dict[str, Any], said: str
+) -> None:
+    published, (first, second) = first_session
+    finding = Remake(published).check((replace(first, **changes), second))
+    assert finding.status is Status.FAIL
+    assert said in finding.text
+
+
+def test_one_step_more_in_one_number_of_the_sum_is_found(first_session: tuple[Published, tuple[Made, ...]]) -> None:
+    published, (first, second) = first_session
+    assert first.values is not None
+    delta = first.values["delta"].copy()
+    steps = np.abs(np.diff(np.unique(delta)))
+    delta[np.abs(delta).argmin()] += steps.min()
+    finding = Remake(published).check((replace(first, values={**first.values, "delta": delta}), second))
+    assert finding.status is Status.FAIL
+    assert "adapter 1 is not what the rule makes of the sum" in finding.text
+
+
+def test_a_session_without_a_result_has_no_adapter(first_session: tuple[Published, tuple[Made, ...]]) -> None:
+    finding = Remake(first_session[0]).check(())
+    assert (finding.status, finding.text) == (Status.PASS, "no adapter was made")
