@@ -16,6 +16,7 @@ from aggregation.errors import EdgeAdaptError
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
     "audit": ("coordinator.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
+    "authority": ("coordinator.authority.cli", "authority", "Enrol devices: certify their keys, revoke them.", ""),
     "bench": ("simulations.bench.cli", "bench", "Measure secure aggregation against Flower's SecAgg+.", "simulations"),
     "demo": ("simulations.cli", "demo", "Households personalize a frozen model together; start here.", "simulations"),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),

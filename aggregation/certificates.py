@@ -68,6 +68,21 @@ class Root:
             raise TrustError(f"certificate of {device_id} is not valid at {at:%Y-%m-%d %H:%M}")
         return device_id, key
 
+    @property
+    def key(self) -> PublicKey:
+        """The authority's own."""
+        return _identity(_load(self.der))
+
+    @property
+    def ends(self) -> "datetime":
+        """When the authority's certificate ends, and with it every one that it issued."""
+        return _load(self.der).not_valid_after_utc
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the certificate in hex, to be compared by people."""
+        return hashlib.sha256(self.der).hexdigest()
+
     def revocations(self, raw: bytes) -> RevocationList:
         """The revocation list in ``raw``, DER or PEM, if this authority signed it.
 

@@ -98,23 +98,23 @@ class IdentityKey:
         """Sign ``body`` for the purpose ``tag``: 64 bytes, the same for the same input."""
         return self._key().sign(_framed(tag, body))
 
-    def to_pem(self) -> bytes:
-        """PKCS #8 in PEM, not encrypted: write it only where nobody else can read."""
-        return self._key().private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+    def to_pem(self, passphrase: bytes | None = None) -> bytes:
+        """PKCS #8 in PEM. Without a passphrase it is not encrypted: write it only where nobody else can read."""
+        encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
+        return self._key().private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 
     @classmethod
-    def from_pem(cls, pem: bytes) -> "IdentityKey":
+    def from_pem(cls, pem: bytes, passphrase: bytes | None = None) -> "IdentityKey":
         """Read what ``to_pem`` wrote.
 
         Raises:
-            TrustError: Not the PEM of an Ed25519 private key.
+            TrustError: Not the PEM of an Ed25519 private key, or encrypted under another passphrase than this one.
         """
         try:
-            key = serialization.load_pem_private_key(pem, password=None)
+            key = serialization.load_pem_private_key(pem, password=passphrase)
         except (ValueError, TypeError, UnsupportedAlgorithm):
-            raise TrustError("not an unencrypted private key in PEM form") from None
+            how = "an unencrypted private key" if passphrase is None else "a private key under this passphrase"
+            raise TrustError(f"not {how} in PEM form") from None
         if not isinstance(key, Ed25519PrivateKey):
             raise TrustError(f"an Ed25519 private key is needed, not {type(key).__name__}")
         return cls(key.private_bytes_raw())

@@ -8,7 +8,11 @@ import click
 COMMANDS = {
     "adapters": ("client.commands.adapters", "adapters", "List the adapters of a bundle, each verified.", ""),
     "chat": ("client.commands.chat", "chat", "Talk to the language model of a bundle.", ""),
+    "enrol": ("client.commands.enrol", "enrol", "Make this device's key, and ask the authority to certify it.", ""),
+    "forget": ("client.commands.forget", "forget", "Start the memory of the coordinator's log anew.", ""),
     "infer": ("client.commands.infer", "infer", "Print the intent of each phrase, or continue a text.", ""),
+    "install": ("client.commands.install", "install", "Take what the authority sends: certificate, revocations.", ""),
+    "policy": ("client.commands.policy", "policy", "Print what this device demands of every offer.", ""),
     "serve-web": ("client.commands.serve_web", "serve_web", "Run a bundle in the browser: serve its page.", ""),
 }
 

@@ -1,0 +1,91 @@
+"""Requests: a key's owner asks for its own certificate, and nobody can ask for another's."""
+
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregation import enrolment
+from aggregation.errors import ConfigError, TrustError
+from aggregation.identity import IdentityKey
+
+KEY, OTHER = IdentityKey(bytes(range(32))), IdentityKey(bytes(32))
+
+
+def der(pem: bytes) -> bytes:
+    return x509.load_pem_x509_csr(pem).public_bytes(serialization.Encoding.DER)
+
+
+def odd(key: Any, *names: str) -> bytes:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in names])
+    algorithm = None if isinstance(key, Ed25519PrivateKey) else hashes.SHA256()
+    return x509.CertificateSigningRequestBuilder(subject).sign(key, algorithm).public_bytes(serialization.Encoding.PEM)
+
+
+def test_a_request_gives_name_and_key_in_pem_and_der() -> None:
+    pem = enrolment.request(KEY, "kitchen-1")
+    assert enrolment.read_request(pem) == enrolment.read_request(der(pem)) == ("kitchen-1", KEY.public)
+
+
+def test_a_request_for_a_key_that_the_asker_does_not_have_is_refused() -> None:
+    raw = bytearray(der(enrolment.request(KEY, "kitchen-1")))
+    at = raw.index(KEY.public.raw)
+    raw[at : at + 32] = OTHER.public.raw
+    with pytest.raises(TrustError, match="not signed with the key that it is for"):
+        enrolment.read_request(bytes(raw))
+
+
+def test_any_flipped_bit_is_refused() -> None:
+    raw = der(enrolment.request(KEY, "kitchen-1"))
+    for place in range(8 * len(raw)):
+        flipped = bytearray(raw)
+        flipped[place // 8] ^= 1 << place % 8
+        with pytest.raises(TrustError):
+            enrolment.read_request(bytes(flipped))
+
+
+@given(
+    raw=st.binary(max_size=200) | st.binary(max_size=200).map(lambda raw: b"-----BEGIN CERTIFICATE REQUEST-----" + raw)
+)
+def test_any_bytes_are_refused(raw: bytes) -> None:
+    with pytest.raises(TrustError):
+        enrolment.read_request(raw)
+    with pytest.raises(TrustError):
+        enrolment.to_der(raw)
+
+
+def test_a_request_that_is_too_large_is_refused() -> None:
+    with pytest.raises(TrustError, match="not a certificate request"):
+        enrolment.read_request(enrolment.request(KEY, "kitchen-1") + bytes(9000))
+
+
+def test_a_request_for_another_kind_of_key_is_refused() -> None:
+    with pytest.raises(TrustError, match="Ed25519"):
+        enrolment.read_request(odd(ec.generate_private_key(ec.SECP256R1()), "kitchen-1"))
+
+
+@pytest.mark.parametrize("names", [(), ("a", "b"), ("../kitchen",), ("a b",)])
+def test_a_request_that_does_not_name_one_device_is_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(TrustError, match="does not name one device"):
+        enrolment.read_request(odd(Ed25519PrivateKey.from_private_bytes(KEY.raw), *names))
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a/b", "é", "a" * 65])
+def test_a_name_that_no_device_can_have_is_not_asked_for(name: str) -> None:
+    with pytest.raises(ConfigError, match="is not of the form"):
+        enrolment.request(KEY, name)
+
+
+def test_an_identity_under_a_passphrase_comes_back_with_it_and_not_without() -> None:
+    pem = KEY.to_pem(b"a long passphrase")
+    assert b"ENCRYPTED" in pem
+    assert IdentityKey.from_pem(pem, b"a long passphrase") == KEY
+    for wrong in (None, b"another passphrase"):
+        with pytest.raises(TrustError, match="not a"):
+            IdentityKey.from_pem(pem, wrong)
