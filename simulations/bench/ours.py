@@ -21,6 +21,7 @@ from aggregation.identity import IdentityKey
 from aggregation.messages import Agreement, Box, MaskedInput, Opening, Plan
 from aggregation.once import Once
 from aggregation.policy import Policy
+from aggregation.ring import Ring
 from aggregation.serverside import Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.session import Peer, Session, commitment
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
@@ -65,8 +66,15 @@ class Fleet:
         ready = Ready(self.session, device, 1, frozenset(held), None, {}, {})
         return Planned(ready, plan, self.secrets[device], held)
 
+    def masked(self, planned: Planned, values: Mapping[str, Floats], rng: np.random.Generator) -> Ring:
+        """A device's vector, encoded and masked, key agreement included: ``upload`` without packing and signing."""
+        vector, digest = self.session.spec.vector.encode(values, rng), planned.plan.digest()
+        own = planned._self_mask(self.session.context, digest)
+        masks.apply(vector, [*planned._pair_masks(digest), own])
+        return vector
+
     def upload(self, planned: Planned, values: Mapping[str, Floats], rng: np.random.Generator) -> bytes:
-        """A device's masked input: encode, mask, pack, digest, sign."""
+        """A device's masked input, ready to be sent: encode, mask, pack, digest, sign."""
         vector = self.session.spec.vector.encode(values, rng)
         return planned.contribute(self.devices[planned.ready.me], vector)[1]
 
@@ -172,18 +180,23 @@ def ask(given: Uploads) -> Unmasking:
     fleet, confirming = given.fleet, given.fleet.closed(receive(given))
     for name in given.bodies:
         confirming = confirming.on_signature(name, fleet.agreement(name, confirming))
-    asked = confirming.close()
-    if isinstance(asked, RoundAborted):
-        raise ValueError(asked.detail)
-    unmasking = asked[0]
+    unmasking = asked(confirming)
     for name in given.bodies:
         unmasking = unmasking.on_unmask(name, fleet.opening(name, unmasking))
     return unmasking
 
 
-def finish(unmasking: Unmasking) -> RoundResult:
+def asked(confirming: Confirming) -> Unmasking:
+    """The end of step 7."""
+    closed = confirming.close()
+    if isinstance(closed, RoundAborted):
+        raise ValueError(closed.detail)
+    return closed[0]
+
+
+def finish(unmasking: Unmasking, apply: masks.Apply | None = None) -> RoundResult:
     """Open the secrets, take the masks off, decode."""
-    result = unmasking.close()
+    result = unmasking.close(apply)
     if isinstance(result, RoundAborted):
         raise ValueError(result.detail)
     return result[1]

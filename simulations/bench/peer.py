@@ -22,20 +22,22 @@ from flwr.common.secure_aggregation.crypto.symmetric_encryption import (
     generate_shared_key,
 )
 from flwr.common.secure_aggregation.ndarrays_arithmetic import (
+    factor_combine,
     factor_extract,
     get_parameters_shape,
     parameters_addition,
     parameters_mod,
+    parameters_multiply,
     parameters_subtraction,
 )
-from flwr.common.secure_aggregation.quantization import dequantize
+from flwr.common.secure_aggregation.quantization import dequantize, quantize
 from flwr.common.secure_aggregation.secaggplus_constants import Key
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
 
 from aggregation.vector import Floats
 
-CLIP, RANGE, MODULUS = 8.0, 2**22, 2**32  # the workflow's defaults
+CLIP, RANGE, MODULUS, WEIGHT = 8.0, 2**22, 2**32, 1000.0  # the workflow's defaults
 Stage = Any  # the peer types its configurations so
 
 
@@ -55,8 +57,21 @@ class Fleet:
         answer: Stage = _share_keys(state, keys)
         return dict(zip(answer[Key.DESTINATION_LIST], answer[Key.CIPHERTEXT_LIST], strict=True))
 
+    def masked(self, client: int, values: Floats) -> list[Any]:
+        """A client's vector, quantized and masked: the middle of ``_collect_masked_vectors``, line by line."""
+        state, factor = self.states[client], round(RANGE / WEIGHT)
+        total: list[Any] = quantize(parameters_multiply([values], factor / RANGE), CLIP, RANGE)
+        total = factor_combine(factor, total)
+        shapes = get_parameters_shape(total)
+        total = parameters_addition(total, pseudo_rand_gen(state.rd_seed, MODULUS, shapes))
+        for other in self.near[client]:
+            public = bytes_to_public_key(state.public_keys_dict[other][0])
+            mask = pseudo_rand_gen(generate_shared_key(bytes_to_private_key(state.sk1), public), MODULUS, shapes)
+            total = (parameters_addition if client > other else parameters_subtraction)(total, mask)
+        return parameters_mod(total, MODULUS)
+
     def upload(self, client: int, values: Floats) -> bytes:
-        """A client's masked input: quantize, mask, serialize."""
+        """A client's masked input, ready to be sent: decrypt its shares, quantize, mask, serialize."""
         boxes = self.sent[client]
         configs: Stage = {Key.CIPHERTEXT_LIST: list(boxes.values()), Key.SOURCE_LIST: list(boxes)}
         answer: Stage = _collect_masked_vectors(self.states[client], configs, 1, ndarrays_to_parameters([values]))
@@ -91,7 +106,7 @@ def make(clients: int, degree: int, threshold: int) -> Fleet:
         Key.CLIPPING_RANGE: CLIP,
         Key.TARGET_RANGE: RANGE,
         Key.MOD_RANGE: MODULUS,
-        Key.MAX_WEIGHT: 1000.0,
+        Key.MAX_WEIGHT: WEIGHT,
     }
     for client, state in states.items():
         state.nid = client

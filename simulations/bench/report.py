@@ -1,44 +1,79 @@
 """What was measured, as a table and as a picture."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from aggregation.errors import DataError
 
+_HEAD = ("", "ours ms", "peer ms", "ratio", "by CPU")
+
 
 def table(found: Mapping[str, Any]) -> str:
-    """The comparison as text: medians of wall time with least and most, ratio by wall time and by CPU time."""
-    rows: list[tuple[str, ...]] = [("", "ours ms", "peer ms", "ratio", "by CPU")]
-    rows.append(_row("client: shares", found["shares"]))
-    rows.append(_row("client: encode + mask", found["client"]))
-    rows += [_row(f"server: {float(key):.0%} lost", pair) for key, pair in found["server"].items()]
+    """The comparison as text: medians of wall time with quartiles, ratio by wall time and by CPU time."""
+    rows = [_HEAD, *_rows(found)]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5))]) for row in rows]
-    size, checks = found["bytes"], found["server_checks_ms"]
-    repeats = next(iter(found["server"].values()))["peer"]["repeats"]
-    lines += [
-        "",
-        f"{found['devices']} devices, {found['elements']} elements, {found['neighbours']} neighbours.",
-        "Median (least–most) of wall time; the last column compares CPU time.",
-        f"Peer: SecAgg+ functions of the installed flwr. Its server ran {repeats} time{'s' * (repeats > 1)}.",
-        f"Bytes up: {size['ours']} against {size['peer']}.",
-        f"Checks of digests and signatures, which the peer does not have: {checks['0']:.0f} ms more at our server.",
-        f"Masks run at {found['mask_fraction_of_limit']:.0%} of AES-256-CTR and an addition; "
-        f"AES-256-CTR alone: {found['aes_ctr_gb_per_s']:.1f} GB/s.",
-    ]
-    for what, line in found.get("sweep", {}).items():
-        growth = ", ".join(f"{name} {power:.2f}" for name, power in line["growth"].items())
-        lines.append(f"Grows with the number of {what} to the power: {growth}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_notes(found)])
+
+
+def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield _row("client: shares", found["shares"])
+    yield _row("client: encode + mask", found["client"])
+    yield _row("client: whole upload", found["upload"])
+    for key, pair in found["server"].items():
+        yield _row(f"server: {float(key):.0%} lost", {**pair, "cpu_ratio": None})
+    for key, pair in found["server"].items():
+        alone = {**pair, "ours": pair["ours_on_one_core"], "ratio": pair["one_core_ratio"]}
+        yield _row(f"server, one core: {float(key):.0%} lost", alone)
 
 
 def _row(what: str, pair: Mapping[str, Any]) -> tuple[str, ...]:
-    return what, _spread(pair["ours"]), _spread(pair["peer"]), f"{pair['ratio']:.1f}", f"{pair['cpu_ratio']:.1f}"
+    by_cpu = "" if pair["cpu_ratio"] is None else f"{pair['cpu_ratio']:.1f}"
+    return what, _spread(pair["ours"]), _spread(pair["peer"]), f"{pair['ratio']:.1f}", by_cpu
 
 
 def _spread(timing: Mapping[str, Any]) -> str:
-    return f"{timing['ms']:.1f} ({timing['least_ms']:.1f}–{timing['most_ms']:.1f})"
+    low, high = timing["quartiles_ms"]
+    return f"{timing['ms']:.1f} ({low:.1f}–{high:.1f})"
+
+
+def _notes(found: Mapping[str, Any]) -> Iterator[str]:
+    size, checks, server = found["bytes"], found["server_checks_ms"], next(iter(found["server"].values()))
+    processes = found["server_processes"]
+    yield f"{found['devices']} devices, {found['elements']} elements, {found['neighbours']} neighbours."
+    yield (
+        f"Median (quartiles) of {found['client']['ours']['repeats']} repeats, ours and the peer's in turns; "
+        f"{server['peer']['repeats']} of the peer's server."
+    )
+    yield "Peer: the SecAgg+ functions of the installed flwr, which use one core."
+    yield f"Our server masks with {processes} process{'es' * (processes > 1)}; below that, with one."
+    yield f"Bytes up: {size['ours']} against {size['peer']}."
+    yield f"Checks of digests and signatures, which the peer does not have: {checks['0']:.0f} ms more at our server."
+    yield (
+        f"Masks at {found['mask_gb_per_s']:.1f} GB/s: {found['mask_fraction_of_limit']:.0%} of the keystream and an "
+        f"addition. AES-256 alone: {found['aes_ctr_gb_per_s']:.1f} GB/s in CTR mode, "
+        f"{found['aes_gcm_gb_per_s']:.1f} in GCM."
+    )
+    yield from _sweep_notes(found)
+
+
+def _sweep_notes(found: Mapping[str, Any]) -> Iterator[str]:
+    if "memory" in found:
+        taken = found["memory"]
+        yield (
+            f"Memory, in vectors: {taken['client_vectors']:.1f} for a device; {taken['both_vectors']:.1f} for a device "
+            f"and the server while {taken['uploads']} uploads come."
+        )
+    if "large" in found:
+        big = found["large"]
+        yield (
+            f"A round of {big['devices']} devices with {big['elements']} elements and {big['neighbours']} neighbours, "
+            f"{big['lost']:.0%} lost: {big['server_s']:.1f} s of one core at the server, checks included."
+        )
+    for what, line in found.get("sweep", {}).items():
+        growth = ", ".join(f"{name} {power:.2f}" for name, power in line["growth"].items())
+        yield f"Grows with the number of {what} to the power: {growth}."
 
 
 def draw(sweep: Mapping[str, Any], path: Path) -> None:
@@ -50,12 +85,13 @@ def draw(sweep: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (what, line) in zip(figure.subplots(1, 2), sweep.items(), strict=True):
+    for axes, (what, line) in zip(figure.subplots(1, 2, sharey=True), sweep.items(), strict=True):
         for name, values in line["cpu_ms"].items():
             axes.loglog(line["at"], values, marker="o", label=f"{name}: power {line['growth'][name]:.2f}")
-        axes.set(xlabel=what, ylabel="CPU time, ms", title=f"One round by number of {what}")
+        axes.set(xlabel=what, title=f"One round by number of {what}")
         axes.grid(visible=True, which="both", alpha=0.2)
         axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("CPU time, ms")
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:

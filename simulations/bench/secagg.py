@@ -1,34 +1,46 @@
-"""`edgeadapt bench secagg`: the comparison itself, and the sweeps of cohort and vector."""
+"""`edgeadapt bench secagg`: both sides on the same work, in turns. docs/secagg-bench.md says what is compared."""
 
 import copy
 import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-from aggregation import graph, masks, ring
+from aggregation import masks, ring
 from aggregation.masks import Mask
 from aggregation.serverside import Collecting
+from coordinator.maskworkers import MaskWorkers
 from simulations.bench import ours, peer
-from simulations.bench.timing import Timing, measure
+from simulations.bench.timing import Call, Timing, in_turns
 
 DROPOUTS = (0.0, 0.1, 0.3)
+Note = Callable[[str], None]
+
+
+def spare_cores() -> int:
+    """Cores beside the one that this process runs on."""
+    return len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much work: devices, neighbours, elements, repeats of ours and of the peer's slow server."""
+    """How much work: devices, neighbours, elements, repeats of ours and of the peer's slow server, and the sweeps."""
 
     devices: int = 100
     degree: int = 20
     elements: int = 10**6
-    repeats: int = 5
-    peer_repeats: int = 1
+    repeats: int = 7
+    peer_repeats: int = 3
     sweep_devices: tuple[int, ...] = (10, 32, 100, 316, 1000)
     sweep_elements: tuple[int, ...] = (10**5, 10**6, 10**7)
+    large_devices: int = 1000
+    large_elements: int = 10**5
+    workers: int = field(default_factory=spare_cores)
 
     @property
     def threshold(self) -> int:
@@ -36,29 +48,30 @@ class Size:
         return self.degree // 2 + 2
 
 
-QUICK = Size(20, 10, 2_000, 2, 1, (10, 12), (1_000, 2_000))
+QUICK = Size(20, 10, 2_000, 2, 1, (10, 12), (1_000, 2_000), 30, 1_000, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The same work, ours and the peer's."""
+    """The same work, ours and the peer's. ``alone``: ours where it had other processes to help, but without them."""
 
     ours: Timing
     peer: Timing
+    alone: Timing | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Medians of wall time and their ratio; the rest beside them."""
+        """Medians of wall time and their ratio; the rest beside them. CPU time is compared on one core."""
+        alone = self.alone or self.ours
         return {
             "ours_ms": self.ours.ms,
             "peer_ms": self.peer.ms,
             "ratio": self.peer.ms / self.ours.ms,
-            "cpu_ratio": self.peer.cpu_ms / self.ours.cpu_ms,
+            "one_core_ratio": self.peer.ms / alone.ms,
+            "cpu_ratio": self.peer.cpu_ms / alone.cpu_ms,
             "ours": self.ours.to_json(),
             "peer": self.peer.to_json(),
+            "ours_on_one_core": alone.to_json(),
         }
-
-
-Note = Callable[[str], None]
 
 
 def compare(size: Size, note: Note) -> dict[str, Any]:
@@ -66,139 +79,142 @@ def compare(size: Size, note: Note) -> dict[str, Any]:
 
     Args:
         size: Of the work.
-        note: Told what is being measured.
+        note: Told what is being measured; ``STEPS`` times.
     """
     note("setting up both sides")
-    mine, theirs = (
-        ours.make(size.devices, size.degree, size.threshold, size.elements),
-        peer.make(size.devices, size.degree, size.threshold),
-    )
+    mine = ours.make(size.devices, size.degree, size.threshold, size.elements)
+    theirs = peer.make(size.devices, size.degree, size.threshold)
     begun, values = mine.begin(), np.random.default_rng(1).uniform(-1, 1, size.elements)
     first, rng = next(iter(mine.devices)), np.random.default_rng(2)
 
-    note("client: shares, then encode and mask")
-    shares = Pair(
-        measure(mine.deal, lambda: first, size.repeats),
-        measure(theirs.deal, lambda: copy.deepcopy(theirs.states[0]), size.repeats),
-    )
-    client = Pair(
-        measure(
-            lambda p: mine.upload(p, {"delta": values}, rng), lambda: mine.planned(first, begun.plan), size.repeats
-        ),
-        measure(lambda c: theirs.upload(c, values), lambda: 0, size.repeats),
-    )
-    fraction, limit = _mask_fraction(size)
+    note("client: shares, encode and mask, whole upload")
+    clients = _clients(size, mine, theirs, begun, values)
+    note("masks against AES and an addition")
+    limit = _limit(size)
 
     note("uploads of every device")
     bodies = {name: mine.upload(mine.planned(name, begun.plan), {"delta": values}, rng) for name in mine.devices}
     foreign = theirs.upload(0, values)
-    served = {f"{dropout:g}": _serve(size, mine, theirs, begun, bodies, foreign, dropout, note) for dropout in DROPOUTS}
+    server = _servers(size, mine, theirs, (begun, bodies, foreign), note)
     return {
         "devices": size.devices,
         "neighbours": size.degree,
         "elements": size.elements,
-        "shares": shares.to_json(),
-        "client": client.to_json(),
-        "server": {key: pair.to_json() for key, (pair, _) in served.items()},
-        "server_checks_ms": {key: checks for key, (_, checks) in served.items()},
+        "server_processes": size.workers + 1,
+        **{name: pair.to_json() for name, pair in clients.items()},
+        "server": {key: pair.to_json() for key, (pair, _) in server.items()},
+        "server_checks_ms": {key: checks for key, (_, checks) in server.items()},
         "bytes": {"ours": len(bodies[first]), "peer": len(foreign)},
-        "mask_fraction_of_limit": fraction,
-        "aes_ctr_gb_per_s": limit,
+        **limit,
     }
+
+
+STEPS = 4 + len(DROPOUTS)
+
+
+def _clients(
+    size: Size, mine: ours.Fleet, theirs: peer.Fleet, begun: Collecting, values: np.ndarray[Any, np.dtype[np.float64]]
+) -> dict[str, Pair]:
+    first, rng, given = next(iter(mine.devices)), np.random.default_rng(2), {"delta": values}
+
+    def pair(our: Callable[[Any], object], fresh: Callable[[], Any], their: Callable[[Any], object]) -> Pair:
+        calls = Call(our, fresh, size.repeats), Call(their, lambda: copy.deepcopy(theirs.states[0]), size.repeats)
+        return Pair(*in_turns(*calls))
+
+    def planned() -> Any:
+        return mine.planned(first, begun.plan)
+
+    return {
+        "shares": pair(mine.deal, lambda: first, theirs.deal),
+        "client": pair(lambda p: mine.masked(p, given, rng), planned, lambda _: theirs.masked(0, values)),
+        "upload": pair(lambda p: mine.upload(p, given, rng), planned, lambda _: theirs.upload(0, values)),
+    }
+
+
+def _servers(
+    size: Size,
+    mine: ours.Fleet,
+    theirs: peer.Fleet,
+    sent: tuple[Collecting, Mapping[str, bytes], bytes],
+    note: Note,
+) -> dict[str, tuple[Pair, float]]:
+    begun, bodies, foreign = sent
+    # Each upload is a piece of memory of its own, on both sides, as they come in a round.
+    copies = [bytes(bytearray(foreign)) for _ in range(size.devices)]
+    found = {}
+    with MaskWorkers(size.workers) as workers:
+        workers.apply(ring.zeros(1, ours.BITS), [])  # they are up once they have answered
+        for dropout in DROPOUTS:
+            note(f"server: {dropout:.0%} lost; the peer takes a while")
+            found[f"{dropout:g}"] = _serve(size, mine, theirs, (begun, bodies, copies), workers, dropout)
+    return found
 
 
 def _serve(
     size: Size,
     mine: ours.Fleet,
     theirs: peer.Fleet,
-    begun: Collecting,
-    bodies: Mapping[str, bytes],
-    foreign: bytes,
+    sent: tuple[Collecting, Mapping[str, bytes], list[bytes]],
+    workers: MaskWorkers,
     dropout: float,
-    note: Note,
 ) -> tuple[Pair, float]:
     """Sum and unmask with so many lost; and what our checks of digests and signatures add, in ms."""
-    note(f"server: {dropout:.0%} lost; the peer takes a while")
+    begun, bodies, copies = sent
     gone, away = ours.lost(mine, dropout), peer.lost(theirs, dropout)
+    shares = theirs.openings(away)
 
     def arrived() -> ours.Uploads:
         return ours.collect(mine, bodies, begun, gone)
 
-    def their_server(shares: Mapping[int, list[bytes]]) -> None:
-        peer.unmask(theirs, peer.sum_up([foreign] * (size.devices - len(away))), shares, away)
+    def their_server(_: None) -> None:
+        peer.unmask(theirs, peer.sum_up(copies[: size.devices - len(away)]), shares, away)
 
-    sums = measure(ours.sum_up, arrived, size.repeats)
-    opened = measure(ours.finish, lambda: ours.ask(arrived()), size.repeats)
-    checked = measure(ours.receive, arrived, size.repeats)
-    other = measure(their_server, lambda: theirs.openings(away), size.peer_repeats)
-    return Pair(_together(sums, opened), other), checked.ms - sums.ms
-
-
-def _together(*parts: Timing) -> Timing:
-    return Timing(
-        tuple(map(sum, zip(*(part.wall for part in parts), strict=True))),
-        tuple(map(sum, zip(*(part.cpu for part in parts), strict=True))),
+    sums, helped, alone, checked, other = in_turns(
+        Call(ours.sum_up, arrived, size.repeats),
+        Call(lambda u: ours.finish(u, workers.apply), lambda: ours.ask(arrived()), size.repeats),
+        Call(ours.finish, lambda: ours.ask(arrived()), size.repeats),
+        Call(ours.receive, arrived, size.repeats),
+        Call(their_server, lambda: None, size.peer_repeats),
     )
+    return Pair(sums + helped, other, alone=sums + alone), checked.ms - sums.ms
 
 
-def _mask_fraction(size: Size) -> tuple[float, float]:
-    """Speed of masking, as a fraction of AES-CTR and a wrapping add alone; and AES-CTR alone in GB/s. By CPU time."""
+def _limit(size: Size) -> dict[str, float]:
+    """How near masking is to the least that it can be: the keystream by the fastest route, and a wrapping addition."""
     vector = ring.zeros(size.elements, ours.BITS)
     found = [Mask(hashlib.sha256(bytes([i])).digest(), add=True) for i in range(size.degree + 1)]
-    repeats = max(size.repeats, 5)
-    ran = measure(lambda _: masks.apply(vector, found), lambda: None, repeats)
-    block: Any = np.zeros(masks.BLOCK // 4, np.uint32)
-    rounds = max(1, vector.nbytes * len(found) // masks.BLOCK)
-    raw = measure(lambda _: _streams(block, rounds, add=False), lambda: None, repeats)
-    limit = measure(lambda _: _streams(block, rounds, add=True), lambda: None, repeats)
-    moved = rounds * masks.BLOCK
-    done = vector.nbytes * len(found)
-    return (min(limit.cpu) / moved) / (min(ran.cpu) / done), moved / min(raw.cpu) / 1e6
+    times = max(1, vector.nbytes * len(found) // masks.BLOCK)
+    kinds = [(route, add) for route in (_ctr, _gcm) for add in (False, True)]
+    repeats = max(size.repeats, 7)
+    ran, *raw = in_turns(
+        Call(lambda _: masks.apply(vector, found), lambda: None, repeats),
+        *(Call(partial(_stream, times, *kind), lambda: None, repeats) for kind in kinds),
+    )
+    speed = vector.nbytes * len(found) / min(ran.cpu)
+    ctr, ctr_add, gcm, gcm_add = (times * masks.BLOCK / min(timing.cpu) for timing in raw)
+    return {
+        "mask_fraction_of_limit": speed / max(ctr_add, gcm_add),
+        "mask_fraction_of_ctr_mode": speed / ctr_add,
+        "mask_gb_per_s": speed / 1e6,
+        "aes_ctr_gb_per_s": ctr / 1e6,
+        "aes_gcm_gb_per_s": gcm / 1e6,
+    }
 
 
-def _streams(block: Any, rounds: int, *, add: bool) -> None:
-    """The least that masking can be: keystream into one block, added to another."""
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+def _ctr() -> CipherContext:
+    return Cipher(algorithms.AES256(bytes(32)), modes.CTR(bytes(16))).encryptor()
 
-    stream = Cipher(algorithms.AES(bytes(32)), modes.CTR(bytes(16))).encryptor()
-    zeros, buffer = bytes(block.nbytes), memoryview(bytearray(block.nbytes))
+
+def _gcm() -> CipherContext:
+    return Cipher(algorithms.AES256(bytes(32)), modes.GCM(bytes(12))).encryptor()
+
+
+def _stream(times: int, route: Callable[[], CipherContext], add: bool, _: None) -> None:
+    """Keystream into one block, time and again, and perhaps added to another."""
+    stream, zeros = route(), bytes(masks.BLOCK)
+    buffer, block = memoryview(bytearray(masks.BLOCK)), np.zeros(masks.BLOCK // 4, np.uint32)
     keystream = np.frombuffer(buffer, np.uint32)
-    for _ in range(rounds):
+    for _turn in range(times):
         stream.update_into(zeros, buffer)
         if add:
             np.add(block, keystream, out=block)
-
-
-def sweep(size: Size, note: Note) -> dict[str, Any]:
-    """Ours alone: one client and the server, over cohorts (crypto only: 1000 elements) and over vectors."""
-    by_devices = [_once(n, 1_000, note, f"{n} devices") for n in size.sweep_devices]
-    by_elements = [_once(10, d, note, f"{d} elements") for d in size.sweep_elements]
-    return {
-        "devices": _fitted(size.sweep_devices, by_devices),
-        "elements": _fitted(size.sweep_elements, by_elements),
-    }
-
-
-def _once(devices: int, elements: int, note: Note, what: str) -> dict[str, float]:
-    note(f"sweep: {what}")
-    degree, threshold = graph.choose(devices, 0.1, 0.1)
-    fleet = ours.make(devices, degree, threshold, elements)
-    begun, rng = fleet.begin(), np.random.default_rng(3)
-    values = {"delta": rng.uniform(-1, 1, elements)}
-    first = next(iter(fleet.devices))
-    client = measure(lambda p: fleet.upload(p, values, rng), lambda: fleet.planned(first, begun.plan), 3)
-    bodies = {name: fleet.upload(fleet.planned(name, begun.plan), values, rng) for name in fleet.devices}
-    gone = ours.lost(fleet, 0.1)
-    server = measure(lambda given: ours.finish(ours.ask(given)), lambda: ours.collect(fleet, bodies, begun, gone), 1)
-    deal = measure(fleet.deal, lambda: first, 3)
-    return {"deal": deal.cpu_ms, "client": client.cpu_ms, "server": server.cpu_ms}
-
-
-def _fitted(at: Sequence[int], found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The points, and by least squares the power of ``at`` with which each grows."""
-    lines = {name: [point[name] for point in found] for name in found[0]}
-    growth = {
-        name: float(np.polyfit([math.log(x) for x in at], [math.log(y) for y in line], 1)[0])
-        for name, line in lines.items()
-    }
-    return {"at": list(at), "cpu_ms": lines, "growth": growth}
