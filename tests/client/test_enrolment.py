@@ -1,0 +1,190 @@
+"""Enrolment by hand: the key is made on the device, and the device takes no certificate but its own authority's."""
+
+import stat
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from aggregation import enrolment
+from aggregation.certificates import Authority
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
+from aggregation.identity import IdentityKey
+from aggregation.revocation import Revocation
+from client.cli import device
+from client.enrolment import REQUEST, Pinned, begin, finish
+from client.home import CERTIFICATE, IDENTITY, Home
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+DAY = timedelta(days=1)
+DIGEST = "b" * 64
+
+
+@pytest.fixture
+def authority() -> Authority:
+    return Authority.create("fleet", SystemEntropy(), NOW - DAY, NOW + 365 * DAY)
+
+
+@pytest.fixture
+def pinned(authority: Authority) -> Pinned:
+    return Pinned(authority.root.to_pem(), IdentityKey.generate(SystemEntropy()).public.to_pem())
+
+
+@pytest.fixture
+def home(tmp_path: Path, pinned: Pinned) -> Home:
+    begin(tmp_path / "kitchen", "kitchen", "some_base", pinned, SystemEntropy())
+    return Home.open(tmp_path / "kitchen")
+
+
+def certified(authority: Authority, home: Home, serial: int = 7, days: int = 30) -> bytes:
+    name, key = enrolment.read_request((home.folder / REQUEST).read_bytes())
+    return authority.issue(name, key, not_before=NOW - DAY, not_after=NOW + days * DAY, serial=serial)
+
+
+def test_a_device_is_enrolled_once_its_certificate_is_there(authority: Authority, home: Home) -> None:
+    with pytest.raises(TrustError, match=r"has no certificate\.der: enrol this device first"):
+        home.device(DIGEST)
+    der = certified(authority, home)
+    assert finish(home, enrolment.to_pem(der), NOW) == ("kitchen", NOW + 30 * DAY)
+    assert home.device(DIGEST).certificate == der
+    assert home.device(DIGEST).identity.public == enrolment.read_request((home.folder / REQUEST).read_bytes())[1]
+
+
+def test_the_private_key_is_in_one_file_that_its_owner_alone_can_read(home: Home) -> None:
+    holding = [path.name for path in home.folder.iterdir() if b"PRIVATE" in path.read_bytes()]
+    assert holding == [IDENTITY]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in home.folder.iterdir()} == {0o600}
+    assert stat.S_IMODE(home.folder.stat().st_mode) == 0o700
+
+
+def test_a_newer_certificate_takes_the_place_of_the_older(authority: Authority, home: Home) -> None:
+    finish(home, certified(authority, home), NOW)
+    assert finish(home, certified(authority, home, serial=8, days=60), NOW)[1] == NOW + 60 * DAY
+
+
+@pytest.mark.parametrize("wrong", ["authority", "key", "expired", "revoked", "request", "junk"])
+def test_any_other_certificate_is_refused_and_the_old_one_stays(
+    authority: Authority, home: Home, tmp_path: Path, pinned: Pinned, wrong: str
+) -> None:
+    finish(home, certified(authority, home), NOW)
+    before = (home.folder / CERTIFICATE).read_bytes()
+    if wrong == "key":
+        begin(tmp_path / "other", "kitchen", "some_base", pinned, SystemEntropy())
+    if wrong == "revoked":
+        home.revoke(authority.revocations(1, {8: Revocation(NOW)}, NOW, NOW + DAY).der)
+    stranger = Authority.create("fleet", SystemEntropy(), NOW - DAY, NOW + DAY)
+    given: dict[str, Callable[[], bytes]] = {
+        "authority": lambda: certified(stranger, home),
+        "key": lambda: certified(authority, Home.open(tmp_path / "other")),
+        "expired": lambda: certified(authority, home, days=-0),
+        "revoked": lambda: certified(authority, home, serial=8),
+        "request": lambda: (home.folder / REQUEST).read_bytes(),
+        "junk": lambda: b"junk",
+    }
+    at = NOW + DAY if wrong == "expired" else NOW
+    with pytest.raises(TrustError):
+        finish(home, given[wrong](), at)
+    assert (home.folder / CERTIFICATE).read_bytes() == before
+
+
+def test_a_home_is_never_made_over_something(tmp_path: Path, home: Home, pinned: Pinned) -> None:
+    before = {path: path.read_bytes() for path in home.folder.iterdir()}
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        begin(home.folder, "kitchen", "some_base", pinned, SystemEntropy())
+    assert {path: path.read_bytes() for path in home.folder.iterdir()} == before
+
+
+def test_a_failure_leaves_no_half_a_home(tmp_path: Path, pinned: Pinned, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Exhausted:
+        def __init__(self) -> None:
+            self.left = 1
+
+        def bytes(self, n: int) -> bytes:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(5, "no entropy")
+            return bytes(range(n))
+
+    with pytest.raises(OSError, match="no entropy"):
+        begin(tmp_path / "kitchen", "kitchen", "some_base", pinned, Exhausted())
+    with pytest.raises(ConfigError, match="device name"):
+        begin(tmp_path / "kitchen", "a b", "some_base", pinned, SystemEntropy())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_pinned_is_read_before_anything_is_made(authority: Authority, pinned: Pinned) -> None:
+    with pytest.raises(TrustError):
+        Pinned(pinned.coordinator, pinned.coordinator)
+    with pytest.raises(TrustError):
+        Pinned(pinned.authority, authority.root.to_pem())
+
+
+def test_a_base_in_a_folder_is_written_down_with_its_whole_path(
+    tmp_path: Path, pinned: Pinned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bases").mkdir()
+    monkeypatch.chdir(tmp_path)
+    begin(Path("kitchen"), "kitchen", "bases", pinned, SystemEntropy())
+    assert Home.open(tmp_path / "kitchen").settings.base == str((tmp_path / "bases").resolve())
+
+
+# The revocation list in a home
+
+
+def test_a_home_goes_by_its_newest_list_and_takes_no_older_one(authority: Authority, home: Home) -> None:
+    first, second = (authority.revocations(n, {}, NOW, NOW + DAY) for n in (1, 2))
+    home.revoke(second.der)
+    home.revoke(second.to_pem())
+    assert home.root().revoked == second
+    with pytest.raises(TrustError, match="list 1 is older than 2"):
+        home.revoke(first.der)
+    stranger = Authority.create("fleet", SystemEntropy(), NOW - DAY, NOW + DAY)
+    with pytest.raises(TrustError, match="not signed by the pinned authority"):
+        home.revoke(stranger.revocations(9, {}, NOW, NOW + DAY).der)
+    assert Home.open(home.folder).root().revoked == second
+
+
+# The commands
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(device, [str(argument) for argument in arguments])
+
+
+def ok(result: Result) -> str:
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def test_from_enrol_to_install_by_command(tmp_path: Path, authority: Authority, pinned: Pinned) -> None:
+    (tmp_path / "authority.pem").write_bytes(pinned.authority)
+    (tmp_path / "coordinator.pem").write_bytes(pinned.coordinator)
+    home = tmp_path / "kitchen"
+    files = ("--authority", tmp_path / "authority.pem", "--coordinator", tmp_path / "coordinator.pem")
+    said = ok(run("enrol", "--home", home, "--name", "kitchen", "--base", "some_base", *files))
+    name, key = enrolment.read_request((home / REQUEST).read_bytes())
+    assert name == "kitchen"
+    assert key.key_id in said
+    assert authority.root.fingerprint in said
+    (tmp_path / "kitchen.pem").write_bytes(enrolment.to_pem(certified(authority, Home.open(home))))
+    (tmp_path / "revoked.crl").write_bytes(authority.revocations(1, {}, NOW, NOW + DAY).to_pem())
+    installed = ("--certificate", tmp_path / "kitchen.pem", "--revoked", tmp_path / "revoked.crl")
+    assert "kitchen is enrolled until" in ok(run("install", "--home", home, *installed))
+    assert Home.open(home).device(DIGEST).root.revoked is not None
+    nothing = run("install", "--home", home)
+    assert isinstance(nothing.exception, EdgeAdaptError)
+    assert "nothing to install" in str(nothing.exception)
+
+
+def test_forgetting_takes_a_yes(home: Home) -> None:
+    (home.folder / "log.seen").write_bytes(b"damaged")
+    with pytest.raises(TrustError, match="device forget"):
+        home.load_witness()
+    assert CliRunner().invoke(device, ["forget", "--home", str(home.folder)], input="n\n").exit_code != 0
+    assert (home.folder / "log.seen").exists()
+    ok(run("forget", "--home", home.folder, "--yes"))
+    assert home.load_witness() is None

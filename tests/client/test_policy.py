@@ -1,0 +1,123 @@
+"""The [policy] table: every limit of the core can be set, the defaults are the core's, and nonsense is refused."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from aggregation.errors import ConfigError
+from aggregation.identity import IdentityKey
+from aggregation.policy import Policy
+from aggregation.spec import Adversary
+from client.cli import device
+from client.home import DeviceSettings, Home, enrol
+from client.policy import PolicySettings
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "device-policy.md"
+BASE, OTHER = "a" * 64, "b" * 64
+CHANGED: dict[str, Any] = {
+    "known_bases": [BASE],
+    "minimum_cohort": 20,
+    "minimum_ring_bits": 20,
+    "maximum_ring_bits": 40,
+    "adversaries": ["active", "honest-but-curious"],
+    "corrupt_fraction": 0.25,
+    "complete_up_to": 64,
+    "maximum_weight": 100,
+    "maximum_rounds": 4,
+    "demand_proofs": False,
+    "revocation_days": 7,
+}
+
+
+class _Zero:
+    def bytes(self, n: int) -> bytes:
+        return bytes(n)
+
+
+def home_with(folder: Path, table: str) -> Home:
+    enrol(folder, DeviceSettings(base="some_base"), IdentityKey(bytes(32)), {}, _Zero())
+    (folder / "device.toml").write_text(f'base = "some_base"\n[policy]\n{table}')
+    return Home.open(folder)
+
+
+def test_every_limit_of_the_core_can_be_set_and_its_default_is_the_cores() -> None:
+    assert set(PolicySettings.model_fields) == {field.name for field in dataclasses.fields(Policy)} == set(CHANGED)
+    assert PolicySettings().policy(BASE) == Policy(known_bases=frozenset({BASE}))
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_a_limit_in_the_file_is_the_limit_in_force(tmp_path: Path, key: str) -> None:
+    default = Policy(known_bases=frozenset({BASE}))
+    value = CHANGED[key]
+    found = home_with(tmp_path, f"{key} = {json.dumps(value)}\n").settings.policy.policy(BASE)
+    expected = {"known_bases": frozenset({BASE}), "adversaries": frozenset(Adversary)}.get(key, value)
+    assert found == dataclasses.replace(default, **{key: expected})
+
+
+def test_a_policy_is_written_and_read_back(tmp_path: Path) -> None:
+    settings = DeviceSettings(base='a "base"', policy=PolicySettings(**CHANGED))
+    enrol(tmp_path, settings, IdentityKey(bytes(32)), {}, _Zero())
+    assert Home.open(tmp_path).settings == settings
+
+
+def test_a_base_that_is_not_among_the_known_ones_is_joined_for_nothing() -> None:
+    assert PolicySettings(known_bases=[OTHER]).policy(BASE).known_bases == frozenset()
+    assert PolicySettings(known_bases=[OTHER, BASE]).policy(BASE).known_bases == {BASE}
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ("minimum_cohort = 2\n", "policy.minimum_cohort"),
+        ("minimum_cohrt = 8\n", "policy.minimum_cohrt"),
+        ("corrupt_fraction = 1.0\n", "policy.corrupt_fraction"),
+        ("corrupt_fraction = nan\n", "policy.corrupt_fraction"),
+        ("corrupt_fraction = -0.1\n", "policy.corrupt_fraction"),
+        ("maximum_ring_bits = 65\n", "policy.maximum_ring_bits"),
+        ("minimum_ring_bits = 40\nmaximum_ring_bits = 30\n", "ring bits must be"),
+        ("adversaries = []\n", "policy.adversaries"),
+        ('adversaries = ["none"]\n', "policy.adversaries"),
+        ('adversaries = "active"\n', "policy.adversaries"),
+        ('known_bases = ["AB"]\n', "policy.known_bases"),
+        ("demand_proofs = 0\n", "policy.demand_proofs"),
+        ("revocation_days = -1\n", "policy.revocation_days"),
+        ("revocation_days = 1.5\n", "policy.revocation_days"),
+        ("maximum_rounds = 0\n", "policy.maximum_rounds"),
+        ("maximum_weight = true\n", "policy.maximum_weight"),
+        ("complete_up_to = 2\n", "policy.complete_up_to"),
+    ],
+)
+def test_a_table_that_is_wrong_is_refused_in_one_line_that_names_the_key(
+    tmp_path: Path, table: str, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
+        home_with(tmp_path, table)
+    assert "\n" not in str(caught.value)
+    assert "device.toml" in str(caught.value)
+
+
+def test_the_document_lists_every_key_with_its_default_and_meaning() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", DOCUMENT.read_text(), re.MULTILINE))
+    assert list(rows) == list(PolicySettings.model_fields)
+    for name, field in PolicySettings.model_fields.items():
+        default, meaning, *_ = rows[name].split(" | ")
+        assert default == f"`{json.dumps(field.default)}`", name
+        assert meaning == field.description, name
+
+
+def test_the_command_prints_what_is_in_force(tmp_path: Path) -> None:
+    home = home_with(tmp_path, "minimum_cohort = 20\n")
+    printed = CliRunner().invoke(device, ["policy", "--home", str(home.folder)])
+    assert printed.exit_code == 0, printed.exception
+    lines = [line for line in printed.output.splitlines() if not line.startswith("    ")]
+    assert lines[1].split() == ["*", "minimum_cohort", "20"]
+    assert [line.split()[0] for line in lines].count("*") == 1
+    assert len(lines) == len(CHANGED)
+    told = json.loads(CliRunner().invoke(device, ["policy", "--home", str(home.folder), "--json"]).output)
+    assert told["changed"] == ["minimum_cohort"]
+    assert PolicySettings(**told["policy"]) == home.settings.policy
