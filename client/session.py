@@ -80,12 +80,18 @@ class Session:
             DataError: A file is missing, or the verified base cannot be loaded.
             ConfigError: The base is for another task, or nothing may stay in memory.
         """
+        return cls.of(Library.open(bundle, trust, "text-classification"), threads, loaded, loaded_bytes)
+
+    @classmethod
+    def of(
+        cls, library: Library, threads: int = 1, loaded: int = MAX_LOADED, loaded_bytes: int = MAX_LOADED_BYTES
+    ) -> Self:
+        """Load a base that is verified already. Arguments and errors as ``open``."""
         cache: Cache[_Loaded] = Cache(loaded, loaded_bytes)
-        library = Library.open(bundle, trust, "text-classification")
         try:
             session = cls(library, threads, cache)
         except Exception as error:  # tokenizers and onnxruntime raise classes with no common base
-            raise DataError(f"the base in {bundle} cannot be loaded by this version of the client: {error}") from error
+            raise DataError(f"the base in {library.bundle} cannot be loaded by this client: {error}") from error
         library.base.check()
         return session
 

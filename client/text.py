@@ -1,4 +1,6 @@
-"""Texts as people and programs hand them over: what cannot be answered is refused before a model sees it."""
+"""Texts in and out: what cannot be answered is refused before a model sees it, what cannot be shown is not printed."""
+
+import unicodedata
 
 from aggregation.errors import DataError
 
@@ -20,3 +22,8 @@ def checked(text: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError("a text is not valid Unicode; give it in UTF-8") from error
     return text
+
+
+def printable(text: str) -> str:
+    """Without the signs that steer a terminal: what a model writes must not move the cursor or set a title."""
+    return "".join(sign for sign in text if sign in "\n\t" or unicodedata.category(sign) != "Cc")

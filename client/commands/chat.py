@@ -2,7 +2,6 @@
 
 import json
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 from aggregation.errors import EdgeAdaptError
 from client.commands import options
+from client.text import printable
 
 if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
     from collections.abc import Generator as Closable
@@ -125,11 +125,6 @@ def _show(pieces: Iterator[str]) -> None:
         except KeyboardInterrupt:
             click.echo(" …", nl=False)
     click.echo()
-
-
-def printable(text: str) -> str:
-    """Without the signs that steer a terminal: what a model writes must not move the cursor or set a title."""
-    return "".join(sign for sign in text if sign in "\n\t" or unicodedata.category(sign) != "Cc")
 
 
 def _command(line: str, conversation: "Conversation", generator: "Generator") -> bool:
