@@ -1,0 +1,150 @@
+"""Revocation in whole runs: the list goes from the authority to the coordinator, and with an offer to the devices."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from flwr.app import Message
+
+from aggregation.certificates import Authority
+from aggregation.errors import EdgeAdaptError, TrustError
+from aggregation.revocation import Revocation, RevocationList
+from aggregation.steps import RECORD, REVOKED, Step
+from client.app import app
+from coordinator.home import CoordinatorHome
+
+FleetOf = Callable[..., Any]
+NOW = datetime.now(UTC).replace(microsecond=0)
+DAY = timedelta(days=1)
+GONE = "device-01"
+
+
+def list_of(fleet: Any, number: int, *names: str, begin: datetime = NOW - DAY, days: int = 30) -> RevocationList:
+    """A list that the fleet's authority signs."""
+    authority = Authority.from_pem((fleet.out / "authority" / "authority.pem").read_bytes())
+    certificates = [x509.load_der_x509_certificate(fleet.home(name).certificate) for name in names]
+    revoked = {certificate.serial_number: Revocation(begin) for certificate in certificates}
+    return authority.revocations(number, revoked, begin, begin + days * DAY)
+
+
+def install(fleet: Any, revoked: RevocationList) -> None:
+    (fleet.out / "coordinator" / "revoked.crl").write_bytes(revoked.to_pem())
+
+
+def demand(fleet: Any, line: str) -> None:
+    for home in (fleet.out / "devices").iterdir():
+        with (home / "device.toml").open("a") as file:
+            file.write(f"{line}\n")
+
+
+def replaced(revoked: bytes | None) -> Callable[[Message, Any], Message]:
+    """The real app, behind a coordinator that sends this list with its offers, or none."""
+
+    def call(message: Message, context: Any) -> Message:
+        fields = message.content.config_records[RECORD]
+        if message.metadata.message_type.endswith(Step.OFFER.value):
+            fields.pop(REVOKED, None)
+            if revoked is not None:
+                fields[REVOKED] = revoked
+        return app(message, context)
+
+    return call
+
+
+def test_a_revoked_device_is_out_of_the_next_session_and_everyone_knows(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(6, rounds=1)
+    (first,) = fleet.federate(fleet.grid())
+    assert GONE in first.survivors
+    revoked = list_of(fleet, 1, GONE)
+    install(fleet, revoked)
+    fleet.configure({"rounds": 2})
+    second = fleet.federate(fleet.grid())[1]
+    assert second.survivors == tuple(name for name in first.survivors if name != GONE)
+    for name in second.survivors:
+        assert fleet.home(name).root().revoked == revoked
+    assert (fleet.out / "coordinator" / "transcript" / "revoked.crl").read_bytes() == revoked.to_pem()
+
+
+def test_a_new_list_counts_from_the_next_session_of_the_same_run(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(6, rounds=3, aggregation__session_rounds=1)
+
+    def late(message: Message, context: Any) -> Message:
+        if message.metadata.group_id == "2":
+            install(fleet, list_of(fleet, 1, GONE))
+        return app(message, context)
+
+    records = fleet.federate(fleet.grid(app=late))
+    assert [GONE in record.survivors for record in records] == [True, True, False]
+
+
+def test_devices_do_not_join_a_revoked_one_whatever_the_coordinator_goes_by(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator must pass the list on, and offers a cohort with the revoked device all the same."""
+    fleet = fleet_of(6, rounds=1, attempts=1)
+    revoked = list_of(fleet, 1, GONE)
+    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+        fleet.federate(fleet.grid(app=replaced(revoked.der)))
+
+
+def test_an_older_list_is_refused_by_the_coordinator_and_by_devices(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(4, rounds=1, attempts=1)
+    old, new = list_of(fleet, 1), list_of(fleet, 2)
+    install(fleet, new)
+    fleet.federate(fleet.grid())
+    install(fleet, old)
+    fleet.configure({"rounds": 2})
+    with pytest.raises(TrustError, match="revocation list 1 is older than 2, which was seen before"):
+        fleet.federate(fleet.grid())
+    install(fleet, new)
+    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+        fleet.federate(fleet.grid(app=replaced(old.der)))
+    assert fleet.home("device-00").root().revoked == new
+
+
+def test_a_list_of_the_coordinators_own_making_is_refused(fleet_of: FleetOf) -> None:
+    fleet, stranger = fleet_of(4, rounds=1, attempts=1), fleet_of(4)
+    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+        fleet.federate(fleet.grid(app=replaced(list_of(stranger, 9).der)))
+    assert fleet.home("device-00").root().revoked is None
+    install(fleet, list_of(stranger, 9))
+    with pytest.raises(TrustError, match="not signed by the pinned authority"):
+        fleet.federate(fleet.grid())
+
+
+def test_a_list_past_its_end_stops_the_coordinator_before_it_asks_anyone(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(4, rounds=1)
+    install(fleet, list_of(fleet, 1, begin=NOW - 40 * DAY))
+    with pytest.raises(TrustError, match="was good until"):
+        fleet.federate(fleet.grid())
+
+
+def test_a_device_that_demands_a_fresh_list_is_not_held_back_from_one(fleet_of: FleetOf) -> None:
+    """The coordinator keeps the newer list back; the device's own has aged beyond what its owner allows."""
+    fleet = fleet_of(4, rounds=1, attempts=1)
+    demand(fleet, "revocation_days = 7")
+    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+        fleet.federate(fleet.grid())
+    install(fleet, list_of(fleet, 1, begin=NOW - 8 * DAY))
+    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+        fleet.federate(fleet.grid())
+    install(fleet, list_of(fleet, 2, begin=NOW - 6 * DAY))
+    (record,) = fleet.federate(fleet.grid())
+    assert len(record.survivors) == 4
+
+
+def test_a_device_keeps_its_list_when_the_coordinator_sends_none(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(4, rounds=1, attempts=1)
+    for path in (fleet.out / "devices").iterdir():
+        fleet.home(path.name).revoke(list_of(fleet, 1, GONE).der)
+    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+        fleet.federate(fleet.grid(app=replaced(None)))
+
+
+def test_the_coordinators_list_is_none_where_there_is_none(fleet_of: FleetOf, tmp_path: Path) -> None:
+    home = CoordinatorHome.open(fleet_of(3).out / "coordinator")
+    assert home.trusted(NOW) == home.root
+    home.registry.close()
