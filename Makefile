@@ -1,9 +1,10 @@
-# make demo | test | fast | lint | clean. The first run sets up .venv; later ones need no network.
+# make demo | test | fast | lint | web | clean. The first run sets up .venv; later ones need no network.
 # Tools run as `python -m …`: a console script's first line breaks in a checkout path that has spaces or is long.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
+WEB := client/web/node_modules/.package-lock.json
 
 # Nothing is fetched or reported once the environment stands, whatever a library's defaults are.
 export FLWR_TELEMETRY_ENABLED := 0
@@ -14,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast lint setup install clean
+.PHONY: demo test fast lint web setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
@@ -31,6 +32,14 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+web: $(WEB)  ## the libraries of the page that runs a bundle in a browser; without them its tests are skipped
+
+# npm writes this file last.
+$(WEB): client/web/package-lock.json
+	@command -v npm >/dev/null || { echo "edgeadapt: npm not found: install it (Debian: apt install npm)" >&2; exit 1; }
+	@npm ci --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error --prefix client/web
+	@touch $@
 
 setup: $(STAMP)
 
@@ -54,5 +63,5 @@ install:
 	  { echo "edgeadapt: setting up failed, see above; the first time needs the network. Then run make again" >&2; exit 1; }
 
 clean:  ## the environment and what tools leave behind; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf .venv client/web/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

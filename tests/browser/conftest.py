@@ -1,4 +1,4 @@
-"""A real Chromium, driven over its own protocol (CDP), and the tiny bundle of the exporter's tests.
+"""A real Chromium, driven over its own protocol (CDP), and the tiny bases of the exporter's tests.
 
 The browser is found as ``chromium`` on the path. Without it, or without the page's libraries, these tests are
 skipped; with EDGEADAPT_REQUIRE_BROWSER=1, as in CI, they fail.
@@ -22,15 +22,18 @@ from websockets.sync.client import connect
 
 from client.web import LIBRARIES, VENDOR, Site, server
 
-_SHARED = Path(__file__).parents[1] / "export" / "conftest.py"
-_spec = importlib.util.spec_from_file_location("tiny_base_fixtures", _SHARED)
-assert _spec is not None
-assert _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-
-for _name in ("tiny_base", "model", "exported", "exported_int8", "vendor", "household", "source", "bundle"):
-    globals()[_name] = getattr(_module, _name)
+_EXPORT = Path(__file__).parents[1] / "export"
+_SHARED = {
+    _EXPORT / "conftest.py": ("tiny_base", "model", "exported", "vendor", "household", "source", "bundle"),
+    _EXPORT / "causal" / "conftest.py": ("make_lm", "llama", "drawn"),
+}
+for _number, (_path, _names) in enumerate(_SHARED.items()):
+    _spec = importlib.util.spec_from_file_location(f"tiny_base_fixtures_{_number}", _path)
+    assert _spec is not None
+    assert _spec.loader is not None
+    _module = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_module)
+    globals().update({_name: getattr(_module, _name) for _name in _names})
 
 REQUIRED = os.environ.get("EDGEADAPT_REQUIRE_BROWSER") == "1"
 PATIENCE = 60  # seconds; the machine of a test run may be busy
