@@ -5,7 +5,7 @@ refused before a byte of it is copied.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from aggregation import wire
@@ -89,6 +89,15 @@ def unverified_body(raw: bytes) -> bytes:
 def signature(raw: bytes) -> bytes:
     """The signature on a message that was opened before."""
     return raw[-SIGNATURE:]
+
+
+def with_body(raw: bytes, body: bytes) -> bytes:
+    """The message with another body under the same signature: with none, for a reader who knows it already.
+
+    Raises:
+        ProtocolError: Not a message.
+    """
+    return _ENVELOPE.encode(replace(_ENVELOPE.decode(raw), body=body))
 
 
 def verify(signer: PublicKey, tag: str, body: bytes, signature: bytes) -> None:

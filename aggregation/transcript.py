@@ -1,8 +1,10 @@
 """The transcript of a session: an append-only log of its signed messages, from which an outsider can check it later.
 
 An entry holds a message as it travelled, with its place: index, kind, round and peer. Of a masked input it holds the
-signed header, which names the vector by digest; vectors are kept beside the log, or not at all. The log is the leaves
-of a Merkle tree (``merkle``). The coordinator signs its root in *checkpoints*, which are entries too: one when the
+signed header, which names the vector by digest; vectors are kept beside the log, or not at all. Of plans that come with
+boxes the first in a round is kept whole, and of the others the signature: their plan is that of the first, and their
+boxes are in the messages of the dealers (``audit.history`` puts them together again). The log is the leaves of a Merkle
+tree (``merkle``). The coordinator signs its root in *checkpoints*, which are entries too: one when the
 session stands, one after each round, and one that closes the log, so that a log that was cut off shows it.
 
 Nothing in it is secret: it says what the coordinator knows anyway, and nothing about a single device's update. It does
@@ -203,8 +205,12 @@ class Transcript:
         if len(alike) == 1 and (len(bodies) > 1 or step is not Step.PLAN):
             return self._append(kind, EVERYONE, next(iter(alike)))
         shared = [body for body, count in alike.items() if count > 1 and step is Step.PLAN]
-        own = [self._append(kind, device, body) for device, body in bodies.items() if body not in shared]
-        return b"".join([*own, *(self._append(kind, EVERYONE, body) for body in shared)])
+        records: list[bytes] = []
+        for device, body in bodies.items():
+            if body not in shared:
+                known = step is Step.PLAN and bool(records) and not _without_boxes(body)
+                records.append(self._append(kind, device, envelope.with_body(body, b"") if known else body))
+        return b"".join([*records, *(self._append(kind, EVERYONE, body) for body in shared)])
 
     def received(self, step: Step, device: str, body: bytes) -> bytes:
         """What a device answered, once the answer was found good."""
@@ -251,6 +257,11 @@ class Transcript:
     def _append(self, kind: str, peer: str, message: bytes) -> bytes:
         leaf = self.add(Entry(self.tree.size, kind, self.round, peer, message))
         return len(leaf).to_bytes(LENGTH, "big") + leaf
+
+
+def _without_boxes(assignment: bytes) -> bool:
+    """Whether the last field is empty. A digest that ends in four zeros looks like it, and then more is kept."""
+    return envelope.unverified_body(assignment).endswith(bytes(4))
 
 
 def signed_of(step: Step, body: bytes) -> bytes:

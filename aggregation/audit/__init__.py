@@ -79,7 +79,7 @@ class _Auditor:
     unfinished: bool
     checkpoints: list[Checkpoint] = field(default_factory=list)
     history: History | None = None
-    messages: list[Message] = field(default_factory=list)
+    messages: list[Message | None] = field(default_factory=list)
     opened: dict[int, Opened] = field(default_factory=dict)
 
     def run(self) -> Report:
@@ -135,7 +135,7 @@ class _Auditor:
         return f"{len(self.messages)} messages, each signed by the one who is said to have sent it"
 
     def _order(self) -> str:
-        histories.follow(self._history, self.reading.entries, self.messages)
+        histories.follow(self._history, self.reading.entries, self.messages, self.coordinator)
         return "each message belongs to this session and to its step, and nobody answered a step twice"
 
     def _participation(self) -> str:

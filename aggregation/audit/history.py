@@ -4,7 +4,7 @@ A ``History`` holds what the later checks (``rules``, ``opened``) look at. It gr
 that does not belong ends it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -109,33 +109,43 @@ def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: "d
         raise Problem(str(error), first.place) from None
 
 
-def verify(history: History, entries: tuple[Entry, ...], coordinator: PublicKey) -> list[Message]:
-    """Every entry's message, signed by the one who is said to have sent it.
+def verify(history: History, entries: tuple[Entry, ...], coordinator: PublicKey) -> list[Message | None]:
+    """Every entry's message, signed by the one who is said to have sent it; nothing where the log left its body out.
 
     Raises:
         Problem: One is not.
     """
-    messages = []
+    messages: list[Message | None] = []
     for entry in entries:
         kind = KINDS.get(entry.kind)
         if kind is None:
             raise Problem("there is no such kind of message", entry.place)
         try:
             signer = history.signer(entry, coordinator)
-            messages.append(envelope.open_as(kind, entry.message, signer, entry.peer))
+            brief = kind is Assignment and not envelope.unverified_body(entry.message)
+            messages.append(None if brief else envelope.open_as(kind, entry.message, signer, entry.peer))
         except ProtocolError as error:
             raise Problem(str(error), entry.place) from None
     return messages
 
 
-def follow(history: History, entries: tuple[Entry, ...], messages: list[Message]) -> None:
+def follow(
+    history: History, entries: tuple[Entry, ...], messages: Sequence[Message | None], coordinator: PublicKey
+) -> None:
     """Fill the history: every message in its step, of this session, and none twice.
+
+    Args:
+        history: To be filled.
+        entries: Of the log.
+        messages: From ``verify``. What the log left out of one is put back here, and its signature verified.
+        coordinator: Who signed those.
 
     Raises:
         Problem: One is not.
     """
     before = (0, 0)
-    for entry, message in zip(entries, messages, strict=True):
+    for entry, opened in zip(entries, messages, strict=True):
+        message = opened or _put_back(history, entry, coordinator)
         if entry.kind == Checkpoint.TAG:
             continue
         at = (entry.round, _RANK[KINDS[entry.kind]])
@@ -150,6 +160,20 @@ def follow(history: History, entries: tuple[Entry, ...], messages: list[Message]
             _take(history, entry, message)
         except ProtocolError as error:
             raise Problem(str(error), entry.place) from None
+
+
+def _put_back(history: History, entry: Entry, coordinator: PublicKey) -> Assignment:
+    """A plan with boxes of which the log keeps the signature: that of its round, and what was dealt to the device."""
+    current = history.rounds[-1] if history.rounds else None
+    if current is None or current.plan.round != entry.round:
+        raise Problem("the round has no plan", entry.place)
+    boxes = {dealer: dealt[entry.peer] for dealer, dealt in history.dealt.items() if entry.peer in dealt}
+    body = Assignment(current.plan, boxes).encode()
+    try:
+        return envelope.open_as(Assignment, envelope.with_body(entry.message, body), coordinator, COORDINATOR)
+    except ProtocolError:
+        what = "the device got another plan than the first one of its round, or other boxes than were dealt to it"
+        raise Problem(what, entry.place) from None
 
 
 def _round_of(history: History, entry: Entry, message: Message) -> Round:

@@ -14,7 +14,7 @@ from aggregation import envelope, ring, transcript
 from aggregation.errors import ProtocolError
 from aggregation.identity import IdentityKey
 from aggregation.merkle import verify_consistency, verify_inclusion
-from aggregation.messages import Assignment, MaskedInput, Plan
+from aggregation.messages import Assignment, Box, MaskedInput, Plan
 from aggregation.steps import Step
 from aggregation.transcript import (
     ENTRY,
@@ -55,11 +55,26 @@ def test_what_all_devices_get_alike_is_one_entry(log: Transcript) -> None:
     assert entry == Entry(0, "offer", 0, EVERYONE, b"same")
 
 
-def test_what_devices_get_each_for_itself_is_an_entry_each(log: Transcript) -> None:
+def assignment(boxes: dict[str, Box]) -> bytes:
+    return envelope.seal(KEY, Assignment(PLAN, boxes))
+
+
+def test_of_plans_with_boxes_the_first_is_kept_and_of_the_others_what_it_does_not_say(log: Transcript) -> None:
+    box = Box(b"sealed", (bytes(range(16)),))
+    bodies = {"a": assignment({"b": box}), "b": assignment({"a": box}), "c": assignment({}), "d": assignment({})}
     log.begin(PLAN)
-    found = entries(log.sent(Step.PLAN, {"a": b"with boxes", "b": b"same", "c": b"same"}))
-    assert [(entry.peer, entry.message) for entry in found] == [("a", b"with boxes"), (EVERYONE, b"same")]
-    assert {entry.round for entry in found} == {2}
+    first, second, rest = entries(log.sent(Step.PLAN, bodies))
+    assert (first.peer, first.message) == ("a", bodies["a"])
+    assert (second.peer, second.message) == ("b", envelope.with_body(bodies["b"], b""))
+    assert envelope.with_body(second.message, envelope.unverified_body(bodies["b"])) == bodies["b"]
+    assert (rest.peer, rest.message) == (EVERYONE, bodies["c"])
+    assert {entry.round for entry in (first, second, rest)} == {2}
+
+
+def test_a_single_plan_without_boxes_is_kept_whole(log: Transcript) -> None:
+    bodies = {"a": assignment({"b": Box(b"sealed", (bytes(range(16)),))}), "b": assignment({})}
+    log.begin(PLAN)
+    assert [entry.message for entry in entries(log.sent(Step.PLAN, bodies))] == list(bodies.values())
 
 
 def test_devices_that_are_told_different_things_show_in_the_log(log: Transcript) -> None:

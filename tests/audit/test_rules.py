@@ -18,6 +18,7 @@ from aggregation.messages import (
     Message,
     Offer,
     Opening,
+    Plan,
     Roster,
     Shares,
     Survivors,
@@ -140,25 +141,43 @@ def reordered(entries: list[Entry], old: list[Entry], new: list[Entry]) -> list[
     return entries[:at] + new + entries[at + len(old) :]
 
 
-def test_different_plans_for_different_devices_are_found(logged: Any) -> None:
-    old = logged.find(Assignment, 1, OTHER)
-    plan = replace(logged_plan(logged), training=b"for you alone")
-    raw = logged.with_changed(Assignment, 1, OTHER, plan=plan)
-    assert only(logged.audit(raw), Check.ORDER, "different plans").index == old.index
+def with_assignment(logged: Any, peer: str, plan: Plan, boxes_of: str, *, whole: bool) -> bytes:
+    """The log with another assignment for ``peer``: a plan, and the boxes of some device. ``whole``: body and all."""
+    boxes = {dealer: dealt[boxes_of] for dealer, dealt in logged.session.dealt.items() if boxes_of in dealt}
+    body = envelope.seal(logged.fleet.key, Assignment(plan, boxes))
+    old = logged.find(Assignment, 1, peer)
+    new = replace(old, message=body if whole else envelope.with_body(body, b""))
+    return logged.rewritten(lambda entries: [new if entry == old else entry for entry in entries])  # type: ignore[no-any-return]
 
 
-def logged_plan(logged: Any) -> Any:
+def logged_plan(logged: Any) -> Plan:
     entry = logged.find(Assignment, 1)
     return envelope.open_as(Assignment, entry.message, logged.fleet.key.public, "coordinator").plan
 
 
-def test_boxes_that_nobody_dealt_are_found(logged: Any) -> None:
-    to_me, to_other = logged.find(Assignment, 1, ME), logged.find(Assignment, 1, OTHER)
-    swapped = [replace(to_me, message=to_other.message), replace(to_other, message=to_me.message)]
-    raw = logged.rewritten(
-        lambda entries: [dict(zip([to_me, to_other], swapped, strict=True)).get(e, e) for e in entries]
-    )
-    assert only(logged.audit(raw), Check.ORDER, "not those that were dealt").index == to_me.index
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_assignment_may_be_logged_with_its_body_or_without(logged: Any, whole: bool) -> None:
+    raw = with_assignment(logged, OTHER, logged_plan(logged), OTHER, whole=whole)
+    assert (raw == logged.raw) != whole
+    assert logged.audit(raw).failed == ()
+
+
+@pytest.mark.parametrize(("whole", "reason"), [(True, "different plans"), (False, "another plan than the first one")])
+def test_different_plans_for_different_devices_are_found(logged: Any, whole: bool, reason: str) -> None:
+    plan = replace(logged_plan(logged), training=b"for you alone")
+    raw = with_assignment(logged, OTHER, plan, OTHER, whole=whole)
+    assert only(logged.audit(raw), Check.ORDER, reason).index == logged.find(Assignment, 1, OTHER).index
+
+
+@pytest.mark.parametrize(("whole", "reason"), [(True, "not those that were dealt"), (False, "other boxes than were")])
+def test_boxes_that_nobody_dealt_are_found(logged: Any, whole: bool, reason: str) -> None:
+    raw = with_assignment(logged, OTHER, logged_plan(logged), ME, whole=whole)
+    assert only(logged.audit(raw), Check.ORDER, reason).index == logged.find(Assignment, 1, OTHER).index
+
+
+def test_a_round_whose_plan_is_nowhere_in_full_is_found(logged: Any) -> None:
+    raw = with_assignment(logged, ME, logged_plan(logged), ME, whole=False)  # the first, which the others rest on
+    assert only(logged.audit(raw), Check.ORDER, "has no plan").index == logged.find(Assignment, 1, ME).index
 
 
 # Thresholds
