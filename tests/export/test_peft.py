@@ -1,6 +1,7 @@
 """Folders of real peft, read and written: scaling by layer, outputs, and everything that must be refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from adapters.base import Base
 from adapters.classifier import PhraseClassifier, load, tensors
 from adapters.method import Method
 from adapters.ondevice import Format, from_graph, to_graph
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from export.adapter import decode, encode
 from export.base import ExportedBase, export_base
 from export.parity import OnnxRunner, compare
@@ -248,6 +249,22 @@ def test_weights_that_are_damaged_are_refused(saved: Path, damage: str) -> None:
     (saved / WEIGHTS).write_bytes(DAMAGE[damage]((saved / WEIGHTS).read_bytes()))
     with pytest.raises(DataError, match="damaged or truncated"):
         read_peft(saved)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([CONFIG, WEIGHTS]), st.integers(0, 1500), st.integers(0, 255), st.integers(0, 40))
+def test_any_bytes_are_read_or_refused_in_one_line(saved: Path, name: str, at: int, byte: int, cut: int) -> None:
+    raw = (saved / name).read_bytes()
+    damaged = saved.parent / "damaged"
+    shutil.rmtree(damaged, ignore_errors=True)
+    shutil.copytree(saved, damaged)
+    (damaged / name).write_bytes(raw[: at % len(raw)] + bytes([byte]) + raw[at % len(raw) + cut :])
+    message = ""
+    try:
+        read_peft(damaged)
+    except EdgeAdaptError as error:
+        message = str(error)
+    assert "\n" not in message
 
 
 def _change(name: str, value: Any) -> Callable[[dict[str, torch.Tensor]], None]:
