@@ -170,6 +170,22 @@ def test_a_text_that_is_none_is_refused_in_a_line_and_the_next_is_answered(runni
     assert running.answer(TEXT) == before
 
 
+def _huge(inputs: dict[str, Any]) -> None:
+    for name, value in list(inputs.items()):
+        if "lora_" in name:
+            inputs[name] = np.full_like(value, 1e30)
+
+
+def test_an_adapter_whose_numbers_overflow_gives_no_answer_and_the_one_before_comes_back(running: Running) -> None:
+    before = running.answer(TEXT)
+    running.store(_huge)
+    running.use("bad")
+    with pytest.raises(DataError, match="not finite"):
+        running.answer(TEXT)
+    running.use("global")
+    assert running.answer(TEXT) == before
+
+
 def test_a_sound_adapter_is_accepted_by_the_same_road(running: Running) -> None:
     before = running.answer(TEXT)
     running.store(lambda inputs: None)

@@ -90,7 +90,7 @@ def test_an_answer_that_was_cut_short_counts_as_far_as_it_was_read(generator: Ge
 
 def test_a_question_that_got_no_answer_is_no_turn(generator: Generator) -> None:
     conversation = Conversation(generator, SHORT)
-    generator._ends = frozenset(range(generator._vocabulary))
+    generator._engine.ends = frozenset(range(generator._engine.vocabulary))
     assert said(conversation, "hello") == ""
     assert conversation.turns == ()
 

@@ -13,7 +13,7 @@ import torch
 
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.identity import IdentityKey
-from client import generate as module
+from client import engine, generate
 from client.compose import parse
 from client.generate import Generator, Message
 from client.options import Finish, Options
@@ -34,11 +34,11 @@ def written(generator: Generator, text: str = PROMPT, options: Options = SHORT) 
 
 
 def by_torch(model: Any, generator: Generator, count: int = 12) -> str:
-    ids = generator._encode(PROMPT)
+    ids = generator._engine.encode(PROMPT)
     given = {"attention_mask": torch.ones(1, len(ids)), "do_sample": False, "max_new_tokens": count}
     with torch.no_grad():
         sequence = model.generate(torch.tensor([ids]), **given)[0].tolist()
-    text: str = generator._tokenizer.decode(np.array(sequence[len(ids) :], np.int32))
+    text: str = generator._engine._tokenizer.decode(np.array(sequence[len(ids) :], np.int32))
     return text
 
 
@@ -99,9 +99,9 @@ def test_pieces_come_one_by_one_and_join_to_the_answer(generator: Generator) -> 
 def test_an_answer_ends_where_the_model_ends_it(generator: Generator) -> None:
     # The tiny model never ends by itself: the token that it would write third is declared an end.
     written(generator)
-    token = generator._live.tokens[len(PROMPT) + 2]  # type: ignore[union-attr]
-    before = generator._tokenizer.decode(np.array(generator._live.tokens[len(PROMPT) :][:2], np.int32))  # type: ignore[union-attr]
-    generator._ends = frozenset([token])
+    token = generator._engine._live.tokens[len(PROMPT) + 2]  # type: ignore[union-attr]
+    before = generator._engine._tokenizer.decode(np.array(generator._engine._live.tokens[len(PROMPT) :][:2], np.int32))  # type: ignore[union-attr]
+    generator._engine.ends = frozenset([token])
     assert written(generator) == before
     assert generator.last is not None
     assert (generator.last.finish, generator.last.tokens) == (Finish.END, 3)
@@ -134,7 +134,7 @@ def test_an_interruption_in_the_middle_of_a_token_leaves_the_generator_sound(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.Stops, "feed", interrupted)
+        patch.setattr(generate.Stops, "feed", interrupted)
         with pytest.raises(KeyboardInterrupt):
             written(generator)
     assert written(generator) == whole
@@ -234,7 +234,7 @@ def test_adapters_that_were_not_used_for_long_are_given_up_and_come_back(lm_bund
     assert texts[0] == texts[2] != texts[1]
     assert parse("anna") not in generator._loaded
     with pytest.raises(RuntimeError):
-        generator._adapters.unload("anna")  # it is not there any more
+        generator._engine._adapters.unload("anna")  # it is not there any more
 
 
 def test_a_switch_after_the_first_use_takes_less_than_a_millisecond(generator: Generator) -> None:
@@ -254,16 +254,16 @@ def test_the_file_that_hands_an_adapter_over_is_private_and_gone_afterwards(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
     (tmp_path / "t").mkdir()
     seen: list[tuple[int, int]] = []
-    inner = generator._adapters
+    inner = generator._engine._adapters
 
     class Watching:
         def load(self, path: str, name: str) -> None:
             seen.append((Path(path).stat().st_mode & 0o777, Path(path).parent.stat().st_mode & 0o777))
             inner.load(path, name)
 
-    generator._adapters = Watching()
+    generator._engine._adapters = Watching()
     generator.use("global")
-    generator._adapters = inner
+    generator._engine._adapters = inner
     assert seen == [(0o600, 0o700)]
     assert list((tmp_path / "t").iterdir()) == []
     assert written(generator)
@@ -294,7 +294,7 @@ def test_without_the_library_it_is_said_which_extra_is_needed(lm_bundle: Path, m
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(module.importlib, "import_module", missing)
+    monkeypatch.setattr(engine.importlib, "import_module", missing)
     with pytest.raises(ConfigError, match=r"pip install 'edgeadapt\[generate\]'"):
         Generator.open(lm_bundle)
 
@@ -309,12 +309,12 @@ def test_a_classifier_is_refused_with_the_command_that_takes_it(bundle: Path, lm
 
 
 def test_a_base_that_changed_while_it_was_loaded_is_not_used(lm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = module._marks
+    kept = engine._marks
 
     def tampering(tokenizer: bytes) -> tuple[str, ...]:
         (lm_bundle / "base" / "model.onnx.data").touch()
         return kept(tokenizer)
 
-    monkeypatch.setattr(module, "_marks", tampering)
+    monkeypatch.setattr(engine, "_marks", tampering)
     with pytest.raises(TrustError, match="changed while it was being loaded"):
         Generator.open(lm_bundle)
