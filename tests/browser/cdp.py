@@ -1,0 +1,139 @@
+"""Drives Chromium over its own protocol (CDP): no more of it than the page's tests and measurements need."""
+
+import contextlib
+import itertools
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from websockets.sync.client import connect
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE = 60  # seconds; the machine of a test run may be busy
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0"),
+)
+
+
+def installed() -> str | None:
+    """The browser's program, if there is one on the path."""
+    return next((program for name in NAMES if (program := shutil.which(name))), None)
+
+
+class Chromium:
+    """One browser process and one connection to it. Not for use from several threads."""
+
+    def __init__(self, program: str, profile: Path) -> None:
+        self._process = subprocess.Popen(
+            [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        port, path = self._address(profile / "DevToolsActivePort")
+        self._socket = connect(f"ws://127.0.0.1:{port}{path}", max_size=None, compression=None)
+        self._ids = itertools.count(1)
+        self.events: list[dict[str, Any]] = []
+
+    def _address(self, file: Path) -> list[str]:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and self._process.poll() is None:
+            with contextlib.suppress(FileNotFoundError):
+                if len(lines := file.read_text().split("\n")) >= 2:
+                    return lines[:2]
+            time.sleep(0.05)
+        raise RuntimeError("chromium did not start")
+
+    def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
+        number = next(self._ids)
+        message = {"id": number, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        self._socket.send(json.dumps(message))
+        while True:
+            answer = json.loads(self._socket.recv(timeout=PATIENCE))
+            if answer.get("id") == number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                return dict(answer["result"])
+            if "method" in answer:
+                self._note(answer)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        if event["method"] == "Target.attachedToTarget":  # a worker: listen to it before its first request
+            session = event["params"]["sessionId"]
+            for method in ("Network.enable", "Runtime.runIfWaitingForDebugger"):
+                message = {"id": next(self._ids), "method": method, "sessionId": session}
+                self._socket.send(json.dumps(message))
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.call("Browser.close")
+        self._socket.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class Page:
+    """A tab in a browser context of its own, so with storage of its own."""
+
+    def __init__(self, browser: Chromium) -> None:
+        self._browser = browser
+        self._context = browser.call("Target.createBrowserContext")["browserContextId"]
+        target = browser.call("Target.createTarget", url="about:blank", browserContextId=self._context)["targetId"]
+        browser.events.clear()
+        self._session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "DOM"):
+            self.call(f"{domain}.enable")
+        self.call("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=True, flatten=True)
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        return self._browser.call(method, self._session, **params)
+
+    def goto(self, url: str) -> None:
+        """Open the page and wait until it has opened its bundle, or said why it cannot."""
+        self.call("Page.navigate", url=url)
+        self.until("document.documentElement?.dataset.ready === 'yes'")
+
+    def evaluate(self, expression: str) -> Any:
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", "failed"))
+        return answer["result"].get("value")
+
+    def until(self, condition: str) -> None:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            if self.evaluate(condition):
+                return
+            time.sleep(0.02)
+        raise TimeoutError(f"{condition}; the page says: {self.status()}")
+
+    def status(self) -> str:
+        return str(self.evaluate("document.getElementById('status').textContent"))
+
+    def state(self) -> str:
+        return str(self.evaluate("document.getElementById('status').dataset.state"))
+
+    def pick(self, selector: str, *files: Path) -> None:
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
+
+    def requests(self) -> list[str]:
+        """The address of every request of the page and its workers so far."""
+        events = [event for event in self._browser.events if event["method"] == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in events]
+
+    def errors(self) -> list[str]:
+        """What the page threw and nobody caught."""
+        thrown = [event for event in self._browser.events if event["method"] == "Runtime.exceptionThrown"]
+        return [event["params"]["exceptionDetails"]["text"] for event in thrown]
+
+    def close(self) -> None:
+        self._browser.call("Target.disposeBrowserContext", browserContextId=self._context)

@@ -1,0 +1,125 @@
+"""Measures a bundle in a fresh headless Chromium and prints a table, or JSON: starting, answering, switching.
+
+    python tests/browser/measure.py runs/demo/bundle
+    python tests/browser/measure.py --json chat
+
+Needs trust.pem beside the bundle, as ``edgeadapt device serve-web`` does. The same phrase or prompt is answered by the
+native session in the same run. Times are of the wall clock; medians of ``--repeat`` answers, taken in turns.
+"""
+
+import json
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from cdp import Chromium, Page, installed
+
+from aggregation.errors import ConfigError
+from client.library import Library
+from client.web import Site, server
+
+PHRASE = "turn on the lights in the kitchen"
+PROMPT = "The weather in the mountains can change quickly, so"
+START = """(async () => {
+  const { Client } = await import('/client.js');
+  window.client = new Client();
+  const start = performance.now();
+  const bundle = await client.open();
+  const opened = performance.now() - start;
+  const first = bundle.adapters[0]?.name ?? '';
+  const verified = (await client.use(first)).milliseconds;
+  const names = bundle.adapters.map(({ name }) => name);
+  return { opened, verified, threads: bundle.threads, names: names.length ? names : [''] };
+})()"""
+SWITCH = """(async () => {
+  const [names, times] = [%r, []];
+  for (let i = 0; i < 103; i++) times.push((await client.use(names[i %% names.length])).milliseconds);
+  return times;
+})()"""
+
+
+@click.command()
+@click.option("--repeat", default=21, type=click.IntRange(1, 1000), show_default=True)
+@click.option("--tokens", default=48, type=click.IntRange(2, 1000), show_default=True, help="Of a generated text.")
+@click.option("--json", "as_json", is_flag=True)
+@click.argument("bundle", type=click.Path(path_type=Path))
+def measure(repeat: int, tokens: int, as_json: bool, bundle: Path) -> None:
+    """Print how fast BUNDLE is in the browser."""
+    if (program := installed()) is None:
+        raise ConfigError("no chromium on the path: apt install chromium")
+    with server(Site.of(bundle), "127.0.0.1", 0) as serving, tempfile.TemporaryDirectory() as profile:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        browser = Chromium(program, Path(profile))
+        try:
+            found = _measured(Page(browser), f"http://127.0.0.1:{serving.server_port}/", bundle, repeat, tokens)
+        finally:
+            browser.close()
+            serving.shutdown()
+    click.echo(json.dumps(found) if as_json else "\n".join(f"{name:28} {value}" for name, value in found.items()))
+
+
+def _measured(page: Page, url: str, bundle: Path, repeat: int, tokens: int) -> dict[str, Any]:
+    starts = []
+    for _ in range(2):  # the second time the browser has the files in its cache, and asks whether they changed
+        start = time.perf_counter()
+        page.goto(url)
+        starts.append(1000 * (time.perf_counter() - start))
+    opened = page.evaluate(START)
+    library = Library.open(bundle, None)
+    found: dict[str, Any] = {
+        "task": library.card.task,
+        "profile": library.card.profile,
+        "threads": opened["threads"],
+        "first start, ms": round(starts[0]),
+        "second start, ms": round(starts[1]),
+        "first use of an adapter, ms": round(opened["verified"], 1),
+        "switch, ms": _middle(page.evaluate(SWITCH % opened["names"][:2])[2:], 3),
+    }
+    classifies = library.card.task == "text-classification"
+    more = _phrases(page, bundle, opened["names"][0], repeat) if classifies else _text(page, tokens, repeat)
+    return found | more
+
+
+def _middle(times: list[float], digits: int = 1) -> str:
+    return f"{statistics.median(times):.{digits}f} ({min(times):.{digits}f} at best)"
+
+
+def _phrases(page: Page, bundle: Path, name: str, repeat: int) -> dict[str, Any]:
+    from client.session import Session
+
+    session = Session.open(bundle, threads=1)
+    session.use(name)
+
+    def native() -> float:
+        start = time.perf_counter()
+        session.classify([PHRASE])
+        return 1000 * (time.perf_counter() - start)
+
+    def browser() -> float:
+        return float(page.evaluate(f"client.rank({PHRASE!r}, 1).then((found) => found.milliseconds)"))
+
+    for answer in (native, browser) * 3:  # the first ones are slower
+        answer()
+    times = [(browser(), native()) for _ in range(repeat)]
+    return {
+        "one phrase, ms": _middle([time for time, _ in times]),
+        "one phrase, native, ms": _middle([time for _, time in times]),
+    }
+
+
+def _text(page: Page, tokens: int, repeat: int) -> dict[str, Any]:
+    options = json.dumps({"prompt": PROMPT, "maxTokens": tokens, "seed": 0})
+    runs = [page.evaluate(f"client.generate({options}, () => undefined)") for _ in range(min(repeat, 5))]
+    rates = [1000 * (run["tokens"] - 1) / (run["milliseconds"] - run["first"]) for run in runs if run["tokens"] > 1]
+    return {
+        "first token, ms": _middle([run["first"] for run in runs], 0),
+        "then tokens/s": f"{statistics.median(rates):.1f} ({max(rates):.1f} at best)",
+    }
+
+
+if __name__ == "__main__":
+    measure()
