@@ -25,6 +25,7 @@ from aggregation.serverside import Confirming, Established, Offering, RoundAbort
 from aggregation.steps import ADAPTER, PROOF, REVOKED, Step
 from coordinator import optimizer
 from coordinator.home import CoordinatorHome
+from coordinator.maskworkers import MaskWorkers
 from coordinator.registry import RoundRecord, Version
 from coordinator.transcript import Recorder
 from coordinator.wire import Wire
@@ -166,7 +167,8 @@ def _round(
     """Steps 5–9: one round from plan to committed record, whatever becomes of it."""
     version = _latest(home)
     fleet.lost.clear()
-    outcome = _protocol(home, fleet, session, version, number)
+    with MaskWorkers(home.settings.aggregation.mask_processes - 1) as workers:  # they start while the devices train
+        outcome = _protocol(home, fleet, session, version, number, workers)
     after: Established | None
     result: RoundResult | None
     if isinstance(outcome, RoundAborted):
@@ -191,7 +193,7 @@ def _round(
 
 
 def _protocol(
-    home: CoordinatorHome, fleet: Fleet, session: Established, version: Version, number: int
+    home: CoordinatorHome, fleet: Fleet, session: Established, version: Version, number: int, workers: MaskWorkers
 ) -> tuple[Established, RoundResult] | RoundAborted:
     manifest, group = version.manifest, str(number)
     task = home.settings.training.task(manifest, home.settings.seed)
@@ -214,7 +216,7 @@ def _protocol(
         if isinstance(confirmed, RoundAborted):
             return confirmed
         confirming, bodies = confirmed
-    opened = fleet.gather(confirming, Unmasking.on_unmask, Step.UNMASK, bodies, group=group).close()
+    opened = fleet.gather(confirming, Unmasking.on_unmask, Step.UNMASK, bodies, group=group).close(workers.apply)
     return opened if isinstance(opened, RoundAborted) else _weighed(*opened)
 
 

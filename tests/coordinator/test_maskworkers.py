@@ -2,14 +2,15 @@
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from aggregation import masks, ring
 from aggregation.masks import Mask
-from coordinator import maskworkers
+from coordinator import maskworkers, rounds
 from coordinator.maskworkers import MaskWorkers
 
 MASKS = [Mask(hashlib.sha256(bytes([i])).digest(), add=i % 3 > 0) for i in range(7)]
@@ -71,3 +72,23 @@ def test_a_process_ends_at_half_a_request() -> None:
     answers = io.BytesIO()
     maskworkers.serve(io.BytesIO(b"\x04\x00"), answers)
     assert answers.getvalue() == b""
+
+
+def test_a_federation_whose_masks_are_shared_out_makes_the_same_adapter(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    class Counted(MaskWorkers):
+        def __init__(self, count: int) -> None:
+            made.append(count)
+            super().__init__(count)
+
+    monkeypatch.setattr(rounds, "MaskWorkers", Counted)
+    fleet = fleet_of(5, rounds=1, aggregation__mask_processes=2)
+    fleet.federate(fleet.grid())
+    alone = fleet_of(5, rounds=1, aggregation__mask_processes=1)
+    alone.federate(alone.grid())
+    assert made == [1, 0]
+    first, second = (f.registry().versions()[-1].manifest for f in (fleet, alone))
+    assert first.sha256 == second.sha256
