@@ -1,7 +1,11 @@
 """A tiny base that exports in a second or two: two layers of BERT with seeded weights, and a real small tokenizer."""
 
+import json
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
+import edgeadapt
 from adapters.base import Base, find_base
 from adapters.classifier import LoraSpec, build, load, tensors
 from adapters.layout import Layout, Tensors
@@ -112,6 +117,33 @@ def household() -> IdentityKey:
 
 
 Source = Callable[..., AdapterSource]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """``edgeadapt export`` with these arguments, in this process."""
+
+    def run(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", "export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            edgeadapt.main()
+        code = caught.value.code or 0
+        assert isinstance(code, int)
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """``edgeadapt export`` as a person runs it: what it writes, and that every refusal is one line and writes nothing."""
 
-import json
 import sqlite3
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
-import edgeadapt
 from adapters import files
 from adapters.base import Base
 from adapters.classifier import PhraseClassifier, load, tensors
@@ -33,30 +30,8 @@ TEXTS = ("turn on the kitchen lights", "lock the door", "play music", "set a tim
 METHOD = Method("lora", 4, 8, ("query", "value"))
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
+Done = Any  # see the fixture `export`
 Run = Callable[..., Done]
-
-
-@pytest.fixture
-def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["edgeadapt", "export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            edgeadapt.main()
-        code = caught.value.code or 0
-        assert isinstance(code, int)
-        return Done(code, *capsys.readouterr())
-
-    return run
 
 
 def publish(home: Path, base: Base, versions: list[Tensors], labels: tuple[str, ...] = LABELS) -> None:

@@ -1,0 +1,93 @@
+"""A language model from the command line: base, an adapter from peft, the gate, and back to peft."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from adapters.base import Base
+
+TEXTS = ("turn on the kitchen lights", "lock the door", "play some music in here", "x")
+
+
+@pytest.fixture
+def shop(export: Callable[..., Any], tmp_path: Path, llama: Base) -> Path:
+    """A key, pinned, and a bundle with the base; a folder of peft, and texts."""
+    assert export("key", tmp_path / "key.pem").code == 0
+    (tmp_path / "key.pub.pem").rename(tmp_path / "trust.pem")
+    made = ("base", "--base", llama.folder, "--task", "text-generation", "--profile", "fp32", "--max-rank", "6")
+    done = export(*made, "--targets", "q_proj,v_proj", "--out", tmp_path / "bundle", "--key", tmp_path / "key.pem")
+    assert done.code == 0, done.err
+    patterns = {"rank_pattern": {r"layers\.0.*v_proj": 2}, "alpha_pattern": {r"layers\.1.*": 24}}
+    _save(llama, tmp_path / "lora", r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"], **patterns)
+    (tmp_path / "texts").write_text("\n".join(TEXTS))
+    return tmp_path
+
+
+def _save(base: Base, folder: Path, **settings: Any) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base.folder), LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+    model.save_pretrained(folder)
+
+
+def _add(shop: Path, folder: str, *more: str) -> tuple[str | Path, ...]:
+    return ("adapter", "--peft", shop / folder, "--bundle", shop / "bundle", "--key", shop / "key.pem", *more)
+
+
+def test_the_pair_answers_as_torch_does_and_its_losses_are_told(
+    export: Callable[..., Any], shop: Path, llama: Base
+) -> None:
+    assert export(*_add(shop, "lora", "--format", "fp32")).code == 0
+    gate = ("parity", "--bundle", shop / "bundle", "--base", llama.folder, "--texts", shop / "texts", "--json")
+    done = export(*gate, "--peft", shop / "lora")
+    assert done.code == 0, done.err
+    found = done.json()
+    assert found["agreement"] == 1.0
+    assert found["answers"] == sum(len(text) - 1 for text in TEXTS)  # a token a letter; none follows the last
+    assert found["divergence"] < 1e-6
+    assert found["loss"] == pytest.approx(found["loss_of_torch"], abs=1e-4)
+    assert export(*_add(shop, "lora", "--format", "int4")).code == 0
+    assert export(*gate, "--peft", shop / "lora").code == 6
+
+
+@pytest.mark.parametrize("form", ["fp32", "int8"])
+def test_an_adapter_of_a_bundle_opens_in_peft_again(
+    export: Callable[..., Any], shop: Path, llama: Base, form: str
+) -> None:
+    assert export(*_add(shop, "lora", "--format", form)).code == 0
+    assert export("peft", "--bundle", shop / "bundle", "--out", shop / "back").code == 0
+    before, after = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama.folder), shop / name).eval()
+        for name in ("lora", "back")
+    )
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected, found = before(input_ids=ids).logits.numpy(), after(input_ids=ids).logits.numpy()
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error < (1e-5 if form == "fp32" else 0.3)
+
+
+def test_fewer_layers_than_the_base_has_slots_for_are_enough_and_other_layers_are_refused(
+    export: Callable[..., Any], shop: Path, llama: Base
+) -> None:
+    _save(llama, shop / "few", r=2, target_modules=["q_proj"], layers_to_transform=[1])
+    done = export(*_add(shop, "few"), "--json")
+    assert done.code == 0, done.err
+    _save(llama, shop / "other", r=2, target_modules=["k_proj"])
+    before = (shop / "bundle" / "adapters" / "global.json").read_bytes()
+    done = export(*_add(shop, "other"))
+    assert done.code == 5
+    assert "k_proj.lora_A.weight' is missing from the adapter or has no slot" in done.err
+    _save(llama, shop / "high", r=7, target_modules=["q_proj"])
+    assert "rank 7, the base takes at most 6" in export(*_add(shop, "high", "--name", "high")).err
+    assert (shop / "bundle" / "adapters" / "global.json").read_bytes() == before
+    assert not (shop / "bundle" / "adapters" / "high.json").exists()
