@@ -32,10 +32,16 @@ class Recovery:
     openings: Mapping[str, Opening]
     blamed: set[str] = field(default_factory=set)
     _coefficients: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
+    _seeds: Mapping[str, Mapping[str, bytes]] = field(init=False, repr=False)
+    _keys: Mapping[str, Mapping[str, bytes]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._seeds = _by_dealer({holder: opening.seeds for holder, opening in self.openings.items()})
+        self._keys = _by_dealer({holder: opening.keys for holder, opening in self.openings.items()})
 
     def seed(self, dealer: str) -> bytes | None:
         """The self-mask seed of a survivor, or nothing where too few good shares are left."""
-        shares = {holder: opening.seeds[dealer] for holder, opening in self.openings.items() if dealer in opening.seeds}
+        shares = self._seeds.get(dealer, {})
         expected = self.session.peers[dealer].commitments[self.plan.round - 1]
         return self._open(
             dealer, 0, shares, lambda seed: commitment(seed, self.session.offer, dealer, self.plan.round) == expected
@@ -43,7 +49,7 @@ class Recovery:
 
     def mask_key(self, dealer: str) -> bytes | None:
         """The mask key of a device that dropped, or nothing where too few good shares are left."""
-        shares = {holder: opening.keys[dealer] for holder, opening in self.openings.items() if dealer in opening.keys}
+        shares = self._keys.get(dealer, {})
         expected = self.session.peers[dealer].mask_keys[self.plan.round - 1]
         return self._open(dealer, 1, shares, lambda key: masks.public_key(key) == expected)
 
@@ -77,3 +83,12 @@ class Recovery:
         if points not in self._coefficients:
             self._coefficients[points] = shamir.lagrange(points)
         return shamir.combine(self._coefficients[points], [shares[holder] for holder in holders])
+
+
+def _by_dealer(held: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
+    """Holder → dealer → share, the other way round."""
+    turned: dict[str, dict[str, bytes]] = {}
+    for holder, shares in held.items():
+        for dealer, share in shares.items():
+            turned.setdefault(dealer, {})[holder] = share
+    return turned

@@ -283,7 +283,7 @@ class Collecting:
             ProtocolError: Not its signed vector for this plan, of another size, or its second.
         """
         session = self.established.session
-        known = {device: session.peers[device].identity for device in self.plan.members}
+        known = {peer: session.peers[peer].identity} if peer in self.plan.members else {}
         signer = _signer(known, peer, self.vectors, "masked input")
         size, bits = session.spec.vector.size, session.spec.vector.ring_bits
         header, packed = envelope.open_vector(body, ring.packed_size(size, bits), signer, peer)
@@ -328,7 +328,7 @@ class _Opened:
         return self.established.session
 
     def signer(self, peer: str, seen: Collection[str], what: str) -> PublicKey:
-        known = {device: self.session.peers[device].identity for device in self.survivors.vectors}
+        known = {peer: self.session.peers[peer].identity} if peer in self.survivors.vectors else {}
         return _signer(known, peer, seen, what)
 
     def unmask(self, signatures: Mapping[str, bytes]) -> bytes:

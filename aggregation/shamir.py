@@ -46,7 +46,7 @@ def _evaluate(coefficients: Sequence[int], x: int) -> int:
 
 
 def lagrange(points: Sequence[int], at: int = 0) -> list[int]:
-    """Coefficients by which shares at ``points`` combine into the polynomial's value ``at`` some x.
+    """Coefficients by which shares at ``points`` combine into the polynomial's value ``at`` some x, none of them.
 
     Raises:
         ProtocolError: Two points are the same.
@@ -54,13 +54,13 @@ def lagrange(points: Sequence[int], at: int = 0) -> list[int]:
     if len(set(points)) != len(points):
         raise ProtocolError("two shares are of the same holder")
     # Points are small, so products over them stay short, and all of them share one inverse (Montgomery 1987, 10.3.1).
-    above = [math.prod(at - other for other in points if other != x) for x in points]
-    below = [math.prod(x - other for other in points if other != x) for x in points]
+    above = math.prod(at - x for x in points)
+    below = [(at - x) * math.prod([x - other for other in points if other != x]) for x in points]
     before = list(itertools.accumulate(below, lambda product, under: product * under % PRIME, initial=1))
-    inverse, coefficients = pow(before[-1], -1, PRIME), []
-    for over, under, product in zip(above[::-1], below[::-1], before[-2::-1], strict=True):
-        coefficients.append(over * product * inverse % PRIME)
-        inverse = inverse * under % PRIME
+    rest, coefficients = above * pow(before[-1], -1, PRIME), []
+    for under, product in zip(below[::-1], before[-2::-1], strict=True):
+        coefficients.append(product * rest % PRIME)
+        rest = rest * under % PRIME
     return coefficients[::-1]
 
 

@@ -69,7 +69,8 @@ def _sweep_notes(found: Mapping[str, Any]) -> Iterator[str]:
         big = found["large"]
         yield (
             f"A round of {big['devices']} devices with {big['elements']} elements and {big['neighbours']} neighbours, "
-            f"{big['lost']:.0%} lost: {big['server_s']:.1f} s of one core at the server, checks included."
+            f"{big['lost']:.0%} lost: {big['server_s']:.1f} s at the server on one core, checks included "
+            f"({big['server_cpu_s']:.1f} s of CPU)."
         )
     for what, line in found.get("sweep", {}).items():
         growth = ", ".join(f"{name} {power:.2f}" for name, power in line["growth"].items())
