@@ -1,0 +1,61 @@
+"""Ours: a verified bundle in onnxruntime-genai, as ``edgeadapt device chat`` runs it.
+
+The client hands out text; here single tokens are timed and all scores of a text are read, so this goes one layer
+deeper, to the very generator that the client makes for an answer.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from adapters.layout import Floats
+from client.generate import Generator
+from client.options import Options
+
+
+class OnDevice:
+    """A bundle's language model, its adapters called by name."""
+
+    def __init__(self, bundle: Path, *, threads: int, context: int, adapters: Sequence[str] = ()) -> None:
+        """Verify and load. Raises as ``Generator.open``."""
+        self._generator = Generator.open(bundle, threads=threads)
+        self._engine = self._generator._engine
+        self._options = Options(max_tokens=context)
+        self._adapters = adapters
+        self.use(None)
+
+    def use(self, adapter: int | None) -> None:
+        """As ``Engine.use``: verified when it is first used, and in use when this returns."""
+        name = None
+        if adapter is None:
+            self._generator.use_base()
+        else:
+            name = self._generator.use(self._adapters[adapter]).name
+        live = self._engine._usable(self._options, name, self._options.max_tokens)
+        if live.adapter != name:  # as in ``read``
+            live.inner.set_active_adapter(self._engine._adapters, name)
+            live.adapter = name
+        self._inner = live.inner
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """As ``Engine.prefill``."""
+        self._read(tokens)
+        self._inner.generate_next_token()  # only picks it: what was read has given the scores
+
+    def step(self) -> int:
+        """As ``Engine.step``."""
+        read = int(self._inner.get_next_tokens()[0])
+        self._inner.generate_next_token()
+        return read
+
+    def logits(self, tokens: Sequence[int]) -> Floats:
+        """As ``Engine.logits``."""
+        self._read(tokens)
+        found: Floats = np.asarray(self._inner.get_output("logits"), np.float32).reshape(len(tokens), -1)
+        return found
+
+    def _read(self, tokens: Sequence[int]) -> None:
+        if self._inner.token_count():
+            self._inner.rewind_to(0)
+        self._inner.append_tokens(np.array(tokens, np.int32))

@@ -1,0 +1,273 @@
+"""The benchmark of devices' models: a tiny Llama goes through all of it, and the peer runs the adapter that we run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapters import causal
+from adapters.base import Base, find_base
+from aggregation.errors import DataError
+from export.quantize import Profile
+from simulations.bench.ondevice import compare, lora
+from simulations.bench.ondevice.contender import Contender, Spec
+from simulations.bench.ondevice.eager import Eager
+from simulations.bench.ondevice.engine import loss
+from simulations.bench.ondevice.race import Speeds, race, ratio
+from simulations.bench.ondevice.stage import PEER, TORCH
+from simulations.bench.ondevice.text import Text
+
+VOCABULARY = 96
+HEADS, KV_HEADS = 4, 2
+RECIPE = lora.Recipe(rank=4, alpha=8, steps=2, windows=2, rate=0.05)
+SIZE = compare.Size(rounds=2, prompt=12, tokens=6, eager=2, windows=2, threads=1)
+needs_peer = pytest.mark.skipif(not compare.has_peer(), reason="llama.cpp is not installed: pip install '.[bench]'")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """Two layers of Llama with seeded weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=1,
+        eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    model, generator = LlamaForCausalLM(config), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = 0.2 * torch.randn(value.shape, generator=generator)
+            value.copy_(noise + 1 if "norm" in name else noise)
+    model.save_pretrained(folder)
+    words = {"<start>": 1, "<end>": 2, "<unused>": 0} | {chr(33 + i): 3 + i for i in range(VOCABULARY - 3)}
+    tokenizer = Tokenizer(models.BPE(words, []))  # the one kind that onnxruntime-genai takes
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<start>", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return find_base(str(folder))
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    rng = np.random.default_rng(3)
+    return Text(rng.integers(3, VOCABULARY, (4, 64)), rng.integers(3, VOCABULARY, (2, 64)))
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base as the peer reads it, in float32."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    _write_base(path, load_file(tiny.folder / "model.safetensors"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny: Base, text: Text, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEADAPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return lora.trained(tiny, RECIPE, text.train, lambda: None)
+
+
+def _write_base(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    gguf = pytest.importorskip("gguf")
+    from simulations.bench.ondevice.ggufadapter import rotary_order
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("no_vocab")
+    names = {
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    for name, value in tensors.items():
+        if name.startswith("model.layers."):
+            number, module = name.removeprefix("model.layers.").removesuffix(".weight").split(".", 1)
+            turned = {"self_attn.q_proj": HEADS, "self_attn.k_proj": KV_HEADS}.get(module)
+            value = rotary_order(value, turned) if turned else value
+            name = f"blk.{number}.{names[module]}.weight"
+        else:
+            name = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
+        writer.add_tensor(name, np.ascontiguousarray(value, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def found(
+    tiny: Base, text: Text, gguf: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """A whole run on the tiny base, with whatever of the peers is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEADAPT_CACHE", str(adapter.parents[1]))
+        said: list[str] = []
+        result = compare.on_base(
+            tiny, gguf, text, [Profile.FP32], SIZE, tmp_path_factory.mktemp("stage"), said.append, RECIPE
+        )
+        assert len(said) == compare.steps(1, SIZE) - 2  # the two of them around it
+    return json.loads(json.dumps(result))  # type: ignore[no-any-return]
+
+
+def test_the_json_has_what_is_promised_for_every_contender(found: dict[str, Any]) -> None:
+    names = {"fp32", TORCH, *([PEER] if compare.has_peer() else [])}
+    for what in ("decode", "prefill"):
+        assert set(found[what]) == names
+        assert all(set(speeds) == {"base", "adapter"} and min(speeds.values()) > 0 for speeds in found[what].values())
+    assert set(found["swap_ms"]) == set(found["perplexity"]) == set(found["cold_start_s"]) == names
+    assert set(found["sizes"]["fp32"]) == {"base", "int8", "fp32", "fp16", "int4"}
+    assert found["sizes"]["fp32"]["int8"] < found["sizes"]["fp32"]["fp16"] < found["sizes"]["fp32"]["fp32"]
+
+
+def test_ours_is_as_sure_of_the_text_as_torch_with_and_without_the_adapter(found: dict[str, Any]) -> None:
+    torchs, ours = found["perplexity"][TORCH], found["perplexity"]["fp32"]
+    assert torchs["fp32"] != pytest.approx(torchs["base"], rel=1e-3)  # the adapter says something
+    assert ours["base"] == pytest.approx(torchs["base"], rel=1e-4)
+    assert ours["fp32"] == pytest.approx(torchs["fp32"], rel=1e-4)
+    assert ours["int8"] == pytest.approx(torchs["fp32"], rel=1e-2)
+
+
+@needs_peer
+def test_the_peer_runs_the_same_base_and_the_same_adapter(found: dict[str, Any]) -> None:
+    torchs, peers = found["perplexity"][TORCH], found["perplexity"][PEER]
+    assert peers["base"] == pytest.approx(torchs["base"], rel=1e-3)
+    assert peers["fp32"] == pytest.approx(torchs["fp32"], rel=1e-3)
+
+
+@needs_peer
+def test_an_adapter_of_the_peer_with_rows_in_another_order_is_another_adapter(
+    tiny: Base, text: Text, gguf: Path, adapter: Path, tmp_path: Path
+) -> None:
+    from simulations.bench.ondevice.ggufadapter import write_gguf
+    from simulations.bench.ondevice.peer import LlamaCpp
+
+    tensors = {name: 8 * value for name, value in load_file(adapter).items() if ".lora_B." in name}
+    tensors = load_file(adapter) | tensors
+    write_gguf(tmp_path / "right.gguf", tensors, alpha=RECIPE.alpha, heads=HEADS, kv_heads=KV_HEADS)
+    write_gguf(tmp_path / "wrong.gguf", tensors, alpha=RECIPE.alpha, heads=1, kv_heads=1)
+    files = [tmp_path / "right.gguf", tmp_path / "wrong.gguf"]
+    peer, ids = LlamaCpp(gguf, threads=1, context=64, adapters=files), text.test[0, :32].tolist()
+    model = causal.build(tiny, RECIPE.lora)
+    causal.load(model, tensors)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    peer.use(0)
+    np.testing.assert_allclose(peer.logits(ids), expected, atol=0.03)  # the peer's cache is in half precision
+    peer.use(1)
+    assert np.abs(peer.logits(ids) - expected).max() > 0.3
+
+
+@needs_peer
+def test_the_peer_continues_a_prompt_as_torch_does(tiny: Base, text: Text, gguf: Path) -> None:
+    from simulations.bench.ondevice.peer import LlamaCpp
+
+    peer, torchs = LlamaCpp(gguf, threads=1, context=32), Eager(str(tiny.folder), threads=1, lora=RECIPE.lora)
+    said = []
+    for engine in (peer, torchs):
+        engine.prefill(text.prompt(16))
+        said.append([engine.step() for _ in range(8)])
+    assert said[0] == said[1]
+
+
+def test_a_tensor_that_the_peer_has_no_name_for_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from simulations.bench.ondevice.ggufadapter import write_gguf
+
+    odd = {"base_model.model.lm_head.lora_A.weight": np.zeros((2, 4), np.float32)}
+    with pytest.raises(DataError, match="lm_head"):
+        write_gguf(tmp_path / "odd.gguf", odd, alpha=1, heads=1, kv_heads=1)
+
+
+def test_rotary_order_puts_the_halves_of_each_head_in_turn() -> None:
+    from simulations.bench.ondevice.ggufadapter import rotary_order
+
+    rows = np.arange(8.0, dtype=np.float32)[:, None]
+    assert rotary_order(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_training_again_takes_the_kept_adapter_and_another_recipe_makes_another(
+    tiny: Base, text: Text, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEADAPT_CACHE", str(adapter.parents[1]))
+    steps: list[int] = []
+    assert lora.trained(tiny, RECIPE, text.train, lambda: steps.append(1)) == adapter
+    assert not steps
+    other = lora.Recipe(rank=4, alpha=8, steps=1, windows=2)
+    assert lora.trained(tiny, other, text.train, lambda: steps.append(1)) != adapter
+    assert len(steps) == 1
+
+
+def test_the_loss_is_torchs_cross_entropy() -> None:
+    scores = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+
+    class Fixed:
+        def logits(self, tokens: Any) -> Any:
+            return scores
+
+    row = [0, 3, 6, 2, 1]
+    total, count = loss(Fixed(), [row])  # type: ignore[arg-type]
+    expected = torch.nn.functional.cross_entropy(torch.from_numpy(scores[:-1]), torch.tensor(row[1:]), reduction="sum")
+    assert (count, total) == (4, pytest.approx(float(expected), rel=1e-6))
+
+
+def test_a_ratio_is_within_rounds_so_a_slow_hour_does_not_move_it() -> None:
+    assert ratio([10, 20, 5], [5, 10, 2.5]) == 2
+    assert Speeds(base=[100, 10], adapter=[95, 9.5]).cost == pytest.approx(0.05)
+
+
+class _Fake:
+    """A contender that takes no time at all but says that it did."""
+
+    def __init__(self, name: str, log: list[tuple[str, int | None]]) -> None:
+        self.spec, self.log = Spec(name, "", (), 3, 1, 8, 1, 1, ()), log
+
+    def use(self, adapter: int | None) -> float:
+        self.log.append((self.spec.name, adapter))
+        return 0.5
+
+    def race(self, prompt: Any, count: int) -> Any:
+        from simulations.bench.ondevice.contender import Turn
+
+        return Turn(0.5, [0.1, 9.0, 0.1], [7] * count)
+
+
+def test_rounds_take_turns_in_changing_order_and_the_first_only_warms_up() -> None:
+    log: list[tuple[str, int | None]] = []
+    fakes: Any = [_Fake("a", log), _Fake("b", log)]
+    results = race(fakes, [1, 2], 2, lambda what: None)
+    assert [name for name, _ in log] == ["a", "a", "b", "b", "b", "b", "a", "a", "a", "a", "b", "b"]
+    assert [arm for _, arm in log[:6]] == [0, None, 0, None, None, 0]
+    assert results["a"].decode.base == [10, 10]  # of the median token: the one that took nine seconds does not count
+    assert results["a"].prefill.adapter == [4, 4]
+    assert results["a"].swap == [0.5, 0.5]
+
+
+def test_a_contender_that_cannot_load_says_so_in_one_line_and_leaves_no_process(tmp_path: Path) -> None:
+    spec = Spec("fp32", str(tmp_path / "none"), (), 1, 1, 8, 1, 1, ())
+    with pytest.raises(DataError, match="fp32: there is no bundle"):
+        Contender(spec, [1])
+
+
+def test_a_worker_ends_with_its_input() -> None:
+    done = subprocess.run([sys.executable, "-m", "simulations.bench.ondevice.worker"], input="", text=True, timeout=60)
+    assert done.returncode == 0
