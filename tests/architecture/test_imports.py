@@ -10,6 +10,13 @@ import pytest
 
 PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
 DEVICE = ("client.cli", "client.commands.adapters", "client.commands.infer", "client.session", "client.trust")
+ENROLMENT = (
+    "client.commands.enrol",
+    "client.commands.install",
+    "client.commands.policy",
+    "coordinator.authority.cli",
+    "coordinator.authority.office",
+)
 ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalchemy", "torch", "transformers"}
 
 
@@ -46,12 +53,13 @@ def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> Non
     ("modules", "extra"),
     [
         (DEVICE, None),
+        (ENROLMENT, None),
         (("client",), "train"),
         (("coordinator",), "coordinator"),
         (("export",), "export"),
         (PARTS, "simulations"),
     ],
-    ids=["bare install", "train", "coordinator", "export", "simulations"],
+    ids=["bare install", "enrolment", "train", "coordinator", "export", "simulations"],
 )
 def test_each_roles_extra_installs_what_the_role_imports(
     graph: grimp.ImportGraph, root: Path, modules: tuple[str, ...], extra: str | None
