@@ -9,6 +9,7 @@ for each, A of shape ``(rows, in, rank)``: the product of matrices broadcasts.
 """
 
 import copy
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -49,17 +50,21 @@ def _with_defaults(header: onnx.ModelProto, slots: Slots) -> onnx.ModelProto:
 
 
 def _externalize(graph: onnx.ModelProto) -> bytes:
-    """Move the large tensors out, in their order, each from a page of its own."""
+    """Move the large tensors out, in their order, each from a page of its own; equal bytes are stored once."""
     data = bytearray()
+    places: dict[bytes, int] = {}
     for tensor in graph.graph.initializer:
         if not tensor.HasField("raw_data"):
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
         if (length := len(tensor.raw_data)) < INLINE:
             continue
-        data.extend(bytes(-len(data) % PAGE))
-        for key, text in (("location", DATA), ("offset", len(data)), ("length", length)):
+        digest = hashlib.sha256(tensor.raw_data).digest()
+        if digest not in places:
+            data.extend(bytes(-len(data) % PAGE))
+            places[digest] = len(data)
+            data.extend(tensor.raw_data)
+        for key, text in (("location", DATA), ("offset", places[digest]), ("length", length)):
             tensor.external_data.add(key=key, value=str(text))
-        data.extend(tensor.raw_data)
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
     return bytes(data)

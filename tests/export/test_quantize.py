@@ -1,0 +1,125 @@
+"""Weights in blocks: what the codes stand for, what they lose, and that ONNX Runtime reads them so."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from export import headers
+from export.blocks import BLOCK, eight_bits, four_bits
+from export.quantize import Profile, in_blocks, quantize
+
+ROWS, WIDTH, ENTRIES = 48, 96, 40
+
+
+def weight(seed: int = 0, shape: tuple[int, int] = (ROWS, WIDTH)) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@given(seed=st.integers(0, 2**32), size=st.sampled_from([1e-6, 1.0, 1e6]))
+@settings(max_examples=20, deadline=None)
+def test_bytes_are_off_by_half_a_scale_at_most(seed: int, size: float) -> None:
+    matrix = weight(seed) * np.float32(size)
+    blocks = eight_bits(matrix)
+    error = np.abs(blocks.values - matrix).reshape(ROWS, -1, BLOCK)
+    assert (error <= blocks.scales[:, :, None] * 0.501).all()
+
+
+@given(seed=st.integers(0, 2**32), shift=st.floats(-3, 3))
+@settings(max_examples=20, deadline=None)
+def test_four_bits_lose_no_more_than_plain_rounding_over_the_whole_range(seed: int, shift: float) -> None:
+    matrix = weight(seed) + np.float32(shift)
+    rows = matrix.reshape(ROWS, -1, BLOCK)
+    low, high = np.minimum(rows.min(2, keepdims=True), 0), np.maximum(rows.max(2, keepdims=True), 0)
+    scale = (high - low) / 15
+    zero = np.rint(-low / scale)
+    plain = (np.clip(np.rint(rows / scale) + zero, 0, 15) - zero) * scale
+    ours = np.square(four_bits(matrix).values - matrix).reshape(rows.shape).sum(2)
+    assert (ours <= np.square(plain - rows).sum(2) * 1.0001 + 1e-9).all()
+
+
+def test_sixteen_even_steps_around_a_whole_zero_point_are_kept_exactly() -> None:
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 16, (ROWS, WIDTH // BLOCK, BLOCK)).astype(np.float32)
+    codes[:, :, 0], codes[:, :, 1] = 0, 15
+    scale = rng.uniform(0.01, 0.1, codes.shape[:2]).astype(np.float32)[:, :, None]
+    zero = rng.integers(0, 16, codes.shape[:2])[:, :, None]
+    matrix = ((codes - zero) * scale).reshape(ROWS, WIDTH).astype(np.float32)
+    np.testing.assert_allclose(four_bits(matrix).values, matrix, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [eight_bits, four_bits])
+def test_a_block_of_zeros_stays_zero(make: object) -> None:
+    assert not make(np.zeros((2, 64), np.float32)).values.any()  # type: ignore[operator]
+
+
+def graph() -> onnx.ModelProto:
+    """Two products, a look-up, and a product with the turned table of the look-up."""
+    stored = {"W": weight(1).T, "small": weight(2, (ROWS, 5)), "table": weight(3, (ENTRIES, WIDTH))}
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("MatMul", ["x", "W"], ["y"]),
+        helper.make_node("MatMul", ["y", "small"], ["z"]),
+        helper.make_node("FusedMatMul", ["x", "table"], ["scores"], domain="com.microsoft", transB=1),
+    ]
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("y", "z", "scores")]
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("ids", TensorProto.INT64, ("n",))],
+            outputs,
+            [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in stored.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)],
+        ir_version=10,
+    )
+
+
+def run(model: onnx.ModelProto) -> list[np.ndarray]:
+    answers: list[np.ndarray] = ort.InferenceSession(model.SerializeToString()).run(None, {"ids": np.arange(ENTRIES)})
+    return answers
+
+
+@pytest.mark.parametrize(("bits", "other"), [(8, {}), (4, {}), (4, {"x": 4, "scores": 4})])
+def test_onnx_runtime_multiplies_with_the_values_of_the_blocks(bits: int, other: dict[str, int]) -> None:
+    found = run(in_blocks(graph(), bits, other))
+    make = four_bits if bits == 4 else eight_bits
+    table = (four_bits if other else eight_bits)(weight(3, (ENTRIES, WIDTH))).values
+    expected = table @ make(weight(1)).values.T
+    # The activations become int8 as well: one part in 254 of the largest in a block.
+    tolerance = 0.02 * np.abs(expected).max()
+    np.testing.assert_allclose(found[0], expected, atol=tolerance)
+    np.testing.assert_allclose(found[2], table @ table.T, atol=0.02 * np.abs(table @ table.T).max())
+
+
+def test_what_has_no_whole_blocks_stays_float_and_a_product_can_be_left_out() -> None:
+    kinds = [node.op_type for node in in_blocks(graph(), 8, {"y": 32}).graph.node]
+    assert kinds == ["GatherBlockQuantized", "MatMul", "MatMul", "MatMulNBits"]
+
+
+def test_a_table_for_look_ups_and_products_is_stored_once(tmp_path: Path) -> None:
+    shared = in_blocks(graph(), 8, {"y": 32})
+    alone = graph()
+    del alone.graph.node[3]
+    del alone.graph.output[2]
+    sizes = [len(headers.split(model, {})[headers.DATA]) for model in (shared, in_blocks(alone, 8, {"y": 32}))]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("profile", list(Profile))
+def test_no_profile_changes_the_graph_it_was_given_or_its_inputs(profile: Profile) -> None:
+    given_graph = graph()
+    before = given_graph.SerializeToString(deterministic=True)
+    made = quantize(given_graph, profile)
+    assert given_graph.SerializeToString(deterministic=True) == before
+    assert [value.name for value in made.graph.input] == ["ids"]
+
+
+def test_fp32_changes_nothing() -> None:
+    assert quantize(graph(), Profile.FP32) == graph()
