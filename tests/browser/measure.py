@@ -4,7 +4,8 @@
     python tests/browser/measure.py --json chat
 
 Needs trust.pem beside the bundle, as ``edgeadapt device serve-web`` does. The same phrase or prompt is answered by the
-native session in the same run. Times are of the wall clock; medians of ``--repeat`` answers, taken in turns.
+native session in the same run. Medians of ``--repeat`` answers by the wall clock; beside them the
+processor time, of the browser with all its processes, which other work on the machine does not lengthen as much.
 """
 
 import json
@@ -55,15 +56,15 @@ def measure(repeat: int, tokens: int, as_json: bool, bundle: Path) -> None:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
         browser = Chromium(program, Path(profile))
         try:
-            found = _measured(Page(browser), f"http://127.0.0.1:{serving.server_port}/", bundle, repeat, tokens)
+            found = _measured(browser, f"http://127.0.0.1:{serving.server_port}/", bundle, repeat, tokens)
         finally:
             browser.close()
             serving.shutdown()
-    click.echo(json.dumps(found) if as_json else "\n".join(f"{name:28} {value}" for name, value in found.items()))
+    click.echo(json.dumps(found) if as_json else "\n".join(f"{name:42} {value}" for name, value in found.items()))
 
 
-def _measured(page: Page, url: str, bundle: Path, repeat: int, tokens: int) -> dict[str, Any]:
-    starts = []
+def _measured(chromium: Chromium, url: str, bundle: Path, repeat: int, tokens: int) -> dict[str, Any]:
+    page, starts = Page(chromium), []
     for _ in range(2):  # the second time the browser has the files in its cache, and asks whether they changed
         start = time.perf_counter()
         page.goto(url)
@@ -80,15 +81,16 @@ def _measured(page: Page, url: str, bundle: Path, repeat: int, tokens: int) -> d
         "switch, ms": _middle(page.evaluate(SWITCH % opened["names"][:2])[2:], 3),
     }
     classifies = library.card.task == "text-classification"
-    more = _phrases(page, bundle, opened["names"][0], repeat) if classifies else _text(page, tokens, repeat)
-    return found | more
+    if classifies:
+        return found | _phrases(chromium, page, bundle, opened["names"][0], repeat)
+    return found | _text(chromium, page, tokens, repeat)
 
 
 def _middle(times: list[float], digits: int = 1) -> str:
     return f"{statistics.median(times):.{digits}f} ({min(times):.{digits}f} at best)"
 
 
-def _phrases(page: Page, bundle: Path, name: str, repeat: int) -> dict[str, Any]:
+def _phrases(chromium: Chromium, page: Page, bundle: Path, name: str, repeat: int) -> dict[str, Any]:
     from client.session import Session
 
     session = Session.open(bundle, threads=1)
@@ -104,19 +106,27 @@ def _phrases(page: Page, bundle: Path, name: str, repeat: int) -> dict[str, Any]
 
     for answer in (native, browser) * 3:  # the first ones are slower
         answer()
-    times = [(browser(), native()) for _ in range(repeat)]
+    start = chromium.cpu_seconds()
+    asked = [browser() for _ in range(repeat)]
+    between, own = chromium.cpu_seconds(), time.process_time()
+    answered = [native() for _ in range(repeat)]
     return {
-        "one phrase, ms": _middle([time for time, _ in times]),
-        "one phrase, native, ms": _middle([time for _, time in times]),
+        "one phrase, ms": _middle(asked),
+        "one phrase, ms of CPU": round(1000 * (between - start) / repeat, 1),
+        "one phrase, native, ms": _middle(answered),
+        "one phrase, native, ms of CPU": round(1000 * (time.process_time() - own) / repeat, 1),
     }
 
 
-def _text(page: Page, tokens: int, repeat: int) -> dict[str, Any]:
+def _text(chromium: Chromium, page: Page, tokens: int, repeat: int) -> dict[str, Any]:
     options = json.dumps({"prompt": PROMPT, "maxTokens": tokens, "seed": 0})
+    start = chromium.cpu_seconds()
     runs = [page.evaluate(f"client.generate({options}, () => undefined)") for _ in range(min(repeat, 5))]
+    spent = chromium.cpu_seconds() - start
     rates = [1000 * (run["tokens"] - 1) / (run["milliseconds"] - run["first"]) for run in runs if run["tokens"] > 1]
     return {
         "first token, ms": _middle([run["first"] for run in runs], 0),
+        "tokens a second of CPU, prompt included": round(sum(run["tokens"] for run in runs) / spent, 1),
         "then tokens/s": f"{statistics.median(rates):.1f} ({max(rates):.1f} at best)",
     }
 
