@@ -1,6 +1,7 @@
 """The benchmark of devices' models: a tiny Llama goes through all of it, and the peer runs the adapter that we run."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters import causal
 from adapters.base import Base, find_base
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError, DataError
+from edgeadapt import cli
 from export.quantize import Profile
-from simulations.bench.ondevice import compare, lora
+from simulations.bench.ondevice import compare, goals, lora, report
 from simulations.bench.ondevice.contender import Contender, Spec
 from simulations.bench.ondevice.eager import Eager
 from simulations.bench.ondevice.engine import loss
@@ -271,3 +274,115 @@ def test_a_contender_that_cannot_load_says_so_in_one_line_and_leaves_no_process(
 def test_a_worker_ends_with_its_input() -> None:
     done = subprocess.run([sys.executable, "-m", "simulations.bench.ondevice.worker"], input="", text=True, timeout=60)
     assert done.returncode == 0
+
+
+def _result(decode: dict[str, float], *, perplexity: float = 20.0, size: int = 100) -> dict[str, Any]:
+    """A run of two profiles beside a peer with 100 tokens a second, perplexity 20 and 100 bytes."""
+    names = {"native-int4": decode["native-int4"], "native-int8": decode["native-int8"], PEER: 100.0, TORCH: 5.0}
+    speeds = {name: {"base": speed, "adapter": speed} for name, speed in names.items()}
+    ratios = {name: {"base": speed / 100, "adapter": speed / 100} for name, speed in names.items()}
+    forms = dict.fromkeys(("int8", "fp32", "fp16", "int4"), 20.0)
+    perplexities = {"native-int4": forms | {"int8": perplexity}, "native-int8": forms}
+    bytes_of = {"int8": 25, "fp32": 100, "fp16": 50, "int4": 15}
+    each = dict.fromkeys(names, 0.5)
+    found: dict[str, Any] = {
+        "rounds": 1, "threads": 2, "prompt_tokens": 8, "generated_tokens": 8, "load_average": [1.0, 2.0],
+        "sizes": {"native-int4": {"base": size} | bytes_of, "native-int8": {"base": 150} | bytes_of,
+                  PEER: {"base": 100, "fp32": 100}},
+        "perplexity": perplexities | {PEER: {"base": 40.0, "fp32": 20.0}, TORCH: {"base": 40.0, "fp32": 20.0}},
+        "swap_ms": each, "cold_start_s": each, "cold_adapter_ms": each, "minilm_ms": {"ms": 3.0},
+        "swap_ms_spread": {name: [0.4, 0.6] for name in names}, "peak_memory_bytes": dict.fromkeys(names, 10**8),
+    }  # fmt: skip
+    for what in ("decode", "prefill"):
+        found |= {what: speeds, f"{what}_ratio": ratios, f"{what}_cost": dict.fromkeys(names, 0.01)}
+        found[f"{what}_spread"] = {name: {"base": [1.0, 9.0], "adapter": [1.0, 9.0]} for name in names}
+    return found
+
+
+def test_the_profile_that_counts_is_the_fastest_that_is_comparable_to_the_peer() -> None:
+    fast = {"native-int4": 120.0, "native-int8": 130.0}
+    assert goals.chosen(_result(fast)) == "native-int4"  # the other has half as many bytes again
+    assert goals.chosen(_result(fast, perplexity=21.0)) == "native-int8"  # none is comparable
+
+
+@pytest.mark.parametrize(
+    ("change", "missed"),
+    [
+        ({}, None),
+        ({"perplexity": 20.5}, "perplexity with adapter / llama.cpp"),
+        ({"size": 120}, "bytes of the base / llama.cpp"),
+        ({"decode": {"native-int4": 104.0, "native-int8": 50.0}}, "decode with adapter / llama.cpp"),
+    ],
+)
+def test_a_goal_that_is_missed_is_said_to_be_missed(change: dict[str, Any], missed: str | None) -> None:
+    result = _result(**({"decode": {"native-int4": 120.0, "native-int8": 50.0}} | change))
+    rows = {row["goal"]: row["reached"] for row in goals.judged(result)["goals"]}
+    assert rows.get(missed or "", False) is False
+    assert all(rows.values()) is (missed is None)
+    assert ("not reached" in report.table(goals.judged(result))) is (missed is not None)
+
+
+def test_without_a_peer_the_goals_that_compare_are_left_out_and_the_table_is_printed() -> None:
+    result = _result({"native-int4": 120.0, "native-int8": 50.0})
+    for key, values in result.items():
+        if isinstance(values, dict):
+            values.pop(PEER, None)
+        if key.endswith("_ratio"):
+            result[key] = {}
+    judged = goals.judged(result)
+    assert not [row for row in judged["goals"] if "llama.cpp" in row["goal"]]
+    assert "/ peer" not in report.table(judged)
+
+
+def test_json_and_picture_are_kept_and_a_folder_that_cannot_be_is_one_clear_error(tmp_path: Path) -> None:
+    result = goals.judged(_result({"native-int4": 120.0, "native-int8": 50.0}))
+    report.make_folder(tmp_path / "new")
+    report.keep(result, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / report.RESULT).read_text())["goals_profile"] == "native-int4"
+    assert (tmp_path / "new" / report.PICTURE).read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="choose another --out"):
+        report.make_folder(tmp_path / "file" / "new")
+    with pytest.raises(DataError, match="choose another --out"):
+        report.keep(result, tmp_path / "none")
+
+
+def test_an_unknown_profile_is_refused_with_those_there_are() -> None:
+    assert compare.profiles(None) == list(Profile)
+    assert compare.profiles("fp32, native-int8") == [Profile.FP32, Profile.NATIVE_INT8]
+    with pytest.raises(ConfigError, match=r"int3.*native-int4"):
+        compare.profiles("int3")
+
+
+def test_a_machine_without_the_peer_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "has_peer", lambda: False)
+    monkeypatch.setattr(compare, "compare", lambda *given: _stop())
+    result = CliRunner().invoke(cli, ["bench", "ondevice", "--quick"])
+    assert "pip install 'edgeadapt[bench]'" in result.stderr
+    assert isinstance(result.exception, ConfigError)
+
+
+def _stop() -> None:
+    raise ConfigError("far enough")
+
+
+def test_help_waits_for_no_framework() -> None:
+    script = "import sys; from edgeadapt import cli; cli(['bench', 'ondevice', '--help'], standalone_mode=False); "
+    script += "print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "native-int4" in done.stdout
+    assert not {"torch", "onnxruntime", "llama_cpp", "transformers"} & set(done.stderr.split())
+
+
+def test_an_interrupt_ends_the_contenders_processes_at_once(tiny: Base, adapter: Path) -> None:
+    spec = Spec(TORCH, str(tiny.folder), (str(adapter),), 1, 1, 16, RECIPE.rank, RECIPE.alpha, RECIPE.targets)
+
+    def interrupted() -> None:
+        with Contender(spec, [1, 2]) as contender:
+            processes.append(contender._process)
+            raise KeyboardInterrupt
+
+    processes: list[Any] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert processes[0].returncode == -signal.SIGKILL

@@ -35,6 +35,8 @@ def ondevice(
 
     wanted, size = run.profiles(profiles), run.QUICK if quick else run.Size()
     size = dataclasses.replace(size, tokens=tokens or size.tokens, rounds=rounds or size.rounds)
+    if out:
+        report.make_folder(out)
     if not run.has_peer():
         click.echo(f"  {run.INSTALL}", err=True)
     with _progress(run.steps(len(wanted), size)) as note:

@@ -56,7 +56,10 @@ class Contender:
         self.spec = spec
         begun = time.perf_counter()
         command = [sys.executable, "-m", "simulations.bench.ondevice.worker"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        # In a session of its own: Ctrl-C is for this process, which then ends that one.
+        self._process = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         try:
             self._say(asdict(spec))
             self._hear()
@@ -64,7 +67,7 @@ class Contender:
             self.cold = time.perf_counter() - begun
             self.first_use = self.use(0)
         except BaseException:
-            self._end()
+            self._end(at_once=True)
             raise
 
     def __enter__(self) -> Self:
@@ -73,7 +76,7 @@ class Contender:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self._end(at_once=error is not None)
 
     def use(self, adapter: int | None) -> float:
         """Switch to an adapter, or none; the milliseconds that took."""
@@ -112,11 +115,13 @@ class Contender:
             raise DataError(f"{self.spec.name}: {heard['error']}")
         return heard
 
-    def _end(self) -> None:
-        """Close its input, which ends it, and wait; kill it if it is busy with something else."""
+    def _end(self, *, at_once: bool) -> None:
+        """Close its input, which ends it, and wait; kill it if there is no time or it takes too long."""
         assert self._process.stdin  # noqa: S101
         assert self._process.stdout  # noqa: S101
         try:
+            if at_once:
+                self._process.kill()
             self._process.stdin.close()
             self._process.wait(PATIENCE)
         except (BrokenPipeError, subprocess.TimeoutExpired):

@@ -92,14 +92,25 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder that ``keep`` will fill, so that what would fail after minutes fails now.
+
+    Raises:
+        DataError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+
+
 def keep(found: Found, folder: Path) -> None:
-    """Write the JSON and a picture into ``folder``, which is made if need be.
+    """Write the JSON and a picture into ``folder``.
 
     Raises:
         DataError: A file cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULT).write_text(json.dumps(found, indent=1) + "\n")
         draw(found, folder / PICTURE)
     except OSError as error:
