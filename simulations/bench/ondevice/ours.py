@@ -21,7 +21,7 @@ class OnDevice:
         """Verify and load. Raises as ``Generator.open``."""
         self._generator = Generator.open(bundle, threads=threads)
         self._engine = self._generator._engine
-        self._options = Options(max_tokens=context)
+        self._options = Options(max_tokens=context + 1)  # the last is picked, and never read
         self._adapters = adapters
         self.use(None)
 
