@@ -21,8 +21,11 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
 	@$(PY) -m edgeadapt demo $(ARGS)
 
-test: lint  ## lint, then every test
-	$(PY) -m pytest -q $(ARGS)
+# Half as much again for the protocol's own tests, next to nothing for the others; not where ARGS picks some of them.
+COVER := $(if $(ARGS),,--cov=aggregation --cov-report= --cov-fail-under=97)
+
+test: lint  ## lint, then every test; the protocol core must be covered
+	$(PY) -m pytest -q $(COVER) $(ARGS)
 
 fast: $(STAMP)  ## the tests that are not marked slow
 	$(PY) -m pytest -q -m "not slow" $(ARGS)

@@ -320,3 +320,21 @@ def test_a_checkpoint_of_another_session_is_found(logged: Any) -> None:
 def test_the_offer_must_come_first(logged: Any) -> None:
     raw = logged.rewritten(lambda entries: [e for e in entries if e.kind != Offer.TAG])
     assert only(logged.audit(raw), Check.IDENTITIES, "advert came where offer belongs").index == 0
+
+
+@pytest.mark.parametrize("kind", [Checkpoint, Offer])
+def test_whatever_comes_after_the_end_of_a_log_is_found(logged: Any, kind: type[Message]) -> None:
+    """Though the coordinator signed it: a log that was closed says that there is no more."""
+    log, raw = Transcript(logged.log.offer), MAGIC
+    for entry in logged.entries:
+        log.round = entry.round
+        if entry.kind != Checkpoint.TAG:
+            raw += log._append(entry.kind, entry.peer, entry.message)
+        else:
+            raw += log.checkpoint(logged.fleet.key, Stage.CLOSED if entry == logged.entries[-1] else Stage.OPEN)
+    size = log.tree.size
+    after = log.checkpoint(logged.fleet.key) if kind is Checkpoint else log._append("offer", "*", b"")
+    found = next(each for each in logged.audit(raw + after).findings if each.check is Check.LOG)
+    assert "was closed before" in found.text
+    assert found.place is not None
+    assert found.place.index == size
