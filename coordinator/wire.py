@@ -126,9 +126,10 @@ class Wire:
         body = record.get(BODY) if record is not None else None
         if not isinstance(body, bytes):
             return Reply(node, None, "answered without a protocol body")
-        seen = record.get(SEEN) if record is not None else None
-        self.traffic.up += len(body)
-        return Reply(node, body, seen=seen if isinstance(seen, bytes) else b"")
+        found = record.get(SEEN) if record is not None else None
+        seen = found if isinstance(found, bytes) else b""
+        self.traffic.up += len(body) + len(seen)
+        return Reply(node, body, seen=seen)
 
 
 def _one_line(reason: str) -> str:

@@ -23,7 +23,7 @@ from adapters.base import find_base
 from adapters.layout import Layout, Tensors, TensorSpec
 from aggregation import envelope, ring
 from aggregation.messages import MaskedInput
-from aggregation.steps import ADAPTER, BODY, RECORD, Step
+from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, SEEN, Step
 from client.app import app as client_app
 from client.contribute import clip
 from client.examples import Part, part, read_examples
@@ -170,10 +170,10 @@ def test_only_adapter_tensors_travel_and_no_message_comes_near_the_bases_size(fl
     rows = [tensor[0].tobytes() for tensor in base.values() if tensor.ndim > 1]
     assert not [1 for value in everything for row in rows if row in value]
     for step, record in scale.down:
-        assert set(record) == ({BODY, ADAPTER} if step is Step.PLAN else {BODY})
+        assert set(record) == {BODY, *{Step.PLAN: (ADAPTER, PROOF), Step.OFFER: (PROOF,)}.get(step, ())}
         if step is Step.PLAN:
             assert Layout.of(files.decode(record[ADAPTER])) == layout
-    assert all(set(record) == {BODY} for _, record in scale.up)
+    assert all(set(record) == ({BODY, SEEN} if step is Step.HELLO else {BODY}) for step, record in scale.up)
     total = sum(len(value) for value in everything)
     assert total == sum(record.bytes_up + record.bytes_down for record in records)
 
