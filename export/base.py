@@ -12,6 +12,7 @@ from adapters.files import sha256
 from adapters.manifest import BaseCard, Task
 from aggregation.errors import ConfigError
 from export import graph, headers
+from export.calibrate import TEXT, TOKENS
 from export.plan import Plan, plan
 from export.quantize import Profile, quantize
 
@@ -61,7 +62,9 @@ def export_base(model: PeftModel, base: Base, profile: Profile, max_rank: int = 
         ConfigError: The model cannot be exported (``plan``, ``graph.trace``), or its tokenizer has no limit.
     """
     found = plan(model)
-    traced = quantize(graph.trace(model, found), profile)
+    tokenizer = _tokenizer(base)
+    ids = Tokenizer.from_str(tokenizer.decode()).encode(TEXT).ids[:TOKENS]
+    traced = quantize(graph.trace(model, found), profile, ids)
     checker.check_model(traced)
     slots = graph.slots(traced)
     return ExportedBase(
@@ -71,7 +74,7 @@ def export_base(model: PeftModel, base: Base, profile: Profile, max_rank: int = 
         plan=found,
         slots=slots,
         max_rank=max_rank,
-        files=headers.split(traced, slots) | {TOKENIZER: _tokenizer(base)},
+        files=headers.split(traced, slots) | {TOKENIZER: tokenizer},
     )
 
 

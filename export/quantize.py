@@ -4,7 +4,7 @@ docs/decisions/0003-int8-on-a-device.md and 0010-profiles-of-a-language-model.md
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -13,8 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from adapters.layout import Floats
 from export.blocks import BLOCK, Blocks, eight_bits, four_bits
+from export.calibrate import feeds_for, lossy_products, quantized_weight
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+WEB_LIMIT = 0.01  # of lossy_products; docs/decisions/0010 has what others would give
 INT8_MATH = 4  # MatMulNBits' accuracy level: activations become int8; without it ONNX Runtime unpacks to float32
 
 
@@ -24,22 +26,28 @@ class Profile(StrEnum):
     ``native-int8``: the weights of matrix products and embeddings in eight bits with a scale for each 32; activations
     are quantized as they come, likewise in blocks, so that no phrase of a batch changes the answer to another.
     ``native-int4``: the same in four bits with a zero point, but for tables, which stay in eight.
+    ``web-int8``: int8 weights with a scale for each output, and one scale for all activations of a product: what
+    browsers multiply fast. Products that lose too much by that stay in float (``calibrate.py``).
     """
 
     FP32 = "fp32"
     NATIVE_INT8 = "native-int8"
     NATIVE_INT4 = "native-int4"
+    WEB_INT8 = "web-int8"
 
 
-def quantize(graph: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
+def quantize(graph: onnx.ModelProto, profile: Profile, ids: Sequence[int]) -> onnx.ModelProto:
     """A copy of the graph in ``profile``, with the same inputs, and the same names of what its products give.
 
     Args:
         graph: In float32, without defaults for slots: an adapter would be taken for a weight.
         profile: The choice.
+        ids: Tokens of a plain text, to find by measurement what ``web-int8`` must leave alone.
     """
     if profile is Profile.FP32:
         return copy.deepcopy(graph)
+    if profile is Profile.WEB_INT8:
+        return in_integers(graph, set(lossy_products(graph, feeds_for(graph, ids), WEB_LIMIT)))
     return in_blocks(graph, 8 if profile is Profile.NATIVE_INT8 else 4, {})
 
 
@@ -48,7 +56,7 @@ def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> on
 
     Args:
         graph: As for ``quantize``.
-        bits: Four or eight, of every product's weight. Tables have eight.
+        bits: Four or eight, of every product's weight; 32 leaves products in float. Tables have eight.
         other: Other bits by what a product gives, its output's name; 32 leaves it in float.
     """
     result = copy.deepcopy(graph)
@@ -57,14 +65,13 @@ def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> on
     for node in result.graph.node:
         if (name := _weight(node, values)) is None:
             continue
-        table = node.op_type != "MatMul"
-        chosen = other.get(node.output[0], 8 if table else bits)
+        chosen = other.get(node.output[0], _bits(node, bits))
         if chosen == 32:
             continue
         key = (name, chosen)
         if key not in made:
             matrix = numpy_helper.to_array(values[name])
-            made[key] = _blocks(matrix if table else matrix.T, chosen)
+            made[key] = _blocks(matrix.T if node.op_type == "MatMul" else matrix, chosen)
         _replace(result.graph, node, made[key], f"{name}_{chosen}bit")
     used = {name for node in result.graph.node for name in node.input}
     kept = [tensor for tensor in result.graph.initializer if tensor.name in used]
@@ -73,6 +80,47 @@ def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> on
     if made and CONTRIB not in {entry.domain for entry in result.opset_import}:
         result.opset_import.append(helper.make_opsetid(CONTRIB, 1))
     return result
+
+
+def _bits(node: onnx.NodeProto, bits: int) -> int:
+    table = node.op_type == "Gather" or (node.op_type == "FusedMatMul" and bits != 32)
+    return 8 if table else bits
+
+
+def in_integers(graph: onnx.ModelProto, left: Container[str]) -> onnx.ModelProto:
+    """A copy of the graph whose products are MatMulInteger, but for those whose output is named in ``left``."""
+    result = copy.deepcopy(graph)
+    values = {tensor.name: tensor for tensor in result.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    rounded: set[str] = set()
+    for node in result.graph.node:
+        if node.op_type not in ("MatMul", "FusedMatMul") or node.output[0] in left or _weight(node, values) is None:
+            nodes.append(node)
+            continue
+        x, stored = node.input[0], numpy_helper.to_array(values[node.input[1]])
+        if x not in rounded:
+            outputs = [f"{x}_{part}" for part in ("int8", "scale", "zero")]
+            nodes.append(helper.make_node("DynamicQuantizeLinear", [x], outputs, f"{x}_rounded"))
+            rounded.add(x)
+        codes, scales = quantized_weight(stored.T if node.op_type == "FusedMatMul" else stored)
+        name = node.output[0]
+        parts = {f"{name}_weight": codes, f"{name}_scales": scales}
+        result.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in parts.items())
+        nodes.extend(_integer_product(x, name))
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
+    return in_blocks(result, 32, {})  # the tables, and what is no longer used
+
+
+def _integer_product(x: str, name: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node(
+            "MatMulInteger", [f"{x}_int8", f"{name}_weight", f"{x}_zero"], [f"{name}_sum"], f"{name}_int8"
+        ),
+        helper.make_node("Cast", [f"{name}_sum"], [f"{name}_float"], f"{name}_cast", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{x}_scale", f"{name}_scales"], [f"{name}_step"], f"{name}_steps"),
+        helper.make_node("Mul", [f"{name}_float", f"{name}_step"], [name], name),
+    ]
 
 
 def _weight(node: onnx.NodeProto, values: Mapping[str, TensorProto]) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -11,7 +12,8 @@ from adapters.base import Base
 from adapters.layout import Tensors
 from aggregation.errors import ConfigError
 from export import headers
-from export.base import MAX_RANK, ExportedBase
+from export.base import MAX_RANK, TOKENIZER, ExportedBase
+from export.calibrate import TEXT, TOKENS
 from export.causal import builder, slots
 from export.plan import LoraSlot, Plan
 from export.quantize import Profile, quantize
@@ -32,9 +34,10 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
     """
     weights = _weights(base, targets)
     built = builder.build(base)
-    outputs = slots.find(built.graph, weights)
-    graph = quantize(built.graph, profile)
-    found = slots.insert(graph, outputs)
+    products = slots.find(built.graph, weights)
+    ids = Tokenizer.from_str(built.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
+    graph = quantize(built.graph, profile, ids)
+    found = slots.insert(graph, products)
     return ExportedBase(
         base_digest=base.digest,
         task="text-generation",

@@ -5,6 +5,7 @@ multiplies with is the layer's own.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -15,8 +16,18 @@ from adapters.ondevice import LORA_A, LORA_B
 from aggregation.errors import ConfigError
 
 
-def find(graph: onnx.ModelProto, weights: Mapping[str, Floats]) -> dict[str, str]:
-    """The output of each layer's product, without its bias.
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Where a layer multiplies: what it reads, what it gives before its bias, and the widths of both."""
+
+    x: str
+    y: str
+    wide: int
+    out: int
+
+
+def find(graph: onnx.ModelProto, weights: Mapping[str, Floats]) -> dict[str, Product]:
+    """The product of each layer, by the layer's path.
 
     Args:
         graph: In float32, its weights in it.
@@ -32,46 +43,46 @@ def find(graph: onnx.ModelProto, weights: Mapping[str, Floats]) -> dict[str, str
         same = [node for node in products if _is(node, values[_weight_of(node)], weight)]
         if len(same) != 1:
             raise ConfigError(f"{path}: its weight is in {len(same)} products of the exported graph, not in one")
-        found[path] = same[0].output[0]
-    if len(set(found.values())) != len(found):
+        out, wide = weight.shape
+        found[path] = Product(same[0].input[0], same[0].output[0], int(wide), int(out))
+    if len({product.y for product in found.values()}) != len(found):
         raise ConfigError("two layers with equal weights cannot be told apart in the exported graph")
     return found
 
 
-def insert(graph: onnx.ModelProto, outputs: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+def insert(graph: onnx.ModelProto, products: Mapping[str, Product]) -> dict[str, tuple[str, ...]]:
     """Add ``(x @ A) @ B`` to each layer's product, in place, A and B being inputs of the graph.
 
     Args:
-        graph: May be quantized; the outputs keep their names.
-        outputs: What ``find`` returned.
+        graph: May be quantized; what products read and give keeps its names.
+        products: What ``find`` returned.
 
     Returns:
-        The slots with their dimensions as text, A's and B's rank free, in the order of ``outputs``.
+        The slots with their dimensions as text, A's and B's rank free, in the order of ``products``.
     """
-    paths = {output: path for path, output in outputs.items()}
-    widths = {path: _widths(graph, output) for path, output in outputs.items()}
+    paths = {product.y: path for path, product in products.items()}
     nodes = []
     for node in graph.graph.node:
         nodes.append(node)
         if node.output and (path := paths.get(node.output[0])) is not None:
-            nodes.extend(_pair(node, path))
+            nodes.extend(_pair(node, path, products[path].x))
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
     slots: dict[str, tuple[str, ...]] = {}
-    for number, (path, (wide, out)) in enumerate(widths.items()):
-        slots[path + LORA_A] = (str(wide), f"rank_{number}")
-        slots[path + LORA_B] = (f"rank_{number}", str(out))
+    for number, (path, product) in enumerate(products.items()):
+        slots[path + LORA_A] = (str(product.wide), f"rank_{number}")
+        slots[path + LORA_B] = (f"rank_{number}", str(product.out))
     graph.graph.input.extend(_input(name, dimensions) for name, dimensions in slots.items())
     return slots
 
 
-def _pair(node: onnx.NodeProto, path: str) -> list[onnx.NodeProto]:
+def _pair(node: onnx.NodeProto, path: str, x: str) -> list[onnx.NodeProto]:
     """The nodes behind ``node``, whose own output is renamed in place."""
     result, bare = node.output[0], f"{path}.base"
     node.output[0] = bare
     low, update = f"{path}.lora_A", f"{path}.lora_B"
     return [
-        helper.make_node("MatMul", [node.input[0], path + LORA_A], [low], low),
+        helper.make_node("MatMul", [x, path + LORA_A], [low], low),
         helper.make_node("MatMul", [low, path + LORA_B], [update], update),
         helper.make_node("Add", [bare, update], [result], f"{path}.add"),
     ]
@@ -92,13 +103,3 @@ def _is(node: onnx.NodeProto, stored: onnx.TensorProto, weight: Floats) -> bool:
         return False
     value = numpy_helper.to_array(stored)
     return bool(np.array_equal(value if turned else value.T, weight))
-
-
-def _widths(graph: onnx.ModelProto, output: str) -> tuple[int, int]:
-    """What goes into a product and what comes out of it."""
-    node = next(node for node in graph.graph.node if output in node.output)
-    if node.op_type == "MatMulNBits":
-        attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        return attributes["K"], attributes["N"]
-    dims = next(tensor.dims for tensor in graph.graph.initializer if tensor.name == node.input[1])
-    return (dims[1], dims[0]) if node.op_type == "FusedMatMul" else (dims[0], dims[1])

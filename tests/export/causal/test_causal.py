@@ -79,6 +79,28 @@ def test_layers_with_ranks_and_scalings_of_their_own(
     np.testing.assert_allclose(runner(exported).logits(tokens, inputs, 3), torch_logits(model, tokens), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("profile", "limit"), [(Profile.NATIVE_INT8, 3e-3), (Profile.WEB_INT8, 1e-2), (Profile.NATIVE_INT4, 0.1)]
+)
+def test_a_quantized_base_answers_nearly_as_torch_with_an_adapter(
+    llama: Base,
+    every_layer: tuple[str, ...],
+    drawn: Any,
+    runner: Any,
+    torch_logits: Any,
+    profile: Profile,
+    limit: float,
+) -> None:
+    exported = export_causal(llama, every_layer, profile)
+    assert [len(exported.slots), *exported.slots["model.layers.1.mlp.down_proj.lora_A.weight"]] == [28, "96", "rank_13"]
+    model = build(llama, LoraSpec(rank=4, targets=every_layer))
+    inputs = to_graph(drawn(model, 5), plan(model).scaling)
+    tokens = ids(2, 12)
+    expected = torch_logits(model, tokens)
+    error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
+    assert 1e-9 < error < limit
+
+
 def test_each_row_of_a_batch_has_an_adapter_of_its_own(
     llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Any, runner: Any
 ) -> None:
