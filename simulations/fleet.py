@@ -79,7 +79,7 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
             minimum_cohort=max(3, min(SMALLEST_POLICY, fleet - 2)),
             adversaries=sorted({"active", scenario.federation.aggregation.adversary}),
         )
-        settings = DeviceSettings(base=scenario.base.model, policy=policy)
+        settings = DeviceSettings(base=_base_name(scenario, base), policy=policy)
         home = enrol(device_folder(out, household.name), settings, identity, trust, entropy)
         write_examples(home.examples, _examples(household))
 
@@ -93,6 +93,11 @@ def registry(out: Path) -> Registry:
     """The registry of the fleet's coordinator."""
     folder = out / COORDINATOR
     return open_registry(folder, IdentityKey.from_pem((folder / coordinator_home.KEY).read_bytes()))
+
+
+def _base_name(scenario: Scenario, base: Base) -> str:
+    """How a device finds its base: as the scenario says, or in the run's folder if the run has rounded it."""
+    return str(base.folder) if scenario.export.train_on_dequantized else scenario.base.model
 
 
 def _coordinator(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from adapters.base import Base
 from coordinator.registry import RoundRecord
-from export.parity import Parity
 from simulations import fleet
+from simulations.publish import Published
 from simulations.result import HouseholdResult, RoundResult, RunResult
 from simulations.scenario import Scenario
 
@@ -16,13 +16,12 @@ def collect(
     scenario: Scenario,
     base: Base,
     households: Sequence[HouseholdResult],
-    bundle: Path,
-    parity: Parity,
+    published: Published,
     seconds: Mapping[str, float],
     report: Path,
 ) -> RunResult:
     """The result of the run in ``out``."""
-    registry = fleet.registry(out)
+    registry, parity = fleet.registry(out), published.parity
     last = registry.latest() or registry.version(0)
     elements = sum(tensor.size for tensor in registry.tensors(last.manifest.version).values())
     fleet_size = sum(not household.unseen for household in households)
@@ -38,9 +37,14 @@ def collect(
             "elements": elements,
         },
         base={"digest": base.digest, "bytes": base.weight_bytes},
-        bundle=str(bundle),
+        bundle=str(published.bundle),
         report=str(report),
-        parity={"agreement": parity.agreement, "max_abs_diff": parity.max_abs_diff, "count": parity.count},
+        parity={
+            "agreement": parity.agreement,
+            "max_abs_diff": parity.max_abs_diff,
+            "count": parity.count,
+            "accuracy": published.accuracy,
+        },
         seconds={**seconds, "coordination": seconds["rounds"] - seconds["training"]},
     )
 

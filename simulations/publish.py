@@ -4,6 +4,7 @@ The coordinator's bundle holds the base and the global adapter. A device's bundl
 its own private adapter, signed by itself: what it keeps never goes back to the coordinator.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import classifier, files
@@ -27,8 +28,17 @@ GLOBAL = "global"
 PERSONAL = "personal"
 
 
-def publish(out: Path, scenario: Scenario, population: Population, base: Base) -> tuple[Path, Parity]:
-    """Export, check and hand out. Returns the first household's bundle and the parity of the global adapter.
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What came of the export: the first household's bundle, and how the exported global adapter answers."""
+
+    bundle: Path
+    parity: Parity
+    accuracy: float  # share of all test phrases, each household's, that the exported pair gets right
+
+
+def publish(out: Path, scenario: Scenario, population: Population, base: Base) -> Published:
+    """Export, check and hand out.
 
     Raises:
         ParityError: The exported pair answers too differently from torch; no bundle was written.
@@ -40,16 +50,18 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     exported = export_base(model, base, Profile(scenario.export.profile))
     runner = OnnxRunner.open(exported)
     classifier.load(model, shared)
-    texts = [example.text for household in population.households for example in household.test]
-    found = parity.compare(model, runner, _on_device(shared, exported), texts)
+    tests = [example for household in population.households for example in household.test]
+    inputs, texts = _on_device(shared, exported), [example.text for example in tests]
+    found = parity.compare(model, runner, inputs, texts)
     parity.gate(found, scenario.export.minimum_agreement)
+    right = runner.probabilities(texts, inputs).argmax(axis=1) == [example.label for example in tests]
     key = IdentityKey.from_pem((out / fleet.COORDINATOR / coordinator_home.KEY).read_bytes())
     manifest = version.manifest
-    source = AdapterSource(GLOBAL, shared, population.labels, manifest.version, manifest.sha256)
+    source = AdapterSource(GLOBAL, shared, population.labels, manifest.version, manifest.sha256, method=manifest.method)
     write_bundle(out / BUNDLE, exported, [source], key=key)
     for household in population.households:
         _hand_out(out, household.name, exported, source)
-    return fleet.device_folder(out, population.households[0].name) / BUNDLE, found
+    return Published(fleet.device_folder(out, population.households[0].name) / BUNDLE, found, float(right.mean()))
 
 
 def _on_device(tensors: Tensors, exported: ExportedBase) -> Tensors:
@@ -64,6 +76,6 @@ def _hand_out(out: Path, household: str, exported: ExportedBase, shared: Adapter
     blob = (folder / device_home.PERSONAL).read_bytes()
     identity = IdentityKey.from_pem((folder / device_home.IDENTITY).read_bytes())
     private = AdapterSource(
-        PERSONAL, files.decode(blob), shared.labels, shared.version, files.sha256(blob), parent=shared.sha256
+        PERSONAL, files.decode(blob), shared.labels, shared.version, files.sha256(blob), shared.sha256, shared.method
     )
     add_adapter(folder / BUNDLE, exported.plan, private, key=identity)

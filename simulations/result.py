@@ -54,7 +54,7 @@ class RunResult:
     base: dict[str, int | str]  # digest, bytes
     bundle: str
     report: str
-    parity: dict[str, float | int]  # agreement, max_abs_diff, count
+    parity: dict[str, float | int]  # agreement, max_abs_diff, count; accuracy of the exported global pair
     seconds: dict[str, float]  # total, training (on all devices in the rounds), coordination, personal, export
 
     def to_json(self) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from client.examples import read_examples
 from client.storage import replace
 from coordinator.app import HOME
 from coordinator.app import app as server_app
+from export.dequantize import dequantized
+from export.quantize import Profile
 from simulations import fleet
 from simulations.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, InProcessGrid, Weather
 from simulations.outcome import collect
@@ -42,6 +44,7 @@ SECONDS = "seconds.json"
 RESULT = "result.json"
 REPORT = "report.html"
 LOG = "run.log"
+ROUNDED = "base"  # a base folder, if the scenario trains on the rounded base
 MOST_THREADS = 4  # for torch: a phrase is too little work for more
 
 
@@ -113,20 +116,29 @@ def run(folder: RunFolder, progress: Progress) -> RunResult:
     """
     scenario = folder.scenario
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
-    base = find_base(scenario.base.model)
     with _logged(folder.path / LOG), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
+            base = _base(folder)
             population = sample_population(scenario.population, scenario.seed)
             _prepare(folder.path, scenario, population, base)
         _federate(folder, population, progress)
         with folder.timed("personal"):
             households = personalize_all(folder.path, scenario, population, base, progress)
         with folder.timed("export"), progress.stage("export"):
-            bundle, parity = publish(folder.path, scenario, population, base)
-    result = collect(folder.path, scenario, base, households, bundle, parity, folder.seconds, folder.path / REPORT)
+            published = publish(folder.path, scenario, population, base)
+    result = collect(folder.path, scenario, base, households, published, folder.seconds, folder.path / REPORT)
     write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result
+
+
+def _base(folder: RunFolder) -> Base:
+    """The base that everything is trained on: the scenario's, or a copy as the export will round it."""
+    base, export = find_base(folder.scenario.base.model), folder.scenario.export
+    if not export.train_on_dequantized:
+        return base
+    rounded = folder.path / ROUNDED
+    return find_base(str(rounded)) if rounded.exists() else dequantized(base, Profile(export.profile), rounded)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from aggregation.errors import ConfigError
@@ -55,10 +55,21 @@ class PersonalSettings(_Section):
 class ExportSettings(_Section):
     """The device files."""
 
-    profile: Literal["fp32", "native-int8"] = Field(default="native-int8", description="how the base is quantized")
+    profile: Literal["fp32", "native-int8", "native-int4"] = Field(
+        default="native-int8", description="how the base is quantized"
+    )
+    train_on_dequantized: bool = Field(
+        default=False, description="train on the base as the profile rounds it, which is what devices then run"
+    )
     minimum_agreement: float = Field(
         default=0.97, ge=0, le=1, description="share of test phrases on which the exported pair must agree with torch"
     )
+
+    @model_validator(mode="after")
+    def _has_what_to_train_on(self) -> Self:
+        if self.train_on_dequantized and self.profile == "fp32":
+            raise ValueError("train_on_dequantized needs a profile that rounds the base: native-int8 or native-int4")
+        return self
 
 
 class Scenario(_Section):

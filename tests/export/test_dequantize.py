@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from adapters.base import Base
+from adapters.classifier import LoraSpec, build
+from aggregation.errors import ConfigError
+from export.base import export_base
+from export.blocks import four_bits
+from export.dequantize import dequantized
+from export.parity import OnnxRunner
+from export.quantize import Profile
+
+TEXTS = ["turn on the kitchen lights", "lock the door", "set a timer for ten minutes"]
+BOTH = [Profile.NATIVE_INT8, Profile.NATIVE_INT4]
+
+
+@pytest.mark.parametrize("profile", BOTH)
+def test_exporting_a_rounded_base_in_its_profile_changes_it_no_more(
+    tmp_path: Path, tiny_base: Base, profile: Profile
+) -> None:
+    rounded = dequantized(tiny_base, profile, tmp_path / "rounded")
+    again = dequantized(rounded, profile, tmp_path / "again")
+    before, once, twice = (load_file(base.folder / "model.safetensors") for base in (tiny_base, rounded, again))
+    moved = max(float(np.abs(once[name] - before[name]).max()) for name in once)
+    assert moved > 1e-3
+    for name, value in once.items():
+        np.testing.assert_allclose(twice[name], value, atol=1e-6 * np.abs(value).max())
+
+
+def test_the_rounded_base_answers_in_float_what_the_exported_one_answers(tmp_path: Path, tiny_base: Base) -> None:
+    """Up to the rounding of activations, which no training can foresee."""
+    profile = Profile.NATIVE_INT4
+    rounded = dequantized(tiny_base, profile, tmp_path / "rounded")
+    spec = LoraSpec(rank=4, alpha=8)
+    in_float, in_profile, before = (
+        _probabilities(base, spec, form)
+        for base, form in ((rounded, Profile.FP32), (tiny_base, profile), (tiny_base, Profile.FP32))
+    )
+    assert np.abs(in_float - in_profile).max() < 0.3 * np.abs(before - in_profile).max() + 0.01
+
+
+def _probabilities(base: Base, spec: LoraSpec, profile: Profile) -> np.ndarray:
+    model = build(base, 4, spec)
+    rng = np.random.default_rng(2)
+    head = {"classifier.weight": rng.standard_normal((4, 32)) * 3, "classifier.bias": np.zeros(4)}
+    inputs = {name: value.astype(np.float32) for name, value in head.items()}
+    exported = export_base(model, base, profile)
+    empty = {
+        name: np.zeros([int(d) if d.isdigit() else 0 for d in dimensions], np.float32)
+        for name, dimensions in exported.slots.items()
+        if "lora" in name
+    }
+    return OnnxRunner.open(exported).probabilities(TEXTS, inputs | empty)
+
+
+def test_it_is_another_base_with_the_same_tokenizer_and_configuration(tmp_path: Path, tiny_base: Base) -> None:
+    rounded = dequantized(tiny_base, Profile.NATIVE_INT4, tmp_path / "rounded")
+    assert rounded.digest != tiny_base.digest
+    assert dequantized(tiny_base, Profile.NATIVE_INT4, tmp_path / "same").digest == rounded.digest
+    for name in ("config.json", "tokenizer.json"):
+        assert (rounded.folder / name).read_bytes() == (tiny_base.folder / name).read_bytes()
+
+
+def test_what_rounds_nothing_and_a_folder_that_is_there_are_refused(tmp_path: Path, tiny_base: Base) -> None:
+    with pytest.raises(ConfigError, match="fp32 has no rounding"):
+        dequantized(tiny_base, Profile.FP32, tmp_path / "x")
+    with pytest.raises(ConfigError, match="is there already"):
+        dequantized(tiny_base, Profile.NATIVE_INT8, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_four_bits_of_four_bits_are_the_same(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 320), dtype=np.float32)
+    once = four_bits(weight).values
+    np.testing.assert_allclose(four_bits(once).values, once, atol=1e-6)

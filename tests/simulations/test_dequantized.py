@@ -1,0 +1,45 @@
+"""Training on the base as the devices' profile rounds it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregation.errors import ConfigError
+from simulations import fleet
+from simulations.run import ROUNDED, RunFolder, _base
+from simulations.scenario import Scenario
+
+
+def scenario(base: Any, **export: Any) -> Scenario:
+    settings = {"name": "tiny", "base": {"model": str(base.folder)}, "adapter": {"rank": 2}, "export": export}
+    return Scenario.parse(settings, "tiny")
+
+
+def test_without_the_option_the_base_is_the_scenarios_own(tiny_base: Any, tmp_path: Path) -> None:
+    folder = RunFolder.start(tmp_path / "run", scenario(tiny_base, profile="native-int4"))
+    assert _base(folder) == tiny_base
+    assert not (tmp_path / "run" / ROUNDED).exists()
+
+
+def test_the_rounded_base_is_made_once_and_every_device_finds_it(
+    tiny_base: Any, tmp_path: Path, fleet_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = scenario(tiny_base, profile="native-int4", train_on_dequantized=True)
+    base = _base(RunFolder.start(tmp_path / "run", chosen))
+    assert base.folder == tmp_path / "run" / ROUNDED
+    assert base.digest != tiny_base.digest
+    monkeypatch.setattr("simulations.run.dequantized", None)  # a second call would fail
+    assert _base(RunFolder.resume(tmp_path / "run", chosen)) == base
+    population = fleet_of(4).population
+    fleet.provision(tmp_path / "fleet", chosen, population, base)
+    assert {home.settings.base for home in fleet.open_homes(tmp_path / "fleet", population).values()} == {
+        str(base.folder)
+    }
+    seed = fleet.registry(tmp_path / "fleet").version(0)
+    assert seed.manifest.base_digest == base.digest
+
+
+def test_a_profile_that_rounds_nothing_is_refused_with_the_option(tiny_base: Any) -> None:
+    with pytest.raises(ConfigError, match="needs a profile that rounds the base"):
+        scenario(tiny_base, profile="fp32", train_on_dequantized=True)
