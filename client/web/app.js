@@ -82,6 +82,7 @@ let used; // the adapter in use, to go back to when another is refused
 
 async function choose(name) {
   if (name === undefined) return;
+  client.stop(); // a text that is being written is another adapter's
   const done = await guarded(() => client.use(name));
   if (done) {
     used = name;

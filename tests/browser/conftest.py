@@ -31,7 +31,16 @@ def _module(path: Path) -> Any:
 
 cdp = _module(Path(__file__).parent / "cdp.py")
 _SHARED = {
-    _EXPORT / "conftest.py": ("tiny_base", "model", "exported", "vendor", "household", "source", "bundle"),
+    _EXPORT / "conftest.py": (
+        "tiny_base",
+        "model",
+        "exported",
+        "exported_int8",
+        "vendor",
+        "household",
+        "source",
+        "bundle",
+    ),
     _EXPORT / "causal" / "conftest.py": ("make_lm", "llama", "drawn"),
 }
 for _path, _names in _SHARED.items():

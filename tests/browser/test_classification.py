@@ -56,3 +56,16 @@ def test_an_adapter_of_any_format_answers_as_natively(
     write_bundle(bundle, exported, [source()], key=vendor, form=form)
     page.goto(serve(bundle))
     same(in_page(page, "global", list(PHRASES)), native(bundle, "global", list(PHRASES)))
+
+
+def test_a_base_in_eight_bits_answers_as_natively(
+    page: Any,
+    serve: Callable[[Path], str],
+    bundle: Path,
+    exported_int8: ExportedBase,
+    source: Callable[..., AdapterSource],
+    vendor: IdentityKey,
+) -> None:
+    write_bundle(bundle, exported_int8, [source()], key=vendor)
+    page.goto(serve(bundle))
+    same(in_page(page, "global", list(PHRASES)), native(bundle, "global", list(PHRASES)))
