@@ -1,7 +1,7 @@
 """A base whose weights are already what a profile makes of them, so that what is trained on is what a device runs.
 
 A profile's rounding changes the base by more than an adapter's own rounding changes the adapter. An adapter trained on
-the rounded base has learnt around it; docs/decisions/0012 has what that is worth.
+the rounded base has learnt around it; docs/decisions/0012 says how to measure what that is worth.
 """
 
 import shutil
