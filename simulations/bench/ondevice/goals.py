@@ -6,7 +6,7 @@ from typing import Any
 from simulations.bench.ondevice.stage import PEER, TORCH
 
 # How much larger and how much worse than the peer's still is comparable.
-SIZE, PERPLEXITY = 1.1, 1.02
+SIZE, PERPLEXITY = 1.15, 1.02
 Goal = tuple[str, Callable[[Mapping[str, Any], str], float], float, bool]  # what, its value, bound, at least or at most
 
 GOALS: tuple[Goal, ...] = (
