@@ -206,6 +206,11 @@ def test_what_cannot_get_a_slot_is_refused_by_name(llama: Base) -> None:
         export_causal(llama, ("embed_tokens",), Profile.FP32)
 
 
+def test_an_architecture_that_the_builder_does_not_know_is_refused(make_lm: Any) -> None:
+    with pytest.raises(ConfigError, match="does not know"):
+        export_causal(make_lm("gpt_neox", num_key_value_heads=4), ("dense",), Profile.FP32)
+
+
 def test_the_builder_leaves_no_trace_in_the_process(llama: Base) -> None:
     script = (
         "import logging, sys; from pathlib import Path; from adapters.base import find_base; "
