@@ -4,6 +4,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,9 +74,13 @@ def lm_exported(lm_base: Any) -> ExportedBase:
 
 @pytest.fixture(scope="session")
 def lm_source(lm_model: Callable[[int, int], Any]) -> Callable[..., AdapterSource]:
-    def make(name: str = "global", rank: int = 4, seed: int = 1, **fields: Any) -> AdapterSource:
+    @cache
+    def made(rank: int, seed: int) -> AdapterSource:
         model = lm_model(rank, seed)
-        return replace(AdapterSource(name, tensors(model), (), 3, "a" * 64, plan=plan(model)), **fields)
+        return AdapterSource("global", tensors(model), (), 3, "a" * 64, plan=plan(model))
+
+    def make(name: str = "global", rank: int = 4, seed: int = 1, **fields: Any) -> AdapterSource:
+        return replace(made(rank, seed), name=name, **fields)
 
     return make
 

@@ -58,6 +58,13 @@ def test_phrases_are_read_from_standard_input(bundle: Path) -> None:
     assert all(len(answer["intents"]) == 2 for answer in result["answers"])
 
 
+def test_several_adapters_answer_as_one(with_anna: Path) -> None:
+    done = device("infer", "--bundle", with_anna, "--json", "--compose", "global:0.5+anna:1", "unlock")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["adapters"][0]["adapter"] == "anna+global:0.5"
+    refused(device("infer", "--bundle", with_anna, "--compose", "global:x", "unlock"), "'x' is no weight")
+
+
 def test_the_private_adapter_answers_when_none_is_named(with_anna: Path) -> None:
     done = device("infer", "--bundle", with_anna, "--json", "unlock")
     assert json.loads(done.stdout)["adapters"][0]["adapter"] == "anna"

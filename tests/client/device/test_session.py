@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.identity import IdentityKey
+from client import session as session_module
 from client.compose import parse
 from client.session import Session
 from client.text import MAX_TEXT
@@ -161,9 +163,57 @@ def test_adapters_of_different_rank_and_labels_run_in_one_session(
     assert {prediction.label for prediction in session.rank(PHRASES[:1], 9)[0]} == {"a", "b", "c"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the list of what is mapped is Linux's")
+def test_the_weights_are_mapped_from_the_folder_and_not_read(bundle: Path) -> None:
+    session = opened(bundle)
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(bundle / "base" / "model.onnx.data") in mapped
+    assert session.classify(PHRASES)
+
+
+def test_a_bundle_that_is_replaced_while_a_session_runs_changes_none_of_its_answers(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    session = opened(bundle)
+    before = session.rank(PHRASES, 4)
+    write_bundle(bundle, exported, [source(seed=5, version=9)], key=vendor)
+    assert session.rank(PHRASES, 4) == before
+    assert opened(bundle).rank(PHRASES, 4) != before
+
+
+def test_a_base_that_changed_while_it_was_loaded_is_not_used(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = session_module._declared
+
+    def tampering(session: Any) -> int:
+        (bundle / "base" / "model.onnx.data").touch()
+        return kept(session)
+
+    monkeypatch.setattr(session_module, "_declared", tampering)
+    with pytest.raises(TrustError, match="changed while it was being loaded"):
+        Session.open(bundle)
+
+
+def test_a_graph_that_takes_one_adapter_a_batch_says_so(bundle: Path) -> None:
+    session = opened(bundle)
+    session._dimensions = 2
+    with pytest.raises(ConfigError, match="one adapter for a whole batch"):
+        session.rank_rows([("unlock", "global")], 1)
+
+
+def test_a_graph_that_wants_a_leading_dimension_gets_it_for_one_adapter_too(bundle: Path) -> None:
+    session = opened(bundle)
+    before = session.rank(PHRASES, 4)
+    other = Session.open(bundle)
+    other._dimensions = 3
+    other.use("global")
+    for one, found in zip(before, other.rank(PHRASES, 4), strict=True):
+        assert [p.probability for p in found] == pytest.approx([p.probability for p in one], abs=1e-6)
+
+
 CHILD = """
 import sys, time
 from pathlib import Path
+from client import session as session_module
 from client.compose import parse
 from client.session import Session
 session = Session.open(Path(sys.argv[1]))
