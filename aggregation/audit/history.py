@@ -86,11 +86,10 @@ class History:
 
     def signer(self, entry: Entry, coordinator: PublicKey) -> PublicKey:
         """Whose signature must be on an entry."""
-        if entry.kind not in _BY_DEVICES:
-            return coordinator
-        if entry.peer not in self.cohort:
+        by_device = entry.kind in _BY_DEVICES
+        if entry.peer not in self.cohort and (by_device or entry.peer != EVERYONE):
             raise Problem("the device is not in the cohort", entry.place)
-        return self.cohort[entry.peer]
+        return self.cohort[entry.peer] if by_device else coordinator
 
 
 def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: "datetime | None" = None) -> History:
@@ -147,6 +146,7 @@ def follow(
     for entry, opened in zip(entries, messages, strict=True):
         message = opened or _put_back(history, entry, coordinator)
         if entry.kind == Checkpoint.TAG:
+            _demand(entry.round == before[0], "the checkpoint is of another round than what it follows", entry)
             continue
         at = (entry.round, _RANK[KINDS[entry.kind]])
         if (entry.round > 0) != (KINDS[entry.kind] in _ROUND) or at < before:

@@ -1,5 +1,6 @@
 """Whatever somebody without the coordinator's key does to a log is found, and the place is named."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,20 @@ def test_a_flipped_bit_anywhere_is_found_in_its_entry(logged: Any, place: float,
     damaged[at] ^= 1 << bit
     index = next(index for index, end in enumerate(logged.ends()) if at < end)
     assert first(logged.audit(bytes(damaged), kept=False)) == index
+
+
+def test_a_message_to_all_that_is_said_to_be_to_somebody_is_found_in_its_entry(logged: Any) -> None:
+    for index, entry in enumerate(logged.entries):
+        if entry.peer == "*":
+            changed = [replace(each, peer="j") if each == entry else each for each in logged.entries]  # one bit
+            assert first(logged.audit(MAGIC + b"".join(map(record, changed)), kept=False)) == index
+
+
+def test_a_checkpoint_that_is_said_to_be_of_another_round_is_found_in_its_entry(logged: Any) -> None:
+    for index, entry in enumerate(logged.entries):
+        if entry.kind == "checkpoint":
+            changed = [replace(each, round=each.round ^ 16) if each == entry else each for each in logged.entries]
+            assert first(logged.audit(MAGIC + b"".join(map(record, changed)), kept=False)) == index
 
 
 def test_a_flipped_bit_in_every_field_of_an_entry_is_found(logged: Any) -> None:
