@@ -21,13 +21,20 @@ def thresholds(history: History) -> str:
     Raises:
         Problem: One did, or parameters protect a device not even if all others are honest.
     """
-    spec = history.offer.spec
-    withstands, near = _withstands(history), min(spec.degree + 1, _present(history))
+    spec, present = history.offer.spec, _present(history)
+    near, active = min(spec.degree + 1, present), spec.adversary is Adversary.ACTIVE
+    withstands = _withstands(history)
     if withstands < 0:
         raise Problem(f"{spec.threshold} of {near} devices open a secret: two groups apart from each other could do so")
+    if active:  # two quorums have a device in common, and with this many corrupt ones an honest one (``graph.quorum``)
+        withstands = min(withstands, 2 * spec.quorum - present - 1)
+    if withstands < 0:
+        raise Problem(
+            f"{spec.quorum} of {present} devices agree on survivors: two groups could agree on different ones"
+        )
     for current in history.rounds:
         _large_enough(history, current)
-    agreed = f", and {spec.quorum} must agree on who is in it" if spec.adversary is Adversary.ACTIVE else ""
+    agreed = f", and {spec.quorum} must agree on who is in it" if active else ""
     others = "1 other sides" if withstands == 1 else f"{withstands} others side"
     return (
         f"{spec.threshold} of {near} devices must answer to open a secret; a sum is of {spec.minimum_survivors} "
@@ -41,7 +48,7 @@ def _present(history: History) -> int:
 
 
 def _withstands(history: History) -> int:
-    """How many devices may be corrupt; below zero where the parameters do not even hold with none (``policy``)."""
+    """How many devices may be corrupt before secrets open; below zero where not even none (``policy``)."""
     spec, present = history.offer.spec, _present(history)
     if spec.degree >= present - 1:
         return 2 * spec.threshold - present - 1
@@ -97,6 +104,9 @@ def survivors(history: History) -> str:
         for device in sorted({*arrived, *current.survivors.vectors}):
             if current.survivors.vectors.get(device) != arrived.get(device):
                 raise Problem(f"{device} is not counted with the update that it sent in this round", where)
+        if active and current.openings and not current.unmasks:
+            place = current.place(Opening, next(iter(current.openings)))
+            raise Problem("it answers no request to open, so that nothing shows who agreed to the survivors", place)
         for peer, unmask in current.unmasks.items() if active else ():
             _agreed(history, current, peer, unmask)
     return "each sum is over devices of its plan, with the updates that they sent; nobody is both counted and dropped"

@@ -192,6 +192,20 @@ def test_a_threshold_that_two_groups_can_reach_is_found(
     only(weak.audit(), Check.THRESHOLDS, "2 of 4 devices open a secret")
 
 
+def test_a_quorum_that_two_groups_can_reach_is_found(
+    logged_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for check in ("check", "check_roster"):  # no honest device joins such a session
+        monkeypatch.setattr(Policy, check, lambda *given: None)
+    session = {"devices": 11, "degree": 6, "threshold": 5}  # on a circle, where the threshold is a neighbourhood's
+    weak, least = (logged_of([{}], minimum_survivors=count, **session) for count in (5, 6))
+    only(weak.audit(), Check.THRESHOLDS, "5 of 11 devices agree on survivors")
+    assert least.audit().failed == ()
+    assert "even if 0 others side" in next(
+        each.text for each in least.audit().findings if each.check is Check.THRESHOLDS
+    )
+
+
 def test_a_plan_for_too_few_is_found(logged_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as weakened:
         for check in ("large_enough", "near_enough"):
@@ -220,6 +234,14 @@ def test_an_agreement_that_nobody_sent_is_found(logged: Any) -> None:
 def test_an_agreement_that_does_not_fit_is_found(logged: Any) -> None:
     raw = logged.with_changed(Unmask, 1, agreements=dict.fromkeys([ME, OTHER, "device-003"], bytes(64)))
     assert only(logged.audit(raw), Check.SURVIVORS, "is not valid").kind == "unmask"
+
+
+def test_a_sum_without_a_request_to_open_it_is_found(logged: Any) -> None:
+    """With the request go the agreements in it, without which nothing shows that a quorum agreed."""
+    gone = {Unmask.TAG, Agreement.TAG}
+    raw = logged.rewritten(lambda entries: [e for e in entries if e.kind not in gone])
+    place = only(logged.audit(raw), Check.SURVIVORS, "answers no request to open")
+    assert (place.kind, place.round) == ("opening", 1)
 
 
 # Shares and secrets
