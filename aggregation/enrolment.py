@@ -58,16 +58,16 @@ def read_request(raw: bytes) -> tuple[str, PublicKey]:
         pem = raw.lstrip().startswith(_PEM)
         asked = x509.load_pem_x509_csr(raw) if pem else x509.load_der_x509_csr(raw)
         key, signed = asked.public_key(), asked.is_signature_valid
+        names = [str(each.value) for each in asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion):
         raise TrustError("not a certificate request (PKCS #10) in PEM or DER form") from None
     if not isinstance(key, Ed25519PublicKey):
         raise TrustError(f"the request is for a {type(key).__name__} where Ed25519 belongs")
     if not signed:
         raise TrustError("the request was not signed with the key that it is for")
-    names = asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    if len(names) != 1 or not _DEVICE_ID.fullmatch(str(names[0].value)):
+    if len(names) != 1 or not _DEVICE_ID.fullmatch(names[0]):
         raise TrustError("the request does not name one device in its common name")
-    return str(names[0].value), PublicKey(key.public_bytes_raw())
+    return names[0], PublicKey(key.public_bytes_raw())
 
 
 def to_pem(der: bytes) -> bytes:

@@ -76,6 +76,19 @@ def test_a_request_that_does_not_name_one_device_is_refused(names: tuple[str, ..
         enrolment.read_request(odd(Ed25519PrivateKey.from_private_bytes(KEY.raw), *names))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [b"\x0c\x07\xff\xfetchen", b"\x16\x07\xffitchen", b"\x03\x07\x00itchen", b"\x02\x07kitchen"],
+    ids=["text that is not UTF-8", "text that is not ASCII", "bits", "a number"],
+)
+def test_a_signed_request_whose_name_is_no_text_is_refused(name: bytes) -> None:
+    unread = der(enrolment.request(KEY, "kitchen")).replace(b"\x0c\x07kitchen", name)
+    body = x509.load_der_x509_csr(unread).tbs_certrequest_bytes
+    signed = unread[:-64] + Ed25519PrivateKey.from_private_bytes(KEY.raw).sign(body)
+    with pytest.raises(TrustError, match="not a certificate request"):
+        enrolment.read_request(signed)
+
+
 @pytest.mark.parametrize("name", ["", "-a", "a/b", "é", "a" * 65])
 def test_a_name_that_no_device_can_have_is_not_asked_for(name: str) -> None:
     with pytest.raises(ConfigError, match="is not of the form"):
