@@ -30,7 +30,7 @@ class MaskWorkers:
     """
 
     def __init__(self, count: int) -> None:
-        command = [sys.executable, "-m", __name__]
+        command = [sys.executable, "-P", "-m", __name__]  # -P: no module of the folder that it is started in gets keys
         self._workers = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 - this very file
             for _ in range(count)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,18 @@ def test_no_process_is_left_when_the_block_ends() -> None:
     with MaskWorkers(2) as made:
         assert [worker.poll() for worker in made._workers] == [None, None]
     assert [worker.returncode for worker in made._workers] == [0, 0]
+
+
+def test_a_module_of_the_same_name_in_the_working_folder_gets_no_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "coordinator").mkdir()
+    (tmp_path / "coordinator" / "__init__.py").write_text("")
+    (tmp_path / "coordinator" / "maskworkers.py").write_text("open('keys', 'w')")
+    monkeypatch.chdir(tmp_path)
+    with MaskWorkers(1):
+        pass
+    assert not (tmp_path / "keys").exists()
 
 
 def test_a_process_ends_at_half_a_request() -> None:
