@@ -16,7 +16,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import BinaryIO
 
 from aggregation import envelope, transcript
@@ -31,6 +30,7 @@ from aggregation.revocation import RevocationList
 from aggregation.serverside import AbortReason, RoundResult
 from aggregation.steps import Step
 from aggregation.transcript import ENTRY, LENGTH, MAGIC, NO_SESSION, Abort, Entry, Result, Stage, Transcript
+from coordinator import storage
 
 AUTHORITY = "authority.pem"
 COORDINATOR = "coordinator.pem"
@@ -68,10 +68,10 @@ class Transcripts:
             TrustError: The log before it was altered.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / AUTHORITY, self.root.to_pem())
+        storage.replace(self.folder / AUTHORITY, self.root.to_pem())
         if revoked is not None:
-            _replace(self.folder / REVOKED, revoked.to_pem())
-        _replace(self.folder / COORDINATOR, self.key.public.to_pem())
+            storage.replace(self.folder / REVOKED, revoked.to_pem())
+        storage.replace(self.folder / COORDINATOR, self.key.public.to_pem())
         vectors = self.folder / VECTORS if self.keep_vectors else None
         if vectors:
             vectors.mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ class Transcripts:
         number = max((int(path.stem.partition("-")[2]) for path in logs(self.folder)), default=0) + 1
         recorder = Recorder(self.folder / f"session-{number:06}.log", Transcript(offer, previous), self.key, vectors)
         recorder.write(MAGIC)
-        _sync(self.folder)
+        storage.sync(self.folder)
         return recorder
 
     def passages(self, recorder: "Recorder", seen: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -147,7 +147,7 @@ class Recorder:
         self.write(self.log.received(step, device, body))
         if self.vectors is not None and step is Step.PLAN:
             vector = transcript.vector_of(body)
-            _replace(vector_path(self.vectors, hashlib.sha256(vector).digest()), vector)
+            storage.replace(vector_path(self.vectors, hashlib.sha256(vector).digest()), vector)
 
     def result(self, result: RoundResult, version: int, adapter: str) -> None:
         """The round under way made this sum, and the sum this adapter (its SHA-256)."""
@@ -229,20 +229,3 @@ def _ends(path: Path) -> tuple[bytes, bytes]:
 def _entry(file: BinaryIO, start: int, size: int) -> Entry:
     file.seek(start)
     return ENTRY.decode(file.read(size))
-
-
-def _sync(folder: Path) -> None:
-    """The names in a folder outlive a power cut from here on."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(content)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)

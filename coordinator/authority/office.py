@@ -9,13 +9,12 @@ A private key is read where it signs and nowhere else. Whoever has it can enrol 
 """
 
 import base64
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from tempfile import NamedTemporaryFile, mkdtemp
+from tempfile import mkdtemp
 from typing import Self
 
 from cryptography import x509
@@ -26,12 +25,13 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.identity import IdentityKey, PublicKey
 from aggregation.revocation import Reason, Revocation
+from coordinator import storage
 from coordinator.authority.record import Issued, Listed, Pen, Record, Revoked
 
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
 SHORTEST = 12  # characters of a passphrase: PKCS #8 as OpenSSL writes it tries a guess in a millisecond
 SKEW = timedelta(hours=1)  # by which a device's clock may be behind
-PRIVATE, PUBLIC = 0o600, 0o644
+PRIVATE = 0o600
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +63,12 @@ class Office:
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            _write(made / KEY, authority.key.to_pem(passphrase), PRIVATE)
-            _write(made / CERTIFICATE, authority.root.to_pem(), PUBLIC)
-            _write(made / RECORD, b"", PRIVATE)
+            storage.replace(made / KEY, authority.key.to_pem(passphrase), PRIVATE)
+            storage.replace(made / CERTIFICATE, authority.root.to_pem())
+            storage.replace(made / RECORD, b"", PRIVATE)
             cls(made).sign_list(authority, list_days)
             made.replace(folder)
+            storage.sync(folder.parent)
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
@@ -169,7 +170,7 @@ class Office:
         revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in _revoked(pen.events).items()}
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
         pen.add(Listed(at=now, number=number, until=signed.next_update))  # first: no number is used twice
-        _write(self.folder / REVOKED, signed.to_pem(), PUBLIC)
+        storage.replace(self.folder / REVOKED, signed.to_pem())
         return number
 
     def certificates(self) -> tuple[tuple[Issued, str], ...]:
@@ -216,17 +217,3 @@ def _revoked(events: Sequence[object]) -> dict[str, Revoked]:
 
 def _now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)  # X.509 counts in seconds
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write a file whole or not at all; after the return it outlives a power cut."""
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise

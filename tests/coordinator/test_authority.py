@@ -21,6 +21,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.identity import IdentityKey
 from aggregation.revocation import Reason
+from coordinator import storage
 from coordinator.authority import office as module
 from coordinator.authority.cli import authority
 from coordinator.authority.office import Office
@@ -213,7 +214,7 @@ def test_a_kill_between_record_and_list_uses_no_number_twice(
 ) -> None:
     office.issue(signer, "kitchen", key().public, 10)
     with monkeypatch.context() as killed:
-        killed.setattr(module, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(storage, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             office.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30)
     assert revoked_of(office).number == 1
