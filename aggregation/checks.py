@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from aggregation import envelope, masks
 from aggregation.certificates import Root
-from aggregation.errors import ProtocolError, TrustError
+from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.identity import PublicKey
 from aggregation.messages import Advert, Agreement, Box, Plan, Roster, Survivors
 from aggregation.session import COORDINATOR, Peer, Session, context_of
@@ -72,7 +72,7 @@ def roster(
 
     Raises:
         ProtocolError: For another offer, below the threshold, an advert that is no member's, a device or key
-            twice, or an advert that ``advert`` refuses.
+            twice, an advert that ``advert`` refuses, or no graph of the degree on so many devices.
     """
     if message.offer != offer:
         raise ProtocolError("roster is for another offer", COORDINATOR)
@@ -92,7 +92,10 @@ def roster(
     keys = [key for peer in peers.values() for key in (peer.box_key, *peer.mask_keys)]
     if len(set(keys)) != len(keys):
         raise ProtocolError("a key is on the roster twice", COORDINATOR)
-    return Session(spec, offer, context_of(offer, message.digest()), peers), signed
+    try:
+        return Session(spec, offer, context_of(offer, message.digest()), peers), signed
+    except ConfigError as error:
+        raise ProtocolError(str(error), COORDINATOR) from None
 
 
 def _claimed(raw: bytes) -> str:

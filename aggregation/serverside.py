@@ -392,7 +392,7 @@ class Unmasking:
         alive, dropped = checks.owed(self.opened.session, self.opened.plan, peer, self.opened.survivors)
         if not (set(message.seeds) <= set(alive) and set(message.keys) <= set(dropped)):
             raise ProtocolError("opening has a share that it does not owe", peer)
-        return replace(self, openings={**self.openings, peer: message}, once=Once())
+        return replace(self, openings={**self.openings, peer: message})  # with the same latch: one sum
 
     def close(self, apply: masks.Apply | None = None) -> "tuple[Established, RoundResult] | RoundAborted":
         """End step 8: open the sum, or nothing. ``apply`` does what ``masks.apply`` does, where that can be faster."""

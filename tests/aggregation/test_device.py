@@ -130,6 +130,13 @@ def test_a_roster_with_other_adverts_is_refused(
     state.on_roster(fleet.devices[ME], roster, fleet.entropy)
 
 
+def test_a_roster_on_which_there_is_no_such_graph_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
+    state, roster = on_roster
+    odd = dataclasses.replace(state, spec=dataclasses.replace(state.spec, degree=3))
+    with pytest.raises(ProtocolError, match="degree 3 is not an even number"):
+        odd.on_roster(fleet.devices[ME], roster, fleet.entropy)
+
+
 def test_a_roster_for_another_offer_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
     state, roster = on_roster
     with pytest.raises(ProtocolError, match="another offer"):

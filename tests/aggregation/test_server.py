@@ -227,6 +227,19 @@ def test_a_round_is_opened_once(fleet: Any) -> None:
         state.close()
 
 
+def test_a_round_is_not_opened_again_from_a_state_before_its_last_opening(fleet: Any) -> None:
+    state, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
+    states = []
+    for name in bodies:
+        state = state.on_unmask(name, fleet.answer("on_unmask", name, bodies[name]))
+        states.append(state)
+    assert isinstance(states[2].close(), RoundAborted)  # too few: nothing was opened
+    _, result = states[3].close()
+    fleet.assert_sum(result)
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        states[4].close()
+
+
 def test_boxes_are_sent_until_a_masked_input_shows_that_they_arrived(fleet: Any) -> None:
     session = fleet.establish()
     first, plans = fleet.begin(session)
