@@ -171,7 +171,7 @@ def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
         raise ProtocolError("offer, task and adapter are not of one layout")
     examples = read_examples(home.examples, len(task.labels))
     train_part = part(examples, Part.TRAIN)
-    salt = f"{home.folder.name}/{plan.adapter_version}"
+    salt = f"{planned.ready.me}/{plan.adapter_version}"
     begin = time.perf_counter()
     held_out = mine.score(start, part(examples, Part.VALIDATION)[: spec.weight_cap])
     trained = mine.train(start, train_part, task, epochs=task.epochs, salt=salt)

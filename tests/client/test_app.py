@@ -20,12 +20,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from adapters import files
 from adapters.layout import Layout
+from adapters.task import Task
 from aggregation import serverside
 from aggregation.certificates import Root
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
-from client import storage
+from client import storage, train
 from client.app import FAILED, HOME, REFUSED, app
 from client.train import Trainer
 from coordinator.home import CoordinatorHome
@@ -48,9 +49,10 @@ class Talk:
 
     fleet: Any
     coordinator: CoordinatorHome
+    inside: str = ""  # a device's home within the folder of its name
 
     def reply(self, device: str, step: Step, record: Mapping[str, Any] | None) -> Message:
-        home = str(self.fleet.out / "devices" / device)
+        home = str(self.fleet.out / "devices" / device / self.inside)
         return app(message(step, record), Context(1, 2, {HOME: home}, RecordDict(), {}))
 
     def ask(self, device: str, step: Step, body: bytes, **extra: bytes) -> bytes:
@@ -144,6 +146,24 @@ def test_a_device_says_who_it_is(talk: Talk) -> None:
     root = Root.from_pem((talk.fleet.out / "coordinator" / "authority.pem").read_bytes())
     name, _ = root.verify(talk.ask(FIRST, Step.HELLO, b""), datetime.now(UTC))
     assert name == FIRST
+
+
+def test_devices_draw_differently_whatever_their_folders_are_called(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for home in list((talk.fleet.out / "devices").iterdir()):
+        aside = home.rename(home.with_suffix(".aside"))
+        home.mkdir()
+        aside.rename(home / "home")
+    talk.inside, salts, real = "home", list[str](), train.seed
+
+    def seed(task: Task, salt: str) -> list[int]:
+        salts.append(salt)
+        return real(task, salt)
+
+    monkeypatch.setattr(train, "seed", seed)
+    talk.collect(*talk.plan(talk.established()))
+    assert len(salts) == len(set(salts)) == 2 * DEVICES  # the order of the examples, and the rounding
 
 
 def test_a_spoiled_message_is_refused_at_every_step_and_the_right_one_is_answered_after_it(talk: Talk) -> None:
