@@ -97,7 +97,7 @@ def rule_of(settings: bytes) -> FedAvg | FedAdam:
         given = {"optimizer": "fedavg", "learning_rate": 1.0, **json.loads(settings).get("server", {})}
         kind = {"fedavg": FedAvg, "fedadam": FedAdam}[given.pop("optimizer")]
         return kind(given["learning_rate"]) if kind is FedAvg else kind(**given)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{SETTINGS} names no rule of the server's") from None
 
 
@@ -112,7 +112,7 @@ def tensors_of(blob: bytes) -> Tensors:
         header = json.loads(blob[_LENGTH:end])
         header.pop("__metadata__", None)
         return {name: _tensor(memoryview(blob)[end:], **entry) for name, entry in header.items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise DataError("a published file is no adapter") from None
 
 

@@ -99,7 +99,7 @@ class Office:
             TrustError: The passphrase is not the one, or the files are damaged.
         """
         authority = Authority(IdentityKey.from_pem(self._read(KEY), passphrase), self.root.der)
-        if PublicKey.from_pem(authority.key.public.to_pem()) != authority.root.key:
+        if authority.key.public != authority.root.key:
             raise TrustError(f"{self.folder}: key and certificate do not belong together")
         return authority
 

@@ -56,6 +56,15 @@ def test_a_header_that_lies_about_its_tensors_is_refused(entry: Any) -> None:
         tensors_of(struct.pack("<Q", len(header)) + header + bytes(8))
 
 
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_brackets_without_end_are_refused_in_one_line(opening: bytes) -> None:
+    deep = 100_000 * opening
+    with pytest.raises(DataError, match="is no adapter"):
+        tensors_of(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(ConfigError, match="names no rule"):
+        rule_of(deep)
+
+
 @pytest.mark.parametrize(
     "server",
     [
