@@ -114,6 +114,8 @@ def withstands(devices: int, corrupt: int, degree: int, threshold: int, bits: in
     holders that answer, although the honest ones among the ``k / 2`` before it do not belong to the part and so do
     not answer: ``t - 1 - k / 2`` of these must be corrupt. The same holds after the last of the part.
     """
+    if corrupt >= devices:  # a roster may be smaller than the share of the cohort that is taken for corrupt
+        return False
     apart = devices * tail(devices - 1, corrupt, degree, 2 * threshold - degree - 1)
     torn = _two_windows(devices, corrupt, degree // 2, threshold - 1 - degree // 2)
     return degree % 2 == 0 and max(apart, torn) <= 2.0**-bits

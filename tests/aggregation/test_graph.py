@@ -191,3 +191,8 @@ def test_a_roster_without_most_honest_devices_is_refused(spec_of: Callable[..., 
         policy.check_roster(spec, 1000, 250)
     complete = spec_of(10)
     policy.check_roster(complete, 10, 9)
+
+
+@pytest.mark.parametrize("corrupt", [200, 1000])
+def test_no_graph_holds_where_everybody_may_be_corrupt(corrupt: int) -> None:
+    assert graph.withstands(200, corrupt, 100, 101, 40) is False
