@@ -17,7 +17,7 @@ from aggregation.errors import EdgeAdaptError
 COMMANDS = {
     "audit": ("coordinator.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
     "authority": ("coordinator.authority.cli", "authority", "Enrol devices: certify their keys, revoke them.", ""),
-    "bench": ("simulations.bench.cli", "bench", "Measure against named peers: secure aggregation, models on devices.", "simulations"),
+    "bench": ("simulations.bench.cli", "bench", "Measure secure aggregation and models on devices.", "simulations"),
     "demo": ("simulations.cli", "demo", "Households personalize a frozen model together; start here.", "simulations"),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
     "export": ("export.cli", "export", "Make bundles for devices: bases, adapters, parity; back to peft.", "export"),
