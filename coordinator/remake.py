@@ -28,6 +28,7 @@ from coordinator.published import SETTINGS, Published
 
 DIGESTS_ONLY = "the masked updates were kept as digests only"
 UNPUBLISHED = "the coordinator stopped before it had published the last one"
+REPLACED = "another one was published under the number of the last, as after a stop: a later session's log must name it"
 UNKNOWN_STATE = "what FedAdam remembers of earlier rounds is in no transcript, and a sum since version 0 is missing"
 
 
@@ -38,10 +39,12 @@ class Remake:
     Args:
         published: What the coordinator published.
         state: Of the server's optimizer after the step that was made again last, and the version that it made.
+        undone: The last adapter, where it is not what was published: the next session must start where it did.
     """
 
     published: Published
     state: tuple[int, optimizer.State] | None = field(default=None, repr=False)
+    undone: Made | None = None
 
     def check(self, made: tuple[Made, ...]) -> Finding:
         """The adapters of one session."""
@@ -59,7 +62,7 @@ class Remake:
         """In words. ``reasons``: of each adapter why its step could not be made again; empty where it was."""
         if not reasons:
             return Status.PASS, "no adapter was made"
-        again, published = reasons.count(""), len(reasons) - reasons.count(UNPUBLISHED)
+        again, published = reasons.count(""), len(reasons) - reasons.count(UNPUBLISHED) - reasons.count(REPLACED)
         text = f"{many(published, 'adapter')}, published under the coordinator's signature and unaltered since"
         if again:
             which = "Made" if again == len(reasons) else f"{again} of {len(reasons)}, made"
@@ -80,9 +83,13 @@ class Remake:
         Raises:
             Problem: It is not what was published, or not what the rule makes of the sum.
         """
+        if self.undone is not None and made.before != self.undone.before:
+            raise Problem(f"the devices got an adapter {made.before[0]} that no log made", made.place)
+        self.undone = None
         said = self.published.manifest(made.after[0]) or {}
         if last and said.get("sha256") != made.after[1]:  # the log is written first: a kill in between leaves this
-            return UNPUBLISHED
+            self.undone = made
+            return REPLACED if said else UNPUBLISHED
         if (self.published.manifest(made.before[0]) or {}).get("sha256") != made.before[1]:
             raise Problem(f"the devices got another adapter than was published as {made.before[0]}", made.place)
         _agree(made, said)
@@ -129,5 +136,7 @@ def _agree(made: Made, said: Mapping[str, object]) -> None:
 def _mean(made: Made) -> Floats:
     """As ``coordinator.rounds`` takes it: the summed delta over the summed examples, which are a whole number."""
     values = made.values or {}
+    if not {"delta", "weight"} <= set(values) or np.rint(values["weight"][0]) < 1:
+        raise Problem("what was summed is no update with its examples", made.place)
     mean: Floats = (values["delta"] / float(np.rint(values["weight"][0]))).astype(np.float32)
     return mean

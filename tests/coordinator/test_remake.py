@@ -18,7 +18,7 @@ from aggregation.messages import MaskedInput
 from aggregation.transcript import read
 from coordinator.audit import Given, Transcript
 from coordinator.published import Published
-from coordinator.remake import DIGESTS_ONLY, UNKNOWN_STATE, UNPUBLISHED, Remake
+from coordinator.remake import DIGESTS_ONLY, REPLACED, UNKNOWN_STATE, UNPUBLISHED, Remake
 
 PUBLISHED = "published under the coordinator's signature and unaltered since"
 NOTHING = Given(None, None, None, None, None)
@@ -127,7 +127,7 @@ def test_a_manifest_that_is_altered_or_of_another_version_is_found(home_of: Call
     first, second = adapters(home)
     assert first.status is Status.FAIL
     assert "edgeadapt/manifest/1" in first.text
-    assert UNPUBLISHED in second.text  # another version stands where the last one belongs
+    assert REPLACED in second.text  # another version stands where the last one belongs
 
 
 def test_a_sum_that_was_not_kept_is_said_beside_those_that_were(home_of: Callable[[str], Path]) -> None:
@@ -181,6 +181,8 @@ def first_session(
         ({"survivors": ("someone",)}, "says another survivors than the log"),
         ({"layout": "0" * 64}, "says another layout_digest than the log"),
         ({"values": {"delta": np.zeros(3), "weight": np.ones(1)}}, "flat float32 vectors of one size"),
+        ({"values": {"delta": np.zeros(3), "weight": np.zeros(1)}}, "no update with its examples"),
+        ({"values": {"other": np.zeros(3)}}, "no update with its examples"),
     ],
 )
 def test_a_log_that_says_something_else_than_was_published_is_found(
@@ -190,6 +192,29 @@ def test_a_log_that_says_something_else_than_was_published_is_found(
     finding = Remake(published).check((replace(first, **changes), second))
     assert finding.status is Status.FAIL
     assert said in finding.text
+
+
+def test_an_adapter_that_was_exchanged_after_a_sessions_last_sum_is_found(
+    first_session: tuple[Published, tuple[Made, ...]],
+) -> None:
+    published, (first, second) = first_session
+    remake = Remake(published)
+    told = remake.check((replace(first, after=(1, "ab" * 32)),))
+    assert told.status is Status.SKIPPED
+    assert told.text.startswith("0 adapters")
+    assert REPLACED in told.text
+    found = remake.check((second,))
+    assert found.status is Status.FAIL
+    assert "the devices got an adapter 1 that no log made" in found.text
+
+
+def test_a_round_that_is_run_again_after_a_kill_is_none(first_session: tuple[Published, tuple[Made, ...]]) -> None:
+    published, (first, second) = first_session
+    remake = Remake(published)
+    for _ in range(2):  # killed twice between log and registry
+        assert remake.check((replace(first, after=(1, "ab" * 32)),)).status is Status.SKIPPED
+    assert remake.check(()).status is Status.PASS  # all its rounds were aborted
+    assert remake.check((first, second)).status is Status.PASS
 
 
 def test_one_step_more_in_one_number_of_the_sum_is_found(first_session: tuple[Published, tuple[Made, ...]]) -> None:
