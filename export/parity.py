@@ -1,25 +1,29 @@
 """Do the exported files answer as the model that was trained? Measured on texts, and a gate on the result.
 
-A quantized base is never assumed to be good: the pair that ships is the pair that is measured.
+A quantized base is never assumed to be good: the pair that ships is the pair that is measured. A classifier gives one
+answer for a text, a language model one after each token: which of the two it is, its logits' dimensions tell.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
-from numpy.typing import NDArray
 from peft import PeftModel
 from tokenizers import Tokenizer
 
 from adapters.layout import Floats, Tensors
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from aggregation.errors import DataError, EdgeAdaptError
 from export import headers
-from export.base import ExportedBase
-from export.graph import ANSWER, TOKENS
+from export.base import TOKENIZER
+from export.graph import ANSWER
+from export.limits import Limits
 
-BATCH = 32  # texts that torch sees at once
+MAX_TOKENS = 256  # of one text, where the tokenizer itself sets no limit; what is longer is cut off
+PAST = "past"  # in the name of every input that holds what was read before
 
 
 class ParityError(EdgeAdaptError):
@@ -30,15 +34,34 @@ class ParityError(EdgeAdaptError):
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """The comparison on ``count`` texts.
+    """The comparison of ``count`` answers.
 
-    ``agreement``: the share of texts with the same most likely label. ``max_abs_diff``: the largest difference of any
-    label's probability on any text.
+    ``agreement``: the share with the same most likely label or next token. ``max_abs_diff``: the largest difference of
+    any choice's probability in any answer. The losses are a language model's, of the next token in nats, a mean; their
+    powers of e are perplexities. Held-out texts carry no labels, so a classifier has none.
     """
 
     agreement: float
     max_abs_diff: float
     count: int
+    loss: float | None = None
+    loss_of_torch: float | None = None
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """The exported pair's perplexity over torch's; 1 without losses."""
+        if self.loss is None or self.loss_of_torch is None:
+            return 1.0
+        return math.exp(self.loss - self.loss_of_torch)
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        if self.loss is None or self.loss_of_torch is None:
+            rest = f"largest difference of a probability {self.max_abs_diff:.2g}"
+        else:
+            ours, theirs = math.exp(self.loss), math.exp(self.loss_of_torch)
+            rest = f"perplexity {ours:.3f}, torch's {theirs:.3f} (ratio {self.perplexity_ratio:.4f})"
+        return f"{self.agreement:.2%} of {self.count} answers as in torch, {rest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,78 +72,110 @@ class OnnxRunner:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, exported: ExportedBase) -> "OnnxRunner":
-        """Load the graph as a device does."""
+    def open(cls, files: Mapping[str, bytes]) -> "OnnxRunner":
+        """Load the files of a base (``ExportedBase.files``) as a device does."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        data = exported.files[headers.DATA]
+        data = files[headers.DATA]
         options.add_external_initializers_from_files_in_memory([headers.DATA], [data], [len(data)])
-        session = ort.InferenceSession(exported.model, options, providers=["CPUExecutionProvider"])
-        return cls(session, Tokenizer.from_str(exported.tokenizer.decode()))
+        session = ort.InferenceSession(files[headers.NATIVE], options, providers=["CPUExecutionProvider"])
+        tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
+        if tokenizer.truncation is None:
+            tokenizer.enable_truncation(MAX_TOKENS)
+        return cls(session, tokenizer)
 
     def probabilities(self, texts: Sequence[str], inputs: Tensors) -> Floats:
-        """Shape ``(texts, labels)``. One text at a time, as a device asks."""
-        rows = [self._logits(encoding.ids, inputs) for encoding in self.tokenizer.encode_batch(list(texts))]
-        return _softmax(np.concatenate(rows))
+        """Shape ``(texts, labels)``, of a classifier. One text at a time, as a device asks."""
+        rows = [self.logits(encoding.ids, inputs) for encoding in self.tokenizer.encode_batch(list(texts))]
+        return np.exp(_log_softmax(np.concatenate(rows)))
 
-    def _logits(self, ids: Sequence[int], inputs: Tensors) -> Floats:
-        tokens: NDArray[np.int64] = np.array([ids], dtype=np.int64)
-        feeds = dict(zip(TOKENS, (tokens, np.ones_like(tokens)), strict=True))
-        logits: Floats = self.session.run([ANSWER], {**feeds, **inputs})[0]
-        return logits
+    def logits(self, ids: Sequence[int], inputs: Tensors) -> Floats:
+        """Shape ``(1, labels)``, or of a language model ``(1, tokens, vocabulary)``."""
+        tokens = np.array([ids], dtype=np.int64)
+        feeds: dict[str, Any] = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), **inputs}
+        for value in self.session.get_inputs():
+            if value.name == "position_ids":
+                feeds[value.name] = np.arange(len(ids), dtype=np.int64)[None]
+            elif value.name.startswith(PAST):  # (batch, heads, tokens so far, width)
+                _, heads, _, width = value.shape
+                feeds[value.name] = np.zeros((1, heads, 0, width), np.float32)
+        answer: Floats = self.session.run([ANSWER], feeds)[0]
+        return answer
+
+
+def torch_logits(model: PeftModel, ids: Sequence[int]) -> Floats:
+    """What torch says, in the shape of ``OnnxRunner.logits``."""
+    tokens = torch.tensor([list(ids)])
+    with torch.no_grad():
+        answer = model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    logits: Floats = getattr(answer, "logits", answer).numpy()
+    return logits
 
 
 def compare(model: PeftModel, runner: OnnxRunner, inputs: Tensors, texts: Sequence[str]) -> Parity:
     """Ask torch and ONNX Runtime the same texts.
 
     Args:
-        model: With the adapter's registry tensors loaded (``adapters.classifier.load``).
+        model: With the trained adapter.
         runner: The exported base.
         inputs: The exported adapter, read back from its file (``adapter.decode``).
-        texts: Held-out texts; at least one.
+        texts: Held-out texts; at least one, and for a language model one of two tokens.
 
     Raises:
-        DataError: No texts, or an answer that is not finite.
+        DataError: No answer to compare, or one that is not finite.
     """
-    if not texts:
-        raise DataError("parity needs at least one text")
-    expected, found = _torch(model, runner.tokenizer, texts), runner.probabilities(texts, inputs)
-    if not (np.isfinite(expected).all() and np.isfinite(found).all()):
-        raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken")
-    agreement = float((expected.argmax(1) == found.argmax(1)).mean())
-    return Parity(agreement, float(np.abs(expected - found).max()), len(texts))
+    rows = []
+    for encoding in runner.tokenizer.encode_batch(list(texts)):
+        expected, found = torch_logits(model, encoding.ids), runner.logits(encoding.ids, inputs)
+        if not (np.isfinite(expected).all() and np.isfinite(found).all()):
+            raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken")
+        following = encoding.ids[1:] if expected.ndim == 3 else None
+        rows.append(_compared(_log_softmax(expected[0]), _log_softmax(found[0]), following))
+    if not sum(map(len, rows)):
+        raise DataError("parity needs at least one text, and of a language model one that has two tokens")
+    agreement, difference, *losses = np.concatenate(rows).T.astype(np.float64)
+    means = [float(loss.mean()) for loss in losses]
+    return Parity(float(agreement.mean()), float(difference.max()), len(agreement), *means)
 
 
-def gate(parity: Parity, minimum_agreement: float) -> None:
+def gate(parity: Parity, limits: Limits) -> None:
     """Return if the files may ship.
 
     Raises:
-        ParityError: The agreement is below ``minimum_agreement`` (a share, 0 to 1).
-        ConfigError: The minimum is no share.
+        ParityError: They are further from torch than ``limits`` allow.
     """
-    if not 0 <= minimum_agreement <= 1:
-        raise ConfigError(f"the minimum agreement {minimum_agreement} is not between 0 and 1")
-    if not parity.agreement >= minimum_agreement:
+    broken = []
+    if not parity.agreement >= limits.agreement:
+        broken.append(f"agreement {parity.agreement:.2%}, at least {limits.agreement:.2%}")
+    if not parity.max_abs_diff <= limits.max_abs_diff:
+        broken.append(f"largest difference {parity.max_abs_diff:.3g}, at most {limits.max_abs_diff:.3g}")
+    if not parity.perplexity_ratio <= limits.perplexity_ratio:
+        broken.append(f"perplexity {parity.perplexity_ratio:.3f} times torch's, at most {limits.perplexity_ratio:.3f}")
+    if broken:
         raise ParityError(
-            f"the exported files agree with torch on {parity.agreement:.1%} of {parity.count} texts, below "
-            f"{minimum_agreement:.1%}; export with another profile or adapter format"
+            f"the exported files are too far from torch on {parity.count} answers ({'; '.join(broken)}); "
+            "export with another profile or adapter format"
         )
 
 
-def _torch(model: PeftModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Floats:
-    encodings = tokenizer.encode_batch(list(texts))
-    rows = []
-    with torch.no_grad():
-        for start in range(0, len(texts), BATCH):
-            ids = [torch.tensor(encoding.ids) for encoding in encodings[start : start + BATCH]]
-            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-            rows.append(model(input_ids=padded, attention_mask=mask).numpy())
-    return _softmax(np.concatenate(rows))
+def _compared(expected: Floats, found: Floats, following: Sequence[int] | None) -> Floats:
+    """Of each answer: is it the same, the largest difference, and of a language model both losses (ours first).
+
+    Args:
+        expected: Log probabilities, ``(answers, choices)``; a single answer may lack the first dimension.
+        found: The same.
+        following: The tokens that came after each but the last; None of a classifier.
+    """
+    p, q = (np.atleast_2d(x)[: None if following is None else -1] for x in (expected, found))
+    columns = [p.argmax(axis=1) == q.argmax(axis=1), np.abs(np.exp(p) - np.exp(q)).max(axis=1)]
+    if following is not None:
+        at = (np.arange(len(p)), np.array(following, dtype=np.int64))
+        columns += [-q[at], -p[at]]
+    return np.stack(columns, axis=1)
 
 
-def _softmax(logits: Floats) -> Floats:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    result: Floats = powers / powers.sum(axis=1, keepdims=True)
+def _log_softmax(logits: Floats) -> Floats:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result

@@ -17,6 +17,7 @@ from coordinator import home as coordinator_home
 from export import adapter, parity
 from export.base import ExportedBase, export_base
 from export.bundle import AdapterSource, add_adapter, copy_bundle, write_bundle
+from export.limits import Limits, limits_of
 from export.parity import OnnxRunner, Parity
 from export.quantize import Profile
 from simulations import fleet
@@ -48,12 +49,12 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     shared = registry.tensors(version.manifest.version)
     model = trainer(base, len(population.labels), fleet.lora(scenario)).model
     exported = export_base(model, base, Profile(scenario.export.profile))
-    runner = OnnxRunner.open(exported)
+    runner = OnnxRunner.open(exported.files)
     classifier.load(model, shared)
     tests = [example for household in population.households for example in household.test]
     inputs, texts = _on_device(shared, exported), [example.text for example in tests]
     found = parity.compare(model, runner, inputs, texts)
-    parity.gate(found, scenario.export.minimum_agreement)
+    parity.gate(found, _limits(scenario))
     right = runner.probabilities(texts, inputs).argmax(axis=1) == [example.label for example in tests]
     key = IdentityKey.from_pem((out / fleet.COORDINATOR / coordinator_home.KEY).read_bytes())
     manifest = version.manifest
@@ -62,6 +63,12 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     for household in population.households:
         _hand_out(out, household.name, exported, source)
     return Published(fleet.device_folder(out, population.households[0].name) / BUNDLE, found, float(right.mean()))
+
+
+def _limits(scenario: Scenario) -> Limits:
+    """What the scenario demands, else what its profile allows."""
+    minimum = scenario.export.minimum_agreement
+    return limits_of(scenario.export.profile, "text-classification") if minimum == "profile" else Limits(minimum)
 
 
 def _on_device(tensors: Tensors, exported: ExportedBase) -> Tensors:

@@ -5,7 +5,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -61,8 +61,10 @@ class ExportSettings(_Section):
     train_on_dequantized: bool = Field(
         default=False, description="train on the base as the profile rounds it, which is what devices then run"
     )
-    minimum_agreement: float = Field(
-        default=0.97, ge=0, le=1, description="share of test phrases on which the exported pair must agree with torch"
+    minimum_agreement: Annotated[float, Field(ge=0, le=1)] | Literal["profile"] = Field(
+        default="profile",
+        description="share of test phrases on which the exported pair must agree with torch, 0 to 1; or the profile's "
+        "own limits",
     )
 
     @model_validator(mode="after")

@@ -53,7 +53,7 @@ def _probabilities(base: Base, spec: LoraSpec, profile: Profile) -> np.ndarray:
         for name, dimensions in exported.slots.items()
         if "lora" in name
     }
-    return OnnxRunner.open(exported).probabilities(TEXTS, inputs | empty)
+    return OnnxRunner.open(exported.files).probabilities(TEXTS, inputs | empty)
 
 
 def test_it_is_another_base_with_the_same_tokenizer_and_configuration(tmp_path: Path, tiny_base: Base) -> None:

@@ -29,7 +29,7 @@ VOCABULARY = 60
 
 @pytest.fixture(scope="module")
 def session(exported: ExportedBase) -> ort.InferenceSession:
-    return OnnxRunner.open(exported).session
+    return OnnxRunner.open(exported.files).session
 
 
 def draw(model: PeftModel, rng: np.random.Generator) -> Tensors:
@@ -133,7 +133,7 @@ def test_other_modules_trained_whole_are_inputs_too(tiny_base: Base) -> None:
     exported = export_base(model, tiny_base, Profile.FP32)
     assert exported.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
     ids, mask = tokens(rng, 2, 5)
-    found = onnx_logits(OnnxRunner.open(exported).session, ids, mask, to_graph(values, exported.plan.scaling))
+    found = onnx_logits(OnnxRunner.open(exported.files).session, ids, mask, to_graph(values, exported.plan.scaling))
     expected = torch_logits(model, ids, mask)
     np.testing.assert_allclose(found, expected, atol=1e-4 * float(np.abs(expected).max()))
 
@@ -168,7 +168,7 @@ def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
 
 
 def test_rows_of_a_quantized_batch_do_not_influence_each_other(model: PeftModel, exported_int8: ExportedBase) -> None:
-    session = OnnxRunner.open(exported_int8).session
+    session = OnnxRunner.open(exported_int8.files).session
     inputs = to_graph(tensors(model), plan(model).scaling)
     ids, mask = tokens(np.random.default_rng(6), 4, 9)
     together = onnx_logits(session, ids, mask, inputs)
@@ -186,7 +186,7 @@ def test_quantization_leaves_the_graph_that_it_was_given_alone(model: PeftModel)
 
 
 def test_the_tokenizer_is_cut_off_at_the_models_positions_and_does_not_pad(exported: ExportedBase) -> None:
-    tokenizer = OnnxRunner.open(exported).tokenizer
+    tokenizer = OnnxRunner.open(exported.files).tokenizer
     assert len(tokenizer.encode("lock " * 100).ids) == 24
     assert len(tokenizer.encode("lock").ids) == 3
 

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +8,11 @@ from peft import PeftModel
 
 from adapters.base import find_base
 from adapters.classifier import LoraSpec, build, load, tensors
+from adapters.manifest import Task
 from aggregation.errors import ConfigError, DataError
 from export import adapter
 from export.base import ExportedBase, export_base
+from export.limits import LIMITS, Limits, limits_of
 from export.parity import OnnxRunner, Parity, ParityError, compare, gate
 from export.quantize import Profile
 
@@ -18,7 +21,7 @@ PHRASES = ("turn on the kitchen lights", "lock the door", "play music", "set a t
 
 def test_a_float_pair_answers_as_torch(model: PeftModel, exported: ExportedBase) -> None:
     inputs = adapter.decode(adapter.encode(tensors(model), exported.plan, "fp32"), "fp32")
-    found = compare(model, OnnxRunner.open(exported), inputs, PHRASES)
+    found = compare(model, OnnxRunner.open(exported.files), inputs, PHRASES)
     assert found.agreement == 1
     assert found.max_abs_diff < 1e-5
     assert found.count == len(PHRASES)
@@ -26,7 +29,7 @@ def test_a_float_pair_answers_as_torch(model: PeftModel, exported: ExportedBase)
 
 def test_an_int8_pair_answers_nearly_as_torch(model: PeftModel, exported_int8: ExportedBase) -> None:
     inputs = adapter.decode(adapter.encode(tensors(model), exported_int8.plan, "int8"), "int8")
-    found = compare(model, OnnxRunner.open(exported_int8), inputs, PHRASES)
+    found = compare(model, OnnxRunner.open(exported_int8.files), inputs, PHRASES)
     assert found.agreement == 1
     assert 1e-5 < found.max_abs_diff < 0.2
 
@@ -36,39 +39,69 @@ def test_an_adapter_exported_with_the_wrong_scaling_is_found(model: PeftModel, e
         exported.plan, loras=tuple(replace(slot, scaling=8 * slot.scaling) for slot in exported.plan.loras)
     )
     inputs = adapter.decode(adapter.encode(tensors(model), doubled, "fp32"), "fp32")
-    assert compare(model, OnnxRunner.open(exported), inputs, PHRASES).max_abs_diff > 0.05
+    assert compare(model, OnnxRunner.open(exported.files), inputs, PHRASES).max_abs_diff > 0.05
 
 
 def test_labels_in_another_order_are_found(model: PeftModel, exported: ExportedBase) -> None:
     inputs = adapter.decode(adapter.encode(tensors(model), exported.plan, "fp32"), "fp32")
     turned = inputs | {f"classifier.{part}": inputs[f"classifier.{part}"][::-1].copy() for part in ("weight", "bias")}
-    found = compare(model, OnnxRunner.open(exported), turned, PHRASES)
+    found = compare(model, OnnxRunner.open(exported.files), turned, PHRASES)
     assert found.agreement < 0.5
     with pytest.raises(ParityError):
-        gate(found, 0.9)
+        gate(found, Limits(0.9))
 
 
-def test_the_gate_lets_its_minimum_pass_and_nothing_below() -> None:
-    gate(Parity(0.98, 0.1, 200), 0.98)
-    with pytest.raises(ParityError, match=r"97\.5% of 200 texts, below 98\.0%; export with another profile") as caught:
-        gate(Parity(0.975, 0.1, 200), 0.98)
-    assert caught.value.exit_code != 0
+AT_LIMIT = Parity(0.98, 0.1, 200, loss=math.log(10), loss_of_torch=math.log(8))
+LIMIT = Limits(0.98, 0.1, 1.2501)
 
 
-def test_an_agreement_that_is_no_number_does_not_pass() -> None:
+def test_the_gate_lets_its_limits_pass_and_names_whatever_is_beyond() -> None:
+    gate(AT_LIMIT, LIMIT)
+    with pytest.raises(ParityError, match=r"200 answers \(agreement 97\.50%, at least 98\.00%\); export") as caught:
+        gate(replace(AT_LIMIT, agreement=0.975), LIMIT)
+    assert caught.value.exit_code == 6
+    with pytest.raises(ParityError, match=r"\(largest difference 0\.11, at most 0\.1\)"):
+        gate(replace(AT_LIMIT, max_abs_diff=0.11), LIMIT)
+    with pytest.raises(ParityError, match=r"\(perplexity 1\.375 times torch's, at most 1\.250\)"):
+        gate(replace(AT_LIMIT, loss=math.log(11)), LIMIT)
+    with pytest.raises(ParityError, match=r"agreement .*; largest difference "):
+        gate(replace(AT_LIMIT, agreement=0.1, max_abs_diff=0.9), LIMIT)
+
+
+@pytest.mark.parametrize("found", [Parity(math.nan, 0, 1), Parity(1, math.nan, 1), Parity(1, 0, 1, math.nan, 2.0)])
+def test_a_measure_that_is_no_number_does_not_pass(found: Parity) -> None:
     with pytest.raises(ParityError):
-        gate(Parity(float("nan"), 0.1, 1), 0.5)
+        gate(found, Limits(0.5))
+
+
+@pytest.mark.parametrize("task", LIMITS)
+def test_every_profile_has_limits_that_hold_back_something(task: Task) -> None:
+    assert set(LIMITS[task]) == set(Profile)
+    strict = LIMITS[task][Profile.FP32]
+    for profile in Profile:
+        found = limits_of(profile.value, task)
+        assert 0.5 < found.agreement <= strict.agreement
+        assert min(found.max_abs_diff, found.perplexity_ratio - 1) < 1
+    with pytest.raises(ConfigError, match="'int3' has no limits here"):
+        limits_of("int3", task)
 
 
 @pytest.mark.parametrize("minimum", [-0.1, 1.1, float("nan"), 98])
 def test_a_minimum_that_is_no_share_is_refused(minimum: float) -> None:
     with pytest.raises(ConfigError, match="not between 0 and 1"):
-        gate(Parity(1.0, 0.0, 1), minimum)
+        Limits(minimum)
 
 
 def test_no_texts_prove_nothing(model: PeftModel, exported: ExportedBase) -> None:
     with pytest.raises(DataError, match="at least one text"):
-        compare(model, OnnxRunner.open(exported), {}, [])
+        compare(model, OnnxRunner.open(exported.files), {}, [])
+
+
+def test_a_base_that_gives_no_numbers_is_found(model: PeftModel, exported: ExportedBase) -> None:
+    inputs = adapter.decode(adapter.encode(tensors(model), exported.plan, "fp32"), "fp32")
+    broken = inputs | {"classifier.bias": np.full_like(inputs["classifier.bias"], np.nan)}
+    with pytest.raises(DataError, match="NaN or infinite"):
+        compare(model, OnnxRunner.open(exported.files), broken, PHRASES)
 
 
 @pytest.mark.slow
@@ -83,7 +116,7 @@ def test_the_real_minilm_keeps_its_answers_in_int8() -> None:
     }
     load(model, start)
     exported = export_base(model, base, Profile.NATIVE_INT8)
-    runner = OnnxRunner.open(exported)
+    runner = OnnxRunner.open(exported.files)
     # A head that knows the bare commands, as the adapted model sees them; the texts say them in other words.
     rows = [torch.tensor([encoding.ids]) for encoding in runner.tokenizer.encode_batch(list(acts))]
     with torch.no_grad():
@@ -93,6 +126,5 @@ def test_the_real_minilm_keeps_its_answers_in_int8() -> None:
     inputs = adapter.decode(adapter.encode(tensors(model), exported.plan, "int8"), "int8")
     texts = [f"{act} in the {room}{end}" for act in acts for room in rooms for end in ("", " please", " at ten")]
     found = compare(model, runner, inputs, texts)
-    gate(found, 0.98)
-    assert found.max_abs_diff < 0.05
+    gate(found, limits_of("native-int8", "text-classification"))
     assert len(exported.model) < 26e6

@@ -157,7 +157,7 @@ def test_a_peft_folder_answers_the_same_through_the_exported_graph(tmp_path: Pat
     filled(model).save_pretrained(tmp_path)
     read = read_peft(tmp_path)
     inputs = decode(encode(read.tensors, plan_of(read.method, read.tensors), "fp32"), "fp32")
-    runner = OnnxRunner.open(export_base(model, tiny_base, Profile.FP32))
+    runner = OnnxRunner.open(export_base(model, tiny_base, Profile.FP32).files)
     assert compare(model, runner, inputs, TEXTS).max_abs_diff < 1e-5
 
 

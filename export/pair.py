@@ -1,0 +1,74 @@
+"""A base and an adapter as they lie in a bundle, beside the model that was trained: what ``parity`` compares.
+
+The very files that ship are read back and verified; the trained model is opened as anybody would open it, through peft.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from adapters.base import Base, find_base
+from adapters.classifier import PhraseClassifier
+from adapters.layout import Tensors
+from adapters.manifest import BaseCard, Sidecar, Task
+from aggregation.errors import ConfigError, DataError
+from aggregation.identity import PublicKey
+from export import opened
+from export.parity import OnnxRunner
+from export.peft import to_peft
+from export.sources import Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A bundle's base and one adapter of it, ready to be asked, and the model in torch."""
+
+    card: BaseCard
+    sidecar: Sidecar
+    inputs: Tensors = field(repr=False)
+    runner: OnnxRunner
+    model: PeftModel
+
+
+def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: str, origin: Origin) -> Pair:
+    """Read back and verify.
+
+    Args:
+        bundle: With the base and the adapter.
+        name: Of the adapter.
+        trusted: The keys that may have signed the bundle's files.
+        base_name: Where the base that was exported is found.
+        origin: What the adapter was exported from.
+
+    Raises:
+        ConfigError: ``base_name`` is another base than the bundle's.
+        DataError: The adapter was exported from another file than ``origin``.
+        TrustError: A file of the bundle is not what was signed.
+    """
+    card = opened.read_card(bundle, trusted)
+    sidecar, inputs = opened.read_adapter(bundle, name, card, trusted)
+    if sidecar.source != origin.sha256:
+        raise DataError(f"{name!r} in {bundle} was exported from another file ({sidecar.source[:12]}); export it again")
+    base = find_base(base_name)
+    if base.digest != card.base_digest:
+        raise ConfigError(f"{base_name} is the base {base.digest[:12]}, {bundle} was made from {card.base_digest[:12]}")
+    runner = OnnxRunner.open(opened.read_base(bundle, card))
+    return Pair(card, sidecar, inputs, runner, _trained(base, card.task, origin, len(sidecar.labels)))
+
+
+def _trained(base: Base, task: Task, origin: Origin, labels: int) -> PeftModel:
+    transformers_logging.disable_progress_bar()
+    kind = AutoModelForCausalLM if task == "text-generation" else AutoModel
+    inner: Any = kind.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
+    if task == "text-classification":
+        inner = PhraseClassifier(inner, inner.config.hidden_size, labels)
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
+        to_peft(origin.tensors, origin.method, Path(folder) / "peft")
+        return PeftModel.from_pretrained(inner, Path(folder) / "peft").eval()

@@ -1,0 +1,69 @@
+"""A language model's answers are its next tokens: agreement and perplexity of a pair against torch."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from adapters import causal
+from adapters.base import Base
+from adapters.classifier import LoraSpec
+from adapters.layout import Tensors
+from aggregation.errors import DataError
+from export import adapter
+from export.causal import export_causal
+from export.parity import OnnxRunner, compare
+from export.plan import plan
+from export.quantize import Profile
+
+TEXTS = ("the owl and the cat", "went to sea", "x", "in a beautiful pea green boat")
+TARGETS = ("q_proj", "v_proj")
+Draw = Callable[[PeftModel, int], Tensors]
+
+
+@pytest.fixture(scope="module")
+def trained(llama: Base, drawn: Draw) -> PeftModel:
+    model = causal.build(llama, LoraSpec(4, 8, TARGETS))
+    drawn(model, 3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def runner(llama: Base) -> OnnxRunner:
+    return OnnxRunner.open(export_causal(llama, TARGETS, Profile.FP32).files)
+
+
+def inputs_of(model: PeftModel) -> Tensors:
+    return adapter.decode(adapter.encode(causal.tensors(model), plan(model), "fp32"), "fp32")
+
+
+def test_each_token_is_an_answer_and_the_losses_are_those_of_the_text(trained: PeftModel, runner: OnnxRunner) -> None:
+    found = compare(trained, runner, inputs_of(trained), TEXTS)
+    ids = [encoding.ids for encoding in runner.tokenizer.encode_batch(list(TEXTS))]
+    assert found.count == sum(len(row) - 1 for row in ids)
+    losses = []
+    for row in (torch.tensor([row]) for row in ids if len(row) > 1):
+        with torch.no_grad():  # peft's own loss, of which each row has another number of answers
+            losses += (row.shape[1] - 1) * [float(trained(input_ids=row, labels=row).loss)]
+    assert found.loss_of_torch == pytest.approx(np.mean(losses), abs=1e-5)
+    assert found.loss == pytest.approx(found.loss_of_torch, abs=1e-5)
+    assert found.agreement == 1
+    assert found.perplexity_ratio == pytest.approx(1, abs=1e-5)
+    assert found.max_abs_diff < 1e-4
+
+
+def test_a_missing_adapter_shows_in_agreement_and_perplexity(trained: PeftModel, runner: OnnxRunner) -> None:
+    found = compare(trained, runner, {}, TEXTS)
+    assert found.loss is not None
+    assert found.loss_of_torch is not None
+    assert found.agreement < 0.9
+    assert abs(math.log(found.perplexity_ratio)) > 0.01
+    assert f"ratio {found.perplexity_ratio:.4f}" in str(found)
+
+
+def test_texts_without_a_second_token_prove_nothing(trained: PeftModel, runner: OnnxRunner) -> None:
+    with pytest.raises(DataError, match="two tokens"):
+        compare(trained, runner, {}, ["x", "y"])
