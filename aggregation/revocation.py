@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from aggregation.errors import ConfigError, TrustError
 
 MAX_REVOCATIONS = 2**20  # bytes of DER: about 25,000 certificates
+AHEAD = timedelta(days=1)  # by which the authority's clock may be ahead of the reader's
 _PEM = b"-----BEGIN X509 CRL-----"
 _KNOWN = (x509.CRLNumber, x509.AuthorityKeyIdentifier)
 
@@ -121,8 +122,10 @@ class RevocationList:
             oldest: Greatest age; nothing leaves it to the list's own end.
 
         Raises:
-            TrustError: It is past its end, or older than that.
+            TrustError: It is past its end, older than that, or of a day to come, on which it would still pass for new.
         """
+        if self.this_update - at > AHEAD:
+            raise TrustError(f"revocation list {self.number} is of {self.this_update:%Y-%m-%d}, which is yet to come")
         if at > self.next_update:
             raise TrustError(
                 f"revocation list {self.number} was good until {self.next_update:%Y-%m-%d %H:%M}: get a newer one"

@@ -187,6 +187,14 @@ def test_a_list_counts_no_longer_than_whoever_asks_allows(authority: Authority) 
         made.require_fresh(BEGIN + 7 * DAY + dt.timedelta(seconds=1), 7 * DAY)
 
 
+def test_a_list_of_a_day_to_come_is_not_fresh(authority: Authority) -> None:
+    made = listed(authority)
+    for oldest in (None, 7 * DAY):
+        made.require_fresh(BEGIN - DAY, oldest)  # the reader's clock may be behind
+        with pytest.raises(TrustError, match="list 1 is of 2026-01-01, which is yet to come"):
+            made.require_fresh(BEGIN - DAY - dt.timedelta(seconds=1), oldest)
+
+
 def test_a_list_that_ends_before_it_begins_is_not_signed(authority: Authority) -> None:
     with pytest.raises(ConfigError, match="before it begins"):
         authority.revocations(1, {}, END, BEGIN)
