@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
@@ -18,6 +19,9 @@ from export.calibrate import feeds_for, lossy_products, quantized_weight
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 WEB_LIMIT = 0.01  # of lossy_products; docs/decisions/0010 has what others would give
 INT8_MATH = 4  # MatMulNBits' accuracy level: activations become int8; without it ONNX Runtime unpacks to float32
+FLOAT = 32  # bits of a product that is left alone
+SUMS = "_with_sums"  # follows the name of an input: the same with the sums of its blocks behind it
+RANK = 3  # of an input of which the graph does not tell it: a language model's, (rows, tokens, width)
 
 
 class Profile(StrEnum):
@@ -25,7 +29,7 @@ class Profile(StrEnum):
 
     ``native-int8``: the weights of matrix products and embeddings in eight bits with a scale for each 32; activations
     are quantized as they come, likewise in blocks, so that no phrase of a batch changes the answer to another.
-    ``native-int4``: the same in four bits with a zero point, but for tables, which stay in eight.
+    ``native-int4``: the same in four bits with a zero point and a rest, but for tables, which stay in eight.
     ``web-int8``: int8 weights with a scale for each output, and one scale for all activations of a product: what
     browsers multiply fast. Products that lose too much by that stay in float (``calibrate.py``).
     """
@@ -61,29 +65,50 @@ def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> on
     """
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}
+    ranks = _ranks(graph.graph)
     made: dict[tuple[str, int], Blocks] = {}
+    nodes: list[onnx.NodeProto] = []
+    summed: dict[str, int] = {}
     for node in result.graph.node:
-        if (name := _weight(node, values)) is None:
-            continue
-        chosen = other.get(node.output[0], _bits(node, bits))
-        if chosen == 32:
-            continue
-        key = (name, chosen)
-        if key not in made:
-            matrix = numpy_helper.to_array(values[name])
-            made[key] = _blocks(matrix.T if node.op_type == "MatMul" else matrix, chosen)
-        _replace(result.graph, node, made[key], f"{name}_{chosen}bit")
-    used = {name for node in result.graph.node for name in node.input}
-    kept = [tensor for tensor in result.graph.initializer if tensor.name in used]
-    del result.graph.initializer[:]
-    result.graph.initializer.extend(kept)
+        if (name := _weight(node, values)) is not None:
+            chosen = _bits(node, other.get(node.output[0], bits))
+            if (key := (name, chosen)) not in made and chosen != FLOAT:
+                matrix = numpy_helper.to_array(values[name])
+                made[key] = _blocks(matrix.T if node.op_type == "MatMul" else matrix, chosen)
+            if (blocks := made.get(key)) is not None:
+                if blocks.sums and (x := node.input[0]) not in summed:
+                    summed[x] = ranks.get(x, RANK)
+                    nodes.extend(_sums(x, summed[x]))
+                _replace(result.graph, node, blocks, f"{name}_{chosen}bit")
+        nodes.append(node)
+    for rank in sorted(set(summed.values())):
+        parts = {f"blocks_of_{rank}": [0] * (rank - 1) + [-1, BLOCK], f"axis_of_{rank}": [rank]}
+        result.graph.initializer.extend(numpy_helper.from_array(np.array(v), name) for name, v in parts.items())
     if made and CONTRIB not in {entry.domain for entry in result.opset_import}:
         result.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+    put_nodes(result.graph, nodes)
     return result
 
 
+def put_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Give a graph these nodes, in place, and take the constants away that none of them reads."""
+    copies = [copy.deepcopy(node) for node in nodes]  # the graph's own go with its list
+    del graph.node[:]
+    graph.node.extend(copies)
+    used = {name for node in copies for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
+    """The numbers of dimensions that the graph tells."""
+    told = [(value.name, value.type.tensor_type) for value in (*graph.value_info, *graph.input)]
+    return {name: len(kind.shape.dim) for name, kind in told if kind.HasField("shape")}
+
+
 def _bits(node: onnx.NodeProto, bits: int) -> int:
-    table = node.op_type == "Gather" or (node.op_type == "FusedMatMul" and bits != 32)
+    table = node.op_type == "Gather" or (node.op_type == "FusedMatMul" and bits != FLOAT)
     return 8 if table else bits
 
 
@@ -107,9 +132,8 @@ def in_integers(graph: onnx.ModelProto, left: Container[str]) -> onnx.ModelProto
         parts = {f"{name}_weight": codes, f"{name}_scales": scales}
         result.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in parts.items())
         nodes.extend(_integer_product(x, name))
-    del result.graph.node[:]
-    result.graph.node.extend(nodes)
-    return in_blocks(result, 32, {})  # the tables, and what is no longer used
+    put_nodes(result.graph, nodes)
+    return in_blocks(result, FLOAT, {})  # the tables, and what is no longer used
 
 
 def _integer_product(x: str, name: str) -> list[onnx.NodeProto]:
@@ -137,6 +161,16 @@ def _blocks(matrix: Floats, bits: int) -> Blocks:
     return eight_bits(matrix) if bits == 8 else four_bits(matrix)
 
 
+def _sums(x: str, rank: int) -> list[onnx.NodeProto]:
+    """``x`` of shape ``(…, width)`` with the sums of its blocks behind it, as ``x + SUMS``."""
+    shape, axis, blocks, sums = f"blocks_of_{rank}", f"axis_of_{rank}", f"{x}_blocks", f"{x}_sums"
+    return [
+        helper.make_node("Reshape", [x, shape], [blocks], blocks),
+        helper.make_node("ReduceSum", [blocks, axis], [sums], sums, keepdims=0),
+        helper.make_node("Concat", [x, sums], [x + SUMS], x + SUMS, axis=-1),
+    ]
+
+
 def _replace(graph: onnx.GraphProto, node: onnx.NodeProto, blocks: Blocks, name: str) -> None:
     """Let a node read ``blocks``, which are added to the graph once for products and once for look-ups."""
     rows, width = blocks.shape
@@ -146,8 +180,9 @@ def _replace(graph: onnx.GraphProto, node: onnx.NodeProto, blocks: Blocks, name:
         settings |= {"gather_axis": 0, "quantize_axis": 1}
     else:
         # The same bytes in another shape: the file holds them once.
-        codes, kind, first = blocks.codes.reshape(rows, width // BLOCK, -1), "MatMulNBits", [node.input[0], name]
-        settings |= {"K": width, "N": rows, "accuracy_level": INT8_MATH}
+        codes, kind = blocks.codes.reshape(*blocks.scales.shape, -1), "MatMulNBits"
+        first = [node.input[0] + (SUMS if blocks.sums else ""), name]
+        settings |= {"K": width + blocks.sums, "N": rows, "accuracy_level": INT8_MATH}
     stored = {first[0] if node.op_type == "Gather" else name: codes, f"{name}_scales": blocks.scales}
     if blocks.zeros is not None:
         stored[f"{name}_zeros"] = blocks.zeros

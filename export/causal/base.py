@@ -15,6 +15,7 @@ from export import headers
 from export.base import MAX_RANK, TOKENIZER, ExportedBase
 from export.calibrate import TEXT, TOKENS
 from export.causal import builder, slots
+from export.merge import merge
 from export.plan import LoraSlot, Plan
 from export.quantize import Profile, quantize
 
@@ -38,6 +39,7 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
     ids = Tokenizer.from_str(built.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
     graph = quantize(built.graph, profile, ids)
     found = slots.insert(graph, products)
+    merge(graph)
     return ExportedBase(
         base_digest=base.digest,
         task="text-generation",

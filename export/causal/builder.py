@@ -48,6 +48,7 @@ def build(base: Base) -> Built:
         UnknownArchitectureError: The builder does not know the architecture.
         ConfigError: It cannot build this model.
     """
+    _check_sizes(base)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
         out = Path(name) / "out"
         with _module() as builder:
@@ -57,6 +58,16 @@ def build(base: Base) -> Built:
     _fix_head_size(graph, json.loads(files["genai_config.json"])["model"]["decoder"]["head_size"])
     _share_table(graph)
     return Built(graph, files)
+
+
+def _check_sizes(base: Base) -> None:
+    """The builder takes whatever has the output layer's shape for it, a gate of as many outputs too."""
+    config = json.loads((base.folder / "config.json").read_bytes())
+    if (words := config.get("vocab_size")) is not None and words == config.get("intermediate_size"):
+        raise ConfigError(
+            f"onnxruntime-genai's builder confuses layers where vocab_size and intermediate_size are equal ({words}); "
+            "pad the vocabulary of the base"
+        )
 
 
 def _create(builder: Any, base: Base, out: Path, cache: Path) -> None:

@@ -32,29 +32,6 @@ def test_bytes_are_off_by_half_a_scale_at_most(seed: int, size: float) -> None:
     assert (error <= blocks.scales[:, :, None] * 0.501).all()
 
 
-@given(seed=st.integers(0, 2**32), shift=st.floats(-3, 3))
-@settings(max_examples=20, deadline=None)
-def test_four_bits_lose_no_more_than_plain_rounding_over_the_whole_range(seed: int, shift: float) -> None:
-    matrix = weight(seed) + np.float32(shift)
-    rows = matrix.reshape(ROWS, -1, BLOCK)
-    low, high = np.minimum(rows.min(2, keepdims=True), 0), np.maximum(rows.max(2, keepdims=True), 0)
-    scale = (high - low) / 15
-    zero = np.rint(-low / scale)
-    plain = (np.clip(np.rint(rows / scale) + zero, 0, 15) - zero) * scale
-    ours = np.square(four_bits(matrix).values - matrix).reshape(rows.shape).sum(2)
-    assert (ours <= np.square(plain - rows).sum(2) * 1.0001 + 1e-9).all()
-
-
-def test_sixteen_even_steps_around_a_whole_zero_point_are_kept_exactly() -> None:
-    rng = np.random.default_rng(3)
-    codes = rng.integers(0, 16, (ROWS, WIDTH // BLOCK, BLOCK)).astype(np.float32)
-    codes[:, :, 0], codes[:, :, 1] = 0, 15
-    scale = rng.uniform(0.01, 0.1, codes.shape[:2]).astype(np.float32)[:, :, None]
-    zero = rng.integers(0, 16, codes.shape[:2])[:, :, None]
-    matrix = ((codes - zero) * scale).reshape(ROWS, WIDTH).astype(np.float32)
-    np.testing.assert_allclose(four_bits(matrix).values, matrix, atol=1e-6)
-
-
 @pytest.mark.parametrize("make", [eight_bits, four_bits])
 def test_a_block_of_zeros_stays_zero(make: object) -> None:
     assert not make(np.zeros((2, 64), np.float32)).values.any()  # type: ignore[operator]
@@ -90,11 +67,11 @@ def run(model: onnx.ModelProto) -> list[np.ndarray]:
     return answers
 
 
-@pytest.mark.parametrize(("bits", "other"), [(8, {}), (4, {}), (4, {"x": 4, "scores": 4})])
+@pytest.mark.parametrize(("bits", "other"), [(8, {}), (4, {}), (8, {"y": 4})])
 def test_onnx_runtime_multiplies_with_the_values_of_the_blocks(bits: int, other: dict[str, int]) -> None:
     found = run(in_blocks(graph(), bits, other))
-    make = four_bits if bits == 4 else eight_bits
-    table = (four_bits if other else eight_bits)(weight(3, (ENTRIES, WIDTH))).values
+    make = four_bits if 4 in (bits, *other.values()) else eight_bits
+    table = eight_bits(weight(3, (ENTRIES, WIDTH))).values  # in every profile
     expected = table @ make(weight(1)).values.T
     # The activations become int8 as well: one part in 254 of the largest in a block.
     tolerance = 0.02 * np.abs(expected).max()
@@ -140,6 +117,28 @@ def test_the_measurement_fills_tokens_caches_and_slots_and_refuses_what_it_does_
     model.graph.input.append(helper.make_tensor_value_info("image", TensorProto.UINT8, ("n",)))
     with pytest.raises(ConfigError, match="'image'"):
         feeds_for(model, [4])
+
+
+def test_the_sums_of_an_input_are_made_once_for_all_its_products() -> None:
+    twice = graph()
+    twice.graph.node.append(helper.make_node("MatMul", ["x", "V"], ["w"]))
+    twice.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight(8).T), "V"))
+    twice.graph.output.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, None))
+    made = in_blocks(twice, 4, {})
+    assert [node.op_type for node in made.graph.node].count("ReduceSum") == 1
+    alone, both = run(in_blocks(graph(), 4, {})), run(made)
+    np.testing.assert_array_equal(both[0], alone[0])
+    expected = eight_bits(weight(3, (ENTRIES, WIDTH))).values @ four_bits(weight(8)).values.T
+    np.testing.assert_allclose(both[3][0], expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_an_input_may_have_as_many_dimensions_as_the_graph_tells() -> None:
+    flat = graph()
+    flat.graph.input[0].CopyFrom(helper.make_tensor_value_info("input_ids", TensorProto.INT64, ("n",)))
+    flat.graph.value_info.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", WIDTH)))
+    session = ort.InferenceSession(in_blocks(flat, 4, {}).SerializeToString())
+    found = session.run(["y"], {"input_ids": np.arange(ENTRIES)})[0]
+    np.testing.assert_array_equal(found, run(in_blocks(graph(), 4, {}))[0][0])
 
 
 def test_a_table_for_look_ups_and_products_is_stored_once(tmp_path: Path) -> None:

@@ -206,9 +206,16 @@ def test_what_cannot_get_a_slot_is_refused_by_name(llama: Base) -> None:
         export_causal(llama, ("embed_tokens",), Profile.FP32)
 
 
-def test_an_architecture_that_the_builder_does_not_know_is_refused(make_lm: Any) -> None:
-    with pytest.raises(ConfigError, match="does not know"):
-        export_causal(make_lm("gpt_neox", num_key_value_heads=4), ("dense",), Profile.FP32)
+def test_sizes_that_the_builder_confuses_are_refused(make_lm: Any) -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size and intermediate_size are equal \(128\)"):
+        export_causal(make_lm(vocab_size=128, intermediate_size=128), ("q_proj",), Profile.FP32)
+
+
+def test_products_of_one_input_are_one_product(llama: Base) -> None:
+    native = onnx.load_from_string(export_causal(llama, ("q_proj", "v_proj"), Profile.NATIVE_INT4).model)
+    kinds = [node.op_type for node in native.graph.node]
+    # Of each layer q, k, v; o; gate, up; down. Then the output layer.
+    assert (kinds.count("MatMulNBits"), kinds.count("Split"), kinds.count("MatMul")) == (2 * 4 + 1, 2 * 2, 2 * 4)
 
 
 def test_the_builder_leaves_no_trace_in_the_process(llama: Base) -> None:

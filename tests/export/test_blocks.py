@@ -1,0 +1,115 @@
+"""Four bits a weight: what survives exactly, what others lose at most, and that rounding twice changes nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.blocks import BLOCK, Blocks, four_bits
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+ROWS, BLOCKS = 24, 37  # more blocks than a block of rests holds, and an odd number
+
+
+def in_blocks(weight: Floats) -> Floats:
+    return weight.reshape(ROWS, -1, BLOCK)
+
+
+def grid(rng: np.random.Generator, start: Any, least: int = 0, most: int = 15) -> Floats:
+    """Even steps, each block with a width of its own, its first code ``start`` steps from zero."""
+    codes = rng.integers(least, most + 1, (ROWS, BLOCKS, BLOCK))
+    codes[:, :, 0], codes[:, :, 1] = least, most
+    step = rng.uniform(0.01, 0.1, (ROWS, BLOCKS, 1)).astype(np.float16)
+    return ((codes + start) * step).reshape(ROWS, -1).astype(np.float32)
+
+
+def q4_1(rng: np.random.Generator) -> Floats:
+    return grid(rng, rng.uniform(-15, 0, (ROWS, BLOCKS, 1)))
+
+
+KINDS: dict[str, Callable[[np.random.Generator], Floats]] = {
+    "normal": lambda rng: rng.standard_normal((ROWS, BLOCKS * BLOCK), np.float32),
+    "around one": lambda rng: rng.standard_normal((ROWS, BLOCKS * BLOCK), np.float32) + 1,
+    "positive": lambda rng: rng.uniform(2, 5, (ROWS, BLOCKS * BLOCK)).astype(np.float32),
+    "heavy tails": lambda rng: rng.standard_normal((ROWS, BLOCKS * BLOCK), np.float32) ** 3,
+    "one outlier a row": lambda rng: np.where(np.arange(BLOCKS * BLOCK) == 5, np.float32(50), KINDS["normal"](rng)),
+    "blocks of all sizes": lambda rng: (
+        KINDS["normal"](rng) * np.exp(2 * rng.standard_normal((ROWS, BLOCKS))).repeat(BLOCK, 1)
+    ).astype(np.float32),
+    "Q4_1": q4_1,
+    "zero between two steps": lambda rng: grid(rng, -7.5),
+    "fifteen steps": lambda rng: grid(rng, -8.0, 1),
+    "Q4_1 and others": lambda rng: np.where(rng.random((ROWS, 1)) < 0.5, q4_1(rng), KINDS["normal"](rng)),
+}
+kinds = st.sampled_from(list(KINDS))
+seeds = st.integers(0, 2**32)
+
+
+def widths(blocks: Blocks) -> Floats:
+    """The steps of the weights' own blocks, shape ``(rows, blocks, 1)``."""
+    return blocks.scales[:, :BLOCKS, None]
+
+
+def plain(weight: Floats) -> Floats:
+    """Asymmetric rounding as it is usual: 16 steps over zero and the whole block, around a whole zero point."""
+    rows = in_blocks(weight)
+    low, high = np.minimum(rows.min(2, keepdims=True), 0), np.maximum(rows.max(2, keepdims=True), 0)
+    step = (high - low) / 15
+    zero = np.rint(-low / step)
+    return ((np.clip(np.rint(rows / step) + zero, 0, 15) - zero) * step).reshape(weight.shape)
+
+
+def row_errors(found: Floats, weight: Floats) -> Floats:
+    return np.square(found - weight).sum(1)
+
+
+@given(seed=seeds)
+@settings(max_examples=15, deadline=None)
+def test_sixteen_even_steps_with_zero_among_them_survive_up_to_a_sixteenth_of_a_step(seed: int) -> None:
+    weight = q4_1(np.random.default_rng(seed))
+    blocks = four_bits(weight)
+    error, steps = np.abs(in_blocks(blocks.values - weight)), widths(blocks)
+    assert (error <= steps.max(1, keepdims=True) / 16 * 1.02).all()
+    assert (np.sqrt(np.square(error).mean()) < steps.mean() / 30).all()
+    # Around whole zero points alone they lose more than ten times as much.
+    assert row_errors(blocks.values, weight).sum() < row_errors(plain(weight), weight).sum() / 100
+
+
+@pytest.mark.parametrize(("start", "least"), [(-3.0, 0), (-15.0, 0), (0.0, 0), (-8.0, 1)])
+def test_even_steps_that_meet_zero_are_kept_exactly(start: float, least: int) -> None:
+    weight = grid(np.random.default_rng(3), start, least)
+    np.testing.assert_allclose(four_bits(weight).values, weight, atol=1e-6)
+
+
+@given(kind=kinds, seed=seeds)
+@settings(max_examples=40, deadline=None)
+def test_no_row_loses_more_than_by_plain_rounding(kind: str, seed: int) -> None:
+    weight = KINDS[kind](np.random.default_rng(seed))
+    ours, usual = row_errors(four_bits(weight).values, weight), row_errors(plain(weight), weight)
+    # Rounding the rests has its price where the steps gain nothing; float32 where plain rounding is exact.
+    assert (ours <= 1.02 * usual + 1e-9).all()
+    if kind == "normal":
+        assert ours.sum() < 0.9 * usual.sum()
+
+
+@given(kind=kinds, seed=seeds, size=st.sampled_from([1e-4, 1.0, 1e4]))
+@settings(max_examples=60, deadline=None)
+def test_what_was_rounded_is_rounded_to_itself(kind: str, seed: int, size: float) -> None:
+    once = four_bits(KINDS[kind](np.random.default_rng(seed)) * np.float32(size))
+    moved = np.abs(in_blocks(four_bits(once.values).values - once.values))
+    assert (moved <= 1e-3 * widths(once)).all()
+
+
+@given(kind=kinds, seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_rows_are_rounded_each_by_itself(kind: str, seed: int) -> None:
+    weight = KINDS[kind](np.random.default_rng(seed))
+    np.testing.assert_array_equal(four_bits(weight[3:5]).values, four_bits(weight).values[3:5])
+
+
+def test_a_block_of_one_value_is_kept() -> None:
+    weight = np.repeat(np.float32([[0.0, 0.25, -3.0, 1e-8]]), BLOCK, axis=1)
+    np.testing.assert_allclose(four_bits(weight).values, weight, rtol=1e-6)
