@@ -1,11 +1,11 @@
 """The exported base: its files as bytes, with what is needed to make adapter files for it."""
 
-import json
 from dataclasses import dataclass, field
 
 from onnx import checker
 from peft import PeftModel
 from tokenizers import Tokenizer
+from transformers import AutoConfig
 
 from adapters.base import Base
 from adapters.files import sha256
@@ -15,6 +15,7 @@ from export import graph, headers
 from export.calibrate import TEXT, TOKENS
 from export.plan import Plan, plan
 from export.quantize import Profile, quantize
+from export.tasks import readable
 
 TOKENIZER = "tokenizer.json"
 MAX_RANK = 64  # what one layer of an adapter may have, unless the exporter says otherwise
@@ -62,7 +63,7 @@ def export_base(model: PeftModel, base: Base, profile: Profile, max_rank: int = 
         ConfigError: The model cannot be exported (``plan``, ``graph.trace``), or its tokenizer has no limit.
     """
     found = plan(model)
-    tokenizer = _tokenizer(base)
+    tokenizer = _tokenizer(base, model)
     ids = Tokenizer.from_str(tokenizer.decode()).encode(TEXT).ids[:TOKENS]
     traced = quantize(graph.trace(model, found), profile, ids)
     checker.check_model(traced)
@@ -78,13 +79,14 @@ def export_base(model: PeftModel, base: Base, profile: Profile, max_rank: int = 
     )
 
 
-def _tokenizer(base: Base) -> bytes:
+def _tokenizer(base: Base, model: PeftModel) -> bytes:
     """The base's tokenizer, cut off at what the model can read and without padding, which the device does not need."""
     tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
-    positions = json.loads((base.folder / "config.json").read_bytes()).get("max_position_embeddings")
+    config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    positions = getattr(config, "max_position_embeddings", None)  # whatever the family calls it
     limits = [n for n in (positions, (tokenizer.truncation or {}).get("max_length")) if n]
     if not limits:
         raise ConfigError(f"neither config.json nor tokenizer.json in {base.folder} limits the length of a text")
-    tokenizer.enable_truncation(min(limits))
+    tokenizer.enable_truncation(readable(model.base_model.model, config, min(limits)))
     tokenizer.no_padding()
     return str(tokenizer.to_str()).encode()

@@ -10,7 +10,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.export import Dim
 
 from adapters.ondevice import LORA_A, LORA_B
 from aggregation.errors import ConfigError
+from export.products import replace_conv1d
 from export.slots import LABELS, Plan, SavedSlot
 
 OPSET = 20
@@ -95,15 +96,44 @@ def trace(model: PeftModel, found: Plan) -> onnx.ModelProto:
     batch, sequence = Dim("batch"), Dim("sequence")
     tokens = {name: torch.ones(2, 3, dtype=torch.int64) for name in TOKENS}
     shapes = {name: {0: batch, 1: sequence} for name in TOKENS}
+    return export(
+        _with_inputs(model, found),
+        {**tokens, "adapter": example},
+        {**shapes, "adapter": dynamic},
+        inputs=[*TOKENS, *example],
+        outputs=[ANSWER],
+    )
+
+
+def export(
+    module: nn.Module,
+    example: dict[str, Any],
+    dynamic: dict[str, Any],
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> onnx.ModelProto:
+    """Trace ``module`` with the keywords ``example``, whose free dimensions ``dynamic`` tells in the same structure.
+
+    Args:
+        module: In evaluation mode.
+        example: Tensors, or lists and dictionaries of them.
+        dynamic: In the place of each tensor its free dimensions.
+        inputs: The names of all tensors of ``example``, in order.
+        outputs: The names of what the module returns.
+
+    Raises:
+        ConfigError: torch cannot trace it.
+    """
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                _with_inputs(model, found),
+                module,
                 (),
-                kwargs={**tokens, "adapter": example},
-                input_names=[*TOKENS, *example],
-                output_names=[ANSWER],
-                dynamic_shapes={**shapes, "adapter": dynamic},
+                kwargs=example,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=dynamic,
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -147,6 +177,7 @@ def _with_inputs(model: PeftModel, found: Plan) -> nn.Module:
         head = _gives_the_answer(model, found, saved)
         slot = _HeadInput(saved.path, module.bias is not None, values) if head else None
         _replace(inner, saved.path, slot or _SavedInput(module, saved.path, values))
+    replace_conv1d(inner)
     return _Graph(inner, values)
 
 
@@ -160,9 +191,9 @@ def _slots(model: PeftModel, found: Plan) -> tuple[dict[str, Tensor], dict[str, 
     example: dict[str, Tensor] = {}
     dynamic: dict[str, dict[int, Dim]] = {}
     for number, lora in enumerate(found.loras):
-        base, rank = model.base_model.model.get_submodule(lora.path).get_base_layer(), Dim(f"rank_{number}")
-        example[lora.path + LORA_A] = torch.ones(base.in_features, EXAMPLE_RANK)
-        example[lora.path + LORA_B] = torch.ones(EXAMPLE_RANK, base.out_features)
+        layer, rank = model.base_model.model.get_submodule(lora.path), Dim(f"rank_{number}")
+        example[lora.path + LORA_A] = torch.ones(layer.in_features, EXAMPLE_RANK)
+        example[lora.path + LORA_B] = torch.ones(EXAMPLE_RANK, layer.out_features)
         dynamic[lora.path + LORA_A], dynamic[lora.path + LORA_B] = {1: rank}, {0: rank}
     labels = Dim(LABELS)
     for saved in found.saved:
@@ -196,5 +227,16 @@ def _anonymous(graph: onnx.ModelProto) -> onnx.ModelProto:
     for item in (graph, inner, *inner.node, *inner.input, *inner.output, *inner.value_info, *inner.initializer):
         del item.metadata_props[:]
         item.doc_string = ""
-    del inner.value_info[:]
+    _tell_ranks(inner)
     return graph
+
+
+def _tell_ranks(graph: onnx.GraphProto) -> None:
+    """Of all shapes keep the number of dimensions of what layers read, where it is not the usual three."""
+    weights = {tensor.name for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    read = {node.input[0] for node in products if node.input[1] in weights}
+    kept = [v for v in graph.value_info if v.name in read and len(v.type.tensor_type.shape.dim) != 3]
+    told = [(v.name, v.type.tensor_type.elem_type, [None] * len(v.type.tensor_type.shape.dim)) for v in kept]
+    del graph.value_info[:]
+    graph.value_info.extend(onnx.helper.make_tensor_value_info(*parts) for parts in told)

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from adapters.layout import TensorSpec
 from adapters.ondevice import graph_name
@@ -45,7 +46,7 @@ def plan(model: PeftModel) -> Plan:
 
 
 def _lora(path: str, layer: Any, adapter: str) -> LoraSlot:
-    if type(layer) is not LoraLinear or type(layer.get_base_layer()) is not nn.Linear:
+    if type(layer) is not LoraLinear or type(layer.get_base_layer()) not in (nn.Linear, Conv1D):
         raise ConfigError(f"{path}: an adapter on {_kind(layer)} cannot be exported, only LoRA on a linear layer")
     if adapter not in layer.lora_A:
         raise ConfigError(f"{path}: the adapter {adapter!r} has no weights in this layer")

@@ -6,15 +6,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from adapters.base import Base
-from adapters.layout import Tensors
+from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError
 from export import headers
 from export.base import MAX_RANK, TOKENIZER, ExportedBase
 from export.calibrate import TEXT, TOKENS
-from export.causal import builder, slots
+from export.causal import builder, slots, traced
 from export.merge import merge
 from export.plan import LoraSlot, Plan
 from export.quantize import Profile, quantize
@@ -34,7 +35,7 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
             cannot be found.
     """
     weights = _weights(base, targets)
-    built = builder.build(base)
+    built = _built(base)
     products = slots.find(built.graph, weights)
     ids = Tokenizer.from_str(built.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
     graph = quantize(built.graph, profile, ids)
@@ -52,6 +53,14 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
     )
 
 
+def _built(base: Base) -> builder.Built:
+    """By the fast road where it leads, else by the general one."""
+    try:
+        return builder.build(base)
+    except builder.UnknownArchitectureError:
+        return traced.build(base)
+
+
 def _weights(base: Base, targets: Sequence[str]) -> Tensors:
     """The weights of the layers that get slots, by path, in the order of the module tree."""
     transformers_logging.disable_progress_bar()
@@ -66,6 +75,12 @@ def _weights(base: Base, targets: Sequence[str]) -> Tensors:
             raise ConfigError(f"the base has no layer named {target!r}")
         found.update({path: model.get_submodule(path) for path in layers})
     for path, module in found.items():
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, Conv1D):
             raise ConfigError(f"{path}: an adapter on {type(module).__name__} cannot be exported, only on Linear")
-    return {path: m.weight.detach().numpy() for path, m in model.named_modules() if path in found}
+    return {path: _weight(m) for path, m in model.named_modules() if path in found}
+
+
+def _weight(layer: nn.Module) -> Floats:
+    """Of shape ``(out, in)``."""
+    weight: Floats = layer.weight.detach().numpy()  # type: ignore[operator]
+    return weight.T if type(layer) is Conv1D else weight

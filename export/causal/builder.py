@@ -56,7 +56,7 @@ def build(base: Base) -> Built:
         graph = onnx.load(out / NATIVE)
         files = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(NATIVE)}
     _fix_head_size(graph, json.loads(files["genai_config.json"])["model"]["decoder"]["head_size"])
-    _share_table(graph)
+    share_table(graph)
     return Built(graph, files)
 
 
@@ -118,7 +118,7 @@ def _fix_head_size(graph: onnx.ModelProto, size: int) -> None:
                 dimension.dim_value = size
 
 
-def _share_table(graph: onnx.ModelProto) -> None:
+def share_table(graph: onnx.ModelProto) -> None:
     """Let an output layer that is the embedding table, turned, read the table itself: it is in the file only once."""
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     tables = {node.input[0] for node in graph.graph.node if node.op_type == "Gather" and node.input[0] in values}

@@ -1,0 +1,167 @@
+"""The general road: any decoder that optimum knows, traced by torch operator by operator.
+
+Taken for what onnxruntime-genai's builder does not know. Nothing is fused here, so a token takes longer than on the
+builder's road; inputs, outputs and files are the same, and so is what comes after: quantization, slots, headers.
+"""
+
+import inspect
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import AutoTokenizer, DynamicCache
+
+from adapters.base import Base
+from aggregation.errors import ConfigError
+from export import graph, products, tasks
+from export.base import TOKENIZER
+from export.causal.builder import Built, share_table
+from export.headers import NATIVE
+
+TOKENS = ("input_ids", "attention_mask", "position_ids")  # the last not of every family
+PARTS = ("key", "value")
+EXAMPLE = {"batch": 2, "sequence": 3, "past": 4}  # torch.export takes a size of 0 or 1 for a constant
+CONTEXT_LIMIT = 2**24  # tokens; a tokenizer without a limit states a number far above
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What a decoder remembers of a text: of each layer keys and values of shape ``(rows, heads, tokens, width)``."""
+
+    keyword: str  # of the model's ``forward``, and the answer's field
+    layers: int
+    heads: int
+    width: int
+
+    @property
+    def names(self) -> list[str]:
+        """The graph's inputs; its outputs begin with ``present`` instead."""
+        return [f"past_key_values.{layer}.{part}" for layer in range(self.layers) for part in PARTS]
+
+
+class _Decoder(nn.Module):
+    def __init__(self, model: nn.Module, keyword: str) -> None:
+        super().__init__()
+        self.model, self.keyword = model, keyword
+
+    def forward(self, tokens: dict[str, Tensor], past: list[Tensor]) -> tuple[Tensor, ...]:
+        # Without the configuration no layer forgets what left its window: the mask hides it, as in training.
+        cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
+        answer = self.model(**tokens, **{self.keyword: cache}, use_cache=True)
+        return (answer.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values)))
+
+
+def build(base: Base) -> Built:
+    """Token ids, attention mask, positions if the family has any, and KV cache → logits and the next KV cache.
+
+    Raises:
+        ConfigError: Optimum does not know the architecture, torch cannot trace it, its memory of a text is not keys
+            and values, or the base's files do not say how long a text may be or how one ends.
+    """
+    model = tasks.load(base, "text-generation")
+    sizes = tasks.sizes(model.config)
+    cache = _cache(model, sizes)
+    files = _files(base, model.config, sizes, cache)
+    products.replace_conv1d(model)
+    traced = _trace(model, cache)
+    products.normalize(traced)
+    share_table(traced)
+    return Built(traced, files)
+
+
+def _cache(model: Any, sizes: tasks.Sizes) -> Cache:
+    """The shape of the KV cache, read off a run: optimum has it in tables by family that its core does not connect."""
+    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        answer = model(input_ids=torch.ones(1, 3, dtype=torch.int64), use_cache=True)
+    layers = getattr(getattr(answer, keyword, None), "layers", [])
+    shapes = {tuple(part.shape) for layer in layers for part in (_part(layer, "keys"), _part(layer, "values"))}
+    if len(layers) != sizes.layers or len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[2] != 3:
+        raise ConfigError(
+            f"{model.config.model_type!r} keeps something else of a text than equal keys and values in each layer, and"
+            " cannot be exported"
+        )
+    return Cache(keyword, len(layers), int(shape[1]), int(shape[3]))
+
+
+def _part(layer: Any, name: str) -> Tensor:
+    part = getattr(layer, name, None)
+    return part if isinstance(part, Tensor) else torch.empty(0)
+
+
+def _trace(model: Any, cache: Cache) -> onnx.ModelProto:
+    batch, sequence, past, total = (Dim(name) for name in ("batch", "sequence", "past", "total"))
+    rows, length, before = EXAMPLE.values()
+    takes = inspect.signature(model.forward).parameters
+    examples = {
+        "input_ids": torch.ones(rows, length, dtype=torch.int64),
+        "attention_mask": torch.ones(rows, before + length, dtype=torch.int64),
+        "position_ids": torch.arange(before, before + length).repeat(rows, 1),
+    }
+    tokens = {name: examples[name] for name in TOKENS if name in takes}
+    kept = [torch.ones(rows, cache.heads, before, cache.width) for _ in cache.names]
+    shapes = {name: {0: batch, 1: total if name == "attention_mask" else sequence} for name in tokens}
+    return graph.export(
+        _Decoder(model, cache.keyword),
+        {"tokens": tokens, "past": kept},
+        {"tokens": shapes, "past": [{0: batch, 2: past} for _ in kept]},
+        inputs=[*tokens, *cache.names],
+        outputs=[graph.ANSWER, *(name.replace("past_key_values", "present") for name in cache.names)],
+    )
+
+
+def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: Cache) -> dict[str, bytes]:
+    """What onnxruntime-genai reads beside the graph: its settings, and the tokenizer as transformers saves it."""
+    tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+    context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if context > CONTEXT_LIMIT:
+        raise ConfigError(f"nothing in {base.folder} limits a text; state max_position_embeddings in config.json")
+    end = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    if end is None:
+        raise ConfigError(f"nothing in {base.folder} says which token ends a text; state eos_token_id in config.json")
+    settings = _settings(config, sizes, cache, context, end)
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
+        tokenizer.save_pretrained(name)
+        files = {path.name: path.read_bytes() for path in sorted(Path(name).iterdir()) if path.is_file()}
+    files[TOKENIZER] = (base.folder / TOKENIZER).read_bytes()
+    return files | {"genai_config.json": json.dumps(settings, indent=4, sort_keys=True).encode()}
+
+
+def _settings(config: Any, sizes: tasks.Sizes, cache: Cache, context: int, end: Any) -> dict[str, Any]:
+    """https://onnxruntime.ai/docs/genai/reference/config.html; "decoder" is its type for graphs of no known family."""
+    first = end[0] if isinstance(end, list) else end
+    names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    decoder = {
+        "filename": NATIVE,
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "head_size": cache.width,
+        "hidden_size": sizes.hidden,
+        "num_attention_heads": sizes.heads,
+        "num_hidden_layers": cache.layers,
+        "num_key_value_heads": cache.heads,
+        "inputs": {name: name for name in TOKENS} | names,
+        "outputs": {
+            "logits": graph.ANSWER,
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    return {
+        "model": {
+            "type": "decoder",
+            "decoder": decoder,
+            "context_length": context,
+            "vocab_size": sizes.vocabulary,
+            "bos_token_id": first if config.bos_token_id is None else config.bos_token_id,
+            "eos_token_id": end,
+            "pad_token_id": first if config.pad_token_id is None else config.pad_token_id,
+        },
+        # The cache grows with the text: the graph appends to what it gets, and shares no buffer.
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+    }

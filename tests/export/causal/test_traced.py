@@ -1,0 +1,218 @@
+"""Decoders that only optimum and torch know answer as torch does when exported, and onnxruntime-genai runs them."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from adapters.base import Base
+from adapters.causal import build, tensors
+from adapters.classifier import LoraSpec
+from adapters.ondevice import to_graph
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError
+from aggregation.identity import IdentityKey
+from client.generate import Generator
+from client.options import Options
+from export import headers
+from export.base import ExportedBase
+from export.bundle import AdapterSource, write_bundle
+from export.causal import export_causal, traced
+from export.plan import plan
+from export.quantize import Profile
+
+GPT2 = ("c_attn", "c_proj", "c_fc")
+NEOX = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+OPT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+Case = tuple[str, dict[str, Any], tuple[str, ...]]
+CASES: list[Any] = [
+    ("gpt2", {}, GPT2),
+    pytest.param(("gpt_neox", {"num_key_value_heads": 4}, NEOX), marks=pytest.mark.slow),
+    pytest.param(("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}, OPT), marks=pytest.mark.slow),
+    pytest.param(("bloom", {}, NEOX), marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traced, "build", cache(traced.build))  # takes seconds; quantization works on a copy
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(make_lm: Any) -> Callable[[Case], tuple[Base, ExportedBase]]:
+    bases: dict[str, tuple[Base, ExportedBase]] = {}
+
+    def make(case: Case) -> tuple[Base, ExportedBase]:
+        kind, settings, targets = case
+        if kind not in bases:
+            base = make_lm(kind, **settings)
+            bases[kind] = base, export_causal(base, targets, Profile.FP32)
+        return bases[kind]
+
+    return make
+
+
+def ids(rows: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 90, (rows, length))
+
+
+def patterned(base: Base, targets: tuple[str, ...]) -> PeftModel:
+    """Every layer adapted, one of them with a rank and one with a scaling of its own."""
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=list(targets),
+        rank_pattern={rf".*\.0\..*{targets[-1]}": 11},
+        alpha_pattern={rf".*\.1\..*{targets[0]}": 40},
+    )
+    inner = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    return get_peft_model(inner, config).eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_rank_cached_or_not_answers_as_torch(
+    made: Any, case: Case, drawn: Any, runner: Any, torch_logits: Any
+) -> None:
+    base, exported = made(case)
+    side, tokens = runner(exported), ids(2, 9)
+    for model in (build(base, LoraSpec(rank=5, alpha=7, targets=case[2])), patterned(base, case[2])):
+        inputs = to_graph(drawn(model, 0), plan(model).scaling)
+        assert set(inputs) == set(exported.slots)
+        expected = torch_logits(model, tokens)
+        for first in (None, 1, 4):  # the whole, only the cache, some of both
+            np.testing.assert_allclose(side.logits(tokens, inputs, first), expected, atol=1e-4)
+        with model.disable_adapter():
+            bare = torch_logits(model, tokens)
+        np.testing.assert_allclose(side.logits(tokens, {}, 4), bare, atol=1e-4)
+        assert np.abs(bare - expected).max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def gpt2(made: Any) -> tuple[Base, ExportedBase]:
+    pair: tuple[Base, ExportedBase] = made(CASES[0])
+    return pair
+
+
+def test_a_row_padded_on_the_right_answers_as_it_does_alone(gpt2: tuple[Base, ExportedBase], runner: Any) -> None:
+    side, tokens = runner(gpt2[1]), ids(2, 7)
+    mask = np.ones_like(tokens)
+    mask[1, 4:] = 0
+    empty = {v.name: np.zeros((2, v.shape[1], 0, v.shape[3]), np.float32) for v in side.pasts}
+    feeds = {"input_ids": tokens, "attention_mask": mask, "position_ids": np.arange(7)[None].repeat(2, 0)}
+    found = side.session.run(["logits"], feeds | empty)[0]
+    np.testing.assert_allclose(found[1:, :4], side.logits(tokens[1:, :4], {}), atol=1e-5)
+
+
+def test_each_row_of_a_batch_has_an_adapter_of_its_own(
+    gpt2: tuple[Base, ExportedBase], drawn: Any, runner: Any
+) -> None:
+    base, exported = gpt2
+    model, side, tokens = build(base, LoraSpec(rank=3, targets=GPT2)), runner(exported), ids(2, 5)
+    inputs = [to_graph(drawn(model, seed), plan(model).scaling) for seed in range(2)]
+    found = side.logits(tokens, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}, 2)
+    for row in range(2):
+        np.testing.assert_allclose(found[row : row + 1], side.logits(tokens[row : row + 1], inputs[row], 2), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("profile", "limit"), [(Profile.NATIVE_INT8, 3e-3), (Profile.WEB_INT8, 2e-2), (Profile.NATIVE_INT4, 0.1)]
+)
+def test_a_quantized_base_answers_nearly_as_torch_and_leaves_no_weight_in_float(
+    gpt2: tuple[Base, ExportedBase], drawn: Any, runner: Any, torch_logits: Any, profile: Profile, limit: float
+) -> None:
+    base, exact = gpt2
+    exported = export_causal(base, GPT2, profile)
+    model, tokens = build(base, LoraSpec(rank=4, targets=GPT2)), ids(2, 12)
+    inputs, expected = to_graph(drawn(model, 5), plan(model).scaling), torch_logits(model, tokens)
+    error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
+    assert 1e-9 < error < limit
+    assert exported.slots == exact.slots
+    if profile is not Profile.WEB_INT8:  # which may leave some, by measurement
+        stored = onnx.load_from_string(exported.model).graph.initializer
+        floats = [t.name for t in stored if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2]
+        assert [n for n in floats if "scales" not in n and n not in exported.slots] == []
+
+
+def test_a_table_that_is_also_the_output_layer_is_stored_once(gpt2: tuple[Base, ExportedBase]) -> None:
+    native = onnx.load_from_string(gpt2[1].model)
+    assert [list(t.dims) for t in native.graph.initializer if 98 in t.dims] == [[98, 64]]
+
+
+@pytest.mark.slow
+def test_the_same_base_exports_to_the_same_bytes_which_name_no_path(gpt2: tuple[Base, ExportedBase]) -> None:
+    base, exported = gpt2
+    traced.build.cache_clear()  # type: ignore[attr-defined]
+    assert export_causal(base, GPT2, Profile.FP32).files == exported.files
+    for name, blob in exported.files.items():
+        for trace in (b"site-packages", b".py", b"/tmp/", str(base.folder).encode()):
+            assert trace not in blob, name
+
+
+def test_the_settings_state_what_the_graph_holds(gpt2: tuple[Base, ExportedBase]) -> None:
+    stated = json.loads(gpt2[1].files["genai_config.json"])["model"]
+    decoder = stated["decoder"]
+    assert (stated["context_length"], stated["vocab_size"], stated["eos_token_id"]) == (64, 98, 2)
+    assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 4, 16)
+    inputs = {v.name: v for v in onnx.load_from_string(gpt2[1].files[headers.WEB]).graph.input}
+    shape = inputs["past_key_values.1.value"].type.tensor_type.shape.dim
+    assert [d.dim_param or d.dim_value for d in shape] == ["batch", 4, "past", 16]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_device_writes_what_torch_writes_with_an_adapter_and_without(
+    made: Any, case: Case, drawn: Any, tmp_path: Path
+) -> None:
+    base, exported = made(case)
+    model = build(base, LoraSpec(rank=4, targets=case[2]))
+    drawn(model, 3)
+    key = IdentityKey.generate(SystemEntropy())
+    source = AdapterSource("global", tensors(model), (), 1, "a" * 64, plan=plan(model))
+    write_bundle(tmp_path / "lm", exported, [source], key=key, form="fp32")
+    (tmp_path / "trust.pem").write_bytes(key.public.to_pem())
+    generator = Generator.open(tmp_path / "lm", threads=1)
+    prompt = "turn on the light"
+
+    def written() -> str:
+        return "".join(generator.complete(prompt, Options(max_tokens=12)))
+
+    def by_torch() -> str:
+        tokens = generator._engine.encode(prompt)
+        given = {"attention_mask": torch.ones(1, len(tokens)), "do_sample": False, "max_new_tokens": 12}
+        with torch.no_grad():
+            sequence = model.generate(torch.tensor([tokens]), **given)[0].tolist()
+        text: str = generator._engine._tokenizer.decode(np.array(sequence[len(tokens) :], np.int32))
+        return text
+
+    with model.disable_adapter():
+        bare = written()
+        assert bare == by_torch()
+    generator.use("global")
+    assert written() == by_torch() != bare
+
+
+def test_a_decoder_that_nobody_knows_is_refused_by_name(make_lm: Any) -> None:
+    with pytest.raises(ConfigError, match="does not know the architecture 'stablelm'"):
+        export_causal(make_lm("stablelm"), ("q_proj",), Profile.FP32)
+
+
+def test_a_base_that_never_ends_a_text_or_has_no_limit_is_refused(make_lm: Any) -> None:
+    with pytest.raises(ConfigError, match="state eos_token_id"):
+        _refused(make_lm("gpt2", eos_token_id=None, bos_token_id=None), {"eos_token": None})
+    with pytest.raises(ConfigError, match="state max_position_embeddings"):
+        _refused(make_lm("bloom", max_position_embeddings=None), {})
+
+
+def _refused(base: Base, tokenizer: dict[str, Any]) -> None:
+    path = base.folder / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | tokenizer).items() if v}))
+    traced.build(base)

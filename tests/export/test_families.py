@@ -1,0 +1,108 @@
+"""Encoders of other families than BERT answer as torch does, and no text is longer than what they can read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from adapters.base import Base, find_base
+from adapters.classifier import LoraSpec, build, load, tensors
+from adapters.ondevice import to_graph
+from aggregation.errors import ConfigError
+from export import tasks
+from export.base import ExportedBase, export_base
+from export.parity import OnnxRunner
+from export.quantize import Profile
+
+POSITIONS = 24  # rows of the table of positions
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": POSITIONS,
+}
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": POSITIONS}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+# Family, settings, layers with slots, and how many tokens it reads: RoBERTa's and MPNet's positions begin at 2.
+Family = tuple[str, dict[str, Any], tuple[str, ...], int]
+FAMILIES: list[Any] = [
+    ("distilbert", DISTILBERT, ("q_lin", "v_lin"), POSITIONS),
+    ("roberta", SIZES, ("query", "value"), POSITIONS - 2),
+    *(
+        pytest.param(family, marks=pytest.mark.slow)
+        for family in [
+            ("xlm-roberta", SIZES, ("query", "value"), POSITIONS - 2),
+            ("mpnet", SIZES, ("q", "v", "o"), POSITIONS - 2),
+            ("electra", SIZES | {"embedding_size": 16}, ("query", "dense"), POSITIONS),
+            ("deberta-v2", SIZES, ("query_proj", "value_proj"), POSITIONS),
+            ("modernbert", SIZES | {"pad_token_id": 0, "local_attention": 8}, ("Wqkv", "Wo"), POSITIONS),
+            ("gpt2", GPT2, ("c_attn", "c_proj"), POSITIONS),  # a decoder as an encoder, with Conv1D layers
+        ]
+    ),
+]
+MakeFamily = Callable[..., Base]
+
+
+@pytest.fixture(scope="module")
+def make_family(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> MakeFamily:
+    def make(kind: str, settings: dict[str, Any]) -> Base:
+        folder: Path = tmp_path_factory.mktemp(kind)
+        model = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=75, **settings))
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(folder)
+        (folder / "tokenizer.json").write_bytes((tiny_base.folder / "tokenizer.json").read_bytes())
+        return find_base(str(folder))
+
+    return make
+
+
+def answers(exported: ExportedBase, ids: np.ndarray, mask: np.ndarray, inputs: Any) -> np.ndarray:
+    session = OnnxRunner.open(exported.files).session
+    found: np.ndarray = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **inputs})[0]
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_answers_as_torch_up_to_its_longest_text(make_family: MakeFamily, family: Family) -> None:
+    kind, settings, targets, longest = family
+    base = make_family(kind, settings)
+    model = build(base, 3, LoraSpec(rank=4, alpha=6, targets=targets))
+    rng = np.random.default_rng(0)
+    load(model, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(model).items()})
+    exported = export_base(model, base, Profile.FP32)
+    tokenizer = OnnxRunner.open(exported.files).tokenizer
+    assert len(tokenizer.encode("lock " * 100).ids) == longest
+    inputs = to_graph(tensors(model), exported.plan.scaling)
+    ids = rng.integers(4, 75, (3, longest))
+    mask = np.ones_like(ids)
+    mask[1, 5:] = mask[2, 1:] = 0
+    ids *= mask
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).numpy()
+    found = answers(exported, ids, mask, inputs)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, float(np.abs(expected).max())))
+
+
+def test_a_model_that_reads_far_less_than_it_states_is_refused() -> None:
+    def short(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(9)[input_ids.shape[1] - 1]
+
+    config = AutoConfig.for_model("bert", pad_token_id=0)
+    assert tasks.readable(short, config, 12) == 9
+    with pytest.raises(ConfigError, match="cannot read a text of 12 tokens"):
+        tasks.readable(short, config, 20)
+
+
+def test_layers_that_are_convolutions_are_refused_by_name(make_family: MakeFamily) -> None:
+    base = make_family("squeezebert", SIZES | {"embedding_size": 32})
+    with pytest.raises(ConfigError, match=r"attention\.query: an adapter on Conv1d"):
+        export_base(build(base, 3, LoraSpec()), base, Profile.FP32)
