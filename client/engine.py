@@ -126,11 +126,10 @@ class Engine:
         if live.adapter == adapter:
             # Not the last token of either: the one drawn last was never read, and what follows the prompt is asked for.
             known = _common(live.tokens[:-1], prompt[:-1])
-        if live.tokens:
+        if live.inner.token_count():
             live.inner.rewind_to(known)
-        if live.adapter != adapter:
-            live.inner.set_active_adapter(self._adapters, adapter)
-        live.adapter, live.tokens = adapter, prompt[:]
+        self._switch(live, adapter)
+        live.tokens = prompt[:]
         live.inner.append_tokens(np.array(prompt[known:], dtype=np.int32))
         return known
 
@@ -152,6 +151,21 @@ class Engine:
             token = int(live.inner.get_next_tokens()[0])
             live.tokens.append(token)
             yield token
+
+    def inner(self, options: Options, adapter: str | None) -> Any:
+        """onnxruntime-genai's generator for a text of ``options.max_tokens`` in all, for whoever times single tokens.
+
+        The adapter is in use, the text that it remembers is of no more use; the next ``read`` begins anew.
+        """
+        live = self._usable(options, adapter, min(self.context, options.max_tokens))
+        self._switch(live, adapter)
+        live.tokens = []
+        return live.inner
+
+    def _switch(self, live: _Live, adapter: str | None) -> None:
+        if live.adapter != adapter:
+            live.inner.set_active_adapter(self._adapters, adapter)
+            live.adapter = adapter
 
     def _usable(self, options: Options, adapter: str | None, needed: int) -> _Live:
         """The generator of the answer before if it can be used again, else a new one.

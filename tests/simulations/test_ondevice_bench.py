@@ -31,7 +31,7 @@ from simulations.bench.ondevice.text import Text
 VOCABULARY = 96
 HEADS, KV_HEADS = 4, 2
 RECIPE = lora.Recipe(rank=4, alpha=8, steps=2, windows=2, rate=0.05)
-SIZE = compare.Size(rounds=2, prompt=12, tokens=6, eager=2, windows=2, threads=1)
+SIZE = compare.Size(rounds=2, prompt=12, tokens=6, eager=2, windows=2, threads=1, tenants=(1, 3))
 needs_peer = pytest.mark.skipif(not compare.has_peer(), reason="llama.cpp is not installed: pip install '.[bench]'")
 
 
@@ -139,6 +139,8 @@ def test_the_json_has_what_is_promised_for_every_contender(found: dict[str, Any]
         assert all(set(speeds) == {"base", "adapter"} and min(speeds.values()) > 0 for speeds in found[what].values())
     assert set(found["swap_ms"]) == set(found["perplexity"]) == set(found["cold_start_s"]) == names
     assert set(found["sizes"]["fp32"]) == {"base", "int8", "fp32", "fp16", "int4"}
+    if sys.platform == "linux":
+        assert (found["tenants"]["profile"], list(found["tenants"]["tenants"])) == ("fp32", ["1", "3"])
     assert found["sizes"]["fp32"]["int8"] < found["sizes"]["fp32"]["fp16"] < found["sizes"]["fp32"]["fp32"]
 
 
@@ -276,6 +278,9 @@ def test_a_worker_ends_with_its_input() -> None:
     assert done.returncode == 0
 
 
+PAGES = {"rss": 105 * 10**6, "shared": 40 * 10**6, "private": 65 * 10**6}
+
+
 def _result(decode: dict[str, float], *, perplexity: float = 20.0, size: int = 100) -> dict[str, Any]:
     """A run of two profiles beside a peer with 100 tokens a second, perplexity 20 and 100 bytes."""
     names = {"native-int4": decode["native-int4"], "native-int8": decode["native-int8"], PEER: 100.0, TORCH: 5.0}
@@ -292,6 +297,10 @@ def _result(decode: dict[str, float], *, perplexity: float = 20.0, size: int = 1
         "perplexity": perplexities | {PEER: {"base": 40.0, "fp32": 20.0}, TORCH: {"base": 40.0, "fp32": 20.0}},
         "swap_ms": each, "cold_start_s": each, "cold_adapter_ms": each, "minilm_ms": {"ms": 3.0},
         "swap_ms_spread": {name: [0.4, 0.6] for name in names}, "peak_memory_bytes": dict.fromkeys(names, 10**8),
+        "tenants": {
+            "profile": "native-int4", "tenants": {"1": PAGES, "100": PAGES | {"rss": 303 * 10**6}},
+            "bytes_per_tenant": 2 * 10**6, "adapter_bytes": 1_900_000,
+        },
     }  # fmt: skip
     for what in ("decode", "prefill"):
         found |= {what: speeds, f"{what}_ratio": ratios, f"{what}_cost": dict.fromkeys(names, 0.01)}
@@ -332,6 +341,27 @@ def test_without_a_peer_the_goals_that_compare_are_left_out_and_the_table_is_pri
     judged = goals.judged(result)
     assert not [row for row in judged["goals"] if "llama.cpp" in row["goal"]]
     assert "/ peer" not in report.table(judged)
+
+
+def test_the_table_says_what_a_tenant_costs_where_the_system_can_tell() -> None:
+    result = goals.judged(_result({"native-int4": 120.0, "native-int8": 50.0}))
+    assert "each further one 2.00 MB, its tensors in float32 1.90 MB" in report.table(result)
+    assert "each further one" not in report.table(result | {"tenants": None})
+
+
+def test_labels_of_profiles_that_are_equally_good_do_not_cover_each_other() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.3, 4.2))
+    axes = figure.subplots()
+    report._scatter(axes, _result({"native-int4": 101.0, "native-int8": 101.0}))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in axes.texts]
+    assert len(boxes) == 4
+    clashes = [(a, b) for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
+    assert not clashes
 
 
 def test_json_and_picture_are_kept_and_a_folder_that_cannot_be_is_one_clear_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 from adapters.base import Base, find_base
 from aggregation.errors import ConfigError
 from export.quantize import Profile
-from simulations.bench.ondevice import encoder, goals, lora, stage
+from simulations.bench.ondevice import encoder, goals, lora, memory, stage
 from simulations.bench.ondevice.contender import Contender
 from simulations.bench.ondevice.race import ARMS, Note, Result, race, ratio
 from simulations.bench.ondevice.stage import FORMATS, PEER, TORCH, Stage
@@ -37,9 +38,10 @@ class Size:
     windows: int = 24  # of test text
     phrases: int = 200  # classified
     threads: int = 2
+    tenants: tuple[int, ...] = (1, 10, 100)  # adapters in one process
 
 
-QUICK = Size(rounds=1, prompt=16, tokens=8, eager=2, windows=2, phrases=5)
+QUICK = Size(rounds=1, prompt=16, tokens=8, eager=2, windows=2, phrases=5, tenants=(1, 3))
 
 
 def profiles(listed: str | None) -> list[Profile]:
@@ -63,7 +65,7 @@ def steps(exported: int, size: Size) -> int:
     """How many times ``compare`` tells its ``Note`` of something, with ``exported`` profiles and a trained adapter."""
     everyone, peer = exported + 1 + has_peer(), has_peer()
     perplexities = exported * (1 + len(FORMATS)) + 2 * (1 + peer)
-    return 3 + exported + everyone * (size.rounds + 2) + perplexities
+    return 4 + exported + everyone * (size.rounds + 2) + perplexities
 
 
 def compare(exported: Sequence[Profile], size: Size, note: Note) -> dict[str, Any]:
@@ -104,7 +106,8 @@ def on_base(
     with _started(built, names, size, prompt[: size.prompt // 4], note) as contenders:
         perplexity = {one.spec.name: _perplexities(one, text.test[: size.windows].tolist(), note) for one in contenders}
         results = race(contenders, prompt, size.rounds, note)
-        memory = {one.spec.name: one.memory() for one in contenders}
+        peaks = {one.spec.name: one.memory() for one in contenders}
+    note("memory by number of tenants")
     return {
         "profiles": [profile.value for profile in exported],
         "threads": size.threads,
@@ -117,7 +120,8 @@ def on_base(
         "perplexity": perplexity,
         "cold_start_s": {one.spec.name: one.cold for one in contenders},
         "cold_adapter_ms": {one.spec.name: one.first_use for one in contenders},
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": peaks,
+        "tenants": _tenants(built, min(exported, key=lambda profile: sizes[profile.value]["base"]), size.tenants),
     }
 
 
@@ -165,6 +169,13 @@ def _speeds(results: Mapping[str, Result]) -> dict[str, Any]:
     found["swap_ms"] = {name: median(result.swap) for name, result in results.items()}
     found["swap_ms_spread"] = {name: [min(result.swap), max(result.swap)] for name, result in results.items()}
     return found
+
+
+def _tenants(built: Stage, profile: Profile, counts: Sequence[int]) -> dict[str, Any] | None:
+    """What ``memory.measure`` finds of a profile; None where the system does not tell what processes share."""
+    if sys.platform != "linux":
+        return None
+    return {"profile": profile.value} | memory.measure(built.bundle(profile), counts=counts, name=FORMATS[0])
 
 
 def _load() -> float:

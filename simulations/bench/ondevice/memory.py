@@ -54,8 +54,10 @@ class Pages:
         return cls(size["Rss"], size["Pss"], shared, size["Private_Clean"] + size["Private_Dirty"])
 
 
-def measure(bundle: Path, trust: Path | None = None, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
-    """Both measurements on the default adapter of ``bundle``, as JSON has them.
+def measure(
+    bundle: Path, trust: Path | None = None, counts: Sequence[int] = COUNTS, name: str | None = None
+) -> dict[str, Any]:
+    """Both measurements on an adapter of ``bundle``, the default one if none is named, as JSON has them.
 
     Returns:
         ``tenants``: N → pages of one process with N adapters loaded. ``processes``: the pages of each of two processes
@@ -66,8 +68,9 @@ def measure(bundle: Path, trust: Path | None = None, counts: Sequence[int] = COU
         EdgeAdaptError: The bundle cannot be used, or the system cannot tell.
     """
     library = Library.open(bundle, trust)
-    adapter = library.load(chosen(library.default()))
-    with _multiplied(library, max(counts)) as copy:
+    name = name or library.default()
+    adapter = library.load(chosen(name))
+    with _multiplied(library, name, max(counts)) as copy:
         tenants = {str(n): _pages(copy, n, 1)[0] for n in counts}
         processes = _pages(copy, 1, 2)
     fewest, most = min(counts), max(counts)
@@ -84,9 +87,9 @@ def measure(bundle: Path, trust: Path | None = None, counts: Sequence[int] = COU
 
 
 @contextmanager
-def _multiplied(library: Library, count: int) -> Iterator[Path]:
-    """A bundle with the same base, and ``count`` times the default adapter."""
-    name, key = library.default(), IdentityKey.generate(SystemEntropy())
+def _multiplied(library: Library, name: str, count: int) -> Iterator[Path]:
+    """A bundle with the same base, and ``count`` times an adapter."""
+    key = IdentityKey.generate(SystemEntropy())
     sidecar = library.trust.sidecar(library.bundle, name)
     card: BaseCard = library.card
     blob = (library.bundle / "adapters" / f"{name}.onnx_adapter").read_bytes()

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from adapters.layout import Floats
-from client.generate import Generator
+from client.engine import Engine
+from client.library import Library, chosen
 from client.options import Options
 
 
@@ -18,25 +19,20 @@ class OnDevice:
     """A bundle's language model, its adapters called by name."""
 
     def __init__(self, bundle: Path, *, threads: int, context: int, adapters: Sequence[str] = ()) -> None:
-        """Verify and load. Raises as ``Generator.open``."""
-        self._generator = Generator.open(bundle, threads=threads)
-        self._engine = self._generator._engine
+        """Verify and load. Raises as ``client.generate.Generator.open``."""
+        self._library = Library.open(bundle, None, "text-generation")
+        self._engine = Engine(self._library.base, threads)
+        self._library.base.check()
         self._options = Options(max_tokens=context + 1)  # the last is picked, and never read
         self._adapters = adapters
+        self._loaded: dict[int, str] = {}  # place → the engine's name for it
         self.use(None)
 
     def use(self, adapter: int | None) -> None:
         """As ``Engine.use``: verified when it is first used, and in use when this returns."""
-        name = None
-        if adapter is None:
-            self._generator.use_base()
-        else:
-            name = self._generator.use(self._adapters[adapter]).name
-        live = self._engine._usable(self._options, name, self._options.max_tokens)
-        if live.adapter != name:  # as in ``read``
-            live.inner.set_active_adapter(self._engine._adapters, name)
-            live.adapter = name
-        self._inner = live.inner
+        if adapter is not None and adapter not in self._loaded:
+            self._loaded[adapter] = self._load(self._adapters[adapter])
+        self._inner = self._engine.inner(self._options, None if adapter is None else self._loaded[adapter])
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """As ``Engine.prefill``."""
@@ -54,6 +50,11 @@ class OnDevice:
         self._read(tokens)
         found: Floats = np.asarray(self._inner.get_output("logits"), np.float32).reshape(len(tokens), -1)
         return found
+
+    def _load(self, name: str) -> str:
+        verified = self._library.load(chosen(name))
+        self._engine.load(verified)
+        return verified.name
 
     def _read(self, tokens: Sequence[int]) -> None:
         if self._inner.token_count():

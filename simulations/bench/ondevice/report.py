@@ -9,13 +9,15 @@ from aggregation.errors import DataError
 from simulations.bench.ondevice.stage import FORMATS, PEER, TORCH
 
 Found = Mapping[str, Any]
+HEIGHTS = (10, -10, 24, -24)  # of labels over what they name, in points
 RESULT, PICTURE = "ondevice.json", "ondevice.png"
 
 
 def table(found: Found) -> str:
-    """Speeds with their spread and ratio to the peer, perplexities, sizes, switching and starting, and the goals."""
-    parts = [_speeds(found), _perplexities(found), _sizes(found), _waits(found), _goals(found), _notes(found)]
-    return "\n\n".join(parts)
+    """Speeds with their spread and ratio to the peer, perplexities, sizes, waiting, tenants, and the goals."""
+    parts = [_speeds(found), _perplexities(found), _sizes(found), _waits(found)]
+    parts += [_tenants(found)] if found["tenants"] else []
+    return "\n\n".join([*parts, _goals(found), _notes(found)])
 
 
 def _speeds(found: Found) -> str:
@@ -59,6 +61,15 @@ def _waits(found: Found) -> str:
         swap = f"{found['swap_ms'][name]:.2f} ({least:.2f}–{most:.2f})"
         rows.append((name, *cells, swap, f"{found['peak_memory_bytes'][name] / 1e6:.0f}"))
     return _aligned(rows)
+
+
+def _tenants(found: Found) -> str:
+    measured = found["tenants"]
+    rows = [(f"tenants of one process, {measured['profile']}", "resident MB", "shared MB", "private MB")]
+    for count, pages in measured["tenants"].items():
+        rows.append((count, *(f"{pages[what] / 1e6:.1f}" for what in ("rss", "shared", "private"))))
+    each, tensors = measured["bytes_per_tenant"] / 1e6, measured["adapter_bytes"] / 1e6
+    return f"{_aligned(rows)}\neach further one {each:.2f} MB, its tensors in float32 {tensors:.2f} MB"
 
 
 def _goals(found: Found) -> str:
@@ -147,11 +158,16 @@ def _bars(axes: Any, found: Found, what: str) -> None:
 
 
 def _scatter(axes: Any, found: Found) -> None:
-    for name, values in found["perplexity"].items():
+    # Neighbours in speed have their labels at different heights, so that none covers another.
+    order = sorted(found["perplexity"], key=lambda name: float(found["decode"][name]["adapter"]))
+    for place, name in enumerate(order):
+        values, height = found["perplexity"][name], HEIGHTS[place % len(HEIGHTS)]
         form = "fp32" if name in (PEER, TORCH) else "int8"
         x, y = found["decode"][name]["adapter"], values[form]
         axes.scatter([x], [y], s=found["sizes"].get(name, {"base": 0})["base"] / 1e6 + 20, alpha=0.6)
-        axes.annotate(name, (x, y), (6, 6), textcoords="offset points")
+        side = "bottom" if height > 0 else "top"
+        axes.annotate(name, (x, y), (0, height), textcoords="offset points", ha="center", va=side)
+    axes.margins(0.2)
     axes.set(
         xlabel="decode with adapter, tokens a second", ylabel="perplexity with adapter", title="area: bytes of the base"
     )

@@ -49,16 +49,16 @@ class Stage:
         """Write the bundle of a profile; the bytes of its base, and of its adapter by format."""
         exported = export_causal(self.base, self.recipe.targets, profile)
         key, tensors = IdentityKey.generate(SystemEntropy()), load_file(self.adapter)
-        place = self._place(profile)
-        write_bundle(place / "bundle", exported, [], key=key)
-        (place / "trust.pem").write_bytes(key.public.to_pem())
+        bundle = self.bundle(profile)
+        write_bundle(bundle, exported, [], key=key)
+        (bundle.parent / "trust.pem").write_bytes(key.public.to_pem())
         method = Method("lora", self.recipe.rank, self.recipe.alpha, self.recipe.targets)
         plan = plan_of(method, tensors)
         for form in FORMATS:
             source = AdapterSource(form, tensors, (), 1, sha256(self.adapter.read_bytes()), method=method)
-            add_adapter(place / "bundle", plan, source, key=key, form=form)
-        files = {form: place / "bundle" / "adapters" / f"{form}.onnx_adapter" for form in FORMATS}
-        whole = sum(path.stat().st_size for path in (place / "bundle" / "base").iterdir())
+            add_adapter(bundle, plan, source, key=key, form=form)
+        files = {form: bundle / "adapters" / f"{form}.onnx_adapter" for form in FORMATS}
+        whole = sum(path.stat().st_size for path in (bundle / "base").iterdir())
         return {"base": whole} | {form: path.stat().st_size for form, path in files.items()}
 
     def for_peer(self, heads: int, kv_heads: int) -> dict[str, int]:
@@ -73,19 +73,20 @@ class Stage:
         """One for each of ``names``: profiles, ``PEER``, ``TORCH`` (which is slow, and generates ``eager`` tokens)."""
         made = []
         for name in names:
-            ours = str(self._place(Profile(name)) / "bundle") if name not in (PEER, TORCH) else ""
+            ours = str(self.bundle(Profile(name))) if name not in (PEER, TORCH) else ""
             model = {PEER: str(self.gguf), TORCH: str(self.base.folder)}.get(name, ours)
             adapters = {PEER: (str(self._peers),), TORCH: (str(self.adapter),)}.get(name, tuple(FORMATS))
             count, shape = eager if name == TORCH else tokens, (self.recipe.rank, self.recipe.alpha)
             made.append(Spec(name, model, adapters, count, threads, context, *shape, self.recipe.targets))
         return made
 
+    def bundle(self, profile: Profile) -> Path:
+        """Where ``export`` puts a profile's bundle; ``trust.pem`` lies beside it."""
+        return self.folder / profile.value / "bundle"
+
     @property
     def _peers(self) -> Path:
         return self.folder / "adapter.gguf"
-
-    def _place(self, profile: Profile) -> Path:
-        return self.folder / profile.value
 
 
 def package_gguf() -> Path | None:

@@ -16,6 +16,7 @@ from aggregation.identity import IdentityKey
 from client import engine, generate
 from client.compose import parse
 from client.generate import Generator, Message
+from client.library import Library
 from client.options import Finish, Options
 from export.base import ExportedBase
 from export.bundle import add_adapter
@@ -246,6 +247,20 @@ def test_a_switch_after_the_first_use_takes_less_than_a_millisecond(generator: G
         generator.use(name)
         times.append(time.perf_counter() - start)
     assert float(np.median(times)) < 1e-3
+
+
+def test_a_generator_that_others_used_is_read_into_anew(lm_bundle: Path) -> None:
+    library = Library.open(lm_bundle, None)
+    model, options = engine.Engine(library.base, 1), Options(max_tokens=8)
+    model.load(library.load(parse("global")))
+    prompt = model.encode(PROMPT)
+    model.read(prompt, options, "global")
+    expected = list(model.draw())
+    inner = model.inner(options, "global")
+    inner.rewind_to(0)
+    inner.append_tokens(np.array(prompt[::-1], np.int32))
+    assert model.read(prompt, options, "global") == 0
+    assert list(model.draw()) == expected
 
 
 def test_the_file_that_hands_an_adapter_over_is_private_and_gone_afterwards(

@@ -34,7 +34,7 @@ def test_a_system_that_cannot_tell_says_so() -> None:
 def test_the_bundle_that_is_measured_is_gone_afterwards(bundle: Path, tmp_path: Path) -> None:
     from client.library import Library
 
-    with memory._multiplied(Library.open(bundle, None), 3) as copy:
+    with memory._multiplied(Library.open(bundle, None), "global", 3) as copy:
         library = Library.open(copy, None)
         assert library.names() == ["tenant-0", "tenant-1", "tenant-2"]
         assert {library.trust.adapter(copy, library.base, n).sidecar.rank for n in library.names()} == {4}
