@@ -28,6 +28,7 @@ from export.slots import LABELS, Plan, SavedSlot
 OPSET = 20
 TOKENS = ("input_ids", "attention_mask")
 ANSWER = "logits"
+MAX_REASON = 200  # letters of what torch says
 EXAMPLE_RANK = 2  # torch.export takes a size of 0 or 1 for a constant
 
 
@@ -140,7 +141,8 @@ def export(
             )
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
-        raise ConfigError(f"torch cannot export this model: {str(cause).splitlines()[0]}") from error
+        reason = " ".join(str(cause).split())
+        raise ConfigError(f"torch cannot export this model: {reason[:MAX_REASON]}") from error
     assert program is not None  # noqa: S101  # only the legacy exporter returns None
     return _anonymous(program.model_proto)
 

@@ -45,7 +45,7 @@ def build(base: Base) -> Built:
     """Token ids, attention mask and KV cache → logits and the next KV cache, with dynamic batch and lengths.
 
     Raises:
-        UnknownArchitectureError: The builder does not know the architecture.
+        UnknownArchitectureError: The builder does not know the architecture, or not all of it.
         ConfigError: It cannot build this model.
     """
     _check_sizes(base)
@@ -57,7 +57,20 @@ def build(base: Base) -> Built:
         files = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(NATIVE)}
     _fix_head_size(graph, json.loads(files["genai_config.json"])["model"]["decoder"]["head_size"])
     share_table(graph)
+    if _loses_window(graph, json.loads((base.folder / "config.json").read_bytes())):
+        raise UnknownArchitectureError(f"onnxruntime-genai's builder leaves out the sliding window of {base.folder}")
     return Built(graph, files)
+
+
+def _loses_window(graph: onnx.ModelProto, config: dict[str, Any]) -> bool:
+    """Whether tokens should forget what is farther back than a window, and no layer of the graph does.
+
+    Mistral's is lost: the answers to a text longer than the window would be wrong, and nothing would say so.
+    """
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    settings = [a for node in graph.graph.node for a in node.attribute if a.name == "local_window_size"]
+    shorter = window is not None and window < config.get("max_position_embeddings", window + 1)
+    return shorter and not any(setting.i > 0 for setting in settings)
 
 
 def _check_sizes(base: Base) -> None:

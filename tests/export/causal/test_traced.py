@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +26,8 @@ from client.options import Options
 from export import headers
 from export.base import ExportedBase
 from export.bundle import AdapterSource, write_bundle
-from export.causal import export_causal, traced
+from export.causal import builder, export_causal, traced
+from export.causal.builder import UnknownArchitectureError
 from export.plan import plan
 from export.quantize import Profile
 
@@ -198,6 +200,63 @@ def test_a_device_writes_what_torch_writes_with_an_adapter_and_without(
         assert bare == by_torch()
     generator.use("global")
     assert written() == by_torch() != bare
+
+
+@pytest.mark.slow
+def test_a_sliding_window_that_the_builder_leaves_out_is_kept(make_lm: Any, runner: Any, torch_logits: Any) -> None:
+    base, tokens = make_lm("mistral", sliding_window=4), ids(2, 12)
+    with pytest.raises(UnknownArchitectureError, match="leaves out the sliding window"):
+        builder.build(base)
+    model, side = build(base, LoraSpec(targets=("q_proj",))), runner(export_causal(base, ("q_proj",), Profile.FP32))
+    for first in (None, 1, 7):
+        np.testing.assert_allclose(side.logits(tokens, {}, first), torch_logits(model, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_window_as_long_as_the_longest_text_is_none(make_lm: Any, window: int | None) -> None:
+    files = builder.build(make_lm("mistral", sliding_window=window)).files
+    assert json.loads(files["genai_config.json"])["model"]["type"] == "mistral"
+
+
+@pytest.mark.slow
+def test_rows_with_their_own_adapters_in_a_layer_that_reads_all_rows_as_one_are_an_error(
+    made: Any, drawn: Any, runner: Any
+) -> None:
+    case = CASES[2].values[0]  # OPT's fc1 and fc2
+    base, exported = made(case)
+    model = build(base, LoraSpec(rank=3, targets=case[2]))
+    inputs = [to_graph(drawn(model, seed), plan(model).scaling) for seed in range(2)]
+    both = {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}
+    with pytest.raises((Fail, InvalidArgument, RuntimeException)):
+        runner(exported).logits(ids(2, 5), both)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", [Profile.NATIVE_INT8, Profile.NATIVE_INT4])
+def test_layers_that_read_all_rows_as_one_are_quantized_too(
+    made: Any, runner: Any, torch_logits: Any, profile: Profile
+) -> None:
+    case = CASES[2].values[0]
+    base, _ = made(case)
+    tokens, expected = ids(2, 7), torch_logits(AutoModelForCausalLM.from_pretrained(base.folder), ids(2, 7))
+    found = runner(export_causal(base, case[2], profile)).logits(tokens, {}, 3)
+    assert 1e-9 < np.square(found - expected).sum() / np.square(expected).sum() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "reason"),
+    [
+        ("mixtral", "q_proj", "torch cannot export"),
+        ("mpt", "Wqkv", "torch cannot export"),
+        ("mamba", "in_proj", "does not know"),
+    ],
+)
+@pytest.mark.slow
+def test_what_cannot_be_traced_is_refused_in_one_line(make_lm: Any, kind: str, target: str, reason: str) -> None:
+    settings = {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64} if kind == "mpt" else {}
+    with pytest.raises(ConfigError, match=reason) as caught:
+        export_causal(make_lm(kind, **settings), (target,), Profile.FP32)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_decoder_that_nobody_knows_is_refused_by_name(make_lm: Any) -> None:
