@@ -5,7 +5,6 @@ A base that comes as one GGUF file is converted once into a folder of the cache 
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -37,7 +36,7 @@ def find_base(where: str) -> Base:
     """The base in the folder or GGUF file ``where``, or in the installed Python package ``where``.
 
     A package holds its base in a folder ``model`` or in one GGUF file. A GGUF file is converted when it is first
-    seen, which takes some seconds; a line on stderr says so.
+    seen, which takes some seconds; a bar on stderr shows it.
 
     Raises:
         ConfigError: There is no such folder, file or package, it lacks one of ``IDENTITY_FILES``, or the GGUF file is
@@ -77,7 +76,6 @@ def _converted(file: Path) -> Path:
             from adapters.ggufbase import convert
         except ModuleNotFoundError as error:
             raise ConfigError(f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'") from error
-        print(f"Converting {file.name} into a folder of the cache; this happens once.", file=sys.stderr)
         convert(file, folder)
 
     return made_once(f"gguf-{CONVERSION}-{_file_digest(file)[:16]}", make)

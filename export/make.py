@@ -1,13 +1,30 @@
 """The base that a command names, exported for its task."""
 
+import json
+
 from adapters import classifier
-from adapters.base import find_base
+from adapters.base import Base, find_base
 from adapters.classifier import LoraSpec
-from aggregation.errors import ConfigError
+from adapters.manifest import Task
+from aggregation.errors import ConfigError, DataError
 from export.base import ExportedBase, export_base
 from export.quantize import Profile
 
 ANY_LABELS = 2  # the graph's head has as many rows as an adapter brings
+
+
+def usual_task(base: Base) -> Task:
+    """What the base's own configuration says that it was made for: to go on with a text, else to be given a head.
+
+    Raises:
+        DataError: ``config.json`` is not sound.
+    """
+    file = base.folder / "config.json"
+    try:
+        made_for = str((json.loads(file.read_bytes()).get("architectures") or [""])[0])
+    except (ValueError, AttributeError, LookupError) as error:
+        raise DataError(f"{file} is no configuration of a model: {error}") from error
+    return "text-generation" if made_for.endswith(("ForCausalLM", "LMHeadModel")) else "text-classification"
 
 
 def export_named(name: str, task: str, profile: str, targets: tuple[str, ...], max_rank: int) -> ExportedBase:

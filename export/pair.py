@@ -4,6 +4,7 @@ The very files that ship are read back and verified; the trained model is opened
 """
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,4 +72,6 @@ def _trained(base: Base, task: Task, origin: Origin, labels: int) -> PeftModel:
         inner = PhraseClassifier(inner, inner.config.hidden_size, labels)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         to_peft(origin.tensors, origin.method, Path(folder) / "peft")
-        return PeftModel.from_pretrained(inner, Path(folder) / "peft").eval()
+        with warnings.catch_warnings():  # peft asks transformers in words of an older one
+            warnings.simplefilter("ignore", FutureWarning)
+            return PeftModel.from_pretrained(inner, Path(folder) / "peft").eval()

@@ -5,7 +5,7 @@ answer for a text, a language model one after each token: which of the two it is
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,13 @@ def torch_logits(model: PeftModel, ids: Sequence[int]) -> Floats:
     return logits
 
 
-def compare(model: PeftModel, runner: OnnxRunner, inputs: Tensors, texts: Sequence[str]) -> Parity:
+def compare(
+    model: PeftModel,
+    runner: OnnxRunner,
+    inputs: Tensors,
+    texts: Sequence[str],
+    step: Callable[[], object] = lambda: None,
+) -> Parity:
     """Ask torch and ONNX Runtime the same texts.
 
     Args:
@@ -121,6 +127,7 @@ def compare(model: PeftModel, runner: OnnxRunner, inputs: Tensors, texts: Sequen
         runner: The exported base.
         inputs: The exported adapter, read back from its file (``adapter.decode``).
         texts: Held-out texts; at least one, and for a language model one of two tokens.
+        step: Called after each text.
 
     Raises:
         DataError: No answer to compare, or one that is not finite.
@@ -132,6 +139,7 @@ def compare(model: PeftModel, runner: OnnxRunner, inputs: Tensors, texts: Sequen
             raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken")
         following = encoding.ids[1:] if expected.ndim == 3 else None
         rows.append(_compared(_log_softmax(expected[0]), _log_softmax(found[0]), following))
+        step()
     if not sum(map(len, rows)):
         raise DataError("parity needs at least one text, and of a language model one that has two tokens")
     agreement, difference, *losses = np.concatenate(rows).T.astype(np.float64)
