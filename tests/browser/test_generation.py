@@ -131,6 +131,24 @@ def test_the_same_tokens_as_natively_with_each_adapter_and_with_none(written: Wr
     assert len({tuple(answer) for answer in answers}) == 3, "the adapter decides"
 
 
+def test_a_base_of_four_bits_begins_to_write_as_natively(
+    page: Any,
+    serve: Callable[[Path], str],
+    chatty: Base,
+    sources: list[AdapterSource],
+    vendor: IdentityKey,
+    tmp_path: Path,
+) -> None:
+    write_bundle(tmp_path / "four", export_causal(chatty, TARGETS, Profile.NATIVE_INT4), sources, key=vendor)
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    page.goto(serve(tmp_path / "four"))
+    page.evaluate(START)
+    found = page.evaluate(f"written('other', {json.dumps({'maxTokens': 10, 'prompt': PROMPT})})")
+    # A browser rounds activations in another way (docs/browser.md), so a longer text may part.
+    expected = [greedy(tmp_path / "four", name, ids_of(tmp_path / "four", PROMPT), 10) for name in ("other", "global")]
+    assert found["ids"] == expected[0] != expected[1]
+
+
 def test_the_same_text_as_onnxruntime_genai(written: Written, bundle: Path) -> None:
     generator = Generator.open(bundle)
     generator.use("other")
