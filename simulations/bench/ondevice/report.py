@@ -9,7 +9,6 @@ from aggregation.errors import DataError
 from simulations.bench.ondevice.stage import FORMATS, PEER, TORCH
 
 Found = Mapping[str, Any]
-HEIGHTS = (10, -10, 24, -24)  # of labels over what they name, in points
 RESULT, PICTURE = "ondevice.json", "ondevice.png"
 
 
@@ -154,20 +153,19 @@ def _bars(axes: Any, found: Found, what: str) -> None:
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set(ylabel="tokens a second", title=what)
     axes.grid(visible=True, axis="y", alpha=0.2)
-    axes.legend(frameon=False)
+    axes.margins(y=0.2)  # room for the legend above the bars
+    axes.legend(frameon=False, ncols=2, loc="upper right")
 
 
 def _scatter(axes: Any, found: Found) -> None:
-    # Neighbours in speed have their labels at different heights, so that none covers another.
-    order = sorted(found["perplexity"], key=lambda name: float(found["decode"][name]["adapter"]))
-    for place, name in enumerate(order):
-        values, height = found["perplexity"][name], HEIGHTS[place % len(HEIGHTS)]
+    for name, values in found["perplexity"].items():
         form = "fp32" if name in (PEER, TORCH) else "int8"
-        x, y = found["decode"][name]["adapter"], values[form]
-        axes.scatter([x], [y], s=found["sizes"].get(name, {"base": 0})["base"] / 1e6 + 20, alpha=0.6)
-        side = "bottom" if height > 0 else "top"
-        axes.annotate(name, (x, y), (0, height), textcoords="offset points", ha="center", va=side)
+        size = found["sizes"].get(name, {"base": 0})["base"] / 1e6 + 20
+        axes.scatter([found["decode"][name]["adapter"]], [values[form]], s=size, alpha=0.6, label=name)
     axes.margins(0.2)
+    # Not beside the points: those of profiles that are equally good lie on each other.
+    for handle in axes.legend(frameon=False).legend_handles:
+        handle.set_sizes([40])
     axes.set(
         xlabel="decode with adapter, tokens a second", ylabel="perplexity with adapter", title="area: bytes of the base"
     )
