@@ -182,24 +182,30 @@ def test_a_device_writes_what_torch_writes_with_an_adapter_and_without(
     write_bundle(tmp_path / "lm", exported, [source], key=key, form="fp32")
     (tmp_path / "trust.pem").write_bytes(key.public.to_pem())
     generator = Generator.open(tmp_path / "lm", threads=1)
-    prompt = "turn on the light"
+    prompts = ("turn on the light", "turn on the light in the hall")  # the second goes on from what is remembered
 
-    def written() -> str:
-        return "".join(generator.complete(prompt, Options(max_tokens=12)))
+    def written() -> list[str]:
+        return ["".join(generator.complete(prompt, Options(max_tokens=12))) for prompt in prompts]
 
-    def by_torch() -> str:
-        tokens = generator._engine.encode(prompt)
-        given = {"attention_mask": torch.ones(1, len(tokens)), "do_sample": False, "max_new_tokens": 12}
-        with torch.no_grad():
-            sequence = model.generate(torch.tensor([tokens]), **given)[0].tolist()
-        text: str = generator._engine._tokenizer.decode(np.array(sequence[len(tokens) :], np.int32))
-        return text
+    def by_torch() -> list[str]:
+        return [continued(model, generator, prompt) for prompt in prompts]
 
     with model.disable_adapter():
         bare = written()
         assert bare == by_torch()
+        assert generator.last is not None
+        assert generator.last.reused_tokens > 0
     generator.use("global")
     assert written() == by_torch() != bare
+
+
+def continued(model: PeftModel, generator: Generator, prompt: str) -> str:
+    tokens = generator._engine.encode(prompt)
+    given = {"attention_mask": torch.ones(1, len(tokens)), "do_sample": False, "max_new_tokens": 12}
+    with torch.no_grad():
+        sequence = model.generate(torch.tensor([tokens]), **given)[0].tolist()
+    text: str = generator._engine._tokenizer.decode(np.array(sequence[len(tokens) :], np.int32))
+    return text
 
 
 @pytest.mark.slow
