@@ -52,6 +52,9 @@ def read_adapter(bundle: Path, name: str, card: BaseCard, keys: Sequence[PublicK
         TrustError: Sidecar or file are not what a trusted key signed for this base under this name.
     """
     path = bundle / "adapters" / check_name(name)
+    if not path.with_name(f"{name}.json").is_file():
+        there = ", ".join(sorted(file.stem for file in path.parent.glob("*.json"))) or "none"
+        raise DataError(f"{bundle} has no adapter {name!r}; it has: {there}")
     sidecar = Sidecar.accept(_read(path.with_name(f"{name}.json"), MAX_DOCUMENT), keys)
     if sidecar.name != name or sidecar.base_digest != card.base_digest:
         raise TrustError(f"the sidecar of {name!r} was signed for another name or base; export the adapter again")
@@ -93,4 +96,4 @@ def _read(path: Path, limit: int) -> bytes:
             raise DataError(f"{path} is above the limit of {limit} bytes")
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; is it a bundle, and does it have this adapter?") from error
+        raise DataError(f"{path} is missing; is it a bundle, and is it whole?") from error

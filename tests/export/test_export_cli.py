@@ -306,7 +306,11 @@ def test_a_bundle_adapter_that_is_damaged_is_not_given_to_peft(export: Run, shop
 
 
 def test_a_missing_sidecar_and_a_source_too_many_are_refused(export: Run, shop: Path) -> None:
-    refused(export("peft", "--bundle", shop / "bundle", "--name", "nobody", "--out", shop / "out"), 5, "is missing")
+    refused(
+        export("peft", "--bundle", shop / "bundle", "--name", "nobody", "--out", shop / "out"),
+        5,
+        "has no adapter 'nobody'; it has: none",
+    )
     refused(export("peft", "--out", shop / "out"), 2, "name one source")
     both = ("peft", "--bundle", shop / "bundle", "--registry", shop / "fleet", "--out", shop / "out")
     refused(export(*both), 2, "name one source")
