@@ -17,6 +17,7 @@ from aggregation.steps import ADAPTER, BODY, RECORD, Step
 from coordinator.wire import SystemClock, Wire
 
 LINK_NODE = 1  # the SuperLink's own id
+BESIDE = {ADAPTER: b"adapter"}  # what a message carries beside its body
 HOURS = 3600.0  # seconds between heartbeats that nobody waits for
 
 
@@ -33,7 +34,8 @@ class Link:
 
     def ask(self, wire: Wire, nodes: list[int] | None = None) -> dict[int, bytes | str]:
         """Node → its answer, or why there is none."""
-        replies = list(wire.ask(Step.OFFER, {node: b"to %d" % node for node in nodes or self.nodes}, "g", b"adapter"))
+        bodies = {node: b"to %d" % node for node in nodes or self.nodes}
+        replies = list(wire.ask(Step.OFFER, bodies, "g", dict.fromkeys(bodies, BESIDE)))
         answers = {reply.node: reply.reason if reply.body is None else reply.body for reply in replies}
         assert len(answers) == len(replies), "a node answered twice"
         return answers
@@ -59,7 +61,7 @@ class Link:
     def answer(self, message: Message, error: str | None = None) -> str | None:
         """Store a reply as the SuperLink does; None if it refuses."""
         body = message.content.config_records[RECORD]
-        assert body[ADAPTER] == b"adapter"
+        assert body[ADAPTER] == BESIDE[ADAPTER]
         content = RecordDict({RECORD: ConfigRecord({BODY: b"got " + bytes(body[BODY])})})  # type: ignore[arg-type]
         reply = Message(Error(100, error), reply_to=message) if error else Message(content, reply_to=message)
         reply.metadata.__dict__["_message_id"] = reply.object_id
@@ -108,7 +110,7 @@ def test_a_node_that_flower_does_not_know_shifts_nobodys_answer(link: Link) -> N
 
 def test_an_answer_is_handed_on_before_the_others_have_come(link: Link) -> None:
     first, second, third = link.nodes
-    replies = link.wire(5.0).ask(Step.OFFER, dict.fromkeys(link.nodes, b"x"), "g", b"adapter")
+    replies = link.wire(5.0).ask(Step.OFFER, dict.fromkeys(link.nodes, b"x"), "g", dict.fromkeys(link.nodes, BESIDE))
     thread = link.serve(second)
     assert next(replies).node == second
     threads = [thread, link.serve(first), link.serve(third)]
