@@ -1,6 +1,6 @@
-"""How far an exported pair may be from torch, by profile and task: measured, with a stated margin.
+"""How far an exported pair may be from torch, by profile and task: about twice as far as was measured.
 
-docs/export.md has the measurements and the command that repeats them.
+docs/export.md has the measurements, the commands that repeat them, and the two exceptions from that margin.
 """
 
 from dataclasses import dataclass
@@ -34,15 +34,15 @@ class Limits:
 LIMITS: dict[Task, dict[Profile, Limits]] = {
     "text-classification": {
         Profile.FP32: Limits(0.995, 0.01),
-        Profile.NATIVE_INT8: Limits(0.97, 0.1),
-        Profile.NATIVE_INT4: Limits(0.8, 0.6),
-        Profile.WEB_INT8: Limits(0.9, 0.3),
+        Profile.NATIVE_INT8: Limits(0.965, 0.05),
+        Profile.NATIVE_INT4: Limits(0.83, 0.35),
+        Profile.WEB_INT8: Limits(0.95, 0.16),
     },
     "text-generation": {
         Profile.FP32: Limits(0.995, perplexity_ratio=1.001),
-        Profile.NATIVE_INT8: Limits(0.95, perplexity_ratio=1.02),
-        Profile.NATIVE_INT4: Limits(0.7, perplexity_ratio=1.3),
-        Profile.WEB_INT8: Limits(0.8, perplexity_ratio=1.15),
+        Profile.NATIVE_INT8: Limits(0.9, perplexity_ratio=1.01),
+        Profile.NATIVE_INT4: Limits(0.85, perplexity_ratio=1.1),
+        Profile.WEB_INT8: Limits(0.7, perplexity_ratio=1.04),
     },
 }
 
