@@ -4,7 +4,6 @@ So `edgeadapt device …` starts in a second on a machine that has neither torch
 installed says which one it needs instead of breaking the rest.
 """
 
-import importlib
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ import sys
 import click
 
 from aggregation.errors import EdgeAdaptError
+from lazygroup import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
@@ -37,32 +37,7 @@ OFFLINE = {
 }
 
 
-class _LazyGroup(click.Group):
-    """A group that imports a command's module when the command is called or asked for its own help."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute, _, extra = COMMANDS[cmd_name]
-        try:
-            command: click.Command = getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            if not extra or (error.name or "").partition(".")[0] == module.partition(".")[0]:
-                raise
-            raise click.ClickException(
-                f"'{cmd_name}' needs {error.name}, which is not installed: pip install 'edgeadapt[{extra}]'"
-            ) from error
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, row[2]) for name, row in COMMANDS.items()])
-
-
-@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edgeadapt")
 def cli() -> None:
     """Federated on-device personalization: adapters over a frozen model, secure aggregation, signed ONNX."""

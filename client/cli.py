@@ -1,8 +1,8 @@
 """``edgeadapt device``: what a person does with a bundle on a device. A command is imported when it is called."""
 
-import importlib
-
 import click
+
+from lazygroup import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
@@ -17,30 +17,7 @@ COMMANDS = {
 }
 
 
-class _LazyGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute, _, extra = COMMANDS[cmd_name]
-        try:
-            command: click.Command = getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            if not extra or (error.name or "").partition(".")[0] == "client":
-                raise
-            raise click.ClickException(
-                f"'device {cmd_name}' needs {error.name}, which is not installed: pip install 'edgeadapt[{extra}]'"
-            ) from error
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, row[2]) for name, row in COMMANDS.items()])
-
-
-@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 def device() -> None:
     """Inference on a device: verify a bundle, answer phrases, chat.
 

@@ -10,13 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from tempfile import mkdtemp
 
+from adapters.storage import replace
 from aggregation import enrolment
 from aggregation.certificates import Root
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.identity import IdentityKey, PublicKey
 from client.home import AUTHORITY, CERTIFICATE, COORDINATOR, IDENTITY, TRUST, DeviceSettings, Home, enrol
-from client.storage import replace
 
 REQUEST = "request.csr"
 

@@ -10,8 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from adapters.storage import replace
 from aggregation.errors import DataError
-from client.storage import replace
 
 MAX_TEXT = 2_000  # characters
 MAX_FILE = 64 * 2**20  # bytes

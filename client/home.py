@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adapters.storage import replace
 from aggregation import clientside, receipts
 from aggregation.certificates import Root
 from aggregation.clientside import ClientState, Device
@@ -24,7 +25,6 @@ from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.identity import IdentityKey, PublicKey
 from aggregation.receipts import Witness
 from client.policy import PolicySettings
-from client.storage import replace
 
 SETTINGS = "device.toml"
 IDENTITY = "identity.pem"

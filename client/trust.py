@@ -30,6 +30,7 @@ from adapters.layout import Tensors
 from adapters.manifest import BaseCard, Sidecar, Task
 from adapters.ondevice import check_name, check_slots, layout_of, restore
 from adapters.signed import MAX_DOCUMENT
+from adapters.storage import replace
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.identity import PublicKey
 from client import intact
@@ -166,7 +167,7 @@ class Trust:
         versions = seen.setdefault(sidecar.base_digest, {})
         if versions.get(sidecar.name, -1) < sidecar.version:
             versions[sidecar.name] = sidecar.version
-            _replace(self.seen, json.dumps(seen, indent=1, sort_keys=True).encode())
+            _note(self.seen, json.dumps(seen, indent=1, sort_keys=True).encode())
 
     def _seen(self) -> dict[str, dict[str, int]]:
         if not self.seen.exists():
@@ -233,15 +234,9 @@ def _check_listed(folder: Path, card: BaseCard) -> None:
         )
 
 
-def _replace(path: Path, blob: bytes) -> None:
+def _note(path: Path, blob: bytes) -> None:
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(blob)
-        try:
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace(path, blob)
     except OSError as error:
         raise ConfigError(
             f"cannot note the accepted version in {path} ({error.strerror}); make the folder writable, or pin the keys "

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from adapters import storage
+from adapters.storage import PUBLIC
 from aggregation import envelope, transcript
 from aggregation.audit.log import checkpoints
 from aggregation.audit.report import Problem
@@ -30,7 +32,6 @@ from aggregation.revocation import RevocationList
 from aggregation.serverside import AbortReason, RoundResult
 from aggregation.steps import Step
 from aggregation.transcript import ENTRY, LENGTH, MAGIC, NO_SESSION, Abort, Entry, Result, Stage, Transcript
-from coordinator import storage
 
 AUTHORITY = "authority.pem"
 COORDINATOR = "coordinator.pem"
@@ -68,10 +69,10 @@ class Transcripts:
             TrustError: The log before it was altered.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        storage.replace(self.folder / AUTHORITY, self.root.to_pem())
+        storage.replace(self.folder / AUTHORITY, self.root.to_pem(), PUBLIC)
         if revoked is not None:
-            storage.replace(self.folder / REVOKED, revoked.to_pem())
-        storage.replace(self.folder / COORDINATOR, self.key.public.to_pem())
+            storage.replace(self.folder / REVOKED, revoked.to_pem(), PUBLIC)
+        storage.replace(self.folder / COORDINATOR, self.key.public.to_pem(), PUBLIC)
         vectors = self.folder / VECTORS if self.keep_vectors else None
         if vectors:
             vectors.mkdir(exist_ok=True)
@@ -147,7 +148,7 @@ class Recorder:
         self.write(self.log.received(step, device, body))
         if self.vectors is not None and step is Step.PLAN:
             vector = transcript.vector_of(body)
-            storage.replace(vector_path(self.vectors, hashlib.sha256(vector).digest()), vector)
+            storage.replace(vector_path(self.vectors, hashlib.sha256(vector).digest()), vector, PUBLIC)
 
     def result(self, result: RoundResult, version: int, adapter: str) -> None:
         """The round under way made this sum, and the sum this adapter (its SHA-256)."""

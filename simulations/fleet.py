@@ -17,6 +17,7 @@ from adapters.base import Base
 from adapters.classifier import LoraSpec, seeded
 from adapters.layout import Floats, Layout
 from adapters.manifest import Manifest, Method
+from adapters.storage import replace
 from aggregation.certificates import Authority
 from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
@@ -24,7 +25,6 @@ from client import home as device_home
 from client.examples import Example, Part, write_examples
 from client.home import DeviceSettings, Home, enrol
 from client.policy import PolicySettings
-from client.storage import replace
 from client.train import Trainer, trainer
 from coordinator import home as coordinator_home
 from coordinator.home import open_registry

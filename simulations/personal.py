@@ -7,13 +7,12 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from adapters import files
+from adapters import files, storage
 from adapters.base import Base
 from adapters.layout import Tensors
 from adapters.task import Task
 from aggregation.errors import DataError
 from client import home as device_home
-from client import storage
 from client.examples import Part, part, read_examples
 from client.home import Home
 from client.personal import Choice, personalize

@@ -18,10 +18,10 @@ import torch
 from flwr.app import Context, RecordDict
 
 from adapters.base import Base, find_base
+from adapters.storage import replace
 from aggregation.errors import ConfigError
 from client.app import app as client_app
 from client.examples import read_examples
-from client.storage import replace
 from coordinator.app import HOME
 from coordinator.app import app as server_app
 from export.dequantize import dequantized

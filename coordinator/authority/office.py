@@ -19,19 +19,19 @@ from typing import Self
 
 from cryptography import x509
 
+from adapters import storage
+from adapters.storage import PRIVATE, PUBLIC
 from aggregation.certificates import Authority, Root
 from aggregation.enrolment import require_name
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.identity import IdentityKey, PublicKey
 from aggregation.revocation import Reason, Revocation
-from coordinator import storage
 from coordinator.authority.record import Issued, Listed, Pen, Record, Revoked
 
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
 SHORTEST = 12  # characters of a passphrase: PKCS #8 as OpenSSL writes it tries a guess in a millisecond
 SKEW = timedelta(hours=1)  # by which a device's clock may be behind
-PRIVATE = 0o600
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Office:
         made = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             storage.replace(made / KEY, authority.key.to_pem(passphrase), PRIVATE)
-            storage.replace(made / CERTIFICATE, authority.root.to_pem())
+            storage.replace(made / CERTIFICATE, authority.root.to_pem(), PUBLIC)
             storage.replace(made / RECORD, b"", PRIVATE)
             cls(made).sign_list(authority, list_days)
             made.replace(folder)
@@ -170,7 +170,7 @@ class Office:
         revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in _revoked(pen.events).items()}
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
         pen.add(Listed(at=now, number=number, until=signed.next_update))  # first: no number is used twice
-        storage.replace(self.folder / REVOKED, signed.to_pem())
+        storage.replace(self.folder / REVOKED, signed.to_pem(), PUBLIC)
         return number
 
     def certificates(self) -> tuple[tuple[Issued, str], ...]:

@@ -18,7 +18,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from adapters import files
+from adapters import files, storage
 from adapters.layout import Layout
 from adapters.task import Task
 from aggregation import serverside
@@ -26,7 +26,7 @@ from aggregation.certificates import Root
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
-from client import storage, train
+from client import train
 from client.app import FAILED, HOME, REFUSED, app
 from client.train import Trainer
 from coordinator.home import CoordinatorHome

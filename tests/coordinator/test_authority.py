@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from adapters import storage
 from aggregation import enrolment
 from aggregation.certificates import Authority, Root
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.identity import IdentityKey
 from aggregation.revocation import Reason
-from coordinator import storage
 from coordinator.authority import office as module
 from coordinator.authority.cli import authority
 from coordinator.authority.office import Office

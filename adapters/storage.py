@@ -1,14 +1,14 @@
-"""Files of the coordinator's and the authority's, replaced whole or not at all."""
+"""Files of a home, replaced whole or not at all: the device's, the coordinator's, the authority's."""
 
 import os
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-PUBLIC = 0o644
+PUBLIC, PRIVATE = 0o644, 0o600
 
 
-def replace(path: Path, content: bytes, mode: int = PUBLIC) -> None:
-    """Write a file atomically; after a return it outlives a power cut.
+def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
+    """Write a file atomically, by default for its owner alone; after a return it outlives a power cut.
 
     Raises:
         OSError: The disk is full, say. The old file is as it was, and nothing lies beside it.

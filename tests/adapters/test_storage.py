@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import storage
+from adapters import storage
 from coordinator.authority.office import Office
 
 

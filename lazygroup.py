@@ -1,0 +1,48 @@
+"""A group of commands, each imported only when it is called or asked for its own help.
+
+So a command starts without its neighbours' libraries, and one whose extra is not installed says which one it needs.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+Row = tuple[str, str, str, str]  # module, attribute, one line for --help, extra that it needs
+
+
+class LazyGroup(click.Group):
+    """``click.command(cls=LazyGroup, table={command: row})``."""
+
+    def __init__(self, *args: Any, table: Mapping[str, Row], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._table = table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the table."""
+        return list(self._table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported; None if there is no such.
+
+        Raises:
+            click.ClickException: What it needs is not installed.
+        """
+        if cmd_name not in self._table:
+            return None
+        module, attribute, _, extra = self._table[cmd_name]
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if not extra or (error.name or "").partition(".")[0] == module.partition(".")[0]:
+                raise
+            raise click.ClickException(
+                f"'{cmd_name}' needs {error.name}, which is not installed: pip install 'edgeadapt[{extra}]'"
+            ) from error
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table's own lines, so that ``--help`` imports nothing."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, row[2]) for name, row in self._table.items()])
