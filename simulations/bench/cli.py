@@ -1,78 +1,16 @@
-"""The command group `edgeadapt bench`."""
-
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+"""The command group `edgeadapt bench`. A command is imported when it is called."""
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from aggregation.errors import DataError
-from simulations.bench.ondevice.command import ondevice
+from lazygroup import LazyGroup
+
+# command → (module, attribute, one line for --help, extra that it needs)
+COMMANDS = {
+    "ondevice": ("simulations.bench.ondevice.command", "ondevice", "A language model beside torch and llama.cpp.", ""),
+    "secagg": ("simulations.bench.command", "secagg", "Secure aggregation beside the installed Flower's SecAgg+.", ""),
+}
 
 
-@click.group()
+@click.command(cls=LazyGroup, table=COMMANDS)
 def bench() -> None:
     """Measure this implementation against a named peer in one run."""
-
-
-bench.add_command(ondevice)
-
-
-@bench.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Draw the sweeps into this PNG.")
-@click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, says nothing about speed.")
-@click.option("--repeats", type=click.IntRange(1), help="Repeats; the peer's slow server has 3.")
-@click.option("--no-sweep", is_flag=True, help="Leave the sweeps of cohort and vector out.")
-def secagg(as_json: bool, out: Path | None, quick: bool, repeats: int | None, no_sweep: bool) -> None:
-    """Secure aggregation against the SecAgg+ functions of the installed Flower.
-
-    100 devices, a million elements, 20 neighbours on either side; then sweeps of ours alone. Some minutes on two cores.
-    What each row holds: docs/secagg-bench.md.
-
-    \b
-    Examples:
-      edgeadapt bench secagg --out secagg.png
-      edgeadapt bench secagg --json --no-sweep
-    """
-    # Here and not above: --help need not wait for Flower.
-    import dataclasses
-
-    from simulations.bench import report
-    from simulations.bench import secagg as run
-    from simulations.bench import sweep as alone
-
-    _require_folder(out)
-    size = run.QUICK if quick else run.Size()
-    size = dataclasses.replace(size, repeats=repeats) if repeats else size
-    more = bool(out) or not no_sweep
-    with _progress(run.STEPS + (alone.steps(size) if more else 0)) as note:
-        found: dict[str, Any] = run.compare(size, note)
-        if more:
-            found["large"] = alone.large(size, note)
-            found["memory"] = alone.memory(size, note)
-            found["sweep"] = alone.sweep(size, note)
-    if out:
-        report.draw(found["sweep"], out)
-    click.echo(json.dumps(found) if as_json else report.table(found))
-
-
-def _require_folder(out: Path | None) -> None:
-    """Refuse now what would fail after minutes."""
-    if out and not out.parent.is_dir():
-        raise DataError(f"cannot write {out}: {out.parent} is no folder; choose another --out")
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal; elsewhere nothing. Yields what is to be called at the beginning of each step."""
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    # The file is asked as well: FORCE_COLOR makes rich take a pipe for a terminal.
-    with Progress(*columns, console=console, transient=True, disable=not console.file.isatty()) as bar:
-        task = bar.add_task("", total=steps, completed=-1)
-        yield lambda what: bar.update(task, advance=1, description=what)

@@ -1,21 +1,18 @@
 """`edgeadapt bench secagg`: both sides on the same work, in turns. docs/secagg-bench.md says what is compared."""
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-from aggregation import masks, ring
-from aggregation.masks import Mask
+from aggregation import ring
 from aggregation.serverside import Collecting
 from coordinator.maskworkers import MaskWorkers
 from simulations.bench import ours, peer
+from simulations.bench.limit import limit
 from simulations.bench.timing import Call, Timing, in_turns
 
 DROPOUTS = (0.0, 0.1, 0.3)
@@ -90,7 +87,7 @@ def compare(size: Size, note: Note) -> dict[str, Any]:
     note("client: shares, encode and mask, whole upload")
     clients = _clients(size, mine, theirs, begun, values)
     note("masks against AES and an addition")
-    limit = _limit(size)
+    bound = limit(size.elements, size.degree + 1, max(size.repeats, 7))
 
     note("uploads of every device")
     bodies = {name: mine.upload(mine.planned(name, begun.plan), {"delta": values}, rng) for name in mine.devices}
@@ -105,7 +102,7 @@ def compare(size: Size, note: Note) -> dict[str, Any]:
         "server": {key: pair.to_json() for key, (pair, _) in server.items()},
         "server_checks_ms": {key: checks for key, (_, checks) in server.items()},
         "bytes": {"ours": len(bodies[first]), "peer": len(foreign)},
-        **limit,
+        **bound,
     }
 
 
@@ -177,44 +174,3 @@ def _serve(
         Call(their_server, lambda: None, size.peer_repeats),
     )
     return Pair(sums + helped, other, alone=sums + alone), checked.ms - sums.ms
-
-
-def _limit(size: Size) -> dict[str, float]:
-    """How near masking is to the least that it can be: the keystream by the fastest route, and a wrapping addition."""
-    vector = ring.zeros(size.elements, ours.BITS)
-    found = [Mask(hashlib.sha256(bytes([i])).digest(), add=True) for i in range(size.degree + 1)]
-    times = max(1, vector.nbytes * len(found) // masks.BLOCK)
-    kinds = [(route, add) for route in (_ctr, _gcm) for add in (False, True)]
-    repeats = max(size.repeats, 7)
-    ran, *raw = in_turns(
-        Call(lambda _: masks.apply(vector, found), lambda: None, repeats),
-        *(Call(partial(_stream, times, *kind), lambda: None, repeats) for kind in kinds),
-    )
-    speed = vector.nbytes * len(found) / min(ran.cpu)
-    ctr, ctr_add, gcm, gcm_add = (times * masks.BLOCK / min(timing.cpu) for timing in raw)
-    return {
-        "mask_fraction_of_limit": speed / max(ctr_add, gcm_add),
-        "mask_fraction_of_ctr_mode": speed / ctr_add,
-        "mask_gb_per_s": speed / 1e6,
-        "aes_ctr_gb_per_s": ctr / 1e6,
-        "aes_gcm_gb_per_s": gcm / 1e6,
-    }
-
-
-def _ctr() -> CipherContext:
-    return Cipher(algorithms.AES256(bytes(32)), modes.CTR(bytes(16))).encryptor()
-
-
-def _gcm() -> CipherContext:
-    return Cipher(algorithms.AES256(bytes(32)), modes.GCM(bytes(12))).encryptor()
-
-
-def _stream(times: int, route: Callable[[], CipherContext], add: bool, _: None) -> None:
-    """Keystream into one block, time and again, and perhaps added to another."""
-    stream, zeros = route(), bytes(masks.BLOCK)
-    buffer, block = memoryview(bytearray(masks.BLOCK)), np.zeros(masks.BLOCK // 4, np.uint32)
-    keystream = np.frombuffer(buffer, np.uint32)
-    for _turn in range(times):
-        stream.update_into(zeros, buffer)
-        if add:
-            np.add(block, keystream, out=block)

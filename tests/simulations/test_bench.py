@@ -14,8 +14,8 @@ from rich.console import Console
 
 from coordinator.maskworkers import MaskWorkers
 from edgeadapt import cli
-from simulations.bench import cli as bench_cli
 from simulations.bench import ours, peer, report, secagg
+from simulations.bench import progress as bench_progress
 from simulations.bench.secagg import QUICK
 from simulations.bench.sweep import _fitted, large, memory, steps, sweep
 from simulations.bench.timing import Call, Timing, in_turns, measure
@@ -129,8 +129,8 @@ def test_a_bar_is_shown_on_a_terminal_and_only_there(monkeypatch: pytest.MonkeyP
     for terminal in (True, False):
         screen = io.StringIO()
         monkeypatch.setattr(screen, "isatty", lambda terminal=terminal: terminal)
-        monkeypatch.setattr(bench_cli, "Console", lambda stderr, screen=screen: Console(file=screen, width=100))
-        with bench_cli._progress(2) as note:
+        monkeypatch.setattr(bench_progress, "Console", lambda stderr, screen=screen: Console(file=screen, width=100))
+        with bench_progress.progress(2) as note:
             note("setting up")
             note("masks")
         shown[terminal] = screen.getvalue()

@@ -26,12 +26,12 @@ def ondevice(
       edgeadapt bench ondevice --out bench
       edgeadapt bench ondevice --json --profiles native-int4 --rounds 15
     """
-    # Here and not above: --help need not wait for torch, nor the group for its commands.
+    # Here and not above: --help need not wait for torch.
     import dataclasses
 
-    from simulations.bench.cli import _progress
     from simulations.bench.ondevice import compare as run
     from simulations.bench.ondevice import report
+    from simulations.bench.progress import progress
 
     wanted, size = run.profiles(profiles), run.QUICK if quick else run.Size()
     size = dataclasses.replace(size, tokens=tokens or size.tokens, rounds=rounds or size.rounds)
@@ -39,7 +39,7 @@ def ondevice(
         report.make_folder(out)
     if not run.has_peer():
         click.echo(f"  {run.INSTALL}", err=True)
-    with _progress(run.steps(len(wanted), size)) as note:
+    with progress(run.steps(len(wanted), size)) as note:
         found = run.compare(wanted, size, note)
     if out:
         report.keep(found, out)
