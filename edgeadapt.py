@@ -24,6 +24,7 @@ COMMANDS = {
     "seeds": ("simulations.cli", "seeds", "Finished runs of one scenario side by side.", "simulations"),
     "simulate": ("simulations.cli", "simulate", "Run a scenario file, start to report.", "simulations"),
 }
+PROGRAM = "edgeadapt"
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
 # Nothing is fetched or reported at run time, whatever a library's defaults are.
@@ -38,9 +39,16 @@ OFFLINE = {
 
 
 @click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="edgeadapt")
+@click.version_option(package_name=PROGRAM)
 def cli() -> None:
-    """Federated on-device personalization: adapters over a frozen model, secure aggregation, signed ONNX."""
+    """Federated on-device personalization: adapters over a frozen model, secure aggregation, signed ONNX.
+
+    \b
+    Examples:
+      edgeadapt demo --out runs/demo
+      edgeadapt device infer --bundle runs/demo/bundle "turn on the kitchen lights"
+      edgeadapt audit verify runs/demo
+    """
 
 
 def main() -> None:
@@ -48,14 +56,19 @@ def main() -> None:
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
     try:
-        sys.exit(cli(standalone_mode=False))
+        sys.exit(cli(prog_name=PROGRAM, standalone_mode=False))
     except EdgeAdaptError as error:
         _fail(str(error), error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else PROGRAM
+        _fail(f"{error.format_message().rstrip('.')}; see '{command} --help'", error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", INTERRUPTED)
     except OSError as error:
@@ -66,7 +79,7 @@ def _fail(message: str, code: int) -> None:
     line = " ".join(message.split())
     if "--json" in sys.argv:
         print(json.dumps({"error": line}))
-    print(f"edgeadapt: {line}", file=sys.stderr)
+    print(f"{PROGRAM}: {line}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -197,7 +197,7 @@ def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
     _end(error, as_json)
 
 
-@audit_command.command()
+@audit_command.command(short_help="List the rounds at PATH, who was counted and who dropped out.")
 @_options
 @click.option("--entries", is_flag=True, help="List every message too.")
 def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: Any) -> None:

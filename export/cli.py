@@ -59,7 +59,7 @@ def export() -> None:
     """
 
 
-@export.command()
+@export.command(short_help="Make a signing key (Ed25519).")
 @click.argument("path", type=FOLDER, metavar="KEY.pem")
 @out_json
 def key(path: Path, as_json: bool) -> None:
@@ -124,7 +124,7 @@ def base(
     )
 
 
-@export.command()
+@export.command(short_help="Add an adapter from a registry or peft to a bundle.")
 @from_registry
 @from_folder
 @which
@@ -169,7 +169,7 @@ def adapter(
     )
 
 
-@export.command()
+@export.command(short_help="Write an adapter as a folder that plain peft opens.")
 @from_registry
 @which
 @click.option("--bundle", type=FOLDER, metavar="BUNDLE", help="Instead of a registry: an exported adapter.")
@@ -212,7 +212,7 @@ def peft(
     _say({"out": str(out), "tensors": len(tensors)}, f"{out}: {len(tensors)} tensors, for peft", as_json)
 
 
-@export.command()
+@export.command(short_help="Hold an exported pair against torch on texts.")
 @click.option("--bundle", type=FOLDER, required=True, metavar="BUNDLE", help="What is measured.")
 @click.option("--name", default="global", metavar="NAME", help="Of the adapter. Default: global.")
 @click.option("--base", "base_name", required=True, metavar="NAME|DIR", help="The base that the bundle was made from.")

@@ -100,7 +100,7 @@ def issue(
     click.echo(f"{device} has the key {key.key_id}, for {days} days", err=True)
 
 
-@authority.command()
+@authority.command(short_help="Revoke a device's certificates, or one by its serial.")
 @folder
 @click.argument("which", metavar="NAME|SERIAL")
 @click.option(

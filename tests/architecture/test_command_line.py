@@ -1,0 +1,88 @@
+"""Every command of `edgeadapt` explains itself, and says in one line what was wrong with how it was called."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+import pytest
+
+import edgeadapt
+
+Outcome = tuple[int, str, str]
+Path = tuple[str, ...]  # the words of a command, without the program's own
+
+
+def commands(group: click.Group, path: Path = ()) -> Iterator[tuple[Path, click.Command]]:
+    """Every command below ``group``, groups included."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+
+
+ALL = dict(commands(edgeadapt.cli))
+GROUPS = [(), *(path for path, command in ALL.items() if isinstance(command, click.Group))]
+LEAVES = [path for path in ALL if path not in GROUPS]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """The command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            edgeadapt.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_help_has_an_example_of_the_command_and_a_word_on_each_option(path: Path, run: Callable[..., Outcome]) -> None:
+    code, out, err = run(*path, "--help")
+    assert (code, err) == (0, "")
+    assert f"\n    edgeadapt {' '.join(path)} " in out or f"\n    edgeadapt {' '.join(path)}\n" in out
+    options = [each for each in ALL[path].params if isinstance(each, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: " ".join(path) or "edgeadapt")
+def test_a_group_without_a_command_lists_its_commands_each_in_a_whole_line(
+    path: Path, run: Callable[..., Outcome]
+) -> None:
+    code, out, err = run(*path)
+    assert (code, out) == (2, "")
+    listed = err.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == sorted(each[-1] for each in ALL if each[:-1] == path)
+    assert [line for line in listed if line.endswith("...")] == []
+
+
+def wrong_calls() -> Iterator[Any]:
+    yield from (pytest.param((*path, "nonsense"), id=f"{' '.join(path)} nonsense") for path in GROUPS)
+    yield from (pytest.param((*path, "--nonsense"), id=f"{' '.join(path)} --nonsense") for path in ALL)
+    yield from (
+        pytest.param(path, id=f"{' '.join(path)} …") for path in LEAVES if any(p.required for p in ALL[path].params)
+    )
+
+
+@pytest.mark.parametrize("words", wrong_calls())
+def test_a_wrong_call_ends_in_one_line_that_names_the_help(words: Path, run: Callable[..., Outcome]) -> None:
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("edgeadapt: ")
+    assert err.count("\n") == 1
+    command = " ".join(("edgeadapt", *(words if words in ALL else words[:-1])))
+    assert err.endswith(f"see '{command} --help'\n")
+
+
+def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Outcome]) -> None:
+    code, out, err = run("seeds", "--json")
+    assert code == 2
+    assert json.loads(out) == {"error": err.removeprefix("edgeadapt: ").rstrip("\n")}
