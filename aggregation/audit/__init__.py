@@ -8,7 +8,7 @@ does not fit its checkpoints, the checks after it often find the very message.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from aggregation.audit import history as histories
@@ -20,7 +20,7 @@ from aggregation.certificates import Root
 from aggregation.errors import TrustError
 from aggregation.identity import PublicKey
 from aggregation.messages import Message
-from aggregation.transcript import NO_SESSION, Checkpoint, Reading, read
+from aggregation.transcript import NO_SESSION, Checkpoint, Entry, Reading, read
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -103,6 +103,11 @@ class _Auditor:
         return self._report(tuple(findings))
 
     @property
+    def _entries(self) -> tuple[Entry, ...]:
+        """Those of the log by their true place, whatever number an entry bears: ``log`` has found the wrong ones."""
+        return tuple(replace(entry, index=index) for index, entry in enumerate(self.reading.entries))
+
+    @property
     def _history(self) -> History:
         if self.history is None:
             raise Problem("there is no session to check")
@@ -116,9 +121,9 @@ class _Auditor:
         )
 
     def _identities(self) -> str:
-        self.history = histories.begin(self.reading.entries, self.root, self.coordinator, self.at)
+        self.history = histories.begin(self._entries, self.root, self.coordinator, self.at)
         if any(checkpoint.offer != self.history.offer.digest() for checkpoint in self.checkpoints):
-            raise Problem("the checkpoints are of another session", self.reading.entries[0].place)
+            raise Problem("the checkpoints are of another session", self._entries[0].place)
         return f"{len(self.history.cohort)} devices, each certified by the authority{self._certified()}"
 
     def _certified(self) -> str:
@@ -131,11 +136,11 @@ class _Auditor:
         return "".join(f", {each}" for each in checked) + ", no device or key twice" + but
 
     def _signatures(self) -> str:
-        self.messages = histories.verify(self._history, self.reading.entries, self.coordinator)
+        self.messages = histories.verify(self._history, self._entries, self.coordinator)
         return f"{len(self.messages)} messages, each signed by the one who is said to have sent it"
 
     def _order(self) -> str:
-        histories.follow(self._history, self.reading.entries, self.messages, self.coordinator)
+        histories.follow(self._history, self._entries, self.messages, self.coordinator)
         return "each message belongs to this session and to its step, and nobody answered a step twice"
 
     def _participation(self) -> str:

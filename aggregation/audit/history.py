@@ -122,7 +122,8 @@ def verify(history: History, entries: tuple[Entry, ...], coordinator: PublicKey)
         try:
             signer = history.signer(entry, coordinator)
             brief = kind is Assignment and not envelope.unverified_body(entry.message)
-            messages.append(None if brief else envelope.open_as(kind, entry.message, signer, entry.peer))
+            author = entry.peer if entry.kind in _BY_DEVICES else COORDINATOR
+            messages.append(None if brief else envelope.open_as(kind, entry.message, signer, author))
         except ProtocolError as error:
             raise Problem(str(error), entry.place) from None
     return messages

@@ -72,10 +72,13 @@ def sums(history: History, opened: Mapping[int, Opened], vectors: Vectors) -> st
 
     Raises:
         Problem: A vector is not the one that was signed, or a sum is not the one that the result names.
-        Skipped: No round has all its vectors.
+        Skipped: No sum has all its vectors.
     """
+    whole = {current.plan.round for current in history.rounds if _kept(current, vectors)}
     ended = [current for current in history.rounds if current.plan.round in opened]
-    kept = [current for current in ended if _kept(current, vectors)]
+    kept = [current for current in ended if current.plan.round in whole]
+    if not ended:
+        return "no sum was made"
     if not kept:
         raise Skipped("the masked updates were kept as digests only, so the sums cannot be added up again")
     for current in kept:
@@ -100,22 +103,28 @@ def made(history: History, opened: Mapping[int, Opened]) -> tuple[Made, ...]:
 
 
 def _kept(current: Round, vectors: Vectors) -> bool:
-    return all(vectors(header.vector) is not None for header in current.inputs.values())
+    """Whether all vectors of a round are there, of one that was aborted too; each that is there is the one signed."""
+    there = [device for device in current.inputs if _is_there(current, device, vectors)]
+    return len(there) == len(current.inputs)
+
+
+def _is_there(current: Round, device: str, vectors: Vectors) -> bool:
+    digest = current.inputs[device].vector
+    packed = vectors(digest)
+    if packed is not None and hashlib.sha256(packed).digest() != digest:
+        raise Problem("the vector that was kept is not the one that was signed", current.place(MaskedInput, device))
+    return packed is not None
 
 
 def _add_up(history: History, current: Round, opened: Opened, vectors: Vectors) -> None:
     spec = history.offer.spec.vector
     total = ring.zeros(spec.size, spec.ring_bits)
     for device in current.counted:
-        digest = current.inputs[device].vector
-        packed = vectors(digest) or b""
-        where = current.place(MaskedInput, device)
-        if hashlib.sha256(packed).digest() != digest:
-            raise Problem("the vector that was kept is not the one that was signed", where)
+        packed = vectors(current.inputs[device].vector) or b""
         try:
             np.add(total, ring.unpack(packed, spec.size, spec.ring_bits), out=total)
         except ProtocolError as error:
-            raise Problem(str(error), where) from None
+            raise Problem(str(error), current.place(MaskedInput, device)) from None
     if history.session is not None:
         masks.apply(total, _off(history.session, current, opened))
     if isinstance(current.ending, Result) and ring.digest(total, spec.ring_bits) != current.ending.sum:

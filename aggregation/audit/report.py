@@ -137,5 +137,5 @@ class Report:
         """
         if self.failed:
             first, *others = self.failed
-            more = f"; {len(others)} more checks fail" if others else ""
+            more = f"; {many(len(others), 'other check')} failed too" if others else ""
             raise TrustError(f"the transcript does not hold ({first.check.value}): {first.text}{more}")

@@ -126,6 +126,7 @@ def test_a_log_that_goes_on_after_its_end_is_found(logged: Any) -> None:
     again = Entry(ENTRIES, *(getattr(logged.entries[-1], name) for name in ("kind", "round", "peer", "message")))
     assert first(logged.audit(logged.raw + record(again))) == ENTRIES
     assert first(logged.audit(logged.raw + b"\x00")) == ENTRIES
+    assert first(logged.audit(logged.raw + logged.raw[len(MAGIC) :])) == ENTRIES  # though it says that it is the first
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=QUIET)
