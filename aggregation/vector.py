@@ -11,6 +11,7 @@ the step, and so every integer where ``step <= 1``, is encoded and summed withou
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,8 @@ MAX_SIZE = 2**27  # elements: half a gigabyte of uint32
 MAX_CLIENTS = 2**20
 MAX_SEGMENTS = 4096
 _SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-100, 2.0**100
+COIN_BITS = 23  # of a rounding coin: with a fraction it fits single precision
 _CHUNK = 2**15  # elements: a quarter of a megabyte of float64, and its coins, stay in the second-level cache
-_EXACT = 53  # bits: float64 holds every integer of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class Segment:
             raise ConfigError(f"segment {self.name}: size {self.size} is not between 1 and {MAX_SIZE}")
         if not _SMALLEST_BOUND <= self.bound <= _LARGEST_BOUND:
             raise ConfigError(f"segment {self.name}: bound {self.bound} is not a positive, moderate number")
+
+    @property
+    def largest(self) -> float:
+        """What the bound may be rounded up to in single precision: a vector clipped to it there is within it."""
+        return max(self.bound, float(np.float32(self.bound)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +90,10 @@ class VectorSpec:
         # 2^40: leaves float64 room for a coin beside them. A finer step than that of the bound would help nobody.
         return min(((1 << (self.ring_bits - 1)) - 1) // self.max_clients, 1 << 40)
 
-    @property
-    def coin_bits(self) -> int:
-        """Bits of a rounding coin: as many as make the sum of a coin and a whole number of steps exact, 31 at most."""
-        return min(31, _EXACT - self.max_steps.bit_length())
-
     def step(self, segment: Segment) -> float:
-        """The finest power of two for which ``ceil(bound / step) <= max_steps``."""
-        step = math.ldexp(1.0, math.frexp(segment.bound / self.max_steps)[1] - 1)
-        return step if math.ceil(segment.bound / step) <= self.max_steps else 2 * step
+        """The finest power of two for which ``ceil(largest / step) <= max_steps``."""
+        step = math.ldexp(1.0, math.frexp(segment.largest / self.max_steps)[1] - 1)
+        return step if math.ceil(segment.largest / step) <= self.max_steps else 2 * step
 
     def encode(self, values: Mapping[str, Floats], rng: np.random.Generator) -> Ring:
         """Round ``values`` to ring steps without bias.
@@ -102,15 +103,15 @@ class VectorSpec:
             rng: Rounding coins; not secret.
 
         Returns:
-            Shape ``(size,)``. Guarantee: the expectation of ``decode`` is ``values`` to within 2^-``coin_bits`` of
-            a step, each error is below one step, and multiples of the step are exact.
+            Shape ``(size,)``. Guarantee: the expectation of ``decode`` is ``values`` to within 2^-``COIN_BITS``
+            of a step, each error is below one step, and multiples of the step are exact.
 
         Raises:
             DataError: A segment is missing, unknown, of another shape, not finite or out of its bound.
         """
         if set(values) != {segment.name for segment in self.segments}:
             raise DataError(f"segments {sorted(values)} are not those of the spec")
-        out = ring.zeros(self.size, self.ring_bits)
+        out = np.empty(self.size, ring.dtype(self.ring_bits))
         coins = Keystream(rng.bytes(32))  # four times as fast as drawing each from ``rng``
         for segment, part in self._parts(out):
             given = values[segment.name]
@@ -118,27 +119,38 @@ class VectorSpec:
                 raise DataError(f"segment {segment.name} has shape {given.shape}, not ({segment.size},)")
             for start in range(0, segment.size, _CHUNK):
                 chunk = slice(start, start + _CHUNK)
-                self._round(segment, given[chunk], coins, part[chunk])
+                self._round(self._steps(segment, given[chunk]), coins, part[chunk])
         return out
 
-    def _round(self, segment: Segment, given: Floats, coins: Keystream, out: Ring) -> None:
-        """Write floor(x / step + coin), with coins uniform over [0, 1).
-
-        A whole number and a coin have ``_EXACT`` bits together, so their sum is exact and never lifted to the next
-        whole number, which might be past the bound. Where the sum of another number and a coin is rounded up to a
-        whole one, that is its own ceiling.
-        """
-        largest = max(given.max(), -given.min())
-        if not largest <= segment.bound:  # also true for NaN
+    def _steps(self, segment: Segment, given: Floats) -> NDArray[Any]:
+        """``given`` in steps: exact, since a step is a power of two."""
+        largest = float(max(given.max(), -given.min()))
+        if not largest <= segment.largest:  # also true for NaN
             raise DataError(f"segment {segment.name} has a value of {largest}, its bound is {segment.bound}")
-        drawn = np.empty(given.size, np.uint32)
+        per_unit = 1 / self.step(segment)
+        wide = not 2.0**-126 <= per_unit < 2.0**128
+        return np.multiply(given, per_unit, dtype=np.float64 if wide else given.dtype)
+
+    @staticmethod
+    def _round(steps: NDArray[Any], coins: Keystream, out: Ring) -> None:
+        """Write floor(steps + coin), with coins uniform over [0, 1): in single precision, too, whatever the bits.
+
+        The fraction of a number is exact beside its whole part, but may be 1 where it is rounded. With a coin it has
+        24 bits at most, so the sum of the two is below 2, and never lifted to 1 where the fraction is 0.
+        """
+        drawn = np.empty(out.size, np.int32)
         coins.read_into(drawn.data.cast("B"))
-        drawn >>= 32 - self.coin_bits
-        scaled = drawn.view(np.int32) * 2.0**-self.coin_bits  # signed is faster, and the top bit is free
-        scaled += given * np.float64(1 / self.step(segment))
-        np.floor(scaled, out=scaled)
+        drawn = drawn.view(np.uint32)
+        drawn >>= 32 - COIN_BITS
+        coin = drawn.view(np.int32).astype(steps.dtype)  # signed is faster, and the top bit is free
+        coin *= 2.0**-COIN_BITS
+        whole = np.floor(steps)
+        steps -= whole
+        steps += coin
+        np.floor(steps, out=steps)
+        whole += steps
         # Below zero as in two's complement: bits above the ring do not count.
-        np.copyto(out.view(f"<i{out.itemsize}"), scaled, casting="unsafe")
+        np.copyto(out.view(f"<i{out.itemsize}"), whole, casting="unsafe")
 
     def decode(self, total: Ring, survivors: int) -> dict[str, NDArray[np.float64]]:
         """Turn the sum of ``survivors`` contributions back into numbers.
@@ -160,7 +172,7 @@ class VectorSpec:
         sums = {}
         for segment, part in self._parts(total):
             step = self.step(segment)
-            reach = survivors * math.ceil(segment.bound / step)
+            reach = survivors * math.ceil(segment.largest / step)
             found = sums[segment.name] = np.empty(segment.size)
             for start in range(0, segment.size, _CHUNK):
                 chunk = slice(start, start + _CHUNK)

@@ -72,18 +72,21 @@ def test_counts_are_exact_for_100_clients_and_a_million_elements() -> None:
         )
 
 
+class Ones:
+    """A keystream of the largest coins."""
+
+    def __init__(self, key: bytes) -> None:
+        assert len(key) == 32
+
+    def read_into(self, buffer: memoryview) -> None:
+        buffer[:] = b"\xff" * len(buffer)
+
+
 @pytest.mark.parametrize(("bits", "clients"), [(8, 1), (24, 4), (32, 1), (32, 100), (40, 3), (64, 1)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_whole_steps_are_never_lifted_by_the_largest_coin(
     bits: int, clients: int, sign: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Ones:
-        def __init__(self, key: bytes) -> None:
-            assert len(key) == 32
-
-        def read_into(self, buffer: memoryview) -> None:
-            buffer[:] = b"\xff" * len(buffer)
-
     monkeypatch.setattr(vector, "Keystream", Ones)
     spec = VectorSpec((Segment("x", 4, 1.0),), bits, clients)
     step = spec.step(spec.segments[0])
@@ -94,11 +97,32 @@ def test_whole_steps_are_never_lifted_by_the_largest_coin(
     assert np.array_equal(lifted, np.full(4, step))  # the coin is the largest: any fraction would be
 
 
-@pytest.mark.parametrize(("bits", "clients"), [(8, 1), (32, 1), (32, 100), (64, 1)])
-def test_a_coin_and_a_whole_number_of_steps_fit_a_double(bits: int, clients: int) -> None:
-    spec = VectorSpec((Segment("x", 1, 1.0),), bits, clients)
-    assert 12 <= spec.coin_bits <= 31
-    assert float(spec.max_steps) + (1 - 2.0**-spec.coin_bits) < spec.max_steps + 1
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_the_largest_coin_lifts_nothing_by_two(kind: type[np.floating[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number just below zero has a fraction that is rounded to 1."""
+    monkeypatch.setattr(vector, "Keystream", Ones)
+    spec = VectorSpec((Segment("x", 4, 1.0),), 32, 100)
+    below = np.array([-1e-30, -1e-12, -1e-38, 0.0], kind)
+    assert not spec.encode({"x": below}, np.random.default_rng(0)).any()
+
+
+@given(bound=BOUNDS, bits=st.integers(8, 64), clients=st.integers(1, 9), sign=st.sampled_from([1, -1]))
+def test_a_bound_that_single_precision_rounds_up_is_within_itself(
+    bound: float, bits: int, clients: int, sign: int
+) -> None:
+    spec = VectorSpec((Segment("x", 1, bound),), bits, clients)
+    at = {"x": np.full(1, sign * bound, np.float32)}
+    (total,) = spec.decode(encoded_sum(spec, [at] * clients), clients)["x"]
+    assert abs(total - clients * float(at["x"][0])) <= clients * spec.step(spec.segments[0])
+
+
+@pytest.mark.parametrize("bound", [2.0**-100, 2.0**-20, 1.0, 2.0**100])
+@pytest.mark.parametrize("bits", [8, 32, 64])
+def test_single_precision_is_rounded_as_double_is(bound: float, bits: int) -> None:
+    spec = VectorSpec((Segment("x", 4096, bound),), bits, 3)
+    x = (np.random.default_rng(7).uniform(-1, 1, 4096) * bound).astype(np.float32)
+    single, double = (spec.encode({"x": given}, np.random.default_rng(8)) for given in (x, x.astype(np.float64)))
+    assert np.mean(single != double) < 0.001  # where a fraction and a coin are within 2^-23 of 1
 
 
 @pytest.mark.parametrize("bits", [16, 32, 48])
@@ -110,7 +134,7 @@ def test_coins_are_the_key_streams_bits_of_a_key_that_the_generator_draws(bits: 
     stream = Cipher(algorithms.AES(np.random.default_rng(5).bytes(32)), modes.CTR(bytes(16))).encryptor()
     coins[:] = np.frombuffer(stream.update(bytes(coins.nbytes)), np.uint32)
     exact = [Fraction(float(x)) / Fraction(spec.step(part)) for part in spec.segments for x in values[part.name]]
-    shift, unit = 32 - spec.coin_bits, 2**spec.coin_bits
+    shift, unit = 32 - vector.COIN_BITS, 2**vector.COIN_BITS
     expected = [math.floor(x + Fraction(int(coin) >> shift, unit)) for x, coin in zip(exact, coins, strict=True)]
     found = spec.encode(values, np.random.default_rng(5)).astype(np.int64)
     wide = 1 << 8 * np.dtype(ring.dtype(bits)).itemsize
