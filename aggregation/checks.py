@@ -12,7 +12,7 @@ They are pure and raise ``ProtocolError``; nothing is logged and passed over. Ru
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from aggregation import envelope, masks
@@ -25,6 +25,18 @@ from aggregation.spec import SessionSpec
 
 if TYPE_CHECKING:
     from datetime import datetime
+
+
+def turn(peer: str, asked: Container[str], answered: Container[str], step: str) -> None:
+    """Return if ``peer`` may answer a step now: it was asked and has not answered.
+
+    Raises:
+        ProtocolError: Otherwise, with the name of the peer.
+    """
+    if peer not in asked:
+        raise ProtocolError(f"{step} from a device that was not asked", peer)
+    if peer in answered:
+        raise ProtocolError(f"second {step}", peer)
 
 
 def members(root: Root, certificates: Sequence[bytes], at: "datetime | None") -> dict[str, PublicKey]:

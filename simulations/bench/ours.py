@@ -80,7 +80,7 @@ class Fleet:
 
     def opening(self, device: str, opened: "Unmasking") -> bytes:
         """The shares that a survivor owes."""
-        survivors = opened.opened.survivors
+        survivors = opened.settled.survivors
         near = (device, *self.session.neighbours(device, self.devices))
         seeds = {dealer: self.pairs[dealer][device].seed for dealer in near if dealer in survivors.vectors}
         keys = {dealer: self.pairs[dealer][device].key for dealer in near if dealer not in survivors.vectors}
@@ -88,7 +88,7 @@ class Fleet:
 
     def agreement(self, device: str, confirming: Confirming) -> bytes:
         """A survivor's signature on the survivor set."""
-        return self.devices[device].say(Agreement(confirming.opened.survivors.digest(), device))
+        return self.devices[device].say(Agreement(confirming.settled.survivors.digest(), device))
 
     def closed(self, collecting: Collecting) -> Confirming:
         """The end of step 6."""

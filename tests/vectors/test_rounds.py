@@ -215,7 +215,7 @@ def test_a_round_is_byte_for_byte_what_the_independent_script_made(case: dict[st
     ended = walk.open(walk.collect())
     assert not isinstance(ended, RoundAborted)
     used = 2 ** case["spec"]["ring_bits"] - 1
-    assert np.array_equal(walk.server.opened.total & np.uint32(used), np.array(case["total"], np.uint32))
+    assert np.array_equal(walk.server.settled.total & np.uint32(used), np.array(case["total"], np.uint32))
     assert ended[1].digest.hex() == case["total_digest"]
     assert ended[1].dropped == tuple(case["lost"])
     assert walk.refused == len(case["refused"])  # every bad message was tried, and none changed what came after
