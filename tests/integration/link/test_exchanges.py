@@ -1,0 +1,88 @@
+"""How many exchanges a federation takes on Flower's own grid, counted there, and that none waits for Flower's sleep."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+
+from aggregation.steps import Step
+from client.app import app as client_app
+from client.home import SETTINGS
+from coordinator.home import CoordinatorHome
+from coordinator.rounds import federate
+from coordinator.wire import LAST_POLL
+
+FleetOf = Callable[..., Any]
+FLOWERS_SLEEP = 3.0  # seconds between two looks of the SuperLink's grid in ``send_and_receive``
+EITHER = 'adversaries = ["active", "honest-but-curious"]'  # what a device's owner writes to allow it
+
+
+class Counted:
+    """What goes through a grid: group and step of each exchange, and how long the grid lay idle before it."""
+
+    def __init__(self, grid: Any) -> None:
+        self.exchanges: list[tuple[str, str]] = []
+        self.idle: list[float] = []
+        self._push, self._pull, self._last = grid.push_messages, grid.pull_messages, time.monotonic()
+        grid.push_messages, grid.pull_messages, grid.send_and_receive = self.push, self.pull, None
+
+    def push(self, messages: Iterable[Message]) -> Iterable[str]:
+        self.idle.append(time.monotonic() - self._last)
+        batch = list(messages)
+        asked = {(message.metadata.group_id, message.metadata.message_type) for message in batch}
+        assert len(asked) == 1
+        self.exchanges.extend(asked)
+        return self._push(batch)  # type: ignore[no-any-return]
+
+    def pull(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        arrived = list(self._pull(message_ids))
+        if arrived:
+            self._last = time.monotonic()
+        return arrived
+
+
+@contextmanager
+def living(link: Any, homes: Iterable[str]) -> Iterator[None]:
+    """The link's nodes are devices while the block runs: each answers with the real ClientApp."""
+    over, at = Event(), zip(link.nodes, homes, strict=True)
+    contexts = {node: Context(1, node, {"home": home}, RecordDict(), {}) for node, home in at}
+
+    def live() -> None:
+        while not over.wait(0.005):
+            for node, context in contexts.items():
+                for message in link.received(node):
+                    link.store(client_app(message, context))
+
+    thread = Thread(target=live)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("adversary", "steps"),
+    [("active", (Step.PLAN, Step.SURVIVORS, Step.UNMASK)), ("honest-but-curious", (Step.PLAN, Step.UNMASK))],
+)
+def test_a_round_of_a_session_takes_three_exchanges_or_two_and_waits_for_nothing_else(
+    fleet_of: FleetOf, link: Any, adversary: str, steps: tuple[Step, ...]
+) -> None:
+    fleet = fleet_of(3, rounds=3, aggregation__session_rounds=3, aggregation__adversary=adversary)
+    for home in fleet.nodes.values():
+        with Path(home, SETTINGS).open("a") as settings:  # its last table is the policy
+            settings.write(EITHER)
+    counted = Counted(link.grid)
+    with living(link, fleet.nodes.values()):
+        records = list(federate(CoordinatorHome.open(fleet.out / "coordinator"), link.wire(60.0)))
+    assert [len(record.survivors) for record in records] == [3, 3, 3]
+    made = [("session-1-1", step.message_type) for step in (Step.HELLO, Step.OFFER, Step.ROSTER)]
+    rounds = [(number, step.message_type) for number in ("1", "2", "3") for step in steps]
+    assert counted.exchanges == made + rounds
+    assert max(counted.idle[1:]) < FLOWERS_SLEEP - LAST_POLL
