@@ -15,7 +15,7 @@ import numpy as np
 from aggregation import boxes, envelope, graph, masks, ring, shamir
 from aggregation.boxes import Pair, Secrets
 from aggregation.certificates import Authority
-from aggregation.device import Device, Planned, Ready
+from aggregation.clientside import Device, Planned, Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
 from aggregation.messages import Agreement, Box, MaskedInput, Opening, Plan

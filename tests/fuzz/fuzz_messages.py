@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from aggregation import envelope, ring, transcript  # noqa: E402
+from aggregation.clientside import unseal  # noqa: E402
 from aggregation.errors import ProtocolError, TrustError  # noqa: E402
 from aggregation.identity import IdentityKey  # noqa: E402
 from aggregation.messages import MESSAGES  # noqa: E402
-from aggregation.sealed import unseal  # noqa: E402
 
 SIGNER = IdentityKey(bytes(32)).public
 

@@ -6,14 +6,17 @@ Seal the new state before sending the answer; a device that does so never answer
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from aggregation import wire
 from aggregation.boxes import Pair, Secrets
-from aggregation.device import Advertised, ClientState, Confirmed, Masked, Planned, Ready
+from aggregation.clientside.joining import Advertised
+from aggregation.clientside.masked import Confirmed, Masked
+from aggregation.clientside.planned import Planned
+from aggregation.clientside.ready import Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.identity import PublicKey
@@ -23,6 +26,7 @@ from aggregation.shamir import SHARE
 from aggregation.spec import MAX_ROUNDS
 from aggregation.wire import Codec
 
+ClientState: TypeAlias = Advertised | Ready | Planned | Masked | Confirmed
 _MAGIC = b"edgeadapt/state/1\x00"
 _KEY, _NONCE = 32, 12  # bytes
 _U32, _32 = wire.uint(32), wire.fixed(32)
