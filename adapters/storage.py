@@ -1,10 +1,13 @@
-"""Files of a home, replaced whole or not at all: the device's, the coordinator's, the authority's."""
+"""Files of a home, replaced whole or not at all and read within a limit: of a device, a coordinator, an authority."""
 
 import os
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from aggregation.errors import DataError
+
 PUBLIC, PRIVATE = 0o644, 0o600
+LARGEST = 2**32  # bytes of a file that is read whole
 
 
 def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
@@ -24,6 +27,21 @@ def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
             Path(file.name).unlink(missing_ok=True)
             raise
     sync(path.parent)
+
+
+def read(path: Path, limit: int = LARGEST) -> bytes:
+    """A whole file.
+
+    Raises:
+        DataError: It is above the limit, in bytes; none of it is in memory then.
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise DataError(
+                f"{path} has {size} bytes, above the limit of {limit}: it is not the file that belongs here"
+            )
+        return file.read()
 
 
 def sync(folder: Path) -> None:

@@ -7,22 +7,28 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import click
 
+from adapters import storage
 from aggregation.audit import Check, Finding, Report, Status, audit, chain, many
 from aggregation.certificates import Root
 from aggregation.errors import DataError, TrustError
 from aggregation.identity import PublicKey
+from aggregation.revocation import RevocationList
 from aggregation.transcript import read
 from coordinator.published import Published
 from coordinator.remake import Remake
-from coordinator.transcript import AUTHORITY, COORDINATOR, VECTORS, logs, vector_path
+from coordinator.transcript import AUTHORITY, COORDINATOR, REVOKED, VECTORS, logs, vector_path
 
 FOLDER = click.Path(path_type=Path)
 PLACES = (".", "transcript", "coordinator/transcript")  # a folder of transcripts, a coordinator's home, a run
+LARGEST = 2**22  # bytes of a certificate, a key or a revocation list
 MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its text, of its text
+
+
+Pinned = TypeVar("Pinned", Root, PublicKey, RevocationList)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,7 @@ class Transcript:
         given: The authority and the coordinator's key came from the auditor, and not with the transcript.
         at: When the sessions took place, where that is known.
         published: What the coordinator published, where it is at hand.
+        whole: These are all the sessions of a coordinator, as far as anyone says.
     """
 
     paths: tuple[Path, ...]
@@ -44,6 +51,7 @@ class Transcript:
     given: bool
     at: datetime | None
     published: Published | None
+    whole: bool
 
     @classmethod
     def open(cls, path: Path, given: "Given") -> Self:
@@ -53,15 +61,19 @@ class Transcript:
             DataError: There are none, or the registry given is none.
             TrustError: The authority's certificate or list, or the coordinator's key, is missing or damaged.
         """
-        paths = (path,) if path.is_file() else _find(path)
+        whole = not path.is_file()
+        paths = _find(path) if whole else (path,)
         folder = paths[0].parent
-        root = Root.from_pem(_read(given.authority or folder / AUTHORITY, "--authority"))
-        key = PublicKey.from_pem(_read(given.coordinator or folder / COORDINATOR, "--coordinator"))
+        root = _pinned(Root.from_pem, given.authority, folder / AUTHORITY, "--authority")
+        key = _pinned(PublicKey.from_pem, given.coordinator, folder / COORDINATOR, "--coordinator")
+        if (folder / REVOKED).exists():
+            _pinned(root.revocations, None, folder / REVOKED, "--revoked")
         if given.revoked:
-            root = _as_of(root.with_revocations(_read(given.revoked, "--revoked")), given.at)
+            listed = _pinned(root.revocations, given.revoked, given.revoked, "--revoked")
+            root = _as_of(replace(root, revoked=listed), given.at)
         home = given.registry or (folder.parent if Published.lies_in(folder.parent) else None)
         published = Published.open(home, key) if home else None
-        return cls(paths, root, key, bool(given.authority and given.coordinator), given.at, published)
+        return cls(paths, root, key, bool(given.authority and given.coordinator), given.at, published, whole)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
         """Name of a log → its report; the last one may be ``unfinished``."""
@@ -69,10 +81,12 @@ class Transcript:
         remake = Remake(self.published) if self.published else None
         reports = {}
         for path in self.paths:
-            open_end = unfinished and path == self.paths[-1]
-            report = audit(path.read_bytes(), self.root, self.coordinator, vectors, at=self.at, unfinished=open_end)
+            last = path == self.paths[-1]
+            raw = storage.read(path)
+            report = audit(raw, self.root, self.coordinator, vectors, at=self.at, unfinished=unfinished and last)
             finding = _adapters(report, remake)
-            reports[path.name] = replace(report, findings=(*report.findings, finding), made=())
+            made = tuple(replace(each, values=None) for each in report.made)  # which take memory
+            reports[path.name] = replace(report, findings=(*report.findings, finding), made=made)
         return reports
 
     @property
@@ -115,18 +129,41 @@ def _find(path: Path) -> tuple[Path, ...]:
     raise DataError(f"{path} holds no transcript: give a session's log, a coordinator's home, or the folder of a run")
 
 
-def _read(path: Path, option: str) -> bytes:
+def _pinned(read_as: Callable[[bytes], Pinned], given: Path | None, beside: Path, option: str) -> Pinned:
+    """What the auditor brought along; else what lies beside the logs, which must be as the coordinator wrote it.
+
+    Raises:
+        TrustError: It is missing or damaged.
+    """
+    path = given or beside
     try:
-        return path.read_bytes()
+        raw = storage.read(path, LARGEST)
+        found = read_as(raw)
     except FileNotFoundError:
         raise TrustError(f"{path} is missing: say with {option} where it is") from None
+    except TrustError as error:
+        raise TrustError(f"{path}: {error}") from None
+    if given is None and found.to_pem() != raw:
+        raise TrustError(f"{path} was altered after the coordinator wrote it: get it anew")
+    return found
 
 
 def _vector(folder: Path, digest: bytes) -> bytes | None:
     try:
-        return vector_path(folder, digest).read_bytes()
+        return storage.read(vector_path(folder, digest))
     except FileNotFoundError:
         return None
+
+
+class _Moment(click.DateTime):
+    """A time in UTC, or the end of a day: a certificate that is made on a day is not yet valid at its beginning."""
+
+    def __init__(self) -> None:
+        super().__init__(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        at: datetime = super().convert(value, param, ctx).replace(tzinfo=UTC)
+        return at if "T" in str(value) else at.replace(hour=23, minute=59, second=59)
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
@@ -141,9 +178,10 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--at",
-            type=click.DateTime(("%Y-%m-%d", "%Y-%m-%dT%H:%M:%S")),
+            type=_Moment(),
             metavar="DATE",
-            help="When the sessions took place (UTC), to check the dates of certificates. Default: not checked.",
+            help="When the sessions took place (UTC), to check the dates of certificates; a day without a time is its "
+            "end. Default: not checked.",
         ),
         click.option(
             "--revoked",
@@ -161,11 +199,6 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
-
-
-def _given(options: dict[str, Any]) -> Given:
-    at = options.pop("at")
-    return Given(**options, at=at and at.replace(tzinfo=UTC))
 
 
 @click.group("audit", context_settings={"help_option_names": ["-h", "--help"]})
@@ -187,9 +220,9 @@ def verify(path: Path, unfinished: bool, as_json: bool, **options: Any) -> None:
       edgeadapt audit verify runs/demo --at 2026-11-25 --revoked runs/demo/revoked.crl
       edgeadapt audit verify transcript/session-000001.log --json
     """
-    opened = Transcript.open(path, _given(options))
+    opened = Transcript.open(path, Given(**options))
     reports = opened.audit(unfinished=unfinished)
-    error = _first_error(opened, reports)
+    error = _first_error(opened, reports, unfinished=unfinished)
     if as_json:
         click.echo(json.dumps({**_json(opened, reports), "ok": error is None, "error": error}))
     else:
@@ -208,9 +241,9 @@ def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: 
       edgeadapt audit show runs/demo
       edgeadapt audit show transcript/session-000001.log --entries
     """
-    opened = Transcript.open(path, _given(options))
+    opened = Transcript.open(path, Given(**options))
     reports = opened.audit(unfinished=unfinished)
-    error = _first_error(opened, reports)
+    error = _first_error(opened, reports, unfinished=unfinished)
     if as_json:
         click.echo(json.dumps({**_json(opened, reports), "ok": error is None, "error": error}))
     else:
@@ -227,18 +260,29 @@ def _end(error: str | None, as_json: bool) -> None:
     raise TrustError(error)
 
 
-def _first_error(opened: Transcript, reports: Mapping[str, Report]) -> str | None:
+def _first_error(opened: Transcript, reports: Mapping[str, Report], *, unfinished: bool) -> str | None:
     for name, report in reports.items():
         try:
             report.require()
         except TrustError as error:
             return f"{name}: {error}"
     try:
-        if len(opened.paths) > 1:
+        if opened.whole:
             chain(reports)
-    except TrustError as error:
+        if opened.whole and opened.published and not unfinished:
+            _complete(opened.published, reports)
+    except (TrustError, DataError) as error:
         return str(error)
     return None
+
+
+def _complete(published: Published, reports: Mapping[str, Report]) -> None:
+    """Return if the newest adapter of a registry is in the logs: one is logged before it is published."""
+    logged = max((made.after[0] for report in reports.values() for made in report.made), default=0)
+    if published.newest > logged:
+        raise TrustError(
+            f"adapter {published.newest} was published, and no log says how it was made: a session's log is missing"
+        )
 
 
 def _told(opened: Transcript, reports: Mapping[str, Report]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from adapters import signed
+from adapters import signed, storage
 from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.identity import PublicKey
@@ -27,7 +27,8 @@ from coordinator.optimizer import FedAdam, FedAvg
 
 PARTS = DATABASE, BLOBS, SETTINGS = "registry.db", "blobs", "federation.json"
 MANIFEST = "edgeadapt/manifest/1"  # ``adapters.manifest.Manifest``
-_QUERY = "select manifest from edgeadapt_versions where version = ?"  # ``coordinator.database.versions``
+_MANIFEST = "select manifest from edgeadapt_versions where version = ?"  # ``coordinator.database.versions``
+_NEWEST = "select max(version) from edgeadapt_versions"
 _LENGTH = 8  # bytes before a safetensors header: its length, little-endian
 
 
@@ -49,12 +50,15 @@ class Published:
         """
         if missing := [name for name in PARTS if not (folder / name).exists()]:
             raise DataError(f"{folder} is no coordinator's home: it has no {missing[0]}")
-        return cls(folder, coordinator, rule_of((folder / SETTINGS).read_bytes()))
+        try:
+            return cls(folder, coordinator, rule_of(storage.read(folder / SETTINGS)))
+        except ConfigError as error:
+            raise ConfigError(f"{folder / SETTINGS}: {error}") from None
 
     @staticmethod
     def lies_in(folder: Path) -> bool:
-        """Whether a folder has the parts of a home."""
-        return all((folder / name).exists() for name in PARTS)
+        """Whether a folder is a home, if only by its registry."""
+        return (folder / DATABASE).exists()
 
     def manifest(self, version: int) -> dict[str, Any] | None:
         """What was signed about a version; nothing where the registry has no such version.
@@ -63,13 +67,39 @@ class Published:
             DataError: The registry cannot be read.
             TrustError: Its manifest is not the coordinator's.
         """
+        row = self._row(_MANIFEST, version)
+        if row is None:
+            return None
+        try:
+            manifest = signed.accept(row[0], MANIFEST, [self.coordinator])
+        except (TypeError, TrustError) as error:
+            raise TrustError(f"{self.folder / DATABASE}, manifest of adapter {version}: {error}") from None
+        if (found := manifest.get("version")) != version:
+            raise TrustError(
+                f"{self.folder / DATABASE} has the manifest of adapter {found} where that of {version} belongs"
+            )
+        return manifest
+
+    @property
+    def newest(self) -> int:
+        """The last version that was published.
+
+        Raises:
+            DataError: The registry cannot be read, or holds no version.
+        """
+        row = self._row(_NEWEST)
+        if row is None or not isinstance(row[0], int):
+            raise DataError(f"{self.folder / DATABASE} holds no adapter")
+        return row[0]
+
+    def _row(self, query: str, *values: int) -> tuple[Any, ...] | None:
         url = f"{(self.folder / DATABASE).absolute().as_uri()}?mode=ro"
         try:
             with closing(sqlite3.connect(url, uri=True)) as database:
-                row = database.execute(_QUERY, (version,)).fetchone()
-        except sqlite3.Error as error:
+                row: tuple[Any, ...] | None = database.execute(query, values).fetchone()
+        except (sqlite3.Error, OverflowError) as error:
             raise DataError(f"{self.folder / DATABASE} cannot be read ({error})") from None
-        return None if row is None else signed.accept(bytes(row[0]), MANIFEST, [self.coordinator])
+        return row
 
     def adapter(self, version: int, digest: str) -> Tensors:
         """A version's tensors.
@@ -79,7 +109,7 @@ class Published:
             TrustError: Its file was altered.
         """
         try:
-            blob = (self.folder / BLOBS / f"{digest}.safetensors").read_bytes()
+            blob = storage.read(self.folder / BLOBS / f"{digest}.safetensors")
         except FileNotFoundError:
             raise DataError(f"the file of adapter {version} ({digest[:12]}) is missing") from None
         if hashlib.sha256(blob).hexdigest() != digest:
@@ -97,8 +127,8 @@ def rule_of(settings: bytes) -> FedAvg | FedAdam:
         given = {"optimizer": "fedavg", "learning_rate": 1.0, **json.loads(settings).get("server", {})}
         kind = {"fedavg": FedAvg, "fedadam": FedAdam}[given.pop("optimizer")]
         return kind(given["learning_rate"]) if kind is FedAvg else kind(**given)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError(f"{SETTINGS} names no rule of the server's") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        raise ConfigError("it names no rule of the server's") from None
 
 
 def tensors_of(blob: bytes) -> Tensors:

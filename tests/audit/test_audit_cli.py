@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from aggregation.certificates import Authority
 from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
 from aggregation.revocation import Revocation
+from aggregation.transcript import MAGIC, Checkpoint, Stage, Transcript
 
 Run = Callable[..., tuple[int, str, str]]
 LOG = "session-000001.log"
@@ -131,7 +133,8 @@ def test_a_pinned_key_that_is_another_coordinators_is_decisive(run: Run, folder:
 
 
 @pytest.mark.parametrize(
-    ("day", "code"), [("2025-12-31", 4), ("2026-11-25", 0), ("2026-11-25T08:30:00", 0), ("2036-01-02", 4)]
+    ("day", "code"),
+    [("2025-12-31", 4), ("2026-01-01", 0), ("2026-11-25", 0), ("2026-11-25T08:30:00", 0), ("2036-01-02", 4)],
 )
 def test_dates_of_certificates_are_checked_where_the_day_is_given(run: Run, folder: Path, day: str, code: int) -> None:
     got, out, err = run("verify", folder, "--at", day)
@@ -140,7 +143,13 @@ def test_dates_of_certificates_are_checked_where_the_day_is_given(run: Run, fold
         assert f"certificate of device-000 is not valid at {day}" in err
         assert "entry 0 (offer)" in err
     else:
-        assert "valid on 2026-11-25" in " ".join(out.split())
+        assert f"valid on {day[:10]}" in " ".join(out.split())
+
+
+def test_on_the_day_that_certificates_were_made_they_count_from_their_hour_on(run: Run, folder: Path) -> None:
+    assert run("verify", folder, "--at", "2026-01-01T00:00:00")[0] == 0
+    code, _, err = run("verify", folder, "--at", "2025-12-31T23:59:59")
+    assert (code, "certificate of device-000 is not valid at 2025-12-31 23:59" in err) == (4, True)
 
 
 def test_what_is_not_checked_is_said(run: Run, folder: Path) -> None:
@@ -197,6 +206,47 @@ def test_a_session_that_is_left_out_is_missed(run: Run, folder: Path, logged: An
     code, _, err = run("verify", folder)
     assert code == 4
     assert "session-000002.log does not follow session-000001.log" in err
+
+
+def test_a_first_session_that_is_left_out_is_missed(run: Run, folder: Path, logged: Any) -> None:
+    log, raw = Transcript(logged.log.offer, previous=bytes([1]) * 32), MAGIC
+    for entry in logged.entries:
+        log.round = entry.round
+        stage = Stage.CLOSED if entry == logged.entries[-1] else Stage.OPEN
+        whose = log.checkpoint(logged.fleet.key, stage) if entry.kind == Checkpoint.TAG else None
+        raw += whose or log._append(entry.kind, entry.peer, entry.message)
+    (folder / LOG).unlink()
+    (folder / "session-000002.log").write_bytes(raw)
+    code, _, err = run("verify", folder)
+    assert code == 4
+    assert "session-000002.log does not follow the beginning: a session is missing" in err
+    assert run("verify", folder / "session-000002.log")[0] == 0  # one log alone: nothing says that it is the first
+
+
+@pytest.mark.parametrize("name", ["authority.pem", "coordinator.pem", "revoked.crl"])
+def test_a_flipped_byte_anywhere_in_what_lies_beside_the_logs_is_found(
+    run: Run, folder: Path, logged: Any, name: str
+) -> None:
+    """Also where the bytes mean the same: in the line breaks of a PEM file."""
+    times = (dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2036, 1, 1, tzinfo=dt.UTC))
+    (folder / "revoked.crl").write_bytes(logged.fleet.authority.revocations(1, {}, *times).to_pem())
+    assert run("verify", folder)[0] == 0
+    sound = (folder / name).read_bytes()
+    for at in range(len(sound)):
+        damage(folder / name, at)
+        code, _, err = run("verify", folder)
+        assert code == 4, at
+        assert name in err or "entry 0 (offer)" in err  # another key, well-formed: then nothing is signed with it
+        (folder / name).write_bytes(sound)
+
+
+@pytest.mark.parametrize("name", [LOG, "authority.pem", "vector"])
+def test_a_file_of_any_size_ends_in_one_line(run: Run, folder: Path, name: str) -> None:
+    path = next((folder / "vectors").iterdir()) if name == "vector" else folder / name
+    os.truncate(path, 2**38)  # holes: they take no space
+    code, _, err = run("verify", folder)
+    assert (code, len(err.splitlines())) == (5, 1)
+    assert f"{path} has {2**38} bytes, above the limit" in err
 
 
 def test_show_lists_rounds_survivors_and_dropouts(run: Run, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """The published files as an auditor reads them, without the packages of a coordinator: the same values, or an error."""
 
 import json
+import sqlite3
 import struct
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,15 @@ def test_a_rule_is_read_as_the_coordinator_reads_it(server: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(
-    "settings", [b"", b"[]", b"{", b'{"server": {"optimizer": "x"}}', b'{"server": {"learning_rate": "x"}}']
+    "settings",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"server": {"optimizer": "x"}}',
+        b'{"server": {"learning_rate": "x"}}',
+        b'{"server": {"learning_rate": 1' + bytes([48]) * 400 + b"}}",
+    ],
 )
 def test_settings_without_a_rule_are_refused(settings: bytes) -> None:
     with pytest.raises(ConfigError, match="names no rule"):
@@ -110,7 +120,7 @@ def home(tmp_path: Path) -> Path:
 def test_a_folder_that_lacks_a_part_is_no_home(home: Path, key: IdentityKey, part: str) -> None:
     assert Published.lies_in(home)
     (home / part).rename(home / "elsewhere")
-    assert not Published.lies_in(home)
+    assert Published.lies_in(home) is (part != DATABASE)  # without the others it is a home that is damaged
     with pytest.raises(DataError, match=f"it has no {part}"):
         Published.open(home, key.public)
 
@@ -119,6 +129,31 @@ def test_a_folder_that_lacks_a_part_is_no_home(home: Path, key: IdentityKey, par
 def test_a_database_that_cannot_be_read_is_said_to_be_one(home: Path, key: IdentityKey, content: bytes) -> None:
     (home / "registry.db").write_bytes(content)
     with pytest.raises(DataError, match="cannot be read"):
+        Published.open(home, key.public).manifest(1)
+    with pytest.raises(DataError, match="cannot be read"):
+        assert Published.open(home, key.public).newest
+
+
+@pytest.mark.parametrize("settings", ["{", '{"server": {"learning_rate": NaN}}'])
+def test_settings_that_cannot_be_used_are_named_with_their_file(home: Path, key: IdentityKey, settings: str) -> None:
+    (home / "federation.json").write_text(settings)
+    with pytest.raises(ConfigError, match=f"^{home / 'federation.json'}: "):
+        Published.open(home, key.public)
+
+
+def test_a_registry_without_an_adapter_is_said_to_be_one(home: Path, key: IdentityKey) -> None:
+    with closing(sqlite3.connect(home / "registry.db")) as made:
+        made.execute("create table edgeadapt_versions (version integer, manifest blob)")
+    with pytest.raises(DataError, match="holds no adapter"):
+        assert Published.open(home, key.public).newest
+
+
+@pytest.mark.parametrize("value", [7, "text", 1.5, None])
+def test_what_is_no_manifest_is_refused(home: Path, key: IdentityKey, value: object) -> None:
+    with closing(sqlite3.connect(home / "registry.db")) as made, made:
+        made.execute("create table edgeadapt_versions (version integer, manifest blob)")
+        made.execute("insert into edgeadapt_versions values (1, ?)", (value,))
+    with pytest.raises(TrustError, match=r"registry.db, manifest of adapter 1: "):
         Published.open(home, key.public).manifest(1)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import edgeadapt
 from aggregation import envelope
 from aggregation.audit import Check, Finding, Made, Status
 from aggregation.messages import MaskedInput
@@ -126,8 +128,22 @@ def test_a_manifest_that_is_altered_or_of_another_version_is_found(home_of: Call
         database.execute("update edgeadapt_versions set manifest = ? where version = 3", (rows[2],))
     first, second = adapters(home)
     assert first.status is Status.FAIL
-    assert "edgeadapt/manifest/1" in first.text
-    assert REPLACED in second.text  # another version stands where the last one belongs
+    assert "registry.db, manifest of adapter 1: edgeadapt/manifest/1" in first.text
+    assert second.status is Status.FAIL
+    assert "has the manifest of adapter 2 where that of 3 belongs" in second.text
+
+
+def test_a_last_session_that_is_left_out_is_missed_by_what_was_published(
+    home_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = home_of("digests")
+    (home / "transcript" / "session-000002.log").unlink()
+    for options, code in (([], 4), (["--unfinished"], 0)):
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", "audit", "verify", str(home), *options])
+        with pytest.raises(SystemExit) as caught:
+            edgeadapt.main()
+        assert (caught.value.code or 0) == code
+        assert ("adapter 3 was published, and no log says how it was made" in capsys.readouterr().err) is (code == 4)
 
 
 def test_a_sum_that_was_not_kept_is_said_beside_those_that_were(home_of: Callable[[str], Path]) -> None:
