@@ -311,15 +311,21 @@ def _line(finding: Finding) -> str:
 def _shown(opened: Transcript, reports: Mapping[str, Report], entries: bool) -> Iterator[str]:
     for path, (name, report) in zip(opened.paths, reports.items(), strict=True):
         yield name
+        if report.lost:
+            yield f"  before the first round: {_lost(report.lost)}"
         for each in report.rounds:
-            counted = f"{len(each.survivors)} of {len(each.planned)} counted"
-            notes = [f"lost {', '.join(each.dropped)}"] if each.dropped else []
+            survived = f"{len(each.survivors)} of {len(each.planned)} survived"
+            notes = [_lost(each.lost)] if each.lost else []
             notes += [f"wrong shares from {', '.join(each.blamed)}"] if each.blamed else []
-            yield "  ".join([f"  round {each.round:>3}", counted, each.ending, *notes])
+            yield "  ".join([f"  round {each.round:>3}", survived, each.ending, *notes])
         often = [f"{device} {count}" for device, count in report.participation.items()]
         yield f"  sums that a device is in: {', '.join(often)}"
         for entry in read(path.read_bytes()).entries if entries else ():
             yield f"  {entry.place}: {len(entry.message):,} bytes"
+
+
+def _lost(lost: Mapping[str, tuple[str, ...]]) -> str:
+    return f"lost {'; '.join(', '.join(devices) + f' at {step}' for step, devices in lost.items())}"
 
 
 def _json(opened: Transcript, reports: Mapping[str, Report]) -> dict[str, Any]:
@@ -330,6 +336,7 @@ def _json(opened: Transcript, reports: Mapping[str, Report]) -> dict[str, Any]:
                 "log": name,
                 "entries": report.entries,
                 "checks": [_finding(finding) for finding in report.findings],
+                "lost": report.lost,
                 "rounds": [asdict(each) for each in report.rounds],
                 "participation": report.participation,
             }

@@ -162,11 +162,13 @@ class _Auditor:
                     current.plan.members,
                     current.counted,
                     current.dropped if current.survivors else (),
+                    current.lost(self._history.offer.spec.adversary),
                     self.opened[current.plan.round].blamed if current.plan.round in self.opened else (),
                     rules.ending(current),
                 )
                 for current in rounds
             ),
+            lost=self.history.lost if self.history else {},
             participation=rules.participation(self.history) if self.history else {},
             entries=len(self.reading.entries),
             previous=self.checkpoints[0].previous if self.checkpoints else NO_SESSION,

@@ -4,7 +4,7 @@ A ``History`` holds what the later checks (``rules``, ``opened``) look at. It gr
 that does not belong ends it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -29,6 +29,8 @@ from aggregation.messages import (
     Unmask,
 )
 from aggregation.session import COORDINATOR, Session
+from aggregation.spec import Adversary
+from aggregation.steps import Step
 from aggregation.transcript import EVERYONE, Abort, Checkpoint, Entry, Place, Result
 
 if TYPE_CHECKING:
@@ -67,6 +69,15 @@ class Round:
         """Who was in the plan and is no survivor."""
         return tuple(device for device in self.plan.members if device not in self.counted)
 
+    def lost(self, adversary: Adversary) -> dict[str, tuple[str, ...]]:
+        """Step → devices of the plan that did not answer it, though they had answered those before."""
+        steps: dict[Step, Collection[str]] = {Step.PLAN: self.inputs}
+        if self.survivors is not None and adversary is Adversary.ACTIVE:
+            steps[Step.SURVIVORS] = self.agreed
+        if self.unmasks:
+            steps[Step.UNMASK] = self.openings
+        return _lost(self.plan.members, steps)
+
     def place(self, kind: type[Message], peer: str = EVERYONE) -> Place:
         """Where a message is; where the round begins if it is not there."""
         return self.places.get((kind.TAG, peer)) or next(iter(self.places.values()))
@@ -84,12 +95,28 @@ class History:
     rounds: list[Round] = field(default_factory=list)
     places: dict[tuple[str, str], Place] = field(default_factory=dict)
 
+    @property
+    def lost(self) -> dict[str, tuple[str, ...]]:
+        """Step → devices of the cohort that did not answer it; so they are in no round."""
+        steps: dict[Step, Collection[str]] = {Step.OFFER: self.adverts}
+        if self.session is not None:
+            steps[Step.ROSTER] = self.dealt
+        return _lost(tuple(self.cohort), steps)
+
     def signer(self, entry: Entry, coordinator: PublicKey) -> PublicKey:
         """Whose signature must be on an entry."""
         by_device = entry.kind in _BY_DEVICES
         if entry.peer not in self.cohort and (by_device or entry.peer != EVERYONE):
             raise Problem("the device is not in the cohort", entry.place)
         return self.cohort[entry.peer] if by_device else coordinator
+
+
+def _lost(asked: tuple[str, ...], answered: Mapping[Step, Collection[str]]) -> dict[str, tuple[str, ...]]:
+    lost = {}
+    for step, answers in answered.items():
+        lost[step.value] = tuple(device for device in asked if device not in answers)
+        asked = tuple(device for device in asked if device in answers)
+    return {step: devices for step, devices in lost.items() if devices}
 
 
 def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: "datetime | None" = None) -> History:

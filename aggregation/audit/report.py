@@ -69,12 +69,23 @@ class Skipped(Exception):  # noqa: N818 - as above
 
 @dataclass(frozen=True, slots=True)
 class RoundSummary:
-    """A round as the log tells it. ``ending``: the adapter that came of it, or why none did."""
+    """A round as the log tells it.
+
+    Args:
+        round: Its number in the session.
+        planned: Who was to take part.
+        survivors: Whose update arrived in time, as the coordinator told it; nobody where it did not come to that.
+        dropped: Those of the plan who are no survivors.
+        lost: Step → who answered it no more; who is lost after its update arrived is a survivor all the same.
+        blamed: Who passed on wrong shares.
+        ending: The adapter that came of it, or why none did.
+    """
 
     round: int
     planned: tuple[str, ...]
     survivors: tuple[str, ...]
     dropped: tuple[str, ...]
+    lost: Mapping[str, tuple[str, ...]]
     blamed: tuple[str, ...]
     ending: str
 
@@ -107,6 +118,7 @@ class Report:
     Args:
         findings: One for each check, in order.
         rounds: As far as the log could be followed.
+        lost: Step → devices that were lost before the first round.
         participation: Device → rounds in which its update counted.
         entries: Entries of the log.
         previous: Digest of the last checkpoint of the session before, as this log says.
@@ -116,6 +128,7 @@ class Report:
 
     findings: tuple[Finding, ...]
     rounds: tuple[RoundSummary, ...]
+    lost: Mapping[str, tuple[str, ...]]
     participation: dict[str, int]
     entries: int
     previous: bytes

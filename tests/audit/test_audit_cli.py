@@ -252,8 +252,15 @@ def test_a_file_of_any_size_ends_in_one_line(run: Run, folder: Path, name: str) 
 def test_show_lists_rounds_survivors_and_dropouts(run: Run, folder: Path) -> None:
     code, out, _ = run("show", folder)
     assert code == 0
-    assert "round   1  3 of 4 counted  made adapter 2 (abababababab)  lost device-001" in out
-    assert "round   3  0 of 4 counted  ended without a sum (too-few)" in out
+    assert "round   1  3 of 4 survived  made adapter 2 (abababababab)  lost device-001 at plan\n" in out
+    assert "round   2  4 of 4 survived  made adapter 3 (abababababab)  lost device-002 at unmask\n" in out
+    assert "round   3  0 of 4 survived  ended without a sum (too-few)  lost device-000, device-001 at plan\n" in out
+    rounds = json.loads(run("show", folder, "--json")[1])["sessions"][0]["rounds"]
+    assert [each["lost"] for each in rounds] == [
+        {"plan": ["device-001"]},
+        {"unmask": ["device-002"]},
+        {"plan": ["device-000", "device-001"]},
+    ]
     assert "device-000 2, device-001 1" in out
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from aggregation import envelope
 from aggregation.audit import Check, Status
-from aggregation.messages import Opening, Shares, Survivors, Unmask
+from aggregation.messages import Advert, Message, Opening, Shares, Survivors, Unmask
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from aggregation.steps import Step
@@ -33,6 +33,26 @@ def test_the_report_tells_rounds_survivors_and_dropouts(logged: Any) -> None:
     assert third.ending == "ended without a sum (too-few)"
     assert third.survivors == third.dropped == ()
     assert first.ending.startswith("made adapter 2")
+
+
+@pytest.mark.parametrize("adversary", Adversary)
+def test_the_report_tells_at_which_step_each_device_was_lost(
+    logged_of: Callable[..., Any], adversary: Adversary
+) -> None:
+    lost = {Step.PLAN: ["device-001"], Step.UNMASK: ["device-004"]}
+    if adversary is Adversary.ACTIVE:
+        lost[Step.SURVIVORS] = ["device-000"]
+    report = logged_of([lost, {}], devices=7, adversary=adversary).audit()
+    assert report.failed == ()
+    assert report.rounds[0].lost == {step.value: tuple(devices) for step, devices in lost.items()}
+    assert report.rounds[0].dropped == ("device-001",)
+    assert report.rounds[1].lost == report.lost == {}
+
+
+@pytest.mark.parametrize(("kind", "step"), [(Advert, "offer"), (Shares, "roster")])
+def test_the_report_tells_who_was_lost_before_the_first_round(logged: Any, kind: type[Message], step: str) -> None:
+    end = logged.ends()[logged.find(kind, 0, "device-002").index]
+    assert logged.audit(logged.raw[:end], unfinished=True).lost == {step: ("device-003",)}
 
 
 def test_participation_counts_the_sums_that_a_device_is_in(logged: Any) -> None:
