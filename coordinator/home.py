@@ -1,9 +1,13 @@
 """The coordinator's home: its signing key, the authority that it relies on, settings, registry and transcripts.
 
 The authority's revocation list lies in it too, where there is one. It is read again for each session, so that a new one
-counts without a restart, and the coordinator takes no older one than it went by before.
+counts without a restart, and the coordinator takes no older one than it went by before. Flower would start a second run
+beside one that is under way; the home takes one at a time.
 """
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,9 +16,9 @@ from typing import Self
 from sqlalchemy.engine import URL
 
 from aggregation.certificates import Root
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.identity import IdentityKey
-from coordinator.registry import Registry
+from coordinator.registry import Registry, Version
 from coordinator.settings import FederationSettings
 from coordinator.transcript import Transcripts
 
@@ -25,6 +29,7 @@ SETTINGS = "federation.json"
 DATABASE = "registry.db"
 BLOBS = "blobs"
 TRANSCRIPT = "transcript"
+LOCK = "run.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,31 @@ class CoordinatorHome:
         if root.revoked is not None:
             root.revoked.require_fresh(at)
         return root
+
+    def latest(self) -> Version:
+        """The adapter of the last round that came through, or the vendor's seed.
+
+        Raises:
+            EdgeAdaptError: There is none yet.
+        """
+        version = self.registry.latest()
+        if version is None:
+            raise EdgeAdaptError("the registry is empty: publish a seed adapter as version 0 first")
+        return version
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One run at a time: two would write the same logs and registry.
+
+        Raises:
+            EdgeAdaptError: Another run is under way.
+        """
+        with (self.folder / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes, also by a kill
+            except BlockingIOError:
+                raise EdgeAdaptError(f"another run is using {self.folder}: wait until it ends, or end it") from None
+            yield
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:

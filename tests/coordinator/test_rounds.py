@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
+from aggregation.audit import audit
 from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.serverside import AbortReason, RoundAborted
 from aggregation.steps import BODY, RECORD, Step
@@ -17,6 +18,7 @@ from client.app import app as client_app
 from coordinator import rounds as module
 from coordinator.app import main
 from coordinator.home import CoordinatorHome
+from coordinator.transcript import logs
 
 FleetOf = Callable[..., Any]
 
@@ -168,6 +170,23 @@ def test_too_few_answers_at_a_later_step_abort_the_round_as_well(fleet_of: Fleet
     first, second = fleet.federate(fleet.grid(app=app))
     assert "are needed" in (first.aborted or "")
     assert second.aborted is None
+
+
+def test_a_second_run_beside_one_that_is_under_way_is_refused_and_disturbs_nothing(fleet_of: FleetOf) -> None:
+    fleet, refused = fleet_of(4, rounds=2), []
+
+    def change(step: Step, group: str, node: int) -> None:
+        if (group, step, node) == ("2", Step.SURVIVORS, 3):
+            with pytest.raises(EdgeAdaptError, match=r"another run is using .*coordinator: wait until it ends"):
+                fleet.federate(fleet.grid())
+            refused.append(node)
+
+    records = fleet.federate(fleet.grid(app=Spoiled(change)))
+    assert refused == [3]
+    assert [(record.dropped, record.version) for record in records] == [({}, 1), ({}, 2)]
+    home = CoordinatorHome.open(fleet.out / "coordinator")
+    (path,) = logs(home.folder / "transcript")
+    audit(path.read_bytes(), home.root, home.key.public).require()
 
 
 def test_a_weight_that_honest_devices_cannot_have_aborts_the_round(
