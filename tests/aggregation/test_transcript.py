@@ -93,7 +93,7 @@ def test_of_a_masked_input_the_signed_header_is_kept_and_the_vector_handed_out(l
 @pytest.mark.parametrize("step", [step for step in Step if step not in (Step.HELLO, Step.PLAN)])
 def test_every_other_answer_is_kept_as_it_came(log: Transcript, step: Step) -> None:
     (entry,) = entries(log.received(step, "a", b"answer"))
-    assert (entry.kind, entry.peer, entry.message) == (transcript.ANSWERED[step].TAG, "a", b"answer")
+    assert (entry.kind, entry.peer, entry.message) == (transcript.log.ANSWERED[step].TAG, "a", b"answer")
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

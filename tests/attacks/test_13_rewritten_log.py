@@ -84,7 +84,7 @@ def test_a_log_that_says_that_the_round_ended_otherwise_is_refused(monkeypatch: 
     witness = seen(2)
     raw = log_of(1).round(2, ending=Result(plan(2).digest(), (ME,), bytes(32), 3, "cd" * 32)).receipt()
     assert not goes_on(witness, raw)
-    monkeypatch.setattr(receipts, "_names", lambda devices: bytes(32))
+    monkeypatch.setattr(receipts.witness, "_names", lambda devices: bytes(32))
     assert goes_on(Witness(**{**fields(witness), "counted": bytes(32)}), raw)
 
 

@@ -1,31 +1,13 @@
-"""The transcript of a session: an append-only log of its signed messages, from which an outsider can check it later.
-
-An entry holds a message as it travelled, with its place: index, kind, round and peer. Of a masked input it holds the
-signed header, which names the vector by digest; vectors are kept beside the log, or not at all. Of plans that come with
-boxes the first in a round is kept whole, and of the others the signature: their plan is that of the first, and their
-boxes are in the messages of the dealers (``audit.history`` puts them together again). The log is the leaves of a Merkle
-tree (``merkle``). The coordinator signs its root in *checkpoints*, which are entries too: one when the
-session stands, one after each round, and one that closes the log, so that a log that was cut off shows it.
-
-Nothing in it is secret: it says what the coordinator knows anyway, and nothing about a single device's update. It does
-say who took part. This file opens no file: whoever keeps the log writes the records that it returns.
-"""
+"""The log as it is written, message by message, and taken up again."""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import ClassVar
 
-from aggregation import envelope, wire
-from aggregation.certificates import DEVICE_ID
-from aggregation.errors import ProtocolError
+from aggregation import envelope
 from aggregation.identity import IdentityKey
 from aggregation.merkle import EMPTY, Tree
 from aggregation.messages import (
-    DEVICES,
-    DIGESTS,
-    MAX_COHORT,
     Advert,
     Agreement,
     Assignment,
@@ -40,13 +22,10 @@ from aggregation.messages import (
     Unmask,
 )
 from aggregation.steps import Step
-from aggregation.wire import Codec
+from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, Entry
+from aggregation.transcript.statements import Abort, Checkpoint, Result, Stage
 
-MAGIC = b"edgeadapt/transcript/1\n"
-EVERYONE = "*"  # the peer of a message that all who were asked got alike
 NO_SESSION = bytes(32)  # in place of an earlier session's last checkpoint
-MAX_ENTRY = envelope.MAX_MESSAGE + 1024  # bytes
-LENGTH = 4  # bytes before each entry
 
 ASKED: dict[Step, type[Message]] = {
     Step.OFFER: Offer,
@@ -62,113 +41,6 @@ ANSWERED: dict[Step, type[Message]] = {
     Step.SURVIVORS: Agreement,
     Step.UNMASK: Opening,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Result(Message):
-    """Coordinator → log, step 9: the sum that came of a round, by digest, and the adapter that came of the sum.
-
-    ``sum`` is the SHA-256 of the opened vector, packed as it travels; ``adapter`` that of the new adapter's file.
-    """
-
-    TAG: ClassVar = "result"
-    LIMIT: ClassVar = Survivors.LIMIT
-    FIELDS: ClassVar = {
-        "plan": DIGESTS,
-        "survivors": wire.sequence(DEVICES, MAX_COHORT),
-        "sum": DIGESTS,
-        "version": wire.uint(64),
-        "adapter": wire.text(r"[0-9a-f]{64}"),
-    }
-    plan: bytes
-    survivors: tuple[str, ...]
-    sum: bytes
-    version: int
-    adapter: str
-
-
-@dataclass(frozen=True, slots=True)
-class Abort(Message):
-    """Coordinator → log: a round that ended without a new adapter, and why."""
-
-    TAG: ClassVar = "abort"
-    LIMIT: ClassVar = 1024
-    FIELDS: ClassVar = {"plan": DIGESTS, "reason": wire.text(r"[a-z-]{1,32}")}
-    plan: bytes
-    reason: str
-
-
-class Stage(Enum):
-    """What a checkpoint says about its log."""
-
-    OPEN = "open"
-    CLOSED = "closed"  # nothing follows
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint(Message):
-    """Coordinator → log: the root of the ``size`` entries before this one.
-
-    ``offer`` is the digest of the session's offer; ``previous`` that of the last checkpoint of the coordinator's
-    session before this one, so that no session can be left out in the middle.
-    """
-
-    TAG: ClassVar = "checkpoint"
-    LIMIT: ClassVar = 1024
-    FIELDS: ClassVar = {
-        "offer": DIGESTS,
-        "size": wire.uint(64),
-        "root": DIGESTS,
-        "previous": DIGESTS,
-        "stage": wire.choice(Stage),
-    }
-    offer: bytes
-    size: int
-    root: bytes
-    previous: bytes
-    stage: Stage
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a message is in its log. ``round`` is 0 before the first; ``peer`` is the device, or ``EVERYONE``."""
-
-    index: int
-    kind: str
-    round: int
-    peer: str
-
-    def __str__(self) -> str:
-        who = "" if self.peer == EVERYONE else f" {'to' if self.kind == Assignment.TAG else 'of'} {self.peer}"
-        return f"entry {self.index} ({self.kind}{who}{f', round {self.round}' if self.round else ''})"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A leaf of the log: a signed message and its place."""
-
-    index: int
-    kind: str
-    round: int
-    peer: str
-    message: bytes
-
-    @property
-    def place(self) -> Place:
-        """Without the message."""
-        return Place(self.index, self.kind, self.round, self.peer)
-
-
-ENTRY: Codec[Entry] = wire.record(
-    Entry,
-    {
-        "index": wire.uint(64),
-        "kind": wire.text(r"[a-z-]{1,32}"),
-        "round": wire.uint(32),
-        "peer": wire.text(rf"\*|{DEVICE_ID}"),
-        "message": wire.blob(envelope.MAX_MESSAGE),
-    },
-)
 
 
 @dataclass(slots=True)
@@ -277,40 +149,6 @@ def vector_of(body: bytes) -> bytes:
 def _split(body: bytes) -> tuple[bytes, bytes]:
     vector, signed = envelope.split_vector(body)
     return bytes(signed), bytes(vector)
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What is in a log, as far as it can be read.
-
-    Args:
-        entries: In the order of the log.
-        end: Bytes that they take, ``MAGIC`` included.
-        problem: Why reading ended there; empty at the end of the log.
-    """
-
-    entries: tuple[Entry, ...]
-    end: int
-    problem: str = ""
-
-
-def read(raw: bytes) -> Reading:
-    """Read a log. Nothing is verified yet: ``audit`` does that. Raises nothing: damage is in the reading."""
-    if not raw.startswith(MAGIC):
-        return Reading((), 0, "not a transcript of this version")
-    entries: list[Entry] = []
-    at = len(MAGIC)
-    while at < len(raw):
-        start = at + LENGTH
-        size = int.from_bytes(raw[at:start], "big")
-        if size > MAX_ENTRY or start + size > len(raw):
-            return Reading(tuple(entries), at, f"the log is cut off, or damaged, in entry {len(entries)}")
-        try:
-            entries.append(ENTRY.decode(raw[start : start + size]))
-        except ProtocolError as error:
-            return Reading(tuple(entries), at, f"entry {len(entries)} is damaged: {error}")
-        at = start + size
-    return Reading(tuple(entries), at)
 
 
 def resume(entries: tuple[Entry, ...], previous: bytes) -> Transcript:

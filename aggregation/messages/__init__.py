@@ -1,0 +1,57 @@
+"""The messages of the protocol: what each carries, and its one encoding (docs/protocol.md gives the steps).
+
+A message declares its fields once, in wire order. What a well-formed message may say, and to whom, is decided in
+``checks``; signatures and versions are in ``envelope``. Limits are in bytes of the encoded body.
+"""
+
+from aggregation.messages.base import DEVICES, DIGESTS, MAX_COHORT, Message
+from aggregation.messages.joining import (
+    AEAD_TAG,
+    PAIR,
+    SESSION_SPEC,
+    SHARE_DIGEST,
+    Advert,
+    Box,
+    Offer,
+    Roster,
+    Shares,
+)
+from aggregation.messages.rounds import Agreement, Assignment, MaskedInput, Opening, Plan, Survivors, Unmask
+
+MESSAGES: tuple[type[Message], ...] = (
+    Offer,
+    Advert,
+    Roster,
+    Shares,
+    Plan,
+    Assignment,
+    MaskedInput,
+    Survivors,
+    Agreement,
+    Unmask,
+    Opening,
+)
+
+__all__ = [
+    "AEAD_TAG",
+    "DEVICES",
+    "DIGESTS",
+    "MAX_COHORT",
+    "MESSAGES",
+    "PAIR",
+    "SESSION_SPEC",
+    "SHARE_DIGEST",
+    "Advert",
+    "Agreement",
+    "Assignment",
+    "Box",
+    "MaskedInput",
+    "Message",
+    "Offer",
+    "Opening",
+    "Plan",
+    "Roster",
+    "Shares",
+    "Survivors",
+    "Unmask",
+]

@@ -1,0 +1,90 @@
+"""The log as bytes: entries one after another, and what can be read of them."""
+
+from dataclasses import dataclass
+
+from aggregation import envelope, wire
+from aggregation.certificates import DEVICE_ID
+from aggregation.errors import ProtocolError
+from aggregation.messages import Assignment
+from aggregation.wire import Codec
+
+MAGIC = b"edgeadapt/transcript/1\n"
+EVERYONE = "*"  # the peer of a message that all who were asked got alike
+MAX_ENTRY = envelope.MAX_MESSAGE + 1024  # bytes
+LENGTH = 4  # bytes before each entry
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a message is in its log. ``round`` is 0 before the first; ``peer`` is the device, or ``EVERYONE``."""
+
+    index: int
+    kind: str
+    round: int
+    peer: str
+
+    def __str__(self) -> str:
+        who = "" if self.peer == EVERYONE else f" {'to' if self.kind == Assignment.TAG else 'of'} {self.peer}"
+        return f"entry {self.index} ({self.kind}{who}{f', round {self.round}' if self.round else ''})"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A leaf of the log: a signed message and its place."""
+
+    index: int
+    kind: str
+    round: int
+    peer: str
+    message: bytes
+
+    @property
+    def place(self) -> Place:
+        """Without the message."""
+        return Place(self.index, self.kind, self.round, self.peer)
+
+
+ENTRY: Codec[Entry] = wire.record(
+    Entry,
+    {
+        "index": wire.uint(64),
+        "kind": wire.text(r"[a-z-]{1,32}"),
+        "round": wire.uint(32),
+        "peer": wire.text(rf"\*|{DEVICE_ID}"),
+        "message": wire.blob(envelope.MAX_MESSAGE),
+    },
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is in a log, as far as it can be read.
+
+    Args:
+        entries: In the order of the log.
+        end: Bytes that they take, ``MAGIC`` included.
+        problem: Why reading ended there; empty at the end of the log.
+    """
+
+    entries: tuple[Entry, ...]
+    end: int
+    problem: str = ""
+
+
+def read(raw: bytes) -> Reading:
+    """Read a log. Nothing is verified yet: ``audit`` does that. Raises nothing: damage is in the reading."""
+    if not raw.startswith(MAGIC):
+        return Reading((), 0, "not a transcript of this version")
+    entries: list[Entry] = []
+    at = len(MAGIC)
+    while at < len(raw):
+        start = at + LENGTH
+        size = int.from_bytes(raw[at:start], "big")
+        if size > MAX_ENTRY or start + size > len(raw):
+            return Reading(tuple(entries), at, f"the log is cut off, or damaged, in entry {len(entries)}")
+        try:
+            entries.append(ENTRY.decode(raw[start : start + size]))
+        except ProtocolError as error:
+            return Reading(tuple(entries), at, f"entry {len(entries)} is damaged: {error}")
+        at = start + size
+    return Reading(tuple(entries), at)
