@@ -31,16 +31,33 @@ class LazyGroup(click.Group):
         """
         if cmd_name not in self._table:
             return None
-        module, attribute, _, extra = self._table[cmd_name]
+        module, attribute, _, _ = self._table[cmd_name]
         try:
             command: click.Command = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
-            if not extra or (error.name or "").partition(".")[0] == module.partition(".")[0]:
-                raise
-            raise click.ClickException(
-                f"'{cmd_name}' needs {error.name}, which is not installed: pip install 'edgeadapt[{extra}]'"
-            ) from error
+            self._explain(cmd_name, error)
+            raise
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, which imports the rest of what it needs.
+
+        Raises:
+            click.ClickException: What it needs is not installed.
+        """
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            self._explain(ctx.invoked_subcommand or "", error)
+            raise
+
+    def _explain(self, name: str, error: ModuleNotFoundError) -> None:
+        module, _, _, extra = self._table[name]
+        package = (error.name or "").partition(".")[0]
+        if extra and package != module.partition(".")[0]:
+            raise click.ClickException(
+                f"'{name}' needs {package}, which is not installed: pip install 'edgeadapt[{extra}]'"
+            ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The table's own lines, so that ``--help`` imports nothing."""

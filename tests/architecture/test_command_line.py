@@ -1,6 +1,10 @@
 """Every command of `edgeadapt` explains itself, and says in one line what was wrong with how it was called."""
 
 import json
+import os
+import pathlib
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +31,7 @@ def commands(group: click.Group, path: Path = ()) -> Iterator[tuple[Path, click.
 
 ALL = dict(commands(edgeadapt.cli))
 GROUPS = [(), *(path for path, command in ALL.items() if isinstance(command, click.Group))]
+EXTRAS = {"flwr", "matplotlib", "onnx", "optimum", "peft", "rich", "safetensors", "sqlalchemy", "torch", "transformers"}
 LEAVES = [path for path in ALL if path not in GROUPS]
 
 
@@ -86,3 +91,26 @@ def test_a_wrong_call_is_json_too_where_json_is_asked_for(run: Callable[..., Out
     code, out, err = run("seeds", "--json")
     assert code == 2
     assert json.loads(out) == {"error": err.removeprefix("edgeadapt: ").rstrip("\n")}
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (("bench", "secagg"), "simulations"),
+        (("demo",), "simulations"),
+        (("export", "adapter", "--peft", "p", "--bundle", "b", "--key", "key.pem"), "export"),
+        (("export", "base", "--base", "p", "--out", "b", "--key", "key.pem"), "export"),
+    ],
+)
+def test_on_the_bare_install_a_command_names_the_extra_that_it_needs(
+    words: Path, extra: str, tmp_path: pathlib.Path, root: pathlib.Path
+) -> None:
+    script = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)})); import edgeadapt; edgeadapt.main()"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    key = subprocess.run([sys.executable, "-m", "edgeadapt", "export", "key", "key.pem"], cwd=tmp_path, env=environment)
+    assert key.returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"edgeadapt: '\w+' needs \w+, which .*: pip install 'edgeadapt\[{extra}\]'\n", done.stderr)
