@@ -155,7 +155,7 @@ def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
     """Train on the home's examples from the adapter in ``blob``; return what may leave under the mask."""
     # Not at the top: Flower starts a process for every message, and five of six need not wait seconds for torch.
     from adapters.classifier import LoraSpec
-    from client.contribute import Outcome, contribution
+    from client.contribute import Outcome, contribution, require_bounds
     from client.train import seed, trainer
 
     plan, spec = planned.plan, planned.spec
@@ -169,6 +169,7 @@ def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
         raise ProtocolError(f"adapter and task: {error}") from error
     if not Layout.of(start).digest == mine.layout.digest == spec.layout_digest:
         raise ProtocolError("offer, task and adapter are not of one layout")
+    require_bounds(spec, mine.layout)
     examples = read_examples(home.examples, len(task.labels))
     train_part = part(examples, Part.TRAIN)
     salt = f"{planned.ready.me}/{plan.adapter_version}"

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.layout import Layout, Tensors
-from adapters.task import MAX_SECONDS
-from aggregation.errors import DataError
+from adapters.task import MAX_SECONDS, contribution_spec
+from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.ring import Ring
+from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from client.train import Score
 
@@ -29,6 +30,25 @@ class Outcome:
     examples: int  # trained on
     held_out: Score  # of ``start`` on the device's held-out part
     seconds: float  # of training
+
+
+def require_bounds(spec: SessionSpec, layout: Layout) -> None:
+    """Return if whatever a device may contribute is within the bounds on offer.
+
+    A tighter one would be met by some devices and not by others: who cannot answer has more examples, or a greater
+    loss, than a number that the coordinator chose.
+
+    Raises:
+        ProtocolError: The vector is not the one of this layout, clip norm and weight cap.
+    """
+    vector = spec.vector
+    cap, bits, clients = spec.weight_cap, vector.ring_bits, vector.max_clients
+    try:
+        fair = contribution_spec(layout, clip_norm=spec.clip_norm, weight_cap=cap, ring_bits=bits, max_clients=clients)
+    except ConfigError as error:
+        raise ProtocolError(f"the vector on offer: {error}", COORDINATOR) from None
+    if vector != fair:
+        raise ProtocolError("the vector on offer has other bounds than its clip norm and weight cap make", COORDINATOR)
 
 
 def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.random.Generator) -> Ring:

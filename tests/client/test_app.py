@@ -26,9 +26,11 @@ from aggregation.certificates import Root
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
-from client import train
+from aggregation.vector import VectorSpec
+from client import contribute, train
 from client.app import FAILED, HOME, REFUSED, app
 from client.train import Trainer
+from coordinator import settings
 from coordinator.home import CoordinatorHome
 
 FIRST = "device-00"
@@ -265,6 +267,31 @@ def test_a_plan_whose_adapter_or_task_is_not_right_is_refused_and_the_right_plan
     asked(replace(task, labels=(*task.labels, "another")).encode(), "not of one layout")
     asked(replace(task, labels=()).encode(), "at least two labels")
     talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
+
+
+@pytest.mark.parametrize(("name", "bound"), [("weight", 5.0), ("held_out", 2.0), ("loss", 1e-3), ("delta", 1e-9)])
+def test_bounds_that_would_tell_devices_apart_are_refused_by_all_alike(
+    talk: Talk, name: str, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator offers a bound and counts who cannot answer: they have more examples, or a greater loss."""
+    genuine = settings.contribution_spec
+
+    def narrowed(layout: Layout, **whole: Any) -> VectorSpec:
+        spec = genuine(layout, **whole)
+        tight = (replace(each, bound=bound) if each.name == name else each for each in spec.segments)
+        return replace(spec, segments=tuple(tight))
+
+    monkeypatch.setattr(settings, "contribution_spec", narrowed)
+    _, plans = talk.plan(talk.established())
+    for device, body in plans.items():
+        talk.refused(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}, "other bounds than its clip norm")
+    monkeypatch.setattr(contribute, "require_bounds", lambda *given: None)
+    told = {
+        device: talk.reply(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}).has_error()
+        for device, body in plans.items()
+    }
+    assert any(told.values())
+    assert name != "weight" or told == {device: number > 1 for number, device in enumerate(sorted(plans))}
 
 
 def test_a_coordinator_with_another_key_is_refused(talk: Talk, fleet_of: Callable[..., Any]) -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from adapters.layout import Layout, Tensors
 from adapters.task import MAX_LOSS, MAX_SECONDS, contribution_spec
-from aggregation.errors import DataError
+from aggregation.errors import DataError, ProtocolError
 from aggregation.spec import Adversary, SessionSpec
-from client.contribute import Outcome, clip, contribution
+from client.contribute import Outcome, clip, contribution, require_bounds
 from client.train import Score
 
 START: Tensors = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
@@ -123,6 +123,15 @@ def test_nan_or_infinity_in_an_update_is_refused_and_nothing_leaves(poison: floa
 def test_a_metric_that_is_not_finite_or_beyond_its_bound_is_refused(loss: float) -> None:
     with pytest.raises(DataError, match="segment loss"):
         sent(outcome_of([0.0] * 10, held_out=Score(1, 3, loss)), spec_of())
+
+
+def test_bounds_are_those_of_the_clip_norm_and_the_weight_cap() -> None:
+    require_bounds(spec_of(), LAYOUT)
+    for changes in ({"clip_norm": 3.0}, {"weight_cap": 127}, {"weight_cap": 129}):
+        with pytest.raises(ProtocolError, match="other bounds than its clip norm and weight cap make"):
+            require_bounds(replace(spec_of(), **changes), LAYOUT)
+    with pytest.raises(ProtocolError, match="the vector on offer: a ring of"):
+        require_bounds(replace(spec_of(), weight_cap=2**32), LAYOUT)
 
 
 @pytest.mark.parametrize("examples", [0, -1])
