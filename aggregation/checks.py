@@ -60,7 +60,7 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
     """The advert of ``device`` for the offer with digest ``offer``.
 
     Raises:
-        ProtocolError: Not signed by ``device``, for another offer, or without one good key for each round.
+        ProtocolError: Not signed by ``device``, for another offer, or without a good key of its own for each round.
     """
     message = envelope.open_as(Advert, raw, signer, device)
     if message.offer != offer:
@@ -69,7 +69,9 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
         raise ProtocolError(f"advert is of {message.device}", device)
     if not len(message.mask_keys) == len(message.commitments) == rounds:
         raise ProtocolError(f"advert does not have keys for {rounds} rounds", device)
-    for key in (message.box_key, *message.mask_keys):
+    if len(message.keys) != 1 + rounds:
+        raise ProtocolError("advert has a key twice", device)
+    for key in message.keys:
         try:
             masks.require_public(key)
         except ProtocolError as error:
@@ -92,6 +94,7 @@ def roster(
         raise ProtocolError(f"roster of {len(message.adverts)} is too small to end a round", COORDINATOR)
     signed: dict[str, bytes] = {}
     peers: dict[str, Peer] = {}
+    keys: set[bytes] = set()
     for raw in message.adverts:
         device = _claimed(raw)
         if device not in known:
@@ -99,11 +102,11 @@ def roster(
         if peers and device <= next(reversed(peers)):
             raise ProtocolError(f"{device} is on the roster twice, or out of order", COORDINATOR)
         found = advert(offer, spec.rounds, known[device], device, raw)
+        if keys & found.keys:
+            raise ProtocolError(f"{device} has a key that another device on the roster has", COORDINATOR)
+        keys |= found.keys
         signed[device] = raw
         peers[device] = Peer(device, len(peers) + 1, known[device], found.box_key, found.mask_keys, found.commitments)
-    keys = [key for peer in peers.values() for key in (peer.box_key, *peer.mask_keys)]
-    if len(set(keys)) != len(keys):
-        raise ProtocolError("a key is on the roster twice", COORDINATOR)
     try:
         return Session(spec, offer, context_of(offer, message.digest()), peers), signed
     except ConfigError as error:

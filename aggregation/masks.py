@@ -39,7 +39,7 @@ class Mask:
 
 
 # The u-coordinates of small order on Curve25519, as listed at https://cr.yp.to/ecdh.html: with them the "secret" is
-# the same whoever computes it. Those above p are other encodings; the top bit is ignored (RFC 7748, section 5).
+# the same whoever computes it. The list's others are these in another spelling: p or more, or with the top bit set.
 _P = 2**255 - 19
 _SMALL_ORDER = frozenset(
     {
@@ -48,19 +48,23 @@ _SMALL_ORDER = frozenset(
         325606250916557431795983626356110631294008115727848805560023387167927233504,
         39382357235489614581723060781553021112529911719440698176882885853963445705823,
         _P - 1,
-        _P,
-        _P + 1,
     }
 )
 
 
 def require_public(key: bytes) -> None:
-    """Return if ``key`` is an X25519 public key with which secrets are secret.
+    """Return if ``key`` is an X25519 public key with which secrets are secret, in its one spelling.
+
+    Exchanges take u-coordinates mod p and ignore the top bit (RFC 7748, section 5). Here one key is one byte string,
+    so that keys are different where their bytes are.
 
     Raises:
-        ProtocolError: It is of small order.
+        ProtocolError: It is of small order, or spelled otherwise.
     """
-    if int.from_bytes(key, "little") % 2**255 in _SMALL_ORDER:
+    point = int.from_bytes(key, "little")
+    if point >= _P:
+        raise ProtocolError("an X25519 key is not in its canonical form")
+    if point in _SMALL_ORDER:
         raise ProtocolError("an X25519 key is of small order")
 
 

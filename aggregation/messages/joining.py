@@ -77,6 +77,11 @@ class Advert(Message):
     mask_keys: tuple[bytes, ...]
     commitments: tuple[bytes, ...]
 
+    @property
+    def keys(self) -> frozenset[bytes]:
+        """All of them, the box key too."""
+        return frozenset((self.box_key, *self.mask_keys))
+
 
 @dataclass(frozen=True, slots=True)
 class Roster(Message):

@@ -11,7 +11,7 @@ from aggregation.errors import ConfigError, ProtocolError
 from aggregation.identity import IdentityKey, PublicKey
 from aggregation.messages import Box, Offer, Roster, Shares
 from aggregation.serverside.established import Established
-from aggregation.serverside.outcomes import AbortReason, RoundAborted, too_few
+from aggregation.serverside.outcomes import RoundAborted, too_few
 from aggregation.session import Session
 from aggregation.spec import SessionSpec
 
@@ -54,23 +54,27 @@ def open_session(
 
 @dataclass(frozen=True, slots=True)
 class Offering:
-    """The offer is out; adverts come in."""
+    """The offer is out; adverts come in. ``keys``: those in the adverts so far."""
 
     key: IdentityKey
     spec: SessionSpec
     offer: bytes
     cohort: Mapping[str, PublicKey]
     adverts: Mapping[str, bytes] = field(default_factory=dict)
+    keys: frozenset[bytes] = field(default=frozenset(), repr=False)
 
     def on_advert(self, peer: str, body: bytes) -> "Offering":
         """Take one device's advert: step 2.
 
         Raises:
-            ProtocolError: Not its signed advert for this offer, or its second.
+            ProtocolError: Not its signed advert for this offer, its second, or with a key of another device: who
+                copies is refused, so that one device cannot spoil the session of all.
         """
         checks.turn(peer, self.cohort, self.adverts, "advert")
-        checks.advert(self.offer, self.spec.rounds, self.cohort[peer], peer, body)
-        return replace(self, adverts={**self.adverts, peer: body})
+        keys = checks.advert(self.offer, self.spec.rounds, self.cohort[peer], peer, body).keys
+        if keys & self.keys:
+            raise ProtocolError("advert has a key of another device", peer)
+        return replace(self, adverts={**self.adverts, peer: body}, keys=self.keys | keys)
 
     def close(self) -> "tuple[Sharing, bytes] | RoundAborted":
         """End step 2; the bytes are the roster, for everyone on it."""
@@ -78,10 +82,7 @@ class Offering:
         if aborted:
             return aborted
         roster = Roster(self.offer, tuple(raw for _, raw in sorted(self.adverts.items())))
-        try:
-            session, _ = checks.roster(self.spec, self.offer, self.cohort, roster)
-        except ProtocolError as error:  # two devices sent the same key: one of them copies
-            return RoundAborted(AbortReason.TOO_FEW, str(error), None)
+        session, _ = checks.roster(self.spec, self.offer, self.cohort, roster)
         return Sharing(self.key, session), envelope.seal(self.key, roster)
 
 

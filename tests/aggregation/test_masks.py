@@ -115,17 +115,27 @@ def test_masking_allocates_a_block_and_no_vector() -> None:
     assert peak < 2 * masks.BLOCK
 
 
-@pytest.mark.parametrize("point", sorted(masks._SMALL_ORDER))
+@pytest.mark.parametrize("point", sorted({*masks._SMALL_ORDER, masks._P, masks._P + 1}))
 @pytest.mark.parametrize("top", [0, 2**255])
-def test_keys_of_small_order_are_refused_with_and_without_the_ignored_bit(point: int, top: int) -> None:
+def test_keys_of_small_order_are_refused_in_any_spelling(point: int, top: int) -> None:
     key = (point + top).to_bytes(32, "little")
-    with pytest.raises(ProtocolError, match="small order"):
+    with pytest.raises(ProtocolError, match="canonical form" if point + top >= masks._P else "small order"):
         masks.require_public(key)
     with pytest.raises(ProtocolError, match="small order"):
         masks.agree(A, key)
     # The list is right: the library finds no secret with them, whatever the private key.
     with pytest.raises(ValueError, match=r".*"):
         X25519PrivateKey.from_private_bytes(B).exchange(X25519PublicKey.from_public_bytes(key))
+
+
+@pytest.mark.parametrize("other", [2**255, masks._P])
+def test_a_key_has_one_spelling(other: int) -> None:
+    point = 9 if other == masks._P else int.from_bytes(PUBLIC_A, "little")  # only those below 19 fit in with p on top
+    key, spelled = (number.to_bytes(32, "little") for number in (point, point + other))
+    assert masks.agree(B, key) == masks.agree(B, spelled)
+    masks.require_public(key)
+    with pytest.raises(ProtocolError, match="not in its canonical form"):
+        masks.require_public(spelled)
 
 
 def test_a_genuine_key_is_accepted() -> None:

@@ -70,6 +70,9 @@ def test_adverts_are_taken_once_and_from_the_cohort_only(fleet: Any) -> None:
         ({"mask_keys": ()}, "keys for 3 rounds"),
         ({"commitments": ()}, "keys for 3 rounds"),
         ({"box_key": bytes(32)}, "small order"),
+        ({"box_key": b"\xff" * 32}, "canonical form"),
+        ({"mask_keys": (b"\x05" * 32, b"\x06" * 32, b"\x05" * 32)}, "a key twice"),
+        ({"box_key": b"\x05" * 32, "mask_keys": (b"\x05" * 32, b"\x06" * 32, b"\x07" * 32)}, "a key twice"),
         ({"mask_keys": (b"\x05" * 32, b"\x06" * 32, b"\x01" + bytes(31))}, "small order"),
     ],
 )
@@ -79,16 +82,17 @@ def test_an_advert_that_is_no_good_is_refused(fleet: Any, changes: dict[str, Any
     refused(state.on_advert, ME, said(fleet, ME, advert, Advert, **changes), reason)
 
 
-def test_two_devices_with_one_mask_key_make_no_session(fleet: Any) -> None:
+@pytest.mark.parametrize("what", ["mask_keys", "box_key"])
+def test_who_copies_a_key_is_refused_and_the_others_make_a_session(fleet: Any, what: str) -> None:
     state, offer = fleet.offer()
     adverts = {name: fleet.join(name, offer) for name in fleet.devices}
-    copied = envelope.open_as(Advert, adverts[ME], fleet.devices[ME].identity.public, ME).mask_keys
-    adverts[OTHER] = said(fleet, OTHER, adverts[OTHER], Advert, mask_keys=copied)
-    for name, advert in adverts.items():
-        state = state.on_advert(name, advert)
-    outcome = state.close()
-    assert isinstance(outcome, RoundAborted)
-    assert "key is on the roster twice" in outcome.detail
+    copied = getattr(envelope.open_as(Advert, adverts[ME], fleet.devices[ME].identity.public, ME), what)
+    state = state.on_advert(ME, adverts[ME])
+    refused(state.on_advert, OTHER, said(fleet, OTHER, adverts[OTHER], Advert, **{what: copied}), "of another device")
+    for name in sorted(set(adverts) - {ME, OTHER}):
+        state = state.on_advert(name, adverts[name])
+    sharing, _ = state.close()
+    assert set(sharing.session.peers) == set(adverts) - {OTHER}
 
 
 # Step 4

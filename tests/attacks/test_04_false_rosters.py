@@ -86,6 +86,16 @@ def test_the_victims_own_advert_cannot_be_replaced_by_an_older_one_of_its_own(fl
         fleet.share(VICTIM, roster_of(fleet, state.offer, {**adverts, VICTIM: older}))
 
 
+def test_a_roster_on_which_two_devices_have_one_key_is_refused(fleet: Any) -> None:
+    state, adverts, _ = advertised(fleet)
+    copied = Advert.decode(envelope.unverified_body(adverts["device-000"])).mask_keys
+    corrupt = fleet.devices["device-004"].identity
+    own = Advert.decode(envelope.unverified_body(adverts["device-004"]))
+    adverts["device-004"] = envelope.seal(corrupt, dataclasses.replace(own, mask_keys=copied))
+    with pytest.raises(ProtocolError, match="device-004 has a key that another device on the roster has"):
+        fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
+
+
 def test_an_advert_of_an_older_session_is_refused(fleet: Any) -> None:
     _, old, _ = advertised(fleet)
     state, adverts, _ = advertised(fleet)
