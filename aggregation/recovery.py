@@ -3,15 +3,21 @@
 A secret counts only if it matches what its owner published in its advert: the seed its commitment, the mask key
 its public key. So a wrong share can cost a round but never make a wrong sum. Only where the first ``t`` shares
 fail are the dealer's digests of the shares looked at: a share that is not the one dealt is its holder's fault;
-shares that are as dealt and do not open the secret are the dealer's.
+shares that are as dealt and do not open the secret are the dealer's. So is a secret of which more holders than may be
+corrupt have no share, although they answered: their boxes did not open.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aggregation import boxes, masks, shamir
 from aggregation.messages import Box, Opening, Plan
 from aggregation.session import Session, commitment
+from aggregation.spec import CORRUPT_FRACTION, corrupt_count
+
+MOST_SETS = 10_000  # of a cheating dealer's holders that are tried: all there are of 16
 
 
 @dataclass(slots=True)
@@ -58,17 +64,23 @@ class Recovery:
     ) -> bytes | None:
         t = self.session.spec.threshold
         if len(shares) < t:
+            if self._without(dealer) > corrupt_count(len(self.session.peers), CORRUPT_FRACTION):
+                self.blamed.add(dealer)
             return None
         secret = self._combine(list(shares)[:t], shares)
         if secret is not None and right(secret):
             return secret
-        good = self._as_dealt(dealer, kind, shares)
-        for start in range(len(good) if len(good) >= t else 0):
-            secret = self._combine([good[(start + i) % len(good)] for i in range(t)], shares)
+        for holders in _sets(self._as_dealt(dealer, kind, shares), t):
+            secret = self._combine(holders, shares)
             if secret is not None and right(secret):
                 return secret
             self.blamed.add(dealer)  # enough shares just as it dealt them, and they do not open its secret
         return None
+
+    def _without(self, dealer: str) -> int:
+        """Holders that answered, and gave no share of ``dealer``."""
+        answers = map(self.openings.__getitem__, self.session.neighbours(dealer, self.openings))
+        return sum(dealer not in answer.seeds and dealer not in answer.keys for answer in answers)
 
     def _as_dealt(self, dealer: str, kind: int, shares: Mapping[str, bytes]) -> list[str]:
         """Holders whose share is the one dealt to them; the others are blamed. The dealer's own share comes last."""
@@ -83,6 +95,13 @@ class Recovery:
         if points not in self._coefficients:
             self._coefficients[points] = shamir.lagrange(points)
         return shamir.combine(self._coefficients[points], [shares[holder] for holder in holders])
+
+
+def _sets(holders: Sequence[str], t: int) -> Iterator[tuple[str, ...]]:
+    """Every ``t`` of ``holders`` where that can be tried, else every ``t`` in a row."""
+    if math.comb(len(holders), t) <= MOST_SETS:
+        return itertools.combinations(holders, t)
+    return (tuple((*holders, *holders)[start : start + t]) for start in range(len(holders)))
 
 
 def _by_dealer(held: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:

@@ -21,6 +21,7 @@ class Established:
         dealt: Dealer → holder → box.
         last_round: The last round begun.
         delivered: Devices known to have their boxes.
+        left_out: Devices whose secrets did not open, and by their own fault: in no further round.
     """
 
     key: IdentityKey
@@ -28,6 +29,7 @@ class Established:
     dealt: Mapping[str, Mapping[str, Box]]
     last_round: int = 0
     delivered: frozenset[str] = frozenset()
+    left_out: frozenset[str] = frozenset()
 
     @property
     def rounds_left(self) -> int:
@@ -37,7 +39,7 @@ class Established:
     @property
     def devices(self) -> tuple[str, ...]:
         """Who may take part, in ascending order."""
-        return tuple(sorted(self.dealt))
+        return tuple(sorted(set(self.dealt) - self.left_out))
 
     def plan(
         self, *, adapter_version: int, adapter_digest: str, training: bytes, cohort: Collection[str] | None
@@ -66,5 +68,5 @@ class Established:
         return Collecting(begun, plan, plan.digest(), ring.zeros(vector.size, vector.ring_bits)), out
 
     def _assignment(self, plan: Plan, device: str) -> bytes:
-        dealers = () if device in self.delivered else self.session.neighbours(device, self.devices)
+        dealers = () if device in self.delivered else self.session.neighbours(device, self.dealt)
         return envelope.seal(self.key, Assignment(plan, {dealer: self.dealt[dealer][device] for dealer in dealers}))

@@ -1,7 +1,7 @@
 """What stays the same from the survivor set to the sum: steps 7 and 8 at the coordinator."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from aggregation import envelope
@@ -48,6 +48,9 @@ class Settled:
         """The request to open the sum, with the agreements in it."""
         return envelope.seal(self.established.key, Unmask(self.survivors, signatures))
 
-    def aborted(self, reason: AbortReason, detail: str, blamed: Collection[str] = ()) -> RoundAborted:
-        """The end of this round without a sum."""
-        return RoundAborted(reason, detail, self.established, tuple(sorted(blamed)))
+    def aborted(
+        self, reason: AbortReason, detail: str, blamed: Collection[str] = (), left_out: Collection[str] = ()
+    ) -> RoundAborted:
+        """The end of this round without a sum. ``left_out``: who is in no further round of the session."""
+        after = replace(self.established, left_out=self.established.left_out.union(left_out))
+        return RoundAborted(reason, detail, after, tuple(sorted(blamed)))

@@ -54,7 +54,8 @@ class Unmasking:
         if closed:
             detail = f"too few good shares to open {', '.join(closed[:3])}{' …' if closed[3:] else ''}"
             reason = AbortReason.UNRECOVERABLE if recovery.blamed else AbortReason.TOO_FEW
-            return settled.aborted(reason, detail, recovery.blamed)
+            # Its secrets would not open in the next round either.
+            return settled.aborted(reason, detail, recovery.blamed, recovery.blamed.intersection(closed))
         self.once.take("sum")
         (apply or masks.apply)(settled.total, _masks_to_remove(settled, seeds, keys))
         return _outcome(settled, tuple(sorted(recovery.blamed)))
