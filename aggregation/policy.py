@@ -114,7 +114,6 @@ class Policy:
             (spec.threshold <= cohort, f"threshold {spec.threshold} is above the cohort of {cohort}"),
             (spec.vector.max_clients >= cohort, f"a sum of {cohort} could wrap the ring"),
             *self._graph_demands(spec, cohort, cohort),
-            (spec.minimum_survivors >= spec.threshold, "minimum of survivors is below the threshold"),
             (
                 spec.adversary is not Adversary.ACTIVE or 2 * spec.quorum > cohort + corrupt,
                 f"{spec.quorum} of {cohort} devices agree on the survivors: two groups could agree on different ones",

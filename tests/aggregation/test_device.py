@@ -143,6 +143,15 @@ def test_a_roster_for_another_offer_is_refused(fleet: Any, on_roster: tuple[Adve
         state.on_roster(fleet.devices[ME], resealed(fleet, roster, Roster, offer=bytes(32)), fleet.entropy)
 
 
+def test_a_roster_on_which_the_policy_does_not_hold_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
+    state, roster = on_roster
+    device = fleet.devices[ME]
+    strict = dataclasses.replace(device, policy=dataclasses.replace(device.policy, corrupt_fraction=0.5))
+    with pytest.raises(ProtocolError, match="roster refused: threshold 4 of 5 does not withstand 3 corrupt devices"):
+        state.on_roster(strict, roster, fleet.entropy)
+    state.on_roster(device, roster, fleet.entropy)
+
+
 def test_a_device_shares_its_secrets_once(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
     state, roster = on_roster
     state.on_roster(fleet.devices[ME], roster, fleet.entropy)

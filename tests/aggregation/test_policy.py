@@ -31,6 +31,15 @@ def test_a_safe_offer_is_accepted_with_default_limits(spec_of: SpecOf) -> None:
     policy(spec).check(spec, 10)
 
 
+def test_an_offer_at_the_limits_is_accepted(spec_of: SpecOf) -> None:
+    spec = spec_of(10)
+    bits = spec.vector.ring_bits
+    policy(
+        spec, minimum_cohort=10, minimum_ring_bits=bits, maximum_ring_bits=bits, maximum_weight=100, maximum_rounds=3
+    ).check(spec, 10)
+    Policy(minimum_ring_bits=1, maximum_ring_bits=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "limits", "cohort", "reason"),
     [

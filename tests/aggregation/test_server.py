@@ -50,6 +50,11 @@ def test_a_spec_for_another_cohort_is_refused(fleet: Any) -> None:
         serverside.open_session(fleet.key, fleet.authority.root, fleet.spec, certificates, fleet.entropy)
 
 
+def test_a_degree_without_a_graph_is_refused(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="degree 3 with 6 devices: it must be 5, or even and below that"):
+        fleet_of(6, spec=spec_of(6, degree=3, threshold=4)).offer()
+
+
 # Step 2
 
 
@@ -132,6 +137,13 @@ def test_shares_that_are_no_good_are_refused(fleet: Any, sharing: tuple[Any, byt
     refused(state.on_shares, ME, said(fleet, ME, shares, Shares, **change(message)), reason)
 
 
+def test_too_few_that_share_their_secrets_make_no_session(fleet: Any) -> None:
+    outcome = fleet.establish({"shares": sorted(fleet.devices)[:2]})
+    assert isinstance(outcome, RoundAborted)
+    assert (outcome.reason, outcome.session) == (AbortReason.TOO_FEW, None)
+    assert outcome.detail.endswith("3 devices that sent shares, 4 are needed")
+
+
 # Step 6
 
 
@@ -177,6 +189,19 @@ def test_a_state_that_was_moved_on_from_adds_nothing_more(fleet: Any) -> None:
     with pytest.raises(ProtocolError, match="never answered twice"):
         state.on_masked_input(OTHER, bodies[OTHER])
     assert (moved.total == before).all()
+
+
+def test_an_input_that_comes_after_the_end_of_the_step_is_not_added(fleet: Any) -> None:
+    state, plans = fleet.begin(fleet.establish())
+    bodies = {name: fleet.contribute(name, plans[name]) for name in plans}
+    for name in sorted(bodies)[:4]:
+        state = state.on_masked_input(name, bodies[name])
+    settled = state.close()[0].settled
+    before = settled.total.copy()
+    refused(state.on_masked_input, "device-004", bodies["device-004"], "never answered twice")
+    assert (settled.total == before).all()
+    with pytest.raises(ProtocolError, match="never answered twice"):
+        state.close()
 
 
 def test_inputs_are_added_up_as_they_come_and_none_is_kept(fleet: Any) -> None:
@@ -237,7 +262,7 @@ def test_a_round_is_not_opened_again_from_a_state_before_its_last_opening(fleet:
     for name in bodies:
         state = state.on_unmask(name, fleet.answer("on_unmask", name, bodies[name]))
         states.append(state)
-    assert isinstance(states[2].close(), RoundAborted)  # too few: nothing was opened
+    assert states[2].close().detail == "3 openings, 4 are needed"
     _, result = states[3].close()
     fleet.assert_sum(result)
     with pytest.raises(ProtocolError, match="never answered twice"):
@@ -284,6 +309,14 @@ def test_closing_too_early_aborts_and_leaves_the_session(fleet: Any) -> None:
     assert isinstance(aborted.session, Established)
     assert aborted.session.rounds_left == 2
     assert "0 masked inputs, 4 are needed" in aborted.detail
+
+
+def test_a_session_without_a_round_left_begins_none(fleet: Any) -> None:
+    session = fleet.establish()
+    for _ in range(3):
+        session = fleet.begin(session)[0].close().session
+    over = fleet.begin(session)
+    assert (over.reason, over.session) == (AbortReason.SESSION_OVER, session)
 
 
 def test_a_plan_for_too_few_leaves_the_round_unused(fleet: Any) -> None:

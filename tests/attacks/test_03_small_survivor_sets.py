@@ -1,13 +1,14 @@
 """Survivor sets that isolate a victim: too small, empty, or without the device that is asked."""
 
+import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
 
-from aggregation import checks
+from aggregation import checks, envelope
 from aggregation.errors import ProtocolError
-from aggregation.messages import Opening, Survivors, Unmask
+from aggregation.messages import Assignment, Opening, Survivors, Unmask
 from aggregation.spec import Adversary
 
 VICTIM = "device-002"
@@ -59,3 +60,19 @@ def test_without_the_check_the_victim_is_exposed(
     recovery = coordinator.recover({n: o.seeds for n, o in found.items()}, {n: o.keys for n, o in found.items()})
     keys = {name: recovery.mask_key(name) for name in coordinator.uploads if name != VICTIM}
     coordinator.assert_exposed(VICTIM, coordinator.strip(VICTIM, recovery.seed(VICTIM), keys))
+
+
+def test_ghosts_do_not_make_a_plan_large_enough(circle: Callable[..., Any]) -> None:
+    """On a sparse graph a device has no boxes of most others: the coordinator makes members up that nobody has met."""
+    fleet = circle(12, degree=4, threshold=4, minimum_survivors=10).fleet
+    session = fleet.establish()
+    _, plans = fleet.begin(session)
+    near = {VICTIM, *session.session.neighbours(VICTIM, session.devices)}
+    message = envelope.open_as(Assignment, plans[VICTIM], fleet.key.public, "coordinator")
+    for made_up, reason in ((["ghost-1", "zed"], "ghost-1 is in the plan but"), ([], "8 members of the plan")):
+        members = tuple(sorted([*near, *made_up, *sorted(set(session.devices) - near)[:3]]))
+        lie = envelope.seal(
+            fleet.key, dataclasses.replace(message, plan=dataclasses.replace(message.plan, members=members))
+        )
+        with pytest.raises(ProtocolError, match=reason):
+            fleet.states[VICTIM].on_plan(fleet.devices[VICTIM], lie)

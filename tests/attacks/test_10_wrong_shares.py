@@ -207,6 +207,19 @@ def test_a_box_that_does_not_open_stops_nobody(fleet_of: Callable[..., Any]) -> 
     fleet.assert_sum(result)
 
 
+@pytest.mark.parametrize("rounds", [(1, 2), (1, 2, 3, 4)])
+def test_a_box_for_another_number_of_rounds_holds_nothing(
+    fleet_of: Callable[..., Any], rounds: tuple[int, ...]
+) -> None:
+    """The dealer sealed it well, with digests that fit; the coordinator passes it on against the rules."""
+    fleet = fleet_of(4)
+    established = fleet.establish()
+    dealer = fleet.states["device-001"]
+    pair = Pair(bytes(33), bytes(33))
+    box = boxes.seal(established.session, dealer.box_key, "device-001", SMALL, dict.fromkeys(rounds, pair))
+    assert boxes.open_box(established.session, fleet.states[SMALL].box_key, "device-001", SMALL, box) is None
+
+
 @pytest.mark.parametrize("cut", [{"sealed": b""}, {"digests": ()}])
 def test_a_box_of_another_size_holds_nothing(fleet_of: Callable[..., Any], cut: dict[str, Any]) -> None:
     fleet = fleet_of(4)
