@@ -19,7 +19,7 @@ from aggregation.errors import ConfigError, DataError
 from client.cache import Cache
 from client.compose import Adapter, Choice
 from client.library import Library, chosen
-from client.rows import padded, stacked
+from client.rows import alike, padded, stacked
 from client.text import checked
 from client.trust import MODEL, TOKENIZER, VerifiedBase
 
@@ -143,7 +143,9 @@ class Session:
         return [_best(self._logits(*padded([ids]), current.feeds)[0], current.adapter, top) for ids in rows]
 
     def rank_rows(self, rows: Sequence[tuple[str, str]], top: int) -> list[list[Prediction]]:
-        """Answer a batch whose rows use different adapters in one run; the adapter in use stays what it is.
+        """Answer a batch whose rows use different adapters; the adapter in use stays what it is.
+
+        Rows whose adapters have equal ranks share a run.
 
         Args:
             rows: Pairs of a text and of what ``use`` takes as a name.
@@ -151,7 +153,7 @@ class Session:
 
         Returns:
             For each row what ``use`` and ``rank`` would give: to the bit where the products of matrices do not hang on
-            the size of the batch, else to 1e-6.
+            the size of the batch and its longest text, else to 1e-6.
 
         Raises:
             TrustError, DataError, ConfigError: As ``use`` and ``rank``; or the base cannot mix the adapters in a batch.
@@ -161,15 +163,23 @@ class Session:
         if self._dimensions == 2:
             raise ConfigError("this base takes one adapter for a whole batch; export it anew")
         tokens = [self._tokens(text) for text, _ in rows]
-        adapters = [self._get(chosen(names)).adapter for _, names in rows]
-        feeds = _values(stacked(adapters, self._library.card.slots))
-        logits = self._logits(*padded(tokens), feeds)
+        choices = [chosen(names) for _, names in rows]
+        held = {choice: self._get(choice).adapter for choice in dict.fromkeys(choices)}
+        adapters = [held[choice] for choice in choices]
+        answers: dict[int, list[Prediction]] = {}
+        for run in alike(adapters, self._library.card.slots):
+            found = self._together([tokens[row] for row in run], [adapters[row] for row in run], top)
+            answers.update(zip(run, found, strict=True))
+        return [answers[row] for row in range(len(rows))]
+
+    def _together(self, tokens: Sequence[list[int]], adapters: Sequence[Adapter], top: int) -> list[list[Prediction]]:
+        logits = self._logits(*padded(tokens), _values(stacked(adapters, self._library.card.slots)))
         return [_best(row, adapter, top) for row, adapter in zip(logits, adapters, strict=True)]
 
     def _get(self, choice: Choice) -> _Loaded:
         if (loaded := self._loaded.get(choice)) is None:
             adapter = self._library.load(choice)
-            alone = stacked([adapter], self._library.card.slots) if self._dimensions == 3 else adapter.inputs
+            alone = adapter.inputs if self._dimensions == 2 else stacked([adapter], self._library.card.slots)
             loaded = _Loaded(adapter, _values(alone))
             self._loaded.put(choice, loaded, adapter.nbytes)
         return loaded
