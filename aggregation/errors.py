@@ -4,6 +4,9 @@ They live on the ground floor because every part raises them. An aborted round i
 (``RoundAborted``): it is one of the ways in which a round is expected to end.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EdgeAdaptError(Exception):
     """Anything a user can cause or mend. The message says what is wrong and what to do, in one line."""
@@ -25,6 +28,15 @@ class TrustError(EdgeAdaptError):
     """A file or message is not what a trusted party signed: digest, signature, base, layout or version."""
 
     exit_code = 4
+
+
+@contextmanager
+def of_file(path: object) -> Iterator[None]:
+    """Name the file in whatever is found wrong with what it holds."""
+    try:
+        yield
+    except TrustError as error:
+        raise TrustError(f"{path}: {error}") from None
 
 
 class ConfigError(EdgeAdaptError):

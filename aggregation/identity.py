@@ -113,8 +113,9 @@ class IdentityKey:
         try:
             key = serialization.load_pem_private_key(pem, password=passphrase)
         except (ValueError, TypeError, UnsupportedAlgorithm):
-            how = "an unencrypted private key" if passphrase is None else "a private key under this passphrase"
-            raise TrustError(f"not {how} in PEM form") from None
+            if passphrase is not None:
+                raise TrustError("the passphrase is another one, or this is no private key in PEM form") from None
+            raise TrustError("not an unencrypted private key in PEM form") from None
         if not isinstance(key, Ed25519PrivateKey):
             raise TrustError(f"an Ed25519 private key is needed, not {type(key).__name__}")
         return cls(key.private_bytes_raw())

@@ -14,7 +14,7 @@ from adapters.storage import replace
 from aggregation import enrolment
 from aggregation.certificates import Root
 from aggregation.entropy import Entropy
-from aggregation.errors import ConfigError, TrustError
+from aggregation.errors import ConfigError, TrustError, of_file
 from aggregation.identity import IdentityKey, PublicKey
 from client.home import AUTHORITY, CERTIFICATE, COORDINATOR, IDENTITY, TRUST, DeviceSettings, Home, enrol
 
@@ -29,8 +29,10 @@ class Pinned:
     coordinator: bytes
 
     def __post_init__(self) -> None:
-        Root.from_pem(self.authority)
-        PublicKey.from_pem(self.coordinator)
+        with of_file("the authority's certificate"):
+            Root.from_pem(self.authority)
+        with of_file("the coordinator's key"):
+            PublicKey.from_pem(self.coordinator)
 
 
 def begin(folder: Path, name: str, base: str, pinned: Pinned, entropy: Entropy) -> PublicKey:

@@ -72,7 +72,9 @@ class Home:
             raise ConfigError(f"{folder} is not a device's home: it has no {SETTINGS}") from error
         except ValidationError as error:
             first = error.errors()[0]
-            raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            unknown = first["type"] == "extra_forbidden"
+            what = "there is no such key" if unknown else first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {what}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: {error}") from error
 

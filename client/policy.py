@@ -61,6 +61,7 @@ class PolicySettings(BaseModel):
     revocation_days: int = Field(
         default=SAFE.revocation_days,
         ge=0,
+        le=36_500,
         description="greatest age of the authority's revocation list, in days; 0: no list is demanded, and one that is "
         "there counts until its own end",
     )

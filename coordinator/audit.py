@@ -14,7 +14,7 @@ import click
 from adapters import storage
 from aggregation.audit import Check, Finding, Report, Status, audit, chain, many
 from aggregation.certificates import Root
-from aggregation.errors import DataError, TrustError
+from aggregation.errors import DataError, TrustError, of_file
 from aggregation.identity import PublicKey
 from aggregation.revocation import RevocationList
 from aggregation.transcript import read
@@ -138,11 +138,10 @@ def _pinned(read_as: Callable[[bytes], Pinned], given: Path | None, beside: Path
     path = given or beside
     try:
         raw = storage.read(path, LARGEST)
-        found = read_as(raw)
     except FileNotFoundError:
         raise TrustError(f"{path} is missing: say with {option} where it is") from None
-    except TrustError as error:
-        raise TrustError(f"{path}: {error}") from None
+    with of_file(path):
+        found = read_as(raw)
     if given is None and found.to_pem() != raw:
         raise TrustError(f"{path} was altered after the coordinator wrote it: get it anew")
     return found

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 
+LONGEST = 64  # bytes of a common name (X.520)
+
+
 @dataclass(frozen=True, slots=True)
 class Authority:
     """The authority itself, with its signing key. Keep it offline."""
@@ -30,7 +33,15 @@ class Authority:
 
     @classmethod
     def create(cls, name: str, entropy: Entropy, not_before: "datetime", not_after: "datetime") -> "Authority":
-        """Make a new authority called ``name`` with a key from ``entropy``."""
+        """Make a new authority called ``name`` with a key from ``entropy``.
+
+        Raises:
+            ConfigError: The name is empty or too long for a certificate, or the end is not after the beginning.
+        """
+        if not 0 < len(name.encode(errors="replace")) <= LONGEST:
+            raise ConfigError(
+                f"an authority's name has 1 to {LONGEST} bytes: choose another one than {name[:LONGEST]!r}"
+            )
         key = IdentityKey.generate(entropy)
         builder = _builder(name, name, key.public, not_before, not_after)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)

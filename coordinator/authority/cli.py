@@ -9,7 +9,7 @@ import click
 
 from aggregation import enrolment
 from aggregation.certificates import Authority
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, of_file
 from aggregation.identity import PublicKey
 from aggregation.revocation import Reason
 from coordinator.authority.office import REVOKED, SHORTEST, Office
@@ -171,13 +171,15 @@ def _asked(name: str | None, request: Path | None, public_key: Path | None) -> t
     if (request is None) == (public_key is None):
         raise ConfigError("give either --request or --public-key")
     if request is not None:
-        asked, key = enrolment.read_request(request.read_bytes())
+        with of_file(request):
+            asked, key = enrolment.read_request(request.read_bytes())
         if name not in (None, asked):
             raise ConfigError(f"the request is for {asked}, not for {name}")
         return asked, key
     if name is None or public_key is None:
         raise ConfigError("--public-key needs --name")
-    return name, PublicKey.from_pem(public_key.read_bytes())
+    with of_file(public_key):
+        return name, PublicKey.from_pem(public_key.read_bytes())
 
 
 def _unlocked(office: Office, passphrase_file: Path | None) -> Authority:
@@ -188,5 +190,10 @@ def _passphrase(file: Path | None, *, new: bool) -> bytes:
     if file is not None:
         return file.read_bytes().split(b"\n", 1)[0].rstrip(b"\r")
     told = f"Passphrase for the authority's key{f', {SHORTEST} characters or more' if new else ''}"
-    typed: str = click.prompt(told, hide_input=True, confirmation_prompt=new, err=True)
+    try:
+        typed: str = click.prompt(told, hide_input=True, confirmation_prompt=new, err=True)
+    except click.Abort as error:
+        if isinstance(error.__context__, EOFError):
+            raise ConfigError("nobody is there to type the passphrase: give --passphrase-file") from None
+        raise
     return typed.encode()

@@ -24,7 +24,7 @@ from adapters.storage import PRIVATE, PUBLIC
 from aggregation.certificates import Authority, Root
 from aggregation.enrolment import require_name
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, TrustError
+from aggregation.errors import ConfigError, TrustError, of_file
 from aggregation.identity import IdentityKey, PublicKey
 from aggregation.revocation import Reason, Revocation
 from coordinator.authority.record import Issued, Listed, Pen, Record, Revoked
@@ -90,7 +90,8 @@ class Office:
         Raises:
             ConfigError: There is no authority here.
         """
-        return Root.from_pem(self._read(CERTIFICATE))
+        with of_file(self.folder / CERTIFICATE):
+            return Root.from_pem(self._read(CERTIFICATE))
 
     def unlock(self, passphrase: bytes | None) -> Authority:
         """The authority with its key.
@@ -98,7 +99,9 @@ class Office:
         Raises:
             TrustError: The passphrase is not the one, or the files are damaged.
         """
-        authority = Authority(IdentityKey.from_pem(self._read(KEY), passphrase), self.root.der)
+        with of_file(self.folder / KEY):
+            key = IdentityKey.from_pem(self._read(KEY), passphrase)
+        authority = Authority(key, self.root.der)
         if authority.key.public != authority.root.key:
             raise TrustError(f"{self.folder}: key and certificate do not belong together")
         return authority

@@ -56,7 +56,10 @@ def test_a_base_with_any_name_is_written_and_read_back(tmp_path: Path, base: str
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('base = "x"\nbasis = 1\n', "basis"),
+        ('base = "x"\nbasis = 1\n', "basis: there is no such key"),
+        ('base = "x"\n[policy]\nminimum_cohrt = 9\n', "policy.minimum_cohrt: there is no such key"),
+        ('base = "x"\n[policy]\nminimum_ring_bits = 40\nmaximum_ring_bits = 30\n', "policy: ring bits must be"),
+        ('base = "x"\n[policy]\nrevocation_days = 1000000000\n', "revocation_days"),
         ("[policy]\nminimum_cohort = 8\n", "base"),
         ('base = "x"\n[policy]\nminimum_cohort = 2\n', "minimum_cohort"),
         ('base = "x"\n[policy]\nminimum_cohort = "8"\n', "minimum_cohort"),

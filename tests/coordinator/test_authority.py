@@ -62,7 +62,7 @@ def test_a_new_authority_has_a_key_for_its_owner_only_and_an_empty_list(tmp_path
     assert b"PRIVATE" not in (office.folder / "authority.pem").read_bytes()
     assert (revoked_of(office).number, revoked_of(office).revoked) == (1, {})
     assert office.unlock(PASSPHRASE).root == office.root
-    with pytest.raises(TrustError, match="not a private key under this passphrase"):
+    with pytest.raises(TrustError, match=r"authority\.key: the passphrase is another one"):
         office.unlock(b"another passphrase")
 
 
@@ -80,6 +80,14 @@ def test_a_failure_leaves_no_half_an_authority(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="full"):
         Office.found(tmp_path / "authority", "fleet", 10, 10, None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", 65 * "n", 33 * "ü"])
+def test_a_name_that_no_certificate_can_bear_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="an authority's name has 1 to 64 bytes"):
+        Office.found(tmp_path / "new", name, 10, 10, None)
+    assert list(tmp_path.iterdir()) == []
+    Office.found(tmp_path / "new", 32 * "ü", 10, 10, None)
 
 
 def test_a_short_passphrase_is_refused(tmp_path: Path) -> None:
@@ -375,12 +383,12 @@ def test_the_passphrase_is_asked_for_and_never_shown(run: Run, tmp_path: Path) -
     typed = PASSPHRASE.decode()
     assert typed not in ok(run("init", "dir", typed=f"{typed}\n{typed}\n"))
     assert typed not in ok(run("crl", "dir", typed=f"{typed}\n"))
-    refused(run("crl", "dir", typed="something else\n"), "not a private key under this passphrase")
+    refused(run("crl", "dir", typed="something else\n"), "authority.key: the passphrase is another one")
     assert typed.encode() not in b"".join(path.read_bytes() for path in (tmp_path / "dir").iterdir())
 
 
 def test_a_key_without_a_passphrase_must_be_asked_for(run: Run) -> None:
-    assert run("init", "dir", typed="").exit_code != 0
+    refused(run("init", "dir", typed=""), "nobody is there to type the passphrase: give --passphrase-file")
     ok(run("init", "dir", "--unencrypted"))
     ok(run("crl", "dir"))
     refused(run("init", "other", "--unencrypted", "--passphrase-file", "secret"), "contradict")
@@ -394,6 +402,7 @@ def test_what_is_asked_for_must_be_clear(run: Run, tmp_path: Path) -> None:
     refused(run("issue", "dir", "--request", "kitchen.csr", "--public-key", "kitchen.pub"), "give either")
     refused(run("issue", "dir", "--public-key", "kitchen.pub"), "--public-key needs --name")
     refused(run("issue", "dir", "--request", "kitchen.csr", "--name", "garage"), "is for kitchen, not for garage")
-    refused(run("issue", "dir", "--request", "kitchen.pub"), "not a certificate request")
+    refused(run("issue", "dir", "--request", "kitchen.pub"), "kitchen.pub: not a certificate request")
+    refused(run("issue", "dir", "--name", "a", "--public-key", "kitchen.csr"), "kitchen.csr: not a public key")
     assert run("revoke", "dir", "kitchen", "--reason", "whim").exit_code == 2
     assert ok(run("list", "dir")) == ""
