@@ -50,6 +50,11 @@ def size(count: float) -> str:
     return f"{value:.{digits}f} {UNITS[unit]}"
 
 
+def size_or_dash(count: float) -> str:
+    """``size``; a dash where nothing came through."""
+    return size(count) if count > 0 else "–"
+
+
 def duration(seconds: float) -> str:
     """``7.1 s``, ``42 s``, ``4 min 12 s``, ``1 h 05 min``; a dash for NaN."""
     if not math.isfinite(seconds):
