@@ -65,10 +65,12 @@ def lagrange(points: Sequence[int], at: int = 0) -> list[int]:
 
 
 def combine(coefficients: Sequence[int], shares: Sequence[bytes]) -> bytes | None:
-    """The secret of ``shares``, or nothing where they are not shares of a 32-byte secret.
+    """The secret of ``shares``, or nothing where they are not shares of a 32-byte secret, each in its one spelling.
 
     A wrong share gives another value, not an error: the caller compares the secret with its commitment.
     """
-    pairs = zip(coefficients, shares, strict=True)
-    value = sum(coefficient * int.from_bytes(share, "big") for coefficient, share in pairs) % PRIME
+    values = [int.from_bytes(share, "big") for share in shares]
+    if max(values) >= PRIME:
+        return None
+    value = sum(coefficient * y for coefficient, y in zip(coefficients, values, strict=True)) % PRIME
     return value.to_bytes(SECRET, "big") if value < 1 << 8 * SECRET else None

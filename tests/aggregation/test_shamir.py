@@ -65,6 +65,13 @@ def test_a_value_above_256_bits_is_no_secret() -> None:
     assert opened([1], [share]) is None
 
 
+def test_a_share_has_one_spelling() -> None:
+    shares = shamir.split(bytes(range(32)), 2, [1, 2], SystemEntropy())
+    again = (int.from_bytes(shares[0], "big") + shamir.PRIME).to_bytes(33, "big")
+    assert opened([1, 2], shares) == bytes(range(32))
+    assert opened([1, 2], [again, shares[1]]) is None
+
+
 def test_the_same_secret_is_shared_anew_every_time() -> None:
     first, second = (shamir.split(bytes(32), 2, [1, 2], SystemEntropy()) for _ in range(2))
     assert not set(first) & set(second)

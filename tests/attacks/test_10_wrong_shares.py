@@ -226,3 +226,17 @@ def test_a_box_of_another_size_holds_nothing(fleet_of: Callable[..., Any], cut: 
     established = fleet.establish()
     box = dataclasses.replace(established.dealt["device-001"][SMALL], **cut)
     assert boxes.open_box(established.session, fleet.states[SMALL].box_key, "device-001", SMALL, box) is None
+
+
+@pytest.mark.parametrize("dealt", [True, False])
+def test_a_share_that_is_no_number_of_the_field_is_a_wrong_one(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dealt: bool
+) -> None:
+    monkeypatch.setitem(globals(), "spoil", lambda share: b"\xff" * len(share))
+    fleet = fleet_of(8)
+    if dealt:
+        _, result = fleet.round(deal_badly(fleet, "device-005", [SMALL], digests=True, monkeypatch=monkeypatch))
+    else:
+        _, result = round_with_liars(fleet, [SMALL])
+    assert result.blamed == ("device-005" if dealt else SMALL,)
+    fleet.assert_sum(result)
