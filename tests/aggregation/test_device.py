@@ -360,18 +360,29 @@ def test_secrets_end_with_their_round(fleet: Any) -> None:
 
 
 def test_no_state_shows_a_secret(fleet: Any) -> None:
-    states = []
-    session = fleet.establish()
-    states.append(fleet.states[ME])
-    _, plans = fleet.begin(session)
-    begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
-    states += [begun, begun.contribute(fleet.devices[ME], np.zeros(8, np.uint32))[0]]
-    secrets = begun.secrets
-    for shown in map(repr, states):
-        assert repr(secrets.seed) not in shown
-        assert repr(secrets.mask_key) not in shown
-        assert "secrets=" not in shown
-        assert "held=" not in shown
+    """Neither what it shows itself with, nor what its refusals say."""
+    state, offer = fleet.offer()
+    for name in fleet.devices:
+        state = state.on_advert(name, fleet.join(name, offer))
+    sharing, roster = state.close()
+    advertised = fleet.states[ME]
+    for name in fleet.devices:
+        sharing = sharing.on_shares(name, fleet.share(name, roster))
+    ready = fleet.states[ME]
+    state, plans = fleet.begin(sharing.close())
+    begun = ready.on_plan(fleet.devices[ME], plans[ME])
+    masked, body = begun.contribute(fleet.devices[ME], np.zeros(8, np.uint32))
+    state = state.on_masked_input(ME, body)
+    for name in sorted(set(plans) - {ME}):
+        state = state.on_masked_input(name, fleet.contribute(name, plans[name]))
+    _, bodies = state.close()
+    confirmed, _ = masked.on_survivors(fleet.devices[ME], bodies[ME])
+    pairs = [*begun.held.values(), *(pair for held in masked.ready.held.values() for pair in held.values())]
+    owned = [advertised.box_key, *(part for each in ready.secrets.values() for part in (each.seed, each.mask_key))]
+    secrets = [*owned, fleet.devices[ME].identity.raw, *(share for pair in pairs for share in (pair.seed, pair.key))]
+    assert len(secrets) > 30
+    for shown in map(repr, (fleet.devices[ME], advertised, ready, begun, masked, confirmed, *pairs)):
+        assert not [secret for secret in secrets if repr(secret)[2:-1] in shown or secret.hex() in shown]
 
 
 @pytest.mark.parametrize("stage", ["planned", "masked", "confirmed"])

@@ -115,6 +115,9 @@ def test_a_vector_comes_back_with_its_header_and_no_copy() -> None:
     packed = bytes(range(100))
     raw = envelope.seal_vector(KEY, MaskedInput(D, "a", hashlib.sha256(packed).digest()), packed)
     header, vector = envelope.open_vector(raw, 100, KEY.public, "peer")
+    long = raw[:100] + bytes(5000) + (5000).to_bytes(4, "big")
+    with pytest.raises(ProtocolError, match="does not hold a header and 100 bytes"):  # before it is copied
+        envelope.open_vector(long, 100, KEY.public, "peer")
     assert header.device == "a"
     assert vector == packed
     assert vector.obj is raw

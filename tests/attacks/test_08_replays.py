@@ -106,3 +106,30 @@ def test_answers_of_another_round_are_refused(fleet: Any, step: str) -> None:
         kept = {"survivors": answers[ME], "unmask": openings[ME]}
         session, result = state.close()
         fleet.assert_sum(result)
+
+
+def test_a_device_in_two_sessions_at_once_keeps_them_apart(fleet: Any) -> None:
+    """The coordinator crosses them at every step: what belongs to one is refused in the other, and both end well."""
+    device = fleet.devices[ME]
+    sessions, states = [], []
+    for _ in range(2):
+        sessions.append(fleet.establish())
+        states.append(fleet.states)
+        fleet.states = dict(fleet.states)
+    first, second = ({**given} for given in states)
+    begun = [fleet.begin(session) for session in sessions]
+    for mine, other in ((first, begun[1]), (second, begun[0])):
+        with pytest.raises(ProtocolError, match=r"another session|no neighbour"):
+            mine[ME].on_plan(device, other[1][ME])
+    results = []
+    for number, mine in enumerate((first, second)):
+        fleet.states = mine
+        state, bodies = fleet.collect(sessions[number])
+        if results:
+            with pytest.raises(ProtocolError, match="another plan"):
+                mine[ME].on_survivors(device, results[0][1])
+        closed = fleet.confirm(state, bodies)
+        _, result = fleet.open(*closed)
+        fleet.assert_sum(result)
+        results.append((result, bodies[ME]))
+    assert results[0][0].digest != results[1][0].digest

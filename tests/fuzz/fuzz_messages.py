@@ -18,20 +18,29 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from aggregation import envelope, ring, transcript  # noqa: E402
+from aggregation import envelope, receipts, ring, transcript  # noqa: E402
 from aggregation.clientside import unseal  # noqa: E402
 from aggregation.errors import ProtocolError, TrustError  # noqa: E402
 from aggregation.identity import IdentityKey  # noqa: E402
 from aggregation.messages import MESSAGES  # noqa: E402
+from aggregation.wire import Codec  # noqa: E402
 
 SIGNER = IdentityKey(bytes(32)).public
+LOGGED = (transcript.Result, transcript.Abort, transcript.Checkpoint)
+READ: dict[str, Codec[Any]] = {
+    **{kind.TAG: kind.codec() for kind in (*MESSAGES, *LOGGED)},
+    "entry": transcript.ENTRY,
+    "receipt": receipts.RECEIPT,
+    "passage": receipts.PASSAGE,
+    "witness": receipts.WITNESS,
+}
 
 
 def one_input(data: bytes) -> None:
     """The first byte picks what the rest is read as."""
     if not data:
         return
-    choice, body = data[0] % (len(MESSAGES) + 5), data[1:]
+    choice, body = data[0] % (len(READ) + 5), data[1:]
     try:
         read(choice, body)
     except (ProtocolError, TrustError):
@@ -40,19 +49,20 @@ def one_input(data: bytes) -> None:
 
 def read(choice: int, body: bytes) -> None:
     """Read ``body``; what is read must be written as it was."""
-    if choice < len(MESSAGES):
-        if MESSAGES[choice].decode(body).encode() != body:
-            raise AssertionError(f"{MESSAGES[choice].TAG} has a second spelling")
-    elif choice == len(MESSAGES):
+    if choice < len(READ):
+        codec = list(READ.values())[choice]
+        if codec.encode(codec.decode(body)) != body:
+            raise AssertionError(f"{list(READ)[choice]} has a second spelling")
+    elif choice == len(READ):
         envelope.open_as(MESSAGES[0], body, SIGNER, "coordinator")
-    elif choice == len(MESSAGES) + 1:
+    elif choice == len(READ) + 1:
         envelope.open_vector(body, 16, SIGNER, "device")
-    elif choice == len(MESSAGES) + 2:
+    elif choice == len(READ) + 2:
         bits, packed = body[0] % 64 + 1 if body else 1, body[1:]
         size = 8 * len(packed) // bits
         if ring.pack(ring.unpack(packed, size, bits), bits) != packed:
             raise AssertionError(f"a vector of {bits} bits has a second spelling")
-    elif choice == len(MESSAGES) + 3:
+    elif choice == len(READ) + 3:
         transcript.read(transcript.MAGIC + body)
     else:
         unseal(body, bytes(32))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.messages import Agreement
+from aggregation.wire import Codec
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def test_junk_is_refused_quietly(target: dict[str, Any], data: bytes) -> None:
 
 def test_a_second_spelling_is_a_finding(target: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     body = Agreement(bytes(32), "unit").encode()
-    index = [kind.TAG for kind in target["MESSAGES"]].index(Agreement.TAG)
-    monkeypatch.setattr(Agreement, "encode", lambda self: b"other")
+    index = list(target["READ"]).index(Agreement.TAG)
+    other = Codec(lambda out, value: out.extend(b"other"), Agreement.codec().read)
+    monkeypatch.setitem(target["READ"], Agreement.TAG, other)
     with pytest.raises(AssertionError, match="second spelling"):
         target["one_input"](bytes([index]) + body)
