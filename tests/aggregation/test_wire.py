@@ -83,6 +83,8 @@ def test_any_bytes_are_the_one_encoding_of_a_message_or_refused(raw: bytes, mess
         (wire.uint(16), b"\x01\x02\x03", "left over"),
         (wire.blob(4), b"\x00\x00\x00\x05abcde", "over the limit"),
         (wire.blob(4), b"\x00\x00\x00\x04abc", "truncated"),
+        (wire.sequence(wire.uint(8), 9), b"\x00\x00\x00\x09abc", "9 items announced, 3 bytes left"),
+        (wire.sequence(wire.uint(8), 2), b"\x00\x00\x00\x03abc", "over the limit of 2"),
         (NAMES, b"\x03aB\xff", "not of the form"),
         (NAMES, b"\x04abc\n", "not of the form"),
         (wire.real, b"\x80" + bytes(7), "negative zero"),
