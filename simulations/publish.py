@@ -1,7 +1,8 @@
 """From the last round to the devices: the exported pair, held to parity on the test phrases, a bundle in every home.
 
-The coordinator's bundle holds the base and the global adapter. A device's bundle is the same base with the global and
-its own private adapter, signed by itself: what it keeps never goes back to the coordinator.
+The coordinator's bundle holds the base and the global adapter, and its public key lies beside it. A device's bundle is
+the same base with the global and its own private adapter, signed by itself: what it keeps never goes back to the
+coordinator.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from adapters import classifier, files
 from adapters.base import Base
 from adapters.layout import Tensors
+from adapters.storage import PUBLIC, replace
 from aggregation.identity import IdentityKey
 from client import home as device_home
 from client.train import trainer
@@ -60,6 +62,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     manifest = version.manifest
     source = AdapterSource(GLOBAL, shared, population.labels, manifest.version, manifest.sha256, method=manifest.method)
     write_bundle(out / BUNDLE, exported, [source], key=key)
+    replace(out / device_home.TRUST, key.public.to_pem(), PUBLIC)
     for household in population.households:
         _hand_out(out, household.name, exported, source)
     return Published(fleet.device_folder(out, population.households[0].name) / BUNDLE, found, float(right.mean()))

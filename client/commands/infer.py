@@ -49,8 +49,8 @@ def infer(
     Examples:
       edgeadapt device infer --bundle runs/demo/bundle "turn on the kitchen lights"
       edgeadapt device infer --bundle runs/demo/bundle --top 3 "is the door locked" "make it warmer"
-      edgeadapt device infer --bundle runs/demo/bundle --adapter global --adapter anna "movie night"
-      edgeadapt device infer --bundle runs/demo/bundle --compose global:0.5+anna:1 "movie night"
+      edgeadapt device infer --bundle runs/demo/devices/en-01/bundle --adapter global --adapter personal "movie night"
+      edgeadapt device infer --bundle runs/demo/devices/en-01/bundle --compose global:0.5+personal "movie night"
       edgeadapt device infer --bundle runs/demo/bundle --json - < phrases.txt
     """
     from client.library import Library

@@ -6,10 +6,14 @@ A claim without a test is a wish, so each row of the tables of promises names on
 import ast
 import importlib
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+
+import edgeadapt
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -63,6 +67,38 @@ def test_every_name_of_the_core_that_its_documents_mention_is_there(document: st
     named = {(module, name) for module, name in dotted if module in MODULES and name not in ("py", "toml")}
     missing = [pair for pair in named if not hasattr(importlib.import_module(f"aggregation.{pair[0]}"), pair[1])]
     assert missing == []
+
+
+def calls(text: str) -> list[list[str]]:
+    """The words of every call of the program, in code blocks, in back quotes, and in a help's examples."""
+    text = re.sub(r"\\\n\s*", "", text)
+    found = re.findall(r"(?:^ *\$? *|`|&& |; do |; then |ctl\) )edgeadapt (\w[^`\n|#&;]*)", text, re.MULTILINE)
+    return [shlex.split(call.replace("…", ""), posix=True) for call in found]
+
+
+def unknown(words: list[str]) -> str:
+    """What of a call is no command or no option of it; nothing where all is well."""
+    command: click.Command = edgeadapt.cli
+    rest = list(words)
+    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+        found = command.get_command(click.Context(command), name)
+        if found is None:
+            return name
+        command = found
+    options = {opt for parameter in command.get_params(click.Context(command)) for opt in parameter.opts}
+    return next((word for word in rest if word.startswith("--") and word.partition("=")[0] not in options), "")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
+def test_every_call_of_the_program_in_a_document_is_one(path: Path) -> None:
+    assert [" ".join(words) for words in calls(path.read_text()) if unknown(words)] == []
+
+
+def test_a_call_that_is_none_is_found() -> None:
+    block = "```\n$ edgeadapt device infer \\\n  --bundel b x\nedgeadapt nonsense --json\n```"
+    text = f"{block}\nSee `edgeadapt audit verify RUN --json`, `edgeadapt export --help`."
+    assert [unknown(words) for words in calls(text)] == ["--bundel", "nonsense", "", ""]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)

@@ -130,9 +130,10 @@ def test_only_adapters_leave_the_devices(finished: tuple[Path, Result], base: Pa
     assert (base / "model.safetensors").stat().st_size > 40 * max(e["bytes_up"] for e in result["rounds"])
 
 
-def test_the_bundle_answers_with_either_adapter(finished: tuple[Path, Result], run: Command) -> None:
-    bundle = finished[1]["bundle"]
-    for adapter in ((), ("--adapter", "global"), ("--adapter", "personal")):
+def test_the_bundles_answer_with_each_adapter(finished: tuple[Path, Result], run: Command) -> None:
+    run_folder, result = finished
+    of_the_device = [(result["bundle"], "--adapter", name) for name in ("global", "personal")]
+    for bundle, *adapter in ((result["bundle"],), *of_the_device, (run_folder / "bundle",)):
         code, out, _ = run("device", "infer", "--bundle", bundle, *adapter, "turn on the kitchen lights")
         assert code == 0
         assert "%" in out
