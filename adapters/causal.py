@@ -3,11 +3,10 @@
 The adapter's tensors are read and set as a classifier's are: ``tensors`` and ``load`` are the same functions.
 """
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
+from adapters import pretrained
 from adapters.base import Base
 from adapters.classifier import LoraSpec, load, tensors
 from aggregation.errors import ConfigError
@@ -23,11 +22,7 @@ def build(base: Base, lora: LoraSpec = LORA) -> PeftModel:
     Raises:
         ConfigError: The base is no causal language model, or no module of it bears a target's name.
     """
-    transformers_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
-    except ValueError as error:
-        raise ConfigError(f"{base.folder} holds no causal language model: {str(error).splitlines()[0]}") from error
+    model = pretrained.load(base, AutoModelForCausalLM)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), task_type="CAUSAL_LM")
     try:
         return get_peft_model(model, config).eval()

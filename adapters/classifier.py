@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModel
-from transformers.utils import logging as transformers_logging
 
+from adapters import pretrained
 from adapters.base import Base
 from adapters.layout import Floats, Tensors
 from adapters.method import Method
@@ -76,12 +76,11 @@ def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:
     The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's.
 
     Raises:
-        ConfigError: Fewer than two labels, or no module of the base bears a target's name.
+        ConfigError: Fewer than two labels, a base that cannot be opened, or no module of it bears a target's name.
     """
     if labels < 2:
         raise ConfigError(f"a classifier needs at least two labels, got {labels}")
-    transformers_logging.disable_progress_bar()
-    encoder = AutoModel.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
+    encoder = pretrained.load(base, AutoModel)
     model = PhraseClassifier(encoder, encoder.config.hidden_size, labels)
     config = LoraConfig(
         r=lora.rank,

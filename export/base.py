@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from onnx import checker
 from peft import PeftModel
 from tokenizers import Tokenizer
-from transformers import AutoConfig
 
+from adapters import pretrained
 from adapters.base import Base
 from adapters.files import sha256
 from adapters.manifest import BaseCard, Task
@@ -81,8 +81,7 @@ def export_base(model: PeftModel, base: Base, profile: Profile, max_rank: int = 
 
 def _tokenizer(base: Base, model: PeftModel) -> bytes:
     """The base's tokenizer, cut off at what the model can read and without padding, which the device does not need."""
-    tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
-    config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    tokenizer, config = pretrained.tokenizer(base), pretrained.configuration(base)
     positions = getattr(config, "max_position_embeddings", None)  # whatever the family calls it
     limits = [n for n in (positions, (tokenizer.truncation or {}).get("max_length")) if n]
     if not limits:

@@ -7,13 +7,12 @@ the rounded base has learnt around it; docs/decisions/0012 says how to measure w
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
+from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.manifest import Task
 from aggregation.errors import ConfigError
@@ -42,9 +41,7 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
         raise ConfigError(f"the profile {profile.value} has no rounding that could be trained on")
     if out.exists():
         raise ConfigError(f"{out} is there already; name a new folder")
-    transformers_logging.disable_progress_bar()
-    kind = AutoModelForCausalLM if task == "text-generation" else AutoModel
-    model: Any = kind.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
+    model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
     _round(model, BITS[profile])
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

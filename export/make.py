@@ -1,15 +1,14 @@
 """The base that a command names, exported for its task."""
 
-import json
-
-from adapters import classifier
+from adapters import classifier, pretrained
 from adapters.base import Base, find_base
 from adapters.classifier import LoraSpec
 from adapters.manifest import Task
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError
 from export.base import ExportedBase, export_base
 from export.quantize import Profile
 
+HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining")  # which leave an encoder when they are taken off
 ANY_LABELS = 2  # the graph's head has as many rows as an adapter brings
 
 
@@ -17,14 +16,14 @@ def usual_task(base: Base) -> Task:
     """What the base's own configuration says that it was made for: to go on with a text, else to be given a head.
 
     Raises:
-        DataError: ``config.json`` is not sound.
+        ConfigError: It cannot be opened, or was made for something that no device asks.
     """
-    file = base.folder / "config.json"
-    try:
-        made_for = str((json.loads(file.read_bytes()).get("architectures") or [""])[0])
-    except (ValueError, AttributeError, LookupError) as error:
-        raise DataError(f"{file} is no configuration of a model: {error}") from error
-    return "text-generation" if made_for.endswith(("ForCausalLM", "LMHeadModel")) else "text-classification"
+    made_for = str(next(iter(pretrained.configuration(base).architectures or []), ""))
+    if made_for.endswith(("ForCausalLM", "LMHeadModel")):
+        return "text-generation"
+    if "For" in made_for and not made_for.endswith(HEADS):
+        raise ConfigError(f"the base is a {made_for[:60]}, which no device asks; say with --task what it is for")
+    return "text-classification"
 
 
 def export_named(name: str, task: str, profile: str, targets: tuple[str, ...], max_rank: int) -> ExportedBase:

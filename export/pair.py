@@ -8,13 +8,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
+from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.classifier import PhraseClassifier
 from adapters.layout import Tensors
@@ -65,9 +63,7 @@ def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: 
 
 
 def _trained(base: Base, task: Task, origin: Origin, labels: int) -> PeftModel:
-    transformers_logging.disable_progress_bar()
-    kind = AutoModelForCausalLM if task == "text-generation" else AutoModel
-    inner: Any = kind.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
+    inner = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
     if task == "text-classification":
         inner = PhraseClassifier(inner, inner.config.hidden_size, labels)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
+from adapters import pretrained
 from adapters.base import Base
 from adapters.manifest import Task
 from aggregation.errors import ConfigError
@@ -32,19 +31,18 @@ def load(base: Base, task: Task) -> Any:
     """The base as the model of ``task``, in float32 and evaluation mode.
 
     Raises:
-        ConfigError: It is no model for this task, or optimum is not installed.
+        ConfigError: It is no model for this task, cannot be opened, or optimum is not installed.
     """
-    transformers_logging.disable_progress_bar()
     try:
         from optimum.exporters.tasks import TasksManager
     except ModuleNotFoundError as error:
         raise ConfigError(f"exporting this model needs {error.name}: pip install 'edgeadapt[export]'") from error
+    config = pretrained.configuration(base)
     try:
-        config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
-        loader = TasksManager.get_model_class_for_task(task, model_type=config.model_type)
-        return loader.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32).eval()
+        kind = TasksManager.get_model_class_for_task(task, model_type=config.model_type)
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{base.folder} holds no model for {task}: {str(error).splitlines()[0]}") from error
+    return pretrained.load(base, kind)
 
 
 def sizes(config: Any) -> Sizes:

@@ -64,5 +64,5 @@ def test_an_unknown_target_is_refused(base: Base) -> None:
 
 def test_a_folder_without_a_language_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(ConfigError, match="no causal language model"):
+    with pytest.raises(ConfigError, match="cannot be opened"):
         build(Base(tmp_path, "0" * 64))

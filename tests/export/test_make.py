@@ -3,29 +3,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
 
 from adapters.base import Base
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError
 from export.make import usual_task
 
 
 @pytest.mark.parametrize(
-    ("config", "task"),
+    ("architectures", "task"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "text-generation"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "text-generation"),
-        ({"architectures": ["BertModel"]}, "text-classification"),
-        ({"architectures": None}, "text-classification"),
-        ({}, "text-classification"),
+        (["LlamaForCausalLM"], "text-generation"),
+        (["GPT2LMHeadModel"], "text-generation"),
+        (["BertModel"], "text-classification"),
+        (["BertForMaskedLM"], "text-classification"),
+        (None, "text-classification"),
     ],
 )
-def test_a_base_says_what_it_was_made_for(tmp_path: Path, config: Any, task: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert usual_task(Base(tmp_path, "0" * 64)) == task
+def test_a_base_says_what_it_was_made_for(tmp_path: Path, architectures: Any, task: str) -> None:
+    assert usual_task(_stating(tmp_path, architectures)) == task
 
 
-@pytest.mark.parametrize("config", ["", "[]", "{", '{"architectures": {"a": 1}}'])
-def test_a_configuration_that_is_none_is_refused(tmp_path: Path, config: str) -> None:
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(DataError, match="no configuration of a model"):
-        usual_task(Base(tmp_path, "0" * 64))
+@pytest.mark.parametrize("architectures", [["BertForTokenClassification"], ["T5ForConditionalGeneration"]])
+def test_a_base_that_no_device_asks_is_refused_by_name(tmp_path: Path, architectures: list[str]) -> None:
+    with pytest.raises(ConfigError, match=architectures[0]):
+        usual_task(_stating(tmp_path, architectures))
+
+
+def _stating(folder: Path, architectures: Any) -> Base:
+    save_file({f"layer.{number}": torch.zeros(1) for number in range(40)}, folder / "model.safetensors")
+    config = LlamaConfig(num_hidden_layers=2).to_dict() | {"architectures": architectures}
+    (folder / "config.json").write_text(json.dumps(config))
+    return Base(folder, "0" * 64)

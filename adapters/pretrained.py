@@ -1,0 +1,99 @@
+"""A base's own model: the one place where transformers opens files that others made.
+
+Whatever is wrong with them ends in one line. Code that comes with a base never runs, and weights that the file lacks
+are not made up, as transformers would.
+"""
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from adapters.base import Base
+from aggregation.errors import ConfigError
+
+WEIGHTS = "model.safetensors"
+LONGEST = 2**24  # tokens of a text; a table of positions is as long, whatever the file of weights holds
+MAX_REASON = 200  # letters of what transformers says
+
+
+def configuration(base: Base) -> Any:
+    """What ``config.json`` says, as transformers understands it.
+
+    Raises:
+        ConfigError: It is damaged, of an unknown architecture, or states sizes that the weights cannot have.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
+        with safe_open(base.folder / WEIGHTS, "np") as file:
+            tensors = len(file.keys())
+        layers, length = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "max_position_embeddings"))
+        if layers > tensors or length > LONGEST:
+            raise ConfigError(f"{layers} layers of {tensors} tensors, for texts of {length} tokens, are not believed")
+        if not isinstance(config.architectures or [], list):
+            raise ConfigError(f"architectures are no list: {config.architectures!r}")
+    except Exception as error:  # of many classes, with no common base
+        raise _refusal(base, error) from error
+    return config
+
+
+def load(base: Base, kind: Any) -> Any:
+    """The base as transformers' class ``kind`` (``AutoModel``, say), in float32 and evaluation mode.
+
+    Raises:
+        ConfigError: As ``configuration``; the weights are damaged, or some that the answer hangs on are missing.
+    """
+    config = configuration(base)
+    transformers_logging.disable_progress_bar()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # or it prints tables of missing weights
+    try:
+        model, info = kind.from_pretrained(
+            base.folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        if missing := sorted(info["missing_keys"]):
+            _check_unused(model.eval(), missing)
+    except Exception as error:  # as above
+        raise _refusal(base, error) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    return model.eval()
+
+
+def tokenizer(base: Base) -> Tokenizer:
+    """The base's tokenizer, as it is stored.
+
+    Raises:
+        ConfigError: ``tokenizer.json`` is damaged.
+    """
+    try:
+        return Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises plain ones
+        raise _refusal(base, error) from error
+
+
+def _check_unused(model: Any, missing: list[str]) -> None:
+    """Refuse missing weights that the answer hangs on; some bases come without a pooler, which nothing here reads."""
+    state, generator = model.state_dict(), torch.Generator().manual_seed(0)
+    answers: list[Tensor] = []
+    with torch.no_grad():
+        for size in (1, 0):  # not NaN, which an attention kernel may take for padding
+            for name in missing:
+                state[name].copy_(size * torch.randn(state[name].shape, generator=generator))
+            answers.append(model(input_ids=torch.arange(1, 4)[None])[0])
+    if not torch.equal(*answers):
+        raise ConfigError(f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}")
+
+
+def _refusal(base: Base, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ConfigError(f"the base in {base.folder} cannot be opened: {reason[:MAX_REASON]}")
