@@ -1,14 +1,14 @@
 """A frozen causal language model, exported once for every adapter of its layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
+from adapters import pretrained
 from adapters.base import Base
 from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError
@@ -16,6 +16,7 @@ from export import headers
 from export.base import MAX_RANK, TOKENIZER, ExportedBase
 from export.calibrate import TEXT, TOKENS
 from export.causal import builder, slots, traced
+from export.causal.sample import Sample, ask
 from export.merge import merge
 from export.plan import LoraSlot, Plan
 from export.quantize import Profile, quantize
@@ -34,8 +35,12 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
         ConfigError: The base cannot be exported, no layer bears one of the names, or a layer's place in the graph
             cannot be found.
     """
-    weights = _weights(base, targets)
-    built = _built(base)
+    model = pretrained.load(base, AutoModelForCausalLM)
+    weights = _weights(model, targets)
+    sample = ask(model, pretrained.tokenizer(base))
+    config = model.config
+    del model  # each road loads it again, and only the layers' weights are needed until the end
+    built = _built(base, config, sample)
     products = slots.find(built.graph, weights)
     ids = Tokenizer.from_str(built.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
     graph = quantize(built.graph, profile, ids)
@@ -53,21 +58,16 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
     )
 
 
-def _built(base: Base) -> builder.Built:
-    """By the fast road where it leads, else by the general one."""
+def _built(base: Base, config: Any, sample: Sample) -> builder.Built:
+    """By the fast road where it leads to the right answers, else by the general one."""
     try:
-        return builder.build(base)
-    except builder.UnknownArchitectureError:
-        return traced.build(base)
+        return builder.build(base, config, sample)
+    except builder.NoFastRoadError:
+        return traced.build(base, sample)
 
 
-def _weights(base: Base, targets: Sequence[str]) -> Tensors:
+def _weights(model: Any, targets: Sequence[str]) -> Tensors:
     """The weights of the layers that get slots, by path, in the order of the module tree."""
-    transformers_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(base.folder, local_files_only=True, dtype=torch.float32)
-    except ValueError as error:
-        raise ConfigError(f"{base.folder} holds no causal language model: {str(error).splitlines()[0]}") from error
     found = {}
     for target in targets:
         layers = [path for path, _ in model.named_modules() if path == target or path.endswith(f".{target}")]

@@ -1,8 +1,9 @@
 """The fast road: onnxruntime-genai's model builder, which fuses attention, rotary embedding and normalization.
 
-It knows some twenty architectures, Llama's and Qwen's among them. Here it is only asked for the graph in float32 and
-the files that onnxruntime-genai wants beside it; quantization and slots are ours, so that both are the same on every
-road.
+It knows some twenty architectures, Llama's and Qwen's among them, but not all that their configurations can say, and
+what it does not know it may leave out without a word. So its graph is taken only if it answers as torch does. It is
+only asked for the graph in float32 and the files that onnxruntime-genai wants beside it; quantization and slots are
+ours, so that both are the same on every road.
 """
 
 import io
@@ -22,6 +23,7 @@ from onnx import helper, numpy_helper
 
 from adapters.base import Base
 from aggregation.errors import ConfigError
+from export.causal.sample import Sample, says_the_same
 from export.headers import NATIVE
 
 # Projections stay apart, because each has a slot of its own; a table that is also the output layer is shared by us.
@@ -29,8 +31,8 @@ OPTIONS = ("fuse_qkv=false", "shared_embeddings=false", "hf_token=false")
 CONTRIB = "com.microsoft"
 
 
-class UnknownArchitectureError(ConfigError):
-    """The builder has no road for this architecture."""
+class NoFastRoadError(ConfigError):
+    """The builder cannot build this model, or not as torch has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,46 +43,42 @@ class Built:
     files: dict[str, bytes] = field(repr=False)
 
 
-def build(base: Base) -> Built:
+def build(base: Base, config: Any, sample: Sample) -> Built:
     """Token ids, attention mask and KV cache → logits and the next KV cache, with dynamic batch and lengths.
 
+    Args:
+        base: A causal language model.
+        config: Its configuration, of transformers.
+        sample: What torch says to a short text.
+
     Raises:
-        UnknownArchitectureError: The builder does not know the architecture, or not all of it.
-        ConfigError: It cannot build this model.
+        NoFastRoadError: The builder does not know the architecture, or its graph does not answer as torch does.
+        ConfigError: What it needs is not installed.
     """
-    _check_sizes(base)
+    if _has_window(config):  # which the sample is too short to show
+        raise NoFastRoadError(f"onnxruntime-genai's builder leaves out the sliding window of {base.folder}")
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
         out = Path(name) / "out"
         with _module() as builder:
             _create(builder, base, out, Path(name) / "cache")
-        graph = onnx.load(out / NATIVE)
         files = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(NATIVE)}
-    _fix_head_size(graph, json.loads(files["genai_config.json"])["model"]["decoder"]["head_size"])
+        graph = onnx.load(out / NATIVE, load_external_data=False)
+        _fix_head_size(graph, json.loads(files["genai_config.json"])["model"]["decoder"]["head_size"])
+        onnx.save(graph, out / NATIVE)
+        if not says_the_same(out / NATIVE, sample):
+            raise NoFastRoadError(f"onnxruntime-genai's builder does not build {base.folder} as torch has it")
+        onnx.load_external_data_for_model(graph, str(out))
     share_table(graph)
-    if _loses_window(graph, json.loads((base.folder / "config.json").read_bytes())):
-        raise UnknownArchitectureError(f"onnxruntime-genai's builder leaves out the sliding window of {base.folder}")
     return Built(graph, files)
 
 
-def _loses_window(graph: onnx.ModelProto, config: dict[str, Any]) -> bool:
-    """Whether tokens should forget what is farther back than a window, and no layer of the graph does.
+def _has_window(config: Any) -> bool:
+    """Whether tokens forget what is farther back than a window shorter than the longest text.
 
-    Mistral's is lost: the answers to a text longer than the window would be wrong, and nothing would say so.
+    Mistral's is lost by the builder; others' it writes in a form that wants a cache of the runtime's own.
     """
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    settings = [a for node in graph.graph.node for a in node.attribute if a.name == "local_window_size"]
-    shorter = window is not None and window < config.get("max_position_embeddings", window + 1)
-    return shorter and not any(setting.i > 0 for setting in settings)
-
-
-def _check_sizes(base: Base) -> None:
-    """The builder takes whatever has the output layer's shape for it, a gate of as many outputs too."""
-    config = json.loads((base.folder / "config.json").read_bytes())
-    if (words := config.get("vocab_size")) is not None and words == config.get("intermediate_size"):
-        raise ConfigError(
-            f"onnxruntime-genai's builder confuses layers where vocab_size and intermediate_size are equal ({words}); "
-            "pad the vocabulary of the base"
-        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return isinstance(window, int) and window < getattr(config, "max_position_embeddings", window + 1)
 
 
 def _create(builder: Any, base: Base, out: Path, cache: Path) -> None:
@@ -88,11 +86,12 @@ def _create(builder: Any, base: Base, out: Path, cache: Path) -> None:
     try:
         options = builder.parse_extra_options(*where, list(OPTIONS))
         builder.create_model(*where, **options)
-    except NotImplementedError as error:
-        raise UnknownArchitectureError(f"onnxruntime-genai's builder does not know {base.folder}: {error}") from error
-    except (ValueError, KeyError, AttributeError, RuntimeError, OSError) as error:
-        text = str(error).splitlines() or [type(error).__name__]
-        raise ConfigError(f"onnxruntime-genai cannot build {base.folder}: {text[0]}") from error
+    except OSError as error:
+        if error.errno is not None:  # a full disk, say, and not what transformers raises for files that it misses
+            raise
+        raise NoFastRoadError(f"onnxruntime-genai cannot build {base.folder}: {error}") from error
+    except Exception as error:  # the builder raises whatever what it does not know happens to lead to
+        raise NoFastRoadError(f"onnxruntime-genai cannot build {base.folder}: {error}") from error
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from aggregation.errors import ConfigError
 from export import graph, products, tasks
 from export.base import TOKENIZER
 from export.causal.builder import Built, share_table
-from export.headers import NATIVE
+from export.causal.sample import Sample, says_the_same
+from export.headers import DATA, NATIVE
 
 TOKENS = ("input_ids", "attention_mask", "position_ids")  # the last not of every family
 PARTS = ("key", "value")
@@ -57,12 +58,17 @@ class _Decoder(nn.Module):
         return (answer.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values)))
 
 
-def build(base: Base) -> Built:
+def build(base: Base, sample: Sample) -> Built:
     """Token ids, attention mask, positions if the family has any, and KV cache → logits and the next KV cache.
 
+    Args:
+        base: A causal language model.
+        sample: What torch says to a short text.
+
     Raises:
-        ConfigError: Optimum does not know the architecture, torch cannot trace it, its memory of a text is not keys
-            and values, or the base's files do not say how long a text may be or how one ends.
+        ConfigError: Optimum does not know the architecture, torch cannot trace it, or not so that it answers the same,
+            its memory of a text is not keys and values, or the base's files do not say how long a text may be or how
+            one ends.
     """
     model = tasks.load(base, "text-generation")
     sizes = tasks.sizes(model.config)
@@ -72,6 +78,11 @@ def build(base: Base) -> Built:
     traced = _trace(model, cache)
     products.normalize(traced)
     share_table(traced)
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
+        onnx.save(traced, Path(name, NATIVE), save_as_external_data=True, location=DATA)
+        if not says_the_same(Path(name, NATIVE), sample):
+            raise ConfigError(f"torch traces {base.folder} to a graph that answers otherwise; it cannot be exported")
+        onnx.load_external_data_for_model(traced, name)
     return Built(traced, files)
 
 
@@ -118,7 +129,10 @@ def _trace(model: Any, cache: Cache) -> onnx.ModelProto:
 
 def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: Cache) -> dict[str, bytes]:
     """What onnxruntime-genai reads beside the graph: its settings, and the tokenizer as transformers saves it."""
-    tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of many classes, with no common base
+        raise ConfigError(f"the tokenizer in {base.folder} cannot be opened: {error}") from error
     context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     if context > CONTEXT_LIMIT:
         raise ConfigError(f"nothing in {base.folder} limits a text; state max_position_embeddings in config.json")

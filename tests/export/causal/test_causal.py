@@ -206,11 +206,6 @@ def test_what_cannot_get_a_slot_is_refused_by_name(llama: Base) -> None:
         export_causal(llama, ("embed_tokens",), Profile.FP32)
 
 
-def test_sizes_that_the_builder_confuses_are_refused(make_lm: Any) -> None:
-    with pytest.raises(ConfigError, match=r"vocab_size and intermediate_size are equal \(128\)"):
-        export_causal(make_lm(vocab_size=128, intermediate_size=128), ("q_proj",), Profile.FP32)
-
-
 def test_products_of_one_input_are_one_product(llama: Base) -> None:
     native = onnx.load_from_string(export_causal(llama, ("q_proj", "v_proj"), Profile.NATIVE_INT4).model)
     kinds = [node.op_type for node in native.graph.node]
@@ -221,7 +216,8 @@ def test_products_of_one_input_are_one_product(llama: Base) -> None:
 def test_the_builder_leaves_no_trace_in_the_process(llama: Base) -> None:
     script = (
         "import logging, sys; from pathlib import Path; from adapters.base import find_base; "
-        f"from export.causal import builder; path = sys.path[:]; builder.build(find_base({str(llama.folder)!r})); "
+        "from export.causal import export_causal; from export.quantize import Profile; path = sys.path[:]; "
+        f"export_causal(find_base({str(llama.folder)!r}), ('q_proj',), Profile.FP32); "
         "print(path == sys.path, logging.getLogger().handlers, logging.getLogger().level)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

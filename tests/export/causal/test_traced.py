@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from adapters import pretrained
 from adapters.base import Base
 from adapters.causal import build, tensors
 from adapters.classifier import LoraSpec
@@ -27,7 +27,8 @@ from export import headers
 from export.base import ExportedBase
 from export.bundle import AdapterSource, write_bundle
 from export.causal import builder, export_causal, traced
-from export.causal.builder import UnknownArchitectureError
+from export.causal.builder import NoFastRoadError
+from export.causal.sample import Sample, ask
 from export.plan import plan
 from export.quantize import Profile
 
@@ -46,7 +47,14 @@ CASES: list[Any] = [
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traced, "build", cache(traced.build))  # takes seconds; quantization works on a copy
+        build, made = traced.build, {}
+
+        def once(base: Base, sample: Sample) -> builder.Built:  # takes seconds; quantization works on a copy
+            if base.digest not in made:
+                made[base.digest] = build(base, sample)
+            return made[base.digest]
+
+        patch.setattr(traced, "build", once)
         yield
 
 
@@ -153,8 +161,8 @@ def test_a_table_that_is_also_the_output_layer_is_stored_once(gpt2: tuple[Base, 
 @pytest.mark.slow
 def test_the_same_base_exports_to_the_same_bytes_which_name_no_path(gpt2: tuple[Base, ExportedBase]) -> None:
     base, exported = gpt2
-    traced.build.cache_clear()  # type: ignore[attr-defined]
-    assert export_causal(base, GPT2, Profile.FP32).files == exported.files
+    again = Base(base.folder, "a digest of its own, so that it is built again")
+    assert export_causal(again, GPT2, Profile.FP32).files == exported.files
     for name, blob in exported.files.items():
         for trace in (b"site-packages", b".py", b"/tmp/", str(base.folder).encode()):
             assert trace not in blob, name
@@ -211,16 +219,44 @@ def continued(model: PeftModel, generator: Generator, prompt: str) -> str:
 @pytest.mark.slow
 def test_a_sliding_window_that_the_builder_leaves_out_is_kept(make_lm: Any, runner: Any, torch_logits: Any) -> None:
     base, tokens = make_lm("mistral", sliding_window=4), ids(2, 12)
-    with pytest.raises(UnknownArchitectureError, match="leaves out the sliding window"):
-        builder.build(base)
+    with pytest.raises(NoFastRoadError, match="leaves out the sliding window"):
+        _built(base)
     model, side = build(base, LoraSpec(targets=("q_proj",))), runner(export_causal(base, ("q_proj",), Profile.FP32))
     for first in (None, 1, 7):
         np.testing.assert_allclose(side.logits(tokens, {}, first), torch_logits(model, tokens), atol=1e-4)
 
 
+WRONG_ON_THE_FAST_ROAD: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    ("llama", {"head_dim": 20, "hidden_size": 60}),  # ONNX Runtime's attention takes multiples of 8 only
+    ("llama", {"intermediate_size": 98}),  # as the vocabulary: the builder takes a gate for the output layer
+    ("olmo", {}),  # its norms have no weights
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "settings"), WRONG_ON_THE_FAST_ROAD)
+def test_what_the_builder_builds_otherwise_than_torch_has_it_takes_the_general_road(
+    make_lm: Any, runner: Any, torch_logits: Any, kind: str, settings: dict[str, Any]
+) -> None:
+    base, tokens = make_lm(kind, **settings), ids(2, 12)
+    with pytest.raises(NoFastRoadError):
+        _built(base)
+    side = runner(export_causal(base, ("q_proj",), Profile.FP32))
+    np.testing.assert_allclose(side.logits(tokens, {}, 7), torch_logits(_torch(base), tokens), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_graph_that_torch_traces_wrong_is_refused(gpt2: tuple[Base, ExportedBase]) -> None:
+    base = Base(gpt2[0].folder, "another digest, so that it is built")
+    right = ask(_torch(base), pretrained.tokenizer(base))
+    with pytest.raises(ConfigError, match="answers otherwise"):
+        traced.build(base, Sample(right.ids, right.logits * np.float32(1.01)))
+
+
 @pytest.mark.parametrize("window", [None, 64])
 def test_a_window_as_long_as_the_longest_text_is_none(make_lm: Any, window: int | None) -> None:
-    files = builder.build(make_lm("mistral", sliding_window=window)).files
+    files = _built(make_lm("mistral", sliding_window=window)).files
     assert json.loads(files["genai_config.json"])["model"]["type"] == "mistral"
 
 
@@ -280,4 +316,13 @@ def test_a_base_that_never_ends_a_text_or_has_no_limit_is_refused(make_lm: Any) 
 def _refused(base: Base, tokenizer: dict[str, Any]) -> None:
     path = base.folder / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | tokenizer).items() if v}))
-    traced.build(base)
+    traced.build(base, ask(_torch(base), pretrained.tokenizer(base)))
+
+
+def _built(base: Base) -> builder.Built:
+    model = _torch(base)
+    return builder.build(base, model.config, ask(model, pretrained.tokenizer(base)))
+
+
+def _torch(base: Base) -> Any:
+    return pretrained.load(base, AutoModelForCausalLM)

@@ -1,0 +1,81 @@
+"""What torch says to a short text, and whether a graph says the same: no exporter is believed without being asked.
+
+A graph that leaves out a part of a configuration (a scaled rotary embedding, a window, a norm without weights) runs as
+well as a right one, and nothing but its answers tells.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from adapters.layout import Floats
+from aggregation.errors import ConfigError
+from export.calibrate import TEXT, TOKENS
+from export.graph import ANSWER
+
+CLOSE = 1e-3  # of the largest logit; the same numbers added in another order differ by 1e-5
+ONE_BY_ONE = 4  # of the last tokens, each read on top of what the cache holds
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A short text, and the logits of the base in torch without an adapter."""
+
+    ids: NDArray[np.int64]  # (1, tokens)
+    logits: Floats  # (1, tokens, vocabulary)
+
+
+def ask(model: Any, tokenizer: Tokenizer) -> Sample:
+    """Ask a causal language model in torch.
+
+    Args:
+        model: Of transformers, in evaluation mode.
+        tokenizer: Its own.
+
+    Raises:
+        ConfigError: The tokenizer's tokens are none that the model can read.
+    """
+    length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
+    ids = torch.tensor([tokenizer.encode(TEXT).ids[:length]], dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    except (IndexError, RuntimeError) as error:
+        raise ConfigError(f"the base cannot read a text of its own tokenizer: {str(error).splitlines()[0]}") from error
+    return Sample(ids.numpy(), logits.numpy())
+
+
+def says_the_same(file: Path, sample: Sample) -> bool:
+    """Whether the graph in ``file`` runs and answers as torch does, read at once and through its KV cache."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # a graph that does not run is an answer too
+    try:
+        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        found = _logits(session, sample.ids)
+    except Exception:  # onnxruntime raises several classes of its own, with no common base
+        return False
+    close = np.abs(found - sample.logits).max() <= CLOSE * np.abs(sample.logits).max()
+    return bool(close)
+
+
+def _logits(session: ort.InferenceSession, ids: NDArray[np.int64]) -> Floats:
+    inputs = {value.name: value.shape for value in session.get_inputs()}
+    # (rows, heads, tokens so far, width)
+    cache = {n: np.zeros((1, s[1], 0, s[3]), np.float32) for n, s in inputs.items() if n.startswith("past")}
+    length = ids.shape[1]
+    ends, start, answers = range(max(1, length - ONE_BY_ONE), length + 1), 0, []
+    for end in ends:
+        feeds = {"input_ids": ids[:, start:end], "attention_mask": np.ones((1, end), np.int64), **cache}
+        if "position_ids" in inputs:
+            feeds["position_ids"] = np.arange(start, end)[None]
+        answer = dict(zip((v.name for v in session.get_outputs()), session.run(None, feeds), strict=True))
+        cache = {name: answer[name.replace("past_key_values", "present")] for name in cache}
+        answers.append(answer[ANSWER])
+        start = end
+    return np.concatenate(answers, axis=1)
