@@ -29,6 +29,8 @@ from export.headers import NATIVE
 # Projections stay apart, because each has a slot of its own; a table that is also the output layer is shared by us.
 OPTIONS = ("fuse_qkv=false", "shared_embeddings=false", "hf_token=false")
 CONTRIB = "com.microsoft"
+SETTINGS = "genai_config.json"
+QUIET = {"log_severity_level": 3}  # errors; ONNX Runtime warns of each slot that has a default, which all have
 
 
 class NoFastRoadError(ConfigError):
@@ -63,7 +65,12 @@ def build(base: Base, config: Any, sample: Sample) -> Built:
             _create(builder, base, out, Path(name) / "cache")
         files = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(NATIVE)}
         graph = onnx.load(out / NATIVE, load_external_data=False)
-        _fix_head_size(graph, json.loads(files["genai_config.json"])["model"]["decoder"]["head_size"])
+        graph.ClearField("producer_version")  # it names the commit of whatever repository Python was installed in
+        settings = json.loads(files[SETTINGS])
+        decoder = settings["model"]["decoder"]
+        decoder["session_options"] |= QUIET
+        files[SETTINGS] = json.dumps(settings, indent=4).encode()
+        _fix_head_size(graph, decoder["head_size"])
         onnx.save(graph, out / NATIVE)
         if not says_the_same(out / NATIVE, sample):
             raise NoFastRoadError(f"onnxruntime-genai's builder does not build {base.folder} as torch has it")

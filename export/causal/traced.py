@@ -21,7 +21,7 @@ from adapters.base import Base
 from aggregation.errors import ConfigError
 from export import graph, products, tasks
 from export.base import TOKENIZER
-from export.causal.builder import Built, share_table
+from export.causal.builder import QUIET, SETTINGS, Built, share_table
 from export.causal.sample import Sample, says_the_same
 from export.headers import DATA, NATIVE
 
@@ -144,7 +144,7 @@ def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: Cache) -> dict[st
         tokenizer.save_pretrained(name)
         files = {path.name: path.read_bytes() for path in sorted(Path(name).iterdir()) if path.is_file()}
     files[TOKENIZER] = (base.folder / TOKENIZER).read_bytes()
-    return files | {"genai_config.json": json.dumps(settings, indent=4, sort_keys=True).encode()}
+    return files | {SETTINGS: json.dumps(settings, indent=4, sort_keys=True).encode()}
 
 
 def _settings(config: Any, sizes: tasks.Sizes, cache: Cache, context: int, end: Any) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _settings(config: Any, sizes: tasks.Sizes, cache: Cache, context: int, end: 
     names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     decoder = {
         "filename": NATIVE,
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **QUIET},
         "head_size": cache.width,
         "hidden_size": sizes.hidden,
         "num_attention_heads": sizes.heads,

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,6 +142,29 @@ def test_a_table_that_is_also_the_output_layer_is_stored_once(exported: Exported
 
 def test_the_same_base_exports_to_the_same_bytes(llama: Base, every_layer: tuple[str, ...], exported: Any) -> None:
     assert export_causal(llama, every_layer, Profile.FP32).files == exported.files
+
+
+@pytest.mark.slow
+def test_two_processes_in_two_folders_write_the_same_bundle(llama: Base, tmp_path: Path) -> None:
+    """With other hash seeds, and each with a copy of the base of its own."""
+    _edgeadapt("export", "key", "key.pem", folder=tmp_path, seed="0")
+    for seed in ("1", "777"):
+        shutil.copytree(llama.folder, tmp_path / seed / "base")
+        made = ("--base", "base", "--profile", "web-int8", "--out", "bundle", "--key", "../key.pem")
+        _edgeadapt("export", "base", *made, folder=tmp_path / seed, seed=seed)
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / seed / "bundle").rglob("*") if path.is_file()}
+        for seed in ("1", "777")
+    )
+    assert first == second
+    assert onnx.load_from_string(first[headers.WEB]).producer_version == ""
+
+
+def _edgeadapt(*arguments: str, folder: Path, seed: str) -> None:
+    root = Path(__file__).parents[3]
+    environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(root / "edgeadapt.py"), *arguments]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
 
 
 def test_no_file_names_a_path_of_the_machine_that_made_it(exported: ExportedBase, llama: Base) -> None:
