@@ -15,7 +15,7 @@ import onnxruntime as ort
 from adapters.layout import Tensors
 from adapters.ondevice import LORA_A, LORA_B, PEFT_PREFIX, Format, graph_name, quantize, restore, to_graph
 from aggregation.errors import DataError
-from export.slots import LoraSlot, Plan
+from export.slots import LORA, LoraSlot, Plan
 
 
 def encode(tensors: Tensors, found: Plan, form: Format = "int8") -> bytes:
@@ -53,7 +53,13 @@ def completed(tensors: Tensors, found: Plan, slots: Mapping[str, Sequence[str]])
         tensors: Of the adapter, under peft's names.
         found: Its plan.
         slots: The base's, with dimensions as text.
+
+    Raises:
+        DataError: The adapter has a tensor that the base has no slot for.
     """
+    if odd := sorted({graph_name(name) for name in tensors} - set(slots)):
+        way = "export the base with this layer among --targets" if LORA in odd[0] else "train without modules_to_save"
+        raise DataError(f"the base has no slot for the adapter's tensor {odd[0]!r}: {way}")
     full, loras = dict(tensors), list(found.loras)
     for name in slots:
         path = name.removesuffix(LORA_A)

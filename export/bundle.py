@@ -157,10 +157,13 @@ def check_place(out: Path) -> None:
     """Return if ``out`` is free for a bundle, or holds one that may be replaced.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: It is something else, or nothing can be written beside it.
     """
     if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not a bundle; name another folder")
+    above = next(folder for folder in out.resolve().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{above} is no folder that can be written to; name another place than {out}")
 
 
 def stated_card(bundle: Path) -> BaseCard | None:
@@ -223,7 +226,11 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # it may be a second name of the old bundle's file
-        path.write_bytes(blob)
+        try:
+            path.write_bytes(blob)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # of a full disk Python does not say where
+            raise
 
 
 def _link(source: Path, target: Path) -> None:

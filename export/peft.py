@@ -46,7 +46,9 @@ def read_peft(folder: Path) -> PeftFolder:
         DataError: A file is damaged or too large, a tensor is not finite, or tensors and configuration disagree.
     """
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}")
+        below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where peft saves what has a name
+        hint = f"; name one of the adapters in it: {', '.join(below)}" if below else ""
+        raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}{hint}")
     if not (folder / WEIGHTS).is_file():
         reason = f"only {PICKLE}, a pickle, which is not read: save it again with safetensors"
         raise ConfigError(f"{folder} has {reason if (folder / PICKLE).exists() else f'no {WEIGHTS}'}")
@@ -131,6 +133,11 @@ def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
     """Refuse tensors that peft stored for another reason than ``modules_to_save``, such as a resized embedding."""
     for name in map(graph_name, tensors):
         parts = name.split(".")
+        if "base_layer" in parts:
+            raise ConfigError(
+                f"tensor {name!r} is the base's own, and a base is not changed: save the adapter with "
+                "save_pretrained(folder, save_embedding_layers=False)"
+            )
         modules = [".".join(parts[:count]) for count in range(1, len(parts))]
         # peft takes every module whose path ends so, in the middle of a word too.
         if LORA not in name and not any(module.endswith(saved) for module in modules):

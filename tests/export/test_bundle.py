@@ -95,11 +95,11 @@ def test_a_disk_that_fills_up_at_any_file_leaves_the_old_bundle(
     def full(path: Path, data: bytes) -> int:
         if bundle.parent in path.parents and next(calls) == failing:
             write(path, data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does, which has no name
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left.*bundle"):
         write_bundle(bundle, exported, [source(seed=2, version=4)], key=vendor)
     assert contents(bundle) == before
     assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "trust.pem"]
@@ -158,7 +158,7 @@ def test_a_place_below_a_file_cannot_be_written(
     tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(OSError, match=r"File exists|Not a directory"):
+    with pytest.raises(ConfigError, match="is no folder that can be written to"):
         write_bundle(tmp_path / "file" / "out", exported, [source()], key=vendor)
     assert (tmp_path / "file").read_text() == "kept"
 

@@ -324,6 +324,7 @@ def test_a_missing_sidecar_and_a_source_too_many_are_refused(export: Run, shop: 
         (["--targets", "no_such_layer"], "no module named as in"),
         (["--targets", ","], "a target module"),
         (["--out", "texts"], "is not a bundle"),
+        (["--out", "texts/new"], "is no folder that can be written to"),
     ],
 )
 def test_a_base_that_cannot_be_exported_leaves_no_trace(

@@ -314,8 +314,19 @@ def test_a_folder_without_adapter_is_told_apart(saved: Path, tmp_path: Path) -> 
     (saved / WEIGHTS).unlink()
     with pytest.raises(ConfigError, match=f"has no {WEIGHTS}"):
         read_peft(saved)
-    with pytest.raises(ConfigError, match=f"it has no {CONFIG}"):
+    with pytest.raises(ConfigError, match=f"it has no {CONFIG}$"):
         read_peft(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=f"it has no {CONFIG}; name one of the adapters in it: saved"):
+        read_peft(tmp_path)  # peft saves an adapter that has a name into a folder of that name
+
+
+def test_weights_of_the_base_in_an_adapter_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "lm_head"]))
+    model.save_pretrained(tmp_path / "with")
+    with pytest.raises(ConfigError, match=r"'lm_head.base_layer.weight' .* save_embedding_layers=False"):
+        read_peft(tmp_path / "with")
+    model.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    assert "base_model.model.lm_head.lora_A.weight" in read_peft(tmp_path / "without").tensors
 
 
 def test_another_method_is_refused_by_name(tmp_path: Path) -> None:
