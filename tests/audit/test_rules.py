@@ -346,6 +346,20 @@ def test_a_checkpoint_of_another_session_is_found(logged: Any) -> None:
     assert only(logged.audit(raw), Check.IDENTITIES, "of another session").index == 0
 
 
+def test_checkpoints_that_name_different_sessions_before_are_found(logged: Any) -> None:
+    """The first names the one that ``chain`` looks at; another in the same log could name one that was left out."""
+    log, raw = Transcript(logged.log.offer), MAGIC
+    for entry in logged.entries:
+        log.round = entry.round
+        if entry.kind != Checkpoint.TAG:
+            raw += log._append(entry.kind, entry.peer, entry.message)
+        else:
+            raw += log.checkpoint(logged.fleet.key, Stage.CLOSED if entry == logged.entries[-1] else Stage.OPEN)
+            log.previous = bytes([1]) * 32
+    second = [entry.index for entry in logged.entries if entry.kind == Checkpoint.TAG][1]
+    assert only(logged.audit(raw), Check.LOG, "of another session").index == second
+
+
 def test_the_offer_must_come_first(logged: Any) -> None:
     raw = logged.rewritten(lambda entries: [e for e in entries if e.kind != Offer.TAG])
     assert only(logged.audit(raw), Check.IDENTITIES, "advert came where offer belongs").index == 0

@@ -29,6 +29,7 @@ from aggregation.steps import ADAPTER, BODY, RECORD, Step
 from aggregation.vector import VectorSpec
 from client import contribute, train
 from client.app import FAILED, HOME, REFUSED, app
+from client.home import Home
 from client.train import Trainer
 from coordinator import settings
 from coordinator.home import CoordinatorHome
@@ -403,6 +404,29 @@ def test_the_state_is_replaced_before_the_answer_is_made(talk: Talk, monkeypatch
         with pytest.raises(Killed):
             talk.reply(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
     talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, "round 1 is over")
+
+
+def test_when_a_round_is_over_no_home_holds_a_secret_of_it(talk: Talk) -> None:
+    """Neither in a file as it lies there, nor in the sealed state once it is opened."""
+    session = talk.established()
+    homes = [Home.open(talk.fleet.out / "devices" / device) for device in sorted(session.session.peers)]
+    own = {secret for home in homes for secret in asdict(home.load_state())["secrets"][1].values()}
+    confirming, bodies = talk.collect(*talk.plan(session))
+    held = {share for home in homes for pair in asdict(home.load_state())["held"].values() for share in pair.values()}
+    assert (len(own), len(held)) == (2 * DEVICES, 2 * DEVICES**2)
+    assert all(holds(home, held) and not holds(home, own) for home in homes)
+    _, bodies = talk.confirm(confirming, bodies)
+    for device, body in bodies.items():
+        talk.ask(device, Step.UNMASK, body)
+    assert len(bodies) == DEVICES
+    assert not any(holds(home, own | held) for home in homes)
+
+
+def holds(home: Home, secrets: set[bytes]) -> bool:
+    """Whether one of them is in a file of the home, or in the state that is sealed in one."""
+    files = b"".join(path.read_bytes() for path in home.folder.iterdir() if path.is_file())
+    state = str(asdict(home.load_state()))
+    return any(secret in files or repr(secret) in state for secret in secrets)
 
 
 def test_the_examples_file_is_never_written_by_a_round(talk: Talk) -> None:
