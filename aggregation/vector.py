@@ -107,7 +107,7 @@ class VectorSpec:
             of a step, each error is below one step, and multiples of the step are exact.
 
         Raises:
-            DataError: A segment is missing, unknown, of another shape, not finite or out of its bound.
+            DataError: A segment is missing, unknown, of another shape or type, not finite or out of its bound.
         """
         if set(values) != {segment.name for segment in self.segments}:
             raise DataError(f"segments {sorted(values)} are not those of the spec")
@@ -117,6 +117,8 @@ class VectorSpec:
             given = values[segment.name]
             if given.shape != (segment.size,):
                 raise DataError(f"segment {segment.name} has shape {given.shape}, not ({segment.size},)")
+            if given.dtype not in (np.float32, np.float64):
+                raise DataError(f"segment {segment.name} holds {given.dtype}, not float32 or float64")
             for start in range(0, segment.size, _CHUNK):
                 chunk = slice(start, start + _CHUNK)
                 self._round(self._steps(segment, given[chunk]), coins, part[chunk])
@@ -125,7 +127,7 @@ class VectorSpec:
     def _steps(self, segment: Segment, given: Floats) -> NDArray[Any]:
         """``given`` in steps: exact, since a step is a power of two."""
         largest = float(max(given.max(), -given.min()))
-        if not largest <= segment.largest:  # also true for NaN
+        if not largest <= (segment.largest if given.dtype == np.float32 else segment.bound):  # also true for NaN
             raise DataError(f"segment {segment.name} has a value of {largest}, its bound is {segment.bound}")
         per_unit = 1 / self.step(segment)
         wide = not 2.0**-126 <= per_unit < 2.0**128

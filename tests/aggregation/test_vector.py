@@ -176,6 +176,25 @@ def test_other_segments_and_shapes_are_refused(vector_of: Callable[..., VectorSp
         vector_of(3).encode(values, np.random.default_rng(0))
 
 
+@pytest.mark.parametrize("bound", [0.1, 1 / 3, 4.0])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_the_next_number_after_the_bound_is_refused_in_either_precision(
+    bound: float, kind: type[np.floating[Any]]
+) -> None:
+    spec = VectorSpec((Segment("x", 1, bound),), 24, 10)
+    at = np.array([bound], kind)
+    spec.encode({"x": at}, np.random.default_rng(1))
+    with pytest.raises(DataError, match="its bound is"):
+        spec.encode({"x": np.nextafter(at, kind(np.inf))}, np.random.default_rng(1))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.int64, np.bool_, object, np.complex128])
+def test_numbers_of_another_type_are_refused(kind: Any) -> None:
+    spec = VectorSpec((Segment("x", 1, 1.0),), 24, 10)
+    with pytest.raises(DataError, match="not float32 or float64"):
+        spec.encode({"x": np.ones(1, kind)}, np.random.default_rng(1))
+
+
 def test_a_sum_that_the_survivors_cannot_have_is_refused(vector_of: Callable[..., VectorSpec]) -> None:
     spec = vector_of(3)
     total = encoded_sum(spec, [{"delta": np.full(7, 4.0), "weight": np.zeros(1)}] * 3)
