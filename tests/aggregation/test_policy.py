@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.policy import Policy
-from aggregation.spec import Adversary, corrupt_count, default_threshold
+from aggregation.spec import MAX_ROUNDS, Adversary, corrupt_count, default_threshold
 
 SpecOf = Callable[..., Any]
 
@@ -114,6 +114,8 @@ def test_a_policy_that_protects_nobody_cannot_be_constructed(limits: dict[str, A
         {"clip_norm": float("nan")},
         {"clip_norm": float("inf")},
         {"weight_cap": 0},
+        {"weight_cap": 2**32 + 1},
+        {"rounds": MAX_ROUNDS + 1},
         {"privacy": "some"},
         {"base_digest": "AB" * 32},
         {"base_digest": "ab"},
@@ -123,6 +125,21 @@ def test_a_policy_that_protects_nobody_cannot_be_constructed(limits: dict[str, A
 def test_a_spec_that_contradicts_itself_cannot_be_constructed(spec_of: SpecOf, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         spec_of(10, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounds": 1},
+        {"rounds": MAX_ROUNDS},
+        {"threshold": 2, "minimum_survivors": 2},
+        {"threshold": 10, "minimum_survivors": 10},
+        {"weight_cap": 1},
+        {"weight_cap": 2**32},
+    ],
+)
+def test_a_spec_at_its_limits_can_be_constructed(spec_of: SpecOf, changes: dict[str, Any]) -> None:
+    spec_of(10, **changes)
 
 
 def test_two_devices_are_too_few_for_a_threshold() -> None:

@@ -78,6 +78,13 @@ def test_a_vector_of_another_shape_or_type_is_refused(vector: ring.Ring) -> None
         ring.require(vector, 4, 24)
 
 
+@pytest.mark.parametrize("bits", [24, 32])
+def test_a_vector_of_another_type_is_not_packed(bits: int) -> None:
+    for vector in (np.zeros(4, np.uint64), np.zeros((2, 2), np.uint32)):
+        with pytest.raises(DataError, match="ring vector"):
+            ring.pack(vector, bits)
+
+
 def test_the_element_type_is_the_smallest_that_holds_the_ring() -> None:
     assert np.dtype(ring.dtype(32)) == np.dtype("<u4")
     assert np.dtype(ring.dtype(33)) == np.dtype("<u8")

@@ -86,6 +86,7 @@ def test_any_bytes_are_the_one_encoding_of_a_message_or_refused(raw: bytes, mess
         (wire.sequence(wire.uint(8), 9), b"\x00\x00\x00\x09abc", "9 items announced, 3 bytes left"),
         (wire.sequence(wire.uint(8), 2), b"\x00\x00\x00\x03abc", "over the limit of 2"),
         (NAMES, b"\x03aB\xff", "not of the form"),
+        (wire.text(".+"), b"\x01\xe9", "not of the form"),
         (NAMES, b"\x04abc\n", "not of the form"),
         (wire.real, b"\x80" + bytes(7), "negative zero"),
         (wire.real, b"\x7f\xf0" + bytes(6), "not finite"),
@@ -111,6 +112,7 @@ def test_what_is_not_canonical_is_refused_with_its_reason(codec: wire.Codec[Any]
         (wire.blob(2), b"abc"),
         (NAMES, "not a name"),
         (NAMES, "a" * 256),
+        (wire.text(".+"), "é"),
         (wire.real, math.nan),
         (wire.sequence(wire.uint(8), 1), (1, 2)),
     ],
@@ -118,6 +120,10 @@ def test_what_is_not_canonical_is_refused_with_its_reason(codec: wire.Codec[Any]
 def test_a_value_that_no_reader_would_accept_is_not_written(codec: wire.Codec[Any], value: Any) -> None:
     with pytest.raises(ConfigError):
         codec.encode(value)
+
+
+def test_a_text_of_the_greatest_length_is_written_and_read() -> None:
+    assert NAMES.decode(NAMES.encode("a" * 255)) == "a" * 255
 
 
 def test_a_length_that_the_message_cannot_hold_allocates_nothing() -> None:
