@@ -1,6 +1,9 @@
 """Files of a home, replaced whole or not at all and read within a limit: of a device, a coordinator, an authority."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -49,5 +52,16 @@ def sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One at a time, of all processes and threads that lock this folder: to read, change and replace a file in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # released by closing, also by a kill
+        yield
     finally:
         os.close(descriptor)

@@ -58,22 +58,18 @@ def read(path: Path, limit: int) -> bytes:
     """The file, if it is not above ``limit`` bytes. More is refused before it is in memory.
 
     Raises:
-        DataError: There is no such file.
+        DataError: There is no such file, or it cannot be read.
         TrustError: It is above the limit.
     """
     with _open(path) as file:
-        blob = file.read(limit + 1)
-    if len(blob) > limit:
-        raise _too_large(path, limit)
-    return blob
+        # No more room is asked for than the file takes: a small machine would refuse that of the limit.
+        return file.read(_checked(path, Stamp.of(file.fileno()), limit).size)
 
 
 def hashed(path: Path, limit: int) -> Hashed:
     """Hash a file without holding it in memory. Raises as ``read``."""
     with _open(path) as file:
-        stamp = Stamp.of(file.fileno())
-        if stamp.size > limit:
-            raise _too_large(path, limit)
+        stamp = _checked(path, Stamp.of(file.fileno()), limit)
         return Hashed(path, hashlib.file_digest(file, "sha256").hexdigest(), stamp)
 
 
@@ -82,7 +78,11 @@ def _open(path: Path) -> BufferedReader:
         return path.open("rb")
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; fetch the bundle again") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); fetch the bundle again") from error
 
 
-def _too_large(path: Path, limit: int) -> TrustError:
-    return TrustError(f"{path} is above its limit of {limit} bytes; fetch the bundle again")
+def _checked(path: Path, stamp: Stamp, limit: int) -> Stamp:
+    if stamp.size > limit:
+        raise TrustError(f"{path} is above its limit of {limit} bytes; fetch the bundle again")
+    return stamp

@@ -9,7 +9,7 @@ Rules, in the order in which they are checked:
 4. The adapter file has the size and the digest that the sidecar names, down to the last byte.
 5. Its tensors are finite, fill exactly the slots of the graph, have the layout, rank and labels of the sidecar, and no
    rank above the base's limit.
-6. Its version is not below the highest that this device has accepted under that name for that base.
+6. Its version is not below the highest that this device has accepted under that name for that base (``seen.py``).
 
 Nothing is parsed before it is verified, apart from the signed documents themselves (``adapters/signed.py``). The small
 files of the base are used from the bytes that were verified; the weights are mapped into memory from the folder, and
@@ -17,7 +17,6 @@ files of the base are used from the bytes that were verified; the weights are ma
 open).
 """
 
-import json
 import tempfile
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -30,10 +29,10 @@ from adapters.layout import Tensors
 from adapters.manifest import BaseCard, Sidecar, Task
 from adapters.ondevice import check_name, check_slots, layout_of, restore
 from adapters.signed import MAX_DOCUMENT
-from adapters.storage import replace
-from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.errors import DataError, TrustError
 from aggregation.identity import PublicKey
 from client import intact
+from client.seen import SeenVersions
 
 TRUST_FILE, CARD = "trust.pem", "card.json"
 MODEL, TOKENIZER, GENAI = "model.onnx", "tokenizer.json", "genai_config.json"
@@ -77,10 +76,10 @@ class VerifiedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """The pinned keys of a device, and the file in which it notes the versions it has accepted."""
+    """The pinned keys of a device, and the versions that it has accepted."""
 
     keys: tuple[PublicKey, ...]
-    seen: Path
+    seen: SeenVersions
 
     @classmethod
     def open(cls, bundle: Path, pinned: Path | None = None) -> Self:
@@ -99,7 +98,7 @@ class Trust:
         if parts.pop().strip() or not parts:
             raise TrustError(f"{file} is not a list of public keys in PEM form")
         keys = tuple(PublicKey.from_pem(part.strip() + b"\n" + PEM_END + b"\n") for part in parts)
-        return cls(keys, file.with_suffix(".seen.json"))
+        return cls(keys, SeenVersions(file.with_suffix(".seen.json")))
 
     def base(self, bundle: Path) -> VerifiedBase:
         """The base of a bundle (rule 2).
@@ -148,43 +147,19 @@ class Trust:
         blob = intact.read(path, sidecar.size)
         if len(blob) != sidecar.size or sha256(blob).hexdigest() != sidecar.sha256:
             raise TrustError(f"{path} is not the file that was signed; fetch the adapter again")
-        self._refuse_older(sidecar)
+        self.seen.refuse_older(sidecar)
         inputs = _tensors(blob, sidecar)
         _check_claims(inputs, sidecar, base.card)
-        self._note(sidecar)
+        self.seen.note(sidecar)
         return VerifiedAdapter(sidecar, inputs)
-
-    def _refuse_older(self, sidecar: Sidecar) -> None:
-        highest = self._seen().get(sidecar.base_digest, {}).get(sidecar.name, sidecar.version)
-        if sidecar.version < highest:
-            raise TrustError(
-                f"adapter {sidecar.name!r} is version {sidecar.version}, but version {highest} was accepted "
-                "here before; fetch the current bundle"
-            )
-
-    def _note(self, sidecar: Sidecar) -> None:
-        seen = self._seen()
-        versions = seen.setdefault(sidecar.base_digest, {})
-        if versions.get(sidecar.name, -1) < sidecar.version:
-            versions[sidecar.name] = sidecar.version
-            _note(self.seen, json.dumps(seen, indent=1, sort_keys=True).encode())
-
-    def _seen(self) -> dict[str, dict[str, int]]:
-        if not self.seen.exists():
-            return {}
-        try:
-            seen = json.loads(intact.read(self.seen, MAX_DOCUMENT))
-            sound = all(type(version) is int for versions in seen.values() for version in versions.values())
-        except (ValueError, AttributeError, RecursionError):
-            sound = False
-        if not sound:
-            raise TrustError(f"{self.seen} is damaged; delete it only if you trust the bundle to be the current one")
-        return dict(seen)
 
 
 def adapter_names(bundle: Path) -> list[str]:
-    """The adapters of a bundle by their sidecars' file names, sorted; nothing of them is verified."""
-    return sorted(path.stem for path in (bundle / "adapters").glob("*.json"))
+    """The adapters of a bundle by their sidecars' file names, sorted; nothing of them is verified.
+
+    Names with a leading dot are file managers' own.
+    """
+    return sorted(path.stem for path in (bundle / "adapters").glob("*.json") if not path.name.startswith("."))
 
 
 def _tensors(blob: bytes, sidecar: Sidecar) -> Tensors:
@@ -232,13 +207,3 @@ def _check_listed(folder: Path, card: BaseCard) -> None:
         raise TrustError(
             f"{folder / unlisted[0]} is not listed in the signed card; remove it or fetch the bundle again"
         )
-
-
-def _note(path: Path, blob: bytes) -> None:
-    try:
-        replace(path, blob)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot note the accepted version in {path} ({error.strerror}); make the folder writable, or pin the keys "
-            "in another one with --trust"
-        ) from error

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from adapters.ondevice import quantize, to_graph
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.identity import IdentityKey
-from client.trust import Trust, VerifiedAdapter
+from client import intact
+from client.seen import SeenVersions
+from client.trust import Trust, VerifiedAdapter, adapter_names
 from export.base import ExportedBase
 from export.bundle import AdapterSource, add_adapter, write_bundle
 
@@ -359,6 +362,31 @@ def test_a_version_that_cannot_be_noted_is_not_accepted(bundle: Path, monkeypatc
     monkeypatch.setattr(Path, "replace", denied)
     refused(bundle, ConfigError, "Permission denied.*--trust")
     assert not list(bundle.parent.glob(".trust.seen*"))
+
+
+def test_versions_that_are_noted_at_the_same_time_are_all_kept(bundle: Path) -> None:
+    sidecar, seen = accept(bundle).sidecar, SeenVersions(bundle.parent / "many.seen.json")
+    names = [f"adapter-{number}" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: seen.note(replace(sidecar, name=name)), names))
+    (noted,) = json.loads(seen.path.read_bytes()).values()
+    assert noted == dict.fromkeys(names, 3)
+
+
+def test_a_folder_in_a_files_place_is_refused(bundle: Path) -> None:
+    file = bundle / "adapters" / "global.onnx_adapter"
+    file.unlink()
+    file.mkdir()
+    refused(bundle, DataError, r"global\.onnx_adapter cannot be read \(Is a directory\)")
+
+
+def test_what_a_file_manager_leaves_behind_is_no_adapter(bundle: Path) -> None:
+    (bundle / "adapters" / "._global.json").write_bytes(b"x")
+    assert adapter_names(bundle) == ["global"]
+
+
+def test_a_limit_above_all_memory_costs_no_memory(bundle: Path) -> None:
+    assert intact.read(bundle.parent / "trust.pem", 2**62) == (bundle.parent / "trust.pem").read_bytes()
 
 
 def test_a_repr_shows_no_weights(bundle: Path) -> None:
