@@ -37,7 +37,7 @@ class Part:
             raise ConfigError(f"the weight of adapter {self.name!r} must be above 0 and at most {MAX_WEIGHT:g}")
 
     def __str__(self) -> str:
-        return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
+        return self.name if self.weight == 1 else f"{self.name}:{float(self.weight)!r}".removesuffix(".0")
 
 
 Choice = tuple[Part, ...]
@@ -144,6 +144,6 @@ def _joined(name: str, values: Sequence[Floats], weights: Sequence[float]) -> Fl
 def _part(text: str) -> Part:
     name, colon, weight = text.partition(":")
     try:
-        return Part(name, float(weight) if colon else 1.0)
+        return Part(name.strip(), float(weight) if colon else 1.0)
     except ValueError as error:
         raise ConfigError(f"{weight!r} is no weight; write NAME:NUMBER, such as global:0.5+anna:1") from error

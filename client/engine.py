@@ -98,6 +98,9 @@ class Engine:
                 self._adapters.load(str(path), adapter.name)
             except RuntimeError as error:
                 raise DataError(f"adapter {adapter.name!r} cannot be loaded: {first_line(error)}") from error
+            except KeyboardInterrupt:  # comes when the library is done; the name must be free for the next attempt
+                self._adapters.unload(adapter.name)
+                raise
 
     def unload(self, name: str) -> None:
         """Give an adapter's tensors up."""

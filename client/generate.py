@@ -4,8 +4,10 @@ Everything comes verified from ``library.py``; ``engine.py`` runs it, ``chat.py`
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Self
 
 from aggregation.errors import ConfigError, DataError
@@ -36,7 +38,7 @@ class Generator:
         self._engine = Engine(library.base, threads)
         self._loaded: Cache[Adapter] = Cache(loaded, loaded_bytes, lambda adapter: self._engine.unload(adapter.name))
         self._current: Adapter | None = None
-        self._busy = False
+        self._busy = Lock()
         self._last: Answer | None = None
 
     @classmethod
@@ -94,17 +96,17 @@ class Generator:
         Raises:
             ConfigError: Also while an answer is being written.
         """
-        self._check_idle()
         choice = chosen(names, weights)
-        if (adapter := self._loaded.get(choice)) is None:
-            adapter = self._load(self._library.load(choice))
-        self._current = adapter
+        with self._alone():
+            if (adapter := self._loaded.get(choice)) is None:
+                adapter = self._load(self._library.load(choice))
+            self._current = adapter
         return adapter
 
     def use_base(self) -> None:
         """Switch to the bare base. Raises ConfigError while an answer is being written."""
-        self._check_idle()
-        self._current = None
+        with self._alone():
+            self._current = None
 
     def complete(self, text: str, options: Options = Options()) -> Iterator[str]:  # noqa: B008  # it is immutable
         """Continue a text; pieces come as they are written. How it ended is in ``last``.
@@ -139,9 +141,14 @@ class Generator:
         """How many tokens a prompt may have, so that the whole answer fits."""
         return self.context - options.max_tokens
 
-    def _check_idle(self) -> None:
-        if self._busy:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
             raise ConfigError("an answer is being written; read it to its end, or close it, first")
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def _load(self, adapter: Adapter) -> Adapter:
         """Hand the tensors over to the engine; the adapter that is returned has them no more."""
@@ -151,14 +158,19 @@ class Generator:
         return handed_over
 
     def _answer(self, prompt: list[int], options: Options) -> Iterator[str]:
-        self._check_idle()
+        with self._alone():  # say at once what the first piece would say
+            pass
+        if not prompt:
+            raise DataError("the text has no sign that the model knows; give another")
         if len(prompt) >= self.context:
             raise DataError(f"a text of {len(prompt)} tokens fills the model's {self.context}; shorten it")
         return self._written(prompt, options)
 
     def _written(self, prompt: list[int], options: Options) -> Iterator[str]:
-        self._check_idle()
-        self._busy = True
+        with self._alone():
+            yield from self._drawn(prompt, options)
+
+    def _drawn(self, prompt: list[int], options: Options) -> Iterator[str]:
         engine, stops, decoder = self._engine, Stops(options.stop), self._engine.decoder()
         finish, said, count, known = Finish.INTERRUPTED, "", 0, 0
         try:
@@ -185,5 +197,4 @@ class Generator:
             engine.forget()
             raise
         finally:
-            self._busy = False
             self._last = Answer(said, finish, count, len(prompt), known)

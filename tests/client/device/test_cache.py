@@ -1,5 +1,8 @@
 """The cache keeps its limits and gives up what was used longest ago."""
 
+import threading
+import time
+
 import pytest
 
 from aggregation.errors import ConfigError
@@ -47,3 +50,29 @@ def test_what_is_not_held_is_none_and_changes_nothing() -> None:
 def test_a_cache_that_could_hold_nothing_is_refused(count: int, size: int) -> None:
     with pytest.raises(ConfigError, match="holds nothing"):
         Cache[str](count, size)
+
+
+class Yielding(str):
+    """A key at which a thread steps aside for the others whenever it is looked up."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        time.sleep(0)
+        return super().__hash__()
+
+
+def test_threads_that_share_a_cache_leave_the_sizes_right() -> None:
+    cache = Cache[str](2, 100)
+
+    def work() -> None:
+        for turn in range(300):
+            if cache.get(key := Yielding("abc"[turn % 3])) is None:
+                cache.put(key, key, 10)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert cache.nbytes == 10 * len(cache) == 20

@@ -117,13 +117,13 @@ def test_each_part_of_a_composition_is_verified(with_anna: Path) -> None:
         Session.open(with_anna).use("global+anna")
 
 
-@pytest.mark.parametrize("text", ["global", "anna+global", "anna:0.5+global", "a.b-c_d:16"])
+@pytest.mark.parametrize("text", ["global", "anna+global", "anna:0.5+global", "a.b-c_d:16", "a:0.12345678+b:1e-05"])
 def test_a_choice_reads_back_as_it_is_written(text: str) -> None:
     assert written(parse(text)) == text
 
 
 def test_the_order_and_a_weight_of_one_make_no_difference() -> None:
-    assert parse("global:1 + anna") == parse("anna:1.0+global") == chosen(["global", "anna"]) == chosen("anna+global")
+    assert parse("global:1 + anna") == parse("anna : 1.0+global") == chosen(["global", "anna"]) == chosen("anna+global")
 
 
 @pytest.mark.parametrize(

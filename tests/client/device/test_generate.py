@@ -238,6 +238,33 @@ def test_adapters_that_were_not_used_for_long_are_given_up_and_come_back(lm_bund
         generator._engine._adapters.unload("anna")  # it is not there any more
 
 
+def test_weights_that_differ_in_the_eighth_digit_are_two_adapters(generator: Generator) -> None:
+    for weight in (0.12345678, 0.12345679):
+        assert generator.use("global", [weight]).name == f"global:{weight}"
+
+
+def test_an_interruption_while_an_adapter_is_loaded_leaves_its_name_free(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator.use("global")
+    before, library = written(generator), generator._engine._adapters
+
+    class Interrupted:
+        def load(self, path: str, name: str) -> None:
+            library.load(path, name)
+            raise KeyboardInterrupt
+
+        def unload(self, name: str) -> None:
+            library.unload(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generator._engine, "_adapters", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            generator.use("anna")
+    assert written(generator) == before
+    assert generator.use("anna").name == "anna"
+
+
 def test_a_switch_after_the_first_use_takes_less_than_a_millisecond(generator: Generator) -> None:
     for name in ("global", "anna"):
         generator.use(name)
