@@ -11,12 +11,14 @@ def checked(text: str) -> str:
     """The text, if it can be one.
 
     Raises:
-        DataError: Empty or only white space, above ``MAX_TEXT`` characters, or not Unicode.
+        DataError: Empty or only white space, above ``MAX_TEXT`` characters, not Unicode, or with a NUL character.
     """
     if not text.strip():
         raise DataError("an empty text has no answer; give a phrase")
     if len(text) > MAX_TEXT:
         raise DataError(f"a text of {len(text)} characters is above the limit of {MAX_TEXT}; shorten it")
+    if "\0" in text:
+        raise DataError("a text has a NUL character, where libraries take it to end; leave it out")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -58,6 +58,7 @@ export class Text {
 
 function checked(text) {
   if (!text.trim()) throw new DataError("an empty text has no answer; give a phrase");
+  if (text.includes("\0")) throw new DataError("a text has a NUL character, where libraries take it to end; leave it out");
   if (!text.isWellFormed()) throw new DataError("a text is not valid Unicode");
   if (text.length > 2 * MAX_TEXT || [...text].length > MAX_TEXT) {
     throw new DataError(`a text above the limit of ${MAX_TEXT} characters; give a shorter one`);

@@ -160,7 +160,7 @@ def test_a_version_below_one_that_was_accepted_is_refused_and_the_one_in_use_goe
     assert running.answer(TEXT) == before
 
 
-@pytest.mark.parametrize("text", ["", " \n\t", "a" * (MAX_TEXT + 1), "lock \udcff"])
+@pytest.mark.parametrize("text", ["", " \n\t", "a" * (MAX_TEXT + 1), "lock \udcff", "lock\0the door"])
 def test_a_text_that_is_none_is_refused_in_a_line_and_the_next_is_answered(running: Running, text: str) -> None:
     before = running.answer(TEXT)
     with pytest.raises(DataError) as caught:
