@@ -10,12 +10,13 @@ keys, never for the bundle.
 import json
 import re
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from aggregation.errors import ConfigError, DataError
 from client.trust import TRUST_FILE, Trust, adapter_names
@@ -128,9 +129,16 @@ def server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
     """
     handler = type("Handler", (_Handler,), {"site": site, "local": host in LOCAL})
     try:
-        return ThreadingHTTPServer((host, port), handler)
+        return _Server((host, port), handler)
     except OSError as error:
         raise ConfigError(f"cannot serve at {host}:{port} ({error.strerror}); choose another --port") from error
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a page that was closed while it was loading; the next one is served all the same."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

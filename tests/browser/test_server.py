@@ -2,7 +2,10 @@
 
 import http.client
 import json
+import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -137,6 +140,24 @@ def test_asking_for_the_head_sends_no_body(get: Get, bundle: Path) -> None:
         status, headers, body = get(path, "HEAD")
         assert (status, body) == (200, b"")
         assert int(headers["Content-Length"]) == len(get(path)[2])
+
+
+def test_a_page_that_is_closed_while_it_loads_is_nothing_to_speak_of(
+    bundle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (bundle / "base" / "large").write_bytes(bytes(2**24))  # more than what lies between the two ends
+    with server(Site.of(bundle), "127.0.0.1", 0) as serving:
+        threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        for _ in range(2):
+            with socket.create_connection(serving.server_address[:2]) as gone:
+                gone.sendall(b"GET /bundle/base/large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                gone.recv(1)
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        ended = time.monotonic() + 10
+        while any("process_request" in thread.name for thread in threading.enumerate()) and time.monotonic() < ended:
+            time.sleep(0.01)
+        serving.shutdown()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_libraries_that_are_not_installed_are_named_with_what_to_do(bundle: Path, libraries: Path) -> None:
