@@ -71,6 +71,10 @@ def main() -> None:
         _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", INTERRUPTED)
+    except ImportError as error:  # what pybind11 makes of Ctrl-C while a library is being loaded
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        _fail("interrupted", INTERRUPTED)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
 

@@ -1,7 +1,6 @@
 """``edgeadapt device chat``: talk to the language model of a bundle."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -48,7 +47,8 @@ def chat(
 ) -> None:
     """Talk to the language model of a bundle.
 
-    Ctrl-C ends an answer, not the conversation. The oldest turns are forgotten when the model's memory is full.
+    Ctrl-C ends an answer, not the conversation; with --prompt it ends the command. The oldest turns are forgotten when
+    the model's memory is full.
 
     \b
     Examples:
@@ -87,7 +87,7 @@ def _once(conversation: "Conversation", generator: "Generator", prompt: str, as_
 
 def _talk(conversation: "Conversation", generator: "Generator") -> None:
     """One line, one answer, until the end of the input. What goes wrong costs that line and nothing else."""
-    person = sys.stdin.isatty()
+    person = options.standard_input().isatty()
     if person:
         with suppress(ImportError):  # no such thing on Windows; a line can be typed all the same
             import readline  # noqa: F401  # from now on `input` has a history and can be edited
@@ -101,10 +101,12 @@ def _talk(conversation: "Conversation", generator: "Generator") -> None:
                 _show(conversation.ask(line))
         except EdgeAdaptError as error:
             click.echo(f"edgeadapt: {error}", err=True)
+        except KeyboardInterrupt:
+            click.echo(" …")
 
 
 def _line(prompt: str) -> str | None:
-    """A line from standard input, or None at its end. Ctrl-C gives up what was typed."""
+    """A line from standard input, or None at its end. Ctrl-C gives up what a person typed."""
     while True:
         try:
             return input(prompt)
@@ -113,17 +115,16 @@ def _line(prompt: str) -> str | None:
                 click.echo()
             return None
         except KeyboardInterrupt:
+            if not prompt:
+                raise
             click.echo("  (Ctrl-D or /quit leaves)")
 
 
 def _show(pieces: Iterator[str]) -> None:
-    """Print an answer as it is written; Ctrl-C ends it."""
+    """Print an answer as it is written."""
     with closing(cast("Closable[str, None, None]", pieces)):
-        try:
-            for piece in pieces:
-                click.echo(printable(piece), nl=False)
-        except KeyboardInterrupt:
-            click.echo(" …", nl=False)
+        for piece in pieces:
+            click.echo(printable(piece), nl=False)
     click.echo()
 
 

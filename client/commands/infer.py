@@ -104,9 +104,7 @@ def _phrases(texts: Sequence[str]) -> list[str]:
 
 
 def _lines() -> list[str]:
-    # Bytes that are no UTF-8 become surrogates, which the session refuses with a line of its own.
-    with click.open_file("-", encoding="utf-8", errors="surrogateescape") as stream:
-        return [line.strip() for line in stream if line.strip()]
+    return [line.strip() for line in options.standard_input() if line.strip()]
 
 
 def _answers(session: "Session", name: str, phrases: list[str], top: int) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def _rows(adapters: list[dict[str, Any]]) -> list[str]:
             intent["intent"],
             f"{intent['probability']:6.1%}",
             result["adapter"] if len(adapters) > 1 else "",
-            answer["text"],
+            " ".join(printable(answer["text"]).split()),
         )
         for result in adapters
         for answer in result["answers"]

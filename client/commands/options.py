@@ -1,10 +1,14 @@
 """Options that several commands of a device share."""
 
+import sys
 from collections.abc import Callable, Mapping
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+
+from aggregation.errors import DataError
 
 if TYPE_CHECKING:
     from client.options import Options
@@ -42,3 +46,16 @@ def drawn(given: Mapping[str, Any]) -> "Options":
     from client.options import Options
 
     return Options(**given)
+
+
+def standard_input() -> TextIOWrapper:
+    """Standard input, whose bytes that are no UTF-8 become surrogates: who takes a text refuses it with a line.
+
+    Raises:
+        DataError: It is closed.
+    """
+    if sys.stdin is None:
+        raise DataError("standard input is closed; give the text as an argument, or open it")
+    stream = cast(TextIOWrapper, sys.stdin)
+    stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return stream

@@ -1,6 +1,8 @@
 """A conversation keeps its turns, forgets the oldest when there is no room, and survives whatever goes wrong."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,7 +70,7 @@ def test_what_is_too_long_by_itself_is_refused_and_the_turns_stay(generator: Gen
     assert said(conversation, "hello")
 
 
-@pytest.mark.parametrize("text", ["", "   ", "\udcff", "hi <|im_end|>", "a" * 70_000])
+@pytest.mark.parametrize("text", ["", "   ", "\udcff", "hi \0 there", "hi <|im_end|>", "a" * 70_000])
 def test_a_bad_message_is_refused_in_a_line_and_the_turns_stay(generator: Generator, text: str) -> None:
     conversation = Conversation(generator, SHORT)
     said(conversation, "hello")
@@ -167,6 +169,22 @@ def test_bad_input_is_one_line_and_a_failure(lm_bundle: Path, arguments: list[st
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_bytes_that_are_no_text_cost_their_line_only(lm_bundle: Path) -> None:
+    whole = [sys.executable, "-m", "edgeadapt", "device", "chat", "--bundle", str(lm_bundle), "--max-tokens", "4"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(whole, input=b"hi \xff\nhello\n", capture_output=True, check=False, env=strict)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
+    assert done.stderr == b"edgeadapt: a text is not valid Unicode; give it in UTF-8\n"
+
+
+@pytest.mark.parametrize("command", [["chat"], ["infer", "-"]])
+def test_a_closed_standard_input_is_refused_in_a_line(lm_bundle: Path, command: list[str]) -> None:
+    whole = [sys.executable, "-m", "edgeadapt", "device", *command, "--bundle", str(lm_bundle), "--max-tokens", "4"]
+    done = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *whole], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (5, 1)
+    assert "standard input is closed" in done.stderr
+
+
 def test_options_that_exclude_each_other_are_refused(lm_bundle: Path) -> None:
     assert "--json goes with --prompt" in chat("--bundle", lm_bundle, "--json").stderr
     both = chat("--bundle", lm_bundle, "--adapter", "anna", "--base-only", "--prompt", "x")
@@ -185,20 +203,35 @@ def test_infer_continues_a_text_with_each_adapter(lm_bundle: Path, generator: Ge
     assert result["answers"][0]["continuation"] not in ("", expected)
 
 
-def test_control_c_ends_the_answer_and_not_the_program(capsys: pytest.CaptureFixture[str]) -> None:
-    closed = []
+def test_control_c_ends_the_answer_and_not_the_conversation(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conversation, draw, drawn = Conversation(generator, SHORT), generator._engine.draw, []
 
-    def pieces() -> Iterator[str]:
-        try:
-            yield "one "
-            yield "two"
-            raise KeyboardInterrupt
-        finally:
-            closed.append(True)
+    def interrupted() -> Iterator[int]:
+        drawn.append(True)
+        for count, token in enumerate(draw()):
+            if len(drawn) == 1 and count == 3:
+                raise KeyboardInterrupt
+            yield token
 
-    command._show(pieces())
-    assert capsys.readouterr().out == "one two …\n"
-    assert closed == [True]
+    monkeypatch.setattr(generator._engine, "draw", interrupted)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\nhello\n")))
+    command._talk(conversation, generator)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(" …")
+    assert second == conversation.turns[-1].content.strip("\n")
+    assert [turn.role for turn in conversation.turns] == ["user", "assistant"] * 2
+
+
+def test_control_c_ends_a_command_that_answers_one_prompt(generator: Generator) -> None:
+    def interrupted() -> Iterator[int]:
+        raise KeyboardInterrupt
+        yield
+
+    generator._engine.draw = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        command._once(Conversation(generator, SHORT), generator, "hello", as_json=False)
 
 
 def test_control_c_at_the_prompt_gives_up_the_line_only(

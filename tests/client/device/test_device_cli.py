@@ -111,6 +111,11 @@ def test_bytes_that_are_no_text_are_refused(bundle: Path) -> None:
     refused(device("infer", "--bundle", bundle, "-", stdin=b"lock \xff\n"), "UTF-8")
 
 
+def test_what_steers_a_terminal_is_not_printed_back(bundle: Path) -> None:
+    done = device("infer", "--bundle", bundle, "\x1b[31mlock", "a\nb")
+    assert [line.split()[2:] for line in done.stdout.splitlines()] == [["[31mlock"], ["a", "b"]]
+
+
 def test_a_damaged_bundle_is_one_line_and_a_failure(bundle: Path, tmp_path: Path) -> None:
     refused(device("infer", "--bundle", tmp_path / "nowhere", "unlock"), "no bundle at")
     (bundle / "base" / "model.onnx").write_bytes(b"")
