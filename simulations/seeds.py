@@ -10,6 +10,7 @@ import numpy as np
 
 from aggregation.errors import ConfigError, DataError
 from simulations.result import ARMS
+from simulations.wording import count
 
 FIGURES = ("mean", "p10", "worst", "unseen")
 
@@ -45,7 +46,7 @@ def spreads(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The table as a document would show it."""
-    head = f"| {len(results)} seeds: mean (least – greatest) | mean | 10th percentile | worst | unseen |"
+    head = f"| {count(len(results), 'seed')}: mean (least – greatest) | mean | 10th percentile | worst | unseen |"
     rows = [
         f"| {arm} | {' | '.join(_cell(figures[name]) for name in FIGURES)} |"
         for arm, figures in spreads(results).items()

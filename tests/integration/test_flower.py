@@ -6,6 +6,7 @@ second run that goes on where the first one ended.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class Outcome:
     home: CoordinatorHome
     logs: tuple[str, str]
     statuses: list[str]
+    asked: list[tuple[str, str]]  # the first device: group and step of each message that it got
 
     @property
     def rounds(self) -> Any:
@@ -77,7 +79,8 @@ def outcome(deployment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     logs.append(deployment.finish(deployment.begin(BUNDLE, home), seconds=RUN))
 
     opened = CoordinatorHome.open(home)
-    yield Outcome(opened, (logs[0], logs[1]), deployment.statuses())
+    asked = re.findall(r"ROUND (\S+)\]\s.*Receiving: \w+\.(\w+) message", deployment.log(DEVICES[0]))
+    yield Outcome(opened, (logs[0], logs[1]), deployment.statuses(), asked)
     registry.close()
     opened.registry.close()
 
@@ -100,6 +103,16 @@ def test_a_second_run_goes_on_with_the_rounds_that_are_still_to_do(outcome: Outc
     assert [record.round for record in outcome.rounds] == [1, 2, 3]
     assert (third.survivors, third.dropped, third.version) == (DEVICES[:3], {}, 3)
     assert "round 1 of" not in outcome.logs[1]
+
+
+def test_a_device_is_asked_three_times_for_a_session_and_three_times_a_round(outcome: Outcome) -> None:
+    sessions = {"session-1-1": ("1", "2"), "session-3-1": ("3",)}
+    making, round_ = ("hello", "offer", "roster"), ("plan", "survivors", "unmask")
+    expected = []
+    for session, rounds in sessions.items():
+        expected += [(session, step) for step in making]
+        expected += [(number, step) for number in rounds for step in round_]
+    assert outcome.asked == expected
 
 
 def test_flower_says_that_both_runs_completed(outcome: Outcome) -> None:
