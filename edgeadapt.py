@@ -15,7 +15,7 @@ from lazygroup import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
-    "audit": ("coordinator.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
+    "audit": ("coordinator.audit.cli", "audit_command", "Check from its transcripts what a coordinator did.", ""),
     "authority": ("coordinator.authority.cli", "authority", "Enrol devices: certify their keys, revoke them.", ""),
     "bench": ("simulations.bench.cli", "bench", "Measure secure aggregation and models on devices.", "simulations"),
     "demo": ("simulations.cli", "demo", "Households personalize a frozen model together; start here.", "simulations"),

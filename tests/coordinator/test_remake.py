@@ -18,7 +18,7 @@ from aggregation import envelope
 from aggregation.audit import Check, Finding, Made, Status
 from aggregation.messages import MaskedInput
 from aggregation.transcript import read
-from coordinator.audit import Given, Transcript
+from coordinator.audit.opened import Given, Transcript
 from coordinator.published import Published
 from coordinator.remake import DIGESTS_ONLY, REPLACED, UNKNOWN_STATE, UNPUBLISHED, Remake
 
@@ -182,7 +182,7 @@ def first_session(
             handed.append(made)
             return super().check(made)
 
-    monkeypatch.setattr("coordinator.audit.Remake", Spy)
+    monkeypatch.setattr("coordinator.audit.opened.Remake", Spy)
     opened = Transcript.open(home_of("fedavg"), NOTHING)
     opened.audit(unfinished=False)
     assert opened.published is not None

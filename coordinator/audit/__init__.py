@@ -1,0 +1,1 @@
+"""Check what a coordinator did from its transcripts alone, without torch or Flower."""
