@@ -7,6 +7,7 @@ installed says which one it needs instead of breaking the rest.
 import json
 import os
 import sys
+import warnings
 
 import click
 
@@ -55,6 +56,8 @@ def main() -> None:
     """Run the command line: one line for an error, the error's own exit code, nothing torn."""
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
+    if not sys.warnoptions:  # what libraries warn of is for who works on this, and would stand beside the one line
+        warnings.simplefilter("ignore")
     try:
         sys.exit(cli(prog_name=PROGRAM, standalone_mode=False))
     except EdgeAdaptError as error:

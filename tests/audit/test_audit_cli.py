@@ -1,5 +1,6 @@
 """`edgeadapt audit` as an outsider calls it: what it prints, what it exits with, and what it does not import."""
 
+import base64
 import datetime as dt
 import json
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 import edgeadapt
 from aggregation.audit import Check
@@ -238,6 +240,18 @@ def test_a_flipped_byte_anywhere_in_what_lies_beside_the_logs_is_found(
         assert code == 4, at
         assert name in err or "entry 0 (offer)" in err  # another key, well-formed: then nothing is signed with it
         (folder / name).write_bytes(sound)
+
+
+def test_what_a_library_warns_of_stands_beside_no_error(folder: Path) -> None:
+    der = bytearray(x509.load_pem_x509_certificate((folder / "authority.pem").read_bytes()).public_bytes(Encoding.DER))
+    serial = der.index(b"\x02\x01\x02\x02") + 5
+    der[serial] |= 0x80  # a negative serial number, which cryptography warns of
+    text = base64.b64encode(der).decode()
+    (folder / "authority.pem").write_text(f"-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
+    command = [sys.executable, "-m", "edgeadapt", "audit", "verify", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(edgeadapt.__file__).parent)
+    assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
+    assert f"{folder / 'authority.pem'}" in done.stderr
 
 
 @pytest.mark.parametrize("name", [LOG, "authority.pem", "vector"])
