@@ -124,8 +124,10 @@ def _roll_call(root: Root, wire: Wire, group: str) -> tuple[dict[str, bytes], di
         except EdgeAdaptError as error:
             log.info("node %d is not taken: %s", reply.node, reply.reason or error)
             continue
-        if device not in nodes:
-            certificates[device], nodes[device], seen[device] = reply.body or b"", reply.node, reply.seen
+        if device in nodes:
+            log.warning("node %d is not taken: node %d said before that it is %s", reply.node, nodes[device], device)
+            continue
+        certificates[device], nodes[device], seen[device] = reply.body or b"", reply.node, reply.seen
     return certificates, nodes, seen
 
 

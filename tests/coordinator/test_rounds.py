@@ -1,6 +1,7 @@
 """The order of a federation's rounds: who is taken, who is lost where, what a record says, and how a round fails."""
 
 import logging
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -114,15 +115,24 @@ def test_a_device_lost_while_the_session_is_made_is_back_in_the_next_one(fleet_o
     assert "device-03" in second.survivors
 
 
-def test_nodes_without_a_certificate_of_the_authority_are_not_taken(fleet_of: FleetOf) -> None:
+def test_nodes_without_a_certificate_of_the_authority_are_not_taken(
+    fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
+) -> None:
     fleet, stranger = fleet_of(12, rounds=1), fleet_of(3)
     certificate = stranger.home("device-00").certificate
     mine = fleet.home("device-01").certificate
     answers = {2: certificate, 4: b"no certificate", 5: mine}  # the last has what another device said already
     app = Spoiled(lambda step, _, node: answers.get(node) if step is Step.HELLO else None)
-    (record,) = fleet.federate(fleet.grid(app=app))
+    with caplog.at_level(logging.INFO, "edgeadapt.coordinator"):
+        (record,) = fleet.federate(fleet.grid(app=app))
     assert set(record.survivors) | {"device-01"} == {"device-01", *(f"device-{n:02d}" for n in range(4, 12))}
     assert not {node for _, step, node in app.asked if step is Step.PLAN} & {2, 4}
+    refused = [entry.message for entry in caplog.records if "is not taken" in entry.message]
+    assert {tuple(message.split()[:2]) for message in refused} >= {("node", "2"), ("node", "4")}
+    assert (
+        len([message for message in refused if re.search(r": node \d+ said before that it is device-01$", message)])
+        == 1
+    )
 
 
 def test_too_few_devices_end_the_run_in_one_line_after_so_many_attempts(
