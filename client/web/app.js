@@ -86,16 +86,19 @@ async function choose(name) {
   const done = await guarded(() => client.use(name));
   if (done) {
     used = name;
-    show("good", `${name === BARE ? "No adapter" : `Adapter ${name}`} is in use; switching took ${done.milliseconds.toFixed(2)} ms.`);
+    show("good", `${inUse(name)}; switching took ${done.milliseconds.toFixed(2)} ms.`);
   }
   for (const radio of element("adapters").querySelectorAll("input")) radio.checked = radio.value === used;
   if (done && !writes && element("phrase").value.trim()) await ask();
 }
 
+const inUse = (name) => `${name === BARE ? "No adapter" : `Adapter ${name}`} is in use`;
+
 async function ask() {
   const text = element("phrase").value;
   const found = await guarded(() => client.rank(text, TOP));
   if (!found) return;
+  if (element("status").dataset.state === "bad") show("good", `${inUse(found.adapter)}.`);
   element("asked").textContent = `“${text}” with ${found.adapter}, ${found.milliseconds.toFixed(1)} ms`;
   element("answers").replaceChildren(...found.labels.map(row));
 }
@@ -126,7 +129,9 @@ async function write() {
   const add = ({ text }) => element("written").append(text);
   const done = await guarded(() => client.generate(options, add));
   [element("start").disabled, element("stop").disabled] = [false, true];
-  if (done) element("pace").textContent = pace(done);
+  if (!done) return;
+  if (element("status").dataset.state === "bad") show("good", `${inUse(used)}.`);
+  element("pace").textContent = pace(done);
 }
 
 function pace({ tokens, first, milliseconds, stopped }) {

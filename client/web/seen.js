@@ -23,10 +23,12 @@ export class SeenVersions {
   }
 
   async note(base, name, version) {
-    const before = await this.highest(base, name);
-    if (before === undefined || before < version) {
-      await this.#request("readwrite", (store) => store.put(version, this.#place(base, name)));
-    }
+    const place = this.#place(base, name);
+    await this.#request("readwrite", (store) => {
+      const request = store.get(place); // in one transaction, so that another tab's higher version stays
+      request.onsuccess = () => (request.result >= version ? null : store.put(version, place));
+      return request;
+    });
   }
 
   #place(base, name) {

@@ -69,6 +69,7 @@ def test_a_tampered_adapter_leaves_the_one_in_use_chosen(page: Any, serve: Calla
     assert page.evaluate(CHECKED) == "anna"
     ask(page, "lock the door")
     assert shown(page) == native(both, "anna", "lock the door")
+    assert (page.state(), page.status()) == ("good", "Adapter anna is in use."), "the error is over"
 
 
 def test_an_adapter_with_a_damaged_sidecar_is_shown_with_the_reason_and_cannot_be_chosen(
@@ -82,7 +83,8 @@ def test_an_adapter_with_a_damaged_sidecar_is_shown_with_the_reason_and_cannot_b
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "empty"), (" \u3000", "empty"), ("\ud800", "Unicode"), ("a" * 70000, "above the limit")]
+    ("text", "message"),
+    [("", "empty"), (" \u3000", "empty"), ("\ud800", "Unicode"), ("a\0b", "NUL"), ("a" * 70000, "above the limit")],
 )
 def test_a_text_that_cannot_be_answered_is_refused(
     page: Any, serve: Callable[[Path], str], bundle: Path, text: str, message: str
