@@ -62,7 +62,7 @@ def chain(reports: Mapping[str, Report]) -> None:
     """
     last, before = NO_SESSION, "the beginning"
     for name, report in reports.items():
-        if report.previous != last:
+        if report.last and report.previous != last:  # before its first checkpoint a log does not say what it follows
             raise TrustError(f"{name} does not follow {before}: a session is missing or was replaced")
         last, before = report.last, name
 

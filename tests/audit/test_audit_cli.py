@@ -203,6 +203,19 @@ def test_a_session_under_way_passes_with_unfinished_only(run: Run, folder: Path,
     assert run("verify", folder, "--unfinished")[0] == 0
 
 
+def test_a_session_that_has_just_begun_does_not_say_yet_which_one_it_follows(
+    run: Run, folder: Path, logged: Any
+) -> None:
+    first = next(entry for entry in logged.entries if entry.kind == Checkpoint.TAG).index
+    begun = folder / "session-000002.log"
+    begun.write_bytes(logged.raw[: logged.ends()[first - 1]])
+    assert run("verify", folder, "--unfinished")[0] == 0
+    assert run("verify", folder)[0] == 4
+    begun.write_bytes(logged.raw[: logged.ends()[first]])
+    code, _, err = run("verify", folder, "--unfinished")
+    assert (code, "session-000002.log does not follow session-000001.log" in err) == (4, True)
+
+
 def test_a_session_that_is_left_out_is_missed(run: Run, folder: Path, logged: Any) -> None:
     (folder / "session-000002.log").write_bytes(logged.raw)  # it says that it is the coordinator's first
     code, _, err = run("verify", folder)

@@ -25,6 +25,7 @@ from aggregation.messages import (
     Unmask,
 )
 from aggregation.policy import Policy
+from aggregation.session import context_of
 from aggregation.steps import Step
 from aggregation.transcript import MAGIC, Abort, Checkpoint, Entry, Result, Stage, Transcript
 
@@ -358,6 +359,38 @@ def test_checkpoints_that_name_different_sessions_before_are_found(logged: Any) 
             log.previous = bytes([1]) * 32
     second = [entry.index for entry in logged.entries if entry.kind == Checkpoint.TAG][1]
     assert only(logged.audit(raw), Check.LOG, "of another session").index == second
+
+
+def test_shares_of_a_device_that_is_not_on_the_roster_are_found(logged_of: Callable[..., Any]) -> None:
+    """It is certified and in the cohort, but came too late with its advert."""
+    session, late = logged_of([], devices=5), "device-004"
+    old = session.find(Roster)
+    message = envelope.open_as(Roster, old.message, session.fleet.key.public, "coordinator")
+    kept = tuple(raw for raw in message.adverts if Advert.decode(envelope.unverified_body(raw)).device != late)
+    context = context_of(message.offer, replace(message, adverts=kept).digest())
+    dealt = session.resigned(session.find(Shares, 0, late), Shares, context=context)
+    new = {Roster.TAG: session.resigned(old, Roster, adverts=kept), Shares.TAG: dealt}
+    raw = session.rewritten(
+        lambda entries: [
+            new.get(entry.kind, entry)
+            for entry in entries
+            if entry.peer != late and (entry.kind != Shares.TAG or entry.peer == ME)
+        ]
+    )
+    place = only(session.audit(raw), Check.ORDER, "the device is not on the roster")
+    assert (place.kind, place.peer) == ("shares", late)
+
+
+def test_a_box_that_cannot_hold_the_shares_of_every_round_is_found(logged_of: Callable[..., Any]) -> None:
+    session = logged_of([])
+    entry = session.find(Shares, 0, ME)
+    boxes = envelope.open_as(Shares, entry.message, session.fleet.devices[ME].identity.public, ME).boxes
+    for spoiled in (
+        replace(boxes[OTHER], sealed=boxes[OTHER].sealed + bytes(1)),
+        replace(boxes[OTHER], digests=boxes[OTHER].digests[1:]),
+    ):
+        raw = session.with_changed(Shares, 0, ME, boxes={**boxes, OTHER: spoiled})
+        assert only(session.audit(raw), Check.ORDER, "a box has not the size of one").index == entry.index
 
 
 def test_the_offer_must_come_first(logged: Any) -> None:
