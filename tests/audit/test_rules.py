@@ -176,6 +176,22 @@ def test_boxes_that_nobody_dealt_are_found(logged: Any, whole: bool, reason: str
     assert only(logged.audit(raw), Check.ORDER, reason).index == logged.find(Assignment, 1, OTHER).index
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"context": bytes(32)}, "of another session"),
+        ({"round": 2}, "of another round"),
+        ({"members": (OTHER, ME)}, "a member twice, or out of order"),
+        ({"members": (ME, ME, OTHER)}, "a member twice, or out of order"),
+        ({"members": (ME, OTHER, "stranger")}, "a member of the plan shared no secrets"),
+    ],
+    ids=str,
+)
+def test_a_plan_that_no_device_would_take_is_found(logged: Any, changes: dict[str, Any], reason: str) -> None:
+    raw = with_assignment(logged, ME, replace(logged_plan(logged), **changes), ME, whole=True)
+    assert only(logged.audit(raw), Check.ORDER, reason).index == logged.find(Assignment, 1, ME).index
+
+
 def test_a_round_whose_plan_is_nowhere_in_full_is_found(logged: Any) -> None:
     raw = with_assignment(logged, ME, logged_plan(logged), ME, whole=False)  # the first, which the others rest on
     assert only(logged.audit(raw), Check.ORDER, "has no plan").index == logged.find(Assignment, 1, ME).index
