@@ -34,14 +34,14 @@ class Root:
 
         Args:
             der: A device certificate.
-            at: Also demand that the certificate is valid at this time.
+            at: Also demand that the certificate, and the authority's, is valid at this time.
 
         Raises:
             TrustError: Not a certificate of this authority for a device, revoked, or not valid at ``at``.
         """
-        certificate = load(der)
+        certificate, authority = load(der), load(self.der)
         try:
-            certificate.verify_directly_issued_by(load(self.der))
+            certificate.verify_directly_issued_by(authority)
         except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
             raise TrustError("certificate was not issued by the pinned authority") from None
         if is_authority(certificate):
@@ -51,8 +51,9 @@ class Root:
             raise TrustError(f"certified name {device_id[:64]!r} is no device id")
         if self.revoked is not None and certificate.serial_number in self.revoked.revoked:
             raise TrustError(f"certificate of {device_id} is revoked")
-        if at is not None and not certificate.not_valid_before_utc <= at <= certificate.not_valid_after_utc:
-            raise TrustError(f"certificate of {device_id} is not valid at {at:%Y-%m-%d %H:%M}")
+        for holder, each in ((device_id, certificate), ("the authority", authority)):
+            if at is not None and not each.not_valid_before_utc <= at <= each.not_valid_after_utc:
+                raise TrustError(f"certificate of {holder} is not valid at {at:%Y-%m-%d %H:%M}")
         return device_id, key
 
     @property

@@ -11,7 +11,7 @@ Nothing in it is secret: it says what the coordinator knows anyway, and nothing 
 say who took part. This file opens no file: whoever keeps the log writes the records that it returns.
 """
 
-from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, MAGIC, MAX_ENTRY, Entry, Place, Reading, read
+from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, MAGIC, Entry, Place, Reading, read
 from aggregation.transcript.log import NO_SESSION, Transcript, resume, signed_of, vector_of
 from aggregation.transcript.statements import Abort, Checkpoint, Result, Stage
 
@@ -20,7 +20,6 @@ __all__ = [
     "EVERYONE",
     "LENGTH",
     "MAGIC",
-    "MAX_ENTRY",
     "NO_SESSION",
     "Abort",
     "Checkpoint",

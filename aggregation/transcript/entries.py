@@ -10,7 +10,6 @@ from aggregation.wire import Codec
 
 MAGIC = b"edgeadapt/transcript/1\n"
 EVERYONE = "*"  # the peer of a message that all who were asked got alike
-MAX_ENTRY = envelope.MAX_MESSAGE + 1024  # bytes
 LENGTH = 4  # bytes before each entry
 
 
@@ -80,7 +79,7 @@ def read(raw: bytes) -> Reading:
     while at < len(raw):
         start = at + LENGTH
         size = int.from_bytes(raw[at:start], "big")
-        if size > MAX_ENTRY or start + size > len(raw):
+        if start + size > len(raw):
             return Reading(tuple(entries), at, f"the log is cut off, or damaged, in entry {len(entries)}")
         try:
             entries.append(ENTRY.decode(raw[start : start + size]))

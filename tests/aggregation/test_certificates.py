@@ -18,7 +18,7 @@ from aggregation.identity import IdentityKey
 
 BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 END = dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
-DAY = dt.timedelta(days=1)
+DAY, SECOND = dt.timedelta(days=1), dt.timedelta(seconds=1)
 
 
 @pytest.fixture
@@ -70,10 +70,23 @@ def test_the_same_certificate_is_issued_for_the_same_facts(authority: Authority,
     assert authority.issue("a", identity.public, not_before=BEGIN + DAY, not_after=END) != first
 
 
-@pytest.mark.parametrize("when", [BEGIN - DAY, END + DAY])
-def test_a_certificate_counts_in_its_time_only(authority: Authority, certificate: bytes, when: dt.datetime) -> None:
-    with pytest.raises(TrustError, match="not valid at"):
-        authority.root.verify(certificate, when)
+@pytest.mark.parametrize(("last", "after"), [(BEGIN, BEGIN - SECOND), (END, END + SECOND)])
+def test_a_certificate_counts_in_its_time_only(
+    authority: Authority, certificate: bytes, last: dt.datetime, after: dt.datetime
+) -> None:
+    authority.root.verify(certificate, last)
+    with pytest.raises(TrustError, match="certificate of kitchen-1 is not valid at"):
+        authority.root.verify(certificate, after)
+
+
+@pytest.mark.parametrize("when", [BEGIN - SECOND, END + SECOND])
+def test_nothing_counts_outside_the_authoritys_own_time(
+    authority: Authority, identity: IdentityKey, when: dt.datetime
+) -> None:
+    longer = authority.issue("kitchen-1", identity.public, not_before=BEGIN - DAY, not_after=END + DAY)
+    authority.root.verify(longer, END)
+    with pytest.raises(TrustError, match="certificate of the authority is not valid at"):
+        authority.root.verify(longer, when)
 
 
 def test_a_certificate_of_another_authority_of_the_same_name_is_refused(entropy: Any, certificate: bytes) -> None:
@@ -162,6 +175,13 @@ def test_key_and_certificate_of_two_authorities_do_not_make_one(authority: Autho
 def test_a_device_certificate_cannot_be_pinned(authority: Authority, certificate: bytes) -> None:
     pem = x509.load_der_x509_certificate(certificate).public_bytes(serialization.Encoding.PEM)
     with pytest.raises(TrustError):
+        Root.from_pem(pem)
+
+
+def test_a_certificate_that_signs_itself_and_is_no_authoritys_cannot_be_pinned(authority: Authority) -> None:
+    der = forged(authority, name("fleet"), Ed25519PrivateKey.from_private_bytes(authority.key.raw).public_key())
+    pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
+    with pytest.raises(TrustError, match="not an authority's"):
         Root.from_pem(pem)
 
 

@@ -77,6 +77,14 @@ def test_a_single_plan_without_boxes_is_kept_whole(log: Transcript) -> None:
     assert [entry.message for entry in entries(log.sent(Step.PLAN, bodies))] == list(bodies.values())
 
 
+def test_the_plan_of_a_single_device_is_under_its_name(log: Transcript) -> None:
+    log.begin(PLAN)
+    (entry,) = entries(log.sent(Step.PLAN, {"a": assignment({})}))
+    assert entry.peer == "a"
+    (entry,) = entries(log.sent(Step.SURVIVORS, {"a": b"one set"}))
+    assert entry.peer == EVERYONE
+
+
 def test_devices_that_are_told_different_things_show_in_the_log(log: Transcript) -> None:
     found = entries(log.sent(Step.SURVIVORS, {"a": b"one set", "b": b"another"}))
     assert [entry.message for entry in found] == [b"one set", b"another"]

@@ -205,6 +205,12 @@ def test_a_sum_that_the_survivors_cannot_have_is_refused(vector_of: Callable[...
         spec.decode(-total, 2)
 
 
+@pytest.mark.parametrize("total", [np.zeros(7, np.uint32), np.zeros(8, np.uint64), np.zeros((8, 1), np.uint32)])
+def test_a_sum_of_another_shape_or_type_is_refused(vector_of: Callable[..., VectorSpec], total: Any) -> None:
+    with pytest.raises(DataError, match="a ring vector of 8 uint32 is needed"):
+        vector_of(3).decode(total, 3)
+
+
 def test_a_sum_of_nobody_or_of_too_many_is_refused(vector_of: Callable[..., VectorSpec]) -> None:
     spec = vector_of(3)
     for survivors in (0, 4):
