@@ -178,6 +178,30 @@ def test_a_device_certificate_cannot_be_pinned(authority: Authority, certificate
         Root.from_pem(pem)
 
 
+def test_an_authority_that_another_one_signed_cannot_be_pinned(authority: Authority, entropy: Any) -> None:
+    other = IdentityKey.generate(entropy)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name(name("below")))
+        .issuer_name(x509.Name(name("fleet")))
+        .public_key(Ed25519PrivateKey.from_private_bytes(other.raw).public_key())
+        .serial_number(7)
+        .not_valid_before(BEGIN)
+        .not_valid_after(END)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    )
+    signed = builder.sign(Ed25519PrivateKey.from_private_bytes(authority.key.raw), None)
+    with pytest.raises(TrustError, match="not a self-signed certificate"):
+        Root.from_pem(signed.public_bytes(serialization.Encoding.PEM))
+
+
+def test_a_certificate_over_the_limit_is_refused_unread(authority: Authority) -> None:
+    with pytest.raises(TrustError, match="certificate of 2049 bytes is over the limit of 2048"):
+        authority.root.verify(bytes(2049))
+    with pytest.raises(TrustError, match="not a certificate"):
+        authority.root.verify(bytes(2048))
+
+
 def test_a_certificate_that_signs_itself_and_is_no_authoritys_cannot_be_pinned(authority: Authority) -> None:
     der = forged(authority, name("fleet"), Ed25519PrivateKey.from_private_bytes(authority.key.raw).public_key())
     pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)

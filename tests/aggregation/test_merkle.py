@@ -143,3 +143,12 @@ def test_sizes_beyond_the_tree_are_refused() -> None:
 def test_a_node_never_passes_for_a_leaf() -> None:
     left, right = merkle.leaf_hash(b"a"), merkle.leaf_hash(b"b")
     assert Tree([left + right]).root() != Tree([b"a", b"b"]).root()
+
+
+@pytest.mark.parametrize("index", [-1, 1, 2])
+def test_a_place_outside_the_tree_holds_nothing(index: int) -> None:
+    """With one leaf there is no step at which the proof could fail by itself."""
+    tree = Tree([b"only"])
+    verify_inclusion(tree.root(), 1, 0, b"only", ())
+    with pytest.raises(TrustError, match="is not shown to be in the log of 1 entries"):
+        verify_inclusion(tree.root(), 1, index, b"only", ())
