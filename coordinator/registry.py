@@ -6,9 +6,8 @@ round under way. Nothing read is believed before its signature and digest are ch
 than what a device has is the device's to check.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, Row, func, select
@@ -21,6 +20,7 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.identity import IdentityKey, PublicKey
 from coordinator import database
 from coordinator.blobs import Blobs
+from coordinator.roundrecord import RoundRecord
 
 ONLY_ROW = 1  # of the optimizer's table
 
@@ -31,31 +31,6 @@ class Version:
 
     manifest: Manifest
     raw: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class RoundRecord:
-    """What happened in one round. Bytes are totals over all devices.
-
-    A device may be in ``survivors`` and in ``dropped``: lost after its masked input had arrived, it still counts.
-    """
-
-    round: int
-    survivors: tuple[str, ...]  # devices whose updates are in the sum
-    dropped: dict[str, str]  # device → step at which it was lost
-    aborted: str | None  # why, if the round ended without a sum
-    bytes_up: int
-    bytes_down: int
-    seconds: float  # wall time of the round
-    metrics: dict[str, float]
-    version: int | None  # that came of it
-
-    def __post_init__(self) -> None:
-        for name, value in {"seconds": self.seconds, **self.metrics}.items():
-            if not math.isfinite(value):
-                raise DataError(f"round {self.round}: {name!r} is {value}, which no record can hold")
-        if self.aborted is not None and self.version is not None:
-            raise DataError(f"round {self.round} is said to be aborted and to have made version {self.version}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +82,7 @@ class Registry:
         if record.version is not None:
             raise DataError(f"round {record.round} names version {record.version}: commit it with its manifest")
         with database.explained(self.engine), self.engine.begin() as connection:
-            connection.execute(database.rounds.insert().values(_row(record)))
+            connection.execute(database.rounds.insert().values(record.to_row()))
 
     def commit_round(
         self,
@@ -134,7 +109,7 @@ class Registry:
         if (manifest is None) != (blob is None):
             raise DataError("a manifest and its blob are committed together")
         if manifest is not None:
-            _check_agreement(record, manifest)
+            record.require_agreement(manifest)
         elif record.version is not None:
             raise DataError(f"round {record.round} names version {record.version} but brings no manifest")
         version = None if manifest is None or blob is None else self._prepare(manifest, blob, key)
@@ -142,7 +117,7 @@ class Registry:
         with database.explained(self.engine), self.engine.begin() as connection:
             if version is not None:
                 self._insert(connection, version)
-            connection.execute(database.rounds.insert().values(_row(record)))
+            connection.execute(database.rounds.insert().values(record.to_row()))
             if state is not None:
                 connection.execute(database.optimizer.delete())
                 connection.execute(database.optimizer.insert().values(state))
@@ -197,7 +172,7 @@ class Registry:
         query = select(database.rounds).order_by(database.rounds.c.round)
         with database.explained(self.engine), self.engine.connect() as connection:
             try:
-                return tuple(_record(row) for row in connection.execute(query))
+                return tuple(RoundRecord.of_row(row) for row in connection.execute(query))
             except (TypeError, ValueError) as error:
                 raise DataError(f"a round's record is damaged ({error}): restore the database from a copy") from error
 
@@ -246,26 +221,6 @@ class Registry:
         return Version(manifest, row.manifest)
 
 
-def _check_agreement(record: RoundRecord, manifest: Manifest) -> None:
-    said = (record.round, record.version, record.survivors)
-    if said != (manifest.round, manifest.version, manifest.survivors):
-        raise DataError(f"the record of round {record.round} and the manifest of its version contradict each other")
-
-
 def _state_row(tensors: Tensors) -> dict[str, Any]:
     raw = files.encode(tensors) if tensors else b""
     return {"id": ONLY_ROW, "sha256": files.sha256(raw), "tensors": raw}
-
-
-def _row(record: RoundRecord) -> dict[str, Any]:
-    # Plain numbers: a database driver would store NumPy's as opaque bytes.
-    numbers = {
-        "bytes_up": int(record.bytes_up),
-        "bytes_down": int(record.bytes_down),
-        "seconds": float(record.seconds),
-    }
-    return {**asdict(record), **numbers, "metrics": {k: float(v) for k, v in record.metrics.items()}}
-
-
-def _record(row: Row[Any]) -> RoundRecord:
-    return RoundRecord(**{**row._mapping, "survivors": tuple(row.survivors)})

@@ -20,9 +20,10 @@ from aggregation.steps import ADAPTER, Step
 from coordinator import optimizer
 from coordinator.home import CoordinatorHome
 from coordinator.maskworkers import MaskWorkers
-from coordinator.registry import RoundRecord, Version
+from coordinator.recorder import Recorder
+from coordinator.registry import Version
+from coordinator.roundrecord import RoundRecord
 from coordinator.session import Fleet, beside, establish
-from coordinator.transcript import Recorder
 from coordinator.wire import Wire
 
 log = logging.getLogger("edgeadapt.coordinator")

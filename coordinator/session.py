@@ -17,7 +17,7 @@ from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.serverside import Established, Offering, RoundAborted, Sharing
 from aggregation.steps import PROOF, REVOKED, Step
 from coordinator.home import CoordinatorHome
-from coordinator.transcript import Recorder
+from coordinator.recorder import Recorder
 from coordinator.wire import Wire
 
 log = logging.getLogger("edgeadapt.coordinator")

@@ -6,12 +6,10 @@
       session-000001.log               see ``aggregation.transcript``; each session's checkpoints name the one before
       vectors/SHA256.bin               masked vectors, where the operator keeps them
 
-Records are appended whole, and synced to the disk before the next question goes out: from it a device learns that its
-answer arrived, and demands later that the answer is in the log. A kill can tear the last record; the next start cuts it
-back, keeps what it cut beside the log, ends the round under way, and closes the log.
+``coordinator.recorder`` writes a log. A kill can tear its last record; the next start cuts it back, keeps what it cut
+beside the log, ends the round under way, and closes the log.
 """
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,12 +24,11 @@ from aggregation.audit.report import Problem
 from aggregation.certificates import Root
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.identity import IdentityKey
-from aggregation.messages import Offer, Plan
+from aggregation.messages import Offer
 from aggregation.receipts import passage, receipts
 from aggregation.revocation import RevocationList
-from aggregation.serverside import AbortReason, RoundResult
-from aggregation.steps import Step
-from aggregation.transcript import ENTRY, LENGTH, MAGIC, NO_SESSION, Abort, Entry, Result, Stage, Transcript
+from aggregation.transcript import ENTRY, LENGTH, MAGIC, NO_SESSION, Abort, Entry, Stage, Transcript
+from coordinator.recorder import Recorder
 
 AUTHORITY = "authority.pem"
 COORDINATOR = "coordinator.pem"
@@ -58,7 +55,7 @@ class Transcripts:
     root: Root
     keep_vectors: bool
 
-    def begin(self, offer: bytes, revoked: RevocationList | None = None) -> "Recorder":
+    def begin(self, offer: bytes, revoked: RevocationList | None = None) -> Recorder:
         """Start the log of the session whose offer has this digest, and close the one before.
 
         Args:
@@ -83,7 +80,7 @@ class Transcripts:
         storage.sync(self.folder)
         return recorder
 
-    def passages(self, recorder: "Recorder", seen: Mapping[str, bytes]) -> dict[str, bytes]:
+    def passages(self, recorder: Recorder, seen: Mapping[str, bytes]) -> dict[str, bytes]:
         """What each device gets beside the offer of the session of ``recorder``.
 
         Args:
@@ -119,61 +116,6 @@ class Transcripts:
 def logs(folder: Path) -> list[Path]:
     """The logs in a folder of transcripts, in the order of their sessions."""
     return sorted(folder.glob(LOGS))
-
-
-def vector_path(folder: Path, digest: bytes) -> Path:
-    """Where the masked vector with this SHA-256 is kept."""
-    return folder / f"{digest.hex()}.bin"
-
-
-@dataclass(slots=True)
-class Recorder:
-    """Writes the log of one session."""
-
-    path: Path
-    log: Transcript
-    key: IdentityKey
-    vectors: Path | None = None
-
-    def begin(self, plan: Plan) -> None:
-        """A round begins."""
-        self.log.begin(plan)
-
-    def sent(self, step: Step, bodies: Mapping[str, bytes]) -> None:
-        """The coordinator asks. Device → body."""
-        self.write(self.log.sent(step, bodies), sync=True)
-
-    def received(self, step: Step, device: str, body: bytes) -> None:
-        """A device answered, and the answer was found good."""
-        self.write(self.log.received(step, device, body))
-        if self.vectors is not None and step is Step.PLAN:
-            vector = transcript.vector_of(body)
-            storage.replace(vector_path(self.vectors, hashlib.sha256(vector).digest()), vector, PUBLIC)
-
-    def result(self, result: RoundResult, version: int, adapter: str) -> None:
-        """The round under way made this sum, and the sum this adapter (its SHA-256)."""
-        if self.log.plan is not None:
-            self._end(Result(self.log.plan, result.survivors, result.digest, version, adapter))
-
-    def abort(self, reason: AbortReason) -> None:
-        """The round under way, if one is, ended without an adapter."""
-        if self.log.plan is not None:
-            self._end(Abort(self.log.plan, reason.value))
-
-    def _end(self, ending: Result | Abort) -> None:
-        self.write(self.log.ended(self.key, ending), sync=True)
-
-    def checkpoint(self, stage: Stage = Stage.OPEN) -> None:
-        """Sign what is there."""
-        self.write(self.log.checkpoint(self.key, stage), sync=True)
-
-    def write(self, records: bytes, *, sync: bool = False) -> None:
-        """Append. Afterwards a kill of the process loses nothing, and with ``sync`` neither does a power cut."""
-        with self.path.open("ab") as file:
-            file.write(records)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
 
 
 def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:

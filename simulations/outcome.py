@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adapters.base import Base
-from coordinator.registry import RoundRecord
+from coordinator.roundrecord import RoundRecord
 from simulations import fleet
 from simulations.publish import Published
 from simulations.result import HouseholdResult, RoundResult, RunResult

@@ -15,8 +15,9 @@ from aggregation.errors import DataError, TrustError, of_file
 from aggregation.identity import PublicKey
 from aggregation.revocation import RevocationList
 from coordinator.published import Published
+from coordinator.recorder import vector_path
 from coordinator.remake import Remake
-from coordinator.transcript import AUTHORITY, COORDINATOR, REVOKED, VECTORS, logs, vector_path
+from coordinator.transcript import AUTHORITY, COORDINATOR, REVOKED, VECTORS, logs
 
 PLACES = (".", "transcript", "coordinator/transcript")  # a folder of transcripts, a coordinator's home, a run
 LARGEST = 2**22  # bytes of a certificate, a key or a revocation list

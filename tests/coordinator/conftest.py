@@ -13,7 +13,8 @@ from adapters.layout import Layout, Tensors
 from adapters.manifest import Manifest, Method
 from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
-from coordinator.registry import Registry, RoundRecord
+from coordinator.registry import Registry
+from coordinator.roundrecord import RoundRecord
 
 
 def _tensors(value: float) -> Tensors:

@@ -20,7 +20,8 @@ from aggregation.serverside import AbortReason, RoundResult
 from aggregation.steps import Step
 from aggregation.transcript import MAGIC, read
 from coordinator.home import CoordinatorHome
-from coordinator.transcript import TORN, VECTORS, Recorder, Transcripts, logs, vector_path
+from coordinator.recorder import Recorder, vector_path
+from coordinator.transcript import TORN, VECTORS, Transcripts, logs
 
 PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")
 INTERRUPTED = ["offer", "checkpoint", "assignment", "abort", "checkpoint", "checkpoint"]
