@@ -192,6 +192,64 @@ def test_a_plan_that_no_device_would_take_is_found(logged: Any, changes: dict[st
     assert only(logged.audit(raw), Check.ORDER, reason).index == logged.find(Assignment, 1, ME).index
 
 
+def signed_by(logged: Any, entry: Entry, device: str, message: Message) -> Entry:
+    """An entry like another one, but of this device and with this message."""
+    return replace(entry, peer=device, message=envelope.seal(logged.fleet.devices[device].identity, message))
+
+
+def after(logged: Any, old: Entry, *new: Entry) -> bytes:
+    """The log with entries put behind one."""
+    return logged.rewritten(  # type: ignore[no-any-return]
+        lambda entries: [each for entry in entries for each in ((entry, *new) if entry == old else (entry,))]
+    )
+
+
+def test_an_update_of_a_device_that_is_not_in_the_plan_is_found(logged: Any) -> None:
+    plan = replace(logged_plan(logged), members=(ME, LOST, "device-003"))
+    assignment = replace(logged.find(Assignment, 1, ME), message=envelope.seal(logged.fleet.key, Assignment(plan, {})))
+    update = signed_by(logged, logged.find(MaskedInput, 1), OTHER, MaskedInput(plan.digest(), OTHER, bytes(32)))
+    raw = logged.rewritten(
+        lambda entries: [*(e for e in entries if e.round == 0), assignment, update, logged.find(Abort, 3), entries[-1]]
+    )
+    place = only(logged.audit(raw), Check.ORDER, "the device is not in the plan")
+    assert (place.kind, place.peer) == ("masked-input", OTHER)
+
+
+def test_two_survivor_sets_for_two_devices_are_found(logged: Any) -> None:
+    told = logged.find(Survivors, 1)
+    vectors = envelope.open_as(Survivors, told.message, logged.fleet.key.public, "coordinator").vectors
+    fewer = logged.resigned(told, Survivors, vectors={device: vectors[device] for device in (ME, OTHER)})
+    raw = after(logged, told, replace(fewer, peer=OTHER))
+    assert only(logged.audit(raw), Check.ORDER, "a second survivor set").index == told.index + 1
+
+
+def test_a_request_to_open_another_survivor_set_is_found(logged: Any) -> None:
+    asked = logged.find(Unmask, 1)
+    survivors = envelope.open_as(Unmask, asked.message, logged.fleet.key.public, "coordinator").survivors
+    fewer = replace(survivors, vectors={device: survivors.vectors[device] for device in (ME, OTHER)})
+    raw = logged.with_changed(Unmask, 1, survivors=fewer)
+    assert only(logged.audit(raw), Check.ORDER, "another survivor set than the one agreed").index == asked.index
+
+
+@pytest.mark.parametrize("kind", [Agreement, Opening])
+def test_what_a_device_says_that_is_no_survivor_is_found(logged: Any, kind: type[Message]) -> None:
+    """Else devices that were lost could make up a quorum."""
+    told = envelope.open_as(Survivors, logged.find(Survivors, 1).message, logged.fleet.key.public, "coordinator")
+    assert LOST not in told.vectors
+    said = Agreement(told.digest(), LOST) if kind is Agreement else Opening(told.digest(), LOST, {}, {})
+    old = logged.find(kind, 1)
+    raw = after(logged, old, signed_by(logged, old, LOST, said))
+    assert only(logged.audit(raw), Check.ORDER, "the device is no survivor").index == old.index + 1
+
+
+def test_a_round_with_two_endings_is_found(logged: Any) -> None:
+    """A sum was opened, and the log says too that none was."""
+    result = logged.find(Result, 1)
+    abort = envelope.seal(logged.fleet.key, Abort(logged_plan(logged).digest(), "too-few"))
+    raw = after(logged, result, replace(result, kind=Abort.TAG, message=abort))
+    assert only(logged.audit(raw), Check.ORDER, "a second ending").index == result.index + 1
+
+
 def test_a_round_whose_plan_is_nowhere_in_full_is_found(logged: Any) -> None:
     raw = with_assignment(logged, ME, logged_plan(logged), ME, whole=False)  # the first, which the others rest on
     assert only(logged.audit(raw), Check.ORDER, "has no plan").index == logged.find(Assignment, 1, ME).index
