@@ -6,13 +6,13 @@ tensor names. Training loops live on the device (``client/train.py``), the ONNX 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from adapters import pretrained
 from adapters.base import Base
@@ -20,6 +20,7 @@ from adapters.layout import Floats, Tensors
 from adapters.method import Method
 from aggregation.errors import ConfigError
 
+ENCODER = "encoder."  # begins the path of everything below a ``PhraseClassifier``'s head
 HEAD_SCALE = 16.0  # logit of a phrase that lies exactly on its intent's prototype; a softmax temperature of 1/16
 MAX_RANK = 1024  # a coordinator names the rank, and a device makes room for it before it sees the adapter's layout
 
@@ -81,13 +82,30 @@ def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:
     if labels < 2:
         raise ConfigError(f"a classifier needs at least two labels, got {labels}")
     encoder = pretrained.load(base, AutoModel)
-    model = PhraseClassifier(encoder, encoder.config.hidden_size, labels)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
-        modules_to_save=["classifier"],
-    )
+    return _adapted(PhraseClassifier(encoder, encoder.config.hidden_size, labels), lora, modules_to_save=["classifier"])
+
+
+def build_own(base: Base, lora: LoraSpec) -> PeftModel:
+    """As ``build``, with the base's own head on top instead of ``PhraseClassifier``: what peft makes for ``SEQ_CLS``.
+
+    Raises:
+        ConfigError: As ``build``, or the head is for several answers at a time, or for a number.
+    """
+    model = pretrained.load(base, AutoModelForSequenceClassification)
+    kind, labels = model.config.problem_type, model.config.num_labels
+    if labels < 2 or kind not in (None, "single_label_classification"):
+        raise ConfigError(f"the base's head has {labels} labels ({kind}); a device chooses one of at least two")
+    return _adapted(model, lora, task_type="SEQ_CLS")
+
+
+def has_own_head(base: Base) -> bool:
+    """Whether the base was made to classify whole texts. Raises ConfigError if it cannot be opened."""
+    stated = pretrained.configuration(base).architectures or [""]
+    return str(stated[0]).endswith("ForSequenceClassification")
+
+
+def _adapted(model: nn.Module, lora: LoraSpec, **settings: Any) -> PeftModel:
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), **settings)
     try:
         return get_peft_model(model, config).eval()
     except ValueError as error:

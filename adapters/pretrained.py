@@ -41,13 +41,20 @@ def configuration(base: Base) -> Any:
     return config
 
 
-def load(base: Base, kind: Any) -> Any:
+def load(base: Base, kind: Any, num_labels: int | None = None) -> Any:
     """The base as transformers' class ``kind`` (``AutoModel``, say), in float32 and evaluation mode.
+
+    Args:
+        base: The base.
+        kind: The class.
+        num_labels: Of a head that is about to be replaced: its rows. Such a head's weights may be of another size.
 
     Raises:
         ConfigError: As ``configuration``; the weights are damaged, or some that the answer hangs on are missing.
     """
     config = configuration(base)
+    if num_labels is not None:
+        config.num_labels = num_labels
     transformers_logging.disable_progress_bar()
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # or it prints tables of missing weights
@@ -59,6 +66,7 @@ def load(base: Base, kind: Any) -> Any:
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=num_labels is not None,
         )
         if missing := sorted(info["missing_keys"]):
             _check_unused(model.eval(), missing)

@@ -131,6 +131,8 @@ def _adapter_files(
     tensors, found = adapter.completed(source.tensors, found, card.slots)
     blob = adapter.encode(tensors, found, form)
     sizes = check_slots(to_graph(tensors, found.scaling), card.slots)
+    if sizes.get(LABELS, 2) < 2:
+        raise DataError(f"adapter {source.name!r} has a head of one row; a device chooses among two labels at least")
     if sizes.get(LABELS, len(source.labels)) != len(source.labels):
         raise DataError(f"adapter {source.name!r} has {len(source.labels)} labels for {sizes[LABELS]} rows of its head")
     ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(LORA_A)]

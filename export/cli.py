@@ -84,6 +84,11 @@ def key(path: Path, as_json: bool) -> None:
 @click.option("--task", type=click.Choice(TASKS), help="Default: what the base was made for.")
 @click.option("--profile", default="native-int8", metavar="NAME", help="How weights are stored. Default: native-int8.")
 @click.option("--targets", metavar="A,B", help="Layers that get slots. Default: query,value or q_proj,v_proj.")
+@click.option(
+    "--head",
+    type=click.Choice(["own", "mean"]),
+    help="Of a classifier: the base's own, or over the mean of its tokens. Default: its own, if it has one.",
+)
 @click.option("--max-rank", default=64, type=click.IntRange(1, 1024), metavar="N", help="Of an adapter. Default: 64.")
 @click.option("--out", type=FOLDER, required=True, metavar="BUNDLE", help="The bundle; its base is replaced.")
 @signed_by
@@ -93,6 +98,7 @@ def base(
     task: str | None,
     profile: str,
     targets: str | None,
+    head: str | None,
     max_rank: int,
     out: Path,
     key_file: Path,
@@ -114,7 +120,7 @@ def base(
     task = task or usual_task(find_base(name))  # found first: a conversion has a bar of its own
     chosen = tuple(part.strip() for part in (targets or DEFAULT_TARGETS[task]).split(",") if part.strip())
     with waiting(f"exporting {name} as {profile}, which takes from seconds to a minute"):
-        exported = export_named(name, task, profile, chosen, max_rank)
+        exported = export_named(name, task, profile, chosen, max_rank=max_rank, head=head)
     write_bundle(out, exported, [], key=signer)
     card, size = exported.card, sum(map(len, exported.files.values()))
     _say(

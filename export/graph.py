@@ -1,12 +1,10 @@
 """The frozen base as one ONNX graph whose adapter is an input.
 
-Each adapted layer computes ``base(x) + (x @ A) @ B`` with A and B from the graph's inputs, the rank being a dimension
-of the layer's own; modules trained whole read their parameters from inputs too. Nothing of an adapter is in the file.
-Quantization is a step of its own (``quantize.py``), between ``trace`` and
-``headers.split``, never after the latter, whose defaults a quantizer would take for weights.
+What reads the inputs is put into the model by ``inputs.py``. Nothing of an adapter is in the file. Quantization is a
+step of its own (``quantize.py``), between ``trace`` and ``headers.split``, never after the latter, whose defaults a
+quantizer would take for weights.
 """
 
-import copy
 import io
 import logging
 import warnings
@@ -17,72 +15,16 @@ from typing import Any
 import onnx
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim
 
-from adapters.ondevice import LORA_A, LORA_B
 from aggregation.errors import ConfigError
-from export.products import replace_conv1d
-from export.slots import LABELS, Plan, SavedSlot
+from export.inputs import TOKENS, examples, with_inputs
+from export.slots import Plan
 
 OPSET = 20
-TOKENS = ("input_ids", "attention_mask")
 ANSWER = "logits"
 MAX_REASON = 200  # letters of what torch says
-EXAMPLE_RANK = 2  # torch.export takes a size of 0 or 1 for a constant
-
-
-class _Values:
-    """What the slots read during one forward pass. No module and no container, so that tracing looks through it."""
-
-    def __init__(self) -> None:
-        self.now: dict[str, Tensor] = {}
-
-
-class _LoraInput(nn.Module):
-    def __init__(self, base: nn.Module, path: str, values: _Values) -> None:
-        super().__init__()
-        self.base, self.path, self.values = base, path, values
-
-    def forward(self, x: Tensor) -> Tensor:
-        now = self.values.now
-        result: Tensor = self.base(x) + (x @ now[self.path + LORA_A]) @ now[self.path + LORA_B]
-        return result
-
-
-class _SavedInput(nn.Module):
-    def __init__(self, module: nn.Module, path: str, values: _Values) -> None:
-        super().__init__()
-        self.module, self.path, self.values = module, path, values
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        names = [name for name, _ in self.module.named_parameters()]
-        parameters = {name: self.values.now[f"{self.path}.{name}"] for name in names}
-        return torch.func.functional_call(self.module, parameters, args, kwargs)
-
-
-class _HeadInput(nn.Module):
-    """The linear layer that gives the answer. Its weight may also have a leading dimension for the rows of a batch."""
-
-    def __init__(self, path: str, bias: bool, values: _Values) -> None:
-        super().__init__()
-        self.path, self.bias, self.values = path, bias, values
-
-    def forward(self, x: Tensor) -> Tensor:
-        now = self.values.now
-        logits: Tensor = (now[self.path + ".weight"] @ x.unsqueeze(-1)).squeeze(-1)
-        return logits + now[self.path + ".bias"] if self.bias else logits
-
-
-class _Graph(nn.Module):
-    def __init__(self, inner: nn.Module, values: _Values) -> None:
-        super().__init__()
-        self.inner, self.values = inner, values
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, adapter: dict[str, Tensor]) -> Tensor:
-        self.values.now = adapter
-        logits: Tensor = self.inner(input_ids=input_ids, attention_mask=attention_mask)
-        return logits
 
 
 def trace(model: PeftModel, found: Plan) -> onnx.ModelProto:
@@ -93,12 +35,12 @@ def trace(model: PeftModel, found: Plan) -> onnx.ModelProto:
     Raises:
         ConfigError: torch cannot trace the model.
     """
-    example, dynamic = _slots(model, found)
+    example, dynamic = examples(model, found)
     batch, sequence = Dim("batch"), Dim("sequence")
     tokens = {name: torch.ones(2, 3, dtype=torch.int64) for name in TOKENS}
     shapes = {name: {0: batch, 1: sequence} for name in TOKENS}
     return export(
-        _with_inputs(model, found),
+        with_inputs(model, found),
         {**tokens, "adapter": example},
         {**shapes, "adapter": dynamic},
         inputs=[*TOKENS, *example],
@@ -168,59 +110,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _with_inputs(model: PeftModel, found: Plan) -> nn.Module:
-    inner, values = copy.deepcopy(model.base_model.model).eval(), _Values()
-    for lora in found.loras:
-        _replace(inner, lora.path, _LoraInput(inner.get_submodule(lora.path).get_base_layer(), lora.path, values))
-    for saved in found.saved:
-        module = inner.get_submodule(saved.path).modules_to_save[found.adapter]
-        head = _gives_the_answer(model, found, saved)
-        slot = _HeadInput(saved.path, module.bias is not None, values) if head else None
-        _replace(inner, saved.path, slot or _SavedInput(module, saved.path, values))
-    replace_conv1d(inner)
-    return _Graph(inner, values)
-
-
-def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
-
-
-def _slots(model: PeftModel, found: Plan) -> tuple[dict[str, Tensor], dict[str, dict[int, Dim]]]:
-    """Example tensors and free dimensions of every slot."""
-    example: dict[str, Tensor] = {}
-    dynamic: dict[str, dict[int, Dim]] = {}
-    for number, lora in enumerate(found.loras):
-        layer, rank = model.base_model.model.get_submodule(lora.path), Dim(f"rank_{number}")
-        example[lora.path + LORA_A] = torch.ones(layer.in_features, EXAMPLE_RANK)
-        example[lora.path + LORA_B] = torch.ones(EXAMPLE_RANK, layer.out_features)
-        dynamic[lora.path + LORA_A], dynamic[lora.path + LORA_B] = {1: rank}, {0: rank}
-    labels = Dim(LABELS)
-    for saved in found.saved:
-        free = _gives_the_answer(model, found, saved)
-        for spec in saved.parameters:
-            name = f"{saved.path}.{spec.name}"
-            # Two rows at least, for the same reason as EXAMPLE_RANK; a model with one label is refused earlier.
-            example[name] = torch.ones(spec.shape)
-            dynamic[name] = {0: labels} if free else {}
-    return example, dynamic
-
-
-def _gives_the_answer(model: PeftModel, found: Plan, saved: SavedSlot) -> bool:
-    """Whether this module is the linear layer whose output is the model's: then its rows are labels, of any number."""
-    module = model.base_model.model.get_submodule(saved.path).modules_to_save[found.adapter]
-    if type(module) is not nn.Linear:
-        return False
-    seen: list[Tensor] = []
-    hook = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
-    try:
-        with torch.no_grad():
-            answer = model.base_model.model(**{name: torch.ones(1, 2, dtype=torch.int64) for name in TOKENS})
-    finally:
-        hook.remove()
-    return bool(seen) and seen[-1] is answer and answer.ndim == 2
 
 
 def _anonymous(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -26,7 +26,9 @@ def usual_task(base: Base) -> Task:
     return "text-classification"
 
 
-def export_named(name: str, task: str, profile: str, targets: tuple[str, ...], max_rank: int) -> ExportedBase:
+def export_named(
+    name: str, task: str, profile: str, targets: tuple[str, ...], *, max_rank: int, head: str | None = None
+) -> ExportedBase:
     """Find, build and export a base.
 
     Args:
@@ -35,6 +37,8 @@ def export_named(name: str, task: str, profile: str, targets: tuple[str, ...], m
         profile: One of ``Profile``.
         targets: Names of the layers that get slots.
         max_rank: What the card allows an adapter.
+        head: Of a classifier: ``own``, the base's; ``mean``, a linear layer over the mean of its tokens; None: ``own``
+            if the base has one.
 
     Raises:
         ConfigError: No such base, task or profile, or no layer of these names.
@@ -48,5 +52,7 @@ def export_named(name: str, task: str, profile: str, targets: tuple[str, ...], m
         from export.causal import export_causal
 
         return export_causal(base, targets, chosen, max_rank=max_rank)
-    model = classifier.build(base, ANY_LABELS, LoraSpec(targets=targets))
+    lora = LoraSpec(targets=targets)
+    own = classifier.has_own_head(base) if head is None else head == "own"
+    model = classifier.build_own(base, lora) if own else classifier.build(base, ANY_LABELS, lora)
     return export_base(model, base, chosen, max_rank)

@@ -8,15 +8,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from adapters import pretrained
 from adapters.base import Base, find_base
-from adapters.classifier import PhraseClassifier
+from adapters.classifier import ENCODER, PhraseClassifier
 from adapters.layout import Tensors
 from adapters.manifest import BaseCard, Sidecar, Task
+from adapters.ondevice import graph_name
 from aggregation.errors import ConfigError, DataError
 from aggregation.identity import PublicKey
 from export import opened
@@ -63,11 +65,19 @@ def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: 
 
 
 def _trained(base: Base, task: Task, origin: Origin, labels: int) -> PeftModel:
-    inner = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
-    if task == "text-classification":
-        inner = PhraseClassifier(inner, inner.config.hidden_size, labels)
+    inner = _bare(base, task, origin.tensors, labels)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         to_peft(origin.tensors, origin.method, Path(folder) / "peft")
         with warnings.catch_warnings():  # peft asks transformers in words of an older one
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(inner, Path(folder) / "peft").eval()
+
+
+def _bare(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
+    """The model that the adapter's names belong to."""
+    if task == "text-generation":
+        return pretrained.load(base, AutoModelForCausalLM)
+    if not any(graph_name(name).startswith(ENCODER) for name in tensors):
+        return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels)
+    encoder = pretrained.load(base, AutoModel)
+    return PhraseClassifier(encoder, encoder.config.hidden_size, labels)

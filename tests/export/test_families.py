@@ -7,16 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
+from adapters import pretrained
 from adapters.base import Base, find_base
-from adapters.classifier import LoraSpec, build, load, tensors
+from adapters.classifier import LoraSpec, build, build_own, has_own_head, load, tensors
 from adapters.ondevice import to_graph
 from aggregation.errors import ConfigError
 from export import tasks
 from export.base import ExportedBase, export_base
 from export.parity import OnnxRunner
+from export.peft import read_peft
 from export.quantize import Profile
+from export.slots import plan_of
 
 POSITIONS = 24  # rows of the table of positions
 SIZES = {
@@ -50,9 +54,9 @@ MakeFamily = Callable[..., Base]
 
 @pytest.fixture(scope="module")
 def make_family(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> MakeFamily:
-    def make(kind: str, settings: dict[str, Any]) -> Base:
+    def make(kind: str, settings: dict[str, Any], head: Any = AutoModel) -> Base:
         folder: Path = tmp_path_factory.mktemp(kind)
-        model = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=75, **settings))
+        model = head.from_config(AutoConfig.for_model(kind, vocab_size=75, **settings))
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -90,6 +94,43 @@ def test_each_family_answers_as_torch_up_to_its_longest_text(make_family: MakeFa
         expected = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).numpy()
     found = answers(exported, ids, mask, inputs)
     np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, float(np.abs(expected).max())))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "targets"),
+    [
+        ("bert", SIZES, ("query", "value")),
+        # Two layers before the answer, of which the first is the base's own and the second the adapter's.
+        pytest.param("distilbert", DISTILBERT, ("q_lin", "v_lin"), marks=pytest.mark.slow),
+        pytest.param("roberta", SIZES, ("query", "value"), marks=pytest.mark.slow),  # a head of two layers
+    ],
+)
+def test_the_bases_own_head_takes_an_adapter_of_peft_with_any_number_of_labels(
+    make_family: Any, tmp_path: Path, kind: str, settings: dict[str, Any], targets: tuple[str, ...]
+) -> None:
+    base = make_family(kind, settings | {"num_labels": 3}, AutoModelForSequenceClassification)
+    assert has_own_head(base)
+    exported = export_base(build_own(base, LoraSpec(targets=targets)), base, Profile.FP32)
+    inner = pretrained.load(base, AutoModelForSequenceClassification, num_labels=7)
+    theirs = get_peft_model(inner, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=list(targets))).eval()
+    rng = np.random.default_rng(0)
+    load(theirs, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(theirs).items()})
+    theirs.save_pretrained(tmp_path)
+    read = read_peft(tmp_path)
+    inputs = to_graph(read.tensors, plan_of(read.method, read.tensors).scaling)
+    ids = rng.integers(4, 75, (2, 9))
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.from_numpy(ids), attention_mask=torch.ones(2, 9)).logits.numpy()
+    assert expected.shape == (2, 7)
+    found = answers(exported, ids, np.ones_like(ids), inputs)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, float(np.abs(expected).max())))
+
+
+@pytest.mark.parametrize("settings", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}])
+def test_a_head_that_does_not_choose_one_label_is_refused(make_family: Any, settings: dict[str, Any]) -> None:
+    base = make_family("bert", SIZES | settings, AutoModelForSequenceClassification)
+    with pytest.raises(ConfigError, match="chooses one of at least two"):
+        build_own(base, LoraSpec())
 
 
 def test_a_model_that_reads_far_less_than_it_states_is_refused() -> None:
