@@ -152,3 +152,18 @@ def test_a_place_outside_the_tree_holds_nothing(index: int) -> None:
     verify_inclusion(tree.root(), 1, 0, b"only", ())
     with pytest.raises(TrustError, match="is not shown to be in the log of 1 entries"):
         verify_inclusion(tree.root(), 1, index, b"only", ())
+
+
+@pytest.mark.parametrize(("old", "size", "claimed"), [(1, 2, 3), (1, 2, 20), (3, 5, 9), (6, 8, 17)])
+def test_a_proof_does_not_pass_for_one_about_a_longer_log(old: int, size: int, claimed: int) -> None:
+    tree = Tree(bytes([number]) for number in range(size))
+    verify_consistency(tree.root(old), old, tree.root(), size, tree.consistency(old))
+    with pytest.raises(TrustError, match=f"the log of {claimed} entries is not shown to begin with the {old} entries"):
+        verify_consistency(tree.root(old), old, tree.root(), claimed, tree.consistency(old))
+
+
+@pytest.mark.parametrize("old", [3, 4])
+def test_an_empty_proof_shows_nothing(old: int) -> None:
+    tree = Tree(bytes([number]) for number in range(5))
+    with pytest.raises(TrustError, match="is not shown to begin with"):
+        verify_consistency(tree.root(old), old, tree.root(), 5, ())
