@@ -118,6 +118,9 @@ def test_a_vector_comes_back_with_its_header_and_no_copy() -> None:
     long = raw[:100] + bytes(5000) + (5000).to_bytes(4, "big")
     with pytest.raises(ProtocolError, match="does not hold a header and 100 bytes"):  # before it is copied
         envelope.open_vector(long, 100, KEY.public, "peer")
+    for size in (99, 101):
+        with pytest.raises(ProtocolError, match=f"does not hold a header and {size} bytes"):
+            envelope.open_vector(raw, size, KEY.public, "peer")
     assert header.device == "a"
     assert vector == packed
     assert vector.obj is raw
