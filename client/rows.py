@@ -15,13 +15,15 @@ from client.compose import Adapter
 LABELS = "labels"  # the free dimension of a head's rows, as the card of the base calls it
 RANK = "rank_"  # begins the name of a rank there
 WIDTH = 2  # at least, of a rank: ONNX Runtime sums up a product of one column as its number of rows suggests
+MAX_ROWS = 16  # of a run; more are no faster, and each takes 5 MB on MiniLM where texts are as long as it reads
 Slots = Mapping[str, Sequence[str]]
 
 
 def alike(adapters: Sequence[Adapter], slots: Slots) -> list[list[int]]:
     """The numbers of the rows that can share a run, run by run.
 
-    Adapters share one if their ranks are equal in every layer, and so are modules trained whole that are no head.
+    Adapters share one if their ranks are equal in every layer, and so are modules trained whole that are no head; as
+    many as ``MAX_ROWS``, so that a batch of any size takes little memory.
     Filling up ranks would be right on paper; but the order in which a product is summed up depends on its sizes, and a
     base that rounds activations makes much of a last bit (docs/decisions/0013-adapters-side-by-side.md).
 
@@ -31,7 +33,8 @@ def alike(adapters: Sequence[Adapter], slots: Slots) -> list[list[int]]:
     """
     runs: list[list[int]] = []
     for row, adapter in enumerate(adapters):
-        run = next((run for run in runs if _alike(adapters[run[0]], adapter, slots)), None)
+        open_runs = (run for run in runs if len(run) < MAX_ROWS)
+        run = next((run for run in open_runs if _alike(adapters[run[0]], adapter, slots)), None)
         if run is None:
             runs.append([row])
         else:

@@ -12,7 +12,7 @@ from adapters.classifier import LoraSpec, build, tensors
 from aggregation.errors import ConfigError, DataError
 from aggregation.identity import IdentityKey
 from client.compose import Adapter, compose, parse
-from client.rows import alike, padded, stacked
+from client.rows import MAX_ROWS, alike, padded, stacked
 from client.session import Session
 from client.trust import Trust
 from export.base import ExportedBase, export_base
@@ -129,6 +129,14 @@ def test_one_row_takes_no_memory_of_its_own(mixed: tuple[Path, ExportedBase]) ->
     one = loaded(mixed[0], "global")
     for name, value in stacked([one], mixed[1].card.slots).items():
         assert np.shares_memory(value, one.inputs[name])
+
+
+def test_a_large_batch_is_answered_in_runs_of_bounded_size(mixed: tuple[Path, ExportedBase]) -> None:
+    session, rows = Session.open(mixed[0]), [("lock the door", "global"), ("play", "small")] * (MAX_ROWS + 1)
+    runs = alike([loaded(mixed[0], name) for _, name in rows], mixed[1].card.slots)
+    assert sorted(map(len, runs)) == [1, 1, MAX_ROWS, MAX_ROWS]
+    answers = session.rank_rows(rows, 3)
+    assert answers == session.rank_rows(rows[:2], 3) * (MAX_ROWS + 1)
 
 
 def test_modules_trained_whole_that_are_no_head_are_shared_only_where_they_are_equal(
