@@ -114,3 +114,19 @@ def test_on_the_bare_install_a_command_names_the_extra_that_it_needs(
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(rf"edgeadapt: '\w+' needs \w+, which .*: pip install 'edgeadapt\[{extra}\]'\n", done.stderr)
+
+
+def test_ctrl_c_while_a_library_is_being_loaded_is_an_interruption(
+    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loading(cause: BaseException) -> Callable[..., None]:
+        def load(**_options: object) -> None:
+            raise ImportError("initialization failed") from cause  # as pybind11 does
+
+        return load
+
+    monkeypatch.setattr(edgeadapt, "cli", loading(KeyboardInterrupt()))
+    assert run("demo") == (130, "", "edgeadapt: interrupted\n")
+    monkeypatch.setattr(edgeadapt, "cli", loading(OSError("no such library")))
+    with pytest.raises(ImportError, match="initialization failed"):
+        edgeadapt.main()
