@@ -27,4 +27,5 @@ def build(base: Base, lora: LoraSpec = LORA) -> PeftModel:
     try:
         return get_peft_model(model, config).eval()
     except ValueError as error:
-        raise ConfigError(f"the base has no module named as in {list(lora.targets)}") from error
+        names = pretrained.layer_names(model)
+        raise ConfigError(f"the base has no module named as in {list(lora.targets)}; it has {names}") from error

@@ -109,7 +109,8 @@ def _adapted(model: nn.Module, lora: LoraSpec, **settings: Any) -> PeftModel:
     try:
         return get_peft_model(model, config).eval()
     except ValueError as error:
-        raise ConfigError(f"the base has no module named as in {list(lora.targets)}") from error
+        names = pretrained.layer_names(model)
+        raise ConfigError(f"the base has no module named as in {list(lora.targets)}; it has {names}") from error
 
 
 def tensors(model: PeftModel) -> Tensors:

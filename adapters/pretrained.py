@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from adapters.base import Base
@@ -75,6 +76,13 @@ def load(base: Base, kind: Any, num_labels: int | None = None) -> Any:
     finally:
         transformers_logging.set_verbosity(level)
     return model.eval()
+
+
+def layer_names(model: nn.Module) -> str:
+    """What the linear layers of a model are called, for whoever named another one."""
+    kinds = (nn.Linear, Conv1D)
+    found = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, kinds)}
+    return ", ".join(sorted(found))
 
 
 def tokenizer(base: Base) -> Tokenizer:

@@ -72,7 +72,7 @@ def _weights(model: Any, targets: Sequence[str]) -> Tensors:
     for target in targets:
         layers = [path for path, _ in model.named_modules() if path == target or path.endswith(f".{target}")]
         if not layers:
-            raise ConfigError(f"the base has no layer named {target!r}")
+            raise ConfigError(f"the base has no layer named {target!r}; it has {pretrained.layer_names(model)}")
         found.update({path: model.get_submodule(path) for path in layers})
     for path, module in found.items():
         if type(module) not in (nn.Linear, Conv1D):
