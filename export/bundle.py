@@ -5,17 +5,12 @@
     DIR/base/model.onnx  web.onnx  model.onnx.data  tokenizer.json  card.json
     DIR/adapters/NAME.onnx_adapter  NAME.json
 
-A bundle is only ever replaced whole: it is put together in a folder beside the old one, and then the two change
-places. So a full disk or a kill leaves the old bundle, at worst as ``.DIR.previous``, from where the next call brings
-it back.
+A bundle is only ever replaced whole (``replacing.py``).
 """
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +25,7 @@ from adapters.ondevice import LORA_A, Format, check_name, check_slots, to_graph
 from aggregation.errors import ConfigError, DataError
 from aggregation.identity import IdentityKey
 from export import adapter
+from export.replacing import link, replacing, settled, write
 from export.slots import LABELS, Plan
 
 if TYPE_CHECKING:  # it brings torch, which an adapter's export does without
@@ -73,7 +69,8 @@ def write_bundle(
         DataError: An adapter does not fit the base, is above its highest rank, or has other labels than rows.
         OSError: The folder cannot be written. What was in ``out`` is still there.
     """
-    out, card = _settled(out), exported.card
+    out, card = settled(out), exported.card
+    check_place(out)
     files = {f"base/{name}": blob for name, blob in exported.files.items()}
     files[CARD.as_posix()] = card.sign(key)
     for source in sources:
@@ -81,10 +78,10 @@ def write_bundle(
             raise ConfigError(f"adapter {source.name!r} comes without its plan, which has the scaling of its layers")
         files |= _adapter_files(source, source.plan or exported.plan, card, key, form)
     old = stated_card(out)
-    with _replacing(out) as stage:
+    with replacing(out) as stage:
         if old is not None and old.base_digest == card.base_digest:
-            _link(out / "adapters", stage / "adapters")
-        _write(stage, files)
+            link(out / "adapters", stage / "adapters")
+        write(stage, files)
 
 
 def add_adapter(bundle: Path, found: Plan, source: AdapterSource, *, key: IdentityKey, form: Format = "int8") -> None:
@@ -102,13 +99,13 @@ def add_adapter(bundle: Path, found: Plan, source: AdapterSource, *, key: Identi
         DataError: The adapter does not fit the plan, or has other labels than rows.
         OSError: The folder cannot be written. The bundle is as it was.
     """
-    bundle = _settled(bundle)
+    bundle = settled(bundle)
     if (card := stated_card(bundle)) is None:
         raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
     files = _adapter_files(source, found, card, key, form)
-    with _replacing(bundle) as stage:
-        _link(bundle, stage)
-        _write(stage, files)
+    with replacing(bundle) as stage:
+        link(bundle, stage)
+        write(stage, files)
 
 
 def copy_bundle(bundle: Path, out: Path) -> None:
@@ -120,8 +117,10 @@ def copy_bundle(bundle: Path, out: Path) -> None:
     """
     if stated_card(bundle) is None:
         raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
-    with _replacing(_settled(out)) as stage:
-        _link(bundle, stage)
+    out = settled(out)
+    check_place(out)
+    with replacing(out) as stage:
+        link(bundle, stage)
 
 
 def _adapter_files(
@@ -177,72 +176,3 @@ def stated_card(bundle: Path) -> BaseCard | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{bundle / CARD} is damaged; move {bundle} away and export again") from error
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A folder to fill beside ``out``; takes its place if the block ends without an error."""
-    check_place(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        stage.chmod(0o755)
-        yield stage
-        _swap(out, stage)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _settled(out: Path) -> Path:
-    """The full path of ``out``, after ending what a killed call may have left half done."""
-    out = out.resolve()
-    if (previous := _previous(out)).exists():
-        if out.exists():  # killed after the exchange: the new bundle is whole
-            shutil.rmtree(previous)
-        else:  # killed between its two steps
-            previous.rename(out)
-    return out
-
-
-def _previous(out: Path) -> Path:
-    return out.parent / f".{out.name}.previous"
-
-
-def _swap(out: Path, stage: Path) -> None:
-    previous = _previous(out)
-    existed = out.exists()
-    if existed:
-        out.rename(previous)
-    try:
-        stage.rename(out)
-    except OSError:
-        if existed:
-            previous.rename(out)
-        raise
-    if existed:
-        shutil.rmtree(previous, ignore_errors=True)
-
-
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    for name, blob in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # it may be a second name of the old bundle's file
-        try:
-            path.write_bytes(blob)
-        except OSError as error:
-            error.filename = error.filename or str(path)  # of a full disk Python does not say where
-            raise
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give every file of ``source`` a second name below ``target``; copy where the file system has no links."""
-
-    def link_or_copy(old: str, new: str) -> None:
-        try:
-            os.link(old, new)
-        except OSError:
-            shutil.copyfile(old, new)
-
-    if source.is_dir():
-        shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)

@@ -1,6 +1,5 @@
 """``edgeadapt export``: from frozen bases and adapters to what devices open, and back to peft."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,38 +10,29 @@ import click
 from adapters.base import find_base
 from adapters.ondevice import Format
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError
 from export import keys
+from export.options import (
+    FOLDER,
+    from_folder,
+    from_registry,
+    lines_of,
+    origin_of,
+    out_json,
+    pinned,
+    say,
+    signed_by,
+    the_labels,
+    which,
+)
 from export.waiting import waiting
 
-if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
+if TYPE_CHECKING:  # importing it takes a good part of a start, and `--help` needs none of it
     from adapters.manifest import BaseCard
-    from export.sources import Origin
 
-FOLDER = click.Path(path_type=Path)
-MAX_LIST = 2**24  # bytes of a file of texts or labels
 FEW = 100  # answers, of which one is more than a profile's limits are apart
 TASKS = ("text-classification", "text-generation")
 DEFAULT_TARGETS = {"text-classification": "query,value", "text-generation": "q_proj,v_proj"}
-
-out_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-signed_by = click.option(
-    "--key", "key_file", type=FOLDER, required=True, metavar="KEY.pem", help="Private key that signs; see 'key'."
-)
-from_registry = click.option("--registry", type=FOLDER, metavar="DIR", help="Coordinator's home with a registry.")
-from_folder = click.option("--peft", "peft_folder", type=FOLDER, metavar="DIR", help="A folder that peft saved.")
-which = click.option(
-    "--version",
-    type=click.IntRange(0, 2**63 - 1),
-    metavar="N",
-    help="Version. Default: the newest; of a PEFT folder 1.",
-)
-pinned = click.option(
-    "--trust", type=FOLDER, metavar="FILE", help="Public keys. Default: the registry's own, or beside the bundle."
-)
-the_labels = click.option(
-    "--labels", type=FOLDER, metavar="FILE", help="Of a PEFT folder: the labels of its head, one a line, in order."
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,7 +60,7 @@ def key(path: Path, as_json: bool) -> None:
       edgeadapt export key vendor.pem && cp vendor.pub.pem trust.pem
     """
     made, public = keys.make_key(path, SystemEntropy())
-    _say(
+    say(
         {"key": str(path), "public": str(public), "id": made.public.key_id},
         f"key {made.public.key_id} in {path}; devices pin {public} in their trust.pem",
         as_json,
@@ -123,7 +113,7 @@ def base(
         exported = export_named(name, task, profile, chosen, max_rank=max_rank, head=head)
     write_bundle(out, exported, [], key=signer)
     card, size = exported.card, sum(map(len, exported.files.values()))
-    _say(
+    say(
         {"bundle": str(out), **_base_row(card), "bytes": size},
         f"{out}: base {card.base_digest[:12]}, {card.profile}, {len(card.slots)} slots, {size:,} bytes",
         as_json,
@@ -166,9 +156,9 @@ def adapter(
     from export.add import add
 
     signer = keys.read_key(key_file)
-    origin = _origin(registry, peft_folder, version, trust, labels)
+    origin = origin_of(registry, peft_folder, version, trust, labels)
     sidecar = add(bundle, origin, name=name, form=form, key=signer)
-    _say(
+    say(
         {"bundle": str(bundle), **asdict(sidecar)},
         f"{bundle}: {name} version {sidecar.version}, {form}, rank {sidecar.rank}, {sidecar.size:,} bytes",
         as_json,
@@ -212,10 +202,10 @@ def peft(
         card = opened.read_card(bundle, trusted)
         tensors, method = opened.unfolded(*opened.read_adapter(bundle, name, card, trusted))
     else:
-        origin = _origin(registry, None, version, trust, None)
+        origin = origin_of(registry, None, version, trust, None)
         tensors, method = origin.tensors, origin.method
     to_peft(tensors, method, out)
-    _say({"out": str(out), "tensors": len(tensors)}, f"{out}: {len(tensors)} tensors, for peft", as_json)
+    say({"out": str(out), "tensors": len(tensors)}, f"{out}: {len(tensors)} tensors, for peft", as_json)
 
 
 @export.command(short_help="Hold an exported pair against torch on texts.")
@@ -250,7 +240,7 @@ def parity(
     from export import opened
 
     trusted = keys.public_keys(bundle.resolve().parent / opened.TRUST)
-    origin, lines = _origin(registry, peft_folder, version, trust, None), _lines(texts, "text")
+    origin, lines = origin_of(registry, peft_folder, version, trust, None), lines_of(texts, "text")
     from export.limits import limits_of
     from export.pair import open_pair  # torch
     from export.parity import compare, gate
@@ -261,7 +251,7 @@ def parity(
     if found.count < FEW:
         click.echo(f"only {found.count} answers, so that chance decides: give some hundred", err=True)
     kind = {"task": pair.card.task, "profile": pair.card.profile, "format": pair.sidecar.format, "texts": len(lines)}
-    _say(
+    say(
         kind | asdict(found) | {"perplexity_ratio": found.perplexity_ratio},
         f"{found} ({pair.card.profile} base, {pair.sidecar.format} adapter, {len(lines)} texts)",
         as_json,
@@ -269,40 +259,6 @@ def parity(
     gate(found, limits_of(pair.card.profile, pair.card.task))
 
 
-def _origin(
-    registry: Path | None, folder: Path | None, version: int | None, trust: Path | None, labels: Path | None
-) -> "Origin":
-    from export import sources
-
-    if (registry is None) == (folder is None):
-        raise ConfigError("name one source of the adapter: --registry DIR or --peft DIR")
-    if folder is not None:
-        return sources.from_peft(folder, 1 if version is None else version, _lines(labels, "label") if labels else ())
-    if labels is not None:
-        raise ConfigError("--labels is for a PEFT folder; a registry says its labels itself")
-    assert registry is not None  # noqa: S101  # one of the two is there
-    return sources.from_registry(registry, version, trust)
-
-
-def _lines(path: Path, what: str) -> tuple[str, ...]:
-    """The lines of a UTF-8 file that are not blank."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_LIST + 1)
-        rows = tuple(line.strip() for line in raw.decode().splitlines() if line.strip())
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no file {path}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8") from error
-    if len(raw) > MAX_LIST or not rows:
-        raise DataError(f"{path} must hold one {what} a line, at most {MAX_LIST} bytes in all")
-    return rows
-
-
 def _base_row(card: "BaseCard") -> dict[str, Any]:
     names = ("base_digest", "task", "profile", "files", "max_rank")
     return {name: getattr(card, name) for name in names} | {"slots": len(card.slots)}
-
-
-def _say(row: dict[str, Any], line: str, as_json: bool) -> None:
-    click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)
