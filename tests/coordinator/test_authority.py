@@ -246,6 +246,9 @@ def test_half_a_line_at_the_end_did_not_happen(office: Office, signer: Authority
     office.issue(signer, "attic", key().public, 10)
     assert [issued.name for issued, _ in office.certificates()] == ["kitchen", "attic"]
     assert path.read_bytes().startswith(whole)
+    os.truncate(path, path.stat().st_size - 1)  # a longer line than the next one
+    office.sign_list(signer, 30)
+    assert [json.loads(line)["event"] for line in path.read_bytes().splitlines()] == ["listed", "issued", "listed"]
 
 
 @pytest.mark.parametrize("line", ["{}", '{"event": "issued"}', '{"event": "other", "at": "2026-01-01T00:00:00Z"}', "x"])
@@ -314,6 +317,19 @@ def test_two_processes_at_once_lose_nothing_and_use_no_number_twice(office: Offi
     assert sorted(names) == sorted(f"{who}-{number}" for who in "ab" for number in range(15))
     assert [event.number for event in events if isinstance(event, Listed)] == list(range(1, 32))
     assert revoked_of(office).number == 31
+
+
+def test_who_writes_waits_for_the_one_that_does(office: Office) -> None:
+    process = worker(office, "late", 1)
+    with Record(office.folder / "record.jsonl").writing() as pen:
+        go(process)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        pen.add(Listed(at=datetime.now(UTC), number=2, until=datetime.now(UTC)))
+    process.communicate(timeout=60)
+    events = Record(office.folder / "record.jsonl").read()
+    assert [event.number for event in events if isinstance(event, Listed)] == [1, 2, 3]
+    assert [issued.name for issued, _ in office.certificates()] == ["late-0"]
 
 
 def test_a_kill_loses_nothing_that_was_handed_out(office: Office) -> None:
