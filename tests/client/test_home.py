@@ -142,6 +142,14 @@ def test_the_sealed_state_shows_nothing_of_its_content(joined: Home) -> None:
     assert stat.S_IMODE((joined.folder / device_home.STATE).stat().st_mode) == 0o600
 
 
+def test_a_damaged_memory_of_the_log_is_refused_in_a_line_that_says_what_to_do(folder: Path) -> None:
+    home = Home.open(folder)
+    assert home.load_witness() is None
+    (folder / "log.seen").write_bytes(b"damaged")
+    with pytest.raises(TrustError, match=r"log\.seen is damaged: 'edgeadapt device forget' starts"):
+        home.load_witness()
+
+
 def test_a_state_that_cannot_be_written_leaves_the_old_one(joined: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     state, before = joined.load_state(), {path: path.read_bytes() for path in joined.folder.iterdir()}
     assert state is not None
