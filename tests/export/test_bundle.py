@@ -220,3 +220,13 @@ def test_a_copy_is_equal_and_goes_its_own_way(
 def test_what_is_no_bundle_is_not_copied(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a bundle"):
         copy_bundle(tmp_path, tmp_path.parent / "out")
+
+
+def test_a_head_of_one_row_chooses_nothing_and_is_refused(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    before, one = contents(bundle), source("one")
+    head = {name: value[:1] if "classifier" in name else value for name, value in one.tensors.items()}
+    with pytest.raises(DataError, match="'one' has a head of one row"):
+        add_adapter(bundle, exported.plan, replace(one, tensors=head, labels=one.labels[:1]), key=vendor)
+    assert contents(bundle) == before
