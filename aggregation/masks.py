@@ -5,14 +5,17 @@ self-mask key is HKDF-SHA256 of the seed bound to the same. The plan in the key 
 different plans get masks that do not cancel. A key opens one AES-256-CTR stream (``keystream``), which is read as
 ring elements in little-endian order, so every element is uniform over the ring.
 
-Expansion allocates nothing but one block: keystreams go into it one after another while a block of the vector
-stays in the cache.
+Expansion allocates nothing but one block a thread: keystreams go into it one after another while a block of the
+vector stays in the cache. A keystream is read from its beginning on, so threads do not share out the vector but the
+masks: each follows the one before it through the blocks, and what is read and added is the same bit for bit.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import partial
+from threading import Semaphore
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
@@ -26,7 +29,7 @@ from aggregation.ring import Ring
 KEY = 32  # bytes: 256 bits, of every key and seed
 BLOCK = ZEROS  # bytes of the vector that are masked at a time
 BATCH = 1024  # masks: bounds the memory of open streams, whatever the cohort
-Apply: TypeAlias = Callable[[Ring, Iterable["Mask"]], None]
+WORTH = 4  # blocks of the vector for each thread: with fewer a thread would wait more than it works
 _PAIR, _SELF = b"edgeadapt/pair-mask/1", b"edgeadapt/self-mask/1"
 
 
@@ -129,27 +132,54 @@ def self_key(seed: bytes, context: bytes, plan: bytes, device: str) -> bytes:
     return derive(seed, _SELF, context, plan, device.encode())
 
 
-def apply(vector: Ring, masks: Iterable[Mask]) -> None:
+def apply(vector: Ring, masks: Iterable[Mask], threads: int = 1) -> None:
     """Add or subtract ``masks`` on ``vector`` in place, wrapping.
 
     Args:
         vector: Shape ``(n,)``, contiguous ``uint32`` or ``uint64``.
         masks: In any order: the result is the same.
+        threads: At most so many, one a core. A short vector has one.
     """
     waiting = iter(masks)
     while batch := list(itertools.islice(waiting, BATCH)):
-        _apply(vector, batch)
+        _apply(vector, batch, threads)
 
 
-def _apply(vector: Ring, masks: Sequence[Mask]) -> None:
-    streams = [(Keystream(mask.key), np.add if mask.add else np.subtract) for mask in masks]
-    buffer = memoryview(bytearray(BLOCK))
-    words: Ring = np.frombuffer(buffer, np.uint8).view(vector.dtype)
-    for start in range(0, vector.size, words.size):
-        block = vector[start : start + words.size]
-        for stream, combine in streams:
-            stream.read_into(buffer[: block.nbytes])
-            combine(block, words[: block.size], out=block)
+_Stream = tuple[Keystream, np.ufunc]
+
+
+def _apply(vector: Ring, batch: Sequence[Mask], threads: int) -> None:
+    streams = [(Keystream(mask.key), np.add if mask.add else np.subtract) for mask in batch]
+    count = len(_blocks(vector))
+    threads = max(1, min(threads, len(streams), count // WORTH))
+    gates = [Semaphore(count), *(Semaphore(0) for _ in range(threads))]
+    passes = [partial(_pass, vector, streams[i::threads], *gates[i : i + 2]) for i in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        others = [pool.submit(each) for each in passes[1:]]
+        passes[0]()
+    for other in others:
+        other.result()
+
+
+def _blocks(vector: Ring) -> list[Ring]:
+    step = BLOCK // vector.itemsize
+    return [vector[start : start + step] for start in range(0, vector.size, step)]
+
+
+def _pass(vector: Ring, streams: Sequence[_Stream], ready: Semaphore, done: Semaphore) -> None:
+    """Combine ``streams`` with each block once it is ``ready``, and tell the thread that comes after."""
+    blocks = _blocks(vector)
+    try:
+        buffer = memoryview(bytearray(BLOCK))
+        words: Ring = np.frombuffer(buffer, np.uint8).view(vector.dtype)
+        for block in blocks:
+            ready.acquire()
+            for stream, combine in streams:
+                stream.read_into(buffer[: block.nbytes])
+                combine(block, words[: block.size], out=block)
+            done.release()
+    finally:
+        done.release(len(blocks) or 1)  # after an error, too, nobody waits for this thread
 
 
 def expand(key: bytes, size: int, dtype: np.dtype[np.uint32] | np.dtype[np.uint64]) -> Ring:

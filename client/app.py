@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 
 from adapters import files
 from adapters.base import Base, find_base
+from adapters.cores import cores
 from adapters.layout import Layout
 from adapters.task import Task
 from aggregation import clientside, envelope, receipts
@@ -101,7 +102,7 @@ def _transition(home: Home, step: Step, fields: Mapping[str, bytes]) -> bytes:
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
         planned = state.on_plan(device, body)
         seen = _shown(device, seen, fields)
-        after, answer = planned.contribute(device, _train(home, base, planned, fields.get(ADAPTER, b"")))
+        after, answer = planned.contribute(device, _train(home, base, planned, fields.get(ADAPTER, b"")), cores())
         seen = seen and seen.contributed(planned.plan.digest(), signed_of(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from adapters import files
+from adapters.cores import cores
 from adapters.layout import Layout
 from adapters.manifest import Manifest
 from aggregation import serverside
@@ -19,7 +20,6 @@ from aggregation.serverside import Confirming, Established, RoundAborted, RoundR
 from aggregation.steps import ADAPTER, Step
 from coordinator import optimizer
 from coordinator.home import CoordinatorHome
-from coordinator.maskworkers import MaskWorkers
 from coordinator.recorder import Recorder
 from coordinator.registry import Version
 from coordinator.roundrecord import RoundRecord
@@ -63,8 +63,7 @@ def _round(
     """Steps 5–9: one round from plan to committed record, whatever becomes of it."""
     version = home.latest()
     fleet.lost.clear()
-    with MaskWorkers(home.settings.aggregation.mask_processes - 1) as workers:  # they start while the devices train
-        outcome = _protocol(home, fleet, session, version, number, workers)
+    outcome = _protocol(home, fleet, session, version, number)
     after: Established | None
     result: RoundResult | None
     if isinstance(outcome, RoundAborted):
@@ -89,7 +88,7 @@ def _round(
 
 
 def _protocol(
-    home: CoordinatorHome, fleet: Fleet, session: Established, version: Version, number: int, workers: MaskWorkers
+    home: CoordinatorHome, fleet: Fleet, session: Established, version: Version, number: int
 ) -> tuple[Established, RoundResult] | RoundAborted:
     manifest, group = version.manifest, str(number)
     task = home.settings.training.task(manifest, home.settings.seed)
@@ -112,7 +111,7 @@ def _protocol(
         if isinstance(confirmed, RoundAborted):
             return confirmed
         confirming, bodies = confirmed
-    opened = fleet.gather(confirming, Unmasking.on_unmask, Step.UNMASK, bodies, group=group).close(workers.apply)
+    opened = fleet.gather(confirming, Unmasking.on_unmask, Step.UNMASK, bodies, group=group).close(cores())
     return opened if isinstance(opened, RoundAborted) else _weighed(*opened)
 
 

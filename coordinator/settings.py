@@ -83,12 +83,6 @@ class Aggregation(_Section):
     clip_norm: float = Field(default=12.0, gt=0, description="largest L2 norm of a device's delta, in weight units")
     weight_cap: int = Field(default=128, ge=1, le=65536, description="largest weight of one device, in examples")
     ring_bits: int = Field(default=22, ge=16, le=62, description="bits an element on the wire")
-    mask_processes: int = Field(
-        default=1,
-        ge=1,
-        le=64,
-        description="processes that take masks off a sum, one a core; more pay where vectors have a million elements",
-    )
     keep_masked_inputs: bool = Field(
         default=False,
         description="keep every masked update in the transcript, so that an auditor can add up the sums again; "

@@ -38,13 +38,14 @@ class Planned:
         """Give up this round for a later one."""
         return self.ready.on_plan(device, plan)
 
-    def contribute(self, device: Device, ring_vector: Ring) -> tuple[Masked, bytes]:
+    def contribute(self, device: Device, ring_vector: Ring, threads: int = 1) -> tuple[Masked, bytes]:
         """Mask and sign the vector: step 6. This device's own secrets of the round end here.
 
         Args:
             device: This device.
             ring_vector: What ``spec.vector.encode`` gave. It is masked in place, so that the plain vector does
                 not outlive this call: copy it first if it is still needed.
+            threads: Those of ``masks.apply``.
 
         Raises:
             DataError: The vector has another size or type.
@@ -52,7 +53,7 @@ class Planned:
         bits, context, plan = self.spec.vector.ring_bits, self.ready.session.context, self.plan.digest()
         ring.require(ring_vector, self.spec.vector.size, bits)
         self.once.take("masked input")
-        masks.apply(ring_vector, [*self._pair_masks(plan), self._self_mask(context, plan)])
+        masks.apply(ring_vector, [*self._pair_masks(plan), self._self_mask(context, plan)], threads)
         packed = ring.packed(ring_vector, bits)
         header = MaskedInput(plan, self.ready.me, hashlib.sha256(packed).digest())
         masked = Masked(self.ready, self.plan, self.held, header.vector)

@@ -42,8 +42,8 @@ class Unmasking:
             raise ProtocolError("opening has a share that it does not owe", peer)
         return replace(self, openings={**self.openings, peer: message})  # with the same latch: one sum
 
-    def close(self, apply: masks.Apply | None = None) -> "tuple[Established, RoundResult] | RoundAborted":
-        """End step 8: open the sum, or nothing. ``apply`` does what ``masks.apply`` does, where that can be faster."""
+    def close(self, threads: int = 1) -> "tuple[Established, RoundResult] | RoundAborted":
+        """End step 8: open the sum, or nothing. ``threads`` are those of ``masks.apply``."""
         settled, least = self.settled, self.settled.session.spec.threshold
         if len(self.openings) < least:
             return settled.aborted(AbortReason.TOO_FEW, f"{len(self.openings)} openings, {least} are needed")
@@ -57,7 +57,7 @@ class Unmasking:
             # Its secrets would not open in the next round either.
             return settled.aborted(reason, detail, recovery.blamed, recovery.blamed.intersection(closed))
         self.once.take("sum")
-        (apply or masks.apply)(settled.total, _masks_to_remove(settled, seeds, keys))
+        masks.apply(settled.total, _masks_to_remove(settled, seeds, keys), threads)
         return _outcome(settled, tuple(sorted(recovery.blamed)))
 
 

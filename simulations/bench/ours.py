@@ -66,17 +66,21 @@ class Fleet:
         ready = Ready(self.session, device, 1, frozenset(held), None, {}, {})
         return Planned(ready, plan, self.secrets[device], held)
 
-    def masked(self, planned: Planned, values: Mapping[str, Floats], rng: np.random.Generator) -> Ring:
+    def masked(
+        self, planned: Planned, values: Mapping[str, Floats], rng: np.random.Generator, threads: int = 1
+    ) -> Ring:
         """A device's vector, encoded and masked, key agreement included: ``upload`` without packing and signing."""
         vector, digest = self.session.spec.vector.encode(values, rng), planned.plan.digest()
         own = planned._self_mask(self.session.context, digest)
-        masks.apply(vector, [*planned._pair_masks(digest), own])
+        masks.apply(vector, [*planned._pair_masks(digest), own], threads)
         return vector
 
-    def upload(self, planned: Planned, values: Mapping[str, Floats], rng: np.random.Generator) -> bytes:
+    def upload(
+        self, planned: Planned, values: Mapping[str, Floats], rng: np.random.Generator, threads: int = 1
+    ) -> bytes:
         """A device's masked input, ready to be sent: encode, mask, pack, digest, sign."""
         vector = self.session.spec.vector.encode(values, rng)
-        return planned.contribute(self.devices[planned.ready.me], vector)[1]
+        return planned.contribute(self.devices[planned.ready.me], vector, threads)[1]
 
     def opening(self, device: str, opened: "Unmasking") -> bytes:
         """The shares that a survivor owes."""
@@ -194,9 +198,9 @@ def asked(confirming: Confirming) -> Unmasking:
     return closed[0]
 
 
-def finish(unmasking: Unmasking, apply: masks.Apply | None = None) -> RoundResult:
+def finish(unmasking: Unmasking, threads: int = 1) -> RoundResult:
     """Open the secrets, take the masks off, decode."""
-    result = unmasking.close(apply)
+    result = unmasking.close(threads)
     if isinstance(result, RoundAborted):
         raise ValueError(result.detail)
     return result[1]

@@ -19,13 +19,13 @@ def table(found: Mapping[str, Any]) -> str:
 
 def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     yield _row("client: shares", found["shares"])
-    yield _row("client: encode + mask", found["client"])
-    yield _row("client: whole upload", found["upload"])
-    for key, pair in found["server"].items():
-        yield _row(f"server: {float(key):.0%} lost", {**pair, "cpu_ratio": None})
-    for key, pair in found["server"].items():
+    pairs = {"client: encode + mask": found["client"], "client: whole upload": found["upload"]}
+    pairs |= {f"server: {float(key):.0%} lost": pair for key, pair in found["server"].items()}
+    for what, pair in pairs.items():
+        yield _row(what, {**pair, "cpu_ratio": None})
+    for what, pair in pairs.items():
         alone = {**pair, "ours": pair["ours_on_one_core"], "ratio": pair["one_core_ratio"]}
-        yield _row(f"server, one core: {float(key):.0%} lost", alone)
+        yield _row(f"{what}, one core", alone)
 
 
 def _row(what: str, pair: Mapping[str, Any]) -> tuple[str, ...]:
@@ -40,14 +40,13 @@ def _spread(timing: Mapping[str, Any]) -> str:
 
 def _notes(found: Mapping[str, Any]) -> Iterator[str]:
     size, checks, server = found["bytes"], found["server_checks_ms"], next(iter(found["server"].values()))
-    processes = found["server_processes"]
     yield f"{found['devices']} devices, {found['elements']} elements, {found['neighbours']} neighbours."
     yield (
         f"Median (quartiles) of {found['client']['ours']['repeats']} repeats, ours and the peer's in turns; "
         f"{server['peer']['repeats']} of the peer's server."
     )
     yield "Peer: the SecAgg+ functions of the installed flwr, which use one core."
-    yield f"Our server masks with {processes} process{'es' * (processes > 1)}; below that, with one."
+    yield f"Ours masks with {found['threads']} thread{'s' * (found['threads'] > 1)}; in the rows of one core, with one."
     yield f"Bytes up: {size['ours']} against {size['peer']}."
     yield f"Checks of digests and signatures, which the peer does not have: {checks['0']:.0f} ms more at our server."
     yield (
@@ -69,7 +68,7 @@ def _sweep_notes(found: Mapping[str, Any]) -> Iterator[str]:
         big = found["large"]
         yield (
             f"A round of {big['devices']} devices with {big['elements']} elements and {big['neighbours']} neighbours, "
-            f"{big['lost']:.0%} lost: {big['server_s']:.1f} s at the server on one core, checks included "
+            f"{big['lost']:.0%} lost: {big['server_s']:.1f} s at the server, checks included "
             f"({big['server_cpu_s']:.1f} s of CPU)."
         )
     for what, line in found.get("sweep", {}).items():

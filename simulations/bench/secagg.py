@@ -1,27 +1,20 @@
 """`edgeadapt bench secagg`: both sides on the same work, in turns. docs/secagg-bench.md says what is compared."""
 
 import copy
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from aggregation import ring
+from adapters.cores import cores
 from aggregation.serverside import Collecting
-from coordinator.maskworkers import MaskWorkers
 from simulations.bench import ours, peer
 from simulations.bench.limit import limit
 from simulations.bench.timing import Call, Timing, in_turns
 
 DROPOUTS = (0.0, 0.1, 0.3)
 Note = Callable[[str], None]
-
-
-def spare_cores() -> int:
-    """Cores beside the one that this process runs on."""
-    return len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +30,7 @@ class Size:
     sweep_elements: tuple[int, ...] = (10**5, 10**6, 10**7)
     large_devices: int = 1000
     large_elements: int = 10**5
-    workers: int = field(default_factory=spare_cores)
+    threads: int = field(default_factory=cores)
 
     @property
     def threshold(self) -> int:
@@ -45,12 +38,12 @@ class Size:
         return self.degree // 2 + 2
 
 
-QUICK = Size(20, 10, 2_000, 2, 1, (10, 12), (1_000, 2_000), 30, 1_000, 1)
+QUICK = Size(20, 10, 2_000, 2, 1, (10, 12), (1_000, 2_000), 30, 1_000)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The same work, ours and the peer's. ``alone``: ours where it had other processes to help, but without them."""
+    """The same work, ours and the peer's. ``alone``: ours where it used every core, but on one."""
 
     ours: Timing
     peer: Timing
@@ -97,7 +90,7 @@ def compare(size: Size, note: Note) -> dict[str, Any]:
         "devices": size.devices,
         "neighbours": size.degree,
         "elements": size.elements,
-        "server_processes": size.workers + 1,
+        "threads": size.threads,
         **{name: pair.to_json() for name, pair in clients.items()},
         "server": {key: pair.to_json() for key, (pair, _) in server.items()},
         "server_checks_ms": {key: checks for key, (_, checks) in server.items()},
@@ -114,17 +107,21 @@ def _clients(
 ) -> dict[str, Pair]:
     first, rng, given = next(iter(mine.devices)), np.random.default_rng(2), {"delta": values}
 
-    def pair(our: Callable[[Any], object], fresh: Callable[[], Any], their: Callable[[Any], object]) -> Pair:
-        calls = Call(our, fresh, size.repeats), Call(their, lambda: copy.deepcopy(theirs.states[0]), size.repeats)
-        return Pair(*in_turns(*calls))
+    def peers(their: Callable[[Any], object]) -> Call:
+        return Call(their, lambda: copy.deepcopy(theirs.states[0]), size.repeats)
 
-    def planned() -> Any:
-        return mine.planned(first, begun.plan)
+    def pair(our: Callable[..., object], their: Callable[[int, Any], object]) -> Pair:
+        def ours_on(threads: int) -> Call:
+            return Call(lambda p: our(p, given, rng, threads), lambda: mine.planned(first, begun.plan), size.repeats)
 
+        ran, alone, other = in_turns(ours_on(size.threads), ours_on(1), peers(lambda _: their(0, values)))
+        return Pair(ran, other, alone)
+
+    shares = in_turns(Call(mine.deal, lambda: first, size.repeats), peers(theirs.deal))
     return {
-        "shares": pair(mine.deal, lambda: first, theirs.deal),
-        "client": pair(lambda p: mine.masked(p, given, rng), planned, lambda _: theirs.masked(0, values)),
-        "upload": pair(lambda p: mine.upload(p, given, rng), planned, lambda _: theirs.upload(0, values)),
+        "shares": Pair(*shares),
+        "client": pair(mine.masked, theirs.masked),
+        "upload": pair(mine.upload, theirs.upload),
     }
 
 
@@ -139,11 +136,9 @@ def _servers(
     # Each upload is a piece of memory of its own, on both sides, as they come in a round.
     copies = [bytes(bytearray(foreign)) for _ in range(size.devices)]
     found = {}
-    with MaskWorkers(size.workers) as workers:
-        workers.apply(ring.zeros(1, ours.BITS), [])  # they are up once they have answered
-        for dropout in DROPOUTS:
-            note(f"server: {dropout:.0%} lost; the peer takes a while")
-            found[f"{dropout:g}"] = _serve(size, mine, theirs, (begun, bodies, copies), workers, dropout)
+    for dropout in DROPOUTS:
+        note(f"server: {dropout:.0%} lost; the peer takes a while")
+        found[f"{dropout:g}"] = _serve(size, mine, theirs, (begun, bodies, copies), dropout)
     return found
 
 
@@ -152,7 +147,6 @@ def _serve(
     mine: ours.Fleet,
     theirs: peer.Fleet,
     sent: tuple[Collecting, Mapping[str, bytes], list[bytes]],
-    workers: MaskWorkers,
     dropout: float,
 ) -> tuple[Pair, float]:
     """Sum and unmask with so many lost; and what our checks of digests and signatures add, in ms."""
@@ -166,11 +160,11 @@ def _serve(
     def their_server(_: None) -> None:
         peer.unmask(theirs, peer.sum_up(copies[: size.devices - len(away)]), shares, away)
 
-    sums, helped, alone, checked, other = in_turns(
+    sums, masks, alone, checked, other = in_turns(
         Call(ours.sum_up, arrived, size.repeats),
-        Call(lambda u: ours.finish(u, workers.apply), lambda: ours.ask(arrived()), size.repeats),
-        Call(ours.finish, lambda: ours.ask(arrived()), size.repeats),
+        Call(lambda u: ours.finish(u, size.threads), lambda: ours.ask(arrived()), size.repeats),
+        Call(lambda u: ours.finish(u, 1), lambda: ours.ask(arrived()), size.repeats),
         Call(ours.receive, arrived, size.repeats),
         Call(their_server, lambda: None, size.peer_repeats),
     )
-    return Pair(sums + helped, other, alone=sums + alone), checked.ms - sums.ms
+    return Pair(sums + masks, other, alone=sums + alone), checked.ms - sums.ms

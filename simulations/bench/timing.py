@@ -1,5 +1,6 @@
 """How long calls take: wall time and CPU time, medians and spread. Other work on the machine shows as a gap."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -69,10 +70,15 @@ def measure(run: Callable[[T], object], given: Callable[[], T], repeats: int) ->
 
 
 def in_turns(*calls: Call) -> list[Timing]:
-    """Time several calls in turns, so that what else the machine does at the time meets them all alike."""
+    """Time several calls in turns, so that what else the machine does at the time meets them all alike.
+
+    Each turn has another order: a call that always came after one that fills the caches would look slow.
+    """
     found: list[list[tuple[float, float]]] = [[] for _ in calls]
+    order, turns = list(zip(calls, found, strict=True)), random.Random(0)  # noqa: S311 - an order, no secret
     for turn in range(max(call.repeats for call in calls)):
-        for call, times in zip(calls, found, strict=True):
+        turns.shuffle(order)
+        for call, times in order:
             if turn < call.repeats:
                 times.append(_once(call))
     return [Timing(*zip(*times, strict=True)) for times in found]

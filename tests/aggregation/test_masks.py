@@ -1,12 +1,15 @@
 """Masks: both sides of a pair find the same one, nobody else does, and what is added comes off again."""
 
 import hashlib
+import threading
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregation import masks, ring
@@ -104,15 +107,76 @@ def test_a_keystream_opens_with_a_key_of_256_bits_only() -> None:
         Keystream(A[:16])
 
 
-def test_masking_allocates_a_block_and_no_vector() -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_masking_allocates_a_block_a_thread_and_no_vector(threads: int) -> None:
     import tracemalloc
 
     vector = ring.zeros(4 * 10**6, 24)  # 16 MB
     tracemalloc.start()
-    masks.apply(vector, [Mask(A, add=True), Mask(B, add=False)])
+    masks.apply(vector, [Mask(A, add=True), Mask(B, add=False), Mask(A, add=False)], threads)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2 * masks.BLOCK
+    assert peak < (threads + 1) * masks.BLOCK
+
+
+FEW = masks.WORTH - 1  # blocks, too few for two threads
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.sampled_from([0, 1, 255, 256 * FEW, 256 * 2 * masks.WORTH - 1, 256 * 40, 256 * 40 + 3]),
+    bits=st.sampled_from([24, 40]),
+    keys=st.lists(st.tuples(KEYS, st.booleans()), max_size=9),
+    threads=st.integers(2, 12),
+)
+def test_threads_make_what_one_makes_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, size: int, bits: int, keys: list[tuple[bytes, bool]], threads: int
+) -> None:
+    monkeypatch.setattr(masks, "BLOCK", 1024)
+    alone, together = ring.zeros(size, bits), ring.zeros(size, bits)
+    found = [Mask(key, add) for key, add in keys]
+    masks.apply(alone, found, threads=1)
+    masks.apply(together, found, threads)
+    assert np.array_equal(alone, together)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "count", "asked", "used"),
+    [(FEW, 9, 4, 1), (2 * masks.WORTH, 9, 4, 2), (40, 9, 4, 4), (40, 3, 8, 3), (40, 9, 1, 1)],
+)
+def test_each_thread_takes_a_share_of_the_masks_and_a_short_vector_has_one(
+    monkeypatch: pytest.MonkeyPatch, blocks: int, count: int, asked: int, used: int
+) -> None:
+    shares: list[tuple[int, int]] = []
+    genuine = masks._pass
+
+    def watched(vector: ring.Ring, streams: Sequence[Any], *gates: Any) -> None:
+        shares.append((threading.get_ident(), len(streams)))
+        genuine(vector, streams, *gates)
+
+    monkeypatch.setattr(masks, "_pass", watched)
+    monkeypatch.setattr(masks, "BLOCK", 2**14)  # long enough that no thread ends before the next is there
+    masks.apply(ring.zeros(blocks * 2**12, 24), [Mask(A, add=True)] * count, asked)
+    assert len({thread for thread, _ in shares}) == len(shares) == used
+    assert sum(streams for _, streams in shares) == count
+    assert max(streams for _, streams in shares) - min(streams for _, streams in shares) <= 1
+
+
+@pytest.mark.parametrize("broken", range(3))
+def test_an_error_in_a_thread_is_raised_and_leaves_none_waiting(monkeypatch: pytest.MonkeyPatch, broken: int) -> None:
+    class Broken(Keystream):
+        __slots__ = ()
+
+        def read_into(self, buffer: memoryview) -> None:
+            raise MemoryError
+
+    made = iter(range(3))
+    monkeypatch.setattr(masks, "Keystream", lambda key: (Broken if next(made) == broken else Keystream)(key))
+    monkeypatch.setattr(masks, "BLOCK", 1024)
+    before = threading.active_count()
+    with pytest.raises(MemoryError):
+        masks.apply(ring.zeros(256 * 40, 24), [Mask(A, add=True)] * 3, threads=3)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("point", sorted({*masks._SMALL_ORDER, masks._P, masks._P + 1}))

@@ -333,7 +333,9 @@ def test_nothing_secret_of_the_coordinators_is_in_a_repr(fleet: Any) -> None:
 def test_masks_are_removed_for_every_pair_of_survivor_and_dropped(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     genuine = masks.apply
-    monkeypatch.setattr(masks, "apply", lambda vector, given: genuine(vector, seen.append(list(given)) or seen[-1]))
+    monkeypatch.setattr(
+        masks, "apply", lambda vector, given, threads: genuine(vector, seen.append(list(given)) or seen[-1], threads)
+    )
     _, result = fleet.round(fleet.establish(), {"input": ["device-002"]})
     assert len(seen[-1]) == 4 + 4 * 1
     fleet.assert_sum(result)

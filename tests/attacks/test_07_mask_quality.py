@@ -34,7 +34,7 @@ def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
     return fleet_of(3, spec=spec_of(3, vector=VectorSpec((Segment("delta", SIZE, 1.0),), 24, 3)))
 
 
-def twister(vector: NDArray[np.uint32], given: Sequence[Mask]) -> None:
+def twister(vector: NDArray[np.uint32], given: Sequence[Mask], threads: int) -> None:
     """Masks from a seeded Mersenne Twister, as in implementations that are widely used."""
     for mask in given:
         generator = random.Random(int.from_bytes(mask.key[:4], "big"))  # noqa: S311 - the weakness under test
@@ -108,8 +108,8 @@ def test_the_search_for_uneven_masks_finds_masks_narrower_than_the_ring(
 ) -> None:
     genuine = masks.apply
 
-    def narrowed(vector: NDArray[np.uint32], given: Sequence[Mask]) -> None:
-        genuine(vector, given)
+    def narrowed(vector: NDArray[np.uint32], given: Sequence[Mask], threads: int) -> None:
+        genuine(vector, given, threads)
         vector &= np.uint32(2**bits - 1)
 
     monkeypatch.setattr(masks, "apply", narrowed)
@@ -120,10 +120,10 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[list[bytes]]:
     used: list[list[bytes]] = []
     genuine = masks.apply
 
-    def apply(vector: Any, given: Any) -> None:
+    def apply(vector: Any, given: Any, threads: int) -> None:
         given = list(given)
         used.append([mask.key for mask in given])
-        genuine(vector, given)
+        genuine(vector, given, threads)
 
     monkeypatch.setattr(masks, "apply", apply)
     return used

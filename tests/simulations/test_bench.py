@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from flwr.common import bytes_to_ndarray
 from rich.console import Console
 
-from coordinator.maskworkers import MaskWorkers
+from adapters.cores import cores
 from edgeadapt import cli
 from simulations.bench import ours, peer, report, secagg
 from simulations.bench import progress as bench_progress
@@ -43,10 +43,10 @@ def test_the_json_has_medians_ratios_and_bytes_of_both_sides(ran: tuple[dict[str
     assert 0 < found["mask_fraction_of_limit"] <= found["mask_fraction_of_ctr_mode"] * 1.000001
 
 
-def test_what_helpers_do_is_kept_apart_from_what_one_core_does(ran: tuple[dict[str, Any], Path]) -> None:
+def test_what_every_core_does_is_kept_apart_from_what_one_does(ran: tuple[dict[str, Any], Path]) -> None:
     found, _ = ran
-    assert found["server_processes"] == 2
-    for pair in found["server"].values():
+    assert found["threads"] == cores()
+    for pair in (found["client"], found["upload"], *found["server"].values()):
         alone = pair["ours_on_one_core"]
         assert pair["one_core_ratio"] == pytest.approx(pair["peer_ms"] / alone["ms"])
         assert pair["cpu_ratio"] == pytest.approx(pair["peer"]["cpu_ms"] / alone["cpu_ms"])
@@ -87,9 +87,9 @@ def test_the_table_has_a_row_for_each_comparison_and_names_what_helped(ran: tupl
         "client: encode + mask",
         "client: whole upload",
     ]
-    assert sum(line.startswith("server:") for line in lines) == 3
-    assert sum(line.startswith("server, one core:") for line in lines) == 3
-    assert "Our server masks with 2 processes; below that, with one." in lines
+    assert sum(line.startswith("server:") for line in lines) == 6
+    assert sum("one core" in line for line in lines[:-10]) == 5
+    assert f"Ours masks with {cores()} thread{'s' * (cores() > 1)}; in the rows of one core, with one." in lines
 
 
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(
@@ -101,26 +101,15 @@ def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(
     assert "choose another --out" in str(result.exception) + result.output
 
 
-def test_ctrl_c_ends_it_without_a_word_of_python_and_without_a_process_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
-
-    class Watched(MaskWorkers):
-        def __init__(self, count: int) -> None:
-            super().__init__(count)
-            made.extend(self._workers)
-
+def test_ctrl_c_ends_it_without_a_word_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(secagg, "MaskWorkers", Watched)
     monkeypatch.setattr(secagg, "_serve", interrupt)
     picture = tmp_path / "x.png"
     result = CliRunner().invoke(cli, ["bench", "secagg", "--quick", "--out", str(picture)])
     assert result.exit_code == 1
     assert result.output.strip() == "Aborted!"
-    assert [worker.returncode for worker in made] == [0]
     assert not picture.exists()
 
 
@@ -141,7 +130,7 @@ def test_a_bar_is_shown_on_a_terminal_and_only_there(monkeypatch: pytest.MonkeyP
 
 def test_each_step_is_announced_so_that_the_bar_ends_where_the_run_does() -> None:
     told: list[str] = []
-    size = dataclasses.replace(QUICK, repeats=1, workers=0)
+    size = dataclasses.replace(QUICK, repeats=1)
     secagg.compare(size, told.append)
     assert len(told) == secagg.STEPS
     told.clear()
