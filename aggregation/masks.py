@@ -11,8 +11,9 @@ masks: each follows the one before it through the blocks, and what is read and a
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Semaphore
@@ -150,36 +151,42 @@ _Stream = tuple[Keystream, np.ufunc]
 
 def _apply(vector: Ring, batch: Sequence[Mask], threads: int) -> None:
     streams = [(Keystream(mask.key), np.add if mask.add else np.subtract) for mask in batch]
-    count = len(_blocks(vector))
-    threads = max(1, min(threads, len(streams), count // WORTH))
-    gates = [Semaphore(count), *(Semaphore(0) for _ in range(threads))]
-    passes = [partial(_pass, vector, streams[i::threads], *gates[i : i + 2]) for i in range(threads)]
+    step = BLOCK // vector.itemsize
+    blocks = [vector[start : start + step] for start in range(0, vector.size, step)]
+    threads = max(1, min(threads, len(streams), len(blocks) // WORTH))
+    gates = [Semaphore(len(blocks)), *(Semaphore(0) for _ in range(threads))]
+    passes = iter([partial(_pass, blocks, streams[i::threads], *gates[i : i + 2]) for i in range(threads)])
+    work = partial(_work, passes, gates, len(blocks) + 1)
+    others: list[Future[None]] = []
     with ThreadPoolExecutor(threads) as pool:
-        others = [pool.submit(each) for each in passes[1:]]
-        passes[0]()
+        with suppress(RuntimeError):  # where no more threads are to be had, those that there are make all the passes
+            others.extend(pool.submit(work) for _ in range(threads - 1))
+        work()
     for other in others:
         other.result()
 
 
-def _blocks(vector: Ring) -> list[Ring]:
-    step = BLOCK // vector.itemsize
-    return [vector[start : start + step] for start in range(0, vector.size, step)]
-
-
-def _pass(vector: Ring, streams: Sequence[_Stream], ready: Semaphore, done: Semaphore) -> None:
-    """Combine ``streams`` with each block once it is ``ready``, and tell the thread that comes after."""
-    blocks = _blocks(vector)
+def _work(passes: Iterator[Callable[[], None]], gates: Sequence[Semaphore], every: int) -> None:
+    """Make passes until none is left: they are taken in order, so one that another waits for is always being made."""
     try:
-        buffer = memoryview(bytearray(BLOCK))
-        words: Ring = np.frombuffer(buffer, np.uint8).view(vector.dtype)
-        for block in blocks:
-            ready.acquire()
-            for stream, combine in streams:
-                stream.read_into(buffer[: block.nbytes])
-                combine(block, words[: block.size], out=block)
-            done.release()
-    finally:
-        done.release(len(blocks) or 1)  # after an error, too, nobody waits for this thread
+        for each in passes:
+            each()
+    except BaseException:
+        for gate in gates:
+            gate.release(every)  # the vector is lost, and nobody waits for this thread
+        raise
+
+
+def _pass(blocks: Sequence[Ring], streams: Sequence[_Stream], ready: Semaphore, done: Semaphore) -> None:
+    """Combine ``streams`` with each block once it is ``ready``, and tell the pass that comes after."""
+    buffer = memoryview(bytearray(BLOCK))
+    for block in blocks:
+        words: Ring = np.frombuffer(buffer[: block.nbytes], np.uint8).view(block.dtype)
+        ready.acquire()
+        for stream, combine in streams:
+            stream.read_into(buffer[: block.nbytes])
+            combine(block, words, out=block)
+        done.release()
 
 
 def expand(key: bytes, size: int, dtype: np.dtype[np.uint32] | np.dtype[np.uint64]) -> Ring:

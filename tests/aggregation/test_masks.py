@@ -2,7 +2,9 @@
 
 import hashlib
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -148,18 +150,45 @@ def test_each_thread_takes_a_share_of_the_masks_and_a_short_vector_has_one(
     monkeypatch: pytest.MonkeyPatch, blocks: int, count: int, asked: int, used: int
 ) -> None:
     shares: list[tuple[int, int]] = []
-    genuine = masks._pass
+    genuine, all_of_them = masks._pass, threading.Barrier(used, timeout=60)
 
-    def watched(vector: ring.Ring, streams: Sequence[Any], *gates: Any) -> None:
+    def watched(blocks: Sequence[ring.Ring], streams: Sequence[Any], *gates: Any) -> None:
         shares.append((threading.get_ident(), len(streams)))
-        genuine(vector, streams, *gates)
+        all_of_them.wait()
+        genuine(blocks, streams, *gates)
 
     monkeypatch.setattr(masks, "_pass", watched)
-    monkeypatch.setattr(masks, "BLOCK", 2**14)  # long enough that no thread ends before the next is there
-    masks.apply(ring.zeros(blocks * 2**12, 24), [Mask(A, add=True)] * count, asked)
+    monkeypatch.setattr(masks, "BLOCK", 1024)
+    masks.apply(ring.zeros(blocks * 256, 24), [Mask(A, add=True)] * count, asked)
     assert len({thread for thread, _ in shares}) == len(shares) == used
     assert sum(streams for _, streams in shares) == count
     assert max(streams for _, streams in shares) - min(streams for _, streams in shares) <= 1
+
+
+def test_a_block_goes_from_pass_to_pass_and_is_never_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []  # the streams, in the order of their reads
+
+    class Slow(Keystream):
+        __slots__ = ("number",)
+
+        def read_into(self, buffer: memoryview) -> None:
+            time.sleep((3 - self.number) / 1000)  # the later the pass, the faster
+            super().read_into(buffer)
+            read.append(self.number)
+
+    numbers = iter(range(3))
+
+    def opened(key: bytes) -> Slow:
+        stream = Slow(key)
+        stream.number = next(numbers)
+        return stream
+
+    monkeypatch.setattr(masks, "Keystream", opened)
+    monkeypatch.setattr(masks, "BLOCK", 1024)
+    masks.apply(ring.zeros(256 * 12, 24), [Mask(A, add=True)] * 3, threads=3)
+    times = [[at for at, number in enumerate(read) if number == each] for each in range(3)]
+    assert all(first < second < third for first, second, third in zip(*times, strict=True))
+    assert times[2][0] < times[0][-1]  # all three are under way together
 
 
 @pytest.mark.parametrize("broken", range(3))
@@ -176,6 +205,40 @@ def test_an_error_in_a_thread_is_raised_and_leaves_none_waiting(monkeypatch: pyt
     before = threading.active_count()
     with pytest.raises(MemoryError):
         masks.apply(ring.zeros(256 * 40, 24), [Mask(A, add=True)] * 3, threads=3)
+    assert threading.active_count() == before
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, calls: int, error: type[BaseException]) -> None:
+    left, genuine = iter(range(calls)), getattr(owner, name)
+
+    def failing(*args: Any) -> Any:
+        if next(left, None) is None:
+            raise error
+        return genuine(*args)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize("there", range(3))
+def test_where_no_more_threads_can_be_started_those_that_there_are_do_the_work(
+    monkeypatch: pytest.MonkeyPatch, there: int
+) -> None:
+    monkeypatch.setattr(masks, "BLOCK", 1024)
+    found = [Mask(hashlib.sha256(bytes([i])).digest(), add=i % 3 > 0) for i in range(7)]
+    alone, together = ring.zeros(256 * 40, 24), ring.zeros(256 * 40, 24)
+    masks.apply(alone, found)
+    fail_after(monkeypatch, threading.Thread, "start", there, RuntimeError)
+    masks.apply(together, found, threads=4)
+    assert np.array_equal(alone, together)
+
+
+@pytest.mark.parametrize("there", range(3))
+def test_ctrl_c_while_threads_are_started_leaves_none_waiting(monkeypatch: pytest.MonkeyPatch, there: int) -> None:
+    monkeypatch.setattr(masks, "BLOCK", 1024)
+    before = threading.active_count()
+    fail_after(monkeypatch, ThreadPoolExecutor, "submit", there, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        masks.apply(ring.zeros(256 * 40, 24), [Mask(A, add=True)] * 9, threads=4)
     assert threading.active_count() == before
 
 
