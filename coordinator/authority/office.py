@@ -10,7 +10,8 @@ A private key is read where it signs and nowhere else. Whoever has it can enrol 
 
 import base64
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,7 +25,7 @@ from adapters.storage import PRIVATE, PUBLIC
 from aggregation.certificates import Authority, Root
 from aggregation.enrolment import require_name
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, TrustError, of_file
+from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.identity import IdentityKey, PublicKey
 from aggregation.revocation import Reason, Revocation
 from coordinator.authority.record import Issued, Listed, Pen, Record, Revoked
@@ -112,12 +113,13 @@ class Office:
         Raises:
             ConfigError: The certificate would outlast the authority; the key is another device's or was revoked; or the
                 name is that of a device with another key.
+            DataError: The record is damaged or lacks lines.
         """
         now, name = _now(), require_name(name)
         begin, end = now - SKEW, now + timedelta(days)
         if end > authority.root.ends:
             raise ConfigError(f"the authority itself ends on {authority.root.ends:%Y-%m-%d}: choose fewer days")
-        with self._record().writing() as pen:
+        with self._writing() as pen:
             _require_new(pen, name, key, now)
             serial = x509.random_serial_number()
             der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
@@ -148,8 +150,9 @@ class Office:
 
         Raises:
             ConfigError: There is no such certificate.
+            DataError: As ``issue``.
         """
-        with self._record().writing() as pen:
+        with self._writing() as pen:
             found = [each for each in _issued(pen.events) if each.name == which] or [
                 each for each in _issued(pen.events) if each.serial == which.lower().replace(":", "").removeprefix("0x")
             ]
@@ -163,13 +166,17 @@ class Office:
         return new
 
     def sign_list(self, authority: Authority, days: int) -> int:
-        """Sign a revocation list with all revocations so far, good for so many days; its number."""
-        with self._record().writing() as pen:
+        """Sign a revocation list with all revocations so far, good for so many days; its number.
+
+        Raises:
+            DataError: As ``issue``.
+        """
+        with self._writing() as pen:
             return self._sign_list(pen, authority, days)
 
     def _sign_list(self, pen: Pen, authority: Authority, days: int) -> int:
         now = _now()
-        number = sum(isinstance(event, Listed) for event in pen.events) + 1
+        number = _lists(pen.events) + 1
         revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in _revoked(pen.events).items()}
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
         pen.add(Listed(at=now, number=number, until=signed.next_update))  # first: no number is used twice
@@ -187,6 +194,24 @@ class Office:
             return "valid" if now <= each.not_after else "expired"
 
         return tuple((each, standing(each)) for each in _issued(events))
+
+    @contextmanager
+    def _writing(self) -> Iterator[Pen]:
+        with self._record().writing() as pen:
+            self._require_whole(pen.events)
+            yield pen
+
+    def _require_whole(self, events: Sequence[object]) -> None:
+        """Return if the record knows the list beside it: a list from one that was cut brings revoked devices back."""
+        try:
+            handed_out = self.root.revocations(self._read(REVOKED))
+        except (ConfigError, TrustError):  # not there, or damaged: the next list takes its place
+            return
+        known = {int(serial, 16) for serial in _revoked(events)}
+        if handed_out.number > _lists(events) or handed_out.revoked.keys() - known:
+            raise DataError(
+                f"{self.folder / RECORD} lacks lines: {REVOKED} beside it says more than it does; take it from a backup"
+            )
 
     def _record(self) -> Record:
         self._read(RECORD)
@@ -216,6 +241,10 @@ def _issued(events: Sequence[object]) -> list[Issued]:
 
 def _revoked(events: Sequence[object]) -> dict[str, Revoked]:
     return {event.serial: event for event in events if isinstance(event, Revoked)}
+
+
+def _lists(events: Sequence[object]) -> int:
+    return sum(isinstance(event, Listed) for event in events)
 
 
 def _now() -> datetime:

@@ -263,6 +263,36 @@ def test_a_damaged_line_is_named_and_nothing_is_written_behind_it(office: Office
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("kept", [[], [0], [0, 1], [0, 1, 3], [0, 1, 2]])
+def test_a_record_that_lacks_lines_brings_no_revoked_device_back(
+    office: Office, signer: Authority, kept: list[int]
+) -> None:
+    office.issue(signer, "kitchen", key().public, 10)
+    office.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30)
+    path = office.folder / "record.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[number] for number in kept))
+    for act in (
+        lambda: office.sign_list(signer, 30),
+        lambda: office.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30),
+        lambda: office.issue(signer, "kitchen", key().public, 10),
+    ):
+        with pytest.raises(DataError, match=r"record\.jsonl lacks lines: .* take it from a backup"):
+            act()
+    assert path.read_bytes() == b"".join(lines[number] for number in kept)
+    path.write_bytes(b"".join(lines))
+    assert office.sign_list(signer, 30) == 3
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x")])
+def test_a_list_that_is_lost_or_damaged_is_signed_anew(
+    office: Office, signer: Authority, damage: Callable[[Path], object]
+) -> None:
+    damage(office.folder / "revoked.crl")
+    assert office.sign_list(signer, 30) == 2
+    assert revoked_of(office).number == 2
+
+
 def test_nothing_is_handed_out_that_is_not_on_the_disk(
     office: Office, signer: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
