@@ -60,11 +60,12 @@ def begin(folder: Path, name: str, base: str, pinned: Pinned, entropy: Entropy) 
         TRUST: PublicKey.from_pem(pinned.coordinator).to_pem() + identity.public.to_pem(),
         REQUEST: request,
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    place = folder.resolve()  # where a link leads
+    place.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(mkdtemp(dir=place.parent, prefix=f".{place.name}."))
     try:
         enrol(made, DeviceSettings(base=where), identity, trust, entropy)
-        made.replace(folder)
+        made.replace(place)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, of_file
 from client.commands import options
 
 
@@ -27,8 +27,10 @@ def install(home: Path, certificate: Path | None, revoked: Path | None) -> None:
         raise ConfigError("nothing to install: give --certificate or --revoked")
     opened = Home.open(home)
     if revoked is not None:
-        opened.revoke(revoked.read_bytes())
+        with of_file(revoked):
+            opened.revoke(revoked.read_bytes())
         click.echo("goes by this revocation list from now on")
     if certificate is not None:
-        name, end = finish(opened, certificate.read_bytes(), datetime.now(UTC))
+        with of_file(certificate):
+            name, end = finish(opened, certificate.read_bytes(), datetime.now(UTC))
         click.echo(f"{name} is enrolled until {end:%Y-%m-%d}")

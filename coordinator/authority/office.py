@@ -61,15 +61,16 @@ class Office:
             raise ConfigError(f"{folder} is not an empty folder: an authority is made once, in a folder of its own")
         now = _now()
         authority = Authority.create(name, SystemEntropy(), now - SKEW, now + timedelta(days))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        place = folder.resolve()  # where a link leads
+        place.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(mkdtemp(dir=place.parent, prefix=f".{place.name}."))
         try:
             storage.replace(made / KEY, authority.key.to_pem(passphrase), PRIVATE)
             storage.replace(made / CERTIFICATE, authority.root.to_pem(), PUBLIC)
             storage.replace(made / RECORD, b"", PRIVATE)
             cls(made).sign_list(authority, list_days)
-            made.replace(folder)
-            storage.sync(folder.parent)
+            made.replace(place)
+            storage.sync(place.parent)
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise

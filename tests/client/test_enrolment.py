@@ -184,7 +184,34 @@ def test_forgetting_takes_a_yes(home: Home) -> None:
     (home.folder / "log.seen").write_bytes(b"damaged")
     with pytest.raises(TrustError, match="device forget"):
         home.load_witness()
-    assert CliRunner().invoke(device, ["forget", "--home", str(home.folder)], input="n\n").exit_code != 0
+    for typed, refused in (("n\n", "the answer was no"), ("", "nobody is there to answer: give --yes")):
+        result = CliRunner().invoke(device, ["forget", "--home", str(home.folder)], input=typed)
+        assert isinstance(result.exception, ConfigError)
+        assert refused in str(result.exception)
     assert (home.folder / "log.seen").exists()
     ok(run("forget", "--home", home.folder, "--yes"))
     assert home.load_witness() is None
+
+
+def test_a_folder_that_is_no_home_has_nothing_to_forget_and_nobody_is_asked(tmp_path: Path) -> None:
+    result = run("forget", "--home", tmp_path)
+    assert "is not a device's home" in str(result.exception)
+    assert result.output == ""
+
+
+@pytest.mark.parametrize(("option", "what"), [("--certificate", "certificate"), ("--revoked", "revocation list")])
+def test_what_cannot_be_installed_is_named_by_its_file(home: Home, tmp_path: Path, option: str, what: str) -> None:
+    (tmp_path / "given").write_text("nothing of the kind")
+    result = run("install", "--home", home.folder, option, tmp_path / "given")
+    assert isinstance(result.exception, TrustError)
+    assert str(result.exception).startswith(f"{tmp_path / 'given'}: not a {what}")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_home_may_be_a_link_to_an_empty_folder(tmp_path: Path, pinned: Pinned, there: bool) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "kitchen")
+    if there:
+        (tmp_path / "disk" / "kitchen").mkdir(parents=True)
+    begin(tmp_path / "link", "kitchen", "some_base", pinned, SystemEntropy())
+    assert Home.open(tmp_path / "disk" / "kitchen").root() == Home.open(tmp_path / "link").root()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]

@@ -72,7 +72,9 @@ def test_an_authority_is_never_made_over_something(tmp_path: Path, office: Offic
         Office.found(office.folder, "another", 10, 10, None)
     assert {path: path.read_bytes() for path in office.folder.iterdir()} == before
     (tmp_path / "empty").mkdir()
-    Office.found(tmp_path / "empty", "another", 10, 10, None)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    made = Office.found(tmp_path / "link", "another", 10, 10, None)
+    assert Office(tmp_path / "empty").root == made.root
 
 
 def test_a_failure_leaves_no_half_an_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
