@@ -121,6 +121,7 @@ def _transition(home: Home, step: Step, fields: Mapping[str, bytes]) -> bytes:
 
 def _hear_revocations(home: Home, raw: bytes) -> None:
     """What the coordinator passes on; of the authority's word it cannot make a newer one, only keep it back."""
+    home.root()  # what is wrong with this device's own files does not travel
     try:
         home.revoke(raw)
     except TrustError as error:

@@ -8,11 +8,12 @@ device saw of the coordinator's log, and the newest revocation list that it was 
 import fcntl
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,7 +22,7 @@ from aggregation import clientside, receipts
 from aggregation.certificates import Root
 from aggregation.clientside import ClientState, Device
 from aggregation.entropy import Entropy
-from aggregation.errors import ConfigError, ProtocolError, TrustError
+from aggregation.errors import ConfigError, ProtocolError, TrustError, of_file
 from aggregation.identity import IdentityKey, PublicKey
 from aggregation.receipts import Witness
 from client.policy import PolicySettings
@@ -39,6 +40,8 @@ STATE = "session.sealed"
 WITNESS = "log.seen"
 REVOKED = "revoked.crl"
 LOCK = "session.lock"
+
+Read = TypeVar("Read")
 
 
 class DeviceSettings(BaseModel):
@@ -95,10 +98,10 @@ class Home:
             TrustError: A key or certificate is missing or damaged.
         """
         return Device(
-            IdentityKey.from_pem(self._read(IDENTITY)),
+            self._read_as(IdentityKey.from_pem, IDENTITY),
             self.certificate,
             self.root(),
-            PublicKey.from_pem(self._read(COORDINATOR)),
+            self._read_as(PublicKey.from_pem, COORDINATOR),
             self.settings.policy.policy(base_digest),
         )
 
@@ -108,8 +111,8 @@ class Home:
         Raises:
             TrustError: A file is missing or damaged.
         """
-        root, path = Root.from_pem(self._read(AUTHORITY)), self.folder / REVOKED
-        return root.with_revocations(path.read_bytes()) if path.exists() else root
+        root = self._read_as(Root.from_pem, AUTHORITY)
+        return self._read_as(root.with_revocations, REVOKED) if (self.folder / REVOKED).exists() else root
 
     def revoke(self, raw: bytes) -> None:
         """Go by a revocation list from now on, and keep it.
@@ -135,8 +138,9 @@ class Home:
         Raises:
             TrustError: The sealed state was altered, or belongs to another device.
         """
-        path = self.folder / STATE
-        return clientside.unseal(path.read_bytes(), self._read(SEALING_KEY)) if path.exists() else None
+        if not (self.folder / STATE).exists():
+            return None
+        return self._read_as(partial(clientside.unseal, key=self._read(SEALING_KEY)), STATE)
 
     def save_state(self, state: ClientState) -> None:
         """Seal the state and replace the old one atomically."""
@@ -160,6 +164,11 @@ class Home:
             (self.folder / WITNESS).unlink(missing_ok=True)
         else:
             replace(self.folder / WITNESS, receipts.WITNESS.encode(witness))
+
+    def _read_as(self, read_as: Callable[[bytes], Read], name: str) -> Read:
+        raw = self._read(name)
+        with of_file(self.folder / name):
+            return read_as(raw)
 
     def _read(self, name: str) -> bytes:
         try:

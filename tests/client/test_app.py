@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from adapters import files, storage
 from adapters.layout import Layout
 from adapters.task import Task
 from aggregation import serverside
-from aggregation.certificates import Root
+from aggregation.certificates import Authority, Root
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
-from aggregation.steps import ADAPTER, BODY, RECORD, Step
+from aggregation.steps import ADAPTER, BODY, RECORD, REVOKED, Step
 from aggregation.vector import VectorSpec
 from client import contribute, train
 from client.app import FAILED, HOME, REFUSED, app
@@ -367,6 +367,16 @@ def test_no_text_of_an_exception_travels(
     assert "4711" not in repr(reply)
     assert "4711" in caplog.text  # on the device
     talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
+
+
+@pytest.mark.parametrize("name", ["authority.pem", "revoked.crl"])
+def test_what_is_wrong_with_a_devices_own_files_does_not_travel(talk: Talk, name: str) -> None:
+    _, offer = talk.offer()
+    (talk.fleet.out / "devices" / FIRST / name).write_bytes(b"damaged")
+    authority = Authority.from_pem((talk.fleet.out / "authority" / "authority.pem").read_bytes())
+    now = datetime.now(UTC)
+    listed = authority.revocations(1, {}, now, now + timedelta(days=1)).to_pem()
+    talk.refused(FIRST, Step.OFFER, {BODY: offer, REVOKED: listed}, "cannot take part, and the device's log says why")
 
 
 def test_no_answer_leaves_before_the_new_state_is_on_the_disk(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The device's home: what is missing or altered is said, what is written is whole, and one step is answered once."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -95,10 +96,12 @@ def test_a_missing_key_or_certificate_is_named(fleet_of: Callable[..., Any]) -> 
         (home.folder / name).write_bytes(content)
 
 
-def test_damaged_keys_are_refused(folder: Path) -> None:
-    (folder / "identity.pem").write_bytes(b"no key")
-    with pytest.raises(TrustError, match="not an unencrypted private key"):
-        Home.open(folder).device("b" * 64)
+@pytest.mark.parametrize("name", ["identity.pem", "authority.pem", "coordinator.pem", "revoked.crl"])
+def test_a_damaged_file_is_named(fleet_of: Callable[..., Any], name: str) -> None:
+    home = fleet_of().home("device-00")
+    (home.folder / name).write_bytes(b"no key")
+    with pytest.raises(TrustError, match=re.escape(f"{home.folder / name}: not a")):
+        home.device("b" * 64)
 
 
 # The state of a session.
@@ -121,7 +124,7 @@ def test_an_altered_truncated_or_foreign_state_is_refused(joined: Home) -> None:
     spoiled += [sealed[:i] + bytes([sealed[i] ^ 1]) + sealed[i + 1 :] for i in (0, 20, 40, len(sealed) - 1)]
     for content in spoiled:
         path.write_bytes(content)
-        with pytest.raises(TrustError, match="sealed session state"):
+        with pytest.raises(TrustError, match=r"session\.sealed: .*sealed session state"):
             joined.load_state()
     path.write_bytes(sealed)
     joined.load_state()
