@@ -150,7 +150,7 @@ def test_each_thread_takes_a_share_of_the_masks_and_a_short_vector_has_one(
     monkeypatch: pytest.MonkeyPatch, blocks: int, count: int, asked: int, used: int
 ) -> None:
     shares: list[tuple[int, int]] = []
-    genuine, all_of_them = masks._pass, threading.Barrier(used, timeout=60)
+    genuine, all_of_them = masks._pass, threading.Barrier(used, timeout=20)
 
     def watched(blocks: Sequence[ring.Ring], streams: Sequence[Any], *gates: Any) -> None:
         shares.append((threading.get_ident(), len(streams)))
@@ -191,19 +191,22 @@ def test_a_block_goes_from_pass_to_pass_and_is_never_with_two(monkeypatch: pytes
     assert times[2][0] < times[0][-1]  # all three are under way together
 
 
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("broken", range(3))
-def test_an_error_in_a_thread_is_raised_and_leaves_none_waiting(monkeypatch: pytest.MonkeyPatch, broken: int) -> None:
+def test_an_error_in_a_thread_is_raised_and_leaves_none_waiting(
+    monkeypatch: pytest.MonkeyPatch, broken: int, error: type[BaseException]
+) -> None:
     class Broken(Keystream):
         __slots__ = ()
 
         def read_into(self, buffer: memoryview) -> None:
-            raise MemoryError
+            raise error
 
     made = iter(range(3))
     monkeypatch.setattr(masks, "Keystream", lambda key: (Broken if next(made) == broken else Keystream)(key))
     monkeypatch.setattr(masks, "BLOCK", 1024)
     before = threading.active_count()
-    with pytest.raises(MemoryError):
+    with pytest.raises(error):
         masks.apply(ring.zeros(256 * 40, 24), [Mask(A, add=True)] * 3, threads=3)
     assert threading.active_count() == before
 
