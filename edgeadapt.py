@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import warnings
+from io import TextIOWrapper
 
 import click
 
@@ -56,6 +57,8 @@ def main() -> None:
     """Run the command line: one line for an error, the error's own exit code, nothing torn."""
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text that can be printed
     if not sys.warnoptions:  # what libraries warn of is for who works on this, and would stand beside the one line
         warnings.simplefilter("ignore")
     try:

@@ -116,6 +116,15 @@ def test_on_the_bare_install_a_command_names_the_extra_that_it_needs(
     assert re.fullmatch(rf"edgeadapt: '\w+' needs \w+, which .*: pip install 'edgeadapt\[{extra}\]'\n", done.stderr)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file's name is always text")
+def test_a_folder_whose_name_is_no_text_is_printed_with_its_bytes_escaped(
+    run: Callable[..., Outcome], tmp_path: pathlib.Path
+) -> None:
+    code, out, err = run("authority", "init", str(tmp_path / "fleet\udcff"), "--unencrypted")
+    assert (code, err) == (0, "")
+    assert "fleet\\udcff/authority.pem" in out
+
+
 def test_ctrl_c_while_a_library_is_being_loaded_is_an_interruption(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
