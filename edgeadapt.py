@@ -81,6 +81,8 @@ def main() -> None:
         if not isinstance(error.__cause__, KeyboardInterrupt):
             raise
         _fail("interrupted", INTERRUPTED)
+    except MemoryError:
+        _fail("this machine has too little memory for that", 1)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
 

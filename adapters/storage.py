@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,9 +37,12 @@ def read(path: Path, limit: int = LARGEST) -> bytes:
     """A whole file.
 
     Raises:
-        DataError: It is above the limit, in bytes; none of it is in memory then.
+        DataError: It is above the limit, in bytes, or a device or a pipe, which need not end. Nothing was read then.
         OSError: It cannot be read.
     """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder says so itself, as it is opened
+        raise DataError(f"{path} is a device or a pipe: give a file")
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise DataError(

@@ -97,7 +97,7 @@ class Published:
         try:
             with closing(sqlite3.connect(url, uri=True)) as database:
                 row: tuple[Any, ...] | None = database.execute(query, values).fetchone()
-        except (sqlite3.Error, OverflowError) as error:
+        except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
             raise DataError(f"{self.folder / DATABASE} cannot be read ({error})") from None
         return row
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from adapters import storage
+from aggregation.errors import DataError
 from coordinator.authority.office import Office
 
 
@@ -48,6 +49,16 @@ def test_the_file_has_its_mode_whatever_the_umask(tmp_path: Path, mode: int) -> 
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+def test_what_need_not_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "link"):
+        with pytest.raises(DataError, match=f"{name} is a device or a pipe: give a file"):
+            storage.read(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        storage.read(tmp_path)
 
 
 def test_a_new_authority_outlives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

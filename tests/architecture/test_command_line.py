@@ -125,6 +125,14 @@ def test_a_folder_whose_name_is_no_text_is_printed_with_its_bytes_escaped(
     assert "fleet\\udcff/authority.pem" in out
 
 
+def test_too_little_memory_is_said_in_one_line(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(**_options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(edgeadapt, "cli", exhausted)
+    assert run("audit") == (1, "", "edgeadapt: this machine has too little memory for that\n")
+
+
 def test_ctrl_c_while_a_library_is_being_loaded_is_an_interruption(
     run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,6 +134,24 @@ def test_a_database_that_cannot_be_read_is_said_to_be_one(home: Path, key: Ident
         assert Published.open(home, key.public).newest
 
 
+def test_a_flipped_bit_anywhere_in_the_registry_is_no_error_of_another_kind(home: Path, key: IdentityKey) -> None:
+    path = home / "registry.db"
+    path.unlink()
+    with closing(sqlite3.connect(path)) as made, made:
+        made.execute("create table edgeadapt_versions (version integer, manifest blob)")
+        made.execute("insert into edgeadapt_versions values (1, ?)", (b"{}",))
+    sound, published, refused = path.read_bytes(), Published.open(home, key.public), 0
+    for at in [at for at, byte in enumerate(sound) if byte]:
+        for bit in (1, 4, 128):
+            path.write_bytes(sound[:at] + bytes([sound[at] ^ bit]) + sound[at + 1 :])
+            for look in (lambda: published.manifest(1), lambda: published.newest):
+                try:
+                    look()
+                except (DataError, TrustError) as error:
+                    refused += "\n" not in str(error)
+    assert refused > 100
+
+
 @pytest.mark.parametrize("settings", ["{", '{"server": {"learning_rate": NaN}}'])
 def test_settings_that_cannot_be_used_are_named_with_their_file(home: Path, key: IdentityKey, settings: str) -> None:
     (home / "federation.json").write_text(settings)
