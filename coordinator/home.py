@@ -16,7 +16,7 @@ from typing import Self
 from sqlalchemy.engine import URL
 
 from aggregation.certificates import Root
-from aggregation.errors import ConfigError, EdgeAdaptError
+from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.identity import IdentityKey
 from coordinator.registry import Registry, Version
 from coordinator.settings import FederationSettings
@@ -49,11 +49,14 @@ class CoordinatorHome:
 
         Raises:
             ConfigError: A file is missing or a setting is ill-formed.
+            TrustError: The key, or the authority's certificate, is damaged.
         """
         settings = FederationSettings.read(folder / SETTINGS)
         try:
-            key = IdentityKey.from_pem((folder / KEY).read_bytes())
-            root = Root.from_pem((folder / AUTHORITY).read_bytes())
+            with of_file(folder / KEY):
+                key = IdentityKey.from_pem((folder / KEY).read_bytes())
+            with of_file(folder / AUTHORITY):
+                root = Root.from_pem((folder / AUTHORITY).read_bytes())
         except FileNotFoundError as error:
             raise ConfigError(
                 f"{folder} is not a coordinator's home: {Path(error.filename).name} is missing"
@@ -73,7 +76,8 @@ class CoordinatorHome:
         root = self.root
         for path in (self.folder / TRANSCRIPT / REVOKED, self.folder / REVOKED):
             if path.exists():
-                root = root.with_revocations(path.read_bytes())
+                with of_file(path):
+                    root = root.with_revocations(path.read_bytes())
         if root.revoked is not None:
             root.revoked.require_fresh(at)
         return root

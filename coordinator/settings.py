@@ -172,4 +172,5 @@ class FederationSettings(_Section):
             raise ConfigError(f"{path.parent} is not a coordinator's home: it has no {path.name}") from error
         except ValidationError as error:
             first = error.errors()[0]
-            raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            place = [".".join(map(str, first["loc"]))] if first["loc"] else []
+            raise ConfigError(": ".join([str(path), *place, first["msg"]])) from error

@@ -11,7 +11,9 @@ beside the log, ends the round under way, and closes the log.
 """
 
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -23,11 +25,11 @@ from aggregation.audit.log import checkpoints
 from aggregation.audit.report import Problem
 from aggregation.certificates import Root
 from aggregation.errors import ProtocolError, TrustError
-from aggregation.identity import IdentityKey
+from aggregation.identity import IdentityKey, PublicKey
 from aggregation.messages import Offer
 from aggregation.receipts import passage, receipts
 from aggregation.revocation import RevocationList
-from aggregation.transcript import ENTRY, LENGTH, MAGIC, NO_SESSION, Abort, Entry, Stage, Transcript
+from aggregation.transcript import ENTRY, LENGTH, MAGIC, NO_SESSION, Abort, Checkpoint, Entry, Stage, Transcript
 from coordinator.recorder import Recorder
 
 AUTHORITY = "authority.pem"
@@ -36,6 +38,8 @@ REVOKED = "revoked.crl"
 VECTORS = "vectors"
 LOGS = "session-*.log"
 TORN = ".torn"
+_INDEX = 8  # bytes of an entry before its kind
+_CHECKPOINT = bytes([len(Checkpoint.TAG)]) + Checkpoint.TAG.encode()  # the kind, as an entry has it
 INTERRUPTED = "interrupted"  # why a round ended that was under way when the process ended
 
 
@@ -114,8 +118,8 @@ class Transcripts:
 
 
 def logs(folder: Path) -> list[Path]:
-    """The logs in a folder of transcripts, in the order of their sessions."""
-    return sorted(folder.glob(LOGS))
+    """The logs in a folder of transcripts, in the order of their sessions; a copy with a name of its own is none."""
+    return sorted(path for path in folder.glob(LOGS) if path.stem.partition("-")[2].isdecimal())
 
 
 def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:
@@ -129,6 +133,8 @@ def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:
     raw = path.read_bytes()
     reading = transcript.read(raw)
     if reading.problem:
+        if _goes_on(raw[reading.end :], key.public):
+            raise _altered(path, reading.problem)
         path.with_suffix(TORN).write_bytes(raw[reading.end :])
         os.truncate(path, reading.end)
     if not reading.entries:
@@ -138,9 +144,7 @@ def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:
     try:
         found = checkpoints(whole, key.public, unfinished=True)
     except Problem as problem:
-        raise TrustError(
-            f"{path} was altered after it was written ({problem}): find out why, and move it away"
-        ) from None
+        raise _altered(path, problem) from None
     if not found or found[-1].stage is not Stage.CLOSED:
         recorder = Recorder(path, transcript.resume(whole.entries, previous), key)
         if recorder.log.plan is not None:
@@ -148,6 +152,21 @@ def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:
         recorder.checkpoint(Stage.CLOSED)
         found = checkpoints(transcript.read(path.read_bytes()), key.public, unfinished=False)
     return found[-1].digest()
+
+
+def _goes_on(rest: bytes, coordinator: PublicKey) -> bool:
+    """Whether the log holds a whole checkpoint in what can no longer be read: a kill tears nothing but its end."""
+    for found in re.finditer(re.escape(_CHECKPOINT), rest):
+        start = max(found.start() - _INDEX, 0)
+        size = int.from_bytes(rest[max(start - LENGTH, 0) : start], "big")
+        with suppress(ProtocolError):
+            envelope.open_as(Checkpoint, ENTRY.decode(rest[start : start + size]).message, coordinator, "")
+            return True
+    return False
+
+
+def _altered(path: Path, problem: object) -> TrustError:
+    return TrustError(f"{path} was altered after it was written ({problem}): find out why, and move it away")
 
 
 def _ends(path: Path) -> tuple[bytes, bytes]:

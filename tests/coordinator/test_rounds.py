@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from aggregation.audit import audit
-from aggregation.errors import ConfigError, EdgeAdaptError
+from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.serverside import AbortReason, RoundAborted
 from aggregation.steps import BODY, RECORD, Step
 from client import contribute
@@ -267,3 +268,11 @@ def test_a_coordinators_home_with_a_file_missing_is_refused_by_name(fleet_of: Fl
     (fleet.out / "coordinator" / name).unlink()
     with pytest.raises(ConfigError, match=f"is not a coordinator's home.*{name}"):
         CoordinatorHome.open(fleet.out / "coordinator")
+
+
+@pytest.mark.parametrize("name", ["signing.pem", "authority.pem", "revoked.crl", "federation.json"])
+def test_a_coordinators_home_with_a_damaged_file_is_refused_by_name(fleet_of: FleetOf, name: str) -> None:
+    path = fleet_of(3).out / "coordinator" / name
+    path.write_bytes(b"damaged")
+    with pytest.raises((TrustError, ConfigError), match=re.escape(f"{path}: ") + r"[nI]\w+ "):
+        CoordinatorHome.open(path.parent).trusted(datetime.now(UTC))

@@ -18,7 +18,7 @@ from aggregation.identity import IdentityKey
 from aggregation.messages import Assignment, Plan
 from aggregation.serverside import AbortReason, RoundResult
 from aggregation.steps import Step
-from aggregation.transcript import MAGIC, read
+from aggregation.transcript import LENGTH, MAGIC, read
 from coordinator.home import CoordinatorHome
 from coordinator.recorder import Recorder, vector_path
 from coordinator.transcript import TORN, VECTORS, Transcripts, logs
@@ -158,6 +158,31 @@ def test_a_log_that_was_altered_is_not_signed_again(transcripts: Transcripts, of
     with pytest.raises(TrustError, match=r"session-000001\.log was altered"):
         transcripts.begin(offer[0])
     assert killed.path.read_bytes() == raw
+
+
+def test_a_closed_log_that_can_no_longer_be_read_is_not_taken_for_a_torn_one(
+    transcripts: Transcripts, offer: tuple[bytes, bytes]
+) -> None:
+    recorder = write(transcripts, offer)
+    transcripts.finish()
+    sound, at, lengths = recorder.path.read_bytes(), len(MAGIC), list[int]()
+    while at < len(sound):
+        lengths.append(at)
+        at += LENGTH + int.from_bytes(sound[at : at + LENGTH], "big")
+    for place in [0, *(start + byte for start in lengths for byte in range(LENGTH))]:
+        raw = bytearray(sound)
+        raw[place] ^= 1
+        recorder.path.write_bytes(raw)
+        with pytest.raises(TrustError, match=r"session-000001\.log was altered .*: find out why, and move it away"):
+            transcripts.begin(offer[0])
+        assert recorder.path.read_bytes() == raw
+
+
+def test_a_copy_that_lies_among_the_logs_is_no_session(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
+    first = write(transcripts, offer)
+    for name in ("session-000001 (copy).log", "session-old.log"):
+        (transcripts.folder / name).write_bytes(first.path.read_bytes())
+    assert write(transcripts, offer).path.name == "session-000002.log"
 
 
 def test_vectors_are_kept_by_digest_where_that_is_asked_for(
