@@ -25,6 +25,7 @@ PEFT_PREFIX = "base_model.model."  # peft puts it before every name of the base'
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 SCALE = "#scale"  # follows a tensor's name; no module of torch can bear a name with this sign
 INT8_MAX = 127
+MAX_LABEL = 256  # characters
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -37,6 +38,19 @@ def check_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise ConfigError(f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
     return name
+
+
+def check_labels(name: str, labels: Sequence[str]) -> None:
+    """Refuse labels of the adapter ``name`` that no device answers with.
+
+    Raises:
+        DataError: One is there twice, or is no printable name of at most ``MAX_LABEL`` characters.
+    """
+    if len(set(labels)) != len(labels):
+        raise DataError(f"adapter {name!r} names a label twice; export it again with other labels")
+    for label in labels:
+        if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
+            raise DataError(f"adapter {name!r}: label {label[:40]!r} is no printable name; export it with another")
 
 
 def to_graph(tensors: Tensors, scaling: Mapping[str, float]) -> Tensors:

@@ -27,7 +27,7 @@ import onnxruntime as ort
 
 from adapters.layout import Tensors
 from adapters.manifest import BaseCard, Sidecar, Task
-from adapters.ondevice import check_name, check_slots, layout_of, restore
+from adapters.ondevice import check_labels, check_name, check_slots, layout_of, restore
 from adapters.signed import MAX_DOCUMENT
 from aggregation.errors import DataError, TrustError
 from aggregation.identity import PublicKey
@@ -43,7 +43,6 @@ NEEDED: dict[Task, tuple[str, ...]] = {
 MAX_KEYS = 2**16  # bytes
 MAX_HELD_FILE = 2**31  # bytes, of what is held in memory; also what protobuf can hold
 MAX_BASE_FILE = 2**34  # bytes
-MAX_LABEL = 256  # characters
 PEM_END = b"-----END PUBLIC KEY-----"
 
 
@@ -190,11 +189,7 @@ def _check_claims(inputs: Tensors, sidecar: Sidecar, card: BaseCard) -> None:
 def _check_labels(sidecar: Sidecar, card: BaseCard) -> None:
     if sidecar.labels and card.task == "text-generation":
         raise DataError(f"adapter {sidecar.name!r} names labels, of which a base for text-generation has none")
-    if len(set(sidecar.labels)) != len(sidecar.labels):
-        raise DataError(f"adapter {sidecar.name!r} names a label twice; export it again")
-    for label in sidecar.labels:
-        if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
-            raise DataError(f"adapter {sidecar.name!r}: label {label[:40]!r} is no printable name; export it again")
+    check_labels(sidecar.name, sidecar.labels)
 
 
 def _check_listed(folder: Path, card: BaseCard) -> None:

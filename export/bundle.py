@@ -21,7 +21,7 @@ from adapters.files import sha256
 from adapters.layout import Layout, Tensors
 from adapters.manifest import BaseCard, Sidecar
 from adapters.method import Method
-from adapters.ondevice import LORA_A, Format, check_name, check_slots, to_graph
+from adapters.ondevice import LORA_A, Format, check_labels, check_name, check_slots, to_graph
 from aggregation.errors import ConfigError, DataError
 from aggregation.identity import IdentityKey
 from export import adapter
@@ -66,7 +66,8 @@ def write_bundle(
     Raises:
         ConfigError: ``out`` is something other than a bundle, an adapter's name cannot be a file's, or an adapter of a
             language model comes without its plan.
-        DataError: An adapter does not fit the base, is above its highest rank, or has other labels than rows.
+        DataError: An adapter does not fit the base, is above its highest rank, or has labels that are not
+            its rows, or that no device takes.
         OSError: The folder cannot be written. What was in ``out`` is still there.
     """
     out, card = settled(out), exported.card
@@ -96,7 +97,8 @@ def add_adapter(bundle: Path, found: Plan, source: AdapterSource, *, key: Identi
 
     Raises:
         ConfigError: ``bundle`` is no bundle, or the adapter's name cannot be a file's.
-        DataError: The adapter does not fit the plan, or has other labels than rows.
+        DataError: The adapter does not fit the plan, or has labels that are not
+            its rows, or that no device takes.
         OSError: The folder cannot be written. The bundle is as it was.
     """
     bundle = settled(bundle)
@@ -133,10 +135,14 @@ def _adapter_files(
     if sizes.get(LABELS, 2) < 2:
         raise DataError(f"adapter {source.name!r} has a head of one row; a device chooses among two labels at least")
     if sizes.get(LABELS, len(source.labels)) != len(source.labels):
-        raise DataError(f"adapter {source.name!r} has {len(source.labels)} labels for {sizes[LABELS]} rows of its head")
+        raise DataError(
+            f"adapter {source.name!r} has {len(source.labels)} labels for {sizes[LABELS]} rows of its head; name each "
+            "row, in order (--labels)"
+        )
+    check_labels(source.name, source.labels)
     ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(LORA_A)]
     if (rank := max(ranks, default=0)) > card.max_rank:
-        raise DataError(f"adapter {source.name!r} has rank {rank}, the base takes at most {card.max_rank}")
+        raise DataError(f"adapter {source.name!r} has rank {rank}, the base takes at most {card.max_rank} (--max-rank)")
     sidecar = Sidecar(
         name=source.name,
         sha256=sha256(blob),

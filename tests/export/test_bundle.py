@@ -195,6 +195,19 @@ def test_labels_that_do_not_match_the_head_are_refused(
         add_adapter(bundle, exported.plan, replace(source("anna"), labels=("a", "b", "c")), key=household)
 
 
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [("a", "a label twice"), (" ", "printable"), ("\x1b[31m", "printable"), ("d" * 257, "printable")],
+)
+def test_labels_that_every_device_would_refuse_are_not_signed(
+    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey, odd: str, message: str
+) -> None:
+    before = contents(bundle)
+    with pytest.raises(DataError, match=message):
+        add_adapter(bundle, exported.plan, replace(source("anna"), labels=("a", "b", "c", odd)), key=household)
+    assert contents(bundle) == before
+
+
 def test_the_old_bundles_files_are_not_written_through_their_second_names(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
