@@ -20,7 +20,7 @@ def make_key(path: Path, entropy: Entropy) -> tuple[IdentityKey, Path]:
     Raises:
         ConfigError: One of the two files is there already: whoever pinned the old key could not verify the new one's
             signatures.
-        OSError: The folder cannot be written.
+        OSError: The folder cannot be written. Neither file is there then.
     """
     public = path.with_name(f"{path.stem}.pub.pem")
     key = IdentityKey.generate(entropy)
@@ -41,7 +41,11 @@ def read_key(path: Path) -> IdentityKey:
         ConfigError: There is no such file.
         TrustError: It is no Ed25519 key in PEM form.
     """
-    return IdentityKey.from_pem(_read(path, "make one with 'edgeadapt export key'"))
+    raw = _read(path, "make one with 'edgeadapt export key'")
+    try:
+        return IdentityKey.from_pem(raw)
+    except TrustError as error:
+        raise TrustError(f"{path}: {error}") from None
 
 
 def public_keys(path: Path) -> tuple[PublicKey, ...]:
@@ -72,7 +76,13 @@ def _create(path: Path, content: bytes, mode: int) -> None:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError as error:
         raise ConfigError(f"{path} is there already; keys are not replaced, name a new file") from error
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        path.unlink()  # half a key would never be replaced
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # of a full disk Python does not say where
+        raise

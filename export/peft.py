@@ -20,6 +20,7 @@ from adapters.method import Method
 from adapters.ondevice import PEFT_PREFIX, graph_name
 from aggregation.errors import ConfigError, DataError
 from export.peftconfig import Config, config_of, method_of, saved_modules
+from export.replacing import write
 from export.slots import LORA, plan_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -75,6 +76,7 @@ def to_peft(tensors: Tensors, method: Method, out: Path, base: str | None = None
     Raises:
         ConfigError: ``out`` holds something.
         DataError: The tensors are not of this method, or not finite.
+        OSError: The folder cannot be written; the error names the file.
     """
     found = plan_of(method, tensors)
     ranks = {slot.path: method.rank_of(slot.path) for slot in found.loras}
@@ -86,8 +88,7 @@ def to_peft(tensors: Tensors, method: Method, out: Path, base: str | None = None
     stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         stage.chmod(0o755)
-        for name, blob in contents.items():
-            (stage / name).write_bytes(blob)
+        write(stage, contents)
         stage.replace(out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

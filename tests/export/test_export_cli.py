@@ -1,5 +1,7 @@
 """``edgeadapt export`` as a person runs it: what it writes, and that every refusal is one line and writes nothing."""
 
+import errno
+import os
 import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
@@ -109,6 +111,32 @@ def test_a_key_is_never_replaced(export: Run, tmp_path: Path, there: str) -> Non
     (tmp_path / there).write_bytes(b"old")
     refused(export("key", tmp_path / "vendor.pem"), 2, "keys are not replaced")
     assert everything(tmp_path) == {there: b"old"}
+
+
+@pytest.mark.parametrize("full", ["vendor.pem", "vendor.pub.pem"])
+def test_a_full_disk_leaves_no_half_of_a_key(
+    export: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    def sync(handle: int) -> None:
+        if Path(f"/proc/self/fd/{handle}").resolve().name == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does, which has no name
+
+    monkeypatch.setattr(os, "fsync", sync)
+    refused(export("key", tmp_path / "vendor.pem"), 1, f"No space left on device: {tmp_path / full}")
+    assert everything(tmp_path) == {}
+
+
+def test_a_full_disk_is_named_and_leaves_no_folder_for_peft(
+    export: Run, shop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = everything(shop)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refused(export("peft", "--registry", shop / "fleet", "--out", shop / "out"), 1, "adapter_config.json")
+    assert everything(shop) == before
+    assert not list(shop.glob("*out*"))
 
 
 def test_the_newest_version_of_a_registry_answers_on_a_device_and_peft_gets_it_back(
@@ -223,7 +251,7 @@ def test_the_help_has_examples(export: Run) -> None:
         (["--bundle", "nowhere"], 2, "is not a bundle"),
         (["--bundle", "fleet"], 2, "is not a bundle"),
         (["--key", "nowhere.pem"], 2, "edgeadapt export key"),
-        (["--key", "trust.pem"], 4, "not an unencrypted private key"),
+        (["--key", "trust.pem"], 4, "trust.pem: not an unencrypted private key"),
         (["--trust", "stranger.pem"], 4, "does not trust"),
         (["--trust", "texts"], 4, "not a list of public keys"),
     ],
