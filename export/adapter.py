@@ -55,11 +55,17 @@ def completed(tensors: Tensors, found: Plan, slots: Mapping[str, Sequence[str]])
         slots: The base's, with dimensions as text.
 
     Raises:
-        DataError: The adapter has a tensor that the base has no slot for.
+        DataError: The adapter has a tensor that the base has no slot for, or lacks one of a module trained whole.
     """
-    if odd := sorted({graph_name(name) for name in tensors} - set(slots)):
+    names = {graph_name(name) for name in tensors}
+    if odd := sorted(names - set(slots)):
         way = "export the base with this layer among --targets" if LORA in odd[0] else "train without modules_to_save"
         raise DataError(f"the base has no slot for the adapter's tensor {odd[0]!r}: {way}")
+    if lacking := sorted(name for name in set(slots) - names if LORA not in name):
+        raise DataError(
+            f"the adapter lacks {lacking[0]!r}, which each adapter of this base brings: train it whole "
+            '(task_type="SEQ_CLS", or in modules_to_save)'
+        )
     full, loras = dict(tensors), list(found.loras)
     for name in slots:
         path = name.removesuffix(LORA_A)
