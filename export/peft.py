@@ -25,6 +25,8 @@ from export.slots import LORA, plan_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MAX_CONFIG = 2**20  # bytes
+MAX_NAME = 512  # letters of a tensor's name
+EMBEDDING = ".lora_embedding_"  # in the names of what peft adds to an embedding
 BF16 = "BF16"
 TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, BF16: np.uint16}
 
@@ -121,7 +123,7 @@ def _tensors(blob: bytes) -> Tensors:
 
 
 def _floats(name: str, kind: str, data: bytes, shape: list[int]) -> Floats:
-    if not name.startswith(PEFT_PREFIX) or kind not in TYPES:
+    if not name.startswith(PEFT_PREFIX) or len(name) > MAX_NAME or kind not in TYPES:
         raise DataError(f"tensor {name[:80]!r} of type {kind} is none that peft saves for an adapter of floats")
     raw = np.frombuffer(data, TYPES[kind]).reshape(shape)
     if kind == BF16:  # the upper half of a float32
@@ -132,6 +134,12 @@ def _floats(name: str, kind: str, data: bytes, shape: list[int]) -> Floats:
 
 def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
     """Refuse tensors that peft stored for another reason than ``modules_to_save``, such as a resized embedding."""
+    for name in sorted(map(graph_name, tensors)):
+        if EMBEDDING in name:  # said before the copy of the base's table, which peft saves beside it
+            raise ConfigError(
+                f"tensor {name!r} is of LoRA on an embedding, which cannot be exported: train without it in "
+                "target_modules"
+            )
     for name in map(graph_name, tensors):
         parts = name.split(".")
         if "base_layer" in parts:

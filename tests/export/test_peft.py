@@ -293,7 +293,7 @@ A, B = (f"base_model.model.q_proj.lora_{letter}.weight" for letter in "AB")
         (_change("q_proj.lora_A.weight", torch.ones(3, 6)), "none that peft saves"),
         (_change("base_model.model.q_proj.lora_B.bias", torch.ones(6)), "not of plain LoRA"),
         (_change("base_model.model.q_proj.lora_magnitude_vector.weight", torch.ones(6)), "not of plain LoRA"),
-        (_change("base_model.model.emb.lora_embedding_A", torch.ones(3, 6)), "not of plain LoRA"),
+        (_change(f"base_model.model.{'x' * 600}.lora_A.weight", torch.ones(3, 6)), r"'base_model.model.x{63}' of type"),
     ],
 )
 def test_tensors_that_no_graph_takes_are_refused(saved: Path, change: Any, message: str) -> None:
@@ -327,6 +327,15 @@ def test_weights_of_the_base_in_an_adapter_are_refused_with_the_way_out(tmp_path
         read_peft(tmp_path / "with")
     model.save_pretrained(tmp_path / "without", save_embedding_layers=False)
     assert "base_model.model.lm_head.lora_A.weight" in read_peft(tmp_path / "without").tensors
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("saved_too", [True, False])
+def test_lora_on_an_embedding_is_refused_whether_or_not_its_table_was_saved(tmp_path: Path, saved_too: bool) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=saved_too)
+    with pytest.raises(ConfigError, match=r"lora_embedding_A' is of LoRA on an embedding.* target_modules"):
+        read_peft(tmp_path)
 
 
 def test_another_method_is_refused_by_name(tmp_path: Path) -> None:
