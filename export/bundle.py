@@ -64,8 +64,8 @@ def write_bundle(
         form: The adapters' number format.
 
     Raises:
-        ConfigError: ``out`` is something other than a bundle, an adapter's name cannot be a file's, or an adapter of a
-            language model comes without its plan.
+        ConfigError: ``out`` is something other than a bundle or keeps adapters that would not fit the base any more, an
+            adapter's name cannot be a file's, or an adapter of a language model comes without its plan.
         DataError: An adapter does not fit the base, is above its highest rank, or has labels that are not
             its rows, or that no device takes.
         OSError: The folder cannot be written. What was in ``out`` is still there.
@@ -78,11 +78,25 @@ def write_bundle(
         if source.plan is None and exported.task == "text-generation":
             raise ConfigError(f"adapter {source.name!r} comes without its plan, which has the scaling of its layers")
         files |= _adapter_files(source, source.plan or exported.plan, card, key, form)
-    old = stated_card(out)
+    kept = _kept(out, card, {source.name for source in sources})
     with replacing(out) as stage:
-        if old is not None and old.base_digest == card.base_digest:
+        if kept:
             link(out / "adapters", stage / "adapters")
         write(stage, files)
+
+
+def _kept(out: Path, card: BaseCard, renewed: set[str]) -> bool:
+    """Whether the adapters in ``out`` are for the base of ``card``; those that are ``renewed`` need not fit it."""
+    old = stated_card(out)
+    if old is None or old.base_digest != card.base_digest:
+        return False
+    names = {path.stem for path in (out / "adapters").glob("*.json")} - renewed
+    if names and old.slots != card.slots:
+        raise ConfigError(
+            f"the adapters in {out} ({', '.join(sorted(names))[:200]}) were made for a base with other slots, and no "
+            "device would take them any more; name another folder, or the same --targets and --head"
+        )
+    return True
 
 
 def add_adapter(bundle: Path, found: Plan, source: AdapterSource, *, key: IdentityKey, form: Format = "int8") -> None:

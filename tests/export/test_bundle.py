@@ -74,6 +74,19 @@ def test_an_update_of_the_shared_adapter_keeps_the_private_ones(
     assert contents(bundle)["adapters/global.onnx_adapter"] != old
 
 
+def test_a_base_with_other_slots_is_not_put_under_adapters_that_stay(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    before = contents(bundle)
+    other = replace(exported, slots=exported.slots | {"encoder.key.lora_A.weight": ("32", "rank_9")})
+    with pytest.raises(ConfigError, match=r"\(global\) were made for a base with other slots"):
+        write_bundle(bundle, other, [], key=vendor)
+    assert contents(bundle) == before
+    for name in ("global.json", "global.onnx_adapter"):
+        (bundle / "adapters" / name).unlink()
+    write_bundle(bundle, other, [], key=vendor)
+
+
 def test_adapters_of_another_base_are_not_kept(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
