@@ -41,7 +41,7 @@ def export_named(
             if the base has one.
 
     Raises:
-        ConfigError: No such base, task or profile, or no layer of these names.
+        ConfigError: No such base, task or profile, no layer of these names, or a head for a language model.
     """
     try:
         chosen = Profile(profile)
@@ -49,6 +49,8 @@ def export_named(
         raise ConfigError(f"there is no profile {profile!r}; choose one of {', '.join(Profile)}") from None
     base = find_base(name)
     if task != "text-classification":
+        if head is not None:
+            raise ConfigError("--head is for a classifier; a language model has its own output layer: leave it out")
         from export.causal import export_causal
 
         return export_causal(base, targets, chosen, max_rank=max_rank)

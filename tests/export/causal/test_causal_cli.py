@@ -92,3 +92,15 @@ def test_fewer_layers_than_the_base_has_slots_for_are_enough_and_other_layers_ar
     assert "rank 7, the base takes at most 6" in export(*_add(shop, "high", "--name", "high")).err
     assert (shop / "bundle" / "adapters" / "global.json").read_bytes() == before
     assert not (shop / "bundle" / "adapters" / "high.json").exists()
+
+
+@pytest.mark.parametrize("head", ["own", "mean"])
+def test_a_head_for_a_language_model_is_refused(
+    export: Callable[..., Any], tmp_path: Path, llama: Base, head: str
+) -> None:
+    assert export("key", tmp_path / "key.pem").code == 0
+    made = ("base", "--base", llama.folder, "--out", tmp_path / "bundle", "--key", tmp_path / "key.pem")
+    done = export(*made, "--head", head)
+    assert done.code == 2
+    assert "--head is for a classifier" in done.err
+    assert not (tmp_path / "bundle").exists()
