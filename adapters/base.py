@@ -50,7 +50,9 @@ def find_base(where: str) -> Base:
         folder = _converted(folder)
     for name in IDENTITY_FILES:
         if not (folder / name).is_file():
-            raise ConfigError(f"base model folder {folder} has no {name}")
+            parts = (folder / f"{name}.index.json").is_file()
+            hint = "; its weights are in parts: save it again as one file (max_shard_size of save_pretrained)"
+            raise ConfigError(f"base model folder {folder} has no {name}{hint if parts else ''}")
     return Base(folder, _digest(folder.resolve()))
 
 

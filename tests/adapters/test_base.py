@@ -47,7 +47,15 @@ def test_files_that_are_not_the_models_own_do_not_count(copy: Callable[[str], Pa
 def test_a_missing_file_is_named(copy: Callable[[str], Path], name: str) -> None:
     folder = copy("a")
     (folder / name).unlink()
-    with pytest.raises(ConfigError, match=f"has no {name}"):
+    with pytest.raises(ConfigError, match=f"has no {name}$"):
+        find_base(str(folder))
+
+
+def test_weights_in_parts_are_refused_with_the_way_out(copy: Callable[[str], Path]) -> None:
+    folder = copy("a")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has no model\.safetensors; its weights are in parts.*max_shard_size"):
         find_base(str(folder))
 
 
