@@ -70,8 +70,15 @@ def write_bundle(
             its rows, or that no device takes.
         OSError: The folder cannot be written. What was in ``out`` is still there.
     """
-    out, card = settled(out), exported.card
+    with settled(out) as whole:
+        _write_bundle(whole, exported, sources, key, form)
+
+
+def _write_bundle(
+    out: Path, exported: "ExportedBase", sources: Sequence[AdapterSource], key: IdentityKey, form: Format
+) -> None:
     check_place(out)
+    card = exported.card
     files = {f"base/{name}": blob for name, blob in exported.files.items()}
     files[CARD.as_posix()] = card.sign(key)
     for source in sources:
@@ -115,13 +122,13 @@ def add_adapter(bundle: Path, found: Plan, source: AdapterSource, *, key: Identi
             its rows, or that no device takes.
         OSError: The folder cannot be written. The bundle is as it was.
     """
-    bundle = settled(bundle)
-    if (card := stated_card(bundle)) is None:
-        raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
-    files = _adapter_files(source, found, card, key, form)
-    with replacing(bundle) as stage:
-        link(bundle, stage)
-        write(stage, files)
+    with settled(bundle) as whole:
+        if (card := stated_card(whole)) is None:
+            raise ConfigError(f"{whole} is not a bundle: it has no {CARD}")
+        files = _adapter_files(source, found, card, key, form)
+        with replacing(whole) as stage:
+            link(whole, stage)
+            write(stage, files)
 
 
 def copy_bundle(bundle: Path, out: Path) -> None:
@@ -133,10 +140,10 @@ def copy_bundle(bundle: Path, out: Path) -> None:
     """
     if stated_card(bundle) is None:
         raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
-    out = settled(out)
-    check_place(out)
-    with replacing(out) as stage:
-        link(bundle, stage)
+    with settled(out) as whole:
+        check_place(whole)
+        with replacing(whole) as stage:
+            link(bundle, stage)
 
 
 def _adapter_files(

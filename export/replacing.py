@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from adapters.storage import locked
+
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
@@ -28,15 +30,23 @@ def replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def settled(out: Path) -> Path:
-    """The full path of ``out``, after ending what a killed call may have left half done."""
+@contextmanager
+def settled(out: Path) -> Iterator[Path]:
+    """The full path of ``out``, for one process at a time, after ending what a killed call may have left half done.
+
+    Others wait: two that fill their folders from the same old one would lose what the first has put in.
+
+    Raises:
+        OSError: The folder above cannot be read.
+    """
     out = out.resolve()
-    if (previous := _previous(out)).exists():
-        if out.exists():  # killed after the exchange: the new folder is whole
-            shutil.rmtree(previous)
-        else:  # killed between its two steps
-            previous.rename(out)
-    return out
+    with locked(next(folder for folder in out.parents if folder.exists())):
+        if (previous := _previous(out)).exists():
+            if out.exists():  # killed after the exchange: the new folder is whole
+                shutil.rmtree(previous)
+            else:  # killed between its two steps
+                previous.rename(out)
+        yield out
 
 
 def _previous(out: Path) -> Path:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def test_a_household_adds_its_private_adapter_signed_by_its_own_key(
     after = contents(bundle)
     assert {name: after[name] for name in before} == before
     assert Sidecar.accept(after["adapters/anna.json"], [household.public]).parent == "a" * 64
+
+
+def test_adapters_that_are_added_at_the_same_moment_are_all_there(
+    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
+) -> None:
+    names = [f"n{number}" for number in range(8)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: add_adapter(bundle, exported.plan, source(name), key=household), names))
+    assert {f"adapters/{name}.json" for name in names} <= contents(bundle).keys()
 
 
 def test_an_update_of_the_shared_adapter_keeps_the_private_ones(
