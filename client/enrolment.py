@@ -46,7 +46,7 @@ def begin(folder: Path, name: str, base: str, pinned: Pinned, entropy: Entropy) 
         entropy: Draws identity and sealing key.
 
     Raises:
-        ConfigError: The folder is not empty, or a device cannot be called that.
+        ConfigError: The folder is not empty or the one that we are in, or a device cannot be called that.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder: a device is enrolled once, in a folder of its own")
@@ -61,6 +61,8 @@ def begin(folder: Path, name: str, base: str, pinned: Pinned, entropy: Entropy) 
         REQUEST: request,
     }
     place = folder.resolve()  # where a link leads
+    if place == Path.cwd():  # it is put in the place of this one, and a shell would stay in what is gone
+        raise ConfigError(f"{place} is the folder that you are in: name a new one")
     place.parent.mkdir(parents=True, exist_ok=True)
     made = Path(mkdtemp(dir=place.parent, prefix=f".{place.name}."))
     try:

@@ -53,7 +53,7 @@ class Office:
             passphrase: Encrypts the key; nothing leaves it unencrypted.
 
         Raises:
-            ConfigError: The folder is not empty, or the passphrase too short.
+            ConfigError: The folder is not empty or the one that we are in, or the passphrase is too short.
         """
         if passphrase is not None and len(passphrase) < SHORTEST:
             raise ConfigError(f"a passphrase of fewer than {SHORTEST} characters is guessed too soon")
@@ -62,6 +62,8 @@ class Office:
         now = _now()
         authority = Authority.create(name, SystemEntropy(), now - SKEW, now + timedelta(days))
         place = folder.resolve()  # where a link leads
+        if place == Path.cwd():  # it is put in the place of this one, and a shell would stay in what is gone
+            raise ConfigError(f"{place} is the folder that you are in: name a new one")
         place.parent.mkdir(parents=True, exist_ok=True)
         made = Path(mkdtemp(dir=place.parent, prefix=f".{place.name}."))
         try:

@@ -98,6 +98,15 @@ def test_a_home_is_never_made_over_something(tmp_path: Path, home: Home, pinned:
     assert {path: path.read_bytes() for path in home.folder.iterdir()} == before
 
 
+def test_a_home_is_not_made_in_the_place_of_the_folder_that_a_shell_is_in(
+    tmp_path: Path, pinned: Pinned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path} is the folder that you are in: name a new one"):
+        begin(Path(), "kitchen", "some_base", pinned, SystemEntropy())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_leaves_no_half_a_home(tmp_path: Path, pinned: Pinned, monkeypatch: pytest.MonkeyPatch) -> None:
     class Exhausted:
         def __init__(self) -> None:

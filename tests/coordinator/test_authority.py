@@ -77,6 +77,15 @@ def test_an_authority_is_never_made_over_something(tmp_path: Path, office: Offic
     assert Office(tmp_path / "empty").root == made.root
 
 
+def test_an_authority_is_not_made_in_the_place_of_the_folder_that_a_shell_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"{tmp_path} is the folder that you are in: name a new one"):
+        Office.found(Path(), "fleet", 10, 10, None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_leaves_no_half_an_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Office, "sign_list", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
