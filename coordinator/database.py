@@ -104,6 +104,8 @@ def explained(engine: Engine) -> Iterator[None]:
         raise EdgeAdaptError(f"{name}: {reason}; nothing was changed") from error
     except SQLAlchemyError as error:
         raise EdgeAdaptError(f"{name}: {_line(error)}; nothing was changed") from error
+    except UnicodeDecodeError as error:  # sqlite names what it did not find, and the name is damaged
+        raise DataError(f"{name} is damaged: restore it from a copy") from error
 
 
 def _claim(connection: Connection) -> None:

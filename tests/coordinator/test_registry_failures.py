@@ -209,6 +209,15 @@ def test_a_corrupt_database_is_refused(tmp_path: Path, reopen: Reopen, rounds: A
     one_line(caught.value)
 
 
+def test_damage_that_sqlite_cannot_put_into_words_is_refused(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
+    rounds.seed(reopen())
+    path = tmp_path / "registry.db"
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE", b"CREATE T\xc1BLE"))
+    with pytest.raises(DataError, match="is damaged: restore it from a copy") as caught:
+        reopen()
+    one_line(caught.value)
+
+
 def test_a_truncated_database_is_refused(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
     registry = reopen()
     rounds.seed(registry)
