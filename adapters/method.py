@@ -1,21 +1,24 @@
 """How an adapter was made: what ``peft`` and the exporter need to rebuild its modules, and to scale its updates.
 
 The patterns mean what they mean to peft (``rank_pattern`` and ``alpha_pattern`` of its ``LoraConfig``): regular
-expressions for the end of a layer's path, of which the first that matches counts. A property test holds this file to
-peft itself (``tests/export/test_peft.py``).
+expressions for the end of a layer's path, of which the first that matches counts. Those that could take forever are
+refused. A property test holds this file to peft itself (``tests/export/test_peft.py``).
 """
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from aggregation.errors import DataError
 
 Rank = Annotated[int, Field(ge=0, lt=2**63)]
 Alpha = Rank | Annotated[float, Field(ge=0, lt=2**63)]  # a whole number to peft's types, any number in its files
 Pattern = Annotated[str, Field(min_length=1, max_length=512)]
+# Sets within sets and ends of words: other signs to Python than to the engine that is asked.
+OTHERWISE = re.compile(r"\[[^]]*\[|--|&&|~~|\\[<>]|\\[bB]\{")
 V = TypeVar("V")
 
 
@@ -46,7 +49,8 @@ class Method:
         """The factor of the update of the layer at ``path``.
 
         Raises:
-            DataError: A pattern is no regular expression, or the layer has rank 0.
+            DataError: A pattern is no regular expression, or needs look-around or back references; or the layer has
+                rank 0.
         """
         rank, alpha = self.rank_of(path), self.alpha_of(path)
         if rank < 1:
@@ -57,8 +61,35 @@ class Method:
 def _matching(patterns: tuple[tuple[str, V], ...], path: str, default: V) -> V:
     for pattern, value in patterns:
         try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error as error:
-            raise DataError(f"the adapter's pattern {pattern[:40]!r} is no regular expression: {error}") from error
+            _ending(pattern).validate_python(path)
+        except ValidationError:
+            continue
+        return value
     return default
+
+
+@lru_cache(maxsize=1024)
+def _ending(pattern: str) -> TypeAdapter[str]:
+    """What takes the paths that end as ``pattern`` says.
+
+    Patterns come from strangers' folders. Python's engine can take longer than anybody waits for one of a few letters,
+    pydantic's takes a time in proportion to the path; it has no look-around and no back references.
+    """
+    whole = rf"(.*\.)?({pattern})$"
+    try:
+        re.compile(whole)  # what is no expression to peft shall be none here
+    except (re.error, OverflowError, RecursionError) as error:
+        raise DataError(f"the adapter's pattern {pattern[:40]!r} is no regular expression: {error}") from error
+    if OTHERWISE.search(pattern):
+        raise _refusal(pattern)
+    try:
+        return TypeAdapter(Annotated[str, StringConstraints(pattern=f"^(?:{whole})")])
+    except Exception as error:  # of a class of its core that pydantic does not export
+        raise _refusal(pattern) from error
+
+
+def _refusal(pattern: str) -> DataError:
+    return DataError(
+        f"the adapter's pattern {pattern[:40]!r} cannot be matched here: name the layers in plain words, without "
+        "look-around, back references or sets within sets"
+    )

@@ -1,4 +1,9 @@
+import re
+import time
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from adapters.method import Method
@@ -35,6 +40,66 @@ def test_a_pattern_that_is_no_regular_expression_and_a_rank_of_zero_are_refused(
         Method("lora", 8, 16, ("query",), rank_pattern=(("(", 2),)).rank_of("query")
     with pytest.raises(DataError, match="rank 0"):
         Method("lora", 8, 16, ("query",), rank_pattern=(("query", 0),)).scaling_of("query")
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*x" * 10, "(a|b|ab)*c", "(.*.*.*.*.*.*.*.*)z", "(a?){60}a{60}"])
+def test_no_pattern_takes_long(pattern: str) -> None:
+    path = "ab" * 40
+    before = time.perf_counter()
+    assert Method("lora", 8, 16, ("query",), rank_pattern=((pattern, 2),)).rank_of(path) == 8
+    assert time.perf_counter() - before < 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("a{99999999999}", "no regular expression"),
+        ("(?i)query", "no regular expression"),
+        ("(?!x)query", "without look-around"),
+        (r"(q)\3", "without look-around"),
+        ("[a[b]]", "without look-around"),
+        (r"\<query", "without look-around"),
+        ("(.{9999}){9999}", "cannot be matched"),
+    ],
+)
+def test_a_pattern_that_is_none_or_could_take_forever_is_refused_by_name(pattern: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        Method("lora", 8, 16, ("query",), alpha_pattern=((pattern, 2),)).alpha_of("layer.0.query")
+    assert "\n" not in str(caught.value)
+
+
+PATH = st.text("abq._01", max_size=12)
+PARTS = st.sampled_from(
+    [
+        "a",
+        "b",
+        "q",
+        "_",
+        "0",
+        ".",
+        r"\.",
+        r"\d",
+        r"\w",
+        ".*",
+        "a+",
+        "b?",
+        "[ab]",
+        "[^a.]",
+        "(a|b)",
+        "(?:q|_)*",
+        "a{2}",
+        "^",
+        "$",
+    ]
+)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@settings(max_examples=400, deadline=None)
+@given(st.lists(PARTS, min_size=1, max_size=5).map("".join), PATH)
+def test_a_pattern_matches_what_it_matches_to_python(pattern: str, path: str) -> None:
+    found = Method("lora", 8, 16, ("q",), rank_pattern=((pattern, 2),)).rank_of(path)
+    assert (found == 2) == bool(re.match(rf"(.*\.)?({pattern})$", path))
 
 
 def test_the_signed_form_keeps_the_order_of_patterns_and_whole_alphas_whole() -> None:
