@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from stat import S_ISREG
 from typing import Self
 
 from aggregation.errors import DataError, TrustError
@@ -58,7 +59,7 @@ def read(path: Path, limit: int) -> bytes:
     """The file, if it is not above ``limit`` bytes. More is refused before it is in memory.
 
     Raises:
-        DataError: There is no such file, or it cannot be read.
+        DataError: There is no such file, it is a pipe, folder or device, or it cannot be read.
         TrustError: It is above the limit.
     """
     with _open(path) as file:
@@ -75,6 +76,8 @@ def hashed(path: Path, limit: int) -> Hashed:
 
 def _open(path: Path) -> BufferedReader:
     try:
+        if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for, and a device may have no end
+            raise DataError(f"{path} is no regular file; fetch the bundle again")
         return path.open("rb")
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; fetch the bundle again") from error

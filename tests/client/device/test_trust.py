@@ -377,7 +377,19 @@ def test_a_folder_in_a_files_place_is_refused(bundle: Path) -> None:
     file = bundle / "adapters" / "global.onnx_adapter"
     file.unlink()
     file.mkdir()
-    refused(bundle, DataError, r"global\.onnx_adapter cannot be read \(Is a directory\)")
+    refused(bundle, DataError, r"global\.onnx_adapter is no regular file")
+
+
+@pytest.mark.parametrize("file", [*FILES, *ADAPTER_FILES])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_file_without_an_end_is_refused_and_not_waited_for(bundle: Path, file: str, kind: str) -> None:
+    path = bundle / file
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    refused(bundle, DataError, "is no regular file|has no sidecar")
 
 
 def test_what_a_file_manager_leaves_behind_is_no_adapter(bundle: Path) -> None:
