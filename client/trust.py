@@ -18,10 +18,11 @@ open).
 """
 
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import onnxruntime as ort
 
@@ -44,6 +45,7 @@ MAX_KEYS = 2**16  # bytes
 MAX_HELD_FILE = 2**31  # bytes, of what is held in memory; also what protobuf can hold
 MAX_BASE_FILE = 2**34  # bytes
 PEM_END = b"-----END PUBLIC KEY-----"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Trust:
             DataError: A file is missing.
         """
         folder = bundle / "base"
-        card = BaseCard.accept(intact.read(folder / CARD, MAX_DOCUMENT), self.keys)
+        card = _accepted(BaseCard.accept, folder / CARD, self.keys)
         needed = NEEDED[card.task]
         if missing := [name for name in needed if name not in card.files]:
             raise TrustError(f"{folder / CARD} lists no {missing[0]}; get a newer client, or fetch the bundle again")
@@ -126,7 +128,7 @@ class Trust:
         if not path.is_file():
             known = ", ".join(adapter_names(bundle)) or "none"
             raise DataError(f"the bundle has no sidecar for an adapter {name!r}; it has: {known}")
-        sidecar = Sidecar.accept(intact.read(path, MAX_DOCUMENT), self.keys)
+        sidecar = _accepted(Sidecar.accept, path, self.keys)
         if sidecar.name != name:
             raise TrustError(f"{path} was signed for the adapter {sidecar.name!r}; fetch the bundle again")
         return sidecar
@@ -159,6 +161,15 @@ def adapter_names(bundle: Path) -> list[str]:
     Names with a leading dot are file managers' own.
     """
     return sorted(path.stem for path in (bundle / "adapters").glob("*.json") if not path.name.startswith("."))
+
+
+def _accepted(accept: Callable[[bytes, Iterable[PublicKey]], T], path: Path, keys: Iterable[PublicKey]) -> T:
+    """What a signed document says. Raises as ``accept`` and ``intact.read``, with the file's name."""
+    raw = intact.read(path, MAX_DOCUMENT)
+    try:
+        return accept(raw, keys)
+    except TrustError as error:
+        raise TrustError(f"{path}: {error}; fetch it again from someone whom this device trusts") from error
 
 
 def _tensors(blob: bytes, sidecar: Sidecar) -> Tensors:

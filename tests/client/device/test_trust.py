@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -100,6 +101,12 @@ def test_a_base_signed_by_someone_else_is_refused(bundle: Path, exported: Export
     stranger = IdentityKey.generate(SystemEntropy())
     (bundle / "base" / "card.json").write_bytes(exported.card.sign(stranger))
     refused(bundle, TrustError, "does not trust")
+
+
+@pytest.mark.parametrize("file", ["base/card.json", "adapters/global.json"])
+def test_a_damaged_document_is_named_by_its_file(bundle: Path, file: str) -> None:
+    (bundle / file).write_bytes(b"{}")
+    refused(bundle, TrustError, f"{re.escape(str(bundle / file))}: .*; fetch it again")
 
 
 def test_an_adapter_signed_by_someone_else_is_refused(bundle: Path, source: Source, exported: ExportedBase) -> None:
