@@ -127,11 +127,14 @@ def server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
     Raises:
         ConfigError: The address cannot be had.
     """
+    if not host:  # would be every address of the machine
+        raise ConfigError("an empty --host is no address to serve at; name one, or leave it out for this machine only")
     handler = type("Handler", (_Handler,), {"site": site, "local": host in LOCAL})
     try:
         return _Server((host, port), handler)
     except OSError as error:
-        raise ConfigError(f"cannot serve at {host}:{port} ({error.strerror}); choose another --port") from error
+        reason = f"cannot serve at {host}:{port} ({error.strerror})"
+        raise ConfigError(f"{reason}; choose another --host or --port") from error
 
 
 class _Server(ThreadingHTTPServer):

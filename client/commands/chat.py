@@ -61,11 +61,11 @@ def chat(
 
     if as_json and prompt is None:
         raise click.UsageError("--json goes with --prompt")
-    if adapter and base_only:
+    if adapter is not None and base_only:
         raise click.UsageError("--adapter and --base-only exclude each other")
     generator = Generator.open(bundle, trust)
-    if not base_only and (adapter or generator.library.names()):
-        generator.use(adapter or generator.library.default())
+    if not base_only and (adapter is not None or generator.library.names()):
+        generator.use(generator.library.default() if adapter is None else adapter)
     conversation = Conversation(generator, options.drawn(drawing), system)
     if prompt is None:
         _talk(conversation, generator)

@@ -57,7 +57,7 @@ def infer(
 
     phrases = _phrases(texts)
     library = Library.open(bundle, trust)
-    chosen = (*names, *((compose,) if compose else ()))
+    chosen = (*names, *(() if compose is None else (compose,)))
     if library.card.task == "text-generation":
         answers, rows = _continued(library, chosen, phrases, max_tokens), _texts
     else:

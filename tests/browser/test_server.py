@@ -182,8 +182,13 @@ def test_keys_named_by_the_user_are_served_instead(bundle: Path, tmp_path: Path)
 
 def test_a_port_in_use_is_refused_in_one_line(bundle: Path) -> None:
     site = Site.of(bundle)
-    with server(site, "127.0.0.1", 0) as first, pytest.raises(ConfigError, match="choose another --port"):
+    with server(site, "127.0.0.1", 0) as first, pytest.raises(ConfigError, match="choose another --host or --port"):
         server(site, "127.0.0.1", first.server_port)
+
+
+def test_an_empty_address_is_not_every_address(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="an empty --host"):
+        server(Site.of(bundle), "", 0)
 
 
 def test_the_written_site_is_what_would_be_served(bundle: Path, tmp_path: Path) -> None:

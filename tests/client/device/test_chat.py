@@ -157,6 +157,7 @@ def test_a_session_switches_lists_forgets_and_goes_on_after_what_goes_wrong(lm_b
     [
         (["--prompt", "", "--max-tokens", "10"], "an empty text has no answer"),
         (["--prompt", "x", "--adapter", "nobody"], "it has: anna, global"),
+        (["--prompt", "x", "--adapter", ""], "adapter name ''"),
         (["--prompt", "x", "--max-tokens", "256"], "fills the model's 256"),
         (["--prompt", "x", "--temperature", "99"], "temperature"),
         (["--prompt", "x", "--stop", ""], "stop string"),

@@ -97,6 +97,7 @@ def test_help_shows_examples() -> None:
     [
         (["--adapter", "../global", "unlock"], "adapter name '../global'"),
         (["--adapter", "nobody", "unlock"], "it has: global"),
+        (["--compose", "", "unlock"], "adapter name ''"),
         ([""], "an empty text has no answer"),
         (["a" * 70_000], "above the limit"),
         (["-"], "standard input held no phrase"),
