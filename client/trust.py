@@ -24,6 +24,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Self, TypeVar
 
+import numpy as np  # noqa: F401  # before onnxruntime, whose C code prints and forgets a Ctrl-C while it imports numpy
 import onnxruntime as ort
 
 from adapters.layout import Tensors

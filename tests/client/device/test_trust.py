@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -406,6 +408,13 @@ def test_what_a_file_manager_leaves_behind_is_no_adapter(bundle: Path) -> None:
 
 def test_a_limit_above_all_memory_costs_no_memory(bundle: Path) -> None:
     assert intact.read(bundle.parent / "trust.pem", 2**62) == (bundle.parent / "trust.pem").read_bytes()
+
+
+def test_numpy_is_there_before_onnxruntime_which_would_lose_a_ctrl_c_while_importing_it() -> None:
+    code = "import sys, client.web; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = done.stdout.split()
+    assert names.index("numpy") < names.index("onnxruntime.capi")
 
 
 def test_a_repr_shows_no_weights(bundle: Path) -> None:
