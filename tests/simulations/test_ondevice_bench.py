@@ -400,6 +400,15 @@ def test_help_waits_for_no_framework() -> None:
     assert not {"torch", "onnxruntime", "llama_cpp", "transformers"} & set(done.stderr.split())
 
 
+def test_warnings_of_a_contenders_libraries_are_kept_off_the_screen(
+    tiny: Base, adapter: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = Spec(TORCH, str(tiny.folder), (str(adapter),), 1, 1, 16, RECIPE.rank, RECIPE.alpha, RECIPE.targets)
+    with Contender(spec, [1, 2]):
+        pass
+    assert capfd.readouterr().err == ""
+
+
 def test_an_interrupt_ends_the_contenders_processes_at_once(tiny: Base, adapter: Path) -> None:
     spec = Spec(TORCH, str(tiny.folder), (str(adapter),), 1, 1, 16, RECIPE.rank, RECIPE.alpha, RECIPE.targets)
 

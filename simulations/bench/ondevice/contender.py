@@ -1,6 +1,7 @@
 """The other side of ``worker.py``: starts a contender's process, asks it one thing at a time, and ends it."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from typing import Any, Self
 from aggregation.errors import DataError
 
 PATIENCE = 30  # seconds for a process to end by itself
+# A process of its own does not inherit what ``edgeadapt.main`` does about warnings.
+QUIET = {"PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,12 @@ class Contender:
         command = [sys.executable, "-m", "simulations.bench.ondevice.worker"]
         # In a session of its own: Ctrl-C is for this process, which then ends that one.
         self._process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=QUIET | os.environ,
         )
         try:
             self._say(asdict(spec))
