@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.compose import Adapter
 from client.options import Options
 from client.trust import GENAI, TOKENIZER, VerifiedBase
@@ -84,6 +84,7 @@ class Engine:
 
         Raises:
             DataError: onnxruntime-genai does not take them.
+            EdgeAdaptError: There is no room for the file.
         """
         values = {name: ort.OrtValue.ortvalue_from_numpy(adapter.inputs[name]) for name in sorted(adapter.inputs)}
         container = ort.AdapterFormat()
@@ -93,7 +94,11 @@ class Engine:
         with TemporaryDirectory(prefix="edgeadapt-") as folder:  # mode 0700
             path = Path(folder) / "adapter"
             path.touch(mode=0o600)
-            container.export_adapter(str(path))
+            try:
+                container.export_adapter(str(path))
+            except RuntimeError as error:
+                reason = f"adapter {adapter.name!r} needs {adapter.nbytes} bytes for a moment, which {folder} lacks"
+                raise EdgeAdaptError(f"{reason}; free some, or name another folder in TMPDIR") from error
             try:
                 self._adapters.load(str(path), adapter.name)
             except RuntimeError as error:

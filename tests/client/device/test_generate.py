@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.identity import IdentityKey
 from client import engine, generate
 from client.compose import parse
@@ -360,3 +360,17 @@ def test_a_base_that_changed_while_it_was_loaded_is_not_used(lm_bundle: Path, mo
     monkeypatch.setattr(engine, "_marks", tampering)
     with pytest.raises(TrustError, match="changed while it was being loaded"):
         Generator.open(lm_bundle)
+
+
+def test_a_full_disk_costs_a_line_and_the_adapter_in_use_stays(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_self: object, path: str) -> None:
+        raise RuntimeError(f"Failed to write to {path}")
+
+    generator.use("global")
+    monkeypatch.setattr("onnxruntime.AdapterFormat.export_adapter", full)
+    with pytest.raises(EdgeAdaptError, match="lacks; free some"):
+        generator.use("anna")
+    assert generator.adapter is not None
+    assert generator.adapter.name == "global"
