@@ -135,7 +135,7 @@ class Session:
 
         Raises:
             DataError: A text is empty, longer than ``text.MAX_TEXT`` or not Unicode, or an answer is not finite.
-            ConfigError: No adapter is in use.
+            ConfigError: No adapter is in use, or ``top`` is below 1.
         """
         if (current := self._current) is None:
             raise ConfigError("no adapter is in use; choose one first")
@@ -216,6 +216,8 @@ def _values(tensors: Tensors | dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _best(logits: Floats, adapter: Adapter, top: int) -> list[Prediction]:
+    if top < 1:
+        raise ConfigError(f"the {top} most likely labels are none: ask for 1 or more")
     logits = logits[: len(adapter.labels)]  # in a batch, a head with fewer labels than another was filled up
     powers = np.exp(logits - logits.max())
     probabilities: Floats = powers / powers.sum()

@@ -49,7 +49,9 @@ def method_of(config: Config) -> Method:
         )
     for name in sorted(config.keys() - HARMLESS):
         if config[name] not in OFF:
-            raise ConfigError(f"the adapter uses {name[:40]}={str(config[name])[:40]}, which cannot be exported")
+            raise ConfigError(
+                f"the adapter uses {name[:40]!r}: {config[name]!r:.40}, which cannot be exported: train without it"
+            )
     return _method(config)
 
 

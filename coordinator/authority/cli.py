@@ -1,6 +1,7 @@
 """``edgeadapt authority``: who is a device of this fleet. Its folder belongs on a machine of its own, offline."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 HEX = 16  # digits of a serial in a table
+LONGEST = 2**16  # bytes: no request and no key is longer
+LONGEST_PASSPHRASE = 1023  # bytes, for OpenSSL
 
 folder = click.argument("folder", type=FOLDER, metavar="DIR")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -91,6 +94,8 @@ def issue(
       edgeadapt authority issue authority --name kitchen --public-key kitchen.pub
     """
     device, key = _asked(name, request, public_key)
+    if out is not None and not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out} cannot be written: choose another --out")
     office = Office(folder)
     der = office.issue(_unlocked(office, passphrase_file), device, key, days)
     if out is None:
@@ -172,14 +177,20 @@ def _asked(name: str | None, request: Path | None, public_key: Path | None) -> t
         raise ConfigError("give either --request or --public-key")
     if request is not None:
         with of_file(request):
-            asked, key = enrolment.read_request(request.read_bytes())
+            asked, key = enrolment.read_request(_read(request))
         if name not in (None, asked):
             raise ConfigError(f"the request is for {asked}, not for {name}")
         return asked, key
     if name is None or public_key is None:
         raise ConfigError("--public-key needs --name")
     with of_file(public_key):
-        return name, PublicKey.from_pem(public_key.read_bytes())
+        return name, PublicKey.from_pem(_read(public_key))
+
+
+def _read(path: Path) -> bytes:
+    """A pipe is as good as a file here, and one that does not end is read as far as it could count."""
+    with path.open("rb") as file:
+        return file.read(LONGEST)
 
 
 def _unlocked(office: Office, passphrase_file: Path | None) -> Authority:
@@ -187,8 +198,13 @@ def _unlocked(office: Office, passphrase_file: Path | None) -> Authority:
 
 
 def _passphrase(file: Path | None, *, new: bool) -> bytes:
-    if file is not None:
-        return file.read_bytes().split(b"\n", 1)[0].rstrip(b"\r")
+    found = _typed(new) if file is None else _read(file).split(b"\n", 1)[0].rstrip(b"\r")
+    if len(found) > LONGEST_PASSPHRASE:
+        raise ConfigError(f"the passphrase has more than {LONGEST_PASSPHRASE} bytes")
+    return found
+
+
+def _typed(new: bool) -> bytes:
     told = f"Passphrase for the authority's key{f', {SHORTEST} characters or more' if new else ''}"
     try:
         typed: str = click.prompt(told, hide_input=True, confirmation_prompt=new, err=True)

@@ -458,8 +458,16 @@ def test_what_is_asked_for_must_be_clear(run: Run, tmp_path: Path) -> None:
     refused(run("issue", "dir"), "give either --request or --public-key")
     refused(run("issue", "dir", "--request", "kitchen.csr", "--public-key", "kitchen.pub"), "give either")
     refused(run("issue", "dir", "--public-key", "kitchen.pub"), "--public-key needs --name")
+    refused(run("issue", "dir", "--request", "kitchen.csr", "--out", "no/kitchen.pem"), "choose another --out")
     refused(run("issue", "dir", "--request", "kitchen.csr", "--name", "garage"), "is for kitchen, not for garage")
     refused(run("issue", "dir", "--request", "kitchen.pub"), "kitchen.pub: not a certificate request")
     refused(run("issue", "dir", "--name", "a", "--public-key", "kitchen.csr"), "kitchen.csr: not a public key")
     assert run("revoke", "dir", "kitchen", "--reason", "whim").exit_code == 2
     assert ok(run("list", "dir")) == ""
+
+
+def test_a_file_without_an_end_is_not_waited_for(run: Run) -> None:
+    refused(run("init", "dir", "--passphrase-file", "/dev/zero"), "more than 1023 bytes")
+    ok(run("init", "dir", "--unencrypted"))
+    refused(run("issue", "dir", "--request", "/dev/zero"), "/dev/zero")
+    refused(run("issue", "dir", "--name", "garage", "--public-key", "/dev/zero"), "/dev/zero")

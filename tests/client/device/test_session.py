@@ -58,6 +58,15 @@ def test_each_adapter_gives_its_own_answers_and_comes_back_unchanged(
     assert session.rank(PHRASES, 4) == shared
 
 
+@pytest.mark.parametrize("top", [0, -1])
+def test_less_than_one_label_is_refused(bundle: Path, top: int) -> None:
+    session = opened(bundle)
+    with pytest.raises(ConfigError, match="1 or more"):
+        session.rank(PHRASES, top)
+    with pytest.raises(ConfigError, match="1 or more"):
+        session.rank_rows([(PHRASES[0], "global")], top)
+
+
 def test_a_switch_after_the_first_use_takes_less_than_a_millisecond(with_anna: Path) -> None:
     session = opened(with_anna)
     session.use("anna")
