@@ -4,7 +4,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
-WEB := client/web/node_modules/.package-lock.json
+WEB := client/browser/page/node_modules/.package-lock.json
 
 # Nothing is fetched or reported once the environment stands, whatever a library's defaults are.
 export FLWR_TELEMETRY_ENABLED := 0
@@ -39,9 +39,9 @@ lint: $(STAMP)
 web: $(WEB)  ## the libraries of the page that runs a bundle in a browser; without them its tests are skipped
 
 # npm writes this file last.
-$(WEB): client/web/package-lock.json
+$(WEB): client/browser/page/package-lock.json
 	@command -v npm >/dev/null || { echo "edgeadapt: npm not found: install it (Debian: apt install npm)" >&2; exit 1; }
-	@npm ci --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error --prefix client/web
+	@npm ci --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel=error --prefix client/browser/page
 	@touch $@
 
 setup: $(STAMP)
@@ -66,5 +66,5 @@ install:
 	  { echo "edgeadapt: setting up failed, see above; the first time needs the network. Then run make again" >&2; exit 1; }
 
 clean:  ## the environment and what tools leave behind; runs/ stays
-	rm -rf .venv client/web/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf .venv client/browser/page/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

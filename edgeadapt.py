@@ -17,9 +17,9 @@ from lazygroup import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
-    "audit": ("coordinator.audit.cli", "audit_command", "Check from its transcripts what a coordinator did.", ""),
-    "authority": ("coordinator.authority.cli", "authority", "Enrol devices: certify their keys, revoke them.", ""),
-    "bench": ("simulations.bench.cli", "bench", "Measure secure aggregation and models on devices.", "simulations"),
+    "audit": ("coordinator.cli.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
+    "authority": ("coordinator.cli.authority", "authority", "Enrol devices: certify their keys, revoke them.", ""),
+    "bench": ("simulations.cli.bench", "bench", "Measure secure aggregation and models on devices.", "simulations"),
     "demo": ("simulations.cli", "demo", "Households personalize a frozen model together; start here.", "simulations"),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
     "export": ("export.cli", "export", "Make bundles for devices: bases, adapters, parity; back to peft.", "export"),

@@ -1,7 +1,7 @@
 """The trainable view of a frozen encoder: mean pooling, a linear head, and LoRA through peft on chosen projections.
 
 One function builds it, so that the vendor's seed, every device and the exporter hold the same module with the same
-tensor names. Training loops live on the device (``client/train.py``), the ONNX graph in ``export/``.
+tensor names. Training loops live on the device (``client/training/trainer.py``), the ONNX graph in ``export/``.
 """
 
 from collections.abc import Mapping

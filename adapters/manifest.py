@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from adapters import signed
 from adapters.method import Method as Method  # most who read a document ask for its method
 from aggregation.errors import TrustError
-from aggregation.identity import IdentityKey, PublicKey
+from aggregation.pki.identity import IdentityKey, PublicKey
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # what every database has an integer for

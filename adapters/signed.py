@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from aggregation.errors import DataError, EdgeAdaptError, TrustError
-from aggregation.identity import IdentityKey, PublicKey
+from aggregation.pki.identity import IdentityKey, PublicKey
 
 MAX_DOCUMENT = 2**20  # bytes
 

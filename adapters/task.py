@@ -1,7 +1,7 @@
 """What a device is asked to train, and what its contribution is made of: the words that both sides must read alike.
 
 A ``Task`` travels inside the plan, signed by the coordinator and opaque to the protocol. The segments say which sums
-ride under the mask. How a device trains is ``client/train.py``; how the sums become an adapter is ``coordinator/``.
+ride under the mask. Training is in ``client/training``; how the sums become an adapter is ``coordinator/``.
 """
 
 from dataclasses import asdict, dataclass

@@ -15,11 +15,11 @@ import itertools
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from aggregation import envelope, masks
-from aggregation.certificates import Root
+from aggregation import masks
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.identity import PublicKey
-from aggregation.messages import Advert, Agreement, Box, Plan, Roster, Survivors
+from aggregation.messages import Advert, Agreement, Box, Plan, Roster, Survivors, envelope
+from aggregation.pki import Root
+from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR, Peer, Session, context_of
 from aggregation.spec import SessionSpec
 

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.revocation import RevocationList
+from aggregation.pki.revocation import RevocationList
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec, corrupt_count
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from aggregation import boxes, masks, shamir
+from aggregation import masks, shamir, sharing
 from aggregation.messages import Box, Opening, Plan
 from aggregation.session import Session, commitment
 from aggregation.spec import CORRUPT_FRACTION, corrupt_count
@@ -86,7 +86,7 @@ class Recovery:
         """Holders whose share is the one dealt to them; the others are blamed. The dealer's own share comes last."""
         index = 2 * (self.plan.round - 1) + kind
         dealt = {holder: box.digests[index] for holder, box in self.dealt[dealer].items()}
-        wrong = {holder for holder in shares if holder != dealer and boxes.digest(shares[holder]) != dealt[holder]}
+        wrong = {holder for holder in shares if holder != dealer and sharing.digest(shares[holder]) != dealt[holder]}
         self.blamed |= wrong
         return sorted(set(shares) - wrong - {dealer}) + [dealer] * (dealer in shares)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from aggregation import graph
-from aggregation.identity import PublicKey
+from aggregation.pki.identity import PublicKey
 from aggregation.spec import SessionSpec
 
 COORDINATOR = "coordinator"  # its name in errors

@@ -7,8 +7,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from aggregation.errors import ConfigError
-from coordinator.home import CoordinatorHome
 from coordinator.rounds import federate
+from coordinator.statedir import CoordinatorHome
 from coordinator.wire import Clock, SystemClock, Wire
 
 HOME = "coordinator-home"  # key of the run configuration: the coordinator's folder

@@ -13,9 +13,9 @@ from pathlib import Path
 from adapters import storage
 from adapters.storage import PUBLIC
 from aggregation import transcript
-from aggregation.identity import IdentityKey
 from aggregation.messages import Plan
-from aggregation.serverside import AbortReason, RoundResult
+from aggregation.pki.identity import IdentityKey
+from aggregation.server import AbortReason, RoundResult
 from aggregation.steps import Step
 from aggregation.transcript import Abort, Result, Stage, Transcript
 

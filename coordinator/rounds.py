@@ -14,16 +14,16 @@ from adapters import files
 from adapters.cores import cores
 from adapters.layout import Layout
 from adapters.manifest import Manifest
-from aggregation import serverside
-from aggregation.receipts import receipts
-from aggregation.serverside import Confirming, Established, RoundAborted, RoundResult, Unmasking
+from aggregation import server
+from aggregation.server import Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.steps import ADAPTER, Step
+from aggregation.transcript import receipts
 from coordinator import optimizer
-from coordinator.home import CoordinatorHome
 from coordinator.recorder import Recorder
-from coordinator.registry import Version
-from coordinator.roundrecord import RoundRecord
+from coordinator.registry.roundrecord import RoundRecord
+from coordinator.registry.versions import Version
 from coordinator.session import Fleet, beside, establish
+from coordinator.statedir import CoordinatorHome
 from coordinator.wire import Wire
 
 log = logging.getLogger("edgeadapt.coordinator")
@@ -100,9 +100,7 @@ def _protocol(
     state, plans = planned
     fleet.recorder.begin(state.plan)
     extra = beside(receipts(fleet.recorder.log, plans), {ADAPTER: home.registry.blob(manifest.version)})
-    masked = fleet.gather(
-        state, serverside.Collecting.on_masked_input, Step.PLAN, plans, group=group, beside=extra
-    ).close()
+    masked = fleet.gather(state, server.Collecting.on_masked_input, Step.PLAN, plans, group=group, beside=extra).close()
     if isinstance(masked, RoundAborted):
         return masked
     confirming, bodies = masked
@@ -121,7 +119,7 @@ def _weighed(session: Established, result: RoundResult) -> tuple[Established, Ro
     if weight >= len(result.survivors):
         return session, result
     detail = f"{len(result.survivors)} survivors cannot have a weight of {weight:.0f} examples"
-    return RoundAborted(serverside.AbortReason.OUT_OF_RANGE, detail, session)
+    return RoundAborted(server.AbortReason.OUT_OF_RANGE, detail, session)
 
 
 def _metrics(result: RoundResult) -> dict[str, float]:

@@ -10,14 +10,14 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from adapters.layout import Layout
-from aggregation import serverside
-from aggregation.certificates import Root
+from aggregation import server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
-from aggregation.serverside import Established, Offering, RoundAborted, Sharing
+from aggregation.pki import Root
+from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.steps import PROOF, REVOKED, Step
-from coordinator.home import CoordinatorHome
 from coordinator.recorder import Recorder
+from coordinator.statedir import CoordinatorHome
 from coordinator.wire import Wire
 
 log = logging.getLogger("edgeadapt.coordinator")
@@ -88,10 +88,10 @@ def _session(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tupl
     certificates, nodes, seen = _roll_call(root, wire, group)
     least = home.settings.aggregation.minimum_devices
     if len(nodes) < least:
-        return RoundAborted(serverside.AbortReason.TOO_FEW, f"{len(nodes)} devices answered, {least} are needed", None)
+        return RoundAborted(server.AbortReason.TOO_FEW, f"{len(nodes)} devices answered, {least} are needed", None)
     layout = Layout.of(home.registry.tensors(version.manifest.version))
     spec = home.settings.aggregation.spec(len(nodes), layout, version.manifest.base_digest, rounds)
-    offering, offer = serverside.open_session(home.key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
+    offering, offer = server.open_session(home.key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
     fleet = Fleet(wire, nodes, home.transcripts.begin(offering.offer, root.revoked))
     offers = dict.fromkeys(nodes, offer)
     revoked = {REVOKED: root.revoked.der} if root.revoked else {}

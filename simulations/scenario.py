@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from aggregation.errors import ConfigError
 from coordinator.settings import FederationSettings
-from simulations.population.settings import PopulationSettings
+from simulations.data.households.settings import PopulationSettings
 
 
 class _Section(BaseModel):

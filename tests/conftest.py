@@ -88,7 +88,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _population(devices: int, unseen: int) -> Any:
-    from simulations.population import Example, Household, Population
+    from simulations.data.households import Example, Household, Population
 
     def phrases(number: int, count: int) -> tuple[Example, ...]:
         """So many phrases, with a mix of intents that depends on the household."""
@@ -121,17 +121,17 @@ class TinyFleet:
     nodes: dict[int, str] = field(default_factory=dict)  # node id → home
 
     def home(self, device: str) -> Any:
-        from simulations import fleet
+        from simulations.engine import provision
 
-        return fleet.open_homes(self.out, self.population)[device]
+        return provision.open_homes(self.out, self.population)[device]
 
     def node(self, device: str) -> int:
         return next(node for node, home in self.nodes.items() if Path(home).name == device)
 
     def grid(self, *, app: Any = None, kind: type | None = None, **weather: Any) -> Any:
         """A grid over all devices; fine weather but for what is named."""
-        from client.app import app as client_app
-        from simulations.grid import InProcessGrid, Weather
+        from client.node.app import app as client_app
+        from simulations.engine.grid import InProcessGrid, Weather
 
         fine = Weather(**{"seed": self.scenario.seed, "loss": 0.0, "delay": 1.0, **weather})
         return (kind or InProcessGrid)(app or client_app, self.nodes, fine)
@@ -141,15 +141,15 @@ class TinyFleet:
         from flwr.app import Context, RecordDict
 
         from coordinator.app import HOME, app
-        from simulations.grid import RUN_ID, SERVER_NODE
+        from simulations.engine.grid import RUN_ID, SERVER_NODE
 
         app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {HOME: str(self.out / "coordinator")}))
         return self.registry().rounds()  # type: ignore[no-any-return]
 
     def registry(self) -> Any:
-        from simulations import fleet
+        from simulations.engine import provision
 
-        return fleet.registry(self.out)
+        return provision.registry(self.out)
 
     def configure(self, changes: Mapping[str, Any]) -> None:
         """Change the coordinator's settings, by dotted keys."""
@@ -169,8 +169,8 @@ class TinyFleet:
 @pytest.fixture
 def fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[..., TinyFleet]:
     """Make a fleet of so many devices; keywords are keys of the federation, dots as double underscores."""
-    from simulations import fleet
-    from simulations.grid import SERVER_NODE
+    from simulations.engine import provision
+    from simulations.engine.grid import SERVER_NODE
     from simulations.scenario import Scenario
 
     count = 0
@@ -181,11 +181,11 @@ def fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[..., 
         settings = {"name": "tiny", "seed": seed, "base": {"model": str(tiny_base.folder)}, "adapter": {"rank": 2}}
         scenario, population = Scenario.parse(settings, "tiny"), _population(devices, unseen)
         made = TinyFleet(tmp_path / f"fleet-{count}", scenario, population, tiny_base)
-        fleet.provision(made.out, scenario, population, tiny_base)
+        provision.provision(made.out, scenario, population, tiny_base)
         made.configure({"rounds": 3, "training.learning_rate": 0.01})
         made.configure({key.replace("__", "."): value for key, value in federation.items()})
         seen = [household.name for household in population.households if not household.unseen]
-        folders = (str(fleet.device_folder(made.out, name)) for name in seen)
+        folders = (str(provision.device_folder(made.out, name)) for name in seen)
         made.nodes = dict(enumerate(folders, SERVER_NODE + 1))
         return made
 

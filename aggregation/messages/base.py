@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from aggregation import wire
-from aggregation.certificates import DEVICE_ID
+from aggregation.pki import DEVICE_ID
 from aggregation.wire import Codec
 
 DIGEST = 32  # bytes of SHA-256

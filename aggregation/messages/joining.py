@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from aggregation import wire
-from aggregation.certificates import MAX_CERTIFICATE
 from aggregation.messages.base import DEVICES, DIGESTS, HEX, MAX_COHORT, MIB, U32, Message
+from aggregation.pki import MAX_CERTIFICATE
 from aggregation.shamir import SHARE
 from aggregation.spec import MAX_ROUNDS, Adversary, SessionSpec
 from aggregation.vector import MAX_SEGMENTS, Segment, VectorSpec

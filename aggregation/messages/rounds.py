@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from aggregation import wire
-from aggregation.identity import SIGNATURE
 from aggregation.messages.base import DEVICES, DIGESTS, HEX, MAX_COHORT, MIB, U32, Message
 from aggregation.messages.joining import BOXES, Box
+from aggregation.pki.identity import SIGNATURE
 from aggregation.shamir import SHARE
 
 MAX_TRAINING = 2**20  # bytes of settings for the trainer

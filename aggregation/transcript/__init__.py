@@ -13,6 +13,8 @@ say who took part. This file opens no file: whoever keeps the log writes the rec
 
 from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, MAGIC, Entry, Place, Reading, read
 from aggregation.transcript.log import NO_SESSION, Transcript, resume, signed_of, vector_of
+from aggregation.transcript.logstate import WITNESS, Witness, first
+from aggregation.transcript.proofs import PASSAGE, RECEIPT, Passage, Proof, Receipt, passage, receipts
 from aggregation.transcript.statements import Abort, Checkpoint, Result, Stage
 
 __all__ = [
@@ -21,15 +23,25 @@ __all__ = [
     "LENGTH",
     "MAGIC",
     "NO_SESSION",
+    "PASSAGE",
+    "RECEIPT",
+    "WITNESS",
     "Abort",
     "Checkpoint",
     "Entry",
+    "Passage",
     "Place",
+    "Proof",
     "Reading",
+    "Receipt",
     "Result",
     "Stage",
     "Transcript",
+    "Witness",
+    "first",
+    "passage",
     "read",
+    "receipts",
     "resume",
     "signed_of",
     "vector_of",

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from aggregation import envelope, wire
-from aggregation.certificates import DEVICE_ID
+from aggregation import wire
 from aggregation.errors import ProtocolError
-from aggregation.messages import Assignment
+from aggregation.messages import Assignment, envelope
+from aggregation.pki import DEVICE_ID
 from aggregation.wire import Codec
 
 MAGIC = b"edgeadapt/transcript/1\n"

@@ -4,9 +4,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from aggregation import envelope
-from aggregation.identity import IdentityKey
-from aggregation.merkle import EMPTY, Tree
 from aggregation.messages import (
     Advert,
     Agreement,
@@ -20,9 +17,12 @@ from aggregation.messages import (
     Shares,
     Survivors,
     Unmask,
+    envelope,
 )
+from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, Entry
+from aggregation.transcript.merkle import EMPTY, Tree
 from aggregation.transcript.statements import Abort, Checkpoint, Result, Stage
 
 NO_SESSION = bytes(32)  # in place of an earlier session's last checkpoint

@@ -17,7 +17,7 @@ from typing import Annotated, BinaryIO, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from aggregation.errors import DataError
-from aggregation.revocation import Reason
+from aggregation.pki.revocation import Reason
 
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{1,40}$")]
 

@@ -12,14 +12,14 @@ from adapters import pretrained
 from adapters.base import Base
 from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError
-from export import headers
-from export.base import MAX_RANK, TOKENIZER, ExportedBase
-from export.calibrate import TEXT, TOKENS
+from export.bundle.base import MAX_RANK, TOKENIZER, ExportedBase
 from export.causal import builder, slots, traced
 from export.causal.sample import Sample, ask
-from export.merge import merge
-from export.plan import LoraSlot, Plan
-from export.quantize import Profile, quantize
+from export.onnx import headers
+from export.onnx.adapterinputs import LoraSlot, Plan
+from export.onnx.calibrate import TEXT, TOKENS
+from export.onnx.merge import merge
+from export.onnx.quantize import Profile, quantize
 
 
 def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:

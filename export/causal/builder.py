@@ -24,7 +24,7 @@ from onnx import helper, numpy_helper
 from adapters.base import Base
 from aggregation.errors import ConfigError
 from export.causal.sample import Sample, says_the_same
-from export.headers import NATIVE
+from export.onnx.headers import NATIVE
 
 # Projections stay apart, because each has a slot of its own; a table that is also the output layer is shared by us.
 OPTIONS = ("fuse_qkv=false", "shared_embeddings=false", "hf_token=false")

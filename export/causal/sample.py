@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 
 from adapters.layout import Floats
 from aggregation.errors import ConfigError
-from export.calibrate import TEXT, TOKENS
-from export.graph import ANSWER
+from export.onnx.calibrate import TEXT, TOKENS
+from export.onnx.graph import ANSWER
 
 CLOSE = 1e-3  # of the largest logit; the same numbers added in another order differ by 1e-5
 ONE_BY_ONE = 4  # of the last tokens, each read on top of what the cache holds

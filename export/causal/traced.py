@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, DynamicCache
 
 from adapters.base import Base
 from aggregation.errors import ConfigError
-from export import graph, products, tasks
-from export.base import TOKENIZER
+from export.bundle.base import TOKENIZER
 from export.causal.builder import QUIET, SETTINGS, Built, share_table
 from export.causal.sample import Sample, says_the_same
-from export.headers import DATA, NATIVE
+from export.onnx import graph, matmuls, tasks
+from export.onnx.headers import DATA, NATIVE
 
 TOKENS = ("input_ids", "attention_mask", "position_ids")  # the last not of every family
 PARTS = ("key", "value")
@@ -74,9 +74,9 @@ def build(base: Base, sample: Sample) -> Built:
     sizes = tasks.sizes(model.config)
     cache = _cache(model, sizes)
     files = _files(base, model.config, sizes, cache)
-    products.replace_conv1d(model)
+    matmuls.replace_conv1d(model)
     traced = _trace(model, cache)
-    products.normalize(traced)
+    matmuls.normalize(traced)
     share_table(traced)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
         onnx.save(traced, Path(name, NATIVE), save_as_external_data=True, location=DATA)

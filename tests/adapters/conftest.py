@@ -3,7 +3,7 @@
 import pytest
 
 from aggregation.entropy import SystemEntropy
-from aggregation.identity import IdentityKey
+from aggregation.pki.identity import IdentityKey
 
 
 @pytest.fixture(scope="session")

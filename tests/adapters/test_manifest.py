@@ -11,7 +11,7 @@ from adapters import signed
 from adapters.manifest import BaseCard, Manifest, Method, Sidecar
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError, TrustError
-from aggregation.identity import IdentityKey
+from aggregation.pki.identity import IdentityKey
 
 MANIFEST = Manifest(
     version=3,

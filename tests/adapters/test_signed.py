@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from adapters import signed
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError, TrustError
-from aggregation.identity import IdentityKey
+from aggregation.pki.identity import IdentityKey
 
 KIND = "edgeadapt/test/1"
 BODY: dict[str, Any] = {"name": "Küche", "numbers": [1, 2.5, -0.0], "nested": {"b": None, "a": True}}

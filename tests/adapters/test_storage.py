@@ -7,7 +7,7 @@ import pytest
 
 from adapters import storage
 from aggregation.errors import DataError
-from coordinator.authority.office import Office
+from coordinator.authority.store import Office
 
 
 def watched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aggregation import clientside, serverside
-from aggregation.certificates import Authority
-from aggregation.clientside import Device
+from aggregation import client, server
+from aggregation.client import Device
 from aggregation.errors import ProtocolError
-from aggregation.identity import IdentityKey
+from aggregation.pki import Authority
+from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
-from aggregation.serverside import Confirming, Established, RoundAborted, RoundResult
+from aggregation.server import Confirming, Established, RoundAborted, RoundResult
 from aggregation.spec import Adversary, SessionSpec, default_threshold
 from aggregation.vector import Segment, VectorSpec
 
@@ -94,11 +94,11 @@ class Fleet:
         return call(body)
 
     def offer(self) -> tuple[Any, bytes]:
-        return serverside.open_session(self.key, self.authority.root, self.spec, self.certificates, self.entropy)
+        return server.open_session(self.key, self.authority.root, self.spec, self.certificates, self.entropy)
 
     def join(self, name: str, offer: bytes) -> bytes:
         device = self.devices[name]
-        self.states[name], advert = self.hop(lambda body: clientside.join(device, body, self.entropy), offer)
+        self.states[name], advert = self.hop(lambda body: client.join(device, body, self.entropy), offer)
         return advert  # type: ignore[no-any-return]
 
     def share(self, name: str, roster: bytes) -> bytes:

@@ -12,9 +12,9 @@ from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregation.certificates import Authority, Root
 from aggregation.errors import ConfigError, TrustError
-from aggregation.identity import IdentityKey
+from aggregation.pki import Authority, Root
+from aggregation.pki.identity import IdentityKey
 
 BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 END = dt.datetime(2027, 1, 1, tzinfo=dt.UTC)

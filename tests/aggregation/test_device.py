@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregation import clientside, envelope
-from aggregation.clientside import Advertised, Confirmed, Masked, Planned, Ready
+from aggregation import client
+from aggregation.client import Advertised, Confirmed, Masked, Planned, Ready
 from aggregation.errors import DataError, ProtocolError
-from aggregation.messages import Assignment, Box, Offer, Plan, Roster, Survivors, Unmask
+from aggregation.messages import Assignment, Box, Offer, Plan, Roster, Survivors, Unmask, envelope
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 
@@ -47,7 +47,7 @@ def test_an_offer_without_this_device_is_refused(fleet: Any) -> None:
     _, offer = fleet.offer()
     others = tuple(device.certificate for name, device in fleet.devices.items() if name != ME)
     with pytest.raises(ProtocolError, match="does not include this device"):
-        clientside.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=others), fleet.entropy)
+        client.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=others), fleet.entropy)
 
 
 def test_an_offer_that_names_a_device_twice_is_refused(fleet: Any) -> None:
@@ -55,7 +55,7 @@ def test_an_offer_that_names_a_device_twice_is_refused(fleet: Any) -> None:
     twice = tuple(sorted(fleet.certificates.items()))
     certificates = tuple(der for _, der in (*twice, twice[-1]))
     with pytest.raises(ProtocolError, match="device twice"):
-        clientside.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=certificates), fleet.entropy)
+        client.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=certificates), fleet.entropy)
 
 
 def test_two_devices_with_one_key_are_refused(fleet: Any) -> None:
@@ -65,36 +65,36 @@ def test_two_devices_with_one_key_are_refused(fleet: Any) -> None:
     twin = fleet.authority.issue("device-005", last.identity.public, not_before=begin, not_after=end)
     certificates = (*(der for _, der in sorted(fleet.certificates.items())), twin)
     with pytest.raises(ProtocolError, match="share an identity key"):
-        clientside.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=certificates), fleet.entropy)
+        client.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=certificates), fleet.entropy)
 
 
 def test_an_offer_against_the_policy_is_refused(fleet: Any) -> None:
     _, offer = fleet.offer()
     strict = dataclasses.replace(fleet.devices[ME], policy=Policy(known_bases=frozenset({fleet.spec.base_digest})))
     with pytest.raises(ProtocolError, match="cohort of 5 is below this device's minimum of 8"):
-        clientside.join(strict, offer, fleet.entropy)
+        client.join(strict, offer, fleet.entropy)
 
 
 def test_a_device_with_a_clock_refuses_certificates_out_of_their_time(fleet: Any) -> None:
     _, offer = fleet.offer()
     with pytest.raises(ProtocolError, match="not valid at 2040"):
-        clientside.join(fleet.devices[ME], offer, fleet.entropy, at=dt.datetime(2040, 1, 1, tzinfo=dt.UTC))
+        client.join(fleet.devices[ME], offer, fleet.entropy, at=dt.datetime(2040, 1, 1, tzinfo=dt.UTC))
 
 
 def test_a_device_with_anothers_certificate_does_not_join(fleet: Any) -> None:
     _, offer = fleet.offer()
     confused = dataclasses.replace(fleet.devices[ME], certificate=fleet.devices["device-001"].certificate)
     with pytest.raises(ProtocolError, match="its own key"):
-        clientside.join(confused, offer, fleet.entropy)
+        client.join(confused, offer, fleet.entropy)
     broken = dataclasses.replace(fleet.devices[ME], certificate=b"")
     with pytest.raises(ProtocolError, match="own certificate"):
-        clientside.join(broken, offer, fleet.entropy)
+        client.join(broken, offer, fleet.entropy)
 
 
 def test_an_offer_of_another_coordinator_is_refused(fleet: Any, fleet_of: FleetOf) -> None:
     _, offer = fleet_of(5, seed=2).offer()
     with pytest.raises(ProtocolError, match=r"coordinator: .* not valid"):
-        clientside.join(fleet.devices[ME], offer, fleet.entropy)
+        client.join(fleet.devices[ME], offer, fleet.entropy)
 
 
 # Steps 3 and 4, the roster

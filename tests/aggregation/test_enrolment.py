@@ -11,9 +11,9 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation import enrolment
 from aggregation.errors import ConfigError, TrustError
-from aggregation.identity import IdentityKey
+from aggregation.pki import requests
+from aggregation.pki.identity import IdentityKey
 
 KEY, OTHER = IdentityKey(bytes(range(32))), IdentityKey(bytes(32))
 
@@ -29,25 +29,25 @@ def odd(key: Any, *names: str) -> bytes:
 
 
 def test_a_request_gives_name_and_key_in_pem_and_der() -> None:
-    pem = enrolment.request(KEY, "kitchen-1")
-    assert enrolment.read_request(pem) == enrolment.read_request(der(pem)) == ("kitchen-1", KEY.public)
+    pem = requests.request(KEY, "kitchen-1")
+    assert requests.read_request(pem) == requests.read_request(der(pem)) == ("kitchen-1", KEY.public)
 
 
 def test_a_request_for_a_key_that_the_asker_does_not_have_is_refused() -> None:
-    raw = bytearray(der(enrolment.request(KEY, "kitchen-1")))
+    raw = bytearray(der(requests.request(KEY, "kitchen-1")))
     at = raw.index(KEY.public.raw)
     raw[at : at + 32] = OTHER.public.raw
     with pytest.raises(TrustError, match="not signed with the key that it is for"):
-        enrolment.read_request(bytes(raw))
+        requests.read_request(bytes(raw))
 
 
 def test_any_flipped_bit_is_refused() -> None:
-    raw = der(enrolment.request(KEY, "kitchen-1"))
+    raw = der(requests.request(KEY, "kitchen-1"))
     for place in range(8 * len(raw)):
         flipped = bytearray(raw)
         flipped[place // 8] ^= 1 << place % 8
         with pytest.raises(TrustError):
-            enrolment.read_request(bytes(flipped))
+            requests.read_request(bytes(flipped))
 
 
 @given(
@@ -55,25 +55,25 @@ def test_any_flipped_bit_is_refused() -> None:
 )
 def test_any_bytes_are_refused(raw: bytes) -> None:
     with pytest.raises(TrustError):
-        enrolment.read_request(raw)
+        requests.read_request(raw)
     with pytest.raises(TrustError):
-        enrolment.to_der(raw)
+        requests.to_der(raw)
 
 
 def test_a_request_that_is_too_large_is_refused() -> None:
     with pytest.raises(TrustError, match="not a certificate request"):
-        enrolment.read_request(enrolment.request(KEY, "kitchen-1") + bytes(9000))
+        requests.read_request(requests.request(KEY, "kitchen-1") + bytes(9000))
 
 
 def test_a_request_for_another_kind_of_key_is_refused() -> None:
     with pytest.raises(TrustError, match="Ed25519"):
-        enrolment.read_request(odd(ec.generate_private_key(ec.SECP256R1()), "kitchen-1"))
+        requests.read_request(odd(ec.generate_private_key(ec.SECP256R1()), "kitchen-1"))
 
 
 @pytest.mark.parametrize("names", [(), ("a", "b"), ("../kitchen",), ("a b",)])
 def test_a_request_that_does_not_name_one_device_is_refused(names: tuple[str, ...]) -> None:
     with pytest.raises(TrustError, match="does not name one device"):
-        enrolment.read_request(odd(Ed25519PrivateKey.from_private_bytes(KEY.raw), *names))
+        requests.read_request(odd(Ed25519PrivateKey.from_private_bytes(KEY.raw), *names))
 
 
 @pytest.mark.parametrize(
@@ -82,17 +82,17 @@ def test_a_request_that_does_not_name_one_device_is_refused(names: tuple[str, ..
     ids=["text that is not UTF-8", "text that is not ASCII", "bits", "a number"],
 )
 def test_a_signed_request_whose_name_is_no_text_is_refused(name: bytes) -> None:
-    unread = der(enrolment.request(KEY, "kitchen")).replace(b"\x0c\x07kitchen", name)
+    unread = der(requests.request(KEY, "kitchen")).replace(b"\x0c\x07kitchen", name)
     body = x509.load_der_x509_csr(unread).tbs_certrequest_bytes
     signed = unread[:-64] + Ed25519PrivateKey.from_private_bytes(KEY.raw).sign(body)
     with pytest.raises(TrustError, match="not a certificate request"):
-        enrolment.read_request(signed)
+        requests.read_request(signed)
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a/b", "é", "a" * 65])
 def test_a_name_that_no_device_can_have_is_not_asked_for(name: str) -> None:
     with pytest.raises(ConfigError, match="is not of the form"):
-        enrolment.request(KEY, name)
+        requests.request(KEY, name)
 
 
 def test_an_identity_under_a_passphrase_comes_back_with_it_and_not_without() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
-from aggregation.identity import IdentityKey, PublicKey
+from aggregation.pki.identity import IdentityKey, PublicKey
 
 
 @pytest.fixture

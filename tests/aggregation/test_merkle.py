@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation import merkle
 from aggregation.errors import TrustError
-from aggregation.merkle import Tree, verify_consistency, verify_inclusion
+from aggregation.transcript import merkle
+from aggregation.transcript.merkle import Tree, verify_consistency, verify_inclusion
 
 Entries = list[bytes]
 logs = st.lists(st.binary(max_size=4), min_size=1, max_size=40)

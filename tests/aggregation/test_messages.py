@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from aggregation import envelope
 from aggregation.errors import ConfigError, ProtocolError
-from aggregation.identity import IdentityKey
 from aggregation.messages import (
     MESSAGES,
     Advert,
@@ -24,7 +22,9 @@ from aggregation.messages import (
     Shares,
     Survivors,
     Unmask,
+    envelope,
 )
+from aggregation.pki.identity import IdentityKey
 
 D = hashlib.sha256(b"digest").digest()
 KEY = IdentityKey(bytes(range(32)))
@@ -138,7 +138,7 @@ def test_a_plan_over_its_limits_is_not_written() -> None:
 
 
 def test_no_share_is_in_a_repr_of_what_holds_it() -> None:
-    from aggregation.boxes import Pair, Secrets
+    from aggregation.sharing import Pair, Secrets
 
     assert repr(Pair(b"s" * 33, b"k" * 33)) == "Pair()"
     assert repr(Secrets(b"s" * 32, b"k" * 32)) == "Secrets()"

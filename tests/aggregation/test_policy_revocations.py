@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from aggregation.certificates import Authority
 from aggregation.errors import ConfigError, ProtocolError
+from aggregation.pki import Authority
+from aggregation.pki.revocation import RevocationList
 from aggregation.policy import Policy
-from aggregation.revocation import RevocationList
 
 BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 DAY = dt.timedelta(days=1)

@@ -7,13 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregation import envelope, receipts
+from aggregation import transcript
 from aggregation.errors import ProtocolError
-from aggregation.identity import IdentityKey
-from aggregation.messages import Agreement, MaskedInput, Plan
-from aggregation.receipts import PASSAGE, RECEIPT, WITNESS, Witness, passage
+from aggregation.messages import Agreement, MaskedInput, Plan, envelope
+from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
-from aggregation.transcript import NO_SESSION, Abort, Checkpoint, Result, Stage, Transcript
+from aggregation.transcript import (
+    NO_SESSION,
+    PASSAGE,
+    RECEIPT,
+    WITNESS,
+    Abort,
+    Checkpoint,
+    Result,
+    Stage,
+    Transcript,
+    Witness,
+    passage,
+)
 
 KEY, STRANGER, DEVICE = IdentityKey(bytes(range(32))), IdentityKey(bytes(32)), IdentityKey(bytes([1]) * 32)
 ME, OTHER = "a", "b"
@@ -64,7 +75,7 @@ class Session:
         return self
 
     def receipt(self) -> bytes:
-        return receipts.receipts(self.log, [ME])[ME]
+        return transcript.receipts(self.log, [ME])[ME]
 
     def close(self) -> bytes:
         """Close the log; its last checkpoint, signed."""
@@ -89,7 +100,7 @@ def took_part(witness: Witness, round_: int, upto: Step = Step.UNMASK) -> Witnes
 
 
 def joined(session: Session) -> Witness:
-    return receipts.first(KEY.public, passage(session.log, KEY), session.offer, ME)
+    return transcript.first(KEY.public, passage(session.log, KEY), session.offer, ME)
 
 
 def seen(rounds: int) -> Witness:
@@ -204,7 +215,7 @@ def test_any_bytes_are_refused(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
         seen(1).on_passage(KEY.public, raw, OFFERS[2])
     with pytest.raises(ProtocolError):
-        receipts.first(KEY.public, raw, OFFERS[2], ME)
+        transcript.first(KEY.public, raw, OFFERS[2], ME)
 
 
 def test_a_receipt_of_a_long_session_is_small() -> None:
@@ -285,7 +296,7 @@ def test_an_opening_of_another_session_is_refused() -> None:
     made, closed = chain(3)
     astray(seen(2), way(made, closed), OFFERS[4], "the opening is not of the session on offer")
     with pytest.raises(ProtocolError, match="the opening is not of the session on offer"):
-        receipts.first(KEY.public, way(made, closed), OFFERS[4], ME)
+        transcript.first(KEY.public, way(made, closed), OFFERS[4], ME)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +309,7 @@ def test_a_checkpoint_of_a_log_that_has_begun_is_no_opening(change: Callable[[Ch
     opening = change(Checkpoint.decode(envelope.unverified_body(given_.opening)))
     raw = PASSAGE.encode(replace(given_, opening=envelope.seal(KEY, opening)))
     with pytest.raises(ProtocolError, match="the opening is not"):
-        receipts.first(KEY.public, raw, OFFERS[2], ME)
+        transcript.first(KEY.public, raw, OFFERS[2], ME)
 
 
 @settings(deadline=None)

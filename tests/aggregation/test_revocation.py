@@ -12,10 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation.certificates import Authority, Root
 from aggregation.errors import ConfigError, TrustError
-from aggregation.identity import IdentityKey
-from aggregation.revocation import Reason, Revocation, RevocationList
+from aggregation.pki import Authority, Root
+from aggregation.pki.identity import IdentityKey
+from aggregation.pki.revocation import Reason, Revocation, RevocationList
 
 BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 END = dt.datetime(2027, 1, 1, tzinfo=dt.UTC)

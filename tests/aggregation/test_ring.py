@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation import envelope, ring
+from aggregation import ring
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, ProtocolError
-from aggregation.identity import IdentityKey
-from aggregation.messages import MaskedInput
+from aggregation.messages import MaskedInput, envelope
+from aggregation.pki.identity import IdentityKey
 
 
 def by_hand(values: list[int], bits: int) -> bytes:

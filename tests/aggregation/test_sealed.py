@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregation.clientside import Ready, seal, unseal
+from aggregation.client import Ready
 from aggregation.errors import ConfigError, ProtocolError, TrustError
+from aggregation.sealed import seal, unseal
 
 KEY = bytes(range(32))
 ME = "device-000"

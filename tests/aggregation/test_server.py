@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from aggregation import envelope, masks, ring, serverside
+from aggregation import masks, ring, server
 from aggregation.errors import ConfigError, ProtocolError
-from aggregation.messages import Advert, Agreement, MaskedInput, Opening, Shares
-from aggregation.serverside import AbortReason, Established, RoundAborted
+from aggregation.messages import Advert, Agreement, MaskedInput, Opening, Shares, envelope
+from aggregation.server import AbortReason, Established, RoundAborted
 
 FleetOf = Callable[..., Any]
 ME, OTHER = "device-000", "device-001"
@@ -41,13 +41,13 @@ def test_a_certificate_must_be_of_the_device_it_is_filed_under(fleet: Any) -> No
     certificates = dict(fleet.certificates)
     certificates["device-00x"] = certificates.pop("device-004")
     with pytest.raises(ProtocolError, match="filed under"):
-        serverside.open_session(fleet.key, fleet.authority.root, fleet.spec, certificates, fleet.entropy)
+        server.open_session(fleet.key, fleet.authority.root, fleet.spec, certificates, fleet.entropy)
 
 
 def test_a_spec_for_another_cohort_is_refused(fleet: Any) -> None:
     certificates = {name: fleet.certificates[name] for name in sorted(fleet.devices)[:4]}
     with pytest.raises(ConfigError, match="degree 4 with 4 devices"):
-        serverside.open_session(fleet.key, fleet.authority.root, fleet.spec, certificates, fleet.entropy)
+        server.open_session(fleet.key, fleet.authority.root, fleet.spec, certificates, fleet.entropy)
 
 
 def test_a_degree_without_a_graph_is_refused(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:

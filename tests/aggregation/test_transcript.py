@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation import envelope, ring, transcript
+from aggregation import ring, transcript
 from aggregation.errors import ProtocolError
-from aggregation.identity import IdentityKey
-from aggregation.merkle import verify_consistency, verify_inclusion
-from aggregation.messages import Assignment, Box, MaskedInput, Plan
+from aggregation.messages import Assignment, Box, MaskedInput, Plan, envelope
+from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import (
     ENTRY,
@@ -31,6 +30,7 @@ from aggregation.transcript import (
     resume,
     vector_of,
 )
+from aggregation.transcript.merkle import verify_consistency, verify_inclusion
 
 KEY = IdentityKey(bytes(range(32)))
 OFFER = bytes([9]) * 32

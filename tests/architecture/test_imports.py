@@ -10,13 +10,13 @@ import pytest
 
 PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
 TOP = "lazygroup"  # beside the parts: what the command line and a part's group of commands share
-DEVICE = ("client.cli", "client.commands.adapters", "client.commands.infer", "client.session", "client.trust")
+DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference.session", "client.inference.trust")
 ENROLMENT = (
-    "client.commands.enrol",
-    "client.commands.install",
-    "client.commands.policy",
-    "coordinator.authority.cli",
-    "coordinator.authority.office",
+    "client.cli.enrol",
+    "client.cli.install",
+    "client.cli.policy",
+    "coordinator.cli.authority",
+    "coordinator.authority.store",
 )
 ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalchemy", "torch", "transformers"}
 

@@ -7,7 +7,7 @@ import pytest
 
 from aggregation.errors import ProtocolError
 from aggregation.messages import Opening, Survivors, Unmask
-from aggregation.once import Once
+from aggregation.singleuse import Once
 from aggregation.spec import Adversary
 
 VICTIM = "device-002"

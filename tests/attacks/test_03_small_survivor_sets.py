@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from aggregation import checks, envelope
+from aggregation import checks
 from aggregation.errors import ProtocolError
-from aggregation.messages import Assignment, Opening, Survivors, Unmask
+from aggregation.messages import Assignment, Opening, Survivors, Unmask, envelope
 from aggregation.spec import Adversary
 
 VICTIM = "device-002"

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from aggregation import boxes, checks, clientside, envelope, masks, shamir
-from aggregation.certificates import Authority, Root
+from aggregation import checks, client, masks, shamir, sharing
 from aggregation.errors import ProtocolError
-from aggregation.identity import IdentityKey
-from aggregation.messages import Advert, Offer, Roster, Shares
-from aggregation.revocation import Revocation
+from aggregation.messages import Advert, Offer, Roster, Shares, envelope
+from aggregation.pki import Authority, Root
+from aggregation.pki.identity import IdentityKey
+from aggregation.pki.revocation import Revocation
 from aggregation.session import Peer, Session, commitment, context_of
 
 VICTIM = "device-002"
@@ -59,7 +59,7 @@ def test_with_signatures_unchecked_replaced_keys_open_the_victims_secrets(
     raw = roster_of(fleet, state.offer, adverts)
     shares = Shares.decode(envelope.unverified_body(fleet.share(VICTIM, raw)))
     session = session_of(fleet, state.offer, raw)
-    pairs = {name: boxes.open_box(session, private[name], VICTIM, name, shares.boxes[name]) for name in private}
+    pairs = {name: sharing.open_box(session, private[name], VICTIM, name, shares.boxes[name]) for name in private}
     holders = sorted(pairs)[: fleet.spec.threshold]
     seed = shamir.combine(
         shamir.lagrange(session.positions(holders)), [(pairs[name] or {})[1].seed for name in holders]
@@ -125,7 +125,7 @@ def with_a_sybil(fleet: Any) -> bytes:
 
 def test_a_device_of_the_coordinators_own_making_is_refused(fleet: Any) -> None:
     with pytest.raises(ProtocolError, match="not issued by the pinned authority"):
-        clientside.join(fleet.devices[VICTIM], with_a_sybil(fleet), fleet.entropy)
+        client.join(fleet.devices[VICTIM], with_a_sybil(fleet), fleet.entropy)
 
 
 def test_with_certificates_unchecked_the_victim_joins_a_cohort_of_sybils(
@@ -135,7 +135,7 @@ def test_with_certificates_unchecked_the_victim_joins_a_cohort_of_sybils(
     keys = [fleet.devices[name].identity.public for name in names[:-1]] + [fleet.key.public]
     offer = with_a_sybil(fleet)
     monkeypatch.setattr(checks, "members", lambda *given: dict(zip(names, keys, strict=True)))
-    state, _ = clientside.join(fleet.devices[VICTIM], offer, fleet.entropy)
+    state, _ = client.join(fleet.devices[VICTIM], offer, fleet.entropy)
     assert "zed" in state.cohort
 
 
@@ -152,4 +152,4 @@ def test_a_revoked_member_stops_the_offer(fleet: Any) -> None:
     begin, end = dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
     root = Root(fleet.authority.der, fleet.authority.revocations(1, {serial: Revocation(begin)}, begin, end))
     with pytest.raises(ProtocolError, match="device-001 is revoked"):
-        clientside.join(dataclasses.replace(fleet.devices[VICTIM], root=root), fleet.offer()[1], fleet.entropy)
+        client.join(dataclasses.replace(fleet.devices[VICTIM], root=root), fleet.offer()[1], fleet.entropy)

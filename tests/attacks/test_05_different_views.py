@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregation import envelope
 from aggregation.errors import DataError, ProtocolError
-from aggregation.messages import Assignment, Opening, Plan, Survivors, Unmask
+from aggregation.messages import Assignment, Opening, Plan, Survivors, Unmask, envelope
 from aggregation.spec import Adversary
 
 VICTIM = "device-002"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from aggregation import clientside, envelope
+from aggregation import client
 from aggregation.errors import ProtocolError
-from aggregation.messages import Offer
+from aggregation.messages import Offer, envelope
 from aggregation.policy import Policy
 from aggregation.spec import Adversary, SessionSpec
 from aggregation.vector import Segment, VectorSpec
@@ -42,9 +42,9 @@ def test_the_offer_is_refused_and_without_the_policy_it_would_be_joined(
 ) -> None:
     offer = offered(fleet, spec_of(10, **changes))
     with pytest.raises(ProtocolError, match="offer refused"):
-        clientside.join(fleet.devices[VICTIM], offer, fleet.entropy)
+        client.join(fleet.devices[VICTIM], offer, fleet.entropy)
     monkeypatch.setattr(Policy, "check", lambda *given: None)
-    clientside.join(fleet.devices[VICTIM], offer, fleet.entropy)
+    client.join(fleet.devices[VICTIM], offer, fleet.entropy)
 
 
 @pytest.mark.parametrize("changes", [{"threshold": 1}, {"minimum_survivors": 1}, {"rounds": 0}])
@@ -55,11 +55,11 @@ def test_an_offer_that_contradicts_itself_does_not_even_decode(
     for name, value in changes.items():
         object.__setattr__(spec, name, value)  # past the constructor, as an attacker's own encoder would
     with pytest.raises(ProtocolError, match="is not between"):
-        clientside.join(fleet.devices[VICTIM], offered(fleet, spec), fleet.entropy)
+        client.join(fleet.devices[VICTIM], offered(fleet, spec), fleet.entropy)
 
 
 def test_a_cohort_of_the_victim_and_one_other_is_refused(fleet: Any) -> None:
     message = envelope.open_as(Offer, fleet.offer()[1], fleet.key.public, "coordinator")
     pair = envelope.seal(fleet.key, dataclasses.replace(message, certificates=message.certificates[1:3]))
     with pytest.raises(ProtocolError, match="cohort of 2 is below this device's minimum of 8"):
-        clientside.join(fleet.devices[VICTIM], pair, fleet.entropy)
+        client.join(fleet.devices[VICTIM], pair, fleet.entropy)

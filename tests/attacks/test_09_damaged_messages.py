@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from aggregation import envelope, wire
+from aggregation import wire
 from aggregation.errors import ProtocolError
-from aggregation.messages import Assignment
+from aggregation.messages import Assignment, envelope
 
 ME = "device-000"
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregation import boxes, envelope, recovery
-from aggregation.boxes import Pair
-from aggregation.messages import Opening, Shares
-from aggregation.serverside import AbortReason, RoundAborted
+from aggregation import recovery, sharing
+from aggregation.messages import Opening, Shares, envelope
+from aggregation.server import AbortReason, RoundAborted
+from aggregation.sharing import Pair
 
 SMALL = "device-000"  # first in order: its shares are among the first t
 
@@ -89,7 +89,7 @@ def test_with_commitments_unchecked_a_wrong_share_makes_a_wrong_seed(
 
 def deal_badly(fleet: Any, dealer: str, cheated: Collection[str], *, digests: bool, monkeypatch: Any) -> Any:
     """``dealer`` gives ``cheated`` wrong shares; with digests of what it gave, or of what it should have given."""
-    genuine = boxes.seal
+    genuine = sharing.seal
 
     def seal(session: Any, box_key: bytes, who: str, holder: str, pairs: dict[int, Pair]) -> Any:
         right = genuine(session, box_key, who, holder, pairs)
@@ -99,9 +99,9 @@ def deal_badly(fleet: Any, dealer: str, cheated: Collection[str], *, digests: bo
         box = genuine(session, box_key, who, holder, wrong)
         return box if digests else dataclasses.replace(box, digests=right.digests)
 
-    monkeypatch.setattr(boxes, "seal", seal)
+    monkeypatch.setattr(sharing, "seal", seal)
     session = fleet.establish()
-    monkeypatch.setattr(boxes, "seal", genuine)
+    monkeypatch.setattr(sharing, "seal", genuine)
     return session
 
 
@@ -216,8 +216,8 @@ def test_a_box_for_another_number_of_rounds_holds_nothing(
     established = fleet.establish()
     dealer = fleet.states["device-001"]
     pair = Pair(bytes(33), bytes(33))
-    box = boxes.seal(established.session, dealer.box_key, "device-001", SMALL, dict.fromkeys(rounds, pair))
-    assert boxes.open_box(established.session, fleet.states[SMALL].box_key, "device-001", SMALL, box) is None
+    box = sharing.seal(established.session, dealer.box_key, "device-001", SMALL, dict.fromkeys(rounds, pair))
+    assert sharing.open_box(established.session, fleet.states[SMALL].box_key, "device-001", SMALL, box) is None
 
 
 @pytest.mark.parametrize("cut", [{"sealed": b""}, {"digests": ()}])
@@ -225,7 +225,7 @@ def test_a_box_of_another_size_holds_nothing(fleet_of: Callable[..., Any], cut: 
     fleet = fleet_of(4)
     established = fleet.establish()
     box = dataclasses.replace(established.dealt["device-001"][SMALL], **cut)
-    assert boxes.open_box(established.session, fleet.states[SMALL].box_key, "device-001", SMALL, box) is None
+    assert sharing.open_box(established.session, fleet.states[SMALL].box_key, "device-001", SMALL, box) is None
 
 
 @pytest.mark.parametrize("dealt", [True, False])

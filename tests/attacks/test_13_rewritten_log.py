@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from aggregation import merkle, receipts
+from aggregation import transcript
 from aggregation.errors import ProtocolError
-from aggregation.receipts import Witness, passage
 from aggregation.steps import Step
-from aggregation.transcript import NO_SESSION, Abort, Result
+from aggregation.transcript import NO_SESSION, Abort, Result, Witness, merkle, passage
 
 _honest = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "test_receipts.py"))
 Session, seen, log_of, chain, way, plan = (
@@ -84,7 +83,7 @@ def test_a_log_that_says_that_the_round_ended_otherwise_is_refused(monkeypatch: 
     witness = seen(2)
     raw = log_of(1).round(2, ending=Result(plan(2).digest(), (ME,), bytes(32), 3, "cd" * 32)).receipt()
     assert not goes_on(witness, raw)
-    monkeypatch.setattr(receipts.witness, "_names", lambda devices: bytes(32))
+    monkeypatch.setattr(transcript.logstate, "_names", lambda devices: bytes(32))
     assert goes_on(Witness(**{**fields(witness), "counted": bytes(32)}), raw)
 
 
@@ -120,7 +119,7 @@ def test_a_recorded_offer_is_refused_although_it_is_the_coordinators(monkeypatch
     with pytest.raises(ProtocolError, match="has joined that session before: the offer is repeated"):
         witness.on_passage(KEY.public, recorded[2], OFFERS[2])
     assert joins(seen(2), way(made, closed), OFFERS[3])
-    monkeypatch.setattr(Witness, "on_passage", lambda self, key, raw, offer: receipts.first(key, raw, offer, ME))
+    monkeypatch.setattr(Witness, "on_passage", lambda self, key, raw, offer: transcript.first(key, raw, offer, ME))
     assert joins(witness, recorded[1], OFFERS[1])
     assert joins(witness, recorded[2], OFFERS[2])
 

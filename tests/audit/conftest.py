@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from aggregation import envelope, transcript
-from aggregation.audit import Report, audit
-from aggregation.messages import Assignment, Message
+from aggregation import transcript
+from aggregation.messages import Assignment, Message, envelope
 from aggregation.policy import Policy
-from aggregation.serverside import Confirming, RoundAborted
+from aggregation.server import Confirming, RoundAborted
 from aggregation.spec import Adversary
 from aggregation.steps import Step
 from aggregation.transcript import MAGIC, Abort, Checkpoint, Entry, Result, Stage, Transcript
+from coordinator.audit.auditor import Report, audit
 
 _fleet = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "conftest.py"))
 entropy, fleet_of, spec_of, vector_of = (_fleet[name] for name in ("entropy", "fleet_of", "spec_of", "vector_of"))

@@ -15,12 +15,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import edgeadapt
-from aggregation.audit import Check
-from aggregation.certificates import Authority
 from aggregation.entropy import SystemEntropy
-from aggregation.identity import IdentityKey
-from aggregation.revocation import Revocation
+from aggregation.pki import Authority
+from aggregation.pki.identity import IdentityKey
+from aggregation.pki.revocation import Revocation
 from aggregation.transcript import MAGIC, Checkpoint, Stage, Transcript
+from coordinator.audit.auditor import Check
 
 Run = Callable[..., tuple[int, str, str]]
 LOG = "session-000001.log"

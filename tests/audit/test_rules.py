@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from aggregation import checks, envelope
-from aggregation.audit import Check, Report, Status, audit
-from aggregation.certificates import Authority
+from aggregation import checks
 from aggregation.messages import (
     Advert,
     Agreement,
@@ -23,11 +21,14 @@ from aggregation.messages import (
     Shares,
     Survivors,
     Unmask,
+    envelope,
 )
+from aggregation.pki import Authority
 from aggregation.policy import Policy
 from aggregation.session import context_of
 from aggregation.steps import Step
 from aggregation.transcript import MAGIC, Abort, Checkpoint, Entry, Result, Stage, Transcript
+from coordinator.audit.auditor import Check, Report, Status, audit
 
 ME, OTHER, LOST = "device-000", "device-002", "device-001"
 

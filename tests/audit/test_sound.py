@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from aggregation import envelope
-from aggregation.audit import Check, Status
-from aggregation.messages import Advert, Message, Opening, Shares, Survivors, Unmask
+from aggregation.messages import Advert, Message, Opening, Shares, Survivors, Unmask, envelope
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from aggregation.steps import Step
 from aggregation.transcript import EVERYONE
+from coordinator.audit.auditor import Check, Status
 
 BASE = hashlib.sha256(b"base").hexdigest()  # of the fleet of tests/aggregation
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregation.audit import Check, Report, audit
 from aggregation.errors import TrustError
 from aggregation.transcript import ENTRY, MAGIC, Entry
+from coordinator.audit.auditor import Check, Report, audit
 
 ENTRIES = 51  # of the fixture's log
 QUIET = [HealthCheck.function_scoped_fixture]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from client.web import LIBRARIES, VENDOR, Site, server
+from client.browser.server import LIBRARIES, VENDOR, Site, server
 
 _EXPORT = Path(__file__).parents[1] / "export"
 

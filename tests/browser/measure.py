@@ -20,8 +20,8 @@ import click
 from cdp import Chromium, Page, installed
 
 from aggregation.errors import ConfigError
-from client.library import Library
-from client.web import Site, server
+from client.browser.server import Site, server
+from client.inference.library import Library
 
 PHRASE = "turn on the lights in the kitchen"
 PROMPT = "The weather in the mountains can change quickly, so"
@@ -92,7 +92,7 @@ def _middle(times: list[float], digits: int = 1) -> str:
 
 
 def _phrases(chromium: Chromium, page: Page, bundle: Path, name: str, repeat: int) -> dict[str, Any]:
-    from client.session import Session
+    from client.inference.session import Session
 
     session = Session.open(bundle, threads=1)
     session.use(name)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from adapters.ondevice import Format
-from aggregation.identity import IdentityKey
-from client.session import Session
-from export.base import ExportedBase
-from export.bundle import AdapterSource, write_bundle
+from aggregation.pki.identity import IdentityKey
+from client.inference.session import Session
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, write_bundle
 
 pytestmark = pytest.mark.slow
 

@@ -16,16 +16,16 @@ from adapters.causal import build
 from adapters.classifier import LoraSpec
 from adapters.files import sha256
 from adapters.layout import Layout, Tensors
-from aggregation.identity import IdentityKey
-from client.generate import Generator, Message
-from client.options import Options
-from client.trust import Trust
-from export.base import ExportedBase
-from export.bundle import AdapterSource, write_bundle
+from aggregation.pki.identity import IdentityKey
+from client.inference.generate import Generator, Message
+from client.inference.options import Options
+from client.inference.trust import Trust
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, write_bundle
 from export.causal.base import export_causal
-from export.headers import DATA, WEB
-from export.plan import plan
-from export.quantize import Profile
+from export.onnx.adapterinputs import plan
+from export.onnx.headers import DATA, WEB
+from export.onnx.quantize import Profile
 
 pytestmark = pytest.mark.slow
 

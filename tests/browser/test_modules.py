@@ -22,11 +22,11 @@ from adapters.base import find_base
 from adapters.layout import Tensors
 from adapters.ondevice import Format, layout_of, quantize, restore, to_graph
 from aggregation.entropy import SystemEntropy
-from aggregation.identity import IdentityKey
-from client.web import Site
-from export import adapter
-from export.base import ExportedBase
-from export.bundle import AdapterSource
+from aggregation.pki.identity import IdentityKey
+from client.browser.server import Site
+from export.bundle import adapter
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource
 
 FORMATS: tuple[Format, ...] = ("fp32", "fp16", "int8", "int4")
 LEAVES = (0, -1, 2**53 - 1, 1.5, -0.25, 1e16, 1e-5, 1.5e300, 123456789.125, 2.0, 1e15, 5e-324, True, False, None, "")

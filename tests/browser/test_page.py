@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from aggregation.identity import IdentityKey
-from client.session import Session
-from export.base import ExportedBase
-from export.bundle import AdapterSource, add_adapter
+from aggregation.pki.identity import IdentityKey
+from client.inference.session import Session
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, add_adapter
 
 pytestmark = pytest.mark.slow
 

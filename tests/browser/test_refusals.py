@@ -14,9 +14,9 @@ from adapters.files import sha256
 from adapters.manifest import BaseCard, Sidecar
 from adapters.ondevice import quantize, to_graph
 from aggregation.entropy import SystemEntropy
-from aggregation.identity import IdentityKey
-from export.base import ExportedBase
-from export.bundle import AdapterSource, add_adapter, write_bundle
+from aggregation.pki.identity import IdentityKey
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, add_adapter, write_bundle
 
 pytestmark = pytest.mark.slow
 

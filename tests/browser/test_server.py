@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import client.web
+import client.browser.server
 from aggregation.errors import ConfigError, DataError, TrustError
+from client.browser.server import HEADERS, VENDOR, WEB, Site, server
 from client.cli import device
-from client.web import HEADERS, VENDOR, WEB, Site, server
 
 Get = Callable[..., tuple[int, dict[str, str], bytes]]
 

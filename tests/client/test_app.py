@@ -21,18 +21,18 @@ from flwr.supercore.task_identity import TaskIdentity
 from adapters import files, storage
 from adapters.layout import Layout
 from adapters.task import Task
-from aggregation import serverside
-from aggregation.certificates import Authority, Root
+from aggregation import server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
+from aggregation.pki import Authority, Root
 from aggregation.steps import ADAPTER, BODY, RECORD, REVOKED, Step
 from aggregation.vector import VectorSpec
-from client import contribute, train
-from client.app import FAILED, HOME, REFUSED, app
-from client.home import Home
-from client.train import Trainer
+from client.node.app import FAILED, HOME, REFUSED, app
+from client.node.statedir import Home
+from client.training import contribute, trainer
+from client.training.trainer import Trainer
 from coordinator import settings
-from coordinator.home import CoordinatorHome
+from coordinator.statedir import CoordinatorHome
 
 FIRST = "device-00"
 DEVICES = 4  # and one unseen
@@ -84,7 +84,7 @@ class Talk:
         layout = Layout.of(home.registry.tensors(0))
         spec = home.settings.aggregation.spec(DEVICES, layout, version.manifest.base_digest, 2)
         now = datetime.now(UTC)
-        return serverside.open_session(home.key, home.root, spec, certificates, SystemEntropy(), now)
+        return server.open_session(home.key, home.root, spec, certificates, SystemEntropy(), now)
 
     def version(self) -> Any:
         return self.coordinator.registry.version(0)
@@ -158,13 +158,13 @@ def test_devices_draw_differently_whatever_their_folders_are_called(
         aside = home.rename(home.with_suffix(".aside"))
         home.mkdir()
         aside.rename(home / "home")
-    talk.inside, salts, real = "home", list[str](), train.seed
+    talk.inside, salts, real = "home", list[str](), trainer.seed
 
     def seed(task: Task, salt: str) -> list[int]:
         salts.append(salt)
         return real(task, salt)
 
-    monkeypatch.setattr(train, "seed", seed)
+    monkeypatch.setattr(trainer, "seed", seed)
     talk.collect(*talk.plan(talk.established()))
     assert len(salts) == len(set(salts)) == 2 * DEVICES  # the order of the examples, and the rounding
 
@@ -410,7 +410,7 @@ def test_the_state_is_replaced_before_the_answer_is_made(talk: Talk, monkeypatch
         raise Killed
 
     with monkeypatch.context() as broken:
-        broken.setattr("client.home.replace", die_after)
+        broken.setattr("client.node.statedir.replace", die_after)
         with pytest.raises(Killed):
             talk.reply(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
     talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, "round 1 is over")

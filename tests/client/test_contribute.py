@@ -12,8 +12,8 @@ from adapters.layout import Layout, Tensors
 from adapters.task import MAX_LOSS, MAX_SECONDS, contribution_spec
 from aggregation.errors import DataError, ProtocolError
 from aggregation.spec import Adversary, SessionSpec
-from client.contribute import Outcome, clip, contribution, require_bounds
-from client.train import Score
+from client.training.contribute import Outcome, clip, contribution, require_bounds
+from client.training.trainer import Score
 
 START: Tensors = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
 LAYOUT = Layout.of(START)

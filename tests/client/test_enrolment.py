@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from aggregation import enrolment
-from aggregation.certificates import Authority
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
-from aggregation.identity import IdentityKey
-from aggregation.revocation import Revocation
+from aggregation.pki import Authority, requests
+from aggregation.pki.identity import IdentityKey
+from aggregation.pki.revocation import Revocation
 from client.cli import device
-from client.enrolment import REQUEST, Pinned, begin, finish
-from client.home import CERTIFICATE, IDENTITY, Home
+from client.node.enrolment import REQUEST, Pinned, begin, finish
+from client.node.statedir import CERTIFICATE, IDENTITY, Home
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -41,7 +40,7 @@ def home(tmp_path: Path, pinned: Pinned) -> Home:
 
 
 def certified(authority: Authority, home: Home, serial: int = 7, days: int = 30) -> bytes:
-    name, key = enrolment.read_request((home.folder / REQUEST).read_bytes())
+    name, key = requests.read_request((home.folder / REQUEST).read_bytes())
     return authority.issue(name, key, not_before=NOW - DAY, not_after=NOW + days * DAY, serial=serial)
 
 
@@ -49,9 +48,9 @@ def test_a_device_is_enrolled_once_its_certificate_is_there(authority: Authority
     with pytest.raises(TrustError, match=r"has no certificate\.der: enrol this device first"):
         home.device(DIGEST)
     der = certified(authority, home)
-    assert finish(home, enrolment.to_pem(der), NOW) == ("kitchen", NOW + 30 * DAY)
+    assert finish(home, requests.to_pem(der), NOW) == ("kitchen", NOW + 30 * DAY)
     assert home.device(DIGEST).certificate == der
-    assert home.device(DIGEST).identity.public == enrolment.read_request((home.folder / REQUEST).read_bytes())[1]
+    assert home.device(DIGEST).identity.public == requests.read_request((home.folder / REQUEST).read_bytes())[1]
 
 
 def test_the_private_key_is_in_one_file_that_its_owner_alone_can_read(home: Home) -> None:
@@ -175,11 +174,11 @@ def test_from_enrol_to_install_by_command(tmp_path: Path, authority: Authority, 
     home = tmp_path / "kitchen"
     files = ("--authority", tmp_path / "authority.pem", "--coordinator", tmp_path / "coordinator.pem")
     said = ok(run("enrol", "--home", home, "--name", "kitchen", "--base", "some_base", *files))
-    name, key = enrolment.read_request((home / REQUEST).read_bytes())
+    name, key = requests.read_request((home / REQUEST).read_bytes())
     assert name == "kitchen"
     assert key.key_id in said
     assert authority.root.fingerprint in said
-    (tmp_path / "kitchen.pem").write_bytes(enrolment.to_pem(certified(authority, Home.open(home))))
+    (tmp_path / "kitchen.pem").write_bytes(requests.to_pem(certified(authority, Home.open(home))))
     (tmp_path / "revoked.crl").write_bytes(authority.revocations(1, {}, NOW, NOW + DAY).to_pem())
     installed = ("--certificate", tmp_path / "kitchen.pem", "--revoked", tmp_path / "revoked.crl")
     assert "kitchen is enrolled until" in ok(run("install", "--home", home, *installed))

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregation.errors import DataError
-from client import examples
-from client.examples import MAX_TEXT, Example, Part, part, read_examples, write_examples
+from client.training import examples
+from client.training.examples import MAX_TEXT, Example, Part, part, read_examples, write_examples
 
 PHRASE = "the code of the safe is 4711"
 TRAIN = Example("turn on the light", 0)

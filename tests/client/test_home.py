@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
-from aggregation.identity import IdentityKey
-from client import home as device_home
-from client.home import DeviceSettings, Home, enrol
-from client.policy import PolicySettings
+from aggregation.pki.identity import IdentityKey
+from client.node import statedir as device_home
+from client.node.policy import PolicySettings
+from client.node.statedir import DeviceSettings, Home, enrol
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = DeviceSettings(base="some_base", policy=PolicySettings(minimum_cohort=5))
@@ -185,7 +185,7 @@ def test_one_message_at_a_time_whoever_asks(folder: Path) -> None:
 
 
 def test_another_process_waits_for_the_lock_and_a_kill_frees_it(folder: Path) -> None:
-    hold = "import sys, time; from pathlib import Path; from client.home import Home\n"
+    hold = "import sys, time; from pathlib import Path; from client.node.statedir import Home\n"
     hold += "with Home.open(Path(sys.argv[1])).locked(): print('in', flush=True); time.sleep(60)"
     got = threading.Event()
 

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from aggregation.identity import IdentityKey
-from aggregation.receipts import passage
+from aggregation.pki.identity import IdentityKey
 from aggregation.steps import BODY, PROOF, RECORD, SEEN, Step
-from aggregation.transcript import NO_SESSION, Transcript
-from client.app import HOME, app
-from client.home import WITNESS
+from aggregation.transcript import NO_SESSION, Transcript, passage
+from client.node.app import HOME, app
+from client.node.statedir import WITNESS
 from coordinator import rounds as module
-from coordinator.transcript import logs
+from coordinator.transcripts import logs
 
 FleetOf = Callable[..., Any]
 FIRST = "device-00"

@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from aggregation.errors import ConfigError
-from aggregation.identity import IdentityKey
+from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from client.cli import device
-from client.home import DeviceSettings, Home, enrol
-from client.policy import PolicySettings
+from client.node.policy import PolicySettings
+from client.node.statedir import DeviceSettings, Home, enrol
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "device-policy.md"
 BASE, OTHER = "a" * 64, "b" * 64

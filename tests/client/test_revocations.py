@@ -9,12 +9,12 @@ import pytest
 from cryptography import x509
 from flwr.app import Message
 
-from aggregation.certificates import Authority
 from aggregation.errors import EdgeAdaptError, TrustError
-from aggregation.revocation import Revocation, RevocationList
+from aggregation.pki import Authority
+from aggregation.pki.revocation import Revocation, RevocationList
 from aggregation.steps import RECORD, REVOKED, Step
-from client.app import app
-from coordinator.home import CoordinatorHome
+from client.node.app import app
+from coordinator.statedir import CoordinatorHome
 
 FleetOf = Callable[..., Any]
 NOW = datetime.now(UTC).replace(microsecond=0)

@@ -13,10 +13,10 @@ from adapters.layout import Layout, Tensors
 from adapters.manifest import Method
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
-from client import train
-from client.examples import Example, Part
-from client.personal import Choice, personalize
-from client.train import Score, Trainer
+from client.training import trainer as training
+from client.training.examples import Example, Part
+from client.training.personal import Choice, personalize
+from client.training.trainer import Score, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,7 +129,7 @@ def test_a_score_is_the_sum_over_batches_of_any_size(
     trainer: Trainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trainer.score(start, EXAMPLES)
-    monkeypatch.setattr(train, "EVALUATION_BATCH", 2)
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 2)
     split = trainer.score(start, EXAMPLES)
     assert (split.correct, split.count) == (whole.correct, whole.count)
     assert split.loss == pytest.approx(whole.loss, rel=1e-5)
@@ -160,13 +160,13 @@ def test_unknown_and_strange_characters_are_read(trainer: Trainer, start: Tensor
 
 def test_texts_of_like_length_share_a_batch_and_each_is_visited_once_an_epoch() -> None:
     lengths = [3, 9, 3, 9, 5, 3, 9]
-    batches = list(train._batches(lengths, 3, 2, np.random.default_rng(1)))
+    batches = list(training._batches(lengths, 3, 2, np.random.default_rng(1)))
     assert [sorted(i for batch in batches[k : k + 3] for i in batch) for k in (0, 3)] == [list(range(7))] * 2
     assert sorted(sorted(lengths[i] for i in batch) for batch in batches[:3]) == [[3, 3, 3], [5, 9, 9], [9]]
 
 
 def test_the_same_base_labels_and_adapter_share_one_loaded_model(tiny_base: Any) -> None:
-    assert train.trainer(tiny_base, 3, LoraSpec(2, 4)) is train.trainer(tiny_base, 3, LoraSpec(2, 4))
+    assert training.trainer(tiny_base, 3, LoraSpec(2, 4)) is training.trainer(tiny_base, 3, LoraSpec(2, 4))
 
 
 # The seeded adapter.

@@ -12,9 +12,9 @@ from adapters import files
 from adapters.layout import Layout, Tensors
 from adapters.manifest import Manifest, Method
 from aggregation.entropy import SystemEntropy
-from aggregation.identity import IdentityKey
-from coordinator.registry import Registry
-from coordinator.roundrecord import RoundRecord
+from aggregation.pki.identity import IdentityKey
+from coordinator.registry.roundrecord import RoundRecord
+from coordinator.registry.versions import Registry
 
 
 def _tensors(value: float) -> Tensors:

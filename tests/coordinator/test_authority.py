@@ -16,16 +16,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from adapters import storage
-from aggregation import enrolment
-from aggregation.certificates import Authority, Root
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
-from aggregation.identity import IdentityKey
-from aggregation.revocation import Reason
-from coordinator.authority import office as module
-from coordinator.authority.cli import authority
-from coordinator.authority.office import Office
+from aggregation.pki import Authority, Root, requests
+from aggregation.pki.identity import IdentityKey
+from aggregation.pki.revocation import Reason
+from coordinator.authority import store as module
 from coordinator.authority.record import Issued, Listed, Record
+from coordinator.authority.store import Office
+from coordinator.cli.authority import authority
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSPHRASE = b"correct horse battery"
@@ -414,14 +413,14 @@ def refused(result: Result, reason: str) -> None:
 
 def test_from_init_to_revoke_by_command(run: Run, tmp_path: Path) -> None:
     mine = key()
-    (tmp_path / "kitchen.csr").write_bytes(enrolment.request(mine, "kitchen"))
+    (tmp_path / "kitchen.csr").write_bytes(requests.request(mine, "kitchen"))
     (tmp_path / "garage.pub").write_bytes(key().public.to_pem())
     secret = ("--passphrase-file", "secret")
     assert Office(tmp_path / "dir").folder.name in ok(run("init", "dir", *secret))
     said = ok(run("issue", "dir", "--request", "kitchen.csr", "--days", "7", "--out", "kitchen.pem", *secret))
     assert mine.public.key_id in said
     root = Root.from_pem((tmp_path / "dir" / "authority.pem").read_bytes())
-    certificate = enrolment.to_der((tmp_path / "kitchen.pem").read_bytes())
+    certificate = requests.to_der((tmp_path / "kitchen.pem").read_bytes())
     assert root.verify(certificate, datetime.now(UTC))[0] == "kitchen"
     assert "BEGIN CERTIFICATE" in ok(run("issue", "dir", "--name", "garage", "--public-key", "garage.pub", *secret))
     assert "serial" in ok(run("revoke", "dir", "kitchen", "--reason", "keyCompromise", *secret))
@@ -453,7 +452,7 @@ def test_a_key_without_a_passphrase_must_be_asked_for(run: Run) -> None:
 
 def test_what_is_asked_for_must_be_clear(run: Run, tmp_path: Path) -> None:
     ok(run("init", "dir", "--unencrypted"))
-    (tmp_path / "kitchen.csr").write_bytes(enrolment.request(key(), "kitchen"))
+    (tmp_path / "kitchen.csr").write_bytes(requests.request(key(), "kitchen"))
     (tmp_path / "kitchen.pub").write_bytes(key().public.to_pem())
     refused(run("issue", "dir"), "give either --request or --public-key")
     refused(run("issue", "dir", "--request", "kitchen.csr", "--public-key", "kitchen.pub"), "give either")

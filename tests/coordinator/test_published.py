@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from adapters import files
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
-from aggregation.identity import IdentityKey
-from coordinator import database
-from coordinator.home import BLOBS, DATABASE, SETTINGS
+from aggregation.pki.identity import IdentityKey
+from coordinator.audit.published import PARTS, Published, rule_of, tensors_of
 from coordinator.optimizer import FedAdam, FedAvg
-from coordinator.published import PARTS, Published, rule_of, tensors_of
+from coordinator.registry import database
 from coordinator.settings import Server
+from coordinator.statedir import BLOBS, DATABASE, SETTINGS
 
 
 @given(shapes=st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=4), seed=st.integers(0, 99))

@@ -16,9 +16,9 @@ from adapters import files
 from adapters.layout import Layout
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
-from aggregation.identity import IdentityKey
-from coordinator import database
-from coordinator.registry import Registry
+from aggregation.pki.identity import IdentityKey
+from coordinator.registry import database
+from coordinator.registry.versions import Registry
 
 Reopen = Callable[[], Registry]
 

@@ -12,8 +12,8 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.exc import OperationalError
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
-from coordinator import database
-from coordinator.registry import Registry
+from coordinator.registry import database
+from coordinator.registry.versions import Registry
 
 Reopen = Callable[[], Registry]
 NO_SPACE = OSError(28, "No space left on device")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.registry import Registry
+from coordinator.registry.versions import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOP = """

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 import edgeadapt
-from aggregation import envelope
-from aggregation.audit import Check, Finding, Made, Status
-from aggregation.messages import MaskedInput
+from aggregation.messages import MaskedInput, envelope
 from aggregation.transcript import read
-from coordinator.audit.opened import Given, Transcript
-from coordinator.published import Published
-from coordinator.remake import DIGESTS_ONLY, REPLACED, UNKNOWN_STATE, UNPUBLISHED, Remake
+from coordinator.audit.auditor import Check, Finding, Made, Status
+from coordinator.audit.published import Published
+from coordinator.audit.recompute import DIGESTS_ONLY, REPLACED, UNKNOWN_STATE, UNPUBLISHED, Remake
+from coordinator.audit.transcripts import Given, Transcript
 
 PUBLISHED = "published under the coordinator's signature and unaltered since"
 NOTHING = Given(None, None, None, None, None)
@@ -182,7 +181,7 @@ def first_session(
             handed.append(made)
             return super().check(made)
 
-    monkeypatch.setattr("coordinator.audit.opened.Remake", Spy)
+    monkeypatch.setattr("coordinator.audit.transcripts.Remake", Spy)
     opened = Transcript.open(home_of("fedavg"), NOTHING)
     opened.audit(unfinished=False)
     assert opened.published is not None

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
-from aggregation.audit import audit
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
-from aggregation.serverside import AbortReason, RoundAborted
+from aggregation.server import AbortReason, RoundAborted
 from aggregation.steps import BODY, RECORD, Step
-from client import contribute
-from client.app import app as client_app
+from client.node.app import app as client_app
+from client.training import contribute
 from coordinator import rounds as module
 from coordinator.app import main
-from coordinator.home import CoordinatorHome
-from coordinator.transcript import logs
+from coordinator.audit.auditor import audit
+from coordinator.statedir import CoordinatorHome
+from coordinator.transcripts import logs
 
 FleetOf = Callable[..., Any]
 

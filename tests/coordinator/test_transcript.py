@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 
-from aggregation import envelope
-from aggregation.audit import Report, Status, audit, chain
-from aggregation.audit.log import checkpoints
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
-from aggregation.identity import IdentityKey
-from aggregation.messages import Assignment, Plan
-from aggregation.serverside import AbortReason, RoundResult
+from aggregation.messages import Assignment, Plan, envelope
+from aggregation.pki.identity import IdentityKey
+from aggregation.server import AbortReason, RoundResult
 from aggregation.steps import Step
 from aggregation.transcript import LENGTH, MAGIC, read
-from coordinator.home import CoordinatorHome
+from coordinator.audit.auditor import Report, Status, audit, chain
+from coordinator.audit.log import checkpoints
 from coordinator.recorder import Recorder, vector_path
-from coordinator.transcript import TORN, VECTORS, Transcripts, logs
+from coordinator.statedir import CoordinatorHome
+from coordinator.transcripts import TORN, VECTORS, Transcripts, logs
 
 PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")
 INTERRUPTED = ["offer", "checkpoint", "assignment", "abort", "checkpoint", "checkpoint"]
@@ -233,7 +232,7 @@ def test_a_run_leaves_a_transcript_that_holds(fleet_of: Callable[..., Any]) -> N
 
 
 def test_a_run_that_stopped_in_a_round_leaves_a_closed_log(fleet_of: Callable[..., Any]) -> None:
-    from client.app import app
+    from client.node.app import app
 
     fleet = fleet_of(4)
 

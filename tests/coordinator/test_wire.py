@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
 from coordinator.wire import LAST_POLL, Clock, Reply, SystemClock, Traffic, Wire
-from simulations.grid import InProcessGrid, Weather
+from simulations.engine.grid import InProcessGrid, Weather
 
 NODES = tuple(range(2, 10))
 ADAPTER_FILE = b"a" * 1000

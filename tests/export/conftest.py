@@ -17,10 +17,10 @@ from adapters.base import Base
 from adapters.classifier import LoraSpec, build, load, tensors
 from adapters.layout import Layout, Tensors
 from aggregation.entropy import SystemEntropy
-from aggregation.identity import IdentityKey
-from export.base import ExportedBase, export_base
-from export.bundle import AdapterSource, write_bundle
-from export.quantize import Profile
+from aggregation.pki.identity import IdentityKey
+from export.bundle.base import ExportedBase, export_base
+from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.quantize import Profile
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 WORDS = (

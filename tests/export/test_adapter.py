@@ -6,10 +6,10 @@ from adapters.classifier import tensors
 from adapters.method import Method
 from adapters.ondevice import Format, check_slots, to_graph
 from aggregation.errors import DataError
-from export.adapter import completed, decode, encode
-from export.base import ExportedBase
-from export.parity import OnnxRunner
-from export.slots import plan_of
+from export.bundle.adapter import completed, decode, encode
+from export.bundle.base import ExportedBase
+from export.onnx.slots import plan_of
+from export.parity.compare import OnnxRunner
 
 FORMATS: list[Format] = ["fp32", "fp16", "int8", "int4"]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.blocks import BLOCK, Blocks, four_bits
+from export.onnx.blocks import BLOCK, Blocks, four_bits
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 ROWS, BLOCKS = 24, 37  # more blocks than a block of rests holds, and an odd number

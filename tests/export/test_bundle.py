@@ -15,10 +15,10 @@ from adapters.files import sha256
 from adapters.layout import Layout
 from adapters.manifest import BaseCard, Sidecar
 from aggregation.errors import ConfigError, DataError
-from aggregation.identity import IdentityKey
-from export.base import ExportedBase
-from export.bundle import AdapterSource, add_adapter, copy_bundle, write_bundle
-from export.plan import plan
+from aggregation.pki.identity import IdentityKey
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
+from export.onnx.adapterinputs import plan
 
 Source = Callable[..., AdapterSource]
 

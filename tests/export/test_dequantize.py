@@ -7,11 +7,11 @@ from safetensors.numpy import load_file
 from adapters.base import Base
 from adapters.classifier import LoraSpec, build
 from aggregation.errors import ConfigError
-from export.base import export_base
-from export.blocks import four_bits
-from export.dequantize import dequantized
-from export.parity import OnnxRunner
-from export.quantize import Profile
+from export.bundle.base import export_base
+from export.onnx.blocks import four_bits
+from export.onnx.dequantize import dequantized
+from export.onnx.quantize import Profile
+from export.parity.compare import OnnxRunner
 
 TEXTS = ["turn on the kitchen lights", "lock the door", "set a timer for ten minutes"]
 BOTH = [Profile.NATIVE_INT8, Profile.NATIVE_INT4]

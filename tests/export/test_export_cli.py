@@ -21,11 +21,11 @@ from adapters.layout import Layout, Tensors
 from adapters.manifest import Manifest, Sidecar
 from adapters.method import Method
 from aggregation.entropy import SystemEntropy
-from aggregation.identity import IdentityKey
-from client.session import Session
-from coordinator.home import open_registry
-from export.base import ExportedBase
-from export.bundle import write_bundle
+from aggregation.pki.identity import IdentityKey
+from client.inference.session import Session
+from coordinator.statedir import open_registry
+from export.bundle.base import ExportedBase
+from export.bundle.write import write_bundle
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 TEXTS = ("turn on the kitchen lights", "lock the door", "play music", "set a timer for ten minutes", "unlock")

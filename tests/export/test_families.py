@@ -15,12 +15,12 @@ from adapters.base import Base, find_base
 from adapters.classifier import LoraSpec, build, build_own, has_own_head, load, tensors
 from adapters.ondevice import to_graph
 from aggregation.errors import ConfigError
-from export import tasks
-from export.base import ExportedBase, export_base
-from export.parity import OnnxRunner
-from export.peft import read_peft
-from export.quantize import Profile
-from export.slots import plan_of
+from export.bundle.base import ExportedBase, export_base
+from export.onnx import tasks
+from export.onnx.quantize import Profile
+from export.onnx.slots import plan_of
+from export.parity.compare import OnnxRunner
+from export.peft.folder import read_peft
 
 POSITIONS = 24  # rows of the table of positions
 SIZES = {

@@ -17,11 +17,12 @@ from adapters.base import Base
 from adapters.classifier import LoraSpec, PhraseClassifier, build, load, tensors
 from adapters.layout import Floats, Tensors
 from adapters.ondevice import to_graph
-from export import adapter, graph
-from export.base import ExportedBase, export_base
-from export.parity import OnnxRunner
-from export.plan import plan
-from export.quantize import Profile, quantize
+from export.bundle import adapter
+from export.bundle.base import ExportedBase, export_base
+from export.onnx import graph
+from export.onnx.adapterinputs import plan
+from export.onnx.quantize import Profile, quantize
+from export.parity.compare import OnnxRunner
 
 Ints = NDArray[np.int64]
 VOCABULARY = 60

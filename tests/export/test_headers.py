@@ -8,8 +8,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import headers
-from export.base import ExportedBase
+from export.bundle.base import ExportedBase
+from export.onnx import headers
 
 SLOTS = {"A": ("64", "rank_0"), "B": ("rank_0", "32")}
 

@@ -6,8 +6,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.merge import merge
-from export.quantize import in_blocks
+from export.onnx.merge import merge
+from export.onnx.quantize import in_blocks
 
 WIDTH = 96
 SIZES = {"q": 40, "k": 8, "v": 24}

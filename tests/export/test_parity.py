@@ -10,11 +10,11 @@ from adapters.base import find_base
 from adapters.classifier import LoraSpec, build, load, tensors
 from adapters.manifest import Task
 from aggregation.errors import ConfigError, DataError
-from export import adapter
-from export.base import ExportedBase, export_base
-from export.limits import LIMITS, Limits, limits_of
-from export.parity import OnnxRunner, Parity, ParityError, compare, gate
-from export.quantize import Profile
+from export.bundle import adapter
+from export.bundle.base import ExportedBase, export_base
+from export.onnx.quantize import Profile
+from export.parity.compare import OnnxRunner, Parity, ParityError, compare, gate
+from export.parity.limits import LIMITS, Limits, limits_of
 
 PHRASES = ("turn on the kitchen lights", "lock the door", "play music", "set a timer", "is the door open", "unlock")
 

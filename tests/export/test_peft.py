@@ -22,12 +22,12 @@ from adapters.classifier import PhraseClassifier, load, tensors
 from adapters.method import Method
 from adapters.ondevice import Format, from_graph, to_graph
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
-from export.adapter import decode, encode
-from export.base import ExportedBase, export_base
-from export.parity import OnnxRunner, compare
-from export.peft import CONFIG, WEIGHTS, read_peft, to_peft
-from export.plan import plan, plan_of
-from export.quantize import Profile
+from export.bundle.adapter import decode, encode
+from export.bundle.base import ExportedBase, export_base
+from export.onnx.adapterinputs import plan, plan_of
+from export.onnx.quantize import Profile
+from export.parity.compare import OnnxRunner, compare
+from export.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
 
 IDS = torch.tensor([[1, 5, 9, 3, 7], [2, 2, 4, 8, 6]])
 TEXTS = ["turn on the kitchen lights", "lock the door", "play music"]

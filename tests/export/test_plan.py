@@ -7,7 +7,7 @@ from transformers import AutoModel
 from adapters.base import Base
 from adapters.classifier import LoraSpec, PhraseClassifier, build
 from aggregation.errors import ConfigError
-from export.plan import plan
+from export.onnx.adapterinputs import plan
 
 QUERY = "encoder.encoder.layer.{}.attention.self.query"
 

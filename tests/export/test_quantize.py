@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from aggregation.errors import ConfigError
-from export import headers
-from export.blocks import BLOCK, eight_bits, four_bits
-from export.calibrate import feeds_for, lossy_products
-from export.quantize import WEB_LIMIT, Profile, in_blocks, in_integers, quantize
+from export.onnx import headers
+from export.onnx.blocks import BLOCK, eight_bits, four_bits
+from export.onnx.calibrate import feeds_for, lossy_products
+from export.onnx.quantize import WEB_LIMIT, Profile, in_blocks, in_integers, quantize
 
 ROWS, WIDTH, ENTRIES = 48, 96, 40
 

@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from export.waiting import waiting
+from export.cli.waiting import waiting
 
 
 class Terminal(io.StringIO):

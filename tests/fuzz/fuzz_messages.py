@@ -18,11 +18,14 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from aggregation import envelope, receipts, ring, transcript  # noqa: E402
-from aggregation.clientside import unseal  # noqa: E402
+from aggregation import ring, transcript  # noqa: E402
 from aggregation.errors import ProtocolError, TrustError  # noqa: E402
-from aggregation.identity import IdentityKey  # noqa: E402
-from aggregation.messages import MESSAGES  # noqa: E402
+from aggregation.messages import (  # noqa: E402
+    MESSAGES,
+    envelope,
+)
+from aggregation.pki.identity import IdentityKey  # noqa: E402
+from aggregation.sealed import unseal  # noqa: E402
 from aggregation.wire import Codec  # noqa: E402
 
 SIGNER = IdentityKey(bytes(32)).public
@@ -30,9 +33,9 @@ LOGGED = (transcript.Result, transcript.Abort, transcript.Checkpoint)
 READ: dict[str, Codec[Any]] = {
     **{kind.TAG: kind.codec() for kind in (*MESSAGES, *LOGGED)},
     "entry": transcript.ENTRY,
-    "receipt": receipts.RECEIPT,
-    "passage": receipts.PASSAGE,
-    "witness": receipts.WITNESS,
+    "receipt": transcript.RECEIPT,
+    "passage": transcript.PASSAGE,
+    "witness": transcript.WITNESS,
 }
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from aggregation.certificates import Root
 from aggregation.errors import TrustError
-from aggregation.identity import IdentityKey
-from client.home import Home
+from aggregation.pki import Root
+from aggregation.pki.identity import IdentityKey
+from client.node.statedir import Home
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "authority.md"

@@ -38,7 +38,7 @@ def test_flower_finds_both_apps_in_the_installed_package(sent: dict[str, str]) -
 
     config, warnings = load_and_validate(BUNDLE / "pyproject.toml")
     components = config["tool"]["flwr"]["app"]["components"]
-    assert components == {"serverapp": "coordinator.app:app", "clientapp": "client.app:app"}
+    assert components == {"serverapp": "coordinator.app:app", "clientapp": "client.node.app:app"}
     assert not warnings
 
 
@@ -62,5 +62,5 @@ def test_a_device_that_only_answers_a_step_does_not_load_torch() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=BUNDLE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
-    assert "client.app" in loaded
+    assert "client.node.app" in loaded
     assert not loaded & {"torch", "transformers", "peft", "coordinator"}

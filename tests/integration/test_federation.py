@@ -21,16 +21,16 @@ from safetensors.numpy import load_file
 from adapters import files
 from adapters.base import find_base
 from adapters.layout import Layout, Tensors, TensorSpec
-from aggregation import envelope, ring
-from aggregation.messages import MaskedInput
+from aggregation import ring
+from aggregation.messages import MaskedInput, envelope
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, SEEN, Step
-from client.app import app as client_app
-from client.contribute import clip
-from client.examples import Part, part, read_examples
-from client.train import trainer
+from client.node.app import app as client_app
+from client.training.contribute import clip
+from client.training.examples import Part, part, read_examples
+from client.training.trainer import trainer
 from coordinator import optimizer
 from coordinator.settings import Aggregation, FederationSettings
-from simulations import fleet as provisioned
+from simulations.engine import provision as provisioned
 
 ROOT = Path(__file__).resolve().parents[2]
 FleetOf = Callable[..., Any]
@@ -179,7 +179,7 @@ def test_only_adapter_tensors_travel_and_no_message_comes_near_the_bases_size(fl
 
 
 def test_no_phrase_and_no_plain_update_is_in_any_message(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    from client import contribute
+    from client.training import contribute
 
     plain: list[bytes] = []
     honest = contribute.contribution

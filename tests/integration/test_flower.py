@@ -19,9 +19,9 @@ from adapters import files
 from adapters.base import find_base
 from adapters.layout import Layout
 from adapters.manifest import Manifest
-from coordinator.home import CoordinatorHome
-from simulations import fleet
-from simulations.population import sample_population
+from coordinator.statedir import CoordinatorHome
+from simulations.data.households import sample_population
+from simulations.engine import provision
 from simulations.scenario import Scenario
 
 pytestmark = pytest.mark.slow
@@ -63,13 +63,13 @@ def outcome(deployment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     out = tmp_path_factory.mktemp("fleet")
     scenario = Scenario.parse(SCENARIO, "test")
     population = sample_population(scenario.population, scenario.seed)
-    fleet.provision(out, scenario, population, find_base(scenario.base.model))
-    home = out / fleet.COORDINATOR
+    provision.provision(out, scenario, population, find_base(scenario.base.model))
+    home = out / provision.COORDINATOR
     for device in DEVICES:
-        deployment.add_node(device, fleet.device_folder(out, device))
+        deployment.add_node(device, provision.device_folder(out, device))
     deployment.wait_for_nodes()
 
-    registry = fleet.registry(out)
+    registry = provision.registry(out)
     first = deployment.begin(BUNDLE, home)
     deployment.wait("round 1", lambda: len(registry.rounds()) == 1, seconds=RUN)
     deployment.stop(LEAVES)

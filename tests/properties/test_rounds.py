@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregation.serverside import AbortReason, Established, RoundAborted
+from aggregation.server import AbortReason, Established, RoundAborted
 from aggregation.spec import Adversary, default_threshold
 
 FleetOf = Callable[..., Any]

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregation import clientside, envelope
+from aggregation import sealed
 from aggregation.errors import ConfigError, ProtocolError
-from aggregation.messages import Shares, Survivors, Unmask
+from aggregation.messages import Shares, Survivors, Unmask, envelope
 from aggregation.policy import Policy
-from aggregation.serverside import AbortReason, Established, RoundAborted
+from aggregation.server import AbortReason, Established, RoundAborted
 from aggregation.spec import Adversary
 
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -121,7 +121,7 @@ def test_a_sparse_session_survives_a_restart(fleet_of: Callable[..., Any], spec_
     fleet = sparse_fleet(fleet_of, spec_of)
     session = fleet.establish()
     key = bytes(32)
-    fleet.states = {name: clientside.unseal(clientside.seal(state, key), key) for name, state in fleet.states.items()}
+    fleet.states = {name: sealed.unseal(sealed.seal(state, key), key) for name, state in fleet.states.items()}
     fleet.assert_sum(fleet.round(session)[1])
 
 

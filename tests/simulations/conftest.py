@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from simulations.result import HouseholdResult, RoundResult, RunResult
+from simulations.report.result import HouseholdResult, RoundResult, RunResult
 
 STEPS = ("plan", "survivors", "unmask")
 

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from adapters.cores import cores
 from edgeadapt import cli
-from simulations.bench import ours, peer, report, secagg
-from simulations.bench import progress as bench_progress
-from simulations.bench.secagg import QUICK
-from simulations.bench.sweep import _fitted, large, memory, steps, sweep
-from simulations.bench.timing import Call, Timing, in_turns, measure
+from simulations.benchmarks import progress as bench_progress
+from simulations.benchmarks.secagg import compare, ours, peer, report
+from simulations.benchmarks.secagg.compare import QUICK
+from simulations.benchmarks.secagg.sweep import _fitted, large, memory, steps, sweep
+from simulations.benchmarks.timing import Call, Timing, in_turns, measure
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -95,7 +95,7 @@ def test_the_table_has_a_row_for_each_comparison_and_names_what_helped(ran: tupl
 def test_a_folder_that_is_not_there_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secagg, "compare", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("measured"))
     result = CliRunner().invoke(cli, ["bench", "secagg", "--quick", "--out", str(tmp_path / "missing" / "x.png")])
     assert result.exit_code != 0
     assert "choose another --out" in str(result.exception) + result.output
@@ -105,7 +105,7 @@ def test_ctrl_c_ends_it_without_a_word_of_python(tmp_path: Path, monkeypatch: py
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(secagg, "_serve", interrupt)
+    monkeypatch.setattr(compare, "_serve", interrupt)
     picture = tmp_path / "x.png"
     result = CliRunner().invoke(cli, ["bench", "secagg", "--quick", "--out", str(picture)])
     assert result.exit_code == 1
@@ -131,8 +131,8 @@ def test_a_bar_is_shown_on_a_terminal_and_only_there(monkeypatch: pytest.MonkeyP
 def test_each_step_is_announced_so_that_the_bar_ends_where_the_run_does() -> None:
     told: list[str] = []
     size = dataclasses.replace(QUICK, repeats=1)
-    secagg.compare(size, told.append)
-    assert len(told) == secagg.STEPS
+    compare.compare(size, told.append)
+    assert len(told) == compare.STEPS
     told.clear()
     for part in (large, memory, sweep):
         part(size, told.append)
@@ -157,7 +157,7 @@ def test_what_is_timed_of_ours_is_what_a_device_sends() -> None:
 
 def test_a_picture_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
     from aggregation.errors import DataError
-    from simulations.bench.report import draw
+    from simulations.benchmarks.secagg.report import draw
 
     line = {"at": [1, 2], "cpu_ms": {"client": [1.0, 2.0]}, "growth": {"client": 1.0}}
     with pytest.raises(DataError, match="choose another --out"):

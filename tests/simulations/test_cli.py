@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 
 import edgeadapt
 from adapters.base import Base, find_base
-from client.train import Trainer
-from coordinator.home import CoordinatorHome
-from export.parity import Parity
-from simulations import publish
+from client.training.trainer import Trainer
+from coordinator.statedir import CoordinatorHome
+from export.parity.compare import Parity
+from simulations.engine import publish
 
 Outcome = tuple[int, str, str]
 Result = dict[str, Any]

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ConfigError
-from simulations import fleet
-from simulations.run import ROUNDED, RunFolder, _base
+from simulations.engine import provision
+from simulations.engine.run import ROUNDED, RunFolder, _base
 from simulations.scenario import Scenario
 
 
@@ -29,14 +29,14 @@ def test_the_rounded_base_is_made_once_and_every_device_finds_it(
     base = _base(RunFolder.start(tmp_path / "run", chosen))
     assert base.folder == tmp_path / "run" / ROUNDED
     assert base.digest != tiny_base.digest
-    monkeypatch.setattr("simulations.run.dequantized", None)  # a second call would fail
+    monkeypatch.setattr("simulations.engine.run.dequantized", None)  # a second call would fail
     assert _base(RunFolder.resume(tmp_path / "run", chosen)) == base
     population = fleet_of(4).population
-    fleet.provision(tmp_path / "fleet", chosen, population, base)
-    assert {home.settings.base for home in fleet.open_homes(tmp_path / "fleet", population).values()} == {
+    provision.provision(tmp_path / "fleet", chosen, population, base)
+    assert {home.settings.base for home in provision.open_homes(tmp_path / "fleet", population).values()} == {
         str(base.folder)
     }
-    seed = fleet.registry(tmp_path / "fleet").version(0)
+    seed = provision.registry(tmp_path / "fleet").version(0)
     assert seed.manifest.base_digest == base.digest
 
 

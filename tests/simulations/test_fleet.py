@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from adapters.classifier import HEAD_SCALE
-from aggregation.certificates import Root
-from aggregation.identity import IdentityKey
-from client.examples import Part, part, read_examples
-from client.train import trainer
-from coordinator.home import CoordinatorHome
-from simulations import fleet
+from aggregation.pki import Root
+from aggregation.pki.identity import IdentityKey
+from client.training.examples import Part, part, read_examples
+from client.training.trainer import trainer
+from coordinator.statedir import CoordinatorHome
+from simulations.engine import provision
 
 FleetOf = Callable[..., Any]
 
@@ -25,7 +25,7 @@ def made(fleet_of: FleetOf) -> Any:
 
 
 def test_every_household_has_a_device_with_its_own_certified_identity(made: Any) -> None:
-    homes = fleet.open_homes(made.out, made.population)
+    homes = provision.open_homes(made.out, made.population)
     root, keys = Root.from_pem((made.out / "coordinator" / "authority.pem").read_bytes()), set()
     for name, home in homes.items():
         device = home.device(made.base.digest)
@@ -51,7 +51,7 @@ def test_the_registry_begins_with_the_vendors_seed_adapter(made: Any) -> None:
     manifest, tensors = version.manifest, registry.tensors(0)
     assert (manifest.version, manifest.round, manifest.parent, manifest.survivors) == (0, 0, None, ())
     assert (manifest.base_digest, manifest.labels) == (made.base.digest, made.population.labels)
-    mine = trainer(made.base, len(manifest.labels), fleet.lora(made.scenario))
+    mine = trainer(made.base, len(manifest.labels), provision.lora(made.scenario))
     assert manifest.layout_digest == mine.layout.digest
     head = next(value for name, value in tensors.items() if name.endswith("classifier.weight"))
     assert np.allclose(np.linalg.norm(head, axis=1), HEAD_SCALE, rtol=1e-5)

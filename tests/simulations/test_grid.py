@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.steps import Step
-from simulations.grid import ROUND_STEPS, Fate, InProcessGrid, Weather
+from simulations.engine.grid import ROUND_STEPS, Fate, InProcessGrid, Weather
 
 NODES = (2, 3, 4, 5, 6, 7, 8, 9)
 FINE = Weather(seed=0, loss=0.0, delay=1.0)

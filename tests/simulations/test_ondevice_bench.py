@@ -19,14 +19,14 @@ from adapters import causal
 from adapters.base import Base, find_base
 from aggregation.errors import ConfigError, DataError
 from edgeadapt import cli
-from export.quantize import Profile
-from simulations.bench.ondevice import compare, goals, lora, report
-from simulations.bench.ondevice.contender import Contender, Spec
-from simulations.bench.ondevice.eager import Eager
-from simulations.bench.ondevice.engine import loss
-from simulations.bench.ondevice.race import Speeds, race, ratio
-from simulations.bench.ondevice.stage import PEER, TORCH
-from simulations.bench.ondevice.text import Text
+from export.onnx.quantize import Profile
+from simulations.benchmarks.ondevice import compare, goals, lora, report
+from simulations.benchmarks.ondevice.contender import Contender, Spec
+from simulations.benchmarks.ondevice.eager import Eager
+from simulations.benchmarks.ondevice.engine import loss
+from simulations.benchmarks.ondevice.race import Speeds, race, ratio
+from simulations.benchmarks.ondevice.stage import PEER, TORCH
+from simulations.benchmarks.ondevice.text import Text
 
 VOCABULARY = 96
 HEADS, KV_HEADS = 4, 2
@@ -83,7 +83,7 @@ def adapter(tiny: Base, text: Text, tmp_path_factory: pytest.TempPathFactory) ->
 
 def _write_base(path: Path, tensors: dict[str, np.ndarray]) -> None:
     gguf = pytest.importorskip("gguf")
-    from simulations.bench.ondevice.ggufadapter import rotary_order
+    from simulations.benchmarks.ondevice.ggufadapter import rotary_order
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
@@ -163,8 +163,8 @@ def test_the_peer_runs_the_same_base_and_the_same_adapter(found: dict[str, Any])
 def test_an_adapter_of_the_peer_with_rows_in_another_order_is_another_adapter(
     tiny: Base, text: Text, gguf: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    from simulations.bench.ondevice.ggufadapter import write_gguf
-    from simulations.bench.ondevice.peer import LlamaCpp
+    from simulations.benchmarks.ondevice.ggufadapter import write_gguf
+    from simulations.benchmarks.ondevice.peer import LlamaCpp
 
     tensors = {name: 8 * value for name, value in load_file(adapter).items() if ".lora_B." in name}
     tensors = load_file(adapter) | tensors
@@ -184,7 +184,7 @@ def test_an_adapter_of_the_peer_with_rows_in_another_order_is_another_adapter(
 
 @needs_peer
 def test_the_peer_continues_a_prompt_as_torch_does(tiny: Base, text: Text, gguf: Path) -> None:
-    from simulations.bench.ondevice.peer import LlamaCpp
+    from simulations.benchmarks.ondevice.peer import LlamaCpp
 
     peer, torchs = LlamaCpp(gguf, threads=1, context=32), Eager(str(tiny.folder), threads=1, lora=RECIPE.lora)
     said = []
@@ -196,7 +196,7 @@ def test_the_peer_continues_a_prompt_as_torch_does(tiny: Base, text: Text, gguf:
 
 def test_a_tensor_that_the_peer_has_no_name_for_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    from simulations.bench.ondevice.ggufadapter import write_gguf
+    from simulations.benchmarks.ondevice.ggufadapter import write_gguf
 
     odd = {"base_model.model.lm_head.lora_A.weight": np.zeros((2, 4), np.float32)}
     with pytest.raises(DataError, match="lm_head"):
@@ -204,7 +204,7 @@ def test_a_tensor_that_the_peer_has_no_name_for_is_refused(tmp_path: Path) -> No
 
 
 def test_rotary_order_puts_the_halves_of_each_head_in_turn() -> None:
-    from simulations.bench.ondevice.ggufadapter import rotary_order
+    from simulations.benchmarks.ondevice.ggufadapter import rotary_order
 
     rows = np.arange(8.0, dtype=np.float32)[:, None]
     assert rotary_order(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
@@ -251,7 +251,7 @@ class _Fake:
         return 0.5
 
     def race(self, prompt: Any, count: int) -> Any:
-        from simulations.bench.ondevice.contender import Turn
+        from simulations.benchmarks.ondevice.contender import Turn
 
         return Turn(0.5, [0.1, 9.0, 0.1], [7] * count)
 
@@ -274,7 +274,9 @@ def test_a_contender_that_cannot_load_says_so_in_one_line_and_leaves_no_process(
 
 
 def test_a_worker_ends_with_its_input() -> None:
-    done = subprocess.run([sys.executable, "-m", "simulations.bench.ondevice.worker"], input="", text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "simulations.benchmarks.ondevice.worker"], input="", text=True, timeout=60
+    )
     assert done.returncode == 0
 
 

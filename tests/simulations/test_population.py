@@ -11,8 +11,8 @@ import pydantic
 import pytest
 
 from aggregation.errors import ConfigError
-from simulations.population import Example, Household, Population, PopulationSettings, sample_population
-from simulations.population.values import spoken
+from simulations.data.households import Example, Household, Population, PopulationSettings, sample_population
+from simulations.data.households.values import spoken
 
 SMALL = PopulationSettings(households=4, utterances_min=20, utterances_max=30, test_utterances=10)
 
@@ -141,7 +141,7 @@ def test_the_digest_is_the_one_that_other_machines_get() -> None:
 
 def test_the_digest_does_not_depend_on_the_hash_seed_of_the_process() -> None:
     program = (
-        "from simulations.population import *;"
+        "from simulations.data.households import *;"
         f"print(sample_population(PopulationSettings.model_validate_json('{SMALL.model_dump_json()}'), 3).digest)"
     )
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
@@ -198,7 +198,7 @@ def test_a_household_with_too_little_to_say_is_named() -> None:
 
 @pytest.mark.parametrize("package", ["hassil.parse_expression", "home_assistant_intents"])
 def test_a_missing_package_is_answered_with_the_extra_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from simulations.population import expansion, packages
+    from simulations.data.households import expansion, packages
 
     packages.hassil_module.cache_clear()
     expansion._parse.cache_clear()

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from aggregation.errors import ConfigError
-from simulations.population.draws import pick, stream
-from simulations.population.expansion import Expander
-from simulations.population.speech import Voice
-from simulations.population.templates import Template, deal, load_language
-from simulations.population.words import furnish, load_words
+from simulations.data.households.draws import pick, stream
+from simulations.data.households.expansion import Expander
+from simulations.data.households.speech import Voice
+from simulations.data.households.templates import Template, deal, load_language
+from simulations.data.households.words import furnish, load_words
 
-CODES = sorted(path.name[:-5] for path in (files("simulations.population") / "words").iterdir())
+CODES = sorted(path.name[:-5] for path in (files("simulations.data.households") / "words").iterdir())
 DOMAINS = {
     "binary_sensor", "button", "climate", "cover", "fan", "lawn_mower", "light", "lock", "media_player", "person",
     "scene", "sensor", "switch", "todo", "vacuum", "valve", "weather",

@@ -10,9 +10,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from simulations.progress import Progress
-from simulations.result import RoundResult, RunResult
-from simulations.status import Rounds, Stage
+from simulations.engine.progress import Progress
+from simulations.engine.status import Rounds, Stage
+from simulations.report.result import RoundResult, RunResult
 
 COORDINATOR, DEVICE = logging.getLogger("edgeadapt.coordinator"), logging.getLogger("edgeadapt.device")
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"

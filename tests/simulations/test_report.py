@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from simulations.report import page, write_report
-from simulations.result import RunResult, summary
+from simulations.report.page import page, write_report
+from simulations.report.result import RunResult, summary
 
 HOSTILE = "<script>$\\frac$</script>&\"' onload=alert(1) \x1b[31m"  # a figure shows the first sixteen characters
 VOID = {"meta", "path", "use", "rect", "br"}

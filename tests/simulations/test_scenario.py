@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError
-from simulations.population import sample_population
+from simulations.data.households import sample_population
 from simulations.scenario import Scenario, describe
 
 SHIPPED = sorted(Path(str(files("simulations"))).glob("scenarios/*.toml"))

@@ -8,8 +8,8 @@ import pytest
 
 import edgeadapt
 from aggregation.errors import ConfigError, DataError
-from simulations.result import ARMS
-from simulations.seeds import Spread, markdown, read_results, spreads
+from simulations.report.result import ARMS
+from simulations.report.seeds import Spread, markdown, read_results, spreads
 
 
 def _run(folder: Path, seed: int, personal: float, scenario: str = "households") -> Path:

@@ -7,8 +7,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from simulations.result import RunResult
-from simulations.table import print_table
+from simulations.report.result import RunResult
+from simulations.report.terminal import print_table
 
 
 def printed(result: RunResult, *, terminal: bool = False, program: str = "edgeadapt") -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations.wording import count, duration, in_order, percent, printable, program, share, size
+from simulations.report.formatting import count, duration, in_order, percent, printable, program, share, size
 
 
 @pytest.mark.parametrize(

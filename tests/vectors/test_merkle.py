@@ -5,7 +5,7 @@ Leaves, roots and proofs are those that transparency-dev/merkle publishes in tes
 
 import pytest
 
-from aggregation.merkle import EMPTY, Tree, verify_consistency, verify_inclusion
+from aggregation.transcript.merkle import EMPTY, Tree, verify_consistency, verify_inclusion
 
 LEAVES = [
     bytes.fromhex(leaf)

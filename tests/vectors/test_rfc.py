@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from aggregation import masks
 from aggregation.errors import TrustError
-from aggregation.identity import IdentityKey, PublicKey
+from aggregation.pki.identity import IdentityKey, PublicKey
 
 # RFC 7748, section 6.1
 ALICE = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregation import clientside, ring, serverside
-from aggregation.certificates import Root
-from aggregation.clientside import Device
+from aggregation import client, ring, server
+from aggregation.client import Device
 from aggregation.errors import ProtocolError
-from aggregation.identity import IdentityKey
 from aggregation.messages import MESSAGES, Message
+from aggregation.pki import Root
+from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
-from aggregation.serverside import RoundAborted
+from aggregation.server import RoundAborted
 from aggregation.spec import Adversary, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 
@@ -144,7 +144,7 @@ class Walk:
         case = self.case
         key, root = IdentityKey(raw(case["identities"]["coordinator"])), Root(raw(case["root"]))
         certificates = {name: device.certificate for name, device in self.devices.items()}
-        self.server, offer = serverside.open_session(key, root, spec_of(case), certificates, Given(case["session"]))
+        self.server, offer = server.open_session(key, root, spec_of(case), certificates, Given(case["session"]))
         assert offer.hex() == case["offer"]
         for name in self.devices:
             self.join(name, offer)
@@ -156,7 +156,7 @@ class Walk:
 
     def join(self, name: str, offer: bytes) -> None:
         device, entropy = self.devices[name], Given(self.case["join"][name])
-        call = lambda body: clientside.join(device, body, entropy)  # noqa: E731
+        call = lambda body: client.join(device, body, entropy)  # noqa: E731
         self.states[name], advert = self.deliver("offer", name, call, offer)
         assert (advert.hex(), entropy.left) == (self.case["adverts"][name], b"")
         self.accept("advert", "on_advert", name, advert)
@@ -270,11 +270,11 @@ def test_an_envelope_of_another_magic_version_tag_or_signer_is_refused(case_name
     case = CASES[case_name]
     name, device = next(iter(devices_of(case).items()))
     offer = bytearray(raw(case["offer"]))
-    assert clientside.join(device, bytes(offer), Given(case["join"][name]))
+    assert client.join(device, bytes(offer), Given(case["join"][name]))
     for place in (0, 2, 4, len(offer) - 1):  # magic, version, tag, signature
         spoiled = bytes(offer[:place]) + bytes([offer[place] ^ 1]) + bytes(offer[place + 1 :])
         with pytest.raises(ProtocolError):
-            clientside.join(device, spoiled, Given(case["join"][name]))
+            client.join(device, spoiled, Given(case["join"][name]))
     stranger = dataclasses.replace(device, coordinator=device.identity.public)
     with pytest.raises(ProtocolError, match="not valid"):
-        clientside.join(stranger, bytes(offer), Given(case["join"][name]))
+        client.join(stranger, bytes(offer), Given(case["join"][name]))

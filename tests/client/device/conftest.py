@@ -14,12 +14,12 @@ import pytest
 
 from adapters.causal import build, load, tensors
 from adapters.classifier import LoraSpec
-from aggregation.identity import IdentityKey
-from export.base import ExportedBase
-from export.bundle import AdapterSource, write_bundle
+from aggregation.pki.identity import IdentityKey
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
-from export.plan import plan
-from export.quantize import Profile
+from export.onnx.adapterinputs import plan
+from export.onnx.quantize import Profile
 
 _EXPORT = Path(__file__).parents[2] / "export"
 

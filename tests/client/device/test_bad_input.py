@@ -17,13 +17,13 @@ from adapters.manifest import Sidecar
 from adapters.ondevice import LORA_A, layout_of
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError, EdgeAdaptError, TrustError
-from aggregation.identity import IdentityKey
-from client.generate import Generator
-from client.options import Options
-from client.session import Session
-from client.text import MAX_TEXT
-from client.trust import Trust
-from export.bundle import write_bundle
+from aggregation.pki.identity import IdentityKey
+from client.inference.generate import Generator
+from client.inference.options import Options
+from client.inference.session import Session
+from client.inference.text import MAX_TEXT
+from client.inference.trust import Trust
+from export.bundle.write import write_bundle
 
 TEXT = "turn on the light"
 STRANGER = IdentityKey.generate(SystemEntropy())

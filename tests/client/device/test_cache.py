@@ -6,7 +6,7 @@ import time
 import pytest
 
 from aggregation.errors import ConfigError
-from client.cache import Cache
+from client.inference.cache import Cache
 
 
 def test_the_least_recently_used_is_given_up_when_there_are_too_many() -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ConfigError, DataError
-from client.chat import Conversation
-from client.commands import chat as command
-from client.generate import Generator, Message
-from client.options import Options
-from client.text import printable
+from client.cli import chat as command
+from client.inference.conversation import Conversation
+from client.inference.generate import Generator, Message
+from client.inference.options import Options
+from client.inference.text import printable
 
 SHORT = Options(max_tokens=10)
 Done = subprocess.CompletedProcess[str]

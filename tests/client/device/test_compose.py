@@ -10,13 +10,13 @@ import pytest
 
 from adapters.layout import Tensors
 from aggregation.errors import ConfigError, TrustError
-from aggregation.identity import IdentityKey
-from client.compose import Part, choose, compose, parse, written
-from client.library import chosen
-from client.session import Session
-from client.trust import Trust, VerifiedAdapter
-from export.base import ExportedBase
-from export.bundle import AdapterSource, add_adapter
+from aggregation.pki.identity import IdentityKey
+from client.inference.compose import Part, choose, compose, parse, written
+from client.inference.library import chosen
+from client.inference.session import Session
+from client.inference.trust import Trust, VerifiedAdapter
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, add_adapter
 
 Source = Callable[..., AdapterSource]
 PHRASES = ["turn on the kitchen lights", "lock the door", "play music"]

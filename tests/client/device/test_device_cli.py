@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from aggregation.identity import IdentityKey
-from export.base import ExportedBase
-from export.bundle import AdapterSource, add_adapter
+from aggregation.pki.identity import IdentityKey
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, add_adapter
 
 Source = Callable[..., AdapterSource]
 Done = subprocess.CompletedProcess[str]

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
-from aggregation.identity import IdentityKey
-from client import engine, generate
-from client.compose import parse
-from client.generate import Generator, Message
-from client.library import Library
-from client.options import Finish, Options
-from export.base import ExportedBase
-from export.bundle import add_adapter
+from aggregation.pki.identity import IdentityKey
+from client.inference import engine, generate
+from client.inference.compose import parse
+from client.inference.generate import Generator, Message
+from client.inference.library import Library
+from client.inference.options import Finish, Options
+from export.bundle.base import ExportedBase
+from export.bundle.write import add_adapter
 
 PROMPT = "turn on the light"
 SHORT = Options(max_tokens=12)
@@ -319,9 +319,9 @@ def test_a_mark_of_the_models_own_cannot_be_smuggled_into_a_message(generator: G
 def test_a_model_without_a_chat_template_says_so(
     tmp_path: Path, make_lm: Any, lm_source: Any, vendor: IdentityKey
 ) -> None:
-    from export.bundle import write_bundle
+    from export.bundle.write import write_bundle
     from export.causal import export_causal
-    from export.quantize import Profile
+    from export.onnx.quantize import Profile
 
     exported = export_causal(make_lm(), ("q_proj",), Profile.FP32)
     write_bundle(tmp_path / "plain", exported, [], key=vendor)
@@ -342,7 +342,7 @@ def test_without_the_library_it_is_said_which_extra_is_needed(lm_bundle: Path, m
 
 
 def test_a_classifier_is_refused_with_the_command_that_takes_it(bundle: Path, lm_bundle: Path) -> None:
-    from client.session import Session
+    from client.inference.session import Session
 
     with pytest.raises(ConfigError, match=r"for text-classification; .*device infer"):
         Generator.open(bundle)

@@ -10,15 +10,15 @@ import pytest
 from adapters.base import find_base
 from adapters.classifier import LoraSpec, build, tensors
 from aggregation.errors import ConfigError, DataError
-from aggregation.identity import IdentityKey
-from client.compose import Adapter, compose, parse
-from client.rows import MAX_ROWS, alike, padded, stacked
-from client.session import Session
-from client.trust import Trust
-from export.base import ExportedBase, export_base
-from export.bundle import AdapterSource, write_bundle
-from export.plan import Plan, plan
-from export.quantize import Profile
+from aggregation.pki.identity import IdentityKey
+from client.inference.compose import Adapter, compose, parse
+from client.inference.rows import MAX_ROWS, alike, padded, stacked
+from client.inference.session import Session
+from client.inference.trust import Trust
+from export.bundle.base import ExportedBase, export_base
+from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.adapterinputs import Plan, plan
+from export.onnx.quantize import Profile
 
 Source = Callable[..., AdapterSource]
 LABELS = ("Light", "Lock", "Music", "Timer")

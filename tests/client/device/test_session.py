@@ -12,14 +12,14 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 
 from aggregation.errors import ConfigError, DataError, TrustError
-from aggregation.identity import IdentityKey
-from client import session as session_module
-from client.compose import parse
-from client.session import Session
-from client.text import MAX_TEXT
-from export.base import ExportedBase
-from export.bundle import AdapterSource, add_adapter, write_bundle
-from export.parity import torch_logits
+from aggregation.pki.identity import IdentityKey
+from client.inference import session as session_module
+from client.inference.compose import parse
+from client.inference.session import Session
+from client.inference.text import MAX_TEXT
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, add_adapter, write_bundle
+from export.parity.compare import torch_logits
 
 Source = Callable[..., AdapterSource]
 PHRASES = ["turn on the kitchen lights", "lock the door", "play music", "set a timer for ten minutes", "unlock"]

@@ -10,14 +10,14 @@ import pytest
 
 from adapters.base import find_base
 from adapters.causal import LORA, build, tensors
-from aggregation.identity import IdentityKey
-from client.chat import Conversation
-from client.generate import Generator
-from client.options import Finish, Options
-from export.bundle import AdapterSource, write_bundle
+from aggregation.pki.identity import IdentityKey
+from client.inference.conversation import Conversation
+from client.inference.generate import Generator
+from client.inference.options import Finish, Options
+from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
-from export.plan import plan
-from export.quantize import Profile
+from export.onnx.adapterinputs import plan
+from export.onnx.quantize import Profile
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.stops import Stops
+from client.inference.stops import Stops
 
 
 def streamed(text: str, strings: tuple[str, ...], cuts: list[int]) -> tuple[str, str | None]:

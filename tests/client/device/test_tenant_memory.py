@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ConfigError
-from simulations.bench.ondevice import memory
+from simulations.benchmarks.ondevice import memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sums of pages are Linux's")
 
@@ -32,7 +32,7 @@ def test_a_system_that_cannot_tell_says_so() -> None:
 
 
 def test_the_bundle_that_is_measured_is_gone_afterwards(bundle: Path, tmp_path: Path) -> None:
-    from client.library import Library
+    from client.inference.library import Library
 
     with memory._multiplied(Library.open(bundle, None), "global", 3) as copy:
         library = Library.open(copy, None)

@@ -21,12 +21,12 @@ from adapters.manifest import BaseCard, Sidecar
 from adapters.ondevice import quantize, to_graph
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
-from aggregation.identity import IdentityKey
-from client import intact
-from client.seen import SeenVersions
-from client.trust import Trust, VerifiedAdapter, adapter_names
-from export.base import ExportedBase
-from export.bundle import AdapterSource, add_adapter, write_bundle
+from aggregation.pki.identity import IdentityKey
+from client.inference import intact
+from client.inference.seen import SeenVersions
+from client.inference.trust import Trust, VerifiedAdapter, adapter_names
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, add_adapter, write_bundle
 
 Source = Callable[..., AdapterSource]
 FILES = [f"base/{name}" for name in ("card.json", "model.onnx", "model.onnx.data", "web.onnx", "tokenizer.json")]

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapters.base import Base, find_base
 from adapters.causal import load, tensors
 from adapters.layout import Floats, Tensors
-from export.base import ExportedBase
-from export.headers import DATA
+from export.bundle.base import ExportedBase
+from export.onnx.headers import DATA
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = (*SPECIAL, chr(288), *(chr(code) for code in range(33, 127)))  # chr(288) is a space to the tokenizer

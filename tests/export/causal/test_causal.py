@@ -23,12 +23,12 @@ from adapters.causal import build, tensors
 from adapters.classifier import LoraSpec
 from adapters.ondevice import to_graph
 from aggregation.errors import ConfigError
-from export import headers
-from export.adapter import encode
-from export.base import ExportedBase
+from export.bundle.adapter import encode
+from export.bundle.base import ExportedBase
 from export.causal import export_causal
-from export.plan import plan
-from export.quantize import Profile
+from export.onnx import headers
+from export.onnx.adapterinputs import plan
+from export.onnx.quantize import Profile
 
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -241,7 +241,7 @@ def test_products_of_one_input_are_one_product(llama: Base) -> None:
 def test_the_builder_leaves_no_trace_in_the_process(llama: Base) -> None:
     script = (
         "import logging, sys; from pathlib import Path; from adapters.base import find_base; "
-        "from export.causal import export_causal; from export.quantize import Profile; path = sys.path[:]; "
+        "from export.causal import export_causal; from export.onnx.quantize import Profile; path = sys.path[:]; "
         f"export_causal(find_base({str(llama.folder)!r}), ('q_proj',), Profile.FP32); "
         "print(path == sys.path, logging.getLogger().handlers, logging.getLogger().level)"
     )

@@ -13,11 +13,11 @@ from adapters.base import Base
 from adapters.classifier import LoraSpec
 from adapters.layout import Tensors
 from aggregation.errors import DataError
-from export import adapter
+from export.bundle import adapter
 from export.causal import export_causal
-from export.parity import OnnxRunner, compare
-from export.plan import plan
-from export.quantize import Profile
+from export.onnx.adapterinputs import plan
+from export.onnx.quantize import Profile
+from export.parity.compare import OnnxRunner, compare
 
 TEXTS = ("the owl and the cat", "went to sea", "x", "in a beautiful pea green boat")
 TARGETS = ("q_proj", "v_proj")

@@ -20,17 +20,17 @@ from adapters.classifier import LoraSpec
 from adapters.ondevice import to_graph
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
-from aggregation.identity import IdentityKey
-from client.generate import Generator
-from client.options import Options
-from export import headers
-from export.base import ExportedBase
-from export.bundle import AdapterSource, write_bundle
+from aggregation.pki.identity import IdentityKey
+from client.inference.generate import Generator
+from client.inference.options import Options
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource, write_bundle
 from export.causal import builder, export_causal, traced
 from export.causal.builder import NoFastRoadError
 from export.causal.sample import Sample, ask
-from export.plan import plan
-from export.quantize import Profile
+from export.onnx import headers
+from export.onnx.adapterinputs import plan
+from export.onnx.quantize import Profile
 
 GPT2 = ("c_attn", "c_proj", "c_fc")
 NEOX = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")

@@ -11,10 +11,10 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from aggregation.steps import Step
-from client.app import app as client_app
-from client.home import SETTINGS
-from coordinator.home import CoordinatorHome
+from client.node.app import app as client_app
+from client.node.statedir import SETTINGS
 from coordinator.rounds import federate
+from coordinator.statedir import CoordinatorHome
 from coordinator.wire import LAST_POLL
 
 FleetOf = Callable[..., Any]

@@ -1,0 +1,145 @@
+"""The authority itself: it makes its own certificate, those of devices, and lists of those that count no longer."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.x509.oid import NameOID
+
+from aggregation.entropy import Entropy
+from aggregation.errors import ConfigError, TrustError
+from aggregation.pki.fields import DEVICE_ID, NAME, identity, load, subject
+from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.pki.revocation import Revocation, RevocationList, sign
+from aggregation.pki.root import Root
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+
+LONGEST = 64  # bytes of a common name (X.520)
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """The authority itself, with its signing key. Keep it offline."""
+
+    key: IdentityKey
+    der: bytes
+
+    @classmethod
+    def create(cls, name: str, entropy: Entropy, not_before: "datetime", not_after: "datetime") -> "Authority":
+        """Make a new authority called ``name`` with a key from ``entropy``.
+
+        Raises:
+            ConfigError: The name is empty or too long for a certificate, or the end is not after the beginning.
+        """
+        if not 0 < len(name.encode(errors="replace")) <= LONGEST:
+            raise ConfigError(
+                f"an authority's name has 1 to {LONGEST} bytes: choose another one than {name[:LONGEST]!r}"
+            )
+        key = IdentityKey.generate(entropy)
+        builder = _builder(name, name, key.public, not_before, not_after)
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        return cls(key, _sign(builder, key))
+
+    @property
+    def root(self) -> Root:
+        """What devices and coordinator pin."""
+        return Root(self.der)
+
+    def issue(
+        self,
+        device_id: str,
+        public: PublicKey,
+        *,
+        not_before: "datetime",
+        not_after: "datetime",
+        serial: int | None = None,
+    ) -> bytes:
+        """Certify that ``public`` is the identity of ``device_id``; returns DER.
+
+        Args:
+            device_id: Name of the device.
+            public: Its identity key.
+            not_before: Begin of validity.
+            not_after: End of validity.
+            serial: A random one (RFC 5280, 4.1.2.2); where none is given it follows from all the rest.
+
+        Raises:
+            ConfigError: ``device_id`` is not 1 to 64 letters, digits, dots, colons, dashes, underscores.
+        """
+        if not NAME.fullmatch(device_id):
+            raise ConfigError(f"device id {device_id[:64]!r} is not of the form {DEVICE_ID}")
+        issuer = subject(load(self.der))
+        builder = _builder(device_id, issuer, public, not_before, not_after, serial=serial)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        return _sign(builder, self.key)
+
+    def revocations(
+        self, number: int, revoked: Mapping[int, Revocation], this_update: "datetime", next_update: "datetime"
+    ) -> RevocationList:
+        """Sign a revocation list.
+
+        Args:
+            number: Above that of every list before.
+            revoked: Serial → revocation: all of them, not only new ones.
+            this_update: Now.
+            next_update: Until when the list is good.
+
+        Raises:
+            ConfigError: It would end before it begins.
+        """
+        private = Ed25519PrivateKey.from_private_bytes(self.key.raw)
+        der = sign(load(self.der).subject, private, number, revoked, (this_update, next_update))
+        return self.root.revocations(der)
+
+    def to_pem(self) -> bytes:
+        """Private key, then certificate: write it only where nobody else can read."""
+        return self.key.to_pem() + self.root.to_pem()
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> "Authority":
+        """Read what ``to_pem`` wrote.
+
+        Raises:
+            TrustError: Key or certificate is missing or broken, or they do not belong together.
+        """
+        key, root = IdentityKey.from_pem(pem), Root.from_pem(pem)
+        if identity(load(root.der)) != key.public:
+            raise TrustError("the authority's key and certificate do not belong together")
+        return cls(key, root.der)
+
+
+def _builder(
+    subject: str,
+    issuer: str,
+    public: PublicKey,
+    not_before: "datetime",
+    not_after: "datetime",
+    *,
+    serial: int | None = None,
+) -> x509.CertificateBuilder:
+    if not not_before < not_after:
+        raise ConfigError(f"certificate of {subject} would end before it begins")
+    # Unless it is given, the serial follows from what is certified: no two different certificates share one.
+    stamp = f"{issuer}\x00{subject}\x00{not_before.isoformat()}\x00{not_after.isoformat()}\x00".encode()
+    derived = int.from_bytes(hashlib.sha256(stamp + public.raw).digest()[:19], "big") + 1
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(Ed25519PublicKey.from_public_bytes(public.raw))
+        .serial_number(derived if serial is None else serial)
+        .not_valid_before(not_before)
+        .not_valid_after(not_after)
+    )
+
+
+def _sign(builder: x509.CertificateBuilder, key: IdentityKey) -> bytes:
+    private = Ed25519PrivateKey.from_private_bytes(key.raw)
+    return builder.sign(private, algorithm=None).public_bytes(serialization.Encoding.DER)

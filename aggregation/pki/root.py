@@ -1,0 +1,109 @@
+"""The authority as devices and coordinator know it: its certificate, and whom it vouches for."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+
+from aggregation.errors import TrustError
+from aggregation.pki.fields import NAME, identity, is_authority, load, subject
+from aggregation.pki.identity import PublicKey
+from aggregation.pki.revocation import RevocationList
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """The authority as devices and coordinator pin it.
+
+    Args:
+        der: Its self-signed certificate.
+        revoked: Its newest revocation list, where one is at hand.
+    """
+
+    der: bytes
+    revoked: RevocationList | None = None
+
+    def verify(self, der: bytes, at: "datetime | None" = None) -> tuple[str, PublicKey]:
+        """Return the device id and identity key that this authority certified in ``der``.
+
+        Args:
+            der: A device certificate.
+            at: Also demand that the certificate, and the authority's, is valid at this time.
+
+        Raises:
+            TrustError: Not a certificate of this authority for a device, revoked, or not valid at ``at``.
+        """
+        certificate, authority = load(der), load(self.der)
+        try:
+            certificate.verify_directly_issued_by(authority)
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+            raise TrustError("certificate was not issued by the pinned authority") from None
+        if is_authority(certificate):
+            raise TrustError("an authority's certificate is no device certificate")
+        device_id, key = subject(certificate), identity(certificate)
+        if not NAME.fullmatch(device_id):
+            raise TrustError(f"certified name {device_id[:64]!r} is no device id")
+        if self.revoked is not None and certificate.serial_number in self.revoked.revoked:
+            raise TrustError(f"certificate of {device_id} is revoked")
+        for holder, each in ((device_id, certificate), ("the authority", authority)):
+            if at is not None and not each.not_valid_before_utc <= at <= each.not_valid_after_utc:
+                raise TrustError(f"certificate of {holder} is not valid at {at:%Y-%m-%d %H:%M}")
+        return device_id, key
+
+    @property
+    def key(self) -> PublicKey:
+        """The authority's own."""
+        return identity(load(self.der))
+
+    @property
+    def ends(self) -> "datetime":
+        """When the authority's certificate ends, and with it every one that it issued."""
+        return load(self.der).not_valid_after_utc
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the certificate in hex, to be compared by people."""
+        return hashlib.sha256(self.der).hexdigest()
+
+    def revocations(self, raw: bytes) -> RevocationList:
+        """The revocation list in ``raw``, DER or PEM, if this authority signed it.
+
+        Raises:
+            TrustError: It did not, or this is no such list.
+        """
+        return RevocationList.read(raw, load(self.der))
+
+    def with_revocations(self, raw: bytes) -> "Root":
+        """This root going by the list in ``raw`` from now on.
+
+        Raises:
+            TrustError: As ``revocations``, or the list is older than the one at hand.
+        """
+        return replace(self, revoked=self.revocations(raw).after(self.revoked))
+
+    def to_pem(self) -> bytes:
+        """The authority's certificate in PEM; the revocation list is not part of it."""
+        return load(self.der).public_bytes(serialization.Encoding.PEM)
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> "Root":
+        """Pin the authority whose certificate is in ``pem``.
+
+        Raises:
+            TrustError: Not a self-signed certificate of an authority with an Ed25519 key.
+        """
+        try:
+            certificate = x509.load_pem_x509_certificate(pem)
+            certificate.verify_directly_issued_by(certificate)
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion):
+            raise TrustError("not a self-signed certificate in PEM form") from None
+        if not is_authority(certificate):
+            raise TrustError("the certificate is not an authority's")
+        identity(certificate)
+        return cls(certificate.public_bytes(serialization.Encoding.DER))

@@ -1,0 +1,124 @@
+"""A device's state as bytes that only the device can read, so that a session survives a restart.
+
+Canonical bytes under AES-256-GCM. Vectors are not in the state, and neither is a round that was planned but not
+answered: sealing ``Planned`` keeps the rounds after it only, so the restarted device counts as dropped there.
+Seal the new state before sending the answer; a device that does so never answers a step twice.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from aggregation import wire
+from aggregation.client import Advertised, Confirmed, Masked, Planned, Ready
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, ProtocolError, TrustError
+from aggregation.messages import DEVICES, DIGESTS, MAX_COHORT, SESSION_SPEC, Advert, Plan, Survivors
+from aggregation.pki.identity import PublicKey
+from aggregation.session import Peer, Session
+from aggregation.shamir import SHARE
+from aggregation.sharing import Pair, Secrets
+from aggregation.spec import MAX_ROUNDS
+from aggregation.wire import Codec
+
+ClientState: TypeAlias = Advertised | Ready | Planned | Masked | Confirmed
+_MAGIC = b"edgeadapt/state/1\x00"
+_KEY, _NONCE = 32, 12  # bytes
+_U32, _32 = wire.uint(32), wire.fixed(32)
+_IDENTITY: Codec[PublicKey] = wire.record(PublicKey, {"raw": _32})
+_BY_ROUND = wire.sequence(_32, MAX_ROUNDS)
+_PEER: Codec[Peer] = wire.record(
+    Peer,
+    {
+        "device": DEVICES,
+        "position": _U32,
+        "identity": _IDENTITY,
+        "box_key": _32,
+        "mask_keys": _BY_ROUND,
+        "commitments": _BY_ROUND,
+    },
+)
+_SESSION: Codec[Session] = wire.record(
+    Session,
+    {
+        "spec": SESSION_SPEC,
+        "offer": DIGESTS,
+        "context": DIGESTS,
+        "peers": wire.mapping(DEVICES, _PEER, MAX_COHORT),
+    },
+)
+_SECRETS = wire.mapping(_U32, wire.record(Secrets, {"mask_key": _32, "seed": _32}), MAX_ROUNDS)
+_SHARE = wire.fixed(SHARE)
+_PAIRS = wire.mapping(DEVICES, wire.record(Pair, {"seed": _SHARE, "key": _SHARE}), MAX_COHORT)
+_NAMES: Codec[Mapping[str, bytes]] = wire.mapping(DEVICES, wire.fixed(0), MAX_COHORT)
+_DEALERS: Codec[frozenset[str]] = Codec(
+    lambda out, value: _NAMES.write(out, dict.fromkeys(value, b"")), lambda source: frozenset(_NAMES.read(source))
+)
+_READY: Codec[Ready] = wire.record(
+    Ready,
+    {
+        "session": _SESSION,
+        "me": DEVICES,
+        "last_round": _U32,
+        "dealers": wire.optional(_DEALERS),
+        "box_key": wire.optional(_32),
+        "secrets": _SECRETS,
+        "held": wire.mapping(_U32, _PAIRS, MAX_ROUNDS),
+    },
+)
+_CODECS: dict[type, Codec[Any]] = {
+    Advertised: wire.record(
+        Advertised,
+        {
+            "me": DEVICES,
+            "spec": SESSION_SPEC,
+            "offer": DIGESTS,
+            "cohort": wire.mapping(DEVICES, _IDENTITY, MAX_COHORT),
+            "advert": wire.blob(2 * Advert.LIMIT),
+            "box_key": _32,
+            "secrets": _SECRETS,
+        },
+    ),
+    Ready: _READY,
+    Masked: wire.record(Masked, {"ready": _READY, "plan": Plan.codec(), "held": _PAIRS, "vector": DIGESTS}),
+    Confirmed: wire.record(
+        Confirmed, {"ready": _READY, "plan": Plan.codec(), "held": _PAIRS, "survivors": Survivors.codec()}
+    ),
+}
+_KINDS = tuple(_CODECS)
+
+
+def seal(state: ClientState, key: bytes) -> bytes:
+    """Encrypt ``state`` under ``key`` (32 bytes that never leave the device).
+
+    ``Planned`` is sealed as the ``Ready`` after its round. Law: ``unseal(seal(s, k), k) == s`` for the others.
+    """
+    kept = state.ready if isinstance(state, Planned) else state
+    plain = bytes([_KINDS.index(type(kept))]) + _CODECS[type(kept)].encode(kept)
+    nonce = SystemEntropy().bytes(_NONCE)
+    return _MAGIC + nonce + _cipher(key).encrypt(nonce, plain, _MAGIC)
+
+
+def unseal(blob: bytes, key: bytes) -> ClientState:
+    """Restore a state.
+
+    Raises:
+        TrustError: Altered, truncated, sealed under another key, or not a sealed state.
+    """
+    start = len(_MAGIC) + _NONCE
+    if blob[: len(_MAGIC)] != _MAGIC:
+        raise TrustError("not a sealed session state of this version")
+    try:
+        plain = _cipher(key).decrypt(blob[len(_MAGIC) : start], blob[start:], _MAGIC)
+        state: ClientState = _CODECS[_KINDS[plain[0]]].decode(plain[1:])
+    except (InvalidTag, ValueError, IndexError, ProtocolError, TrustError):
+        raise TrustError("sealed session state was altered, or belongs to another device") from None
+    return state
+
+
+def _cipher(key: bytes) -> AESGCM:
+    if len(key) != _KEY:
+        raise ConfigError(f"a sealing key has {_KEY} bytes, not {len(key)}")
+    return AESGCM(key)

@@ -1,0 +1,438 @@
+"""The coordinator's side of the protocol: one frozen type a state, whose methods are the legal steps.
+
+    open_session → Offering → Sharing → Established → Collecting → Confirming → Unmasking → Established …
+                                                      Collecting ─────────────→ Unmasking     (honest-but-curious)
+
+``on_…`` takes one device's answer and returns the next state; a bad answer raises ``ProtocolError`` with the
+peer's name, leaves the state as it was, and whoever drives the round counts that peer as lost. ``close`` ends a
+step with whoever answered: time is the caller's. Where too few are left it returns ``RoundAborted``, with the
+session for the next round. A round ends with the sum of its survivors or without one, never with another sum.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregation import checks, masks, ring, sharing
+from aggregation.entropy import Entropy
+from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.masks import Mask
+from aggregation.messages import (
+    Agreement,
+    Assignment,
+    Box,
+    Offer,
+    Opening,
+    Plan,
+    Roster,
+    Shares,
+    Survivors,
+    Unmask,
+    envelope,
+)
+from aggregation.messages.envelope import M
+from aggregation.pki import Root
+from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.recovery import Recovery
+from aggregation.ring import Ring
+from aggregation.session import Session
+from aggregation.singleuse import Once
+from aggregation.spec import Adversary, SessionSpec
+
+
+class AbortReason(Enum):
+    """Why a round ended without a sum."""
+
+    TOO_FEW = "too-few"  # devices left, at any step
+    UNRECOVERABLE = "unrecoverable"  # wrong shares, and too few good ones left
+    OUT_OF_RANGE = "out-of-range"  # a sum that honest survivors cannot have
+    SESSION_OVER = "session-over"  # no round left in the session
+
+
+@dataclass(frozen=True, slots=True)
+class RoundAborted:
+    """A round that revealed nothing. ``session`` is where the next round begins; none before a session stands."""
+
+    reason: AbortReason
+    detail: str
+    session: "Established | None"
+    blamed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """A round's sum.
+
+    Args:
+        round: Its number in the session, from 1.
+        values: Segment name → sum over the survivors, shape ``(segment.size,)``.
+        survivors: Whose contributions are in the sum.
+        dropped: Who was in the plan and is not in the sum.
+        blamed: Who sent or dealt a share that was found to be wrong.
+        digest: SHA-256 of the summed vector, packed as it would travel.
+    """
+
+    round: int
+    values: dict[str, NDArray[np.float64]]
+    survivors: tuple[str, ...]
+    dropped: tuple[str, ...]
+    blamed: tuple[str, ...]
+    digest: bytes
+
+
+def too_few(spec: SessionSpec, count: int, what: str, session: "Established | None") -> RoundAborted | None:
+    """The end of a round with fewer than its session takes, or nothing where there are enough."""
+    try:
+        checks.large_enough(spec, count, what)
+    except ProtocolError as error:
+        return RoundAborted(AbortReason.TOO_FEW, str(error), session)
+    return None
+
+
+def open_session(
+    key: IdentityKey,
+    root: Root,
+    spec: SessionSpec,
+    certificates: Mapping[str, bytes],
+    entropy: Entropy,
+    at: datetime | None = None,
+) -> tuple["Offering", bytes]:
+    """Offer a session to a cohort: step 1.
+
+    Args:
+        key: The coordinator's.
+        root: The pinned authority.
+        spec: Parameters; its degree is the cohort less one, or even and less (``graph.choose``).
+        certificates: Device id → DER.
+        entropy: Draws the session's id.
+        at: The time at which certificates must be valid.
+
+    Raises:
+        ProtocolError: A certificate is not the authority's, or not of the device it is filed under.
+        ConfigError: The spec does not fit a cohort of this size.
+    """
+    offer = Offer(entropy.bytes(32), spec, tuple(der for _, der in sorted(certificates.items())))
+    cohort = checks.members(root, offer.certificates, at)
+    if list(cohort) != sorted(certificates):
+        raise ProtocolError("a certificate is not of the device that it is filed under")
+    if spec.degree >= len(cohort) or (spec.degree < len(cohort) - 1 and spec.degree % 2):
+        raise ConfigError(
+            f"degree {spec.degree} with {len(cohort)} devices: it must be {len(cohort) - 1}, or even and below that"
+        )
+    return Offering(key, spec, offer.digest(), cohort), envelope.seal(key, offer)
+
+
+@dataclass(frozen=True, slots=True)
+class Offering:
+    """The offer is out; adverts come in. ``keys``: those in the adverts so far."""
+
+    key: IdentityKey
+    spec: SessionSpec
+    offer: bytes
+    cohort: Mapping[str, PublicKey]
+    adverts: Mapping[str, bytes] = field(default_factory=dict)
+    keys: frozenset[bytes] = field(default=frozenset(), repr=False)
+
+    def on_advert(self, peer: str, body: bytes) -> "Offering":
+        """Take one device's advert: step 2.
+
+        Raises:
+            ProtocolError: Not its signed advert for this offer, its second, or with a key of another device: who
+                copies is refused, so that one device cannot spoil the session of all.
+        """
+        checks.turn(peer, self.cohort, self.adverts, "advert")
+        keys = checks.advert(self.offer, self.spec.rounds, self.cohort[peer], peer, body).keys
+        if keys & self.keys:
+            raise ProtocolError("advert has a key of another device", peer)
+        return replace(self, adverts={**self.adverts, peer: body}, keys=self.keys | keys)
+
+    def close(self) -> "tuple[Sharing, bytes] | RoundAborted":
+        """End step 2; the bytes are the roster, for everyone on it."""
+        aborted = too_few(self.spec, len(self.adverts), "adverts", None)
+        if aborted:
+            return aborted
+        roster = Roster(self.offer, tuple(raw for _, raw in sorted(self.adverts.items())))
+        session, _ = checks.roster(self.spec, self.offer, self.cohort, roster)
+        return Sharing(self.key, session), envelope.seal(self.key, roster)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """The roster is out; share boxes come in."""
+
+    key: IdentityKey
+    session: Session
+    dealt: Mapping[str, Mapping[str, Box]] = field(default_factory=dict)
+
+    def on_shares(self, peer: str, body: bytes) -> "Sharing":
+        """Take one device's boxes: step 4.
+
+        Raises:
+            ProtocolError: Not its signed boxes of this session, one box for each neighbour.
+        """
+        checks.turn(peer, self.session.peers, self.dealt, "shares")
+        message = envelope.open_as(Shares, body, self.session.peers[peer].identity, peer)
+        if (message.context, message.device) != (self.session.context, peer):
+            raise ProtocolError("shares are of another session or device", peer)
+        if set(message.boxes) != set(self.session.neighbours(peer, self.session.peers)):
+            raise ProtocolError("shares are not for exactly its neighbours", peer)
+        if not all(sharing.fits(box, self.session.spec.rounds) for box in message.boxes.values()):
+            raise ProtocolError("a box has not the size of one", peer)
+        return replace(self, dealt={**self.dealt, peer: message.boxes})
+
+    def close(self) -> "Established | RoundAborted":
+        """End step 4. Who sent no shares is in no round of this session."""
+        aborted = too_few(self.session.spec, len(self.dealt), "devices that sent shares", None)
+        return aborted or Established(self.key, self.session, self.dealt)
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """A session between rounds.
+
+    Args:
+        key: The coordinator's.
+        session: The public side.
+        dealt: Dealer → holder → box.
+        last_round: The last round begun.
+        delivered: Devices known to have their boxes.
+        left_out: Devices whose secrets did not open, and by their own fault: in no further round.
+    """
+
+    key: IdentityKey
+    session: Session
+    dealt: Mapping[str, Mapping[str, Box]]
+    last_round: int = 0
+    delivered: frozenset[str] = frozenset()
+    left_out: frozenset[str] = frozenset()
+
+    @property
+    def rounds_left(self) -> int:
+        """Rounds that may still begin."""
+        return self.session.spec.rounds - self.last_round
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Who may take part, in ascending order."""
+        return tuple(sorted(set(self.dealt) - self.left_out))
+
+    def plan(
+        self, *, adapter_version: int, adapter_digest: str, training: bytes, cohort: Collection[str] | None
+    ) -> "tuple[Collecting, dict[str, bytes]] | RoundAborted":
+        """Begin a round: step 5.
+
+        Args:
+            adapter_version: Number of the adapter that training starts from.
+            adapter_digest: Its SHA-256, in hex.
+            training: Settings for the trainer, opaque here.
+            cohort: Who takes part, of ``devices``; everyone where none.
+
+        Returns:
+            The next state, and what to send to each member.
+        """
+        if not self.rounds_left:
+            return RoundAborted(AbortReason.SESSION_OVER, "the session has no round left: open a new one", self)
+        members = tuple(device for device in self.devices if cohort is None or device in cohort)
+        aborted = too_few(self.session.spec, len(members), "members of the plan", self)
+        if aborted:
+            return aborted
+        begun = replace(self, last_round=self.last_round + 1)
+        plan = Plan(self.session.context, begun.last_round, members, adapter_version, adapter_digest, training)
+        out = {device: self._assignment(plan, device) for device in members}
+        vector = self.session.spec.vector
+        return Collecting(begun, plan, plan.digest(), ring.zeros(vector.size, vector.ring_bits)), out
+
+    def _assignment(self, plan: Plan, device: str) -> bytes:
+        dealers = () if device in self.delivered else self.session.neighbours(device, self.dealt)
+        return envelope.seal(self.key, Assignment(plan, {dealer: self.dealt[dealer][device] for dealer in dealers}))
+
+
+@dataclass(frozen=True, slots=True)
+class Collecting:
+    """The plan is out; masked inputs come in and are added up as they come, so that none is kept.
+
+    ``total`` is one buffer that moves on with the state: a state that was moved on from refuses further inputs.
+    ``digest`` is the plan's.
+    """
+
+    established: "Established"
+    plan: Plan
+    digest: bytes
+    total: Ring = field(repr=False, compare=False)
+    vectors: Mapping[str, bytes] = field(default_factory=dict)
+    once: Once = field(default_factory=Once, repr=False, compare=False)
+
+    def on_masked_input(self, peer: str, body: bytes) -> "Collecting":
+        """Take one device's masked vector: step 6.
+
+        Raises:
+            ProtocolError: Not its signed vector for this plan, of another size, or its second.
+        """
+        session = self.established.session
+        checks.turn(peer, self.plan.members, self.vectors, "masked input")
+        signer = session.peers[peer].identity
+        size, bits = session.spec.vector.size, session.spec.vector.ring_bits
+        header, packed = envelope.open_vector(body, ring.packed_size(size, bits), signer, peer)
+        if (header.plan, header.device) != (self.digest, peer):
+            raise ProtocolError("masked input is for another plan or of another device", peer)
+        try:
+            self.once.require("next state")
+            ring.add(self.total, packed, bits)
+        except ProtocolError as error:
+            raise ProtocolError(str(error), peer) from None
+        self.once.take("next state")
+        return replace(self, vectors={**self.vectors, peer: header.vector}, once=Once())
+
+    def close(self) -> "tuple[Confirming | Unmasking, dict[str, bytes]] | RoundAborted":
+        """End step 6: who answered are the survivors. The bytes go to each of them."""
+        aborted = too_few(self.established.session.spec, len(self.vectors), "masked inputs", self.established)
+        if aborted:
+            return aborted
+        self.once.take("end of the step")
+        # A masked input proves that its sender has its boxes.
+        proven = replace(self.established, delivered=self.established.delivered | set(self.vectors))
+        message = Survivors(self.digest, self.vectors)
+        settled = Settled(proven, self.plan, message, message.digest(), self.total)
+        if proven.session.spec.adversary is Adversary.HONEST_BUT_CURIOUS:
+            return Unmasking(settled, settled.counted), dict.fromkeys(settled.counted, settled.unmask({}))
+        return Confirming(settled), dict.fromkeys(settled.counted, envelope.seal(proven.key, message))
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Who survived, with the digest of that message, and the sum of what they sent, still masked."""
+
+    established: "Established"
+    plan: Plan
+    survivors: Survivors
+    digest: bytes
+    total: Ring = field(repr=False, compare=False)
+
+    @property
+    def session(self) -> Session:
+        """The public side."""
+        return self.established.session
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The survivors, in ascending order."""
+        return tuple(sorted(self.survivors.vectors))
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Who is in the plan and is no survivor."""
+        return tuple(device for device in self.plan.members if device not in self.survivors.vectors)
+
+    def hear(self, kind: type[M], peer: str, body: bytes) -> M:
+        """Open a message of a survivor's."""
+        return envelope.open_as(kind, body, self.session.peers[peer].identity, peer)
+
+    def unmask(self, signatures: Mapping[str, bytes]) -> bytes:
+        """The request to open the sum, with the agreements in it."""
+        return envelope.seal(self.established.key, Unmask(self.survivors, signatures))
+
+    def aborted(
+        self, reason: AbortReason, detail: str, blamed: Collection[str] = (), left_out: Collection[str] = ()
+    ) -> RoundAborted:
+        """The end of this round without a sum. ``left_out``: who is in no further round of the session."""
+        after = replace(self.established, left_out=self.established.left_out.union(left_out))
+        return RoundAborted(reason, detail, after, tuple(sorted(blamed)))
+
+
+@dataclass(frozen=True, slots=True)
+class Confirming:
+    """The survivor set is out; agreements come in."""
+
+    settled: Settled
+    agreements: Mapping[str, bytes] = field(default_factory=dict)
+
+    def on_signature(self, peer: str, body: bytes) -> "Confirming":
+        """Take one survivor's agreement: step 7.
+
+        Raises:
+            ProtocolError: Not its signature on this survivor set, or its second.
+        """
+        checks.turn(peer, self.settled.survivors.vectors, self.agreements, "agreement")
+        message = self.settled.hear(Agreement, peer, body)
+        if message != Agreement(self.settled.digest, peer):
+            raise ProtocolError("agreement is on another survivor set or of another device", peer)
+        return replace(self, agreements={**self.agreements, peer: envelope.signature(body)})
+
+    def close(self) -> "tuple[Unmasking, dict[str, bytes]] | RoundAborted":
+        """End step 7. The bytes, a quorum of agreements, go to each that agreed."""
+        agreed, quorum = tuple(sorted(self.agreements)), self.settled.session.spec.quorum
+        if len(agreed) < quorum:
+            detail = f"{len(agreed)} agreements, {quorum} are needed"
+            return self.settled.aborted(AbortReason.TOO_FEW, detail)
+        body = self.settled.unmask({device: self.agreements[device] for device in agreed[:quorum]})
+        return Unmasking(self.settled, agreed), dict.fromkeys(agreed, body)
+
+
+@dataclass(frozen=True, slots=True)
+class Unmasking:
+    """The unmask request is out; openings come in. ``asked``: who may answer."""
+
+    settled: Settled
+    asked: tuple[str, ...]
+    openings: Mapping[str, Opening] = field(default_factory=dict)
+    once: Once = field(default_factory=Once, repr=False, compare=False)
+
+    def on_unmask(self, peer: str, body: bytes) -> "Unmasking":
+        """Take one survivor's shares: step 8.
+
+        Raises:
+            ProtocolError: Not its signed opening of this survivor set, its second, or with a share that it does
+                not owe.
+        """
+        checks.turn(peer, self.asked, self.openings, "opening")
+        message = self.settled.hear(Opening, peer, body)
+        if (message.survivors, message.device) != (self.settled.digest, peer):
+            raise ProtocolError("opening is of another survivor set or device", peer)
+        alive, dropped = checks.owed(self.settled.session, self.settled.plan, peer, self.settled.survivors)
+        if not (set(message.seeds) <= set(alive) and set(message.keys) <= set(dropped)):
+            raise ProtocolError("opening has a share that it does not owe", peer)
+        return replace(self, openings={**self.openings, peer: message})  # with the same latch: one sum
+
+    def close(self, threads: int = 1) -> "tuple[Established, RoundResult] | RoundAborted":
+        """End step 8: open the sum, or nothing. ``threads`` are those of ``masks.apply``."""
+        settled, least = self.settled, self.settled.session.spec.threshold
+        if len(self.openings) < least:
+            return settled.aborted(AbortReason.TOO_FEW, f"{len(self.openings)} openings, {least} are needed")
+        recovery = Recovery(settled.session, settled.plan, settled.established.dealt, self.openings)
+        seeds = {device: seed for device in settled.counted if (seed := recovery.seed(device))}
+        keys = {device: key for device in settled.dropped if (key := recovery.mask_key(device))}
+        closed = sorted({*settled.counted, *settled.dropped} - {*seeds, *keys})
+        if closed:
+            detail = f"too few good shares to open {', '.join(closed[:3])}{' …' if closed[3:] else ''}"
+            reason = AbortReason.UNRECOVERABLE if recovery.blamed else AbortReason.TOO_FEW
+            # Its secrets would not open in the next round either.
+            return settled.aborted(reason, detail, recovery.blamed, recovery.blamed.intersection(closed))
+        self.once.take("sum")
+        masks.apply(settled.total, _masks_to_remove(settled, seeds, keys), threads)
+        return _outcome(settled, tuple(sorted(recovery.blamed)))
+
+
+def _masks_to_remove(settled: Settled, seeds: Mapping[str, bytes], keys: Mapping[str, bytes]) -> Iterator[Mask]:
+    """Each survivor's self mask, and what survivors share with those who dropped: the opposite of what was added."""
+    session, plan = settled.session, settled.plan.digest()
+    for device, seed in seeds.items():
+        yield Mask(masks.self_key(seed, session.context, plan, device), add=False)
+    for device, private in keys.items():
+        publics = session.mask_keys(session.neighbours(device, seeds), settled.plan.round)
+        yield from masks.pair_masks(private, device, publics, session.context, plan)
+
+
+def _outcome(settled: Settled, blamed: tuple[str, ...]) -> "tuple[Established, RoundResult] | RoundAborted":
+    """The sum, now that no mask is on it; none where honest survivors cannot have it."""
+    spec = settled.session.spec.vector
+    try:
+        values = spec.decode(settled.total, len(settled.counted))
+    except DataError as error:
+        return settled.aborted(AbortReason.OUT_OF_RANGE, str(error), blamed)
+    digest = ring.digest(settled.total, spec.ring_bits)
+    result = RoundResult(settled.plan.round, values, settled.counted, settled.dropped, blamed, digest)
+    return settled.established, result

@@ -1,0 +1,174 @@
+"""What a device keeps of the coordinator's log, and demands of it."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from aggregation import wire
+from aggregation.errors import ProtocolError, TrustError
+from aggregation.messages import DEVICES, DIGESTS, envelope
+from aggregation.pki.identity import PublicKey
+from aggregation.session import COORDINATOR
+from aggregation.transcript import merkle
+from aggregation.transcript.entries import ENTRY, Entry
+from aggregation.transcript.proofs import PASSAGE, RECEIPT, SIZE, Proof, Receipt
+from aggregation.transcript.statements import Abort, Checkpoint, Result, Stage
+from aggregation.wire import Codec
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """What a device knows of the log of the session that it joined last.
+
+    Args:
+        device: Its id.
+        offer: Digest of the session's offer.
+        previous: Digest of the last checkpoint of the session before.
+        size: Entries of the log when it last saw proofs; 0 before the first.
+        root: Of these entries.
+        plan: Digest of the plan of the round to which it contributed last.
+        sent: SHA-256 of its last message, of which it does not know that it arrived.
+        owed: SHA-256 of its messages of that round that did arrive, as what the coordinator asked next has shown.
+        counted: Digest of the survivors that it was told.
+    """
+
+    device: str
+    offer: bytes
+    previous: bytes
+    size: int = 0
+    root: bytes = merkle.EMPTY
+    plan: bytes | None = None
+    sent: bytes | None = None
+    owed: tuple[bytes, ...] = ()
+    counted: bytes | None = None
+
+    def contributed(self, plan: bytes, message: bytes) -> "Witness":
+        """This device answered the plan of that digest with a signed ``message``."""
+        return replace(self, plan=plan, sent=_digest(message), owed=(), counted=None)
+
+    def told(self, survivors: Iterable[str], message: bytes | None = None) -> "Witness":
+        """The coordinator named the survivors, so what was sent before has arrived; ``message`` is the answer."""
+        arrived = () if self.sent is None else (self.sent,)
+        sent = None if message is None else _digest(message)
+        return replace(self, owed=(*self.owed, *arrived), sent=sent, counted=_names(survivors))
+
+    def on_receipt(self, coordinator: PublicKey, raw: bytes) -> "Witness":
+        """Check a receipt; returns what to keep.
+
+        Args:
+            coordinator: The pinned key.
+            raw: As received.
+
+        Raises:
+            ProtocolError: Not a receipt of this session, or it does not prove that the log goes on from what this
+                device saw, that its messages are in it, and that its round ended with the survivors that it was told.
+        """
+        return self._checked(coordinator, raw)[0]
+
+    def on_passage(self, coordinator: PublicKey, raw: bytes, offer: bytes) -> "Witness":
+        """Check a passage to the session of the offer with this digest; returns what to keep of it.
+
+        Raises:
+            ProtocolError: As ``on_receipt``; the log is not closed; or the new session does not follow it.
+        """
+        given = PASSAGE.decode(raw)
+        if offer == self.offer:
+            raise ProtocolError("this device has joined that session before: the offer is repeated", COORDINATOR)
+        if not given.receipt:
+            raise ProtocolError("no proof of the session that this device joined last", COORDINATOR)
+        last = _closed(self._checked(coordinator, given.receipt)[1])
+        for signed in given.closed:
+            link = _closed(envelope.open_as(Checkpoint, signed, coordinator, COORDINATOR))
+            if link.previous != last.digest():
+                raise ProtocolError("a session between the last one and this one is left out", COORDINATOR)
+            last = link
+        fresh = first(coordinator, raw, offer, self.device)
+        if fresh.previous != last.digest():
+            raise ProtocolError("the offer does not follow the sessions that this device knows: it is old", COORDINATOR)
+        return fresh
+
+    def _checked(self, coordinator: PublicKey, raw: bytes) -> tuple["Witness", Checkpoint]:
+        given = RECEIPT.decode(raw)
+        checkpoint = envelope.open_as(Checkpoint, given.checkpoint, coordinator, COORDINATOR)
+        if (checkpoint.offer, checkpoint.previous) != (self.offer, self.previous):
+            raise ProtocolError("the log is of another session", COORDINATOR)
+        try:
+            if self.size:
+                path = given.consistency.get(self.size, ())
+                merkle.verify_consistency(self.root, self.size, checkpoint.root, checkpoint.size, path)
+            self._ended(coordinator, given, checkpoint)
+        except TrustError as error:
+            raise ProtocolError(str(error), COORDINATOR) from None
+        return Witness(self.device, self.offer, self.previous, checkpoint.size, checkpoint.root), checkpoint
+
+    def _ended(self, coordinator: PublicKey, given: Receipt, checkpoint: Checkpoint) -> None:
+        if self.plan is None:
+            return
+        ending = self._ending(coordinator, given, checkpoint)
+        owed = set(self.owed)
+        if isinstance(ending, Result):
+            if self.counted not in (None, _names(ending.survivors)):
+                raise ProtocolError("the log counts other survivors than this device was told", COORDINATOR)
+            if self.device in ending.survivors and self.sent is not None and self.counted is None:
+                owed.add(self.sent)
+        found = {_digest(_included(proof, checkpoint).message) for proof in given.own}
+        if owed - found:
+            raise ProtocolError("the log is not shown to hold this device's messages of its last round", COORDINATOR)
+
+    def _ending(self, coordinator: PublicKey, given: Receipt, checkpoint: Checkpoint) -> Result | Abort:
+        for proof in given.endings:
+            entry = _included(proof, checkpoint)
+            kind: type[Result] | type[Abort] = Result if entry.kind == Result.TAG else Abort
+            ending: Result | Abort = envelope.open_as(kind, entry.message, coordinator, COORDINATOR)
+            if ending.plan == self.plan:
+                return ending
+        raise ProtocolError("the log is not shown to hold the end of this device's last round", COORDINATOR)
+
+
+_DIGESTS = wire.optional(DIGESTS)
+WITNESS: Codec[Witness] = wire.record(
+    Witness,
+    {
+        "device": DEVICES,
+        "offer": DIGESTS,
+        "previous": DIGESTS,
+        "size": SIZE,
+        "root": DIGESTS,
+        "plan": _DIGESTS,
+        "sent": _DIGESTS,
+        "owed": wire.sequence(DIGESTS, 4),
+        "counted": _DIGESTS,
+    },
+)
+
+
+def first(coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> Witness:
+    """What ``device``, which keeps nothing yet, keeps of the passage to the session of the offer with this digest.
+
+    Raises:
+        ProtocolError: Not such a passage.
+    """
+    opening = envelope.open_as(Checkpoint, PASSAGE.decode(raw).opening, coordinator, COORDINATOR)
+    if (opening.offer, opening.size, opening.stage) != (offer, 0, Stage.OPEN):
+        raise ProtocolError("the opening is not of the session on offer", COORDINATOR)
+    return Witness(device, offer, opening.previous)
+
+
+def _closed(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.stage is not Stage.CLOSED:
+        raise ProtocolError("the log of a session before is not closed", COORDINATOR)
+    return checkpoint
+
+
+def _included(proof: Proof, checkpoint: Checkpoint) -> Entry:
+    entry = ENTRY.decode(proof.leaf)
+    merkle.verify_inclusion(checkpoint.root, checkpoint.size, entry.index, proof.leaf, proof.path)
+    return entry
+
+
+def _digest(message: bytes) -> bytes:
+    return hashlib.sha256(message).digest()
+
+
+def _names(devices: Iterable[str]) -> bytes:
+    return _digest("\n".join(sorted(devices)).encode())

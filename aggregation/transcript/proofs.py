@@ -1,0 +1,119 @@
+"""What the coordinator hands to devices: proofs about its log, and the way from one session's log to the next."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from aggregation import wire
+from aggregation.messages import MAX_COHORT, envelope
+from aggregation.pki.identity import IdentityKey
+from aggregation.spec import MAX_ROUNDS
+from aggregation.transcript import merkle
+from aggregation.transcript.log import Transcript
+from aggregation.transcript.statements import Checkpoint, Result
+from aggregation.wire import Codec
+
+MAX_PATH = 128  # hashes: two for each doubling of a log that nobody can write
+MAX_SESSIONS = 10_000  # that a device may have missed
+_MAX_LEAF = Result.LIMIT + 2 * envelope.OVERHEAD + 64 * MAX_COHORT
+_PATH = wire.sequence(wire.fixed(merkle.HASH), MAX_PATH)
+SIZE = wire.uint(64)
+_CHECKPOINT = wire.blob(Checkpoint.LIMIT + envelope.OVERHEAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """An entry's leaf, and the path by which it is in the log."""
+
+    leaf: bytes
+    path: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Proofs about a log.
+
+    Args:
+        checkpoint: The newest, signed.
+        endings: Of the rounds that may have been the device's last: ``Result`` or ``Abort``.
+        own: The device's masked input, and its agreement, of the round to which it contributed last.
+        consistency: Entries that an earlier checkpoint covers → that the newest begins with them.
+    """
+
+    checkpoint: bytes
+    endings: tuple[Proof, ...]
+    own: tuple[Proof, ...]
+    consistency: Mapping[int, tuple[bytes, ...]]
+
+
+_PROOFS = wire.sequence(wire.record(Proof, {"leaf": wire.blob(_MAX_LEAF), "path": _PATH}), MAX_ROUNDS)
+RECEIPT: Codec[Receipt] = wire.record(
+    Receipt,
+    {
+        "checkpoint": _CHECKPOINT,
+        "endings": _PROOFS,
+        "own": _PROOFS,
+        "consistency": wire.mapping(SIZE, _PATH, 2 * MAX_ROUNDS),
+    },
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """The way from the log that a device saw last to that of a new session.
+
+    Args:
+        receipt: Of the closed log of the session that the device joined last; empty where it joined none.
+        closed: The last checkpoints of the sessions since, signed, in their order.
+        opening: That the new session follows the last of these.
+    """
+
+    receipt: bytes
+    closed: tuple[bytes, ...]
+    opening: bytes
+
+
+PASSAGE: Codec[Passage] = wire.record(
+    Passage,
+    {
+        "receipt": wire.blob(2**28),
+        "closed": wire.sequence(_CHECKPOINT, MAX_SESSIONS),
+        "opening": _CHECKPOINT,
+    },
+)
+
+
+def receipts(log: Transcript, devices: Iterable[str]) -> dict[str, bytes]:
+    """Device → what it gets beside its next plan.
+
+    Args:
+        log: Of the session, with a checkpoint after every round that ended.
+        devices: Who gets one.
+    """
+    newest = max(log.checkpoints)
+    consistency = {size: log.tree.consistency(size, newest) for size in log.checkpoints if size}
+    endings = {
+        round_: Proof(leaf, log.tree.inclusion(index, newest))
+        for round_, (index, leaf) in log.endings.items()
+        if index < newest
+    }
+
+    def receipt(device: str) -> bytes:
+        last, leaves = log.own.get(device, (0, ()))
+        own = tuple(Proof(leaf, log.tree.inclusion(index, newest)) for index, leaf in leaves if index < newest)
+        # Its last round is this one or a later one: an answer to that would be lost.
+        since = tuple(proof for round_, proof in endings.items() if round_ >= last)
+        return RECEIPT.encode(Receipt(log.checkpoints[newest], since, own, consistency))
+
+    return {device: receipt(device) for device in devices}
+
+
+def passage(log: Transcript, key: IdentityKey, receipt: bytes = b"", closed: Iterable[bytes] = ()) -> bytes:
+    """What a device gets beside the offer of the session of ``log``, which is empty or just begun.
+
+    Args:
+        log: Of the new session.
+        key: The coordinator's.
+        receipt: From the closed log of the session that the device joined last, if it joined one.
+        closed: The last checkpoint of each session since, signed, in their order.
+    """
+    return PASSAGE.encode(Passage(receipt, tuple(closed), log.opening(key)))

@@ -1,0 +1,1 @@
+"""The page that runs a bundle in a browser, and the server that hands it out."""

@@ -1,0 +1,82 @@
+// Ed25519 public keys: reading the pinned ones, and verifying what they signed (aggregation/pki/identity.py).
+//
+// WebCrypto does the arithmetic where it can; a browser without Ed25519 gets it from @noble/ed25519.
+
+import { concat, encode, hex, sha256, unhex } from "./bytes.js";
+import { TrustError } from "./errors.js";
+
+const FRAME = encode("edgeadapt/1\0");
+const SPKI = unhex("302a300506032b6570032100"); // RFC 8410, section 4: everything before the 32 bytes of the key
+const BLOCK = /-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\s]*)-----END PUBLIC KEY-----/g;
+const BASE_POINT = "58" + "66".repeat(31); // RFC 8032, section 5.1: a sound key, to ask the browser with
+const NOBLE = "./vendor/noble-ed25519/index.js";
+
+/**
+ * The keys of a trust.pem: [{ raw, id }].
+ * Throws TrustError if the text holds anything else, or none.
+ */
+export async function pinned(pem, name = "trust.pem") {
+  const blocks = [...pem.matchAll(BLOCK)];
+  if (!blocks.length || pem.replace(BLOCK, "").trim()) {
+    throw new TrustError(`${name} is not a list of public keys in PEM form`);
+  }
+  return Promise.all(blocks.map(([, base64]) => publicKey(base64)));
+}
+
+async function publicKey(base64) {
+  let der;
+  try {
+    der = Uint8Array.from(atob(base64.replace(/\s/g, "")), (sign) => sign.charCodeAt(0));
+  } catch {
+    throw new TrustError("not a public key in PEM form");
+  }
+  if (der.length !== SPKI.length + 32 || SPKI.some((byte, i) => der[i] !== byte)) {
+    throw new TrustError("an Ed25519 public key is needed");
+  }
+  const raw = der.slice(SPKI.length);
+  return { raw, id: (await sha256(raw)).slice(0, 16) };
+}
+
+/** One name for a set of keys, whatever their order. */
+export const keySet = async (keys) => sha256(encode(keys.map((key) => hex(key.raw)).sort().join()));
+
+/** Throws TrustError unless `key` signed `body` for the purpose `tag`. */
+export async function verify(key, tag, body, signature) {
+  const message = concat(FRAME, Uint8Array.of(tag.length), encode(tag), body);
+  const holds = await verifier();
+  if ((await holds(key.raw, signature, message)) !== true) throw new TrustError(`signature of ${key.id} is not valid`);
+}
+
+let chosen;
+
+/** (key, signature, message) → whether it holds; the browser's own implementation if it has one. */
+function verifier() {
+  chosen ??= native()
+    .catch(() => null)
+    .then((own) => own ?? portable());
+  return chosen;
+}
+
+async function native() {
+  const importKey = (raw) => crypto.subtle.importKey("raw", raw, { name: "Ed25519" }, false, ["verify"]);
+  await importKey(unhex(BASE_POINT)); // rejected where the browser does not know Ed25519
+  return async (raw, signature, message) => {
+    try {
+      return await crypto.subtle.verify({ name: "Ed25519" }, await importKey(raw), signature, message);
+    } catch {
+      return false; // not a point of the curve
+    }
+  };
+}
+
+/** The same from @noble/ed25519, with RFC 8032's rules instead of ZIP 215's looser ones. */
+export async function portable(module = NOBLE) {
+  const { verifyAsync } = await import(module);
+  return async (raw, signature, message) => {
+    try {
+      return await verifyAsync(signature, message, raw, { zip215: false });
+    } catch {
+      return false;
+    }
+  };
+}

@@ -1,1 +1,0 @@
-"""The commands of ``edgeadapt device``, a module each; ``client/cli.py`` imports one when it is called."""

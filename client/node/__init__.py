@@ -1,0 +1,1 @@
+"""The device in a federation: its Flower app, state directory, policy and enrolment."""

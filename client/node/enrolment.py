@@ -1,0 +1,93 @@
+"""Enrolment on the device: make the identity and ask for its certificate, then take the certificate.
+
+The private key is made here and never leaves. What the device relies on from then on is pinned at this moment: the
+authority's certificate and the coordinator's key, as a person handed them over.
+"""
+
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from tempfile import mkdtemp
+
+from adapters.storage import replace
+from aggregation.entropy import Entropy
+from aggregation.errors import ConfigError, TrustError, of_file
+from aggregation.pki import Root, requests
+from aggregation.pki.identity import IdentityKey, PublicKey
+from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR, IDENTITY, TRUST, DeviceSettings, Home, enrol
+
+REQUEST = "request.csr"
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """Whom a device relies on: certificate and key in PEM, as handed over."""
+
+    authority: bytes
+    coordinator: bytes
+
+    def __post_init__(self) -> None:
+        with of_file("the authority's certificate"):
+            Root.from_pem(self.authority)
+        with of_file("the coordinator's key"):
+            PublicKey.from_pem(self.coordinator)
+
+
+def begin(folder: Path, name: str, base: str, pinned: Pinned, entropy: Entropy) -> PublicKey:
+    """Make the home of a device and its request; the key to be certified. All of it is there afterwards, or nothing.
+
+    Args:
+        folder: New, or empty.
+        name: Device id.
+        base: As in ``device.toml``; a folder or file is written down with its whole path.
+        pinned: Whom the device relies on.
+        entropy: Draws identity and sealing key.
+
+    Raises:
+        ConfigError: The folder is not empty or the one that we are in, or a device cannot be called that.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not an empty folder: a device is enrolled once, in a folder of its own")
+    identity = IdentityKey.generate(entropy)
+    request = requests.request(identity, name)
+    where = str(Path(base).resolve()) if Path(base).exists() else base
+    trust = {
+        AUTHORITY: pinned.authority,
+        COORDINATOR: pinned.coordinator,
+        # Whose files this device opens: the coordinator's, and its own private adapter's.
+        TRUST: PublicKey.from_pem(pinned.coordinator).to_pem() + identity.public.to_pem(),
+        REQUEST: request,
+    }
+    place = folder.resolve()  # where a link leads
+    if place == Path.cwd():  # it is put in the place of this one, and a shell would stay in what is gone
+        raise ConfigError(f"{place} is the folder that you are in: name a new one")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+    try:
+        enrol(made, DeviceSettings(base=where), identity, trust, entropy)
+        made.replace(place)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return identity.public
+
+
+def finish(home: Home, certificate: bytes, at: datetime) -> tuple[str, datetime]:
+    """Take the certificate that the authority issued, or a newer one; the device's name, and when it ends.
+
+    Args:
+        home: Of the device.
+        certificate: PEM or DER.
+        at: Now.
+
+    Raises:
+        TrustError: It is not the pinned authority's, not for this device's key, revoked, or not valid now.
+    """
+    der = requests.to_der(certificate)
+    name, key = home.root().verify(der, at)
+    mine = IdentityKey.from_pem((home.folder / IDENTITY).read_bytes()).public
+    if key != mine:
+        raise TrustError(f"the certificate is for the key {key.key_id}; this device has {mine.key_id}")
+    replace(home.folder / CERTIFICATE, der)
+    return name, requests.ends(der)

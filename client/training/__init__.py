@@ -1,0 +1,1 @@
+"""What a device trains: examples, local training, its contribution, and the private adapter."""

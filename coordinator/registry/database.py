@@ -1,0 +1,147 @@
+"""The registry's tables, and a connection whose failures are one line.
+
+SQLite by default, anything that SQLAlchemy speaks by URL. What the rows mean, and whether to believe them, is
+``coordinator/registry/versions.py``'s to say.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    inspect,
+    select,
+)
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, IntegrityError, SQLAlchemyError
+
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+
+FORMAT = 1  # raised when a table changes in a way that older code would misread
+PREFIX = "edgeadapt_"  # by which this program's tables are told from another's
+
+metadata = MetaData()
+formats = Table(f"{PREFIX}format", metadata, Column("format", Integer, primary_key=True))
+versions = Table(
+    f"{PREFIX}versions",
+    metadata,
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("sha256", String(64), nullable=False),  # of the blob
+    Column("manifest", LargeBinary, nullable=False),  # signed
+)
+rounds = Table(
+    f"{PREFIX}rounds",
+    metadata,
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("survivors", JSON, nullable=False),
+    Column("dropped", JSON, nullable=False),
+    Column("aborted", Text),
+    Column("bytes_up", BigInteger, nullable=False),
+    Column("bytes_down", BigInteger, nullable=False),
+    Column("seconds", Float(53), nullable=False),
+    Column("metrics", JSON, nullable=False),
+    Column("version", ForeignKey(versions.c.version), unique=True),
+)
+optimizer = Table(  # one row
+    f"{PREFIX}optimizer",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("sha256", String(64), nullable=False),
+    Column("tensors", LargeBinary, nullable=False),  # safetensors
+)
+
+
+def connect(url: str | URL) -> Engine:
+    """Open the database and make the tables that it lacks.
+
+    Raises:
+        ConfigError: The URL is of no use, or the database is another program's or of a newer version of this one.
+        DataError: The file is no database or is damaged.
+        EdgeAdaptError: It cannot be reached, made or written to.
+    """
+    try:
+        parsed = make_url(url)
+        engine = create_engine(parsed)
+    except (ArgumentError, ImportError) as error:
+        raise ConfigError(f"the registry's database address is of no use: {_line(error)}") from error
+    if engine.dialect.name == "sqlite":
+        _prepare_sqlite(engine, parsed)
+    with explained(engine), engine.begin() as connection:
+        _claim(connection)
+    return engine
+
+
+@contextmanager
+def explained(engine: Engine) -> Iterator[None]:
+    """Turn a failure of the database into one line. The transaction around it has been rolled back."""
+    name = f"registry database {engine.url.render_as_string(hide_password=True)}"
+    try:
+        yield
+    except IntegrityError as error:
+        raise DataError(
+            f"{name}: this round or version is already there (is another coordinator at work?); nothing was changed"
+        ) from error
+    except DBAPIError as error:
+        reason = _line(error.orig)
+        if type(error) is DatabaseError:  # its subclasses are about the disk, the network or the statement
+            raise DataError(f"{name} is damaged or no database ({reason}): restore it from a copy") from error
+        raise EdgeAdaptError(f"{name}: {reason}; nothing was changed") from error
+    except SQLAlchemyError as error:
+        raise EdgeAdaptError(f"{name}: {_line(error)}; nothing was changed") from error
+    except UnicodeDecodeError as error:  # sqlite names what it did not find, and the name is damaged
+        raise DataError(f"{name} is damaged: restore it from a copy") from error
+
+
+def _claim(connection: Connection) -> None:
+    """Make the tables, unless the database is somebody else's or from the future."""
+    name = connection.engine.url.render_as_string(hide_password=True)
+    tables = inspect(connection).get_table_names()
+    if tables and not any(table.startswith(PREFIX) for table in tables):
+        raise ConfigError(f"{name} is another program's database (it has a table {tables[0]!r}): name a new one")
+    found = connection.scalar(select(formats.c.format)) if formats.name in tables else None
+    if found not in (None, FORMAT):
+        raise ConfigError(f"{name} has format {found}, this version of edgeadapt reads {FORMAT}: update edgeadapt")
+    metadata.create_all(connection)
+    if found is None:
+        connection.execute(formats.insert().values(format=FORMAT))
+
+
+def _prepare_sqlite(engine: Engine, url: URL) -> None:
+    if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
+        folder = Path(url.database).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EdgeAdaptError(f"folder {folder} cannot be made: {error.strerror or error}") from error
+    event.listen(engine, "connect", _configure)
+    event.listen(engine, "begin", _begin)
+
+
+def _configure(connection: Any, _: object) -> None:
+    # Python's sqlite3 begins a transaction late and not for every statement; with this it leaves that to ``_begin``.
+    connection.isolation_level = None
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())

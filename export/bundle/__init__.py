@@ -1,0 +1,1 @@
+"""Bundles: writing, extending and reading back the folder that a device opens."""

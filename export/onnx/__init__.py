@@ -1,0 +1,1 @@
+"""ONNX graphs of a frozen base: slots for adapters, quantization, shared weights."""

@@ -1,0 +1,133 @@
+"""The frozen base as one ONNX graph whose adapter is an input.
+
+What reads the inputs is put into the model by ``inputs.py``. Nothing of an adapter is in the file. Quantization is a
+step of its own (``quantize.py``), between ``trace`` and ``headers.split``, never after the latter, whose defaults a
+quantizer would take for weights.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import onnx
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.export import Dim
+
+from aggregation.errors import ConfigError
+from export.onnx.inputs import TOKENS, examples, with_inputs
+from export.onnx.slots import Plan
+
+OPSET = 20
+ANSWER = "logits"
+MAX_REASON = 200  # letters of what torch says
+
+
+def trace(model: PeftModel, found: Plan) -> onnx.ModelProto:
+    """Export ``model`` in float32: ``input_ids``, ``attention_mask`` (batch, sequence) and the slots → ``logits``.
+
+    The result names no file or line of the machine that made it, and equal models give equal graphs.
+
+    Raises:
+        ConfigError: torch cannot trace the model.
+    """
+    example, dynamic = examples(model, found)
+    batch, sequence = Dim("batch"), Dim("sequence")
+    tokens = {name: torch.ones(2, 3, dtype=torch.int64) for name in TOKENS}
+    shapes = {name: {0: batch, 1: sequence} for name in TOKENS}
+    return export(
+        with_inputs(model, found),
+        {**tokens, "adapter": example},
+        {**shapes, "adapter": dynamic},
+        inputs=[*TOKENS, *example],
+        outputs=[ANSWER],
+    )
+
+
+def export(
+    module: nn.Module,
+    example: dict[str, Any],
+    dynamic: dict[str, Any],
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+) -> onnx.ModelProto:
+    """Trace ``module`` with the keywords ``example``, whose free dimensions ``dynamic`` tells in the same structure.
+
+    Args:
+        module: In evaluation mode.
+        example: Tensors, or lists and dictionaries of them.
+        dynamic: In the place of each tensor its free dimensions.
+        inputs: The names of all tensors of ``example``, in order.
+        outputs: The names of what the module returns.
+
+    Raises:
+        ConfigError: torch cannot trace it.
+    """
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                (),
+                kwargs=example,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=dynamic,
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        raise ConfigError(f"torch cannot export this model: {reason[:MAX_REASON]}") from error
+    assert program is not None  # noqa: S101  # only the legacy exporter returns None
+    return _anonymous(program.model_proto)
+
+
+def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
+    """The inputs that an adapter fills, with their dimensions as text: a number, or the name of a free one."""
+    return {
+        value.name: tuple(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim)
+        for value in graph.graph.input
+        if value.name not in TOKENS
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its progress, and that torchvision is absent, to whoever runs it; neither concerns them."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _anonymous(graph: onnx.ModelProto) -> onnx.ModelProto:
+    # The exporter notes the Python stack of every node: paths of this machine, and another file on every machine.
+    inner = graph.graph
+    for item in (graph, inner, *inner.node, *inner.input, *inner.output, *inner.value_info, *inner.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    _tell_ranks(inner)
+    return graph
+
+
+def _tell_ranks(graph: onnx.GraphProto) -> None:
+    """Of all shapes keep the number of dimensions of what layers read, where it is not the usual three."""
+    weights = {tensor.name for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    read = {node.input[0] for node in products if node.input[1] in weights}
+    kept = [v for v in graph.value_info if v.name in read and len(v.type.tensor_type.shape.dim) != 3]
+    told = [(v.name, v.type.tensor_type.elem_type, [None] * len(v.type.tensor_type.shape.dim)) for v in kept]
+    del graph.value_info[:]
+    graph.value_info.extend(onnx.helper.make_tensor_value_info(*parts) for parts in told)

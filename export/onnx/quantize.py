@@ -1,0 +1,192 @@
+"""The profiles of an exported base: what its weights are stored and multiplied in. A closed choice.
+
+docs/decisions/0003-int8-on-a-device.md and 0010-profiles-of-a-language-model.md have the measurements behind them.
+"""
+
+import copy
+from collections.abc import Container, Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from adapters.layout import Floats
+from export.onnx.blocks import BLOCK, Blocks, eight_bits, four_bits
+from export.onnx.calibrate import feeds_for, lossy_products, quantized_weight
+
+CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+WEB_LIMIT = 0.01  # of lossy_products; docs/decisions/0010 has what others would give
+INT8_MATH = 4  # MatMulNBits' accuracy level: activations become int8; without it ONNX Runtime unpacks to float32
+FLOAT = 32  # bits of a product that is left alone
+SUMS = "_with_sums"  # follows the name of an input: the same with the sums of its blocks behind it
+RANK = 3  # of an input of which the graph does not tell it: a language model's, (rows, tokens, width)
+
+
+class Profile(StrEnum):
+    """How the base is stored.
+
+    ``native-int8``: the weights of matrix products and embeddings in eight bits with a scale for each 32; activations
+    are quantized as they come, likewise in blocks, so that no phrase of a batch changes the answer to another.
+    ``native-int4``: the same in four bits with a zero point and a rest, but for tables, which stay in eight.
+    ``web-int8``: int8 weights with a scale for each output, and one scale for all activations of a product: what
+    browsers multiply fast. Products that lose too much by that stay in float (``calibrate.py``).
+    """
+
+    FP32 = "fp32"
+    NATIVE_INT8 = "native-int8"
+    NATIVE_INT4 = "native-int4"
+    WEB_INT8 = "web-int8"
+
+
+def quantize(graph: onnx.ModelProto, profile: Profile, ids: Sequence[int]) -> onnx.ModelProto:
+    """A copy of the graph in ``profile``, with the same inputs, and the same names of what its products give.
+
+    Args:
+        graph: In float32, without defaults for slots: an adapter would be taken for a weight.
+        profile: The choice.
+        ids: Tokens of a plain text, to find by measurement what ``web-int8`` must leave alone.
+    """
+    if profile is Profile.FP32:
+        return copy.deepcopy(graph)
+    if profile is Profile.WEB_INT8:
+        return in_integers(graph, set(lossy_products(graph, feeds_for(graph, ids), WEB_LIMIT)))
+    return in_blocks(graph, 8 if profile is Profile.NATIVE_INT8 else 4, {})
+
+
+def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> onnx.ModelProto:
+    """A copy of the graph with its weights in blocks.
+
+    Args:
+        graph: As for ``quantize``.
+        bits: Four or eight, of every product's weight; 32 leaves products in float. Tables have eight.
+        other: Other bits by what a product gives, its output's name; 32 leaves it in float.
+    """
+    result = copy.deepcopy(graph)
+    values = {tensor.name: tensor for tensor in result.graph.initializer}
+    ranks = _ranks(graph.graph)
+    made: dict[tuple[str, int], Blocks] = {}
+    nodes: list[onnx.NodeProto] = []
+    summed: dict[str, int] = {}
+    for node in result.graph.node:
+        if (name := _weight(node, values)) is not None:
+            chosen = _bits(node, other.get(node.output[0], bits))
+            if (key := (name, chosen)) not in made and chosen != FLOAT:
+                matrix = numpy_helper.to_array(values[name])
+                made[key] = _blocks(matrix.T if node.op_type == "MatMul" else matrix, chosen)
+            if (blocks := made.get(key)) is not None:
+                if blocks.sums and (x := node.input[0]) not in summed:
+                    summed[x] = ranks.get(x, RANK)
+                    nodes.extend(_sums(x, summed[x]))
+                _replace(result.graph, node, blocks, f"{name}_{chosen}bit")
+        nodes.append(node)
+    for rank in sorted(set(summed.values())):
+        parts = {f"blocks_of_{rank}": [0] * (rank - 1) + [-1, BLOCK], f"axis_of_{rank}": [rank]}
+        result.graph.initializer.extend(numpy_helper.from_array(np.array(v), name) for name, v in parts.items())
+    if made and CONTRIB not in {entry.domain for entry in result.opset_import}:
+        result.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+    put_nodes(result.graph, nodes)
+    return result
+
+
+def put_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Give a graph these nodes, in place, and take the constants away that none of them reads."""
+    copies = [copy.deepcopy(node) for node in nodes]  # the graph's own go with its list
+    del graph.node[:]
+    graph.node.extend(copies)
+    used = {name for node in copies for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
+    """The numbers of dimensions that the graph tells."""
+    told = [(value.name, value.type.tensor_type) for value in (*graph.value_info, *graph.input)]
+    return {name: len(kind.shape.dim) for name, kind in told if kind.HasField("shape")}
+
+
+def _bits(node: onnx.NodeProto, bits: int) -> int:
+    table = node.op_type == "Gather" or (node.op_type == "FusedMatMul" and bits != FLOAT)
+    return 8 if table else bits
+
+
+def in_integers(graph: onnx.ModelProto, left: Container[str]) -> onnx.ModelProto:
+    """A copy of the graph whose products are MatMulInteger, but for those whose output is named in ``left``."""
+    result = copy.deepcopy(graph)
+    values = {tensor.name: tensor for tensor in result.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    rounded: set[str] = set()
+    for node in result.graph.node:
+        if node.op_type not in ("MatMul", "FusedMatMul") or node.output[0] in left or _weight(node, values) is None:
+            nodes.append(node)
+            continue
+        x, stored = node.input[0], numpy_helper.to_array(values[node.input[1]])
+        if x not in rounded:
+            outputs = [f"{x}_{part}" for part in ("int8", "scale", "zero")]
+            nodes.append(helper.make_node("DynamicQuantizeLinear", [x], outputs, f"{x}_rounded"))
+            rounded.add(x)
+        codes, scales = quantized_weight(stored.T if node.op_type == "FusedMatMul" else stored)
+        name = node.output[0]
+        parts = {f"{name}_weight": codes, f"{name}_scales": scales}
+        result.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in parts.items())
+        nodes.extend(_integer_product(x, name))
+    put_nodes(result.graph, nodes)
+    return in_blocks(result, FLOAT, {})  # the tables, and what is no longer used
+
+
+def _integer_product(x: str, name: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node(
+            "MatMulInteger", [f"{x}_int8", f"{name}_weight", f"{x}_zero"], [f"{name}_sum"], f"{name}_int8"
+        ),
+        helper.make_node("Cast", [f"{name}_sum"], [f"{name}_float"], f"{name}_cast", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{x}_scale", f"{name}_scales"], [f"{name}_step"], f"{name}_steps"),
+        helper.make_node("Mul", [f"{name}_float", f"{name}_step"], [name], name),
+    ]
+
+
+def _weight(node: onnx.NodeProto, values: Mapping[str, TensorProto]) -> str | None:
+    """The name of the matrix that a node multiplies with or looks up in, if it can be stored in blocks."""
+    place = {"MatMul": 1, "FusedMatMul": 1, "Gather": 0}.get(node.op_type)
+    if place is None or (tensor := values.get(node.input[place])) is None:
+        return None
+    along = 0 if node.op_type == "MatMul" else 1
+    fits = tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and tensor.dims[along] % BLOCK == 0
+    return tensor.name if fits else None
+
+
+def _blocks(matrix: Floats, bits: int) -> Blocks:
+    return eight_bits(matrix) if bits == 8 else four_bits(matrix)
+
+
+def _sums(x: str, rank: int) -> list[onnx.NodeProto]:
+    """``x`` of shape ``(…, width)`` with the sums of its blocks behind it, as ``x + SUMS``."""
+    shape, axis, blocks, sums = f"blocks_of_{rank}", f"axis_of_{rank}", f"{x}_blocks", f"{x}_sums"
+    return [
+        helper.make_node("Reshape", [x, shape], [blocks], blocks),
+        helper.make_node("ReduceSum", [blocks, axis], [sums], sums, keepdims=0),
+        helper.make_node("Concat", [x, sums], [x + SUMS], x + SUMS, axis=-1),
+    ]
+
+
+def _replace(graph: onnx.GraphProto, node: onnx.NodeProto, blocks: Blocks, name: str) -> None:
+    """Let a node read ``blocks``, which are added to the graph once for products and once for look-ups."""
+    rows, width = blocks.shape
+    settings: dict[str, Any] = {"bits": blocks.bits, "block_size": BLOCK}
+    if node.op_type == "Gather":
+        codes, kind, first = blocks.codes, "GatherBlockQuantized", [f"{name}_rows", node.input[1]]
+        settings |= {"gather_axis": 0, "quantize_axis": 1}
+    else:
+        # The same bytes in another shape: the file holds them once.
+        codes, kind = blocks.codes.reshape(*blocks.scales.shape, -1), "MatMulNBits"
+        first = [node.input[0] + (SUMS if blocks.sums else ""), name]
+        settings |= {"K": width + blocks.sums, "N": rows, "accuracy_level": INT8_MATH}
+    stored = {first[0] if node.op_type == "Gather" else name: codes, f"{name}_scales": blocks.scales}
+    if blocks.zeros is not None:
+        stored[f"{name}_zeros"] = blocks.zeros
+    present = {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in stored.items() if n not in present)
+    names = [*first, *list(stored)[1:]]
+    node.CopyFrom(helper.make_node(kind, names, list(node.output), node.name, domain=CONTRIB, **settings))

@@ -1,0 +1,1 @@
+"""The parity gate: an exported pair against the model that was trained."""

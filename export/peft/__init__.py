@@ -1,0 +1,1 @@
+"""PEFT folders: read with care, and written back."""

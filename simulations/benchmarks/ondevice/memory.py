@@ -1,0 +1,161 @@
+"""What tenants cost in memory: one process and one base for N adapters, and two processes over one mapped base.
+
+Measured from outside, in processes that do nothing but load and answer: Linux keeps the sums of a process's pages in
+``/proc/PID/smaps_rollup``. ``pss`` counts a page that k processes map as 1/k in each, ``private`` only what no other
+process has, so N processes take about ``shared + N x private``.
+
+An adapter of the bundle is multiplied under N names, each signed by a key that exists for this measurement only.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from adapters.manifest import BaseCard
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError
+from aggregation.pki.identity import IdentityKey
+from client.inference.library import Library, chosen
+from client.inference.trust import CARD, TRUST_FILE
+
+COUNTS = (1, 10, 100, 1000)
+TEXT = "turn on the kitchen lights"
+UNLIMITED = 2**40  # bytes of loaded adapters
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Sums over the pages of one process, in bytes."""
+
+    rss: int
+    pss: int
+    shared: int
+    private: int
+
+    @classmethod
+    def of(cls, process: int) -> "Pages":
+        """Read them from the system.
+
+        Raises:
+            ConfigError: The system is not Linux.
+        """
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+        except FileNotFoundError as error:
+            raise ConfigError("memory can be measured on Linux only, which says what processes share") from error
+        size = {line.partition(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+        shared = size["Shared_Clean"] + size["Shared_Dirty"]
+        return cls(size["Rss"], size["Pss"], shared, size["Private_Clean"] + size["Private_Dirty"])
+
+
+def measure(
+    bundle: Path, trust: Path | None = None, counts: Sequence[int] = COUNTS, name: str | None = None
+) -> dict[str, Any]:
+    """Both measurements on an adapter of ``bundle``, the default one if none is named, as JSON has them.
+
+    Returns:
+        ``tenants``: N → pages of one process with N adapters loaded. ``processes``: the pages of each of two processes
+        with one adapter. ``bytes_per_tenant``: what one more adapter took between the fewest and the most.
+        ``adapter_bytes``: its tensors in float32. ``base_bytes``: all files of the base.
+
+    Raises:
+        EdgeAdaptError: The bundle cannot be used, or the system cannot tell.
+    """
+    library = Library.open(bundle, trust)
+    name = name or library.default()
+    adapter = library.load(chosen(name))
+    with _multiplied(library, name, max(counts)) as copy:
+        tenants = {str(n): _pages(copy, n, 1)[0] for n in counts}
+        processes = _pages(copy, 1, 2)
+    fewest, most = min(counts), max(counts)
+    grown = (
+        tenants[str(most)].rss - tenants[str(fewest)].rss
+    )  # what is shared with whom changes with the machine's work
+    return {
+        "tenants": {n: asdict(pages) for n, pages in tenants.items()},
+        "processes": [asdict(pages) for pages in processes],
+        "bytes_per_tenant": round(grown / (most - fewest)) if most > fewest else None,
+        "adapter_bytes": adapter.nbytes,
+        "base_bytes": sum(file.stamp.size for file in library.base.hashed),
+    }
+
+
+@contextmanager
+def _multiplied(library: Library, name: str, count: int) -> Iterator[Path]:
+    """A bundle with the same base, and ``count`` times an adapter."""
+    key = IdentityKey.generate(SystemEntropy())
+    sidecar = library.trust.sidecar(library.bundle, name)
+    card: BaseCard = library.card
+    blob = (library.bundle / "adapters" / f"{name}.onnx_adapter").read_bytes()
+    with TemporaryDirectory(prefix="edgeadapt-tenants-") as folder:
+        bundle = Path(folder) / "bundle"
+        for part in ("base", "adapters"):
+            (bundle / part).mkdir(parents=True)
+        for file in card.files:
+            _link((library.base.folder / file).resolve(), bundle / "base" / file)
+        (bundle / "base" / CARD).write_bytes(card.sign(key))
+        (bundle.parent / TRUST_FILE).write_bytes(key.public.to_pem())
+        for number in range(count):
+            tenant = replace(sidecar, name=f"tenant-{number}")
+            (bundle / "adapters" / f"{tenant.name}.json").write_bytes(tenant.sign(key))
+            (bundle / "adapters" / f"{tenant.name}.onnx_adapter").write_bytes(blob)
+        yield bundle
+
+
+def _link(file: Path, name: Path) -> None:
+    try:
+        os.link(file, name)
+    except OSError:  # another file system; a copy is as good, both processes map the same one
+        name.write_bytes(file.read_bytes())
+
+
+def _pages(bundle: Path, tenants: int, processes: int) -> list[Pages]:
+    """The pages of so many processes that run at the same time, each with so many adapters."""
+    command = [sys.executable, "-m", __name__, str(bundle), str(tenants)]
+    with ExitStack() as stack:
+        running = [
+            stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))  # noqa: S603
+            for _ in range(processes)
+        ]
+        for process in running:
+            assert process.stdout is not None  # noqa: S101  # it was asked for
+            if process.stdout.readline() != "ready\n":
+                raise ConfigError(f"a process with {tenants} adapters ended; its message is above")
+        pages = [Pages.of(process.pid) for process in running]
+        for process in running:
+            process.communicate()
+    return pages
+
+
+def _tenants(bundle: Path, count: int) -> Any:
+    """Whoever holds the result holds a base with ``count`` adapters, each of which was in use."""
+    library = Library.open(bundle, None)
+    loaded: dict[str, Any] = {"loaded": count + 1, "loaded_bytes": UNLIMITED}
+    if library.card.task == "text-classification":
+        from client.inference.session import Session
+
+        session = Session.open(bundle, **loaded)
+        for number in range(count):
+            session.use(f"tenant-{number}")
+        session.classify([TEXT])
+        return session
+    from client.inference.generate import Generator
+    from client.inference.options import Options
+
+    generator = Generator.of(library, **loaded)
+    for number in range(count):
+        generator.use(f"tenant-{number}")
+    list(generator.complete(TEXT, Options(max_tokens=2)))
+    return generator
+
+
+if __name__ == "__main__":
+    held = _tenants(Path(sys.argv[1]), int(sys.argv[2]))
+    print("ready", flush=True)
+    sys.stdin.read()

@@ -1,0 +1,172 @@
+"""What was measured on devices' models, as a table and as a picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aggregation.errors import DataError
+from simulations.benchmarks.ondevice.stage import FORMATS, PEER, TORCH
+
+Found = Mapping[str, Any]
+RESULT, PICTURE = "ondevice.json", "ondevice.png"
+
+
+def table(found: Found) -> str:
+    """Speeds with their spread and ratio to the peer, perplexities, sizes, waiting, tenants, and the goals."""
+    parts = [_speeds(found), _perplexities(found), _sizes(found), _waits(found)]
+    parts += [_tenants(found)] if found["tenants"] else []
+    return "\n\n".join([*parts, _goals(found), _notes(found)])
+
+
+def _speeds(found: Found) -> str:
+    ratios = PEER in found["decode"]
+    head = ("tokens a second", "decode", "with adapter", "cost", "prefill", "with adapter")
+    rows = [head + (("decode / peer", "prefill / peer") if ratios else ())]
+    for name in found["decode"]:
+        cells = [name, _speed(found, "decode", name, "base"), _speed(found, "decode", name, "adapter")]
+        cells += [f"{found['decode_cost'][name]:.1%}"]
+        cells += [_speed(found, "prefill", name, "base"), _speed(found, "prefill", name, "adapter")]
+        if ratios:
+            cells += [f"{found[f'{what}_ratio'][name]['adapter']:.2f}" for what in ("decode", "prefill")]
+        rows.append(tuple(cells))
+    return _aligned(rows)
+
+
+def _speed(found: Found, what: str, name: str, arm: str) -> str:
+    least, most = found[f"{what}_spread"][name][arm]
+    return f"{found[what][name][arm]:.0f} ({least:.0f}–{most:.0f})"
+
+
+def _perplexities(found: Found) -> str:
+    rows = [("perplexity", "base", *(f"adapter {form}" for form in FORMATS))]
+    for name, values in found["perplexity"].items():
+        rows.append((name, *(f"{values[arm]:.3f}" if arm in values else "" for arm in ("base", *FORMATS))))
+    return _aligned(rows)
+
+
+def _sizes(found: Found) -> str:
+    rows = [("bytes", "base", *(f"adapter {form}" for form in FORMATS))]
+    for name, values in found["sizes"].items():
+        rows.append((name, *(f"{values[what]:,}" if what in values else "" for what in ("base", *FORMATS))))
+    return _aligned(rows)
+
+
+def _waits(found: Found) -> str:
+    rows = [("waiting", "cold start s", "first use ms", "swap ms", "peak memory MB")]
+    for name in found["decode"]:
+        least, most = found["swap_ms_spread"][name]
+        cells = (f"{found['cold_start_s'][name]:.2f}", f"{found['cold_adapter_ms'][name]:.1f}")
+        swap = f"{found['swap_ms'][name]:.2f} ({least:.2f}–{most:.2f})"
+        rows.append((name, *cells, swap, f"{found['peak_memory_bytes'][name] / 1e6:.0f}"))
+    return _aligned(rows)
+
+
+def _tenants(found: Found) -> str:
+    measured = found["tenants"]
+    rows = [(f"tenants of one process, {measured['profile']}", "resident MB", "shared MB", "private MB")]
+    for count, pages in measured["tenants"].items():
+        rows.append((count, *(f"{pages[what] / 1e6:.1f}" for what in ("rss", "shared", "private"))))
+    each, tensors = measured["bytes_per_tenant"] / 1e6, measured["adapter_bytes"] / 1e6
+    return f"{_aligned(rows)}\neach further one {each:.2f} MB, its tensors in float32 {tensors:.2f} MB"
+
+
+def _goals(found: Found) -> str:
+    rows = [(f"goals, by {found['goals_profile']}", "found", "goal", "")]
+    for row in found["goals"]:
+        sign = "≥" if row["at_least"] else "≤"
+        verdict = "reached" if row["reached"] else "not reached"
+        rows.append((row["goal"], f"{row['value']:.4g}", f"{sign} {row['bound']:g}", verdict))
+    return _aligned(rows)
+
+
+def _notes(found: Found) -> str:
+    before, after = found["load_average"]
+    lines = [
+        f"{found['rounds']} rounds; {found['threads']} threads for everyone; "
+        f"a prompt of {found['prompt_tokens']} tokens, {found['generated_tokens']} generated (by torch fewer).",
+        "Median (least–most) over the rounds; a turn's decode speed is that of its median token; ratios are medians of "
+        "the ratios within a round.",
+        f"Load average {before:.1f} at the start, {after:.1f} at the end: what is above "
+        f"{found['threads']} was not this benchmark's.",
+    ]
+    return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that ``keep`` will fill, so that what would fail after minutes fails now.
+
+    Raises:
+        DataError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+
+
+def keep(found: Found, folder: Path) -> None:
+    """Write the JSON and a picture into ``folder``.
+
+    Raises:
+        DataError: A file cannot be written.
+    """
+    try:
+        (folder / RESULT).write_text(json.dumps(found, indent=1) + "\n")
+        draw(found, folder / PICTURE)
+    except OSError as error:
+        raise DataError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+
+
+def draw(found: Found, path: Path) -> None:
+    """Write a PNG: decode and prefill as bars, and perplexity against decode speed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    bars = figure.subplots(1, 3)
+    for axes, what in zip(bars, ("decode", "prefill"), strict=False):
+        _bars(axes, found, what)
+    _scatter(bars[2], found)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _bars(axes: Any, found: Found, what: str) -> None:
+    names = list(found[what])
+    for shift, arm in ((-0.2, "base"), (0.2, "adapter")):
+        values = [found[what][name][arm] for name in names]
+        spans = [found[f"{what}_spread"][name][arm] for name in names]
+        errors = [
+            [max(0.0, value - least) for value, (least, _) in zip(values, spans, strict=True)],
+            [max(0.0, most - value) for value, (_, most) in zip(values, spans, strict=True)],
+        ]
+        places = [i + shift for i in range(len(names))]
+        axes.bar(places, values, 0.4, yerr=errors, label="base alone" if arm == "base" else "with adapter", capsize=2)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set(ylabel="tokens a second", title=what)
+    axes.grid(visible=True, axis="y", alpha=0.2)
+    axes.margins(y=0.2)  # room for the legend above the bars
+    axes.legend(frameon=False, ncols=2, loc="upper right")
+
+
+def _scatter(axes: Any, found: Found) -> None:
+    for name, values in found["perplexity"].items():
+        form = "fp32" if name in (PEER, TORCH) else "int8"
+        size = found["sizes"].get(name, {"base": 0})["base"] / 1e6 + 20
+        axes.scatter([found["decode"][name]["adapter"]], [values[form]], s=size, alpha=0.6, label=name)
+    axes.margins(0.2)
+    # Not beside the points: those of profiles that are equally good lie on each other.
+    for handle in axes.legend(frameon=False).legend_handles:
+        handle.set_sizes([40])
+    axes.set(
+        xlabel="decode with adapter, tokens a second", ylabel="perplexity with adapter", title="area: bytes of the base"
+    )
+    axes.grid(visible=True, alpha=0.2)

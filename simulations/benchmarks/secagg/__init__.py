@@ -1,0 +1,1 @@
+"""Secure aggregation against Flower's SecAgg+, in the same run."""

@@ -1,0 +1,1 @@
+"""Populations: whose examples the simulated devices hold."""

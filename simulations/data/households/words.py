@@ -1,0 +1,157 @@
+"""Names and phrases that the package leaves open: rooms, devices, people, songs, shopping.
+
+Each language has a file ``words/<code>.toml``: de, en, es, fr, it, nl, pl, pt, sv. A regional code uses the file of its
+language (``pt-BR``: ``pt``); any other language uses the English words within its own sentences, as households
+with English device names do.
+
+The package's templates are written to recognize, so many of their sentences are ones that nobody says ("le
+cuisine", "2 minute"). A file therefore lists the words that fit before a noun of each gender, and patterns of
+unnatural speech; a sentence that matches none of them is preferred. English, German and French are worked out
+best; the others read more like a recognizer's idea of speech.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from simulations.data.households.draws import pick
+
+# Kinds of device that are called like another kind.
+_CALLED_LIKE = {"input_boolean": "switch", "script": "scene", "input_button": "button"}
+# How many names of each kind a household has; other kinds: up to 3.
+_LIGHTS, _AREAS, _FLOORS, _PEOPLE, _OTHERS = 5, 6, 2, 3, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The words of one language; a name may hold ``{person}``.
+
+    Attributes:
+        people: First names.
+        areas: Rooms.
+        floors: Storeys.
+        devices: Names by kind of device (a Home Assistant domain).
+        phrases: Free texts by the name of the list that asks for them.
+        unnatural: Matches in a sentence that nobody says.
+    """
+
+    people: tuple[str, ...]
+    areas: tuple[str, ...]
+    floors: tuple[str, ...]
+    devices: Mapping[str, tuple[str, ...]]
+    phrases: Mapping[str, tuple[str, ...]]
+    unnatural: tuple[re.Pattern[str], ...]
+
+    def flaws(self, sentence: str, enough: int) -> int:
+        """How many patterns of unnatural speech the sentence matches; counting stops at ``enough``."""
+        found = 0
+        for pattern in self.unnatural:
+            if found >= enough:
+                break
+            found += pattern.search(sentence) is not None
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """What one household calls its rooms, storeys and devices (by kind)."""
+
+    areas: tuple[str, ...]
+    floors: tuple[str, ...]
+    devices: Mapping[str, tuple[str, ...]]
+
+    def names(self, domain: str) -> tuple[str, ...]:
+        """Its devices of a Home Assistant domain; all lights for a domain that it does not know."""
+        return self.devices.get(_CALLED_LIKE.get(domain, domain), self.devices["light"])
+
+
+def furnish(words: Words, rng: np.random.Generator) -> Home:
+    """A home with names of its own."""
+    people = _some(words.people, _PEOPLE, rng)
+
+    def named(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+        return tuple(name.replace("{person}", pick(rng, people)) for name in _some(names, count, rng))
+
+    devices = {
+        domain: named(names, _LIGHTS if domain == "light" else _OTHERS) for domain, names in words.devices.items()
+    }
+    return Home(named(words.areas, _AREAS), named(words.floors, _FLOORS), devices)
+
+
+def _some(items: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple[str, ...]:
+    return tuple(items[i] for i in rng.permutation(len(items))[:count])
+
+
+@cache
+def load_words(language: str) -> Words:
+    """The words of a language, or the English ones where it has none."""
+    folder = files("simulations.data.households") / "words"
+    codes = (language, language.split("-")[0], "en")
+    path = next(path for code in codes if (path := folder / f"{code}.toml").is_file())
+    raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    return Words(
+        people=tuple(raw["people"]),
+        areas=_flat(raw["areas"]),
+        floors=_flat(raw["floors"]),
+        devices={domain: _flat(names) for domain, names in sorted(raw["devices"].items())},
+        phrases={name: tuple(texts) for name, texts in raw["phrases"].items()},
+        unnatural=tuple(_patterns(raw)),
+    )
+
+
+def _flat(by_gender: Mapping[str, list[str]]) -> tuple[str, ...]:
+    return tuple(name for names in by_gender.values() for name in names)
+
+
+def _patterns(raw: Mapping[str, Any]) -> Iterable[re.Pattern[str]]:
+    """The listed patterns with their name lists filled in, and what follows from the genders of nouns."""
+    own = [raw["areas"], raw["floors"], *raw["devices"].values()]
+    lists = {
+        "{noun}": _gendered([raw["nouns"], *own]),
+        "{area}": _flat(raw["areas"]),
+        "{floor}": _flat(raw["floors"]),
+        "{device}": [name for table in raw["devices"].values() for name in _flat(table)],
+        "{person}": raw["people"],
+    }
+    alternations = {mark: _any_of(names, raw["people"]) for mark, names in lists.items()}
+    for pattern in raw["unnatural"]:
+        for mark, names in alternations.items():
+            pattern = pattern.replace(mark, names)
+        yield re.compile(pattern, re.IGNORECASE)
+    articles = sorted({article for fitting in raw["articles"].values() for article in fitting})
+    if raw.get("needs_article", False):
+        yield _lonely(articles, _any_of(_gendered(own), raw["people"]))
+    for gender, fitting in raw["articles"].items():
+        nouns = [noun for table in [raw["nouns"], *own] for noun in table.get(gender, [])]
+        clashing = [article for article in articles if article not in fitting]
+        if nouns and clashing:
+            yield _clash(clashing, _any_of(nouns, raw["people"]))
+
+
+def _gendered(tables: Iterable[Mapping[str, list[str]]]) -> list[str]:
+    return [noun for table in tables for gender, nouns in table.items() if gender != "bare" for noun in nouns]
+
+
+def _lonely(articles: list[str], nouns: str) -> re.Pattern[str]:
+    """A noun after a word that is no article."""
+    return re.compile(rf"(^|\s)(?!({_any_of(articles)})\s)\S+\s({nouns})\b", re.IGNORECASE)
+
+
+def _clash(articles: list[str], nouns: str) -> re.Pattern[str]:
+    """A noun after an article that does not fit it; one that ends in an apostrophe may touch it."""
+    spaced = [rf"{re.escape(article)}\s+" for article in articles if not article.endswith("'")]
+    elided = [rf"{re.escape(article)}\s*" for article in articles if article.endswith("'")]
+    return re.compile(rf"\b({'|'.join(spaced + elided)})({nouns})\b", re.IGNORECASE)
+
+
+def _any_of(names: Iterable[str], people: Iterable[str] = ()) -> str:
+    """An alternation, longest first; ``{person}`` within a name stands for any of the people."""
+    anyone = f"(?:{'|'.join(map(re.escape, people))})"
+    ordered = sorted(set(names), key=lambda name: (-len(name), name))
+    return "|".join(re.escape(name).replace(r"\{person\}", anyone) for name in ordered)

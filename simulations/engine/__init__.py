@@ -1,0 +1,1 @@
+"""The in-process grid and the run of a scenario, start to report."""

@@ -1,0 +1,92 @@
+"""From the last round to the devices: the exported pair, held to parity on the test phrases, a bundle in every home.
+
+The coordinator's bundle holds the base and the global adapter, and its public key lies beside it. A device's bundle is
+the same base with the global and its own private adapter, signed by itself: what it keeps never goes back to the
+coordinator.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters import classifier, files
+from adapters.base import Base
+from adapters.layout import Tensors
+from adapters.storage import PUBLIC, replace
+from aggregation.pki.identity import IdentityKey
+from client.node import statedir as device_home
+from client.training.trainer import trainer
+from coordinator import statedir as coordinator_home
+from export.bundle import adapter
+from export.bundle.base import ExportedBase, export_base
+from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
+from export.onnx.quantize import Profile
+from export.parity import compare
+from export.parity.compare import OnnxRunner, Parity
+from export.parity.limits import Limits, limits_of
+from simulations.data.households import Population
+from simulations.engine import provision
+from simulations.scenario import Scenario
+
+BUNDLE = "bundle"
+GLOBAL = "global"
+PERSONAL = "personal"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What came of the export: the first household's bundle, and how the exported global adapter answers."""
+
+    bundle: Path
+    parity: Parity
+    accuracy: float  # share of all test phrases, each household's, that the exported pair gets right
+
+
+def publish(out: Path, scenario: Scenario, population: Population, base: Base) -> Published:
+    """Export, check and hand out.
+
+    Raises:
+        ParityError: The exported pair answers too differently from torch; no bundle was written.
+    """
+    registry = provision.registry(out)
+    version = registry.latest() or registry.version(0)
+    shared = registry.tensors(version.manifest.version)
+    model = trainer(base, len(population.labels), provision.lora(scenario)).model
+    exported = export_base(model, base, Profile(scenario.export.profile))
+    runner = OnnxRunner.open(exported.files)
+    classifier.load(model, shared)
+    tests = [example for household in population.households for example in household.test]
+    inputs, texts = _on_device(shared, exported), [example.text for example in tests]
+    found = compare.compare(model, runner, inputs, texts)
+    compare.gate(found, _limits(scenario))
+    right = runner.probabilities(texts, inputs).argmax(axis=1) == [example.label for example in tests]
+    key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_home.KEY).read_bytes())
+    manifest = version.manifest
+    source = AdapterSource(GLOBAL, shared, population.labels, manifest.version, manifest.sha256, method=manifest.method)
+    write_bundle(out / BUNDLE, exported, [source], key=key)
+    replace(out / device_home.TRUST, key.public.to_pem(), PUBLIC)
+    for household in population.households:
+        _hand_out(out, household.name, exported, source)
+    return Published(provision.device_folder(out, population.households[0].name) / BUNDLE, found, float(right.mean()))
+
+
+def _limits(scenario: Scenario) -> Limits:
+    """What the scenario demands, else what its profile allows."""
+    minimum = scenario.export.minimum_agreement
+    return limits_of(scenario.export.profile, "text-classification") if minimum == "profile" else Limits(minimum)
+
+
+def _on_device(tensors: Tensors, exported: ExportedBase) -> Tensors:
+    """The adapter as a device reads it back from its int8 file."""
+    return adapter.decode(adapter.encode(tensors, exported.plan), "int8")
+
+
+def _hand_out(out: Path, household: str, exported: ExportedBase, shared: AdapterSource) -> None:
+    """Put the coordinator's bundle into a device's home and the device's own adapter beside the global one."""
+    folder = provision.device_folder(out, household)
+    copy_bundle(out / BUNDLE, folder / BUNDLE)
+    blob = (folder / device_home.PERSONAL).read_bytes()
+    identity = IdentityKey.from_pem((folder / device_home.IDENTITY).read_bytes())
+    private = AdapterSource(
+        PERSONAL, files.decode(blob), shared.labels, shared.version, files.sha256(blob), shared.sha256, shared.method
+    )
+    add_adapter(folder / BUNDLE, exported.plan, private, key=identity)
