@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from adapters import pretrained
 from adapters.base import Base
 from adapters.layout import Floats, Tensors
-from adapters.method import Method
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 
 ENCODER = "encoder."  # begins the path of everything below a ``PhraseClassifier``'s head
@@ -38,13 +38,13 @@ class LoraSpec:
             raise ConfigError(f"LoRA needs a rank of 1 to {MAX_RANK}, an alpha of at least 1 and a target module")
 
     @classmethod
-    def of(cls, method: Method) -> Self:
+    def of(cls, method: PeftConfig) -> Self:
         """What a manifest or a task says, if every layer has one rank and one scaling, ``alpha / rank``.
 
         Raises:
             ConfigError: It says more, or what cannot be built. Training something else would go unnoticed.
         """
-        plain = Method("lora", method.rank, method.alpha, method.targets)
+        plain = PeftConfig("lora", method.rank, method.alpha, method.targets)
         if method != plain or not isinstance(method.alpha, int):
             raise ConfigError("the adapter has patterns or a scaling of its own; only plain LoRA can be trained here")
         return cls(method.rank, method.alpha, method.targets)

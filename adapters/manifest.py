@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters import signed
-from adapters.method import Method as Method  # most who read a document ask for its method
+from adapters.peftconfig import PeftConfig as PeftConfig  # most who read a document ask for its method
 from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 
@@ -47,7 +47,7 @@ class SignedDocument:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest(SignedDocument):
+class VersionManifest(SignedDocument):
     """One version of the shared adapter in the registry."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -62,12 +62,12 @@ class Manifest(SignedDocument):
     round: Count  # 0 for the seed
     survivors: tuple[str, ...]  # device names whose updates are in the sum
     metrics: dict[str, float]  # means over the survivors, as unmasked
-    method: Method
+    method: PeftConfig
     labels: tuple[str, ...]  # the head's rows, in order
 
 
 @dataclass(frozen=True, slots=True)
-class BaseCard(SignedDocument):
+class BaseManifest(SignedDocument):
     """An exported base graph: which frozen base it is, for which task, in which profile, and every file's digest."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -82,7 +82,7 @@ class BaseCard(SignedDocument):
 
 
 @dataclass(frozen=True, slots=True)
-class Sidecar(SignedDocument):
+class AdapterManifest(SignedDocument):
     """An exported adapter file: what it is, for which base, and where it came from."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -96,7 +96,7 @@ class Sidecar(SignedDocument):
     layout_digest: Sha256
     version: Count
     source: Sha256  # digest of the safetensors blob it was exported from
-    method: Method | None  # how it was made, to undo the folding of the scaling; None if that is not known
+    method: PeftConfig | None  # how it was made, to undo the folding of the scaling; None if that is not known
     parent: Sha256 | None  # of a private adapter: the blob digest of the global version it started from
     rank: Count
     labels: tuple[str, ...]

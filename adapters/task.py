@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters.layout import Layout
-from adapters.manifest import Method
+from adapters.manifest import PeftConfig
 from adapters.signed import canonical
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.vector import Segment, VectorSpec
@@ -27,7 +27,7 @@ class Task:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    method: Method
+    method: PeftConfig
     labels: tuple[str, ...]
     epochs: Annotated[int, Field(gt=0, le=100)]
     batch_size: Annotated[int, Field(gt=0, le=1024)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from aggregation import masks
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.messages import Advert, Agreement, Box, Plan, Roster, Survivors, envelope
+from aggregation.messages import Advert, ConsistencySignature, EncryptedShares, Plan, Roster, Survivors, envelope
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR, Peer, Session, context_of
@@ -106,7 +106,7 @@ def roster(
             raise ProtocolError(f"{device} has a key that another device on the roster has", COORDINATOR)
         keys |= found.keys
         signed[device] = raw
-        peers[device] = Peer(device, len(peers) + 1, known[device], found.box_key, found.mask_keys, found.commitments)
+        peers[device] = Peer(device, len(peers) + 1, known[device], found.share_key, found.mask_keys, found.commitments)
     try:
         return Session(spec, offer, context_of(offer, message.digest()), peers), signed
     except ConfigError as error:
@@ -118,13 +118,13 @@ def _claimed(raw: bytes) -> str:
     return Advert.decode(envelope.unverified_body(raw)).device
 
 
-def boxes(session: Session, me: str, given: Mapping[str, Box]) -> None:
+def encrypted_shares(session: Session, me: str, given: Mapping[str, EncryptedShares]) -> None:
     """The boxes that a device gets: from neighbours only, and enough of them for a round.
 
     Raises:
         ProtocolError: Otherwise.
     """
-    strangers = set(given) - set(session.neighbours(me, session.peers))
+    strangers = set(given) - set(session.neighbors(me, session.peers))
     if strangers:
         raise ProtocolError(f"shares of {min(strangers)}, who is no neighbour", COORDINATOR)
     near_enough(session, me, given, "near this device shared their secrets")
@@ -145,7 +145,7 @@ def plan(session: Session, me: str, dealers: Collection[str], last_round: int, m
     if me not in message.members:
         raise ProtocolError("plan does not include this device", COORDINATOR)
     strangers = set(message.members) - set(session.peers)
-    without = set(session.neighbours(me, message.members)) - set(dealers)
+    without = set(session.neighbors(me, message.members)) - set(dealers)
     if strangers or without:
         raise ProtocolError(f"{min(strangers | without)} is in the plan but shared no secrets", COORDINATOR)
     large_enough(session.spec, len(message.members), "members of the plan")
@@ -168,16 +168,18 @@ def survivors(session: Session, current: Plan, me: str, vector: bytes, message: 
     near_enough(session, me, message.vectors, "near this device survived")
 
 
-def owed(session: Session, current: Plan, me: str, message: Survivors) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def shares_to_reveal(
+    session: Session, current: Plan, me: str, message: Survivors
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Whose seed and whose mask key a device opens: survivors and dropped, never one device in both."""
-    near = (me, *session.neighbours(me, current.members))
+    near = (me, *session.neighbors(me, current.members))
     return (
         tuple(sorted(device for device in near if device in message.vectors)),
         tuple(sorted(device for device in near if device not in message.vectors)),
     )
 
 
-def agreements(session: Session, message: Survivors, signatures: Mapping[str, bytes]) -> None:
+def consistency_signatures(session: Session, message: Survivors, signatures: Mapping[str, bytes]) -> None:
     """A quorum of survivors or more signed this very set: no other set has a quorum, since a device signs one.
 
     Raises:
@@ -189,8 +191,8 @@ def agreements(session: Session, message: Survivors, signatures: Mapping[str, by
     for device, signature in signatures.items():
         if device not in message.vectors:
             raise ProtocolError(f"{device} agreed but is no survivor", COORDINATOR)
-        body = Agreement(digest, device).encode()
-        envelope.verify(session.peers[device].identity, Agreement.TAG, body, signature)
+        body = ConsistencySignature(digest, device).encode()
+        envelope.verify(session.peers[device].identity, ConsistencySignature.TAG, body, signature)
 
 
 def large_enough(spec: SessionSpec, count: int, what: str) -> None:
@@ -210,7 +212,7 @@ def near_enough(session: Session, me: str, present: Iterable[str], what: str) ->
     Raises:
         ProtocolError: They are fewer than the threshold.
     """
-    count = 1 + len(session.neighbours(me, present))
+    count = 1 + len(session.neighbors(me, present))
     if count < session.spec.threshold:
         raise ProtocolError(f"{count} devices {what}, {session.spec.threshold} are needed", COORDINATOR)
 

@@ -22,17 +22,17 @@ from aggregation.errors import ProtocolError, TrustError
 from aggregation.masks import Mask
 from aggregation.messages import (
     Advert,
-    Agreement,
     Assignment,
+    ConsistencySignature,
     MaskedInput,
     Message,
     Offer,
-    Opening,
     Plan,
     Roster,
     Shares,
     Survivors,
     Unmask,
+    UnmaskResponse,
     envelope,
 )
 from aggregation.messages.envelope import M
@@ -41,8 +41,8 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.policy import Policy
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR, Session, commitment
-from aggregation.sharing import Pair, Secrets
-from aggregation.singleuse import Once
+from aggregation.sharing import Secrets, SharePair
+from aggregation.singleuse import SingleUse
 from aggregation.spec import Adversary, SessionSpec
 
 
@@ -64,11 +64,11 @@ class Device:
     coordinator: PublicKey
     policy: Policy
 
-    def hear(self, kind: type[M], raw: bytes) -> M:
+    def open_verified(self, kind: type[M], raw: bytes) -> M:
         """Open a message of the coordinator's."""
         return envelope.open_as(kind, raw, self.coordinator, COORDINATOR)
 
-    def say(self, message: Message) -> bytes:
+    def sign(self, message: Message) -> bytes:
         """Sign a message of this device's."""
         return envelope.seal(self.identity, message)
 
@@ -86,20 +86,20 @@ def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = N
         ProtocolError: The offer is not the coordinator's, names an uncertified or repeated member, does not
             include this device, or is against this device's policy.
     """
-    message = device.hear(Offer, offer)
+    message = device.open_verified(Offer, offer)
     me, cohort = _own_place(device, message, at)
     digest, rounds = message.digest(), range(1, message.spec.rounds + 1)
-    box_key = entropy.bytes(masks.KEY)
+    share_key = entropy.bytes(masks.KEY)
     secrets = {round_: Secrets(entropy.bytes(masks.KEY), entropy.bytes(masks.KEY)) for round_ in rounds}
     advert = Advert(
         offer=digest,
         device=me,
-        box_key=masks.public_key(box_key),
+        share_key=masks.public_key(share_key),
         mask_keys=tuple(masks.public_key(secrets[round_].mask_key) for round_ in rounds),
         commitments=tuple(commitment(secrets[round_].seed, digest, me, round_) for round_ in rounds),
     )
-    signed = device.say(advert)
-    return Advertised(me, message.spec, digest, cohort, signed, box_key, secrets), signed
+    signed = device.sign(advert)
+    return Advertised(me, message.spec, digest, cohort, signed, share_key, secrets), signed
 
 
 def _own_place(device: Device, offer: Offer, at: datetime | None) -> tuple[str, dict[str, PublicKey]]:
@@ -123,9 +123,9 @@ class Advertised:
     offer: bytes
     cohort: Mapping[str, PublicKey]
     advert: bytes
-    box_key: bytes = field(repr=False)
+    share_key: bytes = field(repr=False)
     secrets: Mapping[int, Secrets] = field(repr=False)
-    once: Once = field(default_factory=Once, repr=False, compare=False)
+    single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_roster(self, device: Device, roster: bytes, entropy: Entropy) -> "tuple[Ready, bytes]":
         """Check the roster and share the secrets of every round: steps 3 and 4. The answer is the boxes.
@@ -134,16 +134,16 @@ class Advertised:
             ProtocolError: The roster is not the coordinator's for this offer, is too small, has an advert that
                 is repeated, replayed, unsigned or of a stranger, or has not this device's own advert unchanged.
         """
-        message = device.hear(Roster, roster)
+        message = device.open_verified(Roster, roster)
         session, adverts = checks.roster(self.spec, self.offer, self.cohort, message)
         device.policy.check_roster(self.spec, len(self.cohort), len(adverts))
         if adverts.get(self.me) != self.advert:
             raise ProtocolError("roster does not have this device's own advert", COORDINATOR)
-        self.once.take("roster")
-        own, sealed = sharing.deal(session, self.me, self.box_key, self.secrets, entropy)
+        self.single_use.take("roster")
+        own, sealed = sharing.deal(session, self.me, self.share_key, self.secrets, entropy)
         held = {round_: {self.me: pair} for round_, pair in own.items()}
-        ready = Ready(session, self.me, 0, None, self.box_key, self.secrets, held)
-        return ready, device.say(Shares(session.context, self.me, sealed))
+        ready = Ready(session, self.me, 0, None, self.share_key, self.secrets, held)
+        return ready, device.sign(Shares(session.context, self.me, sealed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +164,10 @@ class Ready:
     me: str
     last_round: int
     dealers: frozenset[str] | None
-    box_key: bytes | None = field(repr=False)
+    share_key: bytes | None = field(repr=False)
     secrets: Mapping[int, Secrets] = field(repr=False)
-    held: Mapping[int, Mapping[str, Pair]] = field(repr=False)
-    once: Once = field(default_factory=Once, repr=False, compare=False)
+    held: Mapping[int, Mapping[str, SharePair]] = field(repr=False)
+    single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes) -> "Planned":
         """Accept the plan of a round: step 5. Skipped rounds can no longer be joined; their secrets are dropped.
@@ -176,31 +176,31 @@ class Ready:
             ProtocolError: Not the coordinator's, of another session, of a round begun before, without this
                 device, with a member that shared no secrets, or too small.
         """
-        message = device.hear(Assignment, plan)
-        opened = self if self.box_key is None else self._open(message)
+        message = device.open_verified(Assignment, plan)
+        opened = self if self.share_key is None else self._open(message)
         dealers = opened.dealers or frozenset()
         checks.plan(self.session, self.me, dealers, self.last_round, message.plan)
-        self.once.take("plan")
+        self.single_use.take("plan")
         round_ = message.plan.round
         later = Ready(
             self.session,
             self.me,
             round_,
             opened.dealers,
-            opened.box_key,
+            opened.share_key,
             {number: secret for number, secret in self.secrets.items() if number > round_},
             {number: pairs for number, pairs in opened.held.items() if number > round_},
         )
         return Planned(later, message.plan, self.secrets[round_], opened.held[round_])
 
     def _open(self, message: Assignment) -> "Ready":
-        checks.boxes(self.session, self.me, message.boxes)
+        checks.encrypted_shares(self.session, self.me, message.encrypted_shares)
         held = {round_: dict(pairs) for round_, pairs in self.held.items()}
-        for dealer, box in message.boxes.items():
-            pairs = sharing.open_box(self.session, self.box_key or b"", dealer, self.me, box)
+        for dealer, box in message.encrypted_shares.items():
+            pairs = sharing.decrypt(self.session, self.share_key or b"", dealer, self.me, box)
             for round_, pair in (pairs or {}).items():
                 held[round_][dealer] = pair
-        dealers = frozenset(message.boxes)
+        dealers = frozenset(message.encrypted_shares)
         return Ready(self.session, self.me, self.last_round, dealers, None, self.secrets, held)
 
 
@@ -211,8 +211,8 @@ class Planned:
     ready: "Ready"
     plan: Plan
     secrets: Secrets = field(repr=False)
-    held: Mapping[str, Pair] = field(repr=False)
-    once: Once = field(default_factory=Once, repr=False, compare=False)
+    held: Mapping[str, SharePair] = field(repr=False)
+    single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     @property
     def spec(self) -> SessionSpec:
@@ -237,7 +237,7 @@ class Planned:
         """
         bits, context, plan = self.spec.vector.ring_bits, self.ready.session.context, self.plan.digest()
         ring.require(ring_vector, self.spec.vector.size, bits)
-        self.once.take("masked input")
+        self.single_use.take("masked input")
         masks.apply(ring_vector, [*self._pair_masks(plan), self._self_mask(context, plan)], threads)
         packed = ring.packed(ring_vector, bits)
         header = MaskedInput(plan, self.ready.me, hashlib.sha256(packed).digest())
@@ -250,7 +250,7 @@ class Planned:
     def _pair_masks(self, plan: bytes) -> list[Mask]:
         """One for each neighbour in the round: added by the smaller id, subtracted by the larger."""
         session, me = self.ready.session, self.ready.me
-        publics = session.mask_keys(session.neighbours(me, self.plan.members), self.plan.round)
+        publics = session.mask_keys(session.neighbors(me, self.plan.members), self.plan.round)
         return masks.pair_masks(self.secrets.mask_key, me, publics, session.context, plan)
 
 
@@ -260,9 +260,9 @@ class Masked:
 
     ready: "Ready"
     plan: Plan
-    held: Mapping[str, Pair] = field(repr=False)
+    held: Mapping[str, SharePair] = field(repr=False)
     vector: bytes
-    once: Once = field(default_factory=Once, repr=False, compare=False)
+    single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes) -> "Planned":
         """Give up this round for a later one."""
@@ -276,11 +276,11 @@ class Masked:
                 one who was not in the plan, or too small; or the session runs no consistency round.
         """
         self._demand(Adversary.ACTIVE, "survivor set")
-        message = device.hear(Survivors, survivors)
+        message = device.open_verified(Survivors, survivors)
         checks.survivors(self.ready.session, self.plan, self.ready.me, self.vector, message)
-        self.once.take("agreement")
+        self.single_use.take("consistency-signature")
         confirmed = Confirmed(self.ready, self.plan, self.held, message)
-        return confirmed, device.say(Agreement(message.digest(), self.ready.me))
+        return confirmed, device.sign(ConsistencySignature(message.digest(), self.ready.me))
 
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:
         """Open the survivor set without a consistency round: step 8, honest-but-curious sessions only.
@@ -289,10 +289,10 @@ class Masked:
             ProtocolError: As ``on_survivors``; always in an active session.
         """
         self._demand(Adversary.HONEST_BUT_CURIOUS, "unmask request without an agreement")
-        message = device.hear(Unmask, unmask)
+        message = device.open_verified(Unmask, unmask)
         checks.survivors(self.ready.session, self.plan, self.ready.me, self.vector, message.survivors)
-        self.once.take("opening")
-        return self.ready, _opening(device, self.ready, self.plan, self.held, message.survivors)
+        self.single_use.take("unmask-response")
+        return self.ready, _unmask_response(device, self.ready, self.plan, self.held, message.survivors)
 
     def _demand(self, adversary: Adversary, what: str) -> None:
         if self.ready.session.spec.adversary is not adversary:
@@ -305,9 +305,9 @@ class Confirmed:
 
     ready: "Ready"
     plan: Plan
-    held: Mapping[str, Pair] = field(repr=False)
+    held: Mapping[str, SharePair] = field(repr=False)
     survivors: Survivors
-    once: Once = field(default_factory=Once, repr=False, compare=False)
+    single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes) -> "Planned":
         """Give up this round for a later one."""
@@ -319,17 +319,19 @@ class Confirmed:
         Raises:
             ProtocolError: Not the coordinator's, another survivor set, or too few valid agreements on it.
         """
-        message = device.hear(Unmask, unmask)
+        message = device.open_verified(Unmask, unmask)
         if message.survivors != self.survivors:
             raise ProtocolError("not the survivor set that this device agreed to", COORDINATOR)
-        checks.agreements(self.ready.session, message.survivors, message.agreements)
-        self.once.take("opening")
-        return self.ready, _opening(device, self.ready, self.plan, self.held, message.survivors)
+        checks.consistency_signatures(self.ready.session, message.survivors, message.consistency_signatures)
+        self.single_use.take("unmask-response")
+        return self.ready, _unmask_response(device, self.ready, self.plan, self.held, message.survivors)
 
 
-def _opening(device: Device, ready: "Ready", plan: Plan, held: Mapping[str, Pair], survivors: Survivors) -> bytes:
+def _unmask_response(
+    device: Device, ready: "Ready", plan: Plan, held: Mapping[str, SharePair], survivors: Survivors
+) -> bytes:
     """One kind of share a dealer: of the seed of a survivor, of the mask key of one who dropped."""
-    alive, dropped = checks.owed(ready.session, plan, ready.me, survivors)
+    alive, dropped = checks.shares_to_reveal(ready.session, plan, ready.me, survivors)
     seeds = {dealer: held[dealer].seed for dealer in alive if dealer in held}
     keys = {dealer: held[dealer].key for dealer in dropped if dealer in held}
-    return device.say(Opening(survivors.digest(), ready.me, seeds, keys))
+    return device.sign(UnmaskResponse(survivors.digest(), ready.me, seeds, keys))

@@ -1,6 +1,6 @@
 """The errors of the project. A command prints ``str(error)`` as one line and exits with ``exit_code``.
 
-They live on the ground floor because every part raises them. An aborted round is no error but a value
+They are in the lowest package because every package raises them. An aborted round is a value, not an error
 (``RoundAborted``): it is one of the ways in which a round is expected to end.
 """
 
@@ -9,9 +9,22 @@ from contextlib import contextmanager
 
 
 class EdgeAdaptError(Exception):
-    """Anything a user can cause or mend. The message says what is wrong and what to do, in one line."""
+    """Anything that a user can cause or fix.
+
+    Args:
+        message: One line: what is wrong, and what to do.
+        about: What the error is about, for programs and tests, which must not depend on the wording: a field
+            (``plan.round``), a setting (``policy.minimum_cohort``), a file's name (``base.onnx``) or an option
+            (``--form``).
+        value: The value that was refused, where it may be shown.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, about: str = "", value: object = None) -> None:
+        super().__init__(message)
+        self.about = about
+        self.value = value
 
 
 class ProtocolError(EdgeAdaptError):
@@ -19,8 +32,8 @@ class ProtocolError(EdgeAdaptError):
 
     exit_code = 3
 
-    def __init__(self, message: str, peer: str | None = None) -> None:
-        super().__init__(f"{peer}: {message}" if peer else message)
+    def __init__(self, message: str, peer: str | None = None, *, about: str = "", value: object = None) -> None:
+        super().__init__(f"{peer}: {message}" if peer else message, about=about, value=value)
         self.peer = peer
 
 
@@ -32,11 +45,11 @@ class TrustError(EdgeAdaptError):
 
 @contextmanager
 def of_file(path: object) -> Iterator[None]:
-    """Name the file in whatever is found wrong with what it holds."""
+    """Put the file's name before the message of a ``TrustError`` about what it holds."""
     try:
         yield
     except TrustError as error:
-        raise TrustError(f"{path}: {error}") from None
+        raise TrustError(f"{path}: {error}", about=error.about, value=error.value) from None
 
 
 class ConfigError(EdgeAdaptError):

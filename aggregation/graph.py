@@ -10,9 +10,9 @@ is a matter of chance, and this file bounds the chance by exact hypergeometric t
 
 A graph says nothing about who agreed on the survivors: that takes a ``quorum`` of the whole cohort, whatever the graph.
 
-``published`` is the paper's bound as it stands. ``choose`` and ``withstands`` are for sessions of this protocol, which
-differs in three ways: a dealer holds a share of its own; the coordinator may choose who drops out once it knows the
-circle; and an active one may try many rosters for a circle that it likes (docs/threat-model.md says what that means).
+``bell2020_parameters`` is the bound of the paper. ``graph_parameters`` and ``is_secure`` are for sessions of this
+protocol, which differs in three ways: a dealer holds a share of its own; the coordinator may choose who drops out once
+it knows the graph; and an active one may try many rosters for a graph that it likes (docs/threat-model.md).
 """
 
 import bisect
@@ -28,7 +28,7 @@ COMPLETE = 128  # devices: up to here everyone is everyone's neighbour
 SIGMA = 40  # bits: a session is unsafe with probability 2^-40 or less
 ETA = 20  # bits: a round cannot end, although no more were lost than expected, with 2^-20 or less
 GRINDING = 40  # bits: an active coordinator may try 2^40 rosters and keep the worst
-_TAG = b"edgeadapt/circle/1\x00"
+_TAG = b"edgeadapt/harary/1\x00"
 
 
 class Degree(NamedTuple):
@@ -38,12 +38,12 @@ class Degree(NamedTuple):
     threshold: int
 
 
-def circle(context: bytes, devices: Iterable[str]) -> tuple[str, ...]:
+def harary_order(context: bytes, devices: Iterable[str]) -> tuple[str, ...]:
     """``devices`` in their order on the circle of the session ``context``: by SHA-256 of both."""
     return tuple(sorted(devices, key=lambda device: hashlib.sha256(_TAG + context + device.encode()).digest()))
 
 
-def near(order: tuple[str, ...], degree: int) -> dict[str, frozenset[str]]:
+def harary_neighbors(order: tuple[str, ...], degree: int) -> dict[str, frozenset[str]]:
     """The neighbours of each device on a circle: ``degree / 2`` on either side, symmetric, never itself.
 
     Args:
@@ -61,7 +61,7 @@ def near(order: tuple[str, ...], degree: int) -> dict[str, frozenset[str]]:
     }
 
 
-def published(devices: int, corrupt: float, dropout: float) -> Degree:
+def bell2020_parameters(devices: int, corrupt: float, dropout: float) -> Degree:
     """The least (k, t) of Bell et al. against a semi-malicious server, for σ = 40 and η = 20.
 
     Args:
@@ -82,7 +82,7 @@ def published(devices: int, corrupt: float, dropout: float) -> Degree:
     return _least(devices, lost, safe)
 
 
-def choose(devices: int, corrupt: float, dropout: float, *, bits: int = SIGMA + GRINDING) -> Degree:
+def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int = SIGMA + GRINDING) -> Degree:
     """The least degree and threshold for a session of this protocol; the complete graph up to ``COMPLETE`` devices.
 
     Raises:
@@ -93,7 +93,7 @@ def choose(devices: int, corrupt: float, dropout: float, *, bits: int = SIGMA + 
         return Degree(devices - 1, quorum(devices, corrupt))
     if devices - lost < quorum(devices, corrupt):
         raise ConfigError(f"{devices - lost} of {devices} devices are too few to agree: lower the fractions")
-    return _least(devices, lost, lambda k, t: withstands(devices, bad, k, t, bits))
+    return _least(devices, lost, lambda k, t: is_secure(devices, bad, k, t, bits))
 
 
 def quorum(devices: int, corrupt: float) -> int:
@@ -106,7 +106,7 @@ def quorum(devices: int, corrupt: float) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def withstands(devices: int, corrupt: int, degree: int, threshold: int, bits: int) -> bool:
+def is_secure(devices: int, corrupt: int, degree: int, threshold: int, bits: int) -> bool:
     """Whether a session on a circle is safe but for a probability of 2^-``bits``.
 
     A device's ``k`` neighbours and itself hold its shares, ``c`` of them corrupt. Both its secrets open only if

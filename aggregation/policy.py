@@ -98,7 +98,7 @@ class Policy:
         return (
             (cohort > self.complete_up_to, f"degree {spec.degree} is not the complete graph of {present} devices"),
             (
-                graph.withstands(present, corrupt, spec.degree, spec.threshold, bits),
+                graph.is_secure(present, corrupt, spec.degree, spec.threshold, bits),
                 f"degree {spec.degree} and threshold {spec.threshold} of {present} devices do not withstand "
                 f"{corrupt} corrupt ones",
             ),

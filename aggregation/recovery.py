@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aggregation import masks, shamir, sharing
-from aggregation.messages import Box, Opening, Plan
+from aggregation.messages import EncryptedShares, Plan, UnmaskResponse
 from aggregation.session import Session, commitment
 from aggregation.spec import CORRUPT_FRACTION, corrupt_count
 
@@ -34,16 +34,16 @@ class Recovery:
 
     session: Session
     plan: Plan
-    dealt: Mapping[str, Mapping[str, Box]]
-    openings: Mapping[str, Opening]
+    dealt: Mapping[str, Mapping[str, EncryptedShares]]
+    responses: Mapping[str, UnmaskResponse]
     blamed: set[str] = field(default_factory=set)
     _coefficients: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
     _seeds: Mapping[str, Mapping[str, bytes]] = field(init=False, repr=False)
     _keys: Mapping[str, Mapping[str, bytes]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._seeds = _by_dealer({holder: opening.seeds for holder, opening in self.openings.items()})
-        self._keys = _by_dealer({holder: opening.keys for holder, opening in self.openings.items()})
+        self._seeds = _by_dealer({holder: opening.seeds for holder, opening in self.responses.items()})
+        self._keys = _by_dealer({holder: opening.keys for holder, opening in self.responses.items()})
 
     def seed(self, dealer: str) -> bytes | None:
         """The self-mask seed of a survivor, or nothing where too few good shares are left."""
@@ -79,7 +79,7 @@ class Recovery:
 
     def _without(self, dealer: str) -> int:
         """Holders that answered, and gave no share of ``dealer``."""
-        answers = map(self.openings.__getitem__, self.session.neighbours(dealer, self.openings))
+        answers = map(self.responses.__getitem__, self.session.neighbors(dealer, self.responses))
         return sum(dealer not in answer.seeds and dealer not in answer.keys for answer in answers)
 
     def _as_dealt(self, dealer: str, kind: int, shares: Mapping[str, bytes]) -> list[str]:

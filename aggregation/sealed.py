@@ -19,7 +19,7 @@ from aggregation.messages import DEVICES, DIGESTS, MAX_COHORT, SESSION_SPEC, Adv
 from aggregation.pki.identity import PublicKey
 from aggregation.session import Peer, Session
 from aggregation.shamir import SHARE
-from aggregation.sharing import Pair, Secrets
+from aggregation.sharing import Secrets, SharePair
 from aggregation.spec import MAX_ROUNDS
 from aggregation.wire import Codec
 
@@ -35,7 +35,7 @@ _PEER: Codec[Peer] = wire.record(
         "device": DEVICES,
         "position": _U32,
         "identity": _IDENTITY,
-        "box_key": _32,
+        "share_key": _32,
         "mask_keys": _BY_ROUND,
         "commitments": _BY_ROUND,
     },
@@ -51,7 +51,7 @@ _SESSION: Codec[Session] = wire.record(
 )
 _SECRETS = wire.mapping(_U32, wire.record(Secrets, {"mask_key": _32, "seed": _32}), MAX_ROUNDS)
 _SHARE = wire.fixed(SHARE)
-_PAIRS = wire.mapping(DEVICES, wire.record(Pair, {"seed": _SHARE, "key": _SHARE}), MAX_COHORT)
+_PAIRS = wire.mapping(DEVICES, wire.record(SharePair, {"seed": _SHARE, "key": _SHARE}), MAX_COHORT)
 _NAMES: Codec[Mapping[str, bytes]] = wire.mapping(DEVICES, wire.fixed(0), MAX_COHORT)
 _DEALERS: Codec[frozenset[str]] = Codec(
     lambda out, value: _NAMES.write(out, dict.fromkeys(value, b"")), lambda source: frozenset(_NAMES.read(source))
@@ -63,7 +63,7 @@ _READY: Codec[Ready] = wire.record(
         "me": DEVICES,
         "last_round": _U32,
         "dealers": wire.optional(_DEALERS),
-        "box_key": wire.optional(_32),
+        "share_key": wire.optional(_32),
         "secrets": _SECRETS,
         "held": wire.mapping(_U32, _PAIRS, MAX_ROUNDS),
     },
@@ -77,7 +77,7 @@ _CODECS: dict[type, Codec[Any]] = {
             "offer": DIGESTS,
             "cohort": wire.mapping(DEVICES, _IDENTITY, MAX_COHORT),
             "advert": wire.blob(2 * Advert.LIMIT),
-            "box_key": _32,
+            "share_key": _32,
             "secrets": _SECRETS,
         },
     ),

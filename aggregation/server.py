@@ -22,16 +22,16 @@ from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.masks import Mask
 from aggregation.messages import (
-    Agreement,
     Assignment,
-    Box,
+    ConsistencySignature,
+    EncryptedShares,
     Offer,
-    Opening,
     Plan,
     Roster,
     Shares,
     Survivors,
     Unmask,
+    UnmaskResponse,
     envelope,
 )
 from aggregation.messages.envelope import M
@@ -40,7 +40,7 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.recovery import Recovery
 from aggregation.ring import Ring
 from aggregation.session import Session
-from aggregation.singleuse import Once
+from aggregation.singleuse import SingleUse
 from aggregation.spec import Adversary, SessionSpec
 
 
@@ -106,7 +106,7 @@ def open_session(
     Args:
         key: The coordinator's.
         root: The pinned authority.
-        spec: Parameters; its degree is the cohort less one, or even and less (``graph.choose``).
+        spec: Parameters; its degree is the cohort less one, or even and less (``graph.graph_parameters``).
         certificates: Device id → DER.
         entropy: Draws the session's id.
         at: The time at which certificates must be valid.
@@ -166,7 +166,7 @@ class Sharing:
 
     key: IdentityKey
     session: Session
-    dealt: Mapping[str, Mapping[str, Box]] = field(default_factory=dict)
+    dealt: Mapping[str, Mapping[str, EncryptedShares]] = field(default_factory=dict)
 
     def on_shares(self, peer: str, body: bytes) -> "Sharing":
         """Take one device's boxes: step 4.
@@ -178,11 +178,11 @@ class Sharing:
         message = envelope.open_as(Shares, body, self.session.peers[peer].identity, peer)
         if (message.context, message.device) != (self.session.context, peer):
             raise ProtocolError("shares are of another session or device", peer)
-        if set(message.boxes) != set(self.session.neighbours(peer, self.session.peers)):
+        if set(message.encrypted_shares) != set(self.session.neighbors(peer, self.session.peers)):
             raise ProtocolError("shares are not for exactly its neighbours", peer)
-        if not all(sharing.fits(box, self.session.spec.rounds) for box in message.boxes.values()):
+        if not all(sharing.fits(box, self.session.spec.rounds) for box in message.encrypted_shares.values()):
             raise ProtocolError("a box has not the size of one", peer)
-        return replace(self, dealt={**self.dealt, peer: message.boxes})
+        return replace(self, dealt={**self.dealt, peer: message.encrypted_shares})
 
     def close(self) -> "Established | RoundAborted":
         """End step 4. Who sent no shares is in no round of this session."""
@@ -205,7 +205,7 @@ class Established:
 
     key: IdentityKey
     session: Session
-    dealt: Mapping[str, Mapping[str, Box]]
+    dealt: Mapping[str, Mapping[str, EncryptedShares]]
     last_round: int = 0
     delivered: frozenset[str] = frozenset()
     left_out: frozenset[str] = frozenset()
@@ -247,7 +247,7 @@ class Established:
         return Collecting(begun, plan, plan.digest(), ring.zeros(vector.size, vector.ring_bits)), out
 
     def _assignment(self, plan: Plan, device: str) -> bytes:
-        dealers = () if device in self.delivered else self.session.neighbours(device, self.dealt)
+        dealers = () if device in self.delivered else self.session.neighbors(device, self.dealt)
         return envelope.seal(self.key, Assignment(plan, {dealer: self.dealt[dealer][device] for dealer in dealers}))
 
 
@@ -264,7 +264,7 @@ class Collecting:
     digest: bytes
     total: Ring = field(repr=False, compare=False)
     vectors: Mapping[str, bytes] = field(default_factory=dict)
-    once: Once = field(default_factory=Once, repr=False, compare=False)
+    single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_masked_input(self, peer: str, body: bytes) -> "Collecting":
         """Take one device's masked vector: step 6.
@@ -280,30 +280,32 @@ class Collecting:
         if (header.plan, header.device) != (self.digest, peer):
             raise ProtocolError("masked input is for another plan or of another device", peer)
         try:
-            self.once.require("next state")
+            self.single_use.require("next state")
             ring.add(self.total, packed, bits)
         except ProtocolError as error:
             raise ProtocolError(str(error), peer) from None
-        self.once.take("next state")
-        return replace(self, vectors={**self.vectors, peer: header.vector}, once=Once())
+        self.single_use.take("next state")
+        return replace(self, vectors={**self.vectors, peer: header.vector}, single_use=SingleUse())
 
     def close(self) -> "tuple[Confirming | Unmasking, dict[str, bytes]] | RoundAborted":
         """End step 6: who answered are the survivors. The bytes go to each of them."""
         aborted = too_few(self.established.session.spec, len(self.vectors), "masked inputs", self.established)
         if aborted:
             return aborted
-        self.once.take("end of the step")
+        self.single_use.take("end of the step")
         # A masked input proves that its sender has its boxes.
         proven = replace(self.established, delivered=self.established.delivered | set(self.vectors))
         message = Survivors(self.digest, self.vectors)
-        settled = Settled(proven, self.plan, message, message.digest(), self.total)
+        survivor_set = SurvivorSet(proven, self.plan, message, message.digest(), self.total)
         if proven.session.spec.adversary is Adversary.HONEST_BUT_CURIOUS:
-            return Unmasking(settled, settled.counted), dict.fromkeys(settled.counted, settled.unmask({}))
-        return Confirming(settled), dict.fromkeys(settled.counted, envelope.seal(proven.key, message))
+            return Unmasking(survivor_set, survivor_set.counted), dict.fromkeys(
+                survivor_set.counted, survivor_set.unmask({})
+            )
+        return Confirming(survivor_set), dict.fromkeys(survivor_set.counted, envelope.seal(proven.key, message))
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class SurvivorSet:
     """Who survived, with the digest of that message, and the sum of what they sent, still masked."""
 
     established: "Established"
@@ -327,7 +329,7 @@ class Settled:
         """Who is in the plan and is no survivor."""
         return tuple(device for device in self.plan.members if device not in self.survivors.vectors)
 
-    def hear(self, kind: type[M], peer: str, body: bytes) -> M:
+    def open_verified(self, kind: type[M], peer: str, body: bytes) -> M:
         """Open a message of a survivor's."""
         return envelope.open_as(kind, body, self.session.peers[peer].identity, peer)
 
@@ -347,8 +349,8 @@ class Settled:
 class Confirming:
     """The survivor set is out; agreements come in."""
 
-    settled: Settled
-    agreements: Mapping[str, bytes] = field(default_factory=dict)
+    survivor_set: SurvivorSet
+    consistency_signatures: Mapping[str, bytes] = field(default_factory=dict)
 
     def on_signature(self, peer: str, body: bytes) -> "Confirming":
         """Take one survivor's agreement: step 7.
@@ -356,30 +358,30 @@ class Confirming:
         Raises:
             ProtocolError: Not its signature on this survivor set, or its second.
         """
-        checks.turn(peer, self.settled.survivors.vectors, self.agreements, "agreement")
-        message = self.settled.hear(Agreement, peer, body)
-        if message != Agreement(self.settled.digest, peer):
+        checks.turn(peer, self.survivor_set.survivors.vectors, self.consistency_signatures, "consistency-signature")
+        message = self.survivor_set.open_verified(ConsistencySignature, peer, body)
+        if message != ConsistencySignature(self.survivor_set.digest, peer):
             raise ProtocolError("agreement is on another survivor set or of another device", peer)
-        return replace(self, agreements={**self.agreements, peer: envelope.signature(body)})
+        return replace(self, consistency_signatures={**self.consistency_signatures, peer: envelope.signature(body)})
 
     def close(self) -> "tuple[Unmasking, dict[str, bytes]] | RoundAborted":
         """End step 7. The bytes, a quorum of agreements, go to each that agreed."""
-        agreed, quorum = tuple(sorted(self.agreements)), self.settled.session.spec.quorum
+        agreed, quorum = tuple(sorted(self.consistency_signatures)), self.survivor_set.session.spec.quorum
         if len(agreed) < quorum:
             detail = f"{len(agreed)} agreements, {quorum} are needed"
-            return self.settled.aborted(AbortReason.TOO_FEW, detail)
-        body = self.settled.unmask({device: self.agreements[device] for device in agreed[:quorum]})
-        return Unmasking(self.settled, agreed), dict.fromkeys(agreed, body)
+            return self.survivor_set.aborted(AbortReason.TOO_FEW, detail)
+        body = self.survivor_set.unmask({device: self.consistency_signatures[device] for device in agreed[:quorum]})
+        return Unmasking(self.survivor_set, agreed), dict.fromkeys(agreed, body)
 
 
 @dataclass(frozen=True, slots=True)
 class Unmasking:
     """The unmask request is out; openings come in. ``asked``: who may answer."""
 
-    settled: Settled
+    survivor_set: SurvivorSet
     asked: tuple[str, ...]
-    openings: Mapping[str, Opening] = field(default_factory=dict)
-    once: Once = field(default_factory=Once, repr=False, compare=False)
+    responses: Mapping[str, UnmaskResponse] = field(default_factory=dict)
+    single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_unmask(self, peer: str, body: bytes) -> "Unmasking":
         """Take one survivor's shares: step 8.
@@ -388,51 +390,55 @@ class Unmasking:
             ProtocolError: Not its signed opening of this survivor set, its second, or with a share that it does
                 not owe.
         """
-        checks.turn(peer, self.asked, self.openings, "opening")
-        message = self.settled.hear(Opening, peer, body)
-        if (message.survivors, message.device) != (self.settled.digest, peer):
+        checks.turn(peer, self.asked, self.responses, "opening")
+        message = self.survivor_set.open_verified(UnmaskResponse, peer, body)
+        if (message.survivors, message.device) != (self.survivor_set.digest, peer):
             raise ProtocolError("opening is of another survivor set or device", peer)
-        alive, dropped = checks.owed(self.settled.session, self.settled.plan, peer, self.settled.survivors)
+        alive, dropped = checks.shares_to_reveal(
+            self.survivor_set.session, self.survivor_set.plan, peer, self.survivor_set.survivors
+        )
         if not (set(message.seeds) <= set(alive) and set(message.keys) <= set(dropped)):
             raise ProtocolError("opening has a share that it does not owe", peer)
-        return replace(self, openings={**self.openings, peer: message})  # with the same latch: one sum
+        return replace(self, responses={**self.responses, peer: message})  # with the same latch: one sum
 
     def close(self, threads: int = 1) -> "tuple[Established, RoundResult] | RoundAborted":
         """End step 8: open the sum, or nothing. ``threads`` are those of ``masks.apply``."""
-        settled, least = self.settled, self.settled.session.spec.threshold
-        if len(self.openings) < least:
-            return settled.aborted(AbortReason.TOO_FEW, f"{len(self.openings)} openings, {least} are needed")
-        recovery = Recovery(settled.session, settled.plan, settled.established.dealt, self.openings)
-        seeds = {device: seed for device in settled.counted if (seed := recovery.seed(device))}
-        keys = {device: key for device in settled.dropped if (key := recovery.mask_key(device))}
-        closed = sorted({*settled.counted, *settled.dropped} - {*seeds, *keys})
+        survivor_set, least = self.survivor_set, self.survivor_set.session.spec.threshold
+        if len(self.responses) < least:
+            return survivor_set.aborted(AbortReason.TOO_FEW, f"{len(self.responses)} openings, {least} are needed")
+        recovery = Recovery(survivor_set.session, survivor_set.plan, survivor_set.established.dealt, self.responses)
+        seeds = {device: seed for device in survivor_set.counted if (seed := recovery.seed(device))}
+        keys = {device: key for device in survivor_set.dropped if (key := recovery.mask_key(device))}
+        closed = sorted({*survivor_set.counted, *survivor_set.dropped} - {*seeds, *keys})
         if closed:
             detail = f"too few good shares to open {', '.join(closed[:3])}{' …' if closed[3:] else ''}"
             reason = AbortReason.UNRECOVERABLE if recovery.blamed else AbortReason.TOO_FEW
             # Its secrets would not open in the next round either.
-            return settled.aborted(reason, detail, recovery.blamed, recovery.blamed.intersection(closed))
-        self.once.take("sum")
-        masks.apply(settled.total, _masks_to_remove(settled, seeds, keys), threads)
-        return _outcome(settled, tuple(sorted(recovery.blamed)))
+            return survivor_set.aborted(reason, detail, recovery.blamed, recovery.blamed.intersection(closed))
+        self.single_use.take("sum")
+        masks.apply(survivor_set.total, _masks_to_remove(survivor_set, seeds, keys), threads)
+        return _outcome(survivor_set, tuple(sorted(recovery.blamed)))
 
 
-def _masks_to_remove(settled: Settled, seeds: Mapping[str, bytes], keys: Mapping[str, bytes]) -> Iterator[Mask]:
+def _masks_to_remove(
+    survivor_set: SurvivorSet, seeds: Mapping[str, bytes], keys: Mapping[str, bytes]
+) -> Iterator[Mask]:
     """Each survivor's self mask, and what survivors share with those who dropped: the opposite of what was added."""
-    session, plan = settled.session, settled.plan.digest()
+    session, plan = survivor_set.session, survivor_set.plan.digest()
     for device, seed in seeds.items():
         yield Mask(masks.self_key(seed, session.context, plan, device), add=False)
     for device, private in keys.items():
-        publics = session.mask_keys(session.neighbours(device, seeds), settled.plan.round)
+        publics = session.mask_keys(session.neighbors(device, seeds), survivor_set.plan.round)
         yield from masks.pair_masks(private, device, publics, session.context, plan)
 
 
-def _outcome(settled: Settled, blamed: tuple[str, ...]) -> "tuple[Established, RoundResult] | RoundAborted":
+def _outcome(survivor_set: SurvivorSet, blamed: tuple[str, ...]) -> "tuple[Established, RoundResult] | RoundAborted":
     """The sum, now that no mask is on it; none where honest survivors cannot have it."""
-    spec = settled.session.spec.vector
+    spec = survivor_set.session.spec.vector
     try:
-        values = spec.decode(settled.total, len(settled.counted))
+        values = spec.decode(survivor_set.total, len(survivor_set.counted))
     except DataError as error:
-        return settled.aborted(AbortReason.OUT_OF_RANGE, str(error), blamed)
-    digest = ring.digest(settled.total, spec.ring_bits)
-    result = RoundResult(settled.plan.round, values, settled.counted, settled.dropped, blamed, digest)
-    return settled.established, result
+        return survivor_set.aborted(AbortReason.OUT_OF_RANGE, str(error), blamed)
+    digest = ring.digest(survivor_set.total, spec.ring_bits)
+    result = RoundResult(survivor_set.plan.round, values, survivor_set.counted, survivor_set.dropped, blamed, digest)
+    return survivor_set.established, result

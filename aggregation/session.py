@@ -22,7 +22,7 @@ class Peer:
     device: str
     position: int
     identity: PublicKey
-    box_key: bytes
+    share_key: bytes
     mask_keys: tuple[bytes, ...]
     commitments: tuple[bytes, ...]
 
@@ -46,10 +46,10 @@ class Session:
 
     def __post_init__(self) -> None:
         sparse = self.spec.degree < len(self.peers) - 1
-        found = graph.near(graph.circle(self.context, self.peers), self.spec.degree) if sparse else {}
+        found = graph.harary_neighbors(graph.harary_order(self.context, self.peers), self.spec.degree) if sparse else {}
         object.__setattr__(self, "_near", found)
 
-    def neighbours(self, device: str, among: Iterable[str]) -> tuple[str, ...]:
+    def neighbors(self, device: str, among: Iterable[str]) -> tuple[str, ...]:
         """Those of ``among`` with whom ``device`` shares masks and secrets, in the order given.
 
         Everyone else on the roster where ``degree`` reaches that far, else the neighbours on the circle (``graph``).

@@ -15,11 +15,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from aggregation import masks, shamir
 from aggregation.entropy import Entropy
-from aggregation.messages import AEAD_TAG, PAIR, SHARE_DIGEST, Box
+from aggregation.messages import AEAD_TAG, PAIR, SHARE_DIGEST, EncryptedShares
 from aggregation.session import Session
 from aggregation.shamir import SHARE
 
-_TAG = b"edgeadapt/box/1"
+_TAG = b"edgeadapt/share-encryption/1"
 _NONCE = bytes(12)
 
 
@@ -32,7 +32,7 @@ class Secrets:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class SharePair:
     """What a holder has of one dealer for one round: a share of its seed and one of its mask key, 33 bytes each."""
 
     seed: bytes = field(repr=False)
@@ -40,8 +40,8 @@ class Pair:
 
 
 def deal(
-    session: Session, dealer: str, box_key: bytes, secrets: Mapping[int, Secrets], entropy: Entropy
-) -> tuple[dict[int, Pair], dict[str, Box]]:
+    session: Session, dealer: str, share_key: bytes, secrets: Mapping[int, Secrets], entropy: Entropy
+) -> tuple[dict[int, SharePair], dict[str, EncryptedShares]]:
     """Share the secrets of every round.
 
     Args:
@@ -54,26 +54,30 @@ def deal(
     Returns:
         The dealer's own pairs by round, and a box for each neighbour.
     """
-    holders = [dealer, *session.neighbours(dealer, session.peers)]
+    holders = [dealer, *session.neighbors(dealer, session.peers)]
     points, threshold = session.positions(holders), session.spec.threshold
-    pairs: dict[str, dict[int, Pair]] = {holder: {} for holder in holders}
+    pairs: dict[str, dict[int, SharePair]] = {holder: {} for holder in holders}
     for round_, secret in secrets.items():
         seeds = shamir.split(secret.seed, threshold, points, entropy)
         keys = shamir.split(secret.mask_key, threshold, points, entropy)
         for holder, seed, key in zip(holders, seeds, keys, strict=True):
-            pairs[holder][round_] = Pair(seed, key)
-    boxes = {holder: seal(session, box_key, dealer, holder, pairs[holder]) for holder in holders[1:]}
-    return pairs[dealer], boxes
+            pairs[holder][round_] = SharePair(seed, key)
+    encrypted_shares = {holder: seal(session, share_key, dealer, holder, pairs[holder]) for holder in holders[1:]}
+    return pairs[dealer], encrypted_shares
 
 
-def seal(session: Session, box_key: bytes, dealer: str, holder: str, pairs: Mapping[int, Pair]) -> Box:
+def seal(
+    session: Session, share_key: bytes, dealer: str, holder: str, pairs: Mapping[int, SharePair]
+) -> EncryptedShares:
     """Seal one holder's pairs, in order of round."""
     ordered = [share for _, pair in sorted(pairs.items()) for share in (pair.seed, pair.key)]
-    key = _key(session, box_key, session.peers[holder].box_key, dealer, holder)
-    return Box(AESGCM(key).encrypt(_NONCE, b"".join(ordered), session.context), tuple(map(digest, ordered)))
+    key = _key(session, share_key, session.peers[holder].share_key, dealer, holder)
+    return EncryptedShares(AESGCM(key).encrypt(_NONCE, b"".join(ordered), session.context), tuple(map(digest, ordered)))
 
 
-def open_box(session: Session, box_key: bytes, dealer: str, holder: str, box: Box) -> dict[int, Pair] | None:
+def decrypt(
+    session: Session, share_key: bytes, dealer: str, holder: str, box: EncryptedShares
+) -> dict[int, SharePair] | None:
     """The pairs in ``box`` by round, or nothing where the dealer made a box that does not hold what it says.
 
     Nothing is no error: one bad dealer must not stop the others. The holder just has no share of that dealer.
@@ -81,17 +85,17 @@ def open_box(session: Session, box_key: bytes, dealer: str, holder: str, box: Bo
     if not fits(box, session.spec.rounds):
         return None
     try:
-        key = _key(session, box_key, session.peers[dealer].box_key, dealer, holder)
+        key = _key(session, share_key, session.peers[dealer].share_key, dealer, holder)
         opened = AESGCM(key).decrypt(_NONCE, box.sealed, session.context)
     except InvalidTag:
         return None
     shares = [opened[i : i + SHARE] for i in range(0, len(opened), SHARE)]
     if tuple(map(digest, shares)) != box.digests:
         return None
-    return {i // 2 + 1: Pair(shares[i], shares[i + 1]) for i in range(0, len(shares), 2)}
+    return {i // 2 + 1: SharePair(shares[i], shares[i + 1]) for i in range(0, len(shares), 2)}
 
 
-def fits(box: Box, rounds: int) -> bool:
+def fits(box: EncryptedShares, rounds: int) -> bool:
     """Whether ``box`` has the size of one for ``rounds`` rounds."""
     return len(box.sealed) == rounds * PAIR + AEAD_TAG and len(box.digests) == 2 * rounds
 

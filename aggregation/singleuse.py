@@ -3,7 +3,7 @@
 from aggregation.errors import ProtocolError
 
 
-class Once:
+class SingleUse:
     """Open until taken. States are values and could be used twice; what they hold must not answer twice.
 
     It lives with the object, not with the value: a state restored from its seal has a fresh one, which is why a

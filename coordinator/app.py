@@ -8,10 +8,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from aggregation.errors import ConfigError
 from coordinator.rounds import federate
-from coordinator.statedir import CoordinatorHome
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.wire import Clock, SystemClock, Wire
 
-HOME = "coordinator-home"  # key of the run configuration: the coordinator's folder
+STATE = "coordinator-state"  # key of the run configuration: the coordinator's folder
 
 log = logging.getLogger("edgeadapt.coordinator")
 app = ServerApp()
@@ -21,19 +21,19 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds that are still to do."""
     _show_log()
-    folder = context.run_config.get(HOME)
+    folder = context.run_config.get(STATE)
     if not isinstance(folder, str) or not folder:
-        raise ConfigError(f"the run configuration needs {HOME!r}: the coordinator's folder")
-    home = CoordinatorHome.open(Path(folder))
+        raise ConfigError(f"the run configuration needs {STATE!r}: the coordinator's folder")
+    state_dir = CoordinatorStateDir.open(Path(folder))
     # A simulated grid brings its own time, which does not wait.
     clock: Clock = getattr(grid, "clock", None) or SystemClock()
-    for record in federate(home, Wire(grid, clock, home.settings.deadline)):
+    for record in federate(state_dir, Wire(grid, clock, state_dir.settings.deadline)):
         log.info(
             "round %d of %d: %s",
             record.round,
-            home.settings.rounds,
+            state_dir.settings.rounds,
             record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} lost",
-            extra={"record": record, "rounds": home.settings.rounds},
+            extra={"record": record, "rounds": state_dir.settings.rounds},
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from adapters import files
 from adapters.cores import cores
 from adapters.layout import Layout
-from adapters.manifest import Manifest
+from adapters.manifest import VersionManifest
 from aggregation import server
 from aggregation.server import Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.steps import ADAPTER, Step
@@ -23,47 +23,47 @@ from coordinator.recorder import Recorder
 from coordinator.registry.roundrecord import RoundRecord
 from coordinator.registry.versions import Version
 from coordinator.session import Fleet, beside, establish
-from coordinator.statedir import CoordinatorHome
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.wire import Wire
 
 log = logging.getLogger("edgeadapt.coordinator")
 
 
-def federate(home: CoordinatorHome, wire: Wire) -> Iterator[RoundRecord]:
+def federate(state_dir: CoordinatorStateDir, wire: Wire) -> Iterator[RoundRecord]:
     """Run the rounds that are still to do, yielding each one's record once it is committed.
 
     Raises:
         EdgeAdaptError: Another run uses the home, a session could not be made in ``settings.attempts`` tries, or the
             registry failed.
     """
-    with home.locked():
+    with state_dir.locked():
         try:
-            yield from _rounds(home, wire)
+            yield from _rounds(state_dir, wire)
         finally:
-            home.transcripts.finish()
+            state_dir.transcripts.finish()
 
 
-def _rounds(home: CoordinatorHome, wire: Wire) -> Iterator[RoundRecord]:
+def _rounds(state_dir: CoordinatorStateDir, wire: Wire) -> Iterator[RoundRecord]:
     fleet: Fleet | None = None
     session: Established | None = None
-    done = len(home.registry.rounds())
-    for number in range(done + 1, home.settings.rounds + 1):
+    done = len(state_dir.registry.rounds())
+    for number in range(done + 1, state_dir.settings.rounds + 1):
         begin = time.perf_counter()
         if fleet is None or session is None or session.rounds_left == 0:
-            left = home.settings.rounds - number + 1
-            rounds = min(left, home.settings.aggregation.session_rounds)
-            fleet, session = establish(home, wire, rounds, f"session-{number}")
-        record, session = _round(home, fleet, session, number, begin)
+            left = state_dir.settings.rounds - number + 1
+            rounds = min(left, state_dir.settings.aggregation.session_rounds)
+            fleet, session = establish(state_dir, wire, rounds, f"session-{number}")
+        record, session = _round(state_dir, fleet, session, number, begin)
         yield record
 
 
 def _round(
-    home: CoordinatorHome, fleet: Fleet, session: Established, number: int, begin: float
+    state_dir: CoordinatorStateDir, fleet: Fleet, session: Established, number: int, begin: float
 ) -> tuple[RoundRecord, Established | None]:
     """Steps 5–9: one round from plan to committed record, whatever becomes of it."""
-    version = home.latest()
+    version = state_dir.latest()
     fleet.lost.clear()
-    outcome = _protocol(home, fleet, session, version, number)
+    outcome = _protocol(state_dir, fleet, session, version, number)
     after: Established | None
     result: RoundResult | None
     if isinstance(outcome, RoundAborted):
@@ -84,14 +84,14 @@ def _round(
         metrics=_metrics(result) if result else {},
         version=version.manifest.version + 1 if result else None,
     )
-    return _commit(home, fleet.recorder, version, record, result), after
+    return _commit(state_dir, fleet.recorder, version, record, result), after
 
 
 def _protocol(
-    home: CoordinatorHome, fleet: Fleet, session: Established, version: Version, number: int
+    state_dir: CoordinatorStateDir, fleet: Fleet, session: Established, version: Version, number: int
 ) -> tuple[Established, RoundResult] | RoundAborted:
     manifest, group = version.manifest, str(number)
-    task = home.settings.training.task(manifest, home.settings.seed)
+    task = state_dir.settings.training.task(manifest, state_dir.settings.seed)
     planned = session.plan(
         adapter_version=manifest.version, adapter_digest=manifest.sha256, training=task.encode(), cohort=None
     )
@@ -99,7 +99,7 @@ def _protocol(
         return planned
     state, plans = planned
     fleet.recorder.begin(state.plan)
-    extra = beside(receipts(fleet.recorder.log, plans), {ADAPTER: home.registry.blob(manifest.version)})
+    extra = beside(receipts(fleet.recorder.log, plans), {ADAPTER: state_dir.registry.blob(manifest.version)})
     masked = fleet.gather(state, server.Collecting.on_masked_input, Step.PLAN, plans, group=group, beside=extra).close()
     if isinstance(masked, RoundAborted):
         return masked
@@ -134,20 +134,24 @@ def _metrics(result: RoundResult) -> dict[str, float]:
 
 
 def _commit(
-    home: CoordinatorHome, recorder: Recorder, version: Version, record: RoundRecord, result: RoundResult | None
+    state_dir: CoordinatorStateDir,
+    recorder: Recorder,
+    version: Version,
+    record: RoundRecord,
+    result: RoundResult | None,
 ) -> RoundRecord:
     if result is None:
-        home.registry.record_round(record)
+        state_dir.registry.record_round(record)
         return record
-    layout = Layout.of(home.registry.tensors(version.manifest.version))
-    rule = home.settings.server.rule()
-    state = optimizer.restore(rule, home.registry.optimizer_state(), layout.size)
-    adapter = layout.flatten(home.registry.tensors(version.manifest.version))
+    layout = Layout.of(state_dir.registry.tensors(version.manifest.version))
+    rule = state_dir.settings.server.rule()
+    state = optimizer.restore(rule, state_dir.registry.optimizer_state(), layout.size)
+    adapter = layout.flatten(state_dir.registry.tensors(version.manifest.version))
     mean = (result.values["delta"] / record.metrics["examples"]).astype(np.float32)
     state, adapter = optimizer.step(rule, state, adapter, mean)
     blob = files.encode(layout.unflatten(adapter))
     parent = version.manifest
-    manifest = Manifest(
+    manifest = VersionManifest(
         version=parent.version + 1,
         sha256=files.sha256(blob),
         size=len(blob),
@@ -161,5 +165,5 @@ def _commit(
         labels=parent.labels,
     )
     recorder.result(result, manifest.version, manifest.sha256)  # before the commit: no version without its log
-    home.registry.commit_round(record, manifest, blob, optimizer.to_tensors(state), home.key)
+    state_dir.registry.commit_round(record, manifest, blob, optimizer.to_tensors(state), state_dir.key)
     return record

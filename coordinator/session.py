@@ -17,7 +17,7 @@ from aggregation.pki import Root
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.steps import PROOF, REVOKED, Step
 from coordinator.recorder import Recorder
-from coordinator.statedir import CoordinatorHome
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.wire import Wire
 
 log = logging.getLogger("edgeadapt.coordinator")
@@ -65,37 +65,39 @@ class Fleet:
         return state
 
 
-def establish(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tuple[Fleet, Established]:
+def establish(state_dir: CoordinatorStateDir, wire: Wire, rounds: int, group: str) -> tuple[Fleet, Established]:
     """A session of ``rounds`` rounds with the devices that can be reached.
 
     Raises:
         EdgeAdaptError: It could not be made in ``settings.attempts`` tries, or the registry failed.
     """
     reason = ""
-    for attempt in range(1, home.settings.attempts + 1):
-        outcome = _session(home, wire, rounds, f"{group}-{attempt}")
+    for attempt in range(1, state_dir.settings.attempts + 1):
+        outcome = _session(state_dir, wire, rounds, f"{group}-{attempt}")
         if not isinstance(outcome, RoundAborted):
             return outcome
         reason = outcome.detail
-        log.warning("session not made, attempt %d of %d: %s", attempt, home.settings.attempts, reason)
-    raise EdgeAdaptError(f"no session after {home.settings.attempts} attempts: {reason}")
+        log.warning("session not made, attempt %d of %d: %s", attempt, state_dir.settings.attempts, reason)
+    raise EdgeAdaptError(f"no session after {state_dir.settings.attempts} attempts: {reason}")
 
 
-def _session(home: CoordinatorHome, wire: Wire, rounds: int, group: str) -> tuple[Fleet, Established] | RoundAborted:
+def _session(
+    state_dir: CoordinatorStateDir, wire: Wire, rounds: int, group: str
+) -> tuple[Fleet, Established] | RoundAborted:
     """Steps 1–4 of the protocol."""
-    version = home.latest()
-    root = home.trusted(datetime.now(UTC))
+    version = state_dir.latest()
+    root = state_dir.trusted(datetime.now(UTC))
     certificates, nodes, seen = _roll_call(root, wire, group)
-    least = home.settings.aggregation.minimum_devices
+    least = state_dir.settings.aggregation.minimum_devices
     if len(nodes) < least:
         return RoundAborted(server.AbortReason.TOO_FEW, f"{len(nodes)} devices answered, {least} are needed", None)
-    layout = Layout.of(home.registry.tensors(version.manifest.version))
-    spec = home.settings.aggregation.spec(len(nodes), layout, version.manifest.base_digest, rounds)
-    offering, offer = server.open_session(home.key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
-    fleet = Fleet(wire, nodes, home.transcripts.begin(offering.offer, root.revoked))
+    layout = Layout.of(state_dir.registry.tensors(version.manifest.version))
+    spec = state_dir.settings.aggregation.spec(len(nodes), layout, version.manifest.base_digest, rounds)
+    offering, offer = server.open_session(state_dir.key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
+    fleet = Fleet(wire, nodes, state_dir.transcripts.begin(offering.offer, root.revoked))
     offers = dict.fromkeys(nodes, offer)
     revoked = {REVOKED: root.revoked.der} if root.revoked else {}
-    extra = beside(home.transcripts.passages(fleet.recorder, seen), revoked)
+    extra = beside(state_dir.transcripts.passages(fleet.recorder, seen), revoked)
     sharing = fleet.gather(offering, Offering.on_advert, Step.OFFER, offers, group=group, beside=extra).close()
     if isinstance(sharing, RoundAborted):
         return sharing

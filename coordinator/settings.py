@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.layout import Layout
-from adapters.manifest import Manifest
+from adapters.manifest import VersionManifest
 from adapters.task import Task, contribution_spec
 from aggregation import graph
 from aggregation.errors import ConfigError
@@ -27,7 +27,7 @@ class Training(_Section):
     learning_rate: float = Field(default=2e-3, gt=0, le=1, description="of AdamW")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="of AdamW")
 
-    def task(self, manifest: Manifest, seed: int) -> Task:
+    def task(self, manifest: VersionManifest, seed: int) -> Task:
         """The task for the adapter that ``manifest`` describes."""
         return Task(
             method=manifest.method,
@@ -134,8 +134,8 @@ class Aggregation(_Section):
         bits = graph.SIGMA + (graph.GRINDING if self.adversary == Adversary.ACTIVE.value else 0)
         smallest = devices - lost
         for count in range(smallest, devices + 1):
-            found = graph.choose(count, corrupt / count, lost / count, bits=bits)
-            if all(graph.withstands(present, corrupt, *found, bits) for present in (smallest, devices)):
+            found = graph.graph_parameters(count, corrupt / count, lost / count, bits=bits)
+            if all(graph.is_secure(present, corrupt, *found, bits) for present in (smallest, devices)):
                 return found
         raise ConfigError(f"no graph on {devices} devices withstands {corrupt} corrupt and {lost} lost ones")
 

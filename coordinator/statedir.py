@@ -33,7 +33,7 @@ LOCK = "run.lock"
 
 
 @dataclass(frozen=True, slots=True)
-class CoordinatorHome:
+class CoordinatorStateDir:
     """A coordinator, opened from its folder."""
 
     folder: Path

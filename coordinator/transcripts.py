@@ -36,8 +36,8 @@ from aggregation.transcript import (
     Entry,
     Stage,
     Transcript,
-    passage,
     receipts,
+    session_chain_proof,
 )
 from coordinator.audit.log import checkpoints
 from coordinator.audit.report import Problem
@@ -112,9 +112,11 @@ class Transcripts:
                 devices = [device for device, digest in seen.items() if digest == offer]
                 log = transcript.resume(transcript.read(path.read_bytes()).entries, NO_SESSION)
                 proofs = receipts(log, devices)
-                found |= {device: passage(recorder.log, self.key, proofs[device], closed) for device in devices}
+                found |= {
+                    device: session_chain_proof(recorder.log, self.key, proofs[device], closed) for device in devices
+                }
             closed.insert(0, last)
-        return {device: found.get(device) or passage(recorder.log, self.key) for device in seen}
+        return {device: found.get(device) or session_chain_proof(recorder.log, self.key) for device in seen}
 
     def finish(self) -> bytes:
         """Close the last log if it is open, from what is on the disk. Returns the digest of its last checkpoint.

@@ -120,30 +120,30 @@ class TinyFleet:
     base: Any
     nodes: dict[int, str] = field(default_factory=dict)  # node id → home
 
-    def home(self, device: str) -> Any:
+    def state_dir(self, device: str) -> Any:
         from simulations.engine import provision
 
-        return provision.open_homes(self.out, self.population)[device]
+        return provision.open_state_dirs(self.out, self.population)[device]
 
     def node(self, device: str) -> int:
-        return next(node for node, home in self.nodes.items() if Path(home).name == device)
+        return next(node for node, state_dir in self.nodes.items() if Path(state_dir).name == device)
 
-    def grid(self, *, app: Any = None, kind: type | None = None, **weather: Any) -> Any:
+    def grid(self, *, app: Any = None, kind: type | None = None, **faults: Any) -> Any:
         """A grid over all devices; fine weather but for what is named."""
         from client.node.app import app as client_app
-        from simulations.engine.grid import InProcessGrid, Weather
+        from simulations.engine.grid import FaultModel, InProcessGrid
 
-        fine = Weather(**{"seed": self.scenario.seed, "loss": 0.0, "delay": 1.0, **weather})
+        fine = FaultModel(**{"seed": self.scenario.seed, "loss": 0.0, "delay": 1.0, **faults})
         return (kind or InProcessGrid)(app or client_app, self.nodes, fine)
 
     def federate(self, grid: Any) -> tuple[Any, ...]:
         """Run the rounds that are still to do, as a run does; the records of all rounds."""
         from flwr.app import Context, RecordDict
 
-        from coordinator.app import HOME, app
+        from coordinator.app import STATE, app
         from simulations.engine.grid import RUN_ID, SERVER_NODE
 
-        app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {HOME: str(self.out / "coordinator")}))
+        app(grid, Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(self.out / "coordinator")}))
         return self.registry().rounds()  # type: ignore[no-any-return]
 
     def registry(self) -> Any:

@@ -11,12 +11,20 @@ from aggregation.messages.joining import (
     SESSION_SPEC,
     SHARE_DIGEST,
     Advert,
-    Box,
+    EncryptedShares,
     Offer,
     Roster,
     Shares,
 )
-from aggregation.messages.rounds import Agreement, Assignment, MaskedInput, Opening, Plan, Survivors, Unmask
+from aggregation.messages.rounds import (
+    Assignment,
+    ConsistencySignature,
+    MaskedInput,
+    Plan,
+    Survivors,
+    Unmask,
+    UnmaskResponse,
+)
 
 MESSAGES: tuple[type[Message], ...] = (
     Offer,
@@ -27,9 +35,9 @@ MESSAGES: tuple[type[Message], ...] = (
     Assignment,
     MaskedInput,
     Survivors,
-    Agreement,
+    ConsistencySignature,
     Unmask,
-    Opening,
+    UnmaskResponse,
 )
 
 __all__ = [
@@ -42,16 +50,16 @@ __all__ = [
     "SESSION_SPEC",
     "SHARE_DIGEST",
     "Advert",
-    "Agreement",
     "Assignment",
-    "Box",
+    "ConsistencySignature",
+    "EncryptedShares",
     "MaskedInput",
     "Message",
     "Offer",
-    "Opening",
     "Plan",
     "Roster",
     "Shares",
     "Survivors",
     "Unmask",
+    "UnmaskResponse",
 ]

@@ -67,20 +67,20 @@ class Advert(Message):
     FIELDS: ClassVar = {
         "offer": DIGESTS,
         "device": DEVICES,
-        "box_key": wire.fixed(32),
+        "share_key": wire.fixed(32),
         "mask_keys": _KEYS,
         "commitments": _KEYS,
     }
     offer: bytes
     device: str
-    box_key: bytes
+    share_key: bytes
     mask_keys: tuple[bytes, ...]
     commitments: tuple[bytes, ...]
 
     @property
     def keys(self) -> frozenset[bytes]:
         """All of them, the box key too."""
-        return frozenset((self.box_key, *self.mask_keys))
+        return frozenset((self.share_key, *self.mask_keys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Roster(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class EncryptedShares:
     """Shares from one dealer for one holder: sealed, with a digest of each so that a wrong one has an author.
 
     ``sealed`` holds, round by round, a share of the self-mask seed and one of the mask key; ``digests`` are of
@@ -106,10 +106,10 @@ class Box:
     digests: tuple[bytes, ...]
 
 
-BOXES: Codec[Mapping[str, Box]] = wire.mapping(
+ENCRYPTED_SHARES: Codec[Mapping[str, EncryptedShares]] = wire.mapping(
     DEVICES,
     wire.record(
-        Box,
+        EncryptedShares,
         {
             "sealed": wire.blob(MAX_ROUNDS * PAIR + AEAD_TAG),
             "digests": wire.sequence(wire.fixed(SHARE_DIGEST), 2 * MAX_ROUNDS),
@@ -125,7 +125,7 @@ class Shares(Message):
 
     TAG: ClassVar = "shares"
     LIMIT: ClassVar = 64 * MIB
-    FIELDS: ClassVar = {"context": DIGESTS, "device": DEVICES, "boxes": BOXES}
+    FIELDS: ClassVar = {"context": DIGESTS, "device": DEVICES, "encrypted_shares": ENCRYPTED_SHARES}
     context: bytes
     device: str
-    boxes: Mapping[str, Box]
+    encrypted_shares: Mapping[str, EncryptedShares]

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from aggregation import wire
 from aggregation.messages.base import DEVICES, DIGESTS, HEX, MAX_COHORT, MIB, U32, Message
-from aggregation.messages.joining import BOXES, Box
+from aggregation.messages.joining import ENCRYPTED_SHARES, EncryptedShares
 from aggregation.pki.identity import SIGNATURE
 from aggregation.shamir import SHARE
 
@@ -44,9 +44,9 @@ class Assignment(Message):
 
     TAG: ClassVar = "assignment"
     LIMIT: ClassVar = 64 * MIB
-    FIELDS: ClassVar = {"plan": Plan.codec(), "boxes": BOXES}
+    FIELDS: ClassVar = {"plan": Plan.codec(), "encrypted_shares": ENCRYPTED_SHARES}
     plan: Plan
-    boxes: Mapping[str, Box]
+    encrypted_shares: Mapping[str, EncryptedShares]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,10 @@ class Survivors(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement(Message):
+class ConsistencySignature(Message):
     """Device → coordinator → devices: "this is the one survivor set that I was shown in this round"."""
 
-    TAG: ClassVar = "agreement"
+    TAG: ClassVar = "consistency-signature"
     LIMIT: ClassVar = 1024
     FIELDS: ClassVar = {"survivors": DIGESTS, "device": DEVICES}
     survivors: bytes
@@ -85,26 +85,29 @@ class Agreement(Message):
 
 @dataclass(frozen=True, slots=True)
 class Unmask(Message):
-    """Coordinator → devices: open this survivor set. ``agreements``: device → signature on its ``Agreement``."""
+    """Coordinator → devices: unmask this survivor set.
+
+    ``consistency_signatures``: device → signature on its ``ConsistencySignature``.
+    """
 
     TAG: ClassVar = "unmask"
     LIMIT: ClassVar = 8 * MIB
     FIELDS: ClassVar = {
         "survivors": Survivors.codec(),
-        "agreements": wire.mapping(DEVICES, wire.fixed(SIGNATURE), MAX_COHORT),
+        "consistency_signatures": wire.mapping(DEVICES, wire.fixed(SIGNATURE), MAX_COHORT),
     }
     survivors: Survivors
-    agreements: Mapping[str, bytes]
+    consistency_signatures: Mapping[str, bytes]
 
 
 _SHARES_BY_DEALER = wire.mapping(DEVICES, wire.fixed(SHARE), MAX_COHORT)
 
 
 @dataclass(frozen=True, slots=True)
-class Opening(Message):
+class UnmaskResponse(Message):
     """Device → coordinator: by dealer, a share of the seed of each survivor and of the mask key of each dropped."""
 
-    TAG: ClassVar = "opening"
+    TAG: ClassVar = "unmask-response"
     LIMIT: ClassVar = 4 * MIB
     FIELDS: ClassVar = {"survivors": DIGESTS, "device": DEVICES, "seeds": _SHARES_BY_DEALER, "keys": _SHARES_BY_DEALER}
     survivors: bytes

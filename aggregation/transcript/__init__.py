@@ -13,36 +13,44 @@ say who took part. This file opens no file: whoever keeps the log writes the rec
 
 from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, MAGIC, Entry, Place, Reading, read
 from aggregation.transcript.log import NO_SESSION, Transcript, resume, signed_of, vector_of
-from aggregation.transcript.logstate import WITNESS, Witness, first
-from aggregation.transcript.proofs import PASSAGE, RECEIPT, Passage, Proof, Receipt, passage, receipts
+from aggregation.transcript.logstate import LOG_STATE, LogState, first
+from aggregation.transcript.proofs import (
+    RECEIPT,
+    SESSION_CHAIN_PROOF,
+    Proof,
+    Receipt,
+    SessionChainProof,
+    receipts,
+    session_chain_proof,
+)
 from aggregation.transcript.statements import Abort, Checkpoint, Result, Stage
 
 __all__ = [
     "ENTRY",
     "EVERYONE",
     "LENGTH",
+    "LOG_STATE",
     "MAGIC",
     "NO_SESSION",
-    "PASSAGE",
     "RECEIPT",
-    "WITNESS",
+    "SESSION_CHAIN_PROOF",
     "Abort",
     "Checkpoint",
     "Entry",
-    "Passage",
+    "LogState",
     "Place",
     "Proof",
     "Reading",
     "Receipt",
     "Result",
+    "SessionChainProof",
     "Stage",
     "Transcript",
-    "Witness",
     "first",
-    "passage",
     "read",
     "receipts",
     "resume",
+    "session_chain_proof",
     "signed_of",
     "vector_of",
 ]

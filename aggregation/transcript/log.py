@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 
 from aggregation.messages import (
     Advert,
-    Agreement,
     Assignment,
+    ConsistencySignature,
     MaskedInput,
     Message,
     Offer,
-    Opening,
     Plan,
     Roster,
     Shares,
     Survivors,
     Unmask,
+    UnmaskResponse,
     envelope,
 )
 from aggregation.pki.identity import IdentityKey
@@ -38,8 +38,8 @@ ANSWERED: dict[Step, type[Message]] = {
     Step.OFFER: Advert,
     Step.ROSTER: Shares,
     Step.PLAN: MaskedInput,
-    Step.SURVIVORS: Agreement,
-    Step.UNMASK: Opening,
+    Step.SURVIVORS: ConsistencySignature,
+    Step.UNMASK: UnmaskResponse,
 }
 
 
@@ -117,7 +117,7 @@ class Transcript:
             self.plan, self.endings[entry.round] = None, (index, leaf)
         elif entry.kind == MaskedInput.TAG:
             self.own[entry.peer] = (entry.round, ((index, leaf),))
-        elif entry.kind == Agreement.TAG:
+        elif entry.kind == ConsistencySignature.TAG:
             round_, leaves = self.own.get(entry.peer, (entry.round, ()))
             self.own[entry.peer] = (round_, (*leaves, (index, leaf)))
         elif entry.kind == Assignment.TAG and entry.round > self.round:

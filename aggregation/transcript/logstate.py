@@ -11,13 +11,13 @@ from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR
 from aggregation.transcript import merkle
 from aggregation.transcript.entries import ENTRY, Entry
-from aggregation.transcript.proofs import PASSAGE, RECEIPT, SIZE, Proof, Receipt
+from aggregation.transcript.proofs import RECEIPT, SESSION_CHAIN_PROOF, SIZE, Proof, Receipt
 from aggregation.transcript.statements import Abort, Checkpoint, Result, Stage
 from aggregation.wire import Codec
 
 
 @dataclass(frozen=True, slots=True)
-class Witness:
+class LogState:
     """What a device knows of the log of the session that it joined last.
 
     Args:
@@ -39,20 +39,20 @@ class Witness:
     root: bytes = merkle.EMPTY
     plan: bytes | None = None
     sent: bytes | None = None
-    owed: tuple[bytes, ...] = ()
+    shares_to_reveal: tuple[bytes, ...] = ()
     counted: bytes | None = None
 
-    def contributed(self, plan: bytes, message: bytes) -> "Witness":
+    def contributed(self, plan: bytes, message: bytes) -> "LogState":
         """This device answered the plan of that digest with a signed ``message``."""
-        return replace(self, plan=plan, sent=_digest(message), owed=(), counted=None)
+        return replace(self, plan=plan, sent=_digest(message), shares_to_reveal=(), counted=None)
 
-    def told(self, survivors: Iterable[str], message: bytes | None = None) -> "Witness":
+    def told(self, survivors: Iterable[str], message: bytes | None = None) -> "LogState":
         """The coordinator named the survivors, so what was sent before has arrived; ``message`` is the answer."""
         arrived = () if self.sent is None else (self.sent,)
         sent = None if message is None else _digest(message)
-        return replace(self, owed=(*self.owed, *arrived), sent=sent, counted=_names(survivors))
+        return replace(self, shares_to_reveal=(*self.shares_to_reveal, *arrived), sent=sent, counted=_names(survivors))
 
-    def on_receipt(self, coordinator: PublicKey, raw: bytes) -> "Witness":
+    def on_receipt(self, coordinator: PublicKey, raw: bytes) -> "LogState":
         """Check a receipt; returns what to keep.
 
         Args:
@@ -65,13 +65,13 @@ class Witness:
         """
         return self._checked(coordinator, raw)[0]
 
-    def on_passage(self, coordinator: PublicKey, raw: bytes, offer: bytes) -> "Witness":
+    def on_session_chain_proof(self, coordinator: PublicKey, raw: bytes, offer: bytes) -> "LogState":
         """Check a passage to the session of the offer with this digest; returns what to keep of it.
 
         Raises:
             ProtocolError: As ``on_receipt``; the log is not closed; or the new session does not follow it.
         """
-        given = PASSAGE.decode(raw)
+        given = SESSION_CHAIN_PROOF.decode(raw)
         if offer == self.offer:
             raise ProtocolError("this device has joined that session before: the offer is repeated", COORDINATOR)
         if not given.receipt:
@@ -87,7 +87,7 @@ class Witness:
             raise ProtocolError("the offer does not follow the sessions that this device knows: it is old", COORDINATOR)
         return fresh
 
-    def _checked(self, coordinator: PublicKey, raw: bytes) -> tuple["Witness", Checkpoint]:
+    def _checked(self, coordinator: PublicKey, raw: bytes) -> tuple["LogState", Checkpoint]:
         given = RECEIPT.decode(raw)
         checkpoint = envelope.open_as(Checkpoint, given.checkpoint, coordinator, COORDINATOR)
         if (checkpoint.offer, checkpoint.previous) != (self.offer, self.previous):
@@ -99,20 +99,20 @@ class Witness:
             self._ended(coordinator, given, checkpoint)
         except TrustError as error:
             raise ProtocolError(str(error), COORDINATOR) from None
-        return Witness(self.device, self.offer, self.previous, checkpoint.size, checkpoint.root), checkpoint
+        return LogState(self.device, self.offer, self.previous, checkpoint.size, checkpoint.root), checkpoint
 
     def _ended(self, coordinator: PublicKey, given: Receipt, checkpoint: Checkpoint) -> None:
         if self.plan is None:
             return
         ending = self._ending(coordinator, given, checkpoint)
-        owed = set(self.owed)
+        shares_to_reveal = set(self.shares_to_reveal)
         if isinstance(ending, Result):
             if self.counted not in (None, _names(ending.survivors)):
                 raise ProtocolError("the log counts other survivors than this device was told", COORDINATOR)
             if self.device in ending.survivors and self.sent is not None and self.counted is None:
-                owed.add(self.sent)
+                shares_to_reveal.add(self.sent)
         found = {_digest(_included(proof, checkpoint).message) for proof in given.own}
-        if owed - found:
+        if shares_to_reveal - found:
             raise ProtocolError("the log is not shown to hold this device's messages of its last round", COORDINATOR)
 
     def _ending(self, coordinator: PublicKey, given: Receipt, checkpoint: Checkpoint) -> Result | Abort:
@@ -126,8 +126,8 @@ class Witness:
 
 
 _DIGESTS = wire.optional(DIGESTS)
-WITNESS: Codec[Witness] = wire.record(
-    Witness,
+LOG_STATE: Codec[LogState] = wire.record(
+    LogState,
     {
         "device": DEVICES,
         "offer": DIGESTS,
@@ -142,16 +142,16 @@ WITNESS: Codec[Witness] = wire.record(
 )
 
 
-def first(coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> Witness:
+def first(coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> LogState:
     """What ``device``, which keeps nothing yet, keeps of the passage to the session of the offer with this digest.
 
     Raises:
         ProtocolError: Not such a passage.
     """
-    opening = envelope.open_as(Checkpoint, PASSAGE.decode(raw).opening, coordinator, COORDINATOR)
+    opening = envelope.open_as(Checkpoint, SESSION_CHAIN_PROOF.decode(raw).opening, coordinator, COORDINATOR)
     if (opening.offer, opening.size, opening.stage) != (offer, 0, Stage.OPEN):
         raise ProtocolError("the opening is not of the session on offer", COORDINATOR)
-    return Witness(device, offer, opening.previous)
+    return LogState(device, offer, opening.previous)
 
 
 def _closed(checkpoint: Checkpoint) -> Checkpoint:

@@ -58,7 +58,7 @@ RECEIPT: Codec[Receipt] = wire.record(
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class SessionChainProof:
     """The way from the log that a device saw last to that of a new session.
 
     Args:
@@ -72,8 +72,8 @@ class Passage:
     opening: bytes
 
 
-PASSAGE: Codec[Passage] = wire.record(
-    Passage,
+SESSION_CHAIN_PROOF: Codec[SessionChainProof] = wire.record(
+    SessionChainProof,
     {
         "receipt": wire.blob(2**28),
         "closed": wire.sequence(_CHECKPOINT, MAX_SESSIONS),
@@ -107,7 +107,7 @@ def receipts(log: Transcript, devices: Iterable[str]) -> dict[str, bytes]:
     return {device: receipt(device) for device in devices}
 
 
-def passage(log: Transcript, key: IdentityKey, receipt: bytes = b"", closed: Iterable[bytes] = ()) -> bytes:
+def session_chain_proof(log: Transcript, key: IdentityKey, receipt: bytes = b"", closed: Iterable[bytes] = ()) -> bytes:
     """What a device gets beside the offer of the session of ``log``, which is empty or just begun.
 
     Args:
@@ -116,4 +116,4 @@ def passage(log: Transcript, key: IdentityKey, receipt: bytes = b"", closed: Ite
         receipt: From the closed log of the session that the device joined last, if it joined one.
         closed: The last checkpoint of each session since, signed, in their order.
     """
-    return PASSAGE.encode(Passage(receipt, tuple(closed), log.opening(key)))
+    return SESSION_CHAIN_PROOF.encode(SessionChainProof(receipt, tuple(closed), log.opening(key)))

@@ -9,24 +9,24 @@ from client.cli import options
 
 
 @click.command()
-@options.home
+@options.state_dir
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def forget(home: Path, yes: bool) -> None:
+def forget(state_dir: Path, yes: bool) -> None:
     """Forget what this device saw of the coordinator's log.
 
     For a coordinator that lost its transcripts: until then this device refuses its offers, as it should.
 
     \b
     Example:
-      edgeadapt device forget --home kitchen
+      edgeadapt device forget --state kitchen
     """
-    from client.node.statedir import Home
+    from client.node.statedir import DeviceStateDir
 
-    opened = Home.open(home)
+    opened = DeviceStateDir.open(state_dir)
     if not yes and not _wanted():
         raise ConfigError("the answer was no: this device remembers what it saw")
     with opened.locked():
-        opened.save_witness(None)
+        opened.save_log_state(None)
     click.echo("this device takes the coordinator's next offer as its first")
 
 

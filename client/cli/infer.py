@@ -13,7 +13,7 @@ from client.inference.text import printable
 
 if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
     from client.inference.library import Library
-    from client.inference.session import Session
+    from client.inference.session import ClassificationSession
 
 
 @click.command()
@@ -66,9 +66,9 @@ def infer(
 
 
 def _classified(library: "Library", names: Sequence[str], phrases: list[str], top: int) -> list[dict[str, Any]]:
-    from client.inference.session import Session
+    from client.inference.session import ClassificationSession
 
-    session = Session.of(library)
+    session = ClassificationSession.of(library)
     return [_answers(session, name, phrases, top) for name in names or (session.default(),)]
 
 
@@ -107,7 +107,7 @@ def _lines() -> list[str]:
     return [line.strip() for line in options.standard_input() if line.strip()]
 
 
-def _answers(session: "Session", name: str, phrases: list[str], top: int) -> dict[str, Any]:
+def _answers(session: "ClassificationSession", name: str, phrases: list[str], top: int) -> dict[str, Any]:
     adapter = session.use(name)
     ranked = zip(phrases, session.rank(phrases, top), strict=True)
     answers = [

@@ -10,22 +10,22 @@ from client.cli import options
 
 
 @click.command()
-@options.home
+@options.state_dir
 @click.option("--certificate", type=options.FILE, metavar="FILE", help="From 'authority issue'; also a newer one.")
 @click.option("--revoked", type=options.FILE, metavar="FILE", help="Revocation list; one comes with each offer too.")
-def install(home: Path, certificate: Path | None, revoked: Path | None) -> None:
+def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> None:
     """Take the certificate of this device, or the authority's revocation list.
 
     \b
     Example:
-      edgeadapt device install --home kitchen --certificate kitchen.pem
+      edgeadapt device install --state kitchen --certificate kitchen.pem
     """
     from client.node.enrolment import finish
-    from client.node.statedir import Home
+    from client.node.statedir import DeviceStateDir
 
     if certificate is None and revoked is None:
         raise ConfigError("nothing to install: give --certificate or --revoked")
-    opened = Home.open(home)
+    opened = DeviceStateDir.open(state_dir)
     if revoked is not None:
         with of_file(revoked):
             opened.revoke(revoked.read_bytes())

@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
-home = click.option("--home", type=FOLDER, required=True, metavar="DIR", help="The device's folder.")
+state_dir = click.option("--state", "state_dir", type=FOLDER, required=True, metavar="DIR", help="The device's folder.")
 bundle = click.option("--bundle", type=FOLDER, required=True, metavar="DIR", help="The bundle's folder.")
 trust = click.option(
     "--trust", type=FOLDER, metavar="FILE", help="Pinned public keys. Default: trust.pem beside the bundle."

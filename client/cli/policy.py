@@ -11,19 +11,21 @@ WIDTH = 18
 
 
 @click.command()
-@options.home
+@options.state_dir
 @options.as_json
-def policy(home: Path, as_json: bool) -> None:
+def policy(state_dir: Path, as_json: bool) -> None:
     """Print the limits in force, from [policy] in device.toml; * marks what is not as by default.
 
     \b
     Example:
-      edgeadapt device policy --home kitchen
+      edgeadapt device policy --state kitchen
     """
     from client.node.policy import PolicySettings
-    from client.node.statedir import Home
+    from client.node.statedir import DeviceStateDir
 
-    values, defaults = (each.model_dump(mode="json") for each in (Home.open(home).settings.policy, PolicySettings()))
+    values, defaults = (
+        each.model_dump(mode="json") for each in (DeviceStateDir.open(state_dir).settings.policy, PolicySettings())
+    )
     if as_json:
         click.echo(json.dumps({"policy": values, "changed": [key for key in values if values[key] != defaults[key]]}))
         return

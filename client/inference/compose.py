@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 
 from adapters.layout import Floats, Tensors
-from adapters.manifest import BaseCard, Sidecar
+from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import LORA_A, LORA_B, check_name
 from aggregation.errors import ConfigError
 from client.inference.trust import VerifiedAdapter
@@ -25,7 +25,7 @@ MAX_WEIGHT = 16.0  # beyond it an update of a sound adapter is noise
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WeightedAdapter:
     """One adapter of a composition, and the factor of its update."""
 
     name: str
@@ -40,7 +40,7 @@ class Part:
         return self.name if self.weight == 1 else f"{self.name}:{float(self.weight)!r}".removesuffix(".0")
 
 
-Choice = tuple[Part, ...]
+Choice = tuple[WeightedAdapter, ...]
 
 
 def parse(text: str) -> Choice:
@@ -52,7 +52,7 @@ def parse(text: str) -> Choice:
     return choose([_part(piece.strip()) for piece in text.split("+")])
 
 
-def choose(parts: Sequence[Part]) -> Choice:
+def choose(parts: Sequence[WeightedAdapter]) -> Choice:
     """The parts, sorted by name: the order changes nothing but the last bits, so one choice has one form.
 
     Raises:
@@ -76,13 +76,13 @@ class Adapter:
     """What a graph is given: one verified adapter, or several as one."""
 
     choice: Choice
-    sidecars: tuple[Sidecar, ...]  # of the parts, in the order of ``choice``
+    sidecars: tuple[AdapterManifest, ...]  # of the parts, in the order of ``choice``
     rank: int  # the greatest of a layer
     nbytes: int  # of the inputs
     inputs: Tensors = field(repr=False)  # by graph input
 
     @classmethod
-    def of(cls, choice: Choice, sidecars: tuple[Sidecar, ...], inputs: Tensors) -> Self:
+    def of(cls, choice: Choice, sidecars: tuple[AdapterManifest, ...], inputs: Tensors) -> Self:
         """The adapter that has these inputs."""
         rank = max((value.shape[1] for name, value in inputs.items() if name.endswith(LORA_A)), default=0)
         return cls(choice, sidecars, rank, sum(value.nbytes for value in inputs.values()), inputs)
@@ -103,7 +103,7 @@ class Adapter:
         return max(sidecar.version for sidecar in self.sidecars)
 
 
-def compose(choice: Choice, verified: Sequence[VerifiedAdapter], card: BaseCard) -> Adapter:
+def compose(choice: Choice, verified: Sequence[VerifiedAdapter], card: BaseManifest) -> Adapter:
     """The adapters of ``choice`` as one.
 
     Args:
@@ -141,9 +141,9 @@ def _joined(name: str, values: Sequence[Floats], weights: Sequence[float]) -> Fl
     return np.average(values, axis=0, weights=weights).astype(np.float32)
 
 
-def _part(text: str) -> Part:
+def _part(text: str) -> WeightedAdapter:
     name, colon, weight = text.partition(":")
     try:
-        return Part(name.strip(), float(weight) if colon else 1.0)
+        return WeightedAdapter(name.strip(), float(weight) if colon else 1.0)
     except ValueError as error:
         raise ConfigError(f"{weight!r} is no weight; write NAME:NUMBER, such as global:0.5+anna:1") from error

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from aggregation.errors import ConfigError, DataError
-from client.inference.generate import Generator, Message
+from client.inference.generate import ChatMessage, Generator
 from client.inference.options import Options
 
 
@@ -27,13 +27,13 @@ class Conversation:
                 f"an answer of {options.max_tokens} tokens fills the model's {generator.context}; allow fewer"
             )
         self._generator, self._options = generator, options
-        self._system = [] if system is None else [Message("system", system)]
-        self._turns: list[Message] = []
+        self._system = [] if system is None else [ChatMessage("system", system)]
+        self._turns: list[ChatMessage] = []
         if self._system:
-            generator.tokens([*self._system, Message("user", "?")])
+            generator.tokens([*self._system, ChatMessage("user", "?")])
 
     @property
-    def turns(self) -> tuple[Message, ...]:
+    def turns(self) -> tuple[ChatMessage, ...]:
         """What the model would read now, without the system's text."""
         return tuple(self._turns)
 
@@ -47,10 +47,10 @@ class Conversation:
         Raises:
             DataError: The text cannot be a message, or is too long even with all turns forgotten; they are then kept.
         """
-        turns = self._fitting([*self._turns, Message("user", text)])
+        turns = self._fitting([*self._turns, ChatMessage("user", text)])
         return self._answered(turns, self._generator.answer([*self._system, *turns], self._options))
 
-    def _answered(self, turns: list[Message], pieces: Iterator[str]) -> Iterator[str]:
+    def _answered(self, turns: list[ChatMessage], pieces: Iterator[str]) -> Iterator[str]:
         said = ""
         try:
             for piece in pieces:
@@ -58,9 +58,9 @@ class Conversation:
                 yield piece
         finally:
             if said.strip():
-                self._turns = [*turns, Message("assistant", said)]
+                self._turns = [*turns, ChatMessage("assistant", said)]
 
-    def _fitting(self, turns: list[Message]) -> list[Message]:
+    def _fitting(self, turns: list[ChatMessage]) -> list[ChatMessage]:
         room = self._generator.room(self._options)
         while (needed := len(self._generator.tokens([*self._system, *turns]))) > room:
             if len(turns) < 3:

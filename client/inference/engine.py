@@ -35,7 +35,7 @@ class _Live:
     tokens: list[int]
 
 
-class Engine:
+class GenerationEngine:
     """A verified base, loaded. Whoever holds it verifies adapters, and asks for one answer at a time."""
 
     def __init__(self, base: VerifiedBase, threads: int) -> None:

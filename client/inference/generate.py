@@ -13,7 +13,7 @@ from typing import Self
 from aggregation.errors import ConfigError, DataError
 from client.inference.cache import Cache
 from client.inference.compose import Adapter
-from client.inference.engine import Engine, first_line
+from client.inference.engine import GenerationEngine, first_line
 from client.inference.library import Library, chosen
 from client.inference.options import Answer, Finish, Options
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
@@ -22,7 +22,7 @@ from client.inference.text import checked
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class ChatMessage:
     """One turn of a conversation."""
 
     role: str  # "system", "user" or "assistant"
@@ -35,7 +35,7 @@ class Generator:
     def __init__(self, library: Library, threads: int, loaded: int, loaded_bytes: int) -> None:
         """Use ``open``, which verifies."""
         self._library = library
-        self._engine = Engine(library.base, threads)
+        self._engine = GenerationEngine(library.base, threads)
         self._loaded: Cache[Adapter] = Cache(loaded, loaded_bytes, lambda adapter: self._engine.unload(adapter.name))
         self._current: Adapter | None = None
         self._busy = Lock()
@@ -120,11 +120,11 @@ class Generator:
         """
         return self._answer(self._engine.encode(checked(text)), options)
 
-    def answer(self, messages: Sequence[Message], options: Options = Options()) -> Iterator[str]:  # noqa: B008
+    def answer(self, messages: Sequence[ChatMessage], options: Options = Options()) -> Iterator[str]:  # noqa: B008
         """Answer the last of ``messages``, in the form of the model's chat template. Raises as ``complete``."""
         return self._answer(self.tokens(messages), options)
 
-    def tokens(self, messages: Sequence[Message]) -> list[int]:
+    def tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The tokens that the model reads for a conversation, up to where its answer begins.
 
         Raises:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from adapters.manifest import BaseCard, Task
+from adapters.manifest import BaseManifest, Task
 from aggregation.errors import ConfigError, DataError
-from client.inference.compose import Adapter, Choice, Part, choose, compose, parse
+from client.inference.compose import Adapter, Choice, WeightedAdapter, choose, compose, parse
 from client.inference.trust import Trust, VerifiedBase, adapter_names
 
 SHARED = "global"
@@ -43,7 +43,7 @@ class Library:
         return cls(bundle, pinned, base)
 
     @property
-    def card(self) -> BaseCard:
+    def card(self) -> BaseManifest:
         """The base's."""
         return self.base.card
 
@@ -89,4 +89,4 @@ def chosen(names: str | Sequence[str], weights: Sequence[float] | None = None) -
     given = [1.0] * len(listed) if weights is None else list(weights)
     if len(given) != len(listed):
         raise ConfigError(f"{len(listed)} adapters were named and {len(given)} weights given; give one for each")
-    return choose([Part(name, weight) for name, weight in zip(listed, given, strict=True)])
+    return choose([WeightedAdapter(name, weight) for name, weight in zip(listed, given, strict=True)])

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.manifest import Sidecar
+from adapters.manifest import AdapterManifest
 from adapters.signed import MAX_DOCUMENT
 from adapters.storage import locked, replace
 from aggregation.errors import ConfigError, TrustError
@@ -22,7 +22,7 @@ class SeenVersions:
 
     path: Path
 
-    def refuse_older(self, sidecar: Sidecar) -> None:
+    def refuse_older(self, sidecar: AdapterManifest) -> None:
         """Return if the version is not below the highest that was accepted.
 
         Raises:
@@ -34,7 +34,7 @@ class SeenVersions:
                 "here before; fetch the current bundle"
             )
 
-    def note(self, sidecar: Sidecar) -> None:
+    def note(self, sidecar: AdapterManifest) -> None:
         """Note that the version was accepted, if it is the highest so far.
 
         Raises:
@@ -52,7 +52,7 @@ class SeenVersions:
                 "the keys in another one with --trust"
             ) from error
 
-    def _raise(self, sidecar: Sidecar) -> None:
+    def _raise(self, sidecar: AdapterManifest) -> None:
         versions = self._read()
         if sidecar.version > _highest(versions, sidecar):
             versions.setdefault(sidecar.base_digest, {})[sidecar.name] = sidecar.version
@@ -71,5 +71,5 @@ class SeenVersions:
         return dict(versions)
 
 
-def _highest(versions: Versions, sidecar: Sidecar) -> int:
+def _highest(versions: Versions, sidecar: AdapterManifest) -> int:
     return versions.get(sidecar.base_digest, {}).get(sidecar.name, -1)

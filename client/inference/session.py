@@ -41,7 +41,7 @@ class _Loaded:
     feeds: dict[str, Any] = field(repr=False)  # graph input → OrtValue
 
 
-class Session:
+class ClassificationSession:
     """One ONNX Runtime session over the base of a bundle, and the adapter that is in use.
 
     ``rank`` and ``classify`` answer phrases one by one: an answer then depends neither on its neighbours nor on

@@ -28,7 +28,7 @@ import numpy as np  # noqa: F401  # before onnxruntime, whose C code prints and 
 import onnxruntime as ort
 
 from adapters.layout import Tensors
-from adapters.manifest import BaseCard, Sidecar, Task
+from adapters.manifest import AdapterManifest, BaseManifest, Task
 from adapters.ondevice import check_labels, check_name, check_slots, layout_of, restore
 from adapters.signed import MAX_DOCUMENT
 from aggregation.errors import DataError, TrustError
@@ -53,7 +53,7 @@ T = TypeVar("T")
 class VerifiedBase:
     """The base of a bundle, verified: its folder, and of ``NEEDED`` files the very bytes that were hashed."""
 
-    card: BaseCard
+    card: BaseManifest
     folder: Path
     files: dict[str, bytes] = field(repr=False)
     hashed: tuple[intact.Hashed, ...] = field(repr=False)
@@ -72,7 +72,7 @@ class VerifiedBase:
 class VerifiedAdapter:
     """An adapter that may be used on the base it was verified for."""
 
-    sidecar: Sidecar
+    sidecar: AdapterManifest
     inputs: Tensors = field(repr=False)  # by graph input
 
 
@@ -110,7 +110,7 @@ class Trust:
             DataError: A file is missing.
         """
         folder = bundle / "base"
-        card = _accepted(BaseCard.accept, folder / CARD, self.keys)
+        card = _accepted(BaseManifest.accept, folder / CARD, self.keys)
         needed = NEEDED[card.task]
         if missing := [name for name in needed if name not in card.files]:
             raise TrustError(f"{folder / CARD} lists no {missing[0]}; get a newer client, or fetch the bundle again")
@@ -123,13 +123,13 @@ class Trust:
                 raise TrustError(f"{folder / name} is not the file that was signed; fetch the bundle again")
         return VerifiedBase(card, folder, files, hashed)
 
-    def sidecar(self, bundle: Path, name: str) -> Sidecar:
+    def sidecar(self, bundle: Path, name: str) -> AdapterManifest:
         """What is said of an adapter (rule 3, without the base). Raises as ``base``, ConfigError for a bad name."""
         path = bundle / "adapters" / f"{check_name(name)}.json"
         if not path.is_file():
             known = ", ".join(adapter_names(bundle)) or "none"
             raise DataError(f"the bundle has no sidecar for an adapter {name!r}; it has: {known}")
-        sidecar = _accepted(Sidecar.accept, path, self.keys)
+        sidecar = _accepted(AdapterManifest.accept, path, self.keys)
         if sidecar.name != name:
             raise TrustError(f"{path} was signed for the adapter {sidecar.name!r}; fetch the bundle again")
         return sidecar
@@ -173,7 +173,7 @@ def _accepted(accept: Callable[[bytes, Iterable[PublicKey]], T], path: Path, key
         raise TrustError(f"{path}: {error}; fetch it again from someone whom this device trusts") from error
 
 
-def _tensors(blob: bytes, sidecar: Sidecar) -> Tensors:
+def _tensors(blob: bytes, sidecar: AdapterManifest) -> Tensors:
     # The container can be read from a path only. A copy of the verified bytes: the file itself may change meanwhile.
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         path = Path(folder) / "adapter"
@@ -185,7 +185,7 @@ def _tensors(blob: bytes, sidecar: Sidecar) -> Tensors:
         return restore({name: value.numpy() for name, value in values.items()}, sidecar.format)
 
 
-def _check_claims(inputs: Tensors, sidecar: Sidecar, card: BaseCard) -> None:
+def _check_claims(inputs: Tensors, sidecar: AdapterManifest, card: BaseManifest) -> None:
     sizes = check_slots(inputs, card.slots)
     if layout_of(inputs).digest != sidecar.layout_digest:
         raise DataError(f"adapter {sidecar.name!r} has another layout than its sidecar says; export it again")
@@ -198,13 +198,13 @@ def _check_claims(inputs: Tensors, sidecar: Sidecar, card: BaseCard) -> None:
     _check_labels(sidecar, card)
 
 
-def _check_labels(sidecar: Sidecar, card: BaseCard) -> None:
+def _check_labels(sidecar: AdapterManifest, card: BaseManifest) -> None:
     if sidecar.labels and card.task == "text-generation":
         raise DataError(f"adapter {sidecar.name!r} names labels, of which a base for text-generation has none")
     check_labels(sidecar.name, sidecar.labels)
 
 
-def _check_listed(folder: Path, card: BaseCard) -> None:
+def _check_listed(folder: Path, card: BaseManifest) -> None:
     """Refuse files that nobody signed: a library that is given the folder may read more than it was told to.
 
     Names with a leading dot are left alone; file managers write such, and no library reads them.

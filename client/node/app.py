@@ -29,11 +29,11 @@ from aggregation.ring import Ring
 from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, REVOKED, SEEN, Step
-from aggregation.transcript import Witness, signed_of
-from client.node.statedir import Home
-from client.training.examples import Part, part, read_examples
+from aggregation.transcript import LogState, signed_of
+from client.node.statedir import DeviceStateDir
+from client.training.examples import Split, part, read_examples
 
-HOME = "home"  # key of the node's configuration: the device's folder
+STATE = "state"  # key of the node's configuration: the device's folder
 REFUSED = 100  # Flower error code: the device refused; the reason says why
 FAILED = 101  # Flower error code: a fault of the device's, such as a full disk
 
@@ -44,9 +44,9 @@ app = ClientApp()
 def _handler(message: Message, context: Context) -> Message:
     step = Step(message.metadata.message_type.partition(".")[2])
     try:
-        home = Home.open(Path(str(context.node_config.get(HOME, ""))))
-        with home.locked():
-            answer = _hello(home) if step is Step.HELLO else {BODY: _transition(home, step, _fields(message))}
+        state_dir = DeviceStateDir.open(Path(str(context.node_config.get(STATE, ""))))
+        with state_dir.locked():
+            answer = _hello(state_dir) if step is Step.HELLO else {BODY: _transition(state_dir, step, _fields(message))}
         return Message(RecordDict({RECORD: ConfigRecord(dict(answer))}), reply_to=message)
     except EdgeAdaptError as error:
         log.warning("%s refused: %s", step.value, error)
@@ -77,20 +77,20 @@ def _fields(message: Message) -> Mapping[str, bytes]:
     return fields
 
 
-def _hello(home: Home) -> dict[str, bytes]:
-    witness = home.load_witness()
-    return {BODY: home.certificate, SEEN: b"" if witness is None else witness.offer}
+def _hello(state_dir: DeviceStateDir) -> dict[str, bytes]:
+    log_state = state_dir.load_log_state()
+    return {BODY: state_dir.certificate, SEEN: b"" if log_state is None else log_state.offer}
 
 
-def _transition(home: Home, step: Step, fields: Mapping[str, bytes]) -> bytes:
+def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, bytes]) -> bytes:
     """One step of the protocol: load the state, move on, seal the new state, and only then answer."""
-    base = find_base(home.settings.base)
+    base = find_base(state_dir.settings.base)
     if step is Step.OFFER and REVOKED in fields:
-        _hear_revocations(home, fields[REVOKED])
-    device, body = home.device(base.digest), fields[BODY]
+        _hear_revocations(state_dir, fields[REVOKED])
+    device, body = state_dir.device(base.digest), fields[BODY]
     # An offer begins anew, so that a state which can no longer be read shuts a device out of one session only.
-    state = None if step is Step.OFFER else home.load_state()
-    seen = home.load_witness() if device.policy.demand_proofs else None
+    state = None if step is Step.OFFER else state_dir.load_state()
+    seen = state_dir.load_log_state() if device.policy.demand_proofs else None
     after: ClientState
     if step is Step.OFFER:
         now = datetime.now(UTC)
@@ -102,7 +102,7 @@ def _transition(home: Home, step: Step, fields: Mapping[str, bytes]) -> bytes:
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
         planned = state.on_plan(device, body)
         seen = _shown(device, seen, fields)
-        after, answer = planned.contribute(device, _train(home, base, planned, fields.get(ADAPTER, b"")), cores())
+        after, answer = planned.contribute(device, _train(state_dir, base, planned, fields.get(ADAPTER, b"")), cores())
         seen = seen and seen.contributed(planned.plan.digest(), signed_of(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
@@ -113,32 +113,32 @@ def _transition(home: Home, step: Step, fields: Mapping[str, bytes]) -> bytes:
     else:
         holds = "no session" if state is None else f"the state {type(state).__name__}"
         raise ProtocolError(f"{step.value} is not what comes next: this device holds {holds}")
-    home.save_state(after)
+    state_dir.save_state(after)
     if step is not Step.ROSTER:
-        home.save_witness(seen)
+        state_dir.save_log_state(seen)
     return answer
 
 
-def _hear_revocations(home: Home, raw: bytes) -> None:
+def _hear_revocations(state_dir: DeviceStateDir, raw: bytes) -> None:
     """What the coordinator passes on; of the authority's word it cannot make a newer one, only keep it back."""
-    home.root()  # what is wrong with this device's own files does not travel
+    state_dir.root()  # what is wrong with this device's own files does not travel
     try:
-        home.revoke(raw)
+        state_dir.revoke(raw)
     except TrustError as error:
         raise ProtocolError(str(error), COORDINATOR) from None
 
 
-def _led_to(device: Device, seen: Witness | None, fields: Mapping[str, bytes], joined: Advertised) -> Witness | None:
+def _led_to(device: Device, seen: LogState | None, fields: Mapping[str, bytes], joined: Advertised) -> LogState | None:
     """From the log that this device saw last to that of the session which it joins."""
     if not device.policy.demand_proofs:
         return None
     proof = _proof(fields)
     if seen is None:
         return transcript.first(device.coordinator, proof, joined.offer, joined.me)
-    return seen.on_passage(device.coordinator, proof, joined.offer)
+    return seen.on_session_chain_proof(device.coordinator, proof, joined.offer)
 
 
-def _shown(device: Device, seen: Witness | None, fields: Mapping[str, bytes]) -> Witness | None:
+def _shown(device: Device, seen: LogState | None, fields: Mapping[str, bytes]) -> LogState | None:
     """What the log shows of this device's last round, before it takes part in the next."""
     if not device.policy.demand_proofs:
         return None
@@ -153,7 +153,7 @@ def _proof(fields: Mapping[str, bytes]) -> bytes:
     return fields[PROOF]
 
 
-def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
+def _train(state_dir: DeviceStateDir, base: Base, planned: Planned, blob: bytes) -> Ring:
     """Train on the home's examples from the adapter in ``blob``; return what may leave under the mask."""
     # Not at the top: Flower starts a process for every message, and five of six need not wait seconds for torch.
     from adapters.classifier import LoraSpec
@@ -172,11 +172,11 @@ def _train(home: Home, base: Base, planned: Planned, blob: bytes) -> Ring:
     if not Layout.of(start).digest == mine.layout.digest == spec.layout_digest:
         raise ProtocolError("offer, task and adapter are not of one layout")
     require_bounds(spec, mine.layout)
-    examples = read_examples(home.examples, len(task.labels))
-    train_part = part(examples, Part.TRAIN)
+    examples = read_examples(state_dir.examples, len(task.labels))
+    train_part = part(examples, Split.TRAIN)
     salt = f"{planned.ready.me}/{plan.adapter_version}"
     begin = time.perf_counter()
-    held_out = mine.score(start, part(examples, Part.VALIDATION)[: spec.weight_cap])
+    held_out = mine.score(start, part(examples, Split.VALIDATION)[: spec.weight_cap])
     trained = mine.train(start, train_part, task, epochs=task.epochs, salt=salt)
     seconds = time.perf_counter() - begin
     log.info("trained on %d examples", len(train_part), extra={"training_seconds": seconds})

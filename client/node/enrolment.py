@@ -15,7 +15,16 @@ from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError, of_file
 from aggregation.pki import Root, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
-from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR, IDENTITY, TRUST, DeviceSettings, Home, enrol
+from client.node.statedir import (
+    AUTHORITY,
+    CERTIFICATE,
+    COORDINATOR,
+    IDENTITY,
+    TRUST,
+    DeviceSettings,
+    DeviceStateDir,
+    enrol,
+)
 
 REQUEST = "request.csr"
 
@@ -73,7 +82,7 @@ def begin(folder: Path, name: str, base: str, pinned: Pinned, entropy: Entropy) 
     return identity.public
 
 
-def finish(home: Home, certificate: bytes, at: datetime) -> tuple[str, datetime]:
+def finish(state_dir: DeviceStateDir, certificate: bytes, at: datetime) -> tuple[str, datetime]:
     """Take the certificate that the authority issued, or a newer one; the device's name, and when it ends.
 
     Args:
@@ -85,9 +94,9 @@ def finish(home: Home, certificate: bytes, at: datetime) -> tuple[str, datetime]
         TrustError: It is not the pinned authority's, not for this device's key, revoked, or not valid now.
     """
     der = requests.to_der(certificate)
-    name, key = home.root().verify(der, at)
-    mine = IdentityKey.from_pem((home.folder / IDENTITY).read_bytes()).public
+    name, key = state_dir.root().verify(der, at)
+    mine = IdentityKey.from_pem((state_dir.folder / IDENTITY).read_bytes()).public
     if key != mine:
         raise TrustError(f"the certificate is for the key {key.key_id}; this device has {mine.key_id}")
-    replace(home.folder / CERTIFICATE, der)
+    replace(state_dir.folder / CERTIFICATE, der)
     return name, requests.ends(der)

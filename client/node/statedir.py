@@ -25,7 +25,7 @@ from aggregation.errors import ConfigError, ProtocolError, TrustError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
-from aggregation.transcript import Witness
+from aggregation.transcript import LogState
 from client.node.policy import PolicySettings
 
 SETTINGS = "device.toml"
@@ -38,7 +38,7 @@ TRUST = "trust.pem"
 PERSONAL = "personal.safetensors"
 SEALING_KEY = "sealing.key"
 STATE = "session.sealed"
-WITNESS = "log.seen"
+LOG_STATE = "log.seen"
 REVOKED = "revoked.crl"
 LOCK = "session.lock"
 
@@ -56,7 +56,7 @@ class DeviceSettings(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class DeviceStateDir:
     """A device's folder, opened. Open it anew for every message: it holds no session state in memory."""
 
     folder: Path
@@ -147,24 +147,24 @@ class Home:
         """Seal the state and replace the old one atomically."""
         replace(self.folder / STATE, sealed.seal(state, self._read(SEALING_KEY)))
 
-    def load_witness(self) -> Witness | None:
+    def load_log_state(self) -> LogState | None:
         """What this device saw of the coordinator's log, or nothing before its first session.
 
         Raises:
             TrustError: The file is damaged.
         """
-        path = self.folder / WITNESS
+        path = self.folder / LOG_STATE
         try:
-            return transcript.WITNESS.decode(path.read_bytes()) if path.exists() else None
+            return transcript.LOG_STATE.decode(path.read_bytes()) if path.exists() else None
         except ProtocolError:
             raise TrustError(f"{path} is damaged: 'edgeadapt device forget' starts this device's memory anew") from None
 
-    def save_witness(self, witness: Witness | None) -> None:
+    def save_log_state(self, log_state: LogState | None) -> None:
         """Replace what was seen of the log atomically; nothing removes it."""
-        if witness is None:
-            (self.folder / WITNESS).unlink(missing_ok=True)
+        if log_state is None:
+            (self.folder / LOG_STATE).unlink(missing_ok=True)
         else:
-            replace(self.folder / WITNESS, transcript.WITNESS.encode(witness))
+            replace(self.folder / LOG_STATE, transcript.LOG_STATE.encode(log_state))
 
     def _read_as(self, read_as: Callable[[bytes], Read], name: str) -> Read:
         raw = self._read(name)
@@ -180,7 +180,7 @@ class Home:
 
 def enrol(
     folder: Path, settings: DeviceSettings, identity: IdentityKey, trust: Mapping[str, bytes], entropy: Entropy
-) -> Home:
+) -> DeviceStateDir:
     """Make a home.
 
     Args:
@@ -195,7 +195,7 @@ def enrol(
     files = {SETTINGS: _toml(whole).encode(), IDENTITY: identity.to_pem(), SEALING_KEY: entropy.bytes(32), **trust}
     for name, content in files.items():
         replace(folder / name, content)
-    return Home.open(folder)
+    return DeviceStateDir.open(folder)
 
 
 def _toml(table: Mapping[str, Any], name: str = "") -> str:

@@ -17,7 +17,7 @@ MAX_TEXT = 2_000  # characters
 MAX_FILE = 64 * 2**20  # bytes
 
 
-class Part(Enum):
+class Split(Enum):
     """What an example is used for. ``TEST`` exists in simulations only: a real household has no second opinion."""
 
     TRAIN = "train"
@@ -31,7 +31,7 @@ class Example:
 
     text: str
     label: int
-    part: Part = Part.TRAIN
+    part: Split = Split.TRAIN
 
     def __repr__(self) -> str:
         return f"Example(<{len(self.text)} characters>, {self.label}, {self.part.value})"
@@ -67,12 +67,12 @@ def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
     examples = tuple(
         _example(line, f"line {number} of {path}", labels) for number, line in enumerate(lines, 1) if line.strip()
     )
-    if not any(example.part is Part.TRAIN for example in examples):
+    if not any(example.part is Split.TRAIN for example in examples):
         raise DataError(f"{path} holds no training example: this device has nothing to learn from")
     return examples
 
 
-def part(examples: Sequence[Example], wanted: Part) -> tuple[Example, ...]:
+def part(examples: Sequence[Example], wanted: Split) -> tuple[Example, ...]:
     """The examples of one part, in file order."""
     return tuple(example for example in examples if example.part is wanted)
 
@@ -80,7 +80,7 @@ def part(examples: Sequence[Example], wanted: Part) -> tuple[Example, ...]:
 def _example(line: str, where: str, labels: int) -> Example:
     try:
         row: dict[str, Any] = json.loads(line)
-        text, label, use = row["text"], row["label"], Part(row.get("part", "train"))
+        text, label, use = row["text"], row["label"], Split(row.get("part", "train"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # From None: the parser's own error quotes what it read.
         raise DataError(f"{where} is not an example") from None

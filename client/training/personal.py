@@ -9,7 +9,7 @@ from enum import Enum
 
 from adapters.layout import Tensors
 from adapters.task import Task
-from client.training.examples import Example, Part, part
+from client.training.examples import Example, Split, part
 from client.training.trainer import Score, Trainer
 
 
@@ -54,9 +54,9 @@ def personalize(
     """
     candidates = dict(shared)
     if epochs:
-        train = part(examples, Part.TRAIN)
+        train = part(examples, Split.TRAIN)
         candidates[Choice.PERSONAL] = trainer.train(shared[Choice.GLOBAL], train, task, epochs=epochs, salt=salt)
-    held_out = part(examples, Part.VALIDATION)
+    held_out = part(examples, Split.VALIDATION)
     scores = {choice: trainer.score(adapter, held_out) for choice, adapter in candidates.items()}
     order = list(Choice)
     choice = max(scores, key=lambda c: (scores[c].correct, -scores[c].loss, order.index(c)))

@@ -8,12 +8,12 @@ import click
 
 from aggregation.transcript import read
 from coordinator.audit.auditor import Finding, Report, Status, many
-from coordinator.audit.transcripts import Transcript
+from coordinator.audit.transcripts import AuditedTranscript
 
 MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its text, of its text
 
 
-def told(opened: Transcript, reports: Mapping[str, Report]) -> Iterator[str]:
+def told(opened: AuditedTranscript, reports: Mapping[str, Report]) -> Iterator[str]:
     """Lines: each session's checks, what they amount to, and whose keys were relied on."""
     for name, report in reports.items():
         size = ((len(report.participation), "device"), (len(report.rounds), "round"), (report.entries, "message"))
@@ -37,7 +37,7 @@ def _line(finding: Finding) -> str:
     return f"  {finding.status.value:{MARK}}{finding.check.value:{INDENT - MARK - 2}}{words}".rstrip()
 
 
-def shown(opened: Transcript, reports: Mapping[str, Report], *, entries: bool) -> Iterator[str]:
+def shown(opened: AuditedTranscript, reports: Mapping[str, Report], *, entries: bool) -> Iterator[str]:
     """Lines: each session's rounds, and with ``entries`` every message in its log."""
     for path, (name, report) in zip(opened.paths, reports.items(), strict=True):
         yield name
@@ -58,7 +58,7 @@ def _lost(lost: Mapping[str, tuple[str, ...]]) -> str:
     return f"lost {'; '.join(', '.join(devices) + f' at {step}' for step, devices in lost.items())}"
 
 
-def as_json(opened: Transcript, reports: Mapping[str, Report]) -> dict[str, Any]:
+def as_json(opened: AuditedTranscript, reports: Mapping[str, Report]) -> dict[str, Any]:
     """The same, to be serialized."""
     return {
         "relied_on": {**opened.relied_on, "given": opened.given},

@@ -12,18 +12,18 @@ from aggregation import checks, sharing
 from aggregation.errors import ProtocolError
 from aggregation.messages import (
     Advert,
-    Agreement,
     Assignment,
-    Box,
+    ConsistencySignature,
+    EncryptedShares,
     MaskedInput,
     Message,
     Offer,
-    Opening,
     Plan,
     Roster,
     Shares,
     Survivors,
     Unmask,
+    UnmaskResponse,
     envelope,
 )
 from aggregation.pki import Root
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 # The steps before the first round, and those of a round, in order: a log never goes back.
 _Kinds: TypeAlias = tuple[type[Message], ...]
 _SETUP: _Kinds = (Offer, Advert, Roster, Shares)
-_ROUND: _Kinds = (Assignment, MaskedInput, Survivors, Agreement, Unmask, Opening, Result, Abort)
+_ROUND: _Kinds = (Assignment, MaskedInput, Survivors, ConsistencySignature, Unmask, UnmaskResponse, Result, Abort)
 _ALL: _Kinds = (*_SETUP, *_ROUND, Checkpoint)
 KINDS = {kind.TAG: kind for kind in _ALL}
 _RANK = {kind: rank for rank, kind in (*enumerate(_SETUP), *enumerate(_ROUND))}
-_BY_DEVICES = {kind.TAG for kind in (Advert, Shares, MaskedInput, Agreement, Opening)}
+_BY_DEVICES = {kind.TAG for kind in (Advert, Shares, MaskedInput, ConsistencySignature, UnmaskResponse)}
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class Round:
     survivors: Survivors | None = None
     agreed: set[str] = field(default_factory=set)
     unmasks: dict[str, Unmask] = field(default_factory=dict)
-    openings: dict[str, Opening] = field(default_factory=dict)
+    responses: dict[str, UnmaskResponse] = field(default_factory=dict)
     ending: Result | Abort | None = None
     places: dict[tuple[str, str], Place] = field(default_factory=dict)
 
@@ -76,7 +76,7 @@ class Round:
         if self.survivors is not None and adversary is Adversary.ACTIVE:
             steps[Step.SURVIVORS] = self.agreed
         if self.unmasks:
-            steps[Step.UNMASK] = self.openings
+            steps[Step.UNMASK] = self.responses
         return _lost(self.plan.members, steps)
 
     def place(self, kind: type[Message], peer: str = EVERYONE) -> Place:
@@ -92,7 +92,7 @@ class History:
     cohort: Mapping[str, PublicKey]
     session: Session | None = None
     adverts: dict[str, bytes] = field(default_factory=dict)
-    dealt: dict[str, Mapping[str, Box]] = field(default_factory=dict)
+    dealt: dict[str, Mapping[str, EncryptedShares]] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     places: dict[tuple[str, str], Place] = field(default_factory=dict)
 
@@ -196,8 +196,8 @@ def _put_back(history: History, entry: Entry, coordinator: PublicKey) -> Assignm
     current = history.rounds[-1] if history.rounds else None
     if current is None or current.plan.round != entry.round:
         raise Problem("the round has no plan", entry.place)
-    boxes = {dealer: dealt[entry.peer] for dealer, dealt in history.dealt.items() if entry.peer in dealt}
-    body = Assignment(current.plan, boxes).encode()
+    encrypted_shares = {dealer: dealt[entry.peer] for dealer, dealt in history.dealt.items() if entry.peer in dealt}
+    body = Assignment(current.plan, encrypted_shares).encode()
     try:
         return envelope.open_as(Assignment, envelope.with_body(entry.message, body), coordinator, COORDINATOR)
     except ProtocolError:
@@ -249,11 +249,11 @@ def _take_shares(history: History, entry: Entry, message: Shares) -> None:
     session = _session(history, entry)
     _demand(message.context == session.context, "the shares are of another session", entry)
     _demand(entry.peer in session.peers, "the device is not on the roster", entry)
-    neighbours = session.neighbours(entry.peer, session.peers)
-    _demand(set(message.boxes) == set(neighbours), "the boxes are not for exactly its neighbours", entry)
-    fits = all(sharing.fits(box, session.spec.rounds) for box in message.boxes.values())
+    neighbors = session.neighbors(entry.peer, session.peers)
+    _demand(set(message.encrypted_shares) == set(neighbors), "the boxes are not for exactly its neighbours", entry)
+    fits = all(sharing.fits(box, session.spec.rounds) for box in message.encrypted_shares.values())
     _demand(fits, "a box has not the size of one", entry)
-    history.dealt[entry.peer] = message.boxes
+    history.dealt[entry.peer] = message.encrypted_shares
 
 
 def _take_plan(history: History, current: Round, entry: Entry, message: Assignment) -> None:
@@ -263,8 +263,10 @@ def _take_plan(history: History, current: Round, entry: Entry, message: Assignme
     _demand(plan.round == entry.round <= session.spec.rounds, "the plan is of another round", entry)
     _demand(checks.ascending(plan.members), "the plan has a member twice, or out of order", entry)
     _demand(set(plan.members) <= set(history.dealt), "a member of the plan shared no secrets", entry)
-    dealt = {dealer: history.dealt[dealer].get(entry.peer) for dealer in message.boxes if dealer in history.dealt}
-    _demand(dealt == message.boxes, "the boxes are not those that were dealt to this device", entry)
+    dealt = {
+        dealer: history.dealt[dealer].get(entry.peer) for dealer in message.encrypted_shares if dealer in history.dealt
+    }
+    _demand(dealt == message.encrypted_shares, "the boxes are not those that were dealt to this device", entry)
 
 
 def _take_answer(current: Round, entry: Entry, message: Message) -> None:
@@ -280,10 +282,10 @@ def _take_answer(current: Round, entry: Entry, message: Message) -> None:
             _demand(survivors in (None, message.survivors), "another survivor set than the one agreed to", entry)
             current.survivors = message.survivors
             current.unmasks[entry.peer] = message
-        case Agreement() | Opening():
+        case ConsistencySignature() | UnmaskResponse():
             _demand(survivors is not None and entry.peer in survivors.vectors, "the device is no survivor", entry)
-            if isinstance(message, Opening):
-                current.openings[entry.peer] = message
+            if isinstance(message, UnmaskResponse):
+                current.responses[entry.peer] = message
             else:
                 current.agreed.add(entry.peer)
         case Result() | Abort():
@@ -293,7 +295,7 @@ def _take_answer(current: Round, entry: Entry, message: Message) -> None:
             raise Problem("no step of a round", entry.place)
     plan_named = getattr(message.survivors if isinstance(message, Unmask) else message, "plan", plan.digest())
     _demand(plan_named == plan.digest(), "it is for another plan", entry)
-    if isinstance(message, Agreement | Opening):
+    if isinstance(message, ConsistencySignature | UnmaskResponse):
         named = current.survivors and current.survivors.digest()
         _demand(message.survivors == named, "it is for another survivor set", entry)
     if isinstance(message, Result):

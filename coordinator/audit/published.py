@@ -26,7 +26,7 @@ from aggregation.pki.identity import PublicKey
 from coordinator.optimizer import FedAdam, FedAvg
 
 PARTS = DATABASE, BLOBS, SETTINGS = "registry.db", "blobs", "federation.json"
-MANIFEST = "edgeadapt/manifest/1"  # ``adapters.manifest.Manifest``
+MANIFEST = "edgeadapt/manifest/1"  # ``adapters.manifest.VersionManifest``
 _MANIFEST = "select manifest from edgeadapt_versions where version = ?"  # ``coordinator.registry.database.versions``
 _NEWEST = "select max(version) from edgeadapt_versions"
 _LENGTH = 8  # bytes before a safetensors header: its length, little-endian

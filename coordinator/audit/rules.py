@@ -7,7 +7,7 @@ from functools import partial
 
 from aggregation import checks, graph
 from aggregation.errors import ProtocolError
-from aggregation.messages import Agreement, Assignment, Opening, Survivors, Unmask, envelope
+from aggregation.messages import Assignment, ConsistencySignature, Survivors, Unmask, UnmaskResponse, envelope
 from aggregation.session import Session
 from aggregation.spec import Adversary
 from aggregation.transcript import EVERYONE, Abort, Place, Result
@@ -55,7 +55,7 @@ def _withstands(history: History) -> int:
     bits = graph.SIGMA + (graph.GRINDING if spec.adversary is Adversary.ACTIVE else 0)
     counts = range(present)
     fails = bisect.bisect_left(
-        counts, True, key=lambda count: not graph.withstands(present, count, spec.degree, spec.threshold, bits)
+        counts, True, key=lambda count: not graph.is_secure(present, count, spec.degree, spec.threshold, bits)
     )
     return fails - 1
 
@@ -76,8 +76,8 @@ def _opened_nearby(session: Session, current: Round) -> None:
     """Near every device of the plan, itself included, so many opened as its secrets take."""
     threshold = session.spec.threshold
     for device in current.plan.members:
-        near = (device, *session.neighbours(device, current.openings))
-        count = sum(each in current.openings for each in near)
+        near = (device, *session.neighbors(device, current.responses))
+        count = sum(each in current.responses for each in near)
         if count < threshold:
             raise Problem(f"{count} devices near {device} opened, {threshold} are needed", current.place(Result))
 
@@ -104,8 +104,8 @@ def survivors(history: History) -> str:
         for device in sorted({*arrived, *current.survivors.vectors}):
             if current.survivors.vectors.get(device) != arrived.get(device):
                 raise Problem(f"{device} is not counted with the update that it sent in this round", where)
-        if active and current.openings and not current.unmasks:
-            place = current.place(Opening, next(iter(current.openings)))
+        if active and current.responses and not current.unmasks:
+            place = current.place(UnmaskResponse, next(iter(current.responses)))
             raise Problem("it answers no request to open, so that nothing shows who agreed to the survivors", place)
         for peer, unmask in current.unmasks.items() if active else ():
             _agreed(history, current, peer, unmask)
@@ -115,13 +115,13 @@ def survivors(history: History) -> str:
 def _agreed(history: History, current: Round, peer: str, unmask: Unmask) -> None:
     """A quorum agreed to the survivors that a device was told when it was asked to open."""
     where, digest, quorum = current.place(Unmask, peer), unmask.survivors.digest(), history.offer.spec.quorum
-    if len(unmask.agreements) < quorum:
-        raise Problem(f"{len(unmask.agreements)} agreements, {quorum} are needed", where)
-    for device, signature in unmask.agreements.items():
+    if len(unmask.consistency_signatures) < quorum:
+        raise Problem(f"{len(unmask.consistency_signatures)} agreements, {quorum} are needed", where)
+    for device, signature in unmask.consistency_signatures.items():
         if device not in current.agreed:
             raise Problem(f"the agreement of {device} is not in the log", where)
-        body = Agreement(digest, device).encode()
-        _hold(where, partial(envelope.verify, history.cohort[device], Agreement.TAG, body, signature))
+        body = ConsistencySignature(digest, device).encode()
+        _hold(where, partial(envelope.verify, history.cohort[device], ConsistencySignature.TAG, body, signature))
 
 
 def shares(history: History) -> str:
@@ -132,14 +132,14 @@ def shares(history: History) -> str:
     """
     count = 0
     for current in history.rounds:
-        for device, opening in current.openings.items():
+        for device, opening in current.responses.items():
             if history.session is None or current.survivors is None:
                 break
-            alive, dropped = checks.owed(history.session, current.plan, device, current.survivors)
+            alive, dropped = checks.shares_to_reveal(history.session, current.plan, device, current.survivors)
             wrong = (set(opening.seeds) - set(alive)) | (set(opening.keys) - set(dropped))
             if wrong:
                 what = f"a share of {min(wrong)} is opened that would show its update to the coordinator"
-                raise Problem(what, current.place(Opening, device))
+                raise Problem(what, current.place(UnmaskResponse, device))
             count += len(opening.seeds) + len(opening.keys)
     came = f"{many(count, 'share')} of secrets came in"
     return f"{came}; of each device they open one kind of secret only, so that no single update could be unmasked"

@@ -26,7 +26,7 @@ Pinned = TypeVar("Pinned", Root, PublicKey, RevocationList)
 
 
 @dataclass(frozen=True, slots=True)
-class Transcript:
+class AuditedTranscript:
     """Logs to check, and whom they must rely on.
 
     Args:
@@ -65,8 +65,8 @@ class Transcript:
         if given.revoked:
             listed = _pinned(root.revocations, given.revoked, given.revoked, "--revoked")
             root = _as_of(replace(root, revoked=listed), given.at)
-        home = given.registry or (folder.parent if Published.lies_in(folder.parent) else None)
-        published = Published.open(home, key) if home else None
+        state_dir = given.registry or (folder.parent if Published.lies_in(folder.parent) else None)
+        published = Published.open(state_dir, key) if state_dir else None
         return cls(paths, root, key, bool(given.authority and given.coordinator), given.at, published, whole)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
@@ -148,7 +148,7 @@ def _vector(folder: Path, digest: bytes) -> bytes | None:
         return None
 
 
-def first_error(opened: Transcript, reports: Mapping[str, Report], *, unfinished: bool) -> str | None:
+def first_error(opened: AuditedTranscript, reports: Mapping[str, Report], *, unfinished: bool) -> str | None:
     """What is wrong with the sessions, each by itself and all together; None if nothing is."""
     for name, report in reports.items():
         try:

@@ -49,7 +49,7 @@ def secrets(history: History, opened: dict[int, Opened]) -> str:
 
 
 def _open(session: Session, history: History, current: Round) -> Opened:
-    recovery = Recovery(session, current.plan, history.dealt, current.openings)
+    recovery = Recovery(session, current.plan, history.dealt, current.responses)
     seeds = {device: recovery.seed(device) for device in current.counted}
     keys = {device: recovery.mask_key(device) for device in current.dropped}
     closed = sorted(device for device, secret in {**seeds, **keys}.items() if secret is None)
@@ -148,6 +148,6 @@ def _off(session: Session, current: Round, opened: Opened) -> list[Mask]:
             add=peer > device,
         )
         for device, key in opened.keys.items()
-        for peer in session.neighbours(device, current.counted)
+        for peer in session.neighbors(device, current.counted)
     ]
     return [*own, *pairs]

@@ -61,7 +61,7 @@ _EVENT: TypeAdapter[Issued | Revoked | Listed] = TypeAdapter(Event)
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class AuthorityRecord:
     """The file at ``path``."""
 
     path: Path
@@ -75,7 +75,7 @@ class Record:
         return self._events(self.path.read_bytes())
 
     @contextmanager
-    def writing(self) -> Iterator["Pen"]:
+    def writing(self) -> Iterator["RecordWriter"]:
         """What happened so far, and the means to add to it; others that write wait.
 
         Raises:
@@ -88,7 +88,7 @@ class Record:
             if whole < len(raw):
                 file.truncate(whole)
             file.seek(whole)
-            yield Pen(file, list(self._events(raw)))
+            yield RecordWriter(file, list(self._events(raw)))
 
     def _events(self, raw: bytes) -> "tuple[Issued | Revoked | Listed, ...]":
         events = []
@@ -102,7 +102,7 @@ class Record:
 
 
 @dataclass(slots=True)
-class Pen:
+class RecordWriter:
     """A record while it is locked."""
 
     file: BinaryIO

@@ -28,7 +28,7 @@ from aggregation.pki import Authority, Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.requests import require_name
 from aggregation.pki.revocation import Reason, Revocation
-from coordinator.authority.record import Issued, Listed, Pen, Record, Revoked
+from coordinator.authority.record import AuthorityRecord, Issued, Listed, RecordWriter, Revoked
 
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
 SHORTEST = 12  # characters of a passphrase: PKCS #8 as OpenSSL writes it tries a guess in a millisecond
@@ -36,7 +36,7 @@ SKEW = timedelta(hours=1)  # by which a device's clock may be behind
 
 
 @dataclass(frozen=True, slots=True)
-class Office:
+class AuthorityStore:
     """An authority's folder."""
 
     folder: Path
@@ -177,7 +177,7 @@ class Office:
         with self._writing() as pen:
             return self._sign_list(pen, authority, days)
 
-    def _sign_list(self, pen: Pen, authority: Authority, days: int) -> int:
+    def _sign_list(self, pen: RecordWriter, authority: Authority, days: int) -> int:
         now = _now()
         number = _lists(pen.events) + 1
         revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in _revoked(pen.events).items()}
@@ -199,7 +199,7 @@ class Office:
         return tuple((each, standing(each)) for each in _issued(events))
 
     @contextmanager
-    def _writing(self) -> Iterator[Pen]:
+    def _writing(self) -> Iterator[RecordWriter]:
         with self._record().writing() as pen:
             self._require_whole(pen.events)
             yield pen
@@ -216,9 +216,9 @@ class Office:
                 f"{self.folder / RECORD} lacks lines: {REVOKED} beside it says more than it does; take it from a backup"
             )
 
-    def _record(self) -> Record:
+    def _record(self) -> AuthorityRecord:
         self._read(RECORD)
-        return Record(self.folder / RECORD)
+        return AuthorityRecord(self.folder / RECORD)
 
     def _read(self, name: str) -> bytes:
         try:
@@ -227,7 +227,7 @@ class Office:
             raise ConfigError(f"{self.folder} is no authority's folder: it has no {name}") from None
 
 
-def _require_new(pen: Pen, name: str, key: PublicKey, now: datetime) -> None:
+def _require_new(pen: RecordWriter, name: str, key: PublicKey, now: datetime) -> None:
     revoked = _revoked(pen.events)
     for each in _issued(pen.events):
         if each.key == key.key_id and each.serial in revoked:

@@ -12,10 +12,10 @@ import click
 from aggregation.errors import TrustError
 from coordinator.audit import formatting
 from coordinator.audit.auditor import Report
-from coordinator.audit.transcripts import Given, Transcript, first_error
+from coordinator.audit.transcripts import AuditedTranscript, Given, first_error
 
 FOLDER = click.Path(path_type=Path)
-Told = Callable[[Transcript, Mapping[str, Report]], Iterator[str]]
+Told = Callable[[AuditedTranscript, Mapping[str, Report]], Iterator[str]]
 
 
 class _Moment(click.DateTime):
@@ -101,7 +101,7 @@ def show(path: Path, unfinished: bool, as_json: bool, entries: bool, **options: 
 
 
 def _audit(path: Path, unfinished: bool, as_json: bool, options: dict[str, Any], told: Told) -> None:
-    opened = Transcript.open(path, Given(**options))
+    opened = AuditedTranscript.open(path, Given(**options))
     reports = opened.audit(unfinished=unfinished)
     error = first_error(opened, reports, unfinished=unfinished)
     if as_json:

@@ -13,7 +13,7 @@ from aggregation.pki import Authority, requests
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import Reason
 from coordinator.authority.record import Issued
-from coordinator.authority.store import REVOKED, SHORTEST, Office
+from coordinator.authority.store import REVOKED, SHORTEST, AuthorityStore
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
@@ -61,7 +61,7 @@ def init(folder: Path, name: str, days: int, list_days: int, passphrase_file: Pa
     if unencrypted and passphrase_file:
         raise ConfigError("--unencrypted and --passphrase-file contradict each other")
     passphrase = None if unencrypted else _passphrase(passphrase_file, new=True)
-    made = Office.found(folder, name, days, list_days, passphrase)
+    made = AuthorityStore.found(folder, name, days, list_days, passphrase)
     click.echo(f"authority {made.root.fingerprint}")
     click.echo(f"devices and coordinator pin {folder / 'authority.pem'}; {folder / 'authority.key'} stays here")
 
@@ -95,7 +95,7 @@ def issue(
     device, key = _asked(name, request, public_key)
     if out is not None and not os.access(out.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{out} cannot be written: choose another --out")
-    office = Office(folder)
+    office = AuthorityStore(folder)
     der = office.issue(_unlocked(office, passphrase_file), device, key, days)
     if out is None:
         click.echo(requests.to_pem(der).decode(), nl=False)
@@ -125,7 +125,7 @@ def revoke(folder: Path, which: str, reason: str, list_days: int, passphrase_fil
     Example:
       edgeadapt authority revoke authority kitchen --reason keyCompromise
     """
-    office = Office(folder)
+    office = AuthorityStore(folder)
     new = office.revoke(_unlocked(office, passphrase_file), which, Reason(reason), list_days)
     for each in new:
         click.echo(f"revoked {each.name}, serial {each.serial}")
@@ -143,7 +143,7 @@ def crl(folder: Path, list_days: int, passphrase_file: Path | None) -> None:
     Example:
       edgeadapt authority crl authority --list-days 30
     """
-    office = Office(folder)
+    office = AuthorityStore(folder)
     number = office.sign_list(_unlocked(office, passphrase_file), list_days)
     click.echo(f"revocation list {number}: hand {folder / REVOKED} to the coordinator")
 
@@ -158,7 +158,7 @@ def list_(folder: Path, as_json: bool) -> None:
     Example:
       edgeadapt authority list authority
     """
-    rows = Office(folder).certificates()
+    rows = AuthorityStore(folder).certificates()
     if as_json:
         certificates = [{**each.model_dump(mode="json", exclude={"event"}), "status": how} for each, how in rows]
         click.echo(json.dumps({"certificates": certificates}))
@@ -192,7 +192,7 @@ def _read(path: Path) -> bytes:
         return file.read(LONGEST)
 
 
-def _unlocked(office: Office, passphrase_file: Path | None) -> Authority:
+def _unlocked(office: AuthorityStore, passphrase_file: Path | None) -> Authority:
     return office.unlock(_passphrase(passphrase_file, new=False) if office.encrypted else None)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from sqlalchemy import Row
 
-from adapters.manifest import Manifest
+from adapters.manifest import VersionManifest
 from aggregation.errors import DataError
 
 
@@ -34,7 +34,7 @@ class RoundRecord:
         if self.aborted is not None and self.version is not None:
             raise DataError(f"round {self.round} is said to be aborted and to have made version {self.version}")
 
-    def require_agreement(self, manifest: Manifest) -> None:
+    def require_agreement(self, manifest: VersionManifest) -> None:
         """Return if the manifest is of the version that came of this round.
 
         Raises:

@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL
 
 from adapters import files
 from adapters.layout import Layout, Tensors
-from adapters.manifest import Manifest
+from adapters.manifest import VersionManifest
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator.registry import database
@@ -29,7 +29,7 @@ ONLY_ROW = 1  # of the optimizer's table
 class Version:
     """A published adapter's manifest, verified, and its signed form."""
 
-    manifest: Manifest
+    manifest: VersionManifest
     raw: bytes
 
 
@@ -59,7 +59,7 @@ class Registry:
         """Give back the database connections."""
         self.engine.dispose()
 
-    def publish(self, manifest: Manifest, blob: bytes, key: IdentityKey) -> Version:
+    def publish(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
         """Sign and store a version that comes from no round, such as the vendor's seed.
 
         Raises:
@@ -87,7 +87,7 @@ class Registry:
     def commit_round(
         self,
         record: RoundRecord,
-        manifest: Manifest | None,
+        manifest: VersionManifest | None,
         blob: bytes | None,
         optimizer_state: Tensors | None,
         key: IdentityKey,
@@ -190,7 +190,7 @@ class Registry:
             raise TrustError("the stored optimizer state was altered: restore the database from a copy")
         return files.decode(row.tensors)
 
-    def _prepare(self, manifest: Manifest, blob: bytes, key: IdentityKey) -> Version:
+    def _prepare(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
         """Check a new version against its blob, sign it and store the blob, which nothing refers to yet."""
         if key.public not in self.trusted:
             raise ConfigError(f"key {key.public.key_id} is not among those that this registry trusts")
@@ -199,7 +199,7 @@ class Registry:
         if Layout.of(files.decode(blob)).digest != manifest.layout_digest:
             raise DataError(f"version {manifest.version}: the file does not have the manifest's layout")
         raw = manifest.sign(key)
-        version = Version(Manifest.accept(raw, [key.public]), raw)
+        version = Version(VersionManifest.accept(raw, [key.public]), raw)
         self.blobs.put(blob)
         return version
 
@@ -215,7 +215,7 @@ class Registry:
         connection.execute(table.insert().values(row))
 
     def _verified(self, row: Row[Any]) -> Version:
-        manifest = Manifest.accept(row.manifest, self.trusted)
+        manifest = VersionManifest.accept(row.manifest, self.trusted)
         if (manifest.version, manifest.sha256) != (row.version, row.sha256):
             raise TrustError(f"version {row.version} of the registry holds the manifest of another version")
         return Version(manifest, row.manifest)

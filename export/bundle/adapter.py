@@ -15,10 +15,10 @@ import onnxruntime as ort
 from adapters.layout import Tensors
 from adapters.ondevice import LORA_A, LORA_B, PEFT_PREFIX, Format, graph_name, quantize, restore, to_graph
 from aggregation.errors import DataError
-from export.onnx.slots import LORA, LoraSlot, Plan
+from export.onnx.slots import LORA, AdapterInputs, LoraSlot
 
 
-def encode(tensors: Tensors, found: Plan, form: Format = "int8") -> bytes:
+def encode(tensors: Tensors, found: AdapterInputs, form: Format = "int8") -> bytes:
     """The file of an adapter.
 
     Args:
@@ -44,7 +44,9 @@ def encode(tensors: Tensors, found: Plan, form: Format = "int8") -> bytes:
         return path.read_bytes()
 
 
-def completed(tensors: Tensors, found: Plan, slots: Mapping[str, Sequence[str]]) -> tuple[Tensors, Plan]:
+def completed(
+    tensors: Tensors, found: AdapterInputs, slots: Mapping[str, Sequence[str]]
+) -> tuple[Tensors, AdapterInputs]:
     """The adapter and its plan with an empty pair for each layer of the base that it leaves alone.
 
     A base has slots for every layer that any adapter may want; this one may adapt fewer.

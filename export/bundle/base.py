@@ -9,12 +9,13 @@ from tokenizers import Tokenizer
 from adapters import pretrained
 from adapters.base import Base
 from adapters.files import sha256
-from adapters.manifest import BaseCard, Task
+from adapters.manifest import BaseManifest, Task
 from aggregation.errors import ConfigError
 from export.onnx import graph, headers
-from export.onnx.adapterinputs import Plan, plan
+from export.onnx.adapterinputs import plan
 from export.onnx.calibrate import TEXT, TOKENS
 from export.onnx.quantize import Profile, quantize
+from export.onnx.slots import AdapterInputs
 from export.onnx.tasks import readable
 
 TOKENIZER = "tokenizer.json"
@@ -28,7 +29,7 @@ class ExportedBase:
     base_digest: str
     task: Task
     profile: Profile
-    plan: Plan
+    plan: AdapterInputs
     slots: dict[str, tuple[str, ...]]  # graph inputs that an adapter fills → dimensions as text
     max_rank: int
     files: dict[str, bytes] = field(repr=False)  # of the base's folder, without the card
@@ -44,10 +45,10 @@ class ExportedBase:
         return self.files[TOKENIZER]
 
     @property
-    def card(self) -> BaseCard:
+    def card(self) -> BaseManifest:
         """What the signer says of these files."""
         digests = {name: sha256(blob) for name, blob in self.files.items()}
-        return BaseCard(self.base_digest, self.task, self.profile.value, digests, self.slots, self.max_rank)
+        return BaseManifest(self.base_digest, self.task, self.profile.value, digests, self.slots, self.max_rank)
 
 
 def export_base(model: PeftModel, base: Base, profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:

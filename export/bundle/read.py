@@ -9,9 +9,9 @@ from pathlib import Path
 
 from adapters.files import MAX_ADAPTER, sha256
 from adapters.layout import Tensors
-from adapters.manifest import BaseCard, Sidecar
-from adapters.method import Method
+from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import LORA_A, LORA_B, check_name, check_slots, from_graph
+from adapters.peftconfig import PeftConfig
 from adapters.signed import MAX_DOCUMENT
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
@@ -24,18 +24,18 @@ TRUST = "trust.pem"  # beside a bundle
 MAX_BASE_FILE = 2**40  # bytes
 
 
-def read_card(bundle: Path, keys: Sequence[PublicKey]) -> BaseCard:
+def read_manifest(bundle: Path, keys: Sequence[PublicKey]) -> BaseManifest:
     """What is signed about the base of ``bundle``.
 
     Raises:
         DataError: There is no bundle.
         TrustError: The card is damaged, altered, or of an unknown signer.
     """
-    return BaseCard.accept(_read(bundle / CARD, MAX_DOCUMENT), keys)
+    return BaseManifest.accept(_read(bundle / CARD, MAX_DOCUMENT), keys)
 
 
-def read_base(bundle: Path, card: BaseCard) -> dict[str, bytes]:
-    """The files of the base, by name. Raises as ``read_card``."""
+def read_base(bundle: Path, card: BaseManifest) -> dict[str, bytes]:
+    """The files of the base, by name. Raises as ``read_manifest``."""
     files = {name: _read(bundle / CARD.parent / name, MAX_BASE_FILE) for name in card.files}
     for name, blob in files.items():
         if sha256(blob) != card.files[name]:
@@ -43,7 +43,9 @@ def read_base(bundle: Path, card: BaseCard) -> dict[str, bytes]:
     return files
 
 
-def read_adapter(bundle: Path, name: str, card: BaseCard, keys: Sequence[PublicKey]) -> tuple[Sidecar, Tensors]:
+def read_adapter(
+    bundle: Path, name: str, card: BaseManifest, keys: Sequence[PublicKey]
+) -> tuple[AdapterManifest, Tensors]:
     """An adapter of ``bundle``: what is signed about it, and the graph inputs that its file holds.
 
     Raises:
@@ -55,7 +57,7 @@ def read_adapter(bundle: Path, name: str, card: BaseCard, keys: Sequence[PublicK
     if not path.with_name(f"{name}.json").is_file():
         there = ", ".join(sorted(file.stem for file in path.parent.glob("*.json"))) or "none"
         raise DataError(f"{bundle} has no adapter {name!r}; it has: {there}")
-    sidecar = Sidecar.accept(_read(path.with_name(f"{name}.json"), MAX_DOCUMENT), keys)
+    sidecar = AdapterManifest.accept(_read(path.with_name(f"{name}.json"), MAX_DOCUMENT), keys)
     if sidecar.name != name or sidecar.base_digest != card.base_digest:
         raise TrustError(f"the sidecar of {name!r} was signed for another name or base; export the adapter again")
     file = path.with_name(f"{name}.onnx_adapter")
@@ -67,7 +69,7 @@ def read_adapter(bundle: Path, name: str, card: BaseCard, keys: Sequence[PublicK
     return sidecar, inputs
 
 
-def unfolded(sidecar: Sidecar, inputs: Tensors) -> tuple[Tensors, Method]:
+def unfolded(sidecar: AdapterManifest, inputs: Tensors) -> tuple[Tensors, PeftConfig]:
     """A bundle's adapter under peft's names, with the method that gives its layers their scaling.
 
     Layers that the adapter leaves alone are dropped. Where the sidecar knows no method, the scaling stays in B and
@@ -83,11 +85,11 @@ def unfolded(sidecar: Sidecar, inputs: Tensors) -> tuple[Tensors, Method]:
     return from_graph(kept, plan_of(method, renamed).scaling), method
 
 
-def _folded(inputs: Tensors) -> Method:
+def _folded(inputs: Tensors) -> PeftConfig:
     ranks = {path: inputs[path + LORA_A].shape[1] for path in sorted(lora_paths(inputs)) if path + LORA_B in inputs}
     rank = max(ranks.values(), default=1)
     pairs = tuple((exactly(path), size) for path, size in ranks.items() if size != rank)
-    return Method("lora", rank, rank, tuple(ranks), pairs, pairs)
+    return PeftConfig("lora", rank, rank, tuple(ranks), pairs, pairs)
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from adapters import files
 from adapters.layout import Layout, Tensors
-from adapters.manifest import Manifest
-from adapters.method import Method
+from adapters.manifest import VersionManifest
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import PublicKey
 from export.bundle.keys import public_keys
@@ -28,7 +28,7 @@ FORMAT = 1  # of the database; a higher one would be misread
 class Origin:
     """An adapter before its export, verified as far as its source allows."""
 
-    method: Method
+    method: PeftConfig
     labels: tuple[str, ...]  # the head's rows, in order
     version: int
     sha256: str  # of the safetensors file that the tensors come from
@@ -37,7 +37,7 @@ class Origin:
     tensors: Tensors = field(repr=False)  # under peft's names
 
 
-def from_registry(home: Path, version: int | None, trust: Path | None) -> Origin:
+def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> Origin:
     """A version of the registry in a coordinator's home, the newest unless ``version`` says which.
 
     Args:
@@ -50,12 +50,12 @@ def from_registry(home: Path, version: int | None, trust: Path | None) -> Origin
         DataError: There is no such version, or its file is missing or damaged.
         TrustError: Manifest or file are not what a trusted key signed.
     """
-    if not (home / DATABASE).is_file():
-        raise ConfigError(f"{home} is not a coordinator's home: it has no {DATABASE}")
-    manifest = _manifest(home / DATABASE, version, public_keys(trust or home / KEY))
-    place = home / BLOBS / f"{manifest.sha256}.safetensors"
+    if not (state_dir / DATABASE).is_file():
+        raise ConfigError(f"{state_dir} is not a coordinator's home: it has no {DATABASE}")
+    manifest = _manifest(state_dir / DATABASE, version, public_keys(trust or state_dir / KEY))
+    place = state_dir / BLOBS / f"{manifest.sha256}.safetensors"
     if not place.is_file():
-        raise DataError(f"blob {manifest.sha256} is missing from {home / BLOBS}: restore it from a copy")
+        raise DataError(f"blob {manifest.sha256} is missing from {state_dir / BLOBS}: restore it from a copy")
     if place.stat().st_size != manifest.size or files.sha256(blob := place.read_bytes()) != manifest.sha256:
         raise TrustError(f"{place} was altered: restore it from a copy")
     tensors = files.decode(blob)
@@ -83,7 +83,7 @@ def from_peft(folder: Path, version: int, labels: tuple[str, ...]) -> Origin:
     return Origin(read.method, labels, version, read.sha256, None, read.base, read.tensors)
 
 
-def _manifest(database: Path, version: int | None, trusted: Sequence[PublicKey]) -> Manifest:
+def _manifest(database: Path, version: int | None, trusted: Sequence[PublicKey]) -> VersionManifest:
     where, values = ("WHERE version = ?", (version,)) if version is not None else ("ORDER BY version DESC LIMIT 1", ())
     try:
         with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as connection:
@@ -96,7 +96,7 @@ def _manifest(database: Path, version: int | None, trusted: Sequence[PublicKey])
         raise ConfigError(f"{database} is of another format than {FORMAT}: use the edgeadapt that made it")
     if row is None:
         raise DataError(f"the registry has no version{'' if version is None else f' {version}'}")
-    manifest = Manifest.accept(row[1], trusted)
+    manifest = VersionManifest.accept(row[1], trusted)
     if manifest.version != row[0]:
         raise TrustError(f"version {row[0]} of the registry holds the manifest of another version")
     return manifest

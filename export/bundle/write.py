@@ -19,14 +19,14 @@ from pydantic import TypeAdapter
 
 from adapters.files import sha256
 from adapters.layout import Layout, Tensors
-from adapters.manifest import BaseCard, Sidecar
-from adapters.method import Method
+from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import LORA_A, Format, check_labels, check_name, check_slots, to_graph
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from export.bundle import adapter
 from export.bundle.replacing import link, replacing, settled, write
-from export.onnx.slots import LABELS, Plan
+from export.onnx.slots import LABELS, AdapterInputs
 
 if TYPE_CHECKING:  # it brings torch, which an adapter's export does without
     from export.bundle.base import ExportedBase
@@ -44,8 +44,8 @@ class AdapterSource:
     version: int
     sha256: str  # of the safetensors blob that the tensors come from
     parent: str | None = None  # of a private adapter: the blob digest of the global version it started from
-    method: Method | None = None  # how it was made; without it peft gets it back with its scaling folded in
-    plan: Plan | None = None  # of the model that the tensors come from; the exported base's if None
+    method: PeftConfig | None = None  # how it was made; without it peft gets it back with its scaling folded in
+    plan: AdapterInputs | None = None  # of the model that the tensors come from; the exported base's if None
 
 
 def write_bundle(
@@ -92,9 +92,9 @@ def _write_bundle(
         write(stage, files)
 
 
-def _kept(out: Path, card: BaseCard, renewed: set[str]) -> bool:
+def _kept(out: Path, card: BaseManifest, renewed: set[str]) -> bool:
     """Whether the adapters in ``out`` are for the base of ``card``; those that are ``renewed`` need not fit it."""
-    old = stated_card(out)
+    old = stated_manifest(out)
     if old is None or old.base_digest != card.base_digest:
         return False
     names = {path.stem for path in (out / "adapters").glob("*.json")} - renewed
@@ -106,7 +106,9 @@ def _kept(out: Path, card: BaseCard, renewed: set[str]) -> bool:
     return True
 
 
-def add_adapter(bundle: Path, found: Plan, source: AdapterSource, *, key: IdentityKey, form: Format = "int8") -> None:
+def add_adapter(
+    bundle: Path, found: AdapterInputs, source: AdapterSource, *, key: IdentityKey, form: Format = "int8"
+) -> None:
     """Add or replace one adapter in a bundle: a household's private one, signed by the device's own key.
 
     Args:
@@ -123,7 +125,7 @@ def add_adapter(bundle: Path, found: Plan, source: AdapterSource, *, key: Identi
         OSError: The folder cannot be written. The bundle is as it was.
     """
     with settled(bundle) as whole:
-        if (card := stated_card(whole)) is None:
+        if (card := stated_manifest(whole)) is None:
             raise ConfigError(f"{whole} is not a bundle: it has no {CARD}")
         files = _adapter_files(source, found, card, key, form)
         with replacing(whole) as stage:
@@ -138,7 +140,7 @@ def copy_bundle(bundle: Path, out: Path) -> None:
         ConfigError: ``bundle`` is no bundle, or ``out`` is something other than one.
         OSError: The folder cannot be written. What was in ``out`` is still there.
     """
-    if stated_card(bundle) is None:
+    if stated_manifest(bundle) is None:
         raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
     with settled(out) as whole:
         check_place(whole)
@@ -147,7 +149,7 @@ def copy_bundle(bundle: Path, out: Path) -> None:
 
 
 def _adapter_files(
-    source: AdapterSource, found: Plan, card: BaseCard, key: IdentityKey, form: Format
+    source: AdapterSource, found: AdapterInputs, card: BaseManifest, key: IdentityKey, form: Format
 ) -> dict[str, bytes]:
     path = f"adapters/{check_name(source.name)}"
     tensors, found = adapter.completed(source.tensors, found, card.slots)
@@ -164,7 +166,7 @@ def _adapter_files(
     ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(LORA_A)]
     if (rank := max(ranks, default=0)) > card.max_rank:
         raise DataError(f"adapter {source.name!r} has rank {rank}, the base takes at most {card.max_rank} (--max-rank)")
-    sidecar = Sidecar(
+    sidecar = AdapterManifest(
         name=source.name,
         sha256=sha256(blob),
         size=len(blob),
@@ -194,11 +196,11 @@ def check_place(out: Path) -> None:
         raise ConfigError(f"{above} is no folder that can be written to; name another place than {out}")
 
 
-def stated_card(bundle: Path) -> BaseCard | None:
+def stated_manifest(bundle: Path) -> BaseManifest | None:
     """What the card says, unverified: only the exporter relies on it; a device verifies it before it believes it."""
     try:
         body = json.loads((bundle / CARD).read_bytes())["body"]
-        return TypeAdapter(BaseCard).validate_python(body)
+        return TypeAdapter(BaseManifest).validate_python(body)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -16,7 +16,7 @@ from export.bundle.base import MAX_RANK, TOKENIZER, ExportedBase
 from export.causal import builder, slots, traced
 from export.causal.sample import Sample, ask
 from export.onnx import headers
-from export.onnx.adapterinputs import LoraSlot, Plan
+from export.onnx.adapterinputs import AdapterInputs, LoraSlot
 from export.onnx.calibrate import TEXT, TOKENS
 from export.onnx.merge import merge
 from export.onnx.quantize import Profile, quantize
@@ -51,7 +51,7 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
         task="text-generation",
         profile=profile,
         # What an adapter scales its layers by stands in its own plan; 1 is the factor of one that is ready to be used.
-        plan=Plan("default", tuple(LoraSlot(path, 1.0) for path in weights), ()),
+        plan=AdapterInputs("default", tuple(LoraSlot(path, 1.0) for path in weights), ()),
         slots=found,
         max_rank=max_rank,
         files=headers.split(graph, found) | built.files,

@@ -32,7 +32,7 @@ CONTEXT_LIMIT = 2**24  # tokens; a tokenizer without a limit states a number far
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class KeyValueCache:
     """What a decoder remembers of a text: of each layer keys and values of shape ``(rows, heads, tokens, width)``."""
 
     keyword: str  # of the model's ``forward``, and the answer's field
@@ -86,7 +86,7 @@ def build(base: Base, sample: Sample) -> Built:
     return Built(traced, files)
 
 
-def _cache(model: Any, sizes: tasks.Sizes) -> Cache:
+def _cache(model: Any, sizes: tasks.Sizes) -> KeyValueCache:
     """The shape of the KV cache, read off a run: optimum has it in tables by family that its core does not connect."""
     keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with torch.no_grad():
@@ -98,7 +98,7 @@ def _cache(model: Any, sizes: tasks.Sizes) -> Cache:
             f"{model.config.model_type!r} keeps something else of a text than equal keys and values in each layer, and"
             " cannot be exported"
         )
-    return Cache(keyword, len(layers), int(shape[1]), int(shape[3]))
+    return KeyValueCache(keyword, len(layers), int(shape[1]), int(shape[3]))
 
 
 def _part(layer: Any, name: str) -> Tensor:
@@ -106,7 +106,7 @@ def _part(layer: Any, name: str) -> Tensor:
     return part if isinstance(part, Tensor) else torch.empty(0)
 
 
-def _trace(model: Any, cache: Cache) -> onnx.ModelProto:
+def _trace(model: Any, cache: KeyValueCache) -> onnx.ModelProto:
     batch, sequence, past, total = (Dim(name) for name in ("batch", "sequence", "past", "total"))
     rows, length, before = EXAMPLE.values()
     takes = inspect.signature(model.forward).parameters
@@ -127,7 +127,7 @@ def _trace(model: Any, cache: Cache) -> onnx.ModelProto:
     )
 
 
-def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: Cache) -> dict[str, bytes]:
+def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: KeyValueCache) -> dict[str, bytes]:
     """What onnxruntime-genai reads beside the graph: its settings, and the tokenizer as transformers saves it."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
@@ -147,7 +147,7 @@ def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: Cache) -> dict[st
     return files | {SETTINGS: json.dumps(settings, indent=4, sort_keys=True).encode()}
 
 
-def _settings(config: Any, sizes: tasks.Sizes, cache: Cache, context: int, end: Any) -> dict[str, Any]:
+def _settings(config: Any, sizes: tasks.Sizes, cache: KeyValueCache, context: int, end: Any) -> dict[str, Any]:
     """https://onnxruntime.ai/docs/genai/reference/config.html; "decoder" is its type for graphs of no known family."""
     first = end[0] if isinstance(end, list) else end
     names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}

@@ -28,7 +28,7 @@ from export.cli.options import (
 from export.cli.waiting import waiting
 
 if TYPE_CHECKING:  # importing it takes a good part of a start, and `--help` needs none of it
-    from adapters.manifest import BaseCard
+    from adapters.manifest import BaseManifest
 
 FEW = 100  # answers, of which one is more than a profile's limits are apart
 TASKS = ("text-classification", "text-generation")
@@ -199,7 +199,7 @@ def peft(
         from export.bundle import read
 
         trusted = keys.public_keys(trust or bundle.resolve().parent / read.TRUST)
-        card = read.read_card(bundle, trusted)
+        card = read.read_manifest(bundle, trusted)
         tensors, method = read.unfolded(*read.read_adapter(bundle, name, card, trusted))
     else:
         origin = origin_of(registry, None, version, trust, None)
@@ -259,6 +259,6 @@ def parity(
     gate(found, limits_of(pair.card.profile, pair.card.task))
 
 
-def _base_row(card: "BaseCard") -> dict[str, Any]:
+def _base_row(card: "BaseManifest") -> dict[str, Any]:
     names = ("base_digest", "task", "profile", "files", "max_rank")
     return {name: getattr(card, name) for name in names} | {"slots": len(card.slots)}

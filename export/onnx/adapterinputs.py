@@ -18,12 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from adapters.layout import TensorSpec
 from adapters.ondevice import graph_name
 from aggregation.errors import ConfigError
-from export.onnx.slots import LoraSlot, Plan, SavedSlot, plan_of
+from export.onnx.slots import AdapterInputs, LoraSlot, SavedSlot, plan_of
 
-__all__ = ["LoraSlot", "Plan", "SavedSlot", "plan", "plan_of"]
+__all__ = ["AdapterInputs", "LoraSlot", "SavedSlot", "plan", "plan_of"]
 
 
-def plan(model: PeftModel) -> Plan:
+def plan(model: PeftModel) -> AdapterInputs:
     """Find the slots of ``model``'s active adapter; honours ``rank_pattern`` and ``alpha_pattern`` layer by layer.
 
     Raises:
@@ -40,7 +40,7 @@ def plan(model: PeftModel) -> Plan:
             saved.append(_saved(path, module.modules_to_save[adapter]))
         elif isinstance(module, AuxiliaryTrainingWrapper):
             raise ConfigError(f"{path}: {type(module).__name__} cannot be exported; train it in modules_to_save")
-    found = Plan(adapter, tuple(loras), tuple(saved))
+    found = AdapterInputs(adapter, tuple(loras), tuple(saved))
     _check_complete(found, model)
     return found
 
@@ -70,7 +70,7 @@ def _saved(path: str, module: nn.Module) -> SavedSlot:
     return SavedSlot(path, tuple(TensorSpec(name, tuple(p.shape)) for name, p in module.named_parameters()))
 
 
-def _check_complete(found: Plan, model: PeftModel) -> None:
+def _check_complete(found: AdapterInputs, model: PeftModel) -> None:
     state = {graph_name(name) for name in get_peft_model_state_dict(model, adapter_name=found.adapter)}
     if odd := sorted(state.symmetric_difference(found.inputs)):
         raise ConfigError(f"tensor {odd[0]!r} of the adapter has no place in a graph and cannot be exported")

@@ -20,14 +20,14 @@ from torch.export import Dim
 
 from aggregation.errors import ConfigError
 from export.onnx.inputs import TOKENS, examples, with_inputs
-from export.onnx.slots import Plan
+from export.onnx.slots import AdapterInputs
 
 OPSET = 20
 ANSWER = "logits"
 MAX_REASON = 200  # letters of what torch says
 
 
-def trace(model: PeftModel, found: Plan) -> onnx.ModelProto:
+def trace(model: PeftModel, found: AdapterInputs) -> onnx.ModelProto:
     """Export ``model`` in float32: ``input_ids``, ``attention_mask`` (batch, sequence) and the slots → ``logits``.
 
     The result names no file or line of the machine that made it, and equal models give equal graphs.

@@ -15,7 +15,7 @@ from torch.export import Dim
 
 from adapters.ondevice import LORA_A, LORA_B
 from export.onnx.matmuls import replace_conv1d
-from export.onnx.slots import LABELS, Plan, SavedSlot
+from export.onnx.slots import LABELS, AdapterInputs, SavedSlot
 
 TOKENS = ("input_ids", "attention_mask")
 EXAMPLE_RANK = 2  # torch.export takes a size of 0 or 1 for a constant
@@ -79,7 +79,7 @@ def logits_of(answer: Any) -> Tensor:
     return logits
 
 
-def with_inputs(model: PeftModel, found: Plan) -> nn.Module:
+def with_inputs(model: PeftModel, found: AdapterInputs) -> nn.Module:
     """A copy of ``model`` that takes ``input_ids``, ``attention_mask`` and ``adapter``, the slots' tensors by name."""
     inner, values = copy.deepcopy(model.base_model.model).eval(), _Values()
     for lora in found.loras:
@@ -90,7 +90,7 @@ def with_inputs(model: PeftModel, found: Plan) -> nn.Module:
     return _Graph(inner, values)
 
 
-def _saved_input(model: PeftModel, found: Plan, saved: SavedSlot, values: _Values) -> nn.Module:
+def _saved_input(model: PeftModel, found: AdapterInputs, saved: SavedSlot, values: _Values) -> nn.Module:
     module, head = copy.deepcopy(_saved(model, found, saved)), _head(model, found, saved)
     if head is None:
         return _SavedInput(module, saved.path, values)
@@ -107,7 +107,7 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, module)
 
 
-def examples(model: PeftModel, found: Plan) -> tuple[dict[str, Tensor], dict[str, dict[int, Dim]]]:
+def examples(model: PeftModel, found: AdapterInputs) -> tuple[dict[str, Tensor], dict[str, dict[int, Dim]]]:
     """Example tensors and free dimensions of every slot."""
     example: dict[str, Tensor] = {}
     dynamic: dict[str, dict[int, Dim]] = {}
@@ -127,7 +127,7 @@ def examples(model: PeftModel, found: Plan) -> tuple[dict[str, Tensor], dict[str
     return example, dynamic
 
 
-def _head(model: PeftModel, found: Plan, saved: SavedSlot) -> str | None:
+def _head(model: PeftModel, found: AdapterInputs, saved: SavedSlot) -> str | None:
     """The place, within a module trained whole, of the linear layer whose output is the model's; "" is itself.
 
     Its rows are labels, of any number.
@@ -149,7 +149,7 @@ def _head(model: PeftModel, found: Plan, saved: SavedSlot) -> str | None:
     return next((name for name, output in seen if output is answer), None) if answer.ndim == 2 else None
 
 
-def _saved(model: PeftModel, found: Plan, saved: SavedSlot) -> nn.Module:
+def _saved(model: PeftModel, found: AdapterInputs, saved: SavedSlot) -> nn.Module:
     module: nn.Module = model.base_model.model.get_submodule(saved.path).modules_to_save[found.adapter]
     return module
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from adapters.layout import Tensors, TensorSpec
-from adapters.method import Method
 from adapters.ondevice import LORA_A, LORA_B, graph_name
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
 
 LABELS = "labels"  # the free dimension of a head's rows
@@ -32,7 +32,7 @@ class SavedSlot:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AdapterInputs:
     """All slots of a model: in the order of its module tree, or of their names where there is no model."""
 
     adapter: str  # peft's name of the adapter that they were read from
@@ -51,7 +51,7 @@ class Plan:
         return (*pairs, *(f"{slot.path}.{spec.name}" for slot in self.saved for spec in slot.parameters))
 
 
-def plan_of(method: Method, tensors: Tensors) -> Plan:
+def plan_of(method: PeftConfig, tensors: Tensors) -> AdapterInputs:
     """The slots that an adapter fills, from its tensors and what is said of its method.
 
     Args:
@@ -67,7 +67,7 @@ def plan_of(method: Method, tensors: Tensors) -> Plan:
     for name in sorted(name for name in values if LORA not in name):
         path, _, parameter = name.rpartition(".")
         saved.setdefault(path, []).append(TensorSpec(parameter, tuple(values[name].shape)))
-    return Plan("default", loras, tuple(SavedSlot(path, tuple(specs)) for path, specs in saved.items()))
+    return AdapterInputs("default", loras, tuple(SavedSlot(path, tuple(specs)) for path, specs in saved.items()))
 
 
 def lora_paths(names: Iterable[str]) -> set[str]:
@@ -82,7 +82,7 @@ def lora_paths(names: Iterable[str]) -> set[str]:
     return {name.removesuffix(LORA_A).removesuffix(LORA_B) for name in added}
 
 
-def _lora(path: str, method: Method, values: Tensors) -> LoraSlot:
+def _lora(path: str, method: PeftConfig, values: Tensors) -> LoraSlot:
     a, b = values.get(path + LORA_A), values.get(path + LORA_B)
     if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         raise DataError(f"{path!r} has no pair of LoRA matrices of one rank: the adapter is damaged or of another kind")

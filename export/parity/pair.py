@@ -17,7 +17,7 @@ from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.classifier import ENCODER, PhraseClassifier
 from adapters.layout import Tensors
-from adapters.manifest import BaseCard, Sidecar, Task
+from adapters.manifest import AdapterManifest, BaseManifest, Task
 from adapters.ondevice import graph_name
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import PublicKey
@@ -28,17 +28,17 @@ from export.peft.folder import to_peft
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ExportedPair:
     """A bundle's base and one adapter of it, ready to be asked, and the model in torch."""
 
-    card: BaseCard
-    sidecar: Sidecar
+    card: BaseManifest
+    sidecar: AdapterManifest
     inputs: Tensors = field(repr=False)
     runner: OnnxRunner
     model: PeftModel
 
 
-def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: str, origin: Origin) -> Pair:
+def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: str, origin: Origin) -> ExportedPair:
     """Read back and verify.
 
     Args:
@@ -53,7 +53,7 @@ def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: 
         DataError: The adapter was exported from another file than ``origin``.
         TrustError: A file of the bundle is not what was signed.
     """
-    card = read.read_card(bundle, trusted)
+    card = read.read_manifest(bundle, trusted)
     sidecar, inputs = read.read_adapter(bundle, name, card, trusted)
     if sidecar.source != origin.sha256:
         raise DataError(f"{name!r} in {bundle} was exported from another file ({sidecar.source[:12]}); export it again")
@@ -61,7 +61,7 @@ def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: 
     if base.digest != card.base_digest:
         raise ConfigError(f"{base_name} is the base {base.digest[:12]}, {bundle} was made from {card.base_digest[:12]}")
     runner = OnnxRunner.open(read.read_base(bundle, card))
-    return Pair(card, sidecar, inputs, runner, _trained(base, card.task, origin, len(sidecar.labels)))
+    return ExportedPair(card, sidecar, inputs, runner, _trained(base, card.task, origin, len(sidecar.labels)))
 
 
 def _trained(base: Base, task: Task, origin: Origin, labels: int) -> PeftModel:

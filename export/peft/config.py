@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of a PEFT folder ↔ ``Method``. Every setting is right by construction, or refused by name.
+"""``adapter_config.json`` of a PEFT folder ↔ ``PeftConfig``. Every setting is honored, or refused by name.
 
 peft adds settings with every version. So what is unknown here is accepted only while it is switched off.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from adapters.method import Method
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
 
 # They change nothing in what the stored tensors compute: where peft looks for layers (the tensors tell which it found),
@@ -31,7 +31,7 @@ OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 Config = dict[str, Any]
 
 
-def method_of(config: Config) -> Method:
+def method_of(config: Config) -> PeftConfig:
     """The method of an ``adapter_config.json``.
 
     Raises:
@@ -63,7 +63,7 @@ def saved_modules(config: Config) -> tuple[str, ...]:
     return tuple(saved)
 
 
-def config_of(method: Method, ranks: dict[str, int], saved: list[str], base: str | None) -> Config:
+def config_of(method: PeftConfig, ranks: dict[str, int], saved: list[str], base: str | None) -> Config:
     """The ``adapter_config.json`` with which peft rebuilds exactly the layers of an adapter.
 
     Layers are named by their full paths, and those that differ from the method's rank or alpha by patterns that match
@@ -98,7 +98,7 @@ def exactly(path: str) -> str:
     return "^" + re.escape(path)
 
 
-def _method(config: Config) -> Method:
+def _method(config: Config) -> PeftConfig:
     targets = config.get("target_modules") or []
     body = {
         "kind": "lora",
@@ -110,7 +110,7 @@ def _method(config: Config) -> Method:
         "rank_stabilized": config.get("use_rslora", False),
     }
     try:
-        return TypeAdapter(Method).validate_json(json.dumps(body), strict=True)
+        return TypeAdapter(PeftConfig).validate_json(json.dumps(body), strict=True)
     except (ValidationError, TypeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         raise DataError(f"adapter_config.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, deserialize
 from adapters import files
 from adapters.files import MAX_ADAPTER
 from adapters.layout import Floats, Layout, Tensors
-from adapters.method import Method
 from adapters.ondevice import PEFT_PREFIX, graph_name
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
 from export.bundle.replacing import write
 from export.onnx.slots import LORA, plan_of
@@ -35,7 +35,7 @@ TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, BF16: np.uint1
 class PeftFolder:
     """What a PEFT folder holds. ``base`` is what peft noted as the base's name: a hint, not an identity."""
 
-    method: Method
+    method: PeftConfig
     sha256: str  # of adapter_model.safetensors
     base: str | None
     tensors: Tensors = field(repr=False)  # float32, under peft's names
@@ -65,7 +65,7 @@ def read_peft(folder: Path) -> PeftFolder:
     return PeftFolder(method, files.sha256(blob), base if isinstance(base, str) else None, tensors)
 
 
-def to_peft(tensors: Tensors, method: Method, out: Path, base: str | None = None) -> None:
+def to_peft(tensors: Tensors, method: PeftConfig, out: Path, base: str | None = None) -> None:
     """Write a folder that ``PeftModel.from_pretrained(model, out)`` opens, with the outputs that the adapter has here.
 
     Args:

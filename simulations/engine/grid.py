@@ -40,7 +40,7 @@ class VirtualClock:
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
+class DeliveryOutcome:
     """What becomes of a message: lost before the device sees it, lost on the way back, or back after ``delay`` s."""
 
     request_lost: bool
@@ -49,7 +49,7 @@ class Fate:
 
 
 @dataclass(frozen=True, slots=True)
-class Weather:
+class FaultModel:
     """Seeded fates. They depend on seed, group, step and who is asked, never on what was sent before: a resumed run has
     the weather that it would have had."""
 
@@ -59,7 +59,7 @@ class Weather:
     victims: int = 0  # devices lost for certain in every round, at one of ``steps`` by turns
     steps: tuple[Step, ...] = ROUND_STEPS
 
-    def fates(self, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, Fate]:
+    def fates(self, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, DeliveryOutcome]:
         """The fate of the message to each of ``nodes``.
 
         Args:
@@ -70,13 +70,13 @@ class Weather:
         victims = self._victims(group, step, nodes)
         return {node: self._fate(group, step, node, node in victims) for node in nodes}
 
-    def _fate(self, group: str, step: Step | None, node: int, victim: bool) -> Fate:
+    def _fate(self, group: str, step: Step | None, node: int, victim: bool) -> DeliveryOutcome:
         rng = self._rng(group, [*Step, None].index(step), node)
         request_lost, reply_lost = (bool(lost) for lost in rng.random(2) < self.loss)
         delay = float(rng.exponential(self.delay))
         if victim:  # half of them before they hear of it, half after they answered
             request_lost, reply_lost = (True, False) if rng.random() < 0.5 else (False, True)
-        return Fate(request_lost, reply_lost, delay)
+        return DeliveryOutcome(request_lost, reply_lost, delay)
 
     def _victims(self, group: str, step: Step | None, nodes: Sequence[int]) -> set[int]:
         if not group.isdecimal() or self.steps[int(group) % len(self.steps)] is not step:
@@ -93,18 +93,21 @@ class _UnderWay:
     arrives: float
     number: int
     request: Message = field(compare=False)
-    fate: Fate = field(compare=False)
+    fate: DeliveryOutcome = field(compare=False)
 
 
 class InProcessGrid(Grid):
     """Hands each message to ``client_app(message, context)`` when its reply is due."""
 
-    def __init__(self, client_app: ClientApp, homes: Mapping[int, str], weather: Weather) -> None:
-        """``homes``: node id (positive) → the folder of the device that lives there."""
+    def __init__(self, client_app: ClientApp, state_dirs: Mapping[int, str], faults: FaultModel) -> None:
+        """``state_dirs``: node id (positive) → the folder of the device that lives there."""
         self.clock = VirtualClock()
         self._app = client_app
-        self._weather = weather
-        self._contexts = {node: Context(RUN_ID, node, {"home": home}, RecordDict(), {}) for node, home in homes.items()}
+        self._weather = faults
+        self._contexts = {
+            node: Context(RUN_ID, node, {"state": state_dir}, RecordDict(), {})
+            for node, state_dir in state_dirs.items()
+        }
         self._numbers = count(1)
         self._due: list[_UnderWay] = []  # a heap of requests under way, by the arrival of their replies
         self._arrived: dict[str, Message] = {}  # replies that nobody has pulled yet, by the id of their request
@@ -166,7 +169,7 @@ class InProcessGrid(Grid):
         reply = self._app(under_way.request, self._contexts[under_way.request.metadata.dst_node_id])
         return None if under_way.fate.reply_lost else reply
 
-    def _fates(self, batch: Sequence[Message]) -> dict[int, Fate]:
+    def _fates(self, batch: Sequence[Message]) -> dict[int, DeliveryOutcome]:
         first = batch[0].metadata
         step = next((step for step in Step if step.message_type == first.message_type), None)
         return self._weather.fates(first.group_id, step, [message.metadata.dst_node_id for message in batch])

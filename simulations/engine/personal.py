@@ -13,8 +13,8 @@ from adapters.layout import Tensors
 from adapters.task import Task
 from aggregation.errors import DataError
 from client.node import statedir as device_home
-from client.node.statedir import Home
-from client.training.examples import Part, part, read_examples
+from client.node.statedir import DeviceStateDir
+from client.training.examples import Split, part, read_examples
 from client.training.personal import Choice, personalize
 from client.training.trainer import Trainer, trainer
 from simulations.data.households import Household, Population
@@ -44,11 +44,11 @@ def personalize_all(
     """The outcome of every household, made or found in its home."""
     start = _start(out, scenario)
     mine = trainer(base, len(population.labels), provision.lora(scenario))
-    homes = provision.open_homes(out, population)
+    state_dirs = provision.open_state_dirs(out, population)
     outcomes = []
     with progress.stage("personal step", total=len(population.households)) as advance:
         for household in population.households:
-            outcomes.append(_outcome(homes[household.name], household, mine, start))
+            outcomes.append(_outcome(state_dirs[household.name], household, mine, start))
             advance()
     return tuple(outcomes)
 
@@ -68,12 +68,12 @@ def _start(out: Path, scenario: Scenario) -> Start:
     )
 
 
-def _outcome(home: Home, household: Household, mine: Trainer, start: Start) -> HouseholdResult:
-    path = home.folder / OUTCOME
+def _outcome(state_dir: DeviceStateDir, household: Household, mine: Trainer, start: Start) -> HouseholdResult:
+    path = state_dir.folder / OUTCOME
     if path.exists():
         return HouseholdResult(**json.loads(path.read_bytes()))
-    examples = read_examples(home.examples, len(start.task.labels))
-    train, test = part(examples, Part.TRAIN), part(examples, Part.TEST)
+    examples = read_examples(state_dir.examples, len(start.task.labels))
+    train, test = part(examples, Split.TRAIN), part(examples, Split.TEST)
     fine = replace(start.task, learning_rate=start.personal_rate)
     personal = personalize(
         mine,
@@ -83,7 +83,7 @@ def _outcome(home: Home, household: Household, mine: Trainer, start: Start) -> H
         epochs=start.personal_epochs,
         salt=household.name,
     )
-    storage.replace(home.folder / device_home.PERSONAL, files.encode(personal.adapter))
+    storage.replace(state_dir.folder / device_home.PERSONAL, files.encode(personal.adapter))
     # Alone with the same compute: as many passes over the same examples as this household's device makes in all.
     passes = start.rounds * start.task.epochs + start.personal_epochs
     local = mine.train(start.seed, train, start.task, epochs=passes, salt=f"{household.name}/local")

@@ -16,15 +16,15 @@ from adapters import files
 from adapters.base import Base
 from adapters.classifier import LoraSpec, seeded
 from adapters.layout import Floats, Layout
-from adapters.manifest import Manifest, Method
+from adapters.manifest import PeftConfig, VersionManifest
 from adapters.storage import replace
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_home
 from client.node.policy import PolicySettings
-from client.node.statedir import DeviceSettings, Home, enrol
-from client.training.examples import Example, Part, write_examples
+from client.node.statedir import DeviceSettings, DeviceStateDir, enrol
+from client.training.examples import Example, Split, write_examples
 from client.training.trainer import Trainer, trainer
 from coordinator import statedir as coordinator_home
 from coordinator.registry.versions import Registry
@@ -80,13 +80,13 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
             adversaries=sorted({"active", scenario.federation.aggregation.adversary}),
         )
         settings = DeviceSettings(base=_base_name(scenario, base), policy=policy)
-        home = enrol(device_folder(out, household.name), settings, identity, trust, entropy)
-        write_examples(home.examples, _examples(household))
+        state_dir = enrol(device_folder(out, household.name), settings, identity, trust, entropy)
+        write_examples(state_dir.examples, _examples(household))
 
 
-def open_homes(out: Path, population: Population) -> dict[str, Home]:
+def open_state_dirs(out: Path, population: Population) -> dict[str, DeviceStateDir]:
     """Household → its device's home."""
-    return {h.name: Home.open(device_folder(out, h.name)) for h in population.households}
+    return {h.name: DeviceStateDir.open(device_folder(out, h.name)) for h in population.households}
 
 
 def registry(out: Path) -> Registry:
@@ -112,7 +112,7 @@ def _coordinator(
     prototypes = _prototypes(mine, population.public, len(population.labels))
     tensors = seeded(mine.model, prototypes, torch.Generator().manual_seed(scenario.seed))
     blob = files.encode(tensors)
-    manifest = Manifest(
+    manifest = VersionManifest(
         version=0,
         sha256=files.sha256(blob),
         size=len(blob),
@@ -122,7 +122,7 @@ def _coordinator(
         round=0,
         survivors=(),
         metrics={},
-        method=Method("lora", scenario.adapter.rank, scenario.adapter.alpha, scenario.adapter.targets),
+        method=PeftConfig("lora", scenario.adapter.rank, scenario.adapter.alpha, scenario.adapter.targets),
         labels=population.labels,
     )
     open_registry(folder, key).publish(manifest, blob, key)
@@ -137,5 +137,5 @@ def _prototypes(mine: Trainer, public: Sequence[Phrase], labels: int) -> Floats:
 
 
 def _examples(household: Household) -> list[Example]:
-    parts = {Part.TRAIN: household.train, Part.VALIDATION: household.validation, Part.TEST: household.test}
+    parts = {Split.TRAIN: household.train, Split.VALIDATION: household.validation, Split.TEST: household.test}
     return [Example(phrase.text, phrase.label, part) for part, phrases in parts.items() for phrase in phrases]

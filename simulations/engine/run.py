@@ -22,13 +22,13 @@ from adapters.storage import replace
 from aggregation.errors import ConfigError
 from client.node.app import app as client_app
 from client.training.examples import read_examples
-from coordinator.app import HOME
+from coordinator.app import STATE
 from coordinator.app import app as server_app
 from export.onnx.dequantize import dequantized
 from export.onnx.quantize import Profile
 from simulations.data.households import Population, sample_population
 from simulations.engine import provision
-from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, InProcessGrid, Weather
+from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
 from simulations.engine.outcome import collect
 from simulations.engine.personal import personalize_all
 from simulations.engine.progress import Progress
@@ -171,22 +171,24 @@ def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) 
 
 def _federate(folder: RunFolder, population: Population, progress: Progress) -> None:
     """The rounds: the real ServerApp and ClientApp, on the in-process grid."""
-    homes = provision.open_homes(folder.path, population)
-    for home in homes.values():
-        read_examples(home.examples, len(population.labels))  # a household without data is found before the first round
+    state_dirs = provision.open_state_dirs(folder.path, population)
+    for state_dir in state_dirs.values():
+        read_examples(
+            state_dir.examples, len(population.labels)
+        )  # a household without data is found before the first round
     nodes = {
-        number: str(homes[household.name].folder)
+        number: str(state_dirs[household.name].folder)
         for number, household in enumerate(population.households, SERVER_NODE + 1)
         if not household.unseen
     }
     scenario = folder.scenario
     network = scenario.network
     steps = ROUND_STEPS if scenario.federation.aggregation.adversary == "active" else SHORT_ROUND_STEPS
-    weather = Weather(scenario.seed, network.loss, network.delay, network.victims, steps)
-    context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {HOME: str(folder.path / provision.COORDINATOR)})
+    faults = FaultModel(scenario.seed, network.loss, network.delay, network.victims, steps)
+    context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})
     trained = progress.training_seconds
     try:
         with folder.timed("rounds"):
-            server_app(InProcessGrid(client_app, nodes, weather), context)
+            server_app(InProcessGrid(client_app, nodes, faults), context)
     finally:  # as "rounds", also where it is cut short: what is left of it is coordination
         folder.add("training", progress.training_seconds - trained)

@@ -10,7 +10,7 @@ from peft import PeftModel
 from adapters import files
 from adapters.classifier import LoraSpec, build, load, seeded, tensors
 from adapters.layout import Layout
-from adapters.method import Method
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,16 +113,16 @@ def test_an_adapter_that_makes_no_sense_is_refused(spec: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     "method",
     [
-        Method("lora", 2, 4, ("query",), rank_pattern=(("query", 4),)),
-        Method("lora", 2, 4, ("query",), alpha_pattern=(("query", 4),)),
-        Method("lora", 2, 4, ("query",), rank_stabilized=True),
-        Method("lora", 2, 0.5, ("query",)),
+        PeftConfig("lora", 2, 4, ("query",), rank_pattern=(("query", 4),)),
+        PeftConfig("lora", 2, 4, ("query",), alpha_pattern=(("query", 4),)),
+        PeftConfig("lora", 2, 4, ("query",), rank_stabilized=True),
+        PeftConfig("lora", 2, 0.5, ("query",)),
     ],
 )
-def test_a_method_that_says_more_than_plain_lora_is_refused_for_training(method: Method) -> None:
+def test_a_method_that_says_more_than_plain_lora_is_refused_for_training(method: PeftConfig) -> None:
     with pytest.raises(ConfigError, match="only plain LoRA can be trained"):
         LoraSpec.of(method)
 
 
 def test_a_plain_method_is_what_it_says() -> None:
-    assert LoraSpec.of(Method("lora", 2, 4, ("query",))) == LoraSpec(2, 4, ("query",))
+    assert LoraSpec.of(PeftConfig("lora", 2, 4, ("query",))) == LoraSpec(2, 4, ("query",))

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import signed
-from adapters.manifest import BaseCard, Manifest, Method, Sidecar
+from adapters.manifest import AdapterManifest, BaseManifest, PeftConfig, VersionManifest
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 
-MANIFEST = Manifest(
+MANIFEST = VersionManifest(
     version=3,
     sha256="a" * 64,
     size=1234,
@@ -23,11 +23,11 @@ MANIFEST = Manifest(
     round=3,
     survivors=("küche", "flur"),
     metrics={"loss": 0.25, "accuracy": 1.0},
-    method=Method("lora", 8, 16, ("query", "value")),
+    method=PeftConfig("lora", 8, 16, ("query", "value")),
     labels=("HassTurnOn", "HassTurnOff"),
 )
-CARD = BaseCard("b" * 64, "text-classification", "int8", {"model.onnx": "a" * 64}, {"lora_A": ("384", "rank")}, 64)
-SIDECAR = Sidecar(
+CARD = BaseManifest("b" * 64, "text-classification", "int8", {"model.onnx": "a" * 64}, {"lora_A": ("384", "rank")}, 64)
+SIDECAR = AdapterManifest(
     name="global",
     sha256="a" * 64,
     size=99,
@@ -36,7 +36,7 @@ SIDECAR = Sidecar(
     layout_digest="c" * 64,
     version=3,
     source="d" * 64,
-    method=Method("lora", 8, 16, ("query",), rank_pattern=((r"layer\.0.*", 4),)),
+    method=PeftConfig("lora", 8, 16, ("query",), rank_pattern=((r"layer\.0.*", 4),)),
     parent=None,
     rank=8,
     labels=("HassTurnOn",),
@@ -46,7 +46,7 @@ KEY = IdentityKey.generate(SystemEntropy())
 sha256 = st.text("0123456789abcdef", min_size=64, max_size=64)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 manifests = st.builds(
-    Manifest,
+    VersionManifest,
     version=st.integers(0, 2**63 - 1),
     sha256=sha256,
     size=st.integers(0, 2**63 - 1),
@@ -56,18 +56,20 @@ manifests = st.builds(
     round=st.integers(0, 10**6),
     survivors=st.lists(text, max_size=3).map(tuple),
     metrics=st.dictionaries(text, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
-    method=st.builds(Method, st.just("lora"), st.integers(1, 64), st.integers(1, 64), st.just(("query",))),
+    method=st.builds(PeftConfig, st.just("lora"), st.integers(1, 64), st.integers(1, 64), st.just(("query",))),
     labels=st.lists(text, max_size=3).map(tuple),
 )
 
 
-def altered(document: Manifest | BaseCard | Sidecar, change: dict[str, Any], key: IdentityKey) -> bytes:
+def altered(
+    document: VersionManifest | BaseManifest | AdapterManifest, change: dict[str, Any], key: IdentityKey
+) -> bytes:
     return signed.sign(document.KIND, {**asdict(document), **change}, key)
 
 
 @given(manifests)
-def test_a_manifest_comes_back_equal_from_its_signed_form(manifest: Manifest) -> None:
-    assert Manifest.accept(manifest.sign(KEY), [KEY.public]) == manifest
+def test_a_manifest_comes_back_equal_from_its_signed_form(manifest: VersionManifest) -> None:
+    assert VersionManifest.accept(manifest.sign(KEY), [KEY.public]) == manifest
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.KIND)
@@ -77,7 +79,9 @@ def test_every_document_comes_back_equal(document: Any, key: IdentityKey) -> Non
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.KIND)
 def test_no_document_passes_for_another(document: Any, key: IdentityKey) -> None:
-    others: list[Any] = [kind for kind in (Manifest, BaseCard, Sidecar) if kind is not type(document)]
+    others: list[Any] = [
+        kind for kind in (VersionManifest, BaseManifest, AdapterManifest) if kind is not type(document)
+    ]
     assert len(others) == 2
     for other in others:
         with pytest.raises(TrustError, match="of this kind"):
@@ -143,7 +147,7 @@ def test_an_ill_formed_value_is_refused_even_when_signed(
 
 def test_the_message_of_a_refused_document_is_one_line(key: IdentityKey) -> None:
     with pytest.raises(TrustError) as caught:
-        Manifest.accept(altered(MANIFEST, {"version": -1, "surplus": 1}, key), [key.public])
+        VersionManifest.accept(altered(MANIFEST, {"version": -1, "surplus": 1}, key), [key.public])
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("edgeadapt/manifest/1: field version")
 

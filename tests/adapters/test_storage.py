@@ -7,7 +7,7 @@ import pytest
 
 from adapters import storage
 from aggregation.errors import DataError
-from coordinator.authority.store import Office
+from coordinator.authority.store import AuthorityStore
 
 
 def watched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
@@ -63,5 +63,5 @@ def test_what_need_not_end_is_not_read(tmp_path: Path) -> None:
 
 def test_a_new_authority_outlives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watched(tmp_path, monkeypatch)
-    Office.found(tmp_path / "authority", "fleet", 365, 30, b"a long passphrase")
+    AuthorityStore.found(tmp_path / "authority", "fleet", 365, 30, b"a long passphrase")
     assert ["authority"] in seen

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.layout import Layout, TensorSpec
-from adapters.manifest import Method
+from adapters.manifest import PeftConfig
 from adapters.task import MAX_LOSS, MAX_SECONDS, Task, contribution_spec
 from aggregation.errors import ConfigError, ProtocolError
 
-TASK = Task(Method("lora", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01, 0)
+TASK = Task(PeftConfig("lora", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01, 0)
 LAYOUT = Layout((TensorSpec("a", (2, 3)),))
 
 
@@ -21,7 +21,11 @@ LAYOUT = Layout((TensorSpec("a", (2, 3)),))
     st.builds(
         Task,
         st.builds(
-            Method, st.just("lora"), st.integers(0, 99), st.integers(0, 99), st.lists(st.text(), max_size=3).map(tuple)
+            PeftConfig,
+            st.just("lora"),
+            st.integers(0, 99),
+            st.integers(0, 99),
+            st.lists(st.text(), max_size=3).map(tuple),
         ),
         st.lists(st.text(), max_size=4).map(tuple),
         st.integers(1, 100),

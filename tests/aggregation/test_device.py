@@ -11,7 +11,7 @@ import pytest
 from aggregation import client
 from aggregation.client import Advertised, Confirmed, Masked, Planned, Ready
 from aggregation.errors import DataError, ProtocolError
-from aggregation.messages import Assignment, Box, Offer, Plan, Roster, Survivors, Unmask, envelope
+from aggregation.messages import Assignment, EncryptedShares, Offer, Plan, Roster, Survivors, Unmask, envelope
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 
@@ -186,20 +186,20 @@ def test_a_plan_that_is_not_for_this_device_now_is_refused(fleet: Any, changes: 
 def test_a_plan_with_a_member_whose_boxes_did_not_come_is_refused(fleet: Any) -> None:
     _, plans = planned(fleet)
     message = envelope.open_as(Assignment, plans[ME], fleet.key.public, "coordinator")
-    fewer = {dealer: box for dealer, box in message.boxes.items() if dealer != "device-003"}
+    fewer = {dealer: box for dealer, box in message.encrypted_shares.items() if dealer != "device-003"}
     with pytest.raises(ProtocolError, match="device-003 is in the plan but shared no secrets"):
-        fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, boxes=fewer))
+        fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, encrypted_shares=fewer))
     with pytest.raises(ProtocolError, match="are needed"):
-        fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, boxes={}))
+        fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, encrypted_shares={}))
 
 
 def test_boxes_of_a_stranger_are_refused(fleet: Any) -> None:
     _, plans = planned(fleet)
     message = envelope.open_as(Assignment, plans[ME], fleet.key.public, "coordinator")
     for stranger in ("zed", ME):
-        more = {**message.boxes, stranger: Box(b"", ())}
+        more = {**message.encrypted_shares, stranger: EncryptedShares(b"", ())}
         with pytest.raises(ProtocolError, match="no neighbour"):
-            fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, boxes=more))
+            fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, encrypted_shares=more))
 
 
 def test_a_round_is_begun_once(fleet: Any) -> None:
@@ -331,9 +331,9 @@ def test_an_unmask_request_without_enough_agreements_is_refused(
 ) -> None:
     _, bodies = fleet.confirm(*masked)
     state, device = fleet.states[ME], fleet.devices[ME]
-    signed = envelope.open_as(Unmask, bodies[ME], fleet.key.public, "coordinator").agreements
+    signed = envelope.open_as(Unmask, bodies[ME], fleet.key.public, "coordinator").consistency_signatures
     with pytest.raises(ProtocolError, match=reason):
-        state.on_unmask(device, resealed(fleet, bodies[ME], Unmask, agreements=change(signed)))
+        state.on_unmask(device, resealed(fleet, bodies[ME], Unmask, consistency_signatures=change(signed)))
     state.on_unmask(device, bodies[ME])
     with pytest.raises(ProtocolError, match="never answered twice"):
         state.on_unmask(device, bodies[ME])
@@ -349,7 +349,7 @@ def test_secrets_end_with_their_round(fleet: Any) -> None:
     masked = fleet.states[ME]
     assert isinstance(masked, Masked)
     assert set(masked.ready.secrets) == {2, 3}
-    assert masked.ready.box_key is None
+    assert masked.ready.share_key is None
     assert not hasattr(masked, "secrets")
     state, bodies = fleet.confirm(state, bodies)
     assert isinstance(fleet.states[ME], Confirmed)
@@ -378,7 +378,7 @@ def test_no_state_shows_a_secret(fleet: Any) -> None:
     _, bodies = state.close()
     confirmed, _ = masked.on_survivors(fleet.devices[ME], bodies[ME])
     pairs = [*begun.held.values(), *(pair for held in masked.ready.held.values() for pair in held.values())]
-    owned = [advertised.box_key, *(part for each in ready.secrets.values() for part in (each.seed, each.mask_key))]
+    owned = [advertised.share_key, *(part for each in ready.secrets.values() for part in (each.seed, each.mask_key))]
     secrets = [*owned, fleet.devices[ME].identity.raw, *(share for pair in pairs for share in (pair.seed, pair.key))]
     assert len(secrets) > 30
     for shown in map(repr, (fleet.devices[ME], advertised, ready, begun, masked, confirmed, *pairs)):

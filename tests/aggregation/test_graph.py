@@ -27,7 +27,7 @@ NAMES = [f"device-{number:04d}" for number in range(300)]
 def test_the_bound_gives_the_values_that_were_published(
     devices: int, corrupt: float, dropout: float, expected: tuple[int, int]
 ) -> None:
-    assert graph.published(devices, corrupt, dropout) == expected
+    assert graph.bell2020_parameters(devices, corrupt, dropout) == expected
 
 
 @given(population=st.integers(1, 9), marked=st.integers(0, 9), drawn=st.integers(0, 9), least=st.integers(-1, 10))
@@ -44,35 +44,37 @@ def test_neighbours_are_symmetric_never_oneself_and_as_many_as_the_degree(
     count: int, half: int, context: bytes
 ) -> None:
     degree = min(2 * half, (count - 1) // 2 * 2)
-    near = graph.near(graph.circle(context, NAMES[:count]), degree)
-    assert set(near) == set(NAMES[:count])
-    for device, others in near.items():
+    harary_neighbors = graph.harary_neighbors(graph.harary_order(context, NAMES[:count]), degree)
+    assert set(harary_neighbors) == set(NAMES[:count])
+    for device, others in harary_neighbors.items():
         assert len(others) == degree
         assert device not in others
-        assert all(device in near[other] for other in others)
+        assert all(device in harary_neighbors[other] for other in others)
 
 
 def test_the_graph_holds_together_until_as_many_as_its_degree_are_gone() -> None:
-    near = graph.near(graph.circle(CONTEXT, NAMES[:9]), 4)
-    for gone in combinations(near, 3):
-        assert connected(near, set(near) - set(gone))
-    assert not all(connected(near, set(near) - set(gone)) for gone in combinations(near, 4))
+    harary_neighbors = graph.harary_neighbors(graph.harary_order(CONTEXT, NAMES[:9]), 4)
+    for gone in combinations(harary_neighbors, 3):
+        assert connected(harary_neighbors, set(harary_neighbors) - set(gone))
+    assert not all(
+        connected(harary_neighbors, set(harary_neighbors) - set(gone)) for gone in combinations(harary_neighbors, 4)
+    )
 
 
-def connected(near: dict[str, frozenset[str]], left: set[str]) -> bool:
+def connected(harary_neighbors: dict[str, frozenset[str]], left: set[str]) -> bool:
     reached, waiting = set(), [min(left)]
     while waiting:
         device = waiting.pop()
         if device not in reached:
             reached.add(device)
-            waiting += near[device] & left
+            waiting += harary_neighbors[device] & left
     return reached == left
 
 
 def test_another_context_or_device_gives_another_circle() -> None:
-    order = graph.circle(CONTEXT, NAMES)
-    assert order == graph.circle(CONTEXT, reversed(NAMES))
-    assert order != graph.circle(hashlib.sha256(b"other").digest(), NAMES)
+    order = graph.harary_order(CONTEXT, NAMES)
+    assert order == graph.harary_order(CONTEXT, reversed(NAMES))
+    assert order != graph.harary_order(hashlib.sha256(b"other").digest(), NAMES)
     assert order != tuple(NAMES)
 
 
@@ -80,7 +82,7 @@ def test_places_on_the_circle_do_not_depend_on_names() -> None:
     # Mean distance of names that follow each other, over contexts: a quarter of the circle if the order is random.
     count, total, rounds = 40, 0, 200
     for number in range(rounds):
-        place = {device: at for at, device in enumerate(graph.circle(number.to_bytes(32, "big"), NAMES[:count]))}
+        place = {device: at for at, device in enumerate(graph.harary_order(number.to_bytes(32, "big"), NAMES[:count]))}
         gaps = [abs(place[NAMES[i]] - place[NAMES[i + 1]]) for i in range(count - 1)]
         total += sum(min(gap, count - gap) for gap in gaps)
     assert 0.98 < total / (rounds * (count - 1)) / (count**2 / 4 / (count - 1)) < 1.02
@@ -89,12 +91,12 @@ def test_places_on_the_circle_do_not_depend_on_names() -> None:
 @pytest.mark.parametrize("degree", [0, 3, 10, 12])
 def test_a_degree_that_has_no_circle_is_refused(degree: int) -> None:
     with pytest.raises(ConfigError, match="even number"):
-        graph.near(tuple(NAMES[:10]), degree)
+        graph.harary_neighbors(tuple(NAMES[:10]), degree)
 
 
 @pytest.mark.parametrize("devices", [3, 10, 128])
 def test_up_to_128_devices_the_graph_is_complete(devices: int) -> None:
-    degree, threshold = graph.choose(devices, 0.1, 0.1)
+    degree, threshold = graph.graph_parameters(devices, 0.1, 0.1)
     assert degree == devices - 1
     assert 2 * threshold > devices + math.ceil(devices / 10) >= 2 * (threshold - 1)
 
@@ -105,22 +107,22 @@ def test_what_is_chosen_withstands_and_the_next_smaller_does_not(
     devices: int, corrupt: float, dropout: float, bits: int
 ) -> None:
     bad = math.ceil(corrupt * devices)
-    degree, threshold = graph.choose(devices, corrupt, dropout, bits=bits)
+    degree, threshold = graph.graph_parameters(devices, corrupt, dropout, bits=bits)
     assert degree < devices - 1
-    assert graph.withstands(devices, bad, degree, threshold, bits)
-    assert not graph.withstands(devices, bad, degree, threshold - 1, bits)
+    assert graph.is_secure(devices, bad, degree, threshold, bits)
+    assert not graph.is_secure(devices, bad, degree, threshold - 1, bits)
     assert devices * graph.tail(devices - 1, math.ceil(dropout * devices), degree, degree - threshold + 1) < 2**-20
 
 
 def test_more_certainty_and_more_corrupt_devices_cost_neighbours() -> None:
-    assert graph.choose(1000, 0.1, 0.1, bits=40) < graph.choose(1000, 0.1, 0.1, bits=80)
-    assert graph.choose(1000, 0.05, 0.1) < graph.choose(1000, 0.1, 0.1)
+    assert graph.graph_parameters(1000, 0.1, 0.1, bits=40) < graph.graph_parameters(1000, 0.1, 0.1, bits=80)
+    assert graph.graph_parameters(1000, 0.05, 0.1) < graph.graph_parameters(1000, 0.1, 0.1)
 
 
 @pytest.mark.parametrize(("corrupt", "dropout"), [(0.5, 0.3), (0.5, 0.5), (1.0, 0.1), (0.1, -0.1)])
 def test_what_no_graph_withstands_is_refused(corrupt: float, dropout: float) -> None:
     with pytest.raises(ConfigError):
-        graph.choose(200, corrupt, dropout)
+        graph.graph_parameters(200, corrupt, dropout)
 
 
 # What a device demands
@@ -135,7 +137,7 @@ def sparse(
 
 
 def test_a_device_accepts_the_graph_that_is_chosen_and_no_thinner_one(spec_of: Callable[..., Any]) -> None:
-    degree, threshold = graph.choose(200, 0.1, 0.1)
+    degree, threshold = graph.graph_parameters(200, 0.1, 0.1)
     spec, policy = sparse(spec_of, 200, degree, threshold)
     policy.check(spec, 200)
     for thinner in ((degree, threshold - 1), (20, 14), (degree + 1, threshold)):
@@ -158,7 +160,7 @@ def least_overlap(devices: int, size: int) -> int:
 
 
 def test_a_device_demands_a_quorum_of_the_cohort_wherever_the_graph_is_sparse(spec_of: Callable[..., Any]) -> None:
-    degree, threshold = graph.choose(200, 0.1, 0.1)
+    degree, threshold = graph.graph_parameters(200, 0.1, 0.1)
     spec, policy = sparse(spec_of, 200, degree, threshold, minimum_survivors=111)
     policy.check(spec, 200)
     assert (spec.quorum, graph.quorum(200, 0.1)) == (111, 111)
@@ -176,7 +178,7 @@ def test_a_device_demands_the_complete_graph_of_a_small_cohort(spec_of: Callable
 
 
 def test_a_coordinator_that_may_search_for_a_roster_needs_more_neighbours(spec_of: Callable[..., Any]) -> None:
-    thin = graph.choose(500, 0.1, 0.1, bits=graph.SIGMA)
+    thin = graph.graph_parameters(500, 0.1, 0.1, bits=graph.SIGMA)
     spec, policy = sparse(spec_of, 500, *thin, adversary=Adversary.HONEST_BUT_CURIOUS)
     policy.check(spec, 500)
     spec, policy = sparse(spec_of, 500, *thin)
@@ -185,7 +187,7 @@ def test_a_coordinator_that_may_search_for_a_roster_needs_more_neighbours(spec_o
 
 
 def test_a_roster_without_most_honest_devices_is_refused(spec_of: Callable[..., Any]) -> None:
-    spec, policy = sparse(spec_of, 1000, *graph.choose(1000, 0.1, 0.1))
+    spec, policy = sparse(spec_of, 1000, *graph.graph_parameters(1000, 0.1, 0.1))
     policy.check_roster(spec, 1000, 1000)
     with pytest.raises(ProtocolError, match="roster refused"):
         policy.check_roster(spec, 1000, 250)
@@ -195,4 +197,4 @@ def test_a_roster_without_most_honest_devices_is_refused(spec_of: Callable[..., 
 
 @pytest.mark.parametrize("corrupt", [200, 1000])
 def test_no_graph_holds_where_everybody_may_be_corrupt(corrupt: int) -> None:
-    assert graph.withstands(200, corrupt, 100, 101, 40) is False
+    assert graph.is_secure(200, corrupt, 100, 101, 40) is False

@@ -10,25 +10,25 @@ from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import (
     MESSAGES,
     Advert,
-    Agreement,
     Assignment,
-    Box,
+    ConsistencySignature,
+    EncryptedShares,
     MaskedInput,
     Message,
     Offer,
-    Opening,
     Plan,
     Roster,
     Shares,
     Survivors,
     Unmask,
+    UnmaskResponse,
     envelope,
 )
 from aggregation.pki.identity import IdentityKey
 
 D = hashlib.sha256(b"digest").digest()
 KEY = IdentityKey(bytes(range(32)))
-BOXES = {"a": Box(b"sealed", (bytes(16),)), "b": Box(b"", ())}
+ENCRYPTED_SHARES = {"a": EncryptedShares(b"sealed", (bytes(16),)), "b": EncryptedShares(b"", ())}
 PLAN = Plan(D, 3, ("a", "b"), 7, D.hex(), b"settings")
 SURVIVORS = Survivors(D, {"a": D, "b": bytes(32)})
 
@@ -39,14 +39,14 @@ def samples(spec_of: Any) -> list[Message]:
         Offer(D, spec_of(4), (b"der", b"")),
         Advert(D, "a", D, (D, D), (D,)),
         Roster(D, (b"advert",)),
-        Shares(D, "a", BOXES),
+        Shares(D, "a", ENCRYPTED_SHARES),
         PLAN,
-        Assignment(PLAN, BOXES),
+        Assignment(PLAN, ENCRYPTED_SHARES),
         MaskedInput(D, "a", D),
         SURVIVORS,
-        Agreement(D, "a"),
+        ConsistencySignature(D, "a"),
         Unmask(SURVIVORS, {"a": bytes(64)}),
-        Opening(D, "a", {"b": bytes(33)}, {}),
+        UnmaskResponse(D, "a", {"b": bytes(33)}, {}),
     ]
 
 
@@ -79,29 +79,31 @@ def test_no_message_passes_for_another(samples: list[Message]) -> None:
 
 
 def test_a_body_signed_for_one_purpose_does_not_count_for_another() -> None:
-    agreement = Agreement(D, "a")
+    agreement = ConsistencySignature(D, "a")
     body = agreement.encode()
-    moved = envelope.Envelope(b"EA", 1, "agreement", body, KEY.sign("advert", body))
+    moved = envelope.Envelope(b"EA", 1, "consistency-signature", body, KEY.sign("advert", body))
     with pytest.raises(ProtocolError, match="not valid"):
-        envelope.open_as(Agreement, envelope._ENVELOPE.encode(moved), KEY.public, "peer")
+        envelope.open_as(ConsistencySignature, envelope._ENVELOPE.encode(moved), KEY.public, "peer")
 
 
 @pytest.mark.parametrize(("field", "value"), [("version", 2), ("magic", b"EB")])
 def test_another_version_is_refused(field: str, value: Any) -> None:
-    genuine = envelope._ENVELOPE.decode(envelope.seal(KEY, Agreement(D, "a")))
+    genuine = envelope._ENVELOPE.decode(envelope.seal(KEY, ConsistencySignature(D, "a")))
     other = envelope._ENVELOPE.encode(dataclasses.replace(genuine, **{field: value}))
     with pytest.raises(ProtocolError, match="protocol version 1"):
-        envelope.open_as(Agreement, other, KEY.public, "peer")
+        envelope.open_as(ConsistencySignature, other, KEY.public, "peer")
 
 
 def test_a_message_over_its_limit_is_refused_by_size() -> None:
     with pytest.raises(ProtocolError, match="over the limit"):
-        envelope.open_as(Agreement, bytes(Agreement.LIMIT + envelope.OVERHEAD + 1), KEY.public, "peer")
+        envelope.open_as(
+            ConsistencySignature, bytes(ConsistencySignature.LIMIT + envelope.OVERHEAD + 1), KEY.public, "peer"
+        )
 
 
 def test_the_error_names_the_peer() -> None:
     with pytest.raises(ProtocolError, match=r"^kitchen: ") as caught:
-        envelope.open_as(Agreement, b"", KEY.public, "kitchen")
+        envelope.open_as(ConsistencySignature, b"", KEY.public, "kitchen")
     assert caught.value.peer == "kitchen"
 
 
@@ -138,7 +140,7 @@ def test_a_plan_over_its_limits_is_not_written() -> None:
 
 
 def test_no_share_is_in_a_repr_of_what_holds_it() -> None:
-    from aggregation.sharing import Pair, Secrets
+    from aggregation.sharing import Secrets, SharePair
 
-    assert repr(Pair(b"s" * 33, b"k" * 33)) == "Pair()"
+    assert repr(SharePair(b"s" * 33, b"k" * 33)) == "Pair()"
     assert repr(Secrets(b"s" * 32, b"k" * 32)) == "Secrets()"

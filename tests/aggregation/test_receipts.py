@@ -9,21 +9,21 @@ from hypothesis import strategies as st
 
 from aggregation import transcript
 from aggregation.errors import ProtocolError
-from aggregation.messages import Agreement, MaskedInput, Plan, envelope
+from aggregation.messages import ConsistencySignature, MaskedInput, Plan, envelope
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import (
+    LOG_STATE,
     NO_SESSION,
-    PASSAGE,
     RECEIPT,
-    WITNESS,
+    SESSION_CHAIN_PROOF,
     Abort,
     Checkpoint,
+    LogState,
     Result,
     Stage,
     Transcript,
-    Witness,
-    passage,
+    session_chain_proof,
 )
 
 KEY, STRANGER, DEVICE = IdentityKey(bytes(range(32))), IdentityKey(bytes(32)), IdentityKey(bytes([1]) * 32)
@@ -36,7 +36,7 @@ def plan(round_: int) -> Plan:
     return Plan(bytes(32), round_, COUNTED, round_, "ab" * 32, b"")
 
 
-def said(message: MaskedInput | Agreement, key: IdentityKey = DEVICE) -> bytes:
+def said(message: MaskedInput | ConsistencySignature, key: IdentityKey = DEVICE) -> bytes:
     return envelope.seal(key, message)
 
 
@@ -45,7 +45,7 @@ def masked(round_: int) -> bytes:
 
 
 def agreed(round_: int) -> bytes:
-    return said(Agreement(plan(round_).digest(), ME))
+    return said(ConsistencySignature(plan(round_).digest(), ME))
 
 
 @dataclass
@@ -91,25 +91,25 @@ def digest(signed: bytes) -> bytes:
     return Checkpoint.decode(envelope.unverified_body(signed)).digest()
 
 
-def took_part(witness: Witness, round_: int, upto: Step = Step.UNMASK) -> Witness:
+def took_part(log_state: LogState, round_: int, upto: Step = Step.UNMASK) -> LogState:
     """After the device answered a round's steps up to this one."""
-    witness = witness.contributed(plan(round_).digest(), masked(round_))
+    log_state = log_state.contributed(plan(round_).digest(), masked(round_))
     if upto is not Step.PLAN:
-        witness = witness.told(COUNTED, agreed(round_))
-    return witness.told(COUNTED) if upto is Step.UNMASK else witness
+        log_state = log_state.told(COUNTED, agreed(round_))
+    return log_state.told(COUNTED) if upto is Step.UNMASK else log_state
 
 
-def joined(session: Session) -> Witness:
-    return transcript.first(KEY.public, passage(session.log, KEY), session.offer, ME)
+def joined(session: Session) -> LogState:
+    return transcript.first(KEY.public, session_chain_proof(session.log, KEY), session.offer, ME)
 
 
-def seen(rounds: int) -> Witness:
+def seen(rounds: int) -> LogState:
     """What the device keeps that took part in so many rounds and saw all but the end of the last one."""
-    session, witness = Session(), joined(Session())
+    session, log_state = Session(), joined(Session())
     for number in range(1, rounds + 1):
-        witness = took_part(witness.on_receipt(KEY.public, session.receipt()), number)
+        log_state = took_part(log_state.on_receipt(KEY.public, session.receipt()), number)
         session.round(number)
-    return witness
+    return log_state
 
 
 def log_of(rounds: int, **changes: object) -> Session:
@@ -119,16 +119,16 @@ def log_of(rounds: int, **changes: object) -> Session:
     return session
 
 
-def refused(witness: Witness, raw: bytes, reason: str) -> None:
+def refused(log_state: LogState, raw: bytes, reason: str) -> None:
     with pytest.raises(ProtocolError, match=reason):
-        witness.on_receipt(KEY.public, raw)
+        log_state.on_receipt(KEY.public, raw)
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3, 7])
 def test_a_log_that_grew_and_holds_the_round_is_accepted(rounds: int) -> None:
     after = seen(rounds).on_receipt(KEY.public, log_of(rounds).receipt())
     size = max(log_of(rounds).log.checkpoints)
-    assert after == Witness(ME, OFFERS[1], NO_SESSION, size, log_of(rounds).log.tree.root(size))
+    assert after == LogState(ME, OFFERS[1], NO_SESSION, size, log_of(rounds).log.tree.root(size))
 
 
 def test_before_its_first_round_a_device_takes_the_log_as_it_is() -> None:
@@ -136,8 +136,8 @@ def test_before_its_first_round_a_device_takes_the_log_as_it_is() -> None:
 
 
 def test_the_same_receipt_twice_is_no_harm() -> None:
-    once = seen(2).on_receipt(KEY.public, log_of(2).receipt())
-    assert once.on_receipt(KEY.public, log_of(2).receipt()) == once
+    single_use = seen(2).on_receipt(KEY.public, log_of(2).receipt())
+    assert single_use.on_receipt(KEY.public, log_of(2).receipt()) == single_use
 
 
 @pytest.mark.parametrize("missed", [1, 3])
@@ -151,18 +151,18 @@ def test_a_device_that_was_not_heard_of_for_some_rounds_is_shown_the_end_of_its_
 @pytest.mark.parametrize("missed", [1, 3])
 def test_a_device_whose_answers_were_lost_is_shown_the_end_of_the_round_that_it_knows_of(missed: int) -> None:
     """It contributed to a round and nobody heard: no message of it is in the log, and it demands none."""
-    session, witness = log_of(1), seen(1)
+    session, log_state = log_of(1), seen(1)
     for number in range(2, 2 + missed):
-        witness = took_part(witness.on_receipt(KEY.public, session.receipt()), number, Step.PLAN)
+        log_state = took_part(log_state.on_receipt(KEY.public, session.receipt()), number, Step.PLAN)
         others = Result(plan(number).digest(), (OTHER,), bytes(32), number + 1, "cd" * 32)
         session.round(number, without=(Step.PLAN, Step.SURVIVORS), ending=others)
-    witness.on_receipt(KEY.public, session.receipt())
+    log_state.on_receipt(KEY.public, session.receipt())
 
 
 def test_an_agreement_that_nobody_heard_is_not_demanded_but_the_masked_input_is() -> None:
-    witness = took_part(joined(Session()).on_receipt(KEY.public, Session().receipt()), 1, Step.SURVIVORS)
-    witness.on_receipt(KEY.public, Session().round(1, without=(Step.SURVIVORS,)).receipt())
-    refused(witness, Session().round(1, without=(Step.PLAN, Step.SURVIVORS)).receipt(), "this device's messages")
+    log_state = took_part(joined(Session()).on_receipt(KEY.public, Session().receipt()), 1, Step.SURVIVORS)
+    log_state.on_receipt(KEY.public, Session().round(1, without=(Step.SURVIVORS,)).receipt())
+    refused(log_state, Session().round(1, without=(Step.PLAN, Step.SURVIVORS)).receipt(), "this device's messages")
 
 
 def test_an_aborted_round_is_an_end() -> None:
@@ -171,9 +171,9 @@ def test_an_aborted_round_is_an_end() -> None:
 
 
 def test_an_input_that_is_counted_is_in_the_log_even_if_the_device_was_not_told() -> None:
-    witness = took_part(joined(Session()).on_receipt(KEY.public, Session().receipt()), 1, Step.PLAN)
-    witness.on_receipt(KEY.public, Session().round(1).receipt())
-    refused(witness, Session().round(1, without=(Step.PLAN, Step.SURVIVORS)).receipt(), "this device's messages")
+    log_state = took_part(joined(Session()).on_receipt(KEY.public, Session().receipt()), 1, Step.PLAN)
+    log_state.on_receipt(KEY.public, Session().round(1).receipt())
+    refused(log_state, Session().round(1, without=(Step.PLAN, Step.SURVIVORS)).receipt(), "this device's messages")
 
 
 def test_other_survivors_than_the_device_was_told_are_refused() -> None:
@@ -200,12 +200,12 @@ def test_another_session_or_another_coordinator_is_refused() -> None:
 @settings(deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_what_a_device_checks_is_refused(place: float, bit: int) -> None:
-    genuine, witness = RECEIPT.decode(log_of(3).receipt()), seen(3)
-    needed = replace(genuine, consistency={witness.size: genuine.consistency[witness.size]})
+    genuine, log_state = RECEIPT.decode(log_of(3).receipt()), seen(3)
+    needed = replace(genuine, consistency={log_state.size: genuine.consistency[log_state.size]})
     raw = bytearray(RECEIPT.encode(needed))
     raw[int(place * len(raw))] ^= 1 << bit
     with pytest.raises(ProtocolError):
-        witness.on_receipt(KEY.public, bytes(raw))
+        log_state.on_receipt(KEY.public, bytes(raw))
 
 
 @given(st.binary(max_size=300))
@@ -213,7 +213,7 @@ def test_any_bytes_are_refused(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
         seen(1).on_receipt(KEY.public, raw)
     with pytest.raises(ProtocolError):
-        seen(1).on_passage(KEY.public, raw, OFFERS[2])
+        seen(1).on_session_chain_proof(KEY.public, raw, OFFERS[2])
     with pytest.raises(ProtocolError):
         transcript.first(KEY.public, raw, OFFERS[2], ME)
 
@@ -223,8 +223,8 @@ def test_a_receipt_of_a_long_session_is_small() -> None:
 
 
 def test_a_witness_comes_back_from_its_bytes() -> None:
-    for witness in (joined(Session()), seen(3), took_part(seen(1), 2, Step.PLAN)):
-        assert WITNESS.decode(WITNESS.encode(witness)) == witness
+    for log_state in (joined(Session()), seen(3), took_part(seen(1), 2, Step.PLAN)):
+        assert LOG_STATE.decode(LOG_STATE.encode(log_state)) == log_state
 
 
 # From session to session
@@ -245,40 +245,42 @@ def chain(sessions: int, *, rounds: int = 2) -> tuple[list[Session], list[bytes]
 
 def way(sessions: list[Session], closed: list[bytes]) -> bytes:
     """From the first session, in which the device took part, to the last."""
-    return passage(sessions[-1].log, KEY, sessions[0].receipt(), closed[1:])
+    return session_chain_proof(sessions[-1].log, KEY, sessions[0].receipt(), closed[1:])
 
 
 @pytest.mark.parametrize("sessions", [2, 3, 8])
 def test_a_device_is_led_from_its_last_session_to_the_new_one(sessions: int) -> None:
     made, closed = chain(sessions)
-    after = seen(2).on_passage(KEY.public, way(made, closed), OFFERS[sessions])
-    assert after == Witness(ME, OFFERS[sessions], digest(closed[-1]))
+    after = seen(2).on_session_chain_proof(KEY.public, way(made, closed), OFFERS[sessions])
+    assert after == LogState(ME, OFFERS[sessions], digest(closed[-1]))
     after.on_receipt(KEY.public, made[-1].receipt())
 
 
 def test_a_session_that_was_closed_before_a_round_leads_on() -> None:
     made, closed = chain(2, rounds=0)
-    joined(Session()).on_passage(KEY.public, way(made, closed), OFFERS[2])
+    joined(Session()).on_session_chain_proof(KEY.public, way(made, closed), OFFERS[2])
 
 
-def astray(witness: Witness, raw: bytes, offer: bytes, reason: str) -> None:
+def astray(log_state: LogState, raw: bytes, offer: bytes, reason: str) -> None:
     with pytest.raises(ProtocolError, match=reason):
-        witness.on_passage(KEY.public, raw, offer)
+        log_state.on_session_chain_proof(KEY.public, raw, offer)
 
 
 def test_a_session_that_is_left_out_is_missed() -> None:
     made, closed = chain(4)
-    astray(seen(2), passage(made[-1].log, KEY, made[0].receipt(), closed[2:]), OFFERS[4], "is left out")
-    astray(seen(2), passage(made[-1].log, KEY, made[0].receipt(), closed[1:2]), OFFERS[4], "does not follow")
+    astray(seen(2), session_chain_proof(made[-1].log, KEY, made[0].receipt(), closed[2:]), OFFERS[4], "is left out")
+    astray(
+        seen(2), session_chain_proof(made[-1].log, KEY, made[0].receipt(), closed[1:2]), OFFERS[4], "does not follow"
+    )
 
 
 def test_a_session_that_is_not_closed_leads_nowhere() -> None:
     made, _ = chain(2)
     open_ = log_of(2)
-    astray(seen(2), passage(made[-1].log, KEY, open_.receipt()), OFFERS[2], "not closed")
+    astray(seen(2), session_chain_proof(made[-1].log, KEY, open_.receipt()), OFFERS[2], "not closed")
     made, _ = chain(3)
     half = Session(OFFERS[2], made[0].end).log.checkpoints[2]
-    astray(seen(2), passage(made[-1].log, KEY, made[0].receipt(), [half]), OFFERS[3], "not closed")
+    astray(seen(2), session_chain_proof(made[-1].log, KEY, made[0].receipt(), [half]), OFFERS[3], "not closed")
 
 
 def test_what_a_receipt_must_prove_a_passage_must_prove_too() -> None:
@@ -287,9 +289,14 @@ def test_what_a_receipt_must_prove_a_passage_must_prove_too() -> None:
         old = log_of(1 if word == b"advert" else 2, word=word)
         old.close()
         fresh = Session(OFFERS[2], old.end)
-        astray(seen(2), passage(fresh.log, KEY, old.receipt()), OFFERS[2], reason)
-    astray(seen(2), passage(made[-1].log, KEY), OFFERS[2], "no proof of the session that this device joined last")
-    seen(2).on_passage(KEY.public, way(made, closed), OFFERS[2])
+        astray(seen(2), session_chain_proof(fresh.log, KEY, old.receipt()), OFFERS[2], reason)
+    astray(
+        seen(2),
+        session_chain_proof(made[-1].log, KEY),
+        OFFERS[2],
+        "no proof of the session that this device joined last",
+    )
+    seen(2).on_session_chain_proof(KEY.public, way(made, closed), OFFERS[2])
 
 
 def test_an_opening_of_another_session_is_refused() -> None:
@@ -305,9 +312,9 @@ def test_an_opening_of_another_session_is_refused() -> None:
 )
 def test_a_checkpoint_of_a_log_that_has_begun_is_no_opening(change: Callable[[Checkpoint], Checkpoint]) -> None:
     made, _ = chain(2)
-    given_ = PASSAGE.decode(passage(made[-1].log, KEY))
+    given_ = SESSION_CHAIN_PROOF.decode(session_chain_proof(made[-1].log, KEY))
     opening = change(Checkpoint.decode(envelope.unverified_body(given_.opening)))
-    raw = PASSAGE.encode(replace(given_, opening=envelope.seal(KEY, opening)))
+    raw = SESSION_CHAIN_PROOF.encode(replace(given_, opening=envelope.seal(KEY, opening)))
     with pytest.raises(ProtocolError, match="the opening is not"):
         transcript.first(KEY.public, raw, OFFERS[2], ME)
 
@@ -316,11 +323,11 @@ def test_a_checkpoint_of_a_log_that_has_begun_is_no_opening(change: Callable[[Ch
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_a_passage_is_refused(place: float, bit: int) -> None:
     made, closed = chain(3)
-    raw, witness = bytearray(way(made, closed)), seen(2)
-    given_ = PASSAGE.decode(bytes(raw))
+    raw, log_state = bytearray(way(made, closed)), seen(2)
+    given_ = SESSION_CHAIN_PROOF.decode(bytes(raw))
     inner = RECEIPT.decode(given_.receipt)
-    needed = replace(inner, consistency={witness.size: inner.consistency[witness.size]})
-    raw = bytearray(PASSAGE.encode(replace(given_, receipt=RECEIPT.encode(needed))))
+    needed = replace(inner, consistency={log_state.size: inner.consistency[log_state.size]})
+    raw = bytearray(SESSION_CHAIN_PROOF.encode(replace(given_, receipt=RECEIPT.encode(needed))))
     raw[int(place * len(raw))] ^= 1 << bit
     with pytest.raises(ProtocolError):
-        witness.on_passage(KEY.public, bytes(raw), OFFERS[3])
+        log_state.on_session_chain_proof(KEY.public, bytes(raw), OFFERS[3])

@@ -9,7 +9,7 @@ import pytest
 
 from aggregation import masks, ring, server
 from aggregation.errors import ConfigError, ProtocolError
-from aggregation.messages import Advert, Agreement, MaskedInput, Opening, Shares, envelope
+from aggregation.messages import Advert, ConsistencySignature, MaskedInput, Shares, UnmaskResponse, envelope
 from aggregation.server import AbortReason, Established, RoundAborted
 
 FleetOf = Callable[..., Any]
@@ -74,10 +74,10 @@ def test_adverts_are_taken_once_and_from_the_cohort_only(fleet: Any) -> None:
         ({"device": OTHER}, "advert is of device-001"),
         ({"mask_keys": ()}, "keys for 3 rounds"),
         ({"commitments": ()}, "keys for 3 rounds"),
-        ({"box_key": bytes(32)}, "small order"),
-        ({"box_key": b"\xff" * 32}, "canonical form"),
+        ({"share_key": bytes(32)}, "small order"),
+        ({"share_key": b"\xff" * 32}, "canonical form"),
         ({"mask_keys": (b"\x05" * 32, b"\x06" * 32, b"\x05" * 32)}, "a key twice"),
-        ({"box_key": b"\x05" * 32, "mask_keys": (b"\x05" * 32, b"\x06" * 32, b"\x07" * 32)}, "a key twice"),
+        ({"share_key": b"\x05" * 32, "mask_keys": (b"\x05" * 32, b"\x06" * 32, b"\x07" * 32)}, "a key twice"),
         ({"mask_keys": (b"\x05" * 32, b"\x06" * 32, b"\x01" + bytes(31))}, "small order"),
     ],
 )
@@ -87,7 +87,7 @@ def test_an_advert_that_is_no_good_is_refused(fleet: Any, changes: dict[str, Any
     refused(state.on_advert, ME, said(fleet, ME, advert, Advert, **changes), reason)
 
 
-@pytest.mark.parametrize("what", ["mask_keys", "box_key"])
+@pytest.mark.parametrize("what", ["mask_keys", "share_key"])
 def test_who_copies_a_key_is_refused_and_the_others_make_a_session(fleet: Any, what: str) -> None:
     state, offer = fleet.offer()
     adverts = {name: fleet.join(name, offer) for name in fleet.devices}
@@ -124,10 +124,29 @@ def test_shares_are_taken_once_and_from_the_roster_only(fleet: Any, sharing: tup
     [
         (lambda m: {"context": bytes(32)}, "another session"),
         (lambda m: {"device": OTHER}, "another session or device"),
-        (lambda m: {"boxes": {}}, "exactly its neighbours"),
-        (lambda m: {"boxes": {**m.boxes, ME: m.boxes[OTHER]}}, "exactly its neighbours"),
-        (lambda m: {"boxes": {**m.boxes, OTHER: dataclasses.replace(m.boxes[OTHER], sealed=b"")}}, "size of one"),
-        (lambda m: {"boxes": {**m.boxes, OTHER: dataclasses.replace(m.boxes[OTHER], digests=())}}, "size of one"),
+        (lambda m: {"encrypted_shares": {}}, "exactly its neighbours"),
+        (
+            lambda m: {"encrypted_shares": {**m.encrypted_shares, ME: m.encrypted_shares[OTHER]}},
+            "exactly its neighbours",
+        ),
+        (
+            lambda m: {
+                "encrypted_shares": {
+                    **m.encrypted_shares,
+                    OTHER: dataclasses.replace(m.encrypted_shares[OTHER], sealed=b""),
+                }
+            },
+            "size of one",
+        ),
+        (
+            lambda m: {
+                "encrypted_shares": {
+                    **m.encrypted_shares,
+                    OTHER: dataclasses.replace(m.encrypted_shares[OTHER], digests=()),
+                }
+            },
+            "size of one",
+        ),
     ],
 )
 def test_shares_that_are_no_good_are_refused(fleet: Any, sharing: tuple[Any, bytes], change: Any, reason: str) -> None:
@@ -196,10 +215,10 @@ def test_an_input_that_comes_after_the_end_of_the_step_is_not_added(fleet: Any) 
     bodies = {name: fleet.contribute(name, plans[name]) for name in plans}
     for name in sorted(bodies)[:4]:
         state = state.on_masked_input(name, bodies[name])
-    settled = state.close()[0].settled
-    before = settled.total.copy()
+    survivor_set = state.close()[0].survivor_set
+    before = survivor_set.total.copy()
     refused(state.on_masked_input, "device-004", bodies["device-004"], "never answered twice")
-    assert (settled.total == before).all()
+    assert (survivor_set.total == before).all()
     with pytest.raises(ProtocolError, match="never answered twice"):
         state.close()
 
@@ -220,8 +239,13 @@ def test_agreements_are_taken_once_and_on_this_survivor_set_only(fleet: Any) -> 
     state, bodies = fleet.collect(fleet.establish(), {"input": ["device-004"]})
     answer = fleet.answer("on_survivors", ME, bodies[ME])
     refused(state.on_signature, "device-004", answer, "was not asked")
-    refused(state.on_signature, ME, said(fleet, ME, answer, Agreement, survivors=bytes(32)), "another survivor set")
-    refused(state.on_signature, ME, said(fleet, ME, answer, Agreement, device=OTHER), "another device")
+    refused(
+        state.on_signature,
+        ME,
+        said(fleet, ME, answer, ConsistencySignature, survivors=bytes(32)),
+        "another survivor set",
+    )
+    refused(state.on_signature, ME, said(fleet, ME, answer, ConsistencySignature, device=OTHER), "another device")
     refused(state.on_signature(ME, answer).on_signature, ME, answer, "second agreement")
 
 
@@ -231,9 +255,9 @@ def test_openings_are_taken_once_and_only_of_what_is_owed(fleet: Any) -> None:
     answer = fleet.answer("on_unmask", ME, bodies[ME])
     share = {"device-004": bytes(33)}
     refused(state.on_unmask, "device-004", answer, "was not asked")
-    refused(state.on_unmask, ME, said(fleet, ME, answer, Opening, survivors=bytes(32)), "another survivor set")
-    refused(state.on_unmask, ME, said(fleet, ME, answer, Opening, seeds=share), "does not owe")
-    refused(state.on_unmask, ME, said(fleet, ME, answer, Opening, keys={OTHER: bytes(33)}), "does not owe")
+    refused(state.on_unmask, ME, said(fleet, ME, answer, UnmaskResponse, survivors=bytes(32)), "another survivor set")
+    refused(state.on_unmask, ME, said(fleet, ME, answer, UnmaskResponse, seeds=share), "does not owe")
+    refused(state.on_unmask, ME, said(fleet, ME, answer, UnmaskResponse, keys={OTHER: bytes(33)}), "does not owe")
     refused(state.on_unmask(ME, answer).on_unmask, ME, answer, "second opening")
 
 

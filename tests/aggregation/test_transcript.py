@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aggregation import ring, transcript
 from aggregation.errors import ProtocolError
-from aggregation.messages import Assignment, Box, MaskedInput, Plan, envelope
+from aggregation.messages import Assignment, EncryptedShares, MaskedInput, Plan, envelope
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import (
@@ -55,12 +55,12 @@ def test_what_all_devices_get_alike_is_one_entry(log: Transcript) -> None:
     assert entry == Entry(0, "offer", 0, EVERYONE, b"same")
 
 
-def assignment(boxes: dict[str, Box]) -> bytes:
-    return envelope.seal(KEY, Assignment(PLAN, boxes))
+def assignment(encrypted_shares: dict[str, EncryptedShares]) -> bytes:
+    return envelope.seal(KEY, Assignment(PLAN, encrypted_shares))
 
 
 def test_of_plans_with_boxes_the_first_is_kept_and_of_the_others_what_it_does_not_say(log: Transcript) -> None:
-    box = Box(b"sealed", (bytes(range(16)),))
+    box = EncryptedShares(b"sealed", (bytes(range(16)),))
     bodies = {"a": assignment({"b": box}), "b": assignment({"a": box}), "c": assignment({}), "d": assignment({})}
     log.begin(PLAN)
     first, second, rest = entries(log.sent(Step.PLAN, bodies))
@@ -72,7 +72,7 @@ def test_of_plans_with_boxes_the_first_is_kept_and_of_the_others_what_it_does_no
 
 
 def test_a_single_plan_without_boxes_is_kept_whole(log: Transcript) -> None:
-    bodies = {"a": assignment({"b": Box(b"sealed", (bytes(range(16)),))}), "b": assignment({})}
+    bodies = {"a": assignment({"b": EncryptedShares(b"sealed", (bytes(range(16)),))}), "b": assignment({})}
     log.begin(PLAN)
     assert [entry.message for entry in entries(log.sent(Step.PLAN, bodies))] == list(bodies.values())
 
@@ -134,11 +134,14 @@ def test_a_log_goes_on_where_it_was_left(fleet_of: Callable[..., Any]) -> None:
     raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.seal(KEY, Assignment(PLAN, {}))))
     body = envelope.seal(KEY, MaskedInput(PLAN.digest(), "a", bytes(32)))
     raw += log.received(Step.PLAN, "a", b"vector" + body + len(body).to_bytes(4, "big"))
-    raw += log.received(Step.SURVIVORS, "a", b"agreement")
+    raw += log.received(Step.SURVIVORS, "a", b"consistency-signature")
     again = resume(entries(raw), log.previous)
     assert (again.round, again.plan, again.tree.root()) == (2, PLAN.digest(), log.tree.root())
     assert (again.endings, again.checkpoints, again.own) == (log.endings, log.checkpoints, log.own)
-    assert [leaf.message for leaf in map(ENTRY.decode, (leaf for _, leaf in again.own["a"][1]))] == [body, b"agreement"]
+    assert [leaf.message for leaf in map(ENTRY.decode, (leaf for _, leaf in again.own["a"][1]))] == [
+        body,
+        b"consistency-signature",
+    ]
     assert again.checkpoint(KEY) == log.checkpoint(KEY)
 
 

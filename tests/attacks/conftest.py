@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from aggregation import masks, ring
 from aggregation.masks import Mask
-from aggregation.messages import Message, Opening, Plan, Survivors, envelope
+from aggregation.messages import Message, Plan, Survivors, UnmaskResponse, envelope
 from aggregation.policy import Policy
 from aggregation.recovery import Recovery
 from aggregation.spec import Adversary
@@ -36,7 +36,7 @@ class Coordinator:
     state: Any = None
     plan: Plan | None = None
     uploads: dict[str, bytes] = field(default_factory=dict)
-    openings: dict[str, Opening] = field(default_factory=dict)
+    responses: dict[str, UnmaskResponse] = field(default_factory=dict)
 
     def collect(self, lost: tuple[str, ...] = ()) -> None:
         """Steps 1–6 as the protocol has them, but every upload is kept."""
@@ -62,24 +62,24 @@ class Coordinator:
         """Send a message to a device in its present state; what it answers."""
         return self.fleet.answer(method, name, self.sign(message))  # type: ignore[no-any-return]
 
-    def hear(self, name: str, kind: Any, raw: bytes) -> Any:
+    def open_verified(self, name: str, kind: Any, raw: bytes) -> Any:
         return envelope.open_as(kind, raw, self.fleet.devices[name].identity.public, name)
 
     def recover(self, seeds: Mapping[str, Mapping[str, bytes]], keys: Mapping[str, Mapping[str, bytes]]) -> Recovery:
         """Open secrets from shares however they were come by. ``seeds``, ``keys``: holder → dealer → share."""
-        openings = {
-            holder: Opening(bytes(32), holder, seeds.get(holder, {}), keys.get(holder, {}))
+        responses = {
+            holder: UnmaskResponse(bytes(32), holder, seeds.get(holder, {}), keys.get(holder, {}))
             for holder in sorted({*seeds, *keys})
         }
         assert self.plan is not None
-        return Recovery(self.session.session, self.plan, self.session.dealt, openings)
+        return Recovery(self.session.session, self.plan, self.session.dealt, responses)
 
     def strip(self, name: str, seed: bytes, keys: Mapping[str, bytes]) -> dict[str, NDArray[np.float64]]:
         """One device's own numbers from its upload: its seed, and of each pair either private mask key."""
         assert self.plan is not None
         session, spec, plan = self.session.session, self.fleet.spec.vector, self.plan.digest()
         found = [Mask(masks.self_key(seed, session.context, plan, name), add=False)]
-        for peer in session.neighbours(name, self.plan.members):
+        for peer in session.neighbors(name, self.plan.members):
             mine, theirs = (name, peer) if name in keys else (peer, name)
             public = session.peers[theirs].mask_keys[self.plan.round - 1]
             key = masks.pair_key(keys[mine], public, session.context, plan, (name, peer))
@@ -90,10 +90,10 @@ class Coordinator:
         return spec.decode(vector, 1)
 
     def sum_over(self, part: Sequence[str], gone: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-        """The sum over ``part`` from ``openings``: its seeds come off, and the masks that it shares with ``gone``."""
+        """The sum over ``part`` from ``responses``: its seeds come off, and the masks that it shares with ``gone``."""
         assert self.plan is not None
         session, spec, plan = self.session.session, self.fleet.spec.vector, self.plan.digest()
-        recovery = Recovery(session, self.plan, self.session.dealt, self.openings)
+        recovery = Recovery(session, self.plan, self.session.dealt, self.responses)
         total, found = ring.zeros(spec.size, spec.ring_bits), []
         for name in part:
             packed = self.uploads[name][: ring.packed_size(spec.size, spec.ring_bits)]
@@ -101,7 +101,7 @@ class Coordinator:
             seed = recovery.seed(name)
             assert seed is not None
             found.append(Mask(masks.self_key(seed, session.context, plan, name), add=False))
-            for other in session.neighbours(name, gone):
+            for other in session.neighbors(name, gone):
                 private = recovery.mask_key(other)
                 assert private is not None
                 public = session.peers[name].mask_keys[self.plan.round - 1]

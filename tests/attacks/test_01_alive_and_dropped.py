@@ -10,7 +10,7 @@ import pytest
 
 from aggregation import checks
 from aggregation.errors import ProtocolError
-from aggregation.messages import Opening, Survivors, Unmask
+from aggregation.messages import Survivors, Unmask, UnmaskResponse
 from aggregation.spec import Adversary
 
 VICTIM = "device-002"
@@ -20,16 +20,16 @@ def request(coordinator: Any) -> Unmask:
     return Unmask(Survivors(coordinator.plan.digest(), coordinator.digests()), {})
 
 
-def openings(coordinator: Any) -> dict[str, Opening]:
+def responses(coordinator: Any) -> dict[str, UnmaskResponse]:
     message = request(coordinator)
     answers = {name: coordinator.ask(name, "on_unmask", message) for name in coordinator.uploads}
-    return {name: coordinator.hear(name, Opening, raw) for name, raw in answers.items()}
+    return {name: coordinator.open_verified(name, UnmaskResponse, raw) for name, raw in answers.items()}
 
 
 def test_a_device_gives_one_kind_of_share_of_each_device(malicious: Callable[..., Any]) -> None:
     coordinator = malicious()
     coordinator.collect(lost=("device-004",))
-    for opening in openings(coordinator).values():
+    for opening in responses(coordinator).values():
         assert set(opening.seeds) == set(coordinator.uploads)
         assert set(opening.keys) == {"device-004"}
 
@@ -56,7 +56,7 @@ def test_with_the_rule_taken_out_the_victim_is_exposed(
     coordinator = malicious()
     coordinator.collect()
     monkeypatch.setattr(checks, "owed", both)
-    found = openings(coordinator)
+    found = responses(coordinator)
     recovery = coordinator.recover({n: o.seeds for n, o in found.items()}, {n: o.keys for n, o in found.items()})
     seed, key = recovery.seed(VICTIM), recovery.mask_key(VICTIM)
     coordinator.assert_exposed(VICTIM, coordinator.strip(VICTIM, seed, {VICTIM: key}))
@@ -68,5 +68,5 @@ def test_the_rule_holds_in_an_active_session_too(malicious: Callable[..., Any]) 
     fleet = coordinator.fleet
     _, bodies = fleet.confirm(*coordinator.state.close())
     for name in bodies:
-        opening = coordinator.hear(name, Opening, fleet.answer("on_unmask", name, bodies[name]))
+        opening = coordinator.open_verified(name, UnmaskResponse, fleet.answer("on_unmask", name, bodies[name]))
         assert not set(opening.seeds) & set(opening.keys)

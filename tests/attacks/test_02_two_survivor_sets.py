@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ProtocolError
-from aggregation.messages import Opening, Survivors, Unmask
-from aggregation.singleuse import Once
+from aggregation.messages import Survivors, Unmask, UnmaskResponse
+from aggregation.singleuse import SingleUse
 from aggregation.spec import Adversary
 
 VICTIM = "device-002"
@@ -25,9 +25,13 @@ def asked_twice(coordinator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     seeds, keys = {}, {}
     for name in sorted(set(coordinator.uploads) - {VICTIM}):
         before = fleet.states[name]
-        seeds[name] = coordinator.hear(name, Opening, coordinator.ask(name, "on_unmask", Unmask(with_victim, {}))).seeds
+        seeds[name] = coordinator.open_verified(
+            name, UnmaskResponse, coordinator.ask(name, "on_unmask", Unmask(with_victim, {}))
+        ).seeds
         fleet.states[name] = before
-        keys[name] = coordinator.hear(name, Opening, coordinator.ask(name, "on_unmask", Unmask(without, {}))).keys
+        keys[name] = coordinator.open_verified(
+            name, UnmaskResponse, coordinator.ask(name, "on_unmask", Unmask(without, {}))
+        ).keys
     return seeds, keys
 
 
@@ -66,7 +70,9 @@ def test_the_threshold_lets_no_two_groups_answer_differently(malicious: Callable
     seeds, keys = {}, {}
     for number, name in enumerate(sorted(set(coordinator.uploads) - {VICTIM})):
         question = with_victim if number < 2 else without
-        opening = coordinator.hear(name, Opening, coordinator.ask(name, "on_unmask", Unmask(question, {})))
+        opening = coordinator.open_verified(
+            name, UnmaskResponse, coordinator.ask(name, "on_unmask", Unmask(question, {}))
+        )
         seeds[name], keys[name] = opening.seeds, opening.keys
     recovery = coordinator.recover(seeds, keys)
     assert recovery.seed(VICTIM) is None or recovery.mask_key(VICTIM) is None
@@ -77,7 +83,7 @@ def test_with_the_latch_taken_out_the_victim_is_exposed(
 ) -> None:
     coordinator = malicious()
     coordinator.collect()
-    monkeypatch.setattr(Once, "take", lambda self, what: None)
+    monkeypatch.setattr(SingleUse, "take", lambda self, what: None)
     recovery = coordinator.recover(*asked_twice(coordinator))
     seed, key = recovery.seed(VICTIM), recovery.mask_key(VICTIM)
     coordinator.assert_exposed(VICTIM, coordinator.strip(VICTIM, seed, {VICTIM: key}))

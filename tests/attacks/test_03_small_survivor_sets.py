@@ -8,7 +8,7 @@ import pytest
 
 from aggregation import checks
 from aggregation.errors import ProtocolError
-from aggregation.messages import Assignment, Opening, Survivors, Unmask, envelope
+from aggregation.messages import Assignment, Survivors, Unmask, UnmaskResponse, envelope
 from aggregation.spec import Adversary
 
 VICTIM = "device-002"
@@ -54,7 +54,7 @@ def test_without_the_check_the_victim_is_exposed(
     monkeypatch.setattr(checks, "survivors", lambda *given: None)
     message = Unmask(isolating(coordinator, (VICTIM,)), {})
     found = {
-        name: coordinator.hear(name, Opening, coordinator.ask(name, "on_unmask", message))
+        name: coordinator.open_verified(name, UnmaskResponse, coordinator.ask(name, "on_unmask", message))
         for name in coordinator.uploads
     }
     recovery = coordinator.recover({n: o.seeds for n, o in found.items()}, {n: o.keys for n, o in found.items()})
@@ -67,7 +67,7 @@ def test_ghosts_do_not_make_a_plan_large_enough(circle: Callable[..., Any]) -> N
     fleet = circle(12, degree=4, threshold=4, minimum_survivors=10).fleet
     session = fleet.establish()
     _, plans = fleet.begin(session)
-    near = {VICTIM, *session.session.neighbours(VICTIM, session.devices)}
+    near = {VICTIM, *session.session.neighbors(VICTIM, session.devices)}
     message = envelope.open_as(Assignment, plans[VICTIM], fleet.key.public, "coordinator")
     for made_up, reason in ((["ghost-1", "zed"], "ghost-1 is in the plan but"), ([], "8 members of the plan")):
         members = tuple(sorted([*near, *made_up, *sorted(set(session.devices) - near)[:3]]))

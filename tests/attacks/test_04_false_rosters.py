@@ -43,7 +43,7 @@ def forged(fleet: Any, raw: bytes, **changes: Any) -> bytes:
 
 def test_an_advert_with_a_replaced_key_is_refused(fleet: Any) -> None:
     state, adverts, _ = advertised(fleet)
-    adverts["device-001"] = forged(fleet, adverts["device-001"], box_key=masks.public_key(bytes(range(32))))
+    adverts["device-001"] = forged(fleet, adverts["device-001"], share_key=masks.public_key(bytes(range(32))))
     with pytest.raises(ProtocolError, match=r"device-001: .* not valid"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 
@@ -54,12 +54,14 @@ def test_with_signatures_unchecked_replaced_keys_open_the_victims_secrets(
     state, adverts, _ = advertised(fleet)
     private = {name: bytes([number]) * 32 for number, name in enumerate(sorted(adverts), 1) if name != VICTIM}
     for name, key in private.items():
-        adverts[name] = forged(fleet, adverts[name], box_key=masks.public_key(key))
+        adverts[name] = forged(fleet, adverts[name], share_key=masks.public_key(key))
     monkeypatch.setattr(envelope, "verify", lambda *given: None)
     raw = roster_of(fleet, state.offer, adverts)
     shares = Shares.decode(envelope.unverified_body(fleet.share(VICTIM, raw)))
     session = session_of(fleet, state.offer, raw)
-    pairs = {name: sharing.open_box(session, private[name], VICTIM, name, shares.boxes[name]) for name in private}
+    pairs = {
+        name: sharing.decrypt(session, private[name], VICTIM, name, shares.encrypted_shares[name]) for name in private
+    }
     holders = sorted(pairs)[: fleet.spec.threshold]
     seed = shamir.combine(
         shamir.lagrange(session.positions(holders)), [(pairs[name] or {})[1].seed for name in holders]
@@ -73,7 +75,7 @@ def session_of(fleet: Any, offer: bytes, raw: bytes) -> Session:
     for position, advert in enumerate(message.adverts, 1):
         a = Advert.decode(envelope.unverified_body(advert))
         identity = fleet.devices[a.device].identity.public
-        peers[a.device] = Peer(a.device, position, identity, a.box_key, a.mask_keys, a.commitments)
+        peers[a.device] = Peer(a.device, position, identity, a.share_key, a.mask_keys, a.commitments)
     return Session(fleet.spec, offer, context_of(offer, message.digest()), peers)
 
 

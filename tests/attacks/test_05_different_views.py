@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from aggregation.errors import DataError, ProtocolError
-from aggregation.messages import Assignment, Opening, Plan, Survivors, Unmask, envelope
+from aggregation.messages import Assignment, Plan, Survivors, Unmask, UnmaskResponse, envelope
 from aggregation.spec import Adversary
 
 VICTIM = "device-002"
@@ -41,7 +41,7 @@ def opened(coordinator: Any, honest: Plan, other: Plan) -> dict[str, Any]:
     found = {}
     for name in coordinator.uploads:
         message = Unmask(Survivors((other if name == VICTIM else honest).digest(), digests), {})
-        found[name] = coordinator.hear(name, Opening, coordinator.ask(name, "on_unmask", message))
+        found[name] = coordinator.open_verified(name, UnmaskResponse, coordinator.ask(name, "on_unmask", message))
     recovery = coordinator.recover({name: opening.seeds for name, opening in found.items()}, {})
     return total(coordinator, {name: recovery.seed(name) for name in found}, honest, other)
 

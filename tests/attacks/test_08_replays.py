@@ -97,13 +97,13 @@ def test_answers_of_another_round_are_refused(fleet: Any, step: str) -> None:
         for name, answer in answers.items():
             state = state.on_signature(name, answer)
         state, bodies = state.close()
-        openings = {name: fleet.answer("on_unmask", name, bodies[name]) for name in bodies}
+        responses = {name: fleet.answer("on_unmask", name, bodies[name]) for name in bodies}
         if number and step == "unmask":
             with pytest.raises(ProtocolError, match="another survivor set"):
                 state.on_unmask(ME, kept["unmask"])
-        for name, opening in openings.items():
+        for name, opening in responses.items():
             state = state.on_unmask(name, opening)
-        kept = {"survivors": answers[ME], "unmask": openings[ME]}
+        kept = {"survivors": answers[ME], "unmask": responses[ME]}
         session, result = state.close()
         fleet.assert_sum(result)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from aggregation import recovery, sharing
-from aggregation.messages import Opening, Shares, envelope
+from aggregation.messages import Shares, UnmaskResponse, envelope
 from aggregation.server import AbortReason, RoundAborted
-from aggregation.sharing import Pair
+from aggregation.sharing import SharePair
 
 SMALL = "device-000"  # first in order: its shares are among the first t
 
@@ -23,7 +23,7 @@ def spoil(share: bytes) -> bytes:
 
 def wrong_opening(fleet: Any, name: str, raw: bytes) -> bytes:
     device = fleet.devices[name]
-    message = envelope.open_as(Opening, raw, device.identity.public, name)
+    message = envelope.open_as(UnmaskResponse, raw, device.identity.public, name)
     changed = {
         "seeds": {dealer: spoil(share) for dealer, share in message.seeds.items()},
         "keys": {dealer: spoil(share) for dealer, share in message.keys.items()},
@@ -91,12 +91,12 @@ def deal_badly(fleet: Any, dealer: str, cheated: Collection[str], *, digests: bo
     """``dealer`` gives ``cheated`` wrong shares; with digests of what it gave, or of what it should have given."""
     genuine = sharing.seal
 
-    def seal(session: Any, box_key: bytes, who: str, holder: str, pairs: dict[int, Pair]) -> Any:
-        right = genuine(session, box_key, who, holder, pairs)
+    def seal(session: Any, share_key: bytes, who: str, holder: str, pairs: dict[int, SharePair]) -> Any:
+        right = genuine(session, share_key, who, holder, pairs)
         if who != dealer or holder not in cheated:
             return right
-        wrong = {number: Pair(spoil(pair.seed), spoil(pair.key)) for number, pair in pairs.items()}
-        box = genuine(session, box_key, who, holder, wrong)
+        wrong = {number: SharePair(spoil(pair.seed), spoil(pair.key)) for number, pair in pairs.items()}
+        box = genuine(session, share_key, who, holder, wrong)
         return box if digests else dataclasses.replace(box, digests=right.digests)
 
     monkeypatch.setattr(sharing, "seal", seal)
@@ -165,7 +165,7 @@ def test_a_device_that_withholds_its_shares_has_nobody_left_out(fleet_of: Callab
         answer = fleet.answer("on_unmask", name, bodies[name])
         if name == SMALL:
             identity = fleet.devices[name].identity
-            message = envelope.open_as(Opening, answer, identity.public, name)
+            message = envelope.open_as(UnmaskResponse, answer, identity.public, name)
             answer = envelope.seal(identity, dataclasses.replace(message, seeds={}, keys={}))
         state = state.on_unmask(name, answer)
     outcome = state.close()
@@ -198,9 +198,12 @@ def test_a_box_that_does_not_open_stops_nobody(fleet_of: Callable[..., Any]) -> 
         if name == "device-005":
             device = fleet.devices[name]
             message = envelope.open_as(Shares, raw, device.identity.public, name)
-            box = message.boxes[SMALL]
+            box = message.encrypted_shares[SMALL]
             junk = dataclasses.replace(box, sealed=bytes(len(box.sealed)))
-            raw = envelope.seal(device.identity, dataclasses.replace(message, boxes={**message.boxes, SMALL: junk}))
+            raw = envelope.seal(
+                device.identity,
+                dataclasses.replace(message, encrypted_shares={**message.encrypted_shares, SMALL: junk}),
+            )
         sharing = sharing.on_shares(name, raw)
     _, result = fleet.round(sharing.close())
     assert len(result.survivors) == 8
@@ -215,9 +218,9 @@ def test_a_box_for_another_number_of_rounds_holds_nothing(
     fleet = fleet_of(4)
     established = fleet.establish()
     dealer = fleet.states["device-001"]
-    pair = Pair(bytes(33), bytes(33))
-    box = sharing.seal(established.session, dealer.box_key, "device-001", SMALL, dict.fromkeys(rounds, pair))
-    assert sharing.open_box(established.session, fleet.states[SMALL].box_key, "device-001", SMALL, box) is None
+    pair = SharePair(bytes(33), bytes(33))
+    box = sharing.seal(established.session, dealer.share_key, "device-001", SMALL, dict.fromkeys(rounds, pair))
+    assert sharing.decrypt(established.session, fleet.states[SMALL].share_key, "device-001", SMALL, box) is None
 
 
 @pytest.mark.parametrize("cut", [{"sealed": b""}, {"digests": ()}])
@@ -225,7 +228,7 @@ def test_a_box_of_another_size_holds_nothing(fleet_of: Callable[..., Any], cut: 
     fleet = fleet_of(4)
     established = fleet.establish()
     box = dataclasses.replace(established.dealt["device-001"][SMALL], **cut)
-    assert sharing.open_box(established.session, fleet.states[SMALL].box_key, "device-001", SMALL, box) is None
+    assert sharing.decrypt(established.session, fleet.states[SMALL].share_key, "device-001", SMALL, box) is None
 
 
 @pytest.mark.parametrize("dealt", [True, False])

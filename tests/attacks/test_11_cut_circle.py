@@ -11,7 +11,7 @@ import pytest
 
 from aggregation import graph
 from aggregation.errors import ProtocolError
-from aggregation.messages import Opening, Survivors, Unmask
+from aggregation.messages import Survivors, Unmask, UnmaskResponse
 
 DEGREE, PART = 4, 3
 
@@ -19,33 +19,33 @@ DEGREE, PART = 4, 3
 def cut(coordinator: Any) -> tuple[list[str], list[str], Survivors]:
     """Collect every input, and claim that two neighbouring pairs on the circle sent none."""
     coordinator.collect()
-    order = list(graph.circle(coordinator.session.session.context, coordinator.fleet.devices))
+    order = list(graph.harary_order(coordinator.session.session.context, coordinator.fleet.devices))
     part, gone = order[:PART], [*order[PART : PART + 2], *order[-2:]]
     left = {name: digest for name, digest in coordinator.digests().items() if name not in gone}
     return part, gone, Survivors(coordinator.plan.digest(), left)
 
 
-def test_the_ends_of_a_part_refuse_to_be_cut_off(circle: Callable[..., Any]) -> None:
-    coordinator = circle(12, degree=DEGREE, threshold=4, minimum_survivors=8)
+def test_the_ends_of_a_part_refuse_to_be_cut_off(harary_order: Callable[..., Any]) -> None:
+    coordinator = harary_order(12, degree=DEGREE, threshold=4, minimum_survivors=8)
     part, _, lie = cut(coordinator)
     for end in part:
         with pytest.raises(ProtocolError, match="3 devices near this device survived, 4 are needed"):
             coordinator.ask(end, "on_survivors", lie)
 
 
-def test_a_threshold_that_half_a_neighbourhood_reaches_is_refused(circle: Callable[..., Any]) -> None:
+def test_a_threshold_that_half_a_neighbourhood_reaches_is_refused(harary_order: Callable[..., Any]) -> None:
     with pytest.raises(ProtocolError, match="degree 4 and threshold 3 of 12 devices do not withstand"):
-        circle(12, degree=DEGREE, threshold=3, minimum_survivors=8).collect()
+        harary_order(12, degree=DEGREE, threshold=3, minimum_survivors=8).collect()
 
 
 def test_without_the_check_the_sum_over_three_devices_is_open(
-    circle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    harary_order: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "withstands", lambda *given: True)
-    coordinator = circle(12, degree=DEGREE, threshold=3, minimum_survivors=8)
+    coordinator = harary_order(12, degree=DEGREE, threshold=3, minimum_survivors=8)
     part, gone, lie = cut(coordinator)
     signed = {name: coordinator.agreement(name, lie) for name in sorted(lie.vectors)}
     for name in sorted(lie.vectors):
         answer = coordinator.ask(name, "on_unmask", Unmask(lie, signed))
-        coordinator.openings[name] = coordinator.hear(name, Opening, answer)
+        coordinator.responses[name] = coordinator.open_verified(name, UnmaskResponse, answer)
     coordinator.assert_sum(part, coordinator.sum_over(part, gone))

@@ -16,7 +16,7 @@ import pytest
 
 from aggregation import checks, graph
 from aggregation.errors import ProtocolError
-from aggregation.messages import Opening, Survivors, Unmask
+from aggregation.messages import Survivors, Unmask, UnmaskResponse
 
 STRETCH, MINIMUM = 12, 26
 SIDES = "A" * STRETCH + "AB" + "B" * STRETCH + "BA"  # along the circle: which set each device is shown
@@ -26,7 +26,7 @@ LOST = {5: "A", 6: "A", 19: "B", 20: "B"}  # place on the circle → the side th
 def told(coordinator: Any) -> tuple[dict[str, Survivors], list[str], list[str]]:
     """Device → the set that it is shown; then who is in the sum and who is not."""
     coordinator.collect()
-    order = graph.circle(coordinator.session.session.context, coordinator.fleet.devices)
+    order = graph.harary_order(coordinator.session.session.context, coordinator.fleet.devices)
     gone = {side: {order[place] for place, says in LOST.items() if says == side} for side in "AB"}
     sets = {
         side: Survivors(
@@ -45,7 +45,7 @@ def asked(coordinator: Any, shown: dict[str, Survivors]) -> dict[str, Unmask]:
     out = {}
     for name, survivors in sorted(shown.items()):
         same = {other: signed[other] for other in sorted(signed) if shown[other] == survivors}
-        if len(coordinator.session.session.neighbours(name, same)) + 1 >= coordinator.fleet.spec.threshold:
+        if len(coordinator.session.session.neighbors(name, same)) + 1 >= coordinator.fleet.spec.threshold:
             out[name] = Unmask(survivors, same)
     return out
 
@@ -64,11 +64,13 @@ def test_no_device_opens_a_set_on_which_its_stretch_alone_agrees(circle: Callabl
 def test_with_agreements_of_the_neighbourhood_only_a_sum_below_the_minimum_is_open(
     circle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "agreements", nearby(checks.agreements))
+    monkeypatch.setattr(checks, "agreements", nearby(checks.consistency_signatures))
     coordinator = circle(len(SIDES), degree=6, threshold=5, minimum_survivors=MINIMUM)
     shown, counted, dropped = told(coordinator)
     for name, lie in asked(coordinator, shown).items():
-        coordinator.openings[name] = coordinator.hear(name, Opening, coordinator.ask(name, "on_unmask", lie))
+        coordinator.responses[name] = coordinator.open_verified(
+            name, UnmaskResponse, coordinator.ask(name, "on_unmask", lie)
+        )
     assert len(counted) < MINIMUM
     coordinator.assert_sum(counted, coordinator.sum_over(counted, dropped))
 
@@ -76,8 +78,8 @@ def test_with_agreements_of_the_neighbourhood_only_a_sum_below_the_minimum_is_op
 def nearby(strict: Callable[..., None]) -> Callable[..., None]:
     """The weakened check: ``threshold`` valid agreements, as open one secret."""
 
-    def agreements(session: Any, message: Survivors, signatures: dict[str, bytes]) -> None:
+    def consistency_signatures(session: Any, message: Survivors, signatures: dict[str, bytes]) -> None:
         weak = dataclasses.replace(session.spec, minimum_survivors=session.spec.threshold)
         strict(dataclasses.replace(session, spec=weak), message, signatures)
 
-    return agreements
+    return consistency_signatures

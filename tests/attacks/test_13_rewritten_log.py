@@ -12,7 +12,7 @@ import pytest
 from aggregation import transcript
 from aggregation.errors import ProtocolError
 from aggregation.steps import Step
-from aggregation.transcript import NO_SESSION, Abort, Result, Witness, merkle, passage
+from aggregation.transcript import NO_SESSION, Abort, LogState, Result, merkle, session_chain_proof
 
 _honest = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "test_receipts.py"))
 Session, seen, log_of, chain, way, plan = (
@@ -21,18 +21,18 @@ Session, seen, log_of, chain, way, plan = (
 KEY, ME, OTHER, OFFERS = (_honest[name] for name in ("KEY", "ME", "OTHER", "OFFERS"))
 
 
-def goes_on(witness: Witness, raw: bytes) -> bool:
+def goes_on(log_state: LogState, raw: bytes) -> bool:
     """Whether a device takes part in the next round with this receipt beside its plan."""
     try:
-        witness.on_receipt(KEY.public, raw)
+        log_state.on_receipt(KEY.public, raw)
     except ProtocolError:
         return False
     return True
 
 
-def joins(witness: Witness, raw: bytes, offer: bytes) -> bool:
+def joins(log_state: LogState, raw: bytes, offer: bytes) -> bool:
     try:
-        witness.on_passage(KEY.public, raw, offer)
+        log_state.on_session_chain_proof(KEY.public, raw, offer)
     except ProtocolError:
         return False
     return True
@@ -43,12 +43,12 @@ def anything(*_: object) -> None:
 
 
 def test_a_log_rewritten_before_the_checkpoint_that_a_device_saw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    witness, rewritten = seen(3), log_of(3, word=b"what was never said").receipt()
+    log_state, rewritten = seen(3), log_of(3, word=b"what was never said").receipt()
     with pytest.raises(ProtocolError, match="is not shown to begin with the 7 entries seen before"):
         seen(2).on_receipt(KEY.public, log_of(2, word=b"what was never said").receipt())
-    assert not goes_on(witness, rewritten)
+    assert not goes_on(log_state, rewritten)
     monkeypatch.setattr(merkle, "verify_consistency", anything)
-    assert goes_on(witness, rewritten)
+    assert goes_on(log_state, rewritten)
 
 
 def test_two_devices_that_were_shown_two_logs_never_meet_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,49 +60,49 @@ def test_two_devices_that_were_shown_two_logs_never_meet_in_one(monkeypatch: pyt
 
 
 def test_a_log_cut_back_to_before_a_devices_last_round_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    witness, cut = seen(3), log_of(1).receipt()
-    assert not goes_on(witness, cut)
+    log_state, cut = seen(3), log_of(1).receipt()
+    assert not goes_on(log_state, cut)
     monkeypatch.setattr(merkle, "verify_consistency", anything)
-    assert not goes_on(witness, cut)  # nor does it hold the end of the round
-    monkeypatch.setattr(Witness, "_ended", anything)
-    assert goes_on(witness, cut)
+    assert not goes_on(log_state, cut)  # nor does it hold the end of the round
+    monkeypatch.setattr(LogState, "_ended", anything)
+    assert goes_on(log_state, cut)
 
 
 @pytest.mark.parametrize("left_out", [(Step.PLAN, Step.SURVIVORS), (Step.PLAN,), (Step.SURVIVORS,)])
 def test_a_log_without_what_a_device_said_in_its_last_round_is_refused(
     monkeypatch: pytest.MonkeyPatch, left_out: tuple[Step, ...]
 ) -> None:
-    witness, raw = seen(2), log_of(1).round(2, without=left_out).receipt()
-    assert not goes_on(witness, raw)
-    monkeypatch.setattr(Witness, "_ended", anything)
-    assert goes_on(witness, raw)
+    log_state, raw = seen(2), log_of(1).round(2, without=left_out).receipt()
+    assert not goes_on(log_state, raw)
+    monkeypatch.setattr(LogState, "_ended", anything)
+    assert goes_on(log_state, raw)
 
 
 def test_a_log_that_says_that_the_round_ended_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum was opened over both; the log says that it was over this device alone."""
-    witness = seen(2)
+    log_state = seen(2)
     raw = log_of(1).round(2, ending=Result(plan(2).digest(), (ME,), bytes(32), 3, "cd" * 32)).receipt()
-    assert not goes_on(witness, raw)
+    assert not goes_on(log_state, raw)
     monkeypatch.setattr(transcript.logstate, "_names", lambda devices: bytes(32))
-    assert goes_on(Witness(**{**fields(witness), "counted": bytes(32)}), raw)
+    assert goes_on(LogState(**{**fields(log_state), "counted": bytes(32)}), raw)
 
 
-def fields(witness: Witness) -> dict[str, object]:
-    return {name: getattr(witness, name) for name in Witness.__dataclass_fields__}
+def fields(log_state: LogState) -> dict[str, object]:
+    return {name: getattr(log_state, name) for name in LogState.__dataclass_fields__}
 
 
 def test_the_end_of_another_round_does_not_pass_for_the_one_that_is_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    witness = seen(2)
+    log_state = seen(2)
     raw = log_of(1).round(2, ending=Abort(plan(1).digest(), "too-few")).receipt()
-    assert not goes_on(witness, raw)
-    monkeypatch.setattr(Witness, "_ended", anything)
-    assert goes_on(witness, raw)
+    assert not goes_on(log_state, raw)
+    monkeypatch.setattr(LogState, "_ended", anything)
+    assert goes_on(log_state, raw)
 
 
 def test_a_withheld_proof_is_refused() -> None:
     assert not goes_on(seen(1), b"")
     made, _ = chain(2)
-    assert not joins(seen(2), passage(made[-1].log, KEY), OFFERS[2])
+    assert not joins(seen(2), session_chain_proof(made[-1].log, KEY), OFFERS[2])
     assert not joins(seen(2), b"", OFFERS[2])
 
 
@@ -110,35 +110,35 @@ def test_a_recorded_offer_is_refused_although_it_is_the_coordinators(monkeypatch
     """Whoever recorded offers and passages plays them again, to a device that is two sessions further on."""
     made, closed = chain(3)
     recorded = {
-        1: passage(made[0].log, KEY),  # as it went out before anything was logged
-        2: passage(made[1].log, KEY, made[0].receipt(), []),
+        1: session_chain_proof(made[0].log, KEY),  # as it went out before anything was logged
+        2: session_chain_proof(made[1].log, KEY, made[0].receipt(), []),
     }
-    witness = seen(2).on_passage(KEY.public, recorded[2], OFFERS[2])
+    log_state = seen(2).on_session_chain_proof(KEY.public, recorded[2], OFFERS[2])
     for session, old in recorded.items():
-        assert not joins(witness, old, OFFERS[session])
+        assert not joins(log_state, old, OFFERS[session])
     with pytest.raises(ProtocolError, match="has joined that session before: the offer is repeated"):
-        witness.on_passage(KEY.public, recorded[2], OFFERS[2])
+        log_state.on_session_chain_proof(KEY.public, recorded[2], OFFERS[2])
     assert joins(seen(2), way(made, closed), OFFERS[3])
-    monkeypatch.setattr(Witness, "on_passage", lambda self, key, raw, offer: transcript.first(key, raw, offer, ME))
-    assert joins(witness, recorded[1], OFFERS[1])
-    assert joins(witness, recorded[2], OFFERS[2])
+    monkeypatch.setattr(LogState, "on_passage", lambda self, key, raw, offer: transcript.first(key, raw, offer, ME))
+    assert joins(log_state, recorded[1], OFFERS[1])
+    assert joins(log_state, recorded[2], OFFERS[2])
 
 
 def test_a_session_that_went_on_with_others_cannot_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """The coordinator ran a session without the device, and opens the next one as if there had been none."""
     made, _ = chain(3)
     hidden = Session(OFFERS[3], made[0].end)
-    raw = passage(made[-1].log, KEY, made[0].receipt())
+    raw = session_chain_proof(made[-1].log, KEY, made[0].receipt())
     assert not joins(seen(2), raw, OFFERS[3])
     # It may leave the session out of its own chain, but then it is out for everyone: that one's devices never go on.
-    assert joins(seen(2), passage(hidden.log, KEY, made[0].receipt()), OFFERS[3])
-    theirs = Witness(OTHER, OFFERS[2], made[0].end)
+    assert joins(seen(2), session_chain_proof(hidden.log, KEY, made[0].receipt()), OFFERS[3])
+    theirs = LogState(OTHER, OFFERS[2], made[0].end)
     made[1].close()
-    assert not joins(theirs, passage(hidden.log, KEY, made[1].receipt()), OFFERS[3])
+    assert not joins(theirs, session_chain_proof(hidden.log, KEY, made[1].receipt()), OFFERS[3])
 
 
 def test_a_new_start_without_a_past_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = Session(OFFERS[2], NO_SESSION)
     old, _ = chain(2)
-    raw = passage(fresh.log, KEY, old[0].receipt())
+    raw = session_chain_proof(fresh.log, KEY, old[0].receipt())
     assert not joins(seen(2), raw, OFFERS[2])

@@ -10,17 +10,17 @@ import pytest
 from aggregation import checks
 from aggregation.messages import (
     Advert,
-    Agreement,
     Assignment,
+    ConsistencySignature,
     MaskedInput,
     Message,
     Offer,
-    Opening,
     Plan,
     Roster,
     Shares,
     Survivors,
     Unmask,
+    UnmaskResponse,
     envelope,
 )
 from aggregation.pki import Authority
@@ -87,14 +87,14 @@ def test_an_entry_that_says_something_else_than_its_message_is_found(
     ("kind", "round_", "changes", "reason"),
     [
         (Advert, 0, {"device": OTHER}, "of another device"),
-        (Advert, 0, {"box_key": bytes([7]) * 32}, "not made of the adverts"),
+        (Advert, 0, {"share_key": bytes([7]) * 32}, "not made of the adverts"),
         (Roster, 0, {"adverts": ()}, "too small"),
         (Shares, 0, {"context": bytes(32)}, "of another session"),
-        (Shares, 0, {"boxes": {}}, "exactly its neighbours"),
+        (Shares, 0, {"encrypted_shares": {}}, "exactly its neighbours"),
         (MaskedInput, 1, {"plan": bytes(32)}, "for another plan"),
         (Survivors, 1, {"plan": bytes(32)}, "for another plan"),
-        (Agreement, 1, {"survivors": bytes(32)}, "for another survivor set"),
-        (Opening, 1, {"survivors": bytes(32)}, "for another survivor set"),
+        (ConsistencySignature, 1, {"survivors": bytes(32)}, "for another survivor set"),
+        (UnmaskResponse, 1, {"survivors": bytes(32)}, "for another survivor set"),
         (Result, 1, {"plan": bytes(32)}, "for another plan"),
         (Result, 1, {"survivors": ()}, "for another survivor set"),
     ],
@@ -108,7 +108,9 @@ def test_a_message_that_does_not_belong_is_found(
     assert place.index == expected.index
 
 
-@pytest.mark.parametrize("kind", [Advert, Roster, Shares, MaskedInput, Survivors, Agreement, Unmask, Opening, Result])
+@pytest.mark.parametrize(
+    "kind", [Advert, Roster, Shares, MaskedInput, Survivors, ConsistencySignature, Unmask, UnmaskResponse, Result]
+)
 def test_a_step_that_is_answered_twice_is_found(logged: Any, kind: type[Message]) -> None:
     old = logged.find(kind, int(kind not in (Advert, Roster, Shares)))
     raw = logged.rewritten(
@@ -132,9 +134,9 @@ def test_a_message_that_others_rest_on_is_missed(logged: Any, kind: type[Message
 
 
 def test_a_message_that_comes_too_early_or_late_is_found(logged: Any) -> None:
-    late, unmask = logged.find(Agreement, 1, "device-003"), logged.find(Unmask, 1)
+    late, unmask = logged.find(ConsistencySignature, 1, "device-003"), logged.find(Unmask, 1)
     raw = logged.rewritten(lambda entries: reordered(entries, [late, unmask], [unmask, late]))
-    assert only(logged.audit(raw), Check.ORDER, "not where its step is").kind == "agreement"
+    assert only(logged.audit(raw), Check.ORDER, "not where its step is").kind == "consistency-signature"
 
 
 def reordered(entries: list[Entry], old: list[Entry], new: list[Entry]) -> list[Entry]:
@@ -145,8 +147,8 @@ def reordered(entries: list[Entry], old: list[Entry], new: list[Entry]) -> list[
 
 def with_assignment(logged: Any, peer: str, plan: Plan, boxes_of: str, *, whole: bool) -> bytes:
     """The log with another assignment for ``peer``: a plan, and the boxes of some device. ``whole``: body and all."""
-    boxes = {dealer: dealt[boxes_of] for dealer, dealt in logged.session.dealt.items() if boxes_of in dealt}
-    body = envelope.seal(logged.fleet.key, Assignment(plan, boxes))
+    encrypted_shares = {dealer: dealt[boxes_of] for dealer, dealt in logged.session.dealt.items() if boxes_of in dealt}
+    body = envelope.seal(logged.fleet.key, Assignment(plan, encrypted_shares))
     old = logged.find(Assignment, 1, peer)
     new = replace(old, message=body if whole else envelope.with_body(body, b""))
     return logged.rewritten(lambda entries: [new if entry == old else entry for entry in entries])  # type: ignore[no-any-return]
@@ -232,12 +234,16 @@ def test_a_request_to_open_another_survivor_set_is_found(logged: Any) -> None:
     assert only(logged.audit(raw), Check.ORDER, "another survivor set than the one agreed").index == asked.index
 
 
-@pytest.mark.parametrize("kind", [Agreement, Opening])
+@pytest.mark.parametrize("kind", [ConsistencySignature, UnmaskResponse])
 def test_what_a_device_says_that_is_no_survivor_is_found(logged: Any, kind: type[Message]) -> None:
     """Else devices that were lost could make up a quorum."""
     told = envelope.open_as(Survivors, logged.find(Survivors, 1).message, logged.fleet.key.public, "coordinator")
     assert LOST not in told.vectors
-    said = Agreement(told.digest(), LOST) if kind is Agreement else Opening(told.digest(), LOST, {}, {})
+    said = (
+        ConsistencySignature(told.digest(), LOST)
+        if kind is ConsistencySignature
+        else UnmaskResponse(told.digest(), LOST, {}, {})
+    )
     old = logged.find(kind, 1)
     raw = after(logged, old, signed_by(logged, old, LOST, said))
     assert only(logged.audit(raw), Check.ORDER, "the device is no survivor").index == old.index + 1
@@ -303,41 +309,41 @@ def test_an_update_that_arrived_and_is_not_counted_is_found(logged: Any) -> None
 
 
 def test_an_agreement_that_nobody_sent_is_found(logged: Any) -> None:
-    raw = logged.rewritten(lambda entries: [e for e in entries if e != logged.find(Agreement, 1, OTHER)])
+    raw = logged.rewritten(lambda entries: [e for e in entries if e != logged.find(ConsistencySignature, 1, OTHER)])
     assert only(logged.audit(raw), Check.SURVIVORS, "is not in the log").kind == "unmask"
 
 
 def test_an_agreement_that_does_not_fit_is_found(logged: Any) -> None:
-    raw = logged.with_changed(Unmask, 1, agreements=dict.fromkeys([ME, OTHER, "device-003"], bytes(64)))
+    raw = logged.with_changed(Unmask, 1, consistency_signatures=dict.fromkeys([ME, OTHER, "device-003"], bytes(64)))
     assert only(logged.audit(raw), Check.SURVIVORS, "is not valid").kind == "unmask"
 
 
 def test_a_sum_without_a_request_to_open_it_is_found(logged: Any) -> None:
     """With the request go the agreements in it, without which nothing shows that a quorum agreed."""
-    gone = {Unmask.TAG, Agreement.TAG}
+    gone = {Unmask.TAG, ConsistencySignature.TAG}
     raw = logged.rewritten(lambda entries: [e for e in entries if e.kind not in gone])
     place = only(logged.audit(raw), Check.SURVIVORS, "answers no request to open")
-    assert (place.kind, place.round) == ("opening", 1)
+    assert (place.kind, place.round) == ("unmask-response", 1)
 
 
 # Shares and secrets
 
 
 def opening_of(logged: Any, name: str, round_: int = 1) -> Any:
-    entry = logged.find(Opening, round_, name)
-    return envelope.open_as(Opening, entry.message, logged.fleet.devices[name].identity.public, name)
+    entry = logged.find(UnmaskResponse, round_, name)
+    return envelope.open_as(UnmaskResponse, entry.message, logged.fleet.devices[name].identity.public, name)
 
 
 def test_a_share_of_the_other_kind_is_found(logged: Any) -> None:
     opening = opening_of(logged, OTHER)
-    raw = logged.with_changed(Opening, 1, OTHER, keys={**opening.keys, ME: bytes(33)})
+    raw = logged.with_changed(UnmaskResponse, 1, OTHER, keys={**opening.keys, ME: bytes(33)})
     place = only(logged.audit(raw), Check.SHARES, f"a share of {ME} is opened that would show its update")
-    assert (place.kind, place.round, place.peer) == ("opening", 1, OTHER)
+    assert (place.kind, place.round, place.peer) == ("unmask-response", 1, OTHER)
 
 
 def test_wrong_shares_that_leave_a_secret_closed_are_found(logged: Any) -> None:
     opening = opening_of(logged, OTHER)
-    raw = logged.with_changed(Opening, 1, OTHER, seeds={**opening.seeds, ME: bytes(33)})
+    raw = logged.with_changed(UnmaskResponse, 1, OTHER, seeds={**opening.seeds, ME: bytes(33)})
     place = only(logged.audit(raw), Check.SECRETS, f"do not open what {ME} had committed to")
     assert (place.kind, place.round) == ("result", 1)
 
@@ -345,7 +351,7 @@ def test_wrong_shares_that_leave_a_secret_closed_are_found(logged: Any) -> None:
 def test_a_wrong_share_that_did_no_harm_is_told_with_its_author(logged_of: Callable[..., Any]) -> None:
     session = logged_of([{}], devices=5)
     opening = opening_of(session, ME)
-    report = session.audit(session.with_changed(Opening, 1, ME, seeds={**opening.seeds, OTHER: bytes(33)}))
+    report = session.audit(session.with_changed(UnmaskResponse, 1, ME, seeds={**opening.seeds, OTHER: bytes(33)}))
     assert report.failed == ()
     assert report.rounds[0].blamed == (ME,)
     assert f"wrong shares came from {ME}" in report.findings[list(Check).index(Check.SECRETS)].text
@@ -459,12 +465,14 @@ def test_shares_of_a_device_that_is_not_on_the_roster_are_found(logged_of: Calla
 def test_a_box_that_cannot_hold_the_shares_of_every_round_is_found(logged_of: Callable[..., Any]) -> None:
     session = logged_of([])
     entry = session.find(Shares, 0, ME)
-    boxes = envelope.open_as(Shares, entry.message, session.fleet.devices[ME].identity.public, ME).boxes
+    encrypted_shares = envelope.open_as(
+        Shares, entry.message, session.fleet.devices[ME].identity.public, ME
+    ).encrypted_shares
     for spoiled in (
-        replace(boxes[OTHER], sealed=boxes[OTHER].sealed + bytes(1)),
-        replace(boxes[OTHER], digests=boxes[OTHER].digests[1:]),
+        replace(encrypted_shares[OTHER], sealed=encrypted_shares[OTHER].sealed + bytes(1)),
+        replace(encrypted_shares[OTHER], digests=encrypted_shares[OTHER].digests[1:]),
     ):
-        raw = session.with_changed(Shares, 0, ME, boxes={**boxes, OTHER: spoiled})
+        raw = session.with_changed(Shares, 0, ME, encrypted_shares={**encrypted_shares, OTHER: spoiled})
         assert only(session.audit(raw), Check.ORDER, "a box has not the size of one").index == entry.index
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aggregation.messages import Advert, Message, Opening, Shares, Survivors, Unmask, envelope
+from aggregation.messages import Advert, Message, Shares, Survivors, Unmask, UnmaskResponse, envelope
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from aggregation.steps import Step
@@ -96,9 +96,9 @@ def test_on_a_sparse_graph_every_message_to_all_is_logged_once(sparse: Any) -> N
 
 def test_on_a_sparse_graph_a_neighbourhood_that_agrees_is_no_quorum(sparse: Any) -> None:
     unmask = envelope.open_as(Unmask, sparse.find(Unmask, 1).message, sparse.fleet.key.public, "coordinator")
-    assert len(unmask.agreements) == 7
-    few = dict(list(unmask.agreements.items())[:6])
-    (finding,) = sparse.audit(sparse.with_changed(Unmask, 1, agreements=few)).failed
+    assert len(unmask.consistency_signatures) == 7
+    few = dict(list(unmask.consistency_signatures.items())[:6])
+    (finding,) = sparse.audit(sparse.with_changed(Unmask, 1, consistency_signatures=few)).failed
     assert finding.check is Check.SURVIVORS
     assert "6 agreements, 7 are needed" in finding.text
     assert (finding.place.kind, finding.place.round) == ("unmask", 1)
@@ -106,11 +106,13 @@ def test_on_a_sparse_graph_a_neighbourhood_that_agrees_is_no_quorum(sparse: Any)
 
 def test_on_a_sparse_graph_shares_to_devices_further_off_are_found(sparse: Any) -> None:
     session, me = sparse.session.session, "device-000"
-    far = next(name for name in sorted(session.peers) if name != me and name not in session.neighbours(me, (name,)))
+    far = next(name for name in sorted(session.peers) if name != me and name not in session.neighbors(me, (name,)))
     entry = sparse.find(Shares, 0, me)
-    boxes = envelope.open_as(Shares, entry.message, sparse.fleet.devices[me].identity.public, me).boxes
-    wrong = {**boxes, far: next(iter(boxes.values()))}
-    (finding,) = sparse.audit(sparse.with_changed(Shares, 0, me, boxes=wrong)).failed
+    encrypted_shares = envelope.open_as(
+        Shares, entry.message, sparse.fleet.devices[me].identity.public, me
+    ).encrypted_shares
+    wrong = {**encrypted_shares, far: next(iter(encrypted_shares.values()))}
+    (finding,) = sparse.audit(sparse.with_changed(Shares, 0, me, encrypted_shares=wrong)).failed
     assert finding.check is Check.ORDER
     assert "not for exactly its neighbours" in finding.text
     assert finding.place.index == entry.index
@@ -118,10 +120,10 @@ def test_on_a_sparse_graph_shares_to_devices_further_off_are_found(sparse: Any) 
 
 def test_on_a_sparse_graph_a_share_of_a_device_further_off_is_found(sparse: Any) -> None:
     session, me = sparse.session.session, "device-000"
-    far = next(name for name in sorted(session.peers) if name != me and name not in session.neighbours(me, (name,)))
-    entry = sparse.find(Opening, 1, me)
-    opening = envelope.open_as(Opening, entry.message, sparse.fleet.devices[me].identity.public, me)
-    changed = sparse.with_changed(Opening, 1, me, seeds={**opening.seeds, far: bytes(33)})
+    far = next(name for name in sorted(session.peers) if name != me and name not in session.neighbors(me, (name,)))
+    entry = sparse.find(UnmaskResponse, 1, me)
+    opening = envelope.open_as(UnmaskResponse, entry.message, sparse.fleet.devices[me].identity.public, me)
+    changed = sparse.with_changed(UnmaskResponse, 1, me, seeds={**opening.seeds, far: bytes(33)})
     (finding,) = sparse.audit(changed).failed
     assert finding.check is Check.SHARES
     assert f"a share of {far} is opened" in finding.text
@@ -130,8 +132,8 @@ def test_on_a_sparse_graph_a_share_of_a_device_further_off_is_found(sparse: Any)
 
 def test_on_a_sparse_graph_a_neighbourhood_that_hardly_opened_is_found(sparse: Any) -> None:
     session, me = sparse.session.session, "device-000"
-    near = {me, *session.neighbours(me, session.peers)}
-    answered = [e for e in sparse.entries if (e.kind, e.round) == (Opening.TAG, 1) and e.peer in near]
+    near = {me, *session.neighbors(me, session.peers)}
+    answered = [e for e in sparse.entries if (e.kind, e.round) == (UnmaskResponse.TAG, 1) and e.peer in near]
     gone = answered[4:]
     (finding,) = sparse.audit(sparse.rewritten(lambda entries: [e for e in entries if e not in gone])).failed
     assert finding.check is Check.THRESHOLDS

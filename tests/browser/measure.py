@@ -92,9 +92,9 @@ def _middle(times: list[float], digits: int = 1) -> str:
 
 
 def _phrases(chromium: Chromium, page: Page, bundle: Path, name: str, repeat: int) -> dict[str, Any]:
-    from client.inference.session import Session
+    from client.inference.session import ClassificationSession
 
-    session = Session.open(bundle, threads=1)
+    session = ClassificationSession.open(bundle, threads=1)
     session.use(name)
 
     def native() -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from adapters.ondevice import Format
 from aggregation.pki.identity import IdentityKey
-from client.inference.session import Session
+from client.inference.session import ClassificationSession
 from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, write_bundle
 
@@ -32,7 +32,7 @@ def in_page(page: Any, name: str, phrases: list[str]) -> list[dict[str, float]]:
 
 
 def native(bundle: Path, name: str, phrases: list[str]) -> list[dict[str, float]]:
-    session = Session.open(bundle)
+    session = ClassificationSession.open(bundle)
     session.use(name)
     return [{p.label: p.probability for p in ranking} for ranking in session.rank(phrases, 10)]
 

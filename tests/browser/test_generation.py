@@ -17,7 +17,7 @@ from adapters.classifier import LoraSpec
 from adapters.files import sha256
 from adapters.layout import Layout, Tensors
 from aggregation.pki.identity import IdentityKey
-from client.inference.generate import Generator, Message
+from client.inference.generate import ChatMessage, Generator
 from client.inference.options import Options
 from client.inference.trust import Trust
 from export.bundle.base import ExportedBase
@@ -157,7 +157,7 @@ def test_the_same_text_as_onnxruntime_genai(written: Written, bundle: Path) -> N
 
 
 def test_a_message_is_put_into_the_models_chat_format_as_natively(written: Written, bundle: Path) -> None:
-    prompt = Generator.open(bundle).tokens([Message("user", "who is it?")])
+    prompt = Generator.open(bundle).tokens([ChatMessage("user", "who is it?")])
     assert written("global", prompt="who is it?", chat=True)["ids"] == greedy(bundle, "global", prompt, 24)
 
 

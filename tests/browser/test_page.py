@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aggregation.pki.identity import IdentityKey
-from client.inference.session import Session
+from client.inference.session import ClassificationSession
 from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, add_adapter
 
@@ -40,7 +40,7 @@ def shown(page: Any) -> list[tuple[str, float]]:
 
 
 def native(bundle: Path, name: str, phrase: str) -> list[tuple[str, float]]:
-    session = Session.open(bundle)
+    session = ClassificationSession.open(bundle)
     session.use(name)
     return [(p.label, pytest.approx(p.probability, abs=1e-4)) for p in session.rank([phrase], 5)[0]]
 

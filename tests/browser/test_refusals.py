@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from adapters.files import sha256
-from adapters.manifest import BaseCard, Sidecar
+from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import quantize, to_graph
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
@@ -73,7 +73,7 @@ def device(page: Any, serve: Callable[[Path], str], anna: Path) -> Iterator[Devi
 def resign(bundle: Path, key: IdentityKey, **changes: Any) -> None:
     """Write the sidecar of ``anna`` anew, as someone who holds ``key`` would."""
     path = bundle / "adapters" / "anna.json"
-    sidecar = Sidecar.accept(path.read_bytes(), [key.public])
+    sidecar = AdapterManifest.accept(path.read_bytes(), [key.public])
     path.write_bytes(replace(sidecar, **changes).sign(key))
 
 
@@ -152,7 +152,7 @@ def test_signatures_of_strangers_are_refused(
 
 def test_a_strangers_signature_under_a_pinned_name_is_refused(device: Device, household: IdentityKey) -> None:
     path = device.bundle / "adapters" / "anna.json"
-    sidecar = Sidecar.accept(path.read_bytes(), [household.public])
+    sidecar = AdapterManifest.accept(path.read_bytes(), [household.public])
     forged = json.loads(sidecar.sign(IdentityKey.generate(SystemEntropy())))
     forged["signer"] = household.public.key_id
     path.write_bytes(json.dumps(forged, sort_keys=True, separators=(",", ":")).encode())
@@ -225,7 +225,7 @@ def test_a_signed_adapter_of_other_tensors_is_refused(
 
 
 def test_a_signed_sidecar_that_misdescribes_its_file_is_refused(device: Device, household: IdentityKey) -> None:
-    true = Sidecar.accept((device.bundle / "adapters" / "anna.json").read_bytes(), [household.public])
+    true = AdapterManifest.accept((device.bundle / "adapters" / "anna.json").read_bytes(), [household.public])
     for claim, message in (
         ({"layout_digest": "c" * 64}, "another layout"),
         ({"rank": 5}, "other labels or ranks"),
@@ -247,7 +247,7 @@ def test_an_empty_adapter_file_is_refused_even_if_signed(device: Device, househo
 def test_a_rank_above_the_bases_limit_is_refused(
     page: Any, serve: Callable[[Path], str], bundle: Path, exported: ExportedBase, vendor: IdentityKey
 ) -> None:
-    card: BaseCard = replace(exported.card, max_rank=3)
+    card: BaseManifest = replace(exported.card, max_rank=3)
     (bundle / "base" / "card.json").write_bytes(card.sign(vendor))
     page.goto(serve(bundle))
     assert page.state() == "bad"

@@ -27,12 +27,12 @@ from aggregation.errors import DataError
 from aggregation.pki import Authority, Root
 from aggregation.steps import ADAPTER, BODY, RECORD, REVOKED, Step
 from aggregation.vector import VectorSpec
-from client.node.app import FAILED, HOME, REFUSED, app
-from client.node.statedir import Home
+from client.node.app import FAILED, REFUSED, STATE, app
+from client.node.statedir import DeviceStateDir
 from client.training import contribute, trainer
 from client.training.trainer import Trainer
 from coordinator import settings
-from coordinator.statedir import CoordinatorHome
+from coordinator.statedir import CoordinatorStateDir
 
 FIRST = "device-00"
 DEVICES = 4  # and one unseen
@@ -51,12 +51,12 @@ class Talk:
     """The coordinator's side, one call an exchange."""
 
     fleet: Any
-    coordinator: CoordinatorHome
+    coordinator: CoordinatorStateDir
     inside: str = ""  # a device's home within the folder of its name
 
     def reply(self, device: str, step: Step, record: Mapping[str, Any] | None) -> Message:
-        home = str(self.fleet.out / "devices" / device / self.inside)
-        return app(message(step, record), Context(1, 2, {HOME: home}, RecordDict(), {}))
+        state_dir = str(self.fleet.out / "devices" / device / self.inside)
+        return app(message(step, record), Context(1, 2, {STATE: state_dir}, RecordDict(), {}))
 
     def ask(self, device: str, step: Step, body: bytes, **extra: bytes) -> bytes:
         """The body of an answer that must come."""
@@ -80,11 +80,11 @@ class Talk:
     def offer(self) -> tuple[Any, bytes]:
         devices = [f"device-{number:02d}" for number in range(DEVICES)]
         certificates = {device: self.ask(device, Step.HELLO, b"") for device in devices}
-        version, home = self.version(), self.coordinator
-        layout = Layout.of(home.registry.tensors(0))
-        spec = home.settings.aggregation.spec(DEVICES, layout, version.manifest.base_digest, 2)
+        version, state_dir = self.version(), self.coordinator
+        layout = Layout.of(state_dir.registry.tensors(0))
+        spec = state_dir.settings.aggregation.spec(DEVICES, layout, version.manifest.base_digest, 2)
         now = datetime.now(UTC)
-        return server.open_session(home.key, home.root, spec, certificates, SystemEntropy(), now)
+        return server.open_session(state_dir.key, state_dir.root, spec, certificates, SystemEntropy(), now)
 
     def version(self) -> Any:
         return self.coordinator.registry.version(0)
@@ -125,11 +125,11 @@ class Talk:
 @pytest.fixture
 def talk(fleet_of: Callable[..., Any]) -> Iterator[Talk]:
     fleet = fleet_of(DEVICES)
-    for home in (fleet.out / "devices").iterdir():  # these tests have no log; test_log_proofs.py has one
-        with (home / "device.toml").open("a") as file:
+    for state_dir in (fleet.out / "devices").iterdir():  # these tests have no log; test_log_proofs.py has one
+        with (state_dir / "device.toml").open("a") as file:
             file.write("demand_proofs = false\n")
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    coordinator = CoordinatorHome.open(fleet.out / "coordinator")
+    coordinator = CoordinatorStateDir.open(fleet.out / "coordinator")
     yield Talk(fleet, coordinator)
     coordinator.registry.close()
 
@@ -154,10 +154,10 @@ def test_a_device_says_who_it_is(talk: Talk) -> None:
 def test_devices_draw_differently_whatever_their_folders_are_called(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for home in list((talk.fleet.out / "devices").iterdir()):
-        aside = home.rename(home.with_suffix(".aside"))
-        home.mkdir()
-        aside.rename(home / "home")
+    for state_dir in list((talk.fleet.out / "devices").iterdir()):
+        aside = state_dir.rename(state_dir.with_suffix(".aside"))
+        state_dir.mkdir()
+        aside.rename(state_dir / "home")
     talk.inside, salts, real = "home", list[str](), trainer.seed
 
     def seed(task: Task, salt: str) -> list[int]:
@@ -296,7 +296,7 @@ def test_bounds_that_would_tell_devices_apart_are_refused_by_all_alike(
 
 
 def test_a_coordinator_with_another_key_is_refused(talk: Talk, fleet_of: Callable[..., Any]) -> None:
-    stranger = CoordinatorHome.open(fleet_of(DEVICES).out / "coordinator")
+    stranger = CoordinatorStateDir.open(fleet_of(DEVICES).out / "coordinator")
     _, offer = Talk(talk.fleet, replace(talk.coordinator, key=stranger.key)).offer()
     talk.refused(FIRST, Step.OFFER, {BODY: offer}, "signature")
     stranger.registry.close()
@@ -309,7 +309,7 @@ def test_a_message_without_a_body_is_refused(talk: Talk, record: Any) -> None:
 
 def test_a_node_without_a_home_is_refused(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for config in ({}, {HOME: ""}, {HOME: str(tmp_path / "gone")}):
+    for config in ({}, {STATE: ""}, {STATE: str(tmp_path / "gone")}):
         reply = app(message(Step.HELLO, {BODY: b""}), Context(1, 2, config, RecordDict(), {}))
         assert reply.error.code == REFUSED
         assert reply.error.reason == "cannot take part, and the device's log says why"
@@ -419,23 +419,28 @@ def test_the_state_is_replaced_before_the_answer_is_made(talk: Talk, monkeypatch
 def test_when_a_round_is_over_no_home_holds_a_secret_of_it(talk: Talk) -> None:
     """Neither in a file as it lies there, nor in the sealed state once it is opened."""
     session = talk.established()
-    homes = [Home.open(talk.fleet.out / "devices" / device) for device in sorted(session.session.peers)]
-    own = {secret for home in homes for secret in asdict(home.load_state())["secrets"][1].values()}
+    state_dirs = [DeviceStateDir.open(talk.fleet.out / "devices" / device) for device in sorted(session.session.peers)]
+    own = {secret for state_dir in state_dirs for secret in asdict(state_dir.load_state())["secrets"][1].values()}
     confirming, bodies = talk.collect(*talk.plan(session))
-    held = {share for home in homes for pair in asdict(home.load_state())["held"].values() for share in pair.values()}
+    held = {
+        share
+        for state_dir in state_dirs
+        for pair in asdict(state_dir.load_state())["held"].values()
+        for share in pair.values()
+    }
     assert (len(own), len(held)) == (2 * DEVICES, 2 * DEVICES**2)
-    assert all(holds(home, held) and not holds(home, own) for home in homes)
+    assert all(holds(state_dir, held) and not holds(state_dir, own) for state_dir in state_dirs)
     _, bodies = talk.confirm(confirming, bodies)
     for device, body in bodies.items():
         talk.ask(device, Step.UNMASK, body)
     assert len(bodies) == DEVICES
-    assert not any(holds(home, own | held) for home in homes)
+    assert not any(holds(state_dir, own | held) for state_dir in state_dirs)
 
 
-def holds(home: Home, secrets: set[bytes]) -> bool:
+def holds(state_dir: DeviceStateDir, secrets: set[bytes]) -> bool:
     """Whether one of them is in a file of the home, or in the state that is sealed in one."""
-    files = b"".join(path.read_bytes() for path in home.folder.iterdir() if path.is_file())
-    state = str(asdict(home.load_state()))
+    files = b"".join(path.read_bytes() for path in state_dir.folder.iterdir() if path.is_file())
+    state = str(asdict(state_dir.load_state()))
     return any(secret in files or repr(secret) in state for secret in secrets)
 
 

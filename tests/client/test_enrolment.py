@@ -16,7 +16,7 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation
 from client.cli import device
 from client.node.enrolment import REQUEST, Pinned, begin, finish
-from client.node.statedir import CERTIFICATE, IDENTITY, Home
+from client.node.statedir import CERTIFICATE, IDENTITY, DeviceStateDir
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -34,67 +34,69 @@ def pinned(authority: Authority) -> Pinned:
 
 
 @pytest.fixture
-def home(tmp_path: Path, pinned: Pinned) -> Home:
+def state_dir(tmp_path: Path, pinned: Pinned) -> DeviceStateDir:
     begin(tmp_path / "kitchen", "kitchen", "some_base", pinned, SystemEntropy())
-    return Home.open(tmp_path / "kitchen")
+    return DeviceStateDir.open(tmp_path / "kitchen")
 
 
-def certified(authority: Authority, home: Home, serial: int = 7, days: int = 30) -> bytes:
-    name, key = requests.read_request((home.folder / REQUEST).read_bytes())
+def certified(authority: Authority, state_dir: DeviceStateDir, serial: int = 7, days: int = 30) -> bytes:
+    name, key = requests.read_request((state_dir.folder / REQUEST).read_bytes())
     return authority.issue(name, key, not_before=NOW - DAY, not_after=NOW + days * DAY, serial=serial)
 
 
-def test_a_device_is_enrolled_once_its_certificate_is_there(authority: Authority, home: Home) -> None:
+def test_a_device_is_enrolled_once_its_certificate_is_there(authority: Authority, state_dir: DeviceStateDir) -> None:
     with pytest.raises(TrustError, match=r"has no certificate\.der: enrol this device first"):
-        home.device(DIGEST)
-    der = certified(authority, home)
-    assert finish(home, requests.to_pem(der), NOW) == ("kitchen", NOW + 30 * DAY)
-    assert home.device(DIGEST).certificate == der
-    assert home.device(DIGEST).identity.public == requests.read_request((home.folder / REQUEST).read_bytes())[1]
+        state_dir.device(DIGEST)
+    der = certified(authority, state_dir)
+    assert finish(state_dir, requests.to_pem(der), NOW) == ("kitchen", NOW + 30 * DAY)
+    assert state_dir.device(DIGEST).certificate == der
+    assert (
+        state_dir.device(DIGEST).identity.public == requests.read_request((state_dir.folder / REQUEST).read_bytes())[1]
+    )
 
 
-def test_the_private_key_is_in_one_file_that_its_owner_alone_can_read(home: Home) -> None:
-    holding = [path.name for path in home.folder.iterdir() if b"PRIVATE" in path.read_bytes()]
+def test_the_private_key_is_in_one_file_that_its_owner_alone_can_read(state_dir: DeviceStateDir) -> None:
+    holding = [path.name for path in state_dir.folder.iterdir() if b"PRIVATE" in path.read_bytes()]
     assert holding == [IDENTITY]
-    assert {stat.S_IMODE(path.stat().st_mode) for path in home.folder.iterdir()} == {0o600}
-    assert stat.S_IMODE(home.folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in state_dir.folder.iterdir()} == {0o600}
+    assert stat.S_IMODE(state_dir.folder.stat().st_mode) == 0o700
 
 
-def test_a_newer_certificate_takes_the_place_of_the_older(authority: Authority, home: Home) -> None:
-    finish(home, certified(authority, home), NOW)
-    assert finish(home, certified(authority, home, serial=8, days=60), NOW)[1] == NOW + 60 * DAY
+def test_a_newer_certificate_takes_the_place_of_the_older(authority: Authority, state_dir: DeviceStateDir) -> None:
+    finish(state_dir, certified(authority, state_dir), NOW)
+    assert finish(state_dir, certified(authority, state_dir, serial=8, days=60), NOW)[1] == NOW + 60 * DAY
 
 
 @pytest.mark.parametrize("wrong", ["authority", "key", "expired", "revoked", "request", "junk"])
 def test_any_other_certificate_is_refused_and_the_old_one_stays(
-    authority: Authority, home: Home, tmp_path: Path, pinned: Pinned, wrong: str
+    authority: Authority, state_dir: DeviceStateDir, tmp_path: Path, pinned: Pinned, wrong: str
 ) -> None:
-    finish(home, certified(authority, home), NOW)
-    before = (home.folder / CERTIFICATE).read_bytes()
+    finish(state_dir, certified(authority, state_dir), NOW)
+    before = (state_dir.folder / CERTIFICATE).read_bytes()
     if wrong == "key":
         begin(tmp_path / "other", "kitchen", "some_base", pinned, SystemEntropy())
     if wrong == "revoked":
-        home.revoke(authority.revocations(1, {8: Revocation(NOW)}, NOW, NOW + DAY).der)
+        state_dir.revoke(authority.revocations(1, {8: Revocation(NOW)}, NOW, NOW + DAY).der)
     stranger = Authority.create("fleet", SystemEntropy(), NOW - DAY, NOW + DAY)
     given: dict[str, Callable[[], bytes]] = {
-        "authority": lambda: certified(stranger, home),
-        "key": lambda: certified(authority, Home.open(tmp_path / "other")),
-        "expired": lambda: certified(authority, home, days=-0),
-        "revoked": lambda: certified(authority, home, serial=8),
-        "request": lambda: (home.folder / REQUEST).read_bytes(),
+        "authority": lambda: certified(stranger, state_dir),
+        "key": lambda: certified(authority, DeviceStateDir.open(tmp_path / "other")),
+        "expired": lambda: certified(authority, state_dir, days=-0),
+        "revoked": lambda: certified(authority, state_dir, serial=8),
+        "request": lambda: (state_dir.folder / REQUEST).read_bytes(),
         "junk": lambda: b"junk",
     }
     at = NOW + DAY if wrong == "expired" else NOW
     with pytest.raises(TrustError):
-        finish(home, given[wrong](), at)
-    assert (home.folder / CERTIFICATE).read_bytes() == before
+        finish(state_dir, given[wrong](), at)
+    assert (state_dir.folder / CERTIFICATE).read_bytes() == before
 
 
-def test_a_home_is_never_made_over_something(tmp_path: Path, home: Home, pinned: Pinned) -> None:
-    before = {path: path.read_bytes() for path in home.folder.iterdir()}
+def test_a_home_is_never_made_over_something(tmp_path: Path, state_dir: DeviceStateDir, pinned: Pinned) -> None:
+    before = {path: path.read_bytes() for path in state_dir.folder.iterdir()}
     with pytest.raises(ConfigError, match="is not an empty folder"):
-        begin(home.folder, "kitchen", "some_base", pinned, SystemEntropy())
-    assert {path: path.read_bytes() for path in home.folder.iterdir()} == before
+        begin(state_dir.folder, "kitchen", "some_base", pinned, SystemEntropy())
+    assert {path: path.read_bytes() for path in state_dir.folder.iterdir()} == before
 
 
 def test_a_home_is_not_made_in_the_place_of_the_folder_that_a_shell_is_in(
@@ -137,23 +139,23 @@ def test_a_base_in_a_folder_is_written_down_with_its_whole_path(
     (tmp_path / "bases").mkdir()
     monkeypatch.chdir(tmp_path)
     begin(Path("kitchen"), "kitchen", "bases", pinned, SystemEntropy())
-    assert Home.open(tmp_path / "kitchen").settings.base == str((tmp_path / "bases").resolve())
+    assert DeviceStateDir.open(tmp_path / "kitchen").settings.base == str((tmp_path / "bases").resolve())
 
 
 # The revocation list in a home
 
 
-def test_a_home_goes_by_its_newest_list_and_takes_no_older_one(authority: Authority, home: Home) -> None:
+def test_a_home_goes_by_its_newest_list_and_takes_no_older_one(authority: Authority, state_dir: DeviceStateDir) -> None:
     first, second = (authority.revocations(n, {}, NOW, NOW + DAY) for n in (1, 2))
-    home.revoke(second.der)
-    home.revoke(second.to_pem())
-    assert home.root().revoked == second
+    state_dir.revoke(second.der)
+    state_dir.revoke(second.to_pem())
+    assert state_dir.root().revoked == second
     with pytest.raises(TrustError, match="list 1 is older than 2"):
-        home.revoke(first.der)
+        state_dir.revoke(first.der)
     stranger = Authority.create("fleet", SystemEntropy(), NOW - DAY, NOW + DAY)
     with pytest.raises(TrustError, match="not signed by the pinned authority"):
-        home.revoke(stranger.revocations(9, {}, NOW, NOW + DAY).der)
-    assert Home.open(home.folder).root().revoked == second
+        state_dir.revoke(stranger.revocations(9, {}, NOW, NOW + DAY).der)
+    assert DeviceStateDir.open(state_dir.folder).root().revoked == second
 
 
 # The commands
@@ -171,46 +173,48 @@ def ok(result: Result) -> str:
 def test_from_enrol_to_install_by_command(tmp_path: Path, authority: Authority, pinned: Pinned) -> None:
     (tmp_path / "authority.pem").write_bytes(pinned.authority)
     (tmp_path / "coordinator.pem").write_bytes(pinned.coordinator)
-    home = tmp_path / "kitchen"
+    state_dir = tmp_path / "kitchen"
     files = ("--authority", tmp_path / "authority.pem", "--coordinator", tmp_path / "coordinator.pem")
-    said = ok(run("enrol", "--home", home, "--name", "kitchen", "--base", "some_base", *files))
-    name, key = requests.read_request((home / REQUEST).read_bytes())
+    said = ok(run("enrol", "--state", state_dir, "--name", "kitchen", "--base", "some_base", *files))
+    name, key = requests.read_request((state_dir / REQUEST).read_bytes())
     assert name == "kitchen"
     assert key.key_id in said
     assert authority.root.fingerprint in said
-    (tmp_path / "kitchen.pem").write_bytes(requests.to_pem(certified(authority, Home.open(home))))
+    (tmp_path / "kitchen.pem").write_bytes(requests.to_pem(certified(authority, DeviceStateDir.open(state_dir))))
     (tmp_path / "revoked.crl").write_bytes(authority.revocations(1, {}, NOW, NOW + DAY).to_pem())
     installed = ("--certificate", tmp_path / "kitchen.pem", "--revoked", tmp_path / "revoked.crl")
-    assert "kitchen is enrolled until" in ok(run("install", "--home", home, *installed))
-    assert Home.open(home).device(DIGEST).root.revoked is not None
-    nothing = run("install", "--home", home)
+    assert "kitchen is enrolled until" in ok(run("install", "--state", state_dir, *installed))
+    assert DeviceStateDir.open(state_dir).device(DIGEST).root.revoked is not None
+    nothing = run("install", "--state", state_dir)
     assert isinstance(nothing.exception, EdgeAdaptError)
     assert "nothing to install" in str(nothing.exception)
 
 
-def test_forgetting_takes_a_yes(home: Home) -> None:
-    (home.folder / "log.seen").write_bytes(b"damaged")
+def test_forgetting_takes_a_yes(state_dir: DeviceStateDir) -> None:
+    (state_dir.folder / "log.seen").write_bytes(b"damaged")
     with pytest.raises(TrustError, match="device forget"):
-        home.load_witness()
+        state_dir.load_log_state()
     for typed, refused in (("n\n", "the answer was no"), ("", "nobody is there to answer: give --yes")):
-        result = CliRunner().invoke(device, ["forget", "--home", str(home.folder)], input=typed)
+        result = CliRunner().invoke(device, ["forget", "--state", str(state_dir.folder)], input=typed)
         assert isinstance(result.exception, ConfigError)
         assert refused in str(result.exception)
-    assert (home.folder / "log.seen").exists()
-    ok(run("forget", "--home", home.folder, "--yes"))
-    assert home.load_witness() is None
+    assert (state_dir.folder / "log.seen").exists()
+    ok(run("forget", "--state", state_dir.folder, "--yes"))
+    assert state_dir.load_log_state() is None
 
 
 def test_a_folder_that_is_no_home_has_nothing_to_forget_and_nobody_is_asked(tmp_path: Path) -> None:
-    result = run("forget", "--home", tmp_path)
+    result = run("forget", "--state", tmp_path)
     assert "is not a device's home" in str(result.exception)
     assert result.output == ""
 
 
 @pytest.mark.parametrize(("option", "what"), [("--certificate", "certificate"), ("--revoked", "revocation list")])
-def test_what_cannot_be_installed_is_named_by_its_file(home: Home, tmp_path: Path, option: str, what: str) -> None:
+def test_what_cannot_be_installed_is_named_by_its_file(
+    state_dir: DeviceStateDir, tmp_path: Path, option: str, what: str
+) -> None:
     (tmp_path / "given").write_text("nothing of the kind")
-    result = run("install", "--home", home.folder, option, tmp_path / "given")
+    result = run("install", "--state", state_dir.folder, option, tmp_path / "given")
     assert isinstance(result.exception, TrustError)
     assert str(result.exception).startswith(f"{tmp_path / 'given'}: not a {what}")
 
@@ -221,5 +225,5 @@ def test_a_home_may_be_a_link_to_an_empty_folder(tmp_path: Path, pinned: Pinned,
     if there:
         (tmp_path / "disk" / "kitchen").mkdir(parents=True)
     begin(tmp_path / "link", "kitchen", "some_base", pinned, SystemEntropy())
-    assert Home.open(tmp_path / "disk" / "kitchen").root() == Home.open(tmp_path / "link").root()
+    assert DeviceStateDir.open(tmp_path / "disk" / "kitchen").root() == DeviceStateDir.open(tmp_path / "link").root()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aggregation.errors import DataError
 from client.training import examples
-from client.training.examples import MAX_TEXT, Example, Part, part, read_examples, write_examples
+from client.training.examples import MAX_TEXT, Example, Split, part, read_examples, write_examples
 
 PHRASE = "the code of the safe is 4711"
 TRAIN = Example("turn on the light", 0)
@@ -36,7 +36,7 @@ def file_of(folder: Path, *lines: str) -> Path:
             Example,
             st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(str.strip),
             st.integers(0, 4),
-            st.sampled_from(Part),
+            st.sampled_from(Split),
         ),
         max_size=8,
     )
@@ -86,9 +86,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
 def test_parts_are_told_apart_and_training_is_what_is_not_named(tmp_path: Path) -> None:
     rows = [line(part="test"), json.dumps({"text": "a", "label": 0}), line(part="validation"), line(text="b")]
     found = read_examples(file_of(tmp_path, *rows), 2)
-    assert [e.text for e in part(found, Part.TRAIN)] == ["a", "b"]
-    assert [e.text for e in part(found, Part.VALIDATION)] == [PHRASE]
-    assert [e.text for e in part(found, Part.TEST)] == [PHRASE]
+    assert [e.text for e in part(found, Split.TRAIN)] == ["a", "b"]
+    assert [e.text for e in part(found, Split.VALIDATION)] == [PHRASE]
+    assert [e.text for e in part(found, Split.TEST)] == [PHRASE]
 
 
 @pytest.mark.parametrize("rows", [[], [""], ["", "  "], [line(part="validation"), line(part="test")]])

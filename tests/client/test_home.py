@@ -20,7 +20,7 @@ from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_home
 from client.node.policy import PolicySettings
-from client.node.statedir import DeviceSettings, Home, enrol
+from client.node.statedir import DeviceSettings, DeviceStateDir, enrol
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = DeviceSettings(base="some_base", policy=PolicySettings(minimum_cohort=5))
@@ -35,10 +35,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_home_opens_with_the_settings_it_was_made_with(folder: Path) -> None:
-    home = Home.open(folder)
-    assert home.settings == SETTINGS
-    assert home.examples == folder / "examples.jsonl"
-    assert home.load_state() is None
+    state_dir = DeviceStateDir.open(folder)
+    assert state_dir.settings == SETTINGS
+    assert state_dir.examples == folder / "examples.jsonl"
+    assert state_dir.load_state() is None
 
 
 def test_every_file_of_a_home_is_readable_by_its_owner_only(folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_settings_that_are_wrong_are_refused_in_one_line_that_names_them(
 ) -> None:
     (folder / "device.toml").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=reason) as caught:
-        Home.open(folder)
+        DeviceStateDir.open(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -82,42 +82,42 @@ def test_a_folder_that_is_no_home_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path, tmp_path / "gone", tmp_path / "file"):
         with pytest.raises(ConfigError, match="is not a device's home"):
-            Home.open(folder)
+            DeviceStateDir.open(folder)
 
 
 def test_a_missing_key_or_certificate_is_named(fleet_of: Callable[..., Any]) -> None:
-    home = fleet_of().home("device-00")
-    home.device("b" * 64)
+    state_dir = fleet_of().state_dir("device-00")
+    state_dir.device("b" * 64)
     for name in ("identity.pem", *FILES):
-        content = (home.folder / name).read_bytes()
-        (home.folder / name).unlink()
+        content = (state_dir.folder / name).read_bytes()
+        (state_dir.folder / name).unlink()
         with pytest.raises(TrustError, match=f"has no {name}: enrol this device first"):
-            home.device("b" * 64)
-        (home.folder / name).write_bytes(content)
+            state_dir.device("b" * 64)
+        (state_dir.folder / name).write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["identity.pem", "authority.pem", "coordinator.pem", "revoked.crl"])
 def test_a_damaged_file_is_named(fleet_of: Callable[..., Any], name: str) -> None:
-    home = fleet_of().home("device-00")
-    (home.folder / name).write_bytes(b"no key")
-    with pytest.raises(TrustError, match=re.escape(f"{home.folder / name}: not a")):
-        home.device("b" * 64)
+    state_dir = fleet_of().state_dir("device-00")
+    (state_dir.folder / name).write_bytes(b"no key")
+    with pytest.raises(TrustError, match=re.escape(f"{state_dir.folder / name}: not a")):
+        state_dir.device("b" * 64)
 
 
 # The state of a session.
 
 
 @pytest.fixture
-def joined(fleet_of: Callable[..., Any]) -> Home:
+def joined(fleet_of: Callable[..., Any]) -> DeviceStateDir:
     """A home in the middle of a session."""
     fleet = fleet_of(rounds=1)
     fleet.federate(fleet.grid())
-    home: Home = fleet.home("device-00")
-    assert home.load_state() is not None
-    return home
+    state_dir: DeviceStateDir = fleet.state_dir("device-00")
+    assert state_dir.load_state() is not None
+    return state_dir
 
 
-def test_an_altered_truncated_or_foreign_state_is_refused(joined: Home) -> None:
+def test_an_altered_truncated_or_foreign_state_is_refused(joined: DeviceStateDir) -> None:
     path = joined.folder / device_home.STATE
     sealed = path.read_bytes()
     spoiled = [sealed[:-1], sealed[: len(sealed) // 2], b"", sealed + b"\0"]
@@ -133,27 +133,29 @@ def test_an_altered_truncated_or_foreign_state_is_refused(joined: Home) -> None:
         joined.load_state()
 
 
-def test_a_state_without_its_sealing_key_is_refused(joined: Home) -> None:
+def test_a_state_without_its_sealing_key_is_refused(joined: DeviceStateDir) -> None:
     (joined.folder / device_home.SEALING_KEY).unlink()
     with pytest.raises(TrustError, match=r"sealing\.key"):
         joined.load_state()
 
 
-def test_the_sealed_state_shows_nothing_of_its_content(joined: Home) -> None:
+def test_the_sealed_state_shows_nothing_of_its_content(joined: DeviceStateDir) -> None:
     sealed = (joined.folder / device_home.STATE).read_bytes()
     assert b"device-0" not in sealed
     assert stat.S_IMODE((joined.folder / device_home.STATE).stat().st_mode) == 0o600
 
 
 def test_a_damaged_memory_of_the_log_is_refused_in_a_line_that_says_what_to_do(folder: Path) -> None:
-    home = Home.open(folder)
-    assert home.load_witness() is None
+    state_dir = DeviceStateDir.open(folder)
+    assert state_dir.load_log_state() is None
     (folder / "log.seen").write_bytes(b"damaged")
     with pytest.raises(TrustError, match=r"log\.seen is damaged: 'edgeadapt device forget' starts"):
-        home.load_witness()
+        state_dir.load_log_state()
 
 
-def test_a_state_that_cannot_be_written_leaves_the_old_one(joined: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_cannot_be_written_leaves_the_old_one(
+    joined: DeviceStateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state, before = joined.load_state(), {path: path.read_bytes() for path in joined.folder.iterdir()}
     assert state is not None
 
@@ -167,10 +169,10 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(joined: Home, monkeyp
 
 
 def test_one_message_at_a_time_whoever_asks(folder: Path) -> None:
-    home, inside, most = Home.open(folder), [0], [0]
+    state_dir, inside, most = DeviceStateDir.open(folder), [0], [0]
 
     def work() -> None:
-        with home.locked():
+        with state_dir.locked():
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             time.sleep(0.005)
@@ -190,7 +192,7 @@ def test_another_process_waits_for_the_lock_and_a_kill_frees_it(folder: Path) ->
     got = threading.Event()
 
     def take() -> None:
-        with Home.open(folder).locked():
+        with DeviceStateDir.open(folder).locked():
             got.set()
 
     with subprocess.Popen([sys.executable, "-c", hold, str(folder)], cwd=ROOT, stdout=subprocess.PIPE) as other:

@@ -10,9 +10,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import BODY, PROOF, RECORD, SEEN, Step
-from aggregation.transcript import NO_SESSION, Transcript, passage
-from client.node.app import HOME, app
-from client.node.statedir import WITNESS
+from aggregation.transcript import NO_SESSION, Transcript, session_chain_proof
+from client.node.app import STATE, app
+from client.node.statedir import LOG_STATE
 from coordinator import rounds as module
 from coordinator.transcripts import logs
 
@@ -43,7 +43,7 @@ def ask(fleet: Any, device: str, step: Step, fields: Mapping[str, Any]) -> Messa
     """Ask a device outside a run."""
     made = Message(RecordDict({RECORD: ConfigRecord(dict(fields))}), 2, step.message_type, group_id="1")
     made.metadata.__dict__["_message_id"] = "1"
-    return app(made, Context(1, 2, {HOME: str(fleet.out / "devices" / device)}, RecordDict(), {}))
+    return app(made, Context(1, 2, {STATE: str(fleet.out / "devices" / device)}, RecordDict(), {}))
 
 
 def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -86,10 +86,10 @@ def test_a_device_keeps_what_it_saw_across_processes(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
     assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).content.config_records[RECORD][SEEN] == b""
     fleet.federate(fleet.grid())
-    witness = fleet.home(FIRST).load_witness()
-    assert witness.device == FIRST
-    assert len(witness.owed) == 2
-    assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).content.config_records[RECORD][SEEN] == witness.offer
+    log_state = fleet.state_dir(FIRST).load_log_state()
+    assert log_state.device == FIRST
+    assert len(log_state.shares_to_reveal) == 2
+    assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).content.config_records[RECORD][SEEN] == log_state.offer
 
 
 def lost_in_round_2(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, lie: Callable[..., Any]) -> tuple[Any, Any]:
@@ -134,14 +134,14 @@ KEY: list[IdentityKey] = []
 def test_no_device_takes_part_again_when_the_log_does_not_hold(
     fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lie: Any, reason: str
 ) -> None:
-    begin = module.CoordinatorHome.open
+    begin = module.CoordinatorStateDir.open
 
     def opened(folder: Path) -> Any:
-        home = begin(folder)
-        KEY[:] = [home.key]
-        return home
+        state_dir = begin(folder)
+        KEY[:] = [state_dir.key]
+        return state_dir
 
-    monkeypatch.setattr("coordinator.app.CoordinatorHome.open", opened)
+    monkeypatch.setattr("coordinator.app.CoordinatorStateDir.open", opened)
     with caplog.at_level(logging.WARNING, "edgeadapt.device"):
         _, (first, second) = lost_in_round_2(fleet_of, monkeypatch, lie)
     assert first.dropped == {}
@@ -162,7 +162,7 @@ def test_a_plan_or_an_offer_without_a_proof_is_refused_unless_the_owner_demands_
     first, second = fleet.federate(fleet.grid(app=Recording(strip)))
     assert first.dropped == {}
     assert set(second.dropped) == {f"device-{number:02d}" for number in range(1, 8)}
-    assert not (fleet.out / "devices" / FIRST / WITNESS).exists()
+    assert not (fleet.out / "devices" / FIRST / LOG_STATE).exists()
 
 
 def test_a_recorded_offer_is_refused_by_a_device_that_is_further_on(fleet_of: FleetOf) -> None:
@@ -186,15 +186,15 @@ def test_a_coordinator_that_lost_its_logs_is_refused_until_the_owner_forgets(fle
     fleet.configure({"rounds": 2, "attempts": 1})
     with pytest.raises(Exception, match="0 adverts, 3 are needed"):
         fleet.federate(fleet.grid())
-    for home in (fleet.out / "devices").iterdir():
-        (home / WITNESS).unlink(missing_ok=True)
+    for state_dir in (fleet.out / "devices").iterdir():
+        (state_dir / LOG_STATE).unlink(missing_ok=True)
     assert fleet.federate(fleet.grid())[1].dropped == {}
 
 
 def test_a_damaged_witness_is_no_reason_to_start_anew(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
     fleet.federate(fleet.grid())
-    (fleet.out / "devices" / FIRST / WITNESS).write_bytes(b"damaged")
+    (fleet.out / "devices" / FIRST / LOG_STATE).write_bytes(b"damaged")
     assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).has_error()
 
 
@@ -203,7 +203,7 @@ def test_a_device_that_forgot_a_session_takes_part_from_the_next_offer(fleet_of:
 
     def forget(step: Step, group: str, fields: dict[str, Any]) -> None:
         if (step, group) == (Step.PLAN, "2"):
-            (fleet.out / "devices" / FIRST / WITNESS).unlink(missing_ok=True)
+            (fleet.out / "devices" / FIRST / LOG_STATE).unlink(missing_ok=True)
 
     first, second, third = fleet.federate(fleet.grid(app=Recording(forget)))
     assert (first.dropped, second.dropped, third.dropped) == ({}, {FIRST: "plan"}, {})
@@ -228,7 +228,7 @@ def test_an_empty_past_is_no_passage_for_a_device_that_has_one(fleet_of: FleetOf
     fleet, tape = fleet_of(4, rounds=1), Recording()
     fleet.federate(fleet.grid(app=tape))
     offer = tape.first(Step.OFFER, fleet.node(FIRST))
-    witness = fleet.home(FIRST).load_witness()
+    log_state = fleet.state_dir(FIRST).load_log_state()
     key = IdentityKey.from_pem((fleet.out / "coordinator" / "signing.pem").read_bytes())
-    fresh = passage(Transcript(witness.offer, NO_SESSION), key)
+    fresh = session_chain_proof(Transcript(log_state.offer, NO_SESSION), key)
     assert "repeated" in ask(fleet, FIRST, Step.OFFER, {**offer, PROOF: fresh}).error.reason

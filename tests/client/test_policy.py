@@ -15,7 +15,7 @@ from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from client.cli import device
 from client.node.policy import PolicySettings
-from client.node.statedir import DeviceSettings, Home, enrol
+from client.node.statedir import DeviceSettings, DeviceStateDir, enrol
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "device-policy.md"
 BASE, OTHER = "a" * 64, "b" * 64
@@ -39,10 +39,10 @@ class _Zero:
         return bytes(n)
 
 
-def home_with(folder: Path, table: str) -> Home:
+def home_with(folder: Path, table: str) -> DeviceStateDir:
     enrol(folder, DeviceSettings(base="some_base"), IdentityKey(bytes(32)), {}, _Zero())
     (folder / "device.toml").write_text(f'base = "some_base"\n[policy]\n{table}')
-    return Home.open(folder)
+    return DeviceStateDir.open(folder)
 
 
 def test_every_limit_of_the_core_can_be_set_and_its_default_is_the_cores() -> None:
@@ -62,7 +62,7 @@ def test_a_limit_in_the_file_is_the_limit_in_force(tmp_path: Path, key: str) -> 
 def test_a_policy_is_written_and_read_back(tmp_path: Path) -> None:
     settings = DeviceSettings(base='a "base"', policy=PolicySettings(**CHANGED))
     enrol(tmp_path, settings, IdentityKey(bytes(32)), {}, _Zero())
-    assert Home.open(tmp_path).settings == settings
+    assert DeviceStateDir.open(tmp_path).settings == settings
 
 
 def test_a_base_that_is_not_among_the_known_ones_is_joined_for_nothing() -> None:
@@ -111,13 +111,13 @@ def test_the_document_lists_every_key_with_its_default_and_meaning() -> None:
 
 
 def test_the_command_prints_what_is_in_force(tmp_path: Path) -> None:
-    home = home_with(tmp_path, "minimum_cohort = 20\n")
-    printed = CliRunner().invoke(device, ["policy", "--home", str(home.folder)])
+    state_dir = home_with(tmp_path, "minimum_cohort = 20\n")
+    printed = CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder)])
     assert printed.exit_code == 0, printed.exception
     lines = [line for line in printed.output.splitlines() if not line.startswith("    ")]
     assert lines[1].split() == ["*", "minimum_cohort", "20"]
     assert [line.split()[0] for line in lines].count("*") == 1
     assert len(lines) == len(CHANGED)
-    told = json.loads(CliRunner().invoke(device, ["policy", "--home", str(home.folder), "--json"]).output)
+    told = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)
     assert told["changed"] == ["minimum_cohort"]
-    assert PolicySettings(**told["policy"]) == home.settings.policy
+    assert PolicySettings(**told["policy"]) == state_dir.settings.policy

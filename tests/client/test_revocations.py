@@ -14,7 +14,7 @@ from aggregation.pki import Authority
 from aggregation.pki.revocation import Revocation, RevocationList
 from aggregation.steps import RECORD, REVOKED, Step
 from client.node.app import app
-from coordinator.statedir import CoordinatorHome
+from coordinator.statedir import CoordinatorStateDir
 
 FleetOf = Callable[..., Any]
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -25,7 +25,7 @@ GONE = "device-01"
 def list_of(fleet: Any, number: int, *names: str, begin: datetime = NOW - DAY, days: int = 30) -> RevocationList:
     """A list that the fleet's authority signs."""
     authority = Authority.from_pem((fleet.out / "authority" / "authority.pem").read_bytes())
-    certificates = [x509.load_der_x509_certificate(fleet.home(name).certificate) for name in names]
+    certificates = [x509.load_der_x509_certificate(fleet.state_dir(name).certificate) for name in names]
     revoked = {certificate.serial_number: Revocation(begin) for certificate in certificates}
     return authority.revocations(number, revoked, begin, begin + days * DAY)
 
@@ -35,8 +35,8 @@ def install(fleet: Any, revoked: RevocationList) -> None:
 
 
 def demand(fleet: Any, line: str) -> None:
-    for home in (fleet.out / "devices").iterdir():
-        with (home / "device.toml").open("a") as file:
+    for state_dir in (fleet.out / "devices").iterdir():
+        with (state_dir / "device.toml").open("a") as file:
             file.write(f"{line}\n")
 
 
@@ -64,7 +64,7 @@ def test_a_revoked_device_is_out_of_the_next_session_and_everyone_knows(fleet_of
     second = fleet.federate(fleet.grid())[1]
     assert second.survivors == tuple(name for name in first.survivors if name != GONE)
     for name in second.survivors:
-        assert fleet.home(name).root().revoked == revoked
+        assert fleet.state_dir(name).root().revoked == revoked
     assert (fleet.out / "coordinator" / "transcript" / "revoked.crl").read_bytes() == revoked.to_pem()
 
 
@@ -102,14 +102,14 @@ def test_an_older_list_is_refused_by_the_coordinator_and_by_devices(fleet_of: Fl
     install(fleet, new)
     with pytest.raises(EdgeAdaptError, match="0 adverts"):
         fleet.federate(fleet.grid(app=replaced(old.der)))
-    assert fleet.home("device-00").root().revoked == new
+    assert fleet.state_dir("device-00").root().revoked == new
 
 
 def test_a_list_of_the_coordinators_own_making_is_refused(fleet_of: FleetOf) -> None:
     fleet, stranger = fleet_of(4, rounds=1, attempts=1), fleet_of(4)
     with pytest.raises(EdgeAdaptError, match="0 adverts"):
         fleet.federate(fleet.grid(app=replaced(list_of(stranger, 9).der)))
-    assert fleet.home("device-00").root().revoked is None
+    assert fleet.state_dir("device-00").root().revoked is None
     install(fleet, list_of(stranger, 9))
     with pytest.raises(TrustError, match="not signed by the pinned authority"):
         fleet.federate(fleet.grid())
@@ -139,12 +139,12 @@ def test_a_device_that_demands_a_fresh_list_is_not_held_back_from_one(fleet_of: 
 def test_a_device_keeps_its_list_when_the_coordinator_sends_none(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1, attempts=1)
     for path in (fleet.out / "devices").iterdir():
-        fleet.home(path.name).revoke(list_of(fleet, 1, GONE).der)
+        fleet.state_dir(path.name).revoke(list_of(fleet, 1, GONE).der)
     with pytest.raises(EdgeAdaptError, match="0 adverts"):
         fleet.federate(fleet.grid(app=replaced(None)))
 
 
 def test_the_coordinators_list_is_none_where_there_is_none(fleet_of: FleetOf, tmp_path: Path) -> None:
-    home = CoordinatorHome.open(fleet_of(3).out / "coordinator")
-    assert home.trusted(NOW) == home.root
-    home.registry.close()
+    state_dir = CoordinatorStateDir.open(fleet_of(3).out / "coordinator")
+    assert state_dir.trusted(NOW) == state_dir.root
+    state_dir.registry.close()

@@ -10,18 +10,18 @@ import torch
 from adapters import classifier
 from adapters.classifier import HEAD_SCALE, LoraSpec, seeded
 from adapters.layout import Layout, Tensors
-from adapters.manifest import Method
+from adapters.manifest import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
 from client.training import trainer as training
-from client.training.examples import Example, Part
+from client.training.examples import Example, Split
 from client.training.personal import Choice, personalize
 from client.training.trainer import Score, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LABELS = ("Light", "Music", "Timer")
-TASK = Task(Method("lora", 2, 4, ("query", "value")), LABELS, 1, 4, 0.01, 0.0, 7)
+TASK = Task(PeftConfig("lora", 2, 4, ("query", "value")), LABELS, 1, 4, 0.01, 0.0, 7)
 TEXTS = ("turn on the light", "play music", "set a timer", "kitchen light off", "next song", "ten minutes", "stop")
 EXAMPLES = tuple(Example(text, i % 3) for i, text in enumerate(TEXTS))
 
@@ -207,12 +207,12 @@ def test_the_layout_of_a_trainer_is_that_of_its_model(trainer: Trainer, start: T
 
 # The private adapter.
 
-MINE = tuple(replace(e, part=Part.VALIDATION if i % 3 == 0 else Part.TRAIN) for i, e in enumerate(EXAMPLES * 2))
+MINE = tuple(replace(e, part=Split.VALIDATION if i % 3 == 0 else Split.TRAIN) for i, e in enumerate(EXAMPLES * 2))
 
 
 def test_a_device_keeps_the_candidate_that_does_best_on_its_held_out_part(trainer: Trainer, start: Tensors) -> None:
     worse = {name: -value for name, value in start.items()}
-    held_out = [e for e in MINE if e.part is Part.VALIDATION]
+    held_out = [e for e in MINE if e.part is Split.VALIDATION]
     kept = personalize(trainer, {Choice.BASE: start, Choice.GLOBAL: worse}, MINE, TASK, epochs=0, salt="a")
     assert set(kept.scores) == {Choice.BASE, Choice.GLOBAL}
     best = max(kept.scores.values(), key=lambda score: (score.correct, -score.loss))
@@ -222,15 +222,15 @@ def test_a_device_keeps_the_candidate_that_does_best_on_its_held_out_part(traine
 def test_a_device_fine_tunes_from_the_global_adapter_on_its_training_part(trainer: Trainer, start: Tensors) -> None:
     shared = trainer.train(start, EXAMPLES, TASK, epochs=1, salt="g")
     kept = personalize(trainer, {Choice.BASE: start, Choice.GLOBAL: shared}, MINE, TASK, epochs=3, salt="a")
-    mine = trainer.train(shared, [e for e in MINE if e.part is Part.TRAIN], TASK, epochs=3, salt="a")
-    held_out = [e for e in MINE if e.part is Part.VALIDATION]
+    mine = trainer.train(shared, [e for e in MINE if e.part is Split.TRAIN], TASK, epochs=3, salt="a")
+    held_out = [e for e in MINE if e.part is Split.VALIDATION]
     assert kept.scores[Choice.PERSONAL] == trainer.score(mine, held_out)
     if kept.choice is Choice.PERSONAL:
         assert same(kept.adapter, mine)
 
 
 def test_without_held_out_examples_a_device_keeps_its_own(trainer: Trainer, start: Tensors) -> None:
-    only = [e for e in MINE if e.part is Part.TRAIN]
+    only = [e for e in MINE if e.part is Split.TRAIN]
     kept = personalize(trainer, {Choice.BASE: start, Choice.GLOBAL: start}, only, TASK, epochs=1, salt="a")
     assert kept.choice is Choice.PERSONAL
     assert distance(kept.adapter, start) > 0

@@ -10,7 +10,7 @@ import pytest
 
 from adapters import files
 from adapters.layout import Layout, Tensors
-from adapters.manifest import Manifest, Method
+from adapters.manifest import PeftConfig, VersionManifest
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry.roundrecord import RoundRecord
@@ -24,9 +24,9 @@ def _tensors(value: float) -> Tensors:
 LAYOUT = Layout.of(_tensors(0))
 
 
-def _manifest(number: int) -> Manifest:
+def _manifest(number: int) -> VersionManifest:
     blob = files.encode(_tensors(number))
-    return Manifest(
+    return VersionManifest(
         version=number,
         sha256=files.sha256(blob),
         size=len(blob),
@@ -36,7 +36,7 @@ def _manifest(number: int) -> Manifest:
         round=number,
         survivors=("anna", "ben") if number else (),
         metrics={"loss": 1 / number} if number else {},
-        method=Method("lora", 8, 16, ("query", "value")),
+        method=PeftConfig("lora", 8, 16, ("query", "value")),
         labels=("on", "off"),
     )
 

@@ -22,8 +22,8 @@ from aggregation.pki import Authority, Root, requests
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Reason
 from coordinator.authority import store as module
-from coordinator.authority.record import Issued, Listed, Record
-from coordinator.authority.store import Office
+from coordinator.authority.record import AuthorityRecord, Issued, Listed
+from coordinator.authority.store import AuthorityStore
 from coordinator.cli.authority import authority
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,16 +36,16 @@ def key() -> IdentityKey:
 
 
 @pytest.fixture
-def office(tmp_path: Path) -> Office:
-    return Office.found(tmp_path / "authority", "fleet", 3650, 30, None)
+def office(tmp_path: Path) -> AuthorityStore:
+    return AuthorityStore.found(tmp_path / "authority", "fleet", 3650, 30, None)
 
 
 @pytest.fixture
-def signer(office: Office) -> Authority:
+def signer(office: AuthorityStore) -> Authority:
     return office.unlock(None)
 
 
-def revoked_of(office: Office) -> Any:
+def revoked_of(office: AuthorityStore) -> Any:
     return office.root.revocations((office.folder / "revoked.crl").read_bytes())
 
 
@@ -53,7 +53,7 @@ def revoked_of(office: Office) -> Any:
 
 
 def test_a_new_authority_has_a_key_for_its_owner_only_and_an_empty_list(tmp_path: Path) -> None:
-    office = Office.found(tmp_path / "authority", "fleet", 3650, 30, PASSPHRASE)
+    office = AuthorityStore.found(tmp_path / "authority", "fleet", 3650, 30, PASSPHRASE)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in office.folder.iterdir()}
     assert modes == {"authority.key": 0o600, "record.jsonl": 0o600, "authority.pem": 0o644, "revoked.crl": 0o644}
     assert stat.S_IMODE(office.folder.stat().st_mode) == 0o700
@@ -65,15 +65,15 @@ def test_a_new_authority_has_a_key_for_its_owner_only_and_an_empty_list(tmp_path
         office.unlock(b"another passphrase")
 
 
-def test_an_authority_is_never_made_over_something(tmp_path: Path, office: Office) -> None:
+def test_an_authority_is_never_made_over_something(tmp_path: Path, office: AuthorityStore) -> None:
     before = {path: path.read_bytes() for path in office.folder.iterdir()}
     with pytest.raises(ConfigError, match="is not an empty folder"):
-        Office.found(office.folder, "another", 10, 10, None)
+        AuthorityStore.found(office.folder, "another", 10, 10, None)
     assert {path: path.read_bytes() for path in office.folder.iterdir()} == before
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
-    made = Office.found(tmp_path / "link", "another", 10, 10, None)
-    assert Office(tmp_path / "empty").root == made.root
+    made = AuthorityStore.found(tmp_path / "link", "another", 10, 10, None)
+    assert AuthorityStore(tmp_path / "empty").root == made.root
 
 
 def test_an_authority_is_not_made_in_the_place_of_the_folder_that_a_shell_is_in(
@@ -81,41 +81,41 @@ def test_an_authority_is_not_made_in_the_place_of_the_folder_that_a_shell_is_in(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"{tmp_path} is the folder that you are in: name a new one"):
-        Office.found(Path(), "fleet", 10, 10, None)
+        AuthorityStore.found(Path(), "fleet", 10, 10, None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_no_half_an_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Office, "sign_list", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(AuthorityStore, "sign_list", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
-        Office.found(tmp_path / "authority", "fleet", 10, 10, None)
+        AuthorityStore.found(tmp_path / "authority", "fleet", 10, 10, None)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", 65 * "n", 33 * "ü"])
 def test_a_name_that_no_certificate_can_bear_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="an authority's name has 1 to 64 bytes"):
-        Office.found(tmp_path / "new", name, 10, 10, None)
+        AuthorityStore.found(tmp_path / "new", name, 10, 10, None)
     assert list(tmp_path.iterdir()) == []
-    Office.found(tmp_path / "new", 32 * "ü", 10, 10, None)
+    AuthorityStore.found(tmp_path / "new", 32 * "ü", 10, 10, None)
 
 
 def test_a_short_passphrase_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fewer than 12 characters"):
-        Office.found(tmp_path / "authority", "fleet", 10, 10, b"short")
+        AuthorityStore.found(tmp_path / "authority", "fleet", 10, 10, b"short")
 
 
 def test_a_folder_that_is_no_authoritys_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path, tmp_path / "gone", tmp_path / "file"):
         with pytest.raises(ConfigError, match="is no authority's folder"):
-            Office(folder).unlock(None)
+            AuthorityStore(folder).unlock(None)
         with pytest.raises(ConfigError, match="is no authority's folder"):
-            Office(folder).certificates()
+            AuthorityStore(folder).certificates()
 
 
-def test_key_and_certificate_of_two_authorities_do_not_make_one(office: Office, tmp_path: Path) -> None:
-    other = Office.found(tmp_path / "other", "fleet", 10, 10, None)
+def test_key_and_certificate_of_two_authorities_do_not_make_one(office: AuthorityStore, tmp_path: Path) -> None:
+    other = AuthorityStore.found(tmp_path / "other", "fleet", 10, 10, None)
     (office.folder / "authority.key").write_bytes((other.folder / "authority.key").read_bytes())
     with pytest.raises(TrustError, match="do not belong together"):
         office.unlock(None)
@@ -124,7 +124,9 @@ def test_key_and_certificate_of_two_authorities_do_not_make_one(office: Office, 
 # Certificates
 
 
-def test_a_certificate_is_good_from_now_for_its_days_and_in_the_record(office: Office, signer: Authority) -> None:
+def test_a_certificate_is_good_from_now_for_its_days_and_in_the_record(
+    office: AuthorityStore, signer: Authority
+) -> None:
     mine = key()
     der = office.issue(signer, "kitchen", mine.public, 10)
     now = datetime.now(UTC)
@@ -137,7 +139,7 @@ def test_a_certificate_is_good_from_now_for_its_days_and_in_the_record(office: O
     assert base64.b64decode(issued.certificate) == der
 
 
-def test_serials_are_random(office: Office, signer: Authority) -> None:
+def test_serials_are_random(office: AuthorityStore, signer: Authority) -> None:
     mine = key()
     for _ in range(3):
         office.issue(signer, "kitchen", mine.public, 10)
@@ -146,7 +148,7 @@ def test_serials_are_random(office: Office, signer: Authority) -> None:
     assert all(serial.bit_length() > 100 for serial in serials)
 
 
-def test_a_device_renews_with_its_own_key_and_no_other(office: Office, signer: Authority) -> None:
+def test_a_device_renews_with_its_own_key_and_no_other(office: AuthorityStore, signer: Authority) -> None:
     mine, other = key(), key()
     office.issue(signer, "kitchen", mine.public, 10)
     office.issue(signer, "kitchen", mine.public, 20)
@@ -161,7 +163,7 @@ def test_a_device_renews_with_its_own_key_and_no_other(office: Office, signer: A
 
 
 def test_an_expired_name_may_be_given_to_another_key(
-    office: Office, signer: Authority, monkeypatch: pytest.MonkeyPatch
+    office: AuthorityStore, signer: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     office.issue(signer, "kitchen", key().public, 1)
     later = datetime.now(UTC).replace(microsecond=0) + timedelta(days=2)
@@ -170,13 +172,13 @@ def test_an_expired_name_may_be_given_to_another_key(
     office.issue(signer, "kitchen", key().public, 1)
 
 
-def test_no_certificate_outlasts_its_authority(office: Office, signer: Authority) -> None:
+def test_no_certificate_outlasts_its_authority(office: AuthorityStore, signer: Authority) -> None:
     with pytest.raises(ConfigError, match="the authority itself ends on"):
         office.issue(signer, "kitchen", key().public, 3651)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../a", "a" * 65])
-def test_a_name_that_no_device_can_have_is_refused(office: Office, signer: Authority, name: str) -> None:
+def test_a_name_that_no_device_can_have_is_refused(office: AuthorityStore, signer: Authority, name: str) -> None:
     with pytest.raises(ConfigError, match="is not of the form"):
         office.issue(signer, name, key().public, 10)
     assert office.certificates() == ()
@@ -185,7 +187,7 @@ def test_a_name_that_no_device_can_have_is_refused(office: Office, signer: Autho
 # Revocations
 
 
-def test_what_is_revoked_is_refused_and_listed_for_good(office: Office, signer: Authority) -> None:
+def test_what_is_revoked_is_refused_and_listed_for_good(office: AuthorityStore, signer: Authority) -> None:
     kitchen, garage = (office.issue(signer, name, key().public, 10) for name in ("kitchen", "garage"))
     (gone,) = office.revoke(signer, "kitchen", Reason.KEY_COMPROMISE, 30)
     listed = revoked_of(office)
@@ -199,7 +201,7 @@ def test_what_is_revoked_is_refused_and_listed_for_good(office: Office, signer: 
     assert [how for _, how in office.certificates()] == ["revoked (keyCompromise)", "revoked (unspecified)"]
 
 
-def test_a_name_revokes_all_its_certificates_and_a_serial_one(office: Office, signer: Authority) -> None:
+def test_a_name_revokes_all_its_certificates_and_a_serial_one(office: AuthorityStore, signer: Authority) -> None:
     mine = key()
     for _ in range(3):
         office.issue(signer, "kitchen", mine.public, 10)
@@ -211,13 +213,13 @@ def test_a_name_revokes_all_its_certificates_and_a_serial_one(office: Office, si
     assert revoked_of(office).number == 4
 
 
-def test_what_was_never_issued_cannot_be_revoked(office: Office, signer: Authority) -> None:
+def test_what_was_never_issued_cannot_be_revoked(office: AuthorityStore, signer: Authority) -> None:
     with pytest.raises(ConfigError, match="no certificate is of the name or serial attic"):
         office.revoke(signer, "attic", Reason.UNSPECIFIED, 30)
     assert revoked_of(office).number == 1
 
 
-def test_a_fresh_list_has_a_higher_number_and_the_same_revocations(office: Office, signer: Authority) -> None:
+def test_a_fresh_list_has_a_higher_number_and_the_same_revocations(office: AuthorityStore, signer: Authority) -> None:
     office.issue(signer, "kitchen", key().public, 10)
     office.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30)
     before = revoked_of(office)
@@ -228,7 +230,7 @@ def test_a_fresh_list_has_a_higher_number_and_the_same_revocations(office: Offic
 
 
 def test_a_kill_between_record_and_list_uses_no_number_twice(
-    office: Office, signer: Authority, monkeypatch: pytest.MonkeyPatch
+    office: AuthorityStore, signer: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     office.issue(signer, "kitchen", key().public, 10)
     with monkeypatch.context() as killed:
@@ -243,14 +245,14 @@ def test_a_kill_between_record_and_list_uses_no_number_twice(
 # The record
 
 
-def test_half_a_line_at_the_end_did_not_happen(office: Office, signer: Authority) -> None:
+def test_half_a_line_at_the_end_did_not_happen(office: AuthorityStore, signer: Authority) -> None:
     office.issue(signer, "kitchen", key().public, 10)
     path = office.folder / "record.jsonl"
     whole = path.read_bytes()
     office.issue(signer, "garage", key().public, 10)
     for cut in range(len(whole) + 1, len(path.read_bytes())):
         torn = path.read_bytes()[:cut]
-        assert len(Record(path)._events(torn)) == 2
+        assert len(AuthorityRecord(path)._events(torn)) == 2
     os.truncate(path, len(whole) + 40)
     assert [issued.name for issued, _ in office.certificates()] == ["kitchen"]
     office.issue(signer, "attic", key().public, 10)
@@ -262,7 +264,9 @@ def test_half_a_line_at_the_end_did_not_happen(office: Office, signer: Authority
 
 
 @pytest.mark.parametrize("line", ["{}", '{"event": "issued"}', '{"event": "other", "at": "2026-01-01T00:00:00Z"}', "x"])
-def test_a_damaged_line_is_named_and_nothing_is_written_behind_it(office: Office, signer: Authority, line: str) -> None:
+def test_a_damaged_line_is_named_and_nothing_is_written_behind_it(
+    office: AuthorityStore, signer: Authority, line: str
+) -> None:
     path = office.folder / "record.jsonl"
     with path.open("a") as file:
         file.write(line + "\n")
@@ -275,7 +279,7 @@ def test_a_damaged_line_is_named_and_nothing_is_written_behind_it(office: Office
 
 @pytest.mark.parametrize("kept", [[], [0], [0, 1], [0, 1, 3], [0, 1, 2]])
 def test_a_record_that_lacks_lines_brings_no_revoked_device_back(
-    office: Office, signer: Authority, kept: list[int]
+    office: AuthorityStore, signer: Authority, kept: list[int]
 ) -> None:
     office.issue(signer, "kitchen", key().public, 10)
     office.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30)
@@ -296,7 +300,7 @@ def test_a_record_that_lacks_lines_brings_no_revoked_device_back(
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x")])
 def test_a_list_that_is_lost_or_damaged_is_signed_anew(
-    office: Office, signer: Authority, damage: Callable[[Path], object]
+    office: AuthorityStore, signer: Authority, damage: Callable[[Path], object]
 ) -> None:
     damage(office.folder / "revoked.crl")
     assert office.sign_list(signer, 30) == 2
@@ -304,7 +308,7 @@ def test_a_list_that_is_lost_or_damaged_is_signed_anew(
 
 
 def test_nothing_is_handed_out_that_is_not_on_the_disk(
-    office: Office, signer: Authority, monkeypatch: pytest.MonkeyPatch
+    office: AuthorityStore, signer: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -331,7 +335,7 @@ for number in range(int(sys.argv[3])):
 """
 
 
-def worker(office: Office, name: str, count: int) -> "subprocess.Popen[str]":
+def worker(office: AuthorityStore, name: str, count: int) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", WORK, str(office.folder), name, str(count)]
     started = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert started.stdout is not None
@@ -345,34 +349,34 @@ def go(process: "subprocess.Popen[str]") -> None:
     process.stdin.flush()
 
 
-def test_two_processes_at_once_lose_nothing_and_use_no_number_twice(office: Office) -> None:
+def test_two_processes_at_once_lose_nothing_and_use_no_number_twice(office: AuthorityStore) -> None:
     workers = [worker(office, name, 15) for name in ("a", "b")]
     for each in workers:
         go(each)
     for each in workers:
         each.communicate(timeout=60)
         assert each.returncode == 0
-    events = Record(office.folder / "record.jsonl").read()
+    events = AuthorityRecord(office.folder / "record.jsonl").read()
     names = [event.name for event in events if isinstance(event, Issued)]
     assert sorted(names) == sorted(f"{who}-{number}" for who in "ab" for number in range(15))
     assert [event.number for event in events if isinstance(event, Listed)] == list(range(1, 32))
     assert revoked_of(office).number == 31
 
 
-def test_who_writes_waits_for_the_one_that_does(office: Office) -> None:
+def test_who_writes_waits_for_the_one_that_does(office: AuthorityStore) -> None:
     process = worker(office, "late", 1)
-    with Record(office.folder / "record.jsonl").writing() as pen:
+    with AuthorityRecord(office.folder / "record.jsonl").writing() as pen:
         go(process)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=1)
         pen.add(Listed(at=datetime.now(UTC), number=2, until=datetime.now(UTC)))
     process.communicate(timeout=60)
-    events = Record(office.folder / "record.jsonl").read()
+    events = AuthorityRecord(office.folder / "record.jsonl").read()
     assert [event.number for event in events if isinstance(event, Listed)] == [1, 2, 3]
     assert [issued.name for issued, _ in office.certificates()] == ["late-0"]
 
 
-def test_a_kill_loses_nothing_that_was_handed_out(office: Office) -> None:
+def test_a_kill_loses_nothing_that_was_handed_out(office: AuthorityStore) -> None:
     for turn in range(3):
         process = worker(office, f"turn{turn}", 10_000)
         go(process)
@@ -416,7 +420,7 @@ def test_from_init_to_revoke_by_command(run: Run, tmp_path: Path) -> None:
     (tmp_path / "kitchen.csr").write_bytes(requests.request(mine, "kitchen"))
     (tmp_path / "garage.pub").write_bytes(key().public.to_pem())
     secret = ("--passphrase-file", "secret")
-    assert Office(tmp_path / "dir").folder.name in ok(run("init", "dir", *secret))
+    assert AuthorityStore(tmp_path / "dir").folder.name in ok(run("init", "dir", *secret))
     said = ok(run("issue", "dir", "--request", "kitchen.csr", "--days", "7", "--out", "kitchen.pem", *secret))
     assert mine.public.key_id in said
     root = Root.from_pem((tmp_path / "dir" / "authority.pem").read_bytes())

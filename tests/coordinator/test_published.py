@@ -109,7 +109,7 @@ def key() -> IdentityKey:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def state_dir(tmp_path: Path) -> Path:
     (tmp_path / "blobs").mkdir()
     (tmp_path / "registry.db").write_bytes(b"")
     (tmp_path / "federation.json").write_text("{}")
@@ -117,30 +117,30 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_folder_that_lacks_a_part_is_no_home(home: Path, key: IdentityKey, part: str) -> None:
-    assert Published.lies_in(home)
-    (home / part).rename(home / "elsewhere")
-    assert Published.lies_in(home) is (part != DATABASE)  # without the others it is a home that is damaged
+def test_a_folder_that_lacks_a_part_is_no_home(state_dir: Path, key: IdentityKey, part: str) -> None:
+    assert Published.lies_in(state_dir)
+    (state_dir / part).rename(state_dir / "elsewhere")
+    assert Published.lies_in(state_dir) is (part != DATABASE)  # without the others it is a home that is damaged
     with pytest.raises(DataError, match=f"it has no {part}"):
-        Published.open(home, key.public)
+        Published.open(state_dir, key.public)
 
 
 @pytest.mark.parametrize("content", [b"", b"no database"])
-def test_a_database_that_cannot_be_read_is_said_to_be_one(home: Path, key: IdentityKey, content: bytes) -> None:
-    (home / "registry.db").write_bytes(content)
+def test_a_database_that_cannot_be_read_is_said_to_be_one(state_dir: Path, key: IdentityKey, content: bytes) -> None:
+    (state_dir / "registry.db").write_bytes(content)
     with pytest.raises(DataError, match="cannot be read"):
-        Published.open(home, key.public).manifest(1)
+        Published.open(state_dir, key.public).manifest(1)
     with pytest.raises(DataError, match="cannot be read"):
-        assert Published.open(home, key.public).newest
+        assert Published.open(state_dir, key.public).newest
 
 
-def test_a_flipped_bit_anywhere_in_the_registry_is_no_error_of_another_kind(home: Path, key: IdentityKey) -> None:
-    path = home / "registry.db"
+def test_a_flipped_bit_anywhere_in_the_registry_is_no_error_of_another_kind(state_dir: Path, key: IdentityKey) -> None:
+    path = state_dir / "registry.db"
     path.unlink()
     with closing(sqlite3.connect(path)) as made, made:
         made.execute("create table edgeadapt_versions (version integer, manifest blob)")
         made.execute("insert into edgeadapt_versions values (1, ?)", (b"{}",))
-    sound, published, refused = path.read_bytes(), Published.open(home, key.public), 0
+    sound, published, refused = path.read_bytes(), Published.open(state_dir, key.public), 0
     for at in [at for at, byte in enumerate(sound) if byte]:
         for bit in (1, 4, 128):
             path.write_bytes(sound[:at] + bytes([sound[at] ^ bit]) + sound[at + 1 :])
@@ -153,35 +153,37 @@ def test_a_flipped_bit_anywhere_in_the_registry_is_no_error_of_another_kind(home
 
 
 @pytest.mark.parametrize("settings", ["{", '{"server": {"learning_rate": NaN}}'])
-def test_settings_that_cannot_be_used_are_named_with_their_file(home: Path, key: IdentityKey, settings: str) -> None:
-    (home / "federation.json").write_text(settings)
-    with pytest.raises(ConfigError, match=f"^{home / 'federation.json'}: "):
-        Published.open(home, key.public)
+def test_settings_that_cannot_be_used_are_named_with_their_file(
+    state_dir: Path, key: IdentityKey, settings: str
+) -> None:
+    (state_dir / "federation.json").write_text(settings)
+    with pytest.raises(ConfigError, match=f"^{state_dir / 'federation.json'}: "):
+        Published.open(state_dir, key.public)
 
 
-def test_a_registry_without_an_adapter_is_said_to_be_one(home: Path, key: IdentityKey) -> None:
-    with closing(sqlite3.connect(home / "registry.db")) as made:
+def test_a_registry_without_an_adapter_is_said_to_be_one(state_dir: Path, key: IdentityKey) -> None:
+    with closing(sqlite3.connect(state_dir / "registry.db")) as made:
         made.execute("create table edgeadapt_versions (version integer, manifest blob)")
     with pytest.raises(DataError, match="holds no adapter"):
-        assert Published.open(home, key.public).newest
+        assert Published.open(state_dir, key.public).newest
 
 
 @pytest.mark.parametrize("value", [7, "text", 1.5, None])
-def test_what_is_no_manifest_is_refused(home: Path, key: IdentityKey, value: object) -> None:
-    with closing(sqlite3.connect(home / "registry.db")) as made, made:
+def test_what_is_no_manifest_is_refused(state_dir: Path, key: IdentityKey, value: object) -> None:
+    with closing(sqlite3.connect(state_dir / "registry.db")) as made, made:
         made.execute("create table edgeadapt_versions (version integer, manifest blob)")
         made.execute("insert into edgeadapt_versions values (1, ?)", (value,))
     with pytest.raises(TrustError, match=r"registry.db, manifest of adapter 1: "):
-        Published.open(home, key.public).manifest(1)
+        Published.open(state_dir, key.public).manifest(1)
 
 
-def test_a_file_that_is_missing_or_altered_is_said_to_be(home: Path, key: IdentityKey) -> None:
-    published, blob = Published.open(home, key.public), files.encode({"t": np.ones(3, np.float32)})
+def test_a_file_that_is_missing_or_altered_is_said_to_be(state_dir: Path, key: IdentityKey) -> None:
+    published, blob = Published.open(state_dir, key.public), files.encode({"t": np.ones(3, np.float32)})
     digest = files.sha256(blob)
     with pytest.raises(DataError, match=f"adapter 7 .{digest[:12]}. is missing"):
         published.adapter(7, digest)
-    (home / "blobs" / f"{digest}.safetensors").write_bytes(blob)
+    (state_dir / "blobs" / f"{digest}.safetensors").write_bytes(blob)
     assert published.adapter(7, digest)["t"].tolist() == [1, 1, 1]
-    (home / "blobs" / f"{digest}.safetensors").write_bytes(blob[:-1] + b"\x00")
+    (state_dir / "blobs" / f"{digest}.safetensors").write_bytes(blob[:-1] + b"\x00")
     with pytest.raises(TrustError, match="was altered"):
         published.adapter(7, digest)

@@ -19,7 +19,7 @@ from aggregation.transcript import read
 from coordinator.audit.auditor import Check, Finding, Made, Status
 from coordinator.audit.published import Published
 from coordinator.audit.recompute import DIGESTS_ONLY, REPLACED, UNKNOWN_STATE, UNPUBLISHED, Remake
-from coordinator.audit.transcripts import Given, Transcript
+from coordinator.audit.transcripts import AuditedTranscript, Given
 
 PUBLISHED = "published under the coordinator's signature and unaltered since"
 NOTHING = Given(None, None, None, None, None)
@@ -56,9 +56,9 @@ def home_of(finished: Path, fleet_of: Callable[..., Any], tmp_path: Path) -> Cal
     return make
 
 
-def adapters(home: Path) -> list[Finding]:
+def adapters(state_dir: Path) -> list[Finding]:
     """What is found about the adapters of each session."""
-    reports = Transcript.open(home, NOTHING).audit(unfinished=False)
+    reports = AuditedTranscript.open(state_dir, NOTHING).audit(unfinished=False)
     return [finding for report in reports.values() for finding in report.findings if finding.check is Check.ADAPTERS]
 
 
@@ -78,9 +78,9 @@ def test_fedadam_is_followed_from_version_zero_through_every_session(home_of: Ca
 
 
 def test_fedadam_without_its_first_sums_is_said_not_to_be_shown(home_of: Callable[[str], Path]) -> None:
-    home = home_of("fedadam")
-    (home / "transcript" / "session-000001.log").unlink()
-    (only,) = adapters(home)
+    state_dir = home_of("fedadam")
+    (state_dir / "transcript" / "session-000001.log").unlink()
+    (only,) = adapters(state_dir)
     assert only.status is Status.SKIPPED
     assert UNKNOWN_STATE in only.text
 
@@ -93,10 +93,10 @@ def test_without_the_masked_updates_only_the_publishing_is_checked(home_of: Call
 
 @pytest.mark.parametrize("server", [{"optimizer": "fedadam"}, {"learning_rate": 1.0000001}])
 def test_another_rule_than_was_followed_is_found(home_of: Callable[[str], Path], server: dict[str, Any]) -> None:
-    home = home_of("fedavg")
-    settings = json.loads((home / "federation.json").read_text())
-    (home / "federation.json").write_text(json.dumps({**settings, "server": server}))
-    first, _ = adapters(home)
+    state_dir = home_of("fedavg")
+    settings = json.loads((state_dir / "federation.json").read_text())
+    (state_dir / "federation.json").write_text(json.dumps({**settings, "server": server}))
+    first, _ = adapters(state_dir)
     assert first.status is Status.FAIL
     assert "adapter 1 is not what the rule makes of the sum" in first.text
     assert first.place is not None
@@ -104,28 +104,28 @@ def test_another_rule_than_was_followed_is_found(home_of: Callable[[str], Path],
 
 
 def test_a_bit_of_a_published_file_is_missed(home_of: Callable[[str], Path]) -> None:
-    home = home_of("fedavg")
-    for number, blob in enumerate(sorted((home / "blobs").iterdir())):
+    state_dir = home_of("fedavg")
+    for number, blob in enumerate(sorted((state_dir / "blobs").iterdir())):
         whole = blob.read_bytes()
         damaged = bytearray(whole)
         damaged[len(whole) * (number + 1) // 5] ^= 1
         blob.write_bytes(damaged)
-        failed = [finding for finding in adapters(home) if finding.status is Status.FAIL]
+        failed = [finding for finding in adapters(state_dir) if finding.status is Status.FAIL]
         assert failed
         assert f"({blob.stem[:12]}) was altered" in failed[0].text
         blob.unlink()
-        assert any(f"({blob.stem[:12]}) is missing" in finding.text for finding in adapters(home))
+        assert any(f"({blob.stem[:12]}) is missing" in finding.text for finding in adapters(state_dir))
         blob.write_bytes(whole)
-    assert {finding.status for finding in adapters(home)} == {Status.PASS}
+    assert {finding.status for finding in adapters(state_dir)} == {Status.PASS}
 
 
 def test_a_manifest_that_is_altered_or_of_another_version_is_found(home_of: Callable[[str], Path]) -> None:
-    home = home_of("fedavg")
-    with closing(sqlite3.connect(home / "registry.db")) as database, database:
+    state_dir = home_of("fedavg")
+    with closing(sqlite3.connect(state_dir / "registry.db")) as database, database:
         rows = dict(database.execute("select version, manifest from edgeadapt_versions"))
         database.execute("update edgeadapt_versions set manifest = ? where version = 1", (rows[1][:-1] + b" ",))
         database.execute("update edgeadapt_versions set manifest = ? where version = 3", (rows[2],))
-    first, second = adapters(home)
+    first, second = adapters(state_dir)
     assert first.status is Status.FAIL
     assert "registry.db, manifest of adapter 1: edgeadapt/manifest/1" in first.text
     assert second.status is Status.FAIL
@@ -135,10 +135,10 @@ def test_a_manifest_that_is_altered_or_of_another_version_is_found(home_of: Call
 def test_a_last_session_that_is_left_out_is_missed_by_what_was_published(
     home_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    home = home_of("digests")
-    (home / "transcript" / "session-000002.log").unlink()
+    state_dir = home_of("digests")
+    (state_dir / "transcript" / "session-000002.log").unlink()
     for options, code in (([], 4), (["--unfinished"], 0)):
-        monkeypatch.setattr(sys, "argv", ["edgeadapt", "audit", "verify", str(home), *options])
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", "audit", "verify", str(state_dir), *options])
         with pytest.raises(SystemExit) as caught:
             edgeadapt.main()
         assert (caught.value.code or 0) == code
@@ -146,12 +146,12 @@ def test_a_last_session_that_is_left_out_is_missed_by_what_was_published(
 
 
 def test_a_sum_that_was_not_kept_is_said_beside_those_that_were(home_of: Callable[[str], Path]) -> None:
-    home = home_of("fedavg")
-    log = read((home / "transcript" / "session-000001.log").read_bytes()).entries
+    state_dir = home_of("fedavg")
+    log = read((state_dir / "transcript" / "session-000001.log").read_bytes()).entries
     headers = [entry for entry in log if (entry.kind, entry.round) == (MaskedInput.TAG, 1)]
     signed = MaskedInput.decode(envelope.unverified_body(headers[0].message))
-    (home / "transcript" / "vectors" / f"{signed.vector.hex()}.bin").unlink()
-    first, _ = adapters(home)
+    (state_dir / "transcript" / "vectors" / f"{signed.vector.hex()}.bin").unlink()
+    first, _ = adapters(state_dir)
     assert first.status is Status.PASS
     assert ". 1 of 2, made again from the sums by the server's rule: the same bit for bit" in first.text
     assert f"Not shown of 1, that the sum made it: {DIGESTS_ONLY}" in first.text
@@ -160,10 +160,10 @@ def test_a_sum_that_was_not_kept_is_said_beside_those_that_were(home_of: Callabl
 def test_an_adapter_that_was_never_published_is_found_unless_a_kill_explains_it(
     home_of: Callable[[str], Path],
 ) -> None:
-    home = home_of("fedavg")
-    with closing(sqlite3.connect(home / "registry.db")) as database, database:
+    state_dir = home_of("fedavg")
+    with closing(sqlite3.connect(state_dir / "registry.db")) as database, database:
         database.execute("delete from edgeadapt_versions where version in (1, 3)")
-    first, second = adapters(home)
+    first, second = adapters(state_dir)
     assert (first.status, "adapter 1 is not in the registry" in first.text) == (Status.FAIL, True)
     assert second.status is Status.SKIPPED
     assert second.text == f"0 adapters, {PUBLISHED}. Not shown of 1, that the sum made it: {UNPUBLISHED}"
@@ -182,7 +182,7 @@ def first_session(
             return super().check(made)
 
     monkeypatch.setattr("coordinator.audit.transcripts.Remake", Spy)
-    opened = Transcript.open(home_of("fedavg"), NOTHING)
+    opened = AuditedTranscript.open(home_of("fedavg"), NOTHING)
     opened.audit(unfinished=False)
     assert opened.published is not None
     assert Remake(opened.published).check(handed[0]).status is Status.PASS

@@ -19,7 +19,7 @@ from client.training import contribute
 from coordinator import rounds as module
 from coordinator.app import main
 from coordinator.audit.auditor import audit
-from coordinator.statedir import CoordinatorHome
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import logs
 
 FleetOf = Callable[..., Any]
@@ -120,8 +120,8 @@ def test_nodes_without_a_certificate_of_the_authority_are_not_taken(
     fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet, stranger = fleet_of(12, rounds=1), fleet_of(3)
-    certificate = stranger.home("device-00").certificate
-    mine = fleet.home("device-01").certificate
+    certificate = stranger.state_dir("device-00").certificate
+    mine = fleet.state_dir("device-01").certificate
     answers = {2: certificate, 4: b"no certificate", 5: mine}  # the last has what another device said already
     app = Spoiled(lambda step, _, node: answers.get(node) if step is Step.HELLO else None)
     with caplog.at_level(logging.INFO, "edgeadapt.coordinator"):
@@ -195,9 +195,9 @@ def test_a_second_run_beside_one_that_is_under_way_is_refused_and_disturbs_nothi
     records = fleet.federate(fleet.grid(app=Spoiled(change)))
     assert refused == [3]
     assert [(record.dropped, record.version) for record in records] == [({}, 1), ({}, 2)]
-    home = CoordinatorHome.open(fleet.out / "coordinator")
-    (path,) = logs(home.folder / "transcript")
-    audit(path.read_bytes(), home.root, home.key.public).require()
+    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
+    (path,) = logs(state_dir.folder / "transcript")
+    audit(path.read_bytes(), state_dir.root, state_dir.key.public).require()
 
 
 def test_a_weight_that_honest_devices_cannot_have_aborts_the_round(
@@ -267,7 +267,7 @@ def test_a_coordinators_home_with_a_file_missing_is_refused_by_name(fleet_of: Fl
     fleet = fleet_of(3)
     (fleet.out / "coordinator" / name).unlink()
     with pytest.raises(ConfigError, match=f"is not a coordinator's home.*{name}"):
-        CoordinatorHome.open(fleet.out / "coordinator")
+        CoordinatorStateDir.open(fleet.out / "coordinator")
 
 
 @pytest.mark.parametrize("name", ["signing.pem", "authority.pem", "revoked.crl", "federation.json"])
@@ -275,4 +275,4 @@ def test_a_coordinators_home_with_a_damaged_file_is_refused_by_name(fleet_of: Fl
     path = fleet_of(3).out / "coordinator" / name
     path.write_bytes(b"damaged")
     with pytest.raises((TrustError, ConfigError), match=re.escape(f"{path}: ") + r"[nI]\w+ "):
-        CoordinatorHome.open(path.parent).trusted(datetime.now(UTC))
+        CoordinatorStateDir.open(path.parent).trusted(datetime.now(UTC))

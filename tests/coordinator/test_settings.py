@@ -105,7 +105,7 @@ def test_a_large_cohort_gets_a_sparse_graph_that_every_roster_withstands(devices
 
 def test_a_graph_for_the_whole_cohort_would_not_hold_once_a_tenth_is_lost() -> None:
     """Why the graph is chosen for the roster."""
-    degree, threshold = graph.choose(1000, 0.1, 0.1)
+    degree, threshold = graph.graph_parameters(1000, 0.1, 0.1)
     spec = replace(Aggregation().spec(1000, LAYOUT, BASE, 4), degree=degree, threshold=threshold)
     policy = Policy(known_bases=frozenset({BASE}))
     policy.check(spec, 1000)

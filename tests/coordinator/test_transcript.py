@@ -19,7 +19,7 @@ from aggregation.transcript import LENGTH, MAGIC, read
 from coordinator.audit.auditor import Report, Status, audit, chain
 from coordinator.audit.log import checkpoints
 from coordinator.recorder import Recorder, vector_path
-from coordinator.statedir import CoordinatorHome
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import TORN, VECTORS, Transcripts, logs
 
 PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")
@@ -62,8 +62,8 @@ def kinds(path: Path) -> list[str]:
 def test_a_record_is_on_the_disk_when_the_call_returns(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
     recorder = write(transcripts, offer)
     assert kinds(recorder.path) == ["offer", "checkpoint", "assignment"]
-    recorder.received(Step.UNMASK, "a", b"opening")
-    assert kinds(recorder.path)[-1] == "opening"
+    recorder.received(Step.UNMASK, "a", b"unmask-response")
+    assert kinds(recorder.path)[-1] == "unmask-response"
 
 
 def test_a_round_ends_once(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
@@ -209,9 +209,11 @@ def test_who_is_relied_on_lies_beside_the_logs_and_no_secret(
 
 def audited(fleet: Any) -> dict[str, Report]:
     folder = fleet.out / "coordinator" / "transcript"
-    home = CoordinatorHome.open(fleet.out / "coordinator")
+    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
     vectors = {bytes.fromhex(path.stem): path.read_bytes() for path in folder.glob(f"{VECTORS}/*.bin")}
-    reports = {path.name: audit(path.read_bytes(), home.root, home.key.public, vectors.get) for path in logs(folder)}
+    reports = {
+        path.name: audit(path.read_bytes(), state_dir.root, state_dir.key.public, vectors.get) for path in logs(folder)
+    }
     chain(reports)
     return reports
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
 from coordinator.wire import LAST_POLL, Clock, Reply, SystemClock, Traffic, Wire
-from simulations.engine.grid import InProcessGrid, Weather
+from simulations.engine.grid import FaultModel, InProcessGrid
 
 NODES = tuple(range(2, 10))
 ADAPTER_FILE = b"a" * 1000
@@ -32,8 +32,8 @@ def answer(message: Message, context: Context) -> Message:
     return Message(RecordDict({RECORD: ConfigRecord({BODY: body + bytes([context.node_id])})}), reply_to=message)
 
 
-def wire_of(app: Any = answer, deadline: float = 60.0, **weather: Any) -> Wire:
-    grid = InProcessGrid(app, dict.fromkeys(NODES, ""), Weather(**{"seed": 0, "loss": 0.0, "delay": 1.0, **weather}))
+def wire_of(app: Any = answer, deadline: float = 60.0, **faults: Any) -> Wire:
+    grid = InProcessGrid(app, dict.fromkeys(NODES, ""), FaultModel(**{"seed": 0, "loss": 0.0, "delay": 1.0, **faults}))
     return Wire(grid, grid.clock, deadline)
 
 
@@ -53,14 +53,14 @@ def test_every_node_gets_its_own_body_and_answers_once() -> None:
 
 def test_answers_come_in_the_order_of_their_arrival() -> None:
     wire = wire_of()
-    delays = Weather(0, 0.0, 1.0).fates("1", Step.PLAN, NODES)
+    delays = FaultModel(0, 0.0, 1.0).fates("1", Step.PLAN, NODES)
     order = [reply.node for reply in wire.ask(Step.PLAN, dict.fromkeys(NODES, b"x"), "1")]
     assert order == sorted(NODES, key=lambda node: delays[node].delay)
 
 
 def test_a_lost_request_or_reply_is_no_answer_in_time() -> None:
     replies = ask(wire_of(loss=0.3, seed=4))
-    fates = Weather(4, 0.3, 1.0).fates("1", Step.PLAN, NODES)
+    fates = FaultModel(4, 0.3, 1.0).fates("1", Step.PLAN, NODES)
     lost = {node for node, fate in fates.items() if fate.request_lost or fate.reply_lost}
     assert lost
     assert {node for node, reply in replies.items() if reply.body is None} == lost
@@ -70,7 +70,7 @@ def test_a_lost_request_or_reply_is_no_answer_in_time() -> None:
 def test_a_late_reply_is_none_and_the_wait_ends_at_the_deadline() -> None:
     wire = wire_of(deadline=1.0, delay=3.0)
     replies = ask(wire)
-    fates = Weather(0, 0.0, 3.0).fates("1", Step.PLAN, NODES)
+    fates = FaultModel(0, 0.0, 3.0).fates("1", Step.PLAN, NODES)
     late = {node for node, fate in fates.items() if fate.delay > 1.0 + LAST_POLL}
     assert late
     assert all(replies[node].body is None for node in late)
@@ -162,7 +162,7 @@ class Odd(InProcessGrid):
 
 
 def test_what_could_not_be_pushed_or_comes_twice_or_unasked_is_sorted_out() -> None:
-    grid = Odd(answer, dict.fromkeys(NODES, ""), Weather(0, 0.0, 1.0))
+    grid = Odd(answer, dict.fromkeys(NODES, ""), FaultModel(0, 0.0, 1.0))
     replies = ask(Wire(grid, grid.clock, 60.0))
     assert replies.pop(2) == Reply(2, None, "could not be reached")
     assert all(reply.body for reply in replies.values())

@@ -3,8 +3,8 @@ import pytest
 from peft import PeftModel
 
 from adapters.classifier import tensors
-from adapters.method import Method
 from adapters.ondevice import Format, check_slots, to_graph
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
 from export.bundle.adapter import completed, decode, encode
 from export.bundle.base import ExportedBase
@@ -50,7 +50,7 @@ def test_nan_is_not_exported(model: PeftModel, exported: ExportedBase) -> None:
 def test_layers_that_an_adapter_leaves_alone_get_an_empty_pair(
     model: PeftModel, exported: ExportedBase, form: Format
 ) -> None:
-    method = Method("lora", 4, 8, ("query",))
+    method = PeftConfig("lora", 4, 8, ("query",))
     values = {name: value for name, value in tensors(model).items() if ".value." not in name}
     full, found = completed(values, plan_of(method, values), exported.card.slots)
     inputs = decode(encode(full, found, form), form)
@@ -69,7 +69,7 @@ def test_layers_that_an_adapter_leaves_alone_get_an_empty_pair(
 def test_a_missing_head_is_not_made_up(model: PeftModel, exported: ExportedBase) -> None:
     values = {name: value for name, value in tensors(model).items() if "lora" in name}
     with pytest.raises(DataError, match=r"lacks 'classifier.bias'.* modules_to_save"):
-        completed(values, plan_of(Method("lora", 4, 8, ()), values), exported.card.slots)
+        completed(values, plan_of(PeftConfig("lora", 4, 8, ()), values), exported.card.slots)
 
 
 @pytest.mark.parametrize("blob", [b"", b"TORT", b"\0" * 64])

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from adapters.files import sha256
 from adapters.layout import Layout
-from adapters.manifest import BaseCard, Sidecar
+from adapters.manifest import AdapterManifest, BaseManifest
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from export.bundle.base import ExportedBase
@@ -40,8 +40,8 @@ def test_a_bundle_has_a_base_and_its_adapters_each_with_a_signed_document(
         "base/tokenizer.json",
         "base/web.onnx",
     ]
-    assert BaseCard.accept(files["base/card.json"], [vendor.public]) == exported.card
-    sidecar = Sidecar.accept(files["adapters/global.json"], [vendor.public])
+    assert BaseManifest.accept(files["base/card.json"], [vendor.public]) == exported.card
+    sidecar = AdapterManifest.accept(files["adapters/global.json"], [vendor.public])
     assert sidecar.sha256 == sha256(files["adapters/global.onnx_adapter"])
     assert sidecar.size == len(files["adapters/global.onnx_adapter"])
     assert sidecar.layout_digest == Layout.of(source().tensors).digest
@@ -62,7 +62,7 @@ def test_a_household_adds_its_private_adapter_signed_by_its_own_key(
     add_adapter(bundle, plan(model), source("anna", seed=1, parent="a" * 64), key=household)
     after = contents(bundle)
     assert {name: after[name] for name in before} == before
-    assert Sidecar.accept(after["adapters/anna.json"], [household.public]).parent == "a" * 64
+    assert AdapterManifest.accept(after["adapters/anna.json"], [household.public]).parent == "a" * 64
 
 
 def test_adapters_that_are_added_at_the_same_moment_are_all_there(
@@ -245,11 +245,11 @@ def test_the_old_bundles_files_are_not_written_through_their_second_names(
 def test_a_copy_is_equal_and_goes_its_own_way(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
-    before, home = contents(bundle), bundle.parent / "home" / "bundle"
-    copy_bundle(bundle, home)
-    assert contents(home) == before
-    add_adapter(home, exported.plan, source("global", seed=9), key=household)
-    assert contents(home) != before
+    before, state_dir = contents(bundle), bundle.parent / "home" / "bundle"
+    copy_bundle(bundle, state_dir)
+    assert contents(state_dir) == before
+    add_adapter(state_dir, exported.plan, source("global", seed=9), key=household)
+    assert contents(state_dir) != before
     assert contents(bundle) == before
 
 

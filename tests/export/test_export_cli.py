@@ -18,35 +18,35 @@ from adapters import files
 from adapters.base import Base
 from adapters.classifier import PhraseClassifier, load, tensors
 from adapters.layout import Layout, Tensors
-from adapters.manifest import Manifest, Sidecar
-from adapters.method import Method
+from adapters.manifest import AdapterManifest, VersionManifest
+from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
-from client.inference.session import Session
+from client.inference.session import ClassificationSession
 from coordinator.statedir import open_registry
 from export.bundle.base import ExportedBase
 from export.bundle.write import write_bundle
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 TEXTS = ("turn on the kitchen lights", "lock the door", "play music", "set a timer for ten minutes", "unlock")
-METHOD = Method("lora", 4, 8, ("query", "value"))
+METHOD = PeftConfig("lora", 4, 8, ("query", "value"))
 
 
 Done = Any  # see the fixture `export`
 Run = Callable[..., Done]
 
 
-def publish(home: Path, base: Base, versions: list[Tensors], labels: tuple[str, ...] = LABELS) -> None:
+def publish(state_dir: Path, base: Base, versions: list[Tensors], labels: tuple[str, ...] = LABELS) -> None:
     """A coordinator's home with these versions in its registry."""
-    home.mkdir()
+    state_dir.mkdir()
     key = IdentityKey.generate(SystemEntropy())
-    (home / "signing.pem").write_bytes(key.to_pem())
-    registry = open_registry(home, key)
+    (state_dir / "signing.pem").write_bytes(key.to_pem())
+    registry = open_registry(state_dir, key)
     parent = None
     for number, values in enumerate(versions):
         blob = files.encode(values)
         digest, layout = files.sha256(blob), Layout.of(values).digest
-        manifest = Manifest(
+        manifest = VersionManifest(
             number, digest, len(blob), base.digest, layout, parent, number, (), {}, METHOD, labels
         )  # fmt: skip
         registry.publish(manifest, blob, key)
@@ -145,7 +145,7 @@ def test_the_newest_version_of_a_registry_answers_on_a_device_and_peft_gets_it_b
     done = export(*add(shop), "--json")
     assert done.code == 0, done.err
     assert (done.json()["version"], done.json()["format"], done.json()["rank"]) == (2, "int8", 4)
-    session = Session.open(shop / "bundle")
+    session = ClassificationSession.open(shop / "bundle")
     session.use("global")
     assert {answer.label for answer in session.classify(TEXTS)} <= set(LABELS)
     assert export("peft", "--bundle", shop / "bundle", "--out", shop / "from-bundle").code == 0
@@ -172,7 +172,7 @@ def test_the_same_command_gives_the_same_bytes(export: Run, shop: Path, form: st
 def test_the_sidecar_says_where_the_adapter_comes_from_and_how_it_was_made(export: Run, shop: Path) -> None:
     done = export(*add(shop), "--version", "1", "--json").json()
     key = IdentityKey.from_pem((shop / "key.pem").read_bytes())
-    sidecar = Sidecar.accept((shop / "bundle/adapters/global.json").read_bytes(), [key.public])
+    sidecar = AdapterManifest.accept((shop / "bundle/adapters/global.json").read_bytes(), [key.public])
     assert sidecar.method == METHOD
     assert sidecar.source == files.sha256((shop / f"fleet/blobs/{sidecar.source}.safetensors").read_bytes())
     assert sidecar.sha256 == files.sha256((shop / "bundle/adapters/global.onnx_adapter").read_bytes())
@@ -189,7 +189,7 @@ def test_a_peft_folder_becomes_an_adapter_with_the_labels_that_are_named(
     done = export(*command, "--labels", shop / "labels", "--name", "mine", "--version", "7", "--json")
     assert done.code == 0, done.err
     assert (done.json()["name"], done.json()["version"], done.json()["rank"]) == ("mine", 7, 4)
-    session = Session.open(shop / "bundle")
+    session = ClassificationSession.open(shop / "bundle")
     session.use("mine")
     assert session.classify(TEXTS)[0].label in LABELS
 
@@ -296,7 +296,7 @@ def test_a_registry_blob_that_is_damaged_is_refused(export: Run, shop: Path, dam
         refused(export(*add(shop)), 4, "was altered")
 
 
-def _manifest(shop: Path) -> Manifest:
+def _manifest(shop: Path) -> VersionManifest:
     key = IdentityKey.from_pem((shop / "fleet" / "signing.pem").read_bytes())
     registry = open_registry(shop / "fleet", key)
     latest = registry.latest()

@@ -19,8 +19,8 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from adapters import files
 from adapters.base import Base
 from adapters.classifier import PhraseClassifier, load, tensors
-from adapters.method import Method
 from adapters.ondevice import Format, from_graph, to_graph
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from export.bundle.adapter import decode, encode
 from export.bundle.base import ExportedBase, export_base
@@ -137,7 +137,7 @@ def classifier(base: Base) -> PhraseClassifier:
 def test_a_file_for_devices_opens_in_peft_with_its_scale_unfolded(
     tmp_path: Path, model: PeftModel, exported: ExportedBase, tiny_base: Base, form: Format, tolerance: float
 ) -> None:
-    values, method = tensors(model), Method("lora", 4, 8, ("query", "value"))
+    values, method = tensors(model), PeftConfig("lora", 4, 8, ("query", "value"))
     inputs = decode(encode(values, exported.plan, form), form)
     found = from_graph(inputs, plan_of(method, values).scaling)
     for name, value in values.items():

@@ -34,8 +34,8 @@ READ: dict[str, Codec[Any]] = {
     **{kind.TAG: kind.codec() for kind in (*MESSAGES, *LOGGED)},
     "entry": transcript.ENTRY,
     "receipt": transcript.RECEIPT,
-    "passage": transcript.PASSAGE,
-    "witness": transcript.WITNESS,
+    "session-chain-proof": transcript.SESSION_CHAIN_PROOF,
+    "log-state": transcript.LOG_STATE,
 }
 
 
@@ -84,9 +84,9 @@ def seed(folder: Path) -> None:
             "shares",
             "assignments",
             "survivors",
-            "agreements",
+            "consistency_signatures",
             "unmask",
-            "openings",
+            "unmask_responses",
         ):
             values = case[field] if isinstance(case[field], dict) else {"all": case[field]}
             for device, text in values.items():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation.messages import Agreement
+from aggregation.messages import ConsistencySignature
 from aggregation.wire import Codec
 
 
@@ -33,9 +33,9 @@ def test_junk_is_refused_quietly(target: dict[str, Any], data: bytes) -> None:
 
 
 def test_a_second_spelling_is_a_finding(target: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    body = Agreement(bytes(32), "unit").encode()
-    index = list(target["READ"]).index(Agreement.TAG)
-    other = Codec(lambda out, value: out.extend(b"other"), Agreement.codec().read)
-    monkeypatch.setitem(target["READ"], Agreement.TAG, other)
+    body = ConsistencySignature(bytes(32), "unit").encode()
+    index = list(target["READ"]).index(ConsistencySignature.TAG)
+    other = Codec(lambda out, value: out.extend(b"other"), ConsistencySignature.codec().read)
+    monkeypatch.setitem(target["READ"], ConsistencySignature.TAG, other)
     with pytest.raises(AssertionError, match="second spelling"):
         target["one_input"](bytes([index]) + body)

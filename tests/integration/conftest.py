@@ -51,8 +51,8 @@ class Deployment:
         _certify(self.folder)
         link = {"address": f"{HOST}:{self.port}", "root-certificates": str(self.folder / "ca.pem")}
         lines = [f"[superlink.{LINK}]", *(f'{key} = "{value}"' for key, value in link.items())]
-        home = self._home("cli")
-        (home / "config.toml").write_text("\n".join(lines) + "\n")
+        state_dir = self._home("cli")
+        (state_dir / "config.toml").write_text("\n".join(lines) + "\n")
         options = {
             "--host": HOST,
             "--port": self.port,
@@ -79,7 +79,7 @@ class Deployment:
             "--port": _free_port(),
             "--root-certificates": self.folder / "ca.pem",
             "--auth-supernode-private-key": private,
-            "--node-config": f'home="{device}"',
+            "--node-config": f'state="{device}"',
         }
         self._spawn(name, ["flower-supernode", *_listed(options)])
 
@@ -102,11 +102,11 @@ class Deployment:
         assert done.returncode == 0, output
         return output
 
-    def begin(self, app: Path, home: Path) -> str:
-        """Start a run of the app with the coordinator that lives in ``home``; the run's name here."""
+    def begin(self, app: Path, state_dir: Path) -> str:
+        """Start a run of the app with the coordinator that lives in ``state_dir``; the run's name here."""
         name = f"run-{len(list(self.folder.glob('run-*.log'))) + 1}"
-        config = ["--run-config", f'coordinator-home="{home}"']
-        self._spawn(name, ["flwr", "run", str(app), LINK, "--stream", *config], home="cli")
+        config = ["--run-config", f'coordinator-state="{state_dir}"']
+        self._spawn(name, ["flwr", "run", str(app), LINK, "--stream", *config], state_dir="cli")
         return name
 
     def finish(self, run: str, *, seconds: float) -> str:
@@ -159,11 +159,11 @@ class Deployment:
         paths = sorted(self.folder.glob("*.log"))
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-TAIL:]}" for path in paths)
 
-    def _spawn(self, name: str, command: list[str], *, home: str = "") -> None:
+    def _spawn(self, name: str, command: list[str], *, state_dir: str = "") -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 [_script(command[0]), *command[1:]],
-                env=self._environment(home or name),
+                env=self._environment(state_dir or name),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -171,9 +171,9 @@ class Deployment:
             )
 
     def _home(self, name: str) -> Path:
-        home = self.folder / f"{name}-home"
-        home.mkdir(exist_ok=True)
-        return home
+        state_dir = self.folder / f"{name}-home"
+        state_dir.mkdir(exist_ok=True)
+        return state_dir
 
     def _environment(self, name: str) -> dict[str, str]:
         # Flower finds the programs that it starts by PATH.

@@ -15,7 +15,7 @@ import pytest
 from aggregation.errors import TrustError
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
-from client.node.statedir import Home
+from client.node.statedir import DeviceStateDir
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "authority.md"
@@ -41,14 +41,14 @@ def test_a_fleet_is_enrolled_by_hand_as_the_page_says(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     work, now = tmp_path / "work", datetime.now(UTC)
-    home = Home.open(work / "kitchen")
-    root = home.root()
+    state_dir = DeviceStateDir.open(work / "kitchen")
+    root = state_dir.root()
     assert root.der == Root.from_pem((work / "coordinator" / "authority.pem").read_bytes()).der
-    assert root.verify(home.certificate, now)[0] == "kitchen"
+    assert root.verify(state_dir.certificate, now)[0] == "kitchen"
     assert root.revoked is not None
     assert root.revoked.number == 3
     assert len(root.revoked.revoked) == 1
-    device = home.device("a" * 64)
+    device = state_dir.device("a" * 64)
     signing = IdentityKey.from_pem((work / "coordinator" / "signing.pem").read_bytes())
     assert device.coordinator == signing.public
     assert stat.S_IMODE((work / "authority" / "authority.key").stat().st_mode) == 0o600

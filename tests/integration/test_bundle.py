@@ -43,9 +43,9 @@ def test_flower_finds_both_apps_in_the_installed_package(sent: dict[str, str]) -
 
 
 def test_the_bundle_takes_the_coordinators_folder_under_the_name_that_the_app_reads(sent: dict[str, str]) -> None:
-    from coordinator.app import HOME
+    from coordinator.app import STATE
 
-    assert tomllib.loads(sent["pyproject.toml"])["tool"]["flwr"]["app"]["config"] == {HOME: ""}
+    assert tomllib.loads(sent["pyproject.toml"])["tool"]["flwr"]["app"]["config"] == {STATE: ""}
 
 
 def test_the_bundles_version_is_the_packages() -> None:

@@ -26,7 +26,7 @@ from aggregation.messages import MaskedInput, envelope
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, SEEN, Step
 from client.node.app import app as client_app
 from client.training.contribute import clip
-from client.training.examples import Part, part, read_examples
+from client.training.examples import Split, part, read_examples
 from client.training.trainer import trainer
 from coordinator import optimizer
 from coordinator.settings import Aggregation, FederationSettings
@@ -50,7 +50,7 @@ def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, .
     mine = trainer(fleet.base, len(task.labels), provisioned.lora(fleet.scenario))
     total, weights = np.zeros(mine.layout.size), 0
     for device in survivors:
-        examples = part(read_examples(fleet.home(device).examples, len(task.labels)), Part.TRAIN)
+        examples = part(read_examples(fleet.state_dir(device).examples, len(task.labels)), Split.TRAIN)
         trained = mine.train(start, examples, task, epochs=task.epochs, salt=f"{device}/{version}")
         delta = mine.layout.flatten(trained).astype(np.float64) - mine.layout.flatten(start)
         weight = min(len(examples), settings.aggregation.weight_cap)
@@ -121,8 +121,8 @@ def shown(record: Any) -> tuple[Any, ...]:
 
 def test_a_device_with_unusable_examples_is_lost_and_the_others_go_on(fleet_of: FleetOf) -> None:
     fleet = fleet_of(8, rounds=2)
-    fleet.home("device-02").examples.write_text('{"text": "the code of the safe is 4711"')
-    fleet.home("device-05").examples.unlink()
+    fleet.state_dir("device-02").examples.write_text('{"text": "the code of the safe is 4711"')
+    fleet.state_dir("device-05").examples.unlink()
     for record in fleet.federate(fleet.grid()):
         assert record.dropped == {"device-02": "plan", "device-05": "plan"}
         assert len(record.survivors) == 6
@@ -131,7 +131,7 @@ def test_a_device_with_unusable_examples_is_lost_and_the_others_go_on(fleet_of: 
 
 def test_a_device_whose_home_is_gone_is_lost_and_the_others_go_on(fleet_of: FleetOf) -> None:
     fleet = fleet_of(8, rounds=1)
-    shutil.rmtree(fleet.home("device-03").folder)
+    shutil.rmtree(fleet.state_dir("device-03").folder)
     (record,) = fleet.federate(fleet.grid())
     assert len(record.survivors) == 7
 
@@ -193,7 +193,9 @@ def test_no_phrase_and_no_plain_update_is_in_any_message(fleet_of: FleetOf, monk
     fleet, scale = fleet_of(6, rounds=2), Scale()
     fleet.federate(fleet.grid(app=scale))
     sent = [value for _, record in scale.up for value in record.values()]
-    phrases = {e.text.encode() for home in fleet.population.households for e in home.train + home.validation}
+    phrases = {
+        e.text.encode() for state_dir in fleet.population.households for e in state_dir.train + state_dir.validation
+    }
     assert len(plain) == 12
     assert phrases
     assert not [1 for value in sent for secret in (*plain, *phrases) if secret[:64] in value]
@@ -302,7 +304,7 @@ RUN = """
 import json, logging, sys
 from flwr.app import Context, RecordDict
 from client.app import app as client_app
-from coordinator.app import HOME, app
+from coordinator.app import STATE, app
 from simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid, Weather
 
 coordinator, nodes = sys.argv[1], {int(node): home for node, home in json.loads(sys.argv[2]).items()}
@@ -317,7 +319,7 @@ class Told(logging.Handler):
 log = logging.getLogger("edgeadapt.coordinator")
 log.setLevel(logging.DEBUG)
 log.addHandler(Told())
-context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {HOME: coordinator})
+context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: coordinator})
 app(InProcessGrid(client_app, nodes, Weather(0, 0.0, 1.0)), context)
 """
 

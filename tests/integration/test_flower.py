@@ -18,8 +18,8 @@ import pytest
 from adapters import files
 from adapters.base import find_base
 from adapters.layout import Layout
-from adapters.manifest import Manifest
-from coordinator.statedir import CoordinatorHome
+from adapters.manifest import VersionManifest
+from coordinator.statedir import CoordinatorStateDir
 from simulations.data.households import sample_population
 from simulations.engine import provision
 from simulations.scenario import Scenario
@@ -48,14 +48,14 @@ RUN = 330  # seconds, on two busy cores; about 60 on idle ones
 class Outcome:
     """What both runs left behind."""
 
-    home: CoordinatorHome
+    state_dir: CoordinatorStateDir
     logs: tuple[str, str]
     statuses: list[str]
     asked: list[tuple[str, str]]  # the first device: group and step of each message that it got
 
     @property
     def rounds(self) -> Any:
-        return self.home.registry.rounds()
+        return self.state_dir.registry.rounds()
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +64,21 @@ def outcome(deployment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     scenario = Scenario.parse(SCENARIO, "test")
     population = sample_population(scenario.population, scenario.seed)
     provision.provision(out, scenario, population, find_base(scenario.base.model))
-    home = out / provision.COORDINATOR
+    state_dir = out / provision.COORDINATOR
     for device in DEVICES:
         deployment.add_node(device, provision.device_folder(out, device))
     deployment.wait_for_nodes()
 
     registry = provision.registry(out)
-    first = deployment.begin(BUNDLE, home)
+    first = deployment.begin(BUNDLE, state_dir)
     deployment.wait("round 1", lambda: len(registry.rounds()) == 1, seconds=RUN)
     deployment.stop(LEAVES)
     logs = [deployment.finish(first, seconds=RUN)]
-    settings = json.loads((home / "federation.json").read_text())
-    (home / "federation.json").write_text(json.dumps({**settings, "rounds": 3}))
-    logs.append(deployment.finish(deployment.begin(BUNDLE, home), seconds=RUN))
+    settings = json.loads((state_dir / "federation.json").read_text())
+    (state_dir / "federation.json").write_text(json.dumps({**settings, "rounds": 3}))
+    logs.append(deployment.finish(deployment.begin(BUNDLE, state_dir), seconds=RUN))
 
-    opened = CoordinatorHome.open(home)
+    opened = CoordinatorStateDir.open(state_dir)
     asked = re.findall(r"ROUND (\S+)\]\s.*Receiving: \w+\.(\w+) message", deployment.log(DEVICES[0]))
     yield Outcome(opened, (logs[0], logs[1]), deployment.statuses(), asked)
     registry.close()
@@ -126,10 +126,10 @@ def test_whoever_streams_a_run_reads_how_its_rounds_went(outcome: Outcome) -> No
 
 
 def test_every_version_is_signed_by_the_coordinator_and_changes_the_one_before(outcome: Outcome) -> None:
-    registry = outcome.home.registry
+    registry = outcome.state_dir.registry
     for number in range(1, 4):
         version, parent = registry.version(number), registry.version(number - 1)
-        manifest = Manifest.accept(version.raw, [outcome.home.key.public])
+        manifest = VersionManifest.accept(version.raw, [outcome.state_dir.key.public])
         assert manifest.parent == parent.manifest.sha256
         assert files.sha256(registry.blob(number)) == manifest.sha256 != parent.manifest.sha256
         after, before = registry.tensors(number), registry.tensors(number - 1)
@@ -138,8 +138,8 @@ def test_every_version_is_signed_by_the_coordinator_and_changes_the_one_before(o
 
 
 def test_a_device_sends_its_masked_vector_and_little_else(outcome: Outcome) -> None:
-    layout = Layout.of(outcome.home.registry.tensors(0))
-    vector = layout.size * outcome.home.settings.aggregation.ring_bits / 8  # bytes
+    layout = Layout.of(outcome.state_dir.registry.tensors(0))
+    vector = layout.size * outcome.state_dir.settings.aggregation.ring_bits / 8  # bytes
     for record in outcome.rounds:
         each = record.bytes_up / len(record.survivors)
         assert vector < each < 1.05 * vector
@@ -147,6 +147,6 @@ def test_a_device_sends_its_masked_vector_and_little_else(outcome: Outcome) -> N
 
 
 def test_a_device_is_sent_the_adapter_and_little_else(outcome: Outcome) -> None:
-    size = outcome.home.registry.version(0).manifest.size
+    size = outcome.state_dir.registry.version(0).manifest.size
     first = outcome.rounds[0]
     assert size < first.bytes_down / len(DEVICES) < 1.05 * size

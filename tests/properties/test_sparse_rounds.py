@@ -43,7 +43,7 @@ def sparse_fleet(
 
 def near(session: Established, device: str, among: set[str]) -> set[str]:
     """Who of ``among`` holds shares of ``device``, itself included."""
-    return ({device} & among) | set(session.session.neighbours(device, sorted(among)))
+    return ({device} & among) | set(session.session.neighbors(device, sorted(among)))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=QUIET)
@@ -95,9 +95,9 @@ def test_a_device_deals_shares_to_its_neighbours_and_to_nobody_else(
 ) -> None:
     fleet = sparse_fleet(fleet_of, spec_of)
     session = fleet.establish()
-    for dealer, boxes in session.dealt.items():
-        assert len(boxes) == 6
-        assert set(boxes) == set(session.session.neighbours(dealer, session.devices))
+    for dealer, encrypted_shares in session.dealt.items():
+        assert len(encrypted_shares) == 6
+        assert set(encrypted_shares) == set(session.session.neighbors(dealer, session.devices))
 
 
 def test_boxes_for_others_than_the_neighbours_are_refused(
@@ -110,9 +110,9 @@ def test_boxes_for_others_than_the_neighbours_are_refused(
     sharing, roster = state.close()
     device = fleet.devices["device-000"]
     message = envelope.open_as(Shares, fleet.share("device-000", roster), device.identity.public, "device-000")
-    stranger = next(name for name in sorted(fleet.devices)[1:] if name not in message.boxes)
-    box = next(iter(message.boxes.values()))
-    more = dataclasses.replace(message, boxes={**message.boxes, stranger: box})
+    stranger = next(name for name in sorted(fleet.devices)[1:] if name not in message.encrypted_shares)
+    box = next(iter(message.encrypted_shares.values()))
+    more = dataclasses.replace(message, encrypted_shares={**message.encrypted_shares, stranger: box})
     with pytest.raises(ProtocolError, match="not for exactly its neighbours"):
         sharing.on_shares("device-000", envelope.seal(device.identity, more))
 
@@ -130,7 +130,7 @@ def test_a_cohort_shrunk_to_the_degree_has_the_complete_graph(
 ) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 9)
     session = fleet.establish({"advert": ["device-000", "device-001"]})
-    assert {len(boxes) for boxes in session.dealt.values()} == {6}
+    assert {len(encrypted_shares) for encrypted_shares in session.dealt.values()} == {6}
     fleet.assert_sum(fleet.round(session)[1])
 
 
@@ -154,7 +154,7 @@ def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
 def test_every_device_is_shown_the_same_quorum(fleet: Any) -> None:
     _, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
     (body,) = set(bodies.values())
-    assert len(envelope.open_as(Unmask, body, fleet.key.public, "coordinator").agreements) == 7
+    assert len(envelope.open_as(Unmask, body, fleet.key.public, "coordinator").consistency_signatures) == 7
 
 
 def test_as_many_agreements_as_open_a_secret_are_too_few(fleet: Any) -> None:
@@ -162,8 +162,10 @@ def test_as_many_agreements_as_open_a_secret_are_too_few(fleet: Any) -> None:
     _, bodies = fleet.confirm(*fleet.collect(session))
     me = "device-000"
     shown = envelope.open_as(Unmask, bodies[me], fleet.key.public, "coordinator")
-    near_me = {device: shown.agreements[device] for device in near(session, me, set(shown.agreements))}
-    lie = envelope.seal(fleet.key, dataclasses.replace(shown, agreements=near_me))
+    near_me = {
+        device: shown.consistency_signatures[device] for device in near(session, me, set(shown.consistency_signatures))
+    }
+    lie = envelope.seal(fleet.key, dataclasses.replace(shown, consistency_signatures=near_me))
     with pytest.raises(ProtocolError, match="agreements, 7 are needed"):
         fleet.states[me].on_unmask(fleet.devices[me], lie)
     fleet.answer("on_unmask", me, bodies[me])
@@ -188,7 +190,7 @@ def test_a_minimum_that_two_groups_can_reach_is_refused(
 def test_a_plan_or_survivor_set_that_leaves_a_device_too_few_neighbours_is_refused(fleet: Any) -> None:
     session = fleet.establish()
     me = "device-000"
-    gone = session.session.neighbours(me, session.devices)[:3]
+    gone = session.session.neighbors(me, session.devices)[:3]
     _, plans = fleet.begin(session, set(fleet.devices) - set(gone))
     with pytest.raises(ProtocolError, match="4 devices near this device are in the plan, 5 are needed"):
         fleet.states[me].on_plan(fleet.devices[me], plans[me])
@@ -203,8 +205,10 @@ def test_a_plan_or_survivor_set_that_leaves_a_device_too_few_neighbours_is_refus
 def test_boxes_of_too_few_neighbours_are_refused(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 12)
     session = fleet.establish()
-    silent = session.session.neighbours("device-000", session.devices)[:3]
-    fewer = dataclasses.replace(session, dealt={d: boxes for d, boxes in session.dealt.items() if d not in silent})
+    silent = session.session.neighbors("device-000", session.devices)[:3]
+    fewer = dataclasses.replace(
+        session, dealt={d: encrypted_shares for d, encrypted_shares in session.dealt.items() if d not in silent}
+    )
     _, plans = fleet.begin(fewer)
     with pytest.raises(ProtocolError, match="4 devices near this device shared their secrets, 5 are needed"):
         fleet.states["device-000"].on_plan(fleet.devices["device-000"], plans["device-000"])

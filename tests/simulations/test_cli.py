@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 import edgeadapt
 from adapters.base import Base, find_base
 from client.training.trainer import Trainer
-from coordinator.statedir import CoordinatorHome
+from coordinator.statedir import CoordinatorStateDir
 from export.parity.compare import Parity
 from simulations.engine import publish
 
@@ -208,7 +208,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         code, _, err = run("simulate", scenario, "--out", out)
     assert code == edgeadapt.INTERRUPTED
     assert "--resume" in err
-    assert len(CoordinatorHome.open(out / "coordinator").registry.rounds()) == 1
+    assert len(CoordinatorStateDir.open(out / "coordinator").registry.rounds()) == 1
     code, printed, err = run("simulate", scenario, "--out", out, "--resume", "--json")
     assert code == 0, err
     assert [entry["round"] for entry in json.loads(printed)["rounds"]] == [1, 2, 3]
@@ -266,8 +266,8 @@ def test_a_damaged_adapter_in_the_registry_is_refused(
     damage: Callable[[bytes], bytes], copy: Path, scenario: Path, run: Command
 ) -> None:
     _undo(copy)
-    home = CoordinatorHome.open(copy / "coordinator")
-    newest = home.registry.latest()
+    state_dir = CoordinatorStateDir.open(copy / "coordinator")
+    newest = state_dir.registry.latest()
     assert newest is not None
     blob = next((copy / "coordinator" / "blobs").rglob(f"*{newest.manifest.sha256}*"))
     blob.write_bytes(damage(blob.read_bytes()))

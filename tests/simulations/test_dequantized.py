@@ -33,9 +33,9 @@ def test_the_rounded_base_is_made_once_and_every_device_finds_it(
     assert _base(RunFolder.resume(tmp_path / "run", chosen)) == base
     population = fleet_of(4).population
     provision.provision(tmp_path / "fleet", chosen, population, base)
-    assert {home.settings.base for home in provision.open_homes(tmp_path / "fleet", population).values()} == {
-        str(base.folder)
-    }
+    assert {
+        state_dir.settings.base for state_dir in provision.open_state_dirs(tmp_path / "fleet", population).values()
+    } == {str(base.folder)}
     seed = provision.registry(tmp_path / "fleet").version(0)
     assert seed.manifest.base_digest == base.digest
 

@@ -11,9 +11,9 @@ import pytest
 from adapters.classifier import HEAD_SCALE
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
-from client.training.examples import Part, part, read_examples
+from client.training.examples import Split, part, read_examples
 from client.training.trainer import trainer
-from coordinator.statedir import CoordinatorHome
+from coordinator.statedir import CoordinatorStateDir
 from simulations.engine import provision
 
 FleetOf = Callable[..., Any]
@@ -25,22 +25,22 @@ def made(fleet_of: FleetOf) -> Any:
 
 
 def test_every_household_has_a_device_with_its_own_certified_identity(made: Any) -> None:
-    homes = provision.open_homes(made.out, made.population)
+    state_dirs = provision.open_state_dirs(made.out, made.population)
     root, keys = Root.from_pem((made.out / "coordinator" / "authority.pem").read_bytes()), set()
-    for name, home in homes.items():
-        device = home.device(made.base.digest)
+    for name, state_dir in state_dirs.items():
+        device = state_dir.device(made.base.digest)
         assert root.verify(device.certificate, datetime.now(UTC)) == (name, device.identity.public)
         keys.add(device.identity.raw)
-    assert len(homes) == len(keys) == 5
+    assert len(state_dirs) == len(keys) == 5
 
 
 def test_a_device_has_its_households_examples_in_their_parts(made: Any) -> None:
     for household in made.population.households:
-        found = read_examples(made.home(household.name).examples, len(made.population.labels))
+        found = read_examples(made.state_dir(household.name).examples, len(made.population.labels))
         for wanted, phrases in (
-            (Part.TRAIN, household.train),
-            (Part.VALIDATION, household.validation),
-            (Part.TEST, household.test),
+            (Split.TRAIN, household.train),
+            (Split.VALIDATION, household.validation),
+            (Split.TEST, household.test),
         ):
             assert [(e.text, e.label) for e in part(found, wanted)] == [(p.text, p.label) for p in phrases]
 
@@ -69,14 +69,14 @@ def test_the_seed_decides_the_first_adapter_and_nothing_secret(fleet_of: FleetOf
 
 def test_the_coordinator_trains_with_the_scenarios_seed(fleet_of: FleetOf) -> None:
     made = fleet_of(3, seed=5)
-    assert CoordinatorHome.open(made.out / "coordinator").settings.seed == 5
+    assert CoordinatorStateDir.open(made.out / "coordinator").settings.seed == 5
 
 
 def test_no_secret_lies_in_another_folder_than_its_owners(made: Any) -> None:
     secrets = {made.out / "authority": (made.out / "authority" / "authority.pem").read_bytes()}
     secrets[made.out / "coordinator"] = (made.out / "coordinator" / "signing.pem").read_bytes()
     for household in made.population.households:
-        folder = made.home(household.name).folder
+        folder = made.state_dir(household.name).folder
         secrets[folder] = (folder / "identity.pem").read_bytes()
     files = [path for path in made.out.rglob("*") if path.is_file()]
     for owner, secret in secrets.items():
@@ -90,7 +90,7 @@ def test_no_secret_lies_in_another_folder_than_its_owners(made: Any) -> None:
 def test_no_phrase_of_a_household_lies_outside_its_home(made: Any) -> None:
     public = {phrase.text for phrase in made.population.public}
     for household in made.population.households:
-        folder = made.home(household.name).folder
+        folder = made.state_dir(household.name).folder
         others = [p for p in made.out.rglob("*") if p.is_file() and made.out / "devices" not in p.parents]
         phrases = {e.text for e in household.train + household.validation + household.test} - public
         assert phrases
@@ -102,11 +102,11 @@ def test_no_phrase_of_a_household_lies_outside_its_home(made: Any) -> None:
 def test_a_device_keeps_the_default_smallest_cohort_unless_its_fleet_is_smaller(
     fleet_of: FleetOf, devices: int, smallest: int
 ) -> None:
-    assert fleet_of(devices).home("device-00").settings.policy.minimum_cohort == smallest
+    assert fleet_of(devices).state_dir("device-00").settings.policy.minimum_cohort == smallest
 
 
 def test_a_device_trusts_bundles_of_the_coordinator_and_of_itself(made: Any) -> None:
-    trust = (made.home("device-00").folder / "trust.pem").read_bytes()
+    trust = (made.state_dir("device-00").folder / "trust.pem").read_bytes()
     coordinator = IdentityKey.from_pem((made.out / "coordinator" / "signing.pem").read_bytes())
-    own = IdentityKey.from_pem((made.home("device-00").folder / "identity.pem").read_bytes())
+    own = IdentityKey.from_pem((made.state_dir("device-00").folder / "identity.pem").read_bytes())
     assert trust == coordinator.public.to_pem() + own.public.to_pem()

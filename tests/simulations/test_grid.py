@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.steps import Step
-from simulations.engine.grid import ROUND_STEPS, Fate, InProcessGrid, Weather
+from simulations.engine.grid import ROUND_STEPS, DeliveryOutcome, FaultModel, InProcessGrid
 
 NODES = (2, 3, 4, 5, 6, 7, 8, 9)
-FINE = Weather(seed=0, loss=0.0, delay=1.0)
+FINE = FaultModel(seed=0, loss=0.0, delay=1.0)
 
 
 class Echo:
@@ -29,8 +29,8 @@ class Echo:
         return Message(RecordDict({"r": ConfigRecord({"node": context.node_id})}), reply_to=message)
 
 
-def grid_of(weather: Weather, app: Any = None) -> InProcessGrid:
-    return InProcessGrid(app or Echo(), {node: f"home-{node}" for node in NODES}, weather)
+def grid_of(faults: FaultModel, app: Any = None) -> InProcessGrid:
+    return InProcessGrid(app or Echo(), {node: f"home-{node}" for node in NODES}, faults)
 
 
 def messages(grid: InProcessGrid, step: Step, group: str = "1", nodes: Sequence[int] = NODES) -> list[Message]:
@@ -46,17 +46,17 @@ def senders(replies: Any) -> list[int]:
 
 @given(st.integers(0, 2**32), st.sampled_from(["1", "2", "session-1-1"]), st.sampled_from(Step), st.permutations(NODES))
 def test_a_fate_depends_on_seed_round_step_and_device_only(seed: int, group: str, step: Step, order: list[int]) -> None:
-    weather = Weather(seed, loss=0.3, delay=2.0, victims=2)
-    fates = weather.fates(group, step, NODES)
-    assert weather.fates(group, step, order) == fates
-    fine = Weather(seed, loss=0.3, delay=2.0)
+    faults = FaultModel(seed, loss=0.3, delay=2.0, victims=2)
+    fates = faults.fates(group, step, NODES)
+    assert faults.fates(group, step, order) == fates
+    fine = FaultModel(seed, loss=0.3, delay=2.0)
     assert fine.fates(group, step, order[:3]) == {node: fine.fates(group, step, NODES)[node] for node in order[:3]}
 
 
 def test_other_seeds_rounds_steps_and_devices_have_other_fates() -> None:
     delays = {
-        weather.fates(group, step, [node])[node].delay
-        for weather in (Weather(1, 0, 1.0), Weather(2, 0, 1.0))
+        faults.fates(group, step, [node])[node].delay
+        for faults in (FaultModel(1, 0, 1.0), FaultModel(2, 0, 1.0))
         for group in ("1", "2", "11", "session-1-1", "session-1-2")
         for step in (*Step, None)
         for node in (2, 3)
@@ -65,8 +65,8 @@ def test_other_seeds_rounds_steps_and_devices_have_other_fates() -> None:
 
 
 def test_what_was_sent_before_does_not_change_the_weather() -> None:
-    weather = Weather(seed=5, loss=0.3, delay=2.0, victims=1)
-    fresh, resumed = grid_of(weather), grid_of(weather)
+    faults = FaultModel(seed=5, loss=0.3, delay=2.0, victims=1)
+    fresh, resumed = grid_of(faults), grid_of(faults)
     for group in ("1", "2", "3"):  # a run from the start
         for step in ROUND_STEPS:
             found = senders(fresh.send_and_receive(messages(fresh, step, group)))
@@ -75,7 +75,7 @@ def test_what_was_sent_before_does_not_change_the_weather() -> None:
 
 def test_losses_have_the_probability_that_was_asked_for() -> None:
     """Accepts the right probability and rejects two thirds and three halves of it."""
-    fates = Weather(seed=3, loss=0.1, delay=4.0).fates("1", Step.PLAN, range(4000)).values()
+    fates = FaultModel(seed=3, loss=0.1, delay=4.0).fates("1", Step.PLAN, range(4000)).values()
     for lost in ([fate.request_lost for fate in fates], [fate.reply_lost for fate in fates]):
         assert 0.08 < np.mean(lost) < 0.12
     assert 3.6 < np.mean([fate.delay for fate in fates]) < 4.4
@@ -83,25 +83,25 @@ def test_losses_have_the_probability_that_was_asked_for() -> None:
 
 @given(st.integers(0, 2**32), st.integers(1, 300))
 def test_a_victim_is_lost_in_every_round_at_a_step_that_varies(seed: int, first: int) -> None:
-    weather = Weather(seed, loss=0.0, delay=1.0, victims=1)
+    faults = FaultModel(seed, loss=0.0, delay=1.0, victims=1)
     steps = []
     for number in range(first, first + 3):
-        lost = {step: [n for n, fate in weather.fates(str(number), step, NODES).items() if gone(fate)] for step in Step}
+        lost = {step: [n for n, fate in faults.fates(str(number), step, NODES).items() if gone(fate)] for step in Step}
         assert [len(found) for found in lost.values() if found] == [1]
         steps.append(next(step for step, found in lost.items() if found))
     assert set(steps) == {Step.PLAN, Step.SURVIVORS, Step.UNMASK}
 
 
-def gone(fate: Fate) -> bool:
+def gone(fate: DeliveryOutcome) -> bool:
     return fate.request_lost or fate.reply_lost
 
 
 def test_victims_vary_and_are_lost_on_the_way_there_and_on_the_way_back() -> None:
-    weather = Weather(seed=0, loss=0.0, delay=1.0, victims=1)
+    faults = FaultModel(seed=0, loss=0.0, delay=1.0, victims=1)
     found = [
         (node, fate.request_lost)
         for number in range(1, 60)
-        for node, fate in weather.fates(str(number), ROUND_STEPS[number % 3], NODES).items()
+        for node, fate in faults.fates(str(number), ROUND_STEPS[number % 3], NODES).items()
         if gone(fate)
     ]
     assert {node for node, _ in found} == set(NODES)
@@ -109,9 +109,9 @@ def test_victims_vary_and_are_lost_on_the_way_there_and_on_the_way_back() -> Non
 
 
 def test_no_more_victims_than_devices_and_none_while_a_session_is_made() -> None:
-    weather = Weather(seed=0, loss=0.0, delay=1.0, victims=99)
-    assert all(gone(fate) for fate in weather.fates("3", Step.PLAN, NODES).values())
-    assert not any(gone(fate) for fate in weather.fates("session-1-1", Step.OFFER, NODES).values())
+    faults = FaultModel(seed=0, loss=0.0, delay=1.0, victims=99)
+    assert all(gone(fate) for fate in faults.fates("3", Step.PLAN, NODES).values())
+    assert not any(gone(fate) for fate in faults.fates("session-1-1", Step.OFFER, NODES).values())
 
 
 # Flower's contract.
@@ -169,9 +169,9 @@ def test_a_timeout_ends_the_wait_with_those_who_were_in_time() -> None:
 
 
 def test_a_lost_request_never_reaches_the_device_and_a_lost_reply_does() -> None:
-    weather = Weather(seed=11, loss=0.4, delay=1.0)
+    faults = FaultModel(seed=11, loss=0.4, delay=1.0)
     app = Echo()
-    grid, fates = grid_of(weather, app), weather.fates("1", Step.PLAN, NODES)
+    grid, fates = grid_of(faults, app), faults.fates("1", Step.PLAN, NODES)
     replies = senders(grid.send_and_receive(messages(grid, Step.PLAN)))
     assert sorted(app.asked) == [node for node in NODES if not fates[node].request_lost]
     assert sorted(replies) == [node for node in NODES if not gone(fates[node])]
@@ -182,7 +182,7 @@ def test_a_device_keeps_its_context_from_message_to_message() -> None:
     seen: list[int] = []
 
     def count(message: Message, context: Context) -> Message:
-        assert context.node_config == {"home": f"home-{context.node_id}"}
+        assert context.node_config == {"state": f"home-{context.node_id}"}
         record = context.state.setdefault("count", MetricRecord({"n": 0}))
         record["n"] += 1
         seen.append(record["n"])
@@ -206,7 +206,7 @@ def test_flowers_own_federated_averaging_runs_on_it(loss: float) -> None:
         arrays = ArrayRecord([start + context.node_id])
         return Message(RecordDict({"arrays": arrays, "m": MetricRecord({"num-examples": 1})}), reply_to=message)
 
-    grid = grid_of(Weather(seed=1, loss=loss, delay=1.0), device)
+    grid = grid_of(FaultModel(seed=1, loss=loss, delay=1.0), device)
     start = ArrayRecord({"0": Array(np.zeros(3, np.float32))})
     strategy = FedAvg(fraction_evaluate=0.0)
     result = strategy.start(grid=grid, initial_arrays=start, num_rounds=2)

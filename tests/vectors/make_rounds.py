@@ -147,12 +147,12 @@ class Case:
     silent: list[str]
     out: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, Ed25519PrivateKey] = field(default_factory=dict)
-    box_key: dict[str, bytes] = field(default_factory=dict)
+    share_key: dict[str, bytes] = field(default_factory=dict)
     mask_key: dict[tuple[str, int], bytes] = field(default_factory=dict)  # device and round →
     seed: dict[tuple[str, int], bytes] = field(default_factory=dict)
     near: dict[str, list[str]] = field(default_factory=dict)
     held: dict[tuple[str, str], list[bytes]] = field(default_factory=dict)  # dealer, holder → seed, key, seed, key …
-    boxes: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    encrypted_shares: dict[str, dict[str, bytes]] = field(default_factory=dict)
     offered: bytes = b""
     context: bytes = b""
 
@@ -229,7 +229,7 @@ class Case:
     def roster(self) -> None:
         draws = {name: stream(f"{self.label}/join/{name}", 32 * (1 + 2 * ROUNDS)) for name in self.names}
         for name, drawn in draws.items():
-            self.box_key[name] = drawn[:32]
+            self.share_key[name] = drawn[:32]
             for r in range(1, ROUNDS + 1):
                 self.mask_key[name, r] = drawn[64 * r - 32 : 64 * r]
                 self.seed[name, r] = drawn[64 * r : 64 * r + 32]
@@ -246,14 +246,14 @@ class Case:
             for r in range(1, ROUNDS + 1)
         ]
         publics = [public(self.mask_key[name, r]) for r in range(1, ROUNDS + 1)]
-        return self.offered + text(name) + public(self.box_key[name]) + many(publics) + many(committed)
+        return self.offered + text(name) + public(self.share_key[name]) + many(publics) + many(committed)
 
     def refuse_adverts(self, adverts: dict[str, bytes]) -> None:
         first, second, *_ = self.names
         body, key = self.advert(first), self.keys[first]
         self.refuse("advert", first, "another device's", adverts[second])
         self.refuse("advert", first, "for another offer", message(key, "advert", bytes(32) + body[32:]))
-        small = body.replace(public(self.box_key[first]), bytes(32))
+        small = body.replace(public(self.share_key[first]), bytes(32))
         self.refuse("advert", first, "a key of small order", message(key, "advert", small))
         rest = [blob(adverts[name]) for name in self.names[2:]]
         forged = message(self.keys["coordinator"], "advert", self.advert(second))
@@ -266,7 +266,7 @@ class Case:
             self.refuse("roster", first, why, self.coordinator("roster", self.offered + many(shown)))
 
     def shares(self) -> None:
-        circle = sorted(self.names, key=lambda name: sha(b"edgeadapt/circle/1\x00", self.context, name.encode()))
+        circle = sorted(self.names, key=lambda name: sha(b"edgeadapt/harary/1\x00", self.context, name.encode()))
         steps, n = range(-(self.k // 2), self.k // 2 + 1), len(self.names)
         for at, name in enumerate(circle):
             around = self.names if self.complete else [circle[(at + step) % n] for step in steps]
@@ -276,10 +276,10 @@ class Case:
             for holder in (dealer, *self.near[dealer]):
                 self.deal(dealer, holder, drawn[dealer])
         self.out |= {"deal": drawn, "near": {name: self.near[name] for name in self.names}}
-        body = {d: self.context + text(d) + table(self.boxes[d]) for d in self.names}
+        body = {d: self.context + text(d) + table(self.encrypted_shares[d]) for d in self.names}
         self.out["shares"] = {d: message(self.keys[d], "shares", body[d]) for d in self.names}
         first = self.names[0]
-        left = dict(list(self.boxes[first].items())[1:])
+        left = dict(list(self.encrypted_shares[first].items())[1:])
         for why, raw in {
             "a neighbour without a box": self.context + text(first) + table(left),
             "of another session": bytes(32) + body[first][32:],
@@ -294,11 +294,11 @@ class Case:
             shares.append(share(self.mask_key[dealer, r], polynomials[size:], x))
         self.held[dealer, holder] = shares
         if holder != dealer:
-            secret = exchange(self.box_key[dealer], public(self.box_key[holder]))
-            key = derive(secret, b"edgeadapt/box/1", self.context, dealer.encode(), holder.encode())
+            secret = exchange(self.share_key[dealer], public(self.share_key[holder]))
+            key = derive(secret, b"edgeadapt/share-encryption/1", self.context, dealer.encode(), holder.encode())
             sealed = AESGCM(key).encrypt(bytes(12), b"".join(shares), self.context)
             digests = many([sha(b"edgeadapt/share/1\x00", one)[:16] for one in shares])
-            self.boxes.setdefault(dealer, {})[holder] = blob(sealed) + digests
+            self.encrypted_shares.setdefault(dealer, {})[holder] = blob(sealed) + digests
 
     def plan(self, *, number: int = 1, members: list[str] | None = None) -> bytes:
         named = many([text(name) for name in members or self.names])
@@ -306,10 +306,14 @@ class Case:
 
     def plan_and_inputs(self) -> None:
         planned = digest("plan", self.plan())
-        boxes = {name: table({d: self.boxes[d][name] for d in self.near[name]}) for name in self.names}
+        encrypted_shares = {
+            name: table({d: self.encrypted_shares[d][name] for d in self.near[name]}) for name in self.names
+        }
         self.out["plan_digest"] = planned
-        self.out["assignments"] = {n: self.coordinator("assignment", self.plan() + boxes[n]) for n in self.names}
-        self.refuse_plans(boxes)
+        self.out["assignments"] = {
+            n: self.coordinator("assignment", self.plan() + encrypted_shares[n]) for n in self.names
+        }
+        self.refuse_plans(encrypted_shares)
         self.out["plain"] = {n: [b % 2**self.bits for b in stream(f"{self.label}/plain/{n}", SIZE)] for n in self.names}
         self.out["masked"], vectors = {}, {}
         for name in self.names:
@@ -320,7 +324,7 @@ class Case:
         self.refuse_inputs(planned)
         self.unmask(planned, vectors)
 
-    def refuse_plans(self, boxes: dict[str, bytes]) -> None:
+    def refuse_plans(self, encrypted_shares: dict[str, bytes]) -> None:
         first, *others = self.names
         for why, plan in {
             "a round that is not there": self.plan(number=ROUNDS + 1),
@@ -330,7 +334,7 @@ class Case:
             "too few members": self.plan(members=[first]),
             "of another session": bytes(32) + self.plan()[32:],
         }.items():
-            self.refuse("assignment", first, why, self.coordinator("assignment", plan + boxes[first]))
+            self.refuse("assignment", first, why, self.coordinator("assignment", plan + encrypted_shares[first]))
 
     def masked(self, name: str, planned: bytes) -> list[int]:
         masked = list(self.out["plain"][name])
@@ -367,11 +371,15 @@ class Case:
         survivors = planned + table({name: vectors[name] for name in alive})
         surviving = digest("survivors", survivors)
         agreement = {name: surviving + text(name) for name in agreed}
-        signed = {name: sign(self.keys[name], "agreement", agreement[name]) for name in agreed[: self.quorum]}
+        signed = {
+            name: sign(self.keys[name], "consistency-signature", agreement[name]) for name in agreed[: self.quorum]
+        }
         self.out["unmask"] = self.coordinator("unmask", survivors + table(signed))
         self.out["survivors"] = self.coordinator("survivors", survivors)
-        self.out["agreements"] = {n: message(self.keys[n], "agreement", agreement[n]) for n in agreed}
-        self.out["openings"] = {n: self.opening(n, surviving, alive) for n in agreed}
+        self.out["consistency_signatures"] = {
+            n: message(self.keys[n], "consistency-signature", agreement[n]) for n in agreed
+        }
+        self.out["unmask_responses"] = {n: self.opening(n, surviving, alive) for n in agreed}
         total = [sum(column) % 2**self.bits for column in zip(*(self.out["plain"][n] for n in alive), strict=True)]
         self.out |= {"total": total, "total_digest": sha(pack(total, self.bits))}
         self.refuse_survivors(planned, {name: vectors[name] for name in alive}, agreed[0])
@@ -404,12 +412,12 @@ class Case:
             "an agreement of no survivor": {**signed, self.lost[0]: signed[one]},
         }.items():
             self.refuse("unmask", who, why, self.coordinator("unmask", survivors + table(shown)))
-        opening, key = self.out["openings"][who], self.keys[who]
-        start = len(b"EA\x01") + len(text("opening")) + 4
+        opening, key = self.out["unmask_responses"][who], self.keys[who]
+        start = len(b"EA\x01") + len(text("unmask-response")) + 4
         body = opening[start:-64]
-        self.refuse("opening", who, "of other survivors", message(key, "opening", bytes(32) + body[32:]))
+        self.refuse("unmask-response", who, "of other survivors", message(key, "opening", bytes(32) + body[32:]))
         stranger = body[: 32 + len(text(who))] + table({self.lost[0]: bytes(33)}) + table({})
-        self.refuse("opening", who, "a share of the other kind", message(key, "opening", stranger))
+        self.refuse("unmask-response", who, "a share of the other kind", message(key, "opening", stranger))
 
 
 def hexed(value: Any) -> Any:

@@ -56,11 +56,11 @@ REASONS: dict[tuple[str, str], str] = {  # step and what is wrong → what is sa
     ("survivors", "too few"): "1 survivors",
     ("survivors", "out of order"): "repeated or out of order",
     ("unmask", "one agreement too few"): "agreements, . are needed",
-    ("unmask", "an agreement of nobody's"): "on 'agreement' is not valid",
-    ("unmask", "an agreement of another device"): "on 'agreement' is not valid",
+    ("unmask", "an agreement of nobody's"): "on 'consistency-signature' is not valid",
+    ("unmask", "an agreement of another device"): "on 'consistency-signature' is not valid",
     ("unmask", "an agreement of no survivor"): "agreed but is no survivor",
-    ("opening", "of other survivors"): "of another survivor set",
-    ("opening", "a share of the other kind"): "a share that it does not owe",
+    ("unmask-response", "of other survivors"): "of another survivor set",
+    ("unmask-response", "a share of the other kind"): "a share that it does not owe",
 }
 
 
@@ -194,15 +194,15 @@ class Walk:
         for name, body in bodies.items():
             if name not in case["silent"]:
                 agreement = self.ask("survivors", "on_survivors", name, body)
-                assert agreement == case["agreements"][name]
-                self.accept("agreement", "on_signature", name, raw(agreement))
+                assert agreement == case["consistency_signatures"][name]
+                self.accept("consistency-signature", "on_signature", name, raw(agreement))
         self.server, bodies = self.server.close()
         assert {body.hex() for body in bodies.values()} == {case["unmask"]}
-        assert set(bodies) == set(case["openings"])
+        assert set(bodies) == set(case["unmask_responses"])
         for name, body in bodies.items():
             opening = self.ask("unmask", "on_unmask", name, body)
-            assert opening == case["openings"][name]
-            self.accept("opening", "on_unmask", name, raw(opening))
+            assert opening == case["unmask_responses"][name]
+            self.accept("unmask-response", "on_unmask", name, raw(opening))
         return self.server.close()
 
 
@@ -211,11 +211,11 @@ def test_a_round_is_byte_for_byte_what_the_independent_script_made(case: dict[st
     walk.establish()
     session = walk.server.session
     assert session.context.hex() == case["context"]
-    assert {name: list(session.neighbours(name, session.peers)) for name in session.peers} == case["near"]
+    assert {name: list(session.neighbors(name, session.peers)) for name in session.peers} == case["near"]
     ended = walk.open(walk.collect())
     assert not isinstance(ended, RoundAborted)
     used = 2 ** case["spec"]["ring_bits"] - 1
-    assert np.array_equal(walk.server.settled.total & np.uint32(used), np.array(case["total"], np.uint32))
+    assert np.array_equal(walk.server.survivor_set.total & np.uint32(used), np.array(case["total"], np.uint32))
     assert ended[1].digest.hex() == case["total_digest"]
     assert ended[1].dropped == tuple(case["lost"])
     assert walk.refused == len(case["refused"])  # every bad message was tried, and none changed what came after
@@ -238,9 +238,9 @@ BODIES: dict[str, str] = {
     "shares": CASES["sparse"]["shares"]["unit-0"],
     "assignment": CASES["sparse"]["assignments"]["unit-0"],
     "survivors": CASES["sparse"]["survivors"],
-    "agreement": CASES["sparse"]["agreements"]["unit-0"],
+    "consistency-signature": CASES["sparse"]["consistency_signatures"]["unit-0"],
     "unmask": CASES["sparse"]["unmask"],
-    "opening": CASES["sparse"]["openings"]["unit-0"],
+    "unmask-response": CASES["sparse"]["unmask_responses"]["unit-0"],
 }
 KINDS: dict[str, type[Message]] = {kind.TAG: kind for kind in MESSAGES}
 

@@ -8,7 +8,7 @@ from adapters.classifier import LoraSpec, build, tensors
 from adapters.layout import Layout
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
-from client.inference.session import Session
+from client.inference.session import ClassificationSession
 from export.bundle.base import export_base
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.quantize import Profile
@@ -34,7 +34,7 @@ def phrase_ms(repeats: int) -> dict[str, float | int]:
         bundle = Path(folder) / "bundle"
         write_bundle(bundle, export_base(model, base, Profile.NATIVE_INT8), sources, key=key)
         (bundle.parent / "trust.pem").write_bytes(key.public.to_pem())
-        session = Session.open(bundle)
+        session = ClassificationSession.open(bundle)
         session.use("one")
         session.use("two")
         for _ in range(3):  # warm

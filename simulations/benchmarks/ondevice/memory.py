@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adapters.manifest import BaseCard
+from adapters.manifest import BaseManifest
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
@@ -91,7 +91,7 @@ def _multiplied(library: Library, name: str, count: int) -> Iterator[Path]:
     """A bundle with the same base, and ``count`` times an adapter."""
     key = IdentityKey.generate(SystemEntropy())
     sidecar = library.trust.sidecar(library.bundle, name)
-    card: BaseCard = library.card
+    card: BaseManifest = library.card
     blob = (library.bundle / "adapters" / f"{name}.onnx_adapter").read_bytes()
     with TemporaryDirectory(prefix="edgeadapt-tenants-") as folder:
         bundle = Path(folder) / "bundle"
@@ -138,9 +138,9 @@ def _tenants(bundle: Path, count: int) -> Any:
     library = Library.open(bundle, None)
     loaded: dict[str, Any] = {"loaded": count + 1, "loaded_bytes": UNLIMITED}
     if library.card.task == "text-classification":
-        from client.inference.session import Session
+        from client.inference.session import ClassificationSession
 
-        session = Session.open(bundle, **loaded)
+        session = ClassificationSession.open(bundle, **loaded)
         for number in range(count):
             session.use(f"tenant-{number}")
         session.classify([TEXT])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from adapters.layout import Floats
-from client.inference.engine import Engine
+from client.inference.engine import GenerationEngine
 from client.inference.library import Library, chosen
 from client.inference.options import Options
 
@@ -21,7 +21,7 @@ class OnDevice:
     def __init__(self, bundle: Path, *, threads: int, context: int, adapters: Sequence[str] = ()) -> None:
         """Verify and load. Raises as ``client.inference.generate.Generator.open``."""
         self._library = Library.open(bundle, None, "text-generation")
-        self._engine = Engine(self._library.base, threads)
+        self._engine = GenerationEngine(self._library.base, threads)
         self._library.base.check()
         self._options = Options(max_tokens=context + 1)  # the last is picked, and never read
         self._adapters = adapters
@@ -29,24 +29,24 @@ class OnDevice:
         self.use(None)
 
     def use(self, adapter: int | None) -> None:
-        """As ``Engine.use``: verified when it is first used, and in use when this returns."""
+        """As ``GenerationEngine.use``: verified when it is first used, and in use when this returns."""
         if adapter is not None and adapter not in self._loaded:
             self._loaded[adapter] = self._load(self._adapters[adapter])
         self._inner = self._engine.inner(self._options, None if adapter is None else self._loaded[adapter])
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """As ``Engine.prefill``."""
+        """As ``GenerationEngine.prefill``."""
         self._read(tokens)
         self._inner.generate_next_token()  # only picks it: what was read has given the scores
 
     def step(self) -> int:
-        """As ``Engine.step``."""
+        """As ``GenerationEngine.step``."""
         read = int(self._inner.get_next_tokens()[0])
         self._inner.generate_next_token()
         return read
 
     def logits(self, tokens: Sequence[int]) -> Floats:
-        """As ``Engine.logits``."""
+        """As ``GenerationEngine.logits``."""
         self._read(tokens)
         found: Floats = np.asarray(self._inner.get_output("logits"), np.float32).reshape(len(tokens), -1)
         return found

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 
 from adapters.base import Base
 from adapters.files import sha256
-from adapters.method import Method
 from adapters.ondevice import Format
+from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
@@ -52,7 +52,7 @@ class Stage:
         bundle = self.bundle(profile)
         write_bundle(bundle, exported, [], key=key)
         (bundle.parent / "trust.pem").write_bytes(key.public.to_pem())
-        method = Method("lora", self.recipe.rank, self.recipe.alpha, self.recipe.targets)
+        method = PeftConfig("lora", self.recipe.rank, self.recipe.alpha, self.recipe.targets)
         plan = plan_of(method, tensors)
         for form in FORMATS:
             source = AdapterSource(form, tensors, (), 1, sha256(self.adapter.read_bytes()), method=method)

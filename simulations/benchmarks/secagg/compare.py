@@ -34,7 +34,7 @@ class Size:
 
     @property
     def threshold(self) -> int:
-        """The least that lets no half of a neighbourhood open a secret (``graph.withstands``)."""
+        """The least that lets no half of a neighbourhood open a secret (``graph.is_secure``)."""
         return self.degree // 2 + 2
 
 
@@ -152,7 +152,7 @@ def _serve(
     """Sum and unmask with so many lost; and what our checks of digests and signatures add, in ms."""
     begun, bodies, copies = sent
     gone, away = ours.lost(mine, dropout), peer.lost(theirs, dropout)
-    shares = theirs.openings(away)
+    shares = theirs.responses(away)
 
     def arrived() -> ours.Uploads:
         return ours.collect(mine, bodies, begun, gone)

@@ -15,15 +15,15 @@ import numpy as np
 from aggregation import graph, masks, ring, shamir, sharing
 from aggregation.client import Device, Planned, Ready
 from aggregation.entropy import SystemEntropy
-from aggregation.messages import Agreement, Box, MaskedInput, Opening, Plan, envelope
+from aggregation.messages import ConsistencySignature, EncryptedShares, MaskedInput, Plan, UnmaskResponse, envelope
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
 from aggregation.ring import Ring
 from aggregation.server import Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.session import Peer, Session, commitment
-from aggregation.sharing import Pair, Secrets
-from aggregation.singleuse import Once
+from aggregation.sharing import Secrets, SharePair
+from aggregation.singleuse import SingleUse
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from aggregation.vector import Floats, Segment, VectorSpec
 
@@ -41,7 +41,7 @@ class Fleet:
     devices: Mapping[str, Device]
     secrets: Mapping[str, Secrets]
     box_keys: Mapping[str, bytes]
-    pairs: Mapping[str, Mapping[str, Pair]]
+    pairs: Mapping[str, Mapping[str, SharePair]]
 
     @property
     def session(self) -> Session:
@@ -61,7 +61,7 @@ class Fleet:
 
     def planned(self, device: str, plan: Plan) -> Planned:
         """A device that was told to train."""
-        held = {dealer: self.pairs[dealer][device] for dealer in self.session.neighbours(device, self.devices)}
+        held = {dealer: self.pairs[dealer][device] for dealer in self.session.neighbors(device, self.devices)}
         held[device] = self.pairs[device][device]
         ready = Ready(self.session, device, 1, frozenset(held), None, {}, {})
         return Planned(ready, plan, self.secrets[device], held)
@@ -84,15 +84,15 @@ class Fleet:
 
     def opening(self, device: str, opened: "Unmasking") -> bytes:
         """The shares that a survivor owes."""
-        survivors = opened.settled.survivors
-        near = (device, *self.session.neighbours(device, self.devices))
+        survivors = opened.survivor_set.survivors
+        near = (device, *self.session.neighbors(device, self.devices))
         seeds = {dealer: self.pairs[dealer][device].seed for dealer in near if dealer in survivors.vectors}
         keys = {dealer: self.pairs[dealer][device].key for dealer in near if dealer not in survivors.vectors}
-        return self.devices[device].say(Opening(survivors.digest(), device, seeds, keys))
+        return self.devices[device].sign(UnmaskResponse(survivors.digest(), device, seeds, keys))
 
     def agreement(self, device: str, confirming: Confirming) -> bytes:
         """A survivor's signature on the survivor set."""
-        return self.devices[device].say(Agreement(confirming.settled.survivors.digest(), device))
+        return self.devices[device].sign(ConsistencySignature(confirming.survivor_set.survivors.digest(), device))
 
     def closed(self, collecting: Collecting) -> Confirming:
         """The end of step 6."""
@@ -128,23 +128,23 @@ def make(devices: int, degree: int, threshold: int, size: int) -> Fleet:
     key = IdentityKey.generate(ENTROPY)
     root = Authority.create("benchmark", ENTROPY, _BEGIN, _END).root
     made = {name: Device(identities[name], b"", root, key.public, Policy()) for name in names}
-    dealt: dict[str, dict[str, Box]] = {name: {} for name in names}
+    dealt: dict[str, dict[str, EncryptedShares]] = {name: {} for name in names}
     established = Established(key, session, dealt, delivered=frozenset(names))
     pairs = {name: _pairs(session, name, secrets[name]) for name in names}
     return Fleet(established, made, secrets, box_keys, pairs)
 
 
-def _pairs(session: Session, dealer: str, secret: Secrets) -> dict[str, Pair]:
-    holders = (dealer, *session.neighbours(dealer, session.peers))
+def _pairs(session: Session, dealer: str, secret: Secrets) -> dict[str, SharePair]:
+    holders = (dealer, *session.neighbors(dealer, session.peers))
     points, threshold = session.positions(holders), session.spec.threshold
     seeds = shamir.split(secret.seed, threshold, points, ENTROPY)
     keys = shamir.split(secret.mask_key, threshold, points, ENTROPY)
-    return {holder: Pair(seed, key) for holder, seed, key in zip(holders, seeds, keys, strict=True)}
+    return {holder: SharePair(seed, key) for holder, seed, key in zip(holders, seeds, keys, strict=True)}
 
 
 def lost(fleet: Fleet, fraction: float) -> frozenset[str]:
     """So many devices, spread evenly over the circle, so that every neighbourhood keeps its threshold."""
-    order = graph.circle(fleet.session.context, fleet.devices)
+    order = graph.harary_order(fleet.session.context, fleet.devices)
     count = round(fraction * len(order))
     return frozenset(order[i * len(order) // count] for i in range(count)) if count else frozenset()
 
@@ -160,7 +160,7 @@ class Uploads:
 
 def collect(fleet: Fleet, uploads: Mapping[str, bytes], collecting: Collecting, gone: frozenset[str]) -> Uploads:
     """A round in which ``gone`` sent nothing, on a total of its own."""
-    fresh = dataclasses.replace(collecting, total=np.zeros_like(collecting.total), once=Once())
+    fresh = dataclasses.replace(collecting, total=np.zeros_like(collecting.total), single_use=SingleUse())
     return Uploads(fleet, fresh, {name: body for name, body in uploads.items() if name not in gone})
 
 

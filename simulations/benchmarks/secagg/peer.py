@@ -72,12 +72,12 @@ class Fleet:
 
     def upload(self, client: int, values: Floats) -> bytes:
         """A client's masked input, ready to be sent: decrypt its shares, quantize, mask, serialize."""
-        boxes = self.sent[client]
-        configs: Stage = {Key.CIPHERTEXT_LIST: list(boxes.values()), Key.SOURCE_LIST: list(boxes)}
+        encrypted_shares = self.sent[client]
+        configs: Stage = {Key.CIPHERTEXT_LIST: list(encrypted_shares.values()), Key.SOURCE_LIST: list(encrypted_shares)}
         answer: Stage = _collect_masked_vectors(self.states[client], configs, 1, ndarrays_to_parameters([values]))
         return bytes(answer[Key.MASKED_PARAMETERS][1])  # 0 is the weight
 
-    def openings(self, gone: frozenset[int]) -> dict[int, list[bytes]]:
+    def responses(self, gone: frozenset[int]) -> dict[int, list[bytes]]:
         """Owner → shares, as the server collects them from the survivors."""
         found: dict[int, list[bytes]] = {client: [] for client in self.states}
         for client in self.states:
@@ -119,13 +119,13 @@ def make(clients: int, degree: int, threshold: int) -> Fleet:
         for receiver, box in fleet.deal(states[dealer]).items():
             sent[receiver][dealer] = box
     # Shares arrive with the plan; here for all at once, so that everyone can open.
-    for client, boxes in sent.items():
-        _receive(states[client], boxes)
+    for client, encrypted_shares in sent.items():
+        _receive(states[client], encrypted_shares)
     return Fleet(threshold, states, near, sent)
 
 
-def _receive(state: SecAggPlusState, boxes: Mapping[int, bytes]) -> None:
-    configs: Stage = {Key.CIPHERTEXT_LIST: list(boxes.values()), Key.SOURCE_LIST: list(boxes)}
+def _receive(state: SecAggPlusState, encrypted_shares: Mapping[int, bytes]) -> None:
+    configs: Stage = {Key.CIPHERTEXT_LIST: list(encrypted_shares.values()), Key.SOURCE_LIST: list(encrypted_shares)}
     _collect_masked_vectors(state, configs, 1, ndarrays_to_parameters([np.zeros(1)]))
 
 
@@ -144,9 +144,9 @@ def sum_up(uploads: Sequence[bytes]) -> list[Any]:
     return parameters_mod(total or [], MODULUS)
 
 
-def unmask(fleet: Fleet, total: list[Any], openings: Mapping[int, list[bytes]], gone: frozenset[int]) -> list[Any]:
+def unmask(fleet: Fleet, total: list[Any], responses: Mapping[int, list[bytes]], gone: frozenset[int]) -> list[Any]:
     """What the workflow does when shares have come."""
-    for client, shares in openings.items():
+    for client, shares in responses.items():
         secret = combine_shares(shares)
         if client not in gone:
             mask = pseudo_rand_gen(secret, MODULUS, get_parameters_shape(total))

@@ -110,7 +110,7 @@ def steps(size: Size) -> int:
 
 
 def _fleet(devices: int, elements: int) -> tuple[ours.Fleet, dict[str, Any], np.random.Generator]:
-    degree, threshold = graph.choose(devices, 0.1, LOST)
+    degree, threshold = graph.graph_parameters(devices, 0.1, LOST)
     rng = np.random.default_rng(3)
     return ours.make(devices, degree, threshold, elements), {"delta": rng.uniform(-1, 1, elements)}, rng
 

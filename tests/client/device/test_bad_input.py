@@ -13,14 +13,14 @@ import onnxruntime as ort
 import pytest
 
 from adapters.files import sha256
-from adapters.manifest import Sidecar
+from adapters.manifest import AdapterManifest
 from adapters.ondevice import LORA_A, layout_of
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator
 from client.inference.options import Options
-from client.inference.session import Session
+from client.inference.session import ClassificationSession
 from client.inference.text import MAX_TEXT
 from client.inference.trust import Trust
 from export.bundle.write import write_bundle
@@ -54,7 +54,7 @@ class Running:
 
     def sign(self, key: IdentityKey | None = None, **changes: Any) -> None:
         """Write the sidecar anew, as someone with a pinned key, or ``key``, would."""
-        stated = Sidecar.accept(self.sidecar.read_bytes(), [self.key.public])
+        stated = AdapterManifest.accept(self.sidecar.read_bytes(), [self.key.public])
         self.sidecar.write_bytes(replace(stated, **changes).sign(key or self.key))
 
     def store(self, change: Callable[[dict[str, Any]], None]) -> None:
@@ -80,7 +80,7 @@ def running(request: pytest.FixtureRequest, tmp_path: Path, vendor: IdentityKey)
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
     where = tmp_path / "bundle"
     if request.param == "session":
-        session = Session.open(where)
+        session = ClassificationSession.open(where)
         session.use("global")
         return Running(where, vendor, session.use, lambda t: session.rank([t], 4), lambda: session.adapter)
     generator = Generator.open(where, threads=1)

@@ -14,7 +14,7 @@ import pytest
 from aggregation.errors import ConfigError, DataError
 from client.cli import chat as command
 from client.inference.conversation import Conversation
-from client.inference.generate import Generator, Message
+from client.inference.generate import ChatMessage, Generator
 from client.inference.options import Options
 from client.inference.text import printable
 
@@ -36,12 +36,12 @@ def test_the_model_reads_all_turns_and_the_systems_text(generator: Generator) ->
     first = said(conversation, "lock the door")
     second = said(conversation, "unlock it")
     whole = [
-        Message("system", "be kind"),
-        Message("user", "lock the door"),
-        Message("assistant", first),
-        Message("user", "unlock it"),
+        ChatMessage("system", "be kind"),
+        ChatMessage("user", "lock the door"),
+        ChatMessage("assistant", first),
+        ChatMessage("user", "unlock it"),
     ]
-    assert [Message("system", "be kind"), *conversation.turns] == [*whole, Message("assistant", second)]
+    assert [ChatMessage("system", "be kind"), *conversation.turns] == [*whole, ChatMessage("assistant", second)]
     assert second == "".join(generator.answer(whole, SHORT))
     assert second != said(Conversation(generator, SHORT), "unlock it")
 
@@ -51,7 +51,7 @@ def test_the_oldest_turns_are_forgotten_in_pairs_when_there_is_no_room(generator
     texts = [f"turn number {number} of ten" for number in range(10)]
     for text in texts:
         said(conversation, text)
-        read = generator.tokens([Message("system", "be kind"), *conversation.turns[:-1]])
+        read = generator.tokens([ChatMessage("system", "be kind"), *conversation.turns[:-1]])
         assert len(read) <= generator.context - SHORT.max_tokens
     turns = conversation.turns
     assert [turn.role for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
@@ -86,7 +86,7 @@ def test_an_answer_that_was_cut_short_counts_as_far_as_it_was_read(generator: Ge
     pieces = conversation.ask("hello")
     read = next(pieces) + next(pieces)
     pieces.close()  # type: ignore[attr-defined]
-    assert conversation.turns == (Message("user", "hello"), Message("assistant", read))
+    assert conversation.turns == (ChatMessage("user", "hello"), ChatMessage("assistant", read))
     assert said(conversation, "and now")
 
 
@@ -132,7 +132,7 @@ def test_one_prompt_gets_one_answer_with_the_private_adapter(lm_bundle: Path, ge
         "prompt": "hello",
         "answer": expected,
         "tokens": 10,
-        "prompt_tokens": len(generator.tokens([Message("system", "be kind"), Message("user", "hello")])),
+        "prompt_tokens": len(generator.tokens([ChatMessage("system", "be kind"), ChatMessage("user", "hello")])),
         "finish": "length",
     }
 

@@ -11,9 +11,9 @@ import pytest
 from adapters.layout import Tensors
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
-from client.inference.compose import Part, choose, compose, parse, written
+from client.inference.compose import WeightedAdapter, choose, compose, parse, written
 from client.inference.library import chosen
-from client.inference.session import Session
+from client.inference.session import ClassificationSession
 from client.inference.trust import Trust, VerifiedAdapter
 from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, add_adapter
@@ -74,7 +74,7 @@ def test_an_adapter_composed_of_its_halves_answers_as_the_whole(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
     add_adapter(bundle, exported.plan, source("anna", parent="a" * 64), key=household)
-    session = Session.open(bundle)
+    session = ClassificationSession.open(bundle)
     session.use("global")
     whole = session.rank(PHRASES, 4)
     session.use(["global", "anna"], weights=[0.5, 0.5])
@@ -84,7 +84,7 @@ def test_an_adapter_composed_of_its_halves_answers_as_the_whole(
 
 
 def test_a_composition_is_named_by_its_parts_and_answers_unlike_each(with_anna: Path) -> None:
-    session = Session.open(with_anna)
+    session = ClassificationSession.open(with_anna)
     answers = []
     for names, shown in (("global", "global"), ("anna", "anna"), ("global:0.5+anna", "anna+global:0.5")):
         assert session.use(names).name == shown
@@ -97,7 +97,7 @@ def test_heads_for_other_labels_have_no_mean(
 ) -> None:
     other = replace(source("anna", parent="a" * 64), labels=("Light", "Lock", "Timer", "Music"))
     add_adapter(bundle, exported.plan, other, key=household)
-    session = Session.open(bundle)
+    session = ClassificationSession.open(bundle)
     session.use("global")
     with pytest.raises(ConfigError, match="other labels, which have no mean"):
         session.use("global+anna")
@@ -114,7 +114,7 @@ def test_ranks_that_add_up_above_the_bases_limit_are_refused(with_anna: Path, ex
 def test_each_part_of_a_composition_is_verified(with_anna: Path) -> None:
     (with_anna / "adapters" / "anna.onnx_adapter").write_bytes(b"")
     with pytest.raises(TrustError, match="not the file that was signed"):
-        Session.open(with_anna).use("global+anna")
+        ClassificationSession.open(with_anna).use("global+anna")
 
 
 @pytest.mark.parametrize("text", ["global", "anna+global", "anna:0.5+global", "a.b-c_d:16", "a:0.12345678+b:1e-05"])
@@ -152,7 +152,7 @@ def test_as_many_weights_as_names_are_needed() -> None:
         chosen(["global", "anna"], [1.0])
     with pytest.raises(ConfigError, match="no adapter was named"):
         chosen([])
-    assert choose([Part("anna", 2.0)]) == chosen("anna", [2.0])
+    assert choose([WeightedAdapter("anna", 2.0)]) == chosen("anna", [2.0])
 
 
 def test_a_repr_shows_no_weights(with_anna: Path, exported: ExportedBase) -> None:

@@ -13,11 +13,11 @@ from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from client.inference.compose import Adapter, compose, parse
 from client.inference.rows import MAX_ROWS, alike, padded, stacked
-from client.inference.session import Session
+from client.inference.session import ClassificationSession
 from client.inference.trust import Trust
 from export.bundle.base import ExportedBase, export_base
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.adapterinputs import Plan, plan
+from export.onnx.adapterinputs import AdapterInputs, plan
 from export.onnx.quantize import Profile
 
 Source = Callable[..., AdapterSource]
@@ -62,7 +62,7 @@ def loaded(bundle: Path, names: str) -> Adapter:
 
 
 def test_each_row_answers_as_it_does_alone(mixed: tuple[Path, ExportedBase]) -> None:
-    session = Session.open(mixed[0])
+    session = ClassificationSession.open(mixed[0])
     together = session.rank_rows(ROWS, 4)
     for (text, names), found in zip(ROWS, together, strict=True):
         session.use(names)
@@ -72,7 +72,7 @@ def test_each_row_answers_as_it_does_alone(mixed: tuple[Path, ExportedBase]) -> 
 
 
 def test_rows_of_one_length_and_rank_are_the_same_to_the_bit(mixed: tuple[Path, ExportedBase]) -> None:
-    session = Session.open(mixed[0])
+    session = ClassificationSession.open(mixed[0])
     rows = [("lock the door", "global"), ("lock the door", "anna"), ("open the door", "anna")]
     together = session.rank_rows(rows, 4)
     for (text, names), found in zip(rows, together, strict=True):
@@ -81,7 +81,7 @@ def test_rows_of_one_length_and_rank_are_the_same_to_the_bit(mixed: tuple[Path, 
 
 
 def test_the_neighbours_of_a_row_change_nothing(mixed: tuple[Path, ExportedBase]) -> None:
-    session = Session.open(mixed[0])
+    session = ClassificationSession.open(mixed[0])
     one = session.rank_rows([("lock the door", "anna"), ("open the door", "global")], 4)
     other = session.rank_rows([("lock the door", "anna"), ("play a music", "anna")], 4)
     assert one[0] == other[0]
@@ -89,7 +89,7 @@ def test_the_neighbours_of_a_row_change_nothing(mixed: tuple[Path, ExportedBase]
 
 
 def test_a_batch_leaves_the_adapter_in_use_in_place(mixed: tuple[Path, ExportedBase]) -> None:
-    session = Session.open(mixed[0])
+    session = ClassificationSession.open(mixed[0])
     session.use("small")
     before = session.rank(["unlock"], 3)
     session.rank_rows(ROWS, 1)
@@ -102,7 +102,7 @@ def test_a_batch_leaves_the_adapter_in_use_in_place(mixed: tuple[Path, ExportedB
 @pytest.mark.parametrize("bad", [("", "global"), ("unlock", "nobody"), ("unlock", "../x")])
 def test_one_bad_row_is_refused_and_named(mixed: tuple[Path, ExportedBase], bad: tuple[str, str]) -> None:
     with pytest.raises((DataError, ConfigError)) as caught:
-        Session.open(mixed[0]).rank_rows([*ROWS, bad], 1)
+        ClassificationSession.open(mixed[0]).rank_rows([*ROWS, bad], 1)
     assert "\n" not in str(caught.value)
 
 
@@ -132,7 +132,10 @@ def test_one_row_takes_no_memory_of_its_own(mixed: tuple[Path, ExportedBase]) ->
 
 
 def test_a_large_batch_is_answered_in_runs_of_bounded_size(mixed: tuple[Path, ExportedBase]) -> None:
-    session, rows = Session.open(mixed[0]), [("lock the door", "global"), ("play", "small")] * (MAX_ROWS + 1)
+    session, rows = (
+        ClassificationSession.open(mixed[0]),
+        [("lock the door", "global"), ("play", "small")] * (MAX_ROWS + 1),
+    )
     runs = alike([loaded(mixed[0], name) for _, name in rows], mixed[1].card.slots)
     assert sorted(map(len, runs)) == [1, 1, MAX_ROWS, MAX_ROWS]
     answers = session.rank_rows(rows, 3)
@@ -164,7 +167,7 @@ def test_minilm_answers_a_batch_of_all_ranks_as_it_answers_each_row(tmp_path: Pa
     exported = export_base(build(base, len(LABELS), LoraSpec()), base, Profile.NATIVE_INT8)
     write_bundle(tmp_path / "real", exported, [made(f"r{rank}", rank) for rank in (1, 8, 64)], key=vendor)
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
-    session = Session.open(tmp_path / "real")
+    session = ClassificationSession.open(tmp_path / "real")
     texts = ("unlock", "turn on the kitchen lights", "set a timer " * 60)
     rows = [(text, names) for text in texts for names in ("r1", "r8", "r64", "r1+r8:0.5")]
     for (text, names), found in zip(rows, session.rank_rows(rows, 4), strict=True):
@@ -180,5 +183,5 @@ def test_padding_is_masked() -> None:
 
 
 def test_the_plan_of_the_test_base_has_a_head(exported: ExportedBase) -> None:
-    found: Plan = exported.plan
+    found: AdapterInputs = exported.plan
     assert [slot.path for slot in found.saved] == ["classifier"]

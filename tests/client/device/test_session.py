@@ -15,7 +15,7 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference import session as session_module
 from client.inference.compose import parse
-from client.inference.session import Session
+from client.inference.session import ClassificationSession
 from client.inference.text import MAX_TEXT
 from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
@@ -31,8 +31,8 @@ def with_anna(bundle: Path, exported: ExportedBase, source: Source, household: I
     return bundle
 
 
-def opened(bundle: Path, name: str = "global") -> Session:
-    session = Session.open(bundle)
+def opened(bundle: Path, name: str = "global") -> ClassificationSession:
+    session = ClassificationSession.open(bundle)
     session.use(name)
     return session
 
@@ -131,27 +131,27 @@ def test_a_text_that_is_no_unicode_is_refused(bundle: Path) -> None:
 
 def test_no_adapter_in_use_is_said(bundle: Path) -> None:
     with pytest.raises(ConfigError, match="no adapter is in use"):
-        Session.open(bundle).classify(PHRASES)
+        ClassificationSession.open(bundle).classify(PHRASES)
 
 
 def test_no_bundle_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no bundle at"):
-        Session.open(tmp_path / "nowhere")
+        ClassificationSession.open(tmp_path / "nowhere")
 
 
 def test_the_private_adapter_is_the_default_else_the_shared_one(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
-    assert Session.open(bundle).default() == "global"
+    assert ClassificationSession.open(bundle).default() == "global"
     add_adapter(bundle, exported.plan, source("anna", parent="a" * 64), key=household)
-    assert Session.open(bundle).default() == "anna"
+    assert ClassificationSession.open(bundle).default() == "anna"
     add_adapter(bundle, exported.plan, source("bert", parent="a" * 64), key=household)
     with pytest.raises(ConfigError, match="choose with --adapter: anna, bert"):
-        Session.open(bundle).default()
+        ClassificationSession.open(bundle).default()
 
 
 def test_adapters_that_were_not_used_for_long_are_given_up(with_anna: Path) -> None:
-    session = Session.open(with_anna, loaded=1)
+    session = ClassificationSession.open(with_anna, loaded=1)
     session.use("global")
     session.use("anna")
     assert parse("anna") in session._loaded
@@ -201,7 +201,7 @@ def test_a_base_that_changed_while_it_was_loaded_is_not_used(bundle: Path, monke
 
     monkeypatch.setattr(session_module, "_declared", tampering)
     with pytest.raises(TrustError, match="changed while it was being loaded"):
-        Session.open(bundle)
+        ClassificationSession.open(bundle)
 
 
 def test_a_graph_that_takes_one_adapter_a_batch_says_so(bundle: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_graph_that_takes_one_adapter_a_batch_says_so(bundle: Path) -> None:
 def test_a_graph_that_wants_a_leading_dimension_gets_it_for_one_adapter_too(bundle: Path) -> None:
     session = opened(bundle)
     before = session.rank(PHRASES, 4)
-    other = Session.open(bundle)
+    other = ClassificationSession.open(bundle)
     other._dimensions = 3
     other.use("global")
     for one, found in zip(before, other.rank(PHRASES, 4), strict=True):

@@ -17,7 +17,7 @@ import pytest
 
 from adapters.base import Base
 from adapters.files import sha256
-from adapters.manifest import BaseCard, Sidecar
+from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import quantize, to_graph
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
@@ -48,7 +48,7 @@ def refused(bundle: Path, kind: type[EdgeAdaptError], match: str | None = None) 
 def resign(bundle: Path, key: IdentityKey, **changes: Any) -> None:
     """Write the sidecar anew, as someone who holds ``key`` would."""
     path = bundle / "adapters" / "global.json"
-    sidecar = Sidecar.accept(path.read_bytes(), [key.public])
+    sidecar = AdapterManifest.accept(path.read_bytes(), [key.public])
     path.write_bytes(replace(sidecar, **changes).sign(key))
 
 
@@ -188,7 +188,7 @@ def test_a_card_that_lists_a_file_too_many_or_too_few_is_refused(
         ({name: digest for name, digest in listed.items() if name != "web.onnx"}, TrustError, "web.onnx is not listed"),
         ({}, TrustError, "lists no model.onnx"),
     ):
-        card: BaseCard = replace(exported.card, files=files)
+        card: BaseManifest = replace(exported.card, files=files)
         (bundle / "base" / "card.json").write_bytes(card.sign(vendor))
         refused(bundle, kind, message)
 

@@ -14,7 +14,7 @@ from aggregation.steps import Step
 from client.node.app import app as client_app
 from client.node.statedir import SETTINGS
 from coordinator.rounds import federate
-from coordinator.statedir import CoordinatorHome
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.wire import LAST_POLL
 
 FleetOf = Callable[..., Any]
@@ -47,10 +47,10 @@ class Counted:
 
 
 @contextmanager
-def living(link: Any, homes: Iterable[str]) -> Iterator[None]:
+def living(link: Any, state_dirs: Iterable[str]) -> Iterator[None]:
     """The link's nodes are devices while the block runs: each answers with the real ClientApp."""
-    over, at = Event(), zip(link.nodes, homes, strict=True)
-    contexts = {node: Context(1, node, {"home": home}, RecordDict(), {}) for node, home in at}
+    over, at = Event(), zip(link.nodes, state_dirs, strict=True)
+    contexts = {node: Context(1, node, {"state": state_dir}, RecordDict(), {}) for node, state_dir in at}
 
     def live() -> None:
         while not over.wait(0.005):
@@ -75,12 +75,12 @@ def test_a_round_of_a_session_takes_three_exchanges_or_two_and_waits_for_nothing
     fleet_of: FleetOf, link: Any, adversary: str, steps: tuple[Step, ...]
 ) -> None:
     fleet = fleet_of(3, rounds=3, aggregation__session_rounds=3, aggregation__adversary=adversary)
-    for home in fleet.nodes.values():
-        with Path(home, SETTINGS).open("a") as settings:  # its last table is the policy
+    for state_dir in fleet.nodes.values():
+        with Path(state_dir, SETTINGS).open("a") as settings:  # its last table is the policy
             settings.write(EITHER)
     counted = Counted(link.grid)
     with living(link, fleet.nodes.values()):
-        records = list(federate(CoordinatorHome.open(fleet.out / "coordinator"), link.wire(60.0)))
+        records = list(federate(CoordinatorStateDir.open(fleet.out / "coordinator"), link.wire(60.0)))
     assert [len(record.survivors) for record in records] == [3, 3, 3]
     made = [("session-1-1", step.message_type) for step in (Step.HELLO, Step.OFFER, Step.ROSTER)]
     rounds = [(number, step.message_type) for number in ("1", "2", "3") for step in steps]

@@ -23,7 +23,7 @@ V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class PeftConfig:
     """Low-rank adaptation (Hu et al. 2021) of the layers that ``targets`` name: ``y = W x + scaling B A x``."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
