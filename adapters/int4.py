@@ -5,7 +5,7 @@ in its high half, each as its code plus 8. A number is its code, -8 to 7, times 
 of a row may be short. Scales may be negative: the code range is longer below zero than above it, and the sign turns
 the longer side to where a block has its largest number (as in the Q4_0 format of llama.cpp).
 
-The scale of a block is searched for, see ``pack``; docs/decisions/0012-four-bits-for-adapters.md has the measurements.
+The scale of a block is searched for, see ``pack``; docs/decisions/0012-int4-adapters.md has the measurements.
 """
 
 from collections.abc import Iterator

@@ -12,7 +12,7 @@ A graph says nothing about who agreed on the survivors: that takes a ``quorum`` 
 
 ``bell2020_parameters`` is the bound of the paper. ``graph_parameters`` and ``is_secure`` are for sessions of this
 protocol, which differs in three ways: a dealer holds a share of its own; the coordinator may choose who drops out once
-it knows the graph; and an active one may try many rosters for a graph that it likes (docs/threat-model.md).
+it knows the graph; and an active one may try many rosters for a graph that it likes (docs/explanation/threat-model.md).
 """
 
 import bisect

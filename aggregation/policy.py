@@ -89,7 +89,7 @@ class Policy:
         _require("roster", self._graph_demands(spec, cohort, roster))
 
     def _graph_demands(self, spec: SessionSpec, cohort: int, present: int) -> tuple[tuple[bool, str], ...]:
-        """No device's two secrets can both be opened, and no part of the sum alone: docs/threat-model.md."""
+        """No device's two secrets can both be opened, no part of the sum alone: docs/explanation/threat-model.md."""
         corrupt = corrupt_count(cohort, self.corrupt_fraction)
         if spec.degree >= present - 1:
             holds = 2 * spec.threshold > present + corrupt

@@ -1,4 +1,4 @@
-"""The exchanges of a session, by name: what the coordinator asks and what a device answers (docs/protocol.md).
+"""The exchanges of a session, by name: what the coordinator asks, what a device answers (docs/reference/protocol.md).
 
 The names travel as Flower message actions, so they are letters only. ``PLAN`` asks to train; others are queries.
 """

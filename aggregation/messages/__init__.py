@@ -1,4 +1,4 @@
-"""The messages of the protocol: what each carries, and its one encoding (docs/protocol.md gives the steps).
+"""The messages of the protocol: what each carries, and its one encoding (docs/reference/protocol.md gives the steps).
 
 A message declares its fields once, in wire order. What a well-formed message may say, and to whom, is decided in
 ``checks``; signatures and versions are in ``envelope``. Limits are in bytes of the encoded body.

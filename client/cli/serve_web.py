@@ -21,7 +21,7 @@ def serve_web(bundle: Path, trust: Path | None, host: str, port: int, out: Path 
     """Serve a page that verifies the bundle and runs it in the browser; or write that page to a folder.
 
     The page and what is written on it stay on this machine. Browsers verify signatures on https pages and on localhost
-    only, so what --export wrote belongs on a server with TLS (docs/browser.md names the headers it should send).
+    only, so what --export wrote belongs on a server with TLS (docs/how-to/browser.md names the headers it should send).
 
     \b
     Examples:

@@ -5,7 +5,7 @@ nothing is approximated, and the graph needs no second set of inputs. The rank i
 
 A module trained whole is no update but the module itself, and two of them have no sum. Where their shapes agree, and a
 head's labels too, the module is their mean with the weights as shares. That is right for an adapter and the one it was
-trained from, which lie close together; docs/decisions/0013-adapters-side-by-side.md has the reasons.
+trained from, which lie close together; docs/decisions/0013-composing-adapters.md has the reasons.
 """
 
 import math

@@ -25,7 +25,7 @@ def alike(adapters: Sequence[Adapter], slots: Slots) -> list[list[int]]:
     Adapters share one if their ranks are equal in every layer, and so are modules trained whole that are no head; as
     many as ``MAX_ROWS``, so that a batch of any size takes little memory.
     Filling up ranks would be right on paper; but the order in which a product is summed up depends on its sizes, and a
-    base that rounds activations makes much of a last bit (docs/decisions/0013-adapters-side-by-side.md).
+    base that rounds activations makes much of a last bit (docs/decisions/0013-composing-adapters.md).
 
     Args:
         adapters: One for each row.

@@ -13,8 +13,8 @@ Rules, in the order in which they are checked:
 
 Nothing is parsed before it is verified, apart from the signed documents themselves (``adapters/signed.py``). The small
 files of the base are used from the bytes that were verified; the weights are mapped into memory from the folder, and
-``VerifiedBase.check`` says after loading whether they are still the file that was (docs/device.md says what that leaves
-open).
+``VerifiedBase.check`` says after loading whether they are still the file that was (docs/explanation/inference.md says
+what that leaves open).
 """
 
 import tempfile

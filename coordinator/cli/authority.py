@@ -40,7 +40,7 @@ list_days = click.option(
 def authority() -> None:
     """Enrol devices: certify their keys, revoke them, list them.
 
-    Devices and coordinator pin authority.pem; the key stays in DIR. See docs/authority.md.
+    Devices and coordinator pin authority.pem; the key stays in DIR. See docs/how-to/enrol-devices.md.
     """
 
 

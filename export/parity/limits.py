@@ -1,6 +1,6 @@
 """How far an exported pair may be from torch, by profile and task: about twice as far as was measured.
 
-docs/export.md has the measurements, the commands that repeat them, and the two exceptions from that margin.
+docs/explanation/export.md has the measurements, the commands that repeat them, and the two exceptions from that margin.
 """
 
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ def secagg(as_json: bool, out: Path | None, quick: bool, repeats: int | None, no
     """Secure aggregation against the SecAgg+ functions of the installed Flower.
 
     100 devices, a million elements, 20 neighbours on either side; then sweeps of ours alone. Some minutes on two cores.
-    What each row holds: docs/secagg-bench.md.
+    What each row holds: docs/explanation/secagg-benchmark.md.
 
     \b
     Examples:

@@ -18,8 +18,8 @@ import edgeadapt
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 PROMISES = {  # document → the heading of a table of claims, and in which column the test stands
-    "docs/protocol.md": [("What is built", 2)],
-    "docs/threat-model.md": [("Promises", 2), ("What an audit shows", 2)],
+    "docs/reference/protocol.md": [("What is built", 2)],
+    "docs/explanation/threat-model.md": [("Promises", 2), ("What an audit shows", 2)],
 }
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 

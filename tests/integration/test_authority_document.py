@@ -1,4 +1,4 @@
-"""docs/authority.md does what it says: its commands, from top to bottom, in an empty folder."""
+"""docs/how-to/enrol-devices.md does what it says: its commands, from top to bottom, in an empty folder."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from aggregation.pki.identity import IdentityKey
 from client.node.statedir import DeviceStateDir
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = ROOT / "docs" / "authority.md"
+DOCUMENT = ROOT / "docs" / "how-to" / "enrol-devices.md"
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The ServerApp and the ClientApp on Flower's own runtime: a SuperLink with TLS and four authenticated SuperNodes.
 
-The devices run the installed package; the bundle that the coordinator sends only names the two apps (docs/flower.md).
+The devices run the installed package; the bundle of the coordinator only names the two apps (docs/how-to/flower.md).
 One deployment serves all tests, in their order: a round with everybody, a round in which a device goes away, and a
 second run that goes on where the first one ended.
 """

@@ -1,4 +1,4 @@
-"""Makes rounds.json: whole rounds, every byte of them, from docs/protocol.md alone. Shares no code with the project.
+"""Makes rounds.json: whole rounds, every byte of them, from docs/reference/protocol.md alone. No code is shared.
 
     python tests/vectors/make_rounds.py
 

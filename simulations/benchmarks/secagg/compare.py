@@ -1,4 +1,4 @@
-"""`edgeadapt bench secagg`: both sides on the same work, in turns. docs/secagg-bench.md says what is compared."""
+"""`edgeadapt bench secagg`: both sides on the same work, in turns (docs/explanation/secagg-benchmark.md)."""
 
 import copy
 from collections.abc import Callable, Mapping
