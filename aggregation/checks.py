@@ -1,6 +1,6 @@
 """The checks, one function each: whatever a machine demands of a message before it acts on it.
 
-They are pure and raise ``ProtocolError``; nothing is logged and passed over. Rules by step (docs/reference/protocol.md):
+They are pure and raise ``ProtocolError``; none logs and goes on. Rules by step (docs/reference/protocol.md):
 
 1. offer: certified members, each once; this device among them with its own key; the device's policy holds.
 3. roster: adverts of members, each once, signed, for this offer; my own unchanged; ``threshold`` of them or more.
