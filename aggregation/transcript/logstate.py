@@ -27,9 +27,9 @@ class LogState:
         size: Entries of the log when it last saw proofs; 0 before the first.
         root: Of these entries.
         plan: Digest of the plan of the round to which it contributed last.
-        sent: SHA-256 of its last message, of which it does not know that it arrived.
-        owed: SHA-256 of its messages of that round that did arrive, as what the coordinator asked next has shown.
-        counted: Digest of the survivors that it was told.
+        unconfirmed: SHA-256 of its last message, which may not have reached the coordinator.
+        delivered: SHA-256 of its messages of that round that reached the coordinator, as its next request shows.
+        survivors: Digest of the ids of the survivors that the coordinator named.
     """
 
     device: str
@@ -38,19 +38,19 @@ class LogState:
     size: int = 0
     root: bytes = merkle.EMPTY
     plan: bytes | None = None
-    sent: bytes | None = None
-    shares_to_reveal: tuple[bytes, ...] = ()
-    counted: bytes | None = None
+    unconfirmed: bytes | None = None
+    delivered: tuple[bytes, ...] = ()
+    survivors: bytes | None = None
 
     def contributed(self, plan: bytes, message: bytes) -> "LogState":
         """This device answered the plan of that digest with a signed ``message``."""
-        return replace(self, plan=plan, sent=_digest(message), shares_to_reveal=(), counted=None)
+        return replace(self, plan=plan, unconfirmed=_digest(message), delivered=(), survivors=None)
 
-    def told(self, survivors: Iterable[str], message: bytes | None = None) -> "LogState":
-        """The coordinator named the survivors, so what was sent before has arrived; ``message`` is the answer."""
-        arrived = () if self.sent is None else (self.sent,)
-        sent = None if message is None else _digest(message)
-        return replace(self, shares_to_reveal=(*self.shares_to_reveal, *arrived), sent=sent, counted=_names(survivors))
+    def on_survivors(self, survivors: Iterable[str], answer: bytes | None = None) -> "LogState":
+        """The coordinator named the survivors, so the last message has reached it; ``answer`` is the device's answer."""
+        delivered = self.delivered if self.unconfirmed is None else (*self.delivered, self.unconfirmed)
+        unconfirmed = None if answer is None else _digest(answer)
+        return replace(self, delivered=delivered, unconfirmed=unconfirmed, survivors=_names(survivors))
 
     def on_receipt(self, coordinator: PublicKey, raw: bytes) -> "LogState":
         """Check a receipt; returns what to keep.
@@ -105,14 +105,14 @@ class LogState:
         if self.plan is None:
             return
         ending = self._ending(coordinator, given, checkpoint)
-        shares_to_reveal = set(self.shares_to_reveal)
+        demanded = set(self.delivered)
         if isinstance(ending, Result):
-            if self.counted not in (None, _names(ending.survivors)):
+            if self.survivors not in (None, _names(ending.survivors)):
                 raise ProtocolError("the log counts other survivors than this device was told", COORDINATOR)
-            if self.device in ending.survivors and self.sent is not None and self.counted is None:
-                shares_to_reveal.add(self.sent)
+            if self.device in ending.survivors and self.unconfirmed is not None and self.survivors is None:
+                demanded.add(self.unconfirmed)
         found = {_digest(_included(proof, checkpoint).message) for proof in given.own}
-        if shares_to_reveal - found:
+        if demanded - found:
             raise ProtocolError("the log is not shown to hold this device's messages of its last round", COORDINATOR)
 
     def _ending(self, coordinator: PublicKey, given: Receipt, checkpoint: Checkpoint) -> Result | Abort:
@@ -135,9 +135,9 @@ LOG_STATE: Codec[LogState] = wire.record(
         "size": SIZE,
         "root": DIGESTS,
         "plan": _DIGESTS,
-        "sent": _DIGESTS,
-        "owed": wire.sequence(DIGESTS, 4),
-        "counted": _DIGESTS,
+        "unconfirmed": _DIGESTS,
+        "delivered": wire.sequence(DIGESTS, 4),
+        "survivors": _DIGESTS,
     },
 )
 

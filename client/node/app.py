@@ -106,10 +106,10 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         seen = seen and seen.contributed(planned.plan.digest(), signed_of(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
-        seen = seen and seen.told(after.survivors.vectors, answer)
+        seen = seen and seen.on_survivors(after.survivors.vectors, answer)
     elif step is Step.UNMASK and isinstance(state, Masked | Confirmed):
         after, answer = state.on_unmask(device, body)
-        seen = seen and seen.told(Unmask.decode(envelope.unverified_body(body)).survivors.vectors)
+        seen = seen and seen.on_survivors(Unmask.decode(envelope.unverified_body(body)).survivors.vectors)
     else:
         holds = "no session" if state is None else f"the state {type(state).__name__}"
         raise ProtocolError(f"{step.value} is not what comes next: this device holds {holds}")

@@ -142,5 +142,5 @@ def test_a_plan_over_its_limits_is_not_written() -> None:
 def test_no_share_is_in_a_repr_of_what_holds_it() -> None:
     from aggregation.sharing import Secrets, SharePair
 
-    assert repr(SharePair(b"s" * 33, b"k" * 33)) == "Pair()"
+    assert repr(SharePair(b"s" * 33, b"k" * 33)) == "SharePair()"
     assert repr(Secrets(b"s" * 32, b"k" * 32)) == "Secrets()"

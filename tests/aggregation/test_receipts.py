@@ -95,8 +95,8 @@ def took_part(log_state: LogState, round_: int, upto: Step = Step.UNMASK) -> Log
     """After the device answered a round's steps up to this one."""
     log_state = log_state.contributed(plan(round_).digest(), masked(round_))
     if upto is not Step.PLAN:
-        log_state = log_state.told(COUNTED, agreed(round_))
-    return log_state.told(COUNTED) if upto is Step.UNMASK else log_state
+        log_state = log_state.on_survivors(COUNTED, agreed(round_))
+    return log_state.on_survivors(COUNTED) if upto is Step.UNMASK else log_state
 
 
 def joined(session: Session) -> LogState:

@@ -246,7 +246,7 @@ def test_agreements_are_taken_once_and_on_this_survivor_set_only(fleet: Any) -> 
         "another survivor set",
     )
     refused(state.on_signature, ME, said(fleet, ME, answer, ConsistencySignature, device=OTHER), "another device")
-    refused(state.on_signature(ME, answer).on_signature, ME, answer, "second agreement")
+    refused(state.on_signature(ME, answer).on_signature, ME, answer, "second consistency-signature")
 
 
 def test_openings_are_taken_once_and_only_of_what_is_owed(fleet: Any) -> None:

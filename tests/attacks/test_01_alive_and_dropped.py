@@ -55,7 +55,7 @@ def test_with_the_rule_taken_out_the_victim_is_exposed(
 
     coordinator = malicious()
     coordinator.collect()
-    monkeypatch.setattr(checks, "owed", both)
+    monkeypatch.setattr(checks, "shares_to_reveal", both)
     found = responses(coordinator)
     recovery = coordinator.recover({n: o.seeds for n, o in found.items()}, {n: o.keys for n, o in found.items()})
     seed, key = recovery.seed(VICTIM), recovery.mask_key(VICTIM)

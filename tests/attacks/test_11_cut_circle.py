@@ -25,24 +25,24 @@ def cut(coordinator: Any) -> tuple[list[str], list[str], Survivors]:
     return part, gone, Survivors(coordinator.plan.digest(), left)
 
 
-def test_the_ends_of_a_part_refuse_to_be_cut_off(harary_order: Callable[..., Any]) -> None:
-    coordinator = harary_order(12, degree=DEGREE, threshold=4, minimum_survivors=8)
+def test_the_ends_of_a_part_refuse_to_be_cut_off(circle: Callable[..., Any]) -> None:
+    coordinator = circle(12, degree=DEGREE, threshold=4, minimum_survivors=8)
     part, _, lie = cut(coordinator)
     for end in part:
         with pytest.raises(ProtocolError, match="3 devices near this device survived, 4 are needed"):
             coordinator.ask(end, "on_survivors", lie)
 
 
-def test_a_threshold_that_half_a_neighbourhood_reaches_is_refused(harary_order: Callable[..., Any]) -> None:
+def test_a_threshold_that_half_a_neighbourhood_reaches_is_refused(circle: Callable[..., Any]) -> None:
     with pytest.raises(ProtocolError, match="degree 4 and threshold 3 of 12 devices do not withstand"):
-        harary_order(12, degree=DEGREE, threshold=3, minimum_survivors=8).collect()
+        circle(12, degree=DEGREE, threshold=3, minimum_survivors=8).collect()
 
 
 def test_without_the_check_the_sum_over_three_devices_is_open(
-    harary_order: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    circle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "withstands", lambda *given: True)
-    coordinator = harary_order(12, degree=DEGREE, threshold=3, minimum_survivors=8)
+    monkeypatch.setattr(graph, "is_secure", lambda *given: True)
+    coordinator = circle(12, degree=DEGREE, threshold=3, minimum_survivors=8)
     part, gone, lie = cut(coordinator)
     signed = {name: coordinator.agreement(name, lie) for name in sorted(lie.vectors)}
     for name in sorted(lie.vectors):

@@ -64,7 +64,7 @@ def test_no_device_opens_a_set_on_which_its_stretch_alone_agrees(circle: Callabl
 def test_with_agreements_of_the_neighbourhood_only_a_sum_below_the_minimum_is_open(
     circle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "agreements", nearby(checks.consistency_signatures))
+    monkeypatch.setattr(checks, "consistency_signatures", nearby(checks.consistency_signatures))
     coordinator = circle(len(SIDES), degree=6, threshold=5, minimum_survivors=MINIMUM)
     shown, counted, dropped = told(coordinator)
     for name, lie in asked(coordinator, shown).items():

@@ -84,7 +84,7 @@ def test_a_log_that_says_that_the_round_ended_otherwise_is_refused(monkeypatch: 
     raw = log_of(1).round(2, ending=Result(plan(2).digest(), (ME,), bytes(32), 3, "cd" * 32)).receipt()
     assert not goes_on(log_state, raw)
     monkeypatch.setattr(transcript.logstate, "_names", lambda devices: bytes(32))
-    assert goes_on(LogState(**{**fields(log_state), "counted": bytes(32)}), raw)
+    assert goes_on(LogState(**{**fields(log_state), "survivors": bytes(32)}), raw)
 
 
 def fields(log_state: LogState) -> dict[str, object]:
@@ -119,7 +119,9 @@ def test_a_recorded_offer_is_refused_although_it_is_the_coordinators(monkeypatch
     with pytest.raises(ProtocolError, match="has joined that session before: the offer is repeated"):
         log_state.on_session_chain_proof(KEY.public, recorded[2], OFFERS[2])
     assert joins(seen(2), way(made, closed), OFFERS[3])
-    monkeypatch.setattr(LogState, "on_passage", lambda self, key, raw, offer: transcript.first(key, raw, offer, ME))
+    monkeypatch.setattr(
+        LogState, "on_session_chain_proof", lambda self, key, raw, offer: transcript.first(key, raw, offer, ME)
+    )
     assert joins(log_state, recorded[1], OFFERS[1])
     assert joins(log_state, recorded[2], OFFERS[2])
 

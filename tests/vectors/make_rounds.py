@@ -389,7 +389,7 @@ class Case:
         around = sorted({name, *self.near[name]})
         seeds_of = table({d: self.held[d, name][0] for d in around if d in alive})
         keys_of = table({d: self.held[d, name][1] for d in around if d not in alive})
-        return message(self.keys[name], "opening", surviving + text(name) + seeds_of + keys_of)
+        return message(self.keys[name], "unmask-response", surviving + text(name) + seeds_of + keys_of)
 
     def refuse_survivors(self, planned: bytes, vectors: dict[str, bytes], who: str) -> None:
         others = {name: vector for name, vector in vectors.items() if name != who}
@@ -415,9 +415,11 @@ class Case:
         opening, key = self.out["unmask_responses"][who], self.keys[who]
         start = len(b"EA\x01") + len(text("unmask-response")) + 4
         body = opening[start:-64]
-        self.refuse("unmask-response", who, "of other survivors", message(key, "opening", bytes(32) + body[32:]))
+        self.refuse(
+            "unmask-response", who, "of other survivors", message(key, "unmask-response", bytes(32) + body[32:])
+        )
         stranger = body[: 32 + len(text(who))] + table({self.lost[0]: bytes(33)}) + table({})
-        self.refuse("unmask-response", who, "a share of the other kind", message(key, "opening", stranger))
+        self.refuse("unmask-response", who, "a share of the other kind", message(key, "unmask-response", stranger))
 
 
 def hexed(value: Any) -> Any:
