@@ -72,7 +72,7 @@ def bell2020_parameters(devices: int, corrupt: float, dropout: float) -> Degree:
     Raises:
         ConfigError: No graph on so many devices withstands that.
     """
-    bad, lost = _count(devices, corrupt), _count(devices, dropout)
+    bad, lost = count_of(devices, corrupt), count_of(devices, dropout)
 
     def safe(k: int, t: int) -> bool:
         apart = devices * tail(devices - 1, bad, k, 2 * t - k)
@@ -88,12 +88,23 @@ def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int 
     Raises:
         ConfigError: No graph on so many devices withstands that.
     """
-    bad, lost = _count(devices, corrupt), _count(devices, dropout)
+    bad, lost = count_of(devices, corrupt), count_of(devices, dropout)
     if devices <= COMPLETE:
         return Degree(devices - 1, quorum(devices, corrupt))
     if devices - lost < quorum(devices, corrupt):
         raise ConfigError(f"{devices - lost} of {devices} devices are too few to agree: lower the fractions")
     return _least(devices, lost, lambda k, t: is_secure(devices, bad, k, t, bits))
+
+
+def count_of(devices: int, fraction: float) -> int:
+    """``fraction`` of ``devices`` as a count, rounded up: how many of a cohort may be corrupt, or may drop out.
+
+    Raises:
+        ConfigError: The fraction is not in [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"fraction {fraction} is not in [0, 1)")
+    return math.ceil(fraction * devices - 1e-9)
 
 
 def quorum(devices: int, corrupt: float) -> int:
@@ -102,7 +113,7 @@ def quorum(devices: int, corrupt: float) -> int:
     Two groups of ``q`` have ``2 q - devices`` or more in common; more of them than are corrupt means that an honest
     device is in both, and an honest device signs one survivor set a round.
     """
-    return (devices + _count(devices, corrupt)) // 2 + 1
+    return (devices + count_of(devices, corrupt)) // 2 + 1
 
 
 @functools.lru_cache(maxsize=1024)
@@ -152,9 +163,3 @@ def _least(devices: int, lost: int, safe: Callable[[int, int], bool]) -> Degree:
             if least < len(thresholds) and _ends(devices, lost, k, thresholds[least]):
                 return Degree(k, thresholds[least])
     raise ConfigError(f"no graph on {devices} devices withstands so many corrupt and lost ones: lower the fractions")
-
-
-def _count(devices: int, fraction: float) -> int:
-    if not 0 <= fraction < 1:
-        raise ConfigError(f"fraction {fraction} is not in [0, 1)")
-    return math.ceil(fraction * devices - 1e-9)

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.pki.revocation import RevocationList
-from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec, corrupt_count
+from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Policy:
 
     def _graph_demands(self, spec: SessionSpec, cohort: int, present: int) -> tuple[tuple[bool, str], ...]:
         """No device's two secrets can both be opened, no part of the sum alone: docs/explanation/threat-model.md."""
-        corrupt = corrupt_count(cohort, self.corrupt_fraction)
+        corrupt = graph.count_of(cohort, self.corrupt_fraction)
         if spec.degree >= present - 1:
             holds = 2 * spec.threshold > present + corrupt
             return ((holds, f"threshold {spec.threshold} of {present} does not withstand {corrupt} corrupt devices"),)
@@ -105,7 +105,7 @@ class Policy:
         )
 
     def _demands(self, spec: SessionSpec, cohort: int) -> tuple[tuple[bool, str], ...]:
-        bits, corrupt = spec.vector.ring_bits, corrupt_count(cohort, self.corrupt_fraction)
+        bits, corrupt = spec.vector.ring_bits, graph.count_of(cohort, self.corrupt_fraction)
         return (
             (
                 cohort >= self.minimum_cohort,

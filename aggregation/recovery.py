@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from aggregation import masks, shamir, sharing
+from aggregation import graph, masks, shamir, sharing
 from aggregation.messages import EncryptedShares, Plan, UnmaskResponse
 from aggregation.session import Session, commitment
-from aggregation.spec import CORRUPT_FRACTION, corrupt_count
+from aggregation.spec import CORRUPT_FRACTION
 
 MOST_SETS = 10_000  # of a cheating dealer's holders that are tried: all there are of 16
 
@@ -64,7 +64,7 @@ class Recovery:
     ) -> bytes | None:
         t = self.session.spec.threshold
         if len(shares) < t:
-            if self._without(dealer) > corrupt_count(len(self.session.peers), CORRUPT_FRACTION):
+            if self._without(dealer) > graph.count_of(len(self.session.peers), CORRUPT_FRACTION):
                 self.blamed.add(dealer)
             return None
         secret = self._combine(list(shares)[:t], shares)

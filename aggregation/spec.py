@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.vector import VectorSpec
 
@@ -23,11 +24,6 @@ class Adversary(Enum):
     HONEST_BUT_CURIOUS = "honest-but-curious"  # follows the protocol and looks at what it gets
 
 
-def corrupt_count(devices: int, fraction: float) -> int:
-    """Devices of a cohort that may side with the coordinator, rounded up."""
-    return math.ceil(fraction * devices - 1e-9)
-
-
 def default_threshold(devices: int) -> int:
     """The least ``t`` with ``2 t > n + corrupt``: no two disjoint sets of answers can open both kinds of secret.
 
@@ -36,7 +32,7 @@ def default_threshold(devices: int) -> int:
     """
     if devices < 3:
         raise ConfigError(f"secure aggregation needs 3 devices or more, not {devices}")
-    return (devices + corrupt_count(devices, CORRUPT_FRACTION)) // 2 + 1
+    return graph.quorum(devices, CORRUPT_FRACTION)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from adapters.task import Task, contribution_spec
 from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.graph import Degree
-from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec, corrupt_count
+from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from coordinator.optimizer import FedAdam, FedAvg
 
 
@@ -104,7 +104,7 @@ class Aggregation(_Section):
         )
         degree, threshold = self.masking_graph(devices)
         # Of an active session so many that no two groups of survivors could agree on different sets.
-        fewest = self._majority(devices) if self.adversary == Adversary.ACTIVE.value else threshold
+        fewest = graph.quorum(devices, self.corrupt_fraction) if self.adversary == Adversary.ACTIVE.value else threshold
         return SessionSpec(
             rounds=rounds,
             threshold=threshold,
@@ -128,9 +128,9 @@ class Aggregation(_Section):
         Raises:
             ConfigError: No graph on so many devices withstands so many corrupt and lost ones.
         """
-        corrupt, lost = (corrupt_count(devices, share) for share in (self.corrupt_fraction, self.lost_fraction))
+        corrupt, lost = (graph.count_of(devices, share) for share in (self.corrupt_fraction, self.lost_fraction))
         if devices - lost <= graph.COMPLETE:
-            return Degree(devices - 1, self._majority(devices))
+            return Degree(devices - 1, graph.quorum(devices, self.corrupt_fraction))
         bits = graph.SIGMA + (graph.GRINDING if self.adversary == Adversary.ACTIVE.value else 0)
         smallest = devices - lost
         for count in range(smallest, devices + 1):
@@ -138,10 +138,6 @@ class Aggregation(_Section):
             if all(graph.is_secure(present, corrupt, *found, bits) for present in (smallest, devices)):
                 return found
         raise ConfigError(f"no graph on {devices} devices withstands {corrupt} corrupt and {lost} lost ones")
-
-    def _majority(self, devices: int) -> int:
-        """The least number of which any two sets have an honest device in common (``spec.default_threshold``)."""
-        return (devices + corrupt_count(devices, self.corrupt_fraction)) // 2 + 1
 
 
 class FederationSettings(_Section):

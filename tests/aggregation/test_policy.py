@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.policy import Policy
-from aggregation.spec import MAX_ROUNDS, Adversary, corrupt_count, default_threshold
+from aggregation.spec import MAX_ROUNDS, Adversary, default_threshold
 
 SpecOf = Callable[..., Any]
 
@@ -20,7 +21,7 @@ def policy(spec: Any, **changes: Any) -> Policy:
 
 @given(devices=st.integers(3, 2000))
 def test_the_default_threshold_is_the_least_that_the_default_policy_accepts(devices: int) -> None:
-    t, corrupt = default_threshold(devices), corrupt_count(devices, Policy().corrupt_fraction)
+    t, corrupt = default_threshold(devices), graph.count_of(devices, Policy().corrupt_fraction)
     assert 2 * t > devices + corrupt
     assert 2 * (t - 1) <= devices + corrupt
     assert t <= devices
