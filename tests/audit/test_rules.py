@@ -69,7 +69,7 @@ def test_a_message_in_anothers_name_is_found(logged: Any) -> None:
     [
         ({"peer": "device-999"}, "not in the cohort"),
         ({"kind": "letter"}, "no such kind"),
-        ({"kind": "opening"}, "came where"),
+        ({"kind": "unmask-response"}, "came where"),
     ],
 )
 def test_an_entry_that_says_something_else_than_its_message_is_found(

@@ -27,7 +27,7 @@ def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in VENDOR.values():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(path.encode())
-    monkeypatch.setattr(client.web, "LIBRARIES", folder)
+    monkeypatch.setattr(client.browser.server, "LIBRARIES", folder)
     return folder
 
 

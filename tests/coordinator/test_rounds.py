@@ -256,9 +256,9 @@ def test_an_empty_registry_is_refused(fleet_of: FleetOf) -> None:
         fleet.federate(fleet.grid())
 
 
-@pytest.mark.parametrize("config", [{}, {"coordinator-home": ""}, {"coordinator-home": 7}])
+@pytest.mark.parametrize("config", [{}, {"coordinator-state": ""}, {"coordinator-state": 7}])
 def test_a_run_without_the_coordinators_home_is_refused(fleet_of: FleetOf, config: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="needs 'coordinator-home'"):
+    with pytest.raises(ConfigError, match="needs 'coordinator-state'"):
         main(fleet_of(3).grid(), Context(1, 1, {}, RecordDict(), config))
 
 

@@ -58,7 +58,7 @@ def test_the_bundles_version_is_the_packages() -> None:
 
 def test_a_device_that_only_answers_a_step_does_not_load_torch() -> None:
     # Flower starts a process for every message.
-    script = "import sys, client.app; print(*sys.modules)"
+    script = "import sys, client.node.app; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=BUNDLE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())

@@ -303,7 +303,7 @@ def test_the_optimizers_state_is_what_makes_a_resumed_adapter_the_same(fleet_of:
 RUN = """
 import json, logging, sys
 from flwr.app import Context, RecordDict
-from client.app import app as client_app
+from client.node.app import app as client_app
 from coordinator.app import STATE, app
 from simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid, Weather
 

@@ -411,7 +411,7 @@ def test_a_limit_above_all_memory_costs_no_memory(bundle: Path) -> None:
 
 
 def test_numpy_is_there_before_onnxruntime_which_would_lose_a_ctrl_c_while_importing_it() -> None:
-    code = "import sys, client.web; print(*sys.modules)"
+    code = "import sys, client.browser.server; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = done.stdout.split()
     assert names.index("numpy") < names.index("onnxruntime.capi")
