@@ -326,7 +326,7 @@ def test_a_file_that_is_no_log_fails(run: Run, folder: Path) -> None:
 
 
 def test_an_auditor_needs_no_framework() -> None:
-    script = "import sys, edgeadapt, coordinator.audit.cli; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    script = "import sys, edgeadapt, coordinator.cli.audit; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "aggregation" in loaded

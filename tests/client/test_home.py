@@ -187,8 +187,8 @@ def test_one_message_at_a_time_whoever_asks(folder: Path) -> None:
 
 
 def test_another_process_waits_for_the_lock_and_a_kill_frees_it(folder: Path) -> None:
-    hold = "import sys, time; from pathlib import Path; from client.node.statedir import Home\n"
-    hold += "with Home.open(Path(sys.argv[1])).locked(): print('in', flush=True); time.sleep(60)"
+    hold = "import sys, time; from pathlib import Path; from client.node.statedir import DeviceStateDir\n"
+    hold += "with DeviceStateDir.open(Path(sys.argv[1])).locked(): print('in', flush=True); time.sleep(60)"
     got = threading.Event()
 
     def take() -> None:

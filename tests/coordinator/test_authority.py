@@ -323,8 +323,8 @@ import sys
 from pathlib import Path
 from aggregation.entropy import SystemEntropy
 from aggregation.identity import IdentityKey
-from coordinator.authority.office import Office
-office = Office(Path(sys.argv[1]))
+from coordinator.authority.store import AuthorityStore
+office = AuthorityStore(Path(sys.argv[1]))
 signer = office.unlock(None)
 print("ready", flush=True)
 sys.stdin.readline()

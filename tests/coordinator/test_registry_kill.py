@@ -18,8 +18,8 @@ LOOP = """
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 
-from aggregation.identity import IdentityKey
-from coordinator.registry import Registry
+from aggregation.pki.identity import IdentityKey
+from coordinator.registry.versions import Registry
 
 helpers, folder, pem = sys.argv[1:]
 spec = spec_from_file_location("helpers", helpers)

@@ -1,10 +1,10 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { parse } from "../../../client/web/container.js";
-import { DataError } from "../../../client/web/errors.js";
-import { checkSlots, layoutDigest, restore } from "../../../client/web/ondevice.js";
-import { seeded } from "../../../client/web/sampling.js";
+import { parse } from "../../../client/browser/page/container.js";
+import { DataError } from "../../../client/browser/page/errors.js";
+import { checkSlots, layoutDigest, restore } from "../../../client/browser/page/ondevice.js";
+import { seeded } from "../../../client/browser/page/sampling.js";
 import { bytes, made } from "./made.mjs";
 
 for (const [format, { file, tensors, layout }] of Object.entries(made.adapters)) {

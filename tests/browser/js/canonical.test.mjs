@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { read, write } from "../../../client/web/canonical.js";
+import { read, write } from "../../../client/browser/page/canonical.js";
 import { made } from "./made.mjs";
 
 const taken = (text) => {

@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { DataError } from "../../../client/web/errors.js";
-import { choose, seeded } from "../../../client/web/sampling.js";
+import { DataError } from "../../../client/browser/page/errors.js";
+import { choose, seeded } from "../../../client/browser/page/sampling.js";
 
 const scores = Float32Array.from([1, 3, 2, 3, -1]);
 const greedy = { temperature: 0, topP: 1, random: () => 0 };

@@ -1,9 +1,9 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { TrustError } from "../../../client/web/errors.js";
-import { pinned, portable } from "../../../client/web/keys.js";
-import { accept } from "../../../client/web/signed.js";
+import { TrustError } from "../../../client/browser/page/errors.js";
+import { pinned, portable } from "../../../client/browser/page/keys.js";
+import { accept } from "../../../client/browser/page/signed.js";
 import { WEB, bytes, made } from "./made.mjs";
 
 const raw = bytes(made.signed);

@@ -224,7 +224,7 @@ def test_a_graph_that_wants_a_leading_dimension_gets_it_for_one_adapter_too(bund
 CHILD = """
 import sys, time
 from pathlib import Path
-from client import session as session_module
+from client.inference import session as session_module
 from client.compose import parse
 from client.session import Session
 session = Session.open(Path(sys.argv[1]))
