@@ -162,7 +162,7 @@ def test_a_page_that_is_closed_while_it_loads_is_nothing_to_speak_of(
 
 def test_libraries_that_are_not_installed_are_named_with_what_to_do(bundle: Path, libraries: Path) -> None:
     (libraries / "onnxruntime-web" / "dist" / "ort.wasm.min.mjs").unlink()
-    with pytest.raises(ConfigError, match=r"^the page's libraries are not installed: npm ci .*--prefix '.*web'$"):
+    with pytest.raises(ConfigError, match=r"^the page's libraries are not installed: npm ci .*--prefix '.*page'$"):
         Site.of(bundle)
 
 

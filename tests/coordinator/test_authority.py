@@ -322,7 +322,7 @@ WORK = """
 import sys
 from pathlib import Path
 from aggregation.entropy import SystemEntropy
-from aggregation.identity import IdentityKey
+from aggregation.pki.identity import IdentityKey
 from coordinator.authority.store import AuthorityStore
 office = AuthorityStore(Path(sys.argv[1]))
 signer = office.unlock(None)

@@ -225,9 +225,9 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from client.inference import session as session_module
-from client.compose import parse
-from client.session import Session
-session = Session.open(Path(sys.argv[1]))
+from client.inference.compose import parse
+from client.inference.session import ClassificationSession
+session = ClassificationSession.open(Path(sys.argv[1]))
 session.use(session.default())
 print(session.classify(["lock the door"])[0].label)
 heavy = {"torch", "flwr", "transformers", "peft", "onnx", "safetensors", "sqlalchemy"}
