@@ -88,7 +88,7 @@ def test_a_device_keeps_what_it_saw_across_processes(fleet_of: FleetOf) -> None:
     fleet.federate(fleet.grid())
     log_state = fleet.state_dir(FIRST).load_log_state()
     assert log_state.device == FIRST
-    assert len(log_state.expected) == 2
+    assert len(log_state.delivered) == 2
     assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).content.config_records[RECORD][SEEN] == log_state.offer
 
 
