@@ -47,7 +47,7 @@ class LogState:
         return replace(self, plan=plan, unconfirmed=_digest(message), delivered=(), survivors=None)
 
     def on_survivors(self, survivors: Iterable[str], answer: bytes | None = None) -> "LogState":
-        """The coordinator named the survivors, so the last message has reached it; ``answer`` is the device's answer."""
+        """The coordinator named the survivors, so it has the last message; ``answer`` is the device's answer."""
         delivered = self.delivered if self.unconfirmed is None else (*self.delivered, self.unconfirmed)
         unconfirmed = None if answer is None else _digest(answer)
         return replace(self, delivered=delivered, unconfirmed=unconfirmed, survivors=_names(survivors))

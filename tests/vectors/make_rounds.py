@@ -415,13 +415,9 @@ class Case:
         opening, key = self.out["unmask_responses"][who], self.keys[who]
         start = len(b"EA\x01") + len(text("unmask-response")) + 4
         body = opening[start:-64]
-<<<<<<< HEAD
         self.refuse(
             "unmask-response", who, "of other survivors", message(key, "unmask-response", bytes(32) + body[32:])
         )
-=======
-        self.refuse("unmask-response", who, "of other survivors", message(key, "unmask-response", bytes(32) + body[32:]))
->>>>>>> 88eb625 (Follow renamed checks, tags and configuration keys in the tests)
         stranger = body[: 32 + len(text(who))] + table({self.lost[0]: bytes(33)}) + table({})
         self.refuse("unmask-response", who, "a share of the other kind", message(key, "unmask-response", stranger))
 
