@@ -13,18 +13,15 @@ They are pure and raise ``ProtocolError``; none logs and goes on. Rules by step 
 
 import itertools
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from datetime import datetime
 
-from aggregation import masks
+from aggregation import envelope, masks
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.messages import Advert, ConsistencySignature, EncryptedShares, Plan, Roster, Survivors, envelope
+from aggregation.messages import Advert, ConsistencySignature, EncryptedShares, Plan, Roster, Survivors
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR, Peer, Session, context_of
 from aggregation.spec import SessionSpec
-
-if TYPE_CHECKING:
-    from datetime import datetime
 
 
 def turn(peer: str, asked: Container[str], answered: Container[str], step: str) -> None:
@@ -39,7 +36,7 @@ def turn(peer: str, asked: Container[str], answered: Container[str], step: str) 
         raise ProtocolError(f"second {step}", peer)
 
 
-def members(root: Root, certificates: Sequence[bytes], at: "datetime | None") -> dict[str, PublicKey]:
+def members(root: Root, certificates: Sequence[bytes], at: datetime | None) -> dict[str, PublicKey]:
     """The devices of a cohort by id, in ascending order, each certified and each once.
 
     Raises:

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from aggregation import checks, masks, ring, sharing
+from aggregation import checks, envelope, masks, ring, sharing
 from aggregation.entropy import Entropy
+from aggregation.envelope import M
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.masks import Mask
 from aggregation.messages import (
@@ -33,9 +34,7 @@ from aggregation.messages import (
     Survivors,
     Unmask,
     UnmaskResponse,
-    envelope,
 )
-from aggregation.messages.envelope import M
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.policy import Policy

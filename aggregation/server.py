@@ -17,8 +17,9 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregation import checks, masks, ring, sharing
+from aggregation import checks, envelope, masks, ring, sharing
 from aggregation.entropy import Entropy
+from aggregation.envelope import M
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.masks import Mask
 from aggregation.messages import (
@@ -32,9 +33,7 @@ from aggregation.messages import (
     Survivors,
     Unmask,
     UnmaskResponse,
-    envelope,
 )
-from aggregation.messages.envelope import M
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.recovery import Recovery

@@ -20,9 +20,9 @@ from typing import BinaryIO
 
 from adapters import storage
 from adapters.storage import PUBLIC
-from aggregation import transcript
+from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError, TrustError
-from aggregation.messages import Offer, envelope
+from aggregation.messages import Offer
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import RevocationList

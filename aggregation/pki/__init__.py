@@ -6,7 +6,6 @@ Times come from the caller; nothing here reads a clock. Every time must carry a 
 """
 
 from aggregation.pki.authority import Authority
-from aggregation.pki.fields import DEVICE_ID, MAX_CERTIFICATE
-from aggregation.pki.root import Root
+from aggregation.pki.certificates import DEVICE_ID, MAX_CERTIFICATE, Root
 
 __all__ = ["DEVICE_ID", "MAX_CERTIFICATE", "Authority", "Root"]

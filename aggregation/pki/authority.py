@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import datetime
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -12,14 +12,9 @@ from cryptography.x509.oid import NameOID
 
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError
-from aggregation.pki.fields import DEVICE_ID, NAME, identity, load, subject
+from aggregation.pki.certificates import DEVICE_ID, NAME, Root, identity, load, subject
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import Revocation, RevocationList, sign
-from aggregation.pki.root import Root
-
-if TYPE_CHECKING:
-    from datetime import datetime
-
 
 LONGEST = 64  # bytes of a common name (X.520)
 
@@ -32,7 +27,7 @@ class Authority:
     der: bytes
 
     @classmethod
-    def create(cls, name: str, entropy: Entropy, not_before: "datetime", not_after: "datetime") -> "Authority":
+    def create(cls, name: str, entropy: Entropy, not_before: datetime, not_after: datetime) -> "Authority":
         """Make a new authority called ``name`` with a key from ``entropy``.
 
         Raises:
@@ -57,8 +52,8 @@ class Authority:
         device_id: str,
         public: PublicKey,
         *,
-        not_before: "datetime",
-        not_after: "datetime",
+        not_before: datetime,
+        not_after: datetime,
         serial: int | None = None,
     ) -> bytes:
         """Certify that ``public`` is the identity of ``device_id``; returns DER.
@@ -81,7 +76,7 @@ class Authority:
         return _sign(builder, self.key)
 
     def revocations(
-        self, number: int, revoked: Mapping[int, Revocation], this_update: "datetime", next_update: "datetime"
+        self, number: int, revoked: Mapping[int, Revocation], this_update: datetime, next_update: datetime
     ) -> RevocationList:
         """Sign a revocation list.
 
@@ -119,8 +114,8 @@ def _builder(
     subject: str,
     issuer: str,
     public: PublicKey,
-    not_before: "datetime",
-    not_after: "datetime",
+    not_before: datetime,
+    not_after: datetime,
     *,
     serial: int | None = None,
 ) -> x509.CertificateBuilder:

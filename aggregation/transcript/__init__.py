@@ -11,7 +11,20 @@ Nothing in it is secret: it says what the coordinator knows anyway, and nothing 
 say who took part. This file opens no file: whoever keeps the log writes the records that it returns.
 """
 
-from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, MAGIC, Entry, Place, Reading, read
+from aggregation.transcript.entries import (
+    ENTRY,
+    EVERYONE,
+    LENGTH,
+    MAGIC,
+    Abort,
+    Checkpoint,
+    Entry,
+    Place,
+    Reading,
+    Result,
+    Stage,
+    read,
+)
 from aggregation.transcript.log import NO_SESSION, Transcript, resume, signed_of, vector_of
 from aggregation.transcript.logstate import LOG_STATE, LogState, first
 from aggregation.transcript.proofs import (
@@ -23,7 +36,6 @@ from aggregation.transcript.proofs import (
     receipts,
     session_chain_proof,
 )
-from aggregation.transcript.statements import Abort, Checkpoint, Result, Stage
 
 __all__ = [
     "ENTRY",

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from aggregation import envelope
 from aggregation.messages import (
     Advert,
     Assignment,
@@ -17,13 +18,11 @@ from aggregation.messages import (
     Survivors,
     Unmask,
     UnmaskResponse,
-    envelope,
 )
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
-from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, Entry
+from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, Abort, Checkpoint, Entry, Result, Stage
 from aggregation.transcript.merkle import EMPTY, Tree
-from aggregation.transcript.statements import Abort, Checkpoint, Result, Stage
 
 NO_SESSION = bytes(32)  # in place of an earlier session's last checkpoint
 

@@ -4,15 +4,14 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from aggregation import wire
+from aggregation import envelope, wire
 from aggregation.errors import ProtocolError, TrustError
-from aggregation.messages import DEVICES, DIGESTS, envelope
+from aggregation.messages import DEVICES, DIGESTS
 from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR
 from aggregation.transcript import merkle
-from aggregation.transcript.entries import ENTRY, Entry
+from aggregation.transcript.entries import ENTRY, Abort, Checkpoint, Entry, Result, Stage
 from aggregation.transcript.proofs import RECEIPT, SESSION_CHAIN_PROOF, SIZE, Proof, Receipt
-from aggregation.transcript.statements import Abort, Checkpoint, Result, Stage
 from aggregation.wire import Codec
 
 
@@ -47,7 +46,7 @@ class LogState:
         return replace(self, plan=plan, unconfirmed=_digest(message), delivered=(), survivors=None)
 
     def on_survivors(self, survivors: Iterable[str], answer: bytes | None = None) -> "LogState":
-        """The coordinator named the survivors, so it has the last message; ``answer`` is the device's answer."""
+        """The coordinator named the survivors, so the last message has reached it. ``answer`` is what goes out next."""
         delivered = self.delivered if self.unconfirmed is None else (*self.delivered, self.unconfirmed)
         unconfirmed = None if answer is None else _digest(answer)
         return replace(self, delivered=delivered, unconfirmed=unconfirmed, survivors=_names(survivors))

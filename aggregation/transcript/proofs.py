@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from aggregation import wire
-from aggregation.messages import MAX_COHORT, envelope
+from aggregation import envelope, wire
+from aggregation.messages import MAX_COHORT
 from aggregation.pki.identity import IdentityKey
 from aggregation.spec import MAX_ROUNDS
 from aggregation.transcript import merkle
+from aggregation.transcript.entries import Checkpoint, Result
 from aggregation.transcript.log import Transcript
-from aggregation.transcript.statements import Checkpoint, Result
 from aggregation.wire import Codec
 
 MAX_PATH = 128  # hashes: two for each doubling of a log that nobody can write

@@ -20,11 +20,11 @@ from adapters.base import Base, find_base
 from adapters.cores import cores
 from adapters.layout import Layout
 from adapters.task import Task
-from aggregation import client, transcript
+from aggregation import client, envelope, transcript
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
-from aggregation.messages import Unmask, envelope
+from aggregation.messages import Unmask
 from aggregation.ring import Ring
 from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from aggregation import checks, sharing
+from aggregation import checks, envelope, sharing
 from aggregation.errors import ProtocolError
 from aggregation.messages import (
     Advert,
@@ -24,7 +24,6 @@ from aggregation.messages import (
     Survivors,
     Unmask,
     UnmaskResponse,
-    envelope,
 )
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from aggregation import envelope
 from aggregation.errors import ProtocolError
-from aggregation.messages import envelope
 from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR
 from aggregation.transcript import ENTRY, EVERYONE, Checkpoint, Entry, Place, Reading, Stage, merkle

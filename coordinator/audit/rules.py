@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from aggregation import checks, graph
+from aggregation import checks, envelope, graph
 from aggregation.errors import ProtocolError
-from aggregation.messages import Assignment, ConsistencySignature, Survivors, Unmask, UnmaskResponse, envelope
+from aggregation.messages import Assignment, ConsistencySignature, Survivors, Unmask, UnmaskResponse
 from aggregation.session import Session
 from aggregation.spec import Adversary
 from aggregation.transcript import EVERYONE, Abort, Place, Result

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregation import client
+from aggregation import client, envelope
 from aggregation.client import Advertised, Confirmed, Masked, Planned, Ready
 from aggregation.errors import DataError, ProtocolError
-from aggregation.messages import Assignment, EncryptedShares, Offer, Plan, Roster, Survivors, Unmask, envelope
+from aggregation.messages import Assignment, EncryptedShares, Offer, Plan, Roster, Survivors, Unmask
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from aggregation import envelope
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import (
     MESSAGES,
@@ -22,7 +23,6 @@ from aggregation.messages import (
     Survivors,
     Unmask,
     UnmaskResponse,
-    envelope,
 )
 from aggregation.pki.identity import IdentityKey
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregation import transcript
+from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError
-from aggregation.messages import ConsistencySignature, MaskedInput, Plan, envelope
+from aggregation.messages import ConsistencySignature, MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import (

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation import ring
+from aggregation import envelope, ring
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, ProtocolError
-from aggregation.messages import MaskedInput, envelope
+from aggregation.messages import MaskedInput
 from aggregation.pki.identity import IdentityKey
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from aggregation import masks, ring, server
+from aggregation import envelope, masks, ring, server
 from aggregation.errors import ConfigError, ProtocolError
-from aggregation.messages import Advert, ConsistencySignature, MaskedInput, Shares, UnmaskResponse, envelope
+from aggregation.messages import Advert, ConsistencySignature, MaskedInput, Shares, UnmaskResponse
 from aggregation.server import AbortReason, Established, RoundAborted
 
 FleetOf = Callable[..., Any]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregation import ring, transcript
+from aggregation import envelope, ring, transcript
 from aggregation.errors import ProtocolError
-from aggregation.messages import Assignment, EncryptedShares, MaskedInput, Plan, envelope
+from aggregation.messages import Assignment, EncryptedShares, MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import (

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aggregation import masks, ring
+from aggregation import envelope, masks, ring
 from aggregation.masks import Mask
-from aggregation.messages import Message, Plan, Survivors, UnmaskResponse, envelope
+from aggregation.messages import Message, Plan, Survivors, UnmaskResponse
 from aggregation.policy import Policy
 from aggregation.recovery import Recovery
 from aggregation.spec import Adversary

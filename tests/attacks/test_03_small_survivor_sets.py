@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from aggregation import checks
+from aggregation import checks, envelope
 from aggregation.errors import ProtocolError
-from aggregation.messages import Assignment, Survivors, Unmask, UnmaskResponse, envelope
+from aggregation.messages import Assignment, Survivors, Unmask, UnmaskResponse
 from aggregation.spec import Adversary
 
 VICTIM = "device-002"

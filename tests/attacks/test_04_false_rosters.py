@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from aggregation import checks, client, masks, shamir, sharing
+from aggregation import checks, client, envelope, masks, shamir, sharing
 from aggregation.errors import ProtocolError
-from aggregation.messages import Advert, Offer, Roster, Shares, envelope
+from aggregation.messages import Advert, Offer, Roster, Shares
 from aggregation.pki import Authority, Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aggregation import envelope
 from aggregation.errors import DataError, ProtocolError
-from aggregation.messages import Assignment, Plan, Survivors, Unmask, UnmaskResponse, envelope
+from aggregation.messages import Assignment, Plan, Survivors, Unmask, UnmaskResponse
 from aggregation.spec import Adversary
 
 VICTIM = "device-002"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from aggregation import client
+from aggregation import client, envelope
 from aggregation.errors import ProtocolError
-from aggregation.messages import Offer, envelope
+from aggregation.messages import Offer
 from aggregation.policy import Policy
 from aggregation.spec import Adversary, SessionSpec
 from aggregation.vector import Segment, VectorSpec

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from aggregation import masks, ring
+from aggregation import envelope, masks, ring
 from aggregation.masks import Mask
-from aggregation.messages import envelope
 from aggregation.vector import Segment, VectorSpec
 
 ME = "device-000"

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from aggregation import wire
+from aggregation import envelope, wire
 from aggregation.errors import ProtocolError
-from aggregation.messages import Assignment, envelope
+from aggregation.messages import Assignment
 
 ME = "device-000"
 
@@ -37,7 +37,7 @@ def test_left_over_bytes_are_refused_and_without_that_check_would_pass(
     state, device = fleet.states[ME], fleet.devices[ME]
     with pytest.raises(ProtocolError, match="left over"):
         state.on_plan(device, plans[ME] + b"\x00")
-    monkeypatch.setattr(wire.Codec, "decode", lambda codec, raw: codec.read(wire.codec.Reader(raw)))
+    monkeypatch.setattr(wire.Codec, "decode", lambda codec, raw: codec.read(wire.Reader(raw)))
     state.on_plan(device, plans[ME] + b"\x00")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregation import recovery, sharing
-from aggregation.messages import Shares, UnmaskResponse, envelope
+from aggregation import envelope, recovery, sharing
+from aggregation.messages import Shares, UnmaskResponse
 from aggregation.server import AbortReason, RoundAborted
 from aggregation.sharing import SharePair
 

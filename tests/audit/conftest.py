@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from aggregation import transcript
-from aggregation.messages import Assignment, Message, envelope
+from aggregation import envelope, transcript
+from aggregation.messages import Assignment, Message
 from aggregation.policy import Policy
 from aggregation.server import Confirming, RoundAborted
 from aggregation.spec import Adversary

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aggregation import checks
+from aggregation import checks, envelope
 from aggregation.messages import (
     Advert,
     Assignment,
@@ -21,7 +21,6 @@ from aggregation.messages import (
     Survivors,
     Unmask,
     UnmaskResponse,
-    envelope,
 )
 from aggregation.pki import Authority
 from aggregation.policy import Policy

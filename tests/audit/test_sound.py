@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from aggregation.messages import Advert, Message, Shares, Survivors, Unmask, UnmaskResponse, envelope
+from aggregation import envelope
+from aggregation.messages import Advert, Message, Shares, Survivors, Unmask, UnmaskResponse
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from aggregation.steps import Step

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import edgeadapt
-from aggregation.messages import MaskedInput, envelope
+from aggregation import envelope
+from aggregation.messages import MaskedInput
 from aggregation.transcript import read
 from coordinator.audit.auditor import Check, Finding, Made, Status
 from coordinator.audit.published import Published

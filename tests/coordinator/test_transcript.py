@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from aggregation import envelope
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
-from aggregation.messages import Assignment, Plan, envelope
+from aggregation.messages import Assignment, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.server import AbortReason, RoundResult
 from aggregation.steps import Step

@@ -18,12 +18,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from aggregation import ring, transcript  # noqa: E402
+from aggregation import envelope, ring, transcript  # noqa: E402
 from aggregation.errors import ProtocolError, TrustError  # noqa: E402
-from aggregation.messages import (  # noqa: E402
-    MESSAGES,
-    envelope,
-)
+from aggregation.messages import MESSAGES  # noqa: E402
 from aggregation.pki.identity import IdentityKey  # noqa: E402
 from aggregation.sealed import unseal  # noqa: E402
 from aggregation.wire import Codec  # noqa: E402

@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 from adapters import files
 from adapters.base import find_base
 from adapters.layout import Layout, Tensors, TensorSpec
-from aggregation import ring
-from aggregation.messages import MaskedInput, envelope
+from aggregation import envelope, ring
+from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, SEEN, Step
 from client.node.app import app as client_app
 from client.training.contribute import clip

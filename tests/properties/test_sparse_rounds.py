@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregation import sealed
+from aggregation import envelope, sealed
 from aggregation.errors import ConfigError, ProtocolError
-from aggregation.messages import Shares, Survivors, Unmask, envelope
+from aggregation.messages import Shares, Survivors, Unmask
 from aggregation.policy import Policy
 from aggregation.server import AbortReason, Established, RoundAborted
 from aggregation.spec import Adversary

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aggregation import graph, masks, ring, shamir, sharing
+from aggregation import envelope, graph, masks, ring, shamir, sharing
 from aggregation.client import Device, Planned, Ready
 from aggregation.entropy import SystemEntropy
-from aggregation.messages import ConsistencySignature, EncryptedShares, MaskedInput, Plan, UnmaskResponse, envelope
+from aggregation.messages import ConsistencySignature, EncryptedShares, MaskedInput, Plan, UnmaskResponse
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
