@@ -1,4 +1,4 @@
-# make demo | test | fast | lint | web | clean. The first run sets up .venv; later ones need no network.
+# make demo | test | fast | doctest | lint | web | clean. The first run sets up .venv; later ones need no network.
 # Tools run as `python -m …`: a console script's first line breaks in a checkout path that has spaces or is long.
 
 PYTHON ?= python3
@@ -15,20 +15,28 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast lint web setup install clean
+.PHONY: demo test fast doctest lint web setup install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)  ## the main job; options through ARGS, as in: make demo ARGS="--out runs/mine"
 	@$(PY) -m edgeadapt demo $(ARGS)
 
-# Half as much again for the protocol's own tests, next to nothing for the others; not where ARGS picks some of them.
+# A worker for each core, each on one thread. Tests of one file stay with one worker, which makes their fixtures once.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses $(WORKERS) --dist loadfile
+PACKAGES := adapters aggregation client coordinator export simulations
+
+# Not where ARGS picks some of the tests.
 COVER := $(if $(ARGS),,--cov=aggregation --cov-report= --cov-fail-under=97)
 
-test: lint  ## lint, then every test; the protocol core must be covered
-	$(PY) -m pytest -q $(COVER) $(ARGS)
+test: lint doctest  ## lint, then every test; the protocol core must be covered
+	$(PYTEST) $(COVER) $(ARGS)
 
 fast: $(STAMP)  ## the tests that are not marked slow
-	$(PY) -m pytest -q -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+doctest: $(STAMP)  ## the examples in docstrings
+	$(PY) -m pytest -q --doctest-modules --doctest-ignore-import-errors $(PACKAGES)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
