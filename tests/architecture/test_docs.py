@@ -70,9 +70,14 @@ def test_every_name_of_the_core_that_its_documents_mention_is_there(document: st
 
 
 def calls(text: str) -> list[list[str]]:
-    """The words of every call of the program, in code blocks, in back quotes, and in a help's examples."""
+    """The words of every call of the program, in code blocks and in back quotes."""
     text = re.sub(r"\\\n\s*", "", text)
-    found = re.findall(r"(?:^ *\$? *|`|&& |; do |; then |ctl\) )edgeadapt (\w[^`\n|#&;]*)", text, re.MULTILINE)
+    blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    called = r"(?:\S*python3? -m )?edgeadapt (\w[^`\n|#&;)]*)"
+    found = [
+        call for block in blocks for call in re.findall(rf"(?:^ *\$? *|&& |; do |; then |\$\(){called}", block, re.M)
+    ]
+    found += re.findall(rf"`{called}`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
     return [shlex.split(call.replace("…", ""), posix=True) for call in found]
 
 

@@ -1,0 +1,87 @@
+"""Pages of the reference that are generated while the site is built, so that they cannot fall behind the code.
+
+``mkdocs.yml`` names this file. A page asks for a text with a comment, such as ``<!-- generated: commands -->``.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any
+
+import click
+from click.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parents[1]
+_RANGE = re.compile(r"\[([^\[\]]*)\]$")  # click's [default: 3; 1<=x<=9] at the end of a help text
+MARK = re.compile(r"^<!-- generated: ([a-z]+)(?: (\w+))? -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace each mark of a page by the text that it asks for."""
+    makers = {"commands": lambda _: commands(), "keys": lambda _: keys(), "api": api}
+    return MARK.sub(lambda mark: makers[mark[1]](mark[2]), markdown)
+
+
+def commands() -> str:
+    """Every command of the program: what it does, its arguments, its options and its examples."""
+    return "\n\n".join(text for path, command in walk() for text in _command(path, command))
+
+
+def walk() -> Iterator[tuple[str, click.Command]]:
+    """The program and each of its commands, a group before its members, with the words that call it."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    import edgeadapt
+
+    pending: list[tuple[str, click.Command]] = [("edgeadapt", edgeadapt.cli)]
+    while pending:
+        path, command = pending.pop(0)
+        yield path, command
+        if isinstance(command, click.Group):
+            context = click.Context(command, info_name=path)
+            members = [(name, command.get_command(context, name)) for name in command.list_commands(context)]
+            pending[:0] = [(f"{path} {name}", member) for name, member in members if member is not None]
+
+
+def _command(path: str, command: click.Command) -> Iterator[str]:
+    context = click.Context(command, info_name=path)
+    level = "##" if path.count(" ") < 2 else "###"
+    yield f"{level} {path.removeprefix('edgeadapt ')}"
+    text, _, examples = cleandoc(command.help or "").replace("\b\n", "").partition("\nExample")
+    yield re.sub(r"(?<!`)(--[a-z-]+)(?!`)", r"`\1`", text.strip())
+    if isinstance(command, click.Group):
+        return
+    usage = " ".join(command.collect_usage_pieces(context))
+    shown = re.sub(r"^s?:\n", "", examples)
+    yield f"```console\n$ {path} {usage}\n```" + (
+        f"\n\nExamples:\n\n```console\n{cleandoc(shown)}\n```" if shown else ""
+    )
+    rows = [record for option in command.get_params(context) if (record := option.get_help_record(context))]
+    lines = [f"| {_code(name)} | {re.sub(_RANGE, lambda found: _code(found[1]), help)} |" for name, help in rows]
+    yield "\n".join(["| option | meaning |", "| --- | --- |", *lines])
+
+
+def _code(text: str) -> str:
+    """As code in a cell of a table, where a bar would end the cell."""
+    return f"`{' '.join(text.split())}`".replace("|", r"\|")
+
+
+def keys() -> str:
+    """Every key of a scenario, as ``edgeadapt simulate --keys`` prints it."""
+    simulate = next(command for path, command in walk() if path == "edgeadapt simulate")
+    printed = CliRunner().invoke(simulate, ["--keys"]).output.strip()
+    rows = re.findall(r"^(\S+) = (.*?)  # (.*)$", printed, re.MULTILINE)
+    if len(rows) != printed.count("\n") + 1:
+        raise ValueError("a line of `edgeadapt simulate --keys` is not KEY = DEFAULT  # MEANING")
+    lines = [f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in rows]
+    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *lines])
+
+
+def api(part: str) -> str:
+    """What a top-level package and the packages in it export; their command lines have a page of their own."""
+    packages = sorted(
+        file.parent.relative_to(ROOT).as_posix().replace("/", ".") for file in (ROOT / part).rglob("__init__.py")
+    )
+    return "\n\n".join(f"::: {name}" for name in packages if not {"cli", "benchmarks"} & set(name.split(".")))

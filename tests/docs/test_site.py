@@ -1,0 +1,61 @@
+"""The generated pages name every command, option and scenario key; the site fetches nothing from another origin."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_line_page_has_every_command_with_its_options(hooks: ModuleType) -> None:
+    page, commands = hooks.commands(), dict(hooks.walk())
+    assert len(commands) > 20
+    for path, command in commands.items():
+        section = re.split(r"\n##", page.partition(f"# {path.removeprefix('edgeadapt ')}\n")[2])[0]
+        assert section, path
+        if not isinstance(command, click.Group):
+            named = {option for each in command.params if isinstance(each, click.Option) for option in each.opts}
+            assert [option for option in named if option not in section] == [], path
+
+
+def test_the_page_of_scenario_keys_has_a_row_for_each_key(hooks: ModuleType) -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| `.+` \| .+ \|$", hooks.keys(), re.MULTILINE)
+    assert {"seed", "federation.rounds", "network.loss"} < set(rows)
+    assert len(rows) == hooks.keys().count("\n") - 1
+
+
+def test_every_mark_of_a_page_is_replaced(hooks: ModuleType) -> None:
+    marked = [path for path in (ROOT / "docs").rglob("*.md") if "<!-- generated:" in path.read_text()]
+    assert len(marked) > 5
+    for path in marked:
+        assert "<!-- generated:" not in hooks.on_page_markdown(path.read_text())
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 20
+    for page in pages:
+        fetched = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=\"?(https?:[^\s\">]+)", page.read_text())
+        assert fetched == [], page.name
