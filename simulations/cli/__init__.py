@@ -94,10 +94,12 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: t
     from simulations.engine.progress import Progress
     from simulations.engine.run import RunFolder, run
     from simulations.report.formatting import program
-    from simulations.report.terminal import print_table
+    from simulations.report.terminal import print_scenario, print_table
 
     out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
     folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
+    if not as_json:
+        print_scenario(scenario, out, Console())
     try:
         with Progress(quiet=as_json) as progress:
             result = run(folder, progress)

@@ -1,6 +1,6 @@
-"""After the last round: each household's private adapter, what it is compared with, and its score on its test phrases.
+"""After the last round: each household's four arms, trained where they need training, and scored on its test phrases.
 
-A household's outcome is one file in its device's home, so a resumed run goes on with the next household.
+A household's outcome is one file in its device's state directory, so a resumed run continues with the next household.
 """
 
 import json
@@ -15,79 +15,91 @@ from aggregation.errors import DataError
 from client.node import statedir as device_home
 from client.node.statedir import DeviceStateDir
 from client.training.examples import Split, part, read_examples
-from client.training.personal import Choice, personalize
+from client.training.personal import Choice, Personal, personalize
 from client.training.trainer import Trainer, trainer
 from simulations.data.households import Household, Population
 from simulations.engine import provision
 from simulations.engine.progress import Progress
 from simulations.report.result import HouseholdResult
-from simulations.scenario import Scenario
+from simulations.scenario import PersonalSettings, Scenario
 
 OUTCOME = "outcome.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """What every household starts from: the vendor's adapter, the last shared one, and how to train."""
+class ArmInputs:
+    """What the arms of every household are made from.
 
-    seed: Tensors
-    shared: Tensors
+    Attributes:
+        seed_adapter: The vendor's adapter, version 0.
+        global_adapter: The last version of the registry.
+        task: The federation's training settings.
+        federation_epochs: Passes over its examples that a device makes in all rounds together.
+        personal: The personal step: its epochs and its learning rate.
+    """
+
+    seed_adapter: Tensors
+    global_adapter: Tensors
     task: Task
-    rounds: int
-    personal_epochs: int
-    personal_rate: float
+    federation_epochs: int
+    personal: PersonalSettings
 
 
 def personalize_all(
     out: Path, scenario: Scenario, population: Population, base: Base, progress: Progress
 ) -> tuple[HouseholdResult, ...]:
-    """The outcome of every household, made or found in its home."""
-    start = _start(out, scenario)
+    """The outcome of every household, computed or read from its device's state directory."""
+    inputs = _inputs(out, scenario)
     mine = trainer(base, len(population.labels), provision.lora(scenario))
     state_dirs = provision.open_state_dirs(out, population)
     outcomes = []
     with progress.stage("personal step", total=len(population.households)) as advance:
         for household in population.households:
-            outcomes.append(_outcome(state_dirs[household.name], household, mine, start))
+            outcomes.append(_outcome(state_dirs[household.name], household, mine, inputs))
             advance()
     return tuple(outcomes)
 
 
-def _start(out: Path, scenario: Scenario) -> Start:
+def _inputs(out: Path, scenario: Scenario) -> ArmInputs:
     registry = provision.registry(out)
     last = registry.latest()
     if last is None:
-        raise DataError(f"the registry of {out} is empty")
-    return Start(
-        registry.tensors(0),
-        registry.tensors(last.manifest.version),
-        scenario.federation.training.task(last.manifest, scenario.seed),
-        scenario.federation.rounds,
-        scenario.personal.epochs,
-        scenario.personal.learning_rate,
+        raise DataError(f"the registry of {out} is empty", about="registry")
+    federation = scenario.federation
+    return ArmInputs(
+        seed_adapter=registry.tensors(0),
+        global_adapter=registry.tensors(last.manifest.version),
+        task=federation.training.task(last.manifest, scenario.seed),
+        federation_epochs=federation.rounds * federation.training.epochs,
+        personal=scenario.personal,
     )
 
 
-def _outcome(state_dir: DeviceStateDir, household: Household, mine: Trainer, start: Start) -> HouseholdResult:
+def _outcome(state_dir: DeviceStateDir, household: Household, mine: Trainer, inputs: ArmInputs) -> HouseholdResult:
     path = state_dir.folder / OUTCOME
     if path.exists():
         return HouseholdResult(**json.loads(path.read_bytes()))
-    examples = read_examples(state_dir.examples, len(start.task.labels))
+    examples = read_examples(state_dir.examples, len(inputs.task.labels))
     train, test = part(examples, Split.TRAIN), part(examples, Split.TEST)
-    fine = replace(start.task, learning_rate=start.personal_rate)
-    personal = personalize(
-        mine,
-        {Choice.BASE: start.seed, Choice.GLOBAL: start.shared},
-        examples,
-        fine,
-        epochs=start.personal_epochs,
-        salt=household.name,
-    )
+    fine = replace(inputs.task, learning_rate=inputs.personal.learning_rate)
+
+    def personal_step(start: Tensors, salt: str) -> Personal:
+        candidates = {Choice.BASE: inputs.seed_adapter, Choice.GLOBAL: start}
+        return personalize(mine, candidates, examples, fine, epochs=inputs.personal.epochs, salt=salt)
+
+    personal = personal_step(inputs.global_adapter, household.name)
     storage.replace(state_dir.folder / device_home.PERSONAL, files.encode(personal.adapter))
-    # Alone with the same compute: as many passes over the same examples as this household's device makes in all.
-    passes = start.rounds * start.task.epochs + start.personal_epochs
-    local = mine.train(start.seed, train, start.task, epochs=passes, salt=f"{household.name}/local")
-    arms = {"base": start.seed, "local": local, "global": start.shared, "personal": personal.adapter}
+    # The local arm gets all that the personal arm gets, except what other households contribute: as many epochs, at
+    # the same two learning rates, and the same choice on the validation part.
+    salt, epochs = f"{household.name}/local", inputs.federation_epochs
+    by_itself = mine.train(inputs.seed_adapter, train, inputs.task, epochs=epochs, salt=salt)
+    local = personal_step(by_itself, f"{salt}/personal step")
+    arms = {
+        "base": inputs.seed_adapter,
+        "local": local.adapter,
+        "global": inputs.global_adapter,
+        "personal": personal.adapter,
+    }
     outcome = HouseholdResult(
         household.name,
         household.language,

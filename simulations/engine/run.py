@@ -143,7 +143,7 @@ def _base(folder: RunFolder) -> Base:
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Append what coordinator and devices log while the block runs: who was lost and why."""
+    """Append what coordinator and devices log while the block runs, dropouts and their causes among it."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))

@@ -59,7 +59,7 @@ class Rounds:
         self.done, self.total, self.number = 0, 0, 1
         self._answered: Counter[str] = Counter()
         self._step, self._cohort = "", 0
-        self._lost, self._bytes = 0, 0
+        self._dropouts, self._bytes = 0, 0
         self._metrics: Mapping[str, float] = {}
 
     @property
@@ -77,7 +77,7 @@ class Rounds:
     def finish(self, record: Record, total: int, now: float) -> Text:
         """A round is over; the line that stays of it."""
         self.done, self.total, self.number, self.ended = self.done + 1, total, record.round + 1, now
-        self._lost += len(record.dropped)
+        self._dropouts += len(record.dropped)
         self._bytes += record.bytes_up + record.bytes_down
         self._metrics = record.metrics or self._metrics
         self._cohort = max(self._cohort, len(record.survivors) + len(record.dropped))
@@ -91,7 +91,12 @@ class Rounds:
         answered = self._answered[self._step]
         of = f" of {self._cohort}" if self._cohort >= answered else ""
         at = f"{self._step}: {answered}{of} answered" if self._step else ""
-        so_far = [*_held_out(self._metrics), f"{size(self._bytes)} in all", f"{self._lost} lost", _times(self, now)]
+        so_far = [
+            *_held_out(self._metrics),
+            f"{size(self._bytes)} in all",
+            count(self._dropouts, "dropout"),
+            _times(self, now),
+        ]
         return [_bar(name, self.number - 1, self.total, now, at), Text("  ".join(so_far), no_wrap=True)]
 
 
@@ -120,10 +125,10 @@ def _held_out(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _round_line(record: Record) -> Text:
-    lost = ", ".join(f"{printable(device)} at {step}" for device, step in record.dropped.items())
+    dropped = ", ".join(f"{printable(device)} at {step}" for device, step in record.dropped.items())
     parts = [f"round {record.round:>2}"]
     parts += [f"aborted: {printable(record.aborted)}"] if record.aborted else _held_out(record.metrics)
     if not record.aborted:
         parts += [f"{count(len(record.survivors), 'device')}", size(record.bytes_up + record.bytes_down)]
-    parts += [f"lost {lost}"] if lost else []
+    parts += [f"dropped out: {dropped}"] if dropped else []
     return Text("  ".join(parts), style="yellow" if record.aborted else "")

@@ -1,4 +1,4 @@
-"""The figure of the households: where each began, and what training alone, together and in private made of it."""
+"""The figure of the households: the accuracy of each arm, household by household."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simulations.report.formatting import ARM_NAMES, count, share
+from simulations.report.formatting import count, share
 from simulations.report.plots import ARM_COLOURS, CHARACTER, LINE, MUTED, PAPER, WIDTH, axes, short, svg
 from simulations.report.result import ARMS, HouseholdResult, RunResult
 
@@ -19,7 +19,7 @@ MARKS = {"base": ("o", 26), "local": ("D", 26), "global": ("s", 20), "personal":
 
 
 def households(result: RunResult) -> str:
-    """Accuracy by household: base → shared → personal, and alone; those that never took part below."""
+    """Accuracy by household: base → personal, with local and global; the unseen households below."""
 
     def rank(household: HouseholdResult) -> tuple[bool, float, str]:
         accuracy = household.accuracy["personal"]
@@ -29,8 +29,8 @@ def households(result: RunResult) -> str:
     seen = sum(not h.unseen for h in rows)
     better = sum(h.accuracy["personal"] > h.accuracy["base"] for h in rows)
     text = (
-        f"The personal adapter answers more test phrases right than the vendor's head in {better} of "
-        f"{count(len(rows), 'household')}; the numbers stand in the table of households."
+        f"personal answers more test phrases right than base in {better} of {count(len(rows), 'household')}; "
+        "the table of households has the numbers."
     )
     gap = 1.6 if 0 < seen < len(rows) else 0.0
     height = 84 + ROW * (len(rows) + gap)
@@ -94,4 +94,4 @@ def _key(figure: "Figure", height: float) -> None:
     ax.set(xlim=(0, WIDTH), ylim=(-1, 1))
     for place, arm in zip((14, 100, 190, 290), ARMS, strict=True):
         _marks(ax, arm, [place], [0])
-        ax.text(place + 10, 0, ARM_NAMES[arm], va="center", color=ARM_COLOURS[arm])
+        ax.text(place + 10, 0, arm, va="center", color=ARM_COLOURS[arm])

@@ -4,19 +4,19 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aggregation.steps import Step
-from simulations.report.result import RoundResult, RunResult, summary
+from simulations.report.result import ARMS, RoundResult, RunResult, device_rounds, dropouts_by_step, summary
 
-ARM_NAMES = {"base": "base", "local": "alone", "global": "shared", "personal": "personal"}
 ARM_TEXTS = {
-    "base": "The frozen model with the starting head that a vendor ships on day one; no household has trained.",
-    "local": "Each household trains alone, for as many epochs as its personal adapter saw in all.",
-    "global": "The last shared adapter; the coordinator learned from sums over households and saw no single one.",
-    "personal": "The best of base, shared and privately tuned, as each household's own held-out part says.",
+    "base": "The frozen model with the starting head that a vendor ships on day one; no training.",
+    "local": "Each household trains by itself, for the epochs and at the learning rates of its personal adapter; "
+    "of base and what it trained it keeps the best on its validation phrases.",
+    "global": "The last global adapter; the coordinator learned from sums over households and saw no single one.",
+    "personal": "Each household fine-tunes the global adapter in private; of base, global and what it trained it keeps "
+    "the best on its validation phrases.",
 }
 COLUMNS = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
 COLUMN_TEXTS = (
@@ -82,16 +82,16 @@ def headline(result: RunResult) -> str:
     """The run in one sentence."""
     unseen = sum(h.unseen for h in result.households)
     languages = len({h.language for h in result.households})
-    mean = {arm: summary(result.households, arm) for arm in ARM_NAMES}
-    said = (
+    mean = {arm: summary(result.households, arm) for arm in ARMS}
+    text = (
         f"{count(len(result.households) - unseen, 'household')}, {count(languages, 'language')}: "
-        f"personal {share(mean['personal']['mean'], 2)} on average, {share(mean['local']['mean'], 2)} alone"
+        f"personal {share(mean['personal']['mean'], 2)} on average, local {share(mean['local']['mean'], 2)}"
     )
     if not unseen:
-        return f"{said}."
+        return f"{text}."
     return (
-        f"{said}; {count(unseen, 'household')} that never took part: {share(mean['global']['unseen'], 2)} "
-        f"with the shared adapter, from {share(mean['base']['unseen'], 2)}."
+        f"{text}; {count(unseen, 'household')} that took no part in training: "
+        f"global {share(mean['global']['unseen'], 2)}, base {share(mean['base']['unseen'], 2)}."
     )
 
 
@@ -117,20 +117,12 @@ class Traffic:
         return cls(up / len(whole), down / len(whole), model) if whole else cls(math.nan, math.nan, model)
 
 
-def in_order(steps: Iterable[str]) -> list[str]:
-    """Each step once, as the protocol goes."""
-    order = [step.value for step in Step]
-    return sorted(set(steps), key=lambda step: (order.index(step) if step in order else len(order), step))
-
-
-def losses(rounds: tuple[RoundResult, ...]) -> str:
-    """Who was lost, in one line: ``14 of 120 device rounds: 6 at plan, 8 at unmask``."""
-    steps = [step for r in rounds for step in r.dropped.values()]
-    asked = len(steps) + sum(len(r.survivors) for r in rounds)
-    at = ", ".join(f"{steps.count(step)} at {step}" for step in in_order(steps))
-    aborted = sum(r.aborted is not None for r in rounds)
-    said = f"{len(steps)} of {count(asked, 'turn')} in {count(len(rounds), 'round')}" + (f": {at}" if at else "")
-    return said + (f"; {count(aborted, 'round')} aborted" if aborted else "")
+def dropouts(rounds: Sequence[RoundResult]) -> str:
+    """The dropouts in one line: ``14 of 120 device-rounds: 6 at plan, 8 at unmask``."""
+    by_step, aborted = dropouts_by_step(rounds), sum(r.aborted is not None for r in rounds)
+    at = ", ".join(f"{number} at {step}" for step, number in by_step.items())
+    text = f"{sum(by_step.values())} of {count(device_rounds(rounds), 'device-round')}" + (f": {at}" if at else "")
+    return text + (f"; {count(aborted, 'round')} aborted" if aborted else "")
 
 
 def program() -> str:

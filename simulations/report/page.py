@@ -10,9 +10,9 @@ from simulations.report.formatting import (
     Traffic,
     command,
     count,
+    dropouts,
     duration,
     headline,
-    losses,
     percent,
     share,
     size,
@@ -22,11 +22,11 @@ from simulations.report.result import RunResult
 from simulations.report.stylesheet import CSS
 
 CAPTIONS = {
-    "households": "From the vendor's head to the personal adapter, best first.",
+    "households": "From base to personal, best first.",
     "learning": "Means over the devices that came through, taken from the sum; no device's own figure was seen.",
     "traffic": "What one device sends and receives in a round, beside sending it the whole model.",
-    "lost": "At plan: before its masked input came; at survivors: before it confirmed who is left; at unmask: before "
-    "its shares came. The next round asks it again.",
+    "dropouts": "At plan: before its masked input arrived; at survivors: before its consistency signature arrived; at "
+    "unmask: before its shares arrived. The next round asks the device again.",
 }
 
 
@@ -87,7 +87,7 @@ def _facts(result: RunResult) -> str:
             size_or_dash(traffic.down),
             f"a round, {percent(traffic.down, traffic.model)} of the full model",
         ),
-        ("devices lost", str(dropped), losses(result.rounds)),
+        ("dropouts", str(dropped), dropouts(result.rounds)),
         ("time", duration(seconds["total"]), _coordination(seconds)),
         ("exported as trained", share(parity["agreement"], 4), f"of {parity['count']} phrases answered as in torch"),
     )
@@ -107,8 +107,8 @@ def _figures(result: RunResult) -> str:
     households = _figure("Accuracy by household", "households", charts.households(result))
     traffic = _figure("Bytes on the wire", "traffic", roundcharts.traffic(result))
     learning = _figure("Accuracy and loss by round", "learning", roundcharts.learning(result))
-    lost = _figure("Who was lost, and where", "lost", roundcharts.lost(result))
-    left, right = f"{households}\n{traffic}", f"{learning}\n{lost}"
+    dropped = _figure("Dropouts by device and step", "dropouts", roundcharts.dropouts_by_device(result))
+    left, right = f"{households}\n{traffic}", f"{learning}\n{dropped}"
     return f'<div class="figures">\n<div>\n{left}\n</div>\n<div>\n{right}\n</div>\n</div>'
 
 

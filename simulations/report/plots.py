@@ -19,7 +19,7 @@ CHARACTER = 6.3  # units, about
 
 # Each colour stands for a variable of the page's style sheet, which knows light from dark. The arms differ in shape as
 # well; the hues are of Okabe and Ito's palette for the colour-blind, darkened until they carry text.
-INK, MUTED, LINE, TILE, LOST = "#1b1f24", "#59636e", "#d4d9df", "#c5dcea", "#b3400d"
+INK, MUTED, LINE, TILE, DROPPED = "#1b1f24", "#59636e", "#d4d9df", "#c5dcea", "#b3400d"
 ARM_COLOURS = {"base": "#6a737d", "local": "#a65a00", "global": "#0069a8", "personal": "#00735a"}
 PAPER = "#fefefe"
 VARIABLES = {
@@ -27,7 +27,7 @@ VARIABLES = {
     MUTED: "--muted",
     LINE: "--line",
     TILE: "--tile",
-    LOST: "--lost",
+    DROPPED: "--dropped",
     PAPER: "--paper",
     **{colour: f"--{arm}" for arm, colour in ARM_COLOURS.items()},
 }

@@ -1,10 +1,13 @@
 """The result of a run: what `--json` prints, the table shows and the report draws. All of it is computed elsewhere."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
+from aggregation.steps import Step
 
 ARMS = ("base", "local", "global", "personal")
 
@@ -13,9 +16,10 @@ ARMS = ("base", "local", "global", "personal")
 class HouseholdResult:
     """One household's test accuracy by arm, each a share of its own test phrases.
 
-    ``base``: the vendor's head, no training. ``local``: trained alone, for as many epochs as the personal arm saw in
-    all. ``global``: the last shared adapter. ``personal``: the best of base, global and privately fine-tuned by its own
-    held-out part; ``choice`` says which that was.
+    ``base``: the vendor's adapter, no training. ``local``: trained by the household itself, for the epochs and learning
+    rates of the personal arm. ``global``: the last global adapter. ``personal``: the global adapter, fine-tuned in
+    private. Of ``local`` and ``personal``, the household keeps the candidate that does best on its validation part;
+    ``choice`` says which candidate it kept as ``personal``.
     """
 
     name: str
@@ -33,7 +37,7 @@ class RoundResult:
 
     round: int
     survivors: tuple[str, ...]
-    dropped: dict[str, str]  # device → the step at which it was lost
+    dropped: dict[str, str]  # device → the step at which it dropped out
     aborted: str | None
     bytes_up: int  # a device, mean over the survivors; a session's set-up counts in its first round
     bytes_down: int  # a device, mean over the cohort
@@ -59,7 +63,30 @@ class RunResult:
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        return {"accuracy": {arm: summary(self.households, arm) for arm in ARMS}, **asdict(self)}
+        return {
+            "accuracy": {arm: summary(self.households, arm) for arm in ARMS},
+            "device_rounds": device_rounds(self.rounds),
+            "dropouts_by_step": dropouts_by_step(self.rounds),
+            **asdict(self),
+        }
+
+
+def device_rounds(rounds: Iterable[RoundResult]) -> int:
+    """How often a device was asked to take part in a round."""
+    return sum(len(r.survivors) + len(r.dropped) for r in rounds)
+
+
+def dropouts_by_step(rounds: Iterable[RoundResult]) -> dict[str, int]:
+    """How many device-rounds ended early, by step, in the order of the protocol; a step without a dropout is absent.
+
+    >>> r = RoundResult(1, (), {"en-01": "unmask", "de-02": "plan", "fr-01": "plan"}, None, 0, 0, 0.0, {}, None)
+    >>> dropouts_by_step([r])
+    {'plan': 2, 'unmask': 1}
+    """
+    order = [step.value for step in Step]
+    counts = Counter(step for r in rounds for step in r.dropped.values())
+    known = sorted(counts, key=lambda step: (order.index(step) if step in order else len(order), step))
+    return {step: counts[step] for step in known}
 
 
 def summary(households: Sequence[HouseholdResult], arm: str) -> dict[str, float]:

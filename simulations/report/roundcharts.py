@@ -1,16 +1,16 @@
-"""The figures of the rounds: what was learned, what it weighed, who was lost."""
+"""The figures of the rounds: accuracy and loss, bytes on the wire, dropouts."""
 
 from collections.abc import Iterable
 from math import log10
 from typing import TYPE_CHECKING
 
-from simulations.report.formatting import Traffic, count, in_order, losses, percent, share, size
+from simulations.report.formatting import Traffic, count, dropouts, percent, share, size
 from simulations.report.plots import (
     ARM_COLOURS,
     CHARACTER,
+    DROPPED,
     INK,
     LINE,
-    LOST,
     MUTED,
     PAPER,
     TILE,
@@ -19,7 +19,7 @@ from simulations.report.plots import (
     short,
     svg,
 )
-from simulations.report.result import RoundResult, RunResult
+from simulations.report.result import RoundResult, RunResult, dropouts_by_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LEFT = 48.0  # units beside a plot of rounds
 PANEL = 112.0  # units high
 CURVES = {"accuracy": "accuracy, a share", "loss": "loss, nats a phrase"}
-FULL_GRID = 40  # devices; beyond it only those that were ever lost are drawn
+FULL_GRID = 40  # devices; beyond it only those that ever dropped out are drawn
 TILE_HEIGHT = 15.0  # units
 WIDEST_TILE = 48.0
 LETTER_WIDTH = 11.0  # units of the narrowest tile that holds a letter
@@ -125,19 +125,18 @@ def _weight(value: float, model: float) -> str:
     return f"{size(value)} · {percent(value, model)} of the model" if value > 0 else "none"
 
 
-def lost(result: RunResult) -> str:
-    """A grid of devices by rounds: who came through, and who was lost at which step."""
+def dropouts_by_device(result: RunResult) -> str:
+    """A grid of devices by rounds: which survived the round, and which dropped out at which step."""
     devices, hidden = _devices(result)
-    steps = in_order(step for r in result.rounds for step in r.dropped.values())
-    letters = {step: step[:1].upper() for step in steps}
-    note = f"; {count(hidden, 'device')} never lost, not drawn" if hidden else ""
+    letters = {step: step[:1].upper() for step in dropouts_by_step(result.rounds)}
+    note = f"; {count(hidden, 'device')} without a dropout not drawn" if hidden else ""
     height = 74 + TILE_HEIGHT * max(len(devices), 1)
-    return svg("lost", "Devices lost by round", losses(result.rounds) + ".", height,
+    return svg("dropouts", "Dropouts by device and round", dropouts(result.rounds) + ".", height,
                lambda figure: _grid(figure, result.rounds, devices, letters, height, note))  # fmt: skip
 
 
 def _devices(result: RunResult) -> tuple[list[str], int]:
-    """In the households' order, strangers last; of a large fleet only those ever lost, and how many are left out."""
+    """The devices to draw, in the households' order, unknown ones last; and how many of a large fleet are not drawn."""
     dropped = {device for r in result.rounds for device in r.dropped}
     there = dropped.union(*(r.survivors for r in result.rounds))
     drawn = dropped if len(there) > FULL_GRID else there
@@ -161,7 +160,7 @@ def _grid(
     through = [(r.round, row[d]) for r in rounds for d in r.survivors if d in row]
     gone = [(r.round, row[d], step) for r in rounds for d, step in r.dropped.items()]
     ax.add_patch(_tiles(through, TILE))
-    ax.add_patch(_tiles([(x, y) for x, y, _ in gone], LOST))
+    ax.add_patch(_tiles([(x, y) for x, y, _ in gone], DROPPED))
     if width / len(rounds) >= LETTER_WIDTH:
         for x, y, step in gone:
             ax.text(x, y, letters[step], ha="center", va="center_baseline", fontsize=9, color=PAPER, weight="bold")
@@ -171,7 +170,9 @@ def _grid(
     ax.set_xlabel("round" + (" (× aborted)" if any(r.aborted for r in rounds) else "") + note, loc="left")
     for r in rounds:
         if r.aborted:
-            ax.annotate("×", (r.round, 1), (0, 3), ("data", "axes fraction"), "offset points", ha="center", color=LOST)
+            ax.annotate(
+                "×", (r.round, 1), (0, 3), ("data", "axes fraction"), "offset points", ha="center", color=DROPPED
+            )
     _grid_key(figure, letters)
 
 
@@ -180,11 +181,11 @@ def _grid_key(figure: "Figure", letters: dict[str, str]) -> None:
     ax.set_axis_off()
     ax.set(xlim=(0, WIDTH), ylim=(-1, 1))
     ax.scatter([12], [0], s=70, marker="s", color=TILE)
-    ax.text(22, 0, "came through", va="center_baseline", color=MUTED)
+    ax.text(22, 0, "survived", va="center_baseline", color=MUTED)
     if letters:
-        ax.scatter([114], [0], s=70, marker="s", color=LOST)
+        ax.scatter([90], [0], s=70, marker="s", color=DROPPED)
         said = ", ".join(f"{step} ({letter})" for step, letter in letters.items())
-        ax.text(124, 0, f"lost at {said}", va="center_baseline", color=LOST)
+        ax.text(100, 0, f"dropped out at {said}", va="center_baseline", color=DROPPED)
 
 
 def _tiles(places: Iterable[tuple[float, float]], colour: str) -> "PathPatch":

@@ -6,13 +6,13 @@ CSS = """
   --font: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
   --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   --ink: #1b1f24; --muted: #59636e; --line: #d4d9df; --page: #f6f7f8; --paper: #ffffff;
-  --tile: #c5dcea; --lost: #b3400d;
+  --tile: #c5dcea; --dropped: #b3400d;
   --base: #6a737d; --local: #a65a00; --global: #0069a8; --personal: #00735a;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --ink: #e6e9ec; --muted: #a0aab4; --line: #363d45; --page: #101317; --paper: #181c21;
-    --tile: #28485c; --lost: #ff9060;
+    --tile: #28485c; --dropped: #ff9060;
     --base: #a8b1ba; --local: #f2a541; --global: #62b8f0; --personal: #35c9a3;
   }
 }
@@ -52,7 +52,7 @@ figure { margin: 0; }
 figcaption { font-size: .9em; margin-bottom: 10px; }
 svg { display: block; width: 100%; max-width: 560px; height: auto; margin: 0 auto; overflow: visible; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
-.lost { color: var(--lost); }
+.dropped { color: var(--dropped); }
 .rounds :is(th, td), .each :is(th, td) { white-space: nowrap; }
 .rounds :is(th, td):last-child { text-align: left; padding-left: 1.2em; }
 .rounds td.words { min-width: 15em; white-space: normal; overflow-wrap: anywhere; }

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from html import escape
 
-from simulations.report.formatting import ARM_NAMES, ARM_TEXTS, COLUMNS, duration, share, size_or_dash
+from simulations.report.formatting import ARM_TEXTS, COLUMNS, duration, share, size_or_dash
 from simulations.report.result import ARMS, HouseholdResult, RoundResult, RunResult, summary
 
 
@@ -12,7 +12,7 @@ def arms(result: RunResult) -> str:
     rows = []
     for arm in ARMS:
         values = summary(result.households, arm)
-        name = f"{ARM_NAMES[arm]}<small>{escape(ARM_TEXTS[arm])}</small>"
+        name = f"{arm}<small>{escape(ARM_TEXTS[arm])}</small>"
         cells = "".join(f"<td>{share(values[column])}</td>" for column in COLUMNS)
         rows.append(f'<tr{" class=best" if arm == "personal" else ""}><th scope="row">{name}</th>{cells}</tr>')
     return _table("arms", ("adapter", "mean", "10th percentile", "worst", "unseen"), rows)
@@ -20,15 +20,15 @@ def arms(result: RunResult) -> str:
 
 def rounds(done: Iterable[RoundResult]) -> str:
     """What happened in each round."""
-    head = ("round", "accuracy", "loss", "devices", "up", "down", "time", "version", "lost")
+    head = ("round", "accuracy", "loss", "devices", "up", "down", "time", "version", "dropouts")
     body = _table("", head, [_round(r) for r in done])
     return f'<section class="rounds">\n<h2>Rounds</h2>\n<div class="scroll">{body}</div>\n</section>'
 
 
 def _round(r: RoundResult) -> str:
     loss = f"{r.metrics['loss']:.3f}" if "loss" in r.metrics else "–"
-    lost = ", ".join(f"{device} at {step}" for device, step in r.dropped.items())
-    said = "; ".join(filter(None, (f"aborted: {r.aborted}" if r.aborted else "", lost)))
+    dropped = ", ".join(f"{device} at {step}" for device, step in r.dropped.items())
+    said = "; ".join(filter(None, (f"aborted: {r.aborted}" if r.aborted else "", dropped)))
     cells = (
         share(r.metrics.get("accuracy", float("nan"))),
         loss,
@@ -41,13 +41,13 @@ def _round(r: RoundResult) -> str:
     return (
         f'<tr><th scope="row">{r.round}</th>'
         + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + f'<td class="words{" lost" if r.aborted else ""}">{escape(said)}</td></tr>'
+        + f'<td class="words{" dropped" if r.aborted else ""}">{escape(said)}</td></tr>'
     )
 
 
 def each(households: Iterable[HouseholdResult]) -> str:
     """Every household in numbers, folded up."""
-    head = ("household", "language", "trained on", "tested on", *(ARM_NAMES[arm] for arm in ARMS), "chose")
+    head = ("household", "language", "trained on", "tested on", *ARMS, "kept")
     body = _table("", head, [_household(h) for h in households])
     return (
         '<section class="each">\n<details>\n<summary>Every household in numbers</summary>\n'
@@ -61,7 +61,7 @@ def _household(h: HouseholdResult) -> str:
         "no round" if h.unseen else f"{h.examples}",
         str(h.tests),
         *(share(h.accuracy[arm]) for arm in ARMS),
-        ARM_NAMES.get(h.choice, h.choice),
+        h.choice,
     )
     return f'<tr><th scope="row">{escape(h.name)}</th>' + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
 

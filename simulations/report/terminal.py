@@ -1,6 +1,7 @@
-"""The closing table of a run in a terminal: eighty columns, and plain text where nobody looks."""
+"""What a run prints in a terminal, in eighty columns: what it is about to do, and the closing table."""
 
 import math
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -8,27 +9,71 @@ from rich.table import Table
 from rich.text import Text
 
 from simulations.report.formatting import (
-    ARM_NAMES,
     COLUMNS,
     Traffic,
     command,
     count,
+    dropouts,
     duration,
     headline,
-    losses,
     percent,
+    printable,
     share,
     size,
 )
 from simulations.report.result import ARMS, RunResult, summary
+from simulations.scenario import Scenario
 
 NOTES = {
     "base": "the vendor's head, no training",
-    "local": "each alone, the same epochs",
-    "global": "the last shared adapter",
-    "personal": "shared, then tuned in private",
+    "local": "each household by itself",
+    "global": "the last global adapter",
+    "personal": "global, then tuned in private",
 }
-LABEL = 10  # columns
+LABEL = 11  # columns
+
+
+def print_scenario(scenario: Scenario, out: Path, console: Console) -> None:
+    """Print what the base, the languages and the arms are, before the run starts.
+
+    Args:
+        scenario: The scenario to run.
+        out: The folder of the run.
+        console: Where to print; without color if it is not a terminal.
+    """
+    console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
+    for label, text in _plan(scenario, out):
+        line = Text.assemble((f"{label:<{LABEL}}", "dim"), printable(text))
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print()
+
+
+def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
+    population, adapter, federation = scenario.population, scenario.adapter, scenario.federation
+    training, fine = federation.training, scenario.personal
+    epochs = count(federation.rounds * training.epochs, "epoch")
+    adversary = federation.aggregation.adversary
+    rounds = f"{federation.rounds} of {count(training.epochs, 'epoch')} at learning rate {training.learning_rate:g}"
+    return [
+        ("base", f"{scenario.base.model}, a pretrained text encoder, frozen on every device"),
+        ("adapter", f"LoRA of rank {adapter.rank} on {', '.join(adapter.targets)}, and a classification head"),
+        (
+            "languages",
+            f"{', '.join(population.languages)}; the vendor's phrases: {', '.join(population.public_languages)}",
+        ),
+        ("households", f"{population.households}, of which {population.unseen_count} unseen: no part in training"),
+        ("rounds", f"{rounds}; {adversary} secure aggregation"),
+        ("arms", "base      the frozen model and the vendor's head, no training"),
+        (
+            "",
+            f"local     own data only: {epochs} at {training.learning_rate:g}, "
+            f"then {fine.epochs} at {fine.learning_rate:g}",
+        ),
+        ("", "global    the adapter after the last round"),
+        ("", f"personal  global, then {count(fine.epochs, 'epoch')} at {fine.learning_rate:g} on own data"),
+        ("", "local, personal: the best candidate on own validation phrases"),
+        ("folder", str(out)),
+    ]
 
 
 def print_table(result: RunResult, console: Console, program: str = "edgeadapt") -> None:
@@ -60,7 +105,7 @@ def _accuracy(result: RunResult) -> Table:
         values = summary(result.households, arm)
         style = "bold" if arm == "personal" else ""
         cells = [share(values[column]) for column in COLUMNS]
-        table.add_row(ARM_NAMES[arm], *cells, Text(NOTES[arm], style="dim"), style=style)
+        table.add_row(arm, *cells, Text(NOTES[arm], style="dim"), style=style)
     return table
 
 
@@ -69,7 +114,7 @@ def _facts(result: RunResult, program: str) -> list[tuple[str, str]]:
     return [
         ("up", _traffic(traffic.up, traffic.model)),
         ("down", _traffic(traffic.down, traffic.model)),
-        ("lost", losses(result.rounds)),
+        ("dropouts", dropouts(result.rounds)),
         ("time", _time(result.seconds)),
         ("parity", _parity(result.parity)),
         ("bundle", result.bundle),

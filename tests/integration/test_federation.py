@@ -305,7 +305,7 @@ import json, logging, sys
 from flwr.app import Context, RecordDict
 from client.node.app import app as client_app
 from coordinator.app import STATE, app
-from simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid, Weather
+from simulations.engine.grid import RUN_ID, SERVER_NODE, FaultModel, InProcessGrid
 
 coordinator, nodes = sys.argv[1], {int(node): home for node, home in json.loads(sys.argv[2]).items()}
 
@@ -320,7 +320,7 @@ log = logging.getLogger("edgeadapt.coordinator")
 log.setLevel(logging.DEBUG)
 log.addHandler(Told())
 context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: coordinator})
-app(InProcessGrid(client_app, nodes, Weather(0, 0.0, 1.0)), context)
+app(InProcessGrid(client_app, nodes, FaultModel(0, 0.0, 1.0)), context)
 """
 
 

@@ -13,8 +13,8 @@ STEPS = ("plan", "survivors", "unmask")
 def _household(rng: np.random.Generator, number: int, *, unseen: bool) -> HouseholdResult:
     language = ("en", "de", "fr")[number % 3]
     base = float(np.clip(rng.normal(0.45, 0.09), 0, 1))
-    shared, alone = (float(np.clip(rng.normal(mean, 0.05), base, 1)) for mean in (0.79, 0.84))
-    accuracy = {"base": base, "local": alone, "global": shared, "personal": min(1.0, max(shared, alone) + 0.04)}
+    common, local = (float(np.clip(rng.normal(mean, 0.05), base, 1)) for mean in (0.79, 0.84))
+    accuracy = {"base": base, "local": local, "global": common, "personal": min(1.0, max(common, local) + 0.04)}
     accuracy = {arm: round(value * 40) / 40 for arm, value in accuracy.items()}
     name = f"{language}-{number // 3 + 1:02d}"
     return HouseholdResult(name, language, unseen, int(rng.integers(48, 80)), 40, accuracy, "personal")

@@ -84,7 +84,7 @@ def test_a_terminal_is_shown_rounds_and_stages(result: RunResult) -> None:
     with levels_as_they_were():
         run(result, Progress(console=console(out)))
     text = plain(out.getvalue())
-    assert "round  1  accuracy .530  loss 1.790  11 devices  692 kB  lost de-03 at survivors" in text
+    assert "round  1  accuracy .530  loss 1.790  11 devices  692 kB  dropped out: de-03 at survivors" in text
     assert "round 10  accuracy .780" in text
     assert "personal step  15 in 0.0 s" in text
 
@@ -146,7 +146,7 @@ def test_a_device_name_cannot_steer_the_terminal(result: RunResult) -> None:
     assert "?[2Jx[bold] at plan" in plain(out.getvalue())
 
 
-def test_the_live_lines_say_round_step_devices_accuracy_bytes_and_losses(result: RunResult) -> None:
+def test_the_live_lines_say_round_step_devices_accuracy_bytes_and_dropouts(result: RunResult) -> None:
     rounds = Rounds(began=0.0)
     for _ in range(12):
         rounds.answer("offer")
@@ -156,7 +156,7 @@ def test_the_live_lines_say_round_step_devices_accuracy_bytes_and_losses(result:
     text = drawn(rounds, now=8.0)
     assert "round 2 of 10" in text
     assert "plan: 7 of 12 answered" in text
-    assert "accuracy .530  loss 1.790  692 kB in all  1 lost" in text
+    assert "accuracy .530  loss 1.790  692 kB in all  1 dropout" in text
     assert "8.0 s, about 52 s left" in text  # 9 rounds at 6 s, 2 s of which are over
 
 

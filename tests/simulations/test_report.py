@@ -100,13 +100,13 @@ def test_figures_take_their_colours_from_the_page_so_that_dark_is_dark(result: R
 
 def hostile(result: RunResult) -> RunResult:
     first = replace(result.households[0], name=HOSTILE, language=HOSTILE, choice=HOSTILE)
-    lost = replace(result.rounds[0], dropped={HOSTILE: HOSTILE}, aborted=HOSTILE)
+    dropped = replace(result.rounds[0], dropped={HOSTILE: HOSTILE}, aborted=HOSTILE)
     return replace(
         result,
         scenario=HOSTILE,
         bundle=HOSTILE,
         households=(first, *result.households[1:]),
-        rounds=(lost, *result.rounds[1:]),
+        rounds=(dropped, *result.rounds[1:]),
     )
 
 
@@ -132,7 +132,6 @@ def test_any_shape_of_run_draws(make_result: Callable[..., RunResult], shape: tu
 
 def test_a_run_without_unseen_households_says_nothing_of_them(make_result: Callable[..., RunResult]) -> None:
     html = page(make_result(5, 2, 0))
-    assert "never took part" not in html
     assert "took no part" not in html
     assert "<td>–</td>" in html
 
@@ -162,9 +161,9 @@ def test_a_household_without_a_measured_accuracy_is_left_blank(result: RunResult
     assert "nan" not in html.lower()
 
 
-def test_a_run_in_which_nobody_was_ever_lost_draws(result: RunResult) -> None:
+def test_a_run_without_a_dropout_draws(result: RunResult) -> None:
     html = page(replace(result, rounds=tuple(replace(r, dropped={}) for r in result.rounds)))
-    assert "lost at plan" not in html
+    assert "dropped out at plan" not in html
 
 
 def test_the_report_replaces_an_older_one_and_leaves_no_other_file(result: RunResult, tmp_path: Path) -> None:

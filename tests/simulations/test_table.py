@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from simulations.report.result import RunResult
-from simulations.report.terminal import print_table
+from simulations.report.result import ARMS, RunResult
+from simulations.report.terminal import print_scenario, print_table
+from simulations.scenario import Scenario
 
 
 def printed(result: RunResult, *, terminal: bool = False, program: str = "edgeadapt") -> str:
@@ -23,16 +25,44 @@ def test_the_table_has_every_arm_with_its_four_numbers(result: RunResult) -> Non
     rows = {words[0]: words[1:5] for words in lines if words}
     assert rows["base"] == [".446", ".400", ".275", ".383"]
     assert rows["personal"] == [".856", ".825", ".800", ".892"]
-    assert {"alone", "shared"} <= set(rows)
+    assert {"local", "global"} <= set(rows)
 
 
 def test_the_lines_below_say_what_it_cost_and_what_to_type(result: RunResult) -> None:
     text = printed(result)
-    assert "up        263 kB a device a round, 0.29 % of the full model (90.9 MB)" in text
-    assert "lost      12 of 120 turns in 10 rounds: 4 at plan, 5 at survivors, 3 at unmask" in text
-    assert "time      4 min 12 s; training 2 min 41 s; coordination 7.4 s, 4.6 % of that" in text
-    assert "parity    .9983 of 600 phrases as in torch, largest difference 0.031" in text
+    assert "up         263 kB a device a round, 0.29 % of the full model (90.9 MB)" in text
+    assert "dropouts   12 of 120 device-rounds: 4 at plan, 5 at survivors, 3 at unmask" in text
+    assert "time       4 min 12 s; training 2 min 41 s; coordination 7.4 s, 4.6 % of that" in text
+    assert "parity     .9983 of 600 phrases as in torch, largest difference 0.031" in text
     assert text.endswith('edgeadapt device infer --bundle runs/households/bundle "turn on the kitchen lights"\n')
+
+
+def test_before_the_run_a_scenario_says_what_base_languages_and_arms_are(tmp_path: Path) -> None:
+    out = StringIO()
+    federation = {"rounds": 7, "training": {"epochs": 2, "learning_rate": 0.01}}
+    scenario = Scenario.parse(
+        {
+            "name": "mine",
+            "base": {"model": "some_\x1bencoder"},
+            "population": {"languages": ["en", "es"], "public_languages": ["de"]},
+            "federation": federation,
+            "personal": {"epochs": 5, "learning_rate": 0.003},
+        },
+        "mine",
+    )
+    print_scenario(scenario, tmp_path, Console(file=out, width=80))
+    text = out.getvalue()
+    for line in (
+        "base       some_?encoder, ",
+        "languages  en, es; the vendor's phrases: de",
+        "households 15, of which 3 unseen",
+        "local     own data only: 14 epochs at 0.01, then 5 at 0.003",
+        "personal  global, then 5 epochs at 0.003 on own data",
+        f"folder     {tmp_path}",
+    ):
+        assert line in text
+    assert all(f" {arm:<9} " in text for arm in ARMS)
+    assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith("folder"))
 
 
 def test_no_line_is_longer_than_a_terminal_but_a_path_or_command(result: RunResult) -> None:
@@ -48,7 +78,7 @@ def test_a_pipe_gets_no_escape_sequence_and_a_terminal_does(result: RunResult) -
 def test_a_long_command_stays_on_one_line_quoted_for_the_shell(result: RunResult) -> None:
     bundle = "/home/some one/" + "far/" * 30 + "[bold]bundle"
     last = printed(replace(result, bundle=bundle), program=".venv/bin/edgeadapt").splitlines()[-1]
-    assert last == f"try       .venv/bin/edgeadapt device infer --bundle '{bundle}' \"turn on the kitchen lights\""
+    assert last == f"try        .venv/bin/edgeadapt device infer --bundle '{bundle}' \"turn on the kitchen lights\""
 
 
 def test_no_unseen_household_is_a_dash(make_result: Callable[..., RunResult]) -> None:

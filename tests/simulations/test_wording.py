@@ -1,10 +1,12 @@
 """Numbers as they are said."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from simulations.report.formatting import count, duration, in_order, percent, printable, program, share, size
+from simulations.report.formatting import count, duration, percent, printable, program, share, size
+from simulations.report.result import RunResult, dropouts_by_step
 
 
 @pytest.mark.parametrize(
@@ -43,8 +45,10 @@ def test_one_is_one_and_many_are_many() -> None:
     assert (count(1, "household"), count(2, "household")) == ("1 household", "2 households")
 
 
-def test_steps_are_told_in_the_order_of_the_protocol_strangers_last() -> None:
-    assert in_order(["unmask", "x", "plan", "unmask", "offer"]) == ["offer", "plan", "unmask", "x"]
+def test_dropouts_are_counted_in_the_order_of_the_protocol_unknown_steps_last(result: RunResult) -> None:
+    dropped = {str(number): step for number, step in enumerate(["unmask", "x", "plan", "unmask", "offer"])}
+    counts = dropouts_by_step([replace(result.rounds[0], dropped=dropped)])
+    assert list(counts.items()) == [("offer", 1), ("plan", 1), ("unmask", 2), ("x", 1)]
 
 
 def test_what_steers_a_terminal_is_not_printed() -> None:
