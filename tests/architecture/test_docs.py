@@ -125,3 +125,23 @@ def test_every_promise_names_its_test(document: str, heading: str, column: int) 
     assert len(claims) > 3
     for row in claims:
         assert re.search(r"test_\w+|make_\w+|fuzz_\w+", row[column]), row[0]
+
+
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", DECISIONS, ids=[path.stem for path in DECISIONS])
+def test_a_decision_has_its_number_and_a_status_with_a_date(path: Path) -> None:
+    title, _, status = path.read_text().split("\n")[:3]
+    assert title.startswith(f"# {int(path.name[:4])}. ")
+    assert re.match(r"\*\*Status:\*\* (accepted|superseded by .*), \d{4}-\d\d-\d\d", status)
+
+
+def test_every_document_that_the_code_names_is_there(all_sources: Any) -> None:
+    missing = [
+        f"{source.path}: {name}"
+        for source in all_sources
+        for name in re.findall(r"\bdocs/[\w/-]+(?:\.md)?", source.text)
+        if not list(ROOT.glob(f"{name}*")) and "://" not in source.text.partition(name)[0][-40:]
+    ]
+    assert missing == []
