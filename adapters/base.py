@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from adapters.cache import made_once
+from adapters.cache import cached
 from aggregation.errors import ConfigError
 
 IDENTITY_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -80,7 +80,7 @@ def _converted(file: Path) -> Path:
             raise ConfigError(f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'") from error
         convert(file, folder)
 
-    return made_once(f"gguf-{CONVERSION}-{_file_digest(file)[:16]}", make)
+    return cached(f"gguf-{CONVERSION}-{_file_digest(file)[:16]}", make)
 
 
 @lru_cache(maxsize=8)

@@ -1,58 +1,91 @@
-"""Files of a home, replaced whole or not at all and read within a limit: of a device, a coordinator, an authority."""
+"""Files and folders on disk: locked, read within a limit, and replaced whole or not at all.
 
-import fcntl
+A kill at any instant leaves the old content or the new one. A folder that replaces another one may be left as
+``.NAME.previous`` by a kill between the two renames; ``locked_folder`` brings it back.
+"""
+
 import os
+import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import mkdtemp, mkstemp
 
-from aggregation.errors import DataError
+from filelock import FileLock
+
+from aggregation.errors import ConfigError, DataError
 
 PUBLIC, PRIVATE = 0o644, 0o600
+PUBLIC_FOLDER, PRIVATE_FOLDER = 0o755, 0o700
 LARGEST = 2**32  # bytes of a file that is read whole
-
-
-def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
-    """Write a file atomically, by default for its owner alone; after a return it outlives a power cut.
-
-    Raises:
-        OSError: The disk is full, say. The old file is as it was, and nothing lies beside it.
-    """
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    sync(path.parent)
+POLL = 0.02  # seconds between two attempts to take a lock
 
 
 def read(path: Path, limit: int = LARGEST) -> bytes:
-    """A whole file.
+    """The content of a file.
 
     Raises:
-        DataError: It is above the limit, in bytes, or a device or a pipe, which need not end. Nothing was read then.
+        DataError: It is larger than ``limit`` bytes, or it is a device or a pipe, which may never end. Nothing is read
+            then.
         OSError: It cannot be read.
     """
     mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder says so itself, as it is opened
-        raise DataError(f"{path} is a device or a pipe: give a file")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises its own error
+        raise DataError(f"{path} is a device or a pipe: give a file", about=path.name)
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise DataError(
-                f"{path} has {size} bytes, above the limit of {limit}: it is not the file that belongs here"
+                f"{path} has {size} bytes, more than the limit of {limit}: replace it by the right file",
+                about=path.name,
+                value=size,
             )
         return file.read()
 
 
+def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
+    """Write a file atomically and durably: after the return it survives a power cut.
+
+    Raises:
+        OSError: For example, the disk is full. The old file is unchanged, and no temporary file is left.
+    """
+    descriptor, name = mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    stage = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            stage.chmod(mode)
+            os.fsync(file.fileno())
+        stage.replace(path)
+    except BaseException:
+        stage.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def create(path: Path, content: bytes, mode: int = PRIVATE) -> None:
+    """Write a new file durably; never replace one.
+
+    Raises:
+        FileExistsError: The file exists.
+        OSError: It cannot be written; the error names the file. No part of it is left.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        path.unlink()  # a partial file could never be written again
+        raise _named(error, path)  # noqa: B904  # the same error
+
+
 def sync(folder: Path) -> None:
-    """The names in a folder outlive a power cut from here on."""
+    """Make the names in ``folder`` durable: from here on they survive a power cut."""
+    if os.name == "nt":  # Windows opens no folders, and writes names through
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,11 +94,133 @@ def sync(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One at a time, of all processes and threads that lock this folder: to read, change and replace a file in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # released by closing, also by a kill
+def locked(lock: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file ``lock``, which is created and kept; one holder at a time among all processes and threads.
+
+    The operating system releases the lock when its holder is killed.
+
+    Raises:
+        TimeoutError: Another holder has it, and ``wait`` is false.
+        OSError: The file cannot be created, or is a symbolic link.
+    """
+    with FileLock(lock, blocking=wait, poll_interval=POLL):
         yield
+
+
+@contextmanager
+def locked_folder(out: Path) -> Iterator[Path]:
+    """Hold the lock of the folder ``out``, and yield its full path.
+
+    The lock file is ``.NAME.lock`` next to ``out``. If a killed process left ``staged`` half done, that is repaired.
+
+    Raises:
+        ConfigError: No lock file can be created there.
+        OSError: The folder above cannot be read.
+    """
+    out = out.resolve()
+    above = next(folder for folder in out.parents if folder.exists())
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(above / f".{out.name}.lock"))
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"cannot write to {above} ({reason}): name another place", about=out.name) from error
+        _repair(out)
+        yield out
+
+
+@contextmanager
+def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> Iterator[Path]:
+    """An empty folder to fill, next to ``out``. It becomes ``out`` if the block ends without an error.
+
+    Args:
+        out: The folder. Unless ``replaces``, it does not exist or is empty at the end of the block.
+        mode: Its permissions.
+        replaces: Whether it may replace a folder that holds files; hold ``locked_folder(out)`` then.
+
+    Raises:
+        OSError: The folder cannot be written, or ``out`` holds files. ``out`` is unchanged.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        stage.chmod(mode)
+        yield stage
+        if replaces and out.exists():
+            _exchange(stage, out)
+        else:
+            stage.replace(out)
+        sync(out.parent)
     finally:
-        os.close(descriptor)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(out: Path, *, mode: int = PUBLIC_FOLDER) -> Iterator[Path]:
+    """As ``staged``, for a folder that must not hold anything yet.
+
+    Raises:
+        ConfigError: ``out`` exists and is not an empty folder, or is the working directory.
+        OSError: The folder cannot be written. ``out`` is unchanged.
+    """
+    place = out.resolve()  # where a link leads
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder: name a new one", about=place.name)
+    if place == Path.cwd():  # it is replaced by another folder, and a shell would stay in the deleted one
+        raise ConfigError(f"{place} is the working directory: name a new folder", about=place.name)
+    with staged(place, mode=mode) as stage:
+        yield stage
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files under ``folder``, by their paths in it. Raises OSError, which names the file."""
+    for name, blob in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it may be a hard link to a file of the old folder
+        try:
+            path.write_bytes(blob)
+        except OSError as error:
+            raise _named(error, path)  # noqa: B904  # the same error
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Hard-link every file of ``source`` under ``target``; copy where the file system has no hard links."""
+
+    def link_or_copy(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copyfile(old, new)
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+
+
+def _previous(out: Path) -> Path:
+    return out.parent / f".{out.name}.previous"
+
+
+def _repair(out: Path) -> None:
+    if (previous := _previous(out)).exists():
+        if out.exists():  # killed after the second rename: the new folder is complete
+            shutil.rmtree(previous)
+        else:  # killed between the two renames
+            previous.rename(out)
+
+
+def _exchange(stage: Path, out: Path) -> None:
+    previous = _previous(out)
+    out.rename(previous)
+    try:
+        stage.rename(out)
+    except OSError:
+        previous.rename(out)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _named(error: BaseException, path: Path) -> BaseException:
+    if isinstance(error, OSError):
+        error.filename = error.filename or str(path)  # Python does not name the file when the disk is full
+    return error

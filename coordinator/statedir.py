@@ -5,9 +5,8 @@ counts without a restart, and the coordinator takes no older one than it went by
 beside one that is under way; the home takes one at a time.
 """
 
-import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Self
 
 from sqlalchemy.engine import URL
 
+from adapters import storage
 from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
@@ -100,11 +100,13 @@ class CoordinatorStateDir:
         Raises:
             EdgeAdaptError: Another run is under way.
         """
-        with (self.folder / LOCK).open("w") as file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes, also by a kill
-            except BlockingIOError:
-                raise EdgeAdaptError(f"another run is using {self.folder}: wait until it ends, or end it") from None
+                stack.enter_context(storage.locked(self.folder / LOCK, wait=False))
+            except TimeoutError:
+                raise EdgeAdaptError(
+                    f"another run is using {self.folder}: wait until it ends, or end it", about=LOCK
+                ) from None
             yield
 
 

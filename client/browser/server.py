@@ -11,13 +11,13 @@ import json
 import re
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
+from adapters.storage import new_folder
 from aggregation.errors import ConfigError, DataError
 from client.inference.trust import TRUST_FILE, Trust, adapter_names
 
@@ -108,15 +108,10 @@ class Site:
         Raises:
             ConfigError: ``out`` exists and is not an empty folder, or cannot be written.
         """
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"{out} exists and is not an empty folder; name another one")
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-                stage = Path(folder) / "site"
+            with new_folder(out) as stage:
                 for path in self.paths():
                     _write(stage / path, self.find(path))
-                stage.replace(out)
         except OSError as error:
             raise ConfigError(f"cannot write {out} ({error.strerror}); name another folder") from error
 

@@ -44,7 +44,7 @@ class SeenVersions:
         if sidecar.version <= _highest(self._read(), sidecar):
             return
         try:
-            with locked(self.path.parent):  # else one of two devices' programs would undo what the other noted
+            with locked(self.path.with_suffix(".lock")):  # else two programs could undo what the other noted
                 self._raise(sidecar)
         except OSError as error:
             raise ConfigError(

@@ -4,15 +4,13 @@ The private key is made here and never leaves. What the device relies on from th
 authority's certificate and the coordinator's key, as a person handed them over.
 """
 
-import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from tempfile import mkdtemp
 
-from adapters.storage import replace
+from adapters.storage import PRIVATE_FOLDER, new_folder, replace
 from aggregation.entropy import Entropy
-from aggregation.errors import ConfigError, TrustError, of_file
+from aggregation.errors import TrustError, of_file
 from aggregation.pki import Root, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from client.node.statedir import (
@@ -56,8 +54,6 @@ def begin(folder: Path, name: str, base: str, pinned: Pinned, entropy: Entropy) 
     Raises:
         ConfigError: The folder is not empty or the one that we are in, or a device cannot be called that.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not an empty folder: a device is enrolled once, in a folder of its own")
     identity = IdentityKey.generate(entropy)
     request = requests.request(identity, name)
     where = str(Path(base).resolve()) if Path(base).exists() else base
@@ -68,17 +64,8 @@ def begin(folder: Path, name: str, base: str, pinned: Pinned, entropy: Entropy) 
         TRUST: PublicKey.from_pem(pinned.coordinator).to_pem() + identity.public.to_pem(),
         REQUEST: request,
     }
-    place = folder.resolve()  # where a link leads
-    if place == Path.cwd():  # it is put in the place of this one, and a shell would stay in what is gone
-        raise ConfigError(f"{place} is the folder that you are in: name a new one")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(mkdtemp(dir=place.parent, prefix=f".{place.name}."))
-    try:
-        enrol(made, DeviceSettings(base=where), identity, trust, entropy)
-        made.replace(place)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+    with new_folder(folder, mode=PRIVATE_FOLDER) as stage:
+        enrol(stage, DeviceSettings(base=where), identity, trust, entropy)
     return identity.public
 
 

@@ -5,7 +5,6 @@ atomically *before* an answer leaves the device, so that a restarted device neve
 device saw of the coordinator's log, and the newest revocation list that it was shown; neither of them is secret.
 """
 
-import fcntl
 import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from adapters.storage import replace
+from adapters.storage import locked, replace
 from aggregation import sealed, transcript
 from aggregation.client import Device
 from aggregation.entropy import Entropy
@@ -129,8 +128,7 @@ class DeviceStateDir:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One message at a time: two processes that read the same state would both answer a step."""
-        with (self.folder / LOCK).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a kill
+        with locked(self.folder / LOCK):
             yield
 
     def load_state(self) -> ClientState | None:

@@ -1,10 +1,9 @@
 """What the authority did, in one file that only grows: a line of JSON for each certificate, revocation and list.
 
 A line counts once it is whole and on the disk, and nothing is handed out before. A kill can leave half a line at the
-end; that event did not happen, and the next writer cuts it off. Writers take turns by a lock on the file itself.
+end; that event did not happen, and the next writer cuts it off. Writers take turns by a lock file.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Annotated, BinaryIO, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from adapters.storage import locked
 from aggregation.errors import DataError
 from aggregation.pki.revocation import Reason
 
@@ -81,8 +81,7 @@ class AuthorityRecord:
         Raises:
             DataError: As ``read``.
         """
-        with self.path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a kill
+        with locked(self.path.with_suffix(".lock")), self.path.open("r+b") as file:
             raw = file.read()
             whole = raw.rfind(b"\n") + 1
             if whole < len(raw):

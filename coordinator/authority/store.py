@@ -9,13 +9,11 @@ A private key is read where it signs and nowhere else. Whoever has it can enrol 
 """
 
 import base64
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Self
 
 from cryptography import x509
@@ -57,25 +55,13 @@ class AuthorityStore:
         """
         if passphrase is not None and len(passphrase) < SHORTEST:
             raise ConfigError(f"a passphrase of fewer than {SHORTEST} characters is guessed too soon")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} is not an empty folder: an authority is made once, in a folder of its own")
         now = _now()
         authority = Authority.create(name, SystemEntropy(), now - SKEW, now + timedelta(days))
-        place = folder.resolve()  # where a link leads
-        if place == Path.cwd():  # it is put in the place of this one, and a shell would stay in what is gone
-            raise ConfigError(f"{place} is the folder that you are in: name a new one")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(mkdtemp(dir=place.parent, prefix=f".{place.name}."))
-        try:
+        with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as made:
             storage.replace(made / KEY, authority.key.to_pem(passphrase), PRIVATE)
             storage.replace(made / CERTIFICATE, authority.root.to_pem(), PUBLIC)
             storage.replace(made / RECORD, b"", PRIVATE)
             cls(made).sign_list(authority, list_days)
-            made.replace(place)
-            storage.sync(place.parent)
-        except BaseException:
-            shutil.rmtree(made, ignore_errors=True)
-            raise
         return cls(folder)
 
     @property

@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from adapters.files import sha256
+from adapters.storage import sync
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 
 
@@ -96,11 +98,7 @@ class Blobs:
     def _settle(self) -> None:
         # On a local disk a move lasts only once its folder is on the disk too; object stores acknowledge when it does.
         if isinstance(self.fs, LocalFileSystem):
-            folder = os.open(self.root, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync(Path(self.root))
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:

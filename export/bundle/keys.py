@@ -3,9 +3,9 @@
 The private half signs cards and sidecars; the public half is what devices pin in their ``trust.pem``.
 """
 
-import os
 from pathlib import Path
 
+from adapters.storage import PRIVATE, PUBLIC, create
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -25,9 +25,9 @@ def make_key(path: Path, entropy: Entropy) -> tuple[IdentityKey, Path]:
     public = path.with_name(f"{path.stem}.pub.pem")
     key = IdentityKey.generate(entropy)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _create(path, key.to_pem(), 0o600)
+    _create(path, key.to_pem(), PRIVATE)
     try:
-        _create(public, key.public.to_pem(), 0o644)
+        _create(public, key.public.to_pem(), PUBLIC)
     except BaseException:
         path.unlink()
         raise
@@ -73,16 +73,6 @@ def _read(path: Path, hint: str) -> bytes:
 
 def _create(path: Path, content: bytes, mode: int) -> None:
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        create(path, content, mode)
     except FileExistsError as error:
-        raise ConfigError(f"{path} is there already; keys are not replaced, name a new file") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
-        path.unlink()  # half a key would never be replaced
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # of a full disk Python does not say where
-        raise
+        raise ConfigError(f"{path} exists, and keys are not replaced: name a new file", about=path.name) from error

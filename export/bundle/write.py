@@ -5,7 +5,7 @@
     DIR/base/model.onnx  web.onnx  model.onnx.data  tokenizer.json  card.json
     DIR/adapters/NAME.onnx_adapter  NAME.json
 
-A bundle is only ever replaced whole (``replacing.py``).
+A bundle is only ever replaced whole (``adapters.storage.staged``).
 """
 
 import json
@@ -22,10 +22,10 @@ from adapters.layout import Layout, Tensors
 from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import LORA_A, Format, check_labels, check_name, check_slots, to_graph
 from adapters.peftconfig import PeftConfig
+from adapters.storage import link_files, locked_folder, staged, write_files
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from export.bundle import adapter
-from export.bundle.replacing import link, replacing, settled, write
 from export.onnx.slots import LABELS, AdapterInputs
 
 if TYPE_CHECKING:  # it brings torch, which an adapter's export does without
@@ -70,7 +70,7 @@ def write_bundle(
             its rows, or that no device takes.
         OSError: The folder cannot be written. What was in ``out`` is still there.
     """
-    with settled(out) as whole:
+    with locked_folder(out) as whole:
         _write_bundle(whole, exported, sources, key, form)
 
 
@@ -86,10 +86,10 @@ def _write_bundle(
             raise ConfigError(f"adapter {source.name!r} comes without its plan, which has the scaling of its layers")
         files |= _adapter_files(source, source.plan or exported.plan, card, key, form)
     kept = _kept(out, card, {source.name for source in sources})
-    with replacing(out) as stage:
+    with staged(out, replaces=True) as stage:
         if kept:
-            link(out / "adapters", stage / "adapters")
-        write(stage, files)
+            link_files(out / "adapters", stage / "adapters")
+        write_files(stage, files)
 
 
 def _kept(out: Path, card: BaseManifest, renewed: set[str]) -> bool:
@@ -124,13 +124,13 @@ def add_adapter(
             its rows, or that no device takes.
         OSError: The folder cannot be written. The bundle is as it was.
     """
-    with settled(bundle) as whole:
+    with locked_folder(bundle) as whole:
         if (card := stated_manifest(whole)) is None:
             raise ConfigError(f"{whole} is not a bundle: it has no {CARD}")
         files = _adapter_files(source, found, card, key, form)
-        with replacing(whole) as stage:
-            link(whole, stage)
-            write(stage, files)
+        with staged(whole, replaces=True) as stage:
+            link_files(whole, stage)
+            write_files(stage, files)
 
 
 def copy_bundle(bundle: Path, out: Path) -> None:
@@ -142,10 +142,10 @@ def copy_bundle(bundle: Path, out: Path) -> None:
     """
     if stated_manifest(bundle) is None:
         raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
-    with settled(out) as whole:
+    with locked_folder(out) as whole:
         check_place(whole)
-        with replacing(whole) as stage:
-            link(bundle, stage)
+        with staged(whole, replaces=True) as stage:
+            link_files(bundle, stage)
 
 
 def _adapter_files(

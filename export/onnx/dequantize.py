@@ -5,7 +5,6 @@ the rounded base has learnt around it; docs/decisions/0012 says how to measure w
 """
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.manifest import Task
+from adapters.storage import new_folder
 from aggregation.errors import ConfigError
 from export.onnx.blocks import BLOCK, eight_bits, four_bits
 from export.onnx.quantize import Profile
@@ -31,29 +31,21 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
     Args:
         base: A base in float32.
         profile: In blocks of eight or four bits; float32 has nothing to round.
-        out: A folder that is not there yet. It appears whole or not at all.
+        out: A new or empty folder. It appears whole or not at all.
         task: What the base is opened for.
 
     Raises:
-        ConfigError: The profile rounds nothing, or ``out`` is there already.
+        ConfigError: The profile rounds nothing, or ``out`` is not empty.
     """
     if profile not in BITS:
         raise ConfigError(f"the profile {profile.value} has no rounding that could be trained on")
-    if out.exists():
-        raise ConfigError(f"{out} is there already; name a new folder")
-    model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
-    _round(model, BITS[profile])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        stage.chmod(0o755)
+    with new_folder(out) as stage:
+        model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
+        _round(model, BITS[profile])
         model.save_pretrained(stage)
         for file in base.folder.iterdir():
             if file.is_file() and file.name != WEIGHTS:
                 shutil.copyfile(file, stage / file.name)
-        stage.replace(out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return find_base(str(out))
 
 

@@ -5,8 +5,6 @@ the settings mean is ``peftconfig.py``'s; whether the adapter fits a base is ask
 """
 
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from adapters.files import MAX_ADAPTER
 from adapters.layout import Floats, Layout, Tensors
 from adapters.ondevice import PEFT_PREFIX, graph_name
 from adapters.peftconfig import PeftConfig
+from adapters.storage import new_folder, write_files
 from aggregation.errors import ConfigError, DataError
-from export.bundle.replacing import write
 from export.onnx.slots import LORA, plan_of
 from export.peft.config import Config, config_of, method_of, saved_modules
 
@@ -84,16 +82,8 @@ def to_peft(tensors: Tensors, method: PeftConfig, out: Path, base: str | None = 
     ranks = {slot.path: method.rank_of(slot.path) for slot in found.loras}
     config = config_of(method, ranks, [slot.path for slot in found.saved], base)
     contents = {CONFIG: json.dumps(config, indent=2).encode() + b"\n", WEIGHTS: files.encode(tensors)}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already; name a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        stage.chmod(0o755)
-        write(stage, contents)
-        stage.replace(out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with new_folder(out) as stage:
+        write_files(stage, contents)
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -17,6 +17,7 @@ from aggregation.pki.revocation import Revocation
 from client.cli import device
 from client.node.enrolment import REQUEST, Pinned, begin, finish
 from client.node.statedir import CERTIFICATE, IDENTITY, DeviceStateDir
+from tests.support import refused
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -103,7 +104,7 @@ def test_a_home_is_not_made_in_the_place_of_the_folder_that_a_shell_is_in(
     tmp_path: Path, pinned: Pinned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=f"{tmp_path} is the folder that you are in: name a new one"):
+    with refused(ConfigError, tmp_path.name):
         begin(Path(), "kitchen", "some_base", pinned, SystemEntropy())
     assert list(tmp_path.iterdir()) == []
 
@@ -194,10 +195,10 @@ def test_forgetting_takes_a_yes(state_dir: DeviceStateDir) -> None:
     (state_dir.folder / "log.seen").write_bytes(b"damaged")
     with pytest.raises(TrustError, match="device forget"):
         state_dir.load_log_state()
-    for typed, refused in (("n\n", "the answer was no"), ("", "nobody is there to answer: give --yes")):
+    for typed, reason in (("n\n", "the answer was no"), ("", "nobody is there to answer: give --yes")):
         result = CliRunner().invoke(device, ["forget", "--state", str(state_dir.folder)], input=typed)
         assert isinstance(result.exception, ConfigError)
-        assert refused in str(result.exception)
+        assert reason in str(result.exception)
     assert (state_dir.folder / "log.seen").exists()
     ok(run("forget", "--state", state_dir.folder, "--yes"))
     assert state_dir.load_log_state() is None

@@ -19,6 +19,7 @@ from aggregation.pki.identity import IdentityKey
 from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
 from export.onnx.adapterinputs import plan
+from tests.support import refused
 
 Source = Callable[..., AdapterSource]
 
@@ -125,7 +126,7 @@ def test_a_disk_that_fills_up_at_any_file_leaves_the_old_bundle(
     with pytest.raises(OSError, match=r"No space left.*bundle"):
         write_bundle(bundle, exported, [source(seed=2, version=4)], key=vendor)
     assert contents(bundle) == before
-    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "trust.pem"]
+    assert sorted(p.name for p in bundle.parent.iterdir()) == [".bundle.lock", "bundle", "trust.pem"]
 
 
 @pytest.mark.parametrize("step", ["first", "second"])
@@ -181,7 +182,7 @@ def test_a_place_below_a_file_cannot_be_written(
     tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(ConfigError, match="is no folder that can be written to"):
+    with refused(ConfigError, "out"):
         write_bundle(tmp_path / "file" / "out", exported, [source()], key=vendor)
     assert (tmp_path / "file").read_text() == "kept"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapters import causal, files
 from adapters.base import Base
-from adapters.cache import made_once
+from adapters.cache import cached
 from adapters.classifier import LoraSpec
 from adapters.layout import Tensors
 from simulations.benchmarks.ondevice.text import Tokens
@@ -63,7 +63,7 @@ def trained(base: Base, recipe: Recipe, windows: Tokens, step: Callable[[], None
     def make(folder: Path) -> None:
         (folder / ADAPTER).write_bytes(files.encode(_train(base, recipe, windows, step)))
 
-    return made_once(f"bench-adapter-{recipe.key(base, windows)}", make) / ADAPTER
+    return cached(f"bench-adapter-{recipe.key(base, windows)}", make) / ADAPTER
 
 
 def _train(base: Base, recipe: Recipe, windows: Tokens, step: Callable[[], None]) -> Tensors:

@@ -361,7 +361,7 @@ def test_a_damaged_note_of_versions_is_refused_and_kept(bundle: Path, raw: bytes
 def test_the_note_of_versions_names_base_adapter_and_version(bundle: Path, tiny_base: Base) -> None:
     accept(bundle)
     assert json.loads((bundle.parent / "trust.seen.json").read_bytes()) == {tiny_base.digest: {"global": 3}}
-    assert [path.name for path in bundle.parent.glob(".*")] == []
+    assert [path.name for path in bundle.parent.glob(".*")] == [".bundle.lock"]
 
 
 def test_a_version_that_cannot_be_noted_is_not_accepted(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
