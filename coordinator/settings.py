@@ -14,6 +14,8 @@ from aggregation.graph import Degree
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from coordinator.optimizer import FedAdam, FedAvg
 
+SETTINGS = "federation.json"  # in the coordinator's state directory
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -15,19 +15,18 @@ from typing import Self
 from sqlalchemy.engine import URL
 
 from adapters import storage
+from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY
 from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry.versions import Registry, Version
+from coordinator.settings import SETTINGS as SETTINGS
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts
 
-KEY = "signing.pem"
+KEY = SIGNING_KEY
 AUTHORITY = "authority.pem"
 REVOKED = "revoked.crl"
-SETTINGS = "federation.json"
-DATABASE = "registry.db"
-BLOBS = "blobs"
 TRANSCRIPT = "transcript"
 LOCK = "run.lock"
 

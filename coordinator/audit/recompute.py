@@ -1,7 +1,7 @@
 """From the sum to the adapter, once more: what an auditor can say about the step that no transcript holds.
 
 A transcript ends with the digest of a sum and that of the adapter that is said to have come of it. With the published
-files (``coordinator.published``) three things can be checked:
+files (``adapters.registryfiles``) three things can be checked:
 
 - each adapter that a log names was published under the coordinator's signature, for these very survivors, and its file
   is unaltered;
@@ -13,18 +13,19 @@ files (``coordinator.published``) three things can be checked:
 The rule itself is what the operator's settings say: an auditor sees whether it was kept to, not whether anyone agreed.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from adapters.layout import Floats, Layout
-from aggregation.errors import ConfigError, DataError, TrustError
+from adapters.manifest import VersionManifest
+from adapters.registryfiles import RegistryFiles
+from aggregation.errors import DataError, TrustError
 from coordinator import optimizer
 from coordinator.audit.auditor import Check, Finding, Made, Status, many
-from coordinator.audit.published import SETTINGS, Published
 from coordinator.audit.report import Problem
 from coordinator.optimizer import Stateless
+from coordinator.settings import SETTINGS
 
 DIGESTS_ONLY = "the masked updates were kept as digests only"
 UNPUBLISHED = "the coordinator stopped before it had published the last one"
@@ -37,12 +38,14 @@ class Remake:
     """Follows the published adapters through a coordinator's sessions, in order.
 
     Args:
-        published: What the coordinator published.
+        registry: What the coordinator published.
+        rule: The server's, as the operator's settings say.
         state: Of the server's optimizer after the step that was made again last, and the version that it made.
         undone: The last adapter, where it is not what was published: the next session must start where it did.
     """
 
-    published: Published
+    registry: RegistryFiles
+    rule: optimizer.Settings
     state: tuple[int, optimizer.State] | None = field(default=None, repr=False)
     undone: Made | None = None
 
@@ -54,7 +57,7 @@ class Remake:
                 reasons.append(self._step(each, each is made[-1]))
             except Problem as problem:
                 return Finding(Check.ADAPTERS, Status.FAIL, str(problem), problem.place)
-            except (DataError, TrustError, ConfigError) as error:
+            except (DataError, TrustError) as error:
                 return Finding(Check.ADAPTERS, Status.FAIL, f"{each.place}: {error}", each.place)
         return Finding(Check.ADAPTERS, *self._told(reasons))
 
@@ -74,8 +77,7 @@ class Remake:
 
     @property
     def _rule(self) -> str:
-        rule = self.published.rule
-        return f"{type(rule).__name__} at rate {rule.learning_rate:g}, as {SETTINGS} says"
+        return f"{type(self.rule).__name__} at rate {self.rule.learning_rate:g}, as {SETTINGS} says"
 
     def _step(self, made: Made, last: bool) -> str:
         """Check one adapter; why its step could not be made again, or nothing.
@@ -86,14 +88,15 @@ class Remake:
         if self.undone is not None and made.before != self.undone.before:
             raise Problem(f"the devices got an adapter {made.before[0]} that no log made", made.place)
         self.undone = None
-        said = self.published.manifest(made.after[0]) or {}
-        if last and said.get("sha256") != made.after[1]:  # the log is written first: a kill in between leaves this
+        said = self.registry.manifest(made.after[0])
+        # The log is written first: a kill in between leaves a last adapter that is not published.
+        if last and (said is None or said.sha256 != made.after[1]):
             self.undone = made
             return REPLACED if said else UNPUBLISHED
-        if (self.published.manifest(made.before[0]) or {}).get("sha256") != made.before[1]:
+        parent = self.registry.manifest(made.before[0])
+        if parent is None or parent.sha256 != made.before[1]:
             raise Problem(f"the devices got another adapter than was published as {made.before[0]}", made.place)
-        _agree(made, said)
-        before, after = (self.published.adapter(*named) for named in (made.before, made.after))
+        before, after = (self.registry.tensors(each) for each in (parent, _agree(made, said)))
         layout = Layout.of(before)
         if not Layout.of(after).digest == layout.digest == made.layout:
             raise Problem("the adapter has another layout than the session was for", made.place)
@@ -102,7 +105,7 @@ class Remake:
         state = self._before(made, layout.size)
         if state is None:
             return UNKNOWN_STATE
-        after_state, expected = optimizer.step(self.published.rule, state, layout.flatten(before), _mean(made))
+        after_state, expected = optimizer.step(self.rule, state, layout.flatten(before), _mean(made))
         if expected.tobytes() != layout.flatten(after).tobytes():
             raise Problem(f"adapter {made.after[0]} is not what the rule makes of the sum ({self._rule})", made.place)
         self.state = made.after[0], after_state
@@ -110,27 +113,28 @@ class Remake:
 
     def _before(self, made: Made, size: int) -> optimizer.State | None:
         """What the optimizer remembered before this step, where that is known."""
-        start = optimizer.start(self.published.rule, size)
+        start = optimizer.start(self.rule, size)
         if isinstance(start, Stateless) or made.before[0] == 0:
             return start
         return self.state[1] if self.state is not None and self.state[0] == made.before[0] else None
 
 
-def _agree(made: Made, said: Mapping[str, object]) -> None:
-    """Manifest and log say the same."""
+def _agree(made: Made, said: VersionManifest | None) -> VersionManifest:
+    """The manifest, which says the same as the log."""
     version, digest = made.after
+    if said is None:
+        raise Problem(f"adapter {version} is not in the registry", made.place)
     expected = {
         "version": version,
         "sha256": digest,
         "parent": made.before[1],
-        "survivors": list(made.survivors),
+        "survivors": made.survivors,
         "layout_digest": made.layout,
     }
-    if not said:
-        raise Problem(f"adapter {version} is not in the registry", made.place)
     for name, value in expected.items():
-        if said.get(name) != value:
+        if getattr(said, name) != value:
             raise Problem(f"the manifest of adapter {version} says another {name} than the log", made.place)
+    return said
 
 
 def _mean(made: Made) -> Floats:

@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-from adapters import storage
+from adapters import registryfiles, storage
+from adapters.registryfiles import RegistryFiles
 from aggregation.errors import DataError, TrustError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
 from coordinator.audit.auditor import Check, Finding, Report, Status, audit, chain
-from coordinator.audit.published import Published
 from coordinator.audit.recompute import Remake
 from coordinator.recorder import vector_path
+from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.transcripts import AUTHORITY, COORDINATOR, REVOKED, VECTORS, logs
 
 PLACES = (".", "transcript", "coordinator/transcript")  # a folder of transcripts, a coordinator's home, a run
@@ -35,7 +36,7 @@ class AuditedTranscript:
         coordinator: Its key.
         given: The authority and the coordinator's key came from the auditor, and not with the transcript.
         at: When the sessions took place, where that is known.
-        published: What the coordinator published, where it is at hand.
+        adapters: Checks what the coordinator published, where its state directory is at hand.
         whole: These are all the sessions of a coordinator, as far as anyone says.
     """
 
@@ -44,7 +45,7 @@ class AuditedTranscript:
     coordinator: PublicKey
     given: bool
     at: datetime | None
-    published: Published | None
+    adapters: Remake | None
     whole: bool
 
     @classmethod
@@ -65,20 +66,19 @@ class AuditedTranscript:
         if given.revoked:
             listed = _pinned(root.revocations, given.revoked, given.revoked, "--revoked")
             root = _as_of(replace(root, revoked=listed), given.at)
-        state_dir = given.registry or (folder.parent if Published.lies_in(folder.parent) else None)
-        published = Published.open(state_dir, key) if state_dir else None
-        return cls(paths, root, key, bool(given.authority and given.coordinator), given.at, published, whole)
+        beside = folder.parent if (folder.parent / registryfiles.DATABASE).exists() else None
+        adapters = _remake(given.registry or beside, key)
+        return cls(paths, root, key, bool(given.authority and given.coordinator), given.at, adapters, whole)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
         """Name of a log → its report; the last one may be ``unfinished``."""
         vectors = partial(_vector, self.paths[0].parent / VECTORS)
-        remake = Remake(self.published) if self.published else None
         reports = {}
         for path in self.paths:
             last = path == self.paths[-1]
             raw = storage.read(path)
             report = audit(raw, self.root, self.coordinator, vectors, at=self.at, unfinished=unfinished and last)
-            finding = _adapters(report, remake)
+            finding = _adapters(report, self.adapters)
             made = tuple(replace(each, values=None) for each in report.made)  # which take memory
             reports[path.name] = replace(report, findings=(*report.findings, finding), made=made)
         return reports
@@ -106,6 +106,13 @@ def _as_of(root: Root, at: datetime | None) -> Root:
         return root
     then = {serial: since for serial, since in root.revoked.revoked.items() if since.at <= at}
     return replace(root, revoked=replace(root.revoked, revoked=then))
+
+
+def _remake(state_dir: Path | None, key: PublicKey) -> Remake | None:
+    if state_dir is None:
+        return None
+    registry = RegistryFiles.open(state_dir, [key])
+    return Remake(registry, FederationSettings.read(state_dir / SETTINGS).server.rule())
 
 
 def _adapters(report: Report, remake: Remake | None) -> Finding:
@@ -158,17 +165,20 @@ def first_error(opened: AuditedTranscript, reports: Mapping[str, Report], *, unf
     try:
         if opened.whole:
             chain(reports)
-        if opened.whole and opened.published and not unfinished:
-            _complete(opened.published, reports)
+        if opened.whole and opened.adapters and not unfinished:
+            _complete(opened.adapters.registry, reports)
     except (TrustError, DataError) as error:
         return str(error)
     return None
 
 
-def _complete(published: Published, reports: Mapping[str, Report]) -> None:
+def _complete(registry: RegistryFiles, reports: Mapping[str, Report]) -> None:
     """Return if the newest adapter of a registry is in the logs: one is logged before it is published."""
     logged = max((made.after[0] for report in reports.values() for made in report.made), default=0)
-    if published.newest > logged:
+    newest = registry.manifest()
+    if newest is None:
+        raise DataError(f"{registry.folder / registryfiles.DATABASE} holds no adapter")
+    if newest.version > logged:
         raise TrustError(
-            f"adapter {published.newest} was published, and no log says how it was made: a session's log is missing"
+            f"adapter {newest.version} was published, and no log says how it was made: a session's log is missing"
         )

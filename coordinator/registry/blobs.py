@@ -15,6 +15,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from adapters.files import sha256
+from adapters.registryfiles import blob_name
 from adapters.storage import sync
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 
@@ -86,7 +87,7 @@ class Blobs:
         return str(self.fs.unstrip_protocol(self.root))  # without the credentials that a URL may hold
 
     def _place(self, digest: str) -> str:
-        return f"{self.root}/{digest}.safetensors"
+        return f"{self.root}/{blob_name(digest)}"
 
     def _write(self, path: str, blob: bytes) -> None:
         with self.fs.open(path, "wb") as file:

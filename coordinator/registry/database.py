@@ -31,19 +31,17 @@ from sqlalchemy import (
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, IntegrityError, SQLAlchemyError
 
+from adapters.registryfiles import FORMAT, FORMAT_COLUMN, FORMATS, MANIFEST, PREFIX, SHA256, VERSION, VERSIONS
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 
-FORMAT = 1  # raised when a table changes in a way that older code would misread
-PREFIX = "edgeadapt_"  # by which this program's tables are told from another's
-
 metadata = MetaData()
-formats = Table(f"{PREFIX}format", metadata, Column("format", Integer, primary_key=True))
+formats = Table(FORMATS, metadata, Column(FORMAT_COLUMN, Integer, primary_key=True))
 versions = Table(
-    f"{PREFIX}versions",
+    VERSIONS,
     metadata,
-    Column("version", BigInteger, primary_key=True, autoincrement=False),
-    Column("sha256", String(64), nullable=False),  # of the blob
-    Column("manifest", LargeBinary, nullable=False),  # signed
+    Column(VERSION, BigInteger, primary_key=True, autoincrement=False),
+    Column(SHA256, String(64), nullable=False),  # of the blob
+    Column(MANIFEST, LargeBinary, nullable=False),  # signed
 )
 rounds = Table(
     f"{PREFIX}rounds",

@@ -1,27 +1,16 @@
-"""Where an adapter to be exported comes from: a version in a coordinator's registry, or a PEFT folder.
+"""Where an adapter to be exported comes from: a version in a coordinator's registry, or a PEFT folder."""
 
-The registry belongs to the coordinator, a sibling; it is read here through its files alone, and never written:
-a table of signed manifests in SQLite, and blobs under their digests.
-"""
-
-import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters import files
-from adapters.layout import Layout, Tensors
-from adapters.manifest import VersionManifest
+from adapters import registryfiles
+from adapters.layout import Tensors
 from adapters.peftconfig import PeftConfig
-from aggregation.errors import ConfigError, DataError, TrustError
-from aggregation.pki.identity import PublicKey
+from adapters.registryfiles import SIGNING_KEY, RegistryFiles
+from aggregation.errors import ConfigError, DataError
 from export.bundle.keys import public_keys
 from export.onnx.slots import LORA
 from export.peft.folder import read_peft
-
-DATABASE, BLOBS, KEY = "registry.db", "blobs", "signing.pem"  # in a coordinator's home
-FORMAT = 1  # of the database; a higher one would be misread
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,31 +27,26 @@ class Origin:
 
 
 def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> Origin:
-    """A version of the registry in a coordinator's home, the newest unless ``version`` says which.
+    """A version of the registry in a coordinator's state directory.
 
     Args:
-        home: The folder.
-        version: Its number.
-        trust: The public keys that may have signed it; by default the home's own key.
+        state_dir: The folder. It is only read.
+        version: Its number; by default the newest.
+        trust: The public keys that may have signed it; by default the coordinator's own.
 
     Raises:
         ConfigError: There is no registry, or no key.
         DataError: There is no such version, or its file is missing or damaged.
         TrustError: Manifest or file are not what a trusted key signed.
     """
-    if not (state_dir / DATABASE).is_file():
-        raise ConfigError(f"{state_dir} is not a coordinator's home: it has no {DATABASE}")
-    manifest = _manifest(state_dir / DATABASE, version, public_keys(trust or state_dir / KEY))
-    place = state_dir / BLOBS / f"{manifest.sha256}.safetensors"
-    if not place.is_file():
-        raise DataError(f"blob {manifest.sha256} is missing from {state_dir / BLOBS}: restore it from a copy")
-    if place.stat().st_size != manifest.size or files.sha256(blob := place.read_bytes()) != manifest.sha256:
-        raise TrustError(f"{place} was altered: restore it from a copy")
-    tensors = files.decode(blob)
-    if Layout.of(tensors).digest != manifest.layout_digest:
-        raise TrustError(f"{place} does not have the layout of its manifest")
+    registryfiles.require(state_dir)  # first: without a registry the key is missing too
+    registry = RegistryFiles.open(state_dir, public_keys(trust or state_dir / SIGNING_KEY))
+    found = registry.manifest(version)
+    if found is None:
+        which = "is empty" if version is None else f"has no version {version}"
+        raise DataError(f"the registry in {state_dir} {which}", about="version", value=version)
     return Origin(
-        manifest.method, manifest.labels, manifest.version, manifest.sha256, manifest.base_digest, None, tensors
+        found.method, found.labels, found.version, found.sha256, found.base_digest, None, registry.tensors(found)
     )
 
 
@@ -81,22 +65,3 @@ def from_peft(folder: Path, version: int, labels: tuple[str, ...]) -> Origin:
     if labels and all(LORA in name for name in read.tensors):
         raise ConfigError(f"the adapter in {folder} has no head, so that its labels have no meaning; leave them out")
     return Origin(read.method, labels, version, read.sha256, None, read.base, read.tensors)
-
-
-def _manifest(database: Path, version: int | None, trusted: Sequence[PublicKey]) -> VersionManifest:
-    where, values = ("WHERE version = ?", (version,)) if version is not None else ("ORDER BY version DESC LIMIT 1", ())
-    try:
-        with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            found = connection.execute("SELECT format FROM edgeadapt_format").fetchone()
-            query = f"SELECT version, manifest FROM edgeadapt_versions {where}"  # noqa: S608  # one of the two above
-            row = connection.execute(query, values).fetchone()
-    except (sqlite3.Error, OverflowError) as error:
-        raise DataError(f"{database} is no sound registry ({error}): restore it from a copy") from error
-    if found is None or found[0] != FORMAT:
-        raise ConfigError(f"{database} is of another format than {FORMAT}: use the edgeadapt that made it")
-    if row is None:
-        raise DataError(f"the registry has no version{'' if version is None else f' {version}'}")
-    manifest = VersionManifest.accept(row[1], trusted)
-    if manifest.version != row[0]:
-        raise TrustError(f"version {row[0]} of the registry holds the manifest of another version")
-    return manifest

@@ -247,7 +247,7 @@ def test_the_help_has_examples(export: Run) -> None:
         (["--version", "9"], 5, "no version 9"),
         (["--peft", "lora"], 2, "name one source"),
         (["--labels", "labels"], 2, "--labels is for a PEFT folder"),
-        (["--registry", "nowhere"], 2, "not a coordinator's home"),
+        (["--registry", "nowhere"], 2, "not a coordinator's state directory"),
         (["--bundle", "nowhere"], 2, "is not a bundle"),
         (["--bundle", "fleet"], 2, "is not a bundle"),
         (["--key", "nowhere.pem"], 2, "edgeadapt export key"),
@@ -290,7 +290,7 @@ def test_a_registry_blob_that_is_damaged_is_refused(export: Run, shop: Path, dam
     changed = {"flipped": raw[:-9] + b"\x55" + raw[-8:], "truncated": raw[:-1], "trailing": raw + b"\0", "empty": b""}
     if damage == "gone":
         blob.unlink()
-        refused(export(*add(shop)), 5, "is missing from")
+        refused(export(*add(shop)), 5, "is missing: restore it")
     else:
         blob.write_bytes(changed[damage])
         refused(export(*add(shop)), 4, "was altered")
@@ -310,9 +310,9 @@ def test_a_registry_that_is_no_database_or_of_another_format_is_refused(export: 
     with sqlite3.connect(database) as connection:
         connection.execute("UPDATE edgeadapt_format SET format = 99")
     connection.close()
-    refused(export(*add(shop)), 2, "of another format")
+    refused(export(*add(shop)), 2, "another format")
     database.write_bytes(b"not a database at all" * 100)
-    refused(export(*add(shop)), 5, "no sound registry")
+    refused(export(*add(shop)), 5, "is not a registry or is damaged")
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "trailing", "empty", "gone", "other signer"])

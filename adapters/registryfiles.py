@@ -1,0 +1,173 @@
+"""The registry's files: their names, and a reader that returns nothing unsigned.
+
+    STATE/registry.db                  SQLite: for each version its number, its file's digest and its signed manifest
+    STATE/blobs/SHA256.safetensors     the adapter of each version, named by its digest
+
+``coordinator.registry`` writes these files with SQLAlchemy and fsspec, under the names defined here. The exporter and
+the auditor only read them, which takes no more than the bare install.
+"""
+
+import hashlib
+import json
+import math
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from adapters import storage
+from adapters.layout import Floats, Layout, Tensors
+from adapters.manifest import VersionManifest
+from adapters.signed import MAX_DOCUMENT
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.pki.identity import PublicKey
+
+SIGNING_KEY, DATABASE, BLOBS = "signing.pem", "registry.db", "blobs"  # in the coordinator's state directory
+FORMAT = 1  # of the database; raised when a table changes in a way that older code would misread
+PREFIX = "edgeadapt_"  # of this program's tables, so that another program's database is recognized
+FORMATS, VERSIONS = f"{PREFIX}format", f"{PREFIX}versions"  # tables; the first has one row and the column FORMAT_COLUMN
+FORMAT_COLUMN, VERSION, SHA256, MANIFEST = "format", "version", "sha256", "manifest"
+
+_SELECT = f"SELECT {VERSION}, {SHA256}, {MANIFEST} FROM {VERSIONS}"  # noqa: S608 - the names above
+_BY_VERSION, _NEWEST = f"{_SELECT} WHERE {VERSION} = ?", f"{_SELECT} ORDER BY {VERSION} DESC LIMIT 1"
+_LENGTH = 8  # bytes before a safetensors header: its length, little-endian
+
+
+def blob_name(digest: str) -> str:
+    """The file in ``BLOBS`` with the adapter of this SHA-256 (hex)."""
+    return f"{digest}.safetensors"
+
+
+def require(state_dir: Path) -> None:
+    """Return if a coordinator's registry is in the folder.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    for name, there in ((DATABASE, (state_dir / DATABASE).is_file()), (BLOBS, (state_dir / BLOBS).is_dir())):
+        if not there:
+            text = f"{state_dir} is not a coordinator's state directory: it has no {name}"
+            raise ConfigError(text, about=name, value=str(state_dir))
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryFiles:
+    """A registry to read. One coordinator may write to it at the same time."""
+
+    folder: Path
+    trusted: tuple[PublicKey, ...]
+
+    @classmethod
+    def open(cls, state_dir: Path, trusted: Sequence[PublicKey]) -> Self:
+        """The registry in a coordinator's state directory.
+
+        Args:
+            state_dir: The folder.
+            trusted: The keys that may have signed its manifests.
+
+        Raises:
+            ConfigError: As ``require``.
+        """
+        require(state_dir)
+        return cls(state_dir, tuple(trusted))
+
+    def manifest(self, version: int | None = None) -> VersionManifest | None:
+        """The manifest of a version, by default of the newest; None if the registry does not have it.
+
+        Raises:
+            ConfigError: The database is of another format.
+            DataError: The database cannot be read.
+            TrustError: The manifest is damaged, or signed by no trusted key or for another version.
+        """
+        row = self._row(_NEWEST, ()) if version is None else self._row(_BY_VERSION, (version,))
+        if row is None:
+            return None
+        number, digest, raw = row
+        try:
+            if not isinstance(raw, bytes):
+                raise TrustError("not a signed document")
+            found = VersionManifest.accept(raw, self.trusted)
+            if (found.version, found.sha256) != (number, digest):
+                raise TrustError(f"it is the manifest of version {found.version} ({found.sha256[:12]})")
+        except TrustError as error:
+            place = f"{self.folder / DATABASE}, manifest of version {number}"
+            raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
+        return found
+
+    def blob(self, manifest: VersionManifest) -> bytes:
+        """The file of a version, byte for byte as published.
+
+        Raises:
+            DataError: It is missing.
+            TrustError: It was altered.
+        """
+        path, digest = self.folder / BLOBS / blob_name(manifest.sha256), manifest.sha256
+        try:
+            blob = storage.read(path) if path.stat().st_size == manifest.size else b""
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(f"{path} is missing: restore it from a copy", about="blob", value=digest) from None
+        if hashlib.sha256(blob).hexdigest() != digest:
+            raise TrustError(f"{path} was altered: restore it from a copy", about="blob", value=digest)
+        return blob
+
+    def tensors(self, manifest: VersionManifest) -> Tensors:
+        """The tensors of a version, finite and of its manifest's layout.
+
+        Raises:
+            DataError: The file is missing or holds no adapter.
+            TrustError: The file was altered, or its layout is not the manifest's.
+        """
+        blob, path = self.blob(manifest), self.folder / BLOBS / blob_name(manifest.sha256)
+        try:
+            tensors = float32_tensors(blob)
+            layout = Layout.of(tensors)
+            layout.check(tensors)
+        except DataError as error:
+            raise DataError(f"{path}: {error}", about="blob", value=manifest.sha256) from None
+        if layout.digest != manifest.layout_digest:
+            raise TrustError(f"{path} does not have the layout of its manifest", about="layout_digest")
+        return tensors
+
+    def _row(self, query: str, values: tuple[int, ...]) -> tuple[Any, ...] | None:
+        path = self.folder / DATABASE
+        try:
+            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+                database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2 * MAX_DOCUMENT)
+                found = database.execute(f"SELECT {FORMAT_COLUMN} FROM {FORMATS}").fetchone()  # noqa: S608
+                row: tuple[Any, ...] | None = database.execute(query, values).fetchone()
+        except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path} is not a registry or is damaged ({error}): restore it from a copy", about=DATABASE
+            ) from None
+        if found != (FORMAT,):
+            text = f"{path} has another format than {FORMAT}: read it with the edgeadapt that made it"
+            raise ConfigError(text, about="format", value=found and found[0])
+        return row
+
+
+def float32_tensors(blob: bytes) -> Tensors:
+    """The tensors of a safetensors file: a length, a JSON header with shapes and offsets, the numbers.
+
+    The library reads the same (``adapters.files.decode``), and is not in the bare install.
+
+    Raises:
+        DataError: It is no such file, or has a tensor of another type.
+    """
+    end = _LENGTH + int.from_bytes(blob[:_LENGTH], "little")
+    try:
+        header = json.loads(blob[_LENGTH:end])
+        header.pop("__metadata__", None)
+        return {name: _tensor(memoryview(blob)[end:], **entry) for name, entry in header.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise DataError("not an adapter in safetensors form", about="blob") from None
+
+
+def _tensor(data: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> Floats:
+    begin, end = data_offsets
+    if dtype != "F32" or not 0 <= begin <= end <= len(data) or end - begin != 4 * math.prod(shape):
+        raise ValueError(dtype)
+    return np.frombuffer(data[begin:end], "<f4").astype(np.float32).reshape(shape)

@@ -1,0 +1,281 @@
+"""A registry read from its files alone: the values that the coordinator published, or an error that names the file."""
+
+import json
+import os
+import sqlite3
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters import files
+from adapters.layout import Layout, Tensors
+from adapters.manifest import PeftConfig, VersionManifest
+from adapters.registryfiles import BLOBS, DATABASE, RegistryFiles, blob_name, float32_tensors
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.pki.identity import IdentityKey
+from coordinator.statedir import open_registry
+from tests.support import refused
+
+LAST = 2
+
+
+def tensors(version: int) -> Tensors:
+    return {"a": np.full((2, 3), version, np.float32), "b": np.arange(4, dtype=np.float32)}
+
+
+def manifest(version: int) -> VersionManifest:
+    blob = files.encode(tensors(version))
+    return VersionManifest(
+        version=version,
+        sha256=files.sha256(blob),
+        size=len(blob),
+        base_digest="b" * 64,
+        layout_digest=Layout.of(tensors(0)).digest,
+        parent=files.sha256(files.encode(tensors(version - 1))) if version else None,
+        round=version,
+        survivors=("anna", "ben") if version else (),
+        metrics={"loss": 0.5} if version else {},
+        method=PeftConfig("lora", 8, 16, ("query",)),
+        labels=("on", "off"),
+    )
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path, key: IdentityKey) -> Path:
+    """A coordinator's state directory, with versions 0 to ``LAST`` published by the coordinator's own code."""
+    with closing(open_registry(tmp_path, key)) as registry:
+        for version in range(LAST + 1):
+            registry.publish(manifest(version), files.encode(tensors(version)), key)
+    return tmp_path
+
+
+@pytest.fixture
+def registry(state_dir: Path, key: IdentityKey) -> RegistryFiles:
+    return RegistryFiles.open(state_dir, [key.public])
+
+
+@contextmanager
+def database(state_dir: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(state_dir / DATABASE)) as connection, connection:
+        yield connection
+
+
+def test_every_version_is_read_as_the_coordinator_published_it(registry: RegistryFiles) -> None:
+    for version in range(LAST + 1):
+        found = registry.manifest(version)
+        assert found == manifest(version)
+        assert registry.blob(found) == files.encode(tensors(version))
+        read = registry.tensors(found)
+        assert {name: value.tolist() for name, value in read.items()} == {
+            name: value.tolist() for name, value in tensors(version).items()
+        }
+    assert registry.manifest() == manifest(LAST)
+    assert registry.manifest(LAST + 1) is registry.manifest(-1) is None
+
+
+def test_reading_changes_no_file_and_needs_no_right_to_write(state_dir: Path, registry: RegistryFiles) -> None:
+    before = {path: path.read_bytes() for path in state_dir.rglob("*") if path.is_file()}
+    for path in before:
+        path.chmod(0o400)
+    registry.tensors(manifest(LAST))
+    registry.manifest()
+    assert {path: path.read_bytes() for path in state_dir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("part", [DATABASE, BLOBS])
+def test_a_folder_that_lacks_a_part_is_not_a_state_directory(state_dir: Path, key: IdentityKey, part: str) -> None:
+    (state_dir / part).rename(state_dir / "elsewhere")
+    with refused(ConfigError, part, value=str(state_dir)):
+        RegistryFiles.open(state_dir, [key.public])
+
+
+def test_a_registry_without_a_version_has_no_newest(tmp_path: Path, key: IdentityKey) -> None:
+    open_registry(tmp_path, key).close()
+    assert RegistryFiles.open(tmp_path, [key.public]).manifest() is None
+
+
+@pytest.mark.parametrize("content", [b"", b"no database"])
+def test_a_file_that_is_not_a_registry_is_named(state_dir: Path, registry: RegistryFiles, content: bytes) -> None:
+    (state_dir / DATABASE).write_bytes(content)
+    for version in (1, None):
+        with refused(DataError, DATABASE) as caught:
+            registry.manifest(version)
+        assert str(caught.value).startswith(f"{state_dir / DATABASE} is not a registry or is damaged")
+
+
+def test_a_database_of_another_format_is_refused(state_dir: Path, registry: RegistryFiles) -> None:
+    with database(state_dir) as connection:
+        connection.execute("UPDATE edgeadapt_format SET format = 99")
+    with refused(ConfigError, "format", value=99):
+        registry.manifest()
+    with database(state_dir) as connection:
+        connection.execute("DELETE FROM edgeadapt_format")
+    with refused(ConfigError, "format", value=None):
+        registry.manifest()
+
+
+def test_a_flipped_bit_anywhere_in_the_database_is_refused_in_one_line_or_changes_nothing(
+    tmp_path: Path, key: IdentityKey
+) -> None:
+    (tmp_path / BLOBS).mkdir()
+    path, signed = tmp_path / DATABASE, manifest(1).sign(key)
+    with database(tmp_path) as connection:  # as few tables as are read, so that every byte can be tried
+        connection.execute("CREATE TABLE edgeadapt_format (format INTEGER PRIMARY KEY)")
+        connection.execute("CREATE TABLE edgeadapt_versions (version INTEGER, sha256 TEXT, manifest BLOB)")
+        connection.execute("INSERT INTO edgeadapt_format VALUES (1)")
+        connection.execute("INSERT INTO edgeadapt_versions VALUES (1, ?, ?)", (manifest(1).sha256, signed))
+    sound, registry, lines = path.read_bytes(), RegistryFiles.open(tmp_path, [key.public]), []
+    start = sound.index(signed)
+    inside = range(start + 20, start + len(signed))  # one byte of the manifest is like another
+    for at in [at for at, byte in enumerate(sound) if byte and at not in inside]:
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ (1, 4, 128)[at % 3]]) + sound[at + 1 :])
+        for version in (1, None):
+            try:
+                assert registry.manifest(version) in (None, manifest(1))
+            except (ConfigError, DataError, TrustError) as error:
+                lines.append(str(error))
+    assert len(lines) > 100
+    assert not [line for line in lines if "\n" in line]
+
+
+@pytest.mark.parametrize("value", [7, "text", 1.5, None, b"", b"{}"], ids=repr)
+def test_what_is_not_a_manifest_is_refused(state_dir: Path, key: IdentityKey, value: object) -> None:
+    with database(state_dir) as connection:
+        connection.execute("CREATE TABLE loose (version INTEGER, sha256 TEXT, manifest)")  # without NOT NULL
+        connection.execute("INSERT INTO loose VALUES (1, ?, ?)", (manifest(1).sha256, value))
+        connection.execute("DROP TABLE edgeadapt_rounds")
+        connection.execute("DROP TABLE edgeadapt_versions")
+        connection.execute("ALTER TABLE loose RENAME TO edgeadapt_versions")
+    with refused(TrustError, "manifest", value=1) as caught:
+        RegistryFiles.open(state_dir, [key.public]).manifest(1)
+    assert str(caught.value).startswith(f"{state_dir / DATABASE}, manifest of version 1: ")
+
+
+def test_a_manifest_larger_than_any_signed_document_is_not_read(state_dir: Path, registry: RegistryFiles) -> None:
+    with database(state_dir) as connection:
+        connection.execute("UPDATE edgeadapt_versions SET manifest = zeroblob(300000000) WHERE version = 1")
+    with refused(DataError, DATABASE):
+        registry.manifest(1)
+    assert registry.manifest(2) == manifest(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw, key: raw[:-1] + b" ",
+        lambda raw, key: manifest(2).sign(key),
+        lambda raw, key: replace(manifest(1), sha256="c" * 64).sign(key),
+    ],
+    ids=["altered", "of another version", "of another file"],
+)
+def test_a_manifest_that_was_exchanged_is_refused(
+    state_dir: Path, registry: RegistryFiles, key: IdentityKey, change: Callable[[bytes, IdentityKey], bytes]
+) -> None:
+    with database(state_dir) as connection:
+        raw = change(manifest(1).sign(key), key)
+        connection.execute("UPDATE edgeadapt_versions SET manifest = ? WHERE version = 1", (raw,))
+    with refused(TrustError, "manifest", value=1):
+        registry.manifest(1)
+
+
+def test_a_manifest_of_another_signer_is_refused(state_dir: Path, stranger: IdentityKey) -> None:
+    with refused(TrustError, "manifest", value=LAST):
+        RegistryFiles.open(state_dir, [stranger.public]).manifest()
+
+
+@pytest.mark.parametrize("change", [lambda raw: raw[:-1] + b"\x01", lambda raw: raw[:-1], lambda raw: raw + b"\0"])
+def test_an_altered_file_is_refused(state_dir: Path, registry: RegistryFiles, change: Callable[[bytes], bytes]) -> None:
+    path = state_dir / BLOBS / blob_name(manifest(1).sha256)
+    path.write_bytes(change(path.read_bytes()))
+    with refused(TrustError, "blob", value=manifest(1).sha256) as caught:
+        registry.tensors(manifest(1))
+    assert str(caught.value) == f"{path} was altered: restore it from a copy"
+
+
+def test_a_file_larger_than_was_signed_is_not_read(state_dir: Path, registry: RegistryFiles) -> None:
+    os.truncate(state_dir / BLOBS / blob_name(manifest(1).sha256), 2**38)  # a hole: it takes no space
+    with refused(TrustError, "blob"):
+        registry.blob(manifest(1))
+
+
+def test_a_missing_file_is_named(state_dir: Path, registry: RegistryFiles) -> None:
+    (state_dir / BLOBS / blob_name(manifest(1).sha256)).unlink()
+    with refused(DataError, "blob", value=manifest(1).sha256):
+        registry.blob(manifest(1))
+
+
+def test_a_file_of_another_layout_than_its_manifest_is_refused(registry: RegistryFiles) -> None:
+    with refused(TrustError, "layout_digest"):
+        registry.tensors(replace(manifest(1), layout_digest="c" * 64))
+
+
+@pytest.mark.parametrize("blob", [b"nothing", files.encode({"a": np.ones(1, np.float32)}).replace(b"F32", b"I32")])
+def test_a_published_file_that_is_not_an_adapter_is_named(
+    state_dir: Path, registry: RegistryFiles, blob: bytes
+) -> None:
+    digest = files.sha256(blob)
+    (state_dir / BLOBS / blob_name(digest)).write_bytes(blob)
+    with refused(DataError, "blob", value=digest) as caught:
+        registry.tensors(replace(manifest(1), sha256=digest, size=len(blob)))
+    assert blob_name(digest) in str(caught.value)
+
+
+def test_numbers_that_are_not_finite_are_refused(state_dir: Path, registry: RegistryFiles) -> None:
+    blob = files.encode({"a": np.ones(1, np.float32)}).replace(struct.pack("<f", 1), struct.pack("<f", np.nan))
+    digest = files.sha256(blob)
+    (state_dir / BLOBS / blob_name(digest)).write_bytes(blob)
+    with refused(DataError, "blob"):
+        registry.tensors(replace(manifest(1), sha256=digest, size=len(blob)))
+
+
+# The safetensors form, read without the library
+
+
+@given(shapes=st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_a_file_is_read_as_safetensors_reads_it(shapes: list[list[int]], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    blob = files.encode({f"t.{i}": rng.normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)})
+    expected, found = files.decode(blob), float32_tensors(blob)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == np.float32
+        assert (found[name].shape, found[name].tobytes()) == (tensor.shape, tensor.tobytes())
+
+
+@given(st.binary(max_size=200))
+def test_any_other_bytes_are_refused(raw: bytes) -> None:
+    with refused(DataError, "blob"):
+        float32_tensors(raw)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]},
+        {"dtype": "F32", "shape": [2]},
+        {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]},
+        [1],
+    ],
+)
+def test_a_header_that_contradicts_its_tensors_is_refused(entry: Any) -> None:
+    header = json.dumps({"t": entry}).encode()
+    with refused(DataError, "blob"):
+        float32_tensors(struct.pack("<Q", len(header)) + header + bytes(8))
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_brackets_without_end_are_refused(opening: bytes) -> None:
+    deep = 100_000 * opening
+    with refused(DataError, "blob"):
+        float32_tensors(len(deep).to_bytes(8, "little") + deep)
