@@ -273,7 +273,7 @@ def test_a_file_of_any_size_ends_in_one_line(run: Run, folder: Path, name: str) 
     os.truncate(path, 2**38)  # holes: they take no space
     code, _, err = run("verify", folder)
     assert (code, len(err.splitlines())) == (5, 1)
-    assert f"{path} has {2**38} bytes, above the limit" in err
+    assert f"{path} has {2**38} bytes, more than the limit" in err
 
 
 def test_show_lists_rounds_survivors_and_dropouts(run: Run, folder: Path) -> None:
