@@ -91,7 +91,7 @@ def seeds(runs: tuple[Path, ...], as_json: bool) -> None:
 def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
     scenario = Scenario.read(path, overrides)
     # Here and not above: --help and a mistyped key need not wait for torch.
-    from simulations.engine.progress import Progress
+    from simulations.engine.progress import RunProgress
     from simulations.engine.run import RunFolder, run
     from simulations.report.formatting import program
     from simulations.report.terminal import print_scenario, print_table
@@ -101,7 +101,7 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: t
     if not as_json:
         print_scenario(scenario, out, Console())
     try:
-        with Progress(quiet=as_json) as progress:
+        with RunProgress(quiet=as_json) as progress:
             result = run(folder, progress)
     except KeyboardInterrupt:
         click.echo(

@@ -19,7 +19,7 @@ from client.training.personal import Choice, Personal, personalize
 from client.training.trainer import Trainer, trainer
 from simulations.data.households import Household, Population
 from simulations.engine import provision
-from simulations.engine.progress import Progress
+from simulations.engine.progress import RunProgress
 from simulations.report.result import HouseholdResult
 from simulations.scenario import PersonalSettings, Scenario
 
@@ -46,7 +46,7 @@ class ArmInputs:
 
 
 def personalize_all(
-    out: Path, scenario: Scenario, population: Population, base: Base, progress: Progress
+    out: Path, scenario: Scenario, population: Population, base: Base, progress: RunProgress
 ) -> tuple[HouseholdResult, ...]:
     """The outcome of every household, computed or read from its device's state directory."""
     inputs = _inputs(out, scenario)

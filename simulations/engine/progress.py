@@ -1,32 +1,33 @@
-"""What a run shows while it works: a live line on a terminal, and nothing at all elsewhere.
+"""What a run shows while it works: one live line on a terminal, nothing elsewhere.
 
-It only listens to the log records of the coordinator and the devices; the run neither knows of it nor waits for it.
+The display listens to the log records of the coordinator and the devices; neither of them knows about it.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from simulations.engine.status import Rounds, Stage
-from simulations.report.formatting import duration
+from coordinator.registry.roundrecord import RoundRecord
+from simulations.report.formatting import count, duration, printable, share, size
 
 LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO}
-REFRESH = 5  # times a second
+BAR = 16  # columns
+WHOLE_RUN = 1e9  # seconds; the estimate uses every part that is done, however long a part takes
 
 
-class Progress:
-    """A context manager that shows a run and sums what its devices spent on training.
+class RunProgress:
+    """A context manager that shows a run and sums the seconds that its devices spend on training.
 
     Args:
         quiet: Show nothing; only listen.
-        console: Where to; standard error unless told. What is no terminal is shown nothing.
+        console: Where to show it, by default standard error. What is not a terminal is shown nothing.
         clock: Seconds, monotonic.
 
     Attributes:
@@ -37,15 +38,28 @@ class Progress:
         self, *, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         console = console or Console(stderr=True)
+        # The file is asked as well: FORCE_COLOR makes rich take a pipe for a terminal.
+        shown = not quiet and console.file.isatty() and not console.is_dumb_terminal
+        self._display = Progress(
+            TextColumn("{task.fields[where]}", style="bold", markup=False),
+            BarColumn(BAR),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            get_time=clock,
+            disable=not shown,
+            speed_estimate_period=WHOLE_RUN,
+            transient=True,
+            redirect_stdout=False,  # it may be a pipe that waits for JSON
+        )
         self._clock = clock
         self._listener = _Listener(self._take)
         self._levels: dict[str, int] = {}
-        self._rounds: Rounds | None = None
-        self._stage: Stage | None = None
+        self._step, self._answered, self._asked = "", 0, 0
         self.training_seconds = 0.0
-        # The file is asked as well: FORCE_COLOR makes rich take a pipe for a terminal.
-        shown = not quiet and console.file.isatty() and not console.is_dumb_terminal
-        self._live = _live(console, self._draw) if shown else None
 
     def __enter__(self) -> Self:
         for name, level in LEVELS.items():
@@ -53,70 +67,102 @@ class Progress:
             self._levels[name] = logger.level
             logger.setLevel(min(level, logger.getEffectiveLevel()))
             logger.addHandler(self._listener)
-        if self._live:
-            self._live.start()
+        self._display.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._live:
-                self._live.stop()  # gives the cursor back
+            self._display.stop()  # shows the cursor again
         finally:
             for name, level in self._levels.items():
                 logging.getLogger(name).removeHandler(self._listener)
                 logging.getLogger(name).setLevel(level)
 
     @contextmanager
-    def stage(self, name: str, total: int = 0) -> Iterator[Callable[[], None]]:
-        """Show a stage while the block runs; call what it yields after each of its ``total`` parts (0: unknown)."""
-        stage = self._stage = Stage(name, total, self._clock())
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+        """Show a stage while the block runs, and a line of it afterwards.
+
+        Args:
+            name: What it does.
+            total: The number of its parts, if it has any; call the yielded function after each.
+        """
+        began = self._clock()
+        with self._shown(name, 0, total):
+            yield self._advance
+        parts = f"{total} in " if total else ""
+        self._print(Text(f"{name}  {parts}{duration(self._clock() - began)}"))
+
+    @contextmanager
+    def rounds(self, done: int, total: int) -> Iterator[None]:
+        """Show the rounds while the block runs, of which ``done`` are in the registry already."""
+        with self._shown("round", done, total):
+            yield
+
+    @contextmanager
+    def _shown(self, name: str, done: int, total: int | None) -> Iterator[None]:
+        task = self._display.add_task(name, total=total, completed=done, where=_where(name, done, total), note="")
+        self._display.advance(task, 0)  # the estimate counts from here
         try:
-            yield stage.advance
+            yield
         finally:
-            self._stage = None
-        parts = f"{stage.done} in " if stage.done else ""
-        self._say(Text(f"{name}  {parts}{duration(self._clock() - stage.began)}"))
+            self._display.remove_task(task)
 
-    def _take(self, extra: dict[str, Any]) -> None:
+    def _advance(self) -> None:
+        for task in self._display.tasks:  # one at most
+            where = _where(task.description, int(task.completed) + 1, task.total)
+            self._display.update(task.id, advance=1, where=where, note="")
+
+    def _take(self, extra: Mapping[str, Any]) -> None:
         self.training_seconds += extra.get("training_seconds", 0.0)
-        if "answered" in extra or "record" in extra:
-            self._rounds = self._rounds or Rounds(self._clock())
-        if self._rounds and "answered" in extra:
-            self._rounds.answer(extra["answered"])
-        if self._rounds and "record" in extra:
-            self._say(self._rounds.finish(extra["record"], extra["rounds"], self._clock()))
+        if "answered" in extra:
+            self._answer(extra["answered"])
+        if "record" in extra:
+            self._advance()
+            self._print(_round_line(extra["record"]))
 
-    def _say(self, line: Text) -> None:
-        if self._live:
-            self._live.console.print(line, no_wrap=True, overflow="ellipsis", highlight=False)
+    def _answer(self, step: str) -> None:
+        if step != self._step:  # no more devices are asked than answered the step before
+            self._asked, self._step, self._answered = self._answered, step, 0
+        self._answered += 1
+        of = f" of {self._asked}" if self._asked >= self._answered else ""
+        for task in self._display.tasks:
+            self._display.update(task.id, note=f"{step}: {self._answered}{of} answered")
 
-    def _draw(self) -> Group:
-        shown = [part for part in (self._rounds, self._stage) if part and not part.over]
-        return Group(*(line for part in shown for line in part.draw(self._clock())))
+    def _print(self, line: Text) -> None:
+        if not self._display.disable:
+            self._display.console.print(line, no_wrap=True, overflow="ellipsis", highlight=False)
 
 
 class _Listener(logging.Handler):
-    """Hands the fields of a record on. An error in showing it never reaches the run; Ctrl-C does."""
+    """Passes the fields of a log record on. An error in showing them never reaches the run; Ctrl-C does."""
 
-    def __init__(self, take: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, take: Callable[[Mapping[str, Any]], None]) -> None:
         super().__init__()
         self._take = take
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take what the record carries."""
+        """Pass on what the record carries."""
         try:
             self._take(record.__dict__)
         except Exception:
             self.handleError(record)
 
 
-def _live(console: Console, draw: Callable[[], Group]) -> Live:
-    return Live(
-        console=console,
-        get_renderable=draw,
-        refresh_per_second=REFRESH,
-        transient=True,
-        redirect_stdout=False,  # it may be a pipe that waits for JSON
-    )
+def _where(name: str, done: int, total: float | None) -> str:
+    return f"{name} {min(done + 1, int(total))} of {int(total)}" if total else name
+
+
+def _round_line(record: RoundRecord) -> Text:
+    dropped = ", ".join(f"{printable(device)} at {step}" for device, step in record.dropped.items())
+    parts = [f"round {record.round:>2}"]
+    if record.aborted:
+        parts += [f"aborted: {printable(record.aborted)}"]
+    else:
+        metrics = record.metrics
+        parts += [f"accuracy {share(metrics['accuracy'])}"] if "accuracy" in metrics else []
+        parts += [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
+        parts += [count(len(record.survivors), "device"), size(record.bytes_up + record.bytes_down)]
+    parts += [f"dropped out: {dropped}"] if dropped else []
+    return Text("  ".join(parts), style="yellow" if record.aborted else "")

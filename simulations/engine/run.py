@@ -31,7 +31,7 @@ from simulations.engine import provision
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
 from simulations.engine.outcome import collect
 from simulations.engine.personal import personalize_all
-from simulations.engine.progress import Progress
+from simulations.engine.progress import RunProgress
 from simulations.engine.publish import publish
 from simulations.report.formatting import program
 from simulations.report.page import write_report
@@ -108,7 +108,7 @@ class RunFolder:
         replace(self.path / SECONDS, json.dumps(self.seconds).encode())
 
 
-def run(folder: RunFolder, progress: Progress) -> RunResult:
+def run(folder: RunFolder, progress: RunProgress) -> RunResult:
     """Do what is still to do, and return the result.
 
     Raises:
@@ -169,7 +169,7 @@ def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) 
     replace(marker, json.dumps({"population": population.digest, "base": base.digest}).encode())
 
 
-def _federate(folder: RunFolder, population: Population, progress: Progress) -> None:
+def _federate(folder: RunFolder, population: Population, progress: RunProgress) -> None:
     """The rounds: the real ServerApp and ClientApp, on the in-process grid."""
     state_dirs = provision.open_state_dirs(folder.path, population)
     for state_dir in state_dirs.values():
@@ -182,13 +182,13 @@ def _federate(folder: RunFolder, population: Population, progress: Progress) -> 
         if not household.unseen
     }
     scenario = folder.scenario
-    network = scenario.network
-    steps = ROUND_STEPS if scenario.federation.aggregation.adversary == "active" else SHORT_ROUND_STEPS
+    network, federation = scenario.network, scenario.federation
+    steps = ROUND_STEPS if federation.aggregation.adversary == "active" else SHORT_ROUND_STEPS
     faults = FaultModel(scenario.seed, network.loss, network.delay, network.victims, steps)
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})
     trained = progress.training_seconds
     try:
-        with folder.timed("rounds"):
+        with folder.timed("rounds"), progress.rounds(len(provision.registry(folder.path).rounds()), federation.rounds):
             server_app(InProcessGrid(client_app, nodes, faults), context)
     finally:  # as "rounds", also where it is cut short: what is left of it is coordination
         folder.add("training", progress.training_seconds - trained)

@@ -33,7 +33,7 @@ class HouseholdResult:
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """One round as the coordinator saw it."""
+    """One round as the coordinator saw it. A device whose update is in the sum may still drop out before the end."""
 
     round: int
     survivors: tuple[str, ...]
@@ -72,8 +72,8 @@ class RunResult:
 
 
 def device_rounds(rounds: Iterable[RoundResult]) -> int:
-    """How often a device was asked to take part in a round."""
-    return sum(len(r.survivors) + len(r.dropped) for r in rounds)
+    """How often a device took part in a round, whether it finished the round or not."""
+    return sum(len({*r.survivors, *r.dropped}) for r in rounds)
 
 
 def dropouts_by_step(rounds: Iterable[RoundResult]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from adapters.layout import Tensors
 from client.training.examples import Split
 from client.training.trainer import Score, Trainer
 from simulations.engine.personal import personalize_all
-from simulations.engine.progress import Progress
+from simulations.engine.progress import RunProgress
 from simulations.report.result import HouseholdResult
 from simulations.scenario import Scenario
 
@@ -30,7 +30,7 @@ def scenario(tiny_base: Any) -> Scenario:
 def outcomes(fleet_of: Callable[..., Any], scenario: Scenario) -> Callable[[], tuple[HouseholdResult, ...]]:
     """A function that computes the outcomes of three households of which one is unseen."""
     fleet = fleet_of(2, unseen=1)
-    return lambda: personalize_all(fleet.out, scenario, fleet.population, fleet.base, Progress(quiet=True))
+    return lambda: personalize_all(fleet.out, scenario, fleet.population, fleet.base, RunProgress(quiet=True))
 
 
 def test_local_and_personal_get_the_same_epochs_at_the_same_two_learning_rates(
