@@ -18,7 +18,7 @@ from coordinator.registry.roundrecord import RoundRecord
 from simulations.report.formatting import count, duration, printable, share, size
 
 LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO}
-BAR = 16  # columns
+BAR = 12  # columns
 WHOLE_RUN = 1e9  # seconds; the estimate uses every part that is done, however long a part takes
 
 
@@ -45,7 +45,6 @@ class RunProgress:
             BarColumn(BAR),
             TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("elapsed,"),
             TimeRemainingColumn(),
             TextColumn("left"),
             console=console,
@@ -132,7 +131,7 @@ class RunProgress:
 
     def _print(self, line: Text) -> None:
         if not self._display.disable:
-            self._display.console.print(line, no_wrap=True, overflow="ellipsis", highlight=False)
+            self._display.console.print(line, highlight=False)
 
 
 class _Listener(logging.Handler):
@@ -164,5 +163,5 @@ def _round_line(record: RoundRecord) -> Text:
         parts += [f"accuracy {share(metrics['accuracy'])}"] if "accuracy" in metrics else []
         parts += [f"loss {metrics['loss']:.3f}"] if "loss" in metrics else []
         parts += [count(len(record.survivors), "device"), size(record.bytes_up + record.bytes_down)]
-    parts += [f"dropped out: {dropped}"] if dropped else []
+    parts += [f"dropped: {dropped}"] if dropped else []
     return Text("  ".join(parts), style="yellow" if record.aborted else "")
