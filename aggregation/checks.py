@@ -24,7 +24,7 @@ from aggregation.session import COORDINATOR, Peer, Session, context_of
 from aggregation.spec import SessionSpec
 
 
-def turn(peer: str, asked: Container[str], answered: Container[str], step: str) -> None:
+def may_answer(peer: str, asked: Container[str], answered: Container[str], step: str) -> None:
     """Return if ``peer`` may answer a step now: it was asked and has not answered.
 
     Raises:
@@ -59,7 +59,7 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
     Raises:
         ProtocolError: Not signed by ``device``, for another offer, or without a good key of its own for each round.
     """
-    message = envelope.open_as(Advert, raw, signer, device)
+    message = envelope.open_verified(Advert, raw, signer, device)
     if message.offer != offer:
         raise ProtocolError("advert is for another offer", device)
     if message.device != device:
@@ -70,7 +70,7 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
         raise ProtocolError("advert has a key twice", device)
     for key in message.keys:
         try:
-            masks.require_public(key)
+            masks.require_public_key(key)
         except ProtocolError as error:
             raise ProtocolError(str(error), device) from None
     return message
@@ -124,7 +124,7 @@ def encrypted_shares(session: Session, me: str, given: Mapping[str, EncryptedSha
     strangers = set(given) - set(session.neighbors(me, session.peers))
     if strangers:
         raise ProtocolError(f"shares of {min(strangers)}, who is no neighbour", COORDINATOR)
-    near_enough(session, me, given, "near this device shared their secrets")
+    enough_neighbors(session, me, given, "near this device shared their secrets")
 
 
 def plan(session: Session, me: str, dealers: Collection[str], last_round: int, message: Plan) -> None:
@@ -145,8 +145,8 @@ def plan(session: Session, me: str, dealers: Collection[str], last_round: int, m
     without = set(session.neighbors(me, message.members)) - set(dealers)
     if strangers or without:
         raise ProtocolError(f"{min(strangers | without)} is in the plan but shared no secrets", COORDINATOR)
-    large_enough(session.spec, len(message.members), "members of the plan")
-    near_enough(session, me, message.members, "near this device are in the plan")
+    enough_devices(session.spec, len(message.members), "members of the plan")
+    enough_neighbors(session, me, message.members, "near this device are in the plan")
 
 
 def survivors(session: Session, current: Plan, me: str, vector: bytes, message: Survivors) -> None:
@@ -161,8 +161,8 @@ def survivors(session: Session, current: Plan, me: str, vector: bytes, message: 
         raise ProtocolError("a survivor was not in the plan", COORDINATOR)
     if message.vectors.get(me) != vector:
         raise ProtocolError("survivor set does not have this device with its own vector", COORDINATOR)
-    large_enough(session.spec, len(message.vectors), "survivors")
-    near_enough(session, me, message.vectors, "near this device survived")
+    enough_devices(session.spec, len(message.vectors), "survivors")
+    enough_neighbors(session, me, message.vectors, "near this device survived")
 
 
 def shares_to_reveal(
@@ -192,7 +192,7 @@ def consistency_signatures(session: Session, message: Survivors, signatures: Map
         envelope.verify(session.peers[device].identity, ConsistencySignature.TAG, body, signature)
 
 
-def large_enough(spec: SessionSpec, count: int, what: str) -> None:
+def enough_devices(spec: SessionSpec, count: int, what: str) -> None:
     """Return if ``count`` is neither below the threshold nor below the minimum of survivors.
 
     Raises:
@@ -203,7 +203,7 @@ def large_enough(spec: SessionSpec, count: int, what: str) -> None:
         raise ProtocolError(f"{count} {what}, {least} are needed", COORDINATOR)
 
 
-def near_enough(session: Session, me: str, present: Iterable[str], what: str) -> None:
+def enough_neighbors(session: Session, me: str, present: Iterable[str], what: str) -> None:
     """Return if those of ``present`` near ``me``, itself included, can open its secrets.
 
     Raises:

@@ -65,11 +65,11 @@ class Device:
 
     def open_verified(self, kind: type[M], raw: bytes) -> M:
         """Open a message of the coordinator's."""
-        return envelope.open_as(kind, raw, self.coordinator, COORDINATOR)
+        return envelope.open_verified(kind, raw, self.coordinator, COORDINATOR)
 
     def sign(self, message: Message) -> bytes:
         """Sign a message of this device's."""
-        return envelope.seal(self.identity, message)
+        return envelope.sign(self.identity, message)
 
 
 def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = None) -> tuple["Advertised", bytes]:
@@ -235,18 +235,18 @@ class Planned:
             DataError: The vector has another size or type.
         """
         bits, context, plan = self.spec.vector.ring_bits, self.ready.session.context, self.plan.digest()
-        ring.require(ring_vector, self.spec.vector.size, bits)
+        ring.require_vector(ring_vector, self.spec.vector.size, bits)
         self.single_use.take("masked input")
-        masks.apply(ring_vector, [*self._pair_masks(plan), self._self_mask(context, plan)], threads)
-        packed = ring.packed(ring_vector, bits)
+        masks.apply(ring_vector, [*self.pair_masks(plan), self._self_mask(context, plan)], threads)
+        packed = ring.packed_view(ring_vector, bits)
         header = MaskedInput(plan, self.ready.me, hashlib.sha256(packed).digest())
         masked = Masked(self.ready, self.plan, self.held, header.vector)
-        return masked, envelope.seal_vector(device.identity, header, packed)
+        return masked, envelope.sign_vector(device.identity, header, packed)
 
     def _self_mask(self, context: bytes, plan: bytes) -> Mask:
         return Mask(masks.self_key(self.secrets.seed, context, plan, self.ready.me), add=True)
 
-    def _pair_masks(self, plan: bytes) -> list[Mask]:
+    def pair_masks(self, plan: bytes) -> list[Mask]:
         """One for each neighbour in the round: added by the smaller id, subtracted by the larger."""
         session, me = self.ready.session, self.ready.me
         publics = session.mask_keys(session.neighbors(me, self.plan.members), self.plan.round)

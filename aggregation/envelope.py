@@ -33,7 +33,7 @@ class Envelope:
     signature: bytes
 
 
-_ENVELOPE: Codec[Envelope] = wire.record(
+ENVELOPE: Codec[Envelope] = wire.record(
     Envelope,
     {
         "magic": wire.fixed(len(_MAGIC)),
@@ -45,13 +45,13 @@ _ENVELOPE: Codec[Envelope] = wire.record(
 )
 
 
-def seal(key: IdentityKey, message: Message) -> bytes:
+def sign(key: IdentityKey, message: Message) -> bytes:
     """Sign ``message`` and write it as it travels."""
     body = message.encode()
-    return _ENVELOPE.encode(Envelope(_MAGIC, VERSION, message.TAG, body, key.sign(message.TAG, body)))
+    return ENVELOPE.encode(Envelope(_MAGIC, VERSION, message.TAG, body, key.sign(message.TAG, body)))
 
 
-def open_as(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
+def open_verified(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
     """Return the message of type ``kind`` that ``signer`` signed.
 
     Args:
@@ -66,7 +66,7 @@ def open_as(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
     try:
         if len(raw) > kind.LIMIT + OVERHEAD:
             raise ProtocolError(f"{kind.TAG} of {len(raw)} bytes is over the limit of {kind.LIMIT}")
-        envelope = _ENVELOPE.decode(raw)
+        envelope = ENVELOPE.decode(raw)
         if (envelope.magic, envelope.version) != (_MAGIC, VERSION):
             raise ProtocolError(f"not a message of protocol version {VERSION}")
         if envelope.tag != kind.TAG:
@@ -83,7 +83,7 @@ def unverified_body(raw: bytes) -> bytes:
     Raises:
         ProtocolError: Not a message.
     """
-    return _ENVELOPE.decode(raw).body
+    return ENVELOPE.decode(raw).body
 
 
 def signature(raw: bytes) -> bytes:
@@ -97,7 +97,7 @@ def with_body(raw: bytes, body: bytes) -> bytes:
     Raises:
         ProtocolError: Not a message.
     """
-    return _ENVELOPE.encode(replace(_ENVELOPE.decode(raw), body=body))
+    return ENVELOPE.encode(replace(ENVELOPE.decode(raw), body=body))
 
 
 def verify(signer: PublicKey, tag: str, body: bytes, signature: bytes) -> None:
@@ -112,12 +112,12 @@ def verify(signer: PublicKey, tag: str, body: bytes, signature: bytes) -> None:
         raise ProtocolError(str(error)) from None
 
 
-def seal_vector(key: IdentityKey, header: MaskedInput, packed: bytes | memoryview) -> bytes:
+def sign_vector(key: IdentityKey, header: MaskedInput, packed: bytes | memoryview) -> bytes:
     """A masked input as it travels: vector, signed header, length of the header.
 
     The vector comes first, because numbers are added at twice the speed where they begin on a multiple of their size.
     """
-    signed = seal(key, header)
+    signed = sign(key, header)
     return b"".join((packed, signed, len(signed).to_bytes(_LENGTH, "big")))
 
 
@@ -125,12 +125,12 @@ def open_vector(raw: bytes, size: int, signer: PublicKey, peer: str) -> tuple[Ma
     """Return header and packed vector of ``size`` bytes, the one bound to the other; the vector is not copied.
 
     Raises:
-        ProtocolError: As in ``open_as``, another size, or a vector that is not the one signed.
+        ProtocolError: As in ``open_verified``, another size, or a vector that is not the one signed.
     """
     packed, signed = split_vector(raw)
     if len(packed) != size or len(signed) > MaskedInput.LIMIT + OVERHEAD:
         raise ProtocolError(f"masked input of {len(raw)} bytes does not hold a header and {size} bytes", peer)
-    header = open_as(MaskedInput, bytes(signed), signer, peer)
+    header = open_verified(MaskedInput, bytes(signed), signer, peer)
     if hashlib.sha256(packed).digest() != header.vector:
         raise ProtocolError("vector is not the one that was signed", peer)
     return header, packed

@@ -1,4 +1,4 @@
-"""The sparse masking graph: who is whose neighbour above ``COMPLETE`` devices, and how many neighbours are enough.
+"""The masking graph: who is whose neighbor above ``COMPLETE_UP_TO`` devices, and how many neighbors are enough.
 
 Devices stand on a circle in an order that follows from the session's context; each is the neighbour of the ``k / 2``
 before and after it. That is the Harary graph under a permutation, of Bell et al., CCS 2020. What can go wrong with it
@@ -24,14 +24,14 @@ from typing import NamedTuple
 
 from aggregation.errors import ConfigError
 
-COMPLETE = 128  # devices: up to here everyone is everyone's neighbour
+COMPLETE_UP_TO = 128  # devices: up to here everyone is everyone's neighbour
 SIGMA = 40  # bits: a session is unsafe with probability 2^-40 or less
 ETA = 20  # bits: a round cannot end, although no more were lost than expected, with 2^-20 or less
 GRINDING = 40  # bits: an active coordinator may try 2^40 rosters and keep the worst
 _TAG = b"edgeadapt/harary/1\x00"
 
 
-class Degree(NamedTuple):
+class GraphParameters(NamedTuple):
     """Neighbours of a device, and shares that open its secrets."""
 
     degree: int
@@ -61,7 +61,7 @@ def harary_neighbors(order: tuple[str, ...], degree: int) -> dict[str, frozenset
     }
 
 
-def bell2020_parameters(devices: int, corrupt: float, dropout: float) -> Degree:
+def bell2020_parameters(devices: int, corrupt: float, dropout: float) -> GraphParameters:
     """The least (k, t) of Bell et al. against a semi-malicious server, for σ = 40 and η = 20.
 
     Args:
@@ -75,22 +75,22 @@ def bell2020_parameters(devices: int, corrupt: float, dropout: float) -> Degree:
     bad, lost = count_of(devices, corrupt), count_of(devices, dropout)
 
     def safe(k: int, t: int) -> bool:
-        apart = devices * tail(devices - 1, bad, k, 2 * t - k)
+        apart = devices * hypergeometric_tail(devices - 1, bad, k, 2 * t - k)
         torn = _two_windows(devices, bad + lost, k // 2, k // 2)
         return max(apart, torn) <= 2.0**-SIGMA
 
     return _least(devices, lost, safe)
 
 
-def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int = SIGMA + GRINDING) -> Degree:
-    """The least degree and threshold for a session of this protocol; the complete graph up to ``COMPLETE`` devices.
+def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int = SIGMA + GRINDING) -> GraphParameters:
+    """The least degree and threshold for a session; the complete graph up to ``COMPLETE_UP_TO`` devices.
 
     Raises:
         ConfigError: No graph on so many devices withstands that.
     """
     bad, lost = count_of(devices, corrupt), count_of(devices, dropout)
-    if devices <= COMPLETE:
-        return Degree(devices - 1, quorum(devices, corrupt))
+    if devices <= COMPLETE_UP_TO:
+        return GraphParameters(devices - 1, quorum(devices, corrupt))
     if devices - lost < quorum(devices, corrupt):
         raise ConfigError(f"{devices - lost} of {devices} devices are too few to agree: lower the fractions")
     return _least(devices, lost, lambda k, t: is_secure(devices, bad, k, t, bits))
@@ -127,12 +127,12 @@ def is_secure(devices: int, corrupt: int, degree: int, threshold: int, bits: int
     """
     if corrupt >= devices:  # a roster may be smaller than the share of the cohort that is taken for corrupt
         return False
-    apart = devices * tail(devices - 1, corrupt, degree, 2 * threshold - degree - 1)
+    apart = devices * hypergeometric_tail(devices - 1, corrupt, degree, 2 * threshold - degree - 1)
     torn = _two_windows(devices, corrupt, degree // 2, threshold - 1 - degree // 2)
     return degree % 2 == 0 and max(apart, torn) <= 2.0**-bits
 
 
-def tail(population: int, marked: int, drawn: int, least: int) -> float:
+def hypergeometric_tail(population: int, marked: int, drawn: int, least: int) -> float:
     """P[at least ``least`` of ``drawn`` are marked], drawn without replacement from ``population``."""
     first, last = max(least, 0, drawn + marked - population), min(marked, drawn)
     ways = sum(math.comb(marked, i) * math.comb(population - marked, drawn - i) for i in range(first, last + 1))
@@ -146,20 +146,20 @@ def _two_windows(devices: int, marked: int, width: int, least: int) -> float:
     """
     if 2 * least > marked:
         return 0.0
-    return math.comb(devices, 2) * tail(devices, marked, width, least) ** 2
+    return math.comb(devices, 2) * hypergeometric_tail(devices, marked, width, least) ** 2
 
 
 def _ends(devices: int, lost: int, k: int, t: int) -> bool:
     """Whether every device keeps ``t`` neighbours but for a probability of 2^-``ETA``."""
-    return devices * tail(devices - 1, lost, k, k - t + 1) <= 2.0**-ETA
+    return devices * hypergeometric_tail(devices - 1, lost, k, k - t + 1) <= 2.0**-ETA
 
 
-def _least(devices: int, lost: int, safe: Callable[[int, int], bool]) -> Degree:
+def _least(devices: int, lost: int, safe: Callable[[int, int], bool]) -> GraphParameters:
     for k in range(2, devices, 2):
         thresholds = range(k // 2 + 1, k + 1)
         if _ends(devices, lost, k, thresholds[0]):
             # More shares to open a secret are safer, and easier to lose: the least safe threshold decides.
             least = bisect.bisect_left(thresholds, True, key=functools.partial(safe, k))
             if least < len(thresholds) and _ends(devices, lost, k, thresholds[least]):
-                return Degree(k, thresholds[least])
+                return GraphParameters(k, thresholds[least])
     raise ConfigError(f"no graph on {devices} devices withstands so many corrupt and lost ones: lower the fractions")

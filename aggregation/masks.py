@@ -29,8 +29,8 @@ from aggregation.ring import Ring
 
 KEY = 32  # bytes: 256 bits, of every key and seed
 BLOCK = ZEROS  # bytes of the vector that are masked at a time
-BATCH = 1024  # masks: bounds the memory of open streams, whatever the cohort
-WORTH = 4  # blocks of the vector for each thread: with fewer a thread would wait more than it works
+MASKS_PER_BATCH = 1024  # masks: bounds the memory of open streams, whatever the cohort
+BLOCKS_PER_THREAD = 4  # blocks of the vector for each thread: with fewer a thread would wait more than it works
 _PAIR, _SELF = b"edgeadapt/pair-mask/1", b"edgeadapt/self-mask/1"
 
 
@@ -45,7 +45,7 @@ class Mask:
 # The u-coordinates of small order on Curve25519, as listed at https://cr.yp.to/ecdh.html: with them the "secret" is
 # the same whoever computes it. The list's others are these in another spelling: p or more, or with the top bit set.
 _P = 2**255 - 19
-_SMALL_ORDER = frozenset(
+SMALL_ORDER = frozenset(
     {
         0,
         1,
@@ -56,7 +56,7 @@ _SMALL_ORDER = frozenset(
 )
 
 
-def require_public(key: bytes) -> None:
+def require_public_key(key: bytes) -> None:
     """Return if ``key`` is an X25519 public key with which secrets are secret, in its one spelling.
 
     Exchanges take u-coordinates mod p and ignore the top bit (RFC 7748, section 5). Here one key is one byte string,
@@ -68,7 +68,7 @@ def require_public(key: bytes) -> None:
     point = int.from_bytes(key, "little")
     if point >= _P:
         raise ProtocolError("an X25519 key is not in its canonical form")
-    if point in _SMALL_ORDER:
+    if point in SMALL_ORDER:
         raise ProtocolError("an X25519 key is of small order")
 
 
@@ -77,7 +77,7 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
-def agree(private: bytes, public: bytes) -> bytes:
+def shared_secret(private: bytes, public: bytes) -> bytes:
     """The X25519 secret of two parties. Never use it but through ``derive``.
 
     Raises:
@@ -101,7 +101,7 @@ def derive(secret: bytes, *bound: bytes) -> bytes:
 
 def pair_key(private: bytes, public: bytes, context: bytes, plan: bytes, pair: tuple[str, str]) -> bytes:
     """The key that two devices share for one plan; the same whichever of them computes it."""
-    return _pair_key(agree(private, public), context, plan, pair)
+    return _pair_key(shared_secret(private, public), context, plan, pair)
 
 
 def _pair_key(secret: bytes, context: bytes, plan: bytes, pair: tuple[str, str]) -> bytes:
@@ -142,7 +142,7 @@ def apply(vector: Ring, masks: Iterable[Mask], threads: int = 1) -> None:
         threads: At most so many, one a core. A short vector has one.
     """
     waiting = iter(masks)
-    while batch := list(itertools.islice(waiting, BATCH)):
+    while batch := list(itertools.islice(waiting, MASKS_PER_BATCH)):
         _apply(vector, batch, threads)
 
 
@@ -153,7 +153,7 @@ def _apply(vector: Ring, batch: Sequence[Mask], threads: int) -> None:
     streams = [(Keystream(mask.key), np.add if mask.add else np.subtract) for mask in batch]
     step = BLOCK // vector.itemsize
     blocks = [vector[start : start + step] for start in range(0, vector.size, step)]
-    threads = max(1, min(threads, len(streams), len(blocks) // WORTH))
+    threads = max(1, min(threads, len(streams), len(blocks) // BLOCKS_PER_THREAD))
     gates = [Semaphore(len(blocks)), *(Semaphore(0) for _ in range(threads))]
     passes = iter([partial(_pass, blocks, streams[i::threads], *gates[i : i + 2]) for i in range(threads)])
     work = partial(_work, passes, gates, len(blocks) + 1)

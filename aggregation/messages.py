@@ -148,11 +148,11 @@ class Roster(Message):
 class EncryptedShares:
     """Shares from one dealer for one holder: sealed, with a digest of each so that a wrong one has an author.
 
-    ``sealed`` holds, round by round, a share of the self-mask seed and one of the mask key; ``digests`` are of
+    ``ciphertext`` holds, round by round, a share of the self-mask seed and one of the mask key; ``digests`` are of
     these shares in the same order.
     """
 
-    sealed: bytes
+    ciphertext: bytes
     digests: tuple[bytes, ...]
 
 
@@ -161,7 +161,7 @@ ENCRYPTED_SHARES: Codec[Mapping[str, EncryptedShares]] = wire.mapping(
     wire.record(
         EncryptedShares,
         {
-            "sealed": wire.blob(MAX_ROUNDS * PAIR + AEAD_TAG),
+            "ciphertext": wire.blob(MAX_ROUNDS * PAIR + AEAD_TAG),
             "digests": wire.sequence(wire.fixed(SHARE_DIGEST), 2 * MAX_ROUNDS),
         },
     ),

@@ -40,7 +40,7 @@ class Policy:
     maximum_ring_bits: int = 64
     adversaries: frozenset[Adversary] = frozenset({Adversary.ACTIVE})
     corrupt_fraction: float = CORRUPT_FRACTION
-    complete_up_to: int = graph.COMPLETE
+    complete_up_to: int = graph.COMPLETE_UP_TO
     maximum_weight: int = 65_536
     maximum_rounds: int = 64
     demand_proofs: bool = True

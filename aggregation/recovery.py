@@ -27,14 +27,14 @@ class Recovery:
     Args:
         session: The public side.
         plan: Of the round.
-        dealt: Dealer → holder → box, as the dealers signed them.
+        encrypted_shares: Dealer → holder → box, as the dealers signed them.
         openings: Holder → its answer.
         blamed: Filled as wrong shares are found.
     """
 
     session: Session
     plan: Plan
-    dealt: Mapping[str, Mapping[str, EncryptedShares]]
+    encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]]
     responses: Mapping[str, UnmaskResponse]
     blamed: set[str] = field(default_factory=set)
     _coefficients: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
@@ -85,7 +85,7 @@ class Recovery:
     def _as_dealt(self, dealer: str, kind: int, shares: Mapping[str, bytes]) -> list[str]:
         """Holders whose share is the one dealt to them; the others are blamed. The dealer's own share comes last."""
         index = 2 * (self.plan.round - 1) + kind
-        dealt = {holder: box.digests[index] for holder, box in self.dealt[dealer].items()}
+        dealt = {holder: box.digests[index] for holder, box in self.encrypted_shares[dealer].items()}
         wrong = {holder for holder in shares if holder != dealer and sharing.digest(shares[holder]) != dealt[holder]}
         self.blamed |= wrong
         return sorted(set(shares) - wrong - {dealer}) + [dealer] * (dealer in shares)

@@ -17,7 +17,7 @@ from aggregation.errors import ConfigError, DataError, ProtocolError
 
 Ring: TypeAlias = NDArray[np.uint32] | NDArray[np.uint64]
 MAX_BITS = 64
-_BLOCK = 2**16  # items worked on at a time
+BLOCK = 2**16  # items worked on at a time
 
 
 def dtype(bits: int) -> DTypeLike:
@@ -41,7 +41,7 @@ def packed_size(size: int, bits: int) -> int:
     return (size * bits + 7) // 8
 
 
-def require(values: Ring, size: int, bits: int) -> None:
+def require_vector(values: Ring, size: int, bits: int) -> None:
     """Return if ``values`` is a vector of this ring.
 
     Raises:
@@ -63,12 +63,12 @@ def pack(values: Ring, bits: int) -> bytes:
     Returns:
         ``packed_size(n, bits)`` bytes; unused bits of the last byte are zero.
     """
-    return bytes(packed(values, bits))
+    return bytes(packed_view(values, bits))
 
 
-def packed(values: Ring, bits: int) -> memoryview:
+def packed_view(values: Ring, bits: int) -> memoryview:
     """As ``pack``, without a copy: where nothing has to move, a view of ``values`` themselves."""
-    require(values, values.size, bits)
+    require_vector(values, values.size, bits)
     if bits == 8 * values.itemsize:
         return values.data.cast("B")
     kind, (count, per_row) = np.dtype(dtype(bits)), _period(bits)
@@ -86,7 +86,7 @@ def packed(values: Ring, bits: int) -> memoryview:
 
 def digest(values: Ring, bits: int) -> bytes:
     """SHA-256 of ``pack(values, bits)``: the same for vectors that are the same in the ring."""
-    return hashlib.sha256(packed(values, bits)).digest()
+    return hashlib.sha256(packed_view(values, bits)).digest()
 
 
 def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
@@ -123,7 +123,7 @@ def add(total: Ring, raw: bytes | memoryview, bits: int) -> None:
     if bits == 8 * total.itemsize:
         np.add(total, np.frombuffer(raw, total.dtype), out=total)
         return
-    step = _BLOCK - _BLOCK % 64  # elements: whole bytes, whatever the width
+    step = BLOCK - BLOCK % 64  # elements: whole bytes, whatever the width
     view = memoryview(raw)
     for start in range(0, total.size, step):
         part = total[start : start + step]
@@ -156,7 +156,7 @@ def _places(bits: int) -> Iterator[tuple[int, int, int]]:
 
 def _row_blocks(flat: Ring, width: int) -> Iterator[tuple[int, Ring]]:
     """Rows of ``width`` items, a block at a time that stays in the cache, the last row filled up with zeros."""
-    whole, step = flat.size // width, max(_BLOCK // width, 1)
+    whole, step = flat.size // width, max(BLOCK // width, 1)
     table = flat[: whole * width].reshape(whole, width)
     for start in range(0, whole, step):
         yield start, table[start : start + step]

@@ -71,7 +71,7 @@ class RoundResult:
         values: Segment name → sum over the survivors, shape ``(segment.size,)``.
         survivors: Whose contributions are in the sum.
         dropped: Who was in the plan and is not in the sum.
-        blamed: Who sent or dealt a share that was found to be wrong.
+        blamed: Who sent or encrypted_shares a share that was found to be wrong.
         digest: SHA-256 of the summed vector, packed as it would travel.
     """
 
@@ -86,7 +86,7 @@ class RoundResult:
 def too_few(spec: SessionSpec, count: int, what: str, session: "Established | None") -> RoundAborted | None:
     """The end of a round with fewer than its session takes, or nothing where there are enough."""
     try:
-        checks.large_enough(spec, count, what)
+        checks.enough_devices(spec, count, what)
     except ProtocolError as error:
         return RoundAborted(AbortReason.TOO_FEW, str(error), session)
     return None
@@ -122,7 +122,7 @@ def open_session(
         raise ConfigError(
             f"degree {spec.degree} with {len(cohort)} devices: it must be {len(cohort) - 1}, or even and below that"
         )
-    return Offering(key, spec, offer.digest(), cohort), envelope.seal(key, offer)
+    return Offering(key, spec, offer.digest(), cohort), envelope.sign(key, offer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class Offering:
             ProtocolError: Not its signed advert for this offer, its second, or with a key of another device: who
                 copies is refused, so that one device cannot spoil the session of all.
         """
-        checks.turn(peer, self.cohort, self.adverts, "advert")
+        checks.may_answer(peer, self.cohort, self.adverts, "advert")
         keys = checks.advert(self.offer, self.spec.rounds, self.cohort[peer], peer, body).keys
         if keys & self.keys:
             raise ProtocolError("advert has a key of another device", peer)
@@ -156,7 +156,7 @@ class Offering:
             return aborted
         roster = Roster(self.offer, tuple(raw for _, raw in sorted(self.adverts.items())))
         session, _ = checks.roster(self.spec, self.offer, self.cohort, roster)
-        return Sharing(self.key, session), envelope.seal(self.key, roster)
+        return Sharing(self.key, session), envelope.sign(self.key, roster)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class Sharing:
 
     key: IdentityKey
     session: Session
-    dealt: Mapping[str, Mapping[str, EncryptedShares]] = field(default_factory=dict)
+    encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]] = field(default_factory=dict)
 
     def on_shares(self, peer: str, body: bytes) -> "Sharing":
         """Take one device's boxes: step 4.
@@ -173,20 +173,20 @@ class Sharing:
         Raises:
             ProtocolError: Not its signed boxes of this session, one box for each neighbour.
         """
-        checks.turn(peer, self.session.peers, self.dealt, "shares")
-        message = envelope.open_as(Shares, body, self.session.peers[peer].identity, peer)
+        checks.may_answer(peer, self.session.peers, self.encrypted_shares, "shares")
+        message = envelope.open_verified(Shares, body, self.session.peers[peer].identity, peer)
         if (message.context, message.device) != (self.session.context, peer):
             raise ProtocolError("shares are of another session or device", peer)
         if set(message.encrypted_shares) != set(self.session.neighbors(peer, self.session.peers)):
             raise ProtocolError("shares are not for exactly its neighbours", peer)
         if not all(sharing.fits(box, self.session.spec.rounds) for box in message.encrypted_shares.values()):
             raise ProtocolError("a box has not the size of one", peer)
-        return replace(self, dealt={**self.dealt, peer: message.encrypted_shares})
+        return replace(self, encrypted_shares={**self.encrypted_shares, peer: message.encrypted_shares})
 
     def close(self) -> "Established | RoundAborted":
         """End step 4. Who sent no shares is in no round of this session."""
-        aborted = too_few(self.session.spec, len(self.dealt), "devices that sent shares", None)
-        return aborted or Established(self.key, self.session, self.dealt)
+        aborted = too_few(self.session.spec, len(self.encrypted_shares), "devices that sent shares", None)
+        return aborted or Established(self.key, self.session, self.encrypted_shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,18 +196,18 @@ class Established:
     Args:
         key: The coordinator's.
         session: The public side.
-        dealt: Dealer → holder → box.
+        encrypted_shares: Dealer → holder → box.
         last_round: The last round begun.
         delivered: Devices known to have their boxes.
-        left_out: Devices whose secrets did not open, and by their own fault: in no further round.
+        excluded: Devices whose secrets did not open, and by their own fault: in no further round.
     """
 
     key: IdentityKey
     session: Session
-    dealt: Mapping[str, Mapping[str, EncryptedShares]]
+    encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]]
     last_round: int = 0
     delivered: frozenset[str] = frozenset()
-    left_out: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
 
     @property
     def rounds_left(self) -> int:
@@ -217,7 +217,7 @@ class Established:
     @property
     def devices(self) -> tuple[str, ...]:
         """Who may take part, in ascending order."""
-        return tuple(sorted(set(self.dealt) - self.left_out))
+        return tuple(sorted(set(self.encrypted_shares) - self.excluded))
 
     def plan(
         self, *, adapter_version: int, adapter_digest: str, training: bytes, cohort: Collection[str] | None
@@ -246,8 +246,10 @@ class Established:
         return Collecting(begun, plan, plan.digest(), ring.zeros(vector.size, vector.ring_bits)), out
 
     def _assignment(self, plan: Plan, device: str) -> bytes:
-        dealers = () if device in self.delivered else self.session.neighbors(device, self.dealt)
-        return envelope.seal(self.key, Assignment(plan, {dealer: self.dealt[dealer][device] for dealer in dealers}))
+        dealers = () if device in self.delivered else self.session.neighbors(device, self.encrypted_shares)
+        return envelope.sign(
+            self.key, Assignment(plan, {dealer: self.encrypted_shares[dealer][device] for dealer in dealers})
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +274,7 @@ class Collecting:
             ProtocolError: Not its signed vector for this plan, of another size, or its second.
         """
         session = self.established.session
-        checks.turn(peer, self.plan.members, self.vectors, "masked input")
+        checks.may_answer(peer, self.plan.members, self.vectors, "masked input")
         signer = session.peers[peer].identity
         size, bits = session.spec.vector.size, session.spec.vector.ring_bits
         header, packed = envelope.open_vector(body, ring.packed_size(size, bits), signer, peer)
@@ -297,10 +299,10 @@ class Collecting:
         message = Survivors(self.digest, self.vectors)
         survivor_set = SurvivorSet(proven, self.plan, message, message.digest(), self.total)
         if proven.session.spec.adversary is Adversary.HONEST_BUT_CURIOUS:
-            return Unmasking(survivor_set, survivor_set.counted), dict.fromkeys(
-                survivor_set.counted, survivor_set.unmask({})
+            return Unmasking(survivor_set, survivor_set.devices), dict.fromkeys(
+                survivor_set.devices, survivor_set.unmask({})
             )
-        return Confirming(survivor_set), dict.fromkeys(survivor_set.counted, envelope.seal(proven.key, message))
+        return Confirming(survivor_set), dict.fromkeys(survivor_set.devices, envelope.sign(proven.key, message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +321,7 @@ class SurvivorSet:
         return self.established.session
 
     @property
-    def counted(self) -> tuple[str, ...]:
+    def devices(self) -> tuple[str, ...]:
         """The survivors, in ascending order."""
         return tuple(sorted(self.survivors.vectors))
 
@@ -330,17 +332,17 @@ class SurvivorSet:
 
     def open_verified(self, kind: type[M], peer: str, body: bytes) -> M:
         """Open a message of a survivor's."""
-        return envelope.open_as(kind, body, self.session.peers[peer].identity, peer)
+        return envelope.open_verified(kind, body, self.session.peers[peer].identity, peer)
 
     def unmask(self, signatures: Mapping[str, bytes]) -> bytes:
         """The request to open the sum, with the agreements in it."""
-        return envelope.seal(self.established.key, Unmask(self.survivors, signatures))
+        return envelope.sign(self.established.key, Unmask(self.survivors, signatures))
 
     def aborted(
-        self, reason: AbortReason, detail: str, blamed: Collection[str] = (), left_out: Collection[str] = ()
+        self, reason: AbortReason, detail: str, blamed: Collection[str] = (), excluded: Collection[str] = ()
     ) -> RoundAborted:
-        """The end of this round without a sum. ``left_out``: who is in no further round of the session."""
-        after = replace(self.established, left_out=self.established.left_out.union(left_out))
+        """The end of this round without a sum. ``excluded``: who is in no further round of the session."""
+        after = replace(self.established, excluded=self.established.excluded.union(excluded))
         return RoundAborted(reason, detail, after, tuple(sorted(blamed)))
 
 
@@ -351,13 +353,15 @@ class Confirming:
     survivor_set: SurvivorSet
     consistency_signatures: Mapping[str, bytes] = field(default_factory=dict)
 
-    def on_signature(self, peer: str, body: bytes) -> "Confirming":
+    def on_consistency_signature(self, peer: str, body: bytes) -> "Confirming":
         """Take one survivor's agreement: step 7.
 
         Raises:
             ProtocolError: Not its signature on this survivor set, or its second.
         """
-        checks.turn(peer, self.survivor_set.survivors.vectors, self.consistency_signatures, "consistency-signature")
+        checks.may_answer(
+            peer, self.survivor_set.survivors.vectors, self.consistency_signatures, "consistency-signature"
+        )
         message = self.survivor_set.open_verified(ConsistencySignature, peer, body)
         if message != ConsistencySignature(self.survivor_set.digest, peer):
             raise ProtocolError("agreement is on another survivor set or of another device", peer)
@@ -382,14 +386,14 @@ class Unmasking:
     responses: Mapping[str, UnmaskResponse] = field(default_factory=dict)
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
-    def on_unmask(self, peer: str, body: bytes) -> "Unmasking":
+    def on_unmask_response(self, peer: str, body: bytes) -> "Unmasking":
         """Take one survivor's shares: step 8.
 
         Raises:
             ProtocolError: Not its signed opening of this survivor set, its second, or with a share that it does
                 not owe.
         """
-        checks.turn(peer, self.asked, self.responses, "opening")
+        checks.may_answer(peer, self.asked, self.responses, "opening")
         message = self.survivor_set.open_verified(UnmaskResponse, peer, body)
         if (message.survivors, message.device) != (self.survivor_set.digest, peer):
             raise ProtocolError("opening is of another survivor set or device", peer)
@@ -405,10 +409,12 @@ class Unmasking:
         survivor_set, least = self.survivor_set, self.survivor_set.session.spec.threshold
         if len(self.responses) < least:
             return survivor_set.aborted(AbortReason.TOO_FEW, f"{len(self.responses)} openings, {least} are needed")
-        recovery = Recovery(survivor_set.session, survivor_set.plan, survivor_set.established.dealt, self.responses)
-        seeds = {device: seed for device in survivor_set.counted if (seed := recovery.seed(device))}
+        recovery = Recovery(
+            survivor_set.session, survivor_set.plan, survivor_set.established.encrypted_shares, self.responses
+        )
+        seeds = {device: seed for device in survivor_set.devices if (seed := recovery.seed(device))}
         keys = {device: key for device in survivor_set.dropped if (key := recovery.mask_key(device))}
-        closed = sorted({*survivor_set.counted, *survivor_set.dropped} - {*seeds, *keys})
+        closed = sorted({*survivor_set.devices, *survivor_set.dropped} - {*seeds, *keys})
         if closed:
             detail = f"too few good shares to open {', '.join(closed[:3])}{' …' if closed[3:] else ''}"
             reason = AbortReason.UNRECOVERABLE if recovery.blamed else AbortReason.TOO_FEW
@@ -435,9 +441,9 @@ def _outcome(survivor_set: SurvivorSet, blamed: tuple[str, ...]) -> "tuple[Estab
     """The sum, now that no mask is on it; none where honest survivors cannot have it."""
     spec = survivor_set.session.spec.vector
     try:
-        values = spec.decode(survivor_set.total, len(survivor_set.counted))
+        values = spec.decode(survivor_set.total, len(survivor_set.devices))
     except DataError as error:
         return survivor_set.aborted(AbortReason.OUT_OF_RANGE, str(error), blamed)
     digest = ring.digest(survivor_set.total, spec.ring_bits)
-    result = RoundResult(survivor_set.plan.round, values, survivor_set.counted, survivor_set.dropped, blamed, digest)
+    result = RoundResult(survivor_set.plan.round, values, survivor_set.devices, survivor_set.dropped, blamed, digest)
     return survivor_set.established, result

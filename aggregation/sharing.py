@@ -62,11 +62,11 @@ def deal(
         keys = shamir.split(secret.mask_key, threshold, points, entropy)
         for holder, seed, key in zip(holders, seeds, keys, strict=True):
             pairs[holder][round_] = SharePair(seed, key)
-    encrypted_shares = {holder: seal(session, share_key, dealer, holder, pairs[holder]) for holder in holders[1:]}
+    encrypted_shares = {holder: encrypt(session, share_key, dealer, holder, pairs[holder]) for holder in holders[1:]}
     return pairs[dealer], encrypted_shares
 
 
-def seal(
+def encrypt(
     session: Session, share_key: bytes, dealer: str, holder: str, pairs: Mapping[int, SharePair]
 ) -> EncryptedShares:
     """Seal one holder's pairs, in order of round."""
@@ -86,7 +86,7 @@ def decrypt(
         return None
     try:
         key = _key(session, share_key, session.peers[dealer].share_key, dealer, holder)
-        opened = AESGCM(key).decrypt(_NONCE, box.sealed, session.context)
+        opened = AESGCM(key).decrypt(_NONCE, box.ciphertext, session.context)
     except InvalidTag:
         return None
     shares = [opened[i : i + SHARE] for i in range(0, len(opened), SHARE)]
@@ -97,7 +97,7 @@ def decrypt(
 
 def fits(box: EncryptedShares, rounds: int) -> bool:
     """Whether ``box`` has the size of one for ``rounds`` rounds."""
-    return len(box.sealed) == rounds * PAIR + AEAD_TAG and len(box.digests) == 2 * rounds
+    return len(box.ciphertext) == rounds * PAIR + AEAD_TAG and len(box.digests) == 2 * rounds
 
 
 def digest(share: bytes) -> bytes:
@@ -106,5 +106,5 @@ def digest(share: bytes) -> bytes:
 
 
 def _key(session: Session, private: bytes, public: bytes, dealer: str, holder: str) -> bytes:
-    secret = masks.agree(private, public)
+    secret = masks.shared_secret(private, public)
     return masks.derive(secret, _TAG, session.context, dealer.encode(), holder.encode())

@@ -9,14 +9,16 @@ RECORD = "edgeadapt"  # the one record in a message
 BODY = "body"  # its signed protocol message
 ADAPTER = "adapter"  # beside a plan: the adapter's safetensors bytes, whose digest the plan signs
 PROOF = "proof"  # beside an offer a passage, beside a plan a receipt (``receipts``)
-REVOKED = "revoked"  # beside an offer: the authority's newest revocation list, where there is one
-SEEN = "seen"  # beside a certificate: digest of the offer that the device joined last, if it keeps a witness
+REVOCATIONS = "revocations"  # beside an offer: the authority's newest revocation list, where there is one
+LAST_OFFER = (
+    "last-offer"  # beside a certificate: digest of the offer that the device joined last, if it keeps a witness
+)
 
 
 class Step(Enum):
     """Coordinator → device, and the answer."""
 
-    HELLO = "hello"  # nothing → the device's certificate
+    CHECK_IN = "checkin"  # nothing → the device's certificate
     OFFER = "offer"  # offer → advert
     ROSTER = "roster"  # roster → encrypted shares
     PLAN = "plan"  # plan and adapter → masked input

@@ -170,7 +170,7 @@ class VectorSpec:
         """
         if not 1 <= survivors <= self.max_clients:
             raise DataError(f"{survivors} survivors are not between 1 and {self.max_clients}")
-        ring.require(total, self.size, self.ring_bits)
+        ring.require_vector(total, self.size, self.ring_bits)
         sums = {}
         for segment, part in self._parts(total):
             step = self.step(segment)

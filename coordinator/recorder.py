@@ -46,7 +46,7 @@ class Recorder:
         """A device answered, and the answer was found good."""
         self.write(self.log.received(step, device, body))
         if self.vectors is not None and step is Step.PLAN:
-            vector = transcript.vector_of(body)
+            vector = transcript.packed_vector(body)
             storage.replace(vector_path(self.vectors, hashlib.sha256(vector).digest()), vector, PUBLIC)
 
     def result(self, result: RoundResult, version: int, adapter: str) -> None:

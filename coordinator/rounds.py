@@ -105,11 +105,13 @@ def _protocol(
         return masked
     confirming, bodies = masked
     if isinstance(confirming, Confirming):
-        confirmed = fleet.gather(confirming, Confirming.on_signature, Step.SURVIVORS, bodies, group=group).close()
+        confirmed = fleet.gather(
+            confirming, Confirming.on_consistency_signature, Step.SURVIVORS, bodies, group=group
+        ).close()
         if isinstance(confirmed, RoundAborted):
             return confirmed
         confirming, bodies = confirmed
-    opened = fleet.gather(confirming, Unmasking.on_unmask, Step.UNMASK, bodies, group=group).close(cores())
+    opened = fleet.gather(confirming, Unmasking.on_unmask_response, Step.UNMASK, bodies, group=group).close(cores())
     return opened if isinstance(opened, RoundAborted) else _weighed(*opened)
 
 

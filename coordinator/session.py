@@ -15,7 +15,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.pki import Root
 from aggregation.server import Established, Offering, RoundAborted, Sharing
-from aggregation.steps import PROOF, REVOKED, Step
+from aggregation.steps import PROOF, REVOCATIONS, Step
 from coordinator.recorder import Recorder
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.wire import Wire
@@ -96,7 +96,7 @@ def _session(
     offering, offer = server.open_session(state_dir.key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
     fleet = Fleet(wire, nodes, state_dir.transcripts.begin(offering.offer, root.revoked))
     offers = dict.fromkeys(nodes, offer)
-    revoked = {REVOKED: root.revoked.der} if root.revoked else {}
+    revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
     extra = beside(state_dir.transcripts.passages(fleet.recorder, seen), revoked)
     sharing = fleet.gather(offering, Offering.on_advert, Step.OFFER, offers, group=group, beside=extra).close()
     if isinstance(sharing, RoundAborted):
@@ -120,7 +120,7 @@ def _roll_call(root: Root, wire: Wire, group: str) -> tuple[dict[str, bytes], di
     certificates: dict[str, bytes] = {}
     nodes: dict[str, int] = {}
     seen: dict[str, bytes] = {}
-    for reply in wire.ask(Step.HELLO, dict.fromkeys(wire.nodes(), b""), group):
+    for reply in wire.ask(Step.CHECK_IN, dict.fromkeys(wire.nodes(), b""), group):
         try:
             device, _ = root.verify(reply.body or b"", datetime.now(UTC))
         except EdgeAdaptError as error:

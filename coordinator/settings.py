@@ -10,7 +10,7 @@ from adapters.manifest import VersionManifest
 from adapters.task import Task, contribution_spec
 from aggregation import graph
 from aggregation.errors import ConfigError
-from aggregation.graph import Degree
+from aggregation.graph import GraphParameters
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from coordinator.optimizer import FedAdam, FedAvg
 
@@ -121,18 +121,18 @@ class Aggregation(_Section):
             adversary=Adversary(self.adversary),
         )
 
-    def masking_graph(self, devices: int) -> Degree:
+    def masking_graph(self, devices: int) -> GraphParameters:
         """Neighbours of a device and shares that open its secrets, in a cohort of ``devices``.
 
         A sparse graph must still hold on the roster, which lacks those who were lost before it and no corrupt one.
-        Where so small a roster would be no larger than ``graph.COMPLETE``, everyone is everyone's neighbour.
+        Where so small a roster would be no larger than ``graph.COMPLETE_UP_TO``, everyone is everyone's neighbour.
 
         Raises:
             ConfigError: No graph on so many devices withstands so many corrupt and lost ones.
         """
         corrupt, lost = (graph.count_of(devices, share) for share in (self.corrupt_fraction, self.lost_fraction))
-        if devices - lost <= graph.COMPLETE:
-            return Degree(devices - 1, graph.quorum(devices, self.corrupt_fraction))
+        if devices - lost <= graph.COMPLETE_UP_TO:
+            return GraphParameters(devices - 1, graph.quorum(devices, self.corrupt_fraction))
         bits = graph.SIGMA + (graph.GRINDING if self.adversary == Adversary.ACTIVE.value else 0)
         smallest = devices - lost
         for count in range(smallest, devices + 1):

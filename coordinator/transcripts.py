@@ -173,7 +173,7 @@ def _goes_on(rest: bytes, coordinator: PublicKey) -> bool:
         start = max(found.start() - _INDEX, 0)
         size = int.from_bytes(rest[max(start - LENGTH, 0) : start], "big")
         with suppress(ProtocolError):
-            envelope.open_as(Checkpoint, ENTRY.decode(rest[start : start + size]).message, coordinator, "")
+            envelope.open_verified(Checkpoint, ENTRY.decode(rest[start : start + size]).message, coordinator, "")
             return True
     return False
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from aggregation.steps import BODY, RECORD, SEEN, Step
+from aggregation.steps import BODY, LAST_OFFER, RECORD, Step
 
 FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
 LAST_POLL = 0.5
@@ -40,7 +40,7 @@ class SystemClock:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One node's answer: ``body``, or why there is none. ``seen``: see ``steps.SEEN``."""
+    """One node's answer: ``body``, or why there is none. ``seen``: see ``steps.LAST_OFFER``."""
 
     node: int
     body: bytes | None
@@ -126,7 +126,7 @@ class Wire:
         body = record.get(BODY) if record is not None else None
         if not isinstance(body, bytes):
             return Reply(node, None, "answered without a protocol body")
-        found = record.get(SEEN) if record is not None else None
+        found = record.get(LAST_OFFER) if record is not None else None
         seen = found if isinstance(found, bytes) else b""
         self.traffic.up += len(body) + len(seen)
         return Reply(node, body, seen=seen)

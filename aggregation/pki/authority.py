@@ -12,9 +12,9 @@ from cryptography.x509.oid import NameOID
 
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, TrustError
-from aggregation.pki.certificates import DEVICE_ID, NAME, Root, identity, load, subject
+from aggregation.pki.certificates import Root, identity, load, require_device_id, subject
 from aggregation.pki.identity import IdentityKey, PublicKey
-from aggregation.pki.revocation import Revocation, RevocationList, sign
+from aggregation.pki.revocation import Revocation, RevocationList, sign_list
 
 LONGEST = 64  # bytes of a common name (X.520)
 
@@ -68,8 +68,7 @@ class Authority:
         Raises:
             ConfigError: ``device_id`` is not 1 to 64 letters, digits, dots, colons, dashes, underscores.
         """
-        if not NAME.fullmatch(device_id):
-            raise ConfigError(f"device id {device_id[:64]!r} is not of the form {DEVICE_ID}")
+        require_device_id(device_id)
         issuer = subject(load(self.der))
         builder = _builder(device_id, issuer, public, not_before, not_after, serial=serial)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -90,7 +89,7 @@ class Authority:
             ConfigError: It would end before it begins.
         """
         private = Ed25519PrivateKey.from_private_bytes(self.key.raw)
-        der = sign(load(self.der).subject, private, number, revoked, (this_update, next_update))
+        der = sign_list(load(self.der).subject, private, number, revoked, (this_update, next_update))
         return self.root.revocations(der)
 
     def to_pem(self) -> bytes:

@@ -11,13 +11,30 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509.oid import NameOID
 
-from aggregation.errors import TrustError
+from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
 
 DEVICE_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}"  # X.520 allows a common name 64 characters
-NAME = re.compile(DEVICE_ID, re.ASCII)
+_DEVICE_ID = re.compile(DEVICE_ID, re.ASCII)
+_PEM = b"-----BEGIN CERTIFICATE-----"
 MAX_CERTIFICATE = 2048  # bytes of DER; ours have about 350
+
+
+def is_device_id(name: str) -> bool:
+    """Whether a device can have this name."""
+    return _DEVICE_ID.fullmatch(name) is not None
+
+
+def require_device_id(name: str) -> str:
+    """``name``, if a device can be called that.
+
+    Raises:
+        ConfigError: It is not 1 to 64 letters, digits, dots, colons, dashes, underscores, from a letter or digit on.
+    """
+    if not is_device_id(name):
+        raise ConfigError(f"device name {name[:64]!r} is not of the form {DEVICE_ID}")
+    return name
 
 
 def load(der: bytes) -> x509.Certificate:
@@ -73,6 +90,30 @@ def identity(certificate: x509.Certificate) -> PublicKey:
     return PublicKey(key.public_bytes_raw())
 
 
+def to_pem(der: bytes) -> bytes:
+    """A certificate as it is handed over."""
+    return x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
+
+
+def to_der(raw: bytes) -> bytes:
+    """A certificate in PEM or DER as DER. Who issued it is not checked: ``Root.verify`` does that.
+
+    Raises:
+        TrustError: Not a certificate.
+    """
+    try:
+        pem = raw.lstrip().startswith(_PEM)
+        found = x509.load_pem_x509_certificate(raw) if pem else x509.load_der_x509_certificate(raw)
+    except (ValueError, x509.InvalidVersion):
+        raise TrustError("not a certificate in PEM or DER form") from None
+    return found.public_bytes(serialization.Encoding.DER)
+
+
+def not_after(der: bytes) -> datetime:
+    """When a certificate ends."""
+    return x509.load_der_x509_certificate(der).not_valid_after_utc
+
+
 @dataclass(frozen=True, slots=True)
 class Root:
     """The authority as devices and coordinator pin it.
@@ -103,7 +144,7 @@ class Root:
         if is_authority(certificate):
             raise TrustError("an authority's certificate is no device certificate")
         device_id, key = subject(certificate), identity(certificate)
-        if not NAME.fullmatch(device_id):
+        if not is_device_id(device_id):
             raise TrustError(f"certified name {device_id[:64]!r} is no device id")
         if self.revoked is not None and certificate.serial_number in self.revoked.revoked:
             raise TrustError(f"certificate of {device_id} is revoked")
@@ -118,7 +159,7 @@ class Root:
         return identity(load(self.der))
 
     @property
-    def ends(self) -> datetime:
+    def not_after(self) -> datetime:
         """When the authority's certificate ends, and with it every one that it issued."""
         return load(self.der).not_valid_after_utc
 
@@ -141,7 +182,7 @@ class Root:
         Raises:
             TrustError: As ``revocations``, or the list is older than the one at hand.
         """
-        return replace(self, revoked=self.revocations(raw).after(self.revoked))
+        return replace(self, revoked=self.revocations(raw).newer_than(self.revoked))
 
     def to_pem(self) -> bytes:
         """The authority's certificate in PEM; the revocation list is not part of it."""

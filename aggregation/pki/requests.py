@@ -4,34 +4,18 @@ A request is signed with the key that it holds, so nobody can have another's key
 not say who sent it: whoever runs the authority compares the key's id with the one that the device shows.
 """
 
-import re
-from datetime import datetime
-
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import NameOID
 
-from aggregation.errors import ConfigError, TrustError
-from aggregation.pki import DEVICE_ID
+from aggregation.errors import TrustError
+from aggregation.pki.certificates import is_device_id, require_device_id
 from aggregation.pki.identity import IdentityKey, PublicKey
 
 MAX_REQUEST = 8192  # bytes; ours have about 350 in PEM
 _PEM = b"-----BEGIN CERTIFICATE REQUEST-----"
-_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
-_DEVICE_ID = re.compile(DEVICE_ID, re.ASCII)
-
-
-def require_name(name: str) -> str:
-    """``name``, if a device can be called that.
-
-    Raises:
-        ConfigError: It is not 1 to 64 letters, digits, dots, colons, dashes, underscores, from a letter or digit on.
-    """
-    if not _DEVICE_ID.fullmatch(name):
-        raise ConfigError(f"device name {name[:64]!r} is not of the form {DEVICE_ID}")
-    return name
 
 
 def request(key: IdentityKey, name: str) -> bytes:
@@ -40,7 +24,7 @@ def request(key: IdentityKey, name: str) -> bytes:
     Raises:
         ConfigError: A device cannot be called that.
     """
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, require_name(name))])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, require_device_id(name))])
     builder = x509.CertificateSigningRequestBuilder(subject)
     signed = builder.sign(Ed25519PrivateKey.from_private_bytes(key.raw), algorithm=None)
     return signed.public_bytes(serialization.Encoding.PEM)
@@ -65,30 +49,6 @@ def read_request(raw: bytes) -> tuple[str, PublicKey]:
         raise TrustError(f"the request is for a {type(key).__name__} where Ed25519 belongs")
     if not signed:
         raise TrustError("the request was not signed with the key that it is for")
-    if len(names) != 1 or not _DEVICE_ID.fullmatch(names[0]):
+    if len(names) != 1 or not is_device_id(names[0]):
         raise TrustError("the request does not name one device in its common name")
     return names[0], PublicKey(key.public_bytes_raw())
-
-
-def to_pem(der: bytes) -> bytes:
-    """A certificate as it is handed over."""
-    return x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
-
-
-def to_der(raw: bytes) -> bytes:
-    """A certificate in PEM or DER as DER. Who issued it is not checked: ``Root.verify`` does that.
-
-    Raises:
-        TrustError: Not a certificate.
-    """
-    try:
-        pem = raw.lstrip().startswith(_CERTIFICATE)
-        found = x509.load_pem_x509_certificate(raw) if pem else x509.load_der_x509_certificate(raw)
-    except (ValueError, x509.InvalidVersion):
-        raise TrustError("not a certificate in PEM or DER form") from None
-    return found.public_bytes(serialization.Encoding.DER)
-
-
-def ends(der: bytes) -> datetime:
-    """When a certificate ends."""
-    return x509.load_der_x509_certificate(der).not_valid_after_utc

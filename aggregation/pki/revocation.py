@@ -102,7 +102,7 @@ class RevocationList:
         """The same list in PEM."""
         return x509.load_der_x509_crl(self.der).public_bytes(serialization.Encoding.PEM)
 
-    def after(self, seen: "RevocationList | None") -> "RevocationList":
+    def newer_than(self, seen: "RevocationList | None") -> "RevocationList":
         """This list, if who saw ``seen`` before may go by it now.
 
         Raises:
@@ -134,7 +134,7 @@ class RevocationList:
             raise TrustError(f"revocation list {self.number} is older than {oldest.days} days: get a newer one")
 
 
-def sign(
+def sign_list(
     issuer: x509.Name,
     key: Ed25519PrivateKey,
     number: int,

@@ -25,8 +25,8 @@ from aggregation.transcript.entries import (
     Stage,
     read,
 )
-from aggregation.transcript.log import NO_SESSION, Transcript, resume, signed_of, vector_of
-from aggregation.transcript.logstate import LOG_STATE, LogState, first
+from aggregation.transcript.log import ANSWERS, NO_SESSION, REQUESTS, Transcript, logged_part, packed_vector, resume
+from aggregation.transcript.logstate import LOG_STATE, LogState
 from aggregation.transcript.proofs import (
     RECEIPT,
     SESSION_CHAIN_PROOF,
@@ -38,6 +38,7 @@ from aggregation.transcript.proofs import (
 )
 
 __all__ = [
+    "ANSWERS",
     "ENTRY",
     "EVERYONE",
     "LENGTH",
@@ -45,6 +46,7 @@ __all__ = [
     "MAGIC",
     "NO_SESSION",
     "RECEIPT",
+    "REQUESTS",
     "SESSION_CHAIN_PROOF",
     "Abort",
     "Checkpoint",
@@ -58,11 +60,10 @@ __all__ = [
     "SessionChainProof",
     "Stage",
     "Transcript",
-    "first",
+    "logged_part",
+    "packed_vector",
     "read",
     "receipts",
     "resume",
     "session_chain_proof",
-    "signed_of",
-    "vector_of",
 ]

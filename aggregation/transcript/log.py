@@ -26,14 +26,14 @@ from aggregation.transcript.merkle import EMPTY, Tree
 
 NO_SESSION = bytes(32)  # in place of an earlier session's last checkpoint
 
-ASKED: dict[Step, type[Message]] = {
+REQUESTS: dict[Step, type[Message]] = {
     Step.OFFER: Offer,
     Step.ROSTER: Roster,
     Step.PLAN: Assignment,
     Step.SURVIVORS: Survivors,
     Step.UNMASK: Unmask,
 }
-ANSWERED: dict[Step, type[Message]] = {
+ANSWERS: dict[Step, type[Message]] = {
     Step.OFFER: Advert,
     Step.ROSTER: Shares,
     Step.PLAN: MaskedInput,
@@ -54,7 +54,7 @@ class Transcript:
         plan: Digest of the plan of the round under way, if one is.
         endings: Round → index and leaf of its ending.
         checkpoints: Entries that each checkpoint covers → the checkpoint, signed.
-        own: Device → the last round to which it contributed, and index and leaf of its masked input and its agreement.
+        contributions: Device → its last round, and index and leaf of its masked input and consistency signature.
     """
 
     offer: bytes
@@ -64,7 +64,7 @@ class Transcript:
     plan: bytes | None = None
     endings: dict[int, tuple[int, bytes]] = field(default_factory=dict, repr=False)
     checkpoints: dict[int, bytes] = field(default_factory=dict, repr=False)
-    own: dict[str, tuple[int, tuple[tuple[int, bytes], ...]]] = field(default_factory=dict, repr=False)
+    contributions: dict[str, tuple[int, tuple[tuple[int, bytes], ...]]] = field(default_factory=dict, repr=False)
 
     def begin(self, plan: Plan) -> None:
         """What follows belongs to the round of ``plan``."""
@@ -72,7 +72,7 @@ class Transcript:
 
     def sent(self, step: Step, bodies: Mapping[str, bytes]) -> bytes:
         """What the coordinator asks. What all get alike is one entry; so is a plan that several get without boxes."""
-        kind, alike = ASKED[step].TAG, Counter(bodies.values())
+        kind, alike = REQUESTS[step].TAG, Counter(bodies.values())
         if len(alike) == 1 and (len(bodies) > 1 or step is not Step.PLAN):
             return self._append(kind, EVERYONE, next(iter(alike)))
         shared = [body for body, count in alike.items() if count > 1 and step is Step.PLAN]
@@ -85,23 +85,23 @@ class Transcript:
 
     def received(self, step: Step, device: str, body: bytes) -> bytes:
         """What a device answered, once the answer was found good."""
-        return self._append(ANSWERED[step].TAG, device, signed_of(step, body))
+        return self._append(ANSWERS[step].TAG, device, logged_part(step, body))
 
     def ended(self, key: IdentityKey, ending: Result | Abort) -> bytes:
         """How the round ended, signed, and a checkpoint."""
-        return self._append(ending.TAG, EVERYONE, envelope.seal(key, ending)) + self.checkpoint(key)
+        return self._append(ending.TAG, EVERYONE, envelope.sign(key, ending)) + self.checkpoint(key)
 
     def checkpoint(self, key: IdentityKey, stage: Stage = Stage.OPEN) -> bytes:
         """Sign the root of what is there so far."""
         signed = Checkpoint(self.offer, self.tree.size, self.tree.root(), self.previous, stage)
-        return self._append(Checkpoint.TAG, EVERYONE, envelope.seal(key, signed))
+        return self._append(Checkpoint.TAG, EVERYONE, envelope.sign(key, signed))
 
-    def opening(self, key: IdentityKey) -> bytes:
+    def start_checkpoint(self, key: IdentityKey) -> bytes:
         """A checkpoint of nothing, signed: that this session, of which nothing may be logged yet, follows that before.
 
         It goes beside the offer and is no entry.
         """
-        return envelope.seal(key, Checkpoint(self.offer, 0, EMPTY, self.previous, Stage.OPEN))
+        return envelope.sign(key, Checkpoint(self.offer, 0, EMPTY, self.previous, Stage.OPEN))
 
     def add(self, entry: Entry) -> bytes:
         """Take the next entry; its leaf.
@@ -115,10 +115,10 @@ class Transcript:
         elif entry.kind in (Result.TAG, Abort.TAG):
             self.plan, self.endings[entry.round] = None, (index, leaf)
         elif entry.kind == MaskedInput.TAG:
-            self.own[entry.peer] = (entry.round, ((index, leaf),))
+            self.contributions[entry.peer] = (entry.round, ((index, leaf),))
         elif entry.kind == ConsistencySignature.TAG:
-            round_, leaves = self.own.get(entry.peer, (entry.round, ()))
-            self.own[entry.peer] = (round_, (*leaves, (index, leaf)))
+            round_, leaves = self.contributions.get(entry.peer, (entry.round, ()))
+            self.contributions[entry.peer] = (round_, (*leaves, (index, leaf)))
         elif entry.kind == Assignment.TAG and entry.round > self.round:
             self.plan = Assignment.decode(envelope.unverified_body(entry.message)).plan.digest()
         self.round = entry.round
@@ -135,12 +135,12 @@ def _without_boxes(assignment: bytes) -> bool:
     return envelope.unverified_body(assignment).endswith(bytes(4))
 
 
-def signed_of(step: Step, body: bytes) -> bytes:
+def logged_part(step: Step, body: bytes) -> bytes:
     """The part of a device's answer that is logged: all of it but the vector."""
     return _split(body)[0] if step is Step.PLAN else body
 
 
-def vector_of(body: bytes) -> bytes:
+def packed_vector(body: bytes) -> bytes:
     """The packed vector of a masked input as it travelled; the log itself holds its digest only."""
     return _split(body)[1]
 

@@ -41,6 +41,19 @@ class LogState:
     delivered: tuple[bytes, ...] = ()
     survivors: bytes | None = None
 
+    @classmethod
+    def initial(cls, coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> "LogState":
+        """The state of ``device`` after a session chain proof that it takes without an earlier state.
+
+        Raises:
+            ProtocolError: Not a session chain proof that leads to the session of the offer with digest ``offer``.
+        """
+        proof = SESSION_CHAIN_PROOF.decode(raw)
+        start = envelope.open_verified(Checkpoint, proof.start, coordinator, COORDINATOR)
+        if (start.offer, start.size, start.stage) != (offer, 0, Stage.OPEN):
+            raise ProtocolError("the session chain proof leads to another session than the offer's", COORDINATOR)
+        return cls(device, offer, start.previous)
+
     def contributed(self, plan: bytes, message: bytes) -> "LogState":
         """This device answered the plan of that digest with a signed ``message``."""
         return replace(self, plan=plan, unconfirmed=_digest(message), delivered=(), survivors=None)
@@ -77,18 +90,18 @@ class LogState:
             raise ProtocolError("no proof of the session that this device joined last", COORDINATOR)
         last = _closed(self._checked(coordinator, given.receipt)[1])
         for signed in given.closed:
-            link = _closed(envelope.open_as(Checkpoint, signed, coordinator, COORDINATOR))
+            link = _closed(envelope.open_verified(Checkpoint, signed, coordinator, COORDINATOR))
             if link.previous != last.digest():
                 raise ProtocolError("a session between the last one and this one is left out", COORDINATOR)
             last = link
-        fresh = first(coordinator, raw, offer, self.device)
+        fresh = LogState.initial(coordinator, raw, offer, self.device)
         if fresh.previous != last.digest():
             raise ProtocolError("the offer does not follow the sessions that this device knows: it is old", COORDINATOR)
         return fresh
 
     def _checked(self, coordinator: PublicKey, raw: bytes) -> tuple["LogState", Checkpoint]:
         given = RECEIPT.decode(raw)
-        checkpoint = envelope.open_as(Checkpoint, given.checkpoint, coordinator, COORDINATOR)
+        checkpoint = envelope.open_verified(Checkpoint, given.checkpoint, coordinator, COORDINATOR)
         if (checkpoint.offer, checkpoint.previous) != (self.offer, self.previous):
             raise ProtocolError("the log is of another session", COORDINATOR)
         try:
@@ -110,7 +123,7 @@ class LogState:
                 raise ProtocolError("the log counts other survivors than this device was told", COORDINATOR)
             if self.device in ending.survivors and self.unconfirmed is not None and self.survivors is None:
                 demanded.add(self.unconfirmed)
-        found = {_digest(_included(proof, checkpoint).message) for proof in given.own}
+        found = {_digest(_included(proof, checkpoint).message) for proof in given.contributions}
         if demanded - found:
             raise ProtocolError("the log is not shown to hold this device's messages of its last round", COORDINATOR)
 
@@ -118,7 +131,7 @@ class LogState:
         for proof in given.endings:
             entry = _included(proof, checkpoint)
             kind: type[Result] | type[Abort] = Result if entry.kind == Result.TAG else Abort
-            ending: Result | Abort = envelope.open_as(kind, entry.message, coordinator, COORDINATOR)
+            ending: Result | Abort = envelope.open_verified(kind, entry.message, coordinator, COORDINATOR)
             if ending.plan == self.plan:
                 return ending
         raise ProtocolError("the log is not shown to hold the end of this device's last round", COORDINATOR)
@@ -139,18 +152,6 @@ LOG_STATE: Codec[LogState] = wire.record(
         "survivors": _DIGESTS,
     },
 )
-
-
-def first(coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> LogState:
-    """What ``device``, which keeps nothing yet, keeps of the passage to the session of the offer with this digest.
-
-    Raises:
-        ProtocolError: Not such a passage.
-    """
-    opening = envelope.open_as(Checkpoint, SESSION_CHAIN_PROOF.decode(raw).opening, coordinator, COORDINATOR)
-    if (opening.offer, opening.size, opening.stage) != (offer, 0, Stage.OPEN):
-        raise ProtocolError("the opening is not of the session on offer", COORDINATOR)
-    return LogState(device, offer, opening.previous)
 
 
 def _closed(checkpoint: Checkpoint) -> Checkpoint:

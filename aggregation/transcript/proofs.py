@@ -35,13 +35,13 @@ class Receipt:
     Args:
         checkpoint: The newest, signed.
         endings: Of the rounds that may have been the device's last: ``Result`` or ``Abort``.
-        own: The device's masked input, and its agreement, of the round to which it contributed last.
+        contributions: The device's masked input, and its agreement, of the round to which it contributed last.
         consistency: Entries that an earlier checkpoint covers → that the newest begins with them.
     """
 
     checkpoint: bytes
     endings: tuple[Proof, ...]
-    own: tuple[Proof, ...]
+    contributions: tuple[Proof, ...]
     consistency: Mapping[int, tuple[bytes, ...]]
 
 
@@ -51,7 +51,7 @@ RECEIPT: Codec[Receipt] = wire.record(
     {
         "checkpoint": _CHECKPOINT,
         "endings": _PROOFS,
-        "own": _PROOFS,
+        "contributions": _PROOFS,
         "consistency": wire.mapping(SIZE, _PATH, 2 * MAX_ROUNDS),
     },
 )
@@ -64,12 +64,12 @@ class SessionChainProof:
     Args:
         receipt: Of the closed log of the session that the device joined last; empty where it joined none.
         closed: The last checkpoints of the sessions since, signed, in their order.
-        opening: That the new session follows the last of these.
+        start: That the new session follows the last of these.
     """
 
     receipt: bytes
     closed: tuple[bytes, ...]
-    opening: bytes
+    start: bytes
 
 
 SESSION_CHAIN_PROOF: Codec[SessionChainProof] = wire.record(
@@ -77,7 +77,7 @@ SESSION_CHAIN_PROOF: Codec[SessionChainProof] = wire.record(
     {
         "receipt": wire.blob(2**28),
         "closed": wire.sequence(_CHECKPOINT, MAX_SESSIONS),
-        "opening": _CHECKPOINT,
+        "start": _CHECKPOINT,
     },
 )
 
@@ -98,7 +98,7 @@ def receipts(log: Transcript, devices: Iterable[str]) -> dict[str, bytes]:
     }
 
     def receipt(device: str) -> bytes:
-        last, leaves = log.own.get(device, (0, ()))
+        last, leaves = log.contributions.get(device, (0, ()))
         own = tuple(Proof(leaf, log.tree.inclusion(index, newest)) for index, leaf in leaves if index < newest)
         # Its last round is this one or a later one: an answer to that would be lost.
         since = tuple(proof for round_, proof in endings.items() if round_ >= last)
@@ -116,4 +116,4 @@ def session_chain_proof(log: Transcript, key: IdentityKey, receipt: bytes = b"",
         receipt: From the closed log of the session that the device joined last, if it joined one.
         closed: The last checkpoint of each session since, signed, in their order.
     """
-    return SESSION_CHAIN_PROOF.encode(SessionChainProof(receipt, tuple(closed), log.opening(key)))
+    return SESSION_CHAIN_PROOF.encode(SessionChainProof(receipt, tuple(closed), log.start_checkpoint(key)))

@@ -20,7 +20,7 @@ from adapters.base import Base, find_base
 from adapters.cores import cores
 from adapters.layout import Layout
 from adapters.task import Task
-from aggregation import client, envelope, transcript
+from aggregation import client, envelope
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
@@ -28,8 +28,8 @@ from aggregation.messages import Unmask
 from aggregation.ring import Ring
 from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
-from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, REVOKED, SEEN, Step
-from aggregation.transcript import LogState, signed_of
+from aggregation.steps import ADAPTER, BODY, LAST_OFFER, PROOF, RECORD, REVOCATIONS, Step
+from aggregation.transcript import LogState, logged_part
 from client.node.statedir import DeviceStateDir
 from client.training.examples import Split, part, read_examples
 
@@ -46,7 +46,9 @@ def _handler(message: Message, context: Context) -> Message:
     try:
         state_dir = DeviceStateDir.open(Path(str(context.node_config.get(STATE, ""))))
         with state_dir.locked():
-            answer = _hello(state_dir) if step is Step.HELLO else {BODY: _transition(state_dir, step, _fields(message))}
+            answer = (
+                _hello(state_dir) if step is Step.CHECK_IN else {BODY: _transition(state_dir, step, _fields(message))}
+            )
         return Message(RecordDict({RECORD: ConfigRecord(dict(answer))}), reply_to=message)
     except EdgeAdaptError as error:
         log.warning("%s refused: %s", step.value, error)
@@ -79,14 +81,14 @@ def _fields(message: Message) -> Mapping[str, bytes]:
 
 def _hello(state_dir: DeviceStateDir) -> dict[str, bytes]:
     log_state = state_dir.load_log_state()
-    return {BODY: state_dir.certificate, SEEN: b"" if log_state is None else log_state.offer}
+    return {BODY: state_dir.certificate, LAST_OFFER: b"" if log_state is None else log_state.offer}
 
 
 def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, bytes]) -> bytes:
     """One step of the protocol: load the state, move on, seal the new state, and only then answer."""
     base = find_base(state_dir.settings.base)
-    if step is Step.OFFER and REVOKED in fields:
-        _hear_revocations(state_dir, fields[REVOKED])
+    if step is Step.OFFER and REVOCATIONS in fields:
+        _hear_revocations(state_dir, fields[REVOCATIONS])
     device, body = state_dir.device(base.digest), fields[BODY]
     # An offer begins anew, so that a state which can no longer be read shuts a device out of one session only.
     state = None if step is Step.OFFER else state_dir.load_state()
@@ -103,7 +105,7 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         planned = state.on_plan(device, body)
         seen = _shown(device, seen, fields)
         after, answer = planned.contribute(device, _train(state_dir, base, planned, fields.get(ADAPTER, b"")), cores())
-        seen = seen and seen.contributed(planned.plan.digest(), signed_of(step, answer))
+        seen = seen and seen.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
         seen = seen and seen.on_survivors(after.survivors.vectors, answer)
@@ -134,7 +136,7 @@ def _led_to(device: Device, seen: LogState | None, fields: Mapping[str, bytes], 
         return None
     proof = _proof(fields)
     if seen is None:
-        return transcript.first(device.coordinator, proof, joined.offer, joined.me)
+        return LogState.initial(device.coordinator, proof, joined.offer, joined.me)
     return seen.on_session_chain_proof(device.coordinator, proof, joined.offer)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from adapters.storage import PRIVATE_FOLDER, new_folder, replace
 from aggregation.entropy import Entropy
 from aggregation.errors import TrustError, of_file
-from aggregation.pki import Root, requests
+from aggregation.pki import Root, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
 from client.node.statedir import (
     AUTHORITY,
@@ -80,10 +80,10 @@ def finish(state_dir: DeviceStateDir, certificate: bytes, at: datetime) -> tuple
     Raises:
         TrustError: It is not the pinned authority's, not for this device's key, revoked, or not valid now.
     """
-    der = requests.to_der(certificate)
+    der = certificates.to_der(certificate)
     name, key = state_dir.root().verify(der, at)
     mine = IdentityKey.from_pem((state_dir.folder / IDENTITY).read_bytes()).public
     if key != mine:
         raise TrustError(f"the certificate is for the key {key.key_id}; this device has {mine.key_id}")
     replace(state_dir.folder / CERTIFICATE, der)
-    return name, requests.ends(der)
+    return name, certificates.not_after(der)

@@ -129,7 +129,7 @@ def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: "d
         raise Problem("the log is empty")
     first = entries[0]
     try:
-        offer = envelope.open_as(Offer, first.message, coordinator, COORDINATOR)
+        offer = envelope.open_verified(Offer, first.message, coordinator, COORDINATOR)
         return History(offer, checks.members(root, offer.certificates, at))
     except ProtocolError as error:
         raise Problem(str(error), first.place) from None
@@ -150,7 +150,7 @@ def verify(history: History, entries: tuple[Entry, ...], coordinator: PublicKey)
             signer = history.signer(entry, coordinator)
             brief = kind is Assignment and not envelope.unverified_body(entry.message)
             author = entry.peer if entry.kind in _BY_DEVICES else COORDINATOR
-            messages.append(None if brief else envelope.open_as(kind, entry.message, signer, author))
+            messages.append(None if brief else envelope.open_verified(kind, entry.message, signer, author))
         except ProtocolError as error:
             raise Problem(str(error), entry.place) from None
     return messages
@@ -198,7 +198,7 @@ def _put_back(history: History, entry: Entry, coordinator: PublicKey) -> Assignm
     encrypted_shares = {dealer: dealt[entry.peer] for dealer, dealt in history.dealt.items() if entry.peer in dealt}
     body = Assignment(current.plan, encrypted_shares).encode()
     try:
-        return envelope.open_as(Assignment, envelope.with_body(entry.message, body), coordinator, COORDINATOR)
+        return envelope.open_verified(Assignment, envelope.with_body(entry.message, body), coordinator, COORDINATOR)
     except ProtocolError:
         what = "the device got another plan than the first one of its round, or other boxes than were dealt to it"
         raise Problem(what, entry.place) from None

@@ -40,7 +40,7 @@ def _checked(
     entry: Entry, coordinator: PublicKey, tree: merkle.Tree, covered: int, before: list[Checkpoint]
 ) -> Checkpoint:
     try:
-        checkpoint = envelope.open_as(Checkpoint, entry.message, coordinator, COORDINATOR)
+        checkpoint = envelope.open_verified(Checkpoint, entry.message, coordinator, COORDINATOR)
     except ProtocolError as error:
         raise Problem(str(error), entry.place) from None
     if before and before[-1].stage is Stage.CLOSED:

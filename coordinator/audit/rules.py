@@ -62,12 +62,12 @@ def _withstands(history: History) -> int:
 
 def _large_enough(history: History, current: Round) -> None:
     spec = history.offer.spec
-    _hold(current.place(Assignment), lambda: checks.large_enough(spec, len(current.plan.members), "in the plan"))
+    _hold(current.place(Assignment), lambda: checks.enough_devices(spec, len(current.plan.members), "in the plan"))
     if current.survivors is None:
         return
     where = _told(history, current)
     count = len(current.survivors.vectors)
-    _hold(where, lambda: checks.large_enough(spec, count, "survivors"))
+    _hold(where, lambda: checks.enough_devices(spec, count, "survivors"))
     if isinstance(current.ending, Result) and history.session is not None:
         _opened_nearby(history.session, current)
 

@@ -23,8 +23,8 @@ from adapters.storage import PRIVATE, PUBLIC
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.pki import Authority, Root
+from aggregation.pki.certificates import require_device_id
 from aggregation.pki.identity import IdentityKey, PublicKey
-from aggregation.pki.requests import require_name
 from aggregation.pki.revocation import Reason, Revocation
 from coordinator.authority.record import AuthorityRecord, Issued, Listed, RecordWriter, Revoked
 
@@ -104,10 +104,10 @@ class AuthorityStore:
                 name is that of a device with another key.
             DataError: The record is damaged or lacks lines.
         """
-        now, name = _now(), require_name(name)
+        now, name = _now(), require_device_id(name)
         begin, end = now - SKEW, now + timedelta(days)
-        if end > authority.root.ends:
-            raise ConfigError(f"the authority itself ends on {authority.root.ends:%Y-%m-%d}: choose fewer days")
+        if end > authority.root.not_after:
+            raise ConfigError(f"the authority itself ends on {authority.root.not_after:%Y-%m-%d}: choose fewer days")
         with self._writing() as pen:
             _require_new(pen, name, key, now)
             serial = x509.random_serial_number()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from aggregation.errors import ConfigError, of_file
-from aggregation.pki import Authority, requests
+from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import Reason
 from coordinator.authority.record import Issued
@@ -98,9 +98,9 @@ def issue(
     office = AuthorityStore(folder)
     der = office.issue(_unlocked(office, passphrase_file), device, key, days)
     if out is None:
-        click.echo(requests.to_pem(der).decode(), nl=False)
+        click.echo(certificates.to_pem(der).decode(), nl=False)
     else:
-        out.write_bytes(requests.to_pem(der))
+        out.write_bytes(certificates.to_pem(der))
     click.echo(f"{device} has the key {key.key_id}, for {days} days", err=True)
 
 

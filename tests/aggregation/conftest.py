@@ -165,13 +165,15 @@ class Fleet:
         if not isinstance(state, Confirming):
             return state, bodies
         for name in sorted(set(bodies) - set((lost or {}).get("survivors", ()))):
-            state = self.accept(state, "on_signature", name, self.answer("on_survivors", name, bodies[name]))
+            state = self.accept(
+                state, "on_consistency_signature", name, self.answer("on_survivors", name, bodies[name])
+            )
         return state.close()
 
     def open(self, state: Any, bodies: Mapping[str, bytes], lost: Lost | None = None) -> Any:
         """Step 8."""
         for name in sorted(set(bodies) - set((lost or {}).get("unmask", ()))):
-            state = self.accept(state, "on_unmask", name, self.answer("on_unmask", name, bodies[name]))
+            state = self.accept(state, "on_unmask_response", name, self.answer("on_unmask", name, bodies[name]))
         return state.close()
 
     def round(self, session: Established, lost: Lost | None = None, cohort: Collection[str] | None = None) -> Any:

@@ -228,7 +228,7 @@ def test_an_authority_with_another_kind_of_key_cannot_be_pinned() -> None:
 
 @pytest.mark.parametrize("device_id", ["", "a b", "-a", "a/b", "é", "a" * 65])
 def test_an_ill_formed_device_id_is_not_certified(authority: Authority, identity: IdentityKey, device_id: str) -> None:
-    with pytest.raises(ConfigError, match="device id"):
+    with pytest.raises(ConfigError, match="device name"):
         authority.issue(device_id, identity.public, not_before=BEGIN, not_after=END)
 
 

@@ -26,12 +26,12 @@ def fleet(fleet_of: FleetOf) -> Any:
 
 def resealed(fleet: Any, raw: bytes, kind: Any, **changes: Any) -> bytes:
     """A message of the coordinator's, changed and signed again: what a lying coordinator sends."""
-    message = envelope.open_as(kind, raw, fleet.key.public, "coordinator")
-    return envelope.seal(fleet.key, dataclasses.replace(message, **changes))
+    message = envelope.open_verified(kind, raw, fleet.key.public, "coordinator")
+    return envelope.sign(fleet.key, dataclasses.replace(message, **changes))
 
 
 def replanned(fleet: Any, raw: bytes, **changes: Any) -> bytes:
-    plan = envelope.open_as(Assignment, raw, fleet.key.public, "coordinator").plan
+    plan = envelope.open_verified(Assignment, raw, fleet.key.public, "coordinator").plan
     return resealed(fleet, raw, Assignment, plan=dataclasses.replace(plan, **changes))
 
 
@@ -124,7 +124,7 @@ def test_a_roster_with_other_adverts_is_refused(
     fleet: Any, on_roster: tuple[Advertised, bytes], choose: Any, reason: str
 ) -> None:
     state, roster = on_roster
-    adverts = envelope.open_as(Roster, roster, fleet.key.public, "coordinator").adverts
+    adverts = envelope.open_verified(Roster, roster, fleet.key.public, "coordinator").adverts
     with pytest.raises(ProtocolError, match=reason):
         state.on_roster(fleet.devices[ME], resealed(fleet, roster, Roster, adverts=choose(adverts)), fleet.entropy)
     state.on_roster(fleet.devices[ME], roster, fleet.entropy)
@@ -185,7 +185,7 @@ def test_a_plan_that_is_not_for_this_device_now_is_refused(fleet: Any, changes: 
 
 def test_a_plan_with_a_member_whose_boxes_did_not_come_is_refused(fleet: Any) -> None:
     _, plans = planned(fleet)
-    message = envelope.open_as(Assignment, plans[ME], fleet.key.public, "coordinator")
+    message = envelope.open_verified(Assignment, plans[ME], fleet.key.public, "coordinator")
     fewer = {dealer: box for dealer, box in message.encrypted_shares.items() if dealer != "device-003"}
     with pytest.raises(ProtocolError, match="device-003 is in the plan but shared no secrets"):
         fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, encrypted_shares=fewer))
@@ -195,7 +195,7 @@ def test_a_plan_with_a_member_whose_boxes_did_not_come_is_refused(fleet: Any) ->
 
 def test_boxes_of_a_stranger_are_refused(fleet: Any) -> None:
     _, plans = planned(fleet)
-    message = envelope.open_as(Assignment, plans[ME], fleet.key.public, "coordinator")
+    message = envelope.open_verified(Assignment, plans[ME], fleet.key.public, "coordinator")
     for stranger in ("zed", ME):
         more = {**message.encrypted_shares, stranger: EncryptedShares(b"", ())}
         with pytest.raises(ProtocolError, match="no neighbour"):
@@ -278,7 +278,7 @@ def test_a_survivor_set_that_this_device_cannot_open_is_refused(
 ) -> None:
     _, bodies = masked
     state, device = fleet.states[ME], fleet.devices[ME]
-    vectors = envelope.open_as(Survivors, bodies[ME], fleet.key.public, "coordinator").vectors
+    vectors = envelope.open_verified(Survivors, bodies[ME], fleet.key.public, "coordinator").vectors
     with pytest.raises(ProtocolError, match=reason):
         state.on_survivors(device, resealed(fleet, bodies[ME], Survivors, vectors=change(vectors)))
     state.on_survivors(device, bodies[ME])
@@ -299,8 +299,8 @@ def test_a_device_agrees_once(fleet: Any, masked: tuple[Any, dict[str, bytes]]) 
 
 def test_an_active_session_opens_nothing_without_an_agreement(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
     _, bodies = masked
-    survivors = envelope.open_as(Survivors, bodies[ME], fleet.key.public, "coordinator")
-    unmask = envelope.seal(fleet.key, Unmask(survivors, {}))
+    survivors = envelope.open_verified(Survivors, bodies[ME], fleet.key.public, "coordinator")
+    unmask = envelope.sign(fleet.key, Unmask(survivors, {}))
     with pytest.raises(ProtocolError, match="no step of this session"):
         fleet.states[ME].on_unmask(fleet.devices[ME], unmask)
 
@@ -308,9 +308,9 @@ def test_an_active_session_opens_nothing_without_an_agreement(fleet: Any, masked
 def test_an_honest_but_curious_session_has_no_agreement(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
     fleet = fleet_of(5, spec=spec_of(5, adversary=Adversary.HONEST_BUT_CURIOUS))
     _, bodies = fleet.collect(fleet.establish())
-    survivors = envelope.open_as(Unmask, bodies[ME], fleet.key.public, "coordinator").survivors
+    survivors = envelope.open_verified(Unmask, bodies[ME], fleet.key.public, "coordinator").survivors
     with pytest.raises(ProtocolError, match="no step of this session"):
-        fleet.states[ME].on_survivors(fleet.devices[ME], envelope.seal(fleet.key, survivors))
+        fleet.states[ME].on_survivors(fleet.devices[ME], envelope.sign(fleet.key, survivors))
     masked = fleet.states[ME]
     masked.on_unmask(fleet.devices[ME], bodies[ME])
     with pytest.raises(ProtocolError, match="never answered twice"):
@@ -331,7 +331,7 @@ def test_an_unmask_request_without_enough_agreements_is_refused(
 ) -> None:
     _, bodies = fleet.confirm(*masked)
     state, device = fleet.states[ME], fleet.devices[ME]
-    signed = envelope.open_as(Unmask, bodies[ME], fleet.key.public, "coordinator").consistency_signatures
+    signed = envelope.open_verified(Unmask, bodies[ME], fleet.key.public, "coordinator").consistency_signatures
     with pytest.raises(ProtocolError, match=reason):
         state.on_unmask(device, resealed(fleet, bodies[ME], Unmask, consistency_signatures=change(signed)))
     state.on_unmask(device, bodies[ME])
@@ -412,4 +412,4 @@ def test_a_plan_without_a_round_left_is_refused(fleet: Any) -> None:
     context = fleet.states[ME].session.context
     plan = Plan(context, 4, tuple(sorted(fleet.devices)), 1, "0" * 64, b"")
     with pytest.raises(ProtocolError, match="beyond the session"):
-        fleet.states[ME].on_plan(fleet.devices[ME], envelope.seal(fleet.key, Assignment(plan, {})))
+        fleet.states[ME].on_plan(fleet.devices[ME], envelope.sign(fleet.key, Assignment(plan, {})))

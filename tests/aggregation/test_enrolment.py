@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregation.errors import ConfigError, TrustError
-from aggregation.pki import requests
+from aggregation.pki import certificates, requests
 from aggregation.pki.identity import IdentityKey
 
 KEY, OTHER = IdentityKey(bytes(range(32))), IdentityKey(bytes(32))
@@ -57,7 +57,7 @@ def test_any_bytes_are_refused(raw: bytes) -> None:
     with pytest.raises(TrustError):
         requests.read_request(raw)
     with pytest.raises(TrustError):
-        requests.to_der(raw)
+        certificates.to_der(raw)
 
 
 def test_a_request_that_is_too_large_is_refused() -> None:

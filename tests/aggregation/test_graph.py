@@ -35,7 +35,8 @@ def test_the_tail_is_what_counting_every_draw_gives(population: int, marked: int
     marked, drawn = min(marked, population), min(drawn, population)
     draws = [sum(place < marked for place in draw) for draw in combinations(range(population), drawn)]
     assert math.isclose(
-        graph.tail(population, marked, drawn, least), Fraction(sum(hit >= least for hit in draws), len(draws))
+        graph.hypergeometric_tail(population, marked, drawn, least),
+        Fraction(sum(hit >= least for hit in draws), len(draws)),
     )
 
 
@@ -111,7 +112,10 @@ def test_what_is_chosen_withstands_and_the_next_smaller_does_not(
     assert degree < devices - 1
     assert graph.is_secure(devices, bad, degree, threshold, bits)
     assert not graph.is_secure(devices, bad, degree, threshold - 1, bits)
-    assert devices * graph.tail(devices - 1, math.ceil(dropout * devices), degree, degree - threshold + 1) < 2**-20
+    assert (
+        devices * graph.hypergeometric_tail(devices - 1, math.ceil(dropout * devices), degree, degree - threshold + 1)
+        < 2**-20
+    )
 
 
 def test_more_certainty_and_more_corrupt_devices_cost_neighbours() -> None:

@@ -83,7 +83,7 @@ def test_a_mask_is_one_stream_however_it_is_cut(bits: int, monkeypatch: pytest.M
     dtype = np.dtype(ring.dtype(bits))
     whole = masks.expand(A, 10_001, dtype)
     monkeypatch.setattr(masks, "BLOCK", 64)
-    monkeypatch.setattr(masks, "BATCH", 2)
+    monkeypatch.setattr(masks, "MASKS_PER_BATCH", 2)
     assert np.array_equal(masks.expand(A, 10_001, dtype), whole)
     vector = ring.zeros(10_001, bits)
     masks.apply(vector, (Mask(key, add=True) for key in (A, B, A, B, A)))
@@ -121,12 +121,12 @@ def test_masking_allocates_a_block_a_thread_and_no_vector(threads: int) -> None:
     assert peak < (threads + 1) * masks.BLOCK
 
 
-FEW = masks.WORTH - 1  # blocks, too few for two threads
+FEW = masks.BLOCKS_PER_THREAD - 1  # blocks, too few for two threads
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    size=st.sampled_from([0, 1, 255, 256 * FEW, 256 * 2 * masks.WORTH - 1, 256 * 40, 256 * 40 + 3]),
+    size=st.sampled_from([0, 1, 255, 256 * FEW, 256 * 2 * masks.BLOCKS_PER_THREAD - 1, 256 * 40, 256 * 40 + 3]),
     bits=st.sampled_from([24, 40]),
     keys=st.lists(st.tuples(KEYS, st.booleans()), max_size=9),
     threads=st.integers(2, 12),
@@ -144,7 +144,7 @@ def test_threads_make_what_one_makes_bit_for_bit(
 
 @pytest.mark.parametrize(
     ("blocks", "count", "asked", "used"),
-    [(FEW, 9, 4, 1), (2 * masks.WORTH, 9, 4, 2), (40, 9, 4, 4), (40, 3, 8, 3), (40, 9, 1, 1)],
+    [(FEW, 9, 4, 1), (2 * masks.BLOCKS_PER_THREAD, 9, 4, 2), (40, 9, 4, 4), (40, 3, 8, 3), (40, 9, 1, 1)],
 )
 def test_each_thread_takes_a_share_of_the_masks_and_a_short_vector_has_one(
     monkeypatch: pytest.MonkeyPatch, blocks: int, count: int, asked: int, used: int
@@ -245,14 +245,14 @@ def test_ctrl_c_while_threads_are_started_leaves_none_waiting(monkeypatch: pytes
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("point", sorted({*masks._SMALL_ORDER, masks._P, masks._P + 1}))
+@pytest.mark.parametrize("point", sorted({*masks.SMALL_ORDER, masks._P, masks._P + 1}))
 @pytest.mark.parametrize("top", [0, 2**255])
 def test_keys_of_small_order_are_refused_in_any_spelling(point: int, top: int) -> None:
     key = (point + top).to_bytes(32, "little")
     with pytest.raises(ProtocolError, match="canonical form" if point + top >= masks._P else "small order"):
-        masks.require_public(key)
+        masks.require_public_key(key)
     with pytest.raises(ProtocolError, match="small order"):
-        masks.agree(A, key)
+        masks.shared_secret(A, key)
     # The list is right: the library finds no secret with them, whatever the private key.
     with pytest.raises(ValueError, match=r".*"):
         X25519PrivateKey.from_private_bytes(B).exchange(X25519PublicKey.from_public_bytes(key))
@@ -262,20 +262,20 @@ def test_keys_of_small_order_are_refused_in_any_spelling(point: int, top: int) -
 def test_a_key_has_one_spelling(other: int) -> None:
     point = 9 if other == masks._P else int.from_bytes(PUBLIC_A, "little")  # only those below 19 fit in with p on top
     key, spelled = (number.to_bytes(32, "little") for number in (point, point + other))
-    assert masks.agree(B, key) == masks.agree(B, spelled)
-    masks.require_public(key)
+    assert masks.shared_secret(B, key) == masks.shared_secret(B, spelled)
+    masks.require_public_key(key)
     with pytest.raises(ProtocolError, match="not in its canonical form"):
-        masks.require_public(spelled)
+        masks.require_public_key(spelled)
 
 
 def test_a_genuine_key_is_accepted() -> None:
-    masks.require_public(PUBLIC_A)
-    assert masks.agree(A, PUBLIC_B) == masks.agree(B, PUBLIC_A)
+    masks.require_public_key(PUBLIC_A)
+    assert masks.shared_secret(A, PUBLIC_B) == masks.shared_secret(B, PUBLIC_A)
 
 
 def test_a_key_of_another_length_is_refused() -> None:
     with pytest.raises(ProtocolError):
-        masks.agree(A, PUBLIC_B[:31])
+        masks.shared_secret(A, PUBLIC_B[:31])
 
 
 def test_keys_are_in_no_repr() -> None:

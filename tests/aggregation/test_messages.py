@@ -66,16 +66,16 @@ def test_every_field_of_a_message_travels(samples: list[Message]) -> None:
 
 def test_signed_messages_come_back_from_their_envelope(samples: list[Message]) -> None:
     for message in samples:
-        assert envelope.open_as(type(message), envelope.seal(KEY, message), KEY.public, "peer") == message
+        assert envelope.open_verified(type(message), envelope.sign(KEY, message), KEY.public, "peer") == message
 
 
 def test_no_message_passes_for_another(samples: list[Message]) -> None:
     for message in samples:
-        raw = envelope.seal(KEY, message)
+        raw = envelope.sign(KEY, message)
         for kind in MESSAGES:
             if kind is not type(message):
                 with pytest.raises(ProtocolError, match=r"peer: .* belongs|peer: .* limit"):
-                    envelope.open_as(kind, raw, KEY.public, "peer")
+                    envelope.open_verified(kind, raw, KEY.public, "peer")
 
 
 def test_a_body_signed_for_one_purpose_does_not_count_for_another() -> None:
@@ -83,27 +83,27 @@ def test_a_body_signed_for_one_purpose_does_not_count_for_another() -> None:
     body = agreement.encode()
     moved = envelope.Envelope(b"EA", 1, "consistency-signature", body, KEY.sign("advert", body))
     with pytest.raises(ProtocolError, match="not valid"):
-        envelope.open_as(ConsistencySignature, envelope._ENVELOPE.encode(moved), KEY.public, "peer")
+        envelope.open_verified(ConsistencySignature, envelope.ENVELOPE.encode(moved), KEY.public, "peer")
 
 
 @pytest.mark.parametrize(("field", "value"), [("version", 2), ("magic", b"EB")])
 def test_another_version_is_refused(field: str, value: Any) -> None:
-    genuine = envelope._ENVELOPE.decode(envelope.seal(KEY, ConsistencySignature(D, "a")))
-    other = envelope._ENVELOPE.encode(dataclasses.replace(genuine, **{field: value}))
+    genuine = envelope.ENVELOPE.decode(envelope.sign(KEY, ConsistencySignature(D, "a")))
+    other = envelope.ENVELOPE.encode(dataclasses.replace(genuine, **{field: value}))
     with pytest.raises(ProtocolError, match="protocol version 1"):
-        envelope.open_as(ConsistencySignature, other, KEY.public, "peer")
+        envelope.open_verified(ConsistencySignature, other, KEY.public, "peer")
 
 
 def test_a_message_over_its_limit_is_refused_by_size() -> None:
     with pytest.raises(ProtocolError, match="over the limit"):
-        envelope.open_as(
+        envelope.open_verified(
             ConsistencySignature, bytes(ConsistencySignature.LIMIT + envelope.OVERHEAD + 1), KEY.public, "peer"
         )
 
 
 def test_the_error_names_the_peer() -> None:
     with pytest.raises(ProtocolError, match=r"^kitchen: ") as caught:
-        envelope.open_as(ConsistencySignature, b"", KEY.public, "kitchen")
+        envelope.open_verified(ConsistencySignature, b"", KEY.public, "kitchen")
     assert caught.value.peer == "kitchen"
 
 
@@ -115,7 +115,7 @@ def test_digests_of_different_messages_differ_even_where_their_bytes_agree() -> 
 
 def test_a_vector_comes_back_with_its_header_and_no_copy() -> None:
     packed = bytes(range(100))
-    raw = envelope.seal_vector(KEY, MaskedInput(D, "a", hashlib.sha256(packed).digest()), packed)
+    raw = envelope.sign_vector(KEY, MaskedInput(D, "a", hashlib.sha256(packed).digest()), packed)
     header, vector = envelope.open_vector(raw, 100, KEY.public, "peer")
     long = raw[:100] + bytes(5000) + (5000).to_bytes(4, "big")
     with pytest.raises(ProtocolError, match="does not hold a header and 100 bytes"):  # before it is copied
@@ -129,7 +129,7 @@ def test_a_vector_comes_back_with_its_header_and_no_copy() -> None:
 
 
 def test_a_vector_other_than_the_signed_one_is_refused() -> None:
-    raw = envelope.seal_vector(KEY, MaskedInput(D, "a", D), bytes(10))
+    raw = envelope.sign_vector(KEY, MaskedInput(D, "a", D), bytes(10))
     with pytest.raises(ProtocolError, match="not the one that was signed"):
         envelope.open_vector(raw, 10, KEY.public, "peer")
 

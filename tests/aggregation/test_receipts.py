@@ -37,7 +37,7 @@ def plan(round_: int) -> Plan:
 
 
 def said(message: MaskedInput | ConsistencySignature, key: IdentityKey = DEVICE) -> bytes:
-    return envelope.seal(key, message)
+    return envelope.sign(key, message)
 
 
 def masked(round_: int) -> bytes:
@@ -100,7 +100,7 @@ def took_part(log_state: LogState, round_: int, upto: Step = Step.UNMASK) -> Log
 
 
 def joined(session: Session) -> LogState:
-    return transcript.first(KEY.public, session_chain_proof(session.log, KEY), session.offer, ME)
+    return LogState.initial(KEY.public, session_chain_proof(session.log, KEY), session.offer, ME)
 
 
 def seen(rounds: int) -> LogState:
@@ -187,7 +187,7 @@ def test_the_end_of_another_round_is_refused() -> None:
 
 def test_an_entry_that_is_not_in_the_log_is_refused() -> None:
     genuine, forged = (RECEIPT.decode(log_of(3, word=word).receipt()) for word in (b"advert", b"another"))
-    for mixed in (replace(genuine, endings=forged.endings), replace(genuine, own=forged.own)):
+    for mixed in (replace(genuine, endings=forged.endings), replace(genuine, contributions=forged.contributions)):
         refused(seen(3), RECEIPT.encode(mixed), "is not shown to be in the log")
 
 
@@ -215,7 +215,7 @@ def test_any_bytes_are_refused(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
         seen(1).on_session_chain_proof(KEY.public, raw, OFFERS[2])
     with pytest.raises(ProtocolError):
-        transcript.first(KEY.public, raw, OFFERS[2], ME)
+        LogState.initial(KEY.public, raw, OFFERS[2], ME)
 
 
 def test_a_receipt_of_a_long_session_is_small() -> None:
@@ -301,9 +301,9 @@ def test_what_a_receipt_must_prove_a_passage_must_prove_too() -> None:
 
 def test_an_opening_of_another_session_is_refused() -> None:
     made, closed = chain(3)
-    astray(seen(2), way(made, closed), OFFERS[4], "the opening is not of the session on offer")
-    with pytest.raises(ProtocolError, match="the opening is not of the session on offer"):
-        transcript.first(KEY.public, way(made, closed), OFFERS[4], ME)
+    astray(seen(2), way(made, closed), OFFERS[4], "leads to another session")
+    with pytest.raises(ProtocolError, match="leads to another session"):
+        LogState.initial(KEY.public, way(made, closed), OFFERS[4], ME)
 
 
 @pytest.mark.parametrize(
@@ -313,10 +313,10 @@ def test_an_opening_of_another_session_is_refused() -> None:
 def test_a_checkpoint_of_a_log_that_has_begun_is_no_opening(change: Callable[[Checkpoint], Checkpoint]) -> None:
     made, _ = chain(2)
     given_ = SESSION_CHAIN_PROOF.decode(session_chain_proof(made[-1].log, KEY))
-    opening = change(Checkpoint.decode(envelope.unverified_body(given_.opening)))
-    raw = SESSION_CHAIN_PROOF.encode(replace(given_, opening=envelope.seal(KEY, opening)))
-    with pytest.raises(ProtocolError, match="the opening is not"):
-        transcript.first(KEY.public, raw, OFFERS[2], ME)
+    opening = change(Checkpoint.decode(envelope.unverified_body(given_.start)))
+    raw = SESSION_CHAIN_PROOF.encode(replace(given_, start=envelope.sign(KEY, opening)))
+    with pytest.raises(ProtocolError, match="leads to another session"):
+        LogState.initial(KEY.public, raw, OFFERS[2], ME)
 
 
 @settings(deadline=None)

@@ -32,7 +32,7 @@ def test_packing_is_what_one_big_integer_gives_and_comes_back(bits: int, data: s
 
 @pytest.mark.parametrize("bits", [1, 7, 8, 22, 24, 31, 32, 33, 48, 63, 64])
 def test_vectors_of_many_blocks_come_back(bits: int) -> None:
-    size = 3 * ring._BLOCK + 13
+    size = 3 * ring.BLOCK + 13
     rng = np.random.default_rng(bits)
     vector = rng.integers(0, 2**bits, size, dtype=np.uint64).astype(ring.dtype(bits))
     assert np.array_equal(ring.unpack(ring.pack(vector, bits), size, bits), vector)
@@ -75,7 +75,7 @@ def test_a_ring_without_bits_or_above_64_does_not_exist(bits: int) -> None:
 @pytest.mark.parametrize("vector", [np.zeros(3, np.uint64), np.zeros((1, 4), np.uint32), np.zeros(4, np.int32)])
 def test_a_vector_of_another_shape_or_type_is_refused(vector: ring.Ring) -> None:
     with pytest.raises(DataError, match="ring vector"):
-        ring.require(vector, 4, 24)
+        ring.require_vector(vector, 4, 24)
 
 
 @pytest.mark.parametrize("bits", [24, 32])
@@ -98,7 +98,7 @@ def test_the_digest_is_of_the_packed_vector_and_of_what_counts_in_the_ring() -> 
 
 
 @pytest.mark.parametrize("bits", [3, 7, 22, 24, 31, 32, 33, 40, 64])
-@pytest.mark.parametrize("size", [1, 13, ring._BLOCK + 13, 2 * ring._BLOCK])
+@pytest.mark.parametrize("size", [1, 13, ring.BLOCK + 13, 2 * ring.BLOCK])
 def test_adding_a_packed_vector_is_unpacking_and_adding(bits: int, size: int) -> None:
     rng = np.random.default_rng(bits)
     first, second = (rng.integers(0, 2**bits, size, dtype=np.uint64).astype(ring.dtype(bits)) for _ in range(2))
@@ -108,7 +108,7 @@ def test_adding_a_packed_vector_is_unpacking_and_adding(bits: int, size: int) ->
 
 
 def test_what_cannot_be_unpacked_is_not_added() -> None:
-    total = ring.zeros(2 * ring._BLOCK + 1, 22)
+    total = ring.zeros(2 * ring.BLOCK + 1, 22)
     raw = bytearray(b"\xff" * ring.packed_size(total.size, 22))
     with pytest.raises(ProtocolError, match="unused bits"):
         ring.add(total, bytes(raw), 22)
@@ -125,13 +125,13 @@ def test_a_contribution_is_packed_and_added_with_one_block_of_memory() -> None:
     ring.add(total, raw, 22)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 16 * ring._BLOCK
+    assert peak < 16 * ring.BLOCK
 
 
 @pytest.mark.parametrize(("bits", "moves"), [(32, False), (64, False), (24, True), (40, True)])
 def test_packing_without_a_copy_shares_memory_where_nothing_has_to_move(bits: int, moves: bool) -> None:
     vector = np.arange(1000).astype(ring.dtype(bits))
-    view = ring.packed(vector, bits)
+    view = ring.packed_view(vector, bits)
     assert view == ring.pack(vector, bits)
     vector[0] = 77
     assert (view[0] == 77) is not moves
@@ -139,9 +139,9 @@ def test_packing_without_a_copy_shares_memory_where_nothing_has_to_move(bits: in
 
 @pytest.mark.parametrize(("bits", "size"), [(29, 10**6), (24, 10**6), (22, 999_983), (17, 10**5), (32, 10**6)])
 def test_an_upload_is_its_bits_and_less_than_a_hundredth_more(bits: int, size: int) -> None:
-    key, packed = IdentityKey.generate(SystemEntropy()), ring.packed(ring.zeros(size, bits), bits)
+    key, packed = IdentityKey.generate(SystemEntropy()), ring.packed_view(ring.zeros(size, bits), bits)
     header = MaskedInput(bytes(32), "device-" + 40 * "0", hashlib.sha256(packed).digest())
-    body = envelope.seal_vector(key, header, packed)
+    body = envelope.sign_vector(key, header, packed)
     assert len(body) <= 1.01 * size * bits / 8
     found, _ = envelope.split_vector(body)
     assert np.frombuffer(found[: 4 * (len(found) // 4)], np.uint32).flags.aligned  # else adding takes twice as long

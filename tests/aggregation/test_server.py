@@ -24,8 +24,8 @@ def fleet(fleet_of: FleetOf) -> Any:
 def said(fleet: Any, name: str, raw: bytes, kind: Any, **changes: Any) -> bytes:
     """A device's message, changed and signed again by the device itself."""
     device = fleet.devices[name]
-    message = envelope.open_as(kind, raw, device.identity.public, name)
-    return envelope.seal(device.identity, dataclasses.replace(message, **changes))
+    message = envelope.open_verified(kind, raw, device.identity.public, name)
+    return envelope.sign(device.identity, dataclasses.replace(message, **changes))
 
 
 def refused(call: Callable[[str, bytes], Any], name: str, body: bytes, reason: str) -> None:
@@ -91,7 +91,7 @@ def test_an_advert_that_is_no_good_is_refused(fleet: Any, changes: dict[str, Any
 def test_who_copies_a_key_is_refused_and_the_others_make_a_session(fleet: Any, what: str) -> None:
     state, offer = fleet.offer()
     adverts = {name: fleet.join(name, offer) for name in fleet.devices}
-    copied = getattr(envelope.open_as(Advert, adverts[ME], fleet.devices[ME].identity.public, ME), what)
+    copied = getattr(envelope.open_verified(Advert, adverts[ME], fleet.devices[ME].identity.public, ME), what)
     state = state.on_advert(ME, adverts[ME])
     refused(state.on_advert, OTHER, said(fleet, OTHER, adverts[OTHER], Advert, **{what: copied}), "of another device")
     for name in sorted(set(adverts) - {ME, OTHER}):
@@ -133,7 +133,7 @@ def test_shares_are_taken_once_and_from_the_roster_only(fleet: Any, sharing: tup
             lambda m: {
                 "encrypted_shares": {
                     **m.encrypted_shares,
-                    OTHER: dataclasses.replace(m.encrypted_shares[OTHER], sealed=b""),
+                    OTHER: dataclasses.replace(m.encrypted_shares[OTHER], ciphertext=b""),
                 }
             },
             "size of one",
@@ -152,7 +152,7 @@ def test_shares_are_taken_once_and_from_the_roster_only(fleet: Any, sharing: tup
 def test_shares_that_are_no_good_are_refused(fleet: Any, sharing: tuple[Any, bytes], change: Any, reason: str) -> None:
     state, roster = sharing
     shares = fleet.share(ME, roster)
-    message = envelope.open_as(Shares, shares, fleet.devices[ME].identity.public, ME)
+    message = envelope.open_verified(Shares, shares, fleet.devices[ME].identity.public, ME)
     refused(state.on_shares, ME, said(fleet, ME, shares, Shares, **change(message)), reason)
 
 
@@ -172,7 +172,7 @@ def vector_said(fleet: Any, name: str, raw: bytes, packed: bytes | None = None, 
     header, genuine = envelope.open_vector(raw, size, device.identity.public, name)
     if packed is not None:
         changes["vector"] = hashlib.sha256(packed).digest()
-    return envelope.seal_vector(device.identity, dataclasses.replace(header, **changes), packed or bytes(genuine))
+    return envelope.sign_vector(device.identity, dataclasses.replace(header, **changes), packed or bytes(genuine))
 
 
 def test_a_masked_input_is_taken_once_and_for_its_plan_only(fleet: Any) -> None:
@@ -238,15 +238,22 @@ def test_inputs_are_added_up_as_they_come_and_none_is_kept(fleet: Any) -> None:
 def test_agreements_are_taken_once_and_on_this_survivor_set_only(fleet: Any) -> None:
     state, bodies = fleet.collect(fleet.establish(), {"input": ["device-004"]})
     answer = fleet.answer("on_survivors", ME, bodies[ME])
-    refused(state.on_signature, "device-004", answer, "was not asked")
+    refused(state.on_consistency_signature, "device-004", answer, "was not asked")
     refused(
-        state.on_signature,
+        state.on_consistency_signature,
         ME,
         said(fleet, ME, answer, ConsistencySignature, survivors=bytes(32)),
         "another survivor set",
     )
-    refused(state.on_signature, ME, said(fleet, ME, answer, ConsistencySignature, device=OTHER), "another device")
-    refused(state.on_signature(ME, answer).on_signature, ME, answer, "second consistency-signature")
+    refused(
+        state.on_consistency_signature,
+        ME,
+        said(fleet, ME, answer, ConsistencySignature, device=OTHER),
+        "another device",
+    )
+    refused(
+        state.on_consistency_signature(ME, answer).on_consistency_signature, ME, answer, "second consistency-signature"
+    )
 
 
 def test_openings_are_taken_once_and_only_of_what_is_owed(fleet: Any) -> None:
@@ -254,11 +261,18 @@ def test_openings_are_taken_once_and_only_of_what_is_owed(fleet: Any) -> None:
     state, bodies = fleet.confirm(*fleet.collect(fleet.establish(), lost), lost)
     answer = fleet.answer("on_unmask", ME, bodies[ME])
     share = {"device-004": bytes(33)}
-    refused(state.on_unmask, "device-004", answer, "was not asked")
-    refused(state.on_unmask, ME, said(fleet, ME, answer, UnmaskResponse, survivors=bytes(32)), "another survivor set")
-    refused(state.on_unmask, ME, said(fleet, ME, answer, UnmaskResponse, seeds=share), "does not owe")
-    refused(state.on_unmask, ME, said(fleet, ME, answer, UnmaskResponse, keys={OTHER: bytes(33)}), "does not owe")
-    refused(state.on_unmask(ME, answer).on_unmask, ME, answer, "second opening")
+    refused(state.on_unmask_response, "device-004", answer, "was not asked")
+    refused(
+        state.on_unmask_response,
+        ME,
+        said(fleet, ME, answer, UnmaskResponse, survivors=bytes(32)),
+        "another survivor set",
+    )
+    refused(state.on_unmask_response, ME, said(fleet, ME, answer, UnmaskResponse, seeds=share), "does not owe")
+    refused(
+        state.on_unmask_response, ME, said(fleet, ME, answer, UnmaskResponse, keys={OTHER: bytes(33)}), "does not owe"
+    )
+    refused(state.on_unmask_response(ME, answer).on_unmask, ME, answer, "second opening")
 
 
 def test_an_opening_of_one_who_did_not_agree_is_refused(fleet_of: FleetOf) -> None:
@@ -267,13 +281,13 @@ def test_an_opening_of_one_who_did_not_agree_is_refused(fleet_of: FleetOf) -> No
     state, bodies = fleet.confirm(*fleet.collect(fleet.establish()), lost)
     assert ME not in bodies
     answer = fleet.answer("on_unmask", OTHER, bodies[OTHER])
-    refused(state.on_unmask, ME, answer, "was not asked")
+    refused(state.on_unmask_response, ME, answer, "was not asked")
 
 
 def test_a_round_is_opened_once(fleet: Any) -> None:
     state, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
     for name in bodies:
-        state = state.on_unmask(name, fleet.answer("on_unmask", name, bodies[name]))
+        state = state.on_unmask_response(name, fleet.answer("on_unmask", name, bodies[name]))
     _, result = state.close()
     fleet.assert_sum(result)
     with pytest.raises(ProtocolError, match="never answered twice"):
@@ -284,7 +298,7 @@ def test_a_round_is_not_opened_again_from_a_state_before_its_last_opening(fleet:
     state, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
     states = []
     for name in bodies:
-        state = state.on_unmask(name, fleet.answer("on_unmask", name, bodies[name]))
+        state = state.on_unmask_response(name, fleet.answer("on_unmask", name, bodies[name]))
         states.append(state)
     assert states[2].close().detail == "3 openings, 4 are needed"
     _, result = states[3].close()

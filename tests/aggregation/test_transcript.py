@@ -26,9 +26,9 @@ from aggregation.transcript import (
     Result,
     Stage,
     Transcript,
+    packed_vector,
     read,
     resume,
-    vector_of,
 )
 from aggregation.transcript.merkle import verify_consistency, verify_inclusion
 
@@ -56,7 +56,7 @@ def test_what_all_devices_get_alike_is_one_entry(log: Transcript) -> None:
 
 
 def assignment(encrypted_shares: dict[str, EncryptedShares]) -> bytes:
-    return envelope.seal(KEY, Assignment(PLAN, encrypted_shares))
+    return envelope.sign(KEY, Assignment(PLAN, encrypted_shares))
 
 
 def test_of_plans_with_boxes_the_first_is_kept_and_of_the_others_what_it_does_not_say(log: Transcript) -> None:
@@ -92,30 +92,30 @@ def test_devices_that_are_told_different_things_show_in_the_log(log: Transcript)
 
 def test_of_a_masked_input_the_signed_header_is_kept_and_the_vector_handed_out(log: Transcript) -> None:
     header = MaskedInput(bytes(32), "a", bytes(32))
-    body = envelope.seal_vector(KEY, header, b"packed")
+    body = envelope.sign_vector(KEY, header, b"packed")
     (entry,) = entries(log.received(Step.PLAN, "a", body))
-    assert envelope.open_as(MaskedInput, entry.message, KEY.public, "a") == header
-    assert vector_of(body) == b"packed"
+    assert envelope.open_verified(MaskedInput, entry.message, KEY.public, "a") == header
+    assert packed_vector(body) == b"packed"
 
 
-@pytest.mark.parametrize("step", [step for step in Step if step not in (Step.HELLO, Step.PLAN)])
+@pytest.mark.parametrize("step", [step for step in Step if step not in (Step.CHECK_IN, Step.PLAN)])
 def test_every_other_answer_is_kept_as_it_came(log: Transcript, step: Step) -> None:
     (entry,) = entries(log.received(step, "a", b"answer"))
-    assert (entry.kind, entry.peer, entry.message) == (transcript.log.ANSWERED[step].TAG, "a", b"answer")
+    assert (entry.kind, entry.peer, entry.message) == (transcript.ANSWERS[step].TAG, "a", b"answer")
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_round_ends_with_a_signed_ending_and_a_checkpoint(log: Transcript, ending: Result | Abort) -> None:
     log.begin(PLAN)
     ended, checkpoint = entries(log.ended(KEY, ending))
-    assert envelope.open_as(type(ending), ended.message, KEY.public, "coordinator") == ending
+    assert envelope.open_verified(type(ending), ended.message, KEY.public, "coordinator") == ending
     assert (ended.round, checkpoint.round) == (2, 2)
 
 
 def test_a_checkpoint_signs_the_entries_before_it(log: Transcript) -> None:
     before = log.sent(Step.OFFER, {"a": b"offer"}) + log.received(Step.OFFER, "a", b"advert")
     *_, entry = entries(before + log.checkpoint(KEY, Stage.CLOSED))
-    found = envelope.open_as(Checkpoint, entry.message, KEY.public, "coordinator")
+    found = envelope.open_verified(Checkpoint, entry.message, KEY.public, "coordinator")
     assert (found.offer, found.size, found.stage, found.previous) == (OFFER, 2, Stage.CLOSED, transcript.NO_SESSION)
     leaves = [ENTRY.encode(leaf) for leaf in entries(before)]
     verify_inclusion(found.root, 2, 1, leaves[1], log.tree.inclusion(1, 2))
@@ -128,17 +128,17 @@ def test_a_log_goes_on_where_it_was_left(fleet_of: Callable[..., Any]) -> None:
     raw = log.sent(Step.OFFER, {"a": offer})
     raw += log.checkpoint(KEY)
     log.begin(replace(PLAN, round=1))
-    raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.seal(KEY, Assignment(replace(PLAN, round=1), {}))))
+    raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.sign(KEY, Assignment(replace(PLAN, round=1), {}))))
     raw += log.ended(KEY, Abort(replace(PLAN, round=1).digest(), "too-few"))
     log.begin(PLAN)
-    raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.seal(KEY, Assignment(PLAN, {}))))
-    body = envelope.seal(KEY, MaskedInput(PLAN.digest(), "a", bytes(32)))
+    raw += log.sent(Step.PLAN, dict.fromkeys("ab", envelope.sign(KEY, Assignment(PLAN, {}))))
+    body = envelope.sign(KEY, MaskedInput(PLAN.digest(), "a", bytes(32)))
     raw += log.received(Step.PLAN, "a", b"vector" + body + len(body).to_bytes(4, "big"))
     raw += log.received(Step.SURVIVORS, "a", b"consistency-signature")
     again = resume(entries(raw), log.previous)
     assert (again.round, again.plan, again.tree.root()) == (2, PLAN.digest(), log.tree.root())
-    assert (again.endings, again.checkpoints, again.own) == (log.endings, log.checkpoints, log.own)
-    assert [leaf.message for leaf in map(ENTRY.decode, (leaf for _, leaf in again.own["a"][1]))] == [
+    assert (again.endings, again.checkpoints, again.contributions) == (log.endings, log.checkpoints, log.contributions)
+    assert [leaf.message for leaf in map(ENTRY.decode, (leaf for _, leaf in again.contributions["a"][1]))] == [
         body,
         b"consistency-signature",
     ]

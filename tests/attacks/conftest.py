@@ -52,10 +52,10 @@ class Coordinator:
         return dict(self.state.vectors)
 
     def sign(self, message: Message) -> bytes:
-        return envelope.seal(self.fleet.key, message)
+        return envelope.sign(self.fleet.key, message)
 
     def resign(self, raw: bytes, kind: Any, **changes: Any) -> bytes:
-        message = envelope.open_as(kind, raw, self.fleet.key.public, "coordinator")
+        message = envelope.open_verified(kind, raw, self.fleet.key.public, "coordinator")
         return self.sign(dataclasses.replace(message, **changes))
 
     def ask(self, name: str, method: str, message: Message) -> bytes:
@@ -63,7 +63,7 @@ class Coordinator:
         return self.fleet.answer(method, name, self.sign(message))  # type: ignore[no-any-return]
 
     def open_verified(self, name: str, kind: Any, raw: bytes) -> Any:
-        return envelope.open_as(kind, raw, self.fleet.devices[name].identity.public, name)
+        return envelope.open_verified(kind, raw, self.fleet.devices[name].identity.public, name)
 
     def recover(self, seeds: Mapping[str, Mapping[str, bytes]], keys: Mapping[str, Mapping[str, bytes]]) -> Recovery:
         """Open secrets from shares however they were come by. ``seeds``, ``keys``: holder → dealer → share."""
@@ -72,7 +72,7 @@ class Coordinator:
             for holder in sorted({*seeds, *keys})
         }
         assert self.plan is not None
-        return Recovery(self.session.session, self.plan, self.session.dealt, responses)
+        return Recovery(self.session.session, self.plan, self.session.encrypted_shares, responses)
 
     def strip(self, name: str, seed: bytes, keys: Mapping[str, bytes]) -> dict[str, NDArray[np.float64]]:
         """One device's own numbers from its upload: its seed, and of each pair either private mask key."""
@@ -93,7 +93,7 @@ class Coordinator:
         """The sum over ``part`` from ``responses``: its seeds come off, and the masks that it shares with ``gone``."""
         assert self.plan is not None
         session, spec, plan = self.session.session, self.fleet.spec.vector, self.plan.digest()
-        recovery = Recovery(session, self.plan, self.session.dealt, self.responses)
+        recovery = Recovery(session, self.plan, self.session.encrypted_shares, self.responses)
         total, found = ring.zeros(spec.size, spec.ring_bits), []
         for name in part:
             packed = self.uploads[name][: ring.packed_size(spec.size, spec.ring_bits)]

@@ -68,10 +68,10 @@ def test_ghosts_do_not_make_a_plan_large_enough(circle: Callable[..., Any]) -> N
     session = fleet.establish()
     _, plans = fleet.begin(session)
     near = {VICTIM, *session.session.neighbors(VICTIM, session.devices)}
-    message = envelope.open_as(Assignment, plans[VICTIM], fleet.key.public, "coordinator")
+    message = envelope.open_verified(Assignment, plans[VICTIM], fleet.key.public, "coordinator")
     for made_up, reason in ((["ghost-1", "zed"], "ghost-1 is in the plan but"), ([], "8 members of the plan")):
         members = tuple(sorted([*near, *made_up, *sorted(set(session.devices) - near)[:3]]))
-        lie = envelope.seal(
+        lie = envelope.sign(
             fleet.key, dataclasses.replace(message, plan=dataclasses.replace(message.plan, members=members))
         )
         with pytest.raises(ProtocolError, match=reason):

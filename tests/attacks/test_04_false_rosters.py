@@ -32,13 +32,13 @@ def advertised(fleet: Any) -> tuple[Any, dict[str, bytes], bytes]:
 
 
 def roster_of(fleet: Any, offer: bytes, adverts: dict[str, bytes]) -> bytes:
-    return envelope.seal(fleet.key, Roster(offer, tuple(raw for _, raw in sorted(adverts.items()))))
+    return envelope.sign(fleet.key, Roster(offer, tuple(raw for _, raw in sorted(adverts.items()))))
 
 
 def forged(fleet: Any, raw: bytes, **changes: Any) -> bytes:
     """Another device's advert with the coordinator's keys in it, signed by the only key the coordinator has."""
     body = dataclasses.replace(Advert.decode(envelope.unverified_body(raw)), **changes)
-    return envelope.seal(fleet.key, body)
+    return envelope.sign(fleet.key, body)
 
 
 def test_an_advert_with_a_replaced_key_is_refused(fleet: Any) -> None:
@@ -93,7 +93,7 @@ def test_a_roster_on_which_two_devices_have_one_key_is_refused(fleet: Any) -> No
     copied = Advert.decode(envelope.unverified_body(adverts["device-000"])).mask_keys
     corrupt = fleet.devices["device-004"].identity
     own = Advert.decode(envelope.unverified_body(adverts["device-004"]))
-    adverts["device-004"] = envelope.seal(corrupt, dataclasses.replace(own, mask_keys=copied))
+    adverts["device-004"] = envelope.sign(corrupt, dataclasses.replace(own, mask_keys=copied))
     with pytest.raises(ProtocolError, match="device-004 has a key that another device on the roster has"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 
@@ -107,7 +107,7 @@ def test_an_advert_of_an_older_session_is_refused(fleet: Any) -> None:
 
 def test_with_its_offer_unchecked_a_replayed_advert_is_accepted(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def signature_only(offer: bytes, rounds: int, signer: Any, device: str, raw: bytes) -> Advert:
-        return envelope.open_as(Advert, raw, signer, device)
+        return envelope.open_verified(Advert, raw, signer, device)
 
     _, old, _ = advertised(fleet)
     state, adverts, _ = advertised(fleet)
@@ -120,9 +120,9 @@ def with_a_sybil(fleet: Any) -> bytes:
     own = Authority.create("test authority", fleet.entropy, BEGIN, END)
     sybil = own.issue("zed", IdentityKey.generate(fleet.entropy).public, not_before=BEGIN, not_after=END)
     _, offer = fleet.offer()
-    message = envelope.open_as(Offer, offer, fleet.key.public, "coordinator")
+    message = envelope.open_verified(Offer, offer, fleet.key.public, "coordinator")
     certificates = (*message.certificates[:-1], sybil)
-    return envelope.seal(fleet.key, dataclasses.replace(message, certificates=certificates))
+    return envelope.sign(fleet.key, dataclasses.replace(message, certificates=certificates))
 
 
 def test_a_device_of_the_coordinators_own_making_is_refused(fleet: Any) -> None:
@@ -144,7 +144,7 @@ def test_with_certificates_unchecked_the_victim_joins_a_cohort_of_sybils(
 def test_a_device_outside_the_cohort_cannot_be_put_on_the_roster(fleet: Any, fleet_of: Callable[..., Any]) -> None:
     state, adverts, _ = advertised(fleet)
     genuine = Advert.decode(envelope.unverified_body(adverts["device-004"]))
-    adverts["zed"] = envelope.seal(fleet.key, dataclasses.replace(genuine, device="zed"))
+    adverts["zed"] = envelope.sign(fleet.key, dataclasses.replace(genuine, device="zed"))
     with pytest.raises(ProtocolError, match="zed is on the roster but not in the cohort"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 

@@ -32,8 +32,8 @@ def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
 
 
 def offered(fleet: Any, spec: SessionSpec) -> bytes:
-    message = envelope.open_as(Offer, fleet.offer()[1], fleet.key.public, "coordinator")
-    return envelope.seal(fleet.key, dataclasses.replace(message, spec=spec))
+    message = envelope.open_verified(Offer, fleet.offer()[1], fleet.key.public, "coordinator")
+    return envelope.sign(fleet.key, dataclasses.replace(message, spec=spec))
 
 
 @pytest.mark.parametrize("changes", EVIL.values(), ids=EVIL)
@@ -59,7 +59,7 @@ def test_an_offer_that_contradicts_itself_does_not_even_decode(
 
 
 def test_a_cohort_of_the_victim_and_one_other_is_refused(fleet: Any) -> None:
-    message = envelope.open_as(Offer, fleet.offer()[1], fleet.key.public, "coordinator")
-    pair = envelope.seal(fleet.key, dataclasses.replace(message, certificates=message.certificates[1:3]))
+    message = envelope.open_verified(Offer, fleet.offer()[1], fleet.key.public, "coordinator")
+    pair = envelope.sign(fleet.key, dataclasses.replace(message, certificates=message.certificates[1:3]))
     with pytest.raises(ProtocolError, match="cohort of 2 is below this device's minimum of 8"):
         client.join(fleet.devices[VICTIM], pair, fleet.entropy)

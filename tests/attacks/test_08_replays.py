@@ -58,7 +58,7 @@ def test_with_the_context_left_out_replayed_shares_would_be_taken(fleet: Any, mo
     _, roster = sharing(fleet)
     old = fleet.share(ME, roster)
     state, _ = sharing(fleet)
-    assert ME in state.on_shares(ME, old).dealt
+    assert ME in state.on_shares(ME, old).encrypted_shares
 
 
 def test_a_plan_of_another_session_is_refused(fleet: Any) -> None:
@@ -93,16 +93,16 @@ def test_answers_of_another_round_are_refused(fleet: Any, step: str) -> None:
         answers = {name: fleet.answer("on_survivors", name, bodies[name]) for name in bodies}
         if number and step == "survivors":
             with pytest.raises(ProtocolError, match="another survivor set"):
-                state.on_signature(ME, kept["survivors"])
+                state.on_consistency_signature(ME, kept["survivors"])
         for name, answer in answers.items():
-            state = state.on_signature(name, answer)
+            state = state.on_consistency_signature(name, answer)
         state, bodies = state.close()
         responses = {name: fleet.answer("on_unmask", name, bodies[name]) for name in bodies}
         if number and step == "unmask":
             with pytest.raises(ProtocolError, match="another survivor set"):
-                state.on_unmask(ME, kept["unmask"])
+                state.on_unmask_response(ME, kept["unmask"])
         for name, opening in responses.items():
-            state = state.on_unmask(name, opening)
+            state = state.on_unmask_response(name, opening)
         kept = {"survivors": answers[ME], "unmask": responses[ME]}
         session, result = state.close()
         fleet.assert_sum(result)

@@ -48,5 +48,5 @@ def test_an_oversized_message_is_refused_before_its_signature_is_looked_at(
     monkeypatch.setattr(envelope, "verify", lambda *given: looked.append("signature"))
     fleet = fleet_of(4)
     with pytest.raises(ProtocolError, match="over the limit"):
-        envelope.open_as(Assignment, bytes(Assignment.LIMIT + 1024), fleet.key.public, "coordinator")
+        envelope.open_verified(Assignment, bytes(Assignment.LIMIT + 1024), fleet.key.public, "coordinator")
     assert not looked

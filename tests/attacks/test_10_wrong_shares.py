@@ -23,19 +23,19 @@ def spoil(share: bytes) -> bytes:
 
 def wrong_opening(fleet: Any, name: str, raw: bytes) -> bytes:
     device = fleet.devices[name]
-    message = envelope.open_as(UnmaskResponse, raw, device.identity.public, name)
+    message = envelope.open_verified(UnmaskResponse, raw, device.identity.public, name)
     changed = {
         "seeds": {dealer: spoil(share) for dealer, share in message.seeds.items()},
         "keys": {dealer: spoil(share) for dealer, share in message.keys.items()},
     }
-    return envelope.seal(device.identity, dataclasses.replace(message, **changed))
+    return envelope.sign(device.identity, dataclasses.replace(message, **changed))
 
 
 def round_with_liars(fleet: Any, liars: Collection[str], lost: Collection[str] = ()) -> Any:
     state, bodies = fleet.confirm(*fleet.collect(fleet.establish(), {"input": lost}))
     for name in bodies:
         answer = fleet.answer("on_unmask", name, bodies[name])
-        state = state.on_unmask(name, wrong_opening(fleet, name, answer) if name in liars else answer)
+        state = state.on_unmask_response(name, wrong_opening(fleet, name, answer) if name in liars else answer)
     return state.close()
 
 
@@ -89,9 +89,9 @@ def test_with_commitments_unchecked_a_wrong_share_makes_a_wrong_seed(
 
 def deal_badly(fleet: Any, dealer: str, cheated: Collection[str], *, digests: bool, monkeypatch: Any) -> Any:
     """``dealer`` gives ``cheated`` wrong shares; with digests of what it gave, or of what it should have given."""
-    genuine = sharing.seal
+    genuine = sharing.encrypt
 
-    def seal(session: Any, share_key: bytes, who: str, holder: str, pairs: dict[int, SharePair]) -> Any:
+    def encrypt(session: Any, share_key: bytes, who: str, holder: str, pairs: dict[int, SharePair]) -> Any:
         right = genuine(session, share_key, who, holder, pairs)
         if who != dealer or holder not in cheated:
             return right
@@ -99,9 +99,9 @@ def deal_badly(fleet: Any, dealer: str, cheated: Collection[str], *, digests: bo
         box = genuine(session, share_key, who, holder, wrong)
         return box if digests else dataclasses.replace(box, digests=right.digests)
 
-    monkeypatch.setattr(sharing, "seal", seal)
+    monkeypatch.setattr(sharing, "encrypt", encrypt)
     session = fleet.establish()
-    monkeypatch.setattr(sharing, "seal", genuine)
+    monkeypatch.setattr(sharing, "encrypt", genuine)
     return session
 
 
@@ -165,9 +165,9 @@ def test_a_device_that_withholds_its_shares_has_nobody_left_out(fleet_of: Callab
         answer = fleet.answer("on_unmask", name, bodies[name])
         if name == SMALL:
             identity = fleet.devices[name].identity
-            message = envelope.open_as(UnmaskResponse, answer, identity.public, name)
-            answer = envelope.seal(identity, dataclasses.replace(message, seeds={}, keys={}))
-        state = state.on_unmask(name, answer)
+            message = envelope.open_verified(UnmaskResponse, answer, identity.public, name)
+            answer = envelope.sign(identity, dataclasses.replace(message, seeds={}, keys={}))
+        state = state.on_unmask_response(name, answer)
     outcome = state.close()
     assert isinstance(outcome, RoundAborted)
     assert (outcome.reason, outcome.blamed) == (AbortReason.TOO_FEW, ())
@@ -197,10 +197,10 @@ def test_a_box_that_does_not_open_stops_nobody(fleet_of: Callable[..., Any]) -> 
         raw = fleet.share(name, roster)
         if name == "device-005":
             device = fleet.devices[name]
-            message = envelope.open_as(Shares, raw, device.identity.public, name)
+            message = envelope.open_verified(Shares, raw, device.identity.public, name)
             box = message.encrypted_shares[SMALL]
-            junk = dataclasses.replace(box, sealed=bytes(len(box.sealed)))
-            raw = envelope.seal(
+            junk = dataclasses.replace(box, ciphertext=bytes(len(box.ciphertext)))
+            raw = envelope.sign(
                 device.identity,
                 dataclasses.replace(message, encrypted_shares={**message.encrypted_shares, SMALL: junk}),
             )
@@ -219,15 +219,15 @@ def test_a_box_for_another_number_of_rounds_holds_nothing(
     established = fleet.establish()
     dealer = fleet.states["device-001"]
     pair = SharePair(bytes(33), bytes(33))
-    box = sharing.seal(established.session, dealer.share_key, "device-001", SMALL, dict.fromkeys(rounds, pair))
+    box = sharing.encrypt(established.session, dealer.share_key, "device-001", SMALL, dict.fromkeys(rounds, pair))
     assert sharing.decrypt(established.session, fleet.states[SMALL].share_key, "device-001", SMALL, box) is None
 
 
-@pytest.mark.parametrize("cut", [{"sealed": b""}, {"digests": ()}])
+@pytest.mark.parametrize("cut", [{"ciphertext": b""}, {"digests": ()}])
 def test_a_box_of_another_size_holds_nothing(fleet_of: Callable[..., Any], cut: dict[str, Any]) -> None:
     fleet = fleet_of(4)
     established = fleet.establish()
-    box = dataclasses.replace(established.dealt["device-001"][SMALL], **cut)
+    box = dataclasses.replace(established.encrypted_shares["device-001"][SMALL], **cut)
     assert sharing.decrypt(established.session, fleet.states[SMALL].share_key, "device-001", SMALL, box) is None
 
 

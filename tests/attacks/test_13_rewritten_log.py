@@ -120,7 +120,7 @@ def test_a_recorded_offer_is_refused_although_it_is_the_coordinators(monkeypatch
         log_state.on_session_chain_proof(KEY.public, recorded[2], OFFERS[2])
     assert joins(seen(2), way(made, closed), OFFERS[3])
     monkeypatch.setattr(
-        LogState, "on_session_chain_proof", lambda self, key, raw, offer: transcript.first(key, raw, offer, ME)
+        LogState, "on_session_chain_proof", lambda self, key, raw, offer: LogState.initial(key, raw, offer, ME)
     )
     assert joins(log_state, recorded[1], OFFERS[1])
     assert joins(log_state, recorded[2], OFFERS[2])

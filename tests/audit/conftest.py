@@ -22,7 +22,7 @@ _fleet = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "conf
 entropy, fleet_of, spec_of, vector_of = (_fleet[name] for name in ("entropy", "fleet_of", "spec_of", "vector_of"))
 make_fleet, session_spec = _fleet["make_fleet"], _fleet["session_spec"]
 NEW_ADAPTER = "ab" * 32
-METHODS = {Step.SURVIVORS: ("on_survivors", "on_signature"), Step.UNMASK: ("on_unmask", "on_unmask")}
+METHODS = {Step.SURVIVORS: ("on_survivors", "on_consistency_signature"), Step.UNMASK: ("on_unmask", "on_unmask_response")}
 Lost = Mapping[Step, Sequence[str]]
 Change = Callable[[list[Entry]], list[Entry]]
 
@@ -86,8 +86,8 @@ class Logged:
         """The entry with another message in it, signed by the same party: what that party itself can forge."""
         device = self.fleet.devices.get(entry.peer) if kind is not Assignment else None
         key = device.identity if device else self.fleet.key
-        message = envelope.open_as(kind, entry.message, key.public, entry.peer)
-        return replace(entry, message=envelope.seal(key, replace(message, **changes)))
+        message = envelope.open_verified(kind, entry.message, key.public, entry.peer)
+        return replace(entry, message=envelope.sign(key, replace(message, **changes)))
 
     def with_changed(self, kind: type[Message], round_: int = 0, peer: str | None = None, **changes: Any) -> bytes:
         """The log with one message changed by its own signer, and checkpoints that fit."""
@@ -125,7 +125,7 @@ class Logged:
         for name in self._left(plans, lost, Step.PLAN):
             body = self.fleet.contribute(name, plans[name])
             state = self._received(Step.PLAN, state.on_masked_input, name, body)
-            self.vectors[state.vectors[name]] = transcript.vector_of(body)
+            self.vectors[state.vectors[name]] = transcript.packed_vector(body)
         outcome = state.close()
         while not isinstance(outcome, RoundAborted) and isinstance(outcome[1], dict):
             state, bodies = outcome

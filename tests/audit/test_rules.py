@@ -146,8 +146,10 @@ def reordered(entries: list[Entry], old: list[Entry], new: list[Entry]) -> list[
 
 def with_assignment(logged: Any, peer: str, plan: Plan, boxes_of: str, *, whole: bool) -> bytes:
     """The log with another assignment for ``peer``: a plan, and the boxes of some device. ``whole``: body and all."""
-    encrypted_shares = {dealer: dealt[boxes_of] for dealer, dealt in logged.session.dealt.items() if boxes_of in dealt}
-    body = envelope.seal(logged.fleet.key, Assignment(plan, encrypted_shares))
+    encrypted_shares = {
+        dealer: dealt[boxes_of] for dealer, dealt in logged.session.encrypted_shares.items() if boxes_of in dealt
+    }
+    body = envelope.sign(logged.fleet.key, Assignment(plan, encrypted_shares))
     old = logged.find(Assignment, 1, peer)
     new = replace(old, message=body if whole else envelope.with_body(body, b""))
     return logged.rewritten(lambda entries: [new if entry == old else entry for entry in entries])  # type: ignore[no-any-return]
@@ -155,7 +157,7 @@ def with_assignment(logged: Any, peer: str, plan: Plan, boxes_of: str, *, whole:
 
 def logged_plan(logged: Any) -> Plan:
     entry = logged.find(Assignment, 1)
-    return envelope.open_as(Assignment, entry.message, logged.fleet.key.public, "coordinator").plan
+    return envelope.open_verified(Assignment, entry.message, logged.fleet.key.public, "coordinator").plan
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -196,7 +198,7 @@ def test_a_plan_that_no_device_would_take_is_found(logged: Any, changes: dict[st
 
 def signed_by(logged: Any, entry: Entry, device: str, message: Message) -> Entry:
     """An entry like another one, but of this device and with this message."""
-    return replace(entry, peer=device, message=envelope.seal(logged.fleet.devices[device].identity, message))
+    return replace(entry, peer=device, message=envelope.sign(logged.fleet.devices[device].identity, message))
 
 
 def after(logged: Any, old: Entry, *new: Entry) -> bytes:
@@ -208,7 +210,7 @@ def after(logged: Any, old: Entry, *new: Entry) -> bytes:
 
 def test_an_update_of_a_device_that_is_not_in_the_plan_is_found(logged: Any) -> None:
     plan = replace(logged_plan(logged), members=(ME, LOST, "device-003"))
-    assignment = replace(logged.find(Assignment, 1, ME), message=envelope.seal(logged.fleet.key, Assignment(plan, {})))
+    assignment = replace(logged.find(Assignment, 1, ME), message=envelope.sign(logged.fleet.key, Assignment(plan, {})))
     update = signed_by(logged, logged.find(MaskedInput, 1), OTHER, MaskedInput(plan.digest(), OTHER, bytes(32)))
     raw = logged.rewritten(
         lambda entries: [*(e for e in entries if e.round == 0), assignment, update, logged.find(Abort, 3), entries[-1]]
@@ -219,7 +221,7 @@ def test_an_update_of_a_device_that_is_not_in_the_plan_is_found(logged: Any) -> 
 
 def test_two_survivor_sets_for_two_devices_are_found(logged: Any) -> None:
     told = logged.find(Survivors, 1)
-    vectors = envelope.open_as(Survivors, told.message, logged.fleet.key.public, "coordinator").vectors
+    vectors = envelope.open_verified(Survivors, told.message, logged.fleet.key.public, "coordinator").vectors
     fewer = logged.resigned(told, Survivors, vectors={device: vectors[device] for device in (ME, OTHER)})
     raw = after(logged, told, replace(fewer, peer=OTHER))
     assert only(logged.audit(raw), Check.ORDER, "a second survivor set").index == told.index + 1
@@ -227,7 +229,7 @@ def test_two_survivor_sets_for_two_devices_are_found(logged: Any) -> None:
 
 def test_a_request_to_open_another_survivor_set_is_found(logged: Any) -> None:
     asked = logged.find(Unmask, 1)
-    survivors = envelope.open_as(Unmask, asked.message, logged.fleet.key.public, "coordinator").survivors
+    survivors = envelope.open_verified(Unmask, asked.message, logged.fleet.key.public, "coordinator").survivors
     fewer = replace(survivors, vectors={device: survivors.vectors[device] for device in (ME, OTHER)})
     raw = logged.with_changed(Unmask, 1, survivors=fewer)
     assert only(logged.audit(raw), Check.ORDER, "another survivor set than the one agreed").index == asked.index
@@ -236,7 +238,7 @@ def test_a_request_to_open_another_survivor_set_is_found(logged: Any) -> None:
 @pytest.mark.parametrize("kind", [ConsistencySignature, UnmaskResponse])
 def test_what_a_device_says_that_is_no_survivor_is_found(logged: Any, kind: type[Message]) -> None:
     """Else devices that were lost could make up a quorum."""
-    told = envelope.open_as(Survivors, logged.find(Survivors, 1).message, logged.fleet.key.public, "coordinator")
+    told = envelope.open_verified(Survivors, logged.find(Survivors, 1).message, logged.fleet.key.public, "coordinator")
     assert LOST not in told.vectors
     said = (
         ConsistencySignature(told.digest(), LOST)
@@ -251,7 +253,7 @@ def test_what_a_device_says_that_is_no_survivor_is_found(logged: Any, kind: type
 def test_a_round_with_two_endings_is_found(logged: Any) -> None:
     """A sum was opened, and the log says too that none was."""
     result = logged.find(Result, 1)
-    abort = envelope.seal(logged.fleet.key, Abort(logged_plan(logged).digest(), "too-few"))
+    abort = envelope.sign(logged.fleet.key, Abort(logged_plan(logged).digest(), "too-few"))
     raw = after(logged, result, replace(result, kind=Abort.TAG, message=abort))
     assert only(logged.audit(raw), Check.ORDER, "a second ending").index == result.index + 1
 
@@ -289,7 +291,7 @@ def test_a_quorum_that_two_groups_can_reach_is_found(
 
 def test_a_plan_for_too_few_is_found(logged_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as weakened:
-        for check in ("large_enough", "near_enough"):
+        for check in ("enough_devices", "enough_neighbors"):
             weakened.setattr(checks, check, lambda *given: None)
         weak = logged_of([{}], devices=5, threshold=4, minimum_survivors=4)
         small = logged_of([{Step.PLAN: ["device-000", "device-001"]}], devices=5, threshold=4, minimum_survivors=4)
@@ -330,7 +332,7 @@ def test_a_sum_without_a_request_to_open_it_is_found(logged: Any) -> None:
 
 def opening_of(logged: Any, name: str, round_: int = 1) -> Any:
     entry = logged.find(UnmaskResponse, round_, name)
-    return envelope.open_as(UnmaskResponse, entry.message, logged.fleet.devices[name].identity.public, name)
+    return envelope.open_verified(UnmaskResponse, entry.message, logged.fleet.devices[name].identity.public, name)
 
 
 def test_a_share_of_the_other_kind_is_found(logged: Any) -> None:
@@ -445,7 +447,7 @@ def test_shares_of_a_device_that_is_not_on_the_roster_are_found(logged_of: Calla
     """It is certified and in the cohort, but came too late with its advert."""
     session, late = logged_of([], devices=5), "device-004"
     old = session.find(Roster)
-    message = envelope.open_as(Roster, old.message, session.fleet.key.public, "coordinator")
+    message = envelope.open_verified(Roster, old.message, session.fleet.key.public, "coordinator")
     kept = tuple(raw for raw in message.adverts if Advert.decode(envelope.unverified_body(raw)).device != late)
     context = context_of(message.offer, replace(message, adverts=kept).digest())
     dealt = session.resigned(session.find(Shares, 0, late), Shares, context=context)
@@ -464,11 +466,11 @@ def test_shares_of_a_device_that_is_not_on_the_roster_are_found(logged_of: Calla
 def test_a_box_that_cannot_hold_the_shares_of_every_round_is_found(logged_of: Callable[..., Any]) -> None:
     session = logged_of([])
     entry = session.find(Shares, 0, ME)
-    encrypted_shares = envelope.open_as(
+    encrypted_shares = envelope.open_verified(
         Shares, entry.message, session.fleet.devices[ME].identity.public, ME
     ).encrypted_shares
     for spoiled in (
-        replace(encrypted_shares[OTHER], sealed=encrypted_shares[OTHER].sealed + bytes(1)),
+        replace(encrypted_shares[OTHER], ciphertext=encrypted_shares[OTHER].ciphertext + bytes(1)),
         replace(encrypted_shares[OTHER], digests=encrypted_shares[OTHER].digests[1:]),
     ):
         raw = session.with_changed(Shares, 0, ME, encrypted_shares={**encrypted_shares, OTHER: spoiled})

@@ -96,7 +96,7 @@ def test_on_a_sparse_graph_every_message_to_all_is_logged_once(sparse: Any) -> N
 
 
 def test_on_a_sparse_graph_a_neighbourhood_that_agrees_is_no_quorum(sparse: Any) -> None:
-    unmask = envelope.open_as(Unmask, sparse.find(Unmask, 1).message, sparse.fleet.key.public, "coordinator")
+    unmask = envelope.open_verified(Unmask, sparse.find(Unmask, 1).message, sparse.fleet.key.public, "coordinator")
     assert len(unmask.consistency_signatures) == 7
     few = dict(list(unmask.consistency_signatures.items())[:6])
     (finding,) = sparse.audit(sparse.with_changed(Unmask, 1, consistency_signatures=few)).failed
@@ -109,7 +109,7 @@ def test_on_a_sparse_graph_shares_to_devices_further_off_are_found(sparse: Any) 
     session, me = sparse.session.session, "device-000"
     far = next(name for name in sorted(session.peers) if name != me and name not in session.neighbors(me, (name,)))
     entry = sparse.find(Shares, 0, me)
-    encrypted_shares = envelope.open_as(
+    encrypted_shares = envelope.open_verified(
         Shares, entry.message, sparse.fleet.devices[me].identity.public, me
     ).encrypted_shares
     wrong = {**encrypted_shares, far: next(iter(encrypted_shares.values()))}
@@ -123,7 +123,7 @@ def test_on_a_sparse_graph_a_share_of_a_device_further_off_is_found(sparse: Any)
     session, me = sparse.session.session, "device-000"
     far = next(name for name in sorted(session.peers) if name != me and name not in session.neighbors(me, (name,)))
     entry = sparse.find(UnmaskResponse, 1, me)
-    opening = envelope.open_as(UnmaskResponse, entry.message, sparse.fleet.devices[me].identity.public, me)
+    opening = envelope.open_verified(UnmaskResponse, entry.message, sparse.fleet.devices[me].identity.public, me)
     changed = sparse.with_changed(UnmaskResponse, 1, me, seeds={**opening.seeds, far: bytes(33)})
     (finding,) = sparse.audit(changed).failed
     assert finding.check is Check.SHARES

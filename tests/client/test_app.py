@@ -25,7 +25,7 @@ from aggregation import server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
 from aggregation.pki import Authority, Root
-from aggregation.steps import ADAPTER, BODY, RECORD, REVOKED, Step
+from aggregation.steps import ADAPTER, BODY, RECORD, REVOCATIONS, Step
 from aggregation.vector import VectorSpec
 from client.node.app import FAILED, REFUSED, STATE, app
 from client.node.statedir import DeviceStateDir
@@ -79,7 +79,7 @@ class Talk:
 
     def offer(self) -> tuple[Any, bytes]:
         devices = [f"device-{number:02d}" for number in range(DEVICES)]
-        certificates = {device: self.ask(device, Step.HELLO, b"") for device in devices}
+        certificates = {device: self.ask(device, Step.CHECK_IN, b"") for device in devices}
         version, state_dir = self.version(), self.coordinator
         layout = Layout.of(state_dir.registry.tensors(0))
         spec = state_dir.settings.aggregation.spec(DEVICES, layout, version.manifest.base_digest, 2)
@@ -118,7 +118,7 @@ class Talk:
 
     def confirm(self, state: Any, bodies: Mapping[str, bytes]) -> tuple[Any, dict[str, bytes]]:
         for device, body in bodies.items():
-            state = state.on_signature(device, self.ask(device, Step.SURVIVORS, body))
+            state = state.on_consistency_signature(device, self.ask(device, Step.SURVIVORS, body))
         return state.close()  # type: ignore[no-any-return]
 
 
@@ -147,7 +147,7 @@ def spoiled(body: bytes) -> list[bytes]:
 
 def test_a_device_says_who_it_is(talk: Talk) -> None:
     root = Root.from_pem((talk.fleet.out / "coordinator" / "authority.pem").read_bytes())
-    name, _ = root.verify(talk.ask(FIRST, Step.HELLO, b""), datetime.now(UTC))
+    name, _ = root.verify(talk.ask(FIRST, Step.CHECK_IN, b""), datetime.now(UTC))
     assert name == FIRST
 
 
@@ -187,7 +187,7 @@ def test_a_spoiled_message_is_refused_at_every_step_and_the_right_one_is_answere
     unmasking, requests = talk.confirm(confirming, survivors)
     first(Step.UNMASK, requests[FIRST])
     for device, body in requests.items():
-        unmasking = unmasking.on_unmask(device, talk.ask(device, Step.UNMASK, body))
+        unmasking = unmasking.on_unmask_response(device, talk.ask(device, Step.UNMASK, body))
     _, result = unmasking.close()
     assert result.survivors == tuple(f"device-{n:02d}" for n in range(DEVICES))
     assert result.values["weight"][0] == sum(len(h.train) for h in talk.fleet.population.households[:DEVICES])
@@ -310,7 +310,7 @@ def test_a_message_without_a_body_is_refused(talk: Talk, record: Any) -> None:
 def test_a_node_without_a_home_is_refused(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for config in ({}, {STATE: ""}, {STATE: str(tmp_path / "gone")}):
-        reply = app(message(Step.HELLO, {BODY: b""}), Context(1, 2, config, RecordDict(), {}))
+        reply = app(message(Step.CHECK_IN, {BODY: b""}), Context(1, 2, config, RecordDict(), {}))
         assert reply.error.code == REFUSED
         assert reply.error.reason == "cannot take part, and the device's log says why"
 
@@ -376,7 +376,9 @@ def test_what_is_wrong_with_a_devices_own_files_does_not_travel(talk: Talk, name
     authority = Authority.from_pem((talk.fleet.out / "authority" / "authority.pem").read_bytes())
     now = datetime.now(UTC)
     listed = authority.revocations(1, {}, now, now + timedelta(days=1)).to_pem()
-    talk.refused(FIRST, Step.OFFER, {BODY: offer, REVOKED: listed}, "cannot take part, and the device's log says why")
+    talk.refused(
+        FIRST, Step.OFFER, {BODY: offer, REVOCATIONS: listed}, "cannot take part, and the device's log says why"
+    )
 
 
 def test_no_answer_leaves_before_the_new_state_is_on_the_disk(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:

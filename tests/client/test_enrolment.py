@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
-from aggregation.pki import Authority, requests
+from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation
 from client.cli import device
@@ -49,7 +49,7 @@ def test_a_device_is_enrolled_once_its_certificate_is_there(authority: Authority
     with pytest.raises(TrustError, match=r"has no certificate\.der: enrol this device first"):
         state_dir.device(DIGEST)
     der = certified(authority, state_dir)
-    assert finish(state_dir, requests.to_pem(der), NOW) == ("kitchen", NOW + 30 * DAY)
+    assert finish(state_dir, certificates.to_pem(der), NOW) == ("kitchen", NOW + 30 * DAY)
     assert state_dir.device(DIGEST).certificate == der
     assert (
         state_dir.device(DIGEST).identity.public == requests.read_request((state_dir.folder / REQUEST).read_bytes())[1]
@@ -181,7 +181,7 @@ def test_from_enrol_to_install_by_command(tmp_path: Path, authority: Authority, 
     assert name == "kitchen"
     assert key.key_id in said
     assert authority.root.fingerprint in said
-    (tmp_path / "kitchen.pem").write_bytes(requests.to_pem(certified(authority, DeviceStateDir.open(state_dir))))
+    (tmp_path / "kitchen.pem").write_bytes(certificates.to_pem(certified(authority, DeviceStateDir.open(state_dir))))
     (tmp_path / "revoked.crl").write_bytes(authority.revocations(1, {}, NOW, NOW + DAY).to_pem())
     installed = ("--certificate", tmp_path / "kitchen.pem", "--revoked", tmp_path / "revoked.crl")
     assert "kitchen is enrolled until" in ok(run("install", "--state", state_dir, *installed))

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from aggregation.pki.identity import IdentityKey
-from aggregation.steps import BODY, PROOF, RECORD, SEEN, Step
+from aggregation.steps import BODY, LAST_OFFER, PROOF, RECORD, Step
 from aggregation.transcript import NO_SESSION, Transcript, session_chain_proof
 from client.node.app import STATE, app
 from client.node.statedir import LOG_STATE
@@ -84,12 +84,12 @@ def test_a_coordinator_that_was_stopped_in_a_round_goes_on_with_everybody(fleet_
 
 def test_a_device_keeps_what_it_saw_across_processes(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
-    assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).content.config_records[RECORD][SEEN] == b""
+    assert ask(fleet, FIRST, Step.CHECK_IN, {BODY: b""}).content.config_records[RECORD][LAST_OFFER] == b""
     fleet.federate(fleet.grid())
     log_state = fleet.state_dir(FIRST).load_log_state()
     assert log_state.device == FIRST
     assert len(log_state.delivered) == 2
-    assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).content.config_records[RECORD][SEEN] == log_state.offer
+    assert ask(fleet, FIRST, Step.CHECK_IN, {BODY: b""}).content.config_records[RECORD][LAST_OFFER] == log_state.offer
 
 
 def lost_in_round_2(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, lie: Callable[..., Any]) -> tuple[Any, Any]:
@@ -110,13 +110,13 @@ def rewritten(honest: Any, log: Transcript, devices: Any) -> Any:
     forged.tree.append(b"an advert that nobody sent")
     for index in range(1, log.tree.size):
         forged.tree.append(bytes([index]))
-    forged.endings, forged.own, forged.round = log.endings, log.own, log.round
+    forged.endings, forged.contributions, forged.round = log.endings, log.contributions, log.round
     forged.checkpoint(KEY[0])
     return honest(forged, devices)
 
 
 def without_me(honest: Any, log: Transcript, devices: Any) -> Any:
-    log.own.clear()
+    log.contributions.clear()
     return honest(log, devices)
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_witness_is_no_reason_to_start_anew(fleet_of: FleetOf) -> None
     fleet = fleet_of(4, rounds=1)
     fleet.federate(fleet.grid())
     (fleet.out / "devices" / FIRST / LOG_STATE).write_bytes(b"damaged")
-    assert ask(fleet, FIRST, Step.HELLO, {BODY: b""}).has_error()
+    assert ask(fleet, FIRST, Step.CHECK_IN, {BODY: b""}).has_error()
 
 
 def test_a_device_that_forgot_a_session_takes_part_from_the_next_offer(fleet_of: FleetOf) -> None:

@@ -12,7 +12,7 @@ from flwr.app import Message
 from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.pki import Authority
 from aggregation.pki.revocation import Revocation, RevocationList
-from aggregation.steps import RECORD, REVOKED, Step
+from aggregation.steps import RECORD, REVOCATIONS, Step
 from client.node.app import app
 from coordinator.statedir import CoordinatorStateDir
 
@@ -46,9 +46,9 @@ def replaced(revoked: bytes | None) -> Callable[[Message, Any], Message]:
     def call(message: Message, context: Any) -> Message:
         fields = message.content.config_records[RECORD]
         if message.metadata.message_type.endswith(Step.OFFER.value):
-            fields.pop(REVOKED, None)
+            fields.pop(REVOCATIONS, None)
             if revoked is not None:
-                fields[REVOKED] = revoked
+                fields[REVOCATIONS] = revoked
         return app(message, context)
 
     return call

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from adapters import storage
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
-from aggregation.pki import Authority, Root, requests
+from aggregation.pki import Authority, Root, certificates, requests
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Reason
 from coordinator.authority import store as module
@@ -230,7 +230,7 @@ def test_a_fresh_list_has_a_higher_number_and_the_same_revocations(office: Autho
     office.revoke(signer, "kitchen", Reason.UNSPECIFIED, 30)
     before = revoked_of(office)
     assert office.sign_list(signer, 60) == 3
-    after = revoked_of(office).after(before)
+    after = revoked_of(office).newer_than(before)
     assert after.revoked == before.revoked
     assert after.next_update - after.this_update == timedelta(days=60)
 
@@ -430,7 +430,7 @@ def test_from_init_to_revoke_by_command(run: Run, tmp_path: Path) -> None:
     said = ok(run("issue", "dir", "--request", "kitchen.csr", "--days", "7", "--out", "kitchen.pem", *secret))
     assert mine.public.key_id in said
     root = Root.from_pem((tmp_path / "dir" / "authority.pem").read_bytes())
-    certificate = requests.to_der((tmp_path / "kitchen.pem").read_bytes())
+    certificate = certificates.to_der((tmp_path / "kitchen.pem").read_bytes())
     assert root.verify(certificate, datetime.now(UTC))[0] == "kitchen"
     assert "BEGIN CERTIFICATE" in ok(run("issue", "dir", "--name", "garage", "--public-key", "garage.pub", *secret))
     assert "serial" in ok(run("revoke", "dir", "kitchen", "--reason", "keyCompromise", *secret))

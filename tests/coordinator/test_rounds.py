@@ -123,7 +123,7 @@ def test_nodes_without_a_certificate_of_the_authority_are_not_taken(
     certificate = stranger.state_dir("device-00").certificate
     mine = fleet.state_dir("device-01").certificate
     answers = {2: certificate, 4: b"no certificate", 5: mine}  # the last has what another device said already
-    app = Spoiled(lambda step, _, node: answers.get(node) if step is Step.HELLO else None)
+    app = Spoiled(lambda step, _, node: answers.get(node) if step is Step.CHECK_IN else None)
     with caplog.at_level(logging.INFO, "edgeadapt.coordinator"):
         (record,) = fleet.federate(fleet.grid(app=app))
     assert set(record.survivors) | {"device-01"} == {"device-01", *(f"device-{n:02d}" for n in range(4, 12))}

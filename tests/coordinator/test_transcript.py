@@ -50,7 +50,7 @@ def write(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> Recorder:
     recorder.sent(Step.OFFER, dict.fromkeys("ab", offer[1]))
     recorder.checkpoint()
     recorder.begin(PLAN)
-    recorder.sent(Step.PLAN, dict.fromkeys("ab", envelope.seal(transcripts.key, Assignment(PLAN, {}))))
+    recorder.sent(Step.PLAN, dict.fromkeys("ab", envelope.sign(transcripts.key, Assignment(PLAN, {}))))
     return recorder
 
 

@@ -54,7 +54,7 @@ def read(choice: int, body: bytes) -> None:
         if codec.encode(codec.decode(body)) != body:
             raise AssertionError(f"{list(READ)[choice]} has a second spelling")
     elif choice == len(READ):
-        envelope.open_as(MESSAGES[0], body, SIGNER, "coordinator")
+        envelope.open_verified(MESSAGES[0], body, SIGNER, "coordinator")
     elif choice == len(READ) + 1:
         envelope.open_vector(body, 16, SIGNER, "device")
     elif choice == len(READ) + 2:

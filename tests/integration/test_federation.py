@@ -23,7 +23,7 @@ from adapters.base import find_base
 from adapters.layout import Layout, Tensors, TensorSpec
 from aggregation import envelope, ring
 from aggregation.messages import MaskedInput
-from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, SEEN, Step
+from aggregation.steps import ADAPTER, BODY, LAST_OFFER, PROOF, RECORD, Step
 from client.node.app import app as client_app
 from client.training.contribute import clip
 from client.training.examples import Split, part, read_examples
@@ -173,7 +173,7 @@ def test_only_adapter_tensors_travel_and_no_message_comes_near_the_bases_size(fl
         assert set(record) == {BODY, *{Step.PLAN: (ADAPTER, PROOF), Step.OFFER: (PROOF,)}.get(step, ())}
         if step is Step.PLAN:
             assert Layout.of(files.decode(record[ADAPTER])) == layout
-    assert all(set(record) == ({BODY, SEEN} if step is Step.HELLO else {BODY}) for step, record in scale.up)
+    assert all(set(record) == ({BODY, LAST_OFFER} if step is Step.CHECK_IN else {BODY}) for step, record in scale.up)
     total = sum(len(value) for value in everything)
     assert total == sum(record.bytes_up + record.bytes_down for record in records)
 
@@ -271,7 +271,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_round(
     assert records[:done] == kept
     assert [record.round for record in records] == [1, 2, 3, 4]
     assert [record.version for record in records] == [1, 2, 3, 4]
-    assert fleet.federate(fleet.grid(app=stopping(Step.HELLO, "session-5-1"))) == records  # nothing is left to do
+    assert fleet.federate(fleet.grid(app=stopping(Step.CHECK_IN, "session-5-1"))) == records  # nothing is left to do
 
 
 def test_a_resumed_run_makes_the_same_adapter_as_one_that_ran_through(fleet_of: FleetOf) -> None:

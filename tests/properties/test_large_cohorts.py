@@ -36,5 +36,5 @@ def test_a_session_of_150_devices_gives_the_plain_sum_with_a_tenth_lost_twice(
     session = fleet.establish({"advert": names[:8], "shares": names[8:15]})
     _, result = fleet.round(session, {"input": names[20:30], "unmask": names[40:45]})
     assert result.survivors == tuple(name for name in names[15:] if name not in names[20:30])
-    assert {len(encrypted_shares) for encrypted_shares in session.dealt.values()} == {degree}
+    assert {len(encrypted_shares) for encrypted_shares in session.encrypted_shares.values()} == {degree}
     fleet.assert_sum(result)

@@ -95,7 +95,7 @@ def test_a_device_deals_shares_to_its_neighbours_and_to_nobody_else(
 ) -> None:
     fleet = sparse_fleet(fleet_of, spec_of)
     session = fleet.establish()
-    for dealer, encrypted_shares in session.dealt.items():
+    for dealer, encrypted_shares in session.encrypted_shares.items():
         assert len(encrypted_shares) == 6
         assert set(encrypted_shares) == set(session.session.neighbors(dealer, session.devices))
 
@@ -109,12 +109,12 @@ def test_boxes_for_others_than_the_neighbours_are_refused(
         state = state.on_advert(name, fleet.join(name, offer))
     sharing, roster = state.close()
     device = fleet.devices["device-000"]
-    message = envelope.open_as(Shares, fleet.share("device-000", roster), device.identity.public, "device-000")
+    message = envelope.open_verified(Shares, fleet.share("device-000", roster), device.identity.public, "device-000")
     stranger = next(name for name in sorted(fleet.devices)[1:] if name not in message.encrypted_shares)
     box = next(iter(message.encrypted_shares.values()))
     more = dataclasses.replace(message, encrypted_shares={**message.encrypted_shares, stranger: box})
     with pytest.raises(ProtocolError, match="not for exactly its neighbours"):
-        sharing.on_shares("device-000", envelope.seal(device.identity, more))
+        sharing.on_shares("device-000", envelope.sign(device.identity, more))
 
 
 def test_a_sparse_session_survives_a_restart(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> None:
@@ -130,7 +130,7 @@ def test_a_cohort_shrunk_to_the_degree_has_the_complete_graph(
 ) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 9)
     session = fleet.establish({"advert": ["device-000", "device-001"]})
-    assert {len(encrypted_shares) for encrypted_shares in session.dealt.values()} == {6}
+    assert {len(encrypted_shares) for encrypted_shares in session.encrypted_shares.values()} == {6}
     fleet.assert_sum(fleet.round(session)[1])
 
 
@@ -154,18 +154,18 @@ def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
 def test_every_device_is_shown_the_same_quorum(fleet: Any) -> None:
     _, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
     (body,) = set(bodies.values())
-    assert len(envelope.open_as(Unmask, body, fleet.key.public, "coordinator").consistency_signatures) == 7
+    assert len(envelope.open_verified(Unmask, body, fleet.key.public, "coordinator").consistency_signatures) == 7
 
 
 def test_as_many_agreements_as_open_a_secret_are_too_few(fleet: Any) -> None:
     session = fleet.establish()
     _, bodies = fleet.confirm(*fleet.collect(session))
     me = "device-000"
-    shown = envelope.open_as(Unmask, bodies[me], fleet.key.public, "coordinator")
+    shown = envelope.open_verified(Unmask, bodies[me], fleet.key.public, "coordinator")
     near_me = {
         device: shown.consistency_signatures[device] for device in near(session, me, set(shown.consistency_signatures))
     }
-    lie = envelope.seal(fleet.key, dataclasses.replace(shown, consistency_signatures=near_me))
+    lie = envelope.sign(fleet.key, dataclasses.replace(shown, consistency_signatures=near_me))
     with pytest.raises(ProtocolError, match="agreements, 7 are needed"):
         fleet.states[me].on_unmask(fleet.devices[me], lie)
     fleet.answer("on_unmask", me, bodies[me])
@@ -195,9 +195,9 @@ def test_a_plan_or_survivor_set_that_leaves_a_device_too_few_neighbours_is_refus
     with pytest.raises(ProtocolError, match="4 devices near this device are in the plan, 5 are needed"):
         fleet.states[me].on_plan(fleet.devices[me], plans[me])
     _, bodies = fleet.collect(session)
-    survivors = envelope.open_as(Survivors, bodies[me], fleet.key.public, "coordinator")
+    survivors = envelope.open_verified(Survivors, bodies[me], fleet.key.public, "coordinator")
     fewer = {name: digest for name, digest in survivors.vectors.items() if name not in gone}
-    lie = envelope.seal(fleet.key, dataclasses.replace(survivors, vectors=fewer))
+    lie = envelope.sign(fleet.key, dataclasses.replace(survivors, vectors=fewer))
     with pytest.raises(ProtocolError, match="4 devices near this device survived, 5 are needed"):
         fleet.states[me].on_survivors(fleet.devices[me], lie)
 
@@ -207,7 +207,10 @@ def test_boxes_of_too_few_neighbours_are_refused(fleet_of: Callable[..., Any], s
     session = fleet.establish()
     silent = session.session.neighbors("device-000", session.devices)[:3]
     fewer = dataclasses.replace(
-        session, dealt={d: encrypted_shares for d, encrypted_shares in session.dealt.items() if d not in silent}
+        session,
+        encrypted_shares={
+            d: encrypted_shares for d, encrypted_shares in session.encrypted_shares.items() if d not in silent
+        },
     )
     _, plans = fleet.begin(fewer)
     with pytest.raises(ProtocolError, match="4 devices near this device shared their secrets, 5 are needed"):

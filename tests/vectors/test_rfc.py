@@ -42,8 +42,8 @@ def aes_block(key: bytes, block: bytes) -> bytes:
 def test_x25519_of_rfc_7748() -> None:
     assert masks.public_key(ALICE).hex() == ALICE_PUBLIC
     assert masks.public_key(BOB).hex() == BOB_PUBLIC
-    assert masks.agree(ALICE, bytes.fromhex(BOB_PUBLIC)).hex() == SHARED
-    assert masks.agree(BOB, bytes.fromhex(ALICE_PUBLIC)).hex() == SHARED
+    assert masks.shared_secret(ALICE, bytes.fromhex(BOB_PUBLIC)).hex() == SHARED
+    assert masks.shared_secret(BOB, bytes.fromhex(ALICE_PUBLIC)).hex() == SHARED
 
 
 def test_ed25519_of_rfc_8032() -> None:

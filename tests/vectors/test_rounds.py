@@ -195,14 +195,14 @@ class Walk:
             if name not in case["silent"]:
                 agreement = self.ask("survivors", "on_survivors", name, body)
                 assert agreement == case["consistency_signatures"][name]
-                self.accept("consistency-signature", "on_signature", name, raw(agreement))
+                self.accept("consistency-signature", "on_consistency_signature", name, raw(agreement))
         self.server, bodies = self.server.close()
         assert {body.hex() for body in bodies.values()} == {case["unmask"]}
         assert set(bodies) == set(case["unmask_responses"])
         for name, body in bodies.items():
             opening = self.ask("unmask", "on_unmask", name, body)
             assert opening == case["unmask_responses"][name]
-            self.accept("unmask-response", "on_unmask", name, raw(opening))
+            self.accept("unmask-response", "on_unmask_response", name, raw(opening))
         return self.server.close()
 
 

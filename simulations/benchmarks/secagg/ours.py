@@ -72,7 +72,7 @@ class Fleet:
         """A device's vector, encoded and masked, key agreement included: ``upload`` without packing and signing."""
         vector, digest = self.session.spec.vector.encode(values, rng), planned.plan.digest()
         own = planned._self_mask(self.session.context, digest)
-        masks.apply(vector, [*planned._pair_masks(digest), own], threads)
+        masks.apply(vector, [*planned.pair_masks(digest), own], threads)
         return vector
 
     def upload(
@@ -183,10 +183,10 @@ def ask(given: Uploads) -> Unmasking:
     """The round up to the last opening."""
     fleet, confirming = given.fleet, given.fleet.closed(receive(given))
     for name in given.bodies:
-        confirming = confirming.on_signature(name, fleet.agreement(name, confirming))
+        confirming = confirming.on_consistency_signature(name, fleet.agreement(name, confirming))
     unmasking = asked(confirming)
     for name in given.bodies:
-        unmasking = unmasking.on_unmask(name, fleet.opening(name, unmasking))
+        unmasking = unmasking.on_unmask_response(name, fleet.opening(name, unmasking))
     return unmasking
 
 
@@ -209,4 +209,4 @@ def finish(unmasking: Unmasking, threads: int = 1) -> RoundResult:
 def overhead(plan: Plan, device: str) -> int:
     """Bytes of an upload beside the packed vector."""
     header = MaskedInput(plan.digest(), device, bytes(32))
-    return len(envelope.seal_vector(IdentityKey.generate(ENTROPY), header, b""))
+    return len(envelope.sign_vector(IdentityKey.generate(ENTROPY), header, b""))

@@ -31,10 +31,10 @@ def large(size: Size, note: Note) -> dict[str, Any]:
     received = watch.seconds
     confirming = watch.run(fleet.closed, state)
     for name in alive:
-        confirming = watch.run(confirming.on_signature, name, fleet.agreement(name, confirming))
+        confirming = watch.run(confirming.on_consistency_signature, name, fleet.agreement(name, confirming))
     unmasking = watch.run(ours.asked, confirming)
     for name in alive:
-        unmasking = watch.run(unmasking.on_unmask, name, fleet.opening(name, unmasking))
+        unmasking = watch.run(unmasking.on_unmask_response, name, fleet.opening(name, unmasking))
     watch.run(ours.finish, unmasking)
     return {
         "devices": size.large_devices,

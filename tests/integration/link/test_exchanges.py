@@ -82,7 +82,7 @@ def test_a_round_of_a_session_takes_three_exchanges_or_two_and_waits_for_nothing
     with living(link, fleet.nodes.values()):
         records = list(federate(CoordinatorStateDir.open(fleet.out / "coordinator"), link.wire(60.0)))
     assert [len(record.survivors) for record in records] == [3, 3, 3]
-    made = [("session-1-1", step.message_type) for step in (Step.HELLO, Step.OFFER, Step.ROSTER)]
+    made = [("session-1-1", step.message_type) for step in (Step.CHECK_IN, Step.OFFER, Step.ROSTER)]
     rounds = [(number, step.message_type) for number in ("1", "2", "3") for step in steps]
     assert counted.exchanges == made + rounds
     assert max(counted.idle[1:]) < FLOWERS_SLEEP - LAST_POLL
