@@ -22,7 +22,10 @@ _fleet = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "conf
 entropy, fleet_of, spec_of, vector_of = (_fleet[name] for name in ("entropy", "fleet_of", "spec_of", "vector_of"))
 make_fleet, session_spec = _fleet["make_fleet"], _fleet["session_spec"]
 NEW_ADAPTER = "ab" * 32
-METHODS = {Step.SURVIVORS: ("on_survivors", "on_consistency_signature"), Step.UNMASK: ("on_unmask", "on_unmask_response")}
+METHODS = {
+    Step.SURVIVORS: ("on_survivors", "on_consistency_signature"),
+    Step.UNMASK: ("on_unmask", "on_unmask_response"),
+}
 Lost = Mapping[Step, Sequence[str]]
 Change = Callable[[list[Entry]], list[Entry]]
 
