@@ -1,17 +1,22 @@
-"""The coordinator's Flower ServerApp: opens the home that the run configuration names, runs its rounds on any grid."""
+"""The coordinator's Flower ServerApp: opens the state directory that the run configuration names, and runs its rounds.
+
+The grid may be Flower's own or a simulated one.
+"""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from aggregation.errors import ConfigError
+from coordinator.registry.roundrecord import RoundRecord
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.wire import Clock, SystemClock, Wire
 
-STATE = "coordinator-state"  # key of the run configuration: the coordinator's folder
+STATE = "coordinator-state"  # key of the run configuration: the coordinator's state directory
 
 log = logging.getLogger("edgeadapt.coordinator")
 app = ServerApp()
@@ -23,22 +28,41 @@ def main(grid: Grid, context: Context) -> None:
     _show_log()
     folder = context.run_config.get(STATE)
     if not isinstance(folder, str) or not folder:
-        raise ConfigError(f"the run configuration needs {STATE!r}: the coordinator's folder")
+        raise ConfigError(
+            f"the run configuration needs {STATE!r}: the coordinator's state directory", about=STATE, value=folder
+        )
     state_dir = CoordinatorStateDir.open(Path(folder))
-    # A simulated grid brings its own time, which does not wait.
-    clock: Clock = getattr(grid, "clock", None) or SystemClock()
-    for record in federate(state_dir, Wire(grid, clock, state_dir.settings.deadline)):
+    for record in run(state_dir, grid):
         log.info(
             "round %d of %d: %s",
             record.round,
             state_dir.settings.rounds,
-            record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} lost",
+            record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts",
             extra={"record": record, "rounds": state_dir.settings.rounds},
         )
 
 
+def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
+    """Run the rounds that are still to do, and yield the record of each one once it is committed.
+
+    Raises:
+        EdgeAdaptError: Another run uses the state directory, or as ``federate``.
+    """
+    # A simulated grid has its own time, which does not wait.
+    clock: Clock = getattr(grid, "clock", None) or SystemClock()
+    with state_dir.locked():
+        yield from federate(
+            Wire(grid, clock, state_dir.settings.deadline),
+            state_dir.registry,
+            key=state_dir.key,
+            read_root=state_dir.read_root,
+            settings=state_dir.settings,
+            transcripts=state_dir.transcripts,
+        )
+
+
 def _show_log() -> None:
-    """Write the log to Flower's stream of the run, unless whoever runs this already listens."""
+    """Write the log to Flower's stream of the run, unless the process already has a handler for it."""
     if not log.hasHandlers():
         parent = logging.getLogger("edgeadapt")
         parent.addHandler(logging.StreamHandler())

@@ -1,6 +1,7 @@
-"""Make a session: who is there, steps 1–4 of the protocol with them, and who was lost meanwhile.
+"""Make a session: check the devices in, then steps 1–4 of the protocol with those that answered.
 
-The core decides what is legal; here is the order of things. ``coordinator.rounds`` goes on from the session.
+``aggregation.server`` decides which step is legal; this file holds the order of the steps. ``coordinator.rounds``
+continues with the session.
 """
 
 import logging
@@ -9,49 +10,69 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from adapters.layout import Layout
 from aggregation import server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.pki import Root
+from aggregation.pki.identity import IdentityKey
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.steps import PROOF, REVOCATIONS, Step
 from coordinator.recorder import Recorder
-from coordinator.statedir import CoordinatorStateDir
+from coordinator.registry.versions import StoredAdapter
+from coordinator.settings import FederationSettings
+from coordinator.transcripts import Transcripts
 from coordinator.wire import Wire
 
 log = logging.getLogger("edgeadapt.coordinator")
 S = TypeVar("S")
+Attachments = Mapping[str, Mapping[str, bytes]]  # device → field → what its message carries besides the body
 
 
 @dataclass(slots=True)
-class Fleet:
-    """The devices that a session was made with: device → Flower node, and who is lost where in the round under way.
+class Cohort:
+    """The devices of a session, and how to reach them. What is asked and answered goes into the session's log.
 
-    What is asked and answered goes into the session's transcript.
+    Args:
+        wire: Reaches the nodes.
+        nodes: Device → Flower node.
+        recorder: Writes the log.
+        dropouts: Device → the step at which it dropped out of the round under way.
     """
 
     wire: Wire
     nodes: Mapping[str, int]
     recorder: Recorder
-    lost: dict[str, str] = field(default_factory=dict)
+    dropouts: dict[str, str] = field(default_factory=dict)
 
-    def gather(
+    def exchange(
         self,
         state: S,
         accept: Callable[[S, str, bytes], S],
         step: Step,
         bodies: Mapping[str, bytes],
-        *,
         group: str,
-        beside: Mapping[str, Mapping[str, bytes]] | None = None,
+        extra: Attachments | None = None,
     ) -> S:
-        """Ask each device of ``bodies`` and let the state ``accept`` each answer as it comes."""
+        """Send each device its message, and let the state ``accept`` each answer in the order of arrival.
+
+        A device that does not answer, or whose answer ``accept`` refuses, drops out.
+
+        Args:
+            state: Of the protocol, before the first answer.
+            accept: (state, device, answer) → next state; raises ``ProtocolError``.
+            step: Of the protocol.
+            bodies: Device → protocol message.
+            group: Flower's group id: the round, or the attempt at a session.
+            extra: See ``attachments``.
+
+        Returns:
+            The state after the last answer, to be closed by the caller.
+        """
         devices = {self.nodes[device]: device for device in bodies}
         asked = {self.nodes[device]: body for device, body in bodies.items()}
-        extra = {self.nodes[device]: fields for device, fields in (beside or {}).items()}
+        fields = {self.nodes[device]: each for device, each in (extra or {}).items()}
         self.recorder.sent(step, bodies)
-        for reply in self.wire.ask(step, asked, group, extra):
+        for reply in self.wire.ask(step, asked, group, fields):
             device = devices[reply.node]
             try:
                 if reply.body is None:
@@ -60,62 +81,85 @@ class Fleet:
                 self.recorder.received(step, device, reply.body)
                 log.debug("%s answered %s", device, step.value, extra={"answered": step.value})
             except ProtocolError as error:
-                self.lost[device] = step.value
-                log.info("%s lost at %s: %s", device, step.value, error)
+                self.dropouts[device] = step.value
+                log.info("%s dropped out at %s: %s", device, step.value, error)
         return state
 
 
-def establish(state_dir: CoordinatorStateDir, wire: Wire, rounds: int, group: str) -> tuple[Fleet, Established]:
-    """A session of ``rounds`` rounds with the devices that can be reached.
+def attachments(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> Attachments:
+    """What travels in the same message as the body: each device's own proof, and the fields that all devices get."""
+    return {device: {PROOF: proof, **shared} for device, proof in proofs.items()}
+
+
+def establish(
+    wire: Wire,
+    adapter: StoredAdapter,
+    rounds: int,
+    group: str,
+    *,
+    key: IdentityKey,
+    read_root: Callable[[datetime], Root],
+    settings: FederationSettings,
+    transcripts: Transcripts,
+) -> tuple[Cohort, Established]:
+    """Make a session of ``rounds`` rounds with the devices that can be reached.
+
+    Args:
+        wire: Reaches the devices.
+        adapter: Whose layout and base the session is for.
+        rounds: That the session shall last.
+        group: Begins Flower's group id of each attempt.
+        key: The coordinator's signing key.
+        read_root: Now → the authority with its newest revocation list, read again for each attempt.
+        settings: Of the federation.
+        transcripts: Where the session's log is written.
 
     Raises:
-        EdgeAdaptError: It could not be made in ``settings.attempts`` tries, or the registry failed.
+        EdgeAdaptError: No session came about in ``settings.attempts`` attempts, or a file could not be written.
     """
     reason = ""
-    for attempt in range(1, state_dir.settings.attempts + 1):
-        outcome = _session(state_dir, wire, rounds, f"{group}-{attempt}")
-        if not isinstance(outcome, RoundAborted):
-            return outcome
-        reason = outcome.detail
-        log.warning("session not made, attempt %d of %d: %s", attempt, state_dir.settings.attempts, reason)
-    raise EdgeAdaptError(f"no session after {state_dir.settings.attempts} attempts: {reason}")
+    for attempt in range(1, settings.attempts + 1):
+        root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
+        certificates, nodes, seen = _check_in(root, wire, name)
+        least = settings.aggregation.minimum_devices
+        if len(nodes) < least:
+            reason = f"{len(nodes)} devices answered, {least} are needed"
+        else:
+            spec = settings.aggregation.spec(len(nodes), adapter.layout, adapter.manifest.base_digest, rounds)
+            opened = server.open_session(key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
+            cohort = Cohort(wire, nodes, transcripts.begin(opened[0].offer, root.revoked))
+            proofs = transcripts.session_chain_proofs(cohort.recorder, seen)
+            revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
+            outcome = _negotiate(cohort, *opened, attachments(proofs, revoked), name)
+            if not isinstance(outcome, RoundAborted):
+                log.info("session of %d devices for %d rounds", len(nodes) - len(cohort.dropouts), rounds)
+                return cohort, outcome
+            reason = outcome.detail
+        log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
+    raise EdgeAdaptError(f"no session after {settings.attempts} attempts: {reason}", about="session")
 
 
-def _session(
-    state_dir: CoordinatorStateDir, wire: Wire, rounds: int, group: str
-) -> tuple[Fleet, Established] | RoundAborted:
+def _negotiate(
+    cohort: Cohort, offering: Offering, offer: bytes, extra: Attachments, group: str
+) -> Established | RoundAborted:
     """Steps 1–4 of the protocol."""
-    version = state_dir.latest()
-    root = state_dir.trusted(datetime.now(UTC))
-    certificates, nodes, seen = _roll_call(root, wire, group)
-    least = state_dir.settings.aggregation.minimum_devices
-    if len(nodes) < least:
-        return RoundAborted(server.AbortReason.TOO_FEW, f"{len(nodes)} devices answered, {least} are needed", None)
-    layout = Layout.of(state_dir.registry.tensors(version.manifest.version))
-    spec = state_dir.settings.aggregation.spec(len(nodes), layout, version.manifest.base_digest, rounds)
-    offering, offer = server.open_session(state_dir.key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
-    fleet = Fleet(wire, nodes, state_dir.transcripts.begin(offering.offer, root.revoked))
-    offers = dict.fromkeys(nodes, offer)
-    revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
-    extra = beside(state_dir.transcripts.passages(fleet.recorder, seen), revoked)
-    sharing = fleet.gather(offering, Offering.on_advert, Step.OFFER, offers, group=group, beside=extra).close()
+    offers = dict.fromkeys(cohort.nodes, offer)
+    sharing = cohort.exchange(offering, Offering.on_advert, Step.OFFER, offers, group, extra).close()
     if isinstance(sharing, RoundAborted):
         return sharing
     state, roster = sharing
-    rosters = {device: roster for device in nodes if device not in fleet.lost}
-    session = fleet.gather(state, Sharing.on_shares, Step.ROSTER, rosters, group=group).close()
-    if isinstance(session, RoundAborted):
-        return session
-    fleet.recorder.checkpoint()
-    log.info("session of %d devices for %d rounds", len(nodes) - len(fleet.lost), rounds)
-    return fleet, session
+    rosters = {device: roster for device in cohort.nodes if device not in cohort.dropouts}
+    session = cohort.exchange(state, Sharing.on_shares, Step.ROSTER, rosters, group).close()
+    if not isinstance(session, RoundAborted):
+        cohort.recorder.checkpoint()
+    return session
 
 
-def _roll_call(root: Root, wire: Wire, group: str) -> tuple[dict[str, bytes], dict[str, int], dict[str, bytes]]:
-    """Ask every node who it is; keep those with a certificate of the authority's, one node a device.
+def _check_in(root: Root, wire: Wire, group: str) -> tuple[dict[str, bytes], dict[str, int], dict[str, bytes]]:
+    """Ask every node for its certificate; keep those that the authority certified, one node for each device.
 
     Returns:
-        Device → certificate, device → node, and device → the offer that it says it joined last.
+        Device → certificate, device → node, and device → digest of the offer that it joined last.
     """
     certificates: dict[str, bytes] = {}
     nodes: dict[str, int] = {}
@@ -124,15 +168,10 @@ def _roll_call(root: Root, wire: Wire, group: str) -> tuple[dict[str, bytes], di
         try:
             device, _ = root.verify(reply.body or b"", datetime.now(UTC))
         except EdgeAdaptError as error:
-            log.info("node %d is not taken: %s", reply.node, reply.reason or error)
+            log.info("node %d is not admitted: %s", reply.node, reply.reason or error)
             continue
         if device in nodes:
-            log.warning("node %d is not taken: node %d said before that it is %s", reply.node, nodes[device], device)
+            log.warning("node %d is not admitted: node %d checked in as %s before", reply.node, nodes[device], device)
             continue
         certificates[device], nodes[device], seen[device] = reply.body or b"", reply.node, reply.seen
     return certificates, nodes, seen
-
-
-def beside(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:
-    """Device → fields beside its message: its own proof, and what all get alike."""
-    return {device: {PROOF: proof, **shared} for device, proof in proofs.items()}

@@ -1,8 +1,8 @@
-"""The coordinator's home: its signing key, the authority that it relies on, settings, registry and transcripts.
+"""The coordinator's state directory: its signing key, the authority that it pins, settings, registry and transcripts.
 
-The authority's revocation list lies in it too, where there is one. It is read again for each session, so that a new one
-counts without a restart, and the coordinator takes no older one than it went by before. Flower would start a second run
-beside one that is under way; the home takes one at a time.
+It also holds the authority's revocation list, where there is one. The list is read again for each session, so that a
+new one counts without a restart; a list older than that of the last session is refused. One run at a time uses the
+directory: Flower itself would start a second one.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY
 from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
-from coordinator.registry.versions import Registry, Version
+from coordinator.registry.versions import Registry
 from coordinator.settings import SETTINGS as SETTINGS
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts
@@ -33,7 +33,7 @@ LOCK = "run.lock"
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorStateDir:
-    """A coordinator, opened from its folder."""
+    """A coordinator's state directory, opened. Functions take the parts that they use, not this."""
 
     folder: Path
     key: IdentityKey
@@ -44,7 +44,7 @@ class CoordinatorStateDir:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read the folder.
+        """Read the directory.
 
         Raises:
             ConfigError: A file is missing or a setting is ill-formed.
@@ -57,20 +57,21 @@ class CoordinatorStateDir:
             with of_file(folder / AUTHORITY):
                 root = Root.from_pem((folder / AUTHORITY).read_bytes())
         except FileNotFoundError as error:
+            missing = Path(error.filename).name
             raise ConfigError(
-                f"{folder} is not a coordinator's home: {Path(error.filename).name} is missing"
+                f"{folder} is not a coordinator's state directory: {missing} is missing", about=missing
             ) from error
         transcripts = Transcripts(folder / TRANSCRIPT, key, root, settings.aggregation.keep_masked_inputs)
         return cls(folder, key, root, settings, open_registry(folder, key), transcripts)
 
-    def trusted(self, at: datetime) -> Root:
-        """The authority, with the revocation list that lies here and in the newest transcript.
+    def read_root(self, at: datetime) -> Root:
+        """The authority, with the newest of the revocation lists in this directory and in its transcripts.
 
         Args:
             at: Now.
 
         Raises:
-            TrustError: The list is not the authority's, is older than that of the last session, or is past its end.
+            TrustError: A list is not the authority's, is older than that of the last session, or has expired.
         """
         root = self.root
         for path in (self.folder / TRANSCRIPT / REVOKED, self.folder / REVOKED):
@@ -81,23 +82,12 @@ class CoordinatorStateDir:
             root.revoked.require_fresh(at)
         return root
 
-    def latest(self) -> Version:
-        """The adapter of the last round that came through, or the vendor's seed.
-
-        Raises:
-            EdgeAdaptError: There is none yet.
-        """
-        version = self.registry.latest()
-        if version is None:
-            raise EdgeAdaptError("the registry is empty: publish a seed adapter as version 0 first")
-        return version
-
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One run at a time: two would write the same logs and registry.
+        """Hold the directory for a run: two runs would write the same logs and registry.
 
         Raises:
-            EdgeAdaptError: Another run is under way.
+            EdgeAdaptError: Another run holds it.
         """
         with ExitStack() as stack:
             try:
@@ -110,6 +100,6 @@ class CoordinatorStateDir:
 
 
 def open_registry(folder: Path, key: IdentityKey) -> Registry:
-    """The registry of a coordinator's home."""
+    """The registry in a coordinator's state directory."""
     url = URL.create("sqlite", database=str(folder / DATABASE))  # built, not formatted: a folder may have a "?"
     return Registry.open(url, str(folder / BLOBS), [key.public])

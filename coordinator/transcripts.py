@@ -95,8 +95,8 @@ class Transcripts:
         storage.sync(self.folder)
         return recorder
 
-    def passages(self, recorder: Recorder, seen: Mapping[str, bytes]) -> dict[str, bytes]:
-        """What each device gets beside the offer of the session of ``recorder``.
+    def session_chain_proofs(self, recorder: Recorder, seen: Mapping[str, bytes]) -> dict[str, bytes]:
+        """What each device gets in the same message as the offer of the session of ``recorder``.
 
         Args:
             recorder: Of the new session.

@@ -1,13 +1,13 @@
 """The registry: every version of the shared adapter, signed and content-addressed, and the record of every round.
 
-A round lands whole or not at all (docs/decisions/0002): first the blob under its content address, then one database
+A round is committed as a unit (docs/decisions/0002): first the blob under its content address, then one database
 transaction with the version, the round's record and the optimizer's state. A kill at any instant loses at most the
-round under way. Nothing read is believed before its signature and digest are checked; whether a version is *newer*
-than what a device has is the device's to check.
+round under way. Everything that is read is verified: the signature of a manifest, the digest of a blob. Whether a
+version is newer than the one that a device has is for the device to check.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, Row, func, select
@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL
 from adapters import files
 from adapters.layout import Layout, Tensors
 from adapters.manifest import VersionManifest
-from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator.registry import database
 from coordinator.registry.blobs import Blobs
@@ -34,6 +34,20 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """A version with its file, read and verified once. ``tensors`` are those in ``blob``."""
+
+    manifest: VersionManifest
+    blob: bytes = field(repr=False)
+    tensors: Tensors = field(repr=False)
+
+    @property
+    def layout(self) -> Layout:
+        """Of the tensors."""
+        return Layout.of(self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
 class Registry:
     """Open with ``Registry.open``. One coordinator writes; any number may read."""
 
@@ -43,28 +57,28 @@ class Registry:
 
     @classmethod
     def open(cls, database_url: str | URL, blob_url: str, trusted: Sequence[PublicKey]) -> Self:
-        """Open a registry, and make it if it is not there.
+        """Open a registry; make an empty one where there is none.
 
         Args:
             database_url: SQLAlchemy's, for example ``sqlite:///registry.db``.
-            blob_url: A folder, or any address that fsspec knows.
-            trusted: Keys whose manifests are believed, and with which may be published.
+            blob_url: A folder, or any address that fsspec supports.
+            trusted: Keys whose manifests are accepted, and which may publish.
 
         Raises:
-            EdgeAdaptError: In its kinds, as ``database.connect`` and ``Blobs.open``.
+            EdgeAdaptError: As ``database.connect`` and ``Blobs.open``.
         """
         return cls(database.connect(database_url), Blobs.open(blob_url), tuple(trusted))
 
     def close(self) -> None:
-        """Give back the database connections."""
+        """Close the database connections."""
         self.engine.dispose()
 
     def publish(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
-        """Sign and store a version that comes from no round, such as the vendor's seed.
+        """Sign and store a version that no round produced, such as the seed adapter.
 
         Raises:
             DataError: The blob is not what the manifest says, or the version is not the next one.
-            ConfigError: ``key`` is not among those that this registry trusts.
+            ConfigError: The registry does not trust ``key``.
             EdgeAdaptError: The store failed; nothing was changed.
         """
         version = self._prepare(manifest, blob, key)
@@ -73,54 +87,45 @@ class Registry:
         return version
 
     def record_round(self, record: RoundRecord) -> None:
-        """Keep the record of a round that made no version.
+        """Keep the record of a round that produced no version.
 
         Raises:
             DataError: The round is already recorded, or the record names a version.
             EdgeAdaptError: The database failed; nothing was changed.
         """
         if record.version is not None:
-            raise DataError(f"round {record.round} names version {record.version}: commit it with its manifest")
+            raise DataError(
+                f"round {record.round} names version {record.version}: commit it with its manifest",
+                about="record.version",
+                value=record.version,
+            )
         with database.explained(self.engine), self.engine.begin() as connection:
             connection.execute(database.rounds.insert().values(record.to_row()))
 
     def commit_round(
-        self,
-        record: RoundRecord,
-        manifest: VersionManifest | None,
-        blob: bytes | None,
-        optimizer_state: Tensors | None,
-        key: IdentityKey,
-    ) -> Version | None:
-        """Keep a round's record, its new version and the optimizer's state, all of them or none.
+        self, record: RoundRecord, manifest: VersionManifest, blob: bytes, optimizer_state: Tensors, key: IdentityKey
+    ) -> Version:
+        """Keep a round's record, the version that it produced and the optimizer's state, all of them or none.
 
         Args:
-            record: The round.
-            manifest: Of the new version, with its ``blob``; both None for a round without one.
-            blob: The adapter's safetensors bytes.
-            optimizer_state: From ``optimizer.to_tensors``; None leaves the stored state as it is.
+            record: Of the round.
+            manifest: Of the new version.
+            blob: The new version's safetensors bytes.
+            optimizer_state: From ``optimizer.to_tensors``.
             key: Signs the manifest.
 
         Raises:
             DataError: Record, manifest and blob contradict each other or what is stored.
-            ConfigError: ``key`` is not among those that this registry trusts.
+            ConfigError: The registry does not trust ``key``.
             EdgeAdaptError: The store failed; nothing was changed.
         """
-        if (manifest is None) != (blob is None):
-            raise DataError("a manifest and its blob are committed together")
-        if manifest is not None:
-            record.require_agreement(manifest)
-        elif record.version is not None:
-            raise DataError(f"round {record.round} names version {record.version} but brings no manifest")
-        version = None if manifest is None or blob is None else self._prepare(manifest, blob, key)
-        state = None if optimizer_state is None else _state_row(optimizer_state)
+        record.require_agreement(manifest)
+        version, state = self._prepare(manifest, blob, key), _state_row(optimizer_state)
         with database.explained(self.engine), self.engine.begin() as connection:
-            if version is not None:
-                self._insert(connection, version)
+            self._insert(connection, version)
             connection.execute(database.rounds.insert().values(record.to_row()))
-            if state is not None:
-                connection.execute(database.optimizer.delete())
-                connection.execute(database.optimizer.insert().values(state))
+            connection.execute(database.optimizer.delete())
+            connection.execute(database.optimizer.insert().values(state))
         return version
 
     def latest(self) -> Version | None:
@@ -140,7 +145,7 @@ class Registry:
         with database.explained(self.engine), self.engine.connect() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
-            raise DataError(f"the registry has no version {number}")
+            raise DataError(f"the registry has no version {number}", about="version", value=number)
         return self._verified(row)
 
     def versions(self) -> tuple[Version, ...]:
@@ -149,6 +154,20 @@ class Registry:
         with database.explained(self.engine), self.engine.connect() as connection:
             rows = connection.execute(query).all()
         return tuple(self._verified(row) for row in rows)
+
+    def newest_adapter(self) -> StoredAdapter:
+        """The newest version with its file: what the next round starts from.
+
+        Raises:
+            EdgeAdaptError: The registry is empty, or as ``blob``.
+        """
+        version = self.latest()
+        if version is None:
+            raise EdgeAdaptError(
+                "the registry is empty: publish a first adapter with 'edgeadapt coordinator publish'", about="registry"
+            )
+        blob = self.blobs.get(version.manifest.sha256)
+        return StoredAdapter(version.manifest, blob, files.decode(blob))
 
     def blob(self, number: int) -> bytes:
         """A version's file, byte for byte as published.
@@ -174,10 +193,12 @@ class Registry:
             try:
                 return tuple(RoundRecord.of_row(row) for row in connection.execute(query))
             except (TypeError, ValueError) as error:
-                raise DataError(f"a round's record is damaged ({error}): restore the database from a copy") from error
+                raise DataError(
+                    f"a round's record is damaged ({error}): restore the database from a copy", about="record"
+                ) from error
 
     def optimizer_state(self) -> Tensors:
-        """What the last committed round left for the next one's optimizer; empty if it left nothing.
+        """The optimizer state that the last committed round left; empty if it left none.
 
         Raises:
             TrustError: The stored state was altered.
@@ -187,17 +208,22 @@ class Registry:
         if row is None or not row.tensors:
             return {}
         if files.sha256(row.tensors) != row.sha256:
-            raise TrustError("the stored optimizer state was altered: restore the database from a copy")
+            raise TrustError(
+                "the stored optimizer state was altered: restore the database from a copy", about="optimizer"
+            )
         return files.decode(row.tensors)
 
     def _prepare(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
-        """Check a new version against its blob, sign it and store the blob, which nothing refers to yet."""
+        """Check a new version against its blob, sign it, and store the blob, which nothing refers to yet."""
+        number = manifest.version
         if key.public not in self.trusted:
-            raise ConfigError(f"key {key.public.key_id} is not among those that this registry trusts")
+            raise ConfigError(f"the registry does not trust the key {key.public.key_id}", about="key")
         if manifest.sha256 != files.sha256(blob) or manifest.size != len(blob):
-            raise DataError(f"version {manifest.version}: the manifest describes another file")
+            raise DataError(f"version {number}: the manifest describes another file", about="manifest.sha256")
         if Layout.of(files.decode(blob)).digest != manifest.layout_digest:
-            raise DataError(f"version {manifest.version}: the file does not have the manifest's layout")
+            raise DataError(
+                f"version {number}: the file does not have the manifest's layout", about="manifest.layout_digest"
+            )
         raw = manifest.sign(key)
         version = Version(VersionManifest.accept(raw, [key.public]), raw)
         self.blobs.put(blob)
@@ -207,17 +233,27 @@ class Registry:
         manifest, table = version.manifest, database.versions
         last = connection.scalar(select(func.max(table.c.version)))
         if manifest.version != (0 if last is None else last + 1):
-            raise DataError(f"version {manifest.version} is not the next one: the last is {last}")
+            raise DataError(
+                f"version {manifest.version} is not the next one: the last is {last}",
+                about="manifest.version",
+                value=manifest.version,
+            )
         known = select(table.c.version).where(table.c.sha256 == manifest.parent).limit(1)
         if (last is None) != (manifest.parent is None) or (last is not None and connection.scalar(known) is None):
-            raise DataError(f"version {manifest.version}: its parent is no version of this registry")
+            raise DataError(
+                f"version {manifest.version}: its parent is not a version of this registry",
+                about="manifest.parent",
+                value=manifest.parent,
+            )
         row = {"version": manifest.version, "sha256": manifest.sha256, "manifest": version.raw}
         connection.execute(table.insert().values(row))
 
     def _verified(self, row: Row[Any]) -> Version:
         manifest = VersionManifest.accept(row.manifest, self.trusted)
         if (manifest.version, manifest.sha256) != (row.version, row.sha256):
-            raise TrustError(f"version {row.version} of the registry holds the manifest of another version")
+            raise TrustError(
+                f"version {row.version} of the registry holds the manifest of another version", about="manifest"
+            )
         return Version(manifest, row.manifest)
 
 

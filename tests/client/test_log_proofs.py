@@ -14,6 +14,7 @@ from aggregation.transcript import NO_SESSION, Transcript, session_chain_proof
 from client.node.app import STATE, app
 from client.node.statedir import LOG_STATE
 from coordinator import rounds as module
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import logs
 
 FleetOf = Callable[..., Any]
@@ -134,7 +135,7 @@ KEY: list[IdentityKey] = []
 def test_no_device_takes_part_again_when_the_log_does_not_hold(
     fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lie: Any, reason: str
 ) -> None:
-    begin = module.CoordinatorStateDir.open
+    begin = CoordinatorStateDir.open
 
     def opened(folder: Path) -> Any:
         state_dir = begin(folder)

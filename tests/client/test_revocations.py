@@ -146,5 +146,5 @@ def test_a_device_keeps_its_list_when_the_coordinator_sends_none(fleet_of: Fleet
 
 def test_the_coordinators_list_is_none_where_there_is_none(fleet_of: FleetOf, tmp_path: Path) -> None:
     state_dir = CoordinatorStateDir.open(fleet_of(3).out / "coordinator")
-    assert state_dir.trusted(NOW) == state_dir.root
+    assert state_dir.read_root(NOW) == state_dir.root
     state_dir.registry.close()

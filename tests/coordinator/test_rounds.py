@@ -16,9 +16,10 @@ from aggregation.server import AbortReason, RoundAborted
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app as client_app
 from client.training import contribute
-from coordinator import rounds as module
 from coordinator.app import main
 from coordinator.audit.auditor import audit
+from coordinator.registry.blobs import Blobs
+from coordinator.rounds import metrics_of, require_weight
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import logs
 
@@ -77,6 +78,21 @@ def test_a_version_says_from_which_round_and_parent_it_is(fleet_of: FleetOf) -> 
     }
 
 
+def test_an_adapter_is_read_and_verified_once_a_round(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a round that begins with a session, whose offer names the adapter's layout."""
+    read: list[str] = []
+    get = Blobs.get
+
+    def counting(blobs: Blobs, digest: str) -> bytes:
+        read.append(digest)
+        return get(blobs, digest)
+
+    fleet = fleet_of(4, rounds=3, aggregation__session_rounds=2)
+    monkeypatch.setattr(Blobs, "get", counting)
+    fleet.federate(fleet.grid())
+    assert read == [version.manifest.sha256 for version in fleet.registry().versions()][:3]
+
+
 def test_a_session_serves_its_rounds_and_no_others(fleet_of: FleetOf) -> None:
     fleet, app = fleet_of(4, rounds=5, aggregation__session_rounds=2), Spoiled(lambda *_: None)
     fleet.federate(fleet.grid(app=app))
@@ -128,11 +144,10 @@ def test_nodes_without_a_certificate_of_the_authority_are_not_taken(
         (record,) = fleet.federate(fleet.grid(app=app))
     assert set(record.survivors) | {"device-01"} == {"device-01", *(f"device-{n:02d}" for n in range(4, 12))}
     assert not {node for _, step, node in app.asked if step is Step.PLAN} & {2, 4}
-    refused = [entry.message for entry in caplog.records if "is not taken" in entry.message]
+    refused = [entry.message for entry in caplog.records if "is not admitted" in entry.message]
     assert {tuple(message.split()[:2]) for message in refused} >= {("node", "2"), ("node", "4")}
     assert (
-        len([message for message in refused if re.search(r": node \d+ said before that it is device-01$", message)])
-        == 1
+        len([message for message in refused if re.search(r": node \d+ checked in as device-01 before$", message)]) == 1
     )
 
 
@@ -226,7 +241,7 @@ def result_of(**values: float) -> Any:
 
 
 def test_metrics_are_means_over_held_out_examples() -> None:
-    assert module._metrics(result_of()) == {
+    assert metrics_of(result_of()) == {
         "examples": 4.0,
         "training_seconds": 0.5,
         "accuracy": 0.5,
@@ -235,17 +250,17 @@ def test_metrics_are_means_over_held_out_examples() -> None:
 
 
 def test_without_held_out_examples_there_is_no_accuracy_to_speak_of() -> None:
-    assert module._metrics(result_of(held_out=0.2, seconds=-0.001)) == {"examples": 4.0, "training_seconds": 0.0}
+    assert metrics_of(result_of(held_out=0.2, seconds=-0.001)) == {"examples": 4.0, "training_seconds": 0.0}
 
 
 @pytest.mark.parametrize("weight", [-3.0, 0.0, 1.0, 1.9])
 def test_survivors_that_weigh_less_than_one_example_each_have_lied(weight: float) -> None:
     session: Any = object()
-    outcome = module._weighed(session, result_of(weight=weight))
+    outcome = require_weight(session, result_of(weight=weight))
     assert isinstance(outcome, RoundAborted)
     assert (outcome.reason, outcome.session) == (AbortReason.OUT_OF_RANGE, session)
     enough = result_of(weight=2.0)
-    assert module._weighed(session, enough) == (session, enough)
+    assert require_weight(session, enough) == (session, enough)
 
 
 def test_an_empty_registry_is_refused(fleet_of: FleetOf) -> None:
@@ -266,7 +281,7 @@ def test_a_run_without_the_coordinators_home_is_refused(fleet_of: FleetOf, confi
 def test_a_coordinators_home_with_a_file_missing_is_refused_by_name(fleet_of: FleetOf, name: str) -> None:
     fleet = fleet_of(3)
     (fleet.out / "coordinator" / name).unlink()
-    with pytest.raises(ConfigError, match=f"is not a coordinator's home.*{name}"):
+    with pytest.raises(ConfigError, match=f"is not a coordinator's state directory.*{name}"):
         CoordinatorStateDir.open(fleet.out / "coordinator")
 
 
@@ -275,4 +290,4 @@ def test_a_coordinators_home_with_a_damaged_file_is_refused_by_name(fleet_of: Fl
     path = fleet_of(3).out / "coordinator" / name
     path.write_bytes(b"damaged")
     with pytest.raises((TrustError, ConfigError), match=re.escape(f"{path}: ") + r"[nI]\w+ "):
-        CoordinatorStateDir.open(path.parent).trusted(datetime.now(UTC))
+        CoordinatorStateDir.open(path.parent).read_root(datetime.now(UTC))

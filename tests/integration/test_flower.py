@@ -121,8 +121,8 @@ def test_flower_says_that_both_runs_completed(outcome: Outcome) -> None:
 
 def test_whoever_streams_a_run_reads_how_its_rounds_went(outcome: Outcome) -> None:
     assert "session of 4 devices for 2 rounds" in outcome.logs[0]
-    assert "round 1 of 2: 4 survivors, 0 lost" in outcome.logs[0]
-    assert "round 3 of 3: 3 survivors, 0 lost" in outcome.logs[1]
+    assert "round 1 of 2: 4 survivors, 0 dropouts" in outcome.logs[0]
+    assert "round 3 of 3: 3 survivors, 0 dropouts" in outcome.logs[1]
 
 
 def test_every_version_is_signed_by_the_coordinator_and_changes_the_one_before(outcome: Outcome) -> None:

@@ -13,7 +13,7 @@ from flwr.app import Context, Message, RecordDict
 from aggregation.steps import Step
 from client.node.app import app as client_app
 from client.node.statedir import SETTINGS
-from coordinator.rounds import federate
+from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.wire import LAST_POLL
 
@@ -80,7 +80,7 @@ def test_a_round_of_a_session_takes_three_exchanges_or_two_and_waits_for_nothing
             settings.write(EITHER)
     counted = Counted(link.grid)
     with living(link, fleet.nodes.values()):
-        records = list(federate(CoordinatorStateDir.open(fleet.out / "coordinator"), link.wire(60.0)))
+        records = list(run(CoordinatorStateDir.open(fleet.out / "coordinator"), link.grid))
     assert [len(record.survivors) for record in records] == [3, 3, 3]
     made = [("session-1-1", step.message_type) for step in (Step.CHECK_IN, Step.OFFER, Step.ROSTER)]
     rounds = [(number, step.message_type) for number in ("1", "2", "3") for step in steps]
