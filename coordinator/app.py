@@ -11,7 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from aggregation.errors import ConfigError
-from coordinator.registry.roundrecord import RoundRecord
+from coordinator.registry import RoundRecord
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.wire import Clock, SystemClock, Wire

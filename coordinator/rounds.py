@@ -22,8 +22,7 @@ from aggregation.server import Confirming, Established, RoundAborted, RoundResul
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
 from coordinator import optimizer
-from coordinator.registry.roundrecord import RoundRecord
-from coordinator.registry.versions import Registry, StoredAdapter
+from coordinator.registry import Registry, RoundRecord, StoredAdapter
 from coordinator.session import Cohort, attachments, establish
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts
@@ -72,7 +71,7 @@ def federate(
                     settings=settings,
                     transcripts=transcripts,
                 )
-            cohort.dropouts.clear()
+            cohort.dropped.clear()
             task = settings.training.task(adapter.manifest, settings.seed).encode()
             outcome = _aggregate(cohort, session, adapter, task, number)
             session = outcome.session if isinstance(outcome, RoundAborted) else outcome[0]
@@ -150,7 +149,7 @@ def _record(
     return RoundRecord(
         round=number,
         survivors=result.survivors if result else (),
-        dropped=dict(cohort.dropouts),
+        dropped=dict(cohort.dropped),
         aborted=outcome.detail if isinstance(outcome, RoundAborted) else None,
         bytes_up=traffic.up,
         bytes_down=traffic.down,

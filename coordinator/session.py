@@ -18,7 +18,7 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.steps import PROOF, REVOCATIONS, Step
 from coordinator.recorder import Recorder
-from coordinator.registry.versions import StoredAdapter
+from coordinator.registry import StoredAdapter
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts
 from coordinator.wire import Wire
@@ -36,13 +36,13 @@ class Cohort:
         wire: Reaches the nodes.
         nodes: Device → Flower node.
         recorder: Writes the log.
-        dropouts: Device → the step at which it dropped out of the round under way.
+        dropped: Device → the step at which it dropped out of the round under way, or of the making of the session.
     """
 
     wire: Wire
     nodes: Mapping[str, int]
     recorder: Recorder
-    dropouts: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
 
     def exchange(
         self,
@@ -81,7 +81,7 @@ class Cohort:
                 self.recorder.received(step, device, reply.body)
                 log.debug("%s answered %s", device, step.value, extra={"answered": step.value})
             except ProtocolError as error:
-                self.dropouts[device] = step.value
+                self.dropped[device] = step.value
                 log.info("%s dropped out at %s: %s", device, step.value, error)
         return state
 
@@ -132,7 +132,7 @@ def establish(
             revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
             outcome = _negotiate(cohort, *opened, attachments(proofs, revoked), name)
             if not isinstance(outcome, RoundAborted):
-                log.info("session of %d devices for %d rounds", len(nodes) - len(cohort.dropouts), rounds)
+                log.info("session of %d devices for %d rounds", len(nodes) - len(cohort.dropped), rounds)
                 return cohort, outcome
             reason = outcome.detail
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
@@ -148,7 +148,7 @@ def _negotiate(
     if isinstance(sharing, RoundAborted):
         return sharing
     state, roster = sharing
-    rosters = {device: roster for device in cohort.nodes if device not in cohort.dropouts}
+    rosters = {device: roster for device in cohort.nodes if device not in cohort.dropped}
     session = cohort.exchange(state, Sharing.on_shares, Step.ROSTER, rosters, group).close()
     if not isinstance(session, RoundAborted):
         cohort.recorder.checkpoint()

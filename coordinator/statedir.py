@@ -19,7 +19,7 @@ from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY
 from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
-from coordinator.registry.versions import Registry
+from coordinator.registry import Registry
 from coordinator.settings import SETTINGS as SETTINGS
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts

@@ -1,7 +1,7 @@
 """Blobs under their content address, on any file system that fsspec knows: a folder by default.
 
-A blob is there whole or not at all, and ``get`` returns the bytes that its name promises or raises. What a blob
-means is said in signed manifests, not here.
+A blob is written whole or not at all, and ``get`` returns only bytes that have the digest in their name. Signed
+manifests say what a blob is.
 """
 
 import os
@@ -29,28 +29,30 @@ class Blobs:
 
     @classmethod
     def open(cls, url: str) -> Self:
-        """Open the folder at ``url`` and make it if it is missing.
+        """Open the folder at ``url``, and create it if it is missing.
 
         Raises:
-            ConfigError: No file system of that kind, or its package is not installed.
-            EdgeAdaptError: The folder cannot be made.
+            ConfigError: fsspec has no file system of that kind, or its package is not installed.
+            EdgeAdaptError: The folder cannot be created.
         """
         try:
             fs, root = url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"the blob store's address is of no use: {error}") from error
+            raise ConfigError(
+                f"the blob store's address is not usable: {error}", about="blobs.url", value=url
+            ) from error
         blobs = cls(fs, root.rstrip("/") or root)
         with blobs._explained("cannot be opened"):
             fs.makedirs(blobs.root, exist_ok=True)
         return blobs
 
     def put(self, blob: bytes) -> str:
-        """Store ``blob`` and return its digest. When this returns, the blob is whole and will survive a power cut.
+        """Store ``blob`` and return its digest. After the return it survives a power cut.
 
-        It is written beside its place and moved there; a kill leaves at most a file that ends in ``.part``.
+        It is written to a temporary name and moved to its place; a kill leaves at most a file that ends in ``.part``.
 
         Raises:
-            EdgeAdaptError: The folder is full or cannot be written to. Blobs that were there stay as they were.
+            EdgeAdaptError: The folder is full or cannot be written to. The other blobs are unchanged.
         """
         digest = sha256(blob)
         place = self._place(digest)
@@ -70,16 +72,20 @@ class Blobs:
 
         Raises:
             DataError: It is missing.
-            TrustError: Other bytes lie under its name.
+            TrustError: The file under its name has other content.
             EdgeAdaptError: It cannot be read.
         """
         with self._explained("cannot be read"):
             try:
                 blob: bytes = self.fs.cat_file(self._place(digest))
             except FileNotFoundError as error:
-                raise DataError(f"blob {digest} is missing from {self._name}: restore it from a copy") from error
+                raise DataError(
+                    f"blob {digest} is missing from {self._name}: restore it from a copy", about="blob", value=digest
+                ) from error
         if sha256(blob) != digest:
-            raise TrustError(f"blob {digest} in {self._name} was altered: restore it from a copy")
+            raise TrustError(
+                f"blob {digest} in {self._name} was altered: restore it from a copy", about="blob", value=digest
+            )
         return blob
 
     @property
@@ -97,7 +103,7 @@ class Blobs:
                 os.fsync(file.fileno())
 
     def _settle(self) -> None:
-        # On a local disk a move lasts only once its folder is on the disk too; object stores acknowledge when it does.
+        # On a local disk a move is durable only once the folder is synced; an object store acknowledges durable writes.
         if isinstance(self.fs, LocalFileSystem):
             sync(Path(self.root))
 
@@ -106,4 +112,4 @@ class Blobs:
         try:
             yield
         except OSError as error:
-            raise EdgeAdaptError(f"blob store {self._name} {what}: {error.strerror or error}") from error
+            raise EdgeAdaptError(f"blob store {self._name} {what}: {error.strerror or error}", about="blobs") from error

@@ -1,7 +1,6 @@
-"""The registry's tables, and a connection whose failures are one line.
+"""The registry's tables, and a connection whose failures are errors of one line.
 
-SQLite by default, anything that SQLAlchemy speaks by URL. What the rows mean, and whether to believe them, is
-``coordinator/registry/versions.py``'s to say.
+SQLite by default; by URL any database that SQLAlchemy supports. ``versions.py`` verifies what the rows hold.
 """
 
 from collections.abc import Iterator
@@ -66,18 +65,20 @@ optimizer = Table(  # one row
 
 
 def connect(url: str | URL) -> Engine:
-    """Open the database and make the tables that it lacks.
+    """Open the database, and create the tables that it lacks.
 
     Raises:
-        ConfigError: The URL is of no use, or the database is another program's or of a newer version of this one.
-        DataError: The file is no database or is damaged.
-        EdgeAdaptError: It cannot be reached, made or written to.
+        ConfigError: The URL is not usable, or the database belongs to another program or to a newer edgeadapt.
+        DataError: The file is not a database, or is damaged.
+        EdgeAdaptError: The database cannot be reached, created or written to.
     """
     try:
         parsed = make_url(url)
         engine = create_engine(parsed)
     except (ArgumentError, ImportError) as error:
-        raise ConfigError(f"the registry's database address is of no use: {_line(error)}") from error
+        raise ConfigError(
+            f"the registry's database address is not usable: {_line(error)}", about="database.url"
+        ) from error
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine, parsed)
     with explained(engine), engine.begin() as connection:
@@ -87,34 +88,43 @@ def connect(url: str | URL) -> Engine:
 
 @contextmanager
 def explained(engine: Engine) -> Iterator[None]:
-    """Turn a failure of the database into one line. The transaction around it has been rolled back."""
+    """Turn a failure of the database into an error of one line. The transaction has been rolled back."""
     name = f"registry database {engine.url.render_as_string(hide_password=True)}"
     try:
         yield
     except IntegrityError as error:
         raise DataError(
-            f"{name}: this round or version is already there (is another coordinator at work?); nothing was changed"
+            f"{name}: this round or version is already stored (by another coordinator?); nothing was changed",
+            about="database",
         ) from error
     except DBAPIError as error:
         reason = _line(error.orig)
         if type(error) is DatabaseError:  # its subclasses are about the disk, the network or the statement
-            raise DataError(f"{name} is damaged or no database ({reason}): restore it from a copy") from error
-        raise EdgeAdaptError(f"{name}: {reason}; nothing was changed") from error
+            raise DataError(
+                f"{name} is damaged or not a database ({reason}): restore it from a copy", about="database"
+            ) from error
+        raise EdgeAdaptError(f"{name}: {reason}; nothing was changed", about="database") from error
     except SQLAlchemyError as error:
-        raise EdgeAdaptError(f"{name}: {_line(error)}; nothing was changed") from error
-    except UnicodeDecodeError as error:  # sqlite names what it did not find, and the name is damaged
-        raise DataError(f"{name} is damaged: restore it from a copy") from error
+        raise EdgeAdaptError(f"{name}: {_line(error)}; nothing was changed", about="database") from error
+    except UnicodeDecodeError as error:  # sqlite quotes a name that it did not find, and the name is damaged
+        raise DataError(f"{name} is damaged: restore it from a copy", about="database") from error
 
 
 def _claim(connection: Connection) -> None:
-    """Make the tables, unless the database is somebody else's or from the future."""
+    """Create the tables, unless the database is another program's or has a newer format."""
     name = connection.engine.url.render_as_string(hide_password=True)
     tables = inspect(connection).get_table_names()
     if tables and not any(table.startswith(PREFIX) for table in tables):
-        raise ConfigError(f"{name} is another program's database (it has a table {tables[0]!r}): name a new one")
+        raise ConfigError(
+            f"{name} is another program's database (it has a table {tables[0]!r}): name a new one", about="database"
+        )
     found = connection.scalar(select(formats.c.format)) if formats.name in tables else None
     if found not in (None, FORMAT):
-        raise ConfigError(f"{name} has format {found}, this version of edgeadapt reads {FORMAT}: update edgeadapt")
+        raise ConfigError(
+            f"{name} has format {found}, this version of edgeadapt reads {FORMAT}: update edgeadapt",
+            about="database.format",
+            value=found,
+        )
     metadata.create_all(connection)
     if found is None:
         connection.execute(formats.insert().values(format=FORMAT))
@@ -126,13 +136,15 @@ def _prepare_sqlite(engine: Engine, url: URL) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EdgeAdaptError(f"folder {folder} cannot be made: {error.strerror or error}") from error
+            raise EdgeAdaptError(
+                f"folder {folder} cannot be created: {error.strerror or error}", about="database"
+            ) from error
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin)
 
 
 def _configure(connection: Any, _: object) -> None:
-    # Python's sqlite3 begins a transaction late and not for every statement; with this it leaves that to ``_begin``.
+    # Python's sqlite3 begins a transaction late and not for every statement; now ``_begin`` begins each one.
     connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
 

@@ -27,7 +27,7 @@ from client.node.statedir import DeviceSettings, DeviceStateDir, enrol
 from client.training.examples import Example, Split, write_examples
 from client.training.trainer import Trainer, trainer
 from coordinator import statedir as coordinator_home
-from coordinator.registry.versions import Registry
+from coordinator.registry import Registry
 from coordinator.statedir import open_registry
 from simulations.data.households import Household, Population
 from simulations.data.households.values import Example as Phrase

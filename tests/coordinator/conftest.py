@@ -13,8 +13,7 @@ from adapters.layout import Layout, Tensors
 from adapters.manifest import PeftConfig, VersionManifest
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
-from coordinator.registry.roundrecord import RoundRecord
-from coordinator.registry.versions import Registry
+from coordinator.registry import Registry, RoundRecord
 
 
 def _tensors(value: float) -> Tensors:

@@ -1,4 +1,4 @@
-"""The registry: what is published comes back verified, contradictions are refused, alterations are found."""
+"""The registry returns what was published, verified; it refuses contradictions and detects alterations."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +17,8 @@ from adapters.layout import Layout
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
-from coordinator.registry import database
-from coordinator.registry.versions import Registry
+from coordinator.registry import Registry, database
+from tests.support import refused
 
 Reopen = Callable[[], Registry]
 
@@ -35,7 +35,7 @@ def test_a_new_registry_is_empty(registry: Registry) -> None:
     assert registry.optimizer_state() == {}
 
 
-def test_a_seed_and_rounds_come_back_from_a_new_process_as_they_went_in(reopen: Reopen, rounds: Any) -> None:
+def test_a_new_process_reads_the_seed_and_the_rounds_as_they_were_stored(reopen: Reopen, rounds: Any) -> None:
     registry = reopen()
     rounds.seed(registry)
     for number in (1, 2, 3):
@@ -68,7 +68,7 @@ def test_blobs_can_live_in_any_fsspec_file_system(tmp_path: Path, rounds: Any) -
     registry.close()
 
 
-def test_folders_with_odd_names_work_and_missing_ones_are_made(tmp_path: Path, rounds: Any) -> None:
+def test_folders_with_odd_names_work_and_missing_ones_are_created(tmp_path: Path, rounds: Any) -> None:
     folder = tmp_path / "a b?c#d%20@ü"
     url = URL.create("sqlite", database=str(folder / "deep" / "registry.db"))
     registry = Registry.open(url, str(folder / "blobs"), [rounds.key.public])
@@ -106,7 +106,7 @@ def test_an_optimizer_without_state_stores_none(registry: Registry, rounds: Any)
     assert registry.optimizer_state() == {}
 
 
-def test_a_device_lost_after_its_input_arrived_is_survivor_and_dropped(registry: Registry, rounds: Any) -> None:
+def test_a_device_that_drops_out_after_its_input_is_survivor_and_dropped(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     record = replace(rounds.record(1), dropped={"anna": "unmask"})
     registry.commit_round(record, rounds.manifest(1), rounds.blob(1), {}, rounds.key)
@@ -124,45 +124,45 @@ def test_numpy_numbers_in_a_record_are_stored_as_numbers(registry: Registry, rou
 
 
 def test_versions_that_are_not_the_next_one_are_refused(registry: Registry, rounds: Any) -> None:
-    with pytest.raises(DataError, match="not the next one: the last is None"):
+    with refused(DataError, "manifest.version", value=1):
         registry.publish(rounds.manifest(1), rounds.blob(1), rounds.key)
     rounds.seed(registry)
     for number in (0, 2):
-        with pytest.raises(DataError, match="not the next one: the last is 0"):
+        with refused(DataError, "manifest.version", value=number):
             registry.publish(rounds.manifest(number), rounds.blob(number), rounds.key)
 
 
 @pytest.mark.parametrize("parent", [None, "f" * 64])
 def test_a_version_whose_parent_is_unknown_is_refused(registry: Registry, rounds: Any, parent: str | None) -> None:
     rounds.seed(registry)
-    with pytest.raises(DataError, match="its parent is no version"):
+    with refused(DataError, "manifest.parent", value=parent):
         registry.publish(replace(rounds.manifest(1), parent=parent), rounds.blob(1), rounds.key)
 
 
-def test_a_version_made_from_an_older_one_is_welcome(registry: Registry, rounds: Any) -> None:
+def test_a_version_made_from_an_older_one_is_accepted(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     rounds.commit(registry, 1)
     manifest = replace(rounds.manifest(2), parent=rounds.manifest(0).sha256)
     assert registry.publish(manifest, rounds.blob(2), rounds.key).manifest == manifest
 
 
-def test_a_file_that_is_not_the_manifests_is_refused(registry: Registry, rounds: Any) -> None:
-    with pytest.raises(DataError, match="describes another file"):
+def test_a_file_that_the_manifest_does_not_describe_is_refused(registry: Registry, rounds: Any) -> None:
+    with refused(DataError, "manifest.sha256"):
         registry.publish(rounds.manifest(0), rounds.blob(1), rounds.key)
-    with pytest.raises(DataError, match="describes another file"):
+    with refused(DataError, "manifest.sha256"):
         registry.publish(replace(rounds.manifest(0), size=1), rounds.blob(0), rounds.key)
-    with pytest.raises(DataError, match="manifest's layout"):
+    with refused(DataError, "manifest.layout_digest"):
         registry.publish(replace(rounds.manifest(0), layout_digest="0" * 64), rounds.blob(0), rounds.key)
     junk = b"no adapter"
     manifest = replace(rounds.manifest(0), sha256=files.sha256(junk), size=len(junk))
-    with pytest.raises(DataError, match="not a sound adapter file"):
+    with pytest.raises(DataError):
         registry.publish(manifest, junk, rounds.key)
     assert registry.latest() is None
 
 
 def test_a_key_that_the_registry_does_not_trust_cannot_publish(registry: Registry, rounds: Any) -> None:
     stranger = IdentityKey.generate(SystemEntropy())
-    with pytest.raises(ConfigError, match="not among those"):
+    with refused(ConfigError, "key"):
         registry.publish(rounds.manifest(0), rounds.blob(0), stranger)
     assert registry.latest() is None
 
@@ -171,10 +171,10 @@ def test_a_round_is_recorded_once(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     rounds.commit(registry, 1)
     before = rounds.snapshot(registry)
-    with pytest.raises(DataError, match="already there"):
+    with refused(DataError, "database"):
         registry.record_round(rounds.aborted(1))
     manifest = replace(rounds.manifest(2), round=1)
-    with pytest.raises(DataError, match="already there"):
+    with refused(DataError, "database"):
         registry.commit_round(replace(rounds.record(2), round=1), manifest, rounds.blob(2), {}, rounds.key)
     assert rounds.snapshot(registry) == before
 
@@ -188,60 +188,60 @@ def test_a_record_and_a_manifest_that_contradict_each_other_are_refused(registry
         (replace(rounds.record(1), version=None), good, blob),
         (replace(rounds.record(1), survivors=("anna",)), good, blob),
     ]:
-        with pytest.raises(DataError):
+        with refused(DataError, "record"):
             registry.commit_round(record, manifest, file, {}, rounds.key)
-    with pytest.raises(DataError, match="commit it with its manifest"):
+    with refused(DataError, "record.version", value=1):
         registry.record_round(rounds.record(1))
     assert rounds.snapshot(registry) == before
 
 
 def test_a_record_with_a_number_that_is_not_finite_cannot_be_made(rounds: Any) -> None:
-    for change in ({"metrics": {"loss": float("nan")}}, {"seconds": float("inf")}):
-        with pytest.raises(DataError, match="no record can hold"):
+    for about, change in {"loss": {"metrics": {"loss": float("nan")}}, "seconds": {"seconds": float("inf")}}.items():
+        with refused(DataError, about):
             replace(rounds.record(1), **change)
-    with pytest.raises(DataError, match="aborted and to have made version 1"):
+    with refused(DataError, "version", value=1):
         replace(rounds.record(1), aborted="too few")
 
 
-def test_an_optimizer_state_that_is_not_finite_stops_the_whole_round(registry: Registry, rounds: Any) -> None:
+def test_an_optimizer_state_that_is_not_finite_stops_the_commit(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     before = rounds.snapshot(registry)
     state = {"first": np.array([np.nan], np.float32)}
-    with pytest.raises(DataError, match="NaN"):
+    with pytest.raises(DataError):
         registry.commit_round(rounds.record(1), rounds.manifest(1), rounds.blob(1), state, rounds.key)
     assert rounds.snapshot(registry) == before
 
 
 def test_a_version_that_does_not_exist_is_named(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
-    with pytest.raises(DataError, match="no version 7"):
+    with refused(DataError, "version", value=7):
         registry.version(7)
 
 
 def test_tensors_of_another_layout_than_asked_for_are_refused(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
-    with pytest.raises(DataError, match="unknown to its layout"):
+    with pytest.raises(DataError):
         registry.tensors(0, Layout.of({"other": np.zeros(1, np.float32)}))
 
 
-def test_an_altered_blob_is_found_on_reading(registry: Registry, rounds: Any, tmp_path: Path) -> None:
+def test_an_altered_blob_is_detected_on_reading(registry: Registry, rounds: Any, tmp_path: Path) -> None:
     rounds.seed(registry)
     path = tmp_path / "blobs" / f"{rounds.manifest(0).sha256}.safetensors"
     blob = bytearray(path.read_bytes())
     blob[-1] ^= 1
     path.write_bytes(blob)
-    with pytest.raises(TrustError, match="was altered"):
+    with refused(TrustError, "blob", value=rounds.manifest(0).sha256):
         registry.tensors(0)
 
 
 def test_a_missing_blob_is_named(registry: Registry, rounds: Any, tmp_path: Path) -> None:
     rounds.seed(registry)
     (tmp_path / "blobs" / f"{rounds.manifest(0).sha256}.safetensors").unlink()
-    with pytest.raises(DataError, match="is missing from"):
+    with refused(DataError, "blob", value=rounds.manifest(0).sha256):
         registry.tensors(0)
 
 
-def test_publishing_the_same_bytes_again_heals_a_damaged_blob(registry: Registry, rounds: Any, tmp_path: Path) -> None:
+def test_publishing_the_same_bytes_repairs_a_damaged_blob(registry: Registry, rounds: Any, tmp_path: Path) -> None:
     rounds.seed(registry)
     (tmp_path / "blobs" / f"{rounds.manifest(0).sha256}.safetensors").write_bytes(b"damaged")
     same = replace(rounds.manifest(0), version=1, parent=rounds.manifest(0).sha256)
@@ -249,50 +249,50 @@ def test_publishing_the_same_bytes_again_heals_a_damaged_blob(registry: Registry
     assert registry.blob(0) == rounds.blob(0)
 
 
-def test_an_altered_manifest_is_found_on_reading(registry: Registry, rounds: Any) -> None:
+def test_an_altered_manifest_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     raw = bytearray(registry.version(0).raw)
     raw[raw.index(b'"size"') + 8] ^= 1
     execute(registry, "UPDATE edgeadapt_versions SET manifest = :raw", raw=bytes(raw))
     for read in (registry.latest, registry.versions, lambda: registry.version(0), lambda: registry.tensors(0)):
-        with pytest.raises(TrustError, match=r"altered|damaged"):
+        with pytest.raises(TrustError):
             read()
 
 
-def test_a_manifest_by_an_untrusted_key_is_found_on_reading(registry: Registry, rounds: Any) -> None:
+def test_a_manifest_by_an_untrusted_key_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     forged = rounds.manifest(0).sign(IdentityKey.generate(SystemEntropy()))
     execute(registry, "UPDATE edgeadapt_versions SET manifest = :raw", raw=forged)
-    with pytest.raises(TrustError, match="does not trust"):
+    with pytest.raises(TrustError):
         registry.latest()
 
 
-def test_a_genuine_manifest_under_another_number_is_found_on_reading(registry: Registry, rounds: Any) -> None:
+def test_a_genuine_manifest_under_another_number_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     rounds.commit(registry, 1)
     old = registry.version(0).raw
     execute(registry, "UPDATE edgeadapt_versions SET manifest = :raw WHERE version = 1", raw=old)
-    with pytest.raises(TrustError, match="holds the manifest of another version"):
+    with refused(TrustError, "manifest"):
         registry.latest()
 
 
-def test_an_altered_optimizer_state_is_found_on_reading(registry: Registry, rounds: Any) -> None:
+def test_an_altered_optimizer_state_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     rounds.commit(registry, 1)
     other = files.encode({"first": np.zeros(5, np.float32)})
     execute(registry, "UPDATE edgeadapt_optimizer SET tensors = :raw", raw=other)
-    with pytest.raises(TrustError, match="optimizer state was altered"):
+    with refused(TrustError, "optimizer"):
         registry.optimizer_state()
 
 
 @pytest.mark.parametrize("damage", ["{", "[1]", "null"])
-def test_a_damaged_record_is_found_on_reading(registry: Registry, rounds: Any, damage: str) -> None:
+def test_a_damaged_record_is_detected_on_reading(registry: Registry, rounds: Any, damage: str) -> None:
     registry.record_round(rounds.aborted(1))
     execute(registry, "UPDATE edgeadapt_rounds SET metrics = :damage", damage=damage)
-    with pytest.raises(DataError, match="record is damaged"):
+    with refused(DataError, "record"):
         registry.rounds()
 
 
-def test_the_tables_can_be_made_on_postgresql() -> None:
+def test_the_tables_can_be_created_on_postgresql() -> None:
     for table in database.metadata.sorted_tables:
         assert table.name in str(CreateTable(table).compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What can go wrong around the registry: each failure is one line, and nothing that was there is lost."""
+"""Failures of the registry's disk and database: each is an error of one line, and nothing that was stored is lost."""
 
 import os
 import sqlite3
@@ -12,8 +12,8 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.exc import OperationalError
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
-from coordinator.registry import database
-from coordinator.registry.versions import Registry
+from coordinator.registry import Registry, database
+from tests.support import refused
 
 Reopen = Callable[[], Registry]
 NO_SPACE = OSError(28, "No space left on device")
@@ -127,7 +127,7 @@ def test_a_round_that_fails_at_any_step_leaves_all_as_it_was_and_can_be_repeated
     assert len(again.rounds()) == len(again.versions()) - 1 == len(before[1]) + 1
 
 
-def test_a_kill_between_blob_and_transaction_leaves_only_an_unnamed_blob(reopen: Reopen, rounds: Any) -> None:
+def test_a_kill_between_blob_and_transaction_leaves_only_an_unreferenced_blob(reopen: Reopen, rounds: Any) -> None:
     registry = reopen()
     rounds.seed(registry)
     before = rounds.snapshot(registry)
@@ -138,7 +138,7 @@ def test_a_kill_between_blob_and_transaction_leaves_only_an_unnamed_blob(reopen:
     assert again.blob(1) == rounds.blob(1)
 
 
-def test_a_torn_part_file_is_written_anew(reopen: Reopen, rounds: Any, tmp_path: Path) -> None:
+def test_a_partial_file_of_a_killed_write_is_replaced(reopen: Reopen, rounds: Any, tmp_path: Path) -> None:
     registry = reopen()
     rounds.seed(registry)
     part = tmp_path / "blobs" / f"{rounds.manifest(1).sha256}.safetensors.part"
@@ -148,14 +148,14 @@ def test_a_torn_part_file_is_written_anew(reopen: Reopen, rounds: Any, tmp_path:
     assert not part.exists()
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, rounds: Any) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path, rounds: Any) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(EdgeAdaptError, match=r"file.* cannot be made: ") as caught:
+    with refused(EdgeAdaptError, "database") as caught:
         Registry.open(f"sqlite:///{tmp_path}/file/sub/registry.db", str(tmp_path), [rounds.key.public])
-    one_line(caught.value)
-    with pytest.raises(EdgeAdaptError, match=r"blob store .*file/blobs cannot be opened: ") as caught:
+    assert f"{tmp_path}/file/sub" in str(caught.value)
+    with refused(EdgeAdaptError, "blobs") as caught:
         Registry.open(f"sqlite:///{tmp_path}/r.db", str(tmp_path / "file/blobs"), [rounds.key.public])
-    one_line(caught.value)
+    assert f"{tmp_path}/file/blobs" in str(caught.value)
 
 
 def test_a_folder_that_became_unwritable_is_named_and_keeps_what_it_had(
@@ -181,18 +181,18 @@ def test_a_read_only_database_is_named_and_keeps_what_it_had(reopen: Reopen, rou
     before = rounds.snapshot(registry)
     registry.engine.dispose()
     event.listen(registry.engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only = ON"))
-    with pytest.raises(EdgeAdaptError, match=r"readonly database; nothing was changed"):
+    with refused(EdgeAdaptError, "database"):
         rounds.commit(registry, 1)
     assert rounds.snapshot(reopen()) == before
 
 
-def test_a_file_that_is_no_database_is_refused_and_not_touched(tmp_path: Path, reopen: Reopen) -> None:
+def test_a_file_that_is_not_a_database_is_refused_and_not_touched(tmp_path: Path, reopen: Reopen) -> None:
     path = tmp_path / "registry.db"
     path.write_bytes(b"a shopping list, certainly no database " * 50)
     before = path.read_bytes()
-    with pytest.raises(DataError, match="damaged or no database") as caught:
+    with refused(DataError, "database") as caught:
         reopen()
-    assert str(path) in one_line(caught.value)
+    assert str(path) in str(caught.value)
     assert path.read_bytes() == before
 
 
@@ -204,18 +204,16 @@ def test_a_corrupt_database_is_refused(tmp_path: Path, reopen: Reopen, rounds: A
     path = tmp_path / "registry.db"
     blob = path.read_bytes()
     path.write_bytes(blob[:4096] + b"\xff" * (len(blob) - 4096))
-    with pytest.raises(DataError, match="damaged or no database") as caught:
+    with refused(DataError, "database"):
         reopen().versions()
-    one_line(caught.value)
 
 
-def test_damage_that_sqlite_cannot_put_into_words_is_refused(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
+def test_damage_that_sqlite_cannot_describe_is_refused(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
     rounds.seed(reopen())
     path = tmp_path / "registry.db"
     path.write_bytes(path.read_bytes().replace(b"CREATE TABLE", b"CREATE T\xc1BLE"))
-    with pytest.raises(DataError, match="is damaged: restore it from a copy") as caught:
+    with refused(DataError, "database"):
         reopen()
-    one_line(caught.value)
 
 
 def test_a_truncated_database_is_refused(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
@@ -224,7 +222,7 @@ def test_a_truncated_database_is_refused(tmp_path: Path, reopen: Reopen, rounds:
     registry.close()
     path = tmp_path / "registry.db"
     path.write_bytes(path.read_bytes()[:6000])
-    with pytest.raises(DataError, match="damaged or no database"):
+    with refused(DataError, "database"):
         reopen().versions()
 
 
@@ -234,9 +232,9 @@ def test_another_programs_database_is_refused_and_not_touched(tmp_path: Path, re
         connection.execute("CREATE TABLE recipes (name TEXT)")
     connection.close()
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match="another program's database") as caught:
+    with refused(ConfigError, "database") as caught:
         reopen()
-    assert "recipes" in one_line(caught.value)
+    assert "recipes" in str(caught.value)
     assert path.read_bytes() == before
 
 
@@ -250,7 +248,7 @@ def test_a_registry_from_the_future_is_refused_and_not_touched(tmp_path: Path, r
         connection.execute("DROP TABLE edgeadapt_optimizer")
     connection.close()
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match="format 99"):
+    with refused(ConfigError, "database.format", value=99):
         reopen()
     assert path.read_bytes() == before
 
@@ -262,7 +260,7 @@ def test_a_locked_database_is_named_and_keeps_what_it_had(tmp_path: Path, reopen
     event.listen(registry.engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout = 1"))
     other = sqlite3.connect(tmp_path / "registry.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(EdgeAdaptError, match="locked; nothing was changed"):
+    with refused(EdgeAdaptError, "database"):
         rounds.commit(registry, 1)
     other.execute("ROLLBACK")
     other.close()
@@ -270,26 +268,25 @@ def test_a_locked_database_is_named_and_keeps_what_it_had(tmp_path: Path, reopen
 
 
 @pytest.mark.parametrize(
-    ("database_url", "blob_url"),
+    ("database_url", "blob_url", "about"),
     [
-        ("no url", "blobs"),
-        ("oracle+nosuchdriver://host/db", "blobs"),
-        ("nosuchdatabase://host/db", "blobs"),
-        ("sqlite://", "nosuchprotocol://bucket"),
+        ("no url", "blobs", "database.url"),
+        ("oracle+nosuchdriver://host/db", "blobs", "database.url"),
+        ("nosuchdatabase://host/db", "blobs", "database.url"),
+        ("sqlite://", "nosuchprotocol://bucket", "blobs.url"),
     ],
 )
-def test_addresses_of_no_use_are_refused(
-    database_url: str, blob_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_addresses_that_are_not_usable_are_refused(
+    database_url: str, blob_url: str, about: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="is of no use") as caught:
+    with refused(ConfigError, about):
         Registry.open(database_url, blob_url, [])
-    one_line(caught.value)
 
 
 def test_a_database_password_appears_in_no_message(tmp_path: Path) -> None:
     engine = create_engine("sqlite:///" + str(tmp_path / "r.db"))
     engine.url = engine.url.set(username="me", password="hunter2")  # noqa: S106
-    with pytest.raises(EdgeAdaptError) as caught, database.explained(engine):
+    with refused(EdgeAdaptError, "database") as caught, database.explained(engine):
         raise OperationalError("SELECT 1", None, sqlite3.OperationalError("gone"))
-    assert "hunter2" not in one_line(caught.value)
+    assert "hunter2" not in str(caught.value)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.registry.versions import Registry
+from coordinator.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOP = """
@@ -19,7 +19,7 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 
 from aggregation.pki.identity import IdentityKey
-from coordinator.registry.versions import Registry
+from coordinator.registry import Registry
 
 helpers, folder, pem = sys.argv[1:]
 spec = spec_from_file_location("helpers", helpers)
