@@ -199,17 +199,17 @@ def test_too_few_answers_at_a_later_step_abort_the_round_as_well(fleet_of: Fleet
     assert second.aborted is None
 
 
-def test_a_second_run_beside_one_that_is_under_way_is_refused_and_disturbs_nothing(fleet_of: FleetOf) -> None:
-    fleet, refused = fleet_of(4, rounds=2), []
+def test_a_second_run_is_refused_and_does_not_disturb_the_first(fleet_of: FleetOf) -> None:
+    fleet, tried = fleet_of(4, rounds=2), []
 
     def change(step: Step, group: str, node: int) -> None:
         if (group, step, node) == ("2", Step.SURVIVORS, 3):
             with refused(EdgeAdaptError, "run.lock"):
                 fleet.federate(fleet.grid())
-            refused.append(node)
+            tried.append(node)
 
     records = fleet.federate(fleet.grid(app=Spoiled(change)))
-    assert refused == [3]
+    assert tried == [3]
     assert [(record.dropped, record.version) for record in records] == [({}, 1), ({}, 2)]
     state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
     (path,) = logs(state_dir.folder / "transcript")
