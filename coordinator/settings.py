@@ -167,7 +167,9 @@ class FederationSettings(_Section):
         try:
             return cls.model_validate_json(path.read_bytes(), strict=True)
         except FileNotFoundError as error:
-            raise ConfigError(f"{path.parent} is not a coordinator's home: it has no {path.name}") from error
+            raise ConfigError(
+                f"{path.parent} is not a coordinator's state directory: it has no {path.name}", about=path.name
+            ) from error
         except ValidationError as error:
             first = error.errors()[0]
             place = [".".join(map(str, first["loc"]))] if first["loc"] else []
