@@ -103,7 +103,9 @@ def _aggregate(
         return collected
     confirming, bodies = collected
     if isinstance(confirming, Confirming):
-        confirmed = cohort.exchange(confirming, Confirming.on_consistency_signature, Step.SURVIVORS, bodies, group).close()
+        confirmed = cohort.exchange(
+            confirming, Confirming.on_consistency_signature, Step.SURVIVORS, bodies, group
+        ).close()
         if isinstance(confirmed, RoundAborted):
             return confirmed
         confirming, bodies = confirmed
