@@ -1,0 +1,188 @@
+"""Tiny frozen bases with seeded weights, their exports, and bundles of them: fixtures for the conftest files.
+
+A conftest takes a fixture by its name: ``bundle = models.bundle``. The classifier reads with a tokenizer like those of
+real bases; the language models, of several architectures, read single letters.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapters import causal
+from adapters.base import Base, find_base
+from adapters.classifier import LoraSpec, build, load, tensors
+from adapters.layout import Layout, Tensors
+from aggregation.entropy import SystemEntropy
+from aggregation.pki.identity import IdentityKey
+from export.bundle.base import ExportedBase, export_base
+from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.quantize import Profile
+
+LABELS = ("Light", "Lock", "Music", "Timer")
+WORDS = (
+    *("turn", "on", "off", "the", "a", "kitchen", "light", "lights", "door", "lock"),
+    *("unlock", "play", "music", "set", "timer", "for", "ten", "minutes", "is", "open"),
+)
+PHRASES = (
+    "turn on the kitchen lights",
+    "lock the door",
+    "play music",
+    "set a timer for ten minutes",
+    "is the door open",
+    "turn off the light",
+    "unlock",
+)
+
+
+def wordpiece() -> Tokenizer:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *letters[1:], *(f"##{letter}" for letter in letters)]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))  # noqa: S106
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.enable_padding(length=16)  # as some bases ship it: the exporter has to undo this
+    return tokenizer
+
+
+def draw(model: PeftModel, seed: int, size: float = 0.3) -> Tensors:
+    """Random values for every tensor of the model's adapter; the head's are larger, so that answers are clear."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.standard_normal(value.shape) * (3.0 if "classifier" in name else size)).astype(np.float32)
+        for name, value in tensors(model).items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base]) -> Base:
+    return make_base(tmp_path_factory.mktemp("base"), tokenizer=wordpiece())
+
+
+@pytest.fixture(scope="session")
+def model(tiny_base: Base) -> PeftModel:
+    """The tiny classifier; its adapter's values are those of ``draw(model, 0)``."""
+    built = build(tiny_base, len(LABELS), LoraSpec(rank=4, alpha=8))
+    load(built, draw(built, 0))
+    return built
+
+
+@pytest.fixture(scope="session")
+def exported(model: PeftModel, tiny_base: Base) -> ExportedBase:
+    return export_base(model, tiny_base, Profile.FP32)
+
+
+@pytest.fixture(scope="session")
+def exported_int8(model: PeftModel, tiny_base: Base) -> ExportedBase:
+    return export_base(model, tiny_base, Profile.NATIVE_INT8)
+
+
+@pytest.fixture(scope="session")
+def vendor() -> IdentityKey:
+    return IdentityKey.generate(SystemEntropy())
+
+
+@pytest.fixture(scope="session")
+def household() -> IdentityKey:
+    return IdentityKey.generate(SystemEntropy())
+
+
+Source = Callable[..., AdapterSource]
+
+
+@pytest.fixture(scope="session")
+def source(model: PeftModel) -> Source:
+    """Makes adapter sources: other values for another ``seed``."""
+
+    def make(name: str = "global", seed: int = 0, version: int = 3, parent: str | None = None) -> AdapterSource:
+        values = draw(model, seed)
+        digest = Layout.of(values).digest  # any digest will do: the device has no blob to compare it with
+        return AdapterSource(name, values, LABELS, version, digest, parent)
+
+    return make
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, household: IdentityKey) -> Path:
+    """A bundle with a shared adapter, and the pinned keys of vendor and household beside it."""
+    write_bundle(tmp_path / "bundle", exported, [source()], key=vendor)
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem() + household.public.to_pem())
+    return tmp_path / "bundle"
+
+
+# Language models
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LETTERS = (*SPECIAL, chr(288), *(chr(code) for code in range(33, 127)))  # chr(288) is a space to the tokenizer
+TOKENIZER = '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}'
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+MakeLm = Callable[..., Base]
+
+
+@pytest.fixture(scope="session")
+def make_lm(tmp_path_factory: pytest.TempPathFactory) -> MakeLm:
+    """Makes a base of an architecture in transformers' words; keywords are keys of its configuration."""
+
+    def make(kind: str = "llama", **settings: Any) -> Base:
+        folder = tmp_path_factory.mktemp(kind)
+        sizes = {
+            "vocab_size": len(LETTERS),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        }
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | settings)))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                noise = 0.2 * torch.randn(value.shape, generator=generator)
+                value.copy_(noise + 1 if "norm" in name or "ln_" in name else noise)
+        model.save_pretrained(folder)
+        tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(LETTERS)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(list(SPECIAL))
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(TOKENIZER)
+        return find_base(str(folder))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(make_lm: MakeLm) -> Base:
+    return make_lm()
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[[PeftModel, int], Tensors]:
+    """Gives a model's adapter random values, and returns them."""
+
+    def draw(model: PeftModel, seed: int) -> Tensors:
+        rng = np.random.default_rng(seed)
+        values = {
+            name: 0.3 * rng.standard_normal(value.shape, dtype=np.float32)
+            for name, value in causal.tensors(model).items()
+        }
+        causal.load(model, values)
+        return values
+
+    return draw
