@@ -1,4 +1,4 @@
-"""``edgeadapt device``: what a person does with a bundle on a device. A command is imported when it is called."""
+"""``edgeadapt device``: enrolment of a device, and inference with a bundle. A command is imported when it is called."""
 
 import click
 
@@ -6,20 +6,22 @@ from lazygroup import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
-    "adapters": ("client.cli.adapters", "adapters", "List the adapters of a bundle, each verified.", ""),
-    "chat": ("client.cli.chat", "chat", "Talk to the language model of a bundle.", ""),
-    "enrol": ("client.cli.enrol", "enrol", "Make this device's key, and ask the authority to certify it.", ""),
-    "forget": ("client.cli.forget", "forget", "Start the memory of the coordinator's log anew.", ""),
-    "infer": ("client.cli.infer", "infer", "Print the intent of each phrase, or continue a text.", ""),
-    "install": ("client.cli.install", "install", "Take what the authority sends: certificate, revocations.", ""),
-    "policy": ("client.cli.policy", "policy", "Print what this device demands of every offer.", ""),
-    "serve-web": ("client.cli.serve_web", "serve_web", "Run a bundle in the browser: serve its page.", ""),
+    "adapters": ("client.cli.adapters", "adapters", "List and verify the adapters of a bundle.", ""),
+    "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
+    "enrol": ("client.cli.node", "enrol", "Create a device's state directory and certificate request.", ""),
+    "forget": ("client.cli.node", "forget", "Delete what the device remembers of the coordinator's log.", ""),
+    "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),
+    "install": ("client.cli.node", "install", "Install a certificate or revocation list.", ""),
+    "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),
+    "serve-web": ("client.cli.serve_web", "serve_web", "Serve a page that runs a bundle in the browser.", ""),
 }
+
+__all__ = ["device"]
 
 
 @click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 def device() -> None:
-    """Inference on a device: verify a bundle, answer phrases, chat.
+    """Enrol a device, and run a bundle on it: classify phrases, or chat.
 
-    The public keys that may sign a bundle are pinned in trust.pem, in the folder that holds the bundle.
+    The public keys that may sign a bundle are pinned in trust.pem, in the folder that contains the bundle.
     """

@@ -1,4 +1,4 @@
-"""``edgeadapt device adapters``: what a bundle holds, each adapter verified."""
+"""``edgeadapt device adapters``: the adapters of a bundle, each verified."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import click
 from aggregation.errors import DataError, EdgeAdaptError
 from client.cli import options
 
-if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
+if TYPE_CHECKING:  # slow to import, and not needed for --help
     from client.inference.library import Library
 
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs n
 @options.trust
 @options.as_json
 def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
-    """List the adapters of a bundle, each verified; one that must not be used is listed with the reason.
+    """List and verify the adapters of a bundle. An adapter that fails verification is listed with the reason.
 
     \b
     Example:
@@ -27,39 +27,39 @@ def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
     from client.inference.library import Library
 
     library = Library.open(bundle, trust)
-    rows = [_verified(library, name) for name in library.names()]
+    found = [_verified(library, name) for name in library.names()]
     if as_json:
-        click.echo(json.dumps({"adapters": rows}, ensure_ascii=False))
+        click.echo(json.dumps({"adapters": found}, ensure_ascii=False))
     else:
-        for row in rows:
-            click.echo(_described(row))
-    if refused := [row["name"] for row in rows if "refused" in row]:
-        raise DataError(f"{len(refused)} of {len(rows)} adapters must not be used: {', '.join(refused)}")
+        for adapter in found:
+            click.echo(_described(adapter))
+    if refused := [adapter["name"] for adapter in found if "refused" in adapter]:
+        reason = f"{len(refused)} of {len(found)} adapters failed verification: {', '.join(refused)}; copy them again"
+        raise DataError(reason, about="bundle.adapters", value=refused)
 
 
 def _verified(library: "Library", name: str) -> dict[str, Any]:
     try:
-        sidecar = library.trust.adapter(library.bundle, library.base, name).sidecar
+        manifest = library.trust.adapter(library.bundle, library.base, name).sidecar
     except EdgeAdaptError as error:
         return {"name": name, "refused": str(error)}
     return {
         "name": name,
-        "private": sidecar.parent is not None,
-        "version": sidecar.version,
-        "format": sidecar.format,
-        "rank": sidecar.rank,
-        "bytes": sidecar.size,
-        "sha256": sidecar.sha256,
-        "labels": list(sidecar.labels),
+        "kind": "global" if manifest.parent is None else "personal",
+        "version": manifest.version,
+        "format": manifest.format,
+        "rank": manifest.rank,
+        "bytes": manifest.size,
+        "sha256": manifest.sha256,
+        "labels": list(manifest.labels),
     }
 
 
-def _described(row: dict[str, Any]) -> str:
-    if "refused" in row:
-        return f"{row['name']}  refused: {row['refused']}"
-    kind = "private" if row["private"] else "shared"
-    intents = f"{len(row['labels'])} intents  " if row["labels"] else ""
+def _described(adapter: dict[str, Any]) -> str:
+    if "refused" in adapter:
+        return f"{adapter['name']}  refused: {adapter['refused']}"
+    labels = f"{len(adapter['labels'])} labels  " if adapter["labels"] else ""
     return (
-        f"{row['name']}  {kind}  version {row['version']}  {row['format']}  rank {row['rank']}  "
-        f"{intents}{row['bytes']:,} bytes  {row['sha256'][:12]}"
+        f"{adapter['name']}  {adapter['kind']}  version {adapter['version']}  {adapter['format']}  "
+        f"rank {adapter['rank']}  {labels}{adapter['bytes']:,} bytes  {adapter['sha256'][:12]}"
     )

@@ -1,39 +1,38 @@
-"""``edgeadapt device chat``: talk to the language model of a bundle."""
+"""``edgeadapt device chat``: a conversation with the language model of a bundle."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from aggregation.errors import EdgeAdaptError
 from client.cli import options
-from client.inference.text import printable
+from client.cli.options import printable
 
-if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
+if TYPE_CHECKING:  # slow to import, and not needed for --help
     from collections.abc import Generator as Closable
 
-    from client.inference.conversation import Conversation
-    from client.inference.generate import Generator
+    from client.inference.generate import Conversation, Generator
 
 HELP = """\
-/adapter NAME   switch to an adapter, or to several: /adapter global:0.5+anna; without a name: to the bare base
+/adapter NAME   use this adapter, or several, as in /adapter global:0.5+anna; without NAME: the bare base
 /adapters       list the adapters
-/reset          forget the conversation
-/help           show this
-/quit           leave, as Ctrl-D does; Ctrl-C ends an answer"""
+/reset          drop the conversation
+/help           show this help
+/quit           quit, as Ctrl-D does; Ctrl-C ends an answer"""
 
 
 @click.command()
 @options.bundle
-@click.option("--adapter", metavar="NAME", help="Or a composition, NAME:WEIGHT+NAME. Default: private, else shared.")
-@click.option("--base-only", is_flag=True, help="Use no adapter at all.")
+@click.option("--adapter", metavar="NAME", help="Or a composition, NAME:WEIGHT+NAME. Default: personal, else global.")
+@click.option("--base-only", is_flag=True, help="Use no adapter.")
 @options.trust
-@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
-@options.drawing
-@click.option("--prompt", metavar="TEXT", help="Answer this one text and leave.")
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@options.sampling
+@click.option("--prompt", metavar="TEXT", help="Answer TEXT and quit.")
 @options.as_json
 def chat(
     bundle: Path,
@@ -43,12 +42,12 @@ def chat(
     system: str | None,
     prompt: str | None,
     as_json: bool,
-    **drawing: object,
+    **sampling: Any,
 ) -> None:
-    """Talk to the language model of a bundle.
+    """Chat with the language model of a bundle.
 
-    Ctrl-C ends an answer, not the conversation; with --prompt it ends the command. The oldest turns are forgotten when
-    the model's memory is full.
+    Ctrl-C ends an answer, not the conversation; with --prompt it ends the command. When the conversation exceeds the
+    model's context, the oldest messages are dropped.
 
     \b
     Examples:
@@ -56,43 +55,44 @@ def chat(
       edgeadapt device chat --bundle bundle --adapter global:0.5+anna --system "Answer in one sentence."
       edgeadapt device chat --bundle bundle --prompt "Good morning" --temperature 0.7 --seed 1
     """
-    from client.inference.conversation import Conversation
-    from client.inference.generate import Generator
+    from client.inference.generate import Conversation, Generator
+    from client.inference.text import SamplingParams
 
     if as_json and prompt is None:
-        raise click.UsageError("--json goes with --prompt")
+        raise click.UsageError("--json needs --prompt")
     if adapter is not None and base_only:
         raise click.UsageError("--adapter and --base-only exclude each other")
     generator = Generator.open(bundle, trust)
     if not base_only and (adapter is not None or generator.library.names()):
         generator.use(generator.library.default() if adapter is None else adapter)
-    conversation = Conversation(generator, options.drawn(drawing), system)
+    conversation = Conversation(generator, SamplingParams(**sampling), system)
     if prompt is None:
-        _talk(conversation, generator)
+        converse(conversation, generator)
     else:
-        _once(conversation, generator, prompt, as_json)
+        answer(conversation, generator, prompt, as_json)
 
 
-def _once(conversation: "Conversation", generator: "Generator", prompt: str, as_json: bool) -> None:
+def answer(conversation: "Conversation", generator: "Generator", prompt: str, as_json: bool) -> None:
+    """Answer one prompt."""
     if not as_json:
         _show(conversation.ask(prompt))
         return
     text = "".join(conversation.ask(prompt))
-    ended = generator.last
-    assert ended is not None  # noqa: S101  # an answer was just read to its end
+    last = generator.last
+    assert last is not None  # noqa: S101  # an answer was just read to its end
     adapter = generator.adapter.name if generator.adapter else None
-    counted = {"tokens": ended.tokens, "prompt_tokens": ended.prompt_tokens, "finish": ended.finish.value}
-    click.echo(json.dumps({"adapter": adapter, "prompt": prompt, "answer": text, **counted}, ensure_ascii=False))
+    counts = {"tokens": last.tokens, "prompt_tokens": last.prompt_tokens, "finish": last.finish.value}
+    click.echo(json.dumps({"adapter": adapter, "prompt": prompt, "answer": text, **counts}, ensure_ascii=False))
 
 
-def _talk(conversation: "Conversation", generator: "Generator") -> None:
-    """One line, one answer, until the end of the input. What goes wrong costs that line and nothing else."""
-    person = options.standard_input().isatty()
-    if person:
-        with suppress(ImportError):  # no such thing on Windows; a line can be typed all the same
-            import readline  # noqa: F401  # from now on `input` has a history and can be edited
+def converse(conversation: "Conversation", generator: "Generator") -> None:
+    """Answer standard input line by line. After an error the conversation goes on with the next line."""
+    interactive = options.standard_input().isatty()
+    if interactive:
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  # gives `input` a history and line editing
         click.echo(f"{_in_use(generator)}; /help shows the commands")
-    while (line := _line("> " if person else "")) is not None:
+    while (line := read_line("> " if interactive else "")) is not None:
         try:
             if line.startswith("/"):
                 if not _command(line, conversation, generator):
@@ -105,8 +105,8 @@ def _talk(conversation: "Conversation", generator: "Generator") -> None:
             click.echo(" …")
 
 
-def _line(prompt: str) -> str | None:
-    """A line from standard input, or None at its end. Ctrl-C gives up what a person typed."""
+def read_line(prompt: str) -> str | None:
+    """A line of standard input, or None at its end. Ctrl-C discards what was typed."""
     while True:
         try:
             return input(prompt)
@@ -117,7 +117,7 @@ def _line(prompt: str) -> str | None:
         except KeyboardInterrupt:
             if not prompt:
                 raise
-            click.echo("  (Ctrl-D or /quit leaves)")
+            click.echo("  (Ctrl-D or /quit quits)")
 
 
 def _show(pieces: Iterator[str]) -> None:
@@ -129,22 +129,22 @@ def _show(pieces: Iterator[str]) -> None:
 
 
 def _command(line: str, conversation: "Conversation", generator: "Generator") -> bool:
-    """Do what a line with a slash says; False to leave."""
+    """Run a command; False quits."""
     word, _, rest = line.strip().partition(" ")
     commands: dict[str, Callable[[], str]] = {
-        "/adapter": lambda: _switched(generator, rest.strip()),
+        "/adapter": lambda: _switch(generator, rest.strip()),
         "/adapters": lambda: "\n".join(generator.library.names()) or "the bundle has no adapter",
-        "/reset": lambda: _forgotten(conversation),
+        "/reset": lambda: _reset(conversation),
         "/help": lambda: HELP,
     }
     if word == "/quit":
         return False
-    act = commands.get(word, lambda: f"there is no command {word}; /help lists those there are")
-    click.echo(act())
+    command = commands.get(word, lambda: f"unknown command {word}; /help lists the commands")
+    click.echo(command())
     return True
 
 
-def _switched(generator: "Generator", names: str) -> str:
+def _switch(generator: "Generator", names: str) -> str:
     if names:
         generator.use(names)
     else:
@@ -152,9 +152,9 @@ def _switched(generator: "Generator", names: str) -> str:
     return _in_use(generator)
 
 
-def _forgotten(conversation: "Conversation") -> str:
+def _reset(conversation: "Conversation") -> str:
     conversation.reset()
-    return "forgotten"
+    return "conversation dropped"
 
 
 def _in_use(generator: "Generator") -> str:

@@ -1,4 +1,4 @@
-"""``edgeadapt device infer``: phrases in, intents and their probabilities out."""
+"""``edgeadapt device infer``: classifies phrases, or continues texts."""
 
 import json
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import click
 
 from aggregation.errors import DataError
 from client.cli import options
-from client.inference.text import printable
+from client.cli.options import printable
 
-if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs none of it
+if TYPE_CHECKING:  # slow to import, and not needed for --help
     from client.inference.library import Library
     from client.inference.session import ClassificationSession
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:  # importing these takes most of a start, and `--help` needs n
     "names",
     multiple=True,
     metavar="NAME",
-    help="May be repeated. Default: the private one, else the shared.",
+    help="May be repeated. Default: the personal adapter, else the global one.",
 )
 @click.option("--compose", metavar="PARTS", help="Several adapters as one: NAME:WEIGHT+NAME:WEIGHT.")
 @options.trust
 @click.option("--top", default=1, type=click.IntRange(1, 1000), metavar="N", help="Show the N most likely intents.")
-@click.option("--max-tokens", default=64, metavar="N", help="Of a language model's continuation.", show_default=True)
+@click.option("--max-tokens", default=64, metavar="N", help="Longest continuation of a text.", show_default=True)
 @options.as_json
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
 def infer(
@@ -41,9 +41,9 @@ def infer(
     as_json: bool,
     texts: tuple[str, ...],
 ) -> None:
-    """Print the intent of each TEXT and its probability; '-' reads one phrase a line from standard input.
+    """Print the intent of each TEXT and its probability; '-' reads standard input, one phrase a line.
 
-    A bundle with a language model continues each TEXT instead; `edgeadapt device chat` talks to it.
+    With a language model, continue each TEXT instead; `edgeadapt device chat` chats with it.
 
     \b
     Examples:
@@ -57,57 +57,32 @@ def infer(
 
     phrases = _phrases(texts)
     library = Library.open(bundle, trust)
-    chosen = (*names, *(() if compose is None else (compose,)))
-    if library.card.task == "text-generation":
-        answers, rows = _continued(library, chosen, phrases, max_tokens), _texts
+    adapters = (*names, *(() if compose is None else (compose,)))
+    if library.manifest.task == "text-generation":
+        answers, lines = _continue(library, adapters, phrases, max_tokens), _continuations
     else:
-        answers, rows = _classified(library, chosen, phrases, top), _rows
-    click.echo(json.dumps({"adapters": answers}, ensure_ascii=False) if as_json else "\n".join(rows(answers)))
-
-
-def _classified(library: "Library", names: Sequence[str], phrases: list[str], top: int) -> list[dict[str, Any]]:
-    from client.inference.session import ClassificationSession
-
-    session = ClassificationSession.of(library)
-    return [_answers(session, name, phrases, top) for name in names or (session.default(),)]
-
-
-def _continued(library: "Library", names: Sequence[str], texts: list[str], tokens: int) -> list[dict[str, Any]]:
-    from client.inference.generate import Generator
-    from client.inference.options import Options
-
-    generator, allowed, results = Generator.of(library), Options(max_tokens=tokens), []
-    default = library.default() if library.names() and not names else None
-    for name in names or (default,):
-        adapter = generator.use(name) if name else None
-        answers = [{"text": text, "continuation": "".join(generator.complete(text, allowed))} for text in texts]
-        used = {"adapter": adapter.name, "version": adapter.version} if adapter else {"adapter": None}
-        results.append({**used, "answers": answers})
-    return results
-
-
-def _texts(adapters: list[dict[str, Any]]) -> list[str]:
-    """Each text with its continuation; a line with the adapter's name before it where there are several."""
-    told = [
-        (f"[{result['adapter']}] " if len(adapters) > 1 else "") + answer["text"] + answer["continuation"]
-        for result in adapters
-        for answer in result["answers"]
-    ]
-    return [printable(text) for text in told]
+        answers, lines = _classify(library, adapters, phrases, top), _table
+    click.echo(json.dumps({"adapters": answers}, ensure_ascii=False) if as_json else "\n".join(lines(answers)))
 
 
 def _phrases(texts: Sequence[str]) -> list[str]:
-    phrases = [phrase for text in texts for phrase in (_lines() if text == "-" else [text])]
+    phrases = []
+    for text in texts:
+        lines = (line.strip() for line in options.standard_input()) if text == "-" else [text]
+        phrases += [line for line in lines if line or text != "-"]
     if not phrases:
-        raise DataError("standard input held no phrase; give one a line")
+        raise DataError("standard input contains no phrase; write one a line", about="stdin")
     return phrases
 
 
-def _lines() -> list[str]:
-    return [line.strip() for line in options.standard_input() if line.strip()]
+def _classify(library: "Library", names: Sequence[str], phrases: list[str], top: int) -> list[dict[str, Any]]:
+    from client.inference.session import ClassificationSession
+
+    session = ClassificationSession.of(library)
+    return [_ranked(session, name, phrases, top) for name in names or (session.default(),)]
 
 
-def _answers(session: "ClassificationSession", name: str, phrases: list[str], top: int) -> dict[str, Any]:
+def _ranked(session: "ClassificationSession", name: str, phrases: list[str], top: int) -> dict[str, Any]:
     adapter = session.use(name)
     ranked = zip(phrases, session.rank(phrases, top), strict=True)
     answers = [
@@ -117,8 +92,31 @@ def _answers(session: "ClassificationSession", name: str, phrases: list[str], to
     return {"adapter": adapter.name, "version": adapter.version, "answers": answers}
 
 
-def _rows(adapters: list[dict[str, Any]]) -> list[str]:
-    """One line an answer: the intent, its probability, then whatever tells this line from its neighbours."""
+def _continue(library: "Library", names: Sequence[str], texts: list[str], tokens: int) -> list[dict[str, Any]]:
+    from client.inference.generate import Generator
+    from client.inference.text import SamplingParams
+
+    generator, params, results = Generator.of(library), SamplingParams(max_tokens=tokens), []
+    default = library.default() if library.names() and not names else None
+    for name in names or (default,):
+        adapter = generator.use(name) if name else None
+        answers = [{"text": text, "continuation": "".join(generator.complete(text, params))} for text in texts]
+        used = {"adapter": adapter.name, "version": adapter.version} if adapter else {"adapter": None}
+        results.append({**used, "answers": answers})
+    return results
+
+
+def _continuations(adapters: list[dict[str, Any]]) -> list[str]:
+    """Each text with its continuation, after the adapter's name if there are several."""
+    return [
+        printable((f"[{result['adapter']}] " if len(adapters) > 1 else "") + answer["text"] + answer["continuation"])
+        for result in adapters
+        for answer in result["answers"]
+    ]
+
+
+def _table(adapters: list[dict[str, Any]]) -> list[str]:
+    """One line for each answer: intent, probability, and the adapter and phrase if there are several."""
     cells = [
         (
             intent["intent"],

@@ -1,4 +1,4 @@
-"""``edgeadapt device serve-web``: the page that runs a bundle in a browser."""
+"""``edgeadapt device serve-web``: serves the page that runs a bundle in a browser."""
 
 from pathlib import Path
 
@@ -10,18 +10,20 @@ from client.cli import options
 @click.command("serve-web")
 @options.bundle
 @options.trust
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve at.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option(
-    "--port", default=8765, show_default=True, type=click.IntRange(0, 65535), help="0 takes one that is free."
-)
-@click.option(
-    "--export", "out", type=options.FOLDER, metavar="DIR", help="Write the page and the bundle to DIR instead."
+    "--export",
+    "out",
+    type=options.FOLDER,
+    metavar="DIR",
+    help="Write the page and bundle to DIR; do not serve.",
 )
 def serve_web(bundle: Path, trust: Path | None, host: str, port: int, out: Path | None) -> None:
-    """Serve a page that verifies the bundle and runs it in the browser; or write that page to a folder.
+    """Serve a page that verifies the bundle and runs it in the browser, or export the page to a folder.
 
-    The page and what is written on it stay on this machine. Browsers verify signatures on https pages and on localhost
-    only, so what --export wrote belongs on a server with TLS (docs/how-to/browser.md names the headers it should send).
+    The texts that are typed on the page stay in the browser. Browsers verify signatures only on https pages and on
+    localhost, so serve an exported page over TLS (docs/how-to/browser.md lists the headers to send).
 
     \b
     Examples:

@@ -1,1 +1,31 @@
-"""Answers on a device, from verified files only. Needs neither torch nor flwr nor transformers."""
+"""Inference on a device, from verified files only: classify texts or write text with a frozen base and small adapters.
+
+Runs on the bare install: neither torch nor flwr nor transformers is imported, and onnxruntime-genai only when a
+``Generator`` is opened.
+"""
+
+from client.inference.generate import ChatMessage, Conversation, Generator
+from client.inference.library import Adapter, Composition, Library, WeightedAdapter, compose
+from client.inference.session import ClassificationSession, Prediction
+from client.inference.text import Answer, Finish, SamplingParams
+from client.inference.trust import Trust, VerifiedAdapter, VerifiedBase, adapter_names
+
+__all__ = [
+    "Adapter",
+    "Answer",
+    "ChatMessage",
+    "ClassificationSession",
+    "Composition",
+    "Conversation",
+    "Finish",
+    "Generator",
+    "Library",
+    "Prediction",
+    "SamplingParams",
+    "Trust",
+    "VerifiedAdapter",
+    "VerifiedBase",
+    "WeightedAdapter",
+    "adapter_names",
+    "compose",
+]

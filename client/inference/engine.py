@@ -1,8 +1,8 @@
-"""onnxruntime-genai behind a few calls: a model, the adapters that it holds, and one text that it remembers.
+"""Runs a language model with onnxruntime-genai: its adapters, and one generator with its KV cache.
 
-Adapters are taken as files only: one that was verified is written, as float32, to a private temporary file, which is
-removed as soon as it is loaded. The memory of a text (the KV cache) outlives an answer: a prompt that begins with the
-same tokens, as the next turn of a conversation does, is read from where it differs.
+onnxruntime-genai loads adapters from files only: a verified adapter is written, as float32, to a private temporary
+file, which is removed after loading. The KV cache is kept after an answer: of a prompt that begins with the same
+tokens, as the next message of a conversation does, only the rest is read.
 """
 
 import importlib
@@ -17,26 +17,26 @@ import numpy as np
 import onnxruntime as ort
 
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
-from client.inference.compose import Adapter
-from client.inference.options import Options
+from client.inference.library import Adapter
+from client.inference.text import SamplingParams, first_line
 from client.inference.trust import GENAI, TOKENIZER, VerifiedBase
 
-GROWTH = 256  # tokens; room for the KV cache is made in steps, so that a few more turns fit into what is there
+GROWTH = 256  # tokens; the KV cache grows in steps, so that a few more messages fit without a new one
 
 
 @dataclass(slots=True)
 class _Live:
-    """A generator of onnxruntime-genai, and what its KV cache holds."""
+    """A generator of onnxruntime-genai, and the tokens in its KV cache."""
 
     inner: Any
-    options: Options
+    params: SamplingParams
     adapter: str | None  # by name
     capacity: int  # tokens
     tokens: list[int]
 
 
 class GenerationEngine:
-    """A verified base, loaded. Whoever holds it verifies adapters, and asks for one answer at a time."""
+    """A verified base, loaded. The caller verifies adapters, and reads one answer at a time."""
 
     def __init__(self, base: VerifiedBase, threads: int) -> None:
         """Load the model.
@@ -56,35 +56,35 @@ class GenerationEngine:
         self.context = int(stated["context_length"])
         self.vocabulary = int(stated["vocab_size"])
         self.ends = frozenset(map(int, self._tokenizer.eos_token_ids))
-        self.marks = _marks(base.files[TOKENIZER])
+        self.special_tokens = _special_tokens(base.files[TOKENIZER])
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def decoder(self) -> Any:
-        """Something whose ``decode`` turns token after token into text; a character may need several."""
+        """A stream whose ``decode`` takes tokens one by one and returns text; a character may need several tokens."""
         return self._tokenizer.create_stream()
 
-    def templated(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation as the model's chat template writes it, up to where the answer begins.
+    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> str:
+        """A conversation, formatted by the model's chat template, up to where the answer begins.
 
         Raises:
-            ConfigError: There is no template, or it does not take these messages.
+            ConfigError: There is no template, or it does not accept these messages.
         """
         try:
             text = self._tokenizer.apply_chat_template(messages=json.dumps(messages), add_generation_prompt=True)
         except RuntimeError as error:
             reason = f"this model cannot chat ({first_line(error)})"
-            raise ConfigError(f"{reason}; use `edgeadapt device infer`") from error
+            raise ConfigError(f"{reason}; use `edgeadapt device infer`", about="chat_template") from error
         return str(text)
 
     def load(self, adapter: Adapter) -> None:
-        """Take over an adapter's tensors, under its name.
+        """Load an adapter's tensors under its name.
 
         Raises:
-            DataError: onnxruntime-genai does not take them.
-            EdgeAdaptError: There is no room for the file.
+            DataError: onnxruntime-genai refuses the tensors.
+            EdgeAdaptError: The temporary folder has no room for the file.
         """
         values = {name: ort.OrtValue.ortvalue_from_numpy(adapter.inputs[name]) for name in sorted(adapter.inputs)}
         container = ort.AdapterFormat()
@@ -97,42 +97,44 @@ class GenerationEngine:
             try:
                 container.export_adapter(str(path))
             except RuntimeError as error:
-                reason = f"adapter {adapter.name!r} needs {adapter.nbytes} bytes for a moment, which {folder} lacks"
-                raise EdgeAdaptError(f"{reason}; free some, or name another folder in TMPDIR") from error
+                reason = f"{folder} lacks {adapter.nbytes} bytes to load adapter {adapter.name!r}"
+                raise EdgeAdaptError(f"{reason}; free some, or set TMPDIR to another folder", about="TMPDIR") from error
             try:
                 self._adapters.load(str(path), adapter.name)
             except RuntimeError as error:
-                raise DataError(f"adapter {adapter.name!r} cannot be loaded: {first_line(error)}") from error
-            except KeyboardInterrupt:  # comes when the library is done; the name must be free for the next attempt
+                reason = f"adapter {adapter.name!r} cannot be loaded: {first_line(error)}; export it again"
+                raise DataError(reason, about="adapter", value=adapter.name) from error
+            except KeyboardInterrupt:  # raised after the library has loaded it; free the name for the next attempt
                 self._adapters.unload(adapter.name)
                 raise
 
     def unload(self, name: str) -> None:
-        """Give an adapter's tensors up."""
-        self.forget()  # one that a generator holds cannot be given up
+        """Release an adapter's tensors."""
+        self.forget()  # the generator may use the adapter
         self._adapters.unload(name)
 
     def forget(self) -> None:
-        """Give up the memory of the last text, whose state may be anything after an error."""
+        """Release the generator with its KV cache, which may be inconsistent after an error."""
         self._live = None
 
-    def read(self, prompt: list[int], options: Options, adapter: str | None) -> int:
-        """Read a prompt with the adapter of that name, or with none.
+    def read(self, prompt: list[int], params: SamplingParams, adapter: str | None) -> int:
+        """Read a prompt with an adapter, or with the bare base.
 
         Args:
             prompt: At least one token, and fewer than ``context``.
-            options: How the answer will be drawn.
-            adapter: One that was loaded.
+            params: How the answer will be sampled.
+            adapter: The name of a loaded adapter, or None.
 
         Returns:
-            How many of the tokens were known from before.
+            The number of tokens found in the KV cache.
 
         Raises:
             RuntimeError: The graph does not run.
         """
-        live, known = self._usable(options, adapter, min(self.context, len(prompt) + options.max_tokens)), 0
+        live, known = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
         if live.adapter == adapter:
-            # Not the last token of either: the one drawn last was never read, and what follows the prompt is asked for.
+            # Without the last tokens: the last sampled one is not in the cache, and the prompt's last must be read anew
+            # for its logits.
             known = _common(live.tokens[:-1], prompt[:-1])
         if live.inner.token_count():
             live.inner.rewind_to(known)
@@ -142,7 +144,7 @@ class GenerationEngine:
         return known
 
     def draw(self) -> Iterator[int]:
-        """Token after token of what follows the prompt that was read, until the allowed number or the context's end.
+        """Sample the tokens that follow the prompt, up to ``max_tokens`` or the end of the context.
 
         Raises:
             DataError: A token has no finite probability.
@@ -150,22 +152,21 @@ class GenerationEngine:
         """
         live = self._live
         assert live is not None  # noqa: S101  # `read` came before
-        for _ in range(min(live.options.max_tokens, self.context - len(live.tokens))):
+        for _ in range(min(live.params.max_tokens, self.context - len(live.tokens))):
             if not np.isfinite(live.inner.get_logits()).all():
-                raise DataError(
-                    "an answer is not finite: the adapter's numbers are too large for this base; use another"
-                )
+                reason = "the answer is not finite: the adapter's values are too large for this base; use another one"
+                raise DataError(reason, about="logits", value=live.adapter)
             live.inner.generate_next_token()
             token = int(live.inner.get_next_tokens()[0])
             live.tokens.append(token)
             yield token
 
-    def inner(self, options: Options, adapter: str | None) -> Any:
-        """onnxruntime-genai's generator for a text of ``options.max_tokens`` in all, for whoever times single tokens.
+    def inner(self, params: SamplingParams, adapter: str | None) -> Any:
+        """onnxruntime-genai's generator, with this adapter, for ``params.max_tokens`` in all: to time single tokens.
 
-        The adapter is in use, the text that it remembers is of no more use; the next ``read`` begins anew.
+        The next ``read`` reuses nothing of its KV cache.
         """
-        live = self._usable(options, adapter, min(self.context, options.max_tokens))
+        live = self._usable(params, adapter, min(self.context, params.max_tokens))
         self._switch(live, adapter)
         live.tokens = []
         return live.inner
@@ -175,45 +176,41 @@ class GenerationEngine:
             live.inner.set_active_adapter(self._adapters, adapter)
             live.adapter = adapter
 
-    def _usable(self, options: Options, adapter: str | None, needed: int) -> _Live:
-        """The generator of the answer before if it can be used again, else a new one.
+    def _usable(self, params: SamplingParams, adapter: str | None, needed: int) -> _Live:
+        """The generator of the answer before, if it can be used again, else a new one.
 
-        It can take another adapter, but never none again; and a seed has to start a sequence of its own.
+        A generator can switch to another adapter, but not back to the bare base, and a seed needs a new generator.
         """
         live = self._live
-        same = live is not None and live.options == options and options.seed is None and live.capacity >= needed
+        same = live is not None and live.params == params and params.seed is None and live.capacity >= needed
         if live is not None and same and (adapter is not None or live.adapter is None):
             return live
         capacity = min(self.context, -(-needed // GROWTH) * GROWTH)
-        parameters = self._og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=capacity, **options.search(self.vocabulary))
-        self._live = None  # frees its KV cache before the next one is made
-        self._live = _Live(self._og.Generator(self._model, parameters), options, None, capacity, [])
+        inner = self._og.GeneratorParams(self._model)
+        inner.set_search_options(max_length=capacity, **params.search_options(self.vocabulary))
+        self._live = None  # frees its KV cache before the next one is allocated
+        self._live = _Live(self._og.Generator(self._model, inner), params, None, capacity, [])
         return self._live
 
 
-def first_line(error: Exception) -> str:
-    """What a library says was wrong, short enough for a message."""
-    return str(error).partition("\n")[0][:200] or type(error).__name__
-
-
 def _genai() -> Any:
-    # By name, because it is an extra: a device that only classifies does without.
+    # An extra: a device that only classifies does not install it.
     try:
         og = importlib.import_module("onnxruntime_genai")
     except ModuleNotFoundError as error:
-        raise ConfigError("writing text needs onnxruntime-genai: pip install 'edgeadapt[generate]'") from error
+        reason = "onnxruntime-genai is not installed; install it with: pip install 'edgeadapt[generate]'"
+        raise ConfigError(reason, about="onnxruntime-genai") from error
     og.disable_telemetry_events()
     return og
 
 
-def _marks(tokenizer: bytes) -> tuple[str, ...]:
-    """The special tokens. The tokenizer finds them in any text, so a message with one could pose as another's."""
+def _special_tokens(tokenizer: bytes) -> tuple[str, ...]:
+    """The special tokens. The tokenizer recognizes them in any text, so a message with one could pose as another."""
     added = json.loads(tokenizer).get("added_tokens", [])
     return tuple(sorted(token["content"] for token in added if token.get("special") and token["content"]))
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """The length of the common prefix."""
     pairs = zip(one, other, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,6 +1,6 @@
-"""Writes text with a language model and one adapter. No torch, no transformers.
+"""Writes text with a language model and verified adapters. Needs neither torch nor transformers.
 
-Everything comes verified from ``library.py``; ``engine.py`` runs it, ``chat.py`` keeps a conversation.
+``Generator`` answers one prompt, ``Conversation`` keeps the messages of a chat; ``engine.py`` runs the model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,32 +11,30 @@ from threading import Lock
 from typing import Self
 
 from aggregation.errors import ConfigError, DataError
-from client.inference.cache import Cache
-from client.inference.compose import Adapter
-from client.inference.engine import GenerationEngine, first_line
-from client.inference.library import Library, chosen
-from client.inference.options import Answer, Finish, Options
+from client.inference.engine import GenerationEngine
+from client.inference.library import Adapter, AdapterCache, Composition, Library
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
-from client.inference.stops import Stops
-from client.inference.text import checked
+from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, first_line
+from client.inference.trust import MODEL
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn of a conversation."""
+    """A message of a conversation."""
 
     role: str  # "system", "user" or "assistant"
     content: str
 
 
 class Generator:
-    """A language model over the base of a bundle, and the adapter that is in use: none at first, the bare base."""
+    """The language model of a bundle, and the adapter in use: at first none, the bare base."""
 
-    def __init__(self, library: Library, threads: int, loaded: int, loaded_bytes: int) -> None:
-        """Use ``open``, which verifies."""
-        self._library = library
-        self._engine = GenerationEngine(library.base, threads)
-        self._loaded: Cache[Adapter] = Cache(loaded, loaded_bytes, lambda adapter: self._engine.unload(adapter.name))
+    def __init__(self, library: Library, engine: GenerationEngine, loaded: int, loaded_bytes: int) -> None:
+        """Use ``open`` or ``of``."""
+        self._library, self._engine = library, engine
+        self._loaded = AdapterCache[Adapter](
+            loaded, loaded_bytes, lambda adapter: adapter.nbytes, lambda adapter: engine.unload(adapter.name)
+        )
         self._current: Adapter | None = None
         self._busy = Lock()
         self._last: Answer | None = None
@@ -51,7 +49,7 @@ class Generator:
         loaded: int = MAX_LOADED,
         loaded_bytes: int = MAX_LOADED_BYTES,
     ) -> Self:
-        """Verify the base of ``bundle`` and load it. Arguments and errors as ``Session.open``.
+        """Verify and load the base of ``bundle``. Arguments and errors as ``ClassificationSession.open``.
 
         Raises:
             ConfigError: Also if onnxruntime-genai is not installed.
@@ -62,22 +60,23 @@ class Generator:
     def of(
         cls, library: Library, threads: int = 2, loaded: int = MAX_LOADED, loaded_bytes: int = MAX_LOADED_BYTES
     ) -> Self:
-        """Load a base that is verified already. Raises as ``open``."""
+        """Load a verified base. Arguments and errors as ``open``."""
         try:
-            generator = cls(library, threads, loaded, loaded_bytes)
+            generator = cls(library, GenerationEngine(library.base, threads), loaded, loaded_bytes)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"the base in {library.bundle} cannot be loaded by this client: {error}") from error
+            reason = f"this version cannot load the base in {library.bundle}: {error}"
+            raise DataError(reason, about=MODEL) from error
         library.base.check()
         return generator
 
     @property
     def library(self) -> Library:
-        """The bundle: its card, the names of its adapters, the default one."""
+        """The bundle."""
         return self._library
 
     @property
     def context(self) -> int:
-        """How many tokens the model can read and write together."""
+        """The model's limit of tokens, prompt and answer together."""
         return self._engine.context
 
     @property
@@ -87,97 +86,94 @@ class Generator:
 
     @property
     def last(self) -> Answer | None:
-        """The answer that ended last."""
+        """The last answer that ended."""
         return self._last
 
     def use(self, names: str | Sequence[str], weights: Sequence[float] | None = None) -> Adapter:
-        """Switch to an adapter, or to several as one. Arguments and errors as ``Session.use``.
+        """Switch to an adapter or a composition. Arguments and errors as ``ClassificationSession.use``.
 
         Raises:
             ConfigError: Also while an answer is being written.
         """
-        choice = chosen(names, weights)
-        with self._alone():
-            if (adapter := self._loaded.get(choice)) is None:
-                adapter = self._load(self._library.load(choice))
+        composition = Composition.of(names, weights)
+        with self._exclusive():
+            if (adapter := self._loaded.get(composition)) is None:
+                loaded = self._library.load(composition)
+                self._engine.load(loaded)
+                adapter = self._loaded[composition] = replace(loaded, inputs={})  # the engine holds the tensors
             self._current = adapter
         return adapter
 
     def use_base(self) -> None:
         """Switch to the bare base. Raises ConfigError while an answer is being written."""
-        with self._alone():
+        with self._exclusive():
             self._current = None
 
-    def complete(self, text: str, options: Options = Options()) -> Iterator[str]:  # noqa: B008  # it is immutable
-        """Continue a text; pieces come as they are written. How it ended is in ``last``.
-
-        Closing the iterator, or leaving it, ends the answer.
+    def complete(self, text: str, params: SamplingParams = SamplingParams()) -> Iterator[str]:  # noqa: B008  # frozen
+        """Continue ``text``, piece by piece; ``last`` says how the answer ended. Closing the iterator ends the answer.
 
         Raises:
-            DataError: The text is empty or not Unicode, or leaves no room for an answer; or, later, a token has no
-                finite probability.
+            DataError: The text is not valid (``text.checked``) or leaves no room for an answer; while reading: a token
+                has no finite probability.
             ConfigError: Another answer is being written.
         """
-        return self._answer(self._engine.encode(checked(text)), options)
+        return self._answer(self._engine.encode(checked(text)), params)
 
-    def answer(self, messages: Sequence[ChatMessage], options: Options = Options()) -> Iterator[str]:  # noqa: B008
-        """Answer the last of ``messages``, in the form of the model's chat template. Raises as ``complete``."""
-        return self._answer(self.tokens(messages), options)
+    def answer(self, messages: Sequence[ChatMessage], params: SamplingParams = SamplingParams()) -> Iterator[str]:  # noqa: B008
+        """Answer the last of ``messages``, formatted by the model's chat template. Raises as ``complete``."""
+        return self._answer(self.tokens(messages), params)
 
     def tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The tokens that the model reads for a conversation, up to where its answer begins.
+        """The prompt of a conversation: its tokens, up to where the answer begins.
 
         Raises:
-            DataError: A message is empty or not Unicode, or contains a mark by which the model tells messages apart.
-            ConfigError: The model has no chat template, or it cannot take these messages.
+            DataError: A message is not valid (``text.checked``), or contains a special token of the model, with which
+                it could pose as another message.
+            ConfigError: The model has no chat template, or the template does not accept these messages.
         """
         for message in messages:
-            if mark := next((mark for mark in self._engine.marks if mark in checked(message.content)), None):
-                raise DataError(f"a message contains {mark!r}, which is the model's own mark; leave it out")
+            content = checked(message.content)
+            if token := next((token for token in self._engine.special_tokens if token in content), None):
+                reason = f"a message contains {token!r}, a special token of the model; remove it"
+                raise DataError(reason, about="message", value=token)
         listed = [{"role": message.role, "content": message.content} for message in messages]
-        return self._engine.encode(self._engine.templated(listed))
+        return self._engine.encode(self._engine.apply_chat_template(listed))
 
-    def room(self, options: Options) -> int:
-        """How many tokens a prompt may have, so that the whole answer fits."""
-        return self.context - options.max_tokens
+    def max_prompt(self, params: SamplingParams) -> int:
+        """The most tokens of a prompt that leave room for an answer of ``params.max_tokens``."""
+        return self.context - params.max_tokens
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
-            raise ConfigError("an answer is being written; read it to its end, or close it, first")
+            raise ConfigError("an answer is being written; read it to its end, or close it, first", about="answer")
         try:
             yield
         finally:
             self._busy.release()
 
-    def _load(self, adapter: Adapter) -> Adapter:
-        """Hand the tensors over to the engine; the adapter that is returned has them no more."""
-        self._engine.load(adapter)
-        handed_over = replace(adapter, inputs={})
-        self._loaded.put(adapter.choice, handed_over, adapter.nbytes)
-        return handed_over
-
-    def _answer(self, prompt: list[int], options: Options) -> Iterator[str]:
-        with self._alone():  # say at once what the first piece would say
+    def _answer(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+        with self._exclusive():  # raise now, not with the first piece
             pass
         if not prompt:
-            raise DataError("the text has no sign that the model knows; give another")
+            raise DataError("the text contains no known token; give another text", about="text.tokens")
         if len(prompt) >= self.context:
-            raise DataError(f"a text of {len(prompt)} tokens fills the model's {self.context}; shorten it")
-        return self._written(prompt, options)
+            reason = f"the text has {len(prompt)} tokens, and the model's limit is {self.context}; shorten it"
+            raise DataError(reason, about="prompt", value=len(prompt))
+        return self._pieces(prompt, params)
 
-    def _written(self, prompt: list[int], options: Options) -> Iterator[str]:
-        with self._alone():
-            yield from self._drawn(prompt, options)
+    def _pieces(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+        with self._exclusive():
+            yield from self._generate(prompt, params)
 
-    def _drawn(self, prompt: list[int], options: Options) -> Iterator[str]:
-        engine, stops, decoder = self._engine, Stops(options.stop), self._engine.decoder()
-        finish, said, count, known = Finish.INTERRUPTED, "", 0, 0
+    def _generate(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+        engine, stops, decoder = self._engine, StopFilter(params.stop), self._engine.decoder()
+        finish, text, count, reused = Finish.INTERRUPTED, "", 0, 0
         try:
-            known = engine.read(prompt, options, self._current.name if self._current else None)
+            reused = engine.read(prompt, params, self._current.name if self._current else None)
             for count, token in enumerate(engine.draw(), 1):  # noqa: B007
                 piece = "" if token in engine.ends else stops.feed(decoder.decode(token))
-                said += piece
+                text += piece
                 if piece:
                     yield piece
                 if token in engine.ends or stops.hit is not None:
@@ -186,15 +182,80 @@ class Generator:
             else:
                 finish = Finish.LENGTH
             if rest := stops.rest():
-                said += rest
+                text += rest
                 yield rest
-        except GeneratorExit:  # at a ``yield``, where what the engine remembers is sound
+        except GeneratorExit:  # raised by a ``yield``, between two tokens: the KV cache is consistent
             raise
         except RuntimeError as error:  # of onnxruntime-genai
             engine.forget()
-            raise DataError(f"the model cannot be run with this adapter: {first_line(error)}") from error
+            reason = f"the model does not run with this adapter: {first_line(error)}"
+            raise DataError(reason, about="adapter") from error
         except BaseException:
             engine.forget()
             raise
         finally:
-            self._last = Answer(said, finish, count, len(prompt), known)
+            self._last = Answer(text, finish, count, len(prompt), reused)
+
+
+class Conversation:
+    """The messages of a chat between a user and a generator.
+
+    The model reads the system prompt and as many of the last messages as leave room for an answer of ``max_tokens``;
+    the oldest are dropped, each question with its answer. After a change of adapter the conversation goes on: the new
+    adapter reads the same messages.
+    """
+
+    def __init__(self, generator: Generator, params: SamplingParams, system: str | None = None) -> None:
+        """Start without messages.
+
+        Raises:
+            ConfigError: An answer of ``max_tokens`` leaves no room for a question.
+            DataError: The system prompt is not a valid message (``Generator.tokens``).
+        """
+        if generator.max_prompt(params) < 1:
+            reason = f"an answer of {params.max_tokens} tokens leaves no room for a question: the model's limit is"
+            reason = f"{reason} {generator.context} tokens; lower --max-tokens"
+            raise ConfigError(reason, about="max_tokens", value=params.max_tokens)
+        self._generator, self._params = generator, params
+        self._system = [] if system is None else [ChatMessage("system", system)]
+        self._messages: list[ChatMessage] = []
+        if self._system:
+            generator.tokens([*self._system, ChatMessage("user", "?")])
+
+    @property
+    def messages(self) -> tuple[ChatMessage, ...]:
+        """The messages that the model would read now, without the system prompt."""
+        return tuple(self._messages)
+
+    def reset(self) -> None:
+        """Drop all messages."""
+        self._messages.clear()
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Answer ``text``, piece by piece. If the answer is not read to its end, the part that was read is kept.
+
+        Raises:
+            DataError: The text is not a valid message, or is too long even without the messages before it. The
+                messages are then unchanged.
+        """
+        messages = self._fit([*self._messages, ChatMessage("user", text)])
+        return self._record(messages, self._generator.answer([*self._system, *messages], self._params))
+
+    def _record(self, messages: list[ChatMessage], pieces: Iterator[str]) -> Iterator[str]:
+        text = ""
+        try:
+            for piece in pieces:
+                text += piece
+                yield piece
+        finally:
+            if text.strip():
+                self._messages = [*messages, ChatMessage("assistant", text)]
+
+    def _fit(self, messages: list[ChatMessage]) -> list[ChatMessage]:
+        limit = self._generator.max_prompt(self._params)
+        while (needed := len(self._generator.tokens([*self._system, *messages]))) > limit:
+            if len(messages) < 3:
+                reason = f"the text needs {needed} tokens, and an answer of {self._params.max_tokens} leaves {limit}"
+                raise DataError(f"{reason}; shorten the text, or lower --max-tokens", about="prompt", value=needed)
+            messages = messages[2:]
+        return messages

@@ -1,25 +1,195 @@
-"""The bundle behind a session or a generator: its verified base, and its adapters, verified when they are asked for."""
+"""The adapters of a bundle: chosen, verified when they are used, composed into one, and kept in memory.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A composition is several adapters as one: ``y = base(x) + Σ wᵢ (x Aᵢ) Bᵢ``. Their ranks are concatenated,
+``A = [A₁ A₂ …]`` and ``B = [w₁B₁; w₂B₂; …]``, as PEFT does in ``add_weighted_adapter(combination_type="cat")``. Nothing
+is approximated, and the graph needs no second set of inputs; the rank is the sum of the ranks.
+
+A module of ``modules_to_save`` replaces the base's module instead of updating it, so two of them have no sum. They are
+averaged, if their shapes and, for a head, the labels agree (docs/decisions/0013-composing-adapters.md).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from threading import RLock
+from typing import Any, Self, TypeVar
 
-from adapters.manifest import BaseManifest, Task
+import numpy as np
+from cachetools import LRUCache
+
+from adapters.layout import Floats, Tensors
+from adapters.manifest import AdapterManifest, BaseManifest, Task
+from adapters.ondevice import LORA_A, LORA_B, check_name
 from aggregation.errors import ConfigError, DataError
-from client.inference.compose import Adapter, Choice, WeightedAdapter, choose, compose, parse
-from client.inference.trust import Trust, VerifiedBase, adapter_names
+from client.inference.trust import Trust, VerifiedAdapter, VerifiedBase, adapter_names
 
-SHARED = "global"
-INSTEAD: dict[Task, str] = {
-    "text-classification": "it answers phrases with intents: use `edgeadapt device infer`",
+MAX_WEIGHT = 16.0  # a larger multiple of an adapter's update is noise
+GLOBAL = "global"
+OTHER_COMMAND: dict[Task, str] = {
+    "text-classification": "it classifies phrases: use `edgeadapt device infer`",
     "text-generation": "it writes text: use `edgeadapt device chat`",
 }
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedAdapter:
+    """One adapter of a composition, and the factor of its update."""
+
+    name: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if not (math.isfinite(self.weight) and 0 < self.weight <= MAX_WEIGHT):
+            reason = f"the weight {self.weight} of adapter {self.name!r} is not above 0 and at most {MAX_WEIGHT:g}"
+            raise ConfigError(reason, about="composition.weight", value=self.weight)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``NAME`` or ``NAME:WEIGHT``. Raises ConfigError."""
+        name, colon, weight = text.partition(":")
+        try:
+            return cls(name.strip(), float(weight) if colon else 1.0)
+        except ValueError as error:
+            reason = f"weight {weight!r} is not a number; write NAME:NUMBER, as in global:0.5+anna:1"
+            raise ConfigError(reason, about="composition.weight", value=weight) from error
+
+    def __str__(self) -> str:
+        return self.name if self.weight == 1 else f"{self.name}:{float(self.weight)!r}".removesuffix(".0")
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """The adapters to use as one, at least one, sorted by name.
+
+    The order changes only the last bits of an answer; sorting gives equal compositions one form.
+
+    >>> str(Composition.parse("global:0.5 + anna"))
+    'anna+global:0.5'
+
+    Raises:
+        ConfigError: No adapter is named, or one is named twice.
+    """
+
+    parts: tuple[WeightedAdapter, ...]
+
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        if not names:
+            raise ConfigError("no adapter is named; name at least one", about="composition", value=())
+        if repeated := [name for name in names if names.count(name) > 1]:
+            reason = f"adapter {repeated[0]!r} is named twice; name it once, with the sum of its weights"
+            raise ConfigError(reason, about="composition", value=repeated[0])
+        object.__setattr__(self, "parts", tuple(sorted(self.parts, key=lambda part: part.name)))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``global``, ``global+anna`` or ``global:0.5+anna:1``. Law: ``parse(str(c)) == c``.
+
+        Raises:
+            ConfigError: A name or weight is not valid, or a name is repeated.
+        """
+        return cls(tuple(WeightedAdapter.parse(part.strip()) for part in text.split("+")))
+
+    @classmethod
+    def of(cls, names: str | Sequence[str], weights: Sequence[float] | None = None) -> Self:
+        """A composition in writing, or of several names; each weight is 1 unless ``weights`` are given.
+
+        Raises:
+            ConfigError: As ``parse``, or the numbers of names and weights differ.
+        """
+        if isinstance(names, str) and weights is None:
+            return cls.parse(names)
+        listed = [names] if isinstance(names, str) else list(names)
+        given = [1.0] * len(listed) if weights is None else list(weights)
+        if len(given) != len(listed):
+            reason = f"{len(given)} weights are given for {len(listed)} adapters; give one for each"
+            raise ConfigError(reason, about="composition.weight", value=given)
+        return cls(tuple(map(WeightedAdapter, listed, given)))
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The inputs of a graph: one verified adapter, or several as one."""
+
+    composition: Composition
+    manifests: tuple[AdapterManifest, ...]  # of the parts, in order
+    rank: int  # the greatest of any layer
+    nbytes: int  # of ``inputs``
+    inputs: Tensors = field(repr=False)  # by graph input
+
+    @classmethod
+    def of(cls, composition: Composition, manifests: tuple[AdapterManifest, ...], inputs: Tensors) -> Self:
+        """The adapter with these inputs."""
+        rank = max((value.shape[1] for name, value in inputs.items() if name.endswith(LORA_A)), default=0)
+        return cls(composition, manifests, rank, sum(value.nbytes for value in inputs.values()), inputs)
+
+    @property
+    def name(self) -> str:
+        """The composition in writing."""
+        return str(self.composition)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the head's rows; empty without a head."""
+        return self.manifests[0].labels
+
+    @property
+    def version(self) -> int:
+        """The highest version among the parts."""
+        return max(manifest.version for manifest in self.manifests)
+
+
+def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base: BaseManifest) -> Adapter:
+    """Compose the adapters of ``composition`` into one.
+
+    Args:
+        composition: Names and weights.
+        verified: What ``Trust.adapter`` returned for each part, in the same order, all for this base.
+        base: The base's manifest.
+
+    Returns:
+        Inputs in float32: A of shape ``(in, Σ rankᵢ)``, B of shape ``(Σ rankᵢ, out)``, and each module of
+        ``modules_to_save`` in its own shape. Guarantee: ``A @ B`` is the weighted sum of the updates, up to float32
+        rounding. A single adapter of weight 1 is returned unchanged, and equal modules keep their exact values.
+
+    Raises:
+        ConfigError: The labels differ, or the ranks add up to more than the base allows.
+    """
+    manifests = tuple(one.sidecar for one in verified)
+    if len(verified) == 1 and composition.parts[0].weight == 1:
+        return Adapter.of(composition, manifests, verified[0].inputs)
+    if other := [one for one in manifests if one.labels != manifests[0].labels]:
+        reason = (
+            f"adapters {manifests[0].name!r} and {other[0].name!r} have different labels, so their heads have no mean"
+        )
+        raise ConfigError(f"{reason}; use one at a time", about="composition.labels", value=other[0].name)
+    weights = [part.weight for part in composition.parts]
+    inputs = {name: _composed(name, [one.inputs[name] for one in verified], weights) for name in verified[0].inputs}
+    composed = Adapter.of(composition, manifests, inputs)
+    if composed.rank > base.max_rank:
+        reason = f"{composed.name} has rank {composed.rank}, above the base's limit of {base.max_rank}; leave one out"
+        raise ConfigError(reason, about="composition.rank", value=composed.rank)
+    return composed
+
+
+def _composed(name: str, values: Sequence[Floats], weights: Sequence[float]) -> Floats:
+    if name.endswith(LORA_A):
+        return np.concatenate(values, axis=1)
+    if name.endswith(LORA_B):
+        return np.concatenate([np.float32(weight) * value for weight, value in zip(weights, values, strict=True)])
+    # numpy averages in float64 with these weights, so that the mean of equal modules is exact.
+    return np.average(values, axis=0, weights=weights).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A bundle with its verified base; holds no adapter."""
+    """A bundle with its verified base. It keeps no adapter."""
 
     bundle: Path
     trust: Trust
@@ -27,66 +197,99 @@ class Library:
 
     @classmethod
     def open(cls, bundle: Path, trust: Path | None, task: Task | None = None) -> Self:
-        """Verify the base of ``bundle``, which has to be for ``task`` if one is named.
+        """Verify the base of ``bundle``.
+
+        Args:
+            bundle: The folder.
+            trust: The pinned public keys; by default ``trust.pem`` in the folder that contains the bundle.
+            task: The task that the base must be for, if any.
 
         Raises:
-            TrustError: No pinned keys, or the base is not what one of them signed.
+            TrustError: There are no pinned keys, or none of them signed this base.
             DataError: There is no bundle, or a file is missing.
-            ConfigError: The base is for another task; the message names what to use instead.
+            ConfigError: The base is for another task; the message names the command to use.
         """
         if not bundle.is_dir():
-            raise DataError(f"there is no bundle at {bundle}")
+            raise DataError(f"{bundle} is not a bundle: there is no such folder", about="bundle", value=str(bundle))
         pinned = Trust.open(bundle, trust)
         base = pinned.base(bundle)
         if task not in (None, base.card.task):
-            raise ConfigError(f"the base in {bundle} is for {base.card.task}; {INSTEAD[base.card.task]}")
+            reason = f"the base in {bundle} is for {base.card.task}; {OTHER_COMMAND[base.card.task]}"
+            raise ConfigError(reason, about="base.task", value=base.card.task)
         return cls(bundle, pinned, base)
 
     @property
-    def card(self) -> BaseManifest:
+    def manifest(self) -> BaseManifest:
         """The base's."""
         return self.base.card
 
     def names(self) -> list[str]:
-        """The adapters that the bundle seems to have; nothing of them is verified."""
+        """The adapters in the bundle, by file name; not verified."""
         return adapter_names(self.bundle)
 
     def default(self) -> str:
-        """The adapter for someone who names none: the private one, else the shared one, else the only one.
+        """The adapter to use if none is named: the private one, else the global one, else the only one.
 
         Raises:
-            ConfigError: There is no such one; the message lists what there is.
-            DataError: There is no adapter at all.
-            TrustError: A sidecar is not what a pinned key signed.
+            ConfigError: The choice is not unique; the message lists the candidates.
+            DataError: The bundle has no adapter.
+            TrustError: No pinned key signed a manifest.
         """
         names = self.names()
         private = [name for name in names if self.trust.sidecar(self.bundle, name).parent is not None]
-        for choice in (private, [name for name in names if name == SHARED], names):
-            if len(choice) == 1:
-                return choice[0]
-            if choice:
-                raise ConfigError(f"several adapters could be meant; choose with --adapter: {', '.join(choice)}")
-        raise DataError(f"the bundle {self.bundle} has no adapter")
+        for candidates in (private, [name for name in names if name == GLOBAL], names):
+            if len(candidates) == 1:
+                return candidates[0]
+            if candidates:
+                reason = f"the bundle has several adapters; choose one with --adapter: {', '.join(candidates)}"
+                raise ConfigError(reason, about="adapter", value=candidates)
+        raise DataError(f"the bundle {self.bundle} has no adapter", about="adapter")
 
-    def load(self, choice: Choice) -> Adapter:
-        """Verify each part of ``choice`` and make one adapter of them.
+    def load(self, composition: Composition) -> Adapter:
+        """Verify each part of ``composition``, and compose them. Raises as ``Trust.adapter`` and ``compose``."""
+        verified = [self.trust.adapter(self.bundle, self.base, part.name) for part in composition.parts]
+        return compose(composition, verified, self.manifest)
+
+
+class AdapterCache(LRUCache[Composition, V]):
+    """The adapters that were used last, limited in number and in bytes. Threads may share it.
+
+    An adapter of more than ``nbytes`` counts as ``nbytes``: it must run, so it is held, but alone.
+    """
+
+    def __init__(
+        self, count: int, nbytes: int, sizeof: Callable[[V], int], evicted: Callable[[V], Any] = lambda _: None
+    ) -> None:
+        """Start empty.
+
+        Args:
+            count: The most adapters to hold.
+            nbytes: The most bytes to hold.
+            sizeof: The bytes of an adapter.
+            evicted: Called with each adapter that makes room for another.
 
         Raises:
-            TrustError, DataError, ConfigError: As ``Trust.adapter`` and ``compose``.
+            ConfigError: A limit is below 1.
         """
-        return compose(choice, [self.trust.adapter(self.bundle, self.base, part.name) for part in choice], self.card)
+        for about, limit in (("loaded", count), ("loaded_bytes", nbytes)):
+            if limit < 1:
+                raise ConfigError(f"{about} {limit} is below 1: no adapter could be held", about=about, value=limit)
+        super().__init__(nbytes, lambda value: min(sizeof(value), nbytes))
+        self._count, self._evicted, self._lock = count, evicted, RLock()
 
+    def get(self, key: Composition) -> V | None:  # type: ignore[override]
+        """The adapter, which counts as used now; None if it is not held."""
+        with self._lock:
+            return super().get(key)
 
-def chosen(names: str | Sequence[str], weights: Sequence[float] | None = None) -> Choice:
-    """What was asked for: a choice in writing (``global:0.5+anna``), or names with or without weights.
+    def __setitem__(self, key: Composition, value: V) -> None:
+        with self._lock:
+            while key not in self and len(self) >= self._count:
+                self.popitem()
+            super().__setitem__(key, value)
 
-    Raises:
-        ConfigError: As ``compose.parse``, or there are not as many weights as names.
-    """
-    if isinstance(names, str) and weights is None:
-        return parse(names)
-    listed = [names] if isinstance(names, str) else list(names)
-    given = [1.0] * len(listed) if weights is None else list(weights)
-    if len(given) != len(listed):
-        raise ConfigError(f"{len(listed)} adapters were named and {len(given)} weights given; give one for each")
-    return choose([WeightedAdapter(name, weight) for name, weight in zip(listed, given, strict=True)])
+    def popitem(self) -> tuple[Composition, V]:
+        """Evict the adapter that was used longest ago."""
+        key, value = super().popitem()
+        self._evicted(value)
+        return key, value

@@ -1,26 +1,24 @@
-"""Answers phrases with the frozen base and one adapter, or one for each. Needs neither torch nor flwr nor transformers.
+"""Classifies texts with a verified base and verified adapters. Needs neither torch nor flwr nor transformers.
 
-Everything comes verified from ``library.py``. An adapter is feeds for the graph, held in memory in float32, so that
-switching to one that was used before is exchanging a reference (docs/decisions/0003-int8-on-a-device.md).
+An adapter is a set of inputs of the graph, held in memory in float32: switching to one that was used before exchanges
+a reference (docs/decisions/0003-int8-on-a-device.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from adapters.layout import Floats, Tensors
-from adapters.ondevice import LORA_A
+from adapters.layout import Floats
 from aggregation.errors import ConfigError, DataError
-from client.inference.cache import Cache
-from client.inference.compose import Adapter, Choice
-from client.inference.library import Library, chosen
-from client.inference.rows import alike, padded, stacked
-from client.inference.text import checked
+from client.inference.batch import group_rows, pad, stack
+from client.inference.library import Adapter, AdapterCache, Composition, Library
+from client.inference.text import checked, first_line
 from client.inference.trust import MODEL, TOKENIZER, VerifiedBase
 
 MAX_LOADED = 32  # adapters held in memory
@@ -29,7 +27,7 @@ MAX_LOADED_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A label, and its probability in the model's eyes."""
+    """A label and its probability."""
 
     label: str
     probability: float
@@ -42,19 +40,18 @@ class _Loaded:
 
 
 class ClassificationSession:
-    """One ONNX Runtime session over the base of a bundle, and the adapter that is in use.
+    """An ONNX Runtime session with the base of a bundle, and the adapter in use.
 
-    ``rank`` and ``classify`` answer phrases one by one: an answer then depends neither on its neighbours nor on
-    padding, whatever the base was quantized to, and nothing is spent on padding. ``rank_rows`` answers a batch at once.
+    ``rank`` and ``classify`` run one text at a time: an answer depends neither on the other texts nor on padding,
+    whatever the quantization of the base. ``rank_mixed`` runs a batch.
     """
 
-    def __init__(self, library: Library, threads: int, loaded: Cache[_Loaded]) -> None:
-        """Use ``open``, which verifies."""
+    def __init__(self, library: Library, threads: int, loaded: AdapterCache[_Loaded]) -> None:
+        """Use ``open`` or ``of``."""
         self._library, self._loaded = library, loaded
         self._current: _Loaded | None = None
         self._tokenizer = Tokenizer.from_str(library.base.files[TOKENIZER].decode())
         self._run = _session(library.base, threads)
-        self._dimensions = _declared(self._run)
 
     @classmethod
     def open(
@@ -66,19 +63,19 @@ class ClassificationSession:
         loaded: int = MAX_LOADED,
         loaded_bytes: int = MAX_LOADED_BYTES,
     ) -> Self:
-        """Verify the base of ``bundle`` and load it. No adapter is in use yet.
+        """Verify and load the base of ``bundle``. No adapter is in use yet.
 
         Args:
             bundle: The folder.
-            trust: The pinned public keys; by default ``trust.pem`` in the folder that holds the bundle.
-            threads: For the products of matrices; more than one pays only for long texts.
-            loaded: How many adapters stay in memory.
-            loaded_bytes: How many bytes these may take.
+            trust: The pinned public keys; by default ``trust.pem`` in the folder that contains the bundle.
+            threads: For matrix products; more than one is faster only for long texts.
+            loaded: The most adapters to hold in memory.
+            loaded_bytes: The most bytes of adapters to hold in memory.
 
         Raises:
-            TrustError: No pinned keys, or the base is not what one of them signed.
+            TrustError: There are no pinned keys, or none of them signed this base.
             DataError: A file is missing, or the verified base cannot be loaded.
-            ConfigError: The base is for another task, or nothing may stay in memory.
+            ConfigError: The base is for another task, or a limit is below 1.
         """
         return cls.of(Library.open(bundle, trust, "text-classification"), threads, loaded, loaded_bytes)
 
@@ -86,18 +83,19 @@ class ClassificationSession:
     def of(
         cls, library: Library, threads: int = 1, loaded: int = MAX_LOADED, loaded_bytes: int = MAX_LOADED_BYTES
     ) -> Self:
-        """Load a base that is verified already. Arguments and errors as ``open``."""
-        cache: Cache[_Loaded] = Cache(loaded, loaded_bytes)
+        """Load a verified base. Arguments and errors as ``open``."""
+        cache = AdapterCache[_Loaded](loaded, loaded_bytes, lambda held: held.adapter.nbytes)
         try:
             session = cls(library, threads, cache)
-        except Exception as error:  # tokenizers and onnxruntime raise classes with no common base
-            raise DataError(f"the base in {library.bundle} cannot be loaded by this client: {error}") from error
+        except Exception as error:  # tokenizers and onnxruntime raise classes without a common base
+            reason = f"this version cannot load the base in {library.bundle}: {error}"
+            raise DataError(reason, about=MODEL) from error
         library.base.check()
         return session
 
     @property
     def library(self) -> Library:
-        """The bundle: its card, the names of its adapters, the default one."""
+        """The bundle."""
         return self._library
 
     @property
@@ -106,24 +104,24 @@ class ClassificationSession:
         return self._current.adapter if self._current else None
 
     def names(self) -> list[str]:
-        """The adapters that the bundle seems to have; ``use`` verifies."""
+        """The adapters in the bundle, by file name; ``use`` verifies them."""
         return self._library.names()
 
     def default(self) -> str:
-        """The adapter for someone who names none. Raises as ``Library.default``."""
+        """The adapter to use if none is named. Raises as ``Library.default``."""
         return self._library.default()
 
     def use(self, names: str | Sequence[str], weights: Sequence[float] | None = None) -> Adapter:
-        """Switch to an adapter, or to several as one; verified when first used. If that fails, the one in use stays.
+        """Switch to an adapter or a composition, verified on first use. After an error the adapter in use is kept.
 
         Args:
             names: A name, a composition in writing (``global:0.5+anna``), or several names.
-            weights: The factor of each one's update; 1 each if there are none.
+            weights: The weight of each name; 1 by default.
 
         Raises:
-            TrustError, DataError, ConfigError: As ``Library.load`` and ``library.chosen``.
+            TrustError, DataError, ConfigError: As ``Composition.of`` and ``Library.load``.
         """
-        self._current = self._get(chosen(names, weights))
+        self._current = self._get(Composition.of(names, weights))
         return self._current.adapter
 
     def classify(self, texts: Sequence[str]) -> list[Prediction]:
@@ -131,73 +129,74 @@ class ClassificationSession:
         return [ranking[0] for ranking in self.rank(texts, 1)]
 
     def rank(self, texts: Sequence[str], top: int) -> list[list[Prediction]]:
-        """The ``top`` most likely labels of each text, best first.
+        """The ``top`` most likely labels of each text, most likely first.
 
         Raises:
-            DataError: A text is empty, longer than ``text.MAX_TEXT`` or not Unicode, or an answer is not finite.
+            DataError: A text is not valid (``text.checked``) or has no known token, the graph does not run, or an
+                answer is not finite.
             ConfigError: No adapter is in use, or ``top`` is below 1.
         """
         if (current := self._current) is None:
-            raise ConfigError("no adapter is in use; choose one first")
+            raise ConfigError("no adapter is in use; call use() first", about="adapter")
         rows = [self._tokens(text) for text in texts]
-        return [_best(self._logits(*padded([ids]), current.feeds)[0], current.adapter, top) for ids in rows]
+        return [_best(self._logits(*pad([ids]), current.feeds)[0], current.adapter, top) for ids in rows]
 
-    def rank_rows(self, rows: Sequence[tuple[str, str]], top: int) -> list[list[Prediction]]:
-        """Answer a batch whose rows use different adapters; the adapter in use stays what it is.
-
-        Rows whose adapters have equal ranks share a run.
+    def rank_mixed(self, rows: Sequence[tuple[str, str]], top: int) -> list[list[Prediction]]:
+        """Classify a batch whose rows use different adapters. The adapter in use stays the same.
 
         Args:
-            rows: Pairs of a text and of what ``use`` takes as a name.
-            top: How many labels each row gets, best first.
+            rows: Pairs of a text and a name or composition, as for ``use``.
+            top: The number of labels for each row, most likely first.
 
         Returns:
-            For each row what ``use`` and ``rank`` would give: to the bit where the products of matrices do not hang on
-            the size of the batch and its longest text, else to 1e-6.
+            What ``use`` and ``rank`` return for each row: the same bits if the base's matrix products do not depend on
+            the number of rows and the longest text, else the same up to 1e-6.
 
         Raises:
-            TrustError, DataError, ConfigError: As ``use`` and ``rank``; or the base cannot mix the adapters in a batch.
+            TrustError, DataError, ConfigError: As ``use`` and ``rank``.
         """
         if not rows:
             return []
-        if self._dimensions == 2:
-            raise ConfigError("this base takes one adapter for a whole batch; export it anew")
         tokens = [self._tokens(text) for text, _ in rows]
-        choices = [chosen(names) for _, names in rows]
-        held = {choice: self._get(choice).adapter for choice in dict.fromkeys(choices)}
-        adapters = [held[choice] for choice in choices]
+        compositions = [Composition.of(names) for _, names in rows]
+        held = {composition: self._get(composition).adapter for composition in dict.fromkeys(compositions)}
+        adapters = [held[composition] for composition in compositions]
         answers: dict[int, list[Prediction]] = {}
-        for run in alike(adapters, self._library.card.slots):
-            found = self._together([tokens[row] for row in run], [adapters[row] for row in run], top)
+        for run in group_rows(adapters, self._library.manifest.slots):
+            found = self._rank_run([tokens[row] for row in run], [adapters[row] for row in run], top)
             answers.update(zip(run, found, strict=True))
         return [answers[row] for row in range(len(rows))]
 
-    def _together(self, tokens: Sequence[list[int]], adapters: Sequence[Adapter], top: int) -> list[list[Prediction]]:
-        logits = self._logits(*padded(tokens), _values(stacked(adapters, self._library.card.slots)))
+    def _rank_run(self, tokens: Sequence[list[int]], adapters: Sequence[Adapter], top: int) -> list[list[Prediction]]:
+        logits = self._logits(*pad(tokens), _ort_values(stack(adapters, self._library.manifest.slots)))
         return [_best(row, adapter, top) for row, adapter in zip(logits, adapters, strict=True)]
 
-    def _get(self, choice: Choice) -> _Loaded:
-        if (loaded := self._loaded.get(choice)) is None:
-            adapter = self._library.load(choice)
-            alone = adapter.inputs if self._dimensions == 2 else stacked([adapter], self._library.card.slots)
-            loaded = _Loaded(adapter, _values(alone))
-            self._loaded.put(choice, loaded, adapter.nbytes)
+    def _get(self, composition: Composition) -> _Loaded:
+        if (loaded := self._loaded.get(composition)) is None:
+            adapter = self._library.load(composition)
+            loaded = _Loaded(adapter, _ort_values(stack([adapter], self._library.manifest.slots)))
+            self._loaded[composition] = loaded
         return loaded
 
     def _tokens(self, text: str) -> list[int]:
         encoding = self._tokenizer.encode(checked(text))
         if all(encoding.special_tokens_mask):
-            raise DataError(f"the text {text[:40]!r} has no sign that the model knows; give a phrase")
+            reason = f"the text {text[:40]!r} contains no known token; give a phrase in a language of the model"
+            raise DataError(reason, about="text.tokens", value=text)
         return list(encoding.ids)
 
-    def _logits(self, ids: np.ndarray, mask: np.ndarray, adapter: dict[str, Any]) -> Floats:
-        feeds = _values({"input_ids": ids, "attention_mask": mask})
-        logits: Floats = self._run.run_with_ort_values(["logits"], feeds | adapter)[0].numpy()
+    def _logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64], adapter: dict[str, Any]) -> Floats:
+        feeds = _ort_values({"input_ids": ids, "attention_mask": mask})
+        try:
+            logits: Floats = self._run.run_with_ort_values(["logits"], feeds | adapter)[0].numpy()
+        except Exception as error:  # onnxruntime raises classes without a common base
+            reason = f"the base in {self._library.bundle} does not run: {first_line(error)}; export it again"
+            raise DataError(reason, about=MODEL) from error
         return logits
 
 
 def _session(base: VerifiedBase, threads: int) -> ort.InferenceSession:
-    """The graph from the bytes that were verified, its weights mapped from the folder: processes share them."""
+    """The graph from the verified bytes. Its weights are mapped from the folder, so processes share them."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -205,23 +204,18 @@ def _session(base: VerifiedBase, threads: int) -> ort.InferenceSession:
     return ort.InferenceSession(base.files[MODEL], options, providers=["CPUExecutionProvider"])
 
 
-def _declared(session: ort.InferenceSession) -> int:
-    """Of how many dimensions the graph declares A: 2, 3 (a batch's rows first), or 0 for either."""
-    shapes = [value.shape for value in session.get_inputs() if value.name.endswith(LORA_A)]
-    return len(shapes[0] or ()) if shapes else 0
-
-
-def _values(tensors: Tensors | dict[str, np.ndarray]) -> dict[str, Any]:
+def _ort_values(tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     return {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()}
 
 
 def _best(logits: Floats, adapter: Adapter, top: int) -> list[Prediction]:
     if top < 1:
-        raise ConfigError(f"the {top} most likely labels are none: ask for 1 or more")
-    logits = logits[: len(adapter.labels)]  # in a batch, a head with fewer labels than another was filled up
-    powers = np.exp(logits - logits.max())
-    probabilities: Floats = powers / powers.sum()
+        raise ConfigError(f"top {top} is below 1: ask for at least one label", about="top", value=top)
+    logits = logits[: len(adapter.labels)]  # in a mixed batch, the head may be padded
+    exponentials = np.exp(logits - logits.max())
+    probabilities: Floats = exponentials / exponentials.sum()
     if not np.isfinite(probabilities).all():
-        raise DataError(f"adapter {adapter.name!r} gave an answer that is not finite; use another")
+        reason = f"adapter {adapter.name!r} gives an answer that is not finite; use another adapter"
+        raise DataError(reason, about="logits", value=adapter.name)
     order = np.argsort(-probabilities, kind="stable")[:top]
     return [Prediction(adapter.labels[i], float(probabilities[i])) for i in order]

@@ -1,31 +1,140 @@
-"""Texts in and out: what cannot be answered is refused before a model sees it, what cannot be shown is not printed."""
+"""Text of a language model or classifier: which texts are accepted, how an answer is sampled, and where it ends."""
 
-import unicodedata
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
 
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError, DataError
 
-MAX_TEXT = 2**16  # characters; what fits a model's limit of tokens is mostly far below
+MAX_TEXT = 2**16  # characters; most models accept far fewer tokens
+MAX_STOP = 256  # characters of a stop string
 
 
 def checked(text: str) -> str:
-    """The text, if it can be one.
+    """Return ``text`` if a model can read it.
 
     Raises:
-        DataError: Empty or only white space, above ``MAX_TEXT`` characters, not Unicode, or with a NUL character.
+        DataError: The text is empty or white space, longer than ``MAX_TEXT`` characters, not Unicode, or contains NUL.
     """
     if not text.strip():
-        raise DataError("an empty text has no answer; give a phrase")
+        raise DataError("the text is empty; give a phrase", about="text", value=text)
     if len(text) > MAX_TEXT:
-        raise DataError(f"a text of {len(text)} characters is above the limit of {MAX_TEXT}; shorten it")
+        reason = f"the text has {len(text)} characters, above the limit of {MAX_TEXT}; shorten it"
+        raise DataError(reason, about="text", value=len(text))
     if "\0" in text:
-        raise DataError("a text has a NUL character, where libraries take it to end; leave it out")
+        # C libraries would read the text up to the NUL only.
+        raise DataError("the text contains a NUL character; remove it", about="text", value="\0")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError("a text is not valid Unicode; give it in UTF-8") from error
+        raise DataError("the text is not valid Unicode; give it in UTF-8", about="text") from error
     return text
 
 
-def printable(text: str) -> str:
-    """Without the signs that steer a terminal: what a model writes must not move the cursor or set a title."""
-    return "".join(sign for sign in text if sign in "\n\t" or unicodedata.category(sign) != "Cc")
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, short enough for a message."""
+    return str(error).partition("\n")[0][:200] or type(error).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How an answer is sampled. By default greedily, so that equal questions get equal answers.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    max_tokens: int = 256  # of the answer
+    temperature: float = 0.0  # divides the logits; 0 takes the most likely token
+    top_p: float = 1.0  # sample from the smallest set of tokens with this probability
+    top_k: int = 0  # sample from the k most likely tokens; 0 for all
+    seed: int | None = None  # equal seeds give equal answers; None gives a new answer each time
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens {self.max_tokens} is below 1", about="max_tokens", value=self.max_tokens)
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 10):
+            reason = f"temperature {self.temperature} is not between 0 and 10"
+            raise ConfigError(reason, about="temperature", value=self.temperature)
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p {self.top_p} is not above 0 and at most 1", about="top_p", value=self.top_p)
+        if not 0 <= self.top_k < 2**31:
+            reason = f"top_k {self.top_k} is not between 0 and {2**31 - 1}; 0 stands for all tokens"
+            raise ConfigError(reason, about="top_k", value=self.top_k)
+        if self.seed is not None and not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed {self.seed} is not between 0 and {2**31 - 1}", about="seed", value=self.seed)
+        for text in self.stop:
+            if not 0 < len(text) <= MAX_STOP:
+                reason = f"a stop string of {len(text)} characters is not between 1 and {MAX_STOP} characters long"
+                raise ConfigError(reason, about="stop", value=text)
+
+    def search_options(self, vocabulary: int) -> dict[str, Any]:
+        """The parameters for onnxruntime-genai, which refuses a ``top_k`` above the size of the vocabulary."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        options = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        options["top_k"] = min(self.top_k, vocabulary)
+        return options if self.seed is None else options | {"random_seed": self.seed}
+
+
+class Finish(StrEnum):
+    """Why an answer ended."""
+
+    END = "end"  # the model ended it
+    STOP = "stop"  # a stop string
+    LENGTH = "length"  # ``max_tokens``, or the end of the context
+    INTERRUPTED = "interrupted"  # the caller stopped reading
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer that has ended."""
+
+    text: str
+    finish: Finish
+    tokens: int
+    prompt_tokens: int
+    reused_tokens: int  # of the prompt, found in the KV cache
+
+
+@dataclass(slots=True)
+class StopFilter:
+    """Cuts a stream of text before the first stop string, and never emits part of one.
+
+    Law: ``feed`` and ``rest`` together return the text up to the first stop string, however it is cut into pieces.
+
+    >>> stops = StopFilter(("STOP",))
+    >>> [stops.feed(piece) for piece in ("one S", "T", "OP two")], stops.hit
+    (['one ', '', ''], 'STOP')
+    """
+
+    strings: tuple[str, ...]  # not empty
+    hit: str | None = None  # the stop string that ended the text
+    _held: str = field(default="", repr=False)  # may be the beginning of a stop string
+
+    def feed(self, piece: str) -> str:
+        """Take the next piece; return the text that certainly precedes any stop string, or "" after a hit."""
+        if self.hit is not None:
+            return ""
+        text = self._held + piece
+        found = [(at, string) for string in self.strings if (at := text.find(string)) >= 0]
+        if found:
+            end, self.hit = min(found)
+            self._held = ""
+        else:
+            end = len(text) - self._overlap(text)
+            self._held = text[end:]
+        return text[:end]
+
+    def rest(self) -> str:
+        """The text held back, once no more pieces follow."""
+        held, self._held = self._held, ""
+        return held
+
+    def _overlap(self, text: str) -> int:
+        """The length of the longest suffix of ``text`` that begins a stop string."""
+        longest = max((len(string) for string in self.strings), default=1) - 1
+        sizes = range(min(longest, len(text)), 0, -1)
+        return next((n for n in sizes if any(s.startswith(text[-n:]) for s in self.strings)), 0)

@@ -10,11 +10,9 @@ import pytest
 
 PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
 TOP = "lazygroup"  # beside the parts: what the command line and a part's group of commands share
-DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference.session", "client.inference.trust")
+DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference")
 ENROLMENT = (
-    "client.cli.enrol",
-    "client.cli.install",
-    "client.cli.policy",
+    "client.cli.node",
     "coordinator.cli.authority",
     "coordinator.authority.store",
 )

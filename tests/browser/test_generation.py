@@ -18,7 +18,7 @@ from adapters.files import sha256
 from adapters.layout import Layout, Tensors
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import ChatMessage, Generator
-from client.inference.options import Options
+from client.inference.text import SamplingParams
 from client.inference.trust import Trust
 from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, write_bundle
@@ -152,7 +152,7 @@ def test_a_base_of_four_bits_begins_to_write_as_natively(
 def test_the_same_text_as_onnxruntime_genai(written: Written, bundle: Path) -> None:
     generator = Generator.open(bundle)
     generator.use("other")
-    native = "".join(generator.complete(PROMPT, Options(max_tokens=24)))
+    native = "".join(generator.complete(PROMPT, SamplingParams(max_tokens=24)))
     assert written("other", prompt=PROMPT)["text"] == native
 
 

@@ -4,7 +4,10 @@ A conftest takes a fixture by its name: ``bundle = models.bundle``. The classifi
 real bases; the language models, of several architectures, read single letters.
 """
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,13 @@ from adapters.classifier import LoraSpec, build, load, tensors
 from adapters.layout import Layout, Tensors
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
+from client.inference.engine import GenerationEngine
+from client.inference.generate import Generator
+from client.inference.library import Library
 from export.bundle.base import ExportedBase, export_base
-from export.bundle.write import AdapterSource, write_bundle
+from export.bundle.write import AdapterSource, add_adapter, write_bundle
+from export.causal import export_causal
+from export.onnx.adapterinputs import plan
 from export.onnx.quantize import Profile
 
 LABELS = ("Light", "Lock", "Music", "Timer")
@@ -119,6 +127,19 @@ def bundle(tmp_path: Path, exported: ExportedBase, source: Source, vendor: Ident
     return tmp_path / "bundle"
 
 
+@pytest.fixture
+def with_anna(bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey) -> Path:
+    """``bundle`` with a personal adapter."""
+    add_adapter(bundle, exported.plan, source("anna", seed=7, parent="a" * 64), key=household)
+    return bundle
+
+
+@pytest.fixture
+def add(bundle: Path, exported: ExportedBase, household: IdentityKey) -> Callable[[AdapterSource], None]:
+    """Adds an adapter to ``bundle``."""
+    return lambda source: add_adapter(bundle, exported.plan, source, key=household)
+
+
 # Language models
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -186,3 +207,70 @@ def drawn() -> Callable[[PeftModel, int], Tensors]:
         return values
 
     return draw
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ':' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def lm_base(make_lm: Any) -> Any:
+    """A language model of two layers that reads 256 tokens, one for each letter, and has a chat template."""
+    base = make_lm(max_position_embeddings=256)
+    settings = base.folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": TEMPLATE}))
+    return base
+
+
+@pytest.fixture(scope="session")
+def lm_model(lm_base: Any) -> Callable[[int, int], Any]:
+    """Makes the torch model with an adapter: rank and seed of its values. One with rank 0 is the bare base."""
+
+    def make(rank: int, seed: int) -> Any:
+        model = causal.build(lm_base, LoraSpec(rank=rank, alpha=2 * rank, targets=("q_proj", "v_proj")))
+        rng = np.random.default_rng(seed)
+        values = {n: (0.4 * rng.standard_normal(v.shape)).astype(np.float32) for n, v in causal.tensors(model).items()}
+        causal.load(model, values)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lm_exported(lm_base: Any) -> ExportedBase:
+    return export_causal(lm_base, ("q_proj", "v_proj"), Profile.FP32, max_rank=16)
+
+
+@pytest.fixture(scope="session")
+def lm_source(lm_model: Callable[[int, int], Any]) -> Callable[..., AdapterSource]:
+    @cache
+    def made(rank: int, seed: int) -> AdapterSource:
+        model = lm_model(rank, seed)
+        return AdapterSource("global", causal.tensors(model), (), 3, "a" * 64, plan=plan(model))
+
+    def make(name: str = "global", rank: int = 4, seed: int = 1, **fields: Any) -> AdapterSource:
+        return replace(made(rank, seed), name=name, **fields)
+
+    return make
+
+
+@pytest.fixture
+def lm_bundle(tmp_path: Path, lm_exported: ExportedBase, lm_source: Any, vendor: IdentityKey) -> Path:
+    """A language model with a shared adapter of rank 4 and a private one of rank 6, both in float32."""
+    sources = [lm_source(), lm_source("anna", 6, 2, parent="b" * 64)]
+    write_bundle(tmp_path / "lm", lm_exported, sources, key=vendor, form="fp32")
+    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
+    return tmp_path / "lm"
+
+
+@pytest.fixture
+def engine(lm_bundle: Path) -> GenerationEngine:
+    return GenerationEngine(Library.open(lm_bundle, None).base, 1)
+
+
+@pytest.fixture
+def generator(lm_bundle: Path, engine: GenerationEngine) -> Generator:
+    """Runs on ``engine``."""
+    return Generator(Library.open(lm_bundle, None), engine, loaded=8, loaded_bytes=2**20)

@@ -21,7 +21,7 @@ from adapters.manifest import BaseManifest
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
-from client.inference.library import Library, chosen
+from client.inference.library import Composition, Library
 from client.inference.trust import CARD, TRUST_FILE
 
 COUNTS = (1, 10, 100, 1000)
@@ -69,7 +69,7 @@ def measure(
     """
     library = Library.open(bundle, trust)
     name = name or library.default()
-    adapter = library.load(chosen(name))
+    adapter = library.load(Composition.of(name))
     with _multiplied(library, name, max(counts)) as copy:
         tenants = {str(n): _pages(copy, n, 1)[0] for n in counts}
         processes = _pages(copy, 1, 2)
@@ -91,15 +91,15 @@ def _multiplied(library: Library, name: str, count: int) -> Iterator[Path]:
     """A bundle with the same base, and ``count`` times an adapter."""
     key = IdentityKey.generate(SystemEntropy())
     sidecar = library.trust.sidecar(library.bundle, name)
-    card: BaseManifest = library.card
+    base: BaseManifest = library.manifest
     blob = (library.bundle / "adapters" / f"{name}.onnx_adapter").read_bytes()
     with TemporaryDirectory(prefix="edgeadapt-tenants-") as folder:
         bundle = Path(folder) / "bundle"
         for part in ("base", "adapters"):
             (bundle / part).mkdir(parents=True)
-        for file in card.files:
+        for file in base.files:
             _link((library.base.folder / file).resolve(), bundle / "base" / file)
-        (bundle / "base" / CARD).write_bytes(card.sign(key))
+        (bundle / "base" / CARD).write_bytes(base.sign(key))
         (bundle.parent / TRUST_FILE).write_bytes(key.public.to_pem())
         for number in range(count):
             tenant = replace(sidecar, name=f"tenant-{number}")
@@ -137,7 +137,7 @@ def _tenants(bundle: Path, count: int) -> Any:
     """Whoever holds the result holds a base with ``count`` adapters, each of which was in use."""
     library = Library.open(bundle, None)
     loaded: dict[str, Any] = {"loaded": count + 1, "loaded_bytes": UNLIMITED}
-    if library.card.task == "text-classification":
+    if library.manifest.task == "text-classification":
         from client.inference.session import ClassificationSession
 
         session = ClassificationSession.open(bundle, **loaded)
@@ -146,12 +146,12 @@ def _tenants(bundle: Path, count: int) -> Any:
         session.classify([TEXT])
         return session
     from client.inference.generate import Generator
-    from client.inference.options import Options
+    from client.inference.text import SamplingParams
 
     generator = Generator.of(library, **loaded)
     for number in range(count):
         generator.use(f"tenant-{number}")
-    list(generator.complete(TEXT, Options(max_tokens=2)))
+    list(generator.complete(TEXT, SamplingParams(max_tokens=2)))
     return generator
 
 

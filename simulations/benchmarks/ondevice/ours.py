@@ -11,8 +11,8 @@ import numpy as np
 
 from adapters.layout import Floats
 from client.inference.engine import GenerationEngine
-from client.inference.library import Library, chosen
-from client.inference.options import Options
+from client.inference.library import Composition, Library
+from client.inference.text import SamplingParams
 
 
 class OnDevice:
@@ -23,7 +23,7 @@ class OnDevice:
         self._library = Library.open(bundle, None, "text-generation")
         self._engine = GenerationEngine(self._library.base, threads)
         self._library.base.check()
-        self._options = Options(max_tokens=context + 1)  # the last is picked, and never read
+        self._options = SamplingParams(max_tokens=context + 1)  # the last is picked, and never read
         self._adapters = adapters
         self._loaded: dict[int, str] = {}  # place → the engine's name for it
         self.use(None)
@@ -52,7 +52,7 @@ class OnDevice:
         return found
 
     def _load(self, name: str) -> str:
-        verified = self._library.load(chosen(name))
+        verified = self._library.load(Composition.of(name))
         self._engine.load(verified)
         return verified.name
 

@@ -22,7 +22,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator
-from client.inference.options import Options
+from client.inference.text import SamplingParams
 from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import builder, export_causal, traced
@@ -193,7 +193,7 @@ def test_a_device_writes_what_torch_writes_with_an_adapter_and_without(
     prompts = ("turn on the light", "turn on the light in the hall")  # the second goes on from what is remembered
 
     def written() -> list[str]:
-        return ["".join(generator.complete(prompt, Options(max_tokens=12))) for prompt in prompts]
+        return ["".join(generator.complete(prompt, SamplingParams(max_tokens=12))) for prompt in prompts]
 
     def by_torch() -> list[str]:
         return [continued(model, generator, prompt) for prompt in prompts]

@@ -19,9 +19,8 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator
-from client.inference.options import Options
 from client.inference.session import ClassificationSession
-from client.inference.text import MAX_TEXT
+from client.inference.text import MAX_TEXT, SamplingParams
 from client.inference.trust import Trust
 from export.bundle.write import write_bundle
 
@@ -85,7 +84,7 @@ def running(request: pytest.FixtureRequest, tmp_path: Path, vendor: IdentityKey)
         return Running(where, vendor, session.use, lambda t: session.rank([t], 4), lambda: session.adapter)
     generator = Generator.open(where, threads=1)
     generator.use("global")
-    allowed = Options(max_tokens=8)
+    allowed = SamplingParams(max_tokens=8)
     return Running(
         where, vendor, generator.use, lambda t: list(generator.complete(t, allowed)), lambda: generator.adapter
     )

