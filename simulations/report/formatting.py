@@ -10,19 +10,7 @@ from pathlib import Path
 
 from simulations.report.result import ARMS, RoundResult, RunResult, device_rounds, dropouts_by_step, summary
 
-ARM_TEXTS = {
-    "base": "The frozen model with the starting head that a vendor ships on day one; no training.",
-    "local": "Each household trains by itself, for the epochs and at the learning rates of its personal adapter; "
-    "of base and what it trained it keeps the best on its validation phrases.",
-    "global": "The last global adapter; the coordinator learned from sums over households and saw no single one.",
-    "personal": "Each household fine-tunes the global adapter in private; of base, global and what it trained it keeps "
-    "the best on its validation phrases.",
-}
 COLUMNS = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
-COLUMN_TEXTS = (
-    "Share of a household's own test phrases answered right. Mean, 10th percentile and worst are over the households "
-    "that took part; unseen is the mean over those that never did."
-)
 PHRASE = "turn on the kitchen lights"
 UNITS = ("B", "kB", "MB", "GB", "TB")
 MINUTE = 60  # seconds

@@ -59,7 +59,7 @@ def test_the_page_says_the_headline_and_every_number_of_the_table(result: RunRes
         row = "".join(f"<td>{v:.3f}</td>".replace("0.", ".") for v in summary(result.households, arm).values())
         assert row in html
     assert "3b" * 32 in html
-    assert "edgeadapt device infer --bundle runs/households/bundle &quot;turn on the kitchen lights&quot;" in html
+    assert "edgeadapt device infer --bundle runs/households/bundle &#34;turn on the kitchen lights&#34;" in html
 
 
 def test_the_page_loads_nothing_and_runs_nothing(result: RunResult) -> None:
