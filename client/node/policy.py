@@ -23,7 +23,7 @@ class PolicySettings(BaseModel):
 
     known_bases: list[_Digest] = Field(
         default=[],
-        description="SHA-256 of the frozen bases to train on, in hex; none: the one that this device has",
+        description="SHA-256 of the frozen bases to train on, in hex; if empty, the one that this device has",
     )
     minimum_cohort: int = Field(default=SAFE.minimum_cohort, ge=3, description="fewest devices in a cohort")
     minimum_ring_bits: int = Field(
@@ -35,19 +35,19 @@ class PolicySettings(BaseModel):
     adversaries: list[Literal["active", "honest-but-curious"]] = Field(
         default=[adversary.value for adversary in SAFE.adversaries],
         min_length=1,
-        description='what a session may take the coordinator for: "active", which lies about anything, or also '
-        '"honest-but-curious", which follows the protocol',
+        description='adversary models that a session may assume: "active", a coordinator that may send anything, or '
+        'also "honest-but-curious", one that follows the protocol',
     )
     corrupt_fraction: float = Field(
         default=SAFE.corrupt_fraction,
         ge=0,
         lt=1,
-        description="share of the cohort that may side with the coordinator; a session must withstand it",
+        description="fraction of the cohort that may collude with the coordinator; a session must withstand it",
     )
     complete_up_to: int = Field(
         default=SAFE.complete_up_to,
         ge=3,
-        description="largest cohort, in devices, in which each must share its secrets with every other",
+        description="largest cohort, in devices, that must use the complete graph",
     )
     maximum_weight: int = Field(
         default=SAFE.maximum_weight, ge=1, description="largest weight of one device in the mean, in examples"
@@ -55,15 +55,15 @@ class PolicySettings(BaseModel):
     maximum_rounds: int = Field(default=SAFE.maximum_rounds, ge=1, description="most rounds in a session")
     demand_proofs: bool = Field(
         default=SAFE.demand_proofs,
-        description="take part again only if the coordinator proves that its log goes on from what this device saw and "
-        "holds what it did",
+        description="take part again only if the coordinator proves that its log extends what this device saw and "
+        "contains what it did",
     )
     revocation_days: int = Field(
         default=SAFE.revocation_days,
         ge=0,
         le=36_500,
-        description="greatest age of the authority's revocation list, in days; 0: no list is demanded, and one that is "
-        "there counts until its own end",
+        description="greatest age of the authority's revocation list, in days; 0: no list is demanded, and an existing "
+        "one is used until it expires",
     )
 
     @model_validator(mode="after")
