@@ -17,7 +17,7 @@ from client.cli import device
 from client.node.policy import PolicySettings
 from client.node.statedir import DeviceSettings, DeviceStateDir, enrol
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "device-policy.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "reference" / "device-policy.md"
 BASE, OTHER = "a" * 64, "b" * 64
 CHANGED: dict[str, Any] = {
     "known_bases": [BASE],
