@@ -1,10 +1,8 @@
 """What a malicious coordinator has to work with: the small fleet, everything it sends, and arithmetic of its own."""
 
 import dataclasses
-import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,9 @@ from aggregation.messages import Message, Plan, Survivors, UnmaskResponse
 from aggregation.policy import Policy
 from aggregation.recovery import Recovery
 from aggregation.spec import Adversary
+from tests.support.fleet import entropy, fleet_of, spec_of, vector_of
 
-_fleet = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "conftest.py"))
-entropy, fleet_of, spec_of, vector_of = (_fleet[name] for name in ("entropy", "fleet_of", "spec_of", "vector_of"))
+__all__ = ["entropy", "fleet_of", "spec_of", "vector_of"]
 VICTIM = "device-002"
 
 

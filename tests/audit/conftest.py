@@ -1,10 +1,8 @@
 """Sessions of the small fleet of tests/aggregation with their transcripts."""
 
 import itertools
-import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +15,9 @@ from aggregation.spec import Adversary
 from aggregation.steps import Step
 from aggregation.transcript import MAGIC, Abort, Checkpoint, Entry, Result, Stage, Transcript
 from coordinator.audit.auditor import Report, audit
+from tests.support.fleet import ADAPTER, entropy, make_fleet, session_spec
 
-_fleet = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "conftest.py"))
-entropy, fleet_of, spec_of, vector_of = (_fleet[name] for name in ("entropy", "fleet_of", "spec_of", "vector_of"))
-make_fleet, session_spec = _fleet["make_fleet"], _fleet["session_spec"]
+__all__ = ["entropy"]
 NEW_ADAPTER = "ab" * 32
 METHODS = {
     Step.SURVIVORS: ("on_survivors", "on_consistency_signature"),
@@ -40,7 +37,7 @@ class Logged:
     vectors: dict[bytes, bytes] = field(default_factory=dict)
     session: Any = None
     version: int = 1
-    adapter: str = _fleet["ADAPTER"]
+    adapter: str = ADAPTER
     publish: Callable[[Any], str] = lambda result: NEW_ADAPTER
 
     def run(self, rounds: Sequence[Lost]) -> "Logged":

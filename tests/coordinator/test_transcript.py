@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,25 +21,23 @@ from coordinator.audit.log import checkpoints
 from coordinator.recorder import Recorder, vector_path
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import TORN, VECTORS, Transcripts, logs
+from tests.support.fleet import make_fleet
 
 PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")
 INTERRUPTED = ["offer", "checkpoint", "assignment", "abort", "checkpoint", "checkpoint"]
 RESULT = RoundResult(1, {}, ("a", "b"), (), (), bytes(32))
 
 
-_small = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "conftest.py"))
-
-
 @pytest.fixture(scope="module")
 def offer() -> tuple[bytes, bytes]:
     """Digest and bytes of an offer of the small fleet of tests/aggregation."""
-    offering, raw = _small["make_fleet"](3).offer()
+    offering, raw = make_fleet(3).offer()
     return offering.offer, raw
 
 
 @pytest.fixture
 def transcripts(tmp_path: Path) -> Transcripts:
-    fleet = _small["make_fleet"](3)
+    fleet = make_fleet(3)
     return Transcripts(tmp_path / "transcript", fleet.key, fleet.authority.root, keep_vectors=False)
 
 

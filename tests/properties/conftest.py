@@ -1,7 +1,5 @@
-"""The small fleet of tests/aggregation, here too."""
+"""The small fleet's fixtures."""
 
-import runpy
-from pathlib import Path
+from tests.support.fleet import entropy, fleet_of, spec_of, vector_of
 
-_fleet = runpy.run_path(str(Path(__file__).parent.parent / "aggregation" / "conftest.py"))
-entropy, fleet_of, spec_of, vector_of = (_fleet[name] for name in ("entropy", "fleet_of", "spec_of", "vector_of"))
+__all__ = ["entropy", "fleet_of", "spec_of", "vector_of"]
