@@ -20,8 +20,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry
-from coordinator.settings import SETTINGS as SETTINGS
-from coordinator.settings import FederationSettings
+from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.transcripts import Transcripts
 
 KEY = SIGNING_KEY

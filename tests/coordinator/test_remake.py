@@ -1,9 +1,9 @@
 """The step from the sum to the adapter, made again by an auditor: after real runs, and after each lie about them."""
 
-import json
 import shutil
 import sqlite3
 import sys
+import tomllib
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 
 import edgeadapt
 from aggregation import envelope
@@ -96,8 +97,8 @@ def test_without_the_masked_updates_only_the_publishing_is_checked(home_of: Call
 @pytest.mark.parametrize("server", [{"optimizer": "fedadam"}, {"learning_rate": 1.0000001}])
 def test_another_rule_than_was_followed_is_found(home_of: Callable[[str], Path], server: dict[str, Any]) -> None:
     state_dir = home_of("fedavg")
-    settings = json.loads((state_dir / "federation.json").read_text())
-    (state_dir / "federation.json").write_text(json.dumps({**settings, "server": server}))
+    settings = tomllib.loads((state_dir / "federation.toml").read_text())
+    (state_dir / "federation.toml").write_text(tomli_w.dumps({**settings, "server": server}))
     first, _ = adapters(state_dir)
     assert first.status is Status.FAIL
     assert "adapter 1 is not what the rule makes of the sum" in first.text

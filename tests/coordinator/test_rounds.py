@@ -278,7 +278,7 @@ def test_a_run_without_the_coordinators_home_is_refused(fleet_of: FleetOf, confi
         main(fleet_of(3).grid(), Context(1, 1, {}, RecordDict(), config))
 
 
-@pytest.mark.parametrize("name", ["signing.pem", "authority.pem", "federation.json"])
+@pytest.mark.parametrize("name", ["signing.pem", "authority.pem", "federation.toml"])
 def test_a_coordinators_home_with_a_file_missing_is_refused_by_name(fleet_of: FleetOf, name: str) -> None:
     fleet = fleet_of(3)
     (fleet.out / "coordinator" / name).unlink()
@@ -286,7 +286,7 @@ def test_a_coordinators_home_with_a_file_missing_is_refused_by_name(fleet_of: Fl
         CoordinatorStateDir.open(fleet.out / "coordinator")
 
 
-@pytest.mark.parametrize("name", ["signing.pem", "authority.pem", "revoked.crl", "federation.json"])
+@pytest.mark.parametrize("name", ["signing.pem", "authority.pem", "revoked.crl", "federation.toml"])
 def test_a_coordinators_home_with_a_damaged_file_is_refused_by_name(fleet_of: FleetOf, name: str) -> None:
     path = fleet_of(3).out / "coordinator" / name
     path.write_bytes(b"damaged")
