@@ -1,4 +1,4 @@
-"""The rounds of a federation: which devices are admitted, where devices drop out, what a record holds, how a round fails."""
+"""The rounds of a federation: who is admitted, where devices drop out, what a record holds, how a round fails."""
 
 import logging
 import re
