@@ -1,16 +1,12 @@
 """The settings of a federation, ``federation.toml``: rounds, training, the server's step, secure aggregation."""
 
-import json
-import tomllib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
+from adapters.settings import Settings
 from adapters.task import Task, contribution_spec
 from aggregation import graph
 from aggregation.errors import ConfigError
@@ -21,11 +17,7 @@ from coordinator.optimizer import FedAdam, FedAvg
 SETTINGS = "federation.toml"  # in the coordinator's state directory
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Training(_Section):
+class Training(Settings):
     """Training on a device, in one round."""
 
     epochs: int = Field(default=1, ge=1, le=100, description="passes over the device's examples in a round")
@@ -46,7 +38,7 @@ class Training(_Section):
         )
 
 
-class Server(_Section):
+class Server(Settings):
     """The server's step, on the mean of the devices' updates."""
 
     optimizer: Literal["fedavg", "fedadam"] = Field(
@@ -66,7 +58,7 @@ class Server(_Section):
         return FedAdam(self.learning_rate, self.beta1, self.beta2, self.tau)
 
 
-class Aggregation(_Section):
+class Aggregation(Settings):
     """Secure aggregation: what a session withstands, and the bounds of an update."""
 
     adversary: Literal["active", "honest-but-curious"] = Field(
@@ -165,7 +157,7 @@ class Aggregation(_Section):
         )
 
 
-class FederationSettings(_Section):
+class FederationSettings(Settings):
     """``federation.toml`` in the coordinator's state directory."""
 
     rounds: int = Field(default=10, ge=1, le=100_000, description="rounds of training in all")
@@ -179,44 +171,3 @@ class FederationSettings(_Section):
     training: Training = Training()
     server: Server = Server()
     aggregation: Aggregation = Aggregation()
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read the file. ``read`` of what ``to_toml`` returned gives the same settings.
-
-        Raises:
-            ConfigError: It is missing or not TOML, a key is unknown, or a value is out of range.
-        """
-        try:
-            found = tomllib.loads(path.read_text(encoding="utf-8"))
-            # As JSON, so that strict still takes an integer for a float; it takes neither true nor "5" for a number.
-            return cls.model_validate_json(json.dumps(found, default=str), strict=True)
-        except FileNotFoundError as error:
-            raise ConfigError(
-                f"{path.parent} is not a coordinator's state directory: it has no {path.name}", about=path.name
-            ) from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            reason = "there is no such key" if first["type"] == "extra_forbidden" else first["msg"]
-            raise ConfigError(f"{path}: {key}: {reason}", about=key) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not TOML: {error}", about=path.name) from error
-
-    def to_toml(self) -> str:
-        """The settings as a file, with a comment on each key."""
-        return "".join(
-            f"{line}\n" for line in ["# The settings of a federation. A run reads them when it starts.", *_toml(self)]
-        )
-
-
-def _toml(table: _Section) -> Iterator[str]:
-    tables: dict[str, _Section] = {}
-    for key, info in type(table).model_fields.items():
-        value = getattr(table, key)
-        if isinstance(value, _Section):
-            tables[key] = value
-        else:
-            yield f"{tomli_w.dumps({key: value}).rstrip()}  # {info.description}"
-    for key, value in tables.items():
-        yield from ("", f"[{key}]  # {value.__doc__}", *_toml(value))
