@@ -2,7 +2,7 @@
 
 The patterns mean what they mean to peft (``rank_pattern`` and ``alpha_pattern`` of its ``LoraConfig``): regular
 expressions for the end of a layer's path, of which the first that matches counts. Those that could take forever are
-refused. A property test holds this file to peft itself (``tests/export/test_peft.py``).
+refused. A property test holds this file to peft itself (``tests/export/peft/test_folder.py``).
 """
 
 import re

@@ -1,92 +1,67 @@
-"""The exported base: its files as bytes, with what is needed to make adapter files for it."""
+"""The base that a command names: its usual task, and its export for a task."""
 
-from dataclasses import dataclass, field
-
-from onnx import checker
-from peft import PeftModel
-from tokenizers import Tokenizer
-
-from adapters import pretrained
-from adapters.base import Base
-from adapters.files import sha256
-from adapters.manifest import BaseManifest, Task
+from adapters import classifier, pretrained
+from adapters.base import Base, find_base
+from adapters.classifier import LoraSpec
+from adapters.manifest import Task
 from aggregation.errors import ConfigError
-from export.onnx import graph, headers
-from export.onnx.adapterinputs import plan
-from export.onnx.calibrate import TEXT, TOKENS
-from export.onnx.quantize import Profile, quantize
-from export.onnx.slots import AdapterInputs
-from export.onnx.tasks import readable
+from export.causal import export_causal
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
 
-TOKENIZER = "tokenizer.json"
-MAX_RANK = 64  # what one layer of an adapter may have, unless the exporter says otherwise
+HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining")  # heads that can be removed from an encoder
+ANY_LABELS = 2  # the graph's head takes as many rows as an adapter brings
 
 
-@dataclass(frozen=True, slots=True)
-class ExportedBase:
-    """A frozen base as a device runs it. One export serves every adapter of the same layers, whatever its rank."""
-
-    base_digest: str
-    task: Task
-    profile: Profile
-    plan: AdapterInputs
-    slots: dict[str, tuple[str, ...]]  # graph inputs that an adapter fills → dimensions as text
-    max_rank: int
-    files: dict[str, bytes] = field(repr=False)  # of the base's folder, without the card
-
-    @property
-    def model(self) -> bytes:
-        """The native header (ONNX); its weights are in ``files[headers.DATA]``."""
-        return self.files[headers.NATIVE]
-
-    @property
-    def tokenizer(self) -> bytes:
-        """JSON of the tokenizers library."""
-        return self.files[TOKENIZER]
-
-    @property
-    def card(self) -> BaseManifest:
-        """What the signer says of these files."""
-        digests = {name: sha256(blob) for name, blob in self.files.items()}
-        return BaseManifest(self.base_digest, self.task, self.profile.value, digests, self.slots, self.max_rank)
-
-
-def export_base(model: PeftModel, base: Base, profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
-    """Export the classifier ``model``; takes seconds, and no tensor of the adapter gets into the result.
-
-    Args:
-        model: From ``adapters.classifier.build``; its adapter names the layers that get slots.
-        base: The base under it.
-        profile: How weights are stored.
-        max_rank: What the card allows an adapter.
+def usual_task(base: Base) -> Task:
+    """The task that the base's configuration states: text generation for a causal language model, else classification.
 
     Raises:
-        ConfigError: The model cannot be exported (``plan``, ``graph.trace``), or its tokenizer has no limit.
+        ConfigError: The base cannot be opened, or states a task that devices do not run.
     """
-    found = plan(model)
-    tokenizer = _tokenizer(base, model)
-    ids = Tokenizer.from_str(tokenizer.decode()).encode(TEXT).ids[:TOKENS]
-    traced = quantize(graph.trace(model, found), profile, ids)
-    checker.check_model(traced)
-    slots = graph.slots(traced)
-    return ExportedBase(
-        base_digest=base.digest,
-        task="text-classification",
-        profile=profile,
-        plan=found,
-        slots=slots,
-        max_rank=max_rank,
-        files=headers.split(traced, slots) | {TOKENIZER: tokenizer},
-    )
+    architecture = str(next(iter(pretrained.configuration(base).architectures or []), ""))
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "text-generation"
+    if "For" in architecture and not architecture.endswith(HEADS):
+        raise ConfigError(
+            f"the base is a {architecture[:60]}, a task that devices do not run; choose a task with --task",
+            about="architectures",
+            value=architecture,
+        )
+    return "text-classification"
 
 
-def _tokenizer(base: Base, model: PeftModel) -> bytes:
-    """The base's tokenizer, cut off at what the model can read and without padding, which the device does not need."""
-    tokenizer, config = pretrained.tokenizer(base), pretrained.configuration(base)
-    positions = getattr(config, "max_position_embeddings", None)  # whatever the family calls it
-    limits = [n for n in (positions, (tokenizer.truncation or {}).get("max_length")) if n]
-    if not limits:
-        raise ConfigError(f"neither config.json nor tokenizer.json in {base.folder} limits the length of a text")
-    tokenizer.enable_truncation(readable(model.base_model.model, config, min(limits)))
-    tokenizer.no_padding()
-    return str(tokenizer.to_str()).encode()
+def export_named(
+    name: str, task: str, profile: str, targets: tuple[str, ...], *, max_rank: int, head: str | None = None
+) -> ExportedBase:
+    """Find, build and export a base.
+
+    Args:
+        name: A folder, or a package that carries the model.
+        task: ``text-classification`` or ``text-generation``.
+        profile: One of ``Profile``.
+        targets: Names of the layers that get slots.
+        max_rank: The highest rank that the base manifest allows an adapter.
+        head: Of a classifier: ``own``, the base's; ``mean``, a linear layer over the mean of its tokens; None: ``own``
+            if the base has one.
+
+    Raises:
+        ConfigError: No such base, task or profile, no layer of these names, or a head for a language model.
+    """
+    try:
+        chosen = Profile(profile)
+    except ValueError:
+        raise ConfigError(
+            f"there is no profile {profile!r}; choose one of {', '.join(Profile)}", about="--profile", value=profile
+        ) from None
+    base = find_base(name)
+    if task != "text-classification":
+        if head is not None:
+            raise ConfigError(
+                "--head is for a classifier; a language model has its own output layer: leave it out", about="--head"
+            )
+        return export_causal(base, targets, chosen, max_rank=max_rank)
+    lora = LoraSpec(targets=targets)
+    own = classifier.has_own_head(base) if head is None else head == "own"
+    model = classifier.build_own(base, lora) if own else classifier.build(base, ANY_LABELS, lora)
+    return export_classifier(model, base, chosen, max_rank)

@@ -16,8 +16,8 @@ from adapters.signed import MAX_DOCUMENT
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
 from export.bundle.adapter import decode
-from export.bundle.write import CARD
-from export.onnx.slots import lora_paths, plan_of
+from export.bundle.write import BASE_MANIFEST
+from export.onnx.adapterinputs import AdapterInputs, lora_paths
 from export.peft.config import exactly
 
 TRUST = "trust.pem"  # beside a bundle
@@ -31,15 +31,17 @@ def read_manifest(bundle: Path, keys: Sequence[PublicKey]) -> BaseManifest:
         DataError: There is no bundle.
         TrustError: The card is damaged, altered, or of an unknown signer.
     """
-    return BaseManifest.accept(_read(bundle / CARD, MAX_DOCUMENT), keys)
+    return BaseManifest.accept(_read(bundle / BASE_MANIFEST, MAX_DOCUMENT), keys)
 
 
 def read_base(bundle: Path, card: BaseManifest) -> dict[str, bytes]:
     """The files of the base, by name. Raises as ``read_manifest``."""
-    files = {name: _read(bundle / CARD.parent / name, MAX_BASE_FILE) for name in card.files}
+    files = {name: _read(bundle / BASE_MANIFEST.parent / name, MAX_BASE_FILE) for name in card.files}
     for name, blob in files.items():
         if sha256(blob) != card.files[name]:
-            raise TrustError(f"{bundle / CARD.parent / name} is not the file that was signed; export the base again")
+            raise TrustError(
+                f"{bundle / BASE_MANIFEST.parent / name} is not the file that was signed; export the base again"
+            )
     return files
 
 
@@ -82,7 +84,7 @@ def unfolded(sidecar: AdapterManifest, inputs: Tensors) -> tuple[Tensors, PeftCo
     kept = {name: value for name, value in inputs.items() if value.size}
     method = sidecar.method or _folded(kept)
     renamed = from_graph(kept, dict.fromkeys(lora_paths(kept), 1.0))
-    return from_graph(kept, plan_of(method, renamed).scaling), method
+    return from_graph(kept, AdapterInputs.of_tensors(method, renamed).scaling), method
 
 
 def _folded(inputs: Tensors) -> PeftConfig:

@@ -9,7 +9,7 @@ from adapters.peftconfig import PeftConfig
 from adapters.registryfiles import SIGNING_KEY, RegistryFiles
 from aggregation.errors import ConfigError, DataError
 from export.bundle.keys import public_keys
-from export.onnx.slots import LORA
+from export.onnx.adapterinputs import LORA
 from export.peft.folder import read_peft
 
 

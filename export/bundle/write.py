@@ -1,4 +1,4 @@
-"""The bundle that a device opens: one base, any number of adapters, each described by a signed document.
+"""The bundle that a device opens: one base, any number of adapters, each described by a signed manifest.
 
 ::
 
@@ -13,9 +13,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from adapters.files import sha256
 from adapters.layout import Layout, Tensors
@@ -26,122 +25,159 @@ from adapters.storage import link_files, locked_folder, staged, write_files
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from export.bundle import adapter
-from export.onnx.slots import LABELS, AdapterInputs
+from export.bundle.sources import Origin
+from export.onnx.adapterinputs import LABELS, AdapterInputs
+from export.onnx.exported import ExportedBase
 
-if TYPE_CHECKING:  # it brings torch, which an adapter's export does without
-    from export.bundle.base import ExportedBase
-
-CARD = Path("base", "card.json")
+BASE_MANIFEST = Path("base", "card.json")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter to be exported, and what its manifest says of it."""
+    """An adapter to be exported, and what its manifest states."""
 
     name: str  # "global", or the owner's name for a private one
     tensors: Tensors = field(repr=False)  # under peft's names
     labels: tuple[str, ...]  # the head's rows, in order
     version: int
     sha256: str  # of the safetensors blob that the tensors come from
-    parent: str | None = None  # of a private adapter: the blob digest of the global version it started from
-    method: PeftConfig | None = None  # how it was made; without it peft gets it back with its scaling folded in
-    plan: AdapterInputs | None = None  # of the model that the tensors come from; the exported base's if None
+    parent: str | None = None  # of a private adapter: the blob digest of the global version that it started from
+    method: PeftConfig | None = None  # without it, an export to peft folds the scaling into B
+    adapter_inputs: AdapterInputs | None = None  # of the model that the tensors come from; None: the exported base's
 
 
 def write_bundle(
-    out: Path, exported: "ExportedBase", sources: Sequence[AdapterSource], *, key: IdentityKey, form: Format = "int8"
+    out: Path, exported: ExportedBase, sources: Sequence[AdapterSource], *, key: IdentityKey, form: Format = "int8"
 ) -> None:
-    """Write a bundle to ``out``, replacing the bundle that may be there.
+    """Write a bundle to ``out``, replacing an older bundle.
 
-    Adapters already in ``out`` for the same base stay, unless one of ``sources`` has their name: a household's private
-    adapter outlives an update of the shared one.
+    Adapters in ``out`` for the same base stay, unless one of ``sources`` has their name: a household keeps its private
+    adapter when the shared one is updated.
 
     Args:
         out: The bundle's folder.
-        exported: The base; export it once and use it for as many bundles as there are.
+        exported: The base; one export serves any number of bundles.
         sources: The adapters.
-        key: Signs the card and the sidecars.
+        key: Signs the base manifest and the adapter manifests.
         form: The adapters' number format.
 
     Raises:
-        ConfigError: ``out`` is something other than a bundle or keeps adapters that would not fit the base any more, an
-            adapter's name cannot be a file's, or an adapter of a language model comes without its plan.
-        DataError: An adapter does not fit the base, is above its highest rank, or has labels that are not
-            its rows, or that no device takes.
-        OSError: The folder cannot be written. What was in ``out`` is still there.
+        ConfigError: ``out`` is something other than a bundle, or keeps adapters that would no longer fit the base; an
+            adapter's name cannot be a file's; or an adapter of a language model lacks its ``adapter_inputs``.
+        DataError: An adapter does not fit the base, is above its highest rank, or has labels that do not match the
+            rows of its head or that devices refuse.
+        OSError: The folder cannot be written. The content of ``out`` is unchanged.
     """
     with locked_folder(out) as whole:
         _write_bundle(whole, exported, sources, key, form)
 
 
 def _write_bundle(
-    out: Path, exported: "ExportedBase", sources: Sequence[AdapterSource], key: IdentityKey, form: Format
+    out: Path, exported: ExportedBase, sources: Sequence[AdapterSource], key: IdentityKey, form: Format
 ) -> None:
     check_place(out)
-    card = exported.card
+    manifest = exported.manifest
     files = {f"base/{name}": blob for name, blob in exported.files.items()}
-    files[CARD.as_posix()] = card.sign(key)
+    files[BASE_MANIFEST.as_posix()] = manifest.sign(key)
     for source in sources:
-        if source.plan is None and exported.task == "text-generation":
-            raise ConfigError(f"adapter {source.name!r} comes without its plan, which has the scaling of its layers")
-        files |= _adapter_files(source, source.plan or exported.plan, card, key, form)
-    kept = _kept(out, card, {source.name for source in sources})
+        if source.adapter_inputs is None and exported.task == "text-generation":
+            raise ConfigError(
+                f"adapter {source.name!r} lacks adapter_inputs, which hold the scaling of its layers",
+                about="adapter_inputs",
+                value=source.name,
+            )
+        files |= _adapter_files(source, source.adapter_inputs or exported.adapter_inputs, manifest, key, form)
+    kept = _kept(out, manifest, {source.name for source in sources})
     with staged(out, replaces=True) as stage:
         if kept:
             link_files(out / "adapters", stage / "adapters")
         write_files(stage, files)
 
 
-def _kept(out: Path, card: BaseManifest, renewed: set[str]) -> bool:
-    """Whether the adapters in ``out`` are for the base of ``card``; those that are ``renewed`` need not fit it."""
+def _kept(out: Path, manifest: BaseManifest, replaced: set[str]) -> bool:
+    """Whether the adapters in ``out`` are for the base of ``manifest``; those that are ``replaced`` need not fit it."""
     old = stated_manifest(out)
-    if old is None or old.base_digest != card.base_digest:
+    if old is None or old.base_digest != manifest.base_digest:
         return False
-    names = {path.stem for path in (out / "adapters").glob("*.json")} - renewed
-    if names and old.slots != card.slots:
+    names = {path.stem for path in (out / "adapters").glob("*.json")} - replaced
+    if names and old.slots != manifest.slots:
         raise ConfigError(
-            f"the adapters in {out} ({', '.join(sorted(names))[:200]}) were made for a base with other slots, and no "
-            "device would take them any more; name another folder, or the same --targets and --head"
+            f"the adapters in {out} ({', '.join(sorted(names))[:200]}) were made for a base with other slots, and "
+            "devices would refuse them; name another folder, or the same --targets and --head",
+            about="slots",
+            value=sorted(names),
         )
     return True
 
 
+def add(bundle: Path, origin: Origin, *, name: str, form: Format, key: IdentityKey) -> AdapterManifest:
+    """Add ``origin`` to ``bundle`` under ``name``, and return its manifest. Does not import torch.
+
+    Raises:
+        ConfigError: ``bundle`` is no bundle, ``name`` cannot be a file's, the adapter is for another base, or its
+            labels are missing.
+        DataError: The adapter does not fit the base, or devices would refuse its version as a rollback.
+    """
+    if (manifest := stated_manifest(bundle)) is None:
+        raise _no_bundle(bundle)
+    if origin.base_digest not in (None, manifest.base_digest):
+        raise ConfigError(
+            f"the adapter was made for the base {str(origin.base_digest)[:12]}, {bundle} holds "
+            f"{manifest.base_digest[:12]}; export that base, or name another bundle",
+            about="base_digest",
+            value=origin.base_digest,
+        )
+    before = _stated_adapter(bundle, name)
+    if before is not None and before.version > origin.version:
+        raise DataError(
+            f"{bundle} holds version {before.version} of {name!r}; devices refuse the older {origin.version}",
+            about="version",
+            value=origin.version,
+        )
+    source = AdapterSource(name, origin.tensors, origin.labels, origin.version, origin.sha256, method=origin.method)
+    add_adapter(bundle, AdapterInputs.of_tensors(origin.method, origin.tensors), source, key=key, form=form)
+    if (after := _stated_adapter(bundle, name)) is None:
+        raise DataError(
+            f"{bundle} lost its adapter {name!r} while it was written; is another export running?", about="adapters"
+        )
+    return after
+
+
 def add_adapter(
-    bundle: Path, found: AdapterInputs, source: AdapterSource, *, key: IdentityKey, form: Format = "int8"
+    bundle: Path, inputs: AdapterInputs, source: AdapterSource, *, key: IdentityKey, form: Format = "int8"
 ) -> None:
-    """Add or replace one adapter in a bundle: a household's private one, signed by the device's own key.
+    """Add or replace one adapter in a bundle, such as a household's private one, signed by the device's own key.
 
     Args:
         bundle: A bundle that ``write_bundle`` made.
-        found: The plan of the model that the adapter was trained in (``export.plan.plan``).
+        inputs: Of the model that the adapter was trained in (``find_adapter_inputs``).
         source: The adapter.
-        key: Signs the sidecar.
+        key: Signs the adapter manifest.
         form: The adapter's number format.
 
     Raises:
         ConfigError: ``bundle`` is no bundle, or the adapter's name cannot be a file's.
-        DataError: The adapter does not fit the plan, or has labels that are not
-            its rows, or that no device takes.
-        OSError: The folder cannot be written. The bundle is as it was.
+        DataError: As ``write_bundle``.
+        OSError: The folder cannot be written. The bundle is unchanged.
     """
     with locked_folder(bundle) as whole:
-        if (card := stated_manifest(whole)) is None:
-            raise ConfigError(f"{whole} is not a bundle: it has no {CARD}")
-        files = _adapter_files(source, found, card, key, form)
+        if (manifest := stated_manifest(whole)) is None:
+            raise _no_bundle(whole)
+        files = _adapter_files(source, inputs, manifest, key, form)
         with staged(whole, replaces=True) as stage:
             link_files(whole, stage)
             write_files(stage, files)
 
 
 def copy_bundle(bundle: Path, out: Path) -> None:
-    """Give ``bundle`` a second home at ``out``, replacing the bundle that may be there; files are shared by hard links.
+    """Copy ``bundle`` to ``out`` with hard links, replacing an older bundle.
 
     Raises:
         ConfigError: ``bundle`` is no bundle, or ``out`` is something other than one.
-        OSError: The folder cannot be written. What was in ``out`` is still there.
+        OSError: The folder cannot be written. The content of ``out`` is unchanged.
     """
     if stated_manifest(bundle) is None:
-        raise ConfigError(f"{bundle} is not a bundle: it has no {CARD}")
+        raise _no_bundle(bundle)
     with locked_folder(out) as whole:
         check_place(whole)
         with staged(whole, replaces=True) as stage:
@@ -149,29 +185,37 @@ def copy_bundle(bundle: Path, out: Path) -> None:
 
 
 def _adapter_files(
-    source: AdapterSource, found: AdapterInputs, card: BaseManifest, key: IdentityKey, form: Format
+    source: AdapterSource, inputs: AdapterInputs, base: BaseManifest, key: IdentityKey, form: Format
 ) -> dict[str, bytes]:
     path = f"adapters/{check_name(source.name)}"
-    tensors, found = adapter.completed(source.tensors, found, card.slots)
-    blob = adapter.encode(tensors, found, form)
-    sizes = check_slots(to_graph(tensors, found.scaling), card.slots)
+    tensors, inputs = adapter.completed(source.tensors, inputs, base.slots)
+    blob = adapter.encode(tensors, inputs, form)
+    sizes = check_slots(to_graph(tensors, inputs.scaling), base.slots)
     if sizes.get(LABELS, 2) < 2:
-        raise DataError(f"adapter {source.name!r} has a head of one row; a device chooses among two labels at least")
+        raise DataError(
+            f"adapter {source.name!r} has a head of one row; a device chooses among at least two labels", about="head"
+        )
     if sizes.get(LABELS, len(source.labels)) != len(source.labels):
         raise DataError(
             f"adapter {source.name!r} has {len(source.labels)} labels for {sizes[LABELS]} rows of its head; name each "
-            "row, in order (--labels)"
+            "row, in order (--labels)",
+            about="labels",
+            value=len(source.labels),
         )
     check_labels(source.name, source.labels)
     ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(LORA_A)]
-    if (rank := max(ranks, default=0)) > card.max_rank:
-        raise DataError(f"adapter {source.name!r} has rank {rank}, the base takes at most {card.max_rank} (--max-rank)")
-    sidecar = AdapterManifest(
+    if (rank := max(ranks, default=0)) > base.max_rank:
+        raise DataError(
+            f"adapter {source.name!r} has rank {rank}, the base takes at most {base.max_rank} (--max-rank)",
+            about="rank",
+            value=rank,
+        )
+    manifest = AdapterManifest(
         name=source.name,
         sha256=sha256(blob),
         size=len(blob),
         format=form,
-        base_digest=card.base_digest,
+        base_digest=base.base_digest,
         layout_digest=Layout.of(tensors).digest,
         version=source.version,
         source=source.sha256,
@@ -180,28 +224,50 @@ def _adapter_files(
         rank=rank,
         labels=source.labels,
     )
-    return {f"{path}.onnx_adapter": blob, f"{path}.json": sidecar.sign(key)}
+    return {f"{path}.onnx_adapter": blob, f"{path}.json": manifest.sign(key)}
 
 
 def check_place(out: Path) -> None:
-    """Return if ``out`` is free for a bundle, or holds one that may be replaced.
+    """Return if a bundle can be written to ``out``: it is new, empty or a bundle.
 
     Raises:
-        ConfigError: It is something else, or nothing can be written beside it.
+        ConfigError: It is something else, or the folder that would hold it cannot be written to.
     """
-    if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not a bundle; name another folder")
+    if out.exists() and not (out / BASE_MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not a bundle; name another folder", about=out.name)
     above = next(folder for folder in out.resolve().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(f"{above} is no folder that can be written to; name another place than {out}")
+        raise ConfigError(
+            f"{above} is not a folder that can be written to; name another place than {out}", about=above.name
+        )
 
 
 def stated_manifest(bundle: Path) -> BaseManifest | None:
-    """What the card says, unverified: only the exporter relies on it; a device verifies it before it believes it."""
+    """The base manifest, unverified, for the exporter alone: a device verifies it before use. None if there is none."""
     try:
-        body = json.loads((bundle / CARD).read_bytes())["body"]
+        body = json.loads((bundle / BASE_MANIFEST).read_bytes())["body"]
         return TypeAdapter(BaseManifest).validate_python(body)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{bundle / CARD} is damaged; move {bundle} away and export again") from error
+        raise DataError(
+            f"{bundle / BASE_MANIFEST} is damaged; move {bundle} away and export again", about=BASE_MANIFEST.name
+        ) from error
+
+
+def _stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
+    """The adapter's manifest, unverified: a device compares versions itself, this only refuses a rollback early."""
+    try:
+        body = json.loads((bundle / "adapters" / f"{check_name(name)}.json").read_bytes())["body"]
+        return TypeAdapter(AdapterManifest).validate_python(body)
+    except FileNotFoundError:
+        return None
+    except (ValidationError, ValueError, KeyError, TypeError):
+        return None  # damaged: it is about to be replaced
+
+
+def _no_bundle(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder} is not a bundle: it has no {BASE_MANIFEST}; make one with 'edgeadapt export base'",
+        about=BASE_MANIFEST.name,
+    )

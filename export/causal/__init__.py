@@ -1,4 +1,4 @@
-"""A causal language model with KV cache as an exported base."""
+"""Causal language models with a KV cache, exported as a base. Imports torch and transformers."""
 
 from export.causal.base import export_causal
 

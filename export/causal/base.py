@@ -12,14 +12,13 @@ from adapters import pretrained
 from adapters.base import Base
 from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError
-from export.bundle.base import MAX_RANK, TOKENIZER, ExportedBase
-from export.causal import builder, slots, traced
-from export.causal.sample import Sample, ask
-from export.onnx import headers
+from export.causal import builder, traced
+from export.causal.sample import Sample, sample_logits
+from export.onnx import headers, matmuls
 from export.onnx.adapterinputs import AdapterInputs, LoraSlot
 from export.onnx.calibrate import TEXT, TOKENS
-from export.onnx.merge import merge
-from export.onnx.quantize import Profile, quantize
+from export.onnx.exported import MAX_RANK, TOKENIZER, ExportedBase, Profile
+from export.onnx.quantize import quantize
 
 
 def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
@@ -29,40 +28,40 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
         base: A causal language model.
         targets: As peft's ``target_modules``: names of layers, such as ``("q_proj", "v_proj")``.
         profile: How weights are stored.
-        max_rank: What the card allows an adapter.
+        max_rank: The highest rank that the base manifest allows an adapter.
 
     Raises:
-        ConfigError: The base cannot be exported, no layer bears one of the names, or a layer's place in the graph
-            cannot be found.
+        ConfigError: The base cannot be exported, no layer has one of the names, or a layer's MatMul cannot be found in
+            the graph.
     """
     model = pretrained.load(base, AutoModelForCausalLM)
     weights = _weights(model, targets)
-    sample = ask(model, pretrained.tokenizer(base))
+    sample = sample_logits(model, pretrained.tokenizer(base))
     config = model.config
-    del model  # each road loads it again, and only the layers' weights are needed until the end
-    built = _built(base, config, sample)
-    products = slots.find(built.graph, weights)
-    ids = Tokenizer.from_str(built.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
-    graph = quantize(built.graph, profile, ids)
-    found = slots.insert(graph, products)
-    merge(graph)
+    del model  # each path loads it again, and until the end only the layers' weights are needed
+    decoder = _decoder(base, config, sample)
+    layers = matmuls.find(decoder.graph, weights)
+    ids = Tokenizer.from_str(decoder.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
+    graph = quantize(decoder.graph, profile, ids)
+    slots = matmuls.insert_lora(graph, layers)
+    matmuls.merge(graph)
     return ExportedBase(
         base_digest=base.digest,
         task="text-generation",
         profile=profile,
-        # What an adapter scales its layers by stands in its own plan; 1 is the factor of one that is ready to be used.
-        plan=AdapterInputs("default", tuple(LoraSlot(path, 1.0) for path in weights), ()),
-        slots=found,
+        # An adapter of a language model brings its own scaling (AdapterSource.adapter_inputs); 1 leaves B as it is.
+        adapter_inputs=AdapterInputs("default", tuple(LoraSlot(path, 1.0) for path in weights), ()),
+        slots=slots,
         max_rank=max_rank,
-        files=headers.split(graph, found) | built.files,
+        files=headers.split(graph, slots) | decoder.files,
     )
 
 
-def _built(base: Base, config: Any, sample: Sample) -> builder.Built:
-    """By the fast road where it leads to the right answers, else by the general one."""
+def _decoder(base: Base, config: Any, sample: Sample) -> builder.DecoderGraph:
+    """By the builder path if its graph gives torch's logits, else by the traced path."""
     try:
         return builder.build(base, config, sample)
-    except builder.NoFastRoadError:
+    except builder.BuilderPathError:
         return traced.build(base, sample)
 
 
@@ -72,11 +71,18 @@ def _weights(model: Any, targets: Sequence[str]) -> Tensors:
     for target in targets:
         layers = [path for path, _ in model.named_modules() if path == target or path.endswith(f".{target}")]
         if not layers:
-            raise ConfigError(f"the base has no layer named {target!r}; it has {pretrained.layer_names(model)}")
+            raise ConfigError(
+                f"the base has no layer named {target!r}; it has {pretrained.layer_names(model)}",
+                about="--targets",
+                value=target,
+            )
         found.update({path: model.get_submodule(path) for path in layers})
     for path, module in found.items():
         if type(module) not in (nn.Linear, Conv1D):
-            raise ConfigError(f"{path}: an adapter on {type(module).__name__} cannot be exported, only on Linear")
+            kind = type(module).__name__
+            raise ConfigError(
+                f"{path}: an adapter on {kind} cannot be exported, only on Linear", about=kind, value=path
+            )
     return {path: _weight(m) for path, m in model.named_modules() if path in found}
 
 

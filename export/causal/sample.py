@@ -1,7 +1,7 @@
-"""What torch says to a short text, and whether a graph says the same: no exporter is believed without being asked.
+"""Torch's logits for a short text, and whether a graph gives the same: every exported graph is compared before use.
 
-A graph that leaves out a part of a configuration (a scaled rotary embedding, a window, a norm without weights) runs as
-well as a right one, and nothing but its answers tells.
+A graph that leaves out a part of a configuration (a scaled rotary embedding, a window, a norm without weights) runs
+without an error; only its logits show it.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from aggregation.errors import ConfigError
 from export.onnx.calibrate import TEXT, TOKENS
 from export.onnx.graph import ANSWER
 
-CLOSE = 1e-3  # of the largest logit; the same numbers added in another order differ by 1e-5
-ONE_BY_ONE = 4  # of the last tokens, each read on top of what the cache holds
+CLOSE = 1e-3  # of the largest logit; summing the same numbers in another order differs by 1e-5
+ONE_BY_ONE = 4  # of the last tokens are read one by one, with the cache of the tokens before
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +31,15 @@ class Sample:
     logits: Floats  # (1, tokens, vocabulary)
 
 
-def ask(model: Any, tokenizer: Tokenizer) -> Sample:
-    """Ask a causal language model in torch.
+def sample_logits(model: Any, tokenizer: Tokenizer) -> Sample:
+    """Run a causal language model in torch on the calibration text.
 
     Args:
         model: Of transformers, in evaluation mode.
         tokenizer: Its own.
 
     Raises:
-        ConfigError: The tokenizer's tokens are none that the model can read.
+        ConfigError: The model cannot read the tokenizer's tokens.
     """
     length = min(TOKENS, getattr(model.config, "max_position_embeddings", None) or TOKENS)
     ids = torch.tensor([tokenizer.encode(TEXT).ids[:length]], dtype=torch.int64)
@@ -47,26 +47,30 @@ def ask(model: Any, tokenizer: Tokenizer) -> Sample:
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     except (IndexError, RuntimeError) as error:
-        raise ConfigError(f"the base cannot read a text of its own tokenizer: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"the base cannot read a text of its own tokenizer: {str(error).splitlines()[0]}", about="tokenizer.json"
+        ) from error
     return Sample(ids.numpy(), logits.numpy())
 
 
-def says_the_same(file: Path, sample: Sample) -> bool:
-    """Whether the graph in ``file`` runs and answers as torch does, read at once and through its KV cache."""
+def matches(file: Path, sample: Sample) -> bool:
+    """Whether the graph in ``file`` runs and gives torch's logits, reading the text at once and through its KV cache.
+
+    Guarantee: if true, no logit is off by more than ``CLOSE`` times the largest absolute logit of the sample.
+    """
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # a graph that does not run is an answer too
+    options.log_severity_level = 4  # a graph that does not run is an expected outcome
     try:
         session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        found = _logits(session, sample.ids)
+        logits = _logits(session, sample.ids)
     except Exception:  # onnxruntime raises several classes of its own, with no common base
         return False
-    close = np.abs(found - sample.logits).max() <= CLOSE * np.abs(sample.logits).max()
-    return bool(close)
+    return bool(np.abs(logits - sample.logits).max() <= CLOSE * np.abs(sample.logits).max())
 
 
 def _logits(session: ort.InferenceSession, ids: NDArray[np.int64]) -> Floats:
     inputs = {value.name: value.shape for value in session.get_inputs()}
-    # (rows, heads, tokens so far, width)
+    # (rows, heads, past tokens, width)
     cache = {n: np.zeros((1, s[1], 0, s[3]), np.float32) for n, s in inputs.items() if n.startswith("past")}
     length = ids.shape[1]
     ends, start, answers = range(max(1, length - ONE_BY_ONE), length + 1), 0, []

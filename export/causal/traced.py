@@ -1,7 +1,7 @@
-"""The general road: any decoder that optimum knows, traced by torch operator by operator.
+"""The traced path: any decoder that optimum knows, traced by torch operator by operator.
 
-Taken for what onnxruntime-genai's builder does not know. Nothing is fused here, so a token takes longer than on the
-builder's road; inputs, outputs and files are the same, and so is what comes after: quantization, slots, headers.
+Used for what onnxruntime-genai's builder does not know. Nothing is fused, so a token takes longer than on the builder
+path; inputs, outputs and files are the same, and so are the steps that follow: quantization, slots, headers.
 """
 
 import inspect
@@ -19,30 +19,30 @@ from transformers import AutoTokenizer, DynamicCache
 
 from adapters.base import Base
 from aggregation.errors import ConfigError
-from export.bundle.base import TOKENIZER
-from export.causal.builder import QUIET, SETTINGS, Built, share_table
-from export.causal.sample import Sample, says_the_same
+from export.causal.builder import QUIET, SETTINGS, DecoderGraph
+from export.causal.sample import Sample, matches
 from export.onnx import graph, matmuls, tasks
-from export.onnx.headers import DATA, NATIVE
+from export.onnx.exported import DATA, NATIVE, TOKENIZER
+from export.onnx.peftmodel import replace_conv1d
 
-TOKENS = ("input_ids", "attention_mask", "position_ids")  # the last not of every family
+TOKENS = ("input_ids", "attention_mask", "position_ids")  # not every family has the last
 PARTS = ("key", "value")
-EXAMPLE = {"batch": 2, "sequence": 3, "past": 4}  # torch.export takes a size of 0 or 1 for a constant
-CONTEXT_LIMIT = 2**24  # tokens; a tokenizer without a limit states a number far above
+EXAMPLE = {"batch": 2, "sequence": 3, "past": 4}  # torch.export treats a size of 0 or 1 as a constant
+CONTEXT_LIMIT = 2**24  # tokens; a tokenizer without a limit states a far larger number
 
 
 @dataclass(frozen=True, slots=True)
 class KeyValueCache:
-    """What a decoder remembers of a text: of each layer keys and values of shape ``(rows, heads, tokens, width)``."""
+    """The shape of a decoder's KV cache: for each layer, keys and values of ``(rows, heads, tokens, width)``."""
 
-    keyword: str  # of the model's ``forward``, and the answer's field
+    keyword: str  # the argument of the model's ``forward``, and the field of its output
     layers: int
     heads: int
     width: int
 
     @property
     def names(self) -> list[str]:
-        """The graph's inputs; its outputs begin with ``present`` instead."""
+        """The names of the graph's inputs; its outputs begin with ``present`` instead."""
         return [f"past_key_values.{layer}.{part}" for layer in range(self.layers) for part in PARTS]
 
 
@@ -52,42 +52,45 @@ class _Decoder(nn.Module):
         self.model, self.keyword = model, keyword
 
     def forward(self, tokens: dict[str, Tensor], past: list[Tensor]) -> tuple[Tensor, ...]:
-        # Without the configuration no layer forgets what left its window: the mask hides it, as in training.
+        # Without a configuration no layer drops tokens that left its window: the mask hides them, as in training.
         cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
         answer = self.model(**tokens, **{self.keyword: cache}, use_cache=True)
         return (answer.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values)))
 
 
-def build(base: Base, sample: Sample) -> Built:
+def build(base: Base, sample: Sample) -> DecoderGraph:
     """Token ids, attention mask, positions if the family has any, and KV cache → logits and the next KV cache.
 
     Args:
         base: A causal language model.
-        sample: What torch says to a short text.
+        sample: Torch's logits for a short text.
 
     Raises:
-        ConfigError: Optimum does not know the architecture, torch cannot trace it, or not so that it answers the same,
-            its memory of a text is not keys and values, or the base's files do not say how long a text may be or how
-            one ends.
+        ConfigError: Optimum does not know the architecture; torch cannot trace it; the traced graph does not give
+            torch's logits; its cache is not equal keys and values in each layer; or the base's files state neither the
+            longest text nor the token that ends one.
     """
     model = tasks.load(base, "text-generation")
     sizes = tasks.sizes(model.config)
     cache = _cache(model, sizes)
     files = _files(base, model.config, sizes, cache)
-    matmuls.replace_conv1d(model)
+    replace_conv1d(model)
     traced = _trace(model, cache)
     matmuls.normalize(traced)
-    share_table(traced)
+    matmuls.share_embedding(traced)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
         onnx.save(traced, Path(name, NATIVE), save_as_external_data=True, location=DATA)
-        if not says_the_same(Path(name, NATIVE), sample):
-            raise ConfigError(f"torch traces {base.folder} to a graph that answers otherwise; it cannot be exported")
+        if not matches(Path(name, NATIVE), sample):
+            raise ConfigError(
+                f"the graph that torch traces of {base.folder} does not give torch's logits; it cannot be exported",
+                about="logits",
+            )
         onnx.load_external_data_for_model(traced, name)
-    return Built(traced, files)
+    return DecoderGraph(traced, files)
 
 
 def _cache(model: Any, sizes: tasks.Sizes) -> KeyValueCache:
-    """The shape of the KV cache, read off a run: optimum has it in tables by family that its core does not connect."""
+    """The shape of the KV cache, read from a run: optimum keeps it in tables by family outside its core package."""
     keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with torch.no_grad():
         answer = model(input_ids=torch.ones(1, 3, dtype=torch.int64), use_cache=True)
@@ -95,8 +98,10 @@ def _cache(model: Any, sizes: tasks.Sizes) -> KeyValueCache:
     shapes = {tuple(part.shape) for layer in layers for part in (_part(layer, "keys"), _part(layer, "values"))}
     if len(layers) != sizes.layers or len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[2] != 3:
         raise ConfigError(
-            f"{model.config.model_type!r} keeps something else of a text than equal keys and values in each layer, and"
-            " cannot be exported"
+            f"the cache of {model.config.model_type!r} is not equal keys and values in each layer, and cannot "
+            "be exported",
+            about="past_key_values",
+            value=model.config.model_type,
         )
     return KeyValueCache(keyword, len(layers), int(shape[1]), int(shape[3]))
 
@@ -128,17 +133,25 @@ def _trace(model: Any, cache: KeyValueCache) -> onnx.ModelProto:
 
 
 def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: KeyValueCache) -> dict[str, bytes]:
-    """What onnxruntime-genai reads beside the graph: its settings, and the tokenizer as transformers saves it."""
+    """The other files that onnxruntime-genai reads: its settings, and the tokenizer as transformers saves it."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of many classes, with no common base
-        raise ConfigError(f"the tokenizer in {base.folder} cannot be opened: {error}") from error
+    except Exception as error:  # transformers raises many classes, with no common base
+        raise ConfigError(
+            f"the tokenizer in {base.folder} cannot be opened: {error}", about="tokenizer_config.json"
+        ) from error
     context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     if context > CONTEXT_LIMIT:
-        raise ConfigError(f"nothing in {base.folder} limits a text; state max_position_embeddings in config.json")
+        raise ConfigError(
+            f"nothing in {base.folder} limits the length of a text; state max_position_embeddings in config.json",
+            about="max_position_embeddings",
+        )
     end = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
     if end is None:
-        raise ConfigError(f"nothing in {base.folder} says which token ends a text; state eos_token_id in config.json")
+        raise ConfigError(
+            f"nothing in {base.folder} says which token ends a text; state eos_token_id in config.json",
+            about="eos_token_id",
+        )
     settings = _settings(config, sizes, cache, context, end)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
         tokenizer.save_pretrained(name)
@@ -148,7 +161,7 @@ def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: KeyValueCache) ->
 
 
 def _settings(config: Any, sizes: tasks.Sizes, cache: KeyValueCache, context: int, end: Any) -> dict[str, Any]:
-    """https://onnxruntime.ai/docs/genai/reference/config.html; "decoder" is its type for graphs of no known family."""
+    """See https://onnxruntime.ai/docs/genai/reference/config.html; "decoder" is its type for graphs of any family."""
     first = end[0] if isinstance(end, list) else end
     names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     decoder = {
@@ -176,6 +189,6 @@ def _settings(config: Any, sizes: tasks.Sizes, cache: KeyValueCache, context: in
             "eos_token_id": end,
             "pad_token_id": first if config.pad_token_id is None else config.pad_token_id,
         },
-        # The cache grows with the text: the graph appends to what it gets, and shares no buffer.
+        # The graph returns a longer cache instead of writing to a shared buffer.
         "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
     }

@@ -1,76 +1,101 @@
-"""What of a PEFT model becomes graph input: its LoRA layers and the modules trained whole.
+"""The inputs of an exported graph that an adapter fills (``AdapterInputs``). Imports neither torch nor peft.
 
-Found by walking the module tree, never by the names of an architecture. Whatever peft can put there and the graph
-cannot say (DoRA, biases, other methods, merged weights) is refused by name, because dropping it would only show as
-worse answers on a device.
+``AdapterInputs.of_tensors`` reads them from the tensors of a registry version or a PEFT folder;
+``peftmodel.find_adapter_inputs`` reads them from a PEFT model in memory.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
 
-from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from adapters.layout import Tensors, TensorSpec
+from adapters.ondevice import LORA_A, LORA_B, graph_name
+from adapters.peftconfig import PeftConfig
+from aggregation.errors import DataError
 
-from adapters.layout import TensorSpec
-from adapters.ondevice import graph_name
-from aggregation.errors import ConfigError
-from export.onnx.slots import AdapterInputs, LoraSlot, SavedSlot, plan_of
-
-__all__ = ["AdapterInputs", "LoraSlot", "SavedSlot", "plan", "plan_of"]
+LABELS = "labels"  # the symbolic dimension of a classifier head's rows
+LORA = ".lora_"  # part of the name of every parameter that peft adds to a layer
 
 
-def plan(model: PeftModel) -> AdapterInputs:
-    """Find the slots of ``model``'s active adapter; honours ``rank_pattern`` and ``alpha_pattern`` layer by layer.
+@dataclass(frozen=True, slots=True)
+class LoraSlot:
+    """One adapted linear layer: its path in the base, and the factor that peft applies to its update."""
+
+    path: str
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSlot:
+    """One module of ``modules_to_save``: its path, and its parameters by their names within it."""
+
+    path: str
+    parameters: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInputs:
+    """Every slot of one adapter, in the order of the module tree (from a model) or of the names (from tensors)."""
+
+    adapter: str  # peft's name of the adapter
+    loras: tuple[LoraSlot, ...]
+    saved: tuple[SavedSlot, ...]
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """The scaling factor of each adapted layer, by path."""
+        return {slot.path: slot.scaling for slot in self.loras}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the graph inputs, in order."""
+        pairs = [slot.path + part for slot in self.loras for part in (LORA_A, LORA_B)]
+        return (*pairs, *(f"{slot.path}.{spec.name}" for slot in self.saved for spec in slot.parameters))
+
+    @classmethod
+    def of_tensors(cls, config: PeftConfig, tensors: Tensors) -> Self:
+        """The inputs that an adapter fills.
+
+        Args:
+            config: The adapter's; gives each layer its scaling.
+            tensors: All its tensors, under peft's names.
+
+        Raises:
+            DataError: A tensor is not of LoRA on a linear layer, a LoRA pair is incomplete or of two ranks, or a rank
+                differs from the one in ``config``.
+        """
+        values = {graph_name(name): value for name, value in tensors.items()}
+        loras = tuple(_lora(path, config, values) for path in sorted(lora_paths(values)))
+        saved: dict[str, list[TensorSpec]] = {}
+        for name in sorted(name for name in values if LORA not in name):
+            path, _, parameter = name.rpartition(".")
+            saved.setdefault(path, []).append(TensorSpec(parameter, tuple(values[name].shape)))
+        return cls("default", loras, tuple(SavedSlot(path, tuple(specs)) for path, specs in saved.items()))
+
+
+def lora_paths(names: Iterable[str]) -> set[str]:
+    """The paths of the layers that have a LoRA pair among tensors with these graph names.
 
     Raises:
-        ConfigError: Several adapters are active, a layer uses what a graph cannot take, or a saved tensor has no slot.
+        DataError: peft added a tensor that is not of LoRA on a linear layer.
     """
-    if len(active := model.active_adapters) != 1:
-        raise ConfigError(f"exactly one adapter can be exported at a time, {len(active)} are active")
-    adapter = active[0]
-    loras, saved = [], []
-    for path, module in model.base_model.model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            loras.append(_lora(path, module, adapter))
-        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-            saved.append(_saved(path, module.modules_to_save[adapter]))
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            raise ConfigError(f"{path}: {type(module).__name__} cannot be exported; train it in modules_to_save")
-    found = AdapterInputs(adapter, tuple(loras), tuple(saved))
-    _check_complete(found, model)
-    return found
+    added = [name for name in names if LORA in name]
+    if odd := sorted(name for name in added if not name.endswith((LORA_A, LORA_B))):
+        raise DataError(
+            f"tensor {odd[0]!r} is not of plain LoRA on a linear layer and cannot be exported", about=odd[0]
+        )
+    return {name.removesuffix(LORA_A).removesuffix(LORA_B) for name in added}
 
 
-def _lora(path: str, layer: Any, adapter: str) -> LoraSlot:
-    if type(layer) is not LoraLinear or type(layer.get_base_layer()) not in (nn.Linear, Conv1D):
-        raise ConfigError(f"{path}: an adapter on {_kind(layer)} cannot be exported, only LoRA on a linear layer")
-    if adapter not in layer.lora_A:
-        raise ConfigError(f"{path}: the adapter {adapter!r} has no weights in this layer")
-    if variant := layer.lora_variant.get(adapter):
-        raise ConfigError(f"{path}: {type(variant).__name__.removesuffix('LinearVariant')} cannot be exported")
-    if layer.lora_bias[adapter]:
-        raise ConfigError(f"{path}: LoRA with a bias (lora_bias) cannot be exported")
-    if layer.merged or layer.disable_adapters:
-        raise ConfigError(f"{path}: the adapter is merged or disabled; unmerge and enable it before the export")
-    return LoraSlot(path, float(layer.scaling[adapter]))
-
-
-def _kind(layer: Any) -> str:
-    within = type(layer.get_base_layer()).__name__ if isinstance(layer, LoraLayer) else "a layer"
-    return f"{within} through peft's {type(layer).__module__.rpartition('peft.tuners.')[2]}.{type(layer).__name__}"
-
-
-def _saved(path: str, module: nn.Module) -> SavedSlot:
-    if buffers := [name for name, _ in module.named_buffers()]:
-        raise ConfigError(f"{path}: trained whole and with a buffer ({buffers[0]!r}), which no adapter can carry")
-    return SavedSlot(path, tuple(TensorSpec(name, tuple(p.shape)) for name, p in module.named_parameters()))
-
-
-def _check_complete(found: AdapterInputs, model: PeftModel) -> None:
-    state = {graph_name(name) for name in get_peft_model_state_dict(model, adapter_name=found.adapter)}
-    if odd := sorted(state.symmetric_difference(found.inputs)):
-        raise ConfigError(f"tensor {odd[0]!r} of the adapter has no place in a graph and cannot be exported")
+def _lora(path: str, config: PeftConfig, values: Tensors) -> LoraSlot:
+    a, b = values.get(path + LORA_A), values.get(path + LORA_B)
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise DataError(
+            f"{path!r} does not have a pair of LoRA matrices of one rank: the adapter is damaged or of another kind",
+            about=path,
+        )
+    if (rank := config.rank_of(path)) != a.shape[0]:
+        raise DataError(
+            f"{path!r} has rank {a.shape[0]}, but the adapter's configuration says {rank}", about=path, value=a.shape[0]
+        )
+    return LoraSlot(path, config.scaling_of(path))

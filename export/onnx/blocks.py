@@ -1,12 +1,12 @@
-"""Weights in blocks: 32 neighbours along the input share a scale, and in four bits a zero point and a rest.
+"""Weights in blocks: 32 neighbors along the input share a scale, and in four bits a zero point and a residual.
 
 The layouts are those of ONNX Runtime's MatMulNBits and GatherBlockQuantized: rows of a matrix are outputs of the layer
-or entries of the table, and four-bit values lie two in a byte, the first in its lower half.
+or entries of the embedding, and two four-bit values share a byte, the first in its lower half.
 
-In four bits a weight is ``scale (code - zero) + rest``. The fast products take whole zero points only, and the steps of
-a block seldom meet zero; the rest, at most half a step, is what is missing. It is the same for a whole block, so what
-it adds to a product is the rest times the sum of the block's inputs. The sums are appended to the input
-(``quantize.in_blocks``) and the rests to the row, in further blocks of four bits: one product does both.
+In four bits a weight is ``scale (code - zero) + residual``. The fast kernels take integer zero points only, and the
+steps of a block seldom meet zero; the residual, at most half a step, is the difference. It is the same for a whole
+block, so it adds to a product the residual times the sum of the block's inputs. The sums are appended to the input
+(``quantize.in_blocks``) and the residuals to the row, in further blocks of four bits: one MatMul computes both.
 """
 
 from collections.abc import Iterator
@@ -20,39 +20,39 @@ from adapters.layout import Floats
 BLOCK = 32
 ZERO8 = 128  # the stored byte of a weight that is 0
 TOP4, MIDDLE4 = 15, 8
-# Of a block's range: what is cut off may cost less than it saves. The first two keep weights that come in 16 or 15 even
-# steps, as a GGUF file's and those of symmetric quantizers do.
+# The fractions of a block's range that the steps span: clipping the rest may cost less than finer steps save. The first
+# two keep weights that come in 16 or 15 even steps, as those of a GGUF file and of symmetric quantizers do.
 SHRINK = (1.0, TOP4 / 14, *np.linspace(0.96, 0.72, 7).tolist())
-CUT = (0.0, 0.5, 1.0)  # the shares of it that are cut off below the first step
-TIE = 2**-7  # steps: a rest of half a step stays on its side when it is computed again from rounded numbers
-ROWS = 4096  # at a time, for the sake of memory
+CUT = (0.0, 0.5, 1.0)  # the fractions of the clipped range that lie below the first step
+TIE = 2**-7  # steps: keeps a residual of half a step on its side when it is computed again from rounded numbers
+ROWS = 4096  # processed at a time, to limit memory
 
 Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A matrix of shape ``(rows, width)``: codes as stored; scales, and zeros packed, one for each stored block."""
+    """A matrix of shape ``(rows, width)``: codes as stored; a scale and a packed zero point for each stored block."""
 
     bits: int
     shape: tuple[int, int]
-    codes: Bytes = field(repr=False)  # (rows, blocks * 32 * bits / 8), of which in four bits the last are the rests
+    codes: Bytes = field(repr=False)  # (rows, blocks * 32 * bits / 8); in four bits the last blocks hold the residuals
     scales: Floats = field(repr=False)  # (rows, blocks)
     zeros: Bytes | None = field(default=None, repr=False)  # None: the middle of the range
 
     @property
     def sums(self) -> int:
-        """How many sums of the input's blocks follow the input itself, to be multiplied with the rests."""
+        """How many block sums must be appended to the input, to be multiplied with the residuals."""
         return self.shape[1] // BLOCK if self.bits == 4 else 0
 
     @property
     def values(self) -> Floats:
-        """The weights that the codes stand for, shape ``(rows, width)``."""
+        """The weights that the codes represent, shape ``(rows, width)``."""
         (rows, width), count = self.shape, self.scales.shape[1]
         codes = self.codes if self.bits == 8 else _unpacked(self.codes, count * BLOCK)
         zeros = np.float32(ZERO8) if self.zeros is None else _unpacked(self.zeros, count)[:, :, None]
-        centred = codes.reshape(rows, -1, BLOCK).astype(np.float32) - zeros
-        stored: Floats = (centred * self.scales[:, :, None]).reshape(rows, -1)
+        centered = codes.reshape(rows, -1, BLOCK).astype(np.float32) - zeros
+        stored: Floats = (centered * self.scales[:, :, None]).reshape(rows, -1)
         if not self.sums:
             return stored
         result: Floats = stored[:, :width] + np.repeat(stored[:, width : width + self.sums], BLOCK, axis=1)
@@ -60,7 +60,18 @@ class Blocks:
 
 
 def eight_bits(weight: Floats) -> Blocks:
-    """Symmetric bytes: off by at most half a scale, which is the largest of the block over 127."""
+    """Quantize to symmetric bytes.
+
+    Guarantee: ``values`` differ from ``weight`` by at most half a scale, up to float32 rounding; the scale is the
+    largest absolute value of the block over 127. A block of zeros has the scale 1 and is kept exactly.
+
+    >>> weight = np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)
+    >>> bool(np.abs(eight_bits(weight).values - weight).max() <= 1.001 / 254)
+    True
+
+    Args:
+        weight: Shape ``(rows, width)``, finite, ``width`` divisible by 32.
+    """
     rows = weight.reshape(len(weight), -1, BLOCK)
     largest = np.abs(rows).max(axis=2, keepdims=True)
     scales = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
@@ -69,11 +80,19 @@ def eight_bits(weight: Floats) -> Blocks:
 
 
 def four_bits(weight: Floats) -> Blocks:
-    """Sixteen even steps a block, for about the least squared error of the block.
+    """Quantize to sixteen even steps a block, chosen among 24 grids for the least squared error of the block.
 
-    Weights that come in 16 even steps with zero among them (a GGUF file's Q4_1) are off by what their rests are rounded
-    by: an eighth of the largest of 32 rests at most, a sixteenth of a step. What comes out is a fixed point:
-    ``four_bits(four_bits(w).values).values`` is ``four_bits(w).values`` but for float32.
+    Guarantee: weights that come in 16 even steps with zero among them (a GGUF file's Q4_1) change only by the rounding
+    of their residuals: at most an eighth of the largest of 32 residuals, a sixteenth of a step. Steps that meet zero
+    are kept exactly. The result is a fixed point: ``four_bits(four_bits(w).values).values`` equals
+    ``four_bits(w).values`` up to float32 rounding. Rows do not influence each other.
+
+    >>> weight = np.arange(-8, 8, dtype=np.float32).repeat(2)[None] / 4
+    >>> bool(np.abs(four_bits(weight).values - weight).max() < 1e-6)
+    True
+
+    Args:
+        weight: Shape ``(rows, width)``, finite, ``width`` divisible by 32.
     """
     parts = [_four_bits(weight[start : start + ROWS]) for start in range(0, len(weight), ROWS)]
     codes, scales, zeros = (np.concatenate([part[i] for part in parts]) for i in range(3))
@@ -81,36 +100,36 @@ def four_bits(weight: Floats) -> Blocks:
 
 
 def _four_bits(weight: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """Codes ``(rows, blocks, 32)``, scales and zero points ``(rows, blocks)``; the blocks of the rests come last."""
+    """Codes ``(rows, blocks, 32)``, scales and zero points ``(rows, blocks)``; the residuals' blocks come last."""
     rows = weight.reshape(len(weight), -1, BLOCK)
     low, scales = _grid(rows)
-    rest_codes, rest_scales = _rests(_rest(low, scales), scales)
-    rests = ((rest_codes - MIDDLE4) * rest_scales[:, :, None]).reshape(len(rows), -1)[:, : low.shape[1]]
-    # Around the rests as stored, so that the zero point makes up for what rounding them has shifted by whole steps.
-    zeros = _zero(low - rests, scales)
-    codes = np.clip(np.rint((rows - rests[:, :, None]) / scales[:, :, None]) + zeros[:, :, None], 0, TOP4)
+    residual_codes, residual_scales = _stored_residuals(_residual(low, scales), scales)
+    residuals = ((residual_codes - MIDDLE4) * residual_scales[:, :, None]).reshape(len(rows), -1)[:, : low.shape[1]]
+    # From the residuals as stored, so that the zero point absorbs what their rounding shifts by whole steps.
+    zeros = _zero(low - residuals, scales)
+    codes = np.clip(np.rint((rows - residuals[:, :, None]) / scales[:, :, None]) + zeros[:, :, None], 0, TOP4)
     return (
-        np.concatenate([codes, rest_codes], axis=1).astype(np.uint8),
-        np.concatenate([scales, rest_scales], axis=1),
-        np.concatenate([zeros, np.full(rest_scales.shape, MIDDLE4)], axis=1).astype(np.uint8),
+        np.concatenate([codes, residual_codes], axis=1).astype(np.uint8),
+        np.concatenate([scales, residual_scales], axis=1),
+        np.concatenate([zeros, np.full(residual_scales.shape, MIDDLE4)], axis=1).astype(np.uint8),
     )
 
 
 def _grid(rows: Floats) -> tuple[Floats, Floats]:
-    """First step and width of the steps of each block, the best of ``_candidates``."""
-    best, found, widths = (np.full(rows.shape[:2], number, np.float32) for number in (np.inf, 0, 1))
+    """The first step and the step width of each block, the best of ``_candidates``."""
+    best, first, widths = (np.full(rows.shape[:2], number, np.float32) for number in (np.inf, 0, 1))
     for low, scale in _candidates(rows):
         codes = np.clip(np.rint((rows - low[:, :, None]) / scale[:, :, None]), 0, TOP4)
         error = np.square(rows - codes * scale[:, :, None] - low[:, :, None]).sum(axis=2)
-        # A grid that is far from zero would have a rest of many steps.
-        better = (error < best) & (np.abs(_rest(low, scale)) <= scale * (0.5 + 2 * TIE))
+        # A grid that is far from zero would have a residual of many steps.
+        better = (error < best) & (np.abs(_residual(low, scale)) <= scale * (0.5 + 2 * TIE))
         best = np.where(better, error, best)
-        found, widths = np.where(better, low, found), np.where(better, scale, widths)
-    return found, widths
+        first, widths = np.where(better, low, first), np.where(better, scale, widths)
+    return first, widths
 
 
 def _candidates(rows: Floats) -> Iterator[tuple[Floats, Floats]]:
-    """First without a rest, over zero and all weights; then around the weights alone."""
+    """First the grid without residual, over zero and all weights; then grids over the weights alone."""
     least, most = rows.min(axis=2), rows.max(axis=2)
     scale = _width(np.maximum(most, 0) - np.minimum(least, 0), 1.0)
     yield -_zero(np.minimum(least, 0), scale) * scale, scale
@@ -125,22 +144,24 @@ def _width(span: Floats, shrink: float) -> Floats:
 
 
 def _zero(low: Floats, scale: Floats) -> Floats:
-    """The code that is nearest to zero, if the first step is at ``low``."""
+    """The code nearest to zero, if the first step is at ``low``."""
     result: Floats = np.clip(np.floor(-low / scale + np.float32(0.5 + TIE)), 0, TOP4).astype(np.float32)
     return result
 
 
-def _rest(low: Floats, scale: Floats) -> Floats:
+def _residual(low: Floats, scale: Floats) -> Floats:
     result: Floats = low + _zero(low, scale) * scale
     return result
 
 
-def _rests(rests: Floats, steps: Floats) -> tuple[Floats, Floats]:
-    """Codes and scales of the rests ``(rows, blocks)``, in blocks themselves; the largest of each is met exactly.
+def _stored_residuals(residuals: Floats, steps: Floats) -> tuple[Floats, Floats]:
+    """Codes and scales of the residuals ``(rows, blocks)``, themselves in blocks; the largest of each is met exactly.
 
-    None is rounded to more than half of its block's step: that would be the rest of another zero point.
+    No residual is rounded to more than half of its block's step: that would belong to another zero point.
     """
-    padded, limits = (np.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK))).reshape(len(a), -1, BLOCK) for a in (rests, steps))
+    padded, limits = (
+        np.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK))).reshape(len(a), -1, BLOCK) for a in (residuals, steps)
+    )
     largest = np.take_along_axis(padded, np.abs(padded).argmax(axis=2, keepdims=True), axis=2)
     scales = np.where(largest != 0, -largest / MIDDLE4, 1.0).astype(np.float32)
     codes = np.clip(np.rint(padded / scales), -MIDDLE4, TOP4 - MIDDLE4)

@@ -1,8 +1,8 @@
-"""Which products of matrices bear int8 activations? Measured on a short text, never guessed from a layer's name.
+"""Which MatMuls tolerate int8 activations, measured on a short text instead of guessed from a layer's name.
 
-Some layers of a language model get a few numbers a thousand times larger than the rest. With one scale for all
-activations of a product the rest is then lost (down_proj of SmolLM2: perplexity 50 becomes 112). So each product is
-computed both ways on the same inputs, and where too much is lost it stays in float.
+In some layers of a language model a few activations are a thousand times larger than the others. One scale for all
+activations of a MatMul then loses the others (down_proj of SmolLM2: perplexity 50 becomes 112). So each MatMul is
+computed both ways on the same inputs, and stays in float where too much is lost.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,45 +16,49 @@ from onnx import TensorProto, helper, numpy_helper
 from adapters.layout import Floats
 from aggregation.errors import ConfigError
 
-# Outliers belong to the model, not to what it reads: any plain text shows them.
+# Outliers depend on the model, not on what it reads: any plain text shows them.
 TEXT = (
     "The kettle was already on when she came down, and the kitchen smelled of bread. Outside it had rained all night. "
     "Please turn off the lights in the hall at ten, set a timer for 25 minutes and play some music. "
     "How far is the station? About two miles: follow the river, cross the old bridge, then ask again. "
     "In 1969 two people walked on the moon; half a billion watched them, most on small grey screens."
 )
-TOKENS = 64  # of the text
+TOKENS = 64  # of TEXT
 Feeds = Mapping[str, NDArray[np.generic]]
 
 
-def lossy_products(graph: onnx.ModelProto, feeds: Feeds, limit: float) -> dict[str, float]:
-    """The products that lose more than ``limit`` with int8 weights and one scale for int8 activations.
+def lossy_matmuls(graph: onnx.ModelProto, feeds: Feeds, limit: float) -> dict[str, float]:
+    """The MatMuls that lose more than ``limit`` with int8 weights and one scale for all int8 activations.
+
+    The loss of a MatMul is the mean over tokens of the squared error over the square of the exact output: tokens
+    without outliers lose most, and their outputs are small. A token whose exact output is zero counts as no loss if
+    the rounded output is zero too.
 
     Args:
-        graph: In float32.
-        feeds: All its inputs, but for those that have defaults.
-        limit: The squared error of a product over the square of what it should give, a mean over tokens.
+        graph: In float32. Only MatMuls with a two-dimensional initializer as weight are measured.
+        feeds: Every input that has no default.
+        limit: The greatest loss that is not reported, a fraction.
 
     Returns:
-        The loss by what the product gives (its output's name), largest first.
+        The loss by the name of the MatMul's output, largest first.
     """
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
-    products = [node for node in graph.graph.node if node.op_type in ("MatMul", "FusedMatMul")]
-    products = [node for node in products if node.input[1] in values and len(values[node.input[1]].dims) == 2]
-    seen = _seen(graph, sorted({node.input[0] for node in products}), feeds)
+    matmuls = [node for node in graph.graph.node if node.op_type in ("MatMul", "FusedMatMul")]
+    matmuls = [node for node in matmuls if node.input[1] in values and len(values[node.input[1]].dims) == 2]
+    inputs = _run(graph, sorted({node.input[0] for node in matmuls}), feeds)
     losses = {}
-    for node in products:
+    for node in matmuls:
         weight = numpy_helper.to_array(values[node.input[1]])
-        turned = weight.T if node.op_type == "FusedMatMul" else weight
-        losses[node.output[0]] = _loss(seen[node.input[0]].reshape(-1, len(turned)), turned)
+        oriented = weight.T if node.op_type == "FusedMatMul" else weight
+        losses[node.output[0]] = _loss(inputs[node.input[0]].reshape(-1, len(oriented)), oriented)
     return dict(sorted(((k, v) for k, v in losses.items() if v > limit), key=lambda item: (-item[1], item[0])))
 
 
 def feeds_for(graph: onnx.ModelProto, ids: Sequence[int]) -> dict[str, NDArray[np.generic]]:
-    """One row of tokens for a graph of an encoder or a language model: nothing cached, no adapter.
+    """The inputs of an encoder's or a language model's graph for one row of tokens, empty cache, no adapter.
 
     Raises:
-        ConfigError: An input that is neither tokens, cache nor slot.
+        ConfigError: The graph has an input that is neither tokens, cache nor slot.
     """
     row = np.array([ids], dtype=np.int64)
     known = {"input_ids": row, "attention_mask": np.ones_like(row), "position_ids": np.arange(len(ids))[None]}
@@ -64,22 +68,37 @@ def feeds_for(graph: onnx.ModelProto, ids: Sequence[int]) -> dict[str, NDArray[n
         if value.name in known:
             feeds[value.name] = known[value.name]
         elif value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            # Whatever is free is empty (ranks, labels, the past), but for the rows of the batch.
+            # Symbolic dimensions (ranks, labels, past tokens) are 0, except the batch.
             shape = [d.dim_value or int("batch" in d.dim_param) for d in dims]
             feeds[value.name] = np.zeros(shape, dtype=np.float32)
         else:
-            raise ConfigError(f"the graph has an input {value.name!r} that calibration cannot fill")
+            raise ConfigError(f"the graph has an input {value.name!r} that calibration cannot fill", about=value.name)
     return feeds
 
 
 def quantized_weight(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Bytes of the shape ``(in, out)``, symmetric, and a scale for each output."""
+    """Quantize to symmetric int8 with one scale for each output.
+
+    Guarantee: ``codes * scales`` differs from ``weight`` by at most half a scale; the scale is the largest absolute
+    value of the column over 127, and 1 for a column of zeros.
+
+    >>> codes, scales = quantized_weight(np.float32([[254, 0], [-3.9, 0]]))
+    >>> codes.tolist(), scales.tolist()
+    ([[127, 0], [-2, 0]], [2.0, 1.0])
+
+    Args:
+        weight: Shape ``(in, out)``, finite.
+
+    Returns:
+        Codes of shape ``(in, out)`` and scales of shape ``(out,)``.
+    """
     largest = np.abs(weight).max(axis=0)
     scales = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
     return np.rint(weight / scales).astype(np.int8), scales
 
 
-def _seen(graph: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> dict[str, Floats]:
+def _run(graph: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> dict[str, Floats]:
+    """The values of any tensors of the graph."""
     outputs = list(graph.graph.output)
     try:
         del graph.graph.output[:]
@@ -98,8 +117,7 @@ def _loss(x: Floats, weight: Floats) -> float:
     codes, scales = quantized_weight(weight)
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     step = (high - low) / 255 or 1.0
-    rounded = np.rint(x / np.float32(step)) * np.float32(step)  # the zero point is a whole number of steps
+    rounded = np.rint(x / np.float32(step)) * np.float32(step)  # as DynamicQuantizeLinear, whose zero point is integer
     error = rounded @ (codes * scales) - exact
-    # Token by token: the tokens without outliers are those that lose, and their numbers are small.
-    share = np.square(error).sum(axis=1) / np.maximum(np.square(exact).sum(axis=1), 1e-30)
-    return float(share.mean())
+    losses = np.square(error).sum(axis=1) / np.maximum(np.square(exact).sum(axis=1), 1e-30)
+    return float(losses.mean())

@@ -17,7 +17,7 @@ from adapters.manifest import Task
 from adapters.storage import new_folder
 from aggregation.errors import ConfigError
 from export.onnx.blocks import BLOCK, eight_bits, four_bits
-from export.onnx.quantize import Profile
+from export.onnx.exported import Profile
 
 WEIGHTS = "model.safetensors"
 BITS = {Profile.NATIVE_INT8: 8, Profile.NATIVE_INT4: 4}

@@ -1,8 +1,7 @@
-"""The frozen base as one ONNX graph whose adapter is an input.
+"""A PEFT model as one ONNX graph of its frozen base, whose adapter is an input.
 
-What reads the inputs is put into the model by ``inputs.py``. Nothing of an adapter is in the file. Quantization is a
-step of its own (``quantize.py``), between ``trace`` and ``headers.split``, never after the latter, whose defaults a
-quantizer would take for weights.
+``peftmodel.py`` makes the adapter an argument of the model; the graph contains nothing of the adapter. Quantization
+(``quantize.py``) comes between ``trace`` and ``headers.split``, whose empty defaults it would mistake for weights.
 """
 
 import io
@@ -19,28 +18,29 @@ from torch import nn
 from torch.export import Dim
 
 from aggregation.errors import ConfigError
-from export.onnx.inputs import TOKENS, examples, with_inputs
-from export.onnx.slots import AdapterInputs
+from export.onnx.adapterinputs import AdapterInputs
+from export.onnx.matmuls import USUAL_RANK
+from export.onnx.peftmodel import TOKENS, examples, with_inputs
 
 OPSET = 20
 ANSWER = "logits"
-MAX_REASON = 200  # letters of what torch says
+MAX_REASON = 200  # characters of torch's error message
 
 
-def trace(model: PeftModel, found: AdapterInputs) -> onnx.ModelProto:
+def trace(model: PeftModel, inputs: AdapterInputs) -> onnx.ModelProto:
     """Export ``model`` in float32: ``input_ids``, ``attention_mask`` (batch, sequence) and the slots → ``logits``.
 
-    The result names no file or line of the machine that made it, and equal models give equal graphs.
+    The result names no file or line of the machine that exports it, and equal models give equal graphs.
 
     Raises:
         ConfigError: torch cannot trace the model.
     """
-    example, dynamic = examples(model, found)
+    example, dynamic = examples(model, inputs)
     batch, sequence = Dim("batch"), Dim("sequence")
     tokens = {name: torch.ones(2, 3, dtype=torch.int64) for name in TOKENS}
     shapes = {name: {0: batch, 1: sequence} for name in TOKENS}
     return export(
-        with_inputs(model, found),
+        with_inputs(model, inputs),
         {**tokens, "adapter": example},
         {**shapes, "adapter": dynamic},
         inputs=[*TOKENS, *example],
@@ -56,14 +56,14 @@ def export(
     inputs: Sequence[str],
     outputs: Sequence[str],
 ) -> onnx.ModelProto:
-    """Trace ``module`` with the keywords ``example``, whose free dimensions ``dynamic`` tells in the same structure.
+    """Trace ``module`` with the keyword arguments ``example``.
 
     Args:
         module: In evaluation mode.
         example: Tensors, or lists and dictionaries of them.
-        dynamic: In the place of each tensor its free dimensions.
+        dynamic: In the structure of ``example``, the dynamic dimensions of each tensor.
         inputs: The names of all tensors of ``example``, in order.
-        outputs: The names of what the module returns.
+        outputs: The names of the tensors that the module returns.
 
     Raises:
         ConfigError: torch cannot trace it.
@@ -84,13 +84,13 @@ def export(
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())
-        raise ConfigError(f"torch cannot export this model: {reason[:MAX_REASON]}") from error
+        raise ConfigError(f"torch cannot export this model: {reason[:MAX_REASON]}", about="torch.onnx") from error
     assert program is not None  # noqa: S101  # only the legacy exporter returns None
-    return _anonymous(program.model_proto)
+    return _without_metadata(program.model_proto)
 
 
 def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """The inputs that an adapter fills, with their dimensions as text: a number, or the name of a free one."""
+    """The inputs that an adapter fills, with their dimensions as text: a number, or the name of a symbolic one."""
     return {
         value.name: tuple(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim)
         for value in graph.graph.input
@@ -100,7 +100,7 @@ def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports its progress, and that torchvision is absent, to whoever runs it; neither concerns them."""
+    """Suppress the exporter's progress reports and its warning that torchvision is not installed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -112,22 +112,27 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _anonymous(graph: onnx.ModelProto) -> onnx.ModelProto:
-    # The exporter notes the Python stack of every node: paths of this machine, and another file on every machine.
+def _without_metadata(graph: onnx.ModelProto) -> onnx.ModelProto:
+    # The exporter records the Python stack of every node, which contains paths of this machine.
     inner = graph.graph
     for item in (graph, inner, *inner.node, *inner.input, *inner.output, *inner.value_info, *inner.initializer):
         del item.metadata_props[:]
         item.doc_string = ""
-    _tell_ranks(inner)
+    _keep_unusual_ranks(inner)
     return graph
 
 
-def _tell_ranks(graph: onnx.GraphProto) -> None:
-    """Of all shapes keep the number of dimensions of what layers read, where it is not the usual three."""
+def _keep_unusual_ranks(graph: onnx.GraphProto) -> None:
+    """Drop all shape information except the rank of what layers read, where it is not USUAL_RANK."""
     weights = {tensor.name for tensor in graph.initializer}
-    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
-    read = {node.input[0] for node in products if node.input[1] in weights}
-    kept = [v for v in graph.value_info if v.name in read and len(v.type.tensor_type.shape.dim) != 3]
-    told = [(v.name, v.type.tensor_type.elem_type, [None] * len(v.type.tensor_type.shape.dim)) for v in kept]
+    matmuls = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    read = {node.input[0] for node in matmuls if node.input[1] in weights}
+    kept = [v for v in graph.value_info if v.name in read and len(v.type.tensor_type.shape.dim) != USUAL_RANK]
+    infos = [
+        onnx.helper.make_tensor_value_info(
+            v.name, v.type.tensor_type.elem_type, [None] * len(v.type.tensor_type.shape.dim)
+        )
+        for v in kept
+    ]
     del graph.value_info[:]
-    graph.value_info.extend(onnx.helper.make_tensor_value_info(*parts) for parts in told)
+    graph.value_info.extend(infos)

@@ -1,11 +1,11 @@
 """One graph as two small headers over one file of weights.
 
-Weights lie in a file of their own, which ONNX Runtime maps into memory: every process that opens the base by its path
-shares one copy. The native header gives each slot an empty default, because ONNX Runtime checks required inputs
-before it looks at an adapter; onnxruntime-web refuses defaults for inputs, so its header has none.
+ONNX Runtime maps the file of weights into memory, so every process that opens the base by its path shares one copy. The
+native header gives each slot an empty default, because ONNX Runtime checks required inputs before it applies an
+adapter; onnxruntime-web refuses defaults for inputs, so its header has none.
 
-Slots declare no rank. ``x @ A @ B`` then takes one adapter for all rows of a batch, A of shape ``(in, rank)``, or one
-for each, A of shape ``(rows, in, rank)``: the product of matrices broadcasts.
+Slots declare no rank. ``x @ A @ B`` therefore takes one adapter for all rows of a batch (A of shape ``(in, rank)``) or
+one for each row (A of shape ``(rows, in, rank)``): MatMul broadcasts.
 """
 
 import copy
@@ -16,19 +16,20 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-NATIVE, WEB, DATA = "model.onnx", "web.onnx", "model.onnx.data"
+from export.onnx.exported import DATA, NATIVE, WEB
+
 INLINE = 1024  # bytes; smaller tensors stay in the header, where shape inference looks for constants
-PAGE = 4096  # bytes; a mapping starts at a page
+PAGE = 4096  # bytes; a memory mapping starts at a page
 
 Slots = Mapping[str, tuple[str, ...]]
 
 
 def split(graph: onnx.ModelProto, slots: Slots) -> dict[str, bytes]:
-    """The three files of a graph; ``graph`` itself loses its weights, so that they are in memory only once.
+    """The three files of ``graph``, which itself loses its weights, so that they are in memory only once.
 
     Args:
         graph: Its slots are inputs without defaults.
-        slots: The dimensions of each slot: digits for a fixed one, else the name of a free one.
+        slots: The dimensions of each slot: digits for a fixed one, else the name of a symbolic one.
     """
     data = _externalize(graph)
     for value in graph.graph.input:
@@ -50,20 +51,20 @@ def _with_defaults(header: onnx.ModelProto, slots: Slots) -> onnx.ModelProto:
 
 
 def _externalize(graph: onnx.ModelProto) -> bytes:
-    """Move the large tensors out, in their order, each from a page of its own; equal bytes are stored once."""
+    """Move the large tensors out, in their order, each to a page of its own; equal bytes are stored once."""
     data = bytearray()
-    places: dict[bytes, int] = {}
+    offsets: dict[bytes, int] = {}
     for tensor in graph.graph.initializer:
         if not tensor.HasField("raw_data"):
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
         if (length := len(tensor.raw_data)) < INLINE:
             continue
         digest = hashlib.sha256(tensor.raw_data).digest()
-        if digest not in places:
+        if digest not in offsets:
             data.extend(bytes(-len(data) % PAGE))
-            places[digest] = len(data)
+            offsets[digest] = len(data)
             data.extend(tensor.raw_data)
-        for key, text in (("location", DATA), ("offset", places[digest]), ("length", length)):
+        for key, text in (("location", DATA), ("offset", offsets[digest]), ("length", length)):
             tensor.external_data.add(key=key, value=str(text))
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL

@@ -1,76 +1,238 @@
-"""Every product of an activation and a weight as one MatMul whose weight is stored as it is multiplied.
+"""The MatMuls of a graph, by their weights: normalized, found by layer, given a LoRA pair, merged.
 
-Quantization and slots look for that form (``quantize.py``, ``causal/slots.py``); what torch exports has others too.
+Quantization and slots expect one form: an activation times a stored weight of shape ``(in, out)``. ``normalize`` brings
+what torch exports to that form, and ``share_embedding`` lets an output layer read the embedding. A layer's MatMul is
+found by its weight (``find``), not by a node's name, which depends on the exporter.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import onnx
-import torch
-from onnx import helper, numpy_helper
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from onnx import TensorProto, helper, numpy_helper
+
+from adapters.layout import Floats
+from adapters.ondevice import LORA_A, LORA_B
+from aggregation.errors import ConfigError
+
+CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
+USUAL_RANK = 3  # dimensions of a MatMul's input, (rows, tokens, width), where the graph states none
 
 
-def replace_conv1d(root: nn.Module) -> None:
-    """Put a Linear in the place of each Conv1D, in place: GPT-2's name for a linear layer with its weight turned."""
-    for parent in list(root.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is Conv1D:
-                setattr(parent, name, as_linear(child))
+@dataclass(frozen=True, slots=True)
+class LayerMatMul:
+    """The MatMul of one layer: the names of its input and output (before the bias), and their widths."""
 
-
-def as_linear(layer: Conv1D) -> nn.Linear:
-    """The same layer as torch has it. Shares the bias, and copies the weight."""
-    wide, out = layer.weight.shape
-    with torch.device("meta"):
-        linear = nn.Linear(wide, out)
-    linear.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
-    linear.bias = layer.bias
-    return linear
+    x: str
+    y: str
+    width: int
+    out: int
 
 
 def normalize(graph: onnx.ModelProto) -> None:
-    """Turn weights once instead of at each start, and Gemm into MatMul and Add, in place; the answers stay the same."""
+    """Store weights transposed instead of transposing them at run time, and split Gemm into MatMul and Add, in place.
+
+    The graph computes the same function.
+    """
     stored = {tensor.name: tensor for tensor in graph.graph.initializer}
-    turned: dict[str, str] = {}
+    transposed: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
     for node in graph.graph.node:
-        if node.op_type == "Transpose" and node.input[0] in stored and _turns_a_matrix(node, stored):
-            turned[node.output[0]] = node.input[0]
-        elif node.op_type == "Gemm" and _is_layer(node) and node.input[1] in stored:
-            weight = f"{node.input[1]}_turned"
-            turned[weight] = node.input[1]
-            nodes.extend(_layer(node, weight))
+        if node.op_type == "Transpose" and node.input[0] in stored and _transposes_matrix(node, stored):
+            transposed[node.output[0]] = node.input[0]
+        elif node.op_type == "Gemm" and _is_linear(node) and node.input[1] in stored:
+            weight = f"{node.input[1]}_transposed"
+            transposed[weight] = node.input[1]
+            nodes.extend(_linear(node, weight))
         else:
             nodes.append(node)
-    for name, source in turned.items():
+    for name, source in transposed.items():
         graph.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(stored[source]).T.copy(), name))
+    replace_nodes(graph.graph, nodes)
+
+
+def share_embedding(graph: onnx.ModelProto) -> None:
+    """Let an output layer whose weight is the embedding, transposed, read the embedding, which is then stored once."""
+    values = {tensor.name: tensor for tensor in graph.graph.initializer}
+    embeddings = {node.input[0] for node in graph.graph.node if node.op_type == "Gather" and node.input[0] in values}
+    for node in graph.graph.node:
+        if node.op_type != "MatMul" or (weight := values.get(node.input[1])) is None:
+            continue
+        for name in sorted(embeddings):
+            if _is_transposed(weight, values[name]):
+                x, output = node.input[0], node.output[0]
+                node.CopyFrom(helper.make_node("FusedMatMul", [x, name], [output], node.name, domain=CONTRIB, transB=1))
+                graph.graph.initializer.remove(weight)
+                break
+
+
+def find(graph: onnx.ModelProto, weights: Mapping[str, Floats]) -> dict[str, LayerMatMul]:
+    """The MatMul of each layer, by the layer's path.
+
+    Args:
+        graph: In float32, with its weights.
+        weights: The weight of each layer by its path, shape ``(out, in)``.
+
+    Raises:
+        ConfigError: No MatMul or several MatMuls have a layer's weight, or two layers have equal weights.
+    """
+    values = {tensor.name: tensor for tensor in graph.graph.initializer}
+    matmuls = [node for node in graph.graph.node if _weight_name(node) in values]
+    found = {}
+    for path, weight in weights.items():
+        same = [node for node in matmuls if _has_weight(node, values[_weight_name(node)], weight)]
+        if len(same) != 1:
+            raise ConfigError(
+                f"{path}: its weight is in {len(same)} MatMuls of the exported graph, not in one",
+                about=path,
+                value=len(same),
+            )
+        out, width = weight.shape
+        found[path] = LayerMatMul(same[0].input[0], same[0].output[0], int(width), int(out))
+    if len({layer.y for layer in found.values()}) != len(found):
+        raise ConfigError("two layers with equal weights cannot be told apart in the exported graph", about="weights")
+    return found
+
+
+def insert_lora(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul]) -> dict[str, tuple[str, ...]]:
+    """Add ``(x @ A) @ B`` to the output of each layer's MatMul, in place; A and B are inputs of the graph.
+
+    Args:
+        graph: May be quantized, which keeps the names of what MatMuls read and return.
+        layers: From ``find``.
+
+    Returns:
+        The slots with their dimensions as text, the rank of A and B being symbolic, in the order of ``layers``.
+    """
+    paths = {layer.y: path for path, layer in layers.items()}
+    nodes = []
+    for node in graph.graph.node:
+        nodes.append(node)
+        if node.output and (path := paths.get(node.output[0])) is not None:
+            nodes.extend(_lora_nodes(node, path, layers[path].x))
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.graph.initializer if tensor.name in used]
-    del graph.graph.initializer[:]
-    graph.graph.initializer.extend(kept)
+    slots: dict[str, tuple[str, ...]] = {}
+    for number, (path, layer) in enumerate(layers.items()):
+        slots[path + LORA_A] = (str(layer.width), f"rank_{number}")
+        slots[path + LORA_B] = (f"rank_{number}", str(layer.out))
+    graph.graph.input.extend(_input(name, dimensions) for name, dimensions in slots.items())
+    return slots
 
 
-def _turns_a_matrix(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+def merge(graph: onnx.ModelProto) -> None:
+    """Merge the blockwise MatMuls that read the same input with the same settings, in place; every output stays equal.
+
+    Queries, keys and values, or the two halves of a gated layer, become one MatMulNBits and a Split. Each MatMul starts
+    all threads, which takes a good part of the time of a single token. Blockwise weights are stored row by row, so
+    their rows are concatenated and each output keeps its exact value and name.
+    """
+    values = {tensor.name: tensor for tensor in graph.graph.initializer}
+    groups: dict[object, list[onnx.NodeProto]] = {}
+    for node in graph.graph.node:
+        if node.op_type == "MatMulNBits" and all(name in values for name in node.input[1:]):
+            key = node.input[0], len(node.input), tuple(sorted((a.name, a.i) for a in node.attribute if a.name != "N"))
+            groups.setdefault(key, []).append(node)
+    merged = {group[0].output[0]: group for group in groups.values() if len(group) > 1}
+    removed = {node.output[0] for group in merged.values() for node in group[1:]}
+    nodes = []
+    for node in graph.graph.node:
+        if node.output[0] in merged:
+            nodes.extend(_merged(graph.graph, merged[node.output[0]], values))
+        elif node.output[0] not in removed:
+            nodes.append(node)
+    replace_nodes(graph.graph, nodes)
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Give ``graph`` these nodes, in place, and remove the initializers that none of them reads."""
+    copies = [copy.deepcopy(node) for node in nodes]  # the originals may belong to the list that is cleared
+    del graph.node[:]
+    graph.node.extend(copies)
+    used = {name for node in copies for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _transposes_matrix(node: onnx.NodeProto, stored: Mapping[str, TensorProto]) -> bool:
     order = [list(a.ints) for a in node.attribute if a.name == "perm"]
     return len(stored[node.input[0]].dims) == 2 and order in ([], [[1, 0]])
 
 
-def _is_layer(node: onnx.NodeProto) -> bool:
+def _is_linear(node: onnx.NodeProto) -> bool:
     plain = {"alpha": 1.0, "beta": 1.0, "transA": 0}
     settings = plain | {a.name: helper.get_attribute_value(a) for a in node.attribute}
     return settings == plain | {"transB": 1}
 
 
-def _layer(node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:
+def _linear(node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:
     result = node.output[0]
     if len(node.input) == 2:
         return [helper.make_node("MatMul", [node.input[0], weight], [result], node.name)]
-    bare = f"{result}_product"
+    product = f"{result}_matmul"
     return [
-        helper.make_node("MatMul", [node.input[0], weight], [bare], f"{node.name}_product"),
-        helper.make_node("Add", [bare, node.input[2]], [result], node.name),
+        helper.make_node("MatMul", [node.input[0], weight], [product], f"{node.name}_matmul"),
+        helper.make_node("Add", [product, node.input[2]], [result], node.name),
     ]
+
+
+def _is_transposed(weight: TensorProto, embedding: TensorProto) -> bool:
+    if list(weight.dims) != list(embedding.dims)[::-1]:
+        return False
+    return bool(np.array_equal(numpy_helper.to_array(weight).T, numpy_helper.to_array(embedding)))
+
+
+def _weight_name(node: onnx.NodeProto) -> str:
+    return str(node.input[1]) if node.op_type in ("MatMul", "FusedMatMul") else ""
+
+
+def _has_weight(node: onnx.NodeProto, stored: TensorProto, weight: Floats) -> bool:
+    expected = weight if node.op_type == "FusedMatMul" else weight.T
+    if tuple(stored.dims) != expected.shape:
+        return False
+    return bool(np.array_equal(numpy_helper.to_array(stored), expected))
+
+
+def _lora_nodes(node: onnx.NodeProto, path: str, x: str) -> list[onnx.NodeProto]:
+    """The nodes that follow ``node``, whose output is renamed in place."""
+    result, base = node.output[0], f"{path}.base"
+    node.output[0] = base
+    low, update = f"{path}.lora_A", f"{path}.lora_B"
+    return [
+        helper.make_node("MatMul", [x, path + LORA_A], [low], low),
+        helper.make_node("MatMul", [low, path + LORA_B], [update], update),
+        helper.make_node("Add", [base, update], [result], f"{path}.add"),
+    ]
+
+
+def _input(name: str, dimensions: Sequence[str]) -> onnx.ValueInfoProto:
+    sizes = [int(text) if text.isdigit() else text for text in dimensions]
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
+
+
+def _merged(
+    graph: onnx.GraphProto, group: Sequence[onnx.NodeProto], values: Mapping[str, TensorProto]
+) -> list[onnx.NodeProto]:
+    """One MatMulNBits for ``group`` and the Split behind it; adds their initializers to ``graph``."""
+    settings = {a.name: a.i for a in group[0].attribute}
+    rows = [next(a.i for a in node.attribute if a.name == "N") for node in group]
+    outputs = [node.output[0] for node in group]
+    joined = "+".join(outputs)
+    stored = [_concatenated(graph, [values[node.input[i]] for node in group]) for i in range(1, len(group[0].input))]
+    graph.initializer.append(numpy_helper.from_array(np.array(rows), f"{joined}_rows"))
+    product = helper.make_node(
+        "MatMulNBits", [group[0].input[0], *stored], [joined], joined, domain=CONTRIB, **settings | {"N": sum(rows)}
+    )
+    return [product, helper.make_node("Split", [joined, f"{joined}_rows"], outputs, f"{joined}_split", axis=-1)]
+
+
+def _concatenated(graph: onnx.GraphProto, parts: Sequence[TensorProto]) -> str:
+    """The name of the rows of all ``parts``; layers that share weights share the concatenated rows too."""
+    name = "+".join(part.name for part in parts)
+    if all(tensor.name != name for tensor in graph.initializer):
+        rows = np.concatenate([numpy_helper.to_array(part) for part in parts])
+        graph.initializer.append(numpy_helper.from_array(rows, name))
+    return name

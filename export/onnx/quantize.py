@@ -1,67 +1,51 @@
-"""The profiles of an exported base: what its weights are stored and multiplied in. A closed choice.
+"""The weights of a graph in the form of a ``Profile``.
 
 docs/decisions/0003-int8-on-a-device.md and 0010-profiles-of-a-language-model.md have the measurements behind them.
 """
 
 import copy
 from collections.abc import Container, Mapping, Sequence
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from adapters.layout import Floats
 from export.onnx.blocks import BLOCK, Blocks, eight_bits, four_bits
-from export.onnx.calibrate import feeds_for, lossy_products, quantized_weight
+from export.onnx.calibrate import feeds_for, lossy_matmuls, quantized_weight
+from export.onnx.exported import Profile
+from export.onnx.matmuls import CONTRIB, USUAL_RANK, replace_nodes
 
-CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
-WEB_LIMIT = 0.01  # of lossy_products; docs/decisions/0010 has what others would give
+WEB_LIMIT = 0.01  # of lossy_matmuls; docs/decisions/0010 shows what other limits give
 INT8_MATH = 4  # MatMulNBits' accuracy level: activations become int8; without it ONNX Runtime unpacks to float32
-FLOAT = 32  # bits of a product that is left alone
-SUMS = "_with_sums"  # follows the name of an input: the same with the sums of its blocks behind it
-RANK = 3  # of an input of which the graph does not tell it: a language model's, (rows, tokens, width)
-
-
-class Profile(StrEnum):
-    """How the base is stored.
-
-    ``native-int8``: the weights of matrix products and embeddings in eight bits with a scale for each 32; activations
-    are quantized as they come, likewise in blocks, so that no phrase of a batch changes the answer to another.
-    ``native-int4``: the same in four bits with a zero point and a rest, but for tables, which stay in eight.
-    ``web-int8``: int8 weights with a scale for each output, and one scale for all activations of a product: what
-    browsers multiply fast. Products that lose too much by that stay in float (``calibrate.py``).
-    """
-
-    FP32 = "fp32"
-    NATIVE_INT8 = "native-int8"
-    NATIVE_INT4 = "native-int4"
-    WEB_INT8 = "web-int8"
+FLOAT = 32  # bits of a MatMul that is left alone
+SUMS = "_with_sums"  # suffix of an input's name: the input with the sums of its blocks appended
 
 
 def quantize(graph: onnx.ModelProto, profile: Profile, ids: Sequence[int]) -> onnx.ModelProto:
-    """A copy of the graph in ``profile``, with the same inputs, and the same names of what its products give.
+    """A copy of ``graph`` in ``profile``, with the same inputs and the same names of the MatMuls' outputs.
 
     Args:
-        graph: In float32, without defaults for slots: an adapter would be taken for a weight.
-        profile: The choice.
-        ids: Tokens of a plain text, to find by measurement what ``web-int8`` must leave alone.
+        graph: In float32, without defaults for slots, which would be mistaken for weights.
+        profile: How weights are stored.
+        ids: Tokens of a plain text, to measure which MatMuls ``web-int8`` must leave in float.
     """
     if profile is Profile.FP32:
         return copy.deepcopy(graph)
     if profile is Profile.WEB_INT8:
-        return in_integers(graph, set(lossy_products(graph, feeds_for(graph, ids), WEB_LIMIT)))
+        return in_integers(graph, set(lossy_matmuls(graph, feeds_for(graph, ids), WEB_LIMIT)))
     return in_blocks(graph, 8 if profile is Profile.NATIVE_INT8 else 4, {})
 
 
 def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> onnx.ModelProto:
-    """A copy of the graph with its weights in blocks.
+    """A copy of ``graph`` with its weights in blocks of 32.
+
+    Weights whose width is not divisible by 32 stay in float.
 
     Args:
         graph: As for ``quantize``.
-        bits: Four or eight, of every product's weight; 32 leaves products in float. Tables have eight.
-        other: Other bits by what a product gives, its output's name; 32 leaves it in float.
+        bits: 4 or 8, for the weight of every MatMul; 32 leaves them in float. Embeddings have 8.
+        other: Other bits by the name of a MatMul's output; 32 leaves it in float.
     """
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}
@@ -74,10 +58,11 @@ def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> on
             chosen = _bits(node, other.get(node.output[0], bits))
             if (key := (name, chosen)) not in made and chosen != FLOAT:
                 matrix = numpy_helper.to_array(values[name])
-                made[key] = _blocks(matrix.T if node.op_type == "MatMul" else matrix, chosen)
+                rows = matrix.T if node.op_type == "MatMul" else matrix
+                made[key] = eight_bits(rows) if chosen == 8 else four_bits(rows)
             if (blocks := made.get(key)) is not None:
                 if blocks.sums and (x := node.input[0]) not in summed:
-                    summed[x] = ranks.get(x, RANK)
+                    summed[x] = ranks.get(x, USUAL_RANK)
                     nodes.extend(_sums(x, summed[x]))
                 _replace(result.graph, node, blocks, f"{name}_{chosen}bit")
         nodes.append(node)
@@ -86,40 +71,18 @@ def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> on
         result.graph.initializer.extend(numpy_helper.from_array(np.array(v), name) for name, v in parts.items())
     if made and CONTRIB not in {entry.domain for entry in result.opset_import}:
         result.opset_import.append(helper.make_opsetid(CONTRIB, 1))
-    put_nodes(result.graph, nodes)
+    replace_nodes(result.graph, nodes)
     return result
 
 
-def put_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Give a graph these nodes, in place, and take the constants away that none of them reads."""
-    copies = [copy.deepcopy(node) for node in nodes]  # the graph's own go with its list
-    del graph.node[:]
-    graph.node.extend(copies)
-    used = {name for node in copies for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-
-
-def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
-    """The numbers of dimensions that the graph tells."""
-    told = [(value.name, value.type.tensor_type) for value in (*graph.value_info, *graph.input)]
-    return {name: len(kind.shape.dim) for name, kind in told if kind.HasField("shape")}
-
-
-def _bits(node: onnx.NodeProto, bits: int) -> int:
-    table = node.op_type == "Gather" or (node.op_type == "FusedMatMul" and bits != FLOAT)
-    return 8 if table else bits
-
-
-def in_integers(graph: onnx.ModelProto, left: Container[str]) -> onnx.ModelProto:
-    """A copy of the graph whose products are MatMulInteger, but for those whose output is named in ``left``."""
+def in_integers(graph: onnx.ModelProto, kept: Container[str]) -> onnx.ModelProto:
+    """A copy of ``graph`` whose MatMuls are MatMulInteger, except those whose output's name is in ``kept``."""
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     rounded: set[str] = set()
     for node in result.graph.node:
-        if node.op_type not in ("MatMul", "FusedMatMul") or node.output[0] in left or _weight(node, values) is None:
+        if node.op_type not in ("MatMul", "FusedMatMul") or node.output[0] in kept or _weight(node, values) is None:
             nodes.append(node)
             continue
         x, stored = node.input[0], numpy_helper.to_array(values[node.input[1]])
@@ -131,12 +94,23 @@ def in_integers(graph: onnx.ModelProto, left: Container[str]) -> onnx.ModelProto
         name = node.output[0]
         parts = {f"{name}_weight": codes, f"{name}_scales": scales}
         result.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in parts.items())
-        nodes.extend(_integer_product(x, name))
-    put_nodes(result.graph, nodes)
-    return in_blocks(result, FLOAT, {})  # the tables, and what is no longer used
+        nodes.extend(_integer_matmul(x, name))
+    replace_nodes(result.graph, nodes)
+    return in_blocks(result, FLOAT, {})  # quantizes the embeddings and removes unused initializers
 
 
-def _integer_product(x: str, name: str) -> list[onnx.NodeProto]:
+def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
+    """The number of dimensions of each value for which the graph states it."""
+    stated = [(value.name, value.type.tensor_type) for value in (*graph.value_info, *graph.input)]
+    return {name: len(kind.shape.dim) for name, kind in stated if kind.HasField("shape")}
+
+
+def _bits(node: onnx.NodeProto, bits: int) -> int:
+    embedding = node.op_type == "Gather" or (node.op_type == "FusedMatMul" and bits != FLOAT)
+    return 8 if embedding else bits
+
+
+def _integer_matmul(x: str, name: str) -> list[onnx.NodeProto]:
     return [
         helper.make_node(
             "MatMulInteger", [f"{x}_int8", f"{name}_weight", f"{x}_zero"], [f"{name}_sum"], f"{name}_int8"
@@ -157,12 +131,8 @@ def _weight(node: onnx.NodeProto, values: Mapping[str, TensorProto]) -> str | No
     return tensor.name if fits else None
 
 
-def _blocks(matrix: Floats, bits: int) -> Blocks:
-    return eight_bits(matrix) if bits == 8 else four_bits(matrix)
-
-
 def _sums(x: str, rank: int) -> list[onnx.NodeProto]:
-    """``x`` of shape ``(…, width)`` with the sums of its blocks behind it, as ``x + SUMS``."""
+    """``x`` of shape ``(…, width)`` with the sums of its blocks appended, as ``x + SUMS``."""
     shape, axis, blocks, sums = f"blocks_of_{rank}", f"axis_of_{rank}", f"{x}_blocks", f"{x}_sums"
     return [
         helper.make_node("Reshape", [x, shape], [blocks], blocks),
@@ -172,14 +142,14 @@ def _sums(x: str, rank: int) -> list[onnx.NodeProto]:
 
 
 def _replace(graph: onnx.GraphProto, node: onnx.NodeProto, blocks: Blocks, name: str) -> None:
-    """Let a node read ``blocks``, which are added to the graph once for products and once for look-ups."""
+    """Let ``node`` read ``blocks``, which are added to the graph once for MatMuls and once for look-ups."""
     rows, width = blocks.shape
     settings: dict[str, Any] = {"bits": blocks.bits, "block_size": BLOCK}
     if node.op_type == "Gather":
         codes, kind, first = blocks.codes, "GatherBlockQuantized", [f"{name}_rows", node.input[1]]
         settings |= {"gather_axis": 0, "quantize_axis": 1}
     else:
-        # The same bytes in another shape: the file holds them once.
+        # The same bytes in another shape: headers.split stores them once.
         codes, kind = blocks.codes.reshape(*blocks.scales.shape, -1), "MatMulNBits"
         first = [node.input[0] + (SUMS if blocks.sums else ""), name]
         settings |= {"K": width + blocks.sums, "N": rows, "accuracy_level": INT8_MATH}

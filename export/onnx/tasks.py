@@ -1,7 +1,6 @@
-"""What optimum knows of an architecture: which class loads it for a task, and what its configuration calls its numbers.
+"""What optimum knows of an architecture: the class that loads it for a task, and the sizes in its configuration.
 
-With that no exporter needs a table of architectures of its own. Optimum is imported only when it is asked: that takes
-seconds.
+So no exporter needs a table of architectures of its own. Optimum is imported on first use, which takes seconds.
 """
 
 from dataclasses import dataclass
@@ -14,15 +13,15 @@ from adapters.base import Base
 from adapters.manifest import Task
 from aggregation.errors import ConfigError
 
-OFFSETS = 8  # that a family may lose of its positions; RoBERTa's numbers begin at 2
+OFFSETS = 8  # positions that a family may reserve; RoBERTa's numbering begins at 2
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The numbers of a decoder, whatever its configuration calls them."""
+    """The sizes of a decoder, whatever names its configuration gives them."""
 
     layers: int
-    heads: int  # of queries; of keys and values there may be fewer
+    heads: int  # of queries; keys and values may have fewer
     hidden: int
     vocabulary: int
 
@@ -36,20 +35,24 @@ def load(base: Base, task: Task) -> Any:
     try:
         from optimum.exporters.tasks import TasksManager
     except ModuleNotFoundError as error:
-        raise ConfigError(f"exporting this model needs {error.name}: pip install 'edgeadapt[export]'") from error
+        raise ConfigError(
+            f"exporting this model needs {error.name}: pip install 'edgeadapt[export]'", about="optimum"
+        ) from error
     config = pretrained.configuration(base)
     try:
         kind = TasksManager.get_model_class_for_task(task, model_type=config.model_type)
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"{base.folder} holds no model for {task}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"{base.folder} holds no model for {task}: {str(error).splitlines()[0]}", about="--task", value=task
+        ) from error
     return pretrained.load(base, kind)
 
 
 def sizes(config: Any) -> Sizes:
-    """The numbers in a configuration of transformers.
+    """The sizes in a configuration of transformers.
 
     Raises:
-        ConfigError: Optimum does not know the architecture, or the configuration lacks one.
+        ConfigError: Optimum does not know the architecture, or the configuration lacks a size.
     """
     from optimum.utils.normalized_config import NormalizedConfigManager
 
@@ -57,24 +60,28 @@ def sizes(config: Any) -> Sizes:
         known = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
     except KeyError as error:
         raise ConfigError(
-            f"optimum does not know the architecture {config.model_type!r}; take a base that it or onnxruntime-genai's"
-            " builder knows"
+            f"optimum does not know the architecture {config.model_type!r}; use a base that optimum or "
+            "onnxruntime-genai's builder knows",
+            about="model_type",
+            value=config.model_type,
         ) from error
     try:
         return Sizes(known.num_layers, known.num_attention_heads, known.hidden_size, known.vocab_size)
     except AttributeError as error:
-        raise ConfigError(f"the configuration of {config.model_type!r} is incomplete: {error}") from error
+        raise ConfigError(
+            f"the configuration of {config.model_type!r} is incomplete: {error}", about="config.json"
+        ) from error
 
 
-def readable(model: Any, config: Any, length: int) -> int:
-    """How many tokens of one text an encoder can read: ``length``, or a few fewer, found by trying.
+def readable_length(model: Any, config: Any, length: int) -> int:
+    """The number of tokens of the longest text that an encoder reads: ``length`` or slightly less, found by trying.
 
-    ``max_position_embeddings`` counts rows of a table, and some families leave the first rows out.
+    ``max_position_embeddings`` counts the rows of an embedding, and some families reserve the first ones.
 
     Raises:
-        ConfigError: It cannot read nearly so many.
+        ConfigError: The model cannot read ``length - OFFSETS + 1`` tokens.
     """
-    token = 1 if config.pad_token_id == 0 else 0  # padding may bear no position of its own
+    token = 1 if config.pad_token_id == 0 else 0  # padding may have no position of its own
     for tried in range(length, max(0, length - OFFSETS), -1):
         ids = torch.full((1, tried), token)
         try:
@@ -83,4 +90,8 @@ def readable(model: Any, config: Any, length: int) -> int:
         except (IndexError, RuntimeError):
             continue
         return tried
-    raise ConfigError(f"the model states {length} positions, but cannot read a text of {length - OFFSETS} tokens")
+    raise ConfigError(
+        f"the model states {length} positions, but cannot read a text of {max(0, length - OFFSETS) + 1} tokens",
+        about="max_position_embeddings",
+        value=length,
+    )

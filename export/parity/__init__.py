@@ -1,1 +1,4 @@
-"""The parity gate: an exported pair against the model that was trained."""
+"""The parity gate: an exported base and adapter, measured against the trained model. Imports torch.
+
+``compare`` measures and holds to limits; ``pair`` opens both sides.
+"""

@@ -1,6 +1,6 @@
-"""A base and an adapter as they lie in a bundle, beside the model that was trained: what ``parity`` compares.
+"""A base and an adapter read back from a bundle, with the trained model in torch: what ``compare`` compares.
 
-The very files that ship are read back and verified; the trained model is opened as anybody would open it, through peft.
+The very files that ship are read back and verified; the trained model is opened as its users would open it, with peft.
 """
 
 import tempfile
@@ -29,10 +29,10 @@ from export.peft.folder import to_peft
 
 @dataclass(frozen=True, slots=True)
 class ExportedPair:
-    """A bundle's base and one adapter of it, ready to be asked, and the model in torch."""
+    """A bundle's base and one of its adapters, ready to run, and the trained model in torch."""
 
-    card: BaseManifest
-    sidecar: AdapterManifest
+    base: BaseManifest
+    adapter: AdapterManifest
     inputs: Tensors = field(repr=False)
     runner: OnnxRunner
     model: PeftModel
@@ -43,9 +43,9 @@ def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: 
 
     Args:
         bundle: With the base and the adapter.
-        name: Of the adapter.
+        name: The adapter's.
         trusted: The keys that may have signed the bundle's files.
-        base_name: Where the base that was exported is found.
+        base_name: The folder or package of the base that was exported.
         origin: What the adapter was exported from.
 
     Raises:
@@ -53,28 +53,37 @@ def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: 
         DataError: The adapter was exported from another file than ``origin``.
         TrustError: A file of the bundle is not what was signed.
     """
-    card = read.read_manifest(bundle, trusted)
-    sidecar, inputs = read.read_adapter(bundle, name, card, trusted)
-    if sidecar.source != origin.sha256:
-        raise DataError(f"{name!r} in {bundle} was exported from another file ({sidecar.source[:12]}); export it again")
+    manifest = read.read_manifest(bundle, trusted)
+    adapter, inputs = read.read_adapter(bundle, name, manifest, trusted)
+    if adapter.source != origin.sha256:
+        raise DataError(
+            f"{name!r} in {bundle} was exported from another file ({adapter.source[:12]}); export it again",
+            about="source",
+            value=adapter.source,
+        )
     base = find_base(base_name)
-    if base.digest != card.base_digest:
-        raise ConfigError(f"{base_name} is the base {base.digest[:12]}, {bundle} was made from {card.base_digest[:12]}")
-    runner = OnnxRunner.open(read.read_base(bundle, card))
-    return ExportedPair(card, sidecar, inputs, runner, _trained(base, card.task, origin, len(sidecar.labels)))
+    if base.digest != manifest.base_digest:
+        raise ConfigError(
+            f"{base_name} is the base {base.digest[:12]}, {bundle} was made from {manifest.base_digest[:12]}; name the "
+            "base that was exported",
+            about="--base",
+            value=base.digest,
+        )
+    runner = OnnxRunner.open(read.read_base(bundle, manifest))
+    return ExportedPair(manifest, adapter, inputs, runner, _trained(base, manifest.task, origin, len(adapter.labels)))
 
 
 def _trained(base: Base, task: Task, origin: Origin, labels: int) -> PeftModel:
     inner = _bare(base, task, origin.tensors, labels)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         to_peft(origin.tensors, origin.method, Path(folder) / "peft")
-        with warnings.catch_warnings():  # peft asks transformers in words of an older one
+        with warnings.catch_warnings():  # peft uses a deprecated argument of transformers
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(inner, Path(folder) / "peft").eval()
 
 
 def _bare(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
-    """The model that the adapter's names belong to."""
+    """The model whose module names the adapter's tensors use."""
     if task == "text-generation":
         return pretrained.load(base, AutoModelForCausalLM)
     if not any(graph_name(name).startswith(ENCODER) for name in tensors):

@@ -18,7 +18,7 @@ from adapters.ondevice import PEFT_PREFIX, graph_name
 from adapters.peftconfig import PeftConfig
 from adapters.storage import new_folder, write_files
 from aggregation.errors import ConfigError, DataError
-from export.onnx.slots import LORA, plan_of
+from export.onnx.adapterinputs import LORA, AdapterInputs
 from export.peft.config import Config, config_of, method_of, saved_modules
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -58,7 +58,7 @@ def read_peft(folder: Path) -> PeftFolder:
     blob = _read(folder / WEIGHTS, MAX_ADAPTER)
     tensors = _tensors(blob)
     _check_saved(tensors, saved_modules(config))
-    plan_of(method, tensors)
+    AdapterInputs.of_tensors(method, tensors)
     base = config.get("base_model_name_or_path")
     return PeftFolder(method, files.sha256(blob), base if isinstance(base, str) else None, tensors)
 
@@ -78,7 +78,7 @@ def to_peft(tensors: Tensors, method: PeftConfig, out: Path, base: str | None = 
         DataError: The tensors are not of this method, or not finite.
         OSError: The folder cannot be written; the error names the file.
     """
-    found = plan_of(method, tensors)
+    found = AdapterInputs.of_tensors(method, tensors)
     ranks = {slot.path: method.rank_of(slot.path) for slot in found.loras}
     config = config_of(method, ranks, [slot.path for slot in found.saved], base)
     contents = {CONFIG: json.dumps(config, indent=2).encode() + b"\n", WEIGHTS: files.encode(tensors)}

@@ -17,12 +17,11 @@ from client.node import statedir as device_home
 from client.training.trainer import trainer
 from coordinator import statedir as coordinator_home
 from export.bundle import adapter
-from export.bundle.base import ExportedBase, export_base
 from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
-from export.onnx.quantize import Profile
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
 from export.parity import compare
-from export.parity.compare import OnnxRunner, Parity
-from export.parity.limits import Limits, limits_of
+from export.parity.compare import Limits, OnnxRunner, Parity, limits_of
 from simulations.data.households import Population
 from simulations.engine import provision
 from simulations.scenario import Scenario
@@ -51,7 +50,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     version = registry.latest() or registry.version(0)
     shared = registry.tensors(version.manifest.version)
     model = trainer(base, len(population.labels), provision.lora(scenario)).model
-    exported = export_base(model, base, Profile(scenario.export.profile))
+    exported = export_classifier(model, base, Profile(scenario.export.profile))
     runner = OnnxRunner.open(exported.files)
     classifier.load(model, shared)
     tests = [example for household in population.households for example in household.test]
@@ -77,7 +76,7 @@ def _limits(scenario: Scenario) -> Limits:
 
 def _on_device(tensors: Tensors, exported: ExportedBase) -> Tensors:
     """The adapter as a device reads it back from its int8 file."""
-    return adapter.decode(adapter.encode(tensors, exported.plan), "int8")
+    return adapter.decode(adapter.encode(tensors, exported.adapter_inputs), "int8")
 
 
 def _hand_out(out: Path, household: str, exported: ExportedBase, shared: AdapterSource) -> None:
@@ -89,4 +88,4 @@ def _hand_out(out: Path, household: str, exported: ExportedBase, shared: Adapter
     private = AdapterSource(
         PERSONAL, files.decode(blob), shared.labels, shared.version, files.sha256(blob), shared.sha256, shared.method
     )
-    add_adapter(folder / BUNDLE, exported.plan, private, key=identity)
+    add_adapter(folder / BUNDLE, exported.adapter_inputs, private, key=identity)

@@ -25,7 +25,7 @@ from client.training.examples import read_examples
 from coordinator.app import STATE
 from coordinator.app import app as server_app
 from export.onnx.dequantize import dequantized
-from export.onnx.quantize import Profile
+from export.onnx.exported import Profile
 from simulations.data.households import Population, sample_population
 from simulations.engine import provision
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid

@@ -9,8 +9,8 @@ import pytest
 from adapters.ondevice import Format
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
-from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.exported import ExportedBase
 
 pytestmark = pytest.mark.slow
 

@@ -20,12 +20,10 @@ from aggregation.pki.identity import IdentityKey
 from client.inference.generate import ChatMessage, Generator
 from client.inference.text import SamplingParams
 from client.inference.trust import Trust
-from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, write_bundle
-from export.causal.base import export_causal
-from export.onnx.adapterinputs import plan
-from export.onnx.headers import DATA, WEB
-from export.onnx.quantize import Profile
+from export.causal import export_causal
+from export.onnx.exported import DATA, WEB, ExportedBase, Profile
+from export.onnx.peftmodel import find_adapter_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +64,7 @@ def sources(chatty: Base, drawn: Any) -> list[AdapterSource]:
     model = build(chatty, LoraSpec(rank=4, alpha=8, targets=TARGETS))
     values: list[Tensors] = [drawn(model, seed) for seed in (0, 1)]
     return [
-        AdapterSource(name, tensors, (), 1, Layout.of(tensors).digest, plan=plan(model))
+        AdapterSource(name, tensors, (), 1, Layout.of(tensors).digest, adapter_inputs=find_adapter_inputs(model))
         for name, tensors in zip(("global", "other"), values, strict=True)
     ]
 

@@ -25,8 +25,8 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.browser.server import Site
 from export.bundle import adapter
-from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource
+from export.onnx.exported import ExportedBase
 
 FORMATS: tuple[Format, ...] = ("fp32", "fp16", "int8", "int4")
 LEAVES = (0, -1, 2**53 - 1, 1.5, -0.25, 1e16, 1e-5, 1.5e300, 123456789.125, 2.0, 1e15, 5e-324, True, False, None, "")
@@ -94,9 +94,9 @@ def spellings() -> Iterator[tuple[str, bool]]:
 
 def stored(source: Callable[..., AdapterSource], exported: ExportedBase, form: Format) -> dict[str, Any]:
     tensors = source().tensors
-    inputs: Tensors = restore(quantize(to_graph(tensors, exported.plan.scaling), form), form)
+    inputs: Tensors = restore(quantize(to_graph(tensors, exported.adapter_inputs.scaling), form), form)
     return {
-        "file": b64(adapter.encode(tensors, exported.plan, form)),
+        "file": b64(adapter.encode(tensors, exported.adapter_inputs, form)),
         "layout": layout_of(inputs).digest,
         "tensors": {
             name: {"shape": list(value.shape), "values": b64(np.ascontiguousarray(value).tobytes())}

@@ -9,8 +9,8 @@ import pytest
 
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
-from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, add_adapter
+from export.onnx.exported import ExportedBase
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ CHECKED = "document.querySelector('#adapters input:checked')?.value"
 @pytest.fixture
 def both(bundle: Path, exported: ExportedBase, source: Callable[..., AdapterSource], household: IdentityKey) -> Path:
     """A bundle with the shared adapter and a private one."""
-    add_adapter(bundle, exported.plan, source("anna", seed=1, parent="a" * 64), key=household)
+    add_adapter(bundle, exported.adapter_inputs, source("anna", seed=1, parent="a" * 64), key=household)
     return bundle
 
 

@@ -15,8 +15,8 @@ from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import quantize, to_graph
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
-from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
+from export.onnx.exported import ExportedBase
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ class Device:
 @pytest.fixture
 def anna(bundle: Path, exported: ExportedBase, source: Callable[..., AdapterSource], household: IdentityKey) -> Path:
     """The bundle with a private adapter, which no page has used yet."""
-    add_adapter(bundle, exported.plan, source("anna", seed=1, parent="a" * 64), key=household)
+    add_adapter(bundle, exported.adapter_inputs, source("anna", seed=1, parent="a" * 64), key=household)
     return bundle
 
 
@@ -144,9 +144,9 @@ def test_signatures_of_strangers_are_refused(
     device: Device, exported: ExportedBase, source: Callable[..., AdapterSource]
 ) -> None:
     stranger = IdentityKey.generate(SystemEntropy())
-    add_adapter(device.bundle, exported.plan, source("anna", version=9), key=stranger)
+    add_adapter(device.bundle, exported.adapter_inputs, source("anna", version=9), key=stranger)
     device.refuses_adapter("TrustError", "does not trust")
-    (device.bundle / "base" / "card.json").write_bytes(exported.card.sign(stranger))
+    (device.bundle / "base" / "card.json").write_bytes(exported.manifest.sign(stranger))
     device.refuses_base("TrustError", "does not trust")
 
 
@@ -199,7 +199,7 @@ def test_a_signed_adapter_with_nan_or_infinity_is_refused(
     device: Device, exported: ExportedBase, source: Callable[..., AdapterSource], household: IdentityKey
 ) -> None:
     for bad in (np.nan, np.inf):
-        stored = quantize(to_graph(source().tensors, exported.plan.scaling), "int8")
+        stored = quantize(to_graph(source().tensors, exported.adapter_inputs.scaling), "int8")
         stored["classifier.bias"][1] = bad
         resign_file(device.bundle, household, stored)
         device.refuses_adapter("DataError", "'classifier.bias' holds NaN or infinity")
@@ -208,7 +208,7 @@ def test_a_signed_adapter_with_nan_or_infinity_is_refused(
 def test_a_signed_adapter_of_other_tensors_is_refused(
     device: Device, exported: ExportedBase, source: Callable[..., AdapterSource], household: IdentityKey
 ) -> None:
-    sound = quantize(to_graph(source().tensors, exported.plan.scaling), "int8")
+    sound = quantize(to_graph(source().tensors, exported.adapter_inputs.scaling), "int8")
     scale = "classifier.weight#scale"
     for stored, message in (
         ({name: value for name, value in sound.items() if name != "classifier.bias"}, "'classifier.bias' is missing"),
@@ -247,7 +247,7 @@ def test_an_empty_adapter_file_is_refused_even_if_signed(device: Device, househo
 def test_a_rank_above_the_bases_limit_is_refused(
     page: Any, serve: Callable[[Path], str], bundle: Path, exported: ExportedBase, vendor: IdentityKey
 ) -> None:
-    card: BaseManifest = replace(exported.card, max_rank=3)
+    card: BaseManifest = replace(exported.manifest, max_rank=3)
     (bundle / "base" / "card.json").write_bytes(card.sign(vendor))
     page.goto(serve(bundle))
     assert page.state() == "bad"

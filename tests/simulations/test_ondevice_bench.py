@@ -19,7 +19,7 @@ from adapters import causal
 from adapters.base import Base, find_base
 from aggregation.errors import ConfigError, DataError
 from edgeadapt import cli
-from export.onnx.quantize import Profile
+from export.onnx.exported import Profile
 from simulations.benchmarks.ondevice import compare, goals, lora, report
 from simulations.benchmarks.ondevice.contender import Contender, Spec
 from simulations.benchmarks.ondevice.eager import Eager

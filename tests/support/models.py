@@ -27,11 +27,11 @@ from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine
 from client.inference.generate import Generator
 from client.inference.library import Library
-from export.bundle.base import ExportedBase, export_base
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.causal import export_causal
-from export.onnx.adapterinputs import plan
-from export.onnx.quantize import Profile
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.peftmodel import find_adapter_inputs
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 WORDS = (
@@ -86,12 +86,12 @@ def model(tiny_base: Base) -> PeftModel:
 
 @pytest.fixture(scope="session")
 def exported(model: PeftModel, tiny_base: Base) -> ExportedBase:
-    return export_base(model, tiny_base, Profile.FP32)
+    return export_classifier(model, tiny_base, Profile.FP32)
 
 
 @pytest.fixture(scope="session")
 def exported_int8(model: PeftModel, tiny_base: Base) -> ExportedBase:
-    return export_base(model, tiny_base, Profile.NATIVE_INT8)
+    return export_classifier(model, tiny_base, Profile.NATIVE_INT8)
 
 
 @pytest.fixture(scope="session")
@@ -130,14 +130,14 @@ def bundle(tmp_path: Path, exported: ExportedBase, source: Source, vendor: Ident
 @pytest.fixture
 def with_anna(bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey) -> Path:
     """``bundle`` with a personal adapter."""
-    add_adapter(bundle, exported.plan, source("anna", seed=7, parent="a" * 64), key=household)
+    add_adapter(bundle, exported.adapter_inputs, source("anna", seed=7, parent="a" * 64), key=household)
     return bundle
 
 
 @pytest.fixture
 def add(bundle: Path, exported: ExportedBase, household: IdentityKey) -> Callable[[AdapterSource], None]:
     """Adds an adapter to ``bundle``."""
-    return lambda source: add_adapter(bundle, exported.plan, source, key=household)
+    return lambda source: add_adapter(bundle, exported.adapter_inputs, source, key=household)
 
 
 # Language models
@@ -248,7 +248,9 @@ def lm_source(lm_model: Callable[[int, int], Any]) -> Callable[..., AdapterSourc
     @cache
     def made(rank: int, seed: int) -> AdapterSource:
         model = lm_model(rank, seed)
-        return AdapterSource("global", causal.tensors(model), (), 3, "a" * 64, plan=plan(model))
+        return AdapterSource(
+            "global", causal.tensors(model), (), 3, "a" * 64, adapter_inputs=find_adapter_inputs(model)
+        )
 
     def make(name: str = "global", rank: int = 4, seed: int = 1, **fields: Any) -> AdapterSource:
         return replace(made(rank, seed), name=name, **fields)

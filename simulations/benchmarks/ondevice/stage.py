@@ -15,8 +15,8 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.causal import export_causal
-from export.onnx.adapterinputs import plan_of
-from export.onnx.quantize import Profile
+from export.onnx.adapterinputs import AdapterInputs
+from export.onnx.exported import Profile
 from simulations.benchmarks.ondevice.contender import Spec
 from simulations.benchmarks.ondevice.lora import Recipe
 
@@ -53,7 +53,7 @@ class Stage:
         write_bundle(bundle, exported, [], key=key)
         (bundle.parent / "trust.pem").write_bytes(key.public.to_pem())
         method = PeftConfig("lora", self.recipe.rank, self.recipe.alpha, self.recipe.targets)
-        plan = plan_of(method, tensors)
+        plan = AdapterInputs.of_tensors(method, tensors)
         for form in FORMATS:
             source = AdapterSource(form, tensors, (), 1, sha256(self.adapter.read_bytes()), method=method)
             add_adapter(bundle, plan, source, key=key, form=form)

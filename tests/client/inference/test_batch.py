@@ -14,10 +14,11 @@ from aggregation.pki.identity import IdentityKey
 from client.inference.batch import MAX_ROWS, group_rows, stack
 from client.inference.library import Adapter, Composition, Library
 from client.inference.session import ClassificationSession
-from export.bundle.base import ExportedBase, export_base
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.adapterinputs import AdapterInputs, plan
-from export.onnx.quantize import Profile
+from export.onnx.adapterinputs import AdapterInputs
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.peftmodel import find_adapter_inputs
 
 Source = Callable[..., AdapterSource]
 LABELS = ("Light", "Lock", "Music", "Timer")
@@ -156,9 +157,9 @@ def test_minilm_answers_a_batch_of_all_ranks_as_it_answers_each_row(tmp_path: Pa
         rng = np.random.default_rng(rank)
         size = {n: 3.0 if "classifier" in n else 0.05 for n in tensors(model)}
         values = {n: (size[n] * rng.standard_normal(v.shape)).astype(np.float32) for n, v in tensors(model).items()}
-        return AdapterSource(name, values, LABELS, 1, "a" * 64, plan=plan(model))
+        return AdapterSource(name, values, LABELS, 1, "a" * 64, adapter_inputs=find_adapter_inputs(model))
 
-    exported = export_base(build(base, len(LABELS), LoraSpec()), base, Profile.NATIVE_INT8)
+    exported = export_classifier(build(base, len(LABELS), LoraSpec()), base, Profile.NATIVE_INT8)
     write_bundle(tmp_path / "real", exported, [made(f"r{rank}", rank) for rank in (1, 8, 64)], key=vendor)
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
     session = ClassificationSession.open(tmp_path / "real")
@@ -171,5 +172,5 @@ def test_minilm_answers_a_batch_of_all_ranks_as_it_answers_each_row(tmp_path: Pa
 
 
 def test_the_test_base_has_a_head(exported: ExportedBase) -> None:
-    found: AdapterInputs = exported.plan
+    found: AdapterInputs = exported.adapter_inputs
     assert [slot.path for slot in found.saved] == ["classifier"]

@@ -22,7 +22,7 @@ from client.inference.session import ClassificationSession
 from client.inference.text import Finish, SamplingParams, StopFilter
 from export.bundle.write import add_adapter, write_bundle
 from export.causal import export_causal
-from export.onnx.quantize import Profile
+from export.onnx.exported import Profile
 from tests.support import refused
 
 PROMPT = "turn on the light"

@@ -14,8 +14,8 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from client.inference.library import AdapterCache, Composition, Library, WeightedAdapter, compose
 from client.inference.session import ClassificationSession
 from client.inference.trust import Trust, VerifiedAdapter
-from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource
+from export.onnx.exported import ExportedBase
 from tests.support import refused
 
 Source = Callable[..., AdapterSource]
@@ -40,7 +40,7 @@ def updates(inputs: Tensors) -> dict[str, np.ndarray]:
 
 def test_the_update_is_the_weighted_sum_of_the_updates(with_anna: Path, exported: ExportedBase) -> None:
     anna, shared = verified(with_anna, "anna", "global")
-    composed = compose(Composition.parse("global:0.5+anna:1.25"), [anna, shared], exported.card)
+    composed = compose(Composition.parse("global:0.5+anna:1.25"), [anna, shared], exported.manifest)
     assert composed.rank == 8
     for name, found in updates(composed.inputs).items():
         expected = 1.25 * updates(anna.inputs)[name] + 0.5 * updates(shared.inputs)[name]
@@ -50,7 +50,7 @@ def test_the_update_is_the_weighted_sum_of_the_updates(with_anna: Path, exported
 
 def test_a_head_is_the_weighted_mean_of_the_heads(with_anna: Path, exported: ExportedBase) -> None:
     anna, shared = verified(with_anna, "anna", "global")
-    composed = compose(Composition.parse("global:0.5+anna:1.5"), [anna, shared], exported.card)
+    composed = compose(Composition.parse("global:0.5+anna:1.5"), [anna, shared], exported.manifest)
     for name in ("classifier.weight", "classifier.bias"):
         expected = 0.75 * anna.inputs[name] + 0.25 * shared.inputs[name]
         np.testing.assert_allclose(composed.inputs[name], expected, rtol=1e-6, atol=1e-6)
@@ -60,7 +60,7 @@ def test_the_mean_of_equal_heads_is_bitwise_the_same_head(
     bundle: Path, exported: ExportedBase, source: Source, add: Add
 ) -> None:
     add(source("anna", parent="a" * 64))
-    composed = compose(Composition.parse("global:0.3+anna:0.7"), verified(bundle, "anna", "global"), exported.card)
+    composed = compose(Composition.parse("global:0.3+anna:0.7"), verified(bundle, "anna", "global"), exported.manifest)
     (shared,) = verified(bundle, "global")
     np.testing.assert_array_equal(composed.inputs["classifier.weight"], shared.inputs["classifier.weight"])
 
@@ -96,7 +96,7 @@ def test_adapters_with_different_labels_are_not_composed(bundle: Path, source: S
 
 
 def test_a_composition_above_the_bases_maximum_rank_is_refused(with_anna: Path, exported: ExportedBase) -> None:
-    manifest = replace(exported.card, max_rank=7)
+    manifest = replace(exported.manifest, max_rank=7)
     with refused(ConfigError, "composition.rank", value=8) as caught:
         compose(Composition.parse("anna+global"), verified(with_anna, "anna", "global"), manifest)
     assert str(caught.value) == "anna+global has rank 8, above the base's limit of 7; leave one out"
@@ -162,7 +162,7 @@ def test_as_many_weights_as_names_are_needed() -> None:
 
 
 def test_the_repr_of_an_adapter_contains_no_tensor(with_anna: Path, exported: ExportedBase) -> None:
-    composed = compose(Composition.parse("anna+global"), verified(with_anna, "anna", "global"), exported.card)
+    composed = compose(Composition.parse("anna+global"), verified(with_anna, "anna", "global"), exported.manifest)
     assert "inputs" not in repr(composed)
 
 

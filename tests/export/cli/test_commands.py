@@ -24,8 +24,8 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from coordinator.statedir import open_registry
-from export.bundle.base import ExportedBase
 from export.bundle.write import write_bundle
+from export.onnx.exported import ExportedBase
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 TEXTS = ("turn on the kitchen lights", "lock the door", "play music", "set a timer for ten minutes", "unlock")
@@ -352,7 +352,7 @@ def test_a_missing_sidecar_and_a_source_too_many_are_refused(export: Run, shop: 
         (["--targets", "no_such_layer"], "no module named as in"),
         (["--targets", ","], "a target module"),
         (["--out", "texts"], "is not a bundle"),
-        (["--out", "texts/new"], "is no folder that can be written to"),
+        (["--out", "texts/new"], "is not a folder that can be written to"),
     ],
 )
 def test_a_base_that_cannot_be_exported_leaves_no_trace(

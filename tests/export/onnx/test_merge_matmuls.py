@@ -6,7 +6,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.onnx.merge import merge
+from export.onnx.matmuls import merge
 from export.onnx.quantize import in_blocks
 
 WIDTH = 96

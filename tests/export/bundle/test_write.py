@@ -16,9 +16,9 @@ from adapters.layout import Layout
 from adapters.manifest import AdapterManifest, BaseManifest
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
-from export.bundle.base import ExportedBase
 from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
-from export.onnx.adapterinputs import plan
+from export.onnx.exported import ExportedBase
+from export.onnx.peftmodel import find_adapter_inputs
 from tests.support import refused
 
 Source = Callable[..., AdapterSource]
@@ -41,7 +41,7 @@ def test_a_bundle_has_a_base_and_its_adapters_each_with_a_signed_document(
         "base/tokenizer.json",
         "base/web.onnx",
     ]
-    assert BaseManifest.accept(files["base/card.json"], [vendor.public]) == exported.card
+    assert BaseManifest.accept(files["base/card.json"], [vendor.public]) == exported.manifest
     sidecar = AdapterManifest.accept(files["adapters/global.json"], [vendor.public])
     assert sidecar.sha256 == sha256(files["adapters/global.onnx_adapter"])
     assert sidecar.size == len(files["adapters/global.onnx_adapter"])
@@ -60,7 +60,7 @@ def test_a_household_adds_its_private_adapter_signed_by_its_own_key(
     bundle: Path, model: PeftModel, source: Source, household: IdentityKey
 ) -> None:
     before = contents(bundle)
-    add_adapter(bundle, plan(model), source("anna", seed=1, parent="a" * 64), key=household)
+    add_adapter(bundle, find_adapter_inputs(model), source("anna", seed=1, parent="a" * 64), key=household)
     after = contents(bundle)
     assert {name: after[name] for name in before} == before
     assert AdapterManifest.accept(after["adapters/anna.json"], [household.public]).parent == "a" * 64
@@ -71,14 +71,14 @@ def test_adapters_that_are_added_at_the_same_moment_are_all_there(
 ) -> None:
     names = [f"n{number}" for number in range(8)]
     with ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(lambda name: add_adapter(bundle, exported.plan, source(name), key=household), names))
+        list(pool.map(lambda name: add_adapter(bundle, exported.adapter_inputs, source(name), key=household), names))
     assert {f"adapters/{name}.json" for name in names} <= contents(bundle).keys()
 
 
 def test_an_update_of_the_shared_adapter_keeps_the_private_ones(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, household: IdentityKey
 ) -> None:
-    add_adapter(bundle, exported.plan, source("anna", seed=1, parent="a" * 64), key=household)
+    add_adapter(bundle, exported.adapter_inputs, source("anna", seed=1, parent="a" * 64), key=household)
     private, old = contents(bundle)["adapters/anna.onnx_adapter"], contents(bundle)["adapters/global.onnx_adapter"]
     write_bundle(bundle, exported, [source(seed=2, version=4)], key=vendor)
     assert contents(bundle)["adapters/anna.onnx_adapter"] == private
@@ -156,7 +156,7 @@ def test_a_kill_between_the_two_steps_of_the_exchange_is_mended_by_the_next_call
 ) -> None:
     before = contents(bundle)
     bundle.rename(bundle.parent / ".bundle.previous")
-    add_adapter(bundle, exported.plan, source("anna", seed=1), key=household)
+    add_adapter(bundle, exported.adapter_inputs, source("anna", seed=1), key=household)
     assert before.items() <= contents(bundle).items()
     assert not (bundle.parent / ".bundle.previous").exists()
 
@@ -191,7 +191,7 @@ def test_an_adapter_is_not_added_to_what_is_no_bundle(
     tmp_path: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
     with pytest.raises(ConfigError, match="not a bundle"):
-        add_adapter(tmp_path, exported.plan, source("anna"), key=household)
+        add_adapter(tmp_path, exported.adapter_inputs, source("anna"), key=household)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[1]", b'{"body": {"base_digest": 3}}'])
@@ -209,14 +209,14 @@ def test_a_name_that_leaves_the_folder_is_refused(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
     with pytest.raises(ConfigError, match="adapter name"):
-        add_adapter(bundle, exported.plan, source("../anna"), key=household)
+        add_adapter(bundle, exported.adapter_inputs, source("../anna"), key=household)
 
 
 def test_labels_that_do_not_match_the_head_are_refused(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
     with pytest.raises(DataError, match="3 labels for 4 rows"):
-        add_adapter(bundle, exported.plan, replace(source("anna"), labels=("a", "b", "c")), key=household)
+        add_adapter(bundle, exported.adapter_inputs, replace(source("anna"), labels=("a", "b", "c")), key=household)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,9 @@ def test_labels_that_every_device_would_refuse_are_not_signed(
 ) -> None:
     before = contents(bundle)
     with pytest.raises(DataError, match=message):
-        add_adapter(bundle, exported.plan, replace(source("anna"), labels=("a", "b", "c", odd)), key=household)
+        add_adapter(
+            bundle, exported.adapter_inputs, replace(source("anna"), labels=("a", "b", "c", odd)), key=household
+        )
     assert contents(bundle) == before
 
 
@@ -238,7 +240,7 @@ def test_the_old_bundles_files_are_not_written_through_their_second_names(
     kept = bundle.parent / "kept"
     os.link(bundle / "adapters" / "global.onnx_adapter", kept)
     before = kept.read_bytes()
-    add_adapter(bundle, exported.plan, source("global", seed=9), key=household)
+    add_adapter(bundle, exported.adapter_inputs, source("global", seed=9), key=household)
     assert kept.read_bytes() == before
     assert json.loads((bundle / "adapters" / "global.json").read_bytes())["signer"] == household.public.key_id
 
@@ -249,7 +251,7 @@ def test_a_copy_is_equal_and_goes_its_own_way(
     before, state_dir = contents(bundle), bundle.parent / "home" / "bundle"
     copy_bundle(bundle, state_dir)
     assert contents(state_dir) == before
-    add_adapter(state_dir, exported.plan, source("global", seed=9), key=household)
+    add_adapter(state_dir, exported.adapter_inputs, source("global", seed=9), key=household)
     assert contents(state_dir) != before
     assert contents(bundle) == before
 
@@ -265,5 +267,5 @@ def test_a_head_of_one_row_chooses_nothing_and_is_refused(
     before, one = contents(bundle), source("one")
     head = {name: value[:1] if "classifier" in name else value for name, value in one.tensors.items()}
     with pytest.raises(DataError, match="'one' has a head of one row"):
-        add_adapter(bundle, exported.plan, replace(one, tensors=head, labels=one.labels[:1]), key=vendor)
+        add_adapter(bundle, exported.adapter_inputs, replace(one, tensors=head, labels=one.labels[:1]), key=vendor)
     assert contents(bundle) == before

@@ -13,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from aggregation.errors import ConfigError
 from export.onnx import headers
 from export.onnx.blocks import BLOCK, eight_bits, four_bits
-from export.onnx.calibrate import feeds_for, lossy_products
-from export.onnx.quantize import WEB_LIMIT, Profile, in_blocks, in_integers, quantize
+from export.onnx.calibrate import feeds_for, lossy_matmuls
+from export.onnx.exported import Profile
+from export.onnx.quantize import WEB_LIMIT, in_blocks, in_integers, quantize
 
 ROWS, WIDTH, ENTRIES = 48, 96, 40
 
@@ -98,8 +99,8 @@ def test_a_product_with_an_outlier_among_its_inputs_is_found_and_left_in_float()
     table[7, 5] = 3000.0  # one number of one token, as language models have them
     wild.graph.initializer[2].CopyFrom(numpy_helper.from_array(table, "table"))
     feeds = feeds_for(calm, range(ENTRIES))
-    assert lossy_products(calm, feeds, WEB_LIMIT) == {}
-    assert "y" in lossy_products(wild, feeds, WEB_LIMIT)
+    assert lossy_matmuls(calm, feeds, WEB_LIMIT) == {}
+    assert "y" in lossy_matmuls(wild, feeds, WEB_LIMIT)
     left = quantize(wild, Profile.WEB_INT8, range(ENTRIES))
     assert [node.op_type for node in left.graph.node if node.output[0] == "y"] == ["MatMul"]
 

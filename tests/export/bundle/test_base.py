@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from adapters.base import Base
 from aggregation.errors import ConfigError
-from export.bundle.make import usual_task
+from export.bundle.base import usual_task
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,10 @@ from adapters.classifier import LoraSpec
 from adapters.ondevice import to_graph
 from aggregation.errors import ConfigError
 from export.bundle.adapter import encode
-from export.bundle.base import ExportedBase
 from export.causal import export_causal
 from export.onnx import headers
-from export.onnx.adapterinputs import plan
-from export.onnx.quantize import Profile
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.peftmodel import find_adapter_inputs
 
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -54,7 +53,7 @@ def test_every_layer_takes_an_adapter_and_answers_as_torch(
     base = make_lm(kind, **settings)
     onnx_side = runner(export_causal(base, every_layer, Profile.FP32))
     model = build(base, LoraSpec(rank=5, alpha=7, targets=every_layer))
-    inputs = to_graph(drawn(model, 0), plan(model).scaling)
+    inputs = to_graph(drawn(model, 0), find_adapter_inputs(model).scaling)
     tokens = ids(3, 9)
     expected = torch_logits(model, tokens)
     for first in (None, 1, 4):  # the whole, only the cache, some of both
@@ -76,7 +75,7 @@ def test_layers_with_ranks_and_scalings_of_their_own(
     )
     inner = AutoModelForCausalLM.from_pretrained(llama.folder, dtype=torch.float32)
     model = get_peft_model(inner, config).eval()
-    inputs = to_graph(drawn(model, 1), plan(model).scaling)
+    inputs = to_graph(drawn(model, 1), find_adapter_inputs(model).scaling)
     tokens = ids(2, 6)
     np.testing.assert_allclose(runner(exported).logits(tokens, inputs, 3), torch_logits(model, tokens), atol=1e-4)
 
@@ -96,7 +95,7 @@ def test_a_quantized_base_answers_nearly_as_torch_with_an_adapter(
     exported = export_causal(llama, every_layer, profile)
     assert [len(exported.slots), *exported.slots["model.layers.1.mlp.down_proj.lora_A.weight"]] == [28, "96", "rank_13"]
     model = build(llama, LoraSpec(rank=4, targets=every_layer))
-    inputs = to_graph(drawn(model, 5), plan(model).scaling)
+    inputs = to_graph(drawn(model, 5), find_adapter_inputs(model).scaling)
     tokens = ids(2, 12)
     expected = torch_logits(model, tokens)
     error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
@@ -107,7 +106,7 @@ def test_each_row_of_a_batch_has_an_adapter_of_its_own(
     llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Any, runner: Any
 ) -> None:
     model, side = build(llama, LoraSpec(rank=3, targets=every_layer)), runner(exported)
-    inputs = [to_graph(drawn(model, seed), plan(model).scaling) for seed in range(3)]
+    inputs = [to_graph(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(3)]
     tokens = ids(3, 5)
     found = side.logits(tokens, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}, 2)
     for row in range(3):
@@ -116,7 +115,7 @@ def test_each_row_of_a_batch_has_an_adapter_of_its_own(
 
 def test_the_card_names_task_slots_and_highest_rank(llama: Base) -> None:
     exported = export_causal(llama, ("v_proj", "q_proj"), Profile.FP32, max_rank=16)
-    assert (exported.card.task, exported.card.max_rank) == ("text-generation", 16)
+    assert (exported.manifest.task, exported.manifest.max_rank) == ("text-generation", 16)
     assert list(exported.slots) == [
         f"model.layers.{layer}.self_attn.{part}_proj.lora_{side}.weight"
         for layer in range(2)
@@ -200,7 +199,7 @@ def test_genai_generates_the_tokens_of_torch_with_and_without_an_adapter(
 ) -> None:
     model = build(llama, LoraSpec(rank=6, alpha=12, targets=every_layer))
     drawn(model, 3)
-    (folder / "one.onnx_adapter").write_bytes(encode(tensors(model), plan(model), "fp32"))
+    (folder / "one.onnx_adapter").write_bytes(encode(tensors(model), find_adapter_inputs(model), "fp32"))
     prompt = [1, 41, 52, 63]
 
     def expected() -> list[int]:

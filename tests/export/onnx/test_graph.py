@@ -18,10 +18,11 @@ from adapters.classifier import LoraSpec, PhraseClassifier, build, load, tensors
 from adapters.layout import Floats, Tensors
 from adapters.ondevice import to_graph
 from export.bundle import adapter
-from export.bundle.base import ExportedBase, export_base
 from export.onnx import graph
-from export.onnx.adapterinputs import plan
-from export.onnx.quantize import Profile, quantize
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.quantize import quantize
 from export.parity.compare import OnnxRunner
 
 Ints = NDArray[np.int64]
@@ -72,7 +73,7 @@ def test_any_rank_number_of_labels_batch_and_length_answers_as_torch(
     values = draw(model, rng)
     load(model, values)
     ids, mask = tokens(rng, batch, length)
-    found = onnx_logits(session, ids, mask, to_graph(values, plan(model).scaling))
+    found = onnx_logits(session, ids, mask, to_graph(values, find_adapter_inputs(model).scaling))
     expected = torch_logits(model, ids, mask)
     np.testing.assert_allclose(found, expected, atol=3e-5 * max(1.0, float(np.abs(expected).max())))
 
@@ -81,7 +82,7 @@ def test_rank_0_is_the_base_without_an_adapter(model: PeftModel, session: ort.In
     values = tensors(model)
     inputs = {
         name: value[:, :0] if "lora_A" in name else value[:0] if "lora_B" in name else value
-        for name, value in to_graph(values, plan(model).scaling).items()
+        for name, value in to_graph(values, find_adapter_inputs(model).scaling).items()
     }
     ids, mask = tokens(np.random.default_rng(0), 3, 8)
     inner = model.base_model.model
@@ -98,7 +99,7 @@ def test_without_any_adapter_the_defaults_are_empty_and_the_graph_runs(session: 
 
 
 def test_padding_changes_no_answer(model: PeftModel, session: ort.InferenceSession) -> None:
-    inputs = to_graph(tensors(model), plan(model).scaling)
+    inputs = to_graph(tensors(model), find_adapter_inputs(model).scaling)
     ids, mask = tokens(np.random.default_rng(1), 1, 6)
     padded = [np.pad(array, ((0, 0), (0, 9))) for array in (ids, mask)]
     alone = onnx_logits(session, ids, mask, inputs)
@@ -120,7 +121,7 @@ def test_rank_and_alpha_patterns_reach_the_graph(tiny_base: Base, session: ort.I
     values = draw(model, rng)
     load(model, values)
     ids, mask = tokens(rng, 3, 9)
-    found = onnx_logits(session, ids, mask, to_graph(values, plan(model).scaling))
+    found = onnx_logits(session, ids, mask, to_graph(values, find_adapter_inputs(model).scaling))
     np.testing.assert_allclose(found, torch_logits(model, ids, mask), atol=1e-4)
 
 
@@ -131,10 +132,12 @@ def test_other_modules_trained_whole_are_inputs_too(tiny_base: Base) -> None:
     rng = np.random.default_rng(3)
     values = draw(model, rng)
     load(model, values)
-    exported = export_base(model, tiny_base, Profile.FP32)
+    exported = export_classifier(model, tiny_base, Profile.FP32)
     assert exported.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
     ids, mask = tokens(rng, 2, 5)
-    found = onnx_logits(OnnxRunner.open(exported.files).session, ids, mask, to_graph(values, exported.plan.scaling))
+    found = onnx_logits(
+        OnnxRunner.open(exported.files).session, ids, mask, to_graph(values, exported.adapter_inputs.scaling)
+    )
     expected = torch_logits(model, ids, mask)
     np.testing.assert_allclose(found, expected, atol=1e-4 * float(np.abs(expected).max()))
 
@@ -149,7 +152,7 @@ def test_each_layer_has_a_rank_of_its_own_and_the_head_a_free_number_of_labels(e
 
 
 def test_the_same_base_exports_to_the_same_bytes_whatever_the_adapter(tiny_base: Base, exported: ExportedBase) -> None:
-    again = export_base(build(tiny_base, 4, LoraSpec(rank=4, alpha=8)), tiny_base, Profile.FP32)
+    again = export_classifier(build(tiny_base, 4, LoraSpec(rank=4, alpha=8)), tiny_base, Profile.FP32)
     assert again.files == exported.files
 
 
@@ -170,7 +173,7 @@ def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
 
 def test_rows_of_a_quantized_batch_do_not_influence_each_other(model: PeftModel, exported_int8: ExportedBase) -> None:
     session = OnnxRunner.open(exported_int8.files).session
-    inputs = to_graph(tensors(model), plan(model).scaling)
+    inputs = to_graph(tensors(model), find_adapter_inputs(model).scaling)
     ids, mask = tokens(np.random.default_rng(6), 4, 9)
     together = onnx_logits(session, ids, mask, inputs)
     for row in range(4):
@@ -180,7 +183,7 @@ def test_rows_of_a_quantized_batch_do_not_influence_each_other(model: PeftModel,
 
 
 def test_quantization_leaves_the_graph_that_it_was_given_alone(model: PeftModel) -> None:
-    traced = graph.trace(model, plan(model))
+    traced = graph.trace(model, find_adapter_inputs(model))
     before = traced.SerializeToString(deterministic=True)
     quantize(traced, Profile.NATIVE_INT8, [2, 5, 6, 3])
     assert traced.SerializeToString(deterministic=True) == before
@@ -196,7 +199,7 @@ def test_each_row_of_a_batch_can_have_an_adapter_of_its_own(
     tiny_base: Base, model: PeftModel, session: ort.InferenceSession
 ) -> None:
     rng = np.random.default_rng(7)
-    inputs = [to_graph(draw(model, rng), plan(model).scaling) for _ in range(3)]
+    inputs = [to_graph(draw(model, rng), find_adapter_inputs(model).scaling) for _ in range(3)]
     ids, mask = tokens(rng, 3, 8)
     found = onnx_logits(session, ids, mask, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]})
     for row in range(3):
@@ -207,7 +210,7 @@ def test_each_row_of_a_batch_can_have_an_adapter_of_its_own(
 def test_a_float_file_works_in_plain_onnx_runtime(
     model: PeftModel, exported: ExportedBase, session: ort.InferenceSession, tmp_path: Path
 ) -> None:
-    (tmp_path / "adapter").write_bytes(adapter.encode(tensors(model), exported.plan, "fp32"))
+    (tmp_path / "adapter").write_bytes(adapter.encode(tensors(model), exported.adapter_inputs, "fp32"))
     lora = ort.LoraAdapter()
     lora.Load(str(tmp_path / "adapter"))
     options = ort.RunOptions()

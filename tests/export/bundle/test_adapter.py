@@ -7,8 +7,8 @@ from adapters.ondevice import Format, check_slots, to_graph
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
 from export.bundle.adapter import completed, decode, encode
-from export.bundle.base import ExportedBase
-from export.onnx.slots import plan_of
+from export.onnx.adapterinputs import AdapterInputs
+from export.onnx.exported import ExportedBase
 from export.parity.compare import OnnxRunner
 
 FORMATS: list[Format] = ["fp32", "fp16", "int8", "int4"]
@@ -19,31 +19,33 @@ def test_the_same_tensors_in_any_order_give_the_same_bytes(
     model: PeftModel, exported: ExportedBase, form: Format
 ) -> None:
     values = tensors(model)
-    assert encode(values, exported.plan, form) == encode(dict(reversed(values.items())), exported.plan, form)
+    assert encode(values, exported.adapter_inputs, form) == encode(
+        dict(reversed(values.items())), exported.adapter_inputs, form
+    )
 
 
 @pytest.mark.parametrize(("form", "tolerance"), [("fp32", 0.0), ("fp16", 2**-10), ("int8", 1 / 127), ("int4", 1 / 7)])
 def test_a_file_holds_the_tensors_to_the_precision_of_its_format(
     model: PeftModel, exported: ExportedBase, form: Format, tolerance: float
 ) -> None:
-    found = decode(encode(tensors(model), exported.plan, form), form)
-    for name, value in to_graph(tensors(model), exported.plan.scaling).items():
+    found = decode(encode(tensors(model), exported.adapter_inputs, form), form)
+    for name, value in to_graph(tensors(model), exported.adapter_inputs.scaling).items():
         assert np.abs(found[name] - value).max() <= tolerance * np.abs(value).max()
 
 
 def test_a_missing_and_an_unknown_tensor_are_refused(model: PeftModel, exported: ExportedBase) -> None:
     values = tensors(model)
     with pytest.raises(DataError, match="missing from the adapter or unknown"):
-        encode(dict(list(values.items())[1:]), exported.plan)
+        encode(dict(list(values.items())[1:]), exported.adapter_inputs)
     with pytest.raises(DataError, match="'extra'"):
-        encode(values | {"extra": np.ones(1, np.float32)}, exported.plan)
+        encode(values | {"extra": np.ones(1, np.float32)}, exported.adapter_inputs)
 
 
 def test_nan_is_not_exported(model: PeftModel, exported: ExportedBase) -> None:
     values = tensors(model)
     next(iter(values.values()))[0, 0] = np.nan
     with pytest.raises(DataError, match="NaN"):
-        encode(values, exported.plan)
+        encode(values, exported.adapter_inputs)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -52,16 +54,16 @@ def test_layers_that_an_adapter_leaves_alone_get_an_empty_pair(
 ) -> None:
     method = PeftConfig("lora", 4, 8, ("query",))
     values = {name: value for name, value in tensors(model).items() if ".value." not in name}
-    full, found = completed(values, plan_of(method, values), exported.card.slots)
+    full, found = completed(values, AdapterInputs.of_tensors(method, values), exported.manifest.slots)
     inputs = decode(encode(full, found, form), form)
-    assert check_slots(inputs, exported.card.slots)["labels"] == 4
+    assert check_slots(inputs, exported.manifest.slots)["labels"] == 4
     assert {value.size for name, value in inputs.items() if ".value." in name} == {0}
     loaded = tensors(model) | {
         name: np.zeros_like(value) for name, value in tensors(model).items() if ".value." in name
     }
     expected, answer = (
         OnnxRunner.open(exported.files).probabilities(["lock the door"], x)
-        for x in (decode(encode(loaded, exported.plan, form), form), inputs)
+        for x in (decode(encode(loaded, exported.adapter_inputs, form), form), inputs)
     )
     np.testing.assert_allclose(answer, expected, atol=1e-6)
 
@@ -69,7 +71,7 @@ def test_layers_that_an_adapter_leaves_alone_get_an_empty_pair(
 def test_a_missing_head_is_not_made_up(model: PeftModel, exported: ExportedBase) -> None:
     values = {name: value for name, value in tensors(model).items() if "lora" in name}
     with pytest.raises(DataError, match=r"lacks 'classifier.bias'.* modules_to_save"):
-        completed(values, plan_of(PeftConfig("lora", 4, 8, ()), values), exported.card.slots)
+        completed(values, AdapterInputs.of_tensors(PeftConfig("lora", 4, 8, ()), values), exported.manifest.slots)
 
 
 @pytest.mark.parametrize("blob", [b"", b"TORT", b"\0" * 64])
@@ -80,4 +82,4 @@ def test_bytes_that_are_no_adapter_file_are_refused(blob: bytes) -> None:
 
 def test_a_file_read_in_another_format_is_refused(model: PeftModel, exported: ExportedBase) -> None:
     with pytest.raises(DataError, match="format int8"):
-        decode(encode(tensors(model), exported.plan, "fp32"), "int8")
+        decode(encode(tensors(model), exported.adapter_inputs, "fp32"), "int8")

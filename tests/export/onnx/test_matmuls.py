@@ -8,7 +8,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers.pytorch_utils import Conv1D
 
-from export.onnx.matmuls import as_linear, normalize, replace_conv1d
+from export.onnx.matmuls import normalize
+from export.onnx.peftmodel import as_linear, replace_conv1d
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((5, 4), dtype=np.float32)

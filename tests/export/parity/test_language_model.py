@@ -15,8 +15,8 @@ from adapters.layout import Tensors
 from aggregation.errors import DataError
 from export.bundle import adapter
 from export.causal import export_causal
-from export.onnx.adapterinputs import plan
-from export.onnx.quantize import Profile
+from export.onnx.exported import Profile
+from export.onnx.peftmodel import find_adapter_inputs
 from export.parity.compare import OnnxRunner, compare
 
 TEXTS = ("the owl and the cat", "went to sea", "x", "in a beautiful pea green boat")
@@ -37,7 +37,7 @@ def runner(llama: Base) -> OnnxRunner:
 
 
 def inputs_of(model: PeftModel) -> Tensors:
-    return adapter.decode(adapter.encode(causal.tensors(model), plan(model), "fp32"), "fp32")
+    return adapter.decode(adapter.encode(causal.tensors(model), find_adapter_inputs(model), "fp32"), "fp32")
 
 
 def test_each_token_is_an_answer_and_the_losses_are_those_of_the_text(trained: PeftModel, runner: OnnxRunner) -> None:
@@ -48,8 +48,8 @@ def test_each_token_is_an_answer_and_the_losses_are_those_of_the_text(trained: P
     for row in (torch.tensor([row]) for row in ids if len(row) > 1):
         with torch.no_grad():  # peft's own loss, of which each row has another number of answers
             losses += (row.shape[1] - 1) * [float(trained(input_ids=row, labels=row).loss)]
-    assert found.loss_of_torch == pytest.approx(np.mean(losses), abs=1e-5)
-    assert found.loss == pytest.approx(found.loss_of_torch, abs=1e-5)
+    assert found.torch_loss == pytest.approx(np.mean(losses), abs=1e-5)
+    assert found.loss == pytest.approx(found.torch_loss, abs=1e-5)
     assert found.agreement == 1
     assert found.perplexity_ratio == pytest.approx(1, abs=1e-5)
     assert found.max_abs_diff < 1e-4
@@ -58,7 +58,7 @@ def test_each_token_is_an_answer_and_the_losses_are_those_of_the_text(trained: P
 def test_a_missing_adapter_shows_in_agreement_and_perplexity(trained: PeftModel, runner: OnnxRunner) -> None:
     found = compare(trained, runner, {}, TEXTS)
     assert found.loss is not None
-    assert found.loss_of_torch is not None
+    assert found.torch_loss is not None
     assert found.agreement < 0.9
     assert abs(math.log(found.perplexity_ratio)) > 0.01
     assert f"ratio {found.perplexity_ratio:.4f}" in str(found)

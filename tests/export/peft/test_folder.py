@@ -23,9 +23,10 @@ from adapters.ondevice import Format, from_graph, to_graph
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from export.bundle.adapter import decode, encode
-from export.bundle.base import ExportedBase, export_base
-from export.onnx.adapterinputs import plan, plan_of
-from export.onnx.quantize import Profile
+from export.onnx.adapterinputs import AdapterInputs
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.peftmodel import find_adapter_inputs
 from export.parity.compare import OnnxRunner, compare
 from export.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
 from tests.support import refused
@@ -99,12 +100,12 @@ def test_every_layer_is_scaled_as_peft_scales_it_whatever_the_patterns(
     model = get_peft_model(Net(), LoraConfig(r=3, lora_alpha=8, use_rslora=stabilized, **names, **patterns))
     model.save_pretrained(folder)
     read = read_peft(folder)
-    found = plan_of(read.method, read.tensors)
-    assert found.scaling == plan(model).scaling
-    assert set(found.inputs) == set(plan(model).inputs)
+    found = AdapterInputs.of_tensors(read.method, read.tensors)
+    assert found.scaling == find_adapter_inputs(model).scaling
+    assert set(found.names) == set(find_adapter_inputs(model).names)
     back = folder / "back"
     to_peft(read.tensors, read.method, back)
-    assert plan(PeftModel.from_pretrained(Net(), back)).scaling == plan(model).scaling
+    assert find_adapter_inputs(PeftModel.from_pretrained(Net(), back)).scaling == find_adapter_inputs(model).scaling
 
 
 @pytest.mark.parametrize(
@@ -139,8 +140,8 @@ def test_a_file_for_devices_opens_in_peft_with_its_scale_unfolded(
     tmp_path: Path, model: PeftModel, exported: ExportedBase, tiny_base: Base, form: Format, tolerance: float
 ) -> None:
     values, method = tensors(model), PeftConfig("lora", 4, 8, ("query", "value"))
-    inputs = decode(encode(values, exported.plan, form), form)
-    found = from_graph(inputs, plan_of(method, values).scaling)
+    inputs = decode(encode(values, exported.adapter_inputs, form), form)
+    found = from_graph(inputs, AdapterInputs.of_tensors(method, values).scaling)
     for name, value in values.items():
         assert np.abs(found[name] - value).max() <= tolerance * np.abs(value).max()
     to_peft(found, method, tmp_path / "peft")
@@ -157,8 +158,8 @@ def test_a_peft_folder_answers_the_same_through_the_exported_graph(tmp_path: Pat
     model = get_peft_model(classifier(tiny_base), LoraConfig(r=4, lora_alpha=8, use_rslora=True, **names, **patterns))
     filled(model).save_pretrained(tmp_path)
     read = read_peft(tmp_path)
-    inputs = decode(encode(read.tensors, plan_of(read.method, read.tensors), "fp32"), "fp32")
-    runner = OnnxRunner.open(export_base(model, tiny_base, Profile.FP32).files)
+    inputs = decode(encode(read.tensors, AdapterInputs.of_tensors(read.method, read.tensors), "fp32"), "fp32")
+    runner = OnnxRunner.open(export_classifier(model, tiny_base, Profile.FP32).files)
     assert compare(model, runner, inputs, TEXTS).max_abs_diff < 1e-5
 
 
@@ -212,8 +213,8 @@ def test_what_a_graph_cannot_say_is_refused_by_name(saved: Path, changes: dict[s
         ({"r": -3}, "rank"),
         ({"lora_alpha": None}, "alpha"),
         ({"lora_alpha": float("nan")}, "alpha"),
-        ({"r": 5}, "has rank 3, but the adapter's method says 5"),
-        ({"rank_pattern": {"q_proj": 2}}, "has rank 3, but the adapter's method says 2"),
+        ({"r": 5}, "has rank 3, but the adapter's configuration says 5"),
+        ({"rank_pattern": {"q_proj": 2}}, "has rank 3, but the adapter's configuration says 2"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
         ({"alpha_pattern": {"(": 2}}, "no regular expression"),
         ({"alpha_pattern": {"q" * 600: 2}}, "alpha_pattern"),
@@ -287,10 +288,10 @@ A, B = (f"base_model.model.q_proj.lora_{letter}.weight" for letter in "AB")
     [
         (_change(A, torch.full((3, 6), torch.nan)), "NaN"),
         (_change(A, torch.full((3, 6), 1e300, dtype=torch.float64)), "NaN or infinity"),
-        (_change(A, torch.ones(4, 6)), "no pair of LoRA matrices of one rank"),
-        (_change(A, torch.ones(3, 6, 1)), "no pair of LoRA matrices"),
-        (_change(A, None), "no pair of LoRA matrices"),
-        (_change(B, None), "no pair of LoRA matrices"),
+        (_change(A, torch.ones(4, 6)), "pair of LoRA matrices of one rank"),
+        (_change(A, torch.ones(3, 6, 1)), "pair of LoRA matrices"),
+        (_change(A, None), "pair of LoRA matrices"),
+        (_change(B, None), "pair of LoRA matrices"),
         (_change(A, torch.ones(3, 6, dtype=torch.int8)), "of type I8"),
         (_change("q_proj.lora_A.weight", torch.ones(3, 6)), "none that peft saves"),
         (_change("base_model.model.q_proj.lora_B.bias", torch.ones(6)), "not of plain LoRA"),
@@ -370,7 +371,7 @@ def test_the_digest_is_the_files_and_equal_adapters_give_equal_folders(saved: Pa
 
 def test_folding_and_unfolding_the_scale_are_each_others_inverse(model: PeftModel) -> None:
     load(model, tensors(model))
-    scaling = plan(model).scaling
+    scaling = find_adapter_inputs(model).scaling
     for name, value in from_graph(to_graph(tensors(model), scaling), scaling).items():
         np.testing.assert_allclose(value, tensors(model)[name], rtol=1e-6)
 

@@ -8,8 +8,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.bundle.base import ExportedBase
 from export.onnx import headers
+from export.onnx.exported import ExportedBase
 
 SLOTS = {"A": ("64", "rank_0"), "B": ("rank_0", "32")}
 

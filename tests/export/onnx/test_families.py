@@ -15,10 +15,10 @@ from adapters.base import Base, find_base
 from adapters.classifier import LoraSpec, build, build_own, has_own_head, load, tensors
 from adapters.ondevice import to_graph
 from aggregation.errors import ConfigError
-from export.bundle.base import ExportedBase, export_base
 from export.onnx import tasks
-from export.onnx.quantize import Profile
-from export.onnx.slots import plan_of
+from export.onnx.adapterinputs import AdapterInputs
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
 from export.parity.compare import OnnxRunner
 from export.peft.folder import read_peft
 
@@ -90,10 +90,10 @@ def test_each_family_answers_as_torch_up_to_its_longest_text(make_family: MakeFa
     model = build(base, 3, LoraSpec(rank=4, alpha=6, targets=targets))
     rng = np.random.default_rng(0)
     load(model, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(model).items()})
-    exported = export_base(model, base, Profile.FP32)
+    exported = export_classifier(model, base, Profile.FP32)
     tokenizer = OnnxRunner.open(exported.files).tokenizer
     assert len(tokenizer.encode("lock " * 100).ids) == longest
-    inputs = to_graph(tensors(model), exported.plan.scaling)
+    inputs = to_graph(tensors(model), exported.adapter_inputs.scaling)
     ids = rng.integers(4, 75, (3, longest))
     mask = np.ones_like(ids)
     mask[1, 5:] = mask[2, 1:] = 0
@@ -117,14 +117,14 @@ def test_the_bases_own_head_takes_an_adapter_of_peft_with_any_number_of_labels(
 ) -> None:
     base = make_family(kind, settings | {"num_labels": 3}, AutoModelForSequenceClassification)
     assert has_own_head(base)
-    exported = export_base(build_own(base, LoraSpec(targets=targets)), base, Profile.FP32)
+    exported = export_classifier(build_own(base, LoraSpec(targets=targets)), base, Profile.FP32)
     inner = pretrained.load(base, AutoModelForSequenceClassification, num_labels=7)
     theirs = get_peft_model(inner, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=list(targets))).eval()
     rng = np.random.default_rng(0)
     load(theirs, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(theirs).items()})
     theirs.save_pretrained(tmp_path)
     read = read_peft(tmp_path)
-    inputs = to_graph(read.tensors, plan_of(read.method, read.tensors).scaling)
+    inputs = to_graph(read.tensors, AdapterInputs.of_tensors(read.method, read.tensors).scaling)
     ids = rng.integers(4, 75, (2, 9))
     mask = np.ones_like(ids)
     expected = exact(theirs, ids, mask)
@@ -145,12 +145,12 @@ def test_a_model_that_reads_far_less_than_it_states_is_refused() -> None:
         return torch.zeros(9)[input_ids.shape[1] - 1]
 
     config = AutoConfig.for_model("bert", pad_token_id=0)
-    assert tasks.readable(short, config, 12) == 9
-    with pytest.raises(ConfigError, match="cannot read a text of 12 tokens"):
-        tasks.readable(short, config, 20)
+    assert tasks.readable_length(short, config, 12) == 9
+    with pytest.raises(ConfigError, match="cannot read a text of 13 tokens"):
+        tasks.readable_length(short, config, 20)
 
 
 def test_layers_that_are_convolutions_are_refused_by_name(make_family: MakeFamily) -> None:
     base = make_family("squeezebert", SIZES | {"embedding_size": 32})
     with pytest.raises(ConfigError, match=r"attention\.query: an adapter on Conv1d"):
-        export_base(build(base, 3, LoraSpec()), base, Profile.FP32)
+        export_classifier(build(base, 3, LoraSpec()), base, Profile.FP32)

@@ -7,7 +7,7 @@ from transformers import AutoModel
 from adapters.base import Base
 from adapters.classifier import LoraSpec, PhraseClassifier, build
 from aggregation.errors import ConfigError
-from export.onnx.adapterinputs import plan
+from export.onnx.peftmodel import find_adapter_inputs
 
 QUERY = "encoder.encoder.layer.{}.attention.self.query"
 
@@ -22,22 +22,22 @@ def with_lora(base: Base, **settings: Any) -> PeftModel:
 
 
 def test_every_adapted_layer_and_the_head_become_slots(tiny_base: Base) -> None:
-    found = plan(build(tiny_base, 4, LoraSpec(rank=4, alpha=8)))
+    found = find_adapter_inputs(build(tiny_base, 4, LoraSpec(rank=4, alpha=8)))
     assert [slot.path.rpartition(".")[2] for slot in found.loras] == ["query", "value"] * 2
     assert [slot.path for slot in found.saved] == ["classifier"]
-    assert found.inputs[0] == QUERY.format(0) + ".lora_A.weight"
-    assert found.inputs[-2:] == ("classifier.weight", "classifier.bias")
+    assert found.names[0] == QUERY.format(0) + ".lora_A.weight"
+    assert found.names[-2:] == ("classifier.weight", "classifier.bias")
 
 
 def test_the_scaling_is_the_layers_own_under_rank_and_alpha_patterns(tiny_base: Base) -> None:
     model = with_lora(
         tiny_base, rank_pattern={r"layer\.0.*query": 2}, alpha_pattern={r"layer\.1.*query": 32}, use_rslora=False
     )
-    assert plan(model).scaling == {QUERY.format(0): 8 / 2, QUERY.format(1): 32 / 4}
+    assert find_adapter_inputs(model).scaling == {QUERY.format(0): 8 / 2, QUERY.format(1): 32 / 4}
 
 
 def test_rank_stabilized_scaling_is_honoured(tiny_base: Base) -> None:
-    assert plan(with_lora(tiny_base, use_rslora=True)).scaling[QUERY.format(0)] == 8 / 4**0.5
+    assert find_adapter_inputs(with_lora(tiny_base, use_rslora=True)).scaling[QUERY.format(0)] == 8 / 4**0.5
 
 
 @pytest.mark.parametrize(
@@ -52,21 +52,21 @@ def test_rank_stabilized_scaling_is_honoured(tiny_base: Base) -> None:
 )
 def test_what_a_graph_cannot_take_is_refused_by_name(tiny_base: Base, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named) as caught:
-        plan(with_lora(tiny_base, **settings))
+        find_adapter_inputs(with_lora(tiny_base, **settings))
     assert "\n" not in str(caught.value)
 
 
 def test_another_method_than_lora_is_refused_by_name(tiny_base: Base) -> None:
     config = IA3Config(target_modules=["query"], feedforward_modules=[])
     with pytest.raises(ConfigError, match="ia3"):
-        plan(get_peft_model(classifier(tiny_base), config))
+        find_adapter_inputs(get_peft_model(classifier(tiny_base), config))
 
 
 def test_a_merged_adapter_is_refused(tiny_base: Base) -> None:
     model = with_lora(tiny_base)
     model.merge_adapter()
     with pytest.raises(ConfigError, match="merged"):
-        plan(model)
+        find_adapter_inputs(model)
 
 
 def test_two_active_adapters_are_refused(tiny_base: Base) -> None:
@@ -74,4 +74,4 @@ def test_two_active_adapters_are_refused(tiny_base: Base) -> None:
     model.add_adapter("second", LoraConfig(r=2, target_modules=["query"]))
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ConfigError, match="2 are active"):
-        plan(model)
+        find_adapter_inputs(model)

@@ -1,0 +1,27 @@
+"""``edgeadapt export key``: make a signing key."""
+
+from pathlib import Path
+
+import click
+
+from aggregation.entropy import SystemEntropy
+from export.bundle import keys
+from export.cli.options import FOLDER, out_json, say
+
+
+@click.command()
+@click.argument("path", type=FOLDER, metavar="KEY.pem")
+@out_json
+def key(path: Path, as_json: bool) -> None:
+    """Make a signing key (Ed25519) in KEY.pem, readable by you alone, and its public half in KEY.pub.pem.
+
+    \b
+    Example:
+      edgeadapt export key vendor.pem && cp vendor.pub.pem trust.pem
+    """
+    private, public = keys.make_key(path, SystemEntropy())
+    say(
+        {"key": str(path), "public": str(public), "id": private.public.key_id},
+        f"key {private.public.key_id} in {path}; devices pin {public} in their trust.pem",
+        as_json,
+    )

@@ -1,0 +1,51 @@
+"""``edgeadapt export peft``: write an adapter as a PEFT folder."""
+
+from pathlib import Path
+
+import click
+
+from aggregation.errors import ConfigError
+from export.bundle import keys, read
+from export.cli.options import FOLDER, from_registry, origin_of, out_json, pinned, say, which
+from export.peft.folder import to_peft
+
+
+@click.command()
+@from_registry
+@which
+@click.option("--bundle", type=FOLDER, metavar="BUNDLE", help="Instead of a registry: an exported adapter.")
+@click.option("--name", default="global", metavar="NAME", help="Of the bundle's adapter. Default: global.")
+@pinned
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder.")
+@out_json
+def peft(
+    registry: Path | None,
+    version: int | None,
+    bundle: Path | None,
+    name: str,
+    trust: Path | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Write an adapter as a folder that plain peft opens with PeftModel.from_pretrained.
+
+    \b
+    Examples:
+      edgeadapt export peft --registry runs/demo/coordinator --out my-lora
+      edgeadapt export peft --bundle bundle --name global --out my-lora
+    """
+    if (registry is None) == (bundle is None):
+        raise ConfigError("name one source: --registry DIR or --bundle BUNDLE", about="--registry")
+    if bundle is not None:
+        if version is not None:
+            raise ConfigError(
+                "--version is for a registry; a bundle holds one version of each adapter", about="--version"
+            )
+        trusted = keys.public_keys(trust or bundle.resolve().parent / read.TRUST)
+        manifest = read.read_manifest(bundle, trusted)
+        tensors, config = read.unfolded(*read.read_adapter(bundle, name, manifest, trusted))
+    else:
+        origin = origin_of(registry, None, version, trust, None)
+        tensors, config = origin.tensors, origin.method
+    to_peft(tensors, config, out)
+    say({"out": str(out), "tensors": len(tensors)}, f"{out}: {len(tensors)} tensors, for peft", as_json)

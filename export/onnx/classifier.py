@@ -1,0 +1,61 @@
+"""A frozen classifier or encoder, exported once for every adapter of its layers."""
+
+from onnx import checker
+from peft import PeftModel
+from tokenizers import Tokenizer
+
+from adapters import pretrained
+from adapters.base import Base
+from aggregation.errors import ConfigError
+from export.onnx import graph, headers
+from export.onnx.calibrate import TEXT, TOKENS
+from export.onnx.exported import MAX_RANK, TOKENIZER, ExportedBase, Profile
+from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.quantize import quantize
+from export.onnx.tasks import readable_length
+
+
+def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
+    """Export the base of ``model`` in a few seconds; no tensor of its adapter gets into the result.
+
+    Args:
+        model: From ``adapters.classifier.build``; its adapter names the layers that get slots.
+        base: The base of ``model``.
+        profile: How weights are stored.
+        max_rank: The highest rank that the base manifest allows an adapter.
+
+    Raises:
+        ConfigError: The model cannot be exported (``find_adapter_inputs``, ``graph.trace``), or nothing limits the
+            length of its texts.
+    """
+    inputs = find_adapter_inputs(model)
+    tokenizer = _tokenizer(base, model)
+    ids = Tokenizer.from_str(tokenizer.decode()).encode(TEXT).ids[:TOKENS]
+    traced = quantize(graph.trace(model, inputs), profile, ids)
+    checker.check_model(traced)
+    slots = graph.slots(traced)
+    return ExportedBase(
+        base_digest=base.digest,
+        task="text-classification",
+        profile=profile,
+        adapter_inputs=inputs,
+        slots=slots,
+        max_rank=max_rank,
+        files=headers.split(traced, slots) | {TOKENIZER: tokenizer},
+    )
+
+
+def _tokenizer(base: Base, model: PeftModel) -> bytes:
+    """The base's tokenizer, truncating at what the model can read, without padding, which a device does not need."""
+    tokenizer, config = pretrained.tokenizer(base), pretrained.configuration(base)
+    positions = getattr(config, "max_position_embeddings", None)  # transformers maps each family's own name to it
+    limits = [n for n in (positions, (tokenizer.truncation or {}).get("max_length")) if n]
+    if not limits:
+        raise ConfigError(
+            f"neither config.json nor tokenizer.json in {base.folder} limits the length of a text; state "
+            "max_position_embeddings in config.json",
+            about="max_position_embeddings",
+        )
+    tokenizer.enable_truncation(readable_length(model.base_model.model, config, min(limits)))
+    tokenizer.no_padding()
+    return str(tokenizer.to_str()).encode()
