@@ -9,11 +9,11 @@ from lazygroup import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
-    "key": ("export.cli.key", "key", "Make a signing key (Ed25519).", "export"),
-    "base": ("export.cli.base", "base", "Export a frozen base: one graph with open slots.", "export"),
     "adapter": ("export.cli.adapter", "adapter", "Add an adapter from a registry or peft to a bundle.", "export"),
-    "peft": ("export.cli.peft", "peft", "Write an adapter as a folder that plain peft opens.", "export"),
+    "base": ("export.cli.base", "base", "Export a frozen base: one graph with open slots.", "export"),
+    "key": ("export.cli.key", "key", "Make a signing key (Ed25519).", "export"),
     "parity": ("export.cli.parity", "parity", "Compare an exported base and adapter with torch on texts.", "export"),
+    "peft": ("export.cli.peft", "peft", "Write an adapter as a folder that plain peft opens.", "export"),
 }
 
 
