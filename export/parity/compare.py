@@ -3,8 +3,8 @@
 A quantized base is never assumed to be good: the very files that ship are measured. A classifier gives one answer for a
 text, a language model one after each token; the dimensions of the logits show which of the two it is.
 
-The limits are about twice as far as what was measured. docs/explanation/export.md has the measurements, the commands that repeat
-them, and the two exceptions from that margin.
+The limits are about twice as far as what was measured. docs/explanation/export.md has the measurements, the commands
+that repeat them, and the two exceptions from that margin.
 """
 
 import math
