@@ -1,15 +1,15 @@
-"""The auditor: checks a finished session from its transcript alone. It holds nothing secret and opens no file.
+"""The audit of one finished session from its transcript alone. It holds no secret and opens no file.
 
-    reading ─► log ─► identities ─► signatures ─► order ─► the rules ─► secrets ─► sums
-              (log)  (history)─────────────────────────►  (rules)      (opened)
+    log ─► identities ─► signatures ─► order ─► thresholds, survivors, shares ─► secrets ─► results ─► sums
+    └────────── history ────────────────────┘   └────────── rules ──────────┘   (sums)     (rules)    (sums)
 
-Each check is made in turn and ends in a finding. The first that fails ends the audit, but for the log itself: where it
-does not fit its checkpoints, the checks after it often find the very message.
+Each check is made in turn and ends in a finding. The first failure ends the audit, except that of the log itself: the
+checks after it often find the very message that does not fit its checkpoint.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from datetime import datetime
 
 from aggregation.errors import TrustError
 from aggregation.messages import Message
@@ -17,15 +17,10 @@ from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
 from aggregation.transcript import NO_SESSION, Checkpoint, Entry, Reading, read
 from coordinator.audit import history as histories
-from coordinator.audit import log, rules, unmasked
+from coordinator.audit import rules
+from coordinator.audit.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
 from coordinator.audit.history import History
-from coordinator.audit.report import Check, Finding, Made, Problem, Report, RoundSummary, Skipped, Status, many
-from coordinator.audit.unmasked import Opened, Vectors
-
-if TYPE_CHECKING:
-    from datetime import datetime
-
-__all__ = ["Check", "Finding", "Made", "Report", "RoundSummary", "Status", "audit", "chain", "many"]
+from coordinator.audit.sums import UnmaskedRound, Vectors, produced, secrets, sums
 
 
 def audit(
@@ -34,53 +29,53 @@ def audit(
     coordinator: PublicKey,
     vectors: Vectors = lambda digest: None,
     *,
-    at: "datetime | None" = None,
+    at: datetime | None = None,
     unfinished: bool = False,
 ) -> Report:
     """Check a session.
 
     Args:
         raw: The log.
-        root: The authority whose word on devices counts, with its revocation list where revocation is to be checked.
-        coordinator: The key of the coordinator, as devices pin it.
+        root: The authority that must have certified the devices, with its revocation list if that is to be checked.
+        coordinator: The coordinator's key, as devices pin it.
         vectors: Digest → packed masked vector, where it was kept.
-        at: When the session took place, where the dates of certificates are to be checked. A log has no clock.
-        unfinished: Accept a log that is not closed: of a session under way.
+        at: When the session took place, to check the dates of certificates. A log has no clock.
+        unfinished: Accept a log that is not closed, as that of a session under way is.
     """
-    auditor = _Auditor(read(raw), root, coordinator, vectors, at, unfinished)
-    return auditor.run()
+    return _Audit(read(raw), root, coordinator, vectors, at, unfinished).run()
 
 
 def chain(reports: Mapping[str, Report]) -> None:
-    """Return if the sessions follow each other from the coordinator's first one on, none left out.
+    """Return if the sessions follow each other from the coordinator's first one on, without a gap.
 
     Args:
         reports: Name → report, in order.
 
     Raises:
-        TrustError: A session is missing or was replaced. Those after the last one cannot be missed.
+        TrustError: A session is missing or was replaced. A missing last session cannot be detected.
     """
     last, before = NO_SESSION, "the beginning"
     for name, report in reports.items():
-        if report.last and report.previous != last:  # before its first checkpoint a log does not say what it follows
-            raise TrustError(f"{name} does not follow {before}: a session is missing or was replaced")
+        if report.last and report.previous != last:  # before its first checkpoint a log does not name its predecessor
+            text = f"{name} does not follow {before}: a session is missing or was replaced"
+            raise TrustError(text, about="session", value=name)
         last, before = report.last, name
 
 
 @dataclass(slots=True)
-class _Auditor:
-    """The checks and what they hand on to each other."""
+class _Audit:
+    """The checks, and what each passes on to the next."""
 
     reading: Reading
     root: Root
     coordinator: PublicKey
     vectors: Vectors
-    at: "datetime | None"
+    at: datetime | None
     unfinished: bool
     checkpoints: list[Checkpoint] = field(default_factory=list)
     history: History | None = None
     messages: list[Message | None] = field(default_factory=list)
-    opened: dict[int, Opened] = field(default_factory=dict)
+    unmasked: dict[int, UnmaskedRound] = field(default_factory=dict)
 
     def run(self) -> Report:
         steps: dict[Check, Callable[[], str]] = {
@@ -91,9 +86,9 @@ class _Auditor:
             Check.THRESHOLDS: lambda: rules.thresholds(self._history),
             Check.SURVIVORS: lambda: rules.survivors(self._history),
             Check.SHARES: lambda: rules.shares(self._history),
-            Check.SECRETS: lambda: unmasked.secrets(self._history, self.opened),
+            Check.SECRETS: lambda: secrets(self._history, self.unmasked),
             Check.RESULTS: lambda: rules.results(self._history),
-            Check.SUMS: lambda: unmasked.sums(self._history, self.opened, self.vectors),
+            Check.SUMS: lambda: sums(self._history, self.unmasked, self.vectors),
             Check.PARTICIPATION: self._participation,
         }
         findings: list[Finding] = []
@@ -104,76 +99,74 @@ class _Auditor:
 
     @property
     def _entries(self) -> tuple[Entry, ...]:
-        """Those of the log by their true place, whatever number an entry bears: ``log`` has found the wrong ones."""
+        """The entries numbered by their true place, whatever number they state: ``_log`` finds the wrong ones."""
         return tuple(replace(entry, index=index) for index, entry in enumerate(self.reading.entries))
 
     @property
     def _history(self) -> History:
         if self.history is None:
-            raise Problem("there is no session to check")
+            raise Problem("log", "there is no session to check")
         return self.history
 
     def _log(self) -> str:
-        self.checkpoints = log.checkpoints(self.reading, self.coordinator, self.unfinished)
-        return (
-            f"{len(self.reading.entries)} entries, none missing, moved or altered: they are those that the coordinator "
-            f"signed in {many(len(self.checkpoints), 'checkpoint')}"
-        )
+        self.checkpoints = histories.checkpoints(self.reading, self.coordinator, self.unfinished)
+        signed = count(len(self.checkpoints), "checkpoint")
+        size = len(self.reading.entries)
+        return f"{size} entries, none missing, moved or altered since the coordinator signed them in {signed}"
 
     def _identities(self) -> str:
         self.history = histories.begin(self._entries, self.root, self.coordinator, self.at)
         if any(checkpoint.offer != self.history.offer.digest() for checkpoint in self.checkpoints):
-            raise Problem("the checkpoints are of another session", self._entries[0].place)
+            raise Problem("checkpoint.offer", "the checkpoints are of another session", self._entries[0].place)
         return f"{len(self.history.cohort)} devices, each certified by the authority{self._certified()}"
 
     def _certified(self) -> str:
-        listed = self.root.revoked
+        crl = self.root.revoked
         checked = [f"valid on {self.at:%Y-%m-%d}"] if self.at else []
-        checked += [f"not on its revocation list {listed.number} of {listed.this_update:%Y-%m-%d}"] if listed else []
+        checked += [f"not on its revocation list {crl.number} of {crl.this_update:%Y-%m-%d}"] if crl else []
         unchecked = [] if self.at else ["whether the certificates were valid at the time"]
-        unchecked += [] if listed else ["whether one was revoked"]
+        unchecked += [] if crl else ["whether one was revoked"]
         but = f". Not checked: {', '.join(unchecked)}" if unchecked else ""
         return "".join(f", {each}" for each in checked) + ", no device or key twice" + but
 
     def _signatures(self) -> str:
         self.messages = histories.verify(self._history, self._entries, self.coordinator)
-        return f"{len(self.messages)} messages, each signed by the one who is said to have sent it"
+        return f"{count(len(self.messages), 'message')}, each signed by its stated sender"
 
     def _order(self) -> str:
         histories.follow(self._history, self._entries, self.messages, self.coordinator)
-        return "each message belongs to this session and to its step, and nobody answered a step twice"
+        return "each message belongs to this session and to its step, and no step was answered twice"
 
     def _participation(self) -> str:
         counts = rules.participation(self._history)
         least, most = min(counts.values()), max(counts.values())
-        often = f"{least} to {most}" if least < most else f"{most}"
-        return (
-            f"the update of each of the {many(len(counts), 'device')} is in {often} of {many(len(self.opened), 'sum')}"
-        )
+        times = f"{least} to {most}" if least < most else f"{most}"
+        devices, total = count(len(counts), "device"), count(len(self.unmasked), "sum")
+        return f"the update of each of the {devices} is in {times} of {total}"
 
     def _report(self, findings: tuple[Finding, ...]) -> Report:
-        rounds = self.history.rounds if self.history else []
-        holds = all(finding.status is not Status.FAIL for finding in findings)
+        history = self.history
+        passed = all(finding.status is not Status.FAIL for finding in findings)
         return Report(
             findings=findings,
-            rounds=tuple(
-                RoundSummary(
-                    current.plan.round,
-                    current.plan.members,
-                    current.counted,
-                    current.dropped if current.survivors else (),
-                    current.lost(self._history.offer.spec.adversary),
-                    self.opened[current.plan.round].blamed if current.plan.round in self.opened else (),
-                    rules.ending(current),
-                )
-                for current in rounds
-            ),
-            lost=self.history.lost if self.history else {},
-            participation=rules.participation(self.history) if self.history else {},
+            rounds=tuple(self._summary(current) for current in history.rounds) if history else (),
+            dropouts_by_step=history.dropouts_by_step if history else {},
+            participation=rules.participation(history) if history else {},
             entries=len(self.reading.entries),
             previous=self.checkpoints[0].previous if self.checkpoints else NO_SESSION,
             last=self.checkpoints[-1].digest() if self.checkpoints else b"",
-            made=unmasked.made(self.history, self.opened) if self.history and holds else (),
+            produced=produced(history, self.unmasked) if history and passed else (),
+        )
+
+    def _summary(self, current: histories.Round) -> RoundSummary:
+        number = current.plan.round
+        return RoundSummary(
+            number,
+            current.plan.members,
+            current.survivors,
+            current.dropouts_by_step(self._history.offer.spec.adversary),
+            self.unmasked[number].blamed if number in self.unmasked else (),
+            rules.ending(current),
         )
 
 
@@ -181,6 +174,6 @@ def _find(check: Check, step: Callable[[], str]) -> Finding:
     try:
         return Finding(check, Status.PASS, step())
     except Skipped as reason:
-        return Finding(check, Status.SKIPPED, str(reason))
+        return Finding(check, Status.SKIPPED, str(reason), about=reason.about)
     except Problem as problem:
-        return Finding(check, Status.FAIL, str(problem), problem.place)
+        return Finding(check, Status.FAIL, str(problem), problem.place, problem.about)

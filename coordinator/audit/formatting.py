@@ -1,4 +1,4 @@
-"""What an audit found, for a reader and as JSON."""
+"""The reports of an audit as lines of text and as JSON."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -7,67 +7,67 @@ from typing import Any
 import click
 
 from aggregation.transcript import read
-from coordinator.audit.auditor import Finding, Report, Status, many
-from coordinator.audit.transcripts import AuditedTranscript
+from coordinator.audit.findings import Finding, Report, Status, count
+from coordinator.audit.transcripts import AuditInput
 
 MARK, INDENT, WIDTH = 13, 30, 90  # columns: of a finding's status, before its text, of its text
 
 
-def told(opened: AuditedTranscript, reports: Mapping[str, Report]) -> Iterator[str]:
-    """Lines: each session's checks, what they amount to, and whose keys were relied on."""
+def render_findings(checked: AuditInput, reports: Mapping[str, Report]) -> Iterator[str]:
+    """Lines: the checks of each session, their number by status, and the keys that they relied on."""
     for name, report in reports.items():
         size = ((len(report.participation), "device"), (len(report.rounds), "round"), (report.entries, "message"))
-        yield f"{name}  {', '.join(many(*each) for each in size)}"
+        yield f"{name}  {', '.join(count(*each) for each in size)}"
         yield from (_line(finding) for finding in report.findings)
         yield ""
     findings = [finding.status for report in reports.values() for finding in report.findings]
     counts = ((status, findings.count(status)) for status in Status)
-    yield f"checks: {', '.join(f'{count} {status.value}' for status, count in counts if count)}"
-    whose = "you gave" if opened.given else "came with the transcript: compare them with those that devices pin"
-    yield f"checked with the keys that {whose}"
-    yield from (f"  {party:11} {fingerprint}" for party, fingerprint in opened.relied_on.items())
-    missing = [] if opened.at else ["dates of certificates (--at DATE)"]
-    missing += [] if opened.root.revoked else ["revocation (--revoked FILE)"]
+    yield f"checks: {', '.join(f'{number} {status.value}' for status, number in counts if number)}"
+    source = "you named" if checked.pinned else "are in the transcript: compare them with those that devices pin"
+    yield f"checked with the keys that {source}"
+    yield from (f"  {party:11} {fingerprint}" for party, fingerprint in checked.fingerprints.items())
+    missing = [] if checked.at else ["dates of certificates (--at DATE)"]
+    missing += [] if checked.root.revoked else ["revocation (--revoked FILE)"]
     if missing:
         yield f"not checked: {', '.join(missing)}"
 
 
 def _line(finding: Finding) -> str:
-    words = click.wrap_text(finding.text, width=WIDTH).replace("\n", "\n" + " " * INDENT)
-    return f"  {finding.status.value:{MARK}}{finding.check.value:{INDENT - MARK - 2}}{words}".rstrip()
+    text = click.wrap_text(finding.text, width=WIDTH).replace("\n", "\n" + " " * INDENT)
+    return f"  {finding.status.value:{MARK}}{finding.check.value:{INDENT - MARK - 2}}{text}".rstrip()
 
 
-def shown(opened: AuditedTranscript, reports: Mapping[str, Report], *, entries: bool) -> Iterator[str]:
-    """Lines: each session's rounds, and with ``entries`` every message in its log."""
-    for path, (name, report) in zip(opened.paths, reports.items(), strict=True):
+def render_rounds(checked: AuditInput, reports: Mapping[str, Report], *, entries: bool) -> Iterator[str]:
+    """Lines: the rounds of each session, and with ``entries`` every message in its log."""
+    for path, (name, report) in zip(checked.paths, reports.items(), strict=True):
         yield name
-        if report.lost:
-            yield f"  before the first round: {_lost(report.lost)}"
+        if report.dropouts_by_step:
+            yield f"  before the first round: {_dropouts(report.dropouts_by_step)}"
         for each in report.rounds:
             survived = f"{len(each.survivors)} of {len(each.planned)} survived"
-            notes = [_lost(each.lost)] if each.lost else []
-            notes += [f"wrong shares from {', '.join(each.blamed)}"] if each.blamed else []
+            notes = [_dropouts(each.dropouts_by_step)] if each.dropouts_by_step else []
+            notes += [f"wrong shares of {', '.join(each.blamed)}"] if each.blamed else []
             yield "  ".join([f"  round {each.round:>3}", survived, each.ending, *notes])
-        often = [f"{device} {count}" for device, count in report.participation.items()]
-        yield f"  sums that a device is in: {', '.join(often)}"
+        often = [f"{device} {number}" for device, number in report.participation.items()]
+        yield f"  sums that contain a device: {', '.join(often)}"
         for entry in read(path.read_bytes()).entries if entries else ():
             yield f"  {entry.place}: {len(entry.message):,} bytes"
 
 
-def _lost(lost: Mapping[str, tuple[str, ...]]) -> str:
-    return f"lost {'; '.join(', '.join(devices) + f' at {step}' for step, devices in lost.items())}"
+def _dropouts(by_step: Mapping[str, tuple[str, ...]]) -> str:
+    return f"dropped out: {'; '.join(', '.join(devices) + f' at {step}' for step, devices in by_step.items())}"
 
 
-def as_json(opened: AuditedTranscript, reports: Mapping[str, Report]) -> dict[str, Any]:
+def as_json(checked: AuditInput, reports: Mapping[str, Report]) -> dict[str, Any]:
     """The same, to be serialized."""
     return {
-        "relied_on": {**opened.relied_on, "given": opened.given},
+        "keys": {**checked.fingerprints, "pinned": checked.pinned},
         "sessions": [
             {
                 "log": name,
                 "entries": report.entries,
                 "checks": [_finding(finding) for finding in report.findings],
-                "lost": report.lost,
+                "dropouts_by_step": report.dropouts_by_step,
                 "rounds": [asdict(each) for each in report.rounds],
                 "participation": report.participation,
             }
@@ -78,4 +78,4 @@ def as_json(opened: AuditedTranscript, reports: Mapping[str, Report]) -> dict[st
 
 def _finding(finding: Finding) -> dict[str, Any]:
     place = asdict(finding.place) if finding.place else None
-    return {"check": finding.check.value, "status": finding.status.value, "text": finding.text, "place": place}
+    return {**asdict(finding), "check": finding.check.value, "status": finding.status.value, "place": place}

@@ -1,16 +1,17 @@
-"""From the sum to the adapter, once more: what an auditor can say about the step that no transcript holds.
+"""The step from a round's sum to its adapter, recomputed with the registry: a transcript does not contain it.
 
-A transcript ends with the digest of a sum and that of the adapter that is said to have come of it. With the published
-files (``adapters.registryfiles``) three things can be checked:
+A transcript ends with the digest of a sum and that of the adapter which the coordinator says it produced from it. With
+the registry (``adapters.registryfiles``) three things can be checked:
 
-- each adapter that a log names was published under the coordinator's signature, for these very survivors, and its file
-  is unaltered;
-- where the masked updates were kept, so that the sum was added up again: that the server's rule makes this adapter of
-  it, bit for bit. FedAvg needs the adapter before and nothing else;
-- FedAdam remembers two running means. They start from nothing at version 0, so its steps can be made again where no
-  sum since then is missing, and from no other point.
+- each adapter that a log names was published under the coordinator's signature, for exactly these survivors, and its
+  file is unaltered;
+- if the masked updates were kept, so that the sum could be recomputed: the server optimizer turns that sum into this
+  adapter, bit for bit. FedAvg needs only the adapter before;
+- FedAdam has two moments as state, which start from constants at version 0. Its steps can be recomputed if no sum since
+  version 0 is missing, and not otherwise.
 
-The rule itself is what the operator's settings say: an auditor sees whether it was kept to, not whether anyone agreed.
+The server optimizer is the one in the operator's settings. An audit shows whether the coordinator followed it, not
+whether anyone agreed to it.
 """
 
 from dataclasses import dataclass, field
@@ -22,125 +23,142 @@ from adapters.manifest import VersionManifest
 from adapters.registryfiles import RegistryFiles
 from aggregation.errors import DataError, TrustError
 from coordinator import optimizer
-from coordinator.audit.auditor import Check, Finding, Made, Status, many
-from coordinator.audit.report import Problem
+from coordinator.audit.findings import Check, Finding, Problem, ProducedAdapter, Status, count
 from coordinator.optimizer import Stateless
 from coordinator.settings import SETTINGS
 
-DIGESTS_ONLY = "the masked updates were kept as digests only"
-UNPUBLISHED = "the coordinator stopped before it had published the last one"
-REPLACED = "another one was published under the number of the last, as after a stop: a later session's log must name it"
-UNKNOWN_STATE = "what FedAdam remembers of earlier rounds is in no transcript, and a sum since version 0 is missing"
+# Why the step of an adapter could not be recomputed: for programs → for people.
+REASONS = {
+    "vectors": "only digests of the masked updates were kept",
+    "unpublished": "the coordinator stopped before it published the last one",
+    "replaced": "another one was published under the number of the last, as after a stop: a later log must name it",
+    "optimizer": "the state of FedAdam is in no transcript, and a sum since version 0 is missing",
+}
 
 
 @dataclass(slots=True)
-class Remake:
+class Recomputation:
     """Follows the published adapters through a coordinator's sessions, in order.
 
     Args:
-        registry: What the coordinator published.
-        rule: The server's, as the operator's settings say.
-        state: Of the server's optimizer after the step that was made again last, and the version that it made.
-        undone: The last adapter, where it is not what was published: the next session must start where it did.
+        registry: Where the adapters were published.
+        rule: The server optimizer, according to the operator's settings.
+        state: The version that was recomputed last, and the optimizer's state after it.
+        unpublished: The last adapter of a session, if it was not published: the next session must start where it did.
     """
 
     registry: RegistryFiles
     rule: optimizer.Settings
     state: tuple[int, optimizer.State] | None = field(default=None, repr=False)
-    undone: Made | None = None
+    unpublished: ProducedAdapter | None = None
 
-    def check(self, made: tuple[Made, ...]) -> Finding:
-        """The adapters of one session."""
-        reasons: list[str] = []
-        for each in made:
-            try:
-                reasons.append(self._step(each, each is made[-1]))
-            except Problem as problem:
-                return Finding(Check.ADAPTERS, Status.FAIL, str(problem), problem.place)
-            except (DataError, TrustError) as error:
-                return Finding(Check.ADAPTERS, Status.FAIL, f"{each.place}: {error}", each.place)
-        return Finding(Check.ADAPTERS, *self._told(reasons))
-
-    def _told(self, reasons: list[str]) -> tuple[Status, str]:
-        """In words. ``reasons``: of each adapter why its step could not be made again; empty where it was."""
-        if not reasons:
-            return Status.PASS, "no adapter was made"
-        again, published = reasons.count(""), len(reasons) - reasons.count(UNPUBLISHED) - reasons.count(REPLACED)
-        text = f"{many(published, 'adapter')}, published under the coordinator's signature and unaltered since"
-        if again:
-            which = "Made" if again == len(reasons) else f"{again} of {len(reasons)}, made"
-            text += f". {which} again from the sums by the server's rule: the same bit for bit ({self._rule})"
-        if again < len(reasons):
-            why = "; ".join(sorted(set(reasons) - {""}))
-            text += f". Not shown of {len(reasons) - again}, that the sum made it: {why}"
-        return Status.PASS if again else Status.SKIPPED, text
-
-    @property
-    def _rule(self) -> str:
-        return f"{type(self.rule).__name__} at rate {self.rule.learning_rate:g}, as {SETTINGS} says"
-
-    def _step(self, made: Made, last: bool) -> str:
-        """Check one adapter; why its step could not be made again, or nothing.
+    def check(self, produced: tuple[ProducedAdapter, ...]) -> Finding:
+        """The adapters of one session.
 
         Raises:
-            Problem: It is not what was published, or not what the rule makes of the sum.
+            ConfigError: The registry is of another format.
         """
-        if self.undone is not None and made.before != self.undone.before:
-            raise Problem(f"the devices got an adapter {made.before[0]} that no log made", made.place)
-        self.undone = None
-        said = self.registry.manifest(made.after[0])
-        # The log is written first: a kill in between leaves a last adapter that is not published.
-        if last and (said is None or said.sha256 != made.after[1]):
-            self.undone = made
-            return REPLACED if said else UNPUBLISHED
-        parent = self.registry.manifest(made.before[0])
-        if parent is None or parent.sha256 != made.before[1]:
-            raise Problem(f"the devices got another adapter than was published as {made.before[0]}", made.place)
-        before, after = (self.registry.tensors(each) for each in (parent, _agree(made, said)))
+        reasons: list[str] = []
+        for each in produced:
+            try:
+                reasons.append(self._step(each, each is produced[-1]))
+            except Problem as problem:
+                return Finding(Check.ADAPTERS, Status.FAIL, str(problem), problem.place, problem.about)
+            except (DataError, TrustError) as error:
+                return Finding(Check.ADAPTERS, Status.FAIL, f"{each.place}: {error}", each.place, error.about)
+        return self._summary(reasons)
+
+    def _summary(self, reasons: list[str]) -> Finding:
+        """``reasons``: for each adapter the key of why its step could not be recomputed; empty if it was."""
+        if not reasons:
+            return Finding(Check.ADAPTERS, Status.PASS, "no adapter was produced")
+        again, why = reasons.count(""), sorted(set(reasons) - {""})
+        published = len(reasons) - reasons.count("unpublished") - reasons.count("replaced")
+        text = f"{count(published, 'adapter')} published under the coordinator's signature and unaltered since"
+        if again:
+            text += f". {again} of {len(reasons)} recomputed from the sums, equal bit for bit ({self._optimizer})"
+        if why:
+            lacking = "; ".join(REASONS[reason] for reason in why)
+            text += f". {len(reasons) - again} of {len(reasons)} not recomputed: {lacking}"
+        return Finding(Check.ADAPTERS, Status.PASS if again else Status.SKIPPED, text, about=", ".join(why))
+
+    @property
+    def _optimizer(self) -> str:
+        return f"{type(self.rule).__name__} at learning rate {self.rule.learning_rate:g}, according to {SETTINGS}"
+
+    def _step(self, produced: ProducedAdapter, last: bool) -> str:
+        """Check one adapter. Returns a key of ``REASONS``, or nothing if the step was recomputed.
+
+        Raises:
+            Problem: It is not what was published, or not what the optimizer computes from the sum.
+            DataError, TrustError: A file is missing, damaged or altered.
+        """
+        place, (start, start_digest), (version, digest) = produced.place, produced.before, produced.after
+        if self.unpublished is not None and produced.before != self.unpublished.before:
+            raise Problem("plan.adapter", f"the devices got an adapter {start} that no log produced", place)
+        self.unpublished = None
+        manifest, parent = self.registry.manifest(version), self.registry.manifest(start)
+        # The log is written first: a stop in between leaves a last adapter that is not published.
+        if last and (manifest is None or manifest.sha256 != digest):
+            self.unpublished = produced
+            return "replaced" if manifest else "unpublished"
+        if parent is None or parent.sha256 != start_digest:
+            raise Problem("plan.adapter", f"the devices got another adapter than was published as {start}", place)
+        before, after = (self.registry.tensors(each) for each in (parent, _agreeing(produced, manifest)))
         layout = Layout.of(before)
-        if not Layout.of(after).digest == layout.digest == made.layout:
-            raise Problem("the adapter has another layout than the session was for", made.place)
-        if made.values is None:
-            return DIGESTS_ONLY
-        state = self._before(made, layout.size)
+        if not Layout.of(after).digest == layout.digest == produced.layout:
+            raise Problem("layout_digest", "the adapter has another layout than the session's offer", place)
+        if produced.values is None:
+            return "vectors"
+        state = self._state_before(produced, layout.size)
         if state is None:
-            return UNKNOWN_STATE
-        after_state, expected = optimizer.step(self.rule, state, layout.flatten(before), _mean(made))
+            return "optimizer"
+        after_state, expected = optimizer.step(self.rule, state, layout.flatten(before), _mean(produced))
         if expected.tobytes() != layout.flatten(after).tobytes():
-            raise Problem(f"adapter {made.after[0]} is not what the rule makes of the sum ({self._rule})", made.place)
-        self.state = made.after[0], after_state
+            text = f"adapter {version} is not what the server optimizer computes from the sum ({self._optimizer})"
+            raise Problem("result.adapter", text, place)
+        self.state = version, after_state
         return ""
 
-    def _before(self, made: Made, size: int) -> optimizer.State | None:
-        """What the optimizer remembered before this step, where that is known."""
+    def _state_before(self, produced: ProducedAdapter, size: int) -> optimizer.State | None:
+        """The optimizer's state before a step, if it is known."""
         start = optimizer.start(self.rule, size)
-        if isinstance(start, Stateless) or made.before[0] == 0:
+        if isinstance(start, Stateless) or produced.before[0] == 0:
             return start
-        return self.state[1] if self.state is not None and self.state[0] == made.before[0] else None
+        return self.state[1] if self.state is not None and self.state[0] == produced.before[0] else None
 
 
-def _agree(made: Made, said: VersionManifest | None) -> VersionManifest:
-    """The manifest, which says the same as the log."""
-    version, digest = made.after
-    if said is None:
-        raise Problem(f"adapter {version} is not in the registry", made.place)
+def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None) -> VersionManifest:
+    """The manifest of an adapter, which says the same as the log.
+
+    Raises:
+        Problem: It does not, or there is none.
+    """
+    version, digest = produced.after
+    if manifest is None:
+        raise Problem("version", f"adapter {version} is not in the registry", produced.place)
     expected = {
         "version": version,
         "sha256": digest,
-        "parent": made.before[1],
-        "survivors": made.survivors,
-        "layout_digest": made.layout,
+        "parent": produced.before[1],
+        "survivors": produced.survivors,
+        "layout_digest": produced.layout,
     }
     for name, value in expected.items():
-        if getattr(said, name) != value:
-            raise Problem(f"the manifest of adapter {version} says another {name} than the log", made.place)
-    return said
+        if getattr(manifest, name) != value:
+            text = f"the manifest of adapter {version} and the log differ in {name}"
+            raise Problem(f"manifest.{name}", text, produced.place)
+    return manifest
 
 
-def _mean(made: Made) -> Floats:
-    """As ``coordinator.rounds`` takes it: the summed delta over the summed examples, which are a whole number."""
-    values = made.values or {}
+def _mean(produced: ProducedAdapter) -> Floats:
+    """As ``coordinator.rounds`` computes it: the sum of the deltas over the sum of the examples, a whole number.
+
+    Raises:
+        Problem: The sum does not have these two segments, or has no examples.
+    """
+    values = produced.values or {}
     if not {"delta", "weight"} <= set(values) or np.rint(values["weight"][0]) < 1:
-        raise Problem("what was summed is no update with its examples", made.place)
+        raise Problem("values", "the sum does not consist of an update and its examples", produced.place)
     mean: Floats = (values["delta"] / float(np.rint(values["weight"][0]))).astype(np.float32)
     return mean

@@ -1,4 +1,7 @@
-"""The rules of the protocol, held against a history: how many, who, and which share of whom."""
+"""The rules of the protocol, checked on a history: how many devices, which ones, and which shares they revealed.
+
+Each function returns one sentence or a few for the report, or raises the ``Problem`` that it found.
+"""
 
 import bisect
 from collections import Counter
@@ -11,35 +14,35 @@ from aggregation.messages import Assignment, ConsistencySignature, Survivors, Un
 from aggregation.session import Session
 from aggregation.spec import Adversary
 from aggregation.transcript import EVERYONE, Abort, Place, Result
+from coordinator.audit.findings import Problem, count
 from coordinator.audit.history import History, Round
-from coordinator.audit.report import Problem, many
 
 
 def thresholds(history: History) -> str:
-    """No step of a round went on with too few.
+    """No step of a round continued with too few devices.
 
     Raises:
-        Problem: One did, or parameters protect a device not even if all others are honest.
+        Problem: One did, or the parameters of the session protect no device even if all the others are honest.
     """
     spec, present = history.offer.spec, _present(history)
-    near, active = min(spec.degree + 1, present), spec.adversary is Adversary.ACTIVE
-    withstands = _withstands(history)
-    if withstands < 0:
-        raise Problem(f"{spec.threshold} of {near} devices open a secret: two groups apart from each other could do so")
-    if active:  # two quorums have a device in common, and with this many corrupt ones an honest one (``graph.quorum``)
-        withstands = min(withstands, 2 * spec.quorum - present - 1)
-    if withstands < 0:
-        raise Problem(
-            f"{spec.quorum} of {present} devices agree on survivors: two groups could agree on different ones"
-        )
+    holders, active = min(spec.degree + 1, present), spec.adversary is Adversary.ACTIVE
+    tolerated = _tolerated(history)
+    if tolerated < 0:
+        text = f"{spec.threshold} of {holders} devices recover a secret: two disjoint groups could do so"
+        raise Problem("spec.threshold", text)
+    if active:  # two quorums share a device, and with so many corrupt ones still an honest one (``graph.quorum``)
+        tolerated = min(tolerated, 2 * spec.quorum - present - 1)
+    if tolerated < 0:
+        text = f"{spec.quorum} of {present} devices sign a survivor set: two groups could sign different ones"
+        raise Problem("spec.minimum_survivors", text)
     for current in history.rounds:
-        _large_enough(history, current)
-    agreed = f", and {spec.quorum} must agree on who is in it" if active else ""
-    others = "1 other sides" if withstands == 1 else f"{withstands} others side"
+        _enough_devices(history, current)
+    signatures = f" and {spec.quorum} signatures on its survivor set" if active else ""
+    others = count(tolerated, "other device")
     return (
-        f"{spec.threshold} of {near} devices must answer to open a secret; a sum is of {spec.minimum_survivors} "
-        f"devices or more{agreed}. No round went on with fewer. A device's update stays hidden even if {others} with "
-        "the coordinator"
+        f"{spec.threshold} of {holders} devices recover a secret; a sum needs {spec.minimum_survivors} devices or more"
+        f"{signatures}. Every round had them. A device's update stays hidden even if {others} "
+        f"{'colludes' if tolerated == 1 else 'collude'} with the coordinator"
     )
 
 
@@ -47,147 +50,149 @@ def _present(history: History) -> int:
     return len(history.session.peers) if history.session else len(history.cohort)
 
 
-def _withstands(history: History) -> int:
-    """How many devices may be corrupt before secrets open; below zero where not even none (``policy``)."""
+def _tolerated(history: History) -> int:
+    """How many corrupt devices can recover no secret that they should not; negative if none at all already can."""
     spec, present = history.offer.spec, _present(history)
     if spec.degree >= present - 1:
         return 2 * spec.threshold - present - 1
     bits = graph.SIGMA + (graph.GRINDING if spec.adversary is Adversary.ACTIVE else 0)
     counts = range(present)
-    fails = bisect.bisect_left(
-        counts, True, key=lambda count: not graph.is_secure(present, count, spec.degree, spec.threshold, bits)
+    insecure_from = bisect.bisect_left(
+        counts, True, key=lambda corrupt: not graph.is_secure(present, corrupt, spec.degree, spec.threshold, bits)
     )
-    return fails - 1
+    return insecure_from - 1
 
 
-def _large_enough(history: History, current: Round) -> None:
+def _enough_devices(history: History, current: Round) -> None:
     spec = history.offer.spec
-    _hold(current.place(Assignment), lambda: checks.enough_devices(spec, len(current.plan.members), "in the plan"))
-    if current.survivors is None:
+    planned = len(current.plan.members)
+    _hold("plan.size", current.place(Assignment), lambda: checks.enough_devices(spec, planned, "in the plan"))
+    if current.survivor_set is None:
         return
-    where = _told(history, current)
-    count = len(current.survivors.vectors)
-    _hold(where, lambda: checks.enough_devices(spec, count, "survivors"))
+    place, survived = _named(history, current), len(current.survivors)
+    _hold("survivors.size", place, lambda: checks.enough_devices(spec, survived, "survivors"))
     if isinstance(current.ending, Result) and history.session is not None:
-        _opened_nearby(history.session, current)
+        _enough_responses(history.session, current)
 
 
-def _opened_nearby(session: Session, current: Round) -> None:
-    """Near every device of the plan, itself included, so many opened as its secrets take."""
+def _enough_responses(session: Session, current: Round) -> None:
+    """In the neighborhood of every member of the plan, itself included, ``threshold`` devices revealed shares."""
     threshold = session.spec.threshold
     for device in current.plan.members:
-        near = (device, *session.neighbors(device, current.responses))
-        count = sum(each in current.responses for each in near)
-        if count < threshold:
-            raise Problem(f"{count} devices near {device} opened, {threshold} are needed", current.place(Result))
+        holders = (device, *session.neighbors(device, current.responses))
+        revealed = sum(each in current.responses for each in holders)
+        if revealed < threshold:
+            text = f"{revealed} devices revealed shares of {device}, {threshold} are needed"
+            raise Problem("unmask-response.size", text, current.place(Result))
 
 
-def _told(history: History, current: Round) -> Place:
-    """Where devices were told the survivors."""
+def _named(history: History, current: Round) -> Place:
+    """Where the coordinator named the survivors to the devices."""
     if history.offer.spec.adversary is Adversary.ACTIVE:
         return current.place(Survivors)
     return current.place(Unmask, next(iter(current.unmasks), EVERYONE))
 
 
 def survivors(history: History) -> str:
-    """The survivors are those of the plan whose updates arrived, and enough of them agreed to that.
+    """The survivors are the members of the plan whose updates arrived, and a quorum of them signed that.
 
     Raises:
         Problem: Otherwise.
     """
     for current in history.rounds:
-        if current.survivors is None:
+        if current.survivor_set is None:
             continue
         active = history.offer.spec.adversary is Adversary.ACTIVE
-        where = _told(history, current)
+        place = _named(history, current)
         arrived = {device: header.vector for device, header in current.inputs.items()}
-        for device in sorted({*arrived, *current.survivors.vectors}):
-            if current.survivors.vectors.get(device) != arrived.get(device):
-                raise Problem(f"{device} is not counted with the update that it sent in this round", where)
+        for device in sorted({*arrived, *current.survivors}):
+            if current.survivor_set.vectors.get(device) != arrived.get(device):
+                text = f"{device} is not counted with the update that it sent in this round"
+                raise Problem("survivors.members", text, place)
         if active and current.responses and not current.unmasks:
-            place = current.place(UnmaskResponse, next(iter(current.responses)))
-            raise Problem("it answers no request to open, so that nothing shows who agreed to the survivors", place)
+            text = "it answers no unmask request, so nothing shows which devices signed the survivor set"
+            raise Problem("unmask", text, current.place(UnmaskResponse, next(iter(current.responses))))
         for peer, unmask in current.unmasks.items() if active else ():
-            _agreed(history, current, peer, unmask)
-    return "each sum is over devices of its plan, with the updates that they sent; nobody is both counted and dropped"
+            _signed_by_quorum(history, current, peer, unmask)
+    return "each sum is over devices of its plan, with the updates that they sent; none is both counted and dropped"
 
 
-def _agreed(history: History, current: Round, peer: str, unmask: Unmask) -> None:
-    """A quorum agreed to the survivors that a device was told when it was asked to open."""
-    where, digest, quorum = current.place(Unmask, peer), unmask.survivors.digest(), history.offer.spec.quorum
-    if len(unmask.consistency_signatures) < quorum:
-        raise Problem(f"{len(unmask.consistency_signatures)} agreements, {quorum} are needed", where)
-    for device, signature in unmask.consistency_signatures.items():
-        if device not in current.agreed:
-            raise Problem(f"the agreement of {device} is not in the log", where)
+def _signed_by_quorum(history: History, current: Round, peer: str, unmask: Unmask) -> None:
+    """A quorum signed the survivors that an unmask request names."""
+    place, digest, quorum = current.place(Unmask, peer), unmask.survivors.digest(), history.offer.spec.quorum
+    signatures = unmask.consistency_signatures
+    if len(signatures) < quorum:
+        text = f"{count(len(signatures), 'consistency signature')}, {quorum} are needed"
+        raise Problem("unmask.quorum", text, place)
+    for device, signature in signatures.items():
+        if device not in current.signed:
+            raise Problem("unmask.signers", f"the consistency signature of {device} is not in the log", place)
         body = ConsistencySignature(digest, device).encode()
-        _hold(where, partial(envelope.verify, history.cohort[device], ConsistencySignature.TAG, body, signature))
+        verify = partial(envelope.verify, history.cohort[device], ConsistencySignature.TAG, body, signature)
+        _hold("unmask.signature", place, verify)
 
 
 def shares(history: History) -> str:
-    """Of each device one kind of secret was opened: what hides its update, or what hides it from the others.
+    """Of each device one kind of secret is recovered: the seed of its own mask, or its mask key.
 
     Raises:
-        Problem: A device gave a share that it does not owe.
+        Problem: A device revealed a share of the other kind.
     """
-    count = 0
+    revealed = 0
     for current in history.rounds:
-        for device, opening in current.responses.items():
-            if history.session is None or current.survivors is None:
+        for device, response in current.responses.items():
+            if history.session is None or current.survivor_set is None:
                 break
-            alive, dropped = checks.shares_to_reveal(history.session, current.plan, device, current.survivors)
-            wrong = (set(opening.seeds) - set(alive)) | (set(opening.keys) - set(dropped))
+            alive, dropped = checks.shares_to_reveal(history.session, current.plan, device, current.survivor_set)
+            wrong = (set(response.seeds) - set(alive)) | (set(response.keys) - set(dropped))
             if wrong:
-                what = f"a share of {min(wrong)} is opened that would show its update to the coordinator"
-                raise Problem(what, current.place(UnmaskResponse, device))
-            count += len(opening.seeds) + len(opening.keys)
-    came = f"{many(count, 'share')} of secrets came in"
-    return f"{came}; of each device they open one kind of secret only, so that no single update could be unmasked"
+                text = f"it reveals a share of {min(wrong)} that would show its update to the coordinator"
+                raise Problem("unmask-response.shares", text, current.place(UnmaskResponse, device))
+            revealed += len(response.seeds) + len(response.keys)
+    return f"{count(revealed, 'share')} revealed, of one kind for each device, so no single update can be unmasked"
 
 
 def results(history: History) -> str:
-    """Each round ends in an adapter from which the next one starts, or without one.
+    """Each round ends with an adapter from which the next one starts, or without one.
 
     Raises:
-        Problem: A round starts from another adapter than the one before it made.
+        Problem: A round starts from another adapter than the round before it produced.
     """
     current: tuple[int, str] | None = None
     for logged in history.rounds:
         plan = logged.plan
         if current is not None and (plan.adapter_version, plan.adapter_digest) != current:
-            where = logged.place(Assignment)
-            raise Problem("it starts from another adapter than the rounds before it made", where)
+            text = "it starts from another adapter than the round before it produced"
+            raise Problem("plan.adapter", text, logged.place(Assignment))
         current = (plan.adapter_version, plan.adapter_digest)
         if isinstance(logged.ending, Result):
             if logged.ending.version != plan.adapter_version + 1:
-                raise Problem("the new adapter is not the next version", logged.place(Result))
+                raise Problem("result.version", "the new adapter is not the next version", logged.place(Result))
             current = (logged.ending.version, logged.ending.adapter)
-    return (
-        "; ".join(f"round {logged.plan.round}: {ending(logged)}" for logged in history.rounds) or "no round was begun"
-    )
+    return "; ".join(f"round {logged.plan.round}: {ending(logged)}" for logged in history.rounds) or "no round began"
 
 
 def ending(current: Round) -> str:
     """How a round ended, in a few words."""
     match current.ending:
         case Result(version=version, adapter=adapter):
-            return f"made adapter {version} ({adapter[:12]})"
+            return f"produced adapter {version} ({adapter[:12]})"
         case Abort(reason=reason):
-            return f"ended without a sum ({reason})"
+            return f"aborted ({reason})"
         case _:
-            return "was not ended"
+            return "did not end"
 
 
 def participation(history: History) -> dict[str, int]:
-    """Device → rounds whose sum its update is in; devices of the cohort that are in none included."""
+    """Device → rounds whose sum contains its update; 0 for devices of the cohort that are in none."""
     counted = Counter(
-        device for current in history.rounds if isinstance(current.ending, Result) for device in current.counted
+        device for current in history.rounds if isinstance(current.ending, Result) for device in current.survivors
     )
     return {device: counted[device] for device in history.cohort}
 
 
-def _hold(where: Place, check: Callable[[], None]) -> None:
+def _hold(about: str, place: Place, check: Callable[[], None]) -> None:
     try:
         check()
     except ProtocolError as error:
-        raise Problem(str(error), where) from None
+        raise Problem(about, str(error), place) from None

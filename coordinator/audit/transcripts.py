@@ -1,4 +1,13 @@
-"""Transcripts as an auditor opens them: which logs, whom they must rely on, what was published, and what is wrong."""
+"""The files of an audit: a coordinator's logs, the keys to check them with, and its registry.
+
+    transcript/
+      authority.pem, coordinator.pem   the keys of the sessions: public, to compare with those that devices pin
+      revoked.crl                      the authority's revocation list in the newest session, where there is one
+      session-000001.log               see ``aggregation.transcript``; each session's checkpoints name the one before
+      vectors/SHA256.bin               masked vectors, where the operator keeps them
+
+``coordinator.transcripts`` writes this folder, under the names that stand here.
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -8,143 +17,193 @@ from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-from adapters import registryfiles, storage
-from adapters.registryfiles import RegistryFiles
+from adapters import storage
+from adapters.registryfiles import DATABASE, RegistryFiles
 from aggregation.errors import DataError, TrustError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
-from coordinator.audit.auditor import Check, Finding, Report, Status, audit, chain
-from coordinator.audit.recompute import Remake
-from coordinator.recorder import vector_path
+from coordinator import optimizer
+from coordinator.audit.auditor import audit, chain
+from coordinator.audit.findings import Check, Finding, Report, Status
+from coordinator.audit.recompute import Recomputation
 from coordinator.settings import SETTINGS, FederationSettings
-from coordinator.transcripts import AUTHORITY, COORDINATOR, REVOKED, VECTORS, logs
 
-PLACES = (".", "transcript", "coordinator/transcript")  # a folder of transcripts, a coordinator's home, a run
+AUTHORITY, COORDINATOR, REVOKED, VECTORS = "authority.pem", "coordinator.pem", "revoked.crl", "vectors"
+PLACES = (".", "transcript", "coordinator/transcript")  # in a folder of transcripts, a state directory, a run
 LARGEST = 2**22  # bytes of a certificate, a key or a revocation list
+_LOGS = "session-*.log"
 
 Pinned = TypeVar("Pinned", Root, PublicKey, RevocationList)
 
 
+def log_name(number: int) -> str:
+    """The file of a session's log."""
+    return f"session-{number:06}.log"
+
+
+def log_number(path: Path) -> int:
+    """The session's number in the name of a log. Inverse of ``log_name``."""
+    return int(path.stem.partition("-")[2])
+
+
+def logs(folder: Path) -> list[Path]:
+    """The logs in a folder of transcripts, in the order of their sessions. A file with another name is not one."""
+    return sorted(path for path in folder.glob(_LOGS) if path.stem.partition("-")[2].isdecimal())
+
+
+def vector_path(folder: Path, digest: bytes) -> Path:
+    """The file in ``VECTORS`` of the masked vector with this SHA-256."""
+    return folder / f"{digest.hex()}.bin"
+
+
 @dataclass(frozen=True, slots=True)
-class AuditedTranscript:
-    """Logs to check, and whom they must rely on.
+class AuditOptions:
+    """What an auditor provides. A key that is missing is taken from the transcript; without the others less is checked.
+
+    Args:
+        authority: File of the authority's certificate.
+        coordinator: File of the coordinator's public key.
+        revoked: File of the authority's revocation list.
+        registry: The coordinator's state directory.
+        at: When the sessions took place.
+    """
+
+    authority: Path | None = None
+    coordinator: Path | None = None
+    revoked: Path | None = None
+    registry: Path | None = None
+    at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditInput:
+    """Logs to check, and what to check them with.
 
     Args:
         paths: The logs, in order.
         root: The authority, with the revocation list that counts.
         coordinator: Its key.
-        given: The authority and the coordinator's key came from the auditor, and not with the transcript.
-        at: When the sessions took place, where that is known.
-        adapters: Checks what the coordinator published, where its state directory is at hand.
-        whole: These are all the sessions of a coordinator, as far as anyone says.
+        pinned: Authority and coordinator's key come from the auditor, and not from the transcript.
+        at: When the sessions took place, if that is known.
+        registry: Where the coordinator published its adapters, if it is available.
+        rule: The server optimizer, if the registry is available.
+        complete: These are all the sessions of the coordinator, not a single log.
     """
 
     paths: tuple[Path, ...]
     root: Root
     coordinator: PublicKey
-    given: bool
+    pinned: bool
     at: datetime | None
-    adapters: Remake | None
-    whole: bool
+    registry: RegistryFiles | None
+    rule: optimizer.Settings | None
+    complete: bool
 
     @classmethod
-    def open(cls, path: Path, given: "Given") -> Self:
-        """Find the logs at ``path``.
+    def open(cls, path: Path, options: AuditOptions) -> Self:
+        """Find the logs, and read the keys and the settings.
+
+        Args:
+            path: A log, a folder of transcripts, a coordinator's state directory, or the folder of a run.
+            options: What the auditor provides.
 
         Raises:
-            DataError: There are none, or the registry given is none.
-            TrustError: The authority's certificate or list, or the coordinator's key, is missing or damaged.
+            ConfigError: The folder of ``options.registry`` has no registry, or its settings cannot be read.
+            DataError: There is no log, or a file is too large.
+            TrustError: A certificate, a key or a list is missing or damaged.
         """
-        whole = not path.is_file()
-        paths = _find(path) if whole else (path,)
+        complete = not path.is_file()
+        paths = _find(path) if complete else (path,)
         folder = paths[0].parent
-        root = _pinned(Root.from_pem, given.authority, folder / AUTHORITY, "--authority")
-        key = _pinned(PublicKey.from_pem, given.coordinator, folder / COORDINATOR, "--coordinator")
+        root = _read(Root.from_pem, options.authority, folder / AUTHORITY, "--authority")
+        key = _read(PublicKey.from_pem, options.coordinator, folder / COORDINATOR, "--coordinator")
         if (folder / REVOKED).exists():
-            _pinned(root.revocations, None, folder / REVOKED, "--revoked")
-        if given.revoked:
-            listed = _pinned(root.revocations, given.revoked, given.revoked, "--revoked")
-            root = _as_of(replace(root, revoked=listed), given.at)
-        beside = folder.parent if (folder.parent / registryfiles.DATABASE).exists() else None
-        adapters = _remake(given.registry or beside, key)
-        return cls(paths, root, key, bool(given.authority and given.coordinator), given.at, adapters, whole)
+            _read(root.revocations, None, folder / REVOKED, "--revoked")
+        if options.revoked:
+            crl = _read(root.revocations, options.revoked, options.revoked, "--revoked")
+            root = _as_of(replace(root, revoked=crl), options.at)
+        pinned = bool(options.authority and options.coordinator)
+        state_dir = options.registry or (folder.parent if (folder.parent / DATABASE).exists() else None)
+        if state_dir is None:
+            return cls(paths, root, key, pinned, options.at, None, None, complete)
+        registry, settings = RegistryFiles.open(state_dir, [key]), FederationSettings.read(state_dir / SETTINGS)
+        return cls(paths, root, key, pinned, options.at, registry, settings.server.rule(), complete)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
-        """Name of a log → its report; the last one may be ``unfinished``."""
+        """Name of a log → its report, in order. ``unfinished``: accept that the last one is not closed.
+
+        Raises:
+            ConfigError: The registry is of another format.
+            DataError: A file is too large.
+        """
         vectors = partial(_vector, self.paths[0].parent / VECTORS)
+        recomputation = Recomputation(self.registry, self.rule) if self.registry and self.rule else None
         reports = {}
         for path in self.paths:
-            last = path == self.paths[-1]
-            raw = storage.read(path)
-            report = audit(raw, self.root, self.coordinator, vectors, at=self.at, unfinished=unfinished and last)
-            finding = _adapters(report, self.adapters)
-            made = tuple(replace(each, values=None) for each in report.made)  # which take memory
-            reports[path.name] = replace(report, findings=(*report.findings, finding), made=made)
+            accepted = unfinished and path == self.paths[-1]
+            report = audit(storage.read(path), self.root, self.coordinator, vectors, at=self.at, unfinished=accepted)
+            finding = _adapters(report, recomputation)
+            produced = tuple(replace(each, values=None) for each in report.produced)  # the values take memory
+            reports[path.name] = replace(report, findings=(*report.findings, finding), produced=produced)
         return reports
 
+    def require(self, reports: Mapping[str, Report], *, unfinished: bool) -> None:
+        """Return if every session passed and, of a complete set, none is missing.
+
+        Raises:
+            TrustError: A check failed, a session is missing, or the registry cannot be read or is empty.
+        """
+        for name, report in reports.items():
+            with of_file(name):
+                report.require()
+        if self.complete:
+            chain(reports)
+        if self.complete and self.registry and not unfinished:
+            _require_all_logged(self.registry, reports)
+
     @property
-    def relied_on(self) -> dict[str, str]:
-        """Fingerprints of the authority's certificate and of the coordinator's key, to compare with pinned ones."""
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the authority's certificate and id of the coordinator's key, to compare with pinned ones."""
         return {"authority": hashlib.sha256(self.root.der).hexdigest(), "coordinator": self.coordinator.key_id}
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What an auditor brings along; what it does not, is taken from beside the logs or is not checked."""
-
-    authority: Path | None
-    coordinator: Path | None
-    revoked: Path | None
-    registry: Path | None
-    at: datetime | None
-
-
 def _as_of(root: Root, at: datetime | None) -> Root:
-    """The root as it was at that time: what was revoked later still counted."""
+    """The root at that time: a certificate that was revoked later was still valid."""
     if root.revoked is None or at is None:
         return root
     then = {serial: since for serial, since in root.revoked.revoked.items() if since.at <= at}
     return replace(root, revoked=replace(root.revoked, revoked=then))
 
 
-def _remake(state_dir: Path | None, key: PublicKey) -> Remake | None:
-    if state_dir is None:
-        return None
-    registry = RegistryFiles.open(state_dir, [key])
-    return Remake(registry, FederationSettings.read(state_dir / SETTINGS).server.rule())
-
-
-def _adapters(report: Report, remake: Remake | None) -> Finding:
+def _adapters(report: Report, recomputation: Recomputation | None) -> Finding:
     if report.failed:
         return Finding(Check.ADAPTERS, Status.NOT_REACHED, "")
-    if remake is None:
-        return Finding(Check.ADAPTERS, Status.SKIPPED, "the published adapters are not at hand (--registry)")
-    return remake.check(report.made)
+    if recomputation is None:
+        text = "the published adapters are not available (--registry)"
+        return Finding(Check.ADAPTERS, Status.SKIPPED, text, about="--registry")
+    return recomputation.check(report.produced)
 
 
 def _find(path: Path) -> tuple[Path, ...]:
     for place in PLACES:
         if found := logs(path / place):
             return tuple(found)
-    raise DataError(f"{path} holds no transcript: give a session's log, a coordinator's home, or the folder of a run")
+    text = f"{path} has no transcript: name a session's log, a coordinator's state directory, or the folder of a run"
+    raise DataError(text, about="transcript", value=str(path))
 
 
-def _pinned(read_as: Callable[[bytes], Pinned], given: Path | None, beside: Path, option: str) -> Pinned:
-    """What the auditor brought along; else what lies beside the logs, which must be as the coordinator wrote it.
-
-    Raises:
-        TrustError: It is missing or damaged.
-    """
-    path = given or beside
+def _read(parse: Callable[[bytes], Pinned], given: Path | None, stored: Path, option: str) -> Pinned:
+    """A file that the auditor provides; else the one in the transcript, which must be as the coordinator wrote it."""
+    path = given or stored
     try:
         raw = storage.read(path, LARGEST)
     except FileNotFoundError:
-        raise TrustError(f"{path} is missing: say with {option} where it is") from None
+        raise TrustError(f"{path} is missing: name the file with {option}", about=option) from None
     with of_file(path):
-        found = read_as(raw)
+        found = parse(raw)
     if given is None and found.to_pem() != raw:
-        raise TrustError(f"{path} was altered after the coordinator wrote it: get it anew")
+        raise TrustError(f"{path} was altered after the coordinator wrote it: copy it again", about=path.name)
     return found
 
 
@@ -155,30 +214,15 @@ def _vector(folder: Path, digest: bytes) -> bytes | None:
         return None
 
 
-def first_error(opened: AuditedTranscript, reports: Mapping[str, Report], *, unfinished: bool) -> str | None:
-    """What is wrong with the sessions, each by itself and all together; None if nothing is."""
-    for name, report in reports.items():
-        try:
-            report.require()
-        except TrustError as error:
-            return f"{name}: {error}"
+def _require_all_logged(registry: RegistryFiles, reports: Mapping[str, Report]) -> None:
+    """Return if the newest adapter of a registry is in the logs, to which it is written before it is published."""
+    logged = max((each.after[0] for report in reports.values() for each in report.produced), default=0)
     try:
-        if opened.whole:
-            chain(reports)
-        if opened.whole and opened.adapters and not unfinished:
-            _complete(opened.adapters.registry, reports)
-    except (TrustError, DataError) as error:
-        return str(error)
-    return None
-
-
-def _complete(registry: RegistryFiles, reports: Mapping[str, Report]) -> None:
-    """Return if the newest adapter of a registry is in the logs: one is logged before it is published."""
-    logged = max((made.after[0] for report in reports.values() for made in report.made), default=0)
-    newest = registry.manifest()
+        newest = registry.manifest()
+    except DataError as error:
+        raise TrustError(str(error), about=error.about) from None
     if newest is None:
-        raise DataError(f"{registry.folder / registryfiles.DATABASE} holds no adapter")
+        raise TrustError(f"{registry.folder / DATABASE} has no adapter: restore it from a copy", about=DATABASE)
     if newest.version > logged:
-        raise TrustError(
-            f"adapter {newest.version} was published, and no log says how it was made: a session's log is missing"
-        )
+        text = f"adapter {newest.version} was published and is in no log: the log of a session is missing"
+        raise TrustError(text, about="session", value=newest.version)

@@ -16,11 +16,11 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.server import AbortReason, RoundResult
 from aggregation.steps import Step
 from aggregation.transcript import LENGTH, MAGIC, read
-from coordinator.audit.auditor import Report, Status, audit, chain
-from coordinator.audit.log import checkpoints
-from coordinator.recorder import Recorder, vector_path
+from coordinator.audit import Report, Status, audit, chain, checkpoints
+from coordinator.audit.transcripts import VECTORS, logs, vector_path
+from coordinator.recorder import Recorder
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.transcripts import TORN, VECTORS, Transcripts, logs
+from coordinator.transcripts import TORN, Transcripts
 from tests.support.fleet import make_fleet
 
 PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")

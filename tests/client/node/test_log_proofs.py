@@ -14,8 +14,8 @@ from aggregation.transcript import NO_SESSION, Transcript, session_chain_proof
 from client.node.app import STATE, app
 from client.node.statedir import LOG_STATE
 from coordinator import rounds as module
+from coordinator.audit.transcripts import logs
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.transcripts import logs
 
 FleetOf = Callable[..., Any]
 FIRST = "device-00"

@@ -26,7 +26,7 @@ from coordinator.authority.record import AuthorityRecord, Issued, Listed
 from coordinator.authority.store import AuthorityStore
 from coordinator.cli.authority import authority
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PASSPHRASE = b"correct horse battery"
 Run = Callable[..., Result]
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography import x509
@@ -19,15 +18,17 @@ from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation
-from aggregation.transcript import MAGIC, Checkpoint, Stage, Transcript
-from coordinator.audit.auditor import Check
+from aggregation.transcript import Checkpoint
+from coordinator.audit import Check
+from coordinator.audit.transcripts import log_name, vector_path
+from tests.support.sessions import LoggedSession
 
 Run = Callable[..., tuple[int, str, str]]
-LOG = "session-000001.log"
+LOG = log_name(1)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, logged: Any) -> Path:
+def folder(tmp_path: Path, logged: LoggedSession) -> Path:
     """A run whose coordinator kept the transcript of the fixture's session, with its vectors."""
     transcripts = tmp_path / "run" / "coordinator" / "transcript"
     (transcripts / "vectors").mkdir(parents=True)
@@ -35,7 +36,7 @@ def folder(tmp_path: Path, logged: Any) -> Path:
     (transcripts / "authority.pem").write_bytes(logged.fleet.authority.root.to_pem())
     (transcripts / "coordinator.pem").write_bytes(logged.fleet.key.public.to_pem())
     for digest, vector in logged.vectors.items():
-        (transcripts / "vectors" / f"{digest.hex()}.bin").write_bytes(vector)
+        vector_path(transcripts / "vectors", digest).write_bytes(vector)
     return transcripts
 
 
@@ -59,11 +60,11 @@ def damage(path: Path, at: int) -> None:
     path.write_bytes(raw)
 
 
-def test_a_sound_run_is_told_in_words(run: Run, folder: Path) -> None:
+def test_a_sound_run_passes_in_plain_words(run: Run, folder: Path) -> None:
     code, out, err = run("verify", folder.parents[1])
     assert (code, err) == (0, "")
     assert out.count("  pass  ") == 11
-    assert "nobody answered a step twice" in out
+    assert "no step was answered twice" in out
     assert "bit for bit" in out
     assert "compare them with those that devices pin" in out
 
@@ -74,46 +75,53 @@ def test_a_run_a_coordinator_and_a_folder_of_transcripts_are_all_found(run: Run,
     assert run("verify", folder / LOG)[0] == 0
 
 
-def test_json_is_one_object_that_names_each_check(run: Run, folder: Path, logged: Any) -> None:
+def test_json_is_one_object_that_names_each_check(run: Run, folder: Path, logged: LoggedSession) -> None:
     code, out, _ = run("verify", folder, "--json")
-    told = json.loads(out)
-    assert (code, told["ok"], told["error"]) == (0, True, None)
-    assert [check["status"] for check in told["sessions"][0]["checks"]] == ["pass"] * 11 + ["skipped"]
-    assert [check["check"] for check in told["sessions"][0]["checks"]] == [check.value for check in Check]
-    assert told["sessions"][0]["participation"] == logged.audit().participation
-    assert told["relied_on"]["coordinator"] == logged.fleet.key.public.key_id
+    printed = json.loads(out)
+    (session,) = printed["sessions"]
+    assert (code, printed["ok"], printed["error"]) == (0, True, None)
+    assert [check["status"] for check in session["checks"]] == ["pass"] * 11 + ["skipped"]
+    assert [check["check"] for check in session["checks"]] == [check.value for check in Check]
+    assert session["participation"] == logged.audit().participation
+    assert session["dropouts_by_step"] == {}
+    assert (printed["keys"]["coordinator"], printed["keys"]["pinned"]) == (logged.fleet.key.public.key_id, False)
 
 
-def test_a_flipped_byte_ends_in_one_line_that_names_the_place(run: Run, folder: Path, logged: Any) -> None:
+def test_a_flipped_byte_ends_in_one_line_that_names_the_place(run: Run, folder: Path, logged: LoggedSession) -> None:
     damage(folder / LOG, logged.ends()[15] - 70)
     code, out, err = run("verify", folder)
     assert code == 4
     assert "FAIL" in out
     assert "not reached" in out
     assert len(err.splitlines()) == 1
-    assert f"{LOG}: the transcript does not hold (signatures): entry 15 (masked-input of device-000, round 1)" in err
+    assert (
+        f"{LOG}: the transcript does not pass the audit (signatures): entry 15 (masked-input of device-000, round 1)"
+        in err
+    )
 
 
-def test_json_tells_the_place_of_a_failure_and_stays_one_object(run: Run, folder: Path, logged: Any) -> None:
+def test_json_has_the_place_of_a_failure_and_stays_one_object(run: Run, folder: Path, logged: LoggedSession) -> None:
     damage(folder / LOG, logged.ends()[15] - 70)
     code, out, err = run("verify", folder, "--json")
-    told = json.loads(out)
-    assert code == 4
-    assert told["error"] in err
-    failed = {check["check"]: check["place"] for check in told["sessions"][0]["checks"] if check["status"] == "FAIL"}
-    assert failed["signatures"] == {"index": 15, "kind": "masked-input", "round": 1, "peer": "device-000"}
+    printed = json.loads(out)
+    assert (code, printed["ok"]) == (4, False)
+    assert printed["error"] in err
+    failed = {check["check"]: check for check in printed["sessions"][0]["checks"] if check["status"] == "FAIL"}
+    place = {"index": 15, "kind": "masked-input", "round": 1, "peer": "device-000"}
+    assert failed["signatures"]["place"] == place
+    assert failed["log"]["about"] == "checkpoint.root"
 
 
-def test_without_vectors_the_sums_are_said_not_to_be_checked(run: Run, folder: Path) -> None:
+def test_without_vectors_the_sums_are_reported_as_skipped(run: Run, folder: Path) -> None:
     for path in (folder / "vectors").iterdir():
         path.unlink()
     code, out, _ = run("verify", folder)
     assert code == 0
     assert "skipped" in out
-    assert "kept as digests only" in out
+    assert "only digests of the masked updates were kept" in " ".join(out.split())
 
 
-def test_a_pinned_authority_that_is_another_one_is_decisive(run: Run, folder: Path, logged: Any) -> None:
+def test_a_pinned_authority_that_is_another_one_is_decisive(run: Run, folder: Path, logged: LoggedSession) -> None:
     times = (dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2036, 1, 1, tzinfo=dt.UTC))
     pinned = folder.parents[1] / "pinned.pem"
     pinned.write_bytes(Authority.create("another", SystemEntropy(), *times).root.to_pem())
@@ -123,7 +131,7 @@ def test_a_pinned_authority_that_is_another_one_is_decisive(run: Run, folder: Pa
     pinned.write_bytes(logged.fleet.authority.root.to_pem())
     code, out, _ = run("verify", folder, "--authority", pinned, "--coordinator", folder / "coordinator.pem")
     assert code == 0
-    assert "the keys that you gave" in out
+    assert "the keys that you named" in out
 
 
 def test_a_pinned_key_that_is_another_coordinators_is_decisive(run: Run, folder: Path) -> None:
@@ -138,7 +146,7 @@ def test_a_pinned_key_that_is_another_coordinators_is_decisive(run: Run, folder:
     ("day", "code"),
     [("2025-12-31", 4), ("2026-01-01", 0), ("2026-11-25", 0), ("2026-11-25T08:30:00", 0), ("2036-01-02", 4)],
 )
-def test_dates_of_certificates_are_checked_where_the_day_is_given(run: Run, folder: Path, day: str, code: int) -> None:
+def test_dates_of_certificates_are_checked_if_the_day_is_given(run: Run, folder: Path, day: str, code: int) -> None:
     got, out, err = run("verify", folder, "--at", day)
     assert got == code
     if code:
@@ -148,25 +156,25 @@ def test_dates_of_certificates_are_checked_where_the_day_is_given(run: Run, fold
         assert f"valid on {day[:10]}" in " ".join(out.split())
 
 
-def test_on_the_day_that_certificates_were_made_they_count_from_their_hour_on(run: Run, folder: Path) -> None:
+def test_on_the_day_of_their_issue_certificates_are_valid_from_their_hour_on(run: Run, folder: Path) -> None:
     assert run("verify", folder, "--at", "2026-01-01T00:00:00")[0] == 0
     code, _, err = run("verify", folder, "--at", "2025-12-31T23:59:59")
     assert (code, "certificate of device-000 is not valid at 2025-12-31 23:59" in err) == (4, True)
 
 
-def test_what_is_not_checked_is_said(run: Run, folder: Path) -> None:
+def test_the_output_says_what_is_not_checked(run: Run, folder: Path) -> None:
     _, out, _ = run("verify", folder)
     words = " ".join(out.split())
     assert "Not checked: whether the certificates were valid at the time, whether one was revoked" in words
     assert "not checked: dates of certificates (--at DATE), revocation (--revoked FILE)" in words
-    assert "the published adapters are not at hand (--registry)" in words
+    assert "the published adapters are not available (--registry)" in words
 
 
 @pytest.mark.parametrize(
     ("options", "code"), [((), 4), (("--at", "2026-06-02"), 4), (("--at", "2026-05-31"), 0)], ids=str
 )
 def test_a_revoked_device_counts_only_before_it_was_revoked(
-    run: Run, folder: Path, logged: Any, options: tuple[str, ...], code: int
+    run: Run, folder: Path, logged: LoggedSession, options: tuple[str, ...], code: int
 ) -> None:
     authority, certificate = logged.fleet.authority, logged.fleet.devices["device-002"].certificate
     day, end = dt.datetime(2026, 6, 1, tzinfo=dt.UTC), dt.datetime(2026, 9, 1, tzinfo=dt.UTC)
@@ -189,13 +197,13 @@ def test_a_revocation_list_of_another_authority_is_refused(run: Run, folder: Pat
     assert (code, "not signed by the pinned authority" in err) == (4, True)
 
 
-def test_a_folder_that_is_no_home_is_no_registry(run: Run, folder: Path) -> None:
+def test_a_folder_without_a_registry_is_refused(run: Run, folder: Path) -> None:
     code, out, err = run("verify", folder, "--registry", folder)
     assert (code, out) == (2, "")
     assert "is not a coordinator's state directory: it has no registry.db" in err
 
 
-def test_a_session_under_way_passes_with_unfinished_only(run: Run, folder: Path, logged: Any) -> None:
+def test_a_session_under_way_passes_with_unfinished_only(run: Run, folder: Path, logged: LoggedSession) -> None:
     (folder / LOG).write_bytes(logged.raw[: logged.ends()[30]])
     code, _, err = run("verify", folder)
     assert code == 4
@@ -203,8 +211,8 @@ def test_a_session_under_way_passes_with_unfinished_only(run: Run, folder: Path,
     assert run("verify", folder, "--unfinished")[0] == 0
 
 
-def test_a_session_that_has_just_begun_does_not_say_yet_which_one_it_follows(
-    run: Run, folder: Path, logged: Any
+def test_a_session_that_has_just_begun_does_not_name_its_predecessor_yet(
+    run: Run, folder: Path, logged: LoggedSession
 ) -> None:
     first = next(entry for entry in logged.entries if entry.kind == Checkpoint.TAG).index
     begun = folder / "session-000002.log"
@@ -216,33 +224,27 @@ def test_a_session_that_has_just_begun_does_not_say_yet_which_one_it_follows(
     assert (code, "session-000002.log does not follow session-000001.log" in err) == (4, True)
 
 
-def test_a_session_that_is_left_out_is_missed(run: Run, folder: Path, logged: Any) -> None:
-    (folder / "session-000002.log").write_bytes(logged.raw)  # it says that it is the coordinator's first
+def test_a_session_that_is_left_out_is_missed(run: Run, folder: Path, logged: LoggedSession) -> None:
+    (folder / "session-000002.log").write_bytes(logged.raw)  # it says that it is the coordinator's first session
     code, _, err = run("verify", folder)
     assert code == 4
     assert "session-000002.log does not follow session-000001.log" in err
 
 
-def test_a_first_session_that_is_left_out_is_missed(run: Run, folder: Path, logged: Any) -> None:
-    log, raw = Transcript(logged.log.offer, previous=bytes([1]) * 32), MAGIC
-    for entry in logged.entries:
-        log.round = entry.round
-        stage = Stage.CLOSED if entry == logged.entries[-1] else Stage.OPEN
-        whose = log.checkpoint(logged.fleet.key, stage) if entry.kind == Checkpoint.TAG else None
-        raw += whose or log._append(entry.kind, entry.peer, entry.message)
+def test_a_first_session_that_is_left_out_is_missed(run: Run, folder: Path, logged: LoggedSession) -> None:
     (folder / LOG).unlink()
-    (folder / "session-000002.log").write_bytes(raw)
+    (folder / "session-000002.log").write_bytes(logged.rewritten(previous=bytes([1]) * 32))
     code, _, err = run("verify", folder)
     assert code == 4
     assert "session-000002.log does not follow the beginning: a session is missing" in err
-    assert run("verify", folder / "session-000002.log")[0] == 0  # one log alone: nothing says that it is the first
+    assert run("verify", folder / "session-000002.log")[0] == 0  # a single log need not be the first
 
 
 @pytest.mark.parametrize("name", ["authority.pem", "coordinator.pem", "revoked.crl"])
-def test_a_flipped_byte_anywhere_in_what_lies_beside_the_logs_is_found(
-    run: Run, folder: Path, logged: Any, name: str
+def test_a_flipped_byte_anywhere_in_a_file_next_to_the_logs_is_found(
+    run: Run, folder: Path, logged: LoggedSession, name: str
 ) -> None:
-    """Also where the bytes mean the same: in the line breaks of a PEM file."""
+    """Also where the bytes have the same meaning: in the line breaks of a PEM file."""
     times = (dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2036, 1, 1, tzinfo=dt.UTC))
     (folder / "revoked.crl").write_bytes(logged.fleet.authority.revocations(1, {}, *times).to_pem())
     assert run("verify", folder)[0] == 0
@@ -251,11 +253,11 @@ def test_a_flipped_byte_anywhere_in_what_lies_beside_the_logs_is_found(
         damage(folder / name, at)
         code, _, err = run("verify", folder)
         assert code == 4, at
-        assert name in err or "entry 0 (offer)" in err  # another key, well-formed: then nothing is signed with it
+        assert name in err or "entry 0 (offer)" in err  # another well-formed key, which signed nothing
         (folder / name).write_bytes(sound)
 
 
-def test_what_a_library_warns_of_stands_beside_no_error(folder: Path) -> None:
+def test_a_warning_of_a_library_is_not_printed_with_an_error(folder: Path) -> None:
     der = bytearray(x509.load_pem_x509_certificate((folder / "authority.pem").read_bytes()).public_bytes(Encoding.DER))
     serial = der.index(b"\x02\x01\x02\x02") + 5
     der[serial] |= 0x80  # a negative serial number, which cryptography warns of
@@ -279,11 +281,11 @@ def test_a_file_of_any_size_ends_in_one_line(run: Run, folder: Path, name: str) 
 def test_show_lists_rounds_survivors_and_dropouts(run: Run, folder: Path) -> None:
     code, out, _ = run("show", folder)
     assert code == 0
-    assert "round   1  3 of 4 survived  made adapter 2 (abababababab)  lost device-001 at plan\n" in out
-    assert "round   2  4 of 4 survived  made adapter 3 (abababababab)  lost device-002 at unmask\n" in out
-    assert "round   3  0 of 4 survived  ended without a sum (too-few)  lost device-000, device-001 at plan\n" in out
+    assert "round   1  3 of 4 survived  produced adapter 2 (abababababab)  dropped out: device-001 at plan\n" in out
+    assert "round   2  4 of 4 survived  produced adapter 3 (abababababab)  dropped out: device-002 at unmask\n" in out
+    assert "round   3  0 of 4 survived  aborted (too-few)  dropped out: device-000, device-001 at plan\n" in out
     rounds = json.loads(run("show", folder, "--json")[1])["sessions"][0]["rounds"]
-    assert [each["lost"] for each in rounds] == [
+    assert [each["dropouts_by_step"] for each in rounds] == [
         {"plan": ["device-001"]},
         {"unmask": ["device-002"]},
         {"plan": ["device-000", "device-001"]},
@@ -291,34 +293,34 @@ def test_show_lists_rounds_survivors_and_dropouts(run: Run, folder: Path) -> Non
     assert "device-000 2, device-001 1" in out
 
 
-def test_show_lists_every_message_where_asked(run: Run, folder: Path, logged: Any) -> None:
+def test_show_lists_every_message_with_entries(run: Run, folder: Path, logged: LoggedSession) -> None:
     _, out, _ = run("show", folder, "--entries")
     assert out.count(" bytes\n") == len(logged.entries)
     assert "entry 11 (assignment to device-000, round 1)" in out
 
 
-def test_show_does_not_pass_off_an_altered_log_as_sound(run: Run, folder: Path, logged: Any) -> None:
+def test_show_fails_for_an_altered_log(run: Run, folder: Path, logged: LoggedSession) -> None:
     damage(folder / LOG, logged.ends()[15] - 70)
     assert run("show", folder)[0] == 4
 
 
 @pytest.mark.parametrize(
-    ("lacking", "code", "said"),
+    ("missing", "code", "reason"),
     [
-        ("authority.pem", 4, "say with --authority where it is"),
-        ("coordinator.pem", 4, "say with --coordinator where it is"),
-        (LOG, 5, "holds no transcript"),
+        ("authority.pem", 4, "name the file with --authority"),
+        ("coordinator.pem", 4, "name the file with --coordinator"),
+        (LOG, 5, "has no transcript"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(run: Run, folder: Path, lacking: str, code: int, said: str) -> None:
-    (folder / lacking).unlink()
+def test_a_missing_file_is_named_in_one_line(run: Run, folder: Path, missing: str, code: int, reason: str) -> None:
+    (folder / missing).unlink()
     got, out, err = run("verify", folder)
     assert (got, out) == (code, "")
-    assert said in err
+    assert reason in err
     assert len(err.splitlines()) == 1
 
 
-def test_a_file_that_is_no_log_fails(run: Run, folder: Path) -> None:
+def test_a_file_that_is_not_a_log_fails(run: Run, folder: Path) -> None:
     (folder / LOG).write_bytes(b"hello")
     code, _, err = run("verify", folder)
     assert code == 4

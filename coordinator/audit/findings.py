@@ -1,0 +1,184 @@
+"""What an audit reports: a finding for each check, a summary of each round, and the adapters of the rounds."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregation.errors import EdgeAdaptError, TrustError
+from aggregation.transcript import Place
+
+Sums = NDArray[np.float64]
+
+
+class Check(Enum):
+    """The checks, in their order. The value is the name in JSON."""
+
+    LOG = "log"
+    IDENTITIES = "identities"
+    SIGNATURES = "signatures"
+    ORDER = "order"
+    THRESHOLDS = "thresholds"
+    SURVIVORS = "survivors"
+    SHARES = "shares"
+    SECRETS = "secrets"
+    RESULTS = "results"
+    SUMS = "sums"
+    PARTICIPATION = "participation"
+    ADAPTERS = "adapters"  # needs the registry; a transcript alone does not have the adapters
+
+
+class Status(Enum):
+    """How a check ended."""
+
+    PASS = "pass"  # noqa: S105 - not a password
+    FAIL = "FAIL"
+    SKIPPED = "skipped"  # the transcript lacks what the check needs; the finding says what
+    NOT_REACHED = "not reached"  # an earlier check failed
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of one check.
+
+    Args:
+        check: Which one.
+        status: How it ended.
+        text: One sentence or a few, for people who need not know the cryptography.
+        place: The message that failed the check, if one did.
+        about: The field or file that failed it, or that it lacks; for programs and tests, which must not depend on the
+            text. Empty for a check that passed.
+    """
+
+    check: Check
+    status: Status
+    text: str
+    place: Place | None = None
+    about: str = ""
+
+
+class Problem(Exception):  # noqa: N818 - it becomes a finding, and is not an error of a command
+    """A check does not hold.
+
+    Args:
+        about: As in ``Finding``.
+        text: What is wrong.
+        place: The message that breaks the check, if one does.
+    """
+
+    def __init__(self, about: str, text: str, place: Place | None = None) -> None:
+        super().__init__(f"{place}: {text}" if place else text)
+        self.about = about
+        self.place = place
+
+    @classmethod
+    def of(cls, error: EdgeAdaptError, place: Place) -> "Problem":
+        """The problem that a check of ``aggregation``, or a file, is refused."""
+        return cls(error.about, str(error), place)
+
+
+class Skipped(Exception):  # noqa: N818 - as above
+    """A check cannot be made from this transcript. ``about``: what is missing."""
+
+    def __init__(self, about: str, text: str) -> None:
+        super().__init__(text)
+        self.about = about
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSummary:
+    """A round according to the log.
+
+    Args:
+        round: Its number in the session.
+        planned: The members of its plan.
+        survivors: The devices whose updates are in the sum; empty if the coordinator never named them.
+        dropouts_by_step: Step → devices that answered the steps of the round before it, and not this one. A device that
+            drops out after its update arrived is still a survivor.
+        blamed: The devices that revealed wrong shares.
+        ending: The adapter that the round produced, or why it produced none.
+    """
+
+    round: int
+    planned: tuple[str, ...]
+    survivors: tuple[str, ...]
+    dropouts_by_step: Mapping[str, tuple[str, ...]]
+    blamed: tuple[str, ...]
+    ending: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProducedAdapter:
+    """A round's sum and the adapter that, according to the log, the coordinator produced from it.
+
+    Args:
+        place: Of the result in the log.
+        before: Version and digest of the adapter from which the devices trained.
+        after: Version and digest of the new one.
+        survivors: The devices whose updates are in the sum.
+        layout: Digest of the layout in the session's offer.
+        values: Segment name → sum of shape ``(n,)``, recomputed from the masked vectors; None if these were not kept.
+    """
+
+    place: Place
+    before: tuple[int, str]
+    after: tuple[int, str]
+    survivors: tuple[str, ...]
+    layout: str
+    values: Mapping[str, Sums] | None = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of the audit of one session.
+
+    Args:
+        findings: One for each check, in order.
+        rounds: As far as the log could be followed.
+        dropouts_by_step: Step → devices that dropped out before the first round.
+        participation: Device → rounds whose sum contains its update.
+        entries: Number of entries in the log.
+        previous: Digest of the last checkpoint of the session before, according to this log.
+        last: Digest of this log's last checkpoint; empty if it has none.
+        produced: The adapters of the rounds with a result, in order; empty if a check failed.
+    """
+
+    findings: tuple[Finding, ...]
+    rounds: tuple[RoundSummary, ...]
+    dropouts_by_step: Mapping[str, tuple[str, ...]]
+    participation: Mapping[str, int]
+    entries: int
+    previous: bytes
+    last: bytes
+    produced: tuple[ProducedAdapter, ...] = ()
+
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        """The checks that failed, the earliest place in the log first."""
+        failures = [finding for finding in self.findings if finding.status is Status.FAIL]
+        # A damaged entry also breaks the checkpoint after it; a reader needs the entry itself.
+        return tuple(sorted(failures, key=lambda finding: finding.place.index if finding.place else math.inf))
+
+    def require(self) -> None:
+        """Return if no check failed.
+
+        Raises:
+            TrustError: A check failed; the message names the first place.
+        """
+        if self.failed:
+            first, *others = self.failed
+            more = f"; {count(len(others), 'other check')} failed too" if others else ""
+            text = f"the transcript does not pass the audit ({first.check.value}): {first.text}{more}"
+            raise TrustError(text, about=first.check.value, value=first.about)
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> count(1, "round"), count(2, "round")
+    ('1 round', '2 rounds')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

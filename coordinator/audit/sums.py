@@ -1,0 +1,162 @@
+"""What a session unmasked: every secret compared with its owner's commitment, and every sum recomputed bit for bit.
+
+The sum is recomputed by other code than the coordinator's: two implementations must give one result.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from aggregation import masks, ring
+from aggregation.errors import DataError, ProtocolError
+from aggregation.masks import Mask
+from aggregation.messages import MaskedInput
+from aggregation.recovery import Recovery
+from aggregation.session import Session
+from aggregation.transcript import Result
+from coordinator.audit.findings import Problem, ProducedAdapter, Skipped, Sums, count
+from coordinator.audit.history import History, Round
+
+Vectors = Callable[[bytes], bytes | None]  # digest → packed masked vector; None where it was not kept
+
+
+@dataclass(slots=True)
+class UnmaskedRound:
+    """What the shares of a round recover.
+
+    Args:
+        seeds: Survivor → seed of its own mask.
+        keys: Device of the plan that is not a survivor → its mask key.
+        blamed: Devices that revealed wrong shares.
+        values: Segment name → sum of shape ``(n,)``, once ``sums`` has recomputed it.
+    """
+
+    seeds: Mapping[str, bytes] = field(repr=False)
+    keys: Mapping[str, bytes] = field(repr=False)
+    blamed: tuple[str, ...]
+    values: Mapping[str, Sums] | None = field(default=None, repr=False)
+
+
+def secrets(history: History, unmasked: dict[int, UnmaskedRound]) -> str:
+    """Recover every secret of the rounds that have a result, into ``unmasked`` by round.
+
+    Raises:
+        Problem: One cannot be recovered, or differs from what its owner committed to before any share was revealed.
+    """
+    for current in history.rounds:
+        if history.session is not None and isinstance(current.ending, Result):
+            unmasked[current.plan.round] = _recover(history.session, history, current)
+    recovered = sum(len(each.seeds) + len(each.keys) for each in unmasked.values())
+    blamed = sorted({device for each in unmasked.values() for device in each.blamed})
+    wrong = f"; wrong shares of {', '.join(blamed)} were left out" if blamed else ""
+    return f"{count(recovered, 'secret')} recovered, each the one that its owner had committed to{wrong}"
+
+
+def _recover(session: Session, history: History, current: Round) -> UnmaskedRound:
+    recovery = Recovery(session, current.plan, history.encrypted_shares, current.responses)
+    seeds = {device: recovery.seed(device) for device in current.survivors}
+    keys = {device: recovery.mask_key(device) for device in current.absent}
+    hidden = sorted(device for device, secret in {**seeds, **keys}.items() if secret is None)
+    if hidden:
+        text = f"the shares in the log do not recover the secret that {hidden[0]} committed to"
+        raise Problem("unmask-response.shares", text, current.place(Result))
+    return UnmaskedRound(
+        {device: secret for device, secret in seeds.items() if secret},
+        {device: secret for device, secret in keys.items() if secret},
+        tuple(sorted(recovery.blamed)),
+    )
+
+
+def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vectors) -> str:
+    """Add up the masked vectors that were kept, subtract the masks, and compare with the results.
+
+    Args:
+        history: The session.
+        unmasked: From ``secrets``. The recomputed sums are put into it.
+        vectors: Where the masked vectors are.
+
+    Raises:
+        Problem: A vector is not the one that was signed, or a sum is not the one that the result names.
+        Skipped: No sum has all its vectors.
+    """
+    kept = {current.plan.round for current in history.rounds if _all_kept(current, vectors)}
+    ended = [current for current in history.rounds if current.plan.round in unmasked]
+    complete = [current for current in ended if current.plan.round in kept]
+    if not ended:
+        return "no sum was unmasked"
+    if not complete:
+        raise Skipped("vectors", "only digests of the masked updates were kept, so no sum can be recomputed")
+    for current in complete:
+        _recompute(history, current, unmasked[current.plan.round], vectors)
+    return f"{len(complete)} of {count(len(ended), 'sum')} recomputed from the masked updates, equal bit for bit"
+
+
+def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[ProducedAdapter, ...]:
+    """The adapters of the rounds that have a result, with the sums that ``sums`` recomputed."""
+    return tuple(
+        ProducedAdapter(
+            place=current.place(Result),
+            before=(current.plan.adapter_version, current.plan.adapter_digest),
+            after=(current.ending.version, current.ending.adapter),
+            survivors=current.survivors,
+            layout=history.offer.spec.layout_digest,
+            values=unmasked[current.plan.round].values,
+        )
+        for current in history.rounds
+        if isinstance(current.ending, Result)
+    )
+
+
+def _all_kept(current: Round, vectors: Vectors) -> bool:
+    """Whether all vectors of a round were kept, also of an aborted one; each that was kept is the one signed."""
+    kept = [device for device in current.inputs if _is_kept(current, device, vectors)]
+    return len(kept) == len(current.inputs)
+
+
+def _is_kept(current: Round, device: str, vectors: Vectors) -> bool:
+    digest = current.inputs[device].vector
+    packed = vectors(digest)
+    if packed is not None and hashlib.sha256(packed).digest() != digest:
+        text = "the vector that was kept is not the one that was signed"
+        raise Problem("masked-input.vector", text, current.place(MaskedInput, device))
+    return packed is not None
+
+
+def _recompute(history: History, current: Round, unmasked: UnmaskedRound, vectors: Vectors) -> None:
+    spec = history.offer.spec.vector
+    total = ring.zeros(spec.size, spec.ring_bits)
+    for device in current.survivors:
+        packed = vectors(current.inputs[device].vector) or b""
+        try:
+            np.add(total, ring.unpack(packed, spec.size, spec.ring_bits), out=total)
+        except ProtocolError as error:
+            raise Problem.of(error, current.place(MaskedInput, device)) from None
+    if history.session is not None:
+        masks.apply(total, _remaining_masks(history.session, current, unmasked))
+    if isinstance(current.ending, Result) and ring.digest(total, spec.ring_bits) != current.ending.sum:
+        text = "the updates do not add up to the sum that the result names"
+        raise Problem("result.sum", text, current.place(Result))
+    try:
+        unmasked.values = spec.decode(total, len(current.survivors))
+    except DataError as error:
+        raise Problem.of(error, current.place(Result)) from None
+
+
+def _remaining_masks(session: Session, current: Round, unmasked: UnmaskedRound) -> list[Mask]:
+    """The masks that the sum of the masked vectors still contains, with the sign that removes them."""
+    plan, index = current.plan.digest(), current.plan.round - 1
+    own = [
+        Mask(masks.self_key(seed, session.context, plan, device), add=False) for device, seed in unmasked.seeds.items()
+    ]
+    pairs = [
+        # A survivor added the mask if its id is the smaller one; what was added is subtracted now.
+        Mask(
+            masks.pair_key(key, session.peers[peer].mask_keys[index], session.context, plan, (device, peer)),
+            add=peer > device,
+        )
+        for device, key in unmasked.keys.items()
+        for peer in session.neighbors(device, current.survivors)
+    ]
+    return [*own, *pairs]

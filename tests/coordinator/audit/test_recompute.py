@@ -1,0 +1,317 @@
+"""The step from the sum to the adapter, recomputed by an auditor: after real runs, and after each forgery of them."""
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters.manifest import VersionManifest
+from adapters.registryfiles import BLOBS, DATABASE
+from aggregation import envelope
+from aggregation.errors import ConfigError, TrustError
+from aggregation.messages import MaskedInput
+from aggregation.transcript import read
+from coordinator.audit import AuditInput, AuditOptions, Check, Finding, ProducedAdapter, Recomputation, Status
+from coordinator.audit.transcripts import VECTORS, log_name, vector_path
+from coordinator.settings import SETTINGS
+from tests.support import refused
+
+FirstSession = tuple[Callable[[], Recomputation], tuple[ProducedAdapter, ...]]
+
+RUNS: dict[str, dict[str, Any]] = {
+    "fedavg": {"aggregation__keep_masked_inputs": True},
+    "fedadam": {
+        "aggregation__keep_masked_inputs": True,
+        "server__optimizer": "fedadam",
+        "server__learning_rate": 0.02,
+    },
+    "digests": {},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state directories of finished runs, each made when the first test needs it."""
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def state_dir_of(finished: Path, fleet_of: Callable[..., Any], tmp_path: Path) -> Callable[[str], Path]:
+    """A coordinator's state directory after three rounds in two sessions; each test has a copy to change."""
+
+    def make(name: str) -> Path:
+        if not (finished / name).exists():
+            fleet = fleet_of(4, aggregation__session_rounds=2, **RUNS[name])
+            fleet.federate(fleet.grid())
+            shutil.copytree(fleet.out / "coordinator", finished / name)
+        return Path(shutil.copytree(finished / name, tmp_path / name))
+
+    return make
+
+
+def adapters(state_dir: Path) -> list[Finding]:
+    """The finding about the adapters of each session."""
+    reports = AuditInput.open(state_dir, AuditOptions()).audit(unfinished=False)
+    return [finding for report in reports.values() for finding in report.findings if finding.check is Check.ADAPTERS]
+
+
+def outcome(finding: Finding) -> tuple[Status, str]:
+    return finding.status, finding.about
+
+
+@contextmanager
+def database(state_dir: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(state_dir / DATABASE)) as connection, connection:
+        yield connection
+
+
+def test_adapters_of_a_run_are_recomputed_bit_for_bit(state_dir_of: Callable[[str], Path]) -> None:
+    first, second = adapters(state_dir_of("fedavg"))
+    assert outcome(first) == outcome(second) == (Status.PASS, "")
+    assert first.text == (
+        "2 adapters published under the coordinator's signature and unaltered since. 2 of 2 recomputed from the sums, "
+        "equal bit for bit (FedAvg at learning rate 1, according to federation.json)"
+    )
+    assert second.text.startswith("1 adapter published")
+
+
+def test_fedadam_is_followed_from_version_zero_through_every_session(state_dir_of: Callable[[str], Path]) -> None:
+    first, second = adapters(state_dir_of("fedadam"))
+    assert outcome(first) == outcome(second) == (Status.PASS, "")
+    assert "FedAdam at learning rate 0.02" in second.text
+
+
+def test_fedadam_without_its_first_sums_is_not_recomputed(state_dir_of: Callable[[str], Path]) -> None:
+    state_dir = state_dir_of("fedadam")
+    (state_dir / "transcript" / log_name(1)).unlink()
+    (only,) = adapters(state_dir)
+    assert outcome(only) == (Status.SKIPPED, "optimizer")
+
+
+def test_without_the_masked_updates_only_the_publishing_is_checked(state_dir_of: Callable[[str], Path]) -> None:
+    first, _ = adapters(state_dir_of("digests"))
+    assert outcome(first) == (Status.SKIPPED, "vectors")
+    assert first.text == (
+        "2 adapters published under the coordinator's signature and unaltered since. 2 of 2 not recomputed: only "
+        "digests of the masked updates were kept"
+    )
+
+
+@pytest.mark.parametrize("server", [{"optimizer": "fedadam"}, {"learning_rate": 1.0000001}], ids=["rule", "rate"])
+def test_another_optimizer_than_the_coordinator_used_is_found(
+    state_dir_of: Callable[[str], Path], server: dict[str, Any]
+) -> None:
+    state_dir = state_dir_of("fedavg")
+    settings = json.loads((state_dir / SETTINGS).read_text())
+    (state_dir / SETTINGS).write_text(json.dumps({**settings, "server": server}))
+    first, _ = adapters(state_dir)
+    assert outcome(first) == (Status.FAIL, "result.adapter")
+    assert first.place is not None
+    assert (first.place.kind, first.place.round) == ("result", 1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"[" * 100_000,
+        b'{"server": {"optimizer": "x"}}',
+        b'{"server": {"learning_rate": "x"}}',
+        b'{"server": {"learning_rate": NaN}}',
+        b'{"server": {"learning_rate": 1' + 400 * b"0" + b"}}",
+    ],
+    ids=["empty", "a list", "cut off", "brackets", "optimizer", "text", "NaN", "too large"],
+)
+def test_settings_without_an_optimizer_are_named_with_their_file(
+    state_dir_of: Callable[[str], Path], settings: bytes
+) -> None:
+    state_dir = state_dir_of("digests")
+    (state_dir / SETTINGS).write_bytes(settings)
+    with pytest.raises(ConfigError) as caught:
+        AuditInput.open(state_dir, AuditOptions())
+    assert str(caught.value).startswith(str(state_dir / SETTINGS))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_bit_of_a_published_file_is_found(state_dir_of: Callable[[str], Path]) -> None:
+    state_dir = state_dir_of("fedavg")
+    for number, blob in enumerate(sorted((state_dir / BLOBS).iterdir())):
+        sound = blob.read_bytes()
+        damaged = bytearray(sound)
+        damaged[len(sound) * (number + 1) // 5] ^= 1
+        blob.write_bytes(damaged)
+        failed = [finding for finding in adapters(state_dir) if finding.status is Status.FAIL]
+        assert (failed[0].about, f"{blob} was altered" in failed[0].text) == ("blob", True)
+        blob.unlink()
+        failed = [finding for finding in adapters(state_dir) if finding.status is Status.FAIL]
+        assert (failed[0].about, f"{blob} is missing" in failed[0].text) == ("blob", True)
+        blob.write_bytes(sound)
+    assert {finding.status for finding in adapters(state_dir)} == {Status.PASS}
+
+
+def test_a_manifest_that_is_altered_or_of_another_version_is_found(state_dir_of: Callable[[str], Path]) -> None:
+    state_dir = state_dir_of("fedavg")
+    with database(state_dir) as connection:
+        rows = dict(connection.execute("SELECT version, manifest FROM edgeadapt_versions"))
+        update = "UPDATE edgeadapt_versions SET manifest = ? WHERE version = ?"
+        connection.execute(update, (rows[1][:-1] + b" ", 1))
+        connection.execute(update, (rows[2], 3))
+    first, second = adapters(state_dir)
+    assert outcome(first) == outcome(second) == (Status.FAIL, "manifest")
+    assert f"{state_dir / DATABASE}, manifest of version 1" in first.text
+    assert f"{state_dir / DATABASE}, manifest of version 3" in second.text
+
+
+def test_a_missing_last_session_is_found_by_its_published_adapter(state_dir_of: Callable[[str], Path]) -> None:
+    state_dir = state_dir_of("digests")
+    (state_dir / "transcript" / log_name(2)).unlink()
+    checked = AuditInput.open(state_dir, AuditOptions())
+    with refused(TrustError, "session", value=3):
+        checked.require(checked.audit(unfinished=False), unfinished=False)
+    checked.require(checked.audit(unfinished=True), unfinished=True)
+
+
+def test_an_empty_or_damaged_registry_does_not_pass_for_one_without_a_missing_session(
+    state_dir_of: Callable[[str], Path],
+) -> None:
+    state_dir = state_dir_of("digests")
+    checked = AuditInput.open(state_dir, AuditOptions())
+    reports = checked.audit(unfinished=False)
+    with database(state_dir) as connection:
+        connection.execute("DELETE FROM edgeadapt_versions")
+    with refused(TrustError, DATABASE):
+        checked.require(reports, unfinished=False)
+    (state_dir / DATABASE).write_bytes(b"no database")
+    with refused(TrustError, DATABASE):
+        checked.require(reports, unfinished=False)
+
+
+def test_a_registry_of_another_format_ends_the_audit(state_dir_of: Callable[[str], Path]) -> None:
+    state_dir = state_dir_of("digests")
+    with database(state_dir) as connection:
+        connection.execute("UPDATE edgeadapt_format SET format = 99")
+    with refused(ConfigError, "format", value=99):
+        adapters(state_dir)
+
+
+def test_a_sum_that_was_not_kept_is_reported_with_those_that_were(state_dir_of: Callable[[str], Path]) -> None:
+    state_dir = state_dir_of("fedavg")
+    log = read((state_dir / "transcript" / log_name(1)).read_bytes()).entries
+    headers = [entry for entry in log if (entry.kind, entry.round) == (MaskedInput.TAG, 1)]
+    signed = MaskedInput.decode(envelope.unverified_body(headers[0].message))
+    vector_path(state_dir / "transcript" / VECTORS, signed.vector).unlink()
+    first, _ = adapters(state_dir)
+    assert outcome(first) == (Status.PASS, "vectors")
+    assert "1 of 2 recomputed from the sums" in first.text
+    assert "1 of 2 not recomputed" in first.text
+
+
+def test_an_adapter_that_was_never_published_is_found_unless_a_kill_explains_it(
+    state_dir_of: Callable[[str], Path],
+) -> None:
+    state_dir = state_dir_of("fedavg")
+    with database(state_dir) as connection:
+        connection.execute("DELETE FROM edgeadapt_versions WHERE version IN (1, 3)")
+    first, second = adapters(state_dir)
+    assert outcome(first) == (Status.FAIL, "version")
+    assert outcome(second) == (Status.SKIPPED, "unpublished")
+    assert second.text.startswith("0 adapters published")
+
+
+@pytest.fixture
+def first_session(state_dir_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> FirstSession:
+    """Makes a new recomputation; and the adapters, with their sums, that the audit of the first session gives to it."""
+    given: list[tuple[ProducedAdapter, ...]] = []
+
+    class Spy(Recomputation):
+        def check(self, produced: tuple[ProducedAdapter, ...]) -> Finding:
+            given.append(produced)
+            return super().check(produced)
+
+    monkeypatch.setattr("coordinator.audit.transcripts.Recomputation", Spy)
+    checked = AuditInput.open(state_dir_of("fedavg"), AuditOptions())
+    checked.audit(unfinished=False)
+    assert checked.registry is not None
+    assert checked.rule is not None
+    new = partial(Recomputation, checked.registry, checked.rule)
+    assert new().check(given[0]).status is Status.PASS
+    return new, given[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "about"),
+    [
+        ({"before": (0, "ab" * 32)}, "plan.adapter"),
+        ({"survivors": ("someone",)}, "manifest.survivors"),
+        ({"layout": "0" * 64}, "manifest.layout_digest"),
+        ({"values": {"delta": np.zeros(3), "weight": np.ones(1)}}, None),
+        ({"values": {"delta": np.zeros(3), "weight": np.zeros(1)}}, "values"),
+        ({"values": {"other": np.zeros(3)}}, "values"),
+    ],
+    ids=["start", "survivors", "layout", "size", "no examples", "other segments"],
+)
+def test_a_log_that_contradicts_the_registry_is_found(
+    first_session: FirstSession, changes: dict[str, Any], about: str | None
+) -> None:
+    new, (first, second) = first_session
+    finding = new().check((replace(first, **changes), second))
+    assert finding.status is Status.FAIL
+    assert about in (None, finding.about)
+    assert finding.place == first.place
+
+
+def test_a_manifest_of_another_file_than_the_log_names_is_found(
+    first_session: FirstSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, (first, second) = first_session
+    registry = new().registry
+    manifests: dict[int | None, VersionManifest | None] = {version: registry.manifest(version) for version in range(3)}
+    found = manifests[1]
+    assert found is not None
+    for name, value in {"sha256": "c" * 64, "parent": "c" * 64}.items():
+        changed = {**manifests, 1: replace(found, **{name: value})}
+        monkeypatch.setattr(type(registry), "manifest", lambda _, version, changed=changed: changed[version])
+        assert outcome(new().check((first, second))) == (Status.FAIL, f"manifest.{name}")
+
+
+def test_an_adapter_that_was_exchanged_after_the_last_sum_of_a_session_is_found(first_session: FirstSession) -> None:
+    new, (first, second) = first_session
+    recomputation = new()
+    finding = recomputation.check((replace(first, after=(1, "ab" * 32)),))
+    assert outcome(finding) == (Status.SKIPPED, "replaced")
+    assert finding.text.startswith("0 adapters published")
+    assert outcome(recomputation.check((second,))) == (Status.FAIL, "plan.adapter")
+
+
+def test_a_round_that_is_run_again_after_a_kill_is_not_a_forgery(first_session: FirstSession) -> None:
+    new, (first, second) = first_session
+    recomputation = new()
+    for _ in range(2):  # killed twice between log and registry
+        assert recomputation.check((replace(first, after=(1, "ab" * 32)),)).status is Status.SKIPPED
+    assert recomputation.check(()).status is Status.PASS  # all its rounds were aborted
+    assert recomputation.check((first, second)).status is Status.PASS
+
+
+def test_one_step_more_in_one_number_of_the_sum_is_found(first_session: FirstSession) -> None:
+    new, (first, second) = first_session
+    assert first.values is not None
+    delta = first.values["delta"].copy()
+    steps = np.abs(np.diff(np.unique(delta)))
+    delta[np.abs(delta).argmin()] += steps.min()
+    finding = new().check((replace(first, values={**first.values, "delta": delta}), second))
+    assert outcome(finding) == (Status.FAIL, "result.adapter")
+
+
+def test_a_session_without_a_result_has_no_adapter(first_session: FirstSession) -> None:
+    finding = first_session[0]().check(())
+    assert (finding.status, finding.text) == (Status.PASS, "no adapter was produced")

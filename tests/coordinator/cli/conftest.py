@@ -1,0 +1,5 @@
+"""Logged sessions to audit."""
+
+from tests.support.sessions import logged
+
+__all__ = ["logged"]
