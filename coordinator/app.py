@@ -14,7 +14,7 @@ from aggregation.errors import ConfigError
 from coordinator.registry import RoundRecord
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.wire import Clock, SystemClock, Wire
+from coordinator.transport import Clock, SystemClock, Transport
 
 STATE = "coordinator-state"  # key of the run configuration: the coordinator's state directory
 
@@ -52,7 +52,7 @@ def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:
     clock: Clock = getattr(grid, "clock", None) or SystemClock()
     with state_dir.locked():
         yield from federate(
-            Wire(grid, clock, state_dir.settings.deadline),
+            Transport(grid, clock, state_dir.settings.deadline),
             state_dir.registry,
             key=state_dir.key,
             read_root=state_dir.read_root,

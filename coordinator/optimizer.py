@@ -1,8 +1,14 @@
 """Server optimizers: from the mean of a round's deltas to the next adapter.
 
-A mean delta is a direction to add, not a gradient to subtract. Everything is float32 over one flat vector in layout
-order, with operations that IEEE 754 rounds in one way only: a run resumed from stored state goes on bit for bit.
-How the mean comes about is the protocol's matter; where state is kept is the registry's.
+A mean delta is added; it is not a gradient, which would be subtracted. Everything is float32 over one flat vector in
+layout order, and uses only operations whose result IEEE 754 defines: a run resumed from stored state makes the same
+adapters, bit for bit. The protocol makes the mean, the registry keeps the state.
+
+>>> rule = FedAvg(learning_rate=0.5)
+>>> state = start(rule, size=2)
+>>> state, adapter = step(rule, state, np.float32([1, 2]), np.float32([4, -4]))
+>>> adapter
+array([3., 0.], dtype=float32)
 """
 
 import math
@@ -17,7 +23,14 @@ from aggregation.errors import ConfigError, DataError
 
 @dataclass(frozen=True, slots=True)
 class FedAvg:
-    """``x + learning_rate * mean`` (McMahan et al. 2017; the rate as in Reddi et al. 2021)."""
+    """Federated averaging: ``x + learning_rate * mean``.
+
+    McMahan et al. 2017, with the server's learning rate of Reddi et al. 2021. ``learning_rate = 1`` gives the plain
+    mean of the devices' adapters.
+
+    Raises:
+        ConfigError: The learning rate is not a positive number.
+    """
 
     learning_rate: float = 1.0
 
@@ -27,10 +40,20 @@ class FedAvg:
 
 @dataclass(frozen=True, slots=True)
 class FedAdam:
-    """Adam on the server (Reddi et al. 2021, algorithm 2). There is no bias correction.
+    """Adam on the server (Reddi et al. 2021, algorithm 2), without bias correction.
 
-    ``tau`` is in weight units: coordinates whose deltas are much smaller than ``tau`` move like FedAvg's, others by
-    about ``learning_rate`` a round. The second moment starts at ``tau**2``, the least that the paper allows.
+    For each coordinate, with the mean delta ``d``, starting from ``m = 0`` and ``v = tau**2``, the paper's least::
+
+        m = beta1 * m + (1 - beta1) * d
+        v = beta2 * v + (1 - beta2) * d**2
+        x = x + learning_rate * m / (sqrt(v) + tau)
+
+    ``tau`` is in weight units. Coordinates whose deltas are much smaller than ``tau`` move as with FedAvg, others by
+    about ``learning_rate`` a round.
+
+    Raises:
+        ConfigError: ``learning_rate`` or ``tau`` is not a positive number, the square of ``tau`` is zero in float32, or
+            a decay is not at least 0 and below 1.
     """
 
     learning_rate: float = 0.01
@@ -42,20 +65,22 @@ class FedAdam:
         _positive("learning_rate", self.learning_rate)
         _positive("tau", self.tau)
         if np.float32(self.tau) ** 2 == 0:
-            raise ConfigError(f"tau = {self.tau} is too small: its square is zero in float32")
+            raise ConfigError(
+                f"tau = {self.tau} is too small: its square is zero in float32", about="tau", value=self.tau
+            )
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 0 and below 1")
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} = {value} must be at least 0 and below 1", about=name, value=value)
 
 
 @dataclass(frozen=True, slots=True)
 class Stateless:
-    """All that FedAvg remembers."""
+    """FedAvg has no state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """FedAdam's running means of the delta and of its square, both of shape ``(n,)``."""
+    """FedAdam's ``m`` and ``v``: running means of the delta and of its square, each float32 of shape ``(n,)``."""
 
     first: Floats
     second: Floats
@@ -66,7 +91,11 @@ State = Stateless | Moments
 
 
 def start(settings: Settings, size: int) -> State:
-    """The state before the first round, for an adapter of ``size`` elements."""
+    """The state before the first round, for an adapter of ``size`` elements.
+
+    >>> start(FedAdam(tau=0.5), 2)
+    Moments(first=array([0., 0.], dtype=float32), second=array([0.25, 0.25], dtype=float32))
+    """
     match settings:
         case FedAvg():
             return Stateless()
@@ -75,13 +104,17 @@ def start(settings: Settings, size: int) -> State:
 
 
 def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) -> tuple[State, Floats]:
-    """One round's update. Nothing is changed in place.
+    """The update of one round.
 
     Args:
-        settings: Which optimizer.
+        settings: Of the optimizer.
         state: From ``start``, ``restore`` or the step before.
-        adapter: Shape ``(n,)``: what the devices started from.
-        mean_delta: Shape ``(n,)``: the mean of what they added to it.
+        adapter: float32 of shape ``(n,)``, weight units: what the devices started from.
+        mean_delta: float32 of shape ``(n,)``, weight units: the weighted mean of the survivors' deltas.
+
+    Returns:
+        The next state, and the next adapter, float32 of shape ``(n,)``. Guarantee: the arguments are not changed, the
+        result is finite, and equal arguments give equal bits.
 
     Raises:
         ConfigError: The state belongs to another optimizer.
@@ -95,7 +128,10 @@ def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) 
             case FedAdam(), Moments():
                 _check(adapter, state.first)
                 return _adam(settings, state, adapter, mean_delta)
-    raise ConfigError(f"{type(settings).__name__} cannot go on from the state of another optimizer")
+    raise ConfigError(
+        f"{type(settings).__name__} cannot continue from {type(state).__name__}, the state of another optimizer",
+        about="state",
+    )
 
 
 def _adam(settings: FedAdam, state: Moments, adapter: Floats, delta: Floats) -> tuple[State, Floats]:
@@ -103,12 +139,18 @@ def _adam(settings: FedAdam, state: Moments, adapter: Floats, delta: Floats) -> 
     one = np.float32(1)
     first = beta1 * state.first + (one - beta1) * delta
     second = beta2 * state.second + (one - beta2) * (delta * delta)
-    spread: Floats = np.sqrt(second) + tau
-    return Moments(_finite(first), _finite(second)), _finite(adapter + rate * first / spread)
+    scale: Floats = np.sqrt(second) + tau
+    return Moments(_finite(first), _finite(second)), _finite(adapter + rate * first / scale)
 
 
 def to_tensors(state: State) -> Tensors:
-    """What to store; empty for FedAvg. ``restore(settings, to_tensors(state), n)`` equals ``state``, bit for bit."""
+    """The tensors to store; empty for FedAvg.
+
+    Guarantee: ``restore(settings, to_tensors(state), n)`` equals ``state``, bit for bit.
+
+    >>> sorted(to_tensors(start(FedAdam(), 2)))
+    ['first', 'second']
+    """
     match state:
         case Stateless():
             return {}
@@ -117,10 +159,15 @@ def to_tensors(state: State) -> Tensors:
 
 
 def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> State:
-    """The state to go on from; where nothing is stored, the one to start from.
+    """The state in ``stored``; where nothing is stored, the state before the first round.
+
+    Args:
+        settings: Of the optimizer.
+        stored: From ``to_tensors``.
+        size: Elements of the adapter.
 
     Raises:
-        ConfigError: What is stored belongs to another optimizer or an adapter of another size.
+        ConfigError: The stored state belongs to another optimizer, or to an adapter of another size.
     """
     if not stored:
         return start(settings, size)
@@ -128,7 +175,8 @@ def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> Stat
     if not fits or any(value.shape != (size,) or value.dtype != np.float32 for value in stored.values()):
         raise ConfigError(
             f"the stored optimizer state is not that of {type(settings).__name__} over {size} elements:"
-            " keep the optimizer that the registry was filled with, or start a new registry"
+            " keep the optimizer that wrote it, or start a new registry",
+            about="optimizer",
         )
     return Moments(stored["first"], stored["second"])
 
@@ -137,18 +185,20 @@ def _check(adapter: Floats, other: Floats) -> None:
     if adapter.ndim != 1 or adapter.shape != other.shape or adapter.dtype != np.float32 or other.dtype != np.float32:
         raise DataError(
             f"the server optimizer adds flat float32 vectors of one size, got"
-            f" {adapter.dtype} {list(adapter.shape)} and {other.dtype} {list(other.shape)}"
+            f" {adapter.dtype} {list(adapter.shape)} and {other.dtype} {list(other.shape)}",
+            about="shape",
         )
 
 
 def _finite(vector: Floats) -> Floats:
     if not np.isfinite(vector).all():
         raise DataError(
-            "the server's update is not finite: a delta holds NaN or infinity, or the learning rate is too high"
+            "the server's update is not finite: a delta holds NaN or infinity, or the learning rate is too high",
+            about="update",
         )
     return vector
 
 
 def _positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name} = {value} must be a positive number")
+        raise ConfigError(f"{name} = {value} must be a positive number", about=name, value=value)

@@ -1,7 +1,7 @@
-"""Writes the log of one session as it goes, and keeps the masked vectors where the operator wants them.
+"""Writes the log of one session, and keeps the masked vectors where the settings ask for that.
 
-Records are appended whole, and synced to the disk before the next question goes out: from it a device learns that its
-answer arrived, and demands later that the answer is in the log.
+Records are appended, and synced to the disk before the coordinator sends its next message: that message tells a device
+that its answer arrived, and the device later demands a proof that the log holds the answer.
 """
 
 import hashlib
@@ -31,27 +31,27 @@ class Recorder:
     vectors: Path | None = None
 
     def begin(self, plan: Plan) -> None:
-        """A round begins."""
+        """Begin the round of ``plan``."""
         self.log.begin(plan)
 
     def sent(self, step: Step, bodies: Mapping[str, bytes]) -> None:
-        """The coordinator asks. Device → body."""
+        """Record what the coordinator sends: device → body."""
         self.write(self.log.sent(step, bodies), sync=True)
 
     def received(self, step: Step, device: str, body: bytes) -> None:
-        """A device answered, and the answer was found good."""
+        """Record a device's answer, which was accepted."""
         self.write(self.log.received(step, device, body))
         if self.vectors is not None and step is Step.PLAN:
             vector = transcript.packed_vector(body)
             storage.replace(vector_path(self.vectors, hashlib.sha256(vector).digest()), vector, PUBLIC)
 
     def result(self, result: RoundResult, version: int, adapter: str) -> None:
-        """The round under way made this sum, and the sum this adapter (its SHA-256)."""
+        """End the round under way: with this sum, and the adapter (its SHA-256) that it produced."""
         if self.log.plan is not None:
             self._end(Result(self.log.plan, result.survivors, result.digest, version, adapter))
 
     def abort(self, reason: AbortReason) -> None:
-        """The round under way, if one is, ended without an adapter."""
+        """End the round under way, if there is one, without an adapter."""
         if self.log.plan is not None:
             self._end(Abort(self.log.plan, reason.value))
 
@@ -59,11 +59,11 @@ class Recorder:
         self.write(self.log.ended(self.key, ending), sync=True)
 
     def checkpoint(self, stage: Stage = Stage.OPEN) -> None:
-        """Sign what is there."""
+        """Sign the log so far."""
         self.write(self.log.checkpoint(self.key, stage), sync=True)
 
     def write(self, records: bytes, *, sync: bool = False) -> None:
-        """Append. Afterwards a kill of the process loses nothing, and with ``sync`` neither does a power cut."""
+        """Append. After the return the records survive a kill of the process, and with ``sync`` also a power cut."""
         with self.path.open("ab") as file:
             file.write(records)
             file.flush()

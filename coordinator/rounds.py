@@ -26,13 +26,13 @@ from coordinator.registry import Registry, RoundRecord, StoredAdapter
 from coordinator.session import Cohort, attachments, establish
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts
-from coordinator.wire import Wire
+from coordinator.transport import Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
 
 
 def federate(
-    wire: Wire,
+    transport: Transport,
     registry: Registry,
     *,
     key: IdentityKey,
@@ -43,7 +43,7 @@ def federate(
     """Run the rounds that are still to do, and yield the record of each one once it is committed.
 
     Args:
-        wire: Reaches the devices.
+        transport: Reaches the devices.
         registry: Holds the adapter; its records say which rounds are done.
         key: The coordinator's signing key.
         read_root: Now → the authority with its newest revocation list, read again for each session.
@@ -62,7 +62,7 @@ def federate(
             if cohort is None or session is None or session.rounds_left == 0:
                 rounds = min(settings.rounds - number + 1, settings.aggregation.session_rounds)
                 cohort, session = establish(
-                    wire,
+                    transport,
                     adapter,
                     rounds,
                     f"session-{number}",
@@ -147,14 +147,14 @@ def _record(
     seconds: float,
 ) -> RoundRecord:
     result = None if isinstance(outcome, RoundAborted) else outcome[1]
-    traffic = cohort.wire.take_traffic()
+    carried = cohort.transport.take_carried()
     return RoundRecord(
         round=number,
         survivors=result.survivors if result else (),
         dropped=dict(cohort.dropped),
         aborted=outcome.detail if isinstance(outcome, RoundAborted) else None,
-        bytes_up=traffic.up,
-        bytes_down=traffic.down,
+        bytes_up=carried.up,
+        bytes_down=carried.down,
         seconds=seconds,
         metrics=metrics_of(result) if result else {},
         version=adapter.manifest.version + 1 if result else None,

@@ -21,7 +21,7 @@ from coordinator.recorder import Recorder
 from coordinator.registry import StoredAdapter
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts
-from coordinator.wire import Wire
+from coordinator.transport import Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
 S = TypeVar("S")
@@ -33,13 +33,13 @@ class Cohort:
     """The devices of a session, and how to reach them. What is asked and answered goes into the session's log.
 
     Args:
-        wire: Reaches the nodes.
+        transport: Reaches the nodes.
         nodes: Device → Flower node.
         recorder: Writes the log.
         dropped: Device → the step at which it dropped out of the round under way, or of the making of the session.
     """
 
-    wire: Wire
+    transport: Transport
     nodes: Mapping[str, int]
     recorder: Recorder
     dropped: dict[str, str] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Cohort:
         asked = {self.nodes[device]: body for device, body in bodies.items()}
         fields = {self.nodes[device]: each for device, each in (extra or {}).items()}
         self.recorder.sent(step, bodies)
-        for reply in self.wire.ask(step, asked, group, fields):
+        for reply in self.transport.ask(step, asked, group, fields):
             device = devices[reply.node]
             try:
                 if reply.body is None:
@@ -92,7 +92,7 @@ def attachments(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> Att
 
 
 def establish(
-    wire: Wire,
+    transport: Transport,
     adapter: StoredAdapter,
     rounds: int,
     group: str,
@@ -105,7 +105,7 @@ def establish(
     """Make a session of ``rounds`` rounds with the devices that can be reached.
 
     Args:
-        wire: Reaches the devices.
+        transport: Reaches the devices.
         adapter: Whose layout and base the session is for.
         rounds: That the session shall last.
         group: Begins Flower's group id of each attempt.
@@ -120,15 +120,15 @@ def establish(
     reason = ""
     for attempt in range(1, settings.attempts + 1):
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
-        certificates, nodes, seen = _check_in(root, wire, name)
+        certificates, nodes, last_offers = _check_in(root, transport, name)
         least = settings.aggregation.minimum_devices
         if len(nodes) < least:
             reason = f"{len(nodes)} devices answered, {least} are needed"
         else:
             spec = settings.aggregation.spec(len(nodes), adapter.layout, adapter.manifest.base_digest, rounds)
             opened = server.open_session(key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
-            cohort = Cohort(wire, nodes, transcripts.begin(opened[0].offer, root.revoked))
-            proofs = transcripts.session_chain_proofs(cohort.recorder, seen)
+            cohort = Cohort(transport, nodes, transcripts.begin(opened[0].offer, root.revoked))
+            proofs = transcripts.session_chain_proofs(cohort.recorder, last_offers)
             revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
             outcome = _negotiate(cohort, *opened, attachments(proofs, revoked), name)
             if not isinstance(outcome, RoundAborted):
@@ -155,7 +155,9 @@ def _negotiate(
     return session
 
 
-def _check_in(root: Root, wire: Wire, group: str) -> tuple[dict[str, bytes], dict[str, int], dict[str, bytes]]:
+def _check_in(
+    root: Root, transport: Transport, group: str
+) -> tuple[dict[str, bytes], dict[str, int], dict[str, bytes]]:
     """Ask every node for its certificate; keep those that the authority certified, one node for each device.
 
     Returns:
@@ -163,8 +165,8 @@ def _check_in(root: Root, wire: Wire, group: str) -> tuple[dict[str, bytes], dic
     """
     certificates: dict[str, bytes] = {}
     nodes: dict[str, int] = {}
-    seen: dict[str, bytes] = {}
-    for reply in wire.ask(Step.CHECK_IN, dict.fromkeys(wire.nodes(), b""), group):
+    last_offers: dict[str, bytes] = {}
+    for reply in transport.ask(Step.CHECK_IN, dict.fromkeys(transport.nodes(), b""), group):
         try:
             device, _ = root.verify(reply.body or b"", datetime.now(UTC))
         except EdgeAdaptError as error:
@@ -173,5 +175,6 @@ def _check_in(root: Root, wire: Wire, group: str) -> tuple[dict[str, bytes], dic
         if device in nodes:
             log.warning("node %d is not admitted: node %d checked in as %s before", reply.node, nodes[device], device)
             continue
-        certificates[device], nodes[device], seen[device] = reply.body or b"", reply.node, reply.seen
-    return certificates, nodes, seen
+        certificates[device], nodes[device] = reply.body or b"", reply.node
+        last_offers[device] = reply.last_offer
+    return certificates, nodes, last_offers

@@ -20,8 +20,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry
-from coordinator.settings import SETTINGS as SETTINGS
-from coordinator.settings import FederationSettings
+from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.transcripts import Transcripts
 
 KEY = SIGNING_KEY
@@ -50,17 +49,18 @@ class CoordinatorStateDir:
             ConfigError: A file is missing or a setting is ill-formed.
             TrustError: The key, or the authority's certificate, is damaged.
         """
+        for name in (SETTINGS, KEY, AUTHORITY):
+            if not (folder / name).is_file():
+                raise ConfigError(
+                    f"{folder} is not a coordinator's state directory: it has no {name}; "
+                    "make one with 'edgeadapt coordinator init'",
+                    about=name,
+                )
         settings = FederationSettings.read(folder / SETTINGS)
-        try:
-            with of_file(folder / KEY):
-                key = IdentityKey.from_pem((folder / KEY).read_bytes())
-            with of_file(folder / AUTHORITY):
-                root = Root.from_pem((folder / AUTHORITY).read_bytes())
-        except FileNotFoundError as error:
-            missing = Path(error.filename).name
-            raise ConfigError(
-                f"{folder} is not a coordinator's state directory: {missing} is missing", about=missing
-            ) from error
+        with of_file(folder / KEY):
+            key = IdentityKey.from_pem((folder / KEY).read_bytes())
+        with of_file(folder / AUTHORITY):
+            root = Root.from_pem((folder / AUTHORITY).read_bytes())
         transcripts = Transcripts(folder / TRANSCRIPT, key, root, settings.aggregation.keep_masked_inputs)
         return cls(folder, key, root, settings, open_registry(folder, key), transcripts)
 

@@ -1,8 +1,8 @@
-"""The transcripts of a coordinator: one file a session, written as it goes, for ``edgeadapt audit`` to check later.
+"""The transcripts of a coordinator: one log for each session, for ``edgeadapt audit`` to check later.
 
-``coordinator.audit.transcripts`` names the files, ``coordinator.recorder`` writes a log. A kill can tear its last
-record; the next start cuts it back, keeps what it cut in a file next to the log, ends the round under way, and closes
-the log.
+``coordinator.audit.transcripts`` names the files, ``coordinator.recorder`` writes a log. A kill can leave the last
+record incomplete. The next start moves such a rest to a file with the suffix ``.torn``, ends the round that was under
+way, and closes the log.
 """
 
 import os
@@ -38,21 +38,21 @@ from coordinator.audit import Problem, checkpoints
 from coordinator.audit.transcripts import AUTHORITY, COORDINATOR, REVOKED, VECTORS, log_name, log_number, logs
 from coordinator.recorder import Recorder
 
-TORN = ".torn"
+TORN = ".torn"  # suffix of the incomplete record that a kill left
 _INDEX = 8  # bytes of an entry before its kind
 _CHECKPOINT = bytes([len(Checkpoint.TAG)]) + Checkpoint.TAG.encode()  # the kind, as an entry has it
-INTERRUPTED = "interrupted"  # why a round ended that was under way when the process ended
+INTERRUPTED = "interrupted"  # why a round was aborted that was under way when the process ended
 
 
 @dataclass(frozen=True, slots=True)
 class Transcripts:
-    """The folder.
+    """The transcripts in a folder.
 
     Args:
-        folder: Made when the first session begins.
+        folder: Created when the first session begins.
         key: The coordinator's; signs the checkpoints.
         root: The authority that certified the devices.
-        keep_vectors: Keep every masked vector too, so that sums can be added up again.
+        keep_vectors: Keep every masked vector too, so that an auditor can recompute the sums.
     """
 
     folder: Path
@@ -61,14 +61,14 @@ class Transcripts:
     keep_vectors: bool
 
     def begin(self, offer: bytes, revoked: RevocationList | None = None) -> Recorder:
-        """Start the log of the session whose offer has this digest, and close the one before.
+        """Start the log of a session, and close the one before.
 
         Args:
-            offer: Its digest.
-            revoked: The revocation list that the session goes by.
+            offer: Digest of the session's offer.
+            revoked: The revocation list that the session applies.
 
         Raises:
-            TrustError: The log before it was altered.
+            TrustError: The log of the session before was altered.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         storage.replace(self.folder / AUTHORITY, self.root.to_pem(), PUBLIC)
@@ -85,31 +85,33 @@ class Transcripts:
         storage.sync(self.folder)
         return recorder
 
-    def session_chain_proofs(self, recorder: Recorder, seen: Mapping[str, bytes]) -> dict[str, bytes]:
-        """What each device gets in the same message as the offer of the session of ``recorder``.
+    def session_chain_proofs(self, recorder: Recorder, last_offers: Mapping[str, bytes]) -> dict[str, bytes]:
+        """For each device the proof that the new session continues the log of the session that the device joined last.
+
+        It travels in the same message as the offer.
 
         Args:
             recorder: Of the new session.
-            seen: Device → digest of the offer that it says it joined last; empty where it joined none.
+            last_offers: Device → digest of the offer that it joined last, as it says; empty where it joined none.
         """
-        wanted, closed, found = set(seen.values()) - {b""}, list[bytes](), dict[str, bytes]()
+        wanted, closed, found = set(last_offers.values()) - {b""}, list[bytes](), dict[str, bytes]()
         for path in reversed([path for path in logs(self.folder) if path != recorder.path]):
             if not wanted:
                 break
             offer, last = _ends(path)
             if offer in wanted:
                 wanted.remove(offer)
-                devices = [device for device, digest in seen.items() if digest == offer]
+                devices = [device for device, digest in last_offers.items() if digest == offer]
                 log = transcript.resume(transcript.read(path.read_bytes()).entries, NO_SESSION)
                 proofs = receipts(log, devices)
                 found |= {
                     device: session_chain_proof(recorder.log, self.key, proofs[device], closed) for device in devices
                 }
             closed.insert(0, last)
-        return {device: found.get(device) or session_chain_proof(recorder.log, self.key) for device in seen}
+        return {device: found.get(device) or session_chain_proof(recorder.log, self.key) for device in last_offers}
 
     def finish(self) -> bytes:
-        """Close the last log if it is open, from what is on the disk. Returns the digest of its last checkpoint.
+        """Close the last log if it is open, as far as it is on the disk. Returns the digest of its last checkpoint.
 
         Raises:
             TrustError: The log was altered.
@@ -121,30 +123,30 @@ class Transcripts:
 
 
 def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:
-    """The digest of a log's last checkpoint. A log that a kill left open is closed first, one without entries removed.
+    """The digest of a log's last checkpoint. Closes a log that a kill left open, and removes one without entries.
 
     Args:
         path: Of the log.
         key: The coordinator's.
-        previous: Digest of the last checkpoint of the log before; comes back where this log has no entries.
+        previous: Digest of the last checkpoint of the log before; the result where this log has no entries.
     """
     raw = path.read_bytes()
     reading = transcript.read(raw)
     if reading.problem:
-        if _goes_on(raw[reading.end :], key.public):
+        if _holds_checkpoint(raw[reading.end :], key.public):
             raise _altered(path, reading.problem)
         path.with_suffix(TORN).write_bytes(raw[reading.end :])
         os.truncate(path, reading.end)
     if not reading.entries:
         path.unlink()
         return previous
-    whole = replace(reading, problem="")
+    intact = replace(reading, problem="")
     try:
-        found = checkpoints(whole, key.public, unfinished=True)
+        found = checkpoints(intact, key.public, unfinished=True)
     except Problem as problem:
         raise _altered(path, problem) from None
     if not found or found[-1].stage is not Stage.CLOSED:
-        recorder = Recorder(path, transcript.resume(whole.entries, previous), key)
+        recorder = Recorder(path, transcript.resume(intact.entries, previous), key)
         if recorder.log.plan is not None:
             recorder.write(recorder.log.ended(key, Abort(recorder.log.plan, INTERRUPTED)))
         recorder.checkpoint(Stage.CLOSED)
@@ -152,8 +154,8 @@ def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:
     return found[-1].digest()
 
 
-def _goes_on(rest: bytes, coordinator: PublicKey) -> bool:
-    """Whether the log holds a whole checkpoint in what can no longer be read: a kill tears nothing but its end."""
+def _holds_checkpoint(rest: bytes, coordinator: PublicKey) -> bool:
+    """Whether the unreadable rest of a log holds a complete checkpoint. A kill damages only the last record."""
     for found in re.finditer(re.escape(_CHECKPOINT), rest):
         start = max(found.start() - _INDEX, 0)
         size = int.from_bytes(rest[max(start - LENGTH, 0) : start], "big")
@@ -164,11 +166,13 @@ def _goes_on(rest: bytes, coordinator: PublicKey) -> bool:
 
 
 def _altered(path: Path, problem: object) -> TrustError:
-    return TrustError(f"{path} was altered after it was written ({problem}): find out why, and move it away")
+    return TrustError(
+        f"{path} was altered after it was written ({problem}): find out why, and move it away", about=path.name
+    )
 
 
 def _ends(path: Path) -> tuple[bytes, bytes]:
-    """Digest of the offer, and the last checkpoint as signed, of a closed log, without reading what is between.
+    """Digest of the offer, and the last checkpoint as signed, of a closed log. Reads only the first and last entry.
 
     Raises:
         TrustError: It was altered.
@@ -183,7 +187,7 @@ def _ends(path: Path) -> tuple[bytes, bytes]:
             first, last = (_entry(file, *spans[end]) for end in (0, -1))
             return Offer.decode(envelope.unverified_body(first.message)).digest(), last.message
         except (IndexError, ProtocolError) as error:
-            raise TrustError(f"{path} was altered after it was written ({error}): find out why") from None
+            raise _altered(path, error) from None
 
 
 def _entry(file: BinaryIO, start: int, size: int) -> Entry:

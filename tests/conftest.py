@@ -3,6 +3,7 @@
 Torch and Flower are imported by what uses them, so that other tests do not wait for them.
 """
 
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import tomli_w
 
 # How long an example takes says how busy the machine is, not whether the code is right.
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -153,17 +155,15 @@ class TinyFleet:
 
     def configure(self, changes: Mapping[str, Any]) -> None:
         """Change the coordinator's settings, by dotted keys."""
-        import json
-
-        path = self.out / "coordinator" / "federation.json"
-        settings = json.loads(path.read_text())
+        path = self.out / "coordinator" / "federation.toml"
+        settings = tomllib.loads(path.read_text())
         for key, value in changes.items():
             *sections, last = key.split(".")
             section = settings
             for name in sections:
                 section = section[name]
             section[last] = value
-        path.write_text(json.dumps(settings))
+        path.write_text(tomli_w.dumps(settings))
 
 
 @pytest.fixture

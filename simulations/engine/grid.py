@@ -25,7 +25,7 @@ SHORT_ROUND_STEPS = (Step.PLAN, Step.UNMASK)  # of an honest-but-curious session
 
 
 class VirtualClock:
-    """Seconds that pass only when somebody sleeps. ``coordinator.wire.Clock`` for simulations."""
+    """Seconds that pass only when somebody sleeps. ``coordinator.transport.Clock`` for simulations."""
 
     def __init__(self) -> None:
         self._now = 0.0

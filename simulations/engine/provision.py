@@ -28,6 +28,7 @@ from client.training.examples import Example, Split, write_examples
 from client.training.trainer import Trainer, trainer
 from coordinator import statedir as coordinator_home
 from coordinator.registry import Registry
+from coordinator.settings import SETTINGS
 from coordinator.statedir import open_registry
 from simulations.data.households import Household, Population
 from simulations.data.households.values import Example as Phrase
@@ -107,7 +108,7 @@ def _coordinator(
     replace(folder / coordinator_home.KEY, key.to_pem())
     replace(folder / coordinator_home.AUTHORITY, authority.root.to_pem())
     settings = scenario.federation.model_copy(update={"seed": scenario.seed})
-    replace(folder / coordinator_home.SETTINGS, settings.model_dump_json(indent=2).encode())
+    replace(folder / SETTINGS, settings.to_toml().encode())
     mine = trainer(base, len(population.labels), lora(scenario))
     prototypes = _prototypes(mine, population.public, len(population.labels))
     tensors = seeded(mine.model, prototypes, torch.Generator().manual_seed(scenario.seed))

@@ -13,6 +13,7 @@ from adapters import files
 from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError, DataError
 from coordinator.optimizer import FedAdam, FedAvg, Moments, Settings, State, restore, start, step, to_tensors
+from tests.support import refused
 
 SIZE = 50
 small = st.floats(-4, 4, width=32)
@@ -92,7 +93,7 @@ def test_fedadam_is_torch_adam_without_its_bias_corrections() -> None:
 
 
 @pytest.mark.parametrize("settings", [FedAvg(0.7), FedAdam()], ids=["fedavg", "fedadam"])
-def test_a_run_resumed_from_stored_state_goes_on_bit_for_bit(settings: Settings) -> None:
+def test_a_run_resumed_from_stored_state_is_the_same_bit_for_bit(settings: Settings) -> None:
     means, origin = deltas(9), np.linspace(-1, 1, SIZE, dtype=np.float32)
     _, straight = run(settings, start(settings, SIZE), origin, means)
 
@@ -104,7 +105,7 @@ def test_a_run_resumed_from_stored_state_goes_on_bit_for_bit(settings: Settings)
     assert resumed.tobytes() == straight.tobytes()
 
 
-def test_fedadam_that_forgets_its_state_goes_elsewhere() -> None:
+def test_fedadam_that_loses_its_state_makes_other_adapters() -> None:
     settings, means, origin = FedAdam(), deltas(9), np.zeros(SIZE, np.float32)
     _, straight = run(settings, start(settings, SIZE), origin, means)
     _, halfway = run(settings, start(settings, SIZE), origin, means[:4])
@@ -126,22 +127,22 @@ def test_a_step_changes_nothing_in_place(settings: Settings) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_mean_that_is_not_finite_is_refused(settings: Settings, value: float) -> None:
     mean = np.array([0, value], np.float32)
-    with pytest.raises(DataError, match="not finite"):
+    with refused(DataError, "update"):
         step(settings, start(settings, 2), np.zeros(2, np.float32), mean)
 
 
 @pytest.mark.parametrize("mean", [np.zeros(3, np.float32), np.zeros(2), np.zeros((1, 2), np.float32)], ids=str)
 def test_a_mean_that_does_not_fit_the_adapter_is_refused(mean: Floats) -> None:
-    with pytest.raises(DataError, match="flat float32 vectors"):
+    with refused(DataError, "shape"):
         step(FedAvg(), start(FedAvg(), 2), np.zeros(2, np.float32), mean)
 
 
 def test_state_of_another_optimizer_or_size_is_refused() -> None:
     moments = to_tensors(start(FedAdam(), 4))
     vector = np.zeros(4, np.float32)
-    with pytest.raises(ConfigError, match="another optimizer"):
+    with refused(ConfigError, "state"):
         step(FedAdam(), start(FedAvg(), 4), vector, vector)
-    with pytest.raises(DataError):
+    with refused(DataError, "shape"):
         step(FedAdam(), start(FedAdam(), 1), vector, vector)
     cases: list[tuple[Settings, int, Tensors]] = [
         (FedAvg(), 4, moments),
@@ -149,28 +150,28 @@ def test_state_of_another_optimizer_or_size_is_refused() -> None:
         (FedAdam(), 4, {"first": moments["first"]}),
     ]
     for settings, size, stored in cases:
-        with pytest.raises(ConfigError, match="stored optimizer state"):
+        with refused(ConfigError, "optimizer"):
             restore(settings, stored, size)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_rate_or_tau_that_is_not_positive_is_refused(bad: float) -> None:
-    with pytest.raises(ConfigError, match="positive"):
+    with refused(ConfigError, "learning_rate"):
         FedAvg(bad)
-    with pytest.raises(ConfigError, match="positive"):
+    with refused(ConfigError, "learning_rate"):
         FedAdam(learning_rate=bad)
-    with pytest.raises(ConfigError, match="positive"):
+    with refused(ConfigError, "tau"):
         FedAdam(tau=bad)
 
 
 @pytest.mark.parametrize("bad", [1.0, -0.1, float("nan")])
 def test_a_beta_outside_its_range_is_refused(bad: float) -> None:
-    with pytest.raises(ConfigError, match="at least 0 and below 1"):
+    with refused(ConfigError, "beta1"):
         FedAdam(beta1=bad)
-    with pytest.raises(ConfigError, match="at least 0 and below 1"):
+    with refused(ConfigError, "beta2"):
         FedAdam(beta2=bad)
 
 
 def test_a_tau_whose_square_vanishes_in_float32_is_refused() -> None:
-    with pytest.raises(ConfigError, match="too small"):
+    with refused(ConfigError, "tau", value=1e-30):
         FedAdam(tau=1e-30)

@@ -1,6 +1,5 @@
-"""What a federation is told: each key has a meaning, and what cannot be is refused before a round begins."""
+"""The settings of a federation: each key has a description and bounds, and a wrong value is refused before a round."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -18,6 +18,7 @@ from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from coordinator.optimizer import FedAdam, FedAvg
 from coordinator.settings import Aggregation, FederationSettings, Server
+from tests.support import refused
 
 LAYOUT = Layout((TensorSpec("a", (100, 10)),))
 BASE = "b" * 64
@@ -32,8 +33,8 @@ def fields(model: type[BaseModel] = FederationSettings, prefix: str = "") -> Ite
 
 
 def write(folder: Path, settings: Any) -> Path:
-    path = folder / "federation.json"
-    path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    path = folder / "federation.toml"
+    path.write_text(settings if isinstance(settings, str) else tomli_w.dumps(settings))
     return path
 
 
@@ -47,33 +48,45 @@ def test_every_key_has_a_description_a_default_and_a_bound_that_refuses(key: str
     "key", [key for key, info in fields() if info.annotation in (int, float) and not key.endswith("seed")]
 )
 def test_every_number_is_bounded_and_finite(tmp_path: Path, key: str) -> None:
-    for value in (-1, float("inf"), float("nan"), "1", True, None):
+    for value in (-1, float("inf"), float("nan"), "1", True):
         settings: Any = value
         for name in reversed(key.split(".")):
             settings = {name: settings}
-        with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        with refused(ConfigError, key):
             FederationSettings.read(write(tmp_path, settings))
 
 
 @pytest.mark.parametrize("section", ["", "training", "server", "aggregation"])
 def test_an_unknown_key_is_refused_by_name(tmp_path: Path, section: str) -> None:
     settings = {section: {"extra": 1}} if section else {"extra": 1}
-    with pytest.raises(ConfigError, match=f"{section}.?extra") as caught:
+    with refused(ConfigError, f"{section}.extra".removeprefix(".")):
         FederationSettings.read(write(tmp_path, settings))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_or_damaged_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"it has no federation\.json"):
-        FederationSettings.read(tmp_path / "federation.json")
-    for text in ("", "{", "[]", "rounds = 3"):
-        with pytest.raises(ConfigError, match=r"federation\.json"):
+    with refused(ConfigError, "federation.toml"):
+        FederationSettings.read(tmp_path / "federation.toml")
+    for text in ("rounds", "[training", '{"rounds": 3}', "rounds = 3\nrounds = 4"):
+        with refused(ConfigError, "federation.toml"):
             FederationSettings.read(write(tmp_path, text))
+    (tmp_path / "federation.toml").write_bytes(b"rounds = 3 # \xff")
+    with refused(ConfigError, "federation.toml"):
+        FederationSettings.read(tmp_path / "federation.toml")
 
 
 def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
-    settings = FederationSettings(rounds=7, deadline=1.5, server=Server(optimizer="fedadam"))
-    assert FederationSettings.read(write(tmp_path, settings.model_dump_json())) == settings
+    for settings in (
+        FederationSettings(),
+        FederationSettings(rounds=7, deadline=1.5, server=Server(optimizer="fedadam", tau=1e-9)),
+        FederationSettings(deadline=600, aggregation=Aggregation(keep_masked_inputs=True)),
+    ):
+        assert FederationSettings.read(write(tmp_path, settings.to_toml())) == settings
+
+
+@pytest.mark.parametrize(("key", "info"), fields(), ids=[key for key, _ in fields()])
+def test_the_file_says_what_each_key_means(key: str, info: FieldInfo) -> None:
+    lines = FederationSettings().to_toml().splitlines()
+    assert [line for line in lines if line.startswith(f"{key.rpartition('.')[2]} = ") and info.description in line]
 
 
 def test_the_server_section_is_the_optimizers_own_settings() -> None:
@@ -93,7 +106,7 @@ def test_the_default_offer_is_one_that_the_default_device_accepts(devices: int) 
 
 @pytest.mark.parametrize("adversary", ["active", "honest-but-curious"])
 @pytest.mark.parametrize("devices", [144, 150, 257, 1000])
-def test_a_large_cohort_gets_a_sparse_graph_that_every_roster_withstands(devices: int, adversary: Any) -> None:
+def test_a_large_cohort_gets_a_sparse_graph_that_is_secure_for_every_roster(devices: int, adversary: Any) -> None:
     spec = Aggregation(adversary=adversary).spec(devices, LAYOUT, BASE, 4)
     policy = Policy(known_bases=frozenset({BASE}), adversaries=frozenset(Adversary))
     policy.check(spec, devices)
@@ -103,7 +116,7 @@ def test_a_large_cohort_gets_a_sparse_graph_that_every_roster_withstands(devices
     assert spec.degree % 2 == 0
 
 
-def test_a_graph_for_the_whole_cohort_would_not_hold_once_a_tenth_is_lost() -> None:
+def test_a_graph_for_the_cohort_would_not_be_secure_once_a_tenth_dropped_out() -> None:
     """Why the graph is chosen for the roster."""
     degree, threshold = graph.graph_parameters(1000, 0.1, 0.1)
     spec = replace(Aggregation().spec(1000, LAYOUT, BASE, 4), degree=degree, threshold=threshold)
@@ -121,11 +134,11 @@ def test_two_groups_of_survivors_on_a_sparse_graph_share_an_honest_device() -> N
     assert short.minimum_survivors == short.threshold < 500
 
 
-def test_more_corrupt_devices_make_a_denser_graph_and_too_many_none() -> None:
+def test_more_corrupt_devices_need_a_denser_graph_and_too_many_are_refused() -> None:
     assert Aggregation(corrupt_fraction=0.05).masking_graph(1000) < Aggregation().masking_graph(1000)
     assert Aggregation(corrupt_fraction=0.2).masking_graph(100) == (99, 61)
-    with pytest.raises(ConfigError, match="lower the fractions"):
-        Aggregation(corrupt_fraction=0.6, lost_fraction=0.3).masking_graph(1000)
+    with pytest.raises(ConfigError):
+        Aggregation(corrupt_fraction=0.6, dropout_fraction=0.3).masking_graph(1000)
 
 
 def test_the_minimum_of_survivors_is_a_share_of_the_cohort_but_never_below_the_threshold() -> None:
@@ -140,6 +153,6 @@ def test_a_ring_that_could_wrap_or_miscount_is_refused() -> None:
         Aggregation(ring_bits=16).spec(2**16, LAYOUT, BASE, 1)
 
 
-def test_the_weaker_adversary_is_offered_only_where_it_is_named() -> None:
+def test_the_weaker_adversary_is_offered_only_where_the_settings_name_it() -> None:
     weaker = Aggregation(adversary="honest-but-curious").spec(8, LAYOUT, BASE, 1)
     assert weaker.adversary is Adversary.HONEST_BUT_CURIOUS

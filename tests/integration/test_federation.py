@@ -37,7 +37,7 @@ FleetOf = Callable[..., Any]
 
 
 def settings_of(fleet: Any) -> FederationSettings:
-    return FederationSettings.read(fleet.out / "coordinator" / "federation.json")
+    return FederationSettings.read(fleet.out / "coordinator" / "federation.toml")
 
 
 # What comes out.

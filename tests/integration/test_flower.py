@@ -5,7 +5,6 @@ One deployment serves all tests, in their order: a round with everybody, a round
 second run that goes on where the first one ended.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from adapters import files
 from adapters.base import find_base
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
+from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from simulations.data.households import sample_population
 from simulations.engine import provision
@@ -74,8 +74,8 @@ def outcome(deployment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     deployment.wait("round 1", lambda: len(registry.rounds()) == 1, seconds=RUN)
     deployment.stop(LEAVES)
     logs = [deployment.finish(first, seconds=RUN)]
-    settings = json.loads((state_dir / "federation.json").read_text())
-    (state_dir / "federation.json").write_text(json.dumps({**settings, "rounds": 3}))
+    settings = FederationSettings.read(state_dir / SETTINGS)
+    (state_dir / SETTINGS).write_text(settings.model_copy(update={"rounds": 3}).to_toml())
     logs.append(deployment.finish(deployment.begin(BUNDLE, state_dir), seconds=RUN))
 
     opened = CoordinatorStateDir.open(state_dir)

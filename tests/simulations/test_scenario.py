@@ -104,7 +104,7 @@ def test_a_language_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> No
 
 def test_a_missing_file_a_folder_and_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    for path, reason in ((tmp_path / "gone.toml", "no scenario file"), (tmp_path, "no scenario file")):
+    for path, reason in ((tmp_path / "gone.toml", "there is no file"), (tmp_path, "there is no file")):
         with pytest.raises(ConfigError, match=reason):
             Scenario.read(path)
     with pytest.raises(ConfigError, match="is not TOML"):
@@ -140,11 +140,11 @@ def test_what_is_set_last_holds_and_leaves_the_rest_of_its_section(tmp_path: Pat
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("seed", "--set takes key=value"),
-        ("=7", "--set takes key=value"),
-        ("federation.=7", "--set takes key=value"),
-        ("", "--set takes key=value"),
-        ("seed.x=7", "'seed' is no section"),
+        ("seed", "--set takes KEY=VALUE"),
+        ("=7", "--set takes KEY=VALUE"),
+        ("federation.=7", "--set takes KEY=VALUE"),
+        ("", "--set takes KEY=VALUE"),
+        ("seed.x=7", "'seed' is a value, not a table"),
         ("sed=7", "did you mean 'seed'"),
         ("federation.rond=7", r"did you mean 'federation\.rounds'"),
         ("seed=seven", "seed: Input should be a valid integer"),

@@ -14,7 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
-from coordinator.wire import SystemClock, Wire
+from coordinator.transport import SystemClock, Transport
 
 LINK_NODE = 1  # the SuperLink's own id
 HOURS = 3600.0  # seconds between heartbeats that nobody waits for
@@ -27,15 +27,15 @@ class Link:
     state: Any
     grid: Any
     nodes: list[int]
-    beside = MappingProxyType({ADAPTER: b"adapter"})  # what a message of ``ask`` carries beside its body
+    attachments = MappingProxyType({ADAPTER: b"adapter"})  # what a message of ``ask`` carries besides its body
 
-    def wire(self, deadline: float) -> Wire:
-        return Wire(self.grid, SystemClock(), deadline)
+    def transport(self, deadline: float) -> Transport:
+        return Transport(self.grid, SystemClock(), deadline)
 
-    def ask(self, wire: Wire, nodes: list[int] | None = None) -> dict[int, bytes | str]:
+    def ask(self, transport: Transport, nodes: list[int] | None = None) -> dict[int, bytes | str]:
         """Node → its answer, or why there is none."""
         bodies = {node: b"to %d" % node for node in nodes or self.nodes}
-        replies = list(wire.ask(Step.OFFER, bodies, "g", dict.fromkeys(bodies, self.beside)))
+        replies = list(transport.ask(Step.OFFER, bodies, "g", dict.fromkeys(bodies, self.attachments)))
         answers = {reply.node: reply.reason if reply.body is None else reply.body for reply in replies}
         assert len(answers) == len(replies), "a node answered twice"
         return answers
@@ -61,7 +61,7 @@ class Link:
     def answer(self, message: Message, error: str | None = None) -> str | None:
         """Answer with what came; None if the SuperLink refuses."""
         body = message.content.config_records[RECORD]
-        assert body[ADAPTER] == self.beside[ADAPTER]
+        assert body[ADAPTER] == self.attachments[ADAPTER]
         content = RecordDict({RECORD: ConfigRecord({BODY: b"got " + bytes(body[BODY])})})  # type: ignore[arg-type]
         return self.store(Message(Error(100, error), reply_to=message) if error else Message(content, reply_to=message))
 

@@ -15,7 +15,7 @@ from client.node.app import app as client_app
 from client.node.statedir import SETTINGS
 from coordinator.app import run
 from coordinator.statedir import CoordinatorStateDir
-from coordinator.wire import LAST_POLL
+from coordinator.transport import LAST_POLL
 
 FleetOf = Callable[..., Any]
 FLOWERS_SLEEP = 3.0  # seconds between two looks of the SuperLink's grid in ``send_and_receive``
@@ -71,7 +71,7 @@ def living(link: Any, state_dirs: Iterable[str]) -> Iterator[None]:
     ("adversary", "steps"),
     [("active", (Step.PLAN, Step.SURVIVORS, Step.UNMASK)), ("honest-but-curious", (Step.PLAN, Step.UNMASK))],
 )
-def test_a_round_of_a_session_takes_three_exchanges_or_two_and_waits_for_nothing_else(
+def test_a_round_takes_three_exchanges_or_two_and_no_other_wait(
     fleet_of: FleetOf, link: Any, adversary: str, steps: tuple[Step, ...]
 ) -> None:
     fleet = fleet_of(3, rounds=3, aggregation__session_rounds=3, aggregation__adversary=adversary)

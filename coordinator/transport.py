@@ -1,7 +1,7 @@
-"""Ask devices, through any Flower grid, and take the answers as they come.
+"""Ask devices over any Flower grid, and take the answers as they arrive.
 
-Push and poll, never Flower's ``send_and_receive``, which sleeps three seconds a look. Who answers late, with an error
-or not at all is lost for the exchange; what that means for the round is the protocol's to say.
+Messages are pushed and polled: Flower's own ``send_and_receive`` sleeps three seconds between two looks. A node that
+answers late, with an error or not at all has no answer in the exchange; the protocol decides what follows from that.
 """
 
 import time
@@ -20,7 +20,7 @@ MAX_REASON = 200  # characters of an error reply
 
 
 class Clock(Protocol):
-    """Seconds that pass. The system's, or a simulation's that does not wait."""
+    """Time in seconds: the system's, or a simulation's, which does not wait."""
 
     def now(self) -> float: ...
     def sleep(self, seconds: float) -> None: ...
@@ -40,38 +40,38 @@ class SystemClock:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One node's answer: ``body``, or why there is none. ``seen``: see ``steps.LAST_OFFER``."""
+    """One node's answer: ``body``, or the reason why there is none. ``last_offer``: see ``steps.LAST_OFFER``."""
 
     node: int
     body: bytes | None
     reason: str = ""
-    seen: bytes = b""
+    last_offer: bytes = b""
 
 
 @dataclass(slots=True)
-class Traffic:
-    """Payload bytes over all devices: protocol messages and adapters, without the transport's own framing."""
+class PayloadBytes:
+    """Bytes of protocol messages and adapters over all devices, without the framing of Flower and HTTPS."""
 
     up: int = 0
     down: int = 0
 
 
 @dataclass(slots=True)
-class Wire:
-    """A grid with a deadline. ``traffic`` counts until somebody takes it."""
+class Transport:
+    """A grid with a deadline for each exchange, which counts the bytes that it carries."""
 
     grid: Grid
     clock: Clock
     deadline: float  # seconds for one exchange
-    traffic: Traffic = field(default_factory=Traffic)
+    carried: PayloadBytes = field(default_factory=PayloadBytes)
 
     def nodes(self) -> tuple[int, ...]:
-        """The nodes that the grid knows now, in ascending order."""
+        """The nodes that the grid lists now, in ascending order."""
         return tuple(sorted(self.grid.get_node_ids()))
 
-    def take_traffic(self) -> Traffic:
+    def take_carried(self) -> PayloadBytes:
         """The bytes since the last call."""
-        taken, self.traffic = self.traffic, Traffic()
+        taken, self.carried = self.carried, PayloadBytes()
         return taken
 
     def ask(
@@ -79,25 +79,26 @@ class Wire:
         step: Step,
         bodies: Mapping[int, bytes],
         group: str,
-        beside: Mapping[int, Mapping[str, bytes]] | None = None,
+        attachments: Mapping[int, Mapping[str, bytes]] | None = None,
     ) -> Iterator[Reply]:
-        """Send each node its body and yield the answers in the order of their arrival, each node once.
+        """Send each node its body and yield the answers in the order of arrival, one for each node.
 
         Args:
-            step: What is asked.
+            step: Of the protocol.
             bodies: Node → protocol message.
-            group: Flower's group id: the round.
-            beside: Node → field → what else the message carries.
+            group: Flower's group id: the round, or the attempt at a session.
+            attachments: Node → field → what its message carries besides the body.
         """
-        end = self.clock.now() + self.deadline  # pushing counts: Flower reckons a message's age from its making
+        end = self.clock.now() + self.deadline  # pushing counts too: a message ages from the moment it is made
         messages = []
         for node, body in bodies.items():
-            fields = {BODY: body, **(beside or {}).get(node, {})}
+            fields = {BODY: body, **(attachments or {}).get(node, {})}
             content = RecordDict({RECORD: ConfigRecord(dict(fields))})
             message = Message(content, node, step.message_type, group_id=group, ttl=self.deadline + LAST_POLL)
             messages.append(message)
-            self.traffic.down += sum(map(len, fields.values()))
-        # By id, not by place: for a message that it could not push one of Flower's grids returns None, another nothing.
+            self.carried.down += sum(map(len, fields.values()))
+        # By id, not by position: for a message that it could not push one of Flower's grids returns None, another one
+        # returns nothing.
         pushed = set(self.grid.push_messages(messages))
         nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         waiting = {message_id: node for message_id, node in nodes.items() if message_id in pushed}
@@ -110,7 +111,7 @@ class Wire:
             arrived = list(self.grid.pull_messages(list(waiting)))
             for message in arrived:
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:  # else its second reply, or one to another question
+                if node is not None:  # otherwise a second reply, or a reply to another message
                     yield self._reply(node, message)
             if self.clock.now() >= end:
                 break
@@ -122,16 +123,15 @@ class Wire:
     def _reply(self, node: int, message: Message) -> Reply:
         if message.has_error():
             return Reply(node, None, _one_line(message.error.reason or "failed"))
-        record = message.content.config_records.get(RECORD)
-        body = record.get(BODY) if record is not None else None
+        record = message.content.config_records.get(RECORD, ConfigRecord())
+        body, found = record.get(BODY), record.get(LAST_OFFER)
         if not isinstance(body, bytes):
             return Reply(node, None, "answered without a protocol body")
-        found = record.get(LAST_OFFER) if record is not None else None
-        seen = found if isinstance(found, bytes) else b""
-        self.traffic.up += len(body) + len(seen)
-        return Reply(node, body, seen=seen)
+        last_offer = found if isinstance(found, bytes) else b""
+        self.carried.up += len(body) + len(last_offer)
+        return Reply(node, body, last_offer=last_offer)
 
 
 def _one_line(reason: str) -> str:
-    """A device's own words, fit for a log: a line of its own would look like the coordinator's."""
+    """A device's reason, made safe for a log: a line break in it could imitate a line of the coordinator's."""
     return "".join(c if c.isprintable() else " " for c in reason[:MAX_REASON])

@@ -1,4 +1,4 @@
-"""Ask and be answered over the in-process grid: each node comes back once, with an answer or with what became of it."""
+"""Exchanges over the in-process grid: one reply for each node, with its answer or the reason why there is none."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
-from coordinator.wire import LAST_POLL, Clock, Reply, SystemClock, Traffic, Wire
+from coordinator.transport import LAST_POLL, Clock, PayloadBytes, Reply, SystemClock, Transport
 from simulations.engine.grid import FaultModel, InProcessGrid
 
 NODES = tuple(range(2, 10))
@@ -32,34 +32,36 @@ def answer(message: Message, context: Context) -> Message:
     return Message(RecordDict({RECORD: ConfigRecord({BODY: body + bytes([context.node_id])})}), reply_to=message)
 
 
-def wire_of(app: Any = answer, deadline: float = 60.0, **faults: Any) -> Wire:
+def transport_of(app: Any = answer, deadline: float = 60.0, **faults: Any) -> Transport:
     grid = InProcessGrid(app, dict.fromkeys(NODES, ""), FaultModel(**{"seed": 0, "loss": 0.0, "delay": 1.0, **faults}))
-    return Wire(grid, grid.clock, deadline)
+    return Transport(grid, grid.clock, deadline)
 
 
-def ask(wire: Wire, bodies: Mapping[int, bytes] | None = None, adapter: bytes | None = None) -> dict[int, Reply]:
+def ask(
+    transport: Transport, bodies: Mapping[int, bytes] | None = None, adapter: bytes | None = None
+) -> dict[int, Reply]:
     """The replies by node; each of those asked is there once."""
     bodies = dict.fromkeys(NODES, b"hello") if bodies is None else bodies
-    beside = {} if adapter is None else {node: {ADAPTER: adapter} for node in bodies}
-    replies = list(wire.ask(Step.PLAN, bodies, "1", beside))
+    attachments = {} if adapter is None else {node: {ADAPTER: adapter} for node in bodies}
+    replies = list(transport.ask(Step.PLAN, bodies, "1", attachments))
     assert sorted(reply.node for reply in replies) == sorted(bodies)
     return {reply.node: reply for reply in replies}
 
 
 def test_every_node_gets_its_own_body_and_answers_once() -> None:
     bodies = {node: b"x" * node for node in NODES}
-    assert ask(wire_of(), bodies) == {node: Reply(node, b"x" * node + bytes([node])) for node in NODES}
+    assert ask(transport_of(), bodies) == {node: Reply(node, b"x" * node + bytes([node])) for node in NODES}
 
 
 def test_answers_come_in_the_order_of_their_arrival() -> None:
-    wire = wire_of()
+    transport = transport_of()
     delays = FaultModel(0, 0.0, 1.0).fates("1", Step.PLAN, NODES)
-    order = [reply.node for reply in wire.ask(Step.PLAN, dict.fromkeys(NODES, b"x"), "1")]
+    order = [reply.node for reply in transport.ask(Step.PLAN, dict.fromkeys(NODES, b"x"), "1")]
     assert order == sorted(NODES, key=lambda node: delays[node].delay)
 
 
-def test_a_lost_request_or_reply_is_no_answer_in_time() -> None:
-    replies = ask(wire_of(loss=0.3, seed=4))
+def test_after_a_lost_request_or_reply_the_node_did_not_answer_in_time() -> None:
+    replies = ask(transport_of(loss=0.3, seed=4))
     fates = FaultModel(4, 0.3, 1.0).fates("1", Step.PLAN, NODES)
     lost = {node for node, fate in fates.items() if fate.request_lost or fate.reply_lost}
     assert lost
@@ -67,41 +69,41 @@ def test_a_lost_request_or_reply_is_no_answer_in_time() -> None:
     assert {replies[node].reason for node in lost} == {"did not answer in time"}
 
 
-def test_a_late_reply_is_none_and_the_wait_ends_at_the_deadline() -> None:
-    wire = wire_of(deadline=1.0, delay=3.0)
-    replies = ask(wire)
+def test_a_late_reply_is_ignored_and_the_wait_ends_at_the_deadline() -> None:
+    transport = transport_of(deadline=1.0, delay=3.0)
+    replies = ask(transport)
     fates = FaultModel(0, 0.0, 3.0).fates("1", Step.PLAN, NODES)
     late = {node for node, fate in fates.items() if fate.delay > 1.0 + LAST_POLL}
     assert late
     assert all(replies[node].body is None for node in late)
-    assert 1.0 <= wire.clock.now() <= 1.0 + LAST_POLL
-    assert all(reply.body for reply in ask(wire_of(deadline=1e6)).values())
+    assert 1.0 <= transport.clock.now() <= 1.0 + LAST_POLL
+    assert all(reply.body for reply in ask(transport_of(deadline=1e6)).values())
 
 
-def test_a_late_reply_is_not_taken_for_the_answer_to_the_next_question() -> None:
-    wire = wire_of(deadline=1.0, delay=3.0)
-    assert not all(reply.body for reply in ask(wire).values())
-    wire.deadline = 1e6
-    assert ask(wire, dict.fromkeys(NODES, b"second")) == {
+def test_a_late_reply_is_not_taken_for_the_answer_to_the_next_message() -> None:
+    transport = transport_of(deadline=1.0, delay=3.0)
+    assert not all(reply.body for reply in ask(transport).values())
+    transport.deadline = 1e6
+    assert ask(transport, dict.fromkeys(NODES, b"second")) == {
         node: Reply(node, b"second" + bytes([node])) for node in NODES
     }
 
 
-def test_an_error_reply_says_why() -> None:
+def test_an_error_reply_carries_its_reason() -> None:
     def refuse(message: Message, context: Context) -> Message:
         return Message(Error(100, "no usable examples" if context.node_id % 2 else None), reply_to=message)
 
-    replies = ask(wire_of(refuse))
+    replies = ask(transport_of(refuse))
     assert {replies[node].reason for node in NODES} == {"no usable examples", "failed"}
     assert not any(reply.body for reply in replies.values())
 
 
 @pytest.mark.parametrize("number", range(len(GARBAGE)))
-def test_a_node_that_answers_garbage_is_no_answer_and_costs_no_other_its_own(number: int) -> None:
+def test_an_ill_formed_answer_counts_as_none_and_affects_no_other_node(number: int) -> None:
     def app(message: Message, context: Context) -> Message:
         return GARBAGE[number](message) if context.node_id == 4 else answer(message, context)
 
-    replies = ask(wire_of(app))
+    replies = ask(transport_of(app))
     assert replies.pop(4) == Reply(4, None, "answered without a protocol body")
     assert all(reply.body for reply in replies.values())
 
@@ -110,41 +112,41 @@ def test_an_empty_body_is_an_answer() -> None:
     def empty(message: Message, _: Context) -> Message:
         return Message(RecordDict({RECORD: ConfigRecord({BODY: b""})}), reply_to=message)
 
-    assert {reply.body for reply in ask(wire_of(empty)).values()} == {b""}
+    assert {reply.body for reply in ask(transport_of(empty)).values()} == {b""}
 
 
-def test_traffic_counts_bodies_and_adapters_down_and_answers_up() -> None:
-    wire = wire_of()
-    ask(wire, dict.fromkeys(NODES, b"12345"), ADAPTER_FILE)
-    ask(wire, {2: b"123"})
-    assert wire.take_traffic() == Traffic(up=8 * 6 + 4, down=8 * 1005 + 3)
-    assert wire.take_traffic() == Traffic(0, 0)
+def test_bytes_count_bodies_and_adapters_down_and_answers_up() -> None:
+    transport = transport_of()
+    ask(transport, dict.fromkeys(NODES, b"12345"), ADAPTER_FILE)
+    ask(transport, {2: b"123"})
+    assert transport.take_carried() == PayloadBytes(up=8 * 6 + 4, down=8 * 1005 + 3)
+    assert transport.take_carried() == PayloadBytes(0, 0)
 
 
-def test_what_is_lost_on_the_way_back_was_sent_and_not_received() -> None:
-    wire = wire_of(loss=0.3, seed=4)
-    heard = [node for node, reply in ask(wire).items() if reply.body]
-    assert wire.take_traffic() == Traffic(up=6 * len(heard), down=5 * len(NODES))
+def test_bytes_of_a_lost_reply_count_down_and_not_up() -> None:
+    transport = transport_of(loss=0.3, seed=4)
+    heard = [node for node, reply in ask(transport).items() if reply.body]
+    assert transport.take_carried() == PayloadBytes(up=6 * len(heard), down=5 * len(NODES))
 
 
-def test_the_adapter_travels_beside_the_body_and_only_where_there_is_one() -> None:
+def test_the_adapter_travels_in_the_same_message_as_the_body() -> None:
     seen: list[set[str]] = []
 
     def app(message: Message, context: Context) -> Message:
         seen.append(set(message.content.config_records[RECORD]))
         return answer(message, context)
 
-    wire = wire_of(app)
-    ask(wire, {2: b""}, ADAPTER_FILE)
-    ask(wire, {2: b""})
+    transport = transport_of(app)
+    ask(transport, {2: b""}, ADAPTER_FILE)
+    ask(transport, {2: b""})
     assert seen == [{BODY, ADAPTER}, {BODY}]
 
 
 def test_nobody_asked_is_nobody_waited_for() -> None:
-    wire = wire_of()
-    assert ask(wire, {}) == {}
-    assert wire.clock.now() == 0.0
-    assert wire.nodes() == NODES
+    transport = transport_of()
+    assert ask(transport, {}) == {}
+    assert transport.clock.now() == 0.0
+    assert transport.nodes() == NODES
 
 
 class Odd(InProcessGrid):
@@ -163,7 +165,7 @@ class Odd(InProcessGrid):
 
 def test_what_could_not_be_pushed_or_comes_twice_or_unasked_is_sorted_out() -> None:
     grid = Odd(answer, dict.fromkeys(NODES, ""), FaultModel(0, 0.0, 1.0))
-    replies = ask(Wire(grid, grid.clock, 60.0))
+    replies = ask(Transport(grid, grid.clock, 60.0))
     assert replies.pop(2) == Reply(2, None, "could not be reached")
     assert all(reply.body for reply in replies.values())
 
@@ -171,9 +173,9 @@ def test_what_could_not_be_pushed_or_comes_twice_or_unasked_is_sorted_out() -> N
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**20), st.floats(0, 0.9), st.floats(0.01, 10.0))
 def test_each_node_comes_back_once_whatever_the_weather(seed: int, loss: float, deadline: float) -> None:
-    wire = wire_of(deadline=deadline, seed=seed, loss=loss)
+    transport = transport_of(deadline=deadline, seed=seed, loss=loss)
     for _ in range(3):
-        ask(wire)
+        ask(transport)
 
 
 def test_the_systems_clock_waits() -> None:
