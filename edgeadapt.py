@@ -1,7 +1,7 @@
-"""The one command. Each part brings its own command group, imported only when it is called.
+"""The command `edgeadapt`. It mounts the commands of each part, and imports a part only when one of them is called.
 
-So `edgeadapt device …` starts in a second on a machine that has neither torch nor flwr, and a part whose extra is not
-installed says which one it needs instead of breaking the rest.
+So `edgeadapt device …` starts in a second on a machine that has neither torch nor flwr. A command whose extra is not
+installed names the extra; the other commands work.
 """
 
 import json
@@ -20,16 +20,26 @@ COMMANDS = {
     "audit": ("coordinator.cli.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
     "authority": ("coordinator.cli.authority", "authority", "Enrol devices: certify their keys, revoke them.", ""),
     "bench": ("simulations.cli.bench", "bench", "Measure secure aggregation and models on devices.", "simulations"),
-    "demo": ("simulations.cli", "demo", "Households personalize a frozen model together; start here.", "simulations"),
+    "demo": (
+        "simulations.cli.simulate",
+        "demo",
+        "Households personalize a frozen model together; start here.",
+        "simulations",
+    ),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
     "export": ("export.cli", "export", "Make bundles for devices: bases, adapters, parity; back to peft.", "export"),
-    "seeds": ("simulations.cli", "seeds", "Finished runs of one scenario side by side.", "simulations"),
-    "simulate": ("simulations.cli", "simulate", "Run a scenario file, start to report.", "simulations"),
+    "seeds": ("simulations.cli.seeds", "seeds", "Compare finished runs of one scenario.", "simulations"),
+    "simulate": (
+        "simulations.cli.simulate",
+        "simulate",
+        "Run a scenario file, from population to report.",
+        "simulations",
+    ),
 }
 PROGRAM = "edgeadapt"
-INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+INTERRUPTED = 130  # the exit code that a shell reports for a command that Ctrl-C ended
 
-# Nothing is fetched or reported at run time, whatever a library's defaults are.
+# At run time nothing is downloaded and nothing is reported, whatever the defaults of a library are.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -54,12 +64,12 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line: one line for an error, the error's own exit code, nothing torn."""
+    """Run the command line. An error is one line on standard error and the exit code of its class."""
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text that can be printed
-    if not sys.warnoptions:  # what libraries warn of is for who works on this, and would stand beside the one line
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may contain bytes that cannot be printed
+    if not sys.warnoptions:  # warnings of libraries are for developers
         warnings.simplefilter("ignore")
     try:
         sys.exit(cli(prog_name=PROGRAM, standalone_mode=False))
@@ -77,12 +87,12 @@ def main() -> None:
         _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", INTERRUPTED)
-    except ImportError as error:  # what pybind11 makes of Ctrl-C while a library is being loaded
+    except ImportError as error:  # pybind11 turns Ctrl-C during the import of a library into this
         if not isinstance(error.__cause__, KeyboardInterrupt):
             raise
         _fail("interrupted", INTERRUPTED)
     except MemoryError:
-        _fail("this machine has too little memory for that", 1)
+        _fail("this machine does not have enough memory", 1)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
 

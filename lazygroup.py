@@ -1,6 +1,6 @@
-"""A group of commands, each imported only when it is called or asked for its own help.
+"""A group of commands that imports a command only when it is called or its help is requested.
 
-So a command starts without its neighbours' libraries, and one whose extra is not installed says which one it needs.
+So a command starts without the libraries of the others, and a command whose extra is not installed names the extra.
 """
 
 import importlib
@@ -24,10 +24,10 @@ class LazyGroup(click.Group):
         return list(self._table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, imported; None if there is no such.
+        """The command, imported; None if the table does not have it.
 
         Raises:
-            click.ClickException: What it needs is not installed.
+            click.ClickException: A package that it needs is not installed.
         """
         if cmd_name not in self._table:
             return None
@@ -40,10 +40,10 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, which imports the rest of what it needs.
+        """Run the command, which may import more packages.
 
         Raises:
-            click.ClickException: What it needs is not installed.
+            click.ClickException: A package that it needs is not installed.
         """
         try:
             return super().invoke(ctx)
@@ -60,6 +60,6 @@ class LazyGroup(click.Group):
             ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The table's own lines, so that ``--help`` imports nothing."""
+        """The lines of the table, so that ``--help`` imports no command."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, row[2]) for name, row in self._table.items()])

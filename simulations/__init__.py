@@ -1,1 +1,1 @@
-"""Populations, the in-process grid, scenarios, reports and benchmarks."""
+"""Simulated federations: populations, the in-process grid, scenarios, reports and benchmarks."""

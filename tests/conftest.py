@@ -90,12 +90,12 @@ def one_thread() -> Iterator[None]:
 
 
 def _population(devices: int, unseen: int) -> Any:
-    from simulations.data.households import Example, Household, Population
+    from simulations.data.households import Household, Population, Utterance
 
-    def phrases(number: int, count: int) -> tuple[Example, ...]:
+    def phrases(number: int, count: int) -> tuple[Utterance, ...]:
         """So many phrases, with a mix of intents that depends on the household."""
         labels = [(number * k + k // 3) % len(LABELS) for k in range(1, count + 1)]
-        return tuple(Example(SAID[LABELS[i]][(number + k) % 5], i, "t") for k, i in enumerate(labels))
+        return tuple(Utterance(SAID[LABELS[i]][(number + k) % 5], i, "t") for k, i in enumerate(labels))
 
     households = tuple(
         Household(
@@ -108,7 +108,7 @@ def _population(devices: int, unseen: int) -> Any:
         )
         for number in range(devices + unseen)
     )
-    public = tuple(Example(SAID[label][0], i, "p") for i, label in enumerate(LABELS))
+    public = tuple(Utterance(SAID[label][0], i, "p") for i, label in enumerate(LABELS))
     return Population(LABELS, public, households)
 
 
@@ -131,12 +131,12 @@ class TinyFleet:
         return next(node for node, state_dir in self.nodes.items() if Path(state_dir).name == device)
 
     def grid(self, *, app: Any = None, kind: type | None = None, **faults: Any) -> Any:
-        """A grid over all devices; fine weather but for what is named."""
+        """A grid over all devices, without faults except those that are given."""
         from client.node.app import app as client_app
         from simulations.engine.grid import FaultModel, InProcessGrid
 
-        fine = FaultModel(**{"seed": self.scenario.seed, "loss": 0.0, "delay": 1.0, **faults})
-        return (kind or InProcessGrid)(app or client_app, self.nodes, fine)
+        model = FaultModel(**{"seed": self.scenario.seed, "message_loss": 0.0, "mean_delay": 1.0, **faults})
+        return (kind or InProcessGrid)(app or client_app, self.nodes, model)
 
     def federate(self, grid: Any) -> tuple[Any, ...]:
         """Run the rounds that are still to do, as a run does; the records of all rounds."""

@@ -1,1 +1,1 @@
-"""Populations: whose examples the simulated devices hold."""
+"""Populations: the examples of the simulated devices."""

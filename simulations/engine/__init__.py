@@ -1,1 +1,4 @@
-"""The in-process grid and the run of a scenario, start to report."""
+"""The run of a scenario: provisioning, the in-process grid, the personal step, the export, the progress display.
+
+This package imports nothing, because its modules need torch and Flower.
+"""

@@ -30,8 +30,7 @@ from coordinator import statedir as coordinator_home
 from coordinator.registry import Registry
 from coordinator.settings import SETTINGS
 from coordinator.statedir import open_registry
-from simulations.data.households import Household, Population
-from simulations.data.households.values import Example as Phrase
+from simulations.data.households import Household, Population, Utterance
 from simulations.scenario import Scenario
 
 AUTHORITY = "authority"
@@ -129,7 +128,7 @@ def _coordinator(
     open_registry(folder, key).publish(manifest, blob, key)
 
 
-def _prototypes(mine: Trainer, public: Sequence[Phrase], labels: int) -> Floats:
+def _prototypes(mine: Trainer, public: Sequence[Utterance], labels: int) -> Floats:
     """Mean embedding of each label's public phrases, shape ``(labels, hidden)``."""
     embeddings = mine.embed([phrase.text for phrase in public])
     sums = np.zeros((labels, embeddings.shape[1]), np.float32)

@@ -1,8 +1,8 @@
-"""From the last round to the devices: the exported pair, held to parity on the test phrases, a bundle in every home.
+"""The export after the last round: base and global adapter, their parity with torch, and a bundle for every device.
 
-The coordinator's bundle holds the base and the global adapter, and its public key lies beside it. A device's bundle is
-the same base with the global and its own private adapter, signed by itself: what it keeps never goes back to the
-coordinator.
+The coordinator's bundle holds the base and the global adapter; its public key is in the same folder. A device's bundle
+holds the same base with the global adapter and the device's own private adapter. The device signs its private adapter
+itself and never sends it to the coordinator.
 """
 
 from dataclasses import dataclass
@@ -32,44 +32,48 @@ PERSONAL = "personal"
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """What came of the export: the first household's bundle, and how the exported global adapter answers."""
+class ExportOutcome:
+    """The first household's bundle, and how the exported pair of base and global adapter answers."""
 
     bundle: Path
     parity: Parity
-    accuracy: float  # share of all test phrases, each household's, that the exported pair gets right
+    accuracy: float  # share of the test phrases of all households that the exported pair answers right
 
 
-def publish(out: Path, scenario: Scenario, population: Population, base: Base) -> Published:
-    """Export, check and hand out.
+def publish(out: Path, scenario: Scenario, population: Population, base: Base) -> ExportOutcome:
+    """Export, check parity, and write the bundles.
 
     Raises:
-        ParityError: The exported pair answers too differently from torch; no bundle was written.
+        ParityError: The answers of the exported pair differ too much from those of torch; no bundle was written.
     """
     registry = provision.registry(out)
     version = registry.latest() or registry.version(0)
-    shared = registry.tensors(version.manifest.version)
+    tensors = registry.tensors(version.manifest.version)
     model = trainer(base, len(population.labels), provision.lora(scenario)).model
     exported = export_classifier(model, base, Profile(scenario.export.profile))
     runner = OnnxRunner.open(exported.files)
-    classifier.load(model, shared)
+    classifier.load(model, tensors)
     tests = [example for household in population.households for example in household.test]
-    inputs, texts = _on_device(shared, exported), [example.text for example in tests]
+    inputs, texts = _on_device(tensors, exported), [example.text for example in tests]
     found = compare.compare(model, runner, inputs, texts)
     compare.gate(found, _limits(scenario))
     right = runner.probabilities(texts, inputs).argmax(axis=1) == [example.label for example in tests]
     key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_home.KEY).read_bytes())
     manifest = version.manifest
-    source = AdapterSource(GLOBAL, shared, population.labels, manifest.version, manifest.sha256, method=manifest.method)
+    source = AdapterSource(
+        GLOBAL, tensors, population.labels, manifest.version, manifest.sha256, method=manifest.method
+    )
     write_bundle(out / BUNDLE, exported, [source], key=key)
     replace(out / device_home.TRUST, key.public.to_pem(), PUBLIC)
     for household in population.households:
-        _hand_out(out, household.name, exported, source)
-    return Published(provision.device_folder(out, population.households[0].name) / BUNDLE, found, float(right.mean()))
+        _write_device_bundle(out, household.name, exported, source)
+    return ExportOutcome(
+        provision.device_folder(out, population.households[0].name) / BUNDLE, found, float(right.mean())
+    )
 
 
 def _limits(scenario: Scenario) -> Limits:
-    """What the scenario demands, else what its profile allows."""
+    """The scenario's own limit, or those of its profile."""
     minimum = scenario.export.minimum_agreement
     return limits_of(scenario.export.profile, "text-classification") if minimum == "profile" else Limits(minimum)
 
@@ -79,13 +83,13 @@ def _on_device(tensors: Tensors, exported: ExportedBase) -> Tensors:
     return adapter.decode(adapter.encode(tensors, exported.adapter_inputs), "int8")
 
 
-def _hand_out(out: Path, household: str, exported: ExportedBase, shared: AdapterSource) -> None:
-    """Put the coordinator's bundle into a device's home and the device's own adapter beside the global one."""
+def _write_device_bundle(out: Path, household: str, exported: ExportedBase, common: AdapterSource) -> None:
+    """Copy the coordinator's bundle into a device's state directory, and add the device's own adapter to it."""
     folder = provision.device_folder(out, household)
     copy_bundle(out / BUNDLE, folder / BUNDLE)
     blob = (folder / device_home.PERSONAL).read_bytes()
     identity = IdentityKey.from_pem((folder / device_home.IDENTITY).read_bytes())
     private = AdapterSource(
-        PERSONAL, files.decode(blob), shared.labels, shared.version, files.sha256(blob), shared.sha256, shared.method
+        PERSONAL, files.decode(blob), common.labels, common.version, files.sha256(blob), common.sha256, common.method
     )
     add_adapter(folder / BUNDLE, exported.adapter_inputs, private, key=identity)

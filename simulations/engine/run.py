@@ -1,14 +1,14 @@
-"""One run of a scenario, start to report, in a folder that it can be resumed from.
+"""One run of a scenario, from the population to the report, in a folder from which it can be resumed.
 
-Each stage leaves its outcome in the folder and finds there what it need not do again: a kill loses at most the
-round, the household or the export under way. The apps in between are the real ones, on the in-process grid.
+Each stage leaves its outcome in the folder, and skips the work whose outcome it finds there: a kill loses at most the
+current round, household or export. The ServerApp and the ClientApp are the real ones, on the in-process grid.
 """
 
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,18 +24,18 @@ from client.node.app import app as client_app
 from client.training.examples import read_examples
 from coordinator.app import STATE
 from coordinator.app import app as server_app
+from coordinator.registry.roundrecord import RoundRecord
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
 from simulations.data.households import Population, sample_population
 from simulations.engine import provision
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
-from simulations.engine.outcome import collect
 from simulations.engine.personal import personalize_all
 from simulations.engine.progress import RunProgress
-from simulations.engine.publish import publish
+from simulations.engine.publish import ExportOutcome, publish
 from simulations.report.formatting import program
 from simulations.report.page import write_report
-from simulations.report.result import RunResult
+from simulations.report.result import HouseholdResult, ReportedRound, RunResult
 from simulations.scenario import Scenario
 
 SCENARIO = "scenario.json"
@@ -44,13 +44,13 @@ SECONDS = "seconds.json"
 RESULT = "result.json"
 REPORT = "report.html"
 LOG = "run.log"
-ROUNDED = "base"  # a base folder, if the scenario trains on the rounded base
-MOST_THREADS = 4  # for torch: a phrase is too little work for more
+DEQUANTIZED = "base"  # a base folder, if the scenario trains on the dequantized base
+MOST_THREADS = 4  # of torch: one phrase does not keep more busy
 
 
 @dataclass(slots=True)
 class RunFolder:
-    """The folder of a run: its scenario, and how long each stage has taken so far, resumes included."""
+    """The folder of a run: its scenario, and the seconds of each stage so far, over all resumes."""
 
     path: Path
     scenario: Scenario
@@ -61,41 +61,46 @@ class RunFolder:
         """Take a new or empty folder.
 
         Raises:
-            ConfigError: There is something in it already.
+            ConfigError: The folder is not empty.
         """
         path.mkdir(parents=True, exist_ok=True)
         if (path / SCENARIO).exists():
-            raise ConfigError(f"{path} holds a run already: add --resume to go on with it, or choose another --out")
+            raise ConfigError(
+                f"{path} already contains a run: add --resume to continue it, or choose another --out", about="--out"
+            )
         if any(path.iterdir()):
-            raise ConfigError(f"{path} is not empty: choose another --out")
+            raise ConfigError(f"{path} is not empty: choose another --out", about="--out")
         replace(path / SCENARIO, scenario.model_dump_json(indent=2).encode())
         return cls(path, scenario)
 
     @classmethod
     def resume(cls, path: Path, scenario: Scenario | None) -> Self:
-        """Go on with the run in ``path``.
+        """Continue the run in ``path``.
 
         Args:
             path: A folder that ``start`` took.
-            scenario: What it must be a run of; nothing accepts any.
+            scenario: The scenario that the run must have; None accepts any.
 
         Raises:
-            ConfigError: There is no run, or it is one of another scenario.
+            ConfigError: The folder has no run, or a run of another scenario.
         """
+        stored_at = path / SCENARIO
         try:
-            stored = Scenario.parse(json.loads((path / SCENARIO).read_bytes()), str(path / SCENARIO))
+            stored = Scenario.parse(json.loads(stored_at.read_bytes()), str(stored_at))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ConfigError(f"{path} holds no run to resume") from error
+            raise ConfigError(f"{path} contains no run to resume: remove --resume", about="--resume") from error
         except ValueError as error:
-            raise ConfigError(f"{path / SCENARIO} is damaged: {error}") from error
+            raise ConfigError(f"{stored_at} is damaged: {error}; choose another --out", about=SCENARIO) from error
         if scenario is not None and scenario != stored:
-            raise ConfigError(f"{path} is a run of another scenario or with other settings: choose another --out")
+            raise ConfigError(
+                f"{path} contains a run of another scenario or with other settings: choose another --out", about="--out"
+            )
         times = path / SECONDS
         return cls(path, stored, json.loads(times.read_bytes()) if times.exists() else {})
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the wall time of the block to ``stage``, whether it ends well or not."""
+        """Add the wall time of the block to ``stage``, even if the block raises."""
         begin = time.perf_counter()
         try:
             yield
@@ -109,41 +114,41 @@ class RunFolder:
 
 
 def run(folder: RunFolder, progress: RunProgress) -> RunResult:
-    """Do what is still to do, and return the result.
+    """Run the stages that are not finished, and return the result.
 
     Raises:
-        EdgeAdaptError: A stage failed; what the stages before it made stays in the folder.
+        EdgeAdaptError: A stage failed; the outcomes of the stages before it stay in the folder.
     """
     scenario = folder.scenario
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
     with _logged(folder.path / LOG), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
-            base = _base(folder)
+            base = training_base(folder)
             population = sample_population(scenario.population, scenario.seed)
             _prepare(folder.path, scenario, population, base)
         _federate(folder, population, progress)
         with folder.timed("personal"):
             households = personalize_all(folder.path, scenario, population, base, progress)
         with folder.timed("export"), progress.stage("export"):
-            published = publish(folder.path, scenario, population, base)
-    result = collect(folder.path, scenario, base, households, published, folder.seconds, folder.path / REPORT)
+            exported = publish(folder.path, scenario, population, base)
+    result = _result(folder, base, households, exported)
     write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result
 
 
-def _base(folder: RunFolder) -> Base:
-    """The base that everything is trained on: the scenario's, or a copy as the export will round it."""
+def training_base(folder: RunFolder) -> Base:
+    """The base that the run trains on: the scenario's, or its copy as the export profile rounds it."""
     base, export = find_base(folder.scenario.base.model), folder.scenario.export
     if not export.train_on_dequantized:
         return base
-    rounded = folder.path / ROUNDED
-    return find_base(str(rounded)) if rounded.exists() else dequantized(base, Profile(export.profile), rounded)
+    copy = folder.path / DEQUANTIZED
+    return find_base(str(copy)) if copy.exists() else dequantized(base, Profile(export.profile), copy)
 
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Append what coordinator and devices log while the block runs, dropouts and their causes among it."""
+    """Append to a file what coordinator and devices log while the block runs, such as dropouts and their causes."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
@@ -157,25 +162,24 @@ def _logged(path: Path) -> Iterator[None]:
 
 
 def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
-    marker = out / PREPARED
+    marker, digests = out / PREPARED, {"population": population.digest, "base": base.digest}
     if marker.exists():
-        found = json.loads(marker.read_bytes())
-        if found != {"population": population.digest, "base": base.digest}:
-            raise ConfigError(f"{out} was made from another population or base model: choose another --out")
+        if json.loads(marker.read_bytes()) != digests:
+            raise ConfigError(
+                f"{out} contains a run with another population or base model: choose another --out", about="--out"
+            )
         return
-    for name in (provision.AUTHORITY, provision.COORDINATOR, provision.DEVICES):  # what a kill in the middle left
+    for name in (provision.AUTHORITY, provision.COORDINATOR, provision.DEVICES):  # what an interrupted run left
         shutil.rmtree(out / name, ignore_errors=True)
     provision.provision(out, scenario, population, base)
-    replace(marker, json.dumps({"population": population.digest, "base": base.digest}).encode())
+    replace(marker, json.dumps(digests).encode())
 
 
 def _federate(folder: RunFolder, population: Population, progress: RunProgress) -> None:
     """The rounds: the real ServerApp and ClientApp, on the in-process grid."""
     state_dirs = provision.open_state_dirs(folder.path, population)
-    for state_dir in state_dirs.values():
-        read_examples(
-            state_dir.examples, len(population.labels)
-        )  # a household without data is found before the first round
+    for state_dir in state_dirs.values():  # a household without data ends the run before the first round
+        read_examples(state_dir.examples, len(population.labels))
     nodes = {
         number: str(state_dirs[household.name].folder)
         for number, household in enumerate(population.households, SERVER_NODE + 1)
@@ -184,11 +188,53 @@ def _federate(folder: RunFolder, population: Population, progress: RunProgress) 
     scenario = folder.scenario
     network, federation = scenario.network, scenario.federation
     steps = ROUND_STEPS if federation.aggregation.adversary == "active" else SHORT_ROUND_STEPS
-    faults = FaultModel(scenario.seed, network.loss, network.delay, network.victims, steps)
+    faults = FaultModel(scenario.seed, network.message_loss, network.mean_delay, network.forced_dropouts, steps)
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})
-    trained = progress.training_seconds
+    trained, done = progress.training_seconds, len(provision.registry(folder.path).rounds())
     try:
-        with folder.timed("rounds"), progress.rounds(len(provision.registry(folder.path).rounds()), federation.rounds):
+        with folder.timed("rounds"), progress.rounds(done, federation.rounds):
             server_app(InProcessGrid(client_app, nodes, faults), context)
-    finally:  # as "rounds", also where it is cut short: what is left of it is coordination
+    finally:  # like "rounds", also if it is interrupted: the difference of the two is coordination
         folder.add("training", progress.training_seconds - trained)
+
+
+def _result(folder: RunFolder, base: Base, households: Sequence[HouseholdResult], exported: ExportOutcome) -> RunResult:
+    registry, parity, scenario = provision.registry(folder.path), exported.parity, folder.scenario
+    last = (registry.latest() or registry.version(0)).manifest
+    devices = sum(not household.unseen for household in households)
+    return RunResult(
+        scenario=scenario.name,
+        seed=scenario.seed,
+        households=tuple(households),
+        rounds=tuple(_reported(record, devices) for record in registry.rounds()),
+        adapter={
+            "version": last.version,
+            "sha256": last.sha256,
+            "bytes": last.size,
+            "elements": sum(tensor.size for tensor in registry.tensors(last.version).values()),
+        },
+        base={"digest": base.digest, "bytes": base.weight_bytes},
+        bundle=str(exported.bundle),
+        report=str(folder.path / REPORT),
+        parity={
+            "agreement": parity.agreement,
+            "max_abs_diff": parity.max_abs_diff,
+            "count": parity.count,
+            "accuracy": exported.accuracy,
+        },
+        seconds={**folder.seconds, "coordination": folder.seconds["rounds"] - folder.seconds["training"]},
+    )
+
+
+def _reported(record: RoundRecord, devices: int) -> ReportedRound:
+    return ReportedRound(
+        round=record.round,
+        survivors=record.survivors,
+        dropped=record.dropped,
+        aborted=record.aborted,
+        bytes_up=round(record.bytes_up / max(1, len(record.survivors))),
+        bytes_down=round(record.bytes_down / devices),
+        seconds=record.seconds,
+        metrics=record.metrics,
+        version=record.version,
+    )

@@ -1,4 +1,4 @@
-"""How the numbers of a run are said: in the terminal's table and in the report alike, so that the two never differ."""
+"""The numbers of a run as text. The terminal and the report both use it, so that they never differ."""
 
 import math
 import shlex
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simulations.report.result import ARMS, RoundResult, RunResult, device_rounds, dropouts_by_step, summary
+from simulations.report.result import ARMS, ReportedRound, RunResult, device_rounds, dropouts_by_step, summary
 
 COLUMNS = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
 PHRASE = "turn on the kitchen lights"
@@ -17,12 +17,20 @@ MINUTE = 60  # seconds
 
 
 def share(value: float, digits: int = 3) -> str:
-    """``.888``, ``1.000``; a dash for NaN."""
+    """A share without the leading zero; a dash for NaN.
+
+    >>> share(0.8884), share(1.0)
+    ('.888', '1.000')
+    """
     return f"{value:.{digits}f}".removeprefix("0") if math.isfinite(value) else "–"
 
 
 def percent(part: float, whole: float) -> str:
-    """``part`` of ``whole`` in two significant digits; a dash where that means nothing."""
+    """``part`` of ``whole`` in two significant digits; a dash if ``whole`` is not positive or ``part`` not finite.
+
+    >>> percent(263, 90_868)
+    '0.29 %'
+    """
     if not whole > 0 or not math.isfinite(part):
         return "–"
     value = 100 * part / whole
@@ -30,7 +38,11 @@ def percent(part: float, whole: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in three significant digits and decimal units: ``331 kB``."""
+    """Bytes in three significant digits and decimal units.
+
+    >>> size(331_400)
+    '331 kB'
+    """
     value, unit = float(count), 0
     while value >= 999.5 and unit < len(UNITS) - 1:
         value, unit = value / 1000, unit + 1
@@ -39,21 +51,21 @@ def size(count: float) -> str:
 
 
 def size_or_dash(count: float) -> str:
-    """``size``; a dash where nothing came through."""
+    """``size``; a dash for zero and NaN."""
     return size(count) if count > 0 else "–"
 
 
 def duration(seconds: float) -> str:
-    """``7.1 s``, ``42 s``, ``4 min 12 s``, ``1 h 05 min``; a dash for NaN."""
+    """Seconds as ``7.1 s``, ``42 s``, ``4 min 12 s`` or ``1 h 05 min``; a dash for NaN."""
     if not math.isfinite(seconds):
         return "–"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), MINUTE)
+    minutes, left = divmod(round(seconds), MINUTE)
     if not minutes:
-        return f"{rest} s"
+        return f"{left} s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {left:02d} s"
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
@@ -61,9 +73,13 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
-def printable(said: str) -> str:
-    """``said`` without what would steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in said)
+def printable(text: str) -> str:
+    """``text`` with a question mark for every control character, which could steer the terminal.
+
+    >>> printable("en-01\\x1b[2J")
+    'en-01?[2J'
+    """
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def headline(result: RunResult) -> str:
@@ -84,28 +100,28 @@ def headline(result: RunResult) -> str:
 
 
 def command(result: RunResult, program: str) -> str:
-    """What to type to ask the exported bundle a phrase, quoted for a shell."""
+    """The command that asks the exported bundle a phrase, quoted for a shell."""
     return f'{program} device infer --bundle {shlex.quote(result.bundle)} "{PHRASE}"'
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes a device a round, means over the rounds that came through; NaN if none did."""
+class TrafficMeans:
+    """Mean bytes of one device in one round, over the rounds that were not aborted; NaN if all were."""
 
     up: float
     down: float
-    model: float  # bytes of the full base model, sent once
+    model: float  # bytes of the full base model
 
     @classmethod
-    def of(cls, result: RunResult) -> "Traffic":
+    def of(cls, result: RunResult) -> "TrafficMeans":
         """The traffic of a run."""
-        whole = [r for r in result.rounds if not r.aborted]
-        up, down = (sum(r.bytes_up for r in whole), sum(r.bytes_down for r in whole))
-        model = float(result.base["bytes"])
-        return cls(up / len(whole), down / len(whole), model) if whole else cls(math.nan, math.nan, model)
+        done, model = [r for r in result.rounds if not r.aborted], float(result.base["bytes"])
+        if not done:
+            return cls(math.nan, math.nan, model)
+        return cls(sum(r.bytes_up for r in done) / len(done), sum(r.bytes_down for r in done) / len(done), model)
 
 
-def dropouts(rounds: Sequence[RoundResult]) -> str:
+def dropouts(rounds: Sequence[ReportedRound]) -> str:
     """The dropouts in one line: ``14 of 120 device-rounds: 6 at plan, 8 at unmask``."""
     by_step, aborted = dropouts_by_step(rounds), sum(r.aborted is not None for r in rounds)
     at = ", ".join(f"{number} at {step}" for step, number in by_step.items())
@@ -114,7 +130,7 @@ def dropouts(rounds: Sequence[RoundResult]) -> str:
 
 
 def program() -> str:
-    """How to call the command from here, as it must be typed: by its name where the shell finds it."""
+    """The program as it must be typed here: ``edgeadapt`` if the shell finds it, else Python with ``-m``."""
     if shutil.which("edgeadapt"):
         return "edgeadapt"
     python = Path(sys.executable)

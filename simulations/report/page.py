@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from adapters.storage import PUBLIC, replace
-from simulations.report import charts, formatting, roundcharts
+from simulations.report import figures, formatting
 from simulations.report.result import ARMS, RunResult, dropouts_by_step, summary
 
 FILTERS = {
@@ -46,19 +46,19 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(FILTERS)
-    figures = {
-        "households": charts.households(result),
-        "traffic": roundcharts.traffic(result),
-        "learning": roundcharts.learning(result),
-        "dropouts": roundcharts.dropouts_by_device(result),
+    drawings = {
+        "households": figures.households(result),
+        "traffic": figures.traffic(result),
+        "learning": figures.learning(result),
+        "dropouts": figures.dropouts_by_device(result),
     }
     return environment.get_template("report.html").render(
         run=result,
         headline=formatting.headline(result),
         accuracy={arm: summary(result.households, arm) for arm in ARMS},
-        traffic=formatting.Traffic.of(result),
+        traffic=formatting.TrafficMeans.of(result),
         dropouts=formatting.dropouts(result.rounds),
         dropout_count=sum(dropouts_by_step(result.rounds).values()),
-        figures={name: Markup(figure) for name, figure in figures.items()},  # noqa: S704 — its texts are escaped
+        figures={name: Markup(figure) for name, figure in drawings.items()},  # noqa: S704 — its texts are escaped
         command=formatting.command(result, program),
     )

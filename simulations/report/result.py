@@ -1,4 +1,4 @@
-"""The result of a run: what `--json` prints, the table shows and the report draws. All of it is computed elsewhere."""
+"""The result of a run: ``--json`` prints it, the terminal shows it, the report draws it. It is computed elsewhere."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -32,34 +32,34 @@ class HouseholdResult:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundResult:
+class ReportedRound:
     """One round as the coordinator saw it. A device whose update is in the sum may still drop out before the end."""
 
     round: int
     survivors: tuple[str, ...]
     dropped: dict[str, str]  # device → the step at which it dropped out
     aborted: str | None
-    bytes_up: int  # a device, mean over the survivors; a session's set-up counts in its first round
-    bytes_down: int  # a device, mean over the cohort
+    bytes_up: int  # of one device, mean over the survivors; a session's first round includes its setup
+    bytes_down: int  # of one device, mean over the cohort
     seconds: float
-    metrics: dict[str, float]  # accuracy and loss (of the adapter the round began with, on held-out parts), examples, …
-    version: int | None
+    metrics: dict[str, float]  # accuracy and loss of the adapter that the round began with, on validation parts; …
+    version: int | None  # of the adapter that the round produced
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """Everything a run says about itself."""
+    """Everything that a run reports."""
 
     scenario: str
     seed: int
     households: tuple[HouseholdResult, ...]
-    rounds: tuple[RoundResult, ...]
+    rounds: tuple[ReportedRound, ...]
     adapter: dict[str, int | str]  # version, sha256, bytes, elements
     base: dict[str, int | str]  # digest, bytes
     bundle: str
     report: str
     parity: dict[str, float | int]  # agreement, max_abs_diff, count; accuracy of the exported global pair
-    seconds: dict[str, float]  # total, training (on all devices in the rounds), coordination, personal, export
+    seconds: dict[str, float]  # total, training (all devices, in the rounds), coordination, personal, export
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -71,15 +71,15 @@ class RunResult:
         }
 
 
-def device_rounds(rounds: Iterable[RoundResult]) -> int:
+def device_rounds(rounds: Iterable[ReportedRound]) -> int:
     """How often a device took part in a round, whether it finished the round or not."""
     return sum(len({*r.survivors, *r.dropped}) for r in rounds)
 
 
-def dropouts_by_step(rounds: Iterable[RoundResult]) -> dict[str, int]:
+def dropouts_by_step(rounds: Iterable[ReportedRound]) -> dict[str, int]:
     """How many device-rounds ended early, by step, in the order of the protocol; a step without a dropout is absent.
 
-    >>> r = RoundResult(1, (), {"en-01": "unmask", "de-02": "plan", "fr-01": "plan"}, None, 0, 0, 0.0, {}, None)
+    >>> r = ReportedRound(1, (), {"en-01": "unmask", "de-02": "plan", "fr-01": "plan"}, None, 0, 0, 0.0, {}, None)
     >>> dropouts_by_step([r])
     {'plan': 2, 'unmask': 1}
     """
@@ -90,7 +90,12 @@ def dropouts_by_step(rounds: Iterable[RoundResult]) -> dict[str, int]:
 
 
 def summary(households: Sequence[HouseholdResult], arm: str) -> dict[str, float]:
-    """``mean``, ``p10``, ``worst`` of the households that took part; ``unseen``: the mean of those that did not."""
+    """The accuracy of one arm over the households.
+
+    Returns:
+        ``mean``, ``p10`` (10th percentile) and ``worst`` of the households that took part in training, at least one;
+        ``unseen``: the mean of those that did not, NaN if there are none.
+    """
     seen = np.array([h.accuracy[arm] for h in households if not h.unseen])
     unseen = np.array([h.accuracy[arm] for h in households if h.unseen])
     return {

@@ -1,4 +1,4 @@
-"""Several runs of a scenario, one a seed, side by side: what held and how much of it was luck."""
+"""Several runs of one scenario with different seeds in one table: mean and range of each accuracy."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ FIGURES = ("mean", "p10", "worst", "unseen")
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A figure over the runs."""
+    """A figure's mean, lowest and highest value over the runs."""
 
     mean: float
     low: float
@@ -33,20 +33,20 @@ def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """
     results = [_read(folder) for folder in folders]
     if len({result["scenario"] for result in results}) > 1:
-        raise ConfigError("the runs are of different scenarios: compare runs of one")
+        raise ConfigError("the runs are of different scenarios: compare runs of one scenario", about="scenario")
     if len({result["seed"] for result in results}) < len(results):
-        raise ConfigError("two runs have the same seed: they say the same thing twice")
+        raise ConfigError("two runs have the same seed: compare runs with different seeds", about="seed")
     return results
 
 
 def spreads(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
-    """Arm → figure → its mean, least and greatest value over the runs."""
+    """Arm → figure → its spread over the runs, at least one; the figures are those of ``result.summary``."""
     return {arm: {figure: _spread([r["accuracy"][arm][figure] for r in results]) for figure in FIGURES} for arm in ARMS}
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The table as a document would show it."""
-    head = f"| {count(len(results), 'seed')}: mean (least – greatest) | mean | 10th percentile | worst | unseen |"
+    """The table in Markdown."""
+    head = f"| {count(len(results), 'seed')}: mean (lowest – highest) | mean | 10th percentile | worst | unseen |"
     rows = [
         f"| {arm} | {' | '.join(_cell(figures[name]) for name in FIGURES)} |"
         for arm, figures in spreads(results).items()
@@ -69,6 +69,6 @@ def _read(folder: Path) -> dict[str, Any]:
         spreads([result])
         return {key: result[key] for key in ("scenario", "seed", "accuracy")}
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{folder} holds no finished run") from error
+        raise ConfigError(f"{folder} contains no finished run: resume it first", about=path.name) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged") from error
+        raise DataError(f"{path} is damaged: resume the run to write it again", about=path.name) from error

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from simulations.report.formatting import (
     COLUMNS,
-    Traffic,
+    TrafficMeans,
     command,
     count,
     dropouts,
@@ -81,7 +81,7 @@ def print_table(result: RunResult, console: Console, program: str = "edgeadapt")
 
     Args:
         result: The run.
-        console: Where to; without colour if it is not a terminal.
+        console: Where to print; without color if it is not a terminal.
         program: The command as the reader can type it.
     """
     console.print()
@@ -89,9 +89,9 @@ def print_table(result: RunResult, console: Console, program: str = "edgeadapt")
     console.print()
     console.print(_accuracy(result))
     console.print()
-    for label, said in _facts(result, program):
-        # Neither wrapped nor read for markup: a path or command must survive copy and paste.
-        line = Text.assemble((f"{label:<{LABEL}}", "dim"), said)
+    for label, text in _facts(result, program):
+        # Without wrapping and markup: a path or a command must survive copy and paste.
+        line = Text.assemble((f"{label:<{LABEL}}", "dim"), text)
         console.print(line, soft_wrap=True, highlight=False)
 
 
@@ -110,7 +110,7 @@ def _accuracy(result: RunResult) -> Table:
 
 
 def _facts(result: RunResult, program: str) -> list[tuple[str, str]]:
-    traffic = Traffic.of(result)
+    traffic = TrafficMeans.of(result)
     return [
         ("up", _traffic(traffic.up, traffic.model)),
         ("down", _traffic(traffic.down, traffic.model)),
@@ -125,7 +125,7 @@ def _facts(result: RunResult, program: str) -> list[tuple[str, str]]:
 
 def _traffic(value: float, model: float) -> str:
     if not math.isfinite(value):
-        return "nothing: no round came through"
+        return "nothing: every round was aborted"
     return f"{size(value)} a device a round, {percent(value, model)} of the full model ({size(model)})"
 
 

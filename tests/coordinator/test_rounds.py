@@ -47,7 +47,7 @@ class Spoiled:
 
 def test_a_record_lists_survivors_dropouts_and_metrics_of_its_round(fleet_of: FleetOf) -> None:
     fleet = fleet_of(6, rounds=3, aggregation__session_rounds=2)
-    records = fleet.federate(fleet.grid(victims=1))
+    records = fleet.federate(fleet.grid(forced_dropouts=1))
     names = [f"device-{n:02d}" for n in range(6)]
     assert [record.round for record in records] == [1, 2, 3]
     assert [record.version for record in records] == [1, 2, 3]

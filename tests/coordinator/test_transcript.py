@@ -218,7 +218,7 @@ def audited(fleet: Any) -> dict[str, Report]:
 
 def test_a_run_leaves_a_transcript_that_holds(fleet_of: Callable[..., Any]) -> None:
     fleet = fleet_of(5, aggregation__session_rounds=2, aggregation__keep_masked_inputs=True)
-    records = fleet.federate(fleet.grid(victims=1))
+    records = fleet.federate(fleet.grid(forced_dropouts=1))
     reports = audited(fleet)
     assert len(reports) >= 2
     for report in reports.values():

@@ -33,7 +33,9 @@ def answer(message: Message, context: Context) -> Message:
 
 
 def transport_of(app: Any = answer, deadline: float = 60.0, **faults: Any) -> Transport:
-    grid = InProcessGrid(app, dict.fromkeys(NODES, ""), FaultModel(**{"seed": 0, "loss": 0.0, "delay": 1.0, **faults}))
+    grid = InProcessGrid(
+        app, dict.fromkeys(NODES, ""), FaultModel(**{"seed": 0, "message_loss": 0.0, "mean_delay": 1.0, **faults})
+    )
     return Transport(grid, grid.clock, deadline)
 
 
@@ -55,25 +57,25 @@ def test_every_node_gets_its_own_body_and_answers_once() -> None:
 
 def test_answers_come_in_the_order_of_their_arrival() -> None:
     transport = transport_of()
-    delays = FaultModel(0, 0.0, 1.0).fates("1", Step.PLAN, NODES)
+    delays = FaultModel(0, 0.0, 1.0).outcomes("1", Step.PLAN, NODES)
     order = [reply.node for reply in transport.ask(Step.PLAN, dict.fromkeys(NODES, b"x"), "1")]
     assert order == sorted(NODES, key=lambda node: delays[node].delay)
 
 
 def test_after_a_lost_request_or_reply_the_node_did_not_answer_in_time() -> None:
-    replies = ask(transport_of(loss=0.3, seed=4))
-    fates = FaultModel(4, 0.3, 1.0).fates("1", Step.PLAN, NODES)
-    lost = {node for node, fate in fates.items() if fate.request_lost or fate.reply_lost}
+    replies = ask(transport_of(message_loss=0.3, seed=4))
+    outcomes = FaultModel(4, 0.3, 1.0).outcomes("1", Step.PLAN, NODES)
+    lost = {node for node, outcome in outcomes.items() if outcome.request_lost or outcome.reply_lost}
     assert lost
     assert {node for node, reply in replies.items() if reply.body is None} == lost
     assert {replies[node].reason for node in lost} == {"did not answer in time"}
 
 
 def test_a_late_reply_is_ignored_and_the_wait_ends_at_the_deadline() -> None:
-    transport = transport_of(deadline=1.0, delay=3.0)
+    transport = transport_of(deadline=1.0, mean_delay=3.0)
     replies = ask(transport)
-    fates = FaultModel(0, 0.0, 3.0).fates("1", Step.PLAN, NODES)
-    late = {node for node, fate in fates.items() if fate.delay > 1.0 + LAST_POLL}
+    outcomes = FaultModel(0, 0.0, 3.0).outcomes("1", Step.PLAN, NODES)
+    late = {node for node, outcome in outcomes.items() if outcome.delay > 1.0 + LAST_POLL}
     assert late
     assert all(replies[node].body is None for node in late)
     assert 1.0 <= transport.clock.now() <= 1.0 + LAST_POLL
@@ -81,7 +83,7 @@ def test_a_late_reply_is_ignored_and_the_wait_ends_at_the_deadline() -> None:
 
 
 def test_a_late_reply_is_not_taken_for_the_answer_to_the_next_message() -> None:
-    transport = transport_of(deadline=1.0, delay=3.0)
+    transport = transport_of(deadline=1.0, mean_delay=3.0)
     assert not all(reply.body for reply in ask(transport).values())
     transport.deadline = 1e6
     assert ask(transport, dict.fromkeys(NODES, b"second")) == {
@@ -124,7 +126,7 @@ def test_bytes_count_bodies_and_adapters_down_and_answers_up() -> None:
 
 
 def test_bytes_of_a_lost_reply_count_down_and_not_up() -> None:
-    transport = transport_of(loss=0.3, seed=4)
+    transport = transport_of(message_loss=0.3, seed=4)
     heard = [node for node, reply in ask(transport).items() if reply.body]
     assert transport.take_carried() == PayloadBytes(up=6 * len(heard), down=5 * len(NODES))
 
@@ -172,8 +174,8 @@ def test_what_could_not_be_pushed_or_comes_twice_or_unasked_is_sorted_out() -> N
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**20), st.floats(0, 0.9), st.floats(0.01, 10.0))
-def test_each_node_comes_back_once_whatever_the_weather(seed: int, loss: float, deadline: float) -> None:
-    transport = transport_of(deadline=deadline, seed=seed, loss=loss)
+def test_each_node_comes_back_once_whatever_the_faults(seed: int, loss: float, deadline: float) -> None:
+    transport = transport_of(deadline=deadline, seed=seed, message_loss=loss)
     for _ in range(3):
         ask(transport)
 

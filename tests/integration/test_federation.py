@@ -73,7 +73,7 @@ def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error
 ) -> None:
     bounds = {"aggregation__clip_norm": 2.0, "aggregation__weight_cap": 16}  # tiny, as the fleet and its updates are
     fleet = fleet_of(10, seed=seed, rounds=3, **{**bounds, **changes})
-    records = fleet.federate(fleet.grid(loss=0.01, victims=1))
+    records = fleet.federate(fleet.grid(message_loss=0.01, forced_dropouts=1))
     settings, registry, moved = settings_of(fleet), fleet.registry(), 0
     for record in records:
         if record.version is None:
@@ -97,19 +97,22 @@ def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error
 
 def test_in_every_round_a_device_is_lost_at_a_step_that_varies(fleet_of: FleetOf) -> None:
     fleet = fleet_of(8, rounds=3)
-    lost = [set(record.dropped.values()) for record in fleet.federate(fleet.grid(victims=1))]
+    lost = [set(record.dropped.values()) for record in fleet.federate(fleet.grid(forced_dropouts=1))]
     assert lost == [{"survivors"}, {"unmask"}, {"plan"}]
 
 
 def test_training_together_lowers_everybodys_loss(fleet_of: FleetOf) -> None:
     fleet = fleet_of(6, rounds=5)
-    losses = [record.metrics["loss"] for record in fleet.federate(fleet.grid(victims=1))]
+    losses = [record.metrics["loss"] for record in fleet.federate(fleet.grid(forced_dropouts=1))]
     assert losses[-1] < 0.7 * losses[0]
 
 
 def test_two_runs_of_a_seed_make_the_same_adapters_under_other_masks(fleet_of: FleetOf) -> None:
     fleets = [fleet_of(6, rounds=2), fleet_of(6, rounds=2)]
-    records = [[shown(record) for record in fleet.federate(fleet.grid(loss=0.02, victims=1))] for fleet in fleets]
+    records = [
+        [shown(record) for record in fleet.federate(fleet.grid(message_loss=0.02, forced_dropouts=1))]
+        for fleet in fleets
+    ]
     assert records[0] == records[1]
     digests = [[v.manifest.sha256 for v in fleet.registry().versions()] for fleet in fleets]
     assert digests[0] == digests[1]

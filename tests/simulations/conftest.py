@@ -1,11 +1,11 @@
-"""Made-up results of runs, plausible enough to look at."""
+"""Invented results of runs, plausible enough to look at."""
 
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from simulations.report.result import HouseholdResult, RoundResult, RunResult
+from simulations.report.result import HouseholdResult, ReportedRound, RunResult
 
 STEPS = ("plan", "survivors", "unmask")
 
@@ -20,12 +20,12 @@ def _household(rng: np.random.Generator, number: int, *, unseen: bool) -> Househ
     return HouseholdResult(name, language, unseen, int(rng.integers(48, 80)), 40, accuracy, "personal")
 
 
-def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> RoundResult:
-    unlucky = rng.choice(len(names), size=int(rng.integers(1, 3)), replace=False)
-    dropped = {names[i]: STEPS[(number + k) % 3] for k, i in enumerate(unlucky)}
+def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> ReportedRound:
+    chosen = rng.choice(len(names), size=int(rng.integers(1, 3)), replace=False)
+    dropped = {names[i]: STEPS[(number + k) % 3] for k, i in enumerate(chosen)}
     survivors = tuple(name for name in names if name not in dropped)
-    learned = 1 - np.exp(-number / 4)
-    return RoundResult(
+    progress = 1 - np.exp(-number / 4)
+    return ReportedRound(
         round=number,
         survivors=survivors,
         dropped=dropped,
@@ -34,8 +34,8 @@ def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> Rou
         bytes_down=402_000 + (21_000 if number % 4 == 1 else 0),
         seconds=float(6 + rng.random()),
         metrics={
-            "accuracy": float(0.45 + 0.36 * learned),
-            "loss": float(2.1 - 1.4 * learned),
+            "accuracy": float(0.45 + 0.36 * progress),
+            "loss": float(2.1 - 1.4 * progress),
             "examples": 60.0 * len(survivors),
             "training_seconds": 5.5,
         },

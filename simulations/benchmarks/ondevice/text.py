@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from simulations.data.households import Example, PopulationSettings, sample_population
+from simulations.data.households import PopulationSettings, Utterance, sample_population
 
 Tokens = NDArray[np.int64]
 WINDOW = 64  # tokens
@@ -44,6 +44,6 @@ def household_text(tokenizer: Tokenizer, seed: int) -> Text:
     return Text(train, _windows(tokenizer, (example for home in homes for example in home.test))[:HELD_OUT])
 
 
-def _windows(tokenizer: Tokenizer, said: Iterable[Example]) -> Tokens:
+def _windows(tokenizer: Tokenizer, said: Iterable[Utterance]) -> Tokens:
     ids = np.array(tokenizer.encode("\n".join(example.text for example in said), add_special_tokens=False).ids)
     return ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)

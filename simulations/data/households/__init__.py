@@ -1,12 +1,11 @@
-"""The households of a voice assistant: who they are, what they say, what each part of it may be used for.
+"""The households of a voice assistant: what each of them says, and what each utterance may be used for.
 
-Everything is sampled from the sentence templates of the package ``home-assistant-intents``; the same settings
-and seed give the same population on any machine (``Population.digest``). This package decides what is said; how
-a device stores it, learns from it or is judged by it is decided elsewhere.
+The utterances are sampled from the sentence templates of the package ``home-assistant-intents``. The same settings and
+seed give the same population on any machine (``Population.digest``). How a device stores the utterances, trains on them
+and is scored by them is decided elsewhere.
 """
 
+from simulations.data.households.population import Household, Population, PopulationSettings, Utterance
 from simulations.data.households.sampling import sample_population
-from simulations.data.households.settings import PopulationSettings
-from simulations.data.households.values import Example, Household, Population
 
-__all__ = ["Example", "Household", "Population", "PopulationSettings", "sample_population"]
+__all__ = ["Household", "Population", "PopulationSettings", "Utterance", "sample_population"]

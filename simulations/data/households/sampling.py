@@ -1,8 +1,8 @@
-"""From settings and a seed to a population.
+"""Sample a population from settings and a seed.
 
-The label set is the intents that every requested language (public ones included) can deal out: at least one
-template to train, one to test and, in a public language, one for public phrases. Of the package's 42 intents
-these are 29 with the default languages.
+The label set is the intents for which every requested language (public ones included) has enough templates: at least
+one to train, one to test and, in a public language, one for public phrases. With the default languages these are 29 of
+the package's 42 intents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,22 +15,19 @@ from numpy.typing import NDArray
 
 from aggregation.errors import ConfigError
 from simulations.data.households.draws import pick, stream
-from simulations.data.households.settings import PopulationSettings
+from simulations.data.households.population import Household, Population, PopulationSettings, Utterance, spoken
 from simulations.data.households.speech import Voice
-from simulations.data.households.templates import Language, Split, Template, deal, load_language
-from simulations.data.households.values import Example, Household, Population, spoken
-from simulations.data.households.words import furnish
+from simulations.data.households.templates import Language, Template, TemplateSplit, load_language, split_templates
+from simulations.data.households.words import draw_names
 
 _FEWEST_LABELS = 5
-# Draws in a row that bring nothing new, before someone is given up as having no more to say.
-_PATIENCE = 300
+_PATIENCE = 300  # draws in a row without a new utterance, after which there is nothing left to say
 
-# Whether a text may stand for a label.
-_Accept = Callable[[str, int], bool]
+_Accept = Callable[[str, int], bool]  # whether a text may be used for a label
 
 
 class _Stream(IntEnum):
-    """Names of streams under one seed, so that one more household leaves the others' draws as they were."""
+    """Names of random streams under one seed, so that one more household leaves the draws of the others unchanged."""
 
     PUBLIC = 1
     HOUSEHOLD = 2
@@ -38,43 +35,47 @@ class _Stream(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Phrasebook:
-    """A language with the split of each label, in the order of the labels."""
+    """A language with the template split of each label, in the order of the labels."""
 
     language: Language
-    splits: Sequence[Split]
+    splits: Sequence[TemplateSplit]
 
     def voice(self, rng: np.random.Generator) -> Voice:
-        return Voice(self.language, furnish(self.language.words, rng), rng)
+        return Voice(self.language, draw_names(self.language.words, rng), rng)
 
 
 @dataclass(slots=True)
-class _Heard:
-    """All that was said so far: what each text means, and the texts that someone learns from."""
+class _UsedTexts:
+    """All texts so far: the label of each, and the texts that some household trains or validates on."""
 
     labels: dict[str, int] = field(default_factory=dict)
-    learnt: set[str] = field(default_factory=set)
+    learned: set[str] = field(default_factory=set)
 
-    def plain(self, text: str, label: int) -> bool:
-        """Whether the text means this intent and no other; the first to say it decides."""
+    def has_label(self, text: str, label: int) -> bool:
+        """Whether the text has this label and no other; its first use decides."""
         return self.labels.setdefault(text, label) == label
 
-    def new(self, text: str, label: int) -> bool:
-        """Whether the text is plain and nobody learns from it."""
-        return text not in self.learnt and self.plain(text, label)
+    def fits_test(self, text: str, label: int) -> bool:
+        """Whether the text has this label and no household learns from it."""
+        return text not in self.learned and self.has_label(text, label)
 
 
 @dataclass(frozen=True, slots=True)
 class _Speaker:
-    """A household that talks. ``cumulated``: shape ``(labels,)``, its mix of intents summed up, rising to 1."""
+    """A household while it is sampled.
+
+    Attributes:
+        cumulated: Shape ``(labels,)``: the cumulative sum of its mix of intents, rising to 1.
+    """
 
     name: str
-    code: str
+    language: str
     voice: Voice
-    splits: Sequence[Split]
+    splits: Sequence[TemplateSplit]
     cumulated: NDArray[np.float64]
 
-    def topic(self) -> int:
-        """A label drawn from its mix."""
+    def draw_label(self) -> int:
+        """A label drawn from its mix of intents."""
         found = int(np.searchsorted(self.cumulated, self.voice.rng.random(), side="right"))
         return min(found, len(self.splits) - 1)
 
@@ -83,29 +84,29 @@ def sample_population(settings: PopulationSettings, seed: int) -> Population:
     """Sample a population.
 
     Args:
-        settings: Its size, languages and habits.
-        seed: Not negative; the same settings and seed give the same ``digest`` on any machine.
+        settings: Size, languages and habits.
+        seed: Not negative. The same settings and seed give the same ``digest`` on any machine.
 
     Raises:
-        ConfigError: A package is missing, a language does not exist, the languages share too few intents, or a
-            household has too little to say for the utterances asked of it.
+        ConfigError: A package is not installed, a language does not exist, the languages share too few intents, or a
+            household has fewer different utterances than the settings ask for.
     """
     labels, books = _phrasebooks(settings, seed)
-    heard = _Heard()
+    used = _UsedTexts()
     public = tuple(
-        example
+        phrase
         for number, code in enumerate(settings.public_languages)
-        for example in _public(books[code], settings.public_phrases, heard, stream(seed, _Stream.PUBLIC, number))
+        for phrase in _public(books[code], settings.public_phrases, used, stream(seed, _Stream.PUBLIC, number))
     )
     speakers = [_speaker(number, settings, books, seed) for number in range(settings.households)]
-    said = [_say(speaker, settings, heard) for speaker in speakers]
-    heard.learnt.update(spoken(example.text) for examples in [public, *said] for example in examples)
+    said = [_say(speaker, settings, used) for speaker in speakers]
+    used.learned.update(spoken(utterance.text) for utterances in [public, *said] for utterance in utterances)
     seen = settings.households - settings.unseen_count
     return Population(
         labels=labels,
         public=public,
         households=tuple(
-            _household(speaker, own, settings, heard, unseen=number >= seen)
+            _household(speaker, own, settings, used, unseen=number >= seen)
             for number, (speaker, own) in enumerate(zip(speakers, said, strict=True))
         ),
     )
@@ -115,50 +116,56 @@ def _phrasebooks(settings: PopulationSettings, seed: int) -> tuple[tuple[str, ..
     """The labels, and a phrasebook for each language."""
     codes = sorted({*settings.languages, *settings.public_languages})
     languages = {code: load_language(code) for code in codes}
-    splits = {code: _usable(code, languages[code], seed, public=code in settings.public_languages) for code in codes}
+    splits = {code: _splits(code, languages[code], seed, public=code in settings.public_languages) for code in codes}
     labels = tuple(sorted(set.intersection(*(set(usable) for usable in splits.values()))))
     if len(labels) < _FEWEST_LABELS:
         counts = ", ".join(f"{code} {len(usable)}" for code, usable in splits.items())
         raise ConfigError(
             f"the languages share {len(labels)} intents with enough templates, {_FEWEST_LABELS} are needed; "
-            f"leave out the poorest of: {counts}"
+            f"remove the languages with the fewest intents: {counts}",
+            about="population.languages",
+            value=codes,
         )
     books = {code: _Phrasebook(languages[code], [splits[code][label] for label in labels]) for code in codes}
     return labels, books
 
 
-def _usable(code: str, language: Language, seed: int, *, public: bool) -> dict[str, Split]:
-    dealt = {
-        intent: deal(templates, f"{code}/{intent}", seed, public=public)
+def _splits(code: str, language: Language, seed: int, *, public: bool) -> dict[str, TemplateSplit]:
+    """The split of each intent that has enough templates."""
+    splits = {
+        intent: split_templates(templates, f"{code}/{intent}", seed, public=public)
         for intent, templates in language.templates.items()
     }
-    return {intent: split for intent, split in dealt.items() if split is not None}
+    return {intent: split for intent, split in splits.items() if split is not None}
 
 
-def _public(book: _Phrasebook, count: int, heard: _Heard, rng: np.random.Generator) -> list[Example]:
-    """Up to ``count`` distinct phrases a label (some intents have fewer), each from a home of its own."""
-    found: list[Example] = []
+def _public(book: _Phrasebook, count: int, used: _UsedTexts, rng: np.random.Generator) -> list[Utterance]:
+    """Up to ``count`` different phrases a label (some intents have fewer), each with names of its own."""
+    found: list[Utterance] = []
     for label, split in enumerate(book.splits):
-        phrases = _distinct(partial(_from_a_new_home, book, split.public, label, rng), count, heard.plain)
+        phrases = _distinct(partial(_with_new_names, book, split.public, label, rng), count, used.has_label)
         if not phrases:
             raise ConfigError(
-                f"no public phrase of template {split.public[0].id} means one intent only: take another seed"
+                f"template {split.public[0].id} gives no public phrase that has one intent only: choose another seed",
+                about="seed",
             )
         found.extend(phrases)
     return found
 
 
-def _from_a_new_home(book: _Phrasebook, templates: Sequence[Template], label: int, rng: np.random.Generator) -> Example:
+def _with_new_names(
+    book: _Phrasebook, templates: Sequence[Template], label: int, rng: np.random.Generator
+) -> Utterance:
     return _utter(book.voice(rng), templates, label)
 
 
-def _utter(voice: Voice, templates: Sequence[Template], label: int) -> Example:
+def _utter(voice: Voice, templates: Sequence[Template], label: int) -> Utterance:
     template = pick(voice.rng, templates)
-    return Example(voice.say(template), label, template.id)
+    return Utterance(voice.say(template), label, template.id)
 
 
 def _speaker(number: int, settings: PopulationSettings, books: Mapping[str, _Phrasebook], seed: int) -> _Speaker:
-    """Households speak the languages by turns, so the unseen ones, the last, are spread over them."""
+    """Households take the languages in turn, so the unseen ones, which are the last, are spread over them."""
     code = settings.languages[number % len(settings.languages)]
     rng = stream(seed, _Stream.HOUSEHOLD, number)
     mix = rng.dirichlet(np.full(len(books[code].splits), settings.concentration))
@@ -166,47 +173,49 @@ def _speaker(number: int, settings: PopulationSettings, books: Mapping[str, _Phr
     return _Speaker(name, code, books[code].voice(rng), books[code].splits, np.cumsum(mix))
 
 
-def _say(speaker: _Speaker, settings: PopulationSettings, heard: _Heard) -> tuple[Example, ...]:
-    """What the household has said: its training and validation utterances, in random order."""
+def _say(speaker: _Speaker, settings: PopulationSettings, used: _UsedTexts) -> tuple[Utterance, ...]:
+    """The household's training and validation utterances, in random order."""
     count = int(speaker.voice.rng.integers(settings.utterances_min, settings.utterances_max + 1))
-    return _talk(speaker, [split.train for split in speaker.splits], count, heard.plain)
+    return _utterances(speaker, [split.train for split in speaker.splits], count, used.has_label)
 
 
 def _household(
-    speaker: _Speaker, said: tuple[Example, ...], settings: PopulationSettings, heard: _Heard, *, unseen: bool
+    speaker: _Speaker, said: tuple[Utterance, ...], settings: PopulationSettings, used: _UsedTexts, *, unseen: bool
 ) -> Household:
     held_out = max(1, round(settings.validation_fraction * len(said)))
-    test = _talk(speaker, [split.test for split in speaker.splits], settings.test_utterances, heard.new)
-    return Household(speaker.name, speaker.code, unseen, said[held_out:], said[:held_out], test)
+    test = _utterances(speaker, [split.test for split in speaker.splits], settings.test_utterances, used.fits_test)
+    return Household(speaker.name, speaker.language, unseen, said[held_out:], said[:held_out], test)
 
 
-def _talk(
+def _utterances(
     speaker: _Speaker, templates: Sequence[Sequence[Template]], count: int, accept: _Accept
-) -> tuple[Example, ...]:
+) -> tuple[Utterance, ...]:
     """``count`` different utterances in the household's mix of intents."""
 
-    def draw() -> Example:
-        label = speaker.topic()
+    def draw() -> Utterance:
+        label = speaker.draw_label()
         return _utter(speaker.voice, templates[label], label)
 
     said = _distinct(draw, count, accept)
     if len(said) < count:
         raise ConfigError(
-            f"household {speaker.name} has only {len(said)} of {count} different utterances to say: "
-            "ask for fewer or raise concentration"
+            f"household {speaker.name} has only {len(said)} of {count} different utterances: "
+            "ask for fewer utterances or raise population.concentration",
+            about="population.concentration",
+            value=speaker.name,
         )
     return tuple(said)
 
 
-def _distinct(draw: Callable[[], Example], count: int, accept: _Accept) -> list[Example]:
-    """``count`` accepted utterances with different texts; fewer once drawing brings nothing new."""
-    said: dict[str, Example] = {}
+def _distinct(draw: Callable[[], Utterance], count: int, accept: _Accept) -> list[Utterance]:
+    """``count`` accepted utterances with different texts; fewer if ``_PATIENCE`` draws in a row give nothing new."""
+    said: dict[str, Utterance] = {}
     fruitless = 0
     while len(said) < count and fruitless < _PATIENCE:
-        example = draw()
-        text = spoken(example.text)
-        if text not in said and accept(text, example.label):
-            said[text] = example
+        utterance = draw()
+        text = spoken(utterance.text)
+        if text not in said and accept(text, utterance.label):
+            said[text] = utterance
             fruitless = 0
         else:
             fruitless += 1

@@ -1,25 +1,28 @@
-"""The sentence templates of a language, and which of them may be used for what.
+"""The sentence templates of a language, and which of them may be used for training, for tests and in public.
 
-A test phrase says something only if its template was never trained on: the templates of each intent are dealt
-out to three parts (public, train, test) before any sentence is sampled. The deal depends on the seed, the language
-and the intent alone, so another language or household beside them changes nothing.
+A test phrase measures something only if its template was never trained on. So the templates of each intent are split
+into three parts (public, train, test) before any sentence is sampled. The split depends on the seed, the language and
+the intent alone: another language or household in the population does not change it.
 """
 
+import difflib
 import hashlib
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from aggregation.errors import ConfigError
 from simulations.data.households.draws import stream
-from simulations.data.households.packages import intents_of
 from simulations.data.households.words import Words, load_words
 
-# Each of its templates is another question ("who made you", "hello"): training on some teaches nothing on the rest.
+# Each template of this intent is a question of its own ("who made you", "hello"): some teach nothing about the others.
 _CHITCHAT = frozenset({"HassRespond"})
-# Spellings that a speech recognizer gets wrong; nobody says them.
+# Spellings that a speech recognizer gets wrong and nobody says.
 _MISHEARD = re.compile(r"\|\s*<(\w+_dirty|stt_fix_\w+)>")
-# The endings that Swedish allows after any name; our names come with theirs.
+# The endings that Swedish allows after any name; our names include theirs.
 _ENDINGS = re.compile(r"(?<=\})\[e\|me\]\[t\|n\]\[s\]")
 _PUBLIC_SHARE = 0.2
 _TEST_SHARE = 0.3
@@ -36,7 +39,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """What the package knows of a language (templates by intent, rules, lists), and our words for it."""
+    """Templates by intent, expansion rules and lists of the package for one language, and our words for it."""
 
     templates: Mapping[str, tuple[Template, ...]]
     rules: Mapping[str, str]
@@ -45,8 +48,8 @@ class Language:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """The templates of one intent in one language, dealt out; no template is in two parts."""
+class TemplateSplit:
+    """The templates of one intent in one language, in disjoint parts."""
 
     public: tuple[Template, ...]
     train: tuple[Template, ...]
@@ -57,9 +60,9 @@ def load_language(code: str) -> Language:
     """Read a language from the package.
 
     Raises:
-        ConfigError: The package is missing or does not know the language.
+        ConfigError: The package is not installed or does not know the language.
     """
-    data = intents_of(code)
+    data = _intents(code)
     return Language(
         templates={
             intent: _templates(f"{code}/{intent}", body["data"])
@@ -72,15 +75,73 @@ def load_language(code: str) -> Language:
     )
 
 
+def split_templates(templates: tuple[Template, ...], key: str, seed: int, *, public: bool) -> TemplateSplit | None:
+    """Split the templates of one intent in one language.
+
+    Args:
+        templates: All of them.
+        key: Names the language and the intent.
+        seed: Of the population.
+        public: Whether public phrases are wanted in this language.
+
+    Returns:
+        About a fifth public (if wanted), three tenths of the rest test, the remainder train; each part has at least one
+        template. None if there are too few templates for that.
+    """
+    if len(templates) < 2 + public:
+        return None
+    order = stream(seed, int(_hex(key), 16)).permutation(len(templates))
+    shuffled = [templates[i] for i in order]
+    first = max(1, round(_PUBLIC_SHARE * len(templates))) if public else 0
+    second = first + max(1, round(_TEST_SHARE * (len(templates) - first)))
+    return TemplateSplit(tuple(shuffled[:first]), tuple(shuffled[second:]), tuple(shuffled[first:second]))
+
+
+@cache
+def hassil_module(name: str) -> Any:
+    """The module ``hassil.<name>``, imported when a population is sampled and not before.
+
+    Raises:
+        ConfigError: hassil is not installed.
+    """
+    return _import(f"hassil.{name}")
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"cannot import {module} ({error}): install it with pip install 'edgeadapt[simulations]'",
+            about="edgeadapt[simulations]",
+            value=module,
+        ) from error
+
+
+def _intents(language: str) -> dict[str, Any]:
+    """Intents, lists and expansion rules of the package for a language."""
+    package = _import("home_assistant_intents")
+    known = sorted(package.get_languages())
+    found: dict[str, Any] | None = package.get_intents(language) if language in known else None
+    if found is None:
+        close = difflib.get_close_matches(language, known, n=5, cutoff=0.3) or known
+        raise ConfigError(
+            f"home-assistant-intents has no language {language!r}; the closest are: {', '.join(close)}",
+            about="population.languages",
+            value=language,
+        )
+    return found
+
+
 def _templates(prefix: str, blocks: list[dict[str, Any]]) -> tuple[Template, ...]:
-    """A text that stands in several blocks is one template: its sentences are the same."""
+    """A text in several blocks is one template: its sentences are the same."""
     domains: dict[str, dict[str, None]] = {}
     for block in blocks:
         named = block.get("requires_context", {}).get("domain", [])
         for text in block["sentences"]:
             domains.setdefault(_cleaned(text), {}).update(dict.fromkeys(named))
-    made = (Template(f"{prefix}/{_hex(text)}", text, tuple(named)) for text, named in domains.items())
-    return tuple(sorted(made, key=lambda template: template.id))
+    found = (Template(f"{prefix}/{_hex(text)}", text, tuple(named)) for text, named in domains.items())
+    return tuple(sorted(found, key=lambda template: template.id))
 
 
 def _cleaned(template: str) -> str:
@@ -89,25 +150,3 @@ def _cleaned(template: str) -> str:
 
 def _hex(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def deal(templates: tuple[Template, ...], key: str, seed: int, *, public: bool) -> Split | None:
-    """Deal out the templates of one intent in one language.
-
-    Args:
-        templates: All of them.
-        key: Names the language and the intent.
-        seed: The population's.
-        public: Whether public phrases are wanted in this language.
-
-    Returns:
-        About a fifth public (if wanted), three tenths test, the rest train, each at least one; None if there are
-        too few templates for that.
-    """
-    if len(templates) < 2 + public:
-        return None
-    order = stream(seed, int(_hex(key), 16)).permutation(len(templates))
-    shuffled = [templates[i] for i in order]
-    first = max(1, round(_PUBLIC_SHARE * len(templates))) if public else 0
-    second = first + max(1, round(_TEST_SHARE * (len(templates) - first)))
-    return Split(tuple(shuffled[:first]), tuple(shuffled[second:]), tuple(shuffled[first:second]))

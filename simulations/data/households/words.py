@@ -1,13 +1,12 @@
 """Names and phrases that the package leaves open: rooms, devices, people, songs, shopping.
 
-Each language has a file ``words/<code>.toml``: de, en, es, fr, it, nl, pl, pt, sv. A regional code uses the file of its
-language (``pt-BR``: ``pt``); any other language uses the English words within its own sentences, as households
-with English device names do.
+Each of these languages has a file ``words/<code>.toml``: de, en, es, fr, it, nl, pl, pt, sv. A regional code uses the
+file of its language (``pt-BR``: ``pt``). Any other language uses the English words within its own sentences, as
+households with English device names do.
 
-The package's templates are written to recognize, so many of their sentences are ones that nobody says ("le
-cuisine", "2 minute"). A file therefore lists the words that fit before a noun of each gender, and patterns of
-unnatural speech; a sentence that matches none of them is preferred. English, German and French are worked out
-best; the others read more like a recognizer's idea of speech.
+The package's templates are written to recognize speech, so they allow many sentences that nobody says ("le cuisine",
+"2 minute"). A file therefore lists the articles that fit each gender, and patterns of unnatural speech; a sentence that
+matches no pattern is preferred. The patterns of English, German and French are the most complete.
 """
 
 import re
@@ -22,9 +21,9 @@ import numpy as np
 
 from simulations.data.households.draws import pick
 
-# Kinds of device that are called like another kind.
-_CALLED_LIKE = {"input_boolean": "switch", "script": "scene", "input_button": "button"}
-# How many names of each kind a household has; other kinds: up to 3.
+# Kinds of device that have the names of another kind.
+_NAMED_LIKE = {"input_boolean": "switch", "script": "scene", "input_button": "button"}
+# The number of names of each kind in a household.
 _LIGHTS, _AREAS, _FLOORS, _PEOPLE, _OTHERS = 5, 6, 2, 3, 3
 
 
@@ -35,10 +34,10 @@ class Words:
     Attributes:
         people: First names.
         areas: Rooms.
-        floors: Storeys.
+        floors: Names of floors.
         devices: Names by kind of device (a Home Assistant domain).
-        phrases: Free texts by the name of the list that asks for them.
-        unnatural: Matches in a sentence that nobody says.
+        phrases: Free texts, by the name of the list that they fill.
+        unnatural: Patterns that match sentences nobody says.
     """
 
     people: tuple[str, ...]
@@ -59,20 +58,20 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
-    """What one household calls its rooms, storeys and devices (by kind)."""
+class HouseholdNames:
+    """One household's names for its rooms, its floors and its devices (by kind)."""
 
     areas: tuple[str, ...]
     floors: tuple[str, ...]
     devices: Mapping[str, tuple[str, ...]]
 
-    def names(self, domain: str) -> tuple[str, ...]:
-        """Its devices of a Home Assistant domain; all lights for a domain that it does not know."""
-        return self.devices.get(_CALLED_LIKE.get(domain, domain), self.devices["light"])
+    def of_kind(self, domain: str) -> tuple[str, ...]:
+        """The devices of a Home Assistant domain; the lights for an unknown domain."""
+        return self.devices.get(_NAMED_LIKE.get(domain, domain), self.devices["light"])
 
 
-def furnish(words: Words, rng: np.random.Generator) -> Home:
-    """A home with names of its own."""
+def draw_names(words: Words, rng: np.random.Generator) -> HouseholdNames:
+    """The names of one household."""
     people = _some(words.people, _PEOPLE, rng)
 
     def named(names: tuple[str, ...], count: int) -> tuple[str, ...]:
@@ -81,7 +80,7 @@ def furnish(words: Words, rng: np.random.Generator) -> Home:
     devices = {
         domain: named(names, _LIGHTS if domain == "light" else _OTHERS) for domain, names in words.devices.items()
     }
-    return Home(named(words.areas, _AREAS), named(words.floors, _FLOORS), devices)
+    return HouseholdNames(named(words.areas, _AREAS), named(words.floors, _FLOORS), devices)
 
 
 def _some(items: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple[str, ...]:
@@ -90,7 +89,7 @@ def _some(items: tuple[str, ...], count: int, rng: np.random.Generator) -> tuple
 
 @cache
 def load_words(language: str) -> Words:
-    """The words of a language, or the English ones where it has none."""
+    """The words of a language; the English ones for a language without a file."""
     folder = files("simulations.data.households") / "words"
     codes = (language, language.split("-")[0], "en")
     path = next(path for code in codes if (path := folder / f"{code}.toml").is_file())
@@ -110,7 +109,7 @@ def _flat(by_gender: Mapping[str, list[str]]) -> tuple[str, ...]:
 
 
 def _patterns(raw: Mapping[str, Any]) -> Iterable[re.Pattern[str]]:
-    """The listed patterns with their name lists filled in, and what follows from the genders of nouns."""
+    """The listed patterns with their name lists filled in, and the patterns that follow from the genders of nouns."""
     own = [raw["areas"], raw["floors"], *raw["devices"].values()]
     lists = {
         "{noun}": _gendered([raw["nouns"], *own]),
@@ -126,7 +125,7 @@ def _patterns(raw: Mapping[str, Any]) -> Iterable[re.Pattern[str]]:
         yield re.compile(pattern, re.IGNORECASE)
     articles = sorted({article for fitting in raw["articles"].values() for article in fitting})
     if raw.get("needs_article", False):
-        yield _lonely(articles, _any_of(_gendered(own), raw["people"]))
+        yield _without_article(articles, _any_of(_gendered(own), raw["people"]))
     for gender, fitting in raw["articles"].items():
         nouns = [noun for table in [raw["nouns"], *own] for noun in table.get(gender, [])]
         clashing = [article for article in articles if article not in fitting]
@@ -138,8 +137,8 @@ def _gendered(tables: Iterable[Mapping[str, list[str]]]) -> list[str]:
     return [noun for table in tables for gender, nouns in table.items() if gender != "bare" for noun in nouns]
 
 
-def _lonely(articles: list[str], nouns: str) -> re.Pattern[str]:
-    """A noun after a word that is no article."""
+def _without_article(articles: list[str], nouns: str) -> re.Pattern[str]:
+    """A noun after a word that is not an article."""
     return re.compile(rf"(^|\s)(?!({_any_of(articles)})\s)\S+\s({nouns})\b", re.IGNORECASE)
 
 

@@ -62,7 +62,7 @@ def test_whatever_is_lost_an_honest_coordinator_is_never_refused(
     """Losses at every step, by turns, before a device hears of it and after it answered."""
     fleet = fleet_of(8, rounds=9, aggregation__session_rounds=3)
     with caplog.at_level(logging.WARNING, "edgeadapt.device"):
-        records = fleet.federate(fleet.grid(loss=0.06, victims=1))
+        records = fleet.federate(fleet.grid(message_loss=0.06, forced_dropouts=1))
     assert {step for record in records for step in record.dropped.values()} >= {"plan", "survivors", "unmask"}
     assert [line for line in refusals(caplog) if "what comes next" not in line] == []
 

@@ -7,8 +7,9 @@ import pytest
 
 from aggregation.errors import ConfigError
 from simulations.engine import provision
-from simulations.engine.run import ROUNDED, RunFolder, _base
+from simulations.engine.run import DEQUANTIZED, RunFolder, training_base
 from simulations.scenario import Scenario
+from tests.support import refused
 
 
 def scenario(base: Any, **export: Any) -> Scenario:
@@ -18,19 +19,19 @@ def scenario(base: Any, **export: Any) -> Scenario:
 
 def test_without_the_option_the_base_is_the_scenarios_own(tiny_base: Any, tmp_path: Path) -> None:
     folder = RunFolder.start(tmp_path / "run", scenario(tiny_base, profile="native-int4"))
-    assert _base(folder) == tiny_base
-    assert not (tmp_path / "run" / ROUNDED).exists()
+    assert training_base(folder) == tiny_base
+    assert not (tmp_path / "run" / DEQUANTIZED).exists()
 
 
 def test_the_rounded_base_is_made_once_and_every_device_finds_it(
     tiny_base: Any, tmp_path: Path, fleet_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = scenario(tiny_base, profile="native-int4", train_on_dequantized=True)
-    base = _base(RunFolder.start(tmp_path / "run", chosen))
-    assert base.folder == tmp_path / "run" / ROUNDED
+    base = training_base(RunFolder.start(tmp_path / "run", chosen))
+    assert base.folder == tmp_path / "run" / DEQUANTIZED
     assert base.digest != tiny_base.digest
     monkeypatch.setattr("simulations.engine.run.dequantized", None)  # a second call would fail
-    assert _base(RunFolder.resume(tmp_path / "run", chosen)) == base
+    assert training_base(RunFolder.resume(tmp_path / "run", chosen)) == base
     population = fleet_of(4).population
     provision.provision(tmp_path / "fleet", chosen, population, base)
     assert {
@@ -41,5 +42,5 @@ def test_the_rounded_base_is_made_once_and_every_device_finds_it(
 
 
 def test_a_profile_that_rounds_nothing_is_refused_with_the_option(tiny_base: Any) -> None:
-    with pytest.raises(ConfigError, match="needs a profile that rounds the base"):
+    with refused(ConfigError, "export"):
         scenario(tiny_base, profile="fp32", train_on_dequantized=True)

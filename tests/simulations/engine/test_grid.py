@@ -1,4 +1,4 @@
-"""The in-process grid: Flower's contract, in virtual time, with a weather that a seed decides and nothing else."""
+"""The in-process grid: Flower's contract, in virtual time, with faults that only the seed decides."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +15,11 @@ from aggregation.steps import Step
 from simulations.engine.grid import ROUND_STEPS, DeliveryOutcome, FaultModel, InProcessGrid
 
 NODES = (2, 3, 4, 5, 6, 7, 8, 9)
-FINE = FaultModel(seed=0, loss=0.0, delay=1.0)
+NO_FAULTS = FaultModel(seed=0, message_loss=0.0, mean_delay=1.0)
 
 
 class Echo:
-    """A device's app that answers with its node's number and remembers whom it was asked by."""
+    """A device's app that answers with its node's number, and records which nodes were asked."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -30,7 +30,7 @@ class Echo:
 
 
 def grid_of(faults: FaultModel, app: Any = None) -> InProcessGrid:
-    return InProcessGrid(app or Echo(), {node: f"home-{node}" for node in NODES}, faults)
+    return InProcessGrid(app or Echo(), {node: f"state-{node}" for node in NODES}, faults)
 
 
 def messages(grid: InProcessGrid, step: Step, group: str = "1", nodes: Sequence[int] = NODES) -> list[Message]:
@@ -41,21 +41,25 @@ def senders(replies: Any) -> list[int]:
     return [reply.metadata.src_node_id for reply in replies]
 
 
-# The weather.
+# Faults.
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["1", "2", "session-1-1"]), st.sampled_from(Step), st.permutations(NODES))
-def test_a_fate_depends_on_seed_round_step_and_device_only(seed: int, group: str, step: Step, order: list[int]) -> None:
-    faults = FaultModel(seed, loss=0.3, delay=2.0, victims=2)
-    fates = faults.fates(group, step, NODES)
-    assert faults.fates(group, step, order) == fates
-    fine = FaultModel(seed, loss=0.3, delay=2.0)
-    assert fine.fates(group, step, order[:3]) == {node: fine.fates(group, step, NODES)[node] for node in order[:3]}
+def test_an_outcome_depends_on_seed_round_step_and_device_only(
+    seed: int, group: str, step: Step, order: list[int]
+) -> None:
+    faults = FaultModel(seed, message_loss=0.3, mean_delay=2.0, forced_dropouts=2)
+    outcomes = faults.outcomes(group, step, NODES)
+    assert faults.outcomes(group, step, order) == outcomes
+    unforced = FaultModel(seed, message_loss=0.3, mean_delay=2.0)
+    assert unforced.outcomes(group, step, order[:3]) == {
+        node: unforced.outcomes(group, step, NODES)[node] for node in order[:3]
+    }
 
 
-def test_other_seeds_rounds_steps_and_devices_have_other_fates() -> None:
+def test_other_seeds_rounds_steps_and_devices_have_other_outcomes() -> None:
     delays = {
-        faults.fates(group, step, [node])[node].delay
+        faults.outcomes(group, step, [node])[node].delay
         for faults in (FaultModel(1, 0, 1.0), FaultModel(2, 0, 1.0))
         for group in ("1", "2", "11", "session-1-1", "session-1-2")
         for step in (*Step, None)
@@ -64,8 +68,8 @@ def test_other_seeds_rounds_steps_and_devices_have_other_fates() -> None:
     assert len(delays) == 2 * 5 * 7 * 2
 
 
-def test_what_was_sent_before_does_not_change_the_weather() -> None:
-    faults = FaultModel(seed=5, loss=0.3, delay=2.0, victims=1)
+def test_earlier_messages_do_not_change_an_outcome() -> None:
+    faults = FaultModel(seed=5, message_loss=0.3, mean_delay=2.0, forced_dropouts=1)
     fresh, resumed = grid_of(faults), grid_of(faults)
     for group in ("1", "2", "3"):  # a run from the start
         for step in ROUND_STEPS:
@@ -73,52 +77,52 @@ def test_what_was_sent_before_does_not_change_the_weather() -> None:
     assert senders(resumed.send_and_receive(messages(resumed, Step.UNMASK, "3"))) == found
 
 
-def test_losses_have_the_probability_that_was_asked_for() -> None:
+def test_messages_are_lost_with_the_probability_of_the_settings() -> None:
     """Accepts the right probability and rejects two thirds and three halves of it."""
-    fates = FaultModel(seed=3, loss=0.1, delay=4.0).fates("1", Step.PLAN, range(4000)).values()
-    for lost in ([fate.request_lost for fate in fates], [fate.reply_lost for fate in fates]):
-        assert 0.08 < np.mean(lost) < 0.12
-    assert 3.6 < np.mean([fate.delay for fate in fates]) < 4.4
+    outcomes = FaultModel(seed=3, message_loss=0.1, mean_delay=4.0).outcomes("1", Step.PLAN, range(4000)).values()
+    for share in ([outcome.request_lost for outcome in outcomes], [outcome.reply_lost for outcome in outcomes]):
+        assert 0.08 < np.mean(share) < 0.12
+    assert 3.6 < np.mean([outcome.delay for outcome in outcomes]) < 4.4
 
 
 @given(st.integers(0, 2**32), st.integers(1, 300))
-def test_a_victim_is_lost_in_every_round_at_a_step_that_varies(seed: int, first: int) -> None:
-    faults = FaultModel(seed, loss=0.0, delay=1.0, victims=1)
+def test_a_forced_dropout_happens_in_every_round_at_a_step_that_varies(seed: int, first: int) -> None:
+    faults = FaultModel(seed, message_loss=0.0, mean_delay=1.0, forced_dropouts=1)
     steps = []
     for number in range(first, first + 3):
-        lost = {step: [n for n, fate in faults.fates(str(number), step, NODES).items() if gone(fate)] for step in Step}
-        assert [len(found) for found in lost.values() if found] == [1]
-        steps.append(next(step for step, found in lost.items() if found))
+        found = {step: [n for n, o in faults.outcomes(str(number), step, NODES).items() if lost(o)] for step in Step}
+        assert [len(nodes) for nodes in found.values() if nodes] == [1]
+        steps.append(next(step for step, nodes in found.items() if nodes))
     assert set(steps) == {Step.PLAN, Step.SURVIVORS, Step.UNMASK}
 
 
-def gone(fate: DeliveryOutcome) -> bool:
-    return fate.request_lost or fate.reply_lost
+def lost(outcome: DeliveryOutcome) -> bool:
+    return outcome.request_lost or outcome.reply_lost
 
 
-def test_victims_vary_and_are_lost_on_the_way_there_and_on_the_way_back() -> None:
-    faults = FaultModel(seed=0, loss=0.0, delay=1.0, victims=1)
+def test_forced_dropouts_vary_and_lose_the_request_or_the_reply() -> None:
+    faults = FaultModel(seed=0, message_loss=0.0, mean_delay=1.0, forced_dropouts=1)
     found = [
-        (node, fate.request_lost)
+        (node, outcome.request_lost)
         for number in range(1, 60)
-        for node, fate in faults.fates(str(number), ROUND_STEPS[number % 3], NODES).items()
-        if gone(fate)
+        for node, outcome in faults.outcomes(str(number), ROUND_STEPS[number % 3], NODES).items()
+        if lost(outcome)
     ]
     assert {node for node, _ in found} == set(NODES)
     assert {request for _, request in found} == {True, False}
 
 
-def test_no_more_victims_than_devices_and_none_while_a_session_is_made() -> None:
-    faults = FaultModel(seed=0, loss=0.0, delay=1.0, victims=99)
-    assert all(gone(fate) for fate in faults.fates("3", Step.PLAN, NODES).values())
-    assert not any(gone(fate) for fate in faults.fates("session-1-1", Step.OFFER, NODES).values())
+def test_forced_dropouts_are_at_most_all_devices_and_none_during_the_setup_of_a_session() -> None:
+    faults = FaultModel(seed=0, message_loss=0.0, mean_delay=1.0, forced_dropouts=99)
+    assert all(lost(outcome) for outcome in faults.outcomes("3", Step.PLAN, NODES).values())
+    assert not any(lost(outcome) for outcome in faults.outcomes("session-1-1", Step.OFFER, NODES).values())
 
 
 # Flower's contract.
 
 
-def test_every_message_is_answered_once_in_an_order_that_is_not_that_of_sending() -> None:
-    grid = grid_of(FINE)
+def test_each_message_is_answered_once_in_another_order_than_sent() -> None:
+    grid = grid_of(NO_FAULTS)
     sent = messages(grid, Step.PLAN)
     replies = list(grid.send_and_receive(sent))
     assert sorted(senders(replies)) == list(NODES)
@@ -130,7 +134,7 @@ def test_every_message_is_answered_once_in_an_order_that_is_not_that_of_sending(
 
 
 def test_ids_are_returned_in_the_order_of_the_messages_and_never_repeat() -> None:
-    grid = grid_of(FINE)
+    grid = grid_of(NO_FAULTS)
     sent = [messages(grid, Step.PLAN), messages(grid, Step.PLAN)]
     ids = [list(grid.push_messages(batch)) for batch in sent]
     assert ids == [[m.metadata.message_id for m in batch] for batch in sent]
@@ -138,20 +142,20 @@ def test_ids_are_returned_in_the_order_of_the_messages_and_never_repeat() -> Non
     assert list(grid.push_messages([])) == []
 
 
-def test_time_passes_only_by_sleeping_and_a_reply_is_there_when_its_time_has_come() -> None:
+def test_time_passes_only_by_sleeping_and_a_reply_arrives_after_its_delay() -> None:
     app = Echo()
-    grid = grid_of(FINE, app)
+    grid = grid_of(NO_FAULTS, app)
     ids = list(grid.push_messages(messages(grid, Step.PLAN)))
     assert list(grid.pull_messages(ids)) == []
     assert app.asked == []
-    delays = {node: fate.delay for node, fate in FINE.fates("1", Step.PLAN, NODES).items()}
+    delays = {node: outcome.delay for node, outcome in NO_FAULTS.outcomes("1", Step.PLAN, NODES).items()}
     grid.clock.sleep(sorted(delays.values())[2])
     assert senders(grid.pull_messages(ids)) == sorted(delays, key=delays.__getitem__)[:3]
     assert grid.clock.now() == sorted(delays.values())[2]
 
 
-def test_a_reply_waits_until_somebody_pulls_it() -> None:
-    grid = grid_of(FINE)
+def test_a_reply_waits_until_it_is_pulled() -> None:
+    grid = grid_of(NO_FAULTS)
     first, *others = grid.push_messages(messages(grid, Step.PLAN))
     grid.clock.sleep(1e6)
     assert sorted(senders(grid.pull_messages(others))) == list(NODES[1:])
@@ -159,9 +163,9 @@ def test_a_reply_waits_until_somebody_pulls_it() -> None:
     assert senders(grid.pull_messages([first])) == []
 
 
-def test_a_timeout_ends_the_wait_with_those_who_were_in_time() -> None:
-    grid = grid_of(FINE)
-    delays = sorted(fate.delay for fate in FINE.fates("1", Step.PLAN, NODES).values())
+def test_a_timeout_ends_the_wait_with_the_replies_that_arrived_in_time() -> None:
+    grid = grid_of(NO_FAULTS)
+    delays = sorted(outcome.delay for outcome in NO_FAULTS.outcomes("1", Step.PLAN, NODES).values())
     assert len(list(grid.send_and_receive(messages(grid, Step.PLAN), timeout=delays[3]))) == 4
     assert grid.clock.now() == delays[3]
     assert len(list(grid.send_and_receive(messages(grid, Step.SURVIVORS), timeout=1e6))) == len(NODES)
@@ -169,26 +173,29 @@ def test_a_timeout_ends_the_wait_with_those_who_were_in_time() -> None:
 
 
 def test_a_lost_request_never_reaches_the_device_and_a_lost_reply_does() -> None:
-    faults = FaultModel(seed=11, loss=0.4, delay=1.0)
+    faults = FaultModel(seed=11, message_loss=0.4, mean_delay=1.0)
     app = Echo()
-    grid, fates = grid_of(faults, app), faults.fates("1", Step.PLAN, NODES)
+    grid, outcomes = grid_of(faults, app), faults.outcomes("1", Step.PLAN, NODES)
     replies = senders(grid.send_and_receive(messages(grid, Step.PLAN)))
-    assert sorted(app.asked) == [node for node in NODES if not fates[node].request_lost]
-    assert sorted(replies) == [node for node in NODES if not gone(fates[node])]
-    assert {(fate.request_lost, fate.reply_lost) for fate in fates.values()} >= {(True, False), (False, True)}
+    assert sorted(app.asked) == [node for node in NODES if not outcomes[node].request_lost]
+    assert sorted(replies) == [node for node in NODES if not lost(outcomes[node])]
+    assert {(outcome.request_lost, outcome.reply_lost) for outcome in outcomes.values()} >= {
+        (True, False),
+        (False, True),
+    }
 
 
 def test_a_device_keeps_its_context_from_message_to_message() -> None:
     seen: list[int] = []
 
     def count(message: Message, context: Context) -> Message:
-        assert context.node_config == {"state": f"home-{context.node_id}"}
+        assert context.node_config == {"state": f"state-{context.node_id}"}
         record = context.state.setdefault("count", MetricRecord({"n": 0}))
         record["n"] += 1
         seen.append(record["n"])
         return Message(RecordDict(), reply_to=message)
 
-    grid = grid_of(FINE, count)
+    grid = grid_of(NO_FAULTS, count)
     for _ in range(2):
         list(grid.send_and_receive(messages(grid, Step.PLAN)))
     assert seen == [1] * len(NODES) + [2] * len(NODES)
@@ -197,7 +204,7 @@ def test_a_device_keeps_its_context_from_message_to_message() -> None:
 
 
 @pytest.mark.parametrize("loss", [0.0, 0.2])
-def test_flowers_own_federated_averaging_runs_on_it(loss: float) -> None:
+def test_flowers_own_federated_averaging_runs_on_the_grid(loss: float) -> None:
     device = ClientApp()
 
     @device.train()
@@ -206,7 +213,7 @@ def test_flowers_own_federated_averaging_runs_on_it(loss: float) -> None:
         arrays = ArrayRecord([start + context.node_id])
         return Message(RecordDict({"arrays": arrays, "m": MetricRecord({"num-examples": 1})}), reply_to=message)
 
-    grid = grid_of(FaultModel(seed=1, loss=loss, delay=1.0), device)
+    grid = grid_of(FaultModel(seed=1, message_loss=loss, mean_delay=1.0), device)
     start = ArrayRecord({"0": Array(np.zeros(3, np.float32))})
     strategy = FedAvg(fraction_evaluate=0.0)
     result = strategy.start(grid=grid, initial_arrays=start, num_rounds=2)

@@ -87,10 +87,10 @@ def test_no_unseen_household_is_a_dash(make_result: Callable[..., RunResult]) ->
     assert "nan" not in text
 
 
-def test_a_run_of_which_no_round_came_through_says_so(result: RunResult) -> None:
+def test_a_run_whose_rounds_were_all_aborted_says_so(result: RunResult) -> None:
     gone = tuple(replace(r, survivors=(), aborted="too few", metrics={}, bytes_up=0) for r in result.rounds)
     text = printed(replace(result, rounds=gone))
-    assert "nothing: no round came through" in text
+    assert "nothing: every round was aborted" in text
     assert "; 10 rounds aborted" in text
 
 

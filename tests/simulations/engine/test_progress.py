@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from simulations.engine import progress as module
 from simulations.engine.progress import RunProgress
-from simulations.report.result import RoundResult, RunResult
+from simulations.report.result import ReportedRound, RunResult
 
 COORDINATOR, DEVICE = logging.getLogger("edgeadapt.coordinator"), logging.getLogger("edgeadapt.device")
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
@@ -86,7 +86,7 @@ def answer(step: str, times: int) -> None:
         COORDINATOR.debug("answered", extra={"answered": step})
 
 
-def finish(record: RoundResult, rounds: int = 10) -> None:
+def finish(record: ReportedRound, rounds: int = 10) -> None:
     COORDINATOR.info("round", extra={"record": record, "rounds": rounds})
 
 

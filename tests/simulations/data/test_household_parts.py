@@ -8,10 +8,10 @@ import pytest
 
 from aggregation.errors import ConfigError
 from simulations.data.households.draws import pick, stream
-from simulations.data.households.expansion import Expander
-from simulations.data.households.speech import Voice
-from simulations.data.households.templates import Template, deal, load_language
-from simulations.data.households.words import furnish, load_words
+from simulations.data.households.speech import Expander, Voice
+from simulations.data.households.templates import Template, load_language, split_templates
+from simulations.data.households.words import draw_names, load_words
+from tests.support import refused
 
 CODES = sorted(path.name[:-5] for path in (files("simulations.data.households") / "words").iterdir())
 DOMAINS = {
@@ -57,7 +57,7 @@ def _made(count: int) -> tuple[Template, ...]:
 @pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("count", [3, 4, 7, 100])
 def test_the_deal_uses_every_template_once_and_leaves_no_part_empty(count: int, public: bool) -> None:
-    split = deal(_made(count), "en/X", 0, public=public)
+    split = split_templates(_made(count), "en/X", 0, public=public)
     assert split is not None
     assert sorted(split.public + split.train + split.test, key=str) == sorted(_made(count), key=str)
     assert split.train
@@ -67,14 +67,14 @@ def test_the_deal_uses_every_template_once_and_leaves_no_part_empty(count: int, 
 
 @pytest.mark.parametrize(("count", "public"), [(0, False), (1, False), (2, True)])
 def test_too_few_templates_are_not_dealt(count: int, public: bool) -> None:
-    assert deal(_made(count), "en/X", 0, public=public) is None
+    assert split_templates(_made(count), "en/X", 0, public=public) is None
 
 
 def test_the_deal_depends_on_the_seed_and_on_the_key() -> None:
-    base = deal(_made(30), "en/X", 0, public=True)
-    assert base == deal(_made(30), "en/X", 0, public=True)
-    assert base != deal(_made(30), "en/X", 1, public=True)
-    assert base != deal(_made(30), "en/Y", 0, public=True)
+    base = split_templates(_made(30), "en/X", 0, public=True)
+    assert base == split_templates(_made(30), "en/X", 0, public=True)
+    assert base != split_templates(_made(30), "en/X", 1, public=True)
+    assert base != split_templates(_made(30), "en/Y", 0, public=True)
 
 
 def test_templates_of_an_intent_have_different_texts_and_ids() -> None:
@@ -110,10 +110,10 @@ def test_a_region_uses_the_words_of_its_language_and_a_stranger_the_english_ones
 
 
 def test_homes_have_names_of_their_own_and_no_open_marks() -> None:
-    homes = [furnish(load_words("de"), stream(0, number)) for number in range(20)]
+    homes = [draw_names(load_words("de"), stream(0, number)) for number in range(20)]
     assert len({home.devices["light"] for home in homes}) == 20
     assert not any("{" in name for home in homes for names in home.devices.values() for name in names)
-    assert homes[0].names("input_boolean") == homes[0].names("switch")
+    assert homes[0].of_kind("input_boolean") == homes[0].of_kind("switch")
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,13 @@ def test_counting_flaws_stops_when_it_is_enough() -> None:
 
 def _voice(code: str) -> Voice:
     language = load_language(code)
-    return Voice(language, furnish(language.words, stream(1)), stream(2))
+    return Voice(language, draw_names(language.words, stream(1)), stream(2))
 
 
 def test_a_name_is_of_a_kind_that_the_template_asks_for() -> None:
     voice = _voice("en")
     said = {voice.say(Template("t", "{name}", ("vacuum", "lock"))) for _ in range(60)}
-    assert said == {*voice.home.names("vacuum"), *voice.home.names("lock")}
+    assert said == {*voice.names.of_kind("vacuum"), *voice.names.of_kind("lock")}
 
 
 def test_numbers_are_ones_that_people_say() -> None:
@@ -158,7 +158,7 @@ def test_numbers_are_ones_that_people_say() -> None:
 
 
 def test_a_list_that_the_package_does_not_define_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"asks for \{moon\}"):
+    with refused(ConfigError, "home-assistant-intents", value="moon"):
         _voice("en").say(Template("t", "to the {moon}", ()))
 
 

@@ -39,7 +39,7 @@ def scenario(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(f"""
 name = "tiny"
 base.model = '{base}'
-network.loss = 0.0
+network.message_loss = 0.0
 personal.epochs = 1
 export.minimum_agreement = 0.5
 [population]

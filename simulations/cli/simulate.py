@@ -1,0 +1,109 @@
+"""``edgeadapt simulate`` runs a scenario file; ``edgeadapt demo`` runs the scenario that comes with the package."""
+
+import json
+import shlex
+from collections.abc import Callable
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from aggregation.errors import ConfigError
+from simulations.scenario import Scenario, describe
+
+RUNS = Path("runs")
+DEMO = "households.toml"
+
+
+def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),
+        click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest run in runs/."),
+        click.option(
+            "--out", type=click.Path(path_type=Path), help="Folder of the run; by default a new one in runs/."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _show_keys(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo("\n".join(describe()))
+        context.exit()
+
+
+@click.command()
+@_shared_options
+def demo(**options: Any) -> None:
+    """Households personalize a frozen model together; no household shows its data.
+
+    Runs the scenario simulations/scenarios/households.toml: a few minutes on two cores, without a network.
+
+    \b
+    Examples:
+      edgeadapt demo
+      edgeadapt demo --out runs/mine --set seed=1
+      edgeadapt demo --out runs/mine --resume      # after Ctrl-C
+      edgeadapt demo --json > result.json
+    """
+    _run(Path(str(files("simulations"))) / "scenarios" / DEMO, **options)
+
+
+@click.command()
+@click.argument("scenario", type=click.Path(path_type=Path))
+@_shared_options
+@click.option("--keys", is_flag=True, is_eager=True, expose_value=False, callback=_show_keys, help="List every key.")
+def simulate(scenario: Path, **options: Any) -> None:
+    """Run a SCENARIO file, from the population to the report.
+
+    \b
+    Examples:
+      edgeadapt simulate simulations/scenarios/households.toml
+      edgeadapt simulate my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'
+      edgeadapt simulate --keys
+    """
+    _run(scenario, **options)
+
+
+def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
+    scenario = Scenario.read(path, overrides)
+    # Imported here, so that --help and a wrong key do not wait for torch.
+    from simulations.engine.progress import RunProgress
+    from simulations.engine.run import RunFolder, run
+    from simulations.report.formatting import program
+    from simulations.report.terminal import print_scenario, print_table
+
+    out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
+    folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
+    if not as_json:
+        print_scenario(scenario, out, Console())
+    try:
+        with RunProgress(quiet=as_json) as progress:
+            result = run(folder, progress)
+    except KeyboardInterrupt:
+        click.echo(
+            f"The finished parts are kept. To continue, add --out {shlex.quote(str(out))} --resume to the same command",
+            err=True,
+        )
+        raise
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    else:
+        print_table(result, Console(), program())
+
+
+def _fresh(scenario: Scenario) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return RUNS / f"{scenario.name}-{stamp}"
+
+
+def _newest(scenario: Scenario) -> Path:
+    found = sorted(RUNS.glob(f"{scenario.name}-*/scenario.json"))
+    if not found:
+        raise ConfigError(f"{RUNS}/ has no run of {scenario.name!r} to resume: name the run with --out", about="--out")
+    return found[-1].parent

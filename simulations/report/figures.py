@@ -1,0 +1,386 @@
+"""The four figures of the report, drawn with matplotlib as SVG for use inside an HTML page.
+
+Text stays text, the colors are the variables of the page's style sheet, and equal data give equal bytes. matplotlib is
+imported when a figure is drawn.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simulations.report.formatting import TrafficMeans, count, dropouts, percent, share, size
+from simulations.report.result import ARMS, HouseholdResult, ReportedRound, RunResult, dropouts_by_step
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import PathPatch
+
+POINTS = 72  # an inch; one point is one unit of the SVG
+WIDTH = 440.0  # units: the width of a phone, so that text of 11 units is readable there
+LONGEST = 16  # characters of a name next to a plot
+CHARACTER = 6.3  # units, about
+
+# Each color stands for a variable of the style sheet, which has a light and a dark value. The arms differ in shape as
+# well; the hues are of Okabe and Ito's palette for color-blind readers, darkened until they are readable as text.
+INK, MUTED, LINE, TILE, DROPPED = "#1b1f24", "#59636e", "#d4d9df", "#c5dcea", "#b3400d"
+ARM_COLORS = {"base": "#6a737d", "local": "#a65a00", "global": "#0069a8", "personal": "#00735a"}
+PAPER = "#fefefe"
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    LINE: "--line",
+    TILE: "--tile",
+    DROPPED: "--dropped",
+    PAPER: "--paper",
+    **{color: f"--{arm}" for arm, color in ARM_COLORS.items()},
+}
+STYLE: dict[Any, object] = {
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 10.5,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "font.family": ["DejaVu Sans"],  # only to measure; the page has its own
+    "font.size": 10.5,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "text.parse_math": False,  # a name may contain a dollar sign
+    "xtick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.color": LINE,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+}
+
+
+def svg(key: str, title: str, description: str, height: float, paint: Callable[["Figure"], None]) -> str:
+    """An ``<svg>`` element of ``WIDTH`` by ``height``.
+
+    Args:
+        key: Letters only, different for each figure of the page.
+        title: What a screen reader says, and a resting pointer shows.
+        description: What the figure shows, in words.
+        height: In units of the SVG.
+        paint: Draws on the empty figure.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    out = StringIO()
+    with mpl.rc_context({**STYLE, "svg.hashsalt": key}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(WIDTH / POINTS, height / POINTS))
+        FigureCanvasSVG(figure)
+        paint(figure)
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return _inline(out.getvalue(), key, title, description)
+
+
+def axes(figure: "Figure", *, left: float, top: float, width: float, height: float) -> "Axes":
+    """Axes at a place in units of the SVG, measured from the upper left corner."""
+    full_width, full_height = figure.get_size_inches() * POINTS
+    lower = full_height - top - height
+    return figure.add_axes((left / full_width, lower / full_height, width / full_width, height / full_height))
+
+
+def short(name: str) -> str:
+    """A name that fits next to a plot."""
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+
+
+def _inline(document: str, key: str, title: str, description: str) -> str:
+    body = document[document.index("<svg") :]
+    opening, _, rest = body.partition(">")
+    view = re.search(r'viewBox="[^"]*"', opening)
+    rest = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", rest, flags=re.DOTALL)
+    rest = re.sub(r'<g id="[^"]*"', "<g", rest).replace("xlink:href", "href")
+    rest = re.sub(r"font: ((?:\d+ )?[\d.]+px) [^;\"]*", r"font: \1 var(--font)", rest)
+    rest = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", rest)
+    for color, variable in VARIABLES.items():
+        rest = rest.replace(color, f"var({variable})")
+    head = (
+        f'<svg {view[0] if view else ""} role="img" aria-labelledby="{key}-title {key}-text">'
+        f'<title id="{key}-title">{escape(title)}</title><desc id="{key}-text">{escape(description)}</desc>'
+    )
+    return head + rest.strip()
+
+
+# Accuracy by household.
+
+ROW = 17.0  # units a household
+MARKS = {"base": ("o", 26), "local": ("D", 26), "global": ("s", 20), "personal": ("o", 44)}  # shape, square points
+
+
+def households(result: RunResult) -> str:
+    """Accuracy by household: a line from base to personal, with marks for local and global; unseen households below."""
+
+    def rank(household: HouseholdResult) -> tuple[bool, float, str]:
+        accuracy = household.accuracy["personal"]
+        return household.unseen, -accuracy if math.isfinite(accuracy) else 2.0, household.name
+
+    rows = sorted(result.households, key=rank)
+    seen = sum(not h.unseen for h in rows)
+    better = sum(h.accuracy["personal"] > h.accuracy["base"] for h in rows)
+    text = (
+        f"personal answers more test phrases right than base in {better} of {count(len(rows), 'household')}; "
+        "the table of households has the numbers."
+    )
+    gap = 1.6 if 0 < seen < len(rows) else 0.0
+    height = 84 + ROW * (len(rows) + gap)
+    places = [i + (gap if h.unseen else 0.0) for i, h in enumerate(rows)]
+    return svg(
+        "households", "Accuracy by household", text, height, lambda figure: _dumbbells(figure, rows, places, height)
+    )
+
+
+def _dumbbells(figure: "Figure", rows: Sequence[HouseholdResult], places: Sequence[float], height: float) -> None:
+    labels = [_label(h) for h in rows]
+    left = 12 + CHARACTER * max(map(len, labels))
+    ax = axes(figure, left=left, top=42, width=WIDTH - left - 40, height=height - 84)
+    values = {arm: np.array([h.accuracy[arm] for h in rows]) for arm in ARMS}
+    finite = np.concatenate([v[np.isfinite(v)] for v in values.values()])
+    lowest = max(0.0, math.floor(10 * (finite.min() if finite.size else 0.0) - 0.3) / 10)
+    ax.set_xlim(lowest - 0.015, 1.015)
+    ax.set_ylim(max(places) + 0.8, -0.8)
+    ax.hlines(places, values["base"], values["personal"], color=LINE, linewidth=3, zorder=1)
+    for arm in ARMS:
+        _marks(ax, arm, values[arm], places)
+    ax.set_yticks(places, labels)
+    ax.xaxis.set_major_formatter(lambda value, _: share(value, 1))
+    ax.grid(axis="x")
+    ax.set_axisbelow(True)
+    ax.set_xlabel("share of its own test phrases answered right")
+    for place, value in zip(places, values["personal"], strict=True):
+        ax.annotate(
+            share(value, 2), (1, place), (34, 0), ("axes fraction", "data"), "offset points",
+            ha="right", va="center", color=ARM_COLORS["personal"],
+        )  # fmt: skip
+    first = next((place for place, h in zip(places, rows, strict=True) if h.unseen), None)
+    if first is not None:
+        ax.annotate(
+            "took no part in training", (0, first - 1), (2, 0), ("axes fraction", "data"), "offset points",
+            va="center", color=MUTED, style="italic",
+        )  # fmt: skip
+    _household_key(figure)
+
+
+def _label(household: HouseholdResult) -> str:
+    name = short(household.name)
+    return name if household.name.startswith(household.language) else f"{name} · {short(household.language)}"
+
+
+def _marks(ax: "Axes", arm: str, x: Iterable[float], y: Iterable[float]) -> None:
+    marker, area = MARKS[arm]
+    face = {"base": PAPER, "local": "none"}.get(arm, ARM_COLORS[arm])
+    order = {"base": 2, "personal": 3, "global": 4, "local": 5}[arm]
+    ax.scatter(
+        list(x), list(y), s=area, marker=marker, facecolor=face, edgecolor=ARM_COLORS[arm], linewidth=1.4,
+        zorder=order, clip_on=False,
+    )  # fmt: skip
+
+
+def _key(figure: "Figure", height: float) -> "Axes":
+    """Empty axes for a key, in a line above the plot."""
+    ax = axes(figure, left=0, top=4, width=WIDTH, height=height)
+    ax.set_axis_off()
+    ax.set(xlim=(0, WIDTH), ylim=(-1, 1))
+    return ax
+
+
+def _household_key(figure: "Figure") -> None:
+    ax = _key(figure, 24)
+    for place, arm in zip((14, 100, 190, 290), ARMS, strict=True):
+        _marks(ax, arm, [place], [0])
+        ax.text(place + 10, 0, arm, va="center", color=ARM_COLORS[arm])
+
+
+# Accuracy and loss by round.
+
+LEFT = 48.0  # units next to a plot of rounds
+PANEL = 112.0  # units high
+CURVES = {"accuracy": "accuracy, a share", "loss": "loss, nats a phrase"}
+
+
+def learning(result: RunResult) -> str:
+    """Accuracy and loss on the validation parts by round, as the sum of each round has them."""
+    known = [r for r in result.rounds if "accuracy" in r.metrics]
+    text = "No round reported an accuracy."
+    if known:
+        first, last = known[0], known[-1]
+        text = (
+            f"Accuracy {share(first.metrics['accuracy'])} at the start of round {first.round}, "
+            f"{share(last.metrics['accuracy'])} at the start of round {last.round}."
+        )
+    return svg("learning", "Accuracy and loss by round", text, 340, lambda figure: _curves(figure, result.rounds))
+
+
+def _curves(figure: "Figure", rounds: Sequence[ReportedRound]) -> None:
+    for i, (metric, title) in enumerate(CURVES.items()):
+        ax = axes(figure, left=LEFT, top=30 + i * (PANEL + 46), width=WIDTH - LEFT - 48, height=PANEL)
+        _curve(ax, metric, rounds)
+        ax.set_title(title, loc="left", fontsize=11, color=INK)
+        ax.grid(axis="y")
+        if metric == "accuracy":
+            ax.yaxis.set_major_formatter(lambda value, _: share(value, 2))
+        _count_rounds(ax, rounds)
+    ax.set_xlabel("round (measured at its start, on validation phrases)")
+
+
+def _curve(ax: "Axes", metric: str, rounds: Sequence[ReportedRound]) -> None:
+    color = ARM_COLORS["global"]
+    points = [(r.round, r.metrics[metric]) for r in rounds if metric in r.metrics]
+    for aborted in (r.round for r in rounds if r.aborted):
+        ax.axvspan(aborted - 0.5, aborted + 0.5, color=LINE, alpha=0.5, linewidth=0, zorder=0)
+        ax.annotate("aborted", (aborted, 0.5), None, ("data", "axes fraction"), rotation=90, ha="center", va="center",
+                    color=MUTED, fontsize=9)  # fmt: skip
+    if not points:
+        ax.set_yticks([])
+        ax.text(0.5, 0.5, "nothing was measured", transform=ax.transAxes, ha="center", va="center", color=MUTED)
+        return
+    x, y = zip(*points, strict=True)
+    ax.plot(x, y, color=color, linewidth=2, marker="o", markersize=4 if len(x) <= 40 else 0, clip_on=False)
+    ax.margins(y=0.15)
+    text = share(y[-1]) if metric == "accuracy" else f"{y[-1]:.2f}"
+    ax.annotate(text, (x[-1], y[-1]), (8, 0), textcoords="offset points", va="center", color=color, weight="bold")
+
+
+def _count_rounds(ax: "Axes", rounds: Sequence[ReportedRound]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_xlim(min(r.round for r in rounds) - 0.5, max(r.round for r in rounds) + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+
+
+# Bytes on the wire.
+
+
+def traffic(result: RunResult) -> str:
+    """Bytes of one device in one round, up and down, compared with the full model."""
+    mean = TrafficMeans.of(result)
+    rows = [
+        ("up from a device, a round", [r.bytes_up for r in result.rounds], mean.up, ARM_COLORS["personal"]),
+        ("down to a device, a round", [r.bytes_down for r in result.rounds], mean.down, ARM_COLORS["global"]),
+        ("the full model, once", [], mean.model, MUTED),
+    ]
+    text = "; ".join(f"{name}: {_bytes(value, mean.model)}" for name, _, value, _ in rows) + "."
+    return svg("traffic", "Bytes on the wire", text, 216, lambda figure: _scale(figure, rows, mean.model))
+
+
+def _scale(figure: "Figure", rows: list[tuple[str, list[int], float, str]], model: float) -> None:
+    ax = axes(figure, left=16, top=6, width=WIDTH - 36, height=170)
+    known = [value for _, each, mean, _ in rows for value in (*each, mean) if value > 0]  # NaN is not
+    ax.set_xscale("log")
+    ax.set_xlim(10 ** (math.log10(min(known)) - 0.15), 10 ** (math.log10(max(known)) + 0.15))
+    ax.set_ylim(len(rows) - 0.3, -0.55)
+    ax.set_yticks([])
+    ax.grid(axis="x")
+    ax.minorticks_off()
+    ax.xaxis.set_major_formatter(lambda value, _: size(value).replace(".00 ", " ").replace(".0 ", " "))
+    ax.set_xlabel("bytes, logarithmic; small marks are single rounds")
+    for y, (name, each, mean, color) in enumerate(rows):
+        at = y + 0.3
+        ax.axhline(at, color=LINE, linewidth=1, zorder=1)
+        ax.text(0, y, name, transform=ax.get_yaxis_transform(), va="center", color=INK, backgroundcolor=PAPER)
+        ax.text(1, y, _bytes(mean, model), transform=ax.get_yaxis_transform(), va="center", ha="right", color=color,
+                weight="bold")  # fmt: skip
+        values = [value for value in each if value > 0]
+        ax.scatter(values, [at] * len(values), s=60, marker="|", color=color, linewidth=1, zorder=2)
+        ax.scatter([mean], [at], s=62, color=color, zorder=3)
+
+
+def _bytes(value: float, model: float) -> str:
+    if value == model:
+        return size(value)
+    return f"{size(value)} · {percent(value, model)} of the model" if value > 0 else "none"
+
+
+# Dropouts by device and round.
+
+FULL_GRID = 40  # devices; a larger fleet shows only the devices that ever dropped out
+TILE_HEIGHT = 15.0  # units
+WIDEST_TILE = 48.0
+LETTER_WIDTH = 11.0  # units of the narrowest tile that has room for a letter
+
+
+def dropouts_by_device(result: RunResult) -> str:
+    """A grid of devices by rounds: which survived the round, and which dropped out at which step."""
+    devices, hidden = _devices(result)
+    letters = {step: step[:1].upper() for step in dropouts_by_step(result.rounds)}
+    note = f"; {count(hidden, 'device')} without a dropout not drawn" if hidden else ""
+    height = 74 + TILE_HEIGHT * max(len(devices), 1)
+    return svg("dropouts", "Dropouts by device and round", dropouts(result.rounds) + ".", height,
+               lambda figure: _grid(figure, result.rounds, devices, letters, height, note))  # fmt: skip
+
+
+def _devices(result: RunResult) -> tuple[list[str], int]:
+    """The devices to draw, in the households' order, unknown ones last; and how many of a large fleet are not drawn."""
+    dropped = {device for r in result.rounds for device in r.dropped}
+    known = dropped.union(*(r.survivors for r in result.rounds))
+    drawn = dropped if len(known) > FULL_GRID else known
+    order = {h.name: i for i, h in enumerate(result.households)}
+    return sorted(drawn, key=lambda device: (order.get(device, len(order)), device)), len(known) - len(drawn)
+
+
+def _grid(
+    figure: "Figure",
+    rounds: Sequence[ReportedRound],
+    devices: list[str],
+    letters: dict[str, str],
+    height: float,
+    note: str,
+) -> None:
+    names = [short(device) for device in devices]
+    left = 12 + CHARACTER * max(map(len, names), default=0)
+    width = min(WIDTH - left - 12, WIDEST_TILE * len(rounds))
+    ax = axes(figure, left=left, top=34, width=width, height=height - 74)
+    row = {device: i for i, device in enumerate(devices)}
+    survived = [(r.round, row[d]) for r in rounds for d in r.survivors if d in row]
+    dropped = [(r.round, row[d], step) for r in rounds for d, step in r.dropped.items()]
+    ax.add_patch(_tiles(survived, TILE))
+    ax.add_patch(_tiles([(x, y) for x, y, _ in dropped], DROPPED))
+    if width / len(rounds) >= LETTER_WIDTH:
+        for x, y, step in dropped:
+            ax.text(x, y, letters[step], ha="center", va="center_baseline", fontsize=9, color=PAPER, weight="bold")
+    ax.set_ylim(max(len(devices), 1) - 0.5, -0.5)
+    ax.set_yticks(range(len(names)), names)
+    _count_rounds(ax, rounds)
+    ax.set_xlabel("round" + (" (× aborted)" if any(r.aborted for r in rounds) else "") + note, loc="left")
+    for r in rounds:
+        if r.aborted:
+            at = ("data", "axes fraction")
+            ax.annotate("×", (r.round, 1), (0, 3), at, "offset points", ha="center", color=DROPPED)
+    _dropout_key(figure, letters)
+
+
+def _dropout_key(figure: "Figure", letters: dict[str, str]) -> None:
+    ax = _key(figure, 16)
+    ax.scatter([12], [0], s=70, marker="s", color=TILE)
+    ax.text(22, 0, "survived", va="center_baseline", color=MUTED)
+    if letters:
+        ax.scatter([90], [0], s=70, marker="s", color=DROPPED)
+        steps = ", ".join(f"{step} ({letter})" for step, letter in letters.items())
+        ax.text(100, 0, f"dropped out at {steps}", va="center_baseline", color=DROPPED)
+
+
+def _tiles(places: Iterable[tuple[float, float]], color: str) -> "PathPatch":
+    """One path for all tiles, so that the page of a hundred devices in a hundred rounds stays small."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    unit = [(-0.45, -0.44), (0.45, -0.44), (0.45, 0.44), (-0.45, 0.44)]
+    squares = [Path([*((x + dx, y + dy) for dx, dy in unit), (x, y)], closed=True) for x, y in places]
+    path = Path.make_compound_path(*squares)
+    return PathPatch(path, facecolor=color, linewidth=0)
