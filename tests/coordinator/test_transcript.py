@@ -194,7 +194,7 @@ def test_vectors_are_kept_by_digest_where_that_is_asked_for(
         assert not keep or path.read_bytes() == b"vector"
 
 
-def test_who_is_relied_on_lies_beside_the_logs_and_no_secret(
+def test_the_keys_of_a_session_are_next_to_its_log_without_a_secret(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
     write(transcripts, offer)
@@ -224,11 +224,11 @@ def test_a_run_leaves_a_transcript_that_holds(fleet_of: Callable[..., Any]) -> N
     for report in reports.values():
         assert {finding.status for finding in report.findings} <= {Status.PASS, Status.SKIPPED}, report.findings
     rounds = [each for report in reports.values() for each in report.rounds]
-    assert [each.survivors for each in rounds if "made adapter" in each.ending] == [
+    assert [each.survivors for each in rounds if "produced adapter" in each.ending] == [
         record.survivors for record in records if record.survivors
     ]
     last = fleet.registry().latest().manifest
-    assert f"made adapter {last.version} ({last.sha256[:12]})" in {each.ending for each in rounds}
+    assert f"produced adapter {last.version} ({last.sha256[:12]})" in {each.ending for each in rounds}
 
 
 def test_a_run_that_stopped_in_a_round_leaves_a_closed_log(fleet_of: Callable[..., Any]) -> None:
@@ -245,7 +245,7 @@ def test_a_run_that_stopped_in_a_round_leaves_a_closed_log(fleet_of: Callable[..
         fleet.federate(fleet.grid(app=stop))
     (report,) = audited(fleet).values()
     assert report.failed == ()
-    assert [each.ending for each in report.rounds] == ["ended without a sum (interrupted)"]
+    assert [each.ending for each in report.rounds] == ["aborted (interrupted)"]
     fleet.federate(fleet.grid())
     assert [len(report.rounds) for report in audited(fleet).values()] == [1, 3]
 
