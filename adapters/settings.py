@@ -35,7 +35,7 @@ class Settings(BaseModel):
         """
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path} is not TOML: {error}", about=path.name) from error
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise ConfigError(f"there is no file {path}", about=path.name) from error
@@ -118,7 +118,7 @@ def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
             raise ConfigError(f"--set takes KEY=VALUE, not {override!r}", about="--set", value=override)
         try:
             document = tomllib.loads(f"value = {text}")
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             document = {"value": text}
         value = document["value"] if len(document) == 1 else text  # a line break in it could begin a second key
         into = changed
