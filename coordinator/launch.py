@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 from adapters.settings import toml_value
 from aggregation.errors import EdgeAdaptError
 
@@ -48,7 +50,17 @@ class Connection:
     def show_log(self, run_id: str) -> None:
         """Write the run's log to standard error until the run ends. An interruption ends the log, not the run."""
         command = [*FLWR, "log", run_id, self.name, "--stream"]
-        subprocess.run(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)  # noqa: S603
+        with subprocess.Popen(  # noqa: S603
+            command,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            for line in process.stdout or ():
+                click.echo(line, err=True, nl=False)
 
     def require_completed(self, run_id: str) -> None:
         """Return if the run completed.
@@ -72,7 +84,9 @@ class Connection:
             found = {"error-message": done.stderr or done.stdout}
         if done.returncode or not found.get("success"):
             reason = " ".join(str(found.get("error-message", "")).split())
-            raise EdgeAdaptError(f"Flower could not {arguments[0]}: {reason or 'no reason given'}", about="superlink")
+            raise EdgeAdaptError(
+                f"Flower's command '{arguments[0]}' failed: {reason or 'it gave no reason'}", about="superlink"
+            )
         return found
 
 

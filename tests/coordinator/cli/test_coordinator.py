@@ -1,0 +1,182 @@
+"""`edgeadapt coordinator` as an operator calls it."""
+
+import json
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
+from aggregation.pki import Authority
+from aggregation.pki.identity import IdentityKey, PublicKey
+from coordinator import launch
+from coordinator.cli.coordinator import coordinator
+from coordinator.settings import FederationSettings
+from coordinator.statedir import CoordinatorStateDir
+
+FleetOf = Callable[..., Any]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(coordinator, [str(argument) for argument in arguments])
+
+
+def refusal(kind: type[EdgeAdaptError], about: str, *arguments: object) -> EdgeAdaptError:
+    error = call(*arguments).exception
+    assert type(error) is kind, error
+    assert error.about == about, error
+    assert "\n" not in str(error)
+    return error
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Path:
+    now = datetime.now(UTC)
+    made = Authority.create("test", SystemEntropy(), now - timedelta(hours=1), now + timedelta(days=1))
+    path = tmp_path / "authority.pem"
+    path.write_bytes(made.root.to_pem())
+    return path
+
+
+def test_init_makes_a_key_and_pins_the_authority(tmp_path: Path, authority: Path) -> None:
+    folder = tmp_path / "fleet"
+    result = call("init", folder, "--authority", authority)
+    assert result.exit_code == 0, result.output
+    opened = CoordinatorStateDir.open(folder)
+    assert opened.settings == FederationSettings()
+    assert opened.root.to_pem() == authority.read_bytes()
+    assert PublicKey.from_pem((folder / "coordinator.pem").read_bytes()) == opened.key.public
+    assert opened.registry.versions() == ()
+    assert opened.key.public.key_id in result.output
+    assert opened.root.fingerprint in result.output
+    opened.registry.close()
+
+
+def test_only_the_owner_can_read_the_key(tmp_path: Path, authority: Path) -> None:
+    call("init", tmp_path / "fleet", "--authority", authority)
+    assert stat.S_IMODE((tmp_path / "fleet").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "fleet" / "signing.pem").stat().st_mode) == 0o600
+    private = [path for path in (tmp_path / "fleet").iterdir() if path.is_file() and b"PRIVATE" in path.read_bytes()]
+    assert [path.name for path in private] == ["signing.pem"]
+
+
+def test_init_answers_in_json(tmp_path: Path, authority: Path) -> None:
+    found = json.loads(call("init", tmp_path / "fleet", "--authority", authority, "--json").output)
+    opened = CoordinatorStateDir.open(tmp_path / "fleet")
+    assert found == {
+        "state": str(tmp_path / "fleet"),
+        "key": opened.key.public.key_id,
+        "public_key": str(tmp_path / "fleet" / "coordinator.pem"),
+        "authority": opened.root.fingerprint,
+    }
+    opened.registry.close()
+
+
+def test_init_sets_single_keys(tmp_path: Path, authority: Path) -> None:
+    call(
+        "init", tmp_path / "fleet", "--authority", authority, "--set", "rounds=20", "--set", "server.optimizer=fedadam"
+    )
+    settings = FederationSettings.read(tmp_path / "fleet" / "federation.toml")
+    assert (settings.rounds, settings.server.optimizer) == (20, "fedadam")
+
+
+def test_init_refuses_what_is_wrong_and_leaves_nothing(tmp_path: Path, authority: Path) -> None:
+    folder = tmp_path / "fleet"
+    refusal(ConfigError, "round", "init", folder, "--authority", authority, "--set", "round=3")
+    refusal(ConfigError, "rounds", "init", folder, "--authority", authority, "--set", "rounds=0")
+    refusal(ConfigError, "--set", "init", folder, "--authority", authority, "--set", "rounds")
+    assert isinstance(call("init", folder, "--authority", tmp_path / "none.pem").exception, FileNotFoundError)
+    key = tmp_path / "key.pem"
+    key.write_bytes(IdentityKey.generate(SystemEntropy()).public.to_pem())
+    assert isinstance(call("init", folder, "--authority", key).exception, TrustError)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["authority.pem", "key.pem"]
+
+
+def test_init_does_not_touch_a_folder_that_holds_something(tmp_path: Path, authority: Path) -> None:
+    folder = tmp_path / "fleet"
+    call("init", folder, "--authority", authority)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    refusal(ConfigError, "fleet", "init", folder, "--authority", authority)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_status_prints_lines_or_json(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(4, rounds=1)
+    fleet.federate(fleet.grid())
+    folder = fleet.out / "coordinator"
+    assert "rounds 1 of 1, 0 aborted" in call("status", folder).output
+    found = json.loads(call("status", folder, "--json").output)
+    assert (found["rounds_done"], found["versions"][-1]["version"]) == (1, 1)
+
+
+@pytest.mark.parametrize("command", ["status", "run"])
+def test_a_folder_that_is_not_a_state_directory_is_refused(tmp_path: Path, command: str) -> None:
+    options = ["--superlink", "127.0.0.1:1"] if command == "run" else []
+    error = refusal(ConfigError, "federation.toml", command, tmp_path, *options)
+    assert "coordinator init" in str(error)
+
+
+def test_run_needs_one_superlink(fleet_of: FleetOf) -> None:
+    folder = fleet_of(3).out / "coordinator"
+    refusal(ConfigError, "--superlink", "run", folder)
+    refusal(ConfigError, "--superlink", "run", folder, "--superlink", "a:1", "--connection", "b")
+    refusal(ConfigError, "--connection", "run", folder, "--connection", "b", "--insecure")
+
+
+def test_run_refuses_an_empty_registry_before_it_asks_flower(
+    tmp_path: Path, authority: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "FLWR", ("false",))
+    call("init", tmp_path / "fleet", "--authority", authority)
+    refusal(EdgeAdaptError, "registry", "run", tmp_path / "fleet", "--superlink", "127.0.0.1:1")
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_run_shows_the_log_and_the_status_and_fails_while_rounds_are_left(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    fleet = fleet_of(3, rounds=1)
+    fleet.federate(fleet.grid())
+    fleet.configure({"rounds": rounds})
+    said = {
+        "run": {"success": True, "run-id": "17"},
+        "list": {"success": True, "runs": [{"status": "finished:completed"}]},
+    }
+    script = (
+        f"import json, sys; said = {said!r}; print(json.dumps(said[sys.argv[1]]) if sys.argv[1] in said else 'the log')"
+    )
+    monkeypatch.setattr(launch, "FLWR", (sys.executable, "-c", script))
+    result = call("run", fleet.out / "coordinator", "--superlink", "127.0.0.1:1", "--insecure")
+    assert result.stderr.splitlines() == ["run 17 has begun", "the log"]
+    assert f"rounds 1 of {rounds}, 0 aborted" in result.stdout
+    if rounds == 1:
+        assert result.exception is None
+    else:
+        assert isinstance(result.exception, EdgeAdaptError)
+        assert result.exception.about == "rounds"
+
+
+def test_init_and_status_load_neither_torch_nor_flower(tmp_path: Path, authority: Path) -> None:
+    script = (
+        "import sys; from coordinator.cli.coordinator import coordinator\n"
+        "try: coordinator(sys.argv[1:], standalone_mode=True)\n"
+        "except SystemExit: pass\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    for arguments in (["init", "fleet", "--authority", str(authority)], ["status", "fleet"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(Path(__file__).resolve().parents[3])},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert not set(done.stdout.split()) & {"flwr", "grpc", "torch", "transformers"}

@@ -1,0 +1,80 @@
+"""The status of a federation, before its first version, during and after its rounds."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aggregation.entropy import SystemEntropy
+from coordinator.settings import FederationSettings
+from coordinator.statedir import CoordinatorStateDir
+from coordinator.status import lines_of, status_of
+
+FleetOf = Callable[..., Any]
+
+
+def status(fleet: Any) -> dict[str, Any]:
+    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
+    found = status_of(state_dir)
+    state_dir.registry.close()
+    assert json.loads(json.dumps(found)) == found
+    return found
+
+
+def test_a_new_coordinator_has_no_version_and_no_round(fleet_of: FleetOf, tmp_path: Path) -> None:
+    authority = (fleet_of(3).out / "coordinator" / "authority.pem").read_bytes()
+    made = CoordinatorStateDir.create(tmp_path / "new", authority, FederationSettings(rounds=7), SystemEntropy())
+    found = status_of(made)
+    assert (found["versions"], found["rounds"], found["last_session"]) == ([], [], None)
+    assert (found["rounds_done"], found["rounds_wanted"], found["running"]) == (0, 7, False)
+    assert (found["key"], found["authority"]) == (made.key.public.key_id, made.root.fingerprint)
+    assert any("coordinator publish" in line for line in lines_of(found))
+    made.registry.close()
+
+
+def test_the_status_lists_versions_rounds_dropouts_and_the_last_session(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(6, rounds=3, aggregation__session_rounds=2)
+    records = fleet.federate(fleet.grid(victims=1))
+    found = status(fleet)
+    assert [version["version"] for version in found["versions"]] == [0, 1, 2, 3]
+    assert [(each["round"], each["version"]) for each in found["rounds"]] == [(1, 1), (2, 2), (3, 3)]
+    assert found["dropouts_by_step"] == {"survivors": 1, "unmask": 1, "plan": 1}
+    assert found["device_rounds"] == 18
+    assert [each["dropped"] for each in found["rounds"]] == [record.dropped for record in records]
+    assert found["last_session"] == {"log": "session-000002.log", "devices": 6, "rounds": 1, "closed": True}
+    text = "\n".join(lines_of(found))
+    assert "rounds 3 of 3, 0 aborted" in text
+    assert "dropouts 3 of 18 device-rounds: 1 at survivors, 1 at unmask, 1 at plan" in text
+    assert "last session session-000002.log: 6 devices, 1 rounds, closed" in text
+
+
+def test_a_status_during_a_run_says_so_and_does_not_disturb_it(fleet_of: FleetOf) -> None:
+    from client.node.app import app
+
+    fleet, found = fleet_of(4, rounds=2), list[dict[str, Any]]()
+
+    def look(message: Any, context: Any) -> Any:
+        if message.metadata.message_type.endswith("unmask") and not found:
+            found.append(status(fleet))
+        return app(message, context)
+
+    assert [record.version for record in fleet.federate(fleet.grid(app=look))] == [1, 2]
+    assert (found[0]["running"], found[0]["rounds_done"], found[0]["last_session"]["closed"]) == (True, 0, False)
+    assert not status(fleet)["running"]
+
+
+def test_an_aborted_round_is_listed_with_its_reason(fleet_of: FleetOf) -> None:
+    from flwr.app import Error, Message
+
+    from client.node.app import app
+
+    def refuse(message: Any, context: Any) -> Any:
+        refused = message.metadata.message_type.endswith("plan") and context.node_id > 3
+        return Message(Error(7, "no"), reply_to=message) if refused else app(message, context)
+
+    fleet = fleet_of(4, rounds=1)
+    (record,) = fleet.federate(fleet.grid(app=refuse))
+    found = status(fleet)
+    assert found["rounds_aborted"] == 1
+    assert found["rounds"][0]["aborted"] == record.aborted
+    assert any(line.endswith(f"aborted: {record.aborted}") for line in lines_of(found))
