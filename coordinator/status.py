@@ -10,9 +10,9 @@ from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError
 from aggregation.messages import Shares
 from aggregation.transcript import Checkpoint, Stage
+from coordinator.audit.transcripts import logs
 from coordinator.registry import RoundRecord
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
-from coordinator.transcripts import logs
 
 
 def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
