@@ -30,7 +30,7 @@ def coordinator() -> None:
     """
 
 
-@coordinator.command()
+@coordinator.command(short_help="Make a coordinator: key, settings, empty registry.")
 @directory
 @click.option("--authority", type=FILE, required=True, metavar="FILE", help="The authority's certificate, PEM.")
 @click.option(
@@ -65,7 +65,7 @@ def init(state_dir: Path, authority: Path, overrides: tuple[str, ...], as_json: 
     click.echo(f"devices pin {public}; {state_dir / KEY} stays here; settings are in {state_dir / SETTINGS}")
 
 
-@coordinator.command()
+@coordinator.command(short_help="Run the rounds on a Flower SuperLink.")
 @directory
 @click.option("--superlink", metavar="HOST:PORT", help="Address of the SuperLink.")
 @click.option("--root-certificates", type=FILE, metavar="FILE", help="Authority of its TLS certificate, PEM.")
@@ -115,7 +115,7 @@ def run(
         raise EdgeAdaptError(f"rounds are left: repeat 'edgeadapt coordinator run {state_dir}'", about="rounds")
 
 
-@coordinator.command()
+@coordinator.command(short_help="Show versions, rounds, dropouts, last session.")
 @directory
 @as_json
 def status(state_dir: Path, as_json: bool) -> None:
