@@ -29,7 +29,7 @@ COMMANDS = {
         "simulations",
     ),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
-    "export": ("export.cli", "export", "Make bundles for devices: bases, adapters, parity; back to peft.", "export"),
+    "export": ("export.cli", "export", "Make bundles for devices from bases and adapters.", "export"),
     "seeds": ("simulations.cli.seeds", "seeds", "Compare finished runs of one scenario.", "simulations"),
     "simulate": (
         "simulations.cli.simulate",
