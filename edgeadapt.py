@@ -21,7 +21,6 @@ COMMANDS = {
     "authority": ("coordinator.cli.authority", "authority", "Enrol devices: certify their keys, revoke them.", ""),
     "bench": ("simulations.cli.bench", "bench", "Measure secure aggregation and models on devices.", "simulations"),
     "coordinator": ("coordinator.cli.coordinator", "coordinator", "Make a coordinator, run its rounds.", "coordinator"),
-    "coordinator": ("coordinator.cli.coordinator", "coordinator", "Make a coordinator, run its rounds.", "coordinator"),
     "demo": (
         "simulations.cli.simulate",
         "demo",
