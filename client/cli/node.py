@@ -31,12 +31,13 @@ def enrol(state_dir: Path, name: str, base: str, authority: Path, coordinator: P
     from aggregation.entropy import SystemEntropy
     from aggregation.pki import Root
     from aggregation.pki.identity import PublicKey
-    from client.node.enrolment import REQUEST, Pinned, begin
+    from client.node.enrolment import REQUEST, TrustAnchors
+    from client.node.enrolment import enrol as create
 
-    pinned = Pinned(authority.read_bytes(), coordinator.read_bytes())
-    key = begin(state_dir, name, base, pinned, SystemEntropy())
-    click.echo(f"authority    {Root.from_pem(pinned.authority).fingerprint}")
-    click.echo(f"coordinator  {PublicKey.from_pem(pinned.coordinator).key_id}")
+    anchors = TrustAnchors(authority.read_bytes(), coordinator.read_bytes())
+    key = create(state_dir, name, base, anchors, SystemEntropy())
+    click.echo(f"authority    {Root.from_pem(anchors.authority).fingerprint}")
+    click.echo(f"coordinator  {PublicKey.from_pem(anchors.coordinator).key_id}")
     click.echo(f"{name} has the key {key.key_id}: send {state_dir / REQUEST} to the authority")
 
 
@@ -51,7 +52,7 @@ def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> 
     Example:
       edgeadapt device install --state kitchen --certificate kitchen.pem
     """
-    from client.node.enrolment import finish
+    from client.node.enrolment import install_certificate
     from client.node.statedir import DeviceStateDir
 
     if certificate is None and revoked is None:
@@ -63,7 +64,7 @@ def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> 
         click.echo("revocation list installed")
     if certificate is not None:
         with of_file(certificate):
-            name, end = finish(opened, certificate.read_bytes(), datetime.now(UTC))
+            name, end = install_certificate(opened, certificate.read_bytes(), datetime.now(UTC))
         click.echo(f"{name} is enrolled until {end:%Y-%m-%d}")
 
 

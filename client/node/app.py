@@ -1,8 +1,9 @@
 """The device's Flower ClientApp: one message in, one state transition, one message out.
 
-It only moves bytes: the protocol core decides what is legal, the trainer trains, and the home keeps the state between
-messages, whichever process answers the next one. A refusal goes back as an error reply; what concerns the device's own
-examples is logged here and travels as nothing but the fact.
+The protocol core decides what is legal, the trainer trains, and the state directory keeps the state between messages,
+because each message may be handled by another process. A refusal is answered with an error reply. Its reason says what
+is wrong with the coordinator's message; an error in the device's own files is only logged here, and the reply says no
+more than that there was one.
 """
 
 import logging
@@ -31,11 +32,12 @@ from aggregation.session import COORDINATOR
 from aggregation.steps import ADAPTER, BODY, LAST_OFFER, PROOF, RECORD, REVOCATIONS, Step
 from aggregation.transcript import LogState, logged_part
 from client.node.statedir import DeviceStateDir
-from client.training.examples import Split, part, read_examples
+from client.training.contribute import Outcome, contribution, require_bounds
+from client.training.examples import Split, in_split, read_examples
 
-STATE = "state"  # key of the node's configuration: the device's folder
+STATE = "state"  # key of the Flower node's configuration: the path of the state directory
 REFUSED = 100  # Flower error code: the device refused; the reason says why
-FAILED = 101  # Flower error code: a fault of the device's, such as a full disk
+FAILED = 101  # Flower error code: an error of the device, such as a full disk
 
 log = logging.getLogger("edgeadapt.device")
 app = ClientApp()
@@ -46,17 +48,18 @@ def _handler(message: Message, context: Context) -> Message:
     try:
         state_dir = DeviceStateDir.open(Path(str(context.node_config.get(STATE, ""))))
         with state_dir.locked():
-            answer = (
-                _hello(state_dir) if step is Step.CHECK_IN else {BODY: _transition(state_dir, step, _fields(message))}
-            )
+            if step is Step.CHECK_IN:
+                answer = _check_in(state_dir)
+            else:
+                answer = {BODY: _transition(state_dir, step, _fields(message))}
         return Message(RecordDict({RECORD: ConfigRecord(dict(answer))}), reply_to=message)
     except EdgeAdaptError as error:
-        log.warning("%s refused: %s", step.value, error)
+        log.warning("%s refused: %s", step.value, error, extra={"about": error.about})
         return Message(Error(REFUSED, _reason(error)), reply_to=message)
     except Exception:
-        # Flower would send the text of whatever is raised here, and that may quote an example.
+        # Flower would send the text of the exception, which may quote an example.
         log.exception("%s failed", step.value)
-        return Message(Error(FAILED, "failed on the device, whose log says why"), reply_to=message)
+        return Message(Error(FAILED, "failed on the device; its log has the reason"), reply_to=message)
 
 
 for _step in Step:
@@ -65,122 +68,127 @@ for _step in Step:
 
 
 def _reason(error: EdgeAdaptError) -> str:
-    """What may travel: what was wrong with the coordinator's message; of the device's own matters only the kind."""
+    """The reason that the coordinator receives: for an error in the device's own files, only its kind."""
     if isinstance(error, ProtocolError):
         return " ".join(str(error).split())
-    return "no usable examples" if isinstance(error, DataError) else "cannot take part, and the device's log says why"
+    return "no usable examples" if isinstance(error, DataError) else "cannot take part; the device's log has the reason"
 
 
 def _fields(message: Message) -> Mapping[str, bytes]:
     record = message.content.config_records.get(RECORD)
     fields = {} if record is None else {key: value for key, value in record.items() if isinstance(value, bytes)}
     if BODY not in fields:
-        raise ProtocolError("the message carries no protocol body")
+        raise ProtocolError("the message has no body", COORDINATOR, about="message.body")
     return fields
 
 
-def _hello(state_dir: DeviceStateDir) -> dict[str, bytes]:
+def _check_in(state_dir: DeviceStateDir) -> dict[str, bytes]:
     log_state = state_dir.load_log_state()
     return {BODY: state_dir.certificate, LAST_OFFER: b"" if log_state is None else log_state.offer}
 
 
 def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, bytes]) -> bytes:
-    """One step of the protocol: load the state, move on, seal the new state, and only then answer."""
+    """Load the state, make one step of the protocol, save the new state, and only then return the answer."""
     base = find_base(state_dir.settings.base)
     if step is Step.OFFER and REVOCATIONS in fields:
-        _hear_revocations(state_dir, fields[REVOCATIONS])
+        _install_revocations(state_dir, fields[REVOCATIONS])
     device, body = state_dir.device(base.digest), fields[BODY]
-    # An offer begins anew, so that a state which can no longer be read shuts a device out of one session only.
+    # An offer starts a new session, so that a damaged state excludes the device from one session only.
     state = None if step is Step.OFFER else state_dir.load_state()
-    seen = state_dir.load_log_state() if device.policy.demand_proofs else None
+    log_state = state_dir.load_log_state() if device.policy.demand_proofs else None
     after: ClientState
     if step is Step.OFFER:
         now = datetime.now(UTC)
         device.policy.check_revocations(device.root.revoked, now)
         after, answer = client.join(device, body, SystemEntropy(), now)
-        seen = _led_to(device, seen, fields, after)
+        log_state = _after_offer(device, log_state, fields, after)
     elif step is Step.ROSTER and isinstance(state, Advertised):
         after, answer = state.on_roster(device, body, SystemEntropy())
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
         planned = state.on_plan(device, body)
-        seen = _shown(device, seen, fields)
-        after, answer = planned.contribute(device, _train(state_dir, base, planned, fields.get(ADAPTER, b"")), cores())
-        seen = seen and seen.contributed(planned.plan.digest(), logged_part(step, answer))
+        log_state = _after_receipt(device, log_state, fields)
+        vector = _train(base, planned, fields.get(ADAPTER, b""), state_dir.examples)
+        after, answer = planned.contribute(device, vector, cores())
+        log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
-        seen = seen and seen.on_survivors(after.survivors.vectors, answer)
+        log_state = log_state and log_state.on_survivors(after.survivors.vectors, answer)
     elif step is Step.UNMASK and isinstance(state, Masked | Confirmed):
         after, answer = state.on_unmask(device, body)
-        seen = seen and seen.on_survivors(Unmask.decode(envelope.unverified_body(body)).survivors.vectors)
+        survivors = Unmask.decode(envelope.unverified_body(body)).survivors
+        log_state = log_state and log_state.on_survivors(survivors.vectors)
     else:
-        holds = "no session" if state is None else f"the state {type(state).__name__}"
-        raise ProtocolError(f"{step.value} is not what comes next: this device holds {holds}")
+        held = "has joined no session" if state is None else f"is in the state {type(state).__name__}"
+        raise ProtocolError(f"unexpected {step.value}: this device {held}", COORDINATOR, about="step", value=step.value)
     state_dir.save_state(after)
     if step is not Step.ROSTER:
-        state_dir.save_log_state(seen)
+        state_dir.save_log_state(log_state)
     return answer
 
 
-def _hear_revocations(state_dir: DeviceStateDir, raw: bytes) -> None:
-    """What the coordinator passes on; of the authority's word it cannot make a newer one, only keep it back."""
-    state_dir.root()  # what is wrong with this device's own files does not travel
+def _install_revocations(state_dir: DeviceStateDir, raw: bytes) -> None:
+    """Install the revocation list that the coordinator forwards. It can withhold a list, but not forge one."""
+    state_dir.root()  # an error in the device's own files must not become a ProtocolError
     try:
         state_dir.revoke(raw)
     except TrustError as error:
-        raise ProtocolError(str(error), COORDINATOR) from None
+        raise ProtocolError(str(error), COORDINATOR, about=error.about or "revocations") from None
 
 
-def _led_to(device: Device, seen: LogState | None, fields: Mapping[str, bytes], joined: Advertised) -> LogState | None:
-    """From the log that this device saw last to that of the session which it joins."""
+def _after_offer(
+    device: Device, log_state: LogState | None, fields: Mapping[str, bytes], joined: Advertised
+) -> LogState | None:
+    """Verify that the log of the offered session follows the log that this device knows."""
     if not device.policy.demand_proofs:
         return None
     proof = _proof(fields)
-    if seen is None:
+    if log_state is None:
         return LogState.initial(device.coordinator, proof, joined.offer, joined.me)
-    return seen.on_session_chain_proof(device.coordinator, proof, joined.offer)
+    return log_state.on_session_chain_proof(device.coordinator, proof, joined.offer)
 
 
-def _shown(device: Device, seen: LogState | None, fields: Mapping[str, bytes]) -> LogState | None:
-    """What the log shows of this device's last round, before it takes part in the next."""
+def _after_receipt(device: Device, log_state: LogState | None, fields: Mapping[str, bytes]) -> LogState | None:
+    """Verify that the log contains this device's messages of its last round."""
     if not device.policy.demand_proofs:
         return None
-    if seen is None:
-        raise ProtocolError("this device kept nothing of the session's log; it takes part again from the next offer")
-    return seen.on_receipt(device.coordinator, _proof(fields))
+    if log_state is None:
+        reason = "this device has no log state of the session; it takes part again from the next offer on"
+        raise ProtocolError(reason, about="log state")
+    return log_state.on_receipt(device.coordinator, _proof(fields))
 
 
 def _proof(fields: Mapping[str, bytes]) -> bytes:
     if PROOF not in fields:
-        raise ProtocolError("no proof of what the log holds came along", COORDINATOR)
+        raise ProtocolError("the message has no proof about the log", COORDINATOR, about="message.proof")
     return fields[PROOF]
 
 
-def _train(state_dir: DeviceStateDir, base: Base, planned: Planned, blob: bytes) -> Ring:
-    """Train on the home's examples from the adapter in ``blob``; return what may leave under the mask."""
-    # Not at the top: Flower starts a process for every message, and five of six need not wait seconds for torch.
+def _train(base: Base, planned: Planned, blob: bytes, examples: Path) -> Ring:
+    """Train the adapter in ``blob`` on the device's examples, and return the contribution."""
+    # Imported here: Flower starts a process for each message, and only this step needs torch, which takes seconds.
     from adapters.classifier import LoraSpec
-    from client.training.contribute import Outcome, contribution, require_bounds
-    from client.training.trainer import seed, trainer
+    from client.training.trainer import load_trainer, seed
 
     plan, spec = planned.plan, planned.spec
     if files.sha256(blob) != plan.adapter_digest:
-        raise ProtocolError("the adapter beside the plan is not the one that the plan names")
+        reason = "the adapter in the message does not match the digest in the plan"
+        raise ProtocolError(reason, COORDINATOR, about="plan.adapter_digest")
     task = Task.decode(plan.training)
     try:
         start = files.decode(blob)
-        mine = trainer(base, len(task.labels), LoraSpec.of(task.method))
-    except (DataError, ConfigError) as error:  # of the coordinator's making, so it may hear what
-        raise ProtocolError(f"adapter and task: {error}") from error
-    if not Layout.of(start).digest == mine.layout.digest == spec.layout_digest:
-        raise ProtocolError("offer, task and adapter are not of one layout")
-    require_bounds(spec, mine.layout)
-    examples = read_examples(state_dir.examples, len(task.labels))
-    train_part = part(examples, Split.TRAIN)
+        trainer = load_trainer(base, len(task.labels), LoraSpec.of(task.method))
+    except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
+        raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
+    if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
+        raise ProtocolError("offer, task and adapter have different layouts", COORDINATOR, about="plan.layout")
+    require_bounds(spec, trainer.layout)
+    own = read_examples(examples, len(task.labels))
+    train = in_split(own, Split.TRAIN)
     salt = f"{planned.ready.me}/{plan.adapter_version}"
     begin = time.perf_counter()
-    held_out = mine.score(start, part(examples, Split.VALIDATION)[: spec.weight_cap])
-    trained = mine.train(start, train_part, task, epochs=task.epochs, salt=salt)
+    held_out = trainer.score(start, in_split(own, Split.VALIDATION)[: spec.weight_cap])
+    trained = trainer.train(start, train, task, epochs=task.epochs, salt=salt)
     seconds = time.perf_counter() - begin
-    log.info("trained on %d examples", len(train_part), extra={"training_seconds": seconds})
-    outcome = Outcome(start, trained, len(train_part), held_out, seconds)
-    return contribution(outcome, mine.layout, spec, np.random.default_rng(seed(task, f"{salt}/rounding")))
+    log.info("trained on %d examples", len(train), extra={"training_seconds": seconds})
+    outcome = Outcome(start, trained, len(train), held_out, seconds)
+    return contribution(outcome, trainer.layout, spec, np.random.default_rng(seed(task, f"{salt}/rounding")))

@@ -1,7 +1,7 @@
-"""Enrolment on the device: make the identity and ask for its certificate, then take the certificate.
+"""Enrolment of a device: create its identity and a certificate request, then install the certificate.
 
-The private key is made here and never leaves. What the device relies on from then on is pinned at this moment: the
-authority's certificate and the coordinator's key, as a person handed them over.
+The private key is created here and never leaves the device. The trust anchors are pinned at the same time: the
+authority's certificate and the coordinator's key, as the owner of the device received them.
 """
 
 from dataclasses import dataclass
@@ -13,23 +13,18 @@ from aggregation.entropy import Entropy
 from aggregation.errors import TrustError, of_file
 from aggregation.pki import Root, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
-from client.node.statedir import (
-    AUTHORITY,
-    CERTIFICATE,
-    COORDINATOR,
-    IDENTITY,
-    TRUST,
-    DeviceSettings,
-    DeviceStateDir,
-    enrol,
-)
+from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR, TRUST, DeviceSettings, DeviceStateDir
 
 REQUEST = "request.csr"
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned:
-    """Whom a device relies on: certificate and key in PEM, as handed over."""
+class TrustAnchors:
+    """The authority's certificate and the coordinator's public key, both PEM, that a device pins.
+
+    Raises:
+        TrustError: One of them is not valid.
+    """
 
     authority: bytes
     coordinator: bytes
@@ -41,49 +36,56 @@ class Pinned:
             PublicKey.from_pem(self.coordinator)
 
 
-def begin(folder: Path, name: str, base: str, pinned: Pinned, entropy: Entropy) -> PublicKey:
-    """Make the home of a device and its request; the key to be certified. All of it is there afterwards, or nothing.
+def enrol(folder: Path, name: str, base: str, anchors: TrustAnchors, entropy: Entropy) -> PublicKey:
+    """Create a state directory with a certificate request: completely, or not at all.
 
     Args:
-        folder: New, or empty.
-        name: Device id.
-        base: As in ``device.toml``; a folder or file is written down with its whole path.
-        pinned: Whom the device relies on.
-        entropy: Draws identity and sealing key.
+        folder: New or empty.
+        name: The device's name in its certificate.
+        base: As in ``device.toml``; the path of a folder or file is made absolute.
+        anchors: What the device trusts.
+        entropy: Draws the identity and the sealing key.
+
+    Returns:
+        The key to certify.
 
     Raises:
-        ConfigError: The folder is not empty or the one that we are in, or a device cannot be called that.
+        ConfigError: The folder is not empty or is the working directory, or the name is not valid.
     """
     identity = IdentityKey.generate(entropy)
     request = requests.request(identity, name)
     where = str(Path(base).resolve()) if Path(base).exists() else base
     trust = {
-        AUTHORITY: pinned.authority,
-        COORDINATOR: pinned.coordinator,
-        # Whose files this device opens: the coordinator's, and its own private adapter's.
-        TRUST: PublicKey.from_pem(pinned.coordinator).to_pem() + identity.public.to_pem(),
+        AUTHORITY: anchors.authority,
+        COORDINATOR: anchors.coordinator,
+        # The device opens adapters of the coordinator, and its own personal adapter.
+        TRUST: PublicKey.from_pem(anchors.coordinator).to_pem() + identity.public.to_pem(),
         REQUEST: request,
     }
     with new_folder(folder, mode=PRIVATE_FOLDER) as stage:
-        enrol(stage, DeviceSettings(base=where), identity, trust, entropy)
+        DeviceStateDir.create(stage, DeviceSettings(base=where), identity, trust, entropy)
     return identity.public
 
 
-def finish(state_dir: DeviceStateDir, certificate: bytes, at: datetime) -> tuple[str, datetime]:
-    """Take the certificate that the authority issued, or a newer one; the device's name, and when it ends.
+def install_certificate(state_dir: DeviceStateDir, certificate: bytes, at: datetime) -> tuple[str, datetime]:
+    """Install the certificate that the authority issued, or a newer one.
 
     Args:
-        home: Of the device.
+        state_dir: Of the device.
         certificate: PEM or DER.
-        at: Now.
+        at: The present time.
+
+    Returns:
+        The device's name, and the end of the certificate's validity.
 
     Raises:
-        TrustError: It is not the pinned authority's, not for this device's key, revoked, or not valid now.
+        TrustError: The pinned authority did not issue it, it is for another key or revoked, or not valid at ``at``.
     """
     der = certificates.to_der(certificate)
     name, key = state_dir.root().verify(der, at)
-    mine = IdentityKey.from_pem((state_dir.folder / IDENTITY).read_bytes()).public
-    if key != mine:
-        raise TrustError(f"the certificate is for the key {key.key_id}; this device has {mine.key_id}")
+    own = state_dir.identity.public
+    if key != own:
+        reason = f"the certificate is for the key {key.key_id}, and this device's key is {own.key_id}"
+        raise TrustError(f"{reason}; ask the authority to certify {REQUEST} of this device", about="certificate.key")
     replace(state_dir.folder / CERTIFICATE, der)
     return name, certificates.not_after(der)

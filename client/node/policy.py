@@ -1,7 +1,7 @@
-"""The ``[policy]`` table of ``device.toml``: what the device's owner demands of every offer.
+"""The ``[policy]`` table of ``device.toml``: the limits within which a device accepts an offer.
 
-Each key is a limit of ``aggregation.policy``, with its default. A table that would protect nobody is refused when it is
-read, and so is a key that is not known.
+Each key is a limit of ``aggregation.policy``, with its default. Reading refuses unknown keys, and limits that protect
+nobody.
 """
 
 from typing import Annotated, Literal, Self
@@ -67,7 +67,7 @@ class PolicySettings(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _holds_together(self) -> Self:
+    def _consistent(self) -> Self:
         try:
             self.policy("0" * 64)
         except ConfigError as error:

@@ -1,19 +1,19 @@
-"""The device's home: the folder with its identity, whom it trusts, its settings, its examples and its sealed state.
+"""A device's state directory: identity, trust anchors, settings, examples and session state.
 
-Everything secret is readable by its owner only. The state of a protocol session is encrypted at rest and replaced
-atomically *before* an answer leaves the device, so that a restarted device never answers a step twice. So are what the
-device saw of the coordinator's log, and the newest revocation list that it was shown; neither of them is secret.
+Every file is readable by its owner only. The state of a session is encrypted at rest, and replaced atomically *before*
+an answer leaves the device: a device that restarts never answers a step twice. The log state and the newest revocation
+list are replaced in the same way; neither is secret.
 """
 
-import json
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters.storage import locked, replace
@@ -37,7 +37,7 @@ TRUST = "trust.pem"
 PERSONAL = "personal.safetensors"
 SEALING_KEY = "sealing.key"
 STATE = "session.sealed"
-LOG_STATE = "log.seen"
+LOG_STATE = "log.state"
 REVOKED = "revoked.crl"
 LOCK = "session.lock"
 
@@ -45,41 +45,72 @@ Read = TypeVar("Read")
 
 
 class DeviceSettings(BaseModel):
-    """``device.toml``: the owner's own settings. The coordinator cannot change them."""
+    """``device.toml``: the owner's settings. The coordinator cannot change them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    base: str = Field(description="frozen base: a folder, or an installed package that carries one")
-    examples: str = Field(default=EXAMPLES, description="examples file, relative to this folder")
+    base: str = Field(description="frozen base: a folder, a file, or an installed package that contains one")
+    examples: str = Field(default=EXAMPLES, description="examples file, relative to the state directory")
     policy: PolicySettings = PolicySettings()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read ``device.toml``.
+
+        Raises:
+            ConfigError: The file is missing or not TOML, or a key is unknown, missing or out of range.
+        """
+        try:
+            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            reason = f"{path.parent} is not a device's state directory: it has no {SETTINGS}"
+            raise ConfigError(f"{reason}; create one with 'edgeadapt device enrol'", about=SETTINGS) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            unknown = first["type"] == "extra_forbidden"
+            reason = "unknown key" if unknown else first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{path}: {key}: {reason}", about=key, value=first["input"]) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not a TOML file: {error}", about=SETTINGS) from error
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStateDir:
-    """A device's folder, opened. Open it anew for every message: it holds no session state in memory."""
+    """An open state directory. It keeps nothing in memory: open it for every message."""
 
     folder: Path
     settings: DeviceSettings
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
-        """Read the settings.
+    def create(
+        cls,
+        folder: Path,
+        settings: DeviceSettings,
+        identity: IdentityKey,
+        trust: Mapping[str, bytes],
+        entropy: Entropy,
+    ) -> Self:
+        """Write a state directory.
 
-        Raises:
-            ConfigError: There is no such folder, or its settings are missing, ill-formed or have an unknown key.
+        Args:
+            folder: Created if it is missing.
+            settings: Only values that differ from their defaults are written.
+            identity: The device's key; the authority certifies its public key.
+            trust: ``AUTHORITY``, ``COORDINATOR`` and, once issued, ``CERTIFICATE`` → the files' bytes.
+            entropy: Draws the sealing key.
         """
-        path = folder / SETTINGS
-        try:
-            return cls(folder, DeviceSettings.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ConfigError(f"{folder} is not a device's home: it has no {SETTINGS}") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            unknown = first["type"] == "extra_forbidden"
-            what = "there is no such key" if unknown else first["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {what}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        toml = tomli_w.dumps(settings.model_dump(mode="json", exclude_defaults=True))
+        files = {SETTINGS: toml.encode(), IDENTITY: identity.to_pem(), SEALING_KEY: entropy.bytes(32), **trust}
+        for name, content in files.items():
+            replace(folder / name, content)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read the settings. Raises as ``DeviceSettings.read``."""
+        return cls(folder, DeviceSettings.read(folder / SETTINGS))
 
     @property
     def examples(self) -> Path:
@@ -91,34 +122,35 @@ class DeviceStateDir:
         """The device's certificate, DER."""
         return self._read(CERTIFICATE)
 
+    @property
+    def identity(self) -> IdentityKey:
+        """The device's key."""
+        return self._parse(IdentityKey.from_pem, IDENTITY)
+
     def device(self, base_digest: str) -> Device:
-        """Who this device is and whom it trusts, for the protocol core.
+        """Identity, trust anchors and policy, for the protocol core.
 
         Raises:
             TrustError: A key or certificate is missing or damaged.
         """
-        return Device(
-            self._read_as(IdentityKey.from_pem, IDENTITY),
-            self.certificate,
-            self.root(),
-            self._read_as(PublicKey.from_pem, COORDINATOR),
-            self.settings.policy.policy(base_digest),
-        )
+        coordinator = self._parse(PublicKey.from_pem, COORDINATOR)
+        policy = self.settings.policy.policy(base_digest)
+        return Device(self.identity, self.certificate, self.root(), coordinator, policy)
 
     def root(self) -> Root:
-        """The pinned authority, going by the newest revocation list that this device was shown.
+        """The pinned authority, with the newest revocation list that this device has accepted.
 
         Raises:
             TrustError: A file is missing or damaged.
         """
-        root = self._read_as(Root.from_pem, AUTHORITY)
-        return self._read_as(root.with_revocations, REVOKED) if (self.folder / REVOKED).exists() else root
+        root = self._parse(Root.from_pem, AUTHORITY)
+        return self._parse(root.with_revocations, REVOKED) if (self.folder / REVOKED).exists() else root
 
     def revoke(self, raw: bytes) -> None:
-        """Go by a revocation list from now on, and keep it.
+        """Accept a revocation list, and keep it if it is newer than the one before.
 
         Raises:
-            TrustError: It is not the authority's, or older than the one at hand.
+            TrustError: The authority did not sign the list, or it is older than the one before.
         """
         known = self.root()
         new = known.with_revocations(raw).revoked
@@ -127,26 +159,26 @@ class DeviceStateDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One message at a time: two processes that read the same state would both answer a step."""
+        """Hold the lock of this directory. Two processes that read the same state would both answer a step."""
         with locked(self.folder / LOCK):
             yield
 
     def load_state(self) -> ClientState | None:
-        """The state of the running session, or nothing where there is none.
+        """The state of the running session, if there is one.
 
         Raises:
             TrustError: The sealed state was altered, or belongs to another device.
         """
         if not (self.folder / STATE).exists():
             return None
-        return self._read_as(partial(sealed.unseal, key=self._read(SEALING_KEY)), STATE)
+        return self._parse(partial(sealed.unseal, key=self._read(SEALING_KEY)), STATE)
 
     def save_state(self, state: ClientState) -> None:
-        """Seal the state and replace the old one atomically."""
+        """Seal the state, and replace the old one atomically."""
         replace(self.folder / STATE, sealed.seal(state, self._read(SEALING_KEY)))
 
     def load_log_state(self) -> LogState | None:
-        """What this device saw of the coordinator's log, or nothing before its first session.
+        """What this device knows of the coordinator's log; None before its first session.
 
         Raises:
             TrustError: The file is damaged.
@@ -155,51 +187,24 @@ class DeviceStateDir:
         try:
             return transcript.LOG_STATE.decode(path.read_bytes()) if path.exists() else None
         except ProtocolError:
-            raise TrustError(f"{path} is damaged: 'edgeadapt device forget' starts this device's memory anew") from None
+            reason = f"{path} is damaged; delete it with 'edgeadapt device forget'"
+            raise TrustError(reason, about=LOG_STATE) from None
 
     def save_log_state(self, log_state: LogState | None) -> None:
-        """Replace what was seen of the log atomically; nothing removes it."""
+        """Replace the log state atomically; None deletes it."""
         if log_state is None:
             (self.folder / LOG_STATE).unlink(missing_ok=True)
         else:
             replace(self.folder / LOG_STATE, transcript.LOG_STATE.encode(log_state))
 
-    def _read_as(self, read_as: Callable[[bytes], Read], name: str) -> Read:
+    def _parse(self, parse: Callable[[bytes], Read], name: str) -> Read:
         raw = self._read(name)
         with of_file(self.folder / name):
-            return read_as(raw)
+            return parse(raw)
 
     def _read(self, name: str) -> bytes:
         try:
             return (self.folder / name).read_bytes()
         except FileNotFoundError as error:
-            raise TrustError(f"{self.folder} has no {name}: enrol this device first") from error
-
-
-def enrol(
-    folder: Path, settings: DeviceSettings, identity: IdentityKey, trust: Mapping[str, bytes], entropy: Entropy
-) -> DeviceStateDir:
-    """Make a home.
-
-    Args:
-        folder: Created where it is missing.
-        settings: The owner's; what is as by default is not written.
-        identity: Made on the device; its public half is what the authority certifies.
-        trust: ``AUTHORITY``, ``COORDINATOR``, and ``CERTIFICATE`` where there is one yet → their bytes.
-        entropy: Draws the sealing key.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = settings.model_dump(mode="json", exclude_defaults=True)
-    files = {SETTINGS: _toml(whole).encode(), IDENTITY: identity.to_pem(), SEALING_KEY: entropy.bytes(32), **trust}
-    for name, content in files.items():
-        replace(folder / name, content)
-    return DeviceStateDir.open(folder)
-
-
-def _toml(table: Mapping[str, Any], name: str = "") -> str:
-    """A table and those within it. JSON's strings, lists and numbers are TOML's, but for one control character."""
-    flat = {key: json.dumps(value, ensure_ascii=False) for key, value in table.items() if not isinstance(value, dict)}
-    lines = [f"[{name}]\n"] if name else []
-    lines += [f"{key} = {value}\n".replace("\x7f", "\\u007f") for key, value in flat.items()]
-    lines += [_toml(value, key) for key, value in table.items() if key not in flat]
-    return "".join(lines)
+            reason = f"{self.folder} has no {name}: enrol this device first ('edgeadapt device enrol', then 'install')"
+            raise TrustError(reason, about=name) from error

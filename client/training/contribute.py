@@ -1,7 +1,6 @@
-"""From a trained adapter to the numbers that may leave the device: clipped, weighted, in fixed point.
+"""A device's contribution: from a trained adapter to a clipped, weighted vector in fixed point.
 
-One function, so that there is one place to read to know what a device gives away: nothing but this vector travels,
-and it travels under the mask.
+This vector is all that a device sends of its data, and it is sent under the mask.
 """
 
 from dataclasses import dataclass
@@ -15,59 +14,64 @@ from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
-from client.training.trainer import Score
+from client.training.examples import Score
 
 Vector = NDArray[np.float64]
-SHRINK = 1 - 2.0**-40  # keeps a clipped coordinate within the codec's bound whatever way the division rounds
+SHRINK = 1 - 2.0**-40  # keeps a clipped coordinate within the codec's bound however the division rounds
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one round of local training produced."""
+    """The outcome of one round of local training."""
 
     start: Tensors
     trained: Tensors
     examples: int  # trained on
-    held_out: Score  # of ``start`` on the device's held-out part
+    held_out: Score  # of ``start`` on the device's held-out examples
     seconds: float  # of training
 
 
 def require_bounds(spec: SessionSpec, layout: Layout) -> None:
-    """Return if whatever a device may contribute is within the bounds on offer.
+    """Return if the bounds in the offer admit every contribution that a device can make.
 
-    A tighter one would be met by some devices and not by others: who cannot answer has more examples, or a greater
-    loss, than a number that the coordinator chose.
+    A tighter bound would tell devices apart by whether they can answer: those that cannot have more examples, or a
+    greater loss, than a number that the coordinator chose.
 
     Raises:
-        ProtocolError: The vector is not the one of this layout, clip norm and weight cap.
+        ProtocolError: The vector in the offer is not that of this layout, clip norm and weight cap.
     """
     vector = spec.vector
     cap, bits, clients = spec.weight_cap, vector.ring_bits, vector.max_clients
     try:
         fair = contribution_spec(layout, clip_norm=spec.clip_norm, weight_cap=cap, ring_bits=bits, max_clients=clients)
     except ConfigError as error:
-        raise ProtocolError(f"the vector on offer: {error}", COORDINATOR) from None
+        raise ProtocolError(f"the vector in the offer: {error}", COORDINATOR, about="offer.spec.vector") from None
     if vector != fair:
-        raise ProtocolError("the vector on offer has other bounds than its clip norm and weight cap make", COORDINATOR)
+        reason = "the bounds of the vector in the offer do not follow from its clip norm and weight cap"
+        raise ProtocolError(reason, COORDINATOR, about="offer.spec.vector")
 
 
 def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.random.Generator) -> Ring:
-    """The vector to be masked.
-
-    The delta is clipped to the L2 norm ``spec.clip_norm`` and multiplied by the device's weight, its number of examples
-    up to ``spec.weight_cap``. The metrics are those of at most ``spec.weight_cap`` held-out examples.
+    """Encode the outcome of a round as the vector that is masked and summed.
 
     Args:
         outcome: Finite tensors in ``layout``.
-        layout: Of the adapter; its digest is in the offer.
-        spec: The session's, from the offer that the device accepted.
-        rng: Rounding coins; not secret.
+        layout: Of the adapter; the offer has its digest.
+        spec: Of the session, from the offer that the device accepted.
+        rng: Stochastic rounding; not secret.
+
+    Returns:
+        Ring elements, shape ``(spec.vector.size,)``. Decoded with the segments of ``spec.vector``, in weight units:
+        ``delta`` is ``clip(trained - start, clip_norm) * weight``, ``weight`` is the number of examples, at most
+        ``spec.weight_cap``; ``correct``, ``loss`` and ``held_out`` are the score of ``start``, and ``seconds`` is at
+        most ``MAX_SECONDS``. Guarantee: each value is off by less than one step of its segment, without bias.
 
     Raises:
-        DataError: A tensor holds NaN or infinity, or there is no example.
+        DataError: A tensor has another layout, NaN or infinity, a metric is outside its bound, or there is no example.
     """
     if outcome.examples < 1:
-        raise DataError("a device without examples has nothing to contribute")
+        reason = f"{outcome.examples} training examples make no contribution"
+        raise DataError(reason, about="examples", value=outcome.examples)
     delta = layout.flatten(outcome.trained).astype(np.float64) - layout.flatten(outcome.start)
     weight = min(outcome.examples, spec.weight_cap)
     values = {
@@ -82,7 +86,22 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.ra
 
 
 def clip(delta: Vector, norm: float) -> Vector:
-    """``delta`` scaled down to L2 norm ``norm`` where it is longer. A vector within the bound comes back unchanged."""
+    """Clip a vector to an L2 norm, as DP-FedAvg does (McMahan et al. 2018, "Learning Differentially Private Recurrent
+    Language Models", algorithm 1).
+
+    Args:
+        delta: Shape ``(n,)``, finite.
+        norm: Greater than 0.
+
+    Returns:
+        Shape ``(n,)``: ``delta`` if its norm is at most ``norm``, else ``delta`` scaled to ``norm``, shorter by at most
+        a relative 2^-39. Guarantee: no coordinate exceeds ``norm`` in absolute value, whatever the rounding.
+
+    >>> clip(np.array([3.0, 4.0]), 10.0).tolist()
+    [3.0, 4.0]
+    >>> clip(np.array([3.0, 4.0]), 1.0).round(9).tolist()
+    [0.6, 0.8]
+    """
     length = float(np.linalg.norm(delta))
-    # A length can round down to the norm with a coordinate just above it, which the codec would refuse.
+    # The length can round down to the norm while a coordinate is just above it, which the codec would refuse.
     return np.clip(delta, -norm, norm) if length <= norm else delta * (norm / length * SHRINK)

@@ -1,6 +1,6 @@
-"""The device's examples: a JSON-lines file that never leaves it, read with care and held in parts.
+"""The device's examples: a JSON-lines file that never leaves the device, and an adapter's score on them.
 
-An error names the file and the line, never the text: a message is shown and logged, an example must not be.
+An error names the file and the line, never the text: errors are shown and logged, and examples are private.
 """
 
 import json
@@ -18,7 +18,7 @@ MAX_FILE = 64 * 2**20  # bytes
 
 
 class Split(Enum):
-    """What an example is used for. ``TEST`` exists in simulations only: a real household has no second opinion."""
+    """The use of an example. ``TEST`` exists only in simulations, which know the right label of every phrase."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -27,72 +27,88 @@ class Split(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A phrase and the number of its label. The text is private, so it stays out of ``repr``."""
+    """A phrase and the number of its label. ``repr`` does not show the text, which is private."""
 
     text: str
     label: int
-    part: Split = Split.TRAIN
+    split: Split = Split.TRAIN
 
     def __repr__(self) -> str:
-        return f"Example(<{len(self.text)} characters>, {self.label}, {self.part.value})"
+        return f"Example(<{len(self.text)} characters>, {self.label}, {self.split.value})"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """An adapter's score on some examples.
+
+    >>> Score(correct=3, count=4, loss=1.5).accuracy
+    0.75
+    """
+
+    correct: int  # examples whose most probable label is right
+    count: int
+    loss: float  # sum of the examples' cross-entropies in nats, each at most ``adapters.task.MAX_LOSS``
+
+    @property
+    def accuracy(self) -> float:
+        """``correct / count``; NaN without examples."""
+        return self.correct / self.count if self.count else float("nan")
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
-    """Write the file atomically, readable by its owner only. ``read_examples`` gives the same examples back."""
-    rows = [json.dumps({"text": e.text, "label": e.label, "part": e.part.value}) for e in examples]
+    """Write the file atomically, readable by its owner only. Law: ``read_examples`` returns the same examples."""
+    lines = [json.dumps({"text": e.text, "label": e.label, "split": e.split.value}) for e in examples]
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, "".join(f"{row}\n" for row in rows).encode())
+    replace(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
-    """Every example in the file.
+    """All examples in the file.
 
     Args:
-        path: JSON lines with ``text``, ``label`` and, optionally, ``part``.
-        labels: Number of labels; an example's label is below it.
+        path: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``).
+        labels: The number of labels; every example's label is below it.
 
     Raises:
-        DataError: The file is missing, empty, too large, or a line is not an example.
+        DataError: The file is missing, too large or not UTF-8, a line is not an example, or there is no training
+            example.
     """
     try:
-        if path.stat().st_size > MAX_FILE:
-            raise DataError(f"{path} is larger than {MAX_FILE} bytes")
-        # Not splitlines: JSON may hold U+2028 and other ends of lines that are none here.
+        if (size := path.stat().st_size) > MAX_FILE:
+            reason = f"{path} has {size} bytes, above the limit of {MAX_FILE}; remove some examples"
+            raise DataError(reason, about="examples", value=size)
+        # Not splitlines: JSON strings may contain U+2028 and other line separators.
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise DataError(f"no readable examples in {path}: {error.strerror}") from error
+        raise DataError(f"cannot read the examples in {path}: {error.strerror}", about="examples") from error
     except UnicodeDecodeError:
-        # From None: the decoder's own error holds all that it read.
-        raise DataError(f"no readable examples in {path}: it is not UTF-8") from None
+        # From None: the decoder's error contains the text.
+        raise DataError(f"{path} is not UTF-8; convert it", about="examples") from None
     examples = tuple(
         _example(line, f"line {number} of {path}", labels) for number, line in enumerate(lines, 1) if line.strip()
     )
-    if not any(example.part is Split.TRAIN for example in examples):
-        raise DataError(f"{path} holds no training example: this device has nothing to learn from")
+    if not any(example.split is Split.TRAIN for example in examples):
+        raise DataError(f"{path} has no training example; add some to take part", about="examples.split")
     return examples
 
 
-def part(examples: Sequence[Example], wanted: Split) -> tuple[Example, ...]:
-    """The examples of one part, in file order."""
-    return tuple(example for example in examples if example.part is wanted)
+def in_split(examples: Sequence[Example], split: Split) -> tuple[Example, ...]:
+    """The examples of one split, in file order."""
+    return tuple(example for example in examples if example.split is split)
 
 
 def _example(line: str, where: str, labels: int) -> Example:
     try:
         row: dict[str, Any] = json.loads(line)
-        text, label, use = row["text"], row["label"], Split(row.get("part", "train"))
+        text, label, split = row["text"], row["label"], Split(row.get("split", "train"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        # From None: the parser's own error quotes what it read.
-        raise DataError(f"{where} is not an example") from None
-    if not isinstance(text, str) or not _whole(text):
-        raise DataError(f"{where} has a text that is none")
+        # From None: the parser's error quotes the line.
+        raise DataError(f'{where} is not an object {{"text": …, "label": …}}', about="example") from None
+    if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
+        # JSON can escape a lone surrogate, which no tokenizer reads.
+        raise DataError(f"the text in {where} is not a string of Unicode", about="example.text")
     if not text.strip() or len(text) > MAX_TEXT:
-        raise DataError(f"{where} has an empty text or more than {MAX_TEXT} characters")
+        raise DataError(f"the text in {where} is empty or longer than {MAX_TEXT} characters", about="example.text")
     if type(label) is not int or not 0 <= label < labels:
-        raise DataError(f"{where} has a label outside 0 … {labels - 1}")
-    return Example(text, label, use)
-
-
-def _whole(text: str) -> bool:
-    """Whether it is text throughout: JSON can escape halves of characters, which no tokenizer reads."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+        raise DataError(f"the label in {where} is not an integer from 0 to {labels - 1}", about="example.label")
+    return Example(text, label, split)

@@ -1,20 +1,23 @@
-"""The private adapter: fine-tuned on the device from the shared one, and kept only where it is the better one.
+"""The personal adapter: fine-tuned on the device from the global adapter, and kept only if it is the best.
 
-The device judges by its own held-out examples. What it keeps never leaves it.
+The device decides with its own held-out examples. The personal adapter never leaves it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from adapters.layout import Tensors
 from adapters.task import Task
-from client.training.examples import Example, Split, part
-from client.training.trainer import Score, Trainer
+from client.training.examples import Example, Score, Split, in_split
+
+if TYPE_CHECKING:  # imports torch
+    from client.training.trainer import Trainer
 
 
-class Choice(Enum):
-    """Which adapter a device keeps."""
+class Candidate(Enum):
+    """The adapters that a device chooses from, from the least to the most personal."""
 
     BASE = "base"
     GLOBAL = "global"
@@ -22,42 +25,47 @@ class Choice(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Personal:
-    """The adapter that a device keeps, which of the candidates it is, and how each did on the held-out part."""
+class Personalization:
+    """The adapter that a device keeps, which candidate it is, and each candidate's score on the held-out examples."""
 
-    choice: Choice
+    chosen: Candidate
     adapter: Tensors
-    scores: Mapping[Choice, Score]
+    scores: Mapping[Candidate, Score]
 
 
 def personalize(
-    trainer: Trainer,
-    shared: Mapping[Choice, Tensors],
+    trainer: "Trainer",
+    candidates: Mapping[Candidate, Tensors],
     examples: Sequence[Example],
     task: Task,
     *,
     epochs: int,
     salt: str,
-) -> Personal:
-    """Fine-tune from the global adapter on the training part; keep the candidate that does best on the validation part.
+) -> Personalization:
+    """Fine-tune the global adapter on the training examples, and keep the best candidate on the held-out examples.
 
     Args:
         trainer: Of the frozen base.
-        shared: The base and the global adapter.
-        examples: The device's own, all parts.
+        candidates: The base and the global adapter.
+        examples: Of the device, all splits.
         task: How to train.
-        epochs: Passes over the training part; none leaves base and global to choose from.
+        epochs: Passes over the training examples; 0 trains nothing, and leaves ``candidates`` to choose from.
         salt: As for ``Trainer.train``.
 
     Returns:
-        Best means most correct; then least loss; without held-out examples, the most personal candidate there is.
+        The candidate with the most correct answers, among equals that with the least loss, among these the most
+        personal. Without held-out examples that is the most personal candidate.
+
+    Raises:
+        DataError: As ``Trainer.train``.
     """
-    candidates = dict(shared)
+    adapters = dict(candidates)
     if epochs:
-        train = part(examples, Split.TRAIN)
-        candidates[Choice.PERSONAL] = trainer.train(shared[Choice.GLOBAL], train, task, epochs=epochs, salt=salt)
-    held_out = part(examples, Split.VALIDATION)
-    scores = {choice: trainer.score(adapter, held_out) for choice, adapter in candidates.items()}
-    order = list(Choice)
-    choice = max(scores, key=lambda c: (scores[c].correct, -scores[c].loss, order.index(c)))
-    return Personal(choice, candidates[choice], scores)
+        train = in_split(examples, Split.TRAIN)
+        start = candidates[Candidate.GLOBAL]
+        adapters[Candidate.PERSONAL] = trainer.train(start, train, task, epochs=epochs, salt=salt)
+    held_out = in_split(examples, Split.VALIDATION)
+    scores = {candidate: trainer.score(adapter, held_out) for candidate, adapter in adapters.items()}
+    order = list(Candidate)
+    chosen = max(scores, key=lambda c: (scores[c].correct, -scores[c].loss, order.index(c)))
+    return Personalization(chosen, adapters[chosen], scores)

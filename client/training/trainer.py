@@ -1,12 +1,11 @@
-"""Training on the device: a few epochs of AdamW over the adapter's tensors, and its score on held-out examples.
+"""Trains an adapter with AdamW on a device's examples, and scores it on held-out examples.
 
-Deterministic for a given start, examples and seed: the model stays in evaluation mode (no dropout), and the order of
-the examples comes from an explicit generator. Nothing here knows of rounds, masks or messages.
+Training is deterministic for given tensors, examples and seed: the model stays in evaluation mode (no dropout), and the
+order of the examples comes from an explicit generator. Rounds, masks and messages are not handled here.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,28 +23,14 @@ from adapters.base import Base
 from adapters.layout import Layout, Tensors
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
-from client.training.examples import Example
+from client.training.examples import Example, Score
 
-EVALUATION_BATCH = 64  # phrases; forward only, so larger than a training batch
+EVALUATION_BATCH = 64  # phrases; no gradients, so larger than a training batch
 MAX_TOKENS = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """An adapter on some examples. ``loss`` is the sum of cross-entropies in nats, each clipped to ``MAX_LOSS``."""
-
-    correct: int
-    count: int
-    loss: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of examples whose most probable label is theirs; NaN for no examples."""
-        return self.correct / self.count if self.count else float("nan")
-
-
 class Trainer:
-    """The frozen base with one adapter slot, and the tokenizer that belongs to it."""
+    """A frozen base with one adapter, and its tokenizer."""
 
     def __init__(self, base: Base, task_labels: int, lora: classifier.LoraSpec) -> None:
         self.base = base
@@ -55,39 +40,51 @@ class Trainer:
         self._tokenizer = _tokenizer(base.folder, min(MAX_TOKENS, positions))
 
     def train(self, start: Tensors, examples: Sequence[Example], task: Task, *, epochs: int, salt: str) -> Tensors:
-        """The adapter after ``epochs`` passes over ``examples``, starting from ``start``.
+        """Train for ``epochs`` passes over ``examples``, starting from ``start``, with cross-entropy and AdamW.
 
         Args:
-            start: In the layout of this trainer's model; checked by the caller.
+            start: Tensors in ``layout``; the caller checks them.
             examples: At least one.
             task: Batch size, learning rate, weight decay and seed.
             epochs: Passes over the examples.
-            salt: Mixed into the seed (a device's name and the round), so that devices shuffle differently.
+            salt: Mixed into the seed (device and round), so that devices visit their examples in different orders.
+
+        Returns:
+            Tensors in ``layout``, float32 and finite. Guarantee: equal arguments give equal tensors, whatever was
+            trained before, and the base does not change.
 
         Raises:
-            DataError: No examples, or loss or adapter are not finite (the learning rate is too high).
+            DataError: There are no examples, or the loss or a tensor is not finite.
         """
         if not examples:
-            raise DataError("there are no examples to train on")
+            raise DataError("there are no examples to train on; add some", about="examples", value=0)
         classifier.load(self.model, start)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=task.weight_decay)
         order, tokens = np.random.default_rng(seed(task, salt)), self._tokens([e.text for e in examples])
         labels = torch.tensor([e.label for e in examples])
-        for batch in _batches([len(ids) for ids in tokens], task.batch_size, epochs, order):
+        for batch in batches([len(ids) for ids in tokens], task.batch_size, epochs, order):
             loss = cross_entropy(self._forward([tokens[i] for i in batch]), labels[batch])
             if not torch.isfinite(loss):
-                raise DataError("the training loss is not finite: lower the learning rate")
+                raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         trained = classifier.tensors(self.model)
-        if not all(np.isfinite(tensor).all() for tensor in trained.values()):  # by the last step, which no loss follows
-            raise DataError("the trained adapter is not finite: lower the learning rate")
+        if not all(np.isfinite(tensor).all() for tensor in trained.values()):  # after the last step, no loss shows it
+            raise DataError("the trained adapter is not finite; lower the learning rate", about="training.adapter")
         return trained
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
-        """The adapter's accuracy and loss on ``examples``."""
+        """Score an adapter on ``examples``; all zeros if there are none.
+
+        Args:
+            adapter: Tensors in ``layout``.
+            examples: Their order makes no difference.
+
+        Returns:
+            Correct answers, examples, and the sum of the cross-entropies in nats, each at most ``MAX_LOSS``.
+        """
         logits = self.logits(adapter, [e.text for e in examples])
         if not examples:
             return Score(0, 0, 0.0)
@@ -97,15 +94,15 @@ class Trainer:
         return Score(correct, len(examples), float(losses.sum()))
 
     def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Logits, shape ``(len(texts), labels)``."""
+        """Logits, shape ``(len(texts), labels)``, in batches of ``EVALUATION_BATCH``; ``(0, 0)`` without texts."""
         classifier.load(self.model, adapter)
         tokens = self._tokens(texts)
         with torch.inference_mode():
-            rows = [self._forward(tokens[i : i + EVALUATION_BATCH]) for i in range(0, len(texts), EVALUATION_BATCH)]
-        return torch.cat(rows).numpy() if rows else np.zeros((0, 0), np.float32)
+            parts = [self._forward(tokens[i : i + EVALUATION_BATCH]) for i in range(0, len(texts), EVALUATION_BATCH)]
+        return torch.cat(parts).numpy() if parts else np.zeros((0, 0), np.float32)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit embeddings by the frozen base alone, shape ``(len(texts), hidden)``."""
+        """Embeddings of the frozen base without adapter, shape ``(len(texts), hidden)``, each of L2 norm 1."""
         with torch.inference_mode(), self.model.disable_adapter():
             embeddings: Tensor = self.model.get_base_model().embed(*_padded(self._tokens(texts)))
         return embeddings.numpy()
@@ -121,8 +118,8 @@ class Trainer:
 
 
 @lru_cache(maxsize=2)
-def trainer(base: Base, labels: int, lora: classifier.LoraSpec) -> Trainer:
-    """A process keeps the base loaded between messages; the adapter is set anew by every call."""
+def load_trainer(base: Base, labels: int, lora: classifier.LoraSpec) -> Trainer:
+    """A trainer that stays loaded for the next message. Its methods load the adapter that they are given."""
     return Trainer(base, labels, lora)
 
 
@@ -139,15 +136,28 @@ def _padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
 
 
-def _batches(lengths: Sequence[int], size: int, epochs: int, order: np.random.Generator) -> Iterator[list[int]]:
-    """Indices of each batch. Texts of like length go together, for less padding; ties and the order are drawn."""
+def batches(lengths: Sequence[int], size: int, epochs: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Batches of texts of similar length, which need little padding, in random order.
+
+    Args:
+        lengths: Tokens of each text.
+        size: Texts in a batch; the last batch of the longest texts may be smaller.
+        epochs: Passes over the texts.
+        rng: Draws the order of the batches, and that of texts of equal length.
+
+    Yields:
+        The indices of a batch. Guarantee: an epoch contains every index exactly once.
+
+    >>> list(batches([7, 2, 9], 2, 1, np.random.default_rng(0)))
+    [[2], [1, 0]]
+    """
     for _ in range(epochs):
-        shuffled = order.permutation(len(lengths))
+        shuffled = rng.permutation(len(lengths))
         grouped = shuffled[np.argsort(np.asarray(lengths)[shuffled], kind="stable")]
-        batches = [grouped[start : start + size].tolist() for start in range(0, len(lengths), size)]
-        yield from (batches[i] for i in order.permutation(len(batches)))
+        epoch = [grouped[start : start + size].tolist() for start in range(0, len(lengths), size)]
+        yield from (epoch[i] for i in rng.permutation(len(epoch)))
 
 
 def seed(task: Task, salt: str) -> list[int]:
-    """The seed of one device's random choices in one round, for ``numpy.random.default_rng``."""
+    """A seed for ``numpy.random.default_rng``: the task's, and 64 bits of the SHA-256 of ``salt``."""
     return [task.seed, int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big")]

@@ -12,11 +12,11 @@ from adapters.base import Base
 from adapters.layout import Tensors
 from adapters.task import Task
 from aggregation.errors import DataError
-from client.node import statedir as device_home
+from client.node import statedir as device_files
 from client.node.statedir import DeviceStateDir
-from client.training.examples import Split, part, read_examples
-from client.training.personal import Choice, Personal, personalize
-from client.training.trainer import Trainer, trainer
+from client.training.examples import Split, in_split, read_examples
+from client.training.personal import Candidate, Personalization, personalize
+from client.training.trainer import Trainer, load_trainer
 from simulations.data.households import Household, Population
 from simulations.engine import provision
 from simulations.engine.progress import RunProgress
@@ -50,7 +50,7 @@ def personalize_all(
 ) -> tuple[HouseholdResult, ...]:
     """The outcome of every household, computed or read from its device's state directory."""
     inputs = _inputs(out, scenario)
-    mine = trainer(base, len(population.labels), provision.lora(scenario))
+    mine = load_trainer(base, len(population.labels), provision.lora(scenario))
     state_dirs = provision.open_state_dirs(out, population)
     outcomes = []
     with progress.stage("personal step", total=len(population.households)) as advance:
@@ -80,15 +80,15 @@ def _outcome(state_dir: DeviceStateDir, household: Household, mine: Trainer, inp
     if path.exists():
         return HouseholdResult(**json.loads(path.read_bytes()))
     examples = read_examples(state_dir.examples, len(inputs.task.labels))
-    train, test = part(examples, Split.TRAIN), part(examples, Split.TEST)
+    train, test = in_split(examples, Split.TRAIN), in_split(examples, Split.TEST)
     fine = replace(inputs.task, learning_rate=inputs.personal.learning_rate)
 
-    def personal_step(start: Tensors, salt: str) -> Personal:
-        candidates = {Choice.BASE: inputs.seed_adapter, Choice.GLOBAL: start}
+    def personal_step(start: Tensors, salt: str) -> Personalization:
+        candidates = {Candidate.BASE: inputs.seed_adapter, Candidate.GLOBAL: start}
         return personalize(mine, candidates, examples, fine, epochs=inputs.personal.epochs, salt=salt)
 
     personal = personal_step(inputs.global_adapter, household.name)
-    storage.replace(state_dir.folder / device_home.PERSONAL, files.encode(personal.adapter))
+    storage.replace(state_dir.folder / device_files.PERSONAL, files.encode(personal.adapter))
     # The local arm gets all that the personal arm gets, except what other households contribute: as many epochs, at
     # the same two learning rates, and the same choice on the validation part.
     salt, epochs = f"{household.name}/local", inputs.federation_epochs
@@ -107,7 +107,7 @@ def _outcome(state_dir: DeviceStateDir, household: Household, mine: Trainer, inp
         len(train),
         len(test),
         {arm: mine.score(adapter, test).accuracy for arm, adapter in arms.items()},
-        personal.choice.value,
+        personal.chosen.value,
     )
     storage.replace(path, json.dumps(asdict(outcome)).encode())
     return outcome

@@ -21,11 +21,11 @@ from adapters.storage import replace
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
-from client.node import statedir as device_home
+from client.node import statedir as device_files
 from client.node.policy import PolicySettings
-from client.node.statedir import DeviceSettings, DeviceStateDir, enrol
+from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.examples import Example, Split, write_examples
-from client.training.trainer import Trainer, trainer
+from client.training.trainer import Trainer, load_trainer
 from coordinator import statedir as coordinator_home
 from coordinator.registry import Registry
 from coordinator.settings import SETTINGS
@@ -69,18 +69,18 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
             serial=x509.random_serial_number(),
         )
         trust = {
-            device_home.CERTIFICATE: certificate,
-            device_home.AUTHORITY: authority.root.to_pem(),
-            device_home.COORDINATOR: key.public.to_pem(),
+            device_files.CERTIFICATE: certificate,
+            device_files.AUTHORITY: authority.root.to_pem(),
+            device_files.COORDINATOR: key.public.to_pem(),
             # Whose files this device opens: the coordinator's, and its own private adapter's.
-            device_home.TRUST: key.public.to_pem() + identity.public.to_pem(),
+            device_files.TRUST: key.public.to_pem() + identity.public.to_pem(),
         }
         policy = PolicySettings(
             minimum_cohort=max(3, min(SMALLEST_POLICY, fleet - 2)),
             adversaries=sorted({"active", scenario.federation.aggregation.adversary}),
         )
         settings = DeviceSettings(base=_base_name(scenario, base), policy=policy)
-        state_dir = enrol(device_folder(out, household.name), settings, identity, trust, entropy)
+        state_dir = DeviceStateDir.create(device_folder(out, household.name), settings, identity, trust, entropy)
         write_examples(state_dir.examples, _examples(household))
 
 
@@ -108,7 +108,7 @@ def _coordinator(
     replace(folder / coordinator_home.AUTHORITY, authority.root.to_pem())
     settings = scenario.federation.model_copy(update={"seed": scenario.seed})
     replace(folder / SETTINGS, settings.to_toml().encode())
-    mine = trainer(base, len(population.labels), lora(scenario))
+    mine = load_trainer(base, len(population.labels), lora(scenario))
     prototypes = _prototypes(mine, population.public, len(population.labels))
     tensors = seeded(mine.model, prototypes, torch.Generator().manual_seed(scenario.seed))
     blob = files.encode(tensors)

@@ -13,8 +13,8 @@ from adapters.base import Base
 from adapters.layout import Tensors
 from adapters.storage import PUBLIC, replace
 from aggregation.pki.identity import IdentityKey
-from client.node import statedir as device_home
-from client.training.trainer import trainer
+from client.node import statedir as device_files
+from client.training.trainer import load_trainer
 from coordinator import statedir as coordinator_home
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
@@ -49,7 +49,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     registry = provision.registry(out)
     version = registry.latest() or registry.version(0)
     tensors = registry.tensors(version.manifest.version)
-    model = trainer(base, len(population.labels), provision.lora(scenario)).model
+    model = load_trainer(base, len(population.labels), provision.lora(scenario)).model
     exported = export_classifier(model, base, Profile(scenario.export.profile))
     runner = OnnxRunner.open(exported.files)
     classifier.load(model, tensors)
@@ -64,7 +64,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
         GLOBAL, tensors, population.labels, manifest.version, manifest.sha256, method=manifest.method
     )
     write_bundle(out / BUNDLE, exported, [source], key=key)
-    replace(out / device_home.TRUST, key.public.to_pem(), PUBLIC)
+    replace(out / device_files.TRUST, key.public.to_pem(), PUBLIC)
     for household in population.households:
         _write_device_bundle(out, household.name, exported, source)
     return ExportOutcome(
@@ -87,8 +87,8 @@ def _write_device_bundle(out: Path, household: str, exported: ExportedBase, comm
     """Copy the coordinator's bundle into a device's state directory, and add the device's own adapter to it."""
     folder = provision.device_folder(out, household)
     copy_bundle(out / BUNDLE, folder / BUNDLE)
-    blob = (folder / device_home.PERSONAL).read_bytes()
-    identity = IdentityKey.from_pem((folder / device_home.IDENTITY).read_bytes())
+    blob = (folder / device_files.PERSONAL).read_bytes()
+    identity = IdentityKey.from_pem((folder / device_files.IDENTITY).read_bytes())
     private = AdapterSource(
         PERSONAL, files.decode(blob), common.labels, common.version, files.sha256(blob), common.sha256, common.method
     )

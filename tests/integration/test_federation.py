@@ -26,8 +26,8 @@ from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, LAST_OFFER, PROOF, RECORD, Step
 from client.node.app import app as client_app
 from client.training.contribute import clip
-from client.training.examples import Split, part, read_examples
-from client.training.trainer import trainer
+from client.training.examples import Split, in_split, read_examples
+from client.training.trainer import load_trainer
 from coordinator import optimizer
 from coordinator.settings import Aggregation, FederationSettings
 from simulations.engine import provision as provisioned
@@ -47,10 +47,10 @@ def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, .
     """The weighted mean of what the survivors train, without masks, rings or messages."""
     registry, settings = fleet.registry(), settings_of(fleet)
     task = settings.training.task(registry.version(version).manifest, settings.seed)
-    mine = trainer(fleet.base, len(task.labels), provisioned.lora(fleet.scenario))
+    mine = load_trainer(fleet.base, len(task.labels), provisioned.lora(fleet.scenario))
     total, weights = np.zeros(mine.layout.size), 0
     for device in survivors:
-        examples = part(read_examples(fleet.state_dir(device).examples, len(task.labels)), Split.TRAIN)
+        examples = in_split(read_examples(fleet.state_dir(device).examples, len(task.labels)), Split.TRAIN)
         trained = mine.train(start, examples, task, epochs=task.epochs, salt=f"{device}/{version}")
         delta = mine.layout.flatten(trained).astype(np.float64) - mine.layout.flatten(start)
         weight = min(len(examples), settings.aggregation.weight_cap)

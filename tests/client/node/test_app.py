@@ -1,6 +1,6 @@
-"""The device's app, asked with real Flower messages: a right step is answered once, anything else is refused.
+"""The device's app, called with real Flower messages: a legal step is answered once, anything else is refused.
 
-The tests play the coordinator by hand, with its own key, so that they can sign what an honest one never would.
+The tests act as the coordinator, with its key, so that they can sign what an honest coordinator never would.
 """
 
 import json
@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from aggregation.steps import ADAPTER, BODY, RECORD, REVOCATIONS, Step
 from aggregation.vector import VectorSpec
 from client.node.app import FAILED, REFUSED, STATE, app
 from client.node.statedir import DeviceStateDir
-from client.training import contribute, trainer
+from client.training import trainer
 from client.training.trainer import Trainer
 from coordinator import settings
 from coordinator.statedir import CoordinatorStateDir
@@ -48,33 +48,35 @@ def message(step: Step, record: Mapping[str, Any] | None) -> Message:
 
 @dataclass
 class Talk:
-    """The coordinator's side, one call an exchange."""
+    """The coordinator's side, one call for each exchange."""
 
     fleet: Any
     coordinator: CoordinatorStateDir
-    inside: str = ""  # a device's home within the folder of its name
+    inside: str = ""  # the state directory within the folder of the device's name
+    log: "Log" = field(default_factory=lambda: Log())
 
     def reply(self, device: str, step: Step, record: Mapping[str, Any] | None) -> Message:
         state_dir = str(self.fleet.out / "devices" / device / self.inside)
         return app(message(step, record), Context(1, 2, {STATE: state_dir}, RecordDict(), {}))
 
     def ask(self, device: str, step: Step, body: bytes, **extra: bytes) -> bytes:
-        """The body of an answer that must come."""
+        """The body of the answer."""
         reply = self.reply(device, step, {BODY: body, **extra})
         assert not reply.has_error(), reply.error
         answer = reply.content.config_records[RECORD][BODY]
         assert isinstance(answer, bytes)
         return answer
 
-    def refused(self, device: str, step: Step, record: Mapping[str, Any] | None, reason: str = "") -> None:
-        """Refused in one line, with the device's state as it was."""
+    def refused(self, device: str, step: Step, record: Mapping[str, Any] | None, about: str | None = None) -> None:
+        """Refused in one line, for a reason about ``about``, with the device's state as it was."""
         state = self.fleet.out / "devices" / device / "session.sealed"
         before = state.read_bytes() if state.exists() else None
         reply = self.reply(device, step, record)
         assert reply.has_error(), f"{step} was answered"
         assert reply.error.code == REFUSED
-        assert reason in (reply.error.reason or "")
-        assert "\n" not in (reply.error.reason or "")
+        assert reply.error.reason
+        assert "\n" not in reply.error.reason
+        assert about is None or self.log.about == about, reply.error.reason
         assert (state.read_bytes() if state.exists() else None) == before
 
     def offer(self) -> tuple[Any, bytes]:
@@ -122,6 +124,15 @@ class Talk:
         return state.close()  # type: ignore[no-any-return]
 
 
+class Log(logging.Handler):
+    """What the last refusal in the device's log is about."""
+
+    about = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.about = getattr(record, "about", "")
+
+
 @pytest.fixture
 def talk(fleet_of: Callable[..., Any]) -> Iterator[Talk]:
     fleet = fleet_of(DEVICES)
@@ -130,12 +141,15 @@ def talk(fleet_of: Callable[..., Any]) -> Iterator[Talk]:
             file.write("demand_proofs = false\n")
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     coordinator = CoordinatorStateDir.open(fleet.out / "coordinator")
-    yield Talk(fleet, coordinator)
+    made, logger = Talk(fleet, coordinator), logging.getLogger("edgeadapt.device")
+    logger.addHandler(made.log)
+    yield made
+    logger.removeHandler(made.log)
     coordinator.registry.close()
 
 
-def spoiled(body: bytes) -> list[bytes]:
-    """The body truncated, with something behind it, and with one bit flipped here and there."""
+def damaged(body: bytes) -> list[bytes]:
+    """The body truncated, extended, and with one bit flipped in several places."""
     rng = np.random.default_rng(len(body))
     copies = [b"", body[:1], body[:-1], body[: len(body) // 2], body + b"\0"]
     for place in rng.integers(0, 8 * len(body), 12):
@@ -145,20 +159,20 @@ def spoiled(body: bytes) -> list[bytes]:
     return copies
 
 
-def test_a_device_says_who_it_is(talk: Talk) -> None:
+def test_a_device_checks_in_with_its_certificate(talk: Talk) -> None:
     root = Root.from_pem((talk.fleet.out / "coordinator" / "authority.pem").read_bytes())
     name, _ = root.verify(talk.ask(FIRST, Step.CHECK_IN, b""), datetime.now(UTC))
     assert name == FIRST
 
 
-def test_devices_draw_differently_whatever_their_folders_are_called(
+def test_devices_draw_differently_whatever_the_names_of_their_folders(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for state_dir in list((talk.fleet.out / "devices").iterdir()):
         aside = state_dir.rename(state_dir.with_suffix(".aside"))
         state_dir.mkdir()
-        aside.rename(state_dir / "home")
-    talk.inside, salts, real = "home", list[str](), trainer.seed
+        aside.rename(state_dir / "state")
+    talk.inside, salts, real = "state", list[str](), trainer.seed
 
     def seed(task: Task, salt: str) -> list[int]:
         salts.append(salt)
@@ -169,9 +183,9 @@ def test_devices_draw_differently_whatever_their_folders_are_called(
     assert len(salts) == len(set(salts)) == 2 * DEVICES  # the order of the examples, and the rounding
 
 
-def test_a_spoiled_message_is_refused_at_every_step_and_the_right_one_is_answered_after_it(talk: Talk) -> None:
+def test_a_damaged_message_is_refused_at_every_step_and_the_right_one_is_answered_after_it(talk: Talk) -> None:
     def first(step: Step, body: bytes, **extra: bytes) -> None:
-        for copy in spoiled(body):
+        for copy in damaged(body):
             talk.refused(FIRST, step, {BODY: copy, **extra})
 
     _, offer = talk.offer()
@@ -196,16 +210,16 @@ def test_a_spoiled_message_is_refused_at_every_step_and_the_right_one_is_answere
 def test_a_step_out_of_order_is_refused(talk: Talk) -> None:
     later = (Step.ROSTER, Step.PLAN, Step.SURVIVORS, Step.UNMASK)
     for step in later:
-        talk.refused(FIRST, step, {BODY: b"anything"}, "this device holds no session")
+        talk.refused(FIRST, step, {BODY: b"anything"}, "step")
     _, offer = talk.offer()
     talk.ask(FIRST, Step.OFFER, offer)
     for step in later[1:]:
-        talk.refused(FIRST, step, {BODY: b"anything"}, f"{step.value} is not what comes next")
+        talk.refused(FIRST, step, {BODY: b"anything"}, "step")
     session = talk.established()
     for step in (Step.ROSTER, Step.SURVIVORS, Step.UNMASK):
-        talk.refused(FIRST, step, {BODY: b"anything"}, "not what comes next")
+        talk.refused(FIRST, step, {BODY: b"anything"}, "step")
     _, survivors = talk.collect(*talk.plan(session))
-    talk.refused(FIRST, Step.UNMASK, {BODY: b"anything"}, "no step of this session")
+    talk.refused(FIRST, Step.UNMASK, {BODY: b"anything"})
     talk.ask(FIRST, Step.SURVIVORS, survivors[FIRST])
 
 
@@ -213,17 +227,17 @@ def test_the_same_step_twice_is_answered_once(talk: Talk) -> None:
     sharing, roster = talk.sharing()
     for device in sorted(sharing.session.peers):
         sharing = sharing.on_shares(device, talk.ask(device, Step.ROSTER, roster))
-    talk.refused(FIRST, Step.ROSTER, {BODY: roster}, "not what comes next")
+    talk.refused(FIRST, Step.ROSTER, {BODY: roster}, "step")
     collecting, plans = talk.plan(sharing.close())
     confirming, survivors = talk.collect(collecting, plans)
-    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, "round 1 is over")
+    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
     _, requests = talk.confirm(confirming, survivors)
-    talk.refused(FIRST, Step.SURVIVORS, {BODY: survivors[FIRST]}, "not what comes next")
+    talk.refused(FIRST, Step.SURVIVORS, {BODY: survivors[FIRST]}, "step")
     talk.ask(FIRST, Step.UNMASK, requests[FIRST])
-    talk.refused(FIRST, Step.UNMASK, {BODY: requests[FIRST]}, "not what comes next")
+    talk.refused(FIRST, Step.UNMASK, {BODY: requests[FIRST]}, "step")
 
 
-def test_two_that_ask_at_once_get_one_answer(talk: Talk) -> None:
+def test_concurrent_copies_of_a_message_are_answered_once(talk: Talk) -> None:
     _, roster = talk.sharing()
     with ThreadPoolExecutor(4) as pool:
         replies = list(pool.map(lambda _: talk.reply(FIRST, Step.ROSTER, {BODY: roster}), range(4)))
@@ -239,39 +253,39 @@ def test_a_plan_whose_adapter_or_task_is_not_right_is_refused_and_the_right_plan
     _, plans = talk.plan(session)
     for other in (None, b"", talk.adapter[:-1], bytes(flipped)):
         record = {BODY: plans[FIRST], **({} if other is None else {ADAPTER: other})}
-        talk.refused(FIRST, Step.PLAN, record, "not the one that the plan names")
+        talk.refused(FIRST, Step.PLAN, record, "plan.adapter_digest")
 
-    def signed(blob: bytes, reason: str, **changes: Any) -> None:
-        """A plan that names ``blob`` and is signed by the coordinator."""
+    def signed(blob: bytes, about: str | None = None, **changes: Any) -> None:
+        """A plan with the digest of ``blob``, signed by the coordinator."""
         _, bodies = talk.plan(session, adapter_digest=files.sha256(blob), **changes)
-        talk.refused(FIRST, Step.PLAN, {BODY: bodies[FIRST], ADAPTER: blob}, reason)
+        talk.refused(FIRST, Step.PLAN, {BODY: bodies[FIRST], ADAPTER: blob}, about)
 
     name = min(tensors)
-    signed(b"no adapter", "not a sound adapter file")
-    signed(talk.adapter[:-1], "not a sound adapter file")
-    signed(files.encode({k: v for k, v in tensors.items() if k != name}), "not of one layout")
-    signed(files.encode({**tensors, name: np.zeros((7, 7), np.float32)}), "not of one layout")
-    signed(files.encode({**tensors, "extra": np.zeros(3, np.float32)}), "not of one layout")
+    signed(b"no adapter")
+    signed(talk.adapter[:-1])
+    signed(files.encode({k: v for k, v in tensors.items() if k != name}), "plan.layout")
+    signed(files.encode({**tensors, name: np.zeros((7, 7), np.float32)}), "plan.layout")
+    signed(files.encode({**tensors, "extra": np.zeros(3, np.float32)}), "plan.layout")
     poisoned = talk.adapter[:-4] + np.float32(np.nan).tobytes()
-    signed(poisoned, "holds NaN or infinity")
+    signed(poisoned)
 
-    def asked(training: bytes, reason: str) -> None:
-        signed(talk.adapter, reason, training=training)
+    def asked(training: bytes, about: str | None = None) -> None:
+        signed(talk.adapter, about, training=training)
 
-    asked(b"", "task: field")
-    asked(json.dumps({**asdict(task), "code": "import os"}).encode(), "task: field code")
-    asked(json.dumps({**asdict(task), "epochs": 10**9}).encode(), "task: field epochs")
-    asked(json.dumps({**asdict(task), "seed": -1}).encode(), "task: field seed")
-    asked(replace(task, method=replace(task.method, rank=task.method.rank + 1)).encode(), "not of one layout")
-    asked(replace(task, method=replace(task.method, rank=10**9)).encode(), "LoRA needs a rank of 1 to 1024")
-    asked(replace(task, method=replace(task.method, targets=("nothing",))).encode(), "no module named as")
-    asked(replace(task, labels=(*task.labels, "another")).encode(), "not of one layout")
-    asked(replace(task, labels=()).encode(), "at least two labels")
+    asked(b"")
+    asked(json.dumps({**asdict(task), "code": "import os"}).encode())
+    asked(json.dumps({**asdict(task), "epochs": 10**9}).encode())
+    asked(json.dumps({**asdict(task), "seed": -1}).encode())
+    asked(replace(task, method=replace(task.method, rank=task.method.rank + 1)).encode(), "plan.layout")
+    asked(replace(task, method=replace(task.method, rank=10**9)).encode())
+    asked(replace(task, method=replace(task.method, targets=("nothing",))).encode())
+    asked(replace(task, labels=(*task.labels, "another")).encode(), "plan.layout")
+    asked(replace(task, labels=()).encode())
     talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
 
 
 @pytest.mark.parametrize(("name", "bound"), [("weight", 5.0), ("held_out", 2.0), ("loss", 1e-3), ("delta", 1e-9)])
-def test_bounds_that_would_tell_devices_apart_are_refused_by_all_alike(
+def test_bounds_that_tell_devices_apart_are_refused_by_every_device(
     talk: Talk, name: str, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A coordinator offers a bound and counts who cannot answer: they have more examples, or a greater loss."""
@@ -285,34 +299,36 @@ def test_bounds_that_would_tell_devices_apart_are_refused_by_all_alike(
     monkeypatch.setattr(settings, "contribution_spec", narrowed)
     _, plans = talk.plan(talk.established())
     for device, body in plans.items():
-        talk.refused(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}, "other bounds than its clip norm")
-    monkeypatch.setattr(contribute, "require_bounds", lambda *given: None)
-    told = {
+        talk.refused(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}, "offer.spec.vector")
+    monkeypatch.setattr("client.node.app.require_bounds", lambda *given: None)
+    refused = {
         device: talk.reply(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}).has_error()
         for device, body in plans.items()
     }
-    assert any(told.values())
-    assert name != "weight" or told == {device: number > 1 for number, device in enumerate(sorted(plans))}
+    assert any(refused.values())
+    assert name != "weight" or refused == {device: number > 1 for number, device in enumerate(sorted(plans))}
 
 
 def test_a_coordinator_with_another_key_is_refused(talk: Talk, fleet_of: Callable[..., Any]) -> None:
     stranger = CoordinatorStateDir.open(fleet_of(DEVICES).out / "coordinator")
     _, offer = Talk(talk.fleet, replace(talk.coordinator, key=stranger.key)).offer()
-    talk.refused(FIRST, Step.OFFER, {BODY: offer}, "signature")
+    talk.refused(FIRST, Step.OFFER, {BODY: offer})
     stranger.registry.close()
 
 
 @pytest.mark.parametrize("record", [None, {}, {BODY: "text"}, {BODY: 7}, {ADAPTER: b"x"}, {BODY: [b"a"]}])
 def test_a_message_without_a_body_is_refused(talk: Talk, record: Any) -> None:
-    talk.refused(FIRST, Step.OFFER, record, "carries no protocol body")
+    talk.refused(FIRST, Step.OFFER, record, "message.body")
 
 
-def test_a_node_without_a_home_is_refused(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_without_a_state_directory_is_refused(
+    talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for config in ({}, {STATE: ""}, {STATE: str(tmp_path / "gone")}):
         reply = app(message(Step.CHECK_IN, {BODY: b""}), Context(1, 2, config, RecordDict(), {}))
         assert reply.error.code == REFUSED
-        assert reply.error.reason == "cannot take part, and the device's log says why"
+        assert reply.error.reason == "cannot take part; the device's log has the reason"
 
 
 def test_a_base_that_is_not_the_offered_one_is_refused(talk: Talk, make_base: Any, tmp_path: Path) -> None:
@@ -320,13 +336,13 @@ def test_a_base_that_is_not_the_offered_one_is_refused(talk: Talk, make_base: An
     path = talk.fleet.out / "devices" / FIRST / "device.toml"
     path.write_text(path.read_text().replace(str(talk.fleet.base.folder), str(other.folder)))
     _, offer = talk.offer()
-    talk.refused(FIRST, Step.OFFER, {BODY: offer}, "is not on this device")
+    talk.refused(FIRST, Step.OFFER, {BODY: offer})
 
 
-def test_a_state_that_cannot_be_read_shuts_a_device_out_of_one_session_only(talk: Talk) -> None:
+def test_a_damaged_state_excludes_a_device_from_one_session_only(talk: Talk) -> None:
     _, roster = talk.sharing()
     (talk.fleet.out / "devices" / FIRST / "session.sealed").write_bytes(b"damaged")
-    talk.refused(FIRST, Step.ROSTER, {BODY: roster}, "the device's log says why")
+    talk.refused(FIRST, Step.ROSTER, {BODY: roster})
     talk.established()
 
 
@@ -334,7 +350,7 @@ def test_a_state_that_cannot_be_read_shuts_a_device_out_of_one_session_only(talk
 
 
 @pytest.mark.parametrize("spoil", ["broken", "label", "empty", "gone"])
-def test_what_is_wrong_with_the_examples_travels_as_nothing_but_the_fact(talk: Talk, spoil: str) -> None:
+def test_an_error_in_the_examples_is_reported_without_its_reason(talk: Talk, spoil: str) -> None:
     session, path = talk.established(), talk.fleet.out / "devices" / FIRST / "examples.jsonl"
     right = path.read_bytes()
     path.unlink()
@@ -351,7 +367,7 @@ def test_what_is_wrong_with_the_examples_travels_as_nothing_but_the_fact(talk: T
 
 
 @pytest.mark.parametrize("error", [RuntimeError(PHRASE), DataError(PHRASE), OSError(28, PHRASE), ValueError(PHRASE)])
-def test_no_text_of_an_exception_travels(
+def test_no_text_of_an_exception_is_sent(
     talk: Talk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     session = talk.established()
@@ -370,18 +386,17 @@ def test_no_text_of_an_exception_travels(
 
 
 @pytest.mark.parametrize("name", ["authority.pem", "revoked.crl"])
-def test_what_is_wrong_with_a_devices_own_files_does_not_travel(talk: Talk, name: str) -> None:
+def test_an_error_in_a_devices_own_files_is_reported_without_its_reason(talk: Talk, name: str) -> None:
     _, offer = talk.offer()
     (talk.fleet.out / "devices" / FIRST / name).write_bytes(b"damaged")
     authority = Authority.from_pem((talk.fleet.out / "authority" / "authority.pem").read_bytes())
     now = datetime.now(UTC)
     listed = authority.revocations(1, {}, now, now + timedelta(days=1)).to_pem()
-    talk.refused(
-        FIRST, Step.OFFER, {BODY: offer, REVOCATIONS: listed}, "cannot take part, and the device's log says why"
-    )
+    reply = talk.reply(FIRST, Step.OFFER, {BODY: offer, REVOCATIONS: listed})
+    assert (reply.error.code, reply.error.reason) == (REFUSED, "cannot take part; the device's log has the reason")
 
 
-def test_no_answer_leaves_before_the_new_state_is_on_the_disk(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_answer_is_sent_before_the_new_state_is_on_the_disk(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     session = talk.established()
     _, plans = talk.plan(session)
     state = talk.fleet.out / "devices" / FIRST / "session.sealed"
@@ -399,7 +414,9 @@ def test_no_answer_leaves_before_the_new_state_is_on_the_disk(talk: Talk, monkey
     assert state.read_bytes() != before
 
 
-def test_the_state_is_replaced_before_the_answer_is_made(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_was_killed_after_it_saved_its_state_does_not_answer_again(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed right after the new state is on the disk, a restarted device has answered, though nobody heard it."""
     session = talk.established()
     _, plans = talk.plan(session)
@@ -415,11 +432,11 @@ def test_the_state_is_replaced_before_the_answer_is_made(talk: Talk, monkeypatch
         broken.setattr("client.node.statedir.replace", die_after)
         with pytest.raises(Killed):
             talk.reply(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
-    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, "round 1 is over")
+    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
 
 
-def test_when_a_round_is_over_no_home_holds_a_secret_of_it(talk: Talk) -> None:
-    """Neither in a file as it lies there, nor in the sealed state once it is opened."""
+def test_after_a_round_no_state_directory_contains_a_secret_of_it(talk: Talk) -> None:
+    """Neither in a file, nor in the unsealed state."""
     session = talk.established()
     state_dirs = [DeviceStateDir.open(talk.fleet.out / "devices" / device) for device in sorted(session.session.peers)]
     own = {secret for state_dir in state_dirs for secret in asdict(state_dir.load_state())["secrets"][1].values()}
@@ -440,7 +457,7 @@ def test_when_a_round_is_over_no_home_holds_a_secret_of_it(talk: Talk) -> None:
 
 
 def holds(state_dir: DeviceStateDir, secrets: set[bytes]) -> bool:
-    """Whether one of them is in a file of the home, or in the state that is sealed in one."""
+    """Whether one of the secrets is in a file of the state directory, or in its sealed state."""
     files = b"".join(path.read_bytes() for path in state_dir.folder.iterdir() if path.is_file())
     state = str(asdict(state_dir.load_state()))
     return any(secret in files or repr(secret) in state for secret in secrets)

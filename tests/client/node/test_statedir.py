@@ -1,7 +1,6 @@
-"""The device's home: what is missing or altered is said, what is written is whole, and one step is answered once."""
+"""A state directory names a missing or damaged file, is written completely or not at all, and is locked."""
 
 import os
-import re
 import stat
 import subprocess
 import sys
@@ -18,11 +17,12 @@ from hypothesis import strategies as st
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey
-from client.node import statedir as device_home
+from client.node import statedir
 from client.node.policy import PolicySettings
-from client.node.statedir import DeviceSettings, DeviceStateDir, enrol
+from client.node.statedir import DeviceSettings, DeviceStateDir
+from tests.support import refused
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = DeviceSettings(base="some_base", policy=PolicySettings(minimum_cohort=5))
 FILES = ("certificate.der", "authority.pem", "coordinator.pem")
 
@@ -30,18 +30,19 @@ FILES = ("certificate.der", "authority.pem", "coordinator.pem")
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     trust = dict.fromkeys(FILES, b"-")
-    enrol(tmp_path / "home", SETTINGS, IdentityKey.generate(SystemEntropy()), trust, SystemEntropy())
-    return tmp_path / "home"
+    identity = IdentityKey.generate(SystemEntropy())
+    DeviceStateDir.create(tmp_path / "state", SETTINGS, identity, trust, SystemEntropy())
+    return tmp_path / "state"
 
 
-def test_a_home_opens_with_the_settings_it_was_made_with(folder: Path) -> None:
+def test_a_state_directory_opens_with_the_settings_it_was_created_with(folder: Path) -> None:
     state_dir = DeviceStateDir.open(folder)
     assert state_dir.settings == SETTINGS
     assert state_dir.examples == folder / "examples.jsonl"
     assert state_dir.load_state() is None
 
 
-def test_every_file_of_a_home_is_readable_by_its_owner_only(folder: Path) -> None:
+def test_every_file_of_a_state_directory_is_readable_by_its_owner_only(folder: Path) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert set(modes.values()) == {0o600}
     assert len(modes) == 6
@@ -49,40 +50,47 @@ def test_every_file_of_a_home_is_readable_by_its_owner_only(folder: Path) -> Non
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
-def test_a_base_with_any_name_is_written_and_read_back(tmp_path: Path, base: str) -> None:
+def test_a_base_of_any_name_is_read_back_as_it_was_written(tmp_path: Path, base: str) -> None:
     identity = IdentityKey(bytes(32))
-    assert enrol(tmp_path, DeviceSettings(base=base), identity, {}, SystemEntropy()).settings.base == base
+    made = DeviceStateDir.create(tmp_path, DeviceSettings(base=base), identity, {}, SystemEntropy())
+    assert made.settings.base == base
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("content", "about"),
     [
-        ('base = "x"\nbasis = 1\n', "basis: there is no such key"),
-        ('base = "x"\n[policy]\nminimum_cohrt = 9\n', "policy.minimum_cohrt: there is no such key"),
-        ('base = "x"\n[policy]\nminimum_ring_bits = 40\nmaximum_ring_bits = 30\n', "policy: ring bits must be"),
-        ('base = "x"\n[policy]\nrevocation_days = 1000000000\n', "revocation_days"),
+        ('base = "x"\nbasis = 1\n', "basis"),
+        ('base = "x"\n[policy]\nminimum_cohrt = 9\n', "policy.minimum_cohrt"),
+        ('base = "x"\n[policy]\nminimum_ring_bits = 40\nmaximum_ring_bits = 30\n', "policy"),
+        ('base = "x"\n[policy]\nrevocation_days = 1000000000\n', "policy.revocation_days"),
         ("[policy]\nminimum_cohort = 8\n", "base"),
-        ('base = "x"\n[policy]\nminimum_cohort = 2\n', "minimum_cohort"),
-        ('base = "x"\n[policy]\nminimum_cohort = "8"\n', "minimum_cohort"),
-        ('base = "x"\n[policy]\nminimum_cohort = true\n', "minimum_cohort"),
+        ('base = "x"\n[policy]\nminimum_cohort = 2\n', "policy.minimum_cohort"),
+        ('base = "x"\n[policy]\nminimum_cohort = "8"\n', "policy.minimum_cohort"),
+        ('base = "x"\n[policy]\nminimum_cohort = true\n', "policy.minimum_cohort"),
         ("base = x\n", "device.toml"),
         ("base = 'x'\n\udcff", "device.toml"),
     ],
 )
-def test_settings_that_are_wrong_are_refused_in_one_line_that_names_them(
-    folder: Path, content: str, reason: str
-) -> None:
+def test_wrong_settings_are_refused_by_key(folder: Path, content: str, about: str) -> None:
     (folder / "device.toml").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ConfigError, match=reason) as caught:
+    with refused(ConfigError, about):
         DeviceStateDir.open(folder)
-    assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_no_home_is_refused(tmp_path: Path) -> None:
+def test_an_error_in_the_settings_names_file_and_key(folder: Path) -> None:
+    (folder / "device.toml").write_text('base = "x"\nbasis = 1\n')
+    with refused(ConfigError, "basis", value=1) as caught:
+        DeviceStateDir.open(folder)
+    assert str(caught.value) == f"{folder / 'device.toml'}: basis: unknown key"
+
+
+def test_a_folder_that_is_not_a_state_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path, tmp_path / "gone", tmp_path / "file"):
-        with pytest.raises(ConfigError, match="is not a device's home"):
+        with refused(ConfigError, "device.toml") as caught:
             DeviceStateDir.open(folder)
+        assert str(folder) in str(caught.value)
+        assert "edgeadapt device enrol" in str(caught.value)
 
 
 def test_a_missing_key_or_certificate_is_named(fleet_of: Callable[..., Any]) -> None:
@@ -91,7 +99,7 @@ def test_a_missing_key_or_certificate_is_named(fleet_of: Callable[..., Any]) -> 
     for name in ("identity.pem", *FILES):
         content = (state_dir.folder / name).read_bytes()
         (state_dir.folder / name).unlink()
-        with pytest.raises(TrustError, match=f"has no {name}: enrol this device first"):
+        with refused(TrustError, name):
             state_dir.device("b" * 64)
         (state_dir.folder / name).write_bytes(content)
 
@@ -100,8 +108,9 @@ def test_a_missing_key_or_certificate_is_named(fleet_of: Callable[..., Any]) -> 
 def test_a_damaged_file_is_named(fleet_of: Callable[..., Any], name: str) -> None:
     state_dir = fleet_of().state_dir("device-00")
     (state_dir.folder / name).write_bytes(b"no key")
-    with pytest.raises(TrustError, match=re.escape(f"{state_dir.folder / name}: not a")):
+    with pytest.raises(TrustError) as caught:
         state_dir.device("b" * 64)
+    assert str(caught.value).startswith(f"{state_dir.folder / name}: ")
 
 
 # The state of a session.
@@ -109,7 +118,7 @@ def test_a_damaged_file_is_named(fleet_of: Callable[..., Any], name: str) -> Non
 
 @pytest.fixture
 def joined(fleet_of: Callable[..., Any]) -> DeviceStateDir:
-    """A home in the middle of a session."""
+    """A state directory in the middle of a session."""
     fleet = fleet_of(rounds=1)
     fleet.federate(fleet.grid())
     state_dir: DeviceStateDir = fleet.state_dir("device-00")
@@ -118,39 +127,41 @@ def joined(fleet_of: Callable[..., Any]) -> DeviceStateDir:
 
 
 def test_an_altered_truncated_or_foreign_state_is_refused(joined: DeviceStateDir) -> None:
-    path = joined.folder / device_home.STATE
+    path = joined.folder / statedir.STATE
     sealed = path.read_bytes()
-    spoiled = [sealed[:-1], sealed[: len(sealed) // 2], b"", sealed + b"\0"]
-    spoiled += [sealed[:i] + bytes([sealed[i] ^ 1]) + sealed[i + 1 :] for i in (0, 20, 40, len(sealed) - 1)]
-    for content in spoiled:
+    damaged = [sealed[:-1], sealed[: len(sealed) // 2], b"", sealed + b"\0"]
+    damaged += [sealed[:i] + bytes([sealed[i] ^ 1]) + sealed[i + 1 :] for i in (0, 20, 40, len(sealed) - 1)]
+    for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(TrustError, match=r"session\.sealed: .*sealed session state"):
+        with pytest.raises(TrustError) as caught:
             joined.load_state()
+        assert str(path) in str(caught.value)
     path.write_bytes(sealed)
     joined.load_state()
-    (joined.folder / device_home.SEALING_KEY).write_bytes(bytes(32))
-    with pytest.raises(TrustError, match="another device"):
+    (joined.folder / statedir.SEALING_KEY).write_bytes(bytes(32))
+    with pytest.raises(TrustError):
         joined.load_state()
 
 
 def test_a_state_without_its_sealing_key_is_refused(joined: DeviceStateDir) -> None:
-    (joined.folder / device_home.SEALING_KEY).unlink()
-    with pytest.raises(TrustError, match=r"sealing\.key"):
+    (joined.folder / statedir.SEALING_KEY).unlink()
+    with refused(TrustError, "sealing.key"):
         joined.load_state()
 
 
 def test_the_sealed_state_shows_nothing_of_its_content(joined: DeviceStateDir) -> None:
-    sealed = (joined.folder / device_home.STATE).read_bytes()
+    sealed = (joined.folder / statedir.STATE).read_bytes()
     assert b"device-0" not in sealed
-    assert stat.S_IMODE((joined.folder / device_home.STATE).stat().st_mode) == 0o600
+    assert stat.S_IMODE((joined.folder / statedir.STATE).stat().st_mode) == 0o600
 
 
-def test_a_damaged_memory_of_the_log_is_refused_in_a_line_that_says_what_to_do(folder: Path) -> None:
+def test_a_damaged_log_state_is_refused_with_the_command_that_deletes_it(folder: Path) -> None:
     state_dir = DeviceStateDir.open(folder)
     assert state_dir.load_log_state() is None
-    (folder / "log.seen").write_bytes(b"damaged")
-    with pytest.raises(TrustError, match=r"log\.seen is damaged: 'edgeadapt device forget' starts"):
+    (folder / "log.state").write_bytes(b"damaged")
+    with refused(TrustError, "log.state") as caught:
         state_dir.load_log_state()
+    assert "edgeadapt device forget" in str(caught.value)
 
 
 def test_a_state_that_cannot_be_written_leaves_the_old_one(
@@ -168,7 +179,7 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(
     assert {path: path.read_bytes() for path in joined.folder.iterdir()} == before
 
 
-def test_one_message_at_a_time_whoever_asks(folder: Path) -> None:
+def test_threads_hold_the_lock_one_at_a_time(folder: Path) -> None:
     state_dir, inside, most = DeviceStateDir.open(folder), [0], [0]
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""What leaves a device: a clipped, weighted delta within its bound, or nothing at all."""
+"""A contribution is the clipped, weighted delta within its bounds, or there is none."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,8 @@ from adapters.task import MAX_LOSS, MAX_SECONDS, contribution_spec
 from aggregation.errors import DataError, ProtocolError
 from aggregation.spec import Adversary, SessionSpec
 from client.training.contribute import Outcome, clip, contribution, require_bounds
-from client.training.trainer import Score
+from client.training.examples import Score
+from tests.support import refused
 
 START: Tensors = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
 LAYOUT = Layout.of(START)
@@ -31,7 +32,7 @@ def outcome_of(delta: Any, **changes: Any) -> Outcome:
 
 
 def sent(outcome: Outcome, spec: SessionSpec, seed: int = 0) -> dict[str, Any]:
-    """What a sum over this device alone would show."""
+    """The values of a sum over this device alone."""
     return spec.vector.decode(contribution(outcome, LAYOUT, spec, np.random.default_rng(seed)), 1)
 
 
@@ -44,7 +45,9 @@ deltas = st.lists(st.floats(-100, 100, width=32), min_size=10, max_size=10)
 
 @settings(deadline=None)
 @given(deltas, st.integers(1, 300), st.integers(0, 2**32))
-def test_what_is_sent_is_weight_times_clipped_delta_within_a_step(delta: list[float], examples: int, seed: int) -> None:
+def test_the_contribution_is_weight_times_clipped_delta_within_a_step(
+    delta: list[float], examples: int, seed: int
+) -> None:
     spec, outcome = spec_of(), outcome_of(delta, examples=examples)
     values = sent(outcome, spec, seed)
     weight = min(examples, CAP)
@@ -60,7 +63,7 @@ def test_what_is_sent_is_weight_times_clipped_delta_within_a_step(delta: list[fl
 
 @settings(deadline=None)
 @given(deltas, st.floats(2.0**-20, 1e6))
-def test_a_clipped_vector_has_its_direction_and_at_most_the_norm(delta: list[float], norm: float) -> None:
+def test_a_clipped_vector_keeps_its_direction_and_has_at_most_the_norm(delta: list[float], norm: float) -> None:
     vector = np.array(delta)
     clipped, length = clip(vector, norm), np.linalg.norm(vector)
     if length <= norm:
@@ -73,7 +76,7 @@ def test_a_clipped_vector_has_its_direction_and_at_most_the_norm(delta: list[flo
 
 @settings(deadline=None)
 @given(st.floats(2.0**-60, 2.0**60), st.integers(0, 3), st.sampled_from([-1.0, 1.0]))
-def test_a_single_coordinate_at_the_norm_stays_within_the_bound_whatever_way_it_rounds(
+def test_a_single_coordinate_at_the_norm_stays_within_the_bound_however_it_rounds(
     norm: float, above: int, sign: float
 ) -> None:
     value = norm
@@ -100,7 +103,7 @@ def test_no_bound_is_ever_exceeded_by_finite_tensors(delta: list[float], norm: f
     assert values["seconds"][0] <= MAX_SECONDS + step(spec, "seconds")
 
 
-def test_a_device_weighs_no_more_than_the_cap() -> None:
+def test_the_weight_of_a_device_is_at_most_the_cap() -> None:
     spec = spec_of()
     assert [sent(outcome_of([0.0] * 10, examples=n), spec)["weight"][0] for n in (1, 127, 128, 129, 10**6)] == [
         1,
@@ -113,40 +116,40 @@ def test_a_device_weighs_no_more_than_the_cap() -> None:
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["trained", "start"])
-def test_nan_or_infinity_in_an_update_is_refused_and_nothing_leaves(poison: float, where: str) -> None:
+def test_an_update_with_nan_or_infinity_makes_no_contribution(poison: float, where: str) -> None:
     broken = {**START, "b": np.array([1, poison, 1, 1], np.float32)}
-    with pytest.raises(DataError, match="'b' holds NaN or infinity"):
+    with pytest.raises(DataError):
         sent(replace(outcome_of([0.0] * 10), **{where: broken}), spec_of())
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf, MAX_LOSS * CAP * 1.001])
 def test_a_metric_that_is_not_finite_or_beyond_its_bound_is_refused(loss: float) -> None:
-    with pytest.raises(DataError, match="segment loss"):
+    with pytest.raises(DataError):
         sent(outcome_of([0.0] * 10, held_out=Score(1, 3, loss)), spec_of())
 
 
-def test_bounds_are_those_of_the_clip_norm_and_the_weight_cap() -> None:
+def test_only_the_bounds_that_follow_from_clip_norm_and_weight_cap_are_accepted() -> None:
     require_bounds(spec_of(), LAYOUT)
     for changes in ({"clip_norm": 3.0}, {"weight_cap": 127}, {"weight_cap": 129}):
-        with pytest.raises(ProtocolError, match="other bounds than its clip norm and weight cap make"):
+        with refused(ProtocolError, "offer.spec.vector", peer="coordinator"):
             require_bounds(replace(spec_of(), **changes), LAYOUT)
-    with pytest.raises(ProtocolError, match="the vector on offer: a ring of"):
+    with refused(ProtocolError, "offer.spec.vector", peer="coordinator"):
         require_bounds(replace(spec_of(), weight_cap=2**32), LAYOUT)
 
 
 @pytest.mark.parametrize("examples", [0, -1])
-def test_a_device_without_examples_has_nothing_to_contribute(examples: int) -> None:
-    with pytest.raises(DataError, match="nothing to contribute"):
+def test_without_examples_there_is_no_contribution(examples: int) -> None:
+    with refused(DataError, "examples", value=examples):
         sent(outcome_of([0.0] * 10, examples=examples), spec_of())
 
 
 def test_an_adapter_of_another_layout_is_refused() -> None:
-    with pytest.raises(DataError, match="unknown to its layout"):
+    with pytest.raises(DataError):
         sent(replace(outcome_of([0.0] * 10), trained={"a": START["a"]}), spec_of())
 
 
-def test_the_rounding_is_without_bias() -> None:
-    """Accepts the mean that is right and rejects one that is off by a fiftieth of a step."""
+def test_the_rounding_is_unbiased() -> None:
+    """Accepts the right mean and rejects one that is off by a fiftieth of a step."""
     spec, outcome = spec_of(bits=16, clients=3, cap=3, clip_norm=2.0**-7), outcome_of([1e-4] * 10, examples=1)
     exact = LAYOUT.flatten(outcome.trained).astype(np.float64) - LAYOUT.flatten(START)
     draws = np.stack([sent(outcome, spec, seed)["delta"] for seed in range(2000)])

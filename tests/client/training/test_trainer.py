@@ -13,10 +13,10 @@ from adapters.layout import Layout, Tensors
 from adapters.manifest import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
-from client.training import trainer as training
-from client.training.examples import Example, Split
-from client.training.personal import Choice, personalize
-from client.training.trainer import Score, Trainer
+from client.training.examples import Example, Score, Split
+from client.training.personal import Candidate, personalize
+from client.training.trainer import Trainer, batches, load_trainer
+from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,17 +92,17 @@ def test_training_draws_nothing_from_a_global_generator(trainer: Trainer, start:
 
 
 def test_no_examples_are_refused(trainer: Trainer, start: Tensors) -> None:
-    with pytest.raises(DataError, match="no examples to train on"):
+    with refused(DataError, "examples", value=0):
         trainer.train(start, (), TASK, epochs=1, salt="a")
 
 
 def test_a_loss_that_is_not_finite_is_refused(trainer: Trainer, start: Tensors) -> None:
     broken = {name: np.full_like(value, 3e38) for name, value in start.items()}
-    with pytest.raises(DataError, match="loss is not finite: lower the learning rate"):
+    with refused(DataError, "training.loss"):
         trainer.train(broken, EXAMPLES, TASK, epochs=1, salt="a")
 
 
-def test_an_adapter_that_the_last_step_broke_is_refused(
+def test_an_adapter_that_is_not_finite_after_the_last_step_is_refused(
     trainer: Trainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = torch.optim.AdamW.step
@@ -113,11 +113,11 @@ def test_an_adapter_that_the_last_step_broke_is_refused(
             self.param_groups[0]["params"][0].fill_(float("nan"))
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
-    with pytest.raises(DataError, match="the trained adapter is not finite"):
+    with refused(DataError, "training.adapter"):
         trainer.train(start, EXAMPLES[:4], TASK, epochs=1, salt="a")
 
 
-def test_a_phrase_scores_the_same_alone_and_beside_a_longer_one(trainer: Trainer, start: Tensors) -> None:
+def test_a_phrase_scores_the_same_alone_and_in_a_batch_with_a_longer_one(trainer: Trainer, start: Tensors) -> None:
     trained = trainer.train(start, EXAMPLES, TASK, epochs=3, salt="a")
     together = trainer.logits(trained, [*TEXTS, "play a song in the kitchen and set a timer"])
     alone = np.concatenate([trainer.logits(trained, [text]) for text in TEXTS])
@@ -129,44 +129,44 @@ def test_a_score_is_the_sum_over_batches_of_any_size(
     trainer: Trainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trainer.score(start, EXAMPLES)
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 2)
+    monkeypatch.setattr("client.training.trainer.EVALUATION_BATCH", 2)
     split = trainer.score(start, EXAMPLES)
     assert (split.correct, split.count) == (whole.correct, whole.count)
     assert split.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
-def test_a_loss_is_clipped_so_that_it_has_a_bound(trainer: Trainer, start: Tensors) -> None:
+def test_a_loss_is_clipped_to_its_bound(trainer: Trainer, start: Tensors) -> None:
     sure = {name: value * (1e4 if "classifier" in name else 1) for name, value in start.items()}
     wrong = [Example(text, (int(np.argmax(trainer.logits(sure, [text]))) + 1) % 3) for text in TEXTS]
     score = trainer.score(sure, wrong)
     assert score == Score(0, len(TEXTS), MAX_LOSS * len(TEXTS))
 
 
-def test_no_examples_score_nothing(trainer: Trainer, start: Tensors) -> None:
+def test_the_score_without_examples_is_zero(trainer: Trainer, start: Tensors) -> None:
     assert trainer.score(start, ()) == Score(0, 0, 0.0)
     assert np.isnan(trainer.score(start, ()).accuracy)
 
 
-def test_a_text_longer_than_the_base_can_read_is_cut(trainer: Trainer, start: Tensors) -> None:
+def test_a_text_longer_than_the_base_can_read_is_truncated(trainer: Trainer, start: Tensors) -> None:
     positions = trainer.model.get_base_model().encoder.config.max_position_embeddings
     long = " ".join(["light"] * 3 * positions)
     assert trainer.logits(start, [long, "light"]).shape == (2, 3)
     trainer.train(start, [Example(long, 0)], TASK, epochs=1, salt="a")
 
 
-def test_unknown_and_strange_characters_are_read(trainer: Trainer, start: Tensors) -> None:
+def test_unknown_characters_are_accepted(trainer: Trainer, start: Tensors) -> None:
     assert trainer.logits(start, ["\u2028", "😀 \0", "ﷺ" * 500, "-"]).shape == (4, 3)
 
 
-def test_texts_of_like_length_share_a_batch_and_each_is_visited_once_an_epoch() -> None:
+def test_texts_of_similar_length_share_a_batch_and_each_is_visited_once_in_an_epoch() -> None:
     lengths = [3, 9, 3, 9, 5, 3, 9]
-    batches = list(training._batches(lengths, 3, 2, np.random.default_rng(1)))
-    assert [sorted(i for batch in batches[k : k + 3] for i in batch) for k in (0, 3)] == [list(range(7))] * 2
-    assert sorted(sorted(lengths[i] for i in batch) for batch in batches[:3]) == [[3, 3, 3], [5, 9, 9], [9]]
+    found = list(batches(lengths, 3, 2, np.random.default_rng(1)))
+    assert [sorted(i for batch in found[k : k + 3] for i in batch) for k in (0, 3)] == [list(range(7))] * 2
+    assert sorted(sorted(lengths[i] for i in batch) for batch in found[:3]) == [[3, 3, 3], [5, 9, 9], [9]]
 
 
 def test_the_same_base_labels_and_adapter_share_one_loaded_model(tiny_base: Any) -> None:
-    assert training.trainer(tiny_base, 3, LoraSpec(2, 4)) is training.trainer(tiny_base, 3, LoraSpec(2, 4))
+    assert load_trainer(tiny_base, 3, LoraSpec(2, 4)) is load_trainer(tiny_base, 3, LoraSpec(2, 4))
 
 
 # The seeded adapter.
@@ -207,35 +207,35 @@ def test_the_layout_of_a_trainer_is_that_of_its_model(trainer: Trainer, start: T
 
 # The private adapter.
 
-MINE = tuple(replace(e, part=Split.VALIDATION if i % 3 == 0 else Split.TRAIN) for i, e in enumerate(EXAMPLES * 2))
+MINE = tuple(replace(e, split=Split.VALIDATION if i % 3 == 0 else Split.TRAIN) for i, e in enumerate(EXAMPLES * 2))
 
 
-def test_a_device_keeps_the_candidate_that_does_best_on_its_held_out_part(trainer: Trainer, start: Tensors) -> None:
+def test_a_device_keeps_the_best_candidate_on_its_held_out_examples(trainer: Trainer, start: Tensors) -> None:
     worse = {name: -value for name, value in start.items()}
-    held_out = [e for e in MINE if e.part is Split.VALIDATION]
-    kept = personalize(trainer, {Choice.BASE: start, Choice.GLOBAL: worse}, MINE, TASK, epochs=0, salt="a")
-    assert set(kept.scores) == {Choice.BASE, Choice.GLOBAL}
+    held_out = [e for e in MINE if e.split is Split.VALIDATION]
+    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: worse}, MINE, TASK, epochs=0, salt="a")
+    assert set(kept.scores) == {Candidate.BASE, Candidate.GLOBAL}
     best = max(kept.scores.values(), key=lambda score: (score.correct, -score.loss))
-    assert kept.scores[kept.choice] == best == trainer.score(kept.adapter, held_out)
+    assert kept.scores[kept.chosen] == best == trainer.score(kept.adapter, held_out)
 
 
-def test_a_device_fine_tunes_from_the_global_adapter_on_its_training_part(trainer: Trainer, start: Tensors) -> None:
+def test_a_device_fine_tunes_the_global_adapter_on_its_training_examples(trainer: Trainer, start: Tensors) -> None:
     shared = trainer.train(start, EXAMPLES, TASK, epochs=1, salt="g")
-    kept = personalize(trainer, {Choice.BASE: start, Choice.GLOBAL: shared}, MINE, TASK, epochs=3, salt="a")
-    mine = trainer.train(shared, [e for e in MINE if e.part is Split.TRAIN], TASK, epochs=3, salt="a")
-    held_out = [e for e in MINE if e.part is Split.VALIDATION]
-    assert kept.scores[Choice.PERSONAL] == trainer.score(mine, held_out)
-    if kept.choice is Choice.PERSONAL:
+    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: shared}, MINE, TASK, epochs=3, salt="a")
+    mine = trainer.train(shared, [e for e in MINE if e.split is Split.TRAIN], TASK, epochs=3, salt="a")
+    held_out = [e for e in MINE if e.split is Split.VALIDATION]
+    assert kept.scores[Candidate.PERSONAL] == trainer.score(mine, held_out)
+    if kept.chosen is Candidate.PERSONAL:
         assert same(kept.adapter, mine)
 
 
-def test_without_held_out_examples_a_device_keeps_its_own(trainer: Trainer, start: Tensors) -> None:
-    only = [e for e in MINE if e.part is Split.TRAIN]
-    kept = personalize(trainer, {Choice.BASE: start, Choice.GLOBAL: start}, only, TASK, epochs=1, salt="a")
-    assert kept.choice is Choice.PERSONAL
+def test_without_held_out_examples_a_device_keeps_the_personal_adapter(trainer: Trainer, start: Tensors) -> None:
+    only = [e for e in MINE if e.split is Split.TRAIN]
+    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: start}, only, TASK, epochs=1, salt="a")
+    assert kept.chosen is Candidate.PERSONAL
     assert distance(kept.adapter, start) > 0
 
 
 def test_an_adapter_of_rank_zero_is_refused() -> None:
-    with pytest.raises(ConfigError, match="rank"):
+    with pytest.raises(ConfigError):
         LoraSpec(rank=0)

@@ -39,7 +39,7 @@ def test_local_and_personal_get_the_same_epochs_at_the_same_two_learning_rates(
     trainings, train = [], Trainer.train
 
     def recorded(self: Trainer, start: Tensors, examples: Any, task: Any, *, epochs: int, salt: str) -> Tensors:
-        assert {example.part for example in examples} == {Split.TRAIN}
+        assert {example.split for example in examples} == {Split.TRAIN}
         trainings.append((salt.split("/")[0], epochs, task.learning_rate))
         return train(self, start, examples, task, epochs=epochs, salt=salt)
 
@@ -58,7 +58,7 @@ def test_local_is_kept_by_validation_as_personal_is(
     calls: list[tuple[Split, Tensors]] = []
 
     def scored(self: Trainer, adapter: Tensors, examples: Any) -> Score:
-        part = examples[0].part
+        part = examples[0].split
         place = sum(called is Split.VALIDATION for called, _ in calls)
         calls.append((part, adapter))
         return Score(int(part is Split.VALIDATION and place % 3 == best), len(examples), 1.0)

@@ -11,8 +11,8 @@ import pytest
 from adapters.classifier import HEAD_SCALE
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
-from client.training.examples import Split, part, read_examples
-from client.training.trainer import trainer
+from client.training.examples import Split, in_split, read_examples
+from client.training.trainer import load_trainer
 from coordinator.statedir import CoordinatorStateDir
 from simulations.engine import provision
 
@@ -42,7 +42,7 @@ def test_a_device_has_its_households_examples_in_their_parts(made: Any) -> None:
             (Split.VALIDATION, household.validation),
             (Split.TEST, household.test),
         ):
-            assert [(e.text, e.label) for e in part(found, wanted)] == [(p.text, p.label) for p in phrases]
+            assert [(e.text, e.label) for e in in_split(found, wanted)] == [(p.text, p.label) for p in phrases]
 
 
 def test_the_registry_begins_with_the_vendors_seed_adapter(made: Any) -> None:
@@ -51,7 +51,7 @@ def test_the_registry_begins_with_the_vendors_seed_adapter(made: Any) -> None:
     manifest, tensors = version.manifest, registry.tensors(0)
     assert (manifest.version, manifest.round, manifest.parent, manifest.survivors) == (0, 0, None, ())
     assert (manifest.base_digest, manifest.labels) == (made.base.digest, made.population.labels)
-    mine = trainer(made.base, len(manifest.labels), provision.lora(made.scenario))
+    mine = load_trainer(made.base, len(manifest.labels), provision.lora(made.scenario))
     assert manifest.layout_digest == mine.layout.digest
     head = next(value for name, value in tensors.items() if name.endswith("classifier.weight"))
     assert np.allclose(np.linalg.norm(head, axis=1), HEAD_SCALE, rtol=1e-5)
