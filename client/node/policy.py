@@ -17,7 +17,7 @@ _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class PolicySettings(BaseModel):
-    """``[policy]``. The defaults are the safe ones; docs/reference/device-policy.md: what each costs to weaken."""
+    """``[policy]``. The defaults are safe; docs/reference/device-policy.md says what weaker values cost."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
