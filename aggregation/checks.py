@@ -1,14 +1,14 @@
-"""The checks, one function each: whatever a machine demands of a message before it acts on it.
+"""The checks, one function each: everything a machine requires of a message before it acts on it.
 
-They are pure and raise ``ProtocolError``; none logs and goes on. Rules by step (docs/reference/protocol.md):
+They are pure and raise ``ProtocolError``; nothing is logged and ignored. Rules by step of docs/reference/protocol.md:
 
-1. offer: certified members, each once; this device among them with its own key; the device's policy holds.
-3. roster: adverts of members, each once, signed, for this offer; my own unchanged; ``threshold`` of them or more.
-4. boxes: from neighbours on the roster; enough of them.
-5. plan: this session; a round not begun before; me in U1; my neighbours in U1 among those whose shares I have; U1 large
-   enough, and enough of my neighbourhood in it.
-7. survivors: this plan; U2 within U1; me in U2 with my own vector; U2 large enough, my neighbourhood in it too.
-8. unmask: a quorum of agreements, wherever they stand on the graph, on the very survivor set that I agreed to.
+1. offer: certified members, none repeated; this device among them with its own key; the device's policy holds.
+3. roster: adverts of members, none repeated, signed, for this offer; my own unchanged; ``threshold`` of them or more.
+4. encrypted shares: from neighbors on the roster; enough of them.
+5. plan: this session; a round not begun before; I am in U1; I have shares of my neighbors in U1; U1 is large enough and
+   has enough of my neighbors.
+7. survivors: this plan; U2 within U1; I am in U2 with my own vector; U2 is large enough and has enough of my neighbors.
+8. unmask: a quorum of consistency signatures, from anywhere in the graph, on exactly the survivor set that I signed.
 """
 
 import itertools
@@ -24,20 +24,32 @@ from aggregation.session import COORDINATOR, Peer, Session, context_of
 from aggregation.spec import SessionSpec
 
 
-def may_answer(peer: str, asked: Container[str], answered: Container[str], step: str) -> None:
-    """Return if ``peer`` may answer a step now: it was asked and has not answered.
+def may_answer(peer: str, asked: Container[str], answered: Container[str], tag: str) -> None:
+    """Return if ``peer`` may send the message ``tag`` now: it was asked and has not answered.
 
     Raises:
-        ProtocolError: Otherwise, with the name of the peer.
+        ProtocolError: It may not.
     """
     if peer not in asked:
-        raise ProtocolError(f"{step} from a device that was not asked", peer)
+        raise ProtocolError(f"{tag} from a device that was not asked", peer, about=f"{tag}.peer", value=peer)
     if peer in answered:
-        raise ProtocolError(f"second {step}", peer)
+        raise ProtocolError(f"second {tag} of this device", peer, about=f"{tag}.repeated", value=peer)
+
+
+def refers_to(peer: str, tag: str, device: str, field: str, found: bytes, expected: bytes) -> None:
+    """Return if a message ``tag`` names its sender, and the offer, context, plan or survivors that it must refer to.
+
+    Raises:
+        ProtocolError: It does not.
+    """
+    if found != expected:
+        raise ProtocolError(f"{tag} message is for another {field}", peer, about=f"{tag}.{field}", value=found.hex())
+    if device != peer:
+        raise ProtocolError(f"{tag} message names {device}", peer, about=f"{tag}.device", value=device)
 
 
 def members(root: Root, certificates: Sequence[bytes], at: datetime | None) -> dict[str, PublicKey]:
-    """The devices of a cohort by id, in ascending order, each certified and each once.
+    """Device id → identity key of a cohort, in ascending order, all certified and none repeated.
 
     Raises:
         ProtocolError: A certificate is not the authority's, or an id or key is repeated or out of order.
@@ -45,11 +57,11 @@ def members(root: Root, certificates: Sequence[bytes], at: datetime | None) -> d
     try:
         pairs = [root.verify(der, at) for der in certificates]
     except TrustError as error:
-        raise ProtocolError(str(error)) from None
-    if any(left[0] >= right[0] for left, right in itertools.pairwise(pairs)):
-        raise ProtocolError("cohort has a device twice, or is out of order")
+        raise ProtocolError.of(error) from None
+    if not ascending(device for device, _ in pairs):
+        raise ProtocolError("the cohort repeats a device, or is out of order", about="offer.order")
     if len({key.raw for _, key in pairs}) != len(pairs):
-        raise ProtocolError("two devices of the cohort share an identity key")
+        raise ProtocolError("two devices of the cohort have the same identity key", about="offer.keys")
     return dict(pairs)
 
 
@@ -57,163 +69,181 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
     """The advert of ``device`` for the offer with digest ``offer``.
 
     Raises:
-        ProtocolError: Not signed by ``device``, for another offer, or without a good key of its own for each round.
+        ProtocolError: Not signed by ``device``, for another offer, or without distinct valid keys for each round.
     """
     message = envelope.open_verified(Advert, raw, signer, device)
-    if message.offer != offer:
-        raise ProtocolError("advert is for another offer", device)
-    if message.device != device:
-        raise ProtocolError(f"advert is of {message.device}", device)
+    refers_to(device, Advert.TAG, message.device, "offer", message.offer, offer)
     if not len(message.mask_keys) == len(message.commitments) == rounds:
-        raise ProtocolError(f"advert does not have keys for {rounds} rounds", device)
+        raise ProtocolError(
+            f"advert does not have keys and commitments for {rounds} rounds",
+            device,
+            about="advert.mask_keys",
+            value=len(message.mask_keys),
+        )
     if len(message.keys) != 1 + rounds:
-        raise ProtocolError("advert has a key twice", device)
+        raise ProtocolError("advert repeats a key", device, about="advert.keys")
     for key in message.keys:
         try:
             masks.require_public_key(key)
         except ProtocolError as error:
-            raise ProtocolError(str(error), device) from None
+            raise ProtocolError.of(error, device) from None
     return message
 
 
 def roster(
-    spec: SessionSpec, offer: bytes, known: Mapping[str, PublicKey], message: Roster
+    spec: SessionSpec, offer: bytes, cohort: Mapping[str, PublicKey], message: Roster
 ) -> tuple[Session, dict[str, bytes]]:
-    """The session that a roster makes, and the adverts in it as signed.
+    """The session that a roster defines, and device → advert as signed.
 
     Raises:
-        ProtocolError: For another offer, below the threshold, an advert that is no member's, a device or key
-            twice, an advert that ``advert`` refuses, or no graph of the degree on so many devices.
+        ProtocolError: For another offer, below the threshold, an advert from outside the cohort, a device or key
+            repeated, an advert that ``advert`` refuses, or no graph of the degree on so many devices.
     """
     if message.offer != offer:
-        raise ProtocolError("roster is for another offer", COORDINATOR)
-    if len(message.adverts) < max(spec.threshold, spec.minimum_survivors):
-        raise ProtocolError(f"roster of {len(message.adverts)} is too small to end a round", COORDINATOR)
+        raise ProtocolError("roster is for another offer", COORDINATOR, about="roster.offer", value=message.offer.hex())
+    enough_devices(spec, len(message.adverts), "adverts on the roster", about="roster.size")
     signed: dict[str, bytes] = {}
     peers: dict[str, Peer] = {}
     keys: set[bytes] = set()
     for raw in message.adverts:
-        device = _claimed(raw)
-        if device not in known:
-            raise ProtocolError(f"{device} is on the roster but not in the cohort", COORDINATOR)
+        # Whose advert it claims to be; ``advert`` then requires that device's signature.
+        device = Advert.decode(envelope.unverified_body(raw)).device
+        if device not in cohort:
+            text = f"{device} is on the roster but not in the cohort"
+            raise ProtocolError(text, COORDINATOR, about="roster.members", value=device)
         if peers and device <= next(reversed(peers)):
-            raise ProtocolError(f"{device} is on the roster twice, or out of order", COORDINATOR)
-        found = advert(offer, spec.rounds, known[device], device, raw)
+            text = f"{device} is repeated on the roster, or out of order"
+            raise ProtocolError(text, COORDINATOR, about="roster.order", value=device)
+        found = advert(offer, spec.rounds, cohort[device], device, raw)
         if keys & found.keys:
-            raise ProtocolError(f"{device} has a key that another device on the roster has", COORDINATOR)
+            text = f"{device} has a key of another device on the roster"
+            raise ProtocolError(text, COORDINATOR, about="roster.keys", value=device)
         keys |= found.keys
         signed[device] = raw
-        peers[device] = Peer(device, len(peers) + 1, known[device], found.share_key, found.mask_keys, found.commitments)
+        peers[device] = Peer(
+            device, len(peers) + 1, cohort[device], found.share_key, found.mask_keys, found.commitments
+        )
     try:
         return Session(spec, offer, context_of(offer, message.digest()), peers), signed
     except ConfigError as error:
-        raise ProtocolError(str(error), COORDINATOR) from None
+        raise ProtocolError.of(error, COORDINATOR) from None
 
 
-def _claimed(raw: bytes) -> str:
-    """Whose advert it says it is; ``advert`` then demands that device's signature."""
-    return Advert.decode(envelope.unverified_body(raw)).device
-
-
-def encrypted_shares(session: Session, me: str, given: Mapping[str, EncryptedShares]) -> None:
-    """The boxes that a device gets: from neighbours only, and enough of them for a round.
+def encrypted_shares(session: Session, me: str, received: Mapping[str, EncryptedShares]) -> None:
+    """Return if the encrypted shares that a device receives are from neighbors only, and enough for a round.
 
     Raises:
-        ProtocolError: Otherwise.
+        ProtocolError: They are not.
     """
-    strangers = set(given) - set(session.neighbors(me, session.peers))
+    strangers = set(received) - set(session.neighbors(me, session.peers))
     if strangers:
-        raise ProtocolError(f"shares of {min(strangers)}, who is no neighbour", COORDINATOR)
-    enough_neighbors(session, me, given, "near this device shared their secrets")
+        text = f"shares of {min(strangers)}, which is not a neighbor"
+        raise ProtocolError(text, COORDINATOR, about="assignment.dealers", value=min(strangers))
+    enough_neighbors(session, me, received, "sent it shares", about="assignment.neighbors")
 
 
 def plan(session: Session, me: str, dealers: Collection[str], last_round: int, message: Plan) -> None:
-    """A plan that a device may act on. ``dealers``: those whose shares it has.
+    """Return if a device may act on a plan. ``dealers``: the devices whose shares it has.
 
     Raises:
-        ProtocolError: Otherwise.
+        ProtocolError: It may not.
     """
     if message.context != session.context:
-        raise ProtocolError("plan is for another session", COORDINATOR)
+        raise ProtocolError("plan is for another session", COORDINATOR, about="plan.context")
     if not last_round < message.round <= session.spec.rounds:
-        raise ProtocolError(f"round {message.round} is over, or beyond the session", COORDINATOR)
+        text = f"round {message.round} is not between {last_round + 1} and {session.spec.rounds}"
+        raise ProtocolError(text, COORDINATOR, about="plan.round", value=message.round)
     if not ascending(message.members):
-        raise ProtocolError("plan has a member twice, or out of order", COORDINATOR)
+        raise ProtocolError("plan repeats a member, or is out of order", COORDINATOR, about="plan.order")
     if me not in message.members:
-        raise ProtocolError("plan does not include this device", COORDINATOR)
+        raise ProtocolError("plan does not include this device", COORDINATOR, about="plan.self", value=me)
     strangers = set(message.members) - set(session.peers)
-    without = set(session.neighbors(me, message.members)) - set(dealers)
-    if strangers or without:
-        raise ProtocolError(f"{min(strangers | without)} is in the plan but shared no secrets", COORDINATOR)
-    enough_devices(session.spec, len(message.members), "members of the plan")
-    enough_neighbors(session, me, message.members, "near this device are in the plan")
+    without_shares = set(session.neighbors(me, message.members)) - set(dealers)
+    if strangers or without_shares:
+        device = min(strangers | without_shares)
+        text = f"{device} is in the plan, but this device has no shares of it"
+        raise ProtocolError(text, COORDINATOR, about="plan.members", value=device)
+    enough_devices(session.spec, len(message.members), "members of the plan", about="plan.size")
+    enough_neighbors(session, me, message.members, "are in the plan", about="plan.neighbors")
 
 
 def survivors(session: Session, current: Plan, me: str, vector: bytes, message: Survivors) -> None:
-    """A survivor set that a device may open. ``vector``: digest of its own masked vector.
+    """Return if a device may sign and unmask a survivor set. ``vector``: digest of its own masked vector.
 
     Raises:
-        ProtocolError: Otherwise.
+        ProtocolError: It may not.
     """
     if message.plan != current.digest():
-        raise ProtocolError("survivor set is for another plan", COORDINATOR)
-    if not set(message.vectors) <= set(current.members):
-        raise ProtocolError("a survivor was not in the plan", COORDINATOR)
+        raise ProtocolError("survivor set is for another plan", COORDINATOR, about="survivors.plan")
+    strangers = set(message.vectors) - set(current.members)
+    if strangers:
+        text = f"survivor {min(strangers)} is not in the plan"
+        raise ProtocolError(text, COORDINATOR, about="survivors.members", value=min(strangers))
     if message.vectors.get(me) != vector:
-        raise ProtocolError("survivor set does not have this device with its own vector", COORDINATOR)
-    enough_devices(session.spec, len(message.vectors), "survivors")
-    enough_neighbors(session, me, message.vectors, "near this device survived")
+        text = "survivor set does not include this device with its own vector"
+        raise ProtocolError(text, COORDINATOR, about="survivors.self", value=me)
+    enough_devices(session.spec, len(message.vectors), "survivors", about="survivors.size")
+    enough_neighbors(session, me, message.vectors, "survived", about="survivors.neighbors")
 
 
 def shares_to_reveal(
     session: Session, current: Plan, me: str, message: Survivors
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Whose seed and whose mask key a device opens: survivors and dropped, never one device in both."""
-    near = (me, *session.neighbors(me, current.members))
+    """The dealers whose seed, and those whose mask key, a device reveals shares of: survivors and dropouts.
+
+    No device is in both. The dealers are the device itself and its neighbors in the plan.
+    """
+    dealers = (me, *session.neighbors(me, current.members))
     return (
-        tuple(sorted(device for device in near if device in message.vectors)),
-        tuple(sorted(device for device in near if device not in message.vectors)),
+        tuple(sorted(device for device in dealers if device in message.vectors)),
+        tuple(sorted(device for device in dealers if device not in message.vectors)),
     )
 
 
 def consistency_signatures(session: Session, message: Survivors, signatures: Mapping[str, bytes]) -> None:
-    """A quorum of survivors or more signed this very set: no other set has a quorum, since a device signs one.
+    """Return if a quorum of survivors signed this set. No other set has a quorum, since a device signs one.
 
     Raises:
-        ProtocolError: Fewer, one that is no survivor, or a signature that is not valid.
+        ProtocolError: Fewer signed, one of them is not a survivor, or a signature is not valid.
     """
     if len(signatures) < session.spec.quorum:
-        raise ProtocolError(f"{len(signatures)} agreements, {session.spec.quorum} are needed", COORDINATOR)
+        text = f"{len(signatures)} consistency signatures, {session.spec.quorum} are needed"
+        raise ProtocolError(text, COORDINATOR, about="unmask.quorum", value=len(signatures))
     digest = message.digest()
     for device, signature in signatures.items():
         if device not in message.vectors:
-            raise ProtocolError(f"{device} agreed but is no survivor", COORDINATOR)
+            text = f"{device} signed the survivor set but is not in it"
+            raise ProtocolError(text, COORDINATOR, about="unmask.signers", value=device)
         body = ConsistencySignature(digest, device).encode()
-        envelope.verify(session.peers[device].identity, ConsistencySignature.TAG, body, signature)
+        try:
+            envelope.verify(session.peers[device].identity, ConsistencySignature.TAG, body, signature)
+        except ProtocolError as error:
+            raise ProtocolError.of(error, COORDINATOR) from None
 
 
-def enough_devices(spec: SessionSpec, count: int, what: str) -> None:
+def enough_devices(spec: SessionSpec, count: int, what: str, *, about: str = "devices") -> None:
     """Return if ``count`` is neither below the threshold nor below the minimum of survivors.
 
     Raises:
-        ProtocolError: It is.
+        ProtocolError: It is. ``what`` names the counted devices.
     """
     least = max(spec.threshold, spec.minimum_survivors)
     if count < least:
-        raise ProtocolError(f"{count} {what}, {least} are needed", COORDINATOR)
+        raise ProtocolError(f"{count} {what}, {least} are needed", COORDINATOR, about=about, value=count)
 
 
-def enough_neighbors(session: Session, me: str, present: Iterable[str], what: str) -> None:
-    """Return if those of ``present`` near ``me``, itself included, can open its secrets.
+def enough_neighbors(session: Session, me: str, present: Iterable[str], what: str, *, about: str = "neighbors") -> None:
+    """Return if the neighbors of ``me`` in ``present``, and ``me`` itself, can reconstruct its secrets.
 
     Raises:
-        ProtocolError: They are fewer than the threshold.
+        ProtocolError: They are fewer than the threshold. ``what`` says what they did.
     """
-    count = 1 + len(session.neighbors(me, present))
-    if count < session.spec.threshold:
-        raise ProtocolError(f"{count} devices {what}, {session.spec.threshold} are needed", COORDINATOR)
+    count, least = 1 + len(session.neighbors(me, present)), session.spec.threshold
+    if count < least:
+        text = f"{count} devices of this device's neighborhood {what}, {least} are needed"
+        raise ProtocolError(text, COORDINATOR, about=about, value=count)
 
 
 def ascending(devices: Iterable[str]) -> bool:
-    """Whether each is after the one before it."""
+    """Whether ``devices`` are strictly ascending: in order, and none repeated."""
     return all(left < right for left, right in itertools.pairwise(devices))

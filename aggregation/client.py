@@ -1,14 +1,14 @@
-"""The device's side of the protocol: one frozen type a state, whose methods are the legal steps.
+"""The device's side of the protocol: one frozen type for each state, whose methods are the legal steps.
 
     join → Advertised → Ready → Planned → Masked → Confirmed → Ready …
                                           Masked ───────────→ Ready …      (honest-but-curious)
 
 Each step checks the message (``checks``), then returns the next state and the answer. A refused message raises
-``ProtocolError`` and leaves the state as it was. A state answers once: a second answer from the same state is
-refused, because two answers to one step are what attacks are made of. A new plan may come in any state from
-``Ready`` on; what was secret of the abandoned round is then gone.
+``ProtocolError`` and leaves the state unchanged. A state answers once: a second answer from the same state is refused,
+because attacks need two answers to one step. A new plan may arrive in any state from ``Ready`` on; the secrets of the
+abandoned round are then dropped.
 
-A device that must survive a restart seals the new state (``sealed``) *before* it sends the answer.
+A device that must survive a restart stores the new state (``sealed``) *before* it sends the answer.
 """
 
 import hashlib
@@ -47,14 +47,14 @@ from aggregation.spec import Adversary, SessionSpec
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Who a device is and whom it trusts.
+    """The identity of a device, and the keys and limits it relies on.
 
     Args:
         identity: Its signing key.
-        certificate: The authority's word on it, DER.
+        certificate: Its certificate from the authority, DER.
         root: The pinned authority.
         coordinator: The pinned key of the coordinator.
-        policy: What it demands of an offer.
+        policy: What it requires of an offer.
     """
 
     identity: IdentityKey
@@ -64,29 +64,29 @@ class Device:
     policy: Policy
 
     def open_verified(self, kind: type[M], raw: bytes) -> M:
-        """Open a message of the coordinator's."""
+        """The message in ``raw``, if the coordinator signed it."""
         return envelope.open_verified(kind, raw, self.coordinator, COORDINATOR)
 
     def sign(self, message: Message) -> bytes:
-        """Sign a message of this device's."""
+        """``message`` as it travels, signed by this device."""
         return envelope.sign(self.identity, message)
 
 
 def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = None) -> tuple["Advertised", bytes]:
-    """Accept an offer: step 2. Makes the keys of every round; the answer is the advert.
+    """Accept an offer (step 2) and generate the keys of every round; the answer is the advert.
 
     Args:
         device: This device.
         offer: As received.
         entropy: Draws the keys.
-        at: The time at which certificates must be valid, where the device has a clock it trusts.
+        at: The time at which certificates must be valid, if the device has a clock it trusts.
 
     Raises:
-        ProtocolError: The offer is not the coordinator's, names an uncertified or repeated member, does not
-            include this device, or is against this device's policy.
+        ProtocolError: The offer is not the coordinator's, names an uncertified or repeated member, does not include
+            this device, or breaks this device's policy.
     """
     message = device.open_verified(Offer, offer)
-    me, cohort = _own_place(device, message, at)
+    me, cohort = _find_self(device, message, at)
     digest, rounds = message.digest(), range(1, message.spec.rounds + 1)
     share_key = entropy.bytes(masks.KEY)
     secrets = {round_: Secrets(entropy.bytes(masks.KEY), entropy.bytes(masks.KEY)) for round_ in rounds}
@@ -101,21 +101,23 @@ def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = N
     return Advertised(me, message.spec, digest, cohort, signed, share_key, secrets), signed
 
 
-def _own_place(device: Device, offer: Offer, at: datetime | None) -> tuple[str, dict[str, PublicKey]]:
+def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, dict[str, PublicKey]]:
     cohort = checks.members(device.root, offer.certificates, at)
     device.policy.check(offer.spec, len(cohort))
     try:
         me, key = device.root.verify(device.certificate, at)
     except TrustError as error:
-        raise ProtocolError(f"this device's own certificate: {error}") from None
+        text = f"this device's own certificate: {error}"
+        raise ProtocolError(text, about="device.certificate", value=error.about) from None
     if key != device.identity.public or cohort.get(me) != key:
-        raise ProtocolError("offer does not include this device with its own key", COORDINATOR)
+        text = "offer does not include this device with its own key"
+        raise ProtocolError(text, COORDINATOR, about="offer.self", value=me)
     return me, cohort
 
 
 @dataclass(frozen=True, slots=True)
 class Advertised:
-    """The advert is out; the roster is next."""
+    """The advert is sent; the roster is next."""
 
     me: str
     spec: SessionSpec
@@ -127,22 +129,23 @@ class Advertised:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_roster(self, device: Device, roster: bytes, entropy: Entropy) -> "tuple[Ready, bytes]":
-        """Check the roster and share the secrets of every round: steps 3 and 4. The answer is the boxes.
+        """Check the roster and share the secrets of every round (steps 3 and 4); the answer is the encrypted shares.
 
         Raises:
-            ProtocolError: The roster is not the coordinator's for this offer, is too small, has an advert that
-                is repeated, replayed, unsigned or of a stranger, or has not this device's own advert unchanged.
+            ProtocolError: The roster is not the coordinator's for this offer, is too small, has an advert that is
+                repeated, replayed, unsigned or from outside the cohort, or lacks this device's own advert.
         """
         message = device.open_verified(Roster, roster)
         session, adverts = checks.roster(self.spec, self.offer, self.cohort, message)
         device.policy.check_roster(self.spec, len(self.cohort), len(adverts))
         if adverts.get(self.me) != self.advert:
-            raise ProtocolError("roster does not have this device's own advert", COORDINATOR)
-        self.single_use.take("roster")
-        own, sealed = sharing.deal(session, self.me, self.share_key, self.secrets, entropy)
+            text = "roster does not have this device's own advert"
+            raise ProtocolError(text, COORDINATOR, about="roster.self", value=self.me)
+        self.single_use.take("shares")
+        own, encrypted = sharing.deal(session, self.me, self.share_key, self.secrets, entropy)
         held = {round_: {self.me: pair} for round_, pair in own.items()}
         ready = Ready(session, self.me, 0, None, self.share_key, self.secrets, held)
-        return ready, device.sign(Shares(session.context, self.me, sealed))
+        return ready, device.sign(Shares(session.context, self.me, encrypted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +153,13 @@ class Ready:
     """Between rounds.
 
     Args:
-        session: The public side.
+        session: The public state.
         me: This device's id.
         last_round: The last round begun; 0 before the first.
-        dealers: Those whose boxes arrived, or nothing before they do.
-        box_key: For opening boxes; gone once they are open.
+        dealers: Devices whose encrypted shares arrived; None before they arrive.
+        share_key: Decrypts the shares; None once they are decrypted.
         secrets: This device's own, of rounds still to come.
-        held: Round → dealer → shares, of rounds still to come.
+        held: Round → dealer → shares that this device holds, of rounds still to come.
     """
 
     session: Session
@@ -169,34 +172,34 @@ class Ready:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes) -> "Planned":
-        """Accept the plan of a round: step 5. Skipped rounds can no longer be joined; their secrets are dropped.
+        """Accept the plan of a round (step 5). Skipped rounds can no longer be joined; their secrets are dropped.
 
         Raises:
-            ProtocolError: Not the coordinator's, of another session, of a round begun before, without this
-                device, with a member that shared no secrets, or too small.
+            ProtocolError: Not the coordinator's, of another session, of a round begun before, without this device, with
+                a neighbor that sent no shares, or too small.
         """
         message = device.open_verified(Assignment, plan)
-        opened = self if self.share_key is None else self._open(message)
-        dealers = opened.dealers or frozenset()
+        current = self if self.share_key is None else self._decrypt(message)
+        dealers = current.dealers or frozenset()
         checks.plan(self.session, self.me, dealers, self.last_round, message.plan)
-        self.single_use.take("plan")
+        self.single_use.take("round")
         round_ = message.plan.round
         later = Ready(
             self.session,
             self.me,
             round_,
-            opened.dealers,
-            opened.share_key,
+            current.dealers,
+            current.share_key,
             {number: secret for number, secret in self.secrets.items() if number > round_},
-            {number: pairs for number, pairs in opened.held.items() if number > round_},
+            {number: pairs for number, pairs in current.held.items() if number > round_},
         )
-        return Planned(later, message.plan, self.secrets[round_], opened.held[round_])
+        return Planned(later, message.plan, self.secrets[round_], current.held[round_])
 
-    def _open(self, message: Assignment) -> "Ready":
+    def _decrypt(self, message: Assignment) -> "Ready":
         checks.encrypted_shares(self.session, self.me, message.encrypted_shares)
         held = {round_: dict(pairs) for round_, pairs in self.held.items()}
-        for dealer, box in message.encrypted_shares.items():
-            pairs = sharing.decrypt(self.session, self.share_key or b"", dealer, self.me, box)
+        for dealer, encrypted in message.encrypted_shares.items():
+            pairs = sharing.decrypt(self.session, self.share_key or b"", dealer, self.me, encrypted)
             for round_, pair in (pairs or {}).items():
                 held[round_][dealer] = pair
         dealers = frozenset(message.encrypted_shares)
@@ -205,7 +208,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A round has begun; the trained vector is next. Sealing this state gives up the round: see ``sealed``."""
+    """A round has begun; the trained vector is next. Storing this state abandons the round (``sealed``)."""
 
     ready: "Ready"
     plan: Plan
@@ -219,24 +222,24 @@ class Planned:
         return self.ready.session.spec
 
     def on_plan(self, device: Device, plan: bytes) -> "Planned":
-        """Give up this round for a later one."""
+        """Abandon this round for a later one."""
         return self.ready.on_plan(device, plan)
 
     def contribute(self, device: Device, ring_vector: Ring, threads: int = 1) -> "tuple[Masked, bytes]":
-        """Mask and sign the vector: step 6. This device's own secrets of the round end here.
+        """Mask and sign the vector (step 6). This device's own secrets of the round are dropped.
 
         Args:
             device: This device.
-            ring_vector: What ``spec.vector.encode`` gave. It is masked in place, so that the plain vector does
-                not outlive this call: copy it first if it is still needed.
-            threads: Those of ``masks.apply``.
+            ring_vector: Result of ``spec.vector.encode``. It is masked in place, so that the plain vector does not
+                outlive this call; copy it first if it is still needed.
+            threads: As of ``masks.apply``.
 
         Raises:
             DataError: The vector has another size or type.
         """
         bits, context, plan = self.spec.vector.ring_bits, self.ready.session.context, self.plan.digest()
         ring.require_vector(ring_vector, self.spec.vector.size, bits)
-        self.single_use.take("masked input")
+        self.single_use.take("masked-input")
         masks.apply(ring_vector, [*self.pair_masks(plan), self._self_mask(context, plan)], threads)
         packed = ring.packed_view(ring_vector, bits)
         header = MaskedInput(plan, self.ready.me, hashlib.sha256(packed).digest())
@@ -247,7 +250,7 @@ class Planned:
         return Mask(masks.self_key(self.secrets.seed, context, plan, self.ready.me), add=True)
 
     def pair_masks(self, plan: bytes) -> list[Mask]:
-        """One for each neighbour in the round: added by the smaller id, subtracted by the larger."""
+        """One mask for each neighbor in the round, which the smaller id adds and the larger subtracts."""
         session, me = self.ready.session, self.ready.me
         publics = session.mask_keys(session.neighbors(me, self.plan.members), self.plan.round)
         return masks.pair_masks(self.secrets.mask_key, me, publics, session.context, plan)
@@ -255,7 +258,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """The masked input is out; the survivor set is next. ``vector`` is the digest of what was sent."""
+    """The masked input is sent; the survivor set is next. ``vector`` is the digest of the sent vector."""
 
     ready: "Ready"
     plan: Plan
@@ -264,17 +267,17 @@ class Masked:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes) -> "Planned":
-        """Give up this round for a later one."""
+        """Abandon this round for a later one."""
         return self.ready.on_plan(device, plan)
 
     def on_survivors(self, device: Device, survivors: bytes) -> tuple["Confirmed", bytes]:
-        """Check the survivor set and sign it, once: step 7. The answer is the agreement.
+        """Check the survivor set and sign it, once (step 7); the answer is the consistency signature.
 
         Raises:
-            ProtocolError: Not the coordinator's for this plan, without this device and its own vector, with
-                one who was not in the plan, or too small; or the session runs no consistency round.
+            ProtocolError: Not the coordinator's for this plan, without this device and its own vector, with a device
+                from outside the plan, or too small; or the session runs no consistency check.
         """
-        self._demand(Adversary.ACTIVE, "survivor set")
+        self._require_adversary(Adversary.ACTIVE, "survivor set")
         message = device.open_verified(Survivors, survivors)
         checks.survivors(self.ready.session, self.plan, self.ready.me, self.vector, message)
         self.single_use.take("consistency-signature")
@@ -282,25 +285,27 @@ class Masked:
         return confirmed, device.sign(ConsistencySignature(message.digest(), self.ready.me))
 
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:
-        """Open the survivor set without a consistency round: step 8, honest-but-curious sessions only.
+        """Reveal shares for a survivor set without a consistency check (step 8, honest-but-curious sessions only).
 
         Raises:
             ProtocolError: As ``on_survivors``; always in an active session.
         """
-        self._demand(Adversary.HONEST_BUT_CURIOUS, "unmask request without an agreement")
+        self._require_adversary(Adversary.HONEST_BUT_CURIOUS, "unmask request without consistency signatures")
         message = device.open_verified(Unmask, unmask)
         checks.survivors(self.ready.session, self.plan, self.ready.me, self.vector, message.survivors)
         self.single_use.take("unmask-response")
         return self.ready, _unmask_response(device, self.ready, self.plan, self.held, message.survivors)
 
-    def _demand(self, adversary: Adversary, what: str) -> None:
-        if self.ready.session.spec.adversary is not adversary:
-            raise ProtocolError(f"{what} is no step of this session", COORDINATOR)
+    def _require_adversary(self, adversary: Adversary, what: str) -> None:
+        model = self.ready.session.spec.adversary
+        if model is not adversary:
+            text = f"a session against an {model.value} coordinator has no step with a {what}"
+            raise ProtocolError(text, COORDINATOR, about="session.adversary", value=model)
 
 
 @dataclass(frozen=True, slots=True)
 class Confirmed:
-    """This device agreed to a survivor set; the agreements of the others are next."""
+    """This device signed a survivor set; the signatures of the others are next."""
 
     ready: "Ready"
     plan: Plan
@@ -309,18 +314,19 @@ class Confirmed:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_plan(self, device: Device, plan: bytes) -> "Planned":
-        """Give up this round for a later one."""
+        """Abandon this round for a later one."""
         return self.ready.on_plan(device, plan)
 
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:
-        """Open the survivor set that this device agreed to: step 8. What it held of the round ends here.
+        """Reveal shares for the survivor set that this device signed (step 8). The shares of the round are dropped.
 
         Raises:
-            ProtocolError: Not the coordinator's, another survivor set, or too few valid agreements on it.
+            ProtocolError: Not the coordinator's, another survivor set, or too few valid signatures on it.
         """
         message = device.open_verified(Unmask, unmask)
         if message.survivors != self.survivors:
-            raise ProtocolError("not the survivor set that this device agreed to", COORDINATOR)
+            text = "unmask request is for another survivor set than this device signed"
+            raise ProtocolError(text, COORDINATOR, about="unmask.survivors")
         checks.consistency_signatures(self.ready.session, message.survivors, message.consistency_signatures)
         self.single_use.take("unmask-response")
         return self.ready, _unmask_response(device, self.ready, self.plan, self.held, message.survivors)
@@ -329,8 +335,8 @@ class Confirmed:
 def _unmask_response(
     device: Device, ready: "Ready", plan: Plan, held: Mapping[str, SharePair], survivors: Survivors
 ) -> bytes:
-    """One kind of share a dealer: of the seed of a survivor, of the mask key of one who dropped."""
-    alive, dropped = checks.shares_to_reveal(ready.session, plan, ready.me, survivors)
-    seeds = {dealer: held[dealer].seed for dealer in alive if dealer in held}
+    """One kind of share for each dealer: of the seed of a survivor, of the mask key of a dropout."""
+    survived, dropped = checks.shares_to_reveal(ready.session, plan, ready.me, survivors)
+    seeds = {dealer: held[dealer].seed for dealer in survived if dealer in held}
     keys = {dealer: held[dealer].key for dealer in dropped if dealer in held}
     return device.sign(UnmaskResponse(survivors.digest(), ready.me, seeds, keys))

@@ -1,6 +1,6 @@
-"""Where secret bytes come from. Nothing else in this package makes randomness for keys, seeds or shares.
+"""The source of secret bytes. Nothing else in this package generates randomness for keys, seeds or shares.
 
-Rounding coins are not secret and come from a ``numpy.random.Generator`` that the caller passes (``fixedpoint``).
+Rounding coins are not secret; they come from a ``numpy.random.Generator`` that the caller passes (``vector``).
 """
 
 import secrets
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Entropy(Protocol):
-    """Bytes that nobody can predict: the operating system's in use, fixed ones in vector tests."""
+    """Bytes that nobody can predict: from the operating system in production, fixed ones in vector tests."""
 
     def bytes(self, n: int) -> bytes:
         """Return ``n`` fresh bytes."""
@@ -16,7 +16,7 @@ class Entropy(Protocol):
 
 
 class SystemEntropy:
-    """The operating system's generator. Holds no state, so nothing can be read from it or rewound."""
+    """The operating system's generator. It holds no state, so nothing can be read from it or rewound."""
 
     def bytes(self, n: int) -> bytes:
         """Return ``n`` bytes from the operating system."""

@@ -1,7 +1,7 @@
-"""Signed messages: tag, version, body, signature. What every step begins by opening.
+"""Signed messages: tag, version, body, signature. Every step begins by verifying one.
 
-A body counts only for the tag that its signer gave it. Opening is bounded: a message over its type's limit is
-refused before a byte of it is copied.
+A body is valid only under the tag for which its signer signed it. Verification is bounded: a message over the limit of
+its type is refused before its content is copied.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ M = TypeVar("M", bound=Message)
 VERSION = 1
 OVERHEAD = 128  # bytes: more than magic, version, tag, lengths and signature take
 MAX_MESSAGE = 2**29  # bytes of a body
-_MAGIC = b"EA"
-_LENGTH = 4  # bytes that say how long a header is
+MAGIC = b"EA"
+_LENGTH = 4  # bytes of a header's length
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Envelope:
 ENVELOPE: Codec[Envelope] = wire.record(
     Envelope,
     {
-        "magic": wire.fixed(len(_MAGIC)),
+        "magic": wire.fixed(len(MAGIC)),
         "version": wire.uint(8),
         "tag": wire.text(r"[a-z-]{1,32}"),
         "body": wire.blob(MAX_MESSAGE),
@@ -46,18 +46,18 @@ ENVELOPE: Codec[Envelope] = wire.record(
 
 
 def sign(key: IdentityKey, message: Message) -> bytes:
-    """Sign ``message`` and write it as it travels."""
+    """``message`` as it travels, signed with ``key``."""
     body = message.encode()
-    return ENVELOPE.encode(Envelope(_MAGIC, VERSION, message.TAG, body, key.sign(message.TAG, body)))
+    return ENVELOPE.encode(Envelope(MAGIC, VERSION, message.TAG, body, key.sign(message.TAG, body)))
 
 
 def open_verified(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
     """Return the message of type ``kind`` that ``signer`` signed.
 
     Args:
-        kind: What is expected at this step.
+        kind: The message expected at this step.
         raw: As received.
-        signer: Whose signature must be on it.
+        signer: The key whose signature it must have.
         peer: Name of the signer in errors.
 
     Raises:
@@ -65,20 +65,23 @@ def open_verified(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
     """
     try:
         if len(raw) > kind.LIMIT + OVERHEAD:
-            raise ProtocolError(f"{kind.TAG} of {len(raw)} bytes is over the limit of {kind.LIMIT}")
+            message = f"{kind.TAG} of {len(raw)} bytes is over the limit of {kind.LIMIT}"
+            raise ProtocolError(message, about="envelope.size", value=len(raw))
         envelope = ENVELOPE.decode(raw)
-        if (envelope.magic, envelope.version) != (_MAGIC, VERSION):
-            raise ProtocolError(f"not a message of protocol version {VERSION}")
+        if (envelope.magic, envelope.version) != (MAGIC, VERSION):
+            raise ProtocolError(
+                f"not a message of protocol version {VERSION}", about="envelope.version", value=envelope.version
+            )
         if envelope.tag != kind.TAG:
-            raise ProtocolError(f"{envelope.tag} came where {kind.TAG} belongs")
+            raise ProtocolError(f"expected {kind.TAG}, got {envelope.tag}", about="envelope.tag", value=envelope.tag)
         verify(signer, kind.TAG, envelope.body, envelope.signature)
         return kind.decode(envelope.body)
     except ProtocolError as error:
-        raise error if error.peer else ProtocolError(str(error), peer) from None
+        raise error if error.peer else ProtocolError.of(error, peer) from None
 
 
 def unverified_body(raw: bytes) -> bytes:
-    """The body of a message whose signer is not known yet. Only to find out whom to verify it with.
+    """The body of a message whose signer is not known yet: only to find out which key must verify it.
 
     Raises:
         ProtocolError: Not a message.
@@ -87,12 +90,12 @@ def unverified_body(raw: bytes) -> bytes:
 
 
 def signature(raw: bytes) -> bytes:
-    """The signature on a message that was opened before."""
+    """The signature on a message that was verified before."""
     return raw[-SIGNATURE:]
 
 
 def with_body(raw: bytes, body: bytes) -> bytes:
-    """The message with another body under the same signature: with none, for a reader who knows it already.
+    """The message with another body under the same signature; an empty one where the reader can restore the body.
 
     Raises:
         ProtocolError: Not a message.
@@ -109,35 +112,36 @@ def verify(signer: PublicKey, tag: str, body: bytes, signature: bytes) -> None:
     try:
         signer.verify(tag, body, signature)
     except TrustError as error:
-        raise ProtocolError(str(error)) from None
+        raise ProtocolError.of(error) from None
 
 
 def sign_vector(key: IdentityKey, header: MaskedInput, packed: bytes | memoryview) -> bytes:
     """A masked input as it travels: vector, signed header, length of the header.
 
-    The vector comes first, because numbers are added at twice the speed where they begin on a multiple of their size.
+    The vector comes first, because adding it is twice as fast where its elements are aligned to their size.
     """
     signed = sign(key, header)
     return b"".join((packed, signed, len(signed).to_bytes(_LENGTH, "big")))
 
 
 def open_vector(raw: bytes, size: int, signer: PublicKey, peer: str) -> tuple[MaskedInput, memoryview]:
-    """Return header and packed vector of ``size`` bytes, the one bound to the other; the vector is not copied.
+    """Return the verified header and the packed vector of ``size`` bytes that it signs; the vector is not copied.
 
     Raises:
-        ProtocolError: As in ``open_verified``, another size, or a vector that is not the one signed.
+        ProtocolError: As ``open_verified``, another size, or a vector that is not the one signed.
     """
     packed, signed = split_vector(raw)
     if len(packed) != size or len(signed) > MaskedInput.LIMIT + OVERHEAD:
-        raise ProtocolError(f"masked input of {len(raw)} bytes does not hold a header and {size} bytes", peer)
+        message = f"masked input of {len(raw)} bytes does not hold a header and {size} bytes"
+        raise ProtocolError(message, peer, about="masked-input.size", value=len(raw))
     header = open_verified(MaskedInput, bytes(signed), signer, peer)
     if hashlib.sha256(packed).digest() != header.vector:
-        raise ProtocolError("vector is not the one that was signed", peer)
+        raise ProtocolError("the vector is not the one that was signed", peer, about="masked-input.vector")
     return header, packed
 
 
 def split_vector(raw: bytes) -> tuple[memoryview, memoryview]:
-    """The packed vector and the signed header of a masked input, neither of them checked; nothing is copied."""
+    """The packed vector and the signed header of a masked input, neither of them checked nor copied."""
     view = memoryview(raw)
     end = max(len(raw) - _LENGTH, 0)
     start = max(end - int.from_bytes(view[end:], "big"), 0)

@@ -1,7 +1,7 @@
 """The errors of the project. A command prints ``str(error)`` as one line and exits with ``exit_code``.
 
-They are in the lowest package because every package raises them. An aborted round is a value, not an error
-(``RoundAborted``): it is one of the ways in which a round is expected to end.
+They are defined in the lowest package because every package raises them. An aborted round is a value
+(``server.RoundAborted``), not an error: it is one of the expected ends of a round.
 """
 
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 
 class EdgeAdaptError(Exception):
-    """Anything that a user can cause or fix.
+    """An error that a user can cause or fix.
 
     Args:
         message: One line: what is wrong, and what to do.
-        about: What the error is about, for programs and tests, which must not depend on the wording: a field
+        about: The subject of the error, for programs and tests, which must not depend on the wording: a field
             (``plan.round``), a setting (``policy.minimum_cohort``), a file's name (``base.onnx``) or an option
             (``--form``).
-        value: The value that was refused, where it may be shown.
+        value: The refused value, where it may be shown.
     """
 
     exit_code = 1
@@ -36,6 +36,11 @@ class ProtocolError(EdgeAdaptError):
         super().__init__(f"{peer}: {message}" if peer else message, about=about, value=value)
         self.peer = peer
 
+    @classmethod
+    def of(cls, error: EdgeAdaptError, peer: str | None = None) -> "ProtocolError":
+        """``error`` as the fault of ``peer``: the same line, the same ``about`` and ``value``."""
+        return cls(str(error), peer, about=error.about, value=error.value)
+
 
 class TrustError(EdgeAdaptError):
     """A file or message is not what a trusted party signed: digest, signature, base, layout or version."""
@@ -45,7 +50,7 @@ class TrustError(EdgeAdaptError):
 
 @contextmanager
 def of_file(path: object) -> Iterator[None]:
-    """Put the file's name before the message of a ``TrustError`` about what it holds."""
+    """Put the file's name before the message of a ``TrustError`` about its content."""
     try:
         yield
     except TrustError as error:

@@ -1,13 +1,13 @@
-"""Masks: what keys they come from, and their expansion into the ring, added in place.
+"""Masks: the keys they are derived from, and their expansion into the ring, added in place.
 
-A pair's mask key is HKDF-SHA256 (RFC 5869) of X25519 (RFC 7748) bound to the session, the plan and the pair; a
-self-mask key is HKDF-SHA256 of the seed bound to the same. The plan in the key means that devices shown
-different plans get masks that do not cancel. A key opens one AES-256-CTR stream (``keystream``), which is read as
-ring elements in little-endian order, so every element is uniform over the ring.
+A pair's mask key is HKDF-SHA256 (RFC 5869) of X25519 (RFC 7748), bound to the session, the plan and the pair; a
+self-mask key is HKDF-SHA256 of the seed, bound to the session, the plan and the device. Because the plan is bound,
+devices that were shown different plans get masks that do not cancel. A key expands to one AES-256-CTR stream
+(``keystream``), read as ring elements in little-endian order, so every element is uniform over the ring.
 
-Expansion allocates nothing but one block a thread: keystreams go into it one after another while a block of the
-vector stays in the cache. A keystream is read from its beginning on, so threads do not share out the vector but the
-masks: each follows the one before it through the blocks, and what is read and added is the same bit for bit.
+Expansion allocates one block for each thread: keystreams fill it one after another while a block of the vector stays in
+the cache. A keystream is read sequentially, so threads divide the masks, not the vector: each thread follows the one
+before it through the blocks, and the result is the same bit for bit.
 """
 
 import itertools
@@ -27,23 +27,23 @@ from aggregation.errors import ProtocolError
 from aggregation.keystream import ZEROS, Keystream
 from aggregation.ring import Ring
 
-KEY = 32  # bytes: 256 bits, of every key and seed
+KEY = 32  # bytes of every key and seed
 BLOCK = ZEROS  # bytes of the vector that are masked at a time
-MASKS_PER_BATCH = 1024  # masks: bounds the memory of open streams, whatever the cohort
-BLOCKS_PER_THREAD = 4  # blocks of the vector for each thread: with fewer a thread would wait more than it works
+MASKS_PER_BATCH = 1024  # bounds the memory of open streams, whatever the size of the cohort
+BLOCKS_PER_THREAD = 4  # of the vector; with fewer, a thread waits more than it works
 _PAIR, _SELF = b"edgeadapt/pair-mask/1", b"edgeadapt/self-mask/1"
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """One mask on a vector: the key of its stream, and whether it is added or subtracted."""
+    """One mask on a vector: the key of its stream (32 bytes), and whether it is added or subtracted."""
 
     key: bytes = field(repr=False)
     add: bool
 
 
-# The u-coordinates of small order on Curve25519, as listed at https://cr.yp.to/ecdh.html: with them the "secret" is
-# the same whoever computes it. The list's others are these in another spelling: p or more, or with the top bit set.
+# The canonical u-coordinates of small order on Curve25519, from the list at https://cr.yp.to/ecdh.html: with them the
+# shared secret is the same whoever computes it. The other entries of that list are not canonical.
 _P = 2**255 - 19
 SMALL_ORDER = frozenset(
     {
@@ -57,28 +57,32 @@ SMALL_ORDER = frozenset(
 
 
 def require_public_key(key: bytes) -> None:
-    """Return if ``key`` is an X25519 public key with which secrets are secret, in its one spelling.
+    """Return if ``key`` (32 bytes) is a canonical X25519 public key that is not of small order.
 
-    Exchanges take u-coordinates mod p and ignore the top bit (RFC 7748, section 5). Here one key is one byte string,
-    so that keys are different where their bytes are.
+    X25519 reduces u-coordinates mod p and ignores the top bit (RFC 7748, section 5). Here one key is one byte string,
+    so that keys are different wherever their bytes are.
 
     Raises:
-        ProtocolError: It is of small order, or spelled otherwise.
+        ProtocolError: The key is of small order, or not canonical.
     """
     point = int.from_bytes(key, "little")
     if point >= _P:
-        raise ProtocolError("an X25519 key is not in its canonical form")
+        raise ProtocolError("an X25519 key is not in its canonical form", about="x25519.encoding", value=key.hex())
     if point in SMALL_ORDER:
-        raise ProtocolError("an X25519 key is of small order")
+        raise ProtocolError("an X25519 key is of small order", about="x25519.order", value=key.hex())
 
 
 def public_key(private: bytes) -> bytes:
-    """The X25519 public key of 32 private bytes."""
+    """The X25519 public key (32 bytes) of 32 private bytes (RFC 7748, section 6.1)."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
 def shared_secret(private: bytes, public: bytes) -> bytes:
-    """The X25519 secret of two parties. Never use it but through ``derive``.
+    """The X25519 shared secret (32 bytes) of two parties. Pass it to ``derive``; never use it as a key itself.
+
+    >>> a, b = bytes([1]) * 32, bytes([2]) * 32
+    >>> shared_secret(a, public_key(b)) == shared_secret(b, public_key(a))
+    True
 
     Raises:
         ProtocolError: ``public`` is a point of small order, or not 32 bytes.
@@ -90,17 +94,31 @@ def _exchange(private: X25519PrivateKey, public: bytes) -> bytes:
     try:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
-        raise ProtocolError("an X25519 key is of small order or of the wrong length") from None
+        message = "an X25519 key is of small order or of the wrong length"
+        raise ProtocolError(message, about="x25519.order", value=public.hex()) from None
 
 
 def derive(secret: bytes, *bound: bytes) -> bytes:
-    """HKDF-SHA256 of ``secret`` bound to ``bound``, each with its length before it: 32 bytes."""
+    """HKDF-SHA256 (RFC 5869) of ``secret`` without salt: 32 bytes.
+
+    Args:
+        secret: Input keying material of any length.
+        bound: Parts of the info, each preceded by its length in 4 bytes, so that no other list of parts gives the same.
+    """
     info = b"".join(len(part).to_bytes(4, "big") + part for part in bound)
     return HKDF(algorithm=hashes.SHA256(), length=KEY, salt=None, info=info).derive(secret)
 
 
 def pair_key(private: bytes, public: bytes, context: bytes, plan: bytes, pair: tuple[str, str]) -> bytes:
-    """The key that two devices share for one plan; the same whichever of them computes it."""
+    """The mask key that two devices share for one plan; both sides compute the same one.
+
+    Args:
+        private: Mask key of one device of the pair.
+        public: Public mask key of the other.
+        context: Of the session.
+        plan: Digest of the plan.
+        pair: The two device ids, in either order.
+    """
     return _pair_key(shared_secret(private, public), context, plan, pair)
 
 
@@ -112,7 +130,8 @@ def _pair_key(secret: bytes, context: bytes, plan: bytes, pair: tuple[str, str])
 def pair_masks(private: bytes, me: str, publics: Mapping[str, bytes], context: bytes, plan: bytes) -> list[Mask]:
     """The masks of ``me`` with its peers: the smaller id of a pair adds, the larger subtracts.
 
-    They also take off a sum what the peers of a ``me`` that dropped had put on: a pair's masks are opposites.
+    The two masks of a pair are opposites. The masks of a device that dropped out therefore also remove from a sum what
+    its peers had added for it.
 
     Args:
         private: The mask key of ``me``; loading it costs as much as an exchange, so it is loaded once.
@@ -120,6 +139,12 @@ def pair_masks(private: bytes, me: str, publics: Mapping[str, bytes], context: b
         publics: Peer → its public mask key.
         context: Of the session.
         plan: Digest of the plan.
+
+    Returns:
+        One mask for each peer, in the order of ``publics``.
+
+    Raises:
+        ProtocolError: A public key is of small order, or not 32 bytes.
     """
     key = X25519PrivateKey.from_private_bytes(private)
     return [
@@ -129,17 +154,24 @@ def pair_masks(private: bytes, me: str, publics: Mapping[str, bytes], context: b
 
 
 def self_key(seed: bytes, context: bytes, plan: bytes, device: str) -> bytes:
-    """The key of a device's own mask for one plan."""
+    """The key of a device's self mask for one plan, from its 32-byte ``seed``; bound to context, plan and device."""
     return derive(seed, _SELF, context, plan, device.encode())
 
 
 def apply(vector: Ring, masks: Iterable[Mask], threads: int = 1) -> None:
     """Add or subtract ``masks`` on ``vector`` in place, wrapping.
 
+    Guarantee: the result depends neither on the order of ``masks`` nor on ``threads``. A mask and its opposite cancel.
+
+    >>> vector = np.arange(3, dtype=np.uint32)
+    >>> apply(vector, [Mask(bytes(32), add=True), Mask(bytes(32), add=False)])
+    >>> vector
+    array([0, 1, 2], dtype=uint32)
+
     Args:
-        vector: Shape ``(n,)``, contiguous ``uint32`` or ``uint64``.
-        masks: In any order: the result is the same.
-        threads: At most so many, one a core. A short vector has one.
+        vector: Shape ``(n,)``, contiguous ``uint32`` or ``uint64``; ``n`` may be 0.
+        masks: Consumed in batches of ``MASKS_PER_BATCH``.
+        threads: Largest number of threads, usually one for each core; a short vector uses one.
     """
     waiting = iter(masks)
     while batch := list(itertools.islice(waiting, MASKS_PER_BATCH)):
@@ -159,7 +191,7 @@ def _apply(vector: Ring, batch: Sequence[Mask], threads: int) -> None:
     work = partial(_work, passes, gates, len(blocks) + 1)
     others: list[Future[None]] = []
     with ThreadPoolExecutor(threads) as pool:
-        with suppress(RuntimeError):  # where no more threads are to be had, those that there are make all the passes
+        with suppress(RuntimeError):  # if no more threads can be started, those that run make all the passes
             others.extend(pool.submit(work) for _ in range(threads - 1))
         work()
     for other in others:
@@ -167,18 +199,18 @@ def _apply(vector: Ring, batch: Sequence[Mask], threads: int) -> None:
 
 
 def _work(passes: Iterator[Callable[[], None]], gates: Sequence[Semaphore], every: int) -> None:
-    """Make passes until none is left: they are taken in order, so one that another waits for is always being made."""
+    """Run passes until none is left. They are taken in order, so a pass that another waits for is always running."""
     try:
         for each in passes:
             each()
     except BaseException:
         for gate in gates:
-            gate.release(every)  # the vector is lost, and nobody waits for this thread
+            gate.release(every)  # the vector is spoiled; no other thread waits for this one
         raise
 
 
 def _pass(blocks: Sequence[Ring], streams: Sequence[_Stream], ready: Semaphore, done: Semaphore) -> None:
-    """Combine ``streams`` with each block once it is ``ready``, and tell the pass that comes after."""
+    """Combine ``streams`` with each block once it is ``ready``, then release it to the next pass (``done``)."""
     buffer = memoryview(bytearray(BLOCK))
     for block in blocks:
         words: Ring = np.frombuffer(buffer[: block.nbytes], np.uint8).view(block.dtype)
@@ -190,7 +222,7 @@ def _pass(blocks: Sequence[Ring], streams: Sequence[_Stream], ready: Semaphore, 
 
 
 def expand(key: bytes, size: int, dtype: np.dtype[np.uint32] | np.dtype[np.uint64]) -> Ring:
-    """The mask of ``key`` itself: shape ``(size,)``. For tests and auditors; masking uses ``apply``."""
+    """The mask that ``key`` expands to: shape ``(size,)``, of ``dtype``. ``apply`` adds it without allocating it."""
     vector: Ring = np.zeros(size, dtype)
     apply(vector, [Mask(key, add=True)])
     return vector

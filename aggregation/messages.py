@@ -1,7 +1,7 @@
-"""The messages of the protocol: what each carries, and its one encoding (docs/reference/protocol.md gives the steps).
+"""The messages of the protocol: the fields of each, and its canonical encoding (``docs/reference/protocol.md``).
 
-A message declares its fields once, in wire order. What a well-formed message may say, and to whom, is decided in
-``checks``; signatures and versions are in ``envelope``. Limits are in bytes of the encoded body.
+A message declares its fields once, in wire order. ``checks`` decides what a well-formed message may say at each step;
+``envelope`` adds signatures and the version. Limits are in bytes of the encoded body.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ U32: Codec[int] = wire.uint(32)
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Base of all messages: an encoding that follows from ``FIELDS``, and a digest under the message's own tag."""
+    """Base of all messages: an encoding that follows from ``FIELDS``, and a digest under the message's tag."""
 
     TAG: ClassVar[str]
     LIMIT: ClassVar[int]
@@ -37,11 +37,11 @@ class Message:
 
     @classmethod
     def codec(cls) -> Codec[Self]:
-        """Both directions of the encoding."""
+        """The codec of this message."""
         return wire.record(cls, cls.FIELDS)
 
     def encode(self) -> bytes:
-        """The canonical bytes.
+        """The canonical bytes of this message.
 
         Raises:
             ConfigError: A field is over its limit.
@@ -50,10 +50,10 @@ class Message:
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:
-        """The message of ``raw``. Law: ``decode(raw).encode() == raw``.
+        """The message that ``raw`` encodes. Law: ``decode(raw).encode() == raw``.
 
         Raises:
-            ProtocolError: Anything but the canonical bytes of one such message.
+            ProtocolError: ``raw`` is not the canonical encoding of one such message.
         """
         return cls.codec().decode(raw)
 
@@ -62,9 +62,9 @@ class Message:
         return hashlib.sha256(self.TAG.encode() + b"\x00" + self.encode()).digest()
 
 
-SHARE_DIGEST = 16  # bytes: who would pass a wrong share for a given one must find a second preimage
+SHARE_DIGEST = 16  # bytes: passing a wrong share for the dealt one takes a second preimage
 AEAD_TAG = 16  # bytes
-PAIR = 2 * SHARE  # bytes: what a holder gets for one round of one dealer
+PAIR = 2 * SHARE  # bytes: the shares that a holder gets from one dealer for one round
 _KEYS = wire.sequence(wire.fixed(32), MAX_ROUNDS)
 
 SEGMENT: Codec[Segment] = wire.record(
@@ -94,7 +94,7 @@ SESSION_SPEC: Codec[SessionSpec] = wire.record(
 
 @dataclass(frozen=True, slots=True)
 class Offer(Message):
-    """Coordinator → devices: a session to join. ``session`` is 32 fresh bytes; certificates in order of device id."""
+    """Coordinator → devices: a session to join. ``session`` is 32 fresh bytes; certificates are in device order."""
 
     TAG: ClassVar = "offer"
     LIMIT: ClassVar = 32 * MIB
@@ -110,7 +110,10 @@ class Offer(Message):
 
 @dataclass(frozen=True, slots=True)
 class Advert(Message):
-    """Device → coordinator: its X25519 keys. One mask key and one commitment to the self-mask seed for each round."""
+    """Device → coordinator: its X25519 keys, and a commitment to the self-mask seed of each round.
+
+    ``share_key`` encrypts shares; ``mask_keys`` has one key for each round.
+    """
 
     TAG: ClassVar = "advert"
     LIMIT: ClassVar = MIB
@@ -129,13 +132,13 @@ class Advert(Message):
 
     @property
     def keys(self) -> frozenset[bytes]:
-        """All of them, the box key too."""
+        """All X25519 keys: the share key and the mask keys."""
         return frozenset((self.share_key, *self.mask_keys))
 
 
 @dataclass(frozen=True, slots=True)
 class Roster(Message):
-    """Coordinator → devices: every advert, as its device signed it, in order of device id."""
+    """Coordinator → devices: every advert as its device signed it, in order of device id."""
 
     TAG: ClassVar = "roster"
     LIMIT: ClassVar = 256 * MIB
@@ -146,9 +149,9 @@ class Roster(Message):
 
 @dataclass(frozen=True, slots=True)
 class EncryptedShares:
-    """Shares from one dealer for one holder: sealed, with a digest of each so that a wrong one has an author.
+    """Shares from one dealer for one holder, encrypted, with a digest of each, so that a wrong share can be attributed.
 
-    ``ciphertext`` holds, round by round, a share of the self-mask seed and one of the mask key; ``digests`` are of
+    ``ciphertext`` holds, for each round, a share of the self-mask seed and a share of the mask key; ``digests`` are of
     these shares in the same order.
     """
 
@@ -171,7 +174,7 @@ ENCRYPTED_SHARES: Codec[Mapping[str, EncryptedShares]] = wire.mapping(
 
 @dataclass(frozen=True, slots=True)
 class Shares(Message):
-    """Device → coordinator: one box for each neighbour. ``context`` is the digest of offer and roster."""
+    """Device → coordinator: encrypted shares for each neighbor. ``context`` is the digest of offer and roster."""
 
     TAG: ClassVar = "shares"
     LIMIT: ClassVar = 64 * MIB
@@ -186,9 +189,9 @@ MAX_TRAINING = 2**20  # bytes of settings for the trainer
 
 @dataclass(frozen=True, slots=True)
 class Plan(Message):
-    """What a round is: the same for everyone in it; its digest is in every mask.
+    """A round: the same for every device in it; its digest is bound into every mask.
 
-    ``members`` is the set U1 in ascending order; ``training`` is opaque here.
+    ``members`` is the set U1 in ascending order; ``training`` holds settings that this package does not interpret.
     """
 
     TAG: ClassVar = "plan"
@@ -211,7 +214,7 @@ class Plan(Message):
 
 @dataclass(frozen=True, slots=True)
 class Assignment(Message):
-    """Coordinator → one device: the plan, and until the device has them the boxes addressed to it, by dealer."""
+    """Coordinator → one device: the plan, and, until the device has them, the encrypted shares for it, by dealer."""
 
     TAG: ClassVar = "assignment"
     LIMIT: ClassVar = 64 * MIB
@@ -222,7 +225,7 @@ class Assignment(Message):
 
 @dataclass(frozen=True, slots=True)
 class MaskedInput(Message):
-    """Device → coordinator, before the packed vector: its SHA-256, so that a signature covers 3 MB at no cost."""
+    """Device → coordinator, after the packed vector: the vector's SHA-256, so that the signature covers the vector."""
 
     TAG: ClassVar = "masked-input"
     LIMIT: ClassVar = 1024
@@ -234,7 +237,7 @@ class MaskedInput(Message):
 
 @dataclass(frozen=True, slots=True)
 class Survivors(Message):
-    """Coordinator → devices: the set U2, each with the digest of its packed vector."""
+    """Coordinator → devices: the set U2, each survivor with the digest of its packed vector."""
 
     TAG: ClassVar = "survivors"
     LIMIT: ClassVar = 4 * MIB
@@ -245,7 +248,7 @@ class Survivors(Message):
 
 @dataclass(frozen=True, slots=True)
 class ConsistencySignature(Message):
-    """Device → coordinator → devices: "this is the one survivor set that I was shown in this round"."""
+    """Device → coordinator → devices: this is the one survivor set that I was shown in this round."""
 
     TAG: ClassVar = "consistency-signature"
     LIMIT: ClassVar = 1024
@@ -256,7 +259,7 @@ class ConsistencySignature(Message):
 
 @dataclass(frozen=True, slots=True)
 class Unmask(Message):
-    """Coordinator → devices: unmask this survivor set.
+    """Coordinator → devices: a request to unmask this survivor set.
 
     ``consistency_signatures``: device → signature on its ``ConsistencySignature``.
     """
@@ -276,7 +279,7 @@ _SHARES_BY_DEALER = wire.mapping(DEVICES, wire.fixed(SHARE), MAX_COHORT)
 
 @dataclass(frozen=True, slots=True)
 class UnmaskResponse(Message):
-    """Device → coordinator: by dealer, a share of the seed of each survivor and of the mask key of each dropped."""
+    """Device → coordinator: by dealer, a share of the seed of each survivor, and of the mask key of each dropout."""
 
     TAG: ClassVar = "unmask-response"
     LIMIT: ClassVar = 4 * MIB

@@ -1,6 +1,6 @@
-"""What a device demands of an offer before it takes part. Its own file, never the coordinator's word.
+"""What a device requires of an offer before it takes part. The policy belongs to the device's owner.
 
-The defaults are the safe ones; the coordinator cannot change them and each weaker value is the owner's choice.
+The defaults are the secure ones. The coordinator cannot change them; each weaker value is the owner's choice.
 """
 
 from dataclasses import dataclass
@@ -9,26 +9,30 @@ from datetime import datetime, timedelta
 from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.pki.revocation import RevocationList
+from aggregation.session import COORDINATOR
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
+
+_Rule = tuple[bool, str, object, str]  # whether it holds, the field it is about, that field's value, and the refusal
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Limits on what this device joins.
+    """Limits on the sessions that this device joins.
 
     Args:
-        known_bases: SHA-256 of the frozen bases that this device holds, in hex. Empty: it joins nothing.
-        minimum_cohort: Fewest devices in a cohort.
+        known_bases: SHA-256 of the frozen bases that this device holds, in hex. Empty: it joins no session.
+        minimum_cohort: Smallest cohort, in devices.
         minimum_ring_bits: Fewest bits of a ring element.
         maximum_ring_bits: Most bits of a ring element.
-        adversaries: Adversary models that this device is content with.
-        corrupt_fraction: Share of the cohort that may side with the coordinator; threshold and graph must withstand it.
-        complete_up_to: Largest cohort in which every device must be every other's neighbour.
+        adversaries: Adversary models that this device accepts.
+        corrupt_fraction: Fraction of the cohort that may collude with the coordinator; threshold and graph must
+            withstand it.
+        complete_up_to: Largest cohort in which every device must be every other's neighbor.
         maximum_weight: Largest weight cap, in examples.
         maximum_rounds: Most rounds in a session.
-        demand_proofs: Take part again only if the coordinator proves what its log holds (``receipts``).
-        revocation_days: Greatest age of the authority's revocation list, in days. 0: none is demanded, and one that the
-            device has counts until its own end.
+        demand_proofs: Whether to take part again only if the coordinator proves what its log holds (``transcript``).
+        revocation_days: Greatest age of the authority's revocation list, in days. 0: no list is required, and a list
+            that the device has is valid until its own end.
 
     Raises:
         ConfigError: A value is out of range.
@@ -47,92 +51,95 @@ class Policy:
     revocation_days: int = 0
 
     def __post_init__(self) -> None:
-        if self.minimum_cohort < 3:
-            raise ConfigError(
-                f"minimum_cohort {self.minimum_cohort} is below 3: a sum of two shows each the other's part"
-            )
-        if not 0 <= self.corrupt_fraction < 1:
-            raise ConfigError(f"corrupt_fraction {self.corrupt_fraction} is not in [0, 1)")
-        if not 1 <= self.minimum_ring_bits <= self.maximum_ring_bits <= 64:
-            raise ConfigError("ring bits must be 1 <= minimum_ring_bits <= maximum_ring_bits <= 64")
-        if self.revocation_days < 0:
-            raise ConfigError(f"revocation_days {self.revocation_days} is below 0")
+        low, high = self.minimum_ring_bits, self.maximum_ring_bits
+        ranges = (
+            ("minimum_cohort", self.minimum_cohort >= 3, "3 or more: a sum of two shows each the other's part"),
+            ("corrupt_fraction", 0 <= self.corrupt_fraction < 1, "in [0, 1)"),
+            ("minimum_ring_bits", 1 <= low <= high, f"between 1 and maximum_ring_bits {high}"),
+            ("maximum_ring_bits", high <= 64, "64 or less"),
+            ("revocation_days", self.revocation_days >= 0, "0 or more"),
+        )
+        for name, holds, expected in ranges:
+            if not holds:
+                value = getattr(self, name)
+                raise ConfigError(f"{name} {value} is not {expected}", about=f"policy.{name}", value=value)
 
     def check(self, spec: SessionSpec, cohort: int) -> None:
         """Return if this device may take part in a session of ``spec`` with ``cohort`` devices.
 
         Raises:
-            ProtocolError: It may not; the message names the first reason.
+            ProtocolError: It may not; the error is about the first field that breaks the policy.
         """
-        _require("offer", self._demands(spec, cohort))
+        _require("offer", self._offer_rules(spec, cohort))
 
     def check_revocations(self, revoked: RevocationList | None, at: datetime) -> None:
-        """Return if this device may go by the revocation list that it has at this time, or by having none.
+        """Return if this device may rely at time ``at`` on the revocation list that it has, or on having none.
 
         Raises:
-            ProtocolError: The list is missing, too old, or past its end: the coordinator keeps a newer one back.
+            ProtocolError: The list is missing, too old, or past its end: the coordinator withholds a newer one.
         """
         if revoked is None:
-            _require("offer", ((not self.revocation_days, "no revocation list came, and this device demands one"),))
+            missing = "the coordinator sent no revocation list, and this device's policy requires one"
+            _require("offer", ((not self.revocation_days, "revocations", None, missing),))
             return
         try:
             revoked.require_fresh(at, timedelta(self.revocation_days) if self.revocation_days else None)
         except TrustError as error:
-            raise ProtocolError(f"offer refused: {error}", "coordinator") from None
+            message = f"offer refused: {error}"
+            raise ProtocolError(message, COORDINATOR, about="offer.revocations", value=revoked.number) from None
 
     def check_roster(self, spec: SessionSpec, cohort: int, roster: int) -> None:
-        """Return if the graph holds with ``roster`` of the ``cohort`` devices, all corrupt ones among them.
+        """Return if the graph is secure with ``roster`` of the ``cohort`` devices, all corrupt ones among them.
 
         Raises:
-            ProtocolError: It does not.
+            ProtocolError: It is not.
         """
-        _require("roster", self._graph_demands(spec, cohort, roster))
+        _require("roster", self._graph_rules(spec, cohort, roster))
 
-    def _graph_demands(self, spec: SessionSpec, cohort: int, present: int) -> tuple[tuple[bool, str], ...]:
-        """No device's two secrets can both be opened, no part of the sum alone: docs/explanation/threat-model.md."""
+    def _graph_rules(self, spec: SessionSpec, cohort: int, present: int) -> tuple[_Rule, ...]:
+        """Neither both secrets of a device nor a part of the sum can be revealed: docs/explanation/threat-model.md."""
         corrupt = graph.count_of(cohort, self.corrupt_fraction)
-        if spec.degree >= present - 1:
-            holds = 2 * spec.threshold > present + corrupt
-            return ((holds, f"threshold {spec.threshold} of {present} does not withstand {corrupt} corrupt devices"),)
+        degree, threshold = spec.degree, spec.threshold
+        if degree >= present - 1:
+            text = f"threshold {threshold} of {present} does not withstand {corrupt} corrupt devices"
+            return ((2 * threshold > present + corrupt, "threshold", threshold, text),)
         bits = graph.SIGMA + (graph.GRINDING if spec.adversary is Adversary.ACTIVE else 0)
+        sparse = f"degree {degree} is not the complete graph of {present} devices"
+        weak = f"degree {degree} and threshold {threshold} of {present} devices do not withstand {corrupt} corrupt ones"
         return (
-            (cohort > self.complete_up_to, f"degree {spec.degree} is not the complete graph of {present} devices"),
-            (
-                graph.is_secure(present, corrupt, spec.degree, spec.threshold, bits),
-                f"degree {spec.degree} and threshold {spec.threshold} of {present} devices do not withstand "
-                f"{corrupt} corrupt ones",
-            ),
+            (cohort > self.complete_up_to, "degree", degree, sparse),
+            (graph.is_secure(present, corrupt, degree, threshold, bits), "graph", (degree, threshold), weak),
         )
 
-    def _demands(self, spec: SessionSpec, cohort: int) -> tuple[tuple[bool, str], ...]:
+    def _offer_rules(self, spec: SessionSpec, cohort: int) -> tuple[_Rule, ...]:
         bits, corrupt = spec.vector.ring_bits, graph.count_of(cohort, self.corrupt_fraction)
+        adversary, quorum, base = spec.adversary, spec.quorum, spec.base_digest
+        in_ring = self.minimum_ring_bits <= bits <= self.maximum_ring_bits
+        two_groups = f"{quorum} of {cohort} devices sign the survivor set: two groups could sign different sets"
+        small = f"cohort of {cohort} is below this device's minimum of {self.minimum_cohort}"
+        model = f"adversary model {adversary.value} is not one that this device accepts"
+        rounds = f"session of {spec.rounds} rounds is over this device's maximum of {self.maximum_rounds}"
+        weight = f"weight cap {spec.weight_cap} is over this device's maximum of {self.maximum_weight}"
         return (
+            (cohort >= self.minimum_cohort, "cohort", cohort, small),
             (
-                cohort >= self.minimum_cohort,
-                f"cohort of {cohort} is below this device's minimum of {self.minimum_cohort}",
+                spec.threshold <= cohort,
+                "threshold",
+                spec.threshold,
+                f"threshold {spec.threshold} is above the cohort of {cohort}",
             ),
-            (spec.threshold <= cohort, f"threshold {spec.threshold} is above the cohort of {cohort}"),
-            (spec.vector.max_clients >= cohort, f"a sum of {cohort} could wrap the ring"),
-            *self._graph_demands(spec, cohort, cohort),
-            (
-                spec.adversary is not Adversary.ACTIVE or 2 * spec.quorum > cohort + corrupt,
-                f"{spec.quorum} of {cohort} devices agree on the survivors: two groups could agree on different ones",
-            ),
-            (
-                self.minimum_ring_bits <= bits <= self.maximum_ring_bits,
-                f"ring of {bits} bits is outside this device's limits",
-            ),
-            (
-                spec.adversary in self.adversaries,
-                f"adversary model {spec.adversary.value} is not one this device accepts",
-            ),
-            (spec.base_digest in self.known_bases, f"base {spec.base_digest[:12]} is not on this device"),
-            (spec.weight_cap <= self.maximum_weight, f"weight cap {spec.weight_cap} is above {self.maximum_weight}"),
-            (spec.rounds <= self.maximum_rounds, f"session of {spec.rounds} rounds is above {self.maximum_rounds}"),
+            (spec.vector.max_clients >= cohort, "max_clients", cohort, f"a sum of {cohort} could wrap the ring"),
+            *self._graph_rules(spec, cohort, cohort),
+            (adversary is not Adversary.ACTIVE or 2 * quorum > cohort + corrupt, "quorum", quorum, two_groups),
+            (in_ring, "ring_bits", bits, f"ring of {bits} bits is outside this device's limits"),
+            (adversary in self.adversaries, "adversary", adversary, model),
+            (base in self.known_bases, "base_digest", base, f"base {base[:12]} is not on this device"),
+            (spec.weight_cap <= self.maximum_weight, "weight_cap", spec.weight_cap, weight),
+            (spec.rounds <= self.maximum_rounds, "rounds", spec.rounds, rounds),
         )
 
 
-def _require(what: str, demands: tuple[tuple[bool, str], ...]) -> None:
-    for holds, reason in demands:
+def _require(what: str, rules: tuple[_Rule, ...]) -> None:
+    for holds, field, value, reason in rules:
         if not holds:
-            raise ProtocolError(f"{what} refused: {reason}", "coordinator")
+            raise ProtocolError(f"{what} refused: {reason}", COORDINATOR, about=f"{what}.{field}", value=value)

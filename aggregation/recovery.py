@@ -1,10 +1,10 @@
-"""Opening a round's secrets from the shares that devices sent, and naming who sent a wrong one.
+"""Reconstruction of a round's secrets from the revealed shares, and attribution of wrong shares.
 
-A secret counts only if it matches what its owner published in its advert: the seed its commitment, the mask key
-its public key. So a wrong share can cost a round but never make a wrong sum. Only where the first ``t`` shares
-fail are the dealer's digests of the shares looked at: a share that is not the one dealt is its holder's fault;
-shares that are as dealt and do not open the secret are the dealer's. So is a secret of which more holders than may be
-corrupt have no share, although they answered: their boxes did not open.
+A secret counts only if it matches what its owner published in its advert: the seed its commitment, the mask key its
+public key. A wrong share can therefore cost a round but never produce a wrong sum. Only where the first ``t`` shares
+fail are the dealer's digests consulted. A share that is not the one dealt is its holder's fault; shares that are as
+dealt and do not reconstruct the secret are the dealer's. So is a secret of which more holders than may be corrupt have
+no share, although they answered: their encrypted shares did not decrypt.
 """
 
 import itertools
@@ -17,19 +17,19 @@ from aggregation.messages import EncryptedShares, Plan, UnmaskResponse
 from aggregation.session import Session, commitment
 from aggregation.spec import CORRUPT_FRACTION
 
-MOST_SETS = 10_000  # of a cheating dealer's holders that are tried: all there are of 16
+MOST_SETS = 10_000  # of holders of a cheating dealer's shares that are tried: all sets of 16 holders
 
 
 @dataclass(slots=True)
 class Recovery:
-    """One round's openings.
+    """The secrets of one round.
 
     Args:
-        session: The public side.
+        session: The public state.
         plan: Of the round.
-        encrypted_shares: Dealer → holder → box, as the dealers signed them.
-        openings: Holder → its answer.
-        blamed: Filled as wrong shares are found.
+        encrypted_shares: Dealer → holder → shares, as the dealers signed them.
+        responses: Holder → its unmask response.
+        blamed: Devices found to have dealt or revealed a wrong share; grows as secrets are reconstructed.
     """
 
     session: Session
@@ -42,51 +42,51 @@ class Recovery:
     _keys: Mapping[str, Mapping[str, bytes]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._seeds = _by_dealer({holder: opening.seeds for holder, opening in self.responses.items()})
-        self._keys = _by_dealer({holder: opening.keys for holder, opening in self.responses.items()})
+        self._seeds = _by_dealer({holder: response.seeds for holder, response in self.responses.items()})
+        self._keys = _by_dealer({holder: response.keys for holder, response in self.responses.items()})
 
     def seed(self, dealer: str) -> bytes | None:
-        """The self-mask seed of a survivor, or nothing where too few good shares are left."""
+        """The self-mask seed of a survivor, or None if too few good shares are left."""
         shares = self._seeds.get(dealer, {})
         expected = self.session.peers[dealer].commitments[self.plan.round - 1]
-        return self._open(
+        return self._reconstruct(
             dealer, 0, shares, lambda seed: commitment(seed, self.session.offer, dealer, self.plan.round) == expected
         )
 
     def mask_key(self, dealer: str) -> bytes | None:
-        """The mask key of a device that dropped, or nothing where too few good shares are left."""
+        """The mask key of a device that dropped out, or None if too few good shares are left."""
         shares = self._keys.get(dealer, {})
         expected = self.session.peers[dealer].mask_keys[self.plan.round - 1]
-        return self._open(dealer, 1, shares, lambda key: masks.public_key(key) == expected)
+        return self._reconstruct(dealer, 1, shares, lambda key: masks.public_key(key) == expected)
 
-    def _open(
-        self, dealer: str, kind: int, shares: Mapping[str, bytes], right: Callable[[bytes], bool]
+    def _reconstruct(
+        self, dealer: str, kind: int, shares: Mapping[str, bytes], matches: Callable[[bytes], bool]
     ) -> bytes | None:
         t = self.session.spec.threshold
         if len(shares) < t:
-            if self._without(dealer) > graph.count_of(len(self.session.peers), CORRUPT_FRACTION):
+            if self._without_share(dealer) > graph.count_of(len(self.session.peers), CORRUPT_FRACTION):
                 self.blamed.add(dealer)
             return None
         secret = self._combine(list(shares)[:t], shares)
-        if secret is not None and right(secret):
+        if secret is not None and matches(secret):
             return secret
         for holders in _sets(self._as_dealt(dealer, kind, shares), t):
             secret = self._combine(holders, shares)
-            if secret is not None and right(secret):
+            if secret is not None and matches(secret):
                 return secret
-            self.blamed.add(dealer)  # enough shares just as it dealt them, and they do not open its secret
+            self.blamed.add(dealer)  # enough shares exactly as dealt, and they do not reconstruct its secret
         return None
 
-    def _without(self, dealer: str) -> int:
-        """Holders that answered, and gave no share of ``dealer``."""
+    def _without_share(self, dealer: str) -> int:
+        """Number of holders that answered without a share of ``dealer``."""
         answers = map(self.responses.__getitem__, self.session.neighbors(dealer, self.responses))
         return sum(dealer not in answer.seeds and dealer not in answer.keys for answer in answers)
 
     def _as_dealt(self, dealer: str, kind: int, shares: Mapping[str, bytes]) -> list[str]:
         """Holders whose share is the one dealt to them; the others are blamed. The dealer's own share comes last."""
         index = 2 * (self.plan.round - 1) + kind
-        dealt = {holder: box.digests[index] for holder, box in self.encrypted_shares[dealer].items()}
-        wrong = {holder for holder in shares if holder != dealer and sharing.digest(shares[holder]) != dealt[holder]}
+        digests = {holder: encrypted.digests[index] for holder, encrypted in self.encrypted_shares[dealer].items()}
+        wrong = {holder for holder in shares if holder != dealer and sharing.digest(shares[holder]) != digests[holder]}
         self.blamed |= wrong
         return sorted(set(shares) - wrong - {dealer}) + [dealer] * (dealer in shares)
 
@@ -98,16 +98,16 @@ class Recovery:
 
 
 def _sets(holders: Sequence[str], t: int) -> Iterator[tuple[str, ...]]:
-    """Every ``t`` of ``holders`` where that can be tried, else every ``t`` in a row."""
+    """Every set of ``t`` holders if there are at most ``MOST_SETS``, else every ``t`` consecutive ones."""
     if math.comb(len(holders), t) <= MOST_SETS:
         return itertools.combinations(holders, t)
     return (tuple((*holders, *holders)[start : start + t]) for start in range(len(holders)))
 
 
 def _by_dealer(held: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
-    """Holder → dealer → share, the other way round."""
-    turned: dict[str, dict[str, bytes]] = {}
-    for holder, shares in held.items():
-        for dealer, share in shares.items():
-            turned.setdefault(dealer, {})[holder] = share
-    return turned
+    """Holder → dealer → share, as dealer → holder → share."""
+    shares: dict[str, dict[str, bytes]] = {}
+    for holder, by_dealer in held.items():
+        for dealer, share in by_dealer.items():
+            shares.setdefault(dealer, {})[holder] = share
+    return shares

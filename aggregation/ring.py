@@ -1,8 +1,8 @@
-"""The ring of integers mod 2^bits: how its vectors are held and how they travel.
+"""The ring of integers mod 2^bits: how its vectors are held in memory and how they travel.
 
-In memory an element is a wrapping ``uint32`` (``uint64`` above 32 bits) of which only the low ``bits`` count:
-since 2^bits divides 2^32, sums may wrap there and be reduced at the end. On the wire an element takes exactly
-``bits`` bits, the first in the lowest bits of the first byte.
+In memory an element is a wrapping ``uint32`` (``uint64`` above 32 bits) of which only the low ``bits`` count: since
+2^bits divides 2^32, sums may wrap there and be reduced at the end. On the wire an element takes exactly ``bits`` bits;
+the first element occupies the lowest bits of the first byte.
 """
 
 import hashlib
@@ -17,57 +17,72 @@ from aggregation.errors import ConfigError, DataError, ProtocolError
 
 Ring: TypeAlias = NDArray[np.uint32] | NDArray[np.uint64]
 MAX_BITS = 64
-BLOCK = 2**16  # items worked on at a time
+BLOCK = 2**16  # items processed at a time
 
 
 def dtype(bits: int) -> DTypeLike:
-    """The little-endian element type that holds ``bits`` bits.
+    """The little-endian element type that holds ``bits`` bits: ``<u4`` up to 32, ``<u8`` above.
+
+    >>> dtype(24), dtype(33)
+    (dtype('uint32'), dtype('uint64'))
 
     Raises:
         ConfigError: ``bits`` is not between 1 and 64.
     """
     if not 1 <= bits <= MAX_BITS:
-        raise ConfigError(f"ring of {bits} bits is not between 1 and {MAX_BITS}")
+        raise ConfigError(f"ring of {bits} bits is not between 1 and {MAX_BITS}", about="ring.bits", value=bits)
     return np.dtype("<u4") if bits <= 32 else np.dtype("<u8")
 
 
 def zeros(size: int, bits: int) -> Ring:
-    """The neutral vector: shape ``(size,)``."""
+    """The neutral element of vector addition: shape ``(size,)``, of ``dtype(bits)``."""
     return np.zeros(size, dtype(bits))
 
 
 def packed_size(size: int, bits: int) -> int:
-    """Bytes that ``size`` elements of ``bits`` bits take: ceil(size * bits / 8)."""
+    """Bytes that ``size`` elements of ``bits`` bits take on the wire: ``ceil(size * bits / 8)``.
+
+    >>> packed_size(1_000_000, 24), packed_size(3, 22)
+    (3000000, 9)
+    """
     return (size * bits + 7) // 8
 
 
 def require_vector(values: Ring, size: int, bits: int) -> None:
-    """Return if ``values`` is a vector of this ring.
+    """Return if ``values`` is a vector of ``size`` elements of this ring.
 
     Raises:
-        DataError: Another shape or element type.
+        DataError: Another shape than ``(size,)``, or another element type than ``dtype(bits)``.
     """
     if values.shape != (size,) or values.dtype != dtype(bits):
         raise DataError(
-            f"a ring vector of {size} {np.dtype(dtype(bits)).name} is needed, not {values.shape} {values.dtype}"
+            f"expected a ring vector of {size} {np.dtype(dtype(bits)).name}, got {values.shape} {values.dtype}",
+            about="ring.vector",
+            value=f"{values.shape} {values.dtype}",
         )
 
 
 def pack(values: Ring, bits: int) -> bytes:
-    """Write the low ``bits`` bits of each element.
+    """Encode the low ``bits`` bits of each element.
+
+    >>> pack(np.array([1, 2, 3], np.uint32), 4).hex()
+    '2103'
 
     Args:
-        values: Shape ``(n,)``, contiguous, of ``dtype(bits)``.
-        bits: Of an element.
+        values: Shape ``(n,)``, contiguous, of ``dtype(bits)``. Bits above the ring are ignored.
+        bits: Width of an element, 1 to 64.
 
     Returns:
-        ``packed_size(n, bits)`` bytes; unused bits of the last byte are zero.
+        ``packed_size(n, bits)`` bytes; unused bits of the last byte are zero. Empty for an empty vector.
+
+    Raises:
+        DataError: ``values`` is not a vector of the ring.
     """
     return bytes(packed_view(values, bits))
 
 
 def packed_view(values: Ring, bits: int) -> memoryview:
-    """As ``pack``, without a copy: where nothing has to move, a view of ``values`` themselves."""
+    """As ``pack``, without a copy: where the width is that of the element type, a view of ``values`` themselves."""
     require_vector(values, values.size, bits)
     if bits == 8 * values.itemsize:
         return values.data.cast("B")
@@ -85,15 +100,26 @@ def packed_view(values: Ring, bits: int) -> memoryview:
 
 
 def digest(values: Ring, bits: int) -> bytes:
-    """SHA-256 of ``pack(values, bits)``: the same for vectors that are the same in the ring."""
+    """SHA-256 of ``pack(values, bits)``: equal for vectors that are equal in the ring."""
     return hashlib.sha256(packed_view(values, bits)).digest()
 
 
 def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
-    """Read ``size`` elements: ``unpack(pack(v, bits), v.size, bits) == v`` for reduced ``v``.
+    """Decode ``size`` elements. Law: ``unpack(pack(v, bits), v.size, bits) == v`` for reduced ``v``.
+
+    >>> unpack(bytes.fromhex("2103"), 3, 4)
+    array([1, 2, 3], dtype=uint32)
+
+    Args:
+        raw: Exactly ``packed_size(size, bits)`` bytes.
+        size: Number of elements, 0 or more.
+        bits: Width of an element, 1 to 64.
+
+    Returns:
+        Shape ``(size,)``, of ``dtype(bits)``; every element is below ``2**bits``.
 
     Raises:
-        ProtocolError: Not exactly ``packed_size(size, bits)`` bytes, or unused bits that are not zero.
+        ProtocolError: Another number of bytes, or unused bits that are not zero.
     """
     _require_packed(raw, size, bits)
     if bits == 8 * np.dtype(dtype(bits)).itemsize:
@@ -114,10 +140,15 @@ def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
 
 
 def add(total: Ring, raw: bytes | memoryview, bits: int) -> None:
-    """Add a packed vector to ``total`` in place: ``total += unpack(raw, total.size, bits)`` without a second vector.
+    """Add a packed vector in place: ``total += unpack(raw, total.size, bits)``, wrapping, with one block of memory.
+
+    >>> total = np.array([15, 0, 1], np.uint32)
+    >>> add(total, bytes.fromhex("2103"), 4)
+    >>> total & 15
+    array([0, 2, 4], dtype=uint32)
 
     Raises:
-        ProtocolError: As ``unpack``; ``total`` is then as it was.
+        ProtocolError: As ``unpack``; ``total`` is then unchanged.
     """
     _require_packed(raw, total.size, bits)
     if bits == 8 * total.itemsize:
@@ -133,21 +164,25 @@ def add(total: Ring, raw: bytes | memoryview, bits: int) -> None:
 
 def _require_packed(raw: bytes | memoryview, size: int, bits: int) -> None:
     if len(raw) != packed_size(size, bits):
-        raise ProtocolError(f"vector has {len(raw)} bytes where {packed_size(size, bits)} belong")
+        raise ProtocolError(
+            f"packed vector has {len(raw)} bytes, expected {packed_size(size, bits)}",
+            about="vector.length",
+            value=len(raw),
+        )
     unused = -size * bits % 8
     if unused and raw[-1] >> (8 - unused):
-        raise ProtocolError("unused bits at the end of the vector are not zero")
+        raise ProtocolError("unused bits at the end of the packed vector are not zero", about="vector.unused-bits")
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """The least count of elements that fills whole words of the element's type, and how many words."""
+    """The least count of elements that fills whole words of the element type, and that number of words."""
     width = 8 * np.dtype(dtype(bits)).itemsize
     common = math.gcd(bits, width)
     return width // common, bits // common
 
 
 def _places(bits: int) -> Iterator[tuple[int, int, int]]:
-    """Element of a row, the word that its lowest bit is in, and how far up."""
+    """Element of a row, the word that holds its lowest bit, and the position of that bit in the word."""
     width = 8 * np.dtype(dtype(bits)).itemsize
     for j in range(_period(bits)[0]):
         word, shift = divmod(j * bits, width)
@@ -155,7 +190,7 @@ def _places(bits: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _row_blocks(flat: Ring, width: int) -> Iterator[tuple[int, Ring]]:
-    """Rows of ``width`` items, a block at a time that stays in the cache, the last row filled up with zeros."""
+    """Rows of ``width`` items, in blocks that stay in the cache; the last row is padded with zeros."""
     whole, step = flat.size // width, max(BLOCK // width, 1)
     table = flat[: whole * width].reshape(whole, width)
     for start in range(0, whole, step):

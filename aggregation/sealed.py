@@ -1,8 +1,8 @@
-"""A device's state as bytes that only the device can read, so that a session survives a restart.
+"""A device's session state as encrypted bytes, so that a session survives a restart of the device.
 
-Canonical bytes under AES-256-GCM. Vectors are not in the state, and neither is a round that was planned but not
-answered: sealing ``Planned`` keeps the rounds after it only, so the restarted device counts as dropped there.
-Seal the new state before sending the answer; a device that does so never answers a step twice.
+The state is encoded canonically and encrypted with AES-256-GCM. Vectors are not part of it, nor is a round that was
+planned but not answered: sealing ``Planned`` keeps only the rounds after it, so the restarted device counts as dropped
+out of that one. A device that seals the new state before it sends the answer never answers a step twice.
 """
 
 from collections.abc import Mapping
@@ -52,9 +52,10 @@ _SESSION: Codec[Session] = wire.record(
 _SECRETS = wire.mapping(_U32, wire.record(Secrets, {"mask_key": _32, "seed": _32}), MAX_ROUNDS)
 _SHARE = wire.fixed(SHARE)
 _PAIRS = wire.mapping(DEVICES, wire.record(SharePair, {"seed": _SHARE, "key": _SHARE}), MAX_COHORT)
-_NAMES: Codec[Mapping[str, bytes]] = wire.mapping(DEVICES, wire.fixed(0), MAX_COHORT)
+_DEVICE_SET: Codec[Mapping[str, bytes]] = wire.mapping(DEVICES, wire.fixed(0), MAX_COHORT)
 _DEALERS: Codec[frozenset[str]] = Codec(
-    lambda out, value: _NAMES.write(out, dict.fromkeys(value, b"")), lambda source: frozenset(_NAMES.read(source))
+    lambda out, value: _DEVICE_SET.write(out, dict.fromkeys(value, b"")),
+    lambda source: frozenset(_DEVICE_SET.read(source)),
 )
 _READY: Codec[Ready] = wire.record(
     Ready,
@@ -91,9 +92,12 @@ _KINDS = tuple(_CODECS)
 
 
 def seal(state: ClientState, key: bytes) -> bytes:
-    """Encrypt ``state`` under ``key`` (32 bytes that never leave the device).
+    """Encrypt ``state`` under ``key``, 32 bytes that never leave the device; different bytes on every call.
 
-    ``Planned`` is sealed as the ``Ready`` after its round. Law: ``unseal(seal(s, k), k) == s`` for the others.
+    ``Planned`` is stored as the ``Ready`` after its round. Law: ``unseal(seal(s, k), k) == s`` for every other state.
+
+    Raises:
+        ConfigError: The key has another length.
     """
     kept = state.ready if isinstance(state, Planned) else state
     plain = bytes([_KINDS.index(type(kept))]) + _CODECS[type(kept)].encode(kept)
@@ -102,23 +106,25 @@ def seal(state: ClientState, key: bytes) -> bytes:
 
 
 def unseal(blob: bytes, key: bytes) -> ClientState:
-    """Restore a state.
+    """Decrypt a state.
 
     Raises:
         TrustError: Altered, truncated, sealed under another key, or not a sealed state.
+        ConfigError: The key has another length.
     """
     start = len(_MAGIC) + _NONCE
     if blob[: len(_MAGIC)] != _MAGIC:
-        raise TrustError("not a sealed session state of this version")
+        raise TrustError("not a sealed session state of this version", about="sealed.version")
     try:
         plain = _cipher(key).decrypt(blob[len(_MAGIC) : start], blob[start:], _MAGIC)
         state: ClientState = _CODECS[_KINDS[plain[0]]].decode(plain[1:])
     except (InvalidTag, ValueError, IndexError, ProtocolError, TrustError):
-        raise TrustError("sealed session state was altered, or belongs to another device") from None
+        text = "sealed session state was altered, or is of another device"
+        raise TrustError(text, about="sealed.ciphertext") from None
     return state
 
 
 def _cipher(key: bytes) -> AESGCM:
     if len(key) != _KEY:
-        raise ConfigError(f"a sealing key has {_KEY} bytes, not {len(key)}")
+        raise ConfigError(f"a sealing key has {_KEY} bytes, not {len(key)}", about="sealed.key", value=len(key))
     return AESGCM(key)

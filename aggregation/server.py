@@ -1,12 +1,12 @@
-"""The coordinator's side of the protocol: one frozen type a state, whose methods are the legal steps.
+"""The coordinator's side of the protocol: one frozen type for each state, whose methods are the legal steps.
 
     open_session → Offering → Sharing → Established → Collecting → Confirming → Unmasking → Established …
                                                       Collecting ─────────────→ Unmasking     (honest-but-curious)
 
-``on_…`` takes one device's answer and returns the next state; a bad answer raises ``ProtocolError`` with the
-peer's name, leaves the state as it was, and whoever drives the round counts that peer as lost. ``close`` ends a
-step with whoever answered: time is the caller's. Where too few are left it returns ``RoundAborted``, with the
-session for the next round. A round ends with the sum of its survivors or without one, never with another sum.
+``on_…`` takes one device's answer and returns the next state. A bad answer raises ``ProtocolError`` with the peer's
+name and leaves the state unchanged; the caller counts that peer as dropped out. ``close`` ends a step with the devices
+that have answered: the caller decides when. If too few answered it returns ``RoundAborted``, with the session for the
+next round. A round ends with the sum of its survivors or without a sum, never with another sum.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -23,9 +23,11 @@ from aggregation.envelope import M
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.masks import Mask
 from aggregation.messages import (
+    Advert,
     Assignment,
     ConsistencySignature,
     EncryptedShares,
+    MaskedInput,
     Offer,
     Plan,
     Roster,
@@ -46,15 +48,18 @@ from aggregation.spec import Adversary, SessionSpec
 class AbortReason(Enum):
     """Why a round ended without a sum."""
 
-    TOO_FEW = "too-few"  # devices left, at any step
-    UNRECOVERABLE = "unrecoverable"  # wrong shares, and too few good ones left
-    OUT_OF_RANGE = "out-of-range"  # a sum that honest survivors cannot have
-    SESSION_OVER = "session-over"  # no round left in the session
+    TOO_FEW = "too-few"  # too few devices are left, at any step
+    UNRECOVERABLE = "unrecoverable"  # shares are wrong, and too few good ones are left
+    OUT_OF_RANGE = "out-of-range"  # the sum is larger than honest survivors can reach
+    SESSION_OVER = "session-over"  # the session has no round left
 
 
 @dataclass(frozen=True, slots=True)
 class RoundAborted:
-    """A round that revealed nothing. ``session`` is where the next round begins; none before a session stands."""
+    """A round that revealed nothing. ``session`` begins the next round; None if no session was established.
+
+    ``blamed``: devices found to have dealt or revealed a wrong share.
+    """
 
     reason: AbortReason
     detail: str
@@ -64,15 +69,15 @@ class RoundAborted:
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """A round's sum.
+    """The sum of a round.
 
     Args:
         round: Its number in the session, from 1.
-        values: Segment name → sum over the survivors, shape ``(segment.size,)``.
-        survivors: Whose contributions are in the sum.
-        dropped: Who was in the plan and is not in the sum.
-        blamed: Who sent or encrypted_shares a share that was found to be wrong.
-        digest: SHA-256 of the summed vector, packed as it would travel.
+        values: Segment name → sum over the survivors, float64 of shape ``(segment.size,)``, in the segment's unit.
+        survivors: Devices whose contributions are in the sum.
+        dropped: Devices of the plan that are not in the sum.
+        blamed: Devices found to have dealt or revealed a wrong share.
+        digest: SHA-256 of the summed vector, packed.
     """
 
     round: int
@@ -84,7 +89,7 @@ class RoundResult:
 
 
 def too_few(spec: SessionSpec, count: int, what: str, session: "Established | None") -> RoundAborted | None:
-    """The end of a round with fewer than its session takes, or nothing where there are enough."""
+    """The abort of a round with fewer devices than its session requires, or None if there are enough."""
     try:
         checks.enough_devices(spec, count, what)
     except ProtocolError as error:
@@ -100,34 +105,39 @@ def open_session(
     entropy: Entropy,
     at: datetime | None = None,
 ) -> tuple["Offering", bytes]:
-    """Offer a session to a cohort: step 1.
+    """Offer a session to a cohort (step 1).
 
     Args:
-        key: The coordinator's.
+        key: The coordinator's signing key.
         root: The pinned authority.
-        spec: Parameters; its degree is the cohort less one, or even and less (``graph.graph_parameters``).
-        certificates: Device id → DER.
-        entropy: Draws the session's id.
+        spec: Parameters; the degree is the cohort size less one, or even and below that (``graph.graph_parameters``).
+        certificates: Device id → certificate, DER.
+        entropy: Draws the session id.
         at: The time at which certificates must be valid.
 
+    Returns:
+        The first state, and the signed offer for every device of the cohort.
+
     Raises:
-        ProtocolError: A certificate is not the authority's, or not of the device it is filed under.
-        ConfigError: The spec does not fit a cohort of this size.
+        ProtocolError: A certificate is not the authority's, or is filed under another device's id.
+        ConfigError: The spec's degree does not fit a cohort of this size.
     """
     offer = Offer(entropy.bytes(32), spec, tuple(der for _, der in sorted(certificates.items())))
     cohort = checks.members(root, offer.certificates, at)
     if list(cohort) != sorted(certificates):
-        raise ProtocolError("a certificate is not of the device that it is filed under")
+        raise ProtocolError("a certificate is filed under another device's id", about="offer.certificates")
     if spec.degree >= len(cohort) or (spec.degree < len(cohort) - 1 and spec.degree % 2):
         raise ConfigError(
-            f"degree {spec.degree} with {len(cohort)} devices: it must be {len(cohort) - 1}, or even and below that"
+            f"degree {spec.degree} with {len(cohort)} devices: it must be {len(cohort) - 1}, or even and below that",
+            about="spec.degree",
+            value=spec.degree,
         )
     return Offering(key, spec, offer.digest(), cohort), envelope.sign(key, offer)
 
 
 @dataclass(frozen=True, slots=True)
 class Offering:
-    """The offer is out; adverts come in. ``keys``: those in the adverts so far."""
+    """The offer is sent; adverts arrive. ``keys``: the X25519 keys in the adverts so far."""
 
     key: IdentityKey
     spec: SessionSpec
@@ -137,20 +147,20 @@ class Offering:
     keys: frozenset[bytes] = field(default=frozenset(), repr=False)
 
     def on_advert(self, peer: str, body: bytes) -> "Offering":
-        """Take one device's advert: step 2.
+        """Accept one device's advert (step 2).
 
         Raises:
-            ProtocolError: Not its signed advert for this offer, its second, or with a key of another device: who
-                copies is refused, so that one device cannot spoil the session of all.
+            ProtocolError: Not its signed advert for this offer, its second, or with a key of another device. The device
+                that copies is refused, so that it cannot spoil the session of all.
         """
-        checks.may_answer(peer, self.cohort, self.adverts, "advert")
+        checks.may_answer(peer, self.cohort, self.adverts, Advert.TAG)
         keys = checks.advert(self.offer, self.spec.rounds, self.cohort[peer], peer, body).keys
         if keys & self.keys:
-            raise ProtocolError("advert has a key of another device", peer)
+            raise ProtocolError("advert has a key of another device", peer, about="advert.copied")
         return replace(self, adverts={**self.adverts, peer: body}, keys=self.keys | keys)
 
     def close(self) -> "tuple[Sharing, bytes] | RoundAborted":
-        """End step 2; the bytes are the roster, for everyone on it."""
+        """End step 2; the bytes are the roster, for every device on it."""
         aborted = too_few(self.spec, len(self.adverts), "adverts", None)
         if aborted:
             return aborted
@@ -161,30 +171,30 @@ class Offering:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """The roster is out; share boxes come in."""
+    """The roster is sent; encrypted shares arrive. ``encrypted_shares``: dealer → holder → shares."""
 
     key: IdentityKey
     session: Session
     encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]] = field(default_factory=dict)
 
     def on_shares(self, peer: str, body: bytes) -> "Sharing":
-        """Take one device's boxes: step 4.
+        """Accept one device's encrypted shares (step 4).
 
         Raises:
-            ProtocolError: Not its signed boxes of this session, one box for each neighbour.
+            ProtocolError: Not its signed shares of this session, for each neighbor and no other device.
         """
-        checks.may_answer(peer, self.session.peers, self.encrypted_shares, "shares")
+        checks.may_answer(peer, self.session.peers, self.encrypted_shares, Shares.TAG)
         message = envelope.open_verified(Shares, body, self.session.peers[peer].identity, peer)
-        if (message.context, message.device) != (self.session.context, peer):
-            raise ProtocolError("shares are of another session or device", peer)
-        if set(message.encrypted_shares) != set(self.session.neighbors(peer, self.session.peers)):
-            raise ProtocolError("shares are not for exactly its neighbours", peer)
-        if not all(sharing.fits(box, self.session.spec.rounds) for box in message.encrypted_shares.values()):
-            raise ProtocolError("a box has not the size of one", peer)
-        return replace(self, encrypted_shares={**self.encrypted_shares, peer: message.encrypted_shares})
+        checks.refers_to(peer, Shares.TAG, message.device, "context", message.context, self.session.context)
+        shares = message.encrypted_shares
+        if set(shares) != set(self.session.neighbors(peer, self.session.peers)):
+            raise ProtocolError("shares are not for exactly its neighbors", peer, about="shares.holders")
+        if not all(sharing.fits(encrypted, self.session.spec.rounds) for encrypted in shares.values()):
+            raise ProtocolError("encrypted shares have the wrong size", peer, about="shares.size")
+        return replace(self, encrypted_shares={**self.encrypted_shares, peer: shares})
 
     def close(self) -> "Established | RoundAborted":
-        """End step 4. Who sent no shares is in no round of this session."""
+        """End step 4. A device that sent no shares is in no round of this session."""
         aborted = too_few(self.session.spec, len(self.encrypted_shares), "devices that sent shares", None)
         return aborted or Established(self.key, self.session, self.encrypted_shares)
 
@@ -194,12 +204,12 @@ class Established:
     """A session between rounds.
 
     Args:
-        key: The coordinator's.
-        session: The public side.
-        encrypted_shares: Dealer → holder → box.
+        key: The coordinator's signing key.
+        session: The public state.
+        encrypted_shares: Dealer → holder → shares.
         last_round: The last round begun.
-        delivered: Devices known to have their boxes.
-        excluded: Devices whose secrets did not open, and by their own fault: in no further round.
+        delivered: Devices known to have their encrypted shares.
+        excluded: Devices whose secrets could not be reconstructed by their own fault: in no further round.
     """
 
     key: IdentityKey
@@ -216,22 +226,22 @@ class Established:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Who may take part, in ascending order."""
+        """Devices that may take part, in ascending order."""
         return tuple(sorted(set(self.encrypted_shares) - self.excluded))
 
     def plan(
         self, *, adapter_version: int, adapter_digest: str, training: bytes, cohort: Collection[str] | None
     ) -> "tuple[Collecting, dict[str, bytes]] | RoundAborted":
-        """Begin a round: step 5.
+        """Begin a round (step 5).
 
         Args:
-            adapter_version: Number of the adapter that training starts from.
+            adapter_version: Version of the adapter that training starts from.
             adapter_digest: Its SHA-256, in hex.
-            training: Settings for the trainer, opaque here.
-            cohort: Who takes part, of ``devices``; everyone where none.
+            training: Settings for the trainer, not interpreted here.
+            cohort: The devices of ``devices`` that take part; None for all.
 
         Returns:
-            The next state, and what to send to each member.
+            The next state, and the signed assignment for each member.
         """
         if not self.rounds_left:
             return RoundAborted(AbortReason.SESSION_OVER, "the session has no round left: open a new one", self)
@@ -254,10 +264,10 @@ class Established:
 
 @dataclass(frozen=True, slots=True)
 class Collecting:
-    """The plan is out; masked inputs come in and are added up as they come, so that none is kept.
+    """The plan is sent; masked inputs arrive and are added as they arrive, so that none is kept.
 
-    ``total`` is one buffer that moves on with the state: a state that was moved on from refuses further inputs.
-    ``digest`` is the plan's.
+    ``total`` is one buffer that all successors share: a state that has a successor refuses further inputs. ``digest``
+    is the plan's; ``vectors`` holds the digest of each device's vector.
     """
 
     established: "Established"
@@ -268,33 +278,32 @@ class Collecting:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_masked_input(self, peer: str, body: bytes) -> "Collecting":
-        """Take one device's masked vector: step 6.
+        """Accept one device's masked vector (step 6).
 
         Raises:
             ProtocolError: Not its signed vector for this plan, of another size, or its second.
         """
         session = self.established.session
-        checks.may_answer(peer, self.plan.members, self.vectors, "masked input")
+        checks.may_answer(peer, self.plan.members, self.vectors, MaskedInput.TAG)
         signer = session.peers[peer].identity
         size, bits = session.spec.vector.size, session.spec.vector.ring_bits
         header, packed = envelope.open_vector(body, ring.packed_size(size, bits), signer, peer)
-        if (header.plan, header.device) != (self.digest, peer):
-            raise ProtocolError("masked input is for another plan or of another device", peer)
+        checks.refers_to(peer, MaskedInput.TAG, header.device, "plan", header.plan, self.digest)
         try:
-            self.single_use.require("next state")
+            self.single_use.require("successor")
             ring.add(self.total, packed, bits)
         except ProtocolError as error:
-            raise ProtocolError(str(error), peer) from None
-        self.single_use.take("next state")
+            raise ProtocolError.of(error, peer) from None
+        self.single_use.take("successor")
         return replace(self, vectors={**self.vectors, peer: header.vector}, single_use=SingleUse())
 
     def close(self) -> "tuple[Confirming | Unmasking, dict[str, bytes]] | RoundAborted":
-        """End step 6: who answered are the survivors. The bytes go to each of them."""
+        """End step 6: the devices that answered are the survivors. Returns the message for each of them."""
         aborted = too_few(self.established.session.spec, len(self.vectors), "masked inputs", self.established)
         if aborted:
             return aborted
-        self.single_use.take("end of the step")
-        # A masked input proves that its sender has its boxes.
+        self.single_use.take("survivor set")
+        # A masked input proves that its sender has its encrypted shares.
         proven = replace(self.established, delivered=self.established.delivered | set(self.vectors))
         message = Survivors(self.digest, self.vectors)
         survivor_set = SurvivorSet(proven, self.plan, message, message.digest(), self.total)
@@ -307,7 +316,7 @@ class Collecting:
 
 @dataclass(frozen=True, slots=True)
 class SurvivorSet:
-    """Who survived, with the digest of that message, and the sum of what they sent, still masked."""
+    """The survivors of a round, the digest of that message, and the sum of their vectors, still masked."""
 
     established: "Established"
     plan: Plan
@@ -317,7 +326,7 @@ class SurvivorSet:
 
     @property
     def session(self) -> Session:
-        """The public side."""
+        """The public state of the session."""
         return self.established.session
 
     @property
@@ -327,59 +336,57 @@ class SurvivorSet:
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Who is in the plan and is no survivor."""
+        """Devices of the plan that did not survive."""
         return tuple(device for device in self.plan.members if device not in self.survivors.vectors)
 
     def open_verified(self, kind: type[M], peer: str, body: bytes) -> M:
-        """Open a message of a survivor's."""
+        """The message in ``body``, if the survivor ``peer`` signed it."""
         return envelope.open_verified(kind, body, self.session.peers[peer].identity, peer)
 
     def unmask(self, signatures: Mapping[str, bytes]) -> bytes:
-        """The request to open the sum, with the agreements in it."""
+        """The signed request to unmask the sum, with the consistency signatures in it."""
         return envelope.sign(self.established.key, Unmask(self.survivors, signatures))
 
     def aborted(
         self, reason: AbortReason, detail: str, blamed: Collection[str] = (), excluded: Collection[str] = ()
     ) -> RoundAborted:
-        """The end of this round without a sum. ``excluded``: who is in no further round of the session."""
+        """The abort of this round. ``excluded``: devices that are in no further round of the session."""
         after = replace(self.established, excluded=self.established.excluded.union(excluded))
         return RoundAborted(reason, detail, after, tuple(sorted(blamed)))
 
 
 @dataclass(frozen=True, slots=True)
 class Confirming:
-    """The survivor set is out; agreements come in."""
+    """The survivor set is sent; consistency signatures arrive."""
 
     survivor_set: SurvivorSet
     consistency_signatures: Mapping[str, bytes] = field(default_factory=dict)
 
     def on_consistency_signature(self, peer: str, body: bytes) -> "Confirming":
-        """Take one survivor's agreement: step 7.
+        """Accept one survivor's consistency signature (step 7).
 
         Raises:
             ProtocolError: Not its signature on this survivor set, or its second.
         """
-        checks.may_answer(
-            peer, self.survivor_set.survivors.vectors, self.consistency_signatures, "consistency-signature"
-        )
-        message = self.survivor_set.open_verified(ConsistencySignature, peer, body)
-        if message != ConsistencySignature(self.survivor_set.digest, peer):
-            raise ProtocolError("agreement is on another survivor set or of another device", peer)
+        survivor_set, tag = self.survivor_set, ConsistencySignature.TAG
+        checks.may_answer(peer, survivor_set.survivors.vectors, self.consistency_signatures, tag)
+        message = survivor_set.open_verified(ConsistencySignature, peer, body)
+        checks.refers_to(peer, tag, message.device, "survivors", message.survivors, survivor_set.digest)
         return replace(self, consistency_signatures={**self.consistency_signatures, peer: envelope.signature(body)})
 
     def close(self) -> "tuple[Unmasking, dict[str, bytes]] | RoundAborted":
-        """End step 7. The bytes, a quorum of agreements, go to each that agreed."""
-        agreed, quorum = tuple(sorted(self.consistency_signatures)), self.survivor_set.session.spec.quorum
-        if len(agreed) < quorum:
-            detail = f"{len(agreed)} agreements, {quorum} are needed"
+        """End step 7. Returns the unmask request, with a quorum of signatures, for each device that signed."""
+        signers, quorum = tuple(sorted(self.consistency_signatures)), self.survivor_set.session.spec.quorum
+        if len(signers) < quorum:
+            detail = f"{len(signers)} consistency signatures, {quorum} are needed"
             return self.survivor_set.aborted(AbortReason.TOO_FEW, detail)
-        body = self.survivor_set.unmask({device: self.consistency_signatures[device] for device in agreed[:quorum]})
-        return Unmasking(self.survivor_set, agreed), dict.fromkeys(agreed, body)
+        body = self.survivor_set.unmask({device: self.consistency_signatures[device] for device in signers[:quorum]})
+        return Unmasking(self.survivor_set, signers), dict.fromkeys(signers, body)
 
 
 @dataclass(frozen=True, slots=True)
 class Unmasking:
-    """The unmask request is out; openings come in. ``asked``: who may answer."""
+    """The unmask request is sent; responses arrive. ``asked``: devices that may answer."""
 
     survivor_set: SurvivorSet
     asked: tuple[str, ...]
@@ -387,39 +394,42 @@ class Unmasking:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_unmask_response(self, peer: str, body: bytes) -> "Unmasking":
-        """Take one survivor's shares: step 8.
+        """Accept one survivor's shares (step 8).
 
         Raises:
-            ProtocolError: Not its signed opening of this survivor set, its second, or with a share that it does
-                not owe.
+            ProtocolError: Not its signed response for this survivor set, its second, or with a share that it must not
+                reveal.
         """
-        checks.may_answer(peer, self.asked, self.responses, "opening")
-        message = self.survivor_set.open_verified(UnmaskResponse, peer, body)
-        if (message.survivors, message.device) != (self.survivor_set.digest, peer):
-            raise ProtocolError("opening is of another survivor set or device", peer)
-        alive, dropped = checks.shares_to_reveal(
-            self.survivor_set.session, self.survivor_set.plan, peer, self.survivor_set.survivors
+        survivor_set, tag = self.survivor_set, UnmaskResponse.TAG
+        checks.may_answer(peer, self.asked, self.responses, tag)
+        message = survivor_set.open_verified(UnmaskResponse, peer, body)
+        checks.refers_to(peer, tag, message.device, "survivors", message.survivors, survivor_set.digest)
+        survived, dropped = checks.shares_to_reveal(
+            survivor_set.session, survivor_set.plan, peer, survivor_set.survivors
         )
-        if not (set(message.seeds) <= set(alive) and set(message.keys) <= set(dropped)):
-            raise ProtocolError("opening has a share that it does not owe", peer)
-        return replace(self, responses={**self.responses, peer: message})  # with the same latch: one sum
+        if not (set(message.seeds) <= set(survived) and set(message.keys) <= set(dropped)):
+            text = "response has a share that this device must not reveal"
+            raise ProtocolError(text, peer, about="unmask-response.shares")
+        return replace(self, responses={**self.responses, peer: message})  # shares ``single_use``: one sum
 
     def close(self, threads: int = 1) -> "tuple[Established, RoundResult] | RoundAborted":
-        """End step 8: open the sum, or nothing. ``threads`` are those of ``masks.apply``."""
+        """End step 8: unmask the sum, or reveal nothing. ``threads``: as of ``masks.apply``."""
         survivor_set, least = self.survivor_set, self.survivor_set.session.spec.threshold
         if len(self.responses) < least:
-            return survivor_set.aborted(AbortReason.TOO_FEW, f"{len(self.responses)} openings, {least} are needed")
+            detail = f"{len(self.responses)} unmask responses, {least} are needed"
+            return survivor_set.aborted(AbortReason.TOO_FEW, detail)
         recovery = Recovery(
             survivor_set.session, survivor_set.plan, survivor_set.established.encrypted_shares, self.responses
         )
         seeds = {device: seed for device in survivor_set.devices if (seed := recovery.seed(device))}
         keys = {device: key for device in survivor_set.dropped if (key := recovery.mask_key(device))}
-        closed = sorted({*survivor_set.devices, *survivor_set.dropped} - {*seeds, *keys})
-        if closed:
-            detail = f"too few good shares to open {', '.join(closed[:3])}{' …' if closed[3:] else ''}"
+        missing = sorted({*survivor_set.devices, *survivor_set.dropped} - {*seeds, *keys})
+        if missing:
+            devices = f"{', '.join(missing[:3])}{' …' if missing[3:] else ''}"
+            detail = f"too few good shares to reconstruct the secrets of {devices}"
             reason = AbortReason.UNRECOVERABLE if recovery.blamed else AbortReason.TOO_FEW
-            # Its secrets would not open in the next round either.
-            return survivor_set.aborted(reason, detail, recovery.blamed, recovery.blamed.intersection(closed))
+            # Their secrets could not be reconstructed in the next round either.
+            return survivor_set.aborted(reason, detail, recovery.blamed, recovery.blamed.intersection(missing))
         self.single_use.take("sum")
         masks.apply(survivor_set.total, _masks_to_remove(survivor_set, seeds, keys), threads)
         return _outcome(survivor_set, tuple(sorted(recovery.blamed)))
@@ -428,7 +438,7 @@ class Unmasking:
 def _masks_to_remove(
     survivor_set: SurvivorSet, seeds: Mapping[str, bytes], keys: Mapping[str, bytes]
 ) -> Iterator[Mask]:
-    """Each survivor's self mask, and what survivors share with those who dropped: the opposite of what was added."""
+    """The opposites of the masks left in the sum: self masks of survivors, pair masks of survivors with dropouts."""
     session, plan = survivor_set.session, survivor_set.plan.digest()
     for device, seed in seeds.items():
         yield Mask(masks.self_key(seed, session.context, plan, device), add=False)
@@ -438,7 +448,7 @@ def _masks_to_remove(
 
 
 def _outcome(survivor_set: SurvivorSet, blamed: tuple[str, ...]) -> "tuple[Established, RoundResult] | RoundAborted":
-    """The sum, now that no mask is on it; none where honest survivors cannot have it."""
+    """The unmasked sum, or an abort if honest survivors cannot reach it."""
     spec = survivor_set.session.spec.vector
     try:
         values = spec.decode(survivor_set.total, len(survivor_set.devices))

@@ -1,4 +1,4 @@
-"""What everyone in a session knows alike once the roster is out: its context, its peers, who is whose neighbour."""
+"""What every party of a session knows once the roster is out: its context, its peers, and who is whose neighbor."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -15,8 +15,8 @@ COORDINATOR = "coordinator"  # its name in errors
 class Peer:
     """A device on the roster.
 
-    ``position`` counts from 1 in order of device id: the x-coordinate of its shares. ``mask_keys`` and
-    ``commitments`` hold one entry a round.
+    ``position`` counts from 1 in order of device id: the x-coordinate of the device's shares. ``mask_keys`` and
+    ``commitments`` hold one entry for each round.
     """
 
     device: str
@@ -29,35 +29,39 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The public side of a session.
+    """The public state of a session.
 
     Args:
         spec: As offered.
         offer: Digest of the offer.
-        context: Digest of offer and roster; in every later message and every key.
-        peers: By device id, in ascending order.
+        context: Digest of offer and roster; bound into every later message and every key.
+        peers: Device id → peer, in ascending order.
+
+    Raises:
+        ConfigError: No graph of the spec's degree exists on so many devices.
     """
 
     spec: SessionSpec
     offer: bytes
     context: bytes
     peers: Mapping[str, Peer]
-    _near: Mapping[str, frozenset[str]] = field(init=False, repr=False, compare=False)
+    _neighbors: Mapping[str, frozenset[str]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         sparse = self.spec.degree < len(self.peers) - 1
         found = graph.harary_neighbors(graph.harary_order(self.context, self.peers), self.spec.degree) if sparse else {}
-        object.__setattr__(self, "_near", found)
+        object.__setattr__(self, "_neighbors", found)
 
     def neighbors(self, device: str, among: Iterable[str]) -> tuple[str, ...]:
-        """Those of ``among`` with whom ``device`` shares masks and secrets, in the order given.
+        """The devices of ``among`` with which ``device`` shares masks and secrets, in the given order.
 
-        Everyone else on the roster where ``degree`` reaches that far, else the neighbours on the circle (``graph``).
+        These are all others on the roster if the degree reaches that far (the complete graph), else the neighbors in
+        the Harary graph (``graph``).
         """
-        if not self._near:
+        if not self._neighbors:
             return tuple(other for other in among if other != device)
-        near = self._near[device]
-        return tuple(other for other in among if other in near)
+        neighbors = self._neighbors[device]
+        return tuple(other for other in among if other in neighbors)
 
     def positions(self, devices: Iterable[str]) -> list[int]:
         """The x-coordinates of ``devices``."""
@@ -69,11 +73,14 @@ class Session:
 
 
 def context_of(offer: bytes, roster: bytes) -> bytes:
-    """The context of a session from the digests of offer and roster."""
+    """The context of a session, from the digests of its offer and roster."""
     return hashlib.sha256(b"edgeadapt/context/1\x00" + offer + roster).digest()
 
 
 def commitment(seed: bytes, offer: bytes, device: str, round_: int) -> bytes:
-    """Commit ``device`` to its seed of a round before anyone holds a share of it. Hidden: seeds are random."""
+    """A device's commitment to its seed of a round, made before anyone holds a share of it.
+
+    It hides the seed because seeds are 32 random bytes, and binds because SHA-256 is collision resistant.
+    """
     head = b"edgeadapt/commitment/1\x00" + offer + round_.to_bytes(4, "big")
     return hashlib.sha256(head + device.encode() + b"\x00" + seed).digest()

@@ -1,9 +1,9 @@
-"""Share boxes: a dealer's secrets, shared among the roster and sealed for each holder.
+"""Encrypted shares: a dealer's secrets, shared among its neighbors and encrypted for each holder.
 
-A box is sealed once with AES-256-GCM under a key of X25519 and HKDF-SHA256 that is bound to the session, the
-dealer and the holder, so it opens nowhere else, and its nonce can be zero. Beside it the dealer publishes a
-digest of each share: a holder that later passes on another value is found out, and so is a dealer whose shares
-match their digests but not its commitment.
+The shares for a holder are encrypted with AES-256-GCM under a key from X25519 and HKDF-SHA256 that is bound to the
+session, the dealer and the holder. It serves one encryption, so the nonce can be zero, and the ciphertext decrypts
+nowhere else. With it the dealer publishes a digest of each share. A holder that later reveals another value is thereby
+found out, and so is a dealer whose shares match their digests but not its commitment.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Secrets:
 
 @dataclass(frozen=True, slots=True)
 class SharePair:
-    """What a holder has of one dealer for one round: a share of its seed and one of its mask key, 33 bytes each."""
+    """A holder's shares from one dealer for one round: one of the seed and one of the mask key, 33 bytes each."""
 
     seed: bytes = field(repr=False)
     key: bytes = field(repr=False)
@@ -42,17 +42,17 @@ class SharePair:
 def deal(
     session: Session, dealer: str, share_key: bytes, secrets: Mapping[int, Secrets], entropy: Entropy
 ) -> tuple[dict[int, SharePair], dict[str, EncryptedShares]]:
-    """Share the secrets of every round.
+    """Share the secrets of every round among the dealer and its neighbors.
 
     Args:
-        session: The roster says among whom.
-        dealer: Whose secrets they are.
-        box_key: The dealer's private X25519 key for boxes.
-        secrets: By round, all rounds of the session.
+        session: Its graph says who the holders are.
+        dealer: The device whose secrets they are.
+        share_key: The dealer's private X25519 key for shares.
+        secrets: Round → secrets, for all rounds of the session.
         entropy: Draws the polynomials.
 
     Returns:
-        The dealer's own pairs by round, and a box for each neighbour.
+        Round → the dealer's own pair, and neighbor → encrypted shares.
     """
     holders = [dealer, *session.neighbors(dealer, session.peers)]
     points, threshold = session.positions(holders), session.spec.threshold
@@ -62,46 +62,46 @@ def deal(
         keys = shamir.split(secret.mask_key, threshold, points, entropy)
         for holder, seed, key in zip(holders, seeds, keys, strict=True):
             pairs[holder][round_] = SharePair(seed, key)
-    encrypted_shares = {holder: encrypt(session, share_key, dealer, holder, pairs[holder]) for holder in holders[1:]}
-    return pairs[dealer], encrypted_shares
+    encrypted = {holder: encrypt(session, share_key, dealer, holder, pairs[holder]) for holder in holders[1:]}
+    return pairs[dealer], encrypted
 
 
 def encrypt(
     session: Session, share_key: bytes, dealer: str, holder: str, pairs: Mapping[int, SharePair]
 ) -> EncryptedShares:
-    """Seal one holder's pairs, in order of round."""
+    """Encrypt one holder's pairs, in order of round, with a digest of each share."""
     ordered = [share for _, pair in sorted(pairs.items()) for share in (pair.seed, pair.key)]
     key = _key(session, share_key, session.peers[holder].share_key, dealer, holder)
     return EncryptedShares(AESGCM(key).encrypt(_NONCE, b"".join(ordered), session.context), tuple(map(digest, ordered)))
 
 
 def decrypt(
-    session: Session, share_key: bytes, dealer: str, holder: str, box: EncryptedShares
+    session: Session, share_key: bytes, dealer: str, holder: str, encrypted: EncryptedShares
 ) -> dict[int, SharePair] | None:
-    """The pairs in ``box`` by round, or nothing where the dealer made a box that does not hold what it says.
+    """Round → pair, or None if the dealer encrypted something that does not match its digests.
 
-    Nothing is no error: one bad dealer must not stop the others. The holder just has no share of that dealer.
+    None is not an error: one bad dealer must not stop the others. The holder then has no share of that dealer.
     """
-    if not fits(box, session.spec.rounds):
+    if not fits(encrypted, session.spec.rounds):
         return None
     try:
         key = _key(session, share_key, session.peers[dealer].share_key, dealer, holder)
-        opened = AESGCM(key).decrypt(_NONCE, box.ciphertext, session.context)
+        plain = AESGCM(key).decrypt(_NONCE, encrypted.ciphertext, session.context)
     except InvalidTag:
         return None
-    shares = [opened[i : i + SHARE] for i in range(0, len(opened), SHARE)]
-    if tuple(map(digest, shares)) != box.digests:
+    shares = [plain[i : i + SHARE] for i in range(0, len(plain), SHARE)]
+    if tuple(map(digest, shares)) != encrypted.digests:
         return None
     return {i // 2 + 1: SharePair(shares[i], shares[i + 1]) for i in range(0, len(shares), 2)}
 
 
-def fits(box: EncryptedShares, rounds: int) -> bool:
-    """Whether ``box`` has the size of one for ``rounds`` rounds."""
-    return len(box.ciphertext) == rounds * PAIR + AEAD_TAG and len(box.digests) == 2 * rounds
+def fits(encrypted: EncryptedShares, rounds: int) -> bool:
+    """Whether ``encrypted`` has the size of shares for ``rounds`` rounds."""
+    return len(encrypted.ciphertext) == rounds * PAIR + AEAD_TAG and len(encrypted.digests) == 2 * rounds
 
 
 def digest(share: bytes) -> bytes:
-    """The dealer's public digest of a share. Hides, as a share is as good as random for who has fewer than ``t``."""
+    """The dealer's public digest of a share, 16 bytes. It hides the share, which is uniform to any other device."""
     return hashlib.sha256(b"edgeadapt/share/1\x00" + share).digest()[:SHARE_DIGEST]
 
 

@@ -1,13 +1,20 @@
-"""A latch: what may be done once from a state is refused the second time."""
+"""A guard that lets an action happen once: the second attempt is refused."""
 
 from aggregation.errors import ProtocolError
 
 
 class SingleUse:
-    """Open until taken. States are values and could be used twice; what they hold must not answer twice.
+    """A flag that is taken once. States are immutable values and could be used twice; the secrets they hold must not
+    be.
 
-    It lives with the object, not with the value: a state restored from its seal has a fresh one, which is why a
-    device seals the *next* state before it answers.
+    The flag belongs to the object, not to the value: a state decrypted from disk has a fresh one. A device therefore
+    stores the *next* state before it answers.
+
+    >>> flag = SingleUse()
+    >>> flag.take("plan")
+    >>> flag.take("plan")
+    Traceback (most recent call last):
+    aggregation.errors.ProtocolError: this state has already produced its plan; a step is answered once
     """
 
     __slots__ = ("_taken",)
@@ -16,19 +23,20 @@ class SingleUse:
         self._taken = False
 
     def require(self, what: str) -> None:
-        """Return while it is open.
+        """Return if the flag is free.
 
         Raises:
             ProtocolError: It was taken.
         """
         if self._taken:
-            raise ProtocolError(f"the {what} of this state was given already; a step is never answered twice")
+            message = f"this state has already produced its {what}; a step is answered once"
+            raise ProtocolError(message, about="single-use", value=what)
 
     def take(self, what: str) -> None:
-        """Return the first time.
+        """Take the flag; ``what`` names the action in the error.
 
         Raises:
-            ProtocolError: Every time after it.
+            ProtocolError: It was taken before.
         """
         self.require(what)
         self._taken = True

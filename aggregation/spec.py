@@ -1,6 +1,6 @@
-"""What a session agrees on: everything in the offer but the cohort. Checked against itself when it is made.
+"""The parameters of a session: everything in the offer except the cohort. Contradictions are refused at construction.
 
-Whether a device accepts a spec is the device's own ``policy``; this file only refuses what contradicts itself.
+Whether a device accepts a spec is decided by its own ``policy``.
 """
 
 import math
@@ -13,25 +13,32 @@ from aggregation.errors import ConfigError
 from aggregation.vector import VectorSpec
 
 MAX_ROUNDS = 1024
-CORRUPT_FRACTION = 0.1  # of a cohort that a device's default policy supposes to side with the coordinator
+CORRUPT_FRACTION = 0.1  # of a cohort that a device's default policy assumes to collude with the coordinator
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class Adversary(Enum):
-    """What the coordinator is held capable of."""
+    """What the coordinator is assumed capable of."""
 
-    ACTIVE = "active"  # lies about anything; the consistency round is run
-    HONEST_BUT_CURIOUS = "honest-but-curious"  # follows the protocol and looks at what it gets
+    ACTIVE = "active"  # lies about anything; the consistency check is run
+    HONEST_BUT_CURIOUS = "honest-but-curious"  # follows the protocol and learns what it can from its messages
 
 
 def default_threshold(devices: int) -> int:
-    """The least ``t`` with ``2 t > n + corrupt``: no two disjoint sets of answers can open both kinds of secret.
+    """The least ``t`` with ``2 t > n + c``, for ``n`` devices of which ``c`` may be corrupt (``CORRUPT_FRACTION``).
 
-    With two sets of ``t`` answers, ``2 t - n`` devices or more are in both; more of them than are corrupt means that
-    an honest one is, and an honest one answers once (Bonawitz et al. 2017, section 6.2).
+    Two sets of ``t`` answers have at least ``2 t - n`` devices in common. These are more than the corrupt ones, so one
+    of them is honest and answers once: both kinds of secret of a device cannot be reconstructed (Bonawitz et al. 2017,
+    section 6.2).
+
+    >>> default_threshold(10), default_threshold(100)
+    (6, 56)
+
+    Raises:
+        ConfigError: Fewer than 3 devices.
     """
     if devices < 3:
-        raise ConfigError(f"secure aggregation needs 3 devices or more, not {devices}")
+        raise ConfigError(f"secure aggregation needs 3 devices or more, not {devices}", about="devices", value=devices)
     return graph.quorum(devices, CORRUPT_FRACTION)
 
 
@@ -40,17 +47,17 @@ class SessionSpec:
     """Parameters of a session.
 
     Args:
-        rounds: Rounds that the session's key material serves, 1 or more.
-        threshold: Shares that open a secret; answers without which a round ends.
-        minimum_survivors: Contributions below which a sum is not opened, ``threshold`` or more.
-        degree: Neighbours of a device in the masking graph; the cohort less one is the complete graph.
-        vector: Layout, fixed point and ring of a contribution.
+        rounds: Rounds that the session's keys serve, 1 to ``MAX_ROUNDS``.
+        threshold: Shares that reconstruct a secret, and answers without which a round aborts; 2 to ``degree + 1``.
+        minimum_survivors: Contributions below which a sum is not unmasked, ``threshold`` or more.
+        degree: Neighbors of a device in the masking graph; the cohort size less one is the complete graph.
+        vector: Layout, fixed-point format and ring of a contribution.
         clip_norm: L2 bound on a device's update before it is weighted, in weight units.
         weight_cap: Largest weight of one device, in examples.
         privacy: Noise mechanism; ``"none"`` is the only one so far.
         base_digest: SHA-256 of the frozen base, 64 hex digits.
         layout_digest: SHA-256 of the adapter's layout, 64 hex digits.
-        adversary: Whether the consistency round is run.
+        adversary: The model that the session withstands; ``ACTIVE`` runs the consistency check.
 
     Raises:
         ConfigError: A value is out of range or contradicts another.
@@ -69,33 +76,33 @@ class SessionSpec:
     adversary: Adversary
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rounds <= MAX_ROUNDS:
-            raise ConfigError(f"rounds {self.rounds} is not between 1 and {MAX_ROUNDS}")
-        if not 2 <= self.threshold <= self.degree + 1:
-            raise ConfigError(f"threshold {self.threshold} is not between 2 and degree + 1 = {self.degree + 1}")
-        if not self.threshold <= self.minimum_survivors <= self.vector.max_clients:
-            raise ConfigError(
-                f"minimum_survivors {self.minimum_survivors} is not between the threshold {self.threshold} "
-                f"and max_clients {self.vector.max_clients}"
-            )
-        if self.degree >= self.vector.max_clients:
-            raise ConfigError(f"degree {self.degree} is not below max_clients {self.vector.max_clients}")
-        if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
-            raise ConfigError(f"clip_norm {self.clip_norm} is not a positive number")
-        if not 1 <= self.weight_cap <= 2**32:
-            raise ConfigError(f"weight_cap {self.weight_cap} is not between 1 and 2^32")
-        if self.privacy != "none":
-            raise ConfigError(f"privacy {self.privacy!r} is not known; 'none' is the only choice")
-        for name in ("base_digest", "layout_digest"):
-            if not _DIGEST.fullmatch(getattr(self, name)):
-                raise ConfigError(f"{name} is not a SHA-256 in 64 lower-case hex digits")
+        clients = self.vector.max_clients
+        ranges = (
+            ("rounds", 1 <= self.rounds <= MAX_ROUNDS, f"between 1 and {MAX_ROUNDS}"),
+            ("threshold", 2 <= self.threshold <= self.degree + 1, f"between 2 and degree + 1 = {self.degree + 1}"),
+            (
+                "minimum_survivors",
+                self.threshold <= self.minimum_survivors <= clients,
+                f"between the threshold {self.threshold} and max_clients {clients}",
+            ),
+            ("degree", self.degree < clients, f"below max_clients {clients}"),
+            ("clip_norm", math.isfinite(self.clip_norm) and self.clip_norm > 0, "a positive number"),
+            ("weight_cap", 1 <= self.weight_cap <= 2**32, "between 1 and 2^32"),
+            ("privacy", self.privacy == "none", "a known mechanism; 'none' is the only one"),
+            ("base_digest", _DIGEST.fullmatch(self.base_digest), "a SHA-256 in 64 lower-case hex digits"),
+            ("layout_digest", _DIGEST.fullmatch(self.layout_digest), "a SHA-256 in 64 lower-case hex digits"),
+        )
+        for name, holds, expected in ranges:
+            if not holds:
+                value = getattr(self, name)
+                raise ConfigError(f"{name} {value} is not {expected}", about=f"spec.{name}", value=value)
 
     @property
     def quorum(self) -> int:
-        """Agreements without which a device opens nothing of a round, in an active session.
+        """Consistency signatures that a device requires before it reveals shares, in an active session.
 
-        On the complete graph the threshold is more than half of everyone already, so that two survivor sets cannot
-        both have it. On a sparse one it is that of a neighbourhood, and as many must agree as a sum is of at least.
+        On the complete graph the threshold exceeds half of all devices, so that two survivor sets cannot both have that
+        many. On a sparse graph the threshold is relative to a neighborhood, so the minimum of survivors is required.
         """
         complete = self.degree == self.vector.max_clients - 1
         return self.threshold if complete else self.minimum_survivors

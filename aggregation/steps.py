@@ -1,31 +1,30 @@
-"""The exchanges of a session, by name: what the coordinator asks, what a device answers (docs/reference/protocol.md).
+"""The exchanges of a session: what the coordinator asks, what a device answers, and the fields of a transport record.
 
-The names travel as Flower message actions, so they are letters only. ``PLAN`` asks to train; others are queries.
+``docs/reference/protocol.md`` describes them. The step names travel as Flower message actions, so they are letters
+only.
 """
 
 from enum import Enum
 
-RECORD = "edgeadapt"  # the one record in a message
-BODY = "body"  # its signed protocol message
-ADAPTER = "adapter"  # beside a plan: the adapter's safetensors bytes, whose digest the plan signs
-PROOF = "proof"  # beside an offer a passage, beside a plan a receipt (``receipts``)
-REVOCATIONS = "revocations"  # beside an offer: the authority's newest revocation list, where there is one
-LAST_OFFER = (
-    "last-offer"  # beside a certificate: digest of the offer that the device joined last, if it keeps a witness
-)
+RECORD = "edgeadapt"  # the one record in a Flower message
+BODY = "body"  # the signed protocol message
+ADAPTER = "adapter"  # with a plan: the safetensors bytes of the adapter, whose digest the plan signs
+PROOF = "proof"  # with an offer: a session chain proof; with a plan: a receipt (``transcript.proofs``)
+REVOCATIONS = "revocations"  # with an offer: the authority's newest revocation list, if there is one
+LAST_OFFER = "last-offer"  # with a certificate: digest of the last offer the device joined, if it keeps a log state
 
 
 class Step(Enum):
-    """Coordinator → device, and the answer."""
+    """A request of the coordinator, and the device's answer to it."""
 
     CHECK_IN = "checkin"  # nothing → the device's certificate
     OFFER = "offer"  # offer → advert
     ROSTER = "roster"  # roster → encrypted shares
     PLAN = "plan"  # plan and adapter → masked input
-    SURVIVORS = "survivors"  # survivor set → signed consistency statement
-    UNMASK = "unmask"  # signatures → shares
+    SURVIVORS = "survivors"  # survivor set → consistency signature
+    UNMASK = "unmask"  # consistency signatures → shares
 
     @property
     def message_type(self) -> str:
-        """Flower's ``<category>.<action>``."""
+        """Flower's ``<category>.<action>``: a plan asks to train, every other step is a query."""
         return f"{'train' if self is Step.PLAN else 'query'}.{self.value}"

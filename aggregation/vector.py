@@ -1,11 +1,11 @@
-"""What rides under the mask: named segments of bounded numbers, in fixed point, in one ring.
+"""The payload under the mask: named segments of bounded numbers, in fixed point, in one ring.
 
 A ``VectorSpec`` cannot be constructed if ``max_clients`` vectors within their bounds could wrap the ring, and
-``encode`` refuses what is out of bounds. Together they make overflow impossible among honest clients; a client
-that lies can only spoil the sum, and ``decode`` says so where the total is more than the survivors could reach.
+``encode`` refuses values out of bounds. Together they make overflow impossible among honest clients. A client that lies
+can only spoil the sum; ``decode`` raises where the total is larger than the survivors could reach.
 
-Steps are powers of two. That costs at most one bit of resolution and makes arithmetic exact: every multiple of
-the step, and so every integer where ``step <= 1``, is encoded and summed without error.
+Steps are powers of two. That costs at most one bit of resolution and makes arithmetic exact: every multiple of the
+step, and so every integer where ``step <= 1``, is encoded and summed without error.
 """
 
 import math
@@ -26,13 +26,17 @@ MAX_SIZE = 2**27  # elements: half a gigabyte of uint32
 MAX_CLIENTS = 2**20
 MAX_SEGMENTS = 4096
 _SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-100, 2.0**100
-COIN_BITS = 23  # of a rounding coin: with a fraction it fits single precision
+COIN_BITS = 23  # of a rounding coin: its sum with a fraction fits single precision
 _CHUNK = 2**15  # elements: a quarter of a megabyte of float64, and its coins, stay in the second-level cache
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of elements that share a bound: ``size`` numbers with ``|x| <= bound``, in their own unit."""
+    """A run of elements that share a bound: ``size`` numbers with ``|x| <= bound``, in their own unit.
+
+    Raises:
+        ConfigError: ``size`` is not between 1 and ``MAX_SIZE``, or ``bound`` not between 2^-100 and 2^100.
+    """
 
     name: str
     size: int
@@ -40,27 +44,45 @@ class Segment:
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MAX_SIZE:
-            raise ConfigError(f"segment {self.name}: size {self.size} is not between 1 and {MAX_SIZE}")
+            raise ConfigError(
+                f"segment {self.name}: size {self.size} is not between 1 and {MAX_SIZE}",
+                about="segment.size",
+                value=self.size,
+            )
         if not _SMALLEST_BOUND <= self.bound <= _LARGEST_BOUND:
-            raise ConfigError(f"segment {self.name}: bound {self.bound} is not a positive, moderate number")
+            raise ConfigError(
+                f"segment {self.name}: bound {self.bound} is not between {_SMALLEST_BOUND} and {_LARGEST_BOUND}",
+                about="segment.bound",
+                value=self.bound,
+            )
 
     @property
     def largest(self) -> float:
-        """What the bound may be rounded up to in single precision: a vector clipped to it there is within it."""
+        """The larger of the bound and its rounding to float32: float32 values clipped to the bound are within it."""
         return max(self.bound, float(np.float32(self.bound)))
 
 
 @dataclass(frozen=True, slots=True)
 class VectorSpec:
-    """Layout and fixed point of a contribution.
+    """Layout and fixed-point format of a contribution.
+
+    Guarantee: ``max_clients`` contributions within their bounds cannot wrap the ring.
+
+    >>> spec = VectorSpec((Segment("delta", 3, 1.0), Segment("weight", 1, 100.0)), ring_bits=24, max_clients=10)
+    >>> spec.size, spec.max_steps, spec.step(spec.segments[1])
+    (4, 838860, 0.0001220703125)
+    >>> values = {"delta": np.array([1.0, -0.5, 0.25]), "weight": np.array([64.0])}
+    >>> total = 2 * spec.encode(values, np.random.default_rng(0))
+    >>> spec.decode(total, survivors=2)
+    {'delta': array([ 2. , -1. ,  0.5]), 'weight': array([128.])}
 
     Args:
-        segments: In wire order, names unique.
-        ring_bits: Bits of an element.
-        max_clients: Most contributions in one sum.
+        segments: In wire order, 1 to ``MAX_SEGMENTS``, names unique, at most ``MAX_SIZE`` elements in all.
+        ring_bits: Width of an element, 1 to 64.
+        max_clients: Largest number of contributions in one sum, 1 to ``MAX_CLIENTS``.
 
     Raises:
-        ConfigError: The ring is too small for so many clients, a name is repeated, or a size is out of range.
+        ConfigError: The ring is too small for so many clients, a name is repeated, or a value is out of range.
     """
 
     segments: tuple[Segment, ...]
@@ -71,74 +93,108 @@ class VectorSpec:
         ring.dtype(self.ring_bits)
         names = [segment.name for segment in self.segments]
         if not 1 <= len(names) <= MAX_SEGMENTS or len(set(names)) != len(names):
-            raise ConfigError("a vector needs at least one segment, and every segment its own name")
+            raise ConfigError(
+                f"a vector has 1 to {MAX_SEGMENTS} segments, each with its own name; got {len(names)}",
+                about="vector.segments",
+                value=len(names),
+            )
         if self.size > MAX_SIZE:
-            raise ConfigError(f"a vector of {self.size} elements is over the limit of {MAX_SIZE}")
+            raise ConfigError(
+                f"a vector of {self.size} elements is over the limit of {MAX_SIZE}",
+                about="vector.size",
+                value=self.size,
+            )
         if not 1 <= self.max_clients <= MAX_CLIENTS:
-            raise ConfigError(f"max_clients {self.max_clients} is not between 1 and {MAX_CLIENTS}")
+            raise ConfigError(
+                f"max_clients {self.max_clients} is not between 1 and {MAX_CLIENTS}",
+                about="vector.max_clients",
+                value=self.max_clients,
+            )
         if self.max_steps < 1:
-            raise ConfigError(f"a ring of {self.ring_bits} bits cannot hold a sum of {self.max_clients} clients")
+            raise ConfigError(
+                f"a ring of {self.ring_bits} bits cannot hold a sum of {self.max_clients} clients: use more bits",
+                about="vector.ring_bits",
+                value=self.ring_bits,
+            )
 
     @property
     def size(self) -> int:
-        """Elements in all."""
+        """Number of elements of all segments."""
         return sum(segment.size for segment in self.segments)
 
     @property
     def max_steps(self) -> int:
-        """Steps that one client may be away from zero: ``max_clients`` times that is below half the ring."""
-        # 2^40: leaves float64 room for a coin beside them. A finer step than that of the bound would help nobody.
+        """Largest magnitude of one client's element, in steps: ``max_clients`` times it is below half the ring."""
+        # At most 2^40: that leaves float64 room for a coin, and no model needs a finer step.
         return min(((1 << (self.ring_bits - 1)) - 1) // self.max_clients, 1 << 40)
 
     def step(self, segment: Segment) -> float:
-        """The finest power of two for which ``ceil(largest / step) <= max_steps``."""
+        """Resolution of ``segment`` in its unit: the finest power of two with ``largest / step <= max_steps``."""
         step = math.ldexp(1.0, math.frexp(segment.largest / self.max_steps)[1] - 1)
         return step if math.ceil(segment.largest / step) <= self.max_steps else 2 * step
 
     def encode(self, values: Mapping[str, Floats], rng: np.random.Generator) -> Ring:
-        """Round ``values`` to ring steps without bias.
+        """Round ``values`` to ring steps without bias (stochastic rounding).
+
+        Guarantee: the expectation of ``decode(encode(values))`` is ``values`` to within 2^-``COIN_BITS`` of a step;
+        each error is below one step; multiples of the step are exact.
 
         Args:
-            values: Name → shape ``(segment.size,)``, each ``|x| <= segment.bound``; exactly the spec's names.
-            rng: Rounding coins; not secret.
+            values: Name → float32 or float64 of shape ``(segment.size,)``, each ``|x| <= segment.bound``; exactly the
+                spec's names.
+            rng: Draws the key of the rounding coins, 32 bytes a call; not secret.
 
         Returns:
-            Shape ``(size,)``. Guarantee: the expectation of ``decode`` is ``values`` to within 2^-``COIN_BITS``
-            of a step, each error is below one step, and multiples of the step are exact.
+            Shape ``(size,)``, of ``ring.dtype(ring_bits)``; negative numbers are in two's complement.
 
         Raises:
-            DataError: A segment is missing, unknown, of another shape or type, not finite or out of its bound.
+            DataError: A segment is missing, unknown, of another shape or type, not finite, or out of its bound.
         """
         if set(values) != {segment.name for segment in self.segments}:
-            raise DataError(f"segments {sorted(values)} are not those of the spec")
+            raise DataError(
+                f"segments {sorted(values)} are not those of the spec", about="vector.segments", value=sorted(values)
+            )
         out = np.empty(self.size, ring.dtype(self.ring_bits))
-        coins = Keystream(rng.bytes(32))  # four times as fast as drawing each from ``rng``
+        coins = Keystream(rng.bytes(32))  # four times as fast as drawing each coin from ``rng``
         for segment, part in self._parts(out):
             given = values[segment.name]
             if given.shape != (segment.size,):
-                raise DataError(f"segment {segment.name} has shape {given.shape}, not ({segment.size},)")
+                raise DataError(
+                    f"segment {segment.name} has shape {given.shape}, not ({segment.size},)",
+                    about=f"vector.{segment.name}",
+                    value=given.shape,
+                )
             if given.dtype not in (np.float32, np.float64):
-                raise DataError(f"segment {segment.name} holds {given.dtype}, not float32 or float64")
+                raise DataError(
+                    f"segment {segment.name} holds {given.dtype}, not float32 or float64",
+                    about=f"vector.{segment.name}",
+                    value=str(given.dtype),
+                )
             for start in range(0, segment.size, _CHUNK):
                 chunk = slice(start, start + _CHUNK)
                 self._round(self._steps(segment, given[chunk]), coins, part[chunk])
         return out
 
     def _steps(self, segment: Segment, given: Floats) -> NDArray[Any]:
-        """``given`` in steps: exact, since a step is a power of two."""
+        """``given`` in units of the step: exact, since a step is a power of two."""
         largest = float(max(given.max(), -given.min()))
         if not largest <= (segment.largest if given.dtype == np.float32 else segment.bound):  # also true for NaN
-            raise DataError(f"segment {segment.name} has a value of {largest}, its bound is {segment.bound}")
+            raise DataError(
+                f"segment {segment.name} has a value of {largest}, its bound is {segment.bound}",
+                about=f"vector.{segment.name}",
+                value=largest,
+            )
         per_unit = 1 / self.step(segment)
         wide = not 2.0**-126 <= per_unit < 2.0**128
         return np.multiply(given, per_unit, dtype=np.float64 if wide else given.dtype)
 
     @staticmethod
     def _round(steps: NDArray[Any], coins: Keystream, out: Ring) -> None:
-        """Write floor(steps + coin), with coins uniform over [0, 1): in single precision, too, whatever the bits.
+        """Write floor(steps + coin), with coins uniform over [0, 1), in the precision of ``steps``.
 
-        The fraction of a number is exact beside its whole part, but may be 1 where it is rounded. With a coin it has
-        24 bits at most, so the sum of the two is below 2, and never lifted to 1 where the fraction is 0.
+        Whole part and fraction are separated first. The fraction is exact but for values just below an integer, where
+        it may be rounded to 1. Fraction plus coin has 24 bits at most, so the sum is below 2, and below 1 where the
+        fraction is 0: a whole step is never lifted.
         """
         drawn = np.empty(out.size, np.int32)
         coins.read_into(drawn.data.cast("B"))
@@ -151,25 +207,27 @@ class VectorSpec:
         steps += coin
         np.floor(steps, out=steps)
         whole += steps
-        # Below zero as in two's complement: bits above the ring do not count.
+        # Negative numbers in two's complement: bits above the ring do not count.
         np.copyto(out.view(f"<i{out.itemsize}"), whole, casting="unsafe")
 
     def decode(self, total: Ring, survivors: int) -> dict[str, NDArray[np.float64]]:
         """Turn the sum of ``survivors`` contributions back into numbers.
 
         Args:
-            total: Shape ``(size,)``; only the low ``ring_bits`` bits of an element count.
-            survivors: Contributions in the sum, at most ``max_clients``.
+            total: Shape ``(size,)``, of ``ring.dtype(ring_bits)``; only the low ``ring_bits`` bits of an element count.
+            survivors: Number of contributions in the sum, 1 to ``max_clients``.
 
         Returns:
-            Name → shape ``(segment.size,)``: the sums.
+            Name → float64 of shape ``(segment.size,)``: the sums, in the segment's unit, exact.
 
         Raises:
-            DataError: More survivors than the spec allows, another shape, or a sum that ``survivors`` clients
-                within their bounds cannot have.
+            DataError: Another number of survivors, another shape or type, or a sum that ``survivors`` clients within
+                their bounds cannot reach.
         """
         if not 1 <= survivors <= self.max_clients:
-            raise DataError(f"{survivors} survivors are not between 1 and {self.max_clients}")
+            raise DataError(
+                f"{survivors} survivors are not between 1 and {self.max_clients}", about="survivors", value=survivors
+            )
         ring.require_vector(total, self.size, self.ring_bits)
         sums = {}
         for segment, part in self._parts(total):
@@ -181,7 +239,8 @@ class VectorSpec:
                 signed = self._signed(part[chunk])
                 if not -reach <= signed.min() <= signed.max() <= reach:
                     raise DataError(
-                        f"segment {segment.name} is more than {survivors} clients within its bound can sum to"
+                        f"segment {segment.name} is more than {survivors} clients within its bound can sum to",
+                        about=f"vector.{segment.name}",
                     )
                 np.multiply(signed, step, out=found[chunk])
         return sums

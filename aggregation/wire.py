@@ -1,11 +1,11 @@
-"""Canonical bytes: one byte string for one value, and one value for one byte string.
+"""The canonical encoding: each value has exactly one byte string, and each accepted byte string exactly one value.
 
-A ``Codec`` writes and reads one type; a record is declared once, field by field, and that declaration serves
-both directions. Integers are big-endian. Sizes are checked against the limit *and* against the bytes that are
-there before anything is allocated. Reading arbitrary bytes ends in a value or in ``ProtocolError``, never in
-another error; bytes left over are refused.
+A ``Codec`` writes and reads one type. A record is declared once, field by field, and the declaration serves both
+directions. Integers are big-endian. Every length is checked against its limit *and* against the bytes present before
+anything is allocated. Decoding arbitrary bytes returns a value or raises ``ProtocolError``, never another error, and
+trailing bytes are refused.
 
-What the fields mean is decided in ``messages``; who signed them, in ``envelope``.
+``messages`` decides what the fields mean, ``envelope`` who signed them.
 """
 
 import itertools
@@ -46,7 +46,9 @@ class Reader:
             ProtocolError: Fewer than ``n`` are left.
         """
         if n > self.left:
-            raise ProtocolError(f"message is truncated: {n} bytes expected, {self.left} left")
+            raise ProtocolError(
+                f"message is truncated: {n} bytes expected, {self.left} left", about="encoding.length", value=n
+            )
         self._at += n
         return self._data[self._at - n : self._at]
 
@@ -69,74 +71,96 @@ class Codec(Generic[T]):
         return bytes(out)
 
     def decode(self, raw: bytes) -> T:
-        """The value of ``raw``. Law: ``encode(decode(raw)) == raw``.
+        """The value that ``raw`` encodes. Law: ``encode(decode(raw)) == raw``.
 
         Raises:
-            ProtocolError: Anything but the canonical bytes of one value.
+            ProtocolError: ``raw`` is not the canonical encoding of one value.
         """
         source = Reader(raw)
         value = self.read(source)
         if source.left:
-            raise ProtocolError(f"{source.left} bytes left over after the message")
+            raise ProtocolError(
+                f"{source.left} bytes left over after the message", about="encoding.trailing", value=source.left
+            )
         return value
 
 
-def count(source: Reader, limit: int) -> int:
-    """Read how many bytes or items follow.
-
-    Raises:
-        ProtocolError: More than ``limit``, or more than there can be in what is left.
-    """
+def _count(source: Reader, limit: int) -> int:
+    """Read how many bytes or items follow; at most ``limit``, and no more than the bytes left can hold."""
     announced = int.from_bytes(source.take(4), "big")
     if announced > limit:
-        raise ProtocolError(f"length {announced} is over the limit of {limit}")
-    if announced > source.left:  # every item is a byte or more: refuse before a list is built
-        raise ProtocolError(f"message is truncated: {announced} items announced, {source.left} bytes left")
+        raise ProtocolError(f"length {announced} is over the limit of {limit}", about="encoding.limit", value=announced)
+    if announced > source.left:  # every item takes a byte or more: refuse before a list is built
+        raise ProtocolError(
+            f"message is truncated: {announced} items announced, {source.left} bytes left",
+            about="encoding.length",
+            value=announced,
+        )
     return announced
 
 
 def uint(bits: int) -> Codec[int]:
-    """An unsigned integer of exactly ``bits`` bits (a multiple of 8)."""
+    """An unsigned integer of exactly ``bits`` bits (a multiple of 8), big-endian.
+
+    >>> uint(16).encode(258).hex()
+    '0102'
+    """
     size = bits // 8
 
     def write(out: bytearray, value: int) -> None:
         if not 0 <= value < 1 << bits:
-            raise ConfigError(f"{value} does not fit an unsigned field of {bits} bits")
+            raise ConfigError(
+                f"{value} does not fit an unsigned field of {bits} bits", about="encoding.uint", value=value
+            )
         out += value.to_bytes(size, "big")
 
     return Codec(write, lambda source: int.from_bytes(source.take(size), "big"))
 
 
 def fixed(size: int) -> Codec[bytes]:
-    """Exactly ``size`` bytes, with no length before them."""
+    """Exactly ``size`` bytes, without a length."""
 
     def write(out: bytearray, value: bytes) -> None:
         if len(value) != size:
-            raise ConfigError(f"{len(value)} bytes where exactly {size} belong")
+            raise ConfigError(
+                f"{len(value)} bytes in a field of exactly {size}", about="encoding.fixed", value=len(value)
+            )
         out += value
 
     return Codec(write, lambda source: source.take(size))
 
 
 def blob(limit: int) -> Codec[bytes]:
-    """At most ``limit`` bytes after their length."""
+    """At most ``limit`` bytes after their length in 4 bytes.
+
+    >>> blob(9).encode(b"ab").hex()
+    '000000026162'
+    """
 
     def write(out: bytearray, value: bytes) -> None:
-        if len(value) > limit:
-            raise ConfigError(f"{len(value)} bytes are over the limit of {limit}")
-        out += len(value).to_bytes(4, "big")
+        _write_count(out, len(value), limit, "bytes")
         out += value
 
-    return Codec(write, lambda source: source.take(count(source, limit)))
+    return Codec(write, lambda source: source.take(_count(source, limit)))
+
+
+def _write_count(out: bytearray, count: int, limit: int, unit: str) -> None:
+    if count > limit:
+        raise ConfigError(f"{count} {unit} are over the limit of {limit}", about="encoding.limit", value=count)
+    out += count.to_bytes(4, "big")
 
 
 def text(pattern: str) -> Codec[str]:
-    """ASCII text of at most 255 characters that matches ``pattern`` in full."""
+    """ASCII text of at most 255 characters that matches ``pattern`` in full, after its length in 1 byte.
+
+    >>> text("[a-z]+").encode("ab").hex()
+    '026162'
+    """
     compiled = re.compile(pattern, re.ASCII)
 
     def checked(value: str, error: type[ConfigError] | type[ProtocolError]) -> str:
         if len(value) > 255 or not value.isascii() or not compiled.fullmatch(value):
-            raise error(f"{value[:80]!r} is not of the form {pattern}")
+            raise error(f"{value[:80]!r} does not match {pattern}", about="encoding.text", value=value[:80])
         return value
 
     def write(out: bytearray, value: str) -> None:
@@ -153,7 +177,7 @@ def text(pattern: str) -> Codec[str]:
 
 def _write_real(out: bytearray, value: float) -> None:
     if not math.isfinite(value):
-        raise ConfigError(f"{value} is not a finite number")
+        raise ConfigError(f"{value} is not a finite number", about="encoding.real", value=value)
     out += struct.pack(">d", value + 0.0)  # -0.0 + 0.0 is 0.0: one byte string for one value
 
 
@@ -161,15 +185,16 @@ def _read_real(source: Reader) -> float:
     raw = source.take(8)
     value = float(struct.unpack(">d", raw)[0])
     if not math.isfinite(value) or raw == b"\x80" + bytes(7):
-        raise ProtocolError("a number is not finite, or a negative zero")
+        raise ProtocolError("a real number is not finite, or is a negative zero", about="encoding.real", value=value)
     return value
 
 
 real: Codec[float] = Codec(_write_real, _read_real)
+"""A finite IEEE 754 double, big-endian; zero has one encoding."""
 
 
 def choice(kind: type[E]) -> Codec[E]:
-    """A member of a closed enum, by its value."""
+    """A member of a closed enum, written as the text of its value."""
     names = text(r"[a-z-]+")
 
     def read(source: Reader) -> E:
@@ -177,13 +202,13 @@ def choice(kind: type[E]) -> Codec[E]:
         try:
             return kind(name)
         except ValueError:
-            raise ProtocolError(f"{name!r} is no {kind.__name__}") from None
+            raise ProtocolError(f"{name!r} is not a {kind.__name__}", about="encoding.choice", value=name) from None
 
     return Codec(lambda out, value: names.write(out, value.value), read)
 
 
 def optional(item: Codec[T]) -> Codec[T | None]:
-    """A value that may be absent."""
+    """A value that may be absent: a flag in 1 byte, then the value if there is one."""
 
     def write(out: bytearray, value: T | None) -> None:
         out.append(value is not None)
@@ -193,33 +218,36 @@ def optional(item: Codec[T]) -> Codec[T | None]:
     def read(source: Reader) -> T | None:
         flag = source.take(1)[0]
         if flag > 1:
-            raise ProtocolError(f"flag {flag} is neither 0 nor 1")
+            raise ProtocolError(f"flag {flag} is neither 0 nor 1", about="encoding.flag", value=flag)
         return item.read(source) if flag else None
 
     return Codec(write, read)
 
 
 def sequence(item: Codec[T], limit: int) -> Codec[tuple[T, ...]]:
-    """At most ``limit`` items in the order that they were given."""
+    """At most ``limit`` items in the given order, after their count in 4 bytes."""
 
     def write(out: bytearray, values: tuple[T, ...]) -> None:
-        if len(values) > limit:
-            raise ConfigError(f"{len(values)} items are over the limit of {limit}")
-        out += len(values).to_bytes(4, "big")
+        _write_count(out, len(values), limit, "items")
         for value in values:
             item.write(out, value)
 
-    return Codec(write, lambda source: tuple(item.read(source) for _ in range(count(source, limit))))
+    return Codec(write, lambda source: tuple(item.read(source) for _ in range(_count(source, limit))))
 
 
 def mapping(key: Codec[Any], value: Codec[V], limit: int) -> Codec[Mapping[Any, V]]:
-    """At most ``limit`` entries in strictly ascending order of key: no repeats, one order."""
+    """At most ``limit`` entries in strictly ascending order of key: no repeated key, one order.
+
+    >>> mapping(text("[a-z]+"), uint(8), 9).encode({"b": 2, "a": 1}).hex()
+    '00000002016101016202'
+    """
     entries = sequence(Codec(_pair_write(key, value), lambda source: (key.read(source), value.read(source))), limit)
 
     def read(source: Reader) -> Mapping[Any, V]:
         pairs = entries.read(source)
-        if any(left[0] >= right[0] for left, right in itertools.pairwise(pairs)):
-            raise ProtocolError("entries are repeated or out of order")
+        for left, right in itertools.pairwise(pairs):
+            if left[0] >= right[0]:
+                raise ProtocolError("entries are repeated or out of order", about="encoding.order", value=right[0])
         return dict(pairs)
 
     return Codec(lambda out, values: entries.write(out, tuple(sorted(values.items()))), read)
@@ -234,7 +262,7 @@ def _pair_write(key: Codec[K], value: Codec[V]) -> Callable[[bytearray, tuple[K,
 
 
 def record(kind: type[T], fields: Mapping[str, Codec[Any]]) -> Codec[T]:
-    """A dataclass, field by field in the order given. What its constructor refuses, reading refuses."""
+    """A dataclass, field by field in the given order. A value that its constructor refuses is refused on reading."""
 
     def write(out: bytearray, value: T) -> None:
         for name, codec in fields.items():
@@ -245,6 +273,6 @@ def record(kind: type[T], fields: Mapping[str, Codec[Any]]) -> Codec[T]:
         try:
             return kind(**values)
         except ConfigError as error:
-            raise ProtocolError(str(error)) from None
+            raise ProtocolError(str(error), about=error.about, value=error.value) from None
 
     return Codec(write, read)

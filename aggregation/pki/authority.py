@@ -1,4 +1,4 @@
-"""The authority itself: it makes its own certificate, those of devices, and lists of those that count no longer."""
+"""The authority with its signing key: it issues its own certificate, device certificates and revocation lists."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,26 +16,28 @@ from aggregation.pki.certificates import Root, identity, load, require_device_id
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import Revocation, RevocationList, sign_list
 
-LONGEST = 64  # bytes of a common name (X.520)
+MAX_NAME = 64  # bytes of a common name (X.520)
 
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """The authority itself, with its signing key. Keep it offline."""
+    """The authority with its signing key. Keep it offline."""
 
     key: IdentityKey
     der: bytes
 
     @classmethod
     def create(cls, name: str, entropy: Entropy, not_before: datetime, not_after: datetime) -> "Authority":
-        """Make a new authority called ``name`` with a key from ``entropy``.
+        """A new authority called ``name`` with a key from ``entropy``.
 
         Raises:
-            ConfigError: The name is empty or too long for a certificate, or the end is not after the beginning.
+            ConfigError: The name is empty or too long for a certificate, or ``not_after`` is not after ``not_before``.
         """
-        if not 0 < len(name.encode(errors="replace")) <= LONGEST:
+        if not 0 < len(name.encode(errors="replace")) <= MAX_NAME:
             raise ConfigError(
-                f"an authority's name has 1 to {LONGEST} bytes: choose another one than {name[:LONGEST]!r}"
+                f"an authority's name has 1 to {MAX_NAME} bytes: choose another one than {name[:MAX_NAME]!r}",
+                about="authority.name",
+                value=name[:MAX_NAME],
             )
         key = IdentityKey.generate(entropy)
         builder = _builder(name, name, key.public, not_before, not_after)
@@ -44,7 +46,7 @@ class Authority:
 
     @property
     def root(self) -> Root:
-        """What devices and coordinator pin."""
+        """The certificate that devices and coordinator pin."""
         return Root(self.der)
 
     def issue(
@@ -63,10 +65,10 @@ class Authority:
             public: Its identity key.
             not_before: Begin of validity.
             not_after: End of validity.
-            serial: A random one (RFC 5280, 4.1.2.2); where none is given it follows from all the rest.
+            serial: A random number (RFC 5280, 4.1.2.2); derived from the other fields by default.
 
         Raises:
-            ConfigError: ``device_id`` is not 1 to 64 letters, digits, dots, colons, dashes, underscores.
+            ConfigError: ``device_id`` is not a device id, or ``not_after`` is not after ``not_before``.
         """
         require_device_id(device_id)
         issuer = subject(load(self.der))
@@ -80,20 +82,20 @@ class Authority:
         """Sign a revocation list.
 
         Args:
-            number: Above that of every list before.
+            number: Above that of every earlier list.
             revoked: Serial → revocation: all of them, not only new ones.
             this_update: Now.
-            next_update: Until when the list is good.
+            next_update: Until when the list is valid.
 
         Raises:
-            ConfigError: It would end before it begins.
+            ConfigError: ``next_update`` is not after ``this_update``.
         """
         private = Ed25519PrivateKey.from_private_bytes(self.key.raw)
         der = sign_list(load(self.der).subject, private, number, revoked, (this_update, next_update))
         return self.root.revocations(der)
 
     def to_pem(self) -> bytes:
-        """Private key, then certificate: write it only where nobody else can read."""
+        """Private key, then certificate. Write it only where nobody else can read it."""
         return self.key.to_pem() + self.root.to_pem()
 
     @classmethod
@@ -101,11 +103,11 @@ class Authority:
         """Read what ``to_pem`` wrote.
 
         Raises:
-            TrustError: Key or certificate is missing or broken, or they do not belong together.
+            TrustError: Key or certificate is missing or damaged, or they do not match.
         """
         key, root = IdentityKey.from_pem(pem), Root.from_pem(pem)
         if identity(load(root.der)) != key.public:
-            raise TrustError("the authority's key and certificate do not belong together")
+            raise TrustError("the authority's key and certificate do not match", about="authority.key")
         return cls(key, root.der)
 
 
@@ -119,8 +121,9 @@ def _builder(
     serial: int | None = None,
 ) -> x509.CertificateBuilder:
     if not not_before < not_after:
-        raise ConfigError(f"certificate of {subject} would end before it begins")
-    # Unless it is given, the serial follows from what is certified: no two different certificates share one.
+        text = f"certificate of {subject} would end before it begins"
+        raise ConfigError(text, about="certificate.validity", value=subject)
+    # By default the serial is derived from the certified fields: different certificates have different serials.
     stamp = f"{issuer}\x00{subject}\x00{not_before.isoformat()}\x00{not_after.isoformat()}\x00".encode()
     derived = int.from_bytes(hashlib.sha256(stamp + public.raw).digest()[:19], "big") + 1
     return (

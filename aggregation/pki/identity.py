@@ -1,7 +1,7 @@
 """Ed25519 identities: who signed a body, and for what purpose.
 
-Every signature covers a tag beside the body, so bytes signed for one purpose can never pass for another
-(RFC 8032 gives the signature; the framing below is this project's). Which keys are trusted is not decided here.
+Every signature covers a tag with the body, so bytes signed for one purpose are not valid for another. RFC 8032 defines
+the signature; the framing below is this project's. Which keys are trusted is not decided here.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _FRAME = b"edgeadapt/1\x00"
 def _framed(tag: str, body: bytes) -> bytes:
     raw = tag.encode("ascii")
     if not 0 < len(raw) < 256:
-        raise ConfigError(f"signature tag {tag[:40]!r} must have 1 to 255 characters")
+        raise ConfigError(f"signature tag {tag[:40]!r} must have 1 to 255 characters", about="signature.tag", value=tag)
     return _FRAME + bytes([len(raw)]) + raw + body
 
 
@@ -34,11 +34,12 @@ class PublicKey:
 
     def __post_init__(self) -> None:
         if len(self.raw) != KEY:
-            raise TrustError(f"an Ed25519 public key has {KEY} bytes, not {len(self.raw)}")
+            text = f"an Ed25519 public key has {KEY} bytes, not {len(self.raw)}"
+            raise TrustError(text, about="key.length", value=len(self.raw))
 
     @property
     def key_id(self) -> str:
-        """Sixteen hex characters for logs and file names. A name, not a proof."""
+        """Sixteen hex characters for logs and file names: a name, not a proof."""
         return hashlib.sha256(self.raw).hexdigest()[:16]
 
     def verify(self, tag: str, body: bytes, signature: bytes) -> None:
@@ -50,7 +51,8 @@ class PublicKey:
         try:
             Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, _framed(tag, body))
         except (InvalidSignature, ValueError):
-            raise TrustError(f"signature of {self.key_id} on {tag!r} is not valid") from None
+            text = f"signature of {self.key_id} on {tag!r} is not valid"
+            raise TrustError(text, about="signature", value=tag) from None
 
     def to_pem(self) -> bytes:
         """SubjectPublicKeyInfo in PEM."""
@@ -68,38 +70,40 @@ class PublicKey:
         try:
             key = serialization.load_pem_public_key(pem)
         except (ValueError, UnsupportedAlgorithm):
-            raise TrustError("not a public key in PEM form") from None
+            raise TrustError("not a public key in PEM form", about="key.pem") from None
         if not isinstance(key, Ed25519PublicKey):
-            raise TrustError(f"an Ed25519 public key is needed, not {type(key).__name__}")
+            kind = type(key).__name__
+            raise TrustError(f"expected an Ed25519 public key, got {kind}", about="key.type", value=kind)
         return cls(key.public_bytes_raw())
 
 
 @dataclass(frozen=True, slots=True)
 class IdentityKey:
-    """The private half. Its bytes appear in no ``repr``, and so in no log and no traceback."""
+    """The private half of an identity. Its bytes appear in no ``repr``, and so in no log and no traceback."""
 
     raw: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
         if len(self.raw) != KEY:
-            raise TrustError(f"an Ed25519 private key has {KEY} bytes, not {len(self.raw)}")
+            text = f"an Ed25519 private key has {KEY} bytes, not {len(self.raw)}"
+            raise TrustError(text, about="key.length", value=len(self.raw))
 
     @classmethod
     def generate(cls, entropy: Entropy) -> "IdentityKey":
-        """Make a new identity from 32 bytes of ``entropy``."""
+        """A new identity from 32 bytes of ``entropy``."""
         return cls(entropy.bytes(KEY))
 
     @property
     def public(self) -> PublicKey:
-        """The half that others may know."""
+        """The public half."""
         return PublicKey(self._key().public_key().public_bytes_raw())
 
     def sign(self, tag: str, body: bytes) -> bytes:
-        """Sign ``body`` for the purpose ``tag``: 64 bytes, the same for the same input."""
+        """Sign ``body`` for the purpose ``tag``: 64 bytes, the same for the same input (RFC 8032, section 5.1.6)."""
         return self._key().sign(_framed(tag, body))
 
     def to_pem(self, passphrase: bytes | None = None) -> bytes:
-        """PKCS #8 in PEM. Without a passphrase it is not encrypted: write it only where nobody else can read."""
+        """PKCS #8 in PEM. Without a passphrase it is not encrypted: write it only where nobody else can read it."""
         encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
         return self._key().private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 
@@ -108,16 +112,18 @@ class IdentityKey:
         """Read what ``to_pem`` wrote.
 
         Raises:
-            TrustError: Not the PEM of an Ed25519 private key, or encrypted under another passphrase than this one.
+            TrustError: Not the PEM of an Ed25519 private key, or encrypted under another passphrase.
         """
         try:
             key = serialization.load_pem_private_key(pem, password=passphrase)
         except (ValueError, TypeError, UnsupportedAlgorithm):
             if passphrase is not None:
-                raise TrustError("the passphrase is another one, or this is no private key in PEM form") from None
-            raise TrustError("not an unencrypted private key in PEM form") from None
+                text = "the passphrase is wrong, or this is not a private key in PEM form"
+                raise TrustError(text, about="key.passphrase") from None
+            raise TrustError("not an unencrypted private key in PEM form", about="key.pem") from None
         if not isinstance(key, Ed25519PrivateKey):
-            raise TrustError(f"an Ed25519 private key is needed, not {type(key).__name__}")
+            kind = type(key).__name__
+            raise TrustError(f"expected an Ed25519 private key, got {kind}", about="key.type", value=kind)
         return cls(key.private_bytes_raw())
 
     def _key(self) -> Ed25519PrivateKey:

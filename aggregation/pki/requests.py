@@ -1,7 +1,7 @@
-"""How a device's key gets to the authority and the certificate back: requests (PKCS #10, RFC 2986), and PEM or DER.
+"""Certificate requests (PKCS #10, RFC 2986): how a device's key reaches the authority.
 
-A request is signed with the key that it holds, so nobody can have another's key certified in their own name. It does
-not say who sent it: whoever runs the authority compares the key's id with the one that the device shows.
+A request is signed with the key that it holds, so nobody can have another's key certified under their own name. It does
+not prove who sent it: the operator of the authority compares the key's id with the one that the device shows.
 """
 
 from cryptography import x509
@@ -19,10 +19,10 @@ _PEM = b"-----BEGIN CERTIFICATE REQUEST-----"
 
 
 def request(key: IdentityKey, name: str) -> bytes:
-    """Ask for a certificate for the device ``name``; PEM.
+    """A request for a certificate for the device ``name``, in PEM.
 
     Raises:
-        ConfigError: A device cannot be called that.
+        ConfigError: A device cannot have this name.
     """
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, require_device_id(name))])
     builder = x509.CertificateSigningRequestBuilder(subject)
@@ -44,11 +44,13 @@ def read_request(raw: bytes) -> tuple[str, PublicKey]:
         key, signed = asked.public_key(), asked.is_signature_valid
         names = [str(each.value) for each in asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion):
-        raise TrustError("not a certificate request (PKCS #10) in PEM or DER form") from None
+        raise TrustError("not a certificate request (PKCS #10) in PEM or DER form", about="request") from None
     if not isinstance(key, Ed25519PublicKey):
-        raise TrustError(f"the request is for a {type(key).__name__} where Ed25519 belongs")
+        kind = type(key).__name__
+        raise TrustError(f"the request is for a {kind}, not an Ed25519 key", about="request.key", value=kind)
     if not signed:
-        raise TrustError("the request was not signed with the key that it is for")
+        raise TrustError("the request was not signed with the key that it is for", about="request.signature")
     if len(names) != 1 or not is_device_id(names[0]):
-        raise TrustError("the request does not name one device in its common name")
+        text = "the request does not name one device in its common name"
+        raise TrustError(text, about="request.common-name", value=names)
     return names[0], PublicKey(key.public_bytes_raw())

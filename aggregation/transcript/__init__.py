@@ -1,14 +1,16 @@
-"""The transcript of a session: an append-only log of its signed messages, from which an outsider can check it later.
+"""The transcript of a session: an append-only log of its signed messages, which an outsider can check later.
 
-An entry holds a message as it travelled, with its place: index, kind, round and peer. Of a masked input it holds the
-signed header, which names the vector by digest; vectors are kept beside the log, or not at all. Of plans that come with
-boxes the first in a round is kept whole, and of the others the signature: their plan is that of the first, and their
-boxes are in the messages of the dealers (``audit.history`` puts them together again). The log is the leaves of a Merkle
-tree (``merkle``). The coordinator signs its root in *checkpoints*, which are entries too: one when the
-session stands, one after each round, and one that closes the log, so that a log that was cut off shows it.
+An entry holds a message as it travelled, with its place: index, kind, round and peer. Of a masked input the log holds
+the signed header, which names the vector by digest; vectors are kept outside the log, or not at all. Of the assignments
+of a round that carry encrypted shares, the first is kept complete, the others without their body: their plan is that of
+the first, and their shares are in the messages of the dealers (``coordinator.audit.history`` restores them).
 
-Nothing in it is secret: it says what the coordinator knows anyway, and nothing about a single device's update. It does
-say who took part. This file opens no file: whoever keeps the log writes the records that it returns.
+The entries are the leaves of a Merkle tree (``merkle``). The coordinator signs its root in *checkpoints*, which are
+entries too: one when the session is established, one after each round, and one that closes the log, so that a truncated
+log is recognizable.
+
+The log holds no secret: it contains what the coordinator knows anyway, and nothing about a single device's update. It
+does contain who took part. This package opens no file: the caller stores the records that it returns.
 """
 
 from aggregation.transcript.entries import (
@@ -27,6 +29,7 @@ from aggregation.transcript.entries import (
 )
 from aggregation.transcript.log import ANSWERS, NO_SESSION, REQUESTS, Transcript, logged_part, packed_vector, resume
 from aggregation.transcript.logstate import LOG_STATE, LogState
+from aggregation.transcript.merkle import Tree, verify_consistency, verify_inclusion
 from aggregation.transcript.proofs import (
     RECEIPT,
     SESSION_CHAIN_PROOF,
@@ -60,10 +63,13 @@ __all__ = [
     "SessionChainProof",
     "Stage",
     "Transcript",
+    "Tree",
     "logged_part",
     "packed_vector",
     "read",
     "receipts",
     "resume",
     "session_chain_proof",
+    "verify_consistency",
+    "verify_inclusion",
 ]

@@ -1,4 +1,4 @@
-"""The log as bytes: entries one after another, and what can be read of them."""
+"""The entries of a log, their encoding, and the coordinator's messages to the log: results, aborts, checkpoints."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -11,13 +11,13 @@ from aggregation.pki import DEVICE_ID
 from aggregation.wire import Codec
 
 MAGIC = b"edgeadapt/transcript/1\n"
-EVERYONE = "*"  # the peer of a message that all who were asked got alike
+EVERYONE = "*"  # the peer of a message that all devices received alike
 LENGTH = 4  # bytes before each entry
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a message is in its log. ``round`` is 0 before the first; ``peer`` is the device, or ``EVERYONE``."""
+    """The place of a message in its log. ``round`` is 0 before the first; ``peer`` is the device, or ``EVERYONE``."""
 
     index: int
     kind: str
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def place(self) -> Place:
-        """Without the message."""
+        """This entry's place, without the message."""
         return Place(self.index, self.kind, self.round, self.peer)
 
 
@@ -59,11 +59,11 @@ ENTRY: Codec[Entry] = wire.record(
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What is in a log, as far as it can be read.
+    """The entries of a log, as far as it can be read.
 
     Args:
         entries: In the order of the log.
-        end: Bytes that they take, ``MAGIC`` included.
+        end: Bytes that they take, with ``MAGIC``.
         problem: Why reading ended there; empty at the end of the log.
     """
 
@@ -73,7 +73,7 @@ class Reading:
 
 
 def read(raw: bytes) -> Reading:
-    """Read a log. Nothing is verified yet: ``audit`` does that. Raises nothing: damage is in the reading."""
+    """Read a log without verifying it. Raises nothing: ``Reading.problem`` names the damage."""
     if not raw.startswith(MAGIC):
         return Reading((), 0, "not a transcript of this version")
     entries: list[Entry] = []
@@ -82,7 +82,7 @@ def read(raw: bytes) -> Reading:
         start = at + LENGTH
         size = int.from_bytes(raw[at:start], "big")
         if start + size > len(raw):
-            return Reading(tuple(entries), at, f"the log is cut off, or damaged, in entry {len(entries)}")
+            return Reading(tuple(entries), at, f"the log is truncated, or damaged, in entry {len(entries)}")
         try:
             entries.append(ENTRY.decode(raw[start : start + size]))
         except ProtocolError as error:
@@ -93,9 +93,9 @@ def read(raw: bytes) -> Reading:
 
 @dataclass(frozen=True, slots=True)
 class Result(Message):
-    """Coordinator → log, step 9: the sum that came of a round, by digest, and the adapter that came of the sum.
+    """Coordinator → log, step 9: the survivors of a round, the digest of their sum, and the adapter made from it.
 
-    ``sum`` is the SHA-256 of the opened vector, packed as it travels; ``adapter`` that of the new adapter's file.
+    ``sum`` is the SHA-256 of the unmasked vector, packed; ``adapter`` that of the new adapter's file.
     """
 
     TAG: ClassVar = "result"
@@ -126,10 +126,10 @@ class Abort(Message):
 
 
 class Stage(Enum):
-    """What a checkpoint says about its log."""
+    """Whether a checkpoint closes its log."""
 
     OPEN = "open"
-    CLOSED = "closed"  # nothing follows
+    CLOSED = "closed"  # no entry follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Checkpoint(Message):
     """Coordinator → log: the root of the ``size`` entries before this one.
 
     ``offer`` is the digest of the session's offer; ``previous`` that of the last checkpoint of the coordinator's
-    session before this one, so that no session can be left out in the middle.
+    previous session, so that no session between two others can be omitted.
     """
 
     TAG: ClassVar = "checkpoint"

@@ -1,4 +1,4 @@
-"""The log as it is written, message by message, and taken up again."""
+"""A log as it is written, message by message, and resumed after a stop."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from aggregation.steps import Step
 from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, Abort, Checkpoint, Entry, Result, Stage
 from aggregation.transcript.merkle import EMPTY, Tree
 
-NO_SESSION = bytes(32)  # in place of an earlier session's last checkpoint
+NO_SESSION = bytes(32)  # stands for the last checkpoint of a previous session if there is none
 
 REQUESTS: dict[Step, type[Message]] = {
     Step.OFFER: Offer,
@@ -44,16 +44,16 @@ ANSWERS: dict[Step, type[Message]] = {
 
 @dataclass(slots=True)
 class Transcript:
-    """A log as it is written: each method returns the records to append to it, which begins with ``MAGIC``.
+    """A log as it is written. Each method returns the records to append; the log begins with ``MAGIC``.
 
     Args:
         offer: Digest of the session's offer.
-        previous: Digest of the last checkpoint of the session before, or ``NO_SESSION``.
+        previous: Digest of the last checkpoint of the previous session, or ``NO_SESSION``.
         tree: Of the entries so far.
-        round: That of the last plan, or 0.
-        plan: Digest of the plan of the round under way, if one is.
-        endings: Round → index and leaf of its ending.
-        checkpoints: Entries that each checkpoint covers → the checkpoint, signed.
+        round: Of the last plan, or 0.
+        plan: Digest of the plan of the current round; None between rounds.
+        endings: Round → index and leaf of its ``Result`` or ``Abort``.
+        checkpoints: Number of entries that a checkpoint covers → the checkpoint, signed.
         contributions: Device → its last round, and index and leaf of its masked input and consistency signature.
     """
 
@@ -67,11 +67,14 @@ class Transcript:
     contributions: dict[str, tuple[int, tuple[tuple[int, bytes], ...]]] = field(default_factory=dict, repr=False)
 
     def begin(self, plan: Plan) -> None:
-        """What follows belongs to the round of ``plan``."""
+        """The entries that follow belong to the round of ``plan``."""
         self.round, self.plan = plan.round, plan.digest()
 
     def sent(self, step: Step, bodies: Mapping[str, bytes]) -> bytes:
-        """What the coordinator asks. What all get alike is one entry; so is a plan that several get without boxes."""
+        """Log the coordinator's requests. A message that all devices receive alike is one entry.
+
+        So is an assignment without encrypted shares that several devices receive.
+        """
         kind, alike = REQUESTS[step].TAG, Counter(bodies.values())
         if len(alike) == 1 and (len(bodies) > 1 or step is not Step.PLAN):
             return self._append(kind, EVERYONE, next(iter(alike)))
@@ -79,35 +82,35 @@ class Transcript:
         records: list[bytes] = []
         for device, body in bodies.items():
             if body not in shared:
-                known = step is Step.PLAN and bool(records) and not _without_boxes(body)
-                records.append(self._append(kind, device, envelope.with_body(body, b"") if known else body))
+                repeats = step is Step.PLAN and bool(records) and not _without_shares(body)
+                records.append(self._append(kind, device, envelope.with_body(body, b"") if repeats else body))
         return b"".join([*records, *(self._append(kind, EVERYONE, body) for body in shared)])
 
     def received(self, step: Step, device: str, body: bytes) -> bytes:
-        """What a device answered, once the answer was found good."""
+        """Log a device's answer, once it was accepted."""
         return self._append(ANSWERS[step].TAG, device, logged_part(step, body))
 
     def ended(self, key: IdentityKey, ending: Result | Abort) -> bytes:
-        """How the round ended, signed, and a checkpoint."""
+        """Log the end of the round, signed, and a checkpoint."""
         return self._append(ending.TAG, EVERYONE, envelope.sign(key, ending)) + self.checkpoint(key)
 
     def checkpoint(self, key: IdentityKey, stage: Stage = Stage.OPEN) -> bytes:
-        """Sign the root of what is there so far."""
+        """Log a signed root of the entries so far."""
         signed = Checkpoint(self.offer, self.tree.size, self.tree.root(), self.previous, stage)
         return self._append(Checkpoint.TAG, EVERYONE, envelope.sign(key, signed))
 
     def start_checkpoint(self, key: IdentityKey) -> bytes:
-        """A checkpoint of nothing, signed: that this session, of which nothing may be logged yet, follows that before.
+        """A signed checkpoint of no entries, which shows that this session follows the previous one.
 
-        It goes beside the offer and is no entry.
+        It is sent with the offer and is not an entry.
         """
         return envelope.sign(key, Checkpoint(self.offer, 0, EMPTY, self.previous, Stage.OPEN))
 
     def add(self, entry: Entry) -> bytes:
-        """Take the next entry; its leaf.
+        """Append the next entry; returns its leaf.
 
         Raises:
-            ProtocolError: It is a plan that cannot be read.
+            ProtocolError: It is an assignment that cannot be decoded.
         """
         leaf, index = ENTRY.encode(entry), self.tree.size
         if entry.kind == Checkpoint.TAG:
@@ -130,18 +133,18 @@ class Transcript:
         return len(leaf).to_bytes(LENGTH, "big") + leaf
 
 
-def _without_boxes(assignment: bytes) -> bool:
-    """Whether the last field is empty. A digest that ends in four zeros looks like it, and then more is kept."""
+def _without_shares(assignment: bytes) -> bool:
+    """Whether the last field is empty. A digest that ends in four zeros looks the same; then too much is kept."""
     return envelope.unverified_body(assignment).endswith(bytes(4))
 
 
 def logged_part(step: Step, body: bytes) -> bytes:
-    """The part of a device's answer that is logged: all of it but the vector."""
+    """The part of a device's answer that is logged: all of it except the vector."""
     return _split(body)[0] if step is Step.PLAN else body
 
 
 def packed_vector(body: bytes) -> bytes:
-    """The packed vector of a masked input as it travelled; the log itself holds its digest only."""
+    """The packed vector of a masked input; the log holds only its digest."""
     return _split(body)[1]
 
 
@@ -151,10 +154,10 @@ def _split(body: bytes) -> tuple[bytes, bytes]:
 
 
 def resume(entries: tuple[Entry, ...], previous: bytes) -> Transcript:
-    """The transcript that wrote ``entries``, of which the first is the offer, to go on with.
+    """The transcript that wrote ``entries``, the first of which is the offer, ready to append to.
 
     Raises:
-        ProtocolError: The first is no offer, or a plan cannot be read.
+        ProtocolError: The first entry is not an offer, or an assignment cannot be decoded.
     """
     log = Transcript(Offer.decode(envelope.unverified_body(entries[0].message)).digest(), previous)
     for entry in entries:

@@ -1,4 +1,4 @@
-"""What a device keeps of the coordinator's log, and demands of it."""
+"""What a device knows of the coordinator's log, and what it requires of it before it takes part again."""
 
 import hashlib
 from collections.abc import Iterable
@@ -22,9 +22,9 @@ class LogState:
     Args:
         device: Its id.
         offer: Digest of the session's offer.
-        previous: Digest of the last checkpoint of the session before.
-        size: Entries of the log when it last saw proofs; 0 before the first.
-        root: Of these entries.
+        previous: Digest of the last checkpoint of the previous session.
+        size: Number of entries when it last saw proofs; 0 before the first.
+        root: Root of these entries.
         plan: Digest of the plan of the round to which it contributed last.
         unconfirmed: SHA-256 of its last message, which may not have reached the coordinator.
         delivered: SHA-256 of its messages of that round that reached the coordinator, as its next request shows.
@@ -43,101 +43,86 @@ class LogState:
 
     @classmethod
     def initial(cls, coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> "LogState":
-        """The state of ``device`` after a session chain proof that it takes without an earlier state.
+        """The state of a device that has none, from the proof sent with the offer of digest ``offer``.
 
         Raises:
-            ProtocolError: Not a session chain proof that leads to the session of the offer with digest ``offer``.
+            ProtocolError: Not a session chain proof, or one for another session.
         """
         proof = SESSION_CHAIN_PROOF.decode(raw)
         start = envelope.open_verified(Checkpoint, proof.start, coordinator, COORDINATOR)
         if (start.offer, start.size, start.stage) != (offer, 0, Stage.OPEN):
-            raise ProtocolError("the session chain proof leads to another session than the offer's", COORDINATOR)
+            text = "the session chain proof is for another session than the offer"
+            raise ProtocolError(text, COORDINATOR, about="proof.start")
         return cls(device, offer, start.previous)
 
     def contributed(self, plan: bytes, message: bytes) -> "LogState":
-        """This device answered the plan of that digest with a signed ``message``."""
+        """The state after the device answered the plan with digest ``plan`` by the signed ``message``."""
         return replace(self, plan=plan, unconfirmed=_digest(message), delivered=(), survivors=None)
 
     def on_survivors(self, survivors: Iterable[str], answer: bytes | None = None) -> "LogState":
-        """The coordinator named the survivors, so the last message has reached it. ``answer`` is what goes out next."""
+        """The state after the coordinator named the survivors; ``answer`` is the device's answer.
+
+        The request shows that the device's last message reached the coordinator.
+        """
         delivered = self.delivered if self.unconfirmed is None else (*self.delivered, self.unconfirmed)
         unconfirmed = None if answer is None else _digest(answer)
-        return replace(self, delivered=delivered, unconfirmed=unconfirmed, survivors=_names(survivors))
+        return replace(self, delivered=delivered, unconfirmed=unconfirmed, survivors=digest_of(survivors))
 
     def on_receipt(self, coordinator: PublicKey, raw: bytes) -> "LogState":
-        """Check a receipt; returns what to keep.
+        """Check a receipt; returns the state to keep.
 
         Args:
             coordinator: The pinned key.
             raw: As received.
 
         Raises:
-            ProtocolError: Not a receipt of this session, or it does not prove that the log goes on from what this
-                device saw, that its messages are in it, and that its round ended with the survivors that it was told.
+            ProtocolError: Not a receipt of this session, or it does not prove that the log extends what this device
+                saw, contains its delivered messages, and ended its round with the survivors that it was told of.
         """
         return self._checked(coordinator, raw)[0]
 
     def on_session_chain_proof(self, coordinator: PublicKey, raw: bytes, offer: bytes) -> "LogState":
-        """Check a passage to the session of the offer with this digest; returns what to keep of it.
+        """Check the proof sent with the offer of digest ``offer``; returns the state to keep.
 
         Raises:
             ProtocolError: As ``on_receipt``; the log is not closed; or the new session does not follow it.
         """
-        given = SESSION_CHAIN_PROOF.decode(raw)
+        proof = SESSION_CHAIN_PROOF.decode(raw)
         if offer == self.offer:
-            raise ProtocolError("this device has joined that session before: the offer is repeated", COORDINATOR)
-        if not given.receipt:
-            raise ProtocolError("no proof of the session that this device joined last", COORDINATOR)
-        last = _closed(self._checked(coordinator, given.receipt)[1])
-        for signed in given.closed:
+            text = "this device has joined that session before: the offer is repeated"
+            raise ProtocolError(text, COORDINATOR, about="offer.repeated")
+        if not proof.receipt:
+            text = "the proof has no receipt for the session that this device joined last"
+            raise ProtocolError(text, COORDINATOR, about="proof.receipt")
+        last = _closed(self._checked(coordinator, proof.receipt)[1])
+        for signed in proof.closed:
             link = _closed(envelope.open_verified(Checkpoint, signed, coordinator, COORDINATOR))
             if link.previous != last.digest():
-                raise ProtocolError("a session between the last one and this one is left out", COORDINATOR)
+                text = "the proof omits a session between the last one and this one"
+                raise ProtocolError(text, COORDINATOR, about="proof.closed")
             last = link
         fresh = LogState.initial(coordinator, raw, offer, self.device)
         if fresh.previous != last.digest():
-            raise ProtocolError("the offer does not follow the sessions that this device knows: it is old", COORDINATOR)
+            text = "the offer does not follow the last session that this device knows: it is old"
+            raise ProtocolError(text, COORDINATOR, about="proof.previous")
         return fresh
 
     def _checked(self, coordinator: PublicKey, raw: bytes) -> tuple["LogState", Checkpoint]:
-        given = RECEIPT.decode(raw)
-        checkpoint = envelope.open_verified(Checkpoint, given.checkpoint, coordinator, COORDINATOR)
+        receipt = RECEIPT.decode(raw)
+        checkpoint = envelope.open_verified(Checkpoint, receipt.checkpoint, coordinator, COORDINATOR)
         if (checkpoint.offer, checkpoint.previous) != (self.offer, self.previous):
-            raise ProtocolError("the log is of another session", COORDINATOR)
+            raise ProtocolError("the log is of another session", COORDINATOR, about="receipt.session")
         try:
             if self.size:
-                path = given.consistency.get(self.size, ())
+                path = receipt.consistency.get(self.size, ())
                 merkle.verify_consistency(self.root, self.size, checkpoint.root, checkpoint.size, path)
-            self._ended(coordinator, given, checkpoint)
+            check_last_round(self, coordinator, receipt, checkpoint)
         except TrustError as error:
-            raise ProtocolError(str(error), COORDINATOR) from None
+            raise ProtocolError.of(error, COORDINATOR) from None
         return LogState(self.device, self.offer, self.previous, checkpoint.size, checkpoint.root), checkpoint
 
-    def _ended(self, coordinator: PublicKey, given: Receipt, checkpoint: Checkpoint) -> None:
-        if self.plan is None:
-            return
-        ending = self._ending(coordinator, given, checkpoint)
-        demanded = set(self.delivered)
-        if isinstance(ending, Result):
-            if self.survivors not in (None, _names(ending.survivors)):
-                raise ProtocolError("the log counts other survivors than this device was told", COORDINATOR)
-            if self.device in ending.survivors and self.unconfirmed is not None and self.survivors is None:
-                demanded.add(self.unconfirmed)
-        found = {_digest(_included(proof, checkpoint).message) for proof in given.contributions}
-        if demanded - found:
-            raise ProtocolError("the log is not shown to hold this device's messages of its last round", COORDINATOR)
 
-    def _ending(self, coordinator: PublicKey, given: Receipt, checkpoint: Checkpoint) -> Result | Abort:
-        for proof in given.endings:
-            entry = _included(proof, checkpoint)
-            kind: type[Result] | type[Abort] = Result if entry.kind == Result.TAG else Abort
-            ending: Result | Abort = envelope.open_verified(kind, entry.message, coordinator, COORDINATOR)
-            if ending.plan == self.plan:
-                return ending
-        raise ProtocolError("the log is not shown to hold the end of this device's last round", COORDINATOR)
-
-
-_DIGESTS = wire.optional(DIGESTS)
+_OPTIONAL_DIGEST = wire.optional(DIGESTS)
 LOG_STATE: Codec[LogState] = wire.record(
     LogState,
     {
@@ -146,17 +131,51 @@ LOG_STATE: Codec[LogState] = wire.record(
         "previous": DIGESTS,
         "size": SIZE,
         "root": DIGESTS,
-        "plan": _DIGESTS,
-        "unconfirmed": _DIGESTS,
+        "plan": _OPTIONAL_DIGEST,
+        "unconfirmed": _OPTIONAL_DIGEST,
         "delivered": wire.sequence(DIGESTS, 4),
-        "survivors": _DIGESTS,
+        "survivors": _OPTIONAL_DIGEST,
     },
 )
 
 
+def check_last_round(state: LogState, coordinator: PublicKey, receipt: Receipt, checkpoint: Checkpoint) -> None:
+    """Return if a receipt shows the end of the device's last round and the messages that it must contain.
+
+    Raises:
+        ProtocolError: It does not, or names other survivors than the device was told of.
+        TrustError: An entry is not in the log.
+    """
+    if state.plan is None:
+        return
+    ending = _ending(state, coordinator, receipt, checkpoint)
+    required = set(state.delivered)
+    if isinstance(ending, Result):
+        if state.survivors not in (None, digest_of(ending.survivors)):
+            text = "the log names other survivors than the coordinator told this device"
+            raise ProtocolError(text, COORDINATOR, about="receipt.survivors")
+        if state.device in ending.survivors and state.unconfirmed is not None and state.survivors is None:
+            required.add(state.unconfirmed)
+    found = {_digest(_included(proof, checkpoint).message) for proof in receipt.contributions}
+    if required - found:
+        text = "the receipt does not show that the log has this device's messages of its last round"
+        raise ProtocolError(text, COORDINATOR, about="receipt.contributions")
+
+
+def _ending(state: LogState, coordinator: PublicKey, receipt: Receipt, checkpoint: Checkpoint) -> Result | Abort:
+    for proof in receipt.endings:
+        entry = _included(proof, checkpoint)
+        kind: type[Result] | type[Abort] = Result if entry.kind == Result.TAG else Abort
+        ending: Result | Abort = envelope.open_verified(kind, entry.message, coordinator, COORDINATOR)
+        if ending.plan == state.plan:
+            return ending
+    text = "the receipt does not show how this device's last round ended"
+    raise ProtocolError(text, COORDINATOR, about="receipt.endings")
+
+
 def _closed(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.stage is not Stage.CLOSED:
-        raise ProtocolError("the log of a session before is not closed", COORDINATOR)
+        raise ProtocolError("the log of an earlier session is not closed", COORDINATOR, about="proof.stage")
     return checkpoint
 
 
@@ -170,5 +189,6 @@ def _digest(message: bytes) -> bytes:
     return hashlib.sha256(message).digest()
 
 
-def _names(devices: Iterable[str]) -> bytes:
+def digest_of(devices: Iterable[str]) -> bytes:
+    """SHA-256 of the sorted device ids: equal for equal sets."""
     return _digest("\n".join(sorted(devices)).encode())

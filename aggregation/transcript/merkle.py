@@ -1,7 +1,7 @@
-"""The Merkle tree of RFC 9162, section 2.1, over SHA-256: root, proof that a leaf is in it, proof that it only grew.
+"""The Merkle tree of RFC 9162, section 2.1, over SHA-256: root, inclusion proof, consistency proof.
 
-A proof is a short list of hashes. Who has the signed root of a log can check with it that an entry is in the log, or
-that a log seen earlier is the beginning of the one seen now, without the log itself.
+A proof is a short list of hashes. With it, whoever has the signed root of a log can check that an entry is in the log,
+or that a log seen earlier is a prefix of the present one, without the log itself.
 """
 
 import hashlib
@@ -10,38 +10,45 @@ from collections.abc import Iterable, Sequence
 from aggregation.errors import TrustError
 
 HASH = 32  # bytes
-EMPTY = hashlib.sha256(b"").digest()  # the root of a tree without leaves
-_LEAF, _NODE = b"\x00", b"\x01"  # so that no leaf can pass for a node (section 2.1.1)
+EMPTY = hashlib.sha256(b"").digest()  # the root of an empty tree
+_LEAF, _NODE = b"\x00", b"\x01"  # domain separation: no leaf hash can be a node hash (section 2.1.1)
 
 
 def leaf_hash(entry: bytes) -> bytes:
-    """The hash of an entry."""
+    """The leaf hash of an entry (32 bytes)."""
     return hashlib.sha256(_LEAF + entry).digest()
 
 
 def node_hash(left: bytes, right: bytes) -> bytes:
-    """The hash of two subtrees side by side."""
+    """The hash of a node from the hashes of its two subtrees (32 bytes)."""
     return hashlib.sha256(_NODE + left + right).digest()
 
 
 class Tree:
-    """A growing tree. It holds 64 bytes a leaf; a new leaf costs two hashes on average, root and proofs O(log² n)."""
+    """A growing tree. It holds 64 bytes a leaf; a new leaf costs two hashes on average, root and proofs O(log² n).
+
+    >>> tree = Tree([b"a", b"b", b"c"])
+    >>> verify_inclusion(tree.root(), 3, 1, b"b", tree.inclusion(1))
+    >>> verify_consistency(tree.root(2), 2, tree.root(), 3, tree.consistency(2))
+    >>> Tree().root() == EMPTY
+    True
+    """
 
     __slots__ = ("_levels",)
 
     def __init__(self, entries: Iterable[bytes] = ()) -> None:
-        # _levels[k][i] is the root of the leaves from i * 2^k up to (i + 1) * 2^k, for those that are there already.
+        # _levels[k][i] is the root of the leaves from i * 2^k up to (i + 1) * 2^k, as soon as all of these exist.
         self._levels: list[list[bytes]] = [[]]
         for entry in entries:
             self.append(entry)
 
     @property
     def size(self) -> int:
-        """Leaves."""
+        """Number of leaves."""
         return len(self._levels[0])
 
     def append(self, entry: bytes) -> None:
-        """Add a leaf."""
+        """Add ``entry`` as the last leaf."""
         self._levels[0].append(leaf_hash(entry))
         for level, nodes in enumerate(self._levels):
             if len(nodes) % 2:
@@ -51,7 +58,7 @@ class Tree:
             self._levels[level + 1].append(node_hash(nodes[-2], nodes[-1]))
 
     def root(self, size: int | None = None) -> bytes:
-        """The root of the first ``size`` leaves; of all where none is given.
+        """The root of the first ``size`` leaves; of all leaves by default. ``EMPTY`` for none.
 
         Raises:
             ValueError: There are fewer leaves.
@@ -59,7 +66,7 @@ class Tree:
         return self._range(0, self._upto(size))
 
     def inclusion(self, index: int, size: int | None = None) -> tuple[bytes, ...]:
-        """PATH of section 2.1.3.1: that leaf ``index`` is among the first ``size``.
+        """PATH of section 2.1.3.1: proof that leaf ``index`` is among the first ``size`` leaves (by default all).
 
         Raises:
             ValueError: There is no such leaf.
@@ -79,10 +86,11 @@ class Tree:
         return tuple(reversed(path))
 
     def consistency(self, old: int, size: int | None = None) -> tuple[bytes, ...]:
-        """PROOF of section 2.1.4.1: that the first ``size`` leaves begin with the first ``old``.
+        """PROOF of section 2.1.4.1: proof that the tree of ``old`` leaves is a prefix of that of ``size`` (by default
+        all).
 
         Raises:
-            ValueError: There are fewer leaves, or ``old`` is 0, of which there is nothing to prove.
+            ValueError: There are fewer leaves, or ``old`` is 0: an empty tree needs no proof.
         """
         end = self._upto(size)
         if not 0 < old <= end:
@@ -96,7 +104,7 @@ class Tree:
             else:
                 path.append(self._range(start, middle))
                 start = middle
-        # The verifier knows the root of the old tree, and needs no hash for it.
+        # The verifier knows the root of the old tree and needs no hash for it.
         return (*([self._range(start, end)] if start else []), *reversed(path))
 
     def _upto(self, size: int | None) -> int:
@@ -106,7 +114,7 @@ class Tree:
         return end
 
     def _range(self, start: int, end: int) -> bytes:
-        """MTH of section 2.1.1 of the leaves from ``start``, a multiple of what is split off, up to ``end``."""
+        """MTH of section 2.1.1 of the leaves ``start`` to ``end``, where ``start`` is a multiple of the split sizes."""
         count = end - start
         if count == 0:
             return EMPTY
@@ -123,12 +131,18 @@ def _split(count: int) -> int:
 
 
 def verify_inclusion(root: bytes, size: int, index: int, entry: bytes, path: Sequence[bytes]) -> None:
-    """Return if ``entry`` is leaf ``index`` of the tree of ``size`` leaves with this root (section 2.1.3.2).
+    """Return if ``path`` proves that ``entry`` is leaf ``index`` of the tree of ``size`` leaves with this root.
+
+    Source: RFC 9162, section 2.1.3.2.
 
     Raises:
-        TrustError: It is not, or the proof is not one.
+        TrustError: It does not.
     """
-    problem = TrustError(f"entry {index} is not shown to be in the log of {size} entries")
+    problem = TrustError(
+        f"the proof does not show that entry {index} is in the log of {size} entries",
+        about="log.inclusion",
+        value=index,
+    )
     if not 0 <= index < size:
         raise problem
     node, last, found = index, size - 1, leaf_hash(entry)
@@ -147,12 +161,19 @@ def verify_inclusion(root: bytes, size: int, index: int, entry: bytes, path: Seq
 
 
 def verify_consistency(old_root: bytes, old: int, root: bytes, size: int, path: Sequence[bytes]) -> None:
-    """Return if a tree of ``old`` leaves is the beginning of one of ``size``, by their roots (section 2.1.4.2).
+    """Return if ``path`` proves that the tree of ``old`` leaves is a prefix of the tree of ``size`` leaves, by their
+    roots.
+
+    Source: RFC 9162, section 2.1.4.2.
 
     Raises:
-        TrustError: It does not, or the proof is not one.
+        TrustError: It does not.
     """
-    problem = TrustError(f"the log of {size} entries is not shown to begin with the {old} entries seen before")
+    problem = TrustError(
+        f"the proof does not show that the log of {size} entries begins with the {old} entries seen before",
+        about="log.consistency",
+        value=old,
+    )
     if not 0 < old <= size:
         raise problem
     if old == size:

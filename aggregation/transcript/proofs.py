@@ -1,4 +1,4 @@
-"""What the coordinator hands to devices: proofs about its log, and the way from one session's log to the next."""
+"""Proofs that the coordinator sends to devices: about its log, and that one session's log follows another's."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from aggregation.transcript.entries import Checkpoint, Result
 from aggregation.transcript.log import Transcript
 from aggregation.wire import Codec
 
-MAX_PATH = 128  # hashes: two for each doubling of a log that nobody can write
-MAX_SESSIONS = 10_000  # that a device may have missed
+MAX_PATH = 128  # hashes: enough for logs of 2^64 entries
+MAX_SESSIONS = 10_000  # sessions that a device may have missed
 _MAX_LEAF = Result.LIMIT + 2 * envelope.OVERHEAD + 64 * MAX_COHORT
 _PATH = wire.sequence(wire.fixed(merkle.HASH), MAX_PATH)
 SIZE = wire.uint(64)
@@ -22,7 +22,7 @@ _CHECKPOINT = wire.blob(Checkpoint.LIMIT + envelope.OVERHEAD)
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """An entry's leaf, and the path by which it is in the log."""
+    """The leaf of an entry, and its inclusion proof."""
 
     leaf: bytes
     path: tuple[bytes, ...]
@@ -33,10 +33,10 @@ class Receipt:
     """Proofs about a log.
 
     Args:
-        checkpoint: The newest, signed.
-        endings: Of the rounds that may have been the device's last: ``Result`` or ``Abort``.
-        contributions: The device's masked input, and its agreement, of the round to which it contributed last.
-        consistency: Entries that an earlier checkpoint covers → that the newest begins with them.
+        checkpoint: The newest one, signed.
+        endings: ``Result`` or ``Abort`` of each round that may have been the device's last.
+        contributions: The device's masked input and consistency signature in the round to which it contributed last.
+        consistency: Number of entries that an earlier checkpoint covers → proof that the newest begins with them.
     """
 
     checkpoint: bytes
@@ -59,12 +59,12 @@ RECEIPT: Codec[Receipt] = wire.record(
 
 @dataclass(frozen=True, slots=True)
 class SessionChainProof:
-    """The way from the log that a device saw last to that of a new session.
+    """Proof that a new session follows the session that a device joined last.
 
     Args:
-        receipt: Of the closed log of the session that the device joined last; empty where it joined none.
-        closed: The last checkpoints of the sessions since, signed, in their order.
-        start: That the new session follows the last of these.
+        receipt: Of the closed log of the session that the device joined last; empty if it joined none.
+        closed: The last checkpoint of each session since, signed, in order.
+        start: The checkpoint of no entries, signed, that names the last of these as previous.
     """
 
     receipt: bytes
@@ -83,11 +83,11 @@ SESSION_CHAIN_PROOF: Codec[SessionChainProof] = wire.record(
 
 
 def receipts(log: Transcript, devices: Iterable[str]) -> dict[str, bytes]:
-    """Device → what it gets beside its next plan.
+    """Device → the encoded receipt that it receives with its next plan.
 
     Args:
         log: Of the session, with a checkpoint after every round that ended.
-        devices: Who gets one.
+        devices: The recipients.
     """
     newest = max(log.checkpoints)
     consistency = {size: log.tree.consistency(size, newest) for size in log.checkpoints if size}
@@ -100,7 +100,7 @@ def receipts(log: Transcript, devices: Iterable[str]) -> dict[str, bytes]:
     def receipt(device: str) -> bytes:
         last, leaves = log.contributions.get(device, (0, ()))
         own = tuple(Proof(leaf, log.tree.inclusion(index, newest)) for index, leaf in leaves if index < newest)
-        # Its last round is this one or a later one: an answer to that would be lost.
+        # The device's last round is this one or a later one whose answer did not arrive.
         since = tuple(proof for round_, proof in endings.items() if round_ >= last)
         return RECEIPT.encode(Receipt(log.checkpoints[newest], since, own, consistency))
 
@@ -108,12 +108,12 @@ def receipts(log: Transcript, devices: Iterable[str]) -> dict[str, bytes]:
 
 
 def session_chain_proof(log: Transcript, key: IdentityKey, receipt: bytes = b"", closed: Iterable[bytes] = ()) -> bytes:
-    """What a device gets beside the offer of the session of ``log``, which is empty or just begun.
+    """The encoded proof that a device receives with the offer of a new session.
 
     Args:
         log: Of the new session.
-        key: The coordinator's.
+        key: The coordinator's signing key.
         receipt: From the closed log of the session that the device joined last, if it joined one.
-        closed: The last checkpoint of each session since, signed, in their order.
+        closed: The last checkpoint of each session since, signed, in order.
     """
     return SESSION_CHAIN_PROOF.encode(SessionChainProof(receipt, tuple(closed), log.start_checkpoint(key)))

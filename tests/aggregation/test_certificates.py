@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import Authority, Root
 from aggregation.pki.identity import IdentityKey
+from tests.support import refused
 
 BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 END = dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
@@ -75,7 +76,7 @@ def test_a_certificate_counts_in_its_time_only(
     authority: Authority, certificate: bytes, last: dt.datetime, after: dt.datetime
 ) -> None:
     authority.root.verify(certificate, last)
-    with pytest.raises(TrustError, match="certificate of kitchen-1 is not valid at"):
+    with refused(TrustError, "certificate.validity"):
         authority.root.verify(certificate, after)
 
 
@@ -85,13 +86,13 @@ def test_nothing_counts_outside_the_authoritys_own_time(
 ) -> None:
     longer = authority.issue("kitchen-1", identity.public, not_before=BEGIN - DAY, not_after=END + DAY)
     authority.root.verify(longer, END)
-    with pytest.raises(TrustError, match="certificate of the authority is not valid at"):
+    with refused(TrustError, "certificate.validity"):
         authority.root.verify(longer, when)
 
 
 def test_a_certificate_of_another_authority_of_the_same_name_is_refused(entropy: Any, certificate: bytes) -> None:
     other = Authority.create("fleet", entropy, BEGIN, END)
-    with pytest.raises(TrustError, match="pinned authority"):
+    with refused(TrustError, "certificate.issuer"):
         other.root.verify(certificate)
 
 
@@ -102,7 +103,7 @@ def test_a_device_cannot_certify_another(authority: Authority, identity: Identit
 
 
 def test_the_authoritys_own_certificate_is_no_devices(authority: Authority) -> None:
-    with pytest.raises(TrustError, match="no device"):
+    with refused(TrustError, "certificate.basic-constraints"):
         authority.root.verify(authority.der)
 
 
@@ -114,25 +115,25 @@ def test_a_certificate_keeps_the_serial_that_it_was_given(authority: Authority, 
 def test_a_certificate_with_two_names_or_none_is_refused(authority: Authority, identity: IdentityKey) -> None:
     key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
     for names in (name("a", "b"), name()):
-        with pytest.raises(TrustError, match="one common name"):
+        with refused(TrustError, "certificate.common-name"):
             authority.root.verify(forged(authority, names, key))
 
 
 def test_a_certified_name_that_is_no_device_id_is_refused(authority: Authority, identity: IdentityKey) -> None:
     key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
-    with pytest.raises(TrustError, match="no device id"):
+    with refused(TrustError, "certificate.common-name"):
         authority.root.verify(forged(authority, name("../kitchen"), key))
 
 
 def test_a_certificate_without_basic_constraints_is_refused(authority: Authority, identity: IdentityKey) -> None:
     key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
-    with pytest.raises(TrustError, match="basic constraints"):
+    with refused(TrustError, "certificate.basic-constraints"):
         authority.root.verify(forged(authority, name("a"), key, extension=False))
 
 
 def test_a_certificate_for_another_kind_of_key_is_refused(authority: Authority) -> None:
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
-    with pytest.raises(TrustError, match="Ed25519"):
+    with refused(TrustError, "certificate.key"):
         authority.root.verify(forged(authority, name("a"), key))
 
 
@@ -168,7 +169,7 @@ def test_authority_and_root_come_back_from_pem(authority: Authority) -> None:
 
 def test_key_and_certificate_of_two_authorities_do_not_make_one(authority: Authority, entropy: Any) -> None:
     other = Authority.create("other", entropy, BEGIN, END)
-    with pytest.raises(TrustError, match="belong together"):
+    with refused(TrustError, "authority.key"):
         Authority.from_pem(other.key.to_pem() + authority.root.to_pem())
 
 
@@ -191,21 +192,21 @@ def test_an_authority_that_another_one_signed_cannot_be_pinned(authority: Author
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     )
     signed = builder.sign(Ed25519PrivateKey.from_private_bytes(authority.key.raw), None)
-    with pytest.raises(TrustError, match="not a self-signed certificate"):
+    with refused(TrustError, "authority.certificate"):
         Root.from_pem(signed.public_bytes(serialization.Encoding.PEM))
 
 
 def test_a_certificate_over_the_limit_is_refused_unread(authority: Authority) -> None:
-    with pytest.raises(TrustError, match="certificate of 2049 bytes is over the limit of 2048"):
+    with refused(TrustError, "certificate.size"):
         authority.root.verify(bytes(2049))
-    with pytest.raises(TrustError, match="not a certificate"):
+    with refused(TrustError, "certificate"):
         authority.root.verify(bytes(2048))
 
 
 def test_a_certificate_that_signs_itself_and_is_no_authoritys_cannot_be_pinned(authority: Authority) -> None:
     der = forged(authority, name("fleet"), Ed25519PrivateKey.from_private_bytes(authority.key.raw).public_key())
     pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
-    with pytest.raises(TrustError, match="not an authority's"):
+    with refused(TrustError, "certificate.basic-constraints"):
         Root.from_pem(pem)
 
 
@@ -222,18 +223,18 @@ def test_an_authority_with_another_kind_of_key_cannot_be_pinned() -> None:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     )
     pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    with pytest.raises(TrustError, match="Ed25519"):
+    with refused(TrustError, "certificate.key"):
         Root.from_pem(pem)
 
 
 @pytest.mark.parametrize("device_id", ["", "a b", "-a", "a/b", "é", "a" * 65])
 def test_an_ill_formed_device_id_is_not_certified(authority: Authority, identity: IdentityKey, device_id: str) -> None:
-    with pytest.raises(ConfigError, match="device name"):
+    with refused(ConfigError, "device.id"):
         authority.issue(device_id, identity.public, not_before=BEGIN, not_after=END)
 
 
 def test_a_certificate_that_ends_before_it_begins_is_not_issued(authority: Authority, identity: IdentityKey) -> None:
-    with pytest.raises(ConfigError, match="before it begins"):
+    with refused(ConfigError, "certificate.validity"):
         authority.issue("a", identity.public, not_before=END, not_after=BEGIN)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import certificates, requests
 from aggregation.pki.identity import IdentityKey
+from tests.support import refused
 
 KEY, OTHER = IdentityKey(bytes(range(32))), IdentityKey(bytes(32))
 
@@ -37,7 +38,7 @@ def test_a_request_for_a_key_that_the_asker_does_not_have_is_refused() -> None:
     raw = bytearray(der(requests.request(KEY, "kitchen-1")))
     at = raw.index(KEY.public.raw)
     raw[at : at + 32] = OTHER.public.raw
-    with pytest.raises(TrustError, match="not signed with the key that it is for"):
+    with refused(TrustError, "request.signature"):
         requests.read_request(bytes(raw))
 
 
@@ -61,18 +62,18 @@ def test_any_bytes_are_refused(raw: bytes) -> None:
 
 
 def test_a_request_that_is_too_large_is_refused() -> None:
-    with pytest.raises(TrustError, match="not a certificate request"):
+    with refused(TrustError, "request"):
         requests.read_request(requests.request(KEY, "kitchen-1") + bytes(9000))
 
 
 def test_a_request_for_another_kind_of_key_is_refused() -> None:
-    with pytest.raises(TrustError, match="Ed25519"):
+    with refused(TrustError, "request.key"):
         requests.read_request(odd(ec.generate_private_key(ec.SECP256R1()), "kitchen-1"))
 
 
 @pytest.mark.parametrize("names", [(), ("a", "b"), ("../kitchen",), ("a b",)])
 def test_a_request_that_does_not_name_one_device_is_refused(names: tuple[str, ...]) -> None:
-    with pytest.raises(TrustError, match="does not name one device"):
+    with refused(TrustError, "request.common-name"):
         requests.read_request(odd(Ed25519PrivateKey.from_private_bytes(KEY.raw), *names))
 
 
@@ -85,13 +86,13 @@ def test_a_signed_request_whose_name_is_no_text_is_refused(name: bytes) -> None:
     unread = der(requests.request(KEY, "kitchen")).replace(b"\x0c\x07kitchen", name)
     body = x509.load_der_x509_csr(unread).tbs_certrequest_bytes
     signed = unread[:-64] + Ed25519PrivateKey.from_private_bytes(KEY.raw).sign(body)
-    with pytest.raises(TrustError, match="not a certificate request"):
+    with refused(TrustError, "request"):
         requests.read_request(signed)
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a/b", "é", "a" * 65])
 def test_a_name_that_no_device_can_have_is_not_asked_for(name: str) -> None:
-    with pytest.raises(ConfigError, match="is not of the form"):
+    with refused(ConfigError, "device.id"):
         requests.request(KEY, name)
 
 
@@ -99,6 +100,6 @@ def test_an_identity_under_a_passphrase_comes_back_with_it_and_not_without() -> 
     pem = KEY.to_pem(b"a long passphrase")
     assert b"ENCRYPTED" in pem
     assert IdentityKey.from_pem(pem, b"a long passphrase") == KEY
-    for wrong in (None, b"another passphrase"):
-        with pytest.raises(TrustError, match=r"not an unencrypted private key|passphrase is another one"):
+    for wrong, about in ((None, "key.pem"), (b"another passphrase", "key.passphrase")):
+        with refused(TrustError, about):
             IdentityKey.from_pem(pem, wrong)

@@ -7,6 +7,7 @@ import pytest
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
+from tests.support import refused
 
 
 @pytest.fixture
@@ -22,13 +23,13 @@ def test_a_signature_verifies_for_its_body_and_purpose(key: IdentityKey) -> None
     ("tag", "body"), [("offer", b"bodY"), ("advert", b"body"), ("offe", b"rbody"), ("offerb", b"ody"), ("offer", b"")]
 )
 def test_a_signature_does_not_verify_for_another_body_or_purpose(key: IdentityKey, tag: str, body: bytes) -> None:
-    with pytest.raises(TrustError, match="not valid"):
+    with refused(TrustError, "signature"):
         key.public.verify(tag, body, key.sign("offer", b"body"))
 
 
 def test_a_signature_does_not_verify_under_another_key(key: IdentityKey) -> None:
     other = IdentityKey(bytes(32)).public
-    with pytest.raises(TrustError, match=other.key_id):
+    with refused(TrustError, "signature"):
         other.verify("offer", b"body", key.sign("offer", b"body"))
 
 
@@ -57,15 +58,15 @@ def test_keys_of_other_kinds_are_refused() -> None:
     other = X25519PrivateKey.generate()
     private = other.private_bytes(ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption())
     public = other.public_key().public_bytes(ser.Encoding.PEM, ser.PublicFormat.SubjectPublicKeyInfo)
-    with pytest.raises(TrustError, match="Ed25519"):
+    with refused(TrustError, "key.type"):
         IdentityKey.from_pem(private)
-    with pytest.raises(TrustError, match="Ed25519"):
+    with refused(TrustError, "key.type"):
         PublicKey.from_pem(public)
 
 
 @pytest.mark.parametrize("kind", [IdentityKey, PublicKey])
 def test_a_key_of_another_length_cannot_be_made(kind: Any) -> None:
-    with pytest.raises(TrustError, match="31"):
+    with refused(TrustError, "key.length"):
         kind(bytes(31))
 
 

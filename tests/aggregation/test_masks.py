@@ -18,10 +18,12 @@ from aggregation import masks, ring
 from aggregation.errors import ProtocolError
 from aggregation.keystream import Keystream
 from aggregation.masks import Mask
+from tests.support import refused
 
 CONTEXT, PLAN = hashlib.sha256(b"context").digest(), hashlib.sha256(b"plan").digest()
 A, B = hashlib.sha256(b"a").digest(), hashlib.sha256(b"b").digest()
 PUBLIC_A, PUBLIC_B = masks.public_key(A), masks.public_key(B)
+P = 2**255 - 19
 KEYS = st.binary(min_size=32, max_size=32)
 
 
@@ -36,7 +38,7 @@ def test_the_masks_of_a_pair_are_opposites() -> None:
     (yours,) = masks.pair_masks(B, "v", {"u": PUBLIC_A}, CONTEXT, PLAN)
     assert mine == Mask(masks.pair_key(A, PUBLIC_B, CONTEXT, PLAN, ("u", "v")), add=True)
     assert yours == Mask(mine.key, add=False)
-    with pytest.raises(ProtocolError, match="small order"):
+    with refused(ProtocolError, "x25519.order"):
         masks.pair_masks(A, "u", {"v": PUBLIC_B, "w": bytes(32)}, CONTEXT, PLAN)
 
 
@@ -245,26 +247,26 @@ def test_ctrl_c_while_threads_are_started_leaves_none_waiting(monkeypatch: pytes
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("point", sorted({*masks.SMALL_ORDER, masks._P, masks._P + 1}))
+@pytest.mark.parametrize("point", sorted({*masks.SMALL_ORDER, P, P + 1}))
 @pytest.mark.parametrize("top", [0, 2**255])
 def test_keys_of_small_order_are_refused_in_any_spelling(point: int, top: int) -> None:
     key = (point + top).to_bytes(32, "little")
-    with pytest.raises(ProtocolError, match="canonical form" if point + top >= masks._P else "small order"):
+    with refused(ProtocolError, "x25519.encoding" if point + top >= P else "x25519.order"):
         masks.require_public_key(key)
-    with pytest.raises(ProtocolError, match="small order"):
+    with refused(ProtocolError, "x25519.order"):
         masks.shared_secret(A, key)
     # The list is right: the library finds no secret with them, whatever the private key.
     with pytest.raises(ValueError, match=r".*"):
         X25519PrivateKey.from_private_bytes(B).exchange(X25519PublicKey.from_public_bytes(key))
 
 
-@pytest.mark.parametrize("other", [2**255, masks._P])
+@pytest.mark.parametrize("other", [2**255, P])
 def test_a_key_has_one_spelling(other: int) -> None:
-    point = 9 if other == masks._P else int.from_bytes(PUBLIC_A, "little")  # only those below 19 fit in with p on top
+    point = 9 if other == P else int.from_bytes(PUBLIC_A, "little")  # only those below 19 fit in with p on top
     key, spelled = (number.to_bytes(32, "little") for number in (point, point + other))
     assert masks.shared_secret(B, key) == masks.shared_secret(B, spelled)
     masks.require_public_key(key)
-    with pytest.raises(ProtocolError, match="not in its canonical form"):
+    with refused(ProtocolError, "x25519.encoding"):
         masks.require_public_key(spelled)
 
 

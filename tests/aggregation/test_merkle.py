@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from aggregation.errors import TrustError
 from aggregation.transcript import merkle
 from aggregation.transcript.merkle import Tree, verify_consistency, verify_inclusion
+from tests.support import refused
 
 Entries = list[bytes]
 logs = st.lists(st.binary(max_size=4), min_size=1, max_size=40)
@@ -150,7 +151,7 @@ def test_a_place_outside_the_tree_holds_nothing(index: int) -> None:
     """With one leaf there is no step at which the proof could fail by itself."""
     tree = Tree([b"only"])
     verify_inclusion(tree.root(), 1, 0, b"only", ())
-    with pytest.raises(TrustError, match="is not shown to be in the log of 1 entries"):
+    with refused(TrustError, "log.inclusion"):
         verify_inclusion(tree.root(), 1, index, b"only", ())
 
 
@@ -158,12 +159,12 @@ def test_a_place_outside_the_tree_holds_nothing(index: int) -> None:
 def test_a_proof_does_not_pass_for_one_about_a_longer_log(old: int, size: int, claimed: int) -> None:
     tree = Tree(bytes([number]) for number in range(size))
     verify_consistency(tree.root(old), old, tree.root(), size, tree.consistency(old))
-    with pytest.raises(TrustError, match=f"the log of {claimed} entries is not shown to begin with the {old} entries"):
+    with refused(TrustError, "log.consistency"):
         verify_consistency(tree.root(old), old, tree.root(), claimed, tree.consistency(old))
 
 
 @pytest.mark.parametrize("old", [3, 4])
 def test_an_empty_proof_shows_nothing(old: int) -> None:
     tree = Tree(bytes([number]) for number in range(5))
-    with pytest.raises(TrustError, match="is not shown to begin with"):
+    with refused(TrustError, "log.consistency"):
         verify_consistency(tree.root(old), old, tree.root(), 5, ())

@@ -25,6 +25,7 @@ from aggregation.transcript import (
     Transcript,
     session_chain_proof,
 )
+from tests.support import refused
 
 KEY, STRANGER, DEVICE = IdentityKey(bytes(range(32))), IdentityKey(bytes(32)), IdentityKey(bytes([1]) * 32)
 ME, OTHER = "a", "b"
@@ -119,8 +120,8 @@ def log_of(rounds: int, **changes: object) -> Session:
     return session
 
 
-def refused(log_state: LogState, raw: bytes, reason: str) -> None:
-    with pytest.raises(ProtocolError, match=reason):
+def assert_refused(log_state: LogState, raw: bytes, about: str) -> None:
+    with refused(ProtocolError, about):
         log_state.on_receipt(KEY.public, raw)
 
 
@@ -162,7 +163,9 @@ def test_a_device_whose_answers_were_lost_is_shown_the_end_of_the_round_that_it_
 def test_an_agreement_that_nobody_heard_is_not_demanded_but_the_masked_input_is() -> None:
     log_state = took_part(joined(Session()).on_receipt(KEY.public, Session().receipt()), 1, Step.SURVIVORS)
     log_state.on_receipt(KEY.public, Session().round(1, without=(Step.SURVIVORS,)).receipt())
-    refused(log_state, Session().round(1, without=(Step.PLAN, Step.SURVIVORS)).receipt(), "this device's messages")
+    assert_refused(
+        log_state, Session().round(1, without=(Step.PLAN, Step.SURVIVORS)).receipt(), "receipt.contributions"
+    )
 
 
 def test_an_aborted_round_is_an_end() -> None:
@@ -173,28 +176,30 @@ def test_an_aborted_round_is_an_end() -> None:
 def test_an_input_that_is_counted_is_in_the_log_even_if_the_device_was_not_told() -> None:
     log_state = took_part(joined(Session()).on_receipt(KEY.public, Session().receipt()), 1, Step.PLAN)
     log_state.on_receipt(KEY.public, Session().round(1).receipt())
-    refused(log_state, Session().round(1, without=(Step.PLAN, Step.SURVIVORS)).receipt(), "this device's messages")
+    assert_refused(
+        log_state, Session().round(1, without=(Step.PLAN, Step.SURVIVORS)).receipt(), "receipt.contributions"
+    )
 
 
 def test_other_survivors_than_the_device_was_told_are_refused() -> None:
     others = Result(plan(1).digest(), (ME,), bytes(32), 2, "cd" * 32)
-    refused(seen(1), Session().round(1, ending=others).receipt(), "other survivors than this device was told")
+    assert_refused(seen(1), Session().round(1, ending=others).receipt(), "receipt.survivors")
 
 
 def test_the_end_of_another_round_is_refused() -> None:
-    refused(seen(2), log_of(1).receipt(), "the end of this device's last round")
+    assert_refused(seen(2), log_of(1).receipt(), "receipt.endings")
 
 
 def test_an_entry_that_is_not_in_the_log_is_refused() -> None:
     genuine, forged = (RECEIPT.decode(log_of(3, word=word).receipt()) for word in (b"advert", b"another"))
     for mixed in (replace(genuine, endings=forged.endings), replace(genuine, contributions=forged.contributions)):
-        refused(seen(3), RECEIPT.encode(mixed), "is not shown to be in the log")
+        assert_refused(seen(3), RECEIPT.encode(mixed), "log.inclusion")
 
 
 def test_another_session_or_another_coordinator_is_refused() -> None:
-    refused(seen(3), log_of(3, offer=OFFERS[2]).receipt(), "of another session")
-    refused(seen(3), log_of(3, previous=OFFERS[2]).receipt(), "of another session")
-    refused(seen(3), log_of(3, key=STRANGER).receipt(), "is not valid")
+    assert_refused(seen(3), log_of(3, offer=OFFERS[2]).receipt(), "receipt.session")
+    assert_refused(seen(3), log_of(3, previous=OFFERS[2]).receipt(), "receipt.session")
+    assert_refused(seen(3), log_of(3, key=STRANGER).receipt(), "signature")
 
 
 @settings(deadline=None)
@@ -261,48 +266,52 @@ def test_a_session_that_was_closed_before_a_round_leads_on() -> None:
     joined(Session()).on_session_chain_proof(KEY.public, way(made, closed), OFFERS[2])
 
 
-def astray(log_state: LogState, raw: bytes, offer: bytes, reason: str) -> None:
-    with pytest.raises(ProtocolError, match=reason):
+def assert_chain_refused(log_state: LogState, raw: bytes, offer: bytes, about: str) -> None:
+    with refused(ProtocolError, about):
         log_state.on_session_chain_proof(KEY.public, raw, offer)
 
 
 def test_a_session_that_is_left_out_is_missed() -> None:
     made, closed = chain(4)
-    astray(seen(2), session_chain_proof(made[-1].log, KEY, made[0].receipt(), closed[2:]), OFFERS[4], "is left out")
-    astray(
-        seen(2), session_chain_proof(made[-1].log, KEY, made[0].receipt(), closed[1:2]), OFFERS[4], "does not follow"
+    assert_chain_refused(
+        seen(2), session_chain_proof(made[-1].log, KEY, made[0].receipt(), closed[2:]), OFFERS[4], "proof.closed"
+    )
+    assert_chain_refused(
+        seen(2), session_chain_proof(made[-1].log, KEY, made[0].receipt(), closed[1:2]), OFFERS[4], "proof.previous"
     )
 
 
 def test_a_session_that_is_not_closed_leads_nowhere() -> None:
     made, _ = chain(2)
     open_ = log_of(2)
-    astray(seen(2), session_chain_proof(made[-1].log, KEY, open_.receipt()), OFFERS[2], "not closed")
+    assert_chain_refused(seen(2), session_chain_proof(made[-1].log, KEY, open_.receipt()), OFFERS[2], "proof.stage")
     made, _ = chain(3)
     half = Session(OFFERS[2], made[0].end).log.checkpoints[2]
-    astray(seen(2), session_chain_proof(made[-1].log, KEY, made[0].receipt(), [half]), OFFERS[3], "not closed")
+    assert_chain_refused(
+        seen(2), session_chain_proof(made[-1].log, KEY, made[0].receipt(), [half]), OFFERS[3], "proof.stage"
+    )
 
 
 def test_what_a_receipt_must_prove_a_passage_must_prove_too() -> None:
     made, closed = chain(2)
-    for word, reason in ((b"another", "is not shown to begin with"), (b"advert", "the end of this device's last")):
+    for word, about in ((b"another", "log.consistency"), (b"advert", "receipt.endings")):
         old = log_of(1 if word == b"advert" else 2, word=word)
         old.close()
         fresh = Session(OFFERS[2], old.end)
-        astray(seen(2), session_chain_proof(fresh.log, KEY, old.receipt()), OFFERS[2], reason)
-    astray(
+        assert_chain_refused(seen(2), session_chain_proof(fresh.log, KEY, old.receipt()), OFFERS[2], about)
+    assert_chain_refused(
         seen(2),
         session_chain_proof(made[-1].log, KEY),
         OFFERS[2],
-        "no proof of the session that this device joined last",
+        "proof.receipt",
     )
     seen(2).on_session_chain_proof(KEY.public, way(made, closed), OFFERS[2])
 
 
 def test_an_opening_of_another_session_is_refused() -> None:
     made, closed = chain(3)
-    astray(seen(2), way(made, closed), OFFERS[4], "leads to another session")
-    with pytest.raises(ProtocolError, match="leads to another session"):
+    assert_chain_refused(seen(2), way(made, closed), OFFERS[4], "proof.start")
+    with refused(ProtocolError, "proof.start"):
         LogState.initial(KEY.public, way(made, closed), OFFERS[4], ME)
 
 
@@ -315,7 +324,7 @@ def test_a_checkpoint_of_a_log_that_has_begun_is_no_opening(change: Callable[[Ch
     given_ = SESSION_CHAIN_PROOF.decode(session_chain_proof(made[-1].log, KEY))
     opening = change(Checkpoint.decode(envelope.unverified_body(given_.start)))
     raw = SESSION_CHAIN_PROOF.encode(replace(given_, start=envelope.sign(KEY, opening)))
-    with pytest.raises(ProtocolError, match="leads to another session"):
+    with refused(ProtocolError, "proof.start"):
         LogState.initial(KEY.public, raw, OFFERS[2], ME)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from aggregation import shamir
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, ProtocolError
+from tests.support import refused
 
 SECRETS = st.one_of(st.binary(min_size=32, max_size=32), st.sampled_from([bytes(32), b"\xff" * 32]))
 
@@ -100,10 +101,10 @@ def test_the_polynomial_takes_48_bytes_a_coefficient(entropy: Any) -> None:
     ],
 )
 def test_what_cannot_be_shared_is_refused(secret: bytes, threshold: int, points: list[int]) -> None:
-    with pytest.raises(ConfigError, match="cannot share"):
+    with refused(ConfigError, "shamir.split"):
         shamir.split(secret, threshold, points, SystemEntropy())
 
 
 def test_two_shares_of_one_holder_are_refused() -> None:
-    with pytest.raises(ProtocolError, match="same holder"):
+    with refused(ProtocolError, "shamir.points"):
         shamir.lagrange([1, 2, 1])

@@ -15,6 +15,7 @@ from aggregation.pki import Authority, Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation
 from aggregation.session import Peer, Session, commitment, context_of
+from tests.support import refused
 
 VICTIM = "device-002"
 BEGIN, END = dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2036, 1, 1, tzinfo=dt.UTC)
@@ -44,7 +45,7 @@ def forged(fleet: Any, raw: bytes, **changes: Any) -> bytes:
 def test_an_advert_with_a_replaced_key_is_refused(fleet: Any) -> None:
     state, adverts, _ = advertised(fleet)
     adverts["device-001"] = forged(fleet, adverts["device-001"], share_key=masks.public_key(bytes(range(32))))
-    with pytest.raises(ProtocolError, match=r"device-001: .* not valid"):
+    with refused(ProtocolError, "signature"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 
 
@@ -84,7 +85,7 @@ def test_the_victims_own_advert_cannot_be_replaced_by_an_older_one_of_its_own(fl
     adverts = {name: fleet.join(name, offer) for name in fleet.devices}
     older = adverts[VICTIM]
     fleet.join(VICTIM, offer)  # joins once more: new keys
-    with pytest.raises(ProtocolError, match="own advert"):
+    with refused(ProtocolError, "roster.self"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, {**adverts, VICTIM: older}))
 
 
@@ -94,14 +95,14 @@ def test_a_roster_on_which_two_devices_have_one_key_is_refused(fleet: Any) -> No
     corrupt = fleet.devices["device-004"].identity
     own = Advert.decode(envelope.unverified_body(adverts["device-004"]))
     adverts["device-004"] = envelope.sign(corrupt, dataclasses.replace(own, mask_keys=copied))
-    with pytest.raises(ProtocolError, match="device-004 has a key that another device on the roster has"):
+    with refused(ProtocolError, "roster.keys"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 
 
 def test_an_advert_of_an_older_session_is_refused(fleet: Any) -> None:
     _, old, _ = advertised(fleet)
     state, adverts, _ = advertised(fleet)
-    with pytest.raises(ProtocolError, match="device-001: advert is for another offer"):
+    with refused(ProtocolError, "advert.offer"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, {**adverts, "device-001": old["device-001"]}))
 
 
@@ -126,7 +127,7 @@ def with_a_sybil(fleet: Any) -> bytes:
 
 
 def test_a_device_of_the_coordinators_own_making_is_refused(fleet: Any) -> None:
-    with pytest.raises(ProtocolError, match="not issued by the pinned authority"):
+    with refused(ProtocolError, "certificate.issuer"):
         client.join(fleet.devices[VICTIM], with_a_sybil(fleet), fleet.entropy)
 
 
@@ -145,7 +146,7 @@ def test_a_device_outside_the_cohort_cannot_be_put_on_the_roster(fleet: Any, fle
     state, adverts, _ = advertised(fleet)
     genuine = Advert.decode(envelope.unverified_body(adverts["device-004"]))
     adverts["zed"] = envelope.sign(fleet.key, dataclasses.replace(genuine, device="zed"))
-    with pytest.raises(ProtocolError, match="zed is on the roster but not in the cohort"):
+    with refused(ProtocolError, "roster.members"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 
 
@@ -153,5 +154,5 @@ def test_a_revoked_member_stops_the_offer(fleet: Any) -> None:
     serial = x509.load_der_x509_certificate(fleet.devices["device-001"].certificate).serial_number
     begin, end = dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
     root = Root(fleet.authority.der, fleet.authority.revocations(1, {serial: Revocation(begin)}, begin, end))
-    with pytest.raises(ProtocolError, match="device-001 is revoked"):
+    with refused(ProtocolError, "certificate.revoked"):
         client.join(dataclasses.replace(fleet.devices[VICTIM], root=root), fleet.offer()[1], fleet.entropy)

@@ -15,6 +15,7 @@ from aggregation import envelope
 from aggregation.errors import DataError, ProtocolError
 from aggregation.messages import Assignment, Plan, Survivors, Unmask, UnmaskResponse
 from aggregation.spec import Adversary
+from tests.support import refused
 
 VICTIM = "device-002"
 
@@ -69,7 +70,7 @@ def total(coordinator: Any, seeds: dict[str, Any], honest: Plan, other: Plan) ->
 
 def test_the_sum_over_two_models_is_noise(malicious: Callable[..., Any]) -> None:
     coordinator = malicious()
-    with pytest.raises(DataError, match="more than 5 clients within its bound"):
+    with refused(DataError, "vector.delta"):
         opened(coordinator, *two_models(coordinator))
 
 
@@ -87,7 +88,7 @@ def test_with_the_model_left_out_of_the_plans_digest_the_sum_comes_out(
 def test_an_honest_coordinator_refuses_an_upload_for_another_model(malicious: Callable[..., Any]) -> None:
     coordinator = malicious()
     two_models(coordinator)
-    with pytest.raises(ProtocolError, match="another plan"):
+    with refused(ProtocolError, "masked-input.plan"):
         coordinator.state.on_masked_input(VICTIM, coordinator.uploads[VICTIM])
 
 
@@ -105,7 +106,7 @@ def test_devices_that_were_shown_different_models_never_agree(malicious: Callabl
         signatures[name] = envelope.signature(
             coordinator.ask(name, "on_survivors", Survivors(honest.digest(), digests))
         )
-    with pytest.raises(ProtocolError, match="not valid"):
+    with refused(ProtocolError, "signature"):
         coordinator.ask(VICTIM, "on_unmask", Unmask(Survivors(other.digest(), digests), signatures))
 
 
@@ -122,5 +123,5 @@ def test_a_victim_with_a_roster_of_its_own_is_in_nobody_elses_session(fleet_of: 
     for name, body in session_shares.items():
         sharing = sharing.on_shares(name, body)
     _, plans = fleet.begin(sharing.close())
-    with pytest.raises(ProtocolError, match=r"no neighbour|another session"):
+    with refused(ProtocolError, "assignment.dealers"):
         fleet.states[VICTIM].on_plan(fleet.devices[VICTIM], next(iter(plans.values())))

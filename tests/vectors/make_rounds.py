@@ -204,18 +204,20 @@ class Case:
         body = self.out["session"] + self.spec(self.t, self.least) + many(certificates)
         self.out["offer"], self.offered = self.coordinator("offer", body), digest("offer", body)
         first = self.names[0]
-        self.refuse("offer", first, "two groups can open a secret", self.weak_offer(t=2, least=2))
+        self.refuse("offer", first, "two groups can reconstruct a secret", self.weak_offer(t=2, least=2))
         self.refuse("offer", first, "signed by a device", message(self.keys[first], "offer", body))
-        self.refuse("offer", first, "a byte left over", self.coordinator("offer", body + b"\x00"))
+        self.refuse("offer", first, "a trailing byte", self.coordinator("offer", body + b"\x00"))
         turned = self.out["session"] + self.spec(self.t, self.least) + many(certificates[::-1])
         self.refuse("offer", first, "certificates out of order", self.coordinator("offer", turned))
         twice = self.out["session"] + self.spec(self.t, self.least) + many(certificates[:1] + certificates)
-        self.refuse("offer", first, "a device twice", self.coordinator("offer", twice))
+        self.refuse("offer", first, "a repeated device", self.coordinator("offer", twice))
         zero = body.replace(real(2.5), real(-0.0))
         self.refuse("offer", first, "a negative zero", self.coordinator("offer", zero))
         if not self.complete:
             half = len(self.names) // 2
-            self.refuse("offer", first, "two groups can agree", self.weak_offer(t=self.t, least=half))
+            self.refuse(
+                "offer", first, "two groups can sign different survivor sets", self.weak_offer(t=self.t, least=half)
+            )
 
     def weak_offer(self, *, t: int, least: int) -> bytes:
         certificates = [blob(self.out["certificates"][name]) for name in self.names]
@@ -258,9 +260,9 @@ class Case:
         rest = [blob(adverts[name]) for name in self.names[2:]]
         forged = message(self.keys["coordinator"], "advert", self.advert(second))
         for why, shown in {
-            "its own advert left out": [blob(adverts[second]), *rest],
-            "an advert twice": [blob(adverts[first]), blob(adverts[first]), blob(adverts[second]), *rest],
-            "an advert that the coordinator signed": [blob(adverts[first]), blob(forged), *rest],
+            "without the device's own advert": [blob(adverts[second]), *rest],
+            "a repeated advert": [blob(adverts[first]), blob(adverts[first]), blob(adverts[second]), *rest],
+            "an advert signed by the coordinator": [blob(adverts[first]), blob(forged), *rest],
             "too few adverts": [blob(adverts[first])],
         }.items():
             self.refuse("roster", first, why, self.coordinator("roster", self.offered + many(shown)))
@@ -281,7 +283,7 @@ class Case:
         first = self.names[0]
         left = dict(list(self.encrypted_shares[first].items())[1:])
         for why, raw in {
-            "a neighbour without a box": self.context + text(first) + table(left),
+            "no shares for a neighbor": self.context + text(first) + table(left),
             "of another session": bytes(32) + body[first][32:],
         }.items():
             self.refuse("shares", first, why, message(self.keys[first], "shares", raw))
@@ -327,7 +329,7 @@ class Case:
     def refuse_plans(self, encrypted_shares: dict[str, bytes]) -> None:
         first, *others = self.names
         for why, plan in {
-            "a round that is not there": self.plan(number=ROUNDS + 1),
+            "a round beyond the session": self.plan(number=ROUNDS + 1),
             "round zero": self.plan(number=0),
             "without the device": self.plan(members=others),
             "members out of order": self.plan(members=[*others, first]),
@@ -359,11 +361,11 @@ class Case:
         changed = packed[:-1] + bytes([packed[-1] ^ 1])
         self.refuse("masked-input", who, "for another plan", upload(packed, other))
         self.refuse("masked-input", who, "too long", upload(packed + b"\x00", longer))
-        self.refuse("masked-input", who, "another vector than was signed", changed + good[len(packed) :])
+        self.refuse("masked-input", who, "another vector than the signed one", changed + good[len(packed) :])
         if SIZE * self.bits % 8:
             spare = packed[:-1] + bytes([packed[-1] | 0x80])
             header = message(key, "masked-input", planned + text(who) + sha(spare))
-            self.refuse("masked-input", who, "an unused bit that is set", upload(spare, header))
+            self.refuse("masked-input", who, "an unused bit set", upload(spare, header))
 
     def unmask(self, planned: bytes, vectors: dict[str, bytes]) -> None:
         alive = [name for name in self.names if name not in self.lost]
@@ -406,17 +408,17 @@ class Case:
     def refuse_unmask(self, survivors: bytes, signed: dict[str, bytes], who: str) -> None:
         one, *rest = signed
         for why, shown in {
-            "one agreement too few": {name: signed[name] for name in rest},
-            "an agreement of nobody's": {**signed, one: bytes(64)},
-            "an agreement of another device": {**signed, one: signed[rest[0]]},
-            "an agreement of no survivor": {**signed, self.lost[0]: signed[one]},
+            "one signature too few": {name: signed[name] for name in rest},
+            "a signature of zeros": {**signed, one: bytes(64)},
+            "a signature of another device": {**signed, one: signed[rest[0]]},
+            "a signature of a dropout": {**signed, self.lost[0]: signed[one]},
         }.items():
             self.refuse("unmask", who, why, self.coordinator("unmask", survivors + table(shown)))
         opening, key = self.out["unmask_responses"][who], self.keys[who]
         start = len(b"EA\x01") + len(text("unmask-response")) + 4
         body = opening[start:-64]
         self.refuse(
-            "unmask-response", who, "of other survivors", message(key, "unmask-response", bytes(32) + body[32:])
+            "unmask-response", who, "for another survivor set", message(key, "unmask-response", bytes(32) + body[32:])
         )
         stranger = body[: 32 + len(text(who))] + table({self.lost[0]: bytes(33)}) + table({})
         self.refuse("unmask-response", who, "a share of the other kind", message(key, "unmask-response", stranger))
