@@ -1,1 +1,19 @@
-"""The enrolment authority as a person runs it: its folder, its record, its commands."""
+"""The enrolment authority as a person runs it: its folder and its record. It needs the bare install only."""
+
+from coordinator.authority.record import (
+    AuthorityRecord,
+    CertificateIssued,
+    CertificateRevoked,
+    ListSigned,
+    RecordWriter,
+)
+from coordinator.authority.store import AuthorityStore
+
+__all__ = [
+    "AuthorityRecord",
+    "AuthorityStore",
+    "CertificateIssued",
+    "CertificateRevoked",
+    "ListSigned",
+    "RecordWriter",
+]

@@ -1,7 +1,7 @@
 """What the authority did, in one file that only grows: a line of JSON for each certificate, revocation and list.
 
-A line counts once it is whole and on the disk, and nothing is handed out before. A kill can leave half a line at the
-end; that event did not happen, and the next writer cuts it off. Writers take turns by a lock file.
+A line counts once it is complete and on the disk, and nothing is handed out before that. A kill can leave an incomplete
+line at the end; that event did not happen, and the next writer removes the line. Writers wait for each other.
 """
 
 import json
@@ -19,45 +19,45 @@ from adapters.storage import locked
 from aggregation.errors import DataError
 from aggregation.pki.revocation import Reason
 
-Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{1,40}$")]
+Serial = Annotated[str, Field(pattern=r"^[0-9a-f]{1,40}$")]
 
 
-class _Event(BaseModel):
+class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     at: datetime
 
 
-class Issued(_Event):
-    """A certificate. ``key`` is the id of the certified key; ``certificate`` is DER in base 64."""
+class CertificateIssued(_Line):
+    """A certificate was issued. ``key`` is the id of the certified key; ``certificate`` is DER in base 64."""
 
     event: Literal["issued"] = "issued"
     name: str
-    serial: Hex
+    serial: Serial
     key: str
     not_before: datetime
     not_after: datetime
     certificate: str
 
 
-class Revoked(_Event):
-    """A certificate that counts no longer."""
+class CertificateRevoked(_Line):
+    """A certificate is no longer valid."""
 
     event: Literal["revoked"] = "revoked"
-    serial: Hex
+    serial: Serial
     reason: Reason
 
 
-class Listed(_Event):
+class ListSigned(_Line):
     """A revocation list was signed, with all revocations so far."""
 
-    event: Literal["listed"] = "listed"
+    event: Literal["list"] = "list"
     number: int
-    until: datetime
+    next_update: datetime
 
 
-Event: TypeAlias = Annotated[Issued | Revoked | Listed, Field(discriminator="event")]
-_EVENT: TypeAdapter[Issued | Revoked | Listed] = TypeAdapter(Event)
+Event: TypeAlias = CertificateIssued | CertificateRevoked | ListSigned
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,49 +66,49 @@ class AuthorityRecord:
 
     path: Path
 
-    def read(self) -> "tuple[Issued | Revoked | Listed, ...]":
-        """All that happened, in order.
+    def read(self) -> tuple[Event, ...]:
+        """All events, in order.
 
         Raises:
-            DataError: A line that is whole is damaged.
+            DataError: A complete line is damaged.
         """
         return self._events(self.path.read_bytes())
 
     @contextmanager
     def writing(self) -> Iterator["RecordWriter"]:
-        """What happened so far, and the means to add to it; others that write wait.
+        """Hold the record's lock, and yield a writer that has the events so far.
 
         Raises:
             DataError: As ``read``.
         """
         with locked(self.path.with_suffix(".lock")), self.path.open("r+b") as file:
             raw = file.read()
-            whole = raw.rfind(b"\n") + 1
-            if whole < len(raw):
-                file.truncate(whole)
-            file.seek(whole)
-            yield RecordWriter(file, list(self._events(raw)))
+            events, complete = self._events(raw), raw.rfind(b"\n") + 1
+            file.truncate(complete)
+            file.seek(complete)
+            yield RecordWriter(file, list(events))
 
-    def _events(self, raw: bytes) -> "tuple[Issued | Revoked | Listed, ...]":
+    def _events(self, raw: bytes) -> tuple[Event, ...]:
         events = []
         for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].splitlines(), 1):
             try:
                 events.append(_EVENT.validate_json(line))
             except ValidationError as error:
-                first = error.errors()[0]
-                raise DataError(f"{self.path}, line {number} is damaged: {first['msg']}") from None
+                reason = error.errors()[0]["msg"]
+                text = f"{self.path}, line {number} is damaged ({reason}): restore the file from a backup"
+                raise DataError(text, about=self.path.name, value=number) from None
         return tuple(events)
 
 
 @dataclass(slots=True)
 class RecordWriter:
-    """A record while it is locked."""
+    """A record while it is locked. ``events``: so far, in order."""
 
     file: BinaryIO
-    events: "list[Issued | Revoked | Listed]"
+    events: list[Event]
 
-    def add(self, event: Issued | Revoked | Listed) -> None:
-        """Write an event. After the return it has happened, whatever becomes of this process or machine."""
+    def add(self, event: Event) -> None:
+        """Write an event. After the return it survives a kill and a power cut."""
         line = json.dumps(event.model_dump(mode="json"), ensure_ascii=True) + "\n"
         self.file.write(line.encode())
         self.file.flush()

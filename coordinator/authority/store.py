@@ -1,15 +1,15 @@
-"""The authority's folder, and what is done with it. Keep it off the coordinator's machine, and offline.
+"""The authority's folder, and what an authority does. Keep it off the coordinator's machine, and offline.
 
     authority.key   the private key, PKCS #8, under a passphrase; readable by its owner only
     authority.pem   the certificate that devices and coordinator pin
-    revoked.crl     the newest revocation list, to be handed to the coordinator
+    revoked.crl     the newest revocation list, for the coordinator
     record.jsonl    every certificate, revocation and list (``record``)
 
-A private key is read where it signs and nowhere else. Whoever has it can enrol devices without limit.
+The private key is read only to sign. Anyone who has it can enrol any number of devices.
 """
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,101 +19,120 @@ from typing import Self
 from cryptography import x509
 
 from adapters import storage
-from adapters.storage import PRIVATE, PUBLIC
+from adapters.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.pki import Authority, Root
 from aggregation.pki.certificates import require_device_id
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import Reason, Revocation
-from coordinator.authority.record import AuthorityRecord, Issued, Listed, RecordWriter, Revoked
+from coordinator.authority.record import (
+    AuthorityRecord,
+    CertificateIssued,
+    CertificateRevoked,
+    Event,
+    ListSigned,
+    RecordWriter,
+)
 
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
-SHORTEST = 12  # characters of a passphrase: PKCS #8 as OpenSSL writes it tries a guess in a millisecond
+SHORTEST_PASSPHRASE = 12  # characters: one guess at PKCS #8 as OpenSSL writes it takes a millisecond
 SKEW = timedelta(hours=1)  # by which a device's clock may be behind
+
+
+def utc_now() -> datetime:
+    """The time, in whole seconds as X.509 has them."""
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 @dataclass(frozen=True, slots=True)
 class AuthorityStore:
-    """An authority's folder."""
+    """An authority's folder. ``clock`` says what time it is."""
 
     folder: Path
+    clock: Callable[[], datetime] = utc_now
 
     @classmethod
-    def found(cls, folder: Path, name: str, days: int, list_days: int, passphrase: bytes | None) -> Self:
-        """Make a new authority in ``folder``, with an empty revocation list. All of it is there afterwards, or nothing.
+    def create(cls, folder: Path, name: str, days: int, list_days: int, passphrase: bytes | None) -> Self:
+        """Create an authority with an empty revocation list. Afterwards the folder has all its files, or none.
 
         Args:
             folder: New, or empty.
             name: Of the authority, in its certificate.
-            days: How long the authority lasts.
-            list_days: How long its first list is good.
-            passphrase: Encrypts the key; nothing leaves it unencrypted.
+            days: For which the authority's certificate is valid.
+            list_days: For which its first revocation list is valid.
+            passphrase: Encrypts the key; None writes it unencrypted.
 
         Raises:
-            ConfigError: The folder is not empty or the one that we are in, or the passphrase is too short.
+            ConfigError: The folder is not empty or is the working directory, the name cannot be in a certificate, or
+                the passphrase is too short.
         """
-        if passphrase is not None and len(passphrase) < SHORTEST:
-            raise ConfigError(f"a passphrase of fewer than {SHORTEST} characters is guessed too soon")
-        now = _now()
+        if passphrase is not None and len(passphrase) < SHORTEST_PASSPHRASE:
+            text = f"the passphrase has fewer than {SHORTEST_PASSPHRASE} characters: choose a longer one"
+            raise ConfigError(text, about="passphrase")
+        now = utc_now()
         authority = Authority.create(name, SystemEntropy(), now - SKEW, now + timedelta(days))
-        with storage.new_folder(folder, mode=storage.PRIVATE_FOLDER) as made:
-            storage.replace(made / KEY, authority.key.to_pem(passphrase), PRIVATE)
-            storage.replace(made / CERTIFICATE, authority.root.to_pem(), PUBLIC)
-            storage.replace(made / RECORD, b"", PRIVATE)
-            cls(made).sign_list(authority, list_days)
+        with storage.new_folder(folder, mode=PRIVATE_FOLDER) as stage:
+            storage.replace(stage / KEY, authority.key.to_pem(passphrase), PRIVATE)
+            storage.replace(stage / CERTIFICATE, authority.root.to_pem(), PUBLIC)
+            storage.replace(stage / RECORD, b"", PRIVATE)
+            cls(stage).sign_list(authority, list_days)
         return cls(folder)
 
     @property
     def encrypted(self) -> bool:
-        """Whether the key takes a passphrase.
+        """Whether the key needs a passphrase.
 
         Raises:
-            ConfigError: There is no authority here.
+            ConfigError: The folder has no authority.
         """
         return b"ENCRYPTED" in self._read(KEY)
 
     @property
     def root(self) -> Root:
-        """What devices and coordinator pin.
+        """The certificate that devices and coordinator pin.
 
         Raises:
-            ConfigError: There is no authority here.
+            ConfigError: The folder has no authority.
+            TrustError: The file is damaged.
         """
         with of_file(self.folder / CERTIFICATE):
             return Root.from_pem(self._read(CERTIFICATE))
 
     def unlock(self, passphrase: bytes | None) -> Authority:
-        """The authority with its key.
+        """The authority with its private key.
 
         Raises:
-            TrustError: The passphrase is not the one, or the files are damaged.
+            ConfigError: The folder has no authority.
+            TrustError: The passphrase is wrong, or a file is damaged.
         """
         with of_file(self.folder / KEY):
             key = IdentityKey.from_pem(self._read(KEY), passphrase)
         authority = Authority(key, self.root.der)
         if authority.key.public != authority.root.key:
-            raise TrustError(f"{self.folder}: key and certificate do not belong together")
+            text = f"{self.folder}: {KEY} and {CERTIFICATE} are of two authorities; restore the folder from a backup"
+            raise TrustError(text, about=KEY)
         return authority
 
     def issue(self, authority: Authority, name: str, key: PublicKey, days: int) -> bytes:
-        """Certify ``key`` as that of the device ``name``, from now on; DER.
+        """Certify that ``key`` is the key of the device ``name``, valid from now on; DER.
 
         Raises:
             ConfigError: The certificate would outlast the authority; the key is another device's or was revoked; or the
-                name is that of a device with another key.
+                device has a valid certificate with another key.
             DataError: The record is damaged or lacks lines.
         """
-        now, name = _now(), require_device_id(name)
+        now, name = self.clock(), require_device_id(name)
         begin, end = now - SKEW, now + timedelta(days)
         if end > authority.root.not_after:
-            raise ConfigError(f"the authority itself ends on {authority.root.not_after:%Y-%m-%d}: choose fewer days")
-        with self._writing() as pen:
-            _require_new(pen, name, key, now)
+            text = f"the authority itself ends on {authority.root.not_after:%Y-%m-%d}: choose fewer --days"
+            raise ConfigError(text, about="--days", value=days)
+        with self._writing() as writer:
+            _require_new(writer, name, key, now)
             serial = x509.random_serial_number()
             der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
-            pen.add(
-                Issued(
+            writer.add(
+                CertificateIssued(
                     at=now,
                     name=name,
                     serial=f"{serial:x}",
@@ -125,82 +144,95 @@ class AuthorityStore:
             )
         return der
 
-    def revoke(self, authority: Authority, which: str, reason: Reason, list_days: int) -> tuple[Issued, ...]:
+    def revoke(self, authority: Authority, which: str, reason: Reason, list_days: int) -> tuple[CertificateIssued, ...]:
         """Revoke the certificates of a device, or the one with a serial, and sign a new list with all revocations.
 
         Args:
             authority: Unlocked.
-            which: Name, or serial in hex.
+            which: Name of the device, or serial in hex.
             reason: Goes into the list.
-            list_days: How long the list is good.
+            list_days: For which the list is valid.
 
         Returns:
-            What is revoked now and was not before; done again it is none, and the list is signed all the same.
+            The certificates that were not revoked before; none if the call is repeated. The list is signed anyway.
 
         Raises:
             ConfigError: There is no such certificate.
             DataError: As ``issue``.
         """
-        with self._writing() as pen:
-            found = [each for each in _issued(pen.events) if each.name == which] or [
-                each for each in _issued(pen.events) if each.serial == which.lower().replace(":", "").removeprefix("0x")
+        with self._writing() as writer:
+            issued, serial = _issued(writer.events), which.lower().replace(":", "").removeprefix("0x")
+            found = [each for each in issued if each.name == which] or [
+                each for each in issued if each.serial == serial
             ]
             if not found:
-                raise ConfigError(f"no certificate is of the name or serial {which}: 'list' shows them")
-            before = _revoked(pen.events)
+                text = f"there is no certificate with the name or serial {which}: 'edgeadapt authority list' shows all"
+                raise ConfigError(text, about="certificate", value=which)
+            before = _revoked(writer.events)
             new = tuple(each for each in found if each.serial not in before)
             for each in new:
-                pen.add(Revoked(at=_now(), serial=each.serial, reason=reason))
-            self._sign_list(pen, authority, list_days)
+                writer.add(CertificateRevoked(at=self.clock(), serial=each.serial, reason=reason))
+            self._sign_list(writer, authority, list_days)
         return new
 
     def sign_list(self, authority: Authority, days: int) -> int:
-        """Sign a revocation list with all revocations so far, good for so many days; its number.
+        """Sign a revocation list with all revocations so far, valid for ``days``; its number.
 
         Raises:
             DataError: As ``issue``.
         """
-        with self._writing() as pen:
-            return self._sign_list(pen, authority, days)
+        with self._writing() as writer:
+            return self._sign_list(writer, authority, days)
 
-    def _sign_list(self, pen: RecordWriter, authority: Authority, days: int) -> int:
-        now = _now()
-        number = _lists(pen.events) + 1
-        revoked = {int(serial, 16): Revocation(each.at, each.reason) for serial, each in _revoked(pen.events).items()}
+    def _sign_list(self, writer: RecordWriter, authority: Authority, days: int) -> int:
+        now = self.clock()
+        number = _lists(writer.events) + 1
+        revoked = {
+            int(serial, 16): Revocation(each.at, each.reason) for serial, each in _revoked(writer.events).items()
+        }
         signed = authority.revocations(number, revoked, now, now + timedelta(days))
-        pen.add(Listed(at=now, number=number, until=signed.next_update))  # first: no number is used twice
+        # First the record: a kill in between leaves a number without a list, and no number with two lists.
+        writer.add(ListSigned(at=now, number=number, next_update=signed.next_update))
         storage.replace(self.folder / REVOKED, signed.to_pem(), PUBLIC)
         return number
 
-    def certificates(self) -> tuple[tuple[Issued, str], ...]:
-        """Every certificate, in order, and how it stands: ``valid``, ``expired``, or ``revoked`` with the reason."""
-        events, now = self._record().read(), _now()
+    def certificates(self) -> tuple[tuple[CertificateIssued, str], ...]:
+        """Every certificate, in order, with its status: ``valid``, ``expired``, or ``revoked`` with the reason.
+
+        Raises:
+            ConfigError: The folder has no authority.
+            DataError: The record is damaged.
+        """
+        events, now = self._record().read(), self.clock()
         revoked = _revoked(events)
 
-        def standing(each: Issued) -> str:
+        def status(each: CertificateIssued) -> str:
             if each.serial in revoked:
                 return f"revoked ({revoked[each.serial].reason.value})"
             return "valid" if now <= each.not_after else "expired"
 
-        return tuple((each, standing(each)) for each in _issued(events))
+        return tuple((each, status(each)) for each in _issued(events))
 
     @contextmanager
     def _writing(self) -> Iterator[RecordWriter]:
-        with self._record().writing() as pen:
-            self._require_whole(pen.events)
-            yield pen
+        with self._record().writing() as writer:
+            self._require_complete(writer.events)
+            yield writer
 
-    def _require_whole(self, events: Sequence[object]) -> None:
-        """Return if the record knows the list beside it: a list from one that was cut brings revoked devices back."""
+    def _require_complete(self, events: Sequence[Event]) -> None:
+        """Return if the record has all of the newest list: a list from an older record would reinstate devices.
+
+        Raises:
+            DataError: It lacks lines.
+        """
         try:
-            handed_out = self.root.revocations(self._read(REVOKED))
-        except (ConfigError, TrustError):  # not there, or damaged: the next list takes its place
+            newest = self.root.revocations(self._read(REVOKED))
+        except (ConfigError, TrustError):  # missing or damaged: the next list replaces it
             return
         known = {int(serial, 16) for serial in _revoked(events)}
-        if handed_out.number > _lists(events) or handed_out.revoked.keys() - known:
-            raise DataError(
-                f"{self.folder / RECORD} lacks lines: {REVOKED} beside it says more than it does; take it from a backup"
-            )
+        if newest.number > _lists(events) or newest.revoked.keys() - known:
+            text = f"{self.folder / RECORD} lacks lines that {REVOKED} depends on: restore it from a backup"
+            raise DataError(text, about=RECORD)
 
     def _record(self) -> AuthorityRecord:
         self._read(RECORD)
@@ -210,31 +242,31 @@ class AuthorityStore:
         try:
             return (self.folder / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise ConfigError(f"{self.folder} is no authority's folder: it has no {name}") from None
+            text = f"{self.folder} is not an authority's folder: it has no {name}"
+            raise ConfigError(text, about=name, value=str(self.folder)) from None
 
 
-def _require_new(pen: RecordWriter, name: str, key: PublicKey, now: datetime) -> None:
-    revoked = _revoked(pen.events)
-    for each in _issued(pen.events):
-        if each.key == key.key_id and each.serial in revoked:
-            raise ConfigError(f"the key {key.key_id} was revoked: the device must make a new one")
-        if each.key == key.key_id and each.name != name:
-            raise ConfigError(f"the key {key.key_id} is that of {each.name}")
-        if each.name == name and each.key != key.key_id and each.serial not in revoked and now <= each.not_after:
-            raise ConfigError(f"{name} has a certificate with another key ({each.key}): revoke it first")
+def _require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime) -> None:
+    revoked, key_id = _revoked(writer.events), key.key_id
+    for each in _issued(writer.events):
+        if each.key == key_id and each.serial in revoked:
+            text = f"the key {key_id} was revoked: generate a new one on the device"
+            raise ConfigError(text, about="key.revoked", value=key_id)
+        if each.key == key_id and each.name != name:
+            text = f"the key {key_id} is that of {each.name}: generate a new one on {name}"
+            raise ConfigError(text, about="key.name", value=each.name)
+        if each.name == name and each.key != key_id and each.serial not in revoked and now <= each.not_after:
+            text = f"{name} has a valid certificate with another key ({each.key}): revoke it first"
+            raise ConfigError(text, about="name.key", value=each.key)
 
 
-def _issued(events: Sequence[object]) -> list[Issued]:
-    return [event for event in events if isinstance(event, Issued)]
+def _issued(events: Sequence[Event]) -> list[CertificateIssued]:
+    return [event for event in events if isinstance(event, CertificateIssued)]
 
 
-def _revoked(events: Sequence[object]) -> dict[str, Revoked]:
-    return {event.serial: event for event in events if isinstance(event, Revoked)}
+def _revoked(events: Sequence[Event]) -> dict[str, CertificateRevoked]:
+    return {event.serial: event for event in events if isinstance(event, CertificateRevoked)}
 
 
-def _lists(events: Sequence[object]) -> int:
-    return sum(isinstance(event, Listed) for event in events)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(microsecond=0)  # X.509 counts in seconds
+def _lists(events: Sequence[Event]) -> int:
+    return sum(isinstance(event, ListSigned) for event in events)

@@ -10,7 +10,7 @@ import pytest
 
 from adapters import storage
 from aggregation.errors import ConfigError, DataError
-from coordinator.authority.store import AuthorityStore
+from coordinator.authority import AuthorityStore
 from tests.support import refused
 
 
@@ -95,7 +95,7 @@ def test_a_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
 
 def test_a_new_authority_outlives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watched(tmp_path, monkeypatch)
-    AuthorityStore.found(tmp_path / "authority", "fleet", 365, 30, b"a long passphrase")
+    AuthorityStore.create(tmp_path / "authority", "fleet", 365, 30, b"a long passphrase")
     assert ["authority"] in seen
 
 

@@ -1,4 +1,4 @@
-"""docs/how-to/enrol-devices.md does what it says: its commands, from top to bottom, in an empty folder."""
+"""The commands of docs/how-to/enrol-devices.md, run from top to bottom in an empty folder, enrol and revoke devices."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Transcripts on disk: what a run leaves, what a kill can do to them, and what the next start makes of that."""
+"""Transcripts on disk: what a run writes, what a kill can do to it, and how the next start repairs it."""
 
 import hashlib
 import os
@@ -21,6 +21,7 @@ from coordinator.audit.transcripts import VECTORS, logs, vector_path
 from coordinator.recorder import Recorder
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import TORN, Transcripts
+from tests.support import refused
 from tests.support.fleet import make_fleet
 
 PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")
@@ -72,7 +73,7 @@ def test_a_round_ends_once(transcripts: Transcripts, offer: tuple[bytes, bytes])
     assert kinds(recorder.path)[3:] == ["result", "checkpoint"]
 
 
-def test_a_round_that_ended_without_a_sum_says_why(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
+def test_an_aborted_round_is_logged_with_its_reason(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
     recorder = write(transcripts, offer)
     recorder.abort(AbortReason.UNRECOVERABLE)
     assert kinds(recorder.path)[3:] == ["abort", "checkpoint"]
@@ -101,7 +102,7 @@ def test_a_log_that_a_kill_left_open_is_closed_by_the_next_start(
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 40])
-def test_a_record_that_a_kill_tore_is_cut_back_and_kept_aside(
+def test_the_incomplete_record_of_a_killed_run_is_cut_off_and_kept(
     transcripts: Transcripts, offer: tuple[bytes, bytes], cut: int
 ) -> None:
     killed = write(transcripts, offer)
@@ -115,7 +116,7 @@ def test_a_record_that_a_kill_tore_is_cut_back_and_kept_aside(
 
 
 @pytest.mark.parametrize("left", [0, 5, len(MAGIC), len(MAGIC) + 10])
-def test_a_log_that_a_kill_left_without_an_entry_is_no_session(
+def test_a_log_without_an_entry_after_a_kill_is_not_a_session(
     transcripts: Transcripts, offer: tuple[bytes, bytes], left: int
 ) -> None:
     first = write(transcripts, offer)
@@ -152,12 +153,12 @@ def test_a_log_that_was_altered_is_not_signed_again(transcripts: Transcripts, of
     raw = bytearray(killed.path.read_bytes())
     raw[len(MAGIC) + 60] ^= 1
     killed.path.write_bytes(raw)
-    with pytest.raises(TrustError, match=r"session-000001\.log was altered"):
+    with refused(TrustError, "session-000001.log"):
         transcripts.begin(offer[0])
     assert killed.path.read_bytes() == raw
 
 
-def test_a_closed_log_that_can_no_longer_be_read_is_not_taken_for_a_torn_one(
+def test_a_closed_log_that_cannot_be_read_is_not_taken_for_an_incomplete_one(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
     recorder = write(transcripts, offer)
@@ -170,19 +171,19 @@ def test_a_closed_log_that_can_no_longer_be_read_is_not_taken_for_a_torn_one(
         raw = bytearray(sound)
         raw[place] ^= 1
         recorder.path.write_bytes(raw)
-        with pytest.raises(TrustError, match=r"session-000001\.log was altered .*: find out why, and move it away"):
+        with refused(TrustError, "session-000001.log"):
             transcripts.begin(offer[0])
         assert recorder.path.read_bytes() == raw
 
 
-def test_a_copy_that_lies_among_the_logs_is_no_session(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
+def test_a_copy_of_a_log_is_not_a_session(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
     first = write(transcripts, offer)
     for name in ("session-000001 (copy).log", "session-old.log"):
         (transcripts.folder / name).write_bytes(first.path.read_bytes())
     assert write(transcripts, offer).path.name == "session-000002.log"
 
 
-def test_vectors_are_kept_by_digest_where_that_is_asked_for(
+def test_vectors_are_kept_by_digest_where_the_settings_ask_for_that(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
     body = b"vector" + b"hdr" + (3).to_bytes(4, "big")
@@ -216,7 +217,7 @@ def audited(fleet: Any) -> dict[str, Report]:
     return reports
 
 
-def test_a_run_leaves_a_transcript_that_holds(fleet_of: Callable[..., Any]) -> None:
+def test_the_transcript_of_a_run_passes_the_audit(fleet_of: Callable[..., Any]) -> None:
     fleet = fleet_of(5, aggregation__session_rounds=2, aggregation__keep_masked_inputs=True)
     records = fleet.federate(fleet.grid(forced_dropouts=1))
     reports = audited(fleet)
@@ -231,7 +232,7 @@ def test_a_run_leaves_a_transcript_that_holds(fleet_of: Callable[..., Any]) -> N
     assert f"produced adapter {last.version} ({last.sha256[:12]})" in {each.ending for each in rounds}
 
 
-def test_a_run_that_stopped_in_a_round_leaves_a_closed_log(fleet_of: Callable[..., Any]) -> None:
+def test_a_run_that_was_interrupted_in_a_round_leaves_a_closed_log(fleet_of: Callable[..., Any]) -> None:
     from client.node.app import app
 
     fleet = fleet_of(4)
@@ -253,5 +254,5 @@ def test_a_run_that_stopped_in_a_round_leaves_a_closed_log(fleet_of: Callable[..
 def test_another_key_makes_another_coordinator(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
     write(transcripts, offer)
     stranger = Transcripts(transcripts.folder, IdentityKey.generate(SystemEntropy()), transcripts.root, False)
-    with pytest.raises(TrustError, match="was altered"):
+    with refused(TrustError, "session-000001.log"):
         stranger.begin(offer[0])

@@ -1,4 +1,4 @@
-"""A real ``kill -9`` in a loop of commits: whatever the instant, a new process finds whole rounds and goes on."""
+"""A ``kill -9`` in a loop of commits: at any instant, a new process finds complete rounds and continues."""
 
 import os
 import signal
@@ -13,21 +13,17 @@ import pytest
 
 from coordinator.registry import Registry
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LOOP = """
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry
+from tests.support.registry import Rounds
 
-helpers, folder, pem = sys.argv[1:]
-spec = spec_from_file_location("helpers", helpers)
-sys.modules["helpers"] = module = module_from_spec(spec)
-spec.loader.exec_module(module)
-key = IdentityKey.from_pem(pem.encode())
-registry = Registry.open(f"sqlite:///{folder}/registry.db", f"{folder}/blobs", [key.public])
-rounds = module.Rounds(key)
+folder, pem = sys.argv[1:]
+rounds = Rounds(IdentityKey.from_pem(pem.encode()))
+registry = Registry.open(f"sqlite:///{folder}/registry.db", f"{folder}/blobs", [rounds.key.public])
 if registry.latest() is None:
     rounds.seed(registry)
 number = len(registry.rounds())
@@ -58,8 +54,7 @@ def test_a_kill_in_a_loop_of_commits_loses_at_most_the_round_under_way(
 
 def _run_and_kill(folder: Path, rounds: Any, until: int, delay: float) -> int:
     """Kill the loop ``delay`` seconds after it confirmed round ``until``; the last round that it confirmed."""
-    helpers = Path(__file__).with_name("conftest.py")
-    command = [sys.executable, "-c", LOOP, str(helpers), str(folder), rounds.key.to_pem().decode()]
+    command = [sys.executable, "-c", LOOP, str(folder), rounds.key.to_pem().decode()]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -1,17 +1,13 @@
-"""A registry in a folder, and rounds to put into it."""
+"""Rounds to put into a registry. A script that a test starts imports them as well."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from adapters import files
 from adapters.layout import Layout, Tensors
 from adapters.manifest import PeftConfig, VersionManifest
-from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry, RoundRecord
 
@@ -56,7 +52,7 @@ def _record(number: int) -> RoundRecord:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Version ``n`` holds the value ``n`` everywhere, comes from round ``n``, and leaves ``n`` as optimizer state."""
+    """Version ``n`` holds the value ``n`` everywhere, is of round ``n``, and leaves ``n`` as optimizer state."""
 
     key: IdentityKey
     layout: Layout = LAYOUT
@@ -79,31 +75,7 @@ class Rounds:
         registry.commit_round(_record(number), _manifest(number), self.blob(number), state, self.key)
 
     def snapshot(self, registry: Registry) -> tuple[Any, ...]:
-        """All that a registry says, so that two moments can be compared."""
+        """Everything that a registry holds, to compare two moments."""
         numbers = range(len(registry.versions()))
         state = {name: value.tolist() for name, value in registry.optimizer_state().items()}
         return registry.versions(), registry.rounds(), [registry.blob(n) for n in numbers], state
-
-
-@pytest.fixture(scope="session")
-def rounds() -> Rounds:
-    return Rounds(IdentityKey.generate(SystemEntropy()))
-
-
-@pytest.fixture
-def reopen(tmp_path: Path, rounds: Rounds) -> Iterator[Callable[[], Registry]]:
-    """Opens the registry in ``tmp_path``, as a new process would."""
-    opened: list[Registry] = []
-
-    def open_registry() -> Registry:
-        opened.append(Registry.open(f"sqlite:///{tmp_path}/registry.db", str(tmp_path / "blobs"), [rounds.key.public]))
-        return opened[-1]
-
-    yield open_registry
-    for registry in opened:
-        registry.close()
-
-
-@pytest.fixture
-def registry(reopen: Callable[[], Registry]) -> Registry:
-    return reopen()
