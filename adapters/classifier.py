@@ -38,16 +38,16 @@ class LoraSpec:
             raise ConfigError(f"LoRA needs a rank of 1 to {MAX_RANK}, an alpha of at least 1 and a target module")
 
     @classmethod
-    def of(cls, method: PeftConfig) -> Self:
+    def of(cls, config: PeftConfig) -> Self:
         """What a manifest or a task says, if every layer has one rank and one scaling, ``alpha / rank``.
 
         Raises:
             ConfigError: It says more, or what cannot be built. Training something else would go unnoticed.
         """
-        plain = PeftConfig("lora", method.rank, method.alpha, method.targets)
-        if method != plain or not isinstance(method.alpha, int):
+        plain = PeftConfig("LORA", config.r, config.lora_alpha, config.target_modules)
+        if config != plain or not isinstance(config.lora_alpha, int):
             raise ConfigError("the adapter has patterns or a scaling of its own; only plain LoRA can be trained here")
-        return cls(method.rank, method.alpha, method.targets)
+        return cls(config.r, config.lora_alpha, config.target_modules)
 
 
 class PhraseClassifier(nn.Module):

@@ -5,7 +5,6 @@ goes into the session's offer and into every manifest. Files and manifests are t
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters import jsontext
 from aggregation.errors import DataError
 
 Floats = NDArray[np.float32]
@@ -63,7 +63,7 @@ class Layout:
     def digest(self) -> str:
         """SHA-256, hex, of the names and shapes in order."""
         rows = [[spec.name, list(spec.shape)] for spec in self.tensors]
-        return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(jsontext.encode(rows)).hexdigest()
 
     def check(self, tensors: Mapping[str, Floats]) -> None:
         """Refuse tensors of another layout or with values that are not finite.

@@ -1,7 +1,7 @@
-"""What is said, and signed, about adapters: a registry version, an exported base, an exported adapter.
+"""The three signed manifests: of a version in a registry, of an exported base, of an exported adapter.
 
-These three documents are where coordinator, exporter and device meet. Each is a frozen value with one signed form
-(``adapters/signed.py``); whoever reads one gets it verified or a ``TrustError``.
+Coordinator, exporter and device meet in these documents. Each is a frozen value; its signed form is a DSSE envelope
+around its JSON (``dsse.py``). ``accept`` returns a verified value or raises.
 """
 
 from collections.abc import Iterable
@@ -10,93 +10,124 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from adapters import signed
-from adapters.peftconfig import PeftConfig as PeftConfig  # most who read a document ask for its method
-from aggregation.errors import TrustError
+from adapters import dsse, jsontext
+from adapters.peftconfig import PeftConfig
+from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # what every database has an integer for
 Task = Literal["text-classification", "text-generation"]  # as optimum and transformers call them
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # stays inside its folder
+Format = Literal["fp32", "fp16", "int8", "int4"]  # how an adapter file stores numbers
 
 
-class SignedDocument:
-    """The signed form that every document below has. ``accept(sign(key), [key.public])`` gives the value back."""
+class Manifest:
+    """The signed form of every manifest. Law: ``accept(manifest.sign(key), [key.public]) == manifest``.
+
+    A manifest is a flat object: a field that is missing, unknown or ill-formed is refused, also if it is signed.
+    """
 
     __slots__ = ()
-    KIND: ClassVar[str]
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    NAME: ClassVar[str]
+
+    @classmethod
+    def payload_type(cls) -> str:
+        """The document's type in its envelope."""
+        return f"application/vnd.edgeadapt.{cls.NAME}.v1+json"
 
     def sign(self, key: IdentityKey) -> bytes:
-        """The canonical signed bytes. Raises as ``signed.sign``."""
-        return signed.sign(self.KIND, asdict(self), key)  # type: ignore[call-overload]
+        """The signed envelope. Equal manifests and keys give equal bytes.
+
+        Raises:
+            DataError: A number is NaN or infinite, a text is not Unicode, or the envelope is too large.
+        """
+        try:
+            payload = jsontext.encode(asdict(self))  # type: ignore[call-overload]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the {self.NAME} cannot be signed: {error}", about=self.NAME) from error
+        return dsse.sign(payload, self.payload_type(), key)
 
     @classmethod
     def accept(cls, raw: bytes, trusted: Iterable[PublicKey]) -> Self:
-        """Verify ``raw`` and return the value.
+        """The manifest in an envelope that one of the keys ``trusted`` signed.
 
         Raises:
-            TrustError: Damaged, unknown signer, wrong signature, or a field that is missing, unknown or ill-formed.
+            TrustError: As ``dsse.verify``; or a field is missing, unknown or ill-formed (about ``NAME.FIELD``).
         """
-        body = signed.accept(raw, cls.KIND, trusted)
+        return cls._of(dsse.verify(raw, cls.payload_type(), trusted))
+
+    @classmethod
+    def unverified(cls, raw: bytes) -> Self:
+        """The manifest in an envelope, whoever signed it: for messages and for files that are about to be replaced.
+
+        Raises:
+            TrustError: As ``accept``, apart from the signature.
+        """
+        return cls._of(dsse.unverified(raw, cls.payload_type()))
+
+    @classmethod
+    def _of(cls, payload: bytes) -> Self:
         try:
-            return TypeAdapter(cls).validate_json(signed.canonical(body), strict=True)
+            jsontext.decode(payload)  # refuses what the next line would read in one of several ways
+            return TypeAdapter(cls).validate_json(payload, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
-            raise TrustError(f"{cls.KIND}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            field = ".".join(map(str, first["loc"]))
+            raise TrustError(f"{cls.NAME}: field {field}: {first['msg']}", about=f"{cls.NAME}.{field}") from error
+        except ValueError as error:
+            raise TrustError(f"{cls.NAME}: {error}", about=cls.NAME) from error
 
 
 @dataclass(frozen=True, slots=True)
-class VersionManifest(SignedDocument):
+class VersionManifest(Manifest):
     """One version of the shared adapter in the registry."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    KIND: ClassVar[str] = "edgeadapt/manifest/1"
+    NAME: ClassVar[str] = "version-manifest"
 
     version: Count  # 0 is the adapter that the vendor ships on day one
-    sha256: Sha256  # of the safetensors blob
-    size: Count  # of the blob, bytes
+    sha256: Sha256  # of the safetensors file
+    size: Count  # of that file, bytes
     base_digest: Sha256
     layout_digest: Sha256
-    parent: Sha256 | None  # blob digest of the version it was made from
+    parent: Sha256 | None  # SHA-256 of the file of the version it was made from
     round: Count  # 0 for the seed
-    survivors: tuple[str, ...]  # device names whose updates are in the sum
+    survivors: tuple[str, ...]  # devices whose updates are in the sum
     metrics: dict[str, float]  # means over the survivors, as unmasked
-    method: PeftConfig
+    peft_config: PeftConfig
     labels: tuple[str, ...]  # the head's rows, in order
 
 
 @dataclass(frozen=True, slots=True)
-class BaseManifest(SignedDocument):
-    """An exported base graph: which frozen base it is, for which task, in which profile, and every file's digest."""
+class BaseManifest(Manifest):
+    """An exported base: which frozen base it is, for which task, in which profile, and the digest of each file."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    KIND: ClassVar[str] = "edgeadapt/base/1"
+    NAME: ClassVar[str] = "base-manifest"
 
     base_digest: Sha256
     task: Task
     profile: str
-    files: dict[FileName, Sha256]  # name in the folder → digest
+    files: dict[FileName, Sha256]  # name in the base's folder → digest
     slots: dict[str, tuple[str, ...]]  # graph inputs that one adapter fills → symbolic or fixed dimensions, as text
     max_rank: Count  # an adapter with a layer of a higher rank is refused
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterManifest(SignedDocument):
-    """An exported adapter file: what it is, for which base, and where it came from."""
+class AdapterManifest(Manifest):
+    """An exported adapter: its file, the base that it is for, and the version that it was exported from."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-    KIND: ClassVar[str] = "edgeadapt/adapter/1"
+    NAME: ClassVar[str] = "adapter-manifest"
 
     name: str  # "global", or the owner's name for a private one
     sha256: Sha256  # of the adapter file
-    size: Count  # bytes
-    format: Literal["fp32", "fp16", "int8", "int4"]
+    size: Count  # of that file, bytes
+    format: Format
     base_digest: Sha256
     layout_digest: Sha256
     version: Count
-    source: Sha256  # digest of the safetensors blob it was exported from
-    method: PeftConfig | None  # how it was made, to undo the folding of the scaling; None if that is not known
-    parent: Sha256 | None  # of a private adapter: the blob digest of the global version it started from
+    source: Sha256  # of the safetensors file that it was exported from
+    peft_config: PeftConfig | None  # gives the scaling that is folded into the file; None if it is not known
+    parent: Sha256 | None  # of a private adapter: SHA-256 of the file of the global version it started from
     rank: Count
     labels: tuple[str, ...]

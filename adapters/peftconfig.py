@@ -24,26 +24,26 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """Low-rank adaptation (Hu et al. 2021) of the layers that ``targets`` name: ``y = W x + scaling B A x``."""
+    """Low-rank adaptation (Hu et al. 2021) of the layers that ``target_modules`` name."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    kind: Literal["lora"]
-    rank: Rank
-    alpha: Alpha
-    targets: tuple[str, ...]
+    peft_type: Literal["LORA"]
+    r: Rank
+    lora_alpha: Alpha
+    target_modules: tuple[str, ...]
     # Pairs, not dictionaries: the order counts, and the signed form of a dictionary has none.
     rank_pattern: tuple[tuple[Pattern, Rank], ...] = ()
     alpha_pattern: tuple[tuple[Pattern, Alpha], ...] = ()
-    rank_stabilized: bool = False  # scaling is alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023)
+    use_rslora: bool = False  # scaling is alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023)
 
     def rank_of(self, path: str) -> int:
         """The rank of the layer at ``path``, its place in the base's module tree. Raises as ``scaling_of``."""
-        return _matching(self.rank_pattern, path, self.rank)
+        return _matching(self.rank_pattern, path, self.r)
 
     def alpha_of(self, path: str) -> float:
         """The alpha of the layer at ``path``. Raises as ``scaling_of``."""
-        return _matching(self.alpha_pattern, path, self.alpha)
+        return _matching(self.alpha_pattern, path, self.lora_alpha)
 
     def scaling_of(self, path: str) -> float:
         """The factor of the update of the layer at ``path``.
@@ -55,7 +55,7 @@ class PeftConfig:
         rank, alpha = self.rank_of(path), self.alpha_of(path)
         if rank < 1:
             raise DataError(f"the adapter's method gives the layer {path!r} rank 0, which has no scaling")
-        return alpha / rank**0.5 if self.rank_stabilized else alpha / rank
+        return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
 
 def _matching(patterns: tuple[tuple[str, V], ...], path: str, default: V) -> V:

@@ -20,9 +20,9 @@ from typing import Any, Self
 import numpy as np
 
 from adapters import storage
+from adapters.dsse import MAX_ENVELOPE
 from adapters.layout import Floats, Layout, Tensors
 from adapters.manifest import VersionManifest
-from adapters.signed import MAX_DOCUMENT
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import PublicKey
 
@@ -136,7 +136,7 @@ class RegistryFiles:
         path = self.folder / DATABASE
         try:
             with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-                database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2 * MAX_DOCUMENT)
+                database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2 * MAX_ENVELOPE)
                 found = database.execute(f"SELECT {FORMAT_COLUMN} FROM {FORMATS}").fetchone()  # noqa: S608
                 row: tuple[Any, ...] | None = database.execute(query, values).fetchone()
         except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:

@@ -9,9 +9,9 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from adapters import jsontext
 from adapters.layout import Layout
-from adapters.manifest import PeftConfig
-from adapters.signed import canonical
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.vector import Segment, VectorSpec
 
@@ -27,7 +27,7 @@ class Task:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    method: PeftConfig
+    peft_config: PeftConfig
     labels: tuple[str, ...]
     epochs: Annotated[int, Field(gt=0, le=100)]
     batch_size: Annotated[int, Field(gt=0, le=1024)]
@@ -36,8 +36,8 @@ class Task:
     seed: Annotated[int, Field(ge=0)]  # of the order of the examples; each device mixes in its own name
 
     def encode(self) -> bytes:
-        """Canonical JSON: ``Task.decode(task.encode()) == task``."""
-        return canonical(asdict(self))
+        """JSON, the same bytes for equal tasks: ``Task.decode(task.encode()) == task``."""
+        return jsontext.encode(asdict(self))
 
     @classmethod
     def decode(cls, raw: bytes) -> Self:

@@ -28,7 +28,7 @@ class Training(Settings):
     def task(self, manifest: VersionManifest, seed: int) -> Task:
         """The task for the adapter that ``manifest`` describes."""
         return Task(
-            method=manifest.method,
+            peft_config=manifest.peft_config,
             labels=manifest.labels,
             epochs=self.epochs,
             batch_size=self.batch_size,

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.dsse import MAX_ENVELOPE
 from adapters.manifest import AdapterManifest
-from adapters.signed import MAX_DOCUMENT
 from adapters.storage import locked, replace
 from aggregation.errors import ConfigError, TrustError
 from client.inference import intact
@@ -62,7 +62,7 @@ class SeenVersions:
         if not self.path.exists():
             return {}
         try:
-            versions = json.loads(intact.read(self.path, MAX_DOCUMENT))
+            versions = json.loads(intact.read(self.path, MAX_ENVELOPE))
             sound = all(type(version) is int for noted in versions.values() for version in noted.values())
         except (ValueError, AttributeError, RecursionError):
             sound = False

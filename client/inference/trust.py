@@ -27,10 +27,10 @@ from typing import Self, TypeVar
 import numpy as np  # noqa: F401  # before onnxruntime, whose C code prints and forgets a Ctrl-C while it imports numpy
 import onnxruntime as ort
 
+from adapters.dsse import MAX_ENVELOPE
 from adapters.layout import Tensors
 from adapters.manifest import AdapterManifest, BaseManifest, Task
 from adapters.ondevice import check_labels, check_name, check_slots, layout_of, restore
-from adapters.signed import MAX_DOCUMENT
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
 from client.inference import intact
@@ -166,7 +166,7 @@ def adapter_names(bundle: Path) -> list[str]:
 
 def _accepted(accept: Callable[[bytes, Iterable[PublicKey]], T], path: Path, keys: Iterable[PublicKey]) -> T:
     """What a signed document says. Raises as ``accept`` and ``intact.read``, with the file's name."""
-    raw = intact.read(path, MAX_DOCUMENT)
+    raw = intact.read(path, MAX_ENVELOPE)
     try:
         return accept(raw, keys)
     except TrustError as error:

@@ -176,7 +176,7 @@ def _train(base: Base, planned: Planned, blob: bytes, examples: Path) -> Ring:
     task = Task.decode(plan.training)
     try:
         start = files.decode(blob)
-        trainer = load_trainer(base, len(task.labels), LoraSpec.of(task.method))
+        trainer = load_trainer(base, len(task.labels), LoraSpec.of(task.peft_config))
     except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
         raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:

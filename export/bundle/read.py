@@ -7,12 +7,12 @@ nothing is put to use here.
 from collections.abc import Sequence
 from pathlib import Path
 
+from adapters.dsse import MAX_ENVELOPE
 from adapters.files import MAX_ADAPTER, sha256
 from adapters.layout import Tensors
 from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import LORA_A, LORA_B, check_name, check_slots, from_graph
 from adapters.peftconfig import PeftConfig
-from adapters.signed import MAX_DOCUMENT
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
 from export.bundle.adapter import decode
@@ -31,7 +31,7 @@ def read_manifest(bundle: Path, keys: Sequence[PublicKey]) -> BaseManifest:
         DataError: There is no bundle.
         TrustError: The card is damaged, altered, or of an unknown signer.
     """
-    return BaseManifest.accept(_read(bundle / BASE_MANIFEST, MAX_DOCUMENT), keys)
+    return BaseManifest.accept(_read(bundle / BASE_MANIFEST, MAX_ENVELOPE), keys)
 
 
 def read_base(bundle: Path, card: BaseManifest) -> dict[str, bytes]:
@@ -59,7 +59,7 @@ def read_adapter(
     if not path.with_name(f"{name}.json").is_file():
         there = ", ".join(sorted(file.stem for file in path.parent.glob("*.json"))) or "none"
         raise DataError(f"{bundle} has no adapter {name!r}; it has: {there}")
-    sidecar = AdapterManifest.accept(_read(path.with_name(f"{name}.json"), MAX_DOCUMENT), keys)
+    sidecar = AdapterManifest.accept(_read(path.with_name(f"{name}.json"), MAX_ENVELOPE), keys)
     if sidecar.name != name or sidecar.base_digest != card.base_digest:
         raise TrustError(f"the sidecar of {name!r} was signed for another name or base; export the adapter again")
     file = path.with_name(f"{name}.onnx_adapter")
@@ -82,7 +82,7 @@ def unfolded(sidecar: AdapterManifest, inputs: Tensors) -> tuple[Tensors, PeftCo
         inputs: Its tensors by graph input.
     """
     kept = {name: value for name, value in inputs.items() if value.size}
-    method = sidecar.method or _folded(kept)
+    method = sidecar.peft_config or _folded(kept)
     renamed = from_graph(kept, dict.fromkeys(lora_paths(kept), 1.0))
     return from_graph(kept, AdapterInputs.of_tensors(method, renamed).scaling), method
 
@@ -91,7 +91,7 @@ def _folded(inputs: Tensors) -> PeftConfig:
     ranks = {path: inputs[path + LORA_A].shape[1] for path in sorted(lora_paths(inputs)) if path + LORA_B in inputs}
     rank = max(ranks.values(), default=1)
     pairs = tuple((exactly(path), size) for path, size in ranks.items() if size != rank)
-    return PeftConfig("lora", rank, rank, tuple(ranks), pairs, pairs)
+    return PeftConfig("LORA", rank, rank, tuple(ranks), pairs, pairs)
 
 
 def _read(path: Path, limit: int) -> bytes:

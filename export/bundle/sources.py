@@ -17,7 +17,7 @@ from export.peft.folder import read_peft
 class Origin:
     """An adapter before its export, verified as far as its source allows."""
 
-    method: PeftConfig
+    peft_config: PeftConfig
     labels: tuple[str, ...]  # the head's rows, in order
     version: int
     sha256: str  # of the safetensors file that the tensors come from
@@ -46,7 +46,7 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
         which = "is empty" if version is None else f"has no version {version}"
         raise DataError(f"the registry in {state_dir} {which}", about="version", value=version)
     return Origin(
-        found.method, found.labels, found.version, found.sha256, found.base_digest, None, registry.tensors(found)
+        found.peft_config, found.labels, found.version, found.sha256, found.base_digest, None, registry.tensors(found)
     )
 
 
@@ -64,4 +64,4 @@ def from_peft(folder: Path, version: int, labels: tuple[str, ...]) -> Origin:
     read = read_peft(folder)
     if labels and all(LORA in name for name in read.tensors):
         raise ConfigError(f"the adapter in {folder} has no head, so that its labels have no meaning; leave them out")
-    return Origin(read.method, labels, version, read.sha256, None, read.base, read.tensors)
+    return Origin(read.peft_config, labels, version, read.sha256, None, read.base, read.tensors)

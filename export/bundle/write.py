@@ -8,13 +8,10 @@
 A bundle is only ever replaced whole (``adapters.storage.staged``).
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from pydantic import TypeAdapter, ValidationError
 
 from adapters.files import sha256
 from adapters.layout import Layout, Tensors
@@ -22,7 +19,7 @@ from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import LORA_A, Format, check_labels, check_name, check_slots, to_graph
 from adapters.peftconfig import PeftConfig
 from adapters.storage import link_files, locked_folder, staged, write_files
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from export.bundle import adapter
 from export.bundle.sources import Origin
@@ -42,7 +39,7 @@ class AdapterSource:
     version: int
     sha256: str  # of the safetensors blob that the tensors come from
     parent: str | None = None  # of a private adapter: the blob digest of the global version that it started from
-    method: PeftConfig | None = None  # without it, an export to peft folds the scaling into B
+    peft_config: PeftConfig | None = None  # without it, an export to peft folds the scaling into B
     adapter_inputs: AdapterInputs | None = None  # of the model that the tensors come from; None: the exported base's
 
 
@@ -134,8 +131,9 @@ def add(bundle: Path, origin: Origin, *, name: str, form: Format, key: IdentityK
             about="version",
             value=origin.version,
         )
-    source = AdapterSource(name, origin.tensors, origin.labels, origin.version, origin.sha256, method=origin.method)
-    add_adapter(bundle, AdapterInputs.of_tensors(origin.method, origin.tensors), source, key=key, form=form)
+    config = origin.peft_config
+    source = AdapterSource(name, origin.tensors, origin.labels, origin.version, origin.sha256, peft_config=config)
+    add_adapter(bundle, AdapterInputs.of_tensors(config, origin.tensors), source, key=key, form=form)
     if (after := _stated_adapter(bundle, name)) is None:
         raise DataError(
             f"{bundle} lost its adapter {name!r} while it was written; is another export running?", about="adapters"
@@ -219,7 +217,7 @@ def _adapter_files(
         layout_digest=Layout.of(tensors).digest,
         version=source.version,
         source=source.sha256,
-        method=source.method,
+        peft_config=source.peft_config,
         parent=source.parent,
         rank=rank,
         labels=source.labels,
@@ -245,11 +243,10 @@ def check_place(out: Path) -> None:
 def stated_manifest(bundle: Path) -> BaseManifest | None:
     """The base manifest, unverified, for the exporter alone: a device verifies it before use. None if there is none."""
     try:
-        body = json.loads((bundle / BASE_MANIFEST).read_bytes())["body"]
-        return TypeAdapter(BaseManifest).validate_python(body)
+        return BaseManifest.unverified((bundle / BASE_MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except TrustError as error:
         raise DataError(
             f"{bundle / BASE_MANIFEST} is damaged; move {bundle} away and export again", about=BASE_MANIFEST.name
         ) from error
@@ -258,11 +255,10 @@ def stated_manifest(bundle: Path) -> BaseManifest | None:
 def _stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
     """The adapter's manifest, unverified: a device compares versions itself, this only refuses a rollback early."""
     try:
-        body = json.loads((bundle / "adapters" / f"{check_name(name)}.json").read_bytes())["body"]
-        return TypeAdapter(AdapterManifest).validate_python(body)
+        return AdapterManifest.unverified((bundle / "adapters" / f"{check_name(name)}.json").read_bytes())
     except FileNotFoundError:
         return None
-    except (ValidationError, ValueError, KeyError, TypeError):
+    except TrustError:
         return None  # damaged: it is about to be replaced
 
 

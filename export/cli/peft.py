@@ -46,6 +46,6 @@ def peft(
         tensors, config = read.unfolded(*read.read_adapter(bundle, name, manifest, trusted))
     else:
         origin = origin_of(registry, None, version, trust, None)
-        tensors, config = origin.tensors, origin.method
+        tensors, config = origin.tensors, origin.peft_config
     to_peft(tensors, config, out)
     say({"out": str(out), "tensors": len(tensors)}, f"{out}: {len(tensors)} tensors, for peft", as_json)

@@ -76,7 +76,7 @@ def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: 
 def _trained(base: Base, task: Task, origin: Origin, labels: int) -> PeftModel:
     inner = _bare(base, task, origin.tensors, labels)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
-        to_peft(origin.tensors, origin.method, Path(folder) / "peft")
+        to_peft(origin.tensors, origin.peft_config, Path(folder) / "peft")
         with warnings.catch_warnings():  # peft uses a deprecated argument of transformers
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(inner, Path(folder) / "peft").eval()

@@ -81,15 +81,15 @@ def config_of(method: PeftConfig, ranks: dict[str, int], saved: list[str], base:
         "task_type": None,
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "r": method.rank,
-        "lora_alpha": method.alpha,
+        "r": method.r,
+        "lora_alpha": method.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "use_rslora": method.rank_stabilized,
+        "use_rslora": method.use_rslora,
         "target_modules": sorted(ranks),
         "modules_to_save": saved or None,
-        "rank_pattern": {exactly(path): rank for path, rank in ranks.items() if rank != method.rank},
-        "alpha_pattern": {exactly(path): alpha for path, alpha in alphas.items() if alpha != method.alpha},
+        "rank_pattern": {exactly(path): rank for path, rank in ranks.items() if rank != method.r},
+        "alpha_pattern": {exactly(path): alpha for path, alpha in alphas.items() if alpha != method.lora_alpha},
     }
 
 
@@ -101,13 +101,13 @@ def exactly(path: str) -> str:
 def _method(config: Config) -> PeftConfig:
     targets = config.get("target_modules") or []
     body = {
-        "kind": "lora",
-        "rank": config.get("r"),
-        "alpha": config.get("lora_alpha"),
-        "targets": sorted(targets) if isinstance(targets, list) else [targets],
+        "peft_type": "LORA",
+        "r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "target_modules": sorted(targets) if isinstance(targets, list) else [targets],
         "rank_pattern": _pairs(config, "rank_pattern"),
         "alpha_pattern": _pairs(config, "alpha_pattern"),
-        "rank_stabilized": config.get("use_rslora", False),
+        "use_rslora": config.get("use_rslora", False),
     }
     try:
         return TypeAdapter(PeftConfig).validate_json(json.dumps(body), strict=True)

@@ -33,7 +33,7 @@ TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, BF16: np.uint1
 class PeftFolder:
     """What a PEFT folder holds. ``base`` is what peft noted as the base's name: a hint, not an identity."""
 
-    method: PeftConfig
+    peft_config: PeftConfig
     sha256: str  # of adapter_model.safetensors
     base: str | None
     tensors: Tensors = field(repr=False)  # float32, under peft's names

@@ -16,7 +16,8 @@ from adapters import files
 from adapters.base import Base
 from adapters.classifier import LoraSpec, seeded
 from adapters.layout import Floats, Layout
-from adapters.manifest import PeftConfig, VersionManifest
+from adapters.manifest import VersionManifest
+from adapters.peftconfig import PeftConfig
 from adapters.storage import replace
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
@@ -122,7 +123,7 @@ def _coordinator(
         round=0,
         survivors=(),
         metrics={},
-        method=PeftConfig("lora", scenario.adapter.rank, scenario.adapter.alpha, scenario.adapter.targets),
+        peft_config=PeftConfig("LORA", scenario.adapter.rank, scenario.adapter.alpha, scenario.adapter.targets),
         labels=population.labels,
     )
     open_registry(folder, key).publish(manifest, blob, key)

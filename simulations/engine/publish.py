@@ -61,7 +61,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_home.KEY).read_bytes())
     manifest = version.manifest
     source = AdapterSource(
-        GLOBAL, tensors, population.labels, manifest.version, manifest.sha256, method=manifest.method
+        GLOBAL, tensors, population.labels, manifest.version, manifest.sha256, peft_config=manifest.peft_config
     )
     write_bundle(out / BUNDLE, exported, [source], key=key)
     replace(out / device_files.TRUST, key.public.to_pem(), PUBLIC)
@@ -90,6 +90,12 @@ def _write_device_bundle(out: Path, household: str, exported: ExportedBase, comm
     blob = (folder / device_files.PERSONAL).read_bytes()
     identity = IdentityKey.from_pem((folder / device_files.IDENTITY).read_bytes())
     private = AdapterSource(
-        PERSONAL, files.decode(blob), common.labels, common.version, files.sha256(blob), common.sha256, common.method
+        PERSONAL,
+        files.decode(blob),
+        common.labels,
+        common.version,
+        files.sha256(blob),
+        common.sha256,
+        common.peft_config,
     )
     add_adapter(folder / BUNDLE, exported.adapter_inputs, private, key=identity)

@@ -113,10 +113,10 @@ def test_an_adapter_that_makes_no_sense_is_refused(spec: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     "method",
     [
-        PeftConfig("lora", 2, 4, ("query",), rank_pattern=(("query", 4),)),
-        PeftConfig("lora", 2, 4, ("query",), alpha_pattern=(("query", 4),)),
-        PeftConfig("lora", 2, 4, ("query",), rank_stabilized=True),
-        PeftConfig("lora", 2, 0.5, ("query",)),
+        PeftConfig("LORA", 2, 4, ("query",), rank_pattern=(("query", 4),)),
+        PeftConfig("LORA", 2, 4, ("query",), alpha_pattern=(("query", 4),)),
+        PeftConfig("LORA", 2, 4, ("query",), use_rslora=True),
+        PeftConfig("LORA", 2, 0.5, ("query",)),
     ],
 )
 def test_a_method_that_says_more_than_plain_lora_is_refused_for_training(method: PeftConfig) -> None:
@@ -125,4 +125,4 @@ def test_a_method_that_says_more_than_plain_lora_is_refused_for_training(method:
 
 
 def test_a_plain_method_is_what_it_says() -> None:
-    assert LoraSpec.of(PeftConfig("lora", 2, 4, ("query",))) == LoraSpec(2, 4, ("query",))
+    assert LoraSpec.of(PeftConfig("LORA", 2, 4, ("query",))) == LoraSpec(2, 4, ("query",))

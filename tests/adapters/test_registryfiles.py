@@ -43,7 +43,7 @@ def manifest(version: int) -> VersionManifest:
         round=version,
         survivors=("anna", "ben") if version else (),
         metrics={"loss": 0.5} if version else {},
-        method=PeftConfig("lora", 8, 16, ("query",)),
+        peft_config=PeftConfig("LORA", 8, 16, ("query",)),
         labels=("on", "off"),
     )
 

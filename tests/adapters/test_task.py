@@ -13,7 +13,7 @@ from adapters.manifest import PeftConfig
 from adapters.task import MAX_LOSS, MAX_SECONDS, Task, contribution_spec
 from aggregation.errors import ConfigError, ProtocolError
 
-TASK = Task(PeftConfig("lora", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01, 0)
+TASK = Task(PeftConfig("LORA", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01, 0)
 LAYOUT = Layout((TensorSpec("a", (2, 3)),))
 
 
@@ -22,7 +22,7 @@ LAYOUT = Layout((TensorSpec("a", (2, 3)),))
         Task,
         st.builds(
             PeftConfig,
-            st.just("lora"),
+            st.just("LORA"),
             st.integers(0, 99),
             st.integers(0, 99),
             st.lists(st.text(), max_size=3).map(tuple),
@@ -54,10 +54,10 @@ def test_a_task_is_read_as_it_was_written_and_has_one_form(task: Task) -> None:
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"seed": -1}, "seed"),
         ({"labels": "on"}, "labels"),
-        ({"method": None}, "method"),
-        ({"method": {**asdict(TASK.method), "kind": "ia3"}}, r"method\.kind"),
-        ({"method": {**asdict(TASK.method), "rank": -1}}, r"method\.rank"),
-        ({"method": {**asdict(TASK.method), "code": "x"}}, r"method\.code"),
+        ({"peft_config": None}, "peft_config"),
+        ({"peft_config": {**asdict(TASK.peft_config), "peft_type": "IA3"}}, r"peft_config\.peft_type"),
+        ({"peft_config": {**asdict(TASK.peft_config), "r": -1}}, r"peft_config\.r"),
+        ({"peft_config": {**asdict(TASK.peft_config), "code": "x"}}, r"peft_config\.code"),
         ({"unknown": 1}, "unknown"),
     ],
 )

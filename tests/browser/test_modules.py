@@ -1,7 +1,7 @@
 """The page's modules without a browser: Node runs tests/browser/js/*.test.mjs on files that the Python side made.
 
-What is compared is decided here, by the code that a native device runs: which spellings of JSON are accepted, what the
-tensors of an adapter file are, and whom a signature belongs to.
+The code that a native device runs decides here what is expected: which JSON texts and which envelopes are accepted, and
+what the tensors of an adapter file are.
 """
 
 import base64
@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from adapters import signed
+from adapters import dsse, jsontext
 from adapters.base import find_base
 from adapters.layout import Tensors
 from adapters.ondevice import Format, layout_of, quantize, restore, to_graph
 from aggregation.entropy import SystemEntropy
+from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
 from client.browser.server import Site
 from export.bundle import adapter
@@ -30,8 +31,10 @@ from export.onnx.exported import ExportedBase
 
 FORMATS: tuple[Format, ...] = ("fp32", "fp16", "int8", "int4")
 LEAVES = (0, -1, 2**53 - 1, 1.5, -0.25, 1e16, 1e-5, 1.5e300, 123456789.125, 2.0, 1e15, 5e-324, True, False, None, "")
-TEXTS = ("a", "ä", "\U0001f600", '"\\/\b\f\n\r\t', "\x7f\x00", "\ue000", "\ud800", "__proto__", "constructor")
-"""What Python and JavaScript could spell, or sort, otherwise."""
+TEXTS = ("a", "ä", "\U0001f600", '"\\/\b\f\n\r\t', "\x7f\x00", "\ue000", "__proto__", "constructor")
+"""What Python and JavaScript could write, or sort, differently."""
+TYPE = "application/vnd.edgeadapt.test+json"
+BODY = {"text": "Zoë", "list": [1, 2.5, None], "z": {"b": 1e-7, "a": ""}}
 
 
 def b64(raw: bytes) -> str:
@@ -47,49 +50,67 @@ def values(rng: random.Random, depth: int = 3) -> Any:
     return rng.choice(TEXTS) if kind == 2 else rng.choice((*LEAVES, rng.random(), rng.uniform(-1e20, 1e20)))
 
 
-def respelled(rng: random.Random, raw: str) -> str:
+def edited(rng: random.Random, raw: bytes) -> bytes:
+    """``raw`` with something put in, or in place of a byte."""
     at = rng.randrange(len(raw) + 1)
-    piece = rng.choice((" ", "0", "-", ".0", "e0", "E5", "\\u0061", "\\/", ",", "]", "1", "\t", "", "\u00e4", '"a":1,'))
-    return raw[:at] + piece + raw[at + rng.randrange(2) :]
+    pieces = (*" 0-,]}[{1\t=A", ".0", "e0", "E5", "\\u0061", "\\/", "", "ä", '"a":1,', "\ufeff")
+    return raw[:at] + rng.choice((*(piece.encode() for piece in pieces), b"\xff")) + raw[at + rng.randrange(2) :]
 
 
-def safe(digits: str) -> int:
-    """An integer that JavaScript can hold; others the page refuses, as the one thing that a native device takes."""
-    if abs(number := int(digits)) >= 2**53:
-        raise ValueError
-    return number
-
-
-def exact(raw: str) -> bool:
-    """Whether a native device takes this spelling, and its integers are not too large for the page."""
+def verdict(read: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a native device reads it."""
     try:
-        return signed.canonical(json.loads(raw, parse_int=safe)) == raw.encode()
-    except (ValueError, RecursionError):
+        read(*arguments)
+    except (ValueError, TrustError):
         return False
+    return True
 
 
-def spellings() -> Iterator[tuple[str, bool]]:
+def texts() -> Iterator[bytes]:
     rng = random.Random(7)  # noqa: S311  # not a secret
     for _ in range(600):
-        raw = signed.canonical(values(rng)).decode()
-        yield raw, True
-        for changed in (respelled(rng, raw) for _ in range(4)):
-            yield changed, exact(changed)
-    for odd in (
-        "-0",
-        "1.0",
-        "-0.0",
-        "1e5",
-        "1E16",
-        "1e+16",
-        "01",
-        "NaN",
-        "Infinity",
-        "1e999",
-        '{"b":1,"a":2}',
-        '"\\/"',
-    ):
-        yield odd, exact(odd)
+        raw = jsontext.encode(values(rng))
+        yield raw
+        yield from (edited(rng, raw) for _ in range(4))
+    yield from (
+        b"-0",
+        b"1.0",
+        b"1E16",
+        b"01",
+        b"NaN",
+        b"Infinity",
+        b"1e999",
+        b'"\\/"',
+        b'"\\ud800"',
+        b"",
+        b" 1 ",
+        b"1 2",
+    )
+    yield from (b"[" * depth + b"]" * depth for depth in (15, 16, 17, 200))
+    yield from (b'{"a":1,"a":1}', b'{"a":1,"\\u0061":1}', b'[{"":{"b":0},"c":{"b":0}}]', '{"a":1}'.encode("utf-16"))
+
+
+def envelopes(key: IdentityKey, stranger: IdentityKey) -> Iterator[bytes]:
+    rng = random.Random(8)  # noqa: S311  # not a secret
+    sound = dsse.sign(jsontext.encode(BODY), TYPE, key)
+    document = json.loads(sound)
+    (signature,) = document["signatures"]
+    foreign = json.loads(dsse.sign(jsontext.encode(BODY), TYPE, stranger))["signatures"]
+    yield sound
+    yield from (edited(rng, sound) for _ in range(500))
+    changes: list[dict[str, Any]] = [
+        *({"signatures": found} for found in ([], {}, "sig", [signature] * 9, [signature] * 8, ["sig"], [None], [[]])),
+        *({"signatures": found} for found in (foreign, [*foreign, signature], [{"sig": signature["sig"]}], [{}])),
+        *({"signatures": [{**signature, "keyid": found}]} for found in ("", "x", None, 1, foreign[0]["keyid"])),
+        *({"signatures": [{**signature, "sig": found}]} for found in ("", "x", None, 1, foreign[0]["sig"])),
+        *({"signatures": [{**signature, found: ""}]} for found in ("extra", "__proto__")),
+        *({"payload": found} for found in ("", None, 1, [], document["payload"] + "=", document["payload"] + "\n")),
+        *({"payloadType": found} for found in ("", None, 1, TYPE.upper())),
+        *({found: ""} for found in ("extra", "__proto__")),
+    ]
+    for change in changes:
+        yield json.dumps({**document, **change}).encode()
+    yield json.dumps(document, indent=3).encode()
 
 
 def stored(source: Callable[..., AdapterSource], exported: ExportedBase, form: Format) -> dict[str, Any]:
@@ -156,16 +177,20 @@ def made(
     vendor: IdentityKey,
     phrases: dict[str, Any],
 ) -> Path:
-    body = {"text": "Zoë", "list": [1, 2.5, None], "z": {"b": 1e-7, "a": ""}}
     stranger = IdentityKey.generate(SystemEntropy())
     path = tmp_path / "made.json"
     path.write_text(
         json.dumps(
             {
-                "spellings": list(spellings()),
+                "texts": [(b64(raw), verdict(jsontext.decode, raw)) for raw in texts()],
+                "type": TYPE,
                 "adapters": {form: stored(source, exported, form) for form in FORMATS},
-                "signed": b64(signed.sign("test/1", body, vendor)),
-                "body": body,
+                "signed": b64(dsse.sign(jsontext.encode(BODY), TYPE, vendor)),
+                "envelopes": [
+                    (b64(raw), verdict(dsse.verify, raw, TYPE, [vendor.public]))
+                    for raw in envelopes(vendor, IdentityKey.generate(SystemEntropy()))
+                ],
+                "body": BODY,
                 "phrases": phrases,
                 "keys": (stranger.public.to_pem() + vendor.public.to_pem()).decode(),
                 "ids": [stranger.public.key_id, vendor.public.key_id],

@@ -78,7 +78,7 @@ def test_an_adapter_with_a_damaged_sidecar_is_shown_with_the_reason_and_cannot_b
     (both / "adapters" / "anna.json").write_bytes(b"{}")
     page.goto(serve(both))
     assert page.evaluate("document.querySelector('#adapters input[value=anna]').disabled") is True
-    assert "damaged" in page.evaluate("document.querySelector('.refused').textContent")
+    assert "not a signed document" in page.evaluate("document.querySelector('.refused').textContent")
     assert page.evaluate(CHECKED) == "global"
 
 

@@ -74,8 +74,8 @@ def test_a_version_names_its_round_and_its_parent(fleet_of: FleetOf) -> None:
     assert [m.parent for m in versions] == [None, versions[0].sha256, versions[1].sha256]
     assert [m.survivors for m in versions[1:]] == [record.survivors for record in records]
     assert [m.metrics for m in versions[1:]] == [record.metrics for record in records]
-    assert {(m.base_digest, m.layout_digest, m.method, m.labels) for m in versions} == {
-        (versions[0].base_digest, versions[0].layout_digest, versions[0].method, versions[0].labels)
+    assert {(m.base_digest, m.layout_digest, m.peft_config, m.labels) for m in versions} == {
+        (versions[0].base_digest, versions[0].layout_digest, versions[0].peft_config, versions[0].labels)
     }
 
 

@@ -31,7 +31,7 @@ def _manifest(number: int) -> VersionManifest:
         round=number,
         survivors=("anna", "ben") if number else (),
         metrics={"loss": 1 / number} if number else {},
-        method=PeftConfig("lora", 8, 16, ("query", "value")),
+        peft_config=PeftConfig("LORA", 8, 16, ("query", "value")),
         labels=("on", "off"),
     )
 

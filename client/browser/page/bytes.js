@@ -9,10 +9,17 @@ export const encode = (text) => new TextEncoder().encode(text);
 
 export const hex = (bytes) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-/** Bytes of lower-case hexadecimal digits, or null: other spellings would be other bytes for the same value. */
+/** Bytes of hexadecimal digits. */
 export function unhex(text) {
-  if (typeof text !== "string" || text.length % 2 || !/^[0-9a-f]*$/.test(text)) return null;
   return Uint8Array.from({ length: text.length / 2 }, (_, i) => parseInt(text.slice(2 * i, 2 * i + 2), 16));
+}
+
+/** Bytes of a base64 text of the standard alphabet. Throws SyntaxError for any other text. */
+export function unbase64(text) {
+  const binary = typeof text === "string" && /^[A-Za-z0-9+/]*={0,2}$/.test(text) && text.length % 4 === 0 ? atob(text) : "";
+  // Encoded again, so that no two texts stand for the same bytes: the last letter may have bits that are not used.
+  if (btoa(binary) !== text) throw new SyntaxError("a base64 text of the standard alphabet is needed");
+  return Uint8Array.from(binary, (unit) => unit.charCodeAt(0));
 }
 
 export const sha256 = async (bytes) => hex(new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)));

@@ -1,11 +1,10 @@
-// Ed25519 public keys: reading the pinned ones, and verifying what they signed (aggregation/pki/identity.py).
+// Ed25519 public keys: reading the pinned ones, and verifying signatures.
 //
 // WebCrypto does the arithmetic where it can; a browser without Ed25519 gets it from @noble/ed25519.
 
-import { concat, encode, hex, sha256, unhex } from "./bytes.js";
+import { encode, hex, sha256, unhex } from "./bytes.js";
 import { TrustError } from "./errors.js";
 
-const FRAME = encode("edgeadapt/1\0");
 const SPKI = unhex("302a300506032b6570032100"); // RFC 8410, section 4: everything before the 32 bytes of the key
 const BLOCK = /-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\s]*)-----END PUBLIC KEY-----/g;
 const BASE_POINT = "58" + "66".repeat(31); // RFC 8032, section 5.1: a sound key, to ask the browser with
@@ -40,11 +39,10 @@ async function publicKey(base64) {
 /** One name for a set of keys, whatever their order. */
 export const keySet = async (keys) => sha256(encode(keys.map((key) => hex(key.raw)).sort().join()));
 
-/** Throws TrustError unless `key` signed `body` for the purpose `tag`. */
-export async function verify(key, tag, body, signature) {
-  const message = concat(FRAME, Uint8Array.of(tag.length), encode(tag), body);
+/** Whether `signature` is that of `key` on `message` (RFC 8032). */
+export async function verifies(key, signature, message) {
   const holds = await verifier();
-  if ((await holds(key.raw, signature, message)) !== true) throw new TrustError(`signature of ${key.id} is not valid`);
+  return (await holds(key.raw, signature, message)) === true;
 }
 
 let chosen;

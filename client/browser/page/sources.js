@@ -2,7 +2,7 @@
 
 import { byCodePoint, concat, decode } from "./bytes.js";
 import { DataError, TrustError } from "./errors.js";
-import { MAX_DOCUMENT } from "./signed.js";
+import { MAX_ENVELOPE } from "./dsse.js";
 
 /** Files below a URL of the page's own origin; `listing` names the adapters, since HTTP has no folders. */
 export class HttpSource {
@@ -18,7 +18,7 @@ export class HttpSource {
   async adapterNames() {
     let names;
     try {
-      names = JSON.parse(decode(await fetched(this.listing, "bundle.json", MAX_DOCUMENT))).adapters;
+      names = JSON.parse(decode(await fetched(this.listing, "bundle.json", MAX_ENVELOPE))).adapters;
     } catch (error) {
       if (!(error instanceof SyntaxError || error instanceof TypeError)) throw error;
     }

@@ -11,12 +11,12 @@
 
 import { sha256 } from "./bytes.js";
 import { parse } from "./container.js";
-import * as documents from "./documents.js";
+import { MAX_ENVELOPE } from "./dsse.js";
 import { ConfigError, DataError, EdgeAdaptError, TrustError, quoted } from "./errors.js";
 import { keySet, pinned } from "./keys.js";
+import { adapterManifest, baseManifest } from "./manifests.js";
 import { checkName, checkSlots, layoutDigest, restore } from "./ondevice.js";
 import { SeenVersions } from "./seen.js";
-import { MAX_DOCUMENT } from "./signed.js";
 
 export const MODEL = "web.onnx";
 export const WEIGHTS = "model.onnx.data";
@@ -46,7 +46,7 @@ export class Trust {
 
   /** The base (rule 2): { card, files: Map of name → bytes }. Throws TrustError, DataError. */
   async base(source) {
-    const card = await documents.card(await source.read("base/card.json", MAX_DOCUMENT), this.keys);
+    const card = await this.#accepted(baseManifest, source, "base/card.json");
     const lacking = NEEDED[card.task].find((name) => !Object.hasOwn(card.files, name));
     if (lacking) throw new DataError(`the base has no ${lacking}, which a browser needs; export it again`);
     const files = new Map();
@@ -63,7 +63,7 @@ export class Trust {
   /** What is said of an adapter (rule 3, without the base). Throws as `base`; ConfigError for a bad name. */
   async sidecar(source, name) {
     const path = `adapters/${checkName(name)}.json`;
-    const sidecar = await documents.sidecar(await source.read(path, MAX_DOCUMENT), this.keys);
+    const sidecar = await this.#accepted(adapterManifest, source, path);
     if (sidecar.name !== name) {
       throw new TrustError(`${path} was signed for the adapter ${quoted(sidecar.name)}; fetch the bundle again`);
     }
@@ -87,6 +87,16 @@ export class Trust {
     await checkClaims(inputs, sidecar, card);
     await this.seen.note(sidecar.base_digest, sidecar.name, sidecar.version);
     return { sidecar, inputs };
+  }
+
+  async #accepted(accept, source, path) {
+    const raw = await source.read(path, MAX_ENVELOPE);
+    try {
+      return await accept(raw, this.keys);
+    } catch (error) {
+      if (error instanceof TrustError) throw new TrustError(`${path}: ${error.message}; fetch it again`);
+      throw error;
+    }
   }
 
   async #refuseOlder({ base_digest: base, name, version }) {

@@ -52,10 +52,10 @@ class Stage:
         bundle = self.bundle(profile)
         write_bundle(bundle, exported, [], key=key)
         (bundle.parent / "trust.pem").write_bytes(key.public.to_pem())
-        method = PeftConfig("lora", self.recipe.rank, self.recipe.alpha, self.recipe.targets)
-        plan = AdapterInputs.of_tensors(method, tensors)
+        config = PeftConfig("LORA", self.recipe.rank, self.recipe.alpha, self.recipe.targets)
+        plan = AdapterInputs.of_tensors(config, tensors)
         for form in FORMATS:
-            source = AdapterSource(form, tensors, (), 1, sha256(self.adapter.read_bytes()), method=method)
+            source = AdapterSource(form, tensors, (), 1, sha256(self.adapter.read_bytes()), peft_config=config)
             add_adapter(bundle, plan, source, key=key, form=form)
         files = {form: bundle / "adapters" / f"{form}.onnx_adapter" for form in FORMATS}
         whole = sum(path.stat().st_size for path in (bundle / "base").iterdir())

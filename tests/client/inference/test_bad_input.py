@@ -129,7 +129,7 @@ SPOILT: dict[str, tuple[Callable[[Running], Any], type[EdgeAdaptError], str]] = 
     "a missing file": (lambda r: r.file.unlink(), DataError, "is missing"),
     "a missing sidecar": (lambda r: r.sidecar.unlink(), DataError, "no sidecar"),
     "a sidecar of no bytes": (lambda r: r.sidecar.write_bytes(b""), TrustError, "not a signed document"),
-    "an unknown signer": (lambda r: r.sign(STRANGER), TrustError, "does not trust"),
+    "an unknown signer": (lambda r: r.sign(STRANGER), TrustError, "not a trusted key"),
     "labels that are not the task's": (lambda r: r.sign(labels=("a", "b", "c", "d", "e")), DataError, "labels"),
     "another adapter's name": (lambda r: r.sign(name="other"), TrustError, "signed for the adapter 'other'"),
 }

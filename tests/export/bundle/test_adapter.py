@@ -52,7 +52,7 @@ def test_nan_is_not_exported(model: PeftModel, exported: ExportedBase) -> None:
 def test_layers_that_an_adapter_leaves_alone_get_an_empty_pair(
     model: PeftModel, exported: ExportedBase, form: Format
 ) -> None:
-    method = PeftConfig("lora", 4, 8, ("query",))
+    method = PeftConfig("LORA", 4, 8, ("query",))
     values = {name: value for name, value in tensors(model).items() if ".value." not in name}
     full, found = completed(values, AdapterInputs.of_tensors(method, values), exported.manifest.slots)
     inputs = decode(encode(full, found, form), form)
@@ -71,7 +71,7 @@ def test_layers_that_an_adapter_leaves_alone_get_an_empty_pair(
 def test_a_missing_head_is_not_made_up(model: PeftModel, exported: ExportedBase) -> None:
     values = {name: value for name, value in tensors(model).items() if "lora" in name}
     with pytest.raises(DataError, match=r"lacks 'classifier.bias'.* modules_to_save"):
-        completed(values, AdapterInputs.of_tensors(PeftConfig("lora", 4, 8, ()), values), exported.manifest.slots)
+        completed(values, AdapterInputs.of_tensors(PeftConfig("LORA", 4, 8, ()), values), exported.manifest.slots)
 
 
 @pytest.mark.parametrize("blob", [b"", b"TORT", b"\0" * 64])

@@ -29,7 +29,7 @@ from export.onnx.exported import ExportedBase
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 TEXTS = ("turn on the kitchen lights", "lock the door", "play music", "set a timer for ten minutes", "unlock")
-METHOD = PeftConfig("lora", 4, 8, ("query", "value"))
+METHOD = PeftConfig("LORA", 4, 8, ("query", "value"))
 
 
 Done = Any  # see the fixture `export`
@@ -166,14 +166,14 @@ def test_the_same_command_gives_the_same_bytes(export: Run, shop: Path, form: st
     before = everything(shop / "bundle")
     assert export(*add(shop), "--format", form).code == 0
     assert everything(shop / "bundle") == before
-    assert b"edgeadapt/adapter/1" in before["adapters/global.json"]
+    assert AdapterManifest.payload_type().encode() in before["adapters/global.json"]
 
 
 def test_the_sidecar_says_where_the_adapter_comes_from_and_how_it_was_made(export: Run, shop: Path) -> None:
     done = export(*add(shop), "--version", "1", "--json").json()
     key = IdentityKey.from_pem((shop / "key.pem").read_bytes())
     sidecar = AdapterManifest.accept((shop / "bundle/adapters/global.json").read_bytes(), [key.public])
-    assert sidecar.method == METHOD
+    assert sidecar.peft_config == METHOD
     assert sidecar.source == files.sha256((shop / f"fleet/blobs/{sidecar.source}.safetensors").read_bytes())
     assert sidecar.sha256 == files.sha256((shop / "bundle/adapters/global.onnx_adapter").read_bytes())
     assert (sidecar.version, list(sidecar.labels)) == (1, list(LABELS))
@@ -252,7 +252,7 @@ def test_the_help_has_examples(export: Run) -> None:
         (["--bundle", "fleet"], 2, "is not a bundle"),
         (["--key", "nowhere.pem"], 2, "edgeadapt export key"),
         (["--key", "trust.pem"], 4, "trust.pem: not an unencrypted private key"),
-        (["--trust", "stranger.pem"], 4, "does not trust"),
+        (["--trust", "stranger.pem"], 4, "not a trusted key"),
         (["--trust", "texts"], 4, "not a list of public keys"),
     ],
 )
@@ -328,7 +328,7 @@ def test_a_bundle_adapter_that_is_damaged_is_not_given_to_peft(export: Run, shop
     elif damage != "gone":
         file.write_bytes(changed[damage])
     done = export("peft", "--bundle", shop / "bundle", "--out", shop / "out")
-    messages = {"gone": (5, "is missing"), "other signer": (4, "does not trust")}
+    messages = {"gone": (5, "is missing"), "other signer": (4, "not a trusted key")}
     refused(done, *messages.get(damage, (4, "is not the file that was signed")))
     assert not (shop / "out").exists()
 

@@ -124,7 +124,7 @@ def test_the_bases_own_head_takes_an_adapter_of_peft_with_any_number_of_labels(
     load(theirs, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(theirs).items()})
     theirs.save_pretrained(tmp_path)
     read = read_peft(tmp_path)
-    inputs = to_graph(read.tensors, AdapterInputs.of_tensors(read.method, read.tensors).scaling)
+    inputs = to_graph(read.tensors, AdapterInputs.of_tensors(read.peft_config, read.tensors).scaling)
     ids = rng.integers(4, 75, (2, 9))
     mask = np.ones_like(ids)
     expected = exact(theirs, ids, mask)

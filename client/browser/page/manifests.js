@@ -1,7 +1,7 @@
-// The two signed documents that a device reads, field by field (adapters/manifest.py): no more, no fewer, no others.
+// The two signed manifests that a device reads, checked field by field (adapters/manifest.py).
 
 import { TrustError } from "./errors.js";
-import { accept, isObject } from "./signed.js";
+import { accept, isObject } from "./dsse.js";
 
 const string = (value) => typeof value === "string";
 const oneOf = (...choices) => (value) => choices.includes(value);
@@ -17,17 +17,17 @@ const number = (value) => typeof value === "number" && value >= 0 && value < 2 *
 const pairOf = (first, second) => (value) => Array.isArray(value) && value.length === 2 && first(value[0]) && second(value[1]);
 const pattern = (value) => string(value) && value.length > 0 && [...value].length <= 512;
 
-const METHOD = {
-  kind: oneOf("lora"),
-  rank: count,
-  alpha: number,
-  targets: listOf(string),
+const PEFT_CONFIG = {
+  peft_type: oneOf("LORA"),
+  r: count,
+  lora_alpha: number,
+  target_modules: listOf(string),
   rank_pattern: listOf(pairOf(pattern, count)),
   alpha_pattern: listOf(pairOf(pattern, number)),
-  rank_stabilized: (value) => typeof value === "boolean",
+  use_rslora: (value) => typeof value === "boolean",
 };
 
-const CARD = {
+const BASE = {
   base_digest: sha256,
   profile: string,
   files: mapOf(fileName, sha256),
@@ -36,7 +36,7 @@ const CARD = {
   max_rank: count,
 };
 
-const SIDECAR = {
+const ADAPTER = {
   name: string,
   sha256,
   size: count,
@@ -45,26 +45,26 @@ const SIDECAR = {
   layout_digest: sha256,
   version: count,
   source: sha256,
-  method: orNull((value) => isObject(value) && !misfit(value, METHOD)),
+  peft_config: orNull((value) => isObject(value) && !misfit(value, PEFT_CONFIG)),
   parent: orNull(sha256),
   rank: count,
   labels: listOf(string),
 };
 
-/** The card of a base. Throws TrustError if no pinned key signed exactly this, or a field is not what it must be. */
-export const card = (raw, keys) => document(raw, "edgeadapt/base/1", CARD, keys);
+/** The manifest of a base. Throws TrustError: no pinned key signed it, or a field is missing, unknown or ill-formed. */
+export const baseManifest = (raw, keys) => manifest(raw, "base-manifest", BASE, keys);
 
-/** The sidecar of an adapter. Throws as `card`. */
-export const sidecar = (raw, keys) => document(raw, "edgeadapt/adapter/1", SIDECAR, keys);
+/** The manifest of an adapter. Throws as `baseManifest`. */
+export const adapterManifest = (raw, keys) => manifest(raw, "adapter-manifest", ADAPTER, keys);
 
-async function document(raw, kind, fields, keys) {
-  const body = await accept(raw, kind, keys);
-  const why = misfit(body, fields);
-  if (why) throw new TrustError(`${kind}: ${why}`);
+async function manifest(raw, name, fields, keys) {
+  const body = await accept(raw, `application/vnd.edgeadapt.${name}.v1+json`, keys);
+  const why = isObject(body) ? misfit(body, fields) : "it is not an object";
+  if (why) throw new TrustError(`${name}: ${why}`);
   return body;
 }
 
-/** What keeps `body` from having exactly these fields, or undefined. */
+/** The reason why `body` does not have exactly these fields, or undefined. */
 function misfit(body, fields) {
   for (const [name, check] of Object.entries(fields)) {
     if (!Object.hasOwn(body, name)) return `field ${name} is missing; get a newer bundle`;

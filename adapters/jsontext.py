@@ -1,0 +1,72 @@
+"""JSON with one meaning: written deterministically, and read strictly.
+
+Two readers of one text must never see two values, so what JSON leaves open is refused: a key that occurs twice, NaN and
+infinity, another encoding than UTF-8, and nesting that a reader may not be able to follow.
+"""
+
+import json
+import math
+from typing import Any
+
+MAX_DEPTH = 16  # objects and arrays within each other; our documents have five
+
+
+def encode(value: object) -> bytes:
+    """``value`` as JSON in UTF-8, with sorted keys and without white space. Equal values give equal bytes.
+
+    >>> encode({"b": [1, None], "a": "ü"})
+    b'{"a":"\\xc3\\xbc","b":[1,null]}'
+
+    Raises:
+        TypeError: JSON has no form for the value.
+        ValueError: A number is NaN or infinite, or a text is not Unicode.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def decode(raw: bytes) -> Any:
+    """The value of a JSON text.
+
+    >>> decode(b'{"a": [1, 2.5]}')
+    {'a': [1, 2.5]}
+    >>> decode(b'{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+    ValueError: the key 'a' occurs twice
+
+    Raises:
+        ValueError: Not JSON in UTF-8, or something that this module refuses.
+    """
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite)
+        _check_depth(value, MAX_DEPTH)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:40]!r} occurs twice")
+        found[key] = value
+    return found
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
+
+
+def _check_depth(value: object, left: int) -> None:
+    if isinstance(value, dict | list):
+        if not left:
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, left - 1)

@@ -1,0 +1,96 @@
+// Signed documents as DSSE envelopes with Ed25519: the reading half of adapters/dsse.py and adapters/jsontext.py.
+//
+// Nothing of a payload is parsed before its signature is verified.
+
+import { concat, decode, encode, unbase64 } from "./bytes.js";
+import { TrustError, quoted } from "./errors.js";
+import { verifies } from "./keys.js";
+
+export const MAX_ENVELOPE = 2 ** 20; // bytes
+const MAX_SIGNATURES = 8;
+const MAX_DEPTH = 16; // objects and arrays within each other
+const STRINGS = /"[^"\\]*(?:\\.[^"\\]*)*"(\s*:)?/g; // of a valid JSON text; those with a colon are keys
+
+/**
+ * The value in an envelope that one of `keys` signed as a document of this type.
+ *
+ * Throws TrustError: no envelope, of another type, of no trusted key, altered, or with a payload that is not sound JSON.
+ */
+export async function accept(raw, type, keys) {
+  if (raw.length > MAX_ENVELOPE) {
+    throw new TrustError(`a signed document of ${raw.length} bytes is above the limit of ${MAX_ENVELOPE}`);
+  }
+  const { payload, signatures } = envelope(raw, type);
+  const signed = pae(type, payload);
+  for (const { sig } of signatures) {
+    for (const key of keys) if (await verifies(key, sig, signed)) return json(payload);
+  }
+  if (!signatures.some(({ keyid }) => keys.some(({ id }) => id === keyid))) {
+    throw new TrustError(`signed by ${quoted(signatures[0].keyid, 40)}, which is not a trusted key`);
+  }
+  throw new TrustError("the signature does not match: the document was altered");
+}
+
+/** The bytes that are signed: DSSE's pre-authentication encoding. */
+export function pae(type, payload) {
+  const kind = encode(type);
+  return concat(encode(`DSSEv1 ${kind.length} `), kind, encode(` ${payload.length} `), payload);
+}
+
+/** The value of a JSON text in UTF-8. Throws SyntaxError, TypeError: none, a key twice, or nested too deeply. */
+export function parse(bytes) {
+  const text = decode(bytes);
+  const value = JSON.parse(text);
+  const written = [...text.matchAll(STRINGS)].filter(([, colon]) => colon).length;
+  if (keysOf(value, MAX_DEPTH) !== written) throw new SyntaxError("a key occurs twice"); // the last one won
+  return value;
+}
+
+function keysOf(value, left) {
+  if (typeof value !== "object" || value === null) {
+    if (Math.abs(value) === Infinity) throw new SyntaxError("a number is too large");
+    return 0;
+  }
+  if (!left) throw new SyntaxError(`nested more than ${MAX_DEPTH} levels deep`);
+  const own = Array.isArray(value) ? 0 : Object.keys(value).length;
+  return Object.values(value).reduce((sum, inner) => sum + keysOf(inner, left - 1), own);
+}
+
+function envelope(raw, type) {
+  let found;
+  try {
+    found = fields(parse(raw), "payload", "payloadType", "signatures");
+    if (!Array.isArray(found.signatures) || !found.signatures.length || found.signatures.length > MAX_SIGNATURES) {
+      throw new SyntaxError(`1 to ${MAX_SIGNATURES} signatures are needed`);
+    }
+    const signatures = found.signatures.map((each) => fields({ keyid: "", ...each }, "keyid", "sig"));
+    if (![found.payloadType, ...signatures.map(({ keyid }) => keyid)].every((text) => typeof text === "string")) {
+      throw new SyntaxError("payloadType and keyid are texts");
+    }
+    found.payload = unbase64(found.payload);
+    found.signatures = signatures.map(({ keyid, sig }) => ({ keyid, sig: unbase64(sig) }));
+  } catch (error) {
+    throw new TrustError(`not a signed document (DSSE): ${error.message}`);
+  }
+  if (found.payloadType !== type) {
+    throw new TrustError(`a document of type ${quoted(found.payloadType)}, where ${quoted(type)} is needed`);
+  }
+  return found;
+}
+
+function fields(value, ...names) {
+  if (!isObject(value) || String(Object.keys(value).sort()) !== String(names)) {
+    throw new SyntaxError(`an object with exactly the keys ${names.join(", ")} is needed`);
+  }
+  return value;
+}
+
+function json(payload) {
+  try {
+    return parse(payload);
+  } catch (error) {
+    throw new TrustError(`the signed payload is not sound JSON: ${error.message}`);
+  }
+}
+
+export const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
