@@ -1,10 +1,9 @@
-"""A real Chromium, driven over its own protocol (CDP), and the tiny bases of the exporter's tests.
+"""A real Chromium, driven over its own protocol (CDP), and the tiny bases of ``tests.support.models``.
 
 The browser is found as ``chromium`` on the path. Without it, or without the page's libraries, these tests are
 skipped; with EDGEADAPT_REQUIRE_BROWSER=1, as in CI, they fail.
 """
 
-import importlib.util
 import os
 import shutil
 import threading
@@ -15,37 +14,12 @@ from typing import Any
 import pytest
 
 from client.browser.server import LIBRARIES, VENDOR, Site, server
+from tests.support import cdp, models
 
-_EXPORT = Path(__file__).parents[1] / "export"
-
-
-def _module(path: Path) -> Any:
-    """A file of tests as a module; tests are no package, so that none of them can be imported by name."""
-    spec = importlib.util.spec_from_file_location(f"shared_{path.parent.name}_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cdp = _module(Path(__file__).parent / "cdp.py")
-_SHARED = {
-    _EXPORT / "conftest.py": (
-        "tiny_base",
-        "model",
-        "exported",
-        "exported_int8",
-        "vendor",
-        "household",
-        "source",
-        "bundle",
-    ),
-    _EXPORT / "causal" / "conftest.py": ("make_lm", "llama", "drawn"),
-}
-for _path, _names in _SHARED.items():
-    _fixtures = _module(_path)
-    globals().update({_name: getattr(_fixtures, _name) for _name in _names})
+tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
+exported, exported_int8 = models.exported, models.exported_int8
+vendor, household = models.vendor, models.household
+make_lm, llama, drawn = models.make_lm, models.llama, models.drawn
 
 REQUIRED = os.environ.get("EDGEADAPT_REQUIRE_BROWSER") == "1"
 

@@ -1,7 +1,7 @@
 """Measures a bundle in a fresh headless Chromium and prints a table, or JSON: starting, answering, switching.
 
-    python tests/browser/measure.py runs/demo/bundle
-    python tests/browser/measure.py --json chat
+    python -m tests.browser.measure runs/demo/bundle
+    python -m tests.browser.measure --json chat
 
 Needs trust.pem beside the bundle, as ``edgeadapt device serve-web`` does. The same phrase or prompt is answered by the
 native session in the same run. Medians of ``--repeat`` answers by the wall clock; beside them the
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from cdp import Chromium, Page, installed
 
 from aggregation.errors import ConfigError
 from client.browser.server import Site, server
 from client.inference.library import Library
+from tests.support.cdp import Chromium, Page, installed
 
 PHRASE = "turn on the lights in the kitchen"
 PROMPT = "The weather in the mountains can change quickly, so"
