@@ -129,10 +129,10 @@ class Recomputation:
 
 
 def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None) -> VersionManifest:
-    """The manifest of an adapter, which says the same as the log.
+    """The manifest of an adapter, which agrees with the log.
 
     Raises:
-        Problem: It does not, or there is none.
+        Problem: It does not agree, or the registry does not have it.
     """
     version, digest = produced.after
     if manifest is None:

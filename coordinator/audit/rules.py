@@ -41,7 +41,7 @@ def thresholds(history: History) -> str:
     others = count(tolerated, "other device")
     return (
         f"{spec.threshold} of {holders} devices recover a secret; a sum needs {spec.minimum_survivors} devices or more"
-        f"{signatures}. Every round had them. A device's update stays hidden even if {others} "
+        f"{signatures}. No round continued with fewer. A device's update stays hidden even if {others} "
         f"{'colludes' if tolerated == 1 else 'collude'} with the coordinator"
     )
 

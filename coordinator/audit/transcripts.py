@@ -6,7 +6,7 @@
       session-000001.log               see ``aggregation.transcript``; each session's checkpoints name the one before
       vectors/SHA256.bin               masked vectors, where the operator keeps them
 
-``coordinator.transcripts`` writes this folder, under the names that stand here.
+``coordinator.transcripts`` writes this folder, under the names defined here.
 """
 
 import hashlib

@@ -16,6 +16,7 @@ ENROLMENT = (
     "coordinator.cli.authority",
     "coordinator.authority.store",
 )
+AUDITOR = ("coordinator.cli.audit", "coordinator.audit.transcripts")
 ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalchemy", "torch", "transformers"}
 
 
@@ -53,12 +54,13 @@ def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> Non
     [
         (DEVICE, None),
         (ENROLMENT, None),
+        (AUDITOR, None),
         (("client",), "train"),
         (("coordinator",), "coordinator"),
         (("export",), "export"),
         (PARTS, "simulations"),
     ],
-    ids=["bare install", "enrolment", "train", "coordinator", "export", "simulations"],
+    ids=["bare install", "enrolment", "audit", "train", "coordinator", "export", "simulations"],
 )
 def test_each_roles_extra_installs_what_the_role_imports(
     graph: grimp.ImportGraph, root: Path, modules: tuple[str, ...], extra: str | None

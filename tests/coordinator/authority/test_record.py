@@ -109,7 +109,7 @@ for number in range(int(sys.argv[3])):
 
 
 def worker(store: AuthorityStore, name: str, count: int) -> "subprocess.Popen[str]":
-    """A process that issues ``count`` certificates once it is told to go."""
+    """A process that issues ``count`` certificates after ``go``."""
     command = [sys.executable, "-c", WORK, str(store.folder), name, str(count)]
     started = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert started.stdout is not None
