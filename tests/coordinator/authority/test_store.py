@@ -29,7 +29,7 @@ def test_a_new_authority_has_a_key_for_its_owner_only_and_an_empty_list(tmp_path
     assert b"PRIVATE" not in (store.folder / "authority.pem").read_bytes()
     assert (newest_list(store).number, newest_list(store).revoked) == (1, {})
     assert store.unlock(PASSPHRASE).root == store.root
-    with pytest.raises(TrustError) as caught:
+    with refused(TrustError, "key.passphrase") as caught:
         store.unlock(b"another passphrase")
     assert str(caught.value).startswith(f"{store.folder / 'authority.key'}: ")
 
@@ -61,9 +61,8 @@ def test_a_failure_leaves_no_part_of_an_authority(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["", 65 * "n", 33 * "ü"], ids=["empty", "too long", "too many bytes"])
 def test_a_name_that_no_certificate_can_have_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, "authority.name"):
         AuthorityStore.create(tmp_path / "new", name, 10, 10, None)
-    assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     AuthorityStore.create(tmp_path / "new", 32 * "ü", 10, 10, None)
 
@@ -101,7 +100,7 @@ def test_a_certificate_is_valid_from_now_on_for_its_days_and_is_recorded(
     now = datetime.now(UTC)
     assert store.root.verify(der, now) == ("kitchen", mine.public)
     for at in (now - timedelta(hours=2), now + timedelta(days=10, minutes=1)):
-        with pytest.raises(TrustError, match="kitchen is not valid at"):
+        with refused(TrustError, "certificate.validity", value="kitchen"):
             store.root.verify(der, at)
     ((issued, status),) = store.certificates()
     assert (issued.name, issued.key, status) == ("kitchen", mine.public.key_id, "valid")
@@ -160,7 +159,7 @@ def test_a_revoked_certificate_is_refused_and_stays_listed(store: AuthorityStore
     assert (listed.number, {f"{serial:x}" for serial in listed.revoked}) == (2, {gone.serial})
     root = store.root.with_revocations(listed.der)
     assert root.verify(garage)[0] == "garage"
-    with pytest.raises(TrustError, match="kitchen is revoked"):
+    with refused(TrustError, "certificate.revoked", value="kitchen"):
         root.verify(kitchen)
     store.revoke(signer, "garage", Reason.UNSPECIFIED, 30)
     assert len(newest_list(store).revoked) == 2
