@@ -37,7 +37,7 @@ def test_the_command_line_page_has_every_command_with_its_options(hooks: ModuleT
 
 def test_the_page_of_scenario_keys_has_a_row_for_each_key(hooks: ModuleType) -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| `.+` \| .+ \|$", hooks.keys(), re.MULTILINE)
-    assert {"seed", "federation.rounds", "network.loss"} < set(rows)
+    assert {"seed", "federation.rounds", "adapter.rank"} < set(rows)
     assert len(rows) == hooks.keys().count("\n") - 1
 
 
