@@ -14,8 +14,8 @@ import onnxruntime as ort
 
 from adapters.layout import Tensors
 from adapters.ondevice import LORA_A, LORA_B, PEFT_PREFIX, Format, graph_name, quantize, restore, to_graph
+from adapters.peft.inputs import LORA, AdapterInputs, LoraSlot
 from aggregation.errors import DataError
-from export.onnx.adapterinputs import LORA, AdapterInputs, LoraSlot
 
 
 def encode(tensors: Tensors, inputs: AdapterInputs, form: Format = "int8") -> bytes:

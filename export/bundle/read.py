@@ -12,13 +12,13 @@ from adapters.files import MAX_ADAPTER, sha256
 from adapters.layout import Tensors
 from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import LORA_A, LORA_B, check_name, check_slots, from_graph
+from adapters.peft.config import exactly
+from adapters.peft.inputs import AdapterInputs, lora_paths
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
 from export.bundle.adapter import decode
 from export.bundle.write import BASE_MANIFEST
-from export.onnx.adapterinputs import AdapterInputs, lora_paths
-from export.peft.config import exactly
 
 TRUST = "trust.pem"  # beside a bundle
 MAX_BASE_FILE = 2**40  # bytes

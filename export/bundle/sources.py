@@ -5,12 +5,12 @@ from pathlib import Path
 
 from adapters import registryfiles
 from adapters.layout import Tensors
+from adapters.peft.folder import read_peft
+from adapters.peft.inputs import LORA
 from adapters.peftconfig import PeftConfig
 from adapters.registryfiles import SIGNING_KEY, RegistryFiles
 from aggregation.errors import ConfigError, DataError
 from export.bundle.keys import public_keys
-from export.onnx.adapterinputs import LORA
-from export.peft.folder import read_peft
 
 
 @dataclass(frozen=True, slots=True)

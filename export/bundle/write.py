@@ -17,13 +17,13 @@ from adapters.files import sha256
 from adapters.layout import Layout, Tensors
 from adapters.manifest import AdapterManifest, BaseManifest
 from adapters.ondevice import LORA_A, Format, check_labels, check_name, check_slots, to_graph
+from adapters.peft.inputs import LABELS, AdapterInputs
 from adapters.peftconfig import PeftConfig
 from adapters.storage import link_files, locked_folder, staged, write_files
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from export.bundle import adapter
 from export.bundle.sources import Origin
-from export.onnx.adapterinputs import LABELS, AdapterInputs
 from export.onnx.exported import ExportedBase
 
 BASE_MANIFEST = Path("base", "card.json")

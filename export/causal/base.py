@@ -11,11 +11,11 @@ from transformers.pytorch_utils import Conv1D
 from adapters import pretrained
 from adapters.base import Base
 from adapters.layout import Floats, Tensors
+from adapters.peft.inputs import AdapterInputs, LoraSlot
 from aggregation.errors import ConfigError
 from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits
 from export.onnx import headers, matmuls
-from export.onnx.adapterinputs import AdapterInputs, LoraSlot
 from export.onnx.calibrate import TEXT, TOKENS
 from export.onnx.exported import MAX_RANK, TOKENIZER, ExportedBase, Profile
 from export.onnx.quantize import quantize

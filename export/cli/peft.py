@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
+from adapters.peft.folder import to_peft
 from aggregation.errors import ConfigError
 from export.bundle import keys, read
 from export.cli.options import FOLDER, from_registry, origin_of, out_json, pinned, say, which
-from export.peft.folder import to_peft
 
 
 @click.command()

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from adapters.files import sha256
 from adapters.manifest import BaseManifest, Task
-from export.onnx.adapterinputs import AdapterInputs
+from adapters.peft.inputs import AdapterInputs
 
 NATIVE, WEB, DATA = "model.onnx", "web.onnx", "model.onnx.data"  # two graphs over one file of weights
 TOKENIZER = "tokenizer.json"

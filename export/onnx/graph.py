@@ -17,8 +17,8 @@ from peft import PeftModel
 from torch import nn
 from torch.export import Dim
 
+from adapters.peft.inputs import AdapterInputs
 from aggregation.errors import ConfigError
-from export.onnx.adapterinputs import AdapterInputs
 from export.onnx.matmuls import USUAL_RANK
 from export.onnx.peftmodel import TOKENS, examples, with_inputs
 

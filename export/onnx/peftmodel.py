@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.layout import TensorSpec
 from adapters.ondevice import LORA_A, LORA_B, graph_name
+from adapters.peft.inputs import LABELS, AdapterInputs, LoraSlot, SavedSlot
 from aggregation.errors import ConfigError
-from export.onnx.adapterinputs import LABELS, AdapterInputs, LoraSlot, SavedSlot
 
 TOKENS = ("input_ids", "attention_mask")
 EXAMPLE_RANK = 2  # torch.export treats a size of 0 or 1 as a constant

@@ -19,12 +19,12 @@ from adapters.classifier import ENCODER, PhraseClassifier
 from adapters.layout import Tensors
 from adapters.manifest import AdapterManifest, BaseManifest, Task
 from adapters.ondevice import graph_name
+from adapters.peft.folder import to_peft
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import PublicKey
 from export.bundle import read
 from export.bundle.sources import Origin
 from export.parity.compare import OnnxRunner
-from export.peft.folder import to_peft
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,12 @@ from safetensors.numpy import load_file
 from adapters.base import Base
 from adapters.files import sha256
 from adapters.ondevice import Format
+from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.causal import export_causal
-from export.onnx.adapterinputs import AdapterInputs
 from export.onnx.exported import Profile
 from simulations.benchmarks.ondevice.contender import Spec
 from simulations.benchmarks.ondevice.lora import Recipe

@@ -9,13 +9,13 @@ import pytest
 
 from adapters.base import find_base
 from adapters.classifier import LoraSpec, build, tensors
+from adapters.peft.inputs import AdapterInputs
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from client.inference.batch import MAX_ROWS, group_rows, stack
 from client.inference.library import Adapter, Composition, Library
 from client.inference.session import ClassificationSession
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.adapterinputs import AdapterInputs
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs

@@ -4,10 +4,10 @@ from peft import PeftModel
 
 from adapters.classifier import tensors
 from adapters.ondevice import Format, check_slots, to_graph
+from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
 from export.bundle.adapter import completed, decode, encode
-from export.onnx.adapterinputs import AdapterInputs
 from export.onnx.exported import ExportedBase
 from export.parity.compare import OnnxRunner
 

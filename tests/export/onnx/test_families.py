@@ -14,13 +14,13 @@ from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.classifier import LoraSpec, build, build_own, has_own_head, load, tensors
 from adapters.ondevice import to_graph
+from adapters.peft.folder import read_peft
+from adapters.peft.inputs import AdapterInputs
 from aggregation.errors import ConfigError
 from export.onnx import tasks
-from export.onnx.adapterinputs import AdapterInputs
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.parity.compare import OnnxRunner
-from export.peft.folder import read_peft
 
 POSITIONS = 24  # rows of the table of positions
 SIZES = {

@@ -20,15 +20,15 @@ from adapters import files
 from adapters.base import Base
 from adapters.classifier import PhraseClassifier, load, tensors
 from adapters.ondevice import Format, from_graph, to_graph
+from adapters.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
+from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from export.bundle.adapter import decode, encode
-from export.onnx.adapterinputs import AdapterInputs
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from export.parity.compare import OnnxRunner, compare
-from export.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
 from tests.support import refused
 
 IDS = torch.tensor([[1, 5, 9, 3, 7], [2, 2, 4, 8, 6]])

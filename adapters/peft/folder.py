@@ -15,11 +15,11 @@ from adapters import files
 from adapters.files import MAX_ADAPTER
 from adapters.layout import Floats, Layout, Tensors
 from adapters.ondevice import PEFT_PREFIX, graph_name
+from adapters.peft.config import Config, config_of, method_of, saved_modules
+from adapters.peft.inputs import LORA, AdapterInputs
 from adapters.peftconfig import PeftConfig
 from adapters.storage import new_folder, write_files
 from aggregation.errors import ConfigError, DataError
-from export.onnx.adapterinputs import LORA, AdapterInputs
-from export.peft.config import Config, config_of, method_of, saved_modules
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MAX_CONFIG = 2**20  # bytes

@@ -1,1 +1,0 @@
-"""PEFT folders: read with care, and written back."""
