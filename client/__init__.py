@@ -1,1 +1,1 @@
-"""The device: examples, training, contribution, trust, personal adapter, inference session."""
+"""The device: enrolment and Flower app, training, inference, the page for browsers, and their commands."""

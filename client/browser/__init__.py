@@ -1,1 +1,5 @@
-"""The page that runs a bundle in a browser, and the server that hands it out."""
+"""The page that runs a bundle in a browser (``page/``, HTML and JavaScript), and the server of its files."""
+
+from client.browser.server import Site, server
+
+__all__ = ["Site", "server"]

@@ -1,10 +1,10 @@
-"""Serves the page that runs a bundle in a browser, or writes it out for any other server.
+"""Serves the page that runs a bundle in a browser, or exports it for another server.
 
-Which files there are to be had is a closed list: the page, the four libraries it runs on, the pinned keys, and the
-files of one bundle, by name. No path of a request is ever joined to a folder unless it is one of these.
+The served files are a closed list: the page, its four libraries, the pinned keys, and the files of one bundle. A
+requested path is joined to a folder only if it is on this list.
 
-What the page believes is its own matter (``page/trust.js``). It trusts its server for its code and the pinned
-keys, never for the bundle.
+The page verifies the bundle itself (``page/trust.js``). It trusts its server for its code and the pinned keys, but not
+for the bundle.
 """
 
 import json
@@ -24,7 +24,7 @@ from client.inference.trust import TRUST_FILE, Trust, adapter_names
 WEB = Path(__file__).parent / "page"
 LIBRARIES = WEB / "node_modules"
 PAGE = ("*.html", "*.css", "*.js", "*.svg")
-VENDOR = {  # where the page looks for a library's file → where npm puts it
+VENDOR = {  # a library's file on the page → in node_modules
     "vendor/jinja/LICENSE": "@huggingface/jinja/LICENSE",
     "vendor/jinja/index.js": "@huggingface/jinja/dist/index.js",
     "vendor/noble-ed25519/index.js": "@noble/ed25519/index.js",
@@ -48,7 +48,7 @@ TYPES = {
     ".svg": "image/svg+xml",
     ".wasm": "application/wasm",
 }
-# Nothing from another origin, and isolated from every other page: browsers give threads to isolated pages only.
+# Nothing from another origin; and cross-origin isolation, without which browsers give a page no threads.
 HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; object-src 'none'; "
@@ -63,91 +63,93 @@ HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What can be had, by the path of its address without the leading slash."""
+    """The files that are served, by path without the leading slash."""
 
     page: dict[str, Path]
     bundle: Path
 
     @classmethod
     def of(cls, bundle: Path, trust: Path | None = None) -> Self:
-        """The page with one bundle and the keys of ``trust``, by default ``trust.pem`` beside the bundle.
+        """The page with one bundle and the keys of ``trust``, by default ``trust.pem`` next to the bundle.
 
         Raises:
             DataError: There is no bundle.
-            TrustError: No pinned keys, or they lie in the bundle.
-            ConfigError: The page's libraries are not installed.
+            TrustError: There are no pinned keys, or they are in the bundle.
+            ConfigError: The libraries of the page are not installed.
         """
         if not (bundle / "base" / "card.json").is_file():
-            raise DataError(f"there is no bundle at {bundle}")
+            raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle", value=str(bundle))
         Trust.open(bundle, trust)
         page = {path.name: path for pattern in PAGE for path in WEB.glob(pattern)}
         page |= {name: LIBRARIES / path for name, path in VENDOR.items()}
         if any(not path.is_file() for path in page.values()):
-            raise ConfigError(f"the page's libraries are not installed: npm ci --ignore-scripts --prefix '{WEB}'")
+            reason = f"the libraries of the page are not installed: run npm ci --ignore-scripts --prefix '{WEB}'"
+            raise ConfigError(reason, about="node_modules")
         page["trust.pem"] = trust or bundle.resolve().parent / TRUST_FILE
         return cls(page, bundle.resolve())
 
     def find(self, path: str) -> Path | bytes | None:
-        """The file or the bytes at ``path``; None for whatever is not on the list."""
+        """The file or bytes at ``path``; None if it is not on the list."""
         if path == LISTING:
             return json.dumps({"adapters": adapter_names(self.bundle)}).encode()
         if BUNDLE_FILE.fullmatch(path):
             file = self.bundle / path.removeprefix("bundle/")
-            # A link that leaves the bundle is not the bundle's.
+            # A symbolic link must not lead out of the bundle.
             return file if file.is_file() and file.resolve().is_relative_to(self.bundle) else None
         return self.page.get(path or "index.html")
 
     def paths(self) -> list[str]:
-        """Every path that ``find`` finds, but for the empty one."""
+        """Every path on the list, except the empty one."""
         files = (file.relative_to(self.bundle).as_posix() for file in self.bundle.rglob("*"))
         return [*self.page, LISTING, *(path for name in files if self.find(path := f"bundle/{name}") is not None)]
 
     def export(self, out: Path) -> None:
-        """Write everything to ``out``, a folder that any server can serve as it is.
+        """Write all files to ``out``, a folder that any server can serve.
 
         Raises:
-            ConfigError: ``out`` exists and is not an empty folder, or cannot be written.
+            ConfigError: ``out`` is not an empty folder, or cannot be written.
         """
         try:
             with new_folder(out) as stage:
                 for path in self.paths():
                     _write(stage / path, self.find(path))
         except OSError as error:
-            raise ConfigError(f"cannot write {out} ({error.strerror}); name another folder") from error
+            reason = f"cannot write {out} ({error.strerror}); name another folder"
+            raise ConfigError(reason, about="--export", value=str(out)) from error
 
 
 def server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
-    """A server that is bound, and answers once ``serve_forever`` runs.
+    """A server that listens at the address, and answers while ``serve_forever`` runs.
 
     Raises:
-        ConfigError: The address cannot be had.
+        ConfigError: The address is empty, in use, or not of this machine.
     """
-    if not host:  # would be every address of the machine
-        raise ConfigError("an empty --host is no address to serve at; name one, or leave it out for this machine only")
+    if not host:  # Python would listen on every address of the machine
+        raise ConfigError("--host is empty; name an address, or omit --host to serve this machine only", about="--host")
     handler = type("Handler", (_Handler,), {"site": site, "local": host in LOCAL})
     try:
         return _Server((host, port), handler)
     except OSError as error:
-        reason = f"cannot serve at {host}:{port} ({error.strerror})"
-        raise ConfigError(f"{reason}; choose another --host or --port") from error
+        reason = f"cannot serve at {host}:{port} ({error.strerror}); choose another --host or --port"
+        raise ConfigError(reason, about="--port", value=port) from error
 
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a page that was closed while it was loading; the next one is served all the same."""
+        """Ignore connections that a browser closed while a file was sent."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
     site: Site
-    local: bool  # served to this machine only
+    local: bool  # listens on this machine only
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "edgeadapt", ""
 
     def do_GET(self) -> None:
-        """Answer with a file, "not changed since", or "not found"."""
-        found = self.site.find(self.path.partition("?")[0].removeprefix("/")) if self._addressed() else None
+        """Answer with a file, 304 (not modified) or 404."""
+        found = self.site.find(self.path.partition("?")[0].removeprefix("/")) if self._own_host() else None
         if found is None:
             self._head(HTTPStatus.NOT_FOUND, 0, {})
         elif isinstance(found, bytes):
@@ -159,10 +161,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815  # the base class looks for this name
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: what a user does on the page is nobody's matter."""
+        """Log nothing: requests show what a user does on the page."""
 
-    def _addressed(self) -> bool:
-        # A foreign page whose name was pointed at this machine must not read the bundle (DNS rebinding).
+    def _own_host(self) -> bool:
+        # DNS rebinding: a foreign site whose name resolves to this machine must not read the bundle.
         name = self.headers.get("Host", "").rsplit(":", 1)[0] if self.local else LOCAL[0]
         return name in LOCAL
 

@@ -1,4 +1,4 @@
-"""The page's answers are the native session's, whatever the adapter and its number format."""
+"""The page gives the answers of the native session, for every adapter and number format."""
 
 from collections.abc import Callable
 from pathlib import Path

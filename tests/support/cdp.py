@@ -1,4 +1,4 @@
-"""Drives Chromium over its own protocol (CDP): no more of it than the page's tests and measurements need."""
+"""Drives Chromium over the Chrome DevTools Protocol, as far as the page's tests and measurements need it."""
 
 import contextlib
 import itertools
@@ -93,7 +93,7 @@ class Chromium:
 
 
 class Page:
-    """A tab in a browser context of its own, so with storage of its own."""
+    """A tab in a browser context of its own, with its own storage."""
 
     def __init__(self, browser: Chromium) -> None:
         self._browser = browser
@@ -109,7 +109,7 @@ class Page:
         return self._browser.call(method, self._session, **params)
 
     def goto(self, url: str) -> None:
-        """Open the page and wait until it has opened its bundle, or said why it cannot."""
+        """Open the page, and wait until it has opened its bundle or shows an error."""
         self.call("Page.navigate", url=url)
         self.until("document.documentElement?.dataset.ready === 'yes'")
 
@@ -118,6 +118,13 @@ class Page:
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", "failed"))
         return answer["result"].get("value")
+
+    def error(self, expression: str) -> dict[str, str]:
+        """The ``name``, ``message`` and ``about`` of the error of a promise that must fail."""
+        caught = "({ name, message, about }) => ({ name, message, about })"
+        found = self.evaluate(f"({expression}).then(() => null, {caught})")
+        assert found is not None, f"{expression} did not fail"
+        return dict(found)
 
     def until(self, condition: str) -> None:
         end = time.monotonic() + PATIENCE
@@ -139,12 +146,12 @@ class Page:
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
     def requests(self) -> list[str]:
-        """The address of every request of the page and its workers so far."""
+        """The URL of every request of the page and its workers."""
         events = [event for event in self._browser.events if event["method"] == "Network.requestWillBeSent"]
         return [event["params"]["request"]["url"] for event in events]
 
     def errors(self) -> list[str]:
-        """What the page threw and nobody caught."""
+        """The page's uncaught errors."""
         thrown = [event for event in self._browser.events if event["method"] == "Runtime.exceptionThrown"]
         return [event["params"]["exceptionDetails"]["text"] for event in thrown]
 

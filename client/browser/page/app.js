@@ -1,4 +1,4 @@
-// The page: shows what the worker found, and passes on what the user does.
+// The page: passes the user's requests to the worker and shows its answers.
 
 import { Client } from "./client.js";
 
@@ -6,14 +6,14 @@ const BARE = ""; // engine.js: the base without an adapter
 const TOP = 5;
 const element = (id) => document.getElementById(id);
 const client = new Client();
-let writes = false; // whether the open bundle generates text
+let generates = false; // whether the open bundle generates text
 
 function show(state, text) {
   element("status").dataset.state = state;
   element("status").textContent = text;
 }
 
-/** Run `action`; an error becomes the page's status line, and everything stays as it was. */
+/** Run `action`. An error is shown in the status line, and nothing else changes. */
 async function guarded(action) {
   try {
     return await action();
@@ -27,17 +27,17 @@ async function open(options) {
   show("busy", "Verifying and loading the bundle …");
   const start = performance.now();
   const bundle = await client.open(options);
-  writes = bundle.task === "text-generation";
-  element("facts").replaceChildren(...facts(bundle).flatMap(([term, value]) => [made("dt", term), made("dd", value)]));
-  element("classify").hidden = writes;
-  element("write").hidden = !writes;
+  generates = bundle.task === "text-generation";
+  element("facts").replaceChildren(...facts(bundle).flatMap(([term, value]) => [create("dt", term), create("dd", value)]));
+  element("classify").hidden = generates;
+  element("generate").hidden = !generates;
   element("chat-choice").hidden = !bundle.chat;
   element("answers").replaceChildren();
-  element("asked").textContent = element("written").textContent = element("pace").textContent = "";
+  for (const id of ["answer-caption", "generated", "speed"]) element(id).textContent = "";
   listAdapters(bundle.adapters);
   const seconds = ((performance.now() - start) / 1000).toFixed(1);
-  show("good", `The base is what a pinned key signed. Ready after ${seconds} s.`);
-  await choose(favourite(bundle.adapters));
+  show("good", `A pinned key signed the base. Ready after ${seconds} s.`);
+  await choose(defaultAdapter(bundle.adapters));
 }
 
 const facts = ({ task, profile, base, threads }) => [
@@ -47,121 +47,122 @@ const facts = ({ task, profile, base, threads }) => [
   ["Threads", String(threads)],
 ];
 
-/** As client/inference/session.py: the private adapter, else the shared one, else the only one. */
-function favourite(adapters) {
-  const sound = adapters.filter((row) => row.sidecar);
-  const kinds = [sound.filter((row) => row.sidecar.parent !== null), sound.filter((row) => row.name === "global"), sound];
-  return kinds.find((rows) => rows.length)?.[0].name ?? (writes ? BARE : undefined);
+/** As Library.default in client/inference/library.py: the personal adapter, else the global one, else the first. */
+function defaultAdapter(adapters) {
+  const usable = adapters.filter(({ manifest }) => manifest);
+  const personal = usable.filter(({ manifest }) => manifest.parent !== null);
+  const candidates = [personal, usable.filter(({ name }) => name === "global"), usable];
+  return candidates.find((found) => found.length)?.[0].name ?? (generates ? BARE : undefined);
 }
 
 function listAdapters(adapters) {
-  const rows = adapters.map(({ name, sidecar, refused }) => choice(name, name, refused ?? described(sidecar), refused));
-  if (writes) rows.push(choice(BARE, "none", "the base alone"));
-  element("adapters").replaceChildren(element("adapters").firstElementChild, ...rows);
+  const choices = adapters.map(({ name, manifest, refused }) => choice(name, name, refused ?? described(manifest), refused));
+  if (generates) choices.push(choice(BARE, "none", "the base alone"));
+  element("adapters").replaceChildren(element("adapters").firstElementChild, ...choices);
 }
 
 function choice(name, title, text, refused) {
-  const row = made("label", "");
-  row.className = "adapter";
+  const label = create("label", "");
+  label.className = "adapter";
   const radio = Object.assign(document.createElement("input"), { type: "radio", name: "adapter", value: name });
   radio.disabled = Boolean(refused);
   radio.addEventListener("change", () => choose(name));
-  const note = made("small", text);
+  const note = create("small", text);
   if (refused) note.className = "refused";
-  row.append(radio, made("strong", title), note);
-  return row;
+  label.append(radio, create("strong", title), note);
+  return label;
 }
 
 function described({ parent, version, format, rank, labels, size }) {
-  const kind = parent === null ? "shared" : "private";
-  const intents = labels.length ? `, ${labels.length} intents` : "";
-  return `${kind}, version ${version}, ${format}, rank ${rank}${intents}, ${size.toLocaleString("en")} bytes`;
+  const kind = parent === null ? "global" : "personal";
+  const count = labels.length ? `, ${labels.length} labels` : "";
+  return `${kind}, version ${version}, ${format}, rank ${rank}${count}, ${size.toLocaleString("en")} bytes`;
 }
 
-let used; // the adapter in use, to go back to when another is refused
+let used; // the adapter in use, which is kept when another is refused
 
 async function choose(name) {
   if (name === undefined) return;
-  client.stop(); // a text that is being written is another adapter's
+  client.stop(); // the text that is being generated is another adapter's
   const done = await guarded(() => client.use(name));
   if (done) {
     used = name;
-    show("good", `${inUse(name)}; switching took ${done.milliseconds.toFixed(2)} ms.`);
+    show("good", `${inUse(name)}; the switch took ${done.milliseconds.toFixed(2)} ms.`);
   }
   for (const radio of element("adapters").querySelectorAll("input")) radio.checked = radio.value === used;
-  if (done && !writes && element("phrase").value.trim()) await ask();
+  if (done && !generates && element("phrase").value.trim()) await classify();
 }
 
 const inUse = (name) => `${name === BARE ? "No adapter" : `Adapter ${name}`} is in use`;
 
-async function ask() {
+async function classify() {
   const text = element("phrase").value;
   const found = await guarded(() => client.rank(text, TOP));
   if (!found) return;
   if (element("status").dataset.state === "bad") show("good", `${inUse(found.adapter)}.`);
-  element("asked").textContent = `“${text}” with ${found.adapter}, ${found.milliseconds.toFixed(1)} ms`;
-  element("answers").replaceChildren(...found.labels.map(row));
+  element("answer-caption").textContent = `“${text}” with ${found.adapter}, ${found.milliseconds.toFixed(1)} ms`;
+  element("answers").replaceChildren(...found.labels.map(answerRow));
 }
 
-function row({ label, probability }) {
+function answerRow({ label, probability }) {
   const meter = Object.assign(document.createElement("meter"), { min: 0, max: 1, value: probability });
   meter.setAttribute("aria-label", label);
-  const cells = [made("td", label), made("td", ""), made("td", `${(100 * probability).toFixed(1)} %`)];
+  const cells = [create("td", label), create("td", ""), create("td", `${(100 * probability).toFixed(1)} %`)];
   cells[1].append(meter);
-  const line = document.createElement("tr");
-  line.dataset.probability = probability;
-  line.append(...cells);
-  return line;
+  const row = document.createElement("tr");
+  row.dataset.probability = probability;
+  row.append(...cells);
+  return row;
 }
 
-async function write() {
+async function generate() {
   const number = (id) => Number(element(id).value);
   const options = {
     prompt: element("prompt").value,
     chat: element("chat").checked,
-    maxTokens: number("tokens"),
+    maxTokens: number("max-tokens"),
     temperature: number("temperature"),
     topP: number("top-p"),
     seed: number("seed"),
   };
-  element("written").textContent = element("pace").textContent = "";
-  [element("start").disabled, element("stop").disabled] = [true, false];
-  const add = ({ text }) => element("written").append(text);
+  element("generated").textContent = element("speed").textContent = "";
+  [element("generate-button").disabled, element("stop").disabled] = [true, false];
+  const add = ({ text }) => element("generated").append(text);
   const done = await guarded(() => client.generate(options, add));
-  [element("start").disabled, element("stop").disabled] = [false, true];
+  [element("generate-button").disabled, element("stop").disabled] = [false, true];
   if (!done) return;
   if (element("status").dataset.state === "bad") show("good", `${inUse(used)}.`);
-  element("pace").textContent = pace(done);
+  element("speed").textContent = speed(done);
 }
 
-function pace({ tokens, first, milliseconds, stopped }) {
+function speed({ tokens, first, milliseconds, stopped }) {
   const rate = tokens > 1 ? `, then ${((1000 * (tokens - 1)) / (milliseconds - first)).toFixed(1)} tokens/s` : "";
   return `${tokens} tokens${stopped ? " (stopped)" : ""}, the first after ${first.toFixed(0)} ms${rate}`;
 }
 
-function made(tag, text) {
+function create(tag, text) {
   return Object.assign(document.createElement(tag), { textContent: text });
 }
 
 async function openPicked() {
   const [files, pem] = [element("folder").files, element("pem").files[0]];
-  if (!files.length) return show("bad", "no folder is picked; pick the bundle's");
+  if (!files.length) return show("bad", "no folder is picked; pick the folder of a bundle");
   return guarded(async () => open({ files: [...files].map(picked), pem: await pem?.text() }));
 }
 
-// The path of a picked file does not survive the way to a worker.
+// A worker receives the file without its path.
 const picked = (file) => ({ path: file.webkitRelativePath, file });
 
 element("open-folder").addEventListener("click", openPicked);
 element("open-served").addEventListener("click", () => guarded(() => open({})));
 element("stop").addEventListener("click", () => client.stop());
-element("ask").addEventListener("submit", (event) => {
+element("classify-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  ask();
+  classify();
 });
-element("prompt-form").addEventListener("submit", (event) => {
+element("generate-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  write();
+  generate();
 });
 
 await guarded(() => open({}));

@@ -32,7 +32,7 @@ export class Client {
     const call = this.#waiting.get(id);
     if (piece) return call.piece?.(piece);
     this.#waiting.delete(id);
-    if (error) call.reject(Object.assign(new Error(error.message), { name: error.name }));
+    if (error) call.reject(Object.assign(new Error(error.message), { name: error.name, about: error.about }));
     else call.resolve(result);
   }
 }

@@ -1,4 +1,4 @@
-// Answers with the frozen base of a bundle and one adapter at a time: the counterpart of client/inference/session.py.
+// Runs the frozen base of a bundle with one adapter at a time: the counterpart of client/inference/session.py.
 
 import { ConfigError, DataError, EdgeAdaptError, quoted } from "./errors.js";
 import { Generation } from "./generate.js";
@@ -10,50 +10,50 @@ const MAX_LOADED = 32; // adapters held in memory
 export const BARE = ""; // the name of the base without an adapter
 
 export class Engine {
-  #loaded = new Map(); // name → { sidecar, feeds }, most recently used last
+  #loaded = new Map(); // name → { manifest, feeds }, most recently used last
   #current;
 
   /** Use `open`, which verifies. */
-  constructor(source, trust, card, session, text, generation) {
-    Object.assign(this, { source, trust, card, session, text, generation });
+  constructor(source, trust, base, session, text, generation) {
+    Object.assign(this, { source, trust, base, session, text, generation });
   }
 
   /**
-   * Verify the base of `source` with the keys of `pem` and load it. No adapter is in use yet.
+   * Verify the base of `source` with the keys of `pem`, and load it. No adapter is in use yet.
    *
-   * Throws TrustError: not what a pinned key signed. DataError: a file is missing or cannot be loaded.
+   * Throws TrustError: no pinned key signed it. DataError: a file is missing or cannot be loaded.
    */
   static async open(source, pem) {
     const trust = await Trust.open(pem);
-    const { card, files } = await trust.base(source);
+    const { card: base, files } = await trust.base(source);
     const session = await runtime.open(files);
     try {
       const text = new Text(files.get(TOKENIZER), files.get("tokenizer_config.json"));
-      const generation = card.task === "text-generation" ? new Generation(session, text, files) : null;
-      return new Engine(source, trust, card, session, text, generation);
+      const generation = base.task === "text-generation" ? new Generation(session, text, files) : null;
+      return new Engine(source, trust, base, session, text, generation);
     } catch (error) {
       if (error instanceof EdgeAdaptError) throw error;
-      throw new DataError(`the base's tokenizer or settings cannot be read by this page: ${error.message}`);
+      throw new DataError(`this page cannot read the base's tokenizer or settings: ${error.message}`, TOKENIZER);
     }
   }
 
-  /** What is said of the adapter in use, or null. */
+  /** The manifest of the adapter in use, or null. */
   get adapter() {
-    return this.#current?.sidecar ?? null;
+    return this.#current?.manifest ?? null;
   }
 
-  /** Every adapter that the bundle lists: { name, sidecar } with a verified sidecar, or { name, refused }. */
+  /** Every adapter of the bundle: { name, manifest }, verified, or { name, refused: reason }. */
   async adapters() {
-    const rows = [];
+    const adapters = [];
     for (const name of await this.source.adapterNames()) {
       try {
-        rows.push({ name, sidecar: await this.trust.sidecar(this.source, name) });
+        adapters.push({ name, manifest: await this.trust.sidecar(this.source, name) });
       } catch (error) {
         if (!(error instanceof EdgeAdaptError)) throw error;
-        rows.push({ name, refused: error.message });
+        adapters.push({ name, refused: error.message });
       }
     }
-    return rows;
+    return adapters;
   }
 
   /** Free the memory of the session. */
@@ -61,55 +61,53 @@ export class Engine {
     await this.session.release();
   }
 
-  /**
-   * Switch to an adapter, verifying it when it is first used; `BARE` is the base alone. On an error the one in use stays.
-   */
+  /** Switch to an adapter, verified on first use; `BARE` is the base alone. After an error the adapter in use is kept. */
   async use(name) {
     const loaded = this.#loaded.get(name) ?? (await this.#load(name));
     this.#loaded.delete(name);
     this.#loaded.set(name, loaded);
     if (this.#loaded.size > MAX_LOADED) this.#loaded.delete(this.#loaded.keys().next().value);
     this.#current = loaded;
-    return loaded.sidecar;
+    return loaded.manifest;
   }
 
-  /** The `top` most likely labels of a text, best first: [{ label, probability }]. Throws DataError, ConfigError. */
+  /** The `top` most likely labels of a text, most likely first: [{ label, probability }]. Throws DataError, ConfigError. */
   async rank(text, top) {
-    if (this.generation) throw new ConfigError("this base writes text; it has no labels");
-    const { sidecar, feeds } = this.#inUse();
+    if (this.generation) throw new ConfigError("this base writes text; it has no labels", "base.task");
+    const { manifest, feeds } = this.#inUse();
     const ids = this.text.phrase(text);
     const tokens = { input_ids: runtime.int64(ids), attention_mask: runtime.int64(ids.map(() => 1)) };
     const { logits } = await runtime.run(this.session, { ...tokens, ...feeds });
-    return best(softmax(logits.data, sidecar.name), sidecar.labels, top);
+    return best(softmax(logits.data, manifest.name), manifest.labels, top);
   }
 
   /** Continue a prompt; see `Generation.pieces`. Throws DataError, ConfigError. */
   pieces(prompt, options) {
-    if (!this.generation) throw new ConfigError("this base gives labels; it writes no text");
+    if (!this.generation) throw new ConfigError("this base classifies phrases; it writes no text", "base.task");
     return this.generation.pieces(prompt, this.#inUse().feeds, options);
   }
 
   #inUse() {
-    if (!this.#current) throw new ConfigError("no adapter is in use; choose one first");
+    if (!this.#current) throw new ConfigError("no adapter is in use; choose one first", "adapter");
     return this.#current;
   }
 
   async #load(name) {
     const bare = name === BARE && this.generation;
-    const { sidecar, inputs } = bare
-      ? { sidecar: null, inputs: runtime.emptyAdapter(this.card.slots) }
-      : await this.trust.adapter(this.source, this.card, name);
-    return { sidecar, feeds: runtime.adapterFeeds(this.session, inputs) };
+    const { sidecar: manifest, inputs } = bare
+      ? { sidecar: null, inputs: runtime.emptyAdapter(this.base.slots) }
+      : await this.trust.adapter(this.source, this.base, name);
+    return { manifest, feeds: runtime.adapterFeeds(inputs) };
   }
 }
 
 function softmax(logits, name) {
   const largest = logits.reduce((a, b) => Math.max(a, b), -Infinity);
-  const powers = Array.from(logits, (logit) => Math.exp(logit - largest));
-  const sum = powers.reduce((a, b) => a + b, 0);
-  const probabilities = powers.map((power) => power / sum);
+  const exponentials = Array.from(logits, (logit) => Math.exp(logit - largest));
+  const sum = exponentials.reduce((a, b) => a + b, 0);
+  const probabilities = exponentials.map((value) => value / sum);
   if (!probabilities.every(Number.isFinite)) {
-    throw new DataError(`adapter ${quoted(name)} gave an answer that is not finite; use another`);
+    throw new DataError(`adapter ${quoted(name)} gives an answer that is not finite; use another adapter`, "logits");
   }
   return probabilities;
 }

@@ -1,20 +1,22 @@
-// The errors of the page; each message says in one line what is wrong and what to do (aggregation/errors.py).
+// The errors of the page. A message is one line: what is wrong and what to do. As aggregation/errors.py.
 
 export class EdgeAdaptError extends Error {
-  constructor(message) {
+  /** `about` says what the error is about, for programs and tests: "text", "seed", "card.json". */
+  constructor(message, about = "") {
     super(message);
     this.name = new.target.name;
+    this.about = about;
   }
 }
 
 /** A file is not what a trusted party signed: digest, signature, base, or version. */
 export class TrustError extends EdgeAdaptError {}
 
-/** A choice that cannot be met, or a browser that lacks what is needed. */
+/** A setting contradicts another or is out of range, or the browser lacks a feature. */
 export class ConfigError extends EdgeAdaptError {}
 
-/** A file, tensor or text that cannot be used. */
+/** A file, tensor or text cannot be used. */
 export class DataError extends EdgeAdaptError {}
 
-/** A value as it stands in a message: quoted and not longer than ``limit``. */
+/** A value for a message: quoted, and cut to `limit` characters. */
 export const quoted = (value, limit = 80) => `'${[...String(value)].slice(0, limit).join("")}'`;

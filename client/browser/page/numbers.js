@@ -1,6 +1,6 @@
-// Number formats of adapter files, turned into float32. Every platform that has browsers is little-endian, as files are.
+// Decodes the number formats of adapter files into float32. Files are little-endian, as all platforms with browsers are.
 
-export const BLOCK = 32; // four-bit numbers that share a scale (adapters/int4.py)
+export const BLOCK = 32; // four-bit integers with one scale (adapters/int4.py)
 
 export const product = (shape) => shape.reduce((size, each) => size * each, 1);
 
@@ -8,11 +8,11 @@ export const float32 = ({ bytes }) => new Float32Array(bytes.buffer);
 
 export const float16 = ({ bytes }) => Float32Array.from(new Uint16Array(bytes.buffer), half);
 
-/** Eight-bit numbers times one scale for each entry of the axis that has `size` entries of `inner` numbers each. */
+/** Eight-bit integers, with one scale for each entry of the axis that has `size` entries of `inner` numbers. */
 export const int8 = ({ bytes }, scales, { size, inner }) =>
   Float32Array.from(new Int8Array(bytes.buffer), (value, i) => value * scales[Math.floor(i / inner) % size]);
 
-/** Two four-bit numbers to a byte, the first in its low half, each times the scale of its block of a row. */
+/** Four-bit integers, two in a byte, the first in its low half, with one scale for each block of a row. */
 export function int4({ shape, bytes }, scales) {
   const width = 2 * shape.at(-1);
   const blocks = Math.ceil(width / BLOCK);
@@ -22,12 +22,12 @@ export function int4({ shape, bytes }, scales) {
   });
 }
 
-/** A matrix of shape [rows, columns] as one of [columns, rows]. */
+/** The transpose of a matrix of shape [rows, columns]. */
 export function transposed(values, [rows, columns]) {
   return Float32Array.from(values, (_, i) => values[(i % rows) * columns + Math.floor(i / rows)]);
 }
 
-/** IEEE 754 half precision: one bit of sign, five of exponent, ten of fraction. */
+/** An IEEE 754 half-precision number: one sign bit, five exponent bits, ten fraction bits. */
 function half(bits) {
   const sign = bits & 0x8000 ? -1 : 1;
   const [exponent, fraction] = [(bits >> 10) & 0x1f, bits & 0x3ff];

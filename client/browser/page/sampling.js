@@ -1,26 +1,27 @@
-// From scores to the next token: the most likely one, or one drawn from the likeliest.
+// Samples the next token from the logits.
 
 import { DataError } from "./errors.js";
 
 /**
  * The id of the next token.
  *
- * `temperature` 0 takes the highest score (the first of equals). Above, one is drawn from softmax(scores /
- * temperature) cut to the smallest set of likeliest tokens that together have `topP`; `random` gives [0, 1).
+ * With `temperature` 0 it is the token with the highest logit (the first of equals). Otherwise it is drawn from
+ * softmax(logits / temperature), restricted to the smallest set of most likely tokens with the probability `topP`
+ * (nucleus sampling, Holtzman et al. 2020); `random` returns numbers in [0, 1).
  *
- * Throws DataError: a score is not finite.
+ * Throws DataError: a logit is not finite.
  */
-export function choose(scores, { temperature, topP, random }) {
+export function sample(logits, { temperature, topP, random }) {
   let top = 0;
-  for (let i = 0; i < scores.length; i++) {
-    if (!Number.isFinite(scores[i])) throw new DataError("the model gave scores that are not finite; use another adapter");
-    if (scores[i] > scores[top]) top = i;
+  for (let i = 0; i < logits.length; i++) {
+    if (!Number.isFinite(logits[i])) throw new DataError("the answer is not finite; use another adapter", "logits");
+    if (logits[i] > logits[top]) top = i;
   }
-  return temperature > 0 ? draw(scores, scores[top], { temperature, topP, random }) : top;
+  return temperature > 0 ? draw(logits, logits[top], { temperature, topP, random }) : top;
 }
 
-function draw(scores, highest, { temperature, topP, random }) {
-  const weights = Float64Array.from(scores, (score) => Math.exp((score - highest) / temperature));
+function draw(logits, highest, { temperature, topP, random }) {
+  const weights = Float64Array.from(logits, (logit) => Math.exp((logit - highest) / temperature));
   const order = Uint32Array.from(weights, (_, i) => i).sort((a, b) => weights[b] - weights[a] || a - b);
   const total = weights.reduce((a, b) => a + b, 0);
   let [kept, mass] = [0, 0];
@@ -30,7 +31,7 @@ function draw(scores, highest, { temperature, topP, random }) {
   return order[kept - 1];
 }
 
-/** Numbers in [0, 1) from a 32-bit seed (mulberry32): the same seed gives the same text. */
+/** A function that returns numbers in [0, 1), from a 32-bit seed (mulberry32): equal seeds give equal texts. */
 export function seeded(seed) {
   let state = seed >>> 0;
   return () => {

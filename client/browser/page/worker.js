@@ -1,7 +1,7 @@
-// The engine in a thread of its own, so that the page stays responsive. One request is answered after the other, apart
-// from `stop`, which ends the text that is being written.
+// Runs the engine in a thread of its own, so that the page stays responsive. Requests are answered one after the other,
+// except `stop`, which ends the text that is being generated.
 //
-// In:  { id, method, args }          Out: { id, piece }* then { id, result } or { id, error: { name, message } }
+// In:  { id, method, args }     Out: { id, piece }* then { id, result } or { id, error: { name, message, about } }
 
 import { Engine } from "./engine.js";
 import { ConfigError, EdgeAdaptError } from "./errors.js";
@@ -11,12 +11,12 @@ import { fetched, FolderSource, HttpSource } from "./sources.js";
 
 const MAX_KEYS = 2 ** 16; // bytes
 
-let engine; // the opened bundle, if any
+let engine; // of the open bundle, if any
 let stopped = false;
 let queue = Promise.resolve();
 
 const methods = {
-  /** Open the served bundle, or the picked `files`, with the served keys or the picked ones. */
+  /** Open the served bundle or the picked `files`, with the served keys or the picked ones. */
   async open({ files, pem }) {
     const here = new URL("./", self.location.href);
     const source = files ? new FolderSource(files) : new HttpSource(new URL("bundle/", here), new URL("bundle.json", here));
@@ -25,14 +25,14 @@ const methods = {
     const adapters = await next.adapters();
     await engine?.close();
     engine = next;
-    const { task, profile, base_digest: base } = engine.card;
+    const { task, profile, base_digest: base } = engine.base;
     return { task, profile, base, adapters, threads: threads(), chat: Boolean(engine.generation?.chat) };
   },
 
   async use({ name }) {
     const start = performance.now();
-    const sidecar = await opened().use(name);
-    return { sidecar, milliseconds: performance.now() - start };
+    const manifest = await opened().use(name);
+    return { manifest, milliseconds: performance.now() - start };
   },
 
   async rank({ text, top }) {
@@ -70,16 +70,16 @@ async function answer(id, method, args) {
     const known = error instanceof EdgeAdaptError;
     if (!known) console.error(error);
     const message = known ? error.message : `the page failed: ${error?.message ?? error}`;
-    self.postMessage({ id, error: { name: known ? error.name : "Error", message } });
+    self.postMessage({ id, error: { name: known ? error.name : "Error", message, about: error.about ?? "" } });
   }
 }
 
 function opened() {
-  if (!engine) throw new ConfigError("no bundle is open; open one first");
+  if (!engine) throw new ConfigError("no bundle is open; open one first", "bundle");
   return engine;
 }
 
-/** Let waiting messages in; a timer would wait four milliseconds each time. */
+/** Handle the messages that wait, such as `stop`. A timer would take four milliseconds each time. */
 const otherMessages = () =>
   new Promise((resolve) => {
     const { port1, port2 } = new MessageChannel();

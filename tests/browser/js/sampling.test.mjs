@@ -2,25 +2,25 @@ import assert from "node:assert/strict";
 import test from "node:test";
 
 import { DataError } from "../../../client/browser/page/errors.js";
-import { choose, seeded } from "../../../client/browser/page/sampling.js";
+import { sample, seeded } from "../../../client/browser/page/sampling.js";
 
 const scores = Float32Array.from([1, 3, 2, 3, -1]);
 const greedy = { temperature: 0, topP: 1, random: () => 0 };
 
 test("without a temperature the first of the highest scores is taken", () => {
-  assert.equal(choose(scores, greedy), 1);
+  assert.equal(sample(scores, greedy), 1);
 });
 
 test("a score that is not finite is refused", () => {
   for (const bad of [NaN, Infinity, -Infinity]) {
-    assert.throws(() => choose(Float32Array.of(0, bad), greedy), DataError);
+    assert.throws(() => sample(Float32Array.of(0, bad), greedy), DataError);
   }
 });
 
 test("tokens are drawn as often as their probability says, and not with another temperature's", () => {
   const drawn = (temperature, topP) => {
     const [counts, random] = [new Float64Array(5), seeded(3)];
-    for (let i = 0; i < 20000; i++) counts[choose(scores, { temperature, topP, random })] += 1 / 20000;
+    for (let i = 0; i < 20000; i++) counts[sample(scores, { temperature, topP, random })] += 1 / 20000;
     return counts;
   };
   const softmax = (temperature) => {
