@@ -118,7 +118,7 @@ class Site:
             raise ConfigError(reason, about="--export", value=str(out)) from error
 
 
-def server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
+def http_server(site: Site, host: str, port: int) -> ThreadingHTTPServer:
     """A server that listens at the address, and answers while ``serve_forever`` runs.
 
     Raises:

@@ -30,13 +30,13 @@ def serve_web(bundle: Path, trust: Path | None, host: str, port: int, out: Path 
       edgeadapt device serve-web --bundle runs/demo/bundle
       edgeadapt device serve-web --bundle runs/demo/bundle --export site
     """
-    from client.browser.server import Site, server
+    from client.browser.server import Site, http_server
 
     site = Site.of(bundle, trust)
     if out is not None:
         site.export(out)
         click.echo(f"wrote {out}")
         return
-    with server(site, host, port) as serving:
+    with http_server(site, host, port) as serving:
         click.echo(f"serving at http://{host}:{serving.server_port}/ until Ctrl-C")
         serving.serve_forever()

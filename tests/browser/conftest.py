@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from client.browser.server import LIBRARIES, VENDOR, Site, server
+from client.browser.server import LIBRARIES, VENDOR, Site, http_server
 from tests.support import cdp, models
 
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
@@ -66,7 +66,7 @@ def serve(libraries: None) -> Iterator[Serve]:
     running = []
 
     def start(bundle: Path) -> str:
-        serving = server(Site.of(bundle), "127.0.0.1", 0)
+        serving = http_server(Site.of(bundle), "127.0.0.1", 0)
         running.append(serving)
         threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return f"http://127.0.0.1:{serving.server_port}/"

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from aggregation.errors import ConfigError
-from client.browser.server import Site, server
+from client.browser.server import Site, http_server
 from client.inference.library import Library
 from tests.support.cdp import Chromium, Page, installed
 
@@ -52,7 +52,7 @@ def measure(repeat: int, tokens: int, as_json: bool, bundle: Path) -> None:
     """Print how fast BUNDLE is in the browser."""
     if (program := installed()) is None:
         raise ConfigError("no chromium on the path: apt install chromium")
-    with server(Site.of(bundle), "127.0.0.1", 0) as serving, tempfile.TemporaryDirectory() as profile:
+    with http_server(Site.of(bundle), "127.0.0.1", 0) as serving, tempfile.TemporaryDirectory() as profile:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
         browser = Chromium(program, Path(profile))
         try:
@@ -73,15 +73,15 @@ def _measured(chromium: Chromium, url: str, bundle: Path, repeat: int, tokens: i
     opened = page.evaluate(START)
     library = Library.open(bundle, None)
     found: dict[str, Any] = {
-        "task": library.card.task,
-        "profile": library.card.profile,
+        "task": library.manifest.task,
+        "profile": library.manifest.profile,
         "threads": opened["threads"],
         "first start, ms": f"{starts[0]:.0f} ({spent[0]:.0f} of CPU)",
         "second start, ms": f"{starts[1]:.0f} ({spent[1]:.0f} of CPU)",
         "first use of an adapter, ms": round(opened["verified"], 1),
         "switch, ms": _middle(page.evaluate(SWITCH % opened["names"][:2])[2:], 3),
     }
-    classifies = library.card.task == "text-classification"
+    classifies = library.manifest.task == "text-classification"
     if classifies:
         return found | _phrases(chromium, page, bundle, opened["names"][0], repeat)
     return found | _text(chromium, page, tokens, repeat)

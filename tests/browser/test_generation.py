@@ -179,8 +179,8 @@ def test_a_text_ends_where_the_model_ends_it(
     settings = json.loads(path.read_text())
     settings["model"]["eos_token_id"] = [2, end]
     path.write_text(json.dumps(settings))
-    files = writer.card.files | {path.name: sha256(path.read_bytes())}
-    (bundle / "base" / "card.json").write_bytes(replace(writer.card, files=files).sign(vendor))
+    files = writer.manifest.files | {path.name: sha256(path.read_bytes())}
+    (bundle / "base" / "card.json").write_bytes(replace(writer.manifest, files=files).sign(vendor))
     page.goto(serve(bundle))
     page.evaluate(START)
     assert written("global", prompt=PROMPT)["ids"] == free[: free.index(end)]

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import client.browser.server
 from aggregation.errors import ConfigError, DataError, TrustError
-from client.browser.server import HEADERS, VENDOR, WEB, Site, server
+from client.browser.server import HEADERS, VENDOR, WEB, Site, http_server
 from client.cli import device
 from tests.support import refused
 
@@ -35,7 +35,7 @@ def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def get(bundle: Path) -> Iterator[Get]:
     """Requests a path exactly as it is written; a browser would normalize it."""
-    with server(Site.of(bundle), "127.0.0.1", 0) as serving:
+    with http_server(Site.of(bundle), "127.0.0.1", 0) as serving:
         threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
         def ask(path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -147,7 +147,7 @@ def test_a_page_that_is_closed_while_it_loads_leaves_no_message(
     bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (bundle / "base" / "large").write_bytes(bytes(2**24))  # more than what lies between the two ends
-    with server(Site.of(bundle), "127.0.0.1", 0) as serving:
+    with http_server(Site.of(bundle), "127.0.0.1", 0) as serving:
         threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         for _ in range(2):
             with socket.create_connection(serving.server_address[:2]) as gone:
@@ -184,14 +184,14 @@ def test_keys_named_by_the_user_are_served_instead(bundle: Path, tmp_path: Path)
 
 def test_a_port_in_use_is_refused_in_one_line(bundle: Path) -> None:
     site = Site.of(bundle)
-    with server(site, "127.0.0.1", 0) as first, refused(ConfigError, "--port", value=first.server_port) as caught:
-        server(site, "127.0.0.1", first.server_port)
+    with http_server(site, "127.0.0.1", 0) as first, refused(ConfigError, "--port", value=first.server_port) as caught:
+        http_server(site, "127.0.0.1", first.server_port)
     assert "choose another --host or --port" in str(caught.value)
 
 
 def test_an_empty_address_is_not_every_address(bundle: Path) -> None:
     with refused(ConfigError, "--host"):
-        server(Site.of(bundle), "", 0)
+        http_server(Site.of(bundle), "", 0)
 
 
 def test_the_exported_site_is_what_would_be_served(bundle: Path, tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ def test_a_head_with_fewer_labels_is_padded_with_zeros(mixed: tuple[Path, Export
     bundle, base = mixed
     one, other = loaded(bundle, "global"), loaded(bundle, "anna")
     other = replace(other, inputs=other.inputs | {n: v[:3] for n, v in other.inputs.items() if "classifier" in n})
-    assert group_rows([one, other], base.card.slots) == [[0, 1]]
-    for name, value in stack([one, other], base.card.slots).items():
+    assert group_rows([one, other], base.manifest.slots) == [[0, 1]]
+    for name, value in stack([one, other], base.manifest.slots).items():
         assert value.shape == (2, *one.inputs[name].shape)
         np.testing.assert_array_equal(value[0], one.inputs[name])
         kept = tuple(slice(size) for size in other.inputs[name].shape)
@@ -119,19 +119,19 @@ def test_a_head_with_fewer_labels_is_padded_with_zeros(mixed: tuple[Path, Export
 def test_rows_share_a_run_only_if_their_ranks_agree(mixed: tuple[Path, ExportedBase]) -> None:
     bundle, base = mixed
     rows = [loaded(bundle, name) for name in ("global", "small", "anna", "global", "anna+global", "small")]
-    assert group_rows(rows, base.card.slots) == [[0, 2, 3], [1, 5], [4]]
+    assert group_rows(rows, base.manifest.slots) == [[0, 2, 3], [1, 5], [4]]
 
 
 def test_a_single_row_is_not_copied(mixed: tuple[Path, ExportedBase]) -> None:
     one = loaded(mixed[0], "global")
-    for name, value in stack([one], mixed[1].card.slots).items():
+    for name, value in stack([one], mixed[1].manifest.slots).items():
         assert np.shares_memory(value, one.inputs[name])
 
 
 def test_a_large_batch_is_split_into_runs_of_bounded_size(mixed: tuple[Path, ExportedBase]) -> None:
     session = ClassificationSession.open(mixed[0])
     rows = [("lock the door", "global"), ("play", "small")] * (MAX_ROWS + 1)
-    runs = group_rows([loaded(mixed[0], name) for _, name in rows], mixed[1].card.slots)
+    runs = group_rows([loaded(mixed[0], name) for _, name in rows], mixed[1].manifest.slots)
     assert sorted(map(len, runs)) == [1, 1, MAX_ROWS, MAX_ROWS]
     answers = session.rank_mixed(rows, 3)
     assert answers == session.rank_mixed(rows[:2], 3) * (MAX_ROWS + 1)
