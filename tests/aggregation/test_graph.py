@@ -1,4 +1,4 @@
-"""The sparse graph: the published bound, the shape of the circle, and what a device demands of both."""
+"""The masking graph: the published bound, the Harary graph, and what a device requires of both."""
 
 import hashlib
 import math
@@ -25,14 +25,16 @@ NAMES = [f"device-{number:04d}" for number in range(300)]
     ("devices", "corrupt", "dropout", "expected"),
     [(100, 0.05, 0.05, (16, 11)), (1000, 0.05, 0.05, (52, 37)), (100, 0.05, 0.33, (72, 39))],
 )
-def test_the_bound_gives_the_values_that_were_published(
+def test_the_bound_gives_the_published_values(
     devices: int, corrupt: float, dropout: float, expected: tuple[int, int]
 ) -> None:
     assert graph.bell2020_parameters(devices, corrupt, dropout) == expected
 
 
 @given(population=st.integers(1, 9), marked=st.integers(0, 9), drawn=st.integers(0, 9), least=st.integers(-1, 10))
-def test_the_tail_is_what_counting_every_draw_gives(population: int, marked: int, drawn: int, least: int) -> None:
+def test_the_hypergeometric_tail_equals_counting_every_draw(
+    population: int, marked: int, drawn: int, least: int
+) -> None:
     marked, drawn = min(marked, population), min(drawn, population)
     draws = [sum(place < marked for place in draw) for draw in combinations(range(population), drawn)]
     assert math.isclose(
@@ -42,46 +44,42 @@ def test_the_tail_is_what_counting_every_draw_gives(population: int, marked: int
 
 
 @given(count=st.integers(4, 40), half=st.integers(1, 19), context=st.binary(min_size=32, max_size=32))
-def test_neighbours_are_symmetric_never_oneself_and_as_many_as_the_degree(
-    count: int, half: int, context: bytes
-) -> None:
+def test_neighbors_are_symmetric_and_as_many_as_the_degree(count: int, half: int, context: bytes) -> None:
     degree = min(2 * half, (count - 1) // 2 * 2)
-    harary_neighbors = graph.harary_neighbors(graph.harary_order(context, NAMES[:count]), degree)
-    assert set(harary_neighbors) == set(NAMES[:count])
-    for device, others in harary_neighbors.items():
+    neighbors = graph.harary_neighbors(graph.harary_order(context, NAMES[:count]), degree)
+    assert set(neighbors) == set(NAMES[:count])
+    for device, others in neighbors.items():
         assert len(others) == degree
         assert device not in others
-        assert all(device in harary_neighbors[other] for other in others)
+        assert all(device in neighbors[other] for other in others)
 
 
-def test_the_graph_holds_together_until_as_many_as_its_degree_are_gone() -> None:
-    harary_neighbors = graph.harary_neighbors(graph.harary_order(CONTEXT, NAMES[:9]), 4)
-    for gone in combinations(harary_neighbors, 3):
-        assert connected(harary_neighbors, set(harary_neighbors) - set(gone))
-    assert not all(
-        connected(harary_neighbors, set(harary_neighbors) - set(gone)) for gone in combinations(harary_neighbors, 4)
-    )
+def test_the_graph_stays_connected_until_as_many_devices_as_its_degree_drop_out() -> None:
+    neighbors = graph.harary_neighbors(graph.harary_order(CONTEXT, NAMES[:9]), 4)
+    for gone in combinations(neighbors, 3):
+        assert connected(neighbors, set(neighbors) - set(gone))
+    assert not all(connected(neighbors, set(neighbors) - set(gone)) for gone in combinations(neighbors, 4))
 
 
-def connected(harary_neighbors: dict[str, frozenset[str]], left: set[str]) -> bool:
+def connected(neighbors: dict[str, frozenset[str]], left: set[str]) -> bool:
     reached, waiting = set(), [min(left)]
     while waiting:
         device = waiting.pop()
         if device not in reached:
             reached.add(device)
-            waiting += harary_neighbors[device] & left
+            waiting += neighbors[device] & left
     return reached == left
 
 
-def test_another_context_or_device_gives_another_circle() -> None:
+def test_another_context_or_device_gives_another_order() -> None:
     order = graph.harary_order(CONTEXT, NAMES)
     assert order == graph.harary_order(CONTEXT, reversed(NAMES))
     assert order != graph.harary_order(hashlib.sha256(b"other").digest(), NAMES)
     assert order != tuple(NAMES)
 
 
-def test_places_on_the_circle_do_not_depend_on_names() -> None:
-    # Mean distance of names that follow each other, over contexts: a quarter of the circle if the order is random.
+def test_places_in_the_order_do_not_depend_on_names() -> None:
+    # Mean distance of consecutive names in the ring order, over contexts: a quarter of the ring if the order is random.
     count, total, rounds = 40, 0, 200
     for number in range(rounds):
         place = {device: at for at, device in enumerate(graph.harary_order(number.to_bytes(32, "big"), NAMES[:count]))}
@@ -91,7 +89,7 @@ def test_places_on_the_circle_do_not_depend_on_names() -> None:
 
 
 @pytest.mark.parametrize("degree", [0, 3, 10, 12])
-def test_a_degree_that_has_no_circle_is_refused(degree: int) -> None:
+def test_a_degree_without_a_harary_graph_is_refused(degree: int) -> None:
     with refused(ConfigError, "spec.degree"):
         graph.harary_neighbors(tuple(NAMES[:10]), degree)
 
@@ -105,7 +103,7 @@ def test_up_to_128_devices_the_graph_is_complete(devices: int) -> None:
 
 @pytest.mark.parametrize("bits", [40, 80])
 @pytest.mark.parametrize(("devices", "corrupt", "dropout"), [(129, 0.1, 0.1), (500, 0.05, 0.2), (1000, 0.1, 0.1)])
-def test_what_is_chosen_withstands_and_the_next_smaller_does_not(
+def test_the_chosen_parameters_are_secure_and_the_next_smaller_are_not(
     devices: int, corrupt: float, dropout: float, bits: int
 ) -> None:
     bad = math.ceil(corrupt * devices)
@@ -119,18 +117,18 @@ def test_what_is_chosen_withstands_and_the_next_smaller_does_not(
     )
 
 
-def test_more_certainty_and_more_corrupt_devices_cost_neighbours() -> None:
+def test_more_security_and_more_corrupt_devices_need_more_neighbors() -> None:
     assert graph.graph_parameters(1000, 0.1, 0.1, bits=40) < graph.graph_parameters(1000, 0.1, 0.1, bits=80)
     assert graph.graph_parameters(1000, 0.05, 0.1) < graph.graph_parameters(1000, 0.1, 0.1)
 
 
 @pytest.mark.parametrize(("corrupt", "dropout"), [(0.5, 0.3), (0.5, 0.5), (1.0, 0.1), (0.1, -0.1)])
-def test_what_no_graph_withstands_is_refused(corrupt: float, dropout: float) -> None:
+def test_fractions_that_no_graph_withstands_are_refused(corrupt: float, dropout: float) -> None:
     with pytest.raises(ConfigError):
         graph.graph_parameters(200, corrupt, dropout)
 
 
-# What a device demands
+# What a device requires
 
 
 def sparse(
@@ -141,7 +139,7 @@ def sparse(
     return spec, Policy(known_bases=frozenset({spec.base_digest}), adversaries=frozenset(Adversary))
 
 
-def test_a_device_accepts_the_graph_that_is_chosen_and_no_thinner_one(spec_of: Callable[..., Any]) -> None:
+def test_a_device_accepts_the_chosen_graph_and_no_sparser_one(spec_of: Callable[..., Any]) -> None:
     degree, threshold = graph.graph_parameters(200, 0.1, 0.1)
     spec, policy = sparse(spec_of, 200, degree, threshold)
     policy.check(spec, 200)
@@ -160,11 +158,11 @@ def test_two_quorums_have_an_honest_device_in_common_and_one_less_do_not(devices
 
 
 def least_overlap(devices: int, size: int) -> int:
-    """By trying every group against the first one."""
+    """By comparing every group with the first one."""
     return min((len(set(range(size)) & set(other)) for other in combinations(range(devices), size)), default=devices)
 
 
-def test_a_device_demands_a_quorum_of_the_cohort_wherever_the_graph_is_sparse(spec_of: Callable[..., Any]) -> None:
+def test_a_device_requires_a_quorum_of_the_cohort_on_a_sparse_graph(spec_of: Callable[..., Any]) -> None:
     degree, threshold = graph.graph_parameters(200, 0.1, 0.1)
     spec, policy = sparse(spec_of, 200, degree, threshold, minimum_survivors=111)
     policy.check(spec, 200)
@@ -176,13 +174,13 @@ def test_a_device_demands_a_quorum_of_the_cohort_wherever_the_graph_is_sparse(sp
     assert complete.quorum == complete.threshold == graph.quorum(10, 0.1)
 
 
-def test_a_device_demands_the_complete_graph_of_a_small_cohort(spec_of: Callable[..., Any]) -> None:
+def test_a_device_requires_the_complete_graph_for_a_small_cohort(spec_of: Callable[..., Any]) -> None:
     spec, policy = sparse(spec_of, 128, 100, 70)
     with refused(ProtocolError, "offer.degree"):
         policy.check(spec, 128)
 
 
-def test_a_coordinator_that_may_search_for_a_roster_needs_more_neighbours(spec_of: Callable[..., Any]) -> None:
+def test_a_coordinator_that_may_search_for_a_roster_needs_more_neighbors(spec_of: Callable[..., Any]) -> None:
     thin = graph.graph_parameters(500, 0.1, 0.1, bits=graph.SIGMA)
     spec, policy = sparse(spec_of, 500, *thin, adversary=Adversary.HONEST_BUT_CURIOUS)
     policy.check(spec, 500)
@@ -201,5 +199,5 @@ def test_a_roster_without_most_honest_devices_is_refused(spec_of: Callable[..., 
 
 
 @pytest.mark.parametrize("corrupt", [200, 1000])
-def test_no_graph_holds_where_everybody_may_be_corrupt(corrupt: int) -> None:
+def test_no_graph_is_secure_if_every_device_may_be_corrupt(corrupt: int) -> None:
     assert graph.is_secure(200, corrupt, 100, 101, 40) is False

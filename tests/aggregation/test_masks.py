@@ -1,9 +1,8 @@
-"""Masks: both sides of a pair find the same one, nobody else does, and what is added comes off again."""
+"""Masks: both sides of a pair compute the same one, no other device does, and an added mask can be removed."""
 
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,7 +26,7 @@ P = 2**255 - 19
 KEYS = st.binary(min_size=32, max_size=32)
 
 
-def test_both_devices_of_a_pair_find_the_same_key() -> None:
+def test_both_devices_of_a_pair_compute_the_same_key() -> None:
     assert masks.pair_key(A, PUBLIC_B, CONTEXT, PLAN, ("u", "v")) == masks.pair_key(
         B, PUBLIC_A, CONTEXT, PLAN, ("v", "u")
     )
@@ -60,7 +59,7 @@ def test_another_session_plan_pair_or_purpose_gives_another_key() -> None:
     assert {len(key) for key in keys} == {32}
 
 
-def test_what_a_key_is_bound_to_cannot_be_split_in_another_way() -> None:
+def test_the_parts_bound_to_a_key_cannot_be_split_differently() -> None:
     assert masks.derive(A, b"ab", b"c") != masks.derive(A, b"a", b"bc")
     assert masks.derive(A, b"ab") != masks.derive(A, b"ab", b"")
 
@@ -71,7 +70,7 @@ def test_what_a_key_is_bound_to_cannot_be_split_in_another_way() -> None:
     bits=st.sampled_from([24, 40]),
     keys=st.lists(st.tuples(KEYS, st.booleans()), max_size=5),
 )
-def test_what_was_added_comes_off_in_any_order(size: int, bits: int, keys: list[tuple[bytes, bool]]) -> None:
+def test_added_masks_are_removed_in_any_order(size: int, bits: int, keys: list[tuple[bytes, bool]]) -> None:
     vector = ring.zeros(size, bits)
     vector += np.arange(size, dtype=np.uint32)
     before = vector.copy()
@@ -81,7 +80,7 @@ def test_what_was_added_comes_off_in_any_order(size: int, bits: int, keys: list[
 
 
 @pytest.mark.parametrize("bits", [24, 64])
-def test_a_mask_is_one_stream_however_it_is_cut(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_does_not_depend_on_the_block_size(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = np.dtype(ring.dtype(bits))
     whole = masks.expand(A, 10_001, dtype)
     monkeypatch.setattr(masks, "BLOCK", 64)
@@ -106,13 +105,13 @@ def test_a_keystream_is_aes_ctr_however_it_is_read(sizes: list[int]) -> None:
     assert bytes(found) == plain
 
 
-def test_a_keystream_opens_with_a_key_of_256_bits_only() -> None:
+def test_a_keystream_takes_a_key_of_256_bits_only() -> None:
     with pytest.raises(ValueError, match="key"):
         Keystream(A[:16])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_masking_allocates_a_block_a_thread_and_no_vector(threads: int) -> None:
+def test_masking_allocates_one_block_for_each_thread_and_no_vector(threads: int) -> None:
     import tracemalloc
 
     vector = ring.zeros(4 * 10**6, 24)  # 16 MB
@@ -133,7 +132,7 @@ FEW = masks.BLOCKS_PER_THREAD - 1  # blocks, too few for two threads
     keys=st.lists(st.tuples(KEYS, st.booleans()), max_size=9),
     threads=st.integers(2, 12),
 )
-def test_threads_make_what_one_makes_bit_for_bit(
+def test_the_result_does_not_depend_on_the_number_of_threads(
     monkeypatch: pytest.MonkeyPatch, size: int, bits: int, keys: list[tuple[bytes, bool]], threads: int
 ) -> None:
     monkeypatch.setattr(masks, "BLOCK", 1024)
@@ -148,27 +147,34 @@ def test_threads_make_what_one_makes_bit_for_bit(
     ("blocks", "count", "asked", "used"),
     [(FEW, 9, 4, 1), (2 * masks.BLOCKS_PER_THREAD, 9, 4, 2), (40, 9, 4, 4), (40, 3, 8, 3), (40, 9, 1, 1)],
 )
-def test_each_thread_takes_a_share_of_the_masks_and_a_short_vector_has_one(
+def test_each_thread_takes_its_part_of_the_masks_and_a_short_vector_uses_one(
     monkeypatch: pytest.MonkeyPatch, blocks: int, count: int, asked: int, used: int
 ) -> None:
-    shares: list[tuple[int, int]] = []
-    genuine, all_of_them = masks._pass, threading.Barrier(used, timeout=20)
+    readers: dict[int, set[int]] = {}  # thread → the streams that it reads
+    all_started = threading.Event()
 
-    def watched(blocks: Sequence[ring.Ring], streams: Sequence[Any], *gates: Any) -> None:
-        shares.append((threading.get_ident(), len(streams)))
-        all_of_them.wait()
-        genuine(blocks, streams, *gates)
+    class Watched(Keystream):
+        __slots__ = ("begun",)
 
-    monkeypatch.setattr(masks, "_pass", watched)
+        def read_into(self, buffer: memoryview) -> None:
+            readers.setdefault(threading.get_ident(), set()).add(id(self))
+            if len(readers) == used:
+                all_started.set()
+            # Every thread reads its first block, then waits for the others: none can take another's part.
+            assert not hasattr(self, "begun") or all_started.wait(20)
+            self.begun = True
+            super().read_into(buffer)
+
+    monkeypatch.setattr(masks, "Keystream", Watched)
     monkeypatch.setattr(masks, "BLOCK", 1024)
     masks.apply(ring.zeros(blocks * 256, 24), [Mask(A, add=True)] * count, asked)
-    assert len({thread for thread, _ in shares}) == len(shares) == used
-    assert sum(streams for _, streams in shares) == count
-    assert max(streams for _, streams in shares) - min(streams for _, streams in shares) <= 1
+    assert len(readers) == used
+    assert sum(map(len, readers.values())) == count
+    assert max(map(len, readers.values())) - min(map(len, readers.values())) <= 1
 
 
-def test_a_block_goes_from_pass_to_pass_and_is_never_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []  # the streams, in the order of their reads
+def test_a_block_is_in_one_pass_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []  # stream numbers, in the order of their reads
 
     class Slow(Keystream):
         __slots__ = ("number",)
@@ -180,17 +186,17 @@ def test_a_block_goes_from_pass_to_pass_and_is_never_with_two(monkeypatch: pytes
 
     numbers = iter(range(3))
 
-    def opened(key: bytes) -> Slow:
+    def numbered(key: bytes) -> Slow:
         stream = Slow(key)
         stream.number = next(numbers)
         return stream
 
-    monkeypatch.setattr(masks, "Keystream", opened)
+    monkeypatch.setattr(masks, "Keystream", numbered)
     monkeypatch.setattr(masks, "BLOCK", 1024)
     masks.apply(ring.zeros(256 * 12, 24), [Mask(A, add=True)] * 3, threads=3)
     times = [[at for at, number in enumerate(read) if number == each] for each in range(3)]
     assert all(first < second < third for first, second, third in zip(*times, strict=True))
-    assert times[2][0] < times[0][-1]  # all three are under way together
+    assert times[2][0] < times[0][-1]  # all three run at the same time
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
@@ -225,7 +231,7 @@ def fail_after(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, calls: i
 
 
 @pytest.mark.parametrize("there", range(3))
-def test_where_no_more_threads_can_be_started_those_that_there_are_do_the_work(
+def test_if_no_more_threads_can_be_started_the_running_ones_do_the_work(
     monkeypatch: pytest.MonkeyPatch, there: int
 ) -> None:
     monkeypatch.setattr(masks, "BLOCK", 1024)
@@ -249,25 +255,25 @@ def test_ctrl_c_while_threads_are_started_leaves_none_waiting(monkeypatch: pytes
 
 @pytest.mark.parametrize("point", sorted({*masks.SMALL_ORDER, P, P + 1}))
 @pytest.mark.parametrize("top", [0, 2**255])
-def test_keys_of_small_order_are_refused_in_any_spelling(point: int, top: int) -> None:
+def test_keys_of_small_order_are_refused_in_any_encoding(point: int, top: int) -> None:
     key = (point + top).to_bytes(32, "little")
     with refused(ProtocolError, "x25519.encoding" if point + top >= P else "x25519.order"):
         masks.require_public_key(key)
     with refused(ProtocolError, "x25519.order"):
         masks.shared_secret(A, key)
-    # The list is right: the library finds no secret with them, whatever the private key.
+    # The list is right: the library refuses them with any private key.
     with pytest.raises(ValueError, match=r".*"):
         X25519PrivateKey.from_private_bytes(B).exchange(X25519PublicKey.from_public_bytes(key))
 
 
 @pytest.mark.parametrize("other", [2**255, P])
-def test_a_key_has_one_spelling(other: int) -> None:
+def test_a_key_has_one_encoding(other: int) -> None:
     point = 9 if other == P else int.from_bytes(PUBLIC_A, "little")  # only those below 19 fit in with p on top
-    key, spelled = (number.to_bytes(32, "little") for number in (point, point + other))
-    assert masks.shared_secret(B, key) == masks.shared_secret(B, spelled)
+    key, other_key = (number.to_bytes(32, "little") for number in (point, point + other))
+    assert masks.shared_secret(B, key) == masks.shared_secret(B, other_key)
     masks.require_public_key(key)
     with refused(ProtocolError, "x25519.encoding"):
-        masks.require_public_key(spelled)
+        masks.require_public_key(other_key)
 
 
 def test_a_genuine_key_is_accepted() -> None:

@@ -1,4 +1,4 @@
-"""How much memory a contribution takes, beside the numbers that it is made of."""
+"""The memory that a contribution takes, besides its numbers."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def test_a_device_needs_three_times_its_vector(
     assert peak < 3 * ring.zeros(size, bits).nbytes + CONSTANT
 
 
-def test_the_coordinator_holds_one_vector_however_many_come(
+def test_the_coordinator_holds_one_vector_however_many_arrive(
     fleet_of: Callable[..., Any], spec_of: Callable[..., Any], vector_of: Callable[..., Any]
 ) -> None:
     size = 10**6

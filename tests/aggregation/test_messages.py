@@ -79,9 +79,8 @@ def test_no_message_passes_for_another(samples: list[Message]) -> None:
                     envelope.open_verified(kind, raw, KEY.public, "peer")
 
 
-def test_a_body_signed_for_one_purpose_does_not_count_for_another() -> None:
-    agreement = ConsistencySignature(D, "a")
-    body = agreement.encode()
+def test_a_body_signed_for_one_purpose_is_not_valid_for_another() -> None:
+    body = ConsistencySignature(D, "a").encode()
     moved = envelope.Envelope(b"EA", 1, "consistency-signature", body, KEY.sign("advert", body))
     with refused(ProtocolError, "signature"):
         envelope.open_verified(ConsistencySignature, envelope.ENVELOPE.encode(moved), KEY.public, "peer")

@@ -1,4 +1,4 @@
-"""What a spec refuses by itself, and what a device's policy refuses of a spec."""
+"""Contradictory specs, and offers that a device's policy refuses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +79,7 @@ def test_an_offer_against_the_policy_is_refused_with_its_reason(
         policy(spec, **limits).check(spec, cohort)
 
 
-def test_a_device_that_was_told_no_base_joins_nothing(spec_of: SpecOf) -> None:
+def test_a_device_without_a_known_base_joins_no_session(spec_of: SpecOf) -> None:
     with refused(ProtocolError, "offer.base_digest"):
         Policy().check(spec_of(10), 10)
 

@@ -1,4 +1,4 @@
-"""Packing: exact sizes, a round trip for every width, and no second spelling."""
+"""Packing: exact sizes, a round trip for every width, and one encoding."""
 
 import hashlib
 
@@ -22,7 +22,7 @@ def by_hand(values: list[int], bits: int) -> bytes:
 
 
 @given(bits=st.integers(1, 64), data=st.data())
-def test_packing_is_what_one_big_integer_gives_and_comes_back(bits: int, data: st.DataObject) -> None:
+def test_packing_equals_one_big_integer_and_round_trips(bits: int, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=150))
     vector = np.array(values, ring.dtype(bits))
     raw = ring.pack(vector, bits)
@@ -32,7 +32,7 @@ def test_packing_is_what_one_big_integer_gives_and_comes_back(bits: int, data: s
 
 
 @pytest.mark.parametrize("bits", [1, 7, 8, 22, 24, 31, 32, 33, 48, 63, 64])
-def test_vectors_of_many_blocks_come_back(bits: int) -> None:
+def test_vectors_of_many_blocks_round_trip(bits: int) -> None:
     size = 3 * ring.BLOCK + 13
     rng = np.random.default_rng(bits)
     vector = rng.integers(0, 2**bits, size, dtype=np.uint64).astype(ring.dtype(bits))
@@ -58,7 +58,7 @@ def test_another_length_is_refused(size: int, bits: int, extra: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "bits", "unused"), [(1, 1, 7), (3, 22, 6), (7, 31, 7), (1, 63, 1)])
-def test_bits_that_belong_to_no_element_must_be_zero(size: int, bits: int, unused: int) -> None:
+def test_unused_bits_must_be_zero(size: int, bits: int, unused: int) -> None:
     raw = bytearray(ring.packed_size(size, bits))
     raw[-1] = 1 << (8 - unused)
     with refused(ProtocolError, "vector.unused-bits"):
@@ -91,7 +91,7 @@ def test_the_element_type_is_the_smallest_that_holds_the_ring() -> None:
     assert np.dtype(ring.dtype(33)) == np.dtype("<u8")
 
 
-def test_the_digest_is_of_the_packed_vector_and_of_what_counts_in_the_ring() -> None:
+def test_the_digest_is_of_the_packed_vector_reduced_to_the_ring() -> None:
     vector = np.array([1, 2, 3], ring.dtype(20))
     assert ring.digest(vector, 20) == hashlib.sha256(ring.pack(vector, 20)).digest()
     assert ring.digest(vector + (1 << 20), 20) == ring.digest(vector, 20)
@@ -108,7 +108,7 @@ def test_adding_a_packed_vector_is_unpacking_and_adding(bits: int, size: int) ->
     assert np.array_equal(total, first + second)
 
 
-def test_what_cannot_be_unpacked_is_not_added() -> None:
+def test_bytes_that_cannot_be_unpacked_are_not_added() -> None:
     total = ring.zeros(2 * ring.BLOCK + 1, 22)
     raw = bytearray(b"\xff" * ring.packed_size(total.size, 22))
     with refused(ProtocolError, "vector.unused-bits"):
@@ -139,7 +139,7 @@ def test_packing_without_a_copy_shares_memory_where_nothing_has_to_move(bits: in
 
 
 @pytest.mark.parametrize(("bits", "size"), [(29, 10**6), (24, 10**6), (22, 999_983), (17, 10**5), (32, 10**6)])
-def test_an_upload_is_its_bits_and_less_than_a_hundredth_more(bits: int, size: int) -> None:
+def test_an_upload_is_less_than_a_hundredth_larger_than_its_bits(bits: int, size: int) -> None:
     key, packed = IdentityKey.generate(SystemEntropy()), ring.packed_view(ring.zeros(size, bits), bits)
     header = MaskedInput(bytes(32), "device-" + 40 * "0", hashlib.sha256(packed).digest())
     body = envelope.sign_vector(key, header, packed)

@@ -1,4 +1,4 @@
-"""Sealed state: a restarted device goes on where it was, and never answers a step twice."""
+"""Sealed state: a restarted device continues where it stopped, and never answers a step twice."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,9 +38,9 @@ def test_a_session_goes_on_when_every_device_restarts_after_every_step(fleet: An
     for name in fleet.devices:
         state = state.on_shares(name, fleet.share(name, roster))
     session = state.close()
-    for lost in ({}, {"input": [ME]}):
+    for dropouts in ({}, {"input": [ME]}):
         restart(fleet)
-        state, bodies = fleet.collect(session, lost)
+        state, bodies = fleet.collect(session, dropouts)
         restart(fleet)
         state, bodies = fleet.confirm(state, bodies)
         restart(fleet)
@@ -48,7 +48,7 @@ def test_a_session_goes_on_when_every_device_restarts_after_every_step(fleet: An
         fleet.assert_sum(result)
 
 
-def test_a_device_that_restarts_between_plan_and_answer_has_given_up_the_round(fleet: Any) -> None:
+def test_a_device_that_restarts_between_plan_and_answer_abandons_the_round(fleet: Any) -> None:
     _, plans = fleet.begin(fleet.establish())
     begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
     restored = unseal(seal(begun, KEY), KEY)
@@ -96,18 +96,18 @@ def test_an_altered_state_is_refused(fleet: Any, place: float, bit: int) -> None
 
 
 @pytest.mark.parametrize("blob", [b"", b"junk", b"edgeadapt/state/1\x00", b"edgeadapt/state/1\x00" + bytes(40)])
-def test_what_is_no_sealed_state_is_refused(blob: bytes) -> None:
+def test_bytes_that_are_not_a_sealed_state_are_refused(blob: bytes) -> None:
     with pytest.raises(TrustError):
         unseal(blob, KEY)
 
 
-def test_another_devices_key_does_not_open_it(fleet: Any) -> None:
+def test_another_devices_key_does_not_decrypt_the_state(fleet: Any) -> None:
     fleet.establish()
     with refused(TrustError, "sealed.ciphertext"):
         unseal(seal(fleet.states[ME], KEY), bytes(32))
 
 
-def test_a_key_of_another_length_seals_nothing(fleet: Any) -> None:
+def test_a_sealing_key_of_another_length_is_refused(fleet: Any) -> None:
     fleet.establish()
     with refused(ConfigError, "sealed.key"):
         seal(fleet.states[ME], bytes(16))

@@ -1,4 +1,4 @@
-"""The coordinator's states: who may answer when, and what ends a round."""
+"""The coordinator's states: which devices may answer when, and what ends a round."""
 
 import hashlib
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def fleet(fleet_of: FleetOf) -> Any:
     return fleet_of(5)
 
 
-def said(fleet: Any, name: str, raw: bytes, kind: Any, **changes: Any) -> bytes:
+def resigned(fleet: Any, name: str, raw: bytes, kind: Any, **changes: Any) -> bytes:
     """A device's message, changed and signed again by the device itself."""
     device = fleet.devices[name]
     message = envelope.open_verified(kind, raw, device.identity.public, name)
@@ -37,7 +37,7 @@ def assert_refused(call: Callable[[str, bytes], Any], name: str, body: bytes, ab
 # Step 1
 
 
-def test_a_certificate_must_be_of_the_device_it_is_filed_under(fleet: Any) -> None:
+def test_a_certificate_filed_under_another_device_is_refused(fleet: Any) -> None:
     certificates = dict(fleet.certificates)
     certificates["device-00x"] = certificates.pop("device-004")
     with refused(ProtocolError, "offer.certificates"):
@@ -58,7 +58,7 @@ def test_a_degree_without_a_graph_is_refused(fleet_of: FleetOf, spec_of: Callabl
 # Step 2
 
 
-def test_adverts_are_taken_once_and_from_the_cohort_only(fleet: Any) -> None:
+def test_adverts_are_accepted_once_and_from_the_cohort_only(fleet: Any) -> None:
     state, offer = fleet.offer()
     advert = fleet.join(ME, offer)
     assert_refused(state.on_advert, "zed", advert, "advert.peer")
@@ -84,17 +84,17 @@ def test_adverts_are_taken_once_and_from_the_cohort_only(fleet: Any) -> None:
 def test_an_invalid_advert_is_refused(fleet: Any, changes: dict[str, Any], about: str) -> None:
     state, offer = fleet.offer()
     advert = fleet.join(ME, offer)
-    assert_refused(state.on_advert, ME, said(fleet, ME, advert, Advert, **changes), about)
+    assert_refused(state.on_advert, ME, resigned(fleet, ME, advert, Advert, **changes), about)
 
 
 @pytest.mark.parametrize("what", ["mask_keys", "share_key"])
-def test_who_copies_a_key_is_refused_and_the_others_make_a_session(fleet: Any, what: str) -> None:
+def test_a_device_that_copies_a_key_is_refused_and_the_others_form_a_session(fleet: Any, what: str) -> None:
     state, offer = fleet.offer()
     adverts = {name: fleet.join(name, offer) for name in fleet.devices}
     copied = getattr(envelope.open_verified(Advert, adverts[ME], fleet.devices[ME].identity.public, ME), what)
     state = state.on_advert(ME, adverts[ME])
     assert_refused(
-        state.on_advert, OTHER, said(fleet, OTHER, adverts[OTHER], Advert, **{what: copied}), "advert.copied"
+        state.on_advert, OTHER, resigned(fleet, OTHER, adverts[OTHER], Advert, **{what: copied}), "advert.copied"
     )
     for name in sorted(set(adverts) - {ME, OTHER}):
         state = state.on_advert(name, adverts[name])
@@ -113,7 +113,7 @@ def sharing(fleet: Any) -> tuple[Any, bytes]:
     return state.close()  # type: ignore[no-any-return]
 
 
-def test_shares_are_taken_once_and_from_the_roster_only(fleet: Any, sharing: tuple[Any, bytes]) -> None:
+def test_shares_are_accepted_once_and_from_the_roster_only(fleet: Any, sharing: tuple[Any, bytes]) -> None:
     state, roster = sharing
     shares = fleet.share(ME, roster)
     assert_refused(state.on_shares, "zed", shares, "shares.peer")
@@ -136,10 +136,10 @@ def test_invalid_shares_are_refused(fleet: Any, sharing: tuple[Any, bytes], chan
     state, roster = sharing
     shares = fleet.share(ME, roster)
     message = envelope.open_verified(Shares, shares, fleet.devices[ME].identity.public, ME)
-    assert_refused(state.on_shares, ME, said(fleet, ME, shares, Shares, **change(message.encrypted_shares)), about)
+    assert_refused(state.on_shares, ME, resigned(fleet, ME, shares, Shares, **change(message.encrypted_shares)), about)
 
 
-def test_too_few_that_share_their_secrets_make_no_session(fleet: Any) -> None:
+def test_too_few_devices_that_send_shares_form_no_session(fleet: Any) -> None:
     outcome = fleet.establish({"shares": sorted(fleet.devices)[:2]})
     assert isinstance(outcome, RoundAborted)
     assert (outcome.reason, outcome.session) == (AbortReason.TOO_FEW, None)
@@ -149,7 +149,7 @@ def test_too_few_that_share_their_secrets_make_no_session(fleet: Any) -> None:
 # Step 6
 
 
-def vector_said(fleet: Any, name: str, raw: bytes, packed: bytes | None = None, **changes: Any) -> bytes:
+def resigned_input(fleet: Any, name: str, raw: bytes, packed: bytes | None = None, **changes: Any) -> bytes:
     size = ring.packed_size(fleet.spec.vector.size, fleet.spec.vector.ring_bits)
     device = fleet.devices[name]
     header, genuine = envelope.open_vector(raw, size, device.identity.public, name)
@@ -158,21 +158,21 @@ def vector_said(fleet: Any, name: str, raw: bytes, packed: bytes | None = None, 
     return envelope.sign_vector(device.identity, replace(header, **changes), packed or bytes(genuine))
 
 
-def test_a_masked_input_is_taken_once_and_for_its_plan_only(fleet: Any) -> None:
+def test_a_masked_input_is_accepted_once_and_for_its_plan_only(fleet: Any) -> None:
     session = fleet.establish()
     members = sorted(fleet.devices)[:4]
     state, plans = fleet.begin(session, cohort=members)
     body = fleet.contribute(ME, plans[ME])
     assert_refused(state.on_masked_input, "device-004", body, "masked-input.peer")
     assert_refused(state.on_masked_input, OTHER, body, "signature")
-    assert_refused(state.on_masked_input, ME, vector_said(fleet, ME, body, plan=bytes(32)), "masked-input.plan")
-    assert_refused(state.on_masked_input, ME, vector_said(fleet, ME, body, device=OTHER), "masked-input.device")
+    assert_refused(state.on_masked_input, ME, resigned_input(fleet, ME, body, plan=bytes(32)), "masked-input.plan")
+    assert_refused(state.on_masked_input, ME, resigned_input(fleet, ME, body, device=OTHER), "masked-input.device")
     assert not state.total.any()
     taken = state.on_masked_input(ME, body)
     assert_refused(taken.on_masked_input, ME, body, "masked-input.repeated")
 
 
-def test_unused_bits_in_a_masked_input_are_refused_by_name(
+def test_unused_bits_in_a_masked_input_are_refused_and_name_the_peer(
     fleet_of: FleetOf, spec_of: Callable[..., Any], vector_of: Callable[..., Any]
 ) -> None:
     fleet = fleet_of(4, spec=spec_of(4, vector=vector_of(4, size=6, bits=17)))
@@ -180,10 +180,10 @@ def test_unused_bits_in_a_masked_input_are_refused_by_name(
     body = fleet.contribute(ME, plans[ME])
     packed = bytearray(body[: ring.packed_size(7, 17)])
     packed[-1] |= 0x80
-    assert_refused(state.on_masked_input, ME, vector_said(fleet, ME, body, bytes(packed)), "vector.unused-bits")
+    assert_refused(state.on_masked_input, ME, resigned_input(fleet, ME, body, bytes(packed)), "vector.unused-bits")
 
 
-def test_a_state_that_was_moved_on_from_adds_nothing_more(fleet: Any) -> None:
+def test_a_state_with_a_successor_adds_no_further_input(fleet: Any) -> None:
     state, plans = fleet.begin(fleet.establish())
     bodies = {name: fleet.contribute(name, plans[name]) for name in plans}
     moved = state.on_masked_input(ME, bodies[ME])
@@ -193,7 +193,7 @@ def test_a_state_that_was_moved_on_from_adds_nothing_more(fleet: Any) -> None:
     assert (moved.total == before).all()
 
 
-def test_an_input_that_comes_after_the_end_of_the_step_is_not_added(fleet: Any) -> None:
+def test_an_input_after_the_end_of_the_step_is_not_added(fleet: Any) -> None:
     state, plans = fleet.begin(fleet.establish())
     bodies = {name: fleet.contribute(name, plans[name]) for name in plans}
     for name in sorted(bodies)[:4]:
@@ -206,7 +206,7 @@ def test_an_input_that_comes_after_the_end_of_the_step_is_not_added(fleet: Any) 
         state.close()
 
 
-def test_inputs_are_added_up_as_they_come_and_none_is_kept(fleet: Any) -> None:
+def test_inputs_are_added_as_they_arrive_and_not_kept(fleet: Any) -> None:
     state, plans = fleet.begin(fleet.establish())
     total = state.total
     for name in plans:
@@ -218,11 +218,11 @@ def test_inputs_are_added_up_as_they_come_and_none_is_kept(fleet: Any) -> None:
 # Steps 7 and 8
 
 
-def test_agreements_are_taken_once_and_on_this_survivor_set_only(fleet: Any) -> None:
+def test_signatures_are_accepted_once_and_on_this_survivor_set_only(fleet: Any) -> None:
     state, bodies = fleet.collect(fleet.establish(), {"input": ["device-004"]})
     answer = fleet.answer("on_survivors", ME, bodies[ME])
-    other_set = said(fleet, ME, answer, ConsistencySignature, survivors=bytes(32))
-    other_device = said(fleet, ME, answer, ConsistencySignature, device=OTHER)
+    other_set = resigned(fleet, ME, answer, ConsistencySignature, survivors=bytes(32))
+    other_device = resigned(fleet, ME, answer, ConsistencySignature, device=OTHER)
     assert_refused(state.on_consistency_signature, "device-004", answer, "consistency-signature.peer")
     assert_refused(state.on_consistency_signature, ME, other_set, "consistency-signature.survivors")
     assert_refused(state.on_consistency_signature, ME, other_device, "consistency-signature.device")
@@ -230,30 +230,30 @@ def test_agreements_are_taken_once_and_on_this_survivor_set_only(fleet: Any) -> 
     assert_refused(taken.on_consistency_signature, ME, answer, "consistency-signature.repeated")
 
 
-def test_openings_are_taken_once_and_only_of_what_is_owed(fleet: Any) -> None:
-    lost = {"input": ["device-004"]}
-    state, bodies = fleet.confirm(*fleet.collect(fleet.establish(), lost), lost)
+def test_responses_are_accepted_once_and_with_the_right_shares_only(fleet: Any) -> None:
+    dropouts = {"input": ["device-004"]}
+    state, bodies = fleet.confirm(*fleet.collect(fleet.establish(), dropouts), dropouts)
     answer = fleet.answer("on_unmask", ME, bodies[ME])
     share = {"device-004": bytes(33)}
-    other_set = said(fleet, ME, answer, UnmaskResponse, survivors=bytes(32))
+    other_set = resigned(fleet, ME, answer, UnmaskResponse, survivors=bytes(32))
     assert_refused(state.on_unmask_response, "device-004", answer, "unmask-response.peer")
     assert_refused(state.on_unmask_response, ME, other_set, "unmask-response.survivors")
     for wrong in ({"seeds": share}, {"keys": {OTHER: bytes(33)}}):
-        body = said(fleet, ME, answer, UnmaskResponse, **wrong)
+        body = resigned(fleet, ME, answer, UnmaskResponse, **wrong)
         assert_refused(state.on_unmask_response, ME, body, "unmask-response.shares")
     assert_refused(state.on_unmask_response(ME, answer).on_unmask_response, ME, answer, "unmask-response.repeated")
 
 
-def test_an_opening_of_one_who_did_not_agree_is_refused(fleet_of: FleetOf) -> None:
+def test_a_response_of_a_device_that_did_not_sign_is_refused(fleet_of: FleetOf) -> None:
     fleet = fleet_of(5)
-    lost = {"survivors": [ME]}
-    state, bodies = fleet.confirm(*fleet.collect(fleet.establish()), lost)
+    dropouts = {"survivors": [ME]}
+    state, bodies = fleet.confirm(*fleet.collect(fleet.establish()), dropouts)
     assert ME not in bodies
     answer = fleet.answer("on_unmask", OTHER, bodies[OTHER])
     assert_refused(state.on_unmask_response, ME, answer, "unmask-response.peer")
 
 
-def test_a_round_is_opened_once(fleet: Any) -> None:
+def test_a_round_is_unmasked_once(fleet: Any) -> None:
     state, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
     for name in bodies:
         state = state.on_unmask_response(name, fleet.answer("on_unmask", name, bodies[name]))
@@ -263,7 +263,7 @@ def test_a_round_is_opened_once(fleet: Any) -> None:
         state.close()
 
 
-def test_a_round_is_not_opened_again_from_a_state_before_its_last_opening(fleet: Any) -> None:
+def test_a_round_is_not_unmasked_again_from_an_earlier_state(fleet: Any) -> None:
     state, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
     states = []
     for name in bodies:
@@ -276,7 +276,7 @@ def test_a_round_is_not_opened_again_from_a_state_before_its_last_opening(fleet:
         states[4].close()
 
 
-def test_boxes_are_sent_until_a_masked_input_shows_that_they_arrived(fleet: Any) -> None:
+def test_shares_are_sent_until_a_masked_input_shows_that_they_arrived(fleet: Any) -> None:
     session = fleet.establish()
     first, plans = fleet.begin(session)
     for name in plans:
@@ -292,13 +292,13 @@ def test_boxes_are_sent_until_a_masked_input_shows_that_they_arrived(fleet: Any)
     fleet.assert_sum(result)
 
 
-def test_a_sum_that_honest_survivors_cannot_have_is_no_result(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One device's vector is not masked with what it agreed on: the sum is noise, and noise is out of range.
+def test_a_sum_that_honest_survivors_cannot_reach_aborts_the_round(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One device's vector is not masked as agreed in the plan: the sum is noise, and noise is out of range.
     state, plans = fleet.begin(fleet.establish(), cohort=sorted(fleet.devices)[:4])
     for name in plans:
         body = fleet.contribute(name, plans[name])
         if name == ME:
-            body = vector_said(fleet, name, body, bytes(range(7, 7 + 24)))
+            body = resigned_input(fleet, name, body, bytes(range(7, 7 + 24)))
         state = state.on_masked_input(name, body)
     state, bodies = state.close()
     fleet.states[ME] = replace(fleet.states[ME], vector=hashlib.sha256(bytes(range(7, 7 + 24))).digest())
@@ -318,7 +318,7 @@ def test_closing_too_early_aborts_and_leaves_the_session(fleet: Any) -> None:
     assert "0 masked inputs, 4 are needed" in aborted.detail
 
 
-def test_a_session_without_a_round_left_begins_none(fleet: Any) -> None:
+def test_a_session_without_rounds_left_begins_no_round(fleet: Any) -> None:
     session = fleet.establish()
     for _ in range(3):
         session = fleet.begin(session)[0].close().session
@@ -333,11 +333,11 @@ def test_a_plan_for_too_few_leaves_the_round_unused(fleet: Any) -> None:
     assert aborted.session.rounds_left == 3
 
 
-def test_nothing_secret_of_the_coordinators_is_in_a_repr(fleet: Any) -> None:
+def test_the_coordinators_key_is_in_no_repr(fleet: Any) -> None:
     assert str(fleet.key.raw) not in repr(fleet.offer()[0])
 
 
-def test_masks_are_removed_for_every_pair_of_survivor_and_dropped(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_removed_for_every_pair_of_survivor_and_dropout(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     genuine = masks.apply
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Secret sharing: any t shares open it, fewer fit every secret alike, and a wrong one shows."""
+"""Secret sharing: any t shares reconstruct the secret, fewer are consistent with every secret."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from tests.support import refused
 SECRETS = st.one_of(st.binary(min_size=32, max_size=32), st.sampled_from([bytes(32), b"\xff" * 32]))
 
 
-def opened(points: Sequence[int], shares: Sequence[bytes]) -> bytes | None:
+def reconstruct(points: Sequence[int], shares: Sequence[bytes]) -> bytes | None:
     return shamir.combine(shamir.lagrange(points), shares)
 
 
@@ -31,46 +31,46 @@ def test_the_modulus_is_prime() -> None:
 
 
 @given(secret=SECRETS, n=st.integers(1, 9), data=st.data())
-def test_any_threshold_of_the_shares_opens_the_secret(secret: bytes, n: int, data: st.DataObject) -> None:
+def test_any_threshold_of_the_shares_reconstructs_the_secret(secret: bytes, n: int, data: st.DataObject) -> None:
     t = data.draw(st.integers(1, n))
     points = data.draw(st.lists(st.integers(1, 10_000), min_size=n, max_size=n, unique=True))
     shares = dict(zip(points, shamir.split(secret, t, points, SystemEntropy()), strict=True))
     chosen = data.draw(st.permutations(points))[: data.draw(st.integers(t, n))]
-    assert opened(chosen, [shares[x] for x in chosen]) == secret
+    assert reconstruct(chosen, [shares[x] for x in chosen]) == secret
 
 
 @given(secret=SECRETS, other=SECRETS)
-def test_fewer_shares_fit_every_other_secret_alike(secret: bytes, other: bytes) -> None:
-    # For t - 1 shares and any other secret there is a polynomial through them all: they exclude nothing.
+def test_fewer_shares_are_consistent_with_every_secret(secret: bytes, other: bytes) -> None:
+    # For t - 1 shares and any other secret a polynomial passes through them all: they exclude no secret.
     shares = shamir.split(secret, 3, [1, 2, 3], SystemEntropy())[:2]
     values = [int.from_bytes(other, "big"), *(int.from_bytes(share, "big") for share in shares)]
     at_three = sum(c * y for c, y in zip(shamir.lagrange([0, 1, 2], at=3), values, strict=True)) % shamir.PRIME
-    assert opened([1, 2, 3], [*shares, at_three.to_bytes(33, "big")]) == other
+    assert reconstruct([1, 2, 3], [*shares, at_three.to_bytes(33, "big")]) == other
 
 
-def test_fewer_shares_than_the_threshold_do_not_open_it() -> None:
+def test_fewer_shares_do_not_reconstruct_the_secret() -> None:
     secret = bytes(range(32))
     shares = shamir.split(secret, 4, [1, 2, 3, 4, 5], SystemEntropy())
     for chosen in itertools.combinations(range(5), 3):
-        assert opened([i + 1 for i in chosen], [shares[i] for i in chosen]) != secret
+        assert reconstruct([i + 1 for i in chosen], [shares[i] for i in chosen]) != secret
 
 
 def test_a_wrong_share_gives_another_secret() -> None:
     shares = shamir.split(bytes(32), 2, [1, 2], SystemEntropy())
     wrong = (int.from_bytes(shares[0], "big") ^ 1).to_bytes(33, "big")
-    assert opened([1, 2], [wrong, shares[1]]) != bytes(32)
+    assert reconstruct([1, 2], [wrong, shares[1]]) != bytes(32)
 
 
-def test_a_value_above_256_bits_is_no_secret() -> None:
+def test_a_value_above_256_bits_is_not_a_secret() -> None:
     share = (2**256 + 5).to_bytes(33, "big")
-    assert opened([1], [share]) is None
+    assert reconstruct([1], [share]) is None
 
 
-def test_a_share_has_one_spelling() -> None:
+def test_a_share_has_one_encoding() -> None:
     shares = shamir.split(bytes(range(32)), 2, [1, 2], SystemEntropy())
     again = (int.from_bytes(shares[0], "big") + shamir.PRIME).to_bytes(33, "big")
-    assert opened([1, 2], shares) == bytes(range(32))
-    assert opened([1, 2], [again, shares[1]]) is None
+    assert reconstruct([1, 2], shares) == bytes(range(32))
+    assert reconstruct([1, 2], [again, shares[1]]) is None
 
 
 def test_the_same_secret_is_shared_anew_every_time() -> None:
@@ -100,7 +100,7 @@ def test_the_polynomial_takes_48_bytes_a_coefficient(entropy: Any) -> None:
         (bytes(32), 2, [0, 1]),
     ],
 )
-def test_what_cannot_be_shared_is_refused(secret: bytes, threshold: int, points: list[int]) -> None:
+def test_invalid_parameters_are_refused(secret: bytes, threshold: int, points: list[int]) -> None:
     with refused(ConfigError, "shamir.split"):
         shamir.split(secret, threshold, points, SystemEntropy())
 

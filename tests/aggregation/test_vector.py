@@ -1,4 +1,4 @@
-"""Fixed point: unbiased, exact where it promises to be, never out of the ring, loud about what it cannot hold."""
+"""Fixed point: unbiased, exact where guaranteed, never out of the ring; values that cannot be encoded are refused."""
 
 import math
 from collections.abc import Callable
@@ -95,7 +95,7 @@ def test_whole_steps_are_never_lifted_by_the_largest_coin(
     assert np.array_equal(spec.decode(spec.encode({"x": whole}, np.random.default_rng(0)), 1)["x"], whole)
     almost = np.array([0.25, 0.5, 0.75, 1 - 2.0**-7]) * step
     lifted = spec.decode(spec.encode({"x": almost}, np.random.default_rng(0)), 1)["x"]
-    assert np.array_equal(lifted, np.full(4, step))  # the coin is the largest: any fraction would be
+    assert np.array_equal(lifted, np.full(4, step))  # the coin is the largest: every fraction is lifted
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])

@@ -1,4 +1,4 @@
-"""The canonical encoding: one byte string for one value, limits before allocation, no error but the one."""
+"""The canonical encoding: one byte string for each value, limits before allocation, and no error but ProtocolError."""
 
 import math
 import tracemalloc
@@ -52,7 +52,7 @@ CASES: list[tuple[wire.Codec[Any], st.SearchStrategy[Any]]] = [
 
 
 @given(data=st.data())
-def test_what_was_written_is_read_back(data: st.DataObject) -> None:
+def test_values_round_trip(data: st.DataObject) -> None:
     codec, values = data.draw(st.sampled_from(CASES))
     value = data.draw(values)
     assert codec.decode(codec.encode(value)) == value
@@ -99,7 +99,7 @@ def test_any_bytes_are_the_one_encoding_of_a_message_or_refused(raw: bytes, mess
         (POINT, b"\x05\x00\x04", "point.x"),
     ],
 )
-def test_what_is_not_canonical_is_refused_with_its_reason(codec: wire.Codec[Any], raw: bytes, about: str) -> None:
+def test_bytes_that_are_not_canonical_are_refused(codec: wire.Codec[Any], raw: bytes, about: str) -> None:
     with refused(ProtocolError, about):
         codec.decode(raw)
 

@@ -1,4 +1,4 @@
-"""What a malicious coordinator has to work with: the small fleet, everything it sends, and arithmetic of its own."""
+"""A malicious coordinator: it has the small fleet, everything that its devices send, and its own arithmetic."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -36,13 +36,13 @@ class Coordinator:
     uploads: dict[str, bytes] = field(default_factory=dict)
     responses: dict[str, UnmaskResponse] = field(default_factory=dict)
 
-    def collect(self, lost: tuple[str, ...] = ()) -> None:
-        """Steps 1–6 as the protocol has them, but every upload is kept."""
+    def collect(self, dropouts: tuple[str, ...] = ()) -> None:
+        """Steps 1–6 of the protocol, but every upload is kept."""
         self.session = self.fleet.establish()
         self.state, plans = self.fleet.begin(self.session)
         self.plan = self.state.plan
         for name in plans:
-            if name not in lost:
+            if name not in dropouts:
                 self.uploads[name] = self.fleet.contribute(name, plans[name])
                 self.state = self.state.on_masked_input(name, self.uploads[name])
 
@@ -57,14 +57,14 @@ class Coordinator:
         return self.sign(dataclasses.replace(message, **changes))
 
     def ask(self, name: str, method: str, message: Message) -> bytes:
-        """Send a message to a device in its present state; what it answers."""
+        """Send a message to a device in its current state; returns the answer."""
         return self.fleet.answer(method, name, self.sign(message))  # type: ignore[no-any-return]
 
     def open_verified(self, name: str, kind: Any, raw: bytes) -> Any:
         return envelope.open_verified(kind, raw, self.fleet.devices[name].identity.public, name)
 
     def recover(self, seeds: Mapping[str, Mapping[str, bytes]], keys: Mapping[str, Mapping[str, bytes]]) -> Recovery:
-        """Open secrets from shares however they were come by. ``seeds``, ``keys``: holder → dealer → share."""
+        """Reconstruct secrets from shares, however obtained. ``seeds``, ``keys``: holder → dealer → share."""
         responses = {
             holder: UnmaskResponse(bytes(32), holder, seeds.get(holder, {}), keys.get(holder, {}))
             for holder in sorted({*seeds, *keys})
@@ -72,8 +72,8 @@ class Coordinator:
         assert self.plan is not None
         return Recovery(self.session.session, self.plan, self.session.encrypted_shares, responses)
 
-    def strip(self, name: str, seed: bytes, keys: Mapping[str, bytes]) -> dict[str, NDArray[np.float64]]:
-        """One device's own numbers from its upload: its seed, and of each pair either private mask key."""
+    def unmask_upload(self, name: str, seed: bytes, keys: Mapping[str, bytes]) -> dict[str, NDArray[np.float64]]:
+        """A device's own numbers from its upload, its seed, and either private mask key of each of its pairs."""
         assert self.plan is not None
         session, spec, plan = self.session.session, self.fleet.spec.vector, self.plan.digest()
         found = [Mask(masks.self_key(seed, session.context, plan, name), add=False)]
@@ -88,7 +88,7 @@ class Coordinator:
         return spec.decode(vector, 1)
 
     def sum_over(self, part: Sequence[str], gone: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-        """The sum over ``part`` from ``responses``: its seeds come off, and the masks that it shares with ``gone``."""
+        """The sum over ``part`` from ``responses``: without its self masks, and its pair masks with ``gone``."""
         assert self.plan is not None
         session, spec, plan = self.session.session, self.fleet.spec.vector, self.plan.digest()
         recovery = Recovery(session, self.plan, self.session.encrypted_shares, self.responses)
@@ -109,18 +109,18 @@ class Coordinator:
         return spec.decode(total, len(part))
 
     def assert_sum(self, part: Sequence[str], values: Mapping[str, NDArray[np.float64]]) -> None:
-        """The attack has succeeded: this is the sum over ``part`` alone."""
+        """The attack succeeded: this is the sum over ``part`` alone."""
         for segment in self.fleet.spec.vector.segments:
             plain = np.sum([self.fleet.plain[name][segment.name] for name in part], axis=0)
             assert np.abs(values[segment.name] - plain).max() < len(part) * self.fleet.spec.vector.step(segment)
 
-    def agreement(self, name: str, survivors: Survivors) -> bytes:
+    def consistency_signature(self, name: str, survivors: Survivors) -> bytes:
         """The signature of a device on a survivor set."""
         raw = self.ask(name, "on_survivors", survivors)
         return envelope.signature(raw)
 
     def assert_exposed(self, name: str, values: Mapping[str, NDArray[np.float64]]) -> None:
-        """The attack has succeeded: these are the device's own numbers."""
+        """The attack succeeded: these are the device's own numbers."""
         for segment in self.fleet.spec.vector.segments:
             error = np.abs(values[segment.name] - self.fleet.plain[name][segment.name]).max()
             assert error < self.fleet.spec.vector.step(segment)
@@ -137,8 +137,8 @@ def malicious(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Call
 
 
 @pytest.fixture
-def circle(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Callable[..., Coordinator]:
-    """Make a malicious coordinator over honest devices on a sparse graph, small as it is, which each of them allows."""
+def sparse(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Callable[..., Coordinator]:
+    """Make a malicious coordinator over honest devices that allow a small sparse graph."""
 
     def make(devices: int, *, degree: int, threshold: int, minimum_survivors: int) -> Coordinator:
         spec = spec_of(devices, degree=degree, threshold=threshold, minimum_survivors=minimum_survivors)

@@ -1,4 +1,4 @@
-"""Two unmask requests in one round: in one the victim has survived, in the other it was dropped."""
+"""Two unmask requests in one round: in one the victim survived, in the other it dropped out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def two_sets(coordinator: Any) -> tuple[Survivors, Survivors]:
 
 
 def asked_twice(coordinator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Ask every device but the victim both questions, from the state that it was in before the first."""
+    """Send every device except the victim both requests, each from its state before the first."""
     fleet = coordinator.fleet
     with_victim, without = two_sets(coordinator)
     seeds, keys = {}, {}
@@ -36,14 +36,14 @@ def asked_twice(coordinator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return seeds, keys
 
 
-def test_a_device_opens_one_survivor_set_a_round(malicious: Callable[..., Any]) -> None:
+def test_a_device_reveals_shares_for_one_survivor_set_in_a_round(malicious: Callable[..., Any]) -> None:
     coordinator = malicious()
     coordinator.collect()
     with refused(ProtocolError, "single-use"):
         asked_twice(coordinator)
 
 
-def test_a_device_agrees_to_one_survivor_set_a_round(malicious: Callable[..., Any]) -> None:
+def test_a_device_signs_one_survivor_set_in_a_round(malicious: Callable[..., Any]) -> None:
     coordinator = malicious(Adversary.ACTIVE)
     coordinator.collect()
     first, second = two_sets(coordinator)
@@ -54,7 +54,7 @@ def test_a_device_agrees_to_one_survivor_set_a_round(malicious: Callable[..., An
         coordinator.ask("device-000", "on_survivors", second)
 
 
-def test_a_device_opens_only_the_survivor_set_that_it_agreed_to(malicious: Callable[..., Any]) -> None:
+def test_a_device_reveals_shares_only_for_the_survivor_set_that_it_signed(malicious: Callable[..., Any]) -> None:
     coordinator = malicious(Adversary.ACTIVE)
     coordinator.collect()
     first, second = two_sets(coordinator)
@@ -64,22 +64,22 @@ def test_a_device_opens_only_the_survivor_set_that_it_agreed_to(malicious: Calla
 
 
 def test_the_threshold_lets_no_two_groups_answer_differently(malicious: Callable[..., Any]) -> None:
-    # One question a device: with t of n on each side of the lie, some device would have to answer both.
+    # One request for each device: with t of n on either side of the lie, some device would have to answer both.
     coordinator = malicious()
     coordinator.collect()
     with_victim, without = two_sets(coordinator)
     seeds, keys = {}, {}
     for number, name in enumerate(sorted(set(coordinator.uploads) - {VICTIM})):
-        question = with_victim if number < 2 else without
-        opening = coordinator.open_verified(
-            name, UnmaskResponse, coordinator.ask(name, "on_unmask", Unmask(question, {}))
+        request = with_victim if number < 2 else without
+        response = coordinator.open_verified(
+            name, UnmaskResponse, coordinator.ask(name, "on_unmask", Unmask(request, {}))
         )
-        seeds[name], keys[name] = opening.seeds, opening.keys
+        seeds[name], keys[name] = response.seeds, response.keys
     recovery = coordinator.recover(seeds, keys)
     assert recovery.seed(VICTIM) is None or recovery.mask_key(VICTIM) is None
 
 
-def test_with_the_latch_taken_out_the_victim_is_exposed(
+def test_without_single_use_the_victim_is_exposed(
     malicious: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coordinator = malicious()
@@ -87,4 +87,4 @@ def test_with_the_latch_taken_out_the_victim_is_exposed(
     monkeypatch.setattr(SingleUse, "take", lambda self, what: None)
     recovery = coordinator.recover(*asked_twice(coordinator))
     seed, key = recovery.seed(VICTIM), recovery.mask_key(VICTIM)
-    coordinator.assert_exposed(VICTIM, coordinator.strip(VICTIM, seed, {VICTIM: key}))
+    coordinator.assert_exposed(VICTIM, coordinator.unmask_upload(VICTIM, seed, {VICTIM: key}))

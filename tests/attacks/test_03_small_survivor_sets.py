@@ -1,4 +1,4 @@
-"""Survivor sets that isolate a victim: too small, empty, or without the device that is asked."""
+"""Survivor sets that isolate a victim: too small, empty, or without the receiving device."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -27,7 +27,7 @@ def isolating(coordinator: Any, survivors: Collection[str]) -> Survivors:
 
 @pytest.mark.parametrize("survivors", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("adversary", Adversary)
-def test_no_device_opens_a_survivor_set_that_isolates_the_victim(
+def test_no_device_unmasks_a_survivor_set_that_isolates_the_victim(
     malicious: Callable[..., Any], adversary: Adversary, survivors: Collection[str]
 ) -> None:
     coordinator = malicious(adversary)
@@ -39,7 +39,7 @@ def test_no_device_opens_a_survivor_set_that_isolates_the_victim(
             coordinator.ask(name, "on_survivors" if active else "on_unmask", message if active else Unmask(message, {}))
 
 
-def test_no_device_opens_a_survivor_set_without_itself(malicious: Callable[..., Any]) -> None:
+def test_no_device_unmasks_a_survivor_set_without_itself(malicious: Callable[..., Any]) -> None:
     coordinator = malicious()
     coordinator.collect()
     message = isolating(coordinator, sorted(set(coordinator.uploads) - {"device-000"}))
@@ -60,18 +60,18 @@ def test_without_the_check_the_victim_is_exposed(
     }
     recovery = coordinator.recover({n: o.seeds for n, o in found.items()}, {n: o.keys for n, o in found.items()})
     keys = {name: recovery.mask_key(name) for name in coordinator.uploads if name != VICTIM}
-    coordinator.assert_exposed(VICTIM, coordinator.strip(VICTIM, recovery.seed(VICTIM), keys))
+    coordinator.assert_exposed(VICTIM, coordinator.unmask_upload(VICTIM, recovery.seed(VICTIM), keys))
 
 
-def test_ghosts_do_not_make_a_plan_large_enough(circle: Callable[..., Any]) -> None:
-    """On a sparse graph a device has no boxes of most others: the coordinator makes members up that nobody has met."""
-    fleet = circle(12, degree=4, threshold=4, minimum_survivors=10).fleet
+def test_invented_members_do_not_make_a_plan_large_enough(sparse: Callable[..., Any]) -> None:
+    """On a sparse graph a device has no shares of most others, so the coordinator invents members."""
+    fleet = sparse(12, degree=4, threshold=4, minimum_survivors=10).fleet
     session = fleet.establish()
     _, plans = fleet.begin(session)
-    near = {VICTIM, *session.session.neighbors(VICTIM, session.devices)}
+    neighborhood = {VICTIM, *session.session.neighbors(VICTIM, session.devices)}
     message = envelope.open_verified(Assignment, plans[VICTIM], fleet.key.public, "coordinator")
-    for made_up, about, value in ((["ghost-1", "zed"], "plan.members", "ghost-1"), ([], "plan.size", 8)):
-        members = tuple(sorted([*near, *made_up, *sorted(set(session.devices) - near)[:3]]))
+    for invented, about, value in ((["ghost-1", "zed"], "plan.members", "ghost-1"), ([], "plan.size", 8)):
+        members = tuple(sorted([*neighborhood, *invented, *sorted(set(session.devices) - neighborhood)[:3]]))
         lie = envelope.sign(
             fleet.key, dataclasses.replace(message, plan=dataclasses.replace(message.plan, members=members))
         )

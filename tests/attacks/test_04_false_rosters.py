@@ -1,4 +1,4 @@
-"""A roster with a replaced key, a replayed advert, or a device of the coordinator's own making."""
+"""A roster with a replaced key, a replayed advert, or a device that the coordinator created."""
 
 import dataclasses
 import datetime as dt
@@ -27,7 +27,7 @@ def fleet(fleet_of: Callable[..., Any]) -> Any:
 
 
 def advertised(fleet: Any) -> tuple[Any, dict[str, bytes], bytes]:
-    """Everyone's advert, and the offer's digest."""
+    """The advert of every device, and the offer."""
     state, offer = fleet.offer()
     return state, {name: fleet.join(name, offer) for name in fleet.devices}, offer
 
@@ -37,7 +37,7 @@ def roster_of(fleet: Any, offer: bytes, adverts: dict[str, bytes]) -> bytes:
 
 
 def forged(fleet: Any, raw: bytes, **changes: Any) -> bytes:
-    """Another device's advert with the coordinator's keys in it, signed by the only key the coordinator has."""
+    """Another device's advert with keys of the coordinator in it, signed by the only key that the coordinator has."""
     body = dataclasses.replace(Advert.decode(envelope.unverified_body(raw)), **changes)
     return envelope.sign(fleet.key, body)
 
@@ -49,7 +49,7 @@ def test_an_advert_with_a_replaced_key_is_refused(fleet: Any) -> None:
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 
 
-def test_with_signatures_unchecked_replaced_keys_open_the_victims_secrets(
+def test_with_signatures_unchecked_replaced_keys_reveal_the_victims_secrets(
     fleet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, adverts, _ = advertised(fleet)
@@ -84,7 +84,7 @@ def test_the_victims_own_advert_cannot_be_replaced_by_an_older_one_of_its_own(fl
     state, offer = fleet.offer()
     adverts = {name: fleet.join(name, offer) for name in fleet.devices}
     older = adverts[VICTIM]
-    fleet.join(VICTIM, offer)  # joins once more: new keys
+    fleet.join(VICTIM, offer)  # joins again, with new keys
     with refused(ProtocolError, "roster.self"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, {**adverts, VICTIM: older}))
 
@@ -117,7 +117,7 @@ def test_with_its_offer_unchecked_a_replayed_advert_is_accepted(fleet: Any, monk
 
 
 def with_a_sybil(fleet: Any) -> bytes:
-    """An offer whose last member the coordinator made itself, with an authority of the same name."""
+    """An offer whose last member the coordinator created, with an authority of the same name."""
     own = Authority.create("test authority", fleet.entropy, BEGIN, END)
     sybil = own.issue("zed", IdentityKey.generate(fleet.entropy).public, not_before=BEGIN, not_after=END)
     _, offer = fleet.offer()

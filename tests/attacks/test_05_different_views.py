@@ -1,7 +1,7 @@
-"""Different plans, models or rosters for different devices: never a sum that means something.
+"""Different plans, models or rosters for different devices never give a meaningful sum.
 
-A coordinator that gives one victim another model than the rest can tell the victim's update from the sum
-(Pasquini et al. 2022). Here the plan is in every mask, so masks of different plans do not cancel.
+A coordinator that gives a victim another model than the rest can separate the victim's update from the sum (Pasquini et
+al. 2022). Here the plan is bound into every mask, so masks of different plans do not cancel.
 """
 
 import dataclasses
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregation import envelope
+from aggregation import envelope, masks, ring
 from aggregation.errors import DataError, ProtocolError
+from aggregation.masks import Mask
 from aggregation.messages import Assignment, Plan, Survivors, Unmask, UnmaskResponse
 from aggregation.spec import Adversary
 from tests.support import refused
@@ -21,7 +22,7 @@ VICTIM = "device-002"
 
 
 def two_models(coordinator: Any) -> tuple[Plan, Plan]:
-    """The victim is sent another model; the uploads are in ``coordinator.uploads``."""
+    """Send the victim another model; the uploads are in ``coordinator.uploads``."""
     fleet = coordinator.fleet
     coordinator.session = fleet.establish()
     coordinator.state, plans = fleet.begin(coordinator.session)
@@ -32,11 +33,11 @@ def two_models(coordinator: Any) -> tuple[Plan, Plan]:
     return honest, other
 
 
-def opened(coordinator: Any, honest: Plan, other: Plan) -> dict[str, Any]:
-    """Each device is asked in terms of the plan that it was shown; then everything is opened and added up."""
+def unmasked(coordinator: Any, honest: Plan, other: Plan) -> dict[str, Any]:
+    """Ask each device for shares under the plan that it was shown; then unmask and add everything."""
     fleet = coordinator.fleet
     vectors = {
-        name: envelope.open_vector(raw, len_of(coordinator), fleet.devices[name].identity.public, name)
+        name: envelope.open_vector(raw, packed_size(coordinator), fleet.devices[name].identity.public, name)
         for name, raw in coordinator.uploads.items()
     }
     digests = {name: header.vector for name, (header, _) in vectors.items()}
@@ -44,25 +45,20 @@ def opened(coordinator: Any, honest: Plan, other: Plan) -> dict[str, Any]:
     for name in coordinator.uploads:
         message = Unmask(Survivors((other if name == VICTIM else honest).digest(), digests), {})
         found[name] = coordinator.open_verified(name, UnmaskResponse, coordinator.ask(name, "on_unmask", message))
-    recovery = coordinator.recover({name: opening.seeds for name, opening in found.items()}, {})
+    recovery = coordinator.recover({name: response.seeds for name, response in found.items()}, {})
     return total(coordinator, {name: recovery.seed(name) for name in found}, honest, other)
 
 
-def len_of(coordinator: Any) -> int:
-    from aggregation import ring
-
+def packed_size(coordinator: Any) -> int:
     vector = coordinator.fleet.spec.vector
     return ring.packed_size(vector.size, vector.ring_bits)
 
 
 def total(coordinator: Any, seeds: dict[str, Any], honest: Plan, other: Plan) -> dict[str, Any]:
-    from aggregation import masks, ring
-    from aggregation.masks import Mask
-
     spec, context = coordinator.fleet.spec.vector, coordinator.session.session.context
     out = ring.zeros(spec.size, spec.ring_bits)
     for name, raw in coordinator.uploads.items():
-        out += ring.unpack(raw[: len_of(coordinator)], spec.size, spec.ring_bits)
+        out += ring.unpack(raw[: packed_size(coordinator)], spec.size, spec.ring_bits)
         plan = (other if name == VICTIM else honest).digest()
         masks.apply(out, [Mask(masks.self_key(seeds[name], context, plan, name), add=False)])
     return spec.decode(out, len(seeds))  # type: ignore[no-any-return]
@@ -71,16 +67,16 @@ def total(coordinator: Any, seeds: dict[str, Any], honest: Plan, other: Plan) ->
 def test_the_sum_over_two_models_is_noise(malicious: Callable[..., Any]) -> None:
     coordinator = malicious()
     with refused(DataError, "vector.delta"):
-        opened(coordinator, *two_models(coordinator))
+        unmasked(coordinator, *two_models(coordinator))
 
 
-def test_with_the_model_left_out_of_the_plans_digest_the_sum_comes_out(
+def test_without_the_model_in_the_plans_digest_the_sum_is_unmasked(
     malicious: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     genuine = Plan.digest
     monkeypatch.setattr(Plan, "digest", lambda plan: genuine(dataclasses.replace(plan, adapter_digest="0" * 64)))
     coordinator = malicious()
-    values = opened(coordinator, *two_models(coordinator))
+    values = unmasked(coordinator, *two_models(coordinator))
     plain = np.sum([own["delta"] for own in coordinator.fleet.plain.values()], axis=0)
     assert np.abs(values["delta"] - plain).max() < 1e-4
 
@@ -92,12 +88,12 @@ def test_an_honest_coordinator_refuses_an_upload_for_another_model(malicious: Ca
         coordinator.state.on_masked_input(VICTIM, coordinator.uploads[VICTIM])
 
 
-def test_devices_that_were_shown_different_models_never_agree(malicious: Callable[..., Any]) -> None:
+def test_devices_shown_different_models_never_form_a_quorum(malicious: Callable[..., Any]) -> None:
     coordinator = malicious(Adversary.ACTIVE)
     honest, other = two_models(coordinator)
     fleet = coordinator.fleet
     digests = {
-        name: envelope.open_vector(raw, len_of(coordinator), fleet.devices[name].identity.public, name)[0].vector
+        name: envelope.open_vector(raw, packed_size(coordinator), fleet.devices[name].identity.public, name)[0].vector
         for name, raw in coordinator.uploads.items()
     }
     coordinator.ask(VICTIM, "on_survivors", Survivors(other.digest(), digests))
@@ -110,7 +106,7 @@ def test_devices_that_were_shown_different_models_never_agree(malicious: Callabl
         coordinator.ask(VICTIM, "on_unmask", Unmask(Survivors(other.digest(), digests), signatures))
 
 
-def test_a_victim_with_a_roster_of_its_own_is_in_nobody_elses_session(fleet_of: Callable[..., Any]) -> None:
+def test_a_victim_with_its_own_roster_is_in_no_other_session(fleet_of: Callable[..., Any]) -> None:
     fleet = fleet_of(6)
     state, offer = fleet.offer()
     for name in sorted(fleet.devices):

@@ -1,4 +1,4 @@
-"""Offers whose parameters void the masks: a tiny ring, a threshold of one, a cohort of two, a weaker adversary."""
+"""Offers whose parameters make the masks useless: a tiny ring, a low threshold, a cohort of two, a weaker adversary."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def offered(fleet: Any, spec: SessionSpec) -> bytes:
 
 
 @pytest.mark.parametrize(("changes", "about"), EVIL.values(), ids=EVIL)
-def test_the_offer_is_refused_and_without_the_policy_it_would_be_joined(
+def test_the_offer_is_refused_and_without_the_policy_joined(
     fleet: Any, spec_of: Callable[..., Any], changes: dict[str, Any], about: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offer = offered(fleet, spec_of(10, **changes))
@@ -57,7 +57,7 @@ def test_an_offer_that_contradicts_itself_does_not_even_decode(
 ) -> None:
     spec = spec_of(10)
     for name, value in changes.items():
-        object.__setattr__(spec, name, value)  # past the constructor, as an attacker's own encoder would
+        object.__setattr__(spec, name, value)  # bypasses the constructor, as an attacker's own encoder would
     with refused(ProtocolError, f"spec.{next(iter(changes))}", peer="coordinator"):
         client.join(fleet.devices[VICTIM], offered(fleet, spec), fleet.entropy)
 

@@ -1,6 +1,6 @@
-"""What one upload shows of its masks: nothing. Each check is shown to reject a generator that is in use elsewhere.
+"""An upload reveals nothing about its masks. Each check is shown to reject a generator that is in use elsewhere.
 
-Bounds are set so that a good generator fails once in millions of runs; inputs are fixed, so runs agree anyway.
+A good generator fails a bound once in millions of runs; inputs are fixed, so all runs give the same result.
 """
 
 import random
@@ -21,7 +21,7 @@ TWISTER = 19_937  # bits of the Mersenne Twister's state: no bit stream of it is
 
 
 def upload(fleet: Any) -> NDArray[np.uint32]:
-    """A single masked vector of nothing but zeros, as it travels."""
+    """A masked vector of zeros, as it travels."""
     _, plans = fleet.begin(fleet.establish())
     begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
     spec = fleet.spec.vector
@@ -35,7 +35,7 @@ def fleet(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Any:
 
 
 def twister(vector: NDArray[np.uint32], given: Sequence[Mask], threads: int) -> None:
-    """Masks from a seeded Mersenne Twister, as in implementations that are widely used."""
+    """Masks from a seeded Mersenne Twister, as in widely used implementations."""
     for mask in given:
         generator = random.Random(int.from_bytes(mask.key[:4], "big"))  # noqa: S311 - the weakness under test
         stream = np.frombuffer(generator.randbytes(vector.nbytes), np.uint32)
@@ -57,13 +57,13 @@ def complexity(bits: NDArray[np.uint8]) -> int:
 
 
 def linear(bits: NDArray[np.uint8], state: int) -> bool:
-    """Whether the stream could be a linear register with so many bits of state: a random one needs half its length."""
+    """Whether a linear register of so many bits can produce the stream; a random stream needs half its length."""
     assert bits.size > 2 * state + 64
     return complexity(bits) <= state
 
 
 def uneven(vector: NDArray[np.uint32]) -> bool:
-    """Chi-square of each byte of the elements over its 256 values, beyond five standard deviations."""
+    """Whether the chi-square of a byte of the elements over its 256 values is beyond five standard deviations."""
     octets = vector.view(np.uint8).reshape(-1, 4)[:, :3]
     for column in octets.T:
         counts = np.bincount(column, minlength=256)
@@ -74,7 +74,7 @@ def uneven(vector: NDArray[np.uint32]) -> bool:
 
 
 def narrow(keys: Sequence[bytes]) -> bool:
-    """Whether a bit of the keys is stuck or skewed: a seed of 32 bits in a field of 256 leaves most of them so."""
+    """Whether a bit of the keys is constant or skewed, as most bits of a 32-bit seed in a 256-bit field are."""
     bits = np.unpackbits(np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), 32), axis=1)
     return bool((np.abs(bits.mean(axis=0) - 0.5) > 6 * 0.5 / np.sqrt(len(keys))).any())
 
@@ -94,7 +94,7 @@ def test_the_low_bits_of_an_upload_show_no_linear_generator(fleet: Any) -> None:
 def test_the_search_for_a_linear_generator_finds_one(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "apply", twister)
     low = (upload(fleet) & 1).astype(np.uint8)[: 2 * TWISTER + 2000]
-    # Three twisters under one sum: the carry never reaches the lowest bit, and their registers are one and the same.
+    # Three twisters in one sum: no carry reaches the lowest bit, and all three have the same register.
     assert linear(low, TWISTER)
 
 
@@ -175,7 +175,7 @@ def test_every_bit_of_a_key_varies(fleet_of: Callable[..., Any], monkeypatch: py
     assert {len(key) for key in keys} == {32}
     assert len(keys) > 400
     assert not narrow(keys)
-    assert narrow([bytes(28) + key[:4] for key in keys])  # what a 32-bit seed looks like
+    assert narrow([bytes(28) + key[:4] for key in keys])  # 32-bit seeds
 
 
 def test_secrets_of_the_devices_have_256_bits(fleet_of: Callable[..., Any]) -> None:

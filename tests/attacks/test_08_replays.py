@@ -1,4 +1,4 @@
-"""Replays: a masked input, shares, or openings of another round or another session."""
+"""Replays of a masked input, shares or unmask responses of another round or session."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ def test_a_masked_input_of_another_round_is_refused(fleet: Any) -> None:
         second.on_masked_input(ME, old)
 
 
-def test_with_the_plan_left_out_a_replayed_input_would_be_added(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_plan_a_replayed_input_is_added(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Plan, "digest", lambda plan: bytes(32))
     old, second = two_rounds(fleet)
     assert second.on_masked_input(ME, old).total.any()
@@ -54,7 +54,7 @@ def test_shares_of_another_session_are_refused(fleet: Any) -> None:
         state.on_shares(ME, old)
 
 
-def test_with_the_context_left_out_replayed_shares_would_be_taken(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_context_replayed_shares_are_accepted(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "context_of", lambda offer, roster: bytes(32))
     _, roster = sharing(fleet)
     old = fleet.share(ME, roster)
@@ -70,7 +70,7 @@ def test_a_plan_of_another_session_is_refused(fleet: Any) -> None:
 
 
 @pytest.mark.parametrize("step", ["survivors", "unmask"])
-def test_questions_of_another_round_are_refused(fleet: Any, step: str) -> None:
+def test_requests_of_another_round_are_refused(fleet: Any, step: str) -> None:
     state, bodies = fleet.collect(fleet.establish())
     if step == "unmask":
         state, bodies = fleet.confirm(state, bodies)
@@ -102,15 +102,15 @@ def test_answers_of_another_round_are_refused(fleet: Any, step: str) -> None:
         if number and step == "unmask":
             with refused(ProtocolError, "unmask-response.survivors"):
                 state.on_unmask_response(ME, kept["unmask"])
-        for name, opening in responses.items():
-            state = state.on_unmask_response(name, opening)
+        for name, response in responses.items():
+            state = state.on_unmask_response(name, response)
         kept = {"survivors": answers[ME], "unmask": responses[ME]}
         session, result = state.close()
         fleet.assert_sum(result)
 
 
 def test_a_device_in_two_sessions_at_once_keeps_them_apart(fleet: Any) -> None:
-    """The coordinator crosses them at every step: what belongs to one is refused in the other, and both end well."""
+    """The coordinator swaps their messages: each is refused in the other session, and both give their sums."""
     device = fleet.devices[ME]
     sessions, states = [], []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Damaged messages at every step are in tests/properties/test_tampering.py; here, that those tests can fail."""
+"""Shows that the tests of damaged messages (tests/properties/test_tampering.py) can fail."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +14,11 @@ ME = "device-000"
 
 
 def flipped_training(plan: bytes) -> bytes:
-    """One bit of the trainer's settings: no field of the plan is ill-formed by it."""
+    """The plan with one bit of the trainer's settings flipped: every field is still well formed."""
     return plan.replace(b"settings", b"settingr", 1)
 
 
-def test_a_flipped_bit_in_the_settings_is_refused_and_without_signatures_would_pass(
+def test_a_flipped_bit_in_the_settings_is_refused_and_without_signatures_accepted(
     fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = fleet_of(4)
@@ -30,7 +30,7 @@ def test_a_flipped_bit_in_the_settings_is_refused_and_without_signatures_would_p
     assert state.on_plan(device, flipped_training(plans[ME])).plan.training == b"settingr"
 
 
-def test_left_over_bytes_are_refused_and_without_that_check_would_pass(
+def test_trailing_bytes_are_refused_and_without_the_check_accepted(
     fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = fleet_of(4)
@@ -42,7 +42,7 @@ def test_left_over_bytes_are_refused_and_without_that_check_would_pass(
     state.on_plan(device, plans[ME] + b"\x00")
 
 
-def test_an_oversized_message_is_refused_before_its_signature_is_looked_at(
+def test_an_oversized_message_is_refused_before_its_signature_is_verified(
     fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[str] = []

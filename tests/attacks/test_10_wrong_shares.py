@@ -1,4 +1,4 @@
-"""A device that sends or deals wrong shares: named, and the round ends with the right sum or none."""
+"""A device that reveals or deals wrong shares is blamed, and the round ends with the right sum or without one."""
 
 import dataclasses
 import hashlib
@@ -16,40 +16,40 @@ from aggregation.sharing import SharePair
 SMALL = "device-000"  # first in order: its shares are among the first t
 
 
-def spoil(share: bytes) -> bytes:
-    """Nothing to do with it: errors of one in several shares can cancel."""
+def spoiled_share(share: bytes) -> bytes:
+    """An unrelated value: errors of one in several shares could cancel."""
     return b"\x00" + hashlib.sha256(share).digest()
 
 
-def wrong_opening(fleet: Any, name: str, raw: bytes) -> bytes:
+def wrong_response(fleet: Any, name: str, raw: bytes) -> bytes:
     device = fleet.devices[name]
     message = envelope.open_verified(UnmaskResponse, raw, device.identity.public, name)
     changed = {
-        "seeds": {dealer: spoil(share) for dealer, share in message.seeds.items()},
-        "keys": {dealer: spoil(share) for dealer, share in message.keys.items()},
+        "seeds": {dealer: spoiled_share(share) for dealer, share in message.seeds.items()},
+        "keys": {dealer: spoiled_share(share) for dealer, share in message.keys.items()},
     }
     return envelope.sign(device.identity, dataclasses.replace(message, **changed))
 
 
-def round_with_liars(fleet: Any, liars: Collection[str], lost: Collection[str] = ()) -> Any:
-    state, bodies = fleet.confirm(*fleet.collect(fleet.establish(), {"input": lost}))
+def round_with_liars(fleet: Any, liars: Collection[str], dropouts: Collection[str] = ()) -> Any:
+    state, bodies = fleet.confirm(*fleet.collect(fleet.establish(), {"input": dropouts}))
     for name in bodies:
         answer = fleet.answer("on_unmask", name, bodies[name])
-        state = state.on_unmask_response(name, wrong_opening(fleet, name, answer) if name in liars else answer)
+        state = state.on_unmask_response(name, wrong_response(fleet, name, answer) if name in liars else answer)
     return state.close()
 
 
-@pytest.mark.parametrize("lost", [(), ("device-003",)])
-def test_a_device_that_sends_wrong_shares_is_named_and_the_round_ends(
-    fleet_of: Callable[..., Any], lost: tuple[str, ...]
+@pytest.mark.parametrize("dropouts", [(), ("device-003",)])
+def test_a_device_that_reveals_wrong_shares_is_blamed_and_the_sum_is_right(
+    fleet_of: Callable[..., Any], dropouts: tuple[str, ...]
 ) -> None:
     fleet = fleet_of(8)
-    _, result = round_with_liars(fleet, [SMALL], lost)
+    _, result = round_with_liars(fleet, [SMALL], dropouts)
     assert result.blamed == (SMALL,)
     fleet.assert_sum(result)
 
 
-def test_as_many_liars_as_leave_a_threshold_of_good_shares_are_all_named(fleet_of: Callable[..., Any]) -> None:
+def test_as_many_liars_as_leave_a_threshold_of_good_shares_are_all_blamed(fleet_of: Callable[..., Any]) -> None:
     fleet = fleet_of(10)
     liars = sorted(fleet.devices)[: 10 - fleet.spec.threshold]
     _, result = round_with_liars(fleet, liars)
@@ -57,7 +57,7 @@ def test_as_many_liars_as_leave_a_threshold_of_good_shares_are_all_named(fleet_o
     fleet.assert_sum(result)
 
 
-def test_one_liar_more_ends_the_round_without_a_sum_and_names_them_all(fleet_of: Callable[..., Any]) -> None:
+def test_one_liar_more_aborts_the_round_and_all_are_blamed(fleet_of: Callable[..., Any]) -> None:
     fleet = fleet_of(10)
     liars = sorted(fleet.devices)[: 11 - fleet.spec.threshold]
     outcome = round_with_liars(fleet, liars)
@@ -68,7 +68,7 @@ def test_one_liar_more_ends_the_round_without_a_sum_and_names_them_all(fleet_of:
     assert fleet.begin(outcome.session, cohort=honest).reason is AbortReason.TOO_FEW
 
 
-def test_with_commitments_unchecked_a_wrong_share_makes_a_wrong_seed(
+def test_with_commitments_unchecked_a_wrong_share_produces_a_wrong_seed(
     fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matched: list[bool] = []
@@ -86,23 +86,23 @@ def test_with_commitments_unchecked_a_wrong_share_makes_a_wrong_seed(
     monkeypatch.setattr(recovery, "commitment", lambda *given: Anything(genuine(*given)))
     fleet = fleet_of(8)
     outcome = round_with_liars(fleet, [SMALL])
-    assert matched == [False] * 8  # every seed is wrong, nobody is named
+    assert matched == [False] * 8  # every seed is wrong, and no device is blamed
     assert isinstance(outcome, RoundAborted) or not np.allclose(
         outcome[1].values["delta"], np.sum([own["delta"] for own in fleet.plain.values()], axis=0)
     )
 
 
 def deal_badly(fleet: Any, dealer: str, cheated: Collection[str], *, digests: bool, monkeypatch: Any) -> Any:
-    """``dealer`` gives ``cheated`` wrong shares; with digests of what it gave, or of what it should have given."""
+    """``dealer`` deals ``cheated`` wrong shares, with digests of these or of the right ones."""
     genuine = sharing.encrypt
 
     def encrypt(session: Any, share_key: bytes, who: str, holder: str, pairs: dict[int, SharePair]) -> Any:
         right = genuine(session, share_key, who, holder, pairs)
         if who != dealer or holder not in cheated:
             return right
-        wrong = {number: SharePair(spoil(pair.seed), spoil(pair.key)) for number, pair in pairs.items()}
-        box = genuine(session, share_key, who, holder, wrong)
-        return box if digests else dataclasses.replace(box, digests=right.digests)
+        wrong = {number: SharePair(spoiled_share(pair.seed), spoiled_share(pair.key)) for number, pair in pairs.items()}
+        encrypted = genuine(session, share_key, who, holder, wrong)
+        return encrypted if digests else dataclasses.replace(encrypted, digests=right.digests)
 
     monkeypatch.setattr(sharing, "encrypt", encrypt)
     session = fleet.establish()
@@ -110,7 +110,7 @@ def deal_badly(fleet: Any, dealer: str, cheated: Collection[str], *, digests: bo
     return session
 
 
-def test_a_dealer_whose_shares_do_not_fit_together_is_named_and_not_its_holders(
+def test_a_dealer_of_inconsistent_shares_is_blamed_and_not_its_holders(
     fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = fleet_of(8)
@@ -120,7 +120,7 @@ def test_a_dealer_whose_shares_do_not_fit_together_is_named_and_not_its_holders(
     fleet.assert_sum(result)
 
 
-def test_a_dealer_who_cheats_everyone_ends_the_round_and_is_named_and_the_next_goes_on_without_it(
+def test_a_dealer_that_cheats_its_holders_aborts_one_round_and_is_excluded(
     fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = fleet_of(8)
@@ -135,7 +135,7 @@ def test_a_dealer_who_cheats_everyone_ends_the_round_and_is_named_and_the_next_g
 
 
 @pytest.mark.parametrize(("devices", "cheated"), [(10, (0, 2, 7, 9)), (24, tuple(range(9)))])
-def test_the_round_ends_where_a_dealer_left_a_threshold_of_good_shares(
+def test_the_sum_is_right_if_a_dealer_left_a_threshold_of_good_shares(
     fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, devices: int, cheated: tuple[int, ...]
 ) -> None:
     fleet = fleet_of(devices)
@@ -147,14 +147,14 @@ def test_the_round_ends_where_a_dealer_left_a_threshold_of_good_shares(
     fleet.assert_sum(result)
 
 
-@pytest.mark.parametrize("lost", [(), ("device-005",)])
-def test_a_dealer_none_of_whose_boxes_open_costs_one_round(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, lost: tuple[str, ...]
+@pytest.mark.parametrize("dropouts", [(), ("device-005",)])
+def test_a_dealer_whose_shares_do_not_decrypt_costs_one_round(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dropouts: tuple[str, ...]
 ) -> None:
     fleet = fleet_of(8)
     others = sorted(set(fleet.devices) - {"device-005"})
     session = deal_badly(fleet, "device-005", others, digests=False, monkeypatch=monkeypatch)
-    outcome = fleet.round(session, {"input": lost})
+    outcome = fleet.round(session, {"input": dropouts})
     assert isinstance(outcome, RoundAborted)
     assert (outcome.reason, outcome.blamed) == (AbortReason.UNRECOVERABLE, ("device-005",))
     _, result = fleet.round(outcome.session)
@@ -162,11 +162,11 @@ def test_a_dealer_none_of_whose_boxes_open_costs_one_round(
     fleet.assert_sum(result)
 
 
-def test_a_device_that_withholds_its_shares_has_nobody_left_out(fleet_of: Callable[..., Any]) -> None:
+def test_a_device_that_withholds_its_shares_excludes_no_other_device(fleet_of: Callable[..., Any]) -> None:
     fleet = fleet_of(8)
     threshold = fleet.spec.threshold
     state, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
-    for name in sorted(bodies)[:threshold]:  # just enough, but one of them gives nothing
+    for name in sorted(bodies)[:threshold]:  # a threshold of devices, one of which reveals nothing
         answer = fleet.answer("on_unmask", name, bodies[name])
         if name == SMALL:
             identity = fleet.devices[name].identity
@@ -180,19 +180,19 @@ def test_a_device_that_withholds_its_shares_has_nobody_left_out(fleet_of: Callab
     assert len(result.survivors) == 8
 
 
-@pytest.mark.parametrize("lost", [(), ("device-005",)])
-def test_a_dealer_whose_box_does_not_hold_what_it_says_stops_nobody(
-    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, lost: tuple[str, ...]
+@pytest.mark.parametrize("dropouts", [(), ("device-005",)])
+def test_a_dealer_whose_shares_do_not_match_their_digests_stops_no_round(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dropouts: tuple[str, ...]
 ) -> None:
-    # The holder finds out when it opens the box; it then has no share of that dealer, and blames nobody.
+    # The holder finds out when it decrypts; it then has no share of that dealer, and no device is blamed.
     fleet = fleet_of(8)
     session = deal_badly(fleet, "device-005", ["device-000"], digests=False, monkeypatch=monkeypatch)
-    _, result = fleet.round(session, {"input": lost})
+    _, result = fleet.round(session, {"input": dropouts})
     assert result.blamed == ()
     fleet.assert_sum(result)
 
 
-def test_a_box_that_does_not_open_stops_nobody(fleet_of: Callable[..., Any]) -> None:
+def test_shares_that_do_not_decrypt_stop_no_round(fleet_of: Callable[..., Any]) -> None:
     fleet = fleet_of(8)
     state, offer = fleet.offer()
     for name in sorted(fleet.devices):
@@ -203,8 +203,8 @@ def test_a_box_that_does_not_open_stops_nobody(fleet_of: Callable[..., Any]) -> 
         if name == "device-005":
             device = fleet.devices[name]
             message = envelope.open_verified(Shares, raw, device.identity.public, name)
-            box = message.encrypted_shares[SMALL]
-            junk = dataclasses.replace(box, ciphertext=bytes(len(box.ciphertext)))
+            encrypted = message.encrypted_shares[SMALL]
+            junk = dataclasses.replace(encrypted, ciphertext=bytes(len(encrypted.ciphertext)))
             raw = envelope.sign(
                 device.identity,
                 dataclasses.replace(message, encrypted_shares={**message.encrypted_shares, SMALL: junk}),
@@ -216,31 +216,29 @@ def test_a_box_that_does_not_open_stops_nobody(fleet_of: Callable[..., Any]) -> 
 
 
 @pytest.mark.parametrize("rounds", [(1, 2), (1, 2, 3, 4)])
-def test_a_box_for_another_number_of_rounds_holds_nothing(
-    fleet_of: Callable[..., Any], rounds: tuple[int, ...]
-) -> None:
-    """The dealer sealed it well, with digests that fit; the coordinator passes it on against the rules."""
+def test_shares_for_another_number_of_rounds_are_dropped(fleet_of: Callable[..., Any], rounds: tuple[int, ...]) -> None:
+    """The dealer encrypted and digested them correctly; the coordinator forwards them against the rules."""
     fleet = fleet_of(4)
     established = fleet.establish()
     dealer = fleet.states["device-001"]
     pair = SharePair(bytes(33), bytes(33))
-    box = sharing.encrypt(established.session, dealer.share_key, "device-001", SMALL, dict.fromkeys(rounds, pair))
-    assert sharing.decrypt(established.session, fleet.states[SMALL].share_key, "device-001", SMALL, box) is None
+    encrypted = sharing.encrypt(established.session, dealer.share_key, "device-001", SMALL, dict.fromkeys(rounds, pair))
+    assert sharing.decrypt(established.session, fleet.states[SMALL].share_key, "device-001", SMALL, encrypted) is None
 
 
 @pytest.mark.parametrize("cut", [{"ciphertext": b""}, {"digests": ()}])
-def test_a_box_of_another_size_holds_nothing(fleet_of: Callable[..., Any], cut: dict[str, Any]) -> None:
+def test_shares_of_another_size_are_dropped(fleet_of: Callable[..., Any], cut: dict[str, Any]) -> None:
     fleet = fleet_of(4)
     established = fleet.establish()
-    box = dataclasses.replace(established.encrypted_shares["device-001"][SMALL], **cut)
-    assert sharing.decrypt(established.session, fleet.states[SMALL].share_key, "device-001", SMALL, box) is None
+    encrypted = dataclasses.replace(established.encrypted_shares["device-001"][SMALL], **cut)
+    assert sharing.decrypt(established.session, fleet.states[SMALL].share_key, "device-001", SMALL, encrypted) is None
 
 
 @pytest.mark.parametrize("dealt", [True, False])
-def test_a_share_that_is_no_number_of_the_field_is_a_wrong_one(
+def test_a_share_outside_the_field_is_a_wrong_share(
     fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, dealt: bool
 ) -> None:
-    monkeypatch.setitem(globals(), "spoil", lambda share: b"\xff" * len(share))
+    monkeypatch.setitem(globals(), "spoiled_share", lambda share: b"\xff" * len(share))
     fleet = fleet_of(8)
     if dealt:
         _, result = fleet.round(deal_badly(fleet, "device-005", [SMALL], digests=True, monkeypatch=monkeypatch))

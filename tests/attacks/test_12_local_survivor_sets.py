@@ -1,11 +1,11 @@
-"""On a sparse graph: show two stretches of the circle different survivor sets, and open what both leave over.
+"""On a sparse graph: show two stretches of the ring order different survivor sets, and unmask what both have in common.
 
-Each set is large enough and says the truth near its own stretch; far off it counts devices that the other stretch is
-told were lost. Between the stretches stand devices that sign one way each and open nothing. If a device asked only for
-the agreements of those that hold its shares, the sum would be over fewer devices than anyone had agreed to:
+Each set is large enough and correct near its own stretch; far away it includes devices that the other stretch is shown
+as dropouts. Between the stretches are devices that sign one set or the other and reveal no shares. If a device required
+only the signatures of the devices that hold its shares, the sum would be over fewer devices than any device signed for:
 
     stretch one              gap   stretch two              gap
-    A A A A A x x A A A A A  A B   B B B B B x x B B B B B  B A     x: dropped, as its own side is told
+    A A A A A x x A A A A A  A B   B B B B B x x B B B B B  B A     x: a dropout, as its own side is shown
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from aggregation.messages import Survivors, Unmask, UnmaskResponse
 from tests.support import refused
 
 STRETCH, MINIMUM = 12, 26
-SIDES = "A" * STRETCH + "AB" + "B" * STRETCH + "BA"  # along the circle: which set each device is shown
-LOST = {5: "A", 6: "A", 19: "B", 20: "B"}  # place on the circle → the side that says so
+SIDES = "A" * STRETCH + "AB" + "B" * STRETCH + "BA"  # in ring order: the set that each device is shown
+DROPOUTS = {5: "A", 6: "A", 19: "B", 20: "B"}  # place in the order → the side on which it is a dropout
 
 
-def told(coordinator: Any) -> tuple[dict[str, Survivors], list[str], list[str]]:
-    """Device → the set that it is shown; then who is in the sum and who is not."""
+def shown_sets(coordinator: Any) -> tuple[dict[str, Survivors], list[str], list[str]]:
+    """Device → the set that it is shown; then the devices in the sum, and those that are not."""
     coordinator.collect()
     order = graph.harary_order(coordinator.session.session.context, coordinator.fleet.devices)
-    gone = {side: {order[place] for place, says in LOST.items() if says == side} for side in "AB"}
+    gone = {side: {order[place] for place, says in DROPOUTS.items() if says == side} for side in "AB"}
     sets = {
         side: Survivors(
             coordinator.plan.digest(), {n: d for n, d in coordinator.digests().items() if n not in gone[side]}
@@ -41,8 +41,8 @@ def told(coordinator: Any) -> tuple[dict[str, Survivors], list[str], list[str]]:
 
 
 def asked(coordinator: Any, shown: dict[str, Survivors]) -> dict[str, Unmask]:
-    """Gather agreements on both sets; device → its own set, wherever its neighbourhood would settle for it."""
-    signed = {name: coordinator.agreement(name, survivors) for name, survivors in sorted(shown.items())}
+    """Collect signatures; device → a request for its own set, if a threshold of its neighborhood signed it."""
+    signed = {name: coordinator.consistency_signature(name, survivors) for name, survivors in sorted(shown.items())}
     out = {}
     for name, survivors in sorted(shown.items()):
         same = {other: signed[other] for other in sorted(signed) if shown[other] == survivors}
@@ -51,23 +51,23 @@ def asked(coordinator: Any, shown: dict[str, Survivors]) -> dict[str, Unmask]:
     return out
 
 
-def test_no_device_opens_a_set_on_which_its_stretch_alone_agrees(circle: Callable[..., Any]) -> None:
-    coordinator = circle(len(SIDES), degree=6, threshold=5, minimum_survivors=MINIMUM)
-    shown, _, _ = told(coordinator)
+def test_no_device_unmasks_a_set_that_only_its_stretch_signed(sparse: Callable[..., Any]) -> None:
+    coordinator = sparse(len(SIDES), degree=6, threshold=5, minimum_survivors=MINIMUM)
+    shown, _, _ = shown_sets(coordinator)
     assert {len(survivors.vectors) for survivors in shown.values()} == {MINIMUM}
     lies = asked(coordinator, shown)
-    assert len(lies) == len(SIDES) - len(LOST) - 4  # all but the gaps
+    assert len(lies) == len(SIDES) - len(DROPOUTS) - 4  # all except the gaps
     for name, lie in lies.items():
         with refused(ProtocolError, "unmask.quorum"):
             coordinator.ask(name, "on_unmask", lie)
 
 
-def test_with_agreements_of_the_neighbourhood_only_a_sum_below_the_minimum_is_open(
-    circle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_with_signatures_of_the_neighborhood_only_a_sum_below_the_minimum_is_unmasked(
+    sparse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "consistency_signatures", nearby(checks.consistency_signatures))
-    coordinator = circle(len(SIDES), degree=6, threshold=5, minimum_survivors=MINIMUM)
-    shown, counted, dropped = told(coordinator)
+    coordinator = sparse(len(SIDES), degree=6, threshold=5, minimum_survivors=MINIMUM)
+    shown, counted, dropped = shown_sets(coordinator)
     for name, lie in asked(coordinator, shown).items():
         coordinator.responses[name] = coordinator.open_verified(
             name, UnmaskResponse, coordinator.ask(name, "on_unmask", lie)
@@ -77,7 +77,7 @@ def test_with_agreements_of_the_neighbourhood_only_a_sum_below_the_minimum_is_op
 
 
 def nearby(strict: Callable[..., None]) -> Callable[..., None]:
-    """The weakened check: ``threshold`` valid agreements, as open one secret."""
+    """The weakened check: ``threshold`` valid signatures, as many as reconstruct a secret."""
 
     def consistency_signatures(session: Any, message: Survivors, signatures: dict[str, bytes]) -> None:
         weak = dataclasses.replace(session.spec, minimum_survivors=session.spec.threshold)

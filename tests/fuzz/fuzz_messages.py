@@ -1,12 +1,12 @@
-"""Any bytes are a message or a ProtocolError, and what was read is written again as the same bytes.
+"""Fuzz target: any bytes decode to a message that encodes to the same bytes, or raise ProtocolError or TrustError.
 
-No part of the suite. It needs atheris, which the project does not install:
+It is not part of the suite: it needs atheris, which the project does not install.
 
     pip install atheris
     python tests/fuzz/fuzz_messages.py -max_total_time=600 corpus/
 
 ``--seed corpus/`` first fills a folder with the messages of the frozen rounds. A crash is written to a file
-``crash-…``; give that file as the only argument to see it again.
+``crash-…``; pass that file as the only argument to reproduce it.
 """
 
 import importlib
@@ -37,7 +37,7 @@ READ: dict[str, Codec[Any]] = {
 
 
 def one_input(data: bytes) -> None:
-    """The first byte picks what the rest is read as."""
+    """The first byte selects the format of the rest."""
     if not data:
         return
     choice, body = data[0] % (len(READ) + 5), data[1:]
@@ -48,11 +48,11 @@ def one_input(data: bytes) -> None:
 
 
 def read(choice: int, body: bytes) -> None:
-    """Read ``body``; what is read must be written as it was."""
+    """Decode ``body``; it must encode to the same bytes."""
     if choice < len(READ):
         codec = list(READ.values())[choice]
         if codec.encode(codec.decode(body)) != body:
-            raise AssertionError(f"{list(READ)[choice]} has a second spelling")
+            raise AssertionError(f"{list(READ)[choice]} has a second encoding")
     elif choice == len(READ):
         envelope.open_verified(MESSAGES[0], body, SIGNER, "coordinator")
     elif choice == len(READ) + 1:
@@ -61,7 +61,7 @@ def read(choice: int, body: bytes) -> None:
         bits, packed = body[0] % 64 + 1 if body else 1, body[1:]
         size = 8 * len(packed) // bits
         if ring.pack(ring.unpack(packed, size, bits), bits) != packed:
-            raise AssertionError(f"a vector of {bits} bits has a second spelling")
+            raise AssertionError(f"a vector of {bits} bits has a second encoding")
     elif choice == len(READ) + 3:
         transcript.read(transcript.MAGIC + body)
     else:

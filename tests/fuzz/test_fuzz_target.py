@@ -1,8 +1,6 @@
-"""The fuzz target: it runs on the frozen messages and on junk, and finds a second spelling where there is one."""
+"""The fuzz target runs on the frozen messages and on junk, and reports a second encoding."""
 
-import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,32 +8,28 @@ from hypothesis import strategies as st
 
 from aggregation.messages import ConsistencySignature
 from aggregation.wire import Codec
+from tests.fuzz import fuzz_messages
 
 
-@pytest.fixture(scope="module")
-def target() -> dict[str, Any]:
-    return runpy.run_path(str(Path(__file__).with_name("fuzz_messages.py")))
-
-
-def test_the_corpus_is_read_to_the_end(target: dict[str, Any], tmp_path: Path) -> None:
-    target["seed"](tmp_path / "corpus")
+def test_every_message_of_the_corpus_is_accepted(tmp_path: Path) -> None:
+    fuzz_messages.seed(tmp_path / "corpus")
     files = sorted((tmp_path / "corpus").iterdir())
     assert len(files) > 90
     for file in files:
         data = file.read_bytes()
-        target["read"](data[0], data[1:])  # whole: nothing is refused
-        target["one_input"](data[:-1])
+        fuzz_messages.read(data[0], data[1:])  # complete: nothing is refused
+        fuzz_messages.one_input(data[:-1])
 
 
 @given(data=st.binary(max_size=200))
-def test_junk_is_refused_quietly(target: dict[str, Any], data: bytes) -> None:
-    target["one_input"](data)
+def test_junk_is_refused_quietly(data: bytes) -> None:
+    fuzz_messages.one_input(data)
 
 
-def test_a_second_spelling_is_a_finding(target: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_encoding_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     body = ConsistencySignature(bytes(32), "unit").encode()
-    index = list(target["READ"]).index(ConsistencySignature.TAG)
+    index = list(fuzz_messages.READ).index(ConsistencySignature.TAG)
     other = Codec(lambda out, value: out.extend(b"other"), ConsistencySignature.codec().read)
-    monkeypatch.setitem(target["READ"], ConsistencySignature.TAG, other)
-    with pytest.raises(AssertionError, match="second spelling"):
-        target["one_input"](bytes([index]) + body)
+    monkeypatch.setitem(fuzz_messages.READ, ConsistencySignature.TAG, other)
+    with pytest.raises(AssertionError, match="second encoding"):
+        fuzz_messages.one_input(bytes([index]) + body)

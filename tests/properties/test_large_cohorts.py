@@ -1,4 +1,4 @@
-"""A cohort above 128 devices, on the graph that a coordinator chooses for it: the plain sum comes out."""
+"""A cohort above 128 devices, on the graph that a coordinator chooses for it, gives the plain sum."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ LAYOUT = Layout((TensorSpec("a", (10, 10)),))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adversary", ["active", "honest-but-curious"])
-def test_a_session_of_150_devices_gives_the_plain_sum_with_a_tenth_lost_twice(
+def test_a_session_of_150_devices_gives_the_plain_sum_with_a_tenth_dropping_out_twice(
     fleet_of: Callable[..., Any], spec_of: Callable[..., Any], adversary: Any
 ) -> None:
     settings = Aggregation(adversary=adversary)

@@ -1,4 +1,4 @@
-"""Whatever is lost and whenever: the plain sum of the survivors, or an aborted round. Never another sum."""
+"""With any dropouts at any step: the plain sum of the survivors or an aborted round, never another sum."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,23 +29,25 @@ def test_a_round_gives_the_plain_sum_of_its_survivors_or_aborts(
     least = data.draw(st.integers(default_threshold(count), count), "minimum of survivors")
     fleet = fleet_of(count, spec=spec_of(count, adversary=adversary, minimum_survivors=least))
     names = sorted(fleet.devices)
-    lost = {step: data.draw(some(names), step) for step in ("advert", "shares")}
-    session = fleet.establish(lost)
-    left = set(names) - lost["advert"] - lost["shares"]
+    dropouts = {step: data.draw(some(names), step) for step in ("advert", "shares")}
+    session = fleet.establish(dropouts)
+    left = set(names) - dropouts["advert"] - dropouts["shares"]
     assert isinstance(session, Established) == (len(left) >= least)
     for _ in range(2 if isinstance(session, Established) else 0):
-        lost = {step: data.draw(some(names), step) for step in STEPS}
-        outcome = fleet.round(session, lost)
+        dropouts = {step: data.draw(some(names), step) for step in STEPS}
+        outcome = fleet.round(session, dropouts)
         session = outcome.session if isinstance(outcome, RoundAborted) else outcome[0]
-        check(fleet, outcome, left, lost, least, adversary)
+        check(fleet, outcome, left, dropouts, least, adversary)
 
 
-def check(fleet: Any, outcome: Any, cohort: set[str], lost: dict[str, set[str]], least: int, model: Adversary) -> None:
-    """The oracle: who is left after each step decides between sum and abort."""
-    survivors = cohort - lost["input"]
-    agreed = survivors - lost["survivors"] if model is Adversary.ACTIVE else survivors
+def check(
+    fleet: Any, outcome: Any, cohort: set[str], dropouts: dict[str, set[str]], least: int, model: Adversary
+) -> None:
+    """The oracle: the devices left after each step decide between sum and abort."""
+    survivors = cohort - dropouts["input"]
+    agreed = survivors - dropouts["survivors"] if model is Adversary.ACTIVE else survivors
     threshold = fleet.spec.threshold
-    ends = len(survivors) >= least and len(agreed) >= threshold and len(agreed - lost["unmask"]) >= threshold
+    ends = len(survivors) >= least and len(agreed) >= threshold and len(agreed - dropouts["unmask"]) >= threshold
     if not ends:
         assert isinstance(outcome, RoundAborted)
         assert outcome.reason is AbortReason.TOO_FEW
@@ -92,7 +94,7 @@ def test_a_round_may_be_planned_for_a_part_of_the_session(fleet_of: FleetOf) -> 
     assert result.survivors == tuple(part[1:])
     assert result.dropped == (part[0],)
     fleet.assert_sum(result)
-    _, result = fleet.round(session)  # who sat out is back, and gets its boxes now
+    _, result = fleet.round(session)  # the device that did not take part is back, and receives its shares now
     assert len(result.survivors) == 6
     fleet.assert_sum(result)
 

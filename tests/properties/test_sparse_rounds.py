@@ -1,4 +1,4 @@
-"""Rounds on sparse graphs, small ones: the device's own limit on complete graphs is lowered for that."""
+"""Rounds on small sparse graphs: the device's own limit on complete graphs is lowered for that."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def sparse_fleet(
     adversary: Adversary = Adversary.ACTIVE,
     **changes: Any,
 ) -> Any:
-    """Devices on a circle of six neighbours each, of whom none is taken for corrupt."""
+    """Devices with six neighbors each, none of which is assumed corrupt."""
     least = count // 2 + 1
     spec = spec_of(
         count, **{"degree": 6, "threshold": 5, "minimum_survivors": least, "adversary": adversary, **changes}
@@ -42,8 +42,8 @@ def sparse_fleet(
     return fleet_of(count, spec=spec, policy=policy)
 
 
-def near(session: Established, device: str, among: set[str]) -> set[str]:
-    """Who of ``among`` holds shares of ``device``, itself included."""
+def holders(session: Established, device: str, among: set[str]) -> set[str]:
+    """The devices of ``among`` that hold shares of ``device``, itself included."""
     return ({device} & among) | set(session.session.neighbors(device, sorted(among)))
 
 
@@ -57,19 +57,19 @@ def test_a_round_on_a_sparse_graph_gives_the_plain_sum_of_its_survivors_or_abort
     names = sorted(fleet.devices)
     session = fleet.establish()
     for _ in range(2):
-        lost = {step: data.draw(st.sets(st.sampled_from(names), max_size=2), step) for step in STEPS}
-        outcome = fleet.round(session, lost)
-        check(fleet, session, outcome, lost)
+        dropouts = {step: data.draw(st.sets(st.sampled_from(names), max_size=2), step) for step in STEPS}
+        outcome = fleet.round(session, dropouts)
+        check(fleet, session, outcome, dropouts)
         session = outcome.session if isinstance(outcome, RoundAborted) else outcome[0]
 
 
-def check(fleet: Any, session: Established, outcome: Any, lost: dict[str, set[str]]) -> None:
-    """The oracle: a quorum agrees, and every secret has ``threshold`` holders that answer, or there is no sum."""
+def check(fleet: Any, session: Established, outcome: Any, dropouts: dict[str, set[str]]) -> None:
+    """The oracle: there is a sum if a quorum signs and every secret has ``threshold`` holders that answer."""
     everyone, t, least = set(fleet.devices), fleet.spec.threshold, fleet.spec.minimum_survivors
-    survivors = everyone - lost["input"]
-    asked = survivors - lost["survivors"] if fleet.spec.adversary is Adversary.ACTIVE else survivors
-    answered = asked - lost["unmask"]
-    if len(asked) < least or any(len(near(session, device, answered)) < t for device in everyone):
+    survivors = everyone - dropouts["input"]
+    asked = survivors - dropouts["survivors"] if fleet.spec.adversary is Adversary.ACTIVE else survivors
+    answered = asked - dropouts["unmask"]
+    if len(asked) < least or any(len(holders(session, device, answered)) < t for device in everyone):
         assert isinstance(outcome, RoundAborted)
         assert outcome.reason is AbortReason.TOO_FEW
         assert outcome.blamed == ()
@@ -80,7 +80,7 @@ def check(fleet: Any, session: Established, outcome: Any, lost: dict[str, set[st
 
 
 @pytest.mark.parametrize("adversary", Adversary)
-def test_every_loss_that_a_sparse_round_withstands_leaves_its_sum(
+def test_dropouts_that_a_sparse_round_withstands_leave_its_sum(
     fleet_of: Callable[..., Any], spec_of: Callable[..., Any], adversary: Adversary
 ) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 12, adversary)
@@ -91,9 +91,7 @@ def test_every_loss_that_a_sparse_round_withstands_leaves_its_sum(
     fleet.assert_sum(fleet.round(session)[1])
 
 
-def test_a_device_deals_shares_to_its_neighbours_and_to_nobody_else(
-    fleet_of: Callable[..., Any], spec_of: Callable[..., Any]
-) -> None:
+def test_a_device_deals_shares_to_its_neighbors_only(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> None:
     fleet = sparse_fleet(fleet_of, spec_of)
     session = fleet.establish()
     for dealer, encrypted_shares in session.encrypted_shares.items():
@@ -101,7 +99,7 @@ def test_a_device_deals_shares_to_its_neighbours_and_to_nobody_else(
         assert set(encrypted_shares) == set(session.session.neighbors(dealer, session.devices))
 
 
-def test_boxes_for_others_than_the_neighbours_are_refused(
+def test_shares_for_devices_that_are_not_neighbors_are_refused(
     fleet_of: Callable[..., Any], spec_of: Callable[..., Any]
 ) -> None:
     fleet = sparse_fleet(fleet_of, spec_of)
@@ -112,8 +110,8 @@ def test_boxes_for_others_than_the_neighbours_are_refused(
     device = fleet.devices["device-000"]
     message = envelope.open_verified(Shares, fleet.share("device-000", roster), device.identity.public, "device-000")
     stranger = next(name for name in sorted(fleet.devices)[1:] if name not in message.encrypted_shares)
-    box = next(iter(message.encrypted_shares.values()))
-    more = dataclasses.replace(message, encrypted_shares={**message.encrypted_shares, stranger: box})
+    encrypted = next(iter(message.encrypted_shares.values()))
+    more = dataclasses.replace(message, encrypted_shares={**message.encrypted_shares, stranger: encrypted})
     with refused(ProtocolError, "shares.holders"):
         sharing.on_shares("device-000", envelope.sign(device.identity, more))
 
@@ -136,7 +134,7 @@ def test_a_cohort_shrunk_to_the_degree_has_the_complete_graph(
 
 
 @pytest.mark.parametrize("degree", [5, 7, 11])
-def test_a_degree_without_a_circle_is_not_offered(
+def test_a_degree_without_a_graph_is_not_offered(
     fleet_of: Callable[..., Any], spec_of: Callable[..., Any], vector_of: Callable[..., Any], degree: int
 ) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 11, degree=degree, vector=vector_of(20))
@@ -158,13 +156,14 @@ def test_every_device_is_shown_the_same_quorum(fleet: Any) -> None:
     assert len(envelope.open_verified(Unmask, body, fleet.key.public, "coordinator").consistency_signatures) == 7
 
 
-def test_as_many_agreements_as_open_a_secret_are_too_few(fleet: Any) -> None:
+def test_as_many_signatures_as_reconstruct_a_secret_are_too_few(fleet: Any) -> None:
     session = fleet.establish()
     _, bodies = fleet.confirm(*fleet.collect(session))
     me = "device-000"
     shown = envelope.open_verified(Unmask, bodies[me], fleet.key.public, "coordinator")
     near_me = {
-        device: shown.consistency_signatures[device] for device in near(session, me, set(shown.consistency_signatures))
+        device: shown.consistency_signatures[device]
+        for device in holders(session, me, set(shown.consistency_signatures))
     }
     lie = envelope.sign(fleet.key, dataclasses.replace(shown, consistency_signatures=near_me))
     with refused(ProtocolError, "unmask.quorum"):
@@ -184,11 +183,11 @@ def test_a_minimum_that_two_groups_can_reach_is_refused(
 ) -> None:
     with refused(ProtocolError, "offer.quorum"):
         sparse_fleet(fleet_of, spec_of, 12, minimum_survivors=6).establish()
-    curious = Adversary.HONEST_BUT_CURIOUS  # runs no step 7, which its device has to allow
+    curious = Adversary.HONEST_BUT_CURIOUS  # has no step 7, which a device must allow
     sparse_fleet(fleet_of, spec_of, 12, curious, minimum_survivors=6).establish()
 
 
-def test_a_plan_or_survivor_set_that_leaves_a_device_too_few_neighbours_is_refused(fleet: Any) -> None:
+def test_a_plan_or_survivor_set_that_leaves_a_device_too_few_neighbors_is_refused(fleet: Any) -> None:
     session = fleet.establish()
     me = "device-000"
     gone = session.session.neighbors(me, session.devices)[:3]
@@ -203,7 +202,7 @@ def test_a_plan_or_survivor_set_that_leaves_a_device_too_few_neighbours_is_refus
         fleet.states[me].on_survivors(fleet.devices[me], lie)
 
 
-def test_boxes_of_too_few_neighbours_are_refused(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> None:
+def test_shares_of_too_few_neighbors_are_refused(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 12)
     session = fleet.establish()
     silent = session.session.neighbors("device-000", session.devices)[:3]

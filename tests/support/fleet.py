@@ -1,4 +1,4 @@
-"""A small fleet of aggregation: authority, coordinator, devices, and the hops between them, one function a step."""
+"""A small fleet: authority, coordinator, devices, and the exchange of each step as one function."""
 
 import datetime as dt
 import hashlib
@@ -27,11 +27,11 @@ LAYOUT = hashlib.sha256(b"layout").hexdigest()
 ADAPTER = hashlib.sha256(b"adapter").hexdigest()
 
 
-Lost = Mapping[str, Collection[str]]
+Dropouts = Mapping[str, Collection[str]]
 
 
 class CountedEntropy:
-    """Bytes that repeat from run to run, for tests only: SHA-256 of seed and counter."""
+    """Reproducible bytes, for tests only: SHA-256 of seed and counter."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -70,7 +70,7 @@ def session_spec(devices: int, **changes: Any) -> SessionSpec:
 
 @dataclass(slots=True)
 class Fleet:
-    """Devices with the state of each, and what each contributed in the round under way."""
+    """Devices with the state of each, and what each contributed in the current round."""
 
     spec: SessionSpec
     entropy: CountedEntropy
@@ -80,17 +80,17 @@ class Fleet:
     states: dict[str, Any] = field(default_factory=dict)
     plain: dict[str, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
     seed: int = 0
-    spoil: Callable[[bytes], list[bytes]] | None = None
+    damage: Callable[[bytes], list[bytes]] | None = None
 
     @property
     def certificates(self) -> dict[str, bytes]:
         return {name: device.certificate for name, device in self.devices.items()}
 
     def hop(self, call: Callable[[bytes], Any], body: bytes) -> Any:
-        """Deliver ``body``. With ``spoil``, first deliver spoiled copies, each of which must be refused by name."""
-        for spoiled in self.spoil(body) if self.spoil else ():
+        """Deliver ``body``. With ``damage``, first deliver damaged copies, each of which must be refused."""
+        for damaged in self.damage(body) if self.damage else ():
             with pytest.raises(ProtocolError):
-                call(spoiled)
+                call(damaged)
         return call(body)
 
     def offer(self) -> tuple[Any, bytes]:
@@ -106,17 +106,17 @@ class Fleet:
         self.states[name], shares = self.hop(lambda body: state.on_roster(device, body, self.entropy), roster)
         return shares  # type: ignore[no-any-return]
 
-    def establish(self, lost: Lost | None = None) -> Any:
-        """Steps 1–4. ``lost``: step → devices lost there."""
-        lost = lost or {}
+    def establish(self, dropouts: Dropouts | None = None) -> Any:
+        """Steps 1–4. ``dropouts``: step → devices that do not answer it."""
+        dropouts = dropouts or {}
         state, offer = self.offer()
-        for name in sorted(set(self.devices) - set(lost.get("advert", ()))):
+        for name in sorted(set(self.devices) - set(dropouts.get("advert", ()))):
             state = self.accept(state, "on_advert", name, self.join(name, offer))
         closed = state.close()
         if isinstance(closed, RoundAborted):
             return closed
         sharing, roster = closed
-        for name in sorted(set(sharing.session.peers) - set(lost.get("shares", ()))):
+        for name in sorted(set(sharing.session.peers) - set(dropouts.get("shares", ()))):
             sharing = self.accept(sharing, "on_shares", name, self.share(name, roster))
         return sharing.close()
 
@@ -127,7 +127,7 @@ class Fleet:
         return session.plan(adapter_version=1, adapter_digest=ADAPTER, training=b"settings", cohort=cohort)
 
     def values(self, name: str) -> dict[str, NDArray[np.float64]]:
-        """Fresh numbers within their bounds; whole ones for the weight."""
+        """Fresh numbers within their bounds; integers for the weight."""
         self.seed += 1
         rng = np.random.default_rng(self.seed)
         self.plain[name] = {
@@ -150,46 +150,50 @@ class Fleet:
         self.states[name], answer = self.hop(lambda raw: getattr(state, method)(device, raw), body)
         return answer  # type: ignore[no-any-return]
 
-    def collect(self, session: Established, lost: Lost | None = None, cohort: Collection[str] | None = None) -> Any:
+    def collect(
+        self, session: Established, dropouts: Dropouts | None = None, cohort: Collection[str] | None = None
+    ) -> Any:
         """Steps 5 and 6."""
         begun = self.begin(session, cohort)
         if isinstance(begun, RoundAborted):
             return begun
         state, plans = begun
-        for name in sorted(set(plans) - set((lost or {}).get("input", ()))):
+        for name in sorted(set(plans) - set((dropouts or {}).get("input", ()))):
             state = self.accept(state, "on_masked_input", name, self.contribute(name, plans[name]))
         return state.close()
 
-    def confirm(self, state: Any, bodies: Mapping[str, bytes], lost: Lost | None = None) -> Any:
-        """Step 7, where the session has it."""
+    def confirm(self, state: Any, bodies: Mapping[str, bytes], dropouts: Dropouts | None = None) -> Any:
+        """Step 7, if the session has it."""
         if not isinstance(state, Confirming):
             return state, bodies
-        for name in sorted(set(bodies) - set((lost or {}).get("survivors", ()))):
+        for name in sorted(set(bodies) - set((dropouts or {}).get("survivors", ()))):
             state = self.accept(
                 state, "on_consistency_signature", name, self.answer("on_survivors", name, bodies[name])
             )
         return state.close()
 
-    def open(self, state: Any, bodies: Mapping[str, bytes], lost: Lost | None = None) -> Any:
+    def open(self, state: Any, bodies: Mapping[str, bytes], dropouts: Dropouts | None = None) -> Any:
         """Step 8."""
-        for name in sorted(set(bodies) - set((lost or {}).get("unmask", ()))):
+        for name in sorted(set(bodies) - set((dropouts or {}).get("unmask", ()))):
             state = self.accept(state, "on_unmask_response", name, self.answer("on_unmask", name, bodies[name]))
         return state.close()
 
-    def round(self, session: Established, lost: Lost | None = None, cohort: Collection[str] | None = None) -> Any:
-        """Steps 5–8. ``lost``: step → devices that do not answer it."""
-        collected = self.collect(session, lost, cohort)
+    def round(
+        self, session: Established, dropouts: Dropouts | None = None, cohort: Collection[str] | None = None
+    ) -> Any:
+        """Steps 5–8. ``dropouts``: step → devices that do not answer it."""
+        collected = self.collect(session, dropouts, cohort)
         if isinstance(collected, RoundAborted):
             return collected
-        confirmed = self.confirm(*collected, lost)
-        return confirmed if isinstance(confirmed, RoundAborted) else self.open(*confirmed, lost)
+        confirmed = self.confirm(*collected, dropouts)
+        return confirmed if isinstance(confirmed, RoundAborted) else self.open(*confirmed, dropouts)
 
     def assert_sum(self, result: RoundResult) -> None:
         """The result is the plain sum of its survivors, to one step a survivor; counts are exact."""
         for segment in self.spec.vector.segments:
             plain = np.sum([self.plain[name][segment.name] for name in result.survivors], axis=0)
             error = np.abs(result.values[segment.name] - plain).max()
-            # The plain sum itself is only as good as float64; that shows in rings of 50 bits and more.
+            # The plain sum has the precision of float64, which shows in rings of 50 bits and more.
             rounding = len(result.survivors) * (self.spec.vector.step(segment) + segment.bound * 2.0**-52)
             assert error == 0 if segment.name == "weight" else error < rounding
 

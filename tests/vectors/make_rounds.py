@@ -1,9 +1,10 @@
-"""Makes rounds.json: whole rounds, every byte of them, from docs/reference/protocol.md alone. No code is shared.
+"""Makes rounds.json: complete rounds, byte for byte, from docs/reference/protocol.md alone. Shares no code with the
+project.
 
     python tests/vectors/make_rounds.py
 
-Run it again only where the protocol has changed: the file is frozen, and the certificates in it are made anew. Beside
-what each party sends there are messages that must be refused, signed by the right party and wrong in one point.
+Run it again only if the protocol changes: the file is frozen. It holds what each party sends, and messages that must be
+refused, each signed by the right party and wrong in one point.
 """
 
 import datetime as dt
@@ -33,7 +34,7 @@ def sha(*parts: bytes) -> bytes:
 
 
 def stream(label: str, n: int) -> bytes:
-    """Bytes that stand for randomness."""
+    """Bytes in place of randomness."""
     return b"".join(sha(f"{label}/{i}".encode()) for i in range(-(-n // 32)))[:n]
 
 
@@ -94,7 +95,7 @@ def exchange(private: bytes, other: bytes) -> bytes:
 
 
 def share(secret: bytes, drawn: bytes, x: int) -> bytes:
-    """The polynomial's value at x; what is drawn are its coefficients, highest power first, 48 bytes each."""
+    """The value at x of the polynomial with the coefficients ``drawn``, 48 bytes each, highest power first."""
     coefficients = [int.from_bytes(drawn[i : i + 48], "big") for i in range(0, len(drawn), 48)]
     powers = range(len(coefficients), 0, -1)
     value = sum(c * x**power for c, power in zip(coefficients, powers, strict=True))
@@ -131,10 +132,10 @@ def certificate(subject: str, key: Ed25519PrivateKey, issuer: Ed25519PrivateKey,
 
 @dataclass
 class Case:
-    """What the vector is of, and what has come about so far. ``out`` is what goes into the file.
+    """A session and its first round; ``out`` is what the file holds of it.
 
-    ``t``: shares that open a secret. ``least``: fewest survivors. ``quorum``: agreements that are shown. ``lost`` send
-    no masked input; ``silent`` do not agree, and open nothing.
+    ``t``: shares that reconstruct a secret. ``least``: fewest survivors. ``quorum``: signatures in the unmask request.
+    ``dropouts`` send no masked input; ``silent`` devices sign no survivor set and reveal no shares.
     """
 
     label: str
@@ -143,14 +144,14 @@ class Case:
     t: int
     least: int
     bits: int
-    lost: list[str]
+    dropouts: list[str]
     silent: list[str]
     out: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, Ed25519PrivateKey] = field(default_factory=dict)
     share_key: dict[str, bytes] = field(default_factory=dict)
     mask_key: dict[tuple[str, int], bytes] = field(default_factory=dict)  # device and round →
     seed: dict[tuple[str, int], bytes] = field(default_factory=dict)
-    near: dict[str, list[str]] = field(default_factory=dict)
+    neighbors: dict[str, list[str]] = field(default_factory=dict)
     held: dict[tuple[str, str], list[bytes]] = field(default_factory=dict)  # dealer, holder → seed, key, seed, key …
     encrypted_shares: dict[str, dict[str, bytes]] = field(default_factory=dict)
     offered: bytes = b""
@@ -170,7 +171,7 @@ class Case:
         self.roster()
         self.shares()
         self.plan_and_inputs()
-        return self.out | {"spec": self.numbers(), "lost": self.lost, "silent": self.silent}
+        return self.out | {"spec": self.numbers(), "dropouts": self.dropouts, "silent": self.silent}
 
     def numbers(self) -> dict[str, Any]:
         return {
@@ -187,7 +188,7 @@ class Case:
         return message(self.keys["coordinator"], tag, body)
 
     def refuse(self, step: str, who: str, why: str, raw: bytes) -> None:
-        """What ``who`` must refuse of the coordinator, or the coordinator of ``who``, before the good message."""
+        """Record a message that ``who`` must refuse from the coordinator, or the coordinator from ``who``."""
         self.out.setdefault("refused", []).append({"step": step, "device": who, "why": why, "message": raw})
 
     def parties(self) -> None:
@@ -207,8 +208,8 @@ class Case:
         self.refuse("offer", first, "two groups can reconstruct a secret", self.weak_offer(t=2, least=2))
         self.refuse("offer", first, "signed by a device", message(self.keys[first], "offer", body))
         self.refuse("offer", first, "a trailing byte", self.coordinator("offer", body + b"\x00"))
-        turned = self.out["session"] + self.spec(self.t, self.least) + many(certificates[::-1])
-        self.refuse("offer", first, "certificates out of order", self.coordinator("offer", turned))
+        reversed_ = self.out["session"] + self.spec(self.t, self.least) + many(certificates[::-1])
+        self.refuse("offer", first, "certificates out of order", self.coordinator("offer", reversed_))
         twice = self.out["session"] + self.spec(self.t, self.least) + many(certificates[:1] + certificates)
         self.refuse("offer", first, "a repeated device", self.coordinator("offer", twice))
         zero = body.replace(real(2.5), real(-0.0))
@@ -268,16 +269,16 @@ class Case:
             self.refuse("roster", first, why, self.coordinator("roster", self.offered + many(shown)))
 
     def shares(self) -> None:
-        circle = sorted(self.names, key=lambda name: sha(b"edgeadapt/harary/1\x00", self.context, name.encode()))
+        order = sorted(self.names, key=lambda name: sha(b"edgeadapt/harary/1\x00", self.context, name.encode()))
         steps, n = range(-(self.k // 2), self.k // 2 + 1), len(self.names)
-        for at, name in enumerate(circle):
-            around = self.names if self.complete else [circle[(at + step) % n] for step in steps]
-            self.near[name] = sorted(set(around) - {name})
+        for at, name in enumerate(order):
+            around = self.names if self.complete else [order[(at + step) % n] for step in steps]
+            self.neighbors[name] = sorted(set(around) - {name})
         drawn = {name: stream(f"{self.label}/deal/{name}", 96 * (self.t - 1) * ROUNDS) for name in self.names}
         for dealer in self.names:
-            for holder in (dealer, *self.near[dealer]):
+            for holder in (dealer, *self.neighbors[dealer]):
                 self.deal(dealer, holder, drawn[dealer])
-        self.out |= {"deal": drawn, "near": {name: self.near[name] for name in self.names}}
+        self.out |= {"deal": drawn, "neighbors": {name: self.neighbors[name] for name in self.names}}
         body = {d: self.context + text(d) + table(self.encrypted_shares[d]) for d in self.names}
         self.out["shares"] = {d: message(self.keys[d], "shares", body[d]) for d in self.names}
         first = self.names[0]
@@ -309,7 +310,7 @@ class Case:
     def plan_and_inputs(self) -> None:
         planned = digest("plan", self.plan())
         encrypted_shares = {
-            name: table({d: self.encrypted_shares[d][name] for d in self.near[name]}) for name in self.names
+            name: table({d: self.encrypted_shares[d][name] for d in self.neighbors[name]}) for name in self.names
         }
         self.out["plan_digest"] = planned
         self.out["assignments"] = {
@@ -342,7 +343,7 @@ class Case:
         masked = list(self.out["plain"][name])
         own = derive(self.seed[name, 1], b"edgeadapt/self-mask/1", self.context, planned, name.encode())
         secrets = [(own, 1)]
-        for other in self.near[name]:
+        for other in self.neighbors[name]:
             low, high = sorted((name, other))
             secret = exchange(self.mask_key[name, 1], public(self.mask_key[other, 1]))
             bound = (b"edgeadapt/pair-mask/1", self.context, planned, low.encode(), high.encode())
@@ -353,7 +354,7 @@ class Case:
         return masked
 
     def refuse_inputs(self, planned: bytes) -> None:
-        who = next(name for name in self.names if name not in self.lost)
+        who = next(name for name in self.names if name not in self.dropouts)
         good, key = self.out["masked"][who], self.keys[who]
         packed = good[: (SIZE * self.bits + 7) // 8]
         other = message(key, "masked-input", bytes(32) + text(who) + sha(packed))
@@ -368,29 +369,29 @@ class Case:
             self.refuse("masked-input", who, "an unused bit set", upload(spare, header))
 
     def unmask(self, planned: bytes, vectors: dict[str, bytes]) -> None:
-        alive = [name for name in self.names if name not in self.lost]
-        agreed = [name for name in alive if name not in self.silent]
-        survivors = planned + table({name: vectors[name] for name in alive})
+        survived = [name for name in self.names if name not in self.dropouts]
+        signers = [name for name in survived if name not in self.silent]
+        survivors = planned + table({name: vectors[name] for name in survived})
         surviving = digest("survivors", survivors)
-        agreement = {name: surviving + text(name) for name in agreed}
+        statement = {name: surviving + text(name) for name in signers}
         signed = {
-            name: sign(self.keys[name], "consistency-signature", agreement[name]) for name in agreed[: self.quorum]
+            name: sign(self.keys[name], "consistency-signature", statement[name]) for name in signers[: self.quorum]
         }
         self.out["unmask"] = self.coordinator("unmask", survivors + table(signed))
         self.out["survivors"] = self.coordinator("survivors", survivors)
         self.out["consistency_signatures"] = {
-            n: message(self.keys[n], "consistency-signature", agreement[n]) for n in agreed
+            n: message(self.keys[n], "consistency-signature", statement[n]) for n in signers
         }
-        self.out["unmask_responses"] = {n: self.opening(n, surviving, alive) for n in agreed}
-        total = [sum(column) % 2**self.bits for column in zip(*(self.out["plain"][n] for n in alive), strict=True)]
+        self.out["unmask_responses"] = {n: self.response(n, surviving, survived) for n in signers}
+        total = [sum(column) % 2**self.bits for column in zip(*(self.out["plain"][n] for n in survived), strict=True)]
         self.out |= {"total": total, "total_digest": sha(pack(total, self.bits))}
-        self.refuse_survivors(planned, {name: vectors[name] for name in alive}, agreed[0])
-        self.refuse_unmask(survivors, signed, agreed[0])
+        self.refuse_survivors(planned, {name: vectors[name] for name in survived}, signers[0])
+        self.refuse_unmask(survivors, signed, signers[0])
 
-    def opening(self, name: str, surviving: bytes, alive: list[str]) -> bytes:
-        around = sorted({name, *self.near[name]})
-        seeds_of = table({d: self.held[d, name][0] for d in around if d in alive})
-        keys_of = table({d: self.held[d, name][1] for d in around if d not in alive})
+    def response(self, name: str, surviving: bytes, survived: list[str]) -> bytes:
+        around = sorted({name, *self.neighbors[name]})
+        seeds_of = table({d: self.held[d, name][0] for d in around if d in survived})
+        keys_of = table({d: self.held[d, name][1] for d in around if d not in survived})
         return message(self.keys[name], "unmask-response", surviving + text(name) + seeds_of + keys_of)
 
     def refuse_survivors(self, planned: bytes, vectors: dict[str, bytes], who: str) -> None:
@@ -411,16 +412,16 @@ class Case:
             "one signature too few": {name: signed[name] for name in rest},
             "a signature of zeros": {**signed, one: bytes(64)},
             "a signature of another device": {**signed, one: signed[rest[0]]},
-            "a signature of a dropout": {**signed, self.lost[0]: signed[one]},
+            "a signature of a dropout": {**signed, self.dropouts[0]: signed[one]},
         }.items():
             self.refuse("unmask", who, why, self.coordinator("unmask", survivors + table(shown)))
-        opening, key = self.out["unmask_responses"][who], self.keys[who]
+        response, key = self.out["unmask_responses"][who], self.keys[who]
         start = len(b"EA\x01") + len(text("unmask-response")) + 4
-        body = opening[start:-64]
+        body = response[start:-64]
         self.refuse(
             "unmask-response", who, "for another survivor set", message(key, "unmask-response", bytes(32) + body[32:])
         )
-        stranger = body[: 32 + len(text(who))] + table({self.lost[0]: bytes(33)}) + table({})
+        stranger = body[: 32 + len(text(who))] + table({self.dropouts[0]: bytes(33)}) + table({})
         self.refuse("unmask-response", who, "a share of the other kind", message(key, "unmask-response", stranger))
 
 
@@ -437,10 +438,10 @@ def names(count: int) -> list[str]:
 
 
 CASES = (
-    Case("complete", names(5), k=4, t=3, least=3, bits=24, lost=["unit-1"], silent=["unit-3"]),
-    Case("wide", names(5), k=4, t=3, least=3, bits=32, lost=["unit-0"], silent=[]),
-    Case("sparse", names(9), k=4, t=4, least=5, bits=22, lost=["unit-4"], silent=[]),
-    Case("circle", names(13), k=8, t=6, least=8, bits=19, lost=["unit-2", "unit-7"], silent=["unit-a"]),
+    Case("complete", names(5), k=4, t=3, least=3, bits=24, dropouts=["unit-1"], silent=["unit-3"]),
+    Case("wide", names(5), k=4, t=3, least=3, bits=32, dropouts=["unit-0"], silent=[]),
+    Case("sparse", names(9), k=4, t=4, least=5, bits=22, dropouts=["unit-4"], silent=[]),
+    Case("large", names(13), k=8, t=6, least=8, bits=19, dropouts=["unit-2", "unit-7"], silent=["unit-a"]),
 )
 
 

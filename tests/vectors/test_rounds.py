@@ -1,4 +1,4 @@
-"""Whole rounds, byte for byte as an independent script (make_rounds.py) made them, and spoiled copies of messages."""
+"""Complete rounds, byte for byte as an independent script (make_rounds.py) made them, and damaged messages."""
 
 import dataclasses
 import json
@@ -65,8 +65,8 @@ ABOUT: dict[tuple[str, str], str] = {  # step and what is wrong → what the ref
 }
 
 
-class Given:
-    """Entropy that gives what the vector says, all of it and no more."""
+class GivenEntropy:
+    """Entropy that returns the bytes of the vector, in order."""
 
     def __init__(self, given: str) -> None:
         self.left = raw(given)
@@ -114,7 +114,7 @@ def devices_of(case: dict[str, Any]) -> dict[str, Device]:
 
 @dataclasses.dataclass(slots=True)
 class Walk:
-    """A session step by step. Before each message it delivers the vector's bad ones for it, which must be refused."""
+    """A session step by step. Before each message it delivers the invalid ones of the vector, which must be refused."""
 
     case: dict[str, Any]
     devices: dict[str, Device] = dataclasses.field(init=False)
@@ -146,7 +146,7 @@ class Walk:
         case = self.case
         key, root = IdentityKey(raw(case["identities"]["coordinator"])), Root(raw(case["root"]))
         certificates = {name: device.certificate for name, device in self.devices.items()}
-        self.server, offer = server.open_session(key, root, spec_of(case), certificates, Given(case["session"]))
+        self.server, offer = server.open_session(key, root, spec_of(case), certificates, GivenEntropy(case["session"]))
         assert offer.hex() == case["offer"]
         for name in self.devices:
             self.join(name, offer)
@@ -157,14 +157,14 @@ class Walk:
         self.server = self.server.close()
 
     def join(self, name: str, offer: bytes) -> None:
-        device, entropy = self.devices[name], Given(self.case["join"][name])
+        device, entropy = self.devices[name], GivenEntropy(self.case["join"][name])
         call = lambda body: client.join(device, body, entropy)  # noqa: E731
         self.states[name], advert = self.deliver("offer", name, call, offer)
         assert (advert.hex(), entropy.left) == (self.case["adverts"][name], b"")
         self.accept("advert", "on_advert", name, advert)
 
     def share(self, name: str, roster: bytes) -> None:
-        state, device, entropy = self.states[name], self.devices[name], Given(self.case["deal"][name])
+        state, device, entropy = self.states[name], self.devices[name], GivenEntropy(self.case["deal"][name])
         call = lambda body: state.on_roster(device, body, entropy)  # noqa: E731
         self.states[name], shares = self.deliver("roster", name, call, roster)
         assert (shares.hex(), entropy.left) == (self.case["shares"][name], b"")
@@ -177,7 +177,7 @@ class Walk:
         assert {name: body.hex() for name, body in plans.items()} == case["assignments"]
         for name in self.devices:
             masked = self.contribute(name, plans[name])
-            if name not in case["lost"]:
+            if name not in case["dropouts"]:
                 self.accept("masked-input", "on_masked_input", name, masked)
         self.server, bodies = self.server.close()
         assert {body.hex() for body in bodies.values()} == {case["survivors"]}
@@ -195,43 +195,43 @@ class Walk:
         case = self.case
         for name, body in bodies.items():
             if name not in case["silent"]:
-                agreement = self.ask("survivors", "on_survivors", name, body)
-                assert agreement == case["consistency_signatures"][name]
-                self.accept("consistency-signature", "on_consistency_signature", name, raw(agreement))
+                signature = self.ask("survivors", "on_survivors", name, body)
+                assert signature == case["consistency_signatures"][name]
+                self.accept("consistency-signature", "on_consistency_signature", name, raw(signature))
         self.server, bodies = self.server.close()
         assert {body.hex() for body in bodies.values()} == {case["unmask"]}
         assert set(bodies) == set(case["unmask_responses"])
         for name, body in bodies.items():
-            opening = self.ask("unmask", "on_unmask", name, body)
-            assert opening == case["unmask_responses"][name]
-            self.accept("unmask-response", "on_unmask_response", name, raw(opening))
+            response = self.ask("unmask", "on_unmask", name, body)
+            assert response == case["unmask_responses"][name]
+            self.accept("unmask-response", "on_unmask_response", name, raw(response))
         return self.server.close()
 
 
-def test_a_round_is_byte_for_byte_what_the_independent_script_made(case: dict[str, Any]) -> None:
+def test_a_round_is_byte_for_byte_that_of_the_independent_script(case: dict[str, Any]) -> None:
     walk = Walk(case)
     walk.establish()
     session = walk.server.session
     assert session.context.hex() == case["context"]
-    assert {name: list(session.neighbors(name, session.peers)) for name in session.peers} == case["near"]
+    assert {name: list(session.neighbors(name, session.peers)) for name in session.peers} == case["neighbors"]
     ended = walk.open(walk.collect())
     assert not isinstance(ended, RoundAborted)
     used = 2 ** case["spec"]["ring_bits"] - 1
     assert np.array_equal(walk.server.survivor_set.total & np.uint32(used), np.array(case["total"], np.uint32))
     assert ended[1].digest.hex() == case["total_digest"]
-    assert ended[1].dropped == tuple(case["lost"])
-    assert walk.refused == len(case["refused"])  # every bad message was tried, and none changed what came after
+    assert ended[1].dropped == tuple(case["dropouts"])
+    assert walk.refused == len(case["refused"])  # every invalid message was delivered, and none had an effect
 
 
 def test_the_vectors_have_dropouts_on_both_graphs_and_bad_messages_at_every_step() -> None:
     sparse = {name: case["spec"]["degree"] < len(case["certificates"]) - 1 for name, case in CASES.items()}
-    assert {sparse[name] for name, case in CASES.items() if case["lost"] and case["silent"]} == {True, False}
+    assert {sparse[name] for name, case in CASES.items() if case["dropouts"] and case["silent"]} == {True, False}
     for case in CASES.values():
         assert {bad["step"] for bad in case["refused"]} == {step for step, _ in ABOUT}
     assert {(bad["step"], bad["why"]) for case in CASES.values() for bad in case["refused"]} == set(ABOUT)
 
 
-# What is nearly a message is none. Each body is cut out of its envelope in the frozen round.
+# Bytes that are almost a message are refused. Each body is taken from its envelope in the frozen round.
 
 BODIES: dict[str, str] = {
     "offer": CASES["sparse"]["offer"],
@@ -253,7 +253,7 @@ def body_of(tag: str) -> bytes:
 
 
 @pytest.mark.parametrize("tag", BODIES)
-def test_a_frozen_body_is_read_and_written_again(tag: str) -> None:
+def test_a_frozen_body_round_trips(tag: str) -> None:
     assert KINDS[tag].decode(body_of(tag)).encode() == body_of(tag)
 
 
@@ -272,11 +272,11 @@ def test_an_envelope_of_another_magic_version_tag_or_signer_is_refused(case_name
     case = CASES[case_name]
     name, device = next(iter(devices_of(case).items()))
     offer = bytearray(raw(case["offer"]))
-    assert client.join(device, bytes(offer), Given(case["join"][name]))
+    assert client.join(device, bytes(offer), GivenEntropy(case["join"][name]))
     for place in (0, 2, 4, len(offer) - 1):  # magic, version, tag, signature
-        spoiled = bytes(offer[:place]) + bytes([offer[place] ^ 1]) + bytes(offer[place + 1 :])
+        damaged = bytes(offer[:place]) + bytes([offer[place] ^ 1]) + bytes(offer[place + 1 :])
         with pytest.raises(ProtocolError):
-            client.join(device, spoiled, Given(case["join"][name]))
+            client.join(device, damaged, GivenEntropy(case["join"][name]))
     stranger = dataclasses.replace(device, coordinator=device.identity.public)
     with refused(ProtocolError, "signature"):
-        client.join(stranger, bytes(offer), Given(case["join"][name]))
+        client.join(stranger, bytes(offer), GivenEntropy(case["join"][name]))

@@ -1,4 +1,4 @@
-"""Requests: a key's owner asks for its own certificate, and nobody can ask for another's."""
+"""Requests: only the owner of a key can request its certificate."""
 
 from typing import Any
 
@@ -82,7 +82,7 @@ def test_a_request_that_does_not_name_one_device_is_refused(names: tuple[str, ..
     [b"\x0c\x07\xff\xfetchen", b"\x16\x07\xffitchen", b"\x03\x07\x00itchen", b"\x02\x07kitchen"],
     ids=["text that is not UTF-8", "text that is not ASCII", "bits", "a number"],
 )
-def test_a_signed_request_whose_name_is_no_text_is_refused(name: bytes) -> None:
+def test_a_signed_request_whose_name_is_not_text_is_refused(name: bytes) -> None:
     unread = der(requests.request(KEY, "kitchen")).replace(b"\x0c\x07kitchen", name)
     body = x509.load_der_x509_csr(unread).tbs_certrequest_bytes
     signed = unread[:-64] + Ed25519PrivateKey.from_private_bytes(KEY.raw).sign(body)
@@ -91,12 +91,12 @@ def test_a_signed_request_whose_name_is_no_text_is_refused(name: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a/b", "é", "a" * 65])
-def test_a_name_that_no_device_can_have_is_not_asked_for(name: str) -> None:
+def test_a_name_that_no_device_can_have_is_not_requested(name: str) -> None:
     with refused(ConfigError, "device.id"):
         requests.request(KEY, name)
 
 
-def test_an_identity_under_a_passphrase_comes_back_with_it_and_not_without() -> None:
+def test_an_encrypted_identity_is_read_with_its_passphrase_only() -> None:
     pem = KEY.to_pem(b"a long passphrase")
     assert b"ENCRYPTED" in pem
     assert IdentityKey.from_pem(pem, b"a long passphrase") == KEY

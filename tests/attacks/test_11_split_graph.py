@@ -1,7 +1,7 @@
-"""On a sparse graph: name as dropped whoever stands between two parts of the circle, and open one part alone.
+"""On a sparse graph: name as dropouts the devices between two parts of the ring order, and unmask one part alone.
 
-The sum that comes out is over fewer devices than anyone agreed to. The devices at the ends of the part stop it: half
-of those that hold their shares are gone, and the other half must be too few.
+The resulting sum is over fewer devices than any device signed for. The devices at the ends of the part prevent it: half
+of the devices that hold their shares are missing, and the other half must be too few.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ DEGREE, PART = 4, 3
 
 
 def cut(coordinator: Any) -> tuple[list[str], list[str], Survivors]:
-    """Collect every input, and claim that two neighbouring pairs on the circle sent none."""
+    """Collect every input, and claim that two pairs around a part of the order sent none."""
     coordinator.collect()
     order = list(graph.harary_order(coordinator.session.session.context, coordinator.fleet.devices))
     part, gone = order[:PART], [*order[PART : PART + 2], *order[-2:]]
@@ -26,26 +26,26 @@ def cut(coordinator: Any) -> tuple[list[str], list[str], Survivors]:
     return part, gone, Survivors(coordinator.plan.digest(), left)
 
 
-def test_the_ends_of_a_part_refuse_to_be_cut_off(circle: Callable[..., Any]) -> None:
-    coordinator = circle(12, degree=DEGREE, threshold=4, minimum_survivors=8)
+def test_the_ends_of_a_part_refuse_to_be_cut_off(sparse: Callable[..., Any]) -> None:
+    coordinator = sparse(12, degree=DEGREE, threshold=4, minimum_survivors=8)
     part, _, lie = cut(coordinator)
     for end in part:
         with refused(ProtocolError, "survivors.neighbors"):
             coordinator.ask(end, "on_survivors", lie)
 
 
-def test_a_threshold_that_half_a_neighbourhood_reaches_is_refused(circle: Callable[..., Any]) -> None:
+def test_a_threshold_that_half_a_neighborhood_reaches_is_refused(sparse: Callable[..., Any]) -> None:
     with refused(ProtocolError, "offer.graph"):
-        circle(12, degree=DEGREE, threshold=3, minimum_survivors=8).collect()
+        sparse(12, degree=DEGREE, threshold=3, minimum_survivors=8).collect()
 
 
-def test_without_the_check_the_sum_over_three_devices_is_open(
-    circle: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_without_the_check_the_sum_over_three_devices_is_unmasked(
+    sparse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "is_secure", lambda *given: True)
-    coordinator = circle(12, degree=DEGREE, threshold=3, minimum_survivors=8)
+    coordinator = sparse(12, degree=DEGREE, threshold=3, minimum_survivors=8)
     part, gone, lie = cut(coordinator)
-    signed = {name: coordinator.agreement(name, lie) for name in sorted(lie.vectors)}
+    signed = {name: coordinator.consistency_signature(name, lie) for name in sorted(lie.vectors)}
     for name in sorted(lie.vectors):
         answer = coordinator.ask(name, "on_unmask", Unmask(lie, signed))
         coordinator.responses[name] = coordinator.open_verified(name, UnmaskResponse, answer)

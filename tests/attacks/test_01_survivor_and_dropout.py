@@ -1,6 +1,6 @@
-"""One unmask request that names a victim as survivor and as dropped.
+"""One unmask request that names a victim both as a survivor and as a dropout.
 
-With both kinds of shares a coordinator opens the victim's self mask *and* its pair masks: its update lies open.
+With both kinds of shares a coordinator removes the victim's self mask *and* its pair masks: its update is exposed.
 """
 
 from collections.abc import Callable
@@ -27,31 +27,29 @@ def responses(coordinator: Any) -> dict[str, UnmaskResponse]:
     return {name: coordinator.open_verified(name, UnmaskResponse, raw) for name, raw in answers.items()}
 
 
-def test_a_device_gives_one_kind_of_share_of_each_device(malicious: Callable[..., Any]) -> None:
+def test_a_device_reveals_one_kind_of_share_of_each_device(malicious: Callable[..., Any]) -> None:
     coordinator = malicious()
-    coordinator.collect(lost=("device-004",))
-    for opening in responses(coordinator).values():
-        assert set(opening.seeds) == set(coordinator.uploads)
-        assert set(opening.keys) == {"device-004"}
+    coordinator.collect(dropouts=("device-004",))
+    for response in responses(coordinator).values():
+        assert set(response.seeds) == set(coordinator.uploads)
+        assert set(response.keys) == {"device-004"}
 
 
-def test_a_request_has_no_place_to_name_the_victim_as_dropped(malicious: Callable[..., Any]) -> None:
+def test_a_request_cannot_name_the_victim_as_a_dropout(malicious: Callable[..., Any]) -> None:
     coordinator = malicious()
     coordinator.collect()
     raw = coordinator.sign(request(coordinator))
-    # As an entry of its own after the survivors, or as the victim's second entry: neither is a message.
+    # As a separate entry after the survivors, or as a second entry of the victim: neither is a valid message.
     body = request(coordinator).encode()
     entry = bytes([len(VICTIM)]) + VICTIM.encode() + bytes(32)
     second = body.replace(b"\x00\x00\x00\x05", b"\x00\x00\x00\x06", 1)[:-4] + entry + bytes(4)
-    for spoiled, about in ((body + entry, "encoding.trailing"), (second, "encoding.order")):
+    for damaged, about in ((body + entry, "encoding.trailing"), (second, "encoding.order")):
         with refused(ProtocolError, about):
-            Unmask.decode(spoiled)
+            Unmask.decode(damaged)
     coordinator.fleet.answer("on_unmask", "device-000", raw)
 
 
-def test_with_the_rule_taken_out_the_victim_is_exposed(
-    malicious: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_rule_the_victim_is_exposed(malicious: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def both(session: Any, plan: Any, me: str, survivors: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return tuple(sorted(survivors.vectors)), (VICTIM,)
 
@@ -61,14 +59,14 @@ def test_with_the_rule_taken_out_the_victim_is_exposed(
     found = responses(coordinator)
     recovery = coordinator.recover({n: o.seeds for n, o in found.items()}, {n: o.keys for n, o in found.items()})
     seed, key = recovery.seed(VICTIM), recovery.mask_key(VICTIM)
-    coordinator.assert_exposed(VICTIM, coordinator.strip(VICTIM, seed, {VICTIM: key}))
+    coordinator.assert_exposed(VICTIM, coordinator.unmask_upload(VICTIM, seed, {VICTIM: key}))
 
 
 def test_the_rule_holds_in_an_active_session_too(malicious: Callable[..., Any]) -> None:
     coordinator = malicious(Adversary.ACTIVE)
-    coordinator.collect(lost=("device-004",))
+    coordinator.collect(dropouts=("device-004",))
     fleet = coordinator.fleet
     _, bodies = fleet.confirm(*coordinator.state.close())
     for name in bodies:
-        opening = coordinator.open_verified(name, UnmaskResponse, fleet.answer("on_unmask", name, bodies[name]))
-        assert not set(opening.seeds) & set(opening.keys)
+        response = coordinator.open_verified(name, UnmaskResponse, fleet.answer("on_unmask", name, bodies[name]))
+        assert not set(response.seeds) & set(response.keys)

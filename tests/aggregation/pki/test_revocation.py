@@ -1,4 +1,4 @@
-"""Revocation lists: a revoked device is out, and nobody who passes lists on can bring it back."""
+"""Revocation lists: a revoked device is refused, and nobody who forwards lists can reinstate it."""
 
 import datetime as dt
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def listed(authority: Authority, number: int = 1, *serials: int, begin: dt.datet
 
 
 def odd(authority: Authority, build: Build, *, number: bool = True, ends: bool = True) -> bytes:
-    """A list that the authority signs although ``revocations`` would not make it."""
+    """A list that the authority signs although ``revocations`` would refuse it."""
     issuer = x509.load_der_x509_certificate(authority.der).subject
     builder = x509.CertificateRevocationListBuilder(issuer, BEGIN, END if ends else BEGIN)
     if number:
@@ -142,7 +142,7 @@ def test_an_entry_of_another_authoritys_certificate_is_refused(authority: Author
         )
 
 
-def test_an_entry_that_takes_a_revocation_back_is_refused(authority: Authority) -> None:
+def test_an_entry_that_withdraws_a_revocation_is_refused(authority: Authority) -> None:
     back = x509.CRLReason(x509.ReasonFlags.remove_from_crl)
     with refused(TrustError, "revocations.entries"):
         authority.root.revocations(
@@ -174,21 +174,21 @@ def test_an_older_list_is_refused_and_so_is_another_of_the_same_number(authority
         root.with_revocations(listed(authority, 2).der)
 
 
-def test_a_list_counts_until_its_own_end(authority: Authority) -> None:
+def test_a_list_is_valid_until_its_own_end(authority: Authority) -> None:
     made = listed(authority)
     made.require_fresh(BEGIN + 30 * DAY)
     with refused(TrustError, "revocations.next-update"):
         made.require_fresh(BEGIN + 30 * DAY + dt.timedelta(seconds=1))
 
 
-def test_a_list_counts_no_longer_than_whoever_asks_allows(authority: Authority) -> None:
+def test_a_list_is_valid_no_longer_than_the_reader_allows(authority: Authority) -> None:
     made = listed(authority)
     made.require_fresh(BEGIN + 7 * DAY, 7 * DAY)
     with refused(TrustError, "revocations.age"):
         made.require_fresh(BEGIN + 7 * DAY + dt.timedelta(seconds=1), 7 * DAY)
 
 
-def test_a_list_of_a_day_to_come_is_not_fresh(authority: Authority) -> None:
+def test_a_list_dated_in_the_future_is_not_fresh(authority: Authority) -> None:
     made = listed(authority)
     for oldest in (None, 7 * DAY):
         made.require_fresh(BEGIN - DAY, oldest)  # the reader's clock may be behind
@@ -201,7 +201,7 @@ def test_a_list_that_ends_before_it_begins_is_not_signed(authority: Authority) -
         authority.revocations(1, {}, END, BEGIN)
 
 
-def test_the_pinned_authority_in_pem_says_nothing_of_revocations(authority: Authority) -> None:
+def test_the_pem_of_the_authority_has_no_revocations(authority: Authority) -> None:
     root = authority.root.with_revocations(listed(authority, 1, 77).der)
     assert Root.from_pem(root.to_pem()) == authority.root
 

@@ -1,4 +1,4 @@
-"""Identities: a signature counts for its body, its purpose and its key, and for nothing else."""
+"""Identities: a signature is valid for its body, its purpose and its key only."""
 
 from typing import Any
 
@@ -34,19 +34,19 @@ def test_a_signature_does_not_verify_under_another_key(key: IdentityKey) -> None
 
 
 @pytest.mark.parametrize("signature", [b"", bytes(64), bytes(63), bytes(65)])
-def test_what_is_no_signature_does_not_verify(key: IdentityKey, signature: bytes) -> None:
+def test_bytes_that_are_not_a_signature_do_not_verify(key: IdentityKey, signature: bytes) -> None:
     with pytest.raises(TrustError):
         key.public.verify("offer", b"body", signature)
 
 
-def test_keys_come_back_from_pem(key: IdentityKey) -> None:
+def test_keys_round_trip_through_pem(key: IdentityKey) -> None:
     assert IdentityKey.from_pem(key.to_pem()) == key
     assert PublicKey.from_pem(key.public.to_pem()) == key.public
 
 
 @pytest.mark.parametrize("kind", [IdentityKey, PublicKey])
 @pytest.mark.parametrize("pem", [b"", b"junk", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"])
-def test_what_is_no_key_is_not_read(kind: Any, pem: bytes) -> None:
+def test_bytes_that_are_not_a_key_are_refused(kind: Any, pem: bytes) -> None:
     with pytest.raises(TrustError):
         kind.from_pem(pem)
 
@@ -74,7 +74,7 @@ def test_the_private_key_is_in_no_repr(key: IdentityKey) -> None:
     assert repr(key) == "IdentityKey()"
 
 
-def test_a_purpose_must_have_a_name(key: IdentityKey) -> None:
+def test_a_signature_tag_must_not_be_empty(key: IdentityKey) -> None:
     with pytest.raises(ConfigError):
         key.sign("", b"body")
 

@@ -1,4 +1,4 @@
-"""The Merkle tree against a second implementation that follows the text of RFC 9162 word by word."""
+"""The Merkle tree against a second implementation that follows the text of RFC 9162."""
 
 import hashlib
 
@@ -63,7 +63,7 @@ def test_root_and_proofs_are_those_of_the_rfc(entries: Entries) -> None:
 
 
 @given(logs, st.data())
-def test_proofs_about_an_earlier_size_are_those_of_that_time(entries: Entries, data: st.DataObject) -> None:
+def test_proofs_about_an_earlier_size_are_those_of_the_smaller_tree(entries: Entries, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, len(entries)))
     index = data.draw(st.integers(0, size - 1))
     now, then = Tree(entries), Tree(entries[:size])
@@ -80,7 +80,7 @@ def test_genuine_proofs_are_accepted(entries: Entries) -> None:
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=40, unique=True), st.data())
-def test_a_proof_shows_nothing_but_its_own_claim(numbers: list[int], data: st.DataObject) -> None:
+def test_an_inclusion_proof_proves_only_its_own_claim(numbers: list[int], data: st.DataObject) -> None:
     entries = [str(number).encode() for number in numbers]
     tree, size = Tree(entries), len(entries)
     index = data.draw(st.integers(0, size - 1))
@@ -95,7 +95,7 @@ def test_a_proof_shows_nothing_but_its_own_claim(numbers: list[int], data: st.Da
 
 
 @given(st.integers(2, 40), st.data())
-def test_a_consistency_proof_shows_no_other_past(size: int, data: st.DataObject) -> None:
+def test_a_consistency_proof_proves_no_other_prefix(size: int, data: st.DataObject) -> None:
     entries = [bytes([number]) for number in range(size)]
     old = data.draw(st.integers(1, size))
     changed = data.draw(st.integers(0, old - 1))
@@ -119,7 +119,7 @@ def assert_altered_proofs_fail(proof: tuple[bytes, ...], verify: object) -> None
 
 
 @pytest.mark.parametrize("index", [-1, 5, 6])
-def test_a_leaf_that_cannot_be_there_is_refused(index: int) -> None:
+def test_an_index_outside_the_tree_is_refused(index: int) -> None:
     tree = Tree([b"a", b"b", b"c", b"d", b"e"])
     with pytest.raises(ValueError, match="not among 5"):
         tree.inclusion(index)
@@ -128,7 +128,7 @@ def test_a_leaf_that_cannot_be_there_is_refused(index: int) -> None:
 
 
 @pytest.mark.parametrize("old", [-1, 0, 6])
-def test_a_past_that_cannot_be_is_refused(old: int) -> None:
+def test_a_prefix_outside_the_tree_is_refused(old: int) -> None:
     tree = Tree([b"a", b"b", b"c", b"d", b"e"])
     with pytest.raises(ValueError, match="not the beginning of 5"):
         tree.consistency(old)
@@ -147,7 +147,7 @@ def test_a_node_never_passes_for_a_leaf() -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 1, 2])
-def test_a_place_outside_the_tree_holds_nothing(index: int) -> None:
+def test_an_index_outside_a_tree_of_one_leaf_is_refused(index: int) -> None:
     """With one leaf there is no step at which the proof could fail by itself."""
     tree = Tree([b"only"])
     verify_inclusion(tree.root(), 1, 0, b"only", ())
@@ -164,7 +164,7 @@ def test_a_proof_does_not_pass_for_one_about_a_longer_log(old: int, size: int, c
 
 
 @pytest.mark.parametrize("old", [3, 4])
-def test_an_empty_proof_shows_nothing(old: int) -> None:
+def test_an_empty_proof_proves_nothing(old: int) -> None:
     tree = Tree(bytes([number]) for number in range(5))
     with refused(TrustError, "log.consistency"):
         verify_consistency(tree.root(old), old, tree.root(), 5, ())

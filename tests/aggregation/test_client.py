@@ -1,4 +1,4 @@
-"""The device's states: what they refuse, that they answer once, and that secrets end with their round."""
+"""The device's states: what they refuse, that they answer once, and that secrets are dropped with their round."""
 
 import dataclasses
 import datetime as dt
@@ -25,15 +25,15 @@ def fleet(fleet_of: FleetOf) -> Any:
     return fleet_of(5)
 
 
-def resealed(fleet: Any, raw: bytes, kind: Any, **changes: Any) -> bytes:
-    """A message of the coordinator's, changed and signed again: what a lying coordinator sends."""
+def resigned(fleet: Any, raw: bytes, kind: Any, **changes: Any) -> bytes:
+    """A message of the coordinator, changed and signed again, as a malicious coordinator sends it."""
     message = envelope.open_verified(kind, raw, fleet.key.public, "coordinator")
     return envelope.sign(fleet.key, dataclasses.replace(message, **changes))
 
 
 def replanned(fleet: Any, raw: bytes, **changes: Any) -> bytes:
     plan = envelope.open_verified(Assignment, raw, fleet.key.public, "coordinator").plan
-    return resealed(fleet, raw, Assignment, plan=dataclasses.replace(plan, **changes))
+    return resigned(fleet, raw, Assignment, plan=dataclasses.replace(plan, **changes))
 
 
 def planned(fleet: Any) -> tuple[Any, dict[str, bytes]]:
@@ -48,7 +48,7 @@ def test_an_offer_without_this_device_is_refused(fleet: Any) -> None:
     _, offer = fleet.offer()
     others = tuple(device.certificate for name, device in fleet.devices.items() if name != ME)
     with refused(ProtocolError, "offer.self"):
-        client.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=others), fleet.entropy)
+        client.join(fleet.devices[ME], resigned(fleet, offer, Offer, certificates=others), fleet.entropy)
 
 
 def test_an_offer_that_names_a_device_twice_is_refused(fleet: Any) -> None:
@@ -56,7 +56,7 @@ def test_an_offer_that_names_a_device_twice_is_refused(fleet: Any) -> None:
     twice = tuple(sorted(fleet.certificates.items()))
     certificates = tuple(der for _, der in (*twice, twice[-1]))
     with refused(ProtocolError, "offer.order"):
-        client.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=certificates), fleet.entropy)
+        client.join(fleet.devices[ME], resigned(fleet, offer, Offer, certificates=certificates), fleet.entropy)
 
 
 def test_two_devices_with_one_key_are_refused(fleet: Any) -> None:
@@ -66,17 +66,17 @@ def test_two_devices_with_one_key_are_refused(fleet: Any) -> None:
     twin = fleet.authority.issue("device-005", last.identity.public, not_before=begin, not_after=end)
     certificates = (*(der for _, der in sorted(fleet.certificates.items())), twin)
     with refused(ProtocolError, "offer.keys"):
-        client.join(fleet.devices[ME], resealed(fleet, offer, Offer, certificates=certificates), fleet.entropy)
+        client.join(fleet.devices[ME], resigned(fleet, offer, Offer, certificates=certificates), fleet.entropy)
 
 
-def test_an_offer_against_the_policy_is_refused(fleet: Any) -> None:
+def test_an_offer_that_breaks_the_policy_is_refused(fleet: Any) -> None:
     _, offer = fleet.offer()
     strict = dataclasses.replace(fleet.devices[ME], policy=Policy(known_bases=frozenset({fleet.spec.base_digest})))
     with refused(ProtocolError, "offer.cohort"):
         client.join(strict, offer, fleet.entropy)
 
 
-def test_a_device_with_a_clock_refuses_certificates_out_of_their_time(fleet: Any) -> None:
+def test_a_device_with_a_clock_refuses_expired_certificates(fleet: Any) -> None:
     _, offer = fleet.offer()
     with refused(ProtocolError, "certificate.validity"):
         client.join(fleet.devices[ME], offer, fleet.entropy, at=dt.datetime(2040, 1, 1, tzinfo=dt.UTC))
@@ -127,11 +127,11 @@ def test_a_roster_with_other_adverts_is_refused(
     state, roster = on_roster
     adverts = envelope.open_verified(Roster, roster, fleet.key.public, "coordinator").adverts
     with refused(ProtocolError, about):
-        state.on_roster(fleet.devices[ME], resealed(fleet, roster, Roster, adverts=choose(adverts)), fleet.entropy)
+        state.on_roster(fleet.devices[ME], resigned(fleet, roster, Roster, adverts=choose(adverts)), fleet.entropy)
     state.on_roster(fleet.devices[ME], roster, fleet.entropy)
 
 
-def test_a_roster_on_which_there_is_no_such_graph_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
+def test_a_roster_for_which_no_graph_exists_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
     state, roster = on_roster
     odd = dataclasses.replace(state, spec=dataclasses.replace(state.spec, degree=3))
     with refused(ProtocolError, "spec.degree"):
@@ -141,10 +141,10 @@ def test_a_roster_on_which_there_is_no_such_graph_is_refused(fleet: Any, on_rost
 def test_a_roster_for_another_offer_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
     state, roster = on_roster
     with refused(ProtocolError, "roster.offer"):
-        state.on_roster(fleet.devices[ME], resealed(fleet, roster, Roster, offer=bytes(32)), fleet.entropy)
+        state.on_roster(fleet.devices[ME], resigned(fleet, roster, Roster, offer=bytes(32)), fleet.entropy)
 
 
-def test_a_roster_on_which_the_policy_does_not_hold_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
+def test_a_roster_that_breaks_the_policy_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
     state, roster = on_roster
     device = fleet.devices[ME]
     strict = dataclasses.replace(device, policy=dataclasses.replace(device.policy, corrupt_fraction=0.5))
@@ -186,23 +186,23 @@ def test_a_plan_that_is_not_for_this_device_now_is_refused(
     assert isinstance(state.on_plan(device, plans[ME]), Planned)
 
 
-def test_a_plan_with_a_member_whose_boxes_did_not_come_is_refused(fleet: Any) -> None:
+def test_a_plan_with_a_member_whose_shares_did_not_arrive_is_refused(fleet: Any) -> None:
     _, plans = planned(fleet)
     message = envelope.open_verified(Assignment, plans[ME], fleet.key.public, "coordinator")
-    fewer = {dealer: box for dealer, box in message.encrypted_shares.items() if dealer != "device-003"}
+    fewer = {dealer: encrypted for dealer, encrypted in message.encrypted_shares.items() if dealer != "device-003"}
     with refused(ProtocolError, "plan.members"):
-        fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, encrypted_shares=fewer))
+        fleet.states[ME].on_plan(fleet.devices[ME], resigned(fleet, plans[ME], Assignment, encrypted_shares=fewer))
     with refused(ProtocolError, "assignment.neighbors"):
-        fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, encrypted_shares={}))
+        fleet.states[ME].on_plan(fleet.devices[ME], resigned(fleet, plans[ME], Assignment, encrypted_shares={}))
 
 
-def test_boxes_of_a_stranger_are_refused(fleet: Any) -> None:
+def test_shares_of_a_device_that_is_not_a_neighbor_are_refused(fleet: Any) -> None:
     _, plans = planned(fleet)
     message = envelope.open_verified(Assignment, plans[ME], fleet.key.public, "coordinator")
     for stranger in ("zed", ME):
         more = {**message.encrypted_shares, stranger: EncryptedShares(b"", ())}
         with refused(ProtocolError, "assignment.dealers"):
-            fleet.states[ME].on_plan(fleet.devices[ME], resealed(fleet, plans[ME], Assignment, encrypted_shares=more))
+            fleet.states[ME].on_plan(fleet.devices[ME], resigned(fleet, plans[ME], Assignment, encrypted_shares=more))
 
 
 def test_a_round_is_begun_once(fleet: Any) -> None:
@@ -215,7 +215,7 @@ def test_a_round_is_begun_once(fleet: Any) -> None:
         begun.on_plan(device, replanned(fleet, plans[ME], adapter_version=2))
 
 
-def test_skipped_rounds_cannot_be_joined_any_more_and_their_secrets_are_gone(fleet: Any) -> None:
+def test_skipped_rounds_cannot_be_joined_and_their_secrets_are_dropped(fleet: Any) -> None:
     _, plans = planned(fleet)
     begun = fleet.states[ME].on_plan(fleet.devices[ME], replanned(fleet, plans[ME], round=2))
     assert set(begun.ready.secrets) == set(begun.ready.held) == {3}
@@ -276,31 +276,33 @@ def masked(fleet: Any) -> tuple[Any, dict[str, bytes]]:
         (lambda vectors: {name: vectors[name] for name in sorted(vectors)[:3]}, "survivors.size", 3),
     ],
 )
-def test_a_survivor_set_that_this_device_cannot_open_is_refused(
+def test_an_invalid_survivor_set_is_refused(
     fleet: Any, masked: tuple[Any, dict[str, bytes]], change: Any, about: str, value: object
 ) -> None:
     _, bodies = masked
     state, device = fleet.states[ME], fleet.devices[ME]
     vectors = envelope.open_verified(Survivors, bodies[ME], fleet.key.public, "coordinator").vectors
     with refused(ProtocolError, about, peer="coordinator", value=value):
-        state.on_survivors(device, resealed(fleet, bodies[ME], Survivors, vectors=change(vectors)))
+        state.on_survivors(device, resigned(fleet, bodies[ME], Survivors, vectors=change(vectors)))
     state.on_survivors(device, bodies[ME])
 
 
 def test_a_survivor_set_of_another_plan_is_refused(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
     _, bodies = masked
     with refused(ProtocolError, "survivors.plan"):
-        fleet.states[ME].on_survivors(fleet.devices[ME], resealed(fleet, bodies[ME], Survivors, plan=bytes(32)))
+        fleet.states[ME].on_survivors(fleet.devices[ME], resigned(fleet, bodies[ME], Survivors, plan=bytes(32)))
 
 
-def test_a_device_agrees_once(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
+def test_a_device_signs_one_survivor_set(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
     _, bodies = masked
     fleet.states[ME].on_survivors(fleet.devices[ME], bodies[ME])
     with refused(ProtocolError, "single-use"):
         fleet.states[ME].on_survivors(fleet.devices[ME], bodies[ME])
 
 
-def test_an_active_session_opens_nothing_without_an_agreement(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
+def test_an_active_session_reveals_no_shares_without_consistency_signatures(
+    fleet: Any, masked: tuple[Any, dict[str, bytes]]
+) -> None:
     _, bodies = masked
     survivors = envelope.open_verified(Survivors, bodies[ME], fleet.key.public, "coordinator")
     unmask = envelope.sign(fleet.key, Unmask(survivors, {}))
@@ -308,7 +310,7 @@ def test_an_active_session_opens_nothing_without_an_agreement(fleet: Any, masked
         fleet.states[ME].on_unmask(fleet.devices[ME], unmask)
 
 
-def test_an_honest_but_curious_session_has_no_agreement(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
+def test_an_honest_but_curious_session_has_no_consistency_check(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
     fleet = fleet_of(5, spec=spec_of(5, adversary=Adversary.HONEST_BUT_CURIOUS))
     _, bodies = fleet.collect(fleet.establish())
     survivors = envelope.open_verified(Unmask, bodies[ME], fleet.key.public, "coordinator").survivors
@@ -329,20 +331,20 @@ def test_an_honest_but_curious_session_has_no_agreement(fleet_of: FleetOf, spec_
         (lambda signed: {**signed, ME: signed["device-001"]}, "signature", "consistency-signature"),
     ],
 )
-def test_an_unmask_request_without_enough_agreements_is_refused(
+def test_an_unmask_request_without_enough_signatures_is_refused(
     fleet: Any, masked: tuple[Any, dict[str, bytes]], change: Any, about: str, value: object
 ) -> None:
     _, bodies = fleet.confirm(*masked)
     state, device = fleet.states[ME], fleet.devices[ME]
     signed = envelope.open_verified(Unmask, bodies[ME], fleet.key.public, "coordinator").consistency_signatures
     with refused(ProtocolError, about, peer="coordinator", value=value):
-        state.on_unmask(device, resealed(fleet, bodies[ME], Unmask, consistency_signatures=change(signed)))
+        state.on_unmask(device, resigned(fleet, bodies[ME], Unmask, consistency_signatures=change(signed)))
     state.on_unmask(device, bodies[ME])
     with refused(ProtocolError, "single-use"):
         state.on_unmask(device, bodies[ME])
 
 
-# The life of secrets
+# The lifetime of secrets
 
 
 def test_secrets_end_with_their_round(fleet: Any) -> None:
@@ -363,7 +365,7 @@ def test_secrets_end_with_their_round(fleet: Any) -> None:
 
 
 def test_no_state_shows_a_secret(fleet: Any) -> None:
-    """Neither what it shows itself with, nor what its refusals say."""
+    """Neither its ``repr`` nor its errors."""
     state, offer = fleet.offer()
     for name in fleet.devices:
         state = state.on_advert(name, fleet.join(name, offer))
@@ -408,7 +410,7 @@ def test_a_new_round_may_begin_in_any_state(fleet: Any, stage: str) -> None:
     fleet.assert_sum(result)
 
 
-def test_a_plan_without_a_round_left_is_refused(fleet: Any) -> None:
+def test_a_plan_beyond_the_session_is_refused(fleet: Any) -> None:
     session = fleet.establish()
     for _ in range(3):
         session, _ = fleet.round(session)

@@ -1,4 +1,4 @@
-"""The authority: what it certified is accepted, and nothing else is."""
+"""The authority: only what it certified is accepted."""
 
 import datetime as dt
 from typing import Any
@@ -38,7 +38,7 @@ def certificate(authority: Authority, identity: IdentityKey) -> bytes:
 
 
 def forged(issuer: Authority, subject: list[x509.NameAttribute], public: Any, *, extension: bool = True) -> bytes:
-    """A certificate that the authority signs although ``issue`` would not make it."""
+    """A certificate that the authority signs although ``issue`` would refuse it."""
     builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name(subject))
@@ -65,14 +65,14 @@ def test_a_certificate_gives_the_device_and_its_key(
     assert authority.root.verify(certificate, BEGIN + DAY) == ("kitchen-1", identity.public)
 
 
-def test_the_same_certificate_is_issued_for_the_same_facts(authority: Authority, identity: IdentityKey) -> None:
+def test_the_same_certificate_is_issued_for_the_same_fields(authority: Authority, identity: IdentityKey) -> None:
     first = authority.issue("a", identity.public, not_before=BEGIN, not_after=END)
     assert authority.issue("a", identity.public, not_before=BEGIN, not_after=END) == first
     assert authority.issue("a", identity.public, not_before=BEGIN + DAY, not_after=END) != first
 
 
 @pytest.mark.parametrize(("last", "after"), [(BEGIN, BEGIN - SECOND), (END, END + SECOND)])
-def test_a_certificate_counts_in_its_time_only(
+def test_a_certificate_is_valid_in_its_period_only(
     authority: Authority, certificate: bytes, last: dt.datetime, after: dt.datetime
 ) -> None:
     authority.root.verify(certificate, last)
@@ -81,7 +81,7 @@ def test_a_certificate_counts_in_its_time_only(
 
 
 @pytest.mark.parametrize("when", [BEGIN - SECOND, END + SECOND])
-def test_nothing_counts_outside_the_authoritys_own_time(
+def test_no_certificate_is_valid_outside_the_authoritys_own_period(
     authority: Authority, identity: IdentityKey, when: dt.datetime
 ) -> None:
     longer = authority.issue("kitchen-1", identity.public, not_before=BEGIN - DAY, not_after=END + DAY)
@@ -102,7 +102,7 @@ def test_a_device_cannot_certify_another(authority: Authority, identity: Identit
         authority.root.verify(child)
 
 
-def test_the_authoritys_own_certificate_is_no_devices(authority: Authority) -> None:
+def test_the_authoritys_own_certificate_is_not_a_devices(authority: Authority) -> None:
     with refused(TrustError, "certificate.basic-constraints"):
         authority.root.verify(authority.der)
 
@@ -119,7 +119,7 @@ def test_a_certificate_with_two_names_or_none_is_refused(authority: Authority, i
             authority.root.verify(forged(authority, names, key))
 
 
-def test_a_certified_name_that_is_no_device_id_is_refused(authority: Authority, identity: IdentityKey) -> None:
+def test_a_certified_name_that_is_not_a_device_id_is_refused(authority: Authority, identity: IdentityKey) -> None:
     key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
     with refused(TrustError, "certificate.common-name"):
         authority.root.verify(forged(authority, name("../kitchen"), key))
@@ -147,7 +147,7 @@ def test_any_flipped_bit_is_refused(authority: Authority, certificate: bytes) ->
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(0, 300), end=st.integers(0, 300), put=st.binary(max_size=12))
-def test_any_piece_put_in_or_taken_out_is_refused(
+def test_any_insertion_or_deletion_is_refused(
     authority: Authority, certificate: bytes, start: int, end: int, put: bytes
 ) -> None:
     raw = certificate[:start] + put + certificate[end:]
@@ -157,17 +157,17 @@ def test_any_piece_put_in_or_taken_out_is_refused(
 
 
 @pytest.mark.parametrize("der", [b"", b"junk", bytes(5000)])
-def test_what_is_no_certificate_is_refused(authority: Authority, der: bytes) -> None:
+def test_bytes_that_are_not_a_certificate_are_refused(authority: Authority, der: bytes) -> None:
     with pytest.raises(TrustError):
         authority.root.verify(der)
 
 
-def test_authority_and_root_come_back_from_pem(authority: Authority) -> None:
+def test_authority_and_root_round_trip_through_pem(authority: Authority) -> None:
     assert Authority.from_pem(authority.to_pem()) == authority
     assert Root.from_pem(authority.root.to_pem()) == authority.root
 
 
-def test_key_and_certificate_of_two_authorities_do_not_make_one(authority: Authority, entropy: Any) -> None:
+def test_key_and_certificate_of_different_authorities_are_refused(authority: Authority, entropy: Any) -> None:
     other = Authority.create("other", entropy, BEGIN, END)
     with refused(TrustError, "authority.key"):
         Authority.from_pem(other.key.to_pem() + authority.root.to_pem())
@@ -179,7 +179,7 @@ def test_a_device_certificate_cannot_be_pinned(authority: Authority, certificate
         Root.from_pem(pem)
 
 
-def test_an_authority_that_another_one_signed_cannot_be_pinned(authority: Authority, entropy: Any) -> None:
+def test_an_authority_signed_by_another_cannot_be_pinned(authority: Authority, entropy: Any) -> None:
     other = IdentityKey.generate(entropy)
     builder = (
         x509.CertificateBuilder()
@@ -203,7 +203,7 @@ def test_a_certificate_over_the_limit_is_refused_unread(authority: Authority) ->
         authority.root.verify(bytes(2048))
 
 
-def test_a_certificate_that_signs_itself_and_is_no_authoritys_cannot_be_pinned(authority: Authority) -> None:
+def test_a_self_signed_certificate_that_is_not_an_authoritys_cannot_be_pinned(authority: Authority) -> None:
     der = forged(authority, name("fleet"), Ed25519PrivateKey.from_private_bytes(authority.key.raw).public_key())
     pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
     with refused(TrustError, "certificate.basic-constraints"):

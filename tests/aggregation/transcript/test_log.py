@@ -50,7 +50,7 @@ def entries(raw: bytes) -> tuple[Entry, ...]:
     return reading.entries
 
 
-def test_what_all_devices_get_alike_is_one_entry(log: Transcript) -> None:
+def test_a_message_that_all_devices_receive_alike_is_one_entry(log: Transcript) -> None:
     (entry,) = entries(log.sent(Step.OFFER, {"a": b"same", "b": b"same"}))
     assert entry == Entry(0, "offer", 0, EVERYONE, b"same")
 
@@ -59,9 +59,14 @@ def assignment(encrypted_shares: dict[str, EncryptedShares]) -> bytes:
     return envelope.sign(KEY, Assignment(PLAN, encrypted_shares))
 
 
-def test_of_plans_with_boxes_the_first_is_kept_and_of_the_others_what_it_does_not_say(log: Transcript) -> None:
-    box = EncryptedShares(b"sealed", (bytes(range(16)),))
-    bodies = {"a": assignment({"b": box}), "b": assignment({"a": box}), "c": assignment({}), "d": assignment({})}
+def test_of_assignments_with_shares_the_first_is_logged_and_the_others_without_body(log: Transcript) -> None:
+    encrypted = EncryptedShares(b"sealed", (bytes(range(16)),))
+    bodies = {
+        "a": assignment({"b": encrypted}),
+        "b": assignment({"a": encrypted}),
+        "c": assignment({}),
+        "d": assignment({}),
+    }
     log.begin(PLAN)
     first, second, rest = entries(log.sent(Step.PLAN, bodies))
     assert (first.peer, first.message) == ("a", bodies["a"])
@@ -71,13 +76,13 @@ def test_of_plans_with_boxes_the_first_is_kept_and_of_the_others_what_it_does_no
     assert {entry.round for entry in (first, second, rest)} == {2}
 
 
-def test_a_single_plan_without_boxes_is_kept_whole(log: Transcript) -> None:
+def test_a_single_assignment_without_shares_is_logged_complete(log: Transcript) -> None:
     bodies = {"a": assignment({"b": EncryptedShares(b"sealed", (bytes(range(16)),))}), "b": assignment({})}
     log.begin(PLAN)
     assert [entry.message for entry in entries(log.sent(Step.PLAN, bodies))] == list(bodies.values())
 
 
-def test_the_plan_of_a_single_device_is_under_its_name(log: Transcript) -> None:
+def test_the_assignment_of_a_single_device_is_logged_under_its_name(log: Transcript) -> None:
     log.begin(PLAN)
     (entry,) = entries(log.sent(Step.PLAN, {"a": assignment({})}))
     assert entry.peer == "a"
@@ -85,12 +90,12 @@ def test_the_plan_of_a_single_device_is_under_its_name(log: Transcript) -> None:
     assert entry.peer == EVERYONE
 
 
-def test_devices_that_are_told_different_things_show_in_the_log(log: Transcript) -> None:
+def test_different_messages_to_devices_show_in_the_log(log: Transcript) -> None:
     found = entries(log.sent(Step.SURVIVORS, {"a": b"one set", "b": b"another"}))
     assert [entry.message for entry in found] == [b"one set", b"another"]
 
 
-def test_of_a_masked_input_the_signed_header_is_kept_and_the_vector_handed_out(log: Transcript) -> None:
+def test_of_a_masked_input_the_signed_header_is_logged(log: Transcript) -> None:
     header = MaskedInput(bytes(32), "a", bytes(32))
     body = envelope.sign_vector(KEY, header, b"packed")
     (entry,) = entries(log.received(Step.PLAN, "a", body))
@@ -99,7 +104,7 @@ def test_of_a_masked_input_the_signed_header_is_kept_and_the_vector_handed_out(l
 
 
 @pytest.mark.parametrize("step", [step for step in Step if step not in (Step.CHECK_IN, Step.PLAN)])
-def test_every_other_answer_is_kept_as_it_came(log: Transcript, step: Step) -> None:
+def test_every_other_answer_is_logged_as_it_arrived(log: Transcript, step: Step) -> None:
     (entry,) = entries(log.received(step, "a", b"answer"))
     assert (entry.kind, entry.peer, entry.message) == (transcript.ANSWERS[step].TAG, "a", b"answer")
 
@@ -122,7 +127,7 @@ def test_a_checkpoint_signs_the_entries_before_it(log: Transcript) -> None:
     verify_consistency(found.root, 2, log.tree.root(), 3, log.tree.consistency(2))
 
 
-def test_a_log_goes_on_where_it_was_left(fleet_of: Callable[..., Any]) -> None:
+def test_a_resumed_log_continues_where_it_stopped(fleet_of: Callable[..., Any]) -> None:
     offering, offer = fleet_of(3).offer()
     log = Transcript(offering.offer, bytes([7]) * 32)
     raw = log.sent(Step.OFFER, {"a": offer})
@@ -145,7 +150,7 @@ def test_a_log_goes_on_where_it_was_left(fleet_of: Callable[..., Any]) -> None:
     assert again.checkpoint(KEY) == log.checkpoint(KEY)
 
 
-def test_what_does_not_begin_with_an_offer_is_not_gone_on_with(log: Transcript) -> None:
+def test_a_log_without_an_offer_cannot_be_resumed(log: Transcript) -> None:
     with pytest.raises(ProtocolError):
         resume(entries(log.received(Step.OFFER, "a", b"advert")), log.previous)
 
@@ -172,15 +177,15 @@ def test_a_length_over_the_limit_is_refused_before_it_is_read(log: Transcript) -
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "text"),
     [
         (Place(3, "advert", 0, "a"), "entry 3 (advert of a)"),
         (Place(9, "assignment", 2, "a"), "entry 9 (assignment to a, round 2)"),
         (Place(0, "offer", 0, EVERYONE), "entry 0 (offer)"),
     ],
 )
-def test_a_place_is_said_in_words(place: Place, said: str) -> None:
-    assert str(place) == said
+def test_a_place_is_formatted_in_words(place: Place, text: str) -> None:
+    assert str(place) == text
 
 
 @pytest.mark.parametrize("message", [*ENDINGS, Checkpoint(OFFER, 3, bytes(32), bytes(32), Stage.OPEN)])
