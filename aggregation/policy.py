@@ -85,8 +85,8 @@ class Policy:
         try:
             revoked.require_fresh(at, timedelta(self.revocation_days) if self.revocation_days else None)
         except TrustError as error:
-            message = f"offer refused: {error}"
-            raise ProtocolError(message, COORDINATOR, about="offer.revocations", value=revoked.number) from None
+            message, about = f"offer refused: {error}", f"offer.{error.about}"
+            raise ProtocolError(message, COORDINATOR, about=about, value=revoked.number) from None
 
     def check_roster(self, spec: SessionSpec, cohort: int, roster: int) -> None:
         """Return if the graph is secure with ``roster`` of the ``cohort`` devices, all corrupt ones among them.

@@ -47,7 +47,7 @@ def planned(fleet: Any) -> tuple[Any, dict[str, bytes]]:
 def test_an_offer_without_this_device_is_refused(fleet: Any) -> None:
     _, offer = fleet.offer()
     others = tuple(device.certificate for name, device in fleet.devices.items() if name != ME)
-    with refused(ProtocolError, "offer.self"):
+    with refused(ProtocolError, "offer.self", peer="coordinator", value="device-000"):
         client.join(fleet.devices[ME], resigned(fleet, offer, Offer, certificates=others), fleet.entropy)
 
 
@@ -72,29 +72,29 @@ def test_two_devices_with_one_key_are_refused(fleet: Any) -> None:
 def test_an_offer_that_breaks_the_policy_is_refused(fleet: Any) -> None:
     _, offer = fleet.offer()
     strict = dataclasses.replace(fleet.devices[ME], policy=Policy(known_bases=frozenset({fleet.spec.base_digest})))
-    with refused(ProtocolError, "offer.cohort"):
+    with refused(ProtocolError, "offer.cohort", peer="coordinator", value=5):
         client.join(strict, offer, fleet.entropy)
 
 
 def test_a_device_with_a_clock_refuses_expired_certificates(fleet: Any) -> None:
     _, offer = fleet.offer()
-    with refused(ProtocolError, "certificate.validity"):
+    with refused(ProtocolError, "certificate.validity", value="device-000"):
         client.join(fleet.devices[ME], offer, fleet.entropy, at=dt.datetime(2040, 1, 1, tzinfo=dt.UTC))
 
 
 def test_a_device_with_anothers_certificate_does_not_join(fleet: Any) -> None:
     _, offer = fleet.offer()
     confused = dataclasses.replace(fleet.devices[ME], certificate=fleet.devices["device-001"].certificate)
-    with refused(ProtocolError, "offer.self"):
+    with refused(ProtocolError, "offer.self", peer="coordinator", value="device-001"):
         client.join(confused, offer, fleet.entropy)
     broken = dataclasses.replace(fleet.devices[ME], certificate=b"")
-    with refused(ProtocolError, "device.certificate"):
+    with refused(ProtocolError, "device.certificate", value="certificate"):
         client.join(broken, offer, fleet.entropy)
 
 
 def test_an_offer_of_another_coordinator_is_refused(fleet: Any, fleet_of: FleetOf) -> None:
     _, offer = fleet_of(5, seed=2).offer()
-    with refused(ProtocolError, "signature"):
+    with refused(ProtocolError, "signature", peer="coordinator", value="offer"):
         client.join(fleet.devices[ME], offer, fleet.entropy)
 
 
@@ -134,13 +134,13 @@ def test_a_roster_with_other_adverts_is_refused(
 def test_a_roster_for_which_no_graph_exists_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
     state, roster = on_roster
     odd = dataclasses.replace(state, spec=dataclasses.replace(state.spec, degree=3))
-    with refused(ProtocolError, "spec.degree"):
+    with refused(ProtocolError, "spec.degree", peer="coordinator", value=3):
         odd.on_roster(fleet.devices[ME], roster, fleet.entropy)
 
 
 def test_a_roster_for_another_offer_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
     state, roster = on_roster
-    with refused(ProtocolError, "roster.offer"):
+    with refused(ProtocolError, "roster.offer", peer="coordinator"):
         state.on_roster(fleet.devices[ME], resigned(fleet, roster, Roster, offer=bytes(32)), fleet.entropy)
 
 
@@ -148,7 +148,7 @@ def test_a_roster_that_breaks_the_policy_is_refused(fleet: Any, on_roster: tuple
     state, roster = on_roster
     device = fleet.devices[ME]
     strict = dataclasses.replace(device, policy=dataclasses.replace(device.policy, corrupt_fraction=0.5))
-    with refused(ProtocolError, "roster.threshold"):
+    with refused(ProtocolError, "roster.threshold", peer="coordinator", value=4):
         state.on_roster(strict, roster, fleet.entropy)
     state.on_roster(device, roster, fleet.entropy)
 
@@ -156,7 +156,7 @@ def test_a_roster_that_breaks_the_policy_is_refused(fleet: Any, on_roster: tuple
 def test_a_device_shares_its_secrets_once(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
     state, roster = on_roster
     state.on_roster(fleet.devices[ME], roster, fleet.entropy)
-    with refused(ProtocolError, "single-use"):
+    with refused(ProtocolError, "single-use", value="shares"):
         state.on_roster(fleet.devices[ME], roster, fleet.entropy)
 
 
@@ -190,9 +190,9 @@ def test_a_plan_with_a_member_whose_shares_did_not_arrive_is_refused(fleet: Any)
     _, plans = planned(fleet)
     message = envelope.open_verified(Assignment, plans[ME], fleet.key.public, "coordinator")
     fewer = {dealer: encrypted for dealer, encrypted in message.encrypted_shares.items() if dealer != "device-003"}
-    with refused(ProtocolError, "plan.members"):
+    with refused(ProtocolError, "plan.members", peer="coordinator", value="device-003"):
         fleet.states[ME].on_plan(fleet.devices[ME], resigned(fleet, plans[ME], Assignment, encrypted_shares=fewer))
-    with refused(ProtocolError, "assignment.neighbors"):
+    with refused(ProtocolError, "assignment.neighbors", peer="coordinator", value=1):
         fleet.states[ME].on_plan(fleet.devices[ME], resigned(fleet, plans[ME], Assignment, encrypted_shares={}))
 
 
@@ -201,7 +201,7 @@ def test_shares_of_a_device_that_is_not_a_neighbor_are_refused(fleet: Any) -> No
     message = envelope.open_verified(Assignment, plans[ME], fleet.key.public, "coordinator")
     for stranger in ("zed", ME):
         more = {**message.encrypted_shares, stranger: EncryptedShares(b"", ())}
-        with refused(ProtocolError, "assignment.dealers"):
+        with refused(ProtocolError, "assignment.dealers", peer="coordinator"):
             fleet.states[ME].on_plan(fleet.devices[ME], resigned(fleet, plans[ME], Assignment, encrypted_shares=more))
 
 
@@ -209,9 +209,9 @@ def test_a_round_is_begun_once(fleet: Any) -> None:
     _, plans = planned(fleet)
     state, device = fleet.states[ME], fleet.devices[ME]
     begun = state.on_plan(device, plans[ME])
-    with refused(ProtocolError, "single-use"):
+    with refused(ProtocolError, "single-use", value="round"):
         state.on_plan(device, replanned(fleet, plans[ME], adapter_version=2))
-    with refused(ProtocolError, "plan.round"):
+    with refused(ProtocolError, "plan.round", peer="coordinator", value=1):
         begun.on_plan(device, replanned(fleet, plans[ME], adapter_version=2))
 
 
@@ -219,7 +219,7 @@ def test_skipped_rounds_cannot_be_joined_and_their_secrets_are_dropped(fleet: An
     _, plans = planned(fleet)
     begun = fleet.states[ME].on_plan(fleet.devices[ME], replanned(fleet, plans[ME], round=2))
     assert set(begun.ready.secrets) == set(begun.ready.held) == {3}
-    with refused(ProtocolError, "plan.round"):
+    with refused(ProtocolError, "plan.round", peer="coordinator", value=1):
         begun.on_plan(fleet.devices[ME], plans[ME])
 
 
@@ -237,7 +237,7 @@ def test_two_vectors_are_never_masked_with_the_same_masks(fleet: Any) -> None:
     _, plans = planned(fleet)
     begun = fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
     begun.contribute(fleet.devices[ME], np.zeros(8, np.uint32))
-    with refused(ProtocolError, "single-use"):
+    with refused(ProtocolError, "single-use", value="masked-input"):
         begun.contribute(fleet.devices[ME], np.ones(8, np.uint32))
 
 
@@ -289,14 +289,14 @@ def test_an_invalid_survivor_set_is_refused(
 
 def test_a_survivor_set_of_another_plan_is_refused(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
     _, bodies = masked
-    with refused(ProtocolError, "survivors.plan"):
+    with refused(ProtocolError, "survivors.plan", peer="coordinator"):
         fleet.states[ME].on_survivors(fleet.devices[ME], resigned(fleet, bodies[ME], Survivors, plan=bytes(32)))
 
 
 def test_a_device_signs_one_survivor_set(fleet: Any, masked: tuple[Any, dict[str, bytes]]) -> None:
     _, bodies = masked
     fleet.states[ME].on_survivors(fleet.devices[ME], bodies[ME])
-    with refused(ProtocolError, "single-use"):
+    with refused(ProtocolError, "single-use", value="consistency-signature"):
         fleet.states[ME].on_survivors(fleet.devices[ME], bodies[ME])
 
 
@@ -306,7 +306,7 @@ def test_an_active_session_reveals_no_shares_without_consistency_signatures(
     _, bodies = masked
     survivors = envelope.open_verified(Survivors, bodies[ME], fleet.key.public, "coordinator")
     unmask = envelope.sign(fleet.key, Unmask(survivors, {}))
-    with refused(ProtocolError, "session.adversary"):
+    with refused(ProtocolError, "session.adversary", peer="coordinator"):
         fleet.states[ME].on_unmask(fleet.devices[ME], unmask)
 
 
@@ -314,11 +314,11 @@ def test_an_honest_but_curious_session_has_no_consistency_check(fleet_of: FleetO
     fleet = fleet_of(5, spec=spec_of(5, adversary=Adversary.HONEST_BUT_CURIOUS))
     _, bodies = fleet.collect(fleet.establish())
     survivors = envelope.open_verified(Unmask, bodies[ME], fleet.key.public, "coordinator").survivors
-    with refused(ProtocolError, "session.adversary"):
+    with refused(ProtocolError, "session.adversary", peer="coordinator"):
         fleet.states[ME].on_survivors(fleet.devices[ME], envelope.sign(fleet.key, survivors))
     masked = fleet.states[ME]
     masked.on_unmask(fleet.devices[ME], bodies[ME])
-    with refused(ProtocolError, "single-use"):
+    with refused(ProtocolError, "single-use", value="unmask-response"):
         masked.on_unmask(fleet.devices[ME], bodies[ME])
 
 
@@ -340,7 +340,7 @@ def test_an_unmask_request_without_enough_signatures_is_refused(
     with refused(ProtocolError, about, peer="coordinator", value=value):
         state.on_unmask(device, resigned(fleet, bodies[ME], Unmask, consistency_signatures=change(signed)))
     state.on_unmask(device, bodies[ME])
-    with refused(ProtocolError, "single-use"):
+    with refused(ProtocolError, "single-use", value="unmask-response"):
         state.on_unmask(device, bodies[ME])
 
 
@@ -416,5 +416,5 @@ def test_a_plan_beyond_the_session_is_refused(fleet: Any) -> None:
         session, _ = fleet.round(session)
     context = fleet.states[ME].session.context
     plan = Plan(context, 4, tuple(sorted(fleet.devices)), 1, "0" * 64, b"")
-    with refused(ProtocolError, "plan.round"):
+    with refused(ProtocolError, "plan.round", peer="coordinator", value=4):
         fleet.states[ME].on_plan(fleet.devices[ME], envelope.sign(fleet.key, Assignment(plan, {})))

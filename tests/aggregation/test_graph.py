@@ -145,7 +145,7 @@ def test_a_device_accepts_the_chosen_graph_and_no_sparser_one(spec_of: Callable[
     policy.check(spec, 200)
     for thinner in ((degree, threshold - 1), (20, 14), (degree + 1, threshold)):
         spec, policy = sparse(spec_of, 200, *thinner)
-        with refused(ProtocolError, "offer.graph"):
+        with refused(ProtocolError, "offer.graph", peer="coordinator"):
             policy.check(spec, 200)
 
 
@@ -168,7 +168,7 @@ def test_a_device_requires_a_quorum_of_the_cohort_on_a_sparse_graph(spec_of: Cal
     policy.check(spec, 200)
     assert (spec.quorum, graph.quorum(200, 0.1)) == (111, 111)
     spec, policy = sparse(spec_of, 200, degree, threshold, minimum_survivors=110)
-    with refused(ProtocolError, "offer.quorum"):
+    with refused(ProtocolError, "offer.quorum", peer="coordinator", value=110):
         policy.check(spec, 200)
     complete = spec_of(10, minimum_survivors=9)
     assert complete.quorum == complete.threshold == graph.quorum(10, 0.1)
@@ -176,7 +176,7 @@ def test_a_device_requires_a_quorum_of_the_cohort_on_a_sparse_graph(spec_of: Cal
 
 def test_a_device_requires_the_complete_graph_for_a_small_cohort(spec_of: Callable[..., Any]) -> None:
     spec, policy = sparse(spec_of, 128, 100, 70)
-    with refused(ProtocolError, "offer.degree"):
+    with refused(ProtocolError, "offer.degree", peer="coordinator", value=100):
         policy.check(spec, 128)
 
 
@@ -185,14 +185,14 @@ def test_a_coordinator_that_may_search_for_a_roster_needs_more_neighbors(spec_of
     spec, policy = sparse(spec_of, 500, *thin, adversary=Adversary.HONEST_BUT_CURIOUS)
     policy.check(spec, 500)
     spec, policy = sparse(spec_of, 500, *thin)
-    with refused(ProtocolError, "offer.graph"):
+    with refused(ProtocolError, "offer.graph", peer="coordinator"):
         policy.check(spec, 500)
 
 
 def test_a_roster_without_most_honest_devices_is_refused(spec_of: Callable[..., Any]) -> None:
     spec, policy = sparse(spec_of, 1000, *graph.graph_parameters(1000, 0.1, 0.1))
     policy.check_roster(spec, 1000, 1000)
-    with refused(ProtocolError, "roster.graph"):
+    with refused(ProtocolError, "roster.graph", peer="coordinator"):
         policy.check_roster(spec, 1000, 250)
     complete = spec_of(10)
     policy.check_roster(complete, 10, 9)

@@ -1,5 +1,6 @@
 """Contradictory specs, and offers that a device's policy refuses."""
 
+import datetime as dt
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,14 @@ from hypothesis import strategies as st
 
 from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError
+from aggregation.pki import Authority, RevocationList
 from aggregation.policy import Policy
 from aggregation.spec import MAX_ROUNDS, Adversary, default_threshold
 from tests.support import refused
 
 SpecOf = Callable[..., Any]
+BEGIN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+DAY = dt.timedelta(days=1)
 
 
 def policy(spec: Any, **changes: Any) -> Policy:
@@ -80,7 +84,7 @@ def test_an_offer_against_the_policy_is_refused_with_its_reason(
 
 
 def test_a_device_without_a_known_base_joins_no_session(spec_of: SpecOf) -> None:
-    with refused(ProtocolError, "offer.base_digest"):
+    with refused(ProtocolError, "offer.base_digest", peer="coordinator"):
         Policy().check(spec_of(10), 10)
 
 
@@ -144,5 +148,38 @@ def test_a_spec_at_its_limits_can_be_constructed(spec_of: SpecOf, changes: dict[
 
 
 def test_two_devices_are_too_few_for_a_threshold() -> None:
-    with refused(ConfigError, "devices"):
+    with refused(ConfigError, "devices", value=2):
         default_threshold(2)
+
+
+# Revocation lists
+
+
+@pytest.fixture
+def revoked(entropy: Any) -> RevocationList:
+    authority = Authority.create("fleet", entropy, BEGIN, BEGIN + 365 * DAY)
+    return authority.revocations(1, {}, BEGIN, BEGIN + 30 * DAY)
+
+
+def test_a_device_that_requires_a_revocation_list_joins_no_session_without_one() -> None:
+    Policy().check_revocations(None, BEGIN)
+    with refused(ProtocolError, "offer.revocations", peer="coordinator"):
+        Policy(revocation_days=7).check_revocations(None, BEGIN)
+
+
+def test_a_withheld_revocation_list_grows_too_old(revoked: RevocationList) -> None:
+    Policy(revocation_days=7).check_revocations(revoked, BEGIN + 7 * DAY)
+    with refused(ProtocolError, "offer.revocations.age", value=1):
+        Policy(revocation_days=7).check_revocations(revoked, BEGIN + 8 * DAY)
+
+
+def test_a_revocation_list_is_not_valid_after_its_own_end(revoked: RevocationList) -> None:
+    for days in (0, 365):
+        Policy(revocation_days=days).check_revocations(revoked, BEGIN + 30 * DAY)
+        with refused(ProtocolError, "offer.revocations.next-update", value=1):
+            Policy(revocation_days=days).check_revocations(revoked, BEGIN + 31 * DAY)
+
+
+def test_a_negative_age_of_the_revocation_list_is_refused() -> None:
+    with refused(ConfigError, "policy.revocation_days", value=-1):
+        Policy(revocation_days=-1)

@@ -54,7 +54,7 @@ def test_a_device_that_restarts_between_plan_and_answer_abandons_the_round(fleet
     restored = unseal(seal(begun, KEY), KEY)
     assert isinstance(restored, Ready)
     assert set(restored.secrets) == set(restored.held) == {2, 3}
-    with refused(ProtocolError, "plan.round"):
+    with refused(ProtocolError, "plan.round", peer="coordinator", value=1):
         restored.on_plan(fleet.devices[ME], plans[ME])
 
 
@@ -64,7 +64,7 @@ def test_a_device_that_sealed_before_it_answered_does_not_answer_again(fleet: An
     fleet.contribute(ME, plans[ME])
     masked = unseal(seal(fleet.states[ME], KEY), KEY)
     assert not hasattr(masked, "contribute")
-    with refused(ProtocolError, "plan.round"):
+    with refused(ProtocolError, "plan.round", peer="coordinator", value=1):
         masked.on_plan(fleet.devices[ME], plans[ME])  # type: ignore[union-attr]
 
 
@@ -109,5 +109,5 @@ def test_another_devices_key_does_not_decrypt_the_state(fleet: Any) -> None:
 
 def test_a_sealing_key_of_another_length_is_refused(fleet: Any) -> None:
     fleet.establish()
-    with refused(ConfigError, "sealed.key"):
+    with refused(ConfigError, "sealed.key", value=16):
         seal(fleet.states[ME], bytes(16))

@@ -46,12 +46,12 @@ def test_a_certificate_filed_under_another_device_is_refused(fleet: Any) -> None
 
 def test_a_spec_for_another_cohort_is_refused(fleet: Any) -> None:
     certificates = {name: fleet.certificates[name] for name in sorted(fleet.devices)[:4]}
-    with refused(ConfigError, "spec.degree"):
+    with refused(ConfigError, "spec.degree", value=4):
         server.open_session(fleet.key, fleet.authority.root, fleet.spec, certificates, fleet.entropy)
 
 
 def test_a_degree_without_a_graph_is_refused(fleet_of: FleetOf, spec_of: Callable[..., Any]) -> None:
-    with refused(ConfigError, "spec.degree"):
+    with refused(ConfigError, "spec.degree", value=3):
         fleet_of(6, spec=spec_of(6, degree=3, threshold=4)).offer()
 
 
@@ -188,7 +188,7 @@ def test_a_state_with_a_successor_adds_no_further_input(fleet: Any) -> None:
     bodies = {name: fleet.contribute(name, plans[name]) for name in plans}
     moved = state.on_masked_input(ME, bodies[ME])
     before = moved.total.copy()
-    with refused(ProtocolError, "single-use"):
+    with refused(ProtocolError, "single-use", peer="device-001", value="successor"):
         state.on_masked_input(OTHER, bodies[OTHER])
     assert (moved.total == before).all()
 
@@ -259,7 +259,7 @@ def test_a_round_is_unmasked_once(fleet: Any) -> None:
         state = state.on_unmask_response(name, fleet.answer("on_unmask", name, bodies[name]))
     _, result = state.close()
     fleet.assert_sum(result)
-    with refused(ProtocolError, "single-use"):
+    with refused(ProtocolError, "single-use", value="sum"):
         state.close()
 
 

@@ -39,7 +39,7 @@ def asked_twice(coordinator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_a_device_reveals_shares_for_one_survivor_set_in_a_round(malicious: Callable[..., Any]) -> None:
     coordinator = malicious()
     coordinator.collect()
-    with refused(ProtocolError, "single-use"):
+    with refused(ProtocolError, "single-use", value="unmask-response"):
         asked_twice(coordinator)
 
 
@@ -50,7 +50,7 @@ def test_a_device_signs_one_survivor_set_in_a_round(malicious: Callable[..., Any
     masked = coordinator.fleet.states["device-000"]
     coordinator.ask("device-000", "on_survivors", first)
     coordinator.fleet.states["device-000"] = masked
-    with refused(ProtocolError, "single-use"):
+    with refused(ProtocolError, "single-use", value="consistency-signature"):
         coordinator.ask("device-000", "on_survivors", second)
 
 
@@ -59,7 +59,7 @@ def test_a_device_reveals_shares_only_for_the_survivor_set_that_it_signed(malici
     coordinator.collect()
     first, second = two_sets(coordinator)
     coordinator.ask("device-000", "on_survivors", first)
-    with refused(ProtocolError, "unmask.survivors"):
+    with refused(ProtocolError, "unmask.survivors", peer="coordinator"):
         coordinator.ask("device-000", "on_unmask", Unmask(second, {}))
 
 

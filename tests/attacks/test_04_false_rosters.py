@@ -45,7 +45,7 @@ def forged(fleet: Any, raw: bytes, **changes: Any) -> bytes:
 def test_an_advert_with_a_replaced_key_is_refused(fleet: Any) -> None:
     state, adverts, _ = advertised(fleet)
     adverts["device-001"] = forged(fleet, adverts["device-001"], share_key=masks.public_key(bytes(range(32))))
-    with refused(ProtocolError, "signature"):
+    with refused(ProtocolError, "signature", peer="device-001", value="advert"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 
 
@@ -85,7 +85,7 @@ def test_the_victims_own_advert_cannot_be_replaced_by_an_older_one_of_its_own(fl
     adverts = {name: fleet.join(name, offer) for name in fleet.devices}
     older = adverts[VICTIM]
     fleet.join(VICTIM, offer)  # joins again, with new keys
-    with refused(ProtocolError, "roster.self"):
+    with refused(ProtocolError, "roster.self", peer="coordinator", value="device-002"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, {**adverts, VICTIM: older}))
 
 
@@ -95,14 +95,14 @@ def test_a_roster_on_which_two_devices_have_one_key_is_refused(fleet: Any) -> No
     corrupt = fleet.devices["device-004"].identity
     own = Advert.decode(envelope.unverified_body(adverts["device-004"]))
     adverts["device-004"] = envelope.sign(corrupt, dataclasses.replace(own, mask_keys=copied))
-    with refused(ProtocolError, "roster.keys"):
+    with refused(ProtocolError, "roster.keys", peer="coordinator", value="device-004"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 
 
 def test_an_advert_of_an_older_session_is_refused(fleet: Any) -> None:
     _, old, _ = advertised(fleet)
     state, adverts, _ = advertised(fleet)
-    with refused(ProtocolError, "advert.offer"):
+    with refused(ProtocolError, "advert.offer", peer="device-001"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, {**adverts, "device-001": old["device-001"]}))
 
 
@@ -146,7 +146,7 @@ def test_a_device_outside_the_cohort_cannot_be_put_on_the_roster(fleet: Any, fle
     state, adverts, _ = advertised(fleet)
     genuine = Advert.decode(envelope.unverified_body(adverts["device-004"]))
     adverts["zed"] = envelope.sign(fleet.key, dataclasses.replace(genuine, device="zed"))
-    with refused(ProtocolError, "roster.members"):
+    with refused(ProtocolError, "roster.members", peer="coordinator", value="zed"):
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 
 
@@ -154,5 +154,5 @@ def test_a_revoked_member_stops_the_offer(fleet: Any) -> None:
     serial = x509.load_der_x509_certificate(fleet.devices["device-001"].certificate).serial_number
     begin, end = dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2027, 1, 1, tzinfo=dt.UTC)
     root = Root(fleet.authority.der, fleet.authority.revocations(1, {serial: Revocation(begin)}, begin, end))
-    with refused(ProtocolError, "certificate.revoked"):
+    with refused(ProtocolError, "certificate.revoked", value="device-001"):
         client.join(dataclasses.replace(fleet.devices[VICTIM], root=root), fleet.offer()[1], fleet.entropy)

@@ -84,7 +84,7 @@ def test_without_the_model_in_the_plans_digest_the_sum_is_unmasked(
 def test_an_honest_coordinator_refuses_an_upload_for_another_model(malicious: Callable[..., Any]) -> None:
     coordinator = malicious()
     two_models(coordinator)
-    with refused(ProtocolError, "masked-input.plan"):
+    with refused(ProtocolError, "masked-input.plan", peer="device-002"):
         coordinator.state.on_masked_input(VICTIM, coordinator.uploads[VICTIM])
 
 
@@ -102,7 +102,7 @@ def test_devices_shown_different_models_never_form_a_quorum(malicious: Callable[
         signatures[name] = envelope.signature(
             coordinator.ask(name, "on_survivors", Survivors(honest.digest(), digests))
         )
-    with refused(ProtocolError, "signature"):
+    with refused(ProtocolError, "signature", peer="coordinator", value="consistency-signature"):
         coordinator.ask(VICTIM, "on_unmask", Unmask(Survivors(other.digest(), digests), signatures))
 
 
@@ -119,5 +119,5 @@ def test_a_victim_with_its_own_roster_is_in_no_other_session(fleet_of: Callable[
     for name, body in session_shares.items():
         sharing = sharing.on_shares(name, body)
     _, plans = fleet.begin(sharing.close())
-    with refused(ProtocolError, "assignment.dealers"):
+    with refused(ProtocolError, "assignment.dealers", peer="coordinator", value="device-005"):
         fleet.states[VICTIM].on_plan(fleet.devices[VICTIM], next(iter(plans.values())))

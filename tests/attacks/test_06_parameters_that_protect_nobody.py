@@ -65,5 +65,5 @@ def test_an_offer_that_contradicts_itself_does_not_even_decode(
 def test_a_cohort_of_the_victim_and_one_other_is_refused(fleet: Any) -> None:
     message = envelope.open_verified(Offer, fleet.offer()[1], fleet.key.public, "coordinator")
     pair = envelope.sign(fleet.key, dataclasses.replace(message, certificates=message.certificates[1:3]))
-    with refused(ProtocolError, "offer.cohort"):
+    with refused(ProtocolError, "offer.cohort", peer="coordinator", value=2):
         client.join(fleet.devices[VICTIM], pair, fleet.entropy)

@@ -29,7 +29,7 @@ def two_rounds(fleet: Any) -> tuple[bytes, Any]:
 
 def test_a_masked_input_of_another_round_is_refused(fleet: Any) -> None:
     old, second = two_rounds(fleet)
-    with refused(ProtocolError, "masked-input.plan"):
+    with refused(ProtocolError, "masked-input.plan", peer="device-000"):
         second.on_masked_input(ME, old)
 
 
@@ -50,7 +50,7 @@ def test_shares_of_another_session_are_refused(fleet: Any) -> None:
     _, roster = sharing(fleet)
     old = fleet.share(ME, roster)
     state, _ = sharing(fleet)
-    with refused(ProtocolError, "shares.context"):
+    with refused(ProtocolError, "shares.context", peer="device-000"):
         state.on_shares(ME, old)
 
 
@@ -65,7 +65,7 @@ def test_without_the_context_replayed_shares_are_accepted(fleet: Any, monkeypatc
 def test_a_plan_of_another_session_is_refused(fleet: Any) -> None:
     _, plans = fleet.begin(fleet.establish())
     fleet.establish()
-    with refused(ProtocolError, "plan.context"):
+    with refused(ProtocolError, "plan.context", peer="coordinator"):
         fleet.states[ME].on_plan(fleet.devices[ME], plans[ME])
 
 
@@ -93,14 +93,14 @@ def test_answers_of_another_round_are_refused(fleet: Any, step: str) -> None:
         state, bodies = fleet.collect(session)
         answers = {name: fleet.answer("on_survivors", name, bodies[name]) for name in bodies}
         if number and step == "survivors":
-            with refused(ProtocolError, "consistency-signature.survivors"):
+            with refused(ProtocolError, "consistency-signature.survivors", peer="device-000"):
                 state.on_consistency_signature(ME, kept["survivors"])
         for name, answer in answers.items():
             state = state.on_consistency_signature(name, answer)
         state, bodies = state.close()
         responses = {name: fleet.answer("on_unmask", name, bodies[name]) for name in bodies}
         if number and step == "unmask":
-            with refused(ProtocolError, "unmask-response.survivors"):
+            with refused(ProtocolError, "unmask-response.survivors", peer="device-000"):
                 state.on_unmask_response(ME, kept["unmask"])
         for name, response in responses.items():
             state = state.on_unmask_response(name, response)
@@ -120,14 +120,14 @@ def test_a_device_in_two_sessions_at_once_keeps_them_apart(fleet: Any) -> None:
     first, second = ({**given} for given in states)
     begun = [fleet.begin(session) for session in sessions]
     for mine, other in ((first, begun[1]), (second, begun[0])):
-        with refused(ProtocolError, "plan.context"):
+        with refused(ProtocolError, "plan.context", peer="coordinator"):
             mine[ME].on_plan(device, other[1][ME])
     results = []
     for number, mine in enumerate((first, second)):
         fleet.states = mine
         state, bodies = fleet.collect(sessions[number])
         if results:
-            with refused(ProtocolError, "survivors.plan"):
+            with refused(ProtocolError, "survivors.plan", peer="coordinator"):
                 mine[ME].on_survivors(device, results[0][1])
         closed = fleet.confirm(state, bodies)
         _, result = fleet.open(*closed)

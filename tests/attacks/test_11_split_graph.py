@@ -30,12 +30,12 @@ def test_the_ends_of_a_part_refuse_to_be_cut_off(sparse: Callable[..., Any]) -> 
     coordinator = sparse(12, degree=DEGREE, threshold=4, minimum_survivors=8)
     part, _, lie = cut(coordinator)
     for end in part:
-        with refused(ProtocolError, "survivors.neighbors"):
+        with refused(ProtocolError, "survivors.neighbors", peer="coordinator", value=3):
             coordinator.ask(end, "on_survivors", lie)
 
 
 def test_a_threshold_that_half_a_neighborhood_reaches_is_refused(sparse: Callable[..., Any]) -> None:
-    with refused(ProtocolError, "offer.graph"):
+    with refused(ProtocolError, "offer.graph", peer="coordinator"):
         sparse(12, degree=DEGREE, threshold=3, minimum_survivors=8).collect()
 
 

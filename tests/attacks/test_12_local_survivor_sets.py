@@ -58,7 +58,7 @@ def test_no_device_unmasks_a_set_that_only_its_stretch_signed(sparse: Callable[.
     lies = asked(coordinator, shown)
     assert len(lies) == len(SIDES) - len(DROPOUTS) - 4  # all except the gaps
     for name, lie in lies.items():
-        with refused(ProtocolError, "unmask.quorum"):
+        with refused(ProtocolError, "unmask.quorum", peer="coordinator", value=12):
             coordinator.ask(name, "on_unmask", lie)
 
 

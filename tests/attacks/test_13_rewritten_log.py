@@ -36,7 +36,7 @@ def no_check(*_: object) -> None:
 
 def test_a_log_rewritten_before_the_checkpoint_that_a_device_saw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     log_state, rewritten = seen(3), log_of(3, advert=b"another advert").receipt()
-    with refused(ProtocolError, "log.consistency"):
+    with refused(ProtocolError, "log.consistency", peer="coordinator", value=7):
         seen(2).on_receipt(KEY.public, log_of(2, advert=b"another advert").receipt())
     assert not goes_on(log_state, rewritten)
     monkeypatch.setattr(merkle, "verify_consistency", no_check)
@@ -108,7 +108,7 @@ def test_a_recorded_offer_is_refused_although_the_coordinator_signed_it(monkeypa
     log_state = seen(2).on_session_chain_proof(KEY.public, recorded[2], OFFERS[2])
     for session, old in recorded.items():
         assert not joins(log_state, old, OFFERS[session])
-    with refused(ProtocolError, "offer.repeated"):
+    with refused(ProtocolError, "offer.repeated", peer="coordinator"):
         log_state.on_session_chain_proof(KEY.public, recorded[2], OFFERS[2])
     assert joins(seen(2), chain_proof(logged, closed), OFFERS[3])
     monkeypatch.setattr(

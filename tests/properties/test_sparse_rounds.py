@@ -112,7 +112,7 @@ def test_shares_for_devices_that_are_not_neighbors_are_refused(
     stranger = next(name for name in sorted(fleet.devices)[1:] if name not in message.encrypted_shares)
     encrypted = next(iter(message.encrypted_shares.values()))
     more = dataclasses.replace(message, encrypted_shares={**message.encrypted_shares, stranger: encrypted})
-    with refused(ProtocolError, "shares.holders"):
+    with refused(ProtocolError, "shares.holders", peer="device-000"):
         sharing.on_shares("device-000", envelope.sign(device.identity, more))
 
 
@@ -166,7 +166,7 @@ def test_as_many_signatures_as_reconstruct_a_secret_are_too_few(fleet: Any) -> N
         for device in holders(session, me, set(shown.consistency_signatures))
     }
     lie = envelope.sign(fleet.key, dataclasses.replace(shown, consistency_signatures=near_me))
-    with refused(ProtocolError, "unmask.quorum"):
+    with refused(ProtocolError, "unmask.quorum", peer="coordinator", value=4):
         fleet.states[me].on_unmask(fleet.devices[me], lie)
     fleet.answer("on_unmask", me, bodies[me])
 
@@ -181,7 +181,7 @@ def test_a_round_without_a_quorum_is_aborted(fleet: Any) -> None:
 def test_a_minimum_that_two_groups_can_reach_is_refused(
     fleet_of: Callable[..., Any], spec_of: Callable[..., Any]
 ) -> None:
-    with refused(ProtocolError, "offer.quorum"):
+    with refused(ProtocolError, "offer.quorum", peer="coordinator", value=6):
         sparse_fleet(fleet_of, spec_of, 12, minimum_survivors=6).establish()
     curious = Adversary.HONEST_BUT_CURIOUS  # has no step 7, which a device must allow
     sparse_fleet(fleet_of, spec_of, 12, curious, minimum_survivors=6).establish()
@@ -192,13 +192,13 @@ def test_a_plan_or_survivor_set_that_leaves_a_device_too_few_neighbors_is_refuse
     me = "device-000"
     gone = session.session.neighbors(me, session.devices)[:3]
     _, plans = fleet.begin(session, set(fleet.devices) - set(gone))
-    with refused(ProtocolError, "plan.neighbors"):
+    with refused(ProtocolError, "plan.neighbors", peer="coordinator", value=4):
         fleet.states[me].on_plan(fleet.devices[me], plans[me])
     _, bodies = fleet.collect(session)
     survivors = envelope.open_verified(Survivors, bodies[me], fleet.key.public, "coordinator")
     fewer = {name: digest for name, digest in survivors.vectors.items() if name not in gone}
     lie = envelope.sign(fleet.key, dataclasses.replace(survivors, vectors=fewer))
-    with refused(ProtocolError, "survivors.neighbors"):
+    with refused(ProtocolError, "survivors.neighbors", peer="coordinator", value=4):
         fleet.states[me].on_survivors(fleet.devices[me], lie)
 
 
@@ -213,5 +213,5 @@ def test_shares_of_too_few_neighbors_are_refused(fleet_of: Callable[..., Any], s
         },
     )
     _, plans = fleet.begin(fewer)
-    with refused(ProtocolError, "assignment.neighbors"):
+    with refused(ProtocolError, "assignment.neighbors", peer="coordinator", value=4):
         fleet.states["device-000"].on_plan(fleet.devices["device-000"], plans["device-000"])

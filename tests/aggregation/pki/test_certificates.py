@@ -76,7 +76,7 @@ def test_a_certificate_is_valid_in_its_period_only(
     authority: Authority, certificate: bytes, last: dt.datetime, after: dt.datetime
 ) -> None:
     authority.root.verify(certificate, last)
-    with refused(TrustError, "certificate.validity"):
+    with refused(TrustError, "certificate.validity", value="kitchen-1"):
         authority.root.verify(certificate, after)
 
 
@@ -121,7 +121,7 @@ def test_a_certificate_with_two_names_or_none_is_refused(authority: Authority, i
 
 def test_a_certified_name_that_is_not_a_device_id_is_refused(authority: Authority, identity: IdentityKey) -> None:
     key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
-    with refused(TrustError, "certificate.common-name"):
+    with refused(TrustError, "certificate.common-name", value="../kitchen"):
         authority.root.verify(forged(authority, name("../kitchen"), key))
 
 
@@ -133,7 +133,7 @@ def test_a_certificate_without_basic_constraints_is_refused(authority: Authority
 
 def test_a_certificate_for_another_kind_of_key_is_refused(authority: Authority) -> None:
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
-    with refused(TrustError, "certificate.key"):
+    with refused(TrustError, "certificate.key", value="ECPublicKey"):
         authority.root.verify(forged(authority, name("a"), key))
 
 
@@ -197,7 +197,7 @@ def test_an_authority_signed_by_another_cannot_be_pinned(authority: Authority, e
 
 
 def test_a_certificate_over_the_limit_is_refused_unread(authority: Authority) -> None:
-    with refused(TrustError, "certificate.size"):
+    with refused(TrustError, "certificate.size", value=2049):
         authority.root.verify(bytes(2049))
     with refused(TrustError, "certificate"):
         authority.root.verify(bytes(2048))
@@ -223,7 +223,7 @@ def test_an_authority_with_another_kind_of_key_cannot_be_pinned() -> None:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     )
     pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    with refused(TrustError, "certificate.key"):
+    with refused(TrustError, "certificate.key", value="ECPublicKey"):
         Root.from_pem(pem)
 
 
@@ -234,7 +234,7 @@ def test_an_ill_formed_device_id_is_not_certified(authority: Authority, identity
 
 
 def test_a_certificate_that_ends_before_it_begins_is_not_issued(authority: Authority, identity: IdentityKey) -> None:
-    with refused(ConfigError, "certificate.validity"):
+    with refused(ConfigError, "certificate.validity", value="a"):
         authority.issue("a", identity.public, not_before=END, not_after=BEGIN)
 
 

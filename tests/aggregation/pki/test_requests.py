@@ -67,7 +67,7 @@ def test_a_request_that_is_too_large_is_refused() -> None:
 
 
 def test_a_request_for_another_kind_of_key_is_refused() -> None:
-    with refused(TrustError, "request.key"):
+    with refused(TrustError, "request.key", value="ECPublicKey"):
         requests.read_request(odd(ec.generate_private_key(ec.SECP256R1()), "kitchen-1"))
 
 

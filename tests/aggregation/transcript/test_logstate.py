@@ -214,7 +214,7 @@ def test_a_chain_proof_must_prove_what_a_receipt_must_prove() -> None:
 def test_a_start_checkpoint_of_another_session_is_refused() -> None:
     logged, closed = chain(3)
     assert_chain_refused(seen(2), chain_proof(logged, closed), OFFERS[4], "proof.start")
-    with refused(ProtocolError, "proof.start"):
+    with refused(ProtocolError, "proof.start", peer="coordinator"):
         LogState.initial(KEY.public, chain_proof(logged, closed), OFFERS[4], ME)
 
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_a_log_that_has_begun_is_not_a_start(change: Callable[[C
     given_ = SESSION_CHAIN_PROOF.decode(session_chain_proof(logged[-1].log, KEY))
     response = change(Checkpoint.decode(envelope.unverified_body(given_.start)))
     raw = SESSION_CHAIN_PROOF.encode(replace(given_, start=envelope.sign(KEY, response)))
-    with refused(ProtocolError, "proof.start"):
+    with refused(ProtocolError, "proof.start", peer="coordinator"):
         LogState.initial(KEY.public, raw, OFFERS[2], ME)
 
 
