@@ -132,7 +132,7 @@ def _install_revocations(state_dir: DeviceStateDir, raw: bytes) -> None:
     try:
         state_dir.revoke(raw)
     except TrustError as error:
-        raise ProtocolError(str(error), COORDINATOR, about=error.about or "revocations") from None
+        raise ProtocolError.of(error, COORDINATOR) from None
 
 
 def _after_offer(

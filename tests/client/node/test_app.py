@@ -53,7 +53,7 @@ class Talk:
     fleet: Any
     coordinator: CoordinatorStateDir
     inside: str = ""  # the state directory within the folder of the device's name
-    log: "Log" = field(default_factory=lambda: Log())
+    refusals: list[str] = field(default_factory=list)
 
     def reply(self, device: str, step: Step, record: Mapping[str, Any] | None) -> Message:
         state_dir = str(self.fleet.out / "devices" / device / self.inside)
@@ -76,7 +76,7 @@ class Talk:
         assert reply.error.code == REFUSED
         assert reply.error.reason
         assert "\n" not in reply.error.reason
-        assert about is None or self.log.about == about, reply.error.reason
+        assert about is None or self.refusals[-1] == about, reply.error.reason
         assert (state.read_bytes() if state.exists() else None) == before
 
     def offer(self) -> tuple[Any, bytes]:
@@ -124,27 +124,15 @@ class Talk:
         return state.close()  # type: ignore[no-any-return]
 
 
-class Log(logging.Handler):
-    """What the last refusal in the device's log is about."""
-
-    about = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.about = getattr(record, "about", "")
-
-
 @pytest.fixture
-def talk(fleet_of: Callable[..., Any]) -> Iterator[Talk]:
+def talk(fleet_of: Callable[..., Any], refusals: list[str]) -> Iterator[Talk]:
     fleet = fleet_of(DEVICES)
     for state_dir in (fleet.out / "devices").iterdir():  # these tests have no log; test_log_proofs.py has one
         with (state_dir / "device.toml").open("a") as file:
             file.write("demand_proofs = false\n")
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     coordinator = CoordinatorStateDir.open(fleet.out / "coordinator")
-    made, logger = Talk(fleet, coordinator), logging.getLogger("edgeadapt.device")
-    logger.addHandler(made.log)
-    yield made
-    logger.removeHandler(made.log)
+    yield Talk(fleet, coordinator, refusals=refusals)
     coordinator.registry.close()
 
 
@@ -219,7 +207,7 @@ def test_a_step_out_of_order_is_refused(talk: Talk) -> None:
     for step in (Step.ROSTER, Step.SURVIVORS, Step.UNMASK):
         talk.refused(FIRST, step, {BODY: b"anything"}, "step")
     _, survivors = talk.collect(*talk.plan(session))
-    talk.refused(FIRST, Step.UNMASK, {BODY: b"anything"})
+    talk.refused(FIRST, Step.UNMASK, {BODY: b"anything"}, "session.adversary")
     talk.ask(FIRST, Step.SURVIVORS, survivors[FIRST])
 
 
@@ -230,7 +218,7 @@ def test_the_same_step_twice_is_answered_once(talk: Talk) -> None:
     talk.refused(FIRST, Step.ROSTER, {BODY: roster}, "step")
     collecting, plans = talk.plan(sharing.close())
     confirming, survivors = talk.collect(collecting, plans)
-    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
+    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, "plan.round")
     _, requests = talk.confirm(confirming, survivors)
     talk.refused(FIRST, Step.SURVIVORS, {BODY: survivors[FIRST]}, "step")
     talk.ask(FIRST, Step.UNMASK, requests[FIRST])
@@ -312,7 +300,7 @@ def test_bounds_that_tell_devices_apart_are_refused_by_every_device(
 def test_a_coordinator_with_another_key_is_refused(talk: Talk, fleet_of: Callable[..., Any]) -> None:
     stranger = CoordinatorStateDir.open(fleet_of(DEVICES).out / "coordinator")
     _, offer = Talk(talk.fleet, replace(talk.coordinator, key=stranger.key)).offer()
-    talk.refused(FIRST, Step.OFFER, {BODY: offer})
+    talk.refused(FIRST, Step.OFFER, {BODY: offer}, "signature")
     stranger.registry.close()
 
 
@@ -336,13 +324,13 @@ def test_a_base_that_is_not_the_offered_one_is_refused(talk: Talk, make_base: An
     path = talk.fleet.out / "devices" / FIRST / "device.toml"
     path.write_text(path.read_text().replace(str(talk.fleet.base.folder), str(other.folder)))
     _, offer = talk.offer()
-    talk.refused(FIRST, Step.OFFER, {BODY: offer})
+    talk.refused(FIRST, Step.OFFER, {BODY: offer}, "offer.base_digest")
 
 
 def test_a_damaged_state_excludes_a_device_from_one_session_only(talk: Talk) -> None:
     _, roster = talk.sharing()
     (talk.fleet.out / "devices" / FIRST / "session.sealed").write_bytes(b"damaged")
-    talk.refused(FIRST, Step.ROSTER, {BODY: roster})
+    talk.refused(FIRST, Step.ROSTER, {BODY: roster}, "sealed.version")
     talk.established()
 
 

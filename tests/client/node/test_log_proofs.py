@@ -1,6 +1,5 @@
 """Devices that demand proofs, in complete runs: they never refuse an honest coordinator, whatever drops out."""
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from client.node.statedir import LOG_STATE
 from coordinator import rounds as module
 from coordinator.audit.transcripts import logs
 from coordinator.statedir import CoordinatorStateDir
+from tests.support import refused
 
 FleetOf = Callable[..., Any]
 FIRST = "device-00"
@@ -48,25 +48,17 @@ def ask(fleet: Any, device: str, step: Step, fields: Mapping[str, Any]) -> Messa
     return app(made, Context(1, 2, {STATE: str(fleet.out / "devices" / device)}, RecordDict(), {}))
 
 
-def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What each refusal in the devices' logs is about."""
-    return [record.about for record in caplog.records if hasattr(record, "about")]
-
-
 def test_no_device_drops_out_over_proofs_from_session_to_session(fleet_of: FleetOf) -> None:
     fleet = fleet_of(5, rounds=5, aggregation__session_rounds=2)
     assert [record.dropped for record in fleet.federate(fleet.grid())] == [{}] * 5
 
 
-def test_whatever_drops_out_an_honest_coordinator_is_never_refused(
-    fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_whatever_drops_out_an_honest_coordinator_is_never_refused(fleet_of: FleetOf, refusals: list[str]) -> None:
     """Messages are lost at every step, before they reach a device and after it has answered."""
     fleet = fleet_of(8, rounds=9, aggregation__session_rounds=3)
-    with caplog.at_level(logging.WARNING, "edgeadapt.device"):
-        records = fleet.federate(fleet.grid(message_loss=0.06, forced_dropouts=1))
+    records = fleet.federate(fleet.grid(message_loss=0.06, forced_dropouts=1))
     assert {step for record in records for step in record.dropped.values()} >= {"plan", "survivors", "unmask"}
-    assert [about for about in refusals(caplog) if about != "step"] == []
+    assert [about for about in refusals if about != "step"] == []
 
 
 @pytest.mark.parametrize("at", ["plan", "survivors", "unmask"])
@@ -129,12 +121,16 @@ KEY: list[IdentityKey] = []
 
 
 @pytest.mark.parametrize(
-    "lie",
-    [lambda honest, log, devices: dict.fromkeys(devices, b""), without_me, rewritten],
+    ("lie", "about"),
+    [
+        (lambda honest, log, devices: dict.fromkeys(devices, b""), "encoding.length"),
+        (without_me, "receipt.contributions"),
+        (rewritten, "log.consistency"),
+    ],
     ids=["truncated", "without the device's messages", "rewritten"],
 )
 def test_a_log_that_fails_verification_ends_the_cooperation_of_every_device(
-    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lie: Any
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, refusals: list[str], lie: Any, about: str
 ) -> None:
     begin = CoordinatorStateDir.open
 
@@ -144,12 +140,11 @@ def test_a_log_that_fails_verification_ends_the_cooperation_of_every_device(
         return state_dir
 
     monkeypatch.setattr("coordinator.app.CoordinatorStateDir.open", opened)
-    with caplog.at_level(logging.WARNING, "edgeadapt.device"):
-        _, (first, second) = run_with_false_receipts(fleet_of, monkeypatch, lie)
+    _, (first, second) = run_with_false_receipts(fleet_of, monkeypatch, lie)
     assert first.dropped == {}
     assert set(second.dropped.values()) == {"plan"}
     assert second.aborted
-    assert len(refusals(caplog)) == 4
+    assert refusals.count(about) == 4
 
 
 def test_a_plan_or_an_offer_without_a_proof_is_refused_unless_the_owner_demands_none(fleet_of: FleetOf) -> None:
@@ -167,13 +162,14 @@ def test_a_plan_or_an_offer_without_a_proof_is_refused_unless_the_owner_demands_
     assert not (fleet.out / "devices" / FIRST / LOG_STATE).exists()
 
 
-def test_a_replayed_offer_is_refused(fleet_of: FleetOf) -> None:
+def test_a_replayed_offer_is_refused(fleet_of: FleetOf, refusals: list[str]) -> None:
     fleet, tape = fleet_of(4, rounds=3, aggregation__session_rounds=1), Recording()
     fleet.federate(fleet.grid(app=tape))
     node = fleet.node(FIRST)
     offers = [fields for step, _, to, fields in tape.asked if (step, to) == (Step.OFFER, node)]
     before = (fleet.out / "devices" / FIRST / "session.sealed").read_bytes()
     assert all(ask(fleet, FIRST, Step.OFFER, fields).has_error() for fields in offers)
+    assert refusals[-3:] == ["proof.receipt", "receipt.session", "offer.repeated"]
     assert (fleet.out / "devices" / FIRST / "session.sealed").read_bytes() == before
 
 
@@ -183,7 +179,7 @@ def test_a_coordinator_without_its_logs_is_refused_until_the_log_states_are_dele
     for path in logs(fleet.out / "coordinator" / "transcript"):
         path.unlink()
     fleet.configure({"rounds": 2, "attempts": 1})
-    with pytest.raises(EdgeAdaptError):
+    with refused(EdgeAdaptError, "session"):
         fleet.federate(fleet.grid())
     for state_dir in (fleet.out / "devices").iterdir():
         (state_dir / LOG_STATE).unlink(missing_ok=True)
@@ -223,7 +219,9 @@ def test_the_coordinator_leads_devices_of_different_sessions_to_the_new_one(flee
     assert [FIRST in record.survivors for record in records] == [True, False, False, False, True]
 
 
-def test_a_session_chain_proof_without_sessions_is_refused_by_a_device_with_a_log_state(fleet_of: FleetOf) -> None:
+def test_a_session_chain_proof_without_sessions_is_refused_by_a_device_with_a_log_state(
+    fleet_of: FleetOf, refusals: list[str]
+) -> None:
     fleet, tape = fleet_of(4, rounds=1), Recording()
     fleet.federate(fleet.grid(app=tape))
     offer = tape.first(Step.OFFER, fleet.node(FIRST))
@@ -231,3 +229,4 @@ def test_a_session_chain_proof_without_sessions_is_refused_by_a_device_with_a_lo
     key = IdentityKey.from_pem((fleet.out / "coordinator" / "signing.pem").read_bytes())
     fresh = session_chain_proof(Transcript(log_state.offer, NO_SESSION), key)
     assert ask(fleet, FIRST, Step.OFFER, {**offer, PROOF: fresh}).has_error()
+    assert refusals[-1] == "offer.repeated"

@@ -5,7 +5,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
 from cryptography import x509
 from flwr.app import Message
 
@@ -15,6 +14,7 @@ from aggregation.pki.revocation import Revocation, RevocationList
 from aggregation.steps import RECORD, REVOCATIONS, Step
 from client.node.app import app
 from coordinator.statedir import CoordinatorStateDir
+from tests.support import refused
 
 FleetOf = Callable[..., Any]
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -80,68 +80,73 @@ def test_a_new_revocation_list_takes_effect_with_the_next_session(fleet_of: Flee
     assert [GONE in record.survivors for record in records] == [True, True, False]
 
 
-def test_devices_do_not_join_a_session_with_a_revoked_device(
-    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_devices_do_not_join_a_session_with_a_revoked_device(fleet_of: FleetOf, refusals: list[str]) -> None:
     """The coordinator forwards the list, and offers a cohort with the revoked device nevertheless."""
     fleet = fleet_of(6, rounds=1, attempts=1)
     revoked = list_of(fleet, 1, GONE)
-    with pytest.raises(EdgeAdaptError):
+    with refused(EdgeAdaptError, "session"):
         fleet.federate(fleet.grid(app=replaced(revoked.der)))
+    assert refusals == ["certificate.revoked"] * 6
 
 
-def test_an_older_revocation_list_is_refused_by_coordinator_and_devices(fleet_of: FleetOf) -> None:
+def test_an_older_revocation_list_is_refused_by_coordinator_and_devices(fleet_of: FleetOf, refusals: list[str]) -> None:
     fleet = fleet_of(4, rounds=1, attempts=1)
     old, new = list_of(fleet, 1), list_of(fleet, 2)
     install(fleet, new)
     fleet.federate(fleet.grid())
     install(fleet, old)
     fleet.configure({"rounds": 2})
-    with pytest.raises(TrustError):
+    with refused(TrustError, "revocations.number"):
         fleet.federate(fleet.grid())
     install(fleet, new)
-    with pytest.raises(EdgeAdaptError):
+    with refused(EdgeAdaptError, "session"):
         fleet.federate(fleet.grid(app=replaced(old.der)))
+    assert refusals == ["revocations.number"] * 4
     assert fleet.state_dir("device-00").root().revoked == new
 
 
-def test_a_revocation_list_that_the_authority_did_not_sign_is_refused(fleet_of: FleetOf) -> None:
+def test_a_revocation_list_that_the_authority_did_not_sign_is_refused(fleet_of: FleetOf, refusals: list[str]) -> None:
     fleet, stranger = fleet_of(4, rounds=1, attempts=1), fleet_of(4)
-    with pytest.raises(EdgeAdaptError):
+    with refused(EdgeAdaptError, "session"):
         fleet.federate(fleet.grid(app=replaced(list_of(stranger, 9).der)))
+    assert refusals == ["revocations.signature"] * 4
     assert fleet.state_dir("device-00").root().revoked is None
     install(fleet, list_of(stranger, 9))
-    with pytest.raises(TrustError):
+    with refused(TrustError, "revocations.signature"):
         fleet.federate(fleet.grid())
 
 
 def test_an_expired_revocation_list_stops_the_coordinator_before_the_first_message(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
     install(fleet, list_of(fleet, 1, begin=NOW - 40 * DAY))
-    with pytest.raises(TrustError):
+    with refused(TrustError, "revocations.next-update"):
         fleet.federate(fleet.grid())
 
 
-def test_a_device_that_requires_a_recent_list_joins_only_with_one(fleet_of: FleetOf) -> None:
+def test_a_device_that_requires_a_recent_list_joins_only_with_one(fleet_of: FleetOf, refusals: list[str]) -> None:
     """The coordinator withholds the newer list, and the device's own is older than its policy allows."""
     fleet = fleet_of(4, rounds=1, attempts=1)
     demand(fleet, "revocation_days = 7")
-    with pytest.raises(EdgeAdaptError):
+    with refused(EdgeAdaptError, "session"):
         fleet.federate(fleet.grid())
     install(fleet, list_of(fleet, 1, begin=NOW - 8 * DAY))
-    with pytest.raises(EdgeAdaptError):
+    with refused(EdgeAdaptError, "session"):
         fleet.federate(fleet.grid())
+    assert refusals == ["offer.revocations"] * 8
     install(fleet, list_of(fleet, 2, begin=NOW - 6 * DAY))
     (record,) = fleet.federate(fleet.grid())
     assert len(record.survivors) == 4
 
 
-def test_a_device_keeps_its_revocation_list_when_the_coordinator_sends_none(fleet_of: FleetOf) -> None:
+def test_a_device_keeps_its_revocation_list_when_the_coordinator_sends_none(
+    fleet_of: FleetOf, refusals: list[str]
+) -> None:
     fleet = fleet_of(4, rounds=1, attempts=1)
     for path in (fleet.out / "devices").iterdir():
         fleet.state_dir(path.name).revoke(list_of(fleet, 1, GONE).der)
-    with pytest.raises(EdgeAdaptError):
+    with refused(EdgeAdaptError, "session"):
         fleet.federate(fleet.grid(app=replaced(None)))
+    assert refusals == ["certificate.revoked"] * 4
 
 
 def test_without_a_revocation_list_the_coordinator_trusts_its_root(fleet_of: FleetOf, tmp_path: Path) -> None:

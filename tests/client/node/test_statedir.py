@@ -139,7 +139,7 @@ def test_an_altered_truncated_or_foreign_state_is_refused(joined: DeviceStateDir
     path.write_bytes(sealed)
     joined.load_state()
     (joined.folder / statedir.SEALING_KEY).write_bytes(bytes(32))
-    with pytest.raises(TrustError):
+    with refused(TrustError, "sealed.ciphertext"):
         joined.load_state()
 
 
