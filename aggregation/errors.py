@@ -13,7 +13,7 @@ class EdgeAdaptError(Exception):
 
     Args:
         message: One line: what is wrong, and what to do.
-        about: The subject of the error, for programs and tests, which must not depend on the wording: a field
+        about: The subject of the error, for programs and tests, which must not depend on the sentence: a field
             (``plan.round``), a setting (``policy.minimum_cohort``), a file's name (``base.onnx``) or an option
             (``--form``).
         value: The refused value, where it may be shown.

@@ -79,7 +79,7 @@ def bell2020_parameters(devices: int, corrupt: float, dropout: float) -> GraphPa
         dropout: Fraction of them that drops out in a round, δ, in [0, 1).
 
     Raises:
-        ConfigError: A fraction is out of range, or no graph on so many devices withstands these fractions.
+        ConfigError: A fraction is out of range, or no graph on so many devices is secure.
     """
     corrupt_devices, dropouts = count_of(devices, corrupt), count_of(devices, dropout)
 
@@ -104,7 +104,7 @@ def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int 
         bits: The session is insecure with probability at most 2^-``bits``.
 
     Raises:
-        ConfigError: A fraction is out of range, or no graph on so many devices withstands these fractions.
+        ConfigError: A fraction is out of range, or no graph on so many devices is secure.
     """
     corrupt_devices, dropouts = count_of(devices, corrupt), count_of(devices, dropout)
     if devices <= COMPLETE_UP_TO:
@@ -212,7 +212,7 @@ def _least(devices: int, dropouts: int, secure: Callable[[int, int], bool]) -> G
             if least < len(thresholds) and _can_finish(devices, dropouts, k, thresholds[least]):
                 return GraphParameters(k, thresholds[least])
     raise ConfigError(
-        f"no graph on {devices} devices withstands so many corrupt devices and dropouts: lower the fractions",
+        f"no graph on {devices} devices is secure with so many corrupt devices and dropouts: lower the fractions",
         about="graph.parameters",
         value=devices,
     )

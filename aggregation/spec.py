@@ -57,7 +57,7 @@ class SessionSpec:
         privacy: Noise mechanism; ``"none"`` is the only one so far.
         base_digest: SHA-256 of the frozen base, 64 hex digits.
         layout_digest: SHA-256 of the adapter's layout, 64 hex digits.
-        adversary: The model that the session withstands; ``ACTIVE`` runs the consistency check.
+        adversary: The model against which the session is secure; ``ACTIVE`` runs the consistency check.
 
     Raises:
         ConfigError: A value is out of range or contradicts another.

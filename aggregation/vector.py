@@ -192,7 +192,7 @@ class VectorSpec:
     def _round(steps: NDArray[Any], coins: Keystream, out: Ring) -> None:
         """Write floor(steps + coin), with coins uniform over [0, 1), in the precision of ``steps``.
 
-        Whole part and fraction are separated first. The fraction is exact but for values just below an integer, where
+        Whole part and fraction are separated first. The fraction is exact except just below an integer, where
         it may be rounded to 1. Fraction plus coin has 24 bits at most, so the sum is below 2, and below 1 where the
         fraction is 0: a whole step is never lifted.
         """

@@ -24,7 +24,7 @@ from aggregation.steps import Step
 from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, Abort, Checkpoint, Entry, Result, Stage
 from aggregation.transcript.merkle import EMPTY, Tree
 
-NO_SESSION = bytes(32)  # stands for the last checkpoint of a previous session if there is none
+NO_SESSION = bytes(32)  # in place of the last checkpoint, for the first session
 
 REQUESTS: dict[Step, type[Message]] = {
     Step.OFFER: Offer,

@@ -77,7 +77,7 @@ class LogState:
 
         Raises:
             ProtocolError: Not a receipt of this session, or it does not prove that the log extends what this device
-                saw, contains its delivered messages, and ended its round with the survivors that it was told of.
+                saw, contains its delivered messages, and ended its round with the survivors that it was shown.
         """
         return self._checked(coordinator, raw)[0]
 
@@ -143,7 +143,7 @@ def check_last_round(state: LogState, coordinator: PublicKey, receipt: Receipt, 
     """Return if a receipt shows the end of the device's last round and the messages that it must contain.
 
     Raises:
-        ProtocolError: It does not, or names other survivors than the device was told of.
+        ProtocolError: It does not, or names other survivors than the device was shown.
         TrustError: An entry is not in the log.
     """
     if state.plan is None:
@@ -152,7 +152,7 @@ def check_last_round(state: LogState, coordinator: PublicKey, receipt: Receipt, 
     required = set(state.delivered)
     if isinstance(ending, Result):
         if state.survivors not in (None, digest_of(ending.survivors)):
-            text = "the log names other survivors than the coordinator told this device"
+            text = "the log names other survivors than this device was shown"
             raise ProtocolError(text, COORDINATOR, about="receipt.survivors")
         if state.device in ending.survivors and state.unconfirmed is not None and state.survivors is None:
             required.add(state.unconfirmed)

@@ -49,7 +49,7 @@ def test_an_advert_with_a_replaced_key_is_refused(fleet: Any) -> None:
         fleet.share(VICTIM, roster_of(fleet, state.offer, adverts))
 
 
-def test_with_signatures_unchecked_replaced_keys_reveal_the_victims_secrets(
+def test_with_signatures_unchecked_replaced_keys_reveal_secrets_of_the_victim(
     fleet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, adverts, _ = advertised(fleet)
@@ -80,7 +80,7 @@ def session_of(fleet: Any, offer: bytes, raw: bytes) -> Session:
     return Session(fleet.spec, offer, context_of(offer, message.digest()), peers)
 
 
-def test_the_victims_own_advert_cannot_be_replaced_by_an_older_one_of_its_own(fleet: Any) -> None:
+def test_the_advert_of_the_victim_cannot_be_replaced_by_its_older_one(fleet: Any) -> None:
     state, offer = fleet.offer()
     adverts = {name: fleet.join(name, offer) for name in fleet.devices}
     older = adverts[VICTIM]

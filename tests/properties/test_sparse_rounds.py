@@ -80,7 +80,7 @@ def check(fleet: Any, session: Established, outcome: Any, dropouts: dict[str, se
 
 
 @pytest.mark.parametrize("adversary", Adversary)
-def test_dropouts_that_a_sparse_round_withstands_leave_its_sum(
+def test_few_dropouts_in_a_sparse_round_leave_its_sum(
     fleet_of: Callable[..., Any], spec_of: Callable[..., Any], adversary: Adversary
 ) -> None:
     fleet = sparse_fleet(fleet_of, spec_of, 12, adversary)

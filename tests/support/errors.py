@@ -1,4 +1,4 @@
-"""Errors are matched by what they are about, never by their wording."""
+"""Errors are matched by what they are about, never by their sentences."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
