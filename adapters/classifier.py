@@ -4,50 +4,27 @@ One function builds it, so that the vendor's seed, every device and the exporter
 tensor names. Training loops live on the device (``client/training/trainer.py``), the ONNX graph in ``export/``.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from adapters import pretrained
 from adapters.base import Base
 from adapters.layout import Floats, Tensors
-from adapters.peftconfig import PeftConfig
+from adapters.peftconfig import LoraSpec as LoraSpec
 from aggregation.errors import ConfigError
 
+MAX_TOKENS = 128  # of a text that is trained on or embedded
+MANY = 1024  # texts that are embedded at once
 ENCODER = "encoder."  # begins the path of everything below a ``PhraseClassifier``'s head
 HEAD_SCALE = 16.0  # logit of a phrase that lies exactly on its intent's prototype; a softmax temperature of 1/16
-MAX_RANK = 1024  # a coordinator names the rank, and a device makes room for it before it sees the adapter's layout
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSpec:
-    """Low-rank adaptation of the encoder (Hu et al. 2021): ``y = W x + (alpha / rank) B A x``."""
-
-    rank: int = 8
-    alpha: int = 16
-    targets: tuple[str, ...] = ("query", "value")
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.rank <= MAX_RANK or self.alpha < 1 or not self.targets:
-            raise ConfigError(f"LoRA needs a rank of 1 to {MAX_RANK}, an alpha of at least 1 and a target module")
-
-    @classmethod
-    def of(cls, config: PeftConfig) -> Self:
-        """What a manifest or a task says, if every layer has one rank and one scaling, ``alpha / rank``.
-
-        Raises:
-            ConfigError: It says more, or what cannot be built. Training something else would go unnoticed.
-        """
-        plain = PeftConfig("LORA", config.r, config.lora_alpha, config.target_modules)
-        if config != plain or not isinstance(config.lora_alpha, int):
-            raise ConfigError("the adapter has patterns or a scaling of its own; only plain LoRA can be trained here")
-        return cls(config.r, config.lora_alpha, config.target_modules)
 
 
 class PhraseClassifier(nn.Module):
@@ -122,6 +99,50 @@ def tensors(model: PeftModel) -> Tensors:
 def load(model: PeftModel, adapter: Mapping[str, Floats]) -> None:
     """Set the adapter's values. The caller has checked them against the layout."""
     set_peft_model_state_dict(model, {name: torch.from_numpy(np.array(value)) for name, value in adapter.items()})
+
+
+def tokenizer(base: Base, model: PeftModel) -> Tokenizer:
+    """The base's tokenizer. It cuts texts off at ``MAX_TOKENS``, or earlier if the base has fewer positions."""
+    found = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+    found.enable_truncation(min(MAX_TOKENS, model.get_base_model().encoder.config.max_position_embeddings))
+    found.no_padding()
+    return found
+
+
+def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both of shape ``(len(tokens), longest)``."""
+    ids = pad_sequence(list(tokens), batch_first=True)
+    return ids, pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+
+
+def embed(model: PeftModel, tokens: Tokenizer, texts: Sequence[str]) -> Floats:
+    """Embeddings of the frozen base without adapter, shape ``(len(texts), hidden)``, each of L2 norm 1."""
+    ids = [torch.tensor(encoding.ids) for encoding in tokens.encode_batch(list(texts))]
+    with torch.inference_mode(), model.disable_adapter():
+        base = model.get_base_model()
+        return torch.cat([base.embed(*padded(ids[at : at + MANY])) for at in range(0, len(ids), MANY)]).numpy()
+
+
+def seed_adapter(
+    model: PeftModel, tokens: Tokenizer, phrases: Sequence[tuple[str, int]], labels: int, generator: torch.Generator
+) -> Tensors:
+    """The first adapter of a federation: ``seeded`` with the summed embeddings of each label's phrases.
+
+    Args:
+        model: From ``build``.
+        tokens: From ``tokenizer``.
+        phrases: At least one, each with the number of its label.
+        labels: Rows of the head.
+        generator: As for ``seeded``.
+
+    Returns:
+        float32 tensors under the names that PEFT saves. Guarantee: the LoRA update is zero, so that the classifier
+        answers with the label whose phrases are nearest in the base's embedding space.
+    """
+    embeddings = embed(model, tokens, [text for text, _ in phrases])
+    sums = np.zeros((labels, embeddings.shape[1]), np.float32)
+    np.add.at(sums, [label for _, label in phrases], embeddings)
+    return seeded(model, sums, generator)
 
 
 def seeded(model: PeftModel, prototypes: Floats, generator: torch.Generator) -> Tensors:

@@ -8,17 +8,18 @@ refused. A property test holds this file to peft itself (``tests/export/peft/tes
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError, DataError
 
 Rank = Annotated[int, Field(ge=0, lt=2**63)]
 Alpha = Rank | Annotated[float, Field(ge=0, lt=2**63)]  # a whole number to peft's types, any number in its files
 Pattern = Annotated[str, Field(min_length=1, max_length=512)]
 # Sets within sets and ends of words: other signs to Python than to the engine that is asked.
 OTHERWISE = re.compile(r"\[[^]]*\[|--|&&|~~|\\[<>]|\\[bB]\{")
+MAX_RANK = 1024  # a coordinator names the rank, and a device makes room for it before it sees the adapter's layout
 V = TypeVar("V")
 
 
@@ -56,6 +57,31 @@ class PeftConfig:
         if rank < 1:
             raise DataError(f"the adapter's method gives the layer {path!r} rank 0, which has no scaling")
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """Low-rank adaptation of the encoder (Hu et al. 2021): ``y = W x + (alpha / rank) B A x``."""
+
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= MAX_RANK or self.alpha < 1 or not self.targets:
+            raise ConfigError(f"LoRA needs a rank of 1 to {MAX_RANK}, an alpha of at least 1 and a target module")
+
+    @classmethod
+    def of(cls, config: PeftConfig) -> Self:
+        """What a manifest or a task says, if every layer has one rank and one scaling, ``alpha / rank``.
+
+        Raises:
+            ConfigError: It says more, or what cannot be built. Training something else would go unnoticed.
+        """
+        plain = PeftConfig("LORA", config.r, config.lora_alpha, config.target_modules)
+        if config != plain or not isinstance(config.lora_alpha, int):
+            raise ConfigError("the adapter has patterns or a scaling of its own; only plain LoRA can be trained here")
+        return cls(config.r, config.lora_alpha, config.target_modules)
 
 
 def _matching(patterns: tuple[tuple[str, V], ...], path: str, default: V) -> V:

@@ -7,16 +7,13 @@ order of the examples comes from an explicit generator. Rounds, masks and messag
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 
 from adapters import classifier
 from adapters.base import Base
@@ -26,7 +23,6 @@ from aggregation.errors import DataError
 from client.training.examples import Example, Score
 
 EVALUATION_BATCH = 64  # phrases; no gradients, so larger than a training batch
-MAX_TOKENS = 128
 
 
 class Trainer:
@@ -36,8 +32,7 @@ class Trainer:
         self.base = base
         self.model: PeftModel = classifier.build(base, task_labels, lora)
         self.layout = Layout.of(classifier.tensors(self.model))
-        positions = self.model.get_base_model().encoder.config.max_position_embeddings
-        self._tokenizer = _tokenizer(base.folder, min(MAX_TOKENS, positions))
+        self.tokenizer = classifier.tokenizer(base, self.model)
 
     def train(self, start: Tensors, examples: Sequence[Example], task: Task, *, epochs: int, salt: str) -> Tensors:
         """Train for ``epochs`` passes over ``examples``, starting from ``start``, with cross-entropy and AdamW.
@@ -103,37 +98,22 @@ class Trainer:
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings of the frozen base without adapter, shape ``(len(texts), hidden)``, each of L2 norm 1."""
-        with torch.inference_mode(), self.model.disable_adapter():
-            embeddings: Tensor = self.model.get_base_model().embed(*_padded(self._tokens(texts)))
-        return embeddings.numpy()
+        return classifier.embed(self.model, self.tokenizer, texts)
 
     def _forward(self, tokens: Sequence[Tensor]) -> Tensor:
         """Logits, shape ``(len(tokens), labels)``."""
-        ids, mask = _padded(tokens)
+        ids, mask = classifier.padded(tokens)
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask)
         return logits
 
     def _tokens(self, texts: Sequence[str]) -> list[Tensor]:
-        return [torch.tensor(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
+        return [torch.tensor(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
 
 
 @lru_cache(maxsize=2)
 def load_trainer(base: Base, labels: int, lora: classifier.LoraSpec) -> Trainer:
     """A trainer that stays loaded for the next message. Its methods load the adapter that they are given."""
     return Trainer(base, labels, lora)
-
-
-def _tokenizer(folder: Path, longest: int) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(longest)
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both of shape ``(len(tokens), longest)``."""
-    ids = pad_sequence(list(tokens), batch_first=True)
-    return ids, pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
 
 
 def batches(lengths: Sequence[int], size: int, epochs: int, rng: np.random.Generator) -> Iterator[list[int]]:

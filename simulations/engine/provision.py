@@ -4,18 +4,16 @@ It does what enrolment does in the field, in one place: each device makes its ow
 and the device pins the authority and the coordinator. From here on the folders are all that the apps know.
 """
 
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 from cryptography import x509
 
 from adapters import files
 from adapters.base import Base
-from adapters.classifier import LoraSpec, seeded
-from adapters.layout import Floats, Layout
+from adapters.classifier import LoraSpec, seed_adapter
+from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.peftconfig import PeftConfig
 from adapters.storage import replace
@@ -26,12 +24,12 @@ from client.node import statedir as device_files
 from client.node.policy import PolicySettings
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.examples import Example, Split, write_examples
-from client.training.trainer import Trainer, load_trainer
+from client.training.trainer import load_trainer
 from coordinator import statedir as coordinator_home
 from coordinator.registry import Registry
 from coordinator.settings import SETTINGS
 from coordinator.statedir import open_registry
-from simulations.data.households import Household, Population, Utterance
+from simulations.data.households import Household, Population
 from simulations.scenario import Scenario
 
 AUTHORITY = "authority"
@@ -110,8 +108,9 @@ def _coordinator(
     settings = scenario.federation.model_copy(update={"seed": scenario.seed})
     replace(folder / SETTINGS, settings.to_toml().encode())
     mine = load_trainer(base, len(population.labels), lora(scenario))
-    prototypes = _prototypes(mine, population.public, len(population.labels))
-    tensors = seeded(mine.model, prototypes, torch.Generator().manual_seed(scenario.seed))
+    public = [(phrase.text, phrase.label) for phrase in population.public]
+    generator = torch.Generator().manual_seed(scenario.seed)
+    tensors = seed_adapter(mine.model, mine.tokenizer, public, len(population.labels), generator)
     blob = files.encode(tensors)
     manifest = VersionManifest(
         version=0,
@@ -127,14 +126,6 @@ def _coordinator(
         labels=population.labels,
     )
     open_registry(folder, key).publish(manifest, blob, key)
-
-
-def _prototypes(mine: Trainer, public: Sequence[Utterance], labels: int) -> Floats:
-    """Mean embedding of each label's public phrases, shape ``(labels, hidden)``."""
-    embeddings = mine.embed([phrase.text for phrase in public])
-    sums = np.zeros((labels, embeddings.shape[1]), np.float32)
-    np.add.at(sums, [phrase.label for phrase in public], embeddings)
-    return sums
 
 
 def _examples(household: Household) -> list[Example]:
