@@ -55,7 +55,7 @@ class Settings(BaseModel):
             if first["type"] == "extra_forbidden":
                 near = difflib.get_close_matches(key, [known for known, _ in cls.fields()], n=1)
                 line = f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            raise ConfigError(f"{where}: {line}", about=key) from error
+            raise ConfigError(f"{where}: {line}", about=key, value=first["input"]) from error
 
     @classmethod
     def fields(cls) -> Iterator[tuple[str, FieldInfo]]:

@@ -19,6 +19,7 @@ from aggregation.errors import ConfigError, DataError
 PUBLIC, PRIVATE = 0o644, 0o600
 PUBLIC_FOLDER, PRIVATE_FOLDER = 0o755, 0o700
 LARGEST = 2**32  # bytes of a file that is read whole
+LONGEST_LIST = 2**24  # bytes of a file of texts or labels
 POLL = 0.02  # seconds between two attempts to take a lock
 
 
@@ -41,6 +42,30 @@ def read(path: Path, limit: int = LARGEST) -> bytes:
                 value=size,
             )
         return file.read()
+
+
+def read_lines(path: Path, what: str) -> tuple[str, ...]:
+    """The lines of a UTF-8 file that are not blank.
+
+    Args:
+        path: The file.
+        what: What a line of it is, for a message.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: It is not UTF-8, too large, or has no line.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LONGEST_LIST + 1)
+        rows = tuple(line.strip() for line in raw.decode().splitlines() if line.strip())
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {path}", about=path.name) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8", about=path.name) from error
+    if len(raw) > LONGEST_LIST or not rows:
+        raise DataError(f"{path} must hold one {what} a line, at most {LONGEST_LIST} bytes in all", about=path.name)
+    return rows
 
 
 def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:

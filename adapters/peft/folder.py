@@ -22,6 +22,7 @@ from adapters.storage import new_folder, write_files
 from aggregation.errors import ConfigError, DataError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LABELS = "labels.txt"  # not of peft: the labels of a classifier's head, one a line, in order
 MAX_CONFIG = 2**20  # bytes
 MAX_NAME = 512  # letters of a tensor's name
 EMBEDDING = ".lora_embedding_"  # in the names of what peft adds to an embedding

@@ -36,13 +36,13 @@ class TrustAnchors:
             PublicKey.from_pem(self.coordinator)
 
 
-def enrol(folder: Path, name: str, base: str, anchors: TrustAnchors, entropy: Entropy) -> PublicKey:
+def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAnchors, entropy: Entropy) -> PublicKey:
     """Create a state directory with a certificate request: completely, or not at all.
 
     Args:
         folder: New or empty.
         name: The device's name in its certificate.
-        base: As in ``device.toml``; the path of a folder or file is made absolute.
+        settings: The owner's; the path of a base that is a folder or a file is made absolute.
         anchors: What the device trusts.
         entropy: Draws the identity and the sealing key.
 
@@ -54,7 +54,8 @@ def enrol(folder: Path, name: str, base: str, anchors: TrustAnchors, entropy: En
     """
     identity = IdentityKey.generate(entropy)
     request = requests.request(identity, name)
-    where = str(Path(base).resolve()) if Path(base).exists() else base
+    base = Path(settings.base)
+    settings = settings.model_copy(update={"base": str(base.resolve())}) if base.exists() else settings
     trust = {
         AUTHORITY: anchors.authority,
         COORDINATOR: anchors.coordinator,
@@ -63,7 +64,7 @@ def enrol(folder: Path, name: str, base: str, anchors: TrustAnchors, entropy: En
         REQUEST: request,
     }
     with new_folder(folder, mode=PRIVATE_FOLDER) as stage:
-        DeviceStateDir.create(stage, DeviceSettings(base=where), identity, trust, entropy)
+        DeviceStateDir.create(stage, settings, identity, trust, entropy)
     return identity.public
 
 

@@ -6,8 +6,9 @@ nobody.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from adapters.settings import Settings
 from aggregation.errors import ConfigError
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
@@ -16,10 +17,8 @@ SAFE = Policy()
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class PolicySettings(BaseModel):
+class PolicySettings(Settings):
     """``[policy]``. The defaults are safe; docs/reference/device-policy.md says what weaker values cost."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     known_bases: list[_Digest] = Field(
         default=[],

@@ -5,8 +5,7 @@ an answer leaves the device: a device that restarts never answers a step twice. 
 list are replaced in the same way; neither is secret.
 """
 
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from adapters.settings import Settings
 from adapters.storage import locked, replace
 from aggregation import sealed, transcript
 from aggregation.client import Device
@@ -44,35 +44,20 @@ LOCK = "session.lock"
 Read = TypeVar("Read")
 
 
-class DeviceSettings(BaseModel):
+class DeviceSettings(Settings):
     """``device.toml``: the owner's settings. The coordinator cannot change them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     base: str = Field(description="frozen base: a folder, a file, or an installed package that contains one")
     examples: str = Field(default=EXAMPLES, description="examples file, relative to the state directory")
     policy: PolicySettings = PolicySettings()
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read ``device.toml``.
-
-        Raises:
-            ConfigError: The file is missing or not TOML, or a key is unknown, missing or out of range.
-        """
-        try:
-            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-        except (FileNotFoundError, NotADirectoryError) as error:
+    def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read ``device.toml``. Raises as ``Settings.read``, and says how to create a file that is missing."""
+        if not path.is_file():
             reason = f"{path.parent} is not a device's state directory: it has no {SETTINGS}"
-            raise ConfigError(f"{reason}; create one with 'edgeadapt device enrol'", about=SETTINGS) from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            unknown = first["type"] == "extra_forbidden"
-            reason = "unknown key" if unknown else first["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"{path}: {key}: {reason}", about=key, value=first["input"]) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not a TOML file: {error}", about=SETTINGS) from error
+            raise ConfigError(f"{reason}; create one with 'edgeadapt device enrol'", about=SETTINGS)
+        return super().read(path, overrides)
 
 
 @dataclass(frozen=True, slots=True)

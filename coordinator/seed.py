@@ -1,0 +1,65 @@
+"""Version 0 of the registry: the adapter that the first round starts from."""
+
+from collections.abc import Sequence
+
+from adapters import files
+from adapters.layout import Layout, Tensors
+from adapters.manifest import VersionManifest
+from adapters.peft import AdapterInputs
+from adapters.peftconfig import LoraSpec, PeftConfig
+from aggregation.errors import ConfigError
+
+HEAD = "classifier"  # path of the head that devices train (``adapters.classifier.PhraseClassifier``)
+ENCODER = "encoder."  # begins the path of every layer below it
+PARAMETERS = {"weight", "bias"}
+
+
+def seed_version(
+    tensors: Tensors, peft_config: PeftConfig, labels: Sequence[str], base_digest: str
+) -> tuple[VersionManifest, bytes]:
+    """The manifest and the file of the first version.
+
+    Args:
+        tensors: Of an adapter of ``adapters.classifier.PhraseClassifier``, under peft's names.
+        peft_config: Of the adapter.
+        labels: Of the head's rows, in order.
+        base_digest: Of the frozen base that the adapter is for.
+
+    Raises:
+        ConfigError: Devices cannot train such an adapter, or the labels are not those of the head.
+        DataError: The tensors are not those of the configuration.
+    """
+    LoraSpec.of(peft_config)
+    inputs = AdapterInputs.of_tensors(peft_config, tensors)
+    heads = {slot.path: {spec.name: spec.shape for spec in slot.parameters} for slot in inputs.saved}
+    if (
+        set(heads) != {HEAD}
+        or set(heads[HEAD]) != PARAMETERS
+        or not all(s.path.startswith(ENCODER) for s in inputs.loras)
+    ):
+        raise ConfigError(
+            "devices train LoRA on an encoder and a linear head over the mean of its tokens, and the adapter has other "
+            "modules: make it with 'edgeadapt export seed'",
+            about=HEAD,
+            value=sorted(heads),
+        )
+    rows = heads[HEAD]["weight"][0]
+    if len(set(labels)) != len(labels) or len(labels) != rows:
+        raise ConfigError(
+            f"the adapter's head has {rows} labels, and {len(set(labels))} different ones are given", about="labels"
+        )
+    blob = files.encode(tensors)
+    manifest = VersionManifest(
+        version=0,
+        sha256=files.sha256(blob),
+        size=len(blob),
+        base_digest=base_digest,
+        layout_digest=Layout.of(tensors).digest,
+        parent=None,
+        round=0,
+        survivors=(),
+        metrics={},
+        peft_config=peft_config,
+        labels=tuple(labels),
+    )
+    return manifest, blob

@@ -1,0 +1,67 @@
+"""The first adapter of a federation, made from a few public phrases for each label and written as a PEFT folder.
+
+``edgeadapt coordinator publish`` takes the folder. It holds what ``peft`` saves, and ``labels.txt``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from adapters import classifier
+from adapters.base import Base
+from adapters.classifier import LoraSpec
+from adapters.peft.folder import LABELS
+from adapters.storage import new_folder, read_lines
+from aggregation.errors import DataError
+
+TAB = "\t"
+
+
+def read_phrases(path: Path) -> list[tuple[str, str]]:
+    """The labels and phrases in a file with one pair a line: the label, a tab, the phrase.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: A line has no tab, or nothing on one side of it; or as ``read_lines``.
+    """
+    pairs = []
+    for number, line in enumerate(read_lines(path, "phrase"), 1):
+        label, _, phrase = (part.strip() for part in line.partition(TAB))
+        if not label or not phrase:
+            raise DataError(
+                f"phrase {number} of {path} has not the form LABEL TAB PHRASE: {line[:40]!r}",
+                about=path.name,
+                value=number,
+            )
+        pairs.append((label, phrase))
+    return pairs
+
+
+def write_seed(base: Base, phrases: Sequence[tuple[str, str]], lora: LoraSpec, seed: int, out: Path) -> tuple[str, ...]:
+    """Make the first adapter and write its folder, completely or not at all.
+
+    Args:
+        base: The frozen base.
+        phrases: Labels and phrases. The labels' order of first appearance is that of the head's rows.
+        lora: Of the adapter.
+        seed: Draws LoRA's A matrices.
+        out: A new folder.
+
+    Returns:
+        The labels, in the order of the head's rows.
+
+    Raises:
+        ConfigError: ``out`` holds something, there are fewer than two labels, or as ``classifier.build``.
+        OSError: The folder cannot be written.
+    """
+    labels = tuple(dict.fromkeys(label for label, _ in phrases))
+    with new_folder(out) as stage:
+        model = classifier.build(base, len(labels), lora)
+        numbered = [(phrase, labels.index(label)) for label, phrase in phrases]
+        tokens, generator = classifier.tokenizer(base, model), torch.Generator().manual_seed(seed)
+        classifier.load(model, classifier.seed_adapter(model, tokens, numbered, len(labels), generator))
+        model.save_pretrained(str(stage), save_embedding_layers=False)
+        (stage / "README.md").unlink(missing_ok=True)  # peft's, with nothing filled in
+        (stage / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    return labels

@@ -1,0 +1,69 @@
+"""Version 0: what devices can train is published, anything else is refused before it is signed."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters import files
+from adapters.layout import Layout, Tensors
+from adapters.peftconfig import PeftConfig
+from aggregation.errors import ConfigError, DataError
+from coordinator.seed import seed_version
+from tests.support import refused
+
+LABELS = ("on", "off", "dim")
+CONFIG = PeftConfig("LORA", 2, 4, ("query",))
+PATH = "base_model.model.encoder.layer.0.query"
+
+
+def tensors(rows: int = 3, head: str = "classifier", path: str = PATH) -> Tensors:
+    rng = np.random.default_rng(0)
+    shapes = {
+        f"{path}.lora_A.weight": (2, 5),
+        f"{path}.lora_B.weight": (5, 2),
+        f"base_model.model.{head}.weight": (rows, 5),
+        f"base_model.model.{head}.bias": (rows,),
+    }
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_the_manifest_describes_the_file_and_the_base() -> None:
+    manifest, blob = seed_version(tensors(), CONFIG, LABELS, "b" * 64)
+    assert (manifest.version, manifest.round, manifest.parent, manifest.survivors) == (0, 0, None, ())
+    assert (manifest.sha256, manifest.size) == (files.sha256(blob), len(blob))
+    assert (manifest.base_digest, manifest.labels, manifest.peft_config) == ("b" * 64, LABELS, CONFIG)
+    assert manifest.layout_digest == Layout.of(files.decode(blob)).digest
+    assert all(np.array_equal(files.decode(blob)[name], value) for name, value in tensors().items())
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [("on", "off"), ("on", "off", "dim", "blink"), ("on", "off", "on"), ()],
+    ids=["few", "many", "twice", "none"],
+)
+def test_labels_that_are_not_the_heads_are_refused(labels: tuple[str, ...]) -> None:
+    with refused(ConfigError, "labels"):
+        seed_version(tensors(), CONFIG, labels, "b" * 64)
+
+
+def test_an_adapter_that_devices_cannot_train_is_refused() -> None:
+    headless = {name: value for name, value in tensors().items() if "classifier" not in name}
+    unbiased = {name: value for name, value in tensors().items() if not name.endswith("bias")}
+    for found in (tensors(head="score"), headless, unbiased, tensors(path="base_model.model.layer.0.query")):
+        with refused(ConfigError, "classifier"):
+            seed_version(found, CONFIG, LABELS, "b" * 64)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"use_rslora": True}, {"rank_pattern": (("query", 3),)}, {"lora_alpha": 0.5}], ids=str
+)
+def test_an_adapter_that_is_not_plain_lora_is_refused(changes: dict[str, Any]) -> None:
+    plain: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ("query",)}
+    with pytest.raises(ConfigError):
+        seed_version(tensors(), PeftConfig(**{**plain, **changes}), LABELS, "b" * 64)
+
+
+def test_tensors_of_another_rank_than_the_configuration_are_refused() -> None:
+    with pytest.raises(DataError):
+        seed_version(tensors(), PeftConfig("LORA", 3, 4, ("query",)), LABELS, "b" * 64)
