@@ -48,7 +48,8 @@ class Pages:
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
         except FileNotFoundError as error:
-            raise ConfigError("memory can be measured on Linux only, which says what processes share") from error
+            reason = "memory can be measured on Linux only, which reports the pages that processes share"
+            raise ConfigError(reason, about="smaps_rollup") from error
         size = {line.partition(":")[0]: 1024 * int(line.split()[1]) for line in lines}
         shared = size["Shared_Clean"] + size["Shared_Dirty"]
         return cls(size["Rss"], size["Pss"], shared, size["Private_Clean"] + size["Private_Dirty"])
@@ -70,7 +71,7 @@ def measure(
     library = Library.open(bundle, trust)
     name = name or library.default()
     adapter = library.load(Composition.of(name))
-    with _multiplied(library, name, max(counts)) as copy:
+    with with_tenants(library, name, max(counts)) as copy:
         tenants = {str(n): _pages(copy, n, 1)[0] for n in counts}
         processes = _pages(copy, 1, 2)
     fewest, most = min(counts), max(counts)
@@ -87,8 +88,8 @@ def measure(
 
 
 @contextmanager
-def _multiplied(library: Library, name: str, count: int) -> Iterator[Path]:
-    """A bundle with the same base, and ``count`` times an adapter."""
+def with_tenants(library: Library, name: str, count: int) -> Iterator[Path]:
+    """A temporary bundle with the same base and ``count`` copies of an adapter, ``tenant-0`` and so on."""
     key = IdentityKey.generate(SystemEntropy())
     sidecar = library.trust.sidecar(library.bundle, name)
     base: BaseManifest = library.manifest
