@@ -228,7 +228,7 @@ class Library:
         return adapter_names(self.bundle)
 
     def default(self) -> str:
-        """The adapter to use if none is named: the private one, else the global one, else the only one.
+        """The adapter to use if none is named: the personal one, else the global one, else the only one.
 
         Raises:
             ConfigError: The choice is not unique; the message lists the candidates.
@@ -236,8 +236,8 @@ class Library:
             TrustError: No pinned key signed a manifest.
         """
         names = self.names()
-        private = [name for name in names if self.trust.sidecar(self.bundle, name).parent is not None]
-        for candidates in (private, [name for name in names if name == GLOBAL], names):
+        personal = [name for name in names if self.trust.sidecar(self.bundle, name).parent is not None]
+        for candidates in (personal, [name for name in names if name == GLOBAL], names):
             if len(candidates) == 1:
                 return candidates[0]
             if candidates:
