@@ -31,7 +31,7 @@ def need(what: Any, how: str) -> None:
 
 @pytest.fixture(scope="session")
 def libraries() -> None:
-    need(all((LIBRARIES / path).is_file() for path in VENDOR.values()), "npm ci --prefix client/web has not run")
+    need(all((LIBRARIES / path).is_file() for path in VENDOR.values()), "npm ci has not run: make web")
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,7 @@ Serve = Callable[[Path], str]
 
 @pytest.fixture
 def serve(libraries: None) -> Iterator[Serve]:
-    """Serves a bundle, with trust.pem beside it; returns the address of its page."""
+    """Serves a bundle, with trust.pem next to it; returns the URL of its page."""
     running = []
 
     def start(bundle: Path) -> str:

@@ -239,7 +239,7 @@ def test_an_adapter_above_the_limit_is_held_alone() -> None:
     assert (evicted, cache.currsize, len(cache)) == ([small, huge], 1, 1)
 
 
-def test_a_missing_adapter_is_none() -> None:
+def test_get_returns_none_for_a_missing_adapter() -> None:
     cache = cache_of(1, 1)
     assert cache.get(named("a")) is None
     assert len(cache) == cache.currsize == 0

@@ -54,7 +54,7 @@ def test_no_device_drops_out_over_proofs_from_session_to_session(fleet_of: Fleet
 
 
 def test_whatever_drops_out_an_honest_coordinator_is_never_refused(fleet_of: FleetOf, refusals: list[str]) -> None:
-    """Messages are lost at every step, before they reach a device and after it has answered."""
+    """The grid drops messages at every step, before they reach a device and after it has answered."""
     fleet = fleet_of(8, rounds=9, aggregation__session_rounds=3)
     records = fleet.federate(fleet.grid(message_loss=0.06, forced_dropouts=1))
     assert {step for record in records for step in record.dropped.values()} >= {"plan", "survivors", "unmask"}

@@ -1,4 +1,4 @@
-"""A contribution is the clipped, weighted delta within its bounds, or there is none."""
+"""A contribution is the clipped, weighted delta within its bounds; without one, nothing is sent."""
 
 from dataclasses import replace
 from typing import Any
