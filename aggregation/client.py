@@ -237,23 +237,21 @@ class Planned:
         Raises:
             DataError: The vector has another size or type.
         """
-        bits, context, plan = self.spec.vector.ring_bits, self.ready.session.context, self.plan.digest()
+        bits, plan = self.spec.vector.ring_bits, self.plan.digest()
         ring.require_vector(ring_vector, self.spec.vector.size, bits)
         self.single_use.take("masked-input")
-        masks.apply(ring_vector, [*self.pair_masks(plan), self._self_mask(context, plan)], threads)
+        masks.apply(ring_vector, self.round_masks(plan), threads)
         packed = ring.packed_view(ring_vector, bits)
         header = MaskedInput(plan, self.ready.me, hashlib.sha256(packed).digest())
         masked = Masked(self.ready, self.plan, self.held, header.vector)
         return masked, envelope.sign_vector(device.identity, header, packed)
 
-    def _self_mask(self, context: bytes, plan: bytes) -> Mask:
-        return Mask(masks.self_key(self.secrets.seed, context, plan, self.ready.me), add=True)
-
-    def pair_masks(self, plan: bytes) -> list[Mask]:
-        """One mask for each neighbor in the round, which the smaller id adds and the larger subtracts."""
+    def round_masks(self, plan: bytes) -> list[Mask]:
+        """The masks of this device for the plan with digest ``plan``: one for each neighbor, and the self mask."""
         session, me = self.ready.session, self.ready.me
         publics = session.mask_keys(session.neighbors(me, self.plan.members), self.plan.round)
-        return masks.pair_masks(self.secrets.mask_key, me, publics, session.context, plan)
+        pairs = masks.pair_masks(self.secrets.mask_key, me, publics, session.context, plan)
+        return [*pairs, Mask(masks.self_key(self.secrets.seed, session.context, plan, me), add=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,7 @@ def test_a_recorded_offer_is_refused_although_the_coordinator_signed_it(monkeypa
     """Recorded offers and proofs are replayed to a device that has joined two later sessions."""
     logged, closed = chain(3)
     recorded = {
-        1: session_chain_proof(logged[0].log, KEY),  # as it went out before no_check was logged
+        1: session_chain_proof(logged[0].log, KEY),  # as sent before any entry was logged
         2: session_chain_proof(logged[1].log, KEY, logged[0].receipt(), []),
     }
     log_state = seen(2).on_session_chain_proof(KEY.public, recorded[2], OFFERS[2])

@@ -71,8 +71,7 @@ class Fleet:
     ) -> Ring:
         """A device's vector, encoded and masked, key agreement included: ``upload`` without packing and signing."""
         vector, digest = self.session.spec.vector.encode(values, rng), planned.plan.digest()
-        own = planned._self_mask(self.session.context, digest)
-        masks.apply(vector, [*planned.pair_masks(digest), own], threads)
+        masks.apply(vector, planned.round_masks(digest), threads)
         return vector
 
     def upload(
