@@ -52,7 +52,7 @@ def find_base(where: str) -> Base:
         if not (folder / name).is_file():
             parts = (folder / f"{name}.index.json").is_file()
             hint = "; its weights are in parts: save it again as one file (max_shard_size of save_pretrained)"
-            raise ConfigError(f"base model folder {folder} has no {name}{hint if parts else ''}")
+            raise ConfigError(f"base model folder {folder} has no {name}{hint if parts else ''}", about=name)
     return Base(folder, _digest(folder.resolve()))
 
 
@@ -63,7 +63,9 @@ def _in_package(package: str) -> Path:
     except ValueError:  # a module that was not imported from anywhere, such as __main__
         spec = None
     if spec is None or spec.origin is None:
-        raise ConfigError(f"base model {package!r} is neither a folder nor an installed package")
+        raise ConfigError(
+            f"base model {package!r} is neither a folder nor an installed package", about="base", value=package
+        )
     home = Path(spec.origin).parent
     files = sorted(home.glob(f"*{GGUF}"))
     return files[0] if len(files) == 1 and not (home / "model").is_dir() else home / "model"
@@ -71,7 +73,7 @@ def _in_package(package: str) -> Path:
 
 def _converted(file: Path) -> Path:
     if file.suffix != GGUF:
-        raise ConfigError(f"base model {file} is neither a folder nor a {GGUF} file")
+        raise ConfigError(f"base model {file} is neither a folder nor a {GGUF} file", about="base")
 
     def make(folder: Path) -> None:
         try:

@@ -28,4 +28,6 @@ def build(base: Base, lora: LoraSpec = LORA) -> PeftModel:
         return get_peft_model(model, config).eval()
     except ValueError as error:
         names = pretrained.layer_names(model)
-        raise ConfigError(f"the base has no module named as in {list(lora.targets)}; it has {names}") from error
+        raise ConfigError(
+            f"the base has no module named as in {list(lora.targets)}; it has {names}", about="target_modules"
+        ) from error

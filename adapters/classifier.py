@@ -57,7 +57,7 @@ def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:
         ConfigError: Fewer than two labels, a base that cannot be opened, or no module of it bears a target's name.
     """
     if labels < 2:
-        raise ConfigError(f"a classifier needs at least two labels, got {labels}")
+        raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels", value=labels)
     encoder = pretrained.load(base, AutoModel)
     return _adapted(PhraseClassifier(encoder, encoder.config.hidden_size, labels), lora, modules_to_save=["classifier"])
 
@@ -71,7 +71,11 @@ def build_own(base: Base, lora: LoraSpec) -> PeftModel:
     model = pretrained.load(base, AutoModelForSequenceClassification)
     kind, labels = model.config.problem_type, model.config.num_labels
     if labels < 2 or kind not in (None, "single_label_classification"):
-        raise ConfigError(f"the base's head has {labels} labels ({kind}); a device chooses one of at least two")
+        raise ConfigError(
+            f"the base's head has {labels} labels ({kind}); a device chooses one of at least two",
+            about="head",
+            value=labels,
+        )
     return _adapted(model, lora, task_type="SEQ_CLS")
 
 
@@ -87,7 +91,9 @@ def _adapted(model: nn.Module, lora: LoraSpec, **settings: Any) -> PeftModel:
         return get_peft_model(model, config).eval()
     except ValueError as error:
         names = pretrained.layer_names(model)
-        raise ConfigError(f"the base has no module named as in {list(lora.targets)}; it has {names}") from error
+        raise ConfigError(
+            f"the base has no module named as in {list(lora.targets)}; it has {names}", about="target_modules"
+        ) from error
 
 
 def tensors(model: PeftModel) -> Tensors:

@@ -45,9 +45,9 @@ class Layout:
     def __post_init__(self) -> None:
         names = [spec.name for spec in self.tensors]
         if not names:
-            raise DataError("the adapter has no tensors")
+            raise DataError("the adapter has no tensors", about="layout")
         if names != sorted(set(names)):
-            raise DataError("an adapter layout names every tensor once, in sorted order")
+            raise DataError("an adapter layout names every tensor once, in sorted order", about="layout")
 
     @classmethod
     def of(cls, tensors: Mapping[str, Floats]) -> Self:
@@ -73,14 +73,18 @@ class Layout:
         """
         expected = {spec.name for spec in self.tensors}
         if odd := sorted(expected.symmetric_difference(tensors)):
-            raise DataError(f"tensor {odd[0]!r} is missing from the adapter or unknown to its layout")
+            raise DataError(f"tensor {odd[0]!r} is missing from the adapter or unknown to its layout", about=odd[0])
         for spec in self.tensors:
             tensor = tensors[spec.name]
             if tensor.dtype != np.float32 or tensor.shape != spec.shape:
                 found = f"{tensor.dtype} {list(tensor.shape)}"
-                raise DataError(f"tensor {spec.name!r} is {found}, expected float32 {list(spec.shape)}")
+                raise DataError(
+                    f"tensor {spec.name!r} is {found}, expected float32 {list(spec.shape)}",
+                    about=spec.name,
+                    value=found,
+                )
             if not np.isfinite(tensor).all():
-                raise DataError(f"tensor {spec.name!r} holds NaN or infinity")
+                raise DataError(f"tensor {spec.name!r} holds NaN or infinity", about=spec.name)
 
     def flatten(self, tensors: Mapping[str, Floats]) -> Floats:
         """One vector of shape ``(size,)``, tensors in layout order, each row-major. Raises as ``check``."""
@@ -95,7 +99,9 @@ class Layout:
         """
         if vector.shape != (self.size,) or vector.dtype != np.float32:
             found = f"{vector.dtype} vector of shape {vector.shape}"
-            raise DataError(f"a {found} does not fit a layout of {self.size} float32 elements")
+            raise DataError(
+                f"a {found} does not fit a layout of {self.size} float32 elements", about="vector", value=vector.shape
+            )
         ends = np.cumsum([spec.size for spec in self.tensors])
         return {
             spec.name: vector[end - spec.size : end].reshape(spec.shape)

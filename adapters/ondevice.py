@@ -36,7 +36,9 @@ def check_name(name: str) -> str:
         ConfigError: Empty, longer than 64 characters, or with a sign that could leave the folder.
     """
     if not NAME.fullmatch(name):
-        raise ConfigError(f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'")
+        raise ConfigError(
+            f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'", about="name", value=name
+        )
     return name
 
 
@@ -47,10 +49,14 @@ def check_labels(name: str, labels: Sequence[str]) -> None:
         DataError: One is there twice, or is no printable name of at most ``MAX_LABEL`` characters.
     """
     if len(set(labels)) != len(labels):
-        raise DataError(f"adapter {name!r} names a label twice; export it again with other labels")
+        raise DataError(f"adapter {name!r} names a label twice; export it again with other labels", about="labels")
     for label in labels:
         if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
-            raise DataError(f"adapter {name!r}: label {label[:40]!r} is no printable name; export it with another")
+            raise DataError(
+                f"adapter {name!r}: label {label[:40]!r} is no printable name; export it with another",
+                about="labels",
+                value=label,
+            )
 
 
 def to_graph(tensors: Tensors, scaling: Mapping[str, float]) -> Tensors:
@@ -98,7 +104,7 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
     stored: Stored = {}
     for name, value in inputs.items():
         if not np.isfinite(value).all():
-            raise DataError(f"tensor {name!r} holds NaN or infinity; nothing was exported")
+            raise DataError(f"tensor {name!r} holds NaN or infinity; nothing was exported", about=name)
         if form == "fp32" or value.ndim < 2 or not value.size:
             stored[name] = np.ascontiguousarray(value, dtype=np.float32)
         elif form == "fp16":
@@ -137,7 +143,9 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
         DataError: A tensor is missing or unknown, or of a shape that the graph does not take.
     """
     if odd := sorted(set(inputs).symmetric_difference(slots)):
-        raise DataError(f"tensor {odd[0]!r} is missing from the adapter or has no slot in the base's graph")
+        raise DataError(
+            f"tensor {odd[0]!r} is missing from the adapter or has no slot in the base's graph", about=odd[0]
+        )
     sizes: dict[str, int] = {}
     for name, dimensions in slots.items():
         shape = inputs[name].shape
@@ -146,7 +154,9 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
             for text, size in zip(dimensions, shape, strict=True)
         )
         if not fits:
-            raise DataError(f"tensor {name!r} is {list(shape)}, its slot takes [{', '.join(dimensions)}]")
+            raise DataError(
+                f"tensor {name!r} is {list(shape)}, its slot takes [{', '.join(dimensions)}]", about=name, value=shape
+            )
     return sizes
 
 
@@ -181,7 +191,7 @@ def _rows_last(name: str, value: NDArray[Any]) -> NDArray[Any]:
 
 def _check_range(name: str, value: Floats, limit: float, form: Format) -> None:
     if np.abs(value).max() > limit:
-        raise DataError(f"tensor {name!r} is too large for {form}; export it as fp32 or int8")
+        raise DataError(f"tensor {name!r} is too large for {form}; export it as fp32 or int8", about=name)
 
 
 # The number types that a tensor of two or more dimensions may have in a file.
@@ -196,7 +206,9 @@ _TYPES: dict[Format, tuple[type[np.generic], ...]] = {
 def _restored(name: str, stored: Stored, form: Format) -> Floats:
     value = stored[name]
     if value.dtype not in (_TYPES[form] if value.ndim >= 2 and value.size else (np.float32,)):
-        raise DataError(f"tensor {name!r} is {value.dtype} in an adapter of format {form}")
+        raise DataError(
+            f"tensor {name!r} is {value.dtype} in an adapter of format {form}", about=name, value=str(value.dtype)
+        )
     restored: Floats
     if value.dtype == np.uint8:
         restored = _rows_last(name, int4.unpack(value, _checked_blocks(name, stored)))
@@ -205,7 +217,7 @@ def _restored(name: str, stored: Stored, form: Format) -> Floats:
     else:
         restored = value.astype(np.float32)
     if not np.isfinite(restored).all():
-        raise DataError(f"tensor {name!r} holds NaN or infinity")
+        raise DataError(f"tensor {name!r} holds NaN or infinity", about=name)
     return np.ascontiguousarray(restored)
 
 
@@ -214,7 +226,7 @@ def _checked_scale(name: str, stored: Stored) -> Floats:
     shape = tuple(size if i == axis else 1 for i, size in enumerate(value.shape))
     scale = stored.get(name + SCALE)
     if scale is None or scale.dtype != np.float32 or scale.shape != shape or not (scale > 0).all():
-        raise DataError(f"tensor {name!r} has no sound scales of shape {list(shape)}")
+        raise DataError(f"tensor {name!r} has no sound scales of shape {list(shape)}", about=name)
     return scale
 
 
@@ -222,7 +234,7 @@ def _checked_blocks(name: str, stored: Stored) -> int4.Scales:
     shape = int4.scale_shape(stored[name])
     scale = stored.get(name + SCALE)
     if scale is None or scale.dtype != np.float16 or scale.shape != shape or not np.isfinite(scale).all():
-        raise DataError(f"tensor {name!r} has no sound scales of shape {list(shape)}")
+        raise DataError(f"tensor {name!r} has no sound scales of shape {list(shape)}", about=name)
     return scale
 
 
@@ -230,5 +242,5 @@ def _left_over(stored: Stored) -> Tensors:
     for name in stored:
         of = name.removesuffix(SCALE)
         if name != of and (of not in stored or stored[of].dtype not in (np.int8, np.uint8)):
-            raise DataError(f"scales {name!r} belong to no tensor of the adapter")
+            raise DataError(f"scales {name!r} belong to no tensor of the adapter", about=name)
     return {}

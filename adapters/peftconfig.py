@@ -69,7 +69,9 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_RANK or self.alpha < 1 or not self.targets:
-            raise ConfigError(f"LoRA needs a rank of 1 to {MAX_RANK}, an alpha of at least 1 and a target module")
+            raise ConfigError(
+                f"LoRA needs a rank of 1 to {MAX_RANK}, an alpha of at least 1 and a target module", about="lora"
+            )
 
     @classmethod
     def of(cls, config: PeftConfig) -> Self:
@@ -80,7 +82,10 @@ class LoraSpec:
         """
         plain = PeftConfig("LORA", config.r, config.lora_alpha, config.target_modules)
         if config != plain or not isinstance(config.lora_alpha, int):
-            raise ConfigError("the adapter has patterns or a scaling of its own; only plain LoRA can be trained here")
+            raise ConfigError(
+                "the adapter has patterns or a scaling of its own; only plain LoRA can be trained here",
+                about="peft_config",
+            )
         return cls(config.r, config.lora_alpha, config.target_modules)
 
 

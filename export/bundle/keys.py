@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adapters.storage import PRIVATE, PUBLIC, create
 from aggregation.entropy import Entropy
-from aggregation.errors import ConfigError, TrustError
+from aggregation.errors import ConfigError, TrustError, of_file
 from aggregation.pki.identity import IdentityKey, PublicKey
 
 MAX_PEM = 2**16  # bytes
@@ -42,10 +42,8 @@ def read_key(path: Path) -> IdentityKey:
         TrustError: It is no Ed25519 key in PEM form.
     """
     raw = _read(path, "make one with 'edgeadapt export key'")
-    try:
+    with of_file(path):
         return IdentityKey.from_pem(raw)
-    except TrustError as error:
-        raise TrustError(f"{path}: {error}") from None
 
 
 def public_keys(path: Path) -> tuple[PublicKey, ...]:
@@ -60,13 +58,13 @@ def public_keys(path: Path) -> tuple[PublicKey, ...]:
         return (IdentityKey.from_pem(raw).public,)
     parts = raw.split(PEM_END)
     if parts.pop().strip() or not parts:
-        raise TrustError(f"{path} is not a list of public keys in PEM form")
+        raise TrustError(f"{path} is not a list of public keys in PEM form", about=path.name)
     return tuple(PublicKey.from_pem(part.strip() + b"\n" + PEM_END + b"\n") for part in parts)
 
 
 def _read(path: Path, hint: str) -> bytes:
     if not path.is_file():
-        raise ConfigError(f"there is no key at {path}: {hint}")
+        raise ConfigError(f"there is no key at {path}: {hint}", about=path.name)
     with path.open("rb") as file:
         return file.read(MAX_PEM)
 

@@ -40,7 +40,8 @@ def read_base(bundle: Path, card: BaseManifest) -> dict[str, bytes]:
     for name, blob in files.items():
         if sha256(blob) != card.files[name]:
             raise TrustError(
-                f"{bundle / BASE_MANIFEST.parent / name} is not the file that was signed; export the base again"
+                f"{bundle / BASE_MANIFEST.parent / name} is not the file that was signed; export the base again",
+                about=name,
             )
     return files
 
@@ -58,14 +59,14 @@ def read_adapter(
     path = bundle / "adapters" / check_name(name)
     if not path.with_name(f"{name}.json").is_file():
         there = ", ".join(sorted(file.stem for file in path.parent.glob("*.json"))) or "none"
-        raise DataError(f"{bundle} has no adapter {name!r}; it has: {there}")
+        raise DataError(f"{bundle} has no adapter {name!r}; it has: {there}", about=f"{name}.json", value=name)
     sidecar = AdapterManifest.accept(_read(path.with_name(f"{name}.json"), MAX_ENVELOPE), keys)
     if sidecar.name != name or sidecar.base_digest != card.base_digest:
         raise TrustError(f"the sidecar of {name!r} was signed for another name or base; export the adapter again")
     file = path.with_name(f"{name}.onnx_adapter")
     blob = _read(file, MAX_ADAPTER)
     if sha256(blob) != sidecar.sha256:
-        raise TrustError(f"{file} is not the file that was signed; export the adapter again")
+        raise TrustError(f"{file} is not the file that was signed; export the adapter again", about=file.name)
     inputs = decode(blob, sidecar.format)
     check_slots(inputs, card.slots)
     return sidecar, inputs
@@ -100,4 +101,4 @@ def _read(path: Path, limit: int) -> bytes:
             raise DataError(f"{path} is above the limit of {limit} bytes")
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; is it a bundle, and is it whole?") from error
+        raise DataError(f"{path} is missing; is it a bundle, and is it whole?", about=path.name) from error

@@ -38,7 +38,11 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
         ConfigError: The profile rounds nothing, or ``out`` is not empty.
     """
     if profile not in BITS:
-        raise ConfigError(f"the profile {profile.value} has no rounding that could be trained on")
+        raise ConfigError(
+            f"the profile {profile.value} rounds no weights; choose {' or '.join(BITS)}",
+            about="profile",
+            value=profile.value,
+        )
     with new_folder(out) as stage:
         model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
         _round(model, BITS[profile])

@@ -1,10 +1,6 @@
-"""The tiny bases, their exports and bundles, and ``edgeadapt export`` in this process."""
+"""The tiny bases, their exports and bundles, and a runner of exported language models."""
 
-import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,42 +8,14 @@ import onnxruntime as ort
 import pytest
 import torch
 
-import edgeadapt
 from adapters.layout import Floats, Tensors
 from export.onnx.exported import DATA, ExportedBase
 from tests.support import models
 
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
-exported, exported_int8 = models.exported, models.exported_int8
+exported, exported_int8, trace_once = models.exported, models.exported_int8, models.trace_once
 vendor, household = models.vendor, models.household
 make_lm, llama, drawn = models.make_lm, models.llama, models.drawn
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """``edgeadapt export`` with these arguments, in this process."""
-
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["edgeadapt", "export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            edgeadapt.main()
-        code = caught.value.code or 0
-        assert isinstance(code, int)
-        return Done(code, *capsys.readouterr())
-
-    return run
 
 
 class Runner:

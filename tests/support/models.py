@@ -4,14 +4,17 @@ A conftest takes a fixture by its name: ``bundle = models.bundle``. The classifi
 real bases; the language models, of several architectures, read single letters.
 """
 
+import copy
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from peft import PeftModel
@@ -29,6 +32,8 @@ from client.inference.generate import Generator
 from client.inference.library import Library
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.causal import export_causal
+from export.onnx import graph
+from export.onnx.adapterinputs import LORA, AdapterInputs
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
@@ -84,13 +89,36 @@ def model(tiny_base: Base) -> PeftModel:
     return built
 
 
+@pytest.fixture(scope="session", autouse=True)
+def trace_once() -> Iterator[Callable[..., onnx.ModelProto]]:
+    """Keeps each traced graph: tracing takes seconds, and the graph depends on the base and its slots alone.
+
+    The value is the real ``graph.trace``.
+    """
+    trace, traced = graph.trace, dict[str, onnx.ModelProto]()
+
+    def cached(model: PeftModel, inputs: AdapterInputs) -> onnx.ModelProto:
+        key = hashlib.sha256(repr([slot.path for slot in (*inputs.loras, *inputs.saved)]).encode())
+        key.update(repr(sorted({str(getattr(part, "config", "")) for part in model.modules()})).encode())
+        for name, value in model.base_model.model.state_dict().items():
+            if LORA not in name and "modules_to_save" not in name and "original_module" not in name:
+                key.update(name.encode() + value.numpy().tobytes())
+        if key.hexdigest() not in traced:
+            traced[key.hexdigest()] = trace(model, inputs)
+        return copy.deepcopy(traced[key.hexdigest()])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "trace", cached)
+        yield trace
+
+
 @pytest.fixture(scope="session")
-def exported(model: PeftModel, tiny_base: Base) -> ExportedBase:
+def exported(model: PeftModel, tiny_base: Base, trace_once: object) -> ExportedBase:
     return export_classifier(model, tiny_base, Profile.FP32)
 
 
 @pytest.fixture(scope="session")
-def exported_int8(model: PeftModel, tiny_base: Base) -> ExportedBase:
+def exported_int8(model: PeftModel, tiny_base: Base, trace_once: object) -> ExportedBase:
     return export_classifier(model, tiny_base, Profile.NATIVE_INT8)
 
 

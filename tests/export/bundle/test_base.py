@@ -1,3 +1,5 @@
+"""The task of a base, as its configuration states it."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from transformers import LlamaConfig
 from adapters.base import Base
 from aggregation.errors import ConfigError
 from export.bundle.base import usual_task
+from tests.support import refused
 
 
 @pytest.mark.parametrize(
@@ -22,13 +25,13 @@ from export.bundle.base import usual_task
         (None, "text-classification"),
     ],
 )
-def test_a_base_says_what_it_was_made_for(tmp_path: Path, architectures: Any, task: str) -> None:
+def test_a_base_states_its_usual_task(tmp_path: Path, architectures: Any, task: str) -> None:
     assert usual_task(_stating(tmp_path, architectures)) == task
 
 
 @pytest.mark.parametrize("architectures", [["BertForTokenClassification"], ["T5ForConditionalGeneration"]])
-def test_a_base_that_no_device_asks_is_refused_by_name(tmp_path: Path, architectures: list[str]) -> None:
-    with pytest.raises(ConfigError, match=architectures[0]):
+def test_a_task_that_devices_do_not_run_is_refused(tmp_path: Path, architectures: list[str]) -> None:
+    with refused(ConfigError, "architectures", value=architectures[0]):
         usual_task(_stating(tmp_path, architectures))
 
 

@@ -1,4 +1,4 @@
-"""A bundle is replaced whole or not at all, and nobody's adapter is lost on the way."""
+"""A bundle is replaced atomically, and keeps every adapter that still fits its base."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_bundle_has_a_base_and_its_adapters_each_with_a_signed_document(
+def test_a_bundle_has_a_base_and_its_adapters_each_with_a_signed_manifest(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     files = contents(bundle)
@@ -66,7 +66,7 @@ def test_a_household_adds_its_private_adapter_signed_by_its_own_key(
     assert AdapterManifest.accept(after["adapters/anna.json"], [household.public]).parent == "a" * 64
 
 
-def test_adapters_that_are_added_at_the_same_moment_are_all_there(
+def test_adapters_added_at_the_same_moment_are_all_kept(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
     names = [f"n{number}" for number in range(8)]
@@ -85,12 +85,12 @@ def test_an_update_of_the_shared_adapter_keeps_the_private_ones(
     assert contents(bundle)["adapters/global.onnx_adapter"] != old
 
 
-def test_a_base_with_other_slots_is_not_put_under_adapters_that_stay(
+def test_a_base_with_other_slots_does_not_replace_one_that_has_adapters(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     before = contents(bundle)
     other = replace(exported, slots=exported.slots | {"encoder.key.lora_A.weight": ("32", "rank_9")})
-    with pytest.raises(ConfigError, match=r"\(global\) were made for a base with other slots"):
+    with refused(ConfigError, "slots", value=["global"]):
         write_bundle(bundle, other, [], key=vendor)
     assert contents(bundle) == before
     for name in ("global.json", "global.onnx_adapter"):
@@ -130,7 +130,7 @@ def test_a_disk_that_fills_up_at_any_file_leaves_the_old_bundle(
 
 
 @pytest.mark.parametrize("step", ["first", "second"])
-def test_a_failed_exchange_leaves_the_old_bundle(
+def test_a_failed_rename_leaves_the_old_bundle(
     bundle: Path,
     exported: ExportedBase,
     source: Source,
@@ -151,7 +151,7 @@ def test_a_failed_exchange_leaves_the_old_bundle(
     assert contents(bundle) == before
 
 
-def test_a_kill_between_the_two_steps_of_the_exchange_is_mended_by_the_next_call(
+def test_a_kill_between_the_two_renames_is_repaired_by_the_next_call(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
     before = contents(bundle)
@@ -161,11 +161,11 @@ def test_a_kill_between_the_two_steps_of_the_exchange_is_mended_by_the_next_call
     assert not (bundle.parent / ".bundle.previous").exists()
 
 
-def test_a_folder_that_is_no_bundle_is_not_replaced(
+def test_a_folder_that_is_not_a_bundle_is_not_replaced(
     tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     (tmp_path / "letters.txt").write_text("dear")
-    with pytest.raises(ConfigError, match="exists and is not a bundle"):
+    with refused(ConfigError, tmp_path.name):
         write_bundle(tmp_path, exported, [source()], key=vendor)
     assert (tmp_path / "letters.txt").read_text() == "dear"
 
@@ -187,10 +187,10 @@ def test_a_place_below_a_file_cannot_be_written(
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_an_adapter_is_not_added_to_what_is_no_bundle(
+def test_an_adapter_is_not_added_to_a_folder_that_is_not_a_bundle(
     tmp_path: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
-    with pytest.raises(ConfigError, match="not a bundle"):
+    with refused(ConfigError, "card.json"):
         add_adapter(tmp_path, exported.adapter_inputs, source("anna"), key=household)
 
 
@@ -200,7 +200,7 @@ def test_a_bundle_with_a_damaged_card_is_left_alone(
 ) -> None:
     (bundle / "base" / "card.json").write_bytes(raw)
     before = contents(bundle)
-    with pytest.raises(DataError, match=r"card\.json is damaged"):
+    with refused(DataError, "card.json"):
         write_bundle(bundle, exported, [source()], key=vendor)
     assert contents(bundle) == before
 
@@ -208,33 +208,30 @@ def test_a_bundle_with_a_damaged_card_is_left_alone(
 def test_a_name_that_leaves_the_folder_is_refused(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
-    with pytest.raises(ConfigError, match="adapter name"):
+    with refused(ConfigError, "name", value="../anna"):
         add_adapter(bundle, exported.adapter_inputs, source("../anna"), key=household)
 
 
 def test_labels_that_do_not_match_the_head_are_refused(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
-    with pytest.raises(DataError, match="3 labels for 4 rows"):
+    with refused(DataError, "labels", value=3):
         add_adapter(bundle, exported.adapter_inputs, replace(source("anna"), labels=("a", "b", "c")), key=household)
 
 
-@pytest.mark.parametrize(
-    ("odd", "message"),
-    [("a", "a label twice"), (" ", "printable"), ("\x1b[31m", "printable"), ("d" * 257, "printable")],
-)
-def test_labels_that_every_device_would_refuse_are_not_signed(
-    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey, odd: str, message: str
+@pytest.mark.parametrize("label", ["a", " ", "\x1b[31m", "d" * 257], ids=["twice", "blank", "control", "long"])
+def test_labels_that_devices_refuse_are_not_signed(
+    bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey, label: str
 ) -> None:
     before = contents(bundle)
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, "labels", value=None if label == "a" else label):
         add_adapter(
-            bundle, exported.adapter_inputs, replace(source("anna"), labels=("a", "b", "c", odd)), key=household
+            bundle, exported.adapter_inputs, replace(source("anna"), labels=("a", "b", "c", label)), key=household
         )
     assert contents(bundle) == before
 
 
-def test_the_old_bundles_files_are_not_written_through_their_second_names(
+def test_the_files_of_the_old_bundle_are_not_written_through_hard_links(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
     kept = bundle.parent / "kept"
@@ -246,7 +243,7 @@ def test_the_old_bundles_files_are_not_written_through_their_second_names(
     assert envelope["signatures"][0]["keyid"] == household.public.key_id
 
 
-def test_a_copy_is_equal_and_goes_its_own_way(
+def test_a_copy_is_equal_and_changes_independently(
     bundle: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
     before, state_dir = contents(bundle), bundle.parent / "home" / "bundle"
@@ -257,16 +254,16 @@ def test_a_copy_is_equal_and_goes_its_own_way(
     assert contents(bundle) == before
 
 
-def test_what_is_no_bundle_is_not_copied(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not a bundle"):
+def test_a_folder_that_is_not_a_bundle_is_not_copied(tmp_path: Path) -> None:
+    with refused(ConfigError, "card.json"):
         copy_bundle(tmp_path, tmp_path.parent / "out")
 
 
-def test_a_head_of_one_row_chooses_nothing_and_is_refused(
+def test_a_head_of_one_row_is_refused(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
     before, one = contents(bundle), source("one")
     head = {name: value[:1] if "classifier" in name else value for name, value in one.tensors.items()}
-    with pytest.raises(DataError, match="'one' has a head of one row"):
+    with refused(DataError, "head"):
         add_adapter(bundle, exported.adapter_inputs, replace(one, tensors=head, labels=one.labels[:1]), key=vendor)
     assert contents(bundle) == before

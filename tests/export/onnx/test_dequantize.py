@@ -1,3 +1,5 @@
+"""A base rounded as a profile rounds it: exporting it in that profile changes no weight."""
+
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +14,27 @@ from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
 from export.parity.compare import OnnxRunner
+from tests.support import refused
 
 TEXTS = ["turn on the kitchen lights", "lock the door", "set a timer for ten minutes"]
 BOTH = [Profile.NATIVE_INT8, Profile.NATIVE_INT4]
 
 
 @pytest.mark.parametrize("profile", BOTH)
-def test_exporting_a_rounded_base_in_its_profile_changes_it_no_more(
-    tmp_path: Path, tiny_base: Base, profile: Profile
-) -> None:
+def test_rounding_a_rounded_base_changes_nothing(tmp_path: Path, tiny_base: Base, profile: Profile) -> None:
     rounded = dequantized(tiny_base, profile, tmp_path / "rounded")
     again = dequantized(rounded, profile, tmp_path / "again")
     before, once, twice = (load_file(base.folder / "model.safetensors") for base in (tiny_base, rounded, again))
-    moved = max(float(np.abs(once[name] - before[name]).max()) for name in once)
-    assert moved > 1e-3
+    change = max(float(np.abs(once[name] - before[name]).max()) for name in once)
+    assert change > 1e-3
     for name, value in once.items():
         np.testing.assert_allclose(twice[name], value, atol=1e-6 * np.abs(value).max())
 
 
-def test_the_rounded_base_answers_in_float_what_the_exported_one_answers(tmp_path: Path, tiny_base: Base) -> None:
-    """Up to the rounding of activations, which no training can foresee."""
+def test_the_rounded_base_in_float_gives_the_probabilities_of_the_exported_profile(
+    tmp_path: Path, tiny_base: Base
+) -> None:
+    """Except for the rounding of activations, which training cannot anticipate."""
     profile = Profile.NATIVE_INT4
     rounded = dequantized(tiny_base, profile, tmp_path / "rounded")
     spec = LoraSpec(rank=4, alpha=8)
@@ -56,7 +59,9 @@ def _probabilities(base: Base, spec: LoraSpec, profile: Profile) -> np.ndarray:
     return OnnxRunner.open(exported.files).probabilities(TEXTS, inputs | empty)
 
 
-def test_it_is_another_base_with_the_same_tokenizer_and_configuration(tmp_path: Path, tiny_base: Base) -> None:
+def test_a_rounded_base_has_its_own_digest_and_the_same_tokenizer_and_configuration(
+    tmp_path: Path, tiny_base: Base
+) -> None:
     rounded = dequantized(tiny_base, Profile.NATIVE_INT4, tmp_path / "rounded")
     assert rounded.digest != tiny_base.digest
     assert dequantized(tiny_base, Profile.NATIVE_INT4, tmp_path / "same").digest == rounded.digest
@@ -64,12 +69,15 @@ def test_it_is_another_base_with_the_same_tokenizer_and_configuration(tmp_path: 
         assert (rounded.folder / name).read_bytes() == (tiny_base.folder / name).read_bytes()
 
 
-def test_what_rounds_nothing_and_a_folder_that_is_there_are_refused(tmp_path: Path, tiny_base: Base) -> None:
-    with pytest.raises(ConfigError, match="fp32 has no rounding"):
+def test_a_profile_without_rounding_and_an_existing_folder_are_refused(tmp_path: Path, tiny_base: Base) -> None:
+    with refused(ConfigError, "profile", value="fp32"):
         dequantized(tiny_base, Profile.FP32, tmp_path / "x")
-    with pytest.raises(ConfigError, match="is there already"):
-        dequantized(tiny_base, Profile.NATIVE_INT8, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    with refused(ConfigError, "full"):
+        dequantized(tiny_base, Profile.NATIVE_INT8, tmp_path / "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
 
 
 def test_four_bits_of_four_bits_are_the_same(tmp_path: Path) -> None:

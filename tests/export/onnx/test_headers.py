@@ -1,4 +1,4 @@
-"""Two headers over one file of weights: the same answers, shared memory, and defaults only where they are wanted."""
+"""Two headers over one file of weights: the same outputs, shared memory, and defaults in the native one only."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ SLOTS = {"A": ("64", "rank_0"), "B": ("rank_0", "32")}
 
 
 def graph() -> onnx.ModelProto:
-    """``x @ W + x @ A @ B`` with a weight above the limit of what stays in the header, and a bias below it."""
+    """``x @ W + x @ A @ B`` with a weight that is moved to the data file and a bias that stays in the header."""
     rng = np.random.default_rng(0)
     weights = {"W": (64, 32), "bias": (32,)}
     shapes = {"x": ("rows", "length", 64), "A": (64, "rank_0"), "B": ("rank_0", 32)}
@@ -50,7 +50,7 @@ def run(path: Path, **feeds: np.ndarray) -> np.ndarray:
     return answer
 
 
-def test_both_headers_answer_as_the_graph_they_were_made_of(folder: Path) -> None:
+def test_both_headers_give_the_outputs_of_the_graph(folder: Path) -> None:
     rng = np.random.default_rng(1)
     feeds = {"x": (2, 3, 64), "A": (64, 5), "B": (5, 32)}
     values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in feeds.items()}
@@ -68,7 +68,7 @@ def test_only_the_native_header_runs_without_an_adapter(folder: Path) -> None:
         run(folder / headers.WEB, x=x)
 
 
-def test_a_slot_takes_one_adapter_for_all_rows_or_one_for_each(folder: Path) -> None:
+def test_a_slot_takes_one_adapter_for_all_rows_or_one_for_each_row(folder: Path) -> None:
     rng = np.random.default_rng(2)
     x, a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, 3, 64), (2, 64, 4), (2, 4, 32)))
     for name in (headers.NATIVE, headers.WEB):
@@ -78,7 +78,7 @@ def test_a_slot_takes_one_adapter_for_all_rows_or_one_for_each(folder: Path) -> 
             np.testing.assert_allclose(together[row : row + 1], alone, atol=1e-5)
 
 
-def test_large_weights_start_at_pages_of_the_data_file_and_small_ones_stay(folder: Path) -> None:
+def test_large_weights_start_at_pages_of_the_data_file_and_small_ones_stay_in_the_header(folder: Path) -> None:
     tensors = {t.name: t for t in onnx.load(folder / headers.NATIVE, load_external_data=False).graph.initializer}
     place = {entry.key: entry.value for entry in tensors["W"].external_data}
     assert place["location"] == headers.DATA

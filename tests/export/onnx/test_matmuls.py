@@ -1,4 +1,4 @@
-"""What torch exports, brought into the one form that quantization and slots look for, gives the same numbers."""
+"""Torch's graphs in the one form that quantization and slots expect: the outputs stay the same."""
 
 import numpy as np
 import onnx
@@ -35,7 +35,7 @@ def run(model: onnx.ModelProto) -> np.ndarray:
 
 
 @pytest.mark.parametrize("inputs", [["x", "w"], ["x", "w", "b"]])
-def test_gemm_becomes_a_product_with_the_turned_weight(inputs: list[str]) -> None:
+def test_gemm_becomes_a_matmul_with_the_transposed_weight(inputs: list[str]) -> None:
     model = graph(helper.make_node("Gemm", inputs, ["y"], "layer", transB=1))
     before = run(model)
     normalize(model)
@@ -45,13 +45,13 @@ def test_gemm_becomes_a_product_with_the_turned_weight(inputs: list[str]) -> Non
 
 
 @pytest.mark.parametrize("setting", [{"alpha": 0.5}, {"beta": 2.0}, {"transB": 0}])
-def test_gemm_that_is_no_plain_layer_stays(setting: dict[str, float]) -> None:
+def test_a_gemm_that_is_not_a_linear_layer_stays(setting: dict[str, float]) -> None:
     model = graph(helper.make_node("Gemm", ["x", "w", "b"], ["y"], "layer", **({"transB": 1} | setting)))
     normalize(model)
     assert [node.op_type for node in model.graph.node] == ["Gemm"]
 
 
-def test_a_weight_that_is_turned_at_each_start_is_turned_once() -> None:
+def test_a_weight_that_is_transposed_at_run_time_is_stored_transposed() -> None:
     model = graph(
         helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]), helper.make_node("MatMul", ["x", "t"], ["y"])
     )
@@ -62,18 +62,18 @@ def test_a_weight_that_is_turned_at_each_start_is_turned_once() -> None:
     np.testing.assert_allclose(run(model), before, atol=1e-6)
 
 
-def test_a_weight_with_an_order_of_its_own_stays_as_it_is() -> None:
-    square = graph(
+def test_a_transpose_with_another_permutation_stays() -> None:
+    model = graph(
         helper.make_node("Transpose", ["w"], ["t"], perm=[0, 1]),
         helper.make_node("Transpose", ["t"], ["u"]),
         helper.make_node("MatMul", ["x", "u"], ["y"]),
     )
-    before = run(square)
-    normalize(square)
-    np.testing.assert_allclose(run(square), before, atol=1e-6)
+    before = run(model)
+    normalize(model)
+    np.testing.assert_allclose(run(model), before, atol=1e-6)
 
 
-def test_conv1d_is_a_linear_layer_with_its_weight_turned() -> None:
+def test_conv1d_is_a_linear_layer_with_a_transposed_weight() -> None:
     layer = Conv1D(6, 4)
     x = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
     torch.testing.assert_close(as_linear(layer)(x), layer(x))

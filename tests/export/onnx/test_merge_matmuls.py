@@ -1,4 +1,4 @@
-"""Merged products give the very numbers that they give one by one."""
+"""Merged MatMuls give bit-identical outputs."""
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ SIZES = {"q": 40, "k": 8, "v": 24}
 
 
 def graph(*, second_layer: bool = False) -> onnx.ModelProto:
-    """Three products of one input, and one of another; with a second layer of the same weights, if asked."""
+    """Three MatMuls of one input and one of another, or a second layer with the same weights."""
     rng = np.random.default_rng(0)
     stored = {f"W{name}": rng.standard_normal((WIDTH, size), np.float32) for name, size in SIZES.items()}
     stored["Wo"] = rng.standard_normal((SIZES["q"] // 40 * 32, 5), np.float32)
@@ -54,17 +54,17 @@ def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tokens", [1, 2, 33])
-def test_the_parts_are_bit_for_bit_what_they_were(bits: int, tokens: int) -> None:
+def test_each_output_is_bit_identical_to_the_separate_matmul(bits: int, tokens: int) -> None:
     model = in_blocks(graph(), bits, {})
     x = np.random.default_rng(tokens).standard_normal((2, tokens, WIDTH), np.float32)
-    apart = run(model, x)
+    separate = run(model, x)
     merge(model)
-    assert kinds(model).count("MatMulNBits") == 2  # q, k and v; and o, which reads something else
-    for ours, expected in zip(run(model, x), apart, strict=True):
+    assert kinds(model).count("MatMulNBits") == 2  # q, k and v; and o, which has another input
+    for ours, expected in zip(run(model, x), separate, strict=True):
         np.testing.assert_array_equal(ours, expected)
 
 
-def test_products_of_other_bits_stay_apart_and_nothing_is_stored_twice() -> None:
+def test_matmuls_of_other_bits_stay_separate_and_nothing_is_stored_twice() -> None:
     model = in_blocks(graph(), 4, {"v": 8})
     merge(model)
     assert (kinds(model).count("MatMulNBits"), kinds(model).count("Split")) == (3, 1)
@@ -74,7 +74,7 @@ def test_products_of_other_bits_stay_apart_and_nothing_is_stored_twice() -> None
     assert len(names) == len(set(names))
 
 
-def test_layers_that_share_weights_share_them_merged() -> None:
+def test_layers_that_share_weights_share_the_merged_weights() -> None:
     model = in_blocks(graph(second_layer=True), 4, {})
     before = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     merge(model)
@@ -85,7 +85,7 @@ def test_layers_that_share_weights_share_them_merged() -> None:
     np.testing.assert_array_equal(session.run(["k2"], {"x": x})[0], session.run(["k"], {"x": -x})[0])
 
 
-def test_float_products_are_left_alone() -> None:
+def test_float_matmuls_are_not_merged() -> None:
     model = graph()
     merge(model)
     assert kinds(model) == kinds(graph())

@@ -1,4 +1,4 @@
-"""Weights in blocks: what the codes stand for, what they lose, and that ONNX Runtime reads them so."""
+"""Profiles of a graph: ONNX Runtime computes with the values of the blocks, within their rounding error."""
 
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from export.onnx.blocks import BLOCK, eight_bits, four_bits
 from export.onnx.calibrate import feeds_for, lossy_matmuls
 from export.onnx.exported import Profile
 from export.onnx.quantize import WEB_LIMIT, in_blocks, in_integers, quantize
+from tests.support import refused
 
 ROWS, WIDTH, ENTRIES = 48, 96, 40
 
@@ -26,7 +27,7 @@ def weight(seed: int = 0, shape: tuple[int, int] = (ROWS, WIDTH)) -> np.ndarray:
 
 @given(seed=st.integers(0, 2**32), size=st.sampled_from([1e-6, 1.0, 1e6]))
 @settings(max_examples=20, deadline=None)
-def test_bytes_are_off_by_half_a_scale_at_most(seed: int, size: float) -> None:
+def test_bytes_differ_by_at_most_half_a_scale(seed: int, size: float) -> None:
     matrix = weight(seed) * np.float32(size)
     blocks = eight_bits(matrix)
     error = np.abs(blocks.values - matrix).reshape(ROWS, -1, BLOCK)
@@ -39,13 +40,13 @@ def test_a_block_of_zeros_stays_zero(make: object) -> None:
 
 
 def graph() -> onnx.ModelProto:
-    """Two products, a look-up, and a product with the turned table of the look-up."""
-    stored = {"W": weight(1).T, "small": weight(2, (ROWS, 5)), "table": weight(3, (ENTRIES, WIDTH))}
+    """Two MatMuls, a look-up, and a MatMul with the transposed embedding of the look-up."""
+    stored = {"W": weight(1).T, "small": weight(2, (ROWS, 5)), "embedding": weight(3, (ENTRIES, WIDTH))}
     nodes = [
-        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+        helper.make_node("Gather", ["embedding", "input_ids"], ["x"]),
         helper.make_node("MatMul", ["x", "W"], ["y"]),
         helper.make_node("MatMul", ["y", "small"], ["z"]),
-        helper.make_node("FusedMatMul", ["x", "table"], ["scores"], domain="com.microsoft", transB=1),
+        helper.make_node("FusedMatMul", ["x", "embedding"], ["scores"], domain="com.microsoft", transB=1),
     ]
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("y", "z", "scores")]
     return helper.make_model(
@@ -72,20 +73,20 @@ def run(model: onnx.ModelProto) -> list[np.ndarray]:
 def test_onnx_runtime_multiplies_with_the_values_of_the_blocks(bits: int, other: dict[str, int]) -> None:
     found = run(in_blocks(graph(), bits, other))
     make = four_bits if 4 in (bits, *other.values()) else eight_bits
-    table = eight_bits(weight(3, (ENTRIES, WIDTH))).values  # in every profile
-    expected = table @ make(weight(1)).values.T
+    embedding = eight_bits(weight(3, (ENTRIES, WIDTH))).values  # in every profile
+    expected = embedding @ make(weight(1)).values.T
     # The activations become int8 as well: one part in 254 of the largest in a block.
     tolerance = 0.02 * np.abs(expected).max()
     np.testing.assert_allclose(found[0][0], expected, atol=tolerance)
-    np.testing.assert_allclose(found[2][0], table @ table.T, atol=0.02 * np.abs(table @ table.T).max())
+    np.testing.assert_allclose(found[2][0], embedding @ embedding.T, atol=0.02 * np.abs(embedding @ embedding.T).max())
 
 
-def test_what_has_no_whole_blocks_stays_float_and_a_product_can_be_left_out() -> None:
+def test_a_width_not_divisible_by_a_block_and_a_matmul_left_out_stay_in_float() -> None:
     kinds = [node.op_type for node in in_blocks(graph(), 8, {"y": 32}).graph.node]
     assert kinds == ["GatherBlockQuantized", "MatMul", "MatMul", "MatMulNBits"]
 
 
-def test_integers_multiply_to_what_float_gives_but_for_rounding() -> None:
+def test_integer_matmuls_give_the_float_outputs_within_rounding() -> None:
     exact, found = run(graph()), run(in_integers(graph(), set()))
     for ours, theirs in zip(found, exact, strict=True):
         assert np.square(ours - theirs).sum() < 1e-3 * np.square(theirs).sum()
@@ -93,11 +94,11 @@ def test_integers_multiply_to_what_float_gives_but_for_rounding() -> None:
     assert (kinds.count("MatMul"), kinds.count("MatMulInteger"), kinds.count("DynamicQuantizeLinear")) == (2, 1, 1)
 
 
-def test_a_product_with_an_outlier_among_its_inputs_is_found_and_left_in_float() -> None:
+def test_a_matmul_with_an_outlier_among_its_inputs_stays_in_float() -> None:
     calm, wild = graph(), graph()
-    table = weight(3, (ENTRIES, WIDTH))
-    table[7, 5] = 3000.0  # one number of one token, as language models have them
-    wild.graph.initializer[2].CopyFrom(numpy_helper.from_array(table, "table"))
+    embedding = weight(3, (ENTRIES, WIDTH))
+    embedding[7, 5] = 3000.0  # one activation of one token, as in language models
+    wild.graph.initializer[2].CopyFrom(numpy_helper.from_array(embedding, "embedding"))
     feeds = feeds_for(calm, range(ENTRIES))
     assert lossy_matmuls(calm, feeds, WEB_LIMIT) == {}
     assert "y" in lossy_matmuls(wild, feeds, WEB_LIMIT)
@@ -105,7 +106,7 @@ def test_a_product_with_an_outlier_among_its_inputs_is_found_and_left_in_float()
     assert [node.op_type for node in left.graph.node if node.output[0] == "y"] == ["MatMul"]
 
 
-def test_the_measurement_fills_tokens_caches_and_slots_and_refuses_what_it_does_not_know() -> None:
+def test_calibration_fills_tokens_caches_and_slots_and_refuses_other_inputs() -> None:
     model = graph()
     model.graph.input.extend(
         [
@@ -116,11 +117,11 @@ def test_the_measurement_fills_tokens_caches_and_slots_and_refuses_what_it_does_
     shapes = {name: value.shape for name, value in feeds_for(model, [4, 5]).items()}
     assert shapes == {"input_ids": (1, 2), "past": (1, 3, 0, 16), "A": (64, 0)}
     model.graph.input.append(helper.make_tensor_value_info("image", TensorProto.UINT8, ("n",)))
-    with pytest.raises(ConfigError, match="'image'"):
+    with refused(ConfigError, "image"):
         feeds_for(model, [4])
 
 
-def test_the_sums_of_an_input_are_made_once_for_all_its_products() -> None:
+def test_the_sums_of_an_input_are_computed_once_for_all_its_matmuls() -> None:
     twice = graph()
     twice.graph.node.append(helper.make_node("MatMul", ["x", "V"], ["w"]))
     twice.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight(8).T), "V"))
@@ -133,7 +134,7 @@ def test_the_sums_of_an_input_are_made_once_for_all_its_products() -> None:
     np.testing.assert_allclose(both[3][0], expected, atol=0.02 * np.abs(expected).max())
 
 
-def test_an_input_may_have_as_many_dimensions_as_the_graph_tells() -> None:
+def test_an_input_may_have_any_rank_that_the_graph_states() -> None:
     flat = graph()
     flat.graph.input[0].CopyFrom(helper.make_tensor_value_info("input_ids", TensorProto.INT64, ("n",)))
     flat.graph.value_info.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, ("n", WIDTH)))
@@ -142,7 +143,7 @@ def test_an_input_may_have_as_many_dimensions_as_the_graph_tells() -> None:
     np.testing.assert_array_equal(found, run(in_blocks(graph(), 4, {}))[0][0])
 
 
-def test_a_table_for_look_ups_and_products_is_stored_once(tmp_path: Path) -> None:
+def test_an_embedding_that_is_also_an_output_layer_is_stored_once(tmp_path: Path) -> None:
     shared = in_blocks(graph(), 8, {"y": 32})
     alone = graph()
     del alone.graph.node[3]
@@ -152,7 +153,7 @@ def test_a_table_for_look_ups_and_products_is_stored_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("profile", list(Profile))
-def test_no_profile_changes_the_graph_it_was_given_or_its_inputs(profile: Profile) -> None:
+def test_no_profile_changes_its_argument_or_the_inputs(profile: Profile) -> None:
     given_graph = graph()
     before = given_graph.SerializeToString(deterministic=True)
     made = quantize(given_graph, profile, [1])

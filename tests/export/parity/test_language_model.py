@@ -1,4 +1,4 @@
-"""A language model's answers are its next tokens: agreement and perplexity of a pair against torch."""
+"""Parity of a language model with torch: its answers are its next tokens, measured by agreement and perplexity."""
 
 import math
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from export.causal import export_causal
 from export.onnx.exported import Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from export.parity.compare import OnnxRunner, compare
+from tests.support import refused
 
 TEXTS = ("the owl and the cat", "went to sea", "x", "in a beautiful pea green boat")
 TARGETS = ("q_proj", "v_proj")
@@ -40,13 +41,13 @@ def inputs_of(model: PeftModel) -> Tensors:
     return adapter.decode(adapter.encode(causal.tensors(model), find_adapter_inputs(model), "fp32"), "fp32")
 
 
-def test_each_token_is_an_answer_and_the_losses_are_those_of_the_text(trained: PeftModel, runner: OnnxRunner) -> None:
+def test_each_next_token_is_an_answer_and_the_losses_are_pefts_own(trained: PeftModel, runner: OnnxRunner) -> None:
     found = compare(trained, runner, inputs_of(trained), TEXTS)
     ids = [encoding.ids for encoding in runner.tokenizer.encode_batch(list(TEXTS))]
     assert found.count == sum(len(row) - 1 for row in ids)
     losses = []
     for row in (torch.tensor([row]) for row in ids if len(row) > 1):
-        with torch.no_grad():  # peft's own loss, of which each row has another number of answers
+        with torch.no_grad():  # the mean over a row, weighted by its number of answers
             losses += (row.shape[1] - 1) * [float(trained(input_ids=row, labels=row).loss)]
     assert found.torch_loss == pytest.approx(np.mean(losses), abs=1e-5)
     assert found.loss == pytest.approx(found.torch_loss, abs=1e-5)
@@ -64,6 +65,6 @@ def test_a_missing_adapter_shows_in_agreement_and_perplexity(trained: PeftModel,
     assert f"ratio {found.perplexity_ratio:.4f}" in str(found)
 
 
-def test_texts_without_a_second_token_prove_nothing(trained: PeftModel, runner: OnnxRunner) -> None:
-    with pytest.raises(DataError, match="two tokens"):
+def test_texts_without_a_second_token_are_refused(trained: PeftModel, runner: OnnxRunner) -> None:
+    with refused(DataError, "texts"):
         compare(trained, runner, {}, ["x", "y"])

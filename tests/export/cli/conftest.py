@@ -1,0 +1,59 @@
+"""``edgeadapt export`` in this process, and the error with which a command ended."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgeadapt
+from aggregation.errors import EdgeAdaptError
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+    error: EdgeAdaptError | None
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def refused(self, code: int, about: str) -> None:
+        """The command printed nothing but one line, of an error about ``about``."""
+        assert (self.code, self.out) == (code, ""), self.err
+        assert self.error is not None
+        assert self.error.about == about, f"about {self.error.about!r}: {self.err}"
+        assert self.err == f"edgeadapt: {self.error}\n"
+
+
+@pytest.fixture
+def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """``edgeadapt export`` with these arguments."""
+    cli = edgeadapt.cli
+
+    def run(*arguments: str | Path) -> Done:
+        errors: list[EdgeAdaptError] = []
+
+        def recorded(**settings: Any) -> Any:
+            try:
+                return cli(**settings)
+            except EdgeAdaptError as error:
+                errors.append(error)
+                raise
+
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", "export", *map(str, arguments)])
+        monkeypatch.setattr(edgeadapt, "cli", recorded)
+        with pytest.raises(SystemExit) as caught:
+            edgeadapt.main()
+        code = caught.value.code or 0
+        assert isinstance(code, int)
+        return Done(code, *capsys.readouterr(), errors[0] if errors else None)
+
+    return run
