@@ -25,6 +25,7 @@ from adapters import causal
 from adapters.base import Base, find_base
 from adapters.classifier import LoraSpec, build, load, tensors
 from adapters.layout import Layout, Tensors
+from adapters.peft.inputs import LORA, AdapterInputs
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine
@@ -33,7 +34,6 @@ from client.inference.library import Library
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.causal import export_causal
 from export.onnx import graph
-from export.onnx.adapterinputs import LORA, AdapterInputs
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
