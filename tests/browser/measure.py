@@ -3,9 +3,9 @@
     python -m tests.browser.measure runs/demo/bundle
     python -m tests.browser.measure --json chat
 
-Needs trust.pem beside the bundle, as ``edgeadapt device serve-web`` does. The same phrase or prompt is answered by the
-native session in the same run. Medians of ``--repeat`` answers by the wall clock; beside them the
-processor time, of the browser with all its processes, which other work on the machine does not lengthen as much.
+Needs trust.pem next to the bundle, as ``edgeadapt device serve-web`` does. The native session answers the same phrase or
+prompt in the same run. Prints medians of ``--repeat`` answers by the wall clock, and the CPU time of the browser with all
+its processes, on which other work on the machine has less influence.
 """
 
 import json

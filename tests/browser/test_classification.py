@@ -58,7 +58,7 @@ def test_an_adapter_of_any_format_answers_as_natively(
     same(in_page(page, "global", list(PHRASES)), native(bundle, "global", list(PHRASES)))
 
 
-def test_a_base_in_eight_bits_answers_as_natively_but_for_how_activations_are_rounded(
+def test_a_base_in_int8_answers_as_natively_up_to_the_rounding_of_activations(
     page: Any,
     serve: Callable[[Path], str],
     bundle: Path,

@@ -149,7 +149,7 @@ def source(model: PeftModel) -> Source:
 
 @pytest.fixture
 def bundle(tmp_path: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, household: IdentityKey) -> Path:
-    """A bundle with a shared adapter, and the pinned keys of vendor and household beside it."""
+    """A bundle with a global adapter, and the pinned keys of vendor and household next to it."""
     write_bundle(tmp_path / "bundle", exported, [source()], key=vendor)
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem() + household.public.to_pem())
     return tmp_path / "bundle"
@@ -288,7 +288,7 @@ def lm_source(lm_model: Callable[[int, int], Any]) -> Callable[..., AdapterSourc
 
 @pytest.fixture
 def lm_bundle(tmp_path: Path, lm_exported: ExportedBase, lm_source: Any, vendor: IdentityKey) -> Path:
-    """A language model with a shared adapter of rank 4 and a private one of rank 6, both in float32."""
+    """A language model with a global adapter of rank 4 and a personal one of rank 6, both in float32."""
     sources = [lm_source(), lm_source("anna", 6, 2, parent="b" * 64)]
     write_bundle(tmp_path / "lm", lm_exported, sources, key=vendor, form="fp32")
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
