@@ -79,7 +79,7 @@ def _classify(library: "Library", names: Sequence[str], phrases: list[str], top:
     from client.inference.session import ClassificationSession
 
     session = ClassificationSession.of(library)
-    return [_ranked(session, name, phrases, top) for name in names or (session.default(),)]
+    return [_ranked(session, name, phrases, top) for name in names or (session.library.default(),)]
 
 
 def _ranked(session: "ClassificationSession", name: str, phrases: list[str], top: int) -> dict[str, Any]:

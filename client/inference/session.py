@@ -103,14 +103,6 @@ class ClassificationSession:
         """The adapter in use."""
         return self._current.adapter if self._current else None
 
-    def names(self) -> list[str]:
-        """The adapters in the bundle, by file name; ``use`` verifies them."""
-        return self._library.names()
-
-    def default(self) -> str:
-        """The adapter to use if none is named. Raises as ``Library.default``."""
-        return self._library.default()
-
     def use(self, names: str | Sequence[str], weights: Sequence[float] | None = None) -> Adapter:
         """Switch to an adapter or a composition, verified on first use. After an error the adapter in use is kept.
 

@@ -3,9 +3,9 @@
     python -m tests.browser.measure runs/demo/bundle
     python -m tests.browser.measure --json chat
 
-Needs trust.pem next to the bundle, as ``edgeadapt device serve-web`` does. The native session answers the same phrase or
-prompt in the same run. Prints medians of ``--repeat`` answers by the wall clock, and the CPU time of the browser with all
-its processes, on which other work on the machine has less influence.
+Needs trust.pem next to the bundle, as ``edgeadapt device serve-web`` does. The native session answers the same phrase
+or prompt in the same run. Prints medians of ``--repeat`` answers by the wall clock, and the CPU time of all processes
+of the browser, on which other work on the machine has less influence.
 """
 
 import json

@@ -224,7 +224,7 @@ import sys, time
 from pathlib import Path
 from client.inference import ClassificationSession
 session = ClassificationSession.open(Path(sys.argv[1]))
-session.use(session.default())
+session.use(session.library.default())
 print(session.classify(["lock the door"])[0].label)
 heavy = {"torch", "flwr", "transformers", "peft", "onnx", "safetensors", "sqlalchemy"}
 print(sorted(heavy & set(sys.modules)))
