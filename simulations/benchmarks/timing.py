@@ -1,4 +1,4 @@
-"""How long calls take: wall time and CPU time, medians and spread. Other work on the machine shows as a gap."""
+"""Wall-clock and CPU time of calls, with medians and spread. Other work on the machine shows as a gap between them."""
 
 import random
 import statistics
@@ -8,18 +8,35 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Note = Callable[[str], None]  # called with the name of each step when it begins
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Sums the time of calls: wall-clock seconds, and CPU seconds of all threads of this process."""
+
+    seconds: float = 0.0
+    cpu: float = 0.0
+
+    def run(self, call: Callable[..., T], *given: Any) -> T:
+        """Call ``call(*given)`` and return its result."""
+        begun, busy = time.perf_counter(), time.process_time()
+        result = call(*given)
+        self.cpu += time.process_time() - busy
+        self.seconds += time.perf_counter() - begun
+        return result
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Repeats of one call, in milliseconds. CPU time is that of this process, all its threads together."""
+    """Times of a repeated call, one for each repeat, in milliseconds: wall-clock, and CPU time of this process."""
 
     wall: tuple[float, ...]
     cpu: tuple[float, ...]
 
     @property
     def ms(self) -> float:
-        """Median wall time."""
+        """Median wall-clock time."""
         return statistics.median(self.wall)
 
     @property
@@ -29,63 +46,70 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """First and third quartile of the wall time: half of the repeats were between them."""
+        """First and third quartile of the wall-clock time, interpolated between repeats.
+
+        >>> Timing((4.0, 1.0, 3.0, 2.0, 5.0), (0.0,) * 5).quartiles
+        (2.0, 4.0)
+        """
         if len(self.wall) == 1:
             return self.wall[0], self.wall[0]
         first, _, third = statistics.quantiles(self.wall, n=4, method="inclusive")
         return first, third
 
     def __add__(self, other: "Timing") -> "Timing":
-        """One after the other, repeat by repeat."""
-        return Timing(_sums(self.wall, other.wall), _sums(self.cpu, other.cpu))
+        """Two calls in sequence: the sum of each repeat.
+
+        Raises:
+            ValueError: The two have different numbers of repeats.
+        """
+        pairs = (self.wall, other.wall), (self.cpu, other.cpu)
+        return Timing(*(tuple(map(sum, zip(*pair, strict=True))) for pair in pairs))
 
     def to_json(self) -> dict[str, Any]:
-        """Medians, quartiles, extremes."""
+        """Medians, quartiles, extremes and the number of repeats."""
         return {
             "ms": self.ms,
             "quartiles_ms": list(self.quartiles),
-            "least_ms": min(self.wall),
-            "most_ms": max(self.wall),
+            "min_ms": min(self.wall),
+            "max_ms": max(self.wall),
             "cpu_ms": self.cpu_ms,
             "repeats": len(self.wall),
         }
 
 
-def _sums(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(map(sum, zip(one, other, strict=True)))
-
-
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is timed, and what makes a fresh input for it each time; making the input does not count."""
+    """A call to time. ``make_input`` produces a new input for each repeat and is not timed."""
 
     run: Callable[[Any], object]
-    given: Callable[[], Any]
+    make_input: Callable[[], Any]
     repeats: int
 
 
-def measure(run: Callable[[T], object], given: Callable[[], T], repeats: int) -> Timing:
-    """Time ``run`` on a fresh input each time."""
-    return in_turns(Call(run, given, repeats))[0]
+def measure(run: Callable[[T], object], make_input: Callable[[], T], repeats: int) -> Timing:
+    """Time ``run`` on a new input in each of ``repeats`` repeats, one or more."""
+    return interleaved(Call(run, make_input, repeats))[0]
 
 
-def in_turns(*calls: Call) -> list[Timing]:
-    """Time several calls in turns, so that what else the machine does at the time meets them all alike.
+def interleaved(*calls: Call) -> list[Timing]:
+    """Time several calls alternately, so that other work on the machine slows all of them alike.
 
-    Each turn has another order: a call that always came after one that fills the caches would look slow.
+    Each pass has another order, the same on every run: a call that always followed one that fills the caches would
+    look slow.
+
+    Args:
+        *calls: Each with one repeat or more. A call with fewer repeats than others takes part in the first passes.
+
+    Returns:
+        One timing for each call, in the order of ``calls``.
     """
-    found: list[list[tuple[float, float]]] = [[] for _ in calls]
-    order, turns = list(zip(calls, found, strict=True)), random.Random(0)  # noqa: S311 - an order, no secret
-    for turn in range(max(call.repeats for call in calls)):
-        turns.shuffle(order)
-        for call, times in order:
-            if turn < call.repeats:
-                times.append(_once(call))
-    return [Timing(*zip(*times, strict=True)) for times in found]
-
-
-def _once(call: Call) -> tuple[float, float]:
-    given = call.given()
-    begun, busy = time.perf_counter(), time.process_time()
-    call.run(given)
-    return 1e3 * (time.perf_counter() - begun), 1e3 * (time.process_time() - busy)
+    times: list[list[tuple[float, float]]] = [[] for _ in calls]
+    order, shuffler = list(zip(calls, times, strict=True)), random.Random(0)  # noqa: S311 - an order, no secret
+    for repeat in range(max(call.repeats for call in calls)):
+        shuffler.shuffle(order)
+        for call, found in order:
+            if repeat < call.repeats:
+                given, watch = call.make_input(), Stopwatch()
+                watch.run(call.run, given)
+                found.append((1e3 * watch.seconds, 1e3 * watch.cpu))
+    return [Timing(*zip(*found, strict=True)) for found in times]

@@ -6,16 +6,11 @@ from lazygroup import LazyGroup
 
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
-    "ondevice": ("simulations.cli.bench_ondevice", "ondevice", "A language model beside torch and llama.cpp.", ""),
-    "secagg": (
-        "simulations.cli.bench_secagg",
-        "secagg",
-        "Secure aggregation beside the installed Flower's SecAgg+.",
-        "",
-    ),
+    "ondevice": ("simulations.cli.bench_ondevice", "ondevice", "A language model against torch and llama.cpp.", ""),
+    "secagg": ("simulations.cli.bench_secagg", "secagg", "Secure aggregation against Flower's SecAgg+.", ""),
 }
 
 
 @click.command(cls=LazyGroup, table=COMMANDS)
 def bench() -> None:
-    """Measure this implementation against a named peer in one run."""
+    """Compare this implementation with a named peer in one run."""

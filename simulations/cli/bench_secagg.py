@@ -1,6 +1,8 @@
 """The command `edgeadapt bench secagg`."""
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +13,39 @@ from aggregation.errors import DataError
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Draw the sweeps into this PNG.")
-@click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, says nothing about speed.")
-@click.option("--repeats", type=click.IntRange(1), help="Repeats; the peer's slow server has 3.")
-@click.option("--no-sweep", is_flag=True, help="Leave the sweeps of cohort and vector out.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Draw the sweeps into this PNG file.")
+@click.option("--quick", is_flag=True, help="A tiny size: shows that it runs, measures nothing useful.")
+@click.option("--repeats", type=click.IntRange(1), help="Repeats; the peer's slow server has 3.  [default: 7]")
+@click.option("--no-sweep", is_flag=True, help="Leave out the sweeps, unless --out draws them.")
 def secagg(as_json: bool, out: Path | None, quick: bool, repeats: int | None, no_sweep: bool) -> None:
     """Secure aggregation against the SecAgg+ functions of the installed Flower.
 
-    100 devices, a million elements, 20 neighbours on either side; then sweeps of ours alone. Some minutes on two cores.
-    What each row holds: docs/explanation/secagg-benchmark.md.
+    Both sides have 100 devices, a million elements and 20 neighbors; sweeps of this project alone follow. It takes some
+    minutes on two cores. What each row covers: docs/explanation/secagg-benchmark.md.
 
     \b
     Examples:
       edgeadapt bench secagg --out secagg.png
       edgeadapt bench secagg --json --no-sweep
     """
-    # Here and not above: --help need not wait for Flower.
-    import dataclasses
+    if out and not out.parent.is_dir():  # before minutes of work
+        raise DataError(
+            f"cannot write {out}: {out.parent} is not a folder; choose another --out", about="--out", value=str(out)
+        )
+    # Imported here, so that --help does not wait for Flower.
+    from rich.console import Console
 
-    from simulations.benchmarks.progress import progress
     from simulations.benchmarks.secagg import compare as run
     from simulations.benchmarks.secagg import report
-    from simulations.benchmarks.secagg import sweep as alone
 
-    _require_folder(out)
-    size = run.QUICK if quick else run.Size()
-    size = dataclasses.replace(size, repeats=repeats) if repeats else size
-    more = bool(out) or not no_sweep
-    with progress(run.STEPS + (alone.steps(size) if more else 0)) as note:
-        found: dict[str, Any] = run.compare(size, note)
-        if more:
-            found["large"] = alone.large(size, note)
-            found["memory"] = alone.memory(size, note)
-            found["sweep"] = alone.sweep(size, note)
+    work = run.QUICK if quick else run.SecAggWorkload()
+    work = dataclasses.replace(work, repeats=repeats or work.repeats)
+    # FORCE_COLOR makes rich take a pipe for a terminal.
+    with Console(stderr=True, force_terminal=sys.stderr.isatty()).status("") as status:
+        found: dict[str, Any] = run.compare(work, status.update)
+        if out or not no_sweep:
+            for part in (run.large, run.memory, run.sweep):
+                found[part.__name__] = part(work, status.update)
     if out:
         report.draw(found["sweep"], out)
     click.echo(json.dumps(found) if as_json else report.table(found))
-
-
-def _require_folder(out: Path | None) -> None:
-    """Refuse now what would fail after minutes."""
-    if out and not out.parent.is_dir():
-        raise DataError(f"cannot write {out}: {out.parent} is no folder; choose another --out")

@@ -1,1 +1,4 @@
-"""Secure aggregation against Flower's SecAgg+, in the same run."""
+"""Secure aggregation compared with Flower's SecAgg+, in the same run.
+
+Nothing is exported here, so that a command's ``--help`` does not import Flower.
+"""

@@ -1,25 +1,39 @@
-"""`edgeadapt bench secagg`: both sides on the same work, in turns (docs/explanation/secagg-benchmark.md)."""
+"""The measurements of `edgeadapt bench secagg`: both sides on the same work, then growth and memory of this project's.
+
+docs/explanation/secagg-benchmark.md says what each figure covers.
+"""
 
 import copy
-from collections.abc import Callable, Mapping
+import dataclasses
+import hashlib
+import math
+import tracemalloc
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from adapters.cores import cores
-from aggregation.server import Collecting
+from aggregation import graph, masks, ring
+from aggregation.masks import Mask
+from aggregation.vector import Floats
 from simulations.benchmarks.secagg import ours, peer
-from simulations.benchmarks.secagg.limit import limit
-from simulations.benchmarks.timing import Call, Timing, in_turns
+from simulations.benchmarks.timing import Call, Note, Stopwatch, Timing, interleaved, measure
 
-DROPOUTS = (0.0, 0.1, 0.3)
-Note = Callable[[str], None]
+T = TypeVar("T")
+DROPOUTS = (0.0, 0.1, 0.3)  # fractions of the devices, after the plan
+DROPOUT = 0.1  # the fraction in the sweeps and in the large round
+MEMORY_DEVICES = 12  # a server that held their uploads would need 12 vectors more
+SWEEP_ELEMENTS = 1_000  # of the sweep over devices: few, so that keys and shares dominate
+SWEEP_DEVICES = 10  # of the sweep over elements
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """How much work: devices, neighbours, elements, repeats of ours and of the peer's slow server, and the sweeps."""
+class SecAggWorkload:
+    """The size of the work: devices, neighbors, elements; repeats of ours and of the peer's slow server; the sweeps."""
 
     devices: int = 100
     degree: int = 20
@@ -34,137 +48,271 @@ class Size:
 
     @property
     def threshold(self) -> int:
-        """The least that lets no half of a neighbourhood open a secret (``graph.is_secure``)."""
+        """The smallest with which no half of a neighborhood can reconstruct a secret (``graph.is_secure``)."""
         return self.degree // 2 + 2
 
 
-QUICK = Size(20, 10, 2_000, 2, 1, (10, 12), (1_000, 2_000), 30, 1_000)
+QUICK = SecAggWorkload(20, 10, 2_000, 2, 1, (10, 12), (1_000, 2_000), 30, 1_000)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The same work, ours and the peer's. ``alone``: ours where it used every core, but on one."""
+    """Both sides on the same work. ``one_core``: ours in one thread, where ``ours`` used one per core."""
 
     ours: Timing
     peer: Timing
-    alone: Timing | None = None
+    one_core: Timing | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Medians of wall time and their ratio; the rest beside them. CPU time is compared on one core."""
-        alone = self.alone or self.ours
+        """Medians of wall-clock time with their ratio, and all timings. CPU time is compared on one core."""
+        one_core = self.one_core or self.ours
         return {
             "ours_ms": self.ours.ms,
             "peer_ms": self.peer.ms,
             "ratio": self.peer.ms / self.ours.ms,
-            "one_core_ratio": self.peer.ms / alone.ms,
-            "cpu_ratio": self.peer.cpu_ms / alone.cpu_ms,
+            "one_core_ratio": self.peer.ms / one_core.ms,
+            "cpu_ratio": self.peer.cpu_ms / one_core.cpu_ms,
             "ours": self.ours.to_json(),
             "peer": self.peer.to_json(),
-            "ours_on_one_core": alone.to_json(),
+            "ours_on_one_core": one_core.to_json(),
         }
 
 
-def compare(size: Size, note: Note) -> dict[str, Any]:
-    """Measure both on the same work.
-
-    Args:
-        size: Of the work.
-        note: Told what is being measured; ``STEPS`` times.
-    """
+def compare(work: SecAggWorkload, note: Note) -> dict[str, Any]:
+    """Measure both sides on the same work and return the figures as JSON has them."""
     note("setting up both sides")
-    mine = ours.make(size.devices, size.degree, size.threshold, size.elements)
-    theirs = peer.make(size.devices, size.degree, size.threshold)
-    begun, values = mine.begin(), np.random.default_rng(1).uniform(-1, 1, size.elements)
-    first, rng = next(iter(mine.devices)), np.random.default_rng(2)
-
+    mine = ours.make(work.devices, work.degree, work.threshold, work.elements)
+    theirs = peer.make(work.devices, work.degree, work.threshold)
+    values, rng = np.random.default_rng(1).uniform(-1, 1, work.elements), np.random.default_rng(2)
     note("client: shares, encode and mask, whole upload")
-    clients = _clients(size, mine, theirs, begun, values)
+    clients = _clients(work, mine, theirs, values)
     note("masks against AES and an addition")
-    bound = limit(size.elements, size.degree + 1, max(size.repeats, 7))
-
+    limits = mask_limits(work.elements, work.degree + 1, max(work.repeats, 7))
     note("uploads of every device")
+    begun = mine.begin()
     bodies = {name: mine.upload(mine.planned(name, begun.plan), {"delta": values}, rng) for name in mine.devices}
-    foreign = theirs.upload(0, values)
-    server = _servers(size, mine, theirs, (begun, bodies, foreign), note)
+    uploads, foreign = ours.Uploads(mine, begun, bodies), theirs.upload(0, values)
+    # Each upload is in memory of its own, on both sides, as in a round.
+    copies = [bytes(bytearray(foreign)) for _ in range(work.devices)]
+    server, checks = {}, {}
+    for fraction in DROPOUTS:
+        note(f"server: {fraction:.0%} dropouts; the peer takes a while")
+        pair, checks[f"{fraction:g}"] = _server(work, uploads, theirs, copies, fraction)
+        server[f"{fraction:g}"] = pair.to_json()
     return {
-        "devices": size.devices,
-        "neighbours": size.degree,
-        "elements": size.elements,
-        "threads": size.threads,
+        "devices": work.devices,
+        "neighbors": work.degree,
+        "elements": work.elements,
+        "threads": work.threads,
         **{name: pair.to_json() for name, pair in clients.items()},
-        "server": {key: pair.to_json() for key, (pair, _) in server.items()},
-        "server_checks_ms": {key: checks for key, (_, checks) in server.items()},
-        "bytes": {"ours": len(bodies[first]), "peer": len(foreign)},
-        **bound,
+        "server": server,
+        "server_checks_ms": checks,
+        "bytes": {"ours": len(next(iter(bodies.values()))), "peer": len(foreign)},
+        **limits,
     }
 
 
-STEPS = 4 + len(DROPOUTS)
-
-
 def _clients(
-    size: Size, mine: ours.Fleet, theirs: peer.Fleet, begun: Collecting, values: np.ndarray[Any, np.dtype[np.float64]]
+    work: SecAggWorkload, mine: ours.EdgeAdaptFleet, theirs: peer.FlowerFleet, values: Floats
 ) -> dict[str, Pair]:
-    first, rng, given = next(iter(mine.devices)), np.random.default_rng(2), {"delta": values}
+    first, plan, rng, given = next(iter(mine.devices)), mine.begin().plan, np.random.default_rng(2), {"delta": values}
 
-    def peers(their: Callable[[Any], object]) -> Call:
-        return Call(their, lambda: copy.deepcopy(theirs.states[0]), size.repeats)
+    def peers(run: Callable[[Any], object]) -> Call:
+        return Call(run, lambda: copy.deepcopy(theirs.states[0]), work.repeats)
 
     def pair(our: Callable[..., object], their: Callable[[int, Any], object]) -> Pair:
         def ours_on(threads: int) -> Call:
-            return Call(lambda p: our(p, given, rng, threads), lambda: mine.planned(first, begun.plan), size.repeats)
+            return Call(lambda p: our(p, given, rng, threads), lambda: mine.planned(first, plan), work.repeats)
 
-        ran, alone, other = in_turns(ours_on(size.threads), ours_on(1), peers(lambda _: their(0, values)))
-        return Pair(ran, other, alone)
+        all_cores, one_core, other = interleaved(ours_on(work.threads), ours_on(1), peers(lambda _: their(0, values)))
+        return Pair(all_cores, other, one_core)
 
-    shares = in_turns(Call(mine.deal, lambda: first, size.repeats), peers(theirs.deal))
     return {
-        "shares": Pair(*shares),
+        "shares": Pair(*interleaved(Call(mine.deal, lambda: first, work.repeats), peers(theirs.deal))),
         "client": pair(mine.masked, theirs.masked),
         "upload": pair(mine.upload, theirs.upload),
     }
 
 
-def _servers(
-    size: Size,
-    mine: ours.Fleet,
-    theirs: peer.Fleet,
-    sent: tuple[Collecting, Mapping[str, bytes], bytes],
-    note: Note,
-) -> dict[str, tuple[Pair, float]]:
-    begun, bodies, foreign = sent
-    # Each upload is a piece of memory of its own, on both sides, as they come in a round.
-    copies = [bytes(bytearray(foreign)) for _ in range(size.devices)]
-    found = {}
-    for dropout in DROPOUTS:
-        note(f"server: {dropout:.0%} lost; the peer takes a while")
-        found[f"{dropout:g}"] = _serve(size, mine, theirs, (begun, bodies, copies), dropout)
-    return found
-
-
-def _serve(
-    size: Size,
-    mine: ours.Fleet,
-    theirs: peer.Fleet,
-    sent: tuple[Collecting, Mapping[str, bytes], list[bytes]],
-    dropout: float,
+def _server(
+    work: SecAggWorkload, uploads: ours.Uploads, theirs: peer.FlowerFleet, copies: list[bytes], fraction: float
 ) -> tuple[Pair, float]:
-    """Sum and unmask with so many lost; and what our checks of digests and signatures add, in ms."""
-    begun, bodies, copies = sent
-    gone, away = ours.lost(mine, dropout), peer.lost(theirs, dropout)
+    """Sum and unmask with that fraction of dropouts; and the milliseconds that our checks of the uploads add."""
+    absent, away = dropouts(uploads.fleet.order, fraction), dropouts(theirs.states, fraction)
     shares = theirs.responses(away)
 
     def arrived() -> ours.Uploads:
-        return ours.collect(mine, bodies, begun, gone)
+        return uploads.without(absent)
+
+    def ours_on(threads: int) -> Call:
+        return Call(lambda unmasking: ours.unmask(unmasking, threads), lambda: arrived().until_unmask(), work.repeats)
 
     def their_server(_: None) -> None:
-        peer.unmask(theirs, peer.sum_up(copies[: size.devices - len(away)]), shares, away)
+        peer.unmask(theirs, peer.sum_up(copies[: work.devices - len(away)]), shares, away)
 
-    sums, masks, alone, checked, other = in_turns(
-        Call(ours.sum_up, arrived, size.repeats),
-        Call(lambda u: ours.finish(u, size.threads), lambda: ours.ask(arrived()), size.repeats),
-        Call(lambda u: ours.finish(u, 1), lambda: ours.ask(arrived()), size.repeats),
-        Call(ours.receive, arrived, size.repeats),
-        Call(their_server, lambda: None, size.peer_repeats),
+    sums, unmasks, one_core, checked, other = interleaved(
+        Call(ours.Uploads.sum_up, arrived, work.repeats),
+        ours_on(work.threads),
+        ours_on(1),
+        Call(ours.Uploads.receive, arrived, work.repeats),
+        Call(their_server, lambda: None, work.peer_repeats),
     )
-    return Pair(sums + masks, other, alone=sums + alone), checked.ms - sums.ms
+    return Pair(sums + unmasks, other, one_core=sums + one_core), checked.ms - sums.ms
+
+
+def dropouts(order: Iterable[T], fraction: float) -> frozenset[T]:
+    """A fraction of the devices, spaced evenly along ``order``, so that every neighborhood keeps its threshold.
+
+    >>> sorted(dropouts(range(10), 0.3))
+    [0, 3, 6]
+    """
+    devices = tuple(order)
+    count = round(fraction * len(devices))
+    return frozenset(devices[i * len(devices) // count] for i in range(count))
+
+
+def mask_limits(elements: int, count: int, repeats: int) -> dict[str, float]:
+    """Compare the speed of masking with its lower bound, the AES-256 keystream and one wrapping addition.
+
+    Args:
+        elements: Of the vector, each of 32 bits.
+        count: Masks, at most 256.
+        repeats: The fastest by CPU time counts.
+
+    Returns:
+        Speeds in GB of keystream per second of CPU time (10^9 bytes): of masking, and of AES alone in CTR mode and in
+        GCM. Fractions: masking relative to the faster of the two modes with the addition, and relative to CTR mode.
+    """
+    vector = ring.zeros(elements, ours.BITS)
+    found = [Mask(hashlib.sha256(bytes([i])).digest(), add=True) for i in range(count)]
+    blocks = max(1, vector.nbytes * count // masks.BLOCK)
+    kinds = [(mode, add) for mode in (modes.CTR(bytes(16)), modes.GCM(bytes(12))) for add in (False, True)]
+    masking, *raw = interleaved(
+        Call(lambda _: masks.apply(vector, found), lambda: None, repeats),
+        *(Call(partial(_keystream, blocks, *kind), lambda: None, repeats) for kind in kinds),
+    )
+    speed = vector.nbytes * count / min(masking.cpu)
+    ctr, ctr_add, gcm, gcm_add = (blocks * masks.BLOCK / min(timing.cpu) for timing in raw)
+    return {
+        "mask_fraction_of_limit": speed / max(ctr_add, gcm_add),
+        "mask_fraction_of_ctr_mode": speed / ctr_add,
+        "mask_gb_per_s": speed / 1e6,
+        "aes_ctr_gb_per_s": ctr / 1e6,
+        "aes_gcm_gb_per_s": gcm / 1e6,
+    }
+
+
+def _keystream(blocks: int, mode: modes.CTR | modes.GCM, add: bool, _: None) -> None:
+    """Write ``blocks`` blocks of keystream over each other; add each to another block if ``add``."""
+    stream, zeros = Cipher(algorithms.AES256(bytes(32)), mode).encryptor(), bytes(masks.BLOCK)
+    buffer, total = memoryview(bytearray(masks.BLOCK)), np.zeros(masks.BLOCK // 4, np.uint32)
+    keystream = np.frombuffer(buffer, np.uint32)
+    for _repeat in range(blocks):
+        stream.update_into(zeros, buffer)
+        if add:
+            np.add(total, keystream, out=total)
+
+
+def large(work: SecAggWorkload, note: Note) -> dict[str, Any]:
+    """Run one round of many devices with a tenth of dropouts; time the server alone, with all of its checks."""
+    note(f"{work.large_devices} devices with {work.large_elements} elements")
+    fleet, values, rng = _fleet(work.large_devices, work.large_elements)
+    absent, watch, state = dropouts(fleet.order, DROPOUT), Stopwatch(), fleet.begin()
+    plan, survivors = state.plan, [name for name in fleet.devices if name not in absent]
+    for name in survivors:  # one upload at a time; none is kept
+        state = watch.run(state.on_masked_input, name, fleet.upload(fleet.planned(name, plan), values, rng))
+    received = watch.seconds
+    confirming = watch.run(ours.close_collecting, state)
+    for name in survivors:
+        signature = fleet.consistency_signature(name, confirming)
+        confirming = watch.run(confirming.on_consistency_signature, name, signature)
+    unmasking = watch.run(ours.close_confirming, confirming)
+    for name in survivors:
+        unmasking = watch.run(unmasking.on_unmask_response, name, fleet.unmask_response(name, unmasking))
+    watch.run(ours.unmask, unmasking)
+    return {
+        "devices": work.large_devices,
+        "elements": work.large_elements,
+        "neighbors": fleet.session.spec.degree,
+        "dropouts": DROPOUT,
+        "server_receive_s": received,
+        "server_s": watch.seconds,
+        "server_cpu_s": watch.cpu,
+    }
+
+
+def memory(work: SecAggWorkload, note: Note) -> dict[str, float]:
+    """Measure the peak of allocated memory, in vectors: of a device, and of a device and the server together.
+
+    The trained values are not counted. The server's peak is taken while ``MEMORY_DEVICES`` uploads arrive.
+    """
+    note("memory")
+    fleet, values, rng = _fleet(MEMORY_DEVICES, work.elements)
+    plan, vector = fleet.begin().plan, 4 * work.elements  # bytes
+
+    def upload(name: str) -> bytes:
+        return fleet.upload(fleet.planned(name, plan), values, rng)
+
+    def collect() -> None:
+        state = dataclasses.replace(fleet.begin(), plan=plan, digest=plan.digest())
+        for name in fleet.devices:
+            state = state.on_masked_input(name, upload(name))
+
+    client, both = _peak(lambda: upload(next(iter(fleet.devices)))), _peak(collect)
+    return {"client_vectors": client / vector, "both_vectors": both / vector, "uploads": len(fleet.devices)}
+
+
+def _peak(call: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def sweep(work: SecAggWorkload, note: Note) -> dict[str, Any]:
+    """Measure CPU time of one client and of the server over the number of devices and over that of elements."""
+    by_devices = [_point(n, SWEEP_ELEMENTS, note, f"sweep: {n} devices") for n in work.sweep_devices]
+    by_elements = [_point(SWEEP_DEVICES, d, note, f"sweep: {d} elements") for d in work.sweep_elements]
+    return {
+        "devices": growth(work.sweep_devices, by_devices),
+        "elements": growth(work.sweep_elements, by_elements),
+    }
+
+
+def _fleet(devices: int, elements: int) -> tuple[ours.EdgeAdaptFleet, dict[str, Any], np.random.Generator]:
+    degree, threshold = graph.graph_parameters(devices, 0.1, DROPOUT)
+    rng = np.random.default_rng(3)
+    return ours.make(devices, degree, threshold, elements), {"delta": rng.uniform(-1, 1, elements)}, rng
+
+
+def _point(devices: int, elements: int, note: Note, what: str) -> dict[str, float]:
+    note(what)
+    fleet, values, rng = _fleet(devices, elements)
+    begun, first = fleet.begin(), next(iter(fleet.devices))
+    client = measure(lambda p: fleet.upload(p, values, rng), lambda: fleet.planned(first, begun.plan), 3)
+    bodies = {name: fleet.upload(fleet.planned(name, begun.plan), values, rng) for name in fleet.devices}
+    uploads, absent = ours.Uploads(fleet, begun, bodies), dropouts(fleet.order, DROPOUT)
+    received = measure(ours.Uploads.receive, lambda: uploads.without(absent), 3)
+    unmasked = measure(ours.unmask, lambda: uploads.without(absent).until_unmask(), 1)
+    shares = measure(fleet.deal, lambda: first, 3)
+    return {"shares": shares.cpu_ms, "client": client.cpu_ms, "server": received.cpu_ms + unmasked.cpu_ms}
+
+
+def growth(at: Sequence[int], points: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The points of a sweep, with the exponent of each of their lines: the least-squares slope on logarithmic axes.
+
+    Args:
+        at: Where the points are, two or more, positive.
+        points: For each place, positive milliseconds by name, with the same names everywhere.
+
+    >>> growth((1, 10), ({"server": 3.0}, {"server": 300.0}))["growth"]["server"].__round__(6)
+    2.0
+    """
+    lines = {name: [point[name] for point in points] for name in points[0]}
+    powers = {
+        name: float(np.polyfit([math.log(x) for x in at], [math.log(y) for y in line], 1)[0])
+        for name, line in lines.items()
+    }
+    return {"at": list(at), "cpu_ms": lines, "growth": powers}
