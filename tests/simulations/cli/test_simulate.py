@@ -1,6 +1,6 @@
-"""`edgeadapt simulate` from scenario to report on a tiny base, and everything a user can do wrong with it.
+"""`edgeadapt simulate` from scenario to report on a tiny base, and the mistakes of its users.
 
-One run is made for the whole module; each test that damages something works on its own copy.
+The module shares one finished run; each test that damages something works on its own copy.
 """
 
 import json
@@ -100,7 +100,7 @@ def _one_line(err: str) -> str:
     return err
 
 
-def test_the_result_has_what_is_promised(finished: tuple[Path, Result]) -> None:
+def test_the_result_has_every_promised_key(finished: tuple[Path, Result]) -> None:
     out, result = finished
     for arm in ("base", "local", "global", "personal"):
         assert set(result["accuracy"][arm]) == {"mean", "p10", "worst", "unseen"}
@@ -143,7 +143,7 @@ def test_the_bundles_answer_with_each_adapter(finished: tuple[Path, Result], run
 
 
 @pytest.mark.slow
-def test_a_session_against_a_coordinator_that_follows_runs_where_the_scenario_says_so(
+def test_an_honest_but_curious_session_runs_if_the_scenario_sets_it(
     tmp_path: Path, scenario: Path, run: Command
 ) -> None:
     short = ("federation.aggregation.adversary=honest-but-curious", "federation.rounds=2", "personal.epochs=0")
@@ -163,7 +163,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], s
     assert {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")} == before
 
 
-def test_a_folder_with_something_else_in_it_is_not_taken(tmp_path: Path, scenario: Path, run: Command) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, scenario: Path, run: Command) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     code, _, err = run("simulate", scenario, "--out", tmp_path)
     assert code == 2
@@ -172,7 +172,7 @@ def test_a_folder_with_something_else_in_it_is_not_taken(tmp_path: Path, scenari
 
 
 @pytest.mark.slow
-def test_resuming_a_finished_run_trains_nothing_and_says_the_same(
+def test_resuming_a_finished_run_trains_nothing_and_gives_the_same_result(
     copy: Path, finished: tuple[Path, Result], scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "train", None)
@@ -189,14 +189,14 @@ def test_resuming_as_another_scenario_is_refused(copy: Path, scenario: Path, run
     assert "other settings" in _one_line(err)
 
 
-def test_resuming_nothing_is_refused(tmp_path: Path, scenario: Path, run: Command) -> None:
+def test_resuming_without_a_run_is_refused(tmp_path: Path, scenario: Path, run: Command) -> None:
     code, _, err = run("simulate", scenario, "--out", tmp_path / "absent", "--resume")
     assert code == 2
     assert "no run to resume" in _one_line(err)
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_where_it_was(
+def test_an_interrupted_run_resumes_with_the_next_round(
     tmp_path: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, left, train = tmp_path / "run", iter(range(6)), Trainer.train
@@ -248,7 +248,7 @@ def test_a_missing_or_broken_scenario_is_named_in_one_line(tmp_path: Path, run: 
         assert path.name in _one_line(err)
 
 
-def test_an_error_is_json_too_where_json_is_asked_for(tmp_path: Path, run: Command) -> None:
+def test_with_json_an_error_is_json_too(tmp_path: Path, run: Command) -> None:
     code, out, _ = run("simulate", tmp_path / "absent.toml", "--json")
     assert code == 2
     assert "absent.toml" in json.loads(out)["error"]
@@ -304,7 +304,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_is_said_in_one_line(small_disk: Path, scenario: Path, run: Command) -> None:
+def test_a_full_disk_is_reported_in_one_line(small_disk: Path, scenario: Path, run: Command) -> None:
     code, _, err = run("simulate", scenario, "--out", small_disk / "run")
     assert code == 1
     assert "space" in _one_line(err).lower()

@@ -1,4 +1,4 @@
-"""The parts that a population is made of: random expansion, the deal of templates, words and naturalness."""
+"""The parts of a population: random expansion, the split of the templates, words and naturalness."""
 
 from collections import Counter
 from importlib.resources import files
@@ -40,7 +40,7 @@ def test_every_sentence_of_a_template_is_found_and_no_other(template: str, sente
     assert set(_sentences(template, {"turn": "(turn|switch)"})) == sentences
 
 
-def test_the_branches_of_a_fork_are_equally_likely() -> None:
+def test_the_branches_of_an_alternative_are_equally_likely() -> None:
     """Four standard deviations of a fair draw; a branch taken 3/2 or 2/3 as often as it should be lies outside."""
     counts = _sentences("(a|b|c|d)", draws=4000)
     assert all(abs(count - 1000) < 4 * np.sqrt(4000 * 0.25 * 0.75) for count in counts.values())
@@ -56,7 +56,7 @@ def _made(count: int) -> tuple[Template, ...]:
 
 @pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("count", [3, 4, 7, 100])
-def test_the_deal_uses_every_template_once_and_leaves_no_part_empty(count: int, public: bool) -> None:
+def test_the_split_uses_every_template_once_and_leaves_no_part_empty(count: int, public: bool) -> None:
     split = split_templates(_made(count), "en/X", 0, public=public)
     assert split is not None
     assert sorted(split.public + split.train + split.test, key=str) == sorted(_made(count), key=str)
@@ -66,11 +66,11 @@ def test_the_deal_uses_every_template_once_and_leaves_no_part_empty(count: int, 
 
 
 @pytest.mark.parametrize(("count", "public"), [(0, False), (1, False), (2, True)])
-def test_too_few_templates_are_not_dealt(count: int, public: bool) -> None:
+def test_too_few_templates_have_no_split(count: int, public: bool) -> None:
     assert split_templates(_made(count), "en/X", 0, public=public) is None
 
 
-def test_the_deal_depends_on_the_seed_and_on_the_key() -> None:
+def test_the_split_depends_on_the_seed_and_on_the_key() -> None:
     base = split_templates(_made(30), "en/X", 0, public=True)
     assert base == split_templates(_made(30), "en/X", 0, public=True)
     assert base != split_templates(_made(30), "en/X", 1, public=True)
@@ -89,13 +89,13 @@ def test_misheard_spellings_and_swedish_endings_are_left_out() -> None:
     assert "[e|me]" not in swedish.rules["name"]
 
 
-def test_a_text_in_two_blocks_is_one_template_with_the_kinds_of_both() -> None:
+def test_a_text_in_two_blocks_is_one_template_with_the_domains_of_both() -> None:
     templates = load_language("en").templates["HassTurnOff"]
     assert max(len(template.domains) for template in templates) >= 6
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_each_word_file_names_every_kind_of_thing(code: str) -> None:
+def test_each_word_file_has_names_for_every_domain(code: str) -> None:
     words = load_words(code)
     assert set(words.devices) == DOMAINS
     assert set(words.phrases) == set(load_words("en").phrases)
@@ -104,12 +104,12 @@ def test_each_word_file_names_every_kind_of_thing(code: str) -> None:
     assert min(len(words.people), len(words.areas), len(words.floors)) >= 3
 
 
-def test_a_region_uses_the_words_of_its_language_and_a_stranger_the_english_ones() -> None:
+def test_a_region_uses_the_words_of_its_language_and_an_unknown_language_the_english_ones() -> None:
     assert load_words("pt-BR") == load_words("pt")
     assert load_words("fi") == load_words("en")
 
 
-def test_homes_have_names_of_their_own_and_no_open_marks() -> None:
+def test_households_have_names_of_their_own_without_open_marks() -> None:
     homes = [draw_names(load_words("de"), stream(0, number)) for number in range(20)]
     assert len({home.devices["light"] for home in homes}) == 20
     assert not any("{" in name for home in homes for names in home.devices.values() for name in names)
@@ -129,12 +129,12 @@ def test_homes_have_names_of_their_own_and_no_open_marks() -> None:
         ("it", "accendi la luce in cucina", "accendi lo luce in cucina"),
     ],
 )
-def test_the_natural_one_of_two_sentences_has_fewer_flaws(code: str, natural: str, unnatural: str) -> None:
+def test_the_more_natural_of_two_sentences_has_fewer_flaws(code: str, natural: str, unnatural: str) -> None:
     words = load_words(code)
     assert words.flaws(natural, 9) < words.flaws(unnatural, 9)
 
 
-def test_counting_flaws_stops_when_it_is_enough() -> None:
+def test_counting_flaws_stops_at_the_given_number() -> None:
     words = load_words("en")
     assert words.flaws("turn on the my Emma's lamp for 2 minute", 9) > words.flaws("the my 2 minute", 1) == 1
 
@@ -144,7 +144,7 @@ def _voice(code: str) -> Voice:
     return Voice(language, draw_names(language.words, stream(1)), stream(2))
 
 
-def test_a_name_is_of_a_kind_that_the_template_asks_for() -> None:
+def test_a_name_is_of_a_domain_that_the_template_allows() -> None:
     voice = _voice("en")
     said = {voice.say(Template("t", "{name}", ("vacuum", "lock"))) for _ in range(60)}
     assert said == {*voice.names.of_kind("vacuum"), *voice.names.of_kind("lock")}

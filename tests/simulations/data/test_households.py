@@ -1,4 +1,4 @@
-"""The population that every arm of a comparison is measured on: what a household says, and what nobody learns from."""
+"""The population that the arms are compared on: what a household says, and what no household learns from."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def population() -> Population:
     return sample_population(PopulationSettings(), seed=0)
 
 
-def _learnt(household: Household) -> tuple[Utterance, ...]:
+def _learned(household: Household) -> tuple[Utterance, ...]:
     return household.train + household.validation
 
 
@@ -44,10 +44,10 @@ def test_default_population_is_what_the_scenario_asks_for(population: Population
     assert len(population.labels) == 29
     assert list(population.labels) == sorted(population.labels)
     for household in population.households:
-        assert 60 <= len(_learnt(household)) <= 100
+        assert 60 <= len(_learned(household)) <= 100
         assert len(household.test) == 40
-        assert len(household.validation) == round(0.2 * len(_learnt(household)))
-    assert len({len(_learnt(household)) for household in population.households}) > 5
+        assert len(household.validation) == round(0.2 * len(_learned(household)))
+    assert len({len(_learned(household)) for household in population.households}) > 5
 
 
 def test_unseen_households_are_a_fifth_and_spread_over_the_languages(population: Population) -> None:
@@ -60,30 +60,30 @@ def test_household_names_are_unique_and_begin_with_the_language(population: Popu
     assert all(h.name.startswith(f"{h.language}-") for h in population.households)
 
 
-def test_no_household_learns_from_a_template_that_anyone_is_tested_on(population: Population) -> None:
-    learnt = set(chain.from_iterable(_templates(_learnt(h)) for h in population.households))
+def test_no_household_learns_from_a_test_template_of_any_household(population: Population) -> None:
+    learned = set(chain.from_iterable(_templates(_learned(h)) for h in population.households))
     tested = set(chain.from_iterable(_templates(h.test) for h in population.households))
     public = _templates(population.public)
-    assert not learnt & tested
-    assert not public & (learnt | tested)
+    assert not learned & tested
+    assert not public & (learned | tested)
 
 
-def test_no_test_sentence_is_one_that_anyone_learns_from(population: Population) -> None:
-    learnt = set(chain.from_iterable(_texts(_learnt(h)) for h in population.households))
-    learnt |= _texts(population.public)
+def test_no_household_learns_from_a_test_sentence_of_any_household(population: Population) -> None:
+    learned = set(chain.from_iterable(_texts(_learned(h)) for h in population.households))
+    learned |= _texts(population.public)
     for household in population.households:
-        assert not _texts(household.test) & learnt
+        assert not _texts(household.test) & learned
 
 
 def test_a_household_never_says_the_same_sentence_twice(population: Population) -> None:
     for household in population.households:
-        assert len(_texts(_learnt(household))) == len(_learnt(household))
+        assert len(_texts(_learned(household))) == len(_learned(household))
         assert len(_texts(household.test)) == len(household.test)
 
 
 def test_no_sentence_has_two_meanings(population: Population) -> None:
     meant: dict[str, int] = {}
-    for example in population.public + tuple(chain.from_iterable(_learnt(h) + h.test for h in population.households)):
+    for example in population.public + tuple(chain.from_iterable(_learned(h) + h.test for h in population.households)):
         assert meant.setdefault(spoken(example.text), example.label) == example.label
 
 
@@ -94,9 +94,9 @@ def test_every_label_has_public_phrases_in_the_public_language_only(population: 
     assert all(example.template.startswith("en/") for example in population.public)
 
 
-def test_an_example_names_its_language_and_intent_in_its_template(population: Population) -> None:
+def test_the_template_of_an_utterance_has_its_language_and_intent(population: Population) -> None:
     for household in population.households:
-        for example in _learnt(household) + household.test:
+        for example in _learned(household) + household.test:
             language, intent, digest = example.template.split("/")
             assert (language, intent) == (household.language, population.labels[example.label])
             assert len(digest) == 8
@@ -104,7 +104,7 @@ def test_an_example_names_its_language_and_intent_in_its_template(population: Po
 
 def test_no_template_mark_is_left_in_a_sentence(population: Population) -> None:
     for household in population.households:
-        for example in _learnt(household) + household.test:
+        for example in _learned(household) + household.test:
             assert not set("{}[]<>|;") & set(example.text)
             assert example.text == " ".join(example.text.split()) != ""
 
@@ -114,10 +114,10 @@ def _mix(examples: tuple[Utterance, ...], labels: int) -> np.ndarray:
 
 
 def test_the_test_part_follows_the_mix_of_its_own_household(population: Population) -> None:
-    """Total variation to the own training part is smaller than to anyone else's, in nearly every household."""
-    learnt = [_mix(_learnt(h), len(population.labels)) for h in population.households]
+    """The total variation to its own training part is smaller than to any other's, in nearly every household."""
+    learned = [_mix(_learned(h), len(population.labels)) for h in population.households]
     own_is_nearest = [
-        int(np.argmin([np.abs(_mix(h.test, len(population.labels)) - other).sum() for other in learnt])) == number
+        int(np.argmin([np.abs(_mix(h.test, len(population.labels)) - other).sum() for other in learned])) == number
         for number, h in enumerate(population.households)
     ]
     assert sum(own_is_nearest) >= 13
@@ -126,7 +126,7 @@ def test_the_test_part_follows_the_mix_of_its_own_household(population: Populati
 def test_small_concentration_makes_households_one_sided() -> None:
     def topics(concentration: float) -> float:
         settings = SMALL.model_copy(update={"concentration": concentration})
-        return float(np.mean([len({e.label for e in _learnt(h)}) for h in sample_population(settings, 1).households]))
+        return float(np.mean([len({e.label for e in _learned(h)}) for h in sample_population(settings, 1).households]))
 
     assert topics(0.3) + 4 < topics(5.0)
 
@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_population_and_another_seed_another() -> N
     assert first.digest != other.digest
 
 
-def test_the_digest_is_the_one_that_other_machines_get() -> None:
+def test_the_digest_is_the_same_on_every_machine() -> None:
     """A known answer: it changes only with the words, the sampling, or the version of home-assistant-intents."""
     assert sample_population(SMALL, 0).digest == "8510b9bd6e5b3b5ebf7238675e323526cd090f641d51e4e7786684765aa0f9f6"
 
@@ -153,19 +153,19 @@ def test_the_digest_does_not_depend_on_the_hash_seed_of_the_process() -> None:
     assert run.stdout.strip() == sample_population(SMALL, 3).digest
 
 
-def test_one_more_household_leaves_the_sentences_of_the_others_as_they_were() -> None:
+def test_one_more_household_leaves_the_sentences_of_the_others_unchanged() -> None:
     more = SMALL.model_copy(update={"households": 5, "unseen": 0.2})
     before, after = sample_population(SMALL, 3), sample_population(more, 3)
     assert [h.train for h in before.households] == [h.train for h in after.households[:4]]
     assert before.public == after.public
 
 
-def test_another_language_beside_it_leaves_a_languages_templates_where_they_were() -> None:
+def test_a_second_language_leaves_the_template_split_of_the_first_unchanged() -> None:
     alone = sample_population(SMALL.model_copy(update={"languages": ("en",)}), 3)
     beside = sample_population(SMALL.model_copy(update={"languages": ("en", "de")}), 3)
     tested = set(chain.from_iterable(_templates(h.test) for h in alone.households))
-    learnt = set(chain.from_iterable(_templates(_learnt(h)) for h in beside.households))
-    assert not tested & learnt
+    learned = set(chain.from_iterable(_templates(_learned(h)) for h in beside.households))
+    assert not tested & learned
 
 
 @pytest.mark.parametrize("language", ["es", "it", "nl", "pl", "pt", "pt-BR", "sv", "cs", "ru", "el", "zh-CN"])
@@ -176,7 +176,7 @@ def test_other_languages_of_the_package_work(language: str) -> None:
     assert {example.template.split("/")[0] for example in population.public} == {"en", language}
 
 
-def test_an_unknown_language_is_named_with_the_ones_close_to_it() -> None:
+def test_an_unknown_language_is_refused_with_the_closest_ones() -> None:
     with refused(ConfigError, "population.languages", value="deu") as error:
         sample_population(SMALL.model_copy(update={"languages": ("deu",)}), 0)
     assert {"'deu';", "de,"} <= set(str(error.value).split())
@@ -193,7 +193,7 @@ def test_languages_that_share_too_few_intents_are_refused_with_their_counts() ->
     assert re.search(r"\ben \d+, ja \d$", str(error.value))
 
 
-def test_a_household_with_too_little_to_say_is_named() -> None:
+def test_a_household_with_too_few_different_utterances_is_named() -> None:
     """Seed 6 gives the first household a mix of nearly one intent, which has a few dozen sentences."""
     one_sided = PopulationSettings(
         households=3, languages=("en",), utterances_min=400, utterances_max=400, concentration=1e-3
@@ -203,7 +203,7 @@ def test_a_household_with_too_little_to_say_is_named() -> None:
 
 
 @pytest.mark.parametrize("package", ["hassil.parse_expression", "home_assistant_intents"])
-def test_a_missing_package_is_answered_with_the_extra_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_refused_with_the_extra_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hassil_module.cache_clear()
     parse.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
@@ -233,7 +233,7 @@ def test_settings_that_contradict_themselves_are_refused(wrong: dict[str, object
     assert key in error["loc"] or key in error["msg"]
 
 
-def test_every_setting_says_what_it_means() -> None:
+def test_every_setting_has_a_description() -> None:
     assert all(field.description for field in PopulationSettings.model_fields.values())
 
 

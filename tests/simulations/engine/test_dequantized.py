@@ -1,4 +1,4 @@
-"""Training on the base as the devices' profile rounds it."""
+"""Training on the base as the export profile rounds it."""
 
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ def scenario(base: Any, **export: Any) -> Scenario:
     return Scenario.parse(settings, "tiny")
 
 
-def test_without_the_option_the_base_is_the_scenarios_own(tiny_base: Any, tmp_path: Path) -> None:
+def test_without_train_on_dequantized_the_base_is_the_scenarios_own(tiny_base: Any, tmp_path: Path) -> None:
     folder = RunFolder.start(tmp_path / "run", scenario(tiny_base, profile="native-int4"))
     assert training_base(folder) == tiny_base
     assert not (tmp_path / "run" / DEQUANTIZED).exists()
 
 
-def test_the_rounded_base_is_made_once_and_every_device_finds_it(
+def test_the_dequantized_base_is_made_once_and_every_device_finds_it(
     tiny_base: Any, tmp_path: Path, fleet_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = scenario(tiny_base, profile="native-int4", train_on_dequantized=True)
@@ -41,6 +41,6 @@ def test_the_rounded_base_is_made_once_and_every_device_finds_it(
     assert seed.manifest.base_digest == base.digest
 
 
-def test_a_profile_that_rounds_nothing_is_refused_with_the_option(tiny_base: Any) -> None:
+def test_train_on_dequantized_is_refused_with_a_profile_that_does_not_quantize(tiny_base: Any) -> None:
     with refused(ConfigError, "export"):
         scenario(tiny_base, profile="fp32", train_on_dequantized=True)

@@ -1,4 +1,4 @@
-"""What a run shows while it works: on a terminal what a person wants to know, elsewhere nothing."""
+"""What a run shows while it works: a live line and finished lines on a terminal, nothing elsewhere."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
 
 class Terminal(StringIO):
-    """A file that says that it is a terminal."""
+    """A file that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -115,7 +115,7 @@ def test_a_terminal_is_shown_rounds_and_stages(result: RunResult) -> None:
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_no_terminal_or_quiet_prints_nothing_and_still_counts(result: RunResult, quiet: bool) -> None:
+def test_quiet_or_without_a_terminal_nothing_is_printed_and_training_is_counted(result: RunResult, quiet: bool) -> None:
     out = Terminal() if quiet else StringIO()
     progress = RunProgress(quiet=quiet, console=console(out))
     with levels_as_they_were():
@@ -124,7 +124,7 @@ def test_no_terminal_or_quiet_prints_nothing_and_still_counts(result: RunResult,
     assert progress.training_seconds == pytest.approx(15.0)
 
 
-def test_a_pipe_is_shown_nothing_even_where_colour_is_forced(
+def test_a_pipe_is_shown_nothing_even_if_color_is_forced(
     result: RunResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -132,7 +132,7 @@ def test_a_pipe_is_shown_nothing_even_where_colour_is_forced(
     assert capsys.readouterr() == ("", "")
 
 
-def test_ctrl_c_passes_the_cursor_comes_back_and_the_loggers_are_as_before() -> None:
+def test_ctrl_c_is_raised_and_cursor_and_loggers_are_restored() -> None:
     out = Terminal()
     with (
         levels_as_they_were(),
@@ -146,7 +146,7 @@ def test_ctrl_c_passes_the_cursor_comes_back_and_the_loggers_are_as_before() -> 
     assert "personal step  " not in plain(out.getvalue()).splitlines()[-1]
 
 
-def test_ctrl_c_while_a_record_is_shown_is_not_swallowed(result: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_a_record_is_shown_is_raised(result: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -171,7 +171,7 @@ def test_a_device_name_cannot_steer_the_terminal(result: RunResult) -> None:
     assert "?[2Jx[bold] at plan" in plain(out.getvalue())
 
 
-def test_the_live_line_says_round_step_devices_and_an_estimate(result: RunResult, screen: Screen) -> None:
+def test_the_live_line_has_round_step_devices_and_an_estimate(result: RunResult, screen: Screen) -> None:
     with screen.progress.rounds(0, 10):
         answer("offer", 12)
         assert "round 1 of 10" in screen.line()
@@ -185,7 +185,7 @@ def test_the_live_line_says_round_step_devices_and_an_estimate(result: RunResult
         assert "0:00:08 0:00:54 left" in screen.line()  # nine rounds of six seconds
 
 
-def test_the_line_of_a_finished_round_says_accuracy_devices_bytes_and_dropouts(result: RunResult) -> None:
+def test_the_line_of_a_finished_round_has_accuracy_devices_bytes_and_dropouts(result: RunResult) -> None:
     out = Terminal()
     with RunProgress(console=console(out)):
         finish(result.rounds[0])
@@ -235,7 +235,7 @@ def test_a_stage_shows_the_part_under_way_and_what_remains(screen: Screen) -> No
     assert "personal step  15 in 10 s" in plain(screen.out.getvalue())
 
 
-def test_an_aborted_round_says_why(result: RunResult) -> None:
+def test_the_line_of_an_aborted_round_has_the_reason(result: RunResult) -> None:
     out = Terminal()
     gone = replace(result.rounds[1], survivors=(), aborted="4 are left, 8 are needed", metrics={}, version=None)
     with RunProgress(console=console(out)):

@@ -1,4 +1,4 @@
-"""A provisioned fleet: each folder holds what its owner needs, and nobody holds what is another's."""
+"""A provisioned fleet: each folder has what its owner needs and no secret of another."""
 
 import stat
 from collections.abc import Callable
@@ -20,23 +20,23 @@ FleetOf = Callable[..., Any]
 
 
 @pytest.fixture
-def made(fleet_of: FleetOf) -> Any:
+def fleet(fleet_of: FleetOf) -> Any:
     return fleet_of(4, unseen=1)
 
 
-def test_every_household_has_a_device_with_its_own_certified_identity(made: Any) -> None:
-    state_dirs = provision.open_state_dirs(made.out, made.population)
-    root, keys = Root.from_pem((made.out / "coordinator" / "authority.pem").read_bytes()), set()
+def test_every_household_has_a_device_with_its_own_certified_identity(fleet: Any) -> None:
+    state_dirs = provision.open_state_dirs(fleet.out, fleet.population)
+    root, keys = Root.from_pem((fleet.out / "coordinator" / "authority.pem").read_bytes()), set()
     for name, state_dir in state_dirs.items():
-        device = state_dir.device(made.base.digest)
+        device = state_dir.device(fleet.base.digest)
         assert root.verify(device.certificate, datetime.now(UTC)) == (name, device.identity.public)
         keys.add(device.identity.raw)
     assert len(state_dirs) == len(keys) == 5
 
 
-def test_a_device_has_its_households_examples_in_their_parts(made: Any) -> None:
-    for household in made.population.households:
-        found = read_examples(made.state_dir(household.name).examples, len(made.population.labels))
+def test_a_device_has_its_households_examples_in_their_parts(fleet: Any) -> None:
+    for household in fleet.population.households:
+        found = read_examples(fleet.state_dir(household.name).examples, len(fleet.population.labels))
         for wanted, phrases in (
             (Split.TRAIN, household.train),
             (Split.VALIDATION, household.validation),
@@ -45,40 +45,40 @@ def test_a_device_has_its_households_examples_in_their_parts(made: Any) -> None:
             assert [(e.text, e.label) for e in in_split(found, wanted)] == [(p.text, p.label) for p in phrases]
 
 
-def test_the_registry_begins_with_the_vendors_seed_adapter(made: Any) -> None:
-    registry = made.registry()
+def test_the_registry_begins_with_the_vendors_seed_adapter(fleet: Any) -> None:
+    registry = fleet.registry()
     (version,) = registry.versions()
     manifest, tensors = version.manifest, registry.tensors(0)
     assert (manifest.version, manifest.round, manifest.parent, manifest.survivors) == (0, 0, None, ())
-    assert (manifest.base_digest, manifest.labels) == (made.base.digest, made.population.labels)
-    mine = load_trainer(made.base, len(manifest.labels), provision.lora(made.scenario))
+    assert (manifest.base_digest, manifest.labels) == (fleet.base.digest, fleet.population.labels)
+    mine = load_trainer(fleet.base, len(manifest.labels), provision.lora(fleet.scenario))
     assert manifest.layout_digest == mine.layout.digest
     head = next(value for name, value in tensors.items() if name.endswith("classifier.weight"))
     assert np.allclose(np.linalg.norm(head, axis=1), HEAD_SCALE, rtol=1e-5)
-    public = [phrase.text for phrase in made.population.public]
-    assert mine.logits(tensors, public).argmax(1).tolist() == [phrase.label for phrase in made.population.public]
+    public = [phrase.text for phrase in fleet.population.public]
+    assert mine.logits(tensors, public).argmax(1).tolist() == [phrase.label for phrase in fleet.population.public]
 
 
-def test_the_seed_decides_the_first_adapter_and_nothing_secret(fleet_of: FleetOf) -> None:
+def test_the_seed_determines_the_seed_adapter_and_no_secret(fleet_of: FleetOf) -> None:
     fleets = [fleet_of(3, seed=seed) for seed in (0, 0, 1)]
-    digests = [made.registry().version(0).manifest.sha256 for made in fleets]
+    digests = [fleet.registry().version(0).manifest.sha256 for fleet in fleets]
     assert digests[0] == digests[1] != digests[2]
     for name in ("coordinator/signing.pem", "devices/device-00/identity.pem", "devices/device-00/sealing.key"):
-        assert len({(made.out / name).read_bytes() for made in fleets}) == 3
+        assert len({(fleet.out / name).read_bytes() for fleet in fleets}) == 3
 
 
 def test_the_coordinator_trains_with_the_scenarios_seed(fleet_of: FleetOf) -> None:
-    made = fleet_of(3, seed=5)
-    assert CoordinatorStateDir.open(made.out / "coordinator").settings.seed == 5
+    fleet = fleet_of(3, seed=5)
+    assert CoordinatorStateDir.open(fleet.out / "coordinator").settings.seed == 5
 
 
-def test_no_secret_lies_in_another_folder_than_its_owners(made: Any) -> None:
-    secrets = {made.out / "authority": (made.out / "authority" / "authority.pem").read_bytes()}
-    secrets[made.out / "coordinator"] = (made.out / "coordinator" / "signing.pem").read_bytes()
-    for household in made.population.households:
-        folder = made.state_dir(household.name).folder
+def test_each_secret_is_in_the_folder_of_its_owner_only(fleet: Any) -> None:
+    secrets = {fleet.out / "authority": (fleet.out / "authority" / "authority.pem").read_bytes()}
+    secrets[fleet.out / "coordinator"] = (fleet.out / "coordinator" / "signing.pem").read_bytes()
+    for household in fleet.population.households:
+        folder = fleet.state_dir(household.name).folder
         secrets[folder] = (folder / "identity.pem").read_bytes()
-    files = [path for path in made.out.rglob("*") if path.is_file()]
+    files = [path for path in fleet.out.rglob("*") if path.is_file()]
     for owner, secret in secrets.items():
         assert b"PRIVATE KEY" in secret
         private = secret[secret.index(b"-----BEGIN PRIVATE") :]
@@ -87,11 +87,11 @@ def test_no_secret_lies_in_another_folder_than_its_owners(made: Any) -> None:
         assert stat.S_IMODE(found[0].stat().st_mode) == 0o600
 
 
-def test_no_phrase_of_a_household_lies_outside_its_home(made: Any) -> None:
-    public = {phrase.text for phrase in made.population.public}
-    for household in made.population.households:
-        folder = made.state_dir(household.name).folder
-        others = [p for p in made.out.rglob("*") if p.is_file() and made.out / "devices" not in p.parents]
+def test_no_phrase_of_a_household_is_outside_its_state_directory(fleet: Any) -> None:
+    public = {phrase.text for phrase in fleet.population.public}
+    for household in fleet.population.households:
+        folder = fleet.state_dir(household.name).folder
+        others = [p for p in fleet.out.rglob("*") if p.is_file() and fleet.out / "devices" not in p.parents]
         phrases = {e.text for e in household.train + household.validation + household.test} - public
         assert phrases
         assert not [p for p in others for text in phrases if text.encode() in p.read_bytes()]
@@ -99,14 +99,14 @@ def test_no_phrase_of_a_household_lies_outside_its_home(made: Any) -> None:
 
 
 @pytest.mark.parametrize(("devices", "smallest"), [(3, 3), (5, 3), (9, 7), (12, 8)])
-def test_a_device_keeps_the_default_smallest_cohort_unless_its_fleet_is_smaller(
+def test_a_device_has_the_default_minimum_cohort_unless_its_fleet_is_smaller(
     fleet_of: FleetOf, devices: int, smallest: int
 ) -> None:
     assert fleet_of(devices).state_dir("device-00").settings.policy.minimum_cohort == smallest
 
 
-def test_a_device_trusts_bundles_of_the_coordinator_and_of_itself(made: Any) -> None:
-    trust = (made.state_dir("device-00").folder / "trust.pem").read_bytes()
-    coordinator = IdentityKey.from_pem((made.out / "coordinator" / "signing.pem").read_bytes())
-    own = IdentityKey.from_pem((made.state_dir("device-00").folder / "identity.pem").read_bytes())
+def test_a_device_trusts_bundles_of_the_coordinator_and_of_itself(fleet: Any) -> None:
+    trust = (fleet.state_dir("device-00").folder / "trust.pem").read_bytes()
+    coordinator = IdentityKey.from_pem((fleet.out / "coordinator" / "signing.pem").read_bytes())
+    own = IdentityKey.from_pem((fleet.state_dir("device-00").folder / "identity.pem").read_bytes())
     assert trust == coordinator.public.to_pem() + own.public.to_pem()

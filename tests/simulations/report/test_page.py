@@ -1,4 +1,4 @@
-"""The page: it needs nothing but a browser, says the numbers, survives any name and any run, and is written whole."""
+"""The page: it needs nothing but a browser, has the numbers, survives any name and run, and is written atomically."""
 
 import errno
 import math
@@ -20,7 +20,7 @@ VOID = {"meta", "path", "use", "rect", "br"}
 
 
 class _Outline(HTMLParser):
-    """Collects elements and attributes, and insists that every element is closed where it was opened."""
+    """Collects elements and attributes, and asserts that elements are closed in the reverse order of their opening."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def outline(html: str) -> _Outline:
     return parser
 
 
-def test_the_page_says_the_headline_and_every_number_of_the_table(result: RunResult) -> None:
+def test_the_page_has_the_headline_and_every_number_of_the_table(result: RunResult) -> None:
     html = page(result)
     values = summary(result.households, "personal")
     assert f"12 households, 3 languages: personal {values['mean']:.2f}".replace("0.", ".") in html
@@ -111,7 +111,7 @@ def hostile(result: RunResult) -> RunResult:
     )
 
 
-def test_a_hostile_name_is_shown_and_never_obeyed(result: RunResult) -> None:
+def test_a_hostile_name_is_escaped(result: RunResult) -> None:
     parsed = outline(page(hostile(result)))
     assert not any(tag == "script" for tag, _ in parsed.seen)
     assert HOSTILE in "".join(parsed.text)
@@ -124,21 +124,21 @@ def test_equal_results_give_equal_bytes(make_result: Callable[..., RunResult]) -
 
 
 @pytest.mark.parametrize("shape", [(15, 10, 3), (5, 1, 0), (3, 1, 1), (100, 12, 20), (15, 100, 3)])
-def test_any_shape_of_run_draws(make_result: Callable[..., RunResult], shape: tuple[int, int, int]) -> None:
+def test_a_run_of_any_shape_is_drawn(make_result: Callable[..., RunResult], shape: tuple[int, int, int]) -> None:
     html = page(make_result(*shape))
     outline(html)
     assert "nan" not in html.lower().replace("finance", "")
     assert len(html) < 2**20
 
 
-def test_a_run_without_unseen_households_says_nothing_of_them(make_result: Callable[..., RunResult]) -> None:
+def test_a_run_without_unseen_households_does_not_mention_them(make_result: Callable[..., RunResult]) -> None:
     html = page(make_result(5, 2, 0))
     assert "took no part" not in html
     assert "<td>–</td>" in html
 
 
 def aborted(result: RunResult, rounds: int) -> RunResult:
-    """The first ``rounds`` rounds of the run did not come through."""
+    """The result with the first ``rounds`` rounds aborted."""
     gone = tuple(
         replace(r, survivors=(), aborted="4 devices are left, 8 are needed", bytes_up=0, metrics={}, version=None)
         for r in result.rounds[:rounds]
@@ -162,7 +162,7 @@ def test_a_household_without_a_measured_accuracy_is_left_blank(result: RunResult
     assert "nan" not in html.lower()
 
 
-def test_a_run_without_a_dropout_draws(result: RunResult) -> None:
+def test_a_run_without_a_dropout_is_drawn(result: RunResult) -> None:
     html = page(replace(result, rounds=tuple(replace(r, dropped={}) for r in result.rounds)))
     assert "dropped out at plan" not in html
 
@@ -175,7 +175,7 @@ def test_the_report_replaces_an_older_one_and_leaves_no_other_file(result: RunRe
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_a_disk_that_fails_leaves_the_older_report(
+def test_a_full_disk_leaves_the_older_report(
     result: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "report.html"

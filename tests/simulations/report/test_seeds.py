@@ -1,4 +1,4 @@
-"""Several runs side by side."""
+"""The comparison of several runs."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ def _run(folder: Path, seed: int, personal: float, scenario: str = "households")
     return folder
 
 
-def test_a_figure_is_its_mean_and_range_over_the_runs(tmp_path: Path) -> None:
+def test_a_spread_is_mean_and_range_over_the_runs(tmp_path: Path) -> None:
     folders = [_run(tmp_path / str(seed), seed, value) for seed, value in enumerate((0.7, 0.8, 0.9))]
     results = read_results(folders)
     found = spreads(results)["personal"]["mean"]

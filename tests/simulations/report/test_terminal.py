@@ -1,4 +1,4 @@
-"""The closing table: what it says, and that it can be read at eighty columns, in a pipe and with odd names."""
+"""What a run prints: its content, at eighty columns, in a pipe and with odd names."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +28,7 @@ def test_the_table_has_every_arm_with_its_four_numbers(result: RunResult) -> Non
     assert {"local", "global"} <= set(rows)
 
 
-def test_the_lines_below_say_what_it_cost_and_what_to_type(result: RunResult) -> None:
+def test_the_lines_below_the_table_have_the_costs_and_the_next_command(result: RunResult) -> None:
     text = printed(result)
     assert "up         263 kB a device a round, 0.29 % of the full model (90.9 MB)" in text
     assert "dropouts   12 of 120 device-rounds: 4 at plan, 5 at survivors, 3 at unmask" in text
@@ -37,7 +37,7 @@ def test_the_lines_below_say_what_it_cost_and_what_to_type(result: RunResult) ->
     assert text.endswith('edgeadapt device infer --bundle runs/households/bundle "turn on the kitchen lights"\n')
 
 
-def test_before_the_run_a_scenario_says_what_base_languages_and_arms_are(tmp_path: Path) -> None:
+def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> None:
     out = StringIO()
     federation = {"rounds": 7, "training": {"epochs": 2, "learning_rate": 0.01}}
     scenario = Scenario.parse(
@@ -81,13 +81,13 @@ def test_a_long_command_stays_on_one_line_quoted_for_the_shell(result: RunResult
     assert last == f"try        .venv/bin/edgeadapt device infer --bundle '{bundle}' \"turn on the kitchen lights\""
 
 
-def test_no_unseen_household_is_a_dash(make_result: Callable[..., RunResult]) -> None:
+def test_without_unseen_households_their_accuracy_is_a_dash(make_result: Callable[..., RunResult]) -> None:
     text = printed(make_result(4, 2, 0))
     assert text.count("–") == 4
     assert "nan" not in text
 
 
-def test_a_run_whose_rounds_were_all_aborted_says_so(result: RunResult) -> None:
+def test_a_run_whose_rounds_were_all_aborted_has_no_traffic(result: RunResult) -> None:
     gone = tuple(replace(r, survivors=(), aborted="too few", metrics={}, bytes_up=0) for r in result.rounds)
     text = printed(replace(result, rounds=gone))
     assert "nothing: every round was aborted" in text
