@@ -43,7 +43,7 @@ def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> Rep
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_result() -> Callable[..., RunResult]:
     """A function of ``households``, ``rounds`` and ``unseen`` that gives a result."""
 
@@ -67,7 +67,7 @@ def make_result() -> Callable[..., RunResult]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def result(make_result: Callable[..., RunResult]) -> RunResult:
     """Fifteen households, three of them unseen, in ten rounds."""
     return make_result()

@@ -43,8 +43,9 @@ network.message_loss = 0.0
 personal.epochs = 1
 export.minimum_agreement = 0.5
 [population]
-households = 6
+households = 5
 languages = ["en"]
+public_phrases = 1
 utterances_min = 10
 utterances_max = 14
 test_utterances = 6
@@ -87,8 +88,8 @@ def copy(finished: tuple[Path, Result], tmp_path: Path) -> Path:
 
 
 def _undo(run_folder: Path, *stages: str) -> None:
-    """Forget what came after the rounds, so that a resumed run has it to do."""
-    for stage in ("bundle", "devices/*/outcome.json", "devices/*/bundle", "result.json", *stages):
+    """Delete the outcome of the export, and of other stages, so that a resumed run has to repeat them."""
+    for stage in ("bundle", "devices/*/bundle", "result.json", *stages):
         for path in run_folder.glob(stage):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -142,19 +143,6 @@ def test_the_bundles_answer_with_each_adapter(finished: tuple[Path, Result], run
         assert "%" in out
 
 
-@pytest.mark.slow
-def test_an_honest_but_curious_session_runs_if_the_scenario_sets_it(
-    tmp_path: Path, scenario: Path, run: Command
-) -> None:
-    short = ("federation.aggregation.adversary=honest-but-curious", "federation.rounds=2", "personal.epochs=0")
-    changes = [word for change in short for word in ("--set", change)]
-    code, out, err = run("simulate", scenario, "--out", tmp_path / "run", "--json", *changes)
-    assert code == 0, err
-    rounds = json.loads(out)["rounds"]
-    assert [entry["aborted"] for entry in rounds] == [None, None]
-    assert {step for entry in rounds for step in entry["dropped"].values()} == {"plan", "unmask"}
-
-
 def test_a_folder_with_a_run_is_not_overwritten(finished: tuple[Path, Result], scenario: Path, run: Command) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*")}
     code, _, err = run("simulate", scenario, "--out", finished[0])
@@ -196,10 +184,12 @@ def test_resuming_without_a_run_is_refused(tmp_path: Path, scenario: Path, run: 
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_with_the_next_round(
+def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_curious_session(
     tmp_path: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, left, train = tmp_path / "run", iter(range(6)), Trainer.train
+    short = ("federation.aggregation.adversary=honest-but-curious", "federation.rounds=2", "personal.epochs=0")
+    changes = [word for change in short for word in ("--set", change)]
+    out, left, train = tmp_path / "run", iter(range(4)), Trainer.train
 
     def interrupted(self: Trainer, *rest: object, **named: object) -> object:
         if next(left, None) is None:
@@ -208,17 +198,20 @@ def test_an_interrupted_run_resumes_with_the_next_round(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train", interrupted)
-        code, _, err = run("simulate", scenario, "--out", out)
+        code, printed, err = run("simulate", scenario, "--out", out, *changes)
     assert code == edgeadapt.INTERRUPTED
+    assert "arms       base" in printed
     assert "--resume" in err
     assert len(CoordinatorStateDir.open(out / "coordinator").registry.rounds()) == 1
-    code, printed, err = run("simulate", scenario, "--out", out, "--resume", "--json")
+    code, printed, err = run("simulate", scenario, "--out", out, "--resume", "--json", *changes)
     assert code == 0, err
-    assert [entry["round"] for entry in json.loads(printed)["rounds"]] == [1, 2, 3]
+    rounds = json.loads(printed)["rounds"]
+    assert [(entry["round"], entry["aborted"]) for entry in rounds] == [(1, None), (2, None)]
+    assert {step for entry in rounds for step in entry["dropped"].values()} == {"plan", "unmask"}
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "named"),
     [
         ("population.housholds=6", "population.households"),
         ('population.languages=["xx"]', "xx"),
@@ -232,11 +225,11 @@ def test_an_interrupted_run_resumes_with_the_next_round(
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(
-    change: str, said: str, tmp_path: Path, scenario: Path, run: Command
+    change: str, named: str, tmp_path: Path, scenario: Path, run: Command
 ) -> None:
     code, _, err = run("simulate", scenario, "--out", tmp_path / "run", "--set", change)
     assert code == 2
-    assert said in _one_line(err)
+    assert named in _one_line(err)
 
 
 def test_a_missing_or_broken_scenario_is_named_in_one_line(tmp_path: Path, run: Command) -> None:
@@ -255,7 +248,7 @@ def test_with_json_an_error_is_json_too(tmp_path: Path, run: Command) -> None:
 
 
 def test_a_household_without_data_ends_the_run_by_name(copy: Path, scenario: Path, run: Command) -> None:
-    _undo(copy)
+    _undo(copy, "devices/*/outcome.json")
     (copy / "devices" / "en-02" / "examples.jsonl").write_text("")
     code, _, err = run("simulate", scenario, "--out", copy, "--resume")
     assert code == 5
@@ -268,7 +261,7 @@ def test_a_household_without_data_ends_the_run_by_name(copy: Path, scenario: Pat
 def test_a_damaged_adapter_in_the_registry_is_refused(
     damage: Callable[[bytes], bytes], copy: Path, scenario: Path, run: Command
 ) -> None:
-    _undo(copy)
+    _undo(copy, "devices/*/outcome.json")
     state_dir = CoordinatorStateDir.open(copy / "coordinator")
     newest = state_dir.registry.latest()
     assert newest is not None

@@ -44,6 +44,12 @@ class _Outline(HTMLParser):
         self.text.append(data)
 
 
+@pytest.fixture(scope="module")
+def html(result: RunResult) -> str:
+    """The page of the default result; drawing it takes a second."""
+    return page(result)
+
+
 def outline(html: str) -> _Outline:
     parser = _Outline()
     parser.feed(html)
@@ -52,8 +58,7 @@ def outline(html: str) -> _Outline:
     return parser
 
 
-def test_the_page_has_the_headline_and_every_number_of_the_table(result: RunResult) -> None:
-    html = page(result)
+def test_the_page_has_the_headline_and_every_number_of_the_table(result: RunResult, html: str) -> None:
     values = summary(result.households, "personal")
     assert f"12 households, 3 languages: personal {values['mean']:.2f}".replace("0.", ".") in html
     for arm in ("base", "local", "global", "personal"):
@@ -63,8 +68,7 @@ def test_the_page_has_the_headline_and_every_number_of_the_table(result: RunResu
     assert "edgeadapt device infer --bundle runs/households/bundle &#34;turn on the kitchen lights&#34;" in html
 
 
-def test_the_page_loads_nothing_and_runs_nothing(result: RunResult) -> None:
-    html = page(result)
+def test_the_page_loads_nothing_and_runs_nothing(html: str) -> None:
     seen = outline(html).seen
     assert "//" not in html
     assert "@import" not in html
@@ -75,16 +79,15 @@ def test_the_page_loads_nothing_and_runs_nothing(result: RunResult) -> None:
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
 
 
-def test_ids_are_unique_and_every_reference_has_its_target(result: RunResult) -> None:
-    html = page(result)
+def test_ids_are_unique_and_every_reference_has_its_target(html: str) -> None:
     ids = re.findall(r'\bid="([^"]+)"', html)
     used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html)
     assert len(ids) == len(set(ids))
     assert {first or second for first, second in used} <= set(ids)
 
 
-def test_each_figure_has_a_title_a_description_and_text_as_text(result: RunResult) -> None:
-    figures = re.findall(r"<svg.*?</svg>", page(result), flags=re.DOTALL)
+def test_each_figure_has_a_title_a_description_and_text_as_text(html: str) -> None:
+    figures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
     assert len(figures) == 4
     for figure in figures:
         assert re.search(r'role="img" aria-labelledby="\w+-title \w+-text"><title [^>]*>[^<]+</title><desc', figure)
@@ -93,8 +96,8 @@ def test_each_figure_has_a_title_a_description_and_text_as_text(result: RunResul
     assert "en-03" in figures[0]
 
 
-def test_figures_take_their_colors_from_the_page_so_that_dark_mode_is_dark(result: RunResult) -> None:
-    for figure in re.findall(r"<svg.*?</svg>", page(result), flags=re.DOTALL):
+def test_figures_take_their_colors_from_the_page_so_that_dark_mode_is_dark(html: str) -> None:
+    for figure in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
         assert re.findall(r"#[0-9a-f]{6}\b(?![\w-])", figure) == []
         assert "var(--ink)" in figure or "var(--muted)" in figure
 
@@ -118,9 +121,9 @@ def test_a_hostile_name_is_escaped(result: RunResult) -> None:
     assert not any(name.startswith("on") for _, attrs in parsed.seen for name in attrs)
 
 
-def test_equal_results_give_equal_bytes(make_result: Callable[..., RunResult]) -> None:
-    assert page(make_result()) == page(make_result())
-    assert page(make_result()) != page(make_result(households=14))
+def test_equal_results_give_equal_bytes(make_result: Callable[..., RunResult], html: str) -> None:
+    assert page(make_result()) == html
+    assert page(make_result(households=14)) != html
 
 
 @pytest.mark.parametrize("shape", [(15, 10, 3), (5, 1, 0), (3, 1, 1), (100, 12, 20), (15, 100, 3)])
@@ -167,11 +170,13 @@ def test_a_run_without_a_dropout_is_drawn(result: RunResult) -> None:
     assert "dropped out at plan" not in html
 
 
-def test_the_report_replaces_an_older_one_and_leaves_no_other_file(result: RunResult, tmp_path: Path) -> None:
+def test_the_report_replaces_an_older_one_and_leaves_no_other_file(
+    result: RunResult, html: str, tmp_path: Path
+) -> None:
     path = tmp_path / "report.html"
     path.write_text("older")
     write_report(result, path)
-    assert path.read_text() == page(result)
+    assert path.read_text() == html
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
