@@ -45,14 +45,14 @@ class PersonalSettings(Settings):
     """The personal step: private training after the last round."""
 
     epochs: int = Field(default=3, ge=0, le=100, description="passes over the household's own examples")
-    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="of AdamW")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="learning rate of AdamW in the personal step")
 
 
 class ExportSettings(Settings):
     """The bundles that devices run."""
 
     profile: Literal["fp32", "native-int8", "native-int4"] = Field(
-        default="native-int8", description="how the base is quantized"
+        default="native-int8", description="how the base is quantized: fp32, native-int8 or native-int4"
     )
     train_on_dequantized: bool = Field(
         default=False, description="train on the base as the profile rounds it, which is the base that devices run"
@@ -73,9 +73,11 @@ class ExportSettings(Settings):
 class Scenario(Settings):
     """One run. Every key has a default; a scenario file has the keys that differ from it."""
 
-    name: str = Field(default="scenario", pattern=r"^[a-z0-9][a-z0-9-]{0,63}$", description="of the run's folder")
+    name: str = Field(
+        default="scenario", pattern=r"^[a-z0-9][a-z0-9-]{0,63}$", description="name of the run, and of its folder"
+    )
     seed: int = Field(
-        default=0, ge=0, lt=2**32, description="of population, seed adapter, training order and network faults"
+        default=0, ge=0, lt=2**32, description="seed of population, seed adapter, training order and network faults"
     )
     population: PopulationSettings = PopulationSettings()
     base: BaseSettings = BaseSettings()

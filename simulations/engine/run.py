@@ -146,10 +146,17 @@ def training_base(folder: RunFolder) -> Base:
     return find_base(str(copy)) if copy.exists() else dequantized(base, Profile(export.profile), copy)
 
 
+class _RunLog(logging.FileHandler):
+    """A log that loses a line if the disk is full; the run then ends with its own error, not with a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Ignore it."""
+
+
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
     """Append to a file what coordinator and devices log while the block runs, such as dropouts and their causes."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _RunLog(path, encoding="utf-8")
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logger = logging.getLogger("edgeadapt")

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftModel
 from tokenizers import Tokenizer
 
 import edgeadapt
 from adapters.base import Base, find_base
 from client.training.trainer import Trainer
 from coordinator.statedir import CoordinatorStateDir
+from export.onnx.quantize import Profile
 from export.parity.compare import Parity
 from simulations.engine import publish
 
@@ -56,9 +58,26 @@ aggregation.session_rounds = 2
     return path
 
 
+@pytest.fixture(scope="module")
+def traced() -> dict[tuple[object, ...], object]:
+    """Exported bases of this process, by what they depend on."""
+    return {}
+
+
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """The command line in this process: exit code, standard output, standard error."""
+def run(
+    traced: dict[tuple[object, ...], object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Command:
+    """The command line in this process: exit code, standard output, standard error. It traces a base once."""
+    export = publish.export_classifier
+
+    def cached(model: PeftModel, base: Base, profile: Profile) -> object:
+        key = (base.digest, model.get_base_model().classifier.out_features, profile)
+        if key not in traced:
+            traced[key] = export(model, base, profile)
+        return traced[key]
+
+    monkeypatch.setattr(publish, "export_classifier", cached)
 
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["edgeadapt", *map(str, arguments)])
@@ -219,7 +238,7 @@ def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_cu
         ("federation.rounds=three", "rounds"),
         ("base.model=/no/such/folder", "/no/such/folder"),
         ("adapter.targets=['nothing']", "nothing"),
-        ("rounds", "key=value"),
+        ("rounds", "KEY=VALUE"),
         ("federation.aggregation.ring_bits=63", "ring_bits"),
         ("name=../escape", "name"),
     ],
