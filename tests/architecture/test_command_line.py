@@ -130,7 +130,7 @@ def test_too_little_memory_is_said_in_one_line(run: Callable[..., Outcome], monk
         raise MemoryError
 
     monkeypatch.setattr(edgeadapt, "cli", exhausted)
-    assert run("audit") == (1, "", "edgeadapt: this machine has too little memory for that\n")
+    assert run("audit") == (1, "", "edgeadapt: this machine does not have enough memory\n")
 
 
 def test_ctrl_c_while_a_library_is_being_loaded_is_an_interruption(
