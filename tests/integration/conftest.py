@@ -1,6 +1,6 @@
-"""A real deployment on Flower's own runtime: a SuperLink with TLS, and SuperNodes that it knows by their keys.
+"""A real deployment on Flower's own runtime: a SuperLink with TLS, and SuperNodes that authenticate with their keys.
 
-Each is a process of its own with a home of its own below one folder, and none of them outlives the test.
+Each is a process with its own Flower home in one folder, and none of them outlives the test.
 """
 
 import ipaddress
@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 TAIL = 4000  # characters of each log that a failure shows
 LINK = "test"  # the SuperLink's name in Flower's configuration
@@ -31,7 +32,7 @@ SETTINGS = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds until a task that waits is started; 1 by default
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",  # nodes train side by side
+    "OMP_NUM_THREADS": "1",  # the nodes train at the same time
     "TOKENIZERS_PARALLELISM": "false",
     "NO_COLOR": "1",
     "COLUMNS": "200",
@@ -66,7 +67,7 @@ class Deployment:
         self.wait("the SuperLink listens", lambda: _listens(self.port), seconds=60)
 
     def add_node(self, name: str, device: Path) -> None:
-        """Register a new key and start a SuperNode with it, for the device that lives in ``device``."""
+        """Register a new key and start a SuperNode with it, for the device with the state directory ``device``."""
         key = ec.generate_private_key(ec.SECP384R1())
         private, public = self.folder / f"{name}.key", self.folder / f"{name}.pub"
         openssh, plain = serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
@@ -84,7 +85,7 @@ class Deployment:
         self._spawn(name, ["flower-supernode", *_listed(options)])
 
     def wait_for_nodes(self) -> None:
-        """Until the SuperLink has heard of every node."""
+        """Until every node is registered with the SuperLink."""
         nodes = [name for name in self.processes if name != "superlink"]
         self.wait("the nodes are online", lambda: all("SuperNode ID" in self.log(n) for n in nodes), seconds=90)
 
@@ -102,27 +103,28 @@ class Deployment:
         assert done.returncode == 0, output
         return output
 
-    def begin(self, app: Path, state_dir: Path) -> str:
-        """Start a run of the app with the coordinator that lives in ``state_dir``; the run's name here."""
+    def begin(self, state_dir: Path) -> str:
+        """Start ``edgeadapt coordinator run`` for a coordinator's state directory; the run's name here."""
         name = f"run-{len(list(self.folder.glob('run-*.log'))) + 1}"
-        config = ["--run-config", f'coordinator-state="{state_dir}"']
-        self._spawn(name, ["flwr", "run", str(app), LINK, "--stream", *config], state_dir="cli")
+        link = ["--superlink", f"{HOST}:{self.port}", "--root-certificates", str(self.folder / "ca.pem")]
+        command = [sys.executable, "-m", "edgeadapt", "coordinator", "run", str(state_dir), *link]
+        self._spawn(name, command, state_dir="cli")
         return name
 
     def finish(self, run: str, *, seconds: float) -> str:
-        """Wait until the run is over; the log of its ServerApp."""
+        """Wait until the command ends; what it has written: the run's log, and the status."""
         code = self.processes[run].wait(timeout=seconds)
         del self.processes[run]
         assert code == 0, self.log(run)
         return self.log(run)
 
     def statuses(self) -> list[str]:
-        """How each run stands, as Flower has it."""
+        """Flower's status of each run."""
         listed = self.flwr("list", LINK, "--format", "json")
         return [run["status"] for run in json.loads(listed[listed.index("{") :])["runs"]]
 
     def wait(self, what: str, condition: Callable[[], bool], *, seconds: float) -> None:
-        """Look until ``condition`` holds; fail if a process ends first or time is up."""
+        """Poll until ``condition`` holds; fail if a process ends before that, or after ``seconds``."""
         end = time.monotonic() + seconds
         while not condition():
             ended = [name for name, process in self.processes.items() if process.poll() is not None]
@@ -146,7 +148,7 @@ class Deployment:
             process.terminate()
         for name in list(self.processes):
             self.stop(name)
-        # Flower starts some of its children in sessions of their own: they are known by where their home is.
+        # Flower starts some of its children in sessions of their own; their Flower home identifies them.
         for process_id in _processes_of(self.folder):
             os.kill(process_id, signal.SIGKILL)
 
@@ -162,12 +164,13 @@ class Deployment:
     def _spawn(self, name: str, command: list[str], *, state_dir: str = "") -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
-                [_script(command[0]), *command[1:]],
+                [command[0] if Path(command[0]).is_absolute() else _script(command[0]), *command[1:]],
+                cwd=ROOT,
                 env=self._environment(state_dir or name),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the test, which then ends the process
+                start_new_session=True,  # Ctrl-C interrupts the test, which then ends the process
             )
 
     def _home(self, name: str) -> Path:

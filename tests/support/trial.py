@@ -1,0 +1,51 @@
+"""A trial fleet made by commands alone, from an empty folder."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import edgeadapt
+
+AUTHORITY, COORDINATOR, SEED = "authority", "coordinator", "seed"
+
+
+def call(*arguments: object) -> None:
+    """``edgeadapt`` in this process; an error is raised as what it is."""
+    edgeadapt.cli([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def make_trial_fleet(
+    folder: Path,
+    base: str,
+    phrases: Iterable[tuple[str, str]],
+    examples: Mapping[str, Iterable[tuple[str, int, str]]],
+    *settings: str,
+    rank: int = 8,
+) -> None:
+    """An authority, a coordinator with version 0, and an enrolled device for each key of ``examples``.
+
+    Args:
+        folder: Empty.
+        base: Of the coordinator and the devices.
+        phrases: Labels and public phrases.
+        examples: Device → its examples: text, label's number, split.
+        settings: Of the federation, as ``KEY=VALUE``.
+        rank: Of LoRA.
+    """
+    authority, coordinator = folder / AUTHORITY, folder / COORDINATOR
+    call("authority", "init", authority, "--unencrypted")
+    changes = [part for setting in settings for part in ("--set", setting)]
+    call("coordinator", "init", coordinator, "--authority", authority / "authority.pem", *changes)
+    (folder / "phrases.tsv").write_text("".join(f"{label}\t{phrase}\n" for label, phrase in phrases))
+    made = ("--phrases", folder / "phrases.tsv", "--rank", rank, "--out", folder / SEED)
+    call("export", "seed", "--base", base, *made)
+    call("coordinator", "publish", coordinator, "--peft", folder / SEED, "--base", base)
+    for device, rows in examples.items():
+        state_dir, certificate = folder / device, folder / f"{device}.pem"
+        pinned = ("--authority", authority / "authority.pem", "--coordinator", coordinator / "coordinator.pem")
+        few = ("--set", "policy.minimum_cohort=3")
+        call("device", "enrol", "--state", state_dir, "--name", device, "--base", base, *pinned, *few)
+        call("authority", "issue", authority, "--request", state_dir / "request.csr", "--out", certificate)
+        call("device", "install", "--state", state_dir, "--certificate", certificate)
+        lines = [json.dumps({"text": text, "label": label, "split": split}) for text, label, split in rows]
+        (state_dir / "examples.jsonl").write_text("".join(f"{line}\n" for line in lines))
