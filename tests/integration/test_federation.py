@@ -1,6 +1,6 @@
-"""The whole federation on the in-process grid: what comes out, what travels, and what an end in the middle costs.
+"""A complete federation on the in-process grid: its adapters, its messages, and the cost of an interruption.
 
-The apps are the real ones and the base is tiny. What the masks hide is trained once more here, in plain.
+The apps are the real ones and the base is tiny. The tests train the updates a second time, without masks, to compare.
 """
 
 import json
@@ -40,11 +40,11 @@ def settings_of(fleet: Any) -> FederationSettings:
     return FederationSettings.read(fleet.out / "coordinator" / "federation.toml")
 
 
-# What comes out.
+# The adapters.
 
 
 def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, ...]) -> Any:
-    """The weighted mean of what the survivors train, without masks, rings or messages."""
+    """The weighted mean of the survivors' updates, without masks, rings or messages."""
     registry, settings = fleet.registry(), settings_of(fleet)
     task = settings.training.task(registry.version(version).manifest, settings.seed)
     mine = load_trainer(fleet.base, len(task.labels), provisioned.lora(fleet.scenario))
@@ -95,13 +95,13 @@ def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error
     assert len({step for record in records for step in record.dropped.values()}) >= 2
 
 
-def test_in_every_round_a_device_is_lost_at_a_step_that_varies(fleet_of: FleetOf) -> None:
+def test_forced_dropouts_come_at_a_step_that_varies(fleet_of: FleetOf) -> None:
     fleet = fleet_of(8, rounds=3)
-    lost = [set(record.dropped.values()) for record in fleet.federate(fleet.grid(forced_dropouts=1))]
-    assert lost == [{"survivors"}, {"unmask"}, {"plan"}]
+    steps = [set(record.dropped.values()) for record in fleet.federate(fleet.grid(forced_dropouts=1))]
+    assert steps == [{"survivors"}, {"unmask"}, {"plan"}]
 
 
-def test_training_together_lowers_everybodys_loss(fleet_of: FleetOf) -> None:
+def test_federated_training_lowers_the_loss(fleet_of: FleetOf) -> None:
     fleet = fleet_of(6, rounds=5)
     losses = [record.metrics["loss"] for record in fleet.federate(fleet.grid(forced_dropouts=1))]
     assert losses[-1] < 0.7 * losses[0]
@@ -122,7 +122,7 @@ def shown(record: Any) -> tuple[Any, ...]:
     return record.round, record.survivors, record.dropped, record.version, record.metrics.get("loss")
 
 
-def test_a_device_with_unusable_examples_is_lost_and_the_others_go_on(fleet_of: FleetOf) -> None:
+def test_a_device_with_unusable_examples_drops_out_and_the_others_continue(fleet_of: FleetOf) -> None:
     fleet = fleet_of(8, rounds=2)
     fleet.state_dir("device-02").examples.write_text('{"text": "the code of the safe is 4711"')
     fleet.state_dir("device-05").examples.unlink()
@@ -132,18 +132,18 @@ def test_a_device_with_unusable_examples_is_lost_and_the_others_go_on(fleet_of: 
         assert record.version == record.round
 
 
-def test_a_device_whose_home_is_gone_is_lost_and_the_others_go_on(fleet_of: FleetOf) -> None:
+def test_a_device_whose_state_directory_is_gone_is_left_out_and_the_others_continue(fleet_of: FleetOf) -> None:
     fleet = fleet_of(8, rounds=1)
     shutil.rmtree(fleet.state_dir("device-03").folder)
     (record,) = fleet.federate(fleet.grid())
     assert len(record.survivors) == 7
 
 
-# What travels.
+# The messages.
 
 
-class Scale:
-    """The real app on a scale: every message down and up, with all that is in it."""
+class MessageLog:
+    """The real app; keeps every message down and up, with all its fields."""
 
     def __init__(self) -> None:
         self.down: list[tuple[Step, dict[str, bytes]]] = []
@@ -159,24 +159,24 @@ class Scale:
         return reply
 
 
-def test_only_adapter_tensors_travel_and_no_message_comes_near_the_bases_size(fleet_of: FleetOf) -> None:
-    fleet, scale = fleet_of(8, rounds=3), Scale()
-    records = fleet.federate(fleet.grid(app=scale))
+def test_only_adapter_tensors_travel_and_no_message_approaches_the_bases_size(fleet_of: FleetOf) -> None:
+    fleet, messages = fleet_of(8, rounds=3), MessageLog()
+    records = fleet.federate(fleet.grid(app=messages))
     registry, base = fleet.registry(), load_file(fleet.base.folder / "model.safetensors")
     layout = Layout.of(registry.tensors(0))
     weights = [tensor.tobytes() for tensor in base.values() if tensor.ndim > 1]  # the others are ones and zeros
     assert len(weights) > 10
-    everything = [value for _, record in scale.down + scale.up for value in record.values()]
+    everything = [value for _, record in messages.down + messages.up for value in record.values()]
     assert max(map(len, everything)) < fleet.base.weight_bytes / 10
     assert not [1 for value in everything for weight in weights if weight in value]
     # Nor a single row of one.
     rows = [tensor[0].tobytes() for tensor in base.values() if tensor.ndim > 1]
     assert not [1 for value in everything for row in rows if row in value]
-    for step, record in scale.down:
+    for step, record in messages.down:
         assert set(record) == {BODY, *{Step.PLAN: (ADAPTER, PROOF), Step.OFFER: (PROOF,)}.get(step, ())}
         if step is Step.PLAN:
             assert Layout.of(files.decode(record[ADAPTER])) == layout
-    assert all(set(record) == ({BODY, LAST_OFFER} if step is Step.CHECK_IN else {BODY}) for step, record in scale.up)
+    assert all(set(record) == ({BODY, LAST_OFFER} if step is Step.CHECK_IN else {BODY}) for step, record in messages.up)
     total = sum(len(value) for value in everything)
     assert total == sum(record.bytes_up + record.bytes_down for record in records)
 
@@ -193,9 +193,9 @@ def test_no_phrase_and_no_plain_update_is_in_any_message(fleet_of: FleetOf, monk
         return vector
 
     monkeypatch.setattr(contribute, "contribution", watched)
-    fleet, scale = fleet_of(6, rounds=2), Scale()
-    fleet.federate(fleet.grid(app=scale))
-    sent = [value for _, record in scale.up for value in record.values()]
+    fleet, messages = fleet_of(6, rounds=2), MessageLog()
+    fleet.federate(fleet.grid(app=messages))
+    sent = [value for _, record in messages.up for value in record.values()]
     phrases = {
         e.text.encode() for state_dir in fleet.population.households for e in state_dir.train + state_dir.validation
     }
@@ -205,11 +205,11 @@ def test_no_phrase_and_no_plain_update_is_in_any_message(fleet_of: FleetOf, monk
 
 
 def test_an_upload_is_its_packed_vector_and_a_header(fleet_of: FleetOf) -> None:
-    fleet, scale = fleet_of(8, rounds=1), Scale()
-    fleet.federate(fleet.grid(app=scale))
+    fleet, messages = fleet_of(8, rounds=1), MessageLog()
+    fleet.federate(fleet.grid(app=messages))
     layout = Layout.of(fleet.registry().tensors(0))
     vector = settings_of(fleet).aggregation.spec(8, layout, fleet.base.digest, 1).vector
-    uploads = [len(record[BODY]) for step, record in scale.up if step is Step.PLAN]
+    uploads = [len(record[BODY]) for step, record in messages.up if step is Step.PLAN]
     assert len(uploads) == 8
     assert max(uploads) <= ring.packed_size(vector.size, vector.ring_bits) + 300
 
@@ -237,11 +237,11 @@ def test_for_the_demos_base_an_upload_is_three_bytes_an_element_and_a_hundredth_
     assert upload < base.weight_bytes / 100
 
 
-# An end in the middle.
+# Interruptions.
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, at a point that a test chooses."""
+    """Ctrl-C, at a step that a test chooses."""
 
 
 def stopping(step: Step, group: str) -> Callable[[Message, Context], Message]:
@@ -262,9 +262,7 @@ def stopping(step: Step, group: str) -> Callable[[Message, Context], Message]:
         (Step.UNMASK, "4", 3),
     ],
 )
-def test_a_run_that_was_stopped_goes_on_with_the_next_round(
-    fleet_of: FleetOf, step: Step, group: str, done: int
-) -> None:
+def test_an_interrupted_run_continues_with_the_next_round(fleet_of: FleetOf, step: Step, group: str, done: int) -> None:
     fleet = fleet_of(4, rounds=4, aggregation__session_rounds=3)
     with pytest.raises(Stopped):
         fleet.federate(fleet.grid(app=stopping(step, group)))
@@ -277,7 +275,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_round(
     assert fleet.federate(fleet.grid(app=stopping(Step.CHECK_IN, "session-5-1"))) == records  # nothing is left to do
 
 
-def test_a_resumed_run_makes_the_same_adapter_as_one_that_ran_through(fleet_of: FleetOf) -> None:
+def test_a_resumed_run_makes_the_same_adapter_as_an_uninterrupted_one(fleet_of: FleetOf) -> None:
     changes = {"rounds": 3, "server__optimizer": "fedadam", "server__learning_rate": 0.02}
     through, stopped = fleet_of(5, **changes), fleet_of(5, **changes)
     through.federate(through.grid())
@@ -291,8 +289,8 @@ def test_a_resumed_run_makes_the_same_adapter_as_one_that_ran_through(fleet_of: 
     assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_the_optimizers_state_is_what_makes_a_resumed_adapter_the_same(fleet_of: FleetOf) -> None:
-    """The test above can fail: from a fresh state the second step would be another."""
+def test_without_the_optimizers_state_a_resumed_adapter_would_differ(fleet_of: FleetOf) -> None:
+    """The test above can fail: from a new state the second step would be another."""
     fleet = fleet_of(6, rounds=2, server__optimizer="fedadam", server__learning_rate=0.02)
     fleet.federate(fleet.grid())
     registry, rule = fleet.registry(), settings_of(fleet).server.rule()
@@ -310,9 +308,9 @@ from client.node.app import app as client_app
 from coordinator.app import STATE, app
 from simulations.engine.grid import RUN_ID, SERVER_NODE, FaultModel, InProcessGrid
 
-coordinator, nodes = sys.argv[1], {int(node): home for node, home in json.loads(sys.argv[2]).items()}
+coordinator, nodes = sys.argv[1], {int(node): folder for node, folder in json.loads(sys.argv[2]).items()}
 
-class Told(logging.Handler):
+class Printing(logging.Handler):
     def emit(self, record):
         if hasattr(record, "record"):
             print(record.record.round, flush=True)
@@ -321,13 +319,13 @@ class Told(logging.Handler):
 
 log = logging.getLogger("edgeadapt.coordinator")
 log.setLevel(logging.DEBUG)
-log.addHandler(Told())
+log.addHandler(Printing())
 context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: coordinator})
 app(InProcessGrid(client_app, nodes, FaultModel(0, 0.0, 1.0)), context)
 """
 
 
-def test_a_killed_run_goes_on_with_the_next_round(fleet_of: FleetOf) -> None:
+def test_a_killed_run_continues_with_the_next_round(fleet_of: FleetOf) -> None:
     """A real ``kill -9`` in the middle of round 3, while masked inputs come in."""
     fleet = fleet_of(6, rounds=5)
     command = [sys.executable, "-c", RUN, str(fleet.out / "coordinator"), json.dumps(fleet.nodes)]
@@ -345,5 +343,5 @@ def test_a_killed_run_goes_on_with_the_next_round(fleet_of: FleetOf) -> None:
     assert records[: len(kept)] == kept
     assert [(record.round, record.version) for record in records] == [(n, n) for n in range(1, 6)]
     assert all(len(record.survivors) == 6 for record in records)
-    leftovers = [path for path in fleet.out.rglob("tmp*") if path.is_file()]
-    assert len(leftovers) <= 1  # what a kill in the very middle of a write leaves
+    leftovers = [path for path in fleet.out.rglob(".*") if path.is_file()]
+    assert len(leftovers) <= 1  # the temporary file of a write that the kill interrupted
