@@ -59,7 +59,7 @@ class Server(Settings):
 
 
 class Aggregation(Settings):
-    """Secure aggregation: what a session withstands, and the bounds of an update."""
+    """Secure aggregation: what a session is secure against, and the bounds of an update."""
 
     adversary: Literal["active", "honest-but-curious"] = Field(
         default="active",

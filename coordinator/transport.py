@@ -40,7 +40,7 @@ class SystemClock:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One node's answer: ``body``, or the reason why there is none. ``last_offer``: see ``steps.LAST_OFFER``."""
+    """One node's answer: ``body``, or the reason for its absence. ``last_offer``: see ``steps.LAST_OFFER``."""
 
     node: int
     body: bytes | None

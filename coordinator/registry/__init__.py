@@ -1,4 +1,4 @@
-"""The registry: signed, content-addressed versions of the shared adapter, and a record of every round.
+"""The registry: signed, content-addressed versions of the global adapter, and a record of every round.
 
 Needs SQLAlchemy and fsspec. An auditor reads the same files without them (``coordinator.audit``).
 """

@@ -1,4 +1,4 @@
-"""The registry: every version of the shared adapter, signed and content-addressed, and the record of every round.
+"""The registry: every version of the global adapter, signed and content-addressed, and the record of every round.
 
 A round is committed as a unit (docs/decisions/0002): first the blob under its content address, then one database
 transaction with the version, the round's record and the optimizer's state. A kill at any instant loses at most the
@@ -57,7 +57,7 @@ class Registry:
 
     @classmethod
     def open(cls, database_url: str | URL, blob_url: str, trusted: Sequence[PublicKey]) -> Self:
-        """Open a registry; make an empty one where there is none.
+        """Open a registry, and create an empty one if it is missing.
 
         Args:
             database_url: SQLAlchemy's, for example ``sqlite:///registry.db``.

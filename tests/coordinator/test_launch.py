@@ -1,4 +1,4 @@
-"""A run on a SuperLink, with a stand-in for Flower's command line that records its calls and answers as told."""
+"""A run on a SuperLink, with a stand-in for Flower's command line that records its calls and has an answer for each."""
 
 import json
 import sys

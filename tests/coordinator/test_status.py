@@ -34,7 +34,7 @@ def test_a_new_coordinator_has_no_version_and_no_round(fleet_of: FleetOf, tmp_pa
 
 def test_the_status_lists_versions_rounds_dropouts_and_the_last_session(fleet_of: FleetOf) -> None:
     fleet = fleet_of(6, rounds=3, aggregation__session_rounds=2)
-    records = fleet.federate(fleet.grid(victims=1))
+    records = fleet.federate(fleet.grid(forced_dropouts=1))
     found = status(fleet)
     assert [version["version"] for version in found["versions"]] == [0, 1, 2, 3]
     assert [(each["round"], each["version"]) for each in found["rounds"]] == [(1, 1), (2, 2), (3, 3)]

@@ -106,10 +106,10 @@ def test_the_incomplete_record_of_a_killed_run_is_cut_off_and_kept(
     transcripts: Transcripts, offer: tuple[bytes, bytes], cut: int
 ) -> None:
     killed = write(transcripts, offer)
-    whole = killed.path.stat().st_size
+    complete = killed.path.stat().st_size
     killed.received(Step.UNMASK, "a", bytes(100))
     os.truncate(killed.path, killed.path.stat().st_size - cut)
-    torn = killed.path.read_bytes()[whole:]
+    torn = killed.path.read_bytes()[complete:]
     write(transcripts, offer)
     assert kinds(killed.path) == INTERRUPTED
     assert killed.path.with_suffix(TORN).read_bytes() == torn
@@ -203,7 +203,7 @@ def test_the_keys_of_a_session_are_next_to_its_log_without_a_secret(
     assert (transcripts.folder / "coordinator.pem").read_bytes() == transcripts.key.public.to_pem()
 
 
-# A whole run, with real devices on the in-process grid
+# A complete run, with the real devices on the in-process grid
 
 
 def audited(fleet: Any) -> dict[str, Report]:

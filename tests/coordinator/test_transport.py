@@ -1,4 +1,4 @@
-"""Exchanges over the in-process grid: one reply for each node, with its answer or the reason why there is none."""
+"""Exchanges over the in-process grid: one reply for each node, with its answer or the reason for its absence."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping

@@ -33,7 +33,7 @@ class Link:
         return Transport(self.grid, SystemClock(), deadline)
 
     def ask(self, transport: Transport, nodes: list[int] | None = None) -> dict[int, bytes | str]:
-        """Node → its answer, or why there is none."""
+        """Node → its answer, or the reason for its absence."""
         bodies = {node: b"to %d" % node for node in nodes or self.nodes}
         replies = list(transport.ask(Step.OFFER, bodies, "g", dict.fromkeys(bodies, self.attachments)))
         answers = {reply.node: reply.reason if reply.body is None else reply.body for reply in replies}
