@@ -2,7 +2,7 @@
 
 The patterns mean what they mean to peft (``rank_pattern`` and ``alpha_pattern`` of its ``LoraConfig``): regular
 expressions for the end of a layer's path, of which the first that matches counts. Those that could take forever are
-refused. A property test holds this file to peft itself (``tests/export/peft/test_folder.py``).
+refused. A property test holds this file to peft itself (``tests/adapters/peft/test_folder.py``).
 """
 
 import re
@@ -55,7 +55,7 @@ class PeftConfig:
         """
         rank, alpha = self.rank_of(path), self.alpha_of(path)
         if rank < 1:
-            raise DataError(f"the adapter's method gives the layer {path!r} rank 0, which has no scaling")
+            raise DataError(f"the adapter's configuration gives {path!r} rank 0, which has no scaling", about=path)
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
 
@@ -110,7 +110,9 @@ def _ending(pattern: str) -> TypeAdapter[str]:
     try:
         re.compile(whole)  # what is no expression to peft shall be none here
     except (re.error, OverflowError, RecursionError) as error:
-        raise DataError(f"the adapter's pattern {pattern[:40]!r} is no regular expression: {error}") from error
+        raise DataError(
+            f"the adapter's pattern {pattern[:40]!r} is no regular expression: {error}", about="pattern", value=pattern
+        ) from error
     if OTHERWISE.search(pattern):
         raise _refusal(pattern)
     try:
@@ -122,5 +124,7 @@ def _ending(pattern: str) -> TypeAdapter[str]:
 def _refusal(pattern: str) -> DataError:
     return DataError(
         f"the adapter's pattern {pattern[:40]!r} cannot be matched here: name the layers in plain words, without "
-        "look-around, back references or sets within sets"
+        "look-around, back references or sets within sets",
+        about="pattern",
+        value=pattern,
     )

@@ -1,7 +1,7 @@
-"""A folder of plain ``peft`` ↔ the tensors and the method of an adapter, so that nobody is locked in.
+"""A folder of the ``peft`` library ↔ the tensors and the configuration of an adapter.
 
-Reading imports neither torch nor peft and no pickle: ``adapter_config.json`` and ``adapter_model.safetensors``. What
-the settings mean is ``peftconfig.py``'s; whether the adapter fits a base is asked when it is exported to one.
+Reading needs neither torch, peft nor pickle: the files are ``adapter_config.json`` (``config.py``) and
+``adapter_model.safetensors``. Whether the adapter fits a base is checked when it is exported.
 """
 
 import json
@@ -15,24 +15,24 @@ from adapters import files
 from adapters.files import MAX_ADAPTER
 from adapters.layout import Floats, Layout, Tensors
 from adapters.ondevice import PEFT_PREFIX, graph_name
-from adapters.peft.config import Config, config_of, method_of, saved_modules
+from adapters.peft.config import Settings, config_of, saved_modules, settings_of
 from adapters.peft.inputs import LORA, AdapterInputs
 from adapters.peftconfig import PeftConfig
 from adapters.storage import new_folder, write_files
 from aggregation.errors import ConfigError, DataError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-LABELS = "labels.txt"  # not of peft: the labels of a classifier's head, one a line, in order
+LABELS = "labels.txt"  # our own addition: the labels of a classifier's head, one a line, in order
 MAX_CONFIG = 2**20  # bytes
-MAX_NAME = 512  # letters of a tensor's name
-EMBEDDING = ".lora_embedding_"  # in the names of what peft adds to an embedding
+MAX_NAME = 512  # characters of a tensor's name
+EMBEDDING = ".lora_embedding_"  # part of the names of LoRA tensors on an embedding
 BF16 = "BF16"
 TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, BF16: np.uint16}
 
 
 @dataclass(frozen=True, slots=True)
 class PeftFolder:
-    """What a PEFT folder holds. ``base`` is what peft noted as the base's name: a hint, not an identity."""
+    """The content of a PEFT folder. ``base`` is the base's name that peft noted: a hint, not an identity."""
 
     peft_config: PeftConfig
     sha256: str  # of adapter_model.safetensors
@@ -48,66 +48,69 @@ def read_peft(folder: Path) -> PeftFolder:
         DataError: A file is damaged or too large, a tensor is not finite, or tensors and configuration disagree.
     """
     if not (folder / CONFIG).is_file():
-        below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where peft saves what has a name
+        below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where peft saves named adapters
         hint = f"; name one of the adapters in it: {', '.join(below)}" if below else ""
-        raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}{hint}")
+        raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}{hint}", about=CONFIG, value=below)
     if not (folder / WEIGHTS).is_file():
-        reason = f"only {PICKLE}, a pickle, which is not read: save it again with safetensors"
-        raise ConfigError(f"{folder} has {reason if (folder / PICKLE).exists() else f'no {WEIGHTS}'}")
-    config = _config(_read(folder / CONFIG, MAX_CONFIG))
-    method = method_of(config)
+        if (folder / PICKLE).exists():
+            raise ConfigError(
+                f"{folder} has only {PICKLE}, a pickle, which is not read: save it again with safetensors", about=PICKLE
+            )
+        raise ConfigError(f"{folder} has no {WEIGHTS}", about=WEIGHTS)
+    settings = _settings(_read(folder / CONFIG, MAX_CONFIG))
+    config = config_of(settings)
     blob = _read(folder / WEIGHTS, MAX_ADAPTER)
     tensors = _tensors(blob)
-    _check_saved(tensors, saved_modules(config))
-    AdapterInputs.of_tensors(method, tensors)
-    base = config.get("base_model_name_or_path")
-    return PeftFolder(method, files.sha256(blob), base if isinstance(base, str) else None, tensors)
+    _check_saved(tensors, saved_modules(settings))
+    AdapterInputs.of_tensors(config, tensors)
+    base = settings.get("base_model_name_or_path")
+    return PeftFolder(config, files.sha256(blob), base if isinstance(base, str) else None, tensors)
 
 
-def to_peft(tensors: Tensors, method: PeftConfig, out: Path, base: str | None = None) -> None:
+def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = None) -> None:
     """Write a folder that ``PeftModel.from_pretrained(model, out)`` opens, with the outputs that the adapter has here.
 
     Args:
         tensors: All tensors of the adapter, under peft's names: a registry version's, or those of an exported file
             (``adapters.ondevice.from_graph``).
-        method: Of the adapter.
-        out: A folder that is not there yet, or is empty. It appears whole or not at all.
-        base: What peft shall note as the base's name.
+        config: The adapter's.
+        out: A new or empty folder. It is written atomically.
+        base: The name of the base that peft notes.
 
     Raises:
-        ConfigError: ``out`` holds something.
-        DataError: The tensors are not of this method, or not finite.
+        ConfigError: ``out`` is not empty.
+        DataError: The tensors do not match ``config``, or are not finite.
         OSError: The folder cannot be written; the error names the file.
     """
-    found = AdapterInputs.of_tensors(method, tensors)
-    ranks = {slot.path: method.rank_of(slot.path) for slot in found.loras}
-    config = config_of(method, ranks, [slot.path for slot in found.saved], base)
-    contents = {CONFIG: json.dumps(config, indent=2).encode() + b"\n", WEIGHTS: files.encode(tensors)}
+    inputs = AdapterInputs.of_tensors(config, tensors)
+    ranks = {slot.path: config.rank_of(slot.path) for slot in inputs.loras}
+    settings = settings_of(config, ranks, [slot.path for slot in inputs.saved], base)
+    contents = {CONFIG: json.dumps(settings, indent=2).encode() + b"\n", WEIGHTS: files.encode(tensors)}
     with new_folder(out) as stage:
         write_files(stage, contents)
 
 
 def _read(path: Path, limit: int) -> bytes:
     if path.stat().st_size > limit:
-        raise DataError(f"{path} is above the limit of {limit} bytes")
+        raise DataError(f"{path} is above the limit of {limit} bytes", about=path.name)
     return path.read_bytes()
 
 
-def _config(raw: bytes) -> Config:
+def _settings(raw: bytes) -> Settings:
     try:
-        config = json.loads(raw)
+        settings = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{CONFIG} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{CONFIG} is not an object")
-    return config
+        raise DataError(f"{CONFIG} is not JSON: {error}", about=CONFIG) from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{CONFIG} is not an object", about=CONFIG)
+    return settings
 
 
 def _tensors(blob: bytes) -> Tensors:
     try:
         rows = deserialize(blob)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise DataError(f"{WEIGHTS} is damaged or truncated: {error}") from error
+        raise DataError(f"{WEIGHTS} is damaged or truncated: {error}", about=WEIGHTS) from error
     tensors = {name: _floats(name, row["dtype"], row["data"], row["shape"]) for name, row in rows}
     Layout.of(tensors).check(tensors)
     return tensors
@@ -115,30 +118,39 @@ def _tensors(blob: bytes) -> Tensors:
 
 def _floats(name: str, kind: str, data: bytes, shape: list[int]) -> Floats:
     if not name.startswith(PEFT_PREFIX) or len(name) > MAX_NAME or kind not in TYPES:
-        raise DataError(f"tensor {name[:80]!r} of type {kind} is none that peft saves for an adapter of floats")
+        raise DataError(
+            f"tensor {name[:80]!r} of type {kind} is not one that peft saves for an adapter of floats",
+            about=name[:80],
+            value=kind,
+        )
     raw = np.frombuffer(data, TYPES[kind]).reshape(shape)
     if kind == BF16:  # the upper half of a float32
         raw = (raw.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinity, which is refused
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is refused
         return raw.astype(np.float32)
 
 
 def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
-    """Refuse tensors that peft stored for another reason than ``modules_to_save``, such as a resized embedding."""
-    for name in sorted(map(graph_name, tensors)):
-        if EMBEDDING in name:  # said before the copy of the base's table, which peft saves beside it
+    """Refuse tensors that peft saved for a reason other than ``modules_to_save``, such as a resized embedding."""
+    names = sorted(map(graph_name, tensors))
+    for name in names:
+        if EMBEDDING in name:  # before the embedding itself, which peft saves too and which is refused below
             raise ConfigError(
                 f"tensor {name!r} is of LoRA on an embedding, which cannot be exported: train without it in "
-                "target_modules"
+                "target_modules",
+                about=name,
             )
-    for name in map(graph_name, tensors):
+    for name in names:
         parts = name.split(".")
         if "base_layer" in parts:
             raise ConfigError(
-                f"tensor {name!r} is the base's own, and a base is not changed: save the adapter with "
-                "save_pretrained(folder, save_embedding_layers=False)"
+                f"tensor {name!r} is a copy of the base's, and a base is not changed: save the adapter with "
+                "save_pretrained(folder, save_embedding_layers=False)",
+                about=name,
             )
         modules = [".".join(parts[:count]) for count in range(1, len(parts))]
-        # peft takes every module whose path ends so, in the middle of a word too.
+        # peft matches every module whose path ends with the name, even in the middle of a word.
         if LORA not in name and not any(module.endswith(saved) for module in modules):
-            raise ConfigError(f"tensor {name!r} belongs to no module in modules_to_save and cannot be exported")
+            raise ConfigError(
+                f"tensor {name!r} belongs to no module in modules_to_save and cannot be exported", about=name
+            )

@@ -1,4 +1,4 @@
-"""Folders of real peft, read and written: scaling by layer, outputs, and everything that must be refused."""
+"""Folders that the real peft writes and reads: the same scaling and outputs, and a refusal of everything else."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ TEXTS = ["turn on the kitchen lights", "lock the door", "play music"]
 
 
 class Net(nn.Module):
-    """Small enough to be built a hundred times; the paths are what patterns are matched with."""
+    """Small enough to be built a hundred times; patterns are matched with its paths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def llama() -> LlamaForCausalLM:
 
 
 def filled(model: PeftModel) -> PeftModel:
-    """With random values in the adapter, so that B is not zero and every scaling shows."""
+    """The model with random values in its adapter, so that B is not zero and every scaling has an effect."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -119,7 +119,7 @@ def test_every_layer_is_scaled_as_peft_scales_it_whatever_the_patterns(
         {"modules_to_save": ["lm_head", "norm"]},
     ],
 )
-def test_a_llama_from_peft_and_back_answers_the_same(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_llama_read_from_peft_and_written_back_gives_the_same_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
     chosen = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
     model = filled(get_peft_model(llama(), LoraConfig(**(chosen | changes))))
     model.save_pretrained(tmp_path / "theirs")
@@ -136,7 +136,7 @@ def classifier(base: Base) -> PhraseClassifier:
 
 
 @pytest.mark.parametrize(("form", "tolerance"), [("fp32", 1e-6), ("int8", 0.05)])
-def test_a_file_for_devices_opens_in_peft_with_its_scale_unfolded(
+def test_an_adapter_file_opens_in_peft_with_its_scaling_unfolded(
     tmp_path: Path, model: PeftModel, exported: ExportedBase, tiny_base: Base, form: Format, tolerance: float
 ) -> None:
     values, method = tensors(model), PeftConfig("LORA", 4, 8, ("query", "value"))
@@ -152,7 +152,7 @@ def test_a_file_for_devices_opens_in_peft_with_its_scale_unfolded(
     assert difference.abs().max() < 20 * tolerance
 
 
-def test_a_peft_folder_answers_the_same_through_the_exported_graph(tmp_path: Path, tiny_base: Base) -> None:
+def test_a_peft_folder_gives_torchs_answers_in_the_exported_graph(tmp_path: Path, tiny_base: Base) -> None:
     patterns = {"rank_pattern": {r"layer\.0.*query": 2}, "alpha_pattern": {r"layer\.1.*value": 32}}
     names = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
     model = get_peft_model(classifier(tiny_base), LoraConfig(r=4, lora_alpha=8, use_rslora=True, **names, **patterns))
@@ -163,7 +163,7 @@ def test_a_peft_folder_answers_the_same_through_the_exported_graph(tmp_path: Pat
     assert compare(model, runner, inputs, TEXTS).max_abs_diff < 1e-5
 
 
-def test_half_precision_folders_are_read_as_the_floats_that_they_mean(tmp_path: Path, saved: Path) -> None:
+def test_half_precision_folders_are_read_as_the_same_floats(tmp_path: Path, saved: Path) -> None:
     exact = load_file(saved / WEIGHTS)
     for kind in (torch.float16, torch.bfloat16, torch.float64):
         save_file({name: value.to(kind) for name, value in exact.items()}, saved / WEIGHTS)
@@ -181,59 +181,69 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "about"),
     [
         ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "all"}, "bias"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["experts"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow"),
-        ({"a\x1b[31m\nb": 3}, r"uses 'a\\x1b\[31m\\nb': 3, .*train without it"),
-        ({"peft_type": "LOHA"}, "'LOHA'"),
-        ({"peft_type": None}, "'None'"),
-        ({"modules_to_save": None}, r"score\.(bias|weight)' belongs to no module"),
+        ({"a\x1b[31m\nb": 3}, "a\x1b[31m\nb"),
+        ({"peft_type": "LOHA"}, "peft_type"),
+        ({"peft_type": None}, "peft_type"),
+        ({"modules_to_save": None}, "score.bias"),
     ],
 )
-def test_what_a_graph_cannot_say_is_refused_by_name(saved: Path, changes: dict[str, Any], named: str) -> None:
+def test_a_setting_that_a_graph_cannot_express_is_refused_by_name(
+    saved: Path, changes: dict[str, Any], about: str
+) -> None:
     _configure(saved, changes)
-    with pytest.raises(ConfigError, match=named) as caught:
+    with refused(ConfigError, about) as caught:
         read_peft(saved)
     assert str(caught.value).isprintable()
 
 
+def test_the_line_names_setting_value_and_remedy(saved: Path) -> None:
+    _configure(saved, {"a\x1b[31m\nb": 3})
+    with pytest.raises(ConfigError, match=r"uses 'a\\x1b\[31m\\nb': 3, .*train without it"):
+        read_peft(saved)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "about"),
     [
-        ({"r": "three"}, "json: r:"),
-        ({"r": -3}, "json: r:"),
-        ({"lora_alpha": None}, "alpha"),
-        ({"lora_alpha": float("nan")}, "alpha"),
-        ({"r": 5}, "has rank 3, but the adapter's configuration says 5"),
-        ({"rank_pattern": {"q_proj": 2}}, "has rank 3, but the adapter's configuration says 2"),
+        ({"r": "three"}, "r"),
+        ({"r": -3}, "r"),
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"r": 5}, "layers.0.attn.q_proj"),
+        ({"rank_pattern": {"q_proj": 2}}, "layers.0.attn.q_proj"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
-        ({"alpha_pattern": {"(": 2}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 2}}, "pattern"),
         ({"alpha_pattern": {"q" * 600: 2}}, "alpha_pattern"),
         ({"modules_to_save": "score"}, "modules_to_save"),
         ({"modules_to_save": [1]}, "modules_to_save"),
     ],
 )
 def test_a_configuration_that_is_damaged_or_of_other_tensors_is_refused(
-    saved: Path, changes: dict[str, Any], message: str
+    saved: Path, changes: dict[str, Any], about: str
 ) -> None:
     _configure(saved, changes)
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, about):
         read_peft(saved)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
-def test_a_configuration_that_is_no_object_is_refused(saved: Path, raw: bytes) -> None:
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000], ids=["empty", "open", "list", "not UTF-8", "deep"]
+)
+def test_a_configuration_that_is_not_an_object_is_refused(saved: Path, raw: bytes) -> None:
     (saved / CONFIG).write_bytes(raw)
-    with pytest.raises(DataError, match=CONFIG):
+    with refused(DataError, CONFIG):
         read_peft(saved)
 
 
@@ -248,9 +258,9 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_weights_that_are_damaged_are_refused(saved: Path, damage: str) -> None:
+def test_damaged_weights_are_refused(saved: Path, damage: str) -> None:
     (saved / WEIGHTS).write_bytes(DAMAGE[damage]((saved / WEIGHTS).read_bytes()))
-    with pytest.raises(DataError, match="damaged or truncated"):
+    with refused(DataError, WEIGHTS):
         read_peft(saved)
 
 
@@ -281,49 +291,51 @@ def _change(name: str, value: Any) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 A, B = (f"base_model.model.q_proj.lora_{letter}.weight" for letter in "AB")
+BIAS, DORA = "q_proj.lora_B.bias", "q_proj.lora_magnitude_vector.weight"
+LONG = f"base_model.model.{'x' * 600}.lora_A.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "about"),
     [
-        (_change(A, torch.full((3, 6), torch.nan)), "NaN"),
-        (_change(A, torch.full((3, 6), 1e300, dtype=torch.float64)), "NaN or infinity"),
-        (_change(A, torch.ones(4, 6)), "pair of LoRA matrices of one rank"),
-        (_change(A, torch.ones(3, 6, 1)), "pair of LoRA matrices"),
-        (_change(A, None), "pair of LoRA matrices"),
-        (_change(B, None), "pair of LoRA matrices"),
-        (_change(A, torch.ones(3, 6, dtype=torch.int8)), "of type I8"),
-        (_change("q_proj.lora_A.weight", torch.ones(3, 6)), "none that peft saves"),
-        (_change("base_model.model.q_proj.lora_B.bias", torch.ones(6)), "not of plain LoRA"),
-        (_change("base_model.model.q_proj.lora_magnitude_vector.weight", torch.ones(6)), "not of plain LoRA"),
-        (_change(f"base_model.model.{'x' * 600}.lora_A.weight", torch.ones(3, 6)), r"'base_model.model.x{63}' of type"),
+        (_change(A, torch.full((3, 6), torch.nan)), A),
+        (_change(A, torch.full((3, 6), 1e300, dtype=torch.float64)), A),
+        (_change(A, torch.ones(4, 6)), "q_proj"),
+        (_change(A, torch.ones(3, 6, 1)), "q_proj"),
+        (_change(A, None), "q_proj"),
+        (_change(B, None), "q_proj"),
+        (_change(A, torch.ones(3, 6, dtype=torch.int8)), A),
+        (_change("q_proj.lora_A.weight", torch.ones(3, 6)), "q_proj.lora_A.weight"),
+        (_change(f"base_model.model.{BIAS}", torch.ones(6)), BIAS),
+        (_change(f"base_model.model.{DORA}", torch.ones(6)), DORA),
+        (_change(LONG, torch.ones(3, 6)), LONG[:80]),
     ],
 )
-def test_tensors_that_no_graph_takes_are_refused(saved: Path, change: Any, message: str) -> None:
+def test_a_tensor_that_no_graph_takes_is_refused(saved: Path, change: Any, about: str) -> None:
     values = load_file(saved / WEIGHTS)
     change(values)
     save_file(values, saved / WEIGHTS)
-    with pytest.raises(DataError, match=message):
+    with refused(DataError, about):
         read_peft(saved)
 
 
 def test_pickled_weights_are_not_read(saved: Path) -> None:
     (saved / WEIGHTS).rename(saved / "adapter_model.bin")
-    with pytest.raises(ConfigError, match="a pickle, which is not read"):
+    with refused(ConfigError, "adapter_model.bin"):
         read_peft(saved)
 
 
-def test_a_folder_without_adapter_is_told_apart(saved: Path, tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_refused(saved: Path, tmp_path: Path) -> None:
     (saved / WEIGHTS).unlink()
-    with pytest.raises(ConfigError, match=f"has no {WEIGHTS}"):
+    with refused(ConfigError, WEIGHTS):
         read_peft(saved)
-    with pytest.raises(ConfigError, match=f"it has no {CONFIG}$"):
+    with refused(ConfigError, CONFIG, value=[]):
         read_peft(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=f"it has no {CONFIG}; name one of the adapters in it: saved"):
-        read_peft(tmp_path)  # peft saves an adapter that has a name into a folder of that name
+    with refused(ConfigError, CONFIG, value=["saved"]):
+        read_peft(tmp_path)  # peft saves a named adapter in a folder of that name
 
 
-def test_weights_of_the_base_in_an_adapter_are_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_weights_of_the_base_in_an_adapter_are_refused_with_the_remedy(tmp_path: Path) -> None:
     model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "lm_head"]))
     model.save_pretrained(tmp_path / "with")
     with pytest.raises(ConfigError, match=r"'lm_head.base_layer.weight' .* save_embedding_layers=False"):
@@ -334,32 +346,34 @@ def test_weights_of_the_base_in_an_adapter_are_refused_with_the_way_out(tmp_path
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("saved_too", [True, False])
-def test_lora_on_an_embedding_is_refused_whether_or_not_its_table_was_saved(tmp_path: Path, saved_too: bool) -> None:
+def test_lora_on_an_embedding_is_refused_whether_or_not_the_embedding_was_saved(
+    tmp_path: Path, saved_too: bool
+) -> None:
     model = get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"]))
     model.save_pretrained(tmp_path, save_embedding_layers=saved_too)
-    with pytest.raises(ConfigError, match=r"lora_embedding_A' is of LoRA on an embedding.* target_modules"):
+    with refused(ConfigError, "model.embed_tokens.lora_embedding_A"):
         read_peft(tmp_path)
 
 
-def test_another_method_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_method_other_than_lora_is_refused(tmp_path: Path) -> None:
     get_peft_model(Net(), IA3Config(target_modules=["q_proj"], feedforward_modules=[])).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="'IA3'"):
+    with refused(ConfigError, "peft_type", value="IA3"):
         read_peft(tmp_path)
 
 
-def test_a_folder_that_holds_something_is_left_alone(saved: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_left_unchanged(saved: Path, tmp_path: Path) -> None:
     read = read_peft(saved)
     before = {path: path.read_bytes() for path in saved.iterdir()}
     with refused(ConfigError, saved.name):
         to_peft(read.tensors, read.peft_config, saved)
     assert {path: path.read_bytes() for path in saved.iterdir()} == before
-    with pytest.raises(DataError, match="NaN"):
+    with refused(DataError, min(read.tensors)):
         to_peft({name: value * np.nan for name, value in read.tensors.items()}, read.peft_config, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_the_digest_is_the_files_and_equal_adapters_give_equal_folders(saved: Path, tmp_path: Path) -> None:
+def test_the_digest_is_of_the_file_and_equal_adapters_give_equal_folders(saved: Path, tmp_path: Path) -> None:
     read = read_peft(saved)
     assert read.sha256 == files.sha256((saved / WEIGHTS).read_bytes())
     to_peft(read.tensors, read.peft_config, tmp_path / "a")
@@ -369,7 +383,7 @@ def test_the_digest_is_the_files_and_equal_adapters_give_equal_folders(saved: Pa
     ]
 
 
-def test_folding_and_unfolding_the_scale_are_each_others_inverse(model: PeftModel) -> None:
+def test_unfolding_the_scaling_inverts_folding_it(model: PeftModel) -> None:
     load(model, tensors(model))
     scaling = find_adapter_inputs(model).scaling
     for name, value in from_graph(to_graph(tensors(model), scaling), scaling).items():

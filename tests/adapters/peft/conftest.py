@@ -1,0 +1,5 @@
+"""The tiny classifier and its export."""
+
+from tests.support import models
+
+tiny_base, model, exported, trace_once = models.tiny_base, models.model, models.exported, models.trace_once
