@@ -18,13 +18,13 @@ from datetime import datetime
 
 from aggregation import checks, envelope, masks, ring, sharing
 from aggregation.entropy import Entropy
-from aggregation.envelope import M
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.masks import Mask
 from aggregation.messages import (
     Advert,
     Assignment,
     ConsistencySignature,
+    M,
     MaskedInput,
     Message,
     Offer,

@@ -6,15 +6,14 @@ its type is refused before its content is copied.
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Annotated
 
 from aggregation import wire
 from aggregation.errors import ProtocolError, TrustError
-from aggregation.messages import MaskedInput, Message
+from aggregation.messages import M, MaskedInput, Message
 from aggregation.pki.identity import SIGNATURE, IdentityKey, PublicKey
 from aggregation.wire import Codec
 
-M = TypeVar("M", bound=Message)
 VERSION = 1
 OVERHEAD = 128  # bytes: more than magic, version, tag, lengths and signature take
 MAX_MESSAGE = 2**29  # bytes of a body
@@ -26,23 +25,14 @@ _LENGTH = 4  # bytes of a header's length
 class Envelope:
     """A message as it travels."""
 
-    magic: bytes
-    version: int
-    tag: str
-    body: bytes
-    signature: bytes
+    magic: Annotated[bytes, wire.fixed(len(MAGIC))]
+    version: Annotated[int, wire.uint(8)]
+    tag: Annotated[str, wire.text(r"[a-z-]{1,32}")]
+    body: Annotated[bytes, wire.blob(MAX_MESSAGE)]
+    signature: Annotated[bytes, wire.fixed(SIGNATURE)]
 
 
-ENVELOPE: Codec[Envelope] = wire.record(
-    Envelope,
-    {
-        "magic": wire.fixed(len(MAGIC)),
-        "version": wire.uint(8),
-        "tag": wire.text(r"[a-z-]{1,32}"),
-        "body": wire.blob(MAX_MESSAGE),
-        "signature": wire.fixed(SIGNATURE),
-    },
-)
+ENVELOPE: Codec[Envelope] = wire.record(Envelope)
 
 
 def sign(key: IdentityKey, message: Message) -> bytes:

@@ -1,13 +1,13 @@
 """The messages of the protocol: the fields of each, and its canonical encoding (``docs/reference/protocol.md``).
 
-A message declares its fields once, in wire order. ``checks`` decides what a well-formed message may say at each step;
-``envelope`` adds signatures and the version. Limits are in bytes of the encoded body.
+A message declares its fields once, in wire order, each annotated with its codec. ``checks`` decides what a well-formed
+message may say at each step; ``envelope`` adds signatures and the version. Limits are in bytes of the encoded body.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
 
 from aggregation import wire
 from aggregation.pki import DEVICE_ID, MAX_CERTIFICATE
@@ -17,28 +17,66 @@ from aggregation.spec import MAX_ROUNDS, Adversary, SessionSpec
 from aggregation.vector import MAX_SEGMENTS, Segment, VectorSpec
 from aggregation.wire import Codec
 
+M = TypeVar("M", bound="Message")
 DIGEST = 32  # bytes of SHA-256
+SHARE_DIGEST = 16  # bytes: passing a wrong share for the dealt one takes a second preimage
+AEAD_TAG = 16  # bytes
+PAIR = 2 * SHARE  # bytes: the shares that a holder gets from one dealer for one round
 MAX_COHORT = 10_000
+MAX_TRAINING = 2**20  # bytes of settings for the trainer
 MIB = 2**20  # bytes
 
 DIGESTS: Codec[bytes] = wire.fixed(DIGEST)
 DEVICES: Codec[str] = wire.text(DEVICE_ID)
-HEX: Codec[str] = wire.text(r"[0-9a-f]{64}")
-U32: Codec[int] = wire.uint(32)
+_U32, _U64, _HEX = wire.uint(32), wire.uint(64), wire.text(r"[0-9a-f]{64}")
+
+Digest: TypeAlias = Annotated[bytes, DIGESTS]
+DeviceId: TypeAlias = Annotated[str, DEVICES]
+DeviceIds: TypeAlias = Annotated[tuple[str, ...], wire.sequence(DEVICES, MAX_COHORT)]
+HexDigest: TypeAlias = Annotated[str, _HEX]
+Uint32: TypeAlias = Annotated[int, _U32]
+Uint64: TypeAlias = Annotated[int, _U64]
+_KeyOfEachRound: TypeAlias = Annotated[tuple[bytes, ...], wire.sequence(wire.fixed(32), MAX_ROUNDS)]
+_ShareByDealer: TypeAlias = Annotated[Mapping[str, bytes], wire.mapping(DEVICES, wire.fixed(SHARE), MAX_COHORT)]
+
+_SEGMENT = wire.record(Segment, {"name": wire.text(r"[A-Za-z0-9_./-]{1,128}"), "size": _U32, "bound": wire.real})
+_VECTOR_SPEC = wire.record(
+    VectorSpec, {"segments": wire.sequence(_SEGMENT, MAX_SEGMENTS), "ring_bits": wire.uint(8), "max_clients": _U32}
+)
+SESSION_SPEC: Codec[SessionSpec] = wire.record(
+    SessionSpec,
+    {
+        "rounds": _U32,
+        "threshold": _U32,
+        "minimum_survivors": _U32,
+        "degree": _U32,
+        "vector": _VECTOR_SPEC,
+        "clip_norm": wire.real,
+        "weight_cap": _U64,
+        "privacy": wire.text(r"[a-z-]{1,32}"),
+        "base_digest": _HEX,
+        "layout_digest": _HEX,
+        "adversary": wire.choice(Adversary),
+    },
+)
+
+
+_CODECS: dict[type["Message"], Codec[Any]] = {}  # each built once
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Base of all messages: an encoding that follows from ``FIELDS``, and a digest under the message's tag."""
+    """Base of all messages: an encoding that follows from the annotated fields, and a digest under the tag."""
 
     TAG: ClassVar[str]
     LIMIT: ClassVar[int]
-    FIELDS: ClassVar[Mapping[str, Codec[Any]]]
 
     @classmethod
     def codec(cls) -> Codec[Self]:
         """The codec of this message."""
-        return wire.record(cls, cls.FIELDS)
+        if cls not in _CODECS:
+            _CODECS[cls] = wire.record(cls)
+        return _CODECS[cls]
 
     def encode(self) -> bytes:
         """The canonical bytes of this message.
@@ -62,50 +100,15 @@ class Message:
         return hashlib.sha256(self.TAG.encode() + b"\x00" + self.encode()).digest()
 
 
-SHARE_DIGEST = 16  # bytes: passing a wrong share for the dealt one takes a second preimage
-AEAD_TAG = 16  # bytes
-PAIR = 2 * SHARE  # bytes: the shares that a holder gets from one dealer for one round
-_KEYS = wire.sequence(wire.fixed(32), MAX_ROUNDS)
-
-SEGMENT: Codec[Segment] = wire.record(
-    Segment, {"name": wire.text(r"[A-Za-z0-9_./-]{1,128}"), "size": U32, "bound": wire.real}
-)
-VECTOR_SPEC: Codec[VectorSpec] = wire.record(
-    VectorSpec,
-    {"segments": wire.sequence(SEGMENT, MAX_SEGMENTS), "ring_bits": wire.uint(8), "max_clients": U32},
-)
-SESSION_SPEC: Codec[SessionSpec] = wire.record(
-    SessionSpec,
-    {
-        "rounds": U32,
-        "threshold": U32,
-        "minimum_survivors": U32,
-        "degree": U32,
-        "vector": VECTOR_SPEC,
-        "clip_norm": wire.real,
-        "weight_cap": wire.uint(64),
-        "privacy": wire.text(r"[a-z-]{1,32}"),
-        "base_digest": HEX,
-        "layout_digest": HEX,
-        "adversary": wire.choice(Adversary),
-    },
-)
-
-
 @dataclass(frozen=True, slots=True)
 class Offer(Message):
     """Coordinator → devices: a session to join. ``session`` is 32 fresh bytes; certificates are in device order."""
 
     TAG: ClassVar = "offer"
     LIMIT: ClassVar = 32 * MIB
-    FIELDS: ClassVar = {
-        "session": DIGESTS,
-        "spec": SESSION_SPEC,
-        "certificates": wire.sequence(wire.blob(MAX_CERTIFICATE), MAX_COHORT),
-    }
-    session: bytes
-    spec: SessionSpec
-    certificates: tuple[bytes, ...]
+    session: Digest
+    spec: Annotated[SessionSpec, SESSION_SPEC]
+    certificates: Annotated[tuple[bytes, ...], wire.sequence(wire.blob(MAX_CERTIFICATE), MAX_COHORT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +120,11 @@ class Advert(Message):
 
     TAG: ClassVar = "advert"
     LIMIT: ClassVar = MIB
-    FIELDS: ClassVar = {
-        "offer": DIGESTS,
-        "device": DEVICES,
-        "share_key": wire.fixed(32),
-        "mask_keys": _KEYS,
-        "commitments": _KEYS,
-    }
-    offer: bytes
-    device: str
-    share_key: bytes
-    mask_keys: tuple[bytes, ...]
-    commitments: tuple[bytes, ...]
+    offer: Digest
+    device: DeviceId
+    share_key: Annotated[bytes, wire.fixed(32)]
+    mask_keys: _KeyOfEachRound
+    commitments: _KeyOfEachRound
 
     @property
     def keys(self) -> frozenset[bytes]:
@@ -142,9 +138,8 @@ class Roster(Message):
 
     TAG: ClassVar = "roster"
     LIMIT: ClassVar = 256 * MIB
-    FIELDS: ClassVar = {"offer": DIGESTS, "adverts": wire.sequence(wire.blob(Advert.LIMIT), MAX_COHORT)}
-    offer: bytes
-    adverts: tuple[bytes, ...]
+    offer: Digest
+    adverts: Annotated[tuple[bytes, ...], wire.sequence(wire.blob(Advert.LIMIT), MAX_COHORT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,21 +150,13 @@ class EncryptedShares:
     these shares in the same order.
     """
 
-    ciphertext: bytes
-    digests: tuple[bytes, ...]
+    ciphertext: Annotated[bytes, wire.blob(MAX_ROUNDS * PAIR + AEAD_TAG)]
+    digests: Annotated[tuple[bytes, ...], wire.sequence(wire.fixed(SHARE_DIGEST), 2 * MAX_ROUNDS)]
 
 
-ENCRYPTED_SHARES: Codec[Mapping[str, EncryptedShares]] = wire.mapping(
-    DEVICES,
-    wire.record(
-        EncryptedShares,
-        {
-            "ciphertext": wire.blob(MAX_ROUNDS * PAIR + AEAD_TAG),
-            "digests": wire.sequence(wire.fixed(SHARE_DIGEST), 2 * MAX_ROUNDS),
-        },
-    ),
-    MAX_COHORT,
-)
+_SharesByDevice: TypeAlias = Annotated[
+    Mapping[str, EncryptedShares], wire.mapping(DEVICES, wire.record(EncryptedShares), MAX_COHORT)
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +165,9 @@ class Shares(Message):
 
     TAG: ClassVar = "shares"
     LIMIT: ClassVar = 64 * MIB
-    FIELDS: ClassVar = {"context": DIGESTS, "device": DEVICES, "encrypted_shares": ENCRYPTED_SHARES}
-    context: bytes
-    device: str
-    encrypted_shares: Mapping[str, EncryptedShares]
-
-
-MAX_TRAINING = 2**20  # bytes of settings for the trainer
+    context: Digest
+    device: DeviceId
+    encrypted_shares: _SharesByDevice
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,20 +179,12 @@ class Plan(Message):
 
     TAG: ClassVar = "plan"
     LIMIT: ClassVar = 4 * MIB
-    FIELDS: ClassVar = {
-        "context": DIGESTS,
-        "round": U32,
-        "members": wire.sequence(DEVICES, MAX_COHORT),
-        "adapter_version": wire.uint(64),
-        "adapter_digest": HEX,
-        "training": wire.blob(MAX_TRAINING),
-    }
-    context: bytes
-    round: int
-    members: tuple[str, ...]
-    adapter_version: int
-    adapter_digest: str
-    training: bytes
+    context: Digest
+    round: Uint32
+    members: DeviceIds
+    adapter_version: Uint64
+    adapter_digest: HexDigest
+    training: Annotated[bytes, wire.blob(MAX_TRAINING)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +193,8 @@ class Assignment(Message):
 
     TAG: ClassVar = "assignment"
     LIMIT: ClassVar = 64 * MIB
-    FIELDS: ClassVar = {"plan": Plan.codec(), "encrypted_shares": ENCRYPTED_SHARES}
-    plan: Plan
-    encrypted_shares: Mapping[str, EncryptedShares]
+    plan: Annotated[Plan, Plan.codec()]
+    encrypted_shares: _SharesByDevice
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +203,9 @@ class MaskedInput(Message):
 
     TAG: ClassVar = "masked-input"
     LIMIT: ClassVar = 1024
-    FIELDS: ClassVar = {"plan": DIGESTS, "device": DEVICES, "vector": DIGESTS}
-    plan: bytes
-    device: str
-    vector: bytes
+    plan: Digest
+    device: DeviceId
+    vector: Digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +214,8 @@ class Survivors(Message):
 
     TAG: ClassVar = "survivors"
     LIMIT: ClassVar = 4 * MIB
-    FIELDS: ClassVar = {"plan": DIGESTS, "vectors": wire.mapping(DEVICES, DIGESTS, MAX_COHORT)}
-    plan: bytes
-    vectors: Mapping[str, bytes]
+    plan: Digest
+    vectors: Annotated[Mapping[str, bytes], wire.mapping(DEVICES, DIGESTS, MAX_COHORT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +224,8 @@ class ConsistencySignature(Message):
 
     TAG: ClassVar = "consistency-signature"
     LIMIT: ClassVar = 1024
-    FIELDS: ClassVar = {"survivors": DIGESTS, "device": DEVICES}
-    survivors: bytes
-    device: str
+    survivors: Digest
+    device: DeviceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,15 +237,8 @@ class Unmask(Message):
 
     TAG: ClassVar = "unmask"
     LIMIT: ClassVar = 8 * MIB
-    FIELDS: ClassVar = {
-        "survivors": Survivors.codec(),
-        "consistency_signatures": wire.mapping(DEVICES, wire.fixed(SIGNATURE), MAX_COHORT),
-    }
-    survivors: Survivors
-    consistency_signatures: Mapping[str, bytes]
-
-
-_SHARES_BY_DEALER = wire.mapping(DEVICES, wire.fixed(SHARE), MAX_COHORT)
+    survivors: Annotated[Survivors, Survivors.codec()]
+    consistency_signatures: Annotated[Mapping[str, bytes], wire.mapping(DEVICES, wire.fixed(SIGNATURE), MAX_COHORT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,11 +247,10 @@ class UnmaskResponse(Message):
 
     TAG: ClassVar = "unmask-response"
     LIMIT: ClassVar = 4 * MIB
-    FIELDS: ClassVar = {"survivors": DIGESTS, "device": DEVICES, "seeds": _SHARES_BY_DEALER, "keys": _SHARES_BY_DEALER}
-    survivors: bytes
-    device: str
-    seeds: Mapping[str, bytes]
-    keys: Mapping[str, bytes]
+    survivors: Digest
+    device: DeviceId
+    seeds: _ShareByDealer
+    keys: _ShareByDealer
 
 
 MESSAGES: tuple[type[Message], ...] = (

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from aggregation import checks, envelope, masks, ring, sharing
 from aggregation.entropy import Entropy
-from aggregation.envelope import M
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.masks import Mask
 from aggregation.messages import (
@@ -27,6 +26,7 @@ from aggregation.messages import (
     Assignment,
     ConsistencySignature,
     EncryptedShares,
+    M,
     MaskedInput,
     Offer,
     Plan,

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_origin, get_type_hints
 
 from aggregation.errors import ConfigError, ProtocolError
 
@@ -261,18 +261,30 @@ def _pair_write(key: Codec[K], value: Codec[V]) -> Callable[[bytearray, tuple[K,
     return write
 
 
-def record(kind: type[T], fields: Mapping[str, Codec[Any]]) -> Codec[T]:
-    """A dataclass, field by field in the given order. A value that its constructor refuses is refused on reading."""
+def record(kind: type[T], fields: Mapping[str, Codec[Any]] | None = None) -> Codec[T]:
+    """A dataclass, field by field in order. A value that its constructor refuses is refused on reading.
+
+    Args:
+        kind: The dataclass.
+        fields: Field → codec; by default the codec with which each field is annotated (``typing.Annotated``).
+    """
+    codecs = annotated(kind) if fields is None else fields
 
     def write(out: bytearray, value: T) -> None:
-        for name, codec in fields.items():
+        for name, codec in codecs.items():
             codec.write(out, getattr(value, name))
 
     def read(source: Reader) -> T:
-        values = {name: codec.read(source) for name, codec in fields.items()}
+        values = {name: codec.read(source) for name, codec in codecs.items()}
         try:
             return kind(**values)
         except ConfigError as error:
-            raise ProtocolError(str(error), about=error.about, value=error.value) from None
+            raise ProtocolError.of(error) from None
 
     return Codec(write, read)
+
+
+def annotated(kind: type) -> dict[str, Codec[Any]]:
+    """Field → the codec with which it is annotated."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}

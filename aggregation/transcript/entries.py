@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from aggregation import envelope, wire
 from aggregation.errors import ProtocolError
-from aggregation.messages import DEVICES, DIGESTS, MAX_COHORT, Assignment, Message, Survivors
+from aggregation.messages import Assignment, DeviceIds, Digest, HexDigest, Message, Survivors, Uint32, Uint64
 from aggregation.pki import DEVICE_ID
 from aggregation.wire import Codec
 
@@ -33,11 +33,11 @@ class Place:
 class Entry:
     """A leaf of the log: a signed message and its place."""
 
-    index: int
-    kind: str
-    round: int
-    peer: str
-    message: bytes
+    index: Uint64
+    kind: Annotated[str, wire.text(r"[a-z-]{1,32}")]
+    round: Uint32
+    peer: Annotated[str, wire.text(rf"\*|{DEVICE_ID}")]
+    message: Annotated[bytes, wire.blob(envelope.MAX_MESSAGE)]
 
     @property
     def place(self) -> Place:
@@ -45,16 +45,7 @@ class Entry:
         return Place(self.index, self.kind, self.round, self.peer)
 
 
-ENTRY: Codec[Entry] = wire.record(
-    Entry,
-    {
-        "index": wire.uint(64),
-        "kind": wire.text(r"[a-z-]{1,32}"),
-        "round": wire.uint(32),
-        "peer": wire.text(rf"\*|{DEVICE_ID}"),
-        "message": wire.blob(envelope.MAX_MESSAGE),
-    },
-)
+ENTRY: Codec[Entry] = wire.record(Entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +91,11 @@ class Result(Message):
 
     TAG: ClassVar = "result"
     LIMIT: ClassVar = Survivors.LIMIT
-    FIELDS: ClassVar = {
-        "plan": DIGESTS,
-        "survivors": wire.sequence(DEVICES, MAX_COHORT),
-        "sum": DIGESTS,
-        "version": wire.uint(64),
-        "adapter": wire.text(r"[0-9a-f]{64}"),
-    }
-    plan: bytes
-    survivors: tuple[str, ...]
-    sum: bytes
-    version: int
-    adapter: str
+    plan: Digest
+    survivors: DeviceIds
+    sum: Digest
+    version: Uint64
+    adapter: HexDigest
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +104,8 @@ class Abort(Message):
 
     TAG: ClassVar = "abort"
     LIMIT: ClassVar = 1024
-    FIELDS: ClassVar = {"plan": DIGESTS, "reason": wire.text(r"[a-z-]{1,32}")}
-    plan: bytes
-    reason: str
+    plan: Digest
+    reason: Annotated[str, wire.text(r"[a-z-]{1,32}")]
 
 
 class Stage(Enum):
@@ -142,15 +125,8 @@ class Checkpoint(Message):
 
     TAG: ClassVar = "checkpoint"
     LIMIT: ClassVar = 1024
-    FIELDS: ClassVar = {
-        "offer": DIGESTS,
-        "size": wire.uint(64),
-        "root": DIGESTS,
-        "previous": DIGESTS,
-        "stage": wire.choice(Stage),
-    }
-    offer: bytes
-    size: int
-    root: bytes
-    previous: bytes
-    stage: Stage
+    offer: Digest
+    size: Uint64
+    root: Digest
+    previous: Digest
+    stage: Annotated[Stage, wire.choice(Stage)]

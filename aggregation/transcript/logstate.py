@@ -3,16 +3,19 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Annotated, TypeAlias
 
 from aggregation import envelope, wire
 from aggregation.errors import ProtocolError, TrustError
-from aggregation.messages import DEVICES, DIGESTS
+from aggregation.messages import DIGESTS, DeviceId, Digest, Uint64
 from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR
 from aggregation.transcript import merkle
 from aggregation.transcript.entries import ENTRY, Abort, Checkpoint, Entry, Result, Stage
-from aggregation.transcript.proofs import RECEIPT, SESSION_CHAIN_PROOF, SIZE, Proof, Receipt
+from aggregation.transcript.proofs import RECEIPT, SESSION_CHAIN_PROOF, Proof, Receipt
 from aggregation.wire import Codec
+
+_OptionalDigest: TypeAlias = Annotated[bytes | None, wire.optional(DIGESTS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +34,15 @@ class LogState:
         survivors: Digest of the ids of the survivors that the coordinator named.
     """
 
-    device: str
-    offer: bytes
-    previous: bytes
-    size: int = 0
-    root: bytes = merkle.EMPTY
-    plan: bytes | None = None
-    unconfirmed: bytes | None = None
-    delivered: tuple[bytes, ...] = ()
-    survivors: bytes | None = None
+    device: DeviceId
+    offer: Digest
+    previous: Digest
+    size: Uint64 = 0
+    root: Digest = merkle.EMPTY
+    plan: _OptionalDigest = None
+    unconfirmed: _OptionalDigest = None
+    delivered: Annotated[tuple[bytes, ...], wire.sequence(DIGESTS, 4)] = ()
+    survivors: _OptionalDigest = None
 
     @classmethod
     def initial(cls, coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> "LogState":
@@ -122,21 +125,7 @@ class LogState:
         return LogState(self.device, self.offer, self.previous, checkpoint.size, checkpoint.root), checkpoint
 
 
-_OPTIONAL_DIGEST = wire.optional(DIGESTS)
-LOG_STATE: Codec[LogState] = wire.record(
-    LogState,
-    {
-        "device": DEVICES,
-        "offer": DIGESTS,
-        "previous": DIGESTS,
-        "size": SIZE,
-        "root": DIGESTS,
-        "plan": _OPTIONAL_DIGEST,
-        "unconfirmed": _OPTIONAL_DIGEST,
-        "delivered": wire.sequence(DIGESTS, 4),
-        "survivors": _OPTIONAL_DIGEST,
-    },
-)
+LOG_STATE: Codec[LogState] = wire.record(LogState)
 
 
 def check_last_round(state: LogState, coordinator: PublicKey, receipt: Receipt, checkpoint: Checkpoint) -> None:

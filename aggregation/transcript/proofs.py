@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
 from aggregation import envelope, wire
 from aggregation.messages import MAX_COHORT
@@ -16,16 +17,19 @@ MAX_PATH = 128  # hashes: enough for logs of 2^64 entries
 MAX_SESSIONS = 10_000  # sessions that a device may have missed
 _MAX_LEAF = Result.LIMIT + 2 * envelope.OVERHEAD + 64 * MAX_COHORT
 _PATH = wire.sequence(wire.fixed(merkle.HASH), MAX_PATH)
-SIZE = wire.uint(64)
 _CHECKPOINT = wire.blob(Checkpoint.LIMIT + envelope.OVERHEAD)
+_SignedCheckpoint: TypeAlias = Annotated[bytes, _CHECKPOINT]
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
     """The leaf of an entry, and its inclusion proof."""
 
-    leaf: bytes
-    path: tuple[bytes, ...]
+    leaf: Annotated[bytes, wire.blob(_MAX_LEAF)]
+    path: Annotated[tuple[bytes, ...], _PATH]
+
+
+_Proofs: TypeAlias = Annotated[tuple[Proof, ...], wire.sequence(wire.record(Proof), MAX_ROUNDS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +43,13 @@ class Receipt:
         consistency: Number of entries that an earlier checkpoint covers → proof that the newest begins with them.
     """
 
-    checkpoint: bytes
-    endings: tuple[Proof, ...]
-    contributions: tuple[Proof, ...]
-    consistency: Mapping[int, tuple[bytes, ...]]
+    checkpoint: _SignedCheckpoint
+    endings: _Proofs
+    contributions: _Proofs
+    consistency: Annotated[Mapping[int, tuple[bytes, ...]], wire.mapping(wire.uint(64), _PATH, 2 * MAX_ROUNDS)]
 
 
-_PROOFS = wire.sequence(wire.record(Proof, {"leaf": wire.blob(_MAX_LEAF), "path": _PATH}), MAX_ROUNDS)
-RECEIPT: Codec[Receipt] = wire.record(
-    Receipt,
-    {
-        "checkpoint": _CHECKPOINT,
-        "endings": _PROOFS,
-        "contributions": _PROOFS,
-        "consistency": wire.mapping(SIZE, _PATH, 2 * MAX_ROUNDS),
-    },
-)
+RECEIPT: Codec[Receipt] = wire.record(Receipt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +62,12 @@ class SessionChainProof:
         start: The checkpoint of no entries, signed, that names the last of these as previous.
     """
 
-    receipt: bytes
-    closed: tuple[bytes, ...]
-    start: bytes
+    receipt: Annotated[bytes, wire.blob(2**28)]
+    closed: Annotated[tuple[bytes, ...], wire.sequence(_CHECKPOINT, MAX_SESSIONS)]
+    start: _SignedCheckpoint
 
 
-SESSION_CHAIN_PROOF: Codec[SessionChainProof] = wire.record(
-    SessionChainProof,
-    {
-        "receipt": wire.blob(2**28),
-        "closed": wire.sequence(_CHECKPOINT, MAX_SESSIONS),
-        "start": _CHECKPOINT,
-    },
-)
+SESSION_CHAIN_PROOF: Codec[SessionChainProof] = wire.record(SessionChainProof)
 
 
 def receipts(log: Transcript, devices: Iterable[str]) -> dict[str, bytes]:

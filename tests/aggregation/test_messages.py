@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aggregation import envelope
+from aggregation import envelope, wire
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import (
     MESSAGES,
@@ -62,7 +62,7 @@ def test_messages_come_back_from_their_bytes(samples: list[Message]) -> None:
 
 def test_every_field_of_a_message_travels(samples: list[Message]) -> None:
     for message in samples:
-        assert list(message.FIELDS) == [field.name for field in dataclasses.fields(message)]
+        assert list(wire.annotated(type(message))) == [field.name for field in dataclasses.fields(message)]
 
 
 def test_signed_messages_come_back_from_their_envelope(samples: list[Message]) -> None:
