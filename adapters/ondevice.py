@@ -46,14 +46,14 @@ def check_labels(name: str, labels: Sequence[str]) -> None:
     """Refuse labels of the adapter ``name`` that no device answers with.
 
     Raises:
-        DataError: One is there twice, or is no printable name of at most ``MAX_LABEL`` characters.
+        DataError: One is there twice, or is not a printable name of at most ``MAX_LABEL`` characters.
     """
     if len(set(labels)) != len(labels):
         raise DataError(f"adapter {name!r} names a label twice; export it again with other labels", about="labels")
     for label in labels:
         if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
             raise DataError(
-                f"adapter {name!r}: label {label[:40]!r} is no printable name; export it with another",
+                f"adapter {name!r}: label {label[:40]!r} is not a printable name; export it with another",
                 about="labels",
                 value=label,
             )

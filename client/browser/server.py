@@ -17,9 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
+from adapters.bundle import BASE_MANIFEST, TRUST, adapter_names
 from adapters.storage import new_folder
 from aggregation.errors import ConfigError, DataError
-from client.inference.trust import TRUST_FILE, Trust, adapter_names
+from client.inference.trust import Trust
 
 WEB = Path(__file__).parent / "page"
 LIBRARIES = WEB / "node_modules"
@@ -77,7 +78,7 @@ class Site:
             TrustError: There are no pinned keys, or they are in the bundle.
             ConfigError: The libraries of the page are not installed.
         """
-        if not (bundle / "base" / "card.json").is_file():
+        if not (bundle / BASE_MANIFEST).is_file():
             raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle", value=str(bundle))
         Trust.open(bundle, trust)
         page = {path.name: path for pattern in PAGE for path in WEB.glob(pattern)}
@@ -85,7 +86,7 @@ class Site:
         if any(not path.is_file() for path in page.values()):
             reason = f"the libraries of the page are not installed: run npm ci --ignore-scripts --prefix '{WEB}'"
             raise ConfigError(reason, about="node_modules")
-        page["trust.pem"] = trust or bundle.resolve().parent / TRUST_FILE
+        page[TRUST] = trust or bundle.resolve().parent / TRUST
         return cls(page, bundle.resolve())
 
     def find(self, path: str) -> Path | bytes | None:

@@ -40,7 +40,7 @@ def adapters(bundle: Path, trust: Path | None, as_json: bool) -> None:
 
 def _verified(library: "Library", name: str) -> dict[str, Any]:
     try:
-        manifest = library.trust.adapter(library.bundle, library.base, name).sidecar
+        manifest = library.trust.adapter(name, library.base).manifest
     except EdgeAdaptError as error:
         return {"name": name, "refused": str(error)}
     return {

@@ -4,11 +4,12 @@ Runs on the bare install: neither torch nor flwr nor transformers is imported, a
 ``Generator`` is opened.
 """
 
+from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.library import Adapter, Composition, Library, WeightedAdapter, compose
 from client.inference.session import ClassificationSession, Prediction
 from client.inference.text import Answer, Finish, SamplingParams
-from client.inference.trust import Trust, VerifiedAdapter, VerifiedBase, adapter_names
+from client.inference.trust import Trust
 
 __all__ = [
     "Adapter",

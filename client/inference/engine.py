@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from adapters.bundle import GENERATION, TOKENIZER, VerifiedBase
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from client.inference.library import Adapter
 from client.inference.text import SamplingParams, first_line
-from client.inference.trust import GENAI, TOKENIZER, VerifiedBase
 
 GROWTH = 256  # tokens; the KV cache grows in steps, so that a few more messages fit without a new one
 
@@ -52,7 +52,7 @@ class GenerationEngine:
         self._tokenizer = self._og.Tokenizer(self._model)
         self._adapters = self._og.Adapters(self._model)
         self._live: _Live | None = None
-        stated = json.loads(base.files[GENAI])["model"]
+        stated = json.loads(base.files[GENERATION])["model"]
         self.context = int(stated["context_length"])
         self.vocabulary = int(stated["vocab_size"])
         self.ends = frozenset(map(int, self._tokenizer.eos_token_ids))

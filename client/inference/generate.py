@@ -10,12 +10,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Self
 
+from adapters.bundle import MODEL
 from aggregation.errors import ConfigError, DataError
 from client.inference.engine import GenerationEngine
 from client.inference.library import Adapter, AdapterCache, Composition, Library
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
 from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, first_line
-from client.inference.trust import MODEL
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,12 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from cachetools import LRUCache
 
+from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names
 from adapters.layout import Floats, Tensors
 from adapters.manifest import AdapterManifest, BaseManifest, Task
 from adapters.ondevice import LORA_A, LORA_B, check_name
 from aggregation.errors import ConfigError, DataError
-from client.inference.trust import Trust, VerifiedAdapter, VerifiedBase, adapter_names
+from client.inference.trust import Trust
 
 MAX_WEIGHT = 16.0  # a larger multiple of an adapter's update is noise
 GLOBAL = "global"
@@ -161,7 +162,7 @@ def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base:
     Raises:
         ConfigError: The labels differ, or the ranks add up to more than the base allows.
     """
-    manifests = tuple(one.sidecar for one in verified)
+    manifests = tuple(one.manifest for one in verified)
     if len(verified) == 1 and composition.parts[0].weight == 1:
         return Adapter.of(composition, manifests, verified[0].inputs)
     if other := [one for one in manifests if one.labels != manifests[0].labels]:
@@ -212,16 +213,16 @@ class Library:
         if not bundle.is_dir():
             raise DataError(f"{bundle} is not a bundle: there is no such folder", about="bundle", value=str(bundle))
         pinned = Trust.open(bundle, trust)
-        base = pinned.base(bundle)
-        if task not in (None, base.card.task):
-            reason = f"the base in {bundle} is for {base.card.task}; {OTHER_COMMAND[base.card.task]}"
-            raise ConfigError(reason, about="base.task", value=base.card.task)
+        base = pinned.bundle.base()
+        if task not in (None, base.manifest.task):
+            reason = f"the base in {bundle} is for {base.manifest.task}; {OTHER_COMMAND[base.manifest.task]}"
+            raise ConfigError(reason, about="base.task", value=base.manifest.task)
         return cls(bundle, pinned, base)
 
     @property
     def manifest(self) -> BaseManifest:
         """The base's."""
-        return self.base.card
+        return self.base.manifest
 
     def names(self) -> list[str]:
         """The adapters in the bundle, by file name; not verified."""
@@ -236,7 +237,7 @@ class Library:
             TrustError: No pinned key signed a manifest.
         """
         names = self.names()
-        personal = [name for name in names if self.trust.sidecar(self.bundle, name).parent is not None]
+        personal = [name for name in names if self.trust.bundle.adapter_manifest(name).parent is not None]
         for candidates in (personal, [name for name in names if name == GLOBAL], names):
             if len(candidates) == 1:
                 return candidates[0]
@@ -247,7 +248,7 @@ class Library:
 
     def load(self, composition: Composition) -> Adapter:
         """Verify each part of ``composition``, and compose them. Raises as ``Trust.adapter`` and ``compose``."""
-        verified = [self.trust.adapter(self.bundle, self.base, part.name) for part in composition.parts]
+        verified = [self.trust.adapter(part.name, self.base) for part in composition.parts]
         return compose(composition, verified, self.manifest)
 
 

@@ -1,75 +1,74 @@
-"""The highest version of every adapter that a device has accepted, by base: what a rollback is refused by.
+"""The highest version of each adapter that a device has accepted, by base. It protects from rollback.
 
-Kept in a file beside the pinned keys. As good as that folder: who can write there can pin another key anyway.
+The file is next to the pinned keys, and as safe as their folder: whoever can write there can pin another key.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters import jsontext
+from adapters.bundle import read_file
 from adapters.dsse import MAX_ENVELOPE
 from adapters.manifest import AdapterManifest
 from adapters.storage import locked, replace
 from aggregation.errors import ConfigError, TrustError
-from client.inference import intact
 
 Versions = dict[str, dict[str, int]]  # base digest → adapter → version
 
 
 @dataclass(frozen=True, slots=True)
 class SeenVersions:
-    """The file, which need not be there yet."""
+    """The file, which need not exist yet."""
 
     path: Path
 
-    def refuse_older(self, sidecar: AdapterManifest) -> None:
-        """Return if the version is not below the highest that was accepted.
+    def accept(self, manifest: AdapterManifest) -> None:
+        """Note the version of a verified manifest, if it is the highest so far.
 
         Raises:
-            TrustError: It is; or the note is damaged.
+            TrustError: It is lower than the highest, or the file is damaged.
+            ConfigError: The file cannot be written.
         """
-        if sidecar.version < (highest := _highest(self._read(), sidecar)):
+        if manifest.version < (highest := _highest(self._read(), manifest)):
             raise TrustError(
-                f"adapter {sidecar.name!r} is version {sidecar.version}, but version {highest} was accepted "
-                "here before; fetch the current bundle"
+                f"adapter {manifest.name!r} is version {manifest.version}, but version {highest} was accepted here "
+                "before: copy the current bundle",
+                about="adapter-manifest.version",
+                value=manifest.version,
             )
-
-    def note(self, sidecar: AdapterManifest) -> None:
-        """Note that the version was accepted, if it is the highest so far.
-
-        Raises:
-            TrustError: The note is damaged.
-            ConfigError: It cannot be written.
-        """
-        if sidecar.version <= _highest(self._read(), sidecar):
+        if manifest.version == highest:
             return
         try:
             with locked(self.path.with_suffix(".lock")):  # else two programs could undo what the other noted
-                self._raise(sidecar)
+                self._raise(manifest)
         except OSError as error:
             raise ConfigError(
-                f"cannot note the accepted version in {self.path} ({error.strerror}); make the folder writable, or pin "
-                "the keys in another one with --trust"
+                f"cannot note the accepted version in {self.path} ({error.strerror}): make the folder writable, or pin "
+                "the keys in another one with --trust",
+                about=self.path.name,
             ) from error
 
-    def _raise(self, sidecar: AdapterManifest) -> None:
+    def _raise(self, manifest: AdapterManifest) -> None:
         versions = self._read()
-        if sidecar.version > _highest(versions, sidecar):
-            versions.setdefault(sidecar.base_digest, {})[sidecar.name] = sidecar.version
-            replace(self.path, json.dumps(versions, indent=1, sort_keys=True).encode())
+        if manifest.version > _highest(versions, manifest):
+            versions.setdefault(manifest.base_digest, {})[manifest.name] = manifest.version
+            replace(self.path, jsontext.encode(versions))
 
     def _read(self) -> Versions:
         if not self.path.exists():
             return {}
         try:
-            versions = json.loads(intact.read(self.path, MAX_ENVELOPE))
+            versions = jsontext.decode(read_file(self.path, MAX_ENVELOPE))
             sound = all(type(version) is int for noted in versions.values() for version in noted.values())
-        except (ValueError, AttributeError, RecursionError):
+        except (ValueError, AttributeError):
             sound = False
         if not sound:
-            raise TrustError(f"{self.path} is damaged; delete it only if you trust the bundle to be the current one")
+            raise TrustError(
+                f"{self.path} is damaged: delete it only if you trust the bundle to be the current one",
+                about=self.path.name,
+            )
         return dict(versions)
 
 
-def _highest(versions: Versions, sidecar: AdapterManifest) -> int:
-    return versions.get(sidecar.base_digest, {}).get(sidecar.name, -1)
+def _highest(versions: Versions, manifest: AdapterManifest) -> int:
+    return versions.get(manifest.base_digest, {}).get(manifest.name, -1)

@@ -14,12 +14,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from adapters.bundle import MODEL, TOKENIZER, VerifiedBase
 from adapters.layout import Floats
 from aggregation.errors import ConfigError, DataError
 from client.inference.batch import group_rows, pad, stack
 from client.inference.library import Adapter, AdapterCache, Composition, Library
 from client.inference.text import checked, first_line
-from client.inference.trust import MODEL, TOKENIZER, VerifiedBase
 
 MAX_LOADED = 32  # adapters held in memory
 MAX_LOADED_BYTES = 2**28

@@ -1,20 +1,17 @@
-"""Registry tensors → the bytes of an ``.onnx_adapter`` file. Equal tensors give equal bytes.
+"""Tensors under peft's names ↔ an adapter of a bundle."""
 
-The container is ONNX Runtime's; a file of format ``fp32`` works with its ``LoraAdapter`` unchanged. The container
-checks nothing, so everything that a device relies on is in the signed adapter manifest (``write.py``).
-"""
-
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
+from adapters import container
+from adapters.bundle import VerifiedAdapter
 from adapters.layout import Tensors
-from adapters.ondevice import LORA_A, LORA_B, PEFT_PREFIX, Format, graph_name, quantize, restore, to_graph
-from adapters.peft.inputs import LORA, AdapterInputs, LoraSlot
+from adapters.ondevice import LORA_A, LORA_B, PEFT_PREFIX, Format, from_graph, graph_name, quantize, to_graph
+from adapters.peft.config import exactly
+from adapters.peft.inputs import LORA, AdapterInputs, LoraSlot, lora_paths
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
 
 
@@ -31,17 +28,7 @@ def encode(tensors: Tensors, inputs: AdapterInputs, form: Format = "int8") -> by
     """
     if odd := sorted({graph_name(name) for name in tensors}.symmetric_difference(inputs.names)):
         raise DataError(f"tensor {odd[0]!r} is missing from the adapter or unknown to the exported base", about=odd[0])
-    stored = quantize(to_graph(tensors, inputs.scaling), form)
-    # Sorted, because the container keeps the order in which it is filled.
-    values = {name: ort.OrtValue.ortvalue_from_numpy(stored[name]) for name in sorted(stored)}
-    container = ort.AdapterFormat()
-    container.set_adapter_version(1)
-    container.set_model_version(1)
-    container.set_parameters(values)
-    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
-        path = Path(folder) / "adapter"
-        container.export_adapter(str(path))
-        return path.read_bytes()
+    return container.pack(quantize(to_graph(tensors, inputs.scaling), form))
 
 
 def completed(
@@ -82,17 +69,20 @@ def completed(
     return full, replace(inputs, loras=tuple(loras))
 
 
-def decode(blob: bytes, form: Format) -> Tensors:
-    """The graph inputs of a file that ``encode`` wrote in format ``form``.
+def unfolded(adapter: VerifiedAdapter) -> tuple[Tensors, PeftConfig]:
+    """The adapter's tensors under peft's names, and the PEFT config that gives its layers their scaling.
 
-    Raises:
-        DataError: Not an adapter file, or not of this format.
+    Layers that the adapter does not change are dropped. Where the manifest has no PEFT config, the scaling stays in B,
+    and the PEFT config that is returned gives every layer the scaling 1.
     """
-    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
-        path = Path(folder) / "adapter"
-        path.write_bytes(blob)
-        try:
-            values = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
-        except Exception as error:  # onnxruntime raises several classes of its own, with no common base
-            raise DataError("not a sound .onnx_adapter file", about=".onnx_adapter") from error
-        return restore({name: value.numpy() for name, value in values.items()}, form)
+    kept = {name: value for name, value in adapter.inputs.items() if value.size}
+    config = adapter.manifest.peft_config or _folded(kept)
+    renamed = from_graph(kept, dict.fromkeys(lora_paths(kept), 1.0))
+    return from_graph(kept, AdapterInputs.of_tensors(config, renamed).scaling), config
+
+
+def _folded(inputs: Tensors) -> PeftConfig:
+    ranks = {path: inputs[path + LORA_A].shape[1] for path in sorted(lora_paths(inputs)) if path + LORA_B in inputs}
+    rank = max(ranks.values(), default=1)
+    pairs = tuple((exactly(path), size) for path, size in ranks.items() if size != rank)
+    return PeftConfig("LORA", rank, rank, tuple(ranks), pairs, pairs)

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters import registryfiles
+from adapters.keyfiles import read_key, read_public_keys
 from adapters.layout import Tensors
 from adapters.peft.folder import read_peft
 from adapters.peft.inputs import LORA
 from adapters.peftconfig import PeftConfig
 from adapters.registryfiles import SIGNING_KEY, RegistryFiles
 from aggregation.errors import ConfigError, DataError
-from export.bundle.keys import public_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,8 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
         TrustError: Manifest or file are not what a trusted key signed.
     """
     registryfiles.require(state_dir)  # first: without a registry the key is missing too
-    registry = RegistryFiles.open(state_dir, public_keys(trust or state_dir / SIGNING_KEY))
+    trusted = read_public_keys(trust) if trust else (read_key(state_dir / SIGNING_KEY).public,)
+    registry = RegistryFiles.open(state_dir, trusted)
     found = registry.manifest(version)
     if found is None:
         which = "is empty" if version is None else f"has no version {version}"

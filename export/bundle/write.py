@@ -1,11 +1,6 @@
 """The bundle that a device opens: one base, any number of adapters, each described by a signed manifest.
 
-::
-
-    DIR/base/model.onnx  web.onnx  model.onnx.data  tokenizer.json  card.json
-    DIR/adapters/NAME.onnx_adapter  NAME.json
-
-A bundle is only ever replaced whole (``adapters.storage.staged``).
+``adapters.bundle`` names its files and reads them. A bundle is only ever replaced whole (``adapters.storage.staged``).
 """
 
 import os
@@ -13,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapters.bundle import ADAPTERS, BASE, BASE_MANIFEST, adapter_names, adapter_path, manifest_path
 from adapters.files import sha256
 from adapters.layout import Layout, Tensors
 from adapters.manifest import AdapterManifest, BaseManifest
-from adapters.ondevice import LORA_A, Format, check_labels, check_name, check_slots, to_graph
+from adapters.ondevice import LORA_A, Format, check_labels, check_slots, to_graph
 from adapters.peft.inputs import LABELS, AdapterInputs
 from adapters.peftconfig import PeftConfig
 from adapters.storage import link_files, locked_folder, staged, write_files
@@ -25,8 +21,6 @@ from aggregation.pki.identity import IdentityKey
 from export.bundle import adapter
 from export.bundle.sources import Origin
 from export.onnx.exported import ExportedBase
-
-BASE_MANIFEST = Path("base", "card.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +68,7 @@ def _write_bundle(
 ) -> None:
     check_place(out)
     manifest = exported.manifest
-    files = {f"base/{name}": blob for name, blob in exported.files.items()}
+    files = {(BASE / name).as_posix(): blob for name, blob in exported.files.items()}
     files[BASE_MANIFEST.as_posix()] = manifest.sign(key)
     for source in sources:
         if source.adapter_inputs is None and exported.task == "text-generation":
@@ -87,7 +81,7 @@ def _write_bundle(
     kept = _kept(out, manifest, {source.name for source in sources})
     with staged(out, replaces=True) as stage:
         if kept:
-            link_files(out / "adapters", stage / "adapters")
+            link_files(out / ADAPTERS, stage / ADAPTERS)
         write_files(stage, files)
 
 
@@ -96,7 +90,7 @@ def _kept(out: Path, manifest: BaseManifest, replaced: set[str]) -> bool:
     old = stated_manifest(out)
     if old is None or old.base_digest != manifest.base_digest:
         return False
-    names = {path.stem for path in (out / "adapters").glob("*.json")} - replaced
+    names = set(adapter_names(out)) - replaced
     if names and old.slots != manifest.slots:
         raise ConfigError(
             f"the adapters in {out} ({', '.join(sorted(names))[:200]}) were made for a base with other slots, and "
@@ -185,7 +179,6 @@ def copy_bundle(bundle: Path, out: Path) -> None:
 def _adapter_files(
     source: AdapterSource, inputs: AdapterInputs, base: BaseManifest, key: IdentityKey, form: Format
 ) -> dict[str, bytes]:
-    path = f"adapters/{check_name(source.name)}"
     tensors, inputs = adapter.completed(source.tensors, inputs, base.slots)
     blob = adapter.encode(tensors, inputs, form)
     sizes = check_slots(to_graph(tensors, inputs.scaling), base.slots)
@@ -222,7 +215,8 @@ def _adapter_files(
         rank=rank,
         labels=source.labels,
     )
-    return {f"{path}.onnx_adapter": blob, f"{path}.json": manifest.sign(key)}
+    contents = {adapter_path(source.name): blob, manifest_path(source.name): manifest.sign(key)}
+    return {path.as_posix(): content for path, content in contents.items()}
 
 
 def check_place(out: Path) -> None:
@@ -255,7 +249,7 @@ def stated_manifest(bundle: Path) -> BaseManifest | None:
 def _stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
     """The adapter's manifest, unverified: a device compares versions itself, this only refuses a rollback early."""
     try:
-        return AdapterManifest.unverified((bundle / "adapters" / f"{check_name(name)}.json").read_bytes())
+        return AdapterManifest.unverified((bundle / manifest_path(name)).read_bytes())
     except FileNotFoundError:
         return None
     except TrustError:

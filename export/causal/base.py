@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters import pretrained
 from adapters.base import Base
+from adapters.bundle import TOKENIZER
 from adapters.layout import Floats, Tensors
 from adapters.peft.inputs import AdapterInputs, LoraSlot
 from aggregation.errors import ConfigError
@@ -17,7 +18,7 @@ from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits
 from export.onnx import headers, matmuls
 from export.onnx.calibrate import TEXT, TOKENS
-from export.onnx.exported import MAX_RANK, TOKENIZER, ExportedBase, Profile
+from export.onnx.exported import MAX_RANK, ExportedBase, Profile
 from export.onnx.quantize import quantize
 
 

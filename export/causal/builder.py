@@ -20,14 +20,13 @@ from typing import Any
 import onnx
 
 from adapters.base import Base
+from adapters.bundle import GENERATION, MODEL
 from aggregation.errors import ConfigError
 from export.causal.sample import Sample, matches
-from export.onnx.exported import NATIVE
 from export.onnx.matmuls import share_embedding
 
 # Projections stay separate, because each has a slot of its own; share_embedding shares the output layer's weight.
 OPTIONS = ("fuse_qkv=false", "shared_embeddings=false", "hf_token=false")
-SETTINGS = "genai_config.json"
 QUIET = {"log_severity_level": 3}  # errors; ONNX Runtime warns of each slot that has a default, which all have
 
 
@@ -63,16 +62,16 @@ def build(base: Base, config: Any, sample: Sample) -> DecoderGraph:
         out = Path(name) / "out"
         with _builder() as builder:
             _create(builder, base, out, Path(name) / "cache")
-        files = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(NATIVE)}
-        graph = onnx.load(out / NATIVE, load_external_data=False)
+        files = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(MODEL)}
+        graph = onnx.load(out / MODEL, load_external_data=False)
         graph.ClearField("producer_version")  # it names the commit of whatever repository Python was installed in
-        settings = json.loads(files[SETTINGS])
+        settings = json.loads(files[GENERATION])
         decoder = settings["model"]["decoder"]
         decoder["session_options"] |= QUIET
-        files[SETTINGS] = json.dumps(settings, indent=4).encode()
+        files[GENERATION] = json.dumps(settings, indent=4).encode()
         _fix_head_size(graph, decoder["head_size"])
-        onnx.save(graph, out / NATIVE)
-        if not matches(out / NATIVE, sample):
+        onnx.save(graph, out / MODEL)
+        if not matches(out / MODEL, sample):
             raise BuilderPathError(
                 f"the graph of onnxruntime-genai's builder for {base.folder} does not give torch's logits",
                 about="logits",

@@ -18,11 +18,11 @@ from torch.export import Dim
 from transformers import AutoTokenizer, DynamicCache
 
 from adapters.base import Base
+from adapters.bundle import GENERATION, MODEL, TOKENIZER, WEIGHTS
 from aggregation.errors import ConfigError
-from export.causal.builder import QUIET, SETTINGS, DecoderGraph
+from export.causal.builder import QUIET, DecoderGraph
 from export.causal.sample import Sample, matches
 from export.onnx import graph, matmuls, tasks
-from export.onnx.exported import DATA, NATIVE, TOKENIZER
 from export.onnx.peftmodel import replace_conv1d
 
 TOKENS = ("input_ids", "attention_mask", "position_ids")  # not every family has the last
@@ -79,8 +79,8 @@ def build(base: Base, sample: Sample) -> DecoderGraph:
     matmuls.normalize(traced)
     matmuls.share_embedding(traced)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
-        onnx.save(traced, Path(name, NATIVE), save_as_external_data=True, location=DATA)
-        if not matches(Path(name, NATIVE), sample):
+        onnx.save(traced, Path(name, MODEL), save_as_external_data=True, location=WEIGHTS)
+        if not matches(Path(name, MODEL), sample):
             raise ConfigError(
                 f"the graph that torch traces of {base.folder} does not give torch's logits; it cannot be exported",
                 about="logits",
@@ -157,7 +157,7 @@ def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: KeyValueCache) ->
         tokenizer.save_pretrained(name)
         files = {path.name: path.read_bytes() for path in sorted(Path(name).iterdir()) if path.is_file()}
     files[TOKENIZER] = (base.folder / TOKENIZER).read_bytes()
-    return files | {SETTINGS: json.dumps(settings, indent=4, sort_keys=True).encode()}
+    return files | {GENERATION: json.dumps(settings, indent=4, sort_keys=True).encode()}
 
 
 def _settings(config: Any, sizes: tasks.Sizes, cache: KeyValueCache, context: int, end: Any) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _settings(config: Any, sizes: tasks.Sizes, cache: KeyValueCache, context: in
     first = end[0] if isinstance(end, list) else end
     names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     decoder = {
-        "filename": NATIVE,
+        "filename": MODEL,
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **QUIET},
         "head_size": cache.width,
         "hidden_size": sizes.hidden,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
+from adapters.keyfiles import read_key
 from adapters.ondevice import Format
-from export.bundle import keys
 from export.bundle.write import add
 from export.cli.options import (
     FOLDER,
@@ -55,7 +55,7 @@ def adapter(
       edgeadapt export adapter --registry fleet --version 3 --format int4 --bundle bundle --key vendor.pem
       edgeadapt export adapter --peft my-lora --name poet --version 2 --bundle chat --key vendor.pem
     """
-    signer = keys.read_key(key_file)
+    signer = read_key(key_file)
     origin = origin_of(registry, peft_folder, version, trust, labels)
     manifest = add(bundle, origin, name=name, form=form, key=signer)
     say(

@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 
 from adapters.base import find_base
-from export.bundle import keys
+from adapters.keyfiles import read_key
 from export.cli.options import FOLDER, out_json, say, signed_by
 
 TASKS = ("text-classification", "text-generation")
@@ -55,7 +55,7 @@ def base(
     """
     from export.bundle.write import check_place, write_bundle
 
-    signer = keys.read_key(key_file)
+    signer = read_key(key_file)
     check_place(out)  # before the slow imports and the export
     from export.bundle.base import export_named, usual_task
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
+from adapters.keyfiles import make_key
 from aggregation.entropy import SystemEntropy
-from export.bundle import keys
 from export.cli.options import FOLDER, out_json, say
 
 
@@ -19,7 +19,7 @@ def key(path: Path, as_json: bool) -> None:
     Example:
       edgeadapt export key vendor.pem && cp vendor.pub.pem trust.pem
     """
-    private, public = keys.make_key(path, SystemEntropy())
+    private, public = make_key(path, SystemEntropy())
     say(
         {"key": str(path), "public": str(public), "id": private.public.key_id},
         f"key {private.public.key_id} in {path}; devices pin {public} in their trust.pem",

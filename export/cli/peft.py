@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
+from adapters.bundle import TRUST, Bundle
+from adapters.keyfiles import read_public_keys
 from adapters.peft.folder import to_peft
 from aggregation.errors import ConfigError
-from export.bundle import keys, read
+from export.bundle.adapter import unfolded
 from export.cli.options import FOLDER, from_registry, origin_of, out_json, pinned, say, which
 
 
@@ -41,9 +43,8 @@ def peft(
             raise ConfigError(
                 "--version is for a registry; a bundle holds one version of each adapter", about="--version"
             )
-        trusted = keys.public_keys(trust or bundle.resolve().parent / read.TRUST)
-        manifest = read.read_manifest(bundle, trusted)
-        tensors, config = read.unfolded(*read.read_adapter(bundle, name, manifest, trusted))
+        read = Bundle(bundle, read_public_keys(trust or bundle.resolve().parent / TRUST))
+        tensors, config = unfolded(read.adapter(name, read.base_manifest()))
     else:
         origin = origin_of(registry, None, version, trust, None)
         tensors, config = origin.tensors, origin.peft_config

@@ -6,10 +6,11 @@ from tokenizers import Tokenizer
 
 from adapters import pretrained
 from adapters.base import Base
+from adapters.bundle import TOKENIZER
 from aggregation.errors import ConfigError
 from export.onnx import graph, headers
 from export.onnx.calibrate import TEXT, TOKENS
-from export.onnx.exported import MAX_RANK, TOKENIZER, ExportedBase, Profile
+from export.onnx.exported import MAX_RANK, ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.quantize import quantize
 from export.onnx.tasks import readable_length

@@ -3,12 +3,11 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from adapters.bundle import MODEL, TOKENIZER
 from adapters.files import sha256
 from adapters.manifest import BaseManifest, Task
 from adapters.peft.inputs import AdapterInputs
 
-NATIVE, WEB, DATA = "model.onnx", "web.onnx", "model.onnx.data"  # two graphs over one file of weights
-TOKENIZER = "tokenizer.json"
 MAX_RANK = 64  # the default limit on the rank of an adapter's layers
 
 
@@ -42,8 +41,8 @@ class ExportedBase:
 
     @property
     def model(self) -> bytes:
-        """The native ONNX graph; its weights are in ``files[DATA]``."""
-        return self.files[NATIVE]
+        """The native ONNX graph; its weights are in ``files[WEIGHTS]``."""
+        return self.files[MODEL]
 
     @property
     def tokenizer(self) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from export.onnx.exported import DATA, NATIVE, WEB
+from adapters.bundle import MODEL, WEB_MODEL, WEIGHTS
 
 INLINE = 1024  # bytes; smaller tensors stay in the header, where shape inference looks for constants
 PAGE = 4096  # bytes; a memory mapping starts at a page
@@ -36,9 +36,9 @@ def split(graph: onnx.ModelProto, slots: Slots) -> dict[str, bytes]:
         if value.name in slots:
             value.type.tensor_type.ClearField("shape")
     return {
-        NATIVE: _with_defaults(graph, slots).SerializeToString(deterministic=True),
-        WEB: graph.SerializeToString(deterministic=True),
-        DATA: data,
+        MODEL: _with_defaults(graph, slots).SerializeToString(deterministic=True),
+        WEB_MODEL: graph.SerializeToString(deterministic=True),
+        WEIGHTS: data,
     }
 
 
@@ -64,7 +64,7 @@ def _externalize(graph: onnx.ModelProto) -> bytes:
             data.extend(bytes(-len(data) % PAGE))
             offsets[digest] = len(data)
             data.extend(tensor.raw_data)
-        for key, text in (("location", DATA), ("offset", offsets[digest]), ("length", length)):
+        for key, text in (("location", WEIGHTS), ("offset", offsets[digest]), ("length", length)):
             tensor.external_data.add(key=key, value=str(text))
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL

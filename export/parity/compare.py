@@ -19,10 +19,11 @@ import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
 
+from adapters.bundle import MODEL, TOKENIZER, WEIGHTS
 from adapters.layout import Floats, Tensors
 from adapters.manifest import Task
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
-from export.onnx.exported import DATA, NATIVE, TOKENIZER, Profile
+from export.onnx.exported import Profile
 from export.onnx.graph import ANSWER
 
 MAX_TOKENS = 256  # of one text, where the tokenizer itself sets no limit; longer texts are truncated
@@ -141,9 +142,9 @@ class OnnxRunner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        data = files[DATA]
-        options.add_external_initializers_from_files_in_memory([DATA], [data], [len(data)])
-        session = ort.InferenceSession(files[NATIVE], options, providers=["CPUExecutionProvider"])
+        data = files[WEIGHTS]
+        options.add_external_initializers_from_files_in_memory([WEIGHTS], [data], [len(data)])
+        session = ort.InferenceSession(files[MODEL], options, providers=["CPUExecutionProvider"])
         tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
         if tokenizer.truncation is None:
             tokenizer.enable_truncation(MAX_TOKENS)

@@ -5,8 +5,7 @@ The very files that ship are read back and verified; the trained model is opened
 
 import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from adapters import pretrained
 from adapters.base import Base, find_base
+from adapters.bundle import Bundle, VerifiedAdapter
 from adapters.classifier import ENCODER, PhraseClassifier
 from adapters.layout import Tensors
-from adapters.manifest import AdapterManifest, BaseManifest, Task
+from adapters.manifest import BaseManifest, Task
 from adapters.ondevice import graph_name
 from adapters.peft.folder import to_peft
 from aggregation.errors import ConfigError, DataError
-from aggregation.pki.identity import PublicKey
-from export.bundle import read
 from export.bundle.sources import Origin
 from export.parity.compare import OnnxRunner
 
@@ -32,19 +30,17 @@ class ExportedPair:
     """A bundle's base and one of its adapters, ready to run, and the trained model in torch."""
 
     base: BaseManifest
-    adapter: AdapterManifest
-    inputs: Tensors = field(repr=False)
+    adapter: VerifiedAdapter
     runner: OnnxRunner
     model: PeftModel
 
 
-def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: str, origin: Origin) -> ExportedPair:
+def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> ExportedPair:
     """Read back and verify.
 
     Args:
         bundle: With the base and the adapter.
         name: The adapter's.
-        trusted: The keys that may have signed the bundle's files.
         base_name: The folder or package of the base that was exported.
         origin: What the adapter was exported from.
 
@@ -53,24 +49,25 @@ def open_pair(bundle: Path, name: str, trusted: Sequence[PublicKey], base_name: 
         DataError: The adapter was exported from another file than ``origin``.
         TrustError: A file of the bundle is not what was signed.
     """
-    manifest = read.read_manifest(bundle, trusted)
-    adapter, inputs = read.read_adapter(bundle, name, manifest, trusted)
-    if adapter.source != origin.sha256:
+    verified = bundle.base()
+    manifest, adapter = verified.manifest, bundle.adapter(name, verified.manifest)
+    if (source := adapter.manifest.source) != origin.sha256:
         raise DataError(
-            f"{name!r} in {bundle} was exported from another file ({adapter.source[:12]}); export it again",
+            f"{name!r} in {bundle.folder} was exported from another file ({source[:12]}); export it again",
             about="source",
-            value=adapter.source,
+            value=source,
         )
     base = find_base(base_name)
     if base.digest != manifest.base_digest:
         raise ConfigError(
-            f"{base_name} is the base {base.digest[:12]}, {bundle} was made from {manifest.base_digest[:12]}; name the "
-            "base that was exported",
+            f"{base_name} is the base {base.digest[:12]}, {bundle.folder} holds {manifest.base_digest[:12]}: name "
+            "the base that was exported",
             about="--base",
             value=base.digest,
         )
-    runner = OnnxRunner.open(read.read_base(bundle, manifest))
-    return ExportedPair(manifest, adapter, inputs, runner, _trained(base, manifest.task, origin, len(adapter.labels)))
+    runner = OnnxRunner.open({name: verified.read(name) for name in manifest.files})
+    trained = _trained(base, manifest.task, origin, len(adapter.manifest.labels))
+    return ExportedPair(manifest, adapter, runner, trained)
 
 
 def _trained(base: Base, task: Task, origin: Origin, labels: int) -> PeftModel:

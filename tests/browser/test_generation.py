@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from adapters.base import Base
+from adapters.bundle import WEB_MODEL, WEIGHTS
 from adapters.causal import build
 from adapters.classifier import LoraSpec
 from adapters.files import sha256
@@ -22,7 +23,7 @@ from client.inference.text import SamplingParams
 from client.inference.trust import Trust
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import export_causal
-from export.onnx.exported import DATA, WEB, ExportedBase, Profile
+from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 
 pytestmark = pytest.mark.slow
@@ -98,15 +99,16 @@ def greedy(bundle: Path, name: str, prompt: list[int], count: int, ends: tuple[i
     """The most likely tokens by ONNX Runtime with the web graph, without a KV cache."""
     base = bundle / "base"
     options = ort.SessionOptions()
-    options.add_external_initializers_from_files_in_memory([DATA], [raw := (base / DATA).read_bytes()], [len(raw)])
-    session = ort.InferenceSession((base / WEB).read_bytes(), options)
+    raw = (base / WEIGHTS).read_bytes()
+    options.add_external_initializers_from_files_in_memory([WEIGHTS], [raw], [len(raw)])
+    session = ort.InferenceSession((base / WEB_MODEL).read_bytes(), options)
     trust = Trust.open(bundle)
-    verified = trust.base(bundle)
+    verified = trust.bundle.base()
     feeds: dict[str, Any] = {
         slot: np.zeros([int(text) if text.isdigit() else 0 for text in dimensions], np.float32)
-        for slot, dimensions in verified.card.slots.items()
+        for slot, dimensions in verified.manifest.slots.items()
     }
-    feeds |= trust.adapter(bundle, verified, name).inputs if name else {}
+    feeds |= trust.adapter(name, verified).inputs if name else {}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
             feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
@@ -180,7 +182,7 @@ def test_a_text_ends_where_the_model_ends_it(
     settings["model"]["eos_token_id"] = [2, end]
     path.write_text(json.dumps(settings))
     files = writer.manifest.files | {path.name: sha256(path.read_bytes())}
-    (bundle / "base" / "card.json").write_bytes(replace(writer.manifest, files=files).sign(vendor))
+    (bundle / "base" / "manifest.json").write_bytes(replace(writer.manifest, files=files).sign(vendor))
     page.goto(serve(bundle))
     page.evaluate(START)
     assert written("global", prompt=PROMPT)["ids"] == free[: free.index(end)]

@@ -58,7 +58,7 @@ def test_the_page_its_libraries_the_bundle_and_the_keys_are_served(get: Get, bun
         ("/", WEB / "index.html"),
         ("/worker.js", WEB / "worker.js"),
         ("/trust.pem", bundle.parent / "trust.pem"),
-        ("/bundle/base/card.json", bundle / "base" / "card.json"),
+        ("/bundle/base/manifest.json", bundle / "base" / "manifest.json"),
         ("/bundle/adapters/global.onnx_adapter", bundle / "adapters" / "global.onnx_adapter"),
     ):
         assert get(path)[::2] == (200, file.read_bytes()), path
@@ -68,7 +68,7 @@ def test_the_page_its_libraries_the_bundle_and_the_keys_are_served(get: Get, bun
 
 
 def test_every_answer_carries_the_headers_that_isolate_the_page(get: Get) -> None:
-    for path in ("/", "/worker.js", "/bundle.json", "/bundle/base/card.json", "/nothing"):
+    for path in ("/", "/worker.js", "/bundle.json", "/bundle/base/manifest.json", "/nothing"):
         found = get(path)[1]
         assert HEADERS.items() <= found.items(), path
     assert "default-src 'self'" in HEADERS["Content-Security-Policy"]
@@ -83,10 +83,10 @@ def test_every_answer_carries_the_headers_that_isolate_the_page(get: Get) -> Non
         "/bundle/../trust.pem",
         "/bundle/base/../../trust.pem",
         "/bundle/base/..%2f..%2ftrust.pem",
-        "/bundle/base/%2e%2e/card.json",
+        "/bundle/base/%2e%2e/manifest.json",
         "/bundle/base/..\\..\\trust.pem",
         "/bundle/adapters//global.json",
-        "/bundle/base/card.json/",
+        "/bundle/base/manifest.json/",
         "/bundle/base/",
         "/bundle/base",
         "/bundle/",
@@ -99,7 +99,7 @@ def test_every_answer_carries_the_headers_that_isolate_the_page(get: Get) -> Non
         "/package.json",
         "/vendor/",
         "/vendor/../web.py",
-        "/bundle/base/card.json%00.txt",
+        "/bundle/base/manifest.json%00.txt",
         "http://127.0.0.1/trust.seen.json",
     ],
 )
@@ -118,10 +118,10 @@ def test_a_link_that_leaves_the_bundle_is_not_followed(get: Get, bundle: Path) -
 
 
 def test_a_page_under_a_foreign_host_name_reads_nothing(get: Get) -> None:
-    assert get("/bundle/base/card.json", Host="evil.example:80")[::2] == (404, b"")
-    assert get("/bundle/base/card.json", Host="")[::2] == (404, b"")
+    assert get("/bundle/base/manifest.json", Host="evil.example:80")[::2] == (404, b"")
+    assert get("/bundle/base/manifest.json", Host="")[::2] == (404, b"")
     for name in ("localhost", "localhost:8765", "127.0.0.1:1"):
-        assert get("/bundle/base/card.json", Host=name)[0] == 200
+        assert get("/bundle/base/manifest.json", Host=name)[0] == 200
 
 
 def test_nothing_can_be_written(get: Get) -> None:
@@ -130,14 +130,14 @@ def test_nothing_can_be_written(get: Get) -> None:
 
 
 def test_a_file_is_sent_again_only_if_it_changed(get: Get, bundle: Path) -> None:
-    tag = get("/bundle/base/card.json")[1]["ETag"]
-    assert get("/bundle/base/card.json", If_None_Match=tag)[::2] == (304, b"")
-    (bundle / "base" / "card.json").write_bytes(b"other")
-    assert get("/bundle/base/card.json", If_None_Match=tag)[::2] == (200, b"other")
+    tag = get("/bundle/base/manifest.json")[1]["ETag"]
+    assert get("/bundle/base/manifest.json", If_None_Match=tag)[::2] == (304, b"")
+    (bundle / "base" / "manifest.json").write_bytes(b"other")
+    assert get("/bundle/base/manifest.json", If_None_Match=tag)[::2] == (200, b"other")
 
 
 def test_a_head_request_gets_no_body(get: Get, bundle: Path) -> None:
-    for path in ("/bundle.json", "/bundle/base/card.json"):
+    for path in ("/bundle.json", "/bundle/base/manifest.json"):
         status, headers, body = get(path, "HEAD")
         assert (status, body) == (200, b"")
         assert int(headers["Content-Length"]) == len(get(path)[2])

@@ -105,4 +105,4 @@ function within(view, start, size) {
   if (start < 0 || start + size > view.byteLength) throw damaged("an offset points outside of it");
 }
 
-const damaged = (why) => new DataError(`not a sound .onnx_adapter file: ${why}`);
+const damaged = (why) => new DataError(`not a sound .onnx_adapter file: ${why}`, ".onnx_adapter");

@@ -18,7 +18,7 @@ const STRINGS = /"[^"\\]*(?:\\.[^"\\]*)*"(\s*:)?/g; // of a valid JSON text; tho
  */
 export async function accept(raw, type, keys) {
   if (raw.length > MAX_ENVELOPE) {
-    throw new TrustError(`a signed document of ${raw.length} bytes is above the limit of ${MAX_ENVELOPE}`);
+    throw new TrustError(`a signed document of ${raw.length} bytes is above the limit of ${MAX_ENVELOPE}`, "envelope");
   }
   const { payload, signatures } = envelope(raw, type);
   const signed = pae(type, payload);
@@ -26,9 +26,9 @@ export async function accept(raw, type, keys) {
     for (const key of keys) if (await verifies(key, sig, signed)) return json(payload);
   }
   if (!signatures.some(({ keyid }) => keys.some(({ id }) => id === keyid))) {
-    throw new TrustError(`signed by ${quoted(signatures[0].keyid, 40)}, which is not a trusted key`);
+    throw new TrustError(`signed by ${quoted(signatures[0].keyid, 40)}, which is not a trusted key`, "keyid");
   }
-  throw new TrustError("the signature does not match: the document was altered");
+  throw new TrustError("the signature does not match: the document was altered", "signature");
 }
 
 /** The bytes that are signed: DSSE's pre-authentication encoding. */
@@ -70,10 +70,10 @@ function envelope(raw, type) {
     found.payload = unbase64(found.payload);
     found.signatures = signatures.map(({ keyid, sig }) => ({ keyid, sig: unbase64(sig) }));
   } catch (error) {
-    throw new TrustError(`not a signed document (DSSE): ${error.message}`);
+    throw new TrustError(`not a signed document (DSSE): ${error.message}`, "envelope");
   }
   if (found.payloadType !== type) {
-    throw new TrustError(`a document of type ${quoted(found.payloadType)}, where ${quoted(type)} is needed`);
+    throw new TrustError(`a document of type ${quoted(found.payloadType)}, not ${quoted(type)}`, "payloadType");
   }
   return found;
 }
@@ -89,7 +89,7 @@ function json(payload) {
   try {
     return parse(payload);
   } catch (error) {
-    throw new TrustError(`the signed payload is not sound JSON: ${error.message}`);
+    throw new TrustError(`the signed payload is not sound JSON: ${error.message}`, "payload");
   }
 }
 

@@ -25,7 +25,7 @@ export class Engine {
    */
   static async open(source, pem) {
     const trust = await Trust.open(pem);
-    const { card: base, files } = await trust.base(source);
+    const { manifest: base, files } = await trust.base(source);
     const session = await runtime.open(files);
     try {
       const text = new Text(files.get(TOKENIZER), files.get("tokenizer_config.json"));
@@ -47,7 +47,7 @@ export class Engine {
     const adapters = [];
     for (const name of await this.source.adapterNames()) {
       try {
-        adapters.push({ name, manifest: await this.trust.sidecar(this.source, name) });
+        adapters.push({ name, manifest: await this.trust.adapterManifest(this.source, name) });
       } catch (error) {
         if (!(error instanceof EdgeAdaptError)) throw error;
         adapters.push({ name, refused: error.message });
@@ -94,8 +94,8 @@ export class Engine {
 
   async #load(name) {
     const bare = name === BARE && this.generation;
-    const { sidecar: manifest, inputs } = bare
-      ? { sidecar: null, inputs: runtime.emptyAdapter(this.base.slots) }
+    const { manifest, inputs } = bare
+      ? { manifest: null, inputs: runtime.emptyAdapter(this.base.slots) }
       : await this.trust.adapter(this.source, this.base, name);
     return { manifest, feeds: runtime.adapterFeeds(inputs) };
   }

@@ -1,7 +1,7 @@
 // The errors of the page. A message is one line: what is wrong and what to do. As aggregation/errors.py.
 
 export class EdgeAdaptError extends Error {
-  /** `about` says what the error is about, for programs and tests: "text", "seed", "card.json". */
+  /** `about` says what the error is about, for programs and tests: "text", "seed", "base/manifest.json". */
   constructor(message, about = "") {
     super(message);
     this.name = new.target.name;

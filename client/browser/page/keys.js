@@ -17,7 +17,7 @@ const NOBLE = "./vendor/noble-ed25519/index.js";
 export async function pinned(pem, name = "trust.pem") {
   const blocks = [...pem.matchAll(BLOCK)];
   if (!blocks.length || pem.replace(BLOCK, "").trim()) {
-    throw new TrustError(`${name} is not a list of public keys in PEM form`);
+    throw new TrustError(`${name} is not a list of public keys in PEM form`, name);
   }
   return Promise.all(blocks.map(([, base64]) => publicKey(base64)));
 }
@@ -27,10 +27,10 @@ async function publicKey(base64) {
   try {
     der = Uint8Array.from(atob(base64.replace(/\s/g, "")), (sign) => sign.charCodeAt(0));
   } catch {
-    throw new TrustError("not a public key in PEM form");
+    throw new TrustError("not a public key in PEM form", "trust.pem");
   }
   if (der.length !== SPKI.length + 32 || SPKI.some((byte, i) => der[i] !== byte)) {
-    throw new TrustError("an Ed25519 public key is needed");
+    throw new TrustError("an Ed25519 public key is needed", "trust.pem");
   }
   const raw = der.slice(SPKI.length);
   return { raw, id: (await sha256(raw)).slice(0, 16) };

@@ -59,17 +59,18 @@ export const adapterManifest = (raw, keys) => manifest(raw, "adapter-manifest", 
 
 async function manifest(raw, name, fields, keys) {
   const body = await accept(raw, `application/vnd.edgeadapt.${name}.v1+json`, keys);
-  const why = isObject(body) ? misfit(body, fields) : "it is not an object";
-  if (why) throw new TrustError(`${name}: ${why}`);
+  if (!isObject(body)) throw new TrustError(`${name}: it is not an object`, name);
+  const [field, why] = misfit(body, fields) ?? [];
+  if (field) throw new TrustError(`${name}: field ${field} ${why}`, `${name}.${field}`);
   return body;
 }
 
-/** The reason why `body` does not have exactly these fields, or undefined. */
+/** The field, and the reason, why `body` does not have exactly these fields; or undefined. */
 function misfit(body, fields) {
   for (const [name, check] of Object.entries(fields)) {
-    if (!Object.hasOwn(body, name)) return `field ${name} is missing; get a newer bundle`;
-    if (!check(body[name])) return `field ${name} is not what this page can read`;
+    if (!Object.hasOwn(body, name)) return [name, "is missing; get a newer bundle"];
+    if (!check(body[name])) return [name, "is not what this page can read"];
   }
   const extra = Object.keys(body).find((name) => !Object.hasOwn(fields, name));
-  return extra === undefined ? undefined : `field ${extra} is unknown; get a newer page`;
+  return extra === undefined ? undefined : [extra, "is unknown; get a newer page"];
 }

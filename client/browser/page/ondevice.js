@@ -18,13 +18,13 @@ const TYPES = { fp32: ["float32"], fp16: ["float16"], int8: ["int8"], int4: ["ui
 /** `name`, if it can name an adapter and its two files on any system. Throws ConfigError. */
 export function checkName(name) {
   if (!NAME.test(name)) {
-    throw new ConfigError(`adapter name ${quoted(name)} must be 1 to 64 letters, digits, '.', '_' or '-'`);
+    throw new ConfigError(`adapter name ${quoted(name)} must be 1 to 64 letters, digits, '.', '_' or '-'`, "name");
   }
   return name;
 }
 
 /**
- * The float32 tensors of what `container.parse` found, in the number format that the sidecar states.
+ * The float32 tensors of what `container.parse` found, in the number format that the manifest states.
  *
  * Throws DataError: a tensor has another number type than the format allows, a scale is missing, left over, of another
  * shape or not sound, or a value is not finite.
@@ -42,7 +42,7 @@ function restored(name, tensor, stored, format) {
   const { type, shape } = tensor;
   const allowed = shape.length < 2 || !product(shape) ? ["float32"] : TYPES[format];
   if (!allowed.includes(type)) {
-    throw new DataError(`tensor ${quoted(name)} is ${type} in an adapter of format ${format}`);
+    throw new DataError(`tensor ${quoted(name)} is ${type} in an adapter of format ${format}`, name);
   }
   if (type === "float32") return { shape, values: numbers.float32(tensor) };
   if (type === "float16") return { shape, values: numbers.float16(tensor) };
@@ -65,7 +65,7 @@ function fourBits(name, tensor, stored) {
   const scales = checkedScales(name, stored, { type: "float16", shape: expected, sound: Number.isFinite });
   const values = numbers.int4(tensor, scales);
   if (!name.endsWith(LORA_A)) return { shape, values };
-  if (shape.length !== 2) throw new DataError(`tensor ${quoted(name)} is not a matrix`);
+  if (shape.length !== 2) throw new DataError(`tensor ${quoted(name)} is not a matrix`, name);
   return { shape: [...shape].reverse(), values: numbers.transposed(values, shape) };
 }
 
@@ -73,7 +73,7 @@ function checkedScales(name, stored, { type, shape, sound }) {
   const scale = stored.get(name + SCALE);
   const values = scale?.type === type && String(scale.shape) === String(shape) ? numbers[type](scale) : null;
   if (!values?.every((value) => sound(value))) {
-    throw new DataError(`tensor ${quoted(name)} has no sound scales of shape [${shape.join(", ")}]`);
+    throw new DataError(`tensor ${quoted(name)} has no sound scales of shape [${shape.join(", ")}]`, name);
   }
   return values;
 }
@@ -81,7 +81,7 @@ function checkedScales(name, stored, { type, shape, sound }) {
 function checkOwner(name, stored) {
   const owner = stored.get(name.slice(0, -SCALE.length));
   if (owner?.type !== "int8" && owner?.type !== "uint8") {
-    throw new DataError(`scales ${quoted(name)} belong to no tensor of the adapter`);
+    throw new DataError(`scales ${quoted(name)} belong to no tensor of the adapter`, name);
   }
 }
 
@@ -95,14 +95,15 @@ export function checkSlots(inputs, slots) {
   odd.push(...Object.keys(slots).filter((name) => !inputs.has(name)));
   if (odd.length) {
     const first = odd.sort(byCodePoint)[0];
-    throw new DataError(`tensor ${quoted(first)} is missing from the adapter or has no slot in the base's graph`);
+    throw new DataError(`tensor ${quoted(first)} is missing from the adapter or has no slot in the base's graph`, first);
   }
   const sizes = new Map();
   for (const [name, dimensions] of Object.entries(slots)) {
     const { shape } = inputs.get(name);
     const fits = dimensions.every((text, i) => shape[i] === sizeOf(text, shape[i], sizes));
     if (shape.length !== dimensions.length || !fits) {
-      throw new DataError(`tensor ${quoted(name)} is [${shape.join(", ")}], its slot takes [${dimensions.join(", ")}]`);
+      const found = `is [${shape.join(", ")}], its slot takes [${dimensions.join(", ")}]`;
+      throw new DataError(`tensor ${quoted(name)} ${found}`, name);
     }
   }
   return sizes;
@@ -124,6 +125,6 @@ export async function layoutDigest(inputs) {
 const isLora = (name) => name.endsWith(LORA_A) || name.endsWith(LORA_B);
 
 function finite(name, tensor) {
-  if (!tensor.values.every(Number.isFinite)) throw new DataError(`tensor ${quoted(name)} holds NaN or infinity`);
+  if (!tensor.values.every(Number.isFinite)) throw new DataError(`tensor ${quoted(name)} holds NaN or infinity`, name);
   return tensor;
 }

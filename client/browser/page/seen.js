@@ -1,9 +1,9 @@
-// The highest version of every adapter that this browser has accepted, by set of pinned keys and by base.
+// The highest version of each adapter that this browser has accepted, by set of pinned keys and by base.
 //
-// Kept in IndexedDB, which a worker can reach too. As good as the browser's storage: who clears it, or can write into
-// it, can go back to an older version; the counterpart on a disk is trust.seen.json (client/inference/trust.py).
+// Stored in IndexedDB, which a worker can use too, and as safe as the browser's storage: whoever clears it or can write
+// to it can go back to an older version. A native device has trust.seen.json for it (client/inference/seen.py).
 
-import { ConfigError, TrustError } from "./errors.js";
+import { ConfigError, TrustError, quoted } from "./errors.js";
 
 const STORE = "versions";
 
@@ -13,26 +13,28 @@ export class SeenVersions {
     [this.keys, this.database] = [keys, database];
   }
 
-  /** The highest accepted version, or undefined. Throws ConfigError, TrustError if the note is damaged. */
-  async highest(base, name) {
-    const version = await this.#request("readonly", (store) => store.get(this.#place(base, name)));
-    if (version !== undefined && !Number.isSafeInteger(version)) {
-      throw new TrustError("the noted versions are damaged; clear the page's data only if you trust the bundle");
-    }
-    return version;
-  }
-
-  async note(base, name, version) {
-    const place = this.#place(base, name);
-    await this.#request("readwrite", (store) => {
+  /**
+   * Note the version of a verified manifest, if it is the highest so far.
+   *
+   * Throws TrustError: it is lower than the highest, or what is stored is damaged. ConfigError: it cannot be stored.
+   */
+  async accept({ base_digest: base, name, version }) {
+    const place = [this.keys, base, name].join("/");
+    const highest = await this.#request("readwrite", (store) => {
       const request = store.get(place); // in one transaction, so that another tab's higher version stays
       request.onsuccess = () => (request.result >= version ? null : store.put(version, place));
       return request;
     });
-  }
-
-  #place(base, name) {
-    return [this.keys, base, name].join("/");
+    if (highest !== undefined && !Number.isSafeInteger(highest)) {
+      throw new TrustError("the noted versions are damaged; clear the page's data only if you trust the bundle", "seen");
+    }
+    if (version < highest) {
+      throw new TrustError(
+        `adapter ${quoted(name)} is version ${version}, but version ${highest} was accepted here before; ` +
+          "copy the current bundle",
+        "adapter-manifest.version",
+      );
+    }
   }
 
   async #request(mode, ask) {
@@ -47,7 +49,7 @@ export class SeenVersions {
         database.close();
       }
     } catch (error) {
-      throw new ConfigError(`the browser cannot note accepted versions (${error}); allow this page to store data`);
+      throw new ConfigError(`the browser cannot note accepted versions (${error}); allow this page to store data`, "seen");
     }
   }
 }

@@ -22,7 +22,7 @@ export class HttpSource {
     } catch (error) {
       if (!(error instanceof SyntaxError || error instanceof TypeError)) throw error;
     }
-    if (!Array.isArray(names)) throw new DataError("bundle.json does not list adapters; start serve-web again");
+    if (!Array.isArray(names)) throw new DataError("bundle.json does not list adapters; start serve-web again", "bundle.json");
     return names.map(String).sort(byCodePoint);
   }
 }
@@ -30,7 +30,7 @@ export class HttpSource {
 /** Files that a folder picker gave: [{ path, file }]. */
 export class FolderSource {
   constructor(files) {
-    // "bundle/base/card.json" → "base/card.json": the folder's own name is not the bundle's matter.
+    // "bundle/base/manifest.json" → "base/manifest.json": without the picked folder's own name.
     this.files = new Map(files.map(({ path, file }) => [path.split("/").slice(1).join("/"), file]));
   }
 
@@ -53,10 +53,10 @@ export async function fetched(url, path, limit) {
   try {
     response = await fetch(url, { cache: "no-cache", redirect: "error", credentials: "same-origin" });
   } catch {
-    throw new DataError(`${path} cannot be fetched; is the server still running?`);
+    throw new DataError(`${path} cannot be fetched; is the server still running?`, fileName(path));
   }
   if (response.status === 404) throw missing(path);
-  if (!response.ok) throw new DataError(`${path} cannot be fetched: the server answers ${response.status}`);
+  if (!response.ok) throw new DataError(`${path} cannot be fetched: the server answers ${response.status}`, fileName(path));
   const [parts, reader] = [[], response.body.getReader()];
   let size = 0;
   for (let next = await reader.read(); !next.done; next = await reader.read()) {
@@ -70,5 +70,7 @@ export async function fetched(url, path, limit) {
   return concat(...parts);
 }
 
-const missing = (path) => new DataError(`${path} is missing; fetch the bundle again`);
-const tooLong = (path, limit) => new TrustError(`${path} is above its limit of ${limit} bytes; fetch the bundle again`);
+const fileName = (path) => path.split("/").at(-1);
+const missing = (path) => new DataError(`${path} is missing: copy the bundle again`, fileName(path));
+const tooLong = (path, limit) =>
+  new TrustError(`${path} is larger than its limit of ${limit} bytes: copy the bundle again`, fileName(path));

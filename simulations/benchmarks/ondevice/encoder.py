@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 from adapters.base import find_base
+from adapters.bundle import TRUST
 from adapters.classifier import LoraSpec, build, tensors
 from adapters.layout import Layout
 from aggregation.entropy import SystemEntropy
@@ -33,7 +34,7 @@ def phrase_ms(repeats: int) -> dict[str, float | int]:
     with tempfile.TemporaryDirectory(prefix="edgeadapt-bench-") as folder:
         bundle = Path(folder) / "bundle"
         write_bundle(bundle, export_classifier(model, base, Profile.NATIVE_INT8), sources, key=key)
-        (bundle.parent / "trust.pem").write_bytes(key.public.to_pem())
+        (bundle.parent / TRUST).write_bytes(key.public.to_pem())
         session = ClassificationSession.open(bundle)
         session.use("one")
         session.use("two")

@@ -17,12 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from adapters.bundle import ADAPTERS, BASE, BASE_MANIFEST, TRUST, adapter_path, manifest_path
 from adapters.manifest import BaseManifest
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.inference.library import Composition, Library
-from client.inference.trust import CARD, TRUST_FILE
 
 COUNTS = (1, 10, 100, 1000)
 TEXT = "turn on the kitchen lights"
@@ -91,21 +91,21 @@ def measure(
 def with_tenants(library: Library, name: str, count: int) -> Iterator[Path]:
     """A temporary bundle with the same base and ``count`` copies of an adapter, ``tenant-0`` and so on."""
     key = IdentityKey.generate(SystemEntropy())
-    sidecar = library.trust.sidecar(library.bundle, name)
+    manifest = library.trust.bundle.adapter_manifest(name)
     base: BaseManifest = library.manifest
-    blob = (library.bundle / "adapters" / f"{name}.onnx_adapter").read_bytes()
+    blob = (library.bundle / adapter_path(name)).read_bytes()
     with TemporaryDirectory(prefix="edgeadapt-tenants-") as folder:
         bundle = Path(folder) / "bundle"
-        for part in ("base", "adapters"):
+        for part in (BASE, ADAPTERS):
             (bundle / part).mkdir(parents=True)
         for file in base.files:
-            _link((library.base.folder / file).resolve(), bundle / "base" / file)
-        (bundle / "base" / CARD).write_bytes(base.sign(key))
-        (bundle.parent / TRUST_FILE).write_bytes(key.public.to_pem())
+            _link((library.base.folder / file).resolve(), bundle / BASE / file)
+        (bundle / BASE_MANIFEST).write_bytes(base.sign(key))
+        (bundle.parent / TRUST).write_bytes(key.public.to_pem())
         for number in range(count):
-            tenant = replace(sidecar, name=f"tenant-{number}")
-            (bundle / "adapters" / f"{tenant.name}.json").write_bytes(tenant.sign(key))
-            (bundle / "adapters" / f"{tenant.name}.onnx_adapter").write_bytes(blob)
+            tenant = replace(manifest, name=f"tenant-{number}")
+            (bundle / manifest_path(tenant.name)).write_bytes(tenant.sign(key))
+            (bundle / adapter_path(tenant.name)).write_bytes(blob)
         yield bundle
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 from adapters.base import Base
+from adapters.bundle import BASE, TRUST, adapter_path
 from adapters.files import sha256
 from adapters.ondevice import Format
 from adapters.peft.inputs import AdapterInputs
@@ -51,14 +52,14 @@ class Stage:
         key, tensors = IdentityKey.generate(SystemEntropy()), load_file(self.adapter)
         bundle = self.bundle(profile)
         write_bundle(bundle, exported, [], key=key)
-        (bundle.parent / "trust.pem").write_bytes(key.public.to_pem())
+        (bundle.parent / TRUST).write_bytes(key.public.to_pem())
         config = PeftConfig("LORA", self.recipe.rank, self.recipe.alpha, self.recipe.targets)
         plan = AdapterInputs.of_tensors(config, tensors)
         for form in FORMATS:
             source = AdapterSource(form, tensors, (), 1, sha256(self.adapter.read_bytes()), peft_config=config)
             add_adapter(bundle, plan, source, key=key, form=form)
-        files = {form: bundle / "adapters" / f"{form}.onnx_adapter" for form in FORMATS}
-        whole = sum(path.stat().st_size for path in (bundle / "base").iterdir())
+        files = {form: bundle / adapter_path(form) for form in FORMATS}
+        whole = sum(path.stat().st_size for path in (bundle / BASE).iterdir())
         return {"base": whole} | {form: path.stat().st_size for form, path in files.items()}
 
     def for_peer(self, heads: int, kv_heads: int) -> dict[str, int]:

@@ -4,16 +4,14 @@ The same list for a classifier's session and for a language model's generator.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
-from adapters.files import sha256
-from adapters.manifest import AdapterManifest
+from adapters.bundle import adapter_path, manifest_path
 from adapters.ondevice import LORA_A, layout_of
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError, EdgeAdaptError, TrustError
@@ -23,6 +21,8 @@ from client.inference.session import ClassificationSession
 from client.inference.text import MAX_TEXT, SamplingParams
 from client.inference.trust import Trust
 from export.bundle.write import write_bundle
+from tests.support import refused
+from tests.support.bundles import flip, resign, resign_file
 
 TEXT = "turn on the light"
 STRANGER = IdentityKey.generate(SystemEntropy())
@@ -40,35 +40,24 @@ class Running:
 
     @property
     def file(self) -> Path:
-        return self.bundle / "adapters" / "bad.onnx_adapter"
+        return self.bundle / adapter_path("bad")
 
     @property
-    def sidecar(self) -> Path:
-        return self.bundle / "adapters" / "bad.json"
-
-    def flip(self, at: float) -> None:
-        raw = bytearray(self.file.read_bytes())
-        raw[int(at * (len(raw) - 1))] ^= 1
-        self.file.write_bytes(raw)
+    def manifest(self) -> Path:
+        return self.bundle / manifest_path("bad")
 
     def sign(self, key: IdentityKey | None = None, **changes: Any) -> None:
-        """Write the sidecar anew, as someone with a pinned key, or ``key``, would."""
-        stated = AdapterManifest.accept(self.sidecar.read_bytes(), [self.key.public])
-        self.sidecar.write_bytes(replace(stated, **changes).sign(key or self.key))
+        """Write the manifest again, as someone with a pinned key, or ``key``, could."""
+        resign(self.bundle, key or self.key, "bad", **changes)
 
     def store(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Write and sign a file with other tensors, as someone with a pinned key could."""
         trust = Trust.open(self.bundle)
-        inputs = dict(trust.adapter(self.bundle, trust.base(self.bundle), "global").inputs)
+        inputs = dict(trust.adapter("global", trust.bundle.base()).inputs)
         change(inputs)
-        container = ort.AdapterFormat()
-        values = {name: np.ascontiguousarray(inputs[name]) for name in sorted(inputs)}
-        container.set_parameters({n: ort.OrtValue.ortvalue_from_numpy(value) for n, value in values.items()})
-        container.export_adapter(str(self.file))
-        ranks = [value.shape[1] for name, value in values.items() if name.endswith(LORA_A)]
-        layout, rank = layout_of(values).digest, max(ranks)
-        size = self.file.stat().st_size
-        self.sign(format="fp32", sha256=sha256(self.file.read_bytes()), size=size, layout_digest=layout, rank=rank)
+        rank = max(value.shape[1] for name, value in inputs.items() if name.endswith(LORA_A))
+        layout = layout_of(inputs).digest
+        resign_file(self.bundle, self.key, inputs, "bad", format="fp32", layout_digest=layout, rank=rank)
 
 
 @pytest.fixture(params=["session", "generator"])
@@ -113,37 +102,56 @@ def _without(inputs: dict[str, Any]) -> None:
     del inputs[next(iter(inputs))]
 
 
-SPOILT: dict[str, tuple[Callable[[Running], Any], type[EdgeAdaptError], str]] = {
-    "another base": (lambda r: r.sign(base_digest="b" * 64), TrustError, "another base"),
-    "another layout": (lambda r: r.sign(layout_digest="c" * 64), DataError, "another layout"),
-    "another width": (lambda r: r.store(_narrow), DataError, "its slot takes"),
-    "a tensor too few": (lambda r: r.store(_without), DataError, "is missing from the adapter"),
-    "a rank above the limit": (lambda r: r.store(_wide), DataError, "above the base's limit"),
-    "NaN": (lambda r: r.store(_nan), DataError, "NaN or infinity"),
-    "a flipped byte at the start": (lambda r: r.flip(0), TrustError, "not the file that was signed"),
-    "a flipped byte in the middle": (lambda r: r.flip(0.5), TrustError, "not the file that was signed"),
-    "a flipped byte at the end": (lambda r: r.flip(1), TrustError, "not the file that was signed"),
-    "trailing bytes": (lambda r: r.file.write_bytes(r.file.read_bytes() + b"\0"), TrustError, "limit of"),
-    "a truncated file": (lambda r: r.file.write_bytes(r.file.read_bytes()[:-9]), TrustError, "not the file that"),
-    "a file of no bytes": (lambda r: r.file.write_bytes(b""), TrustError, "not the file that was signed"),
-    "a missing file": (lambda r: r.file.unlink(), DataError, "is missing"),
-    "a missing sidecar": (lambda r: r.sidecar.unlink(), DataError, "no sidecar"),
-    "a sidecar of no bytes": (lambda r: r.sidecar.write_bytes(b""), TrustError, "not a signed document"),
-    "an unknown signer": (lambda r: r.sign(STRANGER), TrustError, "not a trusted key"),
-    "labels that are not the task's": (lambda r: r.sign(labels=("a", "b", "c", "d", "e")), DataError, "labels"),
-    "another adapter's name": (lambda r: r.sign(name="other"), TrustError, "signed for the adapter 'other'"),
+def _narrowed(running: Running) -> str:
+    return next(name for name in slots(running) if "lora_A" in name)
+
+
+def _b(running: Running) -> str:
+    return next(name for name in slots(running) if "lora_B" in name)
+
+
+def _first(running: Running) -> str:
+    return next(iter(slots(running)))
+
+
+def slots(running: Running) -> list[str]:
+    trust = Trust.open(running.bundle)
+    return list(trust.adapter("global", trust.bundle.base()).inputs)
+
+
+About = str | Callable[[Running], str]
+SPOILT: dict[str, tuple[Callable[[Running], Any], type[EdgeAdaptError], About]] = {
+    "another base": (lambda r: r.sign(base_digest="b" * 64), TrustError, "adapter-manifest.base_digest"),
+    "another layout": (lambda r: r.sign(layout_digest="c" * 64), DataError, "adapter-manifest.layout_digest"),
+    "another width": (lambda r: r.store(_narrow), DataError, _narrowed),
+    "a tensor too few": (lambda r: r.store(_without), DataError, _first),
+    "a rank above the limit": (lambda r: r.store(_wide), DataError, "adapter-manifest.rank"),
+    "NaN": (lambda r: r.store(_nan), DataError, _b),
+    "a flipped byte at the start": (lambda r: flip(r.file, 0), TrustError, "bad.onnx_adapter"),
+    "a flipped byte in the middle": (lambda r: flip(r.file, 0.5), TrustError, "bad.onnx_adapter"),
+    "a flipped byte at the end": (lambda r: flip(r.file, 1), TrustError, "bad.onnx_adapter"),
+    "trailing bytes": (lambda r: r.file.write_bytes(r.file.read_bytes() + b"\0"), TrustError, "bad.onnx_adapter"),
+    "a truncated file": (lambda r: r.file.write_bytes(r.file.read_bytes()[:-9]), TrustError, "bad.onnx_adapter"),
+    "a file of no bytes": (lambda r: r.file.write_bytes(b""), TrustError, "bad.onnx_adapter"),
+    "a missing file": (lambda r: r.file.unlink(), DataError, "bad.onnx_adapter"),
+    "a missing manifest": (lambda r: r.manifest.unlink(), DataError, "bad.json"),
+    "a manifest of no bytes": (lambda r: r.manifest.write_bytes(b""), TrustError, "envelope"),
+    "an unknown signer": (lambda r: r.sign(STRANGER), TrustError, "keyid"),
+    "labels that are not the task's": (lambda r: r.sign(labels=tuple("abcde")), DataError, "adapter-manifest.labels"),
+    "another adapter's name": (lambda r: r.sign(name="other"), TrustError, "adapter-manifest.name"),
 }
 
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_a_bad_adapter_is_refused_in_a_line_and_the_one_in_use_goes_on(running: Running, what: str) -> None:
-    spoil, kind, message = SPOILT[what]
+    spoil, kind, about = SPOILT[what]
+    if not isinstance(about, str):
+        about = about(running)
     before, adapter = running.answer(TEXT), running.in_use()
     spoil(running)
     for names in ("bad", "bad+global"):
-        with pytest.raises(kind, match=message) as caught:
+        with refused(kind, about) as caught:
             running.use(names)
-        assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 400
         assert running.in_use() is adapter
         assert running.answer(TEXT) == before
@@ -154,13 +162,13 @@ def test_a_version_below_one_that_was_accepted_is_refused_and_the_one_in_use_goe
     running.use("global")
     before = running.answer(TEXT)
     running.sign(version=1)
-    with pytest.raises(TrustError, match="version 3 was accepted here before"):
+    with refused(TrustError, "adapter-manifest.version", value=1):
         running.use("bad:0.5")
     assert running.answer(TEXT) == before
 
 
 @pytest.mark.parametrize("text", ["", " \n\t", "a" * (MAX_TEXT + 1), "lock \udcff", "lock\0the door"])
-def test_a_text_that_is_none_is_refused_in_a_line_and_the_next_is_answered(running: Running, text: str) -> None:
+def test_a_text_that_is_not_valid_is_refused_in_a_line_and_the_next_is_answered(running: Running, text: str) -> None:
     before = running.answer(TEXT)
     with pytest.raises(DataError) as caught:
         running.answer(text)
@@ -179,13 +187,13 @@ def test_an_adapter_whose_numbers_overflow_gives_no_answer_and_the_one_before_co
     before = running.answer(TEXT)
     running.store(_huge)
     running.use("bad")
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(DataError):
         running.answer(TEXT)
     running.use("global")
     assert running.answer(TEXT) == before
 
 
-def test_a_sound_adapter_is_accepted_by_the_same_road(running: Running) -> None:
+def test_a_sound_adapter_is_accepted_by_the_same_steps(running: Running) -> None:
     before = running.answer(TEXT)
     running.store(lambda inputs: None)
     assert running.use("bad").name == "bad"

@@ -25,8 +25,8 @@ PHRASES = ["turn on the kitchen lights", "lock the door", "play music"]
 
 def verified(bundle: Path, *names: str) -> list[VerifiedAdapter]:
     trust = Trust.open(bundle)
-    base = trust.base(bundle)
-    return [trust.adapter(bundle, base, name) for name in names]
+    base = trust.bundle.base()
+    return [trust.adapter(name, base) for name in names]
 
 
 def updates(inputs: Tensors) -> dict[str, np.ndarray]:

@@ -35,13 +35,13 @@ def test_a_bundle_has_a_base_and_its_adapters_each_with_a_signed_manifest(
     assert sorted(files) == [
         "adapters/global.json",
         "adapters/global.onnx_adapter",
-        "base/card.json",
+        "base/manifest.json",
         "base/model.onnx",
         "base/model.onnx.data",
         "base/tokenizer.json",
         "base/web.onnx",
     ]
-    assert BaseManifest.accept(files["base/card.json"], [vendor.public]) == exported.manifest
+    assert BaseManifest.accept(files["base/manifest.json"], [vendor.public]) == exported.manifest
     sidecar = AdapterManifest.accept(files["adapters/global.json"], [vendor.public])
     assert sidecar.sha256 == sha256(files["adapters/global.onnx_adapter"])
     assert sidecar.size == len(files["adapters/global.onnx_adapter"])
@@ -175,7 +175,7 @@ def test_an_empty_folder_becomes_a_bundle(
 ) -> None:
     (tmp_path / "out").mkdir()
     write_bundle(tmp_path / "out", exported, [source()], key=vendor)
-    assert (tmp_path / "out" / "base" / "card.json").is_file()
+    assert (tmp_path / "out" / "base" / "manifest.json").is_file()
 
 
 def test_a_place_below_a_file_cannot_be_written(
@@ -190,17 +190,17 @@ def test_a_place_below_a_file_cannot_be_written(
 def test_an_adapter_is_not_added_to_a_folder_that_is_not_a_bundle(
     tmp_path: Path, exported: ExportedBase, source: Source, household: IdentityKey
 ) -> None:
-    with refused(ConfigError, "card.json"):
+    with refused(ConfigError, "manifest.json"):
         add_adapter(tmp_path, exported.adapter_inputs, source("anna"), key=household)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[1]", b'{"payload": "e30="}'])
-def test_a_bundle_with_a_damaged_card_is_left_alone(
+def test_a_bundle_with_a_damaged_manifest_is_left_alone(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, raw: bytes
 ) -> None:
-    (bundle / "base" / "card.json").write_bytes(raw)
+    (bundle / "base" / "manifest.json").write_bytes(raw)
     before = contents(bundle)
-    with refused(DataError, "card.json"):
+    with refused(DataError, "manifest.json"):
         write_bundle(bundle, exported, [source()], key=vendor)
     assert contents(bundle) == before
 
@@ -255,7 +255,7 @@ def test_a_copy_is_equal_and_changes_independently(
 
 
 def test_a_folder_that_is_not_a_bundle_is_not_copied(tmp_path: Path) -> None:
-    with refused(ConfigError, "card.json"):
+    with refused(ConfigError, "manifest.json"):
         copy_bundle(tmp_path, tmp_path.parent / "out")
 
 

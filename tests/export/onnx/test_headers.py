@@ -56,22 +56,22 @@ def test_both_headers_give_the_outputs_of_the_graph(folder: Path) -> None:
     values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in feeds.items()}
     onnx.save(graph(), folder / "whole.onnx")
     whole = run(folder / "whole.onnx", **values)
-    for name in (headers.NATIVE, headers.WEB):
+    for name in (headers.MODEL, headers.WEB_MODEL):
         np.testing.assert_array_equal(run(folder / name, **values), whole)
 
 
 def test_only_the_native_header_runs_without_an_adapter(folder: Path) -> None:
     x = np.ones((1, 1, 64), dtype=np.float32)
     none = {"A": np.zeros((64, 0), np.float32), "B": np.zeros((0, 32), np.float32)}
-    np.testing.assert_array_equal(run(folder / headers.NATIVE, x=x), run(folder / headers.WEB, x=x, **none))
+    np.testing.assert_array_equal(run(folder / headers.MODEL, x=x), run(folder / headers.WEB_MODEL, x=x, **none))
     with pytest.raises(ValueError, match=r"Required inputs \(\['A', 'B'\]\) are missing"):
-        run(folder / headers.WEB, x=x)
+        run(folder / headers.WEB_MODEL, x=x)
 
 
 def test_a_slot_takes_one_adapter_for_all_rows_or_one_for_each_row(folder: Path) -> None:
     rng = np.random.default_rng(2)
     x, a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, 3, 64), (2, 64, 4), (2, 4, 32)))
-    for name in (headers.NATIVE, headers.WEB):
+    for name in (headers.MODEL, headers.WEB_MODEL):
         together = run(folder / name, x=x, A=a, B=b)
         for row in range(2):
             alone = run(folder / name, x=x[row : row + 1], A=a[row], B=b[row])
@@ -79,9 +79,9 @@ def test_a_slot_takes_one_adapter_for_all_rows_or_one_for_each_row(folder: Path)
 
 
 def test_large_weights_start_at_pages_of_the_data_file_and_small_ones_stay_in_the_header(folder: Path) -> None:
-    tensors = {t.name: t for t in onnx.load(folder / headers.NATIVE, load_external_data=False).graph.initializer}
+    tensors = {t.name: t for t in onnx.load(folder / headers.MODEL, load_external_data=False).graph.initializer}
     place = {entry.key: entry.value for entry in tensors["W"].external_data}
-    assert place["location"] == headers.DATA
+    assert place["location"] == headers.WEIGHTS
     assert int(place["offset"]) % headers.PAGE == 0
     assert int(place["length"]) == 64 * 32 * 4
     assert tensors["bias"].raw_data
@@ -97,5 +97,5 @@ def test_a_session_opened_by_path_maps_the_weights(exported: ExportedBase, tmp_p
         (tmp_path / name).write_bytes(blob)
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(tmp_path / headers.NATIVE), options)
-    assert str(tmp_path / headers.DATA) in Path("/proc/self/maps").read_text(), session
+    session = ort.InferenceSession(str(tmp_path / headers.MODEL), options)
+    assert str(tmp_path / headers.WEIGHTS) in Path("/proc/self/maps").read_text(), session

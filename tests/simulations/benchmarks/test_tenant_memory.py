@@ -42,5 +42,5 @@ def test_the_temporary_bundle_is_removed(bundle: Path, tmp_path: Path) -> None:
     with memory.with_tenants(Library.open(bundle, None), "global", 3) as copy:
         library = Library.open(copy, None)
         assert library.names() == ["tenant-0", "tenant-1", "tenant-2"]
-        assert {library.trust.adapter(copy, library.base, n).sidecar.rank for n in library.names()} == {4}
+        assert {library.trust.adapter(n, library.base).manifest.rank for n in library.names()} == {4}
     assert not copy.exists()

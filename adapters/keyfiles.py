@@ -1,0 +1,69 @@
+"""Ed25519 keys in files: signing keys, which are never replaced, and lists of trusted public keys, all in PEM form."""
+
+from pathlib import Path
+
+from adapters.storage import PRIVATE, PUBLIC, create, read
+from aggregation.entropy import Entropy
+from aggregation.errors import ConfigError, TrustError, of_file
+from aggregation.pki.identity import IdentityKey, PublicKey
+
+MAX_PEM = 2**16  # bytes
+_END = b"-----END PUBLIC KEY-----"
+
+
+def make_key(path: Path, entropy: Entropy) -> tuple[IdentityKey, Path]:
+    """Write a new signing key to ``path`` and its public half to ``NAME.pub.pem``; the key, and the second path.
+
+    Raises:
+        ConfigError: One of the two files exists. Whoever pinned the old key could not verify what the new one signs.
+        OSError: The folder cannot be written. Neither file is left.
+    """
+    public = path.with_name(f"{path.stem}.pub.pem")
+    key = IdentityKey.generate(entropy)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _create(path, key.to_pem(), PRIVATE)
+    try:
+        _create(public, key.public.to_pem(), PUBLIC)
+    except BaseException:
+        path.unlink()
+        raise
+    return key, public
+
+
+def read_key(path: Path) -> IdentityKey:
+    """The signing key in ``path``.
+
+    Raises:
+        ConfigError: The file does not exist.
+        TrustError: It is not an Ed25519 private key in PEM form.
+    """
+    raw = _read(path, "make one with 'edgeadapt export key'")
+    with of_file(path):
+        return IdentityKey.from_pem(raw)
+
+
+def read_public_keys(path: Path) -> tuple[PublicKey, ...]:
+    """The public keys in ``path``: at least one, in PEM form, and nothing else.
+
+    Raises:
+        ConfigError: The file does not exist.
+        TrustError: It holds anything else.
+    """
+    *blocks, rest = _read(path, "name the public keys that you trust with --trust").split(_END)
+    if rest.strip() or not blocks:
+        raise TrustError(f"{path} is not a list of public keys in PEM form", about=path.name)
+    with of_file(path):
+        return tuple(PublicKey.from_pem(block.strip() + b"\n" + _END + b"\n") for block in blocks)
+
+
+def _read(path: Path, remedy: str) -> bytes:
+    if not path.is_file():
+        raise ConfigError(f"there is no key at {path}: {remedy}", about=path.name)
+    return read(path, MAX_PEM)
+
+
+def _create(path: Path, content: bytes, mode: int) -> None:
+    try:
+        create(path, content, mode)
+    except FileExistsError as error:
+        raise ConfigError(f"{path} exists, and keys are not replaced: name a new file", about=path.name) from error
