@@ -8,7 +8,7 @@ import numpy as np
 from adapters import container
 from adapters.bundle import VerifiedAdapter
 from adapters.layout import Tensors
-from adapters.ondevice import LORA_A, LORA_B, PEFT_PREFIX, Format, from_graph, graph_name, quantize, to_graph
+from adapters.ondevice import LORA_A, LORA_B, PEFT_PREFIX, Format, from_graph, graph_name, quantize, restore, to_graph
 from adapters.peft.config import exactly
 from adapters.peft.inputs import LORA, AdapterInputs, LoraSlot, lora_paths
 from adapters.peftconfig import PeftConfig
@@ -29,6 +29,11 @@ def encode(tensors: Tensors, inputs: AdapterInputs, form: Format = "int8") -> by
     if odd := sorted({graph_name(name) for name in tensors}.symmetric_difference(inputs.names)):
         raise DataError(f"tensor {odd[0]!r} is missing from the adapter or unknown to the exported base", about=odd[0])
     return container.pack(quantize(to_graph(tensors, inputs.scaling), form))
+
+
+def decode(blob: bytes, form: Format) -> Tensors:
+    """The graph inputs in a file that ``encode`` wrote in format ``form``. Raises DataError for any other file."""
+    return restore(container.unpack(blob), form)
 
 
 def completed(

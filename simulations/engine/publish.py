@@ -8,10 +8,9 @@ itself and never sends it to the coordinator.
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters import classifier, container, files
+from adapters import classifier, files
 from adapters.base import Base
 from adapters.layout import Tensors
-from adapters.ondevice import restore
 from adapters.storage import PUBLIC, replace
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
@@ -81,7 +80,7 @@ def _limits(scenario: Scenario) -> Limits:
 
 def _on_device(tensors: Tensors, exported: ExportedBase) -> Tensors:
     """The adapter as a device reads it back from its int8 file."""
-    return restore(container.unpack(adapter.encode(tensors, exported.adapter_inputs)), "int8")
+    return adapter.decode(adapter.encode(tensors, exported.adapter_inputs), "int8")
 
 
 def _write_device_bundle(out: Path, household: str, exported: ExportedBase, common: AdapterSource) -> None:

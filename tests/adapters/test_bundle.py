@@ -22,7 +22,8 @@ from tests.support import models, refused
 from tests.support.bundles import LENGTHS, flip, resign, resign_base, resign_file
 
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
-exported, vendor, household = models.exported, models.vendor, models.household
+exported, trace_once = models.exported, models.trace_once
+vendor, household = models.vendor, models.household
 
 Source = Callable[..., AdapterSource]
 BASE_FILES = [f"base/{name}" for name in ("manifest.json", MODEL, WEIGHTS, WEB_MODEL, TOKENIZER)]

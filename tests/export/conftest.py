@@ -8,8 +8,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from adapters.bundle import WEIGHTS
 from adapters.layout import Floats, Tensors
-from export.onnx.exported import DATA, ExportedBase
+from export.onnx.exported import ExportedBase
 from tests.support import models
 
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
@@ -24,8 +25,8 @@ class Runner:
     def __init__(self, exported: ExportedBase) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        data = exported.files[DATA]
-        options.add_external_initializers_from_files_in_memory([DATA], [data], [len(data)])
+        data = exported.files[WEIGHTS]
+        options.add_external_initializers_from_files_in_memory([WEIGHTS], [data], [len(data)])
         self.session = ort.InferenceSession(exported.model, options)
         self.pasts = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
         self.outputs = [value.name for value in self.session.get_outputs()]

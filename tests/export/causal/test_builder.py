@@ -128,7 +128,7 @@ def test_the_base_manifest_states_task_slots_and_highest_rank(llama: Base) -> No
 
 
 def test_the_web_header_has_no_defaults_and_the_same_weights(exported: ExportedBase) -> None:
-    native, web = (onnx.load_from_string(exported.files[name]) for name in (headers.NATIVE, headers.WEB))
+    native, web = (onnx.load_from_string(exported.files[name]) for name in (headers.MODEL, headers.WEB_MODEL))
     assert {value.name for value in web.graph.input} == {value.name for value in native.graph.input}
     assert not {tensor.name for tensor in web.graph.initializer} & set(exported.slots)
     assert set(exported.slots) <= {tensor.name for tensor in native.graph.initializer}
@@ -157,7 +157,7 @@ def test_two_processes_in_two_folders_write_the_same_bundle(llama: Base, tmp_pat
         for seed in ("1", "777")
     )
     assert first == second
-    assert onnx.load_from_string(first[headers.WEB]).producer_version == ""
+    assert onnx.load_from_string(first[headers.WEB_MODEL]).producer_version == ""
 
 
 def _edgeadapt(*arguments: str, folder: Path, seed: str) -> None:
@@ -220,7 +220,7 @@ def test_genai_generates_the_tokens_of_torch_with_and_without_an_adapter(
 
 def test_genai_finds_its_settings(folder: Path) -> None:
     config = json.loads((folder / "genai_config.json").read_bytes())
-    assert config["model"]["decoder"]["filename"] == headers.NATIVE
+    assert config["model"]["decoder"]["filename"] == headers.MODEL
     assert (config["model"]["eos_token_id"], config["model"]["context_length"]) == (2, 64)
 
 

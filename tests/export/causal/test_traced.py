@@ -176,7 +176,7 @@ def test_the_settings_state_the_sizes_of_the_graph(gpt2: tuple[Base, ExportedBas
     decoder = stated["decoder"]
     assert (stated["context_length"], stated["vocab_size"], stated["eos_token_id"]) == (64, 98, 2)
     assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 4, 16)
-    inputs = {v.name: v for v in onnx.load_from_string(gpt2[1].files[headers.WEB]).graph.input}
+    inputs = {v.name: v for v in onnx.load_from_string(gpt2[1].files[headers.WEB_MODEL]).graph.input}
     shape = inputs["past_key_values.1.value"].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in shape] == ["batch", 4, "past", 16]
 
