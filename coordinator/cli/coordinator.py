@@ -4,11 +4,15 @@ import json
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adapters.settings import overridden
 from aggregation.errors import ConfigError, EdgeAdaptError
+
+if TYPE_CHECKING:
+    from coordinator.launch import Connection
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -140,18 +144,28 @@ def run(
         raise ConfigError("--root-certificates and --insecure go with --superlink", about="--connection")
     opened = CoordinatorStateDir.open(state_dir)
     opened.registry.newest_adapter()  # before Flower: its error would be in a log of the SuperLink
-    way: AbstractContextManager[Connection] = nullcontext(Connection(connection or "", os.environ))
-    if superlink is not None:
-        way = connected(superlink, root_certificates, insecure=insecure)
-    with way as flower:
-        run_id = flower.start(state_dir)
-        click.echo(f"run {run_id} has begun", err=True)
-        flower.show_log(run_id)
-        flower.require_completed(run_id)
-    status = status_of(opened)
-    click.echo(json.dumps(status) if as_json else "\n".join(lines_of(status)))
-    if status["rounds_done"] < status["rounds_wanted"]:
+    found = status_of(opened)
+    if found["rounds_done"] < found["rounds_wanted"]:
+        way: AbstractContextManager[Connection] = nullcontext(Connection(connection or "", os.environ))
+        if superlink is not None:
+            way = connected(superlink, root_certificates, insecure=insecure)
+        with way as flower:
+            _run(flower, state_dir)
+        found = status_of(opened)
+    if found["rounds_done"] < found["rounds_wanted"]:  # another run did not finish, or 'rounds' was raised meanwhile
         raise EdgeAdaptError(f"rounds are left: repeat 'edgeadapt coordinator run {state_dir}'", about="rounds")
+    click.echo(json.dumps(found) if as_json else "\n".join(lines_of(found)))
+
+
+def _run(flower: "Connection", state_dir: Path) -> None:
+    run_id = flower.start(state_dir)
+    click.echo(f"run {run_id} has begun", err=True)
+    try:
+        flower.show_log(run_id)
+    except KeyboardInterrupt:
+        click.echo(f"run {run_id} continues on the SuperLink; 'flwr stop {run_id}' ends it", err=True)
+        raise
+    flower.require_completed(run_id)
 
 
 @coordinator.command(short_help="Show versions, rounds, dropouts, last session.")

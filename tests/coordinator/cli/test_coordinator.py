@@ -138,29 +138,57 @@ def test_run_refuses_an_empty_registry_before_it_asks_flower(
     refusal(EdgeAdaptError, "registry", "run", tmp_path / "fleet", "--superlink", "127.0.0.1:1")
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
-def test_run_shows_the_log_and_the_status_and_fails_while_rounds_are_left(
-    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, rounds: int
-) -> None:
+@pytest.fixture
+def flower(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A stand-in for Flower's command line, which has an answer for each of its commands and runs no round."""
+
+    def install(status: str = "finished:completed", details: str = "") -> None:
+        runs = [{"status": status, "status-details": details}]
+        said = {"run": {"success": True, "run-id": "17"}, "list": {"success": True, "runs": runs}}
+        script = (
+            f"import json, sys; said = {said!r}\n"
+            "print(json.dumps(said[sys.argv[1]]) if sys.argv[1] in said else 'the log')"
+        )
+        monkeypatch.setattr(launch, "FLWR", (sys.executable, "-c", script))
+
+    return install
+
+
+def test_run_asks_flower_for_nothing_when_no_round_is_left(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "FLWR", ("false",))
     fleet = fleet_of(3, rounds=1)
     fleet.federate(fleet.grid())
-    fleet.configure({"rounds": rounds})
-    said = {
-        "run": {"success": True, "run-id": "17"},
-        "list": {"success": True, "runs": [{"status": "finished:completed"}]},
-    }
-    script = (
-        f"import json, sys; said = {said!r}; print(json.dumps(said[sys.argv[1]]) if sys.argv[1] in said else 'the log')"
-    )
-    monkeypatch.setattr(launch, "FLWR", (sys.executable, "-c", script))
     result = call("run", fleet.out / "coordinator", "--superlink", "127.0.0.1:1", "--insecure")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "rounds 1 of 1, 0 aborted" in result.stdout
+
+
+def test_run_shows_the_log_and_fails_while_rounds_are_left(fleet_of: FleetOf, flower: Callable[..., None]) -> None:
+    flower()
+    arguments = ("run", fleet_of(3, rounds=1).out / "coordinator", "--superlink", "127.0.0.1:1", "--insecure")
+    result = call(*arguments)
     assert result.stderr.splitlines() == ["run 17 has begun", "the log"]
-    assert f"rounds 1 of {rounds}, 0 aborted" in result.stdout
-    if rounds == 1:
-        assert result.exception is None
-    else:
-        assert isinstance(result.exception, EdgeAdaptError)
-        assert result.exception.about == "rounds"
+    assert result.stdout == ""
+    refusal(EdgeAdaptError, "rounds", *arguments)
+
+
+def test_run_says_why_flower_ended_the_run(fleet_of: FleetOf, flower: Callable[..., None]) -> None:
+    flower("finished:failed", "no session after 3 attempts")
+    folder = fleet_of(3, rounds=1).out / "coordinator"
+    assert "no session after 3 attempts" in str(refusal(EdgeAdaptError, "run", "run", folder, "--connection", "mine"))
+
+
+def test_ctrl_c_ends_the_display_and_not_the_run(
+    fleet_of: FleetOf, flower: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    flower()
+    monkeypatch.setattr(launch.Connection, "show_log", interrupt)
+    result = call("run", fleet_of(3, rounds=1).out / "coordinator", "--connection", "mine")
+    assert result.exit_code != 0
+    assert "run 17 continues on the SuperLink; 'flwr stop 17' ends it" in result.stderr
 
 
 def test_init_and_status_load_neither_torch_nor_flower(tmp_path: Path, authority: Path) -> None:
