@@ -15,7 +15,7 @@ from adapters.storage import PUBLIC, replace
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
 from client.training.trainer import load_trainer
-from coordinator import statedir as coordinator_home
+from coordinator import statedir as coordinator_files
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
 from export.onnx.classifier import export_classifier
@@ -58,7 +58,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     found = compare.compare(model, runner, inputs, texts)
     compare.gate(found, _limits(scenario))
     right = runner.probabilities(texts, inputs).argmax(axis=1) == [example.label for example in tests]
-    key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_home.KEY).read_bytes())
+    key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_files.KEY).read_bytes())
     manifest = version.manifest
     source = AdapterSource(
         GLOBAL, tensors, population.labels, manifest.version, manifest.sha256, peft_config=manifest.peft_config

@@ -12,10 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("retired_words.md")
 SUFFIXES = {".py", ".md", ".toml", ".js", ".html", ".css", ".yml", ".json", ".svg", ""}
 PROTOCOL_TESTS = tuple(f"tests/{part}" for part in ("aggregation", "attacks", "fuzz", "properties", "vectors"))
+SIMULATIONS = tuple(f"simulations/{part}" for part in ("data", "engine", "report", "scenario.py", "scenarios"))
+SIMULATIONS_TESTS = tuple(f"tests/simulations/{part}" for part in ("cli", "data", "engine", "report"))
 # Parts of the tree to which the table applies.
 DONE = ("aggregation", "coordinator", "tests/coordinator", "tests/integration", "tests/support", *PROTOCOL_TESTS)
-PATHS = ("docs", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", *DONE)
-EXCEPT = {"node_modules", "__pycache__", "package-lock.json", "retired_words.md", "rounds.json"}
+PATHS = ("docs", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", *DONE, *SIMULATIONS, *SIMULATIONS_TESTS)
+# words: phrases of households
+EXCEPT = {"node_modules", "__pycache__", "package-lock.json", "retired_words.md", "rounds.json", "words"}
 DEFINED = {"docs/glossary.md": {"witness"}}  # a page may name what a word does not mean
 
 

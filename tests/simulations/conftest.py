@@ -49,12 +49,12 @@ def make_result() -> Callable[..., RunResult]:
 
     def make(households: int = 15, rounds: int = 10, unseen: int = 3) -> RunResult:
         rng = np.random.default_rng(7)
-        homes = tuple(_household(rng, i, unseen=i >= households - unseen) for i in range(households))
-        names = tuple(h.name for h in homes if not h.unseen)
+        members = tuple(_household(rng, i, unseen=i >= households - unseen) for i in range(households))
+        names = tuple(h.name for h in members if not h.unseen)
         return RunResult(
             scenario="households",
             seed=0,
-            households=homes,
+            households=members,
             rounds=tuple(_round(rng, number, names) for number in range(1, rounds + 1)),
             adapter={"version": rounds, "sha256": "3b" * 32, "bytes": 412_312, "elements": 98_304},
             base={"digest": "a7" * 32, "bytes": 90_868_376},

@@ -161,7 +161,7 @@ def _with_new_names(
 
 def _utter(voice: Voice, templates: Sequence[Template], label: int) -> Utterance:
     template = pick(voice.rng, templates)
-    return Utterance(voice.say(template), label, template.id)
+    return Utterance(voice.speak(template), label, template.id)
 
 
 def _speaker(number: int, settings: PopulationSettings, books: Mapping[str, _Phrasebook], seed: int) -> _Speaker:

@@ -76,7 +76,7 @@ class Voice:
     names: HouseholdNames
     rng: np.random.Generator
 
-    def say(self, template: Template) -> str:
+    def speak(self, template: Template) -> str:
         """A sentence of the template: the first of 120 attempts without a flaw, or the one with the fewest flaws."""
         expander = Expander(self.language.rules, lambda name: self._slot(name, template.domains), self.rng)
         best, fewest = "", len(self.language.words.unnatural) + 1

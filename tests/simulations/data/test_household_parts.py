@@ -16,7 +16,8 @@ from tests.support import refused
 CODES = sorted(path.name[:-5] for path in (files("simulations.data.households") / "words").iterdir())
 DOMAINS = {
     "binary_sensor", "button", "climate", "cover", "fan", "lawn_mower", "light", "lock", "media_player", "person",
-    "scene", "sensor", "switch", "todo", "vacuum", "valve", "weather",
+    "scene", "sensor", "switch", "todo", "vacuum", "valve",
+    "weather",  # a domain of Hass intents
 }  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def test_every_sentence_of_a_template_is_found_and_no_other(template: str, sente
 
 
 def test_the_branches_of_an_alternative_are_equally_likely() -> None:
-    """Four standard deviations of a fair draw; a branch taken 3/2 or 2/3 as often as it should be lies outside."""
+    """Four standard deviations of a fair draw; a branch taken 3/2 or 2/3 as often lies outside."""
     counts = _sentences("(a|b|c|d)", draws=4000)
     assert all(abs(count - 1000) < 4 * np.sqrt(4000 * 0.25 * 0.75) for count in counts.values())
 
@@ -110,10 +111,10 @@ def test_a_region_uses_the_words_of_its_language_and_an_unknown_language_the_eng
 
 
 def test_households_have_names_of_their_own_without_open_marks() -> None:
-    homes = [draw_names(load_words("de"), stream(0, number)) for number in range(20)]
-    assert len({home.devices["light"] for home in homes}) == 20
-    assert not any("{" in name for home in homes for names in home.devices.values() for name in names)
-    assert homes[0].of_kind("input_boolean") == homes[0].of_kind("switch")
+    drawn = [draw_names(load_words("de"), stream(0, number)) for number in range(20)]
+    assert len({names.devices["light"] for names in drawn}) == 20
+    assert not any("{" in name for names in drawn for kind in names.devices.values() for name in kind)
+    assert drawn[0].of_kind("input_boolean") == drawn[0].of_kind("switch")
 
 
 @pytest.mark.parametrize(
@@ -146,20 +147,20 @@ def _voice(code: str) -> Voice:
 
 def test_a_name_is_of_a_domain_that_the_template_allows() -> None:
     voice = _voice("en")
-    said = {voice.say(Template("t", "{name}", ("vacuum", "lock"))) for _ in range(60)}
-    assert said == {*voice.names.of_kind("vacuum"), *voice.names.of_kind("lock")}
+    spoken = {voice.speak(Template("t", "{name}", ("vacuum", "lock"))) for _ in range(60)}
+    assert spoken == {*voice.names.of_kind("vacuum"), *voice.names.of_kind("lock")}
 
 
 def test_numbers_are_ones_that_people_say() -> None:
     voice = _voice("de")
-    degrees = {int(voice.say(Template("t", "{temperature}", ()))) for _ in range(100)}
+    degrees = {int(voice.speak(Template("t", "{temperature}", ()))) for _ in range(100)}
     assert degrees == set(range(17, 25))
-    assert all(int(voice.say(Template("t", "{brightness}", ()))) % 5 == 0 for _ in range(20))
+    assert all(int(voice.speak(Template("t", "{brightness}", ()))) % 5 == 0 for _ in range(20))
 
 
 def test_a_list_that_the_package_does_not_define_is_named() -> None:
     with refused(ConfigError, "home-assistant-intents", value="moon"):
-        _voice("en").say(Template("t", "to the {moon}", ()))
+        _voice("en").speak(Template("t", "to the {moon}", ()))
 
 
 def test_streams_of_different_names_differ_and_the_same_name_repeats() -> None:
