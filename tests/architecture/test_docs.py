@@ -73,7 +73,7 @@ def calls(text: str) -> list[list[str]]:
     """The words of every call of the program, in code blocks and in back quotes."""
     text = re.sub(r"\\\n\s*", "", text)
     blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-    called = r"(?:\S*python3? -m )?edgeadapt (\w[^`\n|#&;)]*)"
+    called = r"(?:\S*python3? -m )?edgeadapt (\w[^`\n|#&;]*)"
     found = [
         call for block in blocks for call in re.findall(rf"(?:^ *\$? *|&& |; do |; then |\$\(){called}", block, re.M)
     ]

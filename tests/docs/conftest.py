@@ -1,5 +1,6 @@
 """A folder in which the commands of a page are run, as a reader of the page would."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -15,18 +16,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Block:
-    """Commands of a page, and the output that the page shows directly after them."""
+    """Commands of a page, and the output that the page shows before its next commands."""
 
     commands: str
     shown: str
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
-    """The ``sh`` blocks of a page in order, each with the ``text`` block directly after it."""
+    """The ``sh`` blocks of a page in order, each with the ``text`` blocks after it."""
     fences = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    for (kind, commands), (after, shown) in zip(fences, [*fences[1:], ("", "")], strict=True):
-        if kind == "sh":
-            yield Block(commands, shown if after == "text" else "")
+    starts = [index for index, (kind, _) in enumerate(fences) if kind == "sh"]
+    for start, end in itertools.pairwise([*starts, len(fences)]):
+        yield Block(fences[start][1], "".join(text for kind, text in fences[start + 1 : end] if kind == "text"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""The tutorials, one after the other in one empty folder: every command works, and prints what the page shows."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+PAGES = ["first-federation", "first-adapter", "first-audit"]  # each goes on in the folder of the one before
+
+
+def shape(line: str) -> str:
+    """A line without the numbers, digests and blanks that differ from machine to machine."""
+    if line.startswith("exit code"):
+        return line
+    return " ".join(re.sub(r"\b[0-9a-f]{12,}\b|\d[\d,.]*|\.\d+", "#", line).split())
+
+
+@pytest.mark.slow
+def test_the_tutorials_do_what_they_say(reader: Any, blocks: Callable[[str], list[Any]]) -> None:
+    for page in PAGES:
+        found = blocks(f"tutorials/{page}.md")
+        assert len(found) > 3
+        for block in found:
+            printed = reader.run(block.commands)
+            lines = {shape(line) for line in printed.splitlines()}
+            missing = [line for line in block.shown.splitlines() if "…" not in line and shape(line) not in lines]
+            assert missing == [], f"{page}: {block.commands}\n{printed}"
+
+
+def test_a_line_that_is_not_printed_is_found() -> None:
+    assert (
+        shape("HassTurnOn   73.7%  personal") == shape("HassTurnOn 9.1% personal") != shape("HassTurnOff 9.1% personal")
+    )
+    assert shape("version 5, sha 92bb9207299d, .78") == shape("version 2, sha aabb9207299dff, .7")
