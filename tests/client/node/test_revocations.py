@@ -132,7 +132,7 @@ def test_a_device_that_requires_a_recent_list_joins_only_with_one(fleet_of: Flee
     install(fleet, list_of(fleet, 1, begin=NOW - 8 * DAY))
     with refused(EdgeAdaptError, "session"):
         fleet.federate(fleet.grid())
-    assert refusals == ["offer.revocations"] * 8
+    assert refusals == ["offer.revocations"] * 4 + ["offer.revocations.age"] * 4
     install(fleet, list_of(fleet, 2, begin=NOW - 6 * DAY))
     (record,) = fleet.federate(fleet.grid())
     assert len(record.survivors) == 4
