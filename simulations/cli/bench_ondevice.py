@@ -34,15 +34,15 @@ def ondevice(
     from simulations.benchmarks.ondevice import compare as run
     from simulations.benchmarks.ondevice import report
 
-    wanted, size = run.profiles(profiles), run.QUICK if quick else run.Size()
-    size = dataclasses.replace(size, tokens=tokens or size.tokens, rounds=rounds or size.rounds)
+    wanted, work = run.profiles(profiles), run.QUICK if quick else run.OnDeviceWorkload()
+    work = dataclasses.replace(work, tokens=tokens or work.tokens, rounds=rounds or work.rounds)
     if out:
         report.make_folder(out)
     if not run.has_peer():
         click.echo(f"  {run.INSTALL}", err=True)
     # FORCE_COLOR makes rich take a pipe for a terminal.
     with Console(stderr=True, force_terminal=sys.stderr.isatty()).status("") as status:
-        found = run.compare(wanted, size, status.update)
+        found = run.compare(wanted, work, status.update)
     if out:
         report.keep(found, out)
     click.echo(json.dumps(found) if as_json else report.table(found))

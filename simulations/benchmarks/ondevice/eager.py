@@ -1,4 +1,4 @@
-"""Torch as it runs without any export: transformers with its cache of keys and values, and peft around it."""
+"""The contender torch, without any export: transformers with its cache of keys and values, and peft around it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ from adapters.classifier import LoraSpec
 from adapters.layout import Floats
 
 
-class Eager:
-    """A causal language model in torch, float32."""
+class TorchEngine:
+    """A causal language model in torch, in float32."""
 
     def __init__(self, base: str, *, threads: int, lora: LoraSpec, adapters: Sequence[Path] = ()) -> None:
-        """Load base and adapters (safetensors under peft's names); all of the form ``lora``."""
+        """Load a base, and adapters of the shape ``lora``: safetensors files with peft's names."""
         torch.set_num_threads(threads)
         self._model = causal.build(find_base(base), lora)
         self._adapters = [load_file(path) for path in adapters]
@@ -26,28 +26,28 @@ class Eager:
         self.use(None)
 
     def use(self, adapter: int | None) -> None:
-        """As ``Engine.use``."""
+        """As ``ContenderEngine.use``."""
         self._model.base_model.disable_adapter_layers()
         if adapter is not None:
             causal.load(self._model, self._adapters[adapter])
             self._model.base_model.enable_adapter_layers()
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """As ``Engine.prefill``."""
+        """As ``ContenderEngine.prefill``."""
         self._past = None
         self._read(tokens)
 
     def step(self) -> int:
-        """As ``Engine.step``."""
+        """As ``ContenderEngine.step``."""
         read = self._next
         self._read([read])
         return read
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Floats:
-        """As ``Engine.logits``."""
-        found: Floats = self._model(input_ids=torch.tensor([tokens])).logits[0].numpy()
-        return found
+        """As ``ContenderEngine.logits``."""
+        logits: Floats = self._model(input_ids=torch.tensor([tokens])).logits[0].numpy()
+        return logits
 
     @torch.inference_mode()
     def _read(self, tokens: Sequence[int]) -> None:

@@ -1,6 +1,6 @@
-"""A LoRA adapter as llama.cpp reads it, so that the peer runs the very adapter that we run.
+"""A LoRA adapter in the format of llama.cpp, so that the peer runs the same adapter.
 
-Nothing on a device uses this form. The names are those of llama.cpp's ``convert_lora_to_gguf.py``.
+No device uses this format. The names are those of llama.cpp's ``convert_lora_to_gguf.py``.
 """
 
 import re
@@ -28,27 +28,27 @@ MODULES = {
 
 
 def write_gguf(path: Path, tensors: Mapping[str, Floats], *, alpha: float, heads: int, kv_heads: int) -> None:
-    """Write an adapter for a Llama-like model.
+    """Write an adapter of a Llama-like model.
 
     Args:
-        path: The file, which is replaced.
-        tensors: Under peft's names and in its shapes: A ``(rank, in)``, B ``(out, rank)``.
-        alpha: LoRA's; the reader scales by ``alpha / rank``.
-        heads: Of the queries.
-        kv_heads: Of the keys.
+        path: The file; an existing one is replaced.
+        tensors: With peft's names and shapes: A ``(rank, in)``, B ``(out, rank)``.
+        alpha: LoRA's alpha; llama.cpp scales by ``alpha / rank``.
+        heads: Number of query heads.
+        kv_heads: Number of key heads.
 
     Raises:
-        DataError: A tensor is of no layer that the peer has a name for.
+        DataError: A tensor belongs to a layer for which llama.cpp has no name.
     """
-    turned = {"attn_q": heads, "attn_k": kv_heads}
+    rotary = {"attn_q": heads, "attn_k": kv_heads}
     writer = GGUFWriter(path, ARCHITECTURE)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     for name, value in tensors.items():
         block, module, part = _parts(graph_name(name))
-        if part == "lora_b" and module in turned:
-            value = rotary_order(value, turned[module])
+        if part == "lora_b" and module in rotary:
+            value = rotary_order(value, rotary[module])
         writer.add_tensor(f"blk.{block}.{module}.weight.{part}", np.ascontiguousarray(value, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -59,17 +59,27 @@ def write_gguf(path: Path, tensors: Mapping[str, Floats], *, alpha: float, heads
 def rotary_order(rows: Floats, heads: int) -> Floats:
     """Reorder the rows of a query or key projection from transformers' rotary layout to llama.cpp's.
 
-    The former rotates the two halves of a head against each other, the latter neighbouring pairs; llama.cpp's converter
-    moves the rows of W so, and what is added to ``W x`` has to follow.
+    Transformers rotates row i of a head with row i of its second half, llama.cpp rotates adjacent rows. llama.cpp's
+    converter permutes the rows of W in this way, so those of LoRA's B follow.
+
+    Args:
+        rows: Shape ``(heads * size, …)`` with an even ``size``.
+        heads: Number of heads of the projection.
+
+    Returns:
+        The same shape and values.
+
+    >>> rotary_order(np.arange(8.0), 2).tolist()
+    [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
     """
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    part = {LORA_A: "lora_a", LORA_B: "lora_b"}
-    for ending, short in part.items():
-        found = LAYER.fullmatch(name.removesuffix(ending))
-        if name.endswith(ending) and found and found[2] in MODULES:
-            return found[1], MODULES[found[2]], short
-    raise DataError(f"tensor {name!r} is of no layer that llama.cpp's adapters can change")
+    for ending, part in ((LORA_A, "lora_a"), (LORA_B, "lora_b")):
+        layer = LAYER.fullmatch(name.removesuffix(ending))
+        if name.endswith(ending) and layer and layer[2] in MODULES:
+            return layer[1], MODULES[layer[2]], part
+    text = f"llama.cpp's adapters cannot change the layer of tensor {name!r}; train other target modules"
+    raise DataError(text, about="tensors", value=name)

@@ -1,10 +1,10 @@
-"""What tenants cost in memory: one process and one base for N adapters, and two processes over one mapped base.
+"""The memory of tenants: N adapters on one base in one process, and two processes that map the same base.
 
-Measured from outside, in processes that do nothing but load and answer: Linux keeps the sums of a process's pages in
-``/proc/PID/smaps_rollup``. ``pss`` counts a page that k processes map as 1/k in each, ``private`` only what no other
-process has, so N processes take about ``shared + N x private``.
+It is measured from outside, in processes that only load and answer: Linux sums a process's pages in
+``/proc/PID/smaps_rollup``. ``pss`` counts a page that k processes map as 1/k in each, ``private`` counts pages of one
+process only, so N processes take about ``shared + N x private``.
 
-An adapter of the bundle is multiplied under N names, each signed by a key that exists for this measurement only.
+An adapter of the bundle is copied under N names, each signed by a key that is made for the measurement.
 """
 
 import os
@@ -40,7 +40,7 @@ class Pages:
 
     @classmethod
     def of(cls, process: int) -> "Pages":
-        """Read them from the system.
+        """Read the sums of a running process.
 
         Raises:
             ConfigError: The system is not Linux.
@@ -58,15 +58,22 @@ class Pages:
 def measure(
     bundle: Path, trust: Path | None = None, counts: Sequence[int] = COUNTS, name: str | None = None
 ) -> dict[str, Any]:
-    """Both measurements on an adapter of ``bundle``, the default one if none is named, as JSON has them.
+    """Measure the memory of copies of one adapter.
+
+    Args:
+        bundle: The bundle.
+        trust: Its trusted keys; by default the file next to it.
+        counts: Numbers of adapters in one process, one or more.
+        name: The adapter; by default the bundle's default.
 
     Returns:
-        ``tenants``: N → pages of one process with N adapters loaded. ``processes``: the pages of each of two processes
-        with one adapter. ``bytes_per_tenant``: what one more adapter took between the fewest and the most.
-        ``adapter_bytes``: its tensors in float32. ``base_bytes``: all files of the base.
+        All sizes in bytes. ``tenants``: N → pages of one process with N adapters loaded. ``processes``: the pages of
+        each of two processes with one adapter. ``bytes_per_tenant``: growth of resident memory per adapter between the
+        smallest and the largest count, null with one count. ``adapter_bytes``: the adapter's tensors in float32.
+        ``base_bytes``: all files of the base.
 
     Raises:
-        EdgeAdaptError: The bundle cannot be used, or the system cannot tell.
+        EdgeAdaptError: The bundle cannot be used, or the system is not Linux.
     """
     library = Library.open(bundle, trust)
     name = name or library.default()
@@ -75,13 +82,12 @@ def measure(
         tenants = {str(n): _pages(copy, n, 1)[0] for n in counts}
         processes = _pages(copy, 1, 2)
     fewest, most = min(counts), max(counts)
-    grown = (
-        tenants[str(most)].rss - tenants[str(fewest)].rss
-    )  # what is shared with whom changes with the machine's work
+    # Not ``private``: which pages are shared changes with other processes of the machine.
+    growth = tenants[str(most)].rss - tenants[str(fewest)].rss
     return {
         "tenants": {n: asdict(pages) for n, pages in tenants.items()},
         "processes": [asdict(pages) for pages in processes],
-        "bytes_per_tenant": round(grown / (most - fewest)) if most > fewest else None,
+        "bytes_per_tenant": round(growth / (most - fewest)) if most > fewest else None,
         "adapter_bytes": adapter.nbytes,
         "base_bytes": sum(file.stamp.size for file in library.base.hashed),
     }
@@ -112,12 +118,12 @@ def with_tenants(library: Library, name: str, count: int) -> Iterator[Path]:
 def _link(file: Path, name: Path) -> None:
     try:
         os.link(file, name)
-    except OSError:  # another file system; a copy is as good, both processes map the same one
+    except OSError:  # another file system; both processes map the same copy
         name.write_bytes(file.read_bytes())
 
 
 def _pages(bundle: Path, tenants: int, processes: int) -> list[Pages]:
-    """The pages of so many processes that run at the same time, each with so many adapters."""
+    """Run ``processes`` processes at the same time, each with ``tenants`` adapters, and read their pages."""
     command = [sys.executable, "-m", __name__, str(bundle), str(tenants)]
     with ExitStack() as stack:
         running = [
@@ -125,9 +131,13 @@ def _pages(bundle: Path, tenants: int, processes: int) -> list[Pages]:
             for _ in range(processes)
         ]
         for process in running:
-            assert process.stdout is not None  # noqa: S101  # it was asked for
+            assert process.stdout is not None  # noqa: S101
             if process.stdout.readline() != "ready\n":
-                raise ConfigError(f"a process with {tenants} adapters ended; its message is above")
+                raise ConfigError(
+                    f"a process with {tenants} adapters has ended; its own message is above",
+                    about="tenants",
+                    value=tenants,
+                )
         pages = [Pages.of(process.pid) for process in running]
         for process in running:
             process.communicate()
@@ -135,7 +145,7 @@ def _pages(bundle: Path, tenants: int, processes: int) -> list[Pages]:
 
 
 def _tenants(bundle: Path, count: int) -> Any:
-    """Whoever holds the result holds a base with ``count`` adapters, each of which was in use."""
+    """A session or generator that holds a base with ``count`` adapters, each of which was active once."""
     library = Library.open(bundle, None)
     loaded: dict[str, Any] = {"loaded": count + 1, "loaded_bytes": UNLIMITED}
     if library.manifest.task == "text-classification":

@@ -1,7 +1,8 @@
-"""The peer: llama.cpp through ``llama-cpp-python``, by its C interface, without what the Python class does around it.
+"""The peer: llama.cpp through the C interface of ``llama-cpp-python``, without the overhead of its Python class.
 
-It gets its best: weights repacked for the processor where it can, flash attention, a batch that takes the whole prompt,
-a context no longer than needed, and the likeliest token picked without its sampler, which is slower than numpy.
+It runs with its fastest settings: weights repacked for the processor where it can, flash attention, a batch for the
+complete prompt, a context no longer than needed. The likeliest token is selected in numpy, which is faster than its
+sampler.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ import numpy as np
 from adapters.layout import Floats
 from aggregation.errors import DataError
 
-# By name, because it is an extra of its own.
+# Imported by name, because it is in an extra of its own.
 llama_cpp: Any = importlib.import_module("llama_cpp")
 
 
@@ -24,17 +25,17 @@ def _quiet(level: int, text: bytes, data: object) -> None:
     pass
 
 
-class LlamaCpp:
-    """A model in llama.cpp, with at most one adapter switched on."""
+class LlamaCppEngine:
+    """A model in llama.cpp."""
 
     def __init__(self, model: Path, *, threads: int, context: int, adapters: Sequence[Path] = ()) -> None:
-        """Load; no adapter is on yet.
+        """Load a model and its adapters.
 
         Args:
-            model: GGUF.
+            model: A GGUF file.
             threads: For prompt and generation alike.
-            context: Tokens of prompt and answer together, at most.
-            adapters: GGUF adapters that ``use`` can switch to, by their place in this list.
+            context: Largest number of tokens of prompt and answer together.
+            adapters: GGUF files of adapters.
 
         Raises:
             DataError: The model or an adapter cannot be loaded.
@@ -43,32 +44,32 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         self._model = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
-            raise DataError(f"llama.cpp cannot load {model}")
+            raise DataError(f"llama.cpp cannot load {model}", about="model", value=str(model))
         self._context = llama_cpp.llama_init_from_model(self._model, _settings(threads, context))
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._adapters = [self._load(path) for path in adapters]
         self._next = 0
 
     def use(self, adapter: int | None) -> None:
-        """As ``Engine.use``."""
+        """As ``ContenderEngine.use``."""
         chosen: list[Any] = [] if adapter is None else [self._adapters[adapter]]
         handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(chosen))(*chosen)
         scales = (ctypes.c_float * len(chosen))(*(1.0 for _ in chosen))
         llama_cpp.llama_set_adapters_lora(self._context, handles, len(chosen), scales)
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """As ``Engine.prefill``."""
+        """As ``ContenderEngine.prefill``."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
         self._read(tokens)
 
     def step(self) -> int:
-        """As ``Engine.step``."""
+        """As ``ContenderEngine.step``."""
         read = self._next
         self._read([read])
         return read
 
     def logits(self, tokens: Sequence[int]) -> Floats:
-        """As ``Engine.logits``."""
+        """As ``ContenderEngine.logits``."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
         batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
@@ -77,9 +78,9 @@ class LlamaCpp:
             batch.logits[i] = 1
         self._run(batch)
         rows = llama_cpp.llama_get_logits(self._context)
-        found: Floats = np.ctypeslib.as_array(rows, (len(tokens), self._vocabulary)).copy()
+        logits: Floats = np.ctypeslib.as_array(rows, (len(tokens), self._vocabulary)).copy()
         llama_cpp.llama_batch_free(batch)
-        return found
+        return logits
 
     def _read(self, tokens: Sequence[int]) -> None:
         ids = (llama_cpp.llama_token * len(tokens))(*tokens)
@@ -89,11 +90,11 @@ class LlamaCpp:
 
     def _run(self, batch: object) -> None:
         if code := llama_cpp.llama_decode(self._context, batch):
-            raise DataError(f"llama.cpp failed with code {code}")
+            raise DataError(f"llama.cpp failed with code {code}", about="llama_decode", value=code)
 
     def _load(self, path: Path) -> object:
         if not (adapter := llama_cpp.llama_adapter_lora_init(self._model, str(path).encode())):
-            raise DataError(f"llama.cpp cannot load the adapter {path}")
+            raise DataError(f"llama.cpp cannot load the adapter {path}", about="adapter", value=str(path))
         return adapter
 
 

@@ -1,27 +1,29 @@
-"""What was measured on devices' models, as a table and as a picture."""
+"""The tables and the picture of `edgeadapt bench ondevice`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from aggregation.errors import DataError
-from simulations.benchmarks.ondevice.stage import FORMATS, PEER, TORCH
+from simulations.benchmarks.ondevice.goals import Figures
+from simulations.benchmarks.ondevice.inputs import FORMATS
+from simulations.benchmarks.ondevice.process import PEER, TORCH
 
-Found = Mapping[str, Any]
 RESULT, PICTURE = "ondevice.json", "ondevice.png"
 
 
-def table(found: Found) -> str:
-    """Speeds with their spread and ratio to the peer, perplexities, sizes, waiting, tenants, and the goals."""
-    parts = [_speeds(found), _perplexities(found), _sizes(found), _waits(found)]
+def table(found: Figures) -> str:
+    """Format speeds with spread and ratio to the peer, perplexities, sizes, latencies, tenants, and the goals."""
+    parts = [_speeds(found), _perplexities(found), _sizes(found), _latencies(found)]
     parts += [_tenants(found)] if found["tenants"] else []
     return "\n\n".join([*parts, _goals(found), _notes(found)])
 
 
-def _speeds(found: Found) -> str:
+def _speeds(found: Figures) -> str:
     ratios = PEER in found["decode"]
-    head = ("tokens a second", "decode", "with adapter", "cost", "prefill", "with adapter")
+    head = ("tokens per second", "decode", "with adapter", "cost", "prefill", "with adapter")
     rows = [head + (("decode / peer", "prefill / peer") if ratios else ())]
     for name in found["decode"]:
         cells = [name, _speed(found, "decode", name, "base"), _speed(found, "decode", name, "adapter")]
@@ -33,27 +35,27 @@ def _speeds(found: Found) -> str:
     return _aligned(rows)
 
 
-def _speed(found: Found, what: str, name: str, arm: str) -> str:
+def _speed(found: Figures, what: str, name: str, arm: str) -> str:
     least, most = found[f"{what}_spread"][name][arm]
     return f"{found[what][name][arm]:.0f} ({least:.0f}–{most:.0f})"
 
 
-def _perplexities(found: Found) -> str:
+def _perplexities(found: Figures) -> str:
     rows = [("perplexity", "base", *(f"adapter {form}" for form in FORMATS))]
     for name, values in found["perplexity"].items():
         rows.append((name, *(f"{values[arm]:.3f}" if arm in values else "" for arm in ("base", *FORMATS))))
     return _aligned(rows)
 
 
-def _sizes(found: Found) -> str:
+def _sizes(found: Figures) -> str:
     rows = [("bytes", "base", *(f"adapter {form}" for form in FORMATS))]
     for name, values in found["sizes"].items():
         rows.append((name, *(f"{values[what]:,}" if what in values else "" for what in ("base", *FORMATS))))
     return _aligned(rows)
 
 
-def _waits(found: Found) -> str:
-    rows = [("waiting", "cold start s", "first use ms", "swap ms", "peak memory MB")]
+def _latencies(found: Figures) -> str:
+    rows = [("latency", "cold start s", "first use ms", "swap ms", "peak memory MB")]
     for name in found["decode"]:
         least, most = found["swap_ms_spread"][name]
         cells = (f"{found['cold_start_s'][name]:.2f}", f"{found['cold_adapter_ms'][name]:.1f}")
@@ -62,17 +64,17 @@ def _waits(found: Found) -> str:
     return _aligned(rows)
 
 
-def _tenants(found: Found) -> str:
+def _tenants(found: Figures) -> str:
     measured = found["tenants"]
     rows = [(f"tenants of one process, {measured['profile']}", "resident MB", "shared MB", "private MB")]
     for count, pages in measured["tenants"].items():
         rows.append((count, *(f"{pages[what] / 1e6:.1f}" for what in ("rss", "shared", "private"))))
     each, tensors = measured["bytes_per_tenant"] / 1e6, measured["adapter_bytes"] / 1e6
-    return f"{_aligned(rows)}\neach further one {each:.2f} MB, its tensors in float32 {tensors:.2f} MB"
+    return f"{_aligned(rows)}\neach further tenant {each:.2f} MB, its tensors in float32 {tensors:.2f} MB"
 
 
-def _goals(found: Found) -> str:
-    rows = [(f"goals, by {found['goals_profile']}", "found", "goal", "")]
+def _goals(found: Figures) -> str:
+    rows = [(f"goals, by {found['goals_profile']}", "value", "goal", "")]
     for row in found["goals"]:
         sign = "≥" if row["at_least"] else "≤"
         verdict = "reached" if row["reached"] else "not reached"
@@ -80,15 +82,14 @@ def _goals(found: Found) -> str:
     return _aligned(rows)
 
 
-def _notes(found: Found) -> str:
+def _notes(found: Figures) -> str:
     before, after = found["load_average"]
     lines = [
-        f"{found['rounds']} rounds; {found['threads']} threads for everyone; "
-        f"a prompt of {found['prompt_tokens']} tokens, {found['generated_tokens']} generated (by torch fewer).",
-        "Median (least–most) over the rounds; a turn's decode speed is that of its median token; ratios are medians of "
-        "the ratios within a round.",
-        f"Load average {before:.1f} at the start, {after:.1f} at the end: what is above "
-        f"{found['threads']} was not this benchmark's.",
+        f"{found['rounds']} rounds; {found['threads']} threads for every contender; "
+        f"a prompt of {found['prompt_tokens']} tokens, {found['generated_tokens']} generated (fewer by torch).",
+        "Median (smallest–largest) over the rounds; decode speed is that of a completion's median token; ratios are "
+        "medians of the ratios within a round.",
+        f"Load average {before:.1f} at the start, {after:.1f} at the end: more than {found['threads']} is other work.",
     ]
     return "\n".join(lines)
 
@@ -103,43 +104,48 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder that ``keep`` will fill, so that what would fail after minutes fails now.
+    """Make the folder that ``keep`` will fill, before minutes of work.
 
     Raises:
         DataError: It cannot be made.
     """
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
 
 
-def keep(found: Found, folder: Path) -> None:
+def keep(found: Figures, folder: Path) -> None:
     """Write the JSON and a picture into ``folder``.
 
     Raises:
         DataError: A file cannot be written.
     """
-    try:
+    with _writing(folder):
         (folder / RESULT).write_text(json.dumps(found, indent=1) + "\n")
-        draw(found, folder / PICTURE)
+        figure(found).savefig(folder / PICTURE, format="png", dpi=120)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise DataError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+        text = f"cannot write to {folder}: {error.strerror}; choose another --out"
+        raise DataError(text, about="--out", value=str(folder)) from None
 
 
-def draw(found: Found, path: Path) -> None:
-    """Write a PNG: decode and prefill as bars, and perplexity against decode speed."""
+def figure(found: Figures) -> Any:
+    """Draw decode and prefill as bars, and perplexity over decode speed; a ``matplotlib.figure.Figure``."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    bars = figure.subplots(1, 3)
-    for axes, what in zip(bars, ("decode", "prefill"), strict=False):
-        _bars(axes, found, what)
-    _scatter(bars[2], found)
-    figure.savefig(path, format="png", dpi=120)
+    drawn = Figure(figsize=(13, 4.2), layout="constrained")
+    decode, prefill, scatter = drawn.subplots(1, 3)
+    _bars(decode, found, "decode")
+    _bars(prefill, found, "prefill")
+    _scatter(scatter, found)
+    return drawn
 
 
-def _bars(axes: Any, found: Found, what: str) -> None:
+def _bars(axes: Any, found: Figures, what: str) -> None:
     names = list(found[what])
     for shift, arm in ((-0.2, "base"), (0.2, "adapter")):
         values = [found[what][name][arm] for name in names]
@@ -151,22 +157,24 @@ def _bars(axes: Any, found: Found, what: str) -> None:
         places = [i + shift for i in range(len(names))]
         axes.bar(places, values, 0.4, yerr=errors, label="base alone" if arm == "base" else "with adapter", capsize=2)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.set(ylabel="tokens a second", title=what)
+    axes.set(ylabel="tokens per second", title=what)
     axes.grid(visible=True, axis="y", alpha=0.2)
-    axes.margins(y=0.2)  # room for the legend above the bars
+    axes.margins(y=0.2)  # space for the legend above the bars
     axes.legend(frameon=False, ncols=2, loc="upper right")
 
 
-def _scatter(axes: Any, found: Found) -> None:
+def _scatter(axes: Any, found: Figures) -> None:
     for name, values in found["perplexity"].items():
         form = "fp32" if name in (PEER, TORCH) else "int8"
         size = found["sizes"].get(name, {"base": 0})["base"] / 1e6 + 20
         axes.scatter([found["decode"][name]["adapter"]], [values[form]], s=size, alpha=0.6, label=name)
     axes.margins(0.2)
-    # Not beside the points: those of profiles that are equally good lie on each other.
+    # Not next to the points: those of equally good profiles overlap.
     for handle in axes.legend(frameon=False).legend_handles:
         handle.set_sizes([40])
     axes.set(
-        xlabel="decode with adapter, tokens a second", ylabel="perplexity with adapter", title="area: bytes of the base"
+        xlabel="decode with adapter, tokens per second",
+        ylabel="perplexity with adapter",
+        title="area: bytes of the base",
     )
     axes.grid(visible=True, alpha=0.2)
