@@ -13,7 +13,7 @@ from simulations.benchmarks.ondevice import memory
 from tests.support import models, refused
 
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
-exported, vendor, household = models.exported, models.vendor, models.household
+exported, trace_once, vendor, household = models.exported, models.trace_once, models.vendor, models.household
 make_lm, lm_base, lm_model = models.make_lm, models.lm_base, models.lm_model
 lm_exported, lm_source, lm_bundle = models.lm_exported, models.lm_source, models.lm_bundle
 
