@@ -16,11 +16,7 @@ import pytest
 from client.browser.server import LIBRARIES, VENDOR, Site, http_server
 from tests.support import cdp, models
 
-tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
-exported, exported_int8 = models.exported, models.exported_int8
-trace_once = models.trace_once
-vendor, household = models.vendor, models.household
-make_lm, llama, drawn = models.make_lm, models.llama, models.drawn
+globals().update(models.FIXTURES)
 
 REQUIRED = os.environ.get("EDGEADAPT_REQUIRE_BROWSER") == "1"
 

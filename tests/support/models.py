@@ -1,7 +1,7 @@
 """Tiny frozen bases with seeded weights, their exports, and bundles of them: fixtures for the conftest files.
 
-A conftest takes a fixture by its name: ``bundle = models.bundle``. The classifier reads with a tokenizer like those of
-real bases; the language models, of several architectures, read single letters.
+A conftest takes all of them, ``globals().update(models.FIXTURES)``, because they need each other. The classifier reads
+with a tokenizer like those of real bases; the language models, of several architectures, read single letters.
 """
 
 import copy
@@ -304,3 +304,6 @@ def engine(lm_bundle: Path) -> GenerationEngine:
 def generator(lm_bundle: Path, engine: GenerationEngine) -> Generator:
     """Runs on ``engine``."""
     return Generator(Library.open(lm_bundle, None), engine, loaded=8, loaded_bytes=2**20)
+
+
+FIXTURES = {name: value for name, value in globals().items() if isinstance(value, type(tiny_base))}

@@ -66,7 +66,7 @@ def test_the_text_is_that_of_torch_with_each_adapter_and_without(
 
 def test_two_halves_of_one_adapter_write_as_the_adapter(lm_bundle: Path, lm_source: Any, vendor: IdentityKey) -> None:
     twin = lm_source("twin")
-    add_adapter(lm_bundle, twin.plan, twin, key=vendor, form="fp32")
+    add_adapter(lm_bundle, twin.adapter_inputs, twin, key=vendor, form="fp32")
     generator = Generator.open(lm_bundle, threads=1)
     generator.use("global")
     whole = written(generator)
@@ -80,7 +80,7 @@ def test_a_composition_above_the_bases_maximum_rank_is_refused_and_the_adapter_i
     lm_bundle: Path, lm_source: Any, vendor: IdentityKey
 ) -> None:
     wide = lm_source("wide", 13, 5)
-    add_adapter(lm_bundle, wide.plan, wide, key=vendor)
+    add_adapter(lm_bundle, wide.adapter_inputs, wide, key=vendor)
     generator = Generator.open(lm_bundle, threads=1)
     generator.use("global")
     before = written(generator)

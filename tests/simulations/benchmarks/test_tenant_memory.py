@@ -12,10 +12,7 @@ from client.inference.library import Library
 from simulations.benchmarks.ondevice import memory
 from tests.support import models, refused
 
-tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
-exported, trace_once, vendor, household = models.exported, models.trace_once, models.vendor, models.household
-make_lm, lm_base, lm_model = models.make_lm, models.lm_base, models.lm_model
-lm_exported, lm_source, lm_bundle = models.lm_exported, models.lm_source, models.lm_bundle
+globals().update(models.FIXTURES)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/PID/smaps_rollup")
 
