@@ -235,7 +235,7 @@ def check_place(out: Path) -> None:
 
 
 def stated_manifest(bundle: Path) -> BaseManifest | None:
-    """The base manifest, unverified, for the exporter alone: a device verifies it before use. None if there is none."""
+    """The base manifest, unverified, for the exporter alone: a device verifies it before use. None without a bundle."""
     try:
         return BaseManifest.unverified((bundle / BASE_MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):

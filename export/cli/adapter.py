@@ -15,7 +15,7 @@ from export.cli.options import (
     origin_of,
     out_json,
     pinned,
-    say,
+    print_result,
     signed_by,
     the_labels,
     which,
@@ -58,7 +58,7 @@ def adapter(
     signer = read_key(key_file)
     origin = origin_of(registry, peft_folder, version, trust, labels)
     manifest = add(bundle, origin, name=name, form=form, key=signer)
-    say(
+    print_result(
         {"bundle": str(bundle), **asdict(manifest)},
         f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {manifest.size:,} bytes",
         as_json,

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from adapters.base import find_base
 from adapters.keyfiles import read_key
-from export.cli.options import FOLDER, out_json, say, signed_by
+from export.cli.options import FOLDER, out_json, print_result, signed_by
 
 TASKS = ("text-classification", "text-generation")
 DEFAULT_TARGETS = {"text-classification": "query,value", "text-generation": "q_proj,v_proj"}
@@ -66,7 +66,7 @@ def base(
     write_bundle(out, exported, [], key=signer)
     manifest, size = exported.manifest, sum(map(len, exported.files.values()))
     row = {name: getattr(manifest, name) for name in ("base_digest", "task", "profile", "files", "max_rank")}
-    say(
+    print_result(
         {"bundle": str(out), **row, "slots": len(manifest.slots), "bytes": size},
         f"{out}: base {manifest.base_digest[:12]}, {manifest.profile}, {len(manifest.slots)} slots, {size:,} bytes",
         as_json,

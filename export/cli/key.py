@@ -6,7 +6,7 @@ import click
 
 from adapters.keyfiles import make_key
 from aggregation.entropy import SystemEntropy
-from export.cli.options import FOLDER, out_json, say
+from export.cli.options import FOLDER, out_json, print_result
 
 
 @click.command()
@@ -20,7 +20,7 @@ def key(path: Path, as_json: bool) -> None:
       edgeadapt export key vendor.pem && cp vendor.pub.pem trust.pem
     """
     private, public = make_key(path, SystemEntropy())
-    say(
+    print_result(
         {"key": str(path), "public": str(public), "id": private.public.key_id},
         f"key {private.public.key_id} in {path}; devices pin {public} in their trust.pem",
         as_json,

@@ -57,6 +57,6 @@ def origin_of(
     return sources.from_registry(registry, version, trust)
 
 
-def say(row: dict[str, Any], line: str, as_json: bool) -> None:
+def print_result(row: dict[str, Any], line: str, as_json: bool) -> None:
     """Print ``row`` as one JSON object, or ``line`` for a person."""
     click.echo(json.dumps(row, ensure_ascii=False) if as_json else line)

@@ -9,7 +9,7 @@ import click
 from adapters.bundle import TRUST, Bundle
 from adapters.keyfiles import read_public_keys
 from adapters.storage import read_lines
-from export.cli.options import FOLDER, from_folder, from_registry, origin_of, out_json, pinned, say, which
+from export.cli.options import FOLDER, from_folder, from_registry, origin_of, out_json, pinned, print_result, which
 
 FEW = 100  # answers; a single one among fewer changes the agreement by more than a profile's limit allows
 
@@ -60,7 +60,7 @@ def parity(
         "format": form,
         "texts": len(lines),
     }
-    say(
+    print_result(
         kind | asdict(measured) | {"perplexity_ratio": measured.perplexity_ratio},
         f"{measured} ({pair.base.profile} base, {form} adapter, {len(lines)} texts)",
         as_json,

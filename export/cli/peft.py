@@ -9,7 +9,7 @@ from adapters.keyfiles import read_public_keys
 from adapters.peft.folder import to_peft
 from aggregation.errors import ConfigError
 from export.bundle.adapter import unfolded
-from export.cli.options import FOLDER, from_registry, origin_of, out_json, pinned, say, which
+from export.cli.options import FOLDER, from_registry, origin_of, out_json, pinned, print_result, which
 
 
 @click.command()
@@ -49,4 +49,4 @@ def peft(
         origin = origin_of(registry, None, version, trust, None)
         tensors, config = origin.tensors, origin.peft_config
     to_peft(tensors, config, out)
-    say({"out": str(out), "tensors": len(tensors)}, f"{out}: {len(tensors)} tensors, for peft", as_json)
+    print_result({"out": str(out), "tensors": len(tensors)}, f"{out}: {len(tensors)} tensors, for peft", as_json)

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from adapters.base import find_base
 from adapters.peftconfig import MAX_RANK, LoraSpec
-from export.cli.options import FOLDER, out_json, say
+from export.cli.options import FOLDER, out_json, print_result
 
 
 @click.command()
@@ -41,4 +41,4 @@ def seed(name: str, phrases: Path, rank: int, alpha: int, targets: str, seed: in
     with Console(stderr=True).status(f"embedding {len(pairs)} phrases with {name}"):
         labels = write_seed(base, pairs, lora, seed, out)
     row = {"out": str(out), "labels": list(labels), "phrases": len(pairs), "base_digest": base.digest}
-    say(row, f"{out}: {len(labels)} labels from {len(pairs)} phrases", as_json)
+    print_result(row, f"{out}: {len(labels)} labels from {len(pairs)} phrases", as_json)

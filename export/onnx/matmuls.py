@@ -92,7 +92,7 @@ def find(graph: onnx.ModelProto, weights: Mapping[str, Floats]) -> dict[str, Lay
         out, width = weight.shape
         found[path] = LayerMatMul(same[0].input[0], same[0].output[0], int(width), int(out))
     if len({layer.y for layer in found.values()}) != len(found):
-        raise ConfigError("two layers with equal weights cannot be told apart in the exported graph", about="weights")
+        raise ConfigError("two layers with equal weights cannot be distinguished in the graph", about="weights")
     return found
 
 

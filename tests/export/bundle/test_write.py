@@ -42,11 +42,11 @@ def test_a_bundle_has_a_base_and_its_adapters_each_with_a_signed_manifest(
         "base/web.onnx",
     ]
     assert BaseManifest.accept(files["base/manifest.json"], [vendor.public]) == exported.manifest
-    sidecar = AdapterManifest.accept(files["adapters/global.json"], [vendor.public])
-    assert sidecar.sha256 == sha256(files["adapters/global.onnx_adapter"])
-    assert sidecar.size == len(files["adapters/global.onnx_adapter"])
-    assert sidecar.layout_digest == Layout.of(source().tensors).digest
-    assert (sidecar.rank, sidecar.format, sidecar.version) == (4, "int8", 3)
+    manifest = AdapterManifest.accept(files["adapters/global.json"], [vendor.public])
+    assert manifest.sha256 == sha256(files["adapters/global.onnx_adapter"])
+    assert manifest.size == len(files["adapters/global.onnx_adapter"])
+    assert manifest.layout_digest == Layout.of(source().tensors).digest
+    assert (manifest.rank, manifest.format, manifest.version) == (4, "int8", 3)
 
 
 def test_equal_inputs_give_an_equal_bundle(
@@ -75,7 +75,7 @@ def test_adapters_added_at_the_same_moment_are_all_kept(
     assert {f"adapters/{name}.json" for name in names} <= contents(bundle).keys()
 
 
-def test_an_update_of_the_shared_adapter_keeps_the_private_ones(
+def test_an_update_of_the_global_adapter_keeps_the_private_ones(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, household: IdentityKey
 ) -> None:
     add_adapter(bundle, exported.adapter_inputs, source("anna", seed=1, parent="a" * 64), key=household)
@@ -195,7 +195,7 @@ def test_an_adapter_is_not_added_to_a_folder_that_is_not_a_bundle(
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[1]", b'{"payload": "e30="}'])
-def test_a_bundle_with_a_damaged_manifest_is_left_alone(
+def test_a_bundle_with_a_damaged_base_manifest_is_left_unchanged(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, raw: bytes
 ) -> None:
     (bundle / "base" / "manifest.json").write_bytes(raw)

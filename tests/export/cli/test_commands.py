@@ -37,7 +37,7 @@ Run = Callable[..., Done]
 
 
 def publish(state_dir: Path, base: Base, versions: list[Tensors], labels: tuple[str, ...] = LABELS) -> None:
-    """A coordinator's home with these versions in its registry."""
+    """A coordinator's state directory with these versions in its registry."""
     state_dir.mkdir()
     key = IdentityKey.generate(SystemEntropy())
     (state_dir / "signing.pem").write_bytes(key.to_pem())
@@ -171,12 +171,12 @@ def test_the_same_command_gives_the_same_bytes(export: Run, shop: Path, form: st
 def test_the_adapter_manifest_states_the_source_and_the_peft_config(export: Run, shop: Path) -> None:
     done = export(*add(shop), "--version", "1", "--json").json()
     key = IdentityKey.from_pem((shop / "key.pem").read_bytes())
-    sidecar = AdapterManifest.accept((shop / "bundle/adapters/global.json").read_bytes(), [key.public])
-    assert sidecar.peft_config == METHOD
-    assert sidecar.source == files.sha256((shop / f"fleet/blobs/{sidecar.source}.safetensors").read_bytes())
-    assert sidecar.sha256 == files.sha256((shop / "bundle/adapters/global.onnx_adapter").read_bytes())
-    assert (sidecar.version, list(sidecar.labels)) == (1, list(LABELS))
-    assert done["layout_digest"] == sidecar.layout_digest
+    manifest = AdapterManifest.accept((shop / "bundle/adapters/global.json").read_bytes(), [key.public])
+    assert manifest.peft_config == METHOD
+    assert manifest.source == files.sha256((shop / f"fleet/blobs/{manifest.source}.safetensors").read_bytes())
+    assert manifest.sha256 == files.sha256((shop / "bundle/adapters/global.onnx_adapter").read_bytes())
+    assert (manifest.version, list(manifest.labels)) == (1, list(LABELS))
+    assert done["layout_digest"] == manifest.layout_digest
 
 
 def test_a_peft_folder_becomes_an_adapter_with_the_given_labels(export: Run, shop: Path, tiny_base: Base) -> None:

@@ -1,4 +1,4 @@
-"""Weights in four bits: what stays exact, how much is lost at most, and that rounding twice changes nothing."""
+"""Weights in four bits: which stay exact, the bound on the error, and that rounding twice changes nothing."""
 
 from collections.abc import Callable
 from typing import Any
