@@ -34,7 +34,7 @@ export function concat(...parts) {
   return whole;
 }
 
-/** The order in which Python sorts text: by code point, where JavaScript's own goes by UTF-16 unit. */
+/** The order in which Python sorts text: by code point; JavaScript compares UTF-16 units. */
 export function byCodePoint(left, right) {
   const a = Array.from(left, (sign) => sign.codePointAt(0));
   const b = Array.from(right, (sign) => sign.codePointAt(0));
