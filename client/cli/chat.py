@@ -27,7 +27,7 @@ HELP = """\
 
 @click.command()
 @options.bundle
-@click.option("--adapter", metavar="NAME", help="Or a composition, NAME:WEIGHT+NAME. Default: personal, else global.")
+@click.option("--adapter", metavar="NAME", help="One, or NAME:WEIGHT+NAME for several. Default: personal, else global.")
 @click.option("--base-only", is_flag=True, help="Use no adapter.")
 @options.trust
 @click.option("--system", metavar="TEXT", help="System prompt.")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # slow to import, and not needed for --help
 @click.option("--compose", metavar="PARTS", help="Several adapters as one: NAME:WEIGHT+NAME:WEIGHT.")
 @options.trust
 @click.option("--top", default=1, type=click.IntRange(1, 1000), metavar="N", help="Show the N most likely intents.")
-@click.option("--max-tokens", default=64, metavar="N", help="Longest continuation of a text.", show_default=True)
+@click.option("--max-tokens", default=64, metavar="N", help="Limit of a continuation.", show_default=True)
 @options.as_json
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
 def infer(

@@ -31,9 +31,11 @@ def sampling(command: F) -> F:
         click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before TEXT; may be repeated."),
         click.option("--seed", type=int, metavar="N", help="Equal seeds give equal answers."),
         click.option("--top-k", type=int, default=0, metavar="K", help="Sample from the K most likely tokens; 0: all."),
-        click.option("--top-p", type=float, default=1.0, metavar="P", help="Sample from the most likely share P."),
-        click.option("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token."),
-        click.option("--max-tokens", type=int, default=256, metavar="N", help="Longest answer.", show_default=True),
+        click.option(
+            "--top-p", type=float, default=1.0, metavar="P", help="Sample from the fewest tokens of probability P."
+        ),
+        click.option("--temperature", type=float, default=0.0, metavar="T", help="0: always the most likely token."),
+        click.option("--max-tokens", type=int, default=256, metavar="N", help="Limit of an answer.", show_default=True),
     ):
         command = option(command)
     return command

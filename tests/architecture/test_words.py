@@ -16,7 +16,7 @@ SIMULATIONS = tuple(f"simulations/{part}" for part in ("data", "engine", "report
 SIMULATIONS_TESTS = tuple(f"tests/simulations/{part}" for part in ("cli", "data", "engine", "report"))
 # Parts of the tree to which the table applies.
 DONE = ("aggregation", "coordinator", "tests/coordinator", "tests/integration", "tests/support", *PROTOCOL_TESTS)
-CLIENT = ("client", "tests/client", "tests/browser", "tests/support")
+CLIENT = ("client", "tests/client", "tests/browser")
 PATHS = ("docs", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", *DONE, *CLIENT, *SIMULATIONS, *SIMULATIONS_TESTS)
 # words: phrases of households
 EXCEPT = {"node_modules", "__pycache__", "package-lock.json", "retired_words.md", "rounds.json", "words"}
