@@ -1,4 +1,4 @@
-"""Where an adapter to be exported comes from: a version in a coordinator's registry, or a PEFT folder."""
+"""The sources of an adapter to be exported: a version in a coordinator's registry, or a PEFT folder."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,8 @@ class Origin:
     labels: tuple[str, ...]  # the head's rows, in order
     version: int
     sha256: str  # of the safetensors file that the tensors come from
-    base_digest: str | None  # None: the source does not say
-    base: str | None  # a name or folder that the source gives the base; a hint
+    base_digest: str | None  # None: the source does not state it
+    base: str | None  # the source's name or folder of the base; a hint
     tensors: Tensors = field(repr=False)  # under peft's names
 
 
@@ -56,13 +56,15 @@ def from_peft(folder: Path, version: int, labels: tuple[str, ...]) -> Origin:
 
     Args:
         folder: From ``save_pretrained``.
-        version: The number that devices shall know it by.
-        labels: The rows of its head, in order; a PEFT folder does not say.
+        version: The adapter's version on devices.
+        labels: The labels of its head's rows, in order; peft does not store them.
 
     Raises:
         ConfigError, DataError: As ``read_peft``.
     """
     read = read_peft(folder)
     if labels and all(LORA in name for name in read.tensors):
-        raise ConfigError(f"the adapter in {folder} has no head, so that its labels have no meaning; leave them out")
+        raise ConfigError(
+            f"the adapter in {folder} has no head, so labels have no meaning: leave out --labels", about="labels"
+        )
     return Origin(read.peft_config, labels, version, read.sha256, None, read.base, read.tensors)

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from adapters.base import find_base
 from adapters.keyfiles import read_key
-from export.cli.options import FOLDER, out_json, print_result, signed_by
+from export.cli.options import FOLDER, out_json, print_result, signed_by, status
 
 TASKS = ("text-classification", "text-generation")
 DEFAULT_TARGETS = {"text-classification": "query,value", "text-generation": "q_proj,v_proj"}
@@ -61,7 +60,7 @@ def base(
 
     task = task or usual_task(find_base(name))  # converting a GGUF file shows a progress bar of its own
     chosen = tuple(part.strip() for part in (targets or DEFAULT_TARGETS[task]).split(",") if part.strip())
-    with Console(stderr=True).status(f"exporting {name} as {profile}, which takes from seconds to a minute"):
+    with status(f"exporting {name} as {profile}, which takes from seconds to a minute"):
         exported = export_named(name, task, profile, chosen, max_rank=max_rank, head=head)
     write_bundle(out, exported, [], key=signer)
     manifest, size = exported.manifest, sum(map(len, exported.files.values()))

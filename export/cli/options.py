@@ -1,10 +1,13 @@
 """The options that commands of ``edgeadapt export`` share, and how their values are read."""
 
 import json
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
 from adapters.storage import read_lines
 from aggregation.errors import ConfigError
@@ -55,6 +58,12 @@ def origin_of(
     if labels is not None:
         raise ConfigError("--labels is for a PEFT folder; a registry states its labels itself", about="--labels")
     return sources.from_registry(registry, version, trust)
+
+
+def status(label: str) -> AbstractContextManager[object]:
+    """Show ``label`` and a spinner on standard error while the block runs, if that is a terminal."""
+    # FORCE_COLOR makes rich take a pipe for a terminal.
+    return Console(stderr=True, force_terminal=sys.stderr.isatty()).status(label)
 
 
 def print_result(row: dict[str, Any], line: str, as_json: bool) -> None:

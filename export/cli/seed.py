@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from adapters.base import find_base
 from adapters.peftconfig import MAX_RANK, LoraSpec
-from export.cli.options import FOLDER, out_json, print_result
+from export.cli.options import FOLDER, out_json, print_result, status
 
 
 @click.command()
@@ -38,7 +37,7 @@ def seed(name: str, phrases: Path, rank: int, alpha: int, targets: str, seed: in
 
     lora = LoraSpec(rank, alpha, tuple(part.strip() for part in targets.split(",") if part.strip()))
     pairs, base = read_phrases(phrases), find_base(name)
-    with Console(stderr=True).status(f"embedding {len(pairs)} phrases with {name}"):
+    with status(f"embedding {len(pairs)} phrases with {name}"):
         labels = write_seed(base, pairs, lora, seed, out)
     row = {"out": str(out), "labels": list(labels), "phrases": len(pairs), "base_digest": base.digest}
     print_result(row, f"{out}: {len(labels)} labels from {len(pairs)} phrases", as_json)

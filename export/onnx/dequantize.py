@@ -1,7 +1,7 @@
-"""A base whose weights are already what a profile makes of them, so that what is trained on is what a device runs.
+"""A base whose weights are rounded as a profile rounds them, so that training runs on the weights of the device.
 
-A profile's rounding changes the base by more than an adapter's own rounding changes the adapter. An adapter trained on
-the rounded base has learnt around it; docs/decisions/0012 says how to measure what that is worth.
+The rounding of a profile changes the base more than an adapter's rounding changes the adapter. An adapter that is
+trained on the rounded base compensates for it; docs/decisions/0012 says how to measure the gain.
 """
 
 import shutil
@@ -24,22 +24,22 @@ BITS = {Profile.NATIVE_INT8: 8, Profile.NATIVE_INT4: 4}
 
 
 def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-classification") -> Base:
-    """Write a base folder with the weights that ``profile`` gives; exporting it in ``profile`` changes them no more.
+    """Write a base folder with weights rounded as in ``profile``; exporting it in ``profile`` does not change them.
 
-    Everything else is copied. The new base has a digest of its own: adapters trained on it are for it alone.
+    Everything else is copied. The new base has its own digest, so adapters trained on it fit no other base.
 
     Args:
         base: A base in float32.
-        profile: In blocks of eight or four bits; float32 has nothing to round.
-        out: A new or empty folder. It appears whole or not at all.
-        task: What the base is opened for.
+        profile: ``native-int8`` or ``native-int4``; the others do not round in blocks.
+        out: A new or empty folder. It is written atomically.
+        task: The task that the base is opened for.
 
     Raises:
-        ConfigError: The profile rounds nothing, or ``out`` is not empty.
+        ConfigError: The profile does not round in blocks, or ``out`` is not empty.
     """
     if profile not in BITS:
         raise ConfigError(
-            f"the profile {profile.value} rounds no weights; choose {' or '.join(BITS)}",
+            f"the profile {profile.value} does not round weights in blocks; choose {' or '.join(BITS)}",
             about="profile",
             value=profile.value,
         )
@@ -54,9 +54,9 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
 
 
 def _round(model: nn.Module, bits: int) -> None:
-    """As ``quantize`` does in the graph: tables in eight bits, an output layer that is one too; products in ``bits``.
+    """Round as ``quantize.in_blocks``: embeddings, also as output layers, in eight bits, other weights in ``bits``.
 
-    Widths that no block divides stay as they are.
+    Weights whose width is not divisible by a block stay as they are.
     """
     done: set[int] = set()  # tied weights are one tensor under two names
     kinds: list[tuple[type[nn.Embedding | nn.Linear], int]] = [(nn.Embedding, 8), (nn.Linear, bits)]

@@ -17,7 +17,9 @@ SIMULATIONS_TESTS = tuple(f"tests/simulations/{part}" for part in ("cli", "data"
 # Parts of the tree to which the table applies.
 DONE = ("aggregation", "coordinator", "tests/coordinator", "tests/integration", "tests/support", *PROTOCOL_TESTS)
 CLIENT = ("client", "tests/client", "tests/browser")
-PATHS = ("docs", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", *DONE, *CLIENT, *SIMULATIONS, *SIMULATIONS_TESTS)
+EXPORT = ("export", "tests/export", "adapters/peft", "tests/adapters/peft")
+PARTS = (*DONE, *CLIENT, *EXPORT, *SIMULATIONS, *SIMULATIONS_TESTS)
+PATHS = ("docs", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", *PARTS)
 # words: phrases of households
 EXCEPT = {"node_modules", "__pycache__", "package-lock.json", "retired_words.md", "rounds.json", "words"}
 DEFINED = {"docs/glossary.md": {"witness"}}  # a page may name what a word does not mean
