@@ -227,7 +227,7 @@ def test_a_weight_that_honest_devices_cannot_have_aborts_the_round(
         vector[layout.size] = 2**spec.vector.ring_bits - int(spec.weight_cap / step)  # behind the delta: the weight
         return vector
 
-    monkeypatch.setattr(contribute, "contribution", lie)
+    monkeypatch.setattr("client.node.app.contribution", lie)
     fleet = fleet_of(4, rounds=1)
     (record,) = fleet.federate(fleet.grid())
     assert record.aborted == "4 survivors cannot have a weight of -512 examples"
