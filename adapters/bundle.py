@@ -34,9 +34,10 @@ from typing import Self, TypeVar
 
 from adapters import container
 from adapters.dsse import MAX_ENVELOPE
+from adapters.graphinputs import check_slots, layout_of
 from adapters.layout import Tensors
-from adapters.manifest import AdapterManifest, BaseManifest, Manifest, Task
-from adapters.ondevice import check_labels, check_name, check_slots, layout_of, restore
+from adapters.manifest import AdapterManifest, BaseManifest, Manifest, Task, check_labels, check_name
+from adapters.quantization import restore
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
 

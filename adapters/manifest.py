@@ -4,7 +4,8 @@ Coordinator, exporter and device meet in these documents. Each is a frozen value
 around its JSON (``dsse.py``). ``accept`` returns a verified value or raises.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -12,14 +13,46 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters import dsse, jsontext
 from adapters.peftconfig import PeftConfig
-from aggregation.errors import DataError, TrustError
+from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # what every database has an integer for
 Task = Literal["text-classification", "text-generation"]  # as optimum and transformers call them
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # stays inside its folder
-Format = Literal["fp32", "fp16", "int8", "int4"]  # how an adapter file stores numbers
+Format = Literal["fp32", "fp16", "int8", "int4"]  # how an adapter file stores numbers (``quantization.py``)
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_LABEL = 256  # characters
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if an adapter and its two files can have it on any system.
+
+    Raises:
+        ConfigError: It is empty, longer than 64 characters, or has a character that could leave the folder.
+    """
+    if not ADAPTER_NAME.fullmatch(name):
+        raise ConfigError(
+            f"adapter name {name[:80]!r} must be 1 to 64 letters, digits, '.', '_' or '-'", about="name", value=name
+        )
+    return name
+
+
+def check_labels(name: str, labels: Sequence[str]) -> None:
+    """Refuse labels of the adapter ``name`` with which no device could answer.
+
+    Raises:
+        DataError: A label occurs twice, or is not a printable name of at most ``MAX_LABEL`` characters.
+    """
+    if len(set(labels)) != len(labels):
+        raise DataError(f"adapter {name!r} names a label twice: export it again with other labels", about="labels")
+    for label in labels:
+        if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
+            raise DataError(
+                f"adapter {name!r}: label {label[:40]!r} is not a printable name: export it with another",
+                about="labels",
+                value=label,
+            )
 
 
 class Manifest:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, deserialize
 
 from adapters import files
 from adapters.files import MAX_ADAPTER
+from adapters.graphinputs import PEFT_PREFIX, input_name
 from adapters.layout import Floats, Layout, Tensors
-from adapters.ondevice import PEFT_PREFIX, graph_name
 from adapters.peft.config import Settings, config_of, saved_modules, settings_of
 from adapters.peft.inputs import LORA, AdapterInputs
 from adapters.peftconfig import PeftConfig
@@ -72,7 +72,7 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
 
     Args:
         tensors: All tensors of the adapter, under peft's names: a registry version's, or those of an exported file
-            (``adapters.ondevice.from_graph``).
+            (``adapters.graphinputs.from_inputs``).
         config: The adapter's.
         out: A new or empty folder. It is written atomically.
         base: The name of the base that peft notes.
@@ -132,7 +132,7 @@ def _floats(name: str, kind: str, data: bytes, shape: list[int]) -> Floats:
 
 def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
     """Refuse tensors that peft saved for a reason other than ``modules_to_save``, such as a resized embedding."""
-    names = sorted(map(graph_name, tensors))
+    names = sorted(map(input_name, tensors))
     for name in names:
         if EMBEDDING in name:  # before the embedding itself, which peft saves too and which is refused below
             raise ConfigError(

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+from adapters.graphinputs import LORA_A, LORA_B, input_name
 from adapters.layout import Tensors, TensorSpec
-from adapters.ondevice import LORA_A, LORA_B, graph_name
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
 
@@ -64,7 +64,7 @@ class AdapterInputs:
             DataError: A tensor is not of LoRA on a linear layer, a LoRA pair is incomplete or of two ranks, or a rank
                 differs from the one in ``config``.
         """
-        values = {graph_name(name): value for name, value in tensors.items()}
+        values = {input_name(name): value for name, value in tensors.items()}
         loras = tuple(_lora(path, config, values) for path in sorted(lora_paths(values)))
         saved: dict[str, list[TensorSpec]] = {}
         for name in sorted(name for name in values if LORA not in name):

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.graphinputs import LORA_A, LORA_B
 from adapters.layout import Floats, Tensors
-from adapters.ondevice import LORA_A, LORA_B
 from client.inference.library import Adapter
 
 LABELS = "labels"  # the symbolic dimension of a head's rows in the base's manifest

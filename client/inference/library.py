@@ -19,9 +19,9 @@ import numpy as np
 from cachetools import LRUCache
 
 from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names
+from adapters.graphinputs import LORA_A, LORA_B
 from adapters.layout import Floats, Tensors
-from adapters.manifest import AdapterManifest, BaseManifest, Task
-from adapters.ondevice import LORA_A, LORA_B, check_name
+from adapters.manifest import AdapterManifest, BaseManifest, Task, check_name
 from aggregation.errors import ConfigError, DataError
 from client.inference.trust import Trust
 

@@ -7,11 +7,13 @@ import numpy as np
 
 from adapters import container
 from adapters.bundle import VerifiedAdapter
+from adapters.graphinputs import LORA_A, LORA_B, PEFT_PREFIX, from_inputs, input_name, to_inputs
 from adapters.layout import Tensors
-from adapters.ondevice import LORA_A, LORA_B, PEFT_PREFIX, Format, from_graph, graph_name, quantize, restore, to_graph
+from adapters.manifest import Format
 from adapters.peft.config import exactly
 from adapters.peft.inputs import LORA, AdapterInputs, LoraSlot, lora_paths
 from adapters.peftconfig import PeftConfig
+from adapters.quantization import quantize, restore
 from aggregation.errors import DataError
 
 
@@ -21,14 +23,14 @@ def encode(tensors: Tensors, inputs: AdapterInputs, form: Format = "int8") -> by
     Args:
         tensors: All tensors of the adapter, under peft's names.
         inputs: The adapter's, of a model or of its tensors.
-        form: How numbers are stored; ``adapters.ondevice.quantize`` says what each form loses.
+        form: How numbers are stored; ``adapters.quantization.quantize`` says what each form loses.
 
     Raises:
         DataError: A tensor is missing, unknown, not finite, or too large for the format.
     """
-    if odd := sorted({graph_name(name) for name in tensors}.symmetric_difference(inputs.names)):
+    if odd := sorted({input_name(name) for name in tensors}.symmetric_difference(inputs.names)):
         raise DataError(f"tensor {odd[0]!r} is missing from the adapter or unknown to the exported base", about=odd[0])
-    return container.pack(quantize(to_graph(tensors, inputs.scaling), form))
+    return container.pack(quantize(to_inputs(tensors, inputs.scaling), form))
 
 
 def decode(blob: bytes, form: Format) -> Tensors:
@@ -50,7 +52,7 @@ def completed(
         DataError: The base has no slot for a tensor of the adapter, or the adapter lacks a tensor of a module in
             ``modules_to_save``.
     """
-    names = {graph_name(name) for name in tensors}
+    names = {input_name(name) for name in tensors}
     if odd := sorted(names - set(slots)):
         remedy = (
             "export the base with this layer among --targets" if LORA in odd[0] else "train without modules_to_save"
@@ -82,8 +84,8 @@ def unfolded(adapter: VerifiedAdapter) -> tuple[Tensors, PeftConfig]:
     """
     kept = {name: value for name, value in adapter.inputs.items() if value.size}
     config = adapter.manifest.peft_config or _folded(kept)
-    renamed = from_graph(kept, dict.fromkeys(lora_paths(kept), 1.0))
-    return from_graph(kept, AdapterInputs.of_tensors(config, renamed).scaling), config
+    renamed = from_inputs(kept, dict.fromkeys(lora_paths(kept), 1.0))
+    return from_inputs(kept, AdapterInputs.of_tensors(config, renamed).scaling), config
 
 
 def _folded(inputs: Tensors) -> PeftConfig:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from adapters.bundle import ADAPTERS, BASE, BASE_MANIFEST, adapter_names, adapter_path, manifest_path
 from adapters.files import sha256
+from adapters.graphinputs import LORA_A, check_slots, to_inputs
 from adapters.layout import Layout, Tensors
-from adapters.manifest import AdapterManifest, BaseManifest
-from adapters.ondevice import LORA_A, Format, check_labels, check_slots, to_graph
+from adapters.manifest import AdapterManifest, BaseManifest, Format, check_labels
 from adapters.peft.inputs import LABELS, AdapterInputs
 from adapters.peftconfig import PeftConfig
 from adapters.storage import link_files, locked_folder, staged, write_files
@@ -181,7 +181,7 @@ def _adapter_files(
 ) -> dict[str, bytes]:
     tensors, inputs = adapter.completed(source.tensors, inputs, base.slots)
     blob = adapter.encode(tensors, inputs, form)
-    sizes = check_slots(to_graph(tensors, inputs.scaling), base.slots)
+    sizes = check_slots(to_inputs(tensors, inputs.scaling), base.slots)
     if sizes.get(LABELS, 2) < 2:
         raise DataError(
             f"adapter {source.name!r} has a head of one row; a device chooses among at least two labels", about="head"

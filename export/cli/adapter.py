@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from adapters.keyfiles import read_key
-from adapters.ondevice import Format
+from adapters.manifest import Format
 from export.bundle.write import add
 from export.cli.options import (
     FOLDER,

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from adapters.graphinputs import LORA_A, LORA_B
 from adapters.layout import Floats
-from adapters.ondevice import LORA_A, LORA_B
 from aggregation.errors import ConfigError
 
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators

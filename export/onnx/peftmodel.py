@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers.pytorch_utils import Conv1D
 
+from adapters.graphinputs import LORA_A, LORA_B, input_name
 from adapters.layout import TensorSpec
-from adapters.ondevice import LORA_A, LORA_B, graph_name
 from adapters.peft.inputs import LABELS, AdapterInputs, LoraSlot, SavedSlot
 from aggregation.errors import ConfigError
 
@@ -97,7 +97,7 @@ def _saved(path: str, module: nn.Module) -> SavedSlot:
 
 
 def _check_complete(inputs: AdapterInputs, model: PeftModel) -> None:
-    state = {graph_name(name) for name in get_peft_model_state_dict(model, adapter_name=inputs.adapter)}
+    state = {input_name(name) for name in get_peft_model_state_dict(model, adapter_name=inputs.adapter)}
     if odd := sorted(state.symmetric_difference(inputs.names)):
         raise ConfigError(
             f"tensor {odd[0]!r} of the adapter belongs to no slot of a graph and cannot be exported", about=odd[0]

@@ -16,9 +16,9 @@ from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.bundle import Bundle, VerifiedAdapter
 from adapters.classifier import ENCODER, PhraseClassifier
+from adapters.graphinputs import input_name
 from adapters.layout import Tensors
 from adapters.manifest import BaseManifest, Task
-from adapters.ondevice import graph_name
 from adapters.peft.folder import to_peft
 from aggregation.errors import ConfigError, DataError
 from export.bundle.sources import Origin
@@ -83,7 +83,7 @@ def _bare(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
     """The model whose module names the adapter's tensors use."""
     if task == "text-generation":
         return pretrained.load(base, AutoModelForCausalLM)
-    if not any(graph_name(name).startswith(ENCODER) for name in tensors):
+    if not any(input_name(name).startswith(ENCODER) for name in tensors):
         return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels)
     encoder = pretrained.load(base, AutoModel)
     return PhraseClassifier(encoder, encoder.config.hidden_size, labels)

@@ -12,7 +12,8 @@ import pytest
 from adapters import bundle as bundles
 from adapters.bundle import MODEL, TOKENIZER, WEB_MODEL, WEIGHTS, Bundle, VerifiedAdapter, adapter_names, adapter_path
 from adapters.files import sha256
-from adapters.ondevice import quantize, to_graph
+from adapters.graphinputs import to_inputs
+from adapters.quantization import quantize
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
@@ -45,7 +46,7 @@ def test_a_sound_bundle_is_accepted_with_its_tensors(trusted: Bundle, exported: 
     base, adapter = trusted.base(), accept(trusted)
     assert base.manifest == exported.manifest
     assert {name: base.read(name) for name in base.manifest.files} == exported.files
-    expected = to_graph(source().tensors, exported.adapter_inputs.scaling)
+    expected = to_inputs(source().tensors, exported.adapter_inputs.scaling)
     assert adapter.inputs.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(adapter.inputs[name], value, atol=np.abs(value).max() / 100)
@@ -58,7 +59,7 @@ def test_every_format_is_read(
     write_bundle(trusted.folder, exported, [source()], key=vendor, form=form)
     adapter = accept(trusted)
     assert adapter.manifest.format == form
-    for name, value in to_graph(source().tensors, exported.adapter_inputs.scaling).items():
+    for name, value in to_inputs(source().tensors, exported.adapter_inputs.scaling).items():
         np.testing.assert_allclose(adapter.inputs[name], value, atol=np.abs(value).max() / 5)
 
 
@@ -239,7 +240,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(trusted: Bundle) -> Non
 def test_a_signed_adapter_with_nan_or_infinity_is_refused(
     trusted: Bundle, exported: ExportedBase, source: Source, vendor: IdentityKey, bad: float
 ) -> None:
-    stored = quantize(to_graph(source().tensors, exported.adapter_inputs.scaling), "int8")
+    stored = quantize(to_inputs(source().tensors, exported.adapter_inputs.scaling), "int8")
     stored["classifier.bias"][1] = bad
     resign_file(trusted.folder, vendor, stored)
     with refused(DataError, "classifier.bias"):
@@ -250,7 +251,7 @@ def test_a_signed_adapter_with_nan_or_infinity_is_refused(
 def test_a_signed_adapter_of_other_tensors_is_refused(
     trusted: Bundle, exported: ExportedBase, source: Source, vendor: IdentityKey, change: Any
 ) -> None:
-    stored = quantize(to_graph(source().tensors, exported.adapter_inputs.scaling), "int8")
+    stored = quantize(to_inputs(source().tensors, exported.adapter_inputs.scaling), "int8")
     if change is None:
         del stored["classifier.weight"], stored["classifier.weight#scale"]
     else:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import dsse, jsontext
-from adapters.manifest import AdapterManifest, BaseManifest, VersionManifest
+from adapters.manifest import AdapterManifest, BaseManifest, VersionManifest, check_labels, check_name
 from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import DataError, TrustError
+from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from tests.support import refused
 
@@ -202,3 +202,21 @@ def test_a_manifest_with_a_metric_that_is_not_finite_cannot_be_signed(key: Ident
 def test_documents_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         VERSION.version = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["global", "household-07", "a.b_c", "A" * 64])
+def test_plain_names_are_accepted(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "a\n", "A" * 65, "é", "-x"])
+def test_a_name_that_could_leave_the_folder_or_hide_in_it_is_refused(name: str) -> None:
+    with refused(ConfigError, "name", value=name):
+        check_name(name)
+
+
+def test_labels_are_printable_names_that_occur_once() -> None:
+    check_labels("global", ["HassTurnOn", "Küche an", "x" * 256])
+    for labels in (["a", "b", "a"], [""], [" "], ["a\n"], ["x" * 257], ["\x1b[31m"]):
+        with refused(DataError, "labels"):
+            check_labels("global", labels)

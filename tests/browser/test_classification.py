@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from adapters.ondevice import Format
+from adapters.manifest import Format
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from export.bundle.write import AdapterSource, write_bundle

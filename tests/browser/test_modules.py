@@ -19,8 +19,10 @@ from tokenizers import Tokenizer
 
 from adapters import dsse, jsontext
 from adapters.base import find_base
+from adapters.graphinputs import layout_of, to_inputs
 from adapters.layout import Tensors
-from adapters.ondevice import Format, layout_of, quantize, restore, to_graph
+from adapters.manifest import Format
+from adapters.quantization import quantize, restore
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki.identity import IdentityKey
@@ -115,7 +117,7 @@ def envelopes(key: IdentityKey, stranger: IdentityKey) -> Iterator[bytes]:
 
 def stored(source: Callable[..., AdapterSource], exported: ExportedBase, form: Format) -> dict[str, Any]:
     tensors = source().tensors
-    inputs: Tensors = restore(quantize(to_graph(tensors, exported.adapter_inputs.scaling), form), form)
+    inputs: Tensors = restore(quantize(to_inputs(tensors, exported.adapter_inputs.scaling), form), form)
     return {
         "file": b64(adapter.encode(tensors, exported.adapter_inputs, form)),
         "layout": layout_of(inputs).digest,

@@ -11,8 +11,9 @@ import pytest
 from adapters import dsse
 from adapters.bundle import BASE_MANIFEST, MODEL, TOKENIZER, WEB_MODEL, WEIGHTS, adapter_path, manifest_path
 from adapters.files import sha256
+from adapters.graphinputs import to_inputs
 from adapters.manifest import AdapterManifest
-from adapters.ondevice import quantize, to_graph
+from adapters.quantization import quantize
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
@@ -196,7 +197,7 @@ def test_a_signed_adapter_with_nan_or_infinity_is_refused(
     device: Device, exported: ExportedBase, source: Callable[..., AdapterSource], household: IdentityKey
 ) -> None:
     for bad in (np.nan, np.inf):
-        stored = quantize(to_graph(source().tensors, exported.adapter_inputs.scaling), "int8")
+        stored = quantize(to_inputs(source().tensors, exported.adapter_inputs.scaling), "int8")
         stored["classifier.bias"][1] = bad
         resign_file(device.bundle, household, stored, "anna")
         device.refuses_adapter("DataError", "classifier.bias")
@@ -205,7 +206,7 @@ def test_a_signed_adapter_with_nan_or_infinity_is_refused(
 def test_a_signed_adapter_of_other_tensors_is_refused(
     device: Device, exported: ExportedBase, source: Callable[..., AdapterSource], household: IdentityKey
 ) -> None:
-    sound = quantize(to_graph(source().tensors, exported.adapter_inputs.scaling), "int8")
+    sound = quantize(to_inputs(source().tensors, exported.adapter_inputs.scaling), "int8")
     scale = "classifier.weight#scale"
     for stored, about in (
         ({name: value for name, value in sound.items() if name != "classifier.bias"}, "classifier.bias"),

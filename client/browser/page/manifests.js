@@ -1,6 +1,6 @@
 // The two signed manifests that a device reads, checked field by field (adapters/manifest.py).
 
-import { TrustError } from "./errors.js";
+import { ConfigError, TrustError, quoted } from "./errors.js";
 import { accept, isObject } from "./dsse.js";
 
 const string = (value) => typeof value === "string";
@@ -16,6 +16,8 @@ const fileName = matching(/^[A-Za-z0-9_][A-Za-z0-9_.-]*$/); // stays inside its 
 const number = (value) => typeof value === "number" && value >= 0 && value < 2 ** 63;
 const pairOf = (first, second) => (value) => Array.isArray(value) && value.length === 2 && first(value[0]) && second(value[1]);
 const pattern = (value) => string(value) && value.length > 0 && [...value].length <= 512;
+
+const ADAPTER_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
 
 const PEFT_CONFIG = {
   peft_type: oneOf("LORA"),
@@ -50,6 +52,14 @@ const ADAPTER = {
   rank: count,
   labels: listOf(string),
 };
+
+/** `name`, if an adapter and its two files can have it on any system. Throws ConfigError. */
+export function checkName(name) {
+  if (!ADAPTER_NAME.test(name)) {
+    throw new ConfigError(`adapter name ${quoted(name)} must be 1 to 64 letters, digits, '.', '_' or '-'`, "name");
+  }
+  return name;
+}
 
 /** The manifest of a base. Throws TrustError: no pinned key signed it, or a field is missing, unknown or ill-formed. */
 export const baseManifest = (raw, keys) => manifest(raw, "base-manifest", BASE, keys);

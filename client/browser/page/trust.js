@@ -13,9 +13,10 @@ import { sha256 } from "./bytes.js";
 import { parse } from "./container.js";
 import { MAX_ENVELOPE } from "./dsse.js";
 import { ConfigError, DataError, EdgeAdaptError, TrustError, quoted } from "./errors.js";
+import { checkSlots, layoutDigest } from "./graphinputs.js";
 import { keySet, pinned } from "./keys.js";
 import * as manifests from "./manifests.js";
-import { checkName, checkSlots, layoutDigest, restore } from "./ondevice.js";
+import { restore } from "./quantization.js";
 import { SeenVersions } from "./seen.js";
 
 export const MODEL = "web.onnx";
@@ -61,7 +62,7 @@ export class Trust {
 
   /** What is signed about an adapter (rule 3). Throws as `base`; ConfigError for a name that no adapter can have. */
   async adapterManifest(source, name) {
-    const path = `adapters/${checkName(name)}.json`;
+    const path = `adapters/${manifests.checkName(name)}.json`;
     const manifest = await this.#accept(manifests.adapterManifest, source, path);
     if (manifest.name !== name) {
       const why = `was signed for the adapter ${quoted(manifest.name, 64)}; copy the bundle again`;

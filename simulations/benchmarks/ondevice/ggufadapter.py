@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 
+from adapters.graphinputs import LORA_A, LORA_B, input_name
 from adapters.layout import Floats
-from adapters.ondevice import LORA_A, LORA_B, graph_name
 from aggregation.errors import DataError
 
 ARCHITECTURE = "llama"
@@ -46,7 +46,7 @@ def write_gguf(path: Path, tensors: Mapping[str, Floats], *, alpha: float, heads
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     for name, value in tensors.items():
-        block, module, part = _parts(graph_name(name))
+        block, module, part = _parts(input_name(name))
         if part == "lora_b" and module in rotary:
             value = rotary_order(value, rotary[module])
         writer.add_tensor(f"blk.{block}.{module}.weight.{part}", np.ascontiguousarray(value, np.float32))

@@ -26,7 +26,7 @@ from adapters.bundle import BASE, TRUST, adapter_path
 from adapters.cache import cached
 from adapters.classifier import LoraSpec
 from adapters.layout import Tensors
-from adapters.ondevice import Format
+from adapters.manifest import Format
 from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy

@@ -19,7 +19,8 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from adapters import files
 from adapters.base import Base
 from adapters.classifier import PhraseClassifier, load, tensors
-from adapters.ondevice import Format, from_graph, to_graph
+from adapters.graphinputs import from_inputs, to_inputs
+from adapters.manifest import Format
 from adapters.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
 from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
@@ -141,7 +142,7 @@ def test_an_adapter_file_opens_in_peft_with_its_scaling_unfolded(
 ) -> None:
     values, method = tensors(model), PeftConfig("LORA", 4, 8, ("query", "value"))
     inputs = decode(encode(values, exported.adapter_inputs, form), form)
-    found = from_graph(inputs, AdapterInputs.of_tensors(method, values).scaling)
+    found = from_inputs(inputs, AdapterInputs.of_tensors(method, values).scaling)
     for name, value in values.items():
         assert np.abs(found[name] - value).max() <= tolerance * np.abs(value).max()
     to_peft(found, method, tmp_path / "peft")
@@ -386,7 +387,7 @@ def test_the_digest_is_of_the_file_and_equal_adapters_give_equal_folders(saved: 
 def test_unfolding_the_scaling_inverts_folding_it(model: PeftModel) -> None:
     load(model, tensors(model))
     scaling = find_adapter_inputs(model).scaling
-    for name, value in from_graph(to_graph(tensors(model), scaling), scaling).items():
+    for name, value in from_inputs(to_inputs(tensors(model), scaling), scaling).items():
         np.testing.assert_allclose(value, tensors(model)[name], rtol=1e-6)
 
 

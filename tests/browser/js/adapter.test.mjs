@@ -3,7 +3,8 @@ import test from "node:test";
 
 import { parse } from "../../../client/browser/page/container.js";
 import { DataError } from "../../../client/browser/page/errors.js";
-import { checkSlots, layoutDigest, restore } from "../../../client/browser/page/ondevice.js";
+import { checkSlots, layoutDigest } from "../../../client/browser/page/graphinputs.js";
+import { restore } from "../../../client/browser/page/quantization.js";
 import { seeded } from "../../../client/browser/page/sampling.js";
 import { bytes, made } from "./made.mjs";
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from adapters.bundle import adapter_path, manifest_path
-from adapters.ondevice import LORA_A, layout_of
+from adapters.graphinputs import LORA_A, layout_of
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey

@@ -5,7 +5,8 @@ import pytest
 from peft import PeftModel
 
 from adapters.classifier import tensors
-from adapters.ondevice import Format, check_slots, to_graph
+from adapters.graphinputs import check_slots, to_inputs
+from adapters.manifest import Format
 from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
@@ -32,7 +33,7 @@ def test_a_file_holds_the_tensors_to_the_precision_of_its_format(
     model: PeftModel, exported: ExportedBase, form: Format, tolerance: float
 ) -> None:
     found = decode(encode(tensors(model), exported.adapter_inputs, form), form)
-    for name, value in to_graph(tensors(model), exported.adapter_inputs.scaling).items():
+    for name, value in to_inputs(tensors(model), exported.adapter_inputs.scaling).items():
         assert np.abs(found[name] - value).max() <= tolerance * np.abs(value).max()
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from adapters.base import Base
 from adapters.causal import build, tensors
 from adapters.classifier import LoraSpec
-from adapters.ondevice import to_graph
+from adapters.graphinputs import to_inputs
 from aggregation.errors import ConfigError
 from export.bundle.adapter import encode
 from export.causal import export_causal
@@ -54,7 +54,7 @@ def test_every_layer_takes_an_adapter_and_gives_torchs_logits(
     base = make_lm(kind, **settings)
     onnx_side = runner(export_causal(base, every_layer, Profile.FP32))
     model = build(base, LoraSpec(rank=5, alpha=7, targets=every_layer))
-    inputs = to_graph(drawn(model, 0), find_adapter_inputs(model).scaling)
+    inputs = to_inputs(drawn(model, 0), find_adapter_inputs(model).scaling)
     tokens = ids(3, 9)
     expected = torch_logits(model, tokens)
     for first in (None, 1, 4):  # all at once, one by one, both
@@ -76,7 +76,7 @@ def test_layers_with_their_own_ranks_and_scalings(
     )
     inner = AutoModelForCausalLM.from_pretrained(llama.folder, dtype=torch.float32)
     model = get_peft_model(inner, config).eval()
-    inputs = to_graph(drawn(model, 1), find_adapter_inputs(model).scaling)
+    inputs = to_inputs(drawn(model, 1), find_adapter_inputs(model).scaling)
     tokens = ids(2, 6)
     np.testing.assert_allclose(runner(exported).logits(tokens, inputs, 3), torch_logits(model, tokens), atol=1e-4)
 
@@ -96,7 +96,7 @@ def test_a_quantized_base_gives_nearly_torchs_logits_with_an_adapter(
     exported = export_causal(llama, every_layer, profile)
     assert [len(exported.slots), *exported.slots["model.layers.1.mlp.down_proj.lora_A.weight"]] == [28, "96", "rank_13"]
     model = build(llama, LoraSpec(rank=4, targets=every_layer))
-    inputs = to_graph(drawn(model, 5), find_adapter_inputs(model).scaling)
+    inputs = to_inputs(drawn(model, 5), find_adapter_inputs(model).scaling)
     tokens = ids(2, 12)
     expected = torch_logits(model, tokens)
     error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
@@ -107,7 +107,7 @@ def test_each_row_of_a_batch_has_its_own_adapter(
     llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Any, runner: Any
 ) -> None:
     model, side = build(llama, LoraSpec(rank=3, targets=every_layer)), runner(exported)
-    inputs = [to_graph(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(3)]
+    inputs = [to_inputs(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(3)]
     tokens = ids(3, 5)
     found = side.logits(tokens, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}, 2)
     for row in range(3):

@@ -20,7 +20,7 @@ from adapters import pretrained
 from adapters.base import Base
 from adapters.causal import build, tensors
 from adapters.classifier import LoraSpec
-from adapters.ondevice import to_graph
+from adapters.graphinputs import to_inputs
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
@@ -101,7 +101,7 @@ def test_any_rank_gives_torchs_logits_with_and_without_the_cache(
     base, exported = made(case)
     side, tokens = runner(exported), ids(2, 9)
     for model in (build(base, LoraSpec(rank=5, alpha=7, targets=case[2])), patterned(base, case[2])):
-        inputs = to_graph(drawn(model, 0), find_adapter_inputs(model).scaling)
+        inputs = to_inputs(drawn(model, 0), find_adapter_inputs(model).scaling)
         assert set(inputs) == set(exported.slots)
         expected = torch_logits(model, tokens)
         for first in (None, 1, 4):  # all at once, one by one, both
@@ -131,7 +131,7 @@ def test_a_row_padded_on_the_right_gives_its_own_logits(gpt2: tuple[Base, Export
 def test_each_row_of_a_batch_has_its_own_adapter(gpt2: tuple[Base, ExportedBase], drawn: Any, runner: Any) -> None:
     base, exported = gpt2
     model, side, tokens = build(base, LoraSpec(rank=3, targets=GPT2)), runner(exported), ids(2, 5)
-    inputs = [to_graph(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(2)]
+    inputs = [to_inputs(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(2)]
     found = side.logits(tokens, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}, 2)
     for row in range(2):
         np.testing.assert_allclose(found[row : row + 1], side.logits(tokens[row : row + 1], inputs[row], 2), atol=1e-4)
@@ -146,7 +146,7 @@ def test_a_quantized_base_gives_nearly_torchs_logits_and_leaves_no_weight_in_flo
     base, exact = gpt2
     exported = export_causal(base, GPT2, profile)
     model, tokens = build(base, LoraSpec(rank=4, targets=GPT2)), ids(2, 12)
-    inputs, expected = to_graph(drawn(model, 5), find_adapter_inputs(model).scaling), torch_logits(model, tokens)
+    inputs, expected = to_inputs(drawn(model, 5), find_adapter_inputs(model).scaling), torch_logits(model, tokens)
     error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
     assert 1e-9 < error < limit
     assert exported.slots == exact.slots
@@ -272,7 +272,7 @@ def test_rows_with_their_own_adapters_in_a_layer_that_flattens_the_batch_are_an_
     case = CASES[2].values[0]  # OPT's fc1 and fc2
     base, exported = made(case)
     model = build(base, LoraSpec(rank=3, targets=case[2]))
-    inputs = [to_graph(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(2)]
+    inputs = [to_inputs(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(2)]
     both = {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}
     with pytest.raises((Fail, InvalidArgument, RuntimeException)):
         runner(exported).logits(ids(2, 5), both)

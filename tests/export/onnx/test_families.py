@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.classifier import LoraSpec, build, build_own, has_own_head, load, tensors
-from adapters.ondevice import to_graph
+from adapters.graphinputs import to_inputs
 from adapters.peft.folder import read_peft
 from adapters.peft.inputs import AdapterInputs
 from aggregation.errors import ConfigError
@@ -98,7 +98,7 @@ def test_each_family_gives_torchs_logits_up_to_its_longest_text(make_family: Mak
     exported = export_classifier(model, base, Profile.FP32)
     tokenizer = OnnxRunner.open(exported.files).tokenizer
     assert len(tokenizer.encode("lock " * 100).ids) == longest
-    inputs = to_graph(tensors(model), exported.adapter_inputs.scaling)
+    inputs = to_inputs(tensors(model), exported.adapter_inputs.scaling)
     ids = rng.integers(4, 75, (3, longest))
     mask = np.ones_like(ids)
     mask[1, 5:] = mask[2, 1:] = 0
@@ -131,7 +131,7 @@ def test_the_bases_own_head_takes_an_adapter_from_peft_with_any_number_of_labels
     load(theirs, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(theirs).items()})
     theirs.save_pretrained(tmp_path)
     read = read_peft(tmp_path)
-    inputs = to_graph(read.tensors, AdapterInputs.of_tensors(read.peft_config, read.tensors).scaling)
+    inputs = to_inputs(read.tensors, AdapterInputs.of_tensors(read.peft_config, read.tensors).scaling)
     ids = rng.integers(4, 75, (2, 9))
     mask = np.ones_like(ids)
     expected = exact(theirs, ids, mask)

@@ -15,8 +15,8 @@ from transformers import AutoModel
 
 from adapters.base import Base
 from adapters.classifier import LoraSpec, PhraseClassifier, build, load, tensors
+from adapters.graphinputs import to_inputs
 from adapters.layout import Floats, Tensors
-from adapters.ondevice import to_graph
 from export.bundle import adapter
 from export.onnx import graph
 from export.onnx.classifier import export_classifier
@@ -73,7 +73,7 @@ def test_the_graph_gives_torchs_logits_for_any_rank_labels_batch_and_length(
     values = draw(model, rng)
     load(model, values)
     ids, mask = tokens(rng, batch, length)
-    found = onnx_logits(session, ids, mask, to_graph(values, find_adapter_inputs(model).scaling))
+    found = onnx_logits(session, ids, mask, to_inputs(values, find_adapter_inputs(model).scaling))
     expected = torch_logits(model, ids, mask)
     np.testing.assert_allclose(found, expected, atol=3e-5 * max(1.0, float(np.abs(expected).max())))
 
@@ -82,7 +82,7 @@ def test_rank_0_gives_the_base_without_an_adapter(model: PeftModel, session: ort
     values = tensors(model)
     inputs = {
         name: value[:, :0] if "lora_A" in name else value[:0] if "lora_B" in name else value
-        for name, value in to_graph(values, find_adapter_inputs(model).scaling).items()
+        for name, value in to_inputs(values, find_adapter_inputs(model).scaling).items()
     }
     ids, mask = tokens(np.random.default_rng(0), 3, 8)
     inner = model.base_model.model
@@ -99,7 +99,7 @@ def test_the_graph_runs_without_an_adapter_on_empty_defaults(session: ort.Infere
 
 
 def test_padding_does_not_change_the_logits(model: PeftModel, session: ort.InferenceSession) -> None:
-    inputs = to_graph(tensors(model), find_adapter_inputs(model).scaling)
+    inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
     ids, mask = tokens(np.random.default_rng(1), 1, 6)
     padded = [np.pad(array, ((0, 0), (0, 9))) for array in (ids, mask)]
     alone = onnx_logits(session, ids, mask, inputs)
@@ -121,7 +121,7 @@ def test_rank_and_alpha_patterns_reach_the_graph(tiny_base: Base, session: ort.I
     values = draw(model, rng)
     load(model, values)
     ids, mask = tokens(rng, 3, 9)
-    found = onnx_logits(session, ids, mask, to_graph(values, find_adapter_inputs(model).scaling))
+    found = onnx_logits(session, ids, mask, to_inputs(values, find_adapter_inputs(model).scaling))
     np.testing.assert_allclose(found, torch_logits(model, ids, mask), atol=1e-4)
 
 
@@ -136,7 +136,7 @@ def test_any_module_in_modules_to_save_is_an_input(tiny_base: Base) -> None:
     assert exported.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
     ids, mask = tokens(rng, 2, 5)
     found = onnx_logits(
-        OnnxRunner.open(exported.files).session, ids, mask, to_graph(values, exported.adapter_inputs.scaling)
+        OnnxRunner.open(exported.files).session, ids, mask, to_inputs(values, exported.adapter_inputs.scaling)
     )
     expected = torch_logits(model, ids, mask)
     np.testing.assert_allclose(found, expected, atol=1e-4 * float(np.abs(expected).max()))
@@ -176,7 +176,7 @@ def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
 
 def test_rows_of_a_quantized_batch_do_not_influence_each_other(model: PeftModel, exported_int8: ExportedBase) -> None:
     session = OnnxRunner.open(exported_int8.files).session
-    inputs = to_graph(tensors(model), find_adapter_inputs(model).scaling)
+    inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
     ids, mask = tokens(np.random.default_rng(6), 4, 9)
     together = onnx_logits(session, ids, mask, inputs)
     for row in range(4):
@@ -202,7 +202,7 @@ def test_each_row_of_a_batch_can_have_its_own_adapter(
     tiny_base: Base, model: PeftModel, session: ort.InferenceSession
 ) -> None:
     rng = np.random.default_rng(7)
-    inputs = [to_graph(draw(model, rng), find_adapter_inputs(model).scaling) for _ in range(3)]
+    inputs = [to_inputs(draw(model, rng), find_adapter_inputs(model).scaling) for _ in range(3)]
     ids, mask = tokens(rng, 3, 8)
     found = onnx_logits(session, ids, mask, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]})
     for row in range(3):

@@ -1,27 +1,13 @@
-// The tensors of an adapter file as the graph reads them: the reading half of adapters/ondevice.py.
-//
-// A tensor here is { shape, values: Float32Array }, row-major, by graph input.
+// How an adapter file stores numbers: the reading half of adapters/quantization.py.
 
-import { byCodePoint, encode, sha256 } from "./bytes.js";
-import { ConfigError, DataError, quoted } from "./errors.js";
+import { DataError, quoted } from "./errors.js";
+import { LORA_A } from "./graphinputs.js";
 import * as numbers from "./numbers.js";
 import { product } from "./numbers.js";
 
-const PEFT_PREFIX = "base_model.model.";
-const LORA_A = ".lora_A.weight";
-const LORA_B = ".lora_B.weight";
 const SCALE = "#scale";
-const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
-// The number types that a tensor of two or more dimensions may have in a file.
+// The number types of tensors with two or more dimensions, by format.
 const TYPES = { fp32: ["float32"], fp16: ["float16"], int8: ["int8"], int4: ["uint8", "int8"] };
-
-/** `name`, if it can name an adapter and its two files on any system. Throws ConfigError. */
-export function checkName(name) {
-  if (!NAME.test(name)) {
-    throw new ConfigError(`adapter name ${quoted(name)} must be 1 to 64 letters, digits, '.', '_' or '-'`, "name");
-  }
-  return name;
-}
 
 /**
  * The float32 tensors of what `container.parse` found, in the number format that the manifest states.
@@ -84,45 +70,6 @@ function checkOwner(name, stored) {
     throw new DataError(`scales ${quoted(name)} belong to no tensor of the adapter`, name);
   }
 }
-
-/**
- * Refuse tensors that do not fill exactly the slots of a graph; return the size that each free dimension takes.
- *
- * Throws DataError: a tensor is missing or unknown, or of a shape that the graph does not take.
- */
-export function checkSlots(inputs, slots) {
-  const odd = [...inputs.keys()].filter((name) => !Object.hasOwn(slots, name));
-  odd.push(...Object.keys(slots).filter((name) => !inputs.has(name)));
-  if (odd.length) {
-    const first = odd.sort(byCodePoint)[0];
-    throw new DataError(`tensor ${quoted(first)} is missing from the adapter or has no slot in the base's graph`, first);
-  }
-  const sizes = new Map();
-  for (const [name, dimensions] of Object.entries(slots)) {
-    const { shape } = inputs.get(name);
-    const fits = dimensions.every((text, i) => shape[i] === sizeOf(text, shape[i], sizes));
-    if (shape.length !== dimensions.length || !fits) {
-      const found = `is [${shape.join(", ")}], its slot takes [${dimensions.join(", ")}]`;
-      throw new DataError(`tensor ${quoted(name)} ${found}`, name);
-    }
-  }
-  return sizes;
-}
-
-function sizeOf(text, size, sizes) {
-  if (/^[0-9]+$/.test(text)) return Number(text);
-  if (!sizes.has(text)) sizes.set(text, size);
-  return sizes.get(text);
-}
-
-/** SHA-256 of names and shapes as peft has them, in order (adapters/layout.py). */
-export async function layoutDigest(inputs) {
-  const rows = [...inputs].map(([name, { shape }]) => [PEFT_PREFIX + name, isLora(name) ? [...shape].reverse() : shape]);
-  rows.sort(([left], [right]) => byCodePoint(left, right));
-  return sha256(encode(JSON.stringify(rows)));
-}
-
-const isLora = (name) => name.endsWith(LORA_A) || name.endsWith(LORA_B);
 
 function finite(name, tensor) {
   if (!tensor.values.every(Number.isFinite)) throw new DataError(`tensor ${quoted(name)} holds NaN or infinity`, name);

@@ -1,0 +1,96 @@
+"""The tensors of an adapter as inputs of an exported graph, and the slots that they fill.
+
+The graph computes ``y = base(x) + (x @ A) @ B`` for a layer with LoRA. Its input A has the shape ``(in, rank)``, and B
+has ``(rank, out)`` with the layer's scaling folded in; both are peft's tensors transposed. Modules in
+``modules_to_save`` keep their shapes.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from adapters.layout import Floats, Layout, Tensors
+from aggregation.errors import DataError
+
+PEFT_PREFIX = "base_model.model."  # peft puts it before every name of the base's module tree
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+def to_inputs(tensors: Tensors, scaling: Mapping[str, float]) -> Tensors:
+    """The graph inputs of an adapter.
+
+    >>> a, b = np.ones((2, 3), np.float32), np.ones((5, 2), np.float32)
+    >>> peft = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
+    >>> {name: value.shape for name, value in to_inputs(peft, {"q": 2.0}).items()}
+    {'q.lora_A.weight': (3, 2), 'q.lora_B.weight': (2, 5)}
+
+    Args:
+        tensors: All tensors of the adapter, under peft's names and in its shapes.
+        scaling: The factor of each adapted layer, by the layer's path in the base.
+    """
+    return {input_name(name): _transposed(input_name(name), value, scaling) for name, value in tensors.items()}
+
+
+def from_inputs(inputs: Tensors, scaling: Mapping[str, float]) -> Tensors:
+    """The tensors under peft's names and in its shapes: ``from_inputs(to_inputs(t, s), s) == t`` up to rounding."""
+    inverse = {path: 1 / factor if factor else 1.0 for path, factor in scaling.items()}
+    return {PEFT_PREFIX + name: _transposed(name, value, inverse) for name, value in inputs.items()}
+
+
+def input_name(peft_name: str) -> str:
+    """The graph input for the tensor that peft calls ``peft_name``.
+
+    >>> input_name("base_model.model.encoder.query.lora_A.weight")
+    'encoder.query.lora_A.weight'
+    """
+    return peft_name.removeprefix(PEFT_PREFIX)
+
+
+def layout_of(inputs: Tensors) -> Layout:
+    """The layout, in peft's names and shapes, of the tensors of which these are the graph inputs."""
+    return Layout.of({PEFT_PREFIX + name: value.T if _is_lora(name) else value for name, value in inputs.items()})
+
+
+def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Refuse an adapter that does not fill exactly the slots of a graph.
+
+    >>> check_slots({"A": np.ones((6, 2), np.float32)}, {"A": ("6", "rank_0")})
+    {'rank_0': 2}
+
+    Args:
+        inputs: The adapter's tensors by graph input.
+        slots: The dimensions of each graph input: digits for a fixed size, or a symbol for one size everywhere.
+
+    Returns:
+        The size of each symbol.
+
+    Raises:
+        DataError: A tensor is missing, unknown or of a shape that the graph does not take; about the tensor.
+    """
+    if odd := sorted(set(inputs).symmetric_difference(slots)):
+        raise DataError(
+            f"tensor {odd[0]!r} is missing from the adapter or has no slot in the base's graph", about=odd[0]
+        )
+    sizes: dict[str, int] = {}
+    for name, dimensions in slots.items():
+        shape = inputs[name].shape
+        fits = len(shape) == len(dimensions) and all(
+            size == (int(text) if text.isdigit() else sizes.setdefault(text, size))
+            for text, size in zip(dimensions, shape, strict=True)
+        )
+        if not fits:
+            raise DataError(
+                f"tensor {name!r} is {list(shape)}, its slot takes [{', '.join(dimensions)}]", about=name, value=shape
+            )
+    return sizes
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((LORA_A, LORA_B))
+
+
+def _transposed(name: str, value: Floats, scaling: Mapping[str, float]) -> Floats:
+    if not _is_lora(name):
+        return value
+    factor = scaling[name.removesuffix(LORA_B)] if name.endswith(LORA_B) else 1.0
+    return np.ascontiguousarray(value.T) * np.float32(factor)

@@ -1,0 +1,49 @@
+// The tensors of an adapter as inputs of an exported graph, and the slots that they fill: as adapters/graphinputs.py.
+//
+// A tensor here is { shape, values: Float32Array }, row-major, by graph input.
+
+import { byCodePoint, encode, sha256 } from "./bytes.js";
+import { DataError, quoted } from "./errors.js";
+
+const PEFT_PREFIX = "base_model.model.";
+export const LORA_A = ".lora_A.weight";
+export const LORA_B = ".lora_B.weight";
+
+/**
+ * Refuse tensors that do not fill exactly the slots of a graph; return the size that each free dimension takes.
+ *
+ * Throws DataError: a tensor is missing or unknown, or of a shape that the graph does not take.
+ */
+export function checkSlots(inputs, slots) {
+  const odd = [...inputs.keys()].filter((name) => !Object.hasOwn(slots, name));
+  odd.push(...Object.keys(slots).filter((name) => !inputs.has(name)));
+  if (odd.length) {
+    const first = odd.sort(byCodePoint)[0];
+    throw new DataError(`tensor ${quoted(first)} is missing from the adapter or has no slot in the base's graph`, first);
+  }
+  const sizes = new Map();
+  for (const [name, dimensions] of Object.entries(slots)) {
+    const { shape } = inputs.get(name);
+    const fits = dimensions.every((text, i) => shape[i] === sizeOf(text, shape[i], sizes));
+    if (shape.length !== dimensions.length || !fits) {
+      const found = `is [${shape.join(", ")}], its slot takes [${dimensions.join(", ")}]`;
+      throw new DataError(`tensor ${quoted(name)} ${found}`, name);
+    }
+  }
+  return sizes;
+}
+
+function sizeOf(text, size, sizes) {
+  if (/^[0-9]+$/.test(text)) return Number(text);
+  if (!sizes.has(text)) sizes.set(text, size);
+  return sizes.get(text);
+}
+
+/** SHA-256 of names and shapes as peft has them, in order (adapters/layout.py). */
+export async function layoutDigest(inputs) {
+  const rows = [...inputs].map(([name, { shape }]) => [PEFT_PREFIX + name, isLora(name) ? [...shape].reverse() : shape]);
+  rows.sort(([left], [right]) => byCodePoint(left, right));
+  return sha256(encode(JSON.stringify(rows)));
+}
+
+const isLora = (name) => name.endsWith(LORA_A) || name.endsWith(LORA_B);
