@@ -1,6 +1,6 @@
-"""The frozen base: found on disk and identified by digest. Nothing here ever trains or changes it.
+"""The frozen base: found on disk and identified by its digest. Nothing here trains or changes it.
 
-A base that comes as one GGUF file is converted once into a folder of the cache (``ggufbase.py``).
+A base in one GGUF file is converted once, into a folder of the cache (``ggufbase.py``).
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from aggregation.errors import ConfigError
 IDENTITY_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 CHUNK = 2**20  # bytes
 GGUF = ".gguf"
-CONVERSION = 1  # to be raised when the folder made from the same GGUF file changes
+CONVERSION = 1  # raise it when the folder that is made from the same GGUF file changes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The trainable view of a frozen causal language model: LoRA through peft on chosen projections, nothing else.
 
-The adapter's tensors are read and set as a classifier's are: ``tensors`` and ``load`` are the same functions.
+``tensors`` and ``load`` are those of a classifier.
 """
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,7 +20,7 @@ def build(base: Base, lora: LoraSpec = LORA) -> PeftModel:
     """The base with a fresh adapter, in evaluation mode: every parameter frozen but LoRA's.
 
     Raises:
-        ConfigError: The base is no causal language model, or no module of it bears a target's name.
+        ConfigError: The base is no causal language model, or no module of it has a target's name.
     """
     model = pretrained.load(base, AutoModelForCausalLM)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), task_type="CAUSAL_LM")

@@ -1,7 +1,7 @@
-"""Adapter tensors as safetensors bytes: deterministic to write, strict to read.
+"""An adapter's tensors as a safetensors file: written deterministically, read strictly.
 
-The names are those that PEFT saves, so the file opens in plain ``peft``. What the file means (base, parent, round)
-stands in its manifest; here is only the question whether these bytes are a sound adapter of a given layout.
+The names are those that PEFT saves, so that plain ``peft`` opens the file. Its base, parent and round are in its
+manifest.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ MAX_ADAPTER = 2**30  # bytes
 
 
 def encode(tensors: Mapping[str, Floats]) -> bytes:
-    """The adapter as safetensors bytes. Equal tensors give equal bytes. Raises as ``Layout.check``."""
+    """The adapter as a safetensors file. Equal tensors give equal bytes. Raises as ``Layout.check``."""
     Layout.of(tensors).check(tensors)
-    # safetensors copies the memory behind an array as it lies: a transposed view would be written in the wrong order.
+    # safetensors copies the memory behind an array unchanged: a transposed view would be written in the wrong order.
     dense = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
     return save(dense, metadata={"format": "pt"})
 
@@ -30,17 +30,21 @@ def decode(blob: bytes, layout: Layout | None = None) -> Tensors:
 
     Args:
         blob: The whole file.
-        layout: What the tensors must be; without it any adapter of finite float32 tensors is accepted.
+        layout: The layout that the tensors must have; without it, any finite float32 tensors are accepted.
 
     Raises:
         DataError: Truncated, oversized or damaged bytes, another layout, NaN or infinity.
     """
     if len(blob) > MAX_ADAPTER:
-        raise DataError(f"an adapter file of {len(blob)} bytes is above the limit of {MAX_ADAPTER}")
+        raise DataError(
+            f"an adapter file of {len(blob)} bytes exceeds the limit of {MAX_ADAPTER}",
+            about="adapter",
+            value=len(blob),
+        )
     try:
         tensors: Tensors = load(blob)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"not a sound adapter file: {error}") from error
+        raise DataError(f"not a sound adapter file: {error}", about="adapter") from error
     (layout or Layout.of(tensors)).check(tensors)
     return tensors
 

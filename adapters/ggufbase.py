@@ -1,8 +1,9 @@
 """A GGUF file as a base folder: configuration, weights in float32 and tokenizer, as transformers reads them.
 
-For the architectures that share Llama's layers (Llama, Qwen 2, Qwen 3). Quantized blocks become floats without a
-further loss, so the folder and the file are the same model. What this module does not know is refused by name: a
-tensor or a setting that is dropped would only show as worse answers.
+For the architectures that share Llama's layers (Llama, Qwen 2, Qwen 3). Quantized blocks become floats without further
+loss, so the folder and the file are the same model. A tensor or a setting that this module does not know is refused by
+name: ignoring it would only show as worse answers. docs/decisions/0018-own-gguf-reader.md compares with transformers'
+loader.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Four bits a number: two to a byte, a float16 scale for each block of 32. The exporter packs, a device unpacks.
+"""Four-bit integers, two in a byte, with a float16 scale for each block of 32. The exporter packs, a device unpacks.
 
 A matrix is packed along its last axis: byte ``i`` of a row holds number ``2 i`` in its low half and number ``2 i + 1``
 in its high half, each as its code plus 8. A number is its code, -8 to 7, times the scale of its block; the last block
@@ -53,7 +53,11 @@ def pack(value: Floats) -> tuple[Codes, Scales]:
 
 
 def unpack(codes: Codes, scales: Scales) -> Floats:
-    """The numbers that ``pack`` stored, shape ``(..., width)``."""
+    """The numbers that ``pack`` stored, shape ``(..., width)``.
+
+    >>> unpack(np.array([[0x80, 0x9F, 0x17]], np.uint8), np.array([[0.5]], np.float16)).tolist()
+    [[-4.0, 0.0, 3.5, 0.5, -0.5, -3.5]]
+    """
     *rows, half = codes.shape
     numbers = np.empty((*rows, half, 2), np.float32)
     numbers[..., 0] = codes & 15
@@ -87,7 +91,7 @@ def _search(blocks: NDArray[np.float64]) -> tuple[Scales, NDArray[np.float64]]:
     for scale in _candidates(blocks, largest):
         codes = _codes(blocks, scale)
         error = ((codes * scale.astype(np.float64)[:, None] - blocks) ** 2).sum(axis=1)
-        better = error < best_error  # the first of equals, so that the result does not hang on the last bit
+        better = error < best_error  # the first of equals, so that the last bit does not decide
         best_error = np.where(better, error, best_error)
         best_scale = np.where(better, scale, best_scale)
         best_codes = np.where(better[:, None], codes, best_codes)

@@ -1,7 +1,7 @@
-"""The layout of an adapter: which tensors it has, of which shapes, in which order they lie in a flat vector.
+"""The layout of an adapter: its tensors' names and shapes, and their order in a flat vector.
 
-Two machines add up vectors, never tensors; the layout is what makes element 17 mean the same on both. Its digest
-goes into the session's offer and into every manifest. Files and manifests are their neighbours' matter.
+Aggregation adds vectors, so all machines need the same order. The digest of the layout is in the session's offer and in
+every manifest.
 """
 
 import hashlib
@@ -87,7 +87,12 @@ class Layout:
                 raise DataError(f"tensor {spec.name!r} holds NaN or infinity", about=spec.name)
 
     def flatten(self, tensors: Mapping[str, Floats]) -> Floats:
-        """One vector of shape ``(size,)``, tensors in layout order, each row-major. Raises as ``check``."""
+        """One vector of shape ``(size,)``: the tensors in layout order, each row-major. Raises as ``check``.
+
+        >>> tensors = {"b": np.array([[1, 2], [3, 4]], np.float32), "a": np.array([0], np.float32)}
+        >>> Layout.of(tensors).flatten(tensors).tolist()
+        [0.0, 1.0, 2.0, 3.0, 4.0]
+        """
         self.check(tensors)
         return np.concatenate([tensors[spec.name].reshape(-1) for spec in self.tensors])
 

@@ -1,4 +1,4 @@
-"""How an adapter was made: what ``peft`` and the exporter need to rebuild its modules, and to scale its updates.
+"""The PEFT config of an adapter: what ``peft`` and the exporter need to rebuild its modules and to scale its updates.
 
 The patterns mean what they mean to peft (``rank_pattern`` and ``alpha_pattern`` of its ``LoraConfig``): regular
 expressions for the end of a layer's path, of which the first that matches counts. Those that could take forever are
@@ -17,7 +17,7 @@ from aggregation.errors import ConfigError, DataError
 Rank = Annotated[int, Field(ge=0, lt=2**63)]
 Alpha = Rank | Annotated[float, Field(ge=0, lt=2**63)]  # a whole number to peft's types, any number in its files
 Pattern = Annotated[str, Field(min_length=1, max_length=512)]
-# Sets within sets and ends of words: other signs to Python than to the engine that is asked.
+# Sets within sets and word boundaries, which Python and the engine that is used read differently.
 OTHERWISE = re.compile(r"\[[^]]*\[|--|&&|~~|\\[<>]|\\[bB]\{")
 MAX_RANK = 1024  # a coordinator names the rank, and a device makes room for it before it sees the adapter's layout
 V = TypeVar("V")
@@ -33,7 +33,7 @@ class PeftConfig:
     r: Rank
     lora_alpha: Alpha
     target_modules: tuple[str, ...]
-    # Pairs, not dictionaries: the order counts, and the signed form of a dictionary has none.
+    # Pairs, not dictionaries: the first pattern that matches counts, and a signed JSON object has no order.
     rank_pattern: tuple[tuple[Pattern, Rank], ...] = ()
     alpha_pattern: tuple[tuple[Pattern, Alpha], ...] = ()
     use_rslora: bool = False  # scaling is alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023)
@@ -101,14 +101,14 @@ def _matching(patterns: tuple[tuple[str, V], ...], path: str, default: V) -> V:
 
 @lru_cache(maxsize=1024)
 def _ending(pattern: str) -> TypeAdapter[str]:
-    """What takes the paths that end as ``pattern`` says.
+    """A type that accepts the paths whose end matches ``pattern``.
 
-    Patterns come from strangers' folders. Python's engine can take longer than anybody waits for one of a few letters,
-    pydantic's takes a time in proportion to the path; it has no look-around and no back references.
+    Patterns come from folders of strangers. For a pattern of a few characters, Python's engine can run for years;
+    pydantic's needs a time in proportion to the path, and has no look-around and no back references.
     """
     whole = rf"(.*\.)?({pattern})$"
     try:
-        re.compile(whole)  # what is no expression to peft shall be none here
+        re.compile(whole)  # peft refuses it too
     except (re.error, OverflowError, RecursionError) as error:
         raise DataError(
             f"the adapter's pattern {pattern[:40]!r} is no regular expression: {error}", about="pattern", value=pattern

@@ -1,7 +1,7 @@
-"""A base's own model: the one place where transformers opens files that others made.
+"""A base's own model: the one module in which transformers opens files that others made.
 
-Whatever is wrong with them ends in one line. Code that comes with a base never runs, and weights that the file lacks
-are not made up, as transformers would.
+Whatever is wrong with them ends in one line. Code that comes with a base never runs. Weights that are missing are
+refused, where transformers would draw random ones.
 """
 
 from typing import Any
@@ -19,11 +19,11 @@ from aggregation.errors import ConfigError
 
 WEIGHTS = "model.safetensors"
 LONGEST = 2**24  # tokens of a text; a table of positions is as long, whatever the file of weights holds
-MAX_REASON = 200  # letters of what transformers says
+MAX_REASON = 200  # characters of a message of transformers
 
 
 def configuration(base: Base) -> Any:
-    """What ``config.json`` says, as transformers understands it.
+    """``config.json`` as transformers reads it.
 
     Raises:
         ConfigError: It is damaged, of an unknown architecture, or states sizes that the weights cannot have.
@@ -34,9 +34,12 @@ def configuration(base: Base) -> Any:
             tensors = len(file.keys())
         layers, length = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "max_position_embeddings"))
         if layers > tensors or length > LONGEST:
-            raise ConfigError(f"{layers} layers of {tensors} tensors, for texts of {length} tokens, are not believed")
+            raise ConfigError(
+                f"{layers} layers of {tensors} tensors, for texts of {length} tokens, cannot be right",
+                about="config.json",
+            )
         if not isinstance(config.architectures or [], list):
-            raise ConfigError(f"architectures are no list: {config.architectures!r}")
+            raise ConfigError(f"architectures are not a list: {config.architectures!r}", about="config.json")
     except Exception as error:  # of many classes, with no common base
         raise _refusal(base, error) from error
     return config
@@ -51,7 +54,7 @@ def load(base: Base, kind: Any, num_labels: int | None = None) -> Any:
         num_labels: Of a head that is about to be replaced: its rows. Such a head's weights may be of another size.
 
     Raises:
-        ConfigError: As ``configuration``; the weights are damaged, or some that the answer hangs on are missing.
+        ConfigError: As ``configuration``; the weights are damaged, or some that change an answer are missing.
     """
     config = configuration(base)
     if num_labels is not None:
@@ -79,7 +82,7 @@ def load(base: Base, kind: Any, num_labels: int | None = None) -> Any:
 
 
 def layer_names(model: nn.Module) -> str:
-    """What the linear layers of a model are called, for whoever named another one."""
+    """The names of a model's linear layers, for messages about a name that it lacks."""
     kinds = (nn.Linear, Conv1D)
     found = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, kinds)}
     return ", ".join(sorted(found))
@@ -98,7 +101,7 @@ def tokenizer(base: Base) -> Tokenizer:
 
 
 def _check_unused(model: Any, missing: list[str]) -> None:
-    """Refuse missing weights that the answer hangs on; some bases come without a pooler, which nothing here reads."""
+    """Refuse missing weights that change an answer; some bases lack a pooler, which nothing here reads."""
     state, generator = model.state_dict(), torch.Generator().manual_seed(0)
     answers: list[Tensor] = []
     with torch.no_grad():
@@ -107,9 +110,9 @@ def _check_unused(model: Any, missing: list[str]) -> None:
                 state[name].copy_(size * torch.randn(state[name].shape, generator=generator))
             answers.append(model(input_ids=torch.arange(1, 4)[None])[0])
     if not torch.equal(*answers):
-        raise ConfigError(f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}")
+        raise ConfigError(f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}", about=WEIGHTS)
 
 
 def _refusal(base: Base, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(f"the base in {base.folder} cannot be opened: {reason[:MAX_REASON]}")
+    return ConfigError(f"the base in {base.folder} cannot be opened: {reason[:MAX_REASON]}", about="base")

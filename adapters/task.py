@@ -1,7 +1,8 @@
-"""What a device is asked to train, and what its contribution is made of: the words that both sides must read alike.
+"""One round's training task, and the layout of a device's contribution.
 
-A ``Task`` travels inside the plan, signed by the coordinator and opaque to the protocol. The segments say which sums
-ride under the mask. Training is in ``client/training``; how the sums become an adapter is ``coordinator/``.
+The coordinator signs the task as part of its plan, in which it is opaque to the protocol. The segments of the
+contribution are the sums that are aggregated under the masks. ``client/training`` trains; ``coordinator/`` computes the
+next adapter from the sums.
 """
 
 from dataclasses import asdict, dataclass
@@ -50,17 +51,18 @@ class Task:
             return TypeAdapter(cls).validate_json(raw, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ProtocolError(f"task: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            field = f"task.{'.'.join(map(str, first['loc']))}"
+            raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
 
 
 def contribution_spec(
     layout: Layout, *, clip_norm: float, weight_cap: int, ring_bits: int, max_clients: int
 ) -> VectorSpec:
-    """The sums of one round: the weighted delta, the weights, and metrics, each within its own bound.
+    """The sums of one round: the weighted delta, the weights and the metrics, each with its own bound.
 
-    An example weighs one, up to ``weight_cap`` a device. ``delta`` is the clipped delta times the weight, so a
-    coordinate stays within ``clip_norm * weight_cap``. ``correct``, ``loss`` and ``held_out`` come from the adapter
-    that the device received, measured on its held-out part before training.
+    A device's weight is its number of examples, at most ``weight_cap``. ``delta`` is the clipped delta times the
+    weight, so that a coordinate is within ``clip_norm * weight_cap``. ``correct``, ``loss`` and ``held_out`` come from
+    the adapter that the device received, measured on its held-out part before training.
 
     Raises:
         ConfigError: The ring cannot hold the sum of so many devices, or cannot count their examples one by one.
@@ -77,6 +79,8 @@ def contribution_spec(
     if spec.max_steps < weight_cap:  # a step above one: the sum is divided by weights, which must be exact
         raise ConfigError(
             f"a ring of {ring_bits} bits cannot count {weight_cap} examples of each of {max_clients} devices:"
-            " take more bits or a lower weight cap"
+            " take more bits or a lower weight cap",
+            about="ring_bits",
+            value=ring_bits,
         )
     return spec

@@ -46,7 +46,7 @@ def refused(folder: Path, reason: str) -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": 2**40}, "overflow"),
         ({"num_hidden_layers": 10**7}, "10000000 layers of 39 tensors"),
-        ({"max_position_embeddings": 2**40}, "not believed"),
+        ({"max_position_embeddings": 2**40}, "cannot be right"),
         ({"vocab_size": 2**40}, "mismatched"),
         ({"num_attention_heads": 0}, "zero"),
         ({"num_attention_heads": 5}, "heads"),
