@@ -37,7 +37,7 @@ def decode(blob: bytes, layout: Layout | None = None) -> Tensors:
     """
     if len(blob) > MAX_ADAPTER:
         raise DataError(
-            f"an adapter file of {len(blob)} bytes exceeds the limit of {MAX_ADAPTER}",
+            f"an adapter file of {len(blob)} bytes is above the limit of {MAX_ADAPTER}",
             about="adapter",
             value=len(blob),
         )
