@@ -12,8 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("retired_words.md")
 SUFFIXES = {".py", ".md", ".toml", ".js", ".html", ".css", ".yml", ".json", ".svg", ""}
 PROTOCOL_TESTS = tuple(f"tests/{part}" for part in ("aggregation", "attacks", "fuzz", "properties", "vectors"))
-SIMULATIONS = tuple(f"simulations/{part}" for part in ("data", "engine", "report", "scenario.py", "scenarios"))
-SIMULATIONS_TESTS = tuple(f"tests/simulations/{part}" for part in ("cli", "data", "engine", "report"))
+SIMULATIONS = tuple(
+    f"simulations/{part}" for part in ("benchmarks", "data", "engine", "report", "scenario.py", "scenarios")
+)
+SIMULATIONS_TESTS = tuple(f"tests/simulations/{part}" for part in ("benchmarks", "cli", "data", "engine", "report"))
 # Parts of the tree to which the table applies.
 DONE = ("aggregation", "coordinator", "tests/coordinator", "tests/integration", "tests/support", *PROTOCOL_TESTS)
 CLIENT = ("client", "tests/client", "tests/browser")
