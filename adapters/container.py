@@ -44,4 +44,5 @@ def unpack(blob: bytes) -> Stored:
             values = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
         except Exception as error:  # onnxruntime raises several classes of its own, with no common base
             raise DataError("not a sound .onnx_adapter file: export it again", about=".onnx_adapter") from error
-        return {name: value.numpy() for name, value in values.items()}
+        # A copy: ``numpy()`` is a view of memory that is freed with ``values``.
+        return {name: value.numpy().copy() for name, value in values.items()}
