@@ -1,6 +1,7 @@
 """Rules about the text of the code: sizes, docstrings, and what must not appear in it."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +34,11 @@ def test_every_public_class_and_function_that_is_installed_says_what_it_does(sou
         and not ast.get_docstring(node)
     ]
     assert not silent
+
+
+def test_no_two_classes_that_are_installed_have_one_name(sources: Any) -> None:
+    names = [node.name for source in sources for node in source.tree.body if isinstance(node, ast.ClassDef)]
+    assert [name for name, times in Counter(names).items() if times > 1] == []
 
 
 def test_nothing_unpickles_or_evaluates(all_sources: Any) -> None:
