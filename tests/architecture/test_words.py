@@ -21,7 +21,7 @@ DONE = ("aggregation", "coordinator", "tests/coordinator", "tests/integration", 
 CLIENT = ("client", "tests/client", "tests/browser")
 EXPORT = ("export", "tests/export", "adapters/peft", "tests/adapters/peft")
 PARTS = (*DONE, *CLIENT, *EXPORT, *SIMULATIONS, *SIMULATIONS_TESTS)
-PATHS = ("docs", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", *PARTS)
+PATHS = ("README.md", "docs", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml", *PARTS)
 # words: phrases of households
 EXCEPT = {"node_modules", "__pycache__", "package-lock.json", "retired_words.md", "rounds.json", "words"}
 DEFINED = {"docs/glossary.md": {"witness"}}  # a page may name what a word does not mean
