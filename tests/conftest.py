@@ -39,7 +39,7 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _make_base(folder: Path, seed: int = 1, tokenizer: Any = None, positions: int = 24) -> Any:
+def _make_base(folder: Path, seed: int = 1, tokenizer: Any = None, positions: int = 24, layers: int = 2) -> Any:
     import torch
     from transformers import BertConfig, BertModel
 
@@ -49,7 +49,7 @@ def _make_base(folder: Path, seed: int = 1, tokenizer: Any = None, positions: in
     config = BertConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=positions,

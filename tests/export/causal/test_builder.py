@@ -22,6 +22,8 @@ from adapters.base import Base
 from adapters.causal import build, tensors
 from adapters.classifier import LoraSpec
 from adapters.graphinputs import to_inputs
+from adapters.keyfiles import make_key
+from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from export.bundle.adapter import encode
 from export.causal import export_causal
@@ -147,7 +149,7 @@ def test_the_same_base_exports_to_the_same_bytes(llama: Base, every_layer: tuple
 @pytest.mark.slow
 def test_two_processes_in_two_folders_write_the_same_bundle(llama: Base, tmp_path: Path) -> None:
     """With different hash seeds, and each with its own copy of the base."""
-    _edgeadapt("export", "key", "key.pem", folder=tmp_path, seed="0")
+    make_key(tmp_path / "key.pem", SystemEntropy())
     for seed in ("1", "777"):
         shutil.copytree(llama.folder, tmp_path / seed / "base")
         made = ("--base", "base", "--profile", "web-int8", "--out", "bundle", "--key", "../key.pem")

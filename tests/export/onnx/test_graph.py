@@ -1,5 +1,6 @@
 """The exported graph gives torch's logits for any adapter, batch and length, and contains nothing of an adapter."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.quantize import quantize
 from export.parity.compare import OnnxRunner
+from tests.support import models
 
 Ints = NDArray[np.int64]
 VOCABULARY = 60
@@ -125,14 +127,15 @@ def test_rank_and_alpha_patterns_reach_the_graph(tiny_base: Base, session: ort.I
     np.testing.assert_allclose(found, torch_logits(model, ids, mask), atol=1e-4)
 
 
-def test_any_module_in_modules_to_save_is_an_input(tiny_base: Base) -> None:
-    inner = PhraseClassifier(AutoModel.from_pretrained(tiny_base.folder), 32, 4)
+def test_any_module_in_modules_to_save_is_an_input(make_base: Callable[..., Base], tmp_path: Path) -> None:
+    base = make_base(tmp_path, tokenizer=models.wordpiece(), layers=1)
+    inner = PhraseClassifier(AutoModel.from_pretrained(base.folder), 32, 4)
     config = LoraConfig(r=2, target_modules=["key", "dense"], modules_to_save=["classifier", "LayerNorm"])
     model = get_peft_model(inner, config).eval()
     rng = np.random.default_rng(3)
     values = draw(model, rng)
     load(model, values)
-    exported = export_classifier(model, tiny_base, Profile.FP32)
+    exported = export_classifier(model, base, Profile.FP32)
     assert exported.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
     ids, mask = tokens(rng, 2, 5)
     found = onnx_logits(
