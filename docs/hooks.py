@@ -3,9 +3,10 @@
 ``mkdocs.yml`` names this file. A page asks for a text with a comment, such as ``<!-- generated: commands -->``.
 """
 
+import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ MARK = re.compile(r"^<!-- generated: ([a-z]+)(?: (\w+))? -->$", re.MULTILINE)
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace each mark of a page by the text that it asks for."""
-    makers = {"commands": lambda _: commands(), "keys": lambda _: keys(), "api": api}
+    makers = {
+        "commands": lambda _: commands(),
+        "keys": lambda _: keys(),
+        "federation": lambda _: federation(),
+        "api": api,
+    }
     return MARK.sub(lambda mark: makers[mark[1]](mark[2]), markdown)
 
 
@@ -31,8 +37,7 @@ def commands() -> str:
 
 def walk() -> Iterator[tuple[str, click.Command]]:
     """The program and each of its commands, a group before its members, with the words that call it."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
+    _importable()
     import edgeadapt
 
     pending: list[tuple[str, click.Command]] = [("edgeadapt", edgeadapt.cli)]
@@ -75,8 +80,29 @@ def keys() -> str:
     rows = re.findall(r"^(\S+) = (.*?)  # (.*)$", printed, re.MULTILINE)
     if len(rows) != printed.count("\n") + 1:
         raise ValueError("a line of `edgeadapt simulate --keys` is not KEY = DEFAULT  # MEANING")
+    return _table(rows)
+
+
+def federation() -> str:
+    """Every key of a federation's settings."""
+    _importable()
+    from coordinator.settings import FederationSettings
+
+    rows = [
+        (key, json.dumps(info.get_default(call_default_factory=True)), info.description)
+        for key, info in FederationSettings.fields()
+    ]
+    return _table(rows)
+
+
+def _table(rows: Iterable[tuple[str, str, str | None]]) -> str:
     lines = [f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in rows]
     return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *lines])
+
+
+def _importable() -> None:
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
 
 
 def api(part: str) -> str:
