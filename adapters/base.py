@@ -73,13 +73,17 @@ def _in_package(package: str) -> Path:
 
 def _converted(file: Path) -> Path:
     if file.suffix != GGUF:
-        raise ConfigError(f"base model {file} is neither a folder nor a {GGUF} file", about="base")
+        raise ConfigError(f"base model {file} is neither a folder nor a {GGUF} file", about="base", value=file.name)
 
     def make(folder: Path) -> None:
         try:
             from adapters.ggufbase import convert
         except ModuleNotFoundError as error:
-            raise ConfigError(f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'") from error
+            raise ConfigError(
+                f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'",
+                about=file.name,
+                value=error.name,
+            ) from error
         convert(file, folder)
 
     return cached(f"gguf-{CONVERSION}-{_file_digest(file)[:16]}", make)

@@ -61,7 +61,7 @@ def convert(file: Path, folder: Path) -> None:
         reader = GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise DataError(f"{file} is not a sound GGUF file: {error}") from error
+        raise DataError(f"{file} is not a sound GGUF file: {error}", about=file.name) from error
     config = _config(fields)
     label = f"Converting {file.name} for the cache; this happens once"
     with click.progressbar(reader.tensors, label=label, file=sys.stderr) as tensors:
@@ -79,13 +79,17 @@ def convert(file: Path, folder: Path) -> None:
 def _config(fields: dict[str, Any]) -> dict[str, Any]:
     kind = fields.get("general.architecture")
     if kind not in ARCHITECTURES:
-        raise ConfigError(f"a GGUF file of architecture {kind!r} cannot be converted, only {', '.join(ARCHITECTURES)}")
+        raise ConfigError(
+            f"a GGUF file of architecture {kind!r} cannot be converted, only {', '.join(ARCHITECTURES)}",
+            about="general.architecture",
+            value=kind,
+        )
     if scaled := [name for name in fields if name.startswith(f"{kind}.rope.scaling.")]:
-        raise ConfigError(f"the GGUF file sets {scaled[0]}, which cannot be converted")
+        raise ConfigError(f"the GGUF file sets {scaled[0]}, which cannot be converted", about=scaled[0])
 
     def setting(name: str) -> Any:
         if (value := fields.get(f"{kind}.{name}")) is None:
-            raise ConfigError(f"the GGUF file has no {kind}.{name}")
+            raise ConfigError(f"the GGUF file has no {kind}.{name}", about=f"{kind}.{name}")
         return value
 
     heads, width = setting("attention.head_count"), setting("embedding_length")
@@ -129,7 +133,7 @@ def _name(name: str) -> str:
     part, _, kind = name.partition(".")
     if part in OTHER_PARTS and kind == "weight":
         return f"{OTHER_PARTS[part]}.weight"
-    raise ConfigError(f"the GGUF file has a tensor {name!r}, which cannot be converted")
+    raise ConfigError(f"the GGUF file has a tensor {name!r}, which cannot be converted", about=name)
 
 
 def _halves(value: Floats, heads: int) -> Floats:
@@ -140,7 +144,11 @@ def _halves(value: Floats, heads: int) -> Floats:
 def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
     words, model = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.model")
     if model != "gpt2":
-        raise ConfigError(f"a GGUF file with a tokenizer of kind {model!r} cannot be converted, only 'gpt2'")
+        raise ConfigError(
+            f"a GGUF file with a tokenizer of kind {model!r} cannot be converted, only 'gpt2'",
+            about="tokenizer.ggml.model",
+            value=model,
+        )
     vocabulary = {word: number for number, word in enumerate(words)}
     merges = [tuple(pair.split(" ", 1)) for pair in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
@@ -166,7 +174,11 @@ def _splitter(kind: str) -> pre_tokenizers.PreTokenizer:
     if kind == "qwen2":
         words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
         return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    raise ConfigError(f"a GGUF file that cuts words as {kind!r} cannot be converted, only gpt-2, smollm and qwen2")
+    raise ConfigError(
+        f"a GGUF file that cuts words as {kind!r} cannot be converted, only gpt-2, smollm and qwen2",
+        about="tokenizer.ggml.pre",
+        value=kind,
+    )
 
 
 def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:

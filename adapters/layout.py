@@ -73,7 +73,11 @@ class Layout:
         """
         expected = {spec.name for spec in self.tensors}
         if odd := sorted(expected.symmetric_difference(tensors)):
-            raise DataError(f"tensor {odd[0]!r} is missing from the adapter or unknown to its layout", about=odd[0])
+            raise DataError(
+                f"tensor {odd[0]!r} is missing from the adapter or unknown to its layout",
+                about=odd[0],
+                value="missing" if odd[0] in expected else "unknown",
+            )
         for spec in self.tensors:
             tensor = tensors[spec.name]
             if tensor.dtype != np.float32 or tensor.shape != spec.shape:

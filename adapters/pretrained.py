@@ -37,9 +37,14 @@ def configuration(base: Base) -> Any:
             raise ConfigError(
                 f"{layers} layers of {tensors} tensors, for texts of {length} tokens, cannot be right",
                 about="config.json",
+                value=(layers, tensors, length),
             )
         if not isinstance(config.architectures or [], list):
-            raise ConfigError(f"architectures are not a list: {config.architectures!r}", about="config.json")
+            raise ConfigError(
+                f"architectures are not a list: {config.architectures!r}",
+                about="config.json",
+                value=config.architectures,
+            )
     except Exception as error:  # of many classes, with no common base
         raise _refusal(base, error) from error
     return config
@@ -110,9 +115,12 @@ def _check_unused(model: Any, missing: list[str]) -> None:
                 state[name].copy_(size * torch.randn(state[name].shape, generator=generator))
             answers.append(model(input_ids=torch.arange(1, 4)[None])[0])
     if not torch.equal(*answers):
-        raise ConfigError(f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}", about=WEIGHTS)
+        raise ConfigError(
+            f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}", about=WEIGHTS, value=missing
+        )
 
 
 def _refusal(base: Base, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ConfigError(f"the base in {base.folder} cannot be opened: {reason[:MAX_REASON]}", about="base")
+    about, value = (error.about, error.value) if isinstance(error, ConfigError) else ("base", reason[:MAX_REASON])
+    return ConfigError(f"the base in {base.folder} cannot be opened: {reason[:MAX_REASON]}", about=about, value=value)

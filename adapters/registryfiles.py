@@ -89,10 +89,12 @@ class RegistryFiles:
         number, digest, raw = row
         try:
             if not isinstance(raw, bytes):
-                raise TrustError("not a signed document")
+                raise TrustError("not a signed document", about="manifest")
             found = VersionManifest.accept(raw, self.trusted)
             if (found.version, found.sha256) != (number, digest):
-                raise TrustError(f"it is the manifest of version {found.version} ({found.sha256[:12]})")
+                raise TrustError(
+                    f"it is the manifest of version {found.version} ({found.sha256[:12]})", about="manifest"
+                )
         except TrustError as error:
             place = f"{self.folder / DATABASE}, manifest of version {number}"
             raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
