@@ -11,6 +11,7 @@ import pytest
 
 from adapters.base import IDENTITY_FILES, find_base
 from aggregation.errors import ConfigError
+from tests.support import refused
 
 
 @pytest.fixture
@@ -47,8 +48,9 @@ def test_files_that_are_not_the_models_own_do_not_count(copy: Callable[[str], Pa
 def test_a_missing_file_is_named(copy: Callable[[str], Path], name: str) -> None:
     folder = copy("a")
     (folder / name).unlink()
-    with pytest.raises(ConfigError, match=f"has no {name}$"):
+    with refused(ConfigError, name) as caught:
         find_base(str(folder))
+    assert str(caught.value).endswith(f" {name}")  # without the hint about weights in parts
 
 
 def test_weights_in_parts_are_refused_with_the_way_out(copy: Callable[[str], Path]) -> None:
@@ -62,12 +64,12 @@ def test_weights_in_parts_are_refused_with_the_way_out(copy: Callable[[str], Pat
 @pytest.mark.parametrize("where", ["no_such_package_at_all", "no/such/folder", "../x", "os.path", "a b", "bare"])
 def test_what_is_neither_folder_nor_package_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bare", ModuleType("bare"))  # there, but imported from nowhere
-    with pytest.raises(ConfigError, match="neither a folder nor an installed package"):
+    with refused(ConfigError, "base", value=where):
         find_base(where)
 
 
 def test_a_package_without_a_model_is_refused_and_not_imported() -> None:
-    with pytest.raises(ConfigError, match=r"has no config\.json"):
+    with refused(ConfigError, "config.json"):
         find_base("antigravity")  # importing it would open a browser
 
 

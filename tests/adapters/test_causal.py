@@ -11,6 +11,7 @@ from adapters.base import Base
 from adapters.causal import LORA, build, load, tensors
 from adapters.classifier import LoraSpec
 from aggregation.errors import ConfigError
+from tests.support import refused
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +59,11 @@ def test_tensors_have_the_names_of_peft_and_come_back_through_load(base: Base) -
 
 
 def test_an_unknown_target_is_refused(base: Base) -> None:
-    with pytest.raises(ConfigError, match="no module named"):
+    with refused(ConfigError, "target_modules"):
         build(base, LoraSpec(targets=("query",)))
 
 
 def test_a_folder_without_a_language_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(ConfigError, match="cannot be opened"):
+    with refused(ConfigError, "base"):
         build(Base(tmp_path, "0" * 64))

@@ -12,6 +12,7 @@ from adapters.classifier import LoraSpec, build, load, seeded, tensors
 from adapters.layout import Layout
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
+from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,19 +95,19 @@ def test_an_adapter_with_b_at_zero_leaves_the_base_as_it_is(model: PeftModel) ->
 
 @pytest.mark.parametrize("labels", [-1, 0, 1])
 def test_fewer_than_two_labels_are_refused(tiny_base: Any, labels: int) -> None:
-    with pytest.raises(ConfigError, match="at least two labels"):
+    with refused(ConfigError, "labels", value=labels):
         build(tiny_base, labels, LoraSpec())
 
 
 @pytest.mark.parametrize("targets", [("no_such_layer",), ("",), ("encoder",)])
 def test_targets_that_the_base_has_not_are_refused_by_name(tiny_base: Any, targets: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="the base has no module named as in"):
+    with refused(ConfigError, "target_modules"):
         build(tiny_base, 3, LoraSpec(2, 4, targets))
 
 
 @pytest.mark.parametrize("spec", [{"rank": 0}, {"alpha": 0}, {"targets": ()}, {"rank": 10**6}])
 def test_an_adapter_that_makes_no_sense_is_refused(spec: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="LoRA needs"):
+    with refused(ConfigError, "lora"):
         LoraSpec(**spec)
 
 
@@ -120,7 +121,7 @@ def test_an_adapter_that_makes_no_sense_is_refused(spec: dict[str, Any]) -> None
     ],
 )
 def test_a_method_that_says_more_than_plain_lora_is_refused_for_training(method: PeftConfig) -> None:
-    with pytest.raises(ConfigError, match="only plain LoRA can be trained"):
+    with refused(ConfigError, "peft_config"):
         LoraSpec.of(method)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from adapters import files
 from adapters.layout import Floats, Layout, Tensors
 from aggregation.errors import DataError
+from tests.support import refused
 
 TENSORS: Tensors = {
     "base.classifier.bias": np.array([0.5, -0.25], np.float32),
@@ -58,15 +59,15 @@ def test_plain_safetensors_opens_the_file() -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_neither_written_nor_read(value: float) -> None:
     broken = {**TENSORS, "base.classifier.bias": np.array([0.5, value], np.float32)}
-    with pytest.raises(DataError, match=r"'base.classifier.bias' holds NaN or infinity"):
+    with refused(DataError, "base.classifier.bias", value=None):
         files.encode(broken)
-    with pytest.raises(DataError, match=r"'base.classifier.bias' holds NaN or infinity"):
+    with refused(DataError, "base.classifier.bias", value=None):
         files.decode(safetensors.numpy.save(broken))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int8])
 def test_tensors_of_another_type_are_refused(dtype: type) -> None:
-    with pytest.raises(DataError, match="expected float32"):
+    with refused(DataError, "a", value=f"{np.dtype(dtype)} [3]"):
         files.decode(safetensors.numpy.save({"a": np.zeros(3, dtype)}))
 
 
@@ -74,41 +75,41 @@ def test_bfloat16_which_numpy_lacks_is_refused() -> None:
     with pytest.raises(DataError):
         files.decode(files.encode({"a": np.zeros(3, np.float32)}).replace(b'"F32"', b'"BF16"'))
     header = b'{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
-    with pytest.raises(DataError, match="not a sound adapter file"):
+    with refused(DataError, "adapter", value=None):
         files.decode(len(header).to_bytes(8, "little") + header + bytes(4))
 
 
 def test_an_adapter_of_another_layout_is_refused() -> None:
-    with pytest.raises(DataError, match="unknown to its layout"):
+    with refused(DataError, "base.classifier.bias", value="missing"):
         files.decode(files.encode({"other": np.zeros(2, np.float32)}), LAYOUT)
 
 
 def test_a_file_without_tensors_is_refused() -> None:
-    with pytest.raises(DataError, match="no tensors"):
+    with refused(DataError, "layout"):
         files.decode(safetensors.numpy.save({}))
 
 
 def test_an_oversized_file_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ADAPTER", len(BLOB) - 1)
     monkeypatch.setattr(files, "load", lambda _: pytest.fail("parsed"))
-    with pytest.raises(DataError, match="above the limit"):
+    with refused(DataError, "adapter", value=len(BLOB)):
         files.decode(BLOB)
 
 
 def test_a_header_that_claims_a_huge_tensor_is_refused() -> None:
     header = b'{"a":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,18446744073709551615]}}'
-    with pytest.raises(DataError, match="not a sound adapter file"):
+    with refused(DataError, "adapter", value=None):
         files.decode(len(header).to_bytes(8, "little") + header)
 
 
 @pytest.mark.parametrize("length", range(0, len(BLOB), 7))
 def test_a_truncated_file_is_refused(length: int) -> None:
-    with pytest.raises(DataError, match="not a sound adapter file"):
+    with refused(DataError, "adapter", value=None):
         files.decode(BLOB[:length], LAYOUT)
 
 
 def test_a_file_with_bytes_left_over_is_refused() -> None:
-    with pytest.raises(DataError, match="not a sound adapter file"):
+    with refused(DataError, "adapter", value=None):
         files.decode(BLOB + b"\0", LAYOUT)
 
 

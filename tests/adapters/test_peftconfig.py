@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import SchemaError
 
 from adapters import jsontext
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
+from tests.support import refused
 
 PLAIN = PeftConfig("LORA", 8, 16, ("query",))
 
@@ -38,9 +40,9 @@ def test_rank_stabilized_scaling_divides_by_the_root_of_the_layers_own_rank() ->
 
 
 def test_a_pattern_that_is_no_regular_expression_and_a_rank_of_zero_are_refused() -> None:
-    with pytest.raises(DataError, match="no regular expression"):
+    with refused(DataError, "pattern", value="("):
         PeftConfig("LORA", 8, 16, ("query",), rank_pattern=(("(", 2),)).rank_of("query")
-    with pytest.raises(DataError, match="rank 0"):
+    with refused(DataError, "query"):
         PeftConfig("LORA", 8, 16, ("query",), rank_pattern=(("query", 0),)).scaling_of("query")
 
 
@@ -53,21 +55,21 @@ def test_no_pattern_takes_long(pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"),
+    ("pattern", "cause"),
     [
-        ("a{99999999999}", "no regular expression"),
-        ("(?i)query", "no regular expression"),
-        ("(?!x)query", "without look-around"),
-        (r"(q)\3", "without look-around"),
-        ("[a[b]]", "without look-around"),
-        (r"\<query", "without look-around"),
-        ("(.{9999}){9999}", "cannot be matched"),
+        ("a{99999999999}", OverflowError),
+        ("(?i)query", re.error),
+        ("(?!x)query", SchemaError),
+        (r"(q)\3", SchemaError),
+        ("[a[b]]", type(None)),
+        (r"\<query", type(None)),
+        ("(.{9999}){9999}", SchemaError),
     ],
 )
-def test_a_pattern_that_is_none_or_could_take_forever_is_refused_by_name(pattern: str, message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
+def test_a_pattern_that_is_none_or_could_take_forever_is_refused_by_name(pattern: str, cause: type) -> None:
+    with refused(DataError, "pattern", value=pattern) as caught:
         PeftConfig("LORA", 8, 16, ("query",), alpha_pattern=((pattern, 2),)).alpha_of("layer.0.query")
-    assert "\n" not in str(caught.value)
+    assert type(caught.value.__cause__) is cause
 
 
 PATH = st.text("abq._01", max_size=12)

@@ -12,6 +12,7 @@ from adapters.layout import Layout, TensorSpec
 from adapters.manifest import PeftConfig
 from adapters.task import MAX_LOSS, MAX_SECONDS, Task, contribution_spec
 from aggregation.errors import ConfigError, ProtocolError
+from tests.support import refused
 
 TASK = Task(PeftConfig("LORA", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01, 0)
 LAYOUT = Layout((TensorSpec("a", (2, 3)),))
@@ -55,21 +56,21 @@ def test_a_task_is_read_as_it_was_written_and_has_one_form(task: Task) -> None:
         ({"seed": -1}, "seed"),
         ({"labels": "on"}, "labels"),
         ({"peft_config": None}, "peft_config"),
-        ({"peft_config": {**asdict(TASK.peft_config), "peft_type": "IA3"}}, r"peft_config\.peft_type"),
-        ({"peft_config": {**asdict(TASK.peft_config), "r": -1}}, r"peft_config\.r"),
-        ({"peft_config": {**asdict(TASK.peft_config), "code": "x"}}, r"peft_config\.code"),
+        ({"peft_config": {**asdict(TASK.peft_config), "peft_type": "IA3"}}, "peft_config.peft_type"),
+        ({"peft_config": {**asdict(TASK.peft_config), "r": -1}}, "peft_config.r"),
+        ({"peft_config": {**asdict(TASK.peft_config), "code": "x"}}, "peft_config.code"),
         ({"unknown": 1}, "unknown"),
     ],
 )
 def test_a_field_that_is_unknown_or_out_of_range_is_refused_by_name(changes: dict[str, Any], field: str) -> None:
-    with pytest.raises(ProtocolError, match=rf"^task\.{field}"):
+    with refused(ProtocolError, f"task.{field}"):
         Task.decode(json.dumps({**asdict(TASK), **changes}).encode())
 
 
 @pytest.mark.parametrize("name", list(asdict(TASK)))
 def test_a_missing_field_is_refused_by_name(name: str) -> None:
     fields = {key: value for key, value in asdict(TASK).items() if key != name}
-    with pytest.raises(ProtocolError, match=rf"^task\.{name}"):
+    with refused(ProtocolError, f"task.{name}"):
         Task.decode(json.dumps(fields).encode())
 
 
@@ -84,7 +85,7 @@ def test_any_other_bytes_are_refused_in_one_line(raw: bytes) -> None:
 def test_a_rate_that_is_no_number_is_refused(rate: bytes) -> None:
     raw = TASK.encode().replace(b'"learning_rate":0.002', b'"learning_rate":' + rate)
     assert rate in raw
-    with pytest.raises(ProtocolError, match="learning_rate"):
+    with refused(ProtocolError, "task.learning_rate"):
         Task.decode(raw)
 
 
