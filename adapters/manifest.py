@@ -115,7 +115,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class VersionManifest(Manifest):
-    """One version of the shared adapter in the registry."""
+    """One version of the global adapter in the registry."""
 
     NAME: ClassVar[str] = "version-manifest"
 

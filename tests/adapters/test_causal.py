@@ -1,4 +1,4 @@
-"""A causal language model with a fresh adapter: frozen but for LoRA, and equal to the base while B is zero."""
+"""A causal language model with a fresh adapter: frozen except LoRA, and equal to the base while B is zero."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The source files of the house, parsed once."""
+"""The source files, parsed once."""
 
 import ast
 from dataclasses import dataclass

@@ -100,7 +100,7 @@ def test_every_call_of_the_program_in_a_document_is_one(path: Path) -> None:
     assert [" ".join(words) for words in calls(path.read_text()) if unknown(words)] == []
 
 
-def test_a_call_that_is_none_is_found() -> None:
+def test_an_unknown_call_is_found() -> None:
     block = "```\n$ edgeadapt device infer \\\n  --bundel b x\nedgeadapt nonsense --json\n```"
     text = f"{block}\nSee `edgeadapt audit verify RUN --json`, `edgeadapt export --help`."
     assert [unknown(words) for words in calls(text)] == ["--bundel", "nonsense", "", ""]

@@ -9,7 +9,7 @@ import grimp
 import pytest
 
 PARTS = ("adapters", "aggregation", "client", "coordinator", "export", "simulations")
-TOP = "lazygroup"  # beside the parts: what the command line and a part's group of commands share
+TOP = "lazygroup"  # outside the packages: what the command line and a package's group of commands share
 DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference")
 ENROLMENT = (
     "client.cli.node",
