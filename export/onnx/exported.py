@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from adapters.bundle import MODEL, TOKENIZER
+from adapters.bundle import MODEL
 from adapters.files import sha256
 from adapters.manifest import BaseManifest, Task
 from adapters.peft.inputs import AdapterInputs
@@ -43,11 +43,6 @@ class ExportedBase:
     def model(self) -> bytes:
         """The native ONNX graph; its weights are in ``files[WEIGHTS]``."""
         return self.files[MODEL]
-
-    @property
-    def tokenizer(self) -> bytes:
-        """JSON of the tokenizers library."""
-        return self.files[TOKENIZER]
 
     @property
     def manifest(self) -> BaseManifest:
