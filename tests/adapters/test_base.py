@@ -62,7 +62,10 @@ def test_weights_in_parts_are_refused_with_the_way_out(copy: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("where", ["no_such_package_at_all", "no/such/folder", "../x", "os.path", "a b", "bare"])
-def test_what_is_neither_folder_nor_package_is_refused(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_neither_folder_nor_package_is_refused(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a checkout may have such a folder next to it
     monkeypatch.setitem(sys.modules, "bare", ModuleType("bare"))  # there, but imported from nowhere
     with refused(ConfigError, "base", value=where):
         find_base(where)
