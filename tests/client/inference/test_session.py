@@ -15,6 +15,7 @@ import pytest
 from peft import PeftModel
 from tokenizers import Tokenizer
 
+from adapters.bundle import TOKENIZER
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
@@ -35,7 +36,7 @@ def opened(bundle: Path, name: str = "global") -> ClassificationSession:
 
 
 def test_answers_are_those_of_the_torch_model(bundle: Path, model: PeftModel, exported: ExportedBase) -> None:
-    encodings = Tokenizer.from_str(exported.tokenizer.decode()).encode_batch(PHRASES)
+    encodings = Tokenizer.from_str(exported.files[TOKENIZER].decode()).encode_batch(PHRASES)
     logits = np.concatenate([torch_logits(model, encoding.ids) for encoding in encodings])
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     labels = ("Light", "Lock", "Music", "Timer")
