@@ -17,7 +17,6 @@ from aggregation.errors import ConfigError, ProtocolError
 from aggregation.vector import Segment, VectorSpec
 
 MAX_LOSS = 20.0  # nats; a device's loss is clipped to it, so that the metric has a bound
-MAX_SECONDS = 3600.0  # of training in one round, likewise
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -73,7 +72,6 @@ def contribution_spec(
         Segment("correct", 1, float(weight_cap)),
         Segment("loss", 1, MAX_LOSS * weight_cap),
         Segment("held_out", 1, float(weight_cap)),
-        Segment("seconds", 1, MAX_SECONDS),
     )
     spec = VectorSpec(segments, ring_bits, max_clients)
     if spec.max_steps < weight_cap:  # a step above one: the sum is divided by weights, which must be exact

@@ -126,13 +126,12 @@ def metrics_of(result: RoundResult) -> dict[str, float]:
     """The metrics of a round, from the sums of its survivors.
 
     Returns:
-        ``examples``: the total weight. ``training_seconds``: summed over the survivors. ``accuracy`` (a share) and
-        ``loss`` (nats): means over the held-out examples, of the adapter that the round began with; absent where the
-        survivors have no held-out example.
+        ``examples``: the total weight. ``accuracy`` (a share) and ``loss`` (nats): means over the held-out examples, of
+        the adapter that the round began with; absent where the survivors have no held-out example.
     """
     total = {name: float(values[0]) for name, values in result.values.items() if values.size == 1}
     held_out = float(np.rint(total["held_out"]))
-    metrics = {"examples": float(np.rint(total["weight"])), "training_seconds": max(total["seconds"], 0.0)}
+    metrics = {"examples": float(np.rint(total["weight"]))}
     if held_out >= 1:
         metrics["accuracy"] = float(np.rint(total["correct"])) / held_out
         metrics["loss"] = max(total["loss"], 0.0) / held_out

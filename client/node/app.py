@@ -188,7 +188,6 @@ def _train(base: Base, planned: Planned, blob: bytes, examples: Path) -> Ring:
     begin = time.perf_counter()
     held_out = trainer.score(start, in_split(own, Split.VALIDATION)[: spec.weight_cap])
     trained = trainer.train(start, train, task, epochs=task.epochs, salt=salt)
-    seconds = time.perf_counter() - begin
-    log.info("trained on %d examples", len(train), extra={"training_seconds": seconds})
-    outcome = Outcome(start, trained, len(train), held_out, seconds)
+    log.info("trained on %d examples", len(train), extra={"training_seconds": time.perf_counter() - begin})
+    outcome = Outcome(start, trained, len(train), held_out)
     return contribution(outcome, trainer.layout, spec, np.random.default_rng(seed(task, f"{salt}/rounding")))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.layout import Layout, Tensors
-from adapters.task import MAX_SECONDS, contribution_spec
+from adapters.task import contribution_spec
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
@@ -28,7 +28,6 @@ class Outcome:
     trained: Tensors
     examples: int  # trained on
     held_out: Score  # of ``start`` on the device's held-out examples
-    seconds: float  # of training
 
 
 def require_bounds(spec: SessionSpec, layout: Layout) -> None:
@@ -63,8 +62,8 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.ra
     Returns:
         Ring elements, shape ``(spec.vector.size,)``. Decoded with the segments of ``spec.vector``, in weight units:
         ``delta`` is ``clip(trained - start, clip_norm) * weight``, ``weight`` is the number of examples, at most
-        ``spec.weight_cap``; ``correct``, ``loss`` and ``held_out`` are the score of ``start``, and ``seconds`` is at
-        most ``MAX_SECONDS``. Guarantee: each value is off by less than one step of its segment, without bias.
+        ``spec.weight_cap``; ``correct``, ``loss`` and ``held_out`` are the score of ``start``. Guarantee: each value is
+        off by less than one step of its segment, without bias.
 
     Raises:
         DataError: A tensor has another layout, NaN or infinity, a metric is outside its bound, or there is no example.
@@ -80,7 +79,6 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.ra
         "correct": np.array([float(outcome.held_out.correct)]),
         "loss": np.array([outcome.held_out.loss]),
         "held_out": np.array([float(outcome.held_out.count)]),
-        "seconds": np.array([min(outcome.seconds, MAX_SECONDS)]),
     }
     return spec.vector.encode(values, rng)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from adapters.layout import Layout, TensorSpec
 from adapters.manifest import PeftConfig
-from adapters.task import MAX_LOSS, MAX_SECONDS, Task, contribution_spec
+from adapters.task import MAX_LOSS, Task, contribution_spec
 from aggregation.errors import ConfigError, ProtocolError
 from tests.support import refused
 
@@ -97,9 +97,8 @@ def test_every_sum_has_its_bound_and_the_adapter_comes_first() -> None:
         ("correct", 1, 128.0),
         ("loss", 1, MAX_LOSS * 128),
         ("held_out", 1, 128.0),
-        ("seconds", 1, MAX_SECONDS),
     ]
-    assert (spec.ring_bits, spec.max_clients, spec.size) == (22, 15, LAYOUT.size + 5)
+    assert (spec.ring_bits, spec.max_clients, spec.size) == (22, 15, LAYOUT.size + 4)
 
 
 @given(st.integers(16, 40), st.integers(1, 65_536), st.integers(3, 5_000))

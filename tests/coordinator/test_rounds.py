@@ -61,7 +61,6 @@ def test_a_record_lists_survivors_dropouts_and_metrics_of_its_round(fleet_of: Fl
             round(record.metrics["accuracy"] * sum(len(h.validation) for h in survivors))
         )
         assert record.metrics["loss"] > 0
-        assert record.metrics["training_seconds"] > 0
         assert record.seconds > 0
         assert record.bytes_down > record.bytes_up > 0
 
@@ -236,22 +235,17 @@ def test_a_weight_that_honest_devices_cannot_have_aborts_the_round(
 
 
 def result_of(**values: float) -> Any:
-    sums = {"weight": 4.0, "correct": 3.0, "loss": 2.0, "held_out": 6.0, "seconds": 0.5, **values}
+    sums = {"weight": 4.0, "correct": 3.0, "loss": 2.0, "held_out": 6.0, **values}
     vectors = {name: np.array([value]) for name, value in sums.items()}
     return SimpleNamespace(values={"delta": np.zeros(3), **vectors}, survivors=("a", "b"))
 
 
 def test_metrics_are_means_over_held_out_examples() -> None:
-    assert metrics_of(result_of()) == {
-        "examples": 4.0,
-        "training_seconds": 0.5,
-        "accuracy": 0.5,
-        "loss": 2.0 / 6.0,
-    }
+    assert metrics_of(result_of()) == {"examples": 4.0, "accuracy": 0.5, "loss": 2.0 / 6.0}
 
 
 def test_without_held_out_examples_there_is_no_accuracy() -> None:
-    assert metrics_of(result_of(held_out=0.2, seconds=-0.001)) == {"examples": 4.0, "training_seconds": 0.0}
+    assert metrics_of(result_of(held_out=0.2)) == {"examples": 4.0}
 
 
 @pytest.mark.parametrize("weight", [-3.0, 0.0, 1.0, 1.9])

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from adapters.layout import Layout, Tensors
-from adapters.task import MAX_LOSS, MAX_SECONDS, contribution_spec
+from adapters.task import MAX_LOSS, contribution_spec
 from aggregation.errors import DataError, ProtocolError
 from aggregation.spec import Adversary, SessionSpec
 from client.training.contribute import Outcome, clip, contribution, require_bounds
@@ -28,7 +28,7 @@ def spec_of(clip_norm: float = CLIP, cap: int = CAP, bits: int = 22, clients: in
 
 def outcome_of(delta: Any, **changes: Any) -> Outcome:
     trained = LAYOUT.unflatten((LAYOUT.flatten(START) + np.asarray(delta, np.float32)).astype(np.float32))
-    return Outcome(START, trained, **{"examples": 5, "held_out": Score(2, 3, 1.5), "seconds": 0.25, **changes})
+    return Outcome(START, trained, **{"examples": 5, "held_out": Score(2, 3, 1.5), **changes})
 
 
 def sent(outcome: Outcome, spec: SessionSpec, seed: int = 0) -> dict[str, Any]:
@@ -58,7 +58,6 @@ def test_the_contribution_is_weight_times_clipped_delta_within_a_step(
     assert values["weight"][0] == weight
     assert (values["correct"][0], values["held_out"][0]) == (2, 3)
     assert abs(values["loss"][0] - 1.5) < step(spec, "loss")
-    assert abs(values["seconds"][0] - 0.25) < step(spec, "seconds")
 
 
 @settings(deadline=None)
@@ -96,11 +95,10 @@ def test_no_bound_is_ever_exceeded_by_finite_tensors(delta: list[float], norm: f
     assume(12 * cap < 2 ** (bits - 1))  # the ring can count the examples
     trained = LAYOUT.unflatten(np.array(delta, np.float32))
     spec = spec_of(norm, cap, bits)
-    outcome = Outcome(START, trained, 10**9, Score(cap, cap, MAX_LOSS * cap), 1e300)
+    outcome = Outcome(START, trained, 10**9, Score(cap, cap, MAX_LOSS * cap))
     values = sent(outcome, spec)  # refuses what is out of bounds
     assert np.linalg.norm(values["delta"]) <= norm * cap + 10 * step(spec, "delta")
     assert values["weight"][0] == cap
-    assert values["seconds"][0] <= MAX_SECONDS + step(spec, "seconds")
 
 
 def test_the_weight_of_a_device_is_at_most_the_cap() -> None:
