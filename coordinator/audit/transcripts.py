@@ -118,13 +118,9 @@ class AuditInput:
         folder = paths[0].parent
         root = _read(Root.from_pem, options.authority, folder / AUTHORITY, "--authority")
         key = _read(PublicKey.from_pem, options.coordinator, folder / COORDINATOR, "--coordinator")
-        if (folder / REVOKED).exists():
-            _read(root.revocations, None, folder / REVOKED, "--revoked")
-        if options.revoked:
-            crl = _read(root.revocations, options.revoked, options.revoked, "--revoked")
-            root = _as_of(replace(root, revoked=crl), options.at)
         pinned = bool(options.authority and options.coordinator)
         state_dir = options.registry or (folder.parent if (folder.parent / DATABASE).exists() else None)
+        root = _with_revocations(root, options, folder, state_dir)
         if state_dir is None:
             return cls(paths, root, key, pinned, options.at, None, None, complete)
         registry, settings = RegistryFiles.open(state_dir, [key]), FederationSettings.read(state_dir / SETTINGS)
@@ -168,12 +164,39 @@ class AuditInput:
         return {"authority": hashlib.sha256(self.root.der).hexdigest(), "coordinator": self.coordinator.key_id}
 
 
-def _as_of(root: Root, at: datetime | None) -> Root:
-    """The root at that time: a certificate that was revoked later was still valid."""
-    if root.revoked is None or at is None:
+def _with_revocations(root: Root, options: AuditOptions, folder: Path, state_dir: Path | None) -> Root:
+    """The root with the revocation list that the auditor provides, if there is one.
+
+    Lists have the authority's signature and count upwards, so one that lies in ``folder`` or in the coordinator's state
+    directory under a higher number shows that the auditor's is old: it lacks the revocations in between.
+
+    Raises:
+        TrustError: A list is damaged, or the auditor's is older than one of the coordinator, or had expired before the
+            time of the sessions. A list that was signed later is not refused: it has the earlier revocations too.
+    """
+    stored = [(None, folder / REVOKED), *([(state_dir / REVOKED,) * 2] if state_dir else [])]
+    lists = [_read(root.revocations, given, path, "--revoked") for given, path in stored if path.exists()]
+    if options.revoked is None:
         return root
-    then = {serial: since for serial, since in root.revoked.revoked.items() if since.at <= at}
-    return replace(root, revoked=replace(root.revoked, revoked=then))
+    crl = _read(root.revocations, options.revoked, options.revoked, "--revoked")
+    with of_file(options.revoked):
+        for known in lists:
+            crl.newer_than(known)
+        _require_in_force(crl, options.at)
+    return replace(root, revoked=_as_of(crl, options.at))
+
+
+def _require_in_force(crl: RevocationList, at: datetime | None) -> None:
+    if at is not None and at > crl.next_update:
+        text = f"revocation list {crl.number} was valid until {crl.next_update:%Y-%m-%d %H:%M}: name a newer one"
+        raise TrustError(text, about="revocations.next-update", value=crl.next_update)
+
+
+def _as_of(crl: RevocationList, at: datetime | None) -> RevocationList:
+    """The list at that time: a certificate that was revoked later was still valid."""
+    if at is None:
+        return crl
+    return replace(crl, revoked={serial: since for serial, since in crl.revoked.items() if since.at <= at})
 
 
 def _adapters(report: Report, recomputation: Recomputation | None) -> Finding:

@@ -18,7 +18,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
-from aggregation.pki.revocation import Revocation
+from aggregation.pki.revocation import Revocation, RevocationList
 from aggregation.transcript import Checkpoint
 from coordinator.audit import AuditInput, AuditOptions, Check
 from coordinator.audit.transcripts import log_name, vector_path
@@ -201,6 +201,43 @@ def test_a_revoked_device_counts_only_before_it_was_revoked(
         assert "device-002 is revoked" in err
     else:
         assert "not on its revocation list 3 of 2026-06-01" in " ".join(out.split())
+
+
+def test_an_older_revocation_list_than_one_of_the_coordinator_does_not_hide_a_revocation(
+    run: Run, folder: Path, logged: LoggedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever hands the older list to the auditor hides the device that the newer one revokes."""
+    authority, certificate = logged.fleet.authority, logged.fleet.devices["device-002"].certificate
+    serial = x509.load_der_x509_certificate(certificate).serial_number
+    day, end = dt.datetime(2026, 6, 1, tzinfo=dt.UTC), dt.datetime(2026, 9, 1, tzinfo=dt.UTC)
+    old, newer = authority.revocations(3, {}, day, end), authority.revocations(4, {serial: Revocation(day)}, day, end)
+    listed = folder.parents[1] / "old.crl"
+    listed.write_bytes(old.to_pem())
+    assert run("verify", folder, "--revoked", listed)[0] == 0
+    for place in (folder, folder.parent):
+        (folder.parent / "registry.db").touch()  # a state directory
+        (place / "revoked.crl").write_bytes(newer.to_pem())
+        with refused(TrustError, "revocations.number", value=3) as caught:
+            AuditInput.open(folder, AuditOptions(revoked=listed))
+        assert str(listed) in str(caught.value)
+        (place / "revoked.crl").write_bytes(old.to_pem())
+    (folder.parent / "registry.db").unlink()
+    (folder / "revoked.crl").write_bytes(newer.to_pem())
+    monkeypatch.setattr(RevocationList, "newer_than", lambda self, seen: self)
+    assert run("verify", folder, "--revoked", listed)[0] == 0
+
+
+@pytest.mark.parametrize(("at", "code"), [("2026-05-01", 0), ("2026-09-01T00:00:00", 0), ("2026-09-01", 4)])
+def test_a_revocation_list_that_had_expired_by_the_time_of_the_sessions_says_nothing(
+    run: Run, folder: Path, logged: LoggedSession, at: str, code: int
+) -> None:
+    """A later one is no problem: it has the earlier revocations too."""
+    day, end = dt.datetime(2026, 6, 1, tzinfo=dt.UTC), dt.datetime(2026, 9, 1, tzinfo=dt.UTC)
+    listed = folder.parents[1] / "revoked.crl"
+    listed.write_bytes(logged.fleet.authority.revocations(3, {}, day, end).to_pem())
+    got, out, err = run("verify", folder, "--revoked", listed, "--at", at)
+    assert got == code
+    assert ("valid until 2026-09-01" in err, "revocation list 3" in " ".join(out.split())) == (code == 4, code == 0)
 
 
 def test_a_revocation_list_of_another_authority_is_refused(folder: Path) -> None:
