@@ -114,11 +114,14 @@ def _aggregate(
 
 
 def require_weight(session: Established, result: RoundResult) -> tuple[Established, RoundResult] | RoundAborted:
-    """Abort a round whose total weight is below one example a survivor: a device lied, and the mean divides by it."""
+    """Abort a round whose total weight is below one example, because the mean divides by it.
+
+    A survivor may have weight 0: a device whose examples cannot be used answers as every other one.
+    """
     weight = float(result.values["weight"][0])
-    if weight >= len(result.survivors):
+    if weight >= 1:
         return session, result
-    detail = f"{len(result.survivors)} survivors cannot have a weight of {weight:.0f} examples"
+    detail = f"the survivors have a weight of {weight:.0f} examples in all: no mean can be computed"
     return RoundAborted(server.AbortReason.OUT_OF_RANGE, detail, session)
 
 
