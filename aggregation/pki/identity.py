@@ -1,7 +1,8 @@
 """Ed25519 identities: who signed a body, and for what purpose.
 
 Every signature covers a tag with the body, so bytes signed for one purpose are not valid for another. RFC 8032 defines
-the signature; the framing below is this project's. Which keys are trusted is not decided here.
+the signature; the framing below is this project's. Which keys are trusted is not decided here, only that a key can be
+one: under a point of small order a single signature is valid for any number of messages, and without knowing a secret.
 """
 
 import hashlib
@@ -17,6 +18,10 @@ from aggregation.errors import ConfigError, TrustError
 SIGNATURE = 64  # bytes
 KEY = 32  # bytes, public or private
 _FRAME = b"edgeadapt/1\x00"
+_FIELD = 2**255 - 19  # coordinates are integers modulo this (RFC 8032, section 5.1)
+_ORDER_8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7  # y of two points of order 8
+# The y-coordinates of all eight points whose order divides 8 (Chalkias et al. 2020, "Taming the many EdDSAs", table 1).
+_SMALL_ORDER = frozenset({0, 1, _FIELD - 1, _ORDER_8, _FIELD - _ORDER_8})
 
 
 def _framed(tag: str, body: bytes) -> bytes:
@@ -28,7 +33,14 @@ def _framed(tag: str, body: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class PublicKey:
-    """The public half of an identity: 32 raw bytes (RFC 8032, section 5.1.5)."""
+    """The public half of an identity: 32 raw bytes (RFC 8032, section 5.1.5).
+
+    Every public key of the project is read through this class: of certificates, requests, pinned files and trust lists.
+
+    Raises:
+        TrustError: Another length, a point of small order, or a second encoding of a point: two readers of one key must
+            not see two.
+    """
 
     raw: bytes
 
@@ -36,6 +48,13 @@ class PublicKey:
         if len(self.raw) != KEY:
             text = f"an Ed25519 public key has {KEY} bytes, not {len(self.raw)}"
             raise TrustError(text, about="key.length", value=len(self.raw))
+        y = int.from_bytes(self.raw, "little") % 2**255  # without the sign of x
+        if y >= _FIELD:
+            text = "an Ed25519 key in an encoding that RFC 8032 does not allow: generate another one"
+            raise TrustError(text, about="key.encoding", value=self.raw.hex())
+        if y in _SMALL_ORDER:
+            text = "a point of small order is no Ed25519 key, since anyone can sign for it: generate another one"
+            raise TrustError(text, about="key.small-order", value=self.raw.hex())
 
     @property
     def key_id(self) -> str:

@@ -25,7 +25,7 @@ from adapters.manifest import Format
 from adapters.quantization import quantize, restore
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
-from aggregation.pki.identity import IdentityKey
+from aggregation.pki.identity import IdentityKey, PublicKey
 from client.browser.server import Site
 from export.bundle import adapter
 from export.bundle.write import AdapterSource
@@ -66,6 +66,20 @@ def verdict(read: Callable[..., Any], *arguments: Any) -> bool:
     except (ValueError, TrustError):
         return False
     return True
+
+
+def points() -> Iterator[bytes]:
+    """Encoded points of small order, those next to them, and second encodings."""
+    field, order_8 = 2**255 - 19, 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
+    for middle in (0, 1, order_8, field - order_8, field, 2**255 - 1):
+        for y in range(middle - 2, middle + 3):
+            yield from ((y % 2**255 | sign << 255).to_bytes(32, "little") for sign in (0, 1))
+
+
+def spki(raw: bytes) -> str:
+    """A public key in PEM (RFC 8410), whether it is one or not."""
+    body = b64(bytes.fromhex("302a300506032b6570032100") + raw)
+    return f"-----BEGIN PUBLIC KEY-----\n{body}\n-----END PUBLIC KEY-----\n"
 
 
 def texts() -> Iterator[bytes]:
@@ -195,6 +209,7 @@ def made(
                 "body": BODY,
                 "phrases": phrases,
                 "keys": (stranger.public.to_pem() + vendor.public.to_pem()).decode(),
+                "points": [(spki(raw), verdict(PublicKey, raw)) for raw in points()],
                 "ids": [stranger.public.key_id, vendor.public.key_id],
             }
         )

@@ -8,6 +8,9 @@ import { TrustError } from "./errors.js";
 const SPKI = unhex("302a300506032b6570032100"); // RFC 8410, section 4: everything before the 32 bytes of the key
 const BLOCK = /-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\s]*)-----END PUBLIC KEY-----/g;
 const BASE_POINT = "58" + "66".repeat(31); // RFC 8032, section 5.1: a sound key, to ask the browser with
+const FIELD = 2n ** 255n - 19n; // RFC 8032, section 5.1
+const ORDER_8 = 0x7a03ac9277fdc74ec6cc392cfa53202a0f67100d760b3cba4fd84d3d706a17c7n; // as aggregation/pki/identity.py
+const SMALL_ORDER = [0n, 1n, FIELD - 1n, ORDER_8, FIELD - ORDER_8]; // y of the eight points
 const NOBLE = "./vendor/noble-ed25519/index.js";
 
 /**
@@ -32,8 +35,16 @@ async function publicKey(base64) {
   if (der.length !== SPKI.length + 32 || SPKI.some((byte, i) => der[i] !== byte)) {
     throw new TrustError("an Ed25519 public key is needed", "trust.pem");
   }
-  const raw = der.slice(SPKI.length);
+  const raw = requireStrong(der.slice(SPKI.length));
   return { raw, id: (await sha256(raw)).slice(0, 16) };
+}
+
+/** Throws TrustError for a point under which anyone can sign, or a second encoding of a point; else returns `raw`. */
+function requireStrong(raw) {
+  const y = BigInt(`0x${hex(raw.slice().reverse())}`) % 2n ** 255n; // without the sign of x
+  if (y >= FIELD) throw new TrustError("an Ed25519 key in an encoding that RFC 8032 does not allow", "trust.pem");
+  if (SMALL_ORDER.includes(y)) throw new TrustError("a point of small order is no Ed25519 key", "trust.pem");
+  return raw;
 }
 
 /** One name for a set of keys, whatever their order. */

@@ -6,8 +6,66 @@ import pytest
 
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, TrustError
+from aggregation.pki import identity
 from aggregation.pki.identity import IdentityKey, PublicKey
 from tests.support import refused
+
+P = 2**255 - 19
+D = -121665 * pow(121666, -1, P) % P
+ORDER = 2**252 + 27742317777372353535851937790883648493  # of the base point (RFC 8032, section 5.1)
+LIBSODIUM = (  # its list of keys of small order, without the sign bit (ge25519_has_small_order)
+    "0000000000000000000000000000000000000000000000000000000000000000",
+    "0100000000000000000000000000000000000000000000000000000000000000",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+)
+Point = tuple[int, int]
+
+
+def add(a: Point, b: Point) -> Point:
+    """RFC 8032, section 5.1.4, in affine coordinates."""
+    (x1, y1), (x2, y2) = a, b
+    t = D * x1 * x2 * y1 * y2
+    x, y = (x1 * y2 + x2 * y1) * pow(1 + t, -1, P), (y1 * y2 + x1 * x2) * pow(1 - t, -1, P)
+    return x % P, y % P
+
+
+def times(n: int, a: Point) -> Point:
+    total = (0, 1)
+    while n:
+        total = add(total, a) if n & 1 else total
+        a, n = add(a, a), n >> 1
+    return total
+
+
+def point(y: int) -> Point | None:
+    """A point with this y (RFC 8032, section 5.1.3)."""
+    square = (y * y - 1) * pow(D * y * y + 1, -1, P) % P
+    x = pow(square, (P + 3) // 8, P)
+    for root in (x, x * pow(2, (P - 1) // 4, P) % P):
+        if root * root % P == square:
+            return root, y
+    return None
+
+
+def encodings(a: Point) -> set[bytes]:
+    """Every string that a lenient reader takes for the point: y or y + p, and any sign where x is 0."""
+    x, y = a
+    signs = {x & 1} if x else {0, 1}
+    return {(v | sign << 255).to_bytes(32, "little") for v in (y, y + P) if v < 2**255 for sign in signs}
+
+
+@pytest.fixture(scope="module")
+def torsion() -> list[Point]:
+    """The eight points whose order divides 8."""
+    return next(
+        found
+        for y in range(2, 100)
+        if (start := point(y)) and len({*(found := [times(n * ORDER, start) for n in range(8)])}) == 8
+    )
 
 
 @pytest.fixture
@@ -68,6 +126,61 @@ def test_keys_of_other_kinds_are_refused() -> None:
 def test_a_key_of_another_length_cannot_be_made(kind: Any) -> None:
     with refused(TrustError, "key.length", value=31):
         kind(bytes(31))
+
+
+def test_every_encoding_of_every_point_of_small_order_is_no_key(torsion: list[Point]) -> None:
+    small = set().union(*map(encodings, torsion))
+    signed = {
+        bytes.fromhex(each)[:31] + bytes([bytes.fromhex(each)[31] | sign]) for each in LIBSODIUM for sign in (0, 128)
+    }
+    assert small == signed
+    assert len(small) == 14
+    for raw in small:
+        with pytest.raises(TrustError) as error:
+            PublicKey(raw)
+        assert error.value.about in ("key.small-order", "key.encoding")
+
+
+def test_without_the_check_a_point_of_small_order_signs_what_nobody_signed(
+    torsion: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R = -h·A and S = 0 fit; the hash h depends on R, so that about one of eight guesses of R is right."""
+    monkeypatch.setattr(identity, "_SMALL_ORDER", frozenset())
+    for a in torsion:
+        public = PublicKey(min(encodings(a)))  # the canonical one
+        points = [min(encodings(b)) for b in torsion]
+        bodies = [bytes([number]) for number in range(16)]
+        assert any(_signed(public, body, r + bytes(32)) for r in points for body in bodies)
+
+
+def _signed(public: PublicKey, body: bytes, signature: bytes) -> bool:
+    try:
+        public.verify("offer", body, signature)
+    except TrustError:
+        return False
+    return True
+
+
+def test_a_second_encoding_of_a_point_is_no_key() -> None:
+    for y in range(P, 2**255):
+        for sign in (0, 1):
+            with refused(TrustError, "key.encoding"):
+                PublicKey((y | sign << 255).to_bytes(32, "little"))
+
+
+def test_a_point_next_to_a_refused_one_is_a_key(torsion: list[Point]) -> None:
+    for y in {(each + by) % P for _, each in torsion for by in (1, -1)} - {each for _, each in torsion}:
+        PublicKey(y.to_bytes(32, "little"))
+
+
+def test_a_signature_with_a_second_form_of_its_number_does_not_verify(key: IdentityKey) -> None:
+    """S + order satisfies the equation as well; RFC 8032, section 5.1.7 demands S < order."""
+    signature = key.sign("offer", b"body")
+    number = int.from_bytes(signature[32:], "little")
+    for times_order in range(1, 9):
+        second = (number + times_order * ORDER).to_bytes(32, "little")
+        with refused(TrustError, "signature"):
+            key.public.verify("offer", b"body", signature[:32] + second)
 
 
 def test_the_private_key_is_in_no_repr(key: IdentityKey) -> None:

@@ -21,6 +21,14 @@ test("a file with anything else than public keys is refused", async () => {
   }
 });
 
+test("a key that anyone can sign for, or in a second encoding, is refused, as on a native device", async () => {
+  assert.ok(made.points.some(([, accepted]) => accepted));
+  for (const [pem, accepted] of made.points) {
+    if (accepted) assert.equal((await pinned(pem)).length, 1);
+    else await assert.rejects(pinned(pem), TrustError, pem);
+  }
+});
+
 test("the signed bytes are those of the specification's example", () => {
   const found = pae("http://example.com/HelloWorld", new TextEncoder().encode("hello world"));
   assert.equal(new TextDecoder().decode(found), "DSSEv1 29 http://example.com/HelloWorld 11 hello world");
