@@ -167,7 +167,7 @@ class TinyFleet:
 
 
 @pytest.fixture
-def fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[..., TinyFleet]:
+def app_fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[..., TinyFleet]:
     """Make a fleet of so many devices; keywords are keys of the federation, dots as double underscores."""
     from simulations.engine import provision
     from simulations.engine.grid import SERVER_NODE
@@ -190,3 +190,9 @@ def fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[..., 
         return made
 
     return make
+
+
+@pytest.fixture
+def fleet_of(app_fleet_of: Callable[..., TinyFleet]) -> Callable[..., TinyFleet]:
+    """``app_fleet_of``, except where a folder has a fleet without the apps under this name."""
+    return app_fleet_of
