@@ -58,13 +58,35 @@ def is_authority(certificate: x509.Certificate) -> bool:
     """Whether a certificate may issue others.
 
     Raises:
-        TrustError: It has no basic constraints, or has them twice.
+        TrustError: It has no basic constraints, or as ``constraints``.
     """
+    found = constraints(certificate, "certificate")
+    if found is None:
+        text = "certificate has no basic constraints"
+        raise TrustError(text, about="certificate.basic-constraints")
+    return found.ca
+
+
+def constraints(of: x509.Certificate | x509.CertificateSigningRequest, what: str) -> x509.BasicConstraints | None:
+    """The basic constraints of a certificate or request, if it has any: the one extension that is understood here.
+
+    Raises:
+        TrustError: An extension is unreadable or occurs twice, or another one is critical, so that nobody may go on
+            without understanding it (RFC 5280, section 4.2).
+    """
+    found = None
     try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
-        text = "certificate has no readable basic constraints"
-        raise TrustError(text, about="certificate.basic-constraints") from None
+        for extension in of.extensions:
+            if isinstance(extension.value, x509.BasicConstraints):
+                found = extension.value
+            elif extension.critical:
+                oid = extension.oid.dotted_string
+                text = f"{what} has the critical extension {oid}, which is not supported"
+                raise TrustError(text, about=f"{what}.extension", value=oid)
+    except (ValueError, x509.DuplicateExtension):
+        text = f"{what} has an extension twice, or one that is not readable"
+        raise TrustError(text, about=f"{what}.extension") from None
+    return found
 
 
 def subject(certificate: x509.Certificate) -> str:

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.x509.oid import NameOID
 
 from aggregation.errors import TrustError
-from aggregation.pki.certificates import is_device_id, require_device_id
+from aggregation.pki.certificates import constraints, is_device_id, require_device_id
 from aggregation.pki.identity import IdentityKey, PublicKey
 
 MAX_REQUEST = 8192  # bytes; ours have about 350 in PEM
@@ -34,7 +34,7 @@ def read_request(raw: bytes) -> tuple[str, PublicKey]:
     """Name and key in a request, PEM or DER, that was signed with that key.
 
     Raises:
-        TrustError: Not such a request.
+        TrustError: Not such a request, or one for a certificate that the authority does not issue.
     """
     try:
         if len(raw) > MAX_REQUEST:
@@ -50,6 +50,9 @@ def read_request(raw: bytes) -> tuple[str, PublicKey]:
         raise TrustError(f"the request is for a {kind}, not an Ed25519 key", about="request.key", value=kind)
     if not signed:
         raise TrustError("the request was not signed with the key that it is for", about="request.signature")
+    asks = constraints(asked, "request")
+    if asks is not None and asks.ca:
+        raise TrustError("the request is for an authority's certificate", about="request.basic-constraints")
     if len(names) != 1 or not is_device_id(names[0]):
         text = "the request does not name one device in its common name"
         raise TrustError(text, about="request.common-name", value=names)

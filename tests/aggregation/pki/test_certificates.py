@@ -37,7 +37,26 @@ def certificate(authority: Authority, identity: IdentityKey) -> bytes:
     return authority.issue("kitchen-1", identity.public, not_before=BEGIN, not_after=END)
 
 
-def forged(issuer: Authority, subject: list[x509.NameAttribute], public: Any, *, extension: bool = True) -> bytes:
+def unknown(number: int, *, critical: bool) -> tuple[x509.ExtensionType, bool]:
+    """An extension that no standard defines."""
+    return x509.UnrecognizedExtension(x509.ObjectIdentifier(f"1.2.3.{number}"), b"\x05\x00"), critical
+
+
+def twice(der: bytes, signer: IdentityKey) -> bytes:
+    """With ``unknown(5)`` renumbered to 4, and signed again."""
+    renamed = der[:-64].replace(b"\x2a\x03\x05", b"\x2a\x03\x04")
+    assert renamed != der[:-64]
+    body = x509.load_der_x509_certificate(renamed + der[-64:]).tbs_certificate_bytes
+    return renamed + Ed25519PrivateKey.from_private_bytes(signer.raw).sign(body)
+
+
+def forged(
+    issuer: Authority,
+    subject: list[x509.NameAttribute],
+    public: Any,
+    *extensions: tuple[x509.ExtensionType, bool],
+    extension: bool = True,
+) -> bytes:
     """A certificate that the authority signs although ``issue`` would refuse it."""
     builder = (
         x509.CertificateBuilder()
@@ -50,6 +69,8 @@ def forged(issuer: Authority, subject: list[x509.NameAttribute], public: Any, *,
     )
     if extension:
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    for value, critical in extensions:
+        builder = builder.add_extension(value, critical)
     signed = builder.sign(Ed25519PrivateKey.from_private_bytes(issuer.key.raw), None)
     return signed.public_bytes(serialization.Encoding.DER)
 
@@ -129,6 +150,38 @@ def test_a_certificate_without_basic_constraints_is_refused(authority: Authority
     key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
     with refused(TrustError, "certificate.basic-constraints"):
         authority.root.verify(forged(authority, name("a"), key, extension=False))
+
+
+def test_a_critical_extension_that_is_not_understood_is_refused_and_another_is_not(
+    authority: Authority, identity: IdentityKey
+) -> None:
+    """RFC 5280, section 4.2: for example one that limits the certificate to another purpose."""
+    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
+    for extension in (unknown(4, critical=True), (x509.ExtendedKeyUsage([x509.OID_SERVER_AUTH]), True)):
+        with refused(TrustError, "certificate.extension", value=extension[0].oid.dotted_string):
+            authority.root.verify(forged(authority, name("a"), key, extension))
+    assert authority.root.verify(forged(authority, name("a"), key, unknown(4, critical=False)))[0] == "a"
+
+
+def test_an_authority_with_a_critical_extension_that_is_not_understood_cannot_be_pinned(authority: Authority) -> None:
+    key = Ed25519PrivateKey.from_private_bytes(authority.key.raw).public_key()
+    constraints = x509.BasicConstraints(ca=True, path_length=0), True
+    for extra, about in ((True, "certificate.extension"), (False, "")):
+        der = forged(authority, name("fleet"), key, constraints, unknown(4, critical=extra), extension=False)
+        pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
+        if about:
+            with refused(TrustError, about, value="1.2.3.4"):
+                Root.from_pem(pem)
+        else:
+            Root.from_pem(pem)
+
+
+def test_a_certificate_with_an_extension_twice_is_refused(authority: Authority, identity: IdentityKey) -> None:
+    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
+    der = forged(authority, name("a"), key, unknown(4, critical=False), unknown(5, critical=False))
+    assert authority.root.verify(der)[0] == "a"
+    with refused(TrustError, "certificate.extension"):
+        authority.root.verify(twice(der, authority.key))
 
 
 def test_a_certificate_for_another_kind_of_key_is_refused(authority: Authority) -> None:

@@ -1,5 +1,6 @@
 """Requests: only the owner of a key can request its certificate."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,10 +24,13 @@ def der(pem: bytes) -> bytes:
     return x509.load_pem_x509_csr(pem).public_bytes(serialization.Encoding.DER)
 
 
-def odd(key: Any, *names: str) -> bytes:
+def odd(key: Any, *names: str, extensions: Sequence[tuple[x509.ExtensionType, bool]] = ()) -> bytes:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in names])
     algorithm = None if isinstance(key, Ed25519PrivateKey) else hashes.SHA256()
-    return x509.CertificateSigningRequestBuilder(subject).sign(key, algorithm).public_bytes(serialization.Encoding.PEM)
+    builder = x509.CertificateSigningRequestBuilder(subject)
+    for value, critical in extensions:
+        builder = builder.add_extension(value, critical)
+    return builder.sign(key, algorithm).public_bytes(serialization.Encoding.PEM)
 
 
 def test_a_request_gives_name_and_key_in_pem_and_der() -> None:
@@ -69,6 +73,31 @@ def test_a_request_that_is_too_large_is_refused() -> None:
 def test_a_request_for_another_kind_of_key_is_refused() -> None:
     with refused(TrustError, "request.key", value="ECPublicKey"):
         requests.read_request(odd(ec.generate_private_key(ec.SECP256R1()), "kitchen-1"))
+
+
+def unknown(number: int, *, critical: bool) -> tuple[x509.ExtensionType, bool]:
+    return x509.UnrecognizedExtension(x509.ObjectIdentifier(f"1.2.3.{number}"), b"\x05\x00"), critical
+
+
+def test_a_request_for_more_than_the_authority_certifies_is_refused() -> None:
+    key = Ed25519PrivateKey.from_private_bytes(KEY.raw)
+    authority, leaf = x509.BasicConstraints(ca=True, path_length=1), x509.BasicConstraints(ca=False, path_length=None)
+    for critical in (True, False):
+        with refused(TrustError, "request.basic-constraints"):
+            requests.read_request(odd(key, "a", extensions=[(authority, critical)]))
+        assert requests.read_request(odd(key, "a", extensions=[(leaf, critical)])) == ("a", KEY.public)
+    with refused(TrustError, "request.extension", value="1.2.3.4"):
+        requests.read_request(odd(key, "a", extensions=[unknown(4, critical=True)]))
+    assert requests.read_request(odd(key, "a", extensions=[unknown(4, critical=False)]))[0] == "a"
+
+
+def test_a_request_with_an_extension_twice_is_refused() -> None:
+    key = Ed25519PrivateKey.from_private_bytes(KEY.raw)
+    raw = der(odd(key, "a", extensions=[unknown(4, critical=False), unknown(5, critical=False)]))
+    renamed = raw[:-64].replace(b"\x2a\x03\x05", b"\x2a\x03\x04")
+    body = x509.load_der_x509_csr(renamed + raw[-64:]).tbs_certrequest_bytes
+    with refused(TrustError, "request.extension"):
+        requests.read_request(renamed + key.sign(body))
 
 
 @pytest.mark.parametrize("names", [(), ("a", "b"), ("../kitchen",), ("a b",)])

@@ -134,6 +134,28 @@ def test_a_list_of_some_certificates_only_is_refused(authority: Authority, build
         authority.root.revocations(odd(authority, build))
 
 
+@pytest.mark.parametrize("critical", [True, False])
+def test_a_list_with_an_extension_that_is_not_understood_is_refused(authority: Authority, critical: bool) -> None:
+    odd_one = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\x05\x00")
+    with refused(TrustError, "revocations.extension", value="1.2.3.4"):
+        authority.root.revocations(odd(authority, lambda builder: builder.add_extension(odd_one, critical)))
+    with refused(TrustError, "revocations.issuer"):
+        authority.root.revocations(
+            odd(authority, lambda builder: builder.add_revoked_certificate(entry(7, (odd_one, critical))))
+        )
+
+
+def test_a_list_with_an_extension_twice_is_refused(authority: Authority) -> None:
+    key = x509.load_der_x509_certificate(authority.der).public_key()
+    known = x509.AuthorityKeyIdentifier.from_issuer_public_key(key)  # type: ignore[arg-type]
+    der = odd(authority, lambda builder: builder.add_extension(known, critical=False))
+    assert authority.root.revocations(der).number == 5
+    renamed = der[:-64].replace(b"\x55\x1d\x23", b"\x55\x1d\x14")  # to the OID of the list's number
+    body = x509.load_der_x509_crl(renamed + der[-64:]).tbs_certlist_bytes
+    with refused(TrustError, "revocations.entries"):
+        authority.root.revocations(renamed + Ed25519PrivateKey.from_private_bytes(authority.key.raw).sign(body))
+
+
 def test_an_entry_of_another_authoritys_certificate_is_refused(authority: Authority) -> None:
     issuer = x509.CertificateIssuer([x509.DNSName("elsewhere")])
     with refused(TrustError, "revocations.issuer"):
