@@ -19,6 +19,7 @@ from aggregation import envelope, masks
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Advert, ConsistencySignature, EncryptedShares, Plan, Roster, Survivors
 from aggregation.pki import Root
+from aggregation.pki.certificates import same_name
 from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR, Peer, Session, context_of
 from aggregation.spec import SessionSpec
@@ -52,7 +53,8 @@ def members(root: Root, certificates: Sequence[bytes], at: datetime | None) -> d
     """Device id → identity key of a cohort, in ascending order, all certified and none repeated.
 
     Raises:
-        ProtocolError: A certificate is not the authority's, or an id or key is repeated or out of order.
+        ProtocolError: A certificate is not the authority's, an id or key is repeated or out of order, or two ids differ
+            in upper and lower case only.
     """
     try:
         pairs = [root.verify(der, at) for der in certificates]
@@ -60,6 +62,9 @@ def members(root: Root, certificates: Sequence[bytes], at: datetime | None) -> d
         raise ProtocolError.of(error) from None
     if not ascending(device for device, _ in pairs):
         raise ProtocolError("the cohort repeats a device, or is out of order", about="offer.order")
+    if len({same_name(device) for device, _ in pairs}) != len(pairs):
+        text = "two device ids of the cohort differ in upper and lower case only"
+        raise ProtocolError(text, about="offer.names")
     if len({key.raw for _, key in pairs}) != len(pairs):
         raise ProtocolError("two devices of the cohort have the same identity key", about="offer.keys")
     return dict(pairs)

@@ -14,6 +14,7 @@ from aggregation import server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.pki import Root
+from aggregation.pki.certificates import same_name
 from aggregation.pki.identity import IdentityKey
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.steps import PROOF, REVOCATIONS, Step
@@ -164,6 +165,7 @@ def _check_in(
         Device → certificate, device → node, and device → digest of the offer that it joined last.
     """
     certificates: dict[str, bytes] = {}
+    admitted: dict[str, str] = {}  # name without case → device
     nodes: dict[str, int] = {}
     last_offers: dict[str, bytes] = {}
     for reply in transport.ask(Step.CHECK_IN, dict.fromkeys(transport.nodes(), b""), group):
@@ -172,8 +174,8 @@ def _check_in(
         except EdgeAdaptError as error:
             log.info("node %d is not admitted: %s", reply.node, reply.reason or error)
             continue
-        if device in nodes:
-            log.warning("node %d is not admitted: node %d checked in as %s before", reply.node, nodes[device], device)
+        if (twin := admitted.setdefault(same_name(device), device)) in nodes:
+            log.warning("node %d is not admitted: node %d checked in as %s before", reply.node, nodes[twin], twin)
             continue
         certificates[device], nodes[device] = reply.body or b"", reply.node
         last_offers[device] = reply.last_offer

@@ -26,6 +26,15 @@ def is_device_id(name: str) -> bool:
     return _DEVICE_ID.fullmatch(name) is not None
 
 
+def same_name(name: str) -> str:
+    """``name`` without the difference of upper and lower case: people and many file systems take both for one name.
+
+    >>> same_name("Phone-1") == same_name("phone-1")
+    True
+    """
+    return name.lower()
+
+
 def require_device_id(name: str) -> str:
     """Return ``name`` if a device can have it.
 

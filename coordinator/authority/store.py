@@ -23,7 +23,7 @@ from adapters.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.pki import Authority, Root
-from aggregation.pki.certificates import require_device_id
+from aggregation.pki.certificates import require_device_id, same_name
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import Reason, Revocation
 from coordinator.authority.record import (
@@ -118,8 +118,8 @@ class AuthorityStore:
         """Certify that ``key`` is the key of the device ``name``, valid from now on; DER.
 
         Raises:
-            ConfigError: The certificate would outlast the authority; the key is another device's or was revoked; or the
-                device has a valid certificate with another key.
+            ConfigError: The certificate would outlast the authority; the key is another device's or was revoked; the
+                device has a valid certificate with another key; or another device's name differs in case only.
             DataError: The record is damaged or lacks lines.
         """
         now, name = self.clock(), require_device_id(name)
@@ -255,6 +255,9 @@ def _require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime)
         if each.key == key_id and each.name != name:
             text = f"the key {key_id} is that of {each.name}: generate a new one on {name}"
             raise ConfigError(text, about="key.name", value=each.name)
+        if each.name != name and same_name(each.name) == same_name(name):
+            text = f"{name} differs from {each.name} in upper and lower case only: choose another name"
+            raise ConfigError(text, about="name.case", value=each.name)
         if each.name == name and each.key != key_id and each.serial not in revoked and now <= each.not_after:
             text = f"{name} has a valid certificate with another key ({each.key}): revoke it first"
             raise ConfigError(text, about="name.key", value=each.key)
