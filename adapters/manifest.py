@@ -131,6 +131,11 @@ class VersionManifest(Manifest):
     peft_config: PeftConfig
     labels: tuple[str, ...]  # the head's rows, in order
 
+    @property
+    def id(self) -> tuple[int, str]:
+        """Version and digest of the file: how logs name an adapter."""
+        return self.version, self.sha256
+
 
 @dataclass(frozen=True, slots=True)
 class BaseManifest(Manifest):

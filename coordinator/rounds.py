@@ -84,7 +84,8 @@ def federate(
                 _commit(registry, cohort, adapter, record, outcome[1], settings.server.rule(), key)
             yield record
     finally:
-        transcripts.finish()
+        if (version := registry.latest()) is not None:
+            transcripts.finish(version.manifest.id)
 
 
 def _aggregate(

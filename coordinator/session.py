@@ -128,7 +128,7 @@ def establish(
         else:
             spec = settings.aggregation.spec(len(nodes), adapter.layout, adapter.manifest.base_digest, rounds)
             opened = server.open_session(key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
-            cohort = Cohort(transport, nodes, transcripts.begin(opened[0].offer, root.revoked))
+            cohort = Cohort(transport, nodes, transcripts.begin(opened[0].offer, adapter.manifest.id, root.revoked))
             proofs = transcripts.session_chain_proofs(cohort.recorder, last_offers)
             revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
             outcome = _negotiate(cohort, *opened, attachments(proofs, revoked), name)

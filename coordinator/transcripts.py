@@ -27,6 +27,7 @@ from aggregation.transcript import (
     MAGIC,
     NO_SESSION,
     Abort,
+    AdapterId,
     Checkpoint,
     Entry,
     Stage,
@@ -41,6 +42,7 @@ from coordinator.recorder import Recorder
 TORN = ".torn"  # suffix of the incomplete record that a kill left
 _INDEX = 8  # bytes of an entry before its kind
 _CHECKPOINT = bytes([len(Checkpoint.TAG)]) + Checkpoint.TAG.encode()  # the kind, as an entry has it
+_LARGEST_CHECKPOINT = 2 * Checkpoint.LIMIT  # bytes of an entry with a checkpoint, at most
 INTERRUPTED = "interrupted"  # why a round was aborted that was under way when the process ended
 
 
@@ -60,11 +62,12 @@ class Transcripts:
     root: Root
     keep_vectors: bool
 
-    def begin(self, offer: bytes, revoked: RevocationList | None = None) -> Recorder:
+    def begin(self, offer: bytes, newest: AdapterId, revoked: RevocationList | None = None) -> Recorder:
         """Start the log of a session, and close the one before.
 
         Args:
             offer: Digest of the session's offer.
+            newest: The adapter that the session starts from: the newest in the registry.
             revoked: The revocation list that the session applies.
 
         Raises:
@@ -78,9 +81,9 @@ class Transcripts:
         vectors = self.folder / VECTORS if self.keep_vectors else None
         if vectors:
             vectors.mkdir(exist_ok=True)
-        previous = self.finish()
+        previous = self.finish(newest)
         number = max(map(log_number, logs(self.folder)), default=0) + 1
-        recorder = Recorder(self.folder / log_name(number), Transcript(offer, previous), self.key, vectors)
+        recorder = Recorder(self.folder / log_name(number), Transcript(offer, newest, previous), self.key, vectors)
         recorder.write(MAGIC)
         storage.sync(self.folder)
         return recorder
@@ -102,7 +105,8 @@ class Transcripts:
             if offer in wanted:
                 wanted.remove(offer)
                 devices = [device for device, digest in last_offers.items() if digest == offer]
-                log = transcript.resume(transcript.read(path.read_bytes()).entries, NO_SESSION)
+                end = Checkpoint.decode(envelope.unverified_body(last)).newest
+                log = transcript.resume(transcript.read(path.read_bytes()).entries, end)
                 proofs = receipts(log, devices)
                 found |= {
                     device: session_chain_proof(recorder.log, self.key, proofs[device], closed) for device in devices
@@ -110,24 +114,28 @@ class Transcripts:
             closed.insert(0, last)
         return {device: found.get(device) or session_chain_proof(recorder.log, self.key) for device in last_offers}
 
-    def finish(self) -> bytes:
+    def finish(self, newest: AdapterId) -> bytes:
         """Close the last log if it is open, as far as it is on the disk. Returns the digest of its last checkpoint.
+
+        Args:
+            newest: The newest adapter in the registry.
 
         Raises:
             TrustError: The log was altered.
         """
         previous = NO_SESSION
         for path in logs(self.folder)[-2:]:  # only the last one can be open, and it may need to name the one before
-            previous = _finish(path, self.key, previous)
+            previous = _finish(path, self.key, newest, previous)
         return previous
 
 
-def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:
+def _finish(path: Path, key: IdentityKey, newest: AdapterId, previous: bytes) -> bytes:
     """The digest of a log's last checkpoint. Closes a log that a kill left open, and removes one without entries.
 
     Args:
         path: Of the log.
         key: The coordinator's.
+        newest: The adapter that a session without a checkpoint, and so without a result, starts from.
         previous: Digest of the last checkpoint of the log before; the result where this log has no entries.
     """
     raw = path.read_bytes()
@@ -146,7 +154,8 @@ def _finish(path: Path, key: IdentityKey, previous: bytes) -> bytes:
     except Problem as problem:
         raise _altered(path, problem) from None
     if not found or found[-1].stage is not Stage.CLOSED:
-        recorder = Recorder(path, transcript.resume(intact.entries, previous), key)
+        start = found[0].newest if found else newest
+        recorder = Recorder(path, transcript.resume(intact.entries, start, previous), key)
         if recorder.log.plan is not None:
             recorder.write(recorder.log.ended(key, Abort(recorder.log.plan, INTERRUPTED)))
         recorder.checkpoint(Stage.CLOSED)
@@ -158,10 +167,10 @@ def _holds_checkpoint(rest: bytes, coordinator: PublicKey) -> bool:
     """Whether the unreadable rest of a log holds a complete checkpoint. A kill damages only the last record."""
     for found in re.finditer(re.escape(_CHECKPOINT), rest):
         start = max(found.start() - _INDEX, 0)
-        size = int.from_bytes(rest[max(start - LENGTH, 0) : start], "big")
-        with suppress(ProtocolError):
-            envelope.open_verified(Checkpoint, ENTRY.decode(rest[start : start + size]).message, coordinator, "")
-            return True
+        for end in range(start, min(start + _LARGEST_CHECKPOINT, len(rest)) + 1):  # its length may be what is damaged
+            with suppress(ProtocolError):
+                envelope.open_verified(Checkpoint, ENTRY.decode(rest[start:end]).message, coordinator, "")
+                return True
     return False
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeAlias
 
 from aggregation import envelope, wire
 from aggregation.errors import ProtocolError
@@ -13,6 +13,7 @@ from aggregation.wire import Codec
 MAGIC = b"edgeadapt/transcript/1\n"
 EVERYONE = "*"  # the peer of a message that all devices received alike
 LENGTH = 4  # bytes before each entry
+AdapterId: TypeAlias = tuple[int, str]  # version, and SHA-256 of its file in hex
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,11 @@ class Result(Message):
     version: Uint64
     adapter: HexDigest
 
+    @property
+    def produced(self) -> AdapterId:
+        """The new adapter."""
+        return self.version, self.adapter
+
 
 @dataclass(frozen=True, slots=True)
 class Abort(Message):
@@ -121,6 +127,10 @@ class Checkpoint(Message):
 
     ``offer`` is the digest of the session's offer; ``previous`` that of the last checkpoint of the coordinator's
     previous session, so that no session between two others can be omitted.
+
+    ``version`` and ``adapter`` name the newest adapter at this place of the log: that of the last result or, before the
+    first result of a session, that of the previous session's last checkpoint. Only the first session of a coordinator
+    starts from an adapter that no log produced, version 0.
     """
 
     TAG: ClassVar = "checkpoint"
@@ -129,4 +139,11 @@ class Checkpoint(Message):
     size: Uint64
     root: Digest
     previous: Digest
+    version: Uint64
+    adapter: HexDigest
     stage: Annotated[Stage, wire.choice(Stage)]
+
+    @property
+    def newest(self) -> AdapterId:
+        """The newest adapter."""
+        return self.version, self.adapter

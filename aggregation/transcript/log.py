@@ -21,7 +21,7 @@ from aggregation.messages import (
 )
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
-from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, Abort, Checkpoint, Entry, Result, Stage
+from aggregation.transcript.entries import ENTRY, EVERYONE, LENGTH, Abort, AdapterId, Checkpoint, Entry, Result, Stage
 from aggregation.transcript.merkle import EMPTY, Tree
 
 NO_SESSION = bytes(32)  # in place of the last checkpoint, for the first session
@@ -48,23 +48,32 @@ class Transcript:
 
     Args:
         offer: Digest of the session's offer.
+        start: The adapter that the session starts from.
         previous: Digest of the last checkpoint of the previous session, or ``NO_SESSION``.
         tree: Of the entries so far.
         round: Of the last plan, or 0.
         plan: Digest of the plan of the current round; None between rounds.
+        produced: The adapter of the last ``Result``; None before the first.
         endings: Round → index and leaf of its ``Result`` or ``Abort``.
         checkpoints: Number of entries that a checkpoint covers → the checkpoint, signed.
         contributions: Device → its last round, and index and leaf of its masked input and consistency signature.
     """
 
     offer: bytes
+    start: AdapterId
     previous: bytes = NO_SESSION
     tree: Tree = field(default_factory=Tree, repr=False)
     round: int = 0
     plan: bytes | None = None
+    produced: AdapterId | None = None
     endings: dict[int, tuple[int, bytes]] = field(default_factory=dict, repr=False)
     checkpoints: dict[int, bytes] = field(default_factory=dict, repr=False)
     contributions: dict[str, tuple[int, tuple[tuple[int, bytes], ...]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def newest(self) -> AdapterId:
+        """The newest adapter."""
+        return self.produced or self.start
 
     def begin(self, plan: Plan) -> None:
         """The entries that follow belong to the round of ``plan``."""
@@ -96,7 +105,7 @@ class Transcript:
 
     def checkpoint(self, key: IdentityKey, stage: Stage = Stage.OPEN) -> bytes:
         """Log a signed root of the entries so far."""
-        signed = Checkpoint(self.offer, self.tree.size, self.tree.root(), self.previous, stage)
+        signed = Checkpoint(self.offer, self.tree.size, self.tree.root(), self.previous, *self.newest, stage)
         return self._append(Checkpoint.TAG, EVERYONE, envelope.sign(key, signed))
 
     def start_checkpoint(self, key: IdentityKey) -> bytes:
@@ -104,19 +113,21 @@ class Transcript:
 
         It is sent with the offer and is not an entry.
         """
-        return envelope.sign(key, Checkpoint(self.offer, 0, EMPTY, self.previous, Stage.OPEN))
+        return envelope.sign(key, Checkpoint(self.offer, 0, EMPTY, self.previous, *self.start, Stage.OPEN))
 
     def add(self, entry: Entry) -> bytes:
         """Append the next entry; returns its leaf.
 
         Raises:
-            ProtocolError: It is an assignment that cannot be decoded.
+            ProtocolError: It is an assignment or a result that cannot be decoded.
         """
         leaf, index = ENTRY.encode(entry), self.tree.size
         if entry.kind == Checkpoint.TAG:
             self.checkpoints[index] = entry.message
         elif entry.kind in (Result.TAG, Abort.TAG):
             self.plan, self.endings[entry.round] = None, (index, leaf)
+            if entry.kind == Result.TAG:
+                self.produced = Result.decode(envelope.unverified_body(entry.message)).produced
         elif entry.kind == MaskedInput.TAG:
             self.contributions[entry.peer] = (entry.round, ((index, leaf),))
         elif entry.kind == ConsistencySignature.TAG:
@@ -153,13 +164,18 @@ def _split(body: bytes) -> tuple[bytes, bytes]:
     return bytes(signed), bytes(vector)
 
 
-def resume(entries: tuple[Entry, ...], previous: bytes) -> Transcript:
-    """The transcript that wrote ``entries``, the first of which is the offer, ready to append to.
+def resume(entries: tuple[Entry, ...], start: AdapterId, previous: bytes = NO_SESSION) -> Transcript:
+    """The transcript that wrote ``entries``, ready to append to.
+
+    Args:
+        entries: Of the log; the first is the offer.
+        start: The adapter that the session started from.
+        previous: Digest of the last checkpoint of the previous session.
 
     Raises:
-        ProtocolError: The first entry is not an offer, or an assignment cannot be decoded.
+        ProtocolError: The first entry is not an offer, or as ``Transcript.add``.
     """
-    log = Transcript(Offer.decode(envelope.unverified_body(entries[0].message)).digest(), previous)
+    log = Transcript(Offer.decode(envelope.unverified_body(entries[0].message)).digest(), start, previous)
     for entry in entries:
         log.add(entry)
     return log

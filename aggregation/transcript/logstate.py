@@ -1,17 +1,17 @@
 """What a device knows of the coordinator's log, and what it requires of it before it takes part again."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, TypeAlias
 
 from aggregation import envelope, wire
 from aggregation.errors import ProtocolError, TrustError
-from aggregation.messages import DIGESTS, DeviceId, Digest, Uint64
+from aggregation.messages import DIGESTS, DeviceId, Digest, HexDigest, Plan, Uint64
 from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR
 from aggregation.transcript import merkle
-from aggregation.transcript.entries import ENTRY, Abort, Checkpoint, Entry, Result, Stage
+from aggregation.transcript.entries import ENTRY, Abort, AdapterId, Checkpoint, Entry, Result, Stage
 from aggregation.transcript.proofs import RECEIPT, SESSION_CHAIN_PROOF, Proof, Receipt
 from aggregation.wire import Codec
 
@@ -26,6 +26,8 @@ class LogState:
         device: Its id.
         offer: Digest of the session's offer.
         previous: Digest of the last checkpoint of the previous session.
+        version: Of the newest adapter, according to the newest checkpoint that it saw.
+        adapter: SHA-256 of that adapter's file, hex.
         size: Number of entries when it last saw proofs; 0 before the first.
         root: Root of these entries.
         plan: Digest of the plan of the round to which it contributed last.
@@ -37,12 +39,19 @@ class LogState:
     device: DeviceId
     offer: Digest
     previous: Digest
+    version: Uint64
+    adapter: HexDigest
     size: Uint64 = 0
     root: Digest = merkle.EMPTY
     plan: _OptionalDigest = None
     unconfirmed: _OptionalDigest = None
     delivered: Annotated[tuple[bytes, ...], wire.sequence(DIGESTS, 4)] = ()
     survivors: _OptionalDigest = None
+
+    @property
+    def newest(self) -> AdapterId:
+        """The newest adapter that the log names."""
+        return self.version, self.adapter
 
     @classmethod
     def initial(cls, coordinator: PublicKey, raw: bytes, offer: bytes, device: str) -> "LogState":
@@ -56,7 +65,7 @@ class LogState:
         if (start.offer, start.size, start.stage) != (offer, 0, Stage.OPEN):
             text = "the session chain proof is for another session than the offer"
             raise ProtocolError(text, COORDINATOR, about="proof.start")
-        return cls(device, offer, start.previous)
+        return cls(device, offer, start.previous, *start.newest)
 
     def contributed(self, plan: bytes, message: bytes) -> "LogState":
         """The state after the device answered the plan with digest ``plan`` by the signed ``message``."""
@@ -80,15 +89,27 @@ class LogState:
 
         Raises:
             ProtocolError: Not a receipt of this session, or it does not prove that the log extends what this device
-                saw, contains its delivered messages, and ended its round with the survivors that it was shown.
+                saw, contains its delivered messages, and ended its round with the survivors that it was shown; or its
+                newest adapter is not the one that this device knows, or that the results since then made from it.
         """
         return self._checked(coordinator, raw)[0]
+
+    def require_newest(self, plan: Plan) -> None:
+        """Return if the plan distributes the newest adapter that the log names.
+
+        Raises:
+            ProtocolError: It does not.
+        """
+        if (plan.adapter_version, plan.adapter_digest) != self.newest:
+            text = f"adapter {plan.adapter_version} of the plan is not the newest one in the log, {self.version}"
+            raise ProtocolError(text, COORDINATOR, about="plan.adapter", value=plan.adapter_version)
 
     def on_session_chain_proof(self, coordinator: PublicKey, raw: bytes, offer: bytes) -> "LogState":
         """Check the proof sent with the offer of digest ``offer``; returns the state to keep.
 
         Raises:
-            ProtocolError: As ``on_receipt``; the log is not closed; or the new session does not follow it.
+            ProtocolError: As ``on_receipt``; the log is not closed; or the new session does not follow it, or starts
+                from another adapter than the session before it ended with.
         """
         proof = SESSION_CHAIN_PROOF.decode(raw)
         if offer == self.offer:
@@ -103,11 +124,17 @@ class LogState:
             if link.previous != last.digest():
                 text = "the proof omits a session between the last one and this one"
                 raise ProtocolError(text, COORDINATOR, about="proof.closed")
+            if link.version < last.version or (link.version == last.version and link.adapter != last.adapter):
+                text = "a session that this device missed ended with an older or another adapter than it began with"
+                raise ProtocolError(text, COORDINATOR, about="proof.adapter")
             last = link
         fresh = LogState.initial(coordinator, raw, offer, self.device)
         if fresh.previous != last.digest():
             text = "the offer does not follow the last session that this device knows: it is old"
             raise ProtocolError(text, COORDINATOR, about="proof.previous")
+        if fresh.newest != last.newest:
+            text = "the session starts from another adapter than the session before it ended with"
+            raise ProtocolError(text, COORDINATOR, about="proof.adapter")
         return fresh
 
     def _checked(self, coordinator: PublicKey, raw: bytes) -> tuple["LogState", Checkpoint]:
@@ -119,16 +146,21 @@ class LogState:
             if self.size:
                 path = receipt.consistency.get(self.size, ())
                 merkle.verify_consistency(self.root, self.size, checkpoint.root, checkpoint.size, path)
-            check_last_round(self, coordinator, receipt, checkpoint)
+            endings = _endings(coordinator, receipt, checkpoint)
+            check_last_round(self, receipt, endings, checkpoint)
+            check_adapter(self, endings, checkpoint)
         except TrustError as error:
             raise ProtocolError.of(error, COORDINATOR) from None
-        return LogState(self.device, self.offer, self.previous, checkpoint.size, checkpoint.root), checkpoint
+        after = LogState(self.device, self.offer, self.previous, *checkpoint.newest, checkpoint.size, checkpoint.root)
+        return after, checkpoint
 
 
 LOG_STATE: Codec[LogState] = wire.record(LogState)
 
 
-def check_last_round(state: LogState, coordinator: PublicKey, receipt: Receipt, checkpoint: Checkpoint) -> None:
+def check_last_round(
+    state: LogState, receipt: Receipt, endings: Sequence[Result | Abort], checkpoint: Checkpoint
+) -> None:
     """Return if a receipt shows the end of the device's last round and the messages that it must contain.
 
     Raises:
@@ -137,7 +169,10 @@ def check_last_round(state: LogState, coordinator: PublicKey, receipt: Receipt, 
     """
     if state.plan is None:
         return
-    ending = _ending(state, coordinator, receipt, checkpoint)
+    ending = next((each for each in endings if each.plan == state.plan), None)
+    if ending is None:
+        text = "the receipt does not show how this device's last round ended"
+        raise ProtocolError(text, COORDINATOR, about="receipt.endings")
     required = set(state.delivered)
     if isinstance(ending, Result):
         if state.survivors not in (None, digest_of(ending.survivors)):
@@ -151,15 +186,38 @@ def check_last_round(state: LogState, coordinator: PublicKey, receipt: Receipt, 
         raise ProtocolError(text, COORDINATOR, about="receipt.contributions")
 
 
-def _ending(state: LogState, coordinator: PublicKey, receipt: Receipt, checkpoint: Checkpoint) -> Result | Abort:
-    for proof in receipt.endings:
-        entry = _included(proof, checkpoint)
+def check_adapter(state: LogState, endings: Iterable[Result | Abort], checkpoint: Checkpoint) -> None:
+    """Return if the results since the checkpoint that a device knows lead from its newest adapter to the log's.
+
+    A receipt shows every ending since the device's last round, so that no result between the two is missing.
+
+    Args:
+        state: Of the device.
+        endings: Those that the receipt shows, in the order of the log.
+        checkpoint: The newest.
+
+    Raises:
+        ProtocolError: They do not: the log names an older adapter, one without a result, or two of one version.
+    """
+    version, adapter = state.newest
+    for result in endings:
+        if isinstance(result, Result) and result.version == version + 1:
+            version, adapter = result.produced
+        elif isinstance(result, Result) and result.version == version and result.adapter != adapter:
+            text = f"the log has two results for adapter {version}"
+            raise ProtocolError(text, COORDINATOR, about="receipt.adapter", value=version)
+    if checkpoint.newest != (version, adapter):
+        text = f"the log names adapter {checkpoint.version} as its newest, its results show {version}"
+        raise ProtocolError(text, COORDINATOR, about="receipt.adapter", value=checkpoint.version)
+
+
+def _endings(coordinator: PublicKey, receipt: Receipt, checkpoint: Checkpoint) -> list[Result | Abort]:
+    """The endings that a receipt shows, verified, in the order of the log."""
+    found: list[Result | Abort] = []
+    for entry in sorted((_included(proof, checkpoint) for proof in receipt.endings), key=lambda entry: entry.index):
         kind: type[Result] | type[Abort] = Result if entry.kind == Result.TAG else Abort
-        ending: Result | Abort = envelope.open_verified(kind, entry.message, coordinator, COORDINATOR)
-        if ending.plan == state.plan:
-            return ending
-    text = "the receipt does not show how this device's last round ended"
-    raise ProtocolError(text, COORDINATOR, about="receipt.endings")
+        found.append(envelope.open_verified(kind, entry.message, coordinator, COORDINATOR))
+    return found
 
 
 def _closed(checkpoint: Checkpoint) -> Checkpoint:

@@ -25,7 +25,7 @@ from aggregation import client, envelope
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
-from aggregation.messages import Unmask
+from aggregation.messages import Plan, Unmask
 from aggregation.ring import Ring
 from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
@@ -106,7 +106,7 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         after, answer = state.on_roster(device, body, SystemEntropy())
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
         planned = state.on_plan(device, body)
-        log_state = _after_receipt(device, log_state, fields)
+        log_state = _after_receipt(device, log_state, fields, planned.plan)
         vector = _train(base, planned, fields.get(ADAPTER, b""), state_dir.examples)
         after, answer = planned.contribute(device, vector, cores())
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
@@ -147,14 +147,18 @@ def _after_offer(
     return log_state.on_session_chain_proof(device.coordinator, proof, joined.offer)
 
 
-def _after_receipt(device: Device, log_state: LogState | None, fields: Mapping[str, bytes]) -> LogState | None:
-    """Verify that the log contains this device's messages of its last round."""
+def _after_receipt(
+    device: Device, log_state: LogState | None, fields: Mapping[str, bytes], plan: Plan
+) -> LogState | None:
+    """Verify the log: this device's messages of its last round are in it, and its newest adapter is the plan's."""
     if not device.policy.demand_proofs:
         return None
     if log_state is None:
         reason = "this device has no log state of the session; it takes part again from the next offer on"
         raise ProtocolError(reason, about="log state")
-    return log_state.on_receipt(device.coordinator, _proof(fields))
+    after = log_state.on_receipt(device.coordinator, _proof(fields))
+    after.require_newest(plan)
+    return after
 
 
 def _proof(fields: Mapping[str, bytes]) -> bytes:

@@ -8,9 +8,9 @@ import pytest
 
 from aggregation.errors import ProtocolError
 from aggregation.steps import Step
-from aggregation.transcript import NO_SESSION, Abort, LogState, Result, logstate, merkle, session_chain_proof
+from aggregation.transcript import NO_SESSION, Abort, LogState, logstate, merkle, session_chain_proof
 from tests.support import refused
-from tests.support.logs import KEY, ME, OFFERS, OTHER, LoggedSession, chain, chain_proof, log_of, plan, seen
+from tests.support.logs import KEY, ME, OFFERS, OTHER, LoggedSession, chain, chain_proof, log_of, plan, result, seen
 
 
 def goes_on(log_state: LogState, raw: bytes) -> bool:
@@ -57,6 +57,8 @@ def test_a_log_cut_back_to_before_a_devices_last_round_is_refused(monkeypatch: p
     monkeypatch.setattr(merkle, "verify_consistency", no_check)
     assert not goes_on(log_state, cut)  # nor does it have the end of the round
     monkeypatch.setattr(logstate, "check_last_round", no_check)
+    assert not goes_on(log_state, cut)  # and it names an older adapter
+    monkeypatch.setattr(logstate, "check_adapter", no_check)
     assert goes_on(log_state, cut)
 
 
@@ -73,7 +75,7 @@ def test_a_log_without_a_devices_messages_of_its_last_round_is_refused(
 def test_a_log_with_other_survivors_of_the_round_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum was over both devices; the log names this device alone."""
     log_state = seen(2)
-    raw = log_of(1).round(2, ending=Result(plan(2).digest(), (ME,), bytes(32), 3, "cd" * 32)).receipt()
+    raw = log_of(1).round(2, ending=result(2, 3, (ME,))).receipt()
     assert not goes_on(log_state, raw)
     monkeypatch.setattr(logstate, "digest_of", lambda devices: bytes(32))
     assert goes_on(LogState(**{**fields(log_state), "survivors": bytes(32)}), raw)
@@ -121,12 +123,12 @@ def test_a_recorded_offer_is_refused_although_the_coordinator_signed_it(monkeypa
 def test_a_session_that_went_on_with_others_cannot_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """The coordinator ran a session without the device and offers the next one as if there had been none."""
     logged, _ = chain(3)
-    hidden = LoggedSession(OFFERS[3], logged[0].end)
+    hidden = LoggedSession(OFFERS[3], logged[0].end, start=logged[0].log.newest)
     raw = session_chain_proof(logged[-1].log, KEY, logged[0].receipt())
     assert not joins(seen(2), raw, OFFERS[3])
     # It may omit the session from its chain, but then for every device: the devices of that session never continue.
     assert joins(seen(2), session_chain_proof(hidden.log, KEY, logged[0].receipt()), OFFERS[3])
-    theirs = LogState(OTHER, OFFERS[2], logged[0].end)
+    theirs = LogState(OTHER, OFFERS[2], logged[0].end, *logged[0].log.newest)
     logged[1].close()
     assert not joins(theirs, session_chain_proof(hidden.log, KEY, logged[1].receipt()), OFFERS[3])
 

@@ -15,7 +15,7 @@ from aggregation.messages import Assignment, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.server import AbortReason, RoundResult
 from aggregation.steps import Step
-from aggregation.transcript import LENGTH, MAGIC, read
+from aggregation.transcript import LENGTH, MAGIC, AdapterId, read
 from coordinator.audit import Report, Status, audit, chain, checkpoints
 from coordinator.audit.transcripts import VECTORS, logs, vector_path
 from coordinator.recorder import Recorder
@@ -24,6 +24,7 @@ from coordinator.transcripts import TORN, Transcripts
 from tests.support import refused
 from tests.support.fleet import make_fleet
 
+SEED: AdapterId = (1, "ab" * 32)
 PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")
 INTERRUPTED = ["offer", "checkpoint", "assignment", "abort", "checkpoint", "checkpoint"]
 RESULT = RoundResult(1, {}, ("a", "b"), (), (), bytes(32))
@@ -44,7 +45,7 @@ def transcripts(tmp_path: Path) -> Transcripts:
 
 def write(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> Recorder:
     """A session of one round that went no further than its plan."""
-    recorder = transcripts.begin(offer[0])
+    recorder = transcripts.begin(offer[0], SEED)
     recorder.sent(Step.OFFER, dict.fromkeys("ab", offer[1]))
     recorder.checkpoint()
     recorder.begin(PLAN)
@@ -84,9 +85,9 @@ def test_the_log_of_a_session_is_closed_once_and_named_by_the_next(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
     first = write(transcripts, offer)
-    last = transcripts.finish()
+    last = transcripts.finish(SEED)
     closed = first.path.read_bytes()
-    assert transcripts.finish() == last
+    assert transcripts.finish(SEED) == last
     assert first.path.read_bytes() == closed
     second = write(transcripts, offer)
     assert second.log.previous == last
@@ -135,10 +136,10 @@ def test_a_log_killed_before_its_first_checkpoint_still_names_the_one_before(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
     write(transcripts, offer)
-    last = transcripts.finish()
-    killed = transcripts.begin(offer[0])
+    last = transcripts.finish(SEED)
+    killed = transcripts.begin(offer[0], SEED)
     killed.sent(Step.OFFER, dict.fromkeys("ab", offer[1]))
-    transcripts.finish()
+    transcripts.finish(SEED)
     reports = {path.name: report_of(transcripts, path) for path in logs(transcripts.folder)}
     assert list(reports.values())[1].previous == last
     chain(reports)
@@ -154,7 +155,7 @@ def test_a_log_that_was_altered_is_not_signed_again(transcripts: Transcripts, of
     raw[len(MAGIC) + 60] ^= 1
     killed.path.write_bytes(raw)
     with refused(TrustError, "session-000001.log"):
-        transcripts.begin(offer[0])
+        transcripts.begin(offer[0], SEED)
     assert killed.path.read_bytes() == raw
 
 
@@ -162,7 +163,7 @@ def test_a_closed_log_that_cannot_be_read_is_not_taken_for_an_incomplete_one(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
     recorder = write(transcripts, offer)
-    transcripts.finish()
+    transcripts.finish(SEED)
     sound, at, lengths = recorder.path.read_bytes(), len(MAGIC), list[int]()
     while at < len(sound):
         lengths.append(at)
@@ -172,7 +173,7 @@ def test_a_closed_log_that_cannot_be_read_is_not_taken_for_an_incomplete_one(
         raw[place] ^= 1
         recorder.path.write_bytes(raw)
         with refused(TrustError, "session-000001.log"):
-            transcripts.begin(offer[0])
+            transcripts.begin(offer[0], SEED)
         assert recorder.path.read_bytes() == raw
 
 
@@ -255,4 +256,4 @@ def test_another_key_makes_another_coordinator(transcripts: Transcripts, offer: 
     write(transcripts, offer)
     stranger = Transcripts(transcripts.folder, IdentityKey.generate(SystemEntropy()), transcripts.root, False)
     with refused(TrustError, "session-000001.log"):
-        stranger.begin(offer[0])
+        stranger.begin(offer[0], SEED)

@@ -9,6 +9,7 @@ from aggregation.steps import Step
 from aggregation.transcript import (
     NO_SESSION,
     Abort,
+    AdapterId,
     Checkpoint,
     LogState,
     Result,
@@ -21,10 +22,15 @@ KEY, STRANGER, DEVICE = IdentityKey(bytes(range(32))), IdentityKey(bytes(32)), I
 ME, OTHER = "a", "b"
 OFFERS = [bytes([number]) * 32 for number in range(9)]
 SURVIVORS = (ME, OTHER)
+SEED: AdapterId = (1, "ab" * 32)  # the adapter that the first session starts from
 
 
 def plan(round_: int) -> Plan:
     return Plan(bytes(32), round_, SURVIVORS, round_, "ab" * 32, b"")
+
+
+def result(round_: int, version: int, survivors: tuple[str, ...] = SURVIVORS) -> Result:
+    return Result(plan(round_).digest(), survivors, bytes(32), version, f"{version:064x}")
 
 
 def signed(message: MaskedInput | ConsistencySignature, key: IdentityKey = DEVICE) -> bytes:
@@ -47,10 +53,11 @@ class LoggedSession:
     previous: bytes = NO_SESSION
     advert: bytes = b"advert"
     key: IdentityKey = KEY
+    start: AdapterId = SEED
     log: Transcript = field(init=False)
 
     def __post_init__(self) -> None:
-        self.log = Transcript(self.offer, self.previous)
+        self.log = Transcript(self.offer, self.start, self.previous)
         self.log.sent(Step.OFFER, dict.fromkeys(SURVIVORS, b"offer"))
         self.log.received(Step.OFFER, ME, self.advert)
         self.log.checkpoint(self.key)
@@ -65,7 +72,7 @@ class LoggedSession:
             self.log.received(Step.PLAN, ME, masked(number) + len(masked(number)).to_bytes(4, "big"))
         if Step.SURVIVORS not in without:
             self.log.received(Step.SURVIVORS, ME, confirmed(number))
-        self.log.ended(self.key, ending or Result(plan(number).digest(), SURVIVORS, bytes(32), number + 1, "cd" * 32))
+        self.log.ended(self.key, ending or result(number, self.log.newest[0] + 1))
         return self
 
     def receipt(self) -> bytes:
@@ -122,7 +129,8 @@ def chain(sessions: int, *, rounds: int = 2) -> tuple[list[LoggedSession], list[
     logged, closed = list[LoggedSession](), list[bytes]()
     for number in range(1, sessions + 1):
         previous = logged[-1].end if logged else NO_SESSION
-        logged.append(LoggedSession(OFFERS[number], previous))
+        start = logged[-1].log.newest if logged else SEED
+        logged.append(LoggedSession(OFFERS[number], previous, start=start))
         if number < sessions:
             for round_ in range(1, rounds + 1):
                 logged[-1].round(round_)

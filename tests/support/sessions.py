@@ -16,11 +16,24 @@ from aggregation.policy import Policy
 from aggregation.server import Confirming, RoundAborted
 from aggregation.spec import Adversary
 from aggregation.steps import Step
-from aggregation.transcript import ENTRY, LENGTH, MAGIC, NO_SESSION, Abort, Checkpoint, Entry, Result, Stage, Transcript
+from aggregation.transcript import (
+    ENTRY,
+    LENGTH,
+    MAGIC,
+    NO_SESSION,
+    Abort,
+    AdapterId,
+    Checkpoint,
+    Entry,
+    Result,
+    Stage,
+    Transcript,
+)
 from coordinator.audit import Report, audit
 from tests.support.fleet import ADAPTER, Fleet, make_fleet, session_spec
 
 NEW_ADAPTER = "ab" * 32
+SEED: AdapterId = (1, ADAPTER)
 METHODS = {
     Step.SURVIVORS: ("on_survivors", "on_consistency_signature"),
     Step.UNMASK: ("on_unmask", "on_unmask_response"),
@@ -49,8 +62,6 @@ class LoggedSession:
     raw: bytes = MAGIC
     vectors: dict[bytes, bytes] = field(default_factory=dict)
     session: Any = None
-    version: int = 1
-    adapter: str = ADAPTER
 
     def run(self, rounds: Sequence[Dropouts]) -> "LoggedSession":
         """Steps 1–4, then a round for each of ``rounds``: step → devices that drop out there."""
@@ -85,7 +96,7 @@ class LoggedSession:
             offer: The offer that the checkpoints name instead of the session's own.
             previous: The checkpoint of the session before that they name.
         """
-        log, raw = Transcript(offer or self.log.offer, previous), MAGIC
+        log, raw = Transcript(offer or self.log.offer, SEED, previous), MAGIC
         for entry in change(list(self.entries)):
             log.round = entry.round
             if entry.kind == Checkpoint.TAG:
@@ -140,7 +151,7 @@ class LoggedSession:
     def _establish(self) -> None:
         fleet = self.fleet
         offering, offer = fleet.offer()
-        self.log = Transcript(offering.offer)
+        self.log = Transcript(offering.offer, SEED)
         names = sorted(fleet.devices)
         self.raw += self.log.sent(Step.OFFER, dict.fromkeys(names, offer))
         for name in names:
@@ -158,8 +169,9 @@ class LoggedSession:
         return state
 
     def _round(self, dropouts: Dropouts) -> None:
+        version, digest = self.log.newest
         state, plans = self.session.plan(
-            adapter_version=self.version, adapter_digest=self.adapter, training=b"settings", cohort=None
+            adapter_version=version, adapter_digest=digest, training=b"settings", cohort=None
         )
         self.log.begin(state.plan)
         self.raw += self.log.sent(Step.PLAN, plans)
@@ -178,8 +190,7 @@ class LoggedSession:
             self.raw += self.log.ended(self.fleet.key, Abort(plan, outcome.reason.value))
             return
         self.session, result = outcome
-        self.version, self.adapter = self.version + 1, NEW_ADAPTER
-        ending = Result(plan, result.survivors, result.digest, self.version, self.adapter)
+        ending = Result(plan, result.survivors, result.digest, version + 1, NEW_ADAPTER)
         self.raw += self.log.ended(self.fleet.key, ending)
 
     def _exchange(self, step: Step, state: Any, bodies: Mapping[str, bytes], dropouts: Dropouts) -> Any:

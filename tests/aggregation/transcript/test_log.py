@@ -20,6 +20,7 @@ from aggregation.transcript import (
     EVERYONE,
     MAGIC,
     Abort,
+    AdapterId,
     Checkpoint,
     Entry,
     Place,
@@ -32,6 +33,7 @@ from aggregation.transcript import (
 )
 from aggregation.transcript.merkle import verify_consistency, verify_inclusion
 
+START: AdapterId = (4, "ef" * 32)
 KEY = IdentityKey(bytes(range(32)))
 OFFER = bytes([9]) * 32
 PLAN = Plan(bytes(32), 2, ("a", "b"), 1, "ab" * 32, b"")
@@ -40,7 +42,7 @@ ENDINGS = (Result(bytes(32), ("a", "b"), bytes(32), 1, "ab" * 32), Abort(bytes(3
 
 @pytest.fixture
 def log() -> Transcript:
-    return Transcript(OFFER)
+    return Transcript(OFFER, START)
 
 
 def entries(raw: bytes) -> tuple[Entry, ...]:
@@ -129,7 +131,7 @@ def test_a_checkpoint_signs_the_entries_before_it(log: Transcript) -> None:
 
 def test_a_resumed_log_continues_where_it_stopped(fleet_of: Callable[..., Any]) -> None:
     offering, offer = fleet_of(3).offer()
-    log = Transcript(offering.offer, bytes([7]) * 32)
+    log = Transcript(offering.offer, START, bytes([7]) * 32)
     raw = log.sent(Step.OFFER, {"a": offer})
     raw += log.checkpoint(KEY)
     log.begin(replace(PLAN, round=1))
@@ -140,7 +142,7 @@ def test_a_resumed_log_continues_where_it_stopped(fleet_of: Callable[..., Any]) 
     body = envelope.sign(KEY, MaskedInput(PLAN.digest(), "a", bytes(32)))
     raw += log.received(Step.PLAN, "a", b"vector" + body + len(body).to_bytes(4, "big"))
     raw += log.received(Step.SURVIVORS, "a", b"consistency-signature")
-    again = resume(entries(raw), log.previous)
+    again = resume(entries(raw), START, log.previous)
     assert (again.round, again.plan, again.tree.root()) == (2, PLAN.digest(), log.tree.root())
     assert (again.endings, again.checkpoints, again.contributions) == (log.endings, log.checkpoints, log.contributions)
     assert [leaf.message for leaf in map(ENTRY.decode, (leaf for _, leaf in again.contributions["a"][1]))] == [
@@ -152,7 +154,7 @@ def test_a_resumed_log_continues_where_it_stopped(fleet_of: Callable[..., Any]) 
 
 def test_a_log_without_an_offer_cannot_be_resumed(log: Transcript) -> None:
     with pytest.raises(ProtocolError):
-        resume(entries(log.received(Step.OFFER, "a", b"advert")), log.previous)
+        resume(entries(log.received(Step.OFFER, "a", b"advert")), START, log.previous)
 
 
 @given(st.binary(max_size=300), st.booleans())
@@ -188,7 +190,7 @@ def test_a_place_is_formatted_in_words(place: Place, text: str) -> None:
     assert str(place) == text
 
 
-@pytest.mark.parametrize("message", [*ENDINGS, Checkpoint(OFFER, 3, bytes(32), bytes(32), Stage.OPEN)])
+@pytest.mark.parametrize("message", [*ENDINGS, Checkpoint(OFFER, 3, bytes(32), bytes(32), *START, Stage.OPEN)])
 def test_messages_of_the_log_have_one_encoding(message: Any) -> None:
     raw = message.encode()
     assert type(message).decode(raw) == message

@@ -16,9 +16,9 @@ from aggregation.transcript import (
     RECEIPT,
     SESSION_CHAIN_PROOF,
     Abort,
+    AdapterId,
     Checkpoint,
     LogState,
-    Result,
     Stage,
     session_chain_proof,
 )
@@ -28,6 +28,7 @@ from tests.support.logs import (
     ME,
     OFFERS,
     OTHER,
+    SEED,
     STRANGER,
     LoggedSession,
     chain,
@@ -36,6 +37,7 @@ from tests.support.logs import (
     joined,
     log_of,
     plan,
+    result,
     seen,
     took_part,
 )
@@ -50,7 +52,8 @@ def assert_refused(log_state: LogState, raw: bytes, about: str) -> None:
 def test_a_log_that_grew_and_holds_the_round_is_accepted(rounds: int) -> None:
     after = seen(rounds).on_receipt(KEY.public, log_of(rounds).receipt())
     size = max(log_of(rounds).log.checkpoints)
-    assert after == LogState(ME, OFFERS[1], NO_SESSION, size, log_of(rounds).log.tree.root(size))
+    log = log_of(rounds).log
+    assert after == LogState(ME, OFFERS[1], NO_SESSION, *log.newest, size, log.tree.root(size))
 
 
 def test_before_its_first_round_a_device_accepts_the_log_as_it_is() -> None:
@@ -76,7 +79,7 @@ def test_a_device_whose_answers_did_not_arrive_is_shown_the_end_of_its_last_roun
     session, log_state = log_of(1), seen(1)
     for number in range(2, 2 + missed):
         log_state = took_part(log_state.on_receipt(KEY.public, session.receipt()), number, Step.PLAN)
-        others = Result(plan(number).digest(), (OTHER,), bytes(32), number + 1, "cd" * 32)
+        others = result(number, number + 1, (OTHER,))
         session.round(number, without=(Step.PLAN, Step.SURVIVORS), ending=others)
     log_state.on_receipt(KEY.public, session.receipt())
 
@@ -103,7 +106,7 @@ def test_a_summed_input_must_be_in_the_log_even_if_the_device_saw_no_survivors()
 
 
 def test_other_survivors_than_the_device_saw_are_refused() -> None:
-    others = Result(plan(1).digest(), (ME,), bytes(32), 2, "cd" * 32)
+    others = result(1, 2, (ME,))
     assert_refused(seen(1), LoggedSession().round(1, ending=others).receipt(), "receipt.survivors")
 
 
@@ -160,7 +163,7 @@ def test_a_log_state_round_trips() -> None:
 def test_a_chain_proof_leads_from_the_last_session_to_the_new_one(sessions: int) -> None:
     logged, closed = chain(sessions)
     after = seen(2).on_session_chain_proof(KEY.public, chain_proof(logged, closed), OFFERS[sessions])
-    assert after == LogState(ME, OFFERS[sessions], digest(closed[-1]))
+    assert after == LogState(ME, OFFERS[sessions], digest(closed[-1]), *logged[-1].log.newest)
     after.on_receipt(KEY.public, logged[-1].receipt())
 
 
@@ -189,7 +192,7 @@ def test_a_session_that_is_not_closed_is_refused() -> None:
     open_ = log_of(2)
     assert_chain_refused(seen(2), session_chain_proof(logged[-1].log, KEY, open_.receipt()), OFFERS[2], "proof.stage")
     logged, _ = chain(3)
-    half = LoggedSession(OFFERS[2], logged[0].end).log.checkpoints[2]
+    half = LoggedSession(OFFERS[2], logged[0].end, start=logged[0].log.newest).log.checkpoints[2]
     assert_chain_refused(
         seen(2), session_chain_proof(logged[-1].log, KEY, logged[0].receipt(), [half]), OFFERS[3], "proof.stage"
     )
@@ -200,7 +203,7 @@ def test_a_chain_proof_must_prove_what_a_receipt_must_prove() -> None:
     for advert, about in ((b"another", "log.consistency"), (b"advert", "receipt.endings")):
         old = log_of(1 if advert == b"advert" else 2, advert=advert)
         old.close()
-        fresh = LoggedSession(OFFERS[2], old.end)
+        fresh = LoggedSession(OFFERS[2], old.end, start=old.log.newest)
         assert_chain_refused(seen(2), session_chain_proof(fresh.log, KEY, old.receipt()), OFFERS[2], about)
     assert_chain_refused(
         seen(2),
@@ -243,3 +246,62 @@ def test_a_flipped_bit_in_a_chain_proof_is_refused(place: float, bit: int) -> No
     raw[int(place * len(raw))] ^= 1 << bit
     with pytest.raises(ProtocolError):
         log_state.on_session_chain_proof(KEY.public, bytes(raw), OFFERS[3])
+
+
+# The newest adapter
+
+
+def test_a_checkpoint_names_the_newest_adapter() -> None:
+    session = log_of(2).round(3, ending=Abort(plan(3).digest(), "too-few"))
+    named = [Checkpoint.decode(envelope.unverified_body(raw)).newest for raw in session.log.checkpoints.values()]
+    assert named == [SEED, result(1, 2).produced, result(2, 3).produced, result(2, 3).produced]
+    start = SESSION_CHAIN_PROOF.decode(session_chain_proof(session.log, KEY)).start
+    assert Checkpoint.decode(envelope.unverified_body(start)).newest == SEED
+    assert joined(session).newest == SEED
+
+
+OLDER, BY_HAND, AHEAD = SEED, (3, "ee" * 32), result(3, 4).produced
+
+
+@pytest.mark.parametrize("named", [OLDER, BY_HAND, AHEAD])
+def test_a_checkpoint_that_names_another_adapter_than_the_results_is_refused(named: AdapterId) -> None:
+    session = log_of(2)
+    session.log.produced = named
+    session.log.checkpoint(KEY)
+    assert_refused(seen(2), session.receipt(), "receipt.adapter")
+
+
+@pytest.mark.parametrize("versions", [(4,), (3, 3), (1,)])
+def test_results_that_skip_or_repeat_a_version_are_refused(versions: tuple[int, ...]) -> None:
+    """The last round that the device knows made version 2."""
+    session, ending = log_of(1), 2
+    for version in versions:
+        made = replace(result(ending, version), adapter=f"{ending:064x}")
+        session.round(ending, ending=made, without=() if ending == 2 else (Step.PLAN, Step.SURVIVORS))
+        ending += 1
+    assert_refused(seen(2), session.receipt(), "receipt.adapter")
+
+
+@pytest.mark.parametrize("planned", [OLDER, BY_HAND, AHEAD])
+def test_a_plan_of_another_adapter_than_the_newest_is_refused(planned: AdapterId) -> None:
+    log_state, (version, adapter) = seen(2).on_receipt(KEY.public, log_of(2).receipt()), result(2, 3).produced
+    log_state.require_newest(replace(plan(3), adapter_version=version, adapter_digest=adapter))
+    with refused(ProtocolError, "plan.adapter", peer="coordinator"):
+        log_state.require_newest(replace(plan(3), adapter_version=planned[0], adapter_digest=planned[1]))
+
+
+@pytest.mark.parametrize("start", [OLDER, BY_HAND, AHEAD])
+def test_a_session_that_starts_from_another_adapter_is_refused(start: AdapterId) -> None:
+    logged, _ = chain(2)
+    fresh = LoggedSession(OFFERS[2], logged[0].end, start=start)
+    assert_chain_refused(seen(2), session_chain_proof(fresh.log, KEY, logged[0].receipt()), OFFERS[2], "proof.adapter")
+
+
+@pytest.mark.parametrize("start", [OLDER, BY_HAND])
+def test_a_missed_session_that_goes_back_or_replaces_an_adapter_is_refused(start: AdapterId) -> None:
+    logged, _ = chain(2)
+    missed = LoggedSession(OFFERS[2], logged[0].end, start=start)
+    closed = missed.close()
+    fresh = LoggedSession(OFFERS[3], missed.end, start=start)
+    raw = session_chain_proof(fresh.log, KEY, logged[0].receipt(), [closed])
+    assert_chain_refused(seen(2), raw, OFFERS[3], "proof.adapter")

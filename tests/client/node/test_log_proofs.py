@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import BODY, LAST_OFFER, PROOF, RECORD, Step
-from aggregation.transcript import NO_SESSION, Transcript, session_chain_proof
+from aggregation.transcript import Transcript, session_chain_proof
 from client.node.app import STATE, app
 from client.node.statedir import LOG_STATE
 from coordinator import rounds as module
@@ -103,7 +103,7 @@ def run_with_false_receipts(
 
 def rewritten(honest: Any, log: Transcript, devices: Any) -> Any:
     """The same log, except for an advert that no device sent, with the coordinator's signature on every checkpoint."""
-    forged = Transcript(log.offer, log.previous)
+    forged = Transcript(log.offer, log.newest, log.previous)
     forged.tree.append(b"an advert that no device sent")
     for index in range(1, log.tree.size):
         forged.tree.append(bytes([index]))
@@ -227,6 +227,6 @@ def test_a_session_chain_proof_without_sessions_is_refused_by_a_device_with_a_lo
     offer = tape.first(Step.OFFER, fleet.node(FIRST))
     log_state = fleet.state_dir(FIRST).load_log_state()
     key = IdentityKey.from_pem((fleet.out / "coordinator" / "signing.pem").read_bytes())
-    fresh = session_chain_proof(Transcript(log_state.offer, NO_SESSION), key)
+    fresh = session_chain_proof(Transcript(log_state.offer, log_state.newest), key)
     assert ask(fleet, FIRST, Step.OFFER, {**offer, PROOF: fresh}).has_error()
     assert refusals[-1] == "offer.repeated"

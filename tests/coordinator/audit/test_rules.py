@@ -28,7 +28,7 @@ from aggregation.session import context_of
 from aggregation.steps import Step
 from aggregation.transcript import MAGIC, Abort, Checkpoint, Entry, Result, Stage, Transcript
 from coordinator.audit import Check, Finding, Report, Status, audit
-from tests.support.sessions import LoggedSession, append
+from tests.support.sessions import SEED, LoggedSession, append
 
 Sessions = Callable[..., LoggedSession]
 ME, OTHER, ABSENT = "device-000", "device-002", "device-001"
@@ -418,7 +418,7 @@ def test_checkpoints_of_another_session_are_found(logged: LoggedSession) -> None
 
 def test_checkpoints_that_name_different_predecessors_are_found(logged: LoggedSession) -> None:
     """The first names the session that ``chain`` compares; another in the same log could name a removed one."""
-    log, raw = Transcript(logged.log.offer), MAGIC
+    log, raw = Transcript(logged.log.offer, SEED), MAGIC
     for entry in logged.entries:
         if entry.kind != Checkpoint.TAG:
             raw += append(log, entry)
