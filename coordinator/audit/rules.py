@@ -38,11 +38,12 @@ def thresholds(history: History) -> str:
     for current in history.rounds:
         _enough_devices(history, current)
     signatures = f" and {spec.quorum} signatures on its survivor set" if active else ""
-    others = count(tolerated, "other device")
+    both = "both secrets of a device, or signatures on two survivor sets," if active else "both secrets of a device"
+    chance = "" if spec.degree >= present - 1 else " (except by chance, at most 2^-40)"
     return (
         f"{spec.threshold} of {holders} devices recover a secret; a sum needs {spec.minimum_survivors} devices or more"
-        f"{signatures}. No round continued with fewer. A device's update stays hidden even if {others} "
-        f"{'colludes' if tolerated == 1 else 'collude'} with the coordinator"
+        f"{signatures}. No round continued with fewer. With these numbers, {both} take "
+        f"{count(tolerated + 1, 'colluding device')} or more{chance}"
     )
 
 
@@ -149,7 +150,7 @@ def shares(history: History) -> str:
                 text = f"it reveals a share of {min(wrong)} that would show its update to the coordinator"
                 raise Problem("unmask-response.shares", text, current.place(UnmaskResponse, device))
             revealed += len(response.seeds) + len(response.keys)
-    return f"{count(revealed, 'share')} revealed, of one kind for each device, so no single update can be unmasked"
+    return f"{count(revealed, 'share')} revealed, in each round of one kind for each device"
 
 
 def results(history: History) -> str:

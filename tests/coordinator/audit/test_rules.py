@@ -283,7 +283,7 @@ def test_a_quorum_that_two_groups_can_reach_is_found(logged_of: Sessions) -> Non
     weak, least = (logged_of([{}], minimum_survivors=count, **session) for count in (5, 6))
     failure(weak.audit(), Check.THRESHOLDS, "spec.minimum_survivors")
     assert least.audit().failed == ()
-    assert "even if 0 other devices collude" in finding_of(least.audit(), Check.THRESHOLDS).text
+    assert "take 1 colluding device or more" in finding_of(least.audit(), Check.THRESHOLDS).text
 
 
 def test_a_round_with_too_few_survivors_is_found(logged_of: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
