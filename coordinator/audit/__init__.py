@@ -2,7 +2,8 @@
 
 An auditor needs the bare install only. In reading order: ``transcripts`` (files), ``history`` (a log, message by
 message), ``rules`` and ``sums`` (the checks on a history), ``auditor`` (all checks of a session in their order),
-``recompute`` (the published adapters), ``findings`` (what is reported), ``formatting`` (how it is printed).
+``repeats`` (several sums from one adapter), ``recompute`` (the published adapters), ``findings`` (what is reported),
+``formatting`` (how it is printed).
 """
 
 from coordinator.audit.auditor import audit, chain

@@ -15,7 +15,7 @@ from aggregation.errors import TrustError
 from aggregation.messages import Message
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
-from aggregation.transcript import NO_SESSION, Checkpoint, Entry, Reading, read
+from aggregation.transcript import NO_SESSION, Checkpoint, Entry, Reading, Result, read
 from coordinator.audit import history as histories
 from coordinator.audit import rules
 from coordinator.audit.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
@@ -141,7 +141,7 @@ class _Audit:
         counts = rules.participation(self._history)
         least, most = min(counts.values()), max(counts.values())
         times = f"{least} to {most}" if least < most else f"{most}"
-        devices, total = count(len(counts), "device"), count(len(self.unmasked), "sum")
+        devices, total = count(len(counts), "device"), count(len(self.unmasked), "result")
         return f"the update of each of the {devices} is in {times} of {total}"
 
     def _report(self, findings: tuple[Finding, ...]) -> Report:
@@ -163,10 +163,13 @@ class _Audit:
         return RoundSummary(
             number,
             current.plan.members,
+            (current.plan.adapter_version, current.plan.adapter_digest),
             current.survivors,
+            rules.unmasked(self._history.offer.spec, current),
             current.dropouts_by_step(self._history.offer.spec.adversary),
             self.unmasked[number].blamed if number in self.unmasked else (),
             rules.ending(current),
+            not isinstance(current.ending, Result),
         )
 
 

@@ -28,6 +28,7 @@ class Check(Enum):
     RESULTS = "results"
     SUMS = "sums"
     PARTICIPATION = "participation"
+    REPEATS = "repeats"  # over all sessions that are audited
     ADAPTERS = "adapters"  # needs the registry; a transcript alone does not have the adapters
 
 
@@ -36,6 +37,7 @@ class Status(Enum):
 
     PASS = "pass"  # noqa: S105 - not a password
     FAIL = "FAIL"
+    WARNING = "warning"  # nothing broke a rule; an auditor should know of it all the same
     SKIPPED = "skipped"  # the transcript lacks what the check needs; the finding says what
     NOT_REACHED = "not reached"  # an earlier check failed
 
@@ -95,19 +97,26 @@ class RoundSummary:
     Args:
         round: Its number in the session.
         planned: The members of its plan.
+        adapter: Version and digest of the adapter from which the devices trained.
         survivors: The devices whose updates are in the sum; empty if the coordinator never named them.
+        unmasked: The devices in the sum that the coordinator learned, or could learn in an aborted round; empty if it
+            could learn none.
         dropouts_by_step: Step → devices that answered the steps of the round before it, and not this one. A device that
             drops out after its update arrived is still a survivor.
         blamed: The devices that revealed wrong shares.
         ending: The adapter that the round produced, or why it produced none.
+        aborted: It produced none.
     """
 
     round: int
     planned: tuple[str, ...]
+    adapter: tuple[int, str]
     survivors: tuple[str, ...]
+    unmasked: tuple[str, ...]
     dropouts_by_step: Mapping[str, tuple[str, ...]]
     blamed: tuple[str, ...]
     ending: str
+    aborted: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,9 +47,11 @@ def render_rounds(checked: AuditInput, reports: Mapping[str, Report], *, entries
             survived = f"{len(each.survivors)} of {len(each.planned)} survived"
             notes = [_dropouts(each.dropouts_by_step)] if each.dropouts_by_step else []
             notes += [f"wrong shares of {', '.join(each.blamed)}"] if each.blamed else []
+            known = f"its sum over {count(len(each.unmasked), 'device')} could be unmasked"
+            notes += [known] if each.unmasked and each.aborted else []
             yield "  ".join([f"  round {each.round:>3}", survived, each.ending, *notes])
         often = [f"{device} {number}" for device, number in report.participation.items()]
-        yield f"  sums that contain a device: {', '.join(often)}"
+        yield f"  results that contain a device: {', '.join(often)}"
         for entry in read(path.read_bytes()).entries if entries else ():
             yield f"  {entry.place}: {len(entry.message):,} bytes"
 

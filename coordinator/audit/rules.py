@@ -12,7 +12,7 @@ from aggregation import checks, envelope, graph
 from aggregation.errors import ProtocolError
 from aggregation.messages import Assignment, ConsistencySignature, Survivors, Unmask, UnmaskResponse
 from aggregation.session import Session
-from aggregation.spec import Adversary
+from aggregation.spec import Adversary, SessionSpec
 from aggregation.transcript import EVERYONE, Abort, Place, Result
 from coordinator.audit.findings import Problem, count
 from coordinator.audit.history import History, Round
@@ -182,6 +182,19 @@ def ending(current: Round) -> str:
             return f"aborted ({reason})"
         case _:
             return "did not end"
+
+
+def unmasked(spec: SessionSpec, current: Round) -> tuple[str, ...]:
+    """The devices in the sum that the coordinator learned, or could learn; empty if it could learn none.
+
+    Nothing makes it log the unmask request and the answers of a round that it then aborts. What it must log for its
+    devices to continue is what comes before: the signatures of a quorum, and in a session without them the updates.
+    """
+    if isinstance(current.ending, Result) or current.unmasks or current.responses:
+        return current.survivors
+    if spec.adversary is Adversary.ACTIVE:
+        return current.survivors if len(current.signed) >= spec.quorum else ()
+    return tuple(sorted(current.inputs)) if len(current.inputs) >= spec.minimum_survivors else ()
 
 
 def participation(history: History) -> dict[str, int]:

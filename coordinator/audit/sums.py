@@ -85,7 +85,7 @@ def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vecto
     ended = [current for current in history.rounds if current.plan.round in unmasked]
     complete = [current for current in ended if current.plan.round in kept]
     if not ended:
-        return "no sum was unmasked"
+        return "no round has a result"
     if not complete:
         raise Skipped("vectors", "only digests of the masked updates were kept, so no sum can be recomputed")
     for current in complete:

@@ -27,6 +27,7 @@ from coordinator import optimizer
 from coordinator.audit.auditor import audit, chain
 from coordinator.audit.findings import Check, Finding, Report, Status
 from coordinator.audit.recompute import Recomputation
+from coordinator.audit.repeats import RepeatedSums
 from coordinator.settings import SETTINGS, FederationSettings
 
 AUTHORITY, COORDINATOR, REVOKED, VECTORS = "authority.pem", "coordinator.pem", "revoked.crl", "vectors"
@@ -135,13 +136,13 @@ class AuditInput:
         """
         vectors = partial(_vector, self.paths[0].parent / VECTORS)
         recomputation = Recomputation(self.registry, self.rule) if self.registry and self.rule else None
-        reports = {}
+        reports, sums = {}, RepeatedSums()
         for path in self.paths:
             accepted = unfinished and path == self.paths[-1]
             report = audit(storage.read(path), self.root, self.coordinator, vectors, at=self.at, unfinished=accepted)
-            finding = _adapters(report, recomputation)
+            findings = (_repeats(path.name, report, sums), _adapters(report, recomputation))
             produced = tuple(replace(each, values=None) for each in report.produced)  # the values take memory
-            reports[path.name] = replace(report, findings=(*report.findings, finding), produced=produced)
+            reports[path.name] = replace(report, findings=(*report.findings, *findings), produced=produced)
         return reports
 
     def require(self, reports: Mapping[str, Report], *, unfinished: bool) -> None:
@@ -197,6 +198,12 @@ def _as_of(crl: RevocationList, at: datetime | None) -> RevocationList:
     if at is None:
         return crl
     return replace(crl, revoked={serial: since for serial, since in crl.revoked.items() if since.at <= at})
+
+
+def _repeats(log: str, report: Report, sums: RepeatedSums) -> Finding:
+    if report.failed:
+        return Finding(Check.REPEATS, Status.NOT_REACHED, "")
+    return sums.check(log, report.rounds)
 
 
 def _adapters(report: Report, recomputation: Recomputation | None) -> Finding:

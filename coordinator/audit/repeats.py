@@ -1,0 +1,65 @@
+"""Sums that show more than one sum should: of rounds that were then aborted, and of rounds from one adapter.
+
+The difference of two sums from one adapter shows the updates of the devices that are in one sum only, as far as the
+others trained alike. No rule of the protocol forbids it: an honest coordinator repeats an aborted round in the same
+way. Therefore it is a warning. Only noise in every sum (differential privacy) would hide what a difference shows.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from coordinator.audit.findings import Check, Finding, RoundSummary, Status, count
+
+NAMED = 6  # devices that a text lists by name; the report has all of them
+_REMEDY = "An honest coordinator does this after a failure too; only differential privacy hides what a difference shows"
+
+
+@dataclass(slots=True)
+class RepeatedSums:
+    """Follows the sums through a coordinator's sessions, in order.
+
+    Args:
+        seen: Digest of an adapter → log and round of each sum from it so far.
+    """
+
+    seen: dict[str, list[tuple[str, RoundSummary]]] = field(default_factory=lambda: defaultdict(list))
+
+    def check(self, log: str, rounds: Sequence[RoundSummary]) -> Finding:
+        """The rounds of one session.
+
+        Args:
+            log: The name of its log.
+            rounds: In order.
+        """
+        aborted, repeated = list[str](), list[str]()
+        for current in rounds:
+            if current.unmasked and current.aborted:
+                aborted.append(
+                    f"round {current.round} was aborted when its sum could be unmasked, over {_names(current.unmasked)}"
+                )
+            if current.unmasked:
+                repeated += self._repeats(log, current)
+                self.seen[current.adapter[1]].append((log, current))
+        if not aborted and not repeated:
+            text = "no round was aborted after it could be unmasked, and no two sums are from one adapter"
+            return Finding(Check.REPEATS, Status.PASS, text)
+        about = "round.repeated" if repeated else "round.aborted"
+        return Finding(Check.REPEATS, Status.WARNING, ". ".join([*aborted, *repeated, _REMEDY]), about=about)
+
+    def _repeats(self, log: str, current: RoundSummary) -> Iterator[str]:
+        for other, before in self.seen[current.adapter[1]]:
+            where = f"round {before.round}" + ("" if other == log else f" of {other}")
+            either = sorted({*before.unmasked} ^ {*current.unmasked})
+            alone = f"{_names(either)} in one of the two" if either else "the same devices in both"
+            yield f"round {current.round} has a sum from the adapter of {where}, with {alone}"
+
+
+def _names(devices: Sequence[str]) -> str:
+    """The devices, by name where they are few.
+
+    >>> _names(["a", "b"])
+    '2 devices (a, b)'
+    """
+    more = ", …" if len(devices) > NAMED else ""
+    return f"{count(len(devices), 'device')} ({', '.join(devices[:NAMED])}{more})"
