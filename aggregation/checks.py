@@ -5,8 +5,8 @@ They are pure and raise ``ProtocolError``; nothing is logged and ignored. Rules 
 1. offer: certified members, none repeated; this device among them with its own key; the device's policy holds.
 3. roster: adverts of members, none repeated, signed, for this offer; my own unchanged; ``threshold`` of them or more.
 4. encrypted shares: from neighbors on the roster; enough of them.
-5. plan: this session; a round not begun before; I am in U1; I have shares of my neighbors in U1; U1 is large enough and
-   has enough of my neighbors.
+5. plan: this session, which has not ended; a round not begun before; I am in U1; I have shares of my neighbors in U1;
+   U1 is large enough and has enough of my neighbors.
 7. survivors: this plan; U2 within U1; I am in U2 with my own vector; U2 is large enough and has enough of my neighbors.
 8. unmask: a quorum of consistency signatures, from anywhere in the graph, on exactly the survivor set that I signed.
 """
@@ -19,7 +19,7 @@ from aggregation import envelope, masks
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import Advert, ConsistencySignature, EncryptedShares, Plan, Roster, Survivors
 from aggregation.pki import Root
-from aggregation.pki.certificates import same_name
+from aggregation.pki.certificates import not_after, same_name
 from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR, Peer, Session, context_of
 from aggregation.spec import SessionSpec
@@ -68,6 +68,22 @@ def members(root: Root, certificates: Sequence[bytes], at: datetime | None) -> d
     if len({key.raw for _, key in pairs}) != len(pairs):
         raise ProtocolError("two devices of the cohort have the same identity key", about="offer.keys")
     return dict(pairs)
+
+
+def session_end(root: Root, certificates: Sequence[bytes]) -> datetime:
+    """When a session ends: with the first certificate of its cohort, or the authority's own, that expires."""
+    return min(root.not_after, *map(not_after, certificates))
+
+
+def before_end(ends: datetime, at: datetime | None) -> None:
+    """Return if a session that ends at ``ends`` may begin a round at ``at``. None: the device has no clock it trusts.
+
+    Raises:
+        ProtocolError: It is over.
+    """
+    if at is not None and at > ends:
+        text = f"a certificate of the session's cohort expired on {ends:%Y-%m-%d at %H:%M}, which ended the session"
+        raise ProtocolError(text, COORDINATOR, about="plan.time", value=ends)
 
 
 def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes) -> Advert:

@@ -98,7 +98,8 @@ def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = N
         commitments=tuple(commitment(secrets[round_].seed, digest, me, round_) for round_ in rounds),
     )
     signed = device.sign(advert)
-    return Advertised(me, message.spec, digest, cohort, signed, share_key, secrets), signed
+    ends = checks.session_end(device.root, message.certificates)
+    return Advertised(me, message.spec, digest, cohort, ends, signed, share_key, secrets), signed
 
 
 def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, dict[str, PublicKey]]:
@@ -117,12 +118,13 @@ def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, 
 
 @dataclass(frozen=True, slots=True)
 class Advertised:
-    """The advert is sent; the roster is next."""
+    """The advert is sent; the roster is next. ``ends``: when the first certificate of the cohort expires."""
 
     me: str
     spec: SessionSpec
     offer: bytes
     cohort: Mapping[str, PublicKey]
+    ends: datetime
     advert: bytes
     share_key: bytes = field(repr=False)
     secrets: Mapping[int, Secrets] = field(repr=False)
@@ -144,7 +146,7 @@ class Advertised:
         self.single_use.take("shares")
         own, encrypted = sharing.deal(session, self.me, self.share_key, self.secrets, entropy)
         held = {round_: {self.me: pair} for round_, pair in own.items()}
-        ready = Ready(session, self.me, 0, None, self.share_key, self.secrets, held)
+        ready = Ready(session, self.ends, self.me, 0, None, self.share_key, self.secrets, held)
         return ready, device.sign(Shares(session.context, self.me, encrypted))
 
 
@@ -154,6 +156,7 @@ class Ready:
 
     Args:
         session: The public state.
+        ends: When the first certificate of the cohort expires; no round begins after that.
         me: This device's id.
         last_round: The last round begun; 0 before the first.
         dealers: Devices whose encrypted shares arrived; None before they arrive.
@@ -163,6 +166,7 @@ class Ready:
     """
 
     session: Session
+    ends: datetime
     me: str
     last_round: int
     dealers: frozenset[str] | None
@@ -171,14 +175,20 @@ class Ready:
     held: Mapping[int, Mapping[str, SharePair]] = field(repr=False)
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
-    def on_plan(self, device: Device, plan: bytes) -> "Planned":
+    def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
         """Accept the plan of a round (step 5). Skipped rounds can no longer be joined; their secrets are dropped.
 
+        Args:
+            device: This device.
+            plan: As received.
+            at: The time now, if the device has a clock it trusts.
+
         Raises:
-            ProtocolError: Not the coordinator's, of another session, of a round begun before, without this device, with
-                a neighbor that sent no shares, or too small.
+            ProtocolError: Not the coordinator's, of another session or one that has ended, of a round begun before,
+                without this device, with a neighbor that sent no shares, or too small.
         """
         message = device.open_verified(Assignment, plan)
+        checks.before_end(self.ends, at)
         current = self if self.share_key is None else self._decrypt(message)
         dealers = current.dealers or frozenset()
         checks.plan(self.session, self.me, dealers, self.last_round, message.plan)
@@ -186,6 +196,7 @@ class Ready:
         round_ = message.plan.round
         later = Ready(
             self.session,
+            self.ends,
             self.me,
             round_,
             current.dealers,
@@ -203,7 +214,7 @@ class Ready:
             for round_, pair in (pairs or {}).items():
                 held[round_][dealer] = pair
         dealers = frozenset(message.encrypted_shares)
-        return Ready(self.session, self.me, self.last_round, dealers, None, self.secrets, held)
+        return Ready(self.session, self.ends, self.me, self.last_round, dealers, None, self.secrets, held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +232,9 @@ class Planned:
         """The session's parameters."""
         return self.ready.session.spec
 
-    def on_plan(self, device: Device, plan: bytes) -> "Planned":
+    def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
         """Abandon this round for a later one."""
-        return self.ready.on_plan(device, plan)
+        return self.ready.on_plan(device, plan, at)
 
     def contribute(self, device: Device, ring_vector: Ring, threads: int = 1) -> "tuple[Masked, bytes]":
         """Mask and sign the vector (step 6). This device's own secrets of the round are dropped.
@@ -264,9 +275,9 @@ class Masked:
     vector: bytes
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
-    def on_plan(self, device: Device, plan: bytes) -> "Planned":
+    def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
         """Abandon this round for a later one."""
-        return self.ready.on_plan(device, plan)
+        return self.ready.on_plan(device, plan, at)
 
     def on_survivors(self, device: Device, survivors: bytes) -> tuple["Confirmed", bytes]:
         """Check the survivor set and sign it, once (step 7); the answer is the consistency signature.
@@ -311,9 +322,9 @@ class Confirmed:
     survivors: Survivors
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
-    def on_plan(self, device: Device, plan: bytes) -> "Planned":
+    def on_plan(self, device: Device, plan: bytes, at: datetime | None = None) -> "Planned":
         """Abandon this round for a later one."""
-        return self.ready.on_plan(device, plan)
+        return self.ready.on_plan(device, plan, at)
 
     def on_unmask(self, device: Device, unmask: bytes) -> tuple["Ready", bytes]:
         """Reveal shares for the survivor set that this device signed (step 8). The shares of the round are dropped.

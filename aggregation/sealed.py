@@ -6,6 +6,7 @@ out of that one. A device that seals the new state before it sends the answer ne
 """
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 from cryptography.exceptions import InvalidTag
@@ -26,7 +27,11 @@ from aggregation.wire import Codec
 ClientState: TypeAlias = Advertised | Ready | Planned | Masked | Confirmed
 _MAGIC = b"edgeadapt/state/1\x00"
 _KEY, _NONCE = 32, 12  # bytes
-_U32, _32 = wire.uint(32), wire.fixed(32)
+_U32, _U64, _32 = wire.uint(32), wire.uint(64), wire.fixed(32)
+_TIME: Codec[datetime] = Codec(  # X.509 has whole seconds
+    lambda out, value: _U64.write(out, int(value.timestamp())),
+    lambda source: datetime.fromtimestamp(_U64.read(source), UTC),
+)
 _IDENTITY: Codec[PublicKey] = wire.record(PublicKey, {"raw": _32})
 _BY_ROUND = wire.sequence(_32, MAX_ROUNDS)
 _PEER: Codec[Peer] = wire.record(
@@ -61,6 +66,7 @@ _READY: Codec[Ready] = wire.record(
     Ready,
     {
         "session": _SESSION,
+        "ends": _TIME,
         "me": DEVICES,
         "last_round": _U32,
         "dealers": wire.optional(_DEALERS),
@@ -77,6 +83,7 @@ _CODECS: dict[type, Codec[Any]] = {
             "spec": SESSION_SPEC,
             "offer": DIGESTS,
             "cohort": wire.mapping(DEVICES, _IDENTITY, MAX_COHORT),
+            "ends": _TIME,
             "advert": wire.blob(2 * Advert.LIMIT),
             "share_key": _32,
             "secrets": _SECRETS,

@@ -51,7 +51,7 @@ class AbortReason(Enum):
     TOO_FEW = "too-few"  # too few devices are left, at any step
     UNRECOVERABLE = "unrecoverable"  # shares are wrong, and too few good ones are left
     OUT_OF_RANGE = "out-of-range"  # the sum is larger than honest survivors can reach
-    SESSION_OVER = "session-over"  # the session has no round left
+    SESSION_OVER = "session-over"  # the session has no round left, or a certificate of its cohort expired
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +132,22 @@ def open_session(
             about="spec.degree",
             value=spec.degree,
         )
-    return Offering(key, spec, offer.digest(), cohort), envelope.sign(key, offer)
+    ends = checks.session_end(root, offer.certificates)
+    return Offering(key, spec, offer.digest(), cohort, ends), envelope.sign(key, offer)
 
 
 @dataclass(frozen=True, slots=True)
 class Offering:
-    """The offer is sent; adverts arrive. ``keys``: the X25519 keys in the adverts so far."""
+    """The offer is sent; adverts arrive.
+
+    ``ends``: when the first certificate of the cohort expires. ``keys``: the X25519 keys in the adverts so far.
+    """
 
     key: IdentityKey
     spec: SessionSpec
     offer: bytes
     cohort: Mapping[str, PublicKey]
+    ends: datetime
     adverts: Mapping[str, bytes] = field(default_factory=dict)
     keys: frozenset[bytes] = field(default=frozenset(), repr=False)
 
@@ -166,7 +171,7 @@ class Offering:
             return aborted
         roster = Roster(self.offer, tuple(raw for _, raw in sorted(self.adverts.items())))
         session, _ = checks.roster(self.spec, self.offer, self.cohort, roster)
-        return Sharing(self.key, session), envelope.sign(self.key, roster)
+        return Sharing(self.key, session, self.ends), envelope.sign(self.key, roster)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +180,7 @@ class Sharing:
 
     key: IdentityKey
     session: Session
+    ends: datetime
     encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]] = field(default_factory=dict)
 
     def on_shares(self, peer: str, body: bytes) -> "Sharing":
@@ -196,7 +202,7 @@ class Sharing:
     def close(self) -> "Established | RoundAborted":
         """End step 4. A device that sent no shares is in no round of this session."""
         aborted = too_few(self.session.spec, len(self.encrypted_shares), "devices that sent shares", None)
-        return aborted or Established(self.key, self.session, self.encrypted_shares)
+        return aborted or Established(self.key, self.session, self.ends, self.encrypted_shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +212,7 @@ class Established:
     Args:
         key: The coordinator's signing key.
         session: The public state.
+        ends: When the first certificate of the cohort expires; no round begins after that.
         encrypted_shares: Dealer → holder → shares.
         last_round: The last round begun.
         delivered: Devices known to have their encrypted shares.
@@ -214,6 +221,7 @@ class Established:
 
     key: IdentityKey
     session: Session
+    ends: datetime
     encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]]
     last_round: int = 0
     delivered: frozenset[str] = frozenset()
@@ -224,13 +232,23 @@ class Established:
         """Rounds that may still begin."""
         return self.session.spec.rounds - self.last_round
 
+    def is_over(self, at: datetime | None) -> bool:
+        """Whether no round may begin any more at the time ``at``: none is left, or a certificate has expired."""
+        return not self.rounds_left or (at is not None and at > self.ends)
+
     @property
     def devices(self) -> tuple[str, ...]:
         """Devices that may take part, in ascending order."""
         return tuple(sorted(set(self.encrypted_shares) - self.excluded))
 
     def plan(
-        self, *, adapter_version: int, adapter_digest: str, training: bytes, cohort: Collection[str] | None
+        self,
+        *,
+        adapter_version: int,
+        adapter_digest: str,
+        training: bytes,
+        cohort: Collection[str] | None,
+        at: datetime | None = None,
     ) -> "tuple[Collecting, dict[str, bytes]] | RoundAborted":
         """Begin a round (step 5).
 
@@ -239,12 +257,14 @@ class Established:
             adapter_digest: Its SHA-256, in hex.
             training: Settings for the trainer, not interpreted here.
             cohort: The devices of ``devices`` that take part; None for all.
+            at: The time at which the certificates of the session must be valid.
 
         Returns:
             The next state, and the signed assignment for each member.
         """
-        if not self.rounds_left:
-            return RoundAborted(AbortReason.SESSION_OVER, "the session has no round left: open a new one", self)
+        if self.is_over(at):
+            text = "the session has no round left, or a certificate of its cohort expired: open a new one"
+            return RoundAborted(AbortReason.SESSION_OVER, text, self)
         members = tuple(device for device in self.devices if cohort is None or device in cohort)
         aborted = too_few(self.session.spec, len(members), "members of the plan", self)
         if aborted:

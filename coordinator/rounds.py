@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def federate(
         for number in range(len(registry.rounds()) + 1, settings.rounds + 1):
             begin = time.perf_counter()
             adapter = registry.newest_adapter()
-            if cohort is None or session is None or session.rounds_left == 0:
+            if cohort is None or session is None or session.is_over(datetime.now(UTC)):
                 rounds = min(settings.rounds - number + 1, settings.aggregation.session_rounds)
                 cohort, session = establish(
                     transport,
@@ -93,7 +93,13 @@ def _aggregate(
 ) -> tuple[Established, RoundResult] | RoundAborted:
     """Steps 5–8 of the protocol: from the plan to the sum of the survivors, and the session after it."""
     manifest, group = adapter.manifest, str(number)
-    planned = session.plan(adapter_version=manifest.version, adapter_digest=manifest.sha256, training=task, cohort=None)
+    planned = session.plan(
+        adapter_version=manifest.version,
+        adapter_digest=manifest.sha256,
+        training=task,
+        cohort=None,
+        at=datetime.now(UTC),
+    )
     if isinstance(planned, RoundAborted):
         return planned
     state, plans = planned

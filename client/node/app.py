@@ -105,7 +105,7 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
     elif step is Step.ROSTER and isinstance(state, Advertised):
         after, answer = state.on_roster(device, body, SystemEntropy())
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
-        planned = state.on_plan(device, body)
+        planned = state.on_plan(device, body, datetime.now(UTC))
         log_state = _after_receipt(device, log_state, fields, planned.plan)
         vector = _train(base, planned, fields.get(ADAPTER, b""), state_dir.examples)
         after, answer = planned.contribute(device, vector, cores())

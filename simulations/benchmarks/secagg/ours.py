@@ -67,7 +67,7 @@ class EdgeAdaptFleet:
         """The state of a device that has received the plan."""
         dealers = (device, *self.session.neighbors(device, self.devices))
         held = {dealer: self.pairs[dealer][device] for dealer in dealers}
-        ready = Ready(self.session, device, 1, frozenset(held), None, {}, {})
+        ready = Ready(self.session, self.established.ends, device, 1, frozenset(held), None, {}, {})
         return Planned(ready, plan, self.secrets[device], held)
 
     def masked(
@@ -133,7 +133,7 @@ def make(devices: int, degree: int, threshold: int, size: int) -> EdgeAdaptFleet
     root = Authority.create("benchmark", ENTROPY, _BEGIN, _END).root
     fleet = {name: Device(identities[name], b"", root, key.public, Policy()) for name in names}
     dealt: dict[str, dict[str, EncryptedShares]] = {name: {} for name in names}
-    established = Established(key, session, dealt, delivered=frozenset(names))
+    established = Established(key, session, _END, dealt, delivered=frozenset(names))
     pairs = {name: _split(session, name, secrets[name]) for name in names}
     return EdgeAdaptFleet(established, fleet, secrets, share_keys, pairs)
 
