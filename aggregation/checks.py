@@ -2,6 +2,8 @@
 
 They are pure and raise ``ProtocolError``; nothing is logged and ignored. Rules by step of docs/reference/protocol.md:
 
+0. challenge: from the coordinator, for the node that this device runs as. check-in: certified, and signed with the
+   certified key for this challenge.
 1. offer: certified members, none repeated; this device among them with its own key; the device's policy holds.
 3. roster: adverts of members, none repeated, signed, for this offer; my own unchanged; ``threshold`` of them or more.
 4. encrypted shares: from neighbors on the roster; enough of them.
@@ -17,7 +19,16 @@ from datetime import datetime
 
 from aggregation import envelope, masks
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.messages import Advert, ConsistencySignature, EncryptedShares, Plan, Roster, Survivors
+from aggregation.messages import (
+    Advert,
+    Challenge,
+    CheckIn,
+    ConsistencySignature,
+    EncryptedShares,
+    Plan,
+    Roster,
+    Survivors,
+)
 from aggregation.pki import Root
 from aggregation.pki.certificates import not_after, same_name
 from aggregation.pki.identity import PublicKey
@@ -47,6 +58,35 @@ def refers_to(peer: str, tag: str, device: str, field: str, found: bytes, expect
         raise ProtocolError(f"{tag} message is for another {field}", peer, about=f"{tag}.{field}", value=found.hex())
     if device != peer:
         raise ProtocolError(f"{tag} message names {device}", peer, about=f"{tag}.device", value=device)
+
+
+def challenge(node: int, message: Challenge) -> None:
+    """Return if a device that runs as ``node`` may answer a challenge: else another node would pass for this device.
+
+    Raises:
+        ProtocolError: It is for another node.
+    """
+    if message.node != node:
+        text = f"the challenge is for node {message.node}, this device runs as node {node}"
+        raise ProtocolError(text, COORDINATOR, about="challenge.node", value=message.node)
+
+
+def check_in(root: Root, asked: Challenge, raw: bytes, at: datetime) -> tuple[str, CheckIn]:
+    """The device that answers the challenge ``asked``, and its answer.
+
+    Raises:
+        ProtocolError: The authority did not certify a device in it for ``at``, that device did not sign it, or it
+            answers another challenge: of another node, or an earlier one of this node.
+    """
+    try:
+        # Whom it claims to be from; that device's signature is then required.
+        device, key = root.verify(CheckIn.decode(envelope.unverified_body(raw)).certificate, at)
+    except TrustError as error:
+        raise ProtocolError.of(error) from None
+    message = envelope.open_verified(CheckIn, raw, key, device)
+    if message.challenge != asked.digest():
+        raise ProtocolError("check-in is for another challenge", device, about="check-in.challenge")
+    return device, message
 
 
 def members(root: Root, certificates: Sequence[bytes], at: datetime | None) -> dict[str, PublicKey]:

@@ -23,6 +23,8 @@ from aggregation.masks import Mask
 from aggregation.messages import (
     Advert,
     Assignment,
+    Challenge,
+    CheckIn,
     ConsistencySignature,
     M,
     MaskedInput,
@@ -70,6 +72,33 @@ class Device:
     def sign(self, message: Message) -> bytes:
         """``message`` as it travels, signed by this device."""
         return envelope.sign(self.identity, message)
+
+
+def check_in(
+    identity: IdentityKey,
+    certificate: bytes,
+    coordinator: PublicKey,
+    challenge: bytes,
+    *,
+    node: int,
+    last_offer: bytes | None,
+) -> bytes:
+    """Answer a challenge (step 0): the certificate, signed with its key. No state changes.
+
+    Args:
+        identity: The device's signing key.
+        certificate: Its certificate from the authority, DER.
+        coordinator: The pinned key of the coordinator.
+        challenge: As received.
+        node: Flower's id of the node that this device runs as.
+        last_offer: Digest of the last offer that this device joined, if it keeps a log state.
+
+    Raises:
+        ProtocolError: The challenge is not the coordinator's, or is for another node.
+    """
+    message = envelope.open_verified(Challenge, challenge, coordinator, COORDINATOR)
+    checks.challenge(node, message)
+    return envelope.sign(identity, CheckIn(message.digest(), certificate, last_offer))
 
 
 def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = None) -> tuple["Advertised", bytes]:

@@ -101,6 +101,30 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Challenge(Message):
+    """Coordinator → one node: show which device you are. ``nonce`` is 32 fresh bytes; ``node`` is Flower's id of it."""
+
+    TAG: ClassVar = "challenge"
+    LIMIT: ClassVar = 1024
+    nonce: Digest
+    node: Uint64
+
+
+@dataclass(frozen=True, slots=True)
+class CheckIn(Message):
+    """Device → coordinator: its certificate, and the proof that it has the key, for one challenge.
+
+    ``last_offer``: digest of the last offer that it joined, if it keeps a log state.
+    """
+
+    TAG: ClassVar = "check-in"
+    LIMIT: ClassVar = 4096
+    challenge: Digest
+    certificate: Annotated[bytes, wire.blob(MAX_CERTIFICATE)]
+    last_offer: Annotated[bytes | None, wire.optional(DIGESTS)]
+
+
+@dataclass(frozen=True, slots=True)
 class Offer(Message):
     """Coordinator → devices: a session to join. ``session`` is 32 fresh bytes; certificates are in device order."""
 
@@ -254,6 +278,8 @@ class UnmaskResponse(Message):
 
 
 MESSAGES: tuple[type[Message], ...] = (
+    Challenge,
+    CheckIn,
     Offer,
     Advert,
     Roster,

@@ -11,13 +11,12 @@ BODY = "body"  # the signed protocol message
 ADAPTER = "adapter"  # with a plan: the safetensors bytes of the adapter, whose digest the plan signs
 PROOF = "proof"  # with an offer: a session chain proof; with a plan: a receipt (``transcript.proofs``)
 REVOCATIONS = "revocations"  # with an offer: the authority's newest revocation list, if there is one
-LAST_OFFER = "last-offer"  # with a certificate: digest of the last offer the device joined, if it keeps a log state
 
 
 class Step(Enum):
     """A request of the coordinator, and the device's answer to it."""
 
-    CHECK_IN = "checkin"  # nothing → the device's certificate
+    CHECK_IN = "checkin"  # challenge → the device's certificate, with proof of possession of its key
     OFFER = "offer"  # offer → advert
     ROSTER = "roster"  # roster → encrypted shares
     PLAN = "plan"  # plan and adapter → masked input

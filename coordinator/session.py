@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from aggregation import server
+from aggregation import checks, envelope, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
+from aggregation.messages import DIGEST, Challenge, CheckIn
 from aggregation.pki import Root
 from aggregation.pki.certificates import same_name
 from aggregation.pki.identity import IdentityKey
@@ -121,14 +122,16 @@ def establish(
     reason = ""
     for attempt in range(1, settings.attempts + 1):
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
-        certificates, nodes, last_offers = _check_in(root, transport, name)
+        present, nodes = _check_in(key, root, transport, name)
         least = settings.aggregation.minimum_devices
         if len(nodes) < least:
             reason = f"{len(nodes)} devices answered, {least} are needed"
         else:
             spec = settings.aggregation.spec(len(nodes), adapter.layout, adapter.manifest.base_digest, rounds)
+            certificates = {device: answer.certificate for device, answer in present.items()}
             opened = server.open_session(key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
             cohort = Cohort(transport, nodes, transcripts.begin(opened[0].offer, adapter.manifest.id, root.revoked))
+            last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
             proofs = transcripts.session_chain_proofs(cohort.recorder, last_offers)
             revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
             outcome = _negotiate(cohort, *opened, attachments(proofs, revoked), name)
@@ -157,26 +160,31 @@ def _negotiate(
 
 
 def _check_in(
-    root: Root, transport: Transport, group: str
-) -> tuple[dict[str, bytes], dict[str, int], dict[str, bytes]]:
-    """Ask every node for its certificate; keep those that the authority certified, one node for each device.
+    key: IdentityKey, root: Root, transport: Transport, group: str
+) -> tuple[dict[str, CheckIn], dict[str, int]]:
+    """Challenge every node; keep those that prove which certified device they are, one node for each device.
+
+    A device at two nodes has its key at both. It takes part at the one that answers first.
 
     Returns:
-        Device → certificate, device → node, and device → digest of the offer that it joined last.
+        Device → its answer, and device → node.
     """
-    certificates: dict[str, bytes] = {}
+    entropy = SystemEntropy()
+    challenges = {node: Challenge(entropy.bytes(DIGEST), node) for node in transport.nodes()}
+    bodies = {node: envelope.sign(key, challenge) for node, challenge in challenges.items()}
+    present: dict[str, CheckIn] = {}
     admitted: dict[str, str] = {}  # name without case → device
     nodes: dict[str, int] = {}
-    last_offers: dict[str, bytes] = {}
-    for reply in transport.ask(Step.CHECK_IN, dict.fromkeys(transport.nodes(), b""), group):
+    for reply in transport.ask(Step.CHECK_IN, bodies, group):
         try:
-            device, _ = root.verify(reply.body or b"", datetime.now(UTC))
-        except EdgeAdaptError as error:
-            log.info("node %d is not admitted: %s", reply.node, reply.reason or error)
+            if reply.body is None:
+                raise ProtocolError(reply.reason)
+            device, answer = checks.check_in(root, challenges[reply.node], reply.body, datetime.now(UTC))
+        except ProtocolError as error:
+            log.info("node %d is not admitted: %s", reply.node, error)
             continue
         if (twin := admitted.setdefault(same_name(device), device)) in nodes:
             log.warning("node %d is not admitted: node %d checked in as %s before", reply.node, nodes[twin], twin)
             continue
-        certificates[device], nodes[device] = reply.body or b"", reply.node
-        last_offers[device] = reply.last_offer
-    return certificates, nodes, last_offers
+        present[device], nodes[device] = answer, reply.node
+    return present, nodes

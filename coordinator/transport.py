@@ -12,7 +12,7 @@ from typing import Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from aggregation.steps import BODY, LAST_OFFER, RECORD, Step
+from aggregation.steps import BODY, RECORD, Step
 
 FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
 LAST_POLL = 0.5
@@ -40,12 +40,11 @@ class SystemClock:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One node's answer: ``body``, or the reason for its absence. ``last_offer``: see ``steps.LAST_OFFER``."""
+    """One node's answer: ``body``, or the reason for its absence."""
 
     node: int
     body: bytes | None
     reason: str = ""
-    last_offer: bytes = b""
 
 
 @dataclass(slots=True)
@@ -123,13 +122,11 @@ class Transport:
     def _reply(self, node: int, message: Message) -> Reply:
         if message.has_error():
             return Reply(node, None, _one_line(message.error.reason or "failed"))
-        record = message.content.config_records.get(RECORD, ConfigRecord())
-        body, found = record.get(BODY), record.get(LAST_OFFER)
+        body = message.content.config_records.get(RECORD, ConfigRecord()).get(BODY)
         if not isinstance(body, bytes):
             return Reply(node, None, "answered without a protocol body")
-        last_offer = found if isinstance(found, bytes) else b""
-        self.carried.up += len(body) + len(last_offer)
-        return Reply(node, body, last_offer=last_offer)
+        self.carried.up += len(body)
+        return Reply(node, body)
 
 
 def _one_line(reason: str) -> str:

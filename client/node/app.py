@@ -29,7 +29,7 @@ from aggregation.messages import Plan, Unmask
 from aggregation.ring import Ring
 from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
-from aggregation.steps import ADAPTER, BODY, LAST_OFFER, PROOF, RECORD, REVOCATIONS, Step
+from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, REVOCATIONS, Step
 from aggregation.transcript import LogState, logged_part
 from client.node.statedir import DeviceStateDir
 from client.training.contribute import Outcome, contribution, require_bounds
@@ -48,11 +48,12 @@ def _handler(message: Message, context: Context) -> Message:
     try:
         state_dir = DeviceStateDir.open(Path(str(context.node_config.get(STATE, ""))))
         with state_dir.locked():
+            fields = _fields(message)
             if step is Step.CHECK_IN:
-                answer = _check_in(state_dir)
+                answer = _check_in(state_dir, fields[BODY], context.node_id)
             else:
-                answer = {BODY: _transition(state_dir, step, _fields(message))}
-        return Message(RecordDict({RECORD: ConfigRecord(dict(answer))}), reply_to=message)
+                answer = _transition(state_dir, step, fields)
+        return Message(RecordDict({RECORD: ConfigRecord({BODY: answer})}), reply_to=message)
     except EdgeAdaptError as error:
         log.warning("%s refused: %s", step.value, error, extra={"about": error.about})
         return Message(Error(REFUSED, _reason(error)), reply_to=message)
@@ -82,9 +83,11 @@ def _fields(message: Message) -> Mapping[str, bytes]:
     return fields
 
 
-def _check_in(state_dir: DeviceStateDir) -> dict[str, bytes]:
+def _check_in(state_dir: DeviceStateDir, challenge: bytes, node: int) -> bytes:
     log_state = state_dir.load_log_state()
-    return {BODY: state_dir.certificate, LAST_OFFER: b"" if log_state is None else log_state.offer}
+    last_offer = None if log_state is None else log_state.offer
+    key, certificate, coordinator = state_dir.identity, state_dir.certificate, state_dir.coordinator
+    return client.check_in(key, certificate, coordinator, challenge, node=node, last_offer=last_offer)
 
 
 def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, bytes]) -> bytes:

@@ -108,6 +108,11 @@ class DeviceStateDir:
         return self._read(CERTIFICATE)
 
     @property
+    def coordinator(self) -> PublicKey:
+        """The pinned key of the coordinator."""
+        return self._parse(PublicKey.from_pem, COORDINATOR)
+
+    @property
     def identity(self) -> IdentityKey:
         """The device's key."""
         return self._parse(IdentityKey.from_pem, IDENTITY)
@@ -118,9 +123,8 @@ class DeviceStateDir:
         Raises:
             TrustError: A key or certificate is missing or damaged.
         """
-        coordinator = self._parse(PublicKey.from_pem, COORDINATOR)
         policy = self.settings.policy.policy(base_digest)
-        return Device(self.identity, self.certificate, self.root(), coordinator, policy)
+        return Device(self.identity, self.certificate, self.root(), self.coordinator, policy)
 
     def root(self) -> Root:
         """The pinned authority, with the newest revocation list that this device has accepted.

@@ -12,6 +12,8 @@ from aggregation.messages import (
     MESSAGES,
     Advert,
     Assignment,
+    Challenge,
+    CheckIn,
     ConsistencySignature,
     EncryptedShares,
     MaskedInput,
@@ -37,6 +39,8 @@ SURVIVORS = Survivors(D, {"a": D, "b": bytes(32)})
 @pytest.fixture
 def samples(spec_of: Any) -> list[Message]:
     return [
+        Challenge(D, 2**64 - 1),
+        CheckIn(D, b"der", D),
         Offer(D, spec_of(4), (b"der", b"")),
         Advert(D, "a", D, (D, D), (D,)),
         Roster(D, (b"advert",)),

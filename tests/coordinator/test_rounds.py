@@ -1,7 +1,6 @@
 """The rounds of a federation: who is admitted, where devices drop out, what a record holds, how a round fails."""
 
 import logging
-import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -11,7 +10,9 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
+from aggregation import envelope
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
+from aggregation.messages import CheckIn
 from aggregation.server import AbortReason, RoundAborted
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app as client_app
@@ -136,19 +137,29 @@ def test_nodes_without_a_certificate_of_the_authority_are_not_admitted(
     fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet, stranger = fleet_of(12, rounds=1), fleet_of(3)
-    certificate = stranger.state_dir("device-00").certificate
-    mine = fleet.state_dir("device-01").certificate
-    answers = {2: certificate, 4: b"no certificate", 5: mine}  # the last has what another device said already
+    theirs = stranger.state_dir("device-00")
+    elsewhere = envelope.sign(theirs.identity, CheckIn(bytes(32), theirs.certificate, None))
+    answers = {2: elsewhere, 4: b"no check-in"}
     app = Spoiled(lambda step, _, node: answers.get(node) if step is Step.CHECK_IN else None)
     with caplog.at_level(logging.INFO, "edgeadapt.coordinator"):
         (record,) = fleet.federate(fleet.grid(app=app))
-    assert set(record.survivors) | {"device-01"} == {"device-01", *(f"device-{n:02d}" for n in range(4, 12))}
+    assert set(record.survivors) == {"device-01", *(f"device-{n:02d}" for n in range(3, 12))}
     assert not {node for _, step, node in app.asked if step is Step.PLAN} & {2, 4}
     refused = [entry.message for entry in caplog.records if "is not admitted" in entry.message]
-    assert {tuple(message.split()[:2]) for message in refused} >= {("node", "2"), ("node", "4")}
-    assert (
-        len([message for message in refused if re.search(r": node \d+ checked in as device-01 before$", message)]) == 1
-    )
+    assert {tuple(message.split()[:2]) for message in refused} == {("node", "2"), ("node", "4")}
+
+
+def test_a_device_at_two_nodes_takes_part_at_the_one_that_answers_first(
+    fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet, app = fleet_of(8, rounds=1), Spoiled(lambda *_: None)
+    fleet.nodes[20] = fleet.nodes[3]  # a copy of the state directory of device-01 would be the same to the coordinator
+    with caplog.at_level(logging.INFO, "edgeadapt.coordinator"):
+        (record,) = fleet.federate(fleet.grid(app=app, mean_delay=0.0))
+    assert (len(record.survivors), record.dropped) == (8, {})
+    assert 20 not in {node for _, step, node in app.asked if step is not Step.CHECK_IN}
+    refused = [entry.message for entry in caplog.records if "is not admitted" in entry.message]
+    assert refused == ["node 20 is not admitted: node 3 checked in as device-01 before"]
 
 
 def test_too_few_devices_end_the_run_in_one_line_after_its_attempts(

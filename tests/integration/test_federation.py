@@ -23,7 +23,7 @@ from adapters.base import find_base
 from adapters.layout import Layout, Tensors, TensorSpec
 from aggregation import envelope, ring
 from aggregation.messages import MaskedInput
-from aggregation.steps import ADAPTER, BODY, LAST_OFFER, PROOF, RECORD, Step
+from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, Step
 from client.node.app import app as client_app
 from client.training.contribute import clip
 from client.training.examples import Split, in_split, read_examples
@@ -176,7 +176,7 @@ def test_only_adapter_tensors_travel_and_no_message_approaches_the_bases_size(fl
         assert set(record) == {BODY, *{Step.PLAN: (ADAPTER, PROOF), Step.OFFER: (PROOF,)}.get(step, ())}
         if step is Step.PLAN:
             assert Layout.of(files.decode(record[ADAPTER])) == layout
-    assert all(set(record) == ({BODY, LAST_OFFER} if step is Step.CHECK_IN else {BODY}) for step, record in messages.up)
+    assert all(set(record) == {BODY} for _, record in messages.up)
     total = sum(len(value) for value in everything)
     assert total == sum(record.bytes_up + record.bytes_down for record in records)
 

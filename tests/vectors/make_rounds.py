@@ -167,6 +167,7 @@ class Case:
 
     def make(self) -> dict[str, Any]:
         self.parties()
+        self.check_in()
         self.offer()
         self.roster()
         self.shares()
@@ -198,6 +199,26 @@ class Case:
         self.out["root"] = certificate("vectors", authority, authority, True)
         self.out["certificates"] = {n: certificate(n, self.keys[n], authority, False) for n in self.names}
         self.out["identities"] = seeds
+
+    def check_in(self) -> None:
+        """Node numbers count from 1; the first device has joined no session before."""
+        self.out |= {"challenges": {}, "check_ins": {}}
+        for node, name in enumerate(self.names, 1):
+            asked = stream(f"{self.label}/challenge/{name}", 32) + u(node, 8)
+            joined = b"\x00" if node == 1 else b"\x01" + stream(f"{self.label}/last-offer/{name}", 32)
+            body = digest("challenge", asked) + blob(self.out["certificates"][name]) + joined
+            self.out["challenges"][name] = self.coordinator("challenge", asked)
+            self.out["check_ins"][name] = message(self.keys[name], "check-in", body)
+        first, second, *_ = self.names
+        asked, own = stream(f"{self.label}/challenge/{first}", 32), blob(self.out["certificates"][first])
+        self.refuse("challenge", first, "for another node", self.out["challenges"][second])
+        self.refuse("challenge", first, "signed by a device", message(self.keys[second], "challenge", asked + u(1, 8)))
+        for why, who, body in (
+            ("for the challenge of another node", first, digest("challenge", asked + u(2, 8)) + own + b"\x00"),
+            ("for another nonce", first, digest("challenge", bytes(32) + u(1, 8)) + own + b"\x00"),
+            ("another device's certificate", second, digest("challenge", asked + u(1, 8)) + own + b"\x00"),
+        ):
+            self.refuse("check-in", first, why, message(self.keys[who], "check-in", body))
 
     def offer(self) -> None:
         self.out["session"] = stream(f"{self.label}/session", 32)

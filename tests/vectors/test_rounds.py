@@ -3,16 +3,17 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from aggregation import client, ring, server
+from aggregation import checks, client, envelope, ring, server
 from aggregation.client import Device
 from aggregation.errors import ProtocolError
-from aggregation.messages import MESSAGES, Message
+from aggregation.messages import MESSAGES, Challenge, CheckIn, Message
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
@@ -23,7 +24,13 @@ from tests.support import refused
 
 CASES: dict[str, Any] = json.loads(Path(__file__).with_name("rounds.json").read_text())
 raw = bytes.fromhex
+NOW = datetime(2027, 1, 1, tzinfo=UTC)
 ABOUT: dict[tuple[str, str], str] = {  # step and what is wrong → what the refusal is about
+    ("challenge", "for another node"): "challenge.node",
+    ("challenge", "signed by a device"): "signature",
+    ("check-in", "for the challenge of another node"): "check-in.challenge",
+    ("check-in", "for another nonce"): "check-in.challenge",
+    ("check-in", "another device's certificate"): "signature",
     ("offer", "two groups can reconstruct a secret"): "offer.",  # threshold or graph
     ("offer", "two groups can sign different survivor sets"): "offer.quorum",
     ("offer", "signed by a device"): "signature",
@@ -145,7 +152,7 @@ class Walk:
     def establish(self) -> None:
         case = self.case
         key, root = IdentityKey(raw(case["identities"]["coordinator"])), Root(raw(case["root"]))
-        certificates = {name: device.certificate for name, device in self.devices.items()}
+        certificates = {name: self.check_in(node, name, root) for node, name in enumerate(self.devices, 1)}
         self.server, offer = server.open_session(key, root, spec_of(case), certificates, GivenEntropy(case["session"]))
         assert offer.hex() == case["offer"]
         for name in self.devices:
@@ -155,6 +162,22 @@ class Walk:
         for name in self.devices:
             self.share(name, roster)
         self.server = self.server.close()
+
+    def check_in(self, node: int, name: str, root: Root) -> bytes:
+        device, challenge = self.devices[name], raw(self.case["challenges"][name])
+        key, certificate, coordinator = device.identity, device.certificate, device.coordinator
+        asked, own = Challenge.decode(envelope.unverified_body(challenge)), raw(self.case["check_ins"][name])
+        last = CheckIn.decode(envelope.unverified_body(own)).last_offer
+        answer = self.deliver(
+            "challenge",
+            name,
+            lambda body: client.check_in(key, certificate, coordinator, body, node=node, last_offer=last),
+            challenge,
+        )
+        assert answer.hex() == self.case["check_ins"][name]
+        who, message = self.deliver("check-in", name, lambda body: checks.check_in(root, asked, body, NOW), answer)
+        assert (who, message.last_offer is None) == (name, node == 1)
+        return message.certificate  # type: ignore[no-any-return]
 
     def join(self, name: str, offer: bytes) -> None:
         device, entropy = self.devices[name], GivenEntropy(self.case["join"][name])
@@ -234,6 +257,8 @@ def test_the_vectors_have_dropouts_on_both_graphs_and_bad_messages_at_every_step
 # Bytes that are almost a message are refused. Each body is taken from its envelope in the frozen round.
 
 BODIES: dict[str, str] = {
+    "challenge": CASES["sparse"]["challenges"]["unit-1"],
+    "check-in": CASES["sparse"]["check_ins"]["unit-1"],
     "offer": CASES["sparse"]["offer"],
     "advert": CASES["sparse"]["adverts"]["unit-0"],
     "roster": CASES["sparse"]["roster"],

@@ -21,27 +21,29 @@ from flwr.supercore.task_identity import TaskIdentity
 from adapters import files, storage
 from adapters.layout import Layout
 from adapters.task import Task
-from aggregation import server
+from aggregation import checks, envelope, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
-from aggregation.pki import Authority, Root
+from aggregation.messages import Challenge, Survivors
+from aggregation.pki import Authority
 from aggregation.steps import ADAPTER, BODY, RECORD, REVOCATIONS, Step
 from aggregation.vector import VectorSpec
 from client.node.app import FAILED, REFUSED, STATE, app
-from client.node.statedir import DeviceStateDir
+from client.node.statedir import LOCK, DeviceStateDir
 from client.training import trainer
 from client.training.trainer import Trainer
 from coordinator import settings
 from coordinator.statedir import CoordinatorStateDir
 
 FIRST = "device-00"
+NODE = 2
 DEVICES = 4  # and one unseen
 PHRASE = "the code of the safe is 4711"
 
 
 def message(step: Step, record: Mapping[str, Any] | None) -> Message:
     content = RecordDict({} if record is None else {RECORD: ConfigRecord(dict(record))})
-    made = Message(content, 2, step.message_type, group_id="1")
+    made = Message(content, NODE, step.message_type, group_id="1")
     made.metadata.__dict__["_message_id"] = "1"  # as a grid does
     return made
 
@@ -57,7 +59,7 @@ class Talk:
 
     def reply(self, device: str, step: Step, record: Mapping[str, Any] | None) -> Message:
         state_dir = str(self.fleet.out / "devices" / device / self.inside)
-        return app(message(step, record), Context(1, 2, {STATE: state_dir}, RecordDict(), {}))
+        return app(message(step, record), Context(1, NODE, {STATE: state_dir}, RecordDict(), {}))
 
     def ask(self, device: str, step: Step, body: bytes, **extra: bytes) -> bytes:
         """The body of the answer."""
@@ -81,7 +83,8 @@ class Talk:
 
     def offer(self) -> tuple[Any, bytes]:
         devices = [f"device-{number:02d}" for number in range(DEVICES)]
-        certificates = {device: self.ask(device, Step.CHECK_IN, b"") for device in devices}
+        folders = {device: self.fleet.out / "devices" / device / self.inside for device in devices}
+        certificates = {device: DeviceStateDir.open(folder).certificate for device, folder in folders.items()}
         version, state_dir = self.version(), self.coordinator
         layout = Layout.of(state_dir.registry.tensors(0))
         spec = state_dir.settings.aggregation.spec(DEVICES, layout, version.manifest.base_digest, 2)
@@ -147,10 +150,25 @@ def damaged(body: bytes) -> list[bytes]:
     return copies
 
 
-def test_a_device_checks_in_with_its_certificate(talk: Talk) -> None:
-    root = Root.from_pem((talk.fleet.out / "coordinator" / "authority.pem").read_bytes())
-    name, _ = root.verify(talk.ask(FIRST, Step.CHECK_IN, b""), datetime.now(UTC))
-    assert name == FIRST
+def test_a_device_checks_in_with_proof_of_its_key_and_keeps_its_files_as_they_were(talk: Talk) -> None:
+    challenge, folder = Challenge(bytes(32), NODE), talk.fleet.out / "devices" / FIRST
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    raw = talk.ask(FIRST, Step.CHECK_IN, envelope.sign(talk.coordinator.key, challenge))
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != LOCK}
+    assert checks.check_in(talk.coordinator.root, challenge, raw, datetime.now(UTC))[0] == FIRST
+    assert after == before
+
+
+def test_only_a_challenge_of_the_coordinator_for_this_node_is_signed(talk: Talk) -> None:
+    key, own = talk.coordinator.key, talk.fleet.state_dir(FIRST).identity
+    for about, raw in {
+        "signature": envelope.sign(own, Challenge(bytes(32), NODE)),
+        "challenge.node": envelope.sign(key, Challenge(bytes(32), NODE + 1)),
+        "envelope.tag": envelope.sign(key, Survivors(bytes(32), {})),
+        "encoding.length": b"",
+    }.items():
+        talk.refused(FIRST, Step.CHECK_IN, {BODY: raw}, about)
+    talk.refused(FIRST, Step.CHECK_IN, None, "message.body")
 
 
 def test_devices_draw_differently_whatever_the_names_of_their_folders(

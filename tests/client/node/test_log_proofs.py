@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from aggregation import envelope
 from aggregation.errors import EdgeAdaptError
+from aggregation.messages import Challenge, CheckIn
 from aggregation.pki.identity import IdentityKey
-from aggregation.steps import BODY, LAST_OFFER, PROOF, RECORD, Step
+from aggregation.steps import BODY, PROOF, RECORD, Step
 from aggregation.transcript import Transcript, session_chain_proof
 from client.node.app import STATE, app
 from client.node.statedir import LOG_STATE
@@ -48,6 +50,19 @@ def ask(fleet: Any, device: str, step: Step, fields: Mapping[str, Any]) -> Messa
     return app(made, Context(1, 2, {STATE: str(fleet.out / "devices" / device)}, RecordDict(), {}))
 
 
+def check_in(fleet: Any, device: str) -> Message:
+    """Ask a device for its check-in outside a run."""
+    key = CoordinatorStateDir.open(fleet.out / "coordinator").key
+    return ask(fleet, device, Step.CHECK_IN, {BODY: envelope.sign(key, Challenge(bytes(32), 2))})
+
+
+def last_offer(reply: Message) -> bytes | None:
+    """The offer that a device joined last, as its check-in states it."""
+    body = reply.content.config_records[RECORD][BODY]
+    assert isinstance(body, bytes)
+    return CheckIn.decode(envelope.unverified_body(body)).last_offer
+
+
 def test_no_device_drops_out_over_proofs_from_session_to_session(fleet_of: FleetOf) -> None:
     fleet = fleet_of(5, rounds=5, aggregation__session_rounds=2)
     assert [record.dropped for record in fleet.federate(fleet.grid())] == [{}] * 5
@@ -79,12 +94,12 @@ def test_a_coordinator_that_was_stopped_in_a_round_goes_on_with_all_devices(flee
 
 def test_a_device_keeps_its_log_state_across_processes(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
-    assert ask(fleet, FIRST, Step.CHECK_IN, {BODY: b""}).content.config_records[RECORD][LAST_OFFER] == b""
+    assert last_offer(check_in(fleet, FIRST)) is None
     fleet.federate(fleet.grid())
     log_state = fleet.state_dir(FIRST).load_log_state()
     assert log_state.device == FIRST
     assert len(log_state.delivered) == 2
-    assert ask(fleet, FIRST, Step.CHECK_IN, {BODY: b""}).content.config_records[RECORD][LAST_OFFER] == log_state.offer
+    assert last_offer(check_in(fleet, FIRST)) == log_state.offer
 
 
 def run_with_false_receipts(
@@ -190,7 +205,7 @@ def test_a_damaged_log_state_is_not_taken_for_a_missing_one(fleet_of: FleetOf) -
     fleet = fleet_of(4, rounds=1)
     fleet.federate(fleet.grid())
     (fleet.out / "devices" / FIRST / LOG_STATE).write_bytes(b"damaged")
-    assert ask(fleet, FIRST, Step.CHECK_IN, {BODY: b""}).has_error()
+    assert check_in(fleet, FIRST).has_error()
 
 
 def test_a_device_that_forgot_a_session_takes_part_from_the_next_offer(fleet_of: FleetOf) -> None:
