@@ -114,6 +114,16 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerRule:
+    """The server optimizer that made a version (``coordinator.optimizer``): its name, and its numbers by name."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: str
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class VersionManifest(Manifest):
     """One version of the global adapter in the registry."""
 
@@ -126,6 +136,8 @@ class VersionManifest(Manifest):
     layout_digest: Sha256
     parent: Sha256 | None  # SHA-256 of the file of the version it was made from
     round: Count  # 0 for the seed
+    plan: Sha256 | None  # digest of that round's plan, in which a log names the round; None for the seed
+    rule: ServerRule | None  # of the server optimizer, from the sum to this version; None for the seed
     survivors: tuple[str, ...]  # devices whose updates are in the sum
     metrics: dict[str, float]  # means over the survivors, as unmasked
     peft_config: PeftConfig

@@ -13,11 +13,12 @@ array([3., 0.], dtype=float32)
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
 from adapters.layout import Floats, Tensors
+from adapters.manifest import ServerRule
 from aggregation.errors import ConfigError, DataError
 
 
@@ -88,6 +89,29 @@ class Moments:
 
 Settings = FedAvg | FedAdam
 State = Stateless | Moments
+
+
+def to_rule(settings: Settings) -> ServerRule:
+    """The rule as the manifest of a version names it. Law: ``of_rule(to_rule(settings)) == settings``."""
+    return ServerRule(type(settings).__name__, asdict(settings))
+
+
+def of_rule(rule: ServerRule) -> Settings:
+    """The optimizer that a manifest names.
+
+    >>> of_rule(ServerRule("FedAvg", {"learning_rate": 0.5}))
+    FedAvg(learning_rate=0.5)
+
+    Raises:
+        ConfigError: There is no such optimizer, or its numbers are not those of that name or out of their range.
+    """
+    kinds: dict[str, type[Settings]] = {kind.__name__: kind for kind in (FedAvg, FedAdam)}
+    kind = kinds.get(rule.name)
+    if kind is None or {field.name for field in fields(kind)} != set(rule.numbers):
+        raise ConfigError(
+            f"there is no server optimizer {rule.name!r} with such numbers", about="rule", value=rule.name
+        )
+    return kind(**rule.numbers)
 
 
 def start(settings: Settings, size: int) -> State:

@@ -180,7 +180,7 @@ def _commit(
     key: IdentityKey,
 ) -> None:
     """From the sum to the next adapter, published with the record of the round."""
-    layout, parent = adapter.layout, adapter.manifest
+    layout, parent, plan = adapter.layout, adapter.manifest, cohort.recorder.log.plan
     state = optimizer.restore(rule, registry.optimizer_state(), layout.size)
     mean = (result.values["delta"] / record.metrics["examples"]).astype(np.float32)
     state, vector = optimizer.step(rule, state, layout.flatten(adapter.tensors), mean)
@@ -192,6 +192,8 @@ def _commit(
         size=len(blob),
         parent=parent.sha256,
         round=record.round,
+        plan=plan.hex() if plan else None,
+        rule=optimizer.to_rule(rule),
         survivors=record.survivors,
         metrics=record.metrics,
     )

@@ -57,6 +57,8 @@ def seed_version(
         layout_digest=Layout.of(tensors).digest,
         parent=None,
         round=0,
+        plan=None,
+        rule=None,
         survivors=(),
         metrics={},
         peft_config=peft_config,

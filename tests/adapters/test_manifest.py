@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters import dsse, jsontext
-from adapters.manifest import AdapterManifest, BaseManifest, VersionManifest, check_labels, check_name
+from adapters.manifest import AdapterManifest, BaseManifest, ServerRule, VersionManifest, check_labels, check_name
 from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
@@ -26,6 +26,8 @@ VERSION = VersionManifest(
     layout_digest="c" * 64,
     parent="d" * 64,
     round=3,
+    plan="e" * 64,
+    rule=ServerRule("FedAdam", {"learning_rate": 0.01}),
     survivors=("küche", "flur"),
     metrics={"loss": 0.25, "accuracy": 1.0},
     peft_config=PLAIN,
@@ -59,6 +61,9 @@ manifests = st.builds(
     layout_digest=sha256,
     parent=st.none() | sha256,
     round=st.integers(0, 10**6),
+    plan=st.none() | sha256,
+    rule=st.none()
+    | st.builds(ServerRule, text, st.dictionaries(text, st.floats(allow_nan=False, allow_infinity=False), max_size=2)),
     survivors=st.lists(text, max_size=3).map(tuple),
     metrics=st.dictionaries(text, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
     peft_config=st.builds(PeftConfig, st.just("LORA"), st.integers(1, 64), st.integers(1, 64), st.just(("query",))),

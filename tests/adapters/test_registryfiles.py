@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from adapters import files
 from adapters.layout import Layout, Tensors
-from adapters.manifest import PeftConfig, VersionManifest
+from adapters.manifest import PeftConfig, ServerRule, VersionManifest
 from adapters.registryfiles import BLOBS, DATABASE, RegistryFiles, blob_name, float32_tensors
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
@@ -41,6 +41,8 @@ def manifest(version: int) -> VersionManifest:
         layout_digest=Layout.of(tensors(0)).digest,
         parent=files.sha256(files.encode(tensors(version - 1))) if version else None,
         round=version,
+        plan=f"{version:064x}" if version else None,
+        rule=ServerRule("FedAvg", {"learning_rate": 1.0}) if version else None,
         survivors=("anna", "ben") if version else (),
         metrics={"loss": 0.5} if version else {},
         peft_config=PeftConfig("LORA", 8, 16, ("query",)),

@@ -11,8 +11,21 @@ from hypothesis.extra.numpy import arrays
 
 from adapters import files
 from adapters.layout import Floats, Tensors
+from adapters.manifest import ServerRule
 from aggregation.errors import ConfigError, DataError
-from coordinator.optimizer import FedAdam, FedAvg, Moments, Settings, State, restore, start, step, to_tensors
+from coordinator.optimizer import (
+    FedAdam,
+    FedAvg,
+    Moments,
+    Settings,
+    State,
+    of_rule,
+    restore,
+    start,
+    step,
+    to_rule,
+    to_tensors,
+)
 from tests.support import refused
 
 SIZE = 50
@@ -175,3 +188,22 @@ def test_a_beta_outside_its_range_is_refused(bad: float) -> None:
 def test_a_tau_whose_square_vanishes_in_float32_is_refused() -> None:
     with refused(ConfigError, "tau", value=1e-30):
         FedAdam(tau=1e-30)
+
+
+@pytest.mark.parametrize("settings", [FedAvg(0.5), FedAdam(0.02, beta1=0.5)])
+def test_a_rule_names_the_optimizer_with_its_numbers(settings: Settings) -> None:
+    assert of_rule(to_rule(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("rule", "about"),
+    [
+        (ServerRule("Sgd", {"learning_rate": 1.0}), "rule"),
+        (ServerRule("FedAvg", {"learning_rate": 1.0, "tau": 1.0}), "rule"),
+        (ServerRule("FedAvg", {}), "rule"),
+        (ServerRule("FedAvg", {"learning_rate": -1.0}), "learning_rate"),
+    ],
+)
+def test_a_rule_of_no_optimizer_is_refused(rule: ServerRule, about: str) -> None:
+    with refused(ConfigError, about):
+        of_rule(rule)

@@ -7,7 +7,7 @@ import numpy as np
 
 from adapters import files
 from adapters.layout import Layout, Tensors
-from adapters.manifest import PeftConfig, VersionManifest
+from adapters.manifest import PeftConfig, ServerRule, VersionManifest
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry, RoundRecord
 
@@ -29,6 +29,8 @@ def _manifest(number: int) -> VersionManifest:
         layout_digest=LAYOUT.digest,
         parent=files.sha256(files.encode(_tensors(number - 1))) if number else None,
         round=number,
+        plan=f"{number:064x}" if number else None,
+        rule=ServerRule("FedAvg", {"learning_rate": 1.0}) if number else None,
         survivors=("anna", "ben") if number else (),
         metrics={"loss": 1 / number} if number else {},
         peft_config=PeftConfig("LORA", 8, 16, ("query", "value")),
