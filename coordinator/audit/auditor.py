@@ -15,7 +15,7 @@ from aggregation.errors import TrustError
 from aggregation.messages import Message
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
-from aggregation.transcript import NO_SESSION, Checkpoint, Entry, Reading, Result, read
+from aggregation.transcript import NO_SESSION, AdapterId, Checkpoint, Entry, Reading, Result, read
 from coordinator.audit import history as histories
 from coordinator.audit import rules
 from coordinator.audit.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
@@ -48,18 +48,26 @@ def audit(
 def chain(reports: Mapping[str, Report]) -> None:
     """Return if the sessions follow each other from the coordinator's first one on, without a gap.
 
+    So do their adapters: the first session starts from version 0, and every other one from the adapter that the session
+    before it ended with. Within a session ``rules.results`` demands the same. So every version has one result.
+
     Args:
         reports: Name → report, in order.
 
     Raises:
-        TrustError: A session is missing or was replaced. A missing last session cannot be detected.
+        TrustError: A session is missing or was replaced, or starts from another adapter. A missing last session that
+            made no adapter cannot be detected.
     """
     last, before = NO_SESSION, "the beginning"
+    newest: AdapterId | None = None
     for name, report in reports.items():
         if report.last and report.previous != last:  # before its first checkpoint a log does not name its predecessor
             text = f"{name} does not follow {before}: a session is missing or was replaced"
             raise TrustError(text, about="session", value=name)
-        last, before = report.last, name
+        if report.start and report.start != (newest or (0, report.start[1])):
+            text = f"{name} starts from an adapter {report.start[0]} that no session before it made"
+            raise TrustError(text, about="session.adapter", value=name)
+        last, before, newest = report.last, name, report.newest
 
 
 @dataclass(slots=True)
@@ -87,7 +95,7 @@ class _Audit:
             Check.SURVIVORS: lambda: rules.survivors(self._history),
             Check.SHARES: lambda: rules.shares(self._history),
             Check.SECRETS: lambda: secrets(self._history, self.unmasked),
-            Check.RESULTS: lambda: rules.results(self._history),
+            Check.RESULTS: lambda: rules.results(self._history, self.checkpoints),
             Check.SUMS: lambda: sums(self._history, self.unmasked, self.vectors),
             Check.PARTICIPATION: self._participation,
         }
@@ -155,6 +163,8 @@ class _Audit:
             entries=len(self.reading.entries),
             previous=self.checkpoints[0].previous if self.checkpoints else NO_SESSION,
             last=self.checkpoints[-1].digest() if self.checkpoints else b"",
+            start=self.checkpoints[0].newest if self.checkpoints else None,
+            newest=self.checkpoints[-1].newest if self.checkpoints else None,
             produced=produced(history, self.unmasked) if history and passed else (),
         )
 
@@ -163,7 +173,7 @@ class _Audit:
         return RoundSummary(
             number,
             current.plan.members,
-            (current.plan.adapter_version, current.plan.adapter_digest),
+            rules.adapter(current),
             current.survivors,
             rules.unmasked(self._history.offer.spec, current),
             current.dropouts_by_step(self._history.offer.spec.adversary),

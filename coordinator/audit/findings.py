@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation.errors import EdgeAdaptError, TrustError
-from aggregation.transcript import Place
+from aggregation.transcript import AdapterId, Place
 
 Sums = NDArray[np.float64]
 
@@ -110,7 +110,7 @@ class RoundSummary:
 
     round: int
     planned: tuple[str, ...]
-    adapter: tuple[int, str]
+    adapter: AdapterId
     survivors: tuple[str, ...]
     unmasked: tuple[str, ...]
     dropouts_by_step: Mapping[str, tuple[str, ...]]
@@ -133,8 +133,8 @@ class ProducedAdapter:
     """
 
     place: Place
-    before: tuple[int, str]
-    after: tuple[int, str]
+    before: AdapterId
+    after: AdapterId
     survivors: tuple[str, ...]
     layout: str
     values: Mapping[str, Sums] | None = field(repr=False, compare=False)
@@ -152,6 +152,8 @@ class Report:
         entries: Number of entries in the log.
         previous: Digest of the last checkpoint of the session before, according to this log.
         last: Digest of this log's last checkpoint; empty if it has none.
+        start: Version and digest of the adapter that the session started from; None without a checkpoint.
+        newest: Those of the newest adapter at the last checkpoint.
         produced: The adapters of the rounds with a result, in order; empty if a check failed.
     """
 
@@ -162,6 +164,8 @@ class Report:
     entries: int
     previous: bytes
     last: bytes
+    start: AdapterId | None
+    newest: AdapterId | None
     produced: tuple[ProducedAdapter, ...] = ()
 
     @property

@@ -5,7 +5,8 @@ Each function returns one sentence or a few for the report, or raises the ``Prob
 
 import bisect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from aggregation import checks, envelope, graph
@@ -13,7 +14,7 @@ from aggregation.errors import ProtocolError
 from aggregation.messages import Assignment, ConsistencySignature, Survivors, Unmask, UnmaskResponse
 from aggregation.session import Session
 from aggregation.spec import Adversary, SessionSpec
-from aggregation.transcript import EVERYONE, Abort, Place, Result
+from aggregation.transcript import EVERYONE, Abort, AdapterId, Checkpoint, Place, Result
 from coordinator.audit.findings import Problem, count
 from coordinator.audit.history import History, Round
 
@@ -153,24 +154,48 @@ def shares(history: History) -> str:
     return f"{count(revealed, 'share')} revealed, in each round of one kind for each device"
 
 
-def results(history: History) -> str:
-    """Each round ends with an adapter from which the next one starts, or without one.
+def results(history: History, checkpoints: Sequence[Checkpoint]) -> str:
+    """Each round starts from the newest adapter, also if it aborts; a result is the next one; checkpoints name it.
 
     Raises:
-        Problem: A round starts from another adapter than the round before it produced.
+        Problem: Otherwise.
     """
-    current: tuple[int, str] | None = None
-    for logged in history.rounds:
-        plan = logged.plan
-        if current is not None and (plan.adapter_version, plan.adapter_digest) != current:
-            text = "it starts from another adapter than the round before it produced"
-            raise Problem("plan.adapter", text, logged.place(Assignment))
-        current = (plan.adapter_version, plan.adapter_digest)
-        if isinstance(logged.ending, Result):
-            if logged.ending.version != plan.adapter_version + 1:
-                raise Problem("result.version", "the new adapter is not the next version", logged.place(Result))
-            current = (logged.ending.version, logged.ending.adapter)
+    adapters = _named_adapters(history, checkpoints)
+    newest = adapters[0].adapter if adapters else (0, "")
+    for named in adapters:
+        if named.about == "result.version" and named.adapter[0] == newest[0] + 1:
+            newest = named.adapter
+        elif named.adapter != newest:
+            text = f"it names adapter {named.adapter[0]}, and the newest one before it is another: {newest[0]}"
+            raise Problem(named.about, text, named.place)
     return "; ".join(f"round {logged.plan.round}: {ending(logged)}" for logged in history.rounds) or "no round began"
+
+
+@dataclass(frozen=True, slots=True)
+class _NamedAdapter:
+    """An adapter that a message names. ``about``: the field that does."""
+
+    place: Place
+    about: str
+    adapter: AdapterId
+
+
+def _named_adapters(history: History, checkpoints: Sequence[Checkpoint]) -> list[_NamedAdapter]:
+    """What checkpoints, plans and results say about adapters, in the order of the log."""
+    named = [
+        _NamedAdapter(Place(each.size, Checkpoint.TAG, 0, EVERYONE), "checkpoint.adapter", each.newest)
+        for each in checkpoints
+    ]
+    for current in history.rounds:
+        named.append(_NamedAdapter(current.place(Assignment), "plan.adapter", adapter(current)))
+        if isinstance(current.ending, Result):
+            named.append(_NamedAdapter(current.place(Result), "result.version", current.ending.produced))
+    return sorted(named, key=lambda each: each.place.index)
+
+
+def adapter(current: Round) -> AdapterId:
+    """The adapter from which the devices of a round trained."""
+    return current.plan.adapter_version, current.plan.adapter_digest
 
 
 def ending(current: Round) -> str:

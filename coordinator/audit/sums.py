@@ -99,7 +99,7 @@ def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[P
         ProducedAdapter(
             place=current.place(Result),
             before=(current.plan.adapter_version, current.plan.adapter_digest),
-            after=(current.ending.version, current.ending.adapter),
+            after=current.ending.produced,
             survivors=current.survivors,
             layout=history.offer.spec.layout_digest,
             values=unmasked[current.plan.round].values,

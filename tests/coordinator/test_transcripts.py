@@ -24,7 +24,7 @@ from coordinator.transcripts import TORN, Transcripts
 from tests.support import refused
 from tests.support.fleet import make_fleet
 
-SEED: AdapterId = (1, "ab" * 32)
+SEED: AdapterId = (0, "ab" * 32)
 PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")
 INTERRUPTED = ["offer", "checkpoint", "assignment", "abort", "checkpoint", "checkpoint"]
 RESULT = RoundResult(1, {}, ("a", "b"), (), (), bytes(32))

@@ -33,7 +33,7 @@ from coordinator.audit import Report, audit
 from tests.support.fleet import ADAPTER, Fleet, make_fleet, session_spec
 
 NEW_ADAPTER = "ab" * 32
-SEED: AdapterId = (1, ADAPTER)
+SEED: AdapterId = (0, ADAPTER)
 METHODS = {
     Step.SURVIVORS: ("on_survivors", "on_consistency_signature"),
     Step.UNMASK: ("on_unmask", "on_unmask_response"),

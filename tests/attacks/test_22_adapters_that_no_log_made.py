@@ -1,0 +1,176 @@
+"""Distribute an adapter that no logged round made, and pass the audit all the same.
+
+The coordinator signs an adapter of its own making (a backdoor), puts it into its registry, and runs a session on top;
+runs a session from an old adapter again, so that one version has two results; or asks for updates of an old adapter in
+a round that it then aborts. Each log is sound by itself. The devices of these sessions join for the first time and have
+seen nothing that contradicts the coordinator. An audit of all sessions follows the adapters from version 0 on, through
+aborted rounds too, and finds each; without the check it passes.
+"""
+
+import json
+import sqlite3
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Error, Message
+
+import edgeadapt
+from adapters import files
+from adapters.registryfiles import BLOBS, DATABASE, blob_name
+from aggregation.steps import Step
+from aggregation.transcript import LogState
+from client.node.app import app as client_app
+from client.node.statedir import LOG_STATE
+from coordinator.audit import rules
+from coordinator.registry import Registry
+from coordinator.statedir import CoordinatorStateDir
+
+FleetOf = Callable[..., Any]
+Audit = Callable[[Path], tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def audited(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Audit:
+    """The real command: exit code and JSON."""
+
+    def call(out: Path) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", "audit", "verify", str(out), "--json"])
+        with pytest.raises(SystemExit) as caught:
+            edgeadapt.main()
+        return int(caught.value.code or 0), json.loads(capsys.readouterr().out)
+
+    return call
+
+
+@pytest.fixture
+def fleet(app_fleet_of: FleetOf) -> Any:
+    """A fleet after one session, of one round."""
+    made = app_fleet_of(4, rounds=1, aggregation__session_rounds=1, aggregation__keep_masked_inputs=True)
+    made.federate(made.grid())
+    return made
+
+
+def next_session(fleet: Any, app: Any = None) -> None:
+    """One round more, in a session of its own, with devices that have seen nothing yet."""
+    for state_dir in fleet.nodes.values():
+        (Path(state_dir) / LOG_STATE).unlink()
+    fleet.configure({"rounds": len(fleet.registry().rounds()) + 1})
+    fleet.federate(fleet.grid(app=app))
+
+
+def publish_by_hand(fleet: Any) -> int:
+    """Put an adapter of the coordinator's own making into its registry, signed; returns its version."""
+    state_dir, registry = CoordinatorStateDir.open(fleet.out / "coordinator"), fleet.registry()
+    newest = registry.newest_adapter()
+    blob = files.encode({name: value + np.float32(0.01) for name, value in newest.tensors.items()})
+    version, digest = newest.manifest.version + 1, files.sha256(blob)
+    forged = replace(newest.manifest, version=version, sha256=digest, size=len(blob), parent=newest.manifest.sha256)
+    (state_dir.folder / BLOBS / blob_name(digest)).write_bytes(blob)
+    with closing(sqlite3.connect(state_dir.folder / DATABASE)) as database, database:
+        row = (version, digest, forged.sign(state_dir.key))
+        database.execute("INSERT INTO edgeadapt_versions (version, sha256, manifest) VALUES (?, ?, ?)", row)
+    return int(version)
+
+
+def no_answers(message: Message, context: Context) -> Message:
+    """The real devices; their updates are withheld, so that the round is aborted."""
+    if message.metadata.message_type.endswith(Step.PLAN.value):
+        client_app(message, context)
+        return Message(Error(7, "withheld"), reply_to=message)
+    return client_app(message, context)
+
+
+def test_a_session_on_top_of_an_adapter_that_was_published_by_hand_is_found(
+    fleet: Any, audited: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert audited(fleet.out)[0] == 0
+    backdoor = publish_by_hand(fleet)
+    next_session(fleet)
+    assert fleet.registry().latest().manifest.version == backdoor + 1
+    code, printed = audited(fleet.out)
+    assert (code, printed["ok"]) == (4, False)
+    assert "session-000002.log starts from an adapter 2 that no session before it made" in printed["error"]
+    monkeypatch.setattr("coordinator.audit.transcripts.chain", lambda reports: None)
+    assert audited(fleet.out)[0] == 0
+
+
+def test_an_adapter_that_was_published_by_hand_before_the_first_session_is_found(
+    app_fleet_of: FleetOf, audited: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = app_fleet_of(4, rounds=1)
+    publish_by_hand(fleet)
+    fleet.federate(fleet.grid())
+    assert audited(fleet.out)[0] == 4
+    monkeypatch.setattr("coordinator.audit.transcripts.chain", lambda reports: None)
+    assert audited(fleet.out)[0] == 0
+
+
+def test_an_adapter_that_was_published_by_hand_after_the_last_session_is_found(fleet: Any, audited: Audit) -> None:
+    backdoor = publish_by_hand(fleet)
+    code, printed = audited(fleet.out)
+    assert (code, f"adapter {backdoor}" in printed["error"]) == (4, True)
+
+
+def test_a_round_of_an_old_adapter_that_is_then_aborted_is_found(
+    fleet: Any, audited: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = newest_as_of(fleet, 0)
+    with monkeypatch.context() as hostile:
+        hostile.setattr(Registry, "newest_adapter", lambda registry: old)
+        next_session(fleet, no_answers)
+    assert fleet.registry().rounds()[-1].aborted
+    code, printed = audited(fleet.out)
+    assert (code, "session-000002.log starts from an adapter 0" in printed["error"]) == (4, True)
+    monkeypatch.setattr("coordinator.audit.transcripts.chain", lambda reports: None)
+    assert audited(fleet.out)[0] == 0
+
+
+def test_a_plan_of_another_adapter_than_its_checkpoint_names_is_found(
+    app_fleet_of: FleetOf, audited: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the devices do not look at the checkpoint either."""
+    fleet = app_fleet_of(4, rounds=2, aggregation__session_rounds=2)
+    seed, honest = newest_as_of(fleet, 0), Registry.newest_adapter
+    with monkeypatch.context() as hostile:
+        hostile.setattr(LogState, "require_newest", lambda state, plan: None)
+        hostile.setattr(Registry, "newest_adapter", lambda self: seed if self.rounds() else honest(self))
+        fleet.federate(fleet.grid(app=aborting_second))
+    code, printed = audited(fleet.out)
+    failed = [check for check in printed["sessions"][0]["checks"] if check["status"] == "FAIL"]
+    assert (code, failed[0]["check"], failed[0]["about"]) == (4, "results", "plan.adapter")
+    assert failed[0]["place"]["round"] == 2
+    monkeypatch.setattr(rules, "_named_adapters", lambda history, checkpoints: [])
+    assert audited(fleet.out)[0] == 0
+
+
+def aborting_second(message: Message, context: Context) -> Message:
+    return (no_answers if message.metadata.group_id == "2" else client_app)(message, context)
+
+
+def newest_as_of(fleet: Any, version: int) -> Any:
+    """What ``newest_adapter`` returned when this version was the newest."""
+    registry = fleet.registry()
+    newest = registry.newest_adapter()
+    blob = registry.blob(version)
+    return replace(newest, manifest=registry.version(version).manifest, blob=blob, tensors=files.decode(blob))
+
+
+def test_a_second_result_for_a_version_is_found(fleet: Any, audited: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator goes back to version 0, and makes version 1 again with other devices' updates in it."""
+    first = fleet.registry().version(1).manifest.sha256
+    with closing(sqlite3.connect(fleet.out / "coordinator" / DATABASE)) as database, database:
+        for table in ("rounds", "versions"):
+            database.execute(f"DELETE FROM edgeadapt_{table} WHERE version = 1")  # noqa: S608
+    fleet.configure({"training.learning_rate": 0.02})
+    next_session(fleet)
+    assert fleet.registry().version(1).manifest.sha256 != first
+    code, printed = audited(fleet.out)
+    assert (code, "session-000002.log starts from an adapter 0" in printed["error"]) == (4, True)
+    monkeypatch.setattr("coordinator.audit.transcripts.chain", lambda reports: None)
+    assert audited(fleet.out)[0] == 0
