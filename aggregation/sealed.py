@@ -1,4 +1,4 @@
-"""A device's session state as encrypted bytes, so that a session survives a restart of the device.
+"""A device's session state as encrypted bytes, so that a session survives a restart of the device; and other bytes.
 
 The state is encoded canonically and encrypted with AES-256-GCM. Vectors are not part of it, nor is a round that was
 planned but not answered: sealing ``Planned`` keeps only the rounds after it, so the restarted device counts as dropped
@@ -108,8 +108,7 @@ def seal(state: ClientState, key: bytes) -> bytes:
     """
     kept = state.ready if isinstance(state, Planned) else state
     plain = bytes([_KINDS.index(type(kept))]) + _CODECS[type(kept)].encode(kept)
-    nonce = SystemEntropy().bytes(_NONCE)
-    return _MAGIC + nonce + _cipher(key).encrypt(nonce, plain, _MAGIC)
+    return _MAGIC + encrypt(plain, key, _MAGIC)
 
 
 def unseal(blob: bytes, key: bytes) -> ClientState:
@@ -119,16 +118,43 @@ def unseal(blob: bytes, key: bytes) -> ClientState:
         TrustError: Altered, truncated, sealed under another key, or not a sealed state.
         ConfigError: The key has another length.
     """
-    start = len(_MAGIC) + _NONCE
     if blob[: len(_MAGIC)] != _MAGIC:
         raise TrustError("not a sealed session state of this version", about="sealed.version")
+    plain = decrypt(blob[len(_MAGIC) :], key, _MAGIC)
     try:
-        plain = _cipher(key).decrypt(blob[len(_MAGIC) : start], blob[start:], _MAGIC)
         state: ClientState = _CODECS[_KINDS[plain[0]]].decode(plain[1:])
-    except (InvalidTag, ValueError, IndexError, ProtocolError, TrustError):
-        text = "sealed session state was altered, or is of another device"
-        raise TrustError(text, about="sealed.ciphertext") from None
+    except (ValueError, IndexError, ProtocolError, TrustError):
+        raise TrustError("this is sealed, but it is no session state", about="sealed.ciphertext") from None
     return state
+
+
+def encrypt(plain: bytes, key: bytes, bound: bytes) -> bytes:
+    """Encrypt ``plain`` with AES-256-GCM under a sealing key; different bytes on every call.
+
+    Args:
+        plain: At most 2^31 - 1 bytes.
+        key: 32 bytes that never leave the device.
+        bound: Associated data: what the bytes are and belong to. Different kinds of content have different ones.
+
+    Raises:
+        ConfigError: The key has another length.
+    """
+    nonce = SystemEntropy().bytes(_NONCE)
+    return nonce + _cipher(key).encrypt(nonce, plain, bound)
+
+
+def decrypt(blob: bytes, key: bytes, bound: bytes) -> bytes:
+    """What ``encrypt`` encrypted.
+
+    Raises:
+        TrustError: Altered, truncated, or encrypted under another key or for another ``bound``.
+        ConfigError: The key has another length.
+    """
+    try:
+        return _cipher(key).decrypt(blob[:_NONCE], blob[_NONCE:], bound)
+    except (InvalidTag, ValueError):
+        text = "what is sealed here was altered, or is of another device or session"
+        raise TrustError(text, about="sealed.ciphertext") from None
 
 
 def _cipher(key: bytes) -> AESGCM:

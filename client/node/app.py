@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -21,7 +20,7 @@ from adapters.base import Base, find_base
 from adapters.cores import cores
 from adapters.layout import Layout
 from adapters.task import Task
-from aggregation import client, envelope
+from aggregation import client, envelope, masks
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
@@ -31,9 +30,10 @@ from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, REVOCATIONS, Step
 from aggregation.transcript import LogState, logged_part
+from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import DeviceStateDir
 from client.training.contribute import Outcome, contribution, require_bounds
-from client.training.examples import Split, in_split, read_examples
+from client.training.examples import Split, in_split, parse_examples, read_file
 
 STATE = "state"  # key of the Flower node's configuration: the path of the state directory
 REFUSED = 100  # Flower error code: the device refused; the reason says why
@@ -105,12 +105,14 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         device.policy.check_revocations(device.root.revoked, now)
         after, answer = client.join(device, body, SystemEntropy(), now)
         log_state = _after_offer(device, log_state, fields, after)
+        _take_snapshot(state_dir, after)
     elif step is Step.ROSTER and isinstance(state, Advertised):
         after, answer = state.on_roster(device, body, SystemEntropy())
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
         planned = state.on_plan(device, body, datetime.now(UTC))
         log_state = _after_receipt(device, log_state, fields, planned.plan)
-        vector = _train(base, planned, fields.get(ADAPTER, b""), state_dir.examples)
+        snapshot = state_dir.load_snapshot(planned.ready.session.peers[planned.ready.me].share_key)
+        vector = _train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples)
         after, answer = planned.contribute(device, vector, cores())
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
@@ -124,6 +126,8 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         held = "has joined no session" if state is None else f"is in the state {type(state).__name__}"
         raise ProtocolError(f"unexpected {step.value}: this device {held}", COORDINATOR, about="step", value=step.value)
     state_dir.save_state(after)
+    if isinstance(after, Masked) and not after.ready.secrets:  # of later rounds
+        state_dir.delete_snapshot()
     if step is not Step.ROSTER:
         state_dir.save_log_state(log_state)
     return answer
@@ -170,11 +174,24 @@ def _proof(fields: Mapping[str, bytes]) -> bytes:
     return fields[PROOF]
 
 
-def _train(base: Base, planned: Planned, blob: bytes, examples: Path) -> Ring:
-    """Train the adapter in ``blob`` on the device's examples, and return the contribution."""
+def _take_snapshot(state_dir: DeviceStateDir, joined: Advertised) -> None:
+    """Fix what this session trains on; whether the examples can be read makes no difference to an answer."""
+    try:
+        examples = read_file(state_dir.examples)
+    except DataError as error:
+        log.warning("no examples for this session: %s", error)
+        examples = b""
+    state_dir.take_snapshot(examples, masks.public_key(joined.share_key))
+
+
+def _train(base: Base, planned: Planned, blob: bytes, snapshot: Snapshot, path: Path) -> Ring:
+    """Train the adapter in ``blob`` on the snapshot's examples, and return the contribution.
+
+    ``path``: of the examples, for messages.
+    """
     # Imported here: Flower starts a process for each message, and only this step needs torch, which takes seconds.
     from adapters.classifier import LoraSpec
-    from client.training.trainer import load_trainer, seed
+    from client.training.trainer import load_trainer
 
     plan, spec = planned.plan, planned.spec
     if files.sha256(blob) != plan.adapter_digest:
@@ -189,12 +206,11 @@ def _train(base: Base, planned: Planned, blob: bytes, examples: Path) -> Ring:
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
         raise ProtocolError("offer, task and adapter have different layouts", COORDINATOR, about="plan.layout")
     require_bounds(spec, trainer.layout)
-    own = read_examples(examples, len(task.labels))
+    own = parse_examples(snapshot.examples, len(task.labels), path)
     train = in_split(own, Split.TRAIN)
-    salt = f"{planned.ready.me}/{plan.adapter_version}"
     begin = time.perf_counter()
     held_out = trainer.score(start, in_split(own, Split.VALIDATION)[: spec.weight_cap])
-    trained = trainer.train(start, train, task, epochs=task.epochs, salt=salt)
+    trained = trainer.train(start, train, task, epochs=task.epochs, rng=snapshot.generator(plan, Draw.ORDER))
     log.info("trained on %d examples", len(train), extra={"training_seconds": time.perf_counter() - begin})
     outcome = Outcome(start, trained, len(train), held_out)
-    return contribution(outcome, trainer.layout, spec, np.random.default_rng(seed(task, f"{salt}/rounding")))
+    return contribution(outcome, trainer.layout, spec, snapshot.generator(plan, Draw.ROUNDING))

@@ -2,7 +2,7 @@
 
 Every file is readable by its owner only. The state of a session is encrypted at rest, and replaced atomically *before*
 an answer leaves the device: a device that restarts never answers a step twice. The log state and the newest revocation
-list are replaced in the same way; neither is secret.
+list are replaced in the same way; neither is secret. What a session trains on is encrypted as well (``snapshot``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +26,7 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
 from aggregation.transcript import LogState
 from client.node.policy import PolicySettings
+from client.node.snapshot import Snapshot, session_secret
 
 SETTINGS = "device.toml"
 IDENTITY = "identity.pem"
@@ -36,7 +37,9 @@ EXAMPLES = "examples.jsonl"
 TRUST = "trust.pem"
 PERSONAL = "personal.safetensors"
 SEALING_KEY = "sealing.key"
+TRAINING_KEY = "training.key"
 STATE = "session.sealed"
+SNAPSHOT = "examples.sealed"
 LOG_STATE = "log.state"
 REVOKED = "revoked.crl"
 LOCK = "session.lock"
@@ -83,11 +86,12 @@ class DeviceStateDir:
             settings: Only values that differ from their defaults are written.
             identity: The device's key; the authority certifies its public key.
             trust: ``AUTHORITY``, ``COORDINATOR`` and, once issued, ``CERTIFICATE`` → the files' bytes.
-            entropy: Draws the sealing key.
+            entropy: Draws the sealing key and the training key.
         """
         folder.mkdir(parents=True, exist_ok=True)
         toml = tomli_w.dumps(settings.model_dump(mode="json", exclude_defaults=True))
-        files = {SETTINGS: toml.encode(), IDENTITY: identity.to_pem(), SEALING_KEY: entropy.bytes(32), **trust}
+        files = {SETTINGS: toml.encode(), IDENTITY: identity.to_pem(), **trust}
+        files |= {SEALING_KEY: entropy.bytes(32), TRAINING_KEY: entropy.bytes(32)}
         for name, content in files.items():
             replace(folder / name, content)
         return cls.open(folder)
@@ -165,6 +169,33 @@ class DeviceStateDir:
     def save_state(self, state: ClientState) -> None:
         """Seal the state, and replace the old one atomically."""
         replace(self.folder / STATE, sealed.seal(state, self._read(SEALING_KEY)))
+
+    def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
+        """Seal what this device trains on in the session that it joins with the public key ``share_key``.
+
+        Args:
+            examples: Content of the examples file.
+            share_key: As for ``Snapshot.seal``.
+        """
+        secret, following = session_secret(self._read(TRAINING_KEY))
+        replace(self.folder / TRAINING_KEY, following)
+        replace(self.folder / SNAPSHOT, Snapshot(secret, examples).seal(self._read(SEALING_KEY), share_key))
+
+    def load_snapshot(self, share_key: bytes) -> Snapshot:
+        """What this device trains on in the session that it joined with ``share_key``.
+
+        Raises:
+            TrustError: There is no snapshot, or it was altered or is of another session.
+        """
+        path = self.folder / SNAPSHOT
+        if not path.exists():
+            reason = f"{path} is missing: this device takes part again from the next session on"
+            raise TrustError(reason, about=SNAPSHOT)
+        return self._parse(partial(Snapshot.open, key=self._read(SEALING_KEY), share_key=share_key), SNAPSHOT)
+
+    def delete_snapshot(self) -> None:
+        """Delete it: the session has no further round."""
+        (self.folder / SNAPSHOT).unlink(missing_ok=True)
 
     def load_log_state(self) -> LogState | None:
         """What this device knows of the coordinator's log; None before its first session.

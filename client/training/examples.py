@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from adapters.storage import replace
+from adapters.storage import read, replace
 from aggregation.errors import DataError
 
 MAX_TEXT = 2_000  # characters
@@ -65,22 +65,40 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
 def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
     """All examples in the file.
 
-    Args:
-        path: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``).
-        labels: The number of labels; every example's label is below it.
+    Raises:
+        DataError: As ``read_file`` and ``parse_examples``.
+    """
+    return parse_examples(read_file(path), labels, path)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of an examples file.
 
     Raises:
-        DataError: The file is missing, too large or not UTF-8, a line is not an example, or there is no training
-            example.
+        DataError: The file is missing, not a file, or has more than ``MAX_FILE`` bytes.
     """
     try:
-        if (size := path.stat().st_size) > MAX_FILE:
-            reason = f"{path} has {size} bytes, above the limit of {MAX_FILE}; remove some examples"
-            raise DataError(reason, about="examples", value=size)
-        # Not splitlines: JSON strings may contain U+2028 and other line separators.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return read(path, MAX_FILE)
+    except DataError as error:
+        raise DataError(str(error), about="examples", value=error.value) from None
     except OSError as error:
         raise DataError(f"cannot read the examples in {path}: {error.strerror}", about="examples") from error
+
+
+def parse_examples(raw: bytes, labels: int, path: Path) -> tuple[Example, ...]:
+    """The examples in the content of a file.
+
+    Args:
+        raw: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``), in UTF-8.
+        labels: The number of labels; every example's label is below it.
+        path: Of the file, for messages.
+
+    Raises:
+        DataError: It is not UTF-8, a line is not an example, or there is no training example.
+    """
+    try:
+        # Not splitlines: JSON strings may contain U+2028 and other line separators.
+        lines = raw.decode().split("\n")
     except UnicodeDecodeError:
         # From None: the decoder's error contains the text.
         raise DataError(f"{path} is not UTF-8; convert it", about="examples") from None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from adapters.layout import Tensors
 from adapters.task import Task
 from client.training.examples import Example, Score, Split, in_split
@@ -40,7 +42,7 @@ def personalize(
     task: Task,
     *,
     epochs: int,
-    salt: str,
+    rng: np.random.Generator,
 ) -> Personalization:
     """Fine-tune the global adapter on the training examples, and keep the best candidate on the held-out examples.
 
@@ -50,7 +52,7 @@ def personalize(
         examples: Of the device, all splits.
         task: How to train.
         epochs: Passes over the training examples; 0 trains nothing, and leaves ``candidates`` to choose from.
-        salt: As for ``Trainer.train``.
+        rng: As for ``Trainer.train``.
 
     Returns:
         The candidate with the most correct answers, among equals that with the least loss, among these the most
@@ -63,7 +65,7 @@ def personalize(
     if epochs:
         train = in_split(examples, Split.TRAIN)
         start = candidates[Candidate.GLOBAL]
-        adapters[Candidate.PERSONAL] = trainer.train(start, train, task, epochs=epochs, salt=salt)
+        adapters[Candidate.PERSONAL] = trainer.train(start, train, task, epochs=epochs, rng=rng)
     held_out = in_split(examples, Split.VALIDATION)
     scores = {candidate: trainer.score(adapter, held_out) for candidate, adapter in adapters.items()}
     order = list(Candidate)

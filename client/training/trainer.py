@@ -1,10 +1,10 @@
 """Trains an adapter with AdamW on a device's examples, and scores it on held-out examples.
 
-Training is deterministic for given tensors, examples and seed: the model stays in evaluation mode (no dropout), and the
-order of the examples comes from an explicit generator. Rounds, masks and messages are not handled here.
+Training is deterministic for given tensors, examples and generator on one machine with one number of threads: the model
+stays in evaluation mode (no dropout), and the generator orders the examples. Rounds, masks and messages are not handled
+here.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -34,15 +34,17 @@ class Trainer:
         self.layout = Layout.of(classifier.tensors(self.model))
         self.tokenizer = classifier.tokenizer(base, self.model)
 
-    def train(self, start: Tensors, examples: Sequence[Example], task: Task, *, epochs: int, salt: str) -> Tensors:
+    def train(
+        self, start: Tensors, examples: Sequence[Example], task: Task, *, epochs: int, rng: np.random.Generator
+    ) -> Tensors:
         """Train for ``epochs`` passes over ``examples``, starting from ``start``, with cross-entropy and AdamW.
 
         Args:
             start: Tensors in ``layout``; the caller checks them.
             examples: At least one.
-            task: Batch size, learning rate, weight decay and seed.
+            task: Batch size, learning rate and weight decay.
             epochs: Passes over the examples.
-            salt: Mixed into the seed (device and round), so that devices visit their examples in different orders.
+            rng: Draws the order of the examples.
 
         Returns:
             Tensors in ``layout``, float32 and finite. Guarantee: equal arguments give equal tensors, whatever was
@@ -56,9 +58,9 @@ class Trainer:
         classifier.load(self.model, start)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=task.weight_decay)
-        order, tokens = np.random.default_rng(seed(task, salt)), self._tokens([e.text for e in examples])
+        tokens = self._tokens([e.text for e in examples])
         labels = torch.tensor([e.label for e in examples])
-        for batch in batches([len(ids) for ids in tokens], task.batch_size, epochs, order):
+        for batch in batches([len(ids) for ids in tokens], task.batch_size, epochs, rng):
             loss = cross_entropy(self._forward([tokens[i] for i in batch]), labels[batch])
             if not torch.isfinite(loss):
                 raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
@@ -136,8 +138,3 @@ def batches(lengths: Sequence[int], size: int, epochs: int, rng: np.random.Gener
         grouped = shuffled[np.argsort(np.asarray(lengths)[shuffled], kind="stable")]
         epoch = [grouped[start : start + size].tolist() for start in range(0, len(lengths), size)]
         yield from (epoch[i] for i in rng.permutation(len(epoch)))
-
-
-def seed(task: Task, salt: str) -> list[int]:
-    """A seed for ``numpy.random.default_rng``: the task's, and 64 bits of the SHA-256 of ``salt``."""
-    return [task.seed, int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big")]

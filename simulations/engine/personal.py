@@ -3,9 +3,12 @@
 A household's outcome is one file in its device's state directory, so a resumed run continues with the next household.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from adapters import files, storage
 from adapters.base import Base
@@ -36,6 +39,7 @@ class ArmInputs:
         task: The federation's training settings.
         federation_epochs: Passes over its examples that a device makes in all rounds together.
         personal: The personal step: its epochs and its learning rate.
+        seed: Of the scenario; it orders the examples.
     """
 
     seed_adapter: Tensors
@@ -43,6 +47,7 @@ class ArmInputs:
     task: Task
     federation_epochs: int
     personal: PersonalSettings
+    seed: int
 
 
 def personalize_all(
@@ -72,6 +77,7 @@ def _inputs(out: Path, scenario: Scenario) -> ArmInputs:
         task=federation.training.task(last.manifest, scenario.seed),
         federation_epochs=federation.rounds * federation.training.epochs,
         personal=scenario.personal,
+        seed=scenario.seed,
     )
 
 
@@ -83,17 +89,21 @@ def _outcome(state_dir: DeviceStateDir, household: Household, mine: Trainer, inp
     train, test = in_split(examples, Split.TRAIN), in_split(examples, Split.TEST)
     fine = replace(inputs.task, learning_rate=inputs.personal.learning_rate)
 
-    def personal_step(start: Tensors, salt: str) -> Personalization:
-        candidates = {Candidate.BASE: inputs.seed_adapter, Candidate.GLOBAL: start}
-        return personalize(mine, candidates, examples, fine, epochs=inputs.personal.epochs, salt=salt)
+    def generator(arm: str) -> np.random.Generator:
+        name = int.from_bytes(hashlib.sha256(f"{household.name}{arm}".encode()).digest()[:8], "big")
+        return np.random.default_rng([inputs.seed, name])
 
-    personal = personal_step(inputs.global_adapter, household.name)
+    def personal_step(start: Tensors, arm: str) -> Personalization:
+        candidates = {Candidate.BASE: inputs.seed_adapter, Candidate.GLOBAL: start}
+        return personalize(mine, candidates, examples, fine, epochs=inputs.personal.epochs, rng=generator(arm))
+
+    personal = personal_step(inputs.global_adapter, "")
     storage.replace(state_dir.folder / device_files.PERSONAL, files.encode(personal.adapter))
     # The local arm gets all that the personal arm gets, except what other households contribute: as many epochs, at
     # the same two learning rates, and the same choice on the validation part.
-    salt, epochs = f"{household.name}/local", inputs.federation_epochs
-    by_itself = mine.train(inputs.seed_adapter, train, inputs.task, epochs=epochs, salt=salt)
-    local = personal_step(by_itself, f"{salt}/personal step")
+    epochs, order = inputs.federation_epochs, generator("/local")
+    by_itself = mine.train(inputs.seed_adapter, train, inputs.task, epochs=epochs, rng=order)
+    local = personal_step(by_itself, "/local/personal step")
     arms = {
         "base": inputs.seed_adapter,
         "local": local.adapter,

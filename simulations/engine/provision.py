@@ -1,9 +1,11 @@
 """Make a fleet: an authority, a coordinator with a first adapter, and a device for every household.
 
 The steps are those of a fleet in the field, in one process: each device creates its key, the authority certifies it,
-and the device pins the authority and the coordinator. The apps get nothing but the state directories.
+and the device pins the authority and the coordinator. The apps get nothing but the state directories. One secret of a
+device follows from the scenario's seed: the one that orders its examples, so that a run can be repeated.
 """
 
+import hashlib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from client.node.enrolment import TrustAnchors, enrol, install_certificate
 from client.node.policy import PolicySettings
-from client.node.statedir import DeviceSettings, DeviceStateDir
+from client.node.statedir import TRAINING_KEY, DeviceSettings, DeviceStateDir
 from client.training.examples import Example, Split, write_examples
 from client.training.trainer import load_trainer
 from coordinator.registry import Registry
@@ -72,6 +74,7 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
         state_dir = DeviceStateDir.open(folder)
         install_certificate(state_dir, certificate, now)
         write_examples(state_dir.examples, _examples(household))
+        replace(folder / TRAINING_KEY, hashlib.sha256(f"{scenario.seed}/{household.name}".encode()).digest())
 
 
 def open_state_dirs(out: Path, population: Population) -> dict[str, DeviceStateDir]:

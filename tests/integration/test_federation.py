@@ -3,6 +3,7 @@
 The apps are the real ones and the base is tiny. The tests train the updates a second time, without masks, to compare.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -24,7 +25,9 @@ from adapters.layout import Layout, Tensors, TensorSpec
 from aggregation import envelope, ring
 from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, Step
+from client.node.app import STATE
 from client.node.app import app as client_app
+from client.node.snapshot import Draw, Snapshot
 from client.training.contribute import clip
 from client.training.examples import Split, in_split, read_examples
 from client.training.trainer import load_trainer
@@ -43,7 +46,32 @@ def settings_of(fleet: Any) -> FederationSettings:
 # The adapters.
 
 
-def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, ...]) -> Any:
+class Orders:
+    """The devices' app, which remembers how each device ordered its examples when it trained from a version."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: dict[tuple[str, int], np.random.Generator] = {}
+        self.device, real = "", Snapshot.generator
+
+        def generator(snapshot: Snapshot, plan: Any, draw: Draw) -> np.random.Generator:
+            rng = real(snapshot, plan, draw)
+            if draw is Draw.ORDER:
+                self.found[self.device, plan.adapter_version] = copy.deepcopy(rng)
+            return rng
+
+        monkeypatch.setattr(Snapshot, "generator", generator)
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        self.device = Path(str(context.node_config[STATE])).name
+        return client_app(message, context)
+
+
+@pytest.fixture
+def orders(monkeypatch: pytest.MonkeyPatch) -> Orders:
+    return Orders(monkeypatch)
+
+
+def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, ...], orders: Orders) -> Any:
     """The weighted mean of the survivors' updates, without masks, rings or messages."""
     registry, settings = fleet.registry(), settings_of(fleet)
     task = settings.training.task(registry.version(version).manifest, settings.seed)
@@ -51,7 +79,7 @@ def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, .
     total, weights = np.zeros(mine.layout.size), 0
     for device in survivors:
         examples = in_split(read_examples(fleet.state_dir(device).examples, len(task.labels)), Split.TRAIN)
-        trained = mine.train(start, examples, task, epochs=task.epochs, salt=f"{device}/{version}")
+        trained = mine.train(start, examples, task, epochs=task.epochs, rng=orders.found[device, version])
         delta = mine.layout.flatten(trained).astype(np.float64) - mine.layout.flatten(start)
         weight = min(len(examples), settings.aggregation.weight_cap)
         total += weight * clip(delta, settings.aggregation.clip_norm)
@@ -69,18 +97,18 @@ def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, .
     ],
 )
 def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error(
-    fleet_of: FleetOf, seed: int, changes: dict[str, Any]
+    fleet_of: FleetOf, seed: int, changes: dict[str, Any], orders: Orders
 ) -> None:
     bounds = {"aggregation__clip_norm": 2.0, "aggregation__weight_cap": 16}  # tiny, as the fleet and its updates are
     fleet = fleet_of(10, seed=seed, rounds=3, **{**bounds, **changes})
-    records = fleet.federate(fleet.grid(message_loss=0.01, forced_dropouts=1))
+    records = fleet.federate(fleet.grid(app=orders, message_loss=0.01, forced_dropouts=1))
     settings, registry, moved = settings_of(fleet), fleet.registry(), 0
     for record in records:
         if record.version is None:
             continue
         before, after = registry.tensors(record.version - 1), registry.tensors(record.version)
         layout = Layout.of(before)
-        mean = plain_mean(fleet, before, record.version - 1, record.survivors)
+        mean = plain_mean(fleet, before, record.version - 1, record.survivors, orders)
         spec = settings.aggregation.spec(10, layout, fleet.base.digest, 1)
         # An element's sum is off by less than a step for each survivor; then float32 rounds.
         bound = len(record.survivors) * spec.vector.step(spec.vector.segments[0]) / record.metrics["examples"]
@@ -275,12 +303,18 @@ def test_an_interrupted_run_continues_with_the_next_round(fleet_of: FleetOf, ste
     assert fleet.federate(fleet.grid(app=stopping(Step.CHECK_IN, "session-5-1"))) == records  # nothing is left to do
 
 
-def test_a_resumed_run_makes_the_same_adapter_as_an_uninterrupted_one(fleet_of: FleetOf) -> None:
-    changes = {"rounds": 3, "server__optimizer": "fedadam", "server__learning_rate": 0.02}
+def test_a_run_resumed_between_sessions_makes_the_same_adapter_as_an_uninterrupted_one(fleet_of: FleetOf) -> None:
+    """A run that is resumed within a session begins another session, in which the devices train in another order."""
+    changes = {
+        "rounds": 3,
+        "aggregation__session_rounds": 1,
+        "server__optimizer": "fedadam",
+        "server__learning_rate": 0.02,
+    }
     through, stopped = fleet_of(5, **changes), fleet_of(5, **changes)
     through.federate(through.grid())
     with pytest.raises(Stopped):
-        stopped.federate(stopped.grid(app=stopping(Step.UNMASK, "2")))
+        stopped.federate(stopped.grid(app=stopping(Step.CHECK_IN, "session-2-1")))
     stopped.federate(stopped.grid())
     digests = [[v.manifest.sha256 for v in fleet.registry().versions()] for fleet in (through, stopped)]
     assert digests[0] == digests[1]
@@ -289,14 +323,14 @@ def test_a_resumed_run_makes_the_same_adapter_as_an_uninterrupted_one(fleet_of: 
     assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_without_the_optimizers_state_a_resumed_adapter_would_differ(fleet_of: FleetOf) -> None:
+def test_without_the_optimizers_state_a_resumed_adapter_would_differ(fleet_of: FleetOf, orders: Orders) -> None:
     """The test above can fail: from a new state the second step would be another."""
     fleet = fleet_of(6, rounds=2, server__optimizer="fedadam", server__learning_rate=0.02)
-    fleet.federate(fleet.grid())
+    fleet.federate(fleet.grid(app=orders))
     registry, rule = fleet.registry(), settings_of(fleet).server.rule()
     before, after = registry.tensors(1), registry.tensors(2)
     layout = Layout.of(before)
-    mean = plain_mean(fleet, before, 1, registry.rounds()[1].survivors).astype(np.float32)
+    mean = plain_mean(fleet, before, 1, registry.rounds()[1].survivors, orders).astype(np.float32)
     _, fresh = optimizer.step(rule, optimizer.start(rule, layout.size), layout.flatten(before), mean)
     assert np.abs(fresh - layout.flatten(after)).max() > 1e-3
 
@@ -304,7 +338,9 @@ def test_without_the_optimizers_state_a_resumed_adapter_would_differ(fleet_of: F
 RUN = """
 import json, logging, sys
 from flwr.app import Context, RecordDict
+from client.node.app import STATE
 from client.node.app import app as client_app
+from client.node.snapshot import Draw, Snapshot
 from coordinator.app import STATE, app
 from simulations.engine.grid import RUN_ID, SERVER_NODE, FaultModel, InProcessGrid
 

@@ -20,7 +20,6 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from adapters import files, storage
 from adapters.layout import Layout
-from adapters.task import Task
 from aggregation import checks, envelope, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import DataError
@@ -29,8 +28,8 @@ from aggregation.pki import Authority
 from aggregation.steps import ADAPTER, BODY, RECORD, REVOCATIONS, Step
 from aggregation.vector import VectorSpec
 from client.node.app import FAILED, REFUSED, STATE, app
+from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import LOCK, DeviceStateDir
-from client.training import trainer
 from client.training.trainer import Trainer
 from coordinator import settings
 from coordinator.statedir import CoordinatorStateDir
@@ -171,22 +170,21 @@ def test_only_a_challenge_of_the_coordinator_for_this_node_is_signed(talk: Talk)
     talk.refused(FIRST, Step.CHECK_IN, None, "message.body")
 
 
-def test_devices_draw_differently_whatever_the_names_of_their_folders(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for state_dir in list((talk.fleet.out / "devices").iterdir()):
-        aside = state_dir.rename(state_dir.with_suffix(".aside"))
-        state_dir.mkdir()
-        aside.rename(state_dir / "state")
-    talk.inside, salts, real = "state", list[str](), trainer.seed
+def test_every_device_draws_anew_in_every_round_and_session(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, real = list[float](), Snapshot.generator
 
-    def seed(task: Task, salt: str) -> list[int]:
-        salts.append(salt)
-        return real(task, salt)
+    def generator(snapshot: Snapshot, plan: Any, draw: Draw) -> np.random.Generator:
+        drawn.append(real(snapshot, plan, draw).random())
+        return real(snapshot, plan, draw)
 
-    monkeypatch.setattr(trainer, "seed", seed)
-    talk.collect(*talk.plan(talk.established()))
-    assert len(salts) == len(set(salts)) == 2 * DEVICES  # the order of the examples, and the rounding
+    monkeypatch.setattr(Snapshot, "generator", generator)
+    for _ in range(2):
+        session = talk.established()
+        for _ in range(2):
+            planned = talk.plan(session)
+            session = planned[0].established
+            talk.collect(*planned)
+    assert len(drawn) == len(set(drawn)) == 2 * 2 * 2 * DEVICES  # the order of the examples, and the rounding
 
 
 def test_a_damaged_message_is_refused_at_every_step_and_the_right_one_is_answered_after_it(talk: Talk) -> None:
@@ -357,18 +355,19 @@ def test_a_damaged_state_excludes_a_device_from_one_session_only(talk: Talk) -> 
 
 @pytest.mark.parametrize("spoil", ["broken", "label", "empty", "gone"])
 def test_an_error_in_the_examples_is_reported_without_its_reason(talk: Talk, spoil: str) -> None:
-    session, path = talk.established(), talk.fleet.out / "devices" / FIRST / "examples.jsonl"
+    path = talk.fleet.out / "devices" / FIRST / "examples.jsonl"
     right = path.read_bytes()
     path.unlink()
     if spoil != "gone":
         wrong = {"broken": f'{{"text": "{PHRASE}"', "label": json.dumps({"text": PHRASE, "label": 99}), "empty": ""}
         path.write_text(wrong[spoil])
-    _, plans = talk.plan(session)
+    _, plans = talk.plan(talk.established())
     record = {BODY: plans[FIRST], ADAPTER: talk.adapter}
     reply = talk.reply(FIRST, Step.PLAN, record)
     assert reply.error.reason == "no usable examples"
     talk.refused(FIRST, Step.PLAN, record)
     path.write_bytes(right)
+    _, plans = talk.plan(talk.established())
     talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
 
 

@@ -59,12 +59,15 @@ def test_the_registry_begins_with_the_vendors_seed_adapter(fleet: Any) -> None:
     assert mine.logits(tensors, public).argmax(1).tolist() == [phrase.label for phrase in fleet.population.public]
 
 
-def test_the_seed_determines_the_seed_adapter_and_no_secret(fleet_of: FleetOf) -> None:
+def test_the_seed_determines_the_seed_adapter_the_order_of_training_and_no_other_secret(fleet_of: FleetOf) -> None:
     fleets = [fleet_of(3, seed=seed) for seed in (0, 0, 1)]
     digests = [fleet.registry().version(0).manifest.sha256 for fleet in fleets]
     assert digests[0] == digests[1] != digests[2]
     for name in ("coordinator/signing.pem", "devices/device-00/identity.pem", "devices/device-00/sealing.key"):
         assert len({(fleet.out / name).read_bytes() for fleet in fleets}) == 3
+    keys = [[(fleet.out / f"devices/device-0{n}/training.key").read_bytes() for n in range(3)] for fleet in fleets]
+    assert keys[0] == keys[1]
+    assert len({*keys[0], *keys[2]}) == 6
 
 
 def test_the_coordinator_trains_with_the_scenarios_seed(fleet_of: FleetOf) -> None:

@@ -1,0 +1,79 @@
+"""What a device trains with in one session: the examples that it had when it joined, and a secret of that session.
+
+Two answers to one plan carry the same masks, so that their difference is that of the two updates. A device whose state
+directory is rolled back therefore answers a plan again byte for byte as before, also if its examples changed in
+between, or not at all: training depends on nothing but the snapshot, the plan and the adapter, and a snapshot opens
+only for the session in which it was taken.
+
+The secret orders the examples and rounds the update. The coordinator knows all else that training depends on, and
+would otherwise make the other devices repeat their updates, and subtract two sums that differ by one device.
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Annotated
+
+import numpy as np
+
+from aggregation import sealed, wire
+from aggregation.masks import KEY, derive
+from aggregation.messages import DIGEST, Plan
+from aggregation.wire import Codec
+from client.training.examples import MAX_FILE
+
+_MAGIC = b"edgeadapt/snapshot/1\x00"
+
+
+class Draw(Enum):
+    """What a device draws in a round."""
+
+    ORDER = "order"  # of the examples
+    ROUNDING = "rounding"  # of the update to whole steps
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A device's training inputs for one session. ``examples`` is the content of the examples file; b"" if unreadable.
+
+    Law: ``open(seal(s, k, j), k, j) == s``.
+    """
+
+    secret: Annotated[bytes, wire.fixed(KEY)] = field(repr=False)
+    examples: Annotated[bytes, wire.blob(MAX_FILE)] = field(repr=False)
+
+    def seal(self, key: bytes, share_key: bytes) -> bytes:
+        """Encrypt the snapshot.
+
+        Args:
+            key: The device's sealing key.
+            share_key: The public share encryption key with which the device joined; it is fresh for each join.
+        """
+        return _MAGIC + sealed.encrypt(_CODEC.encode(self), key, _MAGIC + share_key)
+
+    @classmethod
+    def open(cls, raw: bytes, key: bytes, share_key: bytes) -> "Snapshot":
+        """Decrypt a snapshot. ``key``, ``share_key``: as for ``seal``.
+
+        Raises:
+            TrustError: It was altered, or taken when the device joined with another key.
+        """
+        return _CODEC.decode(sealed.decrypt(raw.removeprefix(_MAGIC), key, _MAGIC + share_key))
+
+    def generator(self, plan: Plan, draw: Draw) -> np.random.Generator:
+        """The generator of one draw in one round.
+
+        Guarantee: it is the same for the same plan, and unrelated to that of any other plan or session.
+        """
+        # Without the context, which begins with fresh bytes of the coordinator: the secret already belongs to one
+        # session, and runs with given secrets can be repeated.
+        digest = replace(plan, context=bytes(DIGEST)).digest()
+        seed = derive(self.secret, b"edgeadapt/training/1", draw.value.encode(), digest)
+        return np.random.default_rng(int.from_bytes(seed, "big"))
+
+
+_CODEC: Codec[Snapshot] = wire.record(Snapshot)
+
+
+def session_secret(secret: bytes) -> tuple[bytes, bytes]:
+    """The secret of the next session, and the device's secret after it; neither gives the other, nor an earlier one."""
+    return derive(secret, b"edgeadapt/session-training/1"), derive(secret, b"edgeadapt/next-training/1")
