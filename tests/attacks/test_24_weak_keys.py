@@ -150,7 +150,15 @@ def test_the_coordinators_app_admits_no_device_with_a_weak_key(
 ) -> None:
     fleet = fleet_of(8, rounds=1)
     authority = Authority.from_pem((fleet.out / "authority" / AUTHORITY).read_bytes())
-    (fleet.state_dir(VICTIM).folder / CERTIFICATE).write_bytes(weak_certificate(authority, VICTIM))
+    weak, real = weak_certificate(authority, VICTIM), client.check_in
+
+    def check_in(key: IdentityKey, certificate: bytes, *given: Any, **named: Any) -> bytes:
+        """A node of a stranger, who has the certificate and no secret."""
+        raw = real(key, certificate, *given, **named)
+        return raw[: -len(FORGED)] + FORGED if certificate == weak else raw
+
+    monkeypatch.setattr(client, "check_in", check_in)
+    (fleet.state_dir(VICTIM).folder / CERTIFICATE).write_bytes(weak)
     if not checked:
         monkeypatch.setattr(identity, "_SMALL_ORDER", frozenset())
     (record,) = fleet.federate(fleet.grid())
