@@ -22,6 +22,8 @@ class Policy:
     Args:
         known_bases: SHA-256 of the frozen bases that this device holds, in hex. Empty: it joins no session.
         minimum_cohort: Smallest cohort, in devices.
+        minimum_survivors: Fewest honest devices, this one included, in a sum: the session's own minimum of survivors,
+            less the corrupt devices of the cohort.
         minimum_ring_bits: Fewest bits of a ring element.
         maximum_ring_bits: Most bits of a ring element.
         adversaries: Adversary models that this device accepts.
@@ -40,6 +42,7 @@ class Policy:
 
     known_bases: frozenset[str] = frozenset()
     minimum_cohort: int = 8
+    minimum_survivors: int = 4  # what a session of ``minimum_cohort`` devices guarantees with the default threshold
     minimum_ring_bits: int = 16
     maximum_ring_bits: int = 64
     adversaries: frozenset[Adversary] = frozenset({Adversary.ACTIVE})
@@ -54,6 +57,7 @@ class Policy:
         low, high = self.minimum_ring_bits, self.maximum_ring_bits
         ranges = (
             ("minimum_cohort", self.minimum_cohort >= 3, "3 or more: a sum of two shows each the other's part"),
+            ("minimum_survivors", self.minimum_survivors >= 2, "2 or more: a sum of one honest device shows its part"),
             ("corrupt_fraction", 0 <= self.corrupt_fraction < 1, "in [0, 1)"),
             ("minimum_ring_bits", 1 <= low <= high, f"between 1 and maximum_ring_bits {high}"),
             ("maximum_ring_bits", high <= 64, "64 or less"),
@@ -63,6 +67,14 @@ class Policy:
             if not holds:
                 value = getattr(self, name)
                 raise ConfigError(f"{name} {value} is not {expected}", about=f"policy.{name}", value=value)
+        honest = self.minimum_cohort - graph.count_of(self.minimum_cohort, self.corrupt_fraction)
+        if honest < self.minimum_survivors:
+            raise ConfigError(
+                f"a cohort of minimum_cohort {self.minimum_cohort} has {honest} honest devices, fewer than "
+                f"minimum_survivors {self.minimum_survivors}: lower minimum_survivors, or raise minimum_cohort",
+                about="policy.minimum_survivors",
+                value=self.minimum_survivors,
+            )
 
     def check(self, spec: SessionSpec, cohort: int) -> None:
         """Return if this device may take part in a session of ``spec`` with ``cohort`` devices.
@@ -116,6 +128,11 @@ class Policy:
         adversary, quorum, base = spec.adversary, spec.quorum, spec.base_digest
         in_ring = self.minimum_ring_bits <= bits <= self.maximum_ring_bits
         two_groups = f"{quorum} of {cohort} devices sign the survivor set: two groups could sign different sets"
+        honest = spec.minimum_survivors - corrupt
+        few = (
+            f"a sum over {spec.minimum_survivors} of {cohort} devices has {honest} honest ones, below this device's "
+            f"minimum_survivors of {self.minimum_survivors}; for a small fleet lower it together with minimum_cohort"
+        )
         small = f"cohort of {cohort} is below this device's minimum of {self.minimum_cohort}"
         model = f"adversary model {adversary.value} is not one that this device accepts"
         rounds = f"session of {spec.rounds} rounds is over this device's maximum of {self.maximum_rounds}"
@@ -130,6 +147,7 @@ class Policy:
             ),
             (spec.vector.max_clients >= cohort, "max_clients", cohort, f"a sum of {cohort} could wrap the ring"),
             *self._graph_rules(spec, cohort, cohort),
+            (honest >= self.minimum_survivors, "minimum_survivors", spec.minimum_survivors, few),
             (adversary is not Adversary.ACTIVE or 2 * quorum > cohort + corrupt, "quorum", quorum, two_groups),
             (in_ring, "ring_bits", bits, f"ring of {bits} bits is outside this device's limits"),
             (adversary in self.adversaries, "adversary", adversary, model),

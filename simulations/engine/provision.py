@@ -16,11 +16,12 @@ from adapters.base import Base
 from adapters.classifier import seed_adapter
 from adapters.peftconfig import LoraSpec, PeftConfig
 from adapters.storage import replace
+from aggregation import graph
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
 from aggregation.pki.identity import IdentityKey
 from client.node.enrolment import TrustAnchors, enrol, install_certificate
-from client.node.policy import PolicySettings
+from client.node.policy import SAFE, PolicySettings
 from client.node.statedir import TRAINING_KEY, DeviceSettings, DeviceStateDir
 from client.training.examples import Example, Split, write_examples
 from client.training.trainer import load_trainer
@@ -34,7 +35,6 @@ AUTHORITY = "authority"
 COORDINATOR = "coordinator"
 DEVICES = "devices"
 LIFETIME = timedelta(days=365)
-SMALLEST_POLICY = 8  # a simulated device keeps the default policy's smallest cohort unless its fleet is smaller
 
 
 def lora(scenario: Scenario) -> LoraSpec:
@@ -60,8 +60,11 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
     coordinator.registry.close()
     anchors = TrustAnchors(pinned, coordinator.key.public.to_pem())
     fleet = sum(not household.unseen for household in population.households)
+    smallest = max(3, min(SAFE.minimum_cohort, fleet - 2))  # the default unless the fleet is smaller
+    honest = graph.quorum(smallest, SAFE.corrupt_fraction) - graph.count_of(smallest, SAFE.corrupt_fraction)
     policy = PolicySettings(
-        minimum_cohort=max(3, min(SMALLEST_POLICY, fleet - 2)),
+        minimum_cohort=smallest,
+        minimum_survivors=min(SAFE.minimum_survivors, honest),
         adversaries=sorted({"active", scenario.federation.aggregation.adversary}),
     )
     # The base is named as in the scenario; one that the run has rounded is in the run's folder.

@@ -37,6 +37,23 @@ def test_a_safe_offer_is_accepted_with_default_limits(spec_of: SpecOf) -> None:
     policy(spec).check(spec, 10)
 
 
+def test_the_default_minimum_of_survivors_is_what_the_smallest_default_cohort_guarantees(spec_of: SpecOf) -> None:
+    cohort = Policy().minimum_cohort
+    corrupt = graph.count_of(cohort, Policy().corrupt_fraction)
+    assert Policy().minimum_survivors == default_threshold(cohort) - corrupt
+    policy(spec_of(cohort)).check(spec_of(cohort), cohort)
+
+
+@pytest.mark.parametrize("corrupt_fraction", [0.0, 0.1, 0.25])
+def test_the_minimum_of_survivors_counts_honest_devices(spec_of: SpecOf, corrupt_fraction: float) -> None:
+    corrupt = graph.count_of(20, corrupt_fraction)
+    limits = {"minimum_cohort": 20, "minimum_survivors": 15 - corrupt, "corrupt_fraction": corrupt_fraction}
+    accepting = policy(spec_of(20), **limits)
+    accepting.check(spec_of(20, threshold=14, minimum_survivors=15), 20)
+    with refused(ProtocolError, "offer.minimum_survivors", peer="coordinator", value=14):
+        accepting.check(spec_of(20, threshold=14, minimum_survivors=14), 20)
+
+
 def test_an_offer_at_the_limits_is_accepted(spec_of: SpecOf) -> None:
     spec = spec_of(10)
     bits = spec.vector.ring_bits
@@ -92,6 +109,9 @@ def test_a_device_without_a_known_base_joins_no_session(spec_of: SpecOf) -> None
     "limits",
     [
         {"minimum_cohort": 2},
+        {"minimum_survivors": 1},
+        {"minimum_survivors": 8},  # of 8 devices 1 may be corrupt
+        {"minimum_cohort": 4},
         {"corrupt_fraction": 1.0},
         {"corrupt_fraction": -0.1},
         {"minimum_ring_bits": 0},

@@ -12,8 +12,10 @@ from aggregation.messages import Offer
 from aggregation.policy import Policy
 from aggregation.spec import Adversary, SessionSpec
 from aggregation.vector import Segment, VectorSpec
+from tests.client.node.conftest import refusals
 from tests.support import refused
 
+__all__ = ["refusals"]
 VICTIM = "device-002"
 EVIL: dict[str, tuple[dict[str, Any], str]] = {  # name → changes of the spec, and what the refusal is about
     "a ring of five bits": ({"vector": VectorSpec((Segment("delta", 8, 1.0),), 5, 10)}, "offer.ring_bits"),
@@ -67,3 +69,37 @@ def test_a_cohort_of_the_victim_and_one_other_is_refused(fleet: Any) -> None:
     pair = envelope.sign(fleet.key, dataclasses.replace(message, certificates=message.certificates[1:3]))
     with refused(ProtocolError, "offer.cohort", peer="coordinator", value=2):
         client.join(fleet.devices[VICTIM], pair, fleet.entropy)
+
+
+def with_minimum(fleet: Any, least: int) -> Any:
+    """The victim's owner wants so many honest devices in every sum."""
+    victim = fleet.devices[VICTIM]
+    policy = dataclasses.replace(victim.policy, minimum_survivors=least)
+    return dataclasses.replace(victim, policy=policy)
+
+
+def test_a_sum_in_which_too_few_honest_devices_may_be_left_is_refused_and_without_the_policy_joined(
+    fleet: Any, spec_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cohort is large enough, but three of it may drop out, and one of the rest may be corrupt."""
+    victim = with_minimum(fleet, 7)
+    client.join(victim, offered(fleet, spec_of(10, minimum_survivors=8)), fleet.entropy)
+    offer = offered(fleet, spec_of(10, minimum_survivors=7))
+    with refused(ProtocolError, "offer.minimum_survivors", peer="coordinator", value=7):
+        client.join(victim, offer, fleet.entropy)
+    monkeypatch.setattr(Policy, "check", lambda *given: None)
+    client.join(victim, offer, fleet.entropy)
+
+
+@pytest.mark.parametrize(("share", "takes_part"), [(0.5, False), (0.75, True)])
+def test_in_a_federation_the_device_waits_for_a_larger_share_of_survivors(
+    app_fleet_of: Callable[..., Any], refusals: list[str], share: float, takes_part: bool
+) -> None:
+    fleet = app_fleet_of(8, rounds=1, aggregation__minimum_survivors=share)
+    with (fleet.state_dir("device-02").folder / "device.toml").open("r+") as file:
+        text = file.read().replace("minimum_survivors = 3", "minimum_survivors = 5")
+        file.seek(0)
+        file.write(text)
+    (record,) = fleet.federate(fleet.grid())
+    assert ("device-02" in record.survivors) is takes_part
+    assert refusals == ([] if takes_part else ["offer.minimum_survivors"])

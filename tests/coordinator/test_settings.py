@@ -98,7 +98,7 @@ def test_the_server_section_is_the_optimizers_own_settings() -> None:
 @pytest.mark.parametrize("devices", [3, 8, 12, 15, 100, 128, 129, 143])
 def test_the_default_offer_is_one_that_the_default_device_accepts(devices: int) -> None:
     spec = Aggregation().spec(devices, LAYOUT, BASE, 4)
-    Policy(known_bases=frozenset({BASE}), minimum_cohort=3).check(spec, devices)
+    Policy(known_bases=frozenset({BASE}), minimum_cohort=3, minimum_survivors=2).check(spec, devices)
     assert spec.adversary is Adversary.ACTIVE
     assert spec.degree == devices - 1
     assert spec.minimum_survivors >= spec.threshold

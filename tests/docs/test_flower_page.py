@@ -25,5 +25,6 @@ def test_the_fleet_of_the_page_is_ready_for_its_first_round(reader: Any, blocks:
     for name in DEVICES:
         device = DeviceStateDir.open(fleet / name)
         assert device.settings.policy.minimum_cohort == len(DEVICES)
+        assert device.settings.policy.minimum_survivors == 2
         splits = [example.split for example in read_examples(device.examples, len(manifest.labels))]
         assert (splits.count(Split.TRAIN), splits.count(Split.VALIDATION)) == (3, 1)

@@ -35,6 +35,7 @@ def sparse_fleet(
     policy = Policy(
         known_bases=frozenset({spec.base_digest}),
         minimum_cohort=3,
+        minimum_survivors=2,
         adversaries=frozenset(Adversary),
         corrupt_fraction=0,
         complete_up_to=3,

@@ -202,7 +202,11 @@ def make_fleet(devices: int, *, spec: SessionSpec | None = None, policy: Policy 
     entropy = CountedEntropy(seed)
     spec = spec or session_spec(devices)
     policy = policy or Policy(
-        known_bases=frozenset({BASE}), minimum_cohort=3, adversaries=frozenset(Adversary), minimum_ring_bits=8
+        known_bases=frozenset({BASE}),
+        minimum_cohort=3,
+        minimum_survivors=2,
+        adversaries=frozenset(Adversary),
+        minimum_ring_bits=8,
     )
     authority = Authority.create("test authority", entropy, BEGIN, END)
     key = IdentityKey.generate(entropy)

@@ -43,7 +43,7 @@ def make_trial_fleet(
     for device, rows in examples.items():
         state_dir, certificate = folder / device, folder / f"{device}.pem"
         pinned = ("--authority", authority / "authority.pem", "--coordinator", coordinator / "coordinator.pem")
-        few = ("--set", "policy.minimum_cohort=3")
+        few = ("--set", "policy.minimum_cohort=3", "--set", "policy.minimum_survivors=2")
         call("device", "enrol", "--state", state_dir, "--name", device, "--base", base, *pinned, *few)
         call("authority", "issue", authority, "--request", state_dir / "request.csr", "--out", certificate)
         call("device", "install", "--state", state_dir, "--certificate", certificate)

@@ -110,7 +110,12 @@ def spec_of(case: dict[str, Any]) -> SessionSpec:
 def devices_of(case: dict[str, Any]) -> dict[str, Device]:
     base, coordinator = case["spec"]["digest"], IdentityKey(raw(case["identities"]["coordinator"])).public
     policy = Policy(
-        known_bases=frozenset({base}), minimum_cohort=3, minimum_ring_bits=8, corrupt_fraction=0, complete_up_to=3
+        known_bases=frozenset({base}),
+        minimum_cohort=3,
+        minimum_survivors=2,
+        minimum_ring_bits=8,
+        corrupt_fraction=0,
+        complete_up_to=3,
     )
     root = Root(raw(case["root"]))
     return {

@@ -218,8 +218,10 @@ def test_enrol_sets_keys_of_the_owners_settings(tmp_path: Path, anchors: TrustAn
     enrolled = ("enrol", "--state", tmp_path / "kitchen", "--name", "kitchen", "--base", "some_base", *files)
     assert about(run(*enrolled, "--set", "policy.minimum_cohurt=3")) == "policy.minimum_cohurt"
     assert about(run(*enrolled, "--set", "policy.minimum_cohort=2")) == "policy.minimum_cohort"
+    assert about(run(*enrolled, "--set", "policy.minimum_cohort=3")) == "policy"  # no cohort of 3 has 4 honest devices
     assert not (tmp_path / "kitchen").exists()
-    ok(run(*enrolled, "--set", "policy.minimum_cohort=3", "--set", "examples=mine.jsonl"))
+    few = ("--set", "policy.minimum_cohort=3", "--set", "policy.minimum_survivors=2")
+    ok(run(*enrolled, *few, "--set", "examples=mine.jsonl"))
     settings = DeviceStateDir.open(tmp_path / "kitchen").settings
     assert (settings.policy.minimum_cohort, settings.examples, settings.base) == (3, "mine.jsonl", "some_base")
 

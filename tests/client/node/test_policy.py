@@ -23,6 +23,7 @@ BASE, OTHER = "a" * 64, "b" * 64
 CHANGED: dict[str, Any] = {
     "known_bases": [BASE],
     "minimum_cohort": 20,
+    "minimum_survivors": 6,
     "minimum_ring_bits": 20,
     "maximum_ring_bits": 40,
     "adversaries": ["active", "honest-but-curious"],
@@ -75,6 +76,9 @@ def test_with_a_base_that_is_not_known_a_device_joins_no_session() -> None:
     ("table", "about"),
     [
         ("minimum_cohort = 2\n", "policy.minimum_cohort"),
+        ("minimum_survivors = 1\n", "policy.minimum_survivors"),
+        ("minimum_survivors = 8\n", "policy"),
+        ("minimum_cohort = 4\n", "policy"),
         ("minimum_cohrt = 8\n", "policy.minimum_cohrt"),
         ("corrupt_fraction = 1.0\n", "policy.corrupt_fraction"),
         ("corrupt_fraction = nan\n", "policy.corrupt_fraction"),

@@ -79,7 +79,9 @@ def test_sessions_of_either_kind_and_any_size_pass(logged_of: Sessions, adversar
 @pytest.fixture(scope="module")
 def sparse(logged_of: Sessions) -> LoggedSession:
     """Eleven devices with six neighbors each."""
-    policy = Policy(known_bases=frozenset({BASE}), minimum_cohort=3, corrupt_fraction=0, complete_up_to=3)
+    policy = Policy(
+        known_bases=frozenset({BASE}), minimum_cohort=3, minimum_survivors=2, corrupt_fraction=0, complete_up_to=3
+    )
     dropouts = {Step.PLAN: ["device-003"], Step.UNMASK: ["device-008"]}
     return logged_of([dropouts, {}], devices=11, policy=policy, degree=6, threshold=5, minimum_survivors=7)
 

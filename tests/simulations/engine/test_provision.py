@@ -101,11 +101,12 @@ def test_no_phrase_of_a_household_is_outside_its_state_directory(fleet: Any) -> 
         assert folder.joinpath("examples.jsonl").is_file()
 
 
-@pytest.mark.parametrize(("devices", "smallest"), [(3, 3), (5, 3), (9, 7), (12, 8)])
-def test_a_device_has_the_default_minimum_cohort_unless_its_fleet_is_smaller(
-    fleet_of: FleetOf, devices: int, smallest: int
+@pytest.mark.parametrize(("devices", "cohort", "survivors"), [(3, 3, 2), (5, 3, 2), (8, 6, 3), (9, 7, 4), (12, 8, 4)])
+def test_a_device_has_the_default_minima_unless_its_fleet_is_smaller(
+    fleet_of: FleetOf, devices: int, cohort: int, survivors: int
 ) -> None:
-    assert fleet_of(devices).state_dir("device-00").settings.policy.minimum_cohort == smallest
+    policy = fleet_of(devices).state_dir("device-00").settings.policy
+    assert (policy.minimum_cohort, policy.minimum_survivors) == (cohort, survivors)
 
 
 def test_a_device_trusts_bundles_of_the_coordinator_and_of_itself(fleet: Any) -> None:
