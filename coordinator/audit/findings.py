@@ -127,6 +127,8 @@ class ProducedAdapter:
         place: Of the result in the log.
         before: Version and digest of the adapter from which the devices trained.
         after: Version and digest of the new one.
+        plan: Digest of the round's plan, hex.
+        base: Digest of the base in the session's offer.
         survivors: The devices whose updates are in the sum.
         layout: Digest of the layout in the session's offer.
         values: Segment name → sum of shape ``(n,)``, recomputed from the masked vectors; None if these were not kept.
@@ -135,6 +137,8 @@ class ProducedAdapter:
     place: Place
     before: AdapterId
     after: AdapterId
+    plan: str
+    base: str
     survivors: tuple[str, ...]
     layout: str
     values: Mapping[str, Sums] | None = field(repr=False, compare=False)

@@ -3,15 +3,15 @@
 A transcript ends with the digest of a sum and that of the adapter which the coordinator says it produced from it. With
 the registry (``adapters.registryfiles``) three things can be checked:
 
-- each adapter that a log names was published under the coordinator's signature, for exactly these survivors, and its
-  file is unaltered;
+- each adapter that a log names was published under the coordinator's signature, for exactly this plan and these
+  survivors, and its file is unaltered; what a round does not change is as in the adapter before;
 - if the masked updates were kept, so that the sum could be recomputed: the server optimizer turns that sum into this
   adapter, bit for bit. FedAvg needs only the adapter before;
 - FedAdam has two moments as state, which start from constants at version 0. Its steps can be recomputed if no sum since
   version 0 is missing, and not otherwise.
 
-The server optimizer is the one in the operator's settings. An audit shows whether the coordinator followed it, not
-whether anyone agreed to it.
+The server optimizer is the one that the manifest of the new adapter names. An audit shows whether the coordinator
+followed it, not whether anyone agreed to it.
 """
 
 from dataclasses import dataclass, field
@@ -21,11 +21,13 @@ import numpy as np
 from adapters.layout import Floats, Layout
 from adapters.manifest import VersionManifest
 from adapters.registryfiles import RegistryFiles
-from aggregation.errors import DataError, TrustError
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.transcript import Place
 from coordinator import optimizer
 from coordinator.audit.findings import Check, Finding, Problem, ProducedAdapter, Status, count
 from coordinator.optimizer import Stateless
-from coordinator.settings import SETTINGS
+
+UNCHANGED = ("base_digest", "layout_digest", "peft_config", "labels")  # fields of a manifest that no round changes
 
 # Why the step of an adapter could not be recomputed: for programs → for people.
 REASONS = {
@@ -42,15 +44,14 @@ class Recomputation:
 
     Args:
         registry: Where the adapters were published.
-        rule: The server optimizer, according to the operator's settings.
         state: The version that was recomputed last, and the optimizer's state after it.
         unpublished: The last adapter of a session, if it was not published: the next session must start where it did.
     """
 
     registry: RegistryFiles
-    rule: optimizer.Settings
     state: tuple[int, optimizer.State] | None = field(default=None, repr=False)
     unpublished: ProducedAdapter | None = None
+    rules: set[optimizer.Settings] = field(default_factory=set)
 
     def check(self, produced: tuple[ProducedAdapter, ...]) -> Finding:
         """The adapters of one session.
@@ -59,6 +60,7 @@ class Recomputation:
             ConfigError: The registry is of another format.
         """
         reasons: list[str] = []
+        self.rules.clear()
         for each in produced:
             try:
                 reasons.append(self._step(each, each is produced[-1]))
@@ -76,15 +78,12 @@ class Recomputation:
         published = len(reasons) - reasons.count("unpublished") - reasons.count("replaced")
         text = f"{count(published, 'adapter')} published under the coordinator's signature and unaltered since"
         if again:
-            text += f". {again} of {len(reasons)} recomputed from the sums, equal bit for bit ({self._optimizer})"
+            rules = "; ".join(sorted(map(str, self.rules)))
+            text += f". {again} of {len(reasons)} recomputed from the sums, equal bit for bit ({rules})"
         if why:
             lacking = "; ".join(REASONS[reason] for reason in why)
             text += f". {len(reasons) - again} of {len(reasons)} not recomputed: {lacking}"
         return Finding(Check.ADAPTERS, Status.PASS if again else Status.SKIPPED, text, about=", ".join(why))
-
-    @property
-    def _optimizer(self) -> str:
-        return f"{type(self.rule).__name__} at learning rate {self.rule.learning_rate:g}, according to {SETTINGS}"
 
     def _step(self, produced: ProducedAdapter, last: bool) -> str:
         """Check one adapter. Returns a key of ``REASONS``, or nothing if the step was recomputed.
@@ -104,32 +103,37 @@ class Recomputation:
             return "replaced" if manifest else "unpublished"
         if parent is None or parent.sha256 != start_digest:
             raise Problem("plan.adapter", f"the devices got another adapter than was published as {start}", place)
-        before, after = (self.registry.tensors(each) for each in (parent, _agreeing(produced, manifest)))
+        agreeing = _agreeing(produced, manifest, parent)
+        rule = _rule(agreeing, place)
+        before, after = (self.registry.tensors(each) for each in (parent, agreeing))
         layout = Layout.of(before)
         if not Layout.of(after).digest == layout.digest == produced.layout:
             raise Problem("layout_digest", "the adapter has another layout than the session's offer", place)
         if produced.values is None:
             return "vectors"
-        state = self._state_before(produced, layout.size)
+        state = self._state_before(rule, produced, layout.size)
         if state is None:
             return "optimizer"
-        after_state, expected = optimizer.step(self.rule, state, layout.flatten(before), _mean(produced))
+        after_state, expected = optimizer.step(rule, state, layout.flatten(before), _mean(produced))
         if expected.tobytes() != layout.flatten(after).tobytes():
-            text = f"adapter {version} is not what the server optimizer computes from the sum ({self._optimizer})"
+            text = f"adapter {version} is not what the server optimizer of its manifest computes from the sum ({rule})"
             raise Problem("result.adapter", text, place)
         self.state = version, after_state
+        self.rules.add(rule)
         return ""
 
-    def _state_before(self, produced: ProducedAdapter, size: int) -> optimizer.State | None:
+    def _state_before(self, rule: optimizer.Settings, produced: ProducedAdapter, size: int) -> optimizer.State | None:
         """The optimizer's state before a step, if it is known."""
-        start = optimizer.start(self.rule, size)
+        start, known = optimizer.start(rule, size), self.state
         if isinstance(start, Stateless) or produced.before[0] == 0:
             return start
-        return self.state[1] if self.state is not None and self.state[0] == produced.before[0] else None
+        if known is None or known[0] != produced.before[0]:
+            return None
+        return start if isinstance(known[1], Stateless) else known[1]  # after FedAvg, FedAdam starts anew
 
 
-def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None) -> VersionManifest:
-    """The manifest of an adapter, which agrees with the log.
+def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, parent: VersionManifest) -> VersionManifest:
+    """The manifest of an adapter, which agrees with the log and with the manifest of the adapter before.
 
     Raises:
         Problem: It does not agree, or the registry does not have it.
@@ -141,14 +145,36 @@ def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None) -> Ve
         "version": version,
         "sha256": digest,
         "parent": produced.before[1],
+        "plan": produced.plan,
         "survivors": produced.survivors,
         "layout_digest": produced.layout,
+        "base_digest": produced.base,
     }
     for name, value in expected.items():
         if getattr(manifest, name) != value:
             text = f"the manifest of adapter {version} and the log differ in {name}"
             raise Problem(f"manifest.{name}", text, produced.place)
+    changed = [name for name in UNCHANGED if getattr(manifest, name) != getattr(parent, name)]
+    changed += ["round"] if manifest.round <= parent.round else []
+    for name in changed:
+        text = f"the manifests of adapters {parent.version} and {version} contradict each other in {name}"
+        raise Problem(f"manifest.{name}", text, produced.place)
     return manifest
+
+
+def _rule(manifest: VersionManifest, place: Place) -> optimizer.Settings:
+    """The server optimizer that made an adapter, according to its manifest.
+
+    Raises:
+        Problem: The manifest names none.
+    """
+    try:
+        if manifest.rule is not None:
+            return optimizer.of_rule(manifest.rule)
+        text = "it names none"
+    except ConfigError as error:
+        text = str(error)
+    raise Problem("manifest.rule", f"the server optimizer of adapter {manifest.version}: {text}", place)
 
 
 def _mean(produced: ProducedAdapter) -> Floats:

@@ -100,6 +100,8 @@ def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[P
             place=current.place(Result),
             before=(current.plan.adapter_version, current.plan.adapter_digest),
             after=current.ending.produced,
+            plan=current.plan.digest().hex(),
+            base=history.offer.spec.base_digest,
             survivors=current.survivors,
             layout=history.offer.spec.layout_digest,
             values=unmasked[current.plan.round].values,

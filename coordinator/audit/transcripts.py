@@ -23,12 +23,10 @@ from aggregation.errors import DataError, TrustError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
-from coordinator import optimizer
 from coordinator.audit.auditor import audit, chain
 from coordinator.audit.findings import Check, Finding, Report, Status
 from coordinator.audit.recompute import Recomputation
 from coordinator.audit.repeats import RepeatedSums
-from coordinator.settings import SETTINGS, FederationSettings
 
 AUTHORITY, COORDINATOR, REVOKED, VECTORS = "authority.pem", "coordinator.pem", "revoked.crl", "vectors"
 PLACES = (".", "transcript", "coordinator/transcript")  # in a folder of transcripts, a state directory, a run
@@ -88,7 +86,6 @@ class AuditInput:
         pinned: Authority and coordinator's key come from the auditor, and not from the transcript.
         at: When the sessions took place, if that is known.
         registry: Where the coordinator published its adapters, if it is available.
-        rule: The server optimizer, if the registry is available.
         complete: These are all the sessions of the coordinator, not a single log.
     """
 
@@ -98,19 +95,18 @@ class AuditInput:
     pinned: bool
     at: datetime | None
     registry: RegistryFiles | None
-    rule: optimizer.Settings | None
     complete: bool
 
     @classmethod
     def open(cls, path: Path, options: AuditOptions) -> Self:
-        """Find the logs, and read the keys and the settings.
+        """Find the logs, and read the keys.
 
         Args:
             path: A log, a folder of transcripts, a coordinator's state directory, or the folder of a run.
             options: What the auditor provides.
 
         Raises:
-            ConfigError: The folder of ``options.registry`` has no registry, or its settings cannot be read.
+            ConfigError: The folder of ``options.registry`` has no registry.
             DataError: There is no log, or a file is too large.
             TrustError: A certificate, a key or a list is missing or damaged.
         """
@@ -123,9 +119,8 @@ class AuditInput:
         state_dir = options.registry or (folder.parent if (folder.parent / DATABASE).exists() else None)
         root = _with_revocations(root, options, folder, state_dir)
         if state_dir is None:
-            return cls(paths, root, key, pinned, options.at, None, None, complete)
-        registry, settings = RegistryFiles.open(state_dir, [key]), FederationSettings.read(state_dir / SETTINGS)
-        return cls(paths, root, key, pinned, options.at, registry, settings.server.rule(), complete)
+            return cls(paths, root, key, pinned, options.at, None, complete)
+        return cls(paths, root, key, pinned, options.at, RegistryFiles.open(state_dir, [key]), complete)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
         """Name of a log → its report, in order. ``unfinished``: accept that the last one is not closed.
@@ -135,7 +130,7 @@ class AuditInput:
             DataError: A file is too large.
         """
         vectors = partial(_vector, self.paths[0].parent / VECTORS)
-        recomputation = Recomputation(self.registry, self.rule) if self.registry and self.rule else None
+        recomputation = Recomputation(self.registry) if self.registry else None
         reports, sums = {}, RepeatedSums()
         for path in self.paths:
             accepted = unfinished and path == self.paths[-1]
