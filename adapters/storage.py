@@ -125,11 +125,23 @@ def locked(lock: Path, *, wait: bool = True) -> Iterator[None]:
     The operating system releases the lock when its holder is killed.
 
     Raises:
+        ConfigError: A link, a folder, a device or a pipe is in its place. Whatever a link leads to is not touched.
         TimeoutError: Another holder has it, and ``wait`` is false.
-        OSError: The file cannot be created, or is a symbolic link.
+        OSError: The file cannot be created.
     """
-    with FileLock(lock, blocking=wait, poll_interval=POLL):
+    _require_own_file(lock)
+    with FileLock(lock, blocking=wait, poll_interval=POLL):  # follows no symbolic link that appears only now, either
         yield
+
+
+def _require_own_file(lock: Path) -> None:
+    """Return if ``lock`` is missing, or a file with this one name: older versions of filelock empty what they lock."""
+    try:
+        found = lock.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise ConfigError(f"{lock} is a link, a folder or a device in the place of a lock: remove it", about=lock.name)
 
 
 @contextmanager

@@ -133,15 +133,25 @@ def test_a_lock_that_is_held_can_be_refused_instead_of_awaited_and_a_kill_releas
         pass
 
 
-def test_a_lock_file_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "victim").write_bytes(b"content")
-    (tmp_path / "lock").symlink_to(tmp_path / "victim")
-    (tmp_path / "dangling").symlink_to(tmp_path / "created")
-    for name in ("lock", "dangling"):
-        with pytest.raises(OSError, match="symbolic"), storage.locked(tmp_path / name):
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "pipe", "folder"])
+def test_what_is_no_file_of_its_own_is_no_lock_and_is_not_touched(tmp_path: Path, kind: str) -> None:
+    lock, victim = tmp_path / "lock", tmp_path / "victim"
+    victim.write_bytes(b"content")
+    {
+        "link": lambda: lock.symlink_to(victim),
+        "dangling": lambda: lock.symlink_to(tmp_path / "created"),
+        "hard link": lambda: lock.hardlink_to(victim),
+        "pipe": lambda: os.mkfifo(lock),
+        "folder": lock.mkdir,
+    }[kind]()
+    for wait in (True, False):
+        with refused(ConfigError, "lock"), storage.locked(lock, wait=wait):
             pass
-    assert content(tmp_path)["victim"] == b"content"
+    assert victim.read_bytes() == b"content"
     assert not (tmp_path / "created").exists()
+    if kind in ("link", "dangling"):  # one that takes the file's place after the look at it is not followed either
+        with pytest.raises(OSError, match="symbolic"), storage.FileLock(lock):
+            pass
 
 
 def test_no_module_imports_fcntl_so_that_windows_can_import_them() -> None:
