@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from adapters import storage
 from aggregation.transcript import read
 from coordinator.audit.findings import Finding, Report, Status, count
 from coordinator.audit.transcripts import AuditInput
@@ -28,6 +29,8 @@ def render_findings(checked: AuditInput, reports: Mapping[str, Report]) -> Itera
     yield from (f"  {party:11} {fingerprint}" for party, fingerprint in checked.fingerprints.items())
     missing = [] if checked.at else ["dates of certificates (--at DATE)"]
     missing += [] if checked.root.revoked else ["revocation (--revoked FILE)"]
+    missing += [] if checked.complete else ["the coordinator's other sessions (name the folder)"]
+    missing += list(checked.unread) if checked.complete else []
     if missing:
         yield f"not checked: {', '.join(missing)}"
 
@@ -52,7 +55,7 @@ def render_rounds(checked: AuditInput, reports: Mapping[str, Report], *, entries
             yield "  ".join([f"  round {each.round:>3}", survived, each.ending, *notes])
         often = [f"{device} {number}" for device, number in report.participation.items()]
         yield f"  results that contain a device: {', '.join(often)}"
-        for entry in read(path.read_bytes()).entries if entries else ():
+        for entry in read(storage.read(path)).entries if entries else ():
             yield f"  {entry.place}: {len(entry.message):,} bytes"
 
 
@@ -64,6 +67,8 @@ def as_json(checked: AuditInput, reports: Mapping[str, Report]) -> dict[str, Any
     """The same, to be serialized."""
     return {
         "keys": {**checked.fingerprints, "pinned": checked.pinned},
+        "complete": checked.complete,
+        "unread": checked.unread,
         "sessions": [
             {
                 "log": name,

@@ -48,7 +48,8 @@ def log_number(path: Path) -> int:
 
 def logs(folder: Path) -> list[Path]:
     """The logs in a folder of transcripts, in the order of their sessions. A file with another name is not one."""
-    return sorted(path for path in folder.glob(_LOGS) if path.stem.partition("-")[2].isdecimal())
+    named = [path for path in folder.glob(_LOGS) if path.stem.partition("-")[2].isdecimal()]
+    return sorted((path for path in named if path.name == log_name(log_number(path))), key=log_number)
 
 
 def vector_path(folder: Path, digest: bytes) -> Path:
@@ -153,6 +154,12 @@ class AuditInput:
             chain(reports)
         if self.complete and self.registry and not unfinished:
             _require_all_logged(self.registry, reports)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """What lies next to the logs and is not audited: for example a session's log under another name."""
+        read = {*(path.name for path in self.paths), AUTHORITY, COORDINATOR, REVOKED, VECTORS}
+        return tuple(sorted(path.name for path in self.paths[0].parent.iterdir() if path.name not in read))
 
     @property
     def fingerprints(self) -> dict[str, str]:

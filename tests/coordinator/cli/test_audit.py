@@ -21,7 +21,7 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation, RevocationList
 from aggregation.transcript import Checkpoint
 from coordinator.audit import AuditInput, AuditOptions, Check
-from coordinator.audit.transcripts import log_name, vector_path
+from coordinator.audit.transcripts import log_name, logs, vector_path
 from tests.support import refused
 from tests.support.sessions import LoggedSession
 
@@ -282,6 +282,29 @@ def test_a_session_that_is_left_out_is_missed(run: Run, folder: Path, logged: Lo
     assert (code, "session-000002.log does not follow session-000001.log: a session is missing" in err) == (4, True)
     with refused(TrustError, "session", value="session-000002.log"):
         require(folder)
+
+
+def test_files_next_to_the_logs_that_are_not_audited_are_named(run: Run, folder: Path, logged: LoggedSession) -> None:
+    """A log that the coordinator would rather not show can lie there under another name."""
+    for name in ("session-2.log", "session-000002.log.old", "session-000001 (copy).log"):
+        (folder / name).write_bytes(b"")
+    words = " ".join(run("verify", folder)[1].split())
+    assert words.endswith("session-000001 (copy).log, session-000002.log.old, session-2.log")
+    printed = json.loads(run("verify", folder, "--json")[1])
+    assert (len(printed["sessions"]), len(printed["unread"]), printed["complete"]) == (1, 3, True)
+
+
+def test_a_single_log_does_not_pass_for_all_sessions(run: Run, folder: Path) -> None:
+    assert "the coordinator's other sessions (name the folder)" in run("verify", folder / LOG)[1]
+    assert "other sessions" not in run("verify", folder)[1]
+    assert json.loads(run("verify", folder / LOG, "--json")[1])["complete"] is False
+
+
+def test_logs_are_in_the_order_of_their_sessions_beyond_six_digits(tmp_path: Path) -> None:
+    names = [log_name(number) for number in (999_999, 1_000_000, 9)]
+    for name in (*names, "session-10.log", "session-\u0661.log"):
+        (tmp_path / name).touch()
+    assert [path.name for path in logs(tmp_path)] == [names[2], names[0], names[1]]
 
 
 def test_a_first_session_that_is_left_out_is_missed(run: Run, folder: Path, logged: LoggedSession) -> None:
