@@ -1,23 +1,31 @@
-"""One round's training task, and the layout of a device's contribution.
+"""One round's training task, the layout of a device's contribution, and the mean of a round.
 
 The coordinator signs the task as part of its plan, in which it is opaque to the protocol. The segments of the
 contribution are the sums that are aggregated under the masks. ``client/training`` trains; ``coordinator/`` computes the
-next adapter from the sums.
+next adapter from the mean, and its auditor does so again.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters import jsontext
 from adapters.layout import Layout
 from adapters.peftconfig import PeftConfig
-from aggregation.errors import ConfigError, ProtocolError
+from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
 
 MAX_LOSS = 20.0  # nats; a device's loss is clipped to it, so that the metric has a bound
 
+NORM_ERROR = 2.0**-20  # relative: a norm of 2^27 numbers in float64 is off by less than 2^-26
+
+Sums = Mapping[str, NDArray[np.float64]]  # segment → sum over the survivors, shape (size,), in the segment's unit
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -82,3 +90,47 @@ def contribution_spec(
             value=ring_bits,
         )
     return spec
+
+
+def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
+    """Return if honest survivors can have the sum of a round: else a device lied. Which one, nobody can tell.
+
+    With W the total weight, n survivors, and s the step of the d coordinates of ``delta``:
+
+    - W is a whole number between 1 and ``weight_cap * n``. Weights are examples, counted without error.
+    - ‖Σ delta‖ ≤ ``clip_norm`` · W + n · s · √d. Each delta has at most the norm ``clip_norm`` before it is weighted,
+      and stochastic rounding moves a coordinate by less than a step for each survivor.
+
+    Guarantee: no sum of honest contributions that has an example is refused. The mean of a sum that is not refused has
+    at most the norm ``clip_norm`` + n · s · √d / W, whoever lied.
+
+    Args:
+        spec: Of the session.
+        sums: Decoded.
+        survivors: Their number.
+
+    Raises:
+        DataError: Honest survivors cannot have it. The text names no number of the sum, because it is published.
+    """
+    steps = {segment.name: spec.vector.step(segment) for segment in spec.vector.segments}
+    if not {"delta", "weight"} <= steps.keys():
+        raise DataError("the sum does not consist of an update and its examples", about="vector.segments")
+    weight, delta = float(sums["weight"][0]), sums["delta"]
+    if not (weight.is_integer() and 1 <= weight <= spec.weight_cap * survivors):
+        text = f"the examples of the survivors are not a whole number between 1 and {spec.weight_cap} for each"
+        raise DataError(text, about="vector.weight")
+    rounding = survivors * steps["delta"] * math.sqrt(delta.size)
+    if not float(np.linalg.norm(delta)) <= (spec.clip_norm * weight + rounding) * (1 + NORM_ERROR):
+        text = f"the sum of the updates is longer than the clip norm {spec.clip_norm:g} allows for its examples"
+        raise DataError(text, about="vector.delta")
+
+
+def weighted_mean(spec: SessionSpec, sums: Sums, survivors: int) -> NDArray[np.float32]:
+    """The mean of the survivors' deltas, weighted by their examples; arguments as of ``require_reach``.
+
+    Raises:
+        DataError: As ``require_reach``.
+    """
+    require_reach(spec, sums, survivors)
+    found: NDArray[np.float32] = (sums["delta"] / sums["weight"][0]).astype(np.float32)
+    return found

@@ -15,7 +15,9 @@ import numpy as np
 
 from adapters import files
 from adapters.cores import cores
+from adapters.task import require_reach, weighted_mean
 from aggregation import server
+from aggregation.errors import DataError
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.server import Confirming, Established, RoundAborted, RoundResult, Unmasking
@@ -81,7 +83,7 @@ def federate(
                 cohort.recorder.abort(outcome.reason)
                 registry.record_round(record)
             else:
-                _commit(registry, cohort, adapter, record, outcome[1], settings.server.rule(), key)
+                _commit(registry, cohort, adapter, record, outcome, settings.server.rule(), key)
             yield record
     finally:
         if (version := registry.latest()) is not None:
@@ -117,19 +119,19 @@ def _aggregate(
             return confirmed
         confirming, bodies = confirmed
     unmasked = cohort.exchange(confirming, Unmasking.on_unmask_response, Step.UNMASK, bodies, group).close(cores())
-    return unmasked if isinstance(unmasked, RoundAborted) else require_weight(*unmasked)
+    return unmasked if isinstance(unmasked, RoundAborted) else within_reach(*unmasked)
 
 
-def require_weight(session: Established, result: RoundResult) -> tuple[Established, RoundResult] | RoundAborted:
-    """Abort a round whose total weight is below one example, because the mean divides by it.
+def within_reach(session: Established, result: RoundResult) -> tuple[Established, RoundResult] | RoundAborted:
+    """Abort a round whose sum honest survivors cannot have (``require_reach``).
 
     A survivor may have weight 0: a device whose examples cannot be used answers as every other one.
     """
-    weight = float(result.values["weight"][0])
-    if weight >= 1:
-        return session, result
-    detail = f"the survivors have a weight of {weight:.0f} examples in all: no mean can be computed"
-    return RoundAborted(server.AbortReason.OUT_OF_RANGE, detail, session)
+    try:
+        require_reach(session.session.spec, result.values, len(result.survivors))
+    except DataError as error:
+        return RoundAborted(server.AbortReason.OUT_OF_RANGE, str(error), session)
+    return session, result
 
 
 def metrics_of(result: RoundResult) -> dict[str, float]:
@@ -175,14 +177,15 @@ def _commit(
     cohort: Cohort,
     adapter: StoredAdapter,
     record: RoundRecord,
-    result: RoundResult,
+    outcome: tuple[Established, RoundResult],
     rule: optimizer.Settings,
     key: IdentityKey,
 ) -> None:
     """From the sum to the next adapter, published with the record of the round."""
     layout, parent, plan = adapter.layout, adapter.manifest, cohort.recorder.log.plan
+    session, result = outcome
     state = optimizer.restore(rule, registry.optimizer_state(), layout.size)
-    mean = (result.values["delta"] / record.metrics["examples"]).astype(np.float32)
+    mean = weighted_mean(session.session.spec, result.values, len(result.survivors))
     state, vector = optimizer.step(rule, state, layout.flatten(adapter.tensors), mean)
     blob = files.encode(layout.unflatten(vector))
     manifest = replace(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.transcript import AdapterId, Place
 
-Sums = NDArray[np.float64]
+Mean = NDArray[np.float32]
 
 
 class Check(Enum):
@@ -131,7 +131,7 @@ class ProducedAdapter:
         base: Digest of the base in the session's offer.
         survivors: The devices whose updates are in the sum.
         layout: Digest of the layout in the session's offer.
-        values: Segment name → sum of shape ``(n,)``, recomputed from the masked vectors; None if these were not kept.
+        mean: Of the survivors' deltas, shape ``(n,)``, recomputed from the masked vectors; None if these were not kept.
     """
 
     place: Place
@@ -141,7 +141,7 @@ class ProducedAdapter:
     base: str
     survivors: tuple[str, ...]
     layout: str
-    values: Mapping[str, Sums] | None = field(repr=False, compare=False)
+    mean: Mean | None = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,7 @@ followed it, not whether anyone agreed to it.
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from adapters.layout import Floats, Layout
+from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.registryfiles import RegistryFiles
 from aggregation.errors import ConfigError, DataError, TrustError
@@ -109,12 +107,12 @@ class Recomputation:
         layout = Layout.of(before)
         if not Layout.of(after).digest == layout.digest == produced.layout:
             raise Problem("layout_digest", "the adapter has another layout than the session's offer", place)
-        if produced.values is None:
+        if produced.mean is None:
             return "vectors"
         state = self._state_before(rule, produced, layout.size)
         if state is None:
             return "optimizer"
-        after_state, expected = optimizer.step(rule, state, layout.flatten(before), _mean(produced))
+        after_state, expected = optimizer.step(rule, state, layout.flatten(before), produced.mean)
         if expected.tobytes() != layout.flatten(after).tobytes():
             text = f"adapter {version} is not what the server optimizer of its manifest computes from the sum ({rule})"
             raise Problem("result.adapter", text, place)
@@ -175,16 +173,3 @@ def _rule(manifest: VersionManifest, place: Place) -> optimizer.Settings:
     except ConfigError as error:
         text = str(error)
     raise Problem("manifest.rule", f"the server optimizer of adapter {manifest.version}: {text}", place)
-
-
-def _mean(produced: ProducedAdapter) -> Floats:
-    """As ``coordinator.rounds`` computes it: the sum of the deltas over the sum of the examples, a whole number.
-
-    Raises:
-        Problem: The sum does not have these two segments, or has no examples.
-    """
-    values = produced.values or {}
-    if not {"delta", "weight"} <= set(values) or np.rint(values["weight"][0]) < 1:
-        raise Problem("values", "the sum does not consist of an update and its examples", produced.place)
-    mean: Floats = (values["delta"] / float(np.rint(values["weight"][0]))).astype(np.float32)
-    return mean

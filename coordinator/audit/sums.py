@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from adapters.task import weighted_mean
 from aggregation import masks, ring
 from aggregation.errors import DataError, ProtocolError
 from aggregation.masks import Mask
@@ -16,7 +17,7 @@ from aggregation.messages import MaskedInput
 from aggregation.recovery import Recovery
 from aggregation.session import Session
 from aggregation.transcript import Result
-from coordinator.audit.findings import Problem, ProducedAdapter, Skipped, Sums, count
+from coordinator.audit.findings import Mean, Problem, ProducedAdapter, Skipped, count
 from coordinator.audit.history import History, Round
 
 Vectors = Callable[[bytes], bytes | None]  # digest → packed masked vector; None where it was not kept
@@ -30,13 +31,13 @@ class UnmaskedRound:
         seeds: Survivor → seed of its own mask.
         keys: Device of the plan that is not a survivor → its mask key.
         blamed: Devices that revealed wrong shares.
-        values: Segment name → sum of shape ``(n,)``, once ``sums`` has recomputed it.
+        mean: Of the survivors' deltas, shape ``(n,)``, once ``sums`` has recomputed it.
     """
 
     seeds: Mapping[str, bytes] = field(repr=False)
     keys: Mapping[str, bytes] = field(repr=False)
     blamed: tuple[str, ...]
-    values: Mapping[str, Sums] | None = field(default=None, repr=False)
+    mean: Mean | None = field(default=None, repr=False)
 
 
 def secrets(history: History, unmasked: dict[int, UnmaskedRound]) -> str:
@@ -78,7 +79,8 @@ def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vecto
         vectors: Where the masked vectors are.
 
     Raises:
-        Problem: A vector is not the one that was signed, or a sum is not the one that the result names.
+        Problem: A vector is not the one that was signed, or a sum is not the one that the result names or one that no
+            honest survivors can have.
         Skipped: No sum has all its vectors.
     """
     kept = {current.plan.round for current in history.rounds if _all_kept(current, vectors)}
@@ -104,7 +106,7 @@ def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[P
             base=history.offer.spec.base_digest,
             survivors=current.survivors,
             layout=history.offer.spec.layout_digest,
-            values=unmasked[current.plan.round].values,
+            mean=unmasked[current.plan.round].mean,
         )
         for current in history.rounds
         if isinstance(current.ending, Result)
@@ -141,7 +143,8 @@ def _recompute(history: History, current: Round, unmasked: UnmaskedRound, vector
         text = "the updates do not add up to the sum that the result names"
         raise Problem("result.sum", text, current.place(Result))
     try:
-        unmasked.values = spec.decode(total, len(current.survivors))
+        values = spec.decode(total, len(current.survivors))
+        unmasked.mean = weighted_mean(history.offer.spec, values, len(current.survivors))
     except DataError as error:
         raise Problem.of(error, current.place(Result)) from None
 

@@ -1,18 +1,23 @@
 """The task that a plan carries, and the sums that a round makes: both sides read the same words or refuse."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.layout import Layout, TensorSpec
 from adapters.manifest import PeftConfig
-from adapters.task import MAX_LOSS, Task, contribution_spec
-from aggregation.errors import ConfigError, ProtocolError
+from adapters.task import MAX_LOSS, Task, contribution_spec, require_reach, weighted_mean
+from aggregation import ring
+from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.spec import SessionSpec
 from tests.support import refused
+from tests.support.fleet import session_spec
 
 TASK = Task(PeftConfig("LORA", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01, 0)
 LAYOUT = Layout((TensorSpec("a", (2, 3)),))
@@ -117,3 +122,80 @@ def test_examples_are_counted_exactly_or_the_ring_is_refused(bits: int, cap: int
 def test_a_task_is_a_value() -> None:
     assert replace(TASK, seed=1) != TASK
     assert hash(replace(TASK)) == hash(TASK)
+
+
+# What honest survivors can have.
+
+
+def spec_of(size: int, clients: int, *, clip: float, cap: int, bits: int) -> SessionSpec:
+    layout = Layout((TensorSpec("a", (1, size)),))
+    vector = contribution_spec(layout, clip_norm=clip, weight_cap=cap, ring_bits=bits, max_clients=clients)
+    return session_spec(clients, vector=vector, clip_norm=clip, weight_cap=cap)
+
+
+def rounded_away(spec: SessionSpec, delta: Any, weight: int) -> Any:
+    """A contribution with every coordinate rounded away from zero: the longest that stochastic rounding can make it."""
+    vector = ring.zeros(spec.vector.size, spec.vector.ring_bits)
+    start = 0
+    for segment in spec.vector.segments:
+        value = {"delta": delta * weight, "weight": np.array([float(weight)])}.get(segment.name, np.zeros(segment.size))
+        steps = np.sign(value) * np.ceil(np.abs(value) / spec.vector.step(segment))
+        vector[start : start + segment.size] = (steps.astype(np.int64) % 2**spec.vector.ring_bits).astype(vector.dtype)
+        start += segment.size
+    return vector
+
+
+@given(
+    size=st.integers(1, 300),
+    weights=st.lists(st.integers(0, 50), min_size=3, max_size=9).filter(any),
+    clip=st.floats(1e-3, 1e3),
+    bits=st.integers(16, 40),
+    alike=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_honest_devices_at_the_clip_norm_are_never_refused_however_they_round(
+    size: int, weights: list[int], clip: float, bits: int, alike: bool, seed: int
+) -> None:
+    spec, rng = spec_of(size, len(weights), clip=clip, cap=50, bits=bits), np.random.default_rng(seed)
+    total = ring.zeros(spec.vector.size, bits)
+    # All coordinates and devices alike: then the norms add up, and so do the errors of rounding.
+    drawn = np.ones((1, size)) if alike else rng.standard_normal((len(weights), size))
+    for number, weight in enumerate(weights):
+        direction = drawn[number % len(drawn)]
+        delta = np.clip(direction / np.linalg.norm(direction) * clip * (1 - 2.0**-40), -clip, clip)
+        total += rounded_away(spec, delta, weight)
+    sums = spec.vector.decode(total, len(weights))
+    mean = weighted_mean(spec, sums, len(weights))
+    assert sums["weight"][0] == sum(weights)
+    rounding = len(weights) * spec.vector.step(spec.vector.segments[0]) * np.sqrt(size) / sum(weights)
+    assert np.linalg.norm(mean) <= (clip + rounding) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "about"),
+    [
+        ({"norm": 1.01}, "vector.delta"),
+        ({"norm": float("nan")}, "vector.delta"),
+        ({"weight": 0.0}, "vector.weight"),
+        ({"weight": -1.0}, "vector.weight"),
+        ({"weight": 9.5}, "vector.weight"),
+        ({"weight": 151.0}, "vector.weight"),
+    ],
+)
+def test_a_sum_that_honest_survivors_cannot_have_is_refused_without_its_numbers(
+    changes: dict[str, float], about: str
+) -> None:
+    spec = spec_of(100, 3, clip=2.0, cap=50, bits=32)
+    norm, weight = changes.get("norm", 0.99), changes.get("weight", 9.0)
+    sums = {"delta": np.full(100, norm * 2.0 * weight / 10), "weight": np.array([weight])}
+    with refused(DataError, about) as caught:
+        require_reach(spec, sums, 3)
+    assert set(re.findall(r"[0-9.]+", str(caught.value))) <= {"1", "2", "50"}  # the limits
+    assert np.allclose(weighted_mean(spec, {"delta": np.full(100, 1.7), "weight": np.array([9.0])}, 3), 1.7 / 9)
+
+
+def test_a_sum_without_an_update_is_refused() -> None:
+    spec = session_spec(3)
+    other = replace(spec, vector=replace(spec.vector, segments=spec.vector.segments[:1]))
+    with refused(DataError, "vector.segments"):
+        require_reach(other, {"delta": np.zeros(7)}, 3)

@@ -71,8 +71,8 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Orders:
     return Orders(monkeypatch)
 
 
-def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, ...], orders: Orders) -> Any:
-    """The weighted mean of the survivors' updates, without masks, rings or messages."""
+def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, ...], orders: Orders) -> tuple[Any, int]:
+    """The weighted mean of the survivors' updates, without masks, rings or messages; and the total weight."""
     registry, settings = fleet.registry(), settings_of(fleet)
     task = settings.training.task(registry.version(version).manifest, settings.seed)
     mine = load_trainer(fleet.base, len(task.labels), provisioned.lora(fleet.scenario))
@@ -84,7 +84,7 @@ def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, .
         weight = min(len(examples), settings.aggregation.weight_cap)
         total += weight * clip(delta, settings.aggregation.clip_norm)
         weights += weight
-    return total / weights
+    return total / weights, weights
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,10 @@ def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error
             continue
         before, after = registry.tensors(record.version - 1), registry.tensors(record.version)
         layout = Layout.of(before)
-        mean = plain_mean(fleet, before, record.version - 1, record.survivors, orders)
+        mean, weight = plain_mean(fleet, before, record.version - 1, record.survivors, orders)
         spec = settings.aggregation.spec(10, layout, fleet.base.digest, 1)
         # An element's sum is off by less than a step for each survivor; then float32 rounds.
-        bound = len(record.survivors) * spec.vector.step(spec.vector.segments[0]) / record.metrics["examples"]
+        bound = len(record.survivors) * spec.vector.step(spec.vector.segments[0]) / weight
         found = layout.flatten(after).astype(np.float64) - layout.flatten(before)
         expected = settings.server.learning_rate * mean
         rounding = 2.0**-22 * np.abs(layout.flatten(before)).max()
@@ -330,8 +330,9 @@ def test_without_the_optimizers_state_a_resumed_adapter_would_differ(fleet_of: F
     registry, rule = fleet.registry(), settings_of(fleet).server.rule()
     before, after = registry.tensors(1), registry.tensors(2)
     layout = Layout.of(before)
-    mean = plain_mean(fleet, before, 1, registry.rounds()[1].survivors, orders).astype(np.float32)
-    _, fresh = optimizer.step(rule, optimizer.start(rule, layout.size), layout.flatten(before), mean)
+    mean, _ = plain_mean(fleet, before, 1, registry.rounds()[1].survivors, orders)
+    start = optimizer.start(rule, layout.size)
+    _, fresh = optimizer.step(rule, start, layout.flatten(before), mean.astype(np.float32))
     assert np.abs(fresh - layout.flatten(after)).max() > 1e-3
 
 

@@ -36,7 +36,6 @@ def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> Rep
         metrics={
             "accuracy": float(0.45 + 0.36 * progress),
             "loss": float(2.1 - 1.4 * progress),
-            "examples": 60.0 * len(survivors),
         },
         version=number,
     )

@@ -270,11 +270,9 @@ def first_session(state_dir_of: Callable[[str], Path], monkeypatch: pytest.Monke
         ({"before": (0, "ab" * 32)}, "plan.adapter"),
         ({"survivors": ("someone",)}, "manifest.survivors"),
         ({"layout": "0" * 64}, "manifest.layout_digest"),
-        ({"values": {"delta": np.zeros(3), "weight": np.ones(1)}}, "shape"),
-        ({"values": {"delta": np.zeros(3), "weight": np.zeros(1)}}, "values"),
-        ({"values": {"other": np.zeros(3)}}, "values"),
+        ({"mean": np.zeros(3, np.float32)}, "shape"),
     ],
-    ids=["start", "survivors", "layout", "size", "no examples", "other segments"],
+    ids=["start", "survivors", "layout", "size"],
 )
 def test_a_log_that_contradicts_the_registry_is_found(
     first_session: FirstSession, changes: dict[str, Any], about: str
@@ -319,11 +317,11 @@ def test_a_round_that_is_run_again_after_a_kill_is_not_a_forgery(first_session: 
 
 def test_one_step_more_in_one_number_of_the_sum_is_found(first_session: FirstSession) -> None:
     new, (first, second) = first_session
-    assert first.values is not None
-    delta = first.values["delta"].copy()
-    steps = np.abs(np.diff(np.unique(delta)))
-    delta[np.abs(delta).argmin()] += steps.min()
-    finding = new().check((replace(first, values={**first.values, "delta": delta}), second))
+    assert first.mean is not None
+    mean = first.mean.copy()
+    steps = np.abs(np.diff(np.unique(mean)))
+    mean[np.abs(mean).argmin()] += steps.min()
+    finding = new().check((replace(first, mean=mean), second))
     assert outcome(finding) == (Status.FAIL, "result.adapter")
 
 
