@@ -39,7 +39,7 @@ def decode(raw: bytes) -> Any:
     """
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite)
-        _check_depth(value, MAX_DEPTH)
+        check_depth(value)
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
     return value
@@ -64,9 +64,14 @@ def _finite(text: str) -> float:
     return number
 
 
-def _check_depth(value: object, left: int) -> None:
+def check_depth(value: object, left: int = MAX_DEPTH) -> None:
+    """Return if tables and lists of ``value`` are nested at most ``left`` levels deep.
+
+    Raises:
+        ValueError: They are nested deeper.
+    """
     if isinstance(value, dict | list):
         if not left:
             raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
         for inner in value.values() if isinstance(value, dict) else value:
-            _check_depth(inner, left - 1)
+            check_depth(inner, left - 1)

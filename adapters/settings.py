@@ -3,6 +3,7 @@
 The settings of a federation, of a device and of a scenario are such models.
 """
 
+import copy
 import difflib
 import json
 import tomllib
@@ -14,7 +15,12 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from aggregation.errors import ConfigError
+from adapters import storage
+from adapters.jsontext import MAX_DEPTH, check_depth
+from aggregation.errors import ConfigError, DataError
+
+LONGEST = 2**16  # bytes of a file; ours have about 4000
+LONGEST_LINE = 2**11  # characters: the time to read a dotted key grows with the square of its parts
 
 
 class Settings(BaseModel):
@@ -31,11 +37,13 @@ class Settings(BaseModel):
             overrides: See ``overridden``.
 
         Raises:
-            ConfigError: The file is missing or not TOML, a key is unknown, or a value is out of range.
+            ConfigError: The file is missing, too large or not TOML, a key is unknown, or a value is out of range.
         """
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            table = _toml(storage.read(path, LONGEST).decode())
+        except DataError as error:
+            raise ConfigError(str(error), about=error.about, value=error.value) from error
+        except ValueError as error:
             raise ConfigError(f"{path} is not TOML: {error}", about=path.name) from error
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise ConfigError(f"there is no file {path}", about=path.name) from error
@@ -78,6 +86,22 @@ class Settings(BaseModel):
             yield from ("", f"[{key}]  # {(table.__doc__ or '').partition(chr(10))[0]}", *table._lines())
 
 
+def _toml(text: str) -> dict[str, Any]:
+    """The table in a TOML text.
+
+    Raises:
+        ValueError: It is not TOML, has a line above the limit, or is nested too deeply.
+    """
+    if max(map(len, text.split("\n"))) > LONGEST_LINE:
+        raise ValueError(f"a line has more than {LONGEST_LINE} characters")
+    try:
+        table = tomllib.loads(text)
+        check_depth(table)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    return table
+
+
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
@@ -110,15 +134,15 @@ def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any
     Raises:
         ConfigError: An override has another form, or a part of its key names a value instead of a table.
     """
-    changed: dict[str, Any] = json.loads(json.dumps(table, default=str))
+    changed = copy.deepcopy(table)
     for override in overrides:
         key, equals, text = override.partition("=")
         *path, last = key.strip().split(".")
-        if not equals or not last:
-            raise ConfigError(f"--set takes KEY=VALUE, not {override!r}", about="--set", value=override)
+        if not equals or not last or len(path) > MAX_DEPTH:
+            raise ConfigError(f"--set takes KEY=VALUE, not {override[:80]!r}", about="--set", value=override)
         try:
-            document = tomllib.loads(f"value = {text}")
-        except (tomllib.TOMLDecodeError, RecursionError):
+            document = _toml(f"value = {text}")
+        except ValueError:
             document = {"value": text}
         value = document["value"] if len(document) == 1 else text  # a line break in it could begin a second key
         into = changed

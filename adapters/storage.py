@@ -41,7 +41,7 @@ def read(path: Path, limit: int = LARGEST) -> bytes:
                 about=path.name,
                 value=size,
             )
-        return file.read()
+        return file.read(size)  # and not what is appended meanwhile
 
 
 def read_lines(path: Path, what: str) -> tuple[str, ...]:

@@ -17,8 +17,10 @@ from typing import Self
 import torch
 from flwr.app import Context, RecordDict
 
+from adapters import jsontext
 from adapters.base import Base, find_base
-from adapters.storage import replace
+from adapters.settings import LONGEST
+from adapters.storage import read, replace
 from aggregation.errors import ConfigError
 from client.node.app import app as client_app
 from client.training.examples import read_examples
@@ -86,7 +88,7 @@ class RunFolder:
         """
         stored_at = path / SCENARIO
         try:
-            stored = Scenario.parse(json.loads(stored_at.read_bytes()), str(stored_at))
+            stored = Scenario.parse(jsontext.decode(read(stored_at, LONGEST)), str(stored_at))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(f"{path} contains no run to resume: remove --resume", about="--resume") from error
         except ValueError as error:

@@ -1,10 +1,13 @@
 """Settings in TOML: what is written is read back, and what is wrong is refused by its key."""
 
+import os
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
@@ -98,6 +101,71 @@ def test_a_file_that_is_missing_or_a_folder_is_refused_by_its_name(tmp_path: Pat
     for path in (tmp_path / "some.toml", tmp_path):
         with refused(ConfigError, path.name):
             Outer.read(path)
+
+
+ENDLESS = {
+    "an integer of 6,000 digits": f"count = {'9' * 6000}",
+    "an integer of 50,000 hexadecimal digits": f"count = 0x{'f' * 50_000}",
+    "a dotted key of 50,000 parts": f"{'.'.join(50_000 * 'a')} = 1",
+    "dotted keys of 1,000 parts": "\n".join(f"a{number}{'.a' * 1000} = 1" for number in range(30)),
+    "dotted keys in tables in a line": f"z = [{','.join(f'{{a{number}{chr(46)}a = 1}}' for number in range(100))}]",
+    "dotted tables": "\n".join(f"[a{number}{'.a' * 1000}]" for number in range(30)),
+    "50,000 keys": "\n".join(f"a.b{number} = 1" for number in range(50_000)),
+    "arrays in arrays": f"count = {'[' * 1000}{']' * 1000}",
+    "a few arrays in arrays": f"count = {'[' * 100}{']' * 100}",
+    "arrays over many lines": "count = " + "[\n" * 20_000 + "]\n" * 20_000,
+    "tables in tables": f"count = {'{a=' * 300}1{'}' * 300}",
+    "a long line": f"name = '{'x' * 3000}'",
+    "a large file": "# comment\n" * 10_000,
+}
+
+
+@pytest.mark.parametrize("content", ENDLESS.values(), ids=ENDLESS)
+def test_a_file_that_would_take_forever_or_too_deep_a_stack_is_refused_soon(tmp_path: Path, content: str) -> None:
+    (tmp_path / "some.toml").write_text(content)
+    begin = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        Outer.read(tmp_path / "some.toml")
+    assert time.process_time() - begin < 1
+    assert caught.value.about in ("some.toml", "count", "z")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"{'.'.join(50_000 * 'a')}=1",
+        *(f"count={value}" for value in ("9" * 6000, f"0x{'f' * 50_000}", 1000 * "[", 100 * "{a=" + "1" + 100 * "}")),
+        f"count={{ {'.'.join(50_000 * 'a')} = 1 }}",
+    ],
+    ids=["a key", "an integer", "a hexadecimal one", "arrays", "tables", "a key in a table"],
+)
+def test_an_override_that_would_take_forever_or_too_deep_a_stack_is_refused_soon(override: str) -> None:
+    begin = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        Outer.parse(overridden({}, [override]), "--set")
+    assert time.process_time() - begin < 1
+    assert caught.value.about in ("--set", "count")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_a_device_or_a_pipe_is_no_settings_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "some.toml"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(path)
+    with refused(ConfigError, "some.toml"):
+        Outer.read(path)
+
+
+def test_settings_of_the_largest_lists_are_read(tmp_path: Path) -> None:
+    names = tuple(f"{number:064d}" for number in range(500))
+    table = tomli_w.dumps({"inner": {"names": list(names)}})
+    (tmp_path / "some.toml").write_text(table)
+    assert Outer.read(tmp_path / "some.toml").inner.names == names
 
 
 def test_overrides_change_single_values(tmp_path: Path) -> None:
