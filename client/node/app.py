@@ -4,21 +4,29 @@ The protocol core decides what is legal, the trainer trains, and the state direc
 because each message may be handled by another process. A refusal is answered with an error reply. Its reason says what
 is wrong with the coordinator's message; an error in the device's own files is only logged here, and the reply says no
 more than that there was one.
+
+No answer depends on the device's examples, except for the numbers under the mask. Only an offer, with which they are
+copied, and a plan make the device read them. What a plan asks for is checked before that; whatever fails afterwards
+gives a contribution of zero; and the answer leaves at a time that does not show when the device was done.
 """
 
 import logging
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from adapters import files
 from adapters.base import Base, find_base
 from adapters.cores import cores
-from adapters.layout import Layout
+from adapters.layout import Layout, Tensors
 from adapters.task import Task
 from aggregation import client, envelope, masks
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
@@ -33,10 +41,15 @@ from aggregation.transcript import LogState, logged_part
 from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import DeviceStateDir
 from client.training.contribute import Outcome, contribution, require_bounds
-from client.training.examples import Split, in_split, parse_examples, read_file
+from client.training.examples import Example, Split, in_split, parse_examples, read_file
+from client.training.limits import TrainingLimits
+
+if TYPE_CHECKING:  # imports torch
+    from client.training.trainer import Trainer
 
 STATE = "state"  # key of the Flower node's configuration: the path of the state directory
 REFUSED = 100  # Flower error code: the device refused; the reason says why
+READS_EXAMPLES = (Step.OFFER, Step.PLAN)
 FAILED = 101  # Flower error code: an error of the device, such as a full disk
 
 log = logging.getLogger("edgeadapt.device")
@@ -44,10 +57,13 @@ app = ClientApp()
 
 
 def _handler(message: Message, context: Context) -> Message:
+    arrived = time.monotonic()
     step = Step(message.metadata.message_type.partition(".")[2])
     try:
         state_dir = DeviceStateDir.open(Path(str(context.node_config.get(STATE, ""))))
-        with state_dir.locked():
+        quantum = state_dir.settings.policy.answer_quantum_seconds if step in READS_EXAMPLES else 0.0
+        # The lock is held while the answer waits: another message would be answered as soon as the training ended.
+        with state_dir.locked(), _delayed(arrived, quantum):
             fields = _fields(message)
             if step is Step.CHECK_IN:
                 answer = _check_in(state_dir, fields[BODY], context.node_id)
@@ -72,7 +88,26 @@ def _reason(error: EdgeAdaptError) -> str:
     """The reason that the coordinator receives: for an error in the device's own files, only its kind."""
     if isinstance(error, ProtocolError):
         return " ".join(str(error).split())
-    return "no usable examples" if isinstance(error, DataError) else "cannot take part; the device's log has the reason"
+    return "cannot take part; the device's log has the reason"
+
+
+@contextmanager
+def _delayed(arrived: float, quantum: float) -> Iterator[None]:
+    """Wait at the end, also after an error, until a multiple of ``quantum`` seconds has passed since ``arrived``."""
+    try:
+        yield
+    except Exception:
+        _wait(arrived, quantum)
+        raise
+    _wait(arrived, quantum)
+
+
+def _wait(arrived: float, quantum: float) -> None:
+    if quantum:
+        passed = time.monotonic() - arrived
+        if passed > quantum:
+            log.warning("answering took %d s: a larger answer_quantum_seconds would hide how long it took", passed)
+        time.sleep(quantum - passed % quantum)
 
 
 def _fields(message: Message) -> Mapping[str, bytes]:
@@ -112,7 +147,8 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         planned = state.on_plan(device, body, datetime.now(UTC))
         log_state = _after_receipt(device, log_state, fields, planned.plan)
         snapshot = state_dir.load_snapshot(planned.ready.session.peers[planned.ready.me].share_key)
-        vector = _train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples)
+        limits = state_dir.settings.policy.training()
+        vector = _train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples, limits)
         after, answer = planned.contribute(device, vector, cores())
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
@@ -179,18 +215,21 @@ def _take_snapshot(state_dir: DeviceStateDir, joined: Advertised) -> None:
     try:
         examples = read_file(state_dir.examples)
     except DataError as error:
-        log.warning("no examples for this session: %s", error)
+        log.warning("no examples for this session: %s", error, extra={"about": error.about})
         examples = b""
     state_dir.take_snapshot(examples, masks.public_key(joined.share_key))
 
 
-def _train(base: Base, planned: Planned, blob: bytes, snapshot: Snapshot, path: Path) -> Ring:
+def _train(base: Base, planned: Planned, blob: bytes, snapshot: Snapshot, path: Path, limits: TrainingLimits) -> Ring:
     """Train the adapter in ``blob`` on the snapshot's examples, and return the contribution.
 
-    ``path``: of the examples, for messages.
+    The contribution is zero, with weight zero, if anything fails once the examples matter. ``path``: of the examples,
+    for messages.
+
+    Raises:
+        ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
     """
     # Imported here: Flower starts a process for each message, and only this step needs torch, which takes seconds.
-    from adapters.classifier import LoraSpec
     from client.training.trainer import load_trainer
 
     plan, spec = planned.plan, planned.spec
@@ -200,17 +239,47 @@ def _train(base: Base, planned: Planned, blob: bytes, snapshot: Snapshot, path: 
     task = Task.decode(plan.training)
     try:
         start = files.decode(blob)
-        trainer = load_trainer(base, len(task.labels), LoraSpec.of(task.peft_config))
+        trainer = load_trainer(base, len(task.labels), limits.check(task, start))
     except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
         raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
         raise ProtocolError("offer, task and adapter have different layouts", COORDINATOR, about="plan.layout")
     require_bounds(spec, trainer.layout)
-    own = parse_examples(snapshot.examples, len(task.labels), path)
-    train = in_split(own, Split.TRAIN)
+    rounding = snapshot.generator(plan, Draw.ROUNDING)
+    try:
+        examples = _usable(parse_examples(snapshot.examples, path), task)
+        order = snapshot.generator(plan, Draw.ORDER)
+        outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order)
+        return contribution(outcome, trainer.layout, spec, rounding)
+    except Exception as error:
+        about = error.about if isinstance(error, EdgeAdaptError) else type(error).__name__
+        log.warning("contributed nothing: %s", _unquoted(error), extra={"about": about})
+        return contribution(Outcome.nothing(start), trainer.layout, spec, rounding)
+
+
+def _usable(examples: Sequence[Example], task: Task) -> tuple[Example, ...]:
+    """The examples whose labels the task has."""
+    usable = tuple(example for example in examples if example.label < len(task.labels))
+    if len(usable) < len(examples):
+        log.warning("%d examples have a label that the task lacks", len(examples) - len(usable))
+    return usable
+
+
+def _outcome(
+    trainer: "Trainer", start: Tensors, task: Task, examples: Sequence[Example], *, cap: int, rng: np.random.Generator
+) -> Outcome:
+    """Score ``start`` on at most ``cap`` held-out examples, and train it on the others."""
+    train = in_split(examples, Split.TRAIN)
     begin = time.perf_counter()
-    held_out = trainer.score(start, in_split(own, Split.VALIDATION)[: spec.weight_cap])
-    trained = trainer.train(start, train, task, epochs=task.epochs, rng=snapshot.generator(plan, Draw.ORDER))
+    held_out = trainer.score(start, in_split(examples, Split.VALIDATION)[:cap])
+    trained = trainer.train(start, train, task, epochs=task.epochs, rng=rng)
     log.info("trained on %d examples", len(train), extra={"training_seconds": time.perf_counter() - begin})
-    outcome = Outcome(start, trained, len(train), held_out)
-    return contribution(outcome, trainer.layout, spec, snapshot.generator(plan, Draw.ROUNDING))
+    return Outcome(start, trained, len(train), held_out)
+
+
+def _unquoted(error: Exception) -> str:
+    """What failed, without the text of a library's exception, which may quote an example."""
+    if isinstance(error, EdgeAdaptError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {place.name}, line {place.lineno} of {place.filename}"

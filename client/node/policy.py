@@ -1,9 +1,10 @@
-"""The ``[policy]`` table of ``device.toml``: the limits within which a device accepts an offer.
+"""The ``[policy]`` table of ``device.toml``: the limits within which a device accepts an offer and trains.
 
-Each key is a limit of ``aggregation.policy``, with its default. Reading refuses unknown keys, and limits that protect
-nobody.
+Each key is a limit of ``aggregation.policy`` or of ``client.training.limits``, with its default. Reading refuses
+unknown keys, and limits that protect nobody.
 """
 
+from dataclasses import fields
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,8 +13,9 @@ from adapters.settings import Settings
 from aggregation.errors import ConfigError
 from aggregation.policy import Policy
 from aggregation.spec import Adversary
+from client.training.limits import TrainingLimits
 
-SAFE = Policy()
+SAFE, TRAINING = Policy(), TrainingLimits()
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -70,6 +72,29 @@ class PolicySettings(Settings):
         description="greatest age of the authority's revocation list, in days; 0: no list is demanded, and an existing "
         "one is used until it expires",
     )
+    maximum_magnitude: float = Field(
+        default=TRAINING.maximum_magnitude, gt=0, description="largest absolute value in an adapter to train"
+    )
+    maximum_scaling: float = Field(
+        default=TRAINING.maximum_scaling, gt=0, description="largest alpha / rank, the factor of a LoRA update"
+    )
+    maximum_labels: int = Field(default=TRAINING.maximum_labels, ge=2, description="most labels of a task")
+    maximum_learning_rate: float = Field(
+        default=TRAINING.maximum_learning_rate, gt=0, description="largest learning rate of a task"
+    )
+    maximum_epochs: int = Field(
+        default=TRAINING.maximum_epochs, ge=1, description="most passes over the examples in a round"
+    )
+    maximum_batch_size: int = Field(
+        default=TRAINING.maximum_batch_size, ge=1, description="most examples in a step of training"
+    )
+    answer_quantum_seconds: float = Field(
+        default=TRAINING.answer_quantum_seconds,
+        ge=0,
+        le=86_400,
+        description="offers and plans are answered at a multiple of this time after they arrived, in seconds; 0: at "
+        "once. The multiple still shows coarsely how long training took, unless this is above the longest",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -87,5 +112,13 @@ class PolicySettings(Settings):
         """
         bases = {base_digest} & set(self.known_bases) if self.known_bases else {base_digest}
         adversaries = frozenset(Adversary(name) for name in self.adversaries)
-        limits = self.model_dump(exclude={"known_bases", "adversaries"})
+        limits = self.model_dump(exclude={"known_bases", "adversaries", *_names(TrainingLimits)})
         return Policy(known_bases=frozenset(bases), adversaries=adversaries, **limits)
+
+    def training(self) -> TrainingLimits:
+        """The limits of what the device trains."""
+        return TrainingLimits(**self.model_dump(include=_names(TrainingLimits)))
+
+
+def _names(limits: type) -> set[str]:
+    return {field.name for field in fields(limits)}

@@ -5,6 +5,7 @@
 
 from client.training.contribute import Outcome, clip, contribution, require_bounds
 from client.training.examples import Example, Score, Split, in_split, read_examples, write_examples
+from client.training.limits import TrainingLimits
 from client.training.personal import Candidate, Personalization, personalize
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Personalization",
     "Score",
     "Split",
+    "TrainingLimits",
     "clip",
     "contribution",
     "in_split",

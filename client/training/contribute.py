@@ -4,13 +4,14 @@ This vector is all that a device sends of its data, and it is sent under the mas
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adapters.layout import Layout, Tensors
 from adapters.task import contribution_spec
-from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.errors import ConfigError, ProtocolError
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
@@ -28,6 +29,11 @@ class Outcome:
     trained: Tensors
     examples: int  # trained on
     held_out: Score  # of ``start`` on the device's held-out examples
+
+    @classmethod
+    def nothing(cls, start: Tensors) -> Self:
+        """The outcome of a device that could not train: its contribution is zero, with weight zero."""
+        return cls(start, start, 0, Score(0, 0, 0.0))
 
 
 def require_bounds(spec: SessionSpec, layout: Layout) -> None:
@@ -66,11 +72,8 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.ra
         off by less than one step of its segment, without bias.
 
     Raises:
-        DataError: A tensor has another layout, NaN or infinity, a metric is outside its bound, or there is no example.
+        DataError: A tensor has another layout, NaN or infinity, or a metric is outside its bound.
     """
-    if outcome.examples < 1:
-        reason = f"{outcome.examples} training examples make no contribution"
-        raise DataError(reason, about="examples", value=outcome.examples)
     delta = layout.flatten(outcome.trained).astype(np.float64) - layout.flatten(outcome.start)
     weight = min(outcome.examples, spec.weight_cap)
     values = {

@@ -65,10 +65,14 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
 def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
     """All examples in the file.
 
+    Args:
+        path: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``).
+        labels: The number of labels; every example's label must be below it.
+
     Raises:
         DataError: As ``read_file`` and ``parse_examples``.
     """
-    return parse_examples(read_file(path), labels, path)
+    return parse_examples(read_file(path), path, labels)
 
 
 def read_file(path: Path) -> bytes:
@@ -85,13 +89,13 @@ def read_file(path: Path) -> bytes:
         raise DataError(f"cannot read the examples in {path}: {error.strerror}", about="examples") from error
 
 
-def parse_examples(raw: bytes, labels: int, path: Path) -> tuple[Example, ...]:
+def parse_examples(raw: bytes, path: Path, labels: int | None = None) -> tuple[Example, ...]:
     """The examples in the content of a file.
 
     Args:
         raw: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``), in UTF-8.
-        labels: The number of labels; every example's label is below it.
         path: Of the file, for messages.
+        labels: The number of labels; every example's label must be below it. None: any label is accepted.
 
     Raises:
         DataError: It is not UTF-8, a line is not an example, or there is no training example.
@@ -115,7 +119,7 @@ def in_split(examples: Sequence[Example], split: Split) -> tuple[Example, ...]:
     return tuple(example for example in examples if example.split is split)
 
 
-def _example(line: str, where: str, labels: int) -> Example:
+def _example(line: str, where: str, labels: int | None) -> Example:
     try:
         row: dict[str, Any] = json.loads(line)
         text, label, split = row["text"], row["label"], Split(row.get("split", "train"))
@@ -127,6 +131,7 @@ def _example(line: str, where: str, labels: int) -> Example:
         raise DataError(f"the text in {where} is not a string of Unicode", about="example.text")
     if not text.strip() or len(text) > MAX_TEXT:
         raise DataError(f"the text in {where} is empty or longer than {MAX_TEXT} characters", about="example.text")
-    if type(label) is not int or not 0 <= label < labels:
-        raise DataError(f"the label in {where} is not an integer from 0 to {labels - 1}", about="example.label")
+    if type(label) is not int or label < 0 or (labels is not None and label >= labels):
+        highest = "on" if labels is None else f"to {labels - 1}"
+        raise DataError(f"the label in {where} is not an integer from 0 {highest}", about="example.label")
     return Example(text, label, split)

@@ -8,6 +8,7 @@ device follows from the scenario's seed: the one that orders its examples, so th
 import hashlib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from cryptography import x509
@@ -24,6 +25,7 @@ from client.node.enrolment import TrustAnchors, enrol, install_certificate
 from client.node.policy import SAFE, PolicySettings
 from client.node.statedir import TRAINING_KEY, DeviceSettings, DeviceStateDir
 from client.training.examples import Example, Split, write_examples
+from client.training.limits import TrainingLimits
 from client.training.trainer import load_trainer
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
@@ -66,6 +68,7 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
         minimum_cohort=smallest,
         minimum_survivors=min(SAFE.minimum_survivors, honest),
         adversaries=sorted({"active", scenario.federation.aggregation.adversary}),
+        **_training_limits(scenario, len(population.labels)),
     )
     # The base is named as in the scenario; one that the run has rounded is in the run's folder.
     name = str(base.folder) if scenario.export.train_on_dequantized else scenario.base.model
@@ -89,6 +92,22 @@ def registry(out: Path) -> Registry:
     """The registry of the fleet's coordinator."""
     folder = out / COORDINATOR
     return open_registry(folder, IdentityKey.from_pem((folder / KEY).read_bytes()))
+
+
+def _training_limits(scenario: Scenario, labels: int) -> dict[str, Any]:
+    """The default limits, except where the scenario itself needs more, and without a delay of answers.
+
+    The in-process grid has a clock of its own, in which training takes no time, and nobody measures the answers.
+    """
+    training, adapter, default = scenario.federation.training, scenario.adapter, TrainingLimits()
+    needed = {
+        "maximum_scaling": adapter.alpha / adapter.rank,
+        "maximum_labels": labels,
+        "maximum_learning_rate": training.learning_rate,
+        "maximum_epochs": training.epochs,
+        "maximum_batch_size": training.batch_size,
+    }
+    return {name: max(value, getattr(default, name)) for name, value in needed.items()} | {"answer_quantum_seconds": 0}
 
 
 def _publish_seed(coordinator: CoordinatorStateDir, scenario: Scenario, population: Population, base: Base) -> None:

@@ -43,8 +43,9 @@ def make_trial_fleet(
     for device, rows in examples.items():
         state_dir, certificate = folder / device, folder / f"{device}.pem"
         pinned = ("--authority", authority / "authority.pem", "--coordinator", coordinator / "coordinator.pem")
-        few = ("--set", "policy.minimum_cohort=3", "--set", "policy.minimum_survivors=2")
-        call("device", "enrol", "--state", state_dir, "--name", device, "--base", base, *pinned, *few)
+        limits = ("policy.minimum_cohort=3", "policy.minimum_survivors=2", "policy.answer_quantum_seconds=1")
+        trial = [part for limit in limits for part in ("--set", limit)]
+        call("device", "enrol", "--state", state_dir, "--name", device, "--base", base, *pinned, *trial)
         call("authority", "issue", authority, "--request", state_dir / "request.csr", "--out", certificate)
         call("device", "install", "--state", state_dir, "--certificate", certificate)
         lines = [json.dumps({"text": text, "label": label, "split": split}) for text, label, split in rows]

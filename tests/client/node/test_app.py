@@ -4,7 +4,6 @@ The tests act as the coordinator, with its key, so that they can sign what an ho
 """
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from adapters import files, storage
-from adapters.layout import Layout
+from adapters.layout import Layout, Tensors
 from aggregation import checks, envelope, server
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import DataError
 from aggregation.messages import Challenge, Survivors
 from aggregation.pki import Authority
 from aggregation.steps import ADAPTER, BODY, RECORD, REVOCATIONS, Step
@@ -30,7 +28,7 @@ from aggregation.vector import VectorSpec
 from client.node.app import FAILED, REFUSED, STATE, app
 from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import LOCK, DeviceStateDir
-from client.training.trainer import Trainer
+from client.training.contribute import Outcome
 from coordinator import settings
 from coordinator.statedir import CoordinatorStateDir
 
@@ -305,12 +303,18 @@ def test_bounds_that_tell_devices_apart_are_refused_by_every_device(
     for device, body in plans.items():
         talk.refused(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}, "offer.spec.vector")
     monkeypatch.setattr("client.node.app.require_bounds", lambda *given: None)
+    monkeypatch.setattr(Outcome, "nothing", failing)  # the second check
     refused = {
         device: talk.reply(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}).has_error()
         for device, body in plans.items()
     }
     assert any(refused.values())
     assert name != "weight" or refused == {device: number > 1 for number, device in enumerate(sorted(plans))}
+
+
+def failing(start: Tensors) -> Outcome:
+    """In place of ``Outcome.nothing``: answer with the error that made it necessary."""
+    raise
 
 
 def test_a_coordinator_with_another_key_is_refused(talk: Talk, fleet_of: Callable[..., Any]) -> None:
@@ -351,43 +355,6 @@ def test_a_damaged_state_excludes_a_device_from_one_session_only(talk: Talk) -> 
 
 
 # What an error may say.
-
-
-@pytest.mark.parametrize("spoil", ["broken", "label", "empty", "gone"])
-def test_an_error_in_the_examples_is_reported_without_its_reason(talk: Talk, spoil: str) -> None:
-    path = talk.fleet.out / "devices" / FIRST / "examples.jsonl"
-    right = path.read_bytes()
-    path.unlink()
-    if spoil != "gone":
-        wrong = {"broken": f'{{"text": "{PHRASE}"', "label": json.dumps({"text": PHRASE, "label": 99}), "empty": ""}
-        path.write_text(wrong[spoil])
-    _, plans = talk.plan(talk.established())
-    record = {BODY: plans[FIRST], ADAPTER: talk.adapter}
-    reply = talk.reply(FIRST, Step.PLAN, record)
-    assert reply.error.reason == "no usable examples"
-    talk.refused(FIRST, Step.PLAN, record)
-    path.write_bytes(right)
-    _, plans = talk.plan(talk.established())
-    talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
-
-
-@pytest.mark.parametrize("error", [RuntimeError(PHRASE), DataError(PHRASE), OSError(28, PHRASE), ValueError(PHRASE)])
-def test_no_text_of_an_exception_is_sent(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
-) -> None:
-    session = talk.established()
-    _, plans = talk.plan(session)
-
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    with monkeypatch.context() as broken, caplog.at_level(logging.WARNING, "edgeadapt.device"):
-        broken.setattr(Trainer, "train", fail)
-        reply = talk.reply(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
-    assert reply.error.code in (REFUSED, FAILED)
-    assert "4711" not in repr(reply)
-    assert "4711" in caplog.text  # on the device
-    talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
 
 
 @pytest.mark.parametrize("name", ["authority.pem", "revoked.crl"])

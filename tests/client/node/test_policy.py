@@ -16,6 +16,7 @@ from aggregation.spec import Adversary
 from client.cli import device
 from client.node.policy import PolicySettings
 from client.node.statedir import DeviceSettings, DeviceStateDir
+from client.training.limits import TrainingLimits
 from tests.support import refused
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "reference" / "device-policy.md"
@@ -33,6 +34,13 @@ CHANGED: dict[str, Any] = {
     "maximum_rounds": 4,
     "demand_proofs": False,
     "revocation_days": 7,
+    "maximum_magnitude": 50.0,
+    "maximum_scaling": 4.0,
+    "maximum_labels": 60,
+    "maximum_learning_rate": 0.5,
+    "maximum_epochs": 3,
+    "maximum_batch_size": 8,
+    "answer_quantum_seconds": 2.5,
 }
 
 
@@ -48,17 +56,23 @@ def with_policy(folder: Path, table: str) -> DeviceStateDir:
 
 
 def test_every_limit_of_the_core_can_be_set_and_its_default_is_the_cores() -> None:
-    assert set(PolicySettings.model_fields) == {field.name for field in dataclasses.fields(Policy)} == set(CHANGED)
+    limits = [field.name for limits in (Policy, TrainingLimits) for field in dataclasses.fields(limits)]
+    assert sorted(PolicySettings.model_fields) == sorted(limits) == sorted(CHANGED)
     assert PolicySettings().policy(BASE) == Policy(known_bases=frozenset({BASE}))
+    assert PolicySettings().training() == TrainingLimits()
 
 
 @pytest.mark.parametrize("key", CHANGED)
 def test_a_limit_in_the_file_is_the_limit_in_force(tmp_path: Path, key: str) -> None:
-    default = Policy(known_bases=frozenset({BASE}))
+    sessions, training = Policy(known_bases=frozenset({BASE})), TrainingLimits()
     value = CHANGED[key]
-    found = with_policy(tmp_path, f"{key} = {json.dumps(value)}\n").settings.policy.policy(BASE)
+    found = with_policy(tmp_path, f"{key} = {json.dumps(value)}\n").settings.policy
     expected = {"known_bases": frozenset({BASE}), "adversaries": frozenset(Adversary)}.get(key, value)
-    assert found == dataclasses.replace(default, **{key: expected})
+    if hasattr(training, key):
+        training = dataclasses.replace(training, **{key: expected})
+    else:
+        sessions = dataclasses.replace(sessions, **{key: expected})
+    assert (found.policy(BASE), found.training()) == (sessions, training)
 
 
 def test_a_policy_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -95,6 +109,14 @@ def test_with_a_base_that_is_not_known_a_device_joins_no_session() -> None:
         ("maximum_rounds = 0\n", "policy.maximum_rounds"),
         ("maximum_weight = true\n", "policy.maximum_weight"),
         ("complete_up_to = 2\n", "policy.complete_up_to"),
+        ("maximum_magnitude = inf\n", "policy.maximum_magnitude"),
+        ("maximum_scaling = 0\n", "policy.maximum_scaling"),
+        ("maximum_labels = 1\n", "policy.maximum_labels"),
+        ("maximum_learning_rate = 0.0\n", "policy.maximum_learning_rate"),
+        ("maximum_epochs = 1.5\n", "policy.maximum_epochs"),
+        ("maximum_batch_size = 0\n", "policy.maximum_batch_size"),
+        ("answer_quantum_seconds = -1\n", "policy.answer_quantum_seconds"),
+        ("answer_quantum_seconds = 1e9\n", "policy.answer_quantum_seconds"),
     ],
 )
 def test_a_wrong_policy_is_refused_by_key(tmp_path: Path, table: str, about: str) -> None:

@@ -135,10 +135,11 @@ def test_only_the_bounds_that_follow_from_clip_norm_and_weight_cap_are_accepted(
         require_bounds(replace(spec_of(), weight_cap=2**32), LAYOUT)
 
 
-@pytest.mark.parametrize("examples", [0, -1])
-def test_without_examples_there_is_no_contribution(examples: int) -> None:
-    with refused(DataError, "examples", value=examples):
-        sent(outcome_of([0.0] * 10, examples=examples), spec_of())
+def test_a_device_that_could_not_train_contributes_exact_zeros() -> None:
+    spec = spec_of()
+    vector = contribution(Outcome.nothing(START), LAYOUT, spec, np.random.default_rng(0))
+    assert not vector.any()
+    assert vector.shape == (spec.vector.size,)
 
 
 def test_an_adapter_of_another_layout_is_refused() -> None:

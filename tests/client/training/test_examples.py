@@ -12,7 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregation.errors import DataError
-from client.training.examples import MAX_FILE, MAX_TEXT, Example, Split, in_split, read_examples, write_examples
+from client.training.examples import (
+    MAX_FILE,
+    MAX_TEXT,
+    Example,
+    Split,
+    in_split,
+    parse_examples,
+    read_examples,
+    write_examples,
+)
 from tests.support import refused
 
 PHRASE = "the code of the safe is 4711"
@@ -142,6 +151,15 @@ def test_a_line_that_is_not_an_example_is_refused_by_number_and_never_quoted(
 ) -> None:
     path = file_of(tmp_path, line(), "", row)
     assert f"line 3 of {path}" in refused_unquoted(path, about)
+
+
+def test_without_a_number_of_labels_every_label_is_accepted_that_could_be_one(tmp_path: Path) -> None:
+    path = file_of(tmp_path, line(label=0), line(label=10**9))
+    found = parse_examples(path.read_bytes(), path)
+    assert [example.label for example in found] == [0, 10**9]
+    for label in (-1, 1.0, True, None):
+        with refused(DataError, "example.label"):
+            parse_examples(line(label=label).encode(), tmp_path)
 
 
 def refused_unquoted(path: Path, about: str) -> str:

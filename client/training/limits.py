@@ -1,0 +1,68 @@
+"""The limits of what a device trains for a coordinator.
+
+They are checked before an example is read, so that a refusal says nothing about examples. An adapter with huge numbers
+can make the loss overflow only on devices that hold a certain phrase. One within the limits might still do so; the
+device then answers with a contribution of zero (``contribute.Outcome.nothing``).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from adapters.layout import Tensors
+from adapters.peftconfig import LoraSpec
+from adapters.task import Task
+from aggregation.errors import ConfigError, ProtocolError
+from aggregation.session import COORDINATOR
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingLimits:
+    """Limits on the training of this device. They belong to its owner; the defaults are far above usual values.
+
+    Args:
+        maximum_magnitude: Largest absolute value in an adapter.
+        maximum_scaling: Largest ``alpha / rank``, the factor of a LoRA update.
+        maximum_labels: Most labels of a task.
+        maximum_learning_rate: Largest learning rate of AdamW.
+        maximum_epochs: Most passes over the examples in a round.
+        maximum_batch_size: Most examples in a step, which bounds the memory that training needs.
+        answer_quantum_seconds: Offers and plans are answered at a multiple of this time after they arrived. 0: at once.
+    """
+
+    maximum_magnitude: float = 1000.0
+    maximum_scaling: float = 64.0
+    maximum_labels: int = 1024
+    maximum_learning_rate: float = 0.1
+    maximum_epochs: int = 10
+    maximum_batch_size: int = 64
+    answer_quantum_seconds: float = 60.0
+
+    def check(self, task: Task, adapter: Tensors) -> LoraSpec:
+        """Return what to build, if the task and the adapter on offer are within these limits.
+
+        Args:
+            task: As decoded.
+            adapter: Finite tensors.
+
+        Raises:
+            ProtocolError: A value is above its limit, or the adapter's configuration is not plain LoRA.
+        """
+        try:
+            lora = LoraSpec.of(task.peft_config)
+        except ConfigError as error:
+            raise ProtocolError.of(error, COORDINATOR) from None
+        magnitude = max((float(np.abs(tensor).max(initial=0)) for tensor in adapter.values()), default=0.0)
+        rules = (
+            ("adapter.magnitude", magnitude, self.maximum_magnitude),
+            ("task.scaling", lora.alpha / lora.rank, self.maximum_scaling),
+            ("task.labels", len(task.labels), self.maximum_labels),
+            ("task.learning_rate", task.learning_rate, self.maximum_learning_rate),
+            ("task.epochs", task.epochs, self.maximum_epochs),
+            ("task.batch_size", task.batch_size, self.maximum_batch_size),
+        )
+        for about, value, limit in rules:
+            if value > limit:
+                reason = f"{about} {value:g} is over this device's maximum of {limit:g}"
+                raise ProtocolError(reason, COORDINATOR, about=about, value=value)
+        return lora

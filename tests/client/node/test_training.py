@@ -1,0 +1,101 @@
+"""How a device answers a plan that it must not or cannot train: within limits, and without telling why of its data."""
+
+import json
+import logging
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters import files
+from adapters.peftconfig import PeftConfig
+from aggregation.steps import ADAPTER, BODY, Step
+from client.training.trainer import Trainer
+from tests.client.node.test_app import DEVICES, FIRST, PHRASE, Talk, talk
+
+__all__ = ["talk"]
+SPOILED = {
+    "example": f'{{"text": "{PHRASE}"',
+    "examples.split": "",
+    "examples": None,  # no file
+}
+
+
+@pytest.mark.parametrize("about", SPOILED)
+def test_examples_that_cannot_be_used_are_answered_with_weight_zero(talk: Talk, about: str) -> None:
+    path, content = talk.fleet.state_dir(FIRST).examples, SPOILED[about]
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert weight(talk) == sum(trained(talk, number) for number in range(1, DEVICES))
+    assert talk.refusals == ([about] if content is not None else [about, "examples.split"])
+
+
+def test_an_example_with_a_label_that_the_task_lacks_is_left_out(talk: Talk, caplog: pytest.LogCaptureFixture) -> None:
+    with talk.fleet.state_dir(FIRST).examples.open("a") as file:
+        file.write(json.dumps({"text": PHRASE, "label": 3}) + "\n")
+    with caplog.at_level(logging.WARNING, "edgeadapt.device"):
+        assert weight(talk) == sum(trained(talk, number) for number in range(DEVICES))
+    assert "1 examples have a label that the task lacks" in caplog.text
+
+
+def trained(talk: Talk, number: int) -> int:
+    return len(talk.fleet.population.households[number].train)
+
+
+def weight(talk: Talk) -> float:
+    """The total weight of a round in which every device answers every step."""
+    collecting, plans = talk.plan(talk.established())
+    unmasking, requests = talk.confirm(*talk.collect(collecting, plans))
+    for device, body in requests.items():
+        unmasking = unmasking.on_unmask_response(device, talk.ask(device, Step.UNMASK, body))
+    _, result = unmasking.close()
+    return float(result.values["weight"][0])
+
+
+@pytest.mark.parametrize("error", [RuntimeError(PHRASE), OSError(28, PHRASE), ValueError(PHRASE), MemoryError(PHRASE)])
+def test_an_exception_in_training_is_answered_and_its_text_is_not_logged(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    _, plans = talk.plan(talk.established())
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as broken, caplog.at_level(logging.DEBUG, "edgeadapt.device"):
+        broken.setattr(Trainer, "train", fail)
+        talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
+    assert "4711" not in caplog.text
+    assert f"contributed nothing: {type(error).__name__} in fail" in caplog.text
+    assert talk.refusals == [type(error).__name__]
+
+
+@pytest.mark.parametrize(
+    ("about", "changes"),
+    [
+        ("task.learning_rate", {"learning_rate": 0.2}),
+        ("task.epochs", {"epochs": 11}),
+        ("task.batch_size", {"batch_size": 65}),
+        ("task.labels", {"labels": tuple(map(str, range(1025)))}),
+        ("task.scaling", {"peft_config": PeftConfig("LORA", 2, 130, ("query", "value"))}),
+    ],
+)
+def test_training_beyond_the_owners_limits_is_refused_before_an_example_is_read(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, about: str, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("client.node.app.parse_examples", lambda *_: pytest.fail("an example was read"))
+    task = talk.coordinator.settings.training.task(talk.version().manifest, 0)
+    _, plans = talk.plan(talk.established(), training=replace(task, **changes).encode())
+    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, about)
+
+
+def test_an_adapter_of_huge_numbers_is_refused_before_an_example_is_read(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.node.app.parse_examples", lambda *_: pytest.fail("an example was read"))
+    tensors = talk.coordinator.registry.tensors(0)
+    name = max(tensors)
+    blob = files.encode({**tensors, name: np.full_like(tensors[name], -1000.5)})
+    _, plans = talk.plan(talk.established(), adapter_digest=files.sha256(blob))
+    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: blob}, "adapter.magnitude")
