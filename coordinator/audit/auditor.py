@@ -164,9 +164,17 @@ class _Audit:
             previous=self.checkpoints[0].previous if self.checkpoints else NO_SESSION,
             last=self.checkpoints[-1].digest() if self.checkpoints else b"",
             start=self.checkpoints[0].newest if self.checkpoints else None,
-            newest=self.checkpoints[-1].newest if self.checkpoints else None,
+            newest=self._newest,
+            open_plan=_open_plan(history) if history else None,
             produced=produced(history, self.unmasked) if history and passed else (),
         )
+
+    @property
+    def _newest(self) -> AdapterId | None:
+        """The adapter of the last result, or the one that the session started from."""
+        rounds = self.history.rounds if self.history else []
+        results = [each.ending.produced for each in rounds if isinstance(each.ending, Result)]
+        return results[-1] if results else self.checkpoints[0].newest if self.checkpoints else None
 
     def _summary(self, current: histories.Round) -> RoundSummary:
         number = current.plan.round
@@ -181,6 +189,11 @@ class _Audit:
             rules.ending(current),
             not isinstance(current.ending, Result),
         )
+
+
+def _open_plan(history: History) -> str | None:
+    last = history.rounds[-1] if history.rounds else None
+    return last.plan.digest().hex() if last and last.ending is None else None
 
 
 def _find(check: Check, step: Callable[[], str]) -> Finding:

@@ -8,6 +8,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.manifest import VersionManifest
 from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.transcript import AdapterId, Place
 
@@ -157,8 +158,10 @@ class Report:
         previous: Digest of the last checkpoint of the session before, according to this log.
         last: Digest of this log's last checkpoint; empty if it has none.
         start: Version and digest of the adapter that the session started from; None without a checkpoint.
-        newest: Those of the newest adapter at the last checkpoint.
+        newest: Those of the newest adapter at the end of the log.
+        open_plan: Digest of the plan of the last round, hex, if the log does not say how it ended.
         produced: The adapters of the rounds with a result, in order; empty if a check failed.
+        published: The newest adapter in the registry just before the log was read, if it is available.
     """
 
     findings: tuple[Finding, ...]
@@ -170,7 +173,9 @@ class Report:
     last: bytes
     start: AdapterId | None
     newest: AdapterId | None
+    open_plan: str | None
     produced: tuple[ProducedAdapter, ...] = ()
+    published: VersionManifest | None = None
 
     @property
     def failed(self) -> tuple[Finding, ...]:

@@ -20,7 +20,7 @@ from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.registryfiles import RegistryFiles
 from aggregation.errors import ConfigError, DataError, TrustError
-from aggregation.transcript import Place
+from aggregation.transcript import AdapterId, Place
 from coordinator import optimizer
 from coordinator.audit.findings import Check, Finding, Problem, ProducedAdapter, Status, count
 from coordinator.optimizer import Stateless
@@ -51,22 +51,37 @@ class Recomputation:
     unpublished: ProducedAdapter | None = None
     rules: set[optimizer.Settings] = field(default_factory=set)
 
-    def check(self, produced: tuple[ProducedAdapter, ...]) -> Finding:
-        """The adapters of one session.
+    def check(self, start: AdapterId | None, produced: tuple[ProducedAdapter, ...]) -> Finding:
+        """The adapters of one session: the one that it started from, and those that it made.
+
+        Rounds that were aborted had one of these (``rules.results``).
 
         Raises:
             ConfigError: The registry is of another format.
         """
         reasons: list[str] = []
         self.rules.clear()
-        for each in produced:
-            try:
+        place: Place | None = None
+        try:
+            if start is not None:
+                self._require_published(start)
+            for each in produced:
+                place = each.place
                 reasons.append(self._step(each, each is produced[-1]))
-            except Problem as problem:
-                return Finding(Check.ADAPTERS, Status.FAIL, str(problem), problem.place, problem.about)
-            except (DataError, TrustError) as error:
-                return Finding(Check.ADAPTERS, Status.FAIL, f"{each.place}: {error}", each.place, error.about)
+        except Problem as problem:
+            return Finding(Check.ADAPTERS, Status.FAIL, str(problem), problem.place, problem.about)
+        except (DataError, TrustError) as error:
+            return Finding(
+                Check.ADAPTERS, Status.FAIL, f"{place}: {error}" if place else str(error), place, error.about
+            )
         return self._summary(reasons)
+
+    def _require_published(self, start: AdapterId) -> None:
+        manifest = self.registry.manifest(start[0])
+        if manifest is None or manifest.id != start:
+            text = f"the session started from another adapter than was published as {start[0]}"
+            raise Problem("checkpoint.adapter", text)
+        self.registry.tensors(manifest)
 
     def _summary(self, reasons: list[str]) -> Finding:
         """``reasons``: for each adapter the key of why its step could not be recomputed; empty if it was."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from adapters import storage
+from adapters.manifest import VersionManifest
 from adapters.registryfiles import DATABASE, RegistryFiles
 from aggregation.errors import DataError, TrustError, of_file
 from aggregation.pki import Root
@@ -135,10 +136,12 @@ class AuditInput:
         reports, sums = {}, RepeatedSums()
         for path in self.paths:
             accepted = unfinished and path == self.paths[-1]
+            published = _newest(self.registry)  # before the log is read, in which a session under way is ahead of it
             report = audit(storage.read(path), self.root, self.coordinator, vectors, at=self.at, unfinished=accepted)
-            findings = (_repeats(path.name, report, sums), _adapters(report, recomputation))
+            more = (_repeats(path.name, report, sums), _adapters(report, recomputation))
             produced = tuple(replace(each, mean=None) for each in report.produced)  # the means take memory
-            reports[path.name] = replace(report, findings=(*report.findings, *findings), produced=produced)
+            findings = (*report.findings, *more)
+            reports[path.name] = replace(report, findings=findings, produced=produced, published=published)
         return reports
 
     def require(self, reports: Mapping[str, Report], *, unfinished: bool) -> None:
@@ -152,8 +155,8 @@ class AuditInput:
                 report.require()
         if self.complete:
             chain(reports)
-        if self.complete and self.registry and not unfinished:
-            _require_all_logged(self.registry, reports)
+        if self.complete and self.registry:
+            _require_all_logged(self.registry, reports, unfinished=unfinished)
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -214,7 +217,7 @@ def _adapters(report: Report, recomputation: Recomputation | None) -> Finding:
     if recomputation is None:
         text = "the published adapters are not available (--registry)"
         return Finding(Check.ADAPTERS, Status.SKIPPED, text, about="--registry")
-    return recomputation.check(report.produced)
+    return recomputation.check(report.start, report.produced)
 
 
 def _find(path: Path) -> tuple[Path, ...]:
@@ -246,15 +249,31 @@ def _vector(folder: Path, digest: bytes) -> bytes | None:
         return None
 
 
-def _require_all_logged(registry: RegistryFiles, reports: Mapping[str, Report]) -> None:
-    """Return if the newest adapter of a registry is in the logs, to which it is written before it is published."""
-    logged = max((each.after[0] for report in reports.values() for each in report.produced), default=0)
+def _newest(registry: RegistryFiles | None) -> VersionManifest | None:
+    """The newest manifest; None if it cannot be read, which ``_require_all_logged`` says."""
     try:
-        newest = registry.manifest()
-    except DataError as error:
-        raise TrustError(str(error), about=error.about) from None
-    if newest is None:
+        return registry.manifest() if registry else None
+    except (DataError, TrustError):
+        return None
+
+
+def _require_all_logged(registry: RegistryFiles, reports: Mapping[str, Report], *, unfinished: bool) -> None:
+    """Return if the newest adapter of a registry is in the logs.
+
+    A session under way publishes an adapter before it logs the result, so there the open round may have made it.
+
+    Raises:
+        TrustError: It is in no log, or the registry cannot be read or is empty.
+    """
+    *_, last = reports.values()
+    if last.published is None:
+        try:
+            registry.manifest()
+        except DataError as error:
+            raise TrustError(str(error), about=error.about) from None
         raise TrustError(f"{registry.folder / DATABASE} has no adapter: restore it from a copy", about=DATABASE)
-    if newest.version > logged:
-        text = f"adapter {newest.version} was published and is in no log: the log of a session is missing"
-        raise TrustError(text, about="session", value=newest.version)
+    logged = max((report.newest[0] for report in reports.values() if report.newest), default=0)
+    under_way = unfinished and last.open_plan is not None and last.published.plan == last.open_plan
+    if last.published.version > logged + under_way:
+        text = f"adapter {last.published.version} was published and is in no log: the log of a session is missing"
+        raise TrustError(text, about="session", value=last.published.version)
