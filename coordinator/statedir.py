@@ -15,11 +15,13 @@ from typing import Self
 from sqlalchemy.engine import URL
 
 from adapters import storage
+from adapters.keyfiles import MAX_PEM
 from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
+from aggregation.pki.revocation import MAX_REVOCATIONS
 from coordinator.registry import Registry
 from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.transcripts import Transcripts
@@ -86,9 +88,9 @@ class CoordinatorStateDir:
                 )
         settings = FederationSettings.read(folder / SETTINGS)
         with of_file(folder / KEY):
-            key = IdentityKey.from_pem((folder / KEY).read_bytes())
+            key = IdentityKey.from_pem(storage.read(folder / KEY, MAX_PEM))
         with of_file(folder / AUTHORITY):
-            root = Root.from_pem((folder / AUTHORITY).read_bytes())
+            root = Root.from_pem(storage.read(folder / AUTHORITY, MAX_PEM))
         transcripts = Transcripts(folder / TRANSCRIPT, key, root, settings.aggregation.keep_masked_inputs)
         return cls(folder, key, root, settings, open_registry(folder, key), transcripts)
 
@@ -105,7 +107,7 @@ class CoordinatorStateDir:
         for path in (self.folder / TRANSCRIPT / REVOKED, self.folder / REVOKED):
             if path.exists():
                 with of_file(path):
-                    root = root.with_revocations(path.read_bytes())
+                    root = root.with_revocations(storage.read(path, 2 * MAX_REVOCATIONS))
         if root.revoked is not None:
             root.revoked.require_fresh(at)
         return root

@@ -18,7 +18,7 @@ from adapters.layout import Floats, Layout, Tensors
 from adapters.peft.config import Settings, config_of, saved_modules, settings_of
 from adapters.peft.inputs import LORA, AdapterInputs
 from adapters.peftconfig import PeftConfig
-from adapters.storage import new_folder, write_files
+from adapters.storage import new_folder, read, write_files
 from aggregation.errors import ConfigError, DataError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -57,9 +57,9 @@ def read_peft(folder: Path) -> PeftFolder:
                 f"{folder} has only {PICKLE}, a pickle, which is not read: save it again with safetensors", about=PICKLE
             )
         raise ConfigError(f"{folder} has no {WEIGHTS}", about=WEIGHTS)
-    settings = _settings(_read(folder / CONFIG, MAX_CONFIG))
+    settings = _settings(read(folder / CONFIG, MAX_CONFIG))
     config = config_of(settings)
-    blob = _read(folder / WEIGHTS, MAX_ADAPTER)
+    blob = read(folder / WEIGHTS, MAX_ADAPTER)
     tensors = _tensors(blob)
     _check_saved(tensors, saved_modules(settings))
     AdapterInputs.of_tensors(config, tensors)
@@ -88,12 +88,6 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
     contents = {CONFIG: json.dumps(settings, indent=2).encode() + b"\n", WEIGHTS: files.encode(tensors)}
     with new_folder(out) as stage:
         write_files(stage, contents)
-
-
-def _read(path: Path, limit: int) -> bytes:
-    if path.stat().st_size > limit:
-        raise DataError(f"{path} is above the limit of {limit} bytes", about=path.name)
-    return path.read_bytes()
 
 
 def _settings(raw: bytes) -> Settings:

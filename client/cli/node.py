@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from adapters import storage
 from adapters.settings import overridden
 from aggregation.errors import ConfigError, of_file
 from client.cli import options
@@ -39,10 +40,10 @@ def enrol(
     from aggregation.pki.identity import PublicKey
     from client.node.enrolment import REQUEST, TrustAnchors
     from client.node.enrolment import enrol as create
-    from client.node.statedir import DeviceSettings
+    from client.node.statedir import LONGEST, DeviceSettings
 
     settings = DeviceSettings.parse(overridden({"base": base}, overrides), "--set")
-    anchors = TrustAnchors(authority.read_bytes(), coordinator.read_bytes())
+    anchors = TrustAnchors(storage.read(authority, LONGEST), storage.read(coordinator, LONGEST))
     key = create(state_dir, name, settings, anchors, SystemEntropy())
     click.echo(f"authority    {Root.from_pem(anchors.authority).fingerprint}")
     click.echo(f"coordinator  {PublicKey.from_pem(anchors.coordinator).key_id}")
@@ -61,18 +62,18 @@ def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> 
       edgeadapt device install --state kitchen --certificate kitchen.pem
     """
     from client.node.enrolment import install_certificate
-    from client.node.statedir import DeviceStateDir
+    from client.node.statedir import LONGEST, DeviceStateDir
 
     if certificate is None and revoked is None:
         raise ConfigError("nothing to install: give --certificate or --revoked", about="--certificate")
     opened = DeviceStateDir.open(state_dir)
     if revoked is not None:
         with of_file(revoked):
-            opened.revoke(revoked.read_bytes())
+            opened.revoke(storage.read(revoked, LONGEST))
         click.echo("revocation list installed")
     if certificate is not None:
         with of_file(certificate):
-            name, end = install_certificate(opened, certificate.read_bytes(), datetime.now(UTC))
+            name, end = install_certificate(opened, storage.read(certificate, LONGEST), datetime.now(UTC))
         click.echo(f"{name} is enrolled until {end:%Y-%m-%d}")
 
 

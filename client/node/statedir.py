@@ -16,11 +16,11 @@ import tomli_w
 from pydantic import Field
 
 from adapters.settings import Settings
-from adapters.storage import locked, replace
+from adapters.storage import locked, read, replace
 from aggregation import sealed, transcript
 from aggregation.client import Device
 from aggregation.entropy import Entropy
-from aggregation.errors import ConfigError, ProtocolError, TrustError, of_file
+from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
@@ -43,6 +43,8 @@ SNAPSHOT = "examples.sealed"
 LOG_STATE = "log.state"
 REVOKED = "revoked.crl"
 LOCK = "session.lock"
+LONGEST = 2**21  # bytes of a file other than the two below: a revocation list in PEM form is the largest
+LONGEST_STATE = 2**30  # bytes of a session's state, or of the examples that it trains on
 
 Read = TypeVar("Read")
 
@@ -205,7 +207,7 @@ class DeviceStateDir:
         """
         path = self.folder / LOG_STATE
         try:
-            return transcript.LOG_STATE.decode(path.read_bytes()) if path.exists() else None
+            return transcript.LOG_STATE.decode(self._read(LOG_STATE)) if path.exists() else None
         except ProtocolError:
             reason = f"{path} is damaged; delete it with 'edgeadapt device forget'"
             raise TrustError(reason, about=LOG_STATE) from None
@@ -224,7 +226,9 @@ class DeviceStateDir:
 
     def _read(self, name: str) -> bytes:
         try:
-            return (self.folder / name).read_bytes()
+            return read(self.folder / name, LONGEST_STATE if name in (STATE, SNAPSHOT) else LONGEST)
+        except DataError as error:  # a device, a pipe, or too large; no error about examples
+            raise TrustError(str(error), about=error.about, value=error.value) from error
         except FileNotFoundError as error:
             reason = f"{self.folder} has no {name}: enrol this device first ('edgeadapt device enrol', then 'install')"
             raise TrustError(reason, about=name) from error

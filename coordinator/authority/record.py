@@ -15,7 +15,7 @@ from typing import Annotated, BinaryIO, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from adapters.storage import locked
+from adapters.storage import locked, read
 from aggregation.errors import DataError
 from aggregation.pki.revocation import Reason
 
@@ -72,7 +72,7 @@ class AuthorityRecord:
         Raises:
             DataError: A complete line is damaged.
         """
-        return self._events(self.path.read_bytes())
+        return self._events(read(self.path))
 
     @contextmanager
     def writing(self) -> Iterator["RecordWriter"]:

@@ -240,7 +240,7 @@ class AuthorityStore:
 
     def _read(self, name: str) -> bytes:
         try:
-            return (self.folder / name).read_bytes()
+            return storage.read(self.folder / name)
         except (FileNotFoundError, NotADirectoryError):
             text = f"{self.folder} is not an authority's folder: it has no {name}"
             raise ConfigError(text, about=name, value=str(self.folder)) from None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adapters import storage
 from adapters.settings import overridden
 from aggregation.errors import ConfigError, EdgeAdaptError
 
@@ -52,12 +53,13 @@ def init(state_dir: Path, authority: Path, overrides: tuple[str, ...], as_json: 
       edgeadapt coordinator init fleet --authority authority/authority.pem
       edgeadapt coordinator init fleet --authority authority.pem --set rounds=20 --set server.optimizer=fedadam
     """
+    from adapters.keyfiles import MAX_PEM
     from aggregation.entropy import SystemEntropy
     from coordinator.settings import SETTINGS, FederationSettings
     from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
 
     settings = FederationSettings.parse(overridden({}, overrides), "--set")
-    made = CoordinatorStateDir.create(state_dir, authority.read_bytes(), settings, SystemEntropy())
+    made = CoordinatorStateDir.create(state_dir, storage.read(authority, MAX_PEM), settings, SystemEntropy())
     public, key, fingerprint = state_dir / PUBLIC_KEY, made.key.public.key_id, made.root.fingerprint
     if as_json:
         click.echo(

@@ -368,6 +368,31 @@ def test_an_error_in_a_devices_own_files_is_reported_without_its_reason(talk: Ta
     assert (reply.error.code, reply.error.reason) == (REFUSED, "cannot take part; the device's log has the reason")
 
 
+@pytest.mark.parametrize("kind", ["endless", "pipe", "large"])
+def test_a_file_that_would_never_end_or_fill_the_memory_is_refused_unread(talk: Talk, kind: str) -> None:
+    _, roster = talk.sharing()
+    folder = talk.fleet.out / "devices" / FIRST
+    small = ("identity.pem", "certificate.der", "authority.pem", "coordinator.pem", "revoked.crl", "sealing.key")
+    for name in (*small, "session.sealed", "device.toml"):
+        path, aside = folder / name, folder / "aside"
+        if path.exists():
+            path.rename(aside)
+        if kind == "endless":
+            path.symlink_to("/dev/zero")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.touch()
+            os.truncate(path, 2**31)  # sparse: it takes no space
+        reply = talk.reply(FIRST, Step.ROSTER, {BODY: roster})
+        path.unlink()
+        if aside.exists():
+            aside.rename(path)
+        assert (reply.error.code, reply.error.reason) == (REFUSED, "cannot take part; the device's log has the reason")
+        assert talk.refusals[-1] == name
+    talk.ask(FIRST, Step.ROSTER, roster)
+
+
 def test_no_answer_is_sent_before_the_new_state_is_on_the_disk(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     session = talk.established()
     _, plans = talk.plan(session)

@@ -1,6 +1,7 @@
 """The authority's folder, its certificates and its revocation lists."""
 
 import base64
+import os
 import stat
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from adapters import storage
-from aggregation.errors import ConfigError, TrustError
+from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki import Authority
 from aggregation.pki.revocation import Reason
 from coordinator.authority import AuthorityStore
@@ -70,6 +71,14 @@ def test_a_name_that_no_certificate_can_have_is_refused(tmp_path: Path, name: st
 def test_a_short_passphrase_is_refused(tmp_path: Path) -> None:
     with refused(ConfigError, "passphrase"):
         AuthorityStore.create(tmp_path / "authority", "fleet", 10, 10, b"short")
+
+
+@pytest.mark.parametrize("name", ["authority.key", "authority.pem", "record.jsonl"])
+def test_a_pipe_in_an_authoritys_folder_is_refused_unread(store: AuthorityStore, name: str) -> None:
+    (store.folder / name).unlink()
+    os.mkfifo(store.folder / name)
+    with refused(DataError, name):
+        store.certificates() if name == "record.jsonl" else store.unlock(None)
 
 
 @pytest.mark.parametrize("name", [".", "missing", "file"])
