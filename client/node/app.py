@@ -74,7 +74,7 @@ def _handler(message: Message, context: Context) -> Message:
         log.warning("%s refused: %s", step.value, error, extra={"about": error.about})
         return Message(Error(REFUSED, _reason(error)), reply_to=message)
     except Exception:
-        # Flower would send the text of the exception, which may quote an example.
+        # Flower would send the text of the exception, which may name files of the device.
         log.exception("%s failed", step.value)
         return Message(Error(FAILED, "failed on the device; its log has the reason"), reply_to=message)
 
@@ -251,7 +251,9 @@ def _train(base: Base, planned: Planned, blob: bytes, snapshot: Snapshot, path: 
         order = snapshot.generator(plan, Draw.ORDER)
         outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order)
         return contribution(outcome, trainer.layout, spec, rounding)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizer is in Rust, whose panics are no Exception
         about = error.about if isinstance(error, EdgeAdaptError) else type(error).__name__
         log.warning("contributed nothing: %s", _unquoted(error), extra={"about": about})
         return contribution(Outcome.nothing(start), trainer.layout, spec, rounding)
@@ -277,7 +279,7 @@ def _outcome(
     return Outcome(start, trained, len(train), held_out)
 
 
-def _unquoted(error: Exception) -> str:
+def _unquoted(error: BaseException) -> str:
     """What failed, without the text of a library's exception, which may quote an example."""
     if isinstance(error, EdgeAdaptError):
         return str(error)
