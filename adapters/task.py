@@ -5,6 +5,7 @@ contribution are the sums that are aggregated under the masks. ``client/training
 next adapter from the mean, and its auditor does so again.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,12 +19,14 @@ from adapters import jsontext
 from adapters.layout import Layout
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.keystream import Keystream
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
 
 MAX_LOSS = 20.0  # nats; a device's loss is clipped to it, so that the metric has a bound
 
 NORM_ERROR = 2.0**-20  # relative: a norm of 2^27 numbers in float64 is off by less than 2^-26
+UNIFORMS = 8  # numbers in the noise of one coordinate of the mean
 
 Sums = Mapping[str, NDArray[np.float64]]  # segment → sum over the survivors, shape (size,), in the segment's unit
 Positive = Annotated[int, Field(gt=0)]
@@ -102,7 +105,7 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
       and stochastic rounding moves a coordinate by less than a step for each survivor.
 
     Guarantee: no sum of honest contributions that has an example is refused. The mean of a sum that is not refused has
-    at most the norm ``clip_norm`` + n · s · √d / W, whoever lied.
+    at most the norm ``clip_norm`` + n · s · √d / W, whoever lied; ``weighted_mean`` adds its noise.
 
     Args:
         spec: Of the session.
@@ -128,9 +131,33 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
 def weighted_mean(spec: SessionSpec, sums: Sums, survivors: int) -> NDArray[np.float32]:
     """The mean of the survivors' deltas, weighted by their examples; arguments as of ``require_reach``.
 
+    The mean is published, as the difference of two adapters. Without noise its coordinates are multiples of s / W, the
+    step over the total weight, and would reveal W. The noise (``_dither``) has a standard deviation of 0.8 · s / W, and
+    stochastic rounding one of up to √n / 2 · s / W. Its key is the digest of all sums: whoever knows them computes the
+    same mean, and whoever knows the mean alone cannot subtract the noise.
+
     Raises:
         DataError: As ``require_reach``.
     """
     require_reach(spec, sums, survivors)
-    found: NDArray[np.float32] = (sums["delta"] / sums["weight"][0]).astype(np.float32)
-    return found
+    delta, key = sums["delta"], hashlib.sha256(b"edgeadapt/dither/1\x00")
+    for segment in spec.vector.segments:
+        key.update(sums[segment.name].tobytes())
+    step = next(spec.vector.step(segment) for segment in spec.vector.segments if segment.name == "delta")
+    noisy = delta + step * _dither(key.digest(), delta.size)
+    mean: NDArray[np.float32] = (noisy / sums["weight"][0]).astype(np.float32)
+    return mean
+
+
+def _dither(key: bytes, size: int) -> NDArray[np.float64]:
+    """Noise of shape ``(size,)``, in steps: sums of ``UNIFORMS`` numbers that are uniform over (-1/2, 1/2).
+
+    One uniform number removes the period of the steps from the distribution of a coordinate, each further one from a
+    further derivative (Wannamaker et al. 2000, "A Theory of Nonsubtractive Dither"). The bits are the same on every
+    machine.
+    """
+    stream, total, drawn = Keystream(key), np.zeros(size, np.int64), np.empty(size, "<i4")
+    for _ in range(UNIFORMS):
+        stream.read_into(drawn.data.cast("B"))
+        total += drawn
+    return total.astype(np.float64) * 2.0**-32

@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
-import numpy as np
-
 from adapters import files
 from adapters.cores import cores
-from adapters.task import require_reach, weighted_mean
+from adapters.task import MAX_LOSS, require_reach, weighted_mean
 from aggregation import server
 from aggregation.errors import DataError
 from aggregation.pki import Root
@@ -31,6 +29,10 @@ from coordinator.transcripts import Transcripts
 from coordinator.transport import Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
+# Published with the survivors' names, an exact count of examples is an equation, and rounds have different survivors:
+# the equations give the counts of single devices. So no count is published, nor the exact accuracy, a fraction whose
+# denominator is such a count. ``adapters.task.weighted_mean`` keeps the total weight out of the adapter.
+DECIMALS = 2
 
 
 def federate(
@@ -135,19 +137,18 @@ def within_reach(session: Established, result: RoundResult) -> tuple[Established
 
 
 def metrics_of(result: RoundResult) -> dict[str, float]:
-    """The metrics of a round, from the sums of its survivors.
+    """The metrics of a round, from the sums of its survivors, as they are published.
 
     Returns:
-        ``examples``: the total weight. ``accuracy`` (a share) and ``loss`` (nats): means over the held-out examples, of
-        the adapter that the round began with; absent where the survivors have no held-out example.
+        ``accuracy`` (a share) and ``loss`` (nats): means over the held-out examples, of the adapter that the round
+        began with, to ``DECIMALS``; absent where the survivors have no held-out example, or cannot have these sums.
     """
     total = {name: float(values[0]) for name, values in result.values.items() if values.size == 1}
-    held_out = float(np.rint(total["held_out"]))
-    metrics = {"examples": float(np.rint(total["weight"]))}
-    if held_out >= 1:
-        metrics["accuracy"] = float(np.rint(total["correct"])) / held_out
-        metrics["loss"] = max(total["loss"], 0.0) / held_out
-    return metrics
+    correct, held_out, loss = (total[name] for name in ("correct", "held_out", "loss"))
+    if not (held_out >= 1 and 0 <= correct <= held_out):
+        return {}
+    mean_loss = min(max(loss / held_out, 0.0), MAX_LOSS)  # rounding, or a device that lies
+    return {"accuracy": round(correct / held_out, DECIMALS), "loss": round(mean_loss, DECIMALS)}
 
 
 def _record(

@@ -94,8 +94,8 @@ class Aggregation(Settings):
     ring_bits: int = Field(default=22, ge=16, le=62, description="bits of an element of the masked vector")
     keep_masked_inputs: bool = Field(
         default=False,
-        description="keep every masked update in the transcript, so that an auditor can recompute the sums; takes "
-        "devices × rounds × upload of disk space",
+        description="keep every masked update in the transcript, so that whoever reads it can recompute the sums, with "
+        "the exact number of examples; takes devices × rounds × upload of disk space",
     )
 
     def spec(self, devices: int, layout: Layout, base_digest: str, rounds: int) -> SessionSpec:
