@@ -39,12 +39,13 @@ def thresholds(history: History) -> str:
     for current in history.rounds:
         _enough_devices(history, current)
     signatures = f" and {spec.quorum} signatures on its survivor set" if active else ""
+    trusted = "" if active else ". The session is honest-but-curious: nothing shows that all devices were shown one set"
     both = "both secrets of a device, or signatures on two survivor sets," if active else "both secrets of a device"
     chance = "" if spec.degree >= present - 1 else " (except by chance, at most 2^-40)"
     return (
         f"{spec.threshold} of {holders} devices recover a secret; a sum needs {spec.minimum_survivors} devices or more"
         f"{signatures}. No round continued with fewer. With these numbers, {both} take "
-        f"{count(tolerated + 1, 'colluding device')} or more{chance}"
+        f"{count(tolerated + 1, 'colluding device')} or more{chance}{trusted}"
     )
 
 

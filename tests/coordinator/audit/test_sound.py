@@ -47,6 +47,8 @@ def test_the_report_has_the_step_at_which_each_device_dropped_out(logged_of: Ses
     assert report.rounds[0].dropouts_by_step == {step.value: tuple(devices) for step, devices in dropouts.items()}
     assert set(report.rounds[0].planned) - set(report.rounds[0].survivors) == {"device-001"}
     assert report.rounds[1].dropouts_by_step == report.dropouts_by_step == {}
+    text = report.findings[list(Check).index(Check.THRESHOLDS)].text
+    assert ("nothing shows that all devices were shown one set" in text) == (adversary is not Adversary.ACTIVE)
 
 
 @pytest.mark.parametrize(("kind", "step"), [(Advert, "offer"), (Shares, "roster")])
