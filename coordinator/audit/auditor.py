@@ -160,6 +160,7 @@ class _Audit:
             rounds=tuple(self._summary(current) for current in history.rounds) if history else (),
             dropouts_by_step=history.dropouts_by_step if history else {},
             participation=rules.participation(history) if history else {},
+            offer=history.offer.digest().hex() if history else "",
             entries=len(self.reading.entries),
             previous=self.checkpoints[0].previous if self.checkpoints else NO_SESSION,
             last=self.checkpoints[-1].digest() if self.checkpoints else b"",
@@ -180,6 +181,7 @@ class _Audit:
         number = current.plan.round
         return RoundSummary(
             number,
+            current.plan.digest().hex(),
             current.plan.members,
             rules.adapter(current),
             current.survivors,
@@ -187,7 +189,7 @@ class _Audit:
             current.dropouts_by_step(self._history.offer.spec.adversary),
             self.unmasked[number].blamed if number in self.unmasked else (),
             rules.ending(current),
-            not isinstance(current.ending, Result),
+            current.ending.produced if isinstance(current.ending, Result) else None,
         )
 
 

@@ -97,6 +97,7 @@ class RoundSummary:
 
     Args:
         round: Its number in the session.
+        plan: Digest of the plan, hex.
         planned: The members of its plan.
         adapter: Version and digest of the adapter from which the devices trained.
         survivors: The devices whose updates are in the sum; empty if the coordinator never named them.
@@ -106,10 +107,11 @@ class RoundSummary:
             drops out after its update arrived is still a survivor.
         blamed: The devices that revealed wrong shares.
         ending: The adapter that the round produced, or why it produced none.
-        aborted: It produced none.
+        result: Version and digest of that adapter, or None.
     """
 
     round: int
+    plan: str
     planned: tuple[str, ...]
     adapter: AdapterId
     survivors: tuple[str, ...]
@@ -117,7 +119,7 @@ class RoundSummary:
     dropouts_by_step: Mapping[str, tuple[str, ...]]
     blamed: tuple[str, ...]
     ending: str
-    aborted: bool
+    result: AdapterId | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,7 @@ class Report:
         rounds: As far as the log could be followed.
         dropouts_by_step: Step → devices that dropped out before the first round.
         participation: Device → rounds whose sum contains its update.
+        offer: Digest of the session's offer, hex; empty if it cannot be read.
         entries: Number of entries in the log.
         previous: Digest of the last checkpoint of the session before, according to this log.
         last: Digest of this log's last checkpoint; empty if it has none.
@@ -168,6 +171,7 @@ class Report:
     rounds: tuple[RoundSummary, ...]
     dropouts_by_step: Mapping[str, tuple[str, ...]]
     participation: Mapping[str, int]
+    offer: str
     entries: int
     previous: bytes
     last: bytes

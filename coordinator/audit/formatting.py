@@ -51,7 +51,7 @@ def render_rounds(checked: AuditInput, reports: Mapping[str, Report], *, entries
             notes = [_dropouts(each.dropouts_by_step)] if each.dropouts_by_step else []
             notes += [f"wrong shares of {', '.join(each.blamed)}"] if each.blamed else []
             known = f"its sum over {count(len(each.unmasked), 'device')} could be unmasked"
-            notes += [known] if each.unmasked and each.aborted else []
+            notes += [known] if each.unmasked and not each.result else []
             yield "  ".join([f"  round {each.round:>3}", survived, each.ending, *notes])
         often = [f"{device} {number}" for device, number in report.participation.items()]
         yield f"  results that contain a device: {', '.join(often)}"

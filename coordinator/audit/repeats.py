@@ -34,7 +34,7 @@ class RepeatedSums:
         """
         aborted, repeated = list[str](), list[str]()
         for current in rounds:
-            if current.unmasked and current.aborted:
+            if current.unmasked and not current.result:
                 aborted.append(
                     f"round {current.round} was aborted when its sum could be unmasked, over {_names(current.unmasked)}"
                 )

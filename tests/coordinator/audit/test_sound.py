@@ -32,7 +32,7 @@ def test_the_report_has_rounds_survivors_and_dropouts(logged: LoggedSession) -> 
     assert third.ending == "aborted (too-few)"
     assert third.survivors == third.unmasked == ()
     assert (first.unmasked, second.unmasked) == (first.survivors, second.survivors)
-    assert [each.aborted for each in (first, second, third)] == [False, False, True]
+    assert [each.result is None for each in (first, second, third)] == [False, False, True]
     assert third.dropouts_by_step == {"plan": ("device-000", "device-001")}
     assert first.ending.startswith("produced adapter 1")
 
