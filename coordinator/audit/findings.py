@@ -8,7 +8,6 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.manifest import VersionManifest
 from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.transcript import AdapterId, Place
 
@@ -164,7 +163,6 @@ class Report:
         newest: Those of the newest adapter at the end of the log.
         open_plan: Digest of the plan of the last round, hex, if the log does not say how it ended.
         produced: The adapters of the rounds with a result, in order; empty if a check failed.
-        published: The newest adapter in the registry just before the log was read, if it is available.
     """
 
     findings: tuple[Finding, ...]
@@ -179,7 +177,6 @@ class Report:
     newest: AdapterId | None
     open_plan: str | None
     produced: tuple[ProducedAdapter, ...] = ()
-    published: VersionManifest | None = None
 
     @property
     def failed(self) -> tuple[Finding, ...]:

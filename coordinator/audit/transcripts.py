@@ -88,6 +88,7 @@ class AuditInput:
         pinned: Authority and coordinator's key come from the auditor, and not from the transcript.
         at: When the sessions took place, if that is known.
         registry: Where the coordinator published its adapters, if it is available.
+        published: The newest adapter there. It is read before the logs, which a session under way continues meanwhile.
         complete: These are all the sessions of the coordinator, not a single log.
     """
 
@@ -97,6 +98,7 @@ class AuditInput:
     pinned: bool
     at: datetime | None
     registry: RegistryFiles | None
+    published: VersionManifest | None
     complete: bool
 
     @classmethod
@@ -110,7 +112,7 @@ class AuditInput:
         Raises:
             ConfigError: The folder of ``options.registry`` has no registry.
             DataError: There is no log, or a file is too large.
-            TrustError: A certificate, a key or a list is missing or damaged.
+            TrustError: A certificate, a key or a list is missing or damaged; or the registry is damaged or empty.
         """
         complete = not path.is_file()
         paths = _find(path) if complete else (path,)
@@ -121,8 +123,9 @@ class AuditInput:
         state_dir = options.registry or (folder.parent if (folder.parent / DATABASE).exists() else None)
         root = _with_revocations(root, options, folder, state_dir)
         if state_dir is None:
-            return cls(paths, root, key, pinned, options.at, None, complete)
-        return cls(paths, root, key, pinned, options.at, RegistryFiles.open(state_dir, [key]), complete)
+            return cls(paths, root, key, pinned, options.at, None, None, complete)
+        registry = RegistryFiles.open(state_dir, [key])
+        return cls(paths, root, key, pinned, options.at, registry, _newest(registry), complete)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
         """Name of a log → its report, in order. ``unfinished``: accept that the last one is not closed.
@@ -136,27 +139,25 @@ class AuditInput:
         reports, sums = {}, RepeatedSums()
         for path in self.paths:
             accepted = unfinished and path == self.paths[-1]
-            published = _newest(self.registry)  # before the log is read, in which a session under way is ahead of it
             report = audit(storage.read(path), self.root, self.coordinator, vectors, at=self.at, unfinished=accepted)
-            more = (_repeats(path.name, report, sums), _adapters(report, recomputation))
+            findings = (_repeats(path.name, report, sums), _adapters(report, recomputation))
             produced = tuple(replace(each, mean=None) for each in report.produced)  # the means take memory
-            findings = (*report.findings, *more)
-            reports[path.name] = replace(report, findings=findings, produced=produced, published=published)
+            reports[path.name] = replace(report, findings=(*report.findings, *findings), produced=produced)
         return reports
 
     def require(self, reports: Mapping[str, Report], *, unfinished: bool) -> None:
         """Return if every session passed and, of a complete set, none is missing.
 
         Raises:
-            TrustError: A check failed, a session is missing, or the registry cannot be read or is empty.
+            TrustError: A check failed, or a session is missing.
         """
         for name, report in reports.items():
             with of_file(name):
                 report.require()
         if self.complete:
             chain(reports)
-        if self.complete and self.registry:
-            _require_all_logged(self.registry, reports, unfinished=unfinished)
+        if self.complete and self.published:
+            _require_logged(self.published, reports, unfinished=unfinished)
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -249,31 +250,33 @@ def _vector(folder: Path, digest: bytes) -> bytes | None:
         return None
 
 
-def _newest(registry: RegistryFiles | None) -> VersionManifest | None:
-    """The newest manifest; None if it cannot be read, which ``_require_all_logged`` says."""
+def _newest(registry: RegistryFiles) -> VersionManifest:
+    """The newest manifest.
+
+    Raises:
+        ConfigError: The registry is of another format.
+        TrustError: It is damaged or empty.
+    """
     try:
-        return registry.manifest() if registry else None
-    except (DataError, TrustError):
-        return None
+        newest = registry.manifest()
+    except DataError as error:
+        raise TrustError(str(error), about=error.about) from None
+    if newest is None:
+        raise TrustError(f"{registry.folder / DATABASE} has no adapter: restore it from a copy", about=DATABASE)
+    return newest
 
 
-def _require_all_logged(registry: RegistryFiles, reports: Mapping[str, Report], *, unfinished: bool) -> None:
+def _require_logged(published: VersionManifest, reports: Mapping[str, Report], *, unfinished: bool) -> None:
     """Return if the newest adapter of a registry is in the logs.
 
     A session under way publishes an adapter before it logs the result, so there the open round may have made it.
 
     Raises:
-        TrustError: It is in no log, or the registry cannot be read or is empty.
+        TrustError: It is in no log.
     """
     *_, last = reports.values()
-    if last.published is None:
-        try:
-            registry.manifest()
-        except DataError as error:
-            raise TrustError(str(error), about=error.about) from None
-        raise TrustError(f"{registry.folder / DATABASE} has no adapter: restore it from a copy", about=DATABASE)
     logged = max((report.newest[0] for report in reports.values() if report.newest), default=0)
-    under_way = unfinished and last.open_plan is not None and last.published.plan == last.open_plan
-    if last.published.version > logged + under_way:
-        text = f"adapter {last.published.version} was published and is in no log: the log of a session is missing"
-        raise TrustError(text, about="session", value=last.published.version)
+    under_way = unfinished and last.open_plan is not None and published.plan == last.open_plan
+    if published.version > logged + under_way:
+        text = f"adapter {published.version} was published and is in no log: the log of a session is missing"
+        raise TrustError(text, about="session", value=published.version)

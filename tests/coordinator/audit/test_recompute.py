@@ -182,11 +182,13 @@ def test_a_manifest_that_is_altered_or_of_another_version_is_found(state_dir_of:
         rows = dict(connection.execute("SELECT version, manifest FROM edgeadapt_versions"))
         update = "UPDATE edgeadapt_versions SET manifest = ? WHERE version = ?"
         connection.execute(update, (rows[1][:-1] + b" ", 1))
-        connection.execute(update, (rows[2], 3))
-    first, second = adapters(state_dir)
-    assert outcome(first) == outcome(second) == (Status.FAIL, "manifest")
+    first, _second = adapters(state_dir)
+    assert outcome(first) == (Status.FAIL, "manifest")
     assert f"{state_dir / DATABASE}, manifest of version 1" in first.text
-    assert f"{state_dir / DATABASE}, manifest of version 3" in second.text
+    with database(state_dir) as connection:
+        connection.execute(update, (rows[2], 3))
+    with refused(TrustError, "manifest", value=3):
+        AuditInput.open(state_dir, AuditOptions())
 
 
 def test_a_missing_last_session_is_found_by_its_published_adapter(state_dir_of: Callable[[str], Path]) -> None:
@@ -202,22 +204,13 @@ def test_an_empty_or_damaged_registry_does_not_pass_for_one_without_a_missing_se
     state_dir_of: Callable[[str], Path],
 ) -> None:
     state_dir = state_dir_of("digests")
-    for path in sorted((state_dir / "transcript").glob("session-*.log"))[1:]:
-        path.unlink()
-    (state_dir / "transcript" / log_name(1)).write_bytes(b"")
-    checked = AuditInput.open(state_dir, AuditOptions())
     with database(state_dir) as connection:
         connection.execute("DELETE FROM edgeadapt_versions")
-    require_registry(checked)
-    (state_dir / DATABASE).write_bytes(b"no database")
-    require_registry(checked)
-
-
-def require_registry(checked: AuditInput) -> None:
-    """The logs are not the reason."""
-    reports = {name: replace(report, findings=()) for name, report in checked.audit(unfinished=False).items()}
     with refused(TrustError, DATABASE):
-        checked.require(reports, unfinished=False)
+        AuditInput.open(state_dir, AuditOptions())
+    (state_dir / DATABASE).write_bytes(b"no database")
+    with refused(TrustError, DATABASE):
+        AuditInput.open(state_dir, AuditOptions())
 
 
 def test_an_adapter_of_the_open_round_of_a_session_under_way_is_not_missed(state_dir_of: Callable[[str], Path]) -> None:
@@ -230,6 +223,7 @@ def test_an_adapter_of_the_open_round_of_a_session_under_way_is_not_missed(state
     checked = AuditInput.open(state_dir, AuditOptions())
     checked.require(checked.audit(unfinished=True), unfinished=True)
     resign(state_dir, 3, plan="0" * 64)
+    checked = AuditInput.open(state_dir, AuditOptions())
     with refused(TrustError, "session", value=3):
         checked.require(checked.audit(unfinished=True), unfinished=True)
 
