@@ -12,6 +12,7 @@ from aggregation.pki.revocation import RevocationList
 from aggregation.session import COORDINATOR
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 
+MAX_REPEATS = 15  # a device remembers the survivors of each
 _Rule = tuple[bool, str, object, str]  # whether it holds, the field it is about, that field's value, and the refusal
 
 
@@ -32,6 +33,8 @@ class Policy:
         complete_up_to: Largest cohort in which every device must be every other's neighbor.
         maximum_weight: Largest weight cap, in examples.
         maximum_rounds: Most rounds in a session.
+        maximum_repeats: Most sums from an adapter for which the device reveals shares after the first one.
+            ``least_difference`` says over which devices.
         demand_proofs: Whether to take part again only if the coordinator proves what its log holds (``transcript``).
         revocation_days: Greatest age of the authority's revocation list, in days. 0: no list is required, and a list
             that the device has is valid until its own end.
@@ -50,6 +53,7 @@ class Policy:
     complete_up_to: int = graph.COMPLETE_UP_TO
     maximum_weight: int = 65_536
     maximum_rounds: int = 64
+    maximum_repeats: int = 1
     demand_proofs: bool = True
     revocation_days: int = 0
 
@@ -61,6 +65,7 @@ class Policy:
             ("corrupt_fraction", 0 <= self.corrupt_fraction < 1, "in [0, 1)"),
             ("minimum_ring_bits", 1 <= low <= high, f"between 1 and maximum_ring_bits {high}"),
             ("maximum_ring_bits", high <= 64, "64 or less"),
+            ("maximum_repeats", 0 <= self.maximum_repeats <= MAX_REPEATS, f"between 0 and {MAX_REPEATS}"),
             ("revocation_days", self.revocation_days >= 0, "0 or more"),
         )
         for name, holds, expected in ranges:
@@ -83,6 +88,13 @@ class Policy:
             ProtocolError: It may not; the error is about the first field that breaks the policy.
         """
         _require("offer", self._offer_rules(spec, cohort))
+
+    def least_difference(self, devices: int) -> int:
+        """Fewest devices by which two sums from one adapter may differ, unless they are over the same devices.
+
+        So many that ``minimum_survivors`` of them are honest, if there are ``devices`` on the roster.
+        """
+        return self.minimum_survivors + graph.count_of(devices, self.corrupt_fraction)
 
     def check_revocations(self, revoked: RevocationList | None, at: datetime) -> None:
         """Return if this device may rely at time ``at`` on the revocation list that it has, or on having none.

@@ -9,7 +9,7 @@ COMMANDS = {
     "adapters": ("client.cli.adapters", "adapters", "List and verify the adapters of a bundle.", ""),
     "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
     "enrol": ("client.cli.node", "enrol", "Create a device's state directory and certificate request.", ""),
-    "forget": ("client.cli.node", "forget", "Delete what the device remembers of the coordinator's log.", ""),
+    "forget": ("client.cli.node", "forget", "Delete what the device remembers of the coordinator.", ""),
     "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),
     "install": ("client.cli.node", "install", "Install a certificate or revocation list.", ""),
     "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),

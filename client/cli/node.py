@@ -12,6 +12,7 @@ from aggregation.errors import ConfigError, of_file
 from client.cli import options
 
 WIDTH = 18
+FORGETTING = "The coordinator can then show this device a different past, and repeat rounds that it took part in."
 
 
 @click.command()
@@ -105,10 +106,10 @@ def policy(state_dir: Path, as_json: bool) -> None:
 @options.state_dir
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def forget(state_dir: Path, yes: bool) -> None:
-    """Delete what this device remembers of the coordinator's log.
+    """Leave the session, and delete what this device remembers of the coordinator: its log, and the last adapter.
 
-    For a coordinator that lost its transcripts: the device refuses its offers, because the log that it remembers is
-    gone.
+    For a coordinator that lost its transcripts or its newest adapters, or whose rounds failed too often while they were
+    unmasked: the device refuses its offers or plans, because they contradict what it remembers.
 
     \b
     Example:
@@ -120,13 +121,13 @@ def forget(state_dir: Path, yes: bool) -> None:
     if not yes and not _confirmed():
         raise ConfigError("nothing was deleted: the answer was no", about="--yes")
     with opened.locked():
-        opened.save_log_state(None)
+        opened.forget()
     click.echo("deleted; this device accepts the coordinator's next offer as its first")
 
 
 def _confirmed() -> bool:
     try:
-        return click.confirm("The coordinator can then show this device a different past. Continue?", err=True)
+        return click.confirm(f"{FORGETTING} Continue?", err=True)
     except click.Abort as error:
         if isinstance(error.__context__, EOFError):
             raise ConfigError("standard input is closed, so nobody can confirm: give --yes", about="--yes") from None

@@ -32,12 +32,14 @@ from aggregation import client, envelope, masks
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
-from aggregation.messages import Plan, Unmask
+from aggregation.messages import Plan, Survivors, Unmask
 from aggregation.ring import Ring
 from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, REVOCATIONS, Step
 from aggregation.transcript import LogState, logged_part
+from client.node import adapterstate
+from client.node.adapterstate import AdapterState
 from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import DeviceStateDir
 from client.training.contribute import Outcome, contribution, require_bounds
@@ -146,17 +148,23 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
         planned = state.on_plan(device, body, datetime.now(UTC))
         log_state = _after_receipt(device, log_state, fields, planned.plan)
+        adapter_state = adapterstate.on_plan(
+            state_dir.load_adapter_state(), planned.plan, device.policy.maximum_repeats
+        )
         snapshot = state_dir.load_snapshot(planned.ready.session.peers[planned.ready.me].share_key)
         limits = state_dir.settings.policy.training()
         vector = _train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples, limits)
         after, answer = planned.contribute(device, vector, cores())
+        state_dir.save_adapter_state(adapter_state)
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
+        _after_sum(state_dir, device, state, after.survivors)  # signs for no sum for which it reveals no shares
         log_state = log_state and log_state.on_survivors(after.survivors.vectors, answer)
     elif step is Step.UNMASK and isinstance(state, Masked | Confirmed):
         after, answer = state.on_unmask(device, body)
         survivors = Unmask.decode(envelope.unverified_body(body)).survivors
+        state_dir.save_adapter_state(_after_sum(state_dir, device, state, survivors))
         log_state = log_state and log_state.on_survivors(survivors.vectors)
     else:
         held = "has joined no session" if state is None else f"is in the state {type(state).__name__}"
@@ -202,6 +210,14 @@ def _after_receipt(
     after = log_state.on_receipt(device.coordinator, _proof(fields))
     after.require_newest(plan)
     return after
+
+
+def _after_sum(
+    state_dir: DeviceStateDir, device: Device, state: Masked | Confirmed, survivors: Survivors
+) -> AdapterState:
+    """Verify that the sum over ``survivors`` differs enough from earlier ones; the adapter state after it."""
+    least = device.policy.least_difference(len(state.ready.session.peers))
+    return adapterstate.on_survivors(state_dir.load_adapter_state(), state.plan, survivors.vectors, least)
 
 
 def _proof(fields: Mapping[str, bytes]) -> bytes:

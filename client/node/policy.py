@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from adapters.settings import Settings
 from aggregation.errors import ConfigError
-from aggregation.policy import Policy
+from aggregation.policy import MAX_REPEATS, Policy
 from aggregation.spec import Adversary
 from client.training.limits import TrainingLimits
 
@@ -60,6 +60,13 @@ class PolicySettings(Settings):
         default=SAFE.maximum_weight, ge=1, description="largest weight of one device in the mean, in examples"
     )
     maximum_rounds: int = Field(default=SAFE.maximum_rounds, ge=1, description="most rounds in a session")
+    maximum_repeats: int = Field(
+        default=SAFE.maximum_repeats,
+        ge=0,
+        le=MAX_REPEATS,
+        description="most sums from an adapter for which the device reveals shares after the first one; each is over "
+        "the same devices, or over sets that differ by minimum_survivors honest devices",
+    )
     demand_proofs: bool = Field(
         default=SAFE.demand_proofs,
         description="take part again only if the coordinator proves that its log extends what this device saw and "

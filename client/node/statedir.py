@@ -1,8 +1,9 @@
 """A device's state directory: identity, trust anchors, settings, examples and session state.
 
 Every file is readable by its owner only. The state of a session is encrypted at rest, and replaced atomically *before*
-an answer leaves the device: a device that restarts never answers a step twice. The log state and the newest revocation
-list are replaced in the same way; neither is secret. What a session trains on is encrypted as well (``snapshot``).
+an answer leaves the device: a device that restarts never answers a step twice. Log state, adapter state and the newest
+revocation list are replaced in the same way; none of them is secret. What a session trains on is encrypted as well
+(``snapshot``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
 from aggregation.transcript import LogState
+from aggregation.wire import Codec
+from client.node.adapterstate import ADAPTER_STATE, AdapterState
 from client.node.policy import PolicySettings
 from client.node.snapshot import Snapshot, session_secret
 
@@ -41,10 +44,11 @@ TRAINING_KEY = "training.key"
 STATE = "session.sealed"
 SNAPSHOT = "examples.sealed"
 LOG_STATE = "log.state"
+ADAPTERS = "adapter.state"
 REVOKED = "revoked.crl"
 LOCK = "session.lock"
-LONGEST = 2**21  # bytes of a file other than the two below: a revocation list in PEM form is the largest
-LONGEST_STATE = 2**30  # bytes of a session's state, or of the examples that it trains on
+LONGEST = 2**21  # bytes of a file other than those below: a revocation list in PEM form is the largest
+LONGEST_STATE = 2**30  # bytes of a session's state, of the examples that it trains on, or of the adapter state
 
 Read = TypeVar("Read")
 
@@ -205,12 +209,7 @@ class DeviceStateDir:
         Raises:
             TrustError: The file is damaged.
         """
-        path = self.folder / LOG_STATE
-        try:
-            return transcript.LOG_STATE.decode(self._read(LOG_STATE)) if path.exists() else None
-        except ProtocolError:
-            reason = f"{path} is damaged; delete it with 'edgeadapt device forget'"
-            raise TrustError(reason, about=LOG_STATE) from None
+        return self._decode(transcript.LOG_STATE, LOG_STATE)
 
     def save_log_state(self, log_state: LogState | None) -> None:
         """Replace the log state atomically; None deletes it."""
@@ -219,6 +218,31 @@ class DeviceStateDir:
         else:
             replace(self.folder / LOG_STATE, transcript.LOG_STATE.encode(log_state))
 
+    def load_adapter_state(self) -> AdapterState | None:
+        """What this device knows of the adapter that it trained from last; None before its first plan.
+
+        Raises:
+            TrustError: The file is damaged.
+        """
+        return self._decode(ADAPTER_STATE, ADAPTERS)
+
+    def save_adapter_state(self, state: AdapterState) -> None:
+        """Replace the adapter state atomically."""
+        replace(self.folder / ADAPTERS, ADAPTER_STATE.encode(state))
+
+    def forget(self) -> None:
+        """Leave the session, and delete what this device remembers of the coordinator."""
+        for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _decode(self, codec: Codec[Read], name: str) -> Read | None:
+        path = self.folder / name
+        try:
+            return codec.decode(self._read(name)) if path.exists() else None
+        except ProtocolError:
+            reason = f"{path} is damaged; delete it with 'edgeadapt device forget'"
+            raise TrustError(reason, about=name) from None
+
     def _parse(self, parse: Callable[[bytes], Read], name: str) -> Read:
         raw = self._read(name)
         with of_file(self.folder / name):
@@ -226,7 +250,7 @@ class DeviceStateDir:
 
     def _read(self, name: str) -> bytes:
         try:
-            return read(self.folder / name, LONGEST_STATE if name in (STATE, SNAPSHOT) else LONGEST)
+            return read(self.folder / name, LONGEST_STATE if name in (STATE, SNAPSHOT, ADAPTERS) else LONGEST)
         except DataError as error:  # a device, a pipe, or too large; no error about examples
             raise TrustError(str(error), about=error.about, value=error.value) from error
         except FileNotFoundError as error:

@@ -28,6 +28,7 @@ from aggregation.vector import VectorSpec
 from client.node.app import FAILED, REFUSED, STATE, app
 from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import LOCK, DeviceStateDir
+from client.node.statedir import STATE as STATE_FILE
 from client.training.contribute import Outcome
 from coordinator import settings
 from coordinator.statedir import CoordinatorStateDir
@@ -423,7 +424,8 @@ def test_a_device_that_was_killed_after_it_saved_its_state_does_not_answer_again
 
     def die_after(path: Path, content: bytes) -> None:
         storage.replace(path, content)
-        raise Killed
+        if path.name == STATE_FILE:
+            raise Killed
 
     with monkeypatch.context() as broken:
         broken.setattr("client.node.statedir.replace", die_after)

@@ -15,8 +15,9 @@ from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import Revocation
 from client.cli import device
+from client.node.adapterstate import AdapterState
 from client.node.enrolment import REQUEST, TrustAnchors, enrol, install_certificate
-from client.node.statedir import CERTIFICATE, IDENTITY, LOG_STATE, DeviceSettings, DeviceStateDir
+from client.node.statedir import CERTIFICATE, IDENTITY, LOCK, LOG_STATE, DeviceSettings, DeviceStateDir
 from tests.support import refused
 
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -235,6 +236,19 @@ def test_forget_asks_for_confirmation(state_dir: DeviceStateDir) -> None:
     assert (state_dir.folder / LOG_STATE).exists()
     ok(run("forget", "--state", state_dir.folder, "--yes"))
     assert state_dir.load_log_state() is None
+
+
+def test_forget_deletes_what_a_device_knows_of_the_coordinator_and_nothing_of_its_own(
+    state_dir: DeviceStateDir,
+) -> None:
+    before = {path.name: path.read_bytes() for path in state_dir.folder.iterdir()}
+    state_dir.save_adapter_state(AdapterState(3, "ab" * 32))
+    state_dir.take_snapshot(b"examples", bytes(32))
+    before["training.key"] = (state_dir.folder / "training.key").read_bytes()
+    for name in ("session.sealed", "log.state"):
+        (state_dir.folder / name).write_bytes(b"anything")
+    ok(run("forget", "--state", state_dir.folder, "--yes"))
+    assert {path.name: path.read_bytes() for path in state_dir.folder.iterdir() if path.name != LOCK} == before
 
 
 def test_forget_refuses_a_folder_that_is_not_a_state_directory_before_it_asks(tmp_path: Path) -> None:
