@@ -151,14 +151,20 @@ def shown(record: Any) -> tuple[Any, ...]:
     return record.round, record.survivors, record.dropped, record.version, record.metrics.get("loss")
 
 
-def test_a_device_with_unusable_examples_drops_out_and_the_others_continue(fleet_of: FleetOf) -> None:
-    fleet = fleet_of(8, rounds=2)
+def test_devices_with_unusable_examples_answer_and_the_adapter_is_the_mean_of_the_others(
+    fleet_of: FleetOf, orders: Orders
+) -> None:
+    fleet = fleet_of(8, rounds=2, aggregation__clip_norm=2.0, aggregation__weight_cap=16)
     fleet.state_dir("device-02").examples.write_text('{"text": "the code of the safe is 4711"')
     fleet.state_dir("device-05").examples.unlink()
-    for record in fleet.federate(fleet.grid()):
-        assert record.dropped == {"device-02": "plan", "device-05": "plan"}
-        assert len(record.survivors) == 6
-        assert record.version == record.round
+    for record in fleet.federate(fleet.grid(app=orders)):
+        assert (record.dropped, len(record.survivors), record.version) == ({}, 8, record.round)
+        before, after = (fleet.registry().tensors(record.round - 1 + step) for step in range(2))
+        usable = tuple(name for name in record.survivors if name not in ("device-02", "device-05"))
+        mean, _ = plain_mean(fleet, before, record.round - 1, usable, orders)
+        layout = Layout.of(before)
+        found = layout.flatten(after).astype(np.float64) - layout.flatten(before)
+        assert np.abs(found - mean).max() < 0.02 * np.abs(mean).max()
 
 
 def test_a_device_whose_state_directory_is_gone_is_left_out_and_the_others_continue(fleet_of: FleetOf) -> None:
