@@ -147,7 +147,9 @@ def test_a_roster_for_another_offer_is_refused(fleet: Any, on_roster: tuple[Adve
 def test_a_roster_that_breaks_the_policy_is_refused(fleet: Any, on_roster: tuple[Advertised, bytes]) -> None:
     state, roster = on_roster
     device = fleet.devices[ME]
-    strict = dataclasses.replace(device, policy=dataclasses.replace(device.policy, corrupt_fraction=0.5))
+    strict = dataclasses.replace(
+        device, policy=dataclasses.replace(device.policy, minimum_cohort=4, corrupt_fraction=0.5)
+    )
     with refused(ProtocolError, "roster.threshold", peer="coordinator", value=4):
         state.on_roster(strict, roster, fleet.entropy)
     state.on_roster(device, roster, fleet.entropy)
