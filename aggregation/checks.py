@@ -89,8 +89,12 @@ def check_in(root: Root, asked: Challenge, raw: bytes, at: datetime) -> tuple[st
     return device, message
 
 
-def members(root: Root, certificates: Sequence[bytes], at: datetime | None) -> dict[str, PublicKey]:
+def members(
+    root: Root, certificates: Sequence[bytes], coordinator: PublicKey, at: datetime | None
+) -> dict[str, PublicKey]:
     """Device id → identity key of a cohort, in ascending order, all certified and none repeated.
+
+    ``coordinator``: its key, which is no device's: a key has one role.
 
     Raises:
         ProtocolError: A certificate is not the authority's, an id or key is repeated or out of order, or two ids differ
@@ -105,8 +109,10 @@ def members(root: Root, certificates: Sequence[bytes], at: datetime | None) -> d
     if len({same_name(device) for device, _ in pairs}) != len(pairs):
         text = "two device ids of the cohort differ in upper and lower case only"
         raise ProtocolError(text, about="offer.names")
-    if len({key.raw for _, key in pairs}) != len(pairs):
-        raise ProtocolError("two devices of the cohort have the same identity key", about="offer.keys")
+    if len({coordinator.raw, *(key.raw for _, key in pairs)}) != 1 + len(pairs):
+        raise ProtocolError(
+            "two devices of the cohort, or one and the coordinator, have the same key", about="offer.keys"
+        )
     return dict(pairs)
 
 

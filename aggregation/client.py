@@ -132,7 +132,7 @@ def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = N
 
 
 def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, dict[str, PublicKey]]:
-    cohort = checks.members(device.root, offer.certificates, at)
+    cohort = checks.members(device.root, offer.certificates, device.coordinator, at)
     device.policy.check(offer.spec, len(cohort))
     try:
         me, key = device.root.verify(device.certificate, at)

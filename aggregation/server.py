@@ -123,7 +123,7 @@ def open_session(
         ConfigError: The spec's degree does not fit a cohort of this size.
     """
     offer = Offer(entropy.bytes(32), spec, tuple(der for _, der in sorted(certificates.items())))
-    cohort = checks.members(root, offer.certificates, at)
+    cohort = checks.members(root, offer.certificates, key.public, at)
     if list(cohort) != sorted(certificates):
         raise ProtocolError("a certificate is filed under another device's id", about="offer.certificates")
     if spec.degree >= len(cohort) or (spec.degree < len(cohort) - 1 and spec.degree % 2):

@@ -102,9 +102,12 @@ def subject(certificate: x509.Certificate) -> str:
     """The common name of a certificate.
 
     Raises:
-        TrustError: It has none, or several.
+        TrustError: It has none, several, or one that cannot be read.
     """
-    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    try:
+        names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    except ValueError:
+        raise TrustError("certificate has no readable name", about="certificate.common-name") from None
     if len(names) != 1 or not isinstance(names[0].value, str):
         text = "certificate must have exactly one common name"
         raise TrustError(text, about="certificate.common-name", value=len(names))
@@ -136,8 +139,11 @@ def to_der(raw: bytes) -> bytes:
     """A certificate in PEM or DER, as DER. Its issuer is not checked; ``Root.verify`` does that.
 
     Raises:
-        TrustError: Not a certificate.
+        TrustError: Not a certificate, or too large.
     """
+    if len(raw) > 2 * MAX_CERTIFICATE:  # PEM has four characters for three bytes
+        text = f"certificate of {len(raw)} bytes is over the limit of {MAX_CERTIFICATE}"
+        raise TrustError(text, about="certificate.size", value=len(raw))
     try:
         pem = raw.lstrip().startswith(_PEM)
         found = x509.load_pem_x509_certificate(raw) if pem else x509.load_der_x509_certificate(raw)
@@ -186,6 +192,9 @@ class Root:
         if not is_device_id(device_id):
             text = f"certified name {device_id[:64]!r} is not a device id"
             raise TrustError(text, about="certificate.common-name", value=device_id[:64])
+        if key == identity(authority):
+            text = f"certificate of {device_id} has the authority's own key"
+            raise TrustError(text, about="certificate.key", value=device_id)
         if self.revoked is not None and certificate.serial_number in self.revoked.revoked:
             raise TrustError(f"certificate of {device_id} is revoked", about="certificate.revoked", value=device_id)
         for holder, each in ((device_id, certificate), ("the authority", authority)):

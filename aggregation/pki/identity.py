@@ -8,7 +8,7 @@ one: under a point of small order a single signature is valid for any number of 
 import hashlib
 from dataclasses import dataclass, field
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -135,7 +135,7 @@ class IdentityKey:
         """
         try:
             key = serialization.load_pem_private_key(pem, password=passphrase)
-        except (ValueError, TypeError, UnsupportedAlgorithm):
+        except (ValueError, TypeError, UnsupportedAlgorithm, InternalError):  # the last for an X448 key of 32 bytes
             if passphrase is not None:
                 text = "the passphrase is wrong, or this is not a private key in PEM form"
                 raise TrustError(text, about="key.passphrase") from None

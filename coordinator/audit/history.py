@@ -211,7 +211,7 @@ def begin(entries: tuple[Entry, ...], root: Root, coordinator: PublicKey, at: da
     first = entries[0]
     try:
         offer = envelope.open_verified(Offer, first.message, coordinator, COORDINATOR)
-        return History(offer, checks.members(root, offer.certificates, at))
+        return History(offer, checks.members(root, offer.certificates, coordinator, at))
     except ProtocolError as error:
         raise Problem.of(error, first.place) from None
 

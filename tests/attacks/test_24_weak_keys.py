@@ -30,7 +30,7 @@ from tests.client.node.test_app import FIRST, Talk, talk
 from tests.conftest import fleet_of
 from tests.support import refused
 from tests.support.authority import store
-from tests.support.fleet import make_fleet
+from tests.support.fleet import BEGIN, END, make_fleet
 from tests.support.trial import call
 
 __all__ = ["fleet_of", "refusals", "store", "talk"]
@@ -167,6 +167,20 @@ def test_the_coordinators_app_admits_no_device_with_a_weak_key(
     cohort = Offer.decode(envelope.unverified_body(first.message)).certificates
     assert len(cohort) == (7 if checked else 8)
     assert len(record.survivors) == 7
+
+
+def test_a_coordinator_that_is_certified_as_a_device_is_in_no_cohort() -> None:
+    """A key has one role: no signature that a party makes in one of them can count in another."""
+    fleet, name = make_fleet(8), "device-005"
+    root = fleet.authority.root
+    own = fleet.authority.issue(name, fleet.key.public, not_before=BEGIN, not_after=END)
+    certificates = {device: each.certificate for device, each in fleet.devices.items()} | {name: own}
+    with refused(ProtocolError, "offer.keys"):
+        server.open_session(fleet.key, root, fleet.spec, certificates, fleet.entropy)
+    offer = envelope.open_verified(Offer, fleet.offer()[1], fleet.key.public, "coordinator")
+    forged = replace(offer, certificates=tuple(der for _, der in sorted(certificates.items())))
+    with refused(ProtocolError, "offer.keys"):
+        client.join(fleet.devices["device-002"], envelope.sign(fleet.key, forged), fleet.entropy)
 
 
 # An authority that everyone can issue for.

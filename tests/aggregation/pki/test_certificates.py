@@ -184,6 +184,22 @@ def test_a_certificate_with_an_extension_twice_is_refused(authority: Authority, 
         authority.root.verify(twice(der, authority.key))
 
 
+def test_a_certificate_for_the_authoritys_own_key_is_refused(authority: Authority) -> None:
+    der = authority.issue("a", authority.key.public, not_before=BEGIN, not_after=END)
+    with refused(TrustError, "certificate.key", value="a"):
+        authority.root.verify(der)
+
+
+@pytest.mark.parametrize(
+    "subject",
+    ["kitchen\0", "kitchen\n", "kitchеn", "ｋitchen", "kitchen\u200b", "kıtchen"],  # not ASCII
+)
+def test_a_name_that_looks_like_a_devices_is_refused(authority: Authority, identity: IdentityKey, subject: str) -> None:
+    key = Ed25519PrivateKey.from_private_bytes(identity.raw).public_key()
+    with refused(TrustError, "certificate.common-name", value=subject):
+        authority.root.verify(forged(authority, name(subject), key))
+
+
 def test_a_certificate_for_another_kind_of_key_is_refused(authority: Authority) -> None:
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     with refused(TrustError, "certificate.key", value="ECPublicKey"):

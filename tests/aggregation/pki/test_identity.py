@@ -1,5 +1,6 @@
 """Identities: a signature is valid for its body, its purpose and its key only."""
 
+import base64
 from typing import Any
 
 import pytest
@@ -120,6 +121,15 @@ def test_keys_of_other_kinds_are_refused() -> None:
         IdentityKey.from_pem(private)
     with refused(TrustError, "key.type", value="X25519PublicKey"):
         PublicKey.from_pem(public)
+
+
+@pytest.mark.parametrize("number", [b"\x6f", b"\x71"], ids=["X448", "Ed448"])
+def test_a_key_that_claims_to_be_longer_than_it_is_is_refused(key: IdentityKey, number: bytes) -> None:
+    for kind, pem in ((IdentityKey, key.to_pem()), (PublicKey, key.public.to_pem())):
+        head, *body, foot, _ = pem.split(b"\n")
+        der = base64.b64decode(b"".join(body)).replace(b"\x2b\x65\x70", b"\x2b\x65" + number)
+        with refused(TrustError, "key.pem"):
+            kind.from_pem(b"\n".join((head, base64.b64encode(der), foot, b"")))
 
 
 @pytest.mark.parametrize("kind", [IdentityKey, PublicKey])

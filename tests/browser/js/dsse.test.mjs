@@ -3,7 +3,7 @@ import test from "node:test";
 
 import { accept, pae } from "../../../client/browser/page/dsse.js";
 import { TrustError } from "../../../client/browser/page/errors.js";
-import { pinned, portable } from "../../../client/browser/page/keys.js";
+import { pinned, portable, verifies } from "../../../client/browser/page/keys.js";
 import { WEB, bytes, made } from "./made.mjs";
 
 const TYPE = made.type;
@@ -79,6 +79,13 @@ test("the portable Ed25519 agrees with the browser's own", async () => {
     flipped[bit >> 3] ^= 1 << bit % 8;
     assert.equal(await holds(key, flipped, message), false);
   }
+  const order = 2n ** 252n + 27742317777372353535851937790883648493n; // RFC 8032, section 5.1.7: S is below it
+  const number = BigInt(`0x${Buffer.from(signature.slice(32)).reverse().toString("hex")}`);
+  const second = Buffer.from((number + order).toString(16).padStart(64, "0"), "hex").reverse();
+  const same = Uint8Array.from([...signature.slice(0, 32), ...second]);
+  assert.equal(await holds(key, same, message), false);
+  assert.equal(await verifies({ raw: key }, same, message), false);
+  assert.equal(await verifies({ raw: key }, signature, message), true);
   assert.equal(await holds(key, signature, message.slice(1)), false);
   assert.equal(await holds(new Uint8Array(32).fill(255), signature, message), false);
   const neutral = Uint8Array.from({ length: 32 }, (_, i) => Number(i === 0)); // of small order: would fit anything
