@@ -44,7 +44,6 @@ class Task:
     batch_size: Annotated[int, Field(gt=0, le=1024)]
     learning_rate: Annotated[float, Field(gt=0, le=1)]  # of AdamW
     weight_decay: Annotated[float, Field(ge=0, le=1)]
-    seed: Annotated[int, Field(ge=0)]  # of the order of the examples; each device mixes in its own name
 
     def encode(self) -> bytes:
         """JSON, the same bytes for equal tasks: ``Task.decode(task.encode()) == task``."""

@@ -76,7 +76,7 @@ def federate(
                     transcripts=transcripts,
                 )
             cohort.dropped.clear()
-            task = settings.training.task(adapter.manifest, settings.seed).encode()
+            task = settings.training.task(adapter.manifest).encode()
             outcome = _aggregate(cohort, session, adapter, task, number)
             session = outcome.session if isinstance(outcome, RoundAborted) else outcome[0]
             record = _record(cohort, adapter, outcome, number, time.perf_counter() - begin)

@@ -25,7 +25,7 @@ class Training(Settings):
     learning_rate: float = Field(default=2e-3, gt=0, le=1, description="learning rate of AdamW")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="weight decay of AdamW")
 
-    def task(self, manifest: VersionManifest, seed: int) -> Task:
+    def task(self, manifest: VersionManifest) -> Task:
         """The task for the adapter that ``manifest`` describes."""
         return Task(
             peft_config=manifest.peft_config,
@@ -34,7 +34,6 @@ class Training(Settings):
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
-            seed=seed,
         )
 
 
@@ -161,11 +160,6 @@ class FederationSettings(Settings):
     """``federation.toml`` in the coordinator's state directory."""
 
     rounds: int = Field(default=10, ge=1, le=100_000, description="rounds of training in all")
-    seed: int = Field(
-        default=0,
-        ge=0,
-        description="seed of the order in which devices visit their examples; a scenario's own seed replaces it",
-    )
     deadline: float = Field(default=600.0, gt=0, description="time that a device has for one answer, in seconds")
     attempts: int = Field(default=3, ge=1, description="attempts at making a session before the run ends")
     training: Training = Training()

@@ -74,7 +74,7 @@ def _inputs(out: Path, scenario: Scenario) -> ArmInputs:
     return ArmInputs(
         seed_adapter=registry.tensors(0),
         global_adapter=registry.tensors(last.manifest.version),
-        task=federation.training.task(last.manifest, scenario.seed),
+        task=federation.training.task(last.manifest),
         federation_epochs=federation.rounds * federation.training.epochs,
         personal=scenario.personal,
         seed=scenario.seed,

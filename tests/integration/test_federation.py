@@ -75,7 +75,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Orders:
 def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, ...], orders: Orders) -> tuple[Any, int]:
     """The weighted mean of the survivors' updates, without masks, rings or messages; and the total weight."""
     registry, settings = fleet.registry(), settings_of(fleet)
-    task = settings.training.task(registry.version(version).manifest, settings.seed)
+    task = settings.training.task(registry.version(version).manifest)
     mine = load_trainer(fleet.base, len(task.labels), provisioned.lora(fleet.scenario))
     total, weights = np.zeros(mine.layout.size), 0
     for device in survivors:

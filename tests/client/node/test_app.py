@@ -106,7 +106,7 @@ class Talk:
 
     def plan(self, session: Any, **changes: Any) -> tuple[Any, dict[str, bytes]]:
         manifest = self.version().manifest
-        task = self.coordinator.settings.training.task(manifest, 0)
+        task = self.coordinator.settings.training.task(manifest)
         whole = {"adapter_version": 0, "adapter_digest": manifest.sha256, "training": task.encode(), "cohort": None}
         return session.plan(**{**whole, **changes})  # type: ignore[no-any-return]
 
@@ -250,7 +250,7 @@ def test_concurrent_copies_of_a_message_are_answered_once(talk: Talk) -> None:
 def test_a_plan_whose_adapter_or_task_is_not_right_is_refused_and_the_right_plan_is_answered(talk: Talk) -> None:
     session, tensors = talk.established(), talk.coordinator.registry.tensors(0)
     manifest = talk.version().manifest
-    task = talk.coordinator.settings.training.task(manifest, 0)
+    task = talk.coordinator.settings.training.task(manifest)
     flipped = bytearray(talk.adapter)
     flipped[-1] ^= 1
     _, plans = talk.plan(session)
@@ -278,7 +278,7 @@ def test_a_plan_whose_adapter_or_task_is_not_right_is_refused_and_the_right_plan
     asked(b"")
     asked(json.dumps({**asdict(task), "code": "import os"}).encode())
     asked(json.dumps({**asdict(task), "epochs": 10**9}).encode())
-    asked(json.dumps({**asdict(task), "seed": -1}).encode())
+    asked(json.dumps({**asdict(task), "seed": 0}).encode())
     asked(replace(task, peft_config=replace(task.peft_config, r=task.peft_config.r + 1)).encode(), "plan.layout")
     asked(replace(task, peft_config=replace(task.peft_config, r=10**9)).encode())
     asked(replace(task, peft_config=replace(task.peft_config, target_modules=("nothing",))).encode())

@@ -21,7 +21,7 @@ from tests.support import refused
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LABELS = ("Light", "Music", "Timer")
-TASK = Task(PeftConfig("LORA", 2, 4, ("query", "value")), LABELS, 1, 4, 0.01, 0.0, 7)
+TASK = Task(PeftConfig("LORA", 2, 4, ("query", "value")), LABELS, 1, 4, 0.01, 0.0)
 TEXTS = ("turn on the light", "play music", "set a timer", "kitchen light off", "next song", "ten minutes", "stop")
 EXAMPLES = tuple(Example(text, i % 3) for i, text in enumerate(TEXTS))
 

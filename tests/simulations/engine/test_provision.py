@@ -13,7 +13,6 @@ from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from client.training.examples import Split, in_split, read_examples
 from client.training.trainer import load_trainer
-from coordinator.statedir import CoordinatorStateDir
 from simulations.engine import provision
 
 FleetOf = Callable[..., Any]
@@ -68,11 +67,6 @@ def test_the_seed_determines_the_seed_adapter_the_order_of_training_and_no_other
     keys = [[(fleet.out / f"devices/device-0{n}/training.key").read_bytes() for n in range(3)] for fleet in fleets]
     assert keys[0] == keys[1]
     assert len({*keys[0], *keys[2]}) == 6
-
-
-def test_the_coordinator_trains_with_the_scenarios_seed(fleet_of: FleetOf) -> None:
-    fleet = fleet_of(3, seed=5)
-    assert CoordinatorStateDir.open(fleet.out / "coordinator").settings.seed == 5
 
 
 def test_each_secret_is_in_the_folder_of_its_owner_only(fleet: Any) -> None:
