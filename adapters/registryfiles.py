@@ -1,6 +1,7 @@
 """The registry's files: their names, and a reader that returns nothing unsigned.
 
-    STATE/registry.db                  SQLite: for each version its number, its file's digest and its signed manifest
+    STATE/registry.db                  SQLite: for each version its number, its file's digest and its signed manifest;
+                                       for each round its number and its signed record
     STATE/blobs/SHA256.safetensors     the adapter of each version, named by its digest
 
 ``coordinator.registry`` writes these files with SQLAlchemy and fsspec, under the names defined here. The exporter and
@@ -23,17 +24,21 @@ from adapters import storage
 from adapters.dsse import MAX_ENVELOPE
 from adapters.layout import Floats, Layout, Tensors
 from adapters.manifest import VersionManifest
+from adapters.roundrecord import RoundRecord, accept_chain
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import PublicKey
 
 SIGNING_KEY, DATABASE, BLOBS = "signing.pem", "registry.db", "blobs"  # in the coordinator's state directory
-FORMAT = 1  # of the database; raised when a table changes in a way that older code would misread
+FORMAT = 2  # of the database; raised when a table changes in a way that older code would misread
 PREFIX = "edgeadapt_"  # of this program's tables, so that another program's database is recognized
-FORMATS, VERSIONS = f"{PREFIX}format", f"{PREFIX}versions"  # tables; the first has one row and the column FORMAT_COLUMN
+# Tables; the first has one row and the column FORMAT_COLUMN.
+FORMATS, VERSIONS, ROUNDS = f"{PREFIX}format", f"{PREFIX}versions", f"{PREFIX}rounds"
 FORMAT_COLUMN, VERSION, SHA256, MANIFEST = "format", "version", "sha256", "manifest"
+ROUND, RECORD = "round", "record"
 
 _SELECT = f"SELECT {VERSION}, {SHA256}, {MANIFEST} FROM {VERSIONS}"  # noqa: S608 - the names above
 _BY_VERSION, _NEWEST = f"{_SELECT} WHERE {VERSION} = ?", f"{_SELECT} ORDER BY {VERSION} DESC LIMIT 1"
+_ROUNDS = f"SELECT {ROUND}, {RECORD} FROM {ROUNDS} ORDER BY {ROUND}"  # noqa: S608
 _LENGTH = 8  # bytes before a safetensors header: its length, little-endian
 
 
@@ -83,10 +88,10 @@ class RegistryFiles:
             DataError: The database cannot be read.
             TrustError: The manifest is damaged, or signed by no trusted key or for another version.
         """
-        row = self._row(_NEWEST, ()) if version is None else self._row(_BY_VERSION, (version,))
-        if row is None:
+        rows = self._rows(_NEWEST, ()) if version is None else self._rows(_BY_VERSION, (version,))
+        if not rows:
             return None
-        number, digest, raw = row
+        number, digest, raw = rows[0]
         try:
             if not isinstance(raw, bytes):
                 raise TrustError("not a signed document", about="manifest")
@@ -99,6 +104,16 @@ class RegistryFiles:
             place = f"{self.folder / DATABASE}, manifest of version {number}"
             raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
         return found
+
+    def rounds(self) -> tuple[RoundRecord, ...]:
+        """The records of all rounds, in order.
+
+        Raises:
+            ConfigError: The database is of another format.
+            DataError: The database cannot be read.
+            TrustError: A record is missing, was altered, or is signed by no trusted key.
+        """
+        return tuple(accept_chain(self._rows(_ROUNDS, ()), self.trusted))
 
     def blob(self, manifest: VersionManifest) -> bytes:
         """The file of a version, byte for byte as published.
@@ -134,13 +149,13 @@ class RegistryFiles:
             raise TrustError(f"{path} does not have the layout of its manifest", about="layout_digest")
         return tensors
 
-    def _row(self, query: str, values: tuple[int, ...]) -> tuple[Any, ...] | None:
+    def _rows(self, query: str, values: tuple[int, ...]) -> list[tuple[Any, ...]]:
         path = self.folder / DATABASE
         try:
             with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
                 database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2 * MAX_ENVELOPE)
                 found = database.execute(f"SELECT {FORMAT_COLUMN} FROM {FORMATS}").fetchone()  # noqa: S608
-                row: tuple[Any, ...] | None = database.execute(query, values).fetchone()
+                rows: list[tuple[Any, ...]] = database.execute(query, values).fetchall()
         except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{path} is not a registry or is damaged ({error}): restore it from a copy", about=DATABASE
@@ -148,7 +163,7 @@ class RegistryFiles:
         if found != (FORMAT,):
             text = f"{path} has another format than {FORMAT}: read it with the edgeadapt that made it"
             raise ConfigError(text, about="format", value=found and found[0])
-        return row
+        return rows
 
 
 def float32_tensors(blob: bytes) -> Tensors:

@@ -10,9 +10,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from adapters.roundrecord import RoundRecord
 from aggregation.errors import ConfigError
 from coordinator.launch import STATE as STATE
-from coordinator.registry import RoundRecord
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Clock, SystemClock, Transport

@@ -2,6 +2,9 @@
 
 Records are appended, and synced to the disk before the coordinator sends its next message: that message tells a device
 that its answer arrived, and the device later demands a proof that the log holds the answer.
+
+The end of a round is written to the registry first and to the log second, from the registry's record. A kill in between
+leaves a round in the log that is open, and the next start writes its ending (``coordinator.transcripts``).
 """
 
 import hashlib
@@ -11,14 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import storage
+from adapters.roundrecord import RoundRecord
 from adapters.storage import PUBLIC
-from aggregation import transcript
+from aggregation import envelope, transcript
 from aggregation.messages import Plan
 from aggregation.pki.identity import IdentityKey
-from aggregation.server import AbortReason, RoundResult
 from aggregation.steps import Step
-from aggregation.transcript import Abort, Result, Stage, Transcript
+from aggregation.transcript import Abort, Checkpoint, Result, Stage, Transcript
 from coordinator.audit.transcripts import vector_path
+
+INTERRUPTED = "interrupted"  # why a round was aborted that was under way when the process ended
+
+
+def ending_of(record: RoundRecord) -> Result | Abort | None:
+    """The ending that the log of its session has for a recorded round; None if the round ended before its plan."""
+    if record.plan is None:
+        return None
+    plan = bytes.fromhex(record.plan)
+    if record.version is None or record.adapter is None or record.sum is None:
+        return Abort(plan, record.reason or "")
+    return Result(plan, record.survivors, bytes.fromhex(record.sum), record.version, record.adapter)
 
 
 @dataclass(slots=True)
@@ -45,18 +60,32 @@ class Recorder:
             vector = transcript.packed_vector(body)
             storage.replace(vector_path(self.vectors, hashlib.sha256(vector).digest()), vector, PUBLIC)
 
-    def result(self, result: RoundResult, version: int, adapter: str) -> None:
-        """End the round under way: with this sum, and the adapter (its SHA-256) that it produced."""
-        if self.log.plan is not None:
-            self._end(Result(self.log.plan, result.survivors, result.digest, version, adapter))
+    def synced(self) -> Transcript:
+        """The log, once everything in it would survive a power cut: a record of the round may then refer to it."""
+        self.write(b"", sync=True)
+        return self.log
 
-    def abort(self, reason: AbortReason) -> None:
-        """End the round under way, if there is one, without an adapter."""
-        if self.log.plan is not None:
-            self._end(Abort(self.log.plan, reason.value))
+    def end(self, record: RoundRecord) -> None:
+        """End the round under way as its record says, which the registry has. A round without a plan has no ending."""
+        ending = ending_of(record)
+        if ending is not None:
+            self.write(self.log.ended(self.key, ending), sync=True)
 
-    def _end(self, ending: Result | Abort) -> None:
-        self.write(self.log.ended(self.key, ending), sync=True)
+    def close(self, record: RoundRecord | None) -> bytes:
+        """End the round under way, if there is one, and the log; returns the digest of the last checkpoint.
+
+        Args:
+            record: Of the round, if the registry has one; otherwise the round was interrupted.
+        """
+        if record is not None:
+            self.end(record)
+        elif self.log.plan is not None:
+            self.write(self.log.ended(self.key, Abort(self.log.plan, INTERRUPTED)))
+        elif self.log.tree.size - 1 in {index for index, _ in self.log.endings.values()}:
+            self.checkpoint()  # a kill came between the two
+        self.checkpoint(Stage.CLOSED)
+        last = self.log.checkpoints[max(self.log.checkpoints)]
+        return Checkpoint.decode(envelope.unverified_body(last)).digest()
 
     def checkpoint(self, stage: Stage = Stage.OPEN) -> None:
         """Sign the log so far."""

@@ -8,11 +8,14 @@ the next one.
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from adapters import files
 from adapters.cores import cores
+from adapters.layout import Tensors
+from adapters.manifest import VersionManifest
+from adapters.roundrecord import RoundRecord
 from adapters.task import MAX_LOSS, require_reach, weighted_mean
 from aggregation import server
 from aggregation.errors import DataError
@@ -22,7 +25,7 @@ from aggregation.server import Confirming, Established, RoundAborted, RoundResul
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
 from coordinator import optimizer
-from coordinator.registry import Registry, RoundRecord, StoredAdapter
+from coordinator.registry import Head, Registry, StoredAdapter, state_digest
 from coordinator.session import Cohort, attachments, establish
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts
@@ -56,9 +59,11 @@ def federate(
 
     Raises:
         EdgeAdaptError: The registry is empty or failed, or no session could be made in ``settings.attempts`` attempts.
+        TrustError: The registry or a log was altered, or they contradict each other.
     """
     cohort: Cohort | None = None
     session: Established | None = None
+    transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     try:
         for number in range(len(registry.rounds()) + 1, settings.rounds + 1):
             begin = time.perf_counter()
@@ -79,17 +84,18 @@ def federate(
             task = settings.training.task(adapter.manifest).encode()
             outcome = _aggregate(cohort, session, adapter, task, number)
             session = outcome.session if isinstance(outcome, RoundAborted) else outcome[0]
-            record = _record(cohort, adapter, outcome, number, time.perf_counter() - begin)
             if isinstance(outcome, RoundAborted):
                 log.warning("round %d aborted: %s", number, outcome.detail)
-                cohort.recorder.abort(outcome.reason)
-                registry.record_round(record)
+                record = _record(cohort, registry.head(), outcome, None, time.perf_counter() - begin)
+                registry.record_round(record, key)
             else:
-                _commit(registry, cohort, adapter, record, outcome, settings.server.rule(), key)
+                made = _step(registry, cohort, adapter, outcome, number, settings.server.rule())
+                record = _record(cohort, registry.head(), outcome[1], made, time.perf_counter() - begin)
+                registry.commit_round(record, made.manifest, made.blob, made.state, key)
+            cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
             yield record
     finally:
-        if (version := registry.latest()) is not None:
-            transcripts.finish(version.manifest.id)
+        transcripts.finish()
 
 
 def _aggregate(
@@ -151,38 +157,24 @@ def metrics_of(result: RoundResult) -> dict[str, float]:
     return {"accuracy": round(correct / held_out, DECIMALS), "loss": round(mean_loss, DECIMALS)}
 
 
-def _record(
-    cohort: Cohort,
-    adapter: StoredAdapter,
-    outcome: tuple[Established, RoundResult] | RoundAborted,
-    number: int,
-    seconds: float,
-) -> RoundRecord:
-    result = None if isinstance(outcome, RoundAborted) else outcome[1]
-    carried = cohort.transport.take_carried()
-    return RoundRecord(
-        round=number,
-        survivors=result.survivors if result else (),
-        dropped=dict(cohort.dropped),
-        aborted=outcome.detail if isinstance(outcome, RoundAborted) else None,
-        bytes_up=carried.up,
-        bytes_down=carried.down,
-        seconds=seconds,
-        metrics=metrics_of(result) if result else {},
-        version=adapter.manifest.version + 1 if result else None,
-    )
+@dataclass(frozen=True, slots=True)
+class _NextAdapter:
+    """What the server's step made of a sum: the next adapter, and the optimizer's state after it."""
+
+    manifest: VersionManifest
+    blob: bytes
+    state: Tensors
 
 
-def _commit(
+def _step(
     registry: Registry,
     cohort: Cohort,
     adapter: StoredAdapter,
-    record: RoundRecord,
     outcome: tuple[Established, RoundResult],
+    number: int,
     rule: optimizer.Settings,
-    key: IdentityKey,
-) -> None:
-    """From the sum to the next adapter, published with the record of the round."""
+) -> _NextAdapter:
+    """From the sum to the next adapter."""
     layout, parent, plan = adapter.layout, adapter.manifest, cohort.recorder.log.plan
     session, result = outcome
     state = optimizer.restore(rule, registry.optimizer_state(), layout.size)
@@ -195,12 +187,39 @@ def _commit(
         sha256=files.sha256(blob),
         size=len(blob),
         parent=parent.sha256,
-        round=record.round,
+        round=number,
         plan=plan.hex() if plan else None,
         rule=optimizer.to_rule(rule),
-        survivors=record.survivors,
-        metrics=record.metrics,
+        survivors=result.survivors,
+        metrics=metrics_of(result),
     )
-    # Before the commit, so that no version is without its entry in the log.
-    cohort.recorder.result(result, manifest.version, manifest.sha256)
-    registry.commit_round(record, manifest, blob, optimizer.to_tensors(state), key)
+    return _NextAdapter(manifest, blob, optimizer.to_tensors(state))
+
+
+def _record(
+    cohort: Cohort, head: Head, ended: RoundResult | RoundAborted, made: _NextAdapter | None, seconds: float
+) -> RoundRecord:
+    """The record of the round under way, whose ending the log does not have yet."""
+    log, last, carried = cohort.recorder.synced(), head.round, cohort.transport.take_carried()
+    abort, result = (ended, None) if isinstance(ended, RoundAborted) else (None, ended)
+    unchanged = last.optimizer if last else None
+    return RoundRecord(
+        round=last.round + 1 if last else 1,
+        previous=head.digest,
+        offer=log.offer.hex(),
+        plan=log.plan.hex() if log.plan else None,
+        entries=log.tree.size,
+        root=log.tree.root().hex(),
+        survivors=result.survivors if result else (),
+        dropped=dict(cohort.dropped),
+        reason=abort.reason.value if abort else None,
+        aborted=abort.detail if abort else None,
+        sum=result.digest.hex() if result else None,
+        version=made.manifest.version if made else None,
+        adapter=made.manifest.sha256 if made else None,
+        optimizer=state_digest(made.state) if made else unchanged,
+        bytes_up=carried.up,
+        bytes_down=carried.down,
+        seconds=seconds,
+        metrics=made.manifest.metrics if made else {},
+    )

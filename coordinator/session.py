@@ -130,7 +130,7 @@ def establish(
             spec = settings.aggregation.spec(len(nodes), adapter.layout, adapter.manifest.base_digest, rounds)
             certificates = {device: answer.certificate for device, answer in present.items()}
             opened = server.open_session(key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
-            cohort = Cohort(transport, nodes, transcripts.begin(opened[0].offer, adapter.manifest.id, root.revoked))
+            cohort = Cohort(transport, nodes, transcripts.begin(opened[0].offer, root.revoked))
             last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
             proofs = transcripts.session_chain_proofs(cohort.recorder, last_offers)
             revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}

@@ -91,8 +91,10 @@ class CoordinatorStateDir:
             key = IdentityKey.from_pem(storage.read(folder / KEY, MAX_PEM))
         with of_file(folder / AUTHORITY):
             root = Root.from_pem(storage.read(folder / AUTHORITY, MAX_PEM))
-        transcripts = Transcripts(folder / TRANSCRIPT, key, root, settings.aggregation.keep_masked_inputs)
-        return cls(folder, key, root, settings, open_registry(folder, key), transcripts)
+        registry = open_registry(folder, key)
+        keep = settings.aggregation.keep_masked_inputs
+        transcripts = Transcripts(folder / TRANSCRIPT, key, root, keep, registry.head)
+        return cls(folder, key, root, settings, registry, transcripts)
 
     def read_root(self, at: datetime) -> Root:
         """The authority, with the newest of the revocation lists in this directory and in its transcripts.

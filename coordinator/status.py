@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from adapters.manifest import VersionManifest
+from adapters.roundrecord import RoundRecord
 from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError
 from aggregation.messages import Shares
 from aggregation.transcript import Checkpoint, Stage
 from coordinator.audit.transcripts import logs
-from coordinator.registry import RoundRecord
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
 
 
@@ -85,8 +85,17 @@ def _version(manifest: VersionManifest) -> dict[str, Any]:
 
 
 def _round(record: RoundRecord) -> dict[str, Any]:
-    row = record.to_row()
-    return {**row, "survivors": list(record.survivors)}
+    return {
+        "round": record.round,
+        "survivors": list(record.survivors),
+        "dropped": record.dropped,
+        "aborted": record.aborted,
+        "bytes_up": record.bytes_up,
+        "bytes_down": record.bytes_down,
+        "seconds": record.seconds,
+        "metrics": record.metrics,
+        "version": record.version,
+    }
 
 
 def _session(folder: Path) -> dict[str, Any] | None:

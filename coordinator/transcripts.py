@@ -2,48 +2,41 @@
 
 ``coordinator.audit.transcripts`` names the files, ``coordinator.recorder`` writes a log. A kill can leave the last
 record incomplete. The next start moves such a rest to a file with the suffix ``.torn``, ends the round that was under
-way, and closes the log.
+way as the registry says, and closes the log. A log that lacks what the registry knows is not signed again.
 """
 
 import os
-import re
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from adapters import storage
+from adapters.roundrecord import RoundRecord
 from adapters.storage import PUBLIC
 from aggregation import envelope, transcript
-from aggregation.errors import ProtocolError, TrustError
+from aggregation.errors import ProtocolError
 from aggregation.messages import Offer
 from aggregation.pki import Root
-from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import RevocationList
 from aggregation.transcript import (
     ENTRY,
     LENGTH,
     MAGIC,
     NO_SESSION,
-    Abort,
-    AdapterId,
     Checkpoint,
     Entry,
-    Stage,
     Transcript,
     receipts,
     session_chain_proof,
 )
-from coordinator.audit import Problem, checkpoints
 from coordinator.audit.transcripts import AUTHORITY, COORDINATOR, REVOKED, VECTORS, log_name, log_number, logs
 from coordinator.recorder import Recorder
+from coordinator.registry import Head
+from coordinator.storedlog import StoredLog, altered, require_agreement
 
 TORN = ".torn"  # suffix of the incomplete record that a kill left
-_INDEX = 8  # bytes of an entry before its kind
-_CHECKPOINT = bytes([len(Checkpoint.TAG)]) + Checkpoint.TAG.encode()  # the kind, as an entry has it
-_LARGEST_CHECKPOINT = 2 * Checkpoint.LIMIT  # bytes of an entry with a checkpoint, at most
-INTERRUPTED = "interrupted"  # why a round was aborted that was under way when the process ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +48,24 @@ class Transcripts:
         key: The coordinator's; signs the checkpoints.
         root: The authority that certified the devices.
         keep_vectors: Keep every masked vector too, so that an auditor can recompute the sums.
+        head: What the registry knows: its newest adapter and its last round.
     """
 
     folder: Path
     key: IdentityKey
     root: Root
     keep_vectors: bool
+    head: Callable[[], Head]
 
-    def begin(self, offer: bytes, newest: AdapterId, revoked: RevocationList | None = None) -> Recorder:
+    def begin(self, offer: bytes, revoked: RevocationList | None = None) -> Recorder:
         """Start the log of a session, and close the one before.
 
         Args:
             offer: Digest of the session's offer.
-            newest: The adapter that the session starts from: the newest in the registry.
             revoked: The revocation list that the session applies.
 
         Raises:
-            TrustError: The log of the session before was altered.
+            TrustError: As ``finish``.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         storage.replace(self.folder / AUTHORITY, self.root.to_pem(), PUBLIC)
@@ -81,7 +75,7 @@ class Transcripts:
         vectors = self.folder / VECTORS if self.keep_vectors else None
         if vectors:
             vectors.mkdir(exist_ok=True)
-        previous = self.finish(newest)
+        newest, previous = self.head().newest, self.finish()
         number = max(map(log_number, logs(self.folder)), default=0) + 1
         recorder = Recorder(self.folder / log_name(number), Transcript(offer, newest, previous), self.key, vectors)
         recorder.write(MAGIC)
@@ -114,70 +108,41 @@ class Transcripts:
             closed.insert(0, last)
         return {device: found.get(device) or session_chain_proof(recorder.log, self.key) for device in last_offers}
 
-    def finish(self, newest: AdapterId) -> bytes:
+    def finish(self) -> bytes:
         """Close the last log if it is open, as far as it is on the disk. Returns the digest of its last checkpoint.
 
-        Args:
-            newest: The newest adapter in the registry.
+        A round under way gets the ending that the registry has for it, or is aborted. Before anything is signed, all
+        that the registry knows must have been found in the logs.
 
         Raises:
-            TrustError: The log was altered.
+            TrustError: A log was altered, or the logs and the registry contradict each other.
         """
-        previous = NO_SESSION
-        for path in logs(self.folder)[-2:]:  # only the last one can be open, and it may need to name the one before
-            previous = _finish(path, self.key, newest, previous)
-        return previous
+        head = self.head()
+        found = self._since(head.round)
+        held = [log for log in found if log.entries]
+        missing = require_agreement(held, head, self.key)
+        for log in found:
+            if log.rest:
+                log.path.with_suffix(TORN).write_bytes(log.rest)
+                os.truncate(log.path, log.end)
+            if not log.entries:
+                log.path.unlink()
+        if not held:
+            return NO_SESSION
+        if held[-1].closed:
+            return held[-1].checkpoints[-1].digest()
+        previous = held[-2].checkpoints[-1].digest() if len(held) > 1 else NO_SESSION
+        recorder = Recorder(held[-1].path, held[-1].resumed(head.newest, previous), self.key)
+        return recorder.close(head.round if missing else None)
 
-
-def _finish(path: Path, key: IdentityKey, newest: AdapterId, previous: bytes) -> bytes:
-    """The digest of a log's last checkpoint. Closes a log that a kill left open, and removes one without entries.
-
-    Args:
-        path: Of the log.
-        key: The coordinator's.
-        newest: The adapter that a session without a checkpoint, and so without a result, starts from.
-        previous: Digest of the last checkpoint of the log before; the result where this log has no entries.
-    """
-    raw = path.read_bytes()
-    reading = transcript.read(raw)
-    if reading.problem:
-        if _holds_checkpoint(raw[reading.end :], key.public):
-            raise _altered(path, reading.problem)
-        path.with_suffix(TORN).write_bytes(raw[reading.end :])
-        os.truncate(path, reading.end)
-    if not reading.entries:
-        path.unlink()
-        return previous
-    intact = replace(reading, problem="")
-    try:
-        found = checkpoints(intact, key.public, unfinished=True)
-    except Problem as problem:
-        raise _altered(path, problem) from None
-    if not found or found[-1].stage is not Stage.CLOSED:
-        start = found[0].newest if found else newest
-        recorder = Recorder(path, transcript.resume(intact.entries, start, previous), key)
-        if recorder.log.plan is not None:
-            recorder.write(recorder.log.ended(key, Abort(recorder.log.plan, INTERRUPTED)))
-        recorder.checkpoint(Stage.CLOSED)
-        found = checkpoints(transcript.read(path.read_bytes()), key.public, unfinished=False)
-    return found[-1].digest()
-
-
-def _holds_checkpoint(rest: bytes, coordinator: PublicKey) -> bool:
-    """Whether the unreadable rest of a log holds a complete checkpoint. A kill damages only the last record."""
-    for found in re.finditer(re.escape(_CHECKPOINT), rest):
-        start = max(found.start() - _INDEX, 0)
-        for end in range(start, min(start + _LARGEST_CHECKPOINT, len(rest)) + 1):  # its length may be what is damaged
-            with suppress(ProtocolError):
-                envelope.open_verified(Checkpoint, ENTRY.decode(rest[start:end]).message, coordinator, "")
-                return True
-    return False
-
-
-def _altered(path: Path, problem: object) -> TrustError:
-    return TrustError(
-        f"{path} was altered after it was written ({problem}): find out why, and move it away", about=path.name
-    )
+    def _since(self, record: RoundRecord | None) -> list[StoredLog]:
+        """The logs from the session of a recorded round on, in order; all logs, where no round is recorded."""
+        found: list[StoredLog] = []
+        for path in reversed(logs(self.folder)):
+            found.insert(0, StoredLog.read(path, self.key.public))
+            if record is not None and found[0].offer.hex() == record.offer:
+                break
+        return found
 
 
 def _ends(path: Path) -> tuple[bytes, bytes]:
@@ -196,7 +161,7 @@ def _ends(path: Path) -> tuple[bytes, bytes]:
             first, last = (_entry(file, *spans[end]) for end in (0, -1))
             return Offer.decode(envelope.unverified_body(first.message)).digest(), last.message
         except (IndexError, ProtocolError) as error:
-            raise _altered(path, error) from None
+            raise altered(path, error) from None
 
 
 def _entry(file: BinaryIO, start: int, size: int) -> Entry:

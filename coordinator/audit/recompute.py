@@ -30,8 +30,6 @@ UNCHANGED = ("base_digest", "layout_digest", "peft_config", "labels")  # fields 
 # Why the step of an adapter could not be recomputed: for programs → for people.
 REASONS = {
     "vectors": "only digests of the masked updates were kept",
-    "unpublished": "the coordinator stopped before it published the last one",
-    "replaced": "another one was published under the number of the last, as after a stop: a later log must name it",
     "optimizer": "the state of FedAdam is in no transcript, and a sum since version 0 is missing",
 }
 
@@ -43,12 +41,10 @@ class Recomputation:
     Args:
         registry: Where the adapters were published.
         state: The version that was recomputed last, and the optimizer's state after it.
-        unpublished: The last adapter of a session, if it was not published: the next session must start where it did.
     """
 
     registry: RegistryFiles
     state: tuple[int, optimizer.State] | None = field(default=None, repr=False)
-    unpublished: ProducedAdapter | None = None
     rules: set[optimizer.Settings] = field(default_factory=set)
 
     def check(self, start: AdapterId | None, produced: tuple[ProducedAdapter, ...]) -> Finding:
@@ -67,7 +63,7 @@ class Recomputation:
                 self._require_published(start)
             for each in produced:
                 place = each.place
-                reasons.append(self._step(each, each is produced[-1]))
+                reasons.append(self._step(each))
         except Problem as problem:
             return Finding(Check.ADAPTERS, Status.FAIL, str(problem), problem.place, problem.about)
         except (DataError, TrustError) as error:
@@ -88,8 +84,7 @@ class Recomputation:
         if not reasons:
             return Finding(Check.ADAPTERS, Status.PASS, "no adapter was produced")
         again, why = reasons.count(""), sorted(set(reasons) - {""})
-        published = len(reasons) - reasons.count("unpublished") - reasons.count("replaced")
-        text = f"{count(published, 'adapter')} published under the coordinator's signature and unaltered since"
+        text = f"{count(len(reasons), 'adapter')} published under the coordinator's signature and unaltered since"
         if again:
             rules = "; ".join(sorted(map(str, self.rules)))
             text += f". {again} of {len(reasons)} recomputed from the sums, equal bit for bit ({rules})"
@@ -98,22 +93,15 @@ class Recomputation:
             text += f". {len(reasons) - again} of {len(reasons)} not recomputed: {lacking}"
         return Finding(Check.ADAPTERS, Status.PASS if again else Status.SKIPPED, text, about=", ".join(why))
 
-    def _step(self, produced: ProducedAdapter, last: bool) -> str:
+    def _step(self, produced: ProducedAdapter) -> str:
         """Check one adapter. Returns a key of ``REASONS``, or nothing if the step was recomputed.
 
         Raises:
             Problem: It is not what was published, or not what the optimizer computes from the sum.
             DataError, TrustError: A file is missing, damaged or altered.
         """
-        place, (start, start_digest), (version, digest) = produced.place, produced.before, produced.after
-        if self.unpublished is not None and produced.before != self.unpublished.before:
-            raise Problem("plan.adapter", f"the devices got an adapter {start} that no log produced", place)
-        self.unpublished = None
+        place, (start, start_digest), (version, _) = produced.place, produced.before, produced.after
         manifest, parent = self.registry.manifest(version), self.registry.manifest(start)
-        # The log is written first: a stop in between leaves a last adapter that is not published.
-        if last and (manifest is None or manifest.sha256 != digest):
-            self.unpublished = produced
-            return "replaced" if manifest else "unpublished"
         if parent is None or parent.sha256 != start_digest:
             raise Problem("plan.adapter", f"the devices got another adapter than was published as {start}", place)
         agreeing = _agreeing(produced, manifest, parent)

@@ -4,7 +4,6 @@ Needs SQLAlchemy and fsspec. An auditor reads the same files without them (``coo
 """
 
 from coordinator.registry.blobs import Blobs
-from coordinator.registry.roundrecord import RoundRecord
-from coordinator.registry.versions import Registry, StoredAdapter, Version
+from coordinator.registry.versions import Head, Registry, StoredAdapter, Version, state_digest
 
-__all__ = ["Blobs", "Registry", "RoundRecord", "StoredAdapter", "Version"]
+__all__ = ["Blobs", "Head", "Registry", "StoredAdapter", "Version", "state_digest"]

@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
     BigInteger,
     Column,
     Connection,
     Engine,
-    Float,
-    ForeignKey,
     Integer,
     LargeBinary,
     MetaData,
     String,
     Table,
-    Text,
     create_engine,
     event,
     inspect,
@@ -30,7 +26,19 @@ from sqlalchemy import (
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, IntegrityError, SQLAlchemyError
 
-from adapters.registryfiles import FORMAT, FORMAT_COLUMN, FORMATS, MANIFEST, PREFIX, SHA256, VERSION, VERSIONS
+from adapters.registryfiles import (
+    FORMAT,
+    FORMAT_COLUMN,
+    FORMATS,
+    MANIFEST,
+    PREFIX,
+    RECORD,
+    ROUND,
+    ROUNDS,
+    SHA256,
+    VERSION,
+    VERSIONS,
+)
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 
 metadata = MetaData()
@@ -43,24 +51,16 @@ versions = Table(
     Column(MANIFEST, LargeBinary, nullable=False),  # signed
 )
 rounds = Table(
-    f"{PREFIX}rounds",
+    ROUNDS,
     metadata,
-    Column("round", BigInteger, primary_key=True, autoincrement=False),
-    Column("survivors", JSON, nullable=False),
-    Column("dropped", JSON, nullable=False),
-    Column("aborted", Text),
-    Column("bytes_up", BigInteger, nullable=False),
-    Column("bytes_down", BigInteger, nullable=False),
-    Column("seconds", Float(53), nullable=False),
-    Column("metrics", JSON, nullable=False),
-    Column("version", ForeignKey(versions.c.version), unique=True),
+    Column(ROUND, BigInteger, primary_key=True, autoincrement=False),
+    Column(RECORD, LargeBinary, nullable=False),  # signed
 )
 optimizer = Table(  # one row
     f"{PREFIX}optimizer",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("sha256", String(64), nullable=False),
-    Column("tensors", LargeBinary, nullable=False),  # safetensors
+    Column("tensors", LargeBinary, nullable=False),  # safetensors; the last round's record has the digest
 )
 
 
@@ -146,7 +146,6 @@ def _prepare_sqlite(engine: Engine, url: URL) -> None:
 def _configure(connection: Any, _: object) -> None:
     # Python's sqlite3 begins a transaction late and not for every statement; now ``_begin`` begins each one.
     connection.isolation_level = None
-    connection.execute("PRAGMA foreign_keys = ON")
 
 
 def _begin(connection: Connection) -> None:

@@ -2,8 +2,9 @@
 
 A round is committed as a unit (docs/decisions/0002): first the blob under its content address, then one database
 transaction with the version, the round's record and the optimizer's state. A kill at any instant loses at most the
-round under way. Everything that is read is verified: the signature of a manifest, the digest of a blob. Whether a
-version is newer than the one that a device has is for the device to check.
+round under way. Everything that is read is verified: the signature of a manifest or record, the chain of the records,
+the digest of a blob or of the optimizer's state. Deleted last rows are found by comparing with the logs
+(``coordinator.transcripts``).
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from sqlalchemy.engine import URL
 from adapters import files
 from adapters.layout import Layout, Tensors
 from adapters.manifest import VersionManifest
+from adapters.roundrecord import RoundRecord, accept_chain, digest_of
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from coordinator.registry import database
 from coordinator.registry.blobs import Blobs
-from coordinator.registry.roundrecord import RoundRecord
 
 ONLY_ROW = 1  # of the optimizer's table
 
@@ -31,6 +32,21 @@ class Version:
 
     manifest: VersionManifest
     raw: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The end of a registry: what the next round follows.
+
+    Args:
+        newest: Version and digest of the newest adapter.
+        round: The record of the last round; None before the first.
+        digest: Of that record, signed: the next one names it.
+    """
+
+    newest: tuple[int, str]
+    round: RoundRecord | None
+    digest: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +90,29 @@ class Registry:
         self.engine.dispose()
 
     def publish(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
-        """Sign and store a version that no round produced, such as the seed adapter.
+        """Sign and store version 0, the only one that no round produced.
 
         Raises:
-            DataError: The blob is not what the manifest says, or the version is not the next one.
+            DataError: The blob is not what the manifest says, or the version is another one or is stored already.
             ConfigError: The registry does not trust ``key``.
             EdgeAdaptError: The store failed; nothing was changed.
         """
+        if manifest.version != 0:
+            raise DataError(
+                f"version {manifest.version} cannot be published: every version after the first is made by a round",
+                about="manifest.version",
+                value=manifest.version,
+            )
         version = self._prepare(manifest, blob, key)
         with database.explained(self.engine), self.engine.begin() as connection:
             self._insert(connection, version)
         return version
 
-    def record_round(self, record: RoundRecord) -> None:
+    def record_round(self, record: RoundRecord, key: IdentityKey) -> None:
         """Keep the record of a round that produced no version.
 
         Raises:
-            DataError: The round is already recorded, or the record names a version.
+            DataError: The record names a version, or does not follow the last one.
             EdgeAdaptError: The database failed; nothing was changed.
         """
         if record.version is not None:
@@ -100,7 +122,7 @@ class Registry:
                 value=record.version,
             )
         with database.explained(self.engine), self.engine.begin() as connection:
-            connection.execute(database.rounds.insert().values(record.to_row()))
+            self._append(connection, record, key)
 
     def commit_round(
         self, record: RoundRecord, manifest: VersionManifest, blob: bytes, optimizer_state: Tensors, key: IdentityKey
@@ -112,7 +134,7 @@ class Registry:
             manifest: Of the new version.
             blob: The new version's safetensors bytes.
             optimizer_state: From ``optimizer.to_tensors``.
-            key: Signs the manifest.
+            key: Signs the manifest and the record.
 
         Raises:
             DataError: Record, manifest and blob contradict each other or what is stored.
@@ -120,12 +142,17 @@ class Registry:
             EdgeAdaptError: The store failed; nothing was changed.
         """
         record.require_agreement(manifest)
-        version, state = self._prepare(manifest, blob, key), _state_row(optimizer_state)
+        state, digest = _encoded(optimizer_state), state_digest(optimizer_state)
+        if record.optimizer != digest:
+            raise DataError(
+                f"the record of round {record.round} names another optimizer state", about="record.optimizer"
+            )
+        version = self._prepare(manifest, blob, key)
         with database.explained(self.engine), self.engine.begin() as connection:
             self._insert(connection, version)
-            connection.execute(database.rounds.insert().values(record.to_row()))
+            self._append(connection, record, key)
             connection.execute(database.optimizer.delete())
-            connection.execute(database.optimizer.insert().values(state))
+            connection.execute(database.optimizer.insert().values(id=ONLY_ROW, tensors=state))
         return version
 
     def latest(self) -> Version | None:
@@ -161,13 +188,9 @@ class Registry:
         Raises:
             EdgeAdaptError: The registry is empty, or as ``blob``.
         """
-        version = self.latest()
-        if version is None:
-            raise EdgeAdaptError(
-                "the registry is empty: publish a first adapter with 'edgeadapt coordinator publish'", about="registry"
-            )
-        blob = self.blobs.get(version.manifest.sha256)
-        return StoredAdapter(version.manifest, blob, files.decode(blob))
+        manifest = self._newest().manifest
+        blob = self.blobs.get(manifest.sha256)
+        return StoredAdapter(manifest, blob, files.decode(blob))
 
     def blob(self, number: int) -> bytes:
         """A version's file, byte for byte as published.
@@ -186,32 +209,80 @@ class Registry:
         """The records of all rounds, in order.
 
         Raises:
-            DataError: A record is damaged.
+            TrustError: A record is missing or was altered.
         """
-        query = select(database.rounds).order_by(database.rounds.c.round)
-        with database.explained(self.engine), self.engine.connect() as connection:
-            try:
-                return tuple(RoundRecord.of_row(row) for row in connection.execute(query))
-            except (TypeError, ValueError) as error:
-                raise DataError(
-                    f"a round's record is damaged ({error}): restore the database from a copy", about="record"
-                ) from error
+        return self._records(1)[0]
+
+    def head(self) -> Head:
+        """The newest version and the last round, which agree with each other.
+
+        Raises:
+            EdgeAdaptError: The registry is empty.
+            TrustError: A manifest or a record was altered, or one of the two is missing.
+        """
+        newest = self._newest().manifest
+        records, digest = self._records(max(newest.round, 1))
+        made = [(record.version, record.adapter) for record in records if record.version is not None]
+        if made != ([newest.id] if newest.round else []):
+            raise TrustError(
+                f"the registry has version {newest.version} as its newest, and its rounds contradict that: "
+                "restore it from a copy",
+                about="record",
+                value=newest.version,
+            )
+        return Head(newest.id, records[-1] if records else None, digest)
 
     def optimizer_state(self) -> Tensors:
         """The optimizer state that the last committed round left; empty if it left none.
 
         Raises:
-            TrustError: The stored state was altered.
+            EdgeAdaptError: The registry is empty.
+            TrustError: The stored state is not that of the last round's record.
         """
+        last = self.head().round
         with database.explained(self.engine), self.engine.connect() as connection:
-            row = connection.execute(select(database.optimizer)).one_or_none()
-        if row is None or not row.tensors:
-            return {}
-        if files.sha256(row.tensors) != row.sha256:
+            raw = connection.scalar(select(database.optimizer.c.tensors)) or b""
+        if (files.sha256(raw) if raw else None) != (last and last.optimizer):
             raise TrustError(
-                "the stored optimizer state was altered: restore the database from a copy", about="optimizer"
+                "the stored optimizer state was altered: restore the registry from a copy", about="optimizer"
             )
-        return files.decode(row.tensors)
+        return files.decode(raw) if raw else {}
+
+    def _newest(self) -> Version:
+        version = self.latest()
+        if version is None:
+            raise EdgeAdaptError(
+                "the registry is empty: publish a first adapter with 'edgeadapt coordinator publish'", about="registry"
+            )
+        return version
+
+    def _records(self, first: int) -> tuple[tuple[RoundRecord, ...], str | None]:
+        """The records from round ``first`` on, verified, and the digest of the last signed one of all."""
+        table = database.rounds
+        query = select(table.c.round, table.c.record).where(table.c.round >= first - 1).order_by(table.c.round)
+        with database.explained(self.engine), self.engine.connect() as connection:
+            rows = [(row.round, row.record) for row in connection.execute(query)]
+        before, following = (rows[0], rows[1:]) if first > 1 and rows else ((0, None), rows)
+        records = accept_chain(following, self.trusted, before)
+        return tuple(records), digest_of(rows[-1][1]) if rows else None
+
+    def _append(self, connection: Connection, record: RoundRecord, key: IdentityKey) -> None:
+        """Sign and store the record of the next round."""
+        table = database.rounds
+        last = connection.execute(select(table).order_by(table.c.round.desc()).limit(1)).one_or_none()
+        number, digest = (last.round, digest_of(last.record)) if last else (0, None)
+        state = RoundRecord.accept(last.record, self.trusted).optimizer if last else None
+        if record.version is None and record.optimizer != state:
+            raise DataError(
+                f"round {record.round} made no version and left another optimizer state", about="record.optimizer"
+            )
+        if (record.round, record.previous) != (number + 1, digest):
+            raise DataError(
+                f"the record of round {record.round} does not follow that of round {number}",
+                about="record.previous",
+                value=record.round,
+            )
+        connection.execute(table.insert().values(round=record.round, record=record.sign(key)))
 
     def _prepare(self, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> Version:
         """Check a new version against its blob, sign it, and store the blob, which nothing refers to yet."""
@@ -231,17 +302,17 @@ class Registry:
 
     def _insert(self, connection: Connection, version: Version) -> None:
         manifest, table = version.manifest, database.versions
-        last = connection.scalar(select(func.max(table.c.version)))
-        if manifest.version != (0 if last is None else last + 1):
+        last = connection.execute(select(table).order_by(table.c.version.desc()).limit(1)).one_or_none()
+        number, parent = (last.version, last.sha256) if last else (-1, None)
+        if manifest.version != number + 1:
             raise DataError(
-                f"version {manifest.version} is not the next one: the last is {last}",
+                f"version {manifest.version} is not the next one: the last is {number}",
                 about="manifest.version",
                 value=manifest.version,
             )
-        known = select(table.c.version).where(table.c.sha256 == manifest.parent).limit(1)
-        if (last is None) != (manifest.parent is None) or (last is not None and connection.scalar(known) is None):
+        if manifest.parent != parent:
             raise DataError(
-                f"version {manifest.version}: its parent is not a version of this registry",
+                f"version {manifest.version} is not made from version {number}",
                 about="manifest.parent",
                 value=manifest.parent,
             )
@@ -257,6 +328,14 @@ class Registry:
         return Version(manifest, row.manifest)
 
 
-def _state_row(tensors: Tensors) -> dict[str, Any]:
-    raw = files.encode(tensors) if tensors else b""
-    return {"id": ONLY_ROW, "sha256": files.sha256(raw), "tensors": raw}
+def state_digest(optimizer_state: Tensors) -> str | None:
+    """By which a record names the optimizer's state after its round (SHA-256, hex); None for a state without tensors.
+
+    Raises:
+        DataError: A number is not finite.
+    """
+    return files.sha256(_encoded(optimizer_state)) if optimizer_state else None
+
+
+def _encoded(tensors: Tensors) -> bytes:
+    return files.encode(tensors) if tensors else b""

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from coordinator.registry.roundrecord import RoundRecord
+from adapters.roundrecord import RoundRecord
 from simulations.report.formatting import count, duration, printable, share, size
 
 LEVELS = {"edgeadapt.coordinator": logging.DEBUG, "edgeadapt.device": logging.INFO}

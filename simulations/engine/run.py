@@ -19,6 +19,7 @@ from flwr.app import Context, RecordDict
 
 from adapters import jsontext
 from adapters.base import Base, find_base
+from adapters.roundrecord import RoundRecord
 from adapters.settings import LONGEST
 from adapters.storage import read, replace
 from aggregation.errors import ConfigError
@@ -26,7 +27,6 @@ from client.node.app import app as client_app
 from client.training.examples import read_examples
 from coordinator.app import STATE
 from coordinator.app import app as server_app
-from coordinator.registry.roundrecord import RoundRecord
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
 from simulations.data.households import Population, sample_population

@@ -23,6 +23,7 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.statedir import open_registry
 from tests.support import refused
+from tests.support.registry import commit
 
 LAST = 2
 
@@ -55,7 +56,7 @@ def state_dir(tmp_path: Path, key: IdentityKey) -> Path:
     """A coordinator's state directory, with versions 0 to ``LAST`` published by the coordinator's own code."""
     with closing(open_registry(tmp_path, key)) as registry:
         for version in range(LAST + 1):
-            registry.publish(manifest(version), files.encode(tensors(version)), key)
+            commit(registry, manifest(version), files.encode(tensors(version)), key)
     return tmp_path
 
 
@@ -132,7 +133,7 @@ def test_a_flipped_bit_anywhere_in_the_database_is_refused_in_one_line_or_change
     with database(tmp_path) as connection:  # as few tables as are read, so that every byte can be tried
         connection.execute("CREATE TABLE edgeadapt_format (format INTEGER PRIMARY KEY)")
         connection.execute("CREATE TABLE edgeadapt_versions (version INTEGER, sha256 TEXT, manifest BLOB)")
-        connection.execute("INSERT INTO edgeadapt_format VALUES (1)")
+        connection.execute("INSERT INTO edgeadapt_format VALUES (2)")
         connection.execute("INSERT INTO edgeadapt_versions VALUES (1, ?, ?)", (manifest(1).sha256, signed))
     sound, registry, lines = path.read_bytes(), RegistryFiles.open(tmp_path, [key.public]), []
     start = sound.index(signed)

@@ -27,9 +27,10 @@ from aggregation.steps import Step
 from aggregation.transcript import LogState
 from client.node.app import app as client_app
 from client.node.statedir import LOG_STATE
-from coordinator.audit import rules
+from coordinator.audit import Check, Finding, Recomputation, Status, rules
 from coordinator.registry import Registry
 from coordinator.statedir import CoordinatorStateDir
+from tests.support.hostile import continues_from_anything
 
 FleetOf = Callable[..., Any]
 Audit = Callable[[Path], tuple[int, dict[str, Any]]]
@@ -57,11 +58,16 @@ def fleet(app_fleet_of: FleetOf) -> Any:
 
 
 def next_session(fleet: Any, app: Any = None) -> None:
-    """One round more, in a session of its own, with devices that have seen nothing yet."""
+    """One round more, in a session of its own, with devices that have seen nothing yet.
+
+    The coordinator's own start does not refuse what its logs do not know.
+    """
     for state_dir in fleet.nodes.values():
-        (Path(state_dir) / LOG_STATE).unlink()
+        (Path(state_dir) / LOG_STATE).unlink(missing_ok=True)
     fleet.configure({"rounds": len(fleet.registry().rounds()) + 1})
-    fleet.federate(fleet.grid(app=app))
+    with pytest.MonkeyPatch.context() as hostile:
+        continues_from_anything(hostile)
+        fleet.federate(fleet.grid(app=app))
 
 
 def publish_by_hand(fleet: Any) -> int:
@@ -105,7 +111,7 @@ def test_an_adapter_that_was_published_by_hand_before_the_first_session_is_found
 ) -> None:
     fleet = app_fleet_of(4, rounds=1)
     publish_by_hand(fleet)
-    fleet.federate(fleet.grid())
+    next_session(fleet)
     assert audited(fleet.out)[0] == 4
     monkeypatch.setattr("coordinator.audit.transcripts.chain", lambda reports: None)
     assert audited(fleet.out)[0] == 0
@@ -165,11 +171,14 @@ def test_a_second_result_for_a_version_is_found(fleet: Any, audited: Audit, monk
     """The coordinator goes back to version 0, and makes version 1 again with other devices' updates in it."""
     first = fleet.registry().version(1).manifest.sha256
     with closing(sqlite3.connect(fleet.out / "coordinator" / DATABASE)) as database, database:
-        for table in ("rounds", "versions"):
-            database.execute(f"DELETE FROM edgeadapt_{table} WHERE version = 1")  # noqa: S608
+        database.execute("DELETE FROM edgeadapt_rounds WHERE round = 1")
+        database.execute("DELETE FROM edgeadapt_versions WHERE version = 1")
     fleet.configure({"training.learning_rate": 0.02})
     next_session(fleet)
     assert fleet.registry().version(1).manifest.sha256 != first
+    code, printed = audited(fleet.out)
+    assert (code, "the manifest of adapter 1 and the log differ in sha256" in printed["error"]) == (4, True)
+    monkeypatch.setattr(Recomputation, "check", lambda self, start, produced: Finding(Check.ADAPTERS, Status.PASS, ""))
     code, printed = audited(fleet.out)
     assert (code, "session-000002.log starts from an adapter 0" in printed["error"]) == (4, True)
     monkeypatch.setattr("coordinator.audit.transcripts.chain", lambda reports: None)

@@ -3,31 +3,32 @@
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adapters.roundrecord import RoundRecord, digest_of
 from aggregation import envelope
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.messages import Assignment, Plan
 from aggregation.pki.identity import IdentityKey
-from aggregation.server import AbortReason, RoundResult
 from aggregation.steps import Step
 from aggregation.transcript import LENGTH, MAGIC, AdapterId, read
 from coordinator.audit import Report, Status, audit, chain, checkpoints
 from coordinator.audit.transcripts import VECTORS, logs, vector_path
 from coordinator.recorder import Recorder
+from coordinator.registry import Head
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transcripts import TORN, Transcripts
 from tests.support import refused
 from tests.support.fleet import make_fleet
 
 SEED: AdapterId = (0, "ab" * 32)
-PLAN = Plan(bytes(32), 1, ("a", "b"), 1, "ab" * 32, b"")
+PLAN = Plan(bytes(32), 1, ("a", "b"), 0, "ab" * 32, b"")
 INTERRUPTED = ["offer", "checkpoint", "assignment", "abort", "checkpoint", "checkpoint"]
-RESULT = RoundResult(1, {}, ("a", "b"), (), (), bytes(32))
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +41,55 @@ def offer() -> tuple[bytes, bytes]:
 @pytest.fixture
 def transcripts(tmp_path: Path) -> Transcripts:
     fleet = make_fleet(3)
-    return Transcripts(tmp_path / "transcript", fleet.key, fleet.authority.root, keep_vectors=False)
+    return Transcripts(tmp_path / "transcript", fleet.key, fleet.authority.root, False, Known())
+
+
+@dataclass
+class Known:
+    """What the registry knows."""
+
+    head: Head = Head(SEED, None, None)  # noqa: RUF009  # frozen
+
+    def __call__(self) -> Head:
+        return self.head
+
+
+def recorded(transcripts: Transcripts, recorder: Recorder, **changes: Any) -> RoundRecord:
+    """The registry's record of the round under way, which aborts it unless ``changes`` say more."""
+    log = recorder.synced()
+    record = RoundRecord(
+        round=1,
+        previous=None,
+        offer=log.offer.hex(),
+        plan=log.plan.hex() if log.plan else None,
+        entries=log.tree.size,
+        root=log.tree.root().hex(),
+        survivors=(),
+        dropped={},
+        reason="unrecoverable",
+        aborted="too few good shares",
+        sum=None,
+        version=None,
+        adapter=None,
+        optimizer=None,
+        bytes_up=1,
+        bytes_down=1,
+        seconds=1.0,
+        metrics={},
+    )
+    record = replace(record, **changes)
+    newest = SEED if record.version is None else (record.version, str(record.adapter))
+    assert isinstance(transcripts.head, Known)
+    transcripts.head.head = Head(newest, record, digest_of(record.sign(transcripts.key)))
+    return record
+
+
+MADE = {"reason": None, "aborted": None, "survivors": ("a", "b"), "sum": "00" * 32, "version": 1, "adapter": "cd" * 32}
 
 
 def write(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> Recorder:
     """A session of one round that went no further than its plan."""
-    recorder = transcripts.begin(offer[0], SEED)
+    recorder = transcripts.begin(offer[0])
     recorder.sent(Step.OFFER, dict.fromkeys("ab", offer[1]))
     recorder.checkpoint()
     recorder.begin(PLAN)
@@ -66,28 +110,38 @@ def test_a_record_is_on_the_disk_when_the_call_returns(transcripts: Transcripts,
     assert kinds(recorder.path)[-1] == "unmask-response"
 
 
-def test_a_round_ends_once(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
+def test_a_round_ends_in_the_log_as_its_record_says(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
     recorder = write(transcripts, offer)
-    recorder.result(RESULT, 2, "cd" * 32)
-    recorder.result(RESULT, 2, "cd" * 32)
-    recorder.abort(AbortReason.TOO_FEW)
+    recorder.end(recorded(transcripts, recorder, **MADE))
     assert kinds(recorder.path)[3:] == ["result", "checkpoint"]
+    assert recorder.log.newest == (1, "cd" * 32)
 
 
 def test_an_aborted_round_is_logged_with_its_reason(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
     recorder = write(transcripts, offer)
-    recorder.abort(AbortReason.UNRECOVERABLE)
+    recorder.end(recorded(transcripts, recorder))
     assert kinds(recorder.path)[3:] == ["abort", "checkpoint"]
     assert b"unrecoverable" in recorder.path.read_bytes()
+
+
+def test_a_round_that_ended_before_its_plan_has_no_ending_in_the_log(
+    transcripts: Transcripts, offer: tuple[bytes, bytes]
+) -> None:
+    recorder = transcripts.begin(offer[0])
+    recorder.sent(Step.OFFER, dict.fromkeys("ab", offer[1]))
+    recorder.checkpoint()
+    recorder.end(recorded(transcripts, recorder))
+    transcripts.finish()
+    assert kinds(recorder.path) == ["offer", "checkpoint", "checkpoint"]
 
 
 def test_the_log_of_a_session_is_closed_once_and_named_by_the_next(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
     first = write(transcripts, offer)
-    last = transcripts.finish(SEED)
+    last = transcripts.finish()
     closed = first.path.read_bytes()
-    assert transcripts.finish(SEED) == last
+    assert transcripts.finish() == last
     assert first.path.read_bytes() == closed
     second = write(transcripts, offer)
     assert second.log.previous == last
@@ -136,10 +190,10 @@ def test_a_log_killed_before_its_first_checkpoint_still_names_the_one_before(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
     write(transcripts, offer)
-    last = transcripts.finish(SEED)
-    killed = transcripts.begin(offer[0], SEED)
+    last = transcripts.finish()
+    killed = transcripts.begin(offer[0])
     killed.sent(Step.OFFER, dict.fromkeys("ab", offer[1]))
-    transcripts.finish(SEED)
+    transcripts.finish()
     reports = {path.name: report_of(transcripts, path) for path in logs(transcripts.folder)}
     assert list(reports.values())[1].previous == last
     chain(reports)
@@ -155,7 +209,7 @@ def test_a_log_that_was_altered_is_not_signed_again(transcripts: Transcripts, of
     raw[len(MAGIC) + 60] ^= 1
     killed.path.write_bytes(raw)
     with refused(TrustError, "session-000001.log"):
-        transcripts.begin(offer[0], SEED)
+        transcripts.begin(offer[0])
     assert killed.path.read_bytes() == raw
 
 
@@ -163,7 +217,7 @@ def test_a_closed_log_that_cannot_be_read_is_not_taken_for_an_incomplete_one(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
     recorder = write(transcripts, offer)
-    transcripts.finish(SEED)
+    transcripts.finish()
     sound, at, lengths = recorder.path.read_bytes(), len(MAGIC), list[int]()
     while at < len(sound):
         lengths.append(at)
@@ -173,7 +227,7 @@ def test_a_closed_log_that_cannot_be_read_is_not_taken_for_an_incomplete_one(
         raw[place] ^= 1
         recorder.path.write_bytes(raw)
         with refused(TrustError, "session-000001.log"):
-            transcripts.begin(offer[0], SEED)
+            transcripts.begin(offer[0])
         assert recorder.path.read_bytes() == raw
 
 
@@ -189,7 +243,7 @@ def test_vectors_are_kept_by_digest_where_the_settings_ask_for_that(
 ) -> None:
     body = b"vector" + b"hdr" + (3).to_bytes(4, "big")
     for keep in (False, True):
-        kept = Transcripts(transcripts.folder / str(keep), transcripts.key, transcripts.root, keep)
+        kept = replace(transcripts, folder=transcripts.folder / str(keep), keep_vectors=keep)
         write(kept, offer).received(Step.PLAN, "a", body)
         path = vector_path(kept.folder / VECTORS, hashlib.sha256(b"vector").digest())
         assert path.exists() == keep
@@ -202,6 +256,103 @@ def test_the_keys_of_a_session_are_next_to_its_log_without_a_secret(
     write(transcripts, offer)
     assert b"PRIVATE" not in b"".join(path.read_bytes() for path in transcripts.folder.iterdir())
     assert (transcripts.folder / "coordinator.pem").read_bytes() == transcripts.key.public.to_pem()
+
+
+# What the registry knows
+
+
+def sizes(path: Path) -> list[int]:
+    """Where each record of a log begins, and where the last one ends."""
+    raw, at = path.read_bytes(), [len(MAGIC)]
+    while at[-1] < len(raw):
+        at.append(at[-1] + LENGTH + int.from_bytes(raw[at[-1] : at[-1] + LENGTH], "big"))
+    return at
+
+
+@pytest.mark.parametrize("changes", [MADE, {}], ids=["result", "abort"])
+def test_an_ending_that_only_the_registry_has_is_added(
+    transcripts: Transcripts, offer: tuple[bytes, bytes], changes: dict[str, Any]
+) -> None:
+    """A kill at any byte between the registry's transaction and the checkpoint after the ending leaves this."""
+    recorder = write(transcripts, offer)
+    before = recorder.path.stat().st_size
+    recorder.end(recorded(transcripts, recorder, **changes))
+    whole = recorder.path.read_bytes()
+    transcripts.finish()
+    closed = recorder.path.read_bytes()
+    for size in range(before, len(whole)):
+        recorder.path.write_bytes(whole[:size])
+        transcripts.finish()
+        assert recorder.path.read_bytes() == closed
+
+
+@pytest.mark.parametrize("changes", [MADE, {}], ids=["result", "abort"])
+def test_a_log_that_lost_more_than_a_kill_can_take_is_not_signed_again(
+    transcripts: Transcripts, offer: tuple[bytes, bytes], changes: dict[str, Any]
+) -> None:
+    recorder = write(transcripts, offer)
+    before = recorder.path.stat().st_size
+    recorder.end(recorded(transcripts, recorder, **changes))
+    transcripts.finish()
+    whole = recorder.path.read_bytes()
+    for size in [*sizes(recorder.path), before - 1, before - 100]:
+        cut = whole[:size]
+        recorder.path.write_bytes(cut)
+        if size < before:
+            with refused(TrustError, "transcript"):
+                transcripts.finish()
+            assert recorder.path.read_bytes() == cut
+        else:
+            transcripts.finish()
+            assert recorder.path.read_bytes() == whole
+
+
+def test_a_log_that_is_gone_is_not_replaced(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
+    recorder = write(transcripts, offer)
+    recorder.end(recorded(transcripts, recorder, **MADE))
+    recorder.path.rename(recorder.path.with_suffix(".away"))
+    for head in (transcripts.head(), Head((1, "cd" * 32), None, None)):
+        with refused(TrustError, "transcript"):
+            replace(transcripts, head=lambda head=head: head).finish()
+    assert logs(transcripts.folder) == []
+
+
+@pytest.mark.parametrize("changes", [MADE, {}], ids=["result", "abort"])
+def test_a_registry_that_went_back_is_found_by_the_log(
+    transcripts: Transcripts, offer: tuple[bytes, bytes], changes: dict[str, Any]
+) -> None:
+    old = transcripts.head()
+    recorder = write(transcripts, offer)
+    recorder.end(recorded(transcripts, recorder, **changes))
+    with refused(TrustError, "transcript"):
+        replace(transcripts, head=lambda: old).finish()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sum": "11" * 32}, {"adapter": "ee" * 32}, {"survivors": ("a",)}, {"plan": "11" * 32}, {"root": "11" * 32}],
+)
+def test_a_log_whose_ending_is_another_than_the_recorded_one_is_not_continued(
+    transcripts: Transcripts, offer: tuple[bytes, bytes], change: dict[str, Any]
+) -> None:
+    recorder = write(transcripts, offer)
+    place = {"entries": recorder.log.tree.size, "root": recorder.log.tree.root().hex(), "plan": PLAN.digest().hex()}
+    recorder.end(recorded(transcripts, recorder, **MADE))
+    recorded(transcripts, recorder, **{**MADE, **place, **change})
+    with refused(TrustError, "transcript"):
+        transcripts.finish()
+
+
+def test_a_closed_log_of_an_earlier_session_is_not_closed_again(
+    transcripts: Transcripts, offer: tuple[bytes, bytes]
+) -> None:
+    first = write(transcripts, offer)
+    second = write(transcripts, offer)
+    os.truncate(first.path, sizes(first.path)[-2])
+    with refused(TrustError, "transcript"):
+        transcripts.finish()
+    assert kinds(first.path) == INTERRUPTED[:-1]
+    assert kinds(second.path) == ["offer", "checkpoint", "assignment"]
 
 
 # A complete run, with the real devices on the in-process grid
@@ -254,6 +405,6 @@ def test_a_run_that_was_interrupted_in_a_round_leaves_a_closed_log(fleet_of: Cal
 
 def test_another_key_makes_another_coordinator(transcripts: Transcripts, offer: tuple[bytes, bytes]) -> None:
     write(transcripts, offer)
-    stranger = Transcripts(transcripts.folder, IdentityKey.generate(SystemEntropy()), transcripts.root, False)
+    stranger = replace(transcripts, key=IdentityKey.generate(SystemEntropy()))
     with refused(TrustError, "session-000001.log"):
-        stranger.begin(offer[0], SEED)
+        stranger.begin(offer[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from adapters.manifest import AdapterManifest, BaseManifest, Manifest, VersionManifest
+from adapters.roundrecord import RoundRecord
 from client.node import statedir as device
 from coordinator import statedir as coordinator
 
@@ -15,6 +16,7 @@ TABLES: dict[str, type[Manifest]] = {
     "### Base manifest": BaseManifest,
     "### Adapter manifest": AdapterManifest,
     "### Registry": VersionManifest,
+    "### Round record": RoundRecord,
 }
 
 

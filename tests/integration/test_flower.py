@@ -17,7 +17,7 @@ from adapters import files
 from adapters.base import find_base
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
-from coordinator.registry import RoundRecord
+from adapters.roundrecord import RoundRecord
 from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from tests.support.trial import COORDINATOR, make_trial_fleet

@@ -8,8 +8,9 @@ import numpy as np
 from adapters import files
 from adapters.layout import Layout, Tensors
 from adapters.manifest import PeftConfig, ServerRule, VersionManifest
+from adapters.roundrecord import RoundRecord, digest_of
 from aggregation.pki.identity import IdentityKey
-from coordinator.registry import Registry, RoundRecord
+from coordinator.registry import Registry, state_digest
 
 
 def _tensors(value: float) -> Tensors:
@@ -38,18 +39,8 @@ def _manifest(number: int) -> VersionManifest:
     )
 
 
-def _record(number: int) -> RoundRecord:
-    return RoundRecord(
-        round=number,
-        survivors=("anna", "ben"),
-        dropped={"cora": "plan"},
-        aborted=None,
-        bytes_up=3 * 10**10,
-        bytes_down=7,
-        seconds=2.5,
-        metrics={"loss": 1 / number},
-        version=number,
-    )
+def _state(number: int) -> Tensors:
+    return {"first": np.full(5, number, np.float32)}
 
 
 @dataclass(frozen=True)
@@ -61,23 +52,78 @@ class Rounds:
 
     tensors = staticmethod(_tensors)
     manifest = staticmethod(_manifest)
-    record = staticmethod(_record)
+    state = staticmethod(_state)
+
+    def record(self, number: int) -> RoundRecord:
+        """The record of round ``number``, after rounds that all made a version."""
+        manifest = _manifest(number)
+        return RoundRecord(
+            round=number,
+            previous=digest_of(self.record(number - 1).sign(self.key)) if number > 1 else None,
+            offer="0f" * 32,
+            plan=manifest.plan,
+            entries=10 * number,
+            root="00" * 32,
+            survivors=("anna", "ben"),
+            dropped={"cora": "plan"},
+            reason=None,
+            aborted=None,
+            sum="50" * 32,
+            version=number,
+            adapter=manifest.sha256,
+            optimizer=state_digest(_state(number)),
+            bytes_up=3 * 10**10,
+            bytes_down=7,
+            seconds=2.5,
+            metrics={"loss": 1 / number},
+        )
+
+    def aborted(self, number: int) -> RoundRecord:
+        """The same for a round that made no version."""
+        return replace(
+            self.record(number),
+            survivors=(),
+            reason="too-few",
+            aborted="two devices are too few",
+            sum=None,
+            version=None,
+            adapter=None,
+            optimizer=state_digest(_state(number - 1)) if number > 1 else None,
+            metrics={},
+        )
 
     def blob(self, number: int) -> bytes:
         return files.encode(_tensors(number))
-
-    def aborted(self, number: int) -> RoundRecord:
-        return replace(_record(number), survivors=(), aborted="two devices are too few", version=None, metrics={})
 
     def seed(self, registry: Registry) -> None:
         registry.publish(_manifest(0), self.blob(0), self.key)
 
     def commit(self, registry: Registry, number: int) -> None:
-        state = {"first": np.full(5, number, np.float32)}
-        registry.commit_round(_record(number), _manifest(number), self.blob(number), state, self.key)
+        manifest, blob = _manifest(number), self.blob(number)
+        registry.commit_round(self.record(number), manifest, blob, _state(number), self.key)
 
     def snapshot(self, registry: Registry) -> tuple[Any, ...]:
         """Everything that a registry holds, to compare two moments."""
         numbers = range(len(registry.versions()))
-        state = {name: value.tolist() for name, value in registry.optimizer_state().items()}
+        state = {name: value.tolist() for name, value in registry.optimizer_state().items()} if numbers else {}
         return registry.versions(), registry.rounds(), [registry.blob(n) for n in numbers], state
+
+
+def commit(registry: Registry, manifest: VersionManifest, blob: bytes, key: IdentityKey) -> VersionManifest:
+    """Publish a version as a round would, whatever round and plan ``manifest`` names; the manifest as published."""
+    if manifest.version == 0:
+        return registry.publish(manifest, blob, key).manifest
+    head = registry.head()
+    number = head.round.round + 1 if head.round else 1
+    manifest = replace(manifest, round=number, plan=f"{number:064x}")
+    record = replace(
+        Rounds(key).record(1),
+        round=number,
+        previous=head.digest,
+        plan=manifest.plan,
+        survivors=manifest.survivors,
+        version=manifest.version,
+        adapter=manifest.sha256,
+        optimizer=None,
+    )
+    return registry.commit_round(record, manifest, blob, {}, key).manifest

@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
 from sqlalchemy.schema import CreateTable
 
 from adapters import files
 from adapters.layout import Layout
+from adapters.roundrecord import digest_of
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.registry import Registry, database
 from tests.support import refused
+from tests.support.registry import Rounds, commit
 
 Reopen = Callable[[], Registry]
 
@@ -32,7 +34,9 @@ def test_a_new_registry_is_empty(registry: Registry) -> None:
     assert registry.latest() is None
     assert registry.versions() == ()
     assert registry.rounds() == ()
-    assert registry.optimizer_state() == {}
+    for read in (registry.head, registry.optimizer_state, registry.newest_adapter):
+        with refused(EdgeAdaptError, "registry"):
+            read()
 
 
 def test_a_new_process_reads_the_seed_and_the_rounds_as_they_were_stored(reopen: Reopen, rounds: Any) -> None:
@@ -82,68 +86,69 @@ def test_folders_with_odd_names_work_and_missing_ones_are_created(tmp_path: Path
 def test_an_aborted_round_leaves_adapter_and_optimizer_as_they_were(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     rounds.commit(registry, 1)
-    registry.record_round(rounds.aborted(2))
-    registry.record_round(rounds.aborted(3))
+    second = rounds.aborted(2)
+    third = replace(rounds.aborted(3), previous=digest_of(second.sign(rounds.key)), optimizer=second.optimizer)
+    for record in (second, third):
+        registry.record_round(record, rounds.key)
     latest = registry.latest()
     assert latest is not None
     assert latest.manifest.version == 1
     assert (registry.optimizer_state()["first"] == 1).all()
-    assert registry.rounds() == (rounds.record(1), rounds.aborted(2), rounds.aborted(3))
+    assert registry.rounds() == (rounds.record(1), second, third)
 
 
 def test_the_version_after_an_aborted_round_is_the_next_number(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
-    registry.record_round(rounds.aborted(1))
+    first = rounds.aborted(1)
+    registry.record_round(first, rounds.key)
     manifest = replace(rounds.manifest(1), round=2)
-    registry.commit_round(replace(rounds.record(1), round=2), manifest, rounds.blob(1), {}, rounds.key)
+    record = replace(rounds.record(1), round=2, previous=digest_of(first.sign(rounds.key)))
+    registry.commit_round(record, manifest, rounds.blob(1), rounds.state(1), rounds.key)
     assert [(record.round, record.version) for record in registry.rounds()] == [(1, None), (2, 1)]
 
 
 def test_an_optimizer_without_state_stores_none(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     rounds.commit(registry, 1)
-    registry.commit_round(rounds.record(2), rounds.manifest(2), rounds.blob(2), {}, rounds.key)
+    record = replace(rounds.record(2), optimizer=None)
+    registry.commit_round(record, rounds.manifest(2), rounds.blob(2), {}, rounds.key)
     assert registry.optimizer_state() == {}
 
 
 def test_a_device_that_drops_out_after_its_input_is_survivor_and_dropped(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     record = replace(rounds.record(1), dropped={"anna": "unmask"})
-    registry.commit_round(record, rounds.manifest(1), rounds.blob(1), {}, rounds.key)
+    registry.commit_round(record, rounds.manifest(1), rounds.blob(1), rounds.state(1), rounds.key)
     assert registry.rounds() == (record,)
 
 
-def test_numpy_numbers_in_a_record_are_stored_as_numbers(registry: Registry, rounds: Any) -> None:
-    record = replace(
-        rounds.aborted(1), bytes_up=np.int64(5), seconds=np.float32(0.5), metrics={"loss": np.float32(0.25)}
-    )
-    registry.record_round(record)
-    stored = registry.rounds()[0]
-    assert (stored.bytes_up, stored.seconds, stored.metrics) == (5, 0.5, {"loss": 0.25})
-    assert type(stored.bytes_up) is int
-
-
-def test_versions_that_are_not_the_next_one_are_refused(registry: Registry, rounds: Any) -> None:
+def test_only_version_0_is_published_without_a_round(registry: Registry, rounds: Any) -> None:
+    rounds.seed(registry)
+    before = rounds.snapshot(registry)
     with refused(DataError, "manifest.version", value=1):
         registry.publish(rounds.manifest(1), rounds.blob(1), rounds.key)
+    with refused(DataError, "manifest.version", value=0):
+        registry.publish(rounds.manifest(0), rounds.blob(0), rounds.key)
+    assert rounds.snapshot(registry) == before
+
+
+def test_a_version_that_is_not_the_next_one_is_refused(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
-    for number in (0, 2):
-        with refused(DataError, "manifest.version", value=number):
-            registry.publish(rounds.manifest(number), rounds.blob(number), rounds.key)
+    record = replace(rounds.record(2), round=1, previous=None)
+    manifest = replace(rounds.manifest(2), round=1)
+    with refused(DataError, "manifest.version", value=2):
+        registry.commit_round(record, manifest, rounds.blob(2), rounds.state(2), rounds.key)
 
 
-@pytest.mark.parametrize("parent", [None, "f" * 64])
-def test_a_version_whose_parent_is_unknown_is_refused(registry: Registry, rounds: Any, parent: str | None) -> None:
-    rounds.seed(registry)
-    with refused(DataError, "manifest.parent", value=parent):
-        registry.publish(replace(rounds.manifest(1), parent=parent), rounds.blob(1), rounds.key)
-
-
-def test_a_version_made_from_an_older_one_is_accepted(registry: Registry, rounds: Any) -> None:
+@pytest.mark.parametrize("parent", [None, "f" * 64, files.sha256(files.encode(Rounds.tensors(0)))])
+def test_a_version_that_is_not_made_from_the_last_one_is_refused(
+    registry: Registry, rounds: Any, parent: str | None
+) -> None:
     rounds.seed(registry)
     rounds.commit(registry, 1)
-    manifest = replace(rounds.manifest(2), parent=rounds.manifest(0).sha256)
-    assert registry.publish(manifest, rounds.blob(2), rounds.key).manifest == manifest
+    manifest = replace(rounds.manifest(2), parent=parent)
+    with refused(DataError, "manifest.parent", value=parent):
+        registry.commit_round(rounds.record(2), manifest, rounds.blob(2), rounds.state(2), rounds.key)
 
 
 def test_a_file_that_the_manifest_does_not_describe_is_refused(registry: Registry, rounds: Any) -> None:
@@ -171,11 +176,13 @@ def test_a_round_is_recorded_once(registry: Registry, rounds: Any) -> None:
     rounds.seed(registry)
     rounds.commit(registry, 1)
     before = rounds.snapshot(registry)
-    with refused(DataError, "database"):
-        registry.record_round(rounds.aborted(1))
-    manifest = replace(rounds.manifest(2), round=1)
-    with refused(DataError, "database"):
-        registry.commit_round(replace(rounds.record(2), round=1), manifest, rounds.blob(2), {}, rounds.key)
+    for record in (rounds.aborted(1), replace(rounds.aborted(2), previous=None), rounds.aborted(3)):
+        with refused(DataError, "record.previous", value=record.round):
+            registry.record_round(replace(record, optimizer=rounds.record(1).optimizer), rounds.key)
+    with refused(DataError, "record.optimizer"):
+        registry.record_round(replace(rounds.aborted(2), optimizer=None), rounds.key)
+    with refused(DataError, "record.optimizer"):
+        registry.commit_round(rounds.record(2), rounds.manifest(2), rounds.blob(2), {}, rounds.key)
     assert rounds.snapshot(registry) == before
 
 
@@ -185,13 +192,15 @@ def test_a_record_and_a_manifest_that_contradict_each_other_are_refused(registry
     good, blob = rounds.manifest(1), rounds.blob(1)
     for record, manifest, file in [
         (rounds.record(2), good, blob),
-        (replace(rounds.record(1), version=None), good, blob),
+        (rounds.aborted(1), good, blob),
+        (replace(rounds.record(1), plan="f" * 64), good, blob),
+        (replace(rounds.record(1), adapter="f" * 64), good, blob),
         (replace(rounds.record(1), survivors=("anna",)), good, blob),
     ]:
         with refused(DataError, "record"):
-            registry.commit_round(record, manifest, file, {}, rounds.key)
+            registry.commit_round(record, manifest, file, rounds.state(1), rounds.key)
     with refused(DataError, "record.version", value=1):
-        registry.record_round(rounds.record(1))
+        registry.record_round(rounds.record(1), rounds.key)
     assert rounds.snapshot(registry) == before
 
 
@@ -199,8 +208,16 @@ def test_a_record_with_a_number_that_is_not_finite_cannot_be_made(rounds: Any) -
     for about, change in {"loss": {"metrics": {"loss": float("nan")}}, "seconds": {"seconds": float("inf")}}.items():
         with refused(DataError, about):
             replace(rounds.record(1), **change)
-    with refused(DataError, "version", value=1):
-        replace(rounds.record(1), aborted="too few")
+
+
+@pytest.mark.parametrize(
+    "change", [{"aborted": "too few"}, {"version": None}, {"adapter": None}, {"sum": None}, {"plan": None}]
+)
+def test_a_record_is_of_an_abort_or_of_a_result(rounds: Any, change: dict[str, Any]) -> None:
+    with refused(DataError, "version"):
+        replace(rounds.record(1), **change)
+    with refused(DataError, "version"):
+        replace(rounds.aborted(1), reason=None)
 
 
 def test_an_optimizer_state_that_is_not_finite_stops_the_commit(registry: Registry, rounds: Any) -> None:
@@ -245,7 +262,7 @@ def test_publishing_the_same_bytes_repairs_a_damaged_blob(registry: Registry, ro
     rounds.seed(registry)
     (tmp_path / "blobs" / f"{rounds.manifest(0).sha256}.safetensors").write_bytes(b"damaged")
     same = replace(rounds.manifest(0), version=1, parent=rounds.manifest(0).sha256)
-    registry.publish(same, rounds.blob(0), rounds.key)
+    commit(registry, same, rounds.blob(0), rounds.key)
     assert registry.blob(0) == rounds.blob(0)
 
 
@@ -285,12 +302,46 @@ def test_an_altered_optimizer_state_is_detected_on_reading(registry: Registry, r
         registry.optimizer_state()
 
 
-@pytest.mark.parametrize("damage", ["{", "[1]", "null"])
-def test_a_damaged_record_is_detected_on_reading(registry: Registry, rounds: Any, damage: str) -> None:
-    registry.record_round(rounds.aborted(1))
-    execute(registry, "UPDATE edgeadapt_rounds SET metrics = :damage", damage=damage)
-    with refused(DataError, "record"):
-        registry.rounds()
+def test_a_missing_optimizer_state_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
+    rounds.seed(registry)
+    rounds.commit(registry, 1)
+    execute(registry, "DELETE FROM edgeadapt_optimizer")
+    with refused(TrustError, "optimizer"):
+        registry.optimizer_state()
+
+
+def test_a_record_that_was_removed_moved_or_exchanged_is_detected_on_reading(registry: Registry, rounds: Any) -> None:
+    rounds.seed(registry)
+    for number in (1, 2, 3):
+        rounds.commit(registry, number)
+    stranger = IdentityKey.generate(SystemEntropy())
+    for damage, values in {
+        "DELETE FROM edgeadapt_rounds WHERE round = 1": {},
+        "DELETE FROM edgeadapt_rounds WHERE round = 2": {},
+        "UPDATE edgeadapt_rounds SET round = 9 WHERE round = 3": {},
+        "UPDATE edgeadapt_rounds SET record = :raw WHERE round = 2": {"raw": rounds.record(1).sign(rounds.key)},
+        "UPDATE edgeadapt_rounds SET record = :raw WHERE round = 3": {"raw": rounds.record(3).sign(stranger)},
+        "UPDATE edgeadapt_rounds SET record = 'text' WHERE round = 3": {},
+    }.items():
+        with registry.engine.connect() as connection:
+            before = connection.execute(select(database.rounds)).all()
+        execute(registry, damage, **values)
+        with refused(TrustError, "record"):
+            registry.rounds()
+        with registry.engine.begin() as connection:
+            connection.execute(database.rounds.delete())
+            connection.execute(database.rounds.insert(), [row._asdict() for row in before])
+
+
+@pytest.mark.parametrize("table", ["versions", "rounds"])
+def test_the_last_round_is_not_removed_from_one_table_alone(registry: Registry, rounds: Any, table: str) -> None:
+    rounds.seed(registry)
+    for number in (1, 2):
+        rounds.commit(registry, number)
+    column = {"versions": "version", "rounds": "round"}[table]
+    execute(registry, f"DELETE FROM edgeadapt_{table} WHERE {column} = 2")  # noqa: S608
+    with refused(TrustError, "record", value=1 if table == "versions" else 2):
+        registry.head()
 
 
 def test_the_tables_can_be_created_on_postgresql() -> None:

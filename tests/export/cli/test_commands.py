@@ -26,6 +26,7 @@ from client.inference.session import ClassificationSession
 from coordinator.statedir import open_registry
 from export.bundle.write import write_bundle
 from export.onnx.exported import ExportedBase
+from tests.support.registry import commit
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 TEXTS = ("turn on the kitchen lights", "lock the door", "play music", "set a timer for ten minutes", "unlock")
@@ -49,7 +50,7 @@ def publish(state_dir: Path, base: Base, versions: list[Tensors], labels: tuple[
         manifest = VersionManifest(
             number, digest, len(blob), base.digest, layout, parent, number, None, None, (), {}, METHOD, labels
         )  # fmt: skip
-        registry.publish(manifest, blob, key)
+        commit(registry, manifest, blob, key)
         parent = digest
     registry.close()
 

@@ -1,0 +1,111 @@
+"""The record of a round: a signed document, chained to the record of the round before.
+
+It says how the round ended and where its ending stands in the log of its session. The coordinator writes the record
+first and the ending second, from the record (``coordinator.recorder``). So a start after a kill can add the ending that
+is missing, and a log that lacks an ending which it once had is recognized.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import ClassVar
+
+from adapters.manifest import Count, Manifest, Sha256, VersionManifest
+from aggregation.errors import DataError, TrustError
+from aggregation.pki.identity import PublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord(Manifest):
+    """What happened in one round. Bytes are totals over all devices.
+
+    A device that drops out after its masked input arrived is among the survivors too: its update is in the sum.
+
+    Raises:
+        DataError: A number is not finite, or the fields of a result are not all set where the round had one.
+    """
+
+    NAME: ClassVar[str] = "round-record"
+
+    round: Count  # of the federation, from 1
+    previous: Sha256 | None  # of the signed record of the round before; None for the first
+    offer: Sha256  # digest of the session's offer
+    plan: Sha256 | None  # digest of the plan; None if the round ended before it had one
+    entries: Count  # in the session's log before the ending of the round
+    root: Sha256  # of these entries
+    survivors: tuple[str, ...]  # devices whose updates are in the sum
+    dropped: dict[str, str]  # device that did not finish the round → the step at which it dropped out
+    reason: str | None  # as the log has it, if the round ended without a sum
+    aborted: str | None  # the same for people
+    sum: Sha256 | None  # of the unmasked vector, packed
+    version: Count | None  # that the round produced
+    adapter: Sha256 | None  # of that version's file
+    optimizer: Sha256 | None  # of the server optimizer's state after the round; None if it has none
+    bytes_up: Count
+    bytes_down: Count
+    seconds: float  # wall time of the round
+    metrics: dict[str, float]
+
+    def __post_init__(self) -> None:
+        for name, value in {"seconds": self.seconds, **self.metrics}.items():
+            if not math.isfinite(value):
+                raise DataError(
+                    f"round {self.round}: {name!r} is {value}, which no record can hold", about=name, value=value
+                )
+        result = [value is not None for value in (self.version, self.adapter, self.sum)]
+        if not all(result if self.aborted is None else [not each for each in result]) or (
+            (self.reason is None) != (self.aborted is None) or (self.plan is None and self.version is not None)
+        ):
+            raise DataError(
+                f"round {self.round} must either be aborted for a reason or have made a version from the sum of a plan",
+                about="version",
+                value=self.version,
+            )
+
+    def require_agreement(self, manifest: VersionManifest) -> None:
+        """Return if the manifest is that of the version which this round produced.
+
+        Raises:
+            DataError: It is not.
+        """
+        mine = (self.round, self.plan, self.version, self.adapter, self.survivors)
+        if mine != (manifest.round, manifest.plan, manifest.version, manifest.sha256, manifest.survivors):
+            raise DataError(
+                f"the record of round {self.round} and the manifest of its version contradict each other",
+                about="record",
+            )
+
+
+def accept_chain(
+    rows: Iterable[tuple[int, object]], trusted: Iterable[PublicKey], before: tuple[int, bytes | None] = (0, None)
+) -> list[RoundRecord]:
+    """The records in rows of a registry, each signed, numbered without a gap and naming the one before.
+
+    Args:
+        rows: Number of a round, and its signed record; in order.
+        trusted: The keys that may have signed.
+        before: Number of the round before these, and its signed record; (0, None) before the first.
+
+    Raises:
+        TrustError: A record is missing, was altered, or stands in another place than it was signed for.
+    """
+    (last, signed), keys, found = before, list(trusted), list[RoundRecord]()
+    for number, raw in rows:
+        try:
+            if not isinstance(raw, bytes):
+                raise TrustError("it is not a signed document", about="record")
+            record = RoundRecord.accept(raw, keys)
+            if (record.round, record.round, record.previous) != (number, last + 1, signed and digest_of(signed)):
+                raise TrustError("it does not follow the record before it", about="record")
+        except (DataError, TrustError) as error:
+            text = f"the record of round {number} was altered ({error}): restore the registry from a copy"
+            raise TrustError(text, about="record", value=number) from None
+        found.append(record)
+        last, signed = number, raw
+    return found
+
+
+def digest_of(signed: bytes) -> str:
+    """By which a record names the one before it (SHA-256, hex)."""
+    return sha256(signed).hexdigest()

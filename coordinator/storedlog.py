@@ -1,0 +1,167 @@
+"""A log as a start finds it on the disk: read and verified, and compared with what the registry knows of it.
+
+Nothing here writes. ``coordinator.transcripts`` repairs and closes a log after these checks.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from adapters.roundrecord import RoundRecord
+from aggregation import envelope, transcript
+from aggregation.errors import ProtocolError, TrustError
+from aggregation.messages import Offer
+from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.transcript import ENTRY, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Result, Stage, Transcript
+from coordinator.audit import Problem, checkpoints
+from coordinator.recorder import INTERRUPTED, ending_of
+from coordinator.registry import Head
+
+_INDEX = 8  # bytes of an entry before its kind
+_CHECKPOINT = bytes([len(Checkpoint.TAG)]) + Checkpoint.TAG.encode()  # the kind, as an entry has it
+_LARGEST_CHECKPOINT = 2 * Checkpoint.LIMIT  # bytes of an entry with a checkpoint, at most
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLog:
+    """The log of a session, as far as it can be read.
+
+    Args:
+        path: The file.
+        entries: Each as the coordinator signed it, up to the last checkpoint.
+        checkpoints: Among them.
+        end: Bytes that the entries take.
+        rest: The record after them that a kill left incomplete.
+    """
+
+    path: Path
+    entries: tuple[Entry, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    end: int
+    rest: bytes
+
+    @classmethod
+    def read(cls, path: Path, coordinator: PublicKey) -> Self:
+        """Read and verify a log.
+
+        Raises:
+            TrustError: It was altered after it was written.
+        """
+        raw = path.read_bytes()
+        reading = transcript.read(raw)
+        rest = raw[reading.end :]
+        if reading.problem and _holds_checkpoint(rest, coordinator):
+            raise altered(path, reading.problem)
+        try:
+            found = tuple(checkpoints(replace(reading, problem=""), coordinator, unfinished=True))
+        except Problem as problem:
+            if reading.entries:
+                raise altered(path, problem) from None
+            found = ()
+        log = cls(path, reading.entries, found, reading.end, rest)
+        if log.closed and rest:
+            raise altered(path, reading.problem)
+        return log
+
+    @property
+    def closed(self) -> bool:
+        """Whether no entry may follow."""
+        return bool(self.checkpoints) and self.checkpoints[-1].stage is Stage.CLOSED
+
+    @property
+    def offer(self) -> bytes:
+        """Digest of the session's offer; empty if the log has no entry."""
+        return Offer.decode(envelope.unverified_body(self.entries[0].message)).digest() if self.entries else b""
+
+    @property
+    def endings(self) -> tuple[Entry, ...]:
+        """Of its rounds."""
+        return tuple(entry for entry in self.entries if entry.kind in (Result.TAG, Abort.TAG))
+
+    def resumed(self, newest: AdapterId, previous: bytes) -> Transcript:
+        """The transcript that wrote it.
+
+        Args:
+            newest: The adapter that the session started from, for a log that has no checkpoint to say so.
+            previous: Digest of the last checkpoint of the session before, likewise.
+        """
+        if self.checkpoints:
+            newest, previous = self.checkpoints[0].newest, self.checkpoints[0].previous
+        return transcript.resume(self.entries, newest, previous)
+
+
+def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -> bool:
+    """Compare the logs with the registry, before anything is signed.
+
+    Args:
+        logs: Of the session of the last recorded round and of all sessions since, in order, without empty ones; all
+            logs, where no round is recorded.
+        head: What the registry knows.
+        key: The coordinator's.
+
+    Returns:
+        Whether the last log lacks the ending of the last recorded round and nothing else, as after a kill.
+
+    Raises:
+        TrustError: The logs lack something else that the registry knows, or the registry what they know.
+    """
+    for log, following in itertools.pairwise(logs):
+        start = following.checkpoints[0].previous if following.checkpoints else None
+        if not log.closed or start not in (None, log.checkpoints[-1].digest()):
+            raise _contradiction(f"{log.path.name} is not the log that {following.path.name} follows")
+    missing = head.round is not None and _lacks_ending(logs, head.round, key)
+    since = logs[0].endings if logs else ()
+    if head.round is not None:
+        since = tuple(entry for entry in since if entry.index > head.round.entries)
+    for entry in (*since, *(entry for log in logs[1:] for entry in log.endings)):
+        if entry.kind != Abort.TAG or Abort.decode(envelope.unverified_body(entry.message)).reason != INTERRUPTED:
+            raise _contradiction(f"the registry has no record of the round that ended with {entry.place}")
+    made = missing and head.round is not None and head.round.version is not None
+    newest = logs[-1].resumed(head.newest, NO_SESSION).newest if logs else (0, head.newest[1])
+    if not made and newest != head.newest:
+        raise _contradiction(f"the newest adapter is {newest[0]} in the logs and {head.newest[0]} in the registry")
+    return missing
+
+
+def _lacks_ending(logs: Sequence[StoredLog], record: RoundRecord, key: IdentityKey) -> bool:
+    """Whether the log of a recorded round stops right before the round's ending."""
+    if not logs or logs[0].offer.hex() != record.offer:
+        raise _contradiction(f"the log of round {record.round} is missing")
+    log = logs[0].resumed((0, ""), NO_SESSION)
+    if log.tree.size < record.entries or log.tree.root(record.entries).hex() != record.root:
+        raise _contradiction(f"{logs[0].path.name} lacks entries of round {record.round}")
+    ending = ending_of(record)
+    if ending is None:
+        return False
+    if log.tree.size == record.entries and len(logs) == 1 and log.plan == ending.plan:
+        return True
+    following = logs[0].entries[record.entries : record.entries + 1]
+    if [entry.message for entry in following] != [envelope.sign(key, ending)]:
+        raise _contradiction(f"{logs[0].path.name} lacks the ending of round {record.round}")
+    return False
+
+
+def _contradiction(what: str) -> TrustError:
+    text = f"the transcript and the registry contradict each other ({what}): restore both from one copy"
+    return TrustError(text, about="transcript")
+
+
+def altered(path: Path, problem: object) -> TrustError:
+    """The error that a log is not as it was written."""
+    text = f"{path} was altered after it was written ({problem}): find out why, and move it away"
+    return TrustError(text, about=path.name)
+
+
+def _holds_checkpoint(rest: bytes, coordinator: PublicKey) -> bool:
+    """Whether the unreadable rest of a log holds a complete checkpoint. A kill damages only the last record."""
+    for found in re.finditer(re.escape(_CHECKPOINT), rest):
+        start = max(found.start() - _INDEX, 0)
+        for end in range(start, min(start + _LARGEST_CHECKPOINT, len(rest)) + 1):  # its length may be what is damaged
+            with suppress(ProtocolError):
+                envelope.open_verified(Checkpoint, ENTRY.decode(rest[start:end]).message, coordinator, "")
+                return True
+    return False

@@ -1,0 +1,114 @@
+"""Cut the end off the newest log, and let the coordinator itself sign what is left.
+
+A start closes a log that a kill left open: it aborts the round under way and signs. Whoever can write to the
+coordinator's disk needs no key then. Cut the newest closed log in its last round, start the coordinator once, and the
+completed round has become an interrupted one, under genuine signatures, with its adapter still in the registry. The
+same for an old copy of the registry, and for a log that is gone. A start compares the logs with the signed records of
+rounds first. Without that comparison each attack works.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message
+
+from adapters.registryfiles import DATABASE
+from aggregation.errors import EdgeAdaptError, TrustError
+from client.node.app import app as client_app
+from coordinator.audit import AuditInput, AuditOptions
+from coordinator.audit.transcripts import logs
+from tests.support import refused
+from tests.support.hostile import continues_from_anything
+
+FleetOf = Callable[..., Any]
+
+
+@pytest.fixture
+def fleet(app_fleet_of: FleetOf) -> Any:
+    """A fleet after one session of two rounds, with a copy of its registry from before the second."""
+    made = app_fleet_of(4, rounds=2, aggregation__session_rounds=2, aggregation__keep_masked_inputs=True)
+    registry = made.out / "coordinator" / DATABASE
+
+    def copying(message: Message, context: Context) -> Message:
+        if message.metadata.group_id == "2" and not registry.with_suffix(".old").exists():
+            shutil.copy(registry, registry.with_suffix(".old"))
+        return client_app(message, context)
+
+    made.federate(made.grid(app=copying))
+    return made
+
+
+def newest_log(fleet: Any) -> Path:
+    return logs(fleet.out / "coordinator" / "transcript")[-1]
+
+
+def endings(fleet: Any) -> list[str]:
+    """How each round of all sessions ended, according to an audit that passes; empty if it does not."""
+    checked = AuditInput.open(fleet.out, AuditOptions())
+    reports = checked.audit(unfinished=False)
+    try:
+        checked.require(reports, unfinished=False)
+    except TrustError:
+        return []
+    return [each.ending.partition(" (")[0] for report in reports.values() for each in report.rounds]
+
+
+def assert_not_started(fleet: Any) -> None:
+    """The coordinator refuses to start, and has signed nothing."""
+    before = {path: path.read_bytes() for path in logs(fleet.out / "coordinator" / "transcript")}
+    with refused(TrustError, "transcript") as caught:
+        fleet.federate(fleet.grid())
+    assert "restore both from one copy" in str(caught.value)
+    assert {path: path.read_bytes() for path in logs(fleet.out / "coordinator" / "transcript")} == before
+
+
+def assert_signed(fleet: Any) -> None:
+    """Without the comparison it starts and signs."""
+    with pytest.MonkeyPatch.context() as weakened:
+        continues_from_anything(weakened)
+        fleet.federate(fleet.grid())
+
+
+def test_a_log_that_was_cut_is_not_signed_again(fleet: Any) -> None:
+    assert endings(fleet) == ["produced adapter 1", "produced adapter 2"]
+    log = newest_log(fleet)
+    log.write_bytes(log.read_bytes()[:-3000])
+    assert_not_started(fleet)
+    assert_signed(fleet)
+    checked = AuditInput.open(fleet.out, AuditOptions())
+    (report,) = checked.audit(unfinished=False).values()
+    assert not report.failed
+    assert [each.ending.partition(" (")[0] for each in report.rounds] == ["produced adapter 1", "aborted"]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.95])
+def test_a_log_that_was_cut_anywhere_is_not_signed_again(fleet: Any, share: float) -> None:
+    log = newest_log(fleet)
+    whole = log.read_bytes()
+    log.write_bytes(whole[: int(share * len(whole))])
+    assert_not_started(fleet)
+    log.write_bytes(whole)
+    fleet.federate(fleet.grid())
+    assert log.read_bytes() == whole
+
+
+def test_a_log_that_is_gone_is_not_replaced_by_a_new_one(fleet: Any) -> None:
+    newest_log(fleet).unlink()
+    fleet.configure({"rounds": 3})
+    assert_not_started(fleet)
+    with pytest.raises(EdgeAdaptError):
+        assert_signed(fleet)  # the devices refuse it; it has signed a first session once more, for each attempt
+    assert newest_log(fleet).name == "session-000003.log"
+
+
+def test_an_old_registry_does_not_make_a_version_twice(fleet: Any) -> None:
+    registry = fleet.out / "coordinator" / DATABASE
+    shutil.copy(registry.with_suffix(".old"), registry)
+    assert fleet.registry().latest().manifest.version == 1
+    assert_not_started(fleet)
+    with pytest.raises(EdgeAdaptError):
+        assert_signed(fleet)  # again it is the devices that refuse, and new ones would not
+    assert newest_log(fleet).name == "session-000004.log"
