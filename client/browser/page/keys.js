@@ -78,11 +78,17 @@ async function native() {
   };
 }
 
-/** The same from @noble/ed25519, with RFC 8032's rules instead of ZIP 215's looser ones. */
+/**
+ * The same from @noble/ed25519, with RFC 8032's rules instead of ZIP 215's looser ones.
+ *
+ * The library multiplies the equation by the cofactor, so that R plus a point of small order would do as well. Without
+ * such a part in R and the key, it accepts what WebCrypto and OpenSSL accept.
+ */
 export async function portable(module = NOBLE) {
-  const { verifyAsync } = await import(module);
+  const { Point, verifyAsync } = await import(module);
   return async (raw, signature, message) => {
     try {
+      if (![raw, signature.slice(0, 32)].every((point) => Point.fromBytes(point).isTorsionFree())) return false;
       return await verifyAsync(signature, message, raw, { zip215: false });
     } catch {
       return false;

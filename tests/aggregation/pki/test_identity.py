@@ -1,6 +1,7 @@
 """Identities: a signature is valid for its body, its purpose and its key only."""
 
 import base64
+import hashlib
 from typing import Any
 
 import pytest
@@ -50,6 +51,11 @@ def point(y: int) -> Point | None:
         if root * root % P == square:
             return root, y
     return None
+
+
+def encoded(a: Point) -> bytes:
+    """RFC 8032, section 5.1.2."""
+    return (a[1] | (a[0] & 1) << 255).to_bytes(32, "little")
 
 
 def encodings(a: Point) -> set[bytes]:
@@ -191,6 +197,21 @@ def test_a_signature_with_a_second_form_of_its_number_does_not_verify(key: Ident
         second = (number + times_order * ORDER).to_bytes(32, "little")
         with refused(TrustError, "signature"):
             key.public.verify("offer", b"body", signature[:32] + second)
+
+
+def test_a_signers_r_with_a_part_of_small_order_does_not_verify(torsion: list[Point]) -> None:
+    """The equation holds only after multiplication by the cofactor; readers that multiply would see another result."""
+    found = point(4 * pow(5, -1, P) % P)  # the base point is the one of the two whose x is even
+    assert found is not None
+    base = (found[0] if found[0] % 2 == 0 else P - found[0], found[1])
+    secret, nonce = 7**80, 5**90
+    public = PublicKey(encoded(times(secret, base)))
+    for part in torsion:
+        r = encoded(add(times(nonce, base), part))
+        framed = b"edgeadapt/1\x00" + bytes([5]) + b"offer" + b"body"
+        h = int.from_bytes(hashlib.sha512(r + public.raw + framed).digest(), "little")
+        signature = r + ((nonce + h * secret) % ORDER).to_bytes(32, "little")
+        assert _signed(public, b"body", signature) is (part == (0, 1))
 
 
 def test_the_private_key_is_in_no_repr(key: IdentityKey) -> None:

@@ -91,3 +91,21 @@ test("the portable Ed25519 agrees with the browser's own", async () => {
   const neutral = Uint8Array.from({ length: 32 }, (_, i) => Number(i === 0)); // of small order: would fit anything
   assert.equal(await holds(neutral, Uint8Array.from([...neutral, ...new Uint8Array(32)]), message), false);
 });
+
+test("a signer's R with a part of small order is refused by both, as by a native device", async () => {
+  const module = new URL("node_modules/@noble/ed25519/index.js", WEB);
+  const { Point } = await import(module);
+  const holds = await portable(module);
+  const order = 2n ** 252n + 27742317777372353535851937790883648493n;
+  const small = Point.fromHex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a");
+  const [secret, nonce, message] = [7n ** 80n, 5n ** 90n, new TextEncoder().encode("message")];
+  const key = Point.BASE.multiply(secret).toBytes();
+  for (const [r, sound] of [[Point.BASE.multiply(nonce), true], [Point.BASE.multiply(nonce).add(small), false]]) {
+    const hashed = new Uint8Array(await crypto.subtle.digest("SHA-512", Buffer.concat([r.toBytes(), key, message])));
+    const number = (nonce + BigInt(`0x${Buffer.from(hashed).reverse().toString("hex")}`) * secret) % order;
+    const s = Buffer.from(number.toString(16).padStart(64, "0"), "hex").reverse();
+    const signature = Uint8Array.from([...r.toBytes(), ...s]);
+    assert.equal(await holds(key, signature, message), sound);
+    assert.equal(await verifies({ raw: key }, signature, message), sound);
+  }
+});
