@@ -117,8 +117,9 @@ def members(
 
 
 def session_end(root: Root, certificates: Sequence[bytes]) -> datetime:
-    """When a session ends: with the first certificate of its cohort, or the authority's own, that expires."""
-    return min(root.not_after, *map(not_after, certificates))
+    """When a session ends: with the first to expire of its cohort's certificates, the authority's own and its list."""
+    listed = () if root.revoked is None else (root.revoked.next_update,)
+    return min(root.not_after, *listed, *map(not_after, certificates))
 
 
 def before_end(ends: datetime, at: datetime | None) -> None:
@@ -128,7 +129,7 @@ def before_end(ends: datetime, at: datetime | None) -> None:
         ProtocolError: It is over.
     """
     if at is not None and at > ends:
-        text = f"a certificate of the session's cohort expired on {ends:%Y-%m-%d at %H:%M}, which ended the session"
+        text = f"the session ended on {ends:%Y-%m-%d at %H:%M}, when a certificate or the revocation list expired"
         raise ProtocolError(text, COORDINATOR, about="plan.time", value=ends)
 
 

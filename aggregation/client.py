@@ -147,7 +147,7 @@ def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, 
 
 @dataclass(frozen=True, slots=True)
 class Advertised:
-    """The advert is sent; the roster is next. ``ends``: when the first certificate of the cohort expires."""
+    """The advert is sent; the roster is next. ``ends``: see ``checks.session_end``."""
 
     me: str
     spec: SessionSpec
@@ -185,7 +185,7 @@ class Ready:
 
     Args:
         session: The public state.
-        ends: When the first certificate of the cohort expires; no round begins after that.
+        ends: When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
         me: This device's id.
         last_round: The last round begun; 0 before the first.
         dealers: Devices whose encrypted shares arrived; None before they arrive.

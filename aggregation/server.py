@@ -140,7 +140,7 @@ def open_session(
 class Offering:
     """The offer is sent; adverts arrive.
 
-    ``ends``: when the first certificate of the cohort expires. ``keys``: the X25519 keys in the adverts so far.
+    ``ends``: see ``checks.session_end``. ``keys``: the X25519 keys in the adverts so far.
     """
 
     key: IdentityKey
@@ -212,7 +212,7 @@ class Established:
     Args:
         key: The coordinator's signing key.
         session: The public state.
-        ends: When the first certificate of the cohort expires; no round begins after that.
+        ends: When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
         encrypted_shares: Dealer → holder → shares.
         last_round: The last round begun.
         delivered: Devices known to have their encrypted shares.

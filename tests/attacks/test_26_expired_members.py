@@ -5,12 +5,13 @@ member for the whole of it, and the others go on hiding behind a device that the
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from aggregation import checks, client
+from aggregation import checks, client, server
 from aggregation.errors import ProtocolError
 from aggregation.pki import Authority
 from aggregation.sealed import seal, unseal
@@ -138,6 +139,21 @@ def test_a_session_ends_with_the_first_certificate_that_expires(shortest: int) -
 def test_a_session_ends_with_the_authoritys_own_certificate() -> None:
     fleet, session = established(lambda number: fleet_end() + HOUR)
     assert session.ends == fleet.authority.root.not_after == fleet_end()
+
+
+def test_a_session_ends_with_the_revocation_list_that_it_applies() -> None:
+    fleet = make_fleet(4)
+    listed = fleet.authority.revocations(1, {}, BEGIN, END)
+    root = fleet.authority.root.with_revocations(listed.der)
+    fleet.devices = {name: replace(device, root=root) for name, device in fleet.devices.items()}
+    session = fleet.establish()
+    _, plans = fleet.begin(session)
+    for name, plan in plans.items():
+        with refused(ProtocolError, "plan.time", peer="coordinator", value=END):
+            fleet.states[name].on_plan(fleet.devices[name], plan, END + timedelta(seconds=1))
+        fleet.states[name].on_plan(fleet.devices[name], plan, END)
+    offering, _ = server.open_session(fleet.key, root, fleet.spec, fleet.certificates, fleet.entropy)
+    assert offering.ends == END
 
 
 def fleet_end() -> datetime:
