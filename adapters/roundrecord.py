@@ -15,6 +15,8 @@ from adapters.manifest import Count, Manifest, Sha256, VersionManifest
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
 
+INTERRUPTED = "interrupted"  # why a log aborts a round that was under way when the process ended; it has no record
+
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord(Manifest):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters import storage
-from adapters.roundrecord import RoundRecord
+from adapters.roundrecord import INTERRUPTED, RoundRecord
 from adapters.storage import PUBLIC
 from aggregation import envelope, transcript
 from aggregation.messages import Plan
@@ -22,8 +22,6 @@ from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import Abort, Checkpoint, Result, Stage, Transcript
 from coordinator.audit.transcripts import vector_path
-
-INTERRUPTED = "interrupted"  # why a round was aborted that was under way when the process ended
 
 
 def ending_of(record: RoundRecord) -> Result | Abort | None:

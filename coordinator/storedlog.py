@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from adapters.roundrecord import RoundRecord
+from adapters.roundrecord import INTERRUPTED, RoundRecord
 from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Offer
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.transcript import ENTRY, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Result, Stage, Transcript
 from coordinator.audit import Problem, checkpoints
-from coordinator.recorder import INTERRUPTED, ending_of
+from coordinator.recorder import ending_of
 from coordinator.registry import Head
 
 _INDEX = 8  # bytes of an entry before its kind

@@ -15,7 +15,7 @@ from aggregation.errors import TrustError
 from aggregation.messages import Message
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
-from aggregation.transcript import NO_SESSION, AdapterId, Checkpoint, Entry, Reading, Result, read
+from aggregation.transcript import NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Reading, Result, read
 from coordinator.audit import history as histories
 from coordinator.audit import rules
 from coordinator.audit.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
@@ -190,6 +190,7 @@ class _Audit:
             self.unmasked[number].blamed if number in self.unmasked else (),
             rules.ending(current),
             current.ending.produced if isinstance(current.ending, Result) else None,
+            current.ending.reason if isinstance(current.ending, Abort) else None,
         )
 
 

@@ -107,6 +107,7 @@ class RoundSummary:
         blamed: The devices that revealed wrong shares.
         ending: The adapter that the round produced, or why it produced none.
         result: Version and digest of that adapter, or None.
+        reason: Why the log aborts the round; None if it does not.
     """
 
     round: int
@@ -119,6 +120,7 @@ class RoundSummary:
     blamed: tuple[str, ...]
     ending: str
     result: AdapterId | None
+    reason: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from typing import Self, TypeVar
 from adapters import storage
 from adapters.manifest import VersionManifest
 from adapters.registryfiles import DATABASE, RegistryFiles
+from adapters.roundrecord import RoundRecord
 from aggregation.errors import DataError, TrustError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
@@ -27,6 +28,7 @@ from aggregation.pki.revocation import RevocationList
 from coordinator.audit.auditor import audit, chain
 from coordinator.audit.findings import Check, Finding, Report, Status
 from coordinator.audit.recompute import Recomputation
+from coordinator.audit.records import require_logged
 from coordinator.audit.repeats import RepeatedSums
 
 AUTHORITY, COORDINATOR, REVOKED, VECTORS = "authority.pem", "coordinator.pem", "revoked.crl", "vectors"
@@ -88,7 +90,8 @@ class AuditInput:
         pinned: Authority and coordinator's key come from the auditor, and not from the transcript.
         at: When the sessions took place, if that is known.
         registry: Where the coordinator published its adapters, if it is available.
-        published: The newest adapter there. It is read before the logs, which a session under way continues meanwhile.
+        published: The newest adapter there.
+        records: Of the rounds, there. Both are read before the logs, which a session under way continues meanwhile.
         complete: These are all the sessions of the coordinator, not a single log.
     """
 
@@ -99,6 +102,7 @@ class AuditInput:
     at: datetime | None
     registry: RegistryFiles | None
     published: VersionManifest | None
+    records: tuple[RoundRecord, ...]
     complete: bool
 
     @classmethod
@@ -123,9 +127,9 @@ class AuditInput:
         state_dir = options.registry or (folder.parent if (folder.parent / DATABASE).exists() else None)
         root = _with_revocations(root, options, folder, state_dir)
         if state_dir is None:
-            return cls(paths, root, key, pinned, options.at, None, None, complete)
+            return cls(paths, root, key, pinned, options.at, None, None, (), complete)
         registry = RegistryFiles.open(state_dir, [key])
-        return cls(paths, root, key, pinned, options.at, registry, _newest(registry), complete)
+        return cls(paths, root, key, pinned, options.at, registry, *_state(registry), complete)
 
     def audit(self, *, unfinished: bool) -> dict[str, Report]:
         """Name of a log → its report, in order. ``unfinished``: accept that the last one is not closed.
@@ -158,6 +162,7 @@ class AuditInput:
             chain(reports)
         if self.complete and self.published:
             _require_logged(self.published, reports, unfinished=unfinished)
+            require_logged(self.records, reports, unfinished=unfinished)
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -250,20 +255,20 @@ def _vector(folder: Path, digest: bytes) -> bytes | None:
         return None
 
 
-def _newest(registry: RegistryFiles) -> VersionManifest:
-    """The newest manifest.
+def _state(registry: RegistryFiles) -> tuple[VersionManifest, tuple[RoundRecord, ...]]:
+    """The newest manifest, and the records of all rounds.
 
     Raises:
         ConfigError: The registry is of another format.
         TrustError: It is damaged or empty.
     """
     try:
-        newest = registry.manifest()
+        newest, records = registry.manifest(), registry.rounds()
     except DataError as error:
         raise TrustError(str(error), about=error.about) from None
     if newest is None:
         raise TrustError(f"{registry.folder / DATABASE} has no adapter: restore it from a copy", about=DATABASE)
-    return newest
+    return newest, records
 
 
 def _require_logged(published: VersionManifest, reports: Mapping[str, Report], *, unfinished: bool) -> None:

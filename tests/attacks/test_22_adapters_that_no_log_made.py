@@ -27,7 +27,9 @@ from aggregation.steps import Step
 from aggregation.transcript import LogState
 from client.node.app import app as client_app
 from client.node.statedir import LOG_STATE
+from coordinator import recorder
 from coordinator.audit import Check, Finding, Recomputation, Status, rules
+from coordinator.audit.transcripts import logs
 from coordinator.registry import Registry
 from coordinator.statedir import CoordinatorStateDir
 from tests.support.hostile import continues_from_anything
@@ -178,8 +180,35 @@ def test_a_second_result_for_a_version_is_found(fleet: Any, audited: Audit, monk
     assert fleet.registry().version(1).manifest.sha256 != first
     code, printed = audited(fleet.out)
     assert (code, "the manifest of adapter 1 and the log differ in sha256" in printed["error"]) == (4, True)
-    monkeypatch.setattr(Recomputation, "check", lambda self, start, produced: Finding(Check.ADAPTERS, Status.PASS, ""))
+    monkeypatch.setattr(Recomputation, "check", lambda *_: Finding(Check.ADAPTERS, Status.PASS, ""))
     code, printed = audited(fleet.out)
     assert (code, "session-000002.log starts from an adapter 0" in printed["error"]) == (4, True)
     monkeypatch.setattr("coordinator.audit.transcripts.chain", lambda reports: None)
+    code, printed = audited(fleet.out)
+    assert (code, "is not recorded in the registry" in printed["error"]) == (4, True)
+    monkeypatch.setattr("coordinator.audit.transcripts.require_logged", lambda *_, **__: None)
     assert audited(fleet.out)[0] == 0
+
+
+def test_a_last_session_that_is_left_out_is_found_although_all_its_rounds_were_aborted(
+    fleet: Any, audited: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_session(fleet, no_answers)
+    assert audited(fleet.out)[0] == 0
+    logs(fleet.out / "coordinator" / "transcript")[-1].unlink()
+    code, printed = audited(fleet.out)
+    assert (code, "round 2 was recorded, and the log of its session is missing" in printed["error"]) == (4, True)
+    monkeypatch.setattr("coordinator.audit.transcripts.require_logged", lambda *_, **__: None)
+    assert audited(fleet.out)[0] == 0
+
+
+def test_a_round_with_another_ending_than_was_recorded_is_found(
+    fleet: Any, audited: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator logs another reason than it recorded."""
+    honest = recorder.ending_of
+    with monkeypatch.context() as hostile:
+        hostile.setattr(recorder, "ending_of", lambda record: replace(honest(record), reason="too-few-again"))
+        next_session(fleet, no_answers)
+    code, printed = audited(fleet.out)
+    assert (code, "round 2 was recorded with another ending" in printed["error"]) == (4, True)

@@ -109,7 +109,7 @@ def test_a_flipped_byte_in_the_database_is_noticed_or_changes_nothing_that_is_re
     registry = RegistryFiles.open(state_dir, [key])
 
     def read() -> list[Any]:
-        return [registry.manifest(number) for number in (None, 0, 1, 2)]
+        return [registry.rounds(), *(registry.manifest(number) for number in (None, 0, 1, 2))]
 
     sound = read()
     unnoticed = [(place, read() == sound) for place in flipped(path, 60) if passes(state_dir)]
@@ -117,10 +117,10 @@ def test_a_flipped_byte_in_the_database_is_noticed_or_changes_nothing_that_is_re
     assert all(unread for _, unread in unnoticed)
 
 
-def test_a_flipped_byte_in_any_signed_manifest_is_noticed(state_dir: Path) -> None:
+def test_a_flipped_byte_in_any_signed_manifest_or_record_is_noticed(state_dir: Path) -> None:
     raw = (state_dir / DATABASE).read_bytes()
-    starts = [found.start() for found in re.finditer(rb'"payloadType":"application/vnd.edgeadapt.version', raw)]
-    assert len(starts) >= 3
+    starts = [found.start() for found in re.finditer(rb'"payloadType":"application/vnd.edgeadapt.', raw)]
+    assert len(starts) >= 5
     for start in starts:
         damaged = bytearray(raw)
         damaged[start - 40] ^= 1
