@@ -85,6 +85,9 @@ class PolicySettings(Settings):
     maximum_scaling: float = Field(
         default=TRAINING.maximum_scaling, gt=0, description="largest alpha / rank, the factor of a LoRA update"
     )
+    minimum_labels: int = Field(
+        default=TRAINING.minimum_labels, ge=2, description="fewest labels of a task: as many as the examples can have"
+    )
     maximum_labels: int = Field(default=TRAINING.maximum_labels, ge=2, description="most labels of a task")
     maximum_learning_rate: float = Field(
         default=TRAINING.maximum_learning_rate, gt=0, description="largest learning rate of a task"

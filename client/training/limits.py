@@ -23,6 +23,8 @@ class TrainingLimits:
     Args:
         maximum_magnitude: Largest absolute value in an adapter.
         maximum_scaling: Largest ``alpha / rank``, the factor of a LoRA update.
+        minimum_labels: Fewest labels of a task. If it has fewer than the examples, only some devices can train, and the
+            sum is over these few alone.
         maximum_labels: Most labels of a task.
         maximum_learning_rate: Largest learning rate of AdamW.
         maximum_epochs: Most passes over the examples in a round.
@@ -32,6 +34,7 @@ class TrainingLimits:
 
     maximum_magnitude: float = 1000.0
     maximum_scaling: float = 64.0
+    minimum_labels: int = 2
     maximum_labels: int = 1024
     maximum_learning_rate: float = 0.1
     maximum_epochs: int = 10
@@ -46,17 +49,21 @@ class TrainingLimits:
             adapter: Finite tensors.
 
         Raises:
-            ProtocolError: A value is above its limit, or the adapter's configuration is not plain LoRA.
+            ProtocolError: A value is outside its limit, or the adapter's configuration is not plain LoRA.
         """
         try:
             lora = LoraSpec.of(task.peft_config)
         except ConfigError as error:
             raise ProtocolError.of(error, COORDINATOR) from None
+        labels = len(task.labels)
+        if labels < self.minimum_labels:
+            reason = f"task.labels {labels} is below this device's minimum of {self.minimum_labels}"
+            raise ProtocolError(reason, COORDINATOR, about="task.labels", value=labels)
         magnitude = max((float(np.abs(tensor).max(initial=0)) for tensor in adapter.values()), default=0.0)
         rules = (
             ("adapter.magnitude", magnitude, self.maximum_magnitude),
             ("task.scaling", lora.alpha / lora.rank, self.maximum_scaling),
-            ("task.labels", len(task.labels), self.maximum_labels),
+            ("task.labels", labels, self.maximum_labels),
             ("task.learning_rate", task.learning_rate, self.maximum_learning_rate),
             ("task.epochs", task.epochs, self.maximum_epochs),
             ("task.batch_size", task.batch_size, self.maximum_batch_size),

@@ -22,12 +22,12 @@ import tomli_w
 from flwr.app import Context, Message, RecordDict
 
 from adapters import classifier
-from adapters.layout import Tensors
+from adapters.layout import Layout, Tensors
 from aggregation.client import Masked
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import READS_EXAMPLES, app
 from client.node.statedir import DeviceStateDir
-from client.training.contribute import Outcome
+from client.training.contribute import Outcome, contribution
 from client.training.examples import Example, Split, parse_examples, read_file, write_examples
 from client.training.trainer import Trainer
 from coordinator.audit import audit
@@ -168,6 +168,50 @@ def test_an_adapter_of_huge_numbers_is_refused_by_every_device(
     ((answer, reason, _),) = set(observer.seen.values())
     assert answer == "refused"
     assert "adapter.magnitude" in reason
+
+
+# Who is in the sum.
+
+
+VICTIM = DEVICES[5]
+
+
+def isolating_fleet(fleet_of: FleetOf) -> Any:
+    """A fleet whose task lacks the label of all examples but the victim's."""
+    fleet = hostile_fleet(partial(fleet_of, aggregation__ring_bits=40), **ATTACKS["a label"])
+    for name in set(DEVICES) - {VICTIM}:
+        write_examples(fleet.state_dir(name).examples, (Example("set a timer", 2), Example("start the timer", 2)))
+    return fleet
+
+
+def test_a_task_without_the_labels_of_the_others_isolates_a_device_in_the_sum(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, outcomes = isolating_fleet(app_fleet_of), list[Outcome]()
+
+    def watched(outcome: Outcome, *rest: Any) -> Any:
+        outcomes.append(outcome)
+        return contribution(outcome, *rest)
+
+    monkeypatch.setattr("client.node.app.contribution", watched)
+    (record,) = fleet.federate(fleet.grid())
+    assert record.survivors == DEVICES
+    (victim,) = (outcome for outcome in outcomes if outcome.examples)
+    registry = fleet.registry()
+    layout = Layout.of(victim.start)
+    before, after = (layout.flatten(registry.tensors(version)).astype(np.float64) for version in (0, 1))
+    update = layout.flatten(victim.trained) - before
+    assert np.abs(after - before - update).max() < 1e-3 * np.abs(update).max()
+
+
+def test_a_device_whose_owner_states_the_number_of_labels_refuses_that_task(app_fleet_of: FleetOf) -> None:
+    fleet, observer = isolating_fleet(app_fleet_of), Observer()
+    set_policy(fleet, minimum_labels=3)
+    (record,) = fleet.federate(fleet.grid(app=observer))
+    assert record.version is None
+    ((answer, reason, _),) = set(observer.seen.values())
+    assert answer == "refused"
+    assert "task.labels" in reason
 
 
 # How long an answer takes.
