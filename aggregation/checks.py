@@ -9,15 +9,17 @@ They are pure and raise ``ProtocolError``; nothing is logged and ignored. Rules 
 4. encrypted shares: from neighbors on the roster; enough of them.
 5. plan: this session, which has not ended; a round not begun before; I am in U1; I have shares of my neighbors in U1;
    U1 is large enough and has enough of my neighbors.
+6. masked input: signed, for this plan, with exactly the vector that was signed.
 7. survivors: this plan; U2 within U1; I am in U2 with my own vector; U2 is large enough and has enough of my neighbors.
 8. unmask: a quorum of consistency signatures, from anywhere in the graph, on exactly the survivor set that I signed.
 """
 
 import itertools
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 
-from aggregation import envelope, masks
+from aggregation import envelope, masks, ring
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import (
     Advert,
@@ -25,6 +27,7 @@ from aggregation.messages import (
     CheckIn,
     ConsistencySignature,
     EncryptedShares,
+    MaskedInput,
     Plan,
     Roster,
     Survivors,
@@ -233,6 +236,31 @@ def plan(session: Session, me: str, dealers: Collection[str], last_round: int, m
         raise ProtocolError(text, COORDINATOR, about="plan.members", value=device)
     enough_devices(session.spec, len(message.members), "members of the plan", about="plan.size")
     enough_neighbors(session, me, message.members, "are in the plan", about="plan.neighbors")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedInput:
+    """A device's masked vector for a plan, not in the sum yet.
+
+    ``plan`` and ``vector`` are digests; ``packed`` is a view of the message.
+    """
+
+    device: str
+    plan: bytes
+    vector: bytes
+    packed: memoryview = field(repr=False)
+
+
+def masked_input(session: Session, plan: bytes, peer: str, body: bytes) -> CheckedInput:
+    """The masked vector of ``peer`` for the plan with digest ``plan``.
+
+    Raises:
+        ProtocolError: Not its signed vector, for another plan, or of another size.
+    """
+    size = ring.packed_size(session.spec.vector.size, session.spec.vector.ring_bits)
+    header, packed = envelope.open_vector(body, size, session.peers[peer].identity, peer)
+    refers_to(peer, MaskedInput.TAG, header.device, "plan", header.plan, plan)
+    return CheckedInput(peer, header.plan, header.vector, packed)
 
 
 def survivors(session: Session, current: Plan, me: str, vector: bytes, message: Survivors) -> None:

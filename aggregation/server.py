@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aggregation import checks, envelope, masks, ring, sharing
+from aggregation.checks import CheckedInput
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.masks import Mask
@@ -298,24 +299,38 @@ class Collecting:
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
     def on_masked_input(self, peer: str, body: bytes) -> "Collecting":
-        """Accept one device's masked vector (step 6).
+        """Accept one device's masked vector (step 6): ``check`` it and ``add`` it.
 
         Raises:
             ProtocolError: Not its signed vector for this plan, of another size, or its second.
         """
-        session = self.established.session
+        return self.add(peer, self.check(peer, body))
+
+    def check(self, peer: str, body: bytes) -> CheckedInput:
+        """Check one device's masked vector: most of the work. Any state of the round may do so, in any thread.
+
+        Raises:
+            ProtocolError: Not its signed vector for this plan, or of another size.
+        """
+        checks.may_answer(peer, self.plan.members, (), MaskedInput.TAG)
+        return checks.masked_input(self.established.session, self.digest, peer, body)
+
+    def add(self, peer: str, checked: CheckedInput) -> "Collecting":
+        """Add a device's masked vector to the sum.
+
+        Raises:
+            ProtocolError: It is the second of its device, was checked for another device or plan, or has unused bits
+                that are not zero.
+        """
         checks.may_answer(peer, self.plan.members, self.vectors, MaskedInput.TAG)
-        signer = session.peers[peer].identity
-        size, bits = session.spec.vector.size, session.spec.vector.ring_bits
-        header, packed = envelope.open_vector(body, ring.packed_size(size, bits), signer, peer)
-        checks.refers_to(peer, MaskedInput.TAG, header.device, "plan", header.plan, self.digest)
+        checks.refers_to(peer, MaskedInput.TAG, checked.device, "plan", checked.plan, self.digest)
         try:
             self.single_use.require("successor")
-            ring.add(self.total, packed, bits)
+            ring.add(self.total, checked.packed, self.established.session.spec.vector.ring_bits)
         except ProtocolError as error:
             raise ProtocolError.of(error, peer) from None
         self.single_use.take("successor")
-        return replace(self, vectors={**self.vectors, peer: header.vector}, single_use=SingleUse())
+        return replace(self, vectors={**self.vectors, peer: checked.vector}, single_use=SingleUse())
 
     def close(self) -> "tuple[Confirming | Unmasking, dict[str, bytes]] | RoundAborted":
         """End step 6: the devices that answered are the survivors. Returns the message for each of them."""

@@ -7,7 +7,6 @@ The end of a round is written to the registry first and to the log second, from 
 leaves a round in the log that is open, and the next start writes its ending (``coordinator.transcripts``).
 """
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from adapters import storage
 from adapters.roundrecord import INTERRUPTED, RoundRecord
 from adapters.storage import PUBLIC
 from aggregation import envelope, transcript
-from aggregation.messages import Plan
+from aggregation.messages import MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import Abort, Checkpoint, Result, Stage, Transcript
@@ -55,8 +54,9 @@ class Recorder:
         """Record a device's answer, which was accepted."""
         self.write(self.log.received(step, device, body))
         if self.vectors is not None and step is Step.PLAN:
-            vector = transcript.packed_vector(body)
-            storage.replace(vector_path(self.vectors, hashlib.sha256(vector).digest()), vector, PUBLIC)
+            header = envelope.unverified_body(transcript.logged_part(step, body))  # was verified when it was accepted
+            path = vector_path(self.vectors, MaskedInput.decode(header).vector)
+            storage.replace(path, transcript.packed_vector(body), PUBLIC)
 
     def synced(self) -> Transcript:
         """The log, once everything in it would survive a power cut: a record of the round may then refer to it."""

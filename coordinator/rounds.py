@@ -21,7 +21,7 @@ from aggregation import server
 from aggregation.errors import DataError
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
-from aggregation.server import Confirming, Established, RoundAborted, RoundResult, Unmasking
+from aggregation.server import Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
 from coordinator import optimizer
@@ -115,7 +115,7 @@ def _aggregate(
     state, plans = planned
     cohort.recorder.begin(state.plan)
     extra = attachments(receipts(cohort.recorder.log, plans), {ADAPTER: adapter.blob})
-    collected = cohort.exchange(state, server.Collecting.on_masked_input, Step.PLAN, plans, group, extra).close()
+    collected = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check).close()
     if isinstance(collected, RoundAborted):
         return collected
     confirming, bodies = collected

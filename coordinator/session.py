@@ -8,8 +8,9 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from adapters.cores import ahead, cores
 from aggregation import checks, envelope, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
@@ -23,7 +24,7 @@ from coordinator.recorder import Recorder
 from coordinator.registry import StoredAdapter
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts
-from coordinator.transport import Transport
+from coordinator.transport import Reply, Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
 S = TypeVar("S")
@@ -49,11 +50,12 @@ class Cohort:
     def exchange(
         self,
         state: S,
-        accept: Callable[[S, str, bytes], S],
+        accept: Callable[[S, str, Any], S],
         step: Step,
         bodies: Mapping[str, bytes],
         group: str,
         extra: Attachments | None = None,
+        check: Callable[[str, bytes], Any] | None = None,
     ) -> S:
         """Send each device its message, and let the state ``accept`` each answer in the order of arrival.
 
@@ -61,11 +63,13 @@ class Cohort:
 
         Args:
             state: Of the protocol, before the first answer.
-            accept: (state, device, answer) → next state; raises ``ProtocolError``.
+            accept: (state, device, answer or what ``check`` made of it) → next state; raises ``ProtocolError``.
             step: Of the protocol.
             bodies: Device → protocol message.
             group: Flower's group id: the round, or the attempt at a session.
             extra: See ``attachments``.
+            check: (device, answer) → what ``accept`` takes; raises ``ProtocolError``. For long answers: it runs on all
+                cores, while other answers arrive and are accepted.
 
         Returns:
             The state after the last answer, to be closed by the caller.
@@ -74,13 +78,16 @@ class Cohort:
         asked = {self.nodes[device]: body for device, body in bodies.items()}
         fields = {self.nodes[device]: each for device, each in (extra or {}).items()}
         self.recorder.sent(step, bodies)
-        for reply in self.transport.ask(step, asked, group, fields):
+
+        def checked(reply: Reply) -> Any:
+            return check(devices[reply.node], reply.answer()) if check else reply.answer()
+
+        replies = self.transport.ask(step, asked, group, fields)
+        for reply, found in ahead(checked, replies, cores() if check else 1):
             device = devices[reply.node]
             try:
-                if reply.body is None:
-                    raise ProtocolError(reply.reason)
-                state = accept(state, device, reply.body)
-                self.recorder.received(step, device, reply.body)
+                state = accept(state, device, found())
+                self.recorder.received(step, device, reply.answer())
                 log.debug("%s answered %s", device, step.value, extra={"answered": step.value})
             except ProtocolError as error:
                 self.dropped[device] = step.value
@@ -177,9 +184,7 @@ def _check_in(
     nodes: dict[str, int] = {}
     for reply in transport.ask(Step.CHECK_IN, bodies, group):
         try:
-            if reply.body is None:
-                raise ProtocolError(reply.reason)
-            device, answer = checks.check_in(root, challenges[reply.node], reply.body, datetime.now(UTC))
+            device, answer = checks.check_in(root, challenges[reply.node], reply.answer(), datetime.now(UTC))
         except ProtocolError as error:
             log.info("node %d is not admitted: %s", reply.node, error)
             continue

@@ -12,6 +12,7 @@ from typing import Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from aggregation.errors import ProtocolError
 from aggregation.steps import BODY, RECORD, Step
 
 FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
@@ -45,6 +46,16 @@ class Reply:
     node: int
     body: bytes | None
     reason: str = ""
+
+    def answer(self) -> bytes:
+        """The body.
+
+        Raises:
+            ProtocolError: The node did not answer.
+        """
+        if self.body is None:
+            raise ProtocolError(self.reason)
+        return self.body
 
 
 @dataclass(slots=True)

@@ -151,17 +151,12 @@ def _without_shares(assignment: bytes) -> bool:
 
 def logged_part(step: Step, body: bytes) -> bytes:
     """The part of a device's answer that is logged: all of it except the vector."""
-    return _split(body)[0] if step is Step.PLAN else body
+    return bytes(envelope.split_vector(body)[1]) if step is Step.PLAN else body
 
 
 def packed_vector(body: bytes) -> bytes:
     """The packed vector of a masked input; the log holds only its digest."""
-    return _split(body)[1]
-
-
-def _split(body: bytes) -> tuple[bytes, bytes]:
-    vector, signed = envelope.split_vector(body)
-    return bytes(signed), bytes(vector)
+    return bytes(envelope.split_vector(body)[0])
 
 
 def resume(entries: tuple[Entry, ...], start: AdapterId, previous: bytes = NO_SESSION) -> Transcript:

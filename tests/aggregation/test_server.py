@@ -172,6 +172,22 @@ def test_a_masked_input_is_accepted_once_and_for_its_plan_only(fleet: Any) -> No
     assert_refused(taken.on_masked_input, ME, body, "masked-input.repeated")
 
 
+def test_a_checked_input_is_added_once_for_its_device_and_its_plan_only(fleet: Any) -> None:
+    session = fleet.establish()
+    state, plans = fleet.begin(session)
+    mine, other = (state.check(name, fleet.contribute(name, plans[name])) for name in (ME, OTHER))
+    later, _ = fleet.begin(state.established)
+    with refused(ProtocolError, "masked-input.device", peer=OTHER, value=ME):
+        state.add(OTHER, mine)
+    with refused(ProtocolError, "masked-input.plan", peer=ME):
+        later.add(ME, mine)
+    assert not state.total.any()
+    taken = state.add(ME, mine)
+    with refused(ProtocolError, "masked-input.repeated", peer=ME):
+        taken.add(ME, mine)
+    assert set(taken.add(OTHER, other).vectors) == {ME, OTHER}  # checked before ``taken`` was known
+
+
 def test_unused_bits_in_a_masked_input_are_refused_and_name_the_peer(
     fleet_of: FleetOf, spec_of: Callable[..., Any], vector_of: Callable[..., Any]
 ) -> None:

@@ -13,7 +13,7 @@ from adapters.roundrecord import RoundRecord, digest_of
 from aggregation import envelope
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
-from aggregation.messages import Assignment, Plan
+from aggregation.messages import Assignment, MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
 from aggregation.transcript import LENGTH, MAGIC, AdapterId, read
@@ -241,7 +241,8 @@ def test_a_copy_of_a_log_is_not_a_session(transcripts: Transcripts, offer: tuple
 def test_vectors_are_kept_by_digest_where_the_settings_ask_for_that(
     transcripts: Transcripts, offer: tuple[bytes, bytes]
 ) -> None:
-    body = b"vector" + b"hdr" + (3).to_bytes(4, "big")
+    header = MaskedInput(bytes(32), "a", hashlib.sha256(b"vector").digest())
+    body = envelope.sign_vector(transcripts.key, header, b"vector")
     for keep in (False, True):
         kept = replace(transcripts, folder=transcripts.folder / str(keep), keep_vectors=keep)
         write(kept, offer).received(Step.PLAN, "a", body)

@@ -154,7 +154,7 @@ def _server(
         Call(ours.Uploads.sum_up, arrived, work.repeats),
         ours_on(work.threads),
         ours_on(1),
-        Call(ours.Uploads.receive, arrived, work.repeats),
+        Call(lambda each: each.receive(work.threads), arrived, work.repeats),
         Call(their_server, lambda: None, work.peer_repeats),
     )
     return Pair(sums + unmasks, other, one_core=sums + one_core), checked.ms - sums.ms

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from adapters.cores import ahead
 from aggregation import graph, masks, ring, shamir, sharing
 from aggregation.client import Device, Planned, Ready
 from aggregation.entropy import SystemEntropy
@@ -165,11 +166,11 @@ class Uploads:
         for body in self.bodies.values():
             ring.add(total, memoryview(body)[: ring.packed_size(size, BITS)], BITS)
 
-    def receive(self) -> Collecting:
+    def receive(self, threads: int = 1) -> Collecting:
         """Check every upload and add it, as in a round."""
         collecting = self.collecting
-        for name, body in self.bodies.items():
-            collecting = collecting.on_masked_input(name, body)
+        for (name, _), checked in ahead(lambda each: self.collecting.check(*each), self.bodies.items(), threads):
+            collecting = collecting.add(name, checked())
         return collecting
 
     def until_unmask(self) -> Unmasking:
