@@ -15,10 +15,12 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Annotated, Any, Generic, TypeVar, get_origin, get_type_hints
 
 from aggregation.errors import ConfigError, ProtocolError
 
+KNOWN_TEXTS = 2**14  # that a codec need not match again: the same device ids occur in every message of a cohort
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)
 K = TypeVar("K")
@@ -45,12 +47,13 @@ class Reader:
         Raises:
             ProtocolError: Fewer than ``n`` are left.
         """
-        if n > self.left:
+        start, end = self._at, self._at + n
+        if end > len(self._data):
             raise ProtocolError(
                 f"message is truncated: {n} bytes expected, {self.left} left", about="encoding.length", value=n
             )
-        self._at += n
-        return self._data[self._at - n : self._at]
+        self._at = end
+        return self._data[start:end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +171,11 @@ def text(pattern: str) -> Codec[str]:
         out.append(len(raw))
         out += raw
 
-    def read(source: Reader) -> str:
-        raw = source.take(source.take(1)[0])
+    @lru_cache(KNOWN_TEXTS)
+    def parse(raw: bytes) -> str:
         return checked(raw.decode("latin-1"), ProtocolError)
 
-    return Codec(write, read)
+    return Codec(write, lambda source: parse(source.take(source.take(1)[0])))
 
 
 def _write_real(out: bytearray, value: float) -> None:
