@@ -142,7 +142,7 @@ class VectorSpec:
         Args:
             values: Name → float32 or float64 of shape ``(segment.size,)``, each ``|x| <= segment.bound``; exactly the
                 spec's names.
-            rng: Draws the key of the rounding coins, 32 bytes a call; not secret.
+            rng: Draws the key of the rounding coins, 32 bytes a call.
 
         Returns:
             Shape ``(size,)``, of ``ring.dtype(ring_bits)``; negative numbers are in two's complement.

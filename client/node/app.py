@@ -10,6 +10,7 @@ copied, and a plan make the device read them. What a plan asks for is checked be
 gives a contribution of zero; and the answer leaves at a time that does not show when the device was done.
 """
 
+import hashlib
 import logging
 import time
 import traceback
@@ -30,7 +31,7 @@ from adapters.layout import Layout, Tensors
 from adapters.task import Task
 from aggregation import client, envelope, masks
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
-from aggregation.entropy import SystemEntropy
+from aggregation.entropy import DerivedEntropy, SystemEntropy
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import Plan, Survivors, Unmask
 from aggregation.ring import Ring
@@ -144,7 +145,7 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         log_state = _after_offer(device, log_state, fields, after)
         _take_snapshot(state_dir, after)
     elif step is Step.ROSTER and isinstance(state, Advertised):
-        after, answer = state.on_roster(device, body, SystemEntropy())
+        after, answer = state.on_roster(device, body, _dealing(state, body))
     elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
         planned = state.on_plan(device, body, datetime.now(UTC))
         log_state = _after_receipt(device, log_state, fields, planned.plan)
@@ -224,6 +225,16 @@ def _proof(fields: Mapping[str, bytes]) -> bytes:
     if PROOF not in fields:
         raise ProtocolError("the message has no proof about the log", COORDINATOR, about="message.proof")
     return fields[PROOF]
+
+
+def _dealing(joined: Advertised, roster: bytes) -> DerivedEntropy:
+    """Draws the polynomials for a roster, and for the same roster the same ones.
+
+    A device that is restored from a backup could be asked for its shares twice. Each neighbor's are encrypted under one
+    key and nonce, so that two dealings would show the difference of their shares.
+    """
+    content = hashlib.sha256(envelope.unverified_body(roster)).digest()  # ``on_roster`` verifies it
+    return DerivedEntropy(masks.derive(joined.share_key, b"edgeadapt/dealing/1", content))
 
 
 def _take_snapshot(state_dir: DeviceStateDir, joined: Advertised) -> None:

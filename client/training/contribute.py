@@ -63,7 +63,7 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.ra
         outcome: Finite tensors in ``layout``.
         layout: Of the adapter; the offer has its digest.
         spec: Of the session, from the offer that the device accepted.
-        rng: Stochastic rounding; not secret.
+        rng: Stochastic rounding.
 
     Returns:
         Ring elements, shape ``(spec.vector.size,)``. Decoded with the segments of ``spec.vector``, in weight units:

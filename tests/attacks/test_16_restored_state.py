@@ -1,8 +1,9 @@
-"""A device whose state directory is restored from a backup answers a plan twice, under the same masks.
+"""A device whose state directory is restored from a backup answers a plan twice, under the same masks, or deals its
+shares twice, encrypted under the same keys and nonces.
 
-The difference of the two answers is that of the two updates, in clear: all of it, if the device trained on other
+The difference of two masked inputs is that of the two updates, in clear: all of it, if the device trained on other
 examples the second time. The device runs the real ClientApp in a session of the real ServerApp; the attacker keeps its
-own answers to the plans, and restores what it likes.
+device's answers, and restores what it likes.
 """
 
 import shutil
@@ -12,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from flwr.app import Context, Message
 
-from aggregation import ring
+from aggregation import envelope, ring, sharing
+from aggregation.entropy import SystemEntropy
+from aggregation.messages import Shares
 from aggregation.ring import Ring
 from aggregation.steps import BODY, RECORD, Step
 from client.node import app as device_app
@@ -28,9 +32,10 @@ OTHER_EXAMPLES = [Example("play music", 1), Example("stop the music", 1), Exampl
 
 
 class Rewinding:
-    """The devices' app. The victim's state directory is copied before its plans, for the attacker to restore."""
+    """The devices' app. The victim's state directory is copied before each ``step``, for the attacker to restore."""
 
-    def __init__(self, fleet: Any) -> None:
+    def __init__(self, fleet: Any, step: Step) -> None:
+        self.step = step
         self.folder: Path = fleet.state_dir(VICTIM).folder
         self.backups: list[Path] = []
         self.asked: list[tuple[Message, Context]] = []
@@ -40,16 +45,16 @@ class Rewinding:
 
     def __call__(self, message: Message, context: Context) -> Message:
         mine = Path(str(context.node_config[device_app.STATE])) == self.folder
-        if mine and message.metadata.message_type == Step.PLAN.message_type:
+        if mine and message.metadata.message_type == self.step.message_type:
             backup = self.folder.with_name(f"{VICTIM}.{len(self.backups)}")
             shutil.copytree(self.folder, backup)
             self.backups.append(backup)
             self.asked.append((message, context))
-            state: Any = DeviceStateDir.open(self.folder).load_state()
-            self.spec = state.ready.session.spec.vector if hasattr(state, "ready") else state.session.spec.vector
             answer = self.answer(len(self.asked) - 1)
             assert answer is not None
             self.answers.append(answer)
+            state: Any = DeviceStateDir.open(self.folder).load_state()
+            self.spec = getattr(state, "ready", state).session.spec.vector
             return self.last
         return device_app.app(message, context)
 
@@ -76,10 +81,10 @@ class Rewinding:
         return np.asarray((one - other) % 2**bits)
 
 
-def attacked(app_fleet_of: FleetOf) -> Rewinding:
+def attacked(app_fleet_of: FleetOf, step: Step = Step.PLAN) -> Rewinding:
     """After a session of two rounds, and one of one."""
     fleet = app_fleet_of(5, rounds=3, aggregation__session_rounds=2)
-    attack = Rewinding(fleet)
+    attack = Rewinding(fleet, step)
     fleet.federate(fleet.grid(app=attack))
     return attack
 
@@ -158,6 +163,37 @@ def test_a_snapshot_that_opens_in_any_session_gives_a_second_answer(
     second = attack.answer(0)
     assert second is not None
     assert np.count_nonzero(attack.difference(attack.answers[0], second)) > 10
+
+
+def test_a_restored_device_deals_its_shares_byte_for_byte_as_before(app_fleet_of: FleetOf) -> None:
+    attack = attacked(app_fleet_of, Step.ROSTER)
+    assert len(attack.answers) == 2
+    for number, answer in enumerate(attack.answers):
+        attack.restore(number)
+        assert attack.answer(number) == answer
+
+
+def test_shares_that_are_dealt_anew_show_their_difference(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_app, "_dealing", lambda joined, roster: SystemEntropy())
+    attack = attacked(app_fleet_of, Step.ROSTER)
+    attack.restore(0)
+    second = attack.answer(0)
+    assert second is not None
+    dealt = [Shares.decode(envelope.unverified_body(raw)) for raw in (attack.answers[0], second)]
+    joined: Any = DeviceStateDir.open(attack.backups[0]).load_state()
+    ready: Any = DeviceStateDir.open(attack.folder).load_state()
+    holder = next(iter(dealt[0].encrypted_shares))
+    key = sharing._key(ready.session, joined.share_key, ready.session.peers[holder].share_key, VICTIM, holder)
+    sent = [shares.encrypted_shares[holder].ciphertext for shares in dealt]
+    plain = [AESGCM(key).decrypt(bytes(12), each, ready.session.context) for each in sent]
+    assert plain[0] != plain[1]
+    assert xor(*plain) == xor(*sent)[: len(plain[0])]
+
+
+def xor(one: bytes, other: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one, other, strict=True))
 
 
 def test_the_last_round_of_a_session_leaves_no_snapshot(attack: Rewinding) -> None:
