@@ -24,9 +24,7 @@ EXAMPLES = [
 
 @pytest.fixture
 def fleet(tmp_path: Path, tiny_base: Any, one_thread: None) -> Path:
-    make_trial_fleet(
-        tmp_path, str(tiny_base.folder), PHRASES, dict.fromkeys(DEVICES, EXAMPLES), "rounds=2", "seed=1", rank=2
-    )
+    make_trial_fleet(tmp_path, str(tiny_base.folder), PHRASES, dict.fromkeys(DEVICES, EXAMPLES), "rounds=2", rank=2)
     return tmp_path
 
 
