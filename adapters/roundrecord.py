@@ -80,7 +80,7 @@ class RoundRecord(Manifest):
 
 
 def accept_chain(
-    rows: Iterable[tuple[int, object]], trusted: Iterable[PublicKey], before: tuple[int, bytes | None] = (0, None)
+    rows: Iterable[tuple[int, object]], trusted: Iterable[PublicKey], before: tuple[int, object] = (0, None)
 ) -> list[RoundRecord]:
     """The records in rows of a registry, each signed, numbered without a gap and naming the one before.
 
@@ -98,7 +98,8 @@ def accept_chain(
             if not isinstance(raw, bytes):
                 raise TrustError("it is not a signed document", about="record")
             record = RoundRecord.accept(raw, keys)
-            if (record.round, record.round, record.previous) != (number, last + 1, signed and digest_of(signed)):
+            previous = None if signed is None else digest_of(signed)
+            if (record.round, record.round, record.previous) != (number, last + 1, previous):
                 raise TrustError("it does not follow the record before it", about="record")
         except (DataError, TrustError) as error:
             text = f"the record of round {number} was altered ({error}): restore the registry from a copy"
@@ -108,6 +109,12 @@ def accept_chain(
     return found
 
 
-def digest_of(signed: bytes) -> str:
-    """By which a record names the one before it (SHA-256, hex)."""
+def digest_of(signed: object) -> str:
+    """By which a record names the one before it (SHA-256, hex).
+
+    Raises:
+        TrustError: It is not bytes, as a damaged column of a database may be.
+    """
+    if not isinstance(signed, bytes):
+        raise TrustError("it is not a signed document", about="record")
     return sha256(signed).hexdigest()

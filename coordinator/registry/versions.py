@@ -242,7 +242,7 @@ class Registry:
         last = self.head().round
         with database.explained(self.engine), self.engine.connect() as connection:
             raw = connection.scalar(select(database.optimizer.c.tensors)) or b""
-        if (files.sha256(raw) if raw else None) != (last and last.optimizer):
+        if not isinstance(raw, bytes) or (files.sha256(raw) if raw else None) != (last and last.optimizer):
             raise TrustError(
                 "the stored optimizer state was altered: restore the registry from a copy", about="optimizer"
             )
@@ -320,6 +320,8 @@ class Registry:
         connection.execute(table.insert().values(row))
 
     def _verified(self, row: Row[Any]) -> Version:
+        if not isinstance(row.manifest, bytes):
+            raise TrustError(f"version {row.version} of the registry has no signed manifest", about="manifest")
         manifest = VersionManifest.accept(row.manifest, self.trusted)
         if (manifest.version, manifest.sha256) != (row.version, row.sha256):
             raise TrustError(

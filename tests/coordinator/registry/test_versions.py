@@ -333,6 +333,22 @@ def test_a_record_that_was_removed_moved_or_exchanged_is_detected_on_reading(reg
             connection.execute(database.rounds.insert(), [row._asdict() for row in before])
 
 
+@pytest.mark.parametrize(
+    ("column", "about"),
+    [("versions.manifest", "manifest"), ("rounds.record", "record"), ("optimizer.tensors", "optimizer")],
+)
+def test_text_in_the_place_of_bytes_is_detected_on_reading(
+    registry: Registry, rounds: Any, column: str, about: str
+) -> None:
+    rounds.seed(registry)
+    for number in (1, 2):
+        rounds.commit(registry, number)
+    table, _, name = column.partition(".")
+    execute(registry, f"UPDATE edgeadapt_{table} SET {name} = CAST({name} AS TEXT)")  # noqa: S608
+    with refused(TrustError, about):
+        registry.optimizer_state()
+
+
 @pytest.mark.parametrize("table", ["versions", "rounds"])
 def test_the_last_round_is_not_removed_from_one_table_alone(registry: Registry, rounds: Any, table: str) -> None:
     rounds.seed(registry)
