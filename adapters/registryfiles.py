@@ -93,8 +93,8 @@ class RegistryFiles:
             return None
         number, digest, raw = rows[0]
         try:
-            if not isinstance(raw, bytes):
-                raise TrustError("not a signed document", about="manifest")
+            if not isinstance(raw, bytes) or len(rows) > 1:
+                raise TrustError("it is not one signed document", about="manifest")
             found = VersionManifest.accept(raw, self.trusted)
             if (found.version, found.sha256) != (number, digest):
                 raise TrustError(

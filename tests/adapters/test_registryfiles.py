@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from adapters import files
 from adapters.layout import Layout, Tensors
 from adapters.manifest import PeftConfig, ServerRule, VersionManifest
-from adapters.registryfiles import BLOBS, DATABASE, RegistryFiles, blob_name, float32_tensors
+from adapters.registryfiles import BLOBS, DATABASE, FORMAT, RegistryFiles, blob_name, float32_tensors
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from coordinator.statedir import open_registry
@@ -187,6 +187,20 @@ def test_a_manifest_that_was_exchanged_is_refused(
         connection.execute("UPDATE edgeadapt_versions SET manifest = ? WHERE version = 1", (raw,))
     with refused(TrustError, "manifest", value=1):
         registry.manifest(1)
+
+
+def test_two_signed_manifests_of_one_version_are_refused(tmp_path: Path, key: IdentityKey) -> None:
+    """Who reads which of them is up to the database; the coordinator's own tables do not allow it."""
+    (tmp_path / BLOBS).mkdir()
+    others = [manifest(1), replace(manifest(1), labels=("off", "on"))]
+    with database(tmp_path) as connection:
+        connection.execute("CREATE TABLE edgeadapt_format (format INTEGER PRIMARY KEY)")
+        connection.execute("CREATE TABLE edgeadapt_versions (version INTEGER, sha256 TEXT, manifest BLOB)")
+        connection.execute("INSERT INTO edgeadapt_format VALUES (?)", (FORMAT,))
+        rows = [(each.version, each.sha256, each.sign(key)) for each in others]
+        connection.executemany("INSERT INTO edgeadapt_versions VALUES (?, ?, ?)", rows)
+    with refused(TrustError, "manifest", value=1):
+        RegistryFiles.open(tmp_path, [key.public]).manifest(1)
 
 
 def test_a_manifest_of_another_signer_is_refused(state_dir: Path, stranger: IdentityKey) -> None:
