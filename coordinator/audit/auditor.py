@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from aggregation.errors import TrustError
-from aggregation.messages import Message
+from aggregation.messages import Assignment, Message
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
 from aggregation.transcript import NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Reading, Result, read
@@ -166,6 +166,7 @@ class _Audit:
             last=self.checkpoints[-1].digest() if self.checkpoints else b"",
             start=self.checkpoints[0].newest if self.checkpoints else None,
             newest=self._newest,
+            tasks=tuple((each.place(Assignment), each.plan.training) for each in history.rounds) if history else (),
             open_plan=_open_plan(history) if history else None,
             produced=produced(history, self.unmasked) if history and passed else (),
         )

@@ -163,6 +163,7 @@ class Report:
         last: Digest of this log's last checkpoint; empty if it has none.
         start: Version and digest of the adapter that the session started from; None without a checkpoint.
         newest: Those of the newest adapter at the end of the log.
+        tasks: Of each round, in order: the place of its plan, and the training task in it, as encoded.
         open_plan: Digest of the plan of the last round, hex, if the log does not say how it ended.
         produced: The adapters of the rounds with a result, in order; empty if a check failed.
     """
@@ -177,6 +178,7 @@ class Report:
     last: bytes
     start: AdapterId | None
     newest: AdapterId | None
+    tasks: tuple[tuple[Place, bytes], ...]
     open_plan: str | None
     produced: tuple[ProducedAdapter, ...] = ()
 

@@ -1,10 +1,11 @@
 """The step from a round's sum to its adapter, recomputed with the registry: a transcript does not contain it.
 
 A transcript ends with the digest of a sum and that of the adapter which the coordinator says it produced from it. With
-the registry (``adapters.registryfiles``) three things can be checked:
+the registry (``adapters.registryfiles``) four things can be checked:
 
 - each adapter that a log names was published under the coordinator's signature, for exactly this plan and these
   survivors, and its file is unaltered; what a round does not change is as in the adapter before;
+- the devices were given a task for this adapter, with its labels, in every round, also an aborted one;
 - if the masked updates were kept, so that the sum could be recomputed: the server optimizer turns that sum into this
   adapter, bit for bit. FedAvg needs only the adapter before;
 - FedAdam has two moments as state, which start from constants at version 0. Its steps can be recomputed if no sum since
@@ -19,10 +20,11 @@ from dataclasses import dataclass, field
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.registryfiles import RegistryFiles
-from aggregation.errors import ConfigError, DataError, TrustError
+from adapters.task import Task
+from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.transcript import AdapterId, Place
 from coordinator import optimizer
-from coordinator.audit.findings import Check, Finding, Problem, ProducedAdapter, Status, count
+from coordinator.audit.findings import Check, Finding, Problem, ProducedAdapter, Report, Status, count
 from coordinator.optimizer import Stateless
 
 UNCHANGED = ("base_digest", "layout_digest", "peft_config", "labels")  # fields of a manifest that no round changes
@@ -47,7 +49,7 @@ class Recomputation:
     state: tuple[int, optimizer.State] | None = field(default=None, repr=False)
     rules: set[optimizer.Settings] = field(default_factory=set)
 
-    def check(self, start: AdapterId | None, produced: tuple[ProducedAdapter, ...]) -> Finding:
+    def check(self, report: Report) -> Finding:
         """The adapters of one session: the one that it started from, and those that it made.
 
         Rounds that were aborted had one of these (``rules.results``).
@@ -59,9 +61,11 @@ class Recomputation:
         self.rules.clear()
         place: Place | None = None
         try:
-            if start is not None:
-                self._require_published(start)
-            for each in produced:
+            if report.start is not None:
+                started = self._started(report.start)
+                for place, task in report.tasks:
+                    _require_task(started, place, task)
+            for each in report.produced:
                 place = each.place
                 reasons.append(self._step(each))
         except Problem as problem:
@@ -72,12 +76,13 @@ class Recomputation:
             )
         return self._summary(reasons)
 
-    def _require_published(self, start: AdapterId) -> None:
+    def _started(self, start: AdapterId) -> VersionManifest:
         manifest = self.registry.manifest(start[0])
         if manifest is None or manifest.id != start:
             text = f"the session started from another adapter than was published as {start[0]}"
             raise Problem("checkpoint.adapter", text)
         self.registry.tensors(manifest)
+        return manifest
 
     def _summary(self, reasons: list[str]) -> Finding:
         """``reasons``: for each adapter the key of why its step could not be recomputed; empty if it was."""
@@ -131,6 +136,23 @@ class Recomputation:
         if known is None or known[0] != produced.before[0]:
             return None
         return start if isinstance(known[1], Stateless) else known[1]  # after FedAvg, FedAdam starts anew
+
+
+def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> None:
+    """Return if a training task is for the adapters of a session. No round changes the two fields (``UNCHANGED``).
+
+    Raises:
+        Problem: It is not, so that devices may answer by whether they have examples of a label.
+    """
+    try:
+        task = Task.decode(encoded)
+    except ProtocolError as error:
+        raise Problem.of(error, place) from None
+    for name in ("peft_config", "labels"):
+        if getattr(task, name) != getattr(manifest, name):
+            raise Problem(
+                f"task.{name}", f"the task of the plan and the manifest of its adapter differ in {name}", place
+            )
 
 
 def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, parent: VersionManifest) -> VersionManifest:

@@ -223,7 +223,7 @@ def _adapters(report: Report, recomputation: Recomputation | None) -> Finding:
     if recomputation is None:
         text = "the published adapters are not available (--registry)"
         return Finding(Check.ADAPTERS, Status.SKIPPED, text, about="--registry")
-    return recomputation.check(report.start, report.produced)
+    return recomputation.check(report)
 
 
 def _find(path: Path) -> tuple[Path, ...]:

@@ -23,14 +23,16 @@ from flwr.app import Context, Error, Message
 import edgeadapt
 from adapters import files
 from adapters.registryfiles import BLOBS, DATABASE, blob_name
+from adapters.task import Task
 from aggregation.steps import Step
 from aggregation.transcript import LogState
 from client.node.app import app as client_app
 from client.node.statedir import LOG_STATE
 from coordinator import recorder
-from coordinator.audit import Check, Finding, Recomputation, Status, rules
+from coordinator.audit import Check, Finding, Recomputation, Status, recompute, rules
 from coordinator.audit.transcripts import logs
 from coordinator.registry import Registry
+from coordinator.settings import Training
 from coordinator.statedir import CoordinatorStateDir
 from tests.support.hostile import continues_from_anything
 
@@ -212,3 +214,23 @@ def test_a_round_with_another_ending_than_was_recorded_is_found(
         next_session(fleet, no_answers)
     code, printed = audited(fleet.out)
     assert (code, "round 2 was recorded with another ending" in printed["error"]) == (4, True)
+
+
+def test_a_task_that_lacks_a_label_of_the_adapter_is_found_although_its_round_was_aborted(
+    app_fleet_of: FleetOf, audited: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a device could train would depend on its labels."""
+    fleet, honest = app_fleet_of(4, rounds=1), Training.task
+    with monkeypatch.context() as hostile:
+        hostile.setattr(Training, "task", lambda *given: fewer_labels(honest(*given)))
+        fleet.federate(fleet.grid(app=no_answers))
+    code, printed = audited(fleet.out)
+    failed = [check for check in printed["sessions"][0]["checks"] if check["status"] == "FAIL"]
+    assert (code, failed[0]["check"], failed[0]["about"]) == (4, "adapters", "task.labels")
+    assert failed[0]["place"]["round"] == 1
+    monkeypatch.setattr(recompute, "_require_task", lambda *_: None)
+    assert audited(fleet.out)[0] == 0
+
+
+def fewer_labels(task: Task) -> Task:
+    return replace(task, labels=task.labels[:-1])

@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from aggregation import envelope
 from aggregation.errors import ConfigError, TrustError
 from aggregation.messages import MaskedInput
 from aggregation.pki.identity import IdentityKey
-from aggregation.transcript import ENTRY, LENGTH, AdapterId, Result, read
-from coordinator.audit import AuditInput, AuditOptions, Check, Finding, ProducedAdapter, Recomputation, Status
+from aggregation.transcript import ENTRY, LENGTH, Result, read
+from coordinator.audit import AuditInput, AuditOptions, Check, Finding, ProducedAdapter, Recomputation, Report, Status
 from coordinator.audit.transcripts import VECTORS, log_name, vector_path
 from coordinator.optimizer import FedAdam, FedAvg, Settings, to_rule
 from coordinator.settings import SETTINGS
 from tests.support import refused
 
-FirstSession = tuple[Callable[[], partial[Finding]], tuple[ProducedAdapter, ...]]
+FirstSession = tuple[Callable[[], Callable[[tuple[ProducedAdapter, ...]], Finding]], tuple[ProducedAdapter, ...]]
 
 RUNS: dict[str, dict[str, Any]] = {
     "fedavg": {"aggregation__keep_masked_inputs": True},
@@ -260,25 +260,25 @@ def test_an_adapter_that_was_never_published_is_found(state_dir_of: Callable[[st
 @pytest.fixture
 def first_session(state_dir_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> FirstSession:
     """Makes a new recomputation; and the adapters, with their sums, that the audit of the first session gives to it."""
-    given: list[tuple[AdapterId | None, tuple[ProducedAdapter, ...]]] = []
+    given: list[Report] = []
 
     class Spy(Recomputation):
-        def check(self, start: AdapterId | None, produced: tuple[ProducedAdapter, ...]) -> Finding:
-            given.append((start, produced))
-            return super().check(start, produced)
+        def check(self, report: Report) -> Finding:
+            given.append(report)
+            return super().check(report)
 
     monkeypatch.setattr("coordinator.audit.transcripts.Recomputation", Spy)
     checked = AuditInput.open(state_dir_of("fedavg"), AuditOptions())
     checked.audit(unfinished=False)
     assert checked.registry is not None
-    start, produced = given[0]
-    registry = checked.registry
+    report, registry = given[0], checked.registry
 
-    def new() -> partial[Finding]:
-        return partial(Recomputation(registry).check, start)
+    def new() -> Callable[[tuple[ProducedAdapter, ...]], Finding]:
+        recomputation = Recomputation(registry)
+        return lambda produced: recomputation.check(replace(report, produced=produced))
 
-    assert new()(produced).status is Status.PASS
-    return new, produced
+    assert new()(report.produced).status is Status.PASS
+    return new, report.produced
 
 
 @pytest.mark.parametrize(
@@ -304,13 +304,14 @@ def test_a_manifest_of_another_file_than_the_log_names_is_found(
     first_session: FirstSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new, (first, second) = first_session
-    registry = new().func.__self__.registry  # type: ignore[attr-defined]
-    manifests: dict[int | None, VersionManifest | None] = {version: registry.manifest(version) for version in range(3)}
-    found = manifests[1]
-    assert found is not None
+    honest = RegistryFiles.manifest
     for name, value in {"sha256": "c" * 64, "parent": "c" * 64}.items():
-        changed = {**manifests, 1: replace(found, **{name: value})}
-        monkeypatch.setattr(type(registry), "manifest", lambda _, version, changed=changed: changed[version])
+
+        def forged(files: RegistryFiles, version: int | None = None, **changes: str) -> VersionManifest | None:
+            found = honest(files, version)
+            return replace(found, **changes) if found and version == 1 else found
+
+        monkeypatch.setattr(RegistryFiles, "manifest", partialmethod(forged, **{name: value}))
         assert outcome(new()((first, second))) == (Status.FAIL, f"manifest.{name}")
 
 
