@@ -24,6 +24,7 @@ from aggregation.transcript import (
     ENTRY,
     LENGTH,
     MAGIC,
+    MAX_SESSIONS,
     NO_SESSION,
     Checkpoint,
     Entry,
@@ -89,11 +90,12 @@ class Transcripts:
 
         Args:
             recorder: Of the new session.
-            last_offers: Device → digest of the offer that it joined last, as it says; empty where it joined none.
+            last_offers: Device → digest of the offer that it joined last, as it says; empty where it joined none. One
+                that was more than ``MAX_SESSIONS`` sessions ago counts as unknown: no message can name them all.
         """
         wanted, closed, found = set(last_offers.values()) - {b""}, list[bytes](), dict[str, bytes]()
         for path in reversed([path for path in logs(self.folder) if path != recorder.path]):
-            if not wanted:
+            if not wanted or len(closed) > MAX_SESSIONS:
                 break
             offer, last = _ends(path)
             if offer in wanted:

@@ -32,6 +32,7 @@ from aggregation.transcript.log import ANSWERS, NO_SESSION, REQUESTS, Transcript
 from aggregation.transcript.logstate import LOG_STATE, LogState
 from aggregation.transcript.merkle import Tree, verify_consistency, verify_inclusion
 from aggregation.transcript.proofs import (
+    MAX_SESSIONS,
     RECEIPT,
     SESSION_CHAIN_PROOF,
     Proof,
@@ -48,6 +49,7 @@ __all__ = [
     "LENGTH",
     "LOG_STATE",
     "MAGIC",
+    "MAX_SESSIONS",
     "NO_SESSION",
     "RECEIPT",
     "REQUESTS",

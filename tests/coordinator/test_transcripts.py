@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adapters.roundrecord import RoundRecord, digest_of
-from aggregation import envelope
+from aggregation import envelope, transcript
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import TrustError
 from aggregation.messages import Assignment, MaskedInput, Plan
@@ -383,6 +383,27 @@ def test_the_transcript_of_a_run_passes_the_audit(fleet_of: Callable[..., Any]) 
     ]
     last = fleet.registry().latest().manifest
     assert f"produced adapter {last.version} ({last.sha256[:12]})" in {each.ending for each in rounds}
+
+
+def test_a_device_that_names_a_session_too_long_ago_gets_no_receipt_and_stops_nobody(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(3, rounds=3, aggregation__session_rounds=1)
+    fleet.federate(fleet.grid())
+    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
+    first, second, third = logs(state_dir.folder / "transcript")
+    offers = [transcript.resume(read(path.read_bytes()).entries, SEED).offer for path in (first, second)]
+    recorder = Recorder(third, transcript.Transcript(bytes(32), SEED), state_dir.key)
+    named = dict(zip(("device-00", "device-01"), offers, strict=True))
+
+    def with_receipt() -> set[str]:
+        proofs = state_dir.transcripts.session_chain_proofs(recorder, named)
+        return {device for device, raw in proofs.items() if transcript.SESSION_CHAIN_PROOF.decode(raw).receipt}
+
+    assert with_receipt() == {"device-00", "device-01"}
+    monkeypatch.setattr("coordinator.transcripts.MAX_SESSIONS", 0)
+    assert with_receipt() == {"device-01"}
+    state_dir.registry.close()
 
 
 def test_a_run_that_was_interrupted_in_a_round_leaves_a_closed_log(fleet_of: Callable[..., Any]) -> None:
