@@ -1,5 +1,6 @@
 """Devices that demand proofs, in complete runs: they never refuse an honest coordinator, whatever drops out."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,13 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from aggregation import envelope
-from aggregation.errors import EdgeAdaptError
+from aggregation.errors import EdgeAdaptError, TrustError
 from aggregation.messages import Challenge, CheckIn
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import BODY, PROOF, RECORD, Step
 from aggregation.transcript import Transcript, session_chain_proof
 from client.node.app import STATE, app
-from client.node.statedir import LOG_STATE
+from client.node.statedir import LOG_STATE, DeviceStateDir
 from coordinator import rounds as module
 from coordinator.audit.transcripts import logs
 from coordinator.statedir import CoordinatorStateDir
@@ -192,16 +193,32 @@ def test_a_replayed_offer_is_refused(fleet_of: FleetOf, refusals: list[str]) -> 
     assert (fleet.out / "devices" / FIRST / "session.sealed").read_bytes() == before
 
 
-def test_a_coordinator_without_its_logs_is_refused_until_the_log_states_are_deleted(fleet_of: FleetOf) -> None:
+def test_a_coordinator_without_its_logs_does_not_start(fleet_of: FleetOf) -> None:
     fleet = fleet_of(4, rounds=1)
     fleet.federate(fleet.grid())
     for path in logs(fleet.out / "coordinator" / "transcript"):
         path.unlink()
-    fleet.configure({"rounds": 2, "attempts": 1})
+    fleet.configure({"rounds": 2})
+    with refused(TrustError, "transcript"):
+        fleet.federate(fleet.grid())
+
+
+def test_a_coordinator_that_was_restored_from_an_old_copy_is_refused_until_devices_forget(
+    fleet_of: FleetOf, tmp_path: Path
+) -> None:
+    fleet = fleet_of(4, rounds=2, attempts=1, aggregation__session_rounds=1)
+    fleet.configure({"rounds": 1})
+    fleet.federate(fleet.grid())
+    shutil.copytree(fleet.out / "coordinator", tmp_path / "copy")
+    fleet.configure({"rounds": 2})
+    fleet.federate(fleet.grid())
+    shutil.rmtree(fleet.out / "coordinator")
+    shutil.copytree(tmp_path / "copy", fleet.out / "coordinator")
+    fleet.configure({"rounds": 2})
     with refused(EdgeAdaptError, "session"):
         fleet.federate(fleet.grid())
-    for state_dir in (fleet.out / "devices").iterdir():
-        (state_dir / LOG_STATE).unlink(missing_ok=True)
+    for device in fleet.nodes.values():
+        DeviceStateDir.open(Path(device)).forget()
     assert fleet.federate(fleet.grid())[1].dropped == {}
 
 
