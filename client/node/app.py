@@ -6,49 +6,38 @@ is wrong with the coordinator's message; an error in the device's own files is o
 more than that there was one.
 
 No answer depends on the device's examples, except for the numbers under the mask. Only an offer, with which they are
-copied, and a plan make the device read them. What a plan asks for is checked before that; whatever fails afterwards
-gives a contribution of zero; and the answer leaves at a time that does not show when the device was done.
+copied, and a plan make the device read them. What a plan asks for is checked before that, and whatever fails afterwards
+gives a contribution of zero (``client.node.training``); the answer leaves at a time that does not show when the device
+was done.
 """
 
 import hashlib
 import logging
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from adapters import files
-from adapters.base import Base, find_base
+from adapters.base import find_base
 from adapters.cores import cores
-from adapters.layout import Layout, Tensors
-from adapters.task import Task
 from aggregation import client, envelope, masks
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
 from aggregation.entropy import DerivedEntropy, SystemEntropy
-from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError, TrustError
+from aggregation.errors import DataError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import Plan, Survivors, Unmask
-from aggregation.ring import Ring
 from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, REVOCATIONS, Step
 from aggregation.transcript import LogState, logged_part
 from client.node import adapterstate
 from client.node.adapterstate import AdapterState
-from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import DeviceStateDir
-from client.training.contribute import Outcome, contribution, require_bounds
-from client.training.examples import Example, Split, in_split, parse_examples, read_file
-from client.training.limits import TrainingLimits
-
-if TYPE_CHECKING:  # imports torch
-    from client.training.trainer import Trainer
+from client.node.training import train
+from client.training.examples import read_file
 
 STATE = "state"  # key of the Flower node's configuration: the path of the state directory
 REFUSED = 100  # Flower error code: the device refused; the reason says why
@@ -154,7 +143,7 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         )
         snapshot = state_dir.load_snapshot(planned.ready.session.peers[planned.ready.me].share_key)
         limits = state_dir.settings.policy.training()
-        vector = _train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples, limits)
+        vector = train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples, limits)
         after, answer = planned.contribute(device, vector, cores())
         state_dir.save_adapter_state(adapter_state)
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
@@ -245,70 +234,3 @@ def _take_snapshot(state_dir: DeviceStateDir, joined: Advertised) -> None:
         log.warning("no examples for this session: %s", error, extra={"about": error.about})
         examples = b""
     state_dir.take_snapshot(examples, masks.public_key(joined.share_key))
-
-
-def _train(base: Base, planned: Planned, blob: bytes, snapshot: Snapshot, path: Path, limits: TrainingLimits) -> Ring:
-    """Train the adapter in ``blob`` on the snapshot's examples, and return the contribution.
-
-    The contribution is zero, with weight zero, if anything fails once the examples matter. ``path``: of the examples,
-    for messages.
-
-    Raises:
-        ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
-    """
-    # Imported here: Flower starts a process for each message, and only this step needs torch, which takes seconds.
-    from client.training.trainer import load_trainer
-
-    plan, spec = planned.plan, planned.spec
-    if files.sha256(blob) != plan.adapter_digest:
-        reason = "the adapter in the message does not match the digest in the plan"
-        raise ProtocolError(reason, COORDINATOR, about="plan.adapter_digest")
-    task = Task.decode(plan.training)
-    try:
-        start = files.decode(blob)
-        trainer = load_trainer(base, len(task.labels), limits.check(task, start))
-    except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
-        raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
-    if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
-        raise ProtocolError("offer, task and adapter have different layouts", COORDINATOR, about="plan.layout")
-    require_bounds(spec, trainer.layout)
-    rounding = snapshot.generator(plan, Draw.ROUNDING)
-    try:
-        examples = _usable(parse_examples(snapshot.examples, path), task)
-        order = snapshot.generator(plan, Draw.ORDER)
-        outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order)
-        return contribution(outcome, trainer.layout, spec, rounding)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the tokenizer is in Rust, whose panics are no Exception
-        about = error.about if isinstance(error, EdgeAdaptError) else type(error).__name__
-        log.warning("contributed nothing: %s", _unquoted(error), extra={"about": about})
-        return contribution(Outcome.nothing(start), trainer.layout, spec, rounding)
-
-
-def _usable(examples: Sequence[Example], task: Task) -> tuple[Example, ...]:
-    """The examples whose labels the task has."""
-    usable = tuple(example for example in examples if example.label < len(task.labels))
-    if len(usable) < len(examples):
-        log.warning("%d examples have a label that the task lacks", len(examples) - len(usable))
-    return usable
-
-
-def _outcome(
-    trainer: "Trainer", start: Tensors, task: Task, examples: Sequence[Example], *, cap: int, rng: np.random.Generator
-) -> Outcome:
-    """Score ``start`` on at most ``cap`` held-out examples, and train it on the others."""
-    train = in_split(examples, Split.TRAIN)
-    begin = time.perf_counter()
-    held_out = trainer.score(start, in_split(examples, Split.VALIDATION)[:cap])
-    trained = trainer.train(start, train, task, epochs=task.epochs, rng=rng)
-    log.info("trained on %d examples", len(train), extra={"training_seconds": time.perf_counter() - begin})
-    return Outcome(start, trained, len(train), held_out)
-
-
-def _unquoted(error: BaseException) -> str:
-    """What failed, without the text of a library's exception, which may quote an example."""
-    if isinstance(error, EdgeAdaptError):
-        return str(error)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} in {place.name}, line {place.lineno} of {place.filename}"

@@ -151,7 +151,9 @@ def test_if_they_answered_with_their_error_the_coordinator_would_read_a_bit_of_e
     fleet, observer = hostile_fleet(app_fleet_of, **ATTACKS[attack]), Observer()
     set_policy(fleet, maximum_magnitude=NO_LIMIT)
     monkeypatch.setattr(Outcome, "nothing", failing)
-    monkeypatch.setattr("client.node.app.parse_examples", partial(parse_examples, labels=ATTACKS[attack]["labels"]))
+    monkeypatch.setattr(
+        "client.node.training.parse_examples", partial(parse_examples, labels=ATTACKS[attack]["labels"])
+    )
     (record,) = fleet.federate(fleet.grid(app=observer))
     assert observer.bits() == {name: name in HOLDERS for name in DEVICES}
     assert record.dropped == dict.fromkeys(HOLDERS, "plan")  # it is in the files of the run, and they pass the audit
@@ -193,7 +195,7 @@ def test_a_task_without_the_labels_of_the_others_isolates_a_device_in_the_sum(
         outcomes.append(outcome)
         return contribution(outcome, *rest)
 
-    monkeypatch.setattr("client.node.app.contribution", watched)
+    monkeypatch.setattr("client.node.training.contribution", watched)
     (record,) = fleet.federate(fleet.grid())
     assert record.survivors == DEVICES
     (victim,) = (outcome for outcome in outcomes if outcome.examples)

@@ -45,7 +45,7 @@ class Subtracting:
         self.sums: list[Ring] = []
         self.vectors: dict[tuple[str, int], Ring] = {}  # device and round → what it sent under the mask, for comparison
         self.device, self.bits, self.delta = "", 0, slice(0)
-        train, close = device_app._train, Unmasking.close
+        train, close = device_app.train, Unmasking.close
 
         def trained(base: Any, planned: Any, *given: Any) -> Ring:
             spec = planned.spec.vector
@@ -63,7 +63,7 @@ class Subtracting:
                 return RoundAborted(AbortReason.TOO_FEW, "as the coordinator says", closed[0])
             return closed
 
-        monkeypatch.setattr(device_app, "_train", trained)
+        monkeypatch.setattr(device_app, "train", trained)
         monkeypatch.setattr(Unmasking, "close", kept)
 
     def __call__(self, message: Message, context: Context) -> Message:

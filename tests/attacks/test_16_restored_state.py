@@ -115,13 +115,13 @@ def test_without_the_snapshot_the_difference_of_two_answers_is_that_of_two_updat
 ) -> None:
     """As it was: the device trains on the examples that its file has now."""
     plain: list[Ring] = []
-    train = device_app._train
+    train = device_app.train
 
     def trained(*given: Any) -> Ring:
         plain.append(train(*given).copy())
         return plain[-1].copy()
 
-    monkeypatch.setattr(device_app, "_train", trained)
+    monkeypatch.setattr(device_app, "train", trained)
     load = DeviceStateDir.load_snapshot
 
     def current(state_dir: DeviceStateDir, share_key: bytes) -> Snapshot:

@@ -238,7 +238,7 @@ def test_a_weight_that_honest_devices_cannot_have_aborts_the_round(
         vector[layout.size] = 2**spec.vector.ring_bits - int(spec.weight_cap / step)  # behind the delta: the weight
         return vector
 
-    monkeypatch.setattr("client.node.app.contribution", lie)
+    monkeypatch.setattr("client.node.training.contribution", lie)
     fleet = fleet_of(4, rounds=1)
     (record,) = fleet.federate(fleet.grid())
     assert "whole number" in (record.aborted or "")

@@ -227,7 +227,7 @@ def test_no_phrase_and_no_plain_update_is_in_any_message(fleet_of: FleetOf, monk
         plain.append(ring.pack(vector, args[2].vector.ring_bits))
         return vector
 
-    monkeypatch.setattr("client.node.app.contribution", watched)
+    monkeypatch.setattr("client.node.training.contribution", watched)
     fleet, messages = fleet_of(6, rounds=2), MessageLog()
     fleet.federate(fleet.grid(app=messages))
     sent = [value for _, record in messages.up for value in record.values()]

@@ -303,7 +303,7 @@ def test_bounds_that_tell_devices_apart_are_refused_by_every_device(
     _, plans = talk.plan(talk.established())
     for device, body in plans.items():
         talk.refused(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}, "offer.spec.vector")
-    monkeypatch.setattr("client.node.app.require_bounds", lambda *given: None)
+    monkeypatch.setattr("client.node.training.require_bounds", lambda *given: None)
     monkeypatch.setattr(Outcome, "nothing", failing)  # the second check
     refused = {
         device: talk.reply(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}).has_error()

@@ -88,7 +88,7 @@ def test_an_exception_in_training_is_answered_and_its_text_is_not_logged(
 def test_training_beyond_the_owners_limits_is_refused_before_an_example_is_read(
     talk: Talk, monkeypatch: pytest.MonkeyPatch, about: str, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("client.node.app.parse_examples", lambda *_: pytest.fail("an example was read"))
+    monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
     task = talk.coordinator.settings.training.task(talk.version().manifest)
     _, plans = talk.plan(talk.established(), training=replace(task, **changes).encode())
     talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, about)
@@ -97,7 +97,7 @@ def test_training_beyond_the_owners_limits_is_refused_before_an_example_is_read(
 def test_an_adapter_of_huge_numbers_is_refused_before_an_example_is_read(
     talk: Talk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.node.app.parse_examples", lambda *_: pytest.fail("an example was read"))
+    monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
     tensors = talk.coordinator.registry.tensors(0)
     name = max(tensors)
     blob = files.encode({**tensors, name: np.full_like(tensors[name], -1000.5)})

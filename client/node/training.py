@@ -1,0 +1,98 @@
+"""Train for a plan: check what the coordinator asks for, and then contribute, whatever the examples are.
+
+The order of the two keeps a refusal from saying anything about the examples.
+"""
+
+import logging
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adapters import files
+from adapters.base import Base
+from adapters.layout import Layout, Tensors
+from adapters.task import Task
+from aggregation.client import Planned
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
+from aggregation.ring import Ring
+from aggregation.session import COORDINATOR
+from client.node.snapshot import Draw, Snapshot
+from client.training.contribute import Outcome, contribution, require_bounds
+from client.training.examples import Example, Split, in_split, parse_examples
+from client.training.limits import TrainingLimits
+
+if TYPE_CHECKING:  # imports torch
+    from client.training.trainer import Trainer
+
+log = logging.getLogger("edgeadapt.device")
+
+
+def train(base: Base, planned: Planned, blob: bytes, snapshot: Snapshot, path: Path, limits: TrainingLimits) -> Ring:
+    """Train the adapter in ``blob`` on the snapshot's examples, and return the contribution.
+
+    The contribution is zero, with weight zero, if anything fails once the examples matter. ``path``: of the examples,
+    for messages.
+
+    Raises:
+        ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
+    """
+    # Imported here: Flower starts a process for each message, and only this step needs torch, which takes seconds.
+    from client.training.trainer import load_trainer
+
+    plan, spec = planned.plan, planned.spec
+    if files.sha256(blob) != plan.adapter_digest:
+        reason = "the adapter in the message does not match the digest in the plan"
+        raise ProtocolError(reason, COORDINATOR, about="plan.adapter_digest")
+    task = Task.decode(plan.training)
+    try:
+        start = files.decode(blob)
+        trainer = load_trainer(base, len(task.labels), limits.check(task, start))
+    except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
+        raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
+    if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
+        raise ProtocolError("offer, task and adapter have different layouts", COORDINATOR, about="plan.layout")
+    require_bounds(spec, trainer.layout)
+    rounding = snapshot.generator(plan, Draw.ROUNDING)
+    try:
+        examples = _usable(parse_examples(snapshot.examples, path), task)
+        order = snapshot.generator(plan, Draw.ORDER)
+        outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order)
+        return contribution(outcome, trainer.layout, spec, rounding)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizer is in Rust, whose panics are no Exception
+        about = error.about if isinstance(error, EdgeAdaptError) else type(error).__name__
+        log.warning("contributed nothing: %s", _unquoted(error), extra={"about": about})
+        return contribution(Outcome.nothing(start), trainer.layout, spec, rounding)
+
+
+def _usable(examples: Sequence[Example], task: Task) -> tuple[Example, ...]:
+    """The examples whose labels the task has."""
+    usable = tuple(example for example in examples if example.label < len(task.labels))
+    if len(usable) < len(examples):
+        log.warning("%d examples have a label that the task lacks", len(examples) - len(usable))
+    return usable
+
+
+def _outcome(
+    trainer: "Trainer", start: Tensors, task: Task, examples: Sequence[Example], *, cap: int, rng: np.random.Generator
+) -> Outcome:
+    """Score ``start`` on at most ``cap`` held-out examples, and train it on the others."""
+    own = in_split(examples, Split.TRAIN)
+    begin = time.perf_counter()
+    held_out = trainer.score(start, in_split(examples, Split.VALIDATION)[:cap])
+    trained = trainer.train(start, own, task, epochs=task.epochs, rng=rng)
+    log.info("trained on %d examples", len(own), extra={"training_seconds": time.perf_counter() - begin})
+    return Outcome(start, trained, len(own), held_out)
+
+
+def _unquoted(error: BaseException) -> str:
+    """What failed, without the text of a library's exception, which may quote an example."""
+    if isinstance(error, EdgeAdaptError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {place.name}, line {place.lineno} of {place.filename}"
