@@ -139,7 +139,7 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         planned = state.on_plan(device, body, datetime.now(UTC))
         log_state = _after_receipt(device, log_state, fields, planned.plan)
         adapter_state = adapterstate.on_plan(
-            state_dir.load_adapter_state(), planned.plan, device.policy.maximum_repeats
+            state_dir.load_adapter_state(), planned.plan, planned.spec, device.policy.maximum_repeats
         )
         snapshot = state_dir.load_snapshot(planned.ready.session.peers[planned.ready.me].share_key)
         limits = state_dir.settings.policy.training()
@@ -206,8 +206,9 @@ def _after_sum(
     state_dir: DeviceStateDir, device: Device, state: Masked | Confirmed, survivors: Survivors
 ) -> AdapterState:
     """Verify that the sum over ``survivors`` differs enough from earlier ones; the adapter state after it."""
-    least = device.policy.least_difference(len(state.ready.session.peers))
-    return adapterstate.on_survivors(state_dir.load_adapter_state(), state.plan, survivors.vectors, least)
+    session, known = state.ready.session, state_dir.load_adapter_state()
+    least = device.policy.least_difference(len(session.peers))
+    return adapterstate.on_survivors(known, state.plan, session.spec, survivors.vectors, least)
 
 
 def _proof(fields: Mapping[str, bytes]) -> bytes:

@@ -1,7 +1,8 @@
 """Two sums from one adapter, with and without a device: their difference is that device's update.
 
 The coordinator runs a round, keeps the sum, logs the round as aborted and repeats it without the victim. Or it goes
-back to an adapter that it has a sum from. It runs its own ServerApp, of which only the end of a round and
+back to an adapter that it has a sum from; or it repeats the round over the same devices with a weight cap that only the
+victim exceeds. It runs its own ServerApp, of which only the end of a round and
 the choice of the adapter are changed; the devices run the real ClientApp, and demand no proofs, so that nothing but the
 checks under test stops the coordinator.
 """
@@ -19,6 +20,7 @@ from aggregation.messages import Plan
 from aggregation.policy import Policy
 from aggregation.ring import Ring
 from aggregation.server import AbortReason, RoundAborted, Unmasking
+from aggregation.spec import SessionSpec
 from aggregation.steps import Step
 from client.node import adapterstate
 from client.node import app as device_app
@@ -43,6 +45,7 @@ class Subtracting:
     ) -> None:
         self.withheld = withheld
         self.sums: list[Ring] = []
+        self.deltas: list[NDArray[np.float64]] = []  # of the sums, in weight units
         self.vectors: dict[tuple[str, int], Ring] = {}  # device and round → what it sent under the mask, for comparison
         self.device, self.bits, self.delta = "", 0, slice(0)
         train, close = device_app.train, Unmasking.close
@@ -59,6 +62,7 @@ class Subtracting:
             if isinstance(closed, RoundAborted):
                 return closed
             self.sums.append(state.survivor_set.total.copy())
+            self.deltas.append(closed[1].values["delta"])
             if len(self.sums) in aborted:
                 return RoundAborted(AbortReason.TOO_FEW, "as the coordinator says", closed[0])
             return closed
@@ -106,8 +110,8 @@ def known_order(snapshot: Snapshot, plan: Plan, draw: Draw) -> np.random.Generat
     return np.random.default_rng([plan.adapter_version, list(Draw).index(draw)])
 
 
-def no_check(known: AdapterState | None, plan: Plan, maximum_repeats: int) -> AdapterState:
-    return AdapterState(plan.adapter_version, plan.adapter_digest)
+def no_check(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_repeats: int) -> AdapterState:
+    return AdapterState(plan.adapter_version, plan.adapter_digest, bytes(32))
 
 
 SESSIONS = pytest.mark.parametrize("session_rounds", [2, 1], ids=["in one session", "in the next session"])
@@ -224,3 +228,32 @@ def test_a_second_sum_from_an_old_adapter_would_give_the_update(
     attack, _ = going_back(app_fleet_of, monkeypatch)
     assert len(attack.sums) == 3
     assert np.abs(attack.found() - attack.sent()).max() <= DEVICES
+
+
+HEAVY = "device-04"  # has 8 training examples; nobody has more than 7 besides
+
+
+def with_a_lower_cap(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> tuple[Subtracting, Any]:
+    """Two rounds over all devices; in the second, a device counts with at most 7 examples."""
+    fleet = fleet_without_proofs(app_fleet_of, rounds=1, aggregation__session_rounds=1, aggregation__ring_bits=40)
+    attack = Subtracting(monkeypatch, aborted={1})
+    fleet.federate(fleet.grid(app=attack))
+    fleet.configure({"rounds": 2, "aggregation.weight_cap": 7})
+    return attack, fleet.federate(fleet.grid(app=attack))
+
+
+def test_a_repeat_with_other_bounds_is_refused(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    attack, records = with_a_lower_cap(app_fleet_of, monkeypatch)
+    assert len(attack.sums) == 1
+    assert set(records[1].dropped.values()) == {"plan"}
+
+
+def test_a_repeat_with_other_bounds_would_give_the_update_of_the_one_device_that_they_bind(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapterstate, "terms", lambda plan, spec: bytes(32))
+    attack, records = with_a_lower_cap(app_fleet_of, monkeypatch)
+    assert records[1].dropped == {}
+    found, sent = attack.deltas[0] - attack.deltas[1], attack.signed(attack.vectors[HEAVY, 0])[attack.delta]
+    cosine = float(found @ sent / np.linalg.norm(found) / np.linalg.norm(sent))
+    assert cosine > 0.999

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,12 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Plan
 from aggregation.pki.identity import IdentityKey
-from client.node.adapterstate import ADAPTER_STATE, AdapterState, on_plan, on_survivors
+from aggregation.spec import SessionSpec
+from client.node import adapterstate
+from client.node.adapterstate import ADAPTER_STATE, AdapterState, terms
 from client.node.statedir import ADAPTERS, DeviceSettings, DeviceStateDir
 from tests.support import refused
+from tests.support.fleet import session_spec
 
 A, B = "aa" * 32, "bb" * 32
 ALL = tuple(f"device-{number:02d}" for number in range(20))
@@ -21,6 +25,18 @@ ALL = tuple(f"device-{number:02d}" for number in range(20))
 
 def plan(version: int, digest: str = A, round_: int = 1) -> Plan:
     return Plan(bytes(32), round_, ("a", "b"), version, digest, b"")
+
+
+SPEC = session_spec(20)
+TERMS = terms(plan(0), SPEC)
+
+
+def on_plan(known: AdapterState | None, each: Plan, repeats: int, spec: SessionSpec = SPEC) -> AdapterState:
+    return adapterstate.on_plan(known, each, spec, repeats)
+
+
+def on_survivors(known: AdapterState | None, each: Plan, survivors: tuple[str, ...], least: int) -> AdapterState:
+    return adapterstate.on_survivors(known, each, SPEC, survivors, least)
 
 
 def after(known: AdapterState | None, *unmasked: Plan, repeats: int = 1) -> AdapterState:
@@ -32,7 +48,7 @@ def after(known: AdapterState | None, *unmasked: Plan, repeats: int = 1) -> Adap
 
 
 def test_the_first_plan_may_have_any_version() -> None:
-    assert on_plan(None, plan(7), 0) == AdapterState(7, A)
+    assert on_plan(None, plan(7), 0) == AdapterState(7, A, TERMS)
 
 
 def test_an_adapter_that_is_older_than_the_last_one_is_refused() -> None:
@@ -52,7 +68,7 @@ def test_rounds_that_were_not_unmasked_do_not_count() -> None:
     known = on_plan(None, plan(3), 0)
     for _ in range(20):
         known = on_plan(known, plan(3), 0)
-    assert on_survivors(known, plan(3), ALL, 5) == AdapterState(3, A, (ALL,))
+    assert on_survivors(known, plan(3), ALL, 5) == AdapterState(3, A, TERMS, (ALL,))
 
 
 @pytest.mark.parametrize("repeats", [0, 1, 3])
@@ -60,7 +76,7 @@ def test_an_adapter_is_used_up_after_so_many_repeats(repeats: int) -> None:
     known = after(None, *[plan(3)] * (1 + repeats), repeats=repeats)
     with refused(ProtocolError, "plan.repeats", peer="coordinator", value=1 + repeats):
         on_plan(known, plan(3), repeats)
-    assert on_plan(known, plan(4, B), repeats) == AdapterState(4, B)
+    assert on_plan(known, plan(4, B), repeats) == AdapterState(4, B, TERMS)
 
 
 def test_the_same_bytes_under_a_later_number_are_the_same_adapter() -> None:
@@ -72,8 +88,8 @@ def test_the_same_bytes_under_a_later_number_are_the_same_adapter() -> None:
 
 
 def test_a_device_that_forgot_its_state_within_a_round_counts_the_request_that_it_answers() -> None:
-    assert on_survivors(None, plan(3), ALL, 5) == AdapterState(3, A, (ALL,))
-    assert on_survivors(AdapterState(2, B, (ALL,)), plan(3), ALL[1:], 5) == AdapterState(3, A, (ALL[1:],))
+    assert on_survivors(None, plan(3), ALL, 5) == AdapterState(3, A, TERMS, (ALL,))
+    assert on_survivors(AdapterState(2, B, TERMS, (ALL,)), plan(3), ALL[1:], 5) == AdapterState(3, A, TERMS, (ALL[1:],))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +116,15 @@ def test_a_sum_is_compared_with_every_earlier_one_from_the_adapter() -> None:
     assert on_survivors(known, plan(4, B), ALL[1:], 5).unmasked == (ALL[1:],)
 
 
+@pytest.mark.parametrize("change", [{"clip_norm": 3.9}, {"weight_cap": 99}, {"training": b"other"}], ids=str)
+def test_a_repeat_on_other_terms_is_refused(change: dict[str, Any]) -> None:
+    spec, other = (SPEC, replace(plan(3), **change)) if "training" in change else (replace(SPEC, **change), plan(3))
+    assert on_plan(on_plan(None, plan(3), 1), other, 1, spec).terms == terms(other, spec)  # no sum was unmasked
+    with refused(ProtocolError, "plan.terms", peer="coordinator"):
+        on_plan(after(None, plan(3)), other, 1, spec)
+    assert on_plan(after(None, plan(3)), replace(other, adapter_version=4, adapter_digest=B), 1, spec).unmasked == ()
+
+
 def test_the_order_of_the_survivors_makes_no_difference() -> None:
     assert on_survivors(after(None, plan(3)), plan(3), ALL[::-1], 5).unmasked == (ALL, ALL)
 
@@ -120,11 +145,11 @@ def test_a_state_survives_the_process_and_a_damaged_one_is_refused(tmp_path: Pat
     settings = DeviceSettings(base="some_base")
     state_dir = DeviceStateDir.create(tmp_path / "state", settings, identity, {}, SystemEntropy())
     assert state_dir.load_adapter_state() is None
-    known = AdapterState(3, A, (ALL, ALL[5:]))
+    known = AdapterState(3, A, TERMS, (ALL, ALL[5:]))
     state_dir.save_adapter_state(known)
     assert DeviceStateDir.open(state_dir.folder).load_adapter_state() == known
     state_dir.save_adapter_state(replace(known, unmasked=()))
-    assert state_dir.load_adapter_state() == AdapterState(3, A)
+    assert state_dir.load_adapter_state() == AdapterState(3, A, TERMS)
     (state_dir.folder / ADAPTERS).write_bytes(b"damaged")
     with refused(TrustError, ADAPTERS) as caught:
         state_dir.load_adapter_state()
