@@ -84,6 +84,24 @@ def test_every_version_is_read_as_the_coordinator_published_it(registry: Registr
     assert registry.manifest(LAST + 1) is registry.manifest(-1) is None
 
 
+def test_the_records_of_rounds_are_read_as_the_coordinator_stored_them(
+    registry: RegistryFiles, state_dir: Path, key: IdentityKey
+) -> None:
+    with closing(open_registry(state_dir, key)) as stored:
+        assert registry.rounds() == stored.rounds()
+    assert [record.version for record in registry.rounds()] == list(range(1, LAST + 1))
+
+
+@pytest.mark.parametrize(
+    "damage", ["DELETE FROM edgeadapt_rounds WHERE round = 1", "UPDATE edgeadapt_rounds SET record = 'x'"]
+)
+def test_a_record_that_is_missing_or_altered_is_refused(registry: RegistryFiles, state_dir: Path, damage: str) -> None:
+    with database(state_dir) as connection:
+        connection.execute(damage)
+    with refused(TrustError, "record"):
+        registry.rounds()
+
+
 def test_reading_changes_no_file_and_needs_no_right_to_write(state_dir: Path, registry: RegistryFiles) -> None:
     before = {path: path.read_bytes() for path in state_dir.rglob("*") if path.is_file()}
     for path in before:
