@@ -103,6 +103,7 @@ def test_a_file_that_is_missing_or_a_folder_is_refused_by_its_name(tmp_path: Pat
             Outer.read(path)
 
 
+SOON = 10  # seconds of CPU time: a busy machine takes 1.5, and the file of dotted keys took 40 before it had a limit
 ENDLESS = {
     "an integer of 6,000 digits": f"count = {'9' * 6000}",
     "an integer of 50,000 hexadecimal digits": f"count = 0x{'f' * 50_000}",
@@ -126,7 +127,7 @@ def test_a_file_that_would_take_forever_or_too_deep_a_stack_is_refused_soon(tmp_
     begin = time.process_time()
     with pytest.raises(ConfigError) as caught:
         Outer.read(tmp_path / "some.toml")
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < SOON
     assert caught.value.about in ("some.toml", "count", "z")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -145,7 +146,7 @@ def test_an_override_that_would_take_forever_or_too_deep_a_stack_is_refused_soon
     begin = time.process_time()
     with pytest.raises(ConfigError) as caught:
         Outer.parse(overridden({}, [override]), "--set")
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < SOON
     assert caught.value.about in ("--set", "count")
     assert "\n" not in str(caught.value)
 
