@@ -16,6 +16,7 @@ from flwr.app import Context, Message
 from adapters import task
 from aggregation.spec import SessionSpec
 from client.node import app as node
+from client.node import training
 from coordinator import rounds
 from coordinator.audit import Check, Status, audit
 from coordinator.audit.transcripts import logs, vector_path
@@ -39,13 +40,13 @@ class OneLiar:
     def __call__(self, message: Message, context: Context) -> Message:
         if not str(context.node_config["state"]).endswith(LIAR):
             return node.app(message, context)
-        honest = node.contribution
+        honest = training.contribution
 
         def contribution(*given: Any) -> Any:
             return self.lie(next(each for each in given if isinstance(each, SessionSpec)), honest(*given))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(node, "contribution", contribution)
+            patch.setattr(training, "contribution", contribution)
             return node.app(message, context)
 
 

@@ -177,7 +177,6 @@ def test_a_second_result_for_a_version_is_found(fleet: Any, audited: Audit, monk
     with closing(sqlite3.connect(fleet.out / "coordinator" / DATABASE)) as database, database:
         database.execute("DELETE FROM edgeadapt_rounds WHERE round = 1")
         database.execute("DELETE FROM edgeadapt_versions WHERE version = 1")
-    fleet.configure({"training.learning_rate": 0.02})
     next_session(fleet)
     assert fleet.registry().version(1).manifest.sha256 != first
     code, printed = audited(fleet.out)
