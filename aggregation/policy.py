@@ -53,7 +53,7 @@ class Policy:
     complete_up_to: int = graph.COMPLETE_UP_TO
     maximum_weight: int = 65_536
     maximum_rounds: int = 64
-    maximum_repeats: int = 1
+    maximum_repeats: int = 3
     demand_proofs: bool = True
     revocation_days: int = 0
 

@@ -57,15 +57,17 @@ class AbortReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RoundAborted:
-    """A round that revealed nothing. ``session`` begins the next round; None if no session was established.
+    """A round without a result. ``session`` begins the next round; None if no session was established.
 
-    ``blamed``: devices found to have dealt or revealed a wrong share.
+    ``blamed``: devices found to have dealt or revealed a wrong share. ``unmasked``: the survivors, if devices were
+    asked to unmask their sum: they help to another one from the same adapter over the same devices.
     """
 
     reason: AbortReason
     detail: str
     session: "Established | None"
     blamed: tuple[str, ...] = ()
+    unmasked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,9 +387,9 @@ class SurvivorSet:
     def aborted(
         self, reason: AbortReason, detail: str, blamed: Collection[str] = (), excluded: Collection[str] = ()
     ) -> RoundAborted:
-        """The abort of this round. ``excluded``: devices that are in no further round of the session."""
+        """The abort after the unmask request. ``excluded``: devices that are in no further round of the session."""
         after = replace(self.established, excluded=self.established.excluded.union(excluded))
-        return RoundAborted(reason, detail, after, tuple(sorted(blamed)))
+        return RoundAborted(reason, detail, after, tuple(sorted(blamed)), self.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,7 +416,7 @@ class Confirming:
         signers, quorum = tuple(sorted(self.consistency_signatures)), self.survivor_set.session.spec.quorum
         if len(signers) < quorum:
             detail = f"{len(signers)} consistency signatures, {quorum} are needed"
-            return self.survivor_set.aborted(AbortReason.TOO_FEW, detail)
+            return RoundAborted(AbortReason.TOO_FEW, detail, self.survivor_set.established)
         body = self.survivor_set.unmask({device: self.consistency_signatures[device] for device in signers[:quorum]})
         return Unmasking(self.survivor_set, signers), dict.fromkeys(signers, body)
 

@@ -63,6 +63,8 @@ def federate(
     """
     cohort: Cohort | None = None
     session: Established | None = None
+    repeat: tuple[str, ...] = ()  # survivors of the last sum from the newest adapter, if there was one
+    among: tuple[str, ...] = ()  # whom the next round is planned for; empty: everyone
     transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     try:
         for number in range(len(registry.rounds()) + 1, settings.rounds + 1):
@@ -82,13 +84,16 @@ def federate(
                 )
             cohort.dropped.clear()
             task = settings.training.task(adapter.manifest).encode()
-            outcome = _aggregate(cohort, session, adapter, task, number)
+            outcome = _aggregate(cohort, session, adapter, task, number, among)
             session = outcome.session if isinstance(outcome, RoundAborted) else outcome[0]
             if isinstance(outcome, RoundAborted):
+                repeat = outcome.unmasked or repeat
+                among = repeat if outcome.unmasked or not among else ()  # in turn, if that fails as well
                 log.warning("round %d aborted: %s", number, outcome.detail)
                 record = _record(cohort, registry.head(), outcome, None, time.perf_counter() - begin)
                 registry.record_round(record, key)
             else:
+                repeat = among = ()
                 made = _step(registry, cohort, adapter, outcome, number, settings.server.rule())
                 record = _record(cohort, registry.head(), outcome[1], made, time.perf_counter() - begin)
                 registry.commit_round(record, made.manifest, made.blob, made.state, key)
@@ -99,15 +104,18 @@ def federate(
 
 
 def _aggregate(
-    cohort: Cohort, session: Established, adapter: StoredAdapter, task: bytes, number: int
+    cohort: Cohort, session: Established, adapter: StoredAdapter, task: bytes, number: int, among: tuple[str, ...]
 ) -> tuple[Established, RoundResult] | RoundAborted:
-    """Steps 5–8 of the protocol: from the plan to the sum of the survivors, and the session after it."""
+    """Steps 5–8 of the protocol: from the plan to the sum of the survivors, and the session after it.
+
+    ``among``: plan for these devices, if all of them are in the session; empty: for everyone.
+    """
     manifest, group = adapter.manifest, str(number)
     planned = session.plan(
         adapter_version=manifest.version,
         adapter_digest=manifest.sha256,
         training=task,
-        cohort=None,
+        cohort=among if among and set(among) <= set(session.devices) else None,
         at=datetime.now(UTC),
     )
     if isinstance(planned, RoundAborted):
@@ -138,7 +146,7 @@ def within_reach(session: Established, result: RoundResult) -> tuple[Established
     try:
         require_reach(session.session.spec, result.values, len(result.survivors))
     except DataError as error:
-        return RoundAborted(server.AbortReason.OUT_OF_RANGE, str(error), session)
+        return RoundAborted(server.AbortReason.OUT_OF_RANGE, str(error), session, unmasked=result.survivors)
     return session, result
 
 

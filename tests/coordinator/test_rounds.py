@@ -67,6 +67,33 @@ def test_a_record_lists_survivors_dropouts_and_metrics_of_its_round(fleet_of: Fl
         assert record.bytes_down > record.bytes_up > 0
 
 
+def test_a_round_that_failed_while_it_was_unmasked_is_repeated_over_the_same_devices(fleet_of: FleetOf) -> None:
+    """Devices help to another sum from an adapter over the same devices only, whoever is back by then."""
+    shares: list[str] = []
+
+    class Unlucky:
+        """In the first round one device is away at the plan, and all but one answer to the unmask request are lost."""
+
+        def __call__(self, message: Message, context: Context) -> Message:
+            step, group = Step(message.metadata.message_type.partition(".")[2]), message.metadata.group_id
+            if (step, group, context.node_id) == (Step.PLAN, "1", nodes[0]):
+                return Message(Error(7, "away"), reply_to=message)
+            answer = client_app(message, context)
+            if (step, group) == (Step.UNMASK, "1") and not answer.has_error():
+                shares.append(group)
+                return Message(Error(7, "lost"), reply_to=message) if len(shares) > 1 else answer
+            return answer
+
+    fleet = fleet_of(6, rounds=2)
+    grid = fleet.grid(app=Unlucky())
+    nodes = sorted(grid.get_node_ids())
+    failed, repeated = fleet.federate(grid)
+    assert "unmask responses" in failed.aborted
+    assert len(shares) == 5
+    assert repeated.survivors == tuple(f"device-{n:02d}" for n in range(1, 6))
+    assert repeated.version == 1
+
+
 def test_a_version_names_its_round_and_its_parent(fleet_of: FleetOf) -> None:
     fleet = fleet_of(5, rounds=2)
     records = fleet.federate(fleet.grid())
