@@ -105,6 +105,27 @@ class RegistryFiles:
             raise TrustError(f"{place}: {error}; restore it from a copy", about="manifest", value=number) from None
         return found
 
+    def recorded(self, version: int | None = None) -> VersionManifest | None:
+        """As ``manifest``, of a version that the record of a round says was made; version 0 is from no round.
+
+        Raises:
+            ConfigError, DataError: As ``manifest``.
+            TrustError: As ``manifest`` and ``rounds``, or the version was published without such a record.
+        """
+        found = self.manifest(version)
+        made = {record.version: record for record in self.rounds()}
+        if found is not None and found.version:
+            record = made.get(found.version)
+            if record is None or not record.made(found):
+                text = (
+                    f"{self.folder / DATABASE}: no round is recorded that made version {found.version} as it is there"
+                )
+                reason = (
+                    f"{text}; check the coordinator with 'edgeadapt audit verify', or restore the registry from a copy"
+                )
+                raise TrustError(reason, about="record", value=found.version)
+        return found
+
     def rounds(self) -> tuple[RoundRecord, ...]:
         """The records of all rounds, in order.
 

@@ -65,14 +65,18 @@ class RoundRecord(Manifest):
                 value=self.version,
             )
 
+    def made(self, manifest: VersionManifest) -> bool:
+        """Whether the manifest is that of the version which this round produced."""
+        mine = (self.round, self.plan, self.version, self.adapter, self.survivors)
+        return mine == (manifest.round, manifest.plan, manifest.version, manifest.sha256, manifest.survivors)
+
     def require_agreement(self, manifest: VersionManifest) -> None:
         """Return if the manifest is that of the version which this round produced.
 
         Raises:
             DataError: It is not.
         """
-        mine = (self.round, self.plan, self.version, self.adapter, self.survivors)
-        if mine != (manifest.round, manifest.plan, manifest.version, manifest.sha256, manifest.survivors):
+        if not self.made(manifest):
             raise DataError(
                 f"the record of round {self.round} and the manifest of its version contradict each other",
                 about="record",

@@ -37,12 +37,12 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
     Raises:
         ConfigError: There is no registry, or no key.
         DataError: There is no such version, or its file is missing or damaged.
-        TrustError: Manifest or file are not what a trusted key signed.
+        TrustError: Manifest or file are not what a trusted key signed, or no round is recorded that made the version.
     """
     registryfiles.require(state_dir)  # first: without a registry the key is missing too
     trusted = read_public_keys(trust) if trust else (read_key(state_dir / SIGNING_KEY).public,)
     registry = RegistryFiles.open(state_dir, trusted)
-    found = registry.manifest(version)
+    found = registry.recorded(version)
     if found is None:
         which = "is empty" if version is None else f"has no version {version}"
         raise DataError(f"the registry in {state_dir} {which}", about="version", value=version)

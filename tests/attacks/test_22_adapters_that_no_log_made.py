@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from flwr.app import Context, Error, Message
 
 import edgeadapt
 from adapters import files
-from adapters.registryfiles import BLOBS, DATABASE, blob_name
+from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY, RegistryFiles, blob_name
 from adapters.task import Task
+from aggregation.errors import TrustError
 from aggregation.steps import Step
 from aggregation.transcript import LogState
 from client.node.app import app as client_app
@@ -34,7 +36,9 @@ from coordinator.audit.transcripts import logs
 from coordinator.registry import Registry
 from coordinator.settings import Training
 from coordinator.statedir import CoordinatorStateDir
+from tests.support import refused
 from tests.support.hostile import continues_from_anything
+from tests.support.trial import call
 
 FleetOf = Callable[..., Any]
 Audit = Callable[[Path], tuple[int, dict[str, Any]]]
@@ -88,6 +92,20 @@ def publish_by_hand(fleet: Any) -> int:
     return int(version)
 
 
+def replace_by_hand(fleet: Any) -> int:
+    """Exchange the newest version for an adapter of the coordinator's own making, signed; returns the version."""
+    backdoor = publish_by_hand(fleet)
+    state_dir, forged = CoordinatorStateDir.open(fleet.out / "coordinator"), fleet.registry().latest().manifest
+    renumbered = replace(forged, version=backdoor - 1)
+    with closing(sqlite3.connect(state_dir.folder / DATABASE)) as database, database:
+        database.execute("DELETE FROM edgeadapt_versions WHERE version = ?", (backdoor,))
+        database.execute(
+            "UPDATE edgeadapt_versions SET sha256 = ?, manifest = ? WHERE version = ?",
+            (renumbered.sha256, renumbered.sign(state_dir.key), renumbered.version),
+        )
+    return int(renumbered.version)
+
+
 def no_answers(message: Message, context: Context) -> Message:
     """The real devices; their updates are withheld, so that the round is aborted."""
     if message.metadata.message_type.endswith(Step.PLAN.value):
@@ -125,6 +143,28 @@ def test_an_adapter_that_was_published_by_hand_after_the_last_session_is_found(f
     backdoor = publish_by_hand(fleet)
     code, printed = audited(fleet.out)
     assert (code, f"adapter {backdoor}" in printed["error"]) == (4, True)
+
+
+@pytest.mark.parametrize("forge", [publish_by_hand, replace_by_hand])
+def test_an_adapter_that_was_published_by_hand_is_not_exported(
+    fleet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forge: Callable[[Any], int]
+) -> None:
+    """A device that opens a bundle does not see the logs."""
+    backdoor = forge(fleet)
+    registry, out = fleet.out / "coordinator", tmp_path / "out"
+    for command in ("peft", "--out", out), ("adapter", "--key", registry / SIGNING_KEY, "--bundle", out):
+        for version in (), ("--version", backdoor):
+            with refused(TrustError, "record", value=backdoor):
+                call("export", *command, "--registry", registry, *version)
+    assert not out.exists()
+    monkeypatch.setattr(RegistryFiles, "rounds", records_of_anything)
+    call("export", "peft", "--out", out, "--registry", registry)
+    assert (out / "adapter_model.safetensors").exists()
+
+
+def records_of_anything(registry: RegistryFiles) -> Any:
+    """In place of the records: one for every version."""
+    return [SimpleNamespace(version=version, made=lambda manifest: True) for version in range(9)]
 
 
 def test_a_round_of_an_old_adapter_that_is_then_aborted_is_found(
