@@ -3,7 +3,8 @@ shares twice, encrypted under the same keys and nonces.
 
 The difference of two masked inputs is that of the two updates, in clear: all of it, if the device trained on other
 examples the second time. The device runs the real ClientApp in a session of the real ServerApp; the attacker keeps its
-device's answers, and restores what it likes.
+device's answers, and restores what it likes. No log has the second answers, so an audit passes with and without the
+checks: only the device can refuse.
 """
 
 import shutil
@@ -25,6 +26,7 @@ from client.node import app as device_app
 from client.node.snapshot import Snapshot
 from client.node.statedir import EXAMPLES, SNAPSHOT, TRAINING_KEY, DeviceStateDir
 from client.training.examples import Example, write_examples
+from tests.support.hostile import audit_failures
 
 FleetOf = Callable[..., Any]
 VICTIM = "device-00"
@@ -36,6 +38,7 @@ class Rewinding:
 
     def __init__(self, fleet: Any, step: Step) -> None:
         self.step = step
+        self.out: Path = fleet.out
         self.folder: Path = fleet.state_dir(VICTIM).folder
         self.backups: list[Path] = []
         self.asked: list[tuple[Message, Context]] = []
@@ -108,6 +111,7 @@ def test_other_examples_make_no_difference_to_a_restored_device(attack: Rewindin
     attack.restore(0)
     (attack.folder / EXAMPLES).unlink()
     assert attack.answer(0) == attack.answers[0]
+    assert not audit_failures(attack.out)
 
 
 def test_without_the_snapshot_the_difference_of_two_answers_is_that_of_two_updates(
@@ -139,6 +143,7 @@ def test_without_the_snapshot_the_difference_of_two_answers_is_that_of_two_updat
     updates = (plain[0].astype(np.int64) - plain[1].astype(np.int64)) % 2**bits
     assert np.count_nonzero(updates) > 10
     assert np.array_equal(attack.difference(first, second), updates)
+    assert not audit_failures(attack.out)
 
 
 @pytest.mark.parametrize("names", [(SNAPSHOT,), (SNAPSHOT, TRAINING_KEY, EXAMPLES)], ids=len)

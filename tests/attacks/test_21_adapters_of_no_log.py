@@ -18,7 +18,8 @@ from flwr.app import Context, Message
 
 from adapters import files
 from adapters.task import weighted_mean
-from aggregation.errors import EdgeAdaptError, TrustError
+from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
+from aggregation.pki import PublicKey
 from aggregation.server import AbortReason, Established, RoundAborted, RoundResult
 from aggregation.steps import Step
 from aggregation.transcript import AdapterId, LogState, Transcript, logstate
@@ -146,6 +147,32 @@ def test_a_session_that_starts_from_another_adapter_is_refused(
     attacked(app_fleet_of(4, attempts=1, aggregation__session_rounds=2), attack)
     assert attack.trained == 0
     assert refusals() == {"proof.adapter"}
+
+
+def test_without_the_check_every_device_trains_in_a_session_that_starts_from_another_adapter(
+    app_fleet_of: FleetOf, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one of the checks of the other tests: here the first checkpoint of the session names the adapter."""
+    checked = LogState.on_session_chain_proof
+
+    def any_start(state: LogState, coordinator: PublicKey, raw: bytes, offer: bytes) -> LogState:
+        try:
+            return checked(state, coordinator, raw, offer)
+        except ProtocolError as error:
+            if error.about != "proof.adapter":
+                raise
+            return LogState.initial(coordinator, raw, offer, state.device)
+
+    attack, fleet = Attack(kind, "session"), app_fleet_of(4, attempts=1, aggregation__session_rounds=2)
+    monkeypatch.setattr(LogState, "on_session_chain_proof", any_start)
+    monkeypatch.setattr(
+        adapterstate, "on_plan", lambda known, plan, *limits: AdapterState(plan.adapter_version, "ab" * 32, bytes(32))
+    )
+    attacked(fleet, attack)
+    assert attack.trained == 4
+    checked_by = AuditInput.open(fleet.out, AuditOptions())
+    with refused(TrustError, "session.adapter"):
+        chain(checked_by.audit(unfinished=True))
 
 
 def test_a_false_session_that_no_device_joined_hides_it_from_devices_and_not_from_an_audit(

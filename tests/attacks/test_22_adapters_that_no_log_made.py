@@ -139,10 +139,14 @@ def test_an_adapter_that_was_published_by_hand_before_the_first_session_is_found
     assert audited(fleet.out)[0] == 0
 
 
-def test_an_adapter_that_was_published_by_hand_after_the_last_session_is_found(fleet: Any, audited: Audit) -> None:
+def test_an_adapter_that_was_published_by_hand_after_the_last_session_is_found(
+    fleet: Any, audited: Audit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backdoor = publish_by_hand(fleet)
     code, printed = audited(fleet.out)
     assert (code, f"adapter {backdoor}" in printed["error"]) == (4, True)
+    monkeypatch.setattr("coordinator.audit.transcripts._require_logged", lambda *_, **__: None)
+    assert audited(fleet.out)[0] == 0
 
 
 @pytest.mark.parametrize("forge", [publish_by_hand, replace_by_hand])
@@ -253,6 +257,8 @@ def test_a_round_with_another_ending_than_was_recorded_is_found(
         next_session(fleet, no_answers)
     code, printed = audited(fleet.out)
     assert (code, "round 2 was recorded with another ending" in printed["error"]) == (4, True)
+    monkeypatch.setattr("coordinator.audit.records._agrees", lambda record, logged: True)
+    assert audited(fleet.out)[0] == 0
 
 
 def test_a_task_that_lacks_a_label_of_the_adapter_is_found_although_its_round_was_aborted(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from tests.conftest import fleet_of
 from tests.support import refused
 from tests.support.authority import store
 from tests.support.fleet import BEGIN, END, make_fleet
+from tests.support.hostile import audit_failures
 from tests.support.trial import call
 
 __all__ = ["fleet_of", "refusals", "store", "talk"]
@@ -95,6 +97,34 @@ def test_without_the_check_a_request_that_nobody_signed_is_certified(
     call("authority", "issue", store.folder, "--request", tmp_path / "weak.csr")
     ((issued, status),) = store.certificates()
     assert (issued.name, status) == ("kitchen", "valid")
+
+
+def test_nobody_can_have_the_key_of_another_certified_and_without_the_check_everybody_can(
+    store: AuthorityStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, theirs = IdentityKey(bytes(range(32))), IdentityKey(bytes(32)).public
+    der = x509.load_pem_x509_csr(requests.request(mine, "kitchen")).public_bytes(serialization.Encoding.DER)
+    (tmp_path / "stolen.csr").write_bytes(der.replace(mine.public.raw, theirs.raw))
+    issue = ("authority", "issue", store.folder, "--request", tmp_path / "stolen.csr")
+    with refused(TrustError, "request.signature"):
+        call(*issue)
+    assert not store.certificates()
+    monkeypatch.setattr(requests, "x509", unsigned_requests())
+    call(*issue)
+    ((issued, _),) = store.certificates()
+    assert (issued.name, issued.key) == ("kitchen", theirs.key_id)
+
+
+def unsigned_requests() -> Any:
+    """The library that reads requests, for which every request is signed."""
+
+    def load(der: bytes) -> Any:
+        asked = x509.load_der_x509_csr(der)
+        return SimpleNamespace(
+            public_key=asked.public_key, subject=asked.subject, extensions=asked.extensions, is_signature_valid=True
+        )
+
+    return SimpleNamespace(load_der_x509_csr=load, InvalidVersion=x509.InvalidVersion)
 
 
 # A device that everyone can speak for.
@@ -167,6 +197,8 @@ def test_the_coordinators_app_admits_no_device_with_a_weak_key(
     cohort = Offer.decode(envelope.unverified_body(first.message)).certificates
     assert len(cohort) == (7 if checked else 8)
     assert len(record.survivors) == 7
+    monkeypatch.undo()
+    assert audit_failures(fleet.out) == (set() if checked else {"key.small-order"})
 
 
 def test_a_coordinator_that_is_certified_as_a_device_is_in_no_cohort() -> None:

@@ -21,6 +21,7 @@ from coordinator.authority import store as authority_store
 from tests.support import refused
 from tests.support.authority import new_key, signer, store
 from tests.support.fleet import BEGIN, END, Fleet, make_fleet
+from tests.support.hostile import audit_failures
 
 __all__ = ["signer", "store"]
 FIRST, SECOND = "device-02", "device-03"
@@ -73,3 +74,5 @@ def test_the_coordinators_app_admits_the_first_of_two_twins(
     offer = Offer.decode(envelope.unverified_body(transcript.read(log.read_bytes()).entries[0].message))
     assert len(offer.certificates) == len(record.survivors) == (7 if checked else 8)
     assert len({name.lower() for name in record.survivors}) == 7
+    monkeypatch.undo()
+    assert audit_failures(fleet.out) == (set() if checked else {"offer.names"})

@@ -23,6 +23,7 @@ from coordinator.statedir import CoordinatorStateDir
 from tests.client.node.conftest import refusals
 from tests.support import refused
 from tests.support.fleet import ADAPTER, BEGIN, Fleet, make_fleet
+from tests.support.hostile import audit_failures
 
 __all__ = ["refusals"]
 VICTIM = "device-02"
@@ -87,6 +88,8 @@ def test_the_session_ends_and_the_next_one_is_without_the_device(fleet: Any, lat
     state_dir.registry.close()
     assert len(reports) == 2
     assert all(not report.failed for report in reports)
+    *_, newest = sorted((fleet.out / "coordinator" / "transcript").glob("*.log"))
+    assert not audit_failures(newest, datetime.now(UTC) + 2 * HOUR)
 
 
 def test_no_device_takes_part_if_the_coordinator_goes_on(
@@ -107,6 +110,8 @@ def test_without_the_checks_the_device_takes_part_after_its_certificate_expired(
     _, second = two_rounds(fleet, later)
     assert VICTIM in second.survivors
     assert len(logs(fleet)) == 1
+    assert not audit_failures(fleet.out)  # a log has no clock
+    assert audit_failures(fleet.out, datetime.now(UTC) + 2 * HOUR) == {"certificate.validity"}
 
 
 # The same without the apps: to the second, and from the sealed state.

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
+from flwr.app import Context, Message
 
 from adapters import storage
 from aggregation.errors import ConfigError
+from client.node.app import app as client_app
 from client.node.statedir import LOCK as DEVICE_LOCK
 from coordinator.statedir import LOCK as RUN_LOCK
 from tests.client.node.conftest import refusals
@@ -59,3 +62,21 @@ def test_a_coordinator_does_not_run_through_a_link(fleet: Any, tmp_path: Path, k
     assert target.read_bytes() == b"content"
     assert not (tmp_path / "created").exists()
     assert not fleet.registry().rounds()
+
+
+def test_without_the_check_a_coordinator_holds_a_file_of_somebody_else(
+    fleet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = place(fleet.out / "coordinator" / RUN_LOCK, tmp_path)
+    monkeypatch.setattr(storage, "_require_own_file", lambda lock: None)
+    held = list[bool]()
+
+    def app(message: Message, context: Context) -> Message:
+        with pytest.raises(Timeout), FileLock(target, blocking=False):
+            pass
+        held.append(True)
+        return client_app(message, context)
+
+    (record,) = fleet.federate(fleet.grid(app=app))
+    assert len(record.survivors) == 8
+    assert held

@@ -1,5 +1,10 @@
-"""A coordinator without the checks by which an honest one refuses its own files: a hostile one leaves them out."""
+"""A coordinator without the checks by which an honest one refuses its own files: a hostile one leaves them out.
 
+And what an auditor finds of what it did.
+"""
+
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +12,7 @@ from sqlalchemy import select
 
 from adapters.roundrecord import RoundRecord, digest_of
 from coordinator import transcripts
+from coordinator.audit import AuditInput, AuditOptions, Status
 from coordinator.registry import Head, Registry, database
 
 
@@ -23,3 +29,19 @@ def continues_from_anything(patch: pytest.MonkeyPatch) -> None:
     """Let the coordinator continue from an adapter that no log made, and sign logs that its registry contradicts."""
     patch.setattr(Registry, "head", unchecked_head)
     patch.setattr(transcripts, "require_agreement", lambda logs, head, key: False)
+
+
+def audit_failures(path: Path, at: datetime | None = None) -> set[str]:
+    """What the failed checks of an audit are about; empty if it passes.
+
+    Args:
+        path: The folder of a run, or one log.
+        at: When the sessions took place, if the auditor knows.
+    """
+    checked = AuditInput.open(path, AuditOptions(at=at))
+    reports = checked.audit(unfinished=False)
+    findings = [finding for report in reports.values() for finding in report.findings]
+    failures = {finding.about for finding in findings if finding.status is Status.FAIL}
+    if not failures:
+        checked.require(reports, unfinished=False)
+    return failures
