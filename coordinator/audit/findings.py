@@ -100,8 +100,8 @@ class RoundSummary:
         planned: The members of its plan.
         adapter: Version and digest of the adapter from which the devices trained.
         survivors: The devices whose updates are in the sum; empty if the coordinator never named them.
-        unmasked: The devices in the sum that the coordinator learned, or could learn in an aborted round; empty if it
-            could learn none.
+        unmasked: The devices in the sum that the coordinator learned, or could learn in a round without a result; empty
+            if it could learn none.
         dropouts_by_step: Step → devices that answered the steps of the round before it, and not this one. A device that
             drops out after its update arrived is still a survivor.
         blamed: The devices that revealed wrong shares.

@@ -242,6 +242,9 @@ def follow(
 ) -> None:
     """Fill the history: every message in its step, of this session, and none twice.
 
+    A checkpoint stands right before each round, and nowhere within one. So every round has an ending unless the log
+    ends in it, and a log that is not closed has at most one round that no checkpoint covers.
+
     Args:
         history: To be filled.
         entries: Of the log.
@@ -256,10 +259,14 @@ def follow(
         message = verified or _restored(history, entry, coordinator)
         if entry.kind == Checkpoint.TAG:
             _demand(entry.round == before[0], "entry.round", "the checkpoint is of another round", entry)
+            ended = not history.rounds or history.rounds[-1].ending is not None
+            _demand(ended, "round.ending", f"round {entry.round} has no ending before it", entry)
             continue
         at = (entry.round, _RANK[_KINDS[entry.kind]])
         in_step = (entry.round > 0) == (_KINDS[entry.kind] in _ROUND) and at >= before
         _demand(in_step, "entry.order", "the message is not where its step is", entry)
+        signed = entry.round == before[0] or entries[entry.index - 1].kind == Checkpoint.TAG
+        _demand(signed, "checkpoint.missing", "the round begins before the coordinator signed the log so far", entry)
         before = at
         places = _round_of(history, entry, message).places if entry.round else history.places
         _demand(

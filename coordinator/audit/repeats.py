@@ -35,14 +35,13 @@ class RepeatedSums:
         aborted, repeated = list[str](), list[str]()
         for current in rounds:
             if current.unmasked and not current.result:
-                aborted.append(
-                    f"round {current.round} was aborted when its sum could be unmasked, over {_names(current.unmasked)}"
-                )
+                devices = _names(current.unmasked)
+                aborted.append(f"round {current.round} has no result, and its sum could be unmasked, over {devices}")
             if current.unmasked:
                 repeated += self._repeats(log, current)
                 self.seen[current.adapter[1]].append((log, current))
         if not aborted and not repeated:
-            text = "no round was aborted after it could be unmasked, and no two sums are from one adapter"
+            text = "no round without a result could be unmasked, and no two sums are from one adapter"
             return Finding(Check.REPEATS, Status.PASS, text)
         about = "round.repeated" if repeated else "round.aborted"
         return Finding(Check.REPEATS, Status.WARNING, ". ".join([*aborted, *repeated, _REMEDY]), about=about)
@@ -52,7 +51,8 @@ class RepeatedSums:
             where = f"round {before.round}" + ("" if other == log else f" of {other}")
             either = sorted({*before.unmasked} ^ {*current.unmasked})
             alone = f"{_names(either)} in one of the two" if either else "the same devices in both"
-            yield f"round {current.round} has a sum from the adapter of {where}, with {alone}"
+            both = f"{where} and round {current.round}"
+            yield f"{both} have sums from one adapter that were or could be unmasked, with {alone}"
 
 
 def _names(devices: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ nothing about them.
 import json
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ import edgeadapt
 from aggregation import envelope
 from aggregation.messages import UnmaskResponse
 from aggregation.policy import Policy
-from aggregation.spec import Adversary
+from aggregation.spec import Adversary, SessionSpec
 from aggregation.steps import BODY, RECORD, Step
 from aggregation.transcript import Result, read
 from client.node.app import app as client_app
 from client.node.statedir import SETTINGS as DEVICE_SETTINGS
-from coordinator.audit import Check, Finding, Status, history, sums
+from coordinator.audit import Check, Finding, Status, history, rules, sums
 from coordinator.audit.repeats import RepeatedSums
 from coordinator.audit.transcripts import VECTORS, logs, vector_path
 from coordinator.recorder import Recorder
@@ -129,7 +129,7 @@ def test_an_audit_names_the_aborted_round_and_who_is_in_one_sum_only(
     assert {check["status"] for check in found} == {"warning"}
     assert found[-1]["about"] == "round.repeated"
     assert f"with 1 device ({VICTIM}) in one of the two" in found[-1]["text"]
-    assert f"round 1 was aborted when its sum could be unmasked, over {DEVICES} devices" in text
+    assert f"round 1 has no result, and its sum could be unmasked, over {DEVICES} devices" in text
     rounds = [each for session in printed["sessions"] for each in session["rounds"]]
     assert {*rounds[0]["unmasked"]} - {*rounds[1]["unmasked"]} == {VICTIM}
     assert [each["result"] is None for each in rounds] == [True, False]
@@ -147,18 +147,68 @@ def test_without_the_check_the_audit_has_no_word_about_it(
     assert VICTIM not in text
 
 
+class Silent(Withholding):
+    """As ``Withholding``, and one device is not asked to unmask: it will not miss its signature in the log."""
+
+    def __init__(self, victim: int, unasked: int) -> None:
+        super().__init__(victim, kept=0)
+        self.unasked = unasked
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        step, group = Step(message.metadata.message_type.partition(".")[2]), message.metadata.group_id
+        if (step, group, context.node_id) == (Step.UNMASK, "1", self.unasked):
+            return Message(Error(7, "not asked"), reply_to=message)
+        return super().__call__(message, context)
+
+
+def keep_out_of_the_log(monkeypatch: pytest.MonkeyPatch, forgotten: Sequence[str]) -> None:
+    """Of round 1: the unmask request, and the consistency signatures of these devices."""
+    sent, received = Recorder.sent, Recorder.received
+
+    def send(recorder: Recorder, step: Step, bodies: Any) -> None:
+        if (step, recorder.log.round) != (Step.UNMASK, 1):
+            sent(recorder, step, bodies)
+
+    def receive(recorder: Recorder, step: Step, device: str, body: bytes) -> None:
+        if (step, recorder.log.round) != (Step.SURVIVORS, 1) or device not in forgotten:
+            received(recorder, step, device, body)
+
+    monkeypatch.setattr(Recorder, "sent", send)
+    monkeypatch.setattr(Recorder, "received", receive)
+
+
+def only_a_quorum_counts(spec: SessionSpec, current: history.Round) -> tuple[str, ...]:
+    """The rule that the attack was made for."""
+    known = isinstance(current.ending, Result) or current.unmasks or current.responses
+    return current.survivors if known or len(current.signed) >= spec.quorum else ()
+
+
+def test_signatures_that_are_kept_out_of_the_log_hide_nothing(
+    app_fleet_of: FleetOf, audited: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody misses two of them: that of the victim, which is not asked again, and of a device that was not asked."""
+    keep_out_of_the_log(monkeypatch, [VICTIM, "device-03"])
+    fleet = app_fleet_of(DEVICES, rounds=2, aggregation__keep_masked_inputs=True)
+    app = Silent(fleet.node(VICTIM), fleet.node("device-03"))
+    first, second = fleet.federate(fleet.grid(app=app))
+    assert first.aborted
+    assert len(second.survivors) == DEVICES - 1
+    assert 0 < np.linalg.norm(mean_of_aborted(fleet.out, app.withheld)) < 12
+    code, printed, _ = audited(fleet.out)
+    (found,) = repeats(printed)
+    assert (code, found["status"], found["about"]) == (0, "warning", "round.repeated")
+    assert f"with 1 device ({VICTIM}) in one of the two" in found["text"]
+    monkeypatch.setattr(rules, "unmasked", only_a_quorum_counts)
+    code, printed, _ = audited(fleet.out)
+    assert (code, [each["status"] for each in repeats(printed)]) == (0, ["pass"])
+
+
 @pytest.mark.parametrize("adversary", Adversary)
 def test_an_unmask_request_that_is_kept_out_of_the_log_hides_nothing(
     app_fleet_of: FleetOf, audited: Run, monkeypatch: pytest.MonkeyPatch, adversary: Adversary
 ) -> None:
     """What comes before the request is in the log: a device that was asked continues only if it is."""
-    honest = Recorder.sent
-
-    def sent(recorder: Recorder, step: Step, bodies: Any) -> None:
-        if step is not Step.UNMASK or recorder.log.round != 1:
-            honest(recorder, step, bodies)
-
-    monkeypatch.setattr(Recorder, "sent", sent)
+    keep_out_of_the_log(monkeypatch, ())
     fleet = app_fleet_of(DEVICES, rounds=2, aggregation__adversary=adversary.value)
     for state_dir in fleet.nodes.values():
         path = Path(state_dir) / DEVICE_SETTINGS

@@ -29,7 +29,7 @@ from aggregation.transcript import (
     Stage,
     Transcript,
 )
-from coordinator.audit import Report, audit
+from coordinator.audit import Check, Finding, Report, audit
 from tests.support.fleet import ADAPTER, Fleet, make_fleet, session_spec
 
 NEW_ADAPTER = "ab" * 32
@@ -213,6 +213,18 @@ def run_session(
 ) -> LoggedSession:
     spec = session_spec(devices, adversary=adversary, **changes)
     return LoggedSession(make_fleet(devices, spec=spec, policy=policy)).run(rounds)
+
+
+def failure(report: Report, check: Check, about: str) -> Any:
+    """The place of the one failure, which is of this check and about this field."""
+    (finding,) = report.failed
+    assert (finding.check, finding.about) == (check, about), finding
+    return finding.place
+
+
+def finding_of(report: Report, check: Check) -> Finding:
+    (finding,) = (each for each in report.findings if each.check is check)
+    return finding
 
 
 @pytest.fixture(scope="session")

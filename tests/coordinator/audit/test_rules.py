@@ -27,23 +27,11 @@ from aggregation.policy import Policy
 from aggregation.session import context_of
 from aggregation.steps import Step
 from aggregation.transcript import MAGIC, Abort, Checkpoint, Entry, Result, Stage, Transcript
-from coordinator.audit import Check, Finding, Report, Status, audit
-from tests.support.sessions import SEED, LoggedSession, append
+from coordinator.audit import Check, Status, audit
+from tests.support.sessions import SEED, LoggedSession, append, failure, finding_of
 
 Sessions = Callable[..., LoggedSession]
 ME, OTHER, ABSENT = "device-000", "device-002", "device-001"
-
-
-def failure(report: Report, check: Check, about: str) -> Any:
-    """The place of the one failure, which is of this check and about this field."""
-    (finding,) = report.failed
-    assert (finding.check, finding.about) == (check, about), finding
-    return finding.place
-
-
-def finding_of(report: Report, check: Check) -> Finding:
-    (finding,) = (each for each in report.findings if each.check is check)
-    return finding
 
 
 def test_rewriting_alone_changes_nothing(logged: LoggedSession) -> None:
@@ -394,18 +382,6 @@ def test_an_adapter_of_another_origin_is_found(
     logged: LoggedSession, changes: dict[str, Any], about: str, kind: str
 ) -> None:
     assert failure(logged.audit(logged.with_changed(Result, 1, **changes)), Check.RESULTS, about).kind == kind
-
-
-def test_a_round_without_an_ending_is_reported(logged: LoggedSession) -> None:
-    raw = logged.rewritten(lambda entries: [e for e in entries if e.kind != Abort.TAG])
-    report = logged.audit(raw)
-    assert report.failed == ()
-    assert report.rounds[2].ending == "did not end"
-
-
-def test_a_result_that_is_left_out_is_missed_in_the_next_round(logged: LoggedSession) -> None:
-    place = failure(logged.audit(logged.without(logged.find(Result, 2))), Check.RESULTS, "plan.adapter")
-    assert (place.kind, place.round) == ("assignment", 3)
 
 
 # Checkpoints
