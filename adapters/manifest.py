@@ -161,6 +161,7 @@ class BaseManifest(Manifest):
     files: dict[FileName, Sha256]  # name in the base's folder → digest
     slots: dict[str, tuple[str, ...]]  # graph inputs that one adapter fills → symbolic or fixed dimensions, as text
     max_rank: Count  # an adapter with a layer of a higher rank is refused
+    independent_rows: bool  # of a classifier: a row of a mixed batch gets the answer that it gets alone
 
 
 @dataclass(frozen=True, slots=True)

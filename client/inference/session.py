@@ -4,20 +4,20 @@ An adapter is a set of inputs of the graph, held in memory in float32: switching
 a reference (docs/decisions/0003-int8-on-a-device.md).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from adapters.bundle import MODEL, TOKENIZER, VerifiedBase
+from adapters.classifiergraph import ClassifierGraph, Feeds
 from adapters.layout import Floats
 from aggregation.errors import ConfigError, DataError
-from client.inference.batch import group_rows, pad, stack
 from client.inference.library import Adapter, AdapterCache, Composition, Library
 from client.inference.text import checked, first_line
 
@@ -36,7 +36,7 @@ class Prediction:
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     adapter: Adapter
-    feeds: dict[str, Any] = field(repr=False)  # graph input → OrtValue
+    feeds: Feeds = field(repr=False)
 
 
 class ClassificationSession:
@@ -51,7 +51,8 @@ class ClassificationSession:
         self._library, self._loaded = library, loaded
         self._current: _Loaded | None = None
         self._tokenizer = Tokenizer.from_str(library.base.files[TOKENIZER].decode())
-        self._run = _session(library.base, threads)
+        manifest = library.manifest
+        self._graph = ClassifierGraph(_session(library.base, threads), manifest.slots, manifest.independent_rows)
 
     @classmethod
     def open(
@@ -131,7 +132,9 @@ class ClassificationSession:
         if (current := self._current) is None:
             raise ConfigError("no adapter is in use; call use() first", about="adapter")
         rows = [self._tokens(text) for text in texts]
-        return [_best(self._logits(*pad([ids]), current.feeds)[0], current.adapter, top) for ids in rows]
+        with self._running():
+            logits = [self._graph.logits(ids, current.feeds) for ids in rows]
+        return [_best(row, current.adapter, top) for row in logits]
 
     def rank_mixed(self, rows: Sequence[tuple[str, str]], top: int) -> list[list[Prediction]]:
         """Classify a batch whose rows use different adapters. The adapter in use stays the same.
@@ -142,7 +145,8 @@ class ClassificationSession:
 
         Returns:
             What ``use`` and ``rank`` return for each row: the same bits if the base's matrix products do not depend on
-            the number of rows and the longest text, else the same up to 1e-6.
+            the number of rows and the longest text, else the same up to 1e-6. A base whose manifest does not state
+            ``independent_rows`` runs each row alone, which is slower.
 
         Raises:
             TrustError, DataError, ConfigError: As ``use`` and ``rank``.
@@ -153,20 +157,14 @@ class ClassificationSession:
         compositions = [Composition.of(names) for _, names in rows]
         held = {composition: self._get(composition).adapter for composition in dict.fromkeys(compositions)}
         adapters = [held[composition] for composition in compositions]
-        answers: dict[int, list[Prediction]] = {}
-        for run in group_rows(adapters, self._library.manifest.slots):
-            found = self._rank_run([tokens[row] for row in run], [adapters[row] for row in run], top)
-            answers.update(zip(run, found, strict=True))
-        return [answers[row] for row in range(len(rows))]
-
-    def _rank_run(self, tokens: Sequence[list[int]], adapters: Sequence[Adapter], top: int) -> list[list[Prediction]]:
-        logits = self._logits(*pad(tokens), _ort_values(stack(adapters, self._library.manifest.slots)))
+        with self._running():
+            logits = self._graph.mixed(tokens, [adapter.inputs for adapter in adapters])
         return [_best(row, adapter, top) for row, adapter in zip(logits, adapters, strict=True)]
 
     def _get(self, composition: Composition) -> _Loaded:
         if (loaded := self._loaded.get(composition)) is None:
             adapter = self._library.load(composition)
-            loaded = _Loaded(adapter, _ort_values(stack([adapter], self._library.manifest.slots)))
+            loaded = _Loaded(adapter, self._graph.feeds(adapter.inputs))
             self._loaded[composition] = loaded
         return loaded
 
@@ -177,27 +175,22 @@ class ClassificationSession:
             raise DataError(reason, about="text.tokens", value=text)
         return list(encoding.ids)
 
-    def _logits(self, ids: NDArray[np.int64], mask: NDArray[np.int64], adapter: dict[str, Any]) -> Floats:
-        feeds = _ort_values({"input_ids": ids, "attention_mask": mask})
+    @contextmanager
+    def _running(self) -> Iterator[None]:
         try:
-            logits: Floats = self._run.run_with_ort_values(["logits"], feeds | adapter)[0].numpy()
+            yield
         except Exception as error:  # onnxruntime raises classes without a common base
             reason = f"the base in {self._library.bundle} does not run: {first_line(error)}; export it again"
             raise DataError(reason, about=MODEL) from error
-        return logits
 
 
 def _session(base: VerifiedBase, threads: int) -> ort.InferenceSession:
     """The graph from the verified bytes. Its weights are mapped from the folder, so processes share them."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(base.folder))
     return ort.InferenceSession(base.files[MODEL], options, providers=["CPUExecutionProvider"])
-
-
-def _ort_values(tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    return {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in tensors.items()}
 
 
 def _best(logits: Floats, adapter: Adapter, top: int) -> list[Prediction]:

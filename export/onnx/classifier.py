@@ -8,7 +8,7 @@ from adapters import pretrained
 from adapters.base import Base
 from adapters.bundle import TOKENIZER
 from aggregation.errors import ConfigError
-from export.onnx import graph, headers
+from export.onnx import graph, headers, rows
 from export.onnx.calibrate import TEXT, TOKENS
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
@@ -26,15 +26,16 @@ def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: 
         max_rank: The highest rank that the base manifest allows an adapter.
 
     Raises:
-        ConfigError: The model cannot be exported (``find_adapter_inputs``, ``graph.trace``), or nothing limits the
-            length of its texts.
+        ConfigError: The model cannot be exported (``find_adapter_inputs``, ``graph.trace``), its graph does not run, or
+            nothing limits the length of its texts.
     """
     inputs = find_adapter_inputs(model)
-    tokenizer = _tokenizer(base, model)
+    tokenizer, longest = _tokenizer(base, model)
     ids = Tokenizer.from_str(tokenizer.decode()).encode(TEXT).ids[:TOKENS]
     traced = quantize(graph.trace(model, inputs), profile, ids)
     checker.check_model(traced)
     slots = graph.slots(traced)
+    files = headers.split(traced, slots) | {TOKENIZER: tokenizer}
     return ExportedBase(
         base_digest=base.digest,
         task="text-classification",
@@ -42,12 +43,16 @@ def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: 
         adapter_inputs=inputs,
         slots=slots,
         max_rank=max_rank,
-        files=headers.split(traced, slots) | {TOKENIZER: tokenizer},
+        files=files,
+        independent_rows=rows.independent_rows(files, slots, ids, longest),
     )
 
 
-def _tokenizer(base: Base, model: PeftModel) -> bytes:
-    """The base's tokenizer, truncating at what the model can read, without padding, which a device does not need."""
+def _tokenizer(base: Base, model: PeftModel) -> tuple[bytes, int]:
+    """The base's tokenizer, truncating at what the model can read, and that length in tokens.
+
+    It does not pad, which a device does not need.
+    """
     tokenizer, config = pretrained.tokenizer(base), pretrained.configuration(base)
     positions = getattr(config, "max_position_embeddings", None)  # transformers maps each family's own name to it
     limits = [n for n in (positions, (tokenizer.truncation or {}).get("max_length")) if n]
@@ -57,6 +62,7 @@ def _tokenizer(base: Base, model: PeftModel) -> bytes:
             "max_position_embeddings in config.json",
             about="max_position_embeddings",
         )
-    tokenizer.enable_truncation(readable_length(model.base_model.model, config, min(limits)))
+    longest = readable_length(model.base_model.model, config, min(limits))
+    tokenizer.enable_truncation(longest)
     tokenizer.no_padding()
-    return str(tokenizer.to_str()).encode()
+    return str(tokenizer.to_str()).encode(), longest

@@ -38,6 +38,7 @@ class ExportedBase:
     slots: dict[str, tuple[str, ...]]  # graph inputs that an adapter fills → dimensions as text
     max_rank: int
     files: dict[str, bytes] = field(repr=False)  # the base's folder without its manifest
+    independent_rows: bool = False  # of a classifier: measured (``rows.py``)
 
     @property
     def model(self) -> bytes:
@@ -48,4 +49,12 @@ class ExportedBase:
     def manifest(self) -> BaseManifest:
         """What the exporter signs about these files."""
         digests = {name: sha256(blob) for name, blob in self.files.items()}
-        return BaseManifest(self.base_digest, self.task, self.profile.value, digests, self.slots, self.max_rank)
+        return BaseManifest(
+            self.base_digest,
+            self.task,
+            self.profile.value,
+            digests,
+            self.slots,
+            self.max_rank,
+            self.independent_rows,
+        )

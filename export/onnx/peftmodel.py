@@ -118,7 +118,9 @@ class _LoraInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         now = self.values.now
-        result: Tensor = self.base(x) + (x @ now[self.path + LORA_A]) @ now[self.path + LORA_B]
+        rows = x.unsqueeze(1) if x.ndim == 2 else x  # A and B may have a leading dimension for the rows of a batch
+        update: Tensor = (rows @ now[self.path + LORA_A]) @ now[self.path + LORA_B]
+        result: Tensor = self.base(x) + (update.squeeze(1) if x.ndim == 2 else update)
         return result
 
 

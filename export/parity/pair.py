@@ -65,7 +65,7 @@ def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> Expo
             about="--base",
             value=base.digest,
         )
-    runner = OnnxRunner.open({name: verified.read(name) for name in manifest.files})
+    runner = OnnxRunner.open({name: verified.read(name) for name in manifest.files}, manifest)
     trained = _trained(base, manifest.task, origin, len(adapter.manifest.labels))
     return ExportedPair(manifest, adapter, runner, trained)
 

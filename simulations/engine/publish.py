@@ -51,7 +51,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     tensors = registry.tensors(version.manifest.version)
     model = load_trainer(base, len(population.labels), provision.lora(scenario)).model
     exported = export_classifier(model, base, Profile(scenario.export.profile))
-    runner = OnnxRunner.open(exported.files)
+    runner = OnnxRunner.open(exported.files, exported.manifest)
     classifier.load(model, tensors)
     tests = [example for household in population.households for example in household.test]
     inputs, texts = _on_device(tensors, exported), [example.text for example in tests]

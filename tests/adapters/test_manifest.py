@@ -33,7 +33,9 @@ VERSION = VersionManifest(
     peft_config=PLAIN,
     labels=("HassTurnOn", "HassTurnOff"),
 )
-BASE = BaseManifest("b" * 64, "text-classification", "int8", {"model.onnx": "a" * 64}, {"lora_A": ("384", "rank")}, 64)
+BASE = BaseManifest(
+    "b" * 64, "text-classification", "int8", {"model.onnx": "a" * 64}, {"lora_A": ("384", "rank")}, 64, True
+)
 ADAPTER = AdapterManifest(
     name="global",
     sha256="a" * 64,

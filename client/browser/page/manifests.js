@@ -3,6 +3,7 @@
 import { ConfigError, TrustError, quoted } from "./errors.js";
 import { accept, isObject } from "./dsse.js";
 
+const boolean = (value) => typeof value === "boolean";
 const string = (value) => typeof value === "string";
 const oneOf = (...choices) => (value) => choices.includes(value);
 const matching = (pattern) => (value) => string(value) && pattern.test(value);
@@ -26,7 +27,7 @@ const PEFT_CONFIG = {
   target_modules: listOf(string),
   rank_pattern: listOf(pairOf(pattern, count)),
   alpha_pattern: listOf(pairOf(pattern, number)),
-  use_rslora: (value) => typeof value === "boolean",
+  use_rslora: boolean,
 };
 
 const BASE = {
@@ -36,6 +37,7 @@ const BASE = {
   slots: mapOf(string, listOf(string)),
   task: oneOf("text-classification", "text-generation"),
   max_rank: count,
+  independent_rows: boolean,
 };
 
 const ADAPTER = {

@@ -160,7 +160,8 @@ def test_a_peft_folder_gives_torchs_answers_in_the_exported_graph(tmp_path: Path
     filled(model).save_pretrained(tmp_path)
     read = read_peft(tmp_path)
     inputs = decode(encode(read.tensors, AdapterInputs.of_tensors(read.peft_config, read.tensors), "fp32"), "fp32")
-    runner = OnnxRunner.open(export_classifier(model, tiny_base, Profile.FP32).files)
+    exported = export_classifier(model, tiny_base, Profile.FP32)
+    runner = OnnxRunner.open(exported.files, exported.manifest)
     assert compare(model, runner, inputs, TEXTS).max_abs_diff < 1e-5
 
 

@@ -9,11 +9,12 @@ import pytest
 
 from adapters.base import find_base
 from adapters.classifier import LoraSpec, build, tensors
+from adapters.classifiergraph import MAX_ROWS, group_rows, stack
+from adapters.layout import Tensors
 from adapters.peft.inputs import AdapterInputs
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
-from client.inference.batch import MAX_ROWS, group_rows, stack
-from client.inference.library import Adapter, Composition, Library
+from client.inference.library import Composition, Library
 from client.inference.session import ClassificationSession
 from export.bundle.write import AdapterSource, write_bundle
 from export.onnx.classifier import export_classifier
@@ -54,8 +55,8 @@ def mixed(
     return tmp_path / "mixed", base
 
 
-def loaded(bundle: Path, names: str) -> Adapter:
-    return Library.open(bundle, None).load(Composition.parse(names))
+def loaded(bundle: Path, names: str) -> Tensors:
+    return Library.open(bundle, None).load(Composition.parse(names)).inputs
 
 
 def test_each_row_answers_as_it_does_alone(mixed: tuple[Path, ExportedBase]) -> None:
@@ -106,14 +107,14 @@ def test_one_wrong_row_refuses_the_batch(mixed: tuple[Path, ExportedBase], bad: 
 def test_a_head_with_fewer_labels_is_padded_with_zeros(mixed: tuple[Path, ExportedBase]) -> None:
     bundle, base = mixed
     one, other = loaded(bundle, "global"), loaded(bundle, "anna")
-    other = replace(other, inputs=other.inputs | {n: v[:3] for n, v in other.inputs.items() if "classifier" in n})
+    other = other | {n: v[:3] for n, v in other.items() if "classifier" in n}
     assert group_rows([one, other], base.manifest.slots) == [[0, 1]]
     for name, value in stack([one, other], base.manifest.slots).items():
-        assert value.shape == (2, *one.inputs[name].shape)
-        np.testing.assert_array_equal(value[0], one.inputs[name])
-        kept = tuple(slice(size) for size in other.inputs[name].shape)
-        np.testing.assert_array_equal(value[1][kept], other.inputs[name])
-        assert np.count_nonzero(value[1]) == np.count_nonzero(other.inputs[name])
+        assert value.shape == (2, *one[name].shape)
+        np.testing.assert_array_equal(value[0], one[name])
+        kept = tuple(slice(size) for size in other[name].shape)
+        np.testing.assert_array_equal(value[1][kept], other[name])
+        assert np.count_nonzero(value[1]) == np.count_nonzero(other[name])
 
 
 def test_rows_share_a_run_only_if_their_ranks_agree(mixed: tuple[Path, ExportedBase]) -> None:
@@ -125,7 +126,7 @@ def test_rows_share_a_run_only_if_their_ranks_agree(mixed: tuple[Path, ExportedB
 def test_a_single_row_is_not_copied(mixed: tuple[Path, ExportedBase]) -> None:
     one = loaded(mixed[0], "global")
     for name, value in stack([one], mixed[1].manifest.slots).items():
-        assert np.shares_memory(value, one.inputs[name])
+        assert np.shares_memory(value, one[name])
 
 
 def test_a_large_batch_is_split_into_runs_of_bounded_size(mixed: tuple[Path, ExportedBase]) -> None:
@@ -142,7 +143,7 @@ def test_modules_to_save_other_than_a_head_are_shared_only_if_they_are_equal(
 ) -> None:
     norm = {"norm.weight": ("32",)}
     values = [np.full(32, i, np.float32) for i in (0, 1, 0)]
-    rows = [replace(loaded(mixed[0], "global"), inputs={"norm.weight": value}) for value in values]
+    rows = [{"norm.weight": value} for value in values]
     assert group_rows(rows, norm) == [[0, 2], [1]]
     assert stack([rows[0], rows[2]], norm)["norm.weight"].shape == (32,)
 

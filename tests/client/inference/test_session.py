@@ -182,42 +182,21 @@ def test_a_base_that_changes_while_it_is_loaded_is_not_used(bundle: Path, monkey
         ClassificationSession.open(bundle)
 
 
-@pytest.fixture
-def declaring(exported: ExportedBase, source: Source, vendor: IdentityKey, tmp_path: Path) -> Callable[[int], Path]:
-    """Makes a bundle whose graph requires the adapter's matrices, and declares so many dimensions for them."""
-
-    def make(dimensions: int) -> Path:
-        graph = onnx.load_model_from_string(exported.model)
-        required = [tensor for tensor in graph.graph.initializer if "lora_" not in tensor.name]
-        del graph.graph.initializer[:]
-        graph.graph.initializer.extend(required)
-        for value in graph.graph.input:
-            if "lora_" in value.name:
-                shape = value.type.tensor_type.shape
-                for number in range(dimensions):
-                    shape.dim.add().dim_param = f"{value.name}.{number}"
-        files = exported.files | {"model.onnx": graph.SerializeToString()}
-        write_bundle(tmp_path / "declared", replace(exported, files=files), [source()], key=vendor)
-        (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
-        return tmp_path / "declared"
-
-    return make
-
-
-def test_a_graph_that_refuses_a_leading_dimension_is_refused(declaring: Callable[[int], Path]) -> None:
-    session = opened(declaring(2))
-    with refused(DataError, "model.onnx"):
-        session.classify(PHRASES)
-    with refused(DataError, "model.onnx"):
-        session.rank_mixed([("unlock", "global")], 1)
-
-
-def test_a_graph_that_requires_a_leading_dimension_gets_it_for_one_adapter_too(
-    bundle: Path, declaring: Callable[[int], Path]
+def test_a_graph_that_takes_one_adapter_for_all_rows_answers_texts_alone_and_refuses_a_mixed_batch(
+    with_anna: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
-    expected = opened(bundle).rank(PHRASES, 4)
-    for one, found in zip(expected, opened(declaring(3)).rank(PHRASES, 4), strict=True):
-        assert [p.probability for p in found] == pytest.approx([p.probability for p in one], abs=1e-6)
+    expected = opened(with_anna).rank(PHRASES, 4)
+    graph = onnx.load_model_from_string(exported.model)
+    for value in graph.graph.input:
+        if "lora_" in value.name:
+            for number in range(2):
+                value.type.tensor_type.shape.dim.add().dim_param = f"{value.name}.{number}"
+    files = exported.files | {"model.onnx": graph.SerializeToString()}
+    write_bundle(with_anna, replace(exported, files=files), [source()], key=vendor)
+    session = opened(with_anna)
+    assert session.rank(PHRASES, 4) == expected
+    with refused(DataError, "model.onnx"):
+        session.rank_mixed([("unlock", "global"), ("unlock", "anna")], 1)
 
 
 CHILD = """

@@ -75,7 +75,7 @@ def make_family(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Ma
 
 
 def answers(exported: ExportedBase, ids: np.ndarray, mask: np.ndarray, inputs: Any) -> np.ndarray:
-    session = OnnxRunner.open(exported.files).session
+    session = OnnxRunner.open(exported.files, exported.manifest).session
     found: np.ndarray = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **inputs})[0]
     return found
 
@@ -96,7 +96,7 @@ def test_each_family_gives_torchs_logits_up_to_its_longest_text(make_family: Mak
     rng = np.random.default_rng(0)
     load(model, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(model).items()})
     exported = export_classifier(model, base, Profile.FP32)
-    tokenizer = OnnxRunner.open(exported.files).tokenizer
+    tokenizer = OnnxRunner.open(exported.files, exported.manifest).tokenizer
     assert len(tokenizer.encode("lock " * 100).ids) == longest
     inputs = to_inputs(tensors(model), exported.adapter_inputs.scaling)
     ids = rng.integers(4, 75, (3, longest))

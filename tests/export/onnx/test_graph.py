@@ -33,7 +33,7 @@ VOCABULARY = 60
 
 @pytest.fixture(scope="module")
 def session(exported: ExportedBase) -> ort.InferenceSession:
-    return OnnxRunner.open(exported.files).session
+    return OnnxRunner.open(exported.files, exported.manifest).session
 
 
 def draw(model: PeftModel, rng: np.random.Generator) -> Tensors:
@@ -139,7 +139,10 @@ def test_any_module_in_modules_to_save_is_an_input(make_base: Callable[..., Base
     assert exported.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
     ids, mask = tokens(rng, 2, 5)
     found = onnx_logits(
-        OnnxRunner.open(exported.files).session, ids, mask, to_inputs(values, exported.adapter_inputs.scaling)
+        OnnxRunner.open(exported.files, exported.manifest).session,
+        ids,
+        mask,
+        to_inputs(values, exported.adapter_inputs.scaling),
     )
     expected = torch_logits(model, ids, mask)
     np.testing.assert_allclose(found, expected, atol=1e-4 * float(np.abs(expected).max()))
@@ -178,7 +181,7 @@ def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
 
 
 def test_rows_of_a_quantized_batch_do_not_influence_each_other(model: PeftModel, exported_int8: ExportedBase) -> None:
-    session = OnnxRunner.open(exported_int8.files).session
+    session = OnnxRunner.open(exported_int8.files, exported_int8.manifest).session
     inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
     ids, mask = tokens(np.random.default_rng(6), 4, 9)
     together = onnx_logits(session, ids, mask, inputs)
@@ -196,7 +199,7 @@ def test_quantization_does_not_change_its_argument(model: PeftModel) -> None:
 
 
 def test_the_tokenizer_truncates_at_the_models_positions_and_does_not_pad(exported: ExportedBase) -> None:
-    tokenizer = OnnxRunner.open(exported.files).tokenizer
+    tokenizer = OnnxRunner.open(exported.files, exported.manifest).tokenizer
     assert len(tokenizer.encode("lock " * 100).ids) == 24
     assert len(tokenizer.encode("lock").ids) == 3
 

@@ -34,7 +34,8 @@ def trained(llama: Base, drawn: Draw) -> PeftModel:
 
 @pytest.fixture(scope="module")
 def runner(llama: Base) -> OnnxRunner:
-    return OnnxRunner.open(export_causal(llama, TARGETS, Profile.FP32).files)
+    exported = export_causal(llama, TARGETS, Profile.FP32)
+    return OnnxRunner.open(exported.files, exported.manifest)
 
 
 def inputs_of(model: PeftModel) -> Tensors:

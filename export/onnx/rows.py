@@ -1,0 +1,85 @@
+"""Whether a text gets the same answer alone and in a mixed batch, measured on the exported graph as devices run it.
+
+Most encoders compute every row for itself. In some, padding or the other rows leak in (a convolution over padding, a
+Fourier transform or blocks over the whole length, one activation scale for a whole batch), and some layers read inputs
+whose first dimension is not the rows. None of this shows in a configuration, so it is measured.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from adapters.bundle import MODEL, WEIGHTS
+from adapters.classifiergraph import LABELS, ClassifierGraph
+from adapters.graphinputs import LORA_A, LORA_B
+from adapters.layout import Floats, Tensors
+from aggregation.errors import ConfigError
+
+RANK, ROWS = 4, 3  # of the adapters that are tried; three labels
+LONGEST = 1024  # tokens; block-sparse attention begins at some hundreds
+TOLERANCE = 2e-3  # of a logit, relative to the largest: rounding in int8 stays below a tenth of it
+MAX_REASON = 200  # characters of ONNX Runtime's message
+
+
+def open_session(files: Mapping[str, bytes]) -> ort.InferenceSession:
+    """The native graph of a base, loaded from the bytes of its files."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4  # errors are raised
+    data = files[WEIGHTS]
+    options.add_external_initializers_from_files_in_memory([WEIGHTS], [data], [len(data)])
+    return ort.InferenceSession(files[MODEL], options, providers=["CPUExecutionProvider"])
+
+
+def independent_rows(
+    files: Mapping[str, bytes], slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int
+) -> bool:
+    """Ask three texts of different length, each with an adapter of its own, alone and in a mixed batch.
+
+    Args:
+        files: Of the base.
+        slots: Of the base.
+        ids: The tokens of a text; the texts that are asked repeat them.
+        longest: Tokens of the longest text that the base reads.
+
+    Returns:
+        Whether all logits agree.
+
+    Raises:
+        ConfigError: The graph does not run, or gives an answer that is not finite.
+    """
+    session = open_session(files)
+    longest = min(longest, LONGEST)
+    lengths = sorted({min(3, longest), max(1, longest // 3), longest})
+    texts = [list(np.resize(ids, length)) for length in (lengths * ROWS)[:ROWS]]
+    adapters = [_random(slots, seed) for seed in range(ROWS)]
+    graph = ClassifierGraph(session, slots, True)
+    try:
+        alone = [graph.logits(text, graph.feeds(one)) for text, one in zip(texts, adapters, strict=True)]
+    except Exception as error:  # onnxruntime raises classes without a common base
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        raise ConfigError(
+            f"the exported graph does not run: {reason}; use another base", about="onnxruntime"
+        ) from error
+    if not np.isfinite(alone).all():
+        raise ConfigError("the exported graph gives an answer that is not finite; use another base", about="logits")
+    try:
+        mixed = graph.mixed(texts, adapters)
+    except Exception:
+        return False
+    return bool(np.allclose(mixed, alone, rtol=0, atol=TOLERANCE * float(np.abs(alone).max())))
+
+
+def _random(slots: Mapping[str, tuple[str, ...]], seed: int) -> Tensors:
+    """An adapter whose updates are about as large as what a layer reads. Only LoRA and the head depend on ``seed``."""
+    rng, common = np.random.default_rng(seed), np.random.default_rng(ROWS)
+    result = {}
+    for name, dimensions in slots.items():
+        lora, head = name.endswith((LORA_A, LORA_B)), LABELS in dimensions
+        shape = [int(text) if text.isdigit() else ROWS if text == LABELS else RANK for text in dimensions]
+        drawn: Floats = (rng if lora or head else common).standard_normal(shape).astype(np.float32)
+        # (in, rank) for A, (rank, out) for B, (out, in) for other weights: keeps the variance of what a layer reads.
+        width = shape[0] if lora else shape[-1]
+        result[name] = drawn / np.float32(np.sqrt(width))
+    return result
