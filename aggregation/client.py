@@ -38,6 +38,7 @@ from aggregation.messages import (
     UnmaskResponse,
 )
 from aggregation.pki import Root
+from aggregation.pki.certificates import serial
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.policy import Policy
 from aggregation.ring import Ring
@@ -128,7 +129,8 @@ def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = N
     )
     signed = device.sign(advert)
     ends = checks.session_end(device.root, message.certificates)
-    return Advertised(me, message.spec, digest, cohort, ends, signed, share_key, secrets), signed
+    serials = dict(zip(cohort, map(serial, message.certificates), strict=True))  # the cohort has the offer's order
+    return Advertised(me, message.spec, digest, cohort, serials, ends, signed, share_key, secrets), signed
 
 
 def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, dict[str, PublicKey]]:
@@ -147,12 +149,13 @@ def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, 
 
 @dataclass(frozen=True, slots=True)
 class Advertised:
-    """The advert is sent; the roster is next. ``ends``: see ``checks.session_end``."""
+    """The advert is sent; the roster is next. ``serials`` and ``ends``: see ``Ready``."""
 
     me: str
     spec: SessionSpec
     offer: bytes
     cohort: Mapping[str, PublicKey]
+    serials: Mapping[str, int]
     ends: datetime
     advert: bytes
     share_key: bytes = field(repr=False)
@@ -175,7 +178,7 @@ class Advertised:
         self.single_use.take("shares")
         own, encrypted = sharing.deal(session, self.me, self.share_key, self.secrets, entropy)
         held = {round_: {self.me: pair} for round_, pair in own.items()}
-        ready = Ready(session, self.ends, self.me, 0, None, self.share_key, self.secrets, held)
+        ready = Ready(session, self.serials, self.ends, self.me, 0, None, self.share_key, self.secrets, held)
         return ready, device.sign(Shares(session.context, self.me, encrypted))
 
 
@@ -185,6 +188,7 @@ class Ready:
 
     Args:
         session: The public state.
+        serials: Device id → serial of its certificate, of the whole cohort.
         ends: When the first certificate of the cohort, or the revocation list, expires; no round begins after that.
         me: This device's id.
         last_round: The last round begun; 0 before the first.
@@ -195,6 +199,7 @@ class Ready:
     """
 
     session: Session
+    serials: Mapping[str, int]
     ends: datetime
     me: str
     last_round: int
@@ -225,6 +230,7 @@ class Ready:
         round_ = message.plan.round
         later = Ready(
             self.session,
+            self.serials,
             self.ends,
             self.me,
             round_,
@@ -243,7 +249,7 @@ class Ready:
             for round_, pair in (pairs or {}).items():
                 held[round_][dealer] = pair
         dealers = frozenset(message.encrypted_shares)
-        return Ready(self.session, self.ends, self.me, self.last_round, dealers, None, self.secrets, held)
+        return Ready(self.session, self.serials, self.ends, self.me, self.last_round, dealers, None, self.secrets, held)
 
 
 @dataclass(frozen=True, slots=True)

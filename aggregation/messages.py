@@ -28,6 +28,7 @@ MIB = 2**20  # bytes
 
 DIGESTS: Codec[bytes] = wire.fixed(DIGEST)
 DEVICES: Codec[str] = wire.text(DEVICE_ID)
+SERIALS: Codec[Mapping[str, int]] = wire.mapping(DEVICES, wire.uint(160), MAX_COHORT)  # RFC 5280: at most 20 bytes
 _U32, _U64, _HEX = wire.uint(32), wire.uint(64), wire.text(r"[0-9a-f]{64}")
 
 Digest: TypeAlias = Annotated[bytes, DIGESTS]

@@ -12,7 +12,7 @@ from aggregation.pki.revocation import RevocationList
 from aggregation.session import COORDINATOR
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 
-MAX_REPEATS = 15  # a device remembers the survivors of each
+MAX_REPEATS = 15
 _Rule = tuple[bool, str, object, str]  # whether it holds, the field it is about, that field's value, and the refusal
 
 
@@ -34,7 +34,7 @@ class Policy:
         maximum_weight: Largest weight cap, in examples.
         maximum_rounds: Most rounds in a session.
         maximum_repeats: Most sums from an adapter for which the device reveals shares after the first one.
-            ``least_difference`` says over which devices.
+            All are over the same devices (``client.node.adapterstate``).
         demand_proofs: Whether to take part again only if the coordinator proves what its log holds (``transcript``).
         revocation_days: Greatest age of the authority's revocation list, in days. 0: no list is required, and a list
             that the device has is valid until its own end.
@@ -88,13 +88,6 @@ class Policy:
             ProtocolError: It may not; the error is about the first field that breaks the policy.
         """
         _require("offer", self._offer_rules(spec, cohort))
-
-    def least_difference(self, devices: int) -> int:
-        """Fewest devices by which two sums from one adapter may differ, unless they are over the same devices.
-
-        So many that ``minimum_survivors`` of them are honest, if there are ``devices`` on the roster.
-        """
-        return self.minimum_survivors + graph.count_of(devices, self.corrupt_fraction)
 
     def check_revocations(self, revoked: RevocationList | None, at: datetime) -> None:
         """Return if this device may rely at time ``at`` on the revocation list that it has, or on having none.

@@ -16,7 +16,7 @@ from aggregation import wire
 from aggregation.client import Advertised, Confirmed, Masked, Planned, Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.messages import DEVICES, DIGESTS, MAX_COHORT, SESSION_SPEC, Advert, Plan, Survivors
+from aggregation.messages import DEVICES, DIGESTS, MAX_COHORT, SERIALS, SESSION_SPEC, Advert, Plan, Survivors
 from aggregation.pki.identity import PublicKey
 from aggregation.session import Peer, Session
 from aggregation.shamir import SHARE
@@ -66,6 +66,7 @@ _READY: Codec[Ready] = wire.record(
     Ready,
     {
         "session": _SESSION,
+        "serials": SERIALS,
         "ends": _TIME,
         "me": DEVICES,
         "last_round": _U32,
@@ -83,6 +84,7 @@ _CODECS: dict[type, Codec[Any]] = {
             "spec": SESSION_SPEC,
             "offer": DIGESTS,
             "cohort": wire.mapping(DEVICES, _IDENTITY, MAX_COHORT),
+            "serials": SERIALS,
             "ends": _TIME,
             "advert": wire.blob(2 * Advert.LIMIT),
             "share_key": _32,

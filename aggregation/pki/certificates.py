@@ -152,6 +152,11 @@ def to_der(raw: bytes) -> bytes:
     return found.public_bytes(serialization.Encoding.DER)
 
 
+def serial(der: bytes) -> int:
+    """The serial of a certificate, by which a revocation list names it."""
+    return x509.load_der_x509_certificate(der).serial_number
+
+
 def not_after(der: bytes) -> datetime:
     """The time until which a certificate is valid."""
     return x509.load_der_x509_certificate(der).not_valid_after_utc

@@ -1,11 +1,14 @@
 """What a device remembers, across sessions, of the adapter that it trained from last.
 
-Two sums from one adapter, with and without a device, differ by that device's update and by what training in another
-order changes in the others; so does a sum from an old adapter from one of its successor. A device therefore trains from
-no adapter older than the last one, and from one adapter of each version. It reveals shares for one sum from an adapter,
-and then for a few more at most, each over the same devices, or over so many others that the difference hides each. All
-of them are trained with the same settings and bounds: a clip norm or weight cap that only one device reaches would
-single out its update in two sums over the same devices.
+Sums from one adapter can be added and subtracted so that only a few devices are left. So does a sum from an old adapter
+with one from its successor, up to what training in another order changes. A device therefore trains from no adapter
+older than the last one, and from one adapter of each version. It reveals shares for sums from an adapter over one set
+of survivors, and for a few of them at most. All of them are trained with the same settings and bounds: a clip norm or
+weight cap that only one device reaches would single out its update in two sums over the same devices. How many devices
+are left in any combination then follows from the threshold.
+
+A later sum may lack devices whose certificates were revoked since the last one: a device that is lost would otherwise
+stop the training of all others. Only the authority can revoke.
 
 An honest coordinator repeats a round from the same adapter if too few devices answered the unmask request, if the sum
 was out of range, or if it was stopped before it logged the result. Rounds that end before the unmask request do not
@@ -14,19 +17,16 @@ question to the log (``aggregation.transcript``).
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from aggregation import wire
 from aggregation.errors import ProtocolError
-from aggregation.messages import DEVICES, MAX_COHORT, Digest, HexDigest, Plan, Uint64
-from aggregation.policy import MAX_REPEATS
+from aggregation.messages import SERIALS, Digest, HexDigest, Plan, Uint32, Uint64
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from aggregation.wire import Codec
-
-_SETS = wire.sequence(wire.sequence(DEVICES, MAX_COHORT), 1 + MAX_REPEATS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,15 @@ class AdapterState:
         version: Its number.
         digest: SHA-256 of its file, hex.
         terms: See ``terms``.
-        unmasked: The survivors, sorted, of each sum from it for which the device revealed shares.
+        sums: For how many sums from it the device revealed shares.
+        survivors: Whose updates are in the last of them: device id → serial of the certificate it had then.
     """
 
     version: Uint64
     digest: HexDigest
     terms: Digest
-    unmasked: Annotated[tuple[tuple[str, ...], ...], _SETS] = ()
+    sums: Uint32 = 0
+    survivors: Annotated[Mapping[str, int], SERIALS] = field(default_factory=dict)
 
 
 ADAPTER_STATE: Codec[AdapterState] = wire.record(AdapterState)
@@ -78,34 +80,39 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
         raise ProtocolError(text, COORDINATOR, about="plan.adapter_version", value=version)
     if digest != known.digest:
         return AdapterState(version, digest, now)
-    if (count := len(known.unmasked)) > maximum_repeats:
-        text = f"this device revealed shares for {count} sums from adapter {version}, and its policy permits no other"
-        raise ProtocolError(text, COORDINATOR, about="plan.repeats", value=count)
-    if known.unmasked and now != known.terms:
+    if known.sums > maximum_repeats:
+        text = f"this device revealed shares for {known.sums} sums from adapter {version}; its policy permits no other"
+        raise ProtocolError(text, COORDINATOR, about="plan.repeats", value=known.sums)
+    if known.sums and now != known.terms:
         text = f"adapter {version} was trained with other settings, clip norm or weight cap before its sum was unmasked"
         raise ProtocolError(text, COORDINATOR, about="plan.terms")
     return replace(known, version=version, terms=now)
 
 
 def on_survivors(
-    known: AdapterState | None, plan: Plan, spec: SessionSpec, survivors: Iterable[str], least: int
+    known: AdapterState | None, plan: Plan, survivors: Mapping[str, int], revoked: Container[int]
 ) -> AdapterState:
     """The state after the device reveals shares for a sum.
 
     Args:
         known: Its state.
         plan: Of the round.
-        spec: Of the session.
-        survivors: Whose updates are in the sum.
-        least: Fewest devices by which two sums from one adapter may differ, unless they are over the same devices.
+        survivors: Whose updates are in the sum: device id → serial of its certificate.
+        revoked: Serials in the authority's revocation list.
 
     Raises:
-        ProtocolError: Another sum from this adapter differs by fewer devices.
+        ProtocolError: The device trained from another adapter since, or the last sum from this one has other devices.
     """
     if known is None or known.digest != plan.adapter_digest:
-        known = AdapterState(plan.adapter_version, plan.adapter_digest, terms(plan, spec))
-    for earlier in known.unmasked:
-        if 0 < (count := len({*earlier} ^ {*survivors})) < least:
-            text = f"the sum differs by {count} devices from an earlier one of the same adapter, fewer than {least}"
-            raise ProtocolError(text, COORDINATOR, about="survivors.repeat", value=count)
-    return replace(known, unmasked=(*known.unmasked, tuple(sorted(survivors))))
+        text = f"adapter {plan.adapter_version} of the sum is not the one that this device trained from last"
+        raise ProtocolError(text, COORDINATOR, about="survivors.adapter", value=plan.adapter_version)
+    if known.sums:
+        added = survivors.keys() - known.survivors.keys()
+        lacking = {name for name in known.survivors.keys() - survivors.keys() if known.survivors[name] not in revoked}
+        if added or lacking:
+            text = (
+                f"the last sum from adapter {plan.adapter_version} was over other devices: this one has {len(added)} "
+                f"more, and lacks {len(lacking)} whose certificates are not revoked"
+            )
+            raise ProtocolError(text, COORDINATOR, about="survivors.repeat", value=len(added | lacking))
+    return replace(known, sums=known.sums + 1, survivors=survivors)

@@ -149,7 +149,7 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
-        _after_sum(state_dir, device, state, after.survivors)  # signs for no sum for which it reveals no shares
+        _after_sum(state_dir, device, state, after.survivors)  # signs for no sum for which it would reveal no shares
         log_state = log_state and log_state.on_survivors(after.survivors.vectors, answer)
     elif step is Step.UNMASK and isinstance(state, Masked | Confirmed):
         after, answer = state.on_unmask(device, body)
@@ -205,10 +205,10 @@ def _after_receipt(
 def _after_sum(
     state_dir: DeviceStateDir, device: Device, state: Masked | Confirmed, survivors: Survivors
 ) -> AdapterState:
-    """Verify that the sum over ``survivors`` differs enough from earlier ones; the adapter state after it."""
-    session, known = state.ready.session, state_dir.load_adapter_state()
-    least = device.policy.least_difference(len(session.peers))
-    return adapterstate.on_survivors(known, state.plan, session.spec, survivors.vectors, least)
+    """Verify that the sum over ``survivors`` is over the same devices as earlier ones; the adapter state after it."""
+    serials = {name: state.ready.serials[name] for name in survivors.vectors}
+    revoked = device.root.revoked.revoked if device.root.revoked else ()
+    return adapterstate.on_survivors(state_dir.load_adapter_state(), state.plan, serials, revoked)
 
 
 def _proof(fields: Mapping[str, bytes]) -> bytes:

@@ -64,8 +64,8 @@ class PolicySettings(Settings):
         default=SAFE.maximum_repeats,
         ge=0,
         le=MAX_REPEATS,
-        description="most sums from an adapter for which the device reveals shares after the first one; each is over "
-        "the same devices, or over sets that differ by minimum_survivors honest devices",
+        description="most sums from an adapter for which the device reveals shares after the first one; all are over "
+        "the same devices, less those that were revoked since",
     )
     demand_proofs: bool = Field(
         default=SAFE.demand_proofs,

@@ -2,107 +2,26 @@
 
 The coordinator runs a round, keeps the sum, logs the round as aborted and repeats it without the victim. Or it goes
 back to an adapter that it has a sum from; or it repeats the round over the same devices with a weight cap that only the
-victim exceeds. It runs its own ServerApp, of which only the end of a round and
-the choice of the adapter are changed; the devices run the real ClientApp, and demand no proofs, so that nothing but the
-checks under test stops the coordinator.
+victim exceeds. It runs its own ServerApp, of which only the end of a round and the choice of the adapter are changed;
+the devices run the real ClientApp, and demand no proofs, so that nothing but the checks under test stops the
+coordinator.
 """
 
-from collections.abc import Callable, Container
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, Error, Message
-from numpy.typing import NDArray
 
 from aggregation.messages import Plan
-from aggregation.policy import Policy
-from aggregation.ring import Ring
-from aggregation.server import AbortReason, RoundAborted, Unmasking
 from aggregation.spec import SessionSpec
-from aggregation.steps import Step
 from client.node import adapterstate
-from client.node import app as device_app
 from client.node.adapterstate import AdapterState
 from client.node.snapshot import Draw, Snapshot
 from coordinator.registry import Registry, StoredAdapter
+from tests.support.subtracting import DEVICES, VICTIM, Subtracting, any_set, fleet_without_proofs
 
 FleetOf = Callable[..., Any]
-VICTIM, DEVICES = "device-00", 6
-
-
-class Subtracting:
-    """A coordinator that keeps every sum.
-
-    Args:
-        aborted: The sums, counted from 1, after which it logs the round as aborted.
-        withheld: Flower's groups, which are numbers of rounds, whose plan the victim does not get.
-    """
-
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, *, aborted: Container[int], withheld: Container[str] = ()
-    ) -> None:
-        self.withheld = withheld
-        self.sums: list[Ring] = []
-        self.deltas: list[NDArray[np.float64]] = []  # of the sums, in weight units
-        self.vectors: dict[tuple[str, int], Ring] = {}  # device and round → what it sent under the mask, for comparison
-        self.device, self.bits, self.delta = "", 0, slice(0)
-        train, close = device_app.train, Unmasking.close
-
-        def trained(base: Any, planned: Any, *given: Any) -> Ring:
-            spec = planned.spec.vector
-            self.bits, self.delta = spec.ring_bits, slice(0, spec.segments[0].size)
-            vector = train(base, planned, *given)
-            self.vectors[self.device, len(self.sums)] = vector.copy()
-            return vector
-
-        def kept(state: Unmasking, threads: int = 1) -> Any:
-            closed = close(state, threads)
-            if isinstance(closed, RoundAborted):
-                return closed
-            self.sums.append(state.survivor_set.total.copy())
-            self.deltas.append(closed[1].values["delta"])
-            if len(self.sums) in aborted:
-                return RoundAborted(AbortReason.TOO_FEW, "as the coordinator says", closed[0])
-            return closed
-
-        monkeypatch.setattr(device_app, "train", trained)
-        monkeypatch.setattr(Unmasking, "close", kept)
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        """A device. The victim does not get every plan."""
-        self.device = Path(str(context.node_config[device_app.STATE])).name
-        plan = message.metadata.message_type == Step.PLAN.message_type
-        if self.device == VICTIM and plan and message.metadata.group_id in self.withheld:
-            return Message(Error(1, "withheld"), reply_to=message)
-        return device_app.app(message, context)
-
-    def signed(self, vector: Ring) -> NDArray[np.float64]:
-        """Elements of the ring as steps, from -2^(b-1) on."""
-        half = 2 ** (self.bits - 1)
-        return (((vector.astype(np.int64) + half) % (2 * half)) - half).astype(float)
-
-    def found(self) -> NDArray[np.float64]:
-        """The first sum minus the last one, in steps."""
-        return self.signed(self.sums[0] - self.sums[-1])
-
-    def sent(self) -> NDArray[np.float64]:
-        """What the victim sent in the first round, in steps."""
-        return self.signed(self.vectors[VICTIM, 0])
-
-    def relative_error(self) -> float:
-        """L2 error of the victim's update in the difference, relative to that update."""
-        true, found = self.sent()[self.delta], self.found()[self.delta]
-        return float(np.linalg.norm(found - true) / np.linalg.norm(true))
-
-
-def fleet_without_proofs(app_fleet_of: FleetOf, **settings: Any) -> Any:
-    fleet = app_fleet_of(DEVICES, **settings)
-    for state_dir in (fleet.out / "devices").iterdir():
-        with (state_dir / "device.toml").open("a") as file:
-            file.write("demand_proofs = false\n")
-    return fleet
 
 
 def known_order(snapshot: Snapshot, plan: Plan, draw: Draw) -> np.random.Generator:
@@ -141,7 +60,7 @@ def test_no_second_sum_from_an_adapter_lacks_a_single_device(
 def test_with_known_seeds_the_difference_would_be_the_upload_bit_for_bit(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, session_rounds: int
 ) -> None:
-    monkeypatch.setattr(Policy, "least_difference", lambda policy, devices: 0)
+    monkeypatch.setattr(adapterstate, "on_survivors", any_set)
     monkeypatch.setattr(Snapshot, "generator", known_order)
     attack, records = without_the_victim(app_fleet_of, monkeypatch, session_rounds)
     assert [VICTIM in record.survivors for record in records] == [False, False]
@@ -153,7 +72,7 @@ def test_the_secret_order_of_the_others_is_an_error_in_the_difference(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, session_rounds: int
 ) -> None:
     """No guarantee: the error is as large as what another order changes in the updates of the others."""
-    monkeypatch.setattr(Policy, "least_difference", lambda policy, devices: 0)
+    monkeypatch.setattr(adapterstate, "on_survivors", any_set)
     attack, _ = without_the_victim(app_fleet_of, monkeypatch, session_rounds)
     changed = [
         attack.signed(attack.vectors[name, 0] - attack.vectors[name, 1])
@@ -168,7 +87,7 @@ def test_the_secret_order_hides_nothing_if_one_batch_holds_all_examples(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A coordinator may choose such a batch, so that the order is no substitute for the limit on sums."""
-    monkeypatch.setattr(Policy, "least_difference", lambda policy, devices: 0)
+    monkeypatch.setattr(adapterstate, "on_survivors", any_set)
     attack, _ = without_the_victim(app_fleet_of, monkeypatch, session_rounds=2, batch_size=64)
     assert np.abs(attack.found() - attack.sent()).max() <= DEVICES  # steps: each of the others is rounded anew
 

@@ -115,7 +115,9 @@ def refusals(caplog: pytest.LogCaptureFixture) -> Callable[[], set[str]]:
 def weaken(patch: pytest.MonkeyPatch, check: str) -> None:
     """Remove a check of the log, and the one of older versions, which would refuse some of these plans as well."""
     patch.setattr(
-        adapterstate, "on_plan", lambda known, plan, *limits: AdapterState(plan.adapter_version, "ab" * 32, bytes(32))
+        adapterstate,
+        "on_plan",
+        lambda known, plan, *limits: AdapterState(plan.adapter_version, plan.adapter_digest, bytes(32)),
     )
     patch.setattr(logstate if hasattr(logstate, check) else LogState, check, lambda *_: None)
 

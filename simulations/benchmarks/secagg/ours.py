@@ -68,7 +68,7 @@ class EdgeAdaptFleet:
         """The state of a device that has received the plan."""
         dealers = (device, *self.session.neighbors(device, self.devices))
         held = {dealer: self.pairs[dealer][device] for dealer in dealers}
-        ready = Ready(self.session, self.established.ends, device, 1, frozenset(held), None, {}, {})
+        ready = Ready(self.session, {}, self.established.ends, device, 1, frozenset(held), None, {}, {})
         return Planned(ready, plan, self.secrets[device], held)
 
     def masked(

@@ -1,5 +1,6 @@
 """Old adapters, second adapters of a version and used-up adapters are refused; every honest order of plans is not."""
 
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def plan(version: int, digest: str = A, round_: int = 1) -> Plan:
     return Plan(bytes(32), round_, ("a", "b"), version, digest, b"")
 
 
+ALL_SERIALS = {name: 100 + number for number, name in enumerate(ALL)}
 SPEC = session_spec(20)
 TERMS = terms(plan(0), SPEC)
 
@@ -35,14 +37,17 @@ def on_plan(known: AdapterState | None, each: Plan, repeats: int, spec: SessionS
     return adapterstate.on_plan(known, each, spec, repeats)
 
 
-def on_survivors(known: AdapterState | None, each: Plan, survivors: tuple[str, ...], least: int) -> AdapterState:
-    return adapterstate.on_survivors(known, each, SPEC, survivors, least)
+def on_survivors(
+    known: AdapterState | None, each: Plan, survivors: Iterable[str] = ALL, revoked: Container[int] = ()
+) -> AdapterState:
+    """``revoked``: serials. A device has the number in its name, plus 100, as its serial."""
+    return adapterstate.on_survivors(known, each, {name: ALL_SERIALS.get(name, 0) for name in survivors}, revoked)
 
 
 def after(known: AdapterState | None, *unmasked: Plan, repeats: int = 1) -> AdapterState:
     """The state after rounds that were all unmasked, over all devices."""
     for each in unmasked:
-        known = on_survivors(on_plan(known, each, repeats), each, ALL, 5)
+        known = on_survivors(on_plan(known, each, repeats), each)
     assert known is not None
     return known
 
@@ -68,7 +73,7 @@ def test_rounds_that_were_not_unmasked_do_not_count() -> None:
     known = on_plan(None, plan(3), 0)
     for _ in range(20):
         known = on_plan(known, plan(3), 0)
-    assert on_survivors(known, plan(3), ALL, 5) == AdapterState(3, A, TERMS, (ALL,))
+    assert on_survivors(known, plan(3)) == AdapterState(3, A, TERMS, 1, ALL_SERIALS)
 
 
 @pytest.mark.parametrize("repeats", [0, 1, 3])
@@ -87,33 +92,52 @@ def test_the_same_bytes_under_a_later_number_are_the_same_adapter() -> None:
         on_plan(known, plan(4), 9)
 
 
-def test_a_device_that_forgot_its_state_within_a_round_counts_the_request_that_it_answers() -> None:
-    assert on_survivors(None, plan(3), ALL, 5) == AdapterState(3, A, TERMS, (ALL,))
-    assert on_survivors(AdapterState(2, B, TERMS, (ALL,)), plan(3), ALL[1:], 5) == AdapterState(3, A, TERMS, (ALL[1:],))
+@pytest.mark.parametrize("known", [None, AdapterState(2, B, TERMS), AdapterState(4, B, TERMS, 1, ALL_SERIALS)], ids=str)
+def test_a_device_reveals_no_shares_for_an_adapter_that_it_does_not_remember(known: AdapterState | None) -> None:
+    """It was stopped between the two saves of a later plan: it does not know what it revealed for the earlier one."""
+    with refused(ProtocolError, "survivors.adapter", peer="coordinator", value=3):
+        on_survivors(known, plan(3))
 
 
-@pytest.mark.parametrize(
+OTHERS = pytest.mark.parametrize(
     ("survivors", "differing"),
     [
         (ALL[1:], 1),
         ((*ALL, "another"), 1),
-        (ALL[4:], 4),
+        (ALL[10:], 10),
         ((*ALL[2:], "another", "and another"), 4),
+        ([f"other-{name}" for name in ALL], 40),
     ],
 )
-def test_a_second_sum_that_differs_by_few_devices_is_refused(survivors: tuple[str, ...], differing: int) -> None:
+
+
+@OTHERS
+def test_a_second_sum_over_other_devices_is_refused(survivors: Iterable[str], differing: int) -> None:
     known = after(None, plan(3))
-    with refused(ProtocolError, "survivors.repeat", peer="coordinator", value=differing):
-        on_survivors(known, plan(3), survivors, differing + 1)
-    assert on_survivors(known, plan(3), survivors, differing).unmasked == (ALL, tuple(sorted(survivors)))
+    for repeated in (known, on_survivors(known, plan(3))):
+        with refused(ProtocolError, "survivors.repeat", peer="coordinator", value=differing):
+            on_survivors(repeated, plan(3), survivors)
+    assert {*on_survivors(on_plan(known, plan(4, B), 1), plan(4, B), survivors).survivors} == {*survivors}
 
 
-def test_a_sum_is_compared_with_every_earlier_one_from_the_adapter() -> None:
-    known = on_survivors(after(None, plan(3)), plan(3), ALL[10:], 5)
-    for survivors in (ALL[1:], ALL[11:]):
+def test_a_later_sum_may_lack_devices_that_were_revoked_and_no_others() -> None:
+    known, revoked = after(None, plan(3)), {100, 101, 105}
+    less = on_survivors(known, plan(3), ALL[2:], revoked)
+    assert less == AdapterState(3, A, TERMS, 2, {name: ALL_SERIALS[name] for name in ALL[2:]})
+    for survivors in (ALL[3:], (*ALL[2:], "another")):
         with refused(ProtocolError, "survivors.repeat", value=1):
-            on_survivors(known, plan(3), survivors, 5)
-    assert on_survivors(known, plan(4, B), ALL[1:], 5).unmasked == (ALL[1:],)
+            on_survivors(known, plan(3), survivors, revoked)
+    with refused(ProtocolError, "survivors.repeat", value=2):  # those that it lacks do not come back
+        on_survivors(less, plan(3), ALL, revoked)
+
+
+def test_a_device_whose_certificate_was_renewed_is_in_the_set_under_its_name() -> None:
+    renewed = {**ALL_SERIALS, ALL[0]: 7}
+    known = adapterstate.on_survivors(after(None, plan(3)), plan(3), renewed, {100})
+    assert known == AdapterState(3, A, TERMS, 2, renewed)
+    with refused(ProtocolError, "survivors.repeat", value=1):
+        on_survivors(known, plan(3), ALL[1:], {100})
+    assert on_survivors(known, plan(3), ALL[1:], {7, 100}).sums == 3
 
 
 @pytest.mark.parametrize("change", [{"clip_norm": 3.9}, {"weight_cap": 99}, {"training": b"other"}], ids=str)
@@ -122,11 +146,7 @@ def test_a_repeat_on_other_terms_is_refused(change: dict[str, Any]) -> None:
     assert on_plan(on_plan(None, plan(3), 1), other, 1, spec).terms == terms(other, spec)  # no sum was unmasked
     with refused(ProtocolError, "plan.terms", peer="coordinator"):
         on_plan(after(None, plan(3)), other, 1, spec)
-    assert on_plan(after(None, plan(3)), replace(other, adapter_version=4, adapter_digest=B), 1, spec).unmasked == ()
-
-
-def test_the_order_of_the_survivors_makes_no_difference() -> None:
-    assert on_survivors(after(None, plan(3)), plan(3), ALL[::-1], 5).unmasked == (ALL, ALL)
+    assert on_plan(after(None, plan(3)), replace(other, adapter_version=4, adapter_digest=B), 1, spec).sums == 0
 
 
 @given(st.lists(st.integers(0, 2), max_size=30))
@@ -145,10 +165,10 @@ def test_a_state_survives_the_process_and_a_damaged_one_is_refused(tmp_path: Pat
     settings = DeviceSettings(base="some_base")
     state_dir = DeviceStateDir.create(tmp_path / "state", settings, identity, {}, SystemEntropy())
     assert state_dir.load_adapter_state() is None
-    known = AdapterState(3, A, TERMS, (ALL, ALL[5:]))
+    known = AdapterState(3, A, TERMS, 2, {**ALL_SERIALS, ALL[0]: 2**160 - 1})
     state_dir.save_adapter_state(known)
     assert DeviceStateDir.open(state_dir.folder).load_adapter_state() == known
-    state_dir.save_adapter_state(replace(known, unmasked=()))
+    state_dir.save_adapter_state(replace(known, sums=0, survivors={}))
     assert state_dir.load_adapter_state() == AdapterState(3, A, TERMS)
     (state_dir.folder / ADAPTERS).write_bytes(b"damaged")
     with refused(TrustError, ADAPTERS) as caught:
