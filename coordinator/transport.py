@@ -2,8 +2,12 @@
 
 Messages are pushed and polled: Flower's own ``send_and_receive`` sleeps three seconds between two looks. A node that
 answers late, with an error or not at all has no answer in the exchange; the protocol decides what follows from that.
+
+Each reply is pulled by a call of its own. Flower reads all replies of a call at once, after its SuperLink has deleted
+them: one that it cannot read raises any kind of exception, and the other replies of the call are lost.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +22,7 @@ from aggregation.steps import BODY, RECORD, Step
 FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
 LAST_POLL = 0.5
 MAX_REASON = 200  # characters of an error reply
+log = logging.getLogger("edgeadapt.coordinator")
 
 
 class Clock(Protocol):
@@ -118,17 +123,29 @@ class Transport:
     def _collect(self, waiting: dict[str, int], end: float) -> Iterator[Reply]:
         pause = FIRST_POLL
         while waiting:
-            arrived = list(self.grid.pull_messages(list(waiting)))
-            for message in arrived:
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:  # otherwise a second reply, or a reply to another message
-                    yield self._reply(node, message)
+            arrived = False
+            for message_id, node in list(waiting.items()):
+                if reply := self._pull(message_id, node):
+                    del waiting[message_id]
+                    arrived = True
+                    yield reply
             if self.clock.now() >= end:
                 break
             pause = FIRST_POLL if arrived else min(2 * pause, LAST_POLL)
             if waiting:
                 self.clock.sleep(pause)
         yield from (Reply(node, None, "did not answer in time") for node in waiting.values())
+
+    def _pull(self, message_id: str, node: int) -> Reply | None:
+        """The reply to a message; None before it arrives. A grid may also return replies to other messages."""
+        try:
+            for message in self.grid.pull_messages([message_id]):
+                if message.metadata.reply_to_message_id == message_id:
+                    return self._reply(node, message)
+        except Exception as error:  # whatever Flower raises on bytes that the node chose
+            log.warning("the reply of node %d cannot be read: %s", node, type(error).__name__)
+            return Reply(node, None, "unreadable reply")
+        return None
 
     def _reply(self, node: int, message: Message) -> Reply:
         if message.has_error():
