@@ -19,6 +19,7 @@ from lazygroup import LazyGroup
 COMMANDS = {
     "audit": ("coordinator.cli.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
     "authority": ("coordinator.cli.authority", "authority", "Enrol devices: certify their keys, revoke them.", ""),
+    "base": ("export.cli.bases", "base", "Show which bases there are, and what one can do.", "export"),
     "bench": ("simulations.cli.bench", "bench", "Measure secure aggregation and models on devices.", "simulations"),
     "coordinator": ("coordinator.cli.coordinator", "coordinator", "Make a coordinator, run its rounds.", "coordinator"),
     "demo": (

