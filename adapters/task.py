@@ -28,6 +28,12 @@ MAX_LOSS = 20.0  # nats; a device's loss is clipped to it, so that the metric ha
 NORM_ERROR = 2.0**-20  # relative: a norm of 2^27 numbers in float64 is off by less than 2^-26
 UNIFORMS = 8  # numbers in the noise of one coordinate of the mean
 
+# Published with the survivors' names, an exact count of examples is an equation, and rounds have different survivors:
+# the equations give the counts of single devices. So no count is published, nor the exact accuracy, a fraction whose
+# denominator is such a count. To two decimals, an accuracy excludes no denominator from 100 on, but many below.
+DECIMALS = 2
+MINIMUM_HELD_OUT = 10**DECIMALS  # examples
+
 Sums = Mapping[str, NDArray[np.float64]]  # segment → sum over the survivors, shape (size,), in the segment's unit
 Positive = Annotated[int, Field(gt=0)]
 
@@ -127,33 +133,66 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
         raise DataError(text, about="vector.delta")
 
 
-def weighted_mean(spec: SessionSpec, sums: Sums, survivors: int) -> NDArray[np.float32]:
+def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int) -> NDArray[np.float32]:
     """The mean of the survivors' deltas, weighted by their examples; arguments as of ``require_reach``.
 
-    The mean is published, as the difference of two adapters. Without noise its coordinates are multiples of s / W, the
-    step over the total weight, and would reveal W. The noise (``_dither``) has a standard deviation of 0.8 · s / W, and
-    stochastic rounding one of up to √n / 2 · s / W. Its key is the digest of all sums: whoever knows them computes the
-    same mean, and whoever knows the mean alone cannot subtract the noise.
+    The mean is published, as the difference of two adapters. Without noise its coordinates can have a period, of which
+    the total weight W is a factor:
+
+    - s / W, where s is the step of ``delta``: the sum consists of such steps.
+    - 2 · lr · g / W, where every device trained one step, or a few equal ones: the first step of AdamW is ±lr in each
+      coordinate, so that the sum differs by 2 · lr times multiples of g, the greatest common divisor of the weights.
+      Clipping makes this period shorter.
+
+    The noise (``_width`` times ``_dither``) is added to the sum. For n survivors its standard deviation in the mean is
+    0.8 / n times the larger of s and 2 · lr. If all survivors have examples, its width is at least any such period,
+    because W / n is at least g and 1. It does not depend on W, which could otherwise be read off the coordinates that
+    no device changed. Its key is the digest of all sums: whoever knows them computes the same mean, and whoever knows
+    the mean alone cannot subtract the noise.
+
+    Args:
+        spec, sums, survivors: As of ``require_reach``.
+        task: Of the round's plan.
 
     Raises:
         DataError: As ``require_reach``.
     """
     require_reach(spec, sums, survivors)
-    delta, key = sums["delta"], hashlib.sha256(b"edgeadapt/dither/1\x00")
+    delta, weight, key = sums["delta"], float(sums["weight"][0]), hashlib.sha256(b"edgeadapt/dither/1\x00")
     for segment in spec.vector.segments:
-        key.update(sums[segment.name].tobytes())
+        key.update(sums[segment.name].astype("<f8").tobytes())
     step = next(spec.vector.step(segment) for segment in spec.vector.segments if segment.name == "delta")
-    noisy = delta + step * _dither(key.digest(), delta.size)
-    mean: NDArray[np.float32] = (noisy / sums["weight"][0]).astype(np.float32)
+    noisy = delta + _width(step, task, weight, survivors) * _dither(key.digest(), delta.size)
+    mean: NDArray[np.float32] = (noisy / weight).astype(np.float32)
     return mean
 
 
-def _dither(key: bytes, size: int) -> NDArray[np.float64]:
-    """Noise of shape ``(size,)``, in steps: sums of ``UNIFORMS`` numbers that are uniform over (-1/2, 1/2).
+def _width(step: float, task: Task, weight: float, survivors: int) -> float:
+    """The width of the noise in the sum, in weight units."""
+    return max(step, 2 * task.learning_rate) * max(1.0, weight / survivors)
 
-    One uniform number removes the period of the steps from the distribution of a coordinate, each further one from a
-    further derivative (Wannamaker et al. 2000, "A Theory of Nonsubtractive Dither"). The bits are the same on every
-    machine.
+
+def metrics_of(sums: Sums) -> dict[str, float]:
+    """The metrics of a round, from the sums of its survivors, as they are published.
+
+    Returns:
+        ``accuracy`` (a share) and ``loss`` (nats): means over the held-out examples, of the adapter that the round
+        began with, to ``DECIMALS``. Empty if there are fewer than ``MINIMUM_HELD_OUT``, or if honest survivors cannot
+        have these sums.
+    """
+    correct, held_out, loss = (float(sums[name][0]) for name in ("correct", "held_out", "loss"))
+    if not (held_out >= MINIMUM_HELD_OUT and 0 <= correct <= held_out):
+        return {}
+    mean_loss = min(max(loss / held_out, 0.0), MAX_LOSS)  # rounding, or a device that lies
+    return {"accuracy": round(correct / held_out, DECIMALS), "loss": round(mean_loss, DECIMALS)}
+
+
+def _dither(key: bytes, size: int) -> NDArray[np.float64]:
+    """Noise of shape ``(size,)`` and width 1: sums of ``UNIFORMS`` numbers that are uniform over (-1/2, 1/2).
+
+    One uniform number removes a period of the width from the distribution of a coordinate, each further one from a
+    further derivative (Wannamaker et al. 2000, "A Theory of Nonsubtractive Dither"). Of any shorter period, a share of
+    at most 6e-6 is left: the eighth power of sin(πx) / πx for x > 1. The bits are the same on every machine.
     """
     stream, total, drawn = Keystream(key), np.zeros(size, np.int64), np.empty(size, "<i4")
     for _ in range(UNIFORMS):

@@ -16,7 +16,7 @@ from adapters.cores import cores
 from adapters.layout import Tensors
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
-from adapters.task import MAX_LOSS, require_reach, weighted_mean
+from adapters.task import metrics_of, require_reach, weighted_mean
 from aggregation import server
 from aggregation.errors import DataError
 from aggregation.pki import Root
@@ -32,10 +32,6 @@ from coordinator.transcripts import Transcripts
 from coordinator.transport import Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
-# Published with the survivors' names, an exact count of examples is an equation, and rounds have different survivors:
-# the equations give the counts of single devices. So no count is published, nor the exact accuracy, a fraction whose
-# denominator is such a count. ``adapters.task.weighted_mean`` keeps the total weight out of the adapter.
-DECIMALS = 2
 
 
 def federate(
@@ -94,7 +90,7 @@ def federate(
                 registry.record_round(record, key)
             else:
                 repeat = among = ()
-                made = _step(registry, cohort, adapter, outcome, number, settings.server.rule())
+                made = _step(registry, cohort, adapter, outcome, number, settings)
                 record = _record(cohort, registry.head(), outcome[1], made, time.perf_counter() - begin)
                 registry.commit_round(record, made.manifest, made.blob, made.state, key)
             cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
@@ -150,21 +146,6 @@ def within_reach(session: Established, result: RoundResult) -> tuple[Established
     return session, result
 
 
-def metrics_of(result: RoundResult) -> dict[str, float]:
-    """The metrics of a round, from the sums of its survivors, as they are published.
-
-    Returns:
-        ``accuracy`` (a share) and ``loss`` (nats): means over the held-out examples, of the adapter that the round
-        began with, to ``DECIMALS``; absent where the survivors have no held-out example, or cannot have these sums.
-    """
-    total = {name: float(values[0]) for name, values in result.values.items() if values.size == 1}
-    correct, held_out, loss = (total[name] for name in ("correct", "held_out", "loss"))
-    if not (held_out >= 1 and 0 <= correct <= held_out):
-        return {}
-    mean_loss = min(max(loss / held_out, 0.0), MAX_LOSS)  # rounding, or a device that lies
-    return {"accuracy": round(correct / held_out, DECIMALS), "loss": round(mean_loss, DECIMALS)}
-
-
 @dataclass(frozen=True, slots=True)
 class _NextAdapter:
     """What the server's step made of a sum: the next adapter, and the optimizer's state after it."""
@@ -180,13 +161,14 @@ def _step(
     adapter: StoredAdapter,
     outcome: tuple[Established, RoundResult],
     number: int,
-    rule: optimizer.Settings,
+    settings: FederationSettings,
 ) -> _NextAdapter:
     """From the sum to the next adapter."""
     layout, parent, plan = adapter.layout, adapter.manifest, cohort.recorder.log.plan
     session, result = outcome
+    rule, task = settings.server.rule(), settings.training.task(parent)
     state = optimizer.restore(rule, registry.optimizer_state(), layout.size)
-    mean = weighted_mean(session.session.spec, result.values, len(result.survivors))
+    mean = weighted_mean(session.session.spec, task, result.values, len(result.survivors))
     state, vector = optimizer.step(rule, state, layout.flatten(adapter.tensors), mean)
     blob = files.encode(layout.unflatten(vector))
     manifest = replace(
@@ -199,7 +181,7 @@ def _step(
         plan=plan.hex() if plan else None,
         rule=optimizer.to_rule(rule),
         survivors=result.survivors,
-        metrics=metrics_of(result),
+        metrics=metrics_of(result.values),
     )
     return _NextAdapter(manifest, blob, optimizer.to_tensors(state))
 

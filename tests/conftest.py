@@ -103,7 +103,7 @@ def _population(devices: int, unseen: int) -> Any:
             language="en",
             unseen=number >= devices,
             train=phrases(number, 4 + number % 5),
-            validation=phrases(number + 1, 3),
+            validation=phrases(number + 1, 30),
             test=phrases(number + 2, 4),
         )
         for number in range(devices + unseen)

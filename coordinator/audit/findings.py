@@ -5,13 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-import numpy as np
-from numpy.typing import NDArray
-
+from adapters.task import Sums
 from aggregation.errors import EdgeAdaptError, TrustError
+from aggregation.spec import SessionSpec
 from aggregation.transcript import AdapterId, Place
-
-Mean = NDArray[np.float32]
 
 
 class Check(Enum):
@@ -132,20 +129,20 @@ class ProducedAdapter:
         before: Version and digest of the adapter from which the devices trained.
         after: Version and digest of the new one.
         plan: Digest of the round's plan, hex.
-        base: Digest of the base in the session's offer.
+        spec: Of the session, from its offer.
+        training: The task in the round's plan, as encoded.
         survivors: The devices whose updates are in the sum.
-        layout: Digest of the layout in the session's offer.
-        mean: Of the survivors' deltas, shape ``(n,)``, recomputed from the masked vectors; None if these were not kept.
+        sums: Of their contributions, recomputed from the masked vectors; None if these were not kept.
     """
 
     place: Place
     before: AdapterId
     after: AdapterId
     plan: str
-    base: str
+    spec: SessionSpec
+    training: bytes
     survivors: tuple[str, ...]
-    layout: str
-    mean: Mean | None = field(repr=False, compare=False)
+    sums: Sums | None = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ the registry (``adapters.registryfiles``) four things can be checked:
 - each adapter that a log names was published under the coordinator's signature, for exactly this plan and these
   survivors, and its file is unaltered; what a round does not change is as in the adapter before;
 - the devices were given a task for this adapter, with its labels, in every round, also an aborted one;
-- if the masked updates were kept, so that the sum could be recomputed: the server optimizer turns that sum into this
-  adapter, bit for bit. FedAvg needs only the adapter before;
+- if the masked updates were kept, so that the sum could be recomputed: the metrics in the manifest are those of the
+  sum, and the server optimizer turns it into this adapter, bit for bit. FedAvg needs only the adapter before;
 - FedAdam has two moments as state, which start from constants at version 0. Its steps can be recomputed if no sum since
   version 0 is missing, and not otherwise.
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.registryfiles import RegistryFiles
-from adapters.task import Task
+from adapters.task import Task, metrics_of, weighted_mean
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.transcript import AdapterId, Place
 from coordinator import optimizer
@@ -113,14 +113,18 @@ class Recomputation:
         rule = _rule(agreeing, place)
         before, after = (self.registry.tensors(each) for each in (parent, agreeing))
         layout = Layout.of(before)
-        if not Layout.of(after).digest == layout.digest == produced.layout:
+        if not Layout.of(after).digest == layout.digest == produced.spec.layout_digest:
             raise Problem("layout_digest", "the adapter has another layout than the session's offer", place)
-        if produced.mean is None:
+        if produced.sums is None:
             return "vectors"
+        if agreeing.metrics != metrics_of(produced.sums):
+            raise Problem("manifest.metrics", f"the metrics of adapter {version} are not those of the sum", place)
         state = self._state_before(rule, produced, layout.size)
         if state is None:
             return "optimizer"
-        after_state, expected = optimizer.step(rule, state, layout.flatten(before), produced.mean)
+        task = Task.decode(produced.training)  # of a plan that ``check`` has read
+        mean = weighted_mean(produced.spec, task, produced.sums, len(produced.survivors))
+        after_state, expected = optimizer.step(rule, state, layout.flatten(before), mean)
         if expected.tobytes() != layout.flatten(after).tobytes():
             text = f"adapter {version} is not what the server optimizer of its manifest computes from the sum ({rule})"
             raise Problem("result.adapter", text, place)
@@ -170,8 +174,8 @@ def _agreeing(produced: ProducedAdapter, manifest: VersionManifest | None, paren
         "parent": produced.before[1],
         "plan": produced.plan,
         "survivors": produced.survivors,
-        "layout_digest": produced.layout,
-        "base_digest": produced.base,
+        "layout_digest": produced.spec.layout_digest,
+        "base_digest": produced.spec.base_digest,
     }
     for name, value in expected.items():
         if getattr(manifest, name) != value:

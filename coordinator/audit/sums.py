@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from adapters.task import weighted_mean
+from adapters.task import Sums, require_reach
 from aggregation import masks, ring
 from aggregation.errors import DataError, ProtocolError
 from aggregation.masks import Mask
@@ -17,7 +17,7 @@ from aggregation.messages import MaskedInput
 from aggregation.recovery import Recovery
 from aggregation.session import Session
 from aggregation.transcript import Result
-from coordinator.audit.findings import Mean, Problem, ProducedAdapter, Skipped, count
+from coordinator.audit.findings import Problem, ProducedAdapter, Skipped, count
 from coordinator.audit.history import History, Round
 
 Vectors = Callable[[bytes], bytes | None]  # digest → packed masked vector; None where it was not kept
@@ -31,13 +31,13 @@ class UnmaskedRound:
         seeds: Survivor → seed of its own mask.
         keys: Device of the plan that is not a survivor → its mask key.
         blamed: Devices that revealed wrong shares.
-        mean: Of the survivors' deltas, shape ``(n,)``, once ``sums`` has recomputed it.
+        sums: Of the survivors' contributions, decoded, once ``sums`` has recomputed them.
     """
 
     seeds: Mapping[str, bytes] = field(repr=False)
     keys: Mapping[str, bytes] = field(repr=False)
     blamed: tuple[str, ...]
-    mean: Mean | None = field(default=None, repr=False)
+    sums: Sums | None = field(default=None, repr=False)
 
 
 def secrets(history: History, unmasked: dict[int, UnmaskedRound]) -> str:
@@ -103,10 +103,10 @@ def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[P
             before=(current.plan.adapter_version, current.plan.adapter_digest),
             after=current.ending.produced,
             plan=current.plan.digest().hex(),
-            base=history.offer.spec.base_digest,
             survivors=current.survivors,
-            layout=history.offer.spec.layout_digest,
-            mean=unmasked[current.plan.round].mean,
+            spec=history.offer.spec,
+            training=current.plan.training,
+            sums=unmasked[current.plan.round].sums,
         )
         for current in history.rounds
         if isinstance(current.ending, Result)
@@ -144,9 +144,10 @@ def _recompute(history: History, current: Round, unmasked: UnmaskedRound, vector
         raise Problem("result.sum", text, current.place(Result))
     try:
         values = spec.decode(total, len(current.survivors))
-        unmasked.mean = weighted_mean(history.offer.spec, values, len(current.survivors))
+        require_reach(history.offer.spec, values, len(current.survivors))
     except DataError as error:
         raise Problem.of(error, current.place(Result)) from None
+    unmasked.sums = values
 
 
 def _remaining_masks(session: Session, current: Round, unmasked: UnmaskedRound) -> list[Mask]:

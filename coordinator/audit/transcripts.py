@@ -145,7 +145,7 @@ class AuditInput:
             accepted = unfinished and path == self.paths[-1]
             report = audit(storage.read(path), self.root, self.coordinator, vectors, at=self.at, unfinished=accepted)
             findings = (_repeats(path.name, report, sums), _adapters(report, recomputation))
-            produced = tuple(replace(each, mean=None) for each in report.produced)  # the means take memory
+            produced = tuple(replace(each, sums=None) for each in report.produced)  # the sums take memory
             reports[path.name] = replace(report, findings=(*report.findings, *findings), produced=produced)
         return reports
 

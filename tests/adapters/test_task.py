@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adapters.layout import Layout, TensorSpec
 from adapters.manifest import PeftConfig
-from adapters.task import MAX_LOSS, UNIFORMS, Task, contribution_spec, require_reach, weighted_mean
+from adapters.task import MAX_LOSS, UNIFORMS, Task, contribution_spec, metrics_of, require_reach, weighted_mean
 from aggregation import ring
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.spec import SessionSpec
@@ -163,11 +163,12 @@ def test_honest_devices_at_the_clip_norm_are_never_refused_however_they_round(
         delta = np.clip(direction / np.linalg.norm(direction) * clip * (1 - 2.0**-40), -clip, clip)
         total += rounded_away(spec, delta, weight)
     sums = spec.vector.decode(total, len(weights))
-    mean = weighted_mean(spec, sums, len(weights))
+    mean = weighted_mean(spec, TASK, sums, len(weights))
     assert sums["weight"][0] == sum(weights)
-    errors = len(weights) + UNIFORMS / 2  # of rounding, and the noise of the mean; in steps
-    rounding = errors * spec.vector.step(spec.vector.segments[0]) * np.sqrt(size) / sum(weights)
-    assert np.linalg.norm(mean) <= (clip + rounding) * (1 + 1e-5)
+    step = spec.vector.step(spec.vector.segments[0])
+    width = max(step, 2 * TASK.learning_rate) * max(1, sum(weights) / len(weights))
+    errors = (len(weights) * step + UNIFORMS / 2 * width) / sum(weights)
+    assert np.linalg.norm(mean) <= (clip + errors * np.sqrt(size)) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,8 @@ def test_a_sum_that_honest_survivors_cannot_have_is_refused_without_its_numbers(
     assert set(re.findall(r"[0-9.]+", str(caught.value))) <= {"1", "2", "50"}  # the limits
     others = {segment.name: np.zeros(1) for segment in spec.vector.segments[2:]}
     sums = {"delta": np.full(100, 1.7), "weight": np.array([9.0]), **others}
-    assert np.allclose(weighted_mean(spec, sums, 3), 1.7 / 9)
+    noise = UNIFORMS / 2 * 2 * TASK.learning_rate / 3
+    assert np.allclose(weighted_mean(spec, TASK, sums, 3), 1.7 / 9, atol=noise)
 
 
 def test_a_sum_without_an_update_is_refused() -> None:
@@ -200,3 +202,22 @@ def test_a_sum_without_an_update_is_refused() -> None:
     other = replace(spec, vector=replace(spec.vector, segments=spec.vector.segments[:1]))
     with refused(DataError, "vector.segments"):
         require_reach(other, {"delta": np.zeros(7)}, 3)
+
+
+# Metrics.
+
+
+def held_out(**values: float) -> dict[str, Any]:
+    sums = {"correct": 60.0, "loss": 40.0, "held_out": 120.0, **values}
+    return {name: np.array([value]) for name, value in sums.items()}
+
+
+def test_metrics_are_means_over_held_out_examples_to_two_decimals() -> None:
+    assert metrics_of(held_out()) == {"accuracy": 0.5, "loss": 0.33}
+    assert metrics_of(held_out(loss=-0.001)) == {"accuracy": 0.5, "loss": 0.0}
+    assert metrics_of(held_out(held_out=100.0)) == {"accuracy": 0.6, "loss": 0.4}
+
+
+@pytest.mark.parametrize("sums", [{"held_out": 0.0}, {"held_out": 99.0}, {"correct": 121.0}, {"correct": -1.0}])
+def test_sums_of_too_few_held_out_examples_or_of_a_liar_give_no_metrics(sums: dict[str, float]) -> None:
+    assert metrics_of(held_out(**sums)) == {}

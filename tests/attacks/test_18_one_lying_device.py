@@ -18,13 +18,14 @@ from aggregation.spec import SessionSpec
 from client.node import app as node
 from client.node import training
 from coordinator import rounds
-from coordinator.audit import Check, Status, audit
+from coordinator.audit import Check, Status, audit, sums
 from coordinator.audit.transcripts import logs, vector_path
 from coordinator.statedir import CoordinatorStateDir
 
 FleetOf = Callable[..., Any]
 DEVICES, LIAR = 8, "device-03"
 CLIP = 2.0
+KEPT = {"aggregation__keep_masked_inputs": True}
 
 
 @dataclasses.dataclass
@@ -72,7 +73,7 @@ LIES: dict[str, Callable[[SessionSpec, Any], Any]] = {
 
 
 def run(app_fleet_of: FleetOf, lie: Callable[[SessionSpec, Any], Any]) -> tuple[Any, Any]:
-    fleet = app_fleet_of(DEVICES, rounds=1, aggregation__keep_masked_inputs=True, aggregation__clip_norm=CLIP)
+    fleet = app_fleet_of(DEVICES, rounds=1, **KEPT, aggregation__clip_norm=CLIP)
     (record,) = fleet.federate(fleet.grid(app=OneLiar(lie)))
     return fleet, record
 
@@ -116,7 +117,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> None:
 def test_without_the_check_one_device_decides_where_the_adapter_goes(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unchecked(monkeypatch, rounds, task)
+    unchecked(monkeypatch, rounds, task, sums)
     fleet, record = run(app_fleet_of, at_the_bound)
     assert record.version == 1
     assert moved(fleet) > 50 * CLIP

@@ -2,7 +2,8 @@
 
 A round's survivors are published. Their total number of examples is an equation in the counts of the devices, and
 rounds have different survivors. The total is read from the record of the round; or it is a period of the published
-adapters, whose coordinates differ by multiples of (rounding step / total); or it is the denominator of an accuracy.
+adapters, whose coordinates differ by multiples of (rounding step / total), or of (twice the learning rate / total)
+after a round in which every device trained one step of AdamW; or it is the denominator of an accuracy.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,11 @@ import pytest
 from numpy.typing import NDArray
 
 from adapters import task
-from adapters.layout import Layout
+from adapters.layout import Layout, TensorSpec
+from adapters.manifest import PeftConfig
 from coordinator import rounds
 from coordinator.settings import FederationSettings
+from tests.support.fleet import session_spec
 
 FleetOf = Callable[..., Any]
 DEVICES = 10
@@ -31,7 +34,9 @@ class Published:
     records: tuple[Any, ...]
     manifests: tuple[Any, ...]
     adapters: tuple[NDArray[np.float64], ...]
+    unchanged: NDArray[np.bool_]  # coordinates that no device changes in the first round
     step: float
+    first: float  # the step of AdamW: its learning rate
     most: int  # examples of all devices
     train: dict[str, int]
     held_out: dict[str, int]
@@ -40,14 +45,14 @@ class Published:
         return sum(counts[name] for name in record.survivors)
 
 
-def publish(app_fleet_of: FleetOf) -> Published:
-    fleet = app_fleet_of(DEVICES, rounds=6, aggregation__session_rounds=6)
+def publish(app_fleet_of: FleetOf, *, rounds: int = 6, **settings: Any) -> Published:
+    fleet = app_fleet_of(DEVICES, rounds=rounds, aggregation__session_rounds=rounds, **settings)
     records = fleet.federate(fleet.grid(message_loss=0.02, forced_dropouts=1))
     registry, seen = fleet.registry(), [h for h in fleet.population.households if not h.unseen]
     versions = registry.versions()
     layout = Layout.of(registry.tensors(0))
-    aggregation = FederationSettings.read(fleet.out / "coordinator" / "federation.toml").aggregation
-    vector = aggregation.spec(DEVICES, layout, fleet.base.digest, 6).vector
+    read = FederationSettings.read(fleet.out / "coordinator" / "federation.toml")
+    vector = read.aggregation.spec(DEVICES, layout, fleet.base.digest, rounds).vector
     return Published(
         names=tuple(home.name for home in seen),
         records=tuple(record for record in records if record.version is not None),
@@ -55,8 +60,12 @@ def publish(app_fleet_of: FleetOf) -> Published:
         adapters=tuple(
             layout.flatten(registry.tensors(version.manifest.version)).astype(np.float64) for version in versions
         ),
+        unchanged=layout.flatten(
+            {name: np.full_like(value, "lora_A" in name) for name, value in registry.tensors(0).items()}
+        ).astype(bool),
         step=vector.step(vector.segments[0]),
-        most=DEVICES * aggregation.weight_cap,
+        first=read.training.learning_rate,
+        most=DEVICES * read.aggregation.weight_cap,
         train={home.name: len(home.train) for home in seen},
         held_out={home.name: len(home.validation) for home in seen},
     )
@@ -86,10 +95,17 @@ def periods(found: Published) -> dict[int, float]:
     return totals
 
 
+def moved_by(found: Published, record: Any) -> NDArray[np.float64]:
+    return found.adapters[record.version] - found.adapters[record.version - 1]
+
+
 def strength(found: Published, record: Any, weights: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How strongly each of these total weights shows as a period: 1 if all coordinates agree, about 0 if none do."""
-    moved = found.adapters[record.version] - found.adapters[record.version - 1]
-    return np.array([abs(np.mean(np.exp(2j * np.pi * moved * weight / found.step))) for weight in weights])
+    return agreement(moved_by(found, record), weights, found.step)
+
+
+def agreement(moved: NDArray[np.float64], weights: NDArray[np.int64], step: float) -> NDArray[np.float64]:
+    """How strongly (step / weight) shows as a period, for each weight: 1 if all coordinates agree, near 0 if none."""
+    return np.array([abs(np.mean(np.exp(2j * np.pi * moved * weight / step))) for weight in weights])
 
 
 def denominators(found: Published) -> dict[int, int]:
@@ -98,18 +114,19 @@ def denominators(found: Published) -> dict[int, int]:
     return {number: fraction.denominator for number, fraction in fractions.items()}
 
 
-def with_examples(result: Any) -> dict[str, float]:
-    return {"examples": float(result.values["weight"][0]), **METRICS(result)}
+def with_examples(sums: Any) -> dict[str, float]:
+    return {"examples": float(sums["weight"][0]), **METRICS(sums)}
 
 
-METRICS = rounds.metrics_of
+METRICS = task.metrics_of
 
 
 def test_exact_totals_the_plain_mean_and_an_exact_accuracy_reveal_the_counts_of_single_devices(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rounds, "metrics_of", with_examples)
-    monkeypatch.setattr(rounds, "DECIMALS", 15)
+    monkeypatch.setattr(task, "DECIMALS", 15)
+    monkeypatch.setattr(task, "MINIMUM_HELD_OUT", 1)
     monkeypatch.setattr(task, "_dither", lambda key, size: np.zeros(size))
     found = publish(app_fleet_of)
     named = {record.round: record.metrics["examples"] for record in found.records}
@@ -139,8 +156,95 @@ def test_nothing_published_determines_a_count(app_fleet_of: FleetOf) -> None:
         assert strength(found, record, true)[0] < 4.5 / np.sqrt(found.adapters[0].size)
 
 
+# Rounds in which every device trains one step: those of this fleet, whose devices have fewer examples than a batch.
+
+FIRST_STEPS = [
+    {"aggregation__ring_bits": 32, "training__learning_rate": 0.01},
+    {"aggregation__ring_bits": 22, "training__learning_rate": 0.1},
+]
+
+
+def first_steps(found: Published) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
+    """The coordinates that moved in the first round; how strongly each total weight shows in them; the true one."""
+    (record,) = found.records
+    moved = moved_by(found, record)
+    moved = moved[np.abs(moved) > 0.02 * found.first]  # without A, which has no gradient while B is zero
+    shown = agreement(moved, np.arange(1, found.most + 1), 2 * found.first)
+    return moved, shown, found.total(found.train, record)
+
+
+@pytest.mark.parametrize("settings", FIRST_STEPS, ids=["fine", "coarse"])
+def test_with_the_noise_of_the_rounding_alone_the_first_step_of_adamw_reveals_the_total(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(task, "_width", lambda step, *_: step)
+    _, shown, total = first_steps(publish(app_fleet_of, rounds=1, **settings))
+    assert int(shown[1:].argmax()) + 2 == total
+    assert shown[total - 1] > 0.5
+
+
+@pytest.mark.parametrize("settings", FIRST_STEPS, ids=["fine", "coarse"])
+def test_the_first_step_of_adamw_does_not_show_in_what_is_published(
+    app_fleet_of: FleetOf, settings: dict[str, Any]
+) -> None:
+    moved, shown, total = first_steps(publish(app_fleet_of, rounds=1, **settings))
+    assert shown[total - 1] < 4.5 / np.sqrt(moved.size)
+
+
+@pytest.mark.parametrize("divisor", [1, 3, 10])
+def test_nor_does_it_show_if_the_weights_have_a_common_divisor(divisor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The period is then so many times as long."""
+    rng, rate, size = np.random.default_rng(divisor), 0.01, 20_000
+    weights = divisor * np.array([3, 5, 7, 4, 11, 6])
+    signs = np.where(rng.random((6, size)) < 0.7, 1.0, -1.0) * rng.choice([-1.0, 1.0], size)
+    layout = Layout((TensorSpec("a", (1, size)),))
+    vector = task.contribution_spec(layout, clip_norm=12.0, weight_cap=128, ring_bits=32, max_clients=6)
+    spec = session_spec(6, vector=vector, clip_norm=12.0, weight_cap=128)
+    others = {name: np.zeros(1) for name in ("correct", "loss", "held_out")}
+    sums = {"delta": rate * weights @ signs, "weight": np.array([float(weights.sum())]), **others}
+    plan = task.Task(PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 16, rate, 0.0)
+
+    def shown() -> float:
+        mean = task.weighted_mean(spec, plan, sums, 6).astype(np.float64)
+        return float(agreement(mean, np.array([weights.sum() // divisor]), 2 * rate)[0])
+
+    assert shown() < 4.5 / np.sqrt(size)
+    monkeypatch.setattr(task, "_width", lambda step, *_: step)
+    assert shown() > 0.9
+    monkeypatch.setattr(task, "_width", lambda *_: 2 * rate)  # of one example, not of a device's
+    assert (shown() > 0.05) == (divisor > 1)
+
+
+# Coordinates that no device changed: the mean is the noise, and nothing else.
+
+
+def spread(found: Published) -> float:
+    """The standard deviation of A in the first round, when B is zero, so that A has no gradient."""
+    (record,) = found.records
+    return float(moved_by(found, record)[found.unchanged].std())
+
+
+def deviation(width: float) -> float:
+    return width * np.sqrt(task.UNIFORMS / 12)
+
+
+def test_noise_of_a_fixed_width_in_the_sum_reveals_the_total_by_its_spread_in_the_mean(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "_width", lambda step, *_: step)
+    found = publish(app_fleet_of, rounds=1)
+    total = found.total(found.train, found.records[0])
+    assert total / 1.15 < deviation(found.step) / spread(found) < total * 1.15
+
+
+def test_the_spread_of_the_noise_does_not_depend_on_the_examples(app_fleet_of: FleetOf) -> None:
+    found = publish(app_fleet_of, rounds=1)
+    known = deviation(max(found.step, 2 * found.first)) / len(found.records[0].survivors)
+    assert known / 1.15 < spread(found) < known * 1.15
+
+
 def test_the_noise_is_the_same_for_whoever_knows_the_sums_and_another_for_other_sums() -> None:
-    """Its deviation is 0.8 steps of the sum, and it has no mean."""
+    """Its deviation is 0.8 of its width, and it has no mean."""
     noise, again, other = (task._dither(bytes([key]) * 32, 100_000) for key in (1, 1, 2))
     assert np.array_equal(noise, again)
     assert abs(np.corrcoef(noise, other)[0, 1]) < 0.02

@@ -17,7 +17,6 @@ import pytest
 from flwr.app import Context, Message
 
 from adapters import files
-from adapters.task import weighted_mean
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki import PublicKey
 from aggregation.server import AbortReason, Established, RoundAborted, RoundResult
@@ -79,7 +78,7 @@ class Attack:
         """Log the second round as aborted, and keep its sum."""
         if self.kind != "aborted" or result.round % 2:
             return session, result
-        self.sums.append(weighted_mean(session.session.spec, result.values, len(result.survivors)))
+        self.sums.append((result.values["delta"] / result.values["weight"][0]).astype(np.float32))
         return RoundAborted(AbortReason.OUT_OF_RANGE, "as the coordinator says", session)
 
     def devices(self, message: Message, context: Context) -> Message:

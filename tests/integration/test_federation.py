@@ -19,10 +19,9 @@ import pytest
 from flwr.app import Context, Message
 from safetensors.numpy import load_file
 
-from adapters import files
+from adapters import files, task
 from adapters.base import find_base
 from adapters.layout import Layout, Tensors, TensorSpec
-from adapters.task import UNIFORMS
 from aggregation import envelope, ring
 from aggregation.messages import MaskedInput
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, Step
@@ -72,15 +71,27 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Orders:
     return Orders(monkeypatch)
 
 
+def noises(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The noise of each mean, in units of its width, once it is drawn."""
+    drawn, dither = list[Any](), task._dither
+
+    def watched(key: bytes, size: int) -> Any:
+        drawn.append(dither(key, size))
+        return drawn[-1]
+
+    monkeypatch.setattr(task, "_dither", watched)
+    return drawn
+
+
 def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, ...], orders: Orders) -> tuple[Any, int]:
     """The weighted mean of the survivors' updates, without masks, rings or messages; and the total weight."""
     registry, settings = fleet.registry(), settings_of(fleet)
-    task = settings.training.task(registry.version(version).manifest)
-    mine = load_trainer(fleet.base, len(task.labels), provisioned.lora(fleet.scenario))
+    plan = settings.training.task(registry.version(version).manifest)
+    mine = load_trainer(fleet.base, len(plan.labels), provisioned.lora(fleet.scenario))
     total, weights = np.zeros(mine.layout.size), 0
     for device in survivors:
-        examples = in_split(read_examples(fleet.state_dir(device).examples, len(task.labels)), Split.TRAIN)
-        trained = mine.train(start, examples, task, epochs=task.epochs, rng=orders.found[device, version])
+        examples = in_split(read_examples(fleet.state_dir(device).examples, len(plan.labels)), Split.TRAIN)
+        trained = mine.train(start, examples, plan, epochs=plan.epochs, rng=orders.found[device, version])
         delta = mine.layout.flatten(trained).astype(np.float64) - mine.layout.flatten(start)
         weight = min(len(examples), settings.aggregation.weight_cap)
         total += weight * clip(delta, settings.aggregation.clip_norm)
@@ -98,12 +109,14 @@ def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, .
     ],
 )
 def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error(
-    fleet_of: FleetOf, seed: int, changes: dict[str, Any], orders: Orders
+    fleet_of: FleetOf, seed: int, changes: dict[str, Any], orders: Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the noise of the mean, which is the same for whoever knows the sum."""
     bounds = {"aggregation__clip_norm": 2.0, "aggregation__weight_cap": 16}  # tiny, as the fleet and its updates are
     fleet = fleet_of(10, seed=seed, rounds=3, **{**bounds, **changes})
+    noise = noises(monkeypatch)
     records = fleet.federate(fleet.grid(app=orders, message_loss=0.01, forced_dropouts=1))
-    settings, registry, moved = settings_of(fleet), fleet.registry(), 0
+    settings, registry, moved, drawn = settings_of(fleet), fleet.registry(), 0, iter(noise)
     for record in records:
         if record.version is None:
             continue
@@ -111,10 +124,12 @@ def test_each_adapter_is_the_survivors_plain_weighted_mean_to_quantization_error
         layout = Layout.of(before)
         mean, weight = plain_mean(fleet, before, record.version - 1, record.survivors, orders)
         spec = settings.aggregation.spec(10, layout, fleet.base.digest, 1)
-        # An element's sum is off by less than a step for each survivor, its mean by noise; then float32 rounds.
-        bound = (len(record.survivors) + UNIFORMS / 2) * spec.vector.step(spec.vector.segments[0]) / weight
+        # An element's sum is off by less than a step for each survivor; then float32 rounds.
+        step = spec.vector.step(spec.vector.segments[0])
+        bound = len(record.survivors) * step / weight
+        width = max(step, 2 * settings.training.learning_rate) * weight / len(record.survivors)
         found = layout.flatten(after).astype(np.float64) - layout.flatten(before)
-        expected = settings.server.learning_rate * mean
+        expected = settings.server.learning_rate * (mean + width * next(drawn) / weight)
         rounding = 2.0**-22 * np.abs(layout.flatten(before)).max()
         error = np.abs(found - expected).max()
         assert error <= settings.server.learning_rate * bound + rounding
@@ -152,8 +167,9 @@ def shown(record: Any) -> tuple[Any, ...]:
 
 
 def test_devices_with_unusable_examples_answer_and_the_adapter_is_the_mean_of_the_others(
-    fleet_of: FleetOf, orders: Orders
+    fleet_of: FleetOf, orders: Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(task, "_dither", lambda key, size: np.zeros(size))
     fleet = fleet_of(8, rounds=2, aggregation__clip_norm=2.0, aggregation__weight_cap=16)
     fleet.state_dir("device-02").examples.write_text('{"text": "the code of the safe is 4711"')
     fleet.state_dir("device-05").examples.unlink()

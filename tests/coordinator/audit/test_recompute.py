@@ -14,6 +14,7 @@ import pytest
 
 from adapters.manifest import PeftConfig, ServerRule, VersionManifest
 from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY, RegistryFiles
+from adapters.task import Task
 from aggregation import envelope
 from aggregation.errors import ConfigError, TrustError
 from aggregation.messages import MaskedInput
@@ -286,15 +287,21 @@ def first_session(state_dir_of: Callable[[str], Path], monkeypatch: pytest.Monke
     [
         ({"before": (0, "ab" * 32)}, "plan.adapter"),
         ({"survivors": ("someone",)}, "manifest.survivors"),
-        ({"layout": "0" * 64}, "manifest.layout_digest"),
-        ({"mean": np.zeros(3, np.float32)}, "shape"),
+        ({"spec": {"layout_digest": "0" * 64}}, "manifest.layout_digest"),
+        ({"spec": {"base_digest": "0" * 64}}, "manifest.base_digest"),
+        ({"sums": {"held_out": np.array([99.0])}}, "manifest.metrics"),
+        ({"sums": {"delta": np.zeros(3)}}, "shape"),
     ],
-    ids=["start", "survivors", "layout", "size"],
+    ids=["start", "survivors", "layout", "base", "metrics", "size"],
 )
 def test_a_log_that_contradicts_the_registry_is_found(
     first_session: FirstSession, changes: dict[str, Any], about: str
 ) -> None:
     new, (first, second) = first_session
+    if "spec" in changes:
+        changes = {"spec": replace(first.spec, **changes["spec"])}
+    elif "sums" in changes:
+        changes = {"sums": {**(first.sums or {}), **changes["sums"]}}
     finding = new()((replace(first, **changes), second))
     assert outcome(finding) == (Status.FAIL, about)
     assert finding.place == first.place
@@ -321,13 +328,29 @@ def test_an_adapter_that_was_exchanged_after_the_last_sum_of_a_session_is_found(
     assert outcome(finding) == (Status.FAIL, "manifest.sha256")
 
 
-def test_a_small_change_of_one_number_of_the_mean_is_found(first_session: FirstSession) -> None:
+def test_a_change_of_one_step_of_one_number_of_the_sum_is_found(first_session: FirstSession) -> None:
     new, (first, second) = first_session
-    assert first.mean is not None
-    mean = first.mean.copy()
-    mean[np.abs(mean).argmin()] += np.float32(1e-6)  # about one step of the sum over its weight
-    finding = new()((replace(first, mean=mean), second))
+    assert first.sums is not None
+    delta, vector = first.sums["delta"].copy(), first.spec.vector
+    delta[np.abs(delta).argmin()] += vector.step(vector.segments[0])
+    finding = new()((replace(first, sums={**first.sums, "delta": delta}), second))
     assert outcome(finding) == (Status.FAIL, "result.adapter")
+
+
+def test_another_task_than_that_of_the_plan_makes_another_mean(first_session: FirstSession) -> None:
+    """Its learning rate is in the noise."""
+    new, (first, second) = first_session
+    task = Task.decode(first.training)
+    other = replace(task, learning_rate=2 * task.learning_rate).encode()
+    finding = new()((replace(first, training=other), second))
+    assert outcome(finding) == (Status.FAIL, "result.adapter")
+
+
+def test_metrics_that_are_not_those_of_the_sum_are_found(state_dir_of: Callable[[str], Path]) -> None:
+    state_dir = state_dir_of("fedavg")
+    resign(state_dir, 1, metrics={"accuracy": 0.99, "loss": 0.01})
+    first, _ = adapters(state_dir)
+    assert outcome(first) == (Status.FAIL, "manifest.metrics")
 
 
 def test_a_session_without_a_result_has_no_adapter(first_session: FirstSession) -> None:
