@@ -2,7 +2,8 @@
 
 A mean delta is added; it is not a gradient, which would be subtracted. Everything is float32 over one flat vector in
 layout order, and uses only operations whose result IEEE 754 defines: a run resumed from stored state makes the same
-adapters, bit for bit. The protocol makes the mean, the registry keeps the state.
+adapters, bit for bit. No coordinate of an adapter exceeds ``LARGEST``. The protocol makes the mean, the registry keeps
+the state.
 
 >>> rule = FedAvg(learning_rate=0.5)
 >>> state = start(rule, size=2)
@@ -20,6 +21,10 @@ import numpy as np
 from adapters.layout import Floats, Tensors
 from adapters.manifest import ServerRule
 from aggregation.errors import ConfigError, DataError
+
+# Weight units; half of what devices train by default (``client.training.limits``). A device that lies within the clip
+# norm for a hundred rounds could otherwise lead a coordinate to where every device refuses the adapter, for ever.
+LARGEST = 512.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +142,9 @@ def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) 
         mean_delta: float32 of shape ``(n,)``, weight units: the weighted mean of the survivors' deltas.
 
     Returns:
-        The next state, and the next adapter, float32 of shape ``(n,)``. Guarantee: the arguments are not changed, the
-        result is finite, and equal arguments give equal bits.
+        The next state, and the next adapter, float32 of shape ``(n,)``, each coordinate clipped to ``LARGEST`` in
+        absolute value. Guarantee: the arguments are not changed, the result is finite, and equal arguments give equal
+        bits.
 
     Raises:
         ConfigError: The state belongs to another optimizer.
@@ -148,7 +154,7 @@ def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) 
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below, in one line
         match settings, state:
             case FedAvg(learning_rate=rate), Stateless():
-                return state, _finite(adapter + np.float32(rate) * mean_delta)
+                return state, _within(adapter + np.float32(rate) * mean_delta)
             case FedAdam(), Moments():
                 _check(adapter, state.first)
                 return _adam(settings, state, adapter, mean_delta)
@@ -164,7 +170,7 @@ def _adam(settings: FedAdam, state: Moments, adapter: Floats, delta: Floats) -> 
     first = beta1 * state.first + (one - beta1) * delta
     second = beta2 * state.second + (one - beta2) * (delta * delta)
     scale: Floats = np.sqrt(second) + tau
-    return Moments(_finite(first), _finite(second)), _finite(adapter + rate * first / scale)
+    return Moments(_finite(first), _finite(second)), _within(adapter + rate * first / scale)
 
 
 def to_tensors(state: State) -> Tensors:
@@ -221,6 +227,10 @@ def _finite(vector: Floats) -> Floats:
             about="update",
         )
     return vector
+
+
+def _within(adapter: Floats) -> Floats:
+    return np.clip(_finite(adapter), -np.float32(LARGEST), np.float32(LARGEST))
 
 
 def _positive(name: str, value: float) -> None:

@@ -17,8 +17,9 @@ from adapters import task
 from aggregation.spec import SessionSpec
 from client.node import app as node
 from client.node import training
-from coordinator import rounds
-from coordinator.audit import Check, Status, audit, sums
+from client.training.limits import TrainingLimits
+from coordinator import optimizer, rounds
+from coordinator.audit import AuditInput, AuditOptions, Check, Status, audit, sums
 from coordinator.audit.transcripts import logs, vector_path
 from coordinator.statedir import CoordinatorStateDir
 
@@ -142,3 +143,40 @@ def test_a_device_that_lies_within_the_bound_moves_the_mean_by_no_more_than_the_
     honest, _ = run(app_fleet_of, lambda spec, vector: vector)
     assert 3 * moved(honest) < moved(fleet) <= CLIP
     assert found(fleet)[0] is Status.PASS
+
+
+# One coordinate, round after round, until every device refuses the adapter.
+
+WIDE = 600.0  # clip norm: two rounds lead as far as a hundred do with the default
+
+
+def led_away(app_fleet_of: FleetOf) -> tuple[Any, list[int | None]]:
+    """A fleet after three rounds in which the first coordinate moved by most of the clip norm; their versions."""
+
+    def lie(spec: SessionSpec, vector: Any) -> Any:
+        vector = put(spec, vector, delta=0, weight=1)
+        vector[0] = int(0.9 * WIDE * 39 / spec.vector.step(spec.vector.segments[0]))  # all survivors have 39 examples
+        return vector
+
+    bounds = {"aggregation__clip_norm": WIDE, "aggregation__ring_bits": 32}
+    fleet = app_fleet_of(DEVICES, rounds=3, **KEPT, **bounds)
+    return fleet, [record.version for record in fleet.federate(fleet.grid(app=OneLiar(lie)))]
+
+
+def test_a_device_cannot_lead_an_adapter_to_where_the_others_refuse_it(app_fleet_of: FleetOf) -> None:
+    fleet, versions = led_away(app_fleet_of)
+    assert versions == [1, 2, 3]
+    registry = fleet.registry()
+    for version in versions:
+        assert max(np.abs(tensor).max() for tensor in registry.tensors(version).values()) == optimizer.LARGEST
+    assert TrainingLimits().maximum_magnitude > optimizer.LARGEST
+    audited = AuditInput.open(fleet.out / "coordinator", AuditOptions())
+    audited.require(audited.audit(unfinished=False), unfinished=False)  # the auditor computes the same adapters
+
+
+def test_without_the_largest_value_of_a_coordinate_the_training_ends_for_ever(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "LARGEST", 1e9)
+    _, versions = led_away(app_fleet_of)
+    assert versions == [1, 2, None]

@@ -14,6 +14,7 @@ from adapters.layout import Floats, Tensors
 from adapters.manifest import ServerRule
 from aggregation.errors import ConfigError, DataError
 from coordinator.optimizer import (
+    LARGEST,
     FedAdam,
     FedAvg,
     Moments,
@@ -56,6 +57,13 @@ def test_fedavg_scales_the_mean_by_its_rate() -> None:
     settings = FedAvg(learning_rate=0.5)
     _, updated = step(settings, start(settings, 2), np.array([1, 2], np.float32), np.array([4, -4], np.float32))
     assert updated.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("settings", [FedAvg(1000.0), FedAdam(1000.0)], ids=["fedavg", "fedadam"])
+def test_no_coordinate_of_an_adapter_exceeds_the_largest(settings: Settings) -> None:
+    adapter, mean = np.array([500, -500, 3], np.float32), np.array([4, -4, 0], np.float32)
+    _, updated = step(settings, start(settings, 3), adapter, mean)
+    assert updated.tolist() == [LARGEST, -LARGEST, 3]
 
 
 def test_one_step_of_fedadam_by_hand() -> None:
