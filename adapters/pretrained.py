@@ -4,17 +4,20 @@ Whatever is wrong with them ends in one line. Code that comes with a base never 
 refused, where transformers would draw random ones.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from adapters.base import Base
+from adapters.peft.inputs import in_modules
 from aggregation.errors import ConfigError
 
 WEIGHTS = "model.safetensors"
@@ -50,16 +53,19 @@ def configuration(base: Base) -> Any:
     return config
 
 
-def load(base: Base, kind: Any, num_labels: int | None = None) -> Any:
+def load(base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[str] = ()) -> Any:
     """The base as transformers' class ``kind`` (``AutoModel``, say), in float32 and evaluation mode.
 
     Args:
         base: The base.
         kind: The class.
-        num_labels: Of a head that is about to be replaced: its rows. Such a head's weights may be of another size.
+        num_labels: Rows of the head, where they are not the base's own.
+        saved: As peft's ``modules_to_save``: modules that every adapter brings, so that the base may lack their weights
+            or have them in another size.
 
     Raises:
-        ConfigError: As ``configuration``; the weights are damaged, or some that change an answer are missing.
+        ConfigError: As ``configuration``; the weights are damaged, or some that change an answer are missing or of
+            another size.
     """
     config = configuration(base)
     if num_labels is not None:
@@ -75,9 +81,10 @@ def load(base: Base, kind: Any, num_labels: int | None = None) -> Any:
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=num_labels is not None,
+            ignore_mismatched_sizes=True,  # those that matter are refused below
         )
-        if missing := sorted(info["missing_keys"]):
+        lacking = {*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])}
+        if missing := sorted(name for name in lacking if not in_modules(name, saved)):
             _check_unused(model.eval(), missing)
     except Exception as error:  # as above
         raise _refusal(base, error) from error
@@ -86,11 +93,40 @@ def load(base: Base, kind: Any, num_labels: int | None = None) -> Any:
     return model.eval()
 
 
+def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of the base as transformers' class ``kind`` with so many labels. Reads no weights.
+
+    Raises:
+        ConfigError: As ``configuration``, or transformers has no such class for the architecture.
+    """
+    config = configuration(base)
+    config.num_labels = num_labels
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except Exception as error:  # as in ``configuration``
+        raise _refusal(base, error) from error
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def layer_names(model: nn.Module) -> str:
     """The names of a model's linear layers, for messages about a name that it lacks."""
-    kinds = (nn.Linear, Conv1D)
-    found = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, kinds)}
+    found = {path.rpartition(".")[2] for path, module in model.named_modules() if is_linear(module)}
     return ", ".join(sorted(found))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes ``x W^T + b``: a Linear, GPT-2's Conv1D, or a family's own class (FalconLinear)."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    # An attention of torch's own reads this one's weight without calling it.
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    x = torch.linspace(-1, 1, module.in_features)[None]
+    with torch.no_grad():
+        found = module(x)
+        expected = nn.functional.linear(x, module.weight, module.bias)
+    return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def tokenizer(base: Base) -> Tokenizer:
@@ -116,7 +152,9 @@ def _check_unused(model: Any, missing: list[str]) -> None:
             answers.append(model(input_ids=torch.arange(1, 4)[None])[0])
     if not torch.equal(*answers):
         raise ConfigError(
-            f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}", about=WEIGHTS, value=missing
+            f"{WEIGHTS} lacks {len(missing)} of its tensors, such as {missing[0]!r}, and no adapter brings them",
+            about=WEIGHTS,
+            value=missing,
         )
 
 

@@ -16,7 +16,7 @@ from adapters.files import MAX_ADAPTER
 from adapters.graphinputs import PEFT_PREFIX, input_name
 from adapters.layout import Floats, Layout, Tensors
 from adapters.peft.config import Settings, config_of, saved_modules, settings_of
-from adapters.peft.inputs import LORA, AdapterInputs
+from adapters.peft.inputs import LORA, AdapterInputs, in_modules
 from adapters.peftconfig import PeftConfig
 from adapters.storage import new_folder, read, write_files
 from aggregation.errors import ConfigError, DataError
@@ -37,6 +37,7 @@ class PeftFolder:
     peft_config: PeftConfig
     sha256: str  # of adapter_model.safetensors
     base: str | None
+    task_type: str | None  # such as SEQ_CLS or CAUSAL_LM
     tensors: Tensors = field(repr=False)  # float32, under peft's names
 
 
@@ -63,8 +64,8 @@ def read_peft(folder: Path) -> PeftFolder:
     tensors = _tensors(blob)
     _check_saved(tensors, saved_modules(settings))
     AdapterInputs.of_tensors(config, tensors)
-    base = settings.get("base_model_name_or_path")
-    return PeftFolder(config, files.sha256(blob), base if isinstance(base, str) else None, tensors)
+    base, task = (_text(settings.get(name)) for name in ("base_model_name_or_path", "task_type"))
+    return PeftFolder(config, files.sha256(blob), base, task, tensors)
 
 
 def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = None) -> None:
@@ -88,6 +89,10 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
     contents = {CONFIG: json.dumps(settings, indent=2).encode() + b"\n", WEIGHTS: files.encode(tensors)}
     with new_folder(out) as stage:
         write_files(stage, contents)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _settings(raw: bytes) -> Settings:
@@ -135,16 +140,13 @@ def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
                 about=name,
             )
     for name in names:
-        parts = name.split(".")
-        if "base_layer" in parts:
+        if "base_layer" in name.split("."):
             raise ConfigError(
                 f"tensor {name!r} is a copy of the base's, and a base is not changed: save the adapter with "
                 "save_pretrained(folder, save_embedding_layers=False)",
                 about=name,
             )
-        modules = [".".join(parts[:count]) for count in range(1, len(parts))]
-        # peft matches every module whose path ends with the name, even in the middle of a word.
-        if LORA not in name and not any(module.endswith(saved) for module in modules):
+        if LORA not in name and not in_modules(name, saved):
             raise ConfigError(
                 f"tensor {name!r} belongs to no module in modules_to_save and cannot be exported", about=name
             )

@@ -4,7 +4,7 @@
 ``peftmodel.find_adapter_inputs`` reads them from a PEFT model in memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -85,6 +85,28 @@ def lora_paths(names: Iterable[str]) -> set[str]:
             f"tensor {odd[0]!r} is not of plain LoRA on a linear layer and cannot be exported", about=odd[0]
         )
     return {name.removesuffix(LORA_A).removesuffix(LORA_B) for name in added}
+
+
+def in_modules(name: str, saved: Iterable[str]) -> bool:
+    """Whether a parameter belongs to one of the modules that ``saved``, peft's ``modules_to_save``, names.
+
+    Peft matches every module whose path ends with a name, even in the middle of a word.
+
+    >>> in_modules("pre_classifier.weight", ["classifier"])
+    True
+    """
+    parts, ends = name.split("."), tuple(saved)
+    return any(".".join(parts[:count]).endswith(ends) for count in range(1, len(parts)))
+
+
+def summary(paths: Sequence[str]) -> str:
+    """Layers in one line of a message: each of their names once, and one path.
+
+    >>> summary(["layers.0.q_proj", "layers.1.q_proj", "layers.0.k_proj"])
+    'k_proj, q_proj (3 layers, such as layers.0.q_proj)'
+    """
+    names = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
+    return f"{names} ({len(paths)} layers, such as {paths[0]})" if len(paths) > 1 else ", ".join(paths)
 
 
 def _lora(path: str, config: PeftConfig, values: Tensors) -> LoraSlot:

@@ -6,6 +6,7 @@ from adapters.classifier import LoraSpec
 from adapters.manifest import Task
 from aggregation.errors import ConfigError
 from export.causal import export_causal
+from export.causal.base import check_decoder
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 
@@ -19,7 +20,10 @@ def usual_task(base: Base) -> Task:
     Raises:
         ConfigError: The base cannot be opened, or states a task that devices do not run.
     """
-    architecture = str(next(iter(pretrained.configuration(base).architectures or []), ""))
+    config = pretrained.configuration(base)
+    architecture = str(next(iter(config.architectures or []), ""))
+    if architecture.endswith("ForConditionalGeneration"):
+        check_decoder(config)
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "text-generation"
     if "For" in architecture and not architecture.endswith(HEADS):

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters import pretrained
 from adapters.base import Base
 from adapters.bundle import TOKENIZER
-from adapters.layout import Floats, Tensors
+from adapters.layout import Floats
 from adapters.peft.inputs import AdapterInputs, LoraSlot
 from aggregation.errors import ConfigError
 from export.causal import builder, traced
@@ -20,23 +20,25 @@ from export.onnx import headers, matmuls
 from export.onnx.calibrate import TEXT, TOKENS
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile
 from export.onnx.quantize import quantize
+from export.onnx.targets import linear_layers
 
 
 def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
-    """Export ``base`` with a slot at each linear layer whose name ends in one of ``targets``; takes some seconds.
+    """Export ``base`` with a slot at each linear layer that ``targets`` name; takes some seconds.
 
     Args:
         base: A causal language model.
-        targets: As peft's ``target_modules``: names of layers, such as ``("q_proj", "v_proj")``.
+        targets: As ``linear_layers`` takes them, such as ``("q_proj", "v_proj")``.
         profile: How weights are stored.
         max_rank: The highest rank that the base manifest allows an adapter.
 
     Raises:
-        ConfigError: The base cannot be exported, no layer has one of the names, or a layer's MatMul cannot be found in
-            the graph.
+        ConfigError: The base is an encoder-decoder or cannot be exported, a target names no linear layer, or a layer's
+            MatMul cannot be found in the graph.
     """
+    check_decoder(pretrained.configuration(base))
     model = pretrained.load(base, AutoModelForCausalLM)
-    weights = _weights(model, targets)
+    weights = {path: _weight(model.get_submodule(path)) for path in linear_layers(model, targets)}
     sample = sample_logits(model, pretrained.tokenizer(base))
     config = model.config
     del model  # each path loads it again, and until the end only the layers' weights are needed
@@ -58,33 +60,23 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
     )
 
 
+def check_decoder(config: Any) -> None:
+    """Return if a configuration is of one stack of layers. Raises ConfigError for an encoder with a decoder."""
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"{config.model_type} is an encoder-decoder: it would need a graph of its encoder, one of its decoder with "
+            "a cache of cross-attention, and a device that runs both; use a decoder-only model",
+            about="is_encoder_decoder",
+            value=config.model_type,
+        )
+
+
 def _decoder(base: Base, config: Any, sample: Sample) -> builder.DecoderGraph:
     """By the builder path if its graph gives torch's logits, else by the traced path."""
     try:
         return builder.build(base, config, sample)
     except builder.BuilderPathError:
         return traced.build(base, sample)
-
-
-def _weights(model: Any, targets: Sequence[str]) -> Tensors:
-    """The weights of the layers that get slots, by path, in the order of the module tree."""
-    found = {}
-    for target in targets:
-        layers = [path for path, _ in model.named_modules() if path == target or path.endswith(f".{target}")]
-        if not layers:
-            raise ConfigError(
-                f"the base has no layer named {target!r}; it has {pretrained.layer_names(model)}",
-                about="--targets",
-                value=target,
-            )
-        found.update({path: model.get_submodule(path) for path in layers})
-    for path, module in found.items():
-        if type(module) not in (nn.Linear, Conv1D):
-            kind = type(module).__name__
-            raise ConfigError(
-                f"{path}: an adapter on {kind} cannot be exported, only on Linear", about=kind, value=path
-            )
-    return {path: _weight(m) for path, m in model.named_modules() if path in found}
 
 
 def _weight(layer: nn.Module) -> Floats:

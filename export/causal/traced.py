@@ -1,4 +1,4 @@
-"""The traced path: any decoder that optimum knows, traced by torch operator by operator.
+"""The traced path: any decoder of transformers, traced by torch operator by operator.
 
 Used for what onnxruntime-genai's builder does not know. Nothing is fused, so a token takes longer than on the builder
 path; inputs, outputs and files are the same, and so are the steps that follow: quantization, slots, headers.
@@ -15,8 +15,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from adapters import pretrained
 from adapters.base import Base
 from adapters.bundle import GENERATION, MODEL, TOKENIZER, WEIGHTS
 from aggregation.errors import ConfigError
@@ -66,14 +67,15 @@ def build(base: Base, sample: Sample) -> DecoderGraph:
         sample: Torch's logits for a short text.
 
     Raises:
-        ConfigError: Optimum does not know the architecture; torch cannot trace it; the traced graph does not give
+        ConfigError: The configuration lacks a size; torch cannot trace the architecture; the traced graph does not give
             torch's logits; its cache is not equal keys and values in each layer; or the base's files state neither the
             longest text nor the token that ends one.
     """
-    model = tasks.load(base, "text-generation")
+    model = pretrained.load(base, AutoModelForCausalLM)
     sizes = tasks.sizes(model.config)
     cache = _cache(model, sizes)
-    files = _files(base, model.config, sizes, cache)
+    files = _files(base, model.config, sizes, cache, model.generation_config.eos_token_id)
+    model.set_experts_implementation("batched_mm")  # the one form of a mixture of experts that torch can trace
     replace_conv1d(model)
     traced = _trace(model, cache)
     matmuls.normalize(traced)
@@ -90,11 +92,14 @@ def build(base: Base, sample: Sample) -> DecoderGraph:
 
 
 def _cache(model: Any, sizes: tasks.Sizes) -> KeyValueCache:
-    """The shape of the KV cache, read from a run: optimum keeps it in tables by family outside its core package."""
+    """The shape of the KV cache, read from a run, because no configuration states it for every family."""
     keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    with torch.no_grad():
-        answer = model(input_ids=torch.ones(1, 3, dtype=torch.int64), use_cache=True)
-    layers = getattr(getattr(answer, keyword, None), "layers", [])
+    try:
+        with torch.no_grad():
+            answer = model(input_ids=torch.ones(1, 3, dtype=torch.int64), use_cache=True)
+        layers = getattr(getattr(answer, keyword, None), "layers", [])
+    except (IndexError, ValueError):  # of transformers' cache, where layers have a state instead
+        layers = []
     shapes = {tuple(part.shape) for layer in layers for part in (_part(layer, "keys"), _part(layer, "values"))}
     if len(layers) != sizes.layers or len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[2] != 3:
         raise ConfigError(
@@ -132,8 +137,11 @@ def _trace(model: Any, cache: KeyValueCache) -> onnx.ModelProto:
     )
 
 
-def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: KeyValueCache) -> dict[str, bytes]:
-    """The other files that onnxruntime-genai reads: its settings, and the tokenizer as transformers saves it."""
+def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: KeyValueCache, chosen: Any) -> dict[str, bytes]:
+    """The other files that onnxruntime-genai reads: its settings, and the tokenizer as transformers saves it.
+
+    ``chosen`` are the tokens that end a text according to ``generation_config.json``, which transformers reads first.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many classes, with no common base
@@ -146,7 +154,7 @@ def _files(base: Base, config: Any, sizes: tasks.Sizes, cache: KeyValueCache) ->
             f"nothing in {base.folder} limits the length of a text; state max_position_embeddings in config.json",
             about="max_position_embeddings",
         )
-    end = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    end = next((ids for ids in (chosen, config.eos_token_id, tokenizer.eos_token_id) if ids is not None), None)
     if end is None:
         raise ConfigError(
             f"nothing in {base.folder} says which token ends a text; state eos_token_id in config.json",

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.graphinputs import LORA_A, LORA_B, input_name
 from adapters.layout import TensorSpec
 from adapters.peft.inputs import LABELS, AdapterInputs, LoraSlot, SavedSlot
+from adapters.pretrained import is_linear
 from aggregation.errors import ConfigError
 
 TOKENS = ("input_ids", "attention_mask")
@@ -60,7 +61,7 @@ def find_adapter_inputs(model: PeftModel) -> AdapterInputs:
 
 
 def _lora(path: str, layer: Any, adapter: str) -> LoraSlot:
-    if type(layer) is not LoraLinear or type(layer.get_base_layer()) not in (nn.Linear, Conv1D):
+    if type(layer) is not LoraLinear or not is_linear(layer.get_base_layer()):
         within = type(layer.get_base_layer()).__name__ if isinstance(layer, LoraLayer) else "a layer"
         module = type(layer).__module__.rpartition("peft.tuners.")[2]
         raise ConfigError(

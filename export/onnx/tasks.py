@@ -1,6 +1,6 @@
-"""What optimum knows of an architecture: the class that loads it for a task, and the sizes in its configuration.
+"""What an architecture's configuration says, under the names that transformers gives to the numbers of every family.
 
-So no exporter needs a table of architectures of its own. Optimum is imported on first use, which takes seconds.
+So no exporter needs a table of architectures of its own.
 """
 
 from dataclasses import dataclass
@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 
-from adapters import pretrained
-from adapters.base import Base
-from adapters.manifest import Task
 from aggregation.errors import ConfigError
 
 OFFSETS = 8  # positions that a family may reserve; RoBERTa's numbering begins at 2
@@ -18,7 +15,7 @@ OFFSETS = 8  # positions that a family may reserve; RoBERTa's numbering begins a
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes of a decoder, whatever names its configuration gives them."""
+    """The sizes of a decoder."""
 
     layers: int
     heads: int  # of queries; keys and values may have fewer
@@ -26,51 +23,22 @@ class Sizes:
     vocabulary: int
 
 
-def load(base: Base, task: Task) -> Any:
-    """The base as the model of ``task``, in float32 and evaluation mode.
-
-    Raises:
-        ConfigError: It is no model for this task, cannot be opened, or optimum is not installed.
-    """
-    try:
-        from optimum.exporters.tasks import TasksManager
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"exporting this model needs {error.name}: pip install 'edgeadapt[export]'", about="optimum"
-        ) from error
-    config = pretrained.configuration(base)
-    try:
-        kind = TasksManager.get_model_class_for_task(task, model_type=config.model_type)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{base.folder} holds no model for {task}: {str(error).splitlines()[0]}", about="--task", value=task
-        ) from error
-    return pretrained.load(base, kind)
-
-
 def sizes(config: Any) -> Sizes:
-    """The sizes in a configuration of transformers.
+    """The sizes in a configuration of transformers, which maps each family's own names to common ones.
 
     Raises:
-        ConfigError: Optimum does not know the architecture, or the configuration lacks a size.
+        ConfigError: The configuration lacks a size, or its layers differ in one.
     """
-    from optimum.utils.normalized_config import NormalizedConfigManager
-
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     try:
-        known = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-    except KeyError as error:
+        found = [int(getattr(config, name)) for name in names]
+    except (AttributeError, TypeError) as error:
         raise ConfigError(
-            f"optimum does not know the architecture {config.model_type!r}; use a base that optimum or "
-            "onnxruntime-genai's builder knows",
-            about="model_type",
-            value=config.model_type,
+            f"the configuration of {config.model_type!r} does not state one of {', '.join(names)} for all layers: "
+            f"{str(error)[:100]}",
+            about="config.json",
         ) from error
-    try:
-        return Sizes(known.num_layers, known.num_attention_heads, known.hidden_size, known.vocab_size)
-    except AttributeError as error:
-        raise ConfigError(
-            f"the configuration of {config.model_type!r} is incomplete: {error}", about="config.json"
-        ) from error
+    return Sizes(*found)
 
 
 def readable_length(model: Any, config: Any, length: int) -> int:

@@ -31,7 +31,7 @@ def commands(group: click.Group, path: Path = ()) -> Iterator[tuple[Path, click.
 
 ALL = dict(commands(edgeadapt.cli))
 GROUPS = [(), *(path for path, command in ALL.items() if isinstance(command, click.Group))]
-EXTRAS = {"flwr", "matplotlib", "onnx", "optimum", "peft", "rich", "safetensors", "sqlalchemy", "torch", "transformers"}
+EXTRAS = {"flwr", "matplotlib", "onnx", "peft", "rich", "safetensors", "sqlalchemy", "torch", "transformers"}
 LEAVES = [path for path in ALL if path not in GROUPS]
 
 

@@ -180,7 +180,10 @@ MakeLm = Callable[..., Base]
 
 @pytest.fixture(scope="session")
 def make_lm(tmp_path_factory: pytest.TempPathFactory) -> MakeLm:
-    """Makes a base of an architecture in transformers' words; keywords are keys of its configuration."""
+    """Makes a base of an architecture in transformers' words; keywords are keys of its configuration.
+
+    A key that the architecture does not take has the value ``...``.
+    """
 
     def make(kind: str = "llama", **settings: Any) -> Base:
         folder = tmp_path_factory.mktemp(kind)
@@ -198,7 +201,8 @@ def make_lm(tmp_path_factory: pytest.TempPathFactory) -> MakeLm:
             "eos_token_id": 2,
             "pad_token_id": 2,
         }
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | settings)))
+        given = {name: value for name, value in (sizes | settings).items() if value is not ...}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, value in model.named_parameters():

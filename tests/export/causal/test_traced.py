@@ -14,10 +14,10 @@ import pytest
 import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters import pretrained
-from adapters.base import Base
+from adapters.base import Base, find_base
 from adapters.causal import build, tensors
 from adapters.classifier import LoraSpec
 from adapters.graphinputs import to_inputs
@@ -28,6 +28,7 @@ from client.inference.engine import GenerationEngine
 from client.inference.generate import Generator
 from client.inference.library import Library
 from client.inference.text import SamplingParams
+from export.bundle.base import usual_task
 from export.bundle.write import AdapterSource, write_bundle
 from export.causal import builder, export_causal, traced
 from export.causal.builder import BuilderPathError
@@ -310,7 +311,7 @@ def test_layers_that_flatten_the_batch_are_quantized_too(
 
 @pytest.mark.parametrize(
     ("kind", "target", "about"),
-    [("mixtral", "q_proj", "torch.onnx"), ("mpt", "Wqkv", "torch.onnx"), ("mamba", "in_proj", "model_type")],
+    [("mpt", "Wqkv", "torch.onnx"), ("mamba", "in_proj", "past_key_values")],
 )
 @pytest.mark.slow
 def test_a_base_that_cannot_be_traced_is_refused_in_one_line(make_lm: Any, kind: str, target: str, about: str) -> None:
@@ -320,9 +321,23 @@ def test_a_base_that_cannot_be_traced_is_refused_in_one_line(make_lm: Any, kind:
         export_causal(base, (target,), Profile.FP32)
 
 
-def test_an_unknown_architecture_is_refused_by_name(make_lm: Any) -> None:
-    with refused(ConfigError, "model_type", value="stablelm"):
-        export_causal(make_lm("stablelm"), ("q_proj",), Profile.FP32)
+def test_an_encoder_decoder_is_refused_by_name(tiny_base: Base, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((tiny_base.folder / name).read_bytes())
+    t5 = AutoConfig.for_model("t5", num_layers=2, architectures=["T5ForConditionalGeneration"])
+    t5.save_pretrained(tmp_path)
+    base = find_base(str(tmp_path))
+    for refuse in (usual_task, lambda base: export_causal(base, ("q",), Profile.FP32)):
+        with refused(ConfigError, "is_encoder_decoder", value="t5"):
+            refuse(base)
+
+
+@pytest.mark.parametrize("kind", ["llama", pytest.param("stablelm", marks=pytest.mark.slow)])  # builder and traced path
+def test_every_token_that_ends_a_text_is_kept(make_lm: Any, kind: str) -> None:
+    base = make_lm(kind, **ONE)
+    (base.folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 7]}')
+    files = export_causal(base, ("q_proj",), Profile.FP32).files
+    assert json.loads(files["genai_config.json"])["model"]["eos_token_id"] == [2, 7]
 
 
 def test_a_base_without_an_end_token_or_a_longest_text_is_refused(make_lm: Any) -> None:
