@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel
 
 from adapters import pretrained
 from adapters.base import Base
@@ -60,29 +60,6 @@ def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:
         raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels", value=labels)
     encoder = pretrained.load(base, AutoModel)
     return _adapted(PhraseClassifier(encoder, encoder.config.hidden_size, labels), lora, modules_to_save=["classifier"])
-
-
-def build_own(base: Base, lora: LoraSpec) -> PeftModel:
-    """As ``build``, with the base's own head on top instead of ``PhraseClassifier``: what peft makes for ``SEQ_CLS``.
-
-    Raises:
-        ConfigError: As ``build``, or the head is for several answers at a time, or for a number.
-    """
-    model = pretrained.load(base, AutoModelForSequenceClassification)
-    kind, labels = model.config.problem_type, model.config.num_labels
-    if labels < 2 or kind not in (None, "single_label_classification"):
-        raise ConfigError(
-            f"the base's head has {labels} labels ({kind}); a device chooses one of at least two",
-            about="head",
-            value=labels,
-        )
-    return _adapted(model, lora, task_type="SEQ_CLS")
-
-
-def has_own_head(base: Base) -> bool:
-    """Whether the base was made to classify whole texts. Raises ConfigError if it cannot be opened."""
-    stated = pretrained.configuration(base).architectures or [""]
-    return str(stated[0]).endswith("ForSequenceClassification")
 
 
 def _adapted(model: nn.Module, lora: LoraSpec, **settings: Any) -> PeftModel:

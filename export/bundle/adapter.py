@@ -11,7 +11,7 @@ from adapters.graphinputs import LORA_A, LORA_B, PEFT_PREFIX, from_inputs, input
 from adapters.layout import Tensors
 from adapters.manifest import Format
 from adapters.peft.config import exactly
-from adapters.peft.inputs import LORA, AdapterInputs, LoraSlot, lora_paths
+from adapters.peft.inputs import LORA, AdapterInputs, LoraSlot, lora_paths, summary
 from adapters.peftconfig import PeftConfig
 from adapters.quantization import quantize, restore
 from aggregation.errors import DataError
@@ -54,10 +54,11 @@ def completed(
     """
     names = {input_name(name) for name in tensors}
     if odd := sorted(names - set(slots)):
-        remedy = (
-            "export the base with this layer among --targets" if LORA in odd[0] else "train without modules_to_save"
-        )
-        raise DataError(f"the base has no slot for the adapter's tensor {odd[0]!r}: {remedy}", about=odd[0])
+        layers = [name.removesuffix(LORA_A) for name in odd if name.endswith(LORA_A)]
+        others = [name for name in odd if LORA not in name]
+        remedies = [f"no slots for {summary(layers)}: export the base with 'export base --peft'"] if layers else []
+        remedies += [f"no place for {', '.join(others)}: train without modules_to_save"] if others else []
+        raise DataError(f"the base has {'; '.join(remedies)}", about=odd[0], value=odd)
     if missing := sorted(name for name in set(slots) - names if LORA not in name):
         raise DataError(
             f"the adapter lacks {missing[0]!r}, which every adapter of this base must have: train its module in "

@@ -1,17 +1,41 @@
-"""The base that a command names: its usual task, and its export for a task."""
+"""The base that a command names: its usual task, what an adapter needs of it, and its export."""
 
-from adapters import classifier, pretrained
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from adapters import pretrained
 from adapters.base import Base, find_base
-from adapters.classifier import LoraSpec
+from adapters.classifier import ENCODER
+from adapters.graphinputs import LORA_A, input_name
 from adapters.manifest import Task
+from adapters.peft.inputs import LORA, lora_paths
 from aggregation.errors import ConfigError
+from export.bundle.sources import Origin
 from export.causal import export_causal
 from export.causal.base import check_decoder
+from export.onnx import slotted
 from export.onnx.classifier import export_classifier
-from export.onnx.exported import ExportedBase, Profile
+from export.onnx.exported import MAX_RANK, ExportedBase, Profile
 
+Head = Literal["own", "mean"]
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining")  # heads that can be removed from an encoder
-ANY_LABELS = 2  # the graph's head takes as many rows as an adapter brings
+DEFAULT_TARGETS: dict[Task, tuple[str, ...]] = {
+    "text-classification": ("query", "value"),
+    "text-generation": ("q_proj", "v_proj"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a base is exported for."""
+
+    task: Task
+    targets: tuple[str, ...]  # the layers that get slots, as ``linear_layers`` takes them
+    max_rank: int  # of an adapter
+    head: Head | None = None  # of a classifier; None: its own, if it has one
+    # The shapes of an adapter's tensors other than LoRA's; None: as any adapter has them.
+    brought: Mapping[str, tuple[int, ...]] | None = field(default=None, repr=False)
 
 
 def usual_task(base: Base) -> Task:
@@ -35,22 +59,71 @@ def usual_task(base: Base) -> Task:
     return "text-classification"
 
 
-def export_named(
-    name: str, task: str, profile: str, targets: tuple[str, ...], *, max_rank: int, head: str | None = None
-) -> ExportedBase:
+def wanted(
+    base: Base,
+    origin: Origin | None = None,
+    *,
+    task: Task | None = None,
+    targets: Sequence[str] = (),
+    head: Head | None = None,
+    max_rank: int | None = None,
+) -> Wanted:
+    """What to export ``base`` for. What is not given follows from the adapter ``origin``, or else from the base.
+
+    Args:
+        base: The base.
+        origin: An adapter that has to fit: its layers get slots, in addition to ``targets``.
+        task: What the base is for.
+        targets: As ``linear_layers`` takes them.
+        head: Of a classifier.
+        max_rank: Of an adapter; by default ``MAX_RANK``, or the adapter's if that is higher.
+
+    Raises:
+        ConfigError: The adapter is for another task or head, above ``max_rank``, brings modules of a language
+            model, or brings no head for a classifier.
+    """
+    if origin is None:
+        task = task or usual_task(base)
+        return Wanted(task, tuple(targets) or DEFAULT_TARGETS[task], max_rank or MAX_RANK, head)
+    shapes = {input_name(name): value.shape for name, value in origin.tensors.items()}
+    layers = sorted(lora_paths(shapes))
+    brought = {name: shape for name, shape in shapes.items() if LORA not in name}
+    mean = any(name.startswith(ENCODER) for name in layers)
+    needed: Task = origin.task or ("text-classification" if mean else usual_task(base))
+    _agree("--task", task, needed)
+    own: Head | None = None
+    rank = max((shapes[path + LORA_A][0] for path in layers), default=1)
+    if max_rank is not None and rank > max_rank:
+        raise ConfigError(f"the adapter has rank {rank}, --max-rank is {max_rank}", about="--max-rank", value=rank)
+    if needed == "text-generation":
+        if brought:
+            raise ConfigError(
+                f"the adapter brings {', '.join(sorted(brought))[:200]}, for which a language model has no slot: train "
+                "without modules_to_save",
+                about="modules_to_save",
+                value=sorted(brought),
+            )
+    else:
+        if not brought:
+            raise ConfigError(
+                'the adapter brings no head: train its module in modules_to_save (task_type="SEQ_CLS" does)',
+                about="modules_to_save",
+            )
+        own = "mean" if mean else "own"
+        _agree("--head", head, own)
+    return Wanted(needed, (*targets, *layers), max_rank or max(MAX_RANK, rank), head or own, brought)
+
+
+def export_named(name: str, profile: str, want: Wanted) -> ExportedBase:
     """Find, build and export a base.
 
     Args:
         name: A folder, or a package that carries the model.
-        task: ``text-classification`` or ``text-generation``.
         profile: One of ``Profile``.
-        targets: Names of the layers that get slots.
-        max_rank: The highest rank that the base manifest allows an adapter.
-        head: Of a classifier: ``own``, the base's; ``mean``, a linear layer over the mean of its tokens; None: ``own``
-            if the base has one.
+        want: What for.
 
     Raises:
-        ConfigError: No such base, task or profile, no layer of these names, or a head for a language model.
+        ConfigError: No such base or profile, no layer of a target's name, or a head for a language model.
     """
     try:
         chosen = Profile(profile)
@@ -59,13 +132,19 @@ def export_named(
             f"there is no profile {profile!r}; choose one of {', '.join(Profile)}", about="--profile", value=profile
         ) from None
     base = find_base(name)
-    if task != "text-classification":
-        if head is not None:
+    if want.task == "text-generation":
+        if want.head is not None:
             raise ConfigError(
                 "--head is for a classifier; a language model has its own output layer: leave it out", about="--head"
             )
-        return export_causal(base, targets, chosen, max_rank=max_rank)
-    lora = LoraSpec(targets=targets)
-    own = classifier.has_own_head(base) if head is None else head == "own"
-    model = classifier.build_own(base, lora) if own else classifier.build(base, ANY_LABELS, lora)
-    return export_classifier(model, base, chosen, max_rank)
+        return export_causal(base, want.targets, chosen, max_rank=want.max_rank)
+    if want.head == "own" or (want.head is None and slotted.has_own_head(base)):
+        model = slotted.with_own_head(base, want.targets, want.brought)
+    else:
+        model = slotted.with_mean_head(base, want.targets)
+    return export_classifier(model, base, chosen, want.max_rank)
+
+
+def _agree(option: str, given: str | None, needed: str) -> None:
+    if given not in (None, needed):
+        raise ConfigError(f"{option} is {given}, but the adapter is for {needed}", about=option, value=given)

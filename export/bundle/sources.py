@@ -6,11 +6,14 @@ from pathlib import Path
 from adapters import registryfiles
 from adapters.keyfiles import read_key, read_public_keys
 from adapters.layout import Tensors
+from adapters.manifest import Task
 from adapters.peft.folder import read_peft
 from adapters.peft.inputs import LORA
 from adapters.peftconfig import PeftConfig
 from adapters.registryfiles import SIGNING_KEY, RegistryFiles
 from aggregation.errors import ConfigError, DataError
+
+TASKS: dict[str, Task] = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}  # by peft's task types
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class Origin:
     sha256: str  # of the safetensors file that the tensors come from
     base_digest: str | None  # None: the source does not state it
     base: str | None  # the source's name or folder of the base; a hint
+    task: Task | None  # what it was trained for, if the source states it
     tensors: Tensors = field(repr=False)  # under peft's names
 
 
@@ -47,7 +51,14 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
         which = "is empty" if version is None else f"has no version {version}"
         raise DataError(f"the registry in {state_dir} {which}", about="version", value=version)
     return Origin(
-        found.peft_config, found.labels, found.version, found.sha256, found.base_digest, None, registry.tensors(found)
+        found.peft_config,
+        found.labels,
+        found.version,
+        found.sha256,
+        found.base_digest,
+        None,
+        None,
+        registry.tensors(found),
     )
 
 
@@ -67,4 +78,5 @@ def from_peft(folder: Path, version: int, labels: tuple[str, ...]) -> Origin:
         raise ConfigError(
             f"the adapter in {folder} has no head, so labels have no meaning: leave out --labels", about="labels"
         )
-    return Origin(read.peft_config, labels, version, read.sha256, None, read.base, read.tensors)
+    task = TASKS.get(read.task_type or "")
+    return Origin(read.peft_config, labels, version, read.sha256, None, read.base, task, read.tensors)

@@ -5,9 +5,10 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from adapters.base import Base
 from adapters.bundle import ADAPTERS, BASE, BASE_MANIFEST, adapter_names, adapter_path, manifest_path
 from adapters.files import sha256
 from adapters.graphinputs import LORA_A, check_slots, to_inputs
@@ -111,13 +112,7 @@ def add(bundle: Path, origin: Origin, *, name: str, form: Format, key: IdentityK
     """
     if (manifest := stated_manifest(bundle)) is None:
         raise _no_bundle(bundle)
-    if origin.base_digest not in (None, manifest.base_digest):
-        raise ConfigError(
-            f"the adapter was made for the base {str(origin.base_digest)[:12]}, {bundle} holds "
-            f"{manifest.base_digest[:12]}; export that base, or name another bundle",
-            about="base_digest",
-            value=origin.base_digest,
-        )
+    _check_origin(origin, manifest.base_digest)
     before = _stated_adapter(bundle, name)
     if before is not None and before.version > origin.version:
         raise DataError(
@@ -125,9 +120,55 @@ def add(bundle: Path, origin: Origin, *, name: str, form: Format, key: IdentityK
             about="version",
             value=origin.version,
         )
-    config = origin.peft_config
-    source = AdapterSource(name, origin.tensors, origin.labels, origin.version, origin.sha256, peft_config=config)
-    add_adapter(bundle, AdapterInputs.of_tensors(config, origin.tensors), source, key=key, form=form)
+    source = _source(name, origin)
+    add_adapter(bundle, AdapterInputs.of_tensors(origin.peft_config, origin.tensors), source, key=key, form=form)
+    return _written(bundle, name)
+
+
+def create(
+    bundle: Path, exported: ExportedBase, origin: Origin, *, name: str, form: Format, key: IdentityKey
+) -> AdapterManifest:
+    """Write a bundle of ``exported`` and of ``origin`` under ``name``, and return the adapter's manifest.
+
+    Raises:
+        ConfigError, DataError: As ``write_bundle``, or the adapter is for another base.
+    """
+    _check_origin(origin, exported.base_digest)
+    inputs = AdapterInputs.of_tensors(origin.peft_config, origin.tensors)
+    write_bundle(bundle, exported, [replace(_source(name, origin), adapter_inputs=inputs)], key=key, form=form)
+    return _written(bundle, name)
+
+
+def check_base(bundle: Path, base: Base, profile: str | None) -> None:
+    """Return if ``bundle`` holds ``base``, in ``profile`` if one is given. Raises ConfigError if it does not."""
+    if (manifest := stated_manifest(bundle)) is None:
+        raise _no_bundle(bundle)
+    if (base.digest, profile or manifest.profile) != (manifest.base_digest, manifest.profile):
+        raise ConfigError(
+            f"{bundle} holds the base {manifest.base_digest[:12]} as {manifest.profile}, not {base.digest[:12]} as "
+            f"{profile or manifest.profile}; name another bundle",
+            about="--base",
+            value=base.digest,
+        )
+
+
+def _source(name: str, origin: Origin) -> AdapterSource:
+    return AdapterSource(
+        name, origin.tensors, origin.labels, origin.version, origin.sha256, peft_config=origin.peft_config
+    )
+
+
+def _check_origin(origin: Origin, base_digest: str) -> None:
+    if origin.base_digest not in (None, base_digest):
+        raise ConfigError(
+            f"the adapter was made for the base {str(origin.base_digest)[:12]}, not for {base_digest[:12]}; export "
+            "that base, or name another bundle",
+            about="base_digest",
+            value=origin.base_digest,
+        )
+
+
+def _written(bundle: Path, name: str) -> AdapterManifest:
     if (after := _stated_adapter(bundle, name)) is None:
         raise DataError(
             f"{bundle} lost its adapter {name!r} while it was written; is another export running?", about="adapters"
@@ -258,6 +299,6 @@ def _stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
 
 def _no_bundle(folder: Path) -> ConfigError:
     return ConfigError(
-        f"{folder} is not a bundle: it has no {BASE_MANIFEST}; make one with 'edgeadapt export base'",
+        f"{folder} is not a bundle: it has no {BASE_MANIFEST}; make one with 'edgeadapt export base', or give --base",
         about=BASE_MANIFEST.name,
     )

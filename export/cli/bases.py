@@ -77,9 +77,9 @@ def _described(name: str, found: Base) -> dict[str, Any]:
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    from adapters import classifier, pretrained
-    from export.bundle.base import usual_task
-    from export.cli.base import DEFAULT_TARGETS
+    from adapters import pretrained
+    from export.bundle.base import DEFAULT_TARGETS, usual_task
+    from export.onnx.slotted import has_own_head
 
     config, task = pretrained.configuration(found), usual_task(found)
     with torch.device("meta"):  # shapes without values
@@ -92,12 +92,12 @@ def _described(name: str, found: Base) -> dict[str, Any]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     )
-    usual = DEFAULT_TARGETS[task].split(",")
+    usual = DEFAULT_TARGETS[task]
     targets = [
         {"name": layer, "layers": count, "out": out, "in": into, "default": layer in usual}
         for (layer, out, into), count in layers.items()
     ]
-    head = {"text-generation": None, "text-classification": "own" if classifier.has_own_head(found) else "mean"}[task]
+    head = {"text-generation": None, "text-classification": "own" if has_own_head(found) else "mean"}[task]
     known = {package.name: package for package in PACKAGES}.get(name)
     return {
         "base": name,

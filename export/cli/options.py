@@ -15,6 +15,9 @@ from export.bundle import sources
 
 FOLDER = click.Path(path_type=Path)
 
+PROFILE = "native-int8"  # by default
+
+profiled = click.option("--profile", metavar="NAME", help=f"How weights of the base are stored. Default: {PROFILE}.")
 out_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 signed_by = click.option(
     "--key", "key_file", type=FOLDER, required=True, metavar="KEY.pem", help="Private key that signs; see 'key'."

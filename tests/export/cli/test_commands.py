@@ -345,8 +345,8 @@ def test_a_missing_adapter_no_source_and_two_sources_are_refused(export: Run, sh
     [
         (["--base", "no_such_package"], "base"),
         (["--profile", "native-int3"], "--profile"),
-        (["--targets", "no_such_layer"], "target_modules"),
-        (["--targets", ","], "lora"),
+        (["--targets", "no_such_layer"], "--targets"),
+        (["--targets", ","], "--targets"),
         (["--out", "texts"], "texts"),
         (["--out", "texts/new"], "texts"),
     ],

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from adapters import pretrained
 from adapters.base import Base, find_base
-from adapters.classifier import LoraSpec, build, build_own, has_own_head, load, tensors
+from adapters.classifier import LoraSpec, build, load, tensors
 from adapters.graphinputs import to_inputs
 from adapters.peft.folder import read_peft
 from adapters.peft.inputs import AdapterInputs
@@ -23,6 +23,7 @@ from aggregation.errors import ConfigError
 from export.onnx import tasks
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
+from export.onnx.slotted import has_own_head, with_own_head
 from export.parity.compare import OnnxRunner
 from tests.support import refused
 
@@ -124,7 +125,7 @@ def test_the_bases_own_head_takes_an_adapter_from_peft_with_any_number_of_labels
 ) -> None:
     base = make_family(kind, settings | {"num_labels": 3}, AutoModelForSequenceClassification)
     assert has_own_head(base)
-    exported = export_classifier(build_own(base, LoraSpec(targets=targets)), base, Profile.FP32)
+    exported = export_classifier(with_own_head(base, targets), base, Profile.FP32)
     inner = pretrained.load(base, AutoModelForSequenceClassification, num_labels=7)
     theirs = get_peft_model(inner, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=list(targets))).eval()
     rng = np.random.default_rng(0)
@@ -144,7 +145,7 @@ def test_the_bases_own_head_takes_an_adapter_from_peft_with_any_number_of_labels
 def test_a_head_that_is_not_single_label_is_refused(make_family: Any, settings: dict[str, Any]) -> None:
     base = make_family("bert", SIZES | settings, AutoModelForSequenceClassification)
     with refused(ConfigError, "head", value=settings.get("num_labels", 2)):
-        build_own(base, LoraSpec())
+        with_own_head(base, ("query",))
 
 
 def test_a_model_that_reads_far_fewer_tokens_than_it_states_is_refused() -> None:

@@ -1,0 +1,82 @@
+"""A base as the model of a classifier whose layers have slots: its own head on top, or one over the mean of its tokens.
+
+The modules and their names are those in which adapters are trained, by ``adapters.classifier`` or by peft.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from adapters import pretrained
+from adapters.base import Base
+from adapters.classifier import PhraseClassifier
+from aggregation.errors import ConfigError
+from export.onnx.targets import linear_layers
+
+ANY_LABELS = 2  # rows of a head while it is traced; its slot takes as many as an adapter brings
+USUAL_HEADS = ("classifier", "score")  # what peft puts into modules_to_save for SEQ_CLS
+
+
+def has_own_head(base: Base) -> bool:
+    """Whether the base was made to classify whole texts. Raises ConfigError if it cannot be opened."""
+    stated = pretrained.configuration(base).architectures or [""]
+    return str(stated[0]).endswith("ForSequenceClassification")
+
+
+def with_mean_head(base: Base, targets: Sequence[str]) -> PeftModel:
+    """``adapters.classifier.PhraseClassifier``, what federations train.
+
+    Raises:
+        ConfigError: The base cannot be opened, or a target names no linear layer of it.
+    """
+    encoder = pretrained.load(base, AutoModel)
+    return _slotted(PhraseClassifier(encoder, encoder.config.hidden_size, ANY_LABELS), targets, ["classifier"])
+
+
+def with_own_head(
+    base: Base, targets: Sequence[str], brought: Mapping[str, tuple[int, ...]] | None = None
+) -> PeftModel:
+    """``AutoModelForSequenceClassification``, what peft makes for ``SEQ_CLS``. The base may lack what adapters bring.
+
+    Args:
+        base: The base.
+        targets: As ``linear_layers`` takes them.
+        brought: The shapes of an adapter's tensors other than LoRA's, by their names in the model. None: any adapter's,
+            which brings the modules that peft usually takes for a head.
+
+    Raises:
+        ConfigError: As ``with_mean_head``; the model lacks a module that the adapter brings, or weights that it does
+            not bring; or the head is for several answers at a time, or for a number.
+    """
+    saved, labels = list(USUAL_HEADS), None
+    if brought:
+        saved, labels = sorted({name.rpartition(".")[0] for name in brought}), _labels(base, brought)
+    model = pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=saved)
+    kind, rows = model.config.problem_type, model.config.num_labels
+    if rows < ANY_LABELS or kind not in (None, "single_label_classification"):
+        raise ConfigError(
+            f"the base's head has {rows} labels ({kind}); a device chooses one of at least two",
+            about="head",
+            value=rows,
+        )
+    return _slotted(model, targets, saved)
+
+
+def _labels(base: Base, brought: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The rows of the head that the adapter brings: of the tensors whose size depends on the number of labels."""
+    two, three = (pretrained.parameter_shapes(base, AutoModelForSequenceClassification, n) for n in (2, 3))
+    if unknown := sorted(set(brought) - set(two)):
+        raise ConfigError(
+            f"the base in {base.folder}, as a classifier, has no tensor named {', '.join(unknown)}, "
+            "which the adapter brings: name the base that it was trained on",
+            about=unknown[0],
+            value=unknown,
+        )
+    return next((shape[0] for name, shape in sorted(brought.items()) if two[name] != three[name]), None)
+
+
+def _slotted(model: nn.Module, targets: Sequence[str], saved: list[str]) -> PeftModel:
+    layers = linear_layers(model, targets, saved)
+    return get_peft_model(model, LoraConfig(target_modules=layers, modules_to_save=saved)).eval()

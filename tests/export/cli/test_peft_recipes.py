@@ -1,0 +1,215 @@
+"""From a folder of peft to a device's answer with one command, for the recipes that people use: torch's answer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import edgeadapt
+from adapters.base import Base, find_base
+from adapters.bundle import BASE_MANIFEST
+from adapters.graphinputs import LORA_A
+from adapters.manifest import BaseManifest
+
+Run = Callable[..., Any]
+CLI = edgeadapt.cli  # the fixture `export` replaces it
+LABELS = ("Light", "Lock", "Music", "Timer")
+TEXTS = ("turn on the kitchen lights", "lock the door", "unlock")
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 24,
+    "pad_token_id": 0,
+}
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 24}
+LLAMA = SIZES | {"num_key_value_heads": 2}
+RECIPES: list[Any] = [  # architecture, its configuration, and what differs in the LoraConfig of a SEQ_CLS adapter
+    ("bert", SIZES, {"target_modules": ["query", "value"]}),
+    *(
+        pytest.param(recipe, marks=pytest.mark.slow)
+        for recipe in [
+            ("bert", SIZES, {"target_modules": r".*layer\..*(key|dense)", "alpha_pattern": {r"layer\.1.*dense": 20}}),
+            ("distilbert", DISTILBERT, {"target_modules": "all-linear"}),
+            ("roberta", SIZES, {"target_modules": r".*layer\.1.*(query|value)", "use_rslora": True}),
+            ("electra", SIZES | {"embedding_size": 16}, {"target_modules": ["query", "dense"]}),
+            ("deberta-v2", SIZES, {"target_modules": ["query_proj"], "modules_to_save": ["classifier", "pooler"]}),
+            ("modernbert", SIZES, {"target_modules": ["Wqkv"], "modules_to_save": ["classifier", "head"]}),
+            ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "pad_token_id": 0}, {}),
+            ("llama", LLAMA, {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 3}}),
+        ]
+    ),
+]
+
+
+@pytest.fixture
+def key(export: Run, tmp_path: Path) -> Path:
+    assert export("key", tmp_path / "key.pem").code == 0
+    (tmp_path / "key.pub.pem").rename(tmp_path / "trust.pem")
+    return tmp_path / "key.pem"
+
+
+def bare(folder: Path, tiny_base: Base, kind: str, settings: dict[str, Any]) -> Base:
+    """A base as an encoder without a head."""
+    model = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=75, **settings))
+    _randomize(model, lambda name: True)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((tiny_base.folder / "tokenizer.json").read_bytes())
+    return find_base(str(folder))
+
+
+def trained(inner: Any, folder: Path, **settings: Any) -> PeftModel:
+    """A folder that peft saved, of a model with random values in place of trained ones."""
+    model = get_peft_model(inner, LoraConfig(**({"r": 4, "lora_alpha": 8} | settings)))
+    _randomize(model, lambda name: "lora_" in name or "modules_to_save" in name)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def _randomize(model: torch.nn.Module, chosen: Callable[[str], bool]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if chosen(name) and value.ndim > 1:
+                value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+
+
+def infer(bundle: Path, *texts: str) -> list[dict[str, float]]:
+    """What the command of a device answers: the probability of each label, for each text."""
+    words = ["device", "infer", "--bundle", str(bundle), "--json", "--top", str(len(LABELS)), *texts]
+    done = CliRunner().invoke(CLI, words, catch_exceptions=False)
+    answers = json.loads(done.output)["adapters"][0]["answers"]
+    return [{found["intent"]: found["probability"] for found in answer["intents"]} for answer in answers]
+
+
+def by_torch(model: PeftModel, base: Base, texts: tuple[str, ...]) -> list[dict[str, float]]:
+    tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    answers = []
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        answers.append(dict(zip(LABELS, logits.softmax(-1).tolist(), strict=True)))
+    return answers
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[0])
+def test_an_adapter_on_a_bare_encoder_brings_its_head(
+    export: Run, key: Path, tmp_path: Path, tiny_base: Base, recipe: tuple[str, dict[str, Any], dict[str, Any]]
+) -> None:
+    kind, sizes, settings = recipe
+    base = bare(tmp_path / "base", tiny_base, kind, sizes)
+    inner = AutoModelForSequenceClassification.from_pretrained(base.folder, num_labels=len(LABELS))
+    model = trained(inner, tmp_path / "lora", task_type="SEQ_CLS", **settings)
+    (tmp_path / "labels").write_text("\n".join(LABELS))
+    made = ("adapter", "--peft", tmp_path / "lora", "--base", base.folder, "--labels", tmp_path / "labels")
+    bundle = tmp_path / "bundle"
+    done = export(*made, "--profile", "fp32", "--format", "fp32", "--bundle", bundle, "--key", key)
+    assert done.code == 0, done.err
+    for found, expected in zip(infer(bundle, *TEXTS), by_torch(model, base, TEXTS), strict=True):
+        assert found == pytest.approx(expected, abs=2e-5)
+    (tmp_path / "texts").write_text("\n".join(TEXTS))
+    gate = ("parity", "--bundle", bundle, "--base", base.folder, "--peft", tmp_path / "lora")
+    assert export(*gate, "--texts", tmp_path / "texts").code == 0
+
+
+def test_a_bare_encoder_that_lacks_more_than_the_adapter_brings_is_refused(
+    export: Run, key: Path, tmp_path: Path, tiny_base: Base
+) -> None:
+    folder = tmp_path / "base"
+    model = AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=75, **SIZES), add_pooling_layer=False)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((tiny_base.folder / "tokenizer.json").read_bytes())
+    inner = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS))
+    trained(inner, tmp_path / "lora", task_type="SEQ_CLS", target_modules=["query"])
+    made = ("base", "--peft", tmp_path / "lora", "--base", folder, "--out", tmp_path / "bundle", "--key", key)
+    done = export(*made)
+    done.refused(2, "model.safetensors")
+    assert "bert.pooler.dense.bias" in done.err
+    trained(inner, tmp_path / "both", task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["pooler"])
+    done = export("base", "--peft", tmp_path / "both", *made[3:])
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear", "rank_pattern": {r"layers\.0.*v_proj": 70}, "alpha_pattern": {"up_proj": 3}},
+        {"target_modules": r".*\.(k|o)_proj", "layers_to_transform": None},
+        {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
+    ],
+)
+def test_a_base_gets_the_layers_and_the_rank_of_a_peft_folder(
+    export: Run, key: Path, tmp_path: Path, llama: Base, settings: dict[str, Any]
+) -> None:
+    inner = AutoModelForCausalLM.from_pretrained(llama.folder)
+    model = trained(inner, tmp_path / "lora", task_type="CAUSAL_LM", **settings)
+    bundle = tmp_path / "bundle"
+    made = ("adapter", "--peft", tmp_path / "lora", "--base", llama.folder, "--bundle", bundle, "--key", key)
+    done = export(*made, "--profile", "fp32", "--format", "fp32")
+    assert done.code == 0, done.err
+    adapted = {
+        name.partition(".lora_A")[0] for name, _ in model.base_model.model.named_parameters() if "lora_A" in name
+    }
+    manifest = BaseManifest.unverified((bundle / BASE_MANIFEST).read_bytes())
+    assert {name.removesuffix(LORA_A) for name in manifest.slots if name.endswith(LORA_A)} == adapted
+    assert manifest.max_rank == (70 if "rank_pattern" in settings else 64)
+    (tmp_path / "texts").write_text("\n".join(TEXTS))
+    gate = ("parity", "--bundle", bundle, "--base", llama.folder, "--peft", tmp_path / "lora", "--json")
+    found = export(*gate, "--texts", tmp_path / "texts").json()
+    assert found["agreement"] == 1.0
+    assert found["loss"] == pytest.approx(found["torch_loss"], abs=1e-5)
+
+
+def test_a_refusal_names_every_layer_that_has_no_slot(export: Run, key: Path, tmp_path: Path, llama: Base) -> None:
+    bundle = tmp_path / "bundle"
+    done = export("base", "--base", llama.folder, "--targets", "q_proj", "--out", bundle, "--key", key)
+    assert done.code == 0, done.err
+    inner = AutoModelForCausalLM.from_pretrained(llama.folder)
+    trained(inner, tmp_path / "lora", task_type="CAUSAL_LM", target_modules="all-linear")
+    done = export("adapter", "--peft", tmp_path / "lora", "--bundle", bundle, "--key", key)
+    done.refused(5, "model.layers.0.mlp.down_proj.lora_A.weight")
+    assert "down_proj, gate_proj, k_proj, o_proj, up_proj, v_proj (12 layers" in done.err
+    done = export("base", "--base", llama.folder, "--targets", "q_proj,wq,wv", "--out", tmp_path / "b", "--key", key)
+    done.refused(2, "--targets")
+    assert "wq, wv" in done.err
+
+
+@pytest.mark.parametrize(
+    ("targets", "slots"),
+    [("all-linear", 28), (r".*layers\.1\..*(q|v)_proj", 4), ("model.layers.0.mlp.up_proj", 2), ("lm_head", 2)],
+)
+def test_targets_are_names_paths_patterns_or_all_linear(
+    export: Run, key: Path, tmp_path: Path, llama: Base, targets: str, slots: int
+) -> None:
+    made = ("base", "--base", llama.folder, "--targets", targets, "--out", tmp_path / "b", "--key", key, "--json")
+    done = export(*made)
+    assert done.code == 0, done.err
+    assert done.json()["slots"] == slots
+
+
+def test_options_that_contradict_the_adapter_or_the_bundle_are_refused(
+    export: Run, key: Path, tmp_path: Path, llama: Base, tiny_base: Base
+) -> None:
+    inner = AutoModelForCausalLM.from_pretrained(llama.folder)
+    trained(inner, tmp_path / "lora", task_type="CAUSAL_LM", target_modules=["q_proj"])
+    new, lora = tmp_path / "new", ("--peft", tmp_path / "lora")
+    base = ("base", "--base", llama.folder, *lora, "--out", new, "--key", key)
+    export(*base, "--task", "text-classification").refused(2, "--task")
+    export(*base, "--max-rank", "3").refused(2, "--max-rank")
+    adapter = ("adapter", *lora, "--bundle", new, "--key", key)
+    export(*adapter, "--profile", "fp32").refused(2, "--profile")
+    assert not new.exists()
+    assert export(*adapter, "--base", llama.folder).code == 0
+    export(*adapter, "--base", llama.folder, "--profile", "fp32").refused(2, "--base")
+    export(*adapter, "--base", tiny_base.folder).refused(2, "--base")
+    assert export(*adapter, "--base", llama.folder, "--version", "2").code == 0
