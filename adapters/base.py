@@ -15,6 +15,7 @@ from adapters.cache import cached
 from aggregation.errors import ConfigError
 
 IDENTITY_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+LONGEST = {"config.json": 2**20, "tokenizer.json": 2**28}  # bytes; libraries read these files whole
 CHUNK = 2**20  # bytes
 GGUF, E5S1 = ".gguf", ".bin"
 CONVERTERS = {GGUF: "adapters.ggufbase", E5S1: "adapters.e5base"}
@@ -59,8 +60,8 @@ def find_base(where: str) -> Base:
     when it is first seen, which takes some seconds.
 
     Raises:
-        ConfigError: There is no such folder, file or package, it lacks one of ``IDENTITY_FILES``, or the file is of a
-            kind that cannot be converted.
+        ConfigError: There is no such folder, file or package, it lacks one of ``IDENTITY_FILES`` or one is empty or
+            too large, or the file is of a kind that cannot be converted.
         DataError: The file is damaged.
     """
     folder = Path(where)
@@ -73,6 +74,10 @@ def find_base(where: str) -> Base:
             parts = (folder / f"{name}.index.json").is_file()
             hint = "; its weights are in parts: save it again as one file (max_shard_size of save_pretrained)"
             raise ConfigError(f"base model folder {folder} has no {name}{hint if parts else ''}", about=name)
+        if not 0 < (size := (folder / name).stat().st_size) <= LONGEST.get(name, size):
+            raise ConfigError(
+                f"{folder / name} has {size} bytes and cannot be right: copy the base again", about=name, value=size
+            )
     return Base(folder, _digest(folder.resolve()))
 
 

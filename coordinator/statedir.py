@@ -79,7 +79,7 @@ class CoordinatorStateDir:
             ConfigError: A file is missing or a setting is ill-formed.
             TrustError: The key, or the authority's certificate, is damaged.
         """
-        for name in (SETTINGS, KEY, AUTHORITY):
+        for name in (SETTINGS, KEY, AUTHORITY, DATABASE):
             if not (folder / name).is_file():
                 raise ConfigError(
                     f"{folder} is not a coordinator's state directory: it has no {name}; "

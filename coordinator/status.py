@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adapters import storage
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
 from aggregation import envelope, transcript
@@ -103,7 +104,7 @@ def _session(folder: Path) -> dict[str, Any] | None:
     paths = logs(folder)
     if not paths:
         return None
-    entries = transcript.read(paths[-1].read_bytes()).entries
+    entries = transcript.read(storage.read(paths[-1])).entries
     stage = None
     if entries and entries[-1].kind == Checkpoint.TAG:
         try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from adapters import storage
 from adapters.roundrecord import INTERRUPTED, RoundRecord
 from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError, TrustError
@@ -49,9 +50,10 @@ class StoredLog:
         """Read and verify a log.
 
         Raises:
+            DataError: It is not a file.
             TrustError: It was altered after it was written.
         """
-        raw = path.read_bytes()
+        raw = storage.read(path)
         reading = transcript.read(raw)
         rest = raw[reading.end :]
         if reading.problem and _holds_checkpoint(rest, coordinator):

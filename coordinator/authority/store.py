@@ -19,13 +19,14 @@ from typing import Self
 from cryptography import x509
 
 from adapters import storage
+from adapters.keyfiles import MAX_PEM
 from adapters.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.pki import Authority, Root
 from aggregation.pki.certificates import require_device_id, same_name
 from aggregation.pki.identity import IdentityKey, PublicKey
-from aggregation.pki.revocation import Reason, Revocation
+from aggregation.pki.revocation import MAX_REVOCATIONS, Reason, Revocation
 from coordinator.authority.record import (
     AuthorityRecord,
     CertificateIssued,
@@ -37,6 +38,7 @@ from coordinator.authority.record import (
 
 KEY, CERTIFICATE, REVOKED, RECORD = "authority.key", "authority.pem", "revoked.crl", "record.jsonl"
 SHORTEST_PASSPHRASE = 12  # characters: one guess at PKCS #8 as OpenSSL writes it takes a millisecond
+LIMITS = {KEY: MAX_PEM, CERTIFICATE: MAX_PEM, REVOKED: 2 * MAX_REVOCATIONS, RECORD: 2**28}  # bytes
 SKEW = timedelta(hours=1)  # by which a device's clock may be behind
 
 
@@ -240,7 +242,7 @@ class AuthorityStore:
 
     def _read(self, name: str) -> bytes:
         try:
-            return storage.read(self.folder / name)
+            return storage.read(self.folder / name, LIMITS[name])
         except (FileNotFoundError, NotADirectoryError):
             text = f"{self.folder} is not an authority's folder: it has no {name}"
             raise ConfigError(text, about=name, value=str(self.folder)) from None

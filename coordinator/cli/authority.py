@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from adapters import storage
 from aggregation.errors import ConfigError, of_file
 from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import PublicKey
@@ -15,7 +16,7 @@ from coordinator.authority.store import CERTIFICATE, KEY, REVOKED, SHORTEST_PASS
 
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
-LONGEST = 2**16  # bytes that are read of a request, a key or a passphrase
+LONGEST = 2**16  # bytes of a request or a key, and that are read of a passphrase
 LONGEST_PASSPHRASE = 1023  # bytes, for OpenSSL
 
 folder = click.argument("folder", type=FOLDER, metavar="DIR")
@@ -184,7 +185,7 @@ def _requested(name: str | None, request: Path | None, public_key: Path | None) 
         raise ConfigError("give either --request or --public-key", about="--request")
     if request is not None:
         with of_file(request):
-            requested, key = requests.read_request(_read(request))
+            requested, key = requests.read_request(storage.read(request, LONGEST))
         if name not in (None, requested):
             text = f"the request is for {requested}, not for {name}: leave out --name, or name the right request"
             raise ConfigError(text, about="--name", value=name)
@@ -192,13 +193,7 @@ def _requested(name: str | None, request: Path | None, public_key: Path | None) 
     if name is None or public_key is None:
         raise ConfigError("--public-key needs --name, the device's id", about="--name")
     with of_file(public_key):
-        return name, PublicKey.from_pem(_read(public_key))
-
-
-def _read(path: Path) -> bytes:
-    """The first bytes of a file, or of a pipe, which need not end."""
-    with path.open("rb") as file:
-        return file.read(LONGEST)
+        return name, PublicKey.from_pem(storage.read(public_key, LONGEST))
 
 
 def _unlock(store: AuthorityStore, passphrase_file: Path | None) -> Authority:
@@ -206,11 +201,17 @@ def _unlock(store: AuthorityStore, passphrase_file: Path | None) -> Authority:
 
 
 def _passphrase(file: Path | None, *, new: bool) -> bytes:
-    found = _typed(new) if file is None else _read(file).split(b"\n", 1)[0].rstrip(b"\r")
+    found = _typed(new) if file is None else _first_line(file)
     if len(found) > LONGEST_PASSPHRASE:
         text = f"the passphrase has more than {LONGEST_PASSPHRASE} bytes: choose a shorter one"
         raise ConfigError(text, about="passphrase")
     return found
+
+
+def _first_line(path: Path) -> bytes:
+    """Of a file, or of a pipe from a password manager, which need not end."""
+    with path.open("rb") as file:
+        return file.read(LONGEST).split(b"\n", 1)[0].rstrip(b"\r")
 
 
 def _typed(new: bool) -> bytes:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from adapters.base import Base
 from adapters.bundle import ADAPTERS, BASE, BASE_MANIFEST, adapter_names, adapter_path, manifest_path
+from adapters.dsse import MAX_ENVELOPE
 from adapters.files import sha256
 from adapters.graphinputs import LORA_A, check_slots, to_inputs
 from adapters.layout import Layout, Tensors
 from adapters.manifest import AdapterManifest, BaseManifest, Format, check_labels
 from adapters.peft.inputs import LABELS, AdapterInputs
 from adapters.peftconfig import PeftConfig
-from adapters.storage import link_files, locked_folder, staged, write_files
+from adapters.storage import link_files, locked_folder, read, staged, write_files
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from export.bundle import adapter
@@ -278,7 +279,7 @@ def check_place(out: Path) -> None:
 def stated_manifest(bundle: Path) -> BaseManifest | None:
     """The base manifest, unverified, for the exporter alone: a device verifies it before use. None without a bundle."""
     try:
-        return BaseManifest.unverified((bundle / BASE_MANIFEST).read_bytes())
+        return BaseManifest.unverified(read(bundle / BASE_MANIFEST, MAX_ENVELOPE))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except TrustError as error:
@@ -290,7 +291,7 @@ def stated_manifest(bundle: Path) -> BaseManifest | None:
 def _stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
     """The adapter's manifest, unverified: a device compares versions itself, this only refuses a rollback early."""
     try:
-        return AdapterManifest.unverified((bundle / manifest_path(name)).read_bytes())
+        return AdapterManifest.unverified(read(bundle / manifest_path(name), MAX_ENVELOPE))
     except FileNotFoundError:
         return None
     except TrustError:
