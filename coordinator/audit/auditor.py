@@ -164,6 +164,8 @@ class _Audit:
             entries=len(self.reading.entries),
             previous=self.checkpoints[0].previous if self.checkpoints else NO_SESSION,
             last=self.checkpoints[-1].digest() if self.checkpoints else b"",
+            base=history.offer.spec.base_digest if history else "",
+            layout=history.offer.spec.layout_digest if history else "",
             start=self.checkpoints[0].newest if self.checkpoints else None,
             newest=self._newest,
             tasks=tuple((each.place(Assignment), each.plan.training) for each in history.rounds) if history else (),

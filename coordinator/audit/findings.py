@@ -158,6 +158,8 @@ class Report:
         entries: Number of entries in the log.
         previous: Digest of the last checkpoint of the session before, according to this log.
         last: Digest of this log's last checkpoint; empty if it has none.
+        base: Digest of the base in the session's offer, hex; empty if it cannot be read.
+        layout: Digest of the layout, likewise.
         start: Version and digest of the adapter that the session started from; None without a checkpoint.
         newest: Those of the newest adapter at the end of the log.
         tasks: Of each round, in order: the place of its plan, and the training task in it, as encoded.
@@ -173,6 +175,8 @@ class Report:
     entries: int
     previous: bytes
     last: bytes
+    base: str
+    layout: str
     start: AdapterId | None
     newest: AdapterId | None
     tasks: tuple[tuple[Place, bytes], ...]

@@ -62,7 +62,7 @@ class Recomputation:
         place: Place | None = None
         try:
             if report.start is not None:
-                started = self._started(report.start)
+                started = self._started(report, report.start)
                 for place, task in report.tasks:
                     _require_task(started, place, task)
             for each in report.produced:
@@ -76,12 +76,16 @@ class Recomputation:
             )
         return self._summary(reasons)
 
-    def _started(self, start: AdapterId) -> VersionManifest:
+    def _started(self, report: Report, start: AdapterId) -> VersionManifest:
         manifest = self.registry.manifest(start[0])
         if manifest is None or manifest.id != start:
             text = f"the session started from another adapter than was published as {start[0]}"
             raise Problem("checkpoint.adapter", text)
         self.registry.tensors(manifest)
+        for name, offered in {"base_digest": report.base, "layout_digest": report.layout}.items():
+            if getattr(manifest, name) != offered:
+                text = f"the session's offer and the manifest of adapter {start[0]} differ in {name}"
+                raise Problem(f"manifest.{name}", text)
         return manifest
 
     def _summary(self, reasons: list[str]) -> Finding:

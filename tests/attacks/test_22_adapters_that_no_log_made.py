@@ -34,7 +34,7 @@ from coordinator import recorder
 from coordinator.audit import Check, Finding, Recomputation, Status, recompute, rules
 from coordinator.audit.transcripts import logs
 from coordinator.registry import Registry
-from coordinator.settings import Training
+from coordinator.settings import Aggregation, Training
 from coordinator.statedir import CoordinatorStateDir
 from tests.support import refused
 from tests.support.hostile import continues_from_anything
@@ -200,6 +200,27 @@ def test_a_plan_of_another_adapter_than_its_checkpoint_names_is_found(
     assert (code, failed[0]["check"], failed[0]["about"]) == (4, "results", "plan.adapter")
     assert failed[0]["place"]["round"] == 2
     monkeypatch.setattr(rules, "_named_adapters", lambda history, checkpoints: [])
+    assert audited(fleet.out)[0] == 0
+
+
+@pytest.mark.parametrize("forged", ["base_digest", "layout_digest"])
+def test_a_session_without_a_result_for_another_base_or_layout_than_its_adapter_has_is_found(
+    app_fleet_of: FleetOf, audited: Audit, monkeypatch: pytest.MonkeyPatch, forged: str
+) -> None:
+    """The coordinator signs the offer and the manifest, so it may sign something else in either."""
+    fleet, honest = app_fleet_of(4, rounds=1), Aggregation.spec
+    with monkeypatch.context() as hostile:
+        if forged == "layout_digest":
+            hostile.setattr(Aggregation, "spec", lambda *given: replace(honest(*given), layout_digest="0" * 64))
+        fleet.federate(fleet.grid(app=no_answers))
+    if forged == "base_digest":
+        state_dir, seed = CoordinatorStateDir.open(fleet.out / "coordinator"), fleet.registry().version(0).manifest
+        with closing(sqlite3.connect(state_dir.folder / DATABASE)) as database, database:
+            row = (replace(seed, base_digest="0" * 64).sign(state_dir.key),)
+            database.execute("UPDATE edgeadapt_versions SET manifest = ? WHERE version = 0", row)
+    code, printed = audited(fleet.out)
+    assert (code, f"differ in {forged}" in printed["error"]) == (4, True)
+    monkeypatch.setattr(Recomputation, "_started", lambda self, report, start: self.registry.manifest(start[0]))
     assert audited(fleet.out)[0] == 0
 
 
