@@ -51,12 +51,12 @@ class Recorder:
         self.write(self.log.sent(step, bodies), sync=True)
 
     def received(self, step: Step, device: str, body: bytes) -> None:
-        """Record a device's answer, which was accepted."""
-        self.write(self.log.received(step, device, body))
+        """Record a device's answer, which was accepted. Its vector comes first: no kill leaves a log that lacks one."""
         if self.vectors is not None and step is Step.PLAN:
             header = envelope.unverified_body(transcript.logged_part(step, body))  # was verified when it was accepted
             path = vector_path(self.vectors, MaskedInput.decode(header).vector)
             storage.replace(path, transcript.packed_vector(body), PUBLIC)
+        self.write(self.log.received(step, device, body))
 
     def synced(self) -> Transcript:
         """The log, once everything in it would survive a power cut: a record of the round may then refer to it."""

@@ -100,7 +100,7 @@ class Recomputation:
         if why:
             lacking = "; ".join(REASONS[reason] for reason in why)
             text += f". {len(reasons) - again} of {len(reasons)} not recomputed: {lacking}"
-        return Finding(Check.ADAPTERS, Status.PASS if again else Status.SKIPPED, text, about=", ".join(why))
+        return Finding(Check.ADAPTERS, Status.SKIPPED if why else Status.PASS, text, about=", ".join(why))
 
     def _step(self, produced: ProducedAdapter) -> str:
         """Check one adapter. Returns a key of ``REASONS``, or nothing if the step was recomputed.

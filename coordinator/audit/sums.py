@@ -79,20 +79,21 @@ def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vecto
         vectors: Where the masked vectors are.
 
     Raises:
-        Problem: A vector is not the one that was signed, or a sum is not the one that the result names or one that no
-            honest survivors can have.
-        Skipped: No sum has all its vectors.
+        Problem: A vector is not the one that was signed, or only some of a round are there; or a sum is not the one
+            that the result names, or one that no honest survivors can have.
+        Skipped: A sum lacks its vectors.
     """
     kept = {current.plan.round for current in history.rounds if _all_kept(current, vectors)}
     ended = [current for current in history.rounds if current.plan.round in unmasked]
     complete = [current for current in ended if current.plan.round in kept]
     if not ended:
         return "no round has a result"
-    if not complete:
-        raise Skipped("vectors", "only digests of the masked updates were kept, so no sum can be recomputed")
     for current in complete:
         _recompute(history, current, unmasked[current.plan.round], vectors)
-    return f"{len(complete)} of {count(len(ended), 'sum')} recomputed from the masked updates, equal bit for bit"
+    text = f"{len(complete)} of {count(len(ended), 'sum')} recomputed from the masked updates, equal bit for bit"
+    if len(complete) < len(ended):
+        raise Skipped("vectors", f"{text}. Of the others only digests of the masked updates were kept")
+    return text
 
 
 def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[ProducedAdapter, ...]:
@@ -114,9 +115,16 @@ def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[P
 
 
 def _all_kept(current: Round, vectors: Vectors) -> bool:
-    """Whether all vectors of a round were kept, also of an aborted one; each that was kept is the one signed."""
-    kept = [device for device in current.inputs if _is_kept(current, device, vectors)]
-    return len(kept) == len(current.inputs)
+    """Whether the vectors of a round were kept, also of an aborted one; each that was kept is the one signed.
+
+    A coordinator keeps all vectors of a session or none. Without this check, whoever removes one of them takes a sum
+    that does not hold out of the audit.
+    """
+    missing = [device for device in current.inputs if not _is_kept(current, device, vectors)]
+    if 0 < len(missing) < len(current.inputs):
+        text = "its vector is missing, and others of the round were kept"
+        raise Problem("vectors", text, current.place(MaskedInput, missing[0]))
+    return not missing
 
 
 def _is_kept(current: Round, device: str, vectors: Vectors) -> bool:

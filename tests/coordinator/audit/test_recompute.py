@@ -240,11 +240,11 @@ def test_a_registry_of_another_format_ends_the_audit(state_dir_of: Callable[[str
 def test_a_sum_that_was_not_kept_is_reported_with_those_that_were(state_dir_of: Callable[[str], Path]) -> None:
     state_dir = state_dir_of("fedavg")
     log = read((state_dir / "transcript" / log_name(1)).read_bytes()).entries
-    headers = [entry for entry in log if (entry.kind, entry.round) == (MaskedInput.TAG, 1)]
-    signed = MaskedInput.decode(envelope.unverified_body(headers[0].message))
-    vector_path(state_dir / "transcript" / VECTORS, signed.vector).unlink()
+    for header in (entry for entry in log if (entry.kind, entry.round) == (MaskedInput.TAG, 1)):
+        signed = MaskedInput.decode(envelope.unverified_body(header.message))
+        vector_path(state_dir / "transcript" / VECTORS, signed.vector).unlink()
     first, _ = adapters(state_dir)
-    assert outcome(first) == (Status.PASS, "vectors")
+    assert outcome(first) == (Status.SKIPPED, "vectors")
     assert "1 of 2 recomputed from the sums" in first.text
     assert "1 of 2 not recomputed" in first.text
 
