@@ -15,7 +15,18 @@ from aggregation.errors import TrustError
 from aggregation.messages import Assignment, Message
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
-from aggregation.transcript import NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Reading, Result, read
+from aggregation.transcript import (
+    ENTRY,
+    NO_SESSION,
+    Abort,
+    AdapterId,
+    Checkpoint,
+    Entry,
+    Reading,
+    Result,
+    merkle,
+    read,
+)
 from coordinator.audit import history as histories
 from coordinator.audit import rules
 from coordinator.audit.findings import Check, Finding, Problem, Report, RoundSummary, Skipped, Status, count
@@ -155,9 +166,12 @@ class _Audit:
     def _report(self, findings: tuple[Finding, ...]) -> Report:
         history = self.history
         passed = all(finding.status is not Status.FAIL for finding in findings)
+        tree = merkle.Tree()
+        for entry in self.reading.entries:
+            tree.append(ENTRY.encode(entry))
         return Report(
             findings=findings,
-            rounds=tuple(self._summary(current) for current in history.rounds) if history else (),
+            rounds=tuple(self._summary(current, tree) for current in history.rounds) if history else (),
             dropouts_by_step=history.dropouts_by_step if history else {},
             participation=rules.participation(history) if history else {},
             offer=history.offer.digest().hex() if history else "",
@@ -180,8 +194,9 @@ class _Audit:
         results = [each.ending.produced for each in rounds if isinstance(each.ending, Result)]
         return results[-1] if results else self.checkpoints[0].newest if self.checkpoints else None
 
-    def _summary(self, current: histories.Round) -> RoundSummary:
-        number = current.plan.round
+    def _summary(self, current: histories.Round, tree: merkle.Tree) -> RoundSummary:
+        number, result = current.plan.round, current.ending if isinstance(current.ending, Result) else None
+        entries = current.place(type(current.ending)).index if current.ending else None
         return RoundSummary(
             number,
             current.plan.digest().hex(),
@@ -192,8 +207,11 @@ class _Audit:
             current.dropouts_by_step(self._history.offer.spec.adversary),
             self.unmasked[number].blamed if number in self.unmasked else (),
             rules.ending(current),
-            current.ending.produced if isinstance(current.ending, Result) else None,
+            result.produced if result else None,
             current.ending.reason if isinstance(current.ending, Abort) else None,
+            result.sum.hex() if result else None,
+            entries,
+            None if entries is None else tree.root(entries).hex(),
         )
 
 

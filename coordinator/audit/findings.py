@@ -105,6 +105,9 @@ class RoundSummary:
         ending: The adapter that the round produced, or why it produced none.
         result: Version and digest of that adapter, or None.
         reason: Why the log aborts the round; None if it does not.
+        sum: Digest of the sum, hex, if the round has a result.
+        entries: In the log before the ending of the round; None if it has none.
+        root: Of these entries, hex.
     """
 
     round: int
@@ -118,6 +121,9 @@ class RoundSummary:
     ending: str
     result: AdapterId | None
     reason: str | None
+    sum: str | None
+    entries: int | None
+    root: str | None
 
 
 @dataclass(frozen=True, slots=True)

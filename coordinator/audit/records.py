@@ -12,14 +12,19 @@ from aggregation.errors import TrustError
 from coordinator.audit.findings import Report, RoundSummary
 
 
-def require_logged(records: Sequence[RoundRecord], reports: Mapping[str, Report], *, unfinished: bool) -> None:
-    """Return if the logs have each recorded round, with the ending that was recorded, and no other round.
+def require_logged(
+    before: Sequence[RoundRecord], after: Sequence[RoundRecord], reports: Mapping[str, Report], *, unfinished: bool
+) -> None:
+    """Return if the logs have each recorded round, once, in its order and as it was recorded, and no other round.
 
-    A round that was under way when the coordinator's process ended has no record. In a session under way the last round
-    may have a record before it has an ending, and one that ended meanwhile is not among ``records``.
+    A coordinator may continue while it is audited. It writes a record before the ending, so what was recorded before
+    the logs were read is in them, and what ended in them is recorded after that. Only the round that is under way then
+    may have a record and no ending. A round in which the coordinator's process ended has no record: the next start logs
+    it as interrupted.
 
     Args:
-        records: Of all rounds, as the registry had them before the logs were read.
+        before: Of all rounds, as the registry had them before the logs were read.
+        after: As it had them after that.
         reports: Name → report of all logs.
         unfinished: The last session is under way.
 
@@ -29,11 +34,10 @@ def require_logged(records: Sequence[RoundRecord], reports: Mapping[str, Report]
     logged = {(report.offer, each.plan): each for report in reports.values() for each in report.rounds}
     *_, last = reports.values()
     open_round = {(last.offer, last.open_plan)} if unfinished else set()
-    _require_recorded(records, {report.offer for report in reports.values()}, logged, open_round)
-    recorded = {(record.offer, record.plan) for record in records}
+    _require_recorded(before, {report.offer for report in reports.values()}, logged, open_round)
+    recorded = {(record.offer, record.plan) for record in after}
     for (offer, plan), each in logged.items():
-        under_way = unfinished and offer == last.offer
-        if (offer, plan) not in recorded and each.reason != INTERRUPTED and not under_way:
+        if (offer, plan) not in recorded | open_round and each.reason != INTERRUPTED:
             text = f"a round that the log says {each.ending} is not recorded in the registry"
             raise TrustError(text, about="record", value=plan)
 
@@ -44,6 +48,7 @@ def _require_recorded(
     logged: Mapping[tuple[str, str], RoundSummary],
     open_round: Collection[tuple[str, str | None]],
 ) -> None:
+    places, last = {key: place for place, key in enumerate(logged)}, -1
     for record in records:
         if record.offer not in offers:
             text = f"round {record.round} was recorded, and the log of its session is missing"
@@ -54,9 +59,17 @@ def _require_recorded(
         if found is None or not _agrees(record, found):
             text = f"round {record.round} was recorded with another ending than its log has"
             raise TrustError(text, about="record", value=record.round)
+        place = places[record.offer, record.plan]
+        if place <= last:
+            text = f"round {record.round} was recorded twice, or in another order than the logs have"
+            raise TrustError(text, about="record", value=record.round)
+        last = place
 
 
 def _agrees(record: RoundRecord, logged: RoundSummary) -> bool:
-    if logged.result is None:
-        return record.version is None and record.reason == logged.reason
-    return (record.version, record.adapter, record.survivors) == (*logged.result, logged.survivors)
+    """Whether a record and a log say the same of a round. Costs, metrics and dropouts are the record's only."""
+    made = (record.version, record.adapter) if record.version is not None else None
+    survivors = logged.survivors if logged.result else ()
+    return (record.entries, record.root, record.reason, made, record.sum, record.survivors) == (
+        (logged.entries, logged.root, logged.reason, logged.result, logged.sum, survivors)
+    )

@@ -160,9 +160,9 @@ class AuditInput:
                 report.require()
         if self.complete:
             chain(reports)
-        if self.complete and self.published:
+        if self.complete and self.registry and self.published:
             _require_logged(self.published, reports, unfinished=unfinished)
-            require_logged(self.records, reports, unfinished=unfinished)
+            require_logged(self.records, _state(self.registry)[1], reports, unfinished=unfinished)
 
     @property
     def unread(self) -> tuple[str, ...]:
