@@ -17,7 +17,7 @@ from adapters import jsontext
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 
-MAX_ENVELOPE = 2**20  # bytes
+MAX_ENVELOPE = 2**22  # bytes; the record of a round in which 10 000 devices survived and dropped out takes half
 MAX_SIGNATURES = 8
 
 

@@ -1,0 +1,38 @@
+"""The record of a round holds any round that a session can have."""
+
+from adapters.dsse import MAX_ENVELOPE
+from adapters.roundrecord import RoundRecord
+from aggregation.messages import MAX_COHORT
+from aggregation.pki.identity import IdentityKey
+from aggregation.steps import Step
+
+KEY = IdentityKey(bytes(range(32)))
+LONGEST = tuple(f"{number:064}" for number in range(MAX_COHORT))  # of the names that a certificate can have
+
+
+def test_the_largest_cohort_with_the_longest_names_fits_into_a_record() -> None:
+    """Every device is among the survivors, and dropped out after its update arrived."""
+    step = max((step.value for step in Step), key=len)
+    record = RoundRecord(
+        round=1,
+        previous=None,
+        offer="0" * 64,
+        plan="0" * 64,
+        entries=2**40,
+        root="0" * 64,
+        survivors=LONGEST,
+        dropped=dict.fromkeys(LONGEST, step),
+        reason=None,
+        aborted=None,
+        sum="0" * 64,
+        version=1,
+        adapter="0" * 64,
+        optimizer="0" * 64,
+        bytes_up=2**40,
+        bytes_down=2**40,
+        seconds=1.5,
+        metrics={"accuracy": 0.5, "loss": 0.5},
+    )
+    raw = record.sign(KEY)
+    assert RoundRecord.accept(raw, [KEY.public]) == record
+    assert MAX_ENVELOPE / 4 < len(raw) < MAX_ENVELOPE / 1.5
