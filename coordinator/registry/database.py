@@ -68,7 +68,7 @@ def connect(url: str | URL) -> Engine:
     """Open the database, and create the tables that it lacks.
 
     Raises:
-        ConfigError: The URL is not usable, or the database belongs to another program or to a newer edgeadapt.
+        ConfigError: The URL is not usable, or the database belongs to another program or another edgeadapt.
         DataError: The file is not a database, or is damaged.
         EdgeAdaptError: The database cannot be reached, created or written to.
     """
@@ -111,7 +111,7 @@ def explained(engine: Engine) -> Iterator[None]:
 
 
 def _claim(connection: Connection) -> None:
-    """Create the tables, unless the database is another program's or has a newer format."""
+    """Create the tables, unless the database is another program's or has another format."""
     name = connection.engine.url.render_as_string(hide_password=True)
     tables = inspect(connection).get_table_names()
     if tables and not any(table.startswith(PREFIX) for table in tables):
@@ -120,8 +120,9 @@ def _claim(connection: Connection) -> None:
         )
     found = connection.scalar(select(formats.c.format)) if formats.name in tables else None
     if found not in (None, FORMAT):
+        remedy = "update edgeadapt" if found > FORMAT else "an older edgeadapt made it: use that one, or begin anew"
         raise ConfigError(
-            f"{name} has format {found}, this version of edgeadapt reads {FORMAT}: update edgeadapt",
+            f"{name} has format {found}, this version of edgeadapt reads {FORMAT}: {remedy}",
             about="database.format",
             value=found,
         )
@@ -146,6 +147,10 @@ def _prepare_sqlite(engine: Engine, url: URL) -> None:
 def _configure(connection: Any, _: object) -> None:
     # Python's sqlite3 begins a transaction late and not for every statement; now ``_begin`` begins each one.
     connection.isolation_level = None
+    # Also after a power cut a committed round stays: its ending is logged next, and a log that knows more than the
+    # registry stops the coordinator. FULL, the default, does not sync the folder from which the journal was deleted; a
+    # journal that reappears is rolled back.
+    connection.execute("PRAGMA synchronous = EXTRA")
 
 
 def _begin(connection: Connection) -> None:

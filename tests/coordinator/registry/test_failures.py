@@ -238,19 +238,30 @@ def test_another_programs_database_is_refused_and_not_touched(tmp_path: Path, re
     assert path.read_bytes() == before
 
 
-def test_a_registry_from_the_future_is_refused_and_not_touched(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
+@pytest.mark.parametrize(("found", "remedy"), [(99, "update edgeadapt"), (1, "an older edgeadapt made it")])
+def test_a_registry_of_another_format_is_refused_and_not_touched(
+    tmp_path: Path, reopen: Reopen, rounds: Any, found: int, remedy: str
+) -> None:
     registry = reopen()
     rounds.seed(registry)
     registry.close()
     path = tmp_path / "registry.db"
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE edgeadapt_format SET format = 99")
+        connection.execute("UPDATE edgeadapt_format SET format = ?", (found,))
         connection.execute("DROP TABLE edgeadapt_optimizer")
     connection.close()
     before = path.read_bytes()
-    with refused(ConfigError, "database.format", value=99):
+    with refused(ConfigError, "database.format", value=found) as caught:
         reopen()
+    assert remedy in str(caught.value)
     assert path.read_bytes() == before
+
+
+def test_the_deletion_of_a_journal_survives_a_power_cut(reopen: Reopen) -> None:
+    """A journal that reappears would take back a committed round, and the log of the round contradict the registry."""
+    with reopen().engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "delete"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 3  # EXTRA
 
 
 def test_a_locked_database_is_named_and_keeps_what_it_had(tmp_path: Path, reopen: Reopen, rounds: Any) -> None:
