@@ -10,7 +10,7 @@ from aggregation.messages import Assignment, DeviceIds, Digest, HexDigest, Messa
 from aggregation.pki import DEVICE_ID
 from aggregation.wire import Codec
 
-MAGIC = b"edgeadapt/transcript/1\n"
+MAGIC = b"edgeadapt/transcript/2\n"
 EVERYONE = "*"  # the peer of a message that all devices received alike
 LENGTH = 4  # bytes before each entry
 AdapterId: TypeAlias = tuple[int, str]  # version, and SHA-256 of its file in hex
