@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import mkdtemp, mkstemp
+from typing import BinaryIO
 
 from filelock import FileLock
 
@@ -31,6 +32,13 @@ def read(path: Path, limit: int = LARGEST) -> bytes:
             then.
         OSError: It cannot be read.
     """
+    with opened(path, limit) as (file, size):
+        return file.read(size)  # and not what is appended meanwhile
+
+
+@contextmanager
+def opened(path: Path, limit: int = LARGEST) -> Iterator[tuple[BinaryIO, int]]:
+    """A file to read from, and its size in bytes. Raises as ``read``."""
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises its own error
         raise DataError(f"{path} is a device or a pipe: give a file", about=path.name)
@@ -41,7 +49,7 @@ def read(path: Path, limit: int = LARGEST) -> bytes:
                 about=path.name,
                 value=size,
             )
-        return file.read(size)  # and not what is appended meanwhile
+        yield file, size
 
 
 def read_lines(path: Path, what: str) -> tuple[str, ...]:
@@ -53,19 +61,16 @@ def read_lines(path: Path, what: str) -> tuple[str, ...]:
 
     Raises:
         ConfigError: There is no such file.
-        DataError: It is not UTF-8, too large, or has no line.
+        DataError: It is not UTF-8, too large, has no line, or is a device or a pipe.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(LONGEST_LIST + 1)
-        text = raw.decode() if len(raw) <= LONGEST_LIST else ""  # 16 MiB of zeros take seconds to split
-        rows = tuple(line.strip() for line in text.splitlines() if line.strip())
+        rows = tuple(line.strip() for line in read(path, LONGEST_LIST).decode().splitlines() if line.strip())
     except FileNotFoundError as error:
         raise ConfigError(f"there is no file {path}", about=path.name) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8", about=path.name) from error
     if not rows:
-        raise DataError(f"{path} must hold one {what} a line, at most {LONGEST_LIST} bytes in all", about=path.name)
+        raise DataError(f"{path} is empty: it must hold one {what} a line", about=path.name)
     return rows
 
 

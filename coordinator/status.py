@@ -20,7 +20,7 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
     """The object that ``edgeadapt coordinator status --json`` prints.
 
     Raises:
-        EdgeAdaptError: As ``Registry.versions`` and ``Registry.rounds``.
+        EdgeAdaptError: As ``Registry.versions`` and ``Registry.rounds``; or the last log is too large, or no file.
     """
     rounds = state_dir.registry.rounds()
     steps = Counter(step for record in rounds for step in record.dropped.values())

@@ -17,14 +17,14 @@ from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Offer
 from aggregation.pki.identity import IdentityKey, PublicKey
-from aggregation.transcript import ENTRY, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Result, Stage, Transcript
+from aggregation.session import COORDINATOR
+from aggregation.transcript import EVERYONE, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Result, Stage, Transcript
 from coordinator.audit import Problem, checkpoints
 from coordinator.recorder import ending_of
 from coordinator.registry import Head
 
-_INDEX = 8  # bytes of an entry before its kind
 _CHECKPOINT = bytes([len(Checkpoint.TAG)]) + Checkpoint.TAG.encode()  # the kind, as an entry has it
-_LARGEST_CHECKPOINT = 2 * Checkpoint.LIMIT  # bytes of an entry with a checkpoint, at most
+_ROUND, _PEER, _LENGTH = 4, 1 + len(EVERYONE), 4  # bytes that follow the kind: round, peer, length of the message
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,12 @@ class StoredLog:
         """Read and verify a log.
 
         Raises:
-            DataError: It is not a file.
+            DataError: It is too large, or no file.
             TrustError: It was altered after it was written.
         """
         raw = storage.read(path)
         reading = transcript.read(raw)
         rest = raw[reading.end :]
-        if reading.problem and _holds_checkpoint(rest, coordinator):
-            raise altered(path, reading.problem)
         try:
             found = tuple(checkpoints(replace(reading, problem=""), coordinator, unfinished=True))
         except Problem as problem:
@@ -65,9 +63,27 @@ class StoredLog:
                 raise altered(path, problem) from None
             found = ()
         log = cls(path, reading.entries, found, reading.end, rest)
-        if log.closed and rest:
+        if rest and (log.closed or log.is_continued_in(rest, coordinator)):
             raise altered(path, reading.problem)
         return log
+
+    def is_continued_in(self, rest: bytes, coordinator: PublicKey) -> bool:
+        """Whether unreadable bytes hold a checkpoint of what follows the entries. A kill damages only the last record.
+
+        Parts of a message are its sender's choice, and devices have the earlier checkpoints of this log and of others.
+        A later one they cannot have.
+        """
+        offer = self.offer
+        for found in re.finditer(re.escape(_CHECKPOINT), rest):
+            at = found.end() + _ROUND + _PEER + _LENGTH
+            size = int.from_bytes(rest[at - _LENGTH : at], "big")
+            if size > Checkpoint.LIMIT + envelope.OVERHEAD:
+                continue
+            with suppress(ProtocolError):
+                signed = envelope.open_verified(Checkpoint, rest[at : at + size], coordinator, COORDINATOR)
+                if signed.size >= len(self.entries) and offer in (b"", signed.offer):
+                    return True
+        return False
 
     @property
     def closed(self) -> bool:
@@ -156,14 +172,3 @@ def altered(path: Path, problem: object) -> TrustError:
     """The error that a log is not as it was written."""
     text = f"{path} was altered after it was written ({problem}): find out why, and move it away"
     return TrustError(text, about=path.name)
-
-
-def _holds_checkpoint(rest: bytes, coordinator: PublicKey) -> bool:
-    """Whether the unreadable rest of a log holds a complete checkpoint. A kill damages only the last record."""
-    for found in re.finditer(re.escape(_CHECKPOINT), rest):
-        start = max(found.start() - _INDEX, 0)
-        for end in range(start, min(start + _LARGEST_CHECKPOINT, len(rest)) + 1):  # its length may be what is damaged
-            with suppress(ProtocolError):
-                envelope.open_verified(Checkpoint, ENTRY.decode(rest[start:end]).message, coordinator, "")
-                return True
-    return False

@@ -7,7 +7,7 @@ way as the registry says, and closes the log. A log that lacks what the registry
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,6 +50,7 @@ class Transcripts:
         root: The authority that certified the devices.
         keep_vectors: Keep every masked vector too, so that an auditor can recompute the sums.
         head: What the registry knows: its newest adapter and its last round.
+        ends: Closed log → what ``_ends`` read from it. It does not change any more.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class Transcripts:
     root: Root
     keep_vectors: bool
     head: Callable[[], Head]
+    ends: dict[Path, tuple[bytes, bytes]] = field(default_factory=dict, repr=False)
 
     def begin(self, offer: bytes, revoked: RevocationList | None = None) -> Recorder:
         """Start the log of a session, and close the one before.
@@ -97,12 +99,14 @@ class Transcripts:
         for path in reversed([path for path in logs(self.folder) if path != recorder.path]):
             if not wanted or len(closed) > MAX_SESSIONS:
                 break
-            offer, last = _ends(path)
+            if path not in self.ends:
+                self.ends[path] = _ends(path)
+            offer, last = self.ends[path]
             if offer in wanted:
                 wanted.remove(offer)
                 devices = [device for device, digest in last_offers.items() if digest == offer]
                 end = Checkpoint.decode(envelope.unverified_body(last)).newest
-                log = transcript.resume(transcript.read(path.read_bytes()).entries, end)
+                log = transcript.resume(transcript.read(storage.read(path)).entries, end)
                 proofs = receipts(log, devices)
                 found |= {
                     device: session_chain_proof(recorder.log, self.key, proofs[device], closed) for device in devices
@@ -151,18 +155,21 @@ def _ends(path: Path) -> tuple[bytes, bytes]:
     """Digest of the offer, and the last checkpoint as signed, of a closed log. Reads only the first and last entry.
 
     Raises:
+        DataError: It is too large, or no file.
         TrustError: It was altered.
     """
-    with path.open("rb") as file:
-        file.seek(len(MAGIC))
-        spans = []
-        while head := file.read(LENGTH):
-            spans.append((file.tell(), int.from_bytes(head, "big")))
-            file.seek(sum(spans[-1]))
+    with storage.opened(path) as (file, size):
+        first = last = (len(MAGIC) + LENGTH, 0)
+        end = len(MAGIC)
+        while end < size:
+            file.seek(end)
+            last = end + LENGTH, int.from_bytes(file.read(LENGTH), "big")
+            first = last if end == len(MAGIC) else first
+            end = sum(last)
         try:
-            first, last = (_entry(file, *spans[end]) for end in (0, -1))
-            return Offer.decode(envelope.unverified_body(first.message)).digest(), last.message
-        except (IndexError, ProtocolError) as error:
+            offer = Offer.decode(envelope.unverified_body(_entry(file, *first).message))
+            return offer.digest(), _entry(file, *last).message
+        except ProtocolError as error:
             raise altered(path, error) from None
 
 

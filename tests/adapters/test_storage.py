@@ -82,6 +82,8 @@ def test_a_pipe_and_a_device_are_not_read(tmp_path: Path) -> None:
     for name in ("pipe", "link"):
         with refused(DataError, name):
             storage.read(tmp_path / name)
+        with refused(DataError, name):
+            storage.read_lines(tmp_path / name, "label")
     with pytest.raises(IsADirectoryError):
         storage.read(tmp_path)
 

@@ -5,10 +5,14 @@ coordinator's disk needs no key then. Cut the newest closed log in its last roun
 completed round has become an interrupted one, under genuine signatures, with its adapter still in the registry. The
 same for an old copy of the registry, and for a log that is gone. A start compares the logs with the signed records of
 rounds first. Without that comparison each attack works.
+
+The other way round, a device must not be able to stop a coordinator: a later checkpoint in the incomplete record of a
+kill says that more than the last record was damaged, and devices know earlier checkpoints.
 """
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,16 @@ from flwr.app import Context, Message
 
 from adapters.registryfiles import DATABASE
 from aggregation.errors import EdgeAdaptError, TrustError
+from aggregation.messages import Shares
+from aggregation.transcript import ENTRY, MAGIC, Checkpoint
 from client.node.app import app as client_app
 from coordinator.audit import AuditInput, AuditOptions
-from coordinator.audit.transcripts import logs
+from coordinator.audit.transcripts import log_name, logs
+from coordinator.storedlog import StoredLog
 from tests.support import refused
+from tests.support.fleet import make_fleet, session_spec
 from tests.support.hostile import continues_from_anything
+from tests.support.sessions import LoggedSession, record, run_session
 
 FleetOf = Callable[..., Any]
 
@@ -112,3 +121,44 @@ def test_an_old_registry_does_not_make_a_version_twice(fleet: Any) -> None:
     with pytest.raises(EdgeAdaptError):
         assert_signed(fleet)  # again it is the devices that refuse, and new ones would not
     assert newest_log(fleet).name == "session-000004.log"
+
+
+def test_a_checkpoint_in_the_message_of_a_device_does_not_stop_a_coordinator_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device puts that of an earlier session where its encrypted shares belong, and a kill cuts that message."""
+    known, path = ENTRY.encode(run_session([]).find(Checkpoint)), tmp_path / log_name(2)
+    session = LoggedSession(make_fleet(4, spec=session_spec(4, rounds=8))).run([])
+    old, dealt = session.find(Shares, 0, "device-003"), session.message(Shares, 0, "device-003").encrypted_shares
+    hidden = known.ljust(len(dealt["device-000"].ciphertext), b"\0")
+    forged = {**dealt, "device-000": replace(dealt["device-000"], ciphertext=hidden)}
+    signed = session.resigned(old, Shares, encrypted_shares=forged)
+    assert len(signed.message) == len(old.message)
+    path.write_bytes(session.raw[: session.ends()[old.index - 1]] + record(ENTRY.encode(signed))[:-1])
+    key = session.fleet.key.public
+    log = StoredLog.read(path, key)
+    assert (len(log.entries), known in log.rest) == (old.index, True)
+    monkeypatch.setattr(StoredLog, "is_continued_in", lambda log, rest, key: known in rest)
+    with refused(TrustError, path.name):
+        StoredLog.read(path, key)
+
+
+def test_only_a_later_checkpoint_of_the_same_log_shows_that_it_was_damaged(tmp_path: Path) -> None:
+    session = run_session([{}])
+    found = [entry for entry in session.entries if entry.kind == Checkpoint.TAG]
+    path, key = tmp_path / log_name(1), session.fleet.key.public
+    path.write_bytes(session.raw[: session.ends()[found[0].index]])
+    log = StoredLog.read(path, key)
+    assert [log.is_continued_in(ENTRY.encode(each), key) for each in found] == [False, True, True]
+
+
+def test_a_damaged_record_before_the_end_is_not_taken_for_an_incomplete_one(tmp_path: Path) -> None:
+    """Wherever the length of a record is damaged: a checkpoint of this log follows, or it is one."""
+    session = run_session([{}])
+    path, starts = tmp_path / log_name(1), [len(MAGIC), *session.ends()[:-1]]
+    for start in starts:
+        damaged = bytearray(session.raw)
+        damaged[start] ^= 0x40
+        path.write_bytes(damaged)
+        with refused(TrustError, path.name):
+            StoredLog.read(path, session.fleet.key.public)
