@@ -63,9 +63,9 @@ def chat(
     if adapter is not None and base_only:
         raise click.UsageError("--adapter and --base-only exclude each other")
     generator = Generator.open(bundle, trust)
-    if not base_only and (adapter is not None or generator.library.names()):
-        generator.use(generator.library.default() if adapter is None else adapter)
-    conversation = Conversation(generator, SamplingParams(**sampling), system)
+    if not base_only and adapter is None and generator.library.names():
+        adapter = generator.library.default()
+    conversation = Conversation(generator, SamplingParams(**sampling), system, adapter)
     if prompt is None:
         converse(conversation, generator)
     else:
@@ -80,7 +80,7 @@ def answer(conversation: "Conversation", generator: "Generator", prompt: str, as
     text = "".join(conversation.ask(prompt))
     last = generator.last
     assert last is not None  # noqa: S101  # an answer was just read to its end
-    adapter = generator.adapter.name if generator.adapter else None
+    adapter = conversation.adapter.name if conversation.adapter else None
     counts = {"tokens": last.tokens, "prompt_tokens": last.prompt_tokens, "finish": last.finish.value}
     click.echo(json.dumps({"adapter": adapter, "prompt": prompt, "answer": text, **counts}, ensure_ascii=False))
 
@@ -91,7 +91,7 @@ def converse(conversation: "Conversation", generator: "Generator") -> None:
     if interactive:
         with suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  # gives `input` a history and line editing
-        click.echo(f"{_in_use(generator)}; /help shows the commands")
+        click.echo(f"{_in_use(conversation)}; /help shows the commands")
     while (line := read_line("> " if interactive else "")) is not None:
         try:
             if line.startswith("/"):
@@ -132,7 +132,7 @@ def _command(line: str, conversation: "Conversation", generator: "Generator") ->
     """Run a command; False quits."""
     word, _, rest = line.strip().partition(" ")
     commands: dict[str, Callable[[], str]] = {
-        "/adapter": lambda: _switch(generator, rest.strip()),
+        "/adapter": lambda: _switch(conversation, rest.strip()),
         "/adapters": lambda: "\n".join(generator.library.names()) or "the bundle has no adapter",
         "/reset": lambda: _reset(conversation),
         "/help": lambda: HELP,
@@ -144,12 +144,9 @@ def _command(line: str, conversation: "Conversation", generator: "Generator") ->
     return True
 
 
-def _switch(generator: "Generator", names: str) -> str:
-    if names:
-        generator.use(names)
-    else:
-        generator.use_base()
-    return _in_use(generator)
+def _switch(conversation: "Conversation", names: str) -> str:
+    conversation.use(names or None)
+    return _in_use(conversation)
 
 
 def _reset(conversation: "Conversation") -> str:
@@ -157,7 +154,7 @@ def _reset(conversation: "Conversation") -> str:
     return "conversation dropped"
 
 
-def _in_use(generator: "Generator") -> str:
-    if (adapter := generator.adapter) is None:
+def _in_use(conversation: "Conversation") -> str:
+    if (adapter := conversation.adapter) is None:
         return "no adapter: the bare base"
     return f"adapter {adapter.name}, version {adapter.version}, rank {adapter.rank}"

@@ -83,8 +83,8 @@ def _classify(library: "Library", names: Sequence[str], phrases: list[str], top:
 
 
 def _ranked(session: "ClassificationSession", name: str, phrases: list[str], top: int) -> dict[str, Any]:
-    adapter = session.use(name)
-    ranked = zip(phrases, session.rank(phrases, top), strict=True)
+    adapter = session.load(name)
+    ranked = zip(phrases, session.rank(phrases, adapter.composition, top), strict=True)
     answers = [
         {"text": text, "intents": [{"intent": p.label, "probability": round(p.probability, 6)} for p in best]}
         for text, best in ranked
@@ -99,8 +99,8 @@ def _continue(library: "Library", names: Sequence[str], texts: list[str], tokens
     generator, params, results = Generator.of(library), SamplingParams(max_tokens=tokens), []
     default = library.default() if library.names() and not names else None
     for name in names or (default,):
-        adapter = generator.use(name) if name else None
-        answers = [{"text": text, "continuation": "".join(generator.complete(text, params))} for text in texts]
+        adapter = generator.load(name) if name else None
+        answers = [{"text": text, "continuation": "".join(generator.complete(text, params, name))} for text in texts]
         used = {"adapter": adapter.name, "version": adapter.version} if adapter else {"adapter": None}
         results.append({**used, "answers": answers})
     return results

@@ -13,7 +13,7 @@ from typing import Self
 from adapters.bundle import MODEL
 from aggregation.errors import ConfigError, DataError
 from client.inference.engine import GenerationEngine
-from client.inference.library import Adapter, AdapterCache, Composition, Library
+from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.session import MAX_LOADED, MAX_LOADED_BYTES
 from client.inference.text import Answer, Finish, SamplingParams, StopFilter, checked, first_line
 
@@ -27,7 +27,7 @@ class ChatMessage:
 
 
 class Generator:
-    """The language model of a bundle, and the adapter in use: at first none, the bare base."""
+    """The language model of a bundle. Each call names its adapter; without one, the bare base answers."""
 
     def __init__(self, library: Library, engine: GenerationEngine, loaded: int, loaded_bytes: int) -> None:
         """Use ``open`` or ``of``."""
@@ -35,7 +35,6 @@ class Generator:
         self._loaded = AdapterCache[Adapter](
             loaded, loaded_bytes, lambda adapter: adapter.nbytes, lambda adapter: engine.unload(adapter.name)
         )
-        self._current: Adapter | None = None
         self._busy = Lock()
         self._last: Answer | None = None
 
@@ -80,48 +79,44 @@ class Generator:
         return self._engine.context
 
     @property
-    def adapter(self) -> Adapter | None:
-        """The adapter in use; None for the bare base."""
-        return self._current
-
-    @property
     def last(self) -> Answer | None:
         """The last answer that ended."""
         return self._last
 
-    def use(self, names: str | Sequence[str], weights: Sequence[float] | None = None) -> Adapter:
-        """Switch to an adapter or a composition. Arguments and errors as ``ClassificationSession.use``.
+    def load(self, adapter: Named) -> Adapter:
+        """Verify an adapter or a composition, and keep it in memory. Arguments as ``ClassificationSession.load``.
 
         Raises:
+            TrustError, DataError, ConfigError: As ``ClassificationSession.load``.
             ConfigError: Also while an answer is being written.
         """
-        composition = Composition.of(names, weights)
         with self._exclusive():
-            if (adapter := self._loaded.get(composition)) is None:
-                loaded = self._library.load(composition)
-                self._engine.load(loaded)
-                adapter = self._loaded[composition] = replace(loaded, inputs={})  # the engine holds the tensors
-            self._current = adapter
-        return adapter
+            return self._get(Composition.of(adapter))
 
-    def use_base(self) -> None:
-        """Switch to the bare base. Raises ConfigError while an answer is being written."""
-        with self._exclusive():
-            self._current = None
-
-    def complete(self, text: str, params: SamplingParams = SamplingParams()) -> Iterator[str]:  # noqa: B008  # frozen
+    def complete(
+        self,
+        text: str,
+        params: SamplingParams = SamplingParams(),  # noqa: B008  # frozen
+        adapter: Named | None = None,
+    ) -> Iterator[str]:
         """Continue ``text``, piece by piece; ``last`` says how the answer ended. Closing the iterator ends the answer.
 
         Raises:
             DataError: The text is not valid (``text.checked``) or leaves no room for an answer; while reading: a token
                 has no finite probability.
             ConfigError: Another answer is being written.
+            TrustError, DataError, ConfigError: As ``load``.
         """
-        return self._answer(self._engine.encode(checked(text)), params)
+        return self._answer(self._engine.encode(checked(text)), params, adapter)
 
-    def answer(self, messages: Sequence[ChatMessage], params: SamplingParams = SamplingParams()) -> Iterator[str]:  # noqa: B008
+    def answer(
+        self,
+        messages: Sequence[ChatMessage],
+        params: SamplingParams = SamplingParams(),  # noqa: B008
+        adapter: Named | None = None,
+    ) -> Iterator[str]:
         """Answer the last of ``messages``, formatted by the model's chat template. Raises as ``complete``."""
-        return self._answer(self.tokens(messages), params)
+        return self._answer(self.tokens(messages), params, adapter)
 
     def tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The prompt of a conversation: its tokens, up to where the answer begins.
@@ -152,25 +147,35 @@ class Generator:
         finally:
             self._busy.release()
 
-    def _answer(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+    def _get(self, composition: Composition) -> Adapter:
+        if (adapter := self._loaded.get(composition)) is None:
+            loaded = self._library.load(composition)
+            self._engine.load(loaded)
+            adapter = self._loaded[composition] = replace(loaded, inputs={})  # the engine holds the tensors
+        return adapter
+
+    def _answer(self, prompt: list[int], params: SamplingParams, adapter: Named | None) -> Iterator[str]:
+        composition = None if adapter is None else Composition.of(adapter)
         with self._exclusive():  # raise now, not with the first piece
-            pass
+            if composition is not None:
+                self._get(composition)
         if not prompt:
             raise DataError("the text contains no known token; give another text", about="text.tokens")
         if len(prompt) >= self.context:
             reason = f"the text has {len(prompt)} tokens, and the model's limit is {self.context}; shorten it"
             raise DataError(reason, about="prompt", value=len(prompt))
-        return self._pieces(prompt, params)
+        return self._pieces(prompt, params, composition)
 
-    def _pieces(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+    def _pieces(self, prompt: list[int], params: SamplingParams, composition: Composition | None) -> Iterator[str]:
         with self._exclusive():
-            yield from self._generate(prompt, params)
+            adapter = None if composition is None else self._get(composition)  # may have been evicted since
+            yield from self._generate(prompt, params, adapter)
 
-    def _generate(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+    def _generate(self, prompt: list[int], params: SamplingParams, adapter: Adapter | None) -> Iterator[str]:
         engine, stops, decoder = self._engine, StopFilter(params.stop), self._engine.decoder()
         finish, text, count, reused = Finish.INTERRUPTED, "", 0, 0
         try:
-            reused = engine.read(prompt, params, self._current.name if self._current else None)
+            reused = engine.read(prompt, params, adapter.name if adapter else None)
             for count, token in enumerate(engine.draw(), 1):  # noqa: B007
                 piece = "" if token in engine.ends else stops.feed(decoder.decode(token))
                 text += piece
@@ -205,18 +210,29 @@ class Conversation:
     adapter reads the same messages.
     """
 
-    def __init__(self, generator: Generator, params: SamplingParams, system: str | None = None) -> None:
+    def __init__(
+        self, generator: Generator, params: SamplingParams, system: str | None = None, adapter: Named | None = None
+    ) -> None:
         """Start without messages.
 
+        Args:
+            generator: Answers; several conversations may share it.
+            params: Of every answer.
+            system: The system prompt, if any.
+            adapter: As for ``Generator.load``; None for the bare base.
+
         Raises:
+            TrustError, DataError, ConfigError: As ``use``.
             ConfigError: An answer of ``max_tokens`` leaves no room for a question.
             DataError: The system prompt is not a valid message (``Generator.tokens``).
         """
+        self._generator, self._params = generator, params
+        self._adapter: Adapter | None = None
+        self.use(adapter)
         if generator.max_prompt(params) < 1:
             reason = f"an answer of {params.max_tokens} tokens leaves no room for a question: the model's limit is"
             reason = f"{reason} {generator.context} tokens; lower --max-tokens"
             raise ConfigError(reason, about="max_tokens", value=params.max_tokens)
-        self._generator, self._params = generator, params
         self._system = [] if system is None else [ChatMessage("system", system)]
         self._messages: list[ChatMessage] = []
         if self._system:
@@ -226,6 +242,19 @@ class Conversation:
     def messages(self) -> tuple[ChatMessage, ...]:
         """The messages that the model would read now, without the system prompt."""
         return tuple(self._messages)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter that answers; None for the bare base."""
+        return self._adapter
+
+    def use(self, adapter: Named | None) -> None:
+        """Let another adapter answer. After an error the conversation keeps the one that it has.
+
+        Raises:
+            TrustError, DataError, ConfigError: As ``Generator.load``.
+        """
+        self._adapter = None if adapter is None else self._generator.load(adapter)
 
     def reset(self) -> None:
         """Drop all messages."""
@@ -239,7 +268,8 @@ class Conversation:
                 messages are then unchanged.
         """
         messages = self._fit([*self._messages, ChatMessage("user", text)])
-        return self._record(messages, self._generator.answer([*self._system, *messages], self._params))
+        adapter = None if self._adapter is None else self._adapter.composition
+        return self._record(messages, self._generator.answer([*self._system, *messages], self._params, adapter))
 
     def _record(self, messages: list[ChatMessage], pieces: Iterator[str]) -> Iterator[str]:
         text = ""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Union
 
 import numpy as np
 from cachetools import LRUCache
@@ -32,6 +32,7 @@ OTHER_COMMAND: dict[Task, str] = {
     "text-generation": "it writes text: use `edgeadapt device chat`",
 }
 V = TypeVar("V")
+Named = Union[str, Sequence[str], "Composition"]  # how a call names an adapter: ``Composition.of`` reads it
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +96,14 @@ class Composition:
         return cls(tuple(WeightedAdapter.parse(part.strip()) for part in text.split("+")))
 
     @classmethod
-    def of(cls, names: str | Sequence[str], weights: Sequence[float] | None = None) -> Self:
-        """A composition in writing, or of several names; each weight is 1 unless ``weights`` are given.
+    def of(cls, names: Named, weights: Sequence[float] | None = None) -> "Composition":
+        """A composition, also in writing, or of several names; each weight is 1 unless ``weights`` are given.
 
         Raises:
             ConfigError: As ``parse``, or the numbers of names and weights differ.
         """
+        if isinstance(names, Composition):
+            return names
         if isinstance(names, str) and weights is None:
             return cls.parse(names)
         listed = [names] if isinstance(names, str) else list(names)

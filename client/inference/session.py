@@ -18,7 +18,7 @@ from adapters.bundle import MODEL, TOKENIZER, VerifiedBase
 from adapters.classifiergraph import ClassifierGraph, Feeds
 from adapters.layout import Floats
 from aggregation.errors import ConfigError, DataError
-from client.inference.library import Adapter, AdapterCache, Composition, Library
+from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.text import checked, first_line
 
 MAX_LOADED = 32  # adapters held in memory
@@ -40,7 +40,7 @@ class _Loaded:
 
 
 class ClassificationSession:
-    """An ONNX Runtime session with the base of a bundle, and the adapter in use.
+    """An ONNX Runtime session with the base of a bundle. Each call names its adapter, so that threads may share it.
 
     ``rank`` and ``classify`` run one text at a time: an answer depends neither on the other texts nor on padding,
     whatever the quantization of the base. ``rank_mixed`` runs a batch.
@@ -49,7 +49,6 @@ class ClassificationSession:
     def __init__(self, library: Library, threads: int, loaded: AdapterCache[_Loaded]) -> None:
         """Use ``open`` or ``of``."""
         self._library, self._loaded = library, loaded
-        self._current: _Loaded | None = None
         self._tokenizer = Tokenizer.from_str(library.base.files[TOKENIZER].decode())
         manifest = library.manifest
         self._graph = ClassifierGraph(_session(library.base, threads), manifest.slots, manifest.independent_rows)
@@ -64,7 +63,7 @@ class ClassificationSession:
         loaded: int = MAX_LOADED,
         loaded_bytes: int = MAX_LOADED_BYTES,
     ) -> Self:
-        """Verify and load the base of ``bundle``. No adapter is in use yet.
+        """Verify and load the base of ``bundle``. It holds no adapter yet.
 
         Args:
             bundle: The folder.
@@ -99,57 +98,50 @@ class ClassificationSession:
         """The bundle."""
         return self._library
 
-    @property
-    def adapter(self) -> Adapter | None:
-        """The adapter in use."""
-        return self._current.adapter if self._current else None
-
-    def use(self, names: str | Sequence[str], weights: Sequence[float] | None = None) -> Adapter:
-        """Switch to an adapter or a composition, verified on first use. After an error the adapter in use is kept.
+    def load(self, adapter: Named) -> Adapter:
+        """Verify an adapter or a composition, and keep it in memory.
 
         Args:
-            names: A name, a composition in writing (``global:0.5+anna``), or several names.
-            weights: The weight of each name; 1 by default.
+            adapter: A name, a composition in writing (``global:0.5+anna``), several names, or a ``Composition``.
 
         Raises:
             TrustError, DataError, ConfigError: As ``Composition.of`` and ``Library.load``.
         """
-        self._current = self._get(Composition.of(names, weights))
-        return self._current.adapter
+        return self._get(Composition.of(adapter)).adapter
 
-    def classify(self, texts: Sequence[str]) -> list[Prediction]:
+    def classify(self, texts: Sequence[str], adapter: Named) -> list[Prediction]:
         """The most likely label of each text. Raises as ``rank``."""
-        return [ranking[0] for ranking in self.rank(texts, 1)]
+        return [ranking[0] for ranking in self.rank(texts, adapter, 1)]
 
-    def rank(self, texts: Sequence[str], top: int) -> list[list[Prediction]]:
-        """The ``top`` most likely labels of each text, most likely first.
+    def rank(self, texts: Sequence[str], adapter: Named, top: int) -> list[list[Prediction]]:
+        """The ``top`` most likely labels of each text with an adapter, most likely first.
 
         Raises:
             DataError: A text is not valid (``text.checked``) or has no known token, the graph does not run, or an
                 answer is not finite.
-            ConfigError: No adapter is in use, or ``top`` is below 1.
+            ConfigError: ``top`` is below 1.
+            TrustError, DataError, ConfigError: As ``load``.
         """
-        if (current := self._current) is None:
-            raise ConfigError("no adapter is in use; call use() first", about="adapter")
+        loaded = self._get(Composition.of(adapter))
         rows = [self._tokens(text) for text in texts]
         with self._running():
-            logits = [self._graph.logits(ids, current.feeds) for ids in rows]
-        return [_best(row, current.adapter, top) for row in logits]
+            logits = [self._graph.logits(ids, loaded.feeds) for ids in rows]
+        return [_best(row, loaded.adapter, top) for row in logits]
 
-    def rank_mixed(self, rows: Sequence[tuple[str, str]], top: int) -> list[list[Prediction]]:
-        """Classify a batch whose rows use different adapters. The adapter in use stays the same.
+    def rank_mixed(self, rows: Sequence[tuple[str, Named]], top: int) -> list[list[Prediction]]:
+        """Classify a batch whose rows use different adapters.
 
         Args:
-            rows: Pairs of a text and a name or composition, as for ``use``.
+            rows: Pairs of a text and an adapter, as for ``load``.
             top: The number of labels for each row, most likely first.
 
         Returns:
-            What ``use`` and ``rank`` return for each row: the same bits if the base's matrix products do not depend on
+            What ``rank`` returns for each row: the same bits if the base's matrix products do not depend on
             the number of rows and the longest text, else the same up to 1e-6. A base whose manifest does not state
             ``independent_rows`` runs each row alone, which is slower.
 
         Raises:
-            TrustError, DataError, ConfigError: As ``use`` and ``rank``.
+            TrustError, DataError, ConfigError: As ``rank``.
         """
         if not rows:
             return []

@@ -95,11 +95,10 @@ def _phrases(chromium: Chromium, page: Page, bundle: Path, name: str, repeat: in
     from client.inference.session import ClassificationSession
 
     session = ClassificationSession.open(bundle, threads=1)
-    session.use(name)
 
     def native() -> float:
         start = time.perf_counter()
-        session.classify([PHRASE])
+        session.classify([PHRASE], name)
         return 1000 * (time.perf_counter() - start)
 
     def browser() -> float:

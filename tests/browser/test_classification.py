@@ -33,8 +33,7 @@ def in_page(page: Any, name: str, phrases: list[str]) -> list[dict[str, float]]:
 
 def native(bundle: Path, name: str, phrases: list[str]) -> list[dict[str, float]]:
     session = ClassificationSession.open(bundle)
-    session.use(name)
-    return [{p.label: p.probability for p in ranking} for ranking in session.rank(phrases, 10)]
+    return [{p.label: p.probability for p in ranking} for ranking in session.rank(phrases, name, 10)]
 
 
 def same(left: list[dict[str, float]], right: list[dict[str, float]], within: float = 1e-4) -> None:

@@ -157,8 +157,7 @@ def test_a_base_of_four_bits_begins_to_write_as_natively(
 
 def test_the_same_text_as_onnxruntime_genai(written: Written, bundle: Path) -> None:
     generator = Generator.open(bundle)
-    generator.use("other")
-    native = "".join(generator.complete(PROMPT, SamplingParams(max_tokens=24)))
+    native = "".join(generator.complete(PROMPT, SamplingParams(max_tokens=24), "other"))
     assert written("other", prompt=PROMPT)["text"] == native
 
 

@@ -41,8 +41,7 @@ def shown(page: Any) -> list[tuple[str, float]]:
 
 def native(bundle: Path, name: str, phrase: str) -> list[tuple[str, float]]:
     session = ClassificationSession.open(bundle)
-    session.use(name)
-    return [(p.label, pytest.approx(p.probability, abs=1e-4)) for p in session.rank([phrase], 5)[0]]
+    return [(p.label, pytest.approx(p.probability, abs=1e-4)) for p in session.rank([phrase], name, 5)[0]]
 
 
 def test_a_phrase_is_classified_again_after_a_switch_to_another_adapter(

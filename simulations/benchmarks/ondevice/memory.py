@@ -153,16 +153,14 @@ def _tenants(bundle: Path, count: int) -> Any:
 
         session = ClassificationSession.open(bundle, **loaded)
         for number in range(count):
-            session.use(f"tenant-{number}")
-        session.classify([TEXT])
+            session.classify([TEXT], f"tenant-{number}")
         return session
     from client.inference.generate import Generator
     from client.inference.text import SamplingParams
 
     generator = Generator.of(library, **loaded)
     for number in range(count):
-        generator.use(f"tenant-{number}")
-    list(generator.complete(TEXT, SamplingParams(max_tokens=2)))
+        list(generator.complete(TEXT, SamplingParams(max_tokens=2), f"tenant-{number}"))
     return generator
 
 

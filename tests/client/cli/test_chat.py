@@ -31,8 +31,7 @@ def chat(*arguments: str | Path, stdin: str = "") -> Done:
 
 
 def test_a_prompt_is_answered_with_the_personal_adapter(lm_bundle: Path, generator: Generator) -> None:
-    generator.use("anna")
-    expected = "".join(Conversation(generator, SHORT, "be kind").ask("hello"))
+    expected = "".join(Conversation(generator, SHORT, "be kind", "anna").ask("hello"))
     done = chat("--bundle", lm_bundle, "--max-tokens", "10", "--system", "be kind", "--prompt", "hello", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
@@ -116,8 +115,7 @@ def test_options_that_exclude_each_other_are_refused(lm_bundle: Path, options: l
 
 
 def test_infer_continues_a_text_with_each_adapter(lm_bundle: Path, generator: Generator) -> None:
-    generator.use("global")
-    expected = "".join(generator.complete("turn on", SHORT))
+    expected = "".join(generator.complete("turn on", SHORT, "global"))
     infer = ["infer", "--bundle", str(lm_bundle), "--max-tokens", "10"]
     assert CliRunner().invoke(device, [*infer, "--adapter", "global", "turn on"]).output == f"turn on{expected}\n"
     (result,) = json.loads(CliRunner().invoke(device, [*infer, "--json", "turn on"]).output)["adapters"]

@@ -34,9 +34,11 @@ class Running:
 
     bundle: Path
     key: IdentityKey
-    use: Callable[[str], Any]
-    answer: Callable[[str], Any]
-    in_use: Callable[[], Any]
+    load: Callable[[str], Any]
+    ask: Callable[[str, str], Any]  # a text, an adapter
+
+    def answer(self, text: str) -> Any:
+        return self.ask(text, "global")
 
     @property
     def file(self) -> Path:
@@ -69,14 +71,10 @@ def running(request: pytest.FixtureRequest, tmp_path: Path, vendor: IdentityKey)
     where = tmp_path / "bundle"
     if request.param == "session":
         session = ClassificationSession.open(where)
-        session.use("global")
-        return Running(where, vendor, session.use, lambda t: session.rank([t], 4), lambda: session.adapter)
+        return Running(where, vendor, session.load, lambda text, name: session.rank([text], name, 4))
     generator = Generator.open(where, threads=1)
-    generator.use("global")
     allowed = SamplingParams(max_tokens=8)
-    return Running(
-        where, vendor, generator.use, lambda t: list(generator.complete(t, allowed)), lambda: generator.adapter
-    )
+    return Running(where, vendor, generator.load, lambda text, name: list(generator.complete(text, allowed, name)))
 
 
 def _nan(inputs: dict[str, Any]) -> None:
@@ -143,27 +141,25 @@ SPOILT: dict[str, tuple[Callable[[Running], Any], type[EdgeAdaptError], About]] 
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_bad_adapter_is_refused_in_a_line_and_the_one_in_use_goes_on(running: Running, what: str) -> None:
+def test_a_bad_adapter_is_refused_in_a_line_and_the_others_go_on(running: Running, what: str) -> None:
     spoil, kind, about = SPOILT[what]
     if not isinstance(about, str):
         about = about(running)
-    before, adapter = running.answer(TEXT), running.in_use()
+    before = running.answer(TEXT)
     spoil(running)
     for names in ("bad", "bad+global"):
         with refused(kind, about) as caught:
-            running.use(names)
+            running.ask(TEXT, names)
         assert len(str(caught.value)) < 400
-        assert running.in_use() is adapter
         assert running.answer(TEXT) == before
 
 
-def test_a_version_below_one_that_was_accepted_is_refused_and_the_one_in_use_goes_on(running: Running) -> None:
-    running.use("bad")
-    running.use("global")
+def test_a_version_below_one_that_was_accepted_is_refused_and_the_others_go_on(running: Running) -> None:
+    running.load("bad")
     before = running.answer(TEXT)
     running.sign(version=1)
     with refused(TrustError, "adapter-manifest.version", value=1):
-        running.use("bad:0.5")
+        running.load("bad:0.5")
     assert running.answer(TEXT) == before
 
 
@@ -183,18 +179,16 @@ def _huge(inputs: dict[str, Any]) -> None:
             inputs[name] = np.full_like(value, 1e30)
 
 
-def test_an_adapter_whose_numbers_overflow_gives_no_answer_and_the_one_before_comes_back(running: Running) -> None:
+def test_an_adapter_whose_numbers_overflow_gives_no_answer_and_the_others_go_on(running: Running) -> None:
     before = running.answer(TEXT)
     running.store(_huge)
-    running.use("bad")
     with pytest.raises(DataError):
-        running.answer(TEXT)
-    running.use("global")
+        running.ask(TEXT, "bad")
     assert running.answer(TEXT) == before
 
 
 def test_a_sound_adapter_is_accepted_by_the_same_steps(running: Running) -> None:
     before = running.answer(TEXT)
     running.store(lambda inputs: None)
-    assert running.use("bad").name == "bad"
-    assert running.answer(TEXT) == before  # its tensors are now those of the shared one
+    assert running.load("bad").name == "bad"
+    assert running.ask(TEXT, "bad") == before  # its tensors are now those of the shared one

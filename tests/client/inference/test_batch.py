@@ -63,8 +63,7 @@ def test_each_row_answers_as_it_does_alone(mixed: tuple[Path, ExportedBase]) -> 
     session = ClassificationSession.open(mixed[0])
     together = session.rank_mixed(ROWS, 4)
     for (text, names), found in zip(ROWS, together, strict=True):
-        session.use(names)
-        (alone,) = session.rank([text], 4)
+        (alone,) = session.rank([text], names, 4)
         assert [p.label for p in found] == [p.label for p in alone]
         assert [p.probability for p in found] == pytest.approx([p.probability for p in alone], abs=1e-6)
 
@@ -74,8 +73,7 @@ def test_rows_of_equal_length_and_rank_are_bitwise_the_same_as_alone(mixed: tupl
     rows = [("lock the door", "global"), ("lock the door", "anna"), ("open the door", "anna")]
     together = session.rank_mixed(rows, 4)
     for (text, names), found in zip(rows, together, strict=True):
-        session.use(names)
-        assert [found] == session.rank([text], 4)
+        assert [found] == session.rank([text], names, 4)
 
 
 def test_the_other_rows_of_a_batch_do_not_change_an_answer(mixed: tuple[Path, ExportedBase]) -> None:
@@ -86,15 +84,8 @@ def test_the_other_rows_of_a_batch_do_not_change_an_answer(mixed: tuple[Path, Ex
     assert one[1] != other[1]
 
 
-def test_a_batch_does_not_change_the_adapter_in_use(mixed: tuple[Path, ExportedBase]) -> None:
-    session = ClassificationSession.open(mixed[0])
-    session.use("small")
-    before = session.rank(["unlock"], 3)
-    session.rank_mixed(ROWS, 1)
-    assert session.adapter is not None
-    assert session.adapter.name == "small"
-    assert session.rank(["unlock"], 3) == before
-    assert session.rank_mixed([], 1) == []
+def test_a_batch_without_rows_has_no_answers(mixed: tuple[Path, ExportedBase]) -> None:
+    assert ClassificationSession.open(mixed[0]).rank_mixed([], 1) == []
 
 
 @pytest.mark.parametrize("bad", [("", "global"), ("unlock", "nobody"), ("unlock", "../x")])
@@ -167,8 +158,7 @@ def test_minilm_answers_a_batch_of_all_ranks_as_it_answers_each_row(tmp_path: Pa
     texts = ("unlock", "turn on the kitchen lights", "set a timer " * 60)
     rows = [(text, names) for text in texts for names in ("r1", "r8", "r64", "r1+r8:0.5")]
     for (text, names), found in zip(rows, session.rank_mixed(rows, 4), strict=True):
-        session.use(names)
-        alone = {p.label: p.probability for p in session.rank([text], 4)[0]}
+        alone = {p.label: p.probability for p in session.rank([text], names, 4)[0]}
         assert {p.label: p.probability for p in found} == pytest.approx(alone, abs=1e-5)
 
 

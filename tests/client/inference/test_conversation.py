@@ -98,7 +98,9 @@ def test_a_question_with_an_empty_answer_is_not_kept(generator: Generator, engin
 def test_a_conversation_goes_on_after_a_change_of_adapter(generator: Generator) -> None:
     conversation = Conversation(generator, SHORT)
     ask(conversation, "hello")
-    generator.use("anna")
+    conversation.use("anna")
+    assert conversation.adapter is not None
+    assert conversation.adapter.name == "anna"
     ask(conversation, "again")
     assert [message.content for message in conversation.messages if message.role == "user"] == ["hello", "again"]
     conversation.reset()

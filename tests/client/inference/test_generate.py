@@ -17,7 +17,7 @@ from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustErro
 from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine
 from client.inference.generate import ChatMessage, Generator
-from client.inference.library import Composition, Library
+from client.inference.library import Composition, Library, Named
 from client.inference.session import ClassificationSession
 from client.inference.text import Finish, SamplingParams, StopFilter
 from export.bundle.write import add_adapter, write_bundle
@@ -29,8 +29,10 @@ PROMPT = "turn on the light"
 SHORT = SamplingParams(max_tokens=12)
 
 
-def written(generator: Generator, text: str = PROMPT, params: SamplingParams = SHORT) -> str:
-    return "".join(generator.complete(text, params))
+def written(
+    generator: Generator, adapter: Named | None = None, text: str = PROMPT, params: SamplingParams = SHORT
+) -> str:
+    return "".join(generator.complete(text, params, adapter))
 
 
 def decoded(engine: GenerationEngine, tokens: Iterable[int]) -> str:
@@ -52,41 +54,38 @@ def test_the_text_is_that_of_torch_with_each_adapter_and_without(
     found = {}
     for name, rank, seed in (("global", 4, 1), ("anna", 6, 2)):
         model = lm_model(rank, seed)
-        assert generator.use(name).rank == rank
-        found[name] = written(generator)
+        assert generator.load(name).rank == rank
+        found[name] = written(generator, name)
         assert found[name] == by_torch(model, engine)
     with model.disable_adapter():
-        generator.use_base()
         found["base"] = written(generator)
         assert found["base"] == by_torch(model, engine)
     assert len(set(found.values())) == 3
-    generator.use("global")
-    assert written(generator) == found["global"]
+    assert written(generator, "global") == found["global"]
 
 
 def test_two_halves_of_one_adapter_write_as_the_adapter(lm_bundle: Path, lm_source: Any, vendor: IdentityKey) -> None:
     twin = lm_source("twin")
     add_adapter(lm_bundle, twin.adapter_inputs, twin, key=vendor, form="fp32")
     generator = Generator.open(lm_bundle, threads=1)
-    generator.use("global")
-    whole = written(generator)
-    assert generator.use(["global", "twin"], [0.5, 0.5]).rank == 8
-    assert written(generator) == whole
-    assert generator.use("global+twin").name == "global+twin"
-    assert written(generator) != whole
+    whole = written(generator, "global")
+    halves = Composition.of(["global", "twin"], [0.5, 0.5])
+    assert generator.load(halves).rank == 8
+    assert written(generator, halves) == whole
+    assert generator.load("global+twin").name == "global+twin"
+    assert written(generator, "global+twin") != whole
 
 
-def test_a_composition_above_the_bases_maximum_rank_is_refused_and_the_adapter_in_use_stays(
+def test_a_composition_above_the_bases_maximum_rank_is_refused_and_changes_no_answer(
     lm_bundle: Path, lm_source: Any, vendor: IdentityKey
 ) -> None:
     wide = lm_source("wide", 13, 5)
     add_adapter(lm_bundle, wide.adapter_inputs, wide, key=vendor)
     generator = Generator.open(lm_bundle, threads=1)
-    generator.use("global")
-    before = written(generator)
+    before = written(generator, "global")
     with refused(ConfigError, "composition.rank", value=17):
-        generator.use("global+wide")
-    assert written(generator) == before
+        generator.load("global+wide")
+    assert written(generator, "global") == before
 
 
 def test_pieces_come_one_by_one_and_join_to_the_answer(generator: Generator) -> None:
@@ -177,9 +176,8 @@ def test_a_message_after_an_answer_reads_only_the_new_tokens(lm_bundle: Path, ge
 
 
 def test_the_cache_of_another_adapter_or_of_other_parameters_is_not_reused(generator: Generator) -> None:
-    for prepare in (lambda: generator.use("global"), lambda: generator.use("anna"), generator.use_base):
-        prepare()
-        written(generator)
+    for adapter in ("global", "anna", None):
+        written(generator, adapter)
         assert generator.last is not None
         assert generator.last.reused_tokens == 0
     written(generator)
@@ -191,17 +189,16 @@ def test_the_cache_of_another_adapter_or_of_other_parameters_is_not_reused(gener
 def test_a_text_as_long_as_the_context_is_refused_and_a_shorter_one_answered_to_its_end(generator: Generator) -> None:
     with refused(DataError, "prompt", value=256):
         generator.complete("a" * 256, SHORT)
-    written(generator, "a" * 250, SHORT)
+    written(generator, text="a" * 250)
     assert generator.last is not None
     assert (generator.last.tokens, generator.last.finish) == (6, Finish.LENGTH)
 
 
-def test_switching_while_an_answer_is_written_is_refused(generator: Generator) -> None:
-    generator.use("global")
-    whole = written(generator)
-    pieces = generator.complete(PROMPT, SHORT)
+def test_another_call_while_an_answer_is_written_is_refused(generator: Generator) -> None:
+    whole = written(generator, "global")
+    pieces = generator.complete(PROMPT, SHORT, "global")
     said = next(pieces)
-    for act in (lambda: generator.use("anna"), generator.use_base, lambda: generator.complete(PROMPT)):
+    for act in (lambda: generator.load("anna"), lambda: generator.complete(PROMPT)):
         with refused(ConfigError, "answer"):
             act()
     assert said + "".join(pieces) == whole
@@ -216,8 +213,7 @@ def test_an_adapter_that_was_evicted_is_unloaded_and_can_be_loaded_again(
     monkeypatch.setattr(engine, "unload", lambda name: (unloaded.append(name), unload(name)))
     texts = []
     for name in ("global", "anna", "global"):
-        generator.use(name)
-        texts.append(written(generator))
+        texts.append(written(generator, name))
     assert texts[0] == texts[2] != texts[1]
     assert unloaded == ["global", "anna"]
     with pytest.raises(RuntimeError):
@@ -226,7 +222,7 @@ def test_an_adapter_that_was_evicted_is_unloaded_and_can_be_loaded_again(
 
 def test_weights_that_differ_in_the_eighth_digit_make_two_compositions(generator: Generator) -> None:
     for weight in (0.12345678, 0.12345679):
-        assert generator.use("global", [weight]).name == f"global:{weight}"
+        assert generator.load(Composition.of("global", [weight])).name == f"global:{weight}"
 
 
 def test_an_interruption_while_an_adapter_is_loaded_leaves_its_name_free(
@@ -243,21 +239,20 @@ def test_an_interruption_while_an_adapter_is_loaded_leaves_its_name_free(
 
     monkeypatch.setattr(og, "Adapters", Interrupted)
     generator = Generator.open(lm_bundle, threads=1)
-    generator.use("global")
-    before = written(generator)
+    before = written(generator, "global")
     with pytest.raises(KeyboardInterrupt):
-        generator.use("anna")
-    assert written(generator) == before
-    assert generator.use("anna").name == "anna"
+        generator.load("anna")
+    assert written(generator, "global") == before
+    assert generator.load("anna").name == "anna"
 
 
 def test_a_switch_after_the_first_use_takes_less_than_a_millisecond(generator: Generator) -> None:
     for name in ("global", "anna"):
-        generator.use(name)
+        generator.load(name)
     times = []
     for name in ("global", "anna") * 50:
         start = time.perf_counter()
-        generator.use(name)
+        generator.load(name)
         times.append(time.perf_counter() - start)
     assert float(np.median(times)) < 1e-3
 
@@ -291,7 +286,7 @@ def test_the_temporary_file_of_an_adapter_is_private_and_removed_after_loading(
     monkeypatch.setattr(og, "Adapters", Watching)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
     generator = Generator.open(lm_bundle, threads=1)
-    generator.use("global")
+    generator.load("global")
     assert modes == [(0o600, 0o700)]
     assert list((tmp_path / "t").iterdir()) == []
     assert written(generator)
@@ -342,15 +337,14 @@ def test_a_base_that_changes_while_it_is_loaded_is_not_used(lm_bundle: Path, mon
         Generator.open(lm_bundle)
 
 
-def test_a_full_temporary_folder_is_named_and_the_adapter_in_use_stays(
+def test_a_full_temporary_folder_is_named_and_changes_no_answer(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_self: object, path: str) -> None:
         raise RuntimeError(f"Failed to write to {path}")
 
-    generator.use("global")
+    before = written(generator, "global")
     monkeypatch.setattr("onnxruntime.AdapterFormat.export_adapter", full)
     with refused(EdgeAdaptError, "TMPDIR"):
-        generator.use("anna")
-    assert generator.adapter is not None
-    assert generator.adapter.name == "global"
+        generator.load("anna")
+    assert written(generator, "global") == before

@@ -68,10 +68,9 @@ def test_the_mean_of_equal_heads_is_bitwise_the_same_head(
 def test_two_halves_of_one_adapter_answer_as_the_adapter(bundle: Path, source: Source, add: Add) -> None:
     add(source("anna", parent="a" * 64))
     session = ClassificationSession.open(bundle)
-    session.use("global")
-    whole = session.rank(PHRASES, 4)
-    session.use(["global", "anna"], weights=[0.5, 0.5])
-    for one, other in zip(whole, session.rank(PHRASES, 4), strict=True):
+    whole = session.rank(PHRASES, "global", 4)
+    halves = Composition.of(["global", "anna"], weights=[0.5, 0.5])
+    for one, other in zip(whole, session.rank(PHRASES, halves, 4), strict=True):
         assert [p.label for p in one] == [p.label for p in other]
         assert [p.probability for p in one] == pytest.approx([p.probability for p in other], abs=1e-6)
 
@@ -80,19 +79,16 @@ def test_a_composition_is_named_by_its_parts_and_answers_unlike_each(with_anna: 
     session = ClassificationSession.open(with_anna)
     answers = []
     for names, shown in (("global", "global"), ("anna", "anna"), ("global:0.5+anna", "anna+global:0.5")):
-        assert session.use(names).name == shown
-        answers.append(session.rank(PHRASES, 4))
+        assert session.load(names).name == shown
+        answers.append(session.rank(PHRASES, names, 4))
     assert answers[2] not in answers[:2]
 
 
 def test_adapters_with_different_labels_are_not_composed(bundle: Path, source: Source, add: Add) -> None:
     add(replace(source("anna", parent="a" * 64), labels=("Light", "Lock", "Timer", "Music")))
     session = ClassificationSession.open(bundle)
-    session.use("global")
     with refused(ConfigError, "composition.labels", value="global"):
-        session.use("global+anna")
-    assert session.adapter is not None
-    assert session.adapter.name == "global"
+        session.load("global+anna")
 
 
 def test_a_composition_above_the_bases_maximum_rank_is_refused(with_anna: Path, exported: ExportedBase) -> None:
@@ -105,7 +101,7 @@ def test_a_composition_above_the_bases_maximum_rank_is_refused(with_anna: Path, 
 def test_each_part_of_a_composition_is_verified(with_anna: Path) -> None:
     (with_anna / "adapters" / "anna.onnx_adapter").write_bytes(b"")
     with pytest.raises(TrustError):
-        ClassificationSession.open(with_anna).use("global+anna")
+        ClassificationSession.open(with_anna).load("global+anna")
 
 
 # Compositions in writing

@@ -29,18 +29,12 @@ Add = Callable[[AdapterSource], None]
 PHRASES = ["turn on the kitchen lights", "lock the door", "play music", "set a timer for ten minutes", "unlock"]
 
 
-def opened(bundle: Path, name: str = "global") -> ClassificationSession:
-    session = ClassificationSession.open(bundle)
-    session.use(name)
-    return session
-
-
 def test_answers_are_those_of_the_torch_model(bundle: Path, model: PeftModel, exported: ExportedBase) -> None:
     encodings = Tokenizer.from_str(exported.files[TOKENIZER].decode()).encode_batch(PHRASES)
     logits = np.concatenate([torch_logits(model, encoding.ids) for encoding in encodings])
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     labels = ("Light", "Lock", "Music", "Timer")
-    for found, row in zip(opened(bundle).classify(PHRASES), expected, strict=True):
+    for found, row in zip(ClassificationSession.open(bundle).classify(PHRASES, "global"), expected, strict=True):
         assert found.label == labels[int(row.argmax())]
         assert found.probability == pytest.approx(row.max(), abs=0.05)
 
@@ -48,44 +42,41 @@ def test_answers_are_those_of_the_torch_model(bundle: Path, model: PeftModel, ex
 def test_switching_to_another_adapter_and_back_changes_no_answer(
     with_anna: Path, model: PeftModel, source: Source
 ) -> None:
-    session = opened(with_anna)
-    shared = session.rank(PHRASES, 4)
-    session.use("anna")
-    assert session.rank(PHRASES, 4) != shared
-    session.use("global")
-    assert session.rank(PHRASES, 4) == shared
+    session = ClassificationSession.open(with_anna)
+    shared = session.rank(PHRASES, "global", 4)
+    assert session.rank(PHRASES, "anna", 4) != shared
+    assert session.rank(PHRASES, "global", 4) == shared
 
 
 @pytest.mark.parametrize("top", [0, -1])
 def test_less_than_one_label_is_refused(bundle: Path, top: int) -> None:
-    session = opened(bundle)
+    session = ClassificationSession.open(bundle)
     with refused(ConfigError, "top", value=top):
-        session.rank(PHRASES, top)
+        session.rank(PHRASES, "global", top)
     with refused(ConfigError, "top", value=top):
         session.rank_mixed([(PHRASES[0], "global")], top)
 
 
 def test_a_switch_after_the_first_use_takes_less_than_a_millisecond(with_anna: Path) -> None:
-    session = opened(with_anna)
-    session.use("anna")
+    session = ClassificationSession.open(with_anna)
+    for name in ("global", "anna"):
+        session.load(name)
     start = time.perf_counter()
     for _ in range(100):
-        session.use("global")
-        session.use("anna")
+        session.load("global")
+        session.load("anna")
     assert (time.perf_counter() - start) / 200 < 1e-3
 
 
-def test_a_failed_switch_keeps_the_adapter_in_use(with_anna: Path) -> None:
-    session = opened(with_anna)
-    before = session.classify(PHRASES)
+def test_a_call_that_fails_changes_no_later_answer(with_anna: Path) -> None:
+    session = ClassificationSession.open(with_anna)
+    before = session.classify(PHRASES, "global")
     (with_anna / "adapters" / "anna.onnx_adapter").write_bytes(b"")
     with pytest.raises(TrustError):
-        session.use("anna")
+        session.classify(PHRASES, "anna")
     with pytest.raises(DataError):
-        session.use("nobody")
-    assert session.adapter is not None
-    assert session.adapter.name == "global"
-    assert session.classify(PHRASES) == before
+        session.classify(PHRASES, "nobody")
+    assert session.classify(PHRASES, "global") == before
 
 
 def test_an_answer_does_not_depend_on_the_other_phrases(
@@ -93,13 +84,13 @@ def test_an_answer_does_not_depend_on_the_other_phrases(
 ) -> None:
     write_bundle(tmp_path / "int8", exported_int8, [source()], key=vendor)
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
-    session = opened(tmp_path / "int8")
-    together = session.rank(PHRASES, 4)
-    assert together == [session.rank([phrase], 4)[0] for phrase in PHRASES]
+    session = ClassificationSession.open(tmp_path / "int8")
+    together = session.rank(PHRASES, "global", 4)
+    assert together == [session.rank([phrase], "global", 4)[0] for phrase in PHRASES]
 
 
 def test_a_ranking_is_ordered_and_sums_to_one(bundle: Path) -> None:
-    (ranking,) = opened(bundle).rank(PHRASES[:1], 9)
+    (ranking,) = ClassificationSession.open(bundle).rank(PHRASES[:1], "global", 9)
     found = [prediction.probability for prediction in ranking]
     assert found == sorted(found, reverse=True)
     assert sum(found) == pytest.approx(1)
@@ -108,35 +99,30 @@ def test_a_ranking_is_ordered_and_sums_to_one(bundle: Path) -> None:
 @pytest.mark.parametrize("text", ["\u200b", "\u200b\u200b"])
 def test_a_text_without_a_known_token_is_refused(bundle: Path, text: str) -> None:
     with refused(DataError, "text.tokens", value=text):
-        opened(bundle).classify([text])
+        ClassificationSession.open(bundle).classify([text], "global")
 
 
 def test_a_long_text_is_truncated_at_the_models_limit(bundle: Path) -> None:
-    session = opened(bundle)
+    session = ClassificationSession.open(bundle)
     words = "lock the door " * 20
-    assert session.classify([words]) == session.classify([words + "play music"])
+    assert session.classify([words], "global") == session.classify([words + "play music"], "global")
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "a\0b", "lock \udcff"])
 def test_a_text_that_is_not_valid_is_refused(bundle: Path, text: str) -> None:
     with refused(DataError, "text"):
-        opened(bundle).classify([text])
-
-
-def test_without_an_adapter_in_use_no_text_is_answered(bundle: Path) -> None:
-    with refused(ConfigError, "adapter"):
-        ClassificationSession.open(bundle).classify(PHRASES)
+        ClassificationSession.open(bundle).classify([text], "global")
 
 
 def test_an_adapter_that_was_evicted_is_verified_again(with_anna: Path) -> None:
     session = ClassificationSession.open(with_anna, loaded=1)
-    session.use("global")
-    session.use("anna")
+    session.load("global")
+    session.load("anna")
     (with_anna / "adapters" / "anna.onnx_adapter").write_bytes(b"")
     (with_anna / "adapters" / "global.onnx_adapter").write_bytes(b"")
-    assert session.use("anna").name == "anna"  # from memory
+    assert session.load("anna").name == "anna"  # from memory
     with pytest.raises(TrustError):
-        session.use("global")
+        session.load("global")
 
 
 def test_adapters_of_different_rank_and_labels_run_in_one_session(bundle: Path, source: Source, add: Add) -> None:
@@ -147,27 +133,27 @@ def test_adapters_of_different_rank_and_labels_run_in_one_session(bundle: Path, 
     }
     cut = {name: np.ascontiguousarray(value) for name, value in cut.items()}
     add(replace(given, tensors=cut, labels=("a", "b", "c")))
-    session = opened(bundle)
-    assert session.use("small").rank == 2
-    assert {prediction.label for prediction in session.rank(PHRASES[:1], 9)[0]} == {"a", "b", "c"}
+    session = ClassificationSession.open(bundle)
+    assert session.load("small").rank == 2
+    assert {prediction.label for prediction in session.rank(PHRASES[:1], "small", 9)[0]} == {"a", "b", "c"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc/self/maps")
 def test_the_weights_are_mapped_from_the_folder(bundle: Path) -> None:
-    session = opened(bundle)
+    session = ClassificationSession.open(bundle)
     mapped = Path("/proc/self/maps").read_text()
     assert str(bundle / "base" / "model.onnx.data") in mapped
-    assert session.classify(PHRASES)
+    assert session.classify(PHRASES, "global")
 
 
 def test_replacing_the_bundle_does_not_change_the_answers_of_an_open_session(
     bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
-    session = opened(bundle)
-    before = session.rank(PHRASES, 4)
+    session = ClassificationSession.open(bundle)
+    before = session.rank(PHRASES, "global", 4)
     write_bundle(bundle, exported, [source(seed=5, version=9)], key=vendor)
-    assert session.rank(PHRASES, 4) == before
-    assert opened(bundle).rank(PHRASES, 4) != before
+    assert session.rank(PHRASES, "global", 4) == before
+    assert ClassificationSession.open(bundle).rank(PHRASES, "global", 4) != before
 
 
 def test_a_base_that_changes_while_it_is_loaded_is_not_used(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +171,7 @@ def test_a_base_that_changes_while_it_is_loaded_is_not_used(bundle: Path, monkey
 def test_a_graph_that_takes_one_adapter_for_all_rows_answers_texts_alone_and_refuses_a_mixed_batch(
     with_anna: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
 ) -> None:
-    expected = opened(with_anna).rank(PHRASES, 4)
+    expected = ClassificationSession.open(with_anna).rank(PHRASES, "global", 4)
     graph = onnx.load_model_from_string(exported.model)
     for value in graph.graph.input:
         if "lora_" in value.name:
@@ -193,8 +179,8 @@ def test_a_graph_that_takes_one_adapter_for_all_rows_answers_texts_alone_and_ref
                 value.type.tensor_type.shape.dim.add().dim_param = f"{value.name}.{number}"
     files = exported.files | {"model.onnx": graph.SerializeToString()}
     write_bundle(with_anna, replace(exported, files=files), [source()], key=vendor)
-    session = opened(with_anna)
-    assert session.rank(PHRASES, 4) == expected
+    session = ClassificationSession.open(with_anna)
+    assert session.rank(PHRASES, "global", 4) == expected
     with refused(DataError, "model.onnx"):
         session.rank_mixed([("unlock", "global"), ("unlock", "anna")], 1)
 
@@ -204,8 +190,7 @@ import sys, time
 from pathlib import Path
 from client.inference import ClassificationSession
 session = ClassificationSession.open(Path(sys.argv[1]))
-session.use(session.library.default())
-print(session.classify(["lock the door"])[0].label)
+print(session.classify(["lock the door"], session.library.default())[0].label)
 heavy = {"torch", "flwr", "transformers", "peft", "onnx", "safetensors", "sqlalchemy"}
 print(sorted(heavy & set(sys.modules)))
 print(time.process_time())

@@ -56,13 +56,10 @@ def test_a_real_model_answers_remembers_its_turns_and_switches_adapters(smollm: 
     assert generator.last.reused_tokens > generator.last.prompt_tokens / 2
     texts = {}
     for names in ("global", "anna", "global+anna"):
-        generator.use(names)
-        texts[names] = "".join(generator.complete("The weather is", SHORT))
-    generator.use_base()
+        texts[names] = "".join(generator.complete("The weather is", SHORT, names))
     texts["base"] = "".join(generator.complete("The weather is", SHORT))
     assert len(set(texts.values())) == 4
-    generator.use("global")
-    assert "".join(generator.complete("The weather is", SHORT)) == texts["global"]
+    assert "".join(generator.complete("The weather is", SHORT, "global")) == texts["global"]
 
 
 def test_a_switch_takes_less_than_a_millisecond_until_the_first_token_is_read(smollm: Path) -> None:
@@ -70,12 +67,11 @@ def test_a_switch_takes_less_than_a_millisecond_until_the_first_token_is_read(sm
     engine = GenerationEngine(library.base, 1)
     generator = Generator(library, engine, loaded=8, loaded_bytes=2**28)
     for name in ("global", "anna"):
-        generator.use(name)
-        "".join(generator.complete("Hello", SHORT))
+        "".join(generator.complete("Hello", SHORT, name))
     times = []
     for name in ("global", "anna") * 20:
         start = time.perf_counter()
-        generator.use(name)
+        generator.load(name)
         engine.inner(SHORT, name).rewind_to(0)
         times.append(time.perf_counter() - start)
     assert float(np.median(times)) < 1e-3

@@ -199,8 +199,8 @@ def test_a_device_generates_torchs_text_with_and_without_an_adapter(
     generator = Generator(library, engine, loaded=8, loaded_bytes=2**20)
     prompts = ("turn on the light", "turn on the light in the hall")  # the second reuses the cache of the first
 
-    def written() -> list[str]:
-        return ["".join(generator.complete(prompt, SamplingParams(max_tokens=12))) for prompt in prompts]
+    def written(adapter: str | None = None) -> list[str]:
+        return ["".join(generator.complete(prompt, SamplingParams(max_tokens=12), adapter)) for prompt in prompts]
 
     def by_torch() -> list[str]:
         return [continued(model, engine, prompt) for prompt in prompts]
@@ -210,8 +210,7 @@ def test_a_device_generates_torchs_text_with_and_without_an_adapter(
         assert bare == by_torch()
         assert generator.last is not None
         assert generator.last.reused_tokens > 0
-    generator.use("global")
-    assert written() == by_torch() != bare
+    assert written("global") == by_torch() != bare
 
 
 def continued(model: PeftModel, engine: GenerationEngine, prompt: str) -> str:

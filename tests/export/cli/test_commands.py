@@ -146,8 +146,7 @@ def test_the_newest_version_of_a_registry_runs_on_a_device_and_opens_in_peft_aga
     assert done.code == 0, done.err
     assert (done.json()["version"], done.json()["format"], done.json()["rank"]) == (2, "int8", 4)
     session = ClassificationSession.open(shop / "bundle")
-    session.use("global")
-    assert {answer.label for answer in session.classify(TEXTS)} <= set(LABELS)
+    assert {answer.label for answer in session.classify(TEXTS, "global")} <= set(LABELS)
     assert export("peft", "--bundle", shop / "bundle", "--out", shop / "from-bundle").code == 0
     assert export("peft", "--registry", shop / "fleet", "--out", shop / "from-registry").code == 0
     ids = torch.tensor([[2, 5, 9, 3]])
@@ -188,8 +187,7 @@ def test_a_peft_folder_becomes_an_adapter_with_the_given_labels(export: Run, sho
     assert done.code == 0, done.err
     assert (done.json()["name"], done.json()["version"], done.json()["rank"]) == ("mine", 7, 4)
     session = ClassificationSession.open(shop / "bundle")
-    session.use("mine")
-    assert session.classify(TEXTS)[0].label in LABELS
+    assert session.classify(TEXTS, "mine")[0].label in LABELS
 
 
 def test_a_version_older_than_the_bundles_is_refused(export: Run, shop: Path) -> None:

@@ -97,8 +97,7 @@ def test_a_device_gives_torchs_answers_alone_and_in_a_mixed_batch(
     together = opened.rank_mixed(rows, 3)
     for (text, name), found in zip(rows, together, strict=True):
         torchs = expected(family, 1 if name == "global" else 2, text)
-        opened.use(name)
-        assert as_dict(opened.rank([text], 3)[0]) == pytest.approx(torchs, abs=1e-4)
+        assert as_dict(opened.rank([text], name, 3)[0]) == pytest.approx(torchs, abs=1e-4)
         assert as_dict(found) == pytest.approx(torchs, abs=1e-4)
 
 
