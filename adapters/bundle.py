@@ -218,7 +218,7 @@ class Bundle:
             TrustError: The manifest is damaged or altered, is another adapter's, or no trusted key signed it.
         """
         path = self.folder / manifest_path(name)
-        if not path.is_file():
+        if not path.exists():
             known = ", ".join(adapter_names(self.folder)) or "none"
             raise DataError(
                 f"{self.folder} has no manifest of an adapter {name!r}; it has: {known}", about=path.name, value=name

@@ -4,6 +4,7 @@ Coordinator, exporter and device meet in these documents. Each is a frozen value
 around its JSON (``dsse.py``). ``accept`` returns a verified value or raises.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -182,3 +183,9 @@ class AdapterManifest(Manifest):
     parent: Sha256 | None  # of a private adapter: SHA-256 of the file of the global version it started from
     rank: Count
     labels: tuple[str, ...]
+
+    @property
+    def content(self) -> str:
+        """SHA-256 of what the adapter is, whatever its name, version and number format: tensors, scaling and labels."""
+        same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": ""}
+        return hashlib.sha256(jsontext.encode(asdict(self) | same)).hexdigest()

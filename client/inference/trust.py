@@ -1,10 +1,10 @@
-"""The bundles that a device accepts: signed by a key that its owner pinned, and never older than before.
+"""The bundles that a device accepts: signed by a key that its owner pinned, and never older or other than before.
 
 ``adapters.bundle`` verifies the files. A device adds two rules:
 
 - The pinned keys are outside the bundle: keys that ship in a bundle would vouch for themselves.
-- The version of an adapter is not below the highest that this device has accepted under its name for its base
-  (``seen.py``). It is noted only after every other rule holds.
+- The version of an adapter is not below the highest that this device has accepted under its name for its base, and has
+  the content that this version had then (``seen.py``). It is noted only after every other rule holds.
 
 docs/explanation/inference.md says what these rules leave open.
 """
@@ -40,9 +40,8 @@ class Trust:
                 f"{file} is inside the bundle, which cannot vouch for itself: pin the keys elsewhere", about=TRUST
             )
         if not file.is_file():
-            raise TrustError(
-                f"no pinned keys at {file}: put the vendor's public key there, or name it with --trust", about=TRUST
-            )
+            what = f"{file} is not a regular file" if file.exists() else f"no pinned keys at {file}"
+            raise TrustError(f"{what}: put the vendor's public key there, or name it with --trust", about=TRUST)
         return cls(Bundle(folder, read_public_keys(file)), SeenVersions(file.with_suffix(".seen.json")))
 
     def adapter(self, name: str, base: VerifiedBase) -> VerifiedAdapter:
@@ -50,7 +49,8 @@ class Trust:
 
         Raises:
             ConfigError: No adapter can have this name, or the version cannot be noted.
-            DataError, TrustError: As ``Bundle.adapter``; or its version is older than one that was accepted.
+            DataError, TrustError: As ``Bundle.adapter``; or its version is older than one that was accepted,
+                or had another content then.
         """
         verified = self.bundle.adapter(name, base.manifest)
         self.seen.accept(verified.manifest)

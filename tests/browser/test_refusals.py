@@ -256,7 +256,7 @@ def test_a_rank_above_the_bases_limit_is_refused(
     assert "rank 4, above the base's limit of 3" in page.status()
 
 
-def test_an_older_version_is_refused_even_after_the_page_was_closed(
+def test_an_older_version_or_another_content_is_refused_even_after_the_page_was_closed(
     page: Any,
     serve: Callable[[Path], str],
     bundle: Path,
@@ -272,6 +272,10 @@ def test_an_older_version_is_refused_even_after_the_page_was_closed(
     page.goto(url)
     assert page.state() == "bad"
     assert "is version 4, but version 5 was accepted here before" in page.status()
+    write_bundle(bundle, exported, [source(seed=5, version=5)], key=vendor)
+    page.goto(url)
+    assert page.state() == "bad"
+    assert "has another content than the version 5 that was accepted here before" in page.status()
     write_bundle(bundle, exported, [source(version=5)], key=vendor)
     page.goto(url)
     assert page.state() == "good"

@@ -1,4 +1,4 @@
-// The highest version of each adapter that this browser has accepted, by set of pinned keys and by base.
+// The highest version of each adapter that this browser has accepted, and its content, by set of pinned keys and by base.
 //
 // Stored in IndexedDB, which a worker can use too, and as safe as the browser's storage: whoever clears it or can write
 // to it can go back to an older version. A native device has trust.seen.json for it (client/inference/seen.py).
@@ -16,23 +16,32 @@ export class SeenVersions {
   /**
    * Note the version of a verified manifest, if it is the highest so far.
    *
-   * Throws TrustError: it is lower than the highest, or what is stored is damaged. ConfigError: it cannot be stored.
+   * Throws TrustError: it is lower than the highest, the highest had another content, or what is stored is damaged. ConfigError: it cannot be stored.
    */
-  async accept({ base_digest: base, name, version }) {
+  async accept(manifest) {
+    const { base_digest: base, name, version } = manifest;
+    const content = contentOf(manifest);
     const place = [this.keys, base, name].join("/");
-    const highest = await this.#request("readwrite", (store) => {
+    const seen = await this.#request("readwrite", (store) => {
       const request = store.get(place); // in one transaction, so that another tab's higher version stays
-      request.onsuccess = () => (request.result >= version ? null : store.put(version, place));
+      request.onsuccess = () => (request.result?.version >= version ? null : store.put({ version, content }, place));
       return request;
     });
-    if (highest !== undefined && !Number.isSafeInteger(highest)) {
+    if (seen !== undefined && !(Number.isSafeInteger(seen.version) && typeof seen.content === "string")) {
       throw new TrustError("the noted versions are damaged; clear the page's data only if you trust the bundle", "seen");
     }
-    if (version < highest) {
+    if (version < seen?.version) {
       throw new TrustError(
-        `adapter ${quoted(name)} is version ${version}, but version ${highest} was accepted here before; ` +
+        `adapter ${quoted(name)} is version ${version}, but version ${seen.version} was accepted here before; ` +
           "copy the current bundle",
         "adapter-manifest.version",
+      );
+    }
+    if (version === seen?.version && content !== seen.content) {
+      throw new TrustError(
+        `adapter ${quoted(name)} has another content than the version ${version} that was accepted here before; ` +
+          "copy the current bundle, or export the new content under the next version",
+        "adapter-manifest.source",
       );
     }
   }
@@ -54,9 +63,16 @@ export class SeenVersions {
   }
 }
 
+/** What the adapter is, whatever its name, version and number format. */
+const contentOf = ({ source, layout_digest, peft_config, parent, labels }) =>
+  JSON.stringify([source, layout_digest, peft_config, parent, labels]);
+
 async function opened(name) {
-  const request = indexedDB.open(name, 1);
-  request.onupgradeneeded = () => request.result.createObjectStore(STORE);
+  const request = indexedDB.open(name, 2); // 1 held versions without content
+  request.onupgradeneeded = () => {
+    for (const store of request.result.objectStoreNames) request.result.deleteObjectStore(store);
+    request.result.createObjectStore(STORE);
+  };
   await settled(request, "onsuccess", "onerror", "onblocked");
   return request.result;
 }

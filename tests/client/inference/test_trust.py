@@ -1,6 +1,7 @@
 """Which keys a device trusts, and that it accepts no rollback; tests/adapters/test_bundle.py has the other rules."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,6 +87,30 @@ def test_the_same_and_a_newer_version_are_accepted(
         assert accept(bundle).manifest.version == version
 
 
+def test_the_same_version_with_another_content_is_refused_even_after_a_restart(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    accept(bundle)
+    write_bundle(bundle, exported, [source(seed=5)], key=vendor)
+    with refused(TrustError, "adapter-manifest.source"):
+        accept(bundle)
+    write_bundle(bundle, exported, [replace(source(), labels=("Lock", "Light", "Music", "Timer"))], key=vendor)
+    with refused(TrustError, "adapter-manifest.source"):
+        accept(bundle)
+    write_bundle(bundle, exported, [source(seed=5, version=4)], key=vendor)
+    assert accept(bundle).manifest.version == 4
+
+
+def test_the_same_content_in_another_number_format_is_accepted(
+    bundle: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+) -> None:
+    before = accept(bundle).manifest
+    write_bundle(bundle, exported, [source()], key=vendor, form="int4")
+    after = accept(bundle).manifest
+    assert (before.format, after.format, before.version) == ("int8", "int4", after.version)
+    assert before.sha256 != after.sha256
+
+
 def test_a_refused_adapter_does_not_raise_the_version_seen(bundle: Path, vendor: IdentityKey) -> None:
     resign(bundle, vendor, version=10, rank=99)
     with refused(DataError, "adapter-manifest.rank"):
@@ -105,7 +130,19 @@ def test_versions_are_counted_for_each_name_and_base(
     assert accept(bundle).manifest.version == 1
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b'{"a": 1}', b'{"a": {"global": "9"}}', b'{"a": {"global": true}}'])
+SEEN = '{"%s": {"global": {"version": %s, "content": "%s"}}}'
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(b"", b"[]", b"{", b'{"a": 1}', b'{"a": {"global": 9}}', b'{"a": {"global": true}}'),
+        (SEEN % ("a" * 64, "true", "b" * 64)).encode(),
+        (SEEN % ("a" * 64, '"9"', "b" * 64)).encode(),
+        (SEEN % ("a" * 64, "9", "b")).encode(),
+        b" " * 2**22,
+    ],
+)
 def test_a_damaged_note_of_versions_is_refused_and_kept(bundle: Path, raw: bytes) -> None:
     note = bundle.parent / "trust.seen.json"
     note.write_bytes(raw)
@@ -114,9 +151,24 @@ def test_a_damaged_note_of_versions_is_refused_and_kept(bundle: Path, raw: bytes
     assert note.read_bytes() == raw
 
 
-def test_the_note_of_versions_names_base_adapter_and_version(bundle: Path, tiny_base: Base) -> None:
+@pytest.mark.parametrize("name", ["trust.seen.json", "trust.pem", "bundle/adapters/global.json"])
+def test_a_pipe_in_place_of_a_file_is_named_with_its_own_remedy(bundle: Path, name: str) -> None:
     accept(bundle)
-    assert json.loads((bundle.parent / "trust.seen.json").read_bytes()) == {tiny_base.digest: {"global": 3}}
+    path = bundle.parent / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises((DataError, TrustError)) as caught:
+        accept(bundle)
+    assert str(path) in str(caught.value)
+    assert ("copy the bundle" in str(caught.value)) == name.startswith("bundle")
+    assert "no " not in str(caught.value)  # it is there
+
+
+def test_the_note_of_versions_names_base_adapter_and_version(bundle: Path, tiny_base: Base) -> None:
+    manifest = accept(bundle).manifest
+    assert json.loads((bundle.parent / "trust.seen.json").read_bytes()) == {
+        tiny_base.digest: {"global": {"version": 3, "content": manifest.content}}
+    }
     assert [path.name for path in bundle.parent.glob(".*")] == [".bundle.lock"]
 
 
@@ -138,7 +190,7 @@ def test_versions_that_are_noted_at_the_same_time_are_all_kept(bundle: Path) -> 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: seen.accept(replace(manifest, name=name)), names))
     (noted,) = json.loads(seen.path.read_bytes()).values()
-    assert noted == dict.fromkeys(names, 3)
+    assert {name: one["version"] for name, one in noted.items()} == dict.fromkeys(names, 3)
 
 
 def test_numpy_is_there_before_onnxruntime_which_would_lose_a_ctrl_c_while_importing_it() -> None:
