@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
+from transformers.pytorch_utils import Conv1D
 
 from adapters import pretrained
 from adapters.base import Base
+from adapters.graphinputs import PEFT_PREFIX
 from adapters.layout import Floats, Tensors
 from adapters.peftconfig import LoraSpec as LoraSpec
 from aggregation.errors import ConfigError
@@ -54,7 +57,8 @@ def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:
     The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's.
 
     Raises:
-        ConfigError: Fewer than two labels, a base that cannot be opened, or no module of it bears a target's name.
+        ConfigError: Fewer than two labels, a base that cannot be opened, no module of it bears a target's name, or one
+            that does is not a linear layer.
     """
     if labels < 2:
         raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels", value=labels)
@@ -65,12 +69,31 @@ def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:
 def _adapted(model: nn.Module, lora: LoraSpec, **settings: Any) -> PeftModel:
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), **settings)
     try:
-        return get_peft_model(model, config).eval()
+        adapted = get_peft_model(model, config).eval()
     except ValueError as error:
         names = pretrained.layer_names(model)
         raise ConfigError(
             f"the base has no module named as in {list(lora.targets)}; it has {names}", about="target_modules"
         ) from error
+    _require_linear(adapted)
+    return adapted
+
+
+def _require_linear(model: PeftModel) -> None:
+    """Return if LoRA adapts linear layers only: the update of an embedding names the tokens of the examples.
+
+    Raises:
+        ConfigError: It adapts another one.
+    """
+    layers = {path: layer.get_base_layer() for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for path, layer in layers.items():
+        if not isinstance(layer, nn.Linear | Conv1D):  # the latter is a linear layer with transposed weights
+            name = path.removeprefix(PEFT_PREFIX)
+            raise ConfigError(
+                f"target_modules name {name}, which is not a linear layer but {layer}: LoRA on an embedding would show"
+                " which tokens the examples have; name linear layers only",
+                about="target_modules",
+            )
 
 
 def tensors(model: PeftModel) -> Tensors:
