@@ -82,6 +82,9 @@ class PolicySettings(Settings):
     maximum_magnitude: float = Field(
         default=TRAINING.maximum_magnitude, gt=0, description="largest absolute value in an adapter to train"
     )
+    maximum_parameters: int = Field(
+        default=TRAINING.maximum_parameters, ge=1, description="most numbers in an adapter to train"
+    )
     maximum_scaling: float = Field(
         default=TRAINING.maximum_scaling, gt=0, description="largest alpha / rank, the factor of a LoRA update"
     )

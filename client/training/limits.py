@@ -22,6 +22,7 @@ class TrainingLimits:
 
     Args:
         maximum_magnitude: Largest absolute value in an adapter.
+        maximum_parameters: Most numbers in an adapter, which bounds what training and masking cost.
         maximum_scaling: Largest ``alpha / rank``, the factor of a LoRA update.
         minimum_labels: Fewest labels of a task. If it has fewer than the examples, only some devices can train, and the
             sum is over these few alone.
@@ -33,6 +34,7 @@ class TrainingLimits:
     """
 
     maximum_magnitude: float = 1000.0
+    maximum_parameters: int = 2**24  # 64 MiB of float32
     maximum_scaling: float = 64.0
     minimum_labels: int = 2
     maximum_labels: int = 1024
@@ -62,6 +64,7 @@ class TrainingLimits:
         magnitude = max((float(np.abs(tensor).max(initial=0)) for tensor in adapter.values()), default=0.0)
         rules = (
             ("adapter.magnitude", magnitude, self.maximum_magnitude),
+            ("adapter.parameters", sum(tensor.size for tensor in adapter.values()), self.maximum_parameters),
             ("task.scaling", lora.alpha / lora.rank, self.maximum_scaling),
             ("task.labels", labels, self.maximum_labels),
             ("task.learning_rate", task.learning_rate, self.maximum_learning_rate),

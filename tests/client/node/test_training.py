@@ -11,6 +11,7 @@ import pytest
 from adapters import files
 from adapters.peftconfig import PeftConfig
 from aggregation.steps import ADAPTER, BODY, Step
+from client.training.limits import TrainingLimits
 from client.training.trainer import Trainer
 from tests.client.node.test_app import DEVICES, FIRST, PHRASE, Talk, talk
 
@@ -103,3 +104,14 @@ def test_an_adapter_of_huge_numbers_is_refused_before_an_example_is_read(
     blob = files.encode({**tensors, name: np.full_like(tensors[name], -1000.5)})
     _, plans = talk.plan(talk.established(), adapter_digest=files.sha256(blob))
     talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: blob}, "adapter.magnitude")
+
+
+def test_an_adapter_of_more_numbers_than_the_owner_allows_is_refused_before_an_example_is_read(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
+    tensors = talk.coordinator.registry.tensors(0)
+    limits = TrainingLimits(maximum_parameters=sum(tensor.size for tensor in tensors.values()) - 1)
+    monkeypatch.setattr("client.node.policy.PolicySettings.training", lambda policy: limits)
+    _, plans = talk.plan(talk.established())
+    talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, "adapter.parameters")
