@@ -6,6 +6,7 @@ here.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -30,7 +31,8 @@ class Trainer:
 
     def __init__(self, base: Base, task_labels: int, lora: classifier.LoraSpec) -> None:
         self.base = base
-        self.model: PeftModel = classifier.build(base, task_labels, lora)
+        with flushed_denormals():  # torch's threads keep what holds when they start
+            self.model: PeftModel = classifier.build(base, task_labels, lora)
         self.layout = Layout.of(classifier.tensors(self.model))
         self.tokenizer = classifier.tokenizer(base, self.model)
 
@@ -55,6 +57,12 @@ class Trainer:
         """
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)
+        with flushed_denormals():
+            return self._train(start, examples, task, epochs, rng)
+
+    def _train(
+        self, start: Tensors, examples: Sequence[Example], task: Task, epochs: int, rng: np.random.Generator
+    ) -> Tensors:
         classifier.load(self.model, start)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=task.weight_decay)
@@ -94,7 +102,7 @@ class Trainer:
         """Logits, shape ``(len(texts), labels)``, in batches of ``EVALUATION_BATCH``; ``(0, 0)`` without texts."""
         classifier.load(self.model, adapter)
         tokens = self._tokens(texts)
-        with torch.inference_mode():
+        with torch.inference_mode(), flushed_denormals():
             parts = [self._forward(tokens[i : i + EVALUATION_BATCH]) for i in range(0, len(texts), EVALUATION_BATCH)]
         return torch.cat(parts).numpy() if parts else np.zeros((0, 0), np.float32)
 
@@ -110,6 +118,20 @@ class Trainer:
 
     def _tokens(self, texts: Sequence[str]) -> list[Tensor]:
         return [torch.tensor(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Compute with zero in place of denormal numbers, in this thread and those that torch starts meanwhile.
+
+    A processor takes up to a hundred times as long for them, so that an adapter could slow down a step for some
+    examples alone.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)  # the coordinator of a simulation computes in this process as well
 
 
 @lru_cache(maxsize=2)

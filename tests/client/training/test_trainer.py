@@ -1,5 +1,7 @@
 """Training on the device: the same numbers for the same generator, a base that never moves, and loud refusals."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -238,3 +240,45 @@ def test_without_held_out_examples_a_device_keeps_the_personal_adapter(trainer: 
 def test_an_adapter_of_rank_zero_is_refused() -> None:
     with pytest.raises(ConfigError):
         LoraSpec(rank=0)
+
+
+# Denormal numbers, which take a processor up to a hundred times as long.
+
+MANY_THREADS = """
+import sys
+from contextlib import nullcontext
+import torch
+from adapters.base import find_base
+from adapters.classifier import LoraSpec
+from client.training import trainer
+if sys.argv[2] == "kept":
+    trainer.flushed_denormals = nullcontext
+torch.set_num_threads(2)
+trainer.Trainer(find_base(sys.argv[1]), 3, LoraSpec(2, 4))
+with trainer.flushed_denormals():
+    products = torch.full((2**20,), 1e-30) * 1e-9
+print(int(products.view(torch.int32).count_nonzero()))
+"""
+
+
+@pytest.mark.parametrize(("mode", "left"), [("flushed", 0), ("kept", 2**20)])
+def test_every_thread_of_torch_flushes_denormal_numbers(tiny_base: Any, mode: str, left: int) -> None:
+    command = [sys.executable, "-c", MANY_THREADS, str(tiny_base.folder), mode]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(found.stdout) == left
+
+
+def test_training_and_scoring_flush_denormal_numbers_and_nothing_else_does(
+    trainer: Trainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products, forward = list[float](), Trainer._forward
+
+    def watched(self: Trainer, tokens: Any) -> Any:
+        products.append(float(torch.tensor(1e-30) * 1e-9))
+        return forward(self, tokens)
+
+    monkeypatch.setattr(Trainer, "_forward", watched)
+    trainer.train(start, EXAMPLES, TASK, epochs=1, rng=rng())
+    trainer.score(start, EXAMPLES)
+    assert set(products) == {0.0}
+    assert float(torch.tensor(1e-30) * 1e-9) > 0
