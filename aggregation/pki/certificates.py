@@ -15,7 +15,7 @@ from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
 
-DEVICE_ID = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}"  # X.520 allows a common name 64 characters
+DEVICE_ID = r"[A-Za-z0-9]([A-Za-z0-9._:-]{0,62}[A-Za-z0-9])?"  # X.520 allows a common name 64 characters
 MAX_CERTIFICATE = 2048  # bytes of DER; ours have about 350
 _DEVICE_ID = re.compile(DEVICE_ID, re.ASCII)
 _PEM = b"-----BEGIN CERTIFICATE-----"
@@ -39,8 +39,8 @@ def require_device_id(name: str) -> str:
     """Return ``name`` if a device can have it.
 
     Raises:
-        ConfigError: It is not 1 to 64 letters, digits, dots, colons, dashes, underscores, beginning with a letter or
-            digit.
+        ConfigError: It is not 1 to 64 letters, digits, dots, colons, dashes, underscores, beginning and ending with
+            a letter or digit: some file systems drop a dot at the end.
     """
     if not is_device_id(name):
         text = f"device id {name[:64]!r} does not match {DEVICE_ID}"
