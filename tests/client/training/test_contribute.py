@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from adapters.layout import Layout, Tensors
-from adapters.task import MAX_LOSS, contribution_spec
+from adapters.layout import Layout, Tensors, TensorSpec
+from adapters.task import MAX_LOSS, contribution_spec, require_reach
 from aggregation.errors import DataError, ProtocolError
 from aggregation.spec import Adversary, SessionSpec
 from client.training.contribute import Outcome, clip, contribution, require_bounds
@@ -99,6 +99,32 @@ def test_no_bound_is_ever_exceeded_by_finite_tensors(delta: list[float], norm: f
     values = sent(outcome, spec)  # refuses what is out of bounds
     assert np.linalg.norm(values["delta"]) <= norm * cap + 10 * step(spec, "delta")
     assert values["weight"][0] == cap
+
+
+LARGE = Layout((TensorSpec("a", (1, 500)),))
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 2**32), st.floats(1e-3, 1e3), st.floats(0.5, 2), st.integers(1, 200), st.sampled_from([16, 24, 40])
+)
+def test_no_honest_device_is_refused_for_its_norm_and_a_lie_of_a_ten_thousandth_is(
+    seed: int, norm: float, longer: float, examples: int, bits: int
+) -> None:
+    """With float32 tensors and stochastic rounding, about the clip norm; the lie where the ring resolves it."""
+    rng = np.random.default_rng(seed)
+    start = {"a": rng.standard_normal((1, LARGE.size)).astype(np.float32)}
+    delta = rng.standard_normal((1, LARGE.size))
+    trained = {"a": (start["a"] + delta * (norm * longer / np.linalg.norm(delta))).astype(np.float32)}
+    vector = contribution_spec(LARGE, clip_norm=norm, weight_cap=CAP, ring_bits=bits, max_clients=12)
+    spec = replace(spec_of(norm), vector=vector, layout_digest=LARGE.digest)
+    outcome = Outcome(start, trained, examples, Score(2, 3, 1.5))
+    sums = vector.decode(contribution(outcome, LARGE, spec, rng), 1)
+    require_reach(spec, sums, 1)
+    if bits == 40:
+        delta = sums["delta"] * (norm * sums["weight"][0] * (1 + 1e-4) / np.linalg.norm(sums["delta"]))
+        with refused(DataError, "vector.delta"):
+            require_reach(spec, {**sums, "delta": delta}, 1)
 
 
 def test_the_weight_of_a_device_is_at_most_the_cap() -> None:
