@@ -217,7 +217,7 @@ CURVES = {"accuracy": "accuracy, a share", "loss": "loss, nats a phrase"}
 def learning(result: RunResult) -> str:
     """Accuracy and loss on the validation parts by round, as the sum of each round has them."""
     known = [r for r in result.rounds if "accuracy" in r.metrics]
-    text = "No round reported an accuracy."
+    text = "No round published an accuracy: all were aborted, or had fewer than 100 validation phrases."
     if known:
         first, last = known[0], known[-1]
         text = (
@@ -248,7 +248,7 @@ def _curve(ax: "Axes", metric: str, rounds: Sequence[ReportedRound]) -> None:
                     color=MUTED, fontsize=9)  # fmt: skip
     if not points:
         ax.set_yticks([])
-        ax.text(0.5, 0.5, "nothing was measured", transform=ax.transAxes, ha="center", va="center", color=MUTED)
+        ax.text(0.5, 0.5, "nothing was published", transform=ax.transAxes, ha="center", va="center", color=MUTED)
         return
     x, y = zip(*points, strict=True)
     ax.plot(x, y, color=color, linewidth=2, marker="o", markersize=4 if len(x) <= 40 else 0, clip_on=False)

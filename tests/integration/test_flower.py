@@ -79,7 +79,7 @@ def outcome(deployment: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def test_every_device_survives_the_first_round(outcome: Outcome) -> None:
     first = outcome.rounds[0]
     assert (first.survivors, first.dropped, first.aborted, first.version) == (DEVICES, {}, None, 1)
-    assert first.metrics.keys() == {"accuracy", "loss"}
+    assert first.metrics == {}  # an accuracy of four held-out examples would show their number
 
 
 def test_a_round_ends_with_the_others_when_a_device_goes_away(outcome: Outcome) -> None:

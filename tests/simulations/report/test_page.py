@@ -154,7 +154,7 @@ def test_aborted_rounds_are_marked_and_the_rest_is_drawn(result: RunResult, roun
     html = page(aborted(result, rounds))
     outline(html)
     assert html.count("aborted: 4 devices are left, 8 are needed") == rounds
-    assert ("nothing was measured" in html) == (rounds == 10)
+    assert ("nothing was published" in html) == (rounds == 10)
     assert "nan" not in html.lower()
 
 
