@@ -5,8 +5,9 @@ show that a round in it had another ending. Every record is written before its r
 session and the plan, also of an aborted round.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from adapters.manifest import VersionManifest
 from adapters.roundrecord import INTERRUPTED, RoundRecord
 from aggregation.errors import TrustError
 from coordinator.audit.findings import Report, RoundSummary
@@ -42,6 +43,23 @@ def require_logged(
             raise TrustError(text, about="record", value=plan)
 
 
+def require_published(records: Sequence[RoundRecord], manifest_of: Callable[[int], VersionManifest | None]) -> None:
+    """Return if each record and the manifest of its version say the same, and version 0 is of no round.
+
+    Raises:
+        TrustError: They do not, or a manifest is missing.
+    """
+    seed = manifest_of(0)
+    if seed is None or (seed.round, seed.parent, seed.plan, seed.survivors, seed.metrics) != (0, None, None, (), {}):
+        raise TrustError("adapter 0 is missing, or its manifest says that a round made it", about="manifest", value=0)
+    for record in records:
+        manifest = None if record.version is None else manifest_of(record.version)
+        made = record.version is None or (manifest is not None and record.made(manifest))
+        if not made or record.metrics != (manifest.metrics if manifest else {}):
+            text = f"the record of round {record.round} and the manifest of its adapter contradict each other"
+            raise TrustError(text, about="record", value=record.round)
+
+
 def _require_recorded(
     records: Sequence[RoundRecord],
     offers: Collection[str],
@@ -67,7 +85,7 @@ def _require_recorded(
 
 
 def _agrees(record: RoundRecord, logged: RoundSummary) -> bool:
-    """Whether a record and a log say the same of a round. Costs, metrics and dropouts are the record's only."""
+    """Whether a record and a log say the same of a round. Costs and dropouts are the record's only."""
     made = (record.version, record.adapter) if record.version is not None else None
     survivors = logged.survivors if logged.result else ()
     return (record.entries, record.root, record.reason, made, record.sum, record.survivors) == (

@@ -28,7 +28,7 @@ from aggregation.pki.revocation import RevocationList
 from coordinator.audit.auditor import audit, chain
 from coordinator.audit.findings import Check, Finding, Report, Status
 from coordinator.audit.recompute import Recomputation
-from coordinator.audit.records import require_logged
+from coordinator.audit.records import require_logged, require_published
 from coordinator.audit.repeats import RepeatedSums
 
 AUTHORITY, COORDINATOR, REVOKED, VECTORS = "authority.pem", "coordinator.pem", "revoked.crl", "vectors"
@@ -163,6 +163,7 @@ class AuditInput:
         if self.complete and self.registry and self.published:
             _require_logged(self.published, reports, unfinished=unfinished)
             require_logged(self.records, _state(self.registry)[1], reports, unfinished=unfinished)
+            require_published(self.records, self.registry.manifest)
 
     @property
     def unread(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""One flipped byte anywhere in a coordinator's files: an audit notices it, or the file is on the list of the unread.
+"""A flipped byte in a coordinator's files, or a file less or more: an audit notices it, or the file is on the list.
 
 The list is in docs/reference/audit.md, with a reason for each entry.
 """
@@ -18,7 +18,7 @@ from adapters.registryfiles import DATABASE, RegistryFiles
 from aggregation.errors import EdgeAdaptError
 from aggregation.pki import Authority, Root
 from aggregation.pki.identity import PublicKey
-from coordinator.audit import AuditInput, AuditOptions
+from coordinator.audit import AuditInput, AuditOptions, Check, Status
 from coordinator.statedir import REVOKED
 
 SEED, FLIPS = 20261126, 12  # flips in each file of a kind that is read
@@ -140,3 +140,30 @@ def test_a_flipped_byte_in_the_list_of_the_state_directory_is_noticed_or_means_t
 def test_a_file_on_the_list_changes_nothing(state_dir: Path, name: str) -> None:
     (state_dir / name).write_bytes(b"anything")
     assert passes(state_dir)
+
+
+def test_a_file_that_is_gone_is_noticed_or_on_the_list(state_dir: Path) -> None:
+    unnoticed = []
+    for name in files_of(state_dir, "*"):
+        raw = (state_dir / name).read_bytes()
+        (state_dir / name).unlink()
+        unnoticed += [name] if passes(state_dir) else []
+        (state_dir / name).write_bytes(raw)
+    assert unnoticed == sorted({*UNREAD, REVOKED, f"transcript/{REVOKED}", DATABASE})
+
+
+def test_a_file_under_a_name_that_no_log_and_no_manifest_has_changes_nothing(state_dir: Path) -> None:
+    for name in files_of(state_dir, *READ):
+        shutil.copy(state_dir / name, (state_dir / name).with_name(f"copy-{Path(name).name}"))
+    assert passes(state_dir)
+    unread = AuditInput.open(state_dir, AuditOptions()).unread
+    assert {name.removeprefix("copy-") for name in unread} == {
+        Path(name).name for name in files_of(state_dir, *READ) if Path(name).parent.name == "transcript"
+    } - set(unread)
+
+
+def test_without_the_registry_the_adapters_are_skipped(state_dir: Path) -> None:
+    (state_dir / DATABASE).unlink()
+    reports = AuditInput.open(state_dir, AuditOptions()).audit(unfinished=False)
+    findings = [finding for report in reports.values() for finding in report.findings]
+    assert {finding.check for finding in findings if finding.status is Status.SKIPPED} == {Check.ADAPTERS}

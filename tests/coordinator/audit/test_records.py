@@ -14,7 +14,7 @@ from adapters.registryfiles import DATABASE, RegistryFiles
 from adapters.roundrecord import RoundRecord, digest_of
 from aggregation.errors import TrustError
 from aggregation.transcript import ENTRY, LENGTH, Checkpoint, read
-from coordinator.audit import AuditInput, AuditOptions, records
+from coordinator.audit import AuditInput, AuditOptions, records, transcripts
 from coordinator.audit.transcripts import logs
 from coordinator.statedir import CoordinatorStateDir
 from tests.support import refused
@@ -89,6 +89,34 @@ def test_a_record_that_says_something_else_than_the_log_is_found(
     with refused(TrustError, "record", value=2):
         require(state_dir)
     monkeypatch.setattr(records, "_agrees", lambda record, logged: True)
+    monkeypatch.setattr(transcripts, "require_published", lambda *_: None)
+    require(state_dir)
+
+
+@pytest.mark.parametrize(
+    ("version", "changes"),
+    [
+        (0, {"parent": "0" * 64}),
+        (0, {"plan": "0" * 64}),
+        (0, {"survivors": ("device-00",)}),
+        (0, {"metrics": {"accuracy": 1.0}}),
+        (2, {"round": 3}),
+        (2, {"metrics": {"accuracy": 1.0}}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else str(value),
+)
+def test_a_manifest_that_says_something_else_than_the_records_is_found(
+    state_dir: Path, version: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = CoordinatorStateDir.open(state_dir).key
+    manifest = RegistryFiles.open(state_dir, [key.public]).manifest(version)
+    assert manifest is not None
+    with closing(sqlite3.connect(state_dir / DATABASE)) as database, database:
+        row = (replace(manifest, **changes).sign(key), version)
+        database.execute("UPDATE edgeadapt_versions SET manifest = ? WHERE version = ?", row)
+    with refused(TrustError, "record" if version else "manifest", value=version):
+        require(state_dir)
+    monkeypatch.setattr(transcripts, "require_published", lambda *_: None)
     require(state_dir)
 
 
