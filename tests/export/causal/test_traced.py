@@ -5,6 +5,7 @@ A trace takes seconds: each base is traced once, and all bases except GPT-2 have
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from adapters import pretrained
 from adapters.base import Base, find_base
@@ -275,6 +276,44 @@ def test_a_traced_graph_that_does_not_give_torchs_logits_is_refused(make_lm: Any
     right = sample_logits(_torch(base), pretrained.tokenizer(base))
     with refused(ConfigError, "logits"):
         traced.build(base, Sample(right.ids, right.logits * np.float32(1.01)))
+
+
+def _longrope(long: float) -> dict[str, Any]:
+    """Other factors from position 80 on, which the sample of 64 tokens does not reach."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 80}
+    return {
+        "max_position_embeddings": 256,
+        "rope_parameters": rope | {"short_factor": [1.0] * 8, "long_factor": [long] * 8},
+    }
+
+
+@pytest.mark.slow
+def test_longrope_is_exact_past_its_original_length(make_lm: Any, runner: Any, torch_logits: Any) -> None:
+    base, tokens = make_lm("llama", **ONE, **_longrope(3.0)), ids(1, 100)
+    side, model = runner(export_causal(base, ("q_proj",), Profile.FP32)), _torch(base)
+    for length in (80, 81, 100):
+        found = side.logits(tokens[:, :length], {})
+        np.testing.assert_allclose(found, torch_logits(model, tokens[:, :length]), atol=1e-4)
+    with torch.no_grad():
+        cache = DynamicCache()
+        parts = [
+            model(input_ids=torch.from_numpy(part), past_key_values=cache).logits.numpy()
+            for part in np.split(tokens, range(70, 100), axis=1)
+        ]
+    expected = np.concatenate(parts, axis=1)
+    np.testing.assert_allclose(side.logits(tokens, {}, 70), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_graph_without_the_factors_of_long_texts_is_refused(make_lm: Any) -> None:
+    without, model = make_lm("llama", **ONE, **_longrope(1.0)), _torch(make_lm("llama", **ONE, **_longrope(3.0)))
+    sample = sample_logits(model, pretrained.tokenizer(without))
+    assert traced.build(without, replace(sample, far=None))  # the short text shows no difference
+    again = Base(without.folder, "another digest, so that it is traced again")
+    with refused(ConfigError, "logits"):
+        traced.build(again, sample)
+    with refused(BuilderPathError, "logits"):
+        builder.build(again, model.config, sample)
 
 
 @pytest.mark.parametrize("window", [None, 64])

@@ -37,7 +37,7 @@ RECIPES: list[Any] = [  # architecture, its configuration, and what differs in t
     *(
         pytest.param(recipe, marks=pytest.mark.slow)
         for recipe in [
-            ("bert", SIZES, {"target_modules": r".*layer\..*(key|dense)", "alpha_pattern": {r"layer\.1.*dense": 20}}),
+            ("bert", SIZES, {"target_modules": "all-linear", "alpha_pattern": {r"layer\.1.*dense": 20}}),
             ("distilbert", DISTILBERT, {"target_modules": "all-linear"}),
             ("roberta", SIZES, {"target_modules": r".*layer\.1.*(query|value)", "use_rslora": True}),
             ("electra", SIZES | {"embedding_size": 16}, {"target_modules": ["query", "dense"]}),
@@ -166,6 +166,24 @@ def test_a_base_gets_the_layers_and_the_rank_of_a_peft_folder(
     (tmp_path / "texts").write_text("\n".join(TEXTS))
     gate = ("parity", "--bundle", bundle, "--base", llama.folder, "--peft", tmp_path / "lora", "--json")
     found = export(*gate, "--texts", tmp_path / "texts").json()
+    assert found["agreement"] == 1.0
+    assert found["loss"] == pytest.approx(found["torch_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_the_output_layer_leaves_the_embedding_as_it_is(
+    export: Run, key: Path, tmp_path: Path, make_lm: Callable[..., Base], tied: bool
+) -> None:
+    base, lora, bundle = make_lm("llama", tie_word_embeddings=tied), tmp_path / "lora", tmp_path / "bundle"
+    inner = AutoModelForCausalLM.from_pretrained(base.folder)
+    model = trained(inner, lora, task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"])
+    model.save_pretrained(lora, save_embedding_layers=False)
+    made = ("adapter", "--peft", lora, "--base", base.folder, "--bundle", bundle, "--key", key)
+    done = export(*made, "--profile", "fp32", "--format", "fp32")
+    assert done.code == 0, done.err
+    (tmp_path / "texts").write_text("\n".join(TEXTS))
+    gate = ("parity", "--bundle", bundle, "--base", base.folder, "--peft", lora, "--texts", tmp_path / "texts")
+    found = export(*gate, "--json").json()
     assert found["agreement"] == 1.0
     assert found["loss"] == pytest.approx(found["torch_loss"], abs=1e-5)
 
