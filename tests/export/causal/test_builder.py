@@ -227,8 +227,8 @@ def test_genai_finds_its_settings(folder: Path) -> None:
 
 
 def test_a_layer_that_cannot_have_a_slot_is_refused_by_name(llama: Base) -> None:
-    with refused(ConfigError, "--targets", value="query"):
-        export_causal(llama, ("q_proj", "query"), Profile.FP32)
+    with refused(ConfigError, "--targets", value=["query", "value"]):
+        export_causal(llama, ("q_proj", "query", "value"), Profile.FP32)
     with refused(ConfigError, "Embedding", value="model.embed_tokens"):
         export_causal(llama, ("embed_tokens",), Profile.FP32)
 
