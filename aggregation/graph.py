@@ -9,6 +9,7 @@ It can fail with a small probability, which this module bounds by exact hypergeo
 - a device has lost so many neighbors that the round cannot be unmasked. This costs a round, not a secret.
 
 The graph does not decide who must agree on the survivors: that takes a ``quorum`` of the whole cohort on any graph.
+``left_over`` bounds how many devices linear combinations of sums from one adapter leave.
 
 ``bell2020_parameters`` is the bound of the paper. ``graph_parameters`` and ``is_secure`` are for sessions of this
 protocol, which differs in three ways: a dealer keeps a share of its own secrets; the coordinator may choose who drops
@@ -29,6 +30,7 @@ COMPLETE_UP_TO = 128  # devices: up to here every device is every other's neighb
 SIGMA = 40  # bits: a session is insecure with probability at most 2^-40
 ETA = 20  # bits: with the expected dropouts, a round cannot be unmasked with probability at most 2^-20
 GRINDING = 40  # bits: an active coordinator may try 2^40 rosters and keep the one that suits it
+MINIMUM_SURVIVORS = 4  # honest devices that a device's default policy requires in a sum, and in combinations of sums
 _TAG = b"edgeadapt/harary/1\x00"
 
 
@@ -108,7 +110,7 @@ def graph_parameters(devices: int, corrupt: float, dropout: float, *, bits: int 
     """
     corrupt_devices, dropouts = count_of(devices, corrupt), count_of(devices, dropout)
     if devices <= COMPLETE_UP_TO:
-        return GraphParameters(devices - 1, quorum(devices, corrupt))
+        return GraphParameters(devices - 1, least_threshold(devices, corrupt))
     if devices - dropouts < quorum(devices, corrupt):
         raise ConfigError(
             f"{devices - dropouts} of {devices} devices are fewer than a quorum: lower the fractions",
@@ -142,6 +144,49 @@ def quorum(devices: int, corrupt: float) -> int:
     6
     """
     return (devices + count_of(devices, corrupt)) // 2 + 1
+
+
+def left_over(devices: int, corrupt: int, degree: int, threshold: int, survivors: int) -> int:
+    """Fewest honest devices that a linear combination of two or more sums from one adapter leaves.
+
+    The sums are over different survivor sets, each with a coefficient that is not zero. Each honest device reveals
+    shares for one set (``client.node.adapterstate``), so the honest helpers of different sets are different devices.
+    With h helpers of a set of s honest survivors, at least the sum of 2 h - s over all sets are in one set only, and
+    no other sum cancels these (docs/explanation/threat-model.md). On the complete graph h is at least t - c, and s at
+    most n - c. On a sparse one the s (t / (k + 1)) shares that each of k + 1 devices holds on average are of h + c
+    devices, and s is at least the minimum of survivors less c. The value is twice the bound on 2 h - s.
+
+    >>> left_over(8, 1, 7, 6, 6), left_over(8, 1, 7, 5, 5), left_over(1000, 100, 134, 99, 551)
+    (6, 2, 20)
+
+    Args:
+        devices: On the roster, n.
+        corrupt: How many of them may be corrupt, c.
+        degree: Neighbors of a device, k.
+        threshold: Shares that reconstruct a secret, t.
+        survivors: Fewest in a sum.
+    """
+    if degree >= devices - 1:
+        return 2 * (2 * threshold - devices - corrupt)
+    return 2 * max(0, survivors - corrupt) * (2 * threshold - degree - 1) // (degree + 1) - 4 * corrupt
+
+
+def least_threshold(devices: int, corrupt: float) -> int:
+    """The least threshold on the complete graph with which ``left_over`` is ``demanded`` or more.
+
+    >>> least_threshold(4, 0.1), least_threshold(8, 0.1), least_threshold(12, 0.1), least_threshold(100, 0.1)
+    (3, 6, 8, 56)
+    """
+    return (devices + count_of(devices, corrupt) + (demanded(devices) + 1) // 2 + 1) // 2
+
+
+def demanded(devices: int) -> int:
+    """Honest devices that the coordinator leaves in every combination of sums of a cohort.
+
+    It does not know the devices' policies. Those that join a cohort of fewer than 8 devices have lower limits than the
+    default ones.
+    """
+    return min(MINIMUM_SURVIVORS, devices // 2)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -24,7 +24,7 @@ class Policy:
         known_bases: SHA-256 of the frozen bases that this device holds, in hex. Empty: it joins no session.
         minimum_cohort: Smallest cohort, in devices.
         minimum_survivors: Fewest honest devices, this one included, in a sum: the session's own minimum of survivors,
-            less the corrupt devices of the cohort.
+            less the corrupt devices of the cohort. And fewest in a linear combination of sums from one adapter.
         minimum_ring_bits: Fewest bits of a ring element.
         maximum_ring_bits: Most bits of a ring element.
         adversaries: Adversary models that this device accepts.
@@ -45,7 +45,7 @@ class Policy:
 
     known_bases: frozenset[str] = frozenset()
     minimum_cohort: int = 8
-    minimum_survivors: int = 4  # what a session of ``minimum_cohort`` devices guarantees with the default threshold
+    minimum_survivors: int = graph.MINIMUM_SURVIVORS
     minimum_ring_bits: int = 16
     maximum_ring_bits: int = 64
     adversaries: frozenset[Adversary] = frozenset({Adversary.ACTIVE})
@@ -116,16 +116,23 @@ class Policy:
     def _graph_rules(self, spec: SessionSpec, cohort: int, present: int) -> tuple[_Rule, ...]:
         """Neither both secrets of a device nor a part of the sum can be revealed: docs/explanation/threat-model.md."""
         corrupt = graph.count_of(cohort, self.corrupt_fraction)
-        degree, threshold = spec.degree, spec.threshold
+        degree, threshold, honest = spec.degree, spec.threshold, self.minimum_survivors
+        left = graph.left_over(present, corrupt, degree, threshold, spec.minimum_survivors)
+        few = (
+            f"sums of one adapter could be combined to {max(left, 0)} honest devices, below this device's "
+            f"minimum_survivors of {honest}: threshold {threshold} or the session's minimum of survivors is too low"
+        )
+        combined = (left >= honest, "combined", left, few)
         if degree >= present - 1:
             text = f"threshold {threshold} of {present} does not withstand {corrupt} corrupt devices"
-            return ((2 * threshold > present + corrupt, "threshold", threshold, text),)
+            return (2 * threshold > present + corrupt, "threshold", threshold, text), combined
         bits = graph.SIGMA + (graph.GRINDING if spec.adversary is Adversary.ACTIVE else 0)
         sparse = f"degree {degree} is not the complete graph of {present} devices"
         weak = f"degree {degree} and threshold {threshold} of {present} devices do not withstand {corrupt} corrupt ones"
         return (
             (cohort > self.complete_up_to, "degree", degree, sparse),
             (graph.is_secure(present, corrupt, degree, threshold, bits), "graph", (degree, threshold), weak),
+            combined,
         )
 
     def _offer_rules(self, spec: SessionSpec, cohort: int) -> tuple[_Rule, ...]:

@@ -25,21 +25,21 @@ class Adversary(Enum):
 
 
 def default_threshold(devices: int) -> int:
-    """The least ``t`` with ``2 t > n + c``, for ``n`` devices of which ``c`` may be corrupt (``CORRUPT_FRACTION``).
+    """The least ``t`` with ``2 (2 t - n - c) >= min(4, n // 2)``, for ``n`` devices on the complete graph.
 
-    Two sets of ``t`` answers have at least ``2 t - n`` devices in common. These are more than the corrupt ones, so one
-    of them is honest and answers once: both kinds of secret of a device cannot be reconstructed (Bonawitz et al. 2017,
-    section 6.2).
+    ``c`` of them may be corrupt (``CORRUPT_FRACTION``). Two sets of ``t`` answers have at least ``2 t - n`` devices in
+    common. These are more than the corrupt ones, so one of them is honest and answers once: both kinds of secret of a
+    device cannot be reconstructed (Bonawitz et al. 2017, section 6.2). How many more says ``graph.left_over``.
 
-    >>> default_threshold(10), default_threshold(100)
-    (6, 56)
+    >>> default_threshold(8), default_threshold(10), default_threshold(100)
+    (6, 7, 56)
 
     Raises:
         ConfigError: Fewer than 3 devices.
     """
     if devices < 3:
         raise ConfigError(f"secure aggregation needs 3 devices or more, not {devices}", about="devices", value=devices)
-    return graph.quorum(devices, CORRUPT_FRACTION)
+    return graph.least_threshold(devices, CORRUPT_FRACTION)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,8 @@ class Aggregation(Settings):
         default=0.5,
         gt=0,
         le=1,
-        description="share of the cohort that must survive a round, 0 to 1; never below the threshold",
+        description="share of the cohort that must survive a round, 0 to 1; never below the threshold, nor so few that "
+        "sums of one adapter could be combined to fewer devices than the default policy of a device demands",
     )
     corrupt_fraction: float = Field(
         default=CORRUPT_FRACTION,
@@ -101,7 +102,7 @@ class Aggregation(Settings):
         """The parameters of a session with a cohort of ``devices``.
 
         Raises:
-            ConfigError: The ring cannot hold the sum of so many devices, or as ``masking_graph``.
+            ConfigError: The ring cannot hold the sum of so many devices, or as ``masking_graph`` and ``_survivors``.
         """
         vector = contribution_spec(
             layout,
@@ -110,14 +111,12 @@ class Aggregation(Settings):
             ring_bits=self.ring_bits,
             max_clients=devices,
         )
-        degree, threshold = self.masking_graph(devices)
-        # In an active session so many that no two groups of survivors can sign different survivor sets.
-        fewest = graph.quorum(devices, self.corrupt_fraction) if self.adversary == Adversary.ACTIVE.value else threshold
+        chosen = self.masking_graph(devices)
         return SessionSpec(
             rounds=rounds,
-            threshold=threshold,
-            minimum_survivors=max(fewest, round(self.minimum_survivors * devices)),
-            degree=degree,
+            threshold=chosen.threshold,
+            minimum_survivors=self._survivors(devices, chosen),
+            degree=chosen.degree,
             vector=vector,
             clip_norm=self.clip_norm,
             weight_cap=self.weight_cap,
@@ -127,6 +126,24 @@ class Aggregation(Settings):
             adversary=Adversary(self.adversary),
         )
 
+    def _survivors(self, devices: int, chosen: GraphParameters) -> int:
+        """Fewest survivors of a round in a cohort of ``devices``.
+
+        Raises:
+            ConfigError: Sums over all devices on this graph could be combined to a few devices.
+        """
+        # In an active session so many that no two groups of survivors can sign different survivor sets.
+        signed = graph.quorum(devices, self.corrupt_fraction) if self.adversary == Adversary.ACTIVE.value else 0
+        corrupt = graph.count_of(devices, self.corrupt_fraction)
+        for count in range(max(chosen.threshold, signed, round(self.minimum_survivors * devices)), devices + 1):
+            if graph.left_over(devices, corrupt, *chosen, count) >= graph.demanded(devices):
+                return count
+        raise ConfigError(
+            f"sums of {devices} devices could be combined to a few of them: lower corrupt_fraction",
+            about="aggregation.corrupt_fraction",
+            value=self.corrupt_fraction,
+        )
+
     def masking_graph(self, devices: int) -> GraphParameters:
         """Neighbors of a device, and shares that reconstruct its secrets, in a cohort of ``devices``.
 
@@ -134,14 +151,14 @@ class Aggregation(Settings):
         Where that roster would have at most ``graph.COMPLETE_UP_TO`` devices, the graph is complete.
 
         >>> Aggregation().masking_graph(10)
-        GraphParameters(degree=9, threshold=6)
+        GraphParameters(degree=9, threshold=7)
 
         Raises:
             ConfigError: No graph on so many devices is secure against so many corrupt devices and dropouts.
         """
         corrupt, gone = (graph.count_of(devices, share) for share in (self.corrupt_fraction, self.dropout_fraction))
         if devices - gone <= graph.COMPLETE_UP_TO:
-            return GraphParameters(devices - 1, graph.quorum(devices, self.corrupt_fraction))
+            return GraphParameters(devices - 1, graph.least_threshold(devices, self.corrupt_fraction))
         bits = graph.SIGMA + (graph.GRINDING if self.adversary == Adversary.ACTIVE.value else 0)
         smallest = devices - gone
         for count in range(smallest, devices + 1):

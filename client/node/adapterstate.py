@@ -7,7 +7,7 @@ of survivors, and for a few of them at most. All of them are trained with the sa
 weight cap that only one device reaches would single out its update in two sums over the same devices. How many devices
 are left in any combination then follows from the threshold.
 
-A later sum may lack devices whose certificates were revoked since the last one: a device that is lost would otherwise
+A later sum may lack devices whose certificates were revoked since the last one: a device that is gone would otherwise
 stop the training of all others. Only the authority can revoke.
 
 An honest coordinator repeats a round from the same adapter if too few devices answered the unmask request, if the sum

@@ -31,7 +31,7 @@ class PolicySettings(Settings):
         default=SAFE.minimum_survivors,
         ge=2,
         description="fewest honest devices in a sum, this one included: the session's minimum of survivors, less the "
-        "corrupt devices of the cohort",
+        "corrupt devices of the cohort; and fewest in a combination of sums from one adapter",
     )
     minimum_ring_bits: int = Field(
         default=SAFE.minimum_ring_bits, ge=1, le=64, description="fewest bits of an element of the masked vector"

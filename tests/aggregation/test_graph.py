@@ -98,7 +98,10 @@ def test_a_degree_without_a_harary_graph_is_refused(degree: int) -> None:
 def test_up_to_128_devices_the_graph_is_complete(devices: int) -> None:
     degree, threshold = graph.graph_parameters(devices, 0.1, 0.1)
     assert degree == devices - 1
-    assert 2 * threshold > devices + math.ceil(devices / 10) >= 2 * (threshold - 1)
+    corrupt, least = math.ceil(devices / 10), min(4, devices // 2)
+    assert graph.left_over(devices, corrupt, degree, threshold, threshold) >= least
+    assert graph.left_over(devices, corrupt, degree, threshold - 1, threshold) < least
+    assert 2 * threshold > devices + corrupt
 
 
 @pytest.mark.parametrize("bits", [40, 80])
@@ -134,7 +137,8 @@ def test_fractions_for_which_no_graph_is_secure_are_refused(corrupt: float, drop
 def sparse(
     spec_of: Callable[..., Any], devices: int, degree: int, threshold: int, **changes: Any
 ) -> tuple[Any, Policy]:
-    least = max(threshold, graph.quorum(devices, 0.1))
+    counts, corrupt = range(max(threshold, graph.quorum(devices, 0.1)), devices), math.ceil(devices / 10)
+    least = next((m for m in counts if graph.left_over(devices, corrupt, degree, threshold, m) >= 4), devices)
     spec = spec_of(devices, degree=degree, threshold=threshold, **{"minimum_survivors": least, **changes})
     return spec, Policy(known_bases=frozenset({spec.base_digest}), adversaries=frozenset(Adversary))
 
@@ -163,15 +167,28 @@ def least_overlap(devices: int, size: int) -> int:
 
 
 def test_a_device_requires_a_quorum_of_the_cohort_on_a_sparse_graph(spec_of: Callable[..., Any]) -> None:
-    degree, threshold = graph.graph_parameters(200, 0.1, 0.1)
-    spec, policy = sparse(spec_of, 200, degree, threshold, minimum_survivors=111)
-    policy.check(spec, 200)
-    assert (spec.quorum, graph.quorum(200, 0.1)) == (111, 111)
-    spec, policy = sparse(spec_of, 200, degree, threshold, minimum_survivors=110)
-    with refused(ProtocolError, "offer.quorum", peer="coordinator", value=110):
-        policy.check(spec, 200)
+    degree, threshold = graph.graph_parameters(1000, 0.1, 0.1)
+    spec, policy = sparse(spec_of, 1000, degree, threshold, minimum_survivors=551)
+    policy.check(spec, 1000)
+    assert (spec.quorum, graph.quorum(1000, 0.1)) == (551, 551)
+    spec, policy = sparse(spec_of, 1000, degree, threshold, minimum_survivors=550)
+    with refused(ProtocolError, "offer.quorum", peer="coordinator", value=550):
+        policy.check(spec, 1000)
     complete = spec_of(10, minimum_survivors=9)
-    assert complete.quorum == complete.threshold == graph.quorum(10, 0.1)
+    assert complete.quorum == complete.threshold >= graph.quorum(10, 0.1)
+
+
+def test_a_device_requires_so_many_survivors_on_a_sparse_graph_that_combinations_leave_enough(
+    spec_of: Callable[..., Any],
+) -> None:
+    degree, threshold = graph.graph_parameters(200, 0.1, 0.1)
+    spec, policy = sparse(spec_of, 200, degree, threshold)
+    policy.check(spec, 200)
+    least = spec.minimum_survivors
+    assert least > graph.quorum(200, 0.1)
+    spec, policy = sparse(spec_of, 200, degree, threshold, minimum_survivors=least - 1)
+    with refused(ProtocolError, "offer.combined", peer="coordinator"):
+        policy.check(spec, 200)
 
 
 def test_a_device_requires_the_complete_graph_for_a_small_cohort(spec_of: Callable[..., Any]) -> None:

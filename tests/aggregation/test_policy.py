@@ -27,8 +27,9 @@ def policy(spec: Any, **changes: Any) -> Policy:
 @given(devices=st.integers(3, 2000))
 def test_the_default_threshold_is_the_least_that_the_default_policy_accepts(devices: int) -> None:
     t, corrupt = default_threshold(devices), graph.count_of(devices, Policy().corrupt_fraction)
+    least = min(Policy().minimum_survivors, devices // 2)  # devices that join fewer than 8 have a lower limit
     assert 2 * t > devices + corrupt
-    assert 2 * (t - 1) <= devices + corrupt
+    assert 2 * (2 * t - devices - corrupt) >= least > 2 * (2 * (t - 1) - devices - corrupt)
     assert t <= devices
 
 
@@ -37,21 +38,30 @@ def test_a_safe_offer_is_accepted_with_default_limits(spec_of: SpecOf) -> None:
     policy(spec).check(spec, 10)
 
 
-def test_the_default_minimum_of_survivors_is_what_the_smallest_default_cohort_guarantees(spec_of: SpecOf) -> None:
+def test_the_smallest_default_cohort_guarantees_the_default_minimum_of_survivors(spec_of: SpecOf) -> None:
     cohort = Policy().minimum_cohort
     corrupt = graph.count_of(cohort, Policy().corrupt_fraction)
-    assert Policy().minimum_survivors == default_threshold(cohort) - corrupt
+    assert Policy().minimum_survivors <= default_threshold(cohort) - corrupt
     policy(spec_of(cohort)).check(spec_of(cohort), cohort)
 
 
 @pytest.mark.parametrize("corrupt_fraction", [0.0, 0.1, 0.25])
 def test_the_minimum_of_survivors_counts_honest_devices(spec_of: SpecOf, corrupt_fraction: float) -> None:
     corrupt = graph.count_of(20, corrupt_fraction)
-    limits = {"minimum_cohort": 20, "minimum_survivors": 15 - corrupt, "corrupt_fraction": corrupt_fraction}
+    limits = {"minimum_cohort": 20, "minimum_survivors": 17 - corrupt, "corrupt_fraction": corrupt_fraction}
     accepting = policy(spec_of(20), **limits)
-    accepting.check(spec_of(20, threshold=14, minimum_survivors=15), 20)
-    with refused(ProtocolError, "offer.minimum_survivors", peer="coordinator", value=14):
-        accepting.check(spec_of(20, threshold=14, minimum_survivors=14), 20)
+    accepting.check(spec_of(20, threshold=16, minimum_survivors=17), 20)
+    with refused(ProtocolError, "offer.minimum_survivors", peer="coordinator", value=16):
+        accepting.check(spec_of(20, threshold=16, minimum_survivors=16), 20)
+
+
+def test_a_small_fleet_with_lower_limits_joins(spec_of: SpecOf) -> None:
+    """3 devices of which none is corrupt: two sums over two of them have a helper in common, or leave two devices."""
+    limits = {"minimum_cohort": 3, "minimum_survivors": 2, "corrupt_fraction": 0.0}
+    spec = spec_of(3, threshold=2, minimum_survivors=2)
+    policy(spec, **limits).check(spec, 3)
+    with refused(ProtocolError, "offer.combined", peer="coordinator", value=2):
+        policy(spec, **{**limits, "minimum_survivors": 3}).check(spec, 3)
 
 
 def test_an_offer_at_the_limits_is_accepted(spec_of: SpecOf) -> None:
@@ -69,7 +79,9 @@ def test_an_offer_at_the_limits_is_accepted(spec_of: SpecOf) -> None:
         ({}, {}, 7, "offer.cohort"),
         ({"threshold": 5, "minimum_survivors": 5}, {}, 10, "offer.threshold"),
         ({"threshold": 10, "minimum_survivors": 10}, {}, 9, "offer.threshold"),
-        ({}, {"corrupt_fraction": 0.3}, 10, "offer.threshold"),
+        ({"threshold": 6, "minimum_survivors": 6}, {}, 10, "offer.combined"),
+        ({}, {"corrupt_fraction": 0.3}, 10, "offer.combined"),
+        ({}, {"corrupt_fraction": 0.4}, 10, "offer.threshold"),
         ({}, {"corrupt_fraction": 0}, 11, "offer.max_clients"),
         ({"vector": None}, {"corrupt_fraction": 0}, 11, "offer.degree"),
         ({"adversary": Adversary.HONEST_BUT_CURIOUS}, {}, 10, "offer.adversary"),

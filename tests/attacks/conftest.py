@@ -142,7 +142,8 @@ def sparse(fleet_of: Callable[..., Any], spec_of: Callable[..., Any]) -> Callabl
 
     def make(devices: int, *, degree: int, threshold: int, minimum_survivors: int) -> Coordinator:
         spec = spec_of(devices, degree=degree, threshold=threshold, minimum_survivors=minimum_survivors)
-        policy = Policy(known_bases=frozenset({spec.base_digest}), corrupt_fraction=0, complete_up_to=3)
+        known = frozenset({spec.base_digest})
+        policy = Policy(known_bases=known, minimum_survivors=2, corrupt_fraction=0, complete_up_to=3)
         return Coordinator(fleet_of(devices, spec=spec, policy=policy))
 
     return make

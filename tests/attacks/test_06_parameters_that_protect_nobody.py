@@ -24,6 +24,7 @@ EVIL: dict[str, tuple[dict[str, Any], str]] = {  # name → changes of the spec,
         "offer.ring_bits",
     ),
     "a threshold that two groups can reach": ({"threshold": 5, "minimum_survivors": 5}, "offer.threshold"),
+    "a threshold with which sums can be combined": ({"threshold": 6, "minimum_survivors": 6}, "offer.combined"),
     "no consistency check": ({"adversary": Adversary.HONEST_BUT_CURIOUS}, "offer.adversary"),
     "a base that is not on the device": ({"base_digest": "e" * 64}, "offer.base_digest"),
     "a weight that singles out one device": ({"weight_cap": 2**31}, "offer.weight_cap"),
@@ -74,30 +75,31 @@ def test_a_cohort_of_the_victim_and_one_other_is_refused(fleet: Any) -> None:
 def with_minimum(fleet: Any, least: int) -> Any:
     """The victim's owner wants so many honest devices in every sum."""
     victim = fleet.devices[VICTIM]
-    policy = dataclasses.replace(victim.policy, minimum_survivors=least)
+    policy = dataclasses.replace(victim.policy, minimum_cohort=10, minimum_survivors=least)
     return dataclasses.replace(victim, policy=policy)
 
 
 def test_a_sum_in_which_too_few_honest_devices_may_be_left_is_refused_and_without_the_policy_joined(
     fleet: Any, spec_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cohort is large enough, but three of it may drop out, and one of the rest may be corrupt."""
-    victim = with_minimum(fleet, 7)
-    client.join(victim, offered(fleet, spec_of(10, minimum_survivors=8)), fleet.entropy)
-    offer = offered(fleet, spec_of(10, minimum_survivors=7))
-    with refused(ProtocolError, "offer.minimum_survivors", peer="coordinator", value=7):
+    """The cohort is large enough, but two of it may drop out, and one of the rest may be corrupt."""
+    victim = with_minimum(fleet, 8)
+    client.join(victim, offered(fleet, spec_of(10, threshold=8, minimum_survivors=9)), fleet.entropy)
+    offer = offered(fleet, spec_of(10, threshold=8, minimum_survivors=8))
+    with refused(ProtocolError, "offer.minimum_survivors", peer="coordinator", value=8):
         client.join(victim, offer, fleet.entropy)
     monkeypatch.setattr(Policy, "check", lambda *given: None)
     client.join(victim, offer, fleet.entropy)
 
 
-@pytest.mark.parametrize(("share", "takes_part"), [(0.5, False), (0.75, True)])
+@pytest.mark.parametrize(("share", "takes_part"), [(0.5, False), (0.9, True)])
 def test_in_a_federation_the_device_waits_for_a_larger_share_of_survivors(
     app_fleet_of: Callable[..., Any], refusals: list[str], share: float, takes_part: bool
 ) -> None:
     fleet = app_fleet_of(8, rounds=1, aggregation__minimum_survivors=share)
     with (fleet.state_dir("device-02").folder / "device.toml").open("r+") as file:
-        text = file.read().replace("minimum_survivors = 3", "minimum_survivors = 5")
+        text = file.read().replace("minimum_survivors = 3", "minimum_survivors = 6")
+        text = text.replace("minimum_cohort = 6", "minimum_cohort = 8")
         file.seek(0)
         file.write(text)
     (record,) = fleet.federate(fleet.grid())

@@ -2,9 +2,10 @@
 
 With sets P, A, B, C and D of devices: the sum over the victim, P, A and B, plus that over P, C and D, less those over
 P, A and C and over P, B and D, is the victim's update. Or the sums over X and Z, and over Y and Z, less that over all
-three: the sum over Z. Or cohorts of the victim and others, of yet others, and of both without the victim. The
-coordinator logs each round as aborted. The devices run the real ClientApp; all examples of a device are in one batch,
-so that its updates from one adapter are equal, up to rounding.
+three: the sum over Z. Or cohorts of the victim and others, of yet others, and of both without the victim. Or two
+cohorts that differ by one device each, whose sums different honest devices help to. The coordinator logs each round as
+aborted. The devices run the real ClientApp; all examples of a device are in one batch, so that its updates from one
+adapter are equal, up to rounding.
 """
 
 import json
@@ -19,11 +20,16 @@ from click.testing import CliRunner
 from flwr.app import Context, Error, Message
 from numpy.typing import NDArray
 
+from aggregation import graph
+from aggregation.errors import EdgeAdaptError
+from aggregation.messages import MAX_COHORT
 from aggregation.server import Established
 from aggregation.steps import Step
 from client.node import adapterstate
 from client.node import app as device_app
+from client.node.statedir import ADAPTERS
 from coordinator.cli.audit import audit_command
+from coordinator.settings import Aggregation
 from tests.client.node.conftest import refusals
 from tests.support.subtracting import Subtracting, any_set, fleet_without_proofs
 
@@ -79,9 +85,18 @@ class Combining(Subtracting):
         return self.signed(np.sum([factor * total.astype(np.int64) for factor, total in terms], axis=0))[self.delta]
 
     def expected(self) -> NDArray[np.float64]:
-        """What the devices that are left sent in the first round, in steps."""
-        vectors = [self.vectors[f"device-{number:02d}", 0].astype(np.int64) for number in sorted(self.family.left)]
-        return self.signed(np.sum(vectors, axis=0))[self.delta]
+        """The same combination of what the devices that are left sent in their first rounds, in steps."""
+        terms = []
+        for number in sorted(self.family.left):
+            among = [number in each for each in self.family.sets]
+            factor = sum(factor for factor, has in zip(self.family.coefficients, among, strict=True) if has)
+            terms.append(factor * self.vectors[f"device-{number:02d}", among.index(True)].astype(np.int64))
+        return self.signed(np.sum(terms, axis=0))[self.delta]
+
+    def assert_succeeded(self) -> None:
+        """The combination is that of the devices that are left, and of no other."""
+        found, sent = self.combined(), self.expected()
+        assert np.linalg.norm(found - sent) < 1e-4 * np.linalg.norm(sent)
 
 
 def attacked(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, family: Family) -> tuple[Combining, Any]:
@@ -109,8 +124,7 @@ def test_otherwise_a_combination_leaves_few_devices_and_the_audit_names_the_sums
 ) -> None:
     monkeypatch.setattr(adapterstate, "on_survivors", any_set)
     attack, fleet = attacked(app_fleet_of, monkeypatch, family)
-    found, sent = attack.combined(), attack.expected()
-    assert np.linalg.norm(found - sent) < 1e-4 * np.linalg.norm(sent)
+    attack.assert_succeeded()
 
     printed = CliRunner().invoke(audit_command, ["verify", str(fleet.out), "--json"])
     assert printed.exit_code == 0, printed.output
@@ -121,3 +135,61 @@ def test_otherwise_a_combination_leaves_few_devices_and_the_audit_names_the_sums
     text = " ".join(check["text"] for check in checks)
     for one, other in combinations(family.sets, 2):
         assert f"with {len({*one} ^ {*other})} devices (" in text
+
+
+CORRUPT = "device-01"
+PAIR = Family(9, ({*range(8)}, {*range(1, 9)}), (1, -1), {0, 8}, Step.CHECK_IN, 1)
+
+
+class Dividing(Combining):
+    """A coordinator that asks so many devices to unmask each sum that no honest one is asked for both.
+
+    Args:
+        threshold: Devices that it asks first; the corrupt one is among them, and forgets.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, threshold: int) -> None:
+        super().__init__(monkeypatch, PAIR)
+        self.first = {f"device-{number:02d}" for number in range(threshold)}
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        step, group = Step(message.metadata.message_type.partition(".")[2]), message.metadata.group_id
+        state_dir = Path(str(context.node_config[device_app.STATE]))
+        if (step, group) == (Step.UNMASK, "1") and state_dir.name not in self.first:
+            return Message(Error(1, "not asked"), reply_to=message)
+        if (step, group, state_dir.name) == (Step.PLAN, "2", CORRUPT):
+            (state_dir / ADAPTERS).unlink()
+        return super().__call__(message, context)
+
+
+def divided(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, threshold: int) -> Dividing:
+    settings = {"aggregation__session_rounds": 1, "training__batch_size": 64, "aggregation__ring_bits": 40}
+    fleet = fleet_without_proofs(app_fleet_of, PAIR.devices, rounds=2, **settings)
+    attack = Dividing(monkeypatch, threshold)
+    fleet.federate(fleet.grid(app=attack))
+    return attack
+
+
+def test_two_cohorts_have_an_honest_device_in_common_that_helps_to_one_sum_only(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, refusals: list[str]
+) -> None:
+    assert len(divided(app_fleet_of, monkeypatch, threshold=6).sums) == 1
+    assert {*refusals} == {"survivors.repeat"}
+
+
+def test_a_threshold_with_which_they_may_have_none_is_refused(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, refusals: list[str]
+) -> None:
+    monkeypatch.setattr(graph, "least_threshold", graph.quorum)
+    monkeypatch.setattr(Aggregation, "_survivors", lambda settings, devices, chosen: chosen.threshold)
+    with pytest.raises(EdgeAdaptError):  # no session
+        divided(app_fleet_of, monkeypatch, threshold=5)
+    assert {*refusals} == {"offer.combined"}
+
+
+def test_with_that_threshold_the_difference_is_that_of_two_devices(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "least_threshold", graph.quorum)
+    monkeypatch.setattr(graph, "left_over", lambda *given: MAX_COHORT)
+    divided(app_fleet_of, monkeypatch, threshold=5).assert_succeeded()

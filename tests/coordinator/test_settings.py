@@ -129,7 +129,9 @@ def test_two_groups_of_survivors_on_a_sparse_graph_share_an_honest_device() -> N
         spec = Aggregation(minimum_survivors=0.01).spec(devices, LAYOUT, BASE, 4)
         assert 2 * spec.minimum_survivors > devices + devices // 10
     short = Aggregation(minimum_survivors=0.01, adversary="honest-but-curious").spec(1000, LAYOUT, BASE, 4)
-    assert short.minimum_survivors == short.threshold < 500
+    assert short.threshold < 100
+    graph_of, least = (1000, 100, short.degree, short.threshold), short.minimum_survivors
+    assert graph.left_over(*graph_of, least) >= graph.MINIMUM_SURVIVORS > graph.left_over(*graph_of, least - 1)
 
 
 def test_more_corrupt_devices_need_a_denser_graph_and_too_many_are_refused() -> None:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cryptography import x509
 from flwr.app import Message
 
@@ -15,6 +16,7 @@ from aggregation.steps import RECORD, REVOCATIONS, Step
 from client.node.app import app
 from coordinator.statedir import CoordinatorStateDir
 from tests.support import refused
+from tests.support.subtracting import VICTIM, Subtracting
 
 FleetOf = Callable[..., Any]
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -66,6 +68,24 @@ def test_a_revoked_device_is_not_in_the_next_session_and_every_device_has_the_li
     for name in second.survivors:
         assert fleet.state_dir(name).root().revoked == revoked
     assert (fleet.out / "coordinator" / "transcript" / "revoked.crl").read_bytes() == revoked.to_pem()
+
+
+@pytest.mark.parametrize("revoked", [True, False])
+def test_a_round_that_failed_while_it_was_unmasked_is_repeated_without_a_device_once_that_is_revoked(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, revoked: bool
+) -> None:
+    fleet = fleet_of(6, rounds=1)
+    failing = Subtracting(monkeypatch, aborted={1}, withheld={"2"})  # the victim is lost after the first round
+    (first,) = fleet.federate(fleet.grid(app=failing))
+    assert first.aborted
+    assert len(failing.sums) == 1
+    if revoked:
+        install(fleet, list_of(fleet, 1, VICTIM))
+    fleet.configure({"rounds": 2})
+    repeated = fleet.federate(fleet.grid(app=failing))[1]
+    others = tuple(f"device-{number:02d}" for number in range(1, 6))
+    assert repeated.survivors == (others if revoked else ())
+    assert repeated.version == (1 if revoked else None)
 
 
 def test_a_new_revocation_list_takes_effect_with_the_next_session(fleet_of: FleetOf) -> None:
