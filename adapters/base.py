@@ -6,16 +6,21 @@ A base in one file is converted once, into a folder of the cache (``ggufbase.py`
 import hashlib
 import importlib
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from adapters.cache import cached
+from adapters.storage import read
 from aggregation.errors import ConfigError
 
-IDENTITY_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-LONGEST = {"config.json": 2**20, "tokenizer.json": 2**28}  # bytes; libraries read these files whole
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files
+IDENTITY_FILES = ("config.json", WEIGHTS, "tokenizer.json")
+LONGEST = {"config.json": 2**20, "tokenizer.json": 2**28, INDEX: 2**26}  # bytes; libraries read these files whole
+PART = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # a name in the base's own folder
 CHUNK = 2**20  # bytes
 GGUF, E5S1 = ".gguf", ".bin"
 CONVERTERS = {GGUF: "adapters.ggufbase", E5S1: "adapters.e5base"}
@@ -48,9 +53,14 @@ class Base:
     digest: str
 
     @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The file of weights, or its parts."""
+        return tuple(self.folder / name for name in _identity_files(self.folder) if name.endswith(".safetensors"))
+
+    @property
     def weight_bytes(self) -> int:
         """Size of the full model's weights, in bytes: what federated fine-tuning of everything would send."""
-        return (self.folder / "model.safetensors").stat().st_size
+        return sum(file.stat().st_size for file in self.weight_files)
 
 
 def find_base(where: str) -> Base:
@@ -60,8 +70,8 @@ def find_base(where: str) -> Base:
     when it is first seen, which takes some seconds.
 
     Raises:
-        ConfigError: There is no such folder, file or package, it lacks one of ``IDENTITY_FILES`` or one is empty or
-            too large, or the file is of a kind that cannot be converted.
+        ConfigError: There is no such folder, file or package, it lacks one of ``IDENTITY_FILES`` or a part of its
+            weights, or one is empty or too large, or the file is of a kind that cannot be converted.
         DataError: The file is damaged.
     """
     folder = Path(where)
@@ -69,11 +79,9 @@ def find_base(where: str) -> Base:
         folder = in_package(where)
     if folder.is_file():
         folder = _converted(folder)
-    for name in IDENTITY_FILES:
+    for name in _identity_files(folder):
         if not (folder / name).is_file():
-            parts = (folder / f"{name}.index.json").is_file()
-            hint = "; its weights are in parts: save it again as one file (max_shard_size of save_pretrained)"
-            raise ConfigError(f"base model folder {folder} has no {name}{hint if parts else ''}", about=name)
+            raise ConfigError(f"base model folder {folder} has no {name}", about=name)
         if not 0 < (size := (folder / name).stat().st_size) <= LONGEST.get(name, size):
             raise ConfigError(
                 f"{folder / name} has {size} bytes and cannot be right: copy the base again", about=name, value=size
@@ -125,8 +133,29 @@ def _converted(file: Path) -> Path:
 
 @lru_cache(maxsize=8)
 def _digest(folder: Path) -> str:
-    rows = [[name, _file_digest(folder / name)] for name in IDENTITY_FILES]
+    rows = [[name, _file_digest(folder / name)] for name in _identity_files(folder)]
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def _identity_files(folder: Path) -> tuple[str, ...]:
+    """The files that make a base what it is: ``IDENTITY_FILES``, or an index and the parts that it names.
+
+    One file of weights counts before an index, as it does to transformers.
+    """
+    index = folder / INDEX
+    if (folder / WEIGHTS).exists() or not index.is_file():
+        return IDENTITY_FILES
+    try:
+        parts = sorted(set(json.loads(read(index, LONGEST[INDEX]))["weight_map"].values()))
+        odd = next((part for part in parts if not PART.fullmatch(part)), None)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ConfigError(f"{index} is no index of weights: copy the base again", about=INDEX) from error
+    if odd is not None or not parts:
+        raise ConfigError(
+            f"{index} names {str(odd)[:80]!r}, which is no file of weights in the same folder", about=INDEX, value=odd
+        )
+    config, _, tokenizer = IDENTITY_FILES
+    return (config, INDEX, *parts, tokenizer)
 
 
 def _file_digest(path: Path) -> str:

@@ -16,11 +16,10 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from adapters.base import Base
+from adapters.base import WEIGHTS, Base
 from adapters.peft.inputs import in_modules
 from aggregation.errors import ConfigError
 
-WEIGHTS = "model.safetensors"
 LONGEST = 2**24  # tokens of a text; a table of positions is as long, whatever the file of weights holds
 MAX_REASON = 200  # characters of a message of transformers
 
@@ -33,8 +32,10 @@ def configuration(base: Base) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
-        with safe_open(base.folder / WEIGHTS, "np") as file:
-            tensors = len(file.keys())
+        tensors = 0
+        for path in base.weight_files:
+            with safe_open(path, "np") as file:
+                tensors += len(file.keys())
         layers, length = (getattr(config, name, 0) or 0 for name in ("num_hidden_layers", "max_position_embeddings"))
         if layers > tensors or length > LONGEST:
             raise ConfigError(
@@ -81,7 +82,7 @@ def load(base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[s
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # those that matter are refused below
+            ignore_mismatched_sizes=num_labels is not None,  # those that no adapter brings are refused below
         )
         lacking = {*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])}
         if missing := sorted(name for name in lacking if not in_modules(name, saved)):

@@ -12,14 +12,13 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from adapters import pretrained
-from adapters.base import Base, find_base
+from adapters.base import INDEX, Base, find_base
 from adapters.manifest import Task
 from adapters.storage import new_folder
 from aggregation.errors import ConfigError
 from export.onnx.blocks import BLOCK, eight_bits, four_bits
 from export.onnx.exported import Profile
 
-WEIGHTS = "model.safetensors"
 BITS = {Profile.NATIVE_INT8: 8, Profile.NATIVE_INT4: 4}
 
 
@@ -47,8 +46,9 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
         model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
         _round(model, BITS[profile])
         model.save_pretrained(stage)
+        replaced = {file.name for file in base.weight_files} | {INDEX}
         for file in base.folder.iterdir():
-            if file.is_file() and file.name != WEIGHTS:
+            if file.is_file() and file.name not in replaced:
                 shutil.copyfile(file, stage / file.name)
     return find_base(str(out))
 

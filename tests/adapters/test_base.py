@@ -8,8 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModel
 
-from adapters.base import IDENTITY_FILES, find_base
+from adapters import pretrained
+from adapters.base import IDENTITY_FILES, INDEX, find_base
 from aggregation.errors import ConfigError
 from tests.support import refused
 
@@ -50,15 +53,52 @@ def test_a_missing_file_is_named(copy: Callable[[str], Path], name: str) -> None
     (folder / name).unlink()
     with refused(ConfigError, name) as caught:
         find_base(str(folder))
-    assert str(caught.value).endswith(f" {name}")  # without the hint about weights in parts
+    assert str(caught.value).endswith(f" {name}")
 
 
-def test_weights_in_parts_are_refused_with_the_way_out(copy: Callable[[str], Path]) -> None:
-    folder = copy("a")
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"has no model\.safetensors; its weights are in parts.*max_shard_size"):
-        find_base(str(folder))
+@pytest.fixture
+def parts(tmp_path: Path, tiny_base: Any) -> Path:
+    """The tiny base with its weights in several files, as transformers writes large ones."""
+    folder = tmp_path / "parts"
+    pretrained.load(tiny_base, AutoModel).save_pretrained(folder, max_shard_size="10KB")
+    shutil.copyfile(tiny_base.folder / "tokenizer.json", folder / "tokenizer.json")
+    return folder
+
+
+def test_weights_in_parts_are_read_and_belong_to_the_digest(parts: Path, tiny_base: Any) -> None:
+    base = find_base(str(parts))
+    assert len(base.weight_files) > 2
+    assert base.weight_bytes == sum(file.stat().st_size for file in parts.glob("*.safetensors"))
+    one, several = (pretrained.load(found, AutoModel).state_dict() for found in (tiny_base, base))
+    assert list(one) == list(several)
+    assert all(torch.equal(one[name], several[name]) for name in one)
+    last = base.weight_files[-1]
+    content = bytearray(last.read_bytes())
+    content[-3] ^= 1
+    copied = Path(shutil.copytree(parts, parts.parent / "changed"))
+    (copied / last.name).write_bytes(content)
+    assert find_base(str(copied)).digest != base.digest
+    (copied / last.name).unlink()
+    with refused(ConfigError, last.name):
+        find_base(str(copied))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{}",
+        "[",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "pytorch_model.bin"}}',
+    ],
+)
+def test_an_index_that_names_no_files_of_weights_in_its_folder_is_refused(parts: Path, index: str) -> None:
+    (parts / INDEX).write_text(index)
+    with refused(ConfigError, INDEX):
+        find_base(str(parts))
 
 
 @pytest.mark.parametrize("where", ["no_such_package_at_all", "no/such/folder", "../x", "os.path", "a b", "bare"])

@@ -71,7 +71,7 @@ def test_a_configuration_that_cannot_be_is_refused(
 @pytest.mark.parametrize("raw", [b"", b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_a_configuration_that_is_no_object_is_refused(folder: Path, raw: bytes) -> None:
     (folder / "config.json").write_bytes(raw)
-    refuses(folder, "base")
+    refuses(folder, "base" if raw else "config.json")
 
 
 @pytest.mark.parametrize("changes", [{}, {"model_type": "evil"}])
@@ -96,11 +96,11 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 def test_damaged_weights_and_tokenizers_are_refused(folder: Path, damage: str) -> None:
     raw = (folder / "tokenizer.json").read_bytes()
     (folder / "tokenizer.json").write_bytes(DAMAGE[damage](raw))
-    with refused(ConfigError, "base") as caught:
+    with refused(ConfigError, "tokenizer.json" if damage == "empty" else "base") as caught:
         tokenizer(find_base(str(folder)))
     assert str(folder) in str(caught.value)
     (folder / WEIGHTS).write_bytes(DAMAGE[damage]((folder / WEIGHTS).read_bytes()))
-    refuses(folder, "base")
+    refuses(folder, WEIGHTS if damage == "empty" else "base")
 
 
 def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:

@@ -18,7 +18,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from adapters.base import Base
+from adapters import pretrained
+from adapters.base import Base, find_base
 from adapters.causal import build, tensors
 from adapters.classifier import LoraSpec
 from adapters.graphinputs import to_inputs
@@ -231,6 +232,16 @@ def test_a_layer_that_cannot_have_a_slot_is_refused_by_name(llama: Base) -> None
         export_causal(llama, ("q_proj", "query", "value"), Profile.FP32)
     with refused(ConfigError, "Embedding", value="model.embed_tokens"):
         export_causal(llama, ("embed_tokens",), Profile.FP32)
+
+
+def test_weights_in_parts_give_the_same_graph(llama: Base, tmp_path: Path) -> None:
+    pretrained.load(llama, AutoModelForCausalLM).save_pretrained(tmp_path, max_shard_size="20KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((llama.folder / name).read_bytes())
+    parts = find_base(str(tmp_path))
+    assert len(parts.weight_files) > 2
+    one, several = (export_causal(base, ("q_proj",), Profile.FP32).files for base in (llama, parts))
+    assert one == several
 
 
 def test_matmuls_of_one_input_are_merged(llama: Base) -> None:
