@@ -39,7 +39,7 @@ GENERATION: dict[str, dict[str, Any]] = {  # keys of the configuration that diff
     "codegen": ONE | {"rotary_dim": 8},
     "cohere": ONE,
     "cohere2": MIXED,
-    "ctrl": {"n_embd": 64, "n_layer": 1, "n_head": 4, "dff": 96, "n_positions": 64},
+    "ctrl": ONE | {"dff": 96},
     "ernie4_5": ONE,
     "exaone": ONE,
     "exaone4": MIXED,
@@ -51,7 +51,7 @@ GENERATION: dict[str, dict[str, Any]] = {  # keys of the configuration that diff
     "glm4": ONE,
     "gpt2": ONE,
     "gpt_bigcode": ONE,
-    "gpt_neo": {"num_layers": 1, "attention_types": [[["local"], 1]], "window_size": 4},
+    "gpt_neo": ONE | {"attention_types": [[["local"], 1]], "window_size": 4},
     "gpt_neox": ONE | {"num_key_value_heads": 4},
     "gpt_oss": WINDOW | LOCAL_EXPERTS,
     "gptj": ONE | {"rotary_dim": 8},
@@ -84,7 +84,7 @@ GENERATION: dict[str, dict[str, Any]] = {  # keys of the configuration that diff
     "smollm3": ONE,
     "stablelm": ONE,
     "starcoder2": WINDOW,
-    "xglm": {"d_model": 64, "num_layers": 1, "attention_heads": 4, "ffn_dim": 96},
+    "xglm": ONE | {"ffn_dim": 96},
 }
 
 
