@@ -126,6 +126,21 @@ def add(bundle: Path, origin: Origin, *, name: str, form: Format, key: IdentityK
     return _written(bundle, name)
 
 
+def next_version(bundle: Path, name: str, origin: Origin) -> int:
+    """The version under which devices accept ``origin``, of a source that counts no versions, as the adapter ``name``.
+
+    It is the one after the bundle's, the bundle's own if that has this content already, and 1 in a new bundle.
+    """
+    before = _stated_adapter(bundle, name)
+    if before is None:
+        return 1
+    held, given = (
+        (before.source, before.labels, before.peft_config),
+        (origin.sha256, origin.labels, origin.peft_config),
+    )
+    return before.version if held == given else before.version + 1
+
+
 def create(
     bundle: Path, exported: ExportedBase, origin: Origin, *, name: str, form: Format, key: IdentityKey
 ) -> AdapterManifest:

@@ -1,6 +1,6 @@
 """``edgeadapt export adapter``: add an adapter to a bundle."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -11,7 +11,7 @@ from adapters.manifest import AdapterManifest, Format
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from export.bundle.sources import Origin
-from export.bundle.write import add, check_base, check_place, create, stated_manifest
+from export.bundle.write import add, check_base, check_place, create, next_version, stated_manifest
 from export.cli.options import (
     FOLDER,
     PROFILE,
@@ -71,6 +71,8 @@ def adapter(
     """
     signer = read_key(key_file)
     origin = origin_of(registry, peft_folder, version, trust, labels)
+    if registry is None and version is None:
+        origin = replace(origin, version=next_version(bundle, name, origin))
     if base_name is None and profile is not None:
         raise ConfigError(
             "--profile is for --base; the base in the bundle has its own: leave it out", about="--profile"

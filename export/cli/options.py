@@ -30,7 +30,7 @@ which = click.option(
     "--version",
     type=click.IntRange(0, 2**63 - 1),
     metavar="N",
-    help="Version. Default: the newest; of a PEFT folder 1.",
+    help="Version. Default: the newest; of a PEFT folder the one after the bundle's.",
 )
 pinned = click.option(
     "--trust",

@@ -190,6 +190,22 @@ def test_a_peft_folder_becomes_an_adapter_with_the_given_labels(export: Run, sho
     assert session.classify(TEXTS, "mine")[0].label in LABELS
 
 
+def test_a_peft_folder_without_a_version_gets_the_next_one_if_its_content_is_new(
+    export: Run, shop: Path, tiny_base: Base
+) -> None:
+    command = ("adapter", "--bundle", shop / "bundle", "--key", shop / "key.pem", "--labels", shop / "labels", "--json")
+    for number, (query, expected) in enumerate(((2, 1), (2, 1), (3, 2), (2, 3))):
+        theirs(tiny_base, shop / f"lora-{number}", rank_pattern={r"layer\.0.*query": query}, target_modules=["query"])
+        done = export(*command, "--peft", shop / f"lora-{number}", "--name", "mine")
+        assert done.code == 0, done.err
+        assert done.json()["version"] == expected
+        ClassificationSession.open(shop / "bundle").load("mine")  # the device accepts each
+    changed = shop / "other-labels"
+    changed.write_text("\n".join(reversed((shop / "labels").read_text().split())))
+    done = export(*command, "--peft", shop / "lora-3", "--name", "mine", "--labels", changed)
+    assert done.json()["version"] == 4
+
+
 def test_a_version_older_than_the_bundles_is_refused(export: Run, shop: Path) -> None:
     assert export(*add(shop)).code == 0
     before = everything(shop / "bundle")
