@@ -65,8 +65,8 @@ def origin_of(
 
 def status(label: str) -> AbstractContextManager[object]:
     """Show ``label`` and a spinner on standard error while the block runs, if that is a terminal."""
-    # FORCE_COLOR makes rich take a pipe for a terminal.
-    return Console(stderr=True, force_terminal=sys.stderr.isatty()).status(label)
+    # FORCE_COLOR makes rich take a pipe for a terminal. The file is fixed now: torch's is redirected while it traces.
+    return Console(file=sys.stderr, force_terminal=sys.stderr.isatty()).status(label)
 
 
 def print_result(row: dict[str, Any], line: str, as_json: bool) -> None:

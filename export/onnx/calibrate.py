@@ -23,6 +23,7 @@ TEXT = (
     "How far is the station? About two miles: follow the river, cross the old bridge, then ask again. "
     "In 1969 two people walked on the moon; half a billion watched them, most on small grey screens."
 )
+SHORT_TEXT = "Please turn off the lights."
 TOKENS = 64  # of TEXT
 Feeds = Mapping[str, NDArray[np.generic]]
 

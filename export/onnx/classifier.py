@@ -9,11 +9,11 @@ from adapters.base import Base
 from adapters.bundle import TOKENIZER
 from aggregation.errors import ConfigError
 from export.onnx import graph, headers, rows
-from export.onnx.calibrate import TEXT, TOKENS
+from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
 from export.onnx.quantize import quantize
-from export.onnx.tasks import readable_length
+from export.onnx.tasks import check_classifies, readable_length
 
 
 def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
@@ -26,16 +26,20 @@ def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: 
         max_rank: The highest rank that the base manifest allows an adapter.
 
     Raises:
-        ConfigError: The model cannot be exported (``find_adapter_inputs``, ``graph.trace``), its graph does not run, or
-            nothing limits the length of its texts.
+        ConfigError: The model cannot be exported (``check_classifies``, ``find_adapter_inputs``, ``graph.trace``), its
+            graph does not run, or nothing limits the length of its texts.
     """
+    tokenizer = pretrained.tokenizer(base)
+    tokenizer.no_padding()  # which a device does not need
+    check_classifies(model.base_model.model, tokenizer.encode(SHORT_TEXT).ids)
     inputs = find_adapter_inputs(model)
-    tokenizer, longest = _tokenizer(base, model)
-    ids = Tokenizer.from_str(tokenizer.decode()).encode(TEXT).ids[:TOKENS]
+    longest = _limit(base, tokenizer, model)
+    tokenizer.enable_truncation(longest)
+    ids = tokenizer.encode(TEXT).ids[:TOKENS]
     traced = quantize(graph.trace(model, inputs), profile, ids)
     checker.check_model(traced)
     slots = graph.slots(traced)
-    files = headers.split(traced, slots) | {TOKENIZER: tokenizer}
+    files = headers.split(traced, slots) | {TOKENIZER: str(tokenizer.to_str()).encode()}
     return ExportedBase(
         base_digest=base.digest,
         task="text-classification",
@@ -48,12 +52,9 @@ def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: 
     )
 
 
-def _tokenizer(base: Base, model: PeftModel) -> tuple[bytes, int]:
-    """The base's tokenizer, truncating at what the model can read, and that length in tokens.
-
-    It does not pad, which a device does not need.
-    """
-    tokenizer, config = pretrained.tokenizer(base), pretrained.configuration(base)
+def _limit(base: Base, tokenizer: Tokenizer, model: PeftModel) -> int:
+    """The tokens of the longest text that the model reads."""
+    config = pretrained.configuration(base)
     positions = getattr(config, "max_position_embeddings", None)  # transformers maps each family's own name to it
     limits = [n for n in (positions, (tokenizer.truncation or {}).get("max_length")) if n]
     if not limits:
@@ -62,7 +63,8 @@ def _tokenizer(base: Base, model: PeftModel) -> tuple[bytes, int]:
             "max_position_embeddings in config.json",
             about="max_position_embeddings",
         )
-    longest = readable_length(model.base_model.model, config, min(limits))
-    tokenizer.enable_truncation(longest)
-    tokenizer.no_padding()
-    return str(tokenizer.to_str()).encode(), longest
+    tokenizer.no_truncation()
+    ids = tokenizer.encode(TEXT).ids
+    # Padding may have no position of its own; families that number positions take 0 or 1 for it whatever they state.
+    counted = [token for token in ids if token not in (0, 1, config.pad_token_id)]
+    return readable_length(model.base_model.model, counted or ids, min(limits))

@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import onnx
@@ -100,16 +100,17 @@ def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the exporter's progress reports and its warning that torchvision is not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Suppress the exporter's progress reports, its warnings, and the graph that it prints where it fails."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch", "torch.onnx"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _without_metadata(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -246,6 +246,12 @@ def _head(model: PeftModel, inputs: AdapterInputs, saved: SavedSlot) -> str | No
         with torch.no_grad():
             tokens = {name: torch.ones(1, 2, dtype=torch.int64) for name in TOKENS}
             answer = logits_of(model.base_model.model(**tokens))
+    except Exception as error:  # whatever the code of a model raises
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(
+            f"{type(model.base_model.model).__name__} cannot be exported: it does not read two tokens ({reason})",
+            about="model_type",
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from adapters import pretrained
 from adapters.base import Base
 from adapters.classifier import PhraseClassifier
+from adapters.peft.inputs import in_modules, summary
 from aggregation.errors import ConfigError
 from export.onnx.targets import linear_layers
 
@@ -32,7 +33,12 @@ def with_mean_head(base: Base, targets: Sequence[str]) -> PeftModel:
         ConfigError: The base cannot be opened, or a target names no linear layer of it.
     """
     encoder = pretrained.load(base, AutoModel)
-    return _slotted(PhraseClassifier(encoder, encoder.config.hidden_size, ANY_LABELS), targets, ["classifier"])
+    if (width := getattr(encoder.config, "hidden_size", None)) is None:
+        kind = type(encoder).__name__
+        raise ConfigError(
+            f"{kind} cannot be exported: its configuration states no hidden_size; use an encoder of texts", about=kind
+        )
+    return _slotted(PhraseClassifier(encoder, width, ANY_LABELS), targets, ["classifier"])
 
 
 def with_own_head(
@@ -79,4 +85,10 @@ def _labels(base: Base, brought: Mapping[str, tuple[int, ...]]) -> int | None:
 
 def _slotted(model: nn.Module, targets: Sequence[str], saved: list[str]) -> PeftModel:
     layers = linear_layers(model, targets, saved)
+    if whole := [path for path in layers if in_modules(f"{path}.weight", saved)]:
+        raise ConfigError(
+            f"every adapter brings {summary(whole)} whole, in modules_to_save: leave it out of the targets",
+            about="--targets",
+            value=whole,
+        )
     return get_peft_model(model, LoraConfig(target_modules=layers, modules_to_save=saved)).eval()

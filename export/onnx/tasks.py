@@ -3,13 +3,16 @@
 So no exporter needs a table of architectures of its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from aggregation.errors import ConfigError
 
+MAX_REASON = 160  # characters of an error of a library
 OFFSETS = 8  # positions that a family may reserve; RoBERTa's numbering begins at 2
 
 
@@ -41,25 +44,66 @@ def sizes(config: Any) -> Sizes:
     return Sizes(*found)
 
 
-def readable_length(model: Any, config: Any, length: int) -> int:
+def check_classifies(model: Any, ids: Sequence[int]) -> None:
+    """Return if a model turns the tokens of one text, and their mask, into one row of logits.
+
+    Args:
+        model: Of transformers, in evaluation mode.
+        ids: Of a text.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    try:
+        answer = _read(model, ids)
+    except Exception as error:  # whatever the code of a model raises
+        raise ConfigError(
+            f"{type(model).__name__} cannot be exported: it does not read a text from its tokens and their mask "
+            f"({_first_line(error)}); use an encoder that does",
+            about="model_type",
+        ) from error
+    logits = getattr(answer, "logits", answer)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be exported: it does not answer with one row of logits for each text",
+            about="model_type",
+        )
+
+
+def readable_length(model: Any, ids: Sequence[int], length: int) -> int:
     """The number of tokens of the longest text that an encoder reads: ``length`` or slightly less, found by trying.
 
     ``max_position_embeddings`` counts the rows of an embedding, and some families reserve the first ones.
 
+    Args:
+        model: Of transformers, in evaluation mode.
+        ids: Of a text, without padding.
+        length: What the model states.
+
     Raises:
         ConfigError: The model cannot read ``length - OFFSETS + 1`` tokens.
     """
-    token = 1 if config.pad_token_id == 0 else 0  # padding may have no position of its own
+    reason = ""
     for tried in range(length, max(0, length - OFFSETS), -1):
-        ids = torch.full((1, tried), token)
         try:
-            with torch.no_grad():
-                model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        except (IndexError, RuntimeError):
+            _read(model, np.resize(ids, tried).tolist())
+        except Exception as error:  # whatever the code of a model raises
+            reason = _first_line(error)
             continue
         return tried
     raise ConfigError(
-        f"the model states {length} positions, but cannot read a text of {max(0, length - OFFSETS) + 1} tokens",
+        f"the model states {length} positions, but cannot read a text of {max(0, length - OFFSETS) + 1} tokens: "
+        f"{reason}; use another base",
         about="max_position_embeddings",
         value=length,
     )
+
+
+def _read(model: Any, ids: Sequence[int]) -> Any:
+    tokens = torch.tensor([list(ids)])
+    with torch.no_grad():
+        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__

@@ -20,10 +20,11 @@ from adapters.graphinputs import to_inputs
 from adapters.peft.folder import read_peft
 from adapters.peft.inputs import AdapterInputs
 from aggregation.errors import ConfigError
+from export.bundle.base import export_named, wanted
 from export.onnx import tasks
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.slotted import has_own_head, with_own_head
+from export.onnx.slotted import USUAL_HEADS, has_own_head, with_mean_head, with_own_head
 from export.parity.compare import OnnxRunner
 from tests.support import refused
 
@@ -126,7 +127,7 @@ def test_the_bases_own_head_takes_an_adapter_from_peft_with_any_number_of_labels
     base = make_family(kind, settings | {"num_labels": 3}, AutoModelForSequenceClassification)
     assert has_own_head(base)
     exported = export_classifier(with_own_head(base, targets), base, Profile.FP32)
-    inner = pretrained.load(base, AutoModelForSequenceClassification, num_labels=7)
+    inner = pretrained.load(base, AutoModelForSequenceClassification, num_labels=7, saved=USUAL_HEADS)
     theirs = get_peft_model(inner, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=list(targets))).eval()
     rng = np.random.default_rng(0)
     load(theirs, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(theirs).items()})
@@ -152,14 +153,56 @@ def test_a_model_that_reads_far_fewer_tokens_than_it_states_is_refused() -> None
     def short(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return torch.zeros(9)[input_ids.shape[1] - 1]
 
-    config = AutoConfig.for_model("bert", pad_token_id=0)
-    assert tasks.readable_length(short, config, 12) == 9
+    assert tasks.readable_length(short, [5, 6], 12) == 9
     with refused(ConfigError, "max_position_embeddings", value=20):
-        tasks.readable_length(short, config, 20)
+        tasks.readable_length(short, [5, 6], 20)
+
+
+@pytest.mark.slow
+def test_a_family_that_takes_1_for_padding_whatever_it_states_reads_its_longest_text(make_family: MakeFamily) -> None:
+    base = make_family("mpnet", SIZES | {"pad_token_id": 0})
+    exported = export_classifier(build(base, 3, LoraSpec(targets=("q", "v"))), base, Profile.FP32)
+    runner = OnnxRunner.open(exported.files, exported.manifest)
+    ids = runner.tokenizer.encode("lock " * 100).ids
+    assert len(ids) == POSITIONS - 2
+    empty = {
+        name: np.zeros([int(d) if d.isdigit() else 3 for d in dimensions], np.float32)
+        for name, dimensions in exported.slots.items()
+    }
+    assert runner.logits(ids, empty).shape == (1, 3)
+
+
+FUNNEL = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1]}
+REFUSED: list[Any] = [
+    ("funnel", FUNNEL, AutoModelForSequenceClassification, ("q_head",), "max_position_embeddings"),
+    ("canine", SIZES, AutoModelForSequenceClassification, ("query",), "model_type"),
+    ("distilbert", DISTILBERT, AutoModelForSequenceClassification, ("q_lin", "pre_classifier"), "--targets"),
+    ("clip", {}, AutoModel, ("q_proj",), "CLIPModel"),
+    pytest.param(
+        ("longformer", SIZES | {"attention_window": 8}, AutoModelForSequenceClassification, ("query",), "torch.onnx"),
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[0])
+def test_what_cannot_be_exported_is_refused_in_one_line_and_nothing_else_is_printed(
+    make_family: Any, capfd: pytest.CaptureFixture[str], case: Any
+) -> None:
+    kind, settings, head, targets, about = case
+    base = make_family(kind, settings | {"num_labels": 3} if kind != "clip" else settings, head)
+    capfd.readouterr()
+    with refused(ConfigError, about) as caught:
+        export_named(str(base.folder), "fp32", wanted(base, task="text-classification", targets=targets))
+    assert len(str(caught.value)) < 400
+    printed = capfd.readouterr()
+    assert not printed.out
+    assert "def forward" not in printed.err
+    assert "symbolic_shapes" not in printed.err
 
 
 def test_convolution_layers_are_refused_by_name(make_family: MakeFamily) -> None:
     base = make_family("squeezebert", SIZES | {"embedding_size": 32})
     with refused(ConfigError, "Conv1d") as caught:
-        export_classifier(build(base, 3, LoraSpec()), base, Profile.FP32)
+        with_mean_head(base, ("query",))
     assert str(caught.value.value).endswith("attention.query")
