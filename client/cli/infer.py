@@ -43,6 +43,8 @@ def infer(
 ) -> None:
     """Print the intent of each TEXT and its probability; '-' reads standard input, one phrase a line.
 
+    A TEXT of which the model knows no part, such as an emoji, has no intent: "unknown text".
+
     With a language model, continue each TEXT instead; `edgeadapt device chat` chats with it.
 
     \b
@@ -83,12 +85,12 @@ def _classify(library: "Library", names: Sequence[str], phrases: list[str], top:
 
 
 def _ranked(session: "ClassificationSession", name: str, phrases: list[str], top: int) -> dict[str, Any]:
-    adapter = session.load(name)
-    ranked = zip(phrases, session.rank(phrases, adapter.composition, top), strict=True)
-    answers = [
-        {"text": text, "intents": [{"intent": p.label, "probability": round(p.probability, 6)} for p in best]}
-        for text, best in ranked
-    ]
+    adapter, answers = session.load(name), []
+    for text in phrases:
+        share = session.unknown_share(text)
+        best = session.rank([text], adapter.composition, top)[0] if share < 1 else []
+        intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in best]
+        answers.append({"text": text, "unknown": round(share, 3), "intents": intents})
     return {"adapter": adapter.name, "version": adapter.version, "answers": answers}
 
 
@@ -116,20 +118,22 @@ def _continuations(adapters: list[dict[str, Any]]) -> list[str]:
 
 
 def _table(adapters: list[dict[str, Any]]) -> list[str]:
-    """One line for each answer: intent, probability, and the adapter and phrase if there are several."""
+    """A line for each answer: intent, probability, unknown tokens, and the adapter and phrase if there are several."""
     cells = [
         (
-            intent["intent"],
-            f"{intent['probability']:6.1%}",
+            intent["intent"] if intent else "unknown text",
+            f"{intent['probability']:6.1%}" if intent else "",
+            f"({answer['unknown']:.0%} unknown)" if intent and answer["unknown"] else "",
             result["adapter"] if len(adapters) > 1 else "",
             " ".join(printable(answer["text"]).split()),
         )
         for result in adapters
         for answer in result["answers"]
-        for intent in answer["intents"]
+        for intent in answer["intents"] or [None]
     ]
     if len({text for *_, text in cells}) == 1:
-        cells = [(*cell[:3], "") for cell in cells]
-    widths = [max(len(cell[i]) for cell in cells) for i in range(3)]
-    lines = ("  ".join(text.ljust(width) for text, width in zip(cell, (*widths, 0), strict=True)) for cell in cells)
+        cells = [(*cell[:-1], "") for cell in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    kept = [number for number, width in enumerate(widths) if width]
+    lines = ("  ".join(cell[number].ljust(widths[number]) for number in kept) for cell in cells)
     return [line.rstrip() for line in lines]

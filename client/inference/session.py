@@ -4,6 +4,7 @@ An adapter is a set of inputs of the graph, held in memory in float32: switching
 a reference (docs/decisions/0003-int8-on-a-device.md).
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Self
 
 import numpy as np
 import onnxruntime as ort
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from adapters.bundle import MODEL, TOKENIZER, VerifiedBase
 from adapters.classifiergraph import ClassifierGraph, Feeds
@@ -23,6 +24,7 @@ from client.inference.text import checked, first_line
 
 MAX_LOADED = 32  # adapters held in memory
 MAX_LOADED_BYTES = 2**28
+WHITE_SPACE = ("▁", "Ġ")  # tokens that SentencePiece and byte-level BPE write for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class ClassificationSession:
         """Use ``open`` or ``of``."""
         self._library, self._loaded = library, loaded
         self._tokenizer = Tokenizer.from_str(library.base.files[TOKENIZER].decode())
+        self._unknown = _unknown_token(library.base.files[TOKENIZER])
         manifest = library.manifest
         self._graph = ClassifierGraph(_session(library.base, threads), manifest.slots, manifest.independent_rows)
 
@@ -117,8 +120,8 @@ class ClassificationSession:
         """The ``top`` most likely labels of each text with an adapter, most likely first.
 
         Raises:
-            DataError: A text is not valid (``text.checked``) or has no known token, the graph does not run, or an
-                answer is not finite.
+            DataError: A text is not valid (``text.checked``) or has no known token (``unknown_share``), the graph does
+                not run, or an answer is not finite.
             ConfigError: ``top`` is below 1.
             TrustError, DataError, ConfigError: As ``load``.
         """
@@ -160,12 +163,28 @@ class ClassificationSession:
             self._loaded[composition] = loaded
         return loaded
 
+    def unknown_share(self, text: str) -> float:
+        """The share of a text's tokens that the tokenizer does not know, 0 to 1; a text without any token has 1.
+
+        Special tokens and marks of white space do not count. A text of share 1, such as an emoji, says nothing to the
+        model, and the other methods refuse it.
+
+        Raises:
+            DataError: The text is not valid (``text.checked``).
+        """
+        return self._unknown_share(self._tokenizer.encode(checked(text)))
+
     def _tokens(self, text: str) -> list[int]:
         encoding = self._tokenizer.encode(checked(text))
-        if all(encoding.special_tokens_mask):
+        if self._unknown_share(encoding) == 1:
             reason = f"the text {text[:40]!r} contains no known token; give a phrase in a language of the model"
             raise DataError(reason, about="text.tokens", value=text)
         return list(encoding.ids)
+
+    def _unknown_share(self, encoding: Encoding) -> float:
+        read = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, strict=True)
+        counted = [token for token, piece, special in read if not special and piece not in WHITE_SPACE]
+        return sum(token == self._unknown for token in counted) / len(counted) if counted else 1.0
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -183,6 +202,14 @@ def _session(base: VerifiedBase, threads: int) -> ort.InferenceSession:
     options.log_severity_level = 4  # errors are raised
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(base.folder))
     return ort.InferenceSession(base.files[MODEL], options, providers=["CPUExecutionProvider"])
+
+
+def _unknown_token(tokenizer: bytes) -> int | None:
+    """The token for what a tokenizer does not know, as tokenizer.json states it; None if it knows every text."""
+    model = json.loads(tokenizer)["model"]
+    name, number = model.get("unk_token"), model.get("unk_id")  # the second of a Unigram model
+    found = number if name is None else model["vocab"].get(name)
+    return None if found is None else int(found)
 
 
 def _best(logits: Floats, adapter: Adapter, top: int) -> list[Prediction]:

@@ -68,6 +68,18 @@ def test_phrases_are_read_from_standard_input(bundle: Path) -> None:
     assert all(len(answer["intents"]) == 2 for answer in result["answers"])
 
 
+@pytest.mark.parametrize("text", ["😀", "１２３", "😀 ✨", "\u200b"])
+def test_a_text_of_unknown_tokens_only_has_no_intent_and_the_others_are_answered(bundle: Path, text: str) -> None:
+    (result,) = adapters("infer", "--bundle", bundle, "--json", text, "lock the door", "lock the 😀 door")
+    unknown, known, partly = result["answers"]
+    assert (unknown["unknown"], unknown["intents"]) == (1, [])
+    assert (known["unknown"], len(known["intents"])) == (0, 1)
+    assert (partly["unknown"], len(partly["intents"])) == (0.25, 1)
+    found = lines("infer", "--bundle", bundle, text, "lock the 😀 door")
+    assert found[0][:2] == ["unknown", "text"]
+    assert found[1][2:4] == ["(25%", "unknown)"]
+
+
 def test_several_adapters_answer_as_one(with_anna: Path) -> None:
     (result,) = adapters("infer", "--bundle", with_anna, "--json", "--compose", "global:0.5+anna:1", "unlock")
     assert result["adapter"] == "anna+global:0.5"

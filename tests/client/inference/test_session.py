@@ -96,7 +96,7 @@ def test_a_ranking_is_ordered_and_sums_to_one(bundle: Path) -> None:
     assert sum(found) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("text", ["\u200b", "\u200b\u200b"])
+@pytest.mark.parametrize("text", ["\u200b", "\u200b\u200b", "😀", "１２３"])
 def test_a_text_without_a_known_token_is_refused(bundle: Path, text: str) -> None:
     with refused(DataError, "text.tokens", value=text):
         ClassificationSession.open(bundle).classify([text], "global")
