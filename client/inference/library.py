@@ -214,7 +214,8 @@ class Library:
             ConfigError: The base is for another task; the message names the command to use.
         """
         if not bundle.is_dir():
-            raise DataError(f"{bundle} is not a bundle: there is no such folder", about="bundle", value=str(bundle))
+            why = "it is not a folder" if bundle.exists() else "there is no such folder"
+            raise DataError(f"{bundle} is not a bundle: {why}", about="bundle", value=str(bundle))
         pinned = Trust.open(bundle, trust)
         base = pinned.bundle.base()
         if task not in (None, base.manifest.task):

@@ -26,9 +26,16 @@ def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: 
         max_rank: The highest rank that the base manifest allows an adapter.
 
     Raises:
-        ConfigError: The model cannot be exported (``check_classifies``, ``find_adapter_inputs``, ``graph.trace``), its
-            graph does not run, or nothing limits the length of its texts.
+        ConfigError: The model has block-sparse attention, or cannot be exported (``check_classifies``,
+            ``find_adapter_inputs``, ``graph.trace``); its graph does not run; or nothing limits the length of a text.
     """
+    if getattr(pretrained.configuration(base), "attention_type", None) == "block_sparse":
+        # transformers reads short texts, and whatever follows them, with full attention: which answer is right depends.
+        raise ConfigError(
+            "block-sparse attention cannot be exported: set attention_type to original_full in config.json, and train "
+            "adapters with it",
+            about="attention_type",
+        )
     tokenizer = pretrained.tokenizer(base)
     tokenizer.no_padding()  # which a device does not need
     check_classifies(model.base_model.model, tokenizer.encode(SHORT_TEXT).ids)

@@ -17,7 +17,7 @@ from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError
 
 RANK, ROWS = 4, 3  # of the adapters that are tried; three labels
-LONGEST = 1024  # tokens; block-sparse attention begins at some hundreds
+LONGEST = 1024  # tokens
 TOLERANCE = 2e-3  # of a logit, relative to the largest: rounding in int8 stays below a tenth of it
 MAX_REASON = 200  # characters of ONNX Runtime's message
 

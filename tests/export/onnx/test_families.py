@@ -177,6 +177,7 @@ REFUSED: list[Any] = [
     ("funnel", FUNNEL, AutoModelForSequenceClassification, ("q_head",), "max_position_embeddings"),
     ("canine", SIZES, AutoModelForSequenceClassification, ("query",), "model_type"),
     ("distilbert", DISTILBERT, AutoModelForSequenceClassification, ("q_lin", "pre_classifier"), "--targets"),
+    ("big_bird", SIZES, AutoModelForSequenceClassification, ("query",), "attention_type"),
     ("clip", {}, AutoModel, ("q_proj",), "CLIPModel"),
     pytest.param(
         ("longformer", SIZES | {"attention_window": 8}, AutoModelForSequenceClassification, ("query",), "torch.onnx"),
