@@ -167,7 +167,9 @@ def test_without_the_check_every_device_trains_in_a_session_that_starts_from_ano
     attack, fleet = Attack(kind, "session"), app_fleet_of(4, attempts=1, aggregation__session_rounds=2)
     monkeypatch.setattr(LogState, "on_session_chain_proof", any_start)
     monkeypatch.setattr(
-        adapterstate, "on_plan", lambda known, plan, *limits: AdapterState(plan.adapter_version, "ab" * 32, bytes(32))
+        adapterstate,
+        "on_plan",
+        lambda known, plan, *limits: AdapterState(plan.adapter_version, plan.adapter_digest, bytes(32)),
     )
     attacked(fleet, attack)
     assert attack.trained == 4

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from adapters import pretrained
 from adapters.base import Base, find_base
-from adapters.classifier import LoraSpec, build_own, load
+from adapters.classifier import load
 from adapters.layout import Layout
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
@@ -59,7 +61,8 @@ def family(
     model.save_pretrained(folder)
     shutil.copy(tiny_base.folder / "tokenizer.json", folder)
     base = find_base(str(folder))
-    peft = build_own(base, LoraSpec(rank=4, alpha=8, targets=targets))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), task_type="SEQ_CLS")
+    peft = get_peft_model(pretrained.load(base, AutoModelForSequenceClassification), config).eval()
     return export_classifier(peft, base, Profile.FP32), peft, independent
 
 
