@@ -36,21 +36,23 @@ class Blocks:
 
     bits: int
     shape: tuple[int, int]
-    codes: Bytes = field(repr=False)  # (rows, blocks * 32 * bits / 8); in four bits the last blocks hold the residuals
+    codes: Bytes = field(repr=False)  # (rows, blocks * 32 * bits / 8); blocks beyond the width hold the residuals
     scales: Floats = field(repr=False)  # (rows, blocks)
     zeros: Bytes | None = field(default=None, repr=False)  # None: the middle of the range
 
     @property
     def sums(self) -> int:
         """How many block sums must be appended to the input, to be multiplied with the residuals."""
-        return self.shape[1] // BLOCK if self.bits == 4 else 0
+        blocks = self.shape[1] // BLOCK
+        return blocks if self.scales.shape[1] > blocks else 0
 
     @property
     def values(self) -> Floats:
         """The weights that the codes represent, shape ``(rows, width)``."""
         (rows, width), count = self.shape, self.scales.shape[1]
         codes = self.codes if self.bits == 8 else _unpacked(self.codes, count * BLOCK)
-        zeros = np.float32(ZERO8) if self.zeros is None else _unpacked(self.zeros, count)[:, :, None]
+        middle = np.float32(ZERO8 if self.bits == 8 else MIDDLE4)
+        zeros = middle if self.zeros is None else _unpacked(self.zeros, count)[:, :, None]
         centered = codes.reshape(rows, -1, BLOCK).astype(np.float32) - zeros
         stored: Floats = (centered * self.scales[:, :, None]).reshape(rows, -1)
         if not self.sums:
@@ -77,6 +79,28 @@ def eight_bits(weight: Floats) -> Blocks:
     scales = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
     codes = (np.rint(rows / scales) + ZERO8).astype(np.uint8)
     return Blocks(8, _shape(weight), codes.reshape(weight.shape), scales[:, :, 0])
+
+
+def four_bits_exactly(weight: Floats) -> Blocks | None:
+    """Weights that come in symmetric four bits, as those of ``Q4_0`` do, in the same four bits; None for others.
+
+    Such a block's largest weight is the lowest of its sixteen steps, which gives the width of a step. There are no
+    residuals, so that the result can also be looked up in.
+
+    >>> weight = np.arange(-8, 8, dtype=np.float32).repeat(2)[None] / 4
+    >>> bool((four_bits_exactly(weight).values == weight).all()), four_bits_exactly(weight + 1)
+    (True, None)
+
+    Args:
+        weight: As for ``four_bits``.
+    """
+    rows = weight.reshape(len(weight), -1, BLOCK)
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=2, keepdims=True), axis=2)
+    scales = np.where(largest != 0, -largest / MIDDLE4, 1.0).astype(np.float32)
+    codes = np.rint(rows / scales) + MIDDLE4
+    if codes.max() > TOP4 or not np.array_equal((codes - MIDDLE4) * scales, rows):
+        return None
+    return Blocks(4, _shape(weight), _packed(codes.astype(np.uint8).reshape(weight.shape)), scales[:, :, 0])
 
 
 def four_bits(weight: Floats) -> Blocks:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.onnx.blocks import BLOCK, Blocks, eight_bits, four_bits
+from export.onnx.blocks import BLOCK, Blocks, eight_bits, four_bits, four_bits_exactly
 from export.onnx.calibrate import feeds_for, lossy_matmuls, quantized_weight
 from export.onnx.exported import Profile
 from export.onnx.matmuls import CONTRIB, USUAL_RANK, replace_nodes
@@ -40,7 +40,7 @@ def quantize(graph: onnx.ModelProto, profile: Profile, ids: Sequence[int]) -> on
 def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> onnx.ModelProto:
     """A copy of ``graph`` with its weights in blocks of 32.
 
-    Weights whose width is not divisible by 32 stay in float.
+    Weights whose width is not divisible by 32 stay in float. Those that come in symmetric four bits keep them.
 
     Args:
         graph: As for ``quantize``.
@@ -59,12 +59,12 @@ def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> on
             if (key := (name, chosen)) not in made and chosen != FLOAT:
                 matrix = numpy_helper.to_array(values[name])
                 rows = matrix.T if node.op_type == "MatMul" else matrix
-                made[key] = eight_bits(rows) if chosen == 8 else four_bits(rows)
+                made[key] = four_bits_exactly(rows) or (eight_bits(rows) if chosen == 8 else four_bits(rows))
             if (blocks := made.get(key)) is not None:
                 if blocks.sums and (x := node.input[0]) not in summed:
                     summed[x] = ranks.get(x, USUAL_RANK)
                     nodes.extend(_sums(x, summed[x]))
-                _replace(result.graph, node, blocks, f"{name}_{chosen}bit")
+                _replace(result.graph, node, blocks, f"{name}_{blocks.bits}bit")
         nodes.append(node)
     for rank in sorted(set(summed.values())):
         parts = {f"blocks_of_{rank}": [0] * (rank - 1) + [-1, BLOCK], f"axis_of_{rank}": [rank]}

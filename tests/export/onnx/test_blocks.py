@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.onnx.blocks import BLOCK, Blocks, four_bits
+from export.onnx.blocks import BLOCK, Blocks, four_bits, four_bits_exactly
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 ROWS, BLOCKS = 24, 37  # more than the 32 blocks whose residuals fill a block, and an odd number
@@ -113,3 +113,29 @@ def test_each_row_is_rounded_independently(kind: str, seed: int) -> None:
 def test_a_block_of_equal_values_is_kept() -> None:
     weight = np.repeat(np.float32([[0.0, 0.25, -3.0, 1e-8]]), BLOCK, axis=1)
     np.testing.assert_allclose(four_bits(weight).values, weight, rtol=1e-6)
+
+
+def symmetric(rows: int, width: int) -> np.ndarray:
+    """Weights in ``Q4_0``: in each block sixteen steps, the lowest of which is the largest weight."""
+    rng = np.random.default_rng(4)
+    codes = rng.integers(0, 16, (rows, width // BLOCK, BLOCK))
+    codes[:, :, 5] = 0
+    scales = rng.standard_normal((rows, width // BLOCK, 1)).astype(np.float16).astype(np.float32)
+    return ((codes - 8).astype(np.float32) * scales).reshape(rows, width)
+
+
+def test_weights_in_symmetric_four_bits_keep_them_exactly() -> None:
+    weight = symmetric(50, 96)
+    weight[3, :32] = 0
+    blocks = four_bits_exactly(weight)
+    assert blocks is not None
+    assert (blocks.bits, blocks.sums, blocks.zeros) == (4, 0, None)
+    assert blocks.codes.shape == (50, 48)
+    np.testing.assert_array_equal(blocks.values, weight)
+
+
+@pytest.mark.parametrize("change", [1e-6, 0.3, -0.3])
+def test_a_single_weight_between_the_steps_is_noticed(change: float) -> None:
+    weight = symmetric(50, 96)
+    weight[-1, -1] += np.float32(change)
+    assert four_bits_exactly(weight) is None

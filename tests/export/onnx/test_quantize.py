@@ -163,3 +163,24 @@ def test_no_profile_changes_its_argument_or_the_inputs(profile: Profile) -> None
 
 def test_fp32_changes_nothing() -> None:
     assert quantize(graph(), Profile.FP32, []) == graph()
+
+
+@pytest.mark.parametrize("profile", [Profile.NATIVE_INT8, Profile.NATIVE_INT4, Profile.WEB_INT8])
+def test_weights_that_come_in_four_bits_keep_them_in_every_profile(profile: Profile) -> None:
+    steps = np.random.default_rng(5).integers(0, 16, (ROWS + ENTRIES, WIDTH)).astype(np.float32) - 8
+    steps[:, ::BLOCK] = -8
+    stored = graph()
+    for tensor in stored.graph.initializer:
+        if tensor.name in ("W", "embedding"):
+            rows = steps[:ROWS].T if tensor.name == "W" else steps[ROWS:]
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(rows) * np.float32(0.25), tensor.name))
+    stored.graph.output.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, None))
+    small = quantize(stored, profile, list(range(8)))
+    bits = {
+        node.op_type: helper.get_node_attr_value(node, "bits") for node in small.graph.node if "Bits" in node.op_type
+    }
+    bits |= {
+        n.op_type: helper.get_node_attr_value(n, "bits") for n in small.graph.node if n.op_type.startswith("Gather")
+    }
+    assert set(bits.values()) == {4}
+    np.testing.assert_array_equal(run(small)[3][0], steps[ROWS:] * np.float32(0.25))
