@@ -38,6 +38,7 @@ class RoundRecord(Manifest):
     root: Sha256  # of these entries
     survivors: tuple[str, ...]  # devices whose updates are in the sum
     dropped: dict[str, str]  # device that did not finish the round → the step at which it dropped out
+    blamed: tuple[str, ...]  # devices found to have dealt or revealed a wrong share
     reason: str | None  # as the log has it, if the round ended without a sum
     aborted: str | None  # the same for people
     sum: Sha256 | None  # of the unmasked vector, packed

@@ -7,9 +7,11 @@ the next one.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
+from typing import TypeAlias
 
 from adapters import files
 from adapters.cores import cores
@@ -17,14 +19,15 @@ from adapters.layout import Tensors
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
 from adapters.task import metrics_of, require_reach, weighted_mean
-from aggregation import server
 from aggregation.errors import DataError
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
-from aggregation.server import Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
+from aggregation.pki.revocation import RevocationList
+from aggregation.server import AbortReason, Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
-from coordinator import optimizer
+from coordinator import lastsum, optimizer
+from coordinator.lastsum import LastSum
 from coordinator.registry import Head, Registry, StoredAdapter, state_digest
 from coordinator.session import Cohort, attachments, establish
 from coordinator.settings import FederationSettings
@@ -32,6 +35,8 @@ from coordinator.transcripts import Transcripts
 from coordinator.transport import Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
+NAMED = 6  # devices that a text lists by name
+Outcome: TypeAlias = tuple[Established, RoundResult] | RoundAborted
 
 
 def federate(
@@ -57,61 +62,76 @@ def federate(
         EdgeAdaptError: The registry is empty or failed, or no session could be made in ``settings.attempts`` attempts.
         TrustError: The registry or a log was altered, or they contradict each other.
     """
+    make_session = partial(
+        establish, transport, key=key, read_root=read_root, settings=settings, transcripts=transcripts
+    )
     cohort: Cohort | None = None
     session: Established | None = None
-    repeat: tuple[str, ...] = ()  # survivors of the last sum from the newest adapter, if there was one
-    among: tuple[str, ...] = ()  # whom the next round is planned for; empty: everyone
     transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     try:
+        last = lastsum.find(transcripts.folder, key.public, registry.head().newest[1], registry.rounds())
         for number in range(len(registry.rounds()) + 1, settings.rounds + 1):
             begin = time.perf_counter()
             adapter = registry.newest_adapter()
-            if cohort is None or session is None or session.is_over(datetime.now(UTC)):
+            if last is not None and last.adapter != adapter.manifest.sha256:
+                last = None
+            if cohort is None or session is None or _is_over(cohort, session, last, read_root):
                 rounds = min(settings.rounds - number + 1, settings.aggregation.session_rounds)
-                cohort, session = establish(
-                    transport,
-                    adapter,
-                    rounds,
-                    f"session-{number}",
-                    key=key,
-                    read_root=read_root,
-                    settings=settings,
-                    transcripts=transcripts,
-                )
+                cohort, session = make_session(adapter, rounds, f"session-{number}", last)
             cohort.dropped.clear()
             task = settings.training.task(adapter.manifest).encode()
-            outcome = _aggregate(cohort, session, adapter, task, number, among)
-            session = outcome.session if isinstance(outcome, RoundAborted) else outcome[0]
+            outcome = _aggregate(cohort, session, adapter, task, number, last)
             if isinstance(outcome, RoundAborted):
-                repeat = outcome.unmasked or repeat
-                among = repeat if outcome.unmasked or not among else ()  # in turn, if that fails as well
-                log.warning("round %d aborted: %s", number, outcome.detail)
-                record = _record(cohort, registry.head(), outcome, None, time.perf_counter() - begin)
-                registry.record_round(record, key)
+                session, made = outcome.session, None
             else:
-                repeat = among = ()
-                made = _step(registry, cohort, adapter, outcome, number, settings)
-                record = _record(cohort, registry.head(), outcome[1], made, time.perf_counter() - begin)
-                registry.commit_round(record, made.manifest, made.blob, made.state, key)
+                session, made = outcome[0], _step(registry, cohort, adapter, outcome, number, settings)
+            last = _last_sum(cohort, adapter, outcome) or last
+            record = _record(cohort, registry.head(), outcome, made, time.perf_counter() - begin)
+            _commit(registry, record, made, key)
             cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
             yield record
     finally:
         transcripts.finish()
 
 
+def _is_over(cohort: Cohort, session: Established, last: LastSum | None, read_root: Callable[[datetime], Root]) -> bool:
+    """Whether the next round needs another session.
+
+    A survivor of the last sum that is not in this one can only join another, and only another one leaves out a survivor
+    whose certificate was revoked since.
+    """
+    now = datetime.now(UTC)
+    if session.is_over(now) or last is None:
+        return session.is_over(now)
+    return bool(last.absent(session.devices, cohort.revoked)) or read_root(now).revoked != cohort.revoked
+
+
+def _last_sum(cohort: Cohort, adapter: StoredAdapter, outcome: Outcome) -> LastSum | None:
+    """The sum of a round, if devices were asked to unmask it. The adapter made from a sum may have the same bytes."""
+    if isinstance(outcome, RoundAborted):
+        survivors = outcome.unmasked
+        spoilers = outcome.blamed if outcome.reason is AbortReason.UNRECOVERABLE else ()
+    else:
+        survivors, spoilers = outcome[1].survivors, ()
+    found = LastSum(adapter.manifest.sha256, {name: cohort.serials[name] for name in survivors}, frozenset(spoilers))
+    return found if survivors else None
+
+
 def _aggregate(
-    cohort: Cohort, session: Established, adapter: StoredAdapter, task: bytes, number: int, among: tuple[str, ...]
-) -> tuple[Established, RoundResult] | RoundAborted:
+    cohort: Cohort, session: Established, adapter: StoredAdapter, task: bytes, number: int, last: LastSum | None
+) -> Outcome:
     """Steps 5–8 of the protocol: from the plan to the sum of the survivors, and the session after it.
 
-    ``among``: plan for these devices, if all of them are in the session; empty: for everyone.
+    ``last``: plan for the survivors of this sum, and name no others as survivors: devices would refuse.
     """
     manifest, group = adapter.manifest, str(number)
+    if last is not None and (waits := _waits(last, session, cohort.revoked)):
+        return RoundAborted(AbortReason.TOO_FEW, waits, session)
     planned = session.plan(
         adapter_version=manifest.version,
         adapter_digest=manifest.sha256,
         training=task,
-        cohort=among if among and set(among) <= set(session.devices) else None,
+        cohort=last.survivors if last else None,
         at=datetime.now(UTC),
     )
     if isinstance(planned, RoundAborted):
@@ -119,7 +139,12 @@ def _aggregate(
     state, plans = planned
     cohort.recorder.begin(state.plan)
     extra = attachments(receipts(cohort.recorder.log, plans), {ADAPTER: adapter.blob})
-    collected = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check).close()
+    collecting = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check)
+    dropped = [device for device in collecting.plan.members if device not in collecting.vectors]
+    if last is not None and dropped:
+        text = f"no update of {_names(dropped)}, and devices help to another sum with all of the last one only"
+        return RoundAborted(AbortReason.TOO_FEW, text, collecting.established)
+    collected = collecting.close()
     if isinstance(collected, RoundAborted):
         return collected
     confirming, bodies = collected
@@ -134,7 +159,21 @@ def _aggregate(
     return unmasked if isinstance(unmasked, RoundAborted) else within_reach(*unmasked)
 
 
-def within_reach(session: Established, result: RoundResult) -> tuple[Established, RoundResult] | RoundAborted:
+def _waits(last: LastSum, session: Established, revoked: RevocationList | None) -> str:
+    """For which survivors of the last sum the training waits, and what ends that; empty if for none."""
+    if spoilers := last.spoilers(revoked):
+        return f"waits until the authority revokes {_names(spoilers)}, whose wrong shares spoiled the last sum"
+    if absent := last.absent(session.devices, revoked):
+        return f"waits for {_names(absent)}, of the last sum: bring back what is absent, or let the authority revoke it"
+    return ""
+
+
+def _names(devices: Sequence[str]) -> str:
+    """The devices, the first few by name."""
+    return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
+
+
+def within_reach(session: Established, result: RoundResult) -> Outcome:
     """Abort a round whose sum honest survivors cannot have (``require_reach``).
 
     A survivor may have weight 0: a device whose examples cannot be used answers as every other one.
@@ -142,7 +181,7 @@ def within_reach(session: Established, result: RoundResult) -> tuple[Established
     try:
         require_reach(session.session.spec, result.values, len(result.survivors))
     except DataError as error:
-        return RoundAborted(server.AbortReason.OUT_OF_RANGE, str(error), session, unmasked=result.survivors)
+        return RoundAborted(AbortReason.OUT_OF_RANGE, str(error), session, result.blamed, result.survivors)
     return session, result
 
 
@@ -186,11 +225,10 @@ def _step(
     return _NextAdapter(manifest, blob, optimizer.to_tensors(state))
 
 
-def _record(
-    cohort: Cohort, head: Head, ended: RoundResult | RoundAborted, made: _NextAdapter | None, seconds: float
-) -> RoundRecord:
+def _record(cohort: Cohort, head: Head, outcome: Outcome, made: _NextAdapter | None, seconds: float) -> RoundRecord:
     """The record of the round under way, whose ending the log does not have yet."""
     log, last, carried = cohort.recorder.synced(), head.round, cohort.transport.take_carried()
+    ended = outcome if isinstance(outcome, RoundAborted) else outcome[1]
     abort, result = (ended, None) if isinstance(ended, RoundAborted) else (None, ended)
     unchanged = last.optimizer if last else None
     return RoundRecord(
@@ -202,6 +240,7 @@ def _record(
         root=log.tree.root().hex(),
         survivors=result.survivors if result else (),
         dropped=dict(cohort.dropped),
+        blamed=ended.blamed,
         reason=abort.reason.value if abort else None,
         aborted=abort.detail if abort else None,
         sum=result.digest.hex() if result else None,
@@ -213,3 +252,14 @@ def _record(
         seconds=seconds,
         metrics=made.manifest.metrics if made else {},
     )
+
+
+def _commit(registry: Registry, record: RoundRecord, made: _NextAdapter | None, key: IdentityKey) -> None:
+    """Store how the round ended, with the adapter that it made, and tell the operator what went wrong."""
+    for device in record.blamed:
+        log.warning("%s dealt or revealed a wrong share: let the authority revoke its certificate", device)
+    if made is None:
+        log.warning("round %d aborted: %s", record.round, record.aborted)
+        registry.record_round(record, key)
+    else:
+        registry.commit_round(record, made.manifest, made.blob, made.state, key)

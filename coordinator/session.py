@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from adapters.cores import ahead, cores
@@ -18,8 +19,10 @@ from aggregation.messages import DIGEST, Challenge, CheckIn
 from aggregation.pki import Root
 from aggregation.pki.certificates import same_name
 from aggregation.pki.identity import IdentityKey
+from aggregation.pki.revocation import RevocationList
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.steps import PROOF, REVOCATIONS, Step
+from coordinator.lastsum import LastSum, serials
 from coordinator.recorder import Recorder
 from coordinator.registry import StoredAdapter
 from coordinator.settings import FederationSettings
@@ -39,12 +42,16 @@ class Cohort:
         transport: Reaches the nodes.
         nodes: Device → Flower node.
         recorder: Writes the log.
+        serials: Device → serial of its certificate.
+        revoked: The revocation list that the session applies.
         dropped: Device → the step at which it dropped out of the round under way, or of the making of the session.
     """
 
     transport: Transport
     nodes: Mapping[str, int]
     recorder: Recorder
+    serials: Mapping[str, int]
+    revoked: RevocationList | None
     dropped: dict[str, str] = field(default_factory=dict)
 
     def exchange(
@@ -105,6 +112,7 @@ def establish(
     adapter: StoredAdapter,
     rounds: int,
     group: str,
+    last: LastSum | None,
     *,
     key: IdentityKey,
     read_root: Callable[[datetime], Root],
@@ -113,11 +121,14 @@ def establish(
 ) -> tuple[Cohort, Established]:
     """Make a session of ``rounds`` rounds with the devices that can be reached.
 
+    If the next round is bound to the survivors of the last sum, each attempt but the last must bring them together.
+
     Args:
         transport: Reaches the devices.
         adapter: Whose layout and base the session is for.
         rounds: That the session shall last.
         group: Begins Flower's group id of each attempt.
+        last: The last sum from the adapter, if there is one.
         key: The coordinator's signing key.
         read_root: Now → the authority with its newest revocation list, read again for each attempt.
         settings: Of the federation.
@@ -127,27 +138,51 @@ def establish(
         EdgeAdaptError: No session came about in ``settings.attempts`` attempts, or a file could not be written.
     """
     reason = ""
+    layout, base = adapter.layout, adapter.manifest.base_digest
+    spec_of = partial(settings.aggregation.spec, layout=layout, base_digest=base, rounds=rounds)
     for attempt in range(1, settings.attempts + 1):
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
         present, nodes = _check_in(key, root, transport, name)
         least = settings.aggregation.minimum_devices
+        if last is not None:
+            nodes = _around(last, nodes, lambda count: spec_of(count).minimum_survivors)
         if len(nodes) < least:
             reason = f"{len(nodes)} devices answered, {least} are needed"
         else:
-            spec = settings.aggregation.spec(len(nodes), adapter.layout, adapter.manifest.base_digest, rounds)
-            certificates = {device: answer.certificate for device, answer in present.items()}
-            opened = server.open_session(key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
-            cohort = Cohort(transport, nodes, transcripts.begin(opened[0].offer, root.revoked))
-            last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
+            certificates = {device: present[device].certificate for device in nodes}
+            opened = server.open_session(
+                key, root, spec_of(len(nodes)), certificates, SystemEntropy(), datetime.now(UTC)
+            )
+            recorder = transcripts.begin(opened[0].offer, root.revoked)
+            cohort = Cohort(transport, nodes, recorder, serials(certificates.values()), root.revoked)
+            last_offers = {device: present[device].last_offer or b"" for device in nodes}
             proofs = transcripts.session_chain_proofs(cohort.recorder, last_offers)
             revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
             outcome = _negotiate(cohort, *opened, attachments(proofs, revoked), name)
-            if not isinstance(outcome, RoundAborted):
+            if isinstance(outcome, RoundAborted):
+                reason = outcome.detail
+            elif attempt < settings.attempts and last and (absent := last.absent(outcome.devices, root.revoked)):
+                reason = f"it lacks {', '.join(absent)}, of the last sum"
+            else:
                 log.info("session of %d devices for %d rounds", len(nodes) - len(cohort.dropped), rounds)
                 return cohort, outcome
-            reason = outcome.detail
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
     raise EdgeAdaptError(f"no session after {settings.attempts} attempts: {reason}", about="session")
+
+
+def _around(last: LastSum, nodes: Mapping[str, int], minimum: Callable[[int], int]) -> dict[str, int]:
+    """The devices of a session in which the survivors of the last sum are enough for another one.
+
+    Args:
+        last: The last sum.
+        nodes: Device → node, of all that checked in.
+        minimum: Size of a cohort → fewest survivors of its rounds.
+    """
+    bound = {device: node for device, node in nodes.items() if device in last.survivors}
+    others = [device for device in nodes if device not in bound]
+    while others and minimum(len(bound) + len(others)) > len(bound):
+        others.pop()
+    return bound | {device: nodes[device] for device in others}
 
 
 def _negotiate(

@@ -22,6 +22,7 @@ def test_the_largest_cohort_with_the_longest_names_fits_into_a_record() -> None:
         root="0" * 64,
         survivors=LONGEST,
         dropped=dict.fromkeys(LONGEST, step),
+        blamed=(),
         reason=None,
         aborted=None,
         sum="0" * 64,

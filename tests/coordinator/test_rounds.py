@@ -275,7 +275,9 @@ def test_a_weight_that_honest_devices_cannot_have_aborts_the_round(
 
 
 def result_of(weight: float) -> Any:
-    return SimpleNamespace(values={"delta": np.zeros(7), "weight": np.array([weight])}, survivors=("a", "b"))
+    return SimpleNamespace(
+        values={"delta": np.zeros(7), "weight": np.array([weight])}, survivors=("a", "b"), blamed=("b",)
+    )
 
 
 @pytest.mark.parametrize("weight", [-3.0, 0.0, 0.9, 1.5, 201.0])
@@ -284,6 +286,7 @@ def test_survivors_whose_weights_cannot_be_theirs_abort_the_round(weight: float)
     outcome = within_reach(session, result_of(weight))
     assert isinstance(outcome, RoundAborted)
     assert (outcome.reason, outcome.session) == (AbortReason.OUT_OF_RANGE, session)
+    assert (outcome.unmasked, outcome.blamed) == (("a", "b"), ("b",))
     for enough in (result_of(1.0), result_of(200.0)):  # of two survivors: one may have weight 0
         assert within_reach(session, enough) == (session, enough)
 

@@ -66,6 +66,7 @@ def recorded(transcripts: Transcripts, recorder: Recorder, **changes: Any) -> Ro
         root=log.tree.root().hex(),
         survivors=(),
         dropped={},
+        blamed=(),
         reason="unrecoverable",
         aborted="too few good shares",
         sum=None,

@@ -66,6 +66,7 @@ class Rounds:
             root="00" * 32,
             survivors=("anna", "ben"),
             dropped={"cora": "plan"},
+            blamed=(),
             reason=None,
             aborted=None,
             sum="50" * 32,

@@ -1,0 +1,100 @@
+"""The last sum from an adapter, and what it demands of the next round from the same adapter.
+
+Devices reveal shares for sums from one adapter over one set of survivors only. A later set may lack devices whose
+certificates were revoked since (``client.node.adapterstate``). So after a round that ended without a result when
+devices had been asked to unmask its sum, every later round from that adapter is over the same devices. A kill may have
+come before such a round was recorded: the log has the request before any device can have it.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.roundrecord import RoundRecord
+from aggregation import envelope
+from aggregation.messages import Assignment, Offer, Plan, Unmask
+from aggregation.pki.certificates import load, serial, subject
+from aggregation.pki.identity import PublicKey
+from aggregation.pki.revocation import RevocationList
+from aggregation.server import AbortReason
+from aggregation.transcript import Entry, Result
+from coordinator.audit.transcripts import logs
+from coordinator.storedlog import StoredLog
+
+
+@dataclass(frozen=True, slots=True)
+class LastSum:
+    """The last sum from an adapter that devices were asked to unmask.
+
+    Args:
+        adapter: SHA-256 of the adapter's file, hex.
+        survivors: Whose updates are in it: device → serial of the certificate it had then.
+        blamed: Devices whose wrong shares were the reason that there is no result.
+    """
+
+    adapter: str
+    survivors: Mapping[str, int]
+    blamed: frozenset[str] = frozenset()
+
+    def absent(self, devices: Collection[str], revoked: RevocationList | None) -> tuple[str, ...]:
+        """The survivors that a session lacks although their certificates are not revoked.
+
+        Args:
+            devices: Of the session, without those that it excludes for their shares.
+            revoked: The revocation list that the session applies.
+        """
+        return tuple(device for device in self._due(revoked) if device not in {*devices, *self.blamed})
+
+    def spoilers(self, revoked: RevocationList | None) -> tuple[str, ...]:
+        """The survivors whose wrong shares would spoil another sum, and whose certificates are not revoked."""
+        return tuple(device for device in self._due(revoked) if device in self.blamed)
+
+    def _due(self, revoked: RevocationList | None) -> list[str]:
+        listed = revoked.revoked if revoked else {}
+        return sorted(device for device, number in self.survivors.items() if number not in listed)
+
+
+def serials(certificates: Iterable[bytes]) -> dict[str, int]:
+    """Device → serial of its certificate, for certificates in DER."""
+    return {subject(load(der)): serial(der) for der in certificates}
+
+
+def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[RoundRecord]) -> LastSum | None:
+    """The last sum from ``adapter``, from the logs that a coordinator left; None if none could be unmasked.
+
+    Args:
+        folder: Of the transcripts.
+        coordinator: Whose logs they are.
+        adapter: SHA-256 of the newest adapter's file, hex.
+        records: Of all rounds.
+
+    Raises:
+        TrustError: A log was altered.
+    """
+    unrecoverable = {record.plan: record for record in records if record.reason == AbortReason.UNRECOVERABLE.value}
+    for path in reversed(logs(folder)):
+        log = StoredLog.read(path, coordinator)
+        if found := _in_log(log.entries, adapter):
+            plan, survivors = found
+            record = unrecoverable.get(plan.hex())
+            return LastSum(adapter, survivors, frozenset(record.blamed if record else ()))
+        if any(entry.kind == Result.TAG for entry in log.entries):  # what came before was from older adapters
+            return None
+    return None
+
+
+def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[bytes, dict[str, int]] | None:
+    """Plan and survivors of the last sum from ``adapter`` in a log."""
+    certified: dict[str, int] = {}
+    plan: Plan | None = None
+    number, found = 0, None
+    for entry in entries:
+        body = envelope.unverified_body(entry.message)
+        if entry.kind == Offer.TAG:
+            certified = serials(Offer.decode(body).certificates)
+        elif entry.kind == Assignment.TAG and entry.round > number:  # the first one of a round is complete
+            number, plan = entry.round, Assignment.decode(body).plan
+        elif entry.kind == Unmask.TAG and plan is not None and plan.adapter_digest == adapter:
+            survivors = Unmask.decode(body).survivors.vectors
+            found = plan.digest(), {device: certified[device] for device in survivors}
+    return found
