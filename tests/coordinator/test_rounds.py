@@ -21,7 +21,7 @@ from client.training import contribute
 from coordinator.app import main
 from coordinator.audit import audit
 from coordinator.audit.transcripts import logs
-from coordinator.registry import Blobs
+from coordinator.registry import Blobs, database
 from coordinator.rounds import within_reach
 from coordinator.statedir import CoordinatorStateDir
 from tests.support import refused
@@ -295,6 +295,7 @@ def test_an_empty_registry_is_refused(fleet_of: FleetOf) -> None:
     fleet = fleet_of(3)
     for path in (fleet.out / "coordinator").glob("registry.db*"):
         path.unlink()
+    database.connect(f"sqlite:///{fleet.out / 'coordinator' / 'registry.db'}").dispose()
     with refused(EdgeAdaptError, "registry"):
         fleet.federate(fleet.grid())
 
