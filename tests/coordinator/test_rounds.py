@@ -146,11 +146,11 @@ def test_devices_that_answer_wrongly_drop_out_of_the_round_and_are_asked_again(f
         }
         return spoil.get((group, step, node))
 
-    fleet = fleet_of(8, rounds=2)
+    fleet = fleet_of(10, rounds=2)
     first, second = fleet.federate(fleet.grid(app=Spoiled(change)))
     assert first.dropped == {"device-00": "plan", "device-01": "survivors", "device-02": "unmask"}
-    assert first.survivors == tuple(f"device-{n:02d}" for n in range(1, 8))
-    assert (second.dropped, len(second.survivors)) == ({}, 8)
+    assert first.survivors == tuple(f"device-{n:02d}" for n in range(1, 10))
+    assert (second.dropped, len(second.survivors)) == ({}, 10)
 
 
 def test_a_device_that_drops_out_of_making_a_session_joins_the_next_one(fleet_of: FleetOf) -> None:
