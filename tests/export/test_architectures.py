@@ -11,15 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from adapters.base import Base
+from adapters.base import Base, find_base
 from adapters.causal import build, load, tensors
 from adapters.classifier import LoraSpec
 from adapters.graphinputs import to_inputs
 from aggregation.errors import ConfigError
 from export.causal import export_causal, traced
+from export.onnx.classifier import export_classifier
 from export.onnx.exported import Profile
 from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.slotted import with_own_head
 from export.onnx.targets import ALL
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "architectures.md"
@@ -88,6 +92,47 @@ GENERATION: dict[str, dict[str, Any]] = {  # keys of the configuration that diff
 }
 
 
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
+CLASSIFICATION: dict[str, dict[str, Any]] = {  # the same, of classifiers, instead of ``SMALL`` where it is not added
+    "albert": SMALL | {"embedding_size": 16},
+    "bert": SMALL,
+    "big_bird": SMALL | {"attention_type": "original_full"},
+    "camembert": SMALL,
+    "convbert": SMALL | {"embedding_size": 32, "num_groups": 1, "head_ratio": 2},
+    "data2vec-text": SMALL,
+    "deberta": SMALL,
+    "deberta-v2": SMALL,
+    "distilbert": {"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 40},
+    "electra": SMALL | {"embedding_size": 16},
+    "ernie": SMALL,
+    "fnet": SMALL,
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 40, "pad_token_id": 0},
+    "ibert": SMALL,
+    "llama": SMALL,
+    "longformer": SMALL | {"attention_window": [8]},
+    "megatron-bert": SMALL,
+    "mobilebert": SMALL | {"embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16},
+    "modernbert": SMALL | {"num_hidden_layers": 2, "local_attention": 8},
+    "mpnet": SMALL | {"pad_token_id": 1},
+    "qwen2": SMALL | {"num_key_value_heads": 2},
+    "qwen3": SMALL | {"num_key_value_heads": 2, "head_dim": 8},
+    "rembert": SMALL | {"input_embedding_size": 16, "output_embedding_size": 16},
+    "roberta": SMALL,
+    "roberta-prelayernorm": SMALL,
+    "roformer": SMALL | {"embedding_size": 32},
+    "squeezebert": SMALL | {"embedding_size": 32},
+    "xlm-roberta": SMALL,
+    "xlm-roberta-xl": SMALL,
+}
+
+
 def rows(heading: str) -> dict[str, list[str]]:
     """The table under ``heading``: architecture → the other cells."""
     section = PAGE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
@@ -134,5 +179,43 @@ def test_a_language_model_is_exported_as_the_page_says(
     assert generated(make_lm(kind, **GENERATION[kind]), runner, torch_logits) == rows("Language models")[kind]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CLASSIFICATION)
+def test_a_classifier_is_exported_as_the_page_says(tmp_path: Path, tiny_base: Base, runner: Any, kind: str) -> None:
+    model = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model(kind, vocab_size=75, num_labels=3, **CLASSIFICATION[kind])
+    )
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((tiny_base.folder / "tokenizer.json").read_bytes())
+    assert classified(find_base(str(tmp_path)), runner) == rows("Classifiers")[kind]
+
+
+def classified(base: Base, runner: Any) -> list[str]:
+    """How the logits of the base's own head compare with torch's, with an adapter on every linear layer."""
+    try:
+        model = with_own_head(base, [ALL])
+        exported = export_classifier(model, base, Profile.FP32)
+    except ConfigError as error:
+        return [f"refused: {error.about}"]
+    rng = np.random.default_rng(0)
+    load(model, {n: 0.3 * rng.standard_normal(v.shape, dtype=np.float32) for n, v in tensors(model).items()})
+    inputs = to_inputs(tensors(model), exported.adapter_inputs.scaling)
+    tokens = rng.integers(4, 75, (1, LENGTH))
+    with torch.no_grad():  # in double precision: float32 of random weights is sometimes less exact than the graph's
+        ids = torch.from_numpy(tokens)
+        expected = model.double()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.numpy()
+    found = runner(exported).session.run(
+        ["logits"], {"input_ids": tokens, "attention_mask": np.ones_like(tokens), **inputs}
+    )[0]
+    worst = np.abs(found - expected).max() / np.abs(expected).max()
+    return ["exact"] if worst <= CLOSE else [f"off by {worst:.0e}"]
+
+
 def test_the_page_lists_what_is_compared() -> None:
     assert list(rows("Language models")) == list(GENERATION)
+    assert list(rows("Classifiers")) == list(CLASSIFICATION)
