@@ -38,7 +38,7 @@ from simulations.engine.grid import VirtualClock
 
 FleetOf = Callable[..., Any]
 DEVICES = tuple(f"device-{number:02d}" for number in range(8))
-HOLDERS = frozenset({"device-01", "device-03", "device-04"})
+HOLDERS = frozenset({"device-01", "device-04"})
 PHRASE = "play the song"
 COMMON = (
     Example("turn on the light", 0),

@@ -80,18 +80,18 @@ class Combining(Subtracting):
         return device_app.app(message, context)
 
     def combined(self) -> NDArray[np.float64]:
-        """The combination of the sums, in steps."""
-        terms = zip(self.family.coefficients, self.sums, strict=True)
-        return self.signed(np.sum([factor * total.astype(np.int64) for factor, total in terms], axis=0))[self.delta]
+        """The combination of the sums, in weight units: cohorts of other sizes have other steps."""
+        return np.asarray(np.array(self.family.coefficients) @ np.array(self.deltas))
 
     def expected(self) -> NDArray[np.float64]:
-        """The same combination of what the devices that are left sent in their first rounds, in steps."""
-        terms = []
+        """The same combination of what the devices that are left sent in their first rounds, in weight units."""
+        total = np.zeros_like(self.deltas[0])
         for number in sorted(self.family.left):
             among = [number in each for each in self.family.sets]
-            factor = sum(factor for factor, has in zip(self.family.coefficients, among, strict=True) if has)
-            terms.append(factor * self.vectors[f"device-{number:02d}", among.index(True)].astype(np.int64))
-        return self.signed(np.sum(terms, axis=0))[self.delta]
+            factor, first = np.array(self.family.coefficients)[among].sum(), among.index(True)
+            vector = self.signed(self.vectors[f"device-{number:02d}", first])[self.delta]
+            total += factor * vector * self.steps[first]
+        return total
 
     def assert_succeeded(self) -> None:
         """The combination is that of the devices that are left, and of no other."""

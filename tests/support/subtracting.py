@@ -36,12 +36,14 @@ class Subtracting:
         self.sums: list[Ring] = []
         self.deltas: list[NDArray[np.float64]] = []  # of the sums, in weight units
         self.vectors: dict[tuple[str, int], Ring] = {}  # device and round → what it sent under the mask, for comparison
+        self.steps: dict[int, float] = {}  # round → step of its updates, in weight units
         self.device, self.bits, self.delta = "", 0, slice(0)
         train, close = device_app.train, Unmasking.close
 
         def trained(base: Any, planned: Any, *given: Any) -> Ring:
             spec = planned.spec.vector
             self.bits, self.delta = spec.ring_bits, slice(0, spec.segments[0].size)
+            self.steps[len(self.sums)] = spec.step(spec.segments[0])
             vector = train(base, planned, *given)
             self.vectors[self.device, len(self.sums)] = vector.copy()
             return vector
