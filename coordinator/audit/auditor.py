@@ -196,7 +196,7 @@ class _Audit:
 
     def _summary(self, current: histories.Round, tree: merkle.Tree) -> RoundSummary:
         number, result = current.plan.round, current.ending if isinstance(current.ending, Result) else None
-        entries = current.place(type(current.ending)).index if current.ending else None
+        entries = current.place(type(current.ending)).index if current.ending else tree.size
         return RoundSummary(
             number,
             current.plan.digest().hex(),
@@ -211,7 +211,7 @@ class _Audit:
             current.ending.reason if isinstance(current.ending, Abort) else None,
             result.sum.hex() if result else None,
             entries,
-            None if entries is None else tree.root(entries).hex(),
+            tree.root(entries).hex(),
         )
 
 

@@ -106,7 +106,7 @@ class RoundSummary:
         result: Version and digest of that adapter, or None.
         reason: Why the log aborts the round; None if it does not.
         sum: Digest of the sum, hex, if the round has a result.
-        entries: In the log before the ending of the round; None if it has none.
+        entries: In the log before the ending of the round; if the round is open, all of the log.
         root: Of these entries, hex.
     """
 
@@ -122,8 +122,13 @@ class RoundSummary:
     result: AdapterId | None
     reason: str | None
     sum: str | None
-    entries: int | None
-    root: str | None
+    entries: int
+    root: str
+
+    @property
+    def open(self) -> bool:
+        """Whether the log does not say how the round ended."""
+        return self.result is None and self.reason is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ def require_logged(
 
     A coordinator may continue while it is audited. It writes a record before the ending, so what was recorded before
     the logs were read is in them, and what ended in them is recorded after that. Only the round that is under way then
-    may have a record and no ending. A round in which the coordinator's process ended has no record: the next start logs
-    it as interrupted.
+    may have a record and no ending. The log was synced before the record was written, and so ends where that says. A
+    round in which the coordinator's process ended has no record: the next start logs it as interrupted.
 
     Args:
         before: Of all rounds, as the registry had them before the logs were read.
@@ -35,7 +35,7 @@ def require_logged(
     logged = {(report.offer, each.plan): each for report in reports.values() for each in report.rounds}
     *_, last = reports.values()
     open_round = {(last.offer, last.open_plan)} if unfinished else set()
-    _require_recorded(before, {report.offer for report in reports.values()}, logged, open_round)
+    _require_recorded(before, {report.offer for report in reports.values()}, logged)
     recorded = {(record.offer, record.plan) for record in after}
     for (offer, plan), each in logged.items():
         if (offer, plan) not in recorded | open_round and each.reason != INTERRUPTED:
@@ -64,18 +64,17 @@ def _require_recorded(
     records: Sequence[RoundRecord],
     offers: Collection[str],
     logged: Mapping[tuple[str, str], RoundSummary],
-    open_round: Collection[tuple[str, str | None]],
 ) -> None:
     places, last = {key: place for place, key in enumerate(logged)}, -1
     for record in records:
         if record.offer not in offers:
             text = f"round {record.round} was recorded, and the log of its session is missing"
             raise TrustError(text, about="session", value=record.round)
-        if record.plan is None or (record.offer, record.plan) in open_round:
+        if record.plan is None:
             continue
         found = logged.get((record.offer, record.plan))
-        if found is None or not _agrees(record, found):
-            text = f"round {record.round} was recorded with another ending than its log has"
+        if found is None or not (_agrees_so_far if found.open else _agrees)(record, found):
+            text = f"round {record.round} was recorded with another ending, or after other entries, than its log has"
             raise TrustError(text, about="record", value=record.round)
         place = places[record.offer, record.plan]
         if place <= last:
@@ -90,4 +89,12 @@ def _agrees(record: RoundRecord, logged: RoundSummary) -> bool:
     survivors = logged.survivors if logged.result else ()
     return (record.entries, record.root, record.reason, made, record.sum, record.survivors) == (
         (logged.entries, logged.root, logged.reason, logged.result, logged.sum, survivors)
+    )
+
+
+def _agrees_so_far(record: RoundRecord, logged: RoundSummary) -> bool:
+    """Whether the log of an open round ends where its record says, and shows that the recorded sum was unmasked."""
+    survivors = logged.unmasked if record.version is not None else ()
+    return (record.entries, record.root, record.survivors) == (logged.entries, logged.root, survivors) and (
+        record.version is None or len(survivors) > 0
     )

@@ -14,7 +14,7 @@ from adapters.registryfiles import DATABASE, RegistryFiles
 from adapters.roundrecord import RoundRecord, digest_of
 from aggregation.errors import TrustError
 from aggregation.transcript import ENTRY, LENGTH, Checkpoint, read
-from coordinator.audit import AuditInput, AuditOptions, records, transcripts
+from coordinator.audit import AuditInput, AuditOptions, Check, Status, records, transcripts
 from coordinator.audit.transcripts import logs
 from coordinator.statedir import CoordinatorStateDir
 from tests.support import refused
@@ -54,6 +54,16 @@ def sign(state_dir: Path, change: Change) -> None:
     with closing(sqlite3.connect(state_dir / DATABASE)) as database, database:
         database.execute("DELETE FROM edgeadapt_rounds")
         database.executemany("INSERT INTO edgeadapt_rounds (round, record) VALUES (?, ?)", rows)
+
+
+def resign_newest(state_dir: Path, survivors: tuple[str, ...] | None) -> None:
+    """Sign the newest manifest again, over these survivors if there are some to put in."""
+    key = CoordinatorStateDir.open(state_dir).key
+    manifest = RegistryFiles.open(state_dir, [key.public]).manifest()
+    assert manifest is not None
+    signed = replace(manifest, survivors=manifest.survivors if survivors is None else survivors).sign(key)
+    with closing(sqlite3.connect(state_dir / DATABASE)) as database, database:
+        database.execute("UPDATE edgeadapt_versions SET manifest = ? WHERE version = ?", (signed, manifest.version))
 
 
 def cut(state_dir: Path, kind: str, round_: int) -> None:
@@ -142,6 +152,46 @@ def test_a_round_under_way_may_have_a_record_or_not(state_dir: Path) -> None:
     """The record comes before the ending; and the adapter of the round with its record."""
     cut(state_dir, "result", 2)
     require(state_dir, unfinished=True)
+    (report,) = AuditInput.open(state_dir, AuditOptions()).audit(unfinished=True).values()
+    adapters = report.findings[-1]
+    assert (adapters.check, adapters.status, adapters.about) == (Check.ADAPTERS, Status.WARNING, "round.open")
+    with closing(sqlite3.connect(state_dir / DATABASE)) as database, database:
+        database.execute("DELETE FROM edgeadapt_rounds WHERE round = 2")
+    with refused(TrustError, "session", value=2):  # an adapter without a record is of no round
+        require(state_dir, unfinished=True)
+
+
+@pytest.mark.parametrize("kind", ["masked-input", "unmask-response"])
+def test_a_log_that_was_cut_before_the_recorded_end_of_its_last_round_is_no_session_under_way(
+    state_dir: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise an adapter that comes from no logged sum passes as that of a round under way."""
+    cut(state_dir, kind, 2)
+    with refused(TrustError, "record", value=2):
+        require(state_dir, unfinished=True)
+    monkeypatch.setattr(records, "_agrees_so_far", lambda record, logged: True)
+    require(state_dir, unfinished=True)
+
+
+@pytest.mark.parametrize("survivors", [None, ()], ids=["recorded survivors", "no survivors"])
+def test_a_record_that_is_signed_again_for_a_cut_log_names_a_sum_that_was_not_unmasked(
+    state_dir: Path, survivors: tuple[str, ...] | None
+) -> None:
+    cut(state_dir, "masked-input", 2)
+    (report,) = AuditInput.open(state_dir, AuditOptions()).audit(unfinished=True).values()
+    changes: dict[str, Any] = {"entries": report.entries, "root": report.rounds[-1].root}
+    changes |= {} if survivors is None else {"survivors": survivors}
+    resign_newest(state_dir, survivors)
+    sign(state_dir, lambda found: [found[0], replace(found[1], **changes)])
+    with refused(TrustError, "record", value=2):
+        require(state_dir, unfinished=True)
+
+
+def test_a_record_of_the_open_round_that_is_signed_twice_is_found(state_dir: Path) -> None:
+    cut(state_dir, "result", 2)
+    sign(state_dir, lambda found: [*found, found[1]])
+    with refused(TrustError, "record", value=3):
+        require(state_dir, unfinished=True)
 
 
 def test_a_round_that_ends_while_the_logs_are_read_is_not_missed(state_dir: Path) -> None:
