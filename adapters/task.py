@@ -105,12 +105,13 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
 
     With W the total weight, n survivors, and s the step of the d coordinates of ``delta``:
 
-    - W is a whole number between 1 and ``weight_cap * n``. Weights are examples, counted without error.
+    - W is a whole number between 0 and ``weight_cap * n``. Weights are examples, counted without error.
     - ‖Σ delta‖ ≤ ``clip_norm`` · W + n · s · √d. Each delta has at most the norm ``clip_norm`` before it is weighted,
       and stochastic rounding moves a coordinate by less than a step for each survivor.
+    - If W = 0, Σ delta = 0: a delta times 0 is encoded without error.
 
-    Guarantee: no sum of honest contributions that has an example is refused. The mean of a sum that is not refused has
-    at most the norm ``clip_norm`` + n · s · √d / W, whoever lied; ``weighted_mean`` adds its noise.
+    Guarantee: no sum of honest contributions is refused. The mean of a sum that is not refused has at most the norm
+    ``clip_norm`` + n · s · √d / W, or 0 if W = 0, whoever lied; ``weighted_mean`` adds its noise.
 
     Args:
         spec: Of the session.
@@ -124,17 +125,17 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     if not {"delta", "weight"} <= steps.keys():
         raise DataError("the sum does not consist of an update and its examples", about="vector.segments")
     weight, delta = float(sums["weight"][0]), sums["delta"]
-    if not (weight.is_integer() and 1 <= weight <= spec.weight_cap * survivors):
-        text = f"the examples of the survivors are not a whole number between 1 and {spec.weight_cap} for each"
+    if not (weight.is_integer() and 0 <= weight <= spec.weight_cap * survivors):
+        text = f"the examples of the survivors are not a whole number between 0 and {spec.weight_cap} for each"
         raise DataError(text, about="vector.weight")
-    rounding = survivors * steps["delta"] * math.sqrt(delta.size)
+    rounding = survivors * steps["delta"] * math.sqrt(delta.size) if weight else 0.0
     if not float(np.linalg.norm(delta)) <= (spec.clip_norm * weight + rounding) * (1 + NORM_ERROR):
         text = f"the sum of the updates is longer than the clip norm {spec.clip_norm:g} allows for its examples"
         raise DataError(text, about="vector.delta")
 
 
-def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int) -> NDArray[np.float32]:
-    """The mean of the survivors' deltas, weighted by their examples; arguments as of ``require_reach``.
+def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int, plan: bytes) -> NDArray[np.float32]:
+    """The mean of the survivors' deltas, weighted by their examples.
 
     The mean is published, as the difference of two adapters. Without noise its coordinates can have a period, of which
     the total weight W is a factor:
@@ -147,23 +148,29 @@ def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int) -> 
     The noise (``_width`` times ``_dither``) is added to the sum. For n survivors its standard deviation in the mean is
     0.8 / n times the larger of s and 2 · lr. If all survivors have examples, its width is at least any such period,
     because W / n is at least g and 1. It does not depend on W, which could otherwise be read off the coordinates that
-    no device changed. Its key is the digest of all sums: whoever knows them computes the same mean, and whoever knows
-    the mean alone cannot subtract the noise.
+    no device changed. Its key is the digest of the plan and of all sums: whoever knows them computes the same mean, and
+    whoever knows the mean alone cannot subtract the noise.
+
+    If W = 0, because no survivor has examples, the mean is this noise over n. The next adapter then has other bytes
+    than the last one, from which devices would reveal shares for a few more sums only; and the noise of many such
+    rounds grows with the root of their number, because each has another plan. All sums being zero, a reader can compute
+    this noise: that nobody had examples is not hidden.
 
     Args:
         spec, sums, survivors: As of ``require_reach``.
         task: Of the round's plan.
+        plan: Digest of this plan.
 
     Raises:
         DataError: As ``require_reach``.
     """
     require_reach(spec, sums, survivors)
-    delta, weight, key = sums["delta"], float(sums["weight"][0]), hashlib.sha256(b"edgeadapt/dither/1\x00")
+    delta, weight, key = sums["delta"], float(sums["weight"][0]), hashlib.sha256(b"edgeadapt/dither/1\x00" + plan)
     for segment in spec.vector.segments:
         key.update(sums[segment.name].astype("<f8").tobytes())
     step = next(spec.vector.step(segment) for segment in spec.vector.segments if segment.name == "delta")
     noisy = delta + _width(step, task, weight, survivors) * _dither(key.digest(), delta.size)
-    mean: NDArray[np.float32] = (noisy / weight).astype(np.float32)
+    mean: NDArray[np.float32] = (noisy / (weight or survivors)).astype(np.float32)
     return mean
 
 

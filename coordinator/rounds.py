@@ -176,7 +176,7 @@ def _names(devices: Sequence[str]) -> str:
 def within_reach(session: Established, result: RoundResult) -> Outcome:
     """Abort a round whose sum honest survivors cannot have (``require_reach``).
 
-    A survivor may have weight 0: a device whose examples cannot be used answers as every other one.
+    Survivors may have weight 0, and so may all of them: a device without usable examples answers as every other one.
     """
     try:
         require_reach(session.session.spec, result.values, len(result.survivors))
@@ -203,11 +203,11 @@ def _step(
     settings: FederationSettings,
 ) -> _NextAdapter:
     """From the sum to the next adapter."""
-    layout, parent, plan = adapter.layout, adapter.manifest, cohort.recorder.log.plan
+    layout, parent, plan = adapter.layout, adapter.manifest, cohort.recorder.log.plan or b""
     session, result = outcome
     rule, task = settings.server.rule(), settings.training.task(parent)
     state = optimizer.restore(rule, registry.optimizer_state(), layout.size)
-    mean = weighted_mean(session.session.spec, task, result.values, len(result.survivors))
+    mean = weighted_mean(session.session.spec, task, result.values, len(result.survivors), plan)
     state, vector = optimizer.step(rule, state, layout.flatten(adapter.tensors), mean)
     blob = files.encode(layout.unflatten(vector))
     manifest = replace(
@@ -217,7 +217,7 @@ def _step(
         size=len(blob),
         parent=parent.sha256,
         round=number,
-        plan=plan.hex() if plan else None,
+        plan=plan.hex(),
         rule=optimizer.to_rule(rule),
         survivors=result.survivors,
         metrics=metrics_of(result.values),

@@ -145,7 +145,7 @@ def rounded_away(spec: SessionSpec, delta: Any, weight: int) -> Any:
 
 @given(
     size=st.integers(1, 300),
-    weights=st.lists(st.integers(0, 50), min_size=3, max_size=9).filter(any),
+    weights=st.lists(st.integers(0, 50), min_size=3, max_size=9),
     clip=st.floats(1e-3, 1e3),
     bits=st.integers(16, 40),
     alike=st.booleans(),
@@ -163,11 +163,11 @@ def test_honest_devices_at_the_clip_norm_are_never_refused_however_they_round(
         delta = np.clip(direction / np.linalg.norm(direction) * clip * (1 - 2.0**-40), -clip, clip)
         total += rounded_away(spec, delta, weight)
     sums = spec.vector.decode(total, len(weights))
-    mean = weighted_mean(spec, TASK, sums, len(weights))
+    mean = weighted_mean(spec, TASK, sums, len(weights), bytes(32))
     assert sums["weight"][0] == sum(weights)
     step = spec.vector.step(spec.vector.segments[0])
     width = max(step, 2 * TASK.learning_rate) * max(1, sum(weights) / len(weights))
-    errors = (len(weights) * step + UNIFORMS / 2 * width) / sum(weights)
+    errors = (len(weights) * step + UNIFORMS / 2 * width) / (sum(weights) or len(weights))
     assert np.linalg.norm(mean) <= (clip + errors * np.sqrt(size)) * (1 + 1e-5)
 
 
@@ -176,7 +176,7 @@ def test_honest_devices_at_the_clip_norm_are_never_refused_however_they_round(
     [
         ({"norm": 1.01}, "vector.delta"),
         ({"norm": float("nan")}, "vector.delta"),
-        ({"weight": 0.0}, "vector.weight"),
+        ({"weight": 0.0, "delta": 2.0**-20}, "vector.delta"),
         ({"weight": -1.0}, "vector.weight"),
         ({"weight": 9.5}, "vector.weight"),
         ({"weight": 151.0}, "vector.weight"),
@@ -187,14 +187,26 @@ def test_a_sum_that_honest_survivors_cannot_have_is_refused_without_its_numbers(
 ) -> None:
     spec = spec_of(100, 3, clip=2.0, cap=50, bits=32)
     norm, weight = changes.get("norm", 0.99), changes.get("weight", 9.0)
-    sums = {"delta": np.full(100, norm * 2.0 * weight / 10), "weight": np.array([weight])}
+    delta = changes.get("delta", norm * 2.0 * weight / 10)
+    sums = {"delta": np.full(100, delta), "weight": np.array([weight])}
     with refused(DataError, about) as caught:
         require_reach(spec, sums, 3)
-    assert set(re.findall(r"[0-9.]+", str(caught.value))) <= {"1", "2", "50"}  # the limits
+    assert set(re.findall(r"[0-9.]+", str(caught.value))) <= {"0", "2", "50"}  # the limits
     others = {segment.name: np.zeros(1) for segment in spec.vector.segments[2:]}
     sums = {"delta": np.full(100, 1.7), "weight": np.array([9.0]), **others}
     noise = UNIFORMS / 2 * 2 * TASK.learning_rate / 3
-    assert np.allclose(weighted_mean(spec, TASK, sums, 3), 1.7 / 9, atol=noise)
+    assert np.allclose(weighted_mean(spec, TASK, sums, 3, bytes(32)), 1.7 / 9, atol=noise)
+
+
+def test_the_mean_of_devices_without_examples_is_noise_that_differs_from_round_to_round() -> None:
+    size, clients = 10_000, 8
+    spec = spec_of(size, clients, clip=2.0, cap=50, bits=32)
+    total = sum(rounded_away(spec, np.ones(size), 0) for _ in range(clients))
+    sums = spec.vector.decode(total, clients)
+    means = [weighted_mean(spec, TASK, sums, clients, bytes([number]) * 32) for number in range(100)]
+    spread = np.sqrt(UNIFORMS / 12) * 2 * TASK.learning_rate / clients
+    assert np.std(means[0]) == pytest.approx(spread, rel=0.05)
+    assert np.std(np.sum(means, axis=0)) == pytest.approx(10 * spread, rel=0.05)  # not 100
 
 
 def test_a_sum_without_an_update_is_refused() -> None:

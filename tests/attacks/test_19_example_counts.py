@@ -205,7 +205,7 @@ def test_nor_does_it_show_if_the_weights_have_a_common_divisor(divisor: int, mon
     plan = task.Task(PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 16, rate, 0.0)
 
     def shown() -> float:
-        mean = task.weighted_mean(spec, plan, sums, 6).astype(np.float64)
+        mean = task.weighted_mean(spec, plan, sums, 6, bytes(32)).astype(np.float64)
         return float(agreement(mean, np.array([weights.sum() // divisor]), 2 * rate)[0])
 
     assert shown() < 4.5 / np.sqrt(size)

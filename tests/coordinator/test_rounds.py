@@ -26,6 +26,7 @@ from coordinator.rounds import within_reach
 from coordinator.statedir import CoordinatorStateDir
 from tests.support import refused
 from tests.support.fleet import session_spec
+from tests.support.hostile import audit_failures
 
 FleetOf = Callable[..., Any]
 
@@ -280,15 +281,35 @@ def result_of(weight: float) -> Any:
     )
 
 
-@pytest.mark.parametrize("weight", [-3.0, 0.0, 0.9, 1.5, 201.0])
+@pytest.mark.parametrize("weight", [-3.0, 0.9, 1.5, 201.0])
 def test_survivors_whose_weights_cannot_be_theirs_abort_the_round(weight: float) -> None:
     session: Any = SimpleNamespace(session=SimpleNamespace(spec=session_spec(3)))
     outcome = within_reach(session, result_of(weight))
     assert isinstance(outcome, RoundAborted)
     assert (outcome.reason, outcome.session) == (AbortReason.OUT_OF_RANGE, session)
     assert (outcome.unmasked, outcome.blamed) == (("a", "b"), ("b",))
-    for enough in (result_of(1.0), result_of(200.0)):  # of two survivors: one may have weight 0
+    for enough in (result_of(0.0), result_of(1.0), result_of(200.0)):
         assert within_reach(session, enough) == (session, enough)
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "fedadam"])
+def test_a_fleet_that_has_no_examples_yet_trains_once_it_has_some(fleet_of: FleetOf, rule: str) -> None:
+    kept = {"aggregation__keep_masked_inputs": True, "server__optimizer": rule}
+    fleet = fleet_of(8, rounds=5, aggregation__session_rounds=5, **kept)  # more rounds than ``maximum_repeats`` permits
+    files = [home / "examples.jsonl" for home in (fleet.out / "devices").iterdir()]
+    written = {path: path.read_bytes() for path in files}
+    for path in files:
+        path.write_bytes(b"")
+    records = fleet.federate(fleet.grid())
+    assert [record.version for record in records] == [1, 2, 3, 4, 5]
+    assert len({record.adapter for record in records}) == 5
+    for path, content in written.items():
+        path.write_bytes(content)
+    fleet.configure({"rounds": 6})
+    *_, record = fleet.federate(fleet.grid())
+    assert (record.version, record.dropped) == (6, {})
+    assert record.metrics
+    assert audit_failures(fleet.out / "coordinator") == set()
 
 
 def test_an_empty_registry_is_refused(fleet_of: FleetOf) -> None:
