@@ -6,7 +6,7 @@ devices had been asked to unmask its sum, every later round from that adapter is
 come before such a round was recorded: the log has the request before any device can have it.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from aggregation.server import AbortReason
 from aggregation.transcript import Entry, Result
 from coordinator.audit.transcripts import logs
 from coordinator.storedlog import StoredLog
+
+NAMED = 6  # devices that a text lists by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +38,26 @@ class LastSum:
     survivors: Mapping[str, int]
     blamed: frozenset[str] = frozenset()
 
-    def absent(self, devices: Collection[str], revoked: RevocationList | None) -> tuple[str, ...]:
-        """The survivors that a session lacks although their certificates are not revoked.
+    def unmet(self, devices: Collection[str], revoked: RevocationList | None) -> str:
+        """What another sum over the same devices lacks, and what ends that; empty if nothing.
 
         Args:
-            devices: Of the session, without those that it excludes for their shares.
-            revoked: The revocation list that the session applies.
+            devices: That can take part.
+            revoked: The revocation list that their session applies. Who is in it is not in another sum.
         """
-        return tuple(device for device in self._due(revoked) if device not in {*devices, *self.blamed})
-
-    def spoilers(self, revoked: RevocationList | None) -> tuple[str, ...]:
-        """The survivors whose wrong shares would spoil another sum, and whose certificates are not revoked."""
-        return tuple(device for device in self._due(revoked) if device in self.blamed)
-
-    def _due(self, revoked: RevocationList | None) -> list[str]:
         listed = revoked.revoked if revoked else {}
-        return sorted(device for device, number in self.survivors.items() if number not in listed)
+        due = sorted(device for device, number in self.survivors.items() if number not in listed)
+        if spoilers := [device for device in due if device in self.blamed]:
+            return f"waits until the authority revokes {names(spoilers)}, whose wrong shares spoiled the last sum"
+        if absent := [device for device in due if device not in devices]:
+            text = "bring back what is absent, or let the authority revoke it"
+            return f"waits for {names(absent)}, of the last sum: {text}"
+        return ""
+
+
+def names(devices: Sequence[str]) -> str:
+    """The devices, the first few by name."""
+    return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
 
 
 def serials(certificates: Iterable[bytes]) -> dict[str, int]:

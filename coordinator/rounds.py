@@ -7,7 +7,7 @@ the next one.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -22,20 +22,18 @@ from adapters.task import metrics_of, require_reach, weighted_mean
 from aggregation.errors import DataError
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
-from aggregation.pki.revocation import RevocationList
 from aggregation.server import AbortReason, Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
 from coordinator import lastsum, optimizer
-from coordinator.lastsum import LastSum
+from coordinator.lastsum import LastSum, names
 from coordinator.registry import Head, Registry, StoredAdapter, state_digest
-from coordinator.session import Cohort, attachments, establish
+from coordinator.session import Cohort, attachments, establish, obstacle
 from coordinator.settings import FederationSettings
 from coordinator.transcripts import Transcripts
 from coordinator.transport import Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
-NAMED = 6  # devices that a text lists by name
 Outcome: TypeAlias = tuple[Established, RoundResult] | RoundAborted
 
 
@@ -101,9 +99,9 @@ def _is_over(cohort: Cohort, session: Established, last: LastSum | None, read_ro
     whose certificate was revoked since.
     """
     now = datetime.now(UTC)
-    if session.is_over(now) or last is None:
-        return session.is_over(now)
-    return bool(last.absent(session.devices, cohort.revoked)) or read_root(now).revoked != cohort.revoked
+    if session.is_over(now) or obstacle(session, last, cohort.revoked):
+        return True
+    return last is not None and read_root(now).revoked != cohort.revoked
 
 
 def _last_sum(cohort: Cohort, adapter: StoredAdapter, outcome: Outcome) -> LastSum | None:
@@ -125,8 +123,6 @@ def _aggregate(
     ``last``: plan for the survivors of this sum, and name no others as survivors: devices would refuse.
     """
     manifest, group = adapter.manifest, str(number)
-    if last is not None and (waits := _waits(last, session, cohort.revoked)):
-        return RoundAborted(AbortReason.TOO_FEW, waits, session)
     planned = session.plan(
         adapter_version=manifest.version,
         adapter_digest=manifest.sha256,
@@ -142,7 +138,7 @@ def _aggregate(
     collecting = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check)
     dropped = [device for device in collecting.plan.members if device not in collecting.vectors]
     if last is not None and dropped:
-        text = f"no update of {_names(dropped)}, and devices help to another sum with all of the last one only"
+        text = f"no update of {names(dropped)}, and devices help to another sum with all of the last one only"
         return RoundAborted(AbortReason.TOO_FEW, text, collecting.established)
     collected = collecting.close()
     if isinstance(collected, RoundAborted):
@@ -157,20 +153,6 @@ def _aggregate(
         confirming, bodies = confirmed
     unmasked = cohort.exchange(confirming, Unmasking.on_unmask_response, Step.UNMASK, bodies, group).close(cores())
     return unmasked if isinstance(unmasked, RoundAborted) else within_reach(*unmasked)
-
-
-def _waits(last: LastSum, session: Established, revoked: RevocationList | None) -> str:
-    """For which survivors of the last sum the training waits, and what ends that; empty if for none."""
-    if spoilers := last.spoilers(revoked):
-        return f"waits until the authority revokes {_names(spoilers)}, whose wrong shares spoiled the last sum"
-    if absent := last.absent(session.devices, revoked):
-        return f"waits for {_names(absent)}, of the last sum: bring back what is absent, or let the authority revoke it"
-    return ""
-
-
-def _names(devices: Sequence[str]) -> str:
-    """The devices, the first few by name."""
-    return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
 
 
 def within_reach(session: Established, result: RoundResult) -> Outcome:

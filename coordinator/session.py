@@ -121,7 +121,8 @@ def establish(
 ) -> tuple[Cohort, Established]:
     """Make a session of ``rounds`` rounds with the devices that can be reached.
 
-    If the next round is bound to the survivors of the last sum, each attempt but the last must bring them together.
+    If the next round is bound to the survivors of the last sum, the session has all of them. Before another attempt it
+    waits for those that are absent as long as for an answer.
 
     Args:
         transport: Reaches the devices.
@@ -144,11 +145,12 @@ def establish(
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
         present, nodes = _check_in(key, root, transport, name)
         least = settings.aggregation.minimum_devices
-        if last is not None:
+        reason = unmet = last.unmet(nodes, root.revoked) if last else ""
+        if last is not None and not unmet:
             nodes = _around(last, nodes, lambda count: spec_of(count).minimum_survivors)
-        if len(nodes) < least:
+        if not unmet and len(nodes) < least:
             reason = f"{len(nodes)} devices answered, {least} are needed"
-        else:
+        if not reason:
             certificates = {device: present[device].certificate for device in nodes}
             opened = server.open_session(
                 key, root, spec_of(len(nodes)), certificates, SystemEntropy(), datetime.now(UTC)
@@ -161,13 +163,28 @@ def establish(
             outcome = _negotiate(cohort, *opened, attachments(proofs, revoked), name)
             if isinstance(outcome, RoundAborted):
                 reason = outcome.detail
-            elif attempt < settings.attempts and last and (absent := last.absent(outcome.devices, root.revoked)):
-                reason = f"it lacks {', '.join(absent)}, of the last sum"
-            else:
+            elif not (reason := obstacle(outcome, last, root.revoked)):
                 log.info("session of %d devices for %d rounds", len(nodes) - len(cohort.dropped), rounds)
                 return cohort, outcome
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
+        if unmet and attempt < settings.attempts:
+            transport.clock.sleep(settings.deadline)
     raise EdgeAdaptError(f"no session after {settings.attempts} attempts: {reason}", about="session")
+
+
+def obstacle(session: Established, last: LastSum | None, revoked: RevocationList | None) -> str:
+    """What keeps a session from another round, and what ends that; empty if nothing.
+
+    Args:
+        session: Between two rounds.
+        last: The sum whose survivors the round is bound to, if there is one.
+        revoked: The revocation list that the session applies.
+    """
+    if last is not None and (unmet := last.unmet(session.devices, revoked)):
+        return unmet
+    members = [device for device in session.devices if last is None or device in last.survivors]
+    aborted = server.too_few(session.session.spec, len(members), "members of the next plan", session)
+    return aborted.detail if aborted else ""
 
 
 def _around(last: LastSum, nodes: Mapping[str, int], minimum: Callable[[int], int]) -> dict[str, int]:

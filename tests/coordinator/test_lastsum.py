@@ -14,12 +14,14 @@ from cryptography import x509
 from flwr.app import Context, Error, Message
 
 from aggregation import sharing
+from aggregation.errors import EdgeAdaptError
 from aggregation.pki import Authority, Revocation
 from aggregation.sharing import SharePair
 from aggregation.steps import Step
 from client.node.app import app as client_app
 from coordinator import lastsum
 from coordinator.recorder import Recorder
+from tests.support import refused
 
 FleetOf = Callable[..., Any]
 Lost = Callable[[str, Step, int], bool]
@@ -127,41 +129,53 @@ def test_a_restart_after_a_round_without_a_result_plans_for_its_survivors(fleet_
         assert repeated.survivors == tuple(f"device-{n:02d}" for n in range(1, 6))
 
 
-def test_the_training_waits_by_name_for_a_survivor_until_it_is_back(fleet_of: FleetOf) -> None:
+def test_a_session_waits_by_name_for_a_survivor_until_it_is_back(
+    fleet_of: FleetOf, caplog: pytest.LogCaptureFixture
+) -> None:
     fleet = fleet_of(6, rounds=1)
-    first = losing(failed_while_unmasked(fleet))
-    fleet.federate(fleet.grid(app=first))
-    fleet.configure({"rounds": 4})
+    fleet.federate(fleet.grid(app=losing(failed_while_unmasked(fleet))))
+    fleet.configure({"rounds": 2})
     away = fleet.node(ABSENT)
-    planned = list[str]()
+    asked = list[tuple[str, Step]]()
 
     def lost(group: str, step: Step, node: int) -> bool:
-        planned.extend([group] if step is Step.PLAN else [])
-        return node == away and (group in ("2", "3") or group.startswith(("session-2", "session-3")))
+        asked.append((group, step))
+        return node == away and group in ("session-2-1", "session-2-2")
 
-    records = fleet.federate(fleet.grid(app=losing(lost)))
-    assert [record.version for record in records] == [None, None, None, 1]
-    for record in records[1:3]:
-        assert (record.plan, record.reason) == (None, "too-few")
-        assert f"waits for {ABSENT}" in record.aborted
-    assert set(planned) == {"4"}
-    assert records[3].survivors == tuple(f"device-{n:02d}" for n in range(1, 6))
+    grid = fleet.grid(app=losing(lost))
+    with caplog.at_level(logging.WARNING, "edgeadapt.coordinator"):
+        _, second = fleet.federate(grid)
+    assert sum(f"waits for {ABSENT}" in entry.message for entry in caplog.records) == 2
+    assert {step for group, step in asked if group in ("session-2-1", "session-2-2")} == {Step.CHECK_IN}
+    assert grid.clock.now() > 2 * 600  # the deadline, twice
+    assert (second.version, second.survivors) == (1, tuple(f"device-{n:02d}" for n in range(1, 6)))
+
+
+def test_a_run_without_a_survivor_of_the_last_sum_ends_and_records_no_round(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(6, rounds=1)
+    fleet.federate(fleet.grid(app=losing(failed_while_unmasked(fleet))))
+    fleet.configure({"rounds": 4})
+    away = fleet.node(ABSENT)
+    with refused(EdgeAdaptError, "session") as caught:
+        fleet.federate(fleet.grid(app=losing(lambda group, step, node: node == away)))
+    assert f"waits for {ABSENT}" in str(caught.value)
+    assert len(fleet.registry().rounds()) == 1
+    assert [record.version for record in fleet.federate(fleet.grid())] == [None, 1, 2, 3]
 
 
 def test_it_goes_on_without_a_survivor_whose_certificate_was_revoked(fleet_of: FleetOf) -> None:
     fleet = fleet_of(7, rounds=1)
     fleet.federate(fleet.grid(app=losing(failed_while_unmasked(fleet))))
-    fleet.configure({"rounds": 3})
+    fleet.configure({"rounds": 2})
     gone = fleet.node(ABSENT)
 
     def lost(group: str, step: Step, node: int) -> bool:
-        if group == "session-3-1":
-            revoke(fleet, ABSENT)  # counts from the next session on
+        if group == "session-2-2" and not (fleet.out / "coordinator" / "revoked.crl").exists():
+            revoke(fleet, ABSENT)  # counts from the next attempt on
         return node == gone
 
-    records = fleet.federate(fleet.grid(app=losing(lost)))
-    assert f"waits for {ABSENT}" in records[1].aborted
-    assert records[2].survivors == tuple(f"device-{n:02d}" for n in range(2, 7))
+    _, second = fleet.federate(fleet.grid(app=losing(lost)))
+    assert second.survivors == tuple(f"device-{n:02d}" for n in range(2, 7))
 
 
 def test_a_round_over_the_same_devices_names_no_survivors_if_one_of_them_drops_out(fleet_of: FleetOf) -> None:
@@ -216,33 +230,31 @@ def dealing_badly(monkeypatch: pytest.MonkeyPatch, dealer: str, *, until: Callab
 def test_a_dealer_of_wrong_shares_is_named_and_the_training_goes_on_when_it_is_revoked(
     fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, restarted: bool
 ) -> None:
-    fleet = fleet_of(7, rounds=1 if restarted else 4)
+    fleet = fleet_of(7, rounds=1 if restarted else 12)
     dealing_badly(monkeypatch, SPOILER, until=lambda: False)
     asked = list[tuple[str, Step]]()
 
-    def revoking(group: str, step: Step, node: int) -> bool:
+    def seen(group: str, step: Step, node: int) -> bool:
         asked.append((group, step))
         return False
 
     def federate() -> Any:
-        return fleet.federate(fleet.grid(app=losing(revoking)))
+        return fleet.federate(fleet.grid(app=losing(seen)))
 
     with caplog.at_level(logging.WARNING, "edgeadapt.coordinator"):
         if restarted:
             federate()
-            fleet.configure({"rounds": 2})
+            fleet.configure({"rounds": 12})
+        with refused(EdgeAdaptError, "session") as caught:
             federate()
-        else:
-            fleet.configure({"rounds": 2})
-            federate()
-    first, second = fleet.registry().rounds()
+    assert f"until the authority revokes {SPOILER}" in str(caught.value)
+    (first,) = fleet.registry().rounds()  # the hostile device costs one round, not those that are left
     assert (first.reason, first.blamed) == ("unrecoverable", (SPOILER,))
-    assert f"until the authority revokes {SPOILER}" in second.aborted
     assert [group for group, step in asked if step is Step.UNMASK] == ["1"] * 7  # no sum is spent on another failure
     warned = [entry.message for entry in caplog.records]
     assert f"{SPOILER} dealt or revealed a wrong share: let the authority revoke its certificate" in warned
     revoke(fleet, SPOILER)
-    fleet.configure({"rounds": 3})
-    third = federate()[2]
-    assert third.version == 1
-    assert third.survivors == tuple(f"device-{n:02d}" for n in range(7) if n != 2)
+    fleet.configure({"rounds": 2})
+    second = federate()[1]
+    assert second.version == 1
+    assert second.survivors == tuple(f"device-{n:02d}" for n in range(7) if n != 2)
