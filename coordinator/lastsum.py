@@ -7,16 +7,18 @@ come before such a round was recorded: the log has the request before any device
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.roundrecord import RoundRecord
+from adapters.task import Task
 from aggregation import envelope
 from aggregation.messages import Assignment, Offer, Plan, Unmask
 from aggregation.pki.certificates import load, serial, subject
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
 from aggregation.server import AbortReason
+from aggregation.spec import SessionSpec
 from aggregation.transcript import Entry, Result
 from coordinator.audit.transcripts import logs
 from coordinator.storedlog import StoredLog
@@ -32,11 +34,13 @@ class LastSum:
         adapter: SHA-256 of the adapter's file, hex.
         survivors: Whose updates are in it: device → serial of the certificate it had then.
         blamed: Devices whose wrong shares were the reason that there is no result.
+        terms: Name of a setting → its value then, from ``terms``; empty for a sum of this run, whose settings stay.
     """
 
     adapter: str
     survivors: Mapping[str, int]
     blamed: frozenset[str] = frozenset()
+    terms: Mapping[str, float] = field(default_factory=dict)
 
     def unmet(self, devices: Collection[str], revoked: RevocationList | None) -> str:
         """What another sum over the same devices lacks, and what ends that; empty if nothing.
@@ -60,6 +64,13 @@ def names(devices: Sequence[str]) -> str:
     return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
 
 
+def terms(task: Task, clip_norm: float, weight_cap: int) -> dict[str, float]:
+    """The settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
+    training = ("epochs", "batch_size", "learning_rate", "weight_decay")
+    bounds = {"aggregation.clip_norm": clip_norm, "aggregation.weight_cap": weight_cap}
+    return {f"training.{name}": getattr(task, name) for name in training} | bounds
+
+
 def serials(certificates: Iterable[bytes]) -> dict[str, int]:
     """Device → serial of its certificate, for certificates in DER."""
     return {subject(load(der)): serial(der) for der in certificates}
@@ -81,26 +92,29 @@ def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[R
     for path in reversed(logs(folder)):
         log = StoredLog.read(path, coordinator)
         if found := _in_log(log.entries, adapter):
-            plan, survivors = found
-            record = unrecoverable.get(plan.hex())
-            return LastSum(adapter, survivors, frozenset(record.blamed if record else ()))
+            plan, spec, survivors = found
+            record = unrecoverable.get(plan.digest().hex())
+            then = terms(Task.decode(plan.training), spec.clip_norm, spec.weight_cap)
+            return LastSum(adapter, survivors, frozenset(record.blamed if record else ()), then)
         if any(entry.kind == Result.TAG for entry in log.entries):  # what came before was from older adapters
             return None
     return None
 
 
-def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[bytes, dict[str, int]] | None:
-    """Plan and survivors of the last sum from ``adapter`` in a log."""
+def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, dict[str, int]] | None:
+    """Plan, parameters and survivors of the last sum from ``adapter`` in a log."""
     certified: dict[str, int] = {}
     plan: Plan | None = None
+    spec: SessionSpec | None = None
     number, found = 0, None
     for entry in entries:
         body = envelope.unverified_body(entry.message)
         if entry.kind == Offer.TAG:
-            certified = serials(Offer.decode(body).certificates)
+            offer = Offer.decode(body)
+            certified, spec = serials(offer.certificates), offer.spec
         elif entry.kind == Assignment.TAG and entry.round > number:  # the first one of a round is complete
             number, plan = entry.round, Assignment.decode(body).plan
-        elif entry.kind == Unmask.TAG and plan is not None and plan.adapter_digest == adapter:
+        elif entry.kind == Unmask.TAG and plan and spec and plan.adapter_digest == adapter:
             survivors = Unmask.decode(body).survivors.vectors
-            found = plan.digest(), {device: certified[device] for device in survivors}
+            found = plan, spec, {device: certified[device] for device in survivors}
     return found

@@ -19,7 +19,7 @@ from adapters.layout import Tensors
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
 from adapters.task import metrics_of, require_reach, weighted_mean
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError, DataError
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.server import AbortReason, Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
@@ -57,7 +57,9 @@ def federate(
         transcripts: Where each session's log is written.
 
     Raises:
-        EdgeAdaptError: The registry is empty or failed, or no session could be made in ``settings.attempts`` attempts.
+        ConfigError: A setting differs from that of a sum without a result, or the optimizer from that of the registry.
+        EdgeAdaptError: The registry is empty or failed or has no space, or no session could be made in
+            ``settings.attempts`` attempts.
         TrustError: The registry or a log was altered, or they contradict each other.
     """
     make_session = partial(
@@ -73,16 +75,21 @@ def federate(
             adapter = registry.newest_adapter()
             if last is not None and last.adapter != adapter.manifest.sha256:
                 last = None
+            if last is not None:
+                _require_same_terms(last, adapter, settings)
+            # Whatever can fail after a sum was unmasked fails before: devices help to few sums from an adapter.
+            state = optimizer.restore(settings.server.rule(), registry.optimizer_state(), adapter.layout.size)
             if cohort is None or session is None or _is_over(cohort, session, last, read_root):
                 rounds = min(settings.rounds - number + 1, settings.aggregation.session_rounds)
                 cohort, session = make_session(adapter, rounds, f"session-{number}", last)
             cohort.dropped.clear()
             task = settings.training.task(adapter.manifest).encode()
-            outcome = _aggregate(cohort, session, adapter, task, number, last)
+            with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
+                outcome = _aggregate(cohort, session, adapter, task, number, last)
             if isinstance(outcome, RoundAborted):
                 session, made = outcome.session, None
             else:
-                session, made = outcome[0], _step(registry, cohort, adapter, outcome, number, settings)
+                session, made = outcome[0], _step(cohort, adapter, state, outcome, number, settings)
             last = _last_sum(cohort, adapter, outcome) or last
             record = _record(cohort, registry.head(), outcome, made, time.perf_counter() - begin)
             _commit(registry, record, made, key)
@@ -102,6 +109,21 @@ def _is_over(cohort: Cohort, session: Established, last: LastSum | None, read_ro
     if session.is_over(now) or obstacle(session, last, cohort.revoked):
         return True
     return last is not None and read_root(now).revoked != cohort.revoked
+
+
+def _require_same_terms(last: LastSum, adapter: StoredAdapter, settings: FederationSettings) -> None:
+    """Return if devices would train on the terms of the last sum: they help to no other sum from its adapter.
+
+    Raises:
+        ConfigError: A setting has changed.
+    """
+    bounds = settings.aggregation
+    now = lastsum.terms(settings.training.task(adapter.manifest), bounds.clip_norm, bounds.weight_cap)
+    for name, before in last.terms.items():
+        if now[name] != before:
+            text = f"{name} is {now[name]}, and the last sum from adapter {adapter.manifest.version}, with {before}, "
+            text += f"has no result: set it back to {before} until a round has made the next adapter"
+            raise ConfigError(text, about=name, value=now[name])
 
 
 def _last_sum(cohort: Cohort, adapter: StoredAdapter, outcome: Outcome) -> LastSum | None:
@@ -177,9 +199,9 @@ class _NextAdapter:
 
 
 def _step(
-    registry: Registry,
     cohort: Cohort,
     adapter: StoredAdapter,
+    state: optimizer.State,
     outcome: tuple[Established, RoundResult],
     number: int,
     settings: FederationSettings,
@@ -188,7 +210,6 @@ def _step(
     layout, parent, plan = adapter.layout, adapter.manifest, cohort.recorder.log.plan or b""
     session, result = outcome
     rule, task = settings.server.rule(), settings.training.task(parent)
-    state = optimizer.restore(rule, registry.optimizer_state(), layout.size)
     mean = weighted_mean(session.session.spec, task, result.values, len(result.survivors), plan)
     state, vector = optimizer.step(rule, state, layout.flatten(adapter.tensors), mean)
     blob = files.encode(layout.unflatten(vector))

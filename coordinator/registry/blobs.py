@@ -67,6 +67,22 @@ class Blobs:
                 raise
         return digest
 
+    @contextmanager
+    def reserved(self, blob: bytes) -> Iterator[None]:
+        """Hold the space of a blob of that size: what is written after the block finds it.
+
+        Raises:
+            EdgeAdaptError: The folder is full or cannot be written to.
+        """
+        place = f"{self.root}/reserved.part"
+        try:
+            with self._explained("cannot be written to; nothing was changed"):
+                self._write(place, blob)
+            yield
+        finally:
+            with suppress(OSError):
+                self.fs.rm(place)
+
     def get(self, digest: str) -> bytes:
         """The blob of that digest (SHA-256, hex).
 

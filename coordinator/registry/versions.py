@@ -8,6 +8,7 @@ the digest of a blob or of the optimizer's state. Deleted last rows are found by
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -154,6 +155,16 @@ class Registry:
             connection.execute(database.optimizer.delete())
             connection.execute(database.optimizer.insert().values(id=ONLY_ROW, tensors=state))
         return version
+
+    def reserved(self, blob: bytes, optimizer_state: Tensors) -> AbstractContextManager[None]:
+        """Hold the space that ``commit_round`` takes for such a blob and such a state, until the block ends.
+
+        The state counts twice: the database keeps the old one until the new one is committed.
+
+        Raises:
+            EdgeAdaptError: The blob store is full or cannot be written to.
+        """
+        return self.blobs.reserved(blob + 2 * _encoded(optimizer_state))
 
     def latest(self) -> Version | None:
         """The newest version; None in an empty registry. Raises as ``version``."""

@@ -4,6 +4,7 @@ Devices reveal shares for sums from one adapter over one set of devices (``clien
 real ones.
 """
 
+import errno
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -14,13 +15,14 @@ from cryptography import x509
 from flwr.app import Context, Error, Message
 
 from aggregation import sharing
-from aggregation.errors import EdgeAdaptError
+from aggregation.errors import ConfigError, EdgeAdaptError
 from aggregation.pki import Authority, Revocation
 from aggregation.sharing import SharePair
 from aggregation.steps import Step
 from client.node.app import app as client_app
 from coordinator import lastsum
 from coordinator.recorder import Recorder
+from coordinator.registry import Blobs
 from tests.support import refused
 
 FleetOf = Callable[..., Any]
@@ -163,6 +165,28 @@ def test_a_run_without_a_survivor_of_the_last_sum_ends_and_records_no_round(flee
     assert [record.version for record in fleet.federate(fleet.grid())] == [None, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("name", "value"), [("training.learning_rate", 0.005), ("aggregation.clip_norm", 6.0)])
+def test_a_setting_on_which_the_last_sum_was_trained_stays_until_the_round_is_repeated(
+    fleet_of: FleetOf, name: str, value: float
+) -> None:
+    fleet = fleet_of(6, rounds=1, training__learning_rate=0.01, aggregation__clip_norm=12.0)
+    fleet.federate(fleet.grid(app=losing(failed_while_unmasked(fleet))))
+    fleet.configure({"rounds": 2, name: value})
+    asked = list[Step]()
+
+    def seen(group: str, step: Step, node: int) -> bool:
+        asked.append(step)
+        return False
+
+    with refused(ConfigError, name, value=value):
+        fleet.federate(fleet.grid(app=losing(seen)))
+    assert not asked
+    fleet.configure({name: 0.01 if "rate" in name else 12.0})
+    assert fleet.federate(fleet.grid())[1].version == 1
+    fleet.configure({"rounds": 3, name: value})
+    assert fleet.federate(fleet.grid())[2].version == 2
+
+
 def test_it_goes_on_without_a_survivor_whose_certificate_was_revoked(fleet_of: FleetOf) -> None:
     fleet = fleet_of(7, rounds=1)
     fleet.federate(fleet.grid(app=losing(failed_while_unmasked(fleet))))
@@ -258,3 +282,38 @@ def test_a_dealer_of_wrong_shares_is_named_and_the_training_goes_on_when_it_is_r
     second = federate()[1]
     assert second.version == 1
     assert second.survivors == tuple(f"device-{n:02d}" for n in range(7) if n != 2)
+
+
+def test_another_optimizer_is_refused_before_a_device_is_asked(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(6, rounds=1, server__optimizer="fedadam")
+    fleet.federate(fleet.grid())
+    fleet.configure({"rounds": 2, "server.optimizer": "fedavg"})
+    asked = list[Step]()
+    with refused(ConfigError, "optimizer"):
+        fleet.federate(fleet.grid(app=losing(lambda group, step, node: bool(asked.append(step)))))  # type: ignore[func-returns-value]
+    assert not asked
+    fleet.configure({"server.optimizer": "fedadam"})
+    assert fleet.federate(fleet.grid())[1].version == 2
+
+
+def test_a_full_disk_is_found_before_a_device_is_asked_for_an_update(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(6, rounds=1)
+    asked = list[Step]()
+
+    def seen(group: str, step: Step, node: int) -> bool:
+        asked.append(step)
+        return False
+
+    def full(self: Blobs, path: str, blob: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Blobs, "_write", full)
+        with refused(EdgeAdaptError, "blobs"):
+            fleet.federate(fleet.grid(app=losing(seen)))
+    assert Step.OFFER in asked
+    assert Step.PLAN not in asked
+    assert [record.version for record in fleet.federate(fleet.grid())] == [1]
+    assert not list((fleet.out / "coordinator" / "blobs").glob("*.part"))
