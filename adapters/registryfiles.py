@@ -39,6 +39,9 @@ ROUND, RECORD = "round", "record"
 _SELECT = f"SELECT {VERSION}, {SHA256}, {MANIFEST} FROM {VERSIONS}"  # noqa: S608 - the names above
 _BY_VERSION, _NEWEST = f"{_SELECT} WHERE {VERSION} = ?", f"{_SELECT} ORDER BY {VERSION} DESC LIMIT 1"
 _ROUNDS = f"SELECT {ROUND}, {RECORD} FROM {ROUNDS} ORDER BY {ROUND}"  # noqa: S608
+# What a schema may hold besides tables: views and triggers run statements of their own, also such without an end; and
+# virtual tables, which run code. An automatic index has no statement.
+NOT_TABLES = "SELECT name FROM sqlite_master WHERE sql NOT LIKE 'CREATE TABLE %'"
 _LENGTH = 8  # bytes before a safetensors header: its length, little-endian
 
 
@@ -175,9 +178,20 @@ class RegistryFiles:
         try:
             with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
                 database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2 * MAX_ENVELOPE)
+                # A row has more bytes than it takes steps to read, so a query that takes more steps than the file has
+                # bytes reads what is not there: pages that refer to each other in many ways.
+                database.set_progress_handler(lambda: True, path.stat().st_size)
+                if other := database.execute(NOT_TABLES).fetchone():
+                    raise sqlite3.DatabaseError(f"{other[0]!r} is not a table")
                 found = database.execute(f"SELECT {FORMAT_COLUMN} FROM {FORMATS}").fetchone()  # noqa: S608
                 rows: list[tuple[Any, ...]] = database.execute(query, values).fetchall()
         except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_ROLLBACK:
+                text = f"a process was killed while it wrote to {path}: undo what it began"
+                command = f"edgeadapt coordinator status {self.folder}"
+                raise DataError(
+                    f"{text} with '{command}', or start the coordinator", about=f"{DATABASE}-journal"
+                ) from None
             raise DataError(
                 f"{path} is not a registry or is damaged ({error}): restore it from a copy", about=DATABASE
             ) from None

@@ -31,6 +31,7 @@ from adapters.registryfiles import (
     FORMAT_COLUMN,
     FORMATS,
     MANIFEST,
+    NOT_TABLES,
     PREFIX,
     RECORD,
     ROUND,
@@ -69,7 +70,7 @@ def connect(url: str | URL) -> Engine:
 
     Raises:
         ConfigError: The URL is not usable, or the database belongs to another program or another edgeadapt.
-        DataError: The file is not a database, or is damaged.
+        DataError: The file is not a database, is damaged, or has a view or trigger.
         EdgeAdaptError: The database cannot be reached, created or written to.
     """
     try:
@@ -118,6 +119,8 @@ def _claim(connection: Connection) -> None:
         raise ConfigError(
             f"{name} is another program's database (it has a table {tables[0]!r}): name a new one", about="database"
         )
+    if connection.dialect.name == "sqlite" and (other := connection.exec_driver_sql(NOT_TABLES).scalar()):
+        raise DataError(f"{name} is damaged ({other!r} is not a table): restore it from a copy", about="database")
     found = connection.scalar(select(formats.c.format)) if formats.name in tables else None
     if found not in (None, FORMAT):
         remedy = "update edgeadapt" if found > FORMAT else "an older edgeadapt made it: use that one, or begin anew"

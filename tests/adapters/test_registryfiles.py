@@ -4,6 +4,8 @@ import json
 import os
 import sqlite3
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters import files
+from adapters import files, registryfiles
 from adapters.layout import Layout, Tensors
 from adapters.manifest import PeftConfig, ServerRule, VersionManifest
 from adapters.registryfiles import BLOBS, DATABASE, FORMAT, RegistryFiles, blob_name, float32_tensors
@@ -130,6 +132,47 @@ def test_a_file_that_is_not_a_registry_is_named(state_dir: Path, registry: Regis
         with refused(DataError, DATABASE) as caught:
             registry.manifest(version)
         assert str(caught.value).startswith(f"{state_dir / DATABASE} is not a registry or is damaged")
+
+
+KILLED = """
+import os, sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute("PRAGMA cache_size = 1")
+database.execute("BEGIN")
+database.execute("INSERT INTO edgeadapt_versions VALUES (9, 'x', randomblob(4000000))")
+os._exit(9)
+"""
+ENDLESS = "WITH RECURSIVE n(round) AS (SELECT 1 UNION ALL SELECT round + 1 FROM n) SELECT round, x'' AS record FROM n"
+
+
+@pytest.mark.parametrize("where", ["", " WHERE round < 0"], ids=["rows", "no rows"])
+def test_a_view_without_an_end_is_no_table(
+    state_dir: Path, registry: RegistryFiles, key: IdentityKey, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise whoever reads the registry, also the coordinator, never ends."""
+    with database(state_dir) as connection:
+        connection.execute("DROP TABLE edgeadapt_rounds")
+        connection.execute(f"CREATE VIEW edgeadapt_rounds AS {ENDLESS}{where}")
+    with refused(DataError, DATABASE) as caught:
+        registry.rounds()
+    assert "'edgeadapt_rounds' is not a table" in str(caught.value)
+    with refused(DataError, "database"):
+        open_registry(state_dir, key)
+    monkeypatch.setattr(registryfiles, "NOT_TABLES", "SELECT 1 WHERE 0")
+    with refused(DataError, DATABASE) as caught:  # it ends also then
+        registry.rounds()
+    assert "interrupted" in str(caught.value)
+
+
+def test_a_commit_that_a_kill_interrupted_is_no_damage(
+    state_dir: Path, registry: RegistryFiles, key: IdentityKey
+) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, state_dir / DATABASE], check=False)
+    with refused(DataError, f"{DATABASE}-journal") as caught:
+        registry.manifest()
+    assert f"edgeadapt coordinator status {state_dir}" in str(caught.value)
+    open_registry(state_dir, key).close()  # as that command does
+    assert registry.manifest() == manifest(LAST)
 
 
 def test_a_database_of_another_format_is_refused(state_dir: Path, registry: RegistryFiles) -> None:
