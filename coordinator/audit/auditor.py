@@ -38,7 +38,7 @@ def audit(
     raw: bytes,
     root: Root,
     coordinator: PublicKey,
-    vectors: Vectors = lambda digest: None,
+    vectors: Vectors = lambda digest, size: None,
     *,
     at: datetime | None = None,
     unfinished: bool = False,
@@ -49,7 +49,7 @@ def audit(
         raw: The log.
         root: The authority that must have certified the devices, with its revocation list if that is to be checked.
         coordinator: The coordinator's key, as devices pin it.
-        vectors: Digest → packed masked vector, where it was kept.
+        vectors: Digest and length → packed masked vector, where it was kept.
         at: When the session took place, to check the dates of certificates. A log has no clock.
         unfinished: Accept a log that is not closed, as that of a session under way is.
     """

@@ -30,9 +30,18 @@ def render_findings(checked: AuditInput, reports: Mapping[str, Report]) -> Itera
     missing = [] if checked.at else ["dates of certificates (--at DATE)"]
     missing += [] if checked.root.revoked else ["revocation (--revoked FILE)"]
     missing += [] if checked.complete else ["the coordinator's other sessions (name the folder)"]
-    missing += list(checked.unread) if checked.complete else []
+    missing += map(_printable, checked.unread) if checked.complete else []
     if missing:
         yield f"not checked: {', '.join(missing)}"
+
+
+def _printable(name: str) -> str:
+    """A file's name that cannot end its line, move the cursor or hide a part of itself.
+
+    >>> print(_printable("x\\n  pass"))
+    x\\n  pass
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _line(finding: Finding) -> str:

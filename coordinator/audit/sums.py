@@ -20,7 +20,8 @@ from aggregation.transcript import Result
 from coordinator.audit.findings import Problem, ProducedAdapter, Skipped, count
 from coordinator.audit.history import History, Round
 
-Vectors = Callable[[bytes], bytes | None]  # digest → packed masked vector; None where it was not kept
+# Digest and length in bytes → packed masked vector; None where it was not kept, DataError where it is longer.
+Vectors = Callable[[bytes, int], bytes | None]
 
 
 @dataclass(slots=True)
@@ -83,7 +84,8 @@ def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vecto
             that the result names, or one that no honest survivors can have.
         Skipped: A sum lacks its vectors.
     """
-    kept = {current.plan.round for current in history.rounds if _all_kept(current, vectors)}
+    size = _packed_size(history)
+    kept = {current.plan.round for current in history.rounds if _all_kept(current, vectors, size)}
     ended = [current for current in history.rounds if current.plan.round in unmasked]
     complete = [current for current in ended if current.plan.round in kept]
     if not ended:
@@ -114,22 +116,27 @@ def produced(history: History, unmasked: Mapping[int, UnmaskedRound]) -> tuple[P
     )
 
 
-def _all_kept(current: Round, vectors: Vectors) -> bool:
-    """Whether the vectors of a round were kept, also of an aborted one; each that was kept is the one signed.
+def _all_kept(current: Round, vectors: Vectors, size: int) -> bool:
+    """Whether the vectors of a round, of ``size`` bytes, were kept, also of an aborted one; each is the one signed.
 
     A coordinator keeps all vectors of a session or none. Without this check, whoever removes one of them takes a sum
     that does not hold out of the audit.
     """
-    missing = [device for device in current.inputs if not _is_kept(current, device, vectors)]
+    missing = [device for device in current.inputs if not _is_kept(current, device, vectors, size)]
     if 0 < len(missing) < len(current.inputs):
         text = "its vector is missing, and others of the round were kept"
         raise Problem("vectors", text, current.place(MaskedInput, missing[0]))
     return not missing
 
 
-def _is_kept(current: Round, device: str, vectors: Vectors) -> bool:
+def _packed_size(history: History) -> int:
+    spec = history.offer.spec.vector
+    return ring.packed_size(spec.size, spec.ring_bits)
+
+
+def _is_kept(current: Round, device: str, vectors: Vectors, size: int) -> bool:
     digest = current.inputs[device].vector
-    packed = vectors(digest)
+    packed = vectors(digest, size)
     if packed is not None and hashlib.sha256(packed).digest() != digest:
         text = "the vector that was kept is not the one that was signed"
         raise Problem("masked-input.vector", text, current.place(MaskedInput, device))
@@ -140,7 +147,7 @@ def _recompute(history: History, current: Round, unmasked: UnmaskedRound, vector
     spec = history.offer.spec.vector
     total = ring.zeros(spec.size, spec.ring_bits)
     for device in current.survivors:
-        packed = vectors(current.inputs[device].vector) or b""
+        packed = vectors(current.inputs[device].vector, _packed_size(history)) or b""
         try:
             np.add(total, ring.unpack(packed, spec.size, spec.ring_bits), out=total)
         except ProtocolError as error:

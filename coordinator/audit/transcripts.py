@@ -115,7 +115,7 @@ class AuditInput:
 
         Raises:
             ConfigError: The folder of ``options.registry`` has no registry.
-            DataError: There is no log, or a file is too large.
+            DataError: There is no log, or there are logs in several places; or a file is too large.
             TrustError: A certificate, a key or a list is missing or damaged; or the registry is damaged or empty.
         """
         complete = not path.is_file()
@@ -232,10 +232,13 @@ def _adapters(report: Report, recomputation: Recomputation | None, published: Ve
 
 
 def _find(path: Path) -> tuple[Path, ...]:
-    for place in PLACES:
-        if found := logs(path / place):
-            return tuple(found)
+    found = {place: tuple(logs(path / place)) for place in PLACES}
+    places = [place for place, paths in found.items() if paths]
+    if len(places) == 1:
+        return found[places[0]]
     text = f"{path} has no transcript: name a session's log, a coordinator's state directory, or the folder of a run"
+    if places:
+        text = f"{path} has logs in {' and in '.join(places)}: name the folder of the coordinator that is to be audited"
     raise DataError(text, about="transcript", value=str(path))
 
 
@@ -253,9 +256,9 @@ def _read(parse: Callable[[bytes], Pinned], given: Path | None, stored: Path, op
     return found
 
 
-def _vector(folder: Path, digest: bytes) -> bytes | None:
+def _vector(folder: Path, digest: bytes, size: int) -> bytes | None:
     try:
-        return storage.read(vector_path(folder, digest))
+        return storage.read(vector_path(folder, digest), size)
     except FileNotFoundError:
         return None
 

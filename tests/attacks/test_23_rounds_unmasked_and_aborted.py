@@ -110,7 +110,7 @@ def mean_of_aborted(out: Path, withheld: dict[str, UnmaskResponse]) -> Any:
     assert logged.session is not None
     unmasked = sums._recover(logged.session, logged, current)
     folder = path.parent / VECTORS
-    sums._recompute(logged, current, unmasked, lambda digest: vector_path(folder, digest).read_bytes())
+    sums._recompute(logged, current, unmasked, lambda digest, _: vector_path(folder, digest).read_bytes())
     assert unmasked.sums is not None
     return unmasked.sums["delta"] / unmasked.sums["weight"][0]
 

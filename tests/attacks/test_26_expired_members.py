@@ -84,7 +84,7 @@ def test_the_session_ends_and_the_next_one_is_without_the_device(fleet: Any, lat
     assert VICTIM not in second.survivors
     assert len(second.survivors) == 7
     state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
-    reports = [audit(raw, state_dir.root, state_dir.key.public, lambda digest: None) for raw in logs(fleet)]
+    reports = [audit(raw, state_dir.root, state_dir.key.public, lambda digest, _: None) for raw in logs(fleet)]
     state_dir.registry.close()
     assert len(reports) == 2
     assert all(not report.failed for report in reports)

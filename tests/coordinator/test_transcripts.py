@@ -365,7 +365,8 @@ def audited(fleet: Any) -> dict[str, Report]:
     state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
     vectors = {bytes.fromhex(path.stem): path.read_bytes() for path in folder.glob(f"{VECTORS}/*.bin")}
     reports = {
-        path.name: audit(path.read_bytes(), state_dir.root, state_dir.key.public, vectors.get) for path in logs(folder)
+        path.name: audit(path.read_bytes(), state_dir.root, state_dir.key.public, lambda digest, _: vectors.get(digest))
+        for path in logs(folder)
     }
     chain(reports)
     return reports

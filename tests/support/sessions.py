@@ -83,7 +83,7 @@ class LoggedSession:
     def audit(self, raw: bytes | None = None, *, vectors: bool = True, unfinished: bool = False) -> Report:
         """The audit of the log, or of another one. ``vectors``: the masked vectors were kept."""
         root, key = self.fleet.authority.root, self.fleet.key.public
-        kept = self.vectors.get if vectors else lambda digest: None
+        kept = (lambda digest, _: self.vectors.get(digest)) if vectors else lambda digest, _: None
         return audit(self.raw if raw is None else raw, root, key, kept, unfinished=unfinished)
 
     def signed_anew(

@@ -4,6 +4,7 @@ import base64
 import datetime as dt
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -294,6 +295,28 @@ def test_files_next_to_the_logs_that_are_not_audited_are_named(run: Run, folder:
     assert words.endswith("session-000001 (copy).log, session-000002.log.old, session-2.log")
     printed = json.loads(run("verify", folder, "--json")[1])
     assert (len(printed["sessions"]), len(printed["unread"]), printed["complete"]) == (1, 3, True)
+
+
+def test_the_name_of_a_file_cannot_forge_a_line(run: Run, folder: Path) -> None:
+    (folder / "x\n\x1b[2J  pass         adapters").touch()
+    out = run("verify", folder)[1]
+    assert "not checked: " in out.splitlines()[-1]
+    assert r"x\n\x1b[2J  pass" in out.splitlines()[-1]
+
+
+def test_logs_in_another_folder_do_not_hide_those_of_the_coordinator(run: Run, folder: Path) -> None:
+    shutil.copytree(folder, folder.parents[1] / "transcript")
+    code, out, err = run("verify", folder.parents[1])
+    assert (code, out) == (5, "")
+    assert "has logs in transcript and in coordinator/transcript" in err
+
+
+def test_a_kept_vector_is_not_read_beyond_its_length(run: Run, folder: Path) -> None:
+    vector = next((folder / "vectors").iterdir())
+    size = vector.stat().st_size
+    os.truncate(vector, size + 1)
+    code, _, err = run("verify", folder)
+    assert (code, f"{vector} has {size + 1} bytes, more than the limit of {size}" in err) == (5, True)
 
 
 def test_a_single_log_does_not_pass_for_all_sessions(run: Run, folder: Path) -> None:
