@@ -16,10 +16,26 @@ from adapters.roundrecord import INTERRUPTED, RoundRecord
 from aggregation import envelope, transcript
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Offer
+from aggregation.pki.certificates import identity, load, subject
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.session import COORDINATOR
-from aggregation.transcript import EVERYONE, NO_SESSION, Abort, AdapterId, Checkpoint, Entry, Result, Stage, Transcript
-from coordinator.audit import Problem, checkpoints
+from aggregation.transcript import (
+    ENTRY,
+    EVERYONE,
+    LENGTH,
+    MAGIC,
+    NO_SESSION,
+    Abort,
+    AdapterId,
+    Checkpoint,
+    Entry,
+    Reading,
+    Result,
+    Stage,
+    Transcript,
+)
+from coordinator.audit import Problem, checkpoints, history
+from coordinator.audit.history import History
 from coordinator.recorder import ending_of
 from coordinator.registry import Head
 
@@ -36,7 +52,7 @@ class StoredLog:
         entries: Each as the coordinator signed it, up to the last checkpoint.
         checkpoints: Among them.
         end: Bytes that the entries take.
-        rest: The record after them that a kill left incomplete.
+        rest: What a kill or a power cut left after them: records that are incomplete, or not what was signed.
     """
 
     path: Path
@@ -54,7 +70,7 @@ class StoredLog:
             TrustError: It was altered after it was written.
         """
         raw = storage.read(path)
-        reading = transcript.read(raw)
+        reading = _intact(transcript.read(raw), coordinator)
         rest = raw[reading.end :]
         try:
             found = tuple(checkpoints(replace(reading, problem=""), coordinator, unfinished=True))
@@ -110,6 +126,30 @@ class StoredLog:
         if self.checkpoints:
             newest, previous = self.checkpoints[0].newest, self.checkpoints[0].previous
         return transcript.resume(self.entries, newest, previous)
+
+
+def _intact(reading: Reading, coordinator: PublicKey) -> Reading:
+    """A log up to the first message after its last checkpoint whose signature is not valid.
+
+    Answers of devices are on the disk for certain only once the coordinator asks for the next ones: a power cut can
+    leave such a record with zeros in it. A later start would sign that, and every audit would refuse it. The entries
+    before a checkpoint are verified by it. Assignments that the log keeps without their body are not verified here.
+    """
+    entries = reading.entries
+    kept = max((entry.index + 1 for entry in entries if entry.kind == Checkpoint.TAG), default=0)
+    if kept >= len(entries):
+        return reading
+    with suppress(Problem, ProtocolError, TrustError):
+        offer = Offer.decode(envelope.unverified_body(entries[0].message))
+        certificates = [load(der) for der in offer.certificates]
+        logged = History(offer, {subject(each): identity(each) for each in certificates})
+        for entry in entries[kept:]:
+            history.verify(logged, (entry,), coordinator)
+            kept += 1
+    if kept == len(entries):
+        return reading
+    end = len(MAGIC) + sum(LENGTH + len(ENTRY.encode(entry)) for entry in entries[:kept])
+    return Reading(entries[:kept], end, f"{entries[kept].place} is not what was signed")
 
 
 def require_agreement(logs: Sequence[StoredLog], head: Head, key: IdentityKey) -> bool:

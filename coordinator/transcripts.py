@@ -1,10 +1,12 @@
 """The transcripts of a coordinator: one log for each session, for ``edgeadapt audit`` to check later.
 
 ``coordinator.audit.transcripts`` names the files, ``coordinator.recorder`` writes a log. A kill can leave the last
-record incomplete. The next start moves such a rest to a file with the suffix ``.torn``, ends the round that was under
-way as the registry says, and closes the log. A log that lacks what the registry knows is not signed again.
+record incomplete, and a power cut can leave zeros in the last ones. The next start moves such a rest to a file with the
+suffix ``.torn``, ends the round that was under way as the registry says, and closes the log. A log that lacks what the
+registry knows is not signed again.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from adapters import storage
 from adapters.roundrecord import RoundRecord
 from adapters.storage import PUBLIC
 from aggregation import envelope, transcript
-from aggregation.errors import ProtocolError
+from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.messages import Offer
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
@@ -37,6 +39,7 @@ from coordinator.recorder import Recorder
 from coordinator.registry import Head
 from coordinator.storedlog import StoredLog, altered, require_agreement
 
+logger = logging.getLogger("edgeadapt.coordinator")
 TORN = ".torn"  # suffix of the incomplete record that a kill left
 
 
@@ -93,24 +96,30 @@ class Transcripts:
         Args:
             recorder: Of the new session.
             last_offers: Device → digest of the offer that it joined last, as it says; empty where it joined none. One
-                that was more than ``MAX_SESSIONS`` sessions ago counts as unknown: no message can name them all.
+                that was more than ``MAX_SESSIONS`` sessions ago counts as unknown: no message can name them all. So
+                does one before a log that cannot be read.
         """
         wanted, closed, found = set(last_offers.values()) - {b""}, list[bytes](), dict[str, bytes]()
         for path in reversed([path for path in logs(self.folder) if path != recorder.path]):
             if not wanted or len(closed) > MAX_SESSIONS:
                 break
-            if path not in self.ends:
-                self.ends[path] = _ends(path)
-            offer, last = self.ends[path]
-            if offer in wanted:
-                wanted.remove(offer)
-                devices = [device for device, digest in last_offers.items() if digest == offer]
-                end = Checkpoint.decode(envelope.unverified_body(last)).newest
-                log = transcript.resume(transcript.read(storage.read(path)).entries, end)
-                proofs = receipts(log, devices)
-                found |= {
-                    device: session_chain_proof(recorder.log, self.key, proofs[device], closed) for device in devices
-                }
+            try:
+                if path not in self.ends:
+                    self.ends[path] = _ends(path)
+                offer, last = self.ends[path]
+                if offer in wanted:
+                    wanted.remove(offer)
+                    devices = [device for device, digest in last_offers.items() if digest == offer]
+                    end = Checkpoint.decode(envelope.unverified_body(last)).newest
+                    log = transcript.resume(transcript.read(storage.read(path)).entries, end)
+                    proofs = receipts(log, devices)
+                    found |= {
+                        device: session_chain_proof(recorder.log, self.key, proofs[device], closed)
+                        for device in devices
+                    }
+            except EdgeAdaptError as error:  # a device's claim led here, and must not stop the others
+                logger.warning("%s and the logs before it prove nothing to devices: %s", path.name, error)
+                break
             closed.insert(0, last)
         return {device: found.get(device) or session_chain_proof(recorder.log, self.key) for device in last_offers}
 

@@ -1,6 +1,7 @@
 """Transcripts on disk: what a run writes, what a kill can do to it, and how the next start repairs it."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from aggregation.errors import TrustError
 from aggregation.messages import Assignment, MaskedInput, Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.steps import Step
-from aggregation.transcript import LENGTH, MAGIC, AdapterId, read
+from aggregation.transcript import ENTRY, LENGTH, MAGIC, AdapterId, Entry, read
 from coordinator.audit import Report, Status, audit, chain, checkpoints
 from coordinator.audit.transcripts import VECTORS, logs, vector_path
 from coordinator.recorder import Recorder
@@ -406,6 +407,63 @@ def test_a_device_that_names_a_session_too_long_ago_gets_no_receipt_and_stops_no
     monkeypatch.setattr("coordinator.transcripts.MAX_SESSIONS", 0)
     assert with_receipt() == {"device-01"}
     state_dir.registry.close()
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b""], ids=["cut in half", "empty"])
+def test_an_old_log_that_cannot_be_read_makes_a_claim_unknown_and_stops_nobody(
+    fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+) -> None:
+    fleet = fleet_of(4, rounds=2, aggregation__session_rounds=1)
+    fleet.federate(fleet.grid())
+    old = logs(fleet.out / "coordinator" / "transcript")[0]
+    old.write_bytes(damage(old.read_bytes()))
+    genuine = Transcripts.session_chain_proofs
+
+    def claiming(self: Transcripts, recorder: Recorder, last: Any) -> Any:
+        return genuine(self, recorder, {**last, "device-00": b"\1" * 32})
+
+    monkeypatch.setattr(Transcripts, "session_chain_proofs", claiming)
+    fleet.configure({"rounds": 3})
+    assert len(fleet.federate(fleet.grid())[2].survivors) >= 3
+
+
+def test_zeros_that_a_power_cut_left_in_the_last_answer_are_cut_off_and_not_signed(
+    fleet_of: Callable[..., Any],
+) -> None:
+    from client.node.app import app
+
+    fleet = fleet_of(4, rounds=2)
+    kept: dict[str, bytes] = {}
+
+    def copying(message: Any, context: Any) -> Any:
+        if message.metadata.message_type.endswith("survivors"):
+            kept.setdefault("log", path().read_bytes())
+        return app(message, context)
+
+    def path() -> Path:
+        return logs(fleet.out / "coordinator" / "transcript")[-1]
+
+    registry = fleet.out / "coordinator" / "registry.db"
+    before = registry.read_bytes()
+    fleet.federate(fleet.grid(app=copying))
+    entries = read(kept["log"]).entries
+    last = max(entry.index for entry in entries if entry.kind == MaskedInput.TAG)
+    ends = sizes_of(entries)
+    zeroed = kept["log"][: ends[last] - 64] + bytes(64)
+    assert len(read(zeroed).entries) == last + 1  # it decodes
+    path().write_bytes(zeroed)
+    registry.write_bytes(before)
+    state_dir = CoordinatorStateDir.open(fleet.out / "coordinator")
+    state_dir.transcripts.finish()
+    state_dir.registry.close()
+    assert path().with_suffix(TORN).read_bytes() == zeroed[ends[last - 1] :]
+    (report,) = audited(fleet).values()
+    assert report.failed == ()
+
+
+def sizes_of(entries: tuple[Entry, ...]) -> list[int]:
+    """Bytes of the log up to the end of each entry."""
+    return list(itertools.accumulate((LENGTH + len(ENTRY.encode(each)) for each in entries), initial=len(MAGIC)))[1:]
 
 
 def test_a_run_that_was_interrupted_in_a_round_leaves_a_closed_log(fleet_of: Callable[..., Any]) -> None:
