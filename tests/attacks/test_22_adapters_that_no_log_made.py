@@ -211,7 +211,8 @@ def test_a_session_without_a_result_for_another_base_or_layout_than_its_adapter_
     fleet, honest = app_fleet_of(4, rounds=1), Aggregation.spec
     with monkeypatch.context() as hostile:
         if forged == "layout_digest":
-            hostile.setattr(Aggregation, "spec", lambda *given: replace(honest(*given), layout_digest="0" * 64))
+            forge = lambda *given, **named: replace(honest(*given, **named), layout_digest="0" * 64)  # noqa: E731
+            hostile.setattr(Aggregation, "spec", forge)
         fleet.federate(fleet.grid(app=no_answers))
     if forged == "base_digest":
         state_dir, seed = CoordinatorStateDir.open(fleet.out / "coordinator"), fleet.registry().version(0).manifest

@@ -34,6 +34,7 @@ from coordinator.audit.repeats import RepeatedSums
 from coordinator.audit.transcripts import VECTORS, logs, vector_path
 from coordinator.recorder import Recorder
 from coordinator.statedir import CoordinatorStateDir
+from tests.support.hostile import plans_for_anyone
 from tests.support.subtracting import any_set
 
 FleetOf = Callable[..., Any]
@@ -44,6 +45,7 @@ DEVICES, VICTIM = 5, "device-02"
 @pytest.fixture(autouse=True)
 def _sums_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapterstate, "on_survivors", any_set)
+    plans_for_anyone(monkeypatch)
 
 
 class Withholding:

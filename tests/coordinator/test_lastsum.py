@@ -24,6 +24,7 @@ from coordinator import lastsum
 from coordinator.recorder import Recorder
 from coordinator.registry import Blobs
 from tests.support import refused
+from tests.support.hostile import plans_for_anyone
 
 FleetOf = Callable[..., Any]
 Lost = Callable[[str, Step, int], bool]
@@ -317,3 +318,16 @@ def test_a_full_disk_is_found_before_a_device_is_asked_for_an_update(
     assert Step.PLAN not in asked
     assert [record.version for record in fleet.federate(fleet.grid())] == [1]
     assert not list((fleet.out / "coordinator" / "blobs").glob("*.part"))
+
+
+def test_a_coordinator_that_plans_without_the_dealer_gets_no_sum_any_more(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It forgets the last sum, and leaves the dealer out of the session as ``aggregation.server`` does."""
+    plans_for_anyone(monkeypatch)
+    dealing_badly(monkeypatch, SPOILER, until=lambda: False)
+    fleet = fleet_of(7, rounds=3, aggregation__session_rounds=3)
+    records = fleet.federate(fleet.grid())
+    assert [record.version for record in records] == [None] * 3
+    assert SPOILER in records[0].blamed
+    assert all(set(record.dropped.values()) == {"survivors"} for record in records[1:])

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from adapters.roundrecord import RoundRecord, digest_of
-from coordinator import transcripts
+from coordinator import lastsum, rounds, transcripts
 from coordinator.audit import AuditInput, AuditOptions, Status
 from coordinator.registry import Head, Registry, database
 
@@ -45,3 +45,9 @@ def audit_failures(path: Path, at: datetime | None = None) -> set[str]:
     if not failures:
         checked.require(reports, unfinished=False)
     return failures
+
+
+def plans_for_anyone(patch: pytest.MonkeyPatch) -> None:
+    """Let the coordinator repeat a round over other devices, as an honest one does not."""
+    patch.setattr(rounds, "_last_sum", lambda *given: None)
+    patch.setattr(lastsum, "find", lambda *given: None)
