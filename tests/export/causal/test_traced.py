@@ -309,7 +309,7 @@ def test_a_graph_without_the_factors_of_long_texts_is_refused(make_lm: Any) -> N
     without, model = make_lm("llama", **ONE, **_longrope(1.0)), _torch(make_lm("llama", **ONE, **_longrope(3.0)))
     sample = sample_logits(model, pretrained.tokenizer(without))
     assert traced.build(without, replace(sample, far=None))  # the short text shows no difference
-    again = Base(without.folder, "another digest, so that it is traced again")
+    again = Base(without.folder, "a digest of its own, so that it is traced again")
     with refused(ConfigError, "logits"):
         traced.build(again, sample)
     with refused(BuilderPathError, "logits"):
