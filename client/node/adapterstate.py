@@ -2,10 +2,11 @@
 
 Sums from one adapter can be added and subtracted so that only a few devices are left. So does a sum from an old adapter
 with one from its successor, up to what training in another order changes. A device therefore trains from no adapter
-older than the last one, and from one adapter of each version. It reveals shares for sums from an adapter over one set
-of survivors, and for a few of them at most. All of them are trained with the same settings and bounds: a clip norm or
-weight cap that only one device reaches would single out its update in two sums over the same devices. How many devices
-are left in any combination then follows from the threshold.
+older than the last one, from one adapter of each version, and from none to whose sums it helped before it trained from
+another one: with new numbers, two adapters could alternate (up to ``EARLIER`` adapters are remembered). It reveals
+shares for sums from an adapter over one set of survivors, and for a few of them at most. All of them are trained with
+the same settings and bounds: a clip norm or weight cap that only one device reaches would single out its update in two
+sums over the same devices. How many devices are left in any combination then follows from the threshold.
 
 A later sum may lack devices whose certificates were revoked since the last one: a device that is gone would otherwise
 stop the training of all others. Only the authority can revoke.
@@ -23,10 +24,12 @@ from typing import Annotated
 
 from aggregation import wire
 from aggregation.errors import ProtocolError
-from aggregation.messages import SERIALS, Digest, HexDigest, Plan, Uint32, Uint64
+from aggregation.messages import DIGESTS, SERIALS, Digest, HexDigest, Plan, Uint32, Uint64
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from aggregation.wire import Codec
+
+EARLIER = 1024  # adapters: 32 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class AdapterState:
         terms: See ``terms``.
         sums: For how many sums from it the device revealed shares.
         survivors: Whose updates are in the last of them: device id → serial of the certificate it had then.
+        earlier: SHA-256 of the files of the last ``EARLIER`` adapters before it for whose sums the device revealed
+            shares, the oldest first.
     """
 
     version: Uint64
@@ -46,6 +51,7 @@ class AdapterState:
     terms: Digest
     sums: Uint32 = 0
     survivors: Annotated[Mapping[str, int], SERIALS] = field(default_factory=dict)
+    earlier: Annotated[tuple[bytes, ...], wire.sequence(DIGESTS, EARLIER)] = field(default=(), repr=False)
 
 
 ADAPTER_STATE: Codec[AdapterState] = wire.record(AdapterState)
@@ -66,8 +72,8 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
         maximum_repeats: The policy's.
 
     Raises:
-        ProtocolError: The adapter is older than the last one, another one of its version, or used up; or it was trained
-            on other terms before.
+        ProtocolError: The adapter is older than the last one, another one of its version, one that the device left
+            after it revealed shares, or used up; or it was trained on other terms before.
     """
     version, digest, now = plan.adapter_version, plan.adapter_digest, terms(plan, spec)
     if known is None:
@@ -79,7 +85,10 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
         text = f"this device trained from another adapter {version} than that of the plan"
         raise ProtocolError(text, COORDINATOR, about="plan.adapter_version", value=version)
     if digest != known.digest:
-        return AdapterState(version, digest, now)
+        if bytes.fromhex(digest) in (before := earlier(known)):
+            text = f"adapter {version} of the plan is an earlier one again, from which this device revealed shares"
+            raise ProtocolError(text, COORDINATOR, about="plan.adapter_digest", value=version)
+        return AdapterState(version, digest, now, earlier=before)
     if known.sums > maximum_repeats:
         text = f"this device revealed shares for {known.sums} sums from adapter {version}; its policy permits no other"
         raise ProtocolError(text, COORDINATOR, about="plan.repeats", value=known.sums)
@@ -87,6 +96,11 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
         text = f"adapter {version} was trained with other settings, clip norm or weight cap before its sum was unmasked"
         raise ProtocolError(text, COORDINATOR, about="plan.terms")
     return replace(known, version=version, terms=now)
+
+
+def earlier(known: AdapterState) -> tuple[bytes, ...]:
+    """The digests to remember once the device trains from another adapter."""
+    return (*known.earlier, bytes.fromhex(known.digest))[-EARLIER:] if known.sums else known.earlier
 
 
 def on_survivors(

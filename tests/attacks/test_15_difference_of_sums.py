@@ -1,10 +1,10 @@
 """Two sums from one adapter, with and without a device: their difference is that device's update.
 
 The coordinator runs a round, keeps the sum, logs the round as aborted and repeats it without the victim. Or it goes
-back to an adapter that it has a sum from; or it repeats the round over the same devices with a weight cap that only the
-victim exceeds. It runs its own ServerApp, of which only the end of a round and the choice of the adapter are changed;
-the devices run the real ClientApp, and demand no proofs, so that nothing but the checks under test stops the
-coordinator.
+back to an adapter that it has a sum from, also under a new number; or it repeats the round over the same devices with a
+weight cap that only the victim exceeds. It runs its own ServerApp, of which only the end of a round and the choice of
+the adapter are changed; the devices run the real ClientApp, and most demand no proofs, so that nothing but the checks
+under test stops the coordinator.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from aggregation.spec import SessionSpec
 from client.node import adapterstate
 from client.node.adapterstate import AdapterState
 from client.node.snapshot import Draw, Snapshot
+from coordinator import rounds
 from coordinator.registry import Registry, StoredAdapter
 from tests.support.subtracting import DEVICES, VICTIM, Subtracting, any_set, fleet_without_proofs
 
@@ -149,6 +150,45 @@ def test_a_second_sum_from_an_old_adapter_would_give_the_update(
     attack, _ = going_back(app_fleet_of, monkeypatch)
     assert len(attack.sums) == 3
     assert np.abs(attack.found() - attack.sent()).max() <= DEVICES
+
+
+def there_and_back(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> tuple[Subtracting, Any]:
+    """Version 1 differs from version 0 in one bit, and version 2 is version 0 again; round 3 is without the victim.
+
+    The log names each as the result of its round, and the devices demand its proofs.
+    """
+    made: list[Any] = []
+
+    def step(rule: Any, state: Any, adapter: Any, mean: Any) -> tuple[Any, Any]:
+        made.append(adapter.copy())
+        if len(made) > 1:
+            return state, made[0]
+        adapter[-1] = np.nextafter(adapter[-1], np.float32(1))
+        return state, adapter
+
+    monkeypatch.setattr(rounds.optimizer, "step", step)
+    fleet = app_fleet_of(8, rounds=3, aggregation__session_rounds=3, training__batch_size=64)
+    attack = Subtracting(monkeypatch, aborted=(), withheld={"3"})
+    records = fleet.federate(fleet.grid(app=attack))
+    published = [fleet.registry().version(number).manifest.sha256 for number in range(3)]
+    assert published[0] == published[2] != published[1]
+    return attack, records
+
+
+def test_no_device_returns_to_an_adapter_under_a_new_number(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack, records = there_and_back(app_fleet_of, monkeypatch)
+    assert [record.version for record in records] == [1, 2, None]
+    assert len(attack.sums) == 2
+    assert set(records[2].dropped.values()) == {"plan"}
+
+
+def test_otherwise_two_sums_of_three_give_the_update(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapterstate, "earlier", lambda known: ())
+    attack, _ = there_and_back(app_fleet_of, monkeypatch)
+    assert len(attack.sums) == 3
+    assert np.abs(attack.found() - attack.sent()).max() <= 8
 
 
 HEAVY = "device-04"  # has 8 training examples; nobody has more than 7 besides

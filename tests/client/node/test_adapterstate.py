@@ -15,7 +15,7 @@ from aggregation.messages import Plan
 from aggregation.pki.identity import IdentityKey
 from aggregation.spec import SessionSpec
 from client.node import adapterstate
-from client.node.adapterstate import ADAPTER_STATE, AdapterState, terms
+from client.node.adapterstate import ADAPTER_STATE, EARLIER, AdapterState, earlier, terms
 from client.node.statedir import ADAPTERS, DeviceSettings, DeviceStateDir
 from tests.support import refused
 from tests.support.fleet import session_spec
@@ -81,7 +81,7 @@ def test_an_adapter_is_used_up_after_so_many_repeats(repeats: int) -> None:
     known = after(None, *[plan(3)] * (1 + repeats), repeats=repeats)
     with refused(ProtocolError, "plan.repeats", peer="coordinator", value=1 + repeats):
         on_plan(known, plan(3), repeats)
-    assert on_plan(known, plan(4, B), repeats) == AdapterState(4, B, TERMS)
+    assert on_plan(known, plan(4, B), repeats) == AdapterState(4, B, TERMS, earlier=(bytes.fromhex(A),))
 
 
 def test_the_same_bytes_under_a_later_number_are_the_same_adapter() -> None:
@@ -90,6 +90,24 @@ def test_the_same_bytes_under_a_later_number_are_the_same_adapter() -> None:
         on_plan(known, plan(9), 1)
     with refused(ProtocolError, "plan.adapter_version"):
         on_plan(known, plan(4), 9)
+
+
+def test_an_adapter_is_refused_once_another_one_came_after_its_sums() -> None:
+    known = after(None, plan(3), plan(4, B))
+    for state in (known, on_plan(known, plan(5, "cc" * 32), 9)):
+        with refused(ProtocolError, "plan.adapter_digest", peer="coordinator", value=6):
+            on_plan(state, plan(6), 9)
+    unsummed = on_plan(on_plan(None, plan(3), 9), plan(4, B), 9)
+    assert on_plan(unsummed, plan(5), 9).digest == A
+
+
+def test_so_many_adapters_are_remembered_and_no_more() -> None:
+    known = after(None, *[plan(version, f"{version:064x}") for version in range(EARLIER + 2)])
+    assert [int.from_bytes(each) for each in earlier(known)] == list(range(2, EARLIER + 2))
+    assert ADAPTER_STATE.decode(ADAPTER_STATE.encode(known)) == known
+    with refused(ProtocolError, "plan.adapter_digest"):
+        on_plan(known, plan(EARLIER + 2, f"{2:064x}"), 9)
+    assert on_plan(known, plan(EARLIER + 2, f"{1:064x}"), 9).sums == 0
 
 
 @pytest.mark.parametrize("known", [None, AdapterState(2, B, TERMS), AdapterState(4, B, TERMS, 1, ALL_SERIALS)], ids=str)
