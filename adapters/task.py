@@ -141,15 +141,17 @@ def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int, pla
     the total weight W is a factor:
 
     - s / W, where s is the step of ``delta``: the sum consists of such steps.
-    - 2 · lr · g / W, where every device trained one step, or a few equal ones: the first step of AdamW is ±lr in each
-      coordinate, so that the sum differs by 2 · lr times multiples of g, the greatest common divisor of the weights.
-      Clipping makes this period shorter.
+    - 2 · lr · g / W, where every device trained one step: the first step of AdamW is ±lr in each coordinate, so that
+      the sum differs by 2 · lr times multiples of g, the greatest common divisor of the weights. Clipping makes this
+      period shorter.
 
     The noise (``_width`` times ``_dither``) is added to the sum. For n survivors its standard deviation in the mean is
     0.8 / n times the larger of s and 2 · lr. If all survivors have examples, its width is at least any such period,
-    because W / n is at least g and 1. It does not depend on W, which could otherwise be read off the coordinates that
-    no device changed. Its key is the digest of the plan and of all sums: whoever knows them computes the same mean, and
-    whoever knows the mean alone cannot subtract the noise.
+    because W / n is at least g and 1. It is not where all devices trained k equal steps, as with a learning rate so
+    small that no gradient changes: that period is k times as long, and can show if k · g is more than W / n. The noise
+    does not depend on W, which could otherwise be read off the coordinates that no device changed. Its key is the
+    digest of the plan and of all sums: whoever knows them computes the same mean, and whoever knows the mean alone
+    cannot subtract the noise.
 
     If W = 0, because no survivor has examples, the mean is this noise over n. The next adapter then has other bytes
     than the last one, from which devices would reveal shares for a few more sums only; and the noise of many such
