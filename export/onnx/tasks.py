@@ -1,6 +1,6 @@
-"""What an architecture's configuration says, under the names that transformers gives to the numbers of every family.
+"""What an architecture's configuration says: by optimum's table of names, or by transformers' own names.
 
-So no exporter needs a table of architectures of its own.
+So no exporter needs a table of architectures of its own. Optimum is imported on first use, which takes seconds.
 """
 
 from collections.abc import Sequence
@@ -27,21 +27,29 @@ class Sizes:
 
 
 def sizes(config: Any) -> Sizes:
-    """The sizes in a configuration of transformers, which maps each family's own names to common ones.
+    """The sizes in a configuration of transformers.
+
+    Optimum says what each family calls them. For a family that it does not list, and where its names are not the
+    installed transformers', the names are those to which transformers maps each family's own.
 
     Raises:
         ConfigError: The configuration lacks a size, or its layers differ in one.
     """
-    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+    from optimum.utils.normalized_config import NormalizedConfigManager
+
     try:
-        found = [int(getattr(config, name)) for name in names]
+        known = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        return Sizes(*map(int, (known.num_layers, known.num_attention_heads, known.hidden_size, known.vocab_size)))
+    except (KeyError, AttributeError, TypeError):
+        names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+    try:
+        return Sizes(*(int(getattr(config, name)) for name in names))
     except (AttributeError, TypeError) as error:
         raise ConfigError(
             f"the configuration of {config.model_type!r} does not state one of {', '.join(names)} for all layers: "
             f"{str(error)[:100]}",
             about="config.json",
         ) from error
-    return Sizes(*found)
 
 
 def check_classifies(model: Any, ids: Sequence[int]) -> None:
