@@ -134,7 +134,7 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
         raise DataError(text, about="vector.delta")
 
 
-def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int, plan: bytes) -> NDArray[np.float32]:
+def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int, adapter: bytes) -> NDArray[np.float32]:
     """The mean of the survivors' deltas, weighted by their examples.
 
     The mean is published, as the difference of two adapters. Without noise its coordinates can have a period, of which
@@ -150,24 +150,24 @@ def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int, pla
     because W / n is at least g and 1. It is not where all devices trained k equal steps, as with a learning rate so
     small that no gradient changes: that period is k times as long, and can show if k · g is more than W / n. The noise
     does not depend on W, which could otherwise be read off the coordinates that no device changed. Its key is the
-    digest of the plan and of all sums: whoever knows them computes the same mean, and whoever knows the mean alone
+    digest of the adapter and of all sums: whoever knows them computes the same mean, and whoever knows the mean alone
     cannot subtract the noise.
 
     If W = 0, because no survivor has examples, the mean is this noise over n. The next adapter then has other bytes
     than the last one, from which devices would reveal shares for a few more sums only; and the noise of many such
-    rounds grows with the root of their number, because each has another plan. All sums being zero, a reader can compute
-    this noise: that nobody had examples is not hidden.
+    rounds grows with the root of their number, because each begins with another adapter. All sums being zero, a reader
+    can compute this noise: that nobody had examples is not hidden.
 
     Args:
         spec, sums, survivors: As of ``require_reach``.
         task: Of the round's plan.
-        plan: Digest of this plan.
+        adapter: SHA-256 of the adapter from which they trained.
 
     Raises:
         DataError: As ``require_reach``.
     """
     require_reach(spec, sums, survivors)
-    delta, weight, key = sums["delta"], float(sums["weight"][0]), hashlib.sha256(b"edgeadapt/dither/1\x00" + plan)
+    delta, weight, key = sums["delta"], float(sums["weight"][0]), hashlib.sha256(b"edgeadapt/dither/1\x00" + adapter)
     for segment in spec.vector.segments:
         key.update(sums[segment.name].astype("<f8").tobytes())
     step = next(spec.vector.step(segment) for segment in spec.vector.segments if segment.name == "delta")

@@ -210,7 +210,7 @@ def _step(
     layout, parent, plan = adapter.layout, adapter.manifest, cohort.recorder.log.plan or b""
     session, result = outcome
     rule, task = settings.server.rule(), settings.training.task(parent)
-    mean = weighted_mean(session.session.spec, task, result.values, len(result.survivors), plan)
+    mean = weighted_mean(session.session.spec, task, result.values, len(result.survivors), bytes.fromhex(parent.sha256))
     state, vector = optimizer.step(rule, state, layout.flatten(adapter.tensors), mean)
     blob = files.encode(layout.unflatten(vector))
     manifest = replace(

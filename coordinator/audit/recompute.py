@@ -127,7 +127,7 @@ class Recomputation:
         if state is None:
             return "optimizer"
         task = Task.decode(produced.training)  # of a plan that ``check`` has read
-        mean = weighted_mean(produced.spec, task, produced.sums, len(produced.survivors), bytes.fromhex(produced.plan))
+        mean = weighted_mean(produced.spec, task, produced.sums, len(produced.survivors), bytes.fromhex(start_digest))
         after_state, expected = optimizer.step(rule, state, layout.flatten(before), mean)
         if expected.tobytes() != layout.flatten(after).tobytes():
             text = f"adapter {version} is not what the server optimizer of its manifest computes from the sum ({rule})"
