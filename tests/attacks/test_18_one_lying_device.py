@@ -92,7 +92,7 @@ def found(fleet: Any) -> tuple[Status, str]:
     folder = state_dir.folder / "transcript"
     (path,) = logs(folder)
 
-    def kept(digest: bytes) -> bytes | None:
+    def kept(digest: bytes, _: int) -> bytes | None:
         file: Path = vector_path(folder / "vectors", digest)
         return file.read_bytes() if file.exists() else None
 
