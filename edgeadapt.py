@@ -104,6 +104,7 @@ def main() -> None:
 
 def _terminate(*_: object) -> None:
     """End as after an error, so that no temporary file is left. Not as Ctrl-C, after which a chat goes on."""
+    sys.stderr = sys.__stderr__  # an export keeps what libraries print while it traces, and so would keep this line
     _fail("terminated", TERMINATED)
 
 
