@@ -21,6 +21,7 @@ from aggregation.pki.certificates import same_name
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import RevocationList
 from aggregation.server import Established, Offering, RoundAborted, Sharing
+from aggregation.spec import SessionSpec
 from aggregation.steps import PROOF, REVOCATIONS, Step
 from coordinator.lastsum import LastSum, serials
 from coordinator.recorder import Recorder
@@ -151,16 +152,9 @@ def establish(
         if not unmet and len(nodes) < least:
             reason = f"{len(nodes)} devices answered, {least} are needed"
         if not reason:
-            certificates = {device: present[device].certificate for device in nodes}
-            opened = server.open_session(
-                key, root, spec_of(len(nodes)), certificates, SystemEntropy(), datetime.now(UTC)
+            cohort, outcome = _offer(
+                transport, key, root, spec_of(len(nodes)), {d: present[d] for d in nodes}, nodes, transcripts, name
             )
-            recorder = transcripts.begin(opened[0].offer, root.revoked)
-            cohort = Cohort(transport, nodes, recorder, serials(certificates.values()), root.revoked)
-            last_offers = {device: present[device].last_offer or b"" for device in nodes}
-            proofs = transcripts.session_chain_proofs(cohort.recorder, last_offers)
-            revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
-            outcome = _negotiate(cohort, *opened, attachments(proofs, revoked), name)
             if isinstance(outcome, RoundAborted):
                 reason = outcome.detail
             elif not (reason := obstacle(outcome, last, root.revoked)):
@@ -200,6 +194,27 @@ def _around(last: LastSum, nodes: Mapping[str, int], minimum: Callable[[int], in
     while others and minimum(len(bound) + len(others)) > len(bound):
         others.pop()
     return bound | {device: nodes[device] for device in others}
+
+
+def _offer(
+    transport: Transport,
+    key: IdentityKey,
+    root: Root,
+    spec: SessionSpec,
+    present: Mapping[str, CheckIn],
+    nodes: Mapping[str, int],
+    transcripts: Transcripts,
+    group: str,
+) -> tuple[Cohort, Established | RoundAborted]:
+    """Begin the session's log, and offer the session to the devices that are ``present``."""
+    certificates = {device: answer.certificate for device, answer in present.items()}
+    offering, offer = server.open_session(key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
+    recorder = transcripts.begin(offering.offer, root.revoked)
+    cohort = Cohort(transport, nodes, recorder, serials(certificates.values()), root.revoked)
+    last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
+    proofs = transcripts.session_chain_proofs(recorder, last_offers)
+    revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
+    return cohort, _negotiate(cohort, offering, offer, attachments(proofs, revoked), group)
 
 
 def _negotiate(
