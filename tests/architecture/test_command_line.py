@@ -1,5 +1,6 @@
 """Every command of `edgeadapt` explains itself, and says in one line what was wrong with how it was called."""
 
+import io
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from typing import Any
 
 import click
@@ -147,3 +149,13 @@ def test_ctrl_c_while_a_library_is_being_loaded_is_an_interruption(
     monkeypatch.setattr(edgeadapt, "cli", loading(OSError("no such library")))
     with pytest.raises(ImportError, match="initialization failed"):
         edgeadapt.main()
+
+
+def test_who_terminates_a_command_reads_so_also_while_a_library_is_kept_quiet(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # put back afterwards
+    with redirect_stderr(io.StringIO()), pytest.raises(SystemExit) as caught:
+        edgeadapt._terminate()
+    assert caught.value.code == 143
+    assert capfd.readouterr().err == "edgeadapt: terminated\n"

@@ -7,6 +7,21 @@ from pathlib import Path
 import edgeadapt
 
 AUTHORITY, COORDINATOR, SEED = "authority", "coordinator", "seed"
+SCENARIO = """
+name = "tiny"
+base.model = '{base}'
+network.message_loss = 0.0
+personal.epochs = 1
+export.minimum_agreement = 0.5
+[population]
+households = 5
+languages = ["en"]
+public_phrases = 1
+utterances_min = 10
+utterances_max = 14
+test_utterances = 6
+[federation]
+"""  # of a few seconds; keys of the federation follow
 
 
 def call(*arguments: object) -> None:

@@ -22,6 +22,7 @@ from coordinator.statedir import CoordinatorStateDir
 from export.onnx.quantize import Profile
 from export.parity.compare import Parity
 from simulations.engine import publish
+from tests.support.trial import SCENARIO
 
 Outcome = tuple[int, str, str]
 Result = dict[str, Any]
@@ -38,23 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base
 @pytest.fixture(scope="module")
 def scenario(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scenario") / "tiny.toml"
-    path.write_text(f"""
-name = "tiny"
-base.model = '{base}'
-network.message_loss = 0.0
-personal.epochs = 1
-export.minimum_agreement = 0.5
-[population]
-households = 5
-languages = ["en"]
-public_phrases = 1
-utterances_min = 10
-utterances_max = 14
-test_utterances = 6
-[federation]
-rounds = 3
-aggregation.session_rounds = 2
-""")
+    path.write_text(SCENARIO.format(base=base) + "rounds = 3\naggregation.session_rounds = 2\n")
     return path
 
 
