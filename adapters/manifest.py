@@ -21,6 +21,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]  # what every database has an integer for
 Task = Literal["text-classification", "text-generation"]  # as optimum and transformers call them
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # stays inside its folder
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0  # beyond, an adapter is broken rather than badly calibrated
+Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False)]
 Format = Literal["fp32", "fp16", "int8", "int4"]  # how an adapter file stores numbers (``quantization.py``)
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_LABEL = 256  # characters
@@ -183,9 +185,12 @@ class AdapterManifest(Manifest):
     parent: Sha256 | None  # of a private adapter: SHA-256 of the file of the global version it started from
     rank: Count
     labels: tuple[str, ...]
+    temperature: Temperature  # divides a classifier's logits (``adapters.calibration``); 1 if it is not calibrated
 
     @property
     def content(self) -> str:
-        """SHA-256 of what the adapter is, whatever its name, version and number format: tensors, scaling and labels."""
+        """SHA-256 of what the adapter is, whatever its name, version and number format: tensors, scaling, labels
+        and temperature.
+        """
         same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": ""}
         return hashlib.sha256(jsontext.encode(asdict(self) | same)).hexdigest()

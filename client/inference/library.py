@@ -144,6 +144,12 @@ class Adapter:
         return self.manifests[0].labels
 
     @property
+    def temperature(self) -> float:
+        """What divides the logits: the mean of the parts' temperatures, weighted as their heads are."""
+        weights = [abs(part.weight) for part in self.composition.parts]
+        return float(np.average([manifest.temperature for manifest in self.manifests], weights=weights))
+
+    @property
     def version(self) -> int:
         """The highest version among the parts."""
         return max(manifest.version for manifest in self.manifests)

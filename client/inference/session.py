@@ -29,7 +29,7 @@ WHITE_SPACE = ("▁", "Ġ")  # tokens that SentencePiece and byte-level BPE writ
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A label and its probability."""
+    """A label and its probability, calibrated if the adapter's temperature was fitted (``adapters.calibration``)."""
 
     label: str
     probability: float
@@ -216,7 +216,7 @@ def _best(logits: Floats, adapter: Adapter, top: int) -> list[Prediction]:
     if top < 1:
         raise ConfigError(f"top {top} is below 1: ask for at least one label", about="top", value=top)
     logits = logits[: len(adapter.labels)]  # in a mixed batch, the head may be padded
-    exponentials = np.exp(logits - logits.max())
+    exponentials = np.exp((logits - logits.max()) / adapter.temperature)
     probabilities: Floats = exponentials / exponentials.sum()
     if not np.isfinite(probabilities).all():
         reason = f"adapter {adapter.name!r} gives an answer that is not finite; use another adapter"

@@ -36,6 +36,7 @@ class AdapterSource:
     sha256: str  # of the safetensors blob that the tensors come from
     parent: str | None = None  # of a private adapter: the blob digest of the global version that it started from
     peft_config: PeftConfig | None = None  # without it, an export to peft folds the scaling into B
+    temperature: float = 1.0  # of a classifier's probabilities (``adapters.calibration``)
     adapter_inputs: AdapterInputs | None = None  # of the model that the tensors come from; None: the exported base's
 
 
@@ -271,6 +272,7 @@ def _adapter_files(
         parent=source.parent,
         rank=rank,
         labels=source.labels,
+        temperature=source.temperature,
     )
     contents = {adapter_path(source.name): blob, manifest_path(source.name): manifest.sign(key)}
     return {path.as_posix(): content for path, content in contents.items()}

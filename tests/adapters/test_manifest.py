@@ -49,6 +49,7 @@ ADAPTER = AdapterManifest(
     parent=None,
     rank=8,
     labels=("HassTurnOn",),
+    temperature=1.25,
 )
 DOCUMENTS = [VERSION, BASE, ADAPTER]
 KEY = IdentityKey.generate(SystemEntropy())
@@ -159,6 +160,10 @@ def test_a_field_of_a_wrong_type_is_refused_even_when_signed(document: Any, key:
         (BASE, "files", {"..": "a" * 64}),
         (BASE, "files", {"": "a" * 64}),
         (ADAPTER, "format", "int2"),
+        (ADAPTER, "temperature", 0.049),
+        (ADAPTER, "temperature", 20.1),
+        (ADAPTER, "temperature", True),
+        (ADAPTER, "temperature", "1"),
     ],
     ids=str,
 )

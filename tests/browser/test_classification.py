@@ -1,6 +1,7 @@
 """The page gives the answers of the native session, for every adapter and number format."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def test_an_adapter_of_any_format_answers_as_natively(
     write_bundle(bundle, exported, [source()], key=vendor, form=form)
     page.goto(serve(bundle))
     same(in_page(page, "global", list(PHRASES)), native(bundle, "global", list(PHRASES)))
+
+
+def test_the_temperature_of_an_adapter_divides_its_logits_as_natively(
+    page: Any,
+    serve: Callable[[Path], str],
+    bundle: Path,
+    exported: ExportedBase,
+    source: Callable[..., AdapterSource],
+    vendor: IdentityKey,
+) -> None:
+    before = native(bundle, "global", list(PHRASES))
+    write_bundle(bundle, exported, [replace(source(version=4), temperature=2.5)], key=vendor)
+    page.goto(serve(bundle))
+    found = in_page(page, "global", list(PHRASES))
+    same(found, native(bundle, "global", list(PHRASES)), 1e-6)
+    assert all(max(one.values()) < max(other.values()) for one, other in zip(found, before, strict=True))
 
 
 def test_a_base_in_int8_answers_as_natively_up_to_the_rounding_of_activations(

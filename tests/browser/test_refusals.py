@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,10 @@ def test_a_signed_manifest_that_misstates_its_file_is_refused(device: Device, ho
         resign(device.bundle, household, "anna", **claim)
         device.refuses_adapter("DataError", about)
     path.write_bytes(sound)
+    for temperature in (0.01, 20.5, True):
+        resign(device.bundle, household, "anna", temperature=temperature)
+        device.refuses_adapter("TrustError", "adapter-manifest.temperature")
+    path.write_bytes(sound)
     resign(device.bundle, household, "anna", format="fp32")
     assert "int8 in an adapter of format fp32" in device.refuses_adapter("DataError", None)
 
@@ -272,10 +277,11 @@ def test_an_older_version_or_another_content_is_refused_even_after_the_page_was_
     page.goto(url)
     assert page.state() == "bad"
     assert "is version 4, but version 5 was accepted here before" in page.status()
-    write_bundle(bundle, exported, [source(seed=5, version=5)], key=vendor)
-    page.goto(url)
-    assert page.state() == "bad"
-    assert "has another content than the version 5 that was accepted here before" in page.status()
+    for other in (source(seed=5, version=5), replace(source(version=5), temperature=2.0)):
+        write_bundle(bundle, exported, [other], key=vendor)
+        page.goto(url)
+        assert page.state() == "bad"
+        assert "has another content than the version 5 that was accepted here before" in page.status()
     write_bundle(bundle, exported, [source(version=5)], key=vendor)
     page.goto(url)
     assert page.state() == "good"

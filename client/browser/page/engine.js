@@ -78,7 +78,7 @@ export class Engine {
     const ids = this.text.phrase(text);
     const tokens = { input_ids: runtime.int64(ids), attention_mask: runtime.int64(ids.map(() => 1)) };
     const { logits } = await runtime.run(this.session, { ...tokens, ...feeds });
-    return best(softmax(logits.data, manifest.name), manifest.labels, top);
+    return best(softmax(logits.data, manifest), manifest.labels, top);
   }
 
   /** Continue a prompt; see `Generation.pieces`. Throws DataError, ConfigError. */
@@ -101,9 +101,10 @@ export class Engine {
   }
 }
 
-function softmax(logits, name) {
+/** Probabilities from logits, which the adapter's temperature divides. Throws DataError: one is not finite. */
+function softmax(logits, { name, temperature }) {
   const largest = logits.reduce((a, b) => Math.max(a, b), -Infinity);
-  const exponentials = Array.from(logits, (logit) => Math.exp(logit - largest));
+  const exponentials = Array.from(logits, (logit) => Math.exp((logit - largest) / temperature));
   const sum = exponentials.reduce((a, b) => a + b, 0);
   const probabilities = exponentials.map((value) => value / sum);
   if (!probabilities.every(Number.isFinite)) {

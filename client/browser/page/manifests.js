@@ -14,6 +14,7 @@ const sha256 = matching(/^[0-9a-f]{64}$/);
 const count = (value) => Number.isSafeInteger(value) && value >= 0;
 const fileName = matching(/^[A-Za-z0-9_][A-Za-z0-9_.-]*$/); // stays inside its folder
 
+const between = (low, high) => (value) => typeof value === "number" && value >= low && value <= high;
 const number = (value) => typeof value === "number" && value >= 0 && value < 2 ** 63;
 const pairOf = (first, second) => (value) => Array.isArray(value) && value.length === 2 && first(value[0]) && second(value[1]);
 const pattern = (value) => string(value) && value.length > 0 && [...value].length <= 512;
@@ -53,6 +54,7 @@ const ADAPTER = {
   parent: orNull(sha256),
   rank: count,
   labels: listOf(string),
+  temperature: between(0.05, 20), // adapters/manifest.py
 };
 
 /** `name`, if an adapter and its two files can have it on any system. Throws ConfigError. */

@@ -64,8 +64,8 @@ export class SeenVersions {
 }
 
 /** What the adapter is, whatever its name, version and number format. */
-const contentOf = ({ source, layout_digest, peft_config, parent, labels }) =>
-  JSON.stringify([source, layout_digest, peft_config, parent, labels]);
+const contentOf = ({ source, layout_digest, peft_config, parent, labels, temperature }) =>
+  JSON.stringify([source, layout_digest, peft_config, parent, labels, temperature]);
 
 async function opened(name) {
   const request = indexedDB.open(name, 2); // 1 held versions without content

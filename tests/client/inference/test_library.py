@@ -65,6 +65,16 @@ def test_the_mean_of_equal_heads_is_bitwise_the_same_head(
     np.testing.assert_array_equal(composed.inputs["classifier.weight"], shared.inputs["classifier.weight"])
 
 
+def test_the_temperature_of_a_composition_is_the_mean_weighted_as_the_heads_are(
+    bundle: Path, exported: ExportedBase, source: Source, add: Add
+) -> None:
+    add(replace(source("anna", parent="a" * 64), temperature=3.0))
+    for written, expected in (("anna", 3.0), ("global", 1.0), ("global:0.5+anna:1.5", 2.5), ("anna:7", 3.0)):
+        composition = Composition.parse(written)
+        parts = verified(bundle, *(part.name for part in composition.parts))
+        assert compose(composition, parts, exported.manifest).temperature == pytest.approx(expected)
+
+
 def test_two_halves_of_one_adapter_answer_as_the_adapter(bundle: Path, source: Source, add: Add) -> None:
     add(source("anna", parent="a" * 64))
     session = ClassificationSession.open(bundle)

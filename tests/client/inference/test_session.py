@@ -39,6 +39,23 @@ def test_answers_are_those_of_the_torch_model(bundle: Path, model: PeftModel, ex
         assert found.probability == pytest.approx(row.max(), abs=0.05)
 
 
+def test_the_temperature_of_an_adapter_divides_its_logits_alone_and_in_a_mixed_batch(
+    bundle: Path, source: Source, add: Add
+) -> None:
+    for name, temperature in (("cool", 0.5), ("hot", 4.0)):
+        add(replace(source(name, parent="a" * 64), temperature=temperature))
+    session = ClassificationSession.open(bundle)
+    rows = [(phrase, name) for phrase in PHRASES for name in ("global", "cool", "hot")]
+    for (phrase, name), mixed in zip(rows, session.rank_mixed(rows, 4), strict=True):
+        powers = {
+            p.label: p.probability ** {"global": 1, "cool": 2, "hot": 0.25}[name]
+            for p in session.rank([phrase], "global", 4)[0]
+        }
+        expected = {label: power / sum(powers.values()) for label, power in powers.items()}
+        for ranking in (mixed, session.rank([phrase], name, 4)[0]):
+            assert {p.label: p.probability for p in ranking} == pytest.approx(expected, abs=1e-6)
+
+
 def test_switching_to_another_adapter_and_back_changes_no_answer(
     with_anna: Path, model: PeftModel, source: Source
 ) -> None:

@@ -97,6 +97,9 @@ def test_the_same_version_with_another_content_is_refused_even_after_a_restart(
     write_bundle(bundle, exported, [replace(source(), labels=("Lock", "Light", "Music", "Timer"))], key=vendor)
     with refused(TrustError, "adapter-manifest.source"):
         accept(bundle)
+    write_bundle(bundle, exported, [replace(source(), temperature=1.5)], key=vendor)
+    with refused(TrustError, "adapter-manifest.source"):
+        accept(bundle)
     write_bundle(bundle, exported, [source(seed=5, version=4)], key=vendor)
     assert accept(bundle).manifest.version == 4
 
