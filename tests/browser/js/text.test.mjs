@@ -7,20 +7,37 @@ import { bytes, made } from "./made.mjs";
 const site = pathToFileURL(`${process.env.EDGEADAPT_SITE}/`);
 const { Text } = await import(new URL("text.js", site));
 const { DataError } = await import(new URL("errors.js", site));
-const text = new Text(bytes(made.phrases.tokenizer));
 
-test("a phrase has the tokens that it has natively, cut at the same place", () => {
-  assert.ok(made.phrases.ids.some(([, ids]) => ids.length === text.limit), "one is cut");
-  for (const [phrase, ids] of made.phrases.ids) assert.deepEqual(text.phrase(phrase), ids, phrase);
-});
+/** What is read, or what the refusal is about. */
+function tried(read) {
+  try {
+    return read();
+  } catch (error) {
+    assert.ok(error instanceof DataError, String(error.stack));
+    return error.about;
+  }
+}
+
+for (const [name, { tokenizer, texts }] of Object.entries(made.readers)) {
+  test(`a phrase has the tokens that it has natively, or is refused as natively, with the ${name} tokenizer`, () => {
+    const reader = new Text(bytes(tokenizer));
+    assert.ok(texts.some(([, ids]) => ids.length === reader.limit), "one is cut");
+    assert.ok(texts.some(([, ids]) => ids === "text.tokens"), "one is refused");
+    for (const [text, ids, share] of texts) {
+      assert.deepEqual(tried(() => reader.phrase(text)), ids, JSON.stringify(text));
+      assert.deepEqual(tried(() => reader.unknownShare(text)), share, JSON.stringify(text));
+    }
+  });
+}
 
 test("what has no answer is refused", () => {
+  const reader = new Text(bytes(made.readers.real.tokenizer));
   for (const phrase of ["", " \n", "\ud800", "a".repeat(70000), "\u0000"]) {
-    assert.throws(() => text.phrase(phrase), DataError, JSON.stringify(phrase.slice(0, 9)));
+    assert.throws(() => reader.phrase(phrase), DataError, JSON.stringify(phrase.slice(0, 9)));
   }
 });
 
 test("a character that has only begun is held back", () => {
   const begun = { decode: () => "done \ufffd" };
-  assert.equal(text.decoded.call({ tokenizer: begun }, []), "done ");
+  assert.equal(Text.prototype.decoded.call({ tokenizer: begun }, []), "done ");
 });

@@ -1,0 +1,63 @@
+"""Reads phrases as the tokens of a classifier, and refuses those that say nothing to it."""
+
+import json
+from typing import Self
+
+from tokenizers import Encoding, Tokenizer
+
+from aggregation.errors import DataError
+from client.inference.text import checked
+
+WHITE_SPACE = ("▁", "Ġ")  # tokens that SentencePiece and byte-level BPE write for it
+
+
+class PhraseReader:
+    """The tokenizer of a base, and which of its tokens say nothing."""
+
+    def __init__(self, tokenizer: Tokenizer, unknown: int | None, special: frozenset[int]) -> None:
+        """Use ``of``."""
+        self._tokenizer, self._unknown, self._special = tokenizer, unknown, special
+
+    @classmethod
+    def of(cls, tokenizer: bytes) -> Self:
+        """Read a tokenizer.json. Raises what the tokenizers library and ``json`` raise."""
+        stated = json.loads(tokenizer)
+        unknown = _unknown_token(stated["model"])
+        special = {int(token["id"]) for token in stated.get("added_tokens", []) if token.get("special")}
+        return cls(Tokenizer.from_str(tokenizer.decode()), unknown, frozenset(special - {unknown}))
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text, with the special tokens that the model expects, truncated at the model's limit.
+
+        Raises:
+            DataError: The text is not valid (``text.checked``), or has no known token (``unknown_share``).
+        """
+        encoding = self._tokenizer.encode(checked(text))
+        if self._share(encoding) == 1:
+            reason = f"the text {text[:40]!r} contains no known token; give a phrase in a language of the model"
+            raise DataError(reason, about="text.tokens", value=text)
+        return list(encoding.ids)
+
+    def unknown_share(self, text: str) -> float:
+        """The share of a text's tokens that the tokenizer does not know, 0 to 1; a text without any token has 1.
+
+        Special tokens, also those that the text spells out, and marks of white space do not count. A text of share 1,
+        such as an emoji, says nothing to the model.
+
+        Raises:
+            DataError: The text is not valid (``text.checked``).
+        """
+        return self._share(self._tokenizer.encode(checked(text)))
+
+    def _share(self, encoding: Encoding) -> float:
+        read = zip(encoding.ids, encoding.tokens, encoding.special_tokens_mask, strict=True)
+        silent = self._special
+        counted = [token for token, piece, added in read if not (added or token in silent or piece in WHITE_SPACE)]
+        return sum(token == self._unknown for token in counted) / len(counted) if counted else 1.0
+
+
+def _unknown_token(model: dict[str, object]) -> int | None:
+    """The token for what a tokenizer does not know, as tokenizer.json states it; None if it knows every text."""
+    name, number, vocabulary = model.get("unk_token"), model.get("unk_id"), model["vocab"]  # an id in a Unigram model
+    found = vocabulary.get(name) if isinstance(vocabulary, dict) and name is not None else number
+    return found if isinstance(found, int) else None
