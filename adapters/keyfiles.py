@@ -1,5 +1,6 @@
 """Ed25519 keys in files: signing keys, which are never replaced, and lists of trusted public keys, all in PEM form."""
 
+import re
 from pathlib import Path
 
 from adapters.storage import PRIVATE, PUBLIC, create, read
@@ -8,7 +9,8 @@ from aggregation.errors import ConfigError, TrustError, of_file
 from aggregation.pki.identity import IdentityKey, PublicKey
 
 MAX_PEM = 2**16  # bytes
-_END = b"-----END PUBLIC KEY-----"
+# Stricter than RFC 7468, which permits text before a key: two readers of the file must see the same keys.
+_BLOCK = re.compile(rb"-----BEGIN PUBLIC KEY-----[A-Za-z0-9+/=\s]*-----END PUBLIC KEY-----")
 
 
 def make_key(path: Path, entropy: Entropy) -> tuple[IdentityKey, Path]:
@@ -49,11 +51,12 @@ def read_public_keys(path: Path) -> tuple[PublicKey, ...]:
         ConfigError: The file does not exist.
         TrustError: It holds anything else.
     """
-    *blocks, rest = _read(path, "name the public keys that you trust with --trust").split(_END)
-    if rest.strip() or not blocks:
+    raw = _read(path, "name the public keys that you trust with --trust")
+    blocks = _BLOCK.findall(raw)
+    if not blocks or _BLOCK.sub(b"", raw).strip():
         raise TrustError(f"{path} is not a list of public keys in PEM form", about=path.name)
     with of_file(path):
-        return tuple(PublicKey.from_pem(block.strip() + b"\n" + _END + b"\n") for block in blocks)
+        return tuple(PublicKey.from_pem(block + b"\n") for block in blocks)
 
 
 def _read(path: Path, remedy: str) -> bytes:

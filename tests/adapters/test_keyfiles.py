@@ -61,9 +61,11 @@ def test_several_public_keys_are_read_in_order(tmp_path: Path) -> None:
         lambda _: b"\n",
         lambda _: b"hello",
         lambda raw: raw + b"more",
+        lambda raw: b"key:\n" + raw,
+        lambda raw: raw.replace(b"-\nM", b"-\nA: b\n\nM"),
         lambda raw: raw.replace(b"-----END", b"-----FIN"),
     ],
-    ids=["empty", "newline", "text", "trailing", "no end"],
+    ids=["empty", "newline", "text", "trailing", "leading", "a header", "no end"],
 )
 def test_anything_else_than_public_keys_is_refused(tmp_path: Path, change: object) -> None:
     path = tmp_path / "trust.pem"

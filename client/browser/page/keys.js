@@ -6,7 +6,7 @@ import { encode, hex, sha256, unhex } from "./bytes.js";
 import { TrustError } from "./errors.js";
 
 const SPKI = unhex("302a300506032b6570032100"); // RFC 8410, section 4: everything before the 32 bytes of the key
-const BLOCK = /-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\s]*)-----END PUBLIC KEY-----/g;
+const BLOCK = /-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\t-\r ]*)-----END PUBLIC KEY-----/g; // \s has more spaces than Python's
 const BASE_POINT = "58" + "66".repeat(31); // RFC 8032, section 5.1: a sound key, to ask the browser with
 const FIELD = 2n ** 255n - 19n; // RFC 8032, section 5.1
 const ORDER_8 = 0x7a03ac9277fdc74ec6cc392cfa53202a0f67100d760b3cba4fd84d3d706a17c7n; // as aggregation/pki/identity.py
@@ -19,7 +19,7 @@ const NOBLE = "./vendor/noble-ed25519/index.js";
  */
 export async function pinned(pem, name = "trust.pem") {
   const blocks = [...pem.matchAll(BLOCK)];
-  if (!blocks.length || pem.replace(BLOCK, "").trim()) {
+  if (!blocks.length || !/^[\t-\r ]*$/.test(pem.replace(BLOCK, ""))) {
     throw new TrustError(`${name} is not a list of public keys in PEM form`, name);
   }
   return Promise.all(blocks.map(([, base64]) => publicKey(base64)));
