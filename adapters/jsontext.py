@@ -1,13 +1,15 @@
 """JSON with one meaning: written deterministically, and read strictly.
 
 Two readers of one text must never see two values, so what JSON leaves open is refused: a key that occurs twice, NaN and
-infinity, another encoding than UTF-8, and nesting that a reader may not be able to follow.
+infinity, half of a surrogate pair, another encoding than UTF-8, and nesting that a reader may not be able to follow.
 """
 
 import json
 import math
+import re
 from typing import Any
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # may be half of a pair
 MAX_DEPTH = 16  # objects and arrays within each other; our documents have five
 
 
@@ -38,8 +40,11 @@ def decode(raw: bytes) -> Any:
         ValueError: Not JSON in UTF-8, or something that this module refuses.
     """
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite)
+        text = raw.decode()
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite)
         check_depth(value)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
     return value

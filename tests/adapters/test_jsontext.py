@@ -52,18 +52,25 @@ def test_another_spelling_of_a_value_is_the_same_value(value: Any) -> None:
         b'"\xff"',
         '{"a": 1}'.encode("utf-16"),
         b"\xef\xbb\xbf{}",
+        b'["\\ud800"]',
+        b'{"\\uDC00\\ud800": 1}',
         b"[" * 17 + b"]" * 17,
         b'{"a":' * 17 + b"1" + b"}" * 17,
         b"[" * 200_000,
     ],
     ids=[
         *("empty", "cut", "trailing", "key twice", "key twice by an escape", "key twice inside", "NaN", "infinity"),
-        *("too large", "not UTF-8", "UTF-16", "byte order mark", "deep lists", "deep objects", "a bomb of brackets"),
+        *("too large", "not UTF-8", "UTF-16", "byte order mark"),
+        *("half of a pair", "a pair in the wrong order", "deep lists", "deep objects", "a bomb of brackets"),
     ],
 )
 def test_what_two_readers_could_read_differently_is_refused(raw: bytes) -> None:
     with pytest.raises(ValueError, match=r"\S"):
         jsontext.decode(raw)
+
+
+def test_a_pair_of_surrogates_is_one_character() -> None:
+    assert jsontext.decode(b'"\\ud83d\\ude00"') == "\U0001f600"
 
 
 def test_sixteen_levels_are_read() -> None:

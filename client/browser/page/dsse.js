@@ -6,9 +6,10 @@ import { concat, decode, encode, unbase64 } from "./bytes.js";
 import { TrustError, quoted } from "./errors.js";
 import { verifies } from "./keys.js";
 
-export const MAX_ENVELOPE = 2 ** 20; // bytes
+export const MAX_ENVELOPE = 2 ** 22; // bytes
 const MAX_SIGNATURES = 8;
 const MAX_DEPTH = 16; // objects and arrays within each other
+const HALF = /\p{Surrogate}/u; // a pair counts as one character
 const STRINGS = /"[^"\\]*(?:\\.[^"\\]*)*"(\s*:)?/g; // of a valid JSON text; those with a colon are keys
 
 /**
@@ -37,7 +38,7 @@ export function pae(type, payload) {
   return concat(encode(`DSSEv1 ${kind.length} `), kind, encode(` ${payload.length} `), payload);
 }
 
-/** The value of a JSON text in UTF-8. Throws SyntaxError, TypeError: none, a key twice, or nested too deeply. */
+/** The value of a JSON text in UTF-8. Throws SyntaxError, TypeError: none, or what adapters/jsontext.py refuses. */
 export function parse(bytes) {
   const text = decode(bytes);
   const value = JSON.parse(text);
@@ -47,12 +48,14 @@ export function parse(bytes) {
 }
 
 function keysOf(value, left) {
+  if (typeof value === "string" && HALF.test(value)) throw new SyntaxError("half of a surrogate pair");
   if (typeof value !== "object" || value === null) {
     if (Math.abs(value) === Infinity) throw new SyntaxError("a number is too large");
     return 0;
   }
   if (!left) throw new SyntaxError(`nested more than ${MAX_DEPTH} levels deep`);
   const own = Array.isArray(value) ? 0 : Object.keys(value).length;
+  if (own && Object.keys(value).some((key) => HALF.test(key))) throw new SyntaxError("half of a surrogate pair");
   return Object.values(value).reduce((sum, inner) => sum + keysOf(inner, left - 1), own);
 }
 

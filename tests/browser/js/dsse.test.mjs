@@ -64,7 +64,7 @@ test("another type, and no pinned signer, are refused", async () => {
   await assert.rejects(accept(raw, `${TYPE}x`, keys), /document of type/);
   await assert.rejects(accept(raw, TYPE, keys.slice(0, 1)), /not a trusted key/);
   await assert.rejects(accept(raw, TYPE, [{ ...keys[0], id: keys[1].id }]), /signature does not match/);
-  await assert.rejects(accept(new Uint8Array(2 ** 20 + 1), TYPE, keys), /above the limit/);
+  await assert.rejects(accept(new Uint8Array(2 ** 22 + 1), TYPE, keys), /above the limit/);
 });
 
 test("the portable Ed25519 agrees with the browser's own", async () => {
