@@ -4,6 +4,7 @@ It holds names, shapes and numbers, and checks nothing: everything else about an
 A file of 32-bit floats also works with ONNX Runtime's ``LoraAdapter``.
 """
 
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def unpack(blob: bytes) -> Stored:
     """The tensors in a file.
 
     Raises:
-        DataError: It is not such a file.
+        DataError: It is not such a file, or names a tensor twice.
         OSError: The temporary folder is full.
     """
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
@@ -44,5 +45,26 @@ def unpack(blob: bytes) -> Stored:
             values = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
         except Exception as error:  # onnxruntime raises several classes of its own, with no common base
             raise DataError("not a sound .onnx_adapter file: export it again", about=".onnx_adapter") from error
-        # A copy: ``numpy()`` is a view of memory that is freed with ``values``.
-        return {name: value.numpy().copy() for name, value in values.items()}
+        if len(values) != _count(blob):
+            raise DataError("the .onnx_adapter file names a tensor twice: export it again", about=".onnx_adapter")
+        try:
+            # A copy: ``numpy()`` is a view of memory that is freed with ``values``.
+            return {name: value.numpy().copy() for name, value in values.items()}
+        except ValueError as error:  # an empty tensor may have a dimension that is too large for numpy
+            raise DataError(
+                "the .onnx_adapter file has an impossible shape: export it again", about=".onnx_adapter"
+            ) from error
+
+
+def _count(blob: bytes) -> int:
+    """The tensors in a sound file: the length of the root table's fourth field (docs/reference/bundle-format.md)."""
+    (root,) = struct.unpack_from("<I", blob)
+    (back,) = struct.unpack_from("<i", blob, root)
+    (size,) = struct.unpack_from("<H", blob, root - back)
+    (distance,) = struct.unpack_from("<H", blob, root - back + 10) if size >= 12 else (0,)
+    if not distance:
+        return 0
+    at = root + distance
+    (reference,) = struct.unpack_from("<I", blob, at)
+    (count,) = struct.unpack_from("<I", blob, at + reference)
+    return int(count)

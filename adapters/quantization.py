@@ -119,7 +119,8 @@ def _restored(name: str, stored: Stored, form: Format) -> Floats:
     if value.dtype == np.uint8:
         restored = _rows_last(name, int4.unpack(value, _checked_blocks(name, stored)))
     elif value.dtype == np.int8:
-        restored = value.astype(np.float32) * _checked_scale(name, stored)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            restored = value.astype(np.float32) * _checked_scale(name, stored)
     else:
         restored = value.astype(np.float32)
     if not np.isfinite(restored).all():
