@@ -28,6 +28,8 @@ EXCEPT = {
     "__pycache__",
     "package-lock.json",
     "retired_words.md",
+    "cases.json",
+    "expected.json",
     "rounds.json",
     "test_words.py",
     "words",

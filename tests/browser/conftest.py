@@ -4,8 +4,6 @@ The browser is found as ``chromium`` on the path. Without it, or without the pag
 skipped; with EDGEADAPT_REQUIRE_BROWSER=1, as in CI, they fail.
 """
 
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,16 +12,10 @@ from typing import Any
 import pytest
 
 from client.browser.server import LIBRARIES, VENDOR, Site, http_server
-from tests.support import cdp, models
+from tests.support import cdp, models, programs
+from tests.support.programs import need
 
 globals().update(models.FIXTURES)
-
-REQUIRED = os.environ.get("EDGEADAPT_REQUIRE_BROWSER") == "1"
-
-
-def need(what: Any, how: str) -> None:
-    if not what:
-        pytest.fail(how) if REQUIRED else pytest.skip(how)
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +25,7 @@ def libraries() -> None:
 
 @pytest.fixture(scope="session")
 def node(libraries: None) -> str:
-    program = shutil.which("node")
-    need(program, "no node on the path: apt install nodejs")
-    return str(program)
+    return programs.node()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from adapters import dsse, jsontext
 from adapters.base import find_base
+from adapters.bundle import Bundle
 from adapters.graphinputs import layout_of, to_inputs
 from adapters.layout import Tensors
 from adapters.manifest import Format
@@ -29,9 +30,11 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from client.browser.server import Site
 from client.inference.phrases import PhraseReader
 from export.bundle import adapter
-from export.bundle.write import AdapterSource
+from export.bundle.write import AdapterSource, add_adapter
 from export.onnx.exported import ExportedBase
+from tests.support.programs import other_reader
 from tests.support.tokenizers import TOKENIZERS, UNREADABLE
+from tests.vectors.make_bundle import in_hex
 
 FORMATS: tuple[Format, ...] = ("fp32", "fp16", "int8", "int4")
 LEAVES = (0, -1, 2**53 - 1, 1.5, -0.25, 1e16, 1e-5, 1.5e300, 123456789.125, 2.0, 1e15, 5e-324, True, False, None, "")
@@ -237,3 +240,19 @@ def test_the_modules_do_what_the_native_device_does(made: Path, site: Path, node
     environment = os.environ | {"EDGEADAPT_MADE": str(made), "EDGEADAPT_SITE": str(site)}
     done = subprocess.run([node, "--test", *tests], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_reader_that_shares_no_code_reads_what_the_exporter_writes_for_a_transformer(
+    bundle: Path, exported: ExportedBase, source: Callable[..., AdapterSource], vendor: IdentityKey
+) -> None:
+    """tests/vectors has the same for a base that is written by hand."""
+    for number, form in enumerate(FORMATS):
+        add_adapter(bundle, exported.adapter_inputs, source(form, number), key=vendor, form=form)
+    trusted = Bundle(bundle, (vendor.public,))
+    base = trusted.base().manifest
+    for form, answer in zip(
+        FORMATS, other_reader(bundle.parent, [{"adapter": f, "files": {}} for f in FORMATS]), strict=True
+    ):
+        assert answer["rule"] is None
+        assert answer["tensors"] == in_hex(trusted.adapter(form, base).inputs)
+        assert len(answer["tensors"]) > 8

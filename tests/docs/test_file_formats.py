@@ -1,4 +1,4 @@
-"""The page on file formats has every field of the manifests, and every file of a state directory."""
+"""The pages on file formats have every field of the manifests, and every file of a state directory."""
 
 import dataclasses
 import re
@@ -11,10 +11,11 @@ from adapters.roundrecord import RoundRecord
 from client.node import statedir as device
 from coordinator import statedir as coordinator
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "file-formats.md").read_text(encoding="utf-8")
+REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
+PAGE = "\n".join((REFERENCE / name).read_text(encoding="utf-8") for name in ("bundle-format.md", "file-formats.md"))
 TABLES: dict[str, type[Manifest]] = {
-    "### Base manifest": BaseManifest,
-    "### Adapter manifest": AdapterManifest,
+    "## Base manifest": BaseManifest,
+    "## Adapter manifest": AdapterManifest,
     "### Registry": VersionManifest,
     "### Round record": RoundRecord,
 }
