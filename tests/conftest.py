@@ -90,15 +90,15 @@ def one_thread() -> Iterator[None]:
 
 
 def _population(devices: int, unseen: int) -> Any:
-    from simulations.data.households import Household, Population, Utterance
+    from simulations.data.population import Client, LabelledText, Population
 
-    def phrases(number: int, count: int) -> tuple[Utterance, ...]:
-        """So many phrases, with a mix of intents that depends on the household."""
+    def phrases(number: int, count: int) -> tuple[LabelledText, ...]:
+        """So many phrases, with a mix of intents that depends on the client."""
         labels = [(number * k + k // 3) % len(LABELS) for k in range(1, count + 1)]
-        return tuple(Utterance(SAID[LABELS[i]][(number + k) % 5], i, "t") for k, i in enumerate(labels))
+        return tuple(LabelledText(SAID[LABELS[i]][(number + k) % 5], i, "t") for k, i in enumerate(labels))
 
-    households = tuple(
-        Household(
+    clients = tuple(
+        Client(
             name=f"device-{number:02d}",
             language="en",
             unseen=number >= devices,
@@ -108,8 +108,8 @@ def _population(devices: int, unseen: int) -> Any:
         )
         for number in range(devices + unseen)
     )
-    public = tuple(Utterance(SAID[label][0], i, "p") for i, label in enumerate(LABELS))
-    return Population(LABELS, public, households)
+    public = tuple(LabelledText(SAID[label][0], i, "p") for i, label in enumerate(LABELS))
+    return Population(LABELS, public, clients)
 
 
 @dataclass
@@ -184,7 +184,7 @@ def app_fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[.
         provision.provision(made.out, scenario, population, tiny_base)
         made.configure({"rounds": 3, "training.learning_rate": 0.01})
         made.configure({key.replace("__", "."): value for key, value in federation.items()})
-        seen = [household.name for household in population.households if not household.unseen]
+        seen = [household.name for household in population.clients if not household.unseen]
         folders = (str(provision.device_folder(made.out, name)) for name in seen)
         made.nodes = dict(enumerate(folders, SERVER_NODE + 1))
         return made

@@ -1,6 +1,6 @@
-"""After the last round: each household's four arms, trained where they need training, and scored on its test phrases.
+"""After the last round: each client's four arms, trained where they need training, and scored on its test phrases.
 
-A household's outcome is one file in its device's state directory, so a resumed run continues with the next household.
+A client's outcome is one file in its device's state directory, so a resumed run continues with the next client.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from client.node.statedir import DeviceStateDir
 from client.training.examples import Split, in_split, read_examples
 from client.training.personal import Candidate, Personalization, personalize
 from client.training.trainer import Trainer, load_trainer
-from simulations.data.households import Household, Population
+from simulations.data.population import Client, Population
 from simulations.engine import provision
 from simulations.engine.progress import RunProgress
-from simulations.report.result import HouseholdResult
+from simulations.report.result import ClientResult
 from simulations.scenario import PersonalSettings, Scenario
 
 OUTCOME = "outcome.json"
@@ -31,7 +31,7 @@ OUTCOME = "outcome.json"
 
 @dataclass(frozen=True, slots=True)
 class ArmInputs:
-    """What the arms of every household are made from.
+    """What the arms of every client are made from.
 
     Attributes:
         seed_adapter: The vendor's adapter, version 0.
@@ -52,15 +52,15 @@ class ArmInputs:
 
 def personalize_all(
     out: Path, scenario: Scenario, population: Population, base: Base, progress: RunProgress
-) -> tuple[HouseholdResult, ...]:
-    """The outcome of every household, computed or read from its device's state directory."""
+) -> tuple[ClientResult, ...]:
+    """The outcome of every client, computed or read from its device's state directory."""
     inputs = _inputs(out, scenario)
     mine = load_trainer(base, len(population.labels), provision.lora(scenario))
     state_dirs = provision.open_state_dirs(out, population)
     outcomes = []
-    with progress.stage("personal step", total=len(population.households)) as advance:
-        for household in population.households:
-            outcomes.append(_outcome(state_dirs[household.name], household, mine, inputs))
+    with progress.stage("personal step", total=len(population.clients)) as advance:
+        for client in population.clients:
+            outcomes.append(_outcome(state_dirs[client.name], client, mine, inputs))
             advance()
     return tuple(outcomes)
 
@@ -81,16 +81,16 @@ def _inputs(out: Path, scenario: Scenario) -> ArmInputs:
     )
 
 
-def _outcome(state_dir: DeviceStateDir, household: Household, mine: Trainer, inputs: ArmInputs) -> HouseholdResult:
+def _outcome(state_dir: DeviceStateDir, client: Client, mine: Trainer, inputs: ArmInputs) -> ClientResult:
     path = state_dir.folder / OUTCOME
     if path.exists():
-        return HouseholdResult(**json.loads(path.read_bytes()))
+        return ClientResult(**json.loads(path.read_bytes()))
     examples = read_examples(state_dir.examples, len(inputs.task.labels))
     train, test = in_split(examples, Split.TRAIN), in_split(examples, Split.TEST)
     fine = replace(inputs.task, learning_rate=inputs.personal.learning_rate)
 
     def generator(arm: str) -> np.random.Generator:
-        name = int.from_bytes(hashlib.sha256(f"{household.name}{arm}".encode()).digest()[:8], "big")
+        name = int.from_bytes(hashlib.sha256(f"{client.name}{arm}".encode()).digest()[:8], "big")
         return np.random.default_rng([inputs.seed, name])
 
     def personal_step(start: Tensors, arm: str) -> Personalization:
@@ -99,7 +99,7 @@ def _outcome(state_dir: DeviceStateDir, household: Household, mine: Trainer, inp
 
     personal = personal_step(inputs.global_adapter, "")
     storage.replace(state_dir.folder / device_files.PERSONAL, files.encode(personal.adapter))
-    # The local arm gets all that the personal arm gets, except what other households contribute: as many epochs, at
+    # The local arm gets all that the personal arm gets, except what other clients contribute: as many epochs, at
     # the same two learning rates, and the same choice on the validation part.
     epochs, order = inputs.federation_epochs, generator("/local")
     by_itself = mine.train(inputs.seed_adapter, train, inputs.task, epochs=epochs, rng=order)
@@ -110,10 +110,10 @@ def _outcome(state_dir: DeviceStateDir, household: Household, mine: Trainer, inp
         "global": inputs.global_adapter,
         "personal": personal.adapter,
     }
-    outcome = HouseholdResult(
-        household.name,
-        household.language,
-        household.unseen,
+    outcome = ClientResult(
+        client.name,
+        client.language,
+        client.unseen,
         len(train),
         len(test),
         {arm: mine.score(adapter, test).accuracy for arm, adapter in arms.items()},

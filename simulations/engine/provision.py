@@ -1,4 +1,4 @@
-"""Make a fleet: an authority, a coordinator with a first adapter, and a device for every household.
+"""Make a fleet: an authority, a coordinator with a first adapter, and a device for every client.
 
 The steps are those of a fleet in the field, in one process: each device creates its key, the authority certifies it,
 and the device pins the authority and the coordinator. The apps get nothing but the state directories. One secret of a
@@ -30,7 +30,7 @@ from client.training.trainer import load_trainer
 from coordinator.registry import Registry
 from coordinator.seed import seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
-from simulations.data.households import Household, Population
+from simulations.data.population import Client, Population
 from simulations.scenario import Scenario
 
 AUTHORITY = "authority"
@@ -44,9 +44,9 @@ def lora(scenario: Scenario) -> LoraSpec:
     return LoraSpec(scenario.adapter.rank, scenario.adapter.alpha, scenario.adapter.targets)
 
 
-def device_folder(out: Path, household: str) -> Path:
-    """The state directory of a household's device."""
-    return out / DEVICES / household
+def device_folder(out: Path, client: str) -> Path:
+    """The state directory of a client's device."""
+    return out / DEVICES / client
 
 
 def provision(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
@@ -60,7 +60,7 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
     _publish_seed(coordinator, scenario, population, base)
     coordinator.registry.close()
     anchors = TrustAnchors(pinned, coordinator.key.public.to_pem())
-    fleet = sum(not household.unseen for household in population.households)
+    fleet = sum(not client.unseen for client in population.clients)
     smallest = max(3, min(SAFE.minimum_cohort, fleet - 2))  # the default unless the fleet is smaller
     honest = graph.quorum(smallest, SAFE.corrupt_fraction) - graph.count_of(smallest, SAFE.corrupt_fraction)
     policy = PolicySettings(
@@ -71,20 +71,20 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
     )
     # The base is named as in the scenario; one that the run has rounded is in the run's folder.
     name = str(base.folder) if scenario.export.train_on_dequantized else scenario.base.model
-    for household in population.households:
-        folder = device_folder(out, household.name)
-        key = enrol(folder, household.name, DeviceSettings(base=name, policy=policy), anchors, entropy)
+    for client in population.clients:
+        folder = device_folder(out, client.name)
+        key = enrol(folder, client.name, DeviceSettings(base=name, policy=policy), anchors, entropy)
         begin, end, serial = now - timedelta(hours=1), now + LIFETIME, x509.random_serial_number()
-        certificate = authority.issue(household.name, key, not_before=begin, not_after=end, serial=serial)
+        certificate = authority.issue(client.name, key, not_before=begin, not_after=end, serial=serial)
         state_dir = DeviceStateDir.open(folder)
         install_certificate(state_dir, certificate, now)
-        write_examples(state_dir.examples, _examples(household))
-        replace(folder / TRAINING_KEY, hashlib.sha256(f"{scenario.seed}/{household.name}".encode()).digest())
+        write_examples(state_dir.examples, _examples(client))
+        replace(folder / TRAINING_KEY, hashlib.sha256(f"{scenario.seed}/{client.name}".encode()).digest())
 
 
 def open_state_dirs(out: Path, population: Population) -> dict[str, DeviceStateDir]:
-    """Household → its device's state directory."""
-    return {h.name: DeviceStateDir.open(device_folder(out, h.name)) for h in population.households}
+    """Client → its device's state directory."""
+    return {h.name: DeviceStateDir.open(device_folder(out, h.name)) for h in population.clients}
 
 
 def registry(out: Path) -> Registry:
@@ -119,6 +119,6 @@ def _publish_seed(coordinator: CoordinatorStateDir, scenario: Scenario, populati
     coordinator.registry.publish(manifest, blob, coordinator.key)
 
 
-def _examples(household: Household) -> list[Example]:
-    parts = {Split.TRAIN: household.train, Split.VALIDATION: household.validation, Split.TEST: household.test}
+def _examples(client: Client) -> list[Example]:
+    parts = {Split.TRAIN: client.train, Split.VALIDATION: client.validation, Split.TEST: client.test}
     return [Example(phrase.text, phrase.label, part) for part, phrases in parts.items() for phrase in phrases]

@@ -22,7 +22,7 @@ from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.parity import compare
 from export.parity.compare import Limits, OnnxRunner, Parity, limits_of
-from simulations.data.households import Population
+from simulations.data.population import Population
 from simulations.engine import provision
 from simulations.scenario import Scenario
 
@@ -33,11 +33,11 @@ PERSONAL = "personal"
 
 @dataclass(frozen=True, slots=True)
 class ExportOutcome:
-    """The first household's bundle, and how the exported pair of base and global adapter answers."""
+    """The first client's bundle, and how the exported pair of base and global adapter answers."""
 
     bundle: Path
     parity: Parity
-    accuracy: float  # share of the test phrases of all households that the exported pair answers right
+    accuracy: float  # share of the test phrases of all clients that the exported pair answers right
 
 
 def publish(out: Path, scenario: Scenario, population: Population, base: Base) -> ExportOutcome:
@@ -53,7 +53,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     exported = export_classifier(model, base, Profile(scenario.export.profile))
     runner = OnnxRunner.open(exported.files, exported.manifest)
     classifier.load(model, tensors)
-    tests = [example for household in population.households for example in household.test]
+    tests = [example for client in population.clients for example in client.test]
     inputs, texts = _on_device(tensors, exported), [example.text for example in tests]
     found = compare.compare(model, runner, inputs, texts)
     compare.gate(found, _limits(scenario))
@@ -65,11 +65,9 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     )
     write_bundle(out / BUNDLE, exported, [source], key=key)
     replace(out / device_files.TRUST, key.public.to_pem(), PUBLIC)
-    for household in population.households:
-        _write_device_bundle(out, household.name, exported, source)
-    return ExportOutcome(
-        provision.device_folder(out, population.households[0].name) / BUNDLE, found, float(right.mean())
-    )
+    for client in population.clients:
+        _write_device_bundle(out, client.name, exported, source)
+    return ExportOutcome(provision.device_folder(out, population.clients[0].name) / BUNDLE, found, float(right.mean()))
 
 
 def _limits(scenario: Scenario) -> Limits:
@@ -83,9 +81,9 @@ def _on_device(tensors: Tensors, exported: ExportedBase) -> Tensors:
     return adapter.decode(adapter.encode(tensors, exported.adapter_inputs), "int8")
 
 
-def _write_device_bundle(out: Path, household: str, exported: ExportedBase, common: AdapterSource) -> None:
+def _write_device_bundle(out: Path, client: str, exported: ExportedBase, common: AdapterSource) -> None:
     """Copy the coordinator's bundle into a device's state directory, and add the device's own adapter to it."""
-    folder = provision.device_folder(out, household)
+    folder = provision.device_folder(out, client)
     copy_bundle(out / BUNDLE, folder / BUNDLE)
     blob = (folder / device_files.PERSONAL).read_bytes()
     identity = IdentityKey.from_pem((folder / device_files.IDENTITY).read_bytes())

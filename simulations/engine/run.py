@@ -1,7 +1,7 @@
 """One run of a scenario, from the population to the report, in a folder from which it can be resumed.
 
 Each stage leaves its outcome in the folder, and skips the work whose outcome it finds there: a kill loses at most the
-current round, household or export. The ServerApp and the ClientApp are the real ones, on the in-process grid.
+current round, client or export. The ServerApp and the ClientApp are the real ones, on the in-process grid.
 """
 
 import json
@@ -29,7 +29,8 @@ from coordinator.app import STATE
 from coordinator.app import app as server_app
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
-from simulations.data.households import Population, sample_population
+from simulations.data.households import sample_population
+from simulations.data.population import Population
 from simulations.engine import provision
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
 from simulations.engine.personal import personalize_all
@@ -37,7 +38,7 @@ from simulations.engine.progress import RunProgress
 from simulations.engine.publish import ExportOutcome, publish
 from simulations.report.formatting import program
 from simulations.report.page import write_report
-from simulations.report.result import HouseholdResult, ReportedRound, RunResult
+from simulations.report.result import ClientResult, ReportedRound, RunResult
 from simulations.scenario import Scenario
 
 SCENARIO = "scenario.json"
@@ -130,10 +131,10 @@ def run(folder: RunFolder, progress: RunProgress) -> RunResult:
             _prepare(folder.path, scenario, population, base)
         _federate(folder, population, progress)
         with folder.timed("personal"):
-            households = personalize_all(folder.path, scenario, population, base, progress)
+            clients = personalize_all(folder.path, scenario, population, base, progress)
         with folder.timed("export"), progress.stage("export"):
             exported = publish(folder.path, scenario, population, base)
-    result = _result(folder, base, households, exported)
+    result = _result(folder, base, clients, exported)
     write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result
@@ -187,12 +188,12 @@ def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) 
 def _federate(folder: RunFolder, population: Population, progress: RunProgress) -> None:
     """The rounds: the real ServerApp and ClientApp, on the in-process grid."""
     state_dirs = provision.open_state_dirs(folder.path, population)
-    for state_dir in state_dirs.values():  # a household without data ends the run before the first round
+    for state_dir in state_dirs.values():  # a client without data ends the run before the first round
         read_examples(state_dir.examples, len(population.labels))
     nodes = {
-        number: str(state_dirs[household.name].folder)
-        for number, household in enumerate(population.households, SERVER_NODE + 1)
-        if not household.unseen
+        number: str(state_dirs[client.name].folder)
+        for number, client in enumerate(population.clients, SERVER_NODE + 1)
+        if not client.unseen
     }
     scenario = folder.scenario
     network, federation = scenario.network, scenario.federation
@@ -207,14 +208,14 @@ def _federate(folder: RunFolder, population: Population, progress: RunProgress) 
         folder.add("training", progress.training_seconds - trained)
 
 
-def _result(folder: RunFolder, base: Base, households: Sequence[HouseholdResult], exported: ExportOutcome) -> RunResult:
+def _result(folder: RunFolder, base: Base, clients: Sequence[ClientResult], exported: ExportOutcome) -> RunResult:
     registry, parity, scenario = provision.registry(folder.path), exported.parity, folder.scenario
     last = (registry.latest() or registry.version(0)).manifest
-    devices = sum(not household.unseen for household in households)
+    devices = sum(not client.unseen for client in clients)
     return RunResult(
         scenario=scenario.name,
         seed=scenario.seed,
-        households=tuple(households),
+        clients=tuple(clients),
         rounds=tuple(_reported(record, devices) for record in registry.rounds()),
         adapter={
             "version": last.version,

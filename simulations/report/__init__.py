@@ -4,13 +4,13 @@ Importing this package does not import matplotlib, which only draws the figures 
 """
 
 from simulations.report.page import page, write_report
-from simulations.report.result import ARMS, HouseholdResult, ReportedRound, RunResult
+from simulations.report.result import ARMS, ClientResult, ReportedRound, RunResult
 from simulations.report.seeds import Spread, markdown, read_results, spreads
 from simulations.report.terminal import print_scenario, print_table
 
 __all__ = [
     "ARMS",
-    "HouseholdResult",
+    "ClientResult",
     "ReportedRound",
     "RunResult",
     "Spread",

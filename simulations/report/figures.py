@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulations.report.formatting import TrafficMeans, count, dropouts, percent, share, size
-from simulations.report.result import ARMS, HouseholdResult, ReportedRound, RunResult, dropouts_by_step
+from simulations.report.result import ARMS, ClientResult, ReportedRound, RunResult, dropouts_by_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,35 +118,33 @@ def _inline(document: str, key: str, title: str, description: str) -> str:
     return head + rest.strip()
 
 
-# Accuracy by household.
+# Accuracy by client.
 
-ROW = 17.0  # units a household
+ROW = 17.0  # units a client
 MARKS = {"base": ("o", 26), "local": ("D", 26), "global": ("s", 20), "personal": ("o", 44)}  # shape, square points
 
 
-def households(result: RunResult) -> str:
-    """Accuracy by household: a line from base to personal, with marks for local and global; unseen households below."""
+def clients(result: RunResult) -> str:
+    """Accuracy by client: a line from base to personal, with marks for local and global; unseen clients below."""
 
-    def rank(household: HouseholdResult) -> tuple[bool, float, str]:
-        accuracy = household.accuracy["personal"]
-        return household.unseen, -accuracy if math.isfinite(accuracy) else 2.0, household.name
+    def rank(client: ClientResult) -> tuple[bool, float, str]:
+        accuracy = client.accuracy["personal"]
+        return client.unseen, -accuracy if math.isfinite(accuracy) else 2.0, client.name
 
-    rows = sorted(result.households, key=rank)
+    rows = sorted(result.clients, key=rank)
     seen = sum(not h.unseen for h in rows)
     better = sum(h.accuracy["personal"] > h.accuracy["base"] for h in rows)
     text = (
-        f"personal answers more test phrases right than base in {better} of {count(len(rows), 'household')}; "
-        "the table of households has the numbers."
+        f"personal answers more test phrases right than base in {better} of {count(len(rows), 'client')}; "
+        "the table of clients has the numbers."
     )
     gap = 1.6 if 0 < seen < len(rows) else 0.0
     height = 84 + ROW * (len(rows) + gap)
     places = [i + (gap if h.unseen else 0.0) for i, h in enumerate(rows)]
-    return svg(
-        "households", "Accuracy by household", text, height, lambda figure: _dumbbells(figure, rows, places, height)
-    )
+    return svg("clients", "Accuracy by client", text, height, lambda figure: _dumbbells(figure, rows, places, height))
 
 
-def _dumbbells(figure: "Figure", rows: Sequence[HouseholdResult], places: Sequence[float], height: float) -> None:
+def _dumbbells(figure: "Figure", rows: Sequence[ClientResult], places: Sequence[float], height: float) -> None:
     labels = [_label(h) for h in rows]
     left = 12 + CHARACTER * max(map(len, labels))
     ax = axes(figure, left=left, top=42, width=WIDTH - left - 40, height=height - 84)
@@ -174,12 +172,12 @@ def _dumbbells(figure: "Figure", rows: Sequence[HouseholdResult], places: Sequen
             "took no part in training", (0, first - 1), (2, 0), ("axes fraction", "data"), "offset points",
             va="center", color=MUTED, style="italic",
         )  # fmt: skip
-    _household_key(figure)
+    _client_key(figure)
 
 
-def _label(household: HouseholdResult) -> str:
-    name = short(household.name)
-    return name if household.name.startswith(household.language) else f"{name} · {short(household.language)}"
+def _label(client: ClientResult) -> str:
+    name = short(client.name)
+    return name if client.name.startswith(client.language) else f"{name} · {short(client.language)}"
 
 
 def _marks(ax: "Axes", arm: str, x: Iterable[float], y: Iterable[float]) -> None:
@@ -200,7 +198,7 @@ def _key(figure: "Figure", height: float) -> "Axes":
     return ax
 
 
-def _household_key(figure: "Figure") -> None:
+def _client_key(figure: "Figure") -> None:
     ax = _key(figure, 24)
     for place, arm in zip((14, 100, 190, 290), ARMS, strict=True):
         _marks(ax, arm, [place], [0])
@@ -326,11 +324,11 @@ def dropouts_by_device(result: RunResult) -> str:
 
 
 def _devices(result: RunResult) -> tuple[list[str], int]:
-    """The devices to draw, in the households' order, unknown ones last; and how many of a large fleet are not drawn."""
+    """The devices to draw, in the clients' order, unknown ones last; and how many of a large fleet are not drawn."""
     dropped = {device for r in result.rounds for device in r.dropped}
     known = dropped.union(*(r.survivors for r in result.rounds))
     drawn = dropped if len(known) > FULL_GRID else known
-    order = {h.name: i for i, h in enumerate(result.households)}
+    order = {h.name: i for i, h in enumerate(result.clients)}
     return sorted(drawn, key=lambda device: (order.get(device, len(order)), device)), len(known) - len(drawn)
 
 

@@ -69,7 +69,7 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
-    """``1 household``, ``12 households``."""
+    """``1 client``, ``12 clients``."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
@@ -84,17 +84,17 @@ def printable(text: str) -> str:
 
 def headline(result: RunResult) -> str:
     """The run in one sentence."""
-    unseen = sum(h.unseen for h in result.households)
-    languages = len({h.language for h in result.households})
-    mean = {arm: summary(result.households, arm) for arm in ARMS}
+    unseen = sum(h.unseen for h in result.clients)
+    languages = len({h.language for h in result.clients})
+    mean = {arm: summary(result.clients, arm) for arm in ARMS}
     text = (
-        f"{count(len(result.households) - unseen, 'household')}, {count(languages, 'language')}: "
+        f"{count(len(result.clients) - unseen, 'client')}, {count(languages, 'language')}: "
         f"personal {share(mean['personal']['mean'], 2)} on average, local {share(mean['local']['mean'], 2)}"
     )
     if not unseen:
         return f"{text}."
     return (
-        f"{text}; {count(unseen, 'household')} that took no part in training: "
+        f"{text}; {count(unseen, 'client')} that took no part in training: "
         f"global {share(mean['global']['unseen'], 2)}, base {share(mean['base']['unseen'], 2)}."
     )
 

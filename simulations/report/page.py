@@ -22,7 +22,7 @@ FILTERS = {
 
 
 def write_report(result: RunResult, path: Path, program: str = "edgeadapt") -> None:
-    """Write the page atomically and readable by everyone: it holds no phrase of a household.
+    """Write the page atomically and readable by everyone: it holds no phrase of a client.
 
     Args:
         result: The run. Equal results give equal bytes.
@@ -48,12 +48,12 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
     return environment.get_template("report.html").render(
         run=result,
         headline=formatting.headline(result),
-        accuracy={arm: summary(result.households, arm) for arm in ARMS},
+        accuracy={arm: summary(result.clients, arm) for arm in ARMS},
         traffic=formatting.TrafficMeans.of(result),
         dropouts=formatting.dropouts(result.rounds),
         dropout_count=sum(dropouts_by_step(result.rounds).values()),
         figures={
-            "households": figures.households(result),
+            "clients": figures.clients(result),
             "traffic": figures.traffic(result),
             "learning": figures.learning(result),
             "dropouts": figures.dropouts_by_device(result),

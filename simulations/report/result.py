@@ -13,12 +13,12 @@ ARMS = ("base", "local", "global", "personal")
 
 
 @dataclass(frozen=True, slots=True)
-class HouseholdResult:
-    """One household's test accuracy by arm, each a share of its own test phrases.
+class ClientResult:
+    """One client's test accuracy by arm, each a share of its own test phrases.
 
-    ``base``: the vendor's adapter, no training. ``local``: trained by the household itself, for the epochs and learning
+    ``base``: the vendor's adapter, no training. ``local``: trained by the client itself, for the epochs and learning
     rates of the personal arm. ``global``: the last global adapter. ``personal``: the global adapter, fine-tuned in
-    private. Of ``local`` and ``personal``, the household keeps the candidate that does best on its validation part;
+    private. Of ``local`` and ``personal``, the client keeps the candidate that does best on its validation part;
     ``choice`` says which candidate it kept as ``personal``.
     """
 
@@ -52,7 +52,7 @@ class RunResult:
 
     scenario: str
     seed: int
-    households: tuple[HouseholdResult, ...]
+    clients: tuple[ClientResult, ...]
     rounds: tuple[ReportedRound, ...]
     adapter: dict[str, int | str]  # version, sha256, bytes, elements
     base: dict[str, int | str]  # digest, bytes
@@ -64,7 +64,7 @@ class RunResult:
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         return {
-            "accuracy": {arm: summary(self.households, arm) for arm in ARMS},
+            "accuracy": {arm: summary(self.clients, arm) for arm in ARMS},
             "device_rounds": device_rounds(self.rounds),
             "dropouts_by_step": dropouts_by_step(self.rounds),
             **asdict(self),
@@ -89,15 +89,15 @@ def dropouts_by_step(rounds: Iterable[ReportedRound]) -> dict[str, int]:
     return {step: counts[step] for step in known}
 
 
-def summary(households: Sequence[HouseholdResult], arm: str) -> dict[str, float]:
-    """The accuracy of one arm over the households.
+def summary(clients: Sequence[ClientResult], arm: str) -> dict[str, float]:
+    """The accuracy of one arm over the clients.
 
     Returns:
-        ``mean``, ``p10`` (10th percentile) and ``worst`` of the households that took part in training, at least one;
+        ``mean``, ``p10`` (10th percentile) and ``worst`` of the clients that took part in training, at least one;
         ``unseen``: the mean of those that did not, NaN if there are none.
     """
-    seen = np.array([h.accuracy[arm] for h in households if not h.unseen])
-    unseen = np.array([h.accuracy[arm] for h in households if h.unseen])
+    seen = np.array([h.accuracy[arm] for h in clients if not h.unseen])
+    unseen = np.array([h.accuracy[arm] for h in clients if h.unseen])
     return {
         "mean": float(seen.mean()),
         "p10": float(np.percentile(seen, 10)),

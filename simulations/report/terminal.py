@@ -26,7 +26,7 @@ from simulations.scenario import Scenario
 
 NOTES = {
     "base": "the vendor's head, no training",
-    "local": "each household by itself",
+    "local": "each client by itself",
     "global": "the last global adapter",
     "personal": "global, then tuned in private",
 }
@@ -61,7 +61,10 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
             "languages",
             f"{', '.join(population.languages)}; the vendor's phrases: {', '.join(population.public_languages)}",
         ),
-        ("households", f"{population.households}, of which {population.unseen_count} unseen: no part in training"),
+        (
+            "clients",
+            f"{population.households} households, {population.unseen_count} of them unseen: no part in training",
+        ),
         ("rounds", f"{rounds}; {adversary} secure aggregation"),
         ("arms", "base      the frozen model and the vendor's head, no training"),
         (
@@ -102,7 +105,7 @@ def _accuracy(result: RunResult) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
     for arm in ARMS:
-        values = summary(result.households, arm)
+        values = summary(result.clients, arm)
         style = "bold" if arm == "personal" else ""
         cells = [share(values[column]) for column in COLUMNS]
         table.add_row(arm, *cells, Text(NOTES[arm], style="dim"), style=style)

@@ -48,7 +48,7 @@ class Published:
 def publish(app_fleet_of: FleetOf, *, rounds: int = 6, **settings: Any) -> Published:
     fleet = app_fleet_of(DEVICES, rounds=rounds, aggregation__session_rounds=rounds, **settings)
     records = fleet.federate(fleet.grid(message_loss=0.02, forced_dropouts=1))
-    registry, seen = fleet.registry(), [h for h in fleet.population.households if not h.unseen]
+    registry, seen = fleet.registry(), [h for h in fleet.population.clients if not h.unseen]
     versions = registry.versions()
     layout = Layout.of(registry.tensors(0))
     read = FederationSettings.read(fleet.out / "coordinator" / "federation.toml")

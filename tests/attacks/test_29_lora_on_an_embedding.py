@@ -67,7 +67,7 @@ def attacked(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, *, checked:
 def tokens_of(fleet: Any) -> set[int]:
     """The tokens of all examples that the devices train on."""
     read = load_trainer(fleet.base, len(fleet.population.labels), LoraSpec(RANK, 4)).tokenizer
-    texts = [phrase.text for home in fleet.population.households if not home.unseen for phrase in home.train]
+    texts = [phrase.text for home in fleet.population.clients if not home.unseen for phrase in home.train]
     return {token for encoding in read.encode_batch(texts) for token in encoding.ids}
 
 

@@ -59,7 +59,7 @@ def test_a_record_lists_survivors_dropouts_and_metrics_of_its_round(fleet_of: Fl
     for record in records:
         late = {device for device, step in record.dropped.items() if step != "plan"}
         assert set(record.survivors) == set(names) - (set(record.dropped) - late)
-        survivors = [h for h in fleet.population.households if h.name in record.survivors]
+        survivors = [h for h in fleet.population.clients if h.name in record.survivors]
         held_out = sum(len(h.validation) for h in survivors)
         assert record.metrics.keys() == {"accuracy", "loss"}
         assert record.metrics["accuracy"] in {round(correct / held_out, 2) for correct in range(held_out + 1)}

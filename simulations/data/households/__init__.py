@@ -5,7 +5,7 @@ seed give the same population on any machine (``Population.digest``). How a devi
 and is scored by them is decided elsewhere.
 """
 
-from simulations.data.households.population import Household, Population, PopulationSettings, Utterance
 from simulations.data.households.sampling import sample_population
+from simulations.data.households.settings import PopulationSettings
 
-__all__ = ["Household", "Population", "PopulationSettings", "Utterance", "sample_population"]
+__all__ = ["PopulationSettings", "sample_population"]

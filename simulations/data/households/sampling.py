@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from aggregation.errors import ConfigError
 from simulations.data.households.draws import pick, stream
-from simulations.data.households.population import Household, Population, PopulationSettings, Utterance, spoken
+from simulations.data.households.settings import PopulationSettings
 from simulations.data.households.speech import Voice
 from simulations.data.households.templates import Language, Template, TemplateSplit, load_language, split_templates
 from simulations.data.households.words import draw_names
+from simulations.data.population import Client, LabelledText, Population
 
 _FEWEST_LABELS = 5
 _PATIENCE = 300  # draws in a row without a new utterance, after which there is nothing left to say
@@ -105,7 +106,7 @@ def sample_population(settings: PopulationSettings, seed: int) -> Population:
     return Population(
         labels=labels,
         public=public,
-        households=tuple(
+        clients=tuple(
             _household(speaker, own, settings, used, unseen=number >= seen)
             for number, (speaker, own) in enumerate(zip(speakers, said, strict=True))
         ),
@@ -139,9 +140,9 @@ def _splits(code: str, language: Language, seed: int, *, public: bool) -> dict[s
     return {intent: split for intent, split in splits.items() if split is not None}
 
 
-def _public(book: _Phrasebook, count: int, used: _UsedTexts, rng: np.random.Generator) -> list[Utterance]:
+def _public(book: _Phrasebook, count: int, used: _UsedTexts, rng: np.random.Generator) -> list[LabelledText]:
     """Up to ``count`` different phrases a label (some intents have fewer), each with names of its own."""
-    found: list[Utterance] = []
+    found: list[LabelledText] = []
     for label, split in enumerate(book.splits):
         phrases = _distinct(partial(_with_new_names, book, split.public, label, rng), count, used.has_label)
         if not phrases:
@@ -155,13 +156,13 @@ def _public(book: _Phrasebook, count: int, used: _UsedTexts, rng: np.random.Gene
 
 def _with_new_names(
     book: _Phrasebook, templates: Sequence[Template], label: int, rng: np.random.Generator
-) -> Utterance:
+) -> LabelledText:
     return _utter(book.voice(rng), templates, label)
 
 
-def _utter(voice: Voice, templates: Sequence[Template], label: int) -> Utterance:
+def _utter(voice: Voice, templates: Sequence[Template], label: int) -> LabelledText:
     template = pick(voice.rng, templates)
-    return Utterance(voice.speak(template), label, template.id)
+    return LabelledText(voice.speak(template), label, template.id)
 
 
 def _speaker(number: int, settings: PopulationSettings, books: Mapping[str, _Phrasebook], seed: int) -> _Speaker:
@@ -173,26 +174,26 @@ def _speaker(number: int, settings: PopulationSettings, books: Mapping[str, _Phr
     return _Speaker(name, code, books[code].voice(rng), books[code].splits, np.cumsum(mix))
 
 
-def _say(speaker: _Speaker, settings: PopulationSettings, used: _UsedTexts) -> tuple[Utterance, ...]:
+def _say(speaker: _Speaker, settings: PopulationSettings, used: _UsedTexts) -> tuple[LabelledText, ...]:
     """The household's training and validation utterances, in random order."""
     count = int(speaker.voice.rng.integers(settings.utterances_min, settings.utterances_max + 1))
     return _utterances(speaker, [split.train for split in speaker.splits], count, used.has_label)
 
 
 def _household(
-    speaker: _Speaker, said: tuple[Utterance, ...], settings: PopulationSettings, used: _UsedTexts, *, unseen: bool
-) -> Household:
+    speaker: _Speaker, said: tuple[LabelledText, ...], settings: PopulationSettings, used: _UsedTexts, *, unseen: bool
+) -> Client:
     held_out = max(1, round(settings.validation_fraction * len(said)))
     test = _utterances(speaker, [split.test for split in speaker.splits], settings.test_utterances, used.fits_test)
-    return Household(speaker.name, speaker.language, unseen, said[held_out:], said[:held_out], test)
+    return Client(speaker.name, speaker.language, unseen, said[held_out:], said[:held_out], test)
 
 
 def _utterances(
     speaker: _Speaker, templates: Sequence[Sequence[Template]], count: int, accept: _Accept
-) -> tuple[Utterance, ...]:
+) -> tuple[LabelledText, ...]:
     """``count`` different utterances in the household's mix of intents."""
 
-    def draw() -> Utterance:
+    def draw() -> LabelledText:
         label = speaker.draw_label()
         return _utter(speaker.voice, templates[label], label)
 
@@ -207,9 +208,9 @@ def _utterances(
     return tuple(said)
 
 
-def _distinct(draw: Callable[[], Utterance], count: int, accept: _Accept) -> list[Utterance]:
+def _distinct(draw: Callable[[], LabelledText], count: int, accept: _Accept) -> list[LabelledText]:
     """``count`` accepted utterances with different texts; fewer if ``_PATIENCE`` draws in a row give nothing new."""
-    said: dict[str, Utterance] = {}
+    said: dict[str, LabelledText] = {}
     fruitless = 0
     while len(said) < count and fruitless < _PATIENCE:
         utterance = draw()
@@ -220,3 +221,12 @@ def _distinct(draw: Callable[[], Utterance], count: int, accept: _Accept) -> lis
         else:
             fruitless += 1
     return list(said.values())
+
+
+def spoken(text: str) -> str:
+    """``text`` without differences that are not heard: letter case and white space.
+
+    >>> spoken("Turn  ON the light")
+    'turn on the light'
+    """
+    return " ".join(text.casefold().split())

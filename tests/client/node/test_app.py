@@ -207,7 +207,7 @@ def test_a_damaged_message_is_refused_at_every_step_and_the_right_one_is_answere
         unmasking = unmasking.on_unmask_response(device, talk.ask(device, Step.UNMASK, body))
     _, result = unmasking.close()
     assert result.survivors == tuple(f"device-{n:02d}" for n in range(DEVICES))
-    assert result.values["weight"][0] == sum(len(h.train) for h in talk.fleet.population.households[:DEVICES])
+    assert result.values["weight"][0] == sum(len(h.train) for h in talk.fleet.population.clients[:DEVICES])
 
 
 def test_a_step_out_of_order_is_refused(talk: Talk) -> None:

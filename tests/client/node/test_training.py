@@ -42,7 +42,7 @@ def test_an_example_with_a_label_that_the_task_lacks_is_left_out(talk: Talk, cap
 
 
 def trained(talk: Talk, number: int) -> int:
-    return len(talk.fleet.population.households[number].train)
+    return len(talk.fleet.population.clients[number].train)
 
 
 def weight(talk: Talk) -> float:

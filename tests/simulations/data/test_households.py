@@ -12,10 +12,11 @@ import pydantic
 import pytest
 
 from aggregation.errors import ConfigError
-from simulations.data.households import Household, Population, PopulationSettings, Utterance, sample_population
-from simulations.data.households.population import spoken
+from simulations.data.households import PopulationSettings, sample_population
+from simulations.data.households.sampling import spoken
 from simulations.data.households.speech import parse
 from simulations.data.households.templates import hassil_module
+from simulations.data.population import Client, LabelledText, Population
 from tests.support import refused
 
 SMALL = PopulationSettings(households=4, utterances_min=20, utterances_max=30, test_utterances=10)
@@ -32,64 +33,64 @@ def small() -> Population:
     return sample_population(SMALL, 3)
 
 
-def _learned(household: Household) -> tuple[Utterance, ...]:
+def _learned(household: Client) -> tuple[LabelledText, ...]:
     return household.train + household.validation
 
 
-def _templates(examples: tuple[Utterance, ...]) -> set[str]:
-    return {example.template for example in examples}
+def _templates(examples: tuple[LabelledText, ...]) -> set[str]:
+    return {example.group for example in examples}
 
 
-def _texts(examples: tuple[Utterance, ...]) -> set[str]:
+def _texts(examples: tuple[LabelledText, ...]) -> set[str]:
     return {spoken(example.text) for example in examples}
 
 
 def test_default_population_is_what_the_scenario_asks_for(population: Population) -> None:
-    assert len(population.households) == 15
-    assert Counter(h.language for h in population.households) == {"en": 5, "de": 5, "fr": 5}
+    assert len(population.clients) == 15
+    assert Counter(h.language for h in population.clients) == {"en": 5, "de": 5, "fr": 5}
     assert len(population.labels) == 29
     assert list(population.labels) == sorted(population.labels)
-    for household in population.households:
+    for household in population.clients:
         assert 60 <= len(_learned(household)) <= 100
         assert len(household.test) == 40
         assert len(household.validation) == round(0.2 * len(_learned(household)))
-    assert len({len(_learned(household)) for household in population.households}) > 5
+    assert len({len(_learned(household)) for household in population.clients}) > 5
 
 
 def test_unseen_households_are_a_fifth_and_spread_over_the_languages(population: Population) -> None:
-    assert [h.language for h in population.households if h.unseen] == ["en", "de", "fr"]
+    assert [h.language for h in population.clients if h.unseen] == ["en", "de", "fr"]
 
 
 def test_household_names_are_unique_and_begin_with_the_language(population: Population) -> None:
-    names = [household.name for household in population.households]
+    names = [household.name for household in population.clients]
     assert len(set(names)) == 15
-    assert all(h.name.startswith(f"{h.language}-") for h in population.households)
+    assert all(h.name.startswith(f"{h.language}-") for h in population.clients)
 
 
 def test_no_household_learns_from_a_test_template_of_any_household(population: Population) -> None:
-    learned = set(chain.from_iterable(_templates(_learned(h)) for h in population.households))
-    tested = set(chain.from_iterable(_templates(h.test) for h in population.households))
+    learned = set(chain.from_iterable(_templates(_learned(h)) for h in population.clients))
+    tested = set(chain.from_iterable(_templates(h.test) for h in population.clients))
     public = _templates(population.public)
     assert not learned & tested
     assert not public & (learned | tested)
 
 
 def test_no_household_learns_from_a_test_sentence_of_any_household(population: Population) -> None:
-    learned = set(chain.from_iterable(_texts(_learned(h)) for h in population.households))
+    learned = set(chain.from_iterable(_texts(_learned(h)) for h in population.clients))
     learned |= _texts(population.public)
-    for household in population.households:
+    for household in population.clients:
         assert not _texts(household.test) & learned
 
 
 def test_a_household_never_says_the_same_sentence_twice(population: Population) -> None:
-    for household in population.households:
+    for household in population.clients:
         assert len(_texts(_learned(household))) == len(_learned(household))
         assert len(_texts(household.test)) == len(household.test)
 
 
 def test_no_sentence_has_two_meanings(population: Population) -> None:
     meant: dict[str, int] = {}
-    for example in population.public + tuple(chain.from_iterable(_learned(h) + h.test for h in population.households)):
+    for example in population.public + tuple(chain.from_iterable(_learned(h) + h.test for h in population.clients)):
         assert meant.setdefault(spoken(example.text), example.label) == example.label
 
 
@@ -97,34 +98,34 @@ def test_every_label_has_public_phrases_in_the_public_language_only(population: 
     counts = Counter(example.label for example in population.public)
     assert set(counts) == set(range(len(population.labels)))
     assert max(counts.values()) == 6
-    assert all(example.template.startswith("en/") for example in population.public)
+    assert all(example.group.startswith("en/") for example in population.public)
 
 
 def test_the_template_of_an_utterance_has_its_language_and_intent(population: Population) -> None:
-    for household in population.households:
+    for household in population.clients:
         for example in _learned(household) + household.test:
-            language, intent, digest = example.template.split("/")
+            language, intent, digest = example.group.split("/")
             assert (language, intent) == (household.language, population.labels[example.label])
             assert len(digest) == 8
 
 
 def test_no_template_mark_is_left_in_a_sentence(population: Population) -> None:
-    for household in population.households:
+    for household in population.clients:
         for example in _learned(household) + household.test:
             assert not set("{}[]<>|;") & set(example.text)
             assert example.text == " ".join(example.text.split()) != ""
 
 
-def _mix(examples: tuple[Utterance, ...], labels: int) -> np.ndarray:
+def _mix(examples: tuple[LabelledText, ...], labels: int) -> np.ndarray:
     return np.bincount([example.label for example in examples], minlength=labels) / len(examples)
 
 
 def test_the_test_part_follows_the_mix_of_its_own_household(population: Population) -> None:
     """The total variation to its own training part is smaller than to any other's, in nearly every household."""
-    learned = [_mix(_learned(h), len(population.labels)) for h in population.households]
+    learned = [_mix(_learned(h), len(population.labels)) for h in population.clients]
     own_is_nearest = [
         int(np.argmin([np.abs(_mix(h.test, len(population.labels)) - other).sum() for other in learned])) == number
-        for number, h in enumerate(population.households)
+        for number, h in enumerate(population.clients)
     ]
     assert sum(own_is_nearest) >= 13
 
@@ -132,7 +133,7 @@ def test_the_test_part_follows_the_mix_of_its_own_household(population: Populati
 def test_small_concentration_makes_households_one_sided() -> None:
     def topics(concentration: float) -> float:
         settings = SMALL.model_copy(update={"concentration": concentration, "public_phrases": 1})
-        return float(np.mean([len({e.label for e in _learned(h)}) for h in sample_population(settings, 1).households]))
+        return float(np.mean([len({e.label for e in _learned(h)}) for h in sample_population(settings, 1).clients]))
 
     assert topics(0.3) + 4 < topics(5.0)
 
@@ -146,7 +147,7 @@ def test_the_same_seed_gives_the_same_population_and_another_seed_another(small:
 
 def test_the_digest_is_the_same_on_every_machine() -> None:
     """A known answer: it changes only with the words, the sampling, or the version of home-assistant-intents."""
-    assert sample_population(SMALL, 0).digest == "8510b9bd6e5b3b5ebf7238675e323526cd090f641d51e4e7786684765aa0f9f6"
+    assert sample_population(SMALL, 0).digest == "16996b73ddf7ba4cbea0287ca555358fe6ea0f5055cfe5a922b7dcc8cb05e287"
 
 
 def test_the_digest_does_not_depend_on_the_hash_seed_of_the_process(small: Population) -> None:
@@ -161,15 +162,15 @@ def test_the_digest_does_not_depend_on_the_hash_seed_of_the_process(small: Popul
 
 def test_one_more_household_leaves_the_sentences_of_the_others_unchanged(small: Population) -> None:
     more = sample_population(SMALL.model_copy(update={"households": 5, "unseen": 0.2}), 3)
-    assert [h.train for h in small.households] == [h.train for h in more.households[:4]]
+    assert [h.train for h in small.clients] == [h.train for h in more.clients[:4]]
     assert small.public == more.public
 
 
 def test_a_second_language_leaves_the_template_split_of_the_first_unchanged() -> None:
     one = sample_population(SMALL.model_copy(update={"languages": ("en",), "public_phrases": 1}), 3)
     two = sample_population(SMALL.model_copy(update={"languages": ("en", "de"), "public_phrases": 1}), 3)
-    tested = set(chain.from_iterable(_templates(h.test) for h in one.households))
-    learned = set(chain.from_iterable(_templates(_learned(h)) for h in two.households))
+    tested = set(chain.from_iterable(_templates(h.test) for h in one.clients))
+    learned = set(chain.from_iterable(_templates(_learned(h)) for h in two.clients))
     assert not tested & learned
 
 
@@ -178,7 +179,7 @@ def test_other_languages_of_the_package_work(language: str) -> None:
     settings = SMALL.model_copy(update={"languages": (language,), "public_languages": ("en", language)})
     population = sample_population(settings, 0)
     assert len(population.labels) >= 10
-    assert {example.template.split("/")[0] for example in population.public} == {"en", language}
+    assert {example.group.split("/")[0] for example in population.public} == {"en", language}
 
 
 def test_an_unknown_language_is_refused_with_the_closest_ones() -> None:

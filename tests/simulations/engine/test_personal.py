@@ -1,4 +1,4 @@
-"""The arms of a household: what each is trained on, for how long, and how the household chooses what it keeps."""
+"""The arms of a client: what each is trained on, for how long, and how the client chooses what it keeps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from client.training.examples import Split
 from client.training.trainer import Score, Trainer
 from simulations.engine.personal import personalize_all
 from simulations.engine.progress import RunProgress
-from simulations.report.result import HouseholdResult
+from simulations.report.result import ClientResult
 from simulations.scenario import Scenario
 
 
@@ -27,14 +27,14 @@ def scenario(tiny_base: Any) -> Scenario:
 
 
 @pytest.fixture
-def outcomes(fleet_of: Callable[..., Any], scenario: Scenario) -> Callable[[], tuple[HouseholdResult, ...]]:
-    """A function that computes the outcomes of three households of which one is unseen."""
+def outcomes(fleet_of: Callable[..., Any], scenario: Scenario) -> Callable[[], tuple[ClientResult, ...]]:
+    """A function that computes the outcomes of three clients of which one is unseen."""
     fleet = fleet_of(2, unseen=1)
     return lambda: personalize_all(fleet.out, scenario, fleet.population, fleet.base, RunProgress(quiet=True))
 
 
 def test_local_and_personal_get_the_same_epochs_at_the_same_two_learning_rates(
-    outcomes: Callable[[], tuple[HouseholdResult, ...]], monkeypatch: pytest.MonkeyPatch
+    outcomes: Callable[[], tuple[ClientResult, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainings, train = [], Trainer.train
 
@@ -44,8 +44,8 @@ def test_local_and_personal_get_the_same_epochs_at_the_same_two_learning_rates(
         return train(self, start, examples, task, epochs=epochs, rng=rng)
 
     monkeypatch.setattr(Trainer, "train", recorded)
-    counts = [household.examples for household in outcomes()]
-    assert len(set(counts)) == 3  # so that a count names its household
+    counts = [client.examples for client in outcomes()]
+    assert len(set(counts)) == 3  # so that a count names its client
     # The rounds already gave the global adapter its eight epochs at 0.02: the personal step adds three at 0.005.
     personal, local = [(3, 0.005)], [(8, 0.02), (3, 0.005)]
     assert trainings == [(count, *training) for count in counts for training in personal + local]
@@ -53,7 +53,7 @@ def test_local_and_personal_get_the_same_epochs_at_the_same_two_learning_rates(
 
 @pytest.mark.parametrize(("best", "kept"), [(0, "base"), (1, "global"), (2, "personal")])
 def test_local_is_kept_by_validation_as_personal_is(
-    outcomes: Callable[[], tuple[HouseholdResult, ...]], best: int, kept: str, monkeypatch: pytest.MonkeyPatch
+    outcomes: Callable[[], tuple[ClientResult, ...]], best: int, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Validation prefers candidate number ``best``; the test phrases then show which adapter each arm kept."""
     calls: list[tuple[Split, Tensors]] = []
@@ -65,8 +65,8 @@ def test_local_is_kept_by_validation_as_personal_is(
         return Score(int(part is Split.VALIDATION and place % 3 == best), len(examples), 1.0)
 
     monkeypatch.setattr(Trainer, "score", scored)
-    assert {household.choice for household in outcomes()} == {kept}
-    for first in range(0, len(calls), 10):  # a household: three candidates of personal, three of local, the four arms
+    assert {client.choice for client in outcomes()} == {kept}
+    for first in range(0, len(calls), 10):  # a client: three candidates of personal, three of local, the four arms
         personal, local, arms = (
             [adapter for _, adapter in calls[first + i : first + j]] for i, j in ((0, 3), (3, 6), (6, 10))
         )

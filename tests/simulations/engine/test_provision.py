@@ -23,7 +23,7 @@ def fleet(fleet_of: FleetOf) -> Any:
     return fleet_of(4, unseen=1)
 
 
-def test_every_household_has_a_device_with_its_own_certified_identity(fleet: Any) -> None:
+def test_every_client_has_a_device_with_its_own_certified_identity(fleet: Any) -> None:
     state_dirs = provision.open_state_dirs(fleet.out, fleet.population)
     root, keys = Root.from_pem((fleet.out / "coordinator" / "authority.pem").read_bytes()), set()
     for name, state_dir in state_dirs.items():
@@ -33,13 +33,13 @@ def test_every_household_has_a_device_with_its_own_certified_identity(fleet: Any
     assert len(state_dirs) == len(keys) == 5
 
 
-def test_a_device_has_its_households_examples_in_their_parts(fleet: Any) -> None:
-    for household in fleet.population.households:
-        found = read_examples(fleet.state_dir(household.name).examples, len(fleet.population.labels))
+def test_a_device_has_its_clients_examples_in_their_parts(fleet: Any) -> None:
+    for client in fleet.population.clients:
+        found = read_examples(fleet.state_dir(client.name).examples, len(fleet.population.labels))
         for wanted, phrases in (
-            (Split.TRAIN, household.train),
-            (Split.VALIDATION, household.validation),
-            (Split.TEST, household.test),
+            (Split.TRAIN, client.train),
+            (Split.VALIDATION, client.validation),
+            (Split.TEST, client.test),
         ):
             assert [(e.text, e.label) for e in in_split(found, wanted)] == [(p.text, p.label) for p in phrases]
 
@@ -72,8 +72,8 @@ def test_the_seed_determines_the_seed_adapter_the_order_of_training_and_no_other
 def test_each_secret_is_in_the_folder_of_its_owner_only(fleet: Any) -> None:
     secrets = {fleet.out / "authority": (fleet.out / "authority" / "authority.pem").read_bytes()}
     secrets[fleet.out / "coordinator"] = (fleet.out / "coordinator" / "signing.pem").read_bytes()
-    for household in fleet.population.households:
-        folder = fleet.state_dir(household.name).folder
+    for client in fleet.population.clients:
+        folder = fleet.state_dir(client.name).folder
         secrets[folder] = (folder / "identity.pem").read_bytes()
     files = [path for path in fleet.out.rglob("*") if path.is_file()]
     for owner, secret in secrets.items():
@@ -84,12 +84,12 @@ def test_each_secret_is_in_the_folder_of_its_owner_only(fleet: Any) -> None:
         assert stat.S_IMODE(found[0].stat().st_mode) == 0o600
 
 
-def test_no_phrase_of_a_household_is_outside_its_state_directory(fleet: Any) -> None:
+def test_no_phrase_of_a_client_is_outside_its_state_directory(fleet: Any) -> None:
     public = {phrase.text for phrase in fleet.population.public}
-    for household in fleet.population.households:
-        folder = fleet.state_dir(household.name).folder
+    for client in fleet.population.clients:
+        folder = fleet.state_dir(client.name).folder
         others = [p for p in fleet.out.rglob("*") if p.is_file() and fleet.out / "devices" not in p.parents]
-        phrases = {e.text for e in household.train + household.validation + household.test} - public
+        phrases = {e.text for e in client.train + client.validation + client.test} - public
         assert phrases
         assert not [p for p in others for text in phrases if text.encode() in p.read_bytes()]
         assert folder.joinpath("examples.jsonl").is_file()

@@ -59,10 +59,10 @@ def outline(html: str) -> _Outline:
 
 
 def test_the_page_has_the_headline_and_every_number_of_the_table(result: RunResult, html: str) -> None:
-    values = summary(result.households, "personal")
-    assert f"12 households, 3 languages: personal {values['mean']:.2f}".replace("0.", ".") in html
+    values = summary(result.clients, "personal")
+    assert f"12 clients, 3 languages: personal {values['mean']:.2f}".replace("0.", ".") in html
     for arm in ("base", "local", "global", "personal"):
-        row = "".join(f"<td>{v:.3f}</td>".replace("0.", ".") for v in summary(result.households, arm).values())
+        row = "".join(f"<td>{v:.3f}</td>".replace("0.", ".") for v in summary(result.clients, arm).values())
         assert row in html
     assert "3b" * 32 in html
     assert "edgeadapt device infer --bundle runs/households/bundle &#34;turn on the kitchen lights&#34;" in html
@@ -103,13 +103,13 @@ def test_figures_take_their_colors_from_the_page_so_that_dark_mode_is_dark(html:
 
 
 def hostile(result: RunResult) -> RunResult:
-    first = replace(result.households[0], name=HOSTILE, language=HOSTILE, choice=HOSTILE)
+    first = replace(result.clients[0], name=HOSTILE, language=HOSTILE, choice=HOSTILE)
     dropped = replace(result.rounds[0], dropped={HOSTILE: HOSTILE}, aborted=HOSTILE)
     return replace(
         result,
         scenario=HOSTILE,
         bundle=HOSTILE,
-        households=(first, *result.households[1:]),
+        clients=(first, *result.clients[1:]),
         rounds=(dropped, *result.rounds[1:]),
     )
 
@@ -123,7 +123,7 @@ def test_a_hostile_name_is_escaped(result: RunResult) -> None:
 
 def test_equal_results_give_equal_bytes(make_result: Callable[..., RunResult], html: str) -> None:
     assert page(make_result()) == html
-    assert page(make_result(households=14)) != html
+    assert page(make_result(clients=14)) != html
 
 
 @pytest.mark.parametrize("shape", [(15, 10, 3), (5, 1, 0), (3, 1, 1), (100, 12, 20), (15, 100, 3)])
@@ -134,7 +134,7 @@ def test_a_run_of_any_shape_is_drawn(make_result: Callable[..., RunResult], shap
     assert len(html) < 2**20
 
 
-def test_a_run_without_unseen_households_does_not_mention_them(make_result: Callable[..., RunResult]) -> None:
+def test_a_run_without_unseen_clients_does_not_mention_them(make_result: Callable[..., RunResult]) -> None:
     html = page(make_result(5, 2, 0))
     assert "took no part" not in html
     assert "<td>–</td>" in html
@@ -158,9 +158,9 @@ def test_aborted_rounds_are_marked_and_the_rest_is_drawn(result: RunResult, roun
     assert "nan" not in html.lower()
 
 
-def test_a_household_without_a_measured_accuracy_is_left_blank(result: RunResult) -> None:
+def test_a_client_without_a_measured_accuracy_is_left_blank(result: RunResult) -> None:
     blank = dict.fromkeys(("base", "local", "global", "personal"), math.nan)
-    html = page(replace(result, households=(*result.households[:-1], replace(result.households[-1], accuracy=blank))))
+    html = page(replace(result, clients=(*result.clients[:-1], replace(result.clients[-1], accuracy=blank))))
     outline(html)
     assert "nan" not in html.lower()
 

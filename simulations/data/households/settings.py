@@ -1,9 +1,5 @@
-"""A population: its settings, its values, and the digest that identifies it."""
+"""The settings of a population of households."""
 
-import dataclasses
-import hashlib
-import json
-from dataclasses import dataclass
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -66,69 +62,3 @@ class PopulationSettings(Settings):
     def unseen_count(self) -> int:
         """Number of households kept out of training."""
         return max(1, round(self.unseen * self.households))
-
-
-@dataclass(frozen=True, slots=True)
-class Utterance:
-    """One sentence of a household.
-
-    Attributes:
-        text: The sentence.
-        label: Index of its intent in ``Population.labels``.
-        template: Id of the template that it was sampled from, such as ``en/HassTurnOn/3f2a9c01``.
-    """
-
-    text: str
-    label: int
-    template: str
-
-
-@dataclass(frozen=True, slots=True)
-class Household:
-    """One home with a device.
-
-    Attributes:
-        name: Unique in the population; begins with the language.
-        language: A code of the package ``home-assistant-intents``.
-        unseen: Whether it takes no part in training the global adapter.
-        train, validation: What the household has said so far.
-        test: What it will say: the same mix of intents, from templates that no utterance of any household's ``train``
-            or ``validation`` was sampled from.
-    """
-
-    name: str
-    language: str
-    unseen: bool
-    train: tuple[Utterance, ...]
-    validation: tuple[Utterance, ...]
-    test: tuple[Utterance, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Population:
-    """All households, and the public phrases that a vendor can ship on day one.
-
-    Attributes:
-        labels: The intents, in alphabetical order.
-        public: A few phrases for each intent, from templates that are used nowhere else.
-        households: In the order of their numbers.
-    """
-
-    labels: tuple[str, ...]
-    public: tuple[Utterance, ...]
-    households: tuple[Household, ...]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the content, in hexadecimal: two populations are equal if and only if their digests are."""
-        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def spoken(text: str) -> str:
-    """``text`` without differences that are not heard: letter case and white space.
-
-    >>> spoken("Turn  ON the light")
-    'turn on the light'
-    """
-    return " ".join(text.casefold().split())

@@ -1,0 +1,63 @@
+"""A population: the clients of a simulated federation with their texts, whatever source they come from."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """One text of a client, with its label.
+
+    Attributes:
+        text: The text.
+        label: Index in ``Population.labels``.
+        group: Texts that are variants of one another share it, and no group is on both sides of a split. The id of the
+            sentence template of a household's phrase, such as ``en/HassTurnOn/3f2a9c01``.
+    """
+
+    text: str
+    label: int
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One client of the federation: a person or a home with a device.
+
+    Attributes:
+        name: Unique in the population.
+        language: A code, empty if it is not known.
+        unseen: Whether it takes no part in training the global adapter.
+        train, validation: What its device has so far.
+        test: What comes later: from groups of which no client has a text in ``train`` or ``validation``.
+    """
+
+    name: str
+    language: str
+    unseen: bool
+    train: tuple[LabelledText, ...]
+    validation: tuple[LabelledText, ...]
+    test: tuple[LabelledText, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Population:
+    """All clients, and the public texts that a vendor can ship on day one.
+
+    Attributes:
+        labels: The names of the labels, in the order of the head's rows.
+        public: A few texts for each label.
+        clients: In the order of their numbers.
+    """
+
+    labels: tuple[str, ...]
+    public: tuple[LabelledText, ...]
+    clients: tuple[Client, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content, in hexadecimal: two populations are equal if and only if their digests are."""
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
