@@ -19,6 +19,7 @@ from adapters.layout import Tensors
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
 from adapters.task import metrics_of, require_reach, weighted_mean
+from aggregation import server
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
@@ -86,11 +87,11 @@ def federate(
             task = settings.training.task(adapter.manifest).encode()
             with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
                 outcome = _aggregate(cohort, session, adapter, task, number, last)
+            last = _last_sum(cohort, adapter, outcome) or last
             if isinstance(outcome, RoundAborted):
-                session, made = outcome.session, None
+                session, made = _after_abort(outcome, last, transport), None
             else:
                 session, made = outcome[0], _step(cohort, adapter, state, outcome, number, settings)
-            last = _last_sum(cohort, adapter, outcome) or last
             record = _record(cohort, registry.head(), outcome, made, time.perf_counter() - begin)
             _commit(registry, record, made, key)
             cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
@@ -109,6 +110,18 @@ def _is_over(cohort: Cohort, session: Established, last: LastSum | None, read_ro
     if session.is_over(now) or obstacle(session, last, cohort.revoked):
         return True
     return last is not None and read_root(now).revoked != cohort.revoked
+
+
+def _after_abort(aborted: RoundAborted, last: LastSum | None, transport: Transport) -> Established | None:
+    """The session of the next round; None if another one is better.
+
+    One that lost so many devices while it was made that each round needs all of the others is given up, if there are
+    more. Where the next round is bound to the survivors of a sum, other devices do not help.
+    """
+    session = aborted.session
+    if session is None or last is not None or len(session.devices) >= len(transport.nodes()):
+        return session
+    return session if server.too_few(session.session.spec, len(session.devices) - 1, "devices", None) is None else None
 
 
 def _require_same_terms(last: LastSum, adapter: StoredAdapter, settings: FederationSettings) -> None:
@@ -157,7 +170,11 @@ def _aggregate(
     state, plans = planned
     cohort.recorder.begin(state.plan)
     extra = attachments(receipts(cohort.recorder.log, plans), {ADAPTER: adapter.blob})
-    collecting = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check)
+
+    def inputs(state: Collecting) -> bool:
+        return _inputs(state) if last is None else len(state.vectors) == len(plans)
+
+    collecting = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check, inputs)
     dropped = [device for device in collecting.plan.members if device not in collecting.vectors]
     if last is not None and dropped:
         text = f"no update of {names(dropped)}, and devices help to another sum with all of the last one only"
@@ -168,13 +185,33 @@ def _aggregate(
     confirming, bodies = collected
     if isinstance(confirming, Confirming):
         confirmed = cohort.exchange(
-            confirming, Confirming.on_consistency_signature, Step.SURVIVORS, bodies, group
+            confirming, Confirming.on_consistency_signature, Step.SURVIVORS, bodies, group, enough=_signatures
         ).close()
         if isinstance(confirmed, RoundAborted):
             return confirmed
         confirming, bodies = confirmed
-    unmasked = cohort.exchange(confirming, Unmasking.on_unmask_response, Step.UNMASK, bodies, group).close(cores())
+    unmasking = cohort.exchange(confirming, Unmasking.on_unmask_response, Step.UNMASK, bodies, group, enough=_responses)
+    unmasked = unmasking.close(cores())
     return unmasked if isinstance(unmasked, RoundAborted) else within_reach(*unmasked)
+
+
+def _inputs(state: Collecting) -> bool:
+    """Whether there are enough masked inputs for a survivor set."""
+    return server.too_few(state.established.session.spec, len(state.vectors), "masked inputs", None) is None
+
+
+def _signatures(state: Confirming) -> bool:
+    """Whether there are enough consistency signatures for an unmask request."""
+    return len(state.consistency_signatures) >= state.survivor_set.session.spec.quorum
+
+
+def _responses(state: Unmasking) -> bool:
+    """Whether there are enough unmask responses for the sum, if all shares are good."""
+    session, answered = state.survivor_set.session, state.responses
+    holders = (
+        (device in answered) + len(session.neighbors(device, answered)) for device in state.survivor_set.plan.members
+    )
+    return min(holders) >= session.spec.threshold
 
 
 def within_reach(session: Established, result: RoundResult) -> Outcome:

@@ -23,7 +23,7 @@ from aggregation.pki.revocation import RevocationList
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.spec import SessionSpec
 from aggregation.steps import PROOF, REVOCATIONS, Step
-from coordinator.lastsum import LastSum, serials
+from coordinator.lastsum import LastSum, names, serials
 from coordinator.recorder import Recorder
 from coordinator.registry import StoredAdapter
 from coordinator.settings import FederationSettings
@@ -32,6 +32,7 @@ from coordinator.transport import Reply, Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
 S = TypeVar("S")
+FIRST_PAUSE = 15.0  # seconds before a second attempt at a session or an exchange
 Attachments = Mapping[str, Mapping[str, bytes]]  # device → field → what its message carries besides the body
 
 
@@ -43,6 +44,7 @@ class Cohort:
         transport: Reaches the nodes.
         nodes: Device → Flower node.
         recorder: Writes the log.
+        attempts: At an exchange in which too few devices answer.
         serials: Device → serial of its certificate.
         revoked: The revocation list that the session applies.
         dropped: Device → the step at which it dropped out of the round under way, or of the making of the session.
@@ -51,6 +53,7 @@ class Cohort:
     transport: Transport
     nodes: Mapping[str, int]
     recorder: Recorder
+    attempts: int
     serials: Mapping[str, int]
     revoked: RevocationList | None
     dropped: dict[str, str] = field(default_factory=dict)
@@ -64,10 +67,12 @@ class Cohort:
         group: str,
         extra: Attachments | None = None,
         check: Callable[[str, bytes], Any] | None = None,
+        enough: Callable[[S], bool] = lambda state: True,
     ) -> S:
         """Send each device its message, and let the state ``accept`` each answer in the order of arrival.
 
-        A device that does not answer, or whose answer ``accept`` refuses, drops out.
+        A device that does not answer, or whose answer ``accept`` refuses, drops out. Until ``enough`` have answered,
+        those of which nothing was heard get the same message again: some may not have had it.
 
         Args:
             state: Of the protocol, before the first answer.
@@ -78,14 +83,39 @@ class Cohort:
             extra: See ``attachments``.
             check: (device, answer) → what ``accept`` takes; raises ``ProtocolError``. For long answers: it runs on all
                 cores, while other answers arrive and are accepted.
+            enough: Whether the step after this one can follow.
 
         Returns:
             The state after the last answer, to be closed by the caller.
         """
+        self.recorder.sent(step, bodies)
+        left = dict(bodies)
+        for attempt in range(1, self.attempts + 1):
+            again = group if attempt == 1 else f"{group}-{attempt}"
+            state, silent = self._ask(state, accept, step, left, again, extra or {}, check)
+            if not silent or enough(state):
+                break
+            if attempt < self.attempts:
+                log.warning("waiting for %s at %s: too few devices have answered", names(silent), step.value)
+                self.transport.clock.sleep(pause(attempt, self.transport.deadline))
+            left = {device: bodies[device] for device in silent}
+        return state
+
+    def _ask(
+        self,
+        state: S,
+        accept: Callable[[S, str, Any], S],
+        step: Step,
+        bodies: Mapping[str, bytes],
+        group: str,
+        extra: Attachments,
+        check: Callable[[str, bytes], Any] | None,
+    ) -> tuple[S, list[str]]:
+        """One attempt at an ``exchange``: the state after it, and the devices of which nothing was heard."""
         devices = {self.nodes[device]: device for device in bodies}
         asked = {self.nodes[device]: body for device, body in bodies.items()}
-        fields = {self.nodes[device]: each for device, each in (extra or {}).items()}
-        self.recorder.sent(step, bodies)
+        fields = {self.nodes[device]: extra.get(device, {}) for device in bodies}
+        silent = list[str]()
 
         def checked(reply: Reply) -> Any:
             return check(devices[reply.node], reply.answer()) if check else reply.answer()
@@ -96,11 +126,22 @@ class Cohort:
             try:
                 state = accept(state, device, found())
                 self.recorder.received(step, device, reply.answer())
+                self.dropped.pop(device, None)
                 log.debug("%s answered %s", device, step.value, extra={"answered": step.value})
             except ProtocolError as error:
                 self.dropped[device] = step.value
+                silent += [device] if reply.silent else []
                 log.info("%s dropped out at %s: %s", device, step.value, error)
-        return state
+        return state, sorted(silent)
+
+
+def pause(attempt: int, longest: float) -> float:
+    """Seconds to wait after an attempt, from 1: twice as long each time, up to ``longest``.
+
+    >>> pause(1, 600.0), pause(3, 600.0), pause(100, 600.0)
+    (15.0, 60.0, 600.0)
+    """
+    return min(FIRST_PAUSE * 2.0 ** min(attempt - 1, 32), longest)
 
 
 def attachments(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> Attachments:
@@ -122,8 +163,8 @@ def establish(
 ) -> tuple[Cohort, Established]:
     """Make a session of ``rounds`` rounds with the devices that can be reached.
 
-    If the next round is bound to the survivors of the last sum, the session has all of them. Before another attempt it
-    waits for those that are absent as long as for an answer.
+    If the next round is bound to the survivors of the last sum, the session has all of them. Each attempt waits longer
+    than the one before (``FIRST_PAUSE``): devices that are absent may be back.
 
     Args:
         transport: Reaches the devices.
@@ -153,7 +194,15 @@ def establish(
             reason = f"{len(nodes)} devices answered, {least} are needed"
         if not reason:
             cohort, outcome = _offer(
-                transport, key, root, spec_of(len(nodes)), {d: present[d] for d in nodes}, nodes, transcripts, name
+                transport,
+                key,
+                root,
+                spec_of(len(nodes)),
+                {d: present[d] for d in nodes},
+                nodes,
+                transcripts,
+                name,
+                settings.attempts,
             )
             if isinstance(outcome, RoundAborted):
                 reason = outcome.detail
@@ -161,8 +210,8 @@ def establish(
                 log.info("session of %d devices for %d rounds", len(nodes) - len(cohort.dropped), rounds)
                 return cohort, outcome
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
-        if unmet and attempt < settings.attempts:
-            transport.clock.sleep(settings.deadline)
+        if attempt < settings.attempts:
+            transport.clock.sleep(pause(attempt, settings.deadline))
     raise EdgeAdaptError(f"no session after {settings.attempts} attempts: {reason}", about="session")
 
 
@@ -205,12 +254,13 @@ def _offer(
     nodes: Mapping[str, int],
     transcripts: Transcripts,
     group: str,
+    attempts: int,
 ) -> tuple[Cohort, Established | RoundAborted]:
     """Begin the session's log, and offer the session to the devices that are ``present``."""
     certificates = {device: answer.certificate for device, answer in present.items()}
     offering, offer = server.open_session(key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
     recorder = transcripts.begin(offering.offer, root.revoked)
-    cohort = Cohort(transport, nodes, recorder, serials(certificates.values()), root.revoked)
+    cohort = Cohort(transport, nodes, recorder, attempts, serials(certificates.values()), root.revoked)
     last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
     proofs = transcripts.session_chain_proofs(recorder, last_offers)
     revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}

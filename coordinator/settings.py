@@ -178,7 +178,13 @@ class FederationSettings(Settings):
 
     rounds: int = Field(default=10, ge=1, le=100_000, description="rounds of training in all")
     deadline: float = Field(default=600.0, gt=0, description="time that a device has for one answer, in seconds")
-    attempts: int = Field(default=3, ge=1, description="attempts at making a session before the run ends")
+    attempts: int = Field(
+        default=20,
+        ge=1,
+        le=1000,
+        description="attempts at making a session before the run ends, and at a step of a round that too few devices "
+        "answer; the pauses between them grow from 15 s to the deadline",
+    )
     training: Training = Training()
     server: Server = Server()
     aggregation: Aggregation = Aggregation()

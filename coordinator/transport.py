@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from aggregation.errors import ProtocolError
@@ -22,6 +23,11 @@ from aggregation.steps import BODY, RECORD, Step
 FIRST_POLL = 0.01  # seconds; doubled at every empty look up to LAST_POLL
 LAST_POLL = 0.5
 MAX_REASON = 200  # characters of an error reply
+BY_THE_LINK = (  # error replies by Flower in the place of a node
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+)
 log = logging.getLogger("edgeadapt.coordinator")
 
 
@@ -46,11 +52,15 @@ class SystemClock:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One node's answer: ``body``, or the reason for its absence."""
+    """One node's answer: ``body``, or the reason for its absence.
+
+    ``silent``: the reason does not come from the device, which may not have seen the request.
+    """
 
     node: int
     body: bytes | None
     reason: str = ""
+    silent: bool = False
 
     def answer(self) -> bytes:
         """The body.
@@ -117,7 +127,9 @@ class Transport:
         pushed = set(self.grid.push_messages(messages))
         nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         waiting = {message_id: node for message_id, node in nodes.items() if message_id in pushed}
-        yield from (Reply(node, None, "could not be reached") for node in bodies if node not in waiting.values())
+        yield from (
+            Reply(node, None, "could not be reached", silent=True) for node in bodies if node not in waiting.values()
+        )
         yield from self._collect(waiting, end)
 
     def _collect(self, waiting: dict[str, int], end: float) -> Iterator[Reply]:
@@ -134,7 +146,7 @@ class Transport:
             pause = FIRST_POLL if arrived else min(2 * pause, LAST_POLL)
             if waiting:
                 self.clock.sleep(pause)
-        yield from (Reply(node, None, "did not answer in time") for node in waiting.values())
+        yield from (Reply(node, None, "did not answer in time", silent=True) for node in waiting.values())
 
     def _pull(self, message_id: str, node: int) -> Reply | None:
         """The reply to a message; None before it arrives. A grid may also return replies to other messages."""
@@ -149,7 +161,8 @@ class Transport:
 
     def _reply(self, node: int, message: Message) -> Reply:
         if message.has_error():
-            return Reply(node, None, _one_line(message.error.reason or "failed"))
+            silent = message.error.code in BY_THE_LINK
+            return Reply(node, None, _one_line(message.error.reason or "failed"), silent)
         body = message.content.config_records.get(RECORD, ConfigRecord()).get(BODY)
         if not isinstance(body, bytes):
             return Reply(node, None, "answered without a protocol body")

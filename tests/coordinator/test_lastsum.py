@@ -150,7 +150,7 @@ def test_a_session_waits_by_name_for_a_survivor_until_it_is_back(
         _, second = fleet.federate(grid)
     assert sum(f"waits for {ABSENT}" in entry.message for entry in caplog.records) == 2
     assert {step for group, step in asked if group in ("session-2-1", "session-2-2")} == {Step.CHECK_IN}
-    assert grid.clock.now() > 2 * 600  # the deadline, twice
+    assert grid.clock.now() > 15 + 30  # the pauses
     assert (second.version, second.survivors) == (1, tuple(f"device-{n:02d}" for n in range(1, 6)))
 
 

@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from coordinator.audit.transcripts import logs
 from coordinator.registry import Blobs, database
 from coordinator.rounds import within_reach
 from coordinator.statedir import CoordinatorStateDir
+from simulations.engine.grid import DeliveryOutcome, InProcessGrid
 from tests.support import refused
 from tests.support.fleet import session_spec
 from tests.support.hostile import audit_failures
@@ -236,6 +238,46 @@ def test_too_few_answers_at_a_later_step_abort_the_round_as_well(fleet_of: Fleet
     first, second = fleet.federate(fleet.grid(app=app))
     assert "are needed" in (first.aborted or "")
     assert second.aborted is None
+
+
+class Asleep(InProcessGrid):
+    """Nodes 2 to 5 do not receive one step of round 1, unless it is sent again."""
+
+    step = Step.PLAN
+    deaf = (2, 3, 4, 5)
+
+    def _outcomes(self, batch: Sequence[Message]) -> dict[int, DeliveryOutcome]:
+        first, outcomes = batch[0].metadata, super()._outcomes(batch)
+        if (first.group_id, first.message_type) != ("1", self.step.message_type):
+            return outcomes
+        return {node: replace(outcome, request_lost=node in self.deaf) for node, outcome in outcomes.items()}
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+@pytest.mark.parametrize("step", [Step.PLAN, Step.SURVIVORS, Step.UNMASK])
+def test_where_too_few_answer_those_of_which_nothing_was_heard_are_asked_again(
+    fleet_of: FleetOf, step: Step, attempts: int
+) -> None:
+    fleet = fleet_of(8, rounds=1, attempts=attempts)
+    grid = fleet.grid(kind=type("Asleep", (Asleep,), {"step": step}))
+    (record,) = fleet.federate(grid)
+    assert (record.version, record.dropped) == ((1, {}) if attempts > 1 else (None, record.dropped))
+    assert (grid.clock.now() > 600 + 15) == (attempts > 1)  # the deadline and a pause
+    if attempts > 1:
+        assert len(record.survivors) == 8
+        assert audit_failures(fleet.out / "coordinator") == set()
+
+
+def test_after_an_abort_a_session_that_has_no_device_to_spare_is_followed_by_a_larger_one(fleet_of: FleetOf) -> None:
+    def change(step: Step, group: str, node: int) -> str | None:
+        lost = (group == "session-1-1" and step is Step.OFFER and node < 4) or (group == "1" and node == 5)
+        return "no" if lost else None
+
+    app, fleet = Spoiled(change), fleet_of(8, rounds=2, aggregation__session_rounds=2)
+    first, second = fleet.federate(fleet.grid(app=app))
+    assert "5 masked inputs, 6 are needed" in first.aborted
+    assert len(second.survivors) == 8
+    assert {group for group, step, _ in app.asked if step is Step.OFFER} == {"session-1-1", "session-2-1"}
 
 
 def test_a_second_run_is_refused_and_does_not_disturb_the_first(fleet_of: FleetOf) -> None:
