@@ -4,9 +4,10 @@ Devices answer with it (``client.inference``), and the exporter measures with it
 measured is what runs.
 
 ``x @ A @ B`` broadcasts: with A of shape ``(rows, in, rank)`` and B of shape ``(rows, rank, out)``, each row is
-multiplied by its own A and B. A head with fewer labels than another is padded with zeros, and the surplus logits are
-cut off. Why ranks are not padded: docs/decisions/0013-composing-adapters.md. Where all rows use one adapter, A and B
-have two dimensions, and layers may read inputs of any shape.
+multiplied by its own A and B. So do scales and offsets of shape ``(rows, given, width)``; a row without one gets ones
+or zeros. A head with fewer labels than another is padded with zeros, and the surplus logits are cut off. Why ranks are
+not padded: docs/decisions/0013-composing-adapters.md. Where all rows use one adapter, A and B have two dimensions, and
+layers may read inputs of any shape.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np  # before onnxruntime, as in ``container``
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from adapters.graphinputs import LORA_A, LORA_B
+from adapters.graphinputs import LORA_A, LORA_B, OFFSET, SCALES
 from adapters.layout import Floats, Tensors
 
 LABELS = "labels"  # the symbolic dimension of a head's rows in the base's manifest
@@ -77,7 +78,8 @@ class ClassifierGraph:
 def group_rows(adapters: Sequence[Tensors], slots: Slots, most: int = MAX_ROWS) -> list[list[int]]:
     """Group the rows that can share a run.
 
-    Adapters share a run if their ranks agree in every layer, and their ``modules_to_save`` other than a head are equal.
+    Adapters share a run if their ranks agree in every layer, and the parameters that they replace, except those of a
+    head, are equal.
 
     Args:
         adapters: The graph inputs of each row.
@@ -106,11 +108,11 @@ def stack(adapters: Sequence[Tensors], slots: Slots) -> Tensors:
         slots: Of the base's manifest.
 
     Returns:
-        A, B and the head's tensors in float32, with the rows as first dimension and zeros as padding. Other
-        ``modules_to_save`` keep the shape of one adapter.
+        A, B, scales, offsets and the head's tensors in float32, with the rows as first dimension and what changes
+        nothing as padding. Replaced parameters keep the shape of one adapter.
     """
     return {
-        name: _padded([one[name] for one in adapters], slots[name])
+        name: _padded([one[name] for one in adapters], slots[name], 1.0 if name.endswith(SCALES) else 0.0)
         if _per_row(name, slots[name])
         else adapters[0][name]
         for name in slots
@@ -142,20 +144,20 @@ def _compatible(one: Tensors, other: Tensors, slots: Slots) -> bool:
 def _stackable(name: str, one: Floats, other: Floats, dimensions: Sequence[str]) -> bool:
     if name.endswith((LORA_A, LORA_B)):
         return one.shape == other.shape
-    return LABELS in dimensions or np.array_equal(one, other)
+    return _per_row(name, dimensions) or np.array_equal(one, other)
 
 
 def _per_row(name: str, dimensions: Sequence[str]) -> bool:
-    return name.endswith((LORA_A, LORA_B)) or LABELS in dimensions
+    return name.endswith((LORA_A, LORA_B, *SCALES, OFFSET)) or LABELS in dimensions
 
 
-def _padded(values: Sequence[Floats], dimensions: Sequence[str]) -> Floats:
-    """``values`` with zeros up to one shape, stacked; a single value that needs none is a view."""
+def _padded(values: Sequence[Floats], dimensions: Sequence[str], fill: float = 0.0) -> Floats:
+    """``values`` with ``fill`` up to one shape, stacked; a single value that needs none is a view."""
     least = (MIN_RANK if dimension.startswith(RANK) else 0 for dimension in dimensions)
     shape = tuple(map(max, zip(least, *(value.shape for value in values), strict=True)))
     if len(values) == 1 and values[0].shape == shape:
         return values[0][np.newaxis]  # no copy
-    result = np.zeros((len(values), *shape), np.float32)
+    result = np.full((len(values), *shape), fill, np.float32)
     for row, value in zip(result, values, strict=True):
         row[tuple(slice(size) for size in value.shape)] = value
     return result

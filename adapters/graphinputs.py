@@ -1,8 +1,14 @@
 """The tensors of an adapter as inputs of an exported graph, and the slots that they fill.
 
-The graph computes ``y = base(x) + (x @ A) @ B`` for a layer with LoRA. Its input A has the shape ``(in, rank)``, and B
-has ``(rank, out)`` with the layer's scaling folded in; both are peft's tensors transposed. Modules in
-``modules_to_save`` keep their shapes.
+A layer with every kind of slot computes::
+
+    y = base(x * input_scale) * output_scale + (x @ A) @ B + offset
+
+``base`` is the frozen layer with its bias. A has the shape ``(in, rank)`` and B ``(rank, out)``, with the layer's
+scaling folded in; both are peft's tensors transposed. The three vectors have the shape ``(given, width)``: ``given``
+is 1, or 0 for an adapter that lacks the vector. What is absent changes nothing: the graph then takes a scale of 1 and
+an offset of 0 (docs/decisions/0021-slots-of-several-kinds.md). A fourth kind of vector replaces a vector among the
+base's parameters, such as a bias or the weight of a normalization. Modules in ``modules_to_save`` keep their shapes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +20,11 @@ from aggregation.errors import DataError
 
 PEFT_PREFIX = "base_model.model."  # peft puts it before every name of the base's module tree
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+OUTPUT_SCALE, INPUT_SCALE, OFFSET = ".output_scale", ".input_scale", ".output_offset"  # follow the path of a layer
+SCALES = (OUTPUT_SCALE, INPUT_SCALE)
+REPLACED = ".replaced"  # follows the name of a parameter
+VECTORS = (*SCALES, OFFSET, REPLACED)
+GIVEN = "given_"  # prefix of the symbolic dimension of a vector: 1, or 0 for an adapter that lacks it
 
 
 def to_inputs(tensors: Tensors, scaling: Mapping[str, float]) -> Tensors:
@@ -51,6 +62,34 @@ def layout_of(inputs: Tensors) -> Layout:
     return Layout.of({PEFT_PREFIX + name: value.T if _is_lora(name) else value for name, value in inputs.items()})
 
 
+def vector_kind(name: str) -> str | None:
+    """The kind of the vector that a graph input takes, one of ``VECTORS``; None for any other input.
+
+    >>> vector_kind("encoder.key.output_scale"), vector_kind("encoder.key.lora_A.weight")
+    ('.output_scale', None)
+    """
+    return next((kind for kind in VECTORS if name.endswith(kind)), None)
+
+
+def vector_site(name: str) -> str:
+    """The layer at which the vector ``name`` is, or the parameter that it replaces.
+
+    >>> vector_site("encoder.norm.weight.replaced")
+    'encoder.norm.weight'
+    """
+    return name.removesuffix(vector_kind(name) or "")
+
+
+def layer_of(name: str) -> str:
+    """The layer or normalization at which the vector or the LoRA matrix ``name`` is.
+
+    >>> layer_of("encoder.norm.weight.replaced"), layer_of("encoder.key.lora_A.weight")
+    ('encoder.norm', 'encoder.key')
+    """
+    site = vector_site(name)
+    return site.rpartition(".")[0] if name.endswith(REPLACED) else site.removesuffix(LORA_A).removesuffix(LORA_B)
+
+
 def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """Refuse an adapter that does not fill exactly the slots of a graph.
 
@@ -65,7 +104,8 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
         The size of each symbol.
 
     Raises:
-        DataError: A tensor is missing, unknown or of a shape that the graph does not take; about the tensor.
+        DataError: A tensor is missing, unknown or of a shape that the graph does not take, or a vector is there more
+            than once; about the tensor.
     """
     if odd := sorted(set(inputs).symmetric_difference(slots)):
         raise DataError(
@@ -78,6 +118,7 @@ def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str
             size == (int(text) if text.isdigit() else sizes.setdefault(text, size))
             for text, size in zip(dimensions, shape, strict=True)
         )
+        fits = fits and not (dimensions[0].startswith(GIVEN) and shape[0] > 1)
         if not fits:
             raise DataError(
                 f"tensor {name!r} is {list(shape)}, its slot takes [{', '.join(dimensions)}]", about=name, value=shape

@@ -23,13 +23,21 @@ MAX_RANK = 1024  # a coordinator names the rank, and a device makes room for it 
 V = TypeVar("V")
 
 
+Method = Literal["LORA", "IA3", "LN_TUNING", "BEFT"]  # as peft names them
+
+
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """Low-rank adaptation (Hu et al. 2021) of the layers that ``target_modules`` name."""
+    """The method of an adapter, and the layers at which it is, as ``target_modules`` name them.
+
+    ``LORA`` is low-rank adaptation (Hu et al. 2021). The other methods have vectors only, whose values say everything:
+    ``IA3`` scales activations (Liu et al. 2022), ``LN_TUNING`` replaces the parameters of normalizations (Zhao et al.
+    2023), ``BEFT`` adds to biases. For these, rank and alpha are 0.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    peft_type: Literal["LORA"]
+    peft_type: Method
     r: Rank
     lora_alpha: Alpha
     target_modules: tuple[str, ...]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters import int4
-from adapters.graphinputs import LORA_A
+from adapters.graphinputs import LORA_A, vector_kind
 from adapters.layout import Floats, Tensors
 from adapters.manifest import Format
 from aggregation.errors import DataError
@@ -18,7 +18,7 @@ Stored = dict[str, NDArray[Any]]
 
 SCALE = "#scale"  # follows a tensor's name; no module of torch can have a name with this character
 INT8_MAX = 127
-# The number types of tensors with two or more dimensions, by format.
+# The number types of matrices, by format.
 TYPES: dict[Format, tuple[type[np.generic], ...]] = {
     "fp32": (np.float32,),
     "fp16": (np.float16,),
@@ -38,7 +38,8 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
         inputs: By graph input.
         form: ``fp32`` and ``fp16`` store floats. ``int8`` is symmetric, with one float32 scale for each rank or row.
             ``int4`` packs two integers in a byte (``int4.py``), where each rank of A and B is a row; a tensor with an
-            odd number of columns is stored in int8. Vectors and empty tensors are stored in float32.
+            odd number of columns is stored in int8. Vectors (also those of ``graphinputs.VECTORS``, which have two
+            dimensions) and empty tensors are stored in float32.
 
     Returns:
         By graph input; the scales of a tensor under its name and ``SCALE``. Guarantee: ``restore(quantize(x, f), f)``
@@ -60,7 +61,7 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
     for name, value in inputs.items():
         if not np.isfinite(value).all():
             raise DataError(f"tensor {name!r} holds NaN or infinity: nothing was exported", about=name)
-        if form == "fp32" or value.ndim < 2 or not value.size:
+        if form == "fp32" or not _is_matrix(name, value):
             stored[name] = np.ascontiguousarray(value, dtype=np.float32)
         elif form == "fp16":
             _check_range(name, value, float(np.finfo(np.float16).max), form)
@@ -84,6 +85,10 @@ def restore(stored: Stored, form: Format) -> Tensors:
     restored = {name: _restored(name, stored, form) for name in stored if not name.endswith(SCALE)}
     _check_scales_belong(stored)
     return restored
+
+
+def _is_matrix(name: str, value: NDArray[Any]) -> bool:
+    return value.ndim >= 2 and value.size > 0 and vector_kind(name) is None
 
 
 def _group_axis(name: str) -> int:
@@ -111,7 +116,7 @@ def _check_range(name: str, value: Floats, limit: float, form: Format) -> None:
 
 def _restored(name: str, stored: Stored, form: Format) -> Floats:
     value = stored[name]
-    if value.dtype not in (TYPES[form] if value.ndim >= 2 and value.size else (np.float32,)):
+    if value.dtype not in (TYPES[form] if _is_matrix(name, value) else (np.float32,)):
         raise DataError(
             f"tensor {name!r} is {value.dtype} in an adapter of format {form}", about=name, value=str(value.dtype)
         )

@@ -9,21 +9,31 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from adapters.graphinputs import INPUT_SCALE, layer_of
+from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
 
 # Settings that do not change what the stored tensors compute: where peft looks for layers (the tensors show which it
 # found), what happens in training, and notes for people and for peft. fan_in_fan_out says that a Conv1D's weight is
 # stored transposed; its LoRA matrices are not.
-HARMLESS = frozenset(
+COMMON = frozenset(
     {
-        *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-        *("lora_dropout", "inference_mode", "task_type", "auto_mapping", "runtime_config", "eva_config"),
-        *("base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size"),
-        *("init_lora_weights", "bias"),
+        *("peft_type", "modules_to_save", "target_modules", "exclude_modules", "fan_in_fan_out"),
+        *("inference_mode", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"),
     }
 )
+HARMLESS: dict[str, frozenset[str]] = {
+    "LORA": COMMON
+    | {
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform", "layers_pattern"),
+        *("lora_dropout", "runtime_config", "eva_config", "megatron_core", "qalora_group_size"),
+        *("init_lora_weights", "bias"),
+    },
+    "IA3": COMMON | {"feedforward_modules", "init_ia3_weights"},
+    "LN_TUNING": COMMON,
+    "BEFT": COMMON | {"init_weights"},
+}
 # Other initializations (pissa, olora, corda, loftq, lora_ga) change the weights of the base.
 KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
@@ -35,12 +45,15 @@ def config_of(settings: Settings) -> PeftConfig:
     """The configuration in an ``adapter_config.json``.
 
     Raises:
-        ConfigError: A method other than LoRA, or a setting that no graph can express; ``about`` names the setting.
+        ConfigError: A method or a setting that no graph can express; ``about`` names the setting.
         DataError: A field is missing or ill-formed.
     """
-    if (kind := settings.get("peft_type")) != "LORA":
+    kind = str(settings.get("peft_type"))
+    if kind not in HARMLESS:
         raise ConfigError(
-            f"the adapter is of the type {str(kind)[:40]!r}; only LORA can be exported", about="peft_type", value=kind
+            f"the adapter is of the type {kind[:40]!r}; only {', '.join(HARMLESS)} can be exported",
+            about="peft_type",
+            value=kind,
         )
     if (bias := settings.get("bias", "none")) != "none":
         raise ConfigError(
@@ -55,14 +68,14 @@ def config_of(settings: Settings) -> PeftConfig:
             about="init_lora_weights",
             value=start,
         )
-    for name in sorted(settings.keys() - HARMLESS):
+    for name in sorted(settings.keys() - HARMLESS[kind]):
         if (value := settings[name]) not in OFF:
             raise ConfigError(
                 f"the adapter uses {name[:40]!r}: {value!r:.40}, which cannot be exported: train without it",
                 about=name,
                 value=value,
             )
-    return _config(settings)
+    return _config(kind, settings)
 
 
 def saved_modules(settings: Settings) -> tuple[str, ...]:
@@ -73,7 +86,7 @@ def saved_modules(settings: Settings) -> tuple[str, ...]:
     return tuple(saved)
 
 
-def settings_of(config: PeftConfig, ranks: dict[str, int], saved: list[str], base: str | None) -> Settings:
+def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None) -> Settings:
     """The ``adapter_config.json`` from which peft rebuilds exactly the layers of an adapter.
 
     Layers are named by their full paths. Those whose rank or alpha differs from the configuration's have a pattern that
@@ -81,23 +94,34 @@ def settings_of(config: PeftConfig, ranks: dict[str, int], saved: list[str], bas
 
     Args:
         config: The adapter's.
-        ranks: The rank of each adapted layer, by its path.
-        saved: The paths of the modules in ``modules_to_save``.
+        inputs: The adapter's.
         base: The name of the base that peft notes.
     """
-    alphas = {path: config.alpha_of(path) for path in ranks}
-    return {
-        "peft_type": "LORA",
+    settings: Settings = {
+        "peft_type": config.peft_type,
         "task_type": None,
         "base_model_name_or_path": base,
         "inference_mode": True,
+        "modules_to_save": [slot.path for slot in inputs.saved] or None,
+    }
+    if config.peft_type == "LORA":
+        return settings | _lora_settings(config, [slot.path for slot in inputs.loras])
+    settings["target_modules"] = sorted(set(map(layer_of, inputs.vectors)))
+    if config.peft_type == "IA3":
+        settings["feedforward_modules"] = [layer_of(name) for name in inputs.vectors if name.endswith(INPUT_SCALE)]
+    return settings
+
+
+def _lora_settings(config: PeftConfig, paths: list[str]) -> Settings:
+    ranks = {path: config.rank_of(path) for path in paths}
+    alphas = {path: config.alpha_of(path) for path in paths}
+    return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": config.use_rslora,
         "target_modules": sorted(ranks),
-        "modules_to_save": saved or None,
         "rank_pattern": {exactly(path): rank for path, rank in ranks.items() if rank != config.r},
         "alpha_pattern": {exactly(path): alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
     }
@@ -112,12 +136,13 @@ def exactly(path: str) -> str:
     return "^" + re.escape(path)
 
 
-def _config(settings: Settings) -> PeftConfig:
+def _config(kind: str, settings: Settings) -> PeftConfig:
     targets = settings.get("target_modules") or []
+    none = None if kind == "LORA" else 0
     body = {
-        "peft_type": "LORA",
-        "r": settings.get("r"),
-        "lora_alpha": settings.get("lora_alpha"),
+        "peft_type": kind,
+        "r": settings.get("r", none),
+        "lora_alpha": settings.get("lora_alpha", none),
         "target_modules": sorted(targets) if isinstance(targets, list) else [targets],
         "rank_pattern": _pairs(settings, "rank_pattern"),
         "alpha_pattern": _pairs(settings, "alpha_pattern"),

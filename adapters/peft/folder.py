@@ -16,7 +16,8 @@ from adapters.files import MAX_ADAPTER
 from adapters.graphinputs import PEFT_PREFIX, input_name
 from adapters.layout import Floats, Layout, Tensors
 from adapters.peft.config import Settings, config_of, saved_modules, settings_of
-from adapters.peft.inputs import LORA, AdapterInputs, in_modules
+from adapters.peft.inputs import AdapterInputs, in_modules, is_saved
+from adapters.peft.methods import from_peft_tensors, to_peft_tensors
 from adapters.peftconfig import PeftConfig
 from adapters.storage import new_folder, read, write_files
 from aggregation.errors import ConfigError, DataError
@@ -38,7 +39,7 @@ class PeftFolder:
     sha256: str  # of adapter_model.safetensors
     base: str | None
     task_type: str | None  # such as SEQ_CLS or CAUSAL_LM
-    tensors: Tensors = field(repr=False)  # float32, under peft's names
+    tensors: Tensors = field(repr=False)  # float32, under peft's names; vectors as ``methods`` names them
 
 
 def read_peft(folder: Path) -> PeftFolder:
@@ -61,7 +62,7 @@ def read_peft(folder: Path) -> PeftFolder:
     settings = _settings(read(folder / CONFIG, MAX_CONFIG))
     config = config_of(settings)
     blob = read(folder / WEIGHTS, MAX_ADAPTER)
-    tensors = _tensors(blob)
+    tensors = from_peft_tensors(_tensors(blob), config.peft_type)
     _check_saved(tensors, saved_modules(settings))
     AdapterInputs.of_tensors(config, tensors)
     base, task = (_text(settings.get(name)) for name in ("base_model_name_or_path", "task_type"))
@@ -84,9 +85,8 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
         OSError: The folder cannot be written; the error names the file.
     """
     inputs = AdapterInputs.of_tensors(config, tensors)
-    ranks = {slot.path: config.rank_of(slot.path) for slot in inputs.loras}
-    settings = settings_of(config, ranks, [slot.path for slot in inputs.saved], base)
-    contents = {CONFIG: json.dumps(settings, indent=2).encode() + b"\n", WEIGHTS: files.encode(tensors)}
+    settings = json.dumps(settings_of(config, inputs, base), indent=2).encode() + b"\n"
+    contents = {CONFIG: settings, WEIGHTS: files.encode(to_peft_tensors(tensors))}
     with new_folder(out) as stage:
         write_files(stage, contents)
 
@@ -146,7 +146,7 @@ def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
                 "save_pretrained(folder, save_embedding_layers=False)",
                 about=name,
             )
-        if LORA not in name and not in_modules(name, saved):
+        if is_saved(name) and not in_modules(name, saved):
             raise ConfigError(
                 f"tensor {name!r} belongs to no module in modules_to_save and cannot be exported", about=name
             )

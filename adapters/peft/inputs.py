@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from adapters.graphinputs import LORA_A, LORA_B, input_name
+from adapters.graphinputs import LORA_A, LORA_B, input_name, vector_kind
 from adapters.layout import Tensors, TensorSpec
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
@@ -40,6 +40,7 @@ class AdapterInputs:
     adapter: str  # peft's name of the adapter
     loras: tuple[LoraSlot, ...]
     saved: tuple[SavedSlot, ...]
+    vectors: tuple[str, ...] = ()  # the graph inputs of scales, offsets and replaced parameters
 
     @property
     def scaling(self) -> dict[str, float]:
@@ -50,7 +51,8 @@ class AdapterInputs:
     def names(self) -> tuple[str, ...]:
         """The names of the graph inputs, in order."""
         pairs = [slot.path + part for slot in self.loras for part in (LORA_A, LORA_B)]
-        return (*pairs, *(f"{slot.path}.{spec.name}" for slot in self.saved for spec in slot.parameters))
+        saved = (f"{slot.path}.{spec.name}" for slot in self.saved for spec in slot.parameters)
+        return (*pairs, *self.vectors, *saved)
 
     @classmethod
     def of_tensors(cls, config: PeftConfig, tensors: Tensors) -> Self:
@@ -61,16 +63,19 @@ class AdapterInputs:
             tensors: All its tensors, under peft's names.
 
         Raises:
-            DataError: A tensor is not of LoRA on a linear layer, a LoRA pair is incomplete or of two ranks, or a rank
-                differs from the one in ``config``.
+            DataError: A tensor is not of LoRA on a linear layer, a LoRA pair is incomplete or of two ranks, a rank
+                differs from the one in ``config``, or a vector is not one row.
         """
         values = {input_name(name): value for name, value in tensors.items()}
         loras = tuple(_lora(path, config, values) for path in sorted(lora_paths(values)))
         saved: dict[str, list[TensorSpec]] = {}
-        for name in sorted(name for name in values if LORA not in name):
+        vectors = tuple(sorted(name for name in values if vector_kind(name)))
+        if odd := [name for name in vectors if values[name].ndim != 2 or values[name].shape[0] > 1]:
+            raise DataError(f"{odd[0]!r} is not one vector: the adapter is damaged", about=odd[0])
+        for name in sorted(name for name in values if is_saved(name)):
             path, _, parameter = name.rpartition(".")
             saved.setdefault(path, []).append(TensorSpec(parameter, tuple(values[name].shape)))
-        return cls("default", loras, tuple(SavedSlot(path, tuple(specs)) for path, specs in saved.items()))
+        return cls("default", loras, tuple(SavedSlot(path, tuple(specs)) for path, specs in saved.items()), vectors)
 
 
 def lora_paths(names: Iterable[str]) -> set[str]:
@@ -85,6 +90,11 @@ def lora_paths(names: Iterable[str]) -> set[str]:
             f"tensor {odd[0]!r} is not of plain LoRA on a linear layer and cannot be exported", about=odd[0]
         )
     return {name.removesuffix(LORA_A).removesuffix(LORA_B) for name in added}
+
+
+def is_saved(name: str) -> bool:
+    """Whether a graph input is a parameter of a module in ``modules_to_save``: neither of LoRA nor a vector."""
+    return LORA not in name and vector_kind(name) is None
 
 
 def in_modules(name: str, saved: Iterable[str]) -> bool:

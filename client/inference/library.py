@@ -1,8 +1,14 @@
 """The adapters of a bundle: chosen, verified when they are used, composed into one, and kept in memory.
 
-A composition is several adapters as one: ``y = base(x) + Σ wᵢ (x Aᵢ) Bᵢ``. Their ranks are concatenated,
-``A = [A₁ A₂ …]`` and ``B = [w₁B₁; w₂B₂; …]``, as PEFT does in ``add_weighted_adapter(combination_type="cat")``. Nothing
-is approximated, and the graph needs no second set of inputs; the rank is the sum of the ranks.
+A composition is several adapters as one: ``y = base(x) + Σ wᵢ Δᵢ(x)``, where Δᵢ is what adapter i changes at a layer.
+
+======================= ==================================================================================
+low rank                the ranks are concatenated, ``A = [A₁ A₂ …]`` and ``B = [w₁B₁; w₂B₂; …]``
+scales                  ``1 + Σ wᵢ (sᵢ - 1)``
+offsets                 ``Σ wᵢ oᵢ``
+replaced parameters     ``Σ wᵢ pᵢ``, if the weights add up to 1; else it would depend on the base's own
+``modules_to_save``     the mean by weights; a negative weight has no part in it
+======================= ==================================================================================
 
 A module of ``modules_to_save`` replaces the base's module instead of updating it, so two of them have no sum. They are
 averaged, if their shapes and, for a head, the labels agree (docs/decisions/0013-composing-adapters.md).
@@ -19,7 +25,7 @@ import numpy as np
 from cachetools import LRUCache
 
 from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names
-from adapters.graphinputs import LORA_A, LORA_B
+from adapters.graphinputs import LORA_A, LORA_B, REPLACED, SCALES, vector_kind, vector_site
 from adapters.layout import Floats, Tensors
 from adapters.manifest import AdapterManifest, BaseManifest, Task, check_name
 from aggregation.errors import ConfigError, DataError
@@ -37,15 +43,15 @@ Named = Union[str, Sequence[str], "Composition"]  # how a call names an adapter:
 
 @dataclass(frozen=True, slots=True)
 class WeightedAdapter:
-    """One adapter of a composition, and the factor of its update."""
+    """One adapter of a composition, and the factor of its update; a negative one subtracts the adapter."""
 
     name: str
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        if not (math.isfinite(self.weight) and 0 < self.weight <= MAX_WEIGHT):
-            reason = f"the weight {self.weight} of adapter {self.name!r} is not above 0 and at most {MAX_WEIGHT:g}"
+        if not 0 < abs(self.weight) <= MAX_WEIGHT:  # false for NaN too
+            reason = f"the weight {self.weight} of adapter {self.name!r} is 0, or not between ±{MAX_WEIGHT:g}"
             raise ConfigError(reason, about="composition.weight", value=self.weight)
 
     @classmethod
@@ -146,7 +152,7 @@ class Adapter:
     @property
     def temperature(self) -> float:
         """What divides the logits: the mean of the parts' temperatures, weighted as their heads are."""
-        weights = [abs(part.weight) for part in self.composition.parts]
+        weights = [max(part.weight, 0.0) for part in self.composition.parts]
         return float(np.average([manifest.temperature for manifest in self.manifests], weights=weights))
 
     @property
@@ -164,12 +170,14 @@ def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base:
         base: The base's manifest.
 
     Returns:
-        Inputs in float32: A of shape ``(in, Σ rankᵢ)``, B of shape ``(Σ rankᵢ, out)``, and each module of
-        ``modules_to_save`` in its own shape. Guarantee: ``A @ B`` is the weighted sum of the updates, up to float32
-        rounding. A single adapter of weight 1 is returned unchanged, and equal modules keep their exact values.
+        Inputs in float32: A of shape ``(in, Σ rankᵢ)``, B of shape ``(Σ rankᵢ, out)``, and everything else in the shape
+        of one adapter's. Guarantee: what the composition changes at a layer is the weighted sum of what each adapter
+        changes there, up to float32 rounding. A single adapter of weight 1 is returned unchanged, and equal modules
+        keep their exact values.
 
     Raises:
-        ConfigError: The labels differ, or the ranks add up to more than the base allows.
+        ConfigError: The labels differ; the ranks add up to more than the base allows; the weights of adapters that
+            replace parameters do not add up to 1; or no adapter with a weight above 0 brings a head.
     """
     manifests = tuple(one.manifest for one in verified)
     if len(verified) == 1 and composition.parts[0].weight == 1:
@@ -193,8 +201,31 @@ def _composed(name: str, values: Sequence[Floats], weights: Sequence[float]) -> 
         return np.concatenate(values, axis=1)
     if name.endswith(LORA_B):
         return np.concatenate([np.float32(weight) * value for weight, value in zip(weights, values, strict=True)])
+    if kind := vector_kind(name):
+        given = [(value, weight) for value, weight in zip(values, weights, strict=True) if len(value)]
+        return _vector(name, kind, given) if given else values[0]
+    if not any(weight > 0 for weight in weights):
+        reason = "a module that replaces the base's, such as a head, cannot be subtracted; give one weight above 0"
+        raise ConfigError(reason, about="composition.weight", value=name)
     # numpy averages in float64 with these weights, so that the mean of equal modules is exact.
-    return np.average(values, axis=0, weights=weights).astype(np.float32)
+    return np.average(values, axis=0, weights=np.maximum(weights, 0)).astype(np.float32)
+
+
+def _vector(name: str, kind: str, given: Sequence[tuple[Floats, float]]) -> Floats:
+    """The vector of a composition, ``(1, width)``, from those that adapters have, with their weights."""
+    if len(given) == 1 and given[0][1] == 1:
+        return given[0][0]
+    weights = [weight for _, weight in given]
+    if kind == REPLACED and not math.isclose(sum(weights), 1):
+        reason = (
+            f"{vector_site(name)!r} is replaced with weights that add up to {sum(weights):g}, not to 1: how far "
+            "that is from the base's own is not known; give shares, as in global:0.5+anna:0.5"
+        )
+        raise ConfigError(reason, about="composition.weight", value=weights)
+    neutral = 1.0 if kind in SCALES else 0.0
+    stacked = np.stack([value.astype(np.float64) for value, _ in given])
+    result: Floats = (neutral + np.tensordot(weights, stacked - neutral, 1)).astype(np.float32)
+    return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,20 @@ import numpy as np
 
 from adapters import container
 from adapters.bundle import VerifiedAdapter
-from adapters.graphinputs import LORA_A, LORA_B, PEFT_PREFIX, from_inputs, input_name, to_inputs
+from adapters.graphinputs import (
+    LORA_A,
+    LORA_B,
+    PEFT_PREFIX,
+    from_inputs,
+    input_name,
+    layer_of,
+    to_inputs,
+    vector_kind,
+)
 from adapters.layout import Tensors
 from adapters.manifest import Format
 from adapters.peft.config import exactly
-from adapters.peft.inputs import LORA, AdapterInputs, LoraSlot, lora_paths, summary
+from adapters.peft.inputs import AdapterInputs, LoraSlot, is_saved, lora_paths, summary
 from adapters.peftconfig import PeftConfig
 from adapters.quantization import quantize, restore
 from aggregation.errors import DataError
@@ -41,7 +50,7 @@ def decode(blob: bytes, form: Format) -> Tensors:
 def completed(
     tensors: Tensors, inputs: AdapterInputs, slots: Mapping[str, Sequence[str]]
 ) -> tuple[Tensors, AdapterInputs]:
-    """The adapter with an empty LoRA pair (rank 0) for each layer that the base has slots for and it does not adapt.
+    """The adapter with an empty tensor for each slot of the base that it does not fill: of rank 0, or of no vector.
 
     Args:
         tensors: Of the adapter, under peft's names.
@@ -55,18 +64,22 @@ def completed(
     names = {input_name(name) for name in tensors}
     if odd := sorted(names - set(slots)):
         layers = [name.removesuffix(LORA_A) for name in odd if name.endswith(LORA_A)]
-        others = [name for name in odd if LORA not in name]
+        layers += [layer_of(name) for name in odd if vector_kind(name)]
+        others = [name for name in odd if is_saved(name)]
         remedies = [f"no slots for {summary(layers)}: export the base with 'export base --peft'"] if layers else []
         remedies += [f"no place for {', '.join(others)}: train without modules_to_save"] if others else []
         raise DataError(f"the base has {'; '.join(remedies)}", about=odd[0], value=odd)
-    if missing := sorted(name for name in set(slots) - names if LORA not in name):
+    if missing := sorted(name for name in set(slots) - names if is_saved(name)):
         raise DataError(
             f"the adapter lacks {missing[0]!r}, which every adapter of this base must have: train its module in "
             'modules_to_save (task_type="SEQ_CLS" does)',
             about=missing[0],
         )
-    full, loras = dict(tensors), list(inputs.loras)
+    full, loras, vectors = dict(tensors), list(inputs.loras), list(inputs.vectors)
     for name in slots:
+        if vector_kind(name) and name not in names:
+            full[PEFT_PREFIX + name] = np.empty((0, int(slots[name][-1])), np.float32)
+            vectors.append(name)
         path = name.removesuffix(LORA_A)
         if name == path or path in inputs.scaling or path + LORA_B not in slots:
             continue
@@ -74,7 +87,7 @@ def completed(
         full[PEFT_PREFIX + name] = np.empty((0, width), np.float32)
         full[PEFT_PREFIX + path + LORA_B] = np.empty((out, 0), np.float32)
         loras.append(LoraSlot(path, 1.0))
-    return full, replace(inputs, loras=tuple(loras))
+    return full, replace(inputs, loras=tuple(loras), vectors=tuple(vectors))
 
 
 def unfolded(adapter: VerifiedAdapter) -> tuple[Tensors, PeftConfig]:

@@ -7,9 +7,9 @@ from typing import Literal
 from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.classifier import ENCODER
-from adapters.graphinputs import LORA_A, input_name
+from adapters.graphinputs import LORA_A, input_name, vector_kind
 from adapters.manifest import Task
-from adapters.peft.inputs import LORA, lora_paths
+from adapters.peft.inputs import is_saved, lora_paths
 from aggregation.errors import ConfigError
 from export.bundle.sources import Origin
 from export.causal import export_causal
@@ -17,6 +17,7 @@ from export.causal.base import check_decoder
 from export.onnx import slotted
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile
+from export.onnx.targets import SlotKind, Slots
 
 Head = Literal["own", "mean"]
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining")  # heads that can be removed from an encoder
@@ -31,10 +32,10 @@ class Wanted:
     """What a base is exported for."""
 
     task: Task
-    targets: tuple[str, ...]  # the layers that get slots, as ``linear_layers`` takes them
+    slots: Slots
     max_rank: int  # of an adapter
     head: Head | None = None  # of a classifier; None: its own, if it has one
-    # The shapes of an adapter's tensors other than LoRA's; None: as any adapter has them.
+    # The shapes of an adapter's modules_to_save; None: as any adapter has them.
     brought: Mapping[str, tuple[int, ...]] | None = field(default=None, repr=False)
 
 
@@ -65,6 +66,7 @@ def wanted(
     *,
     task: Task | None = None,
     targets: Sequence[str] = (),
+    kinds: Sequence[SlotKind] = (),
     head: Head | None = None,
     max_rank: int | None = None,
 ) -> Wanted:
@@ -75,6 +77,7 @@ def wanted(
         origin: An adapter that has to fit: its layers get slots, in addition to ``targets``.
         task: What the base is for.
         targets: As ``linear_layers`` takes them.
+        kinds: Of the slots at ``targets``; by default low rank alone, and nothing but what ``origin`` needs.
         head: Of a classifier.
         max_rank: Of an adapter; by default ``MAX_RANK``, or the adapter's if that is higher.
 
@@ -84,11 +87,13 @@ def wanted(
     """
     if origin is None:
         task = task or usual_task(base)
-        return Wanted(task, tuple(targets) or DEFAULT_TARGETS[task], max_rank or MAX_RANK, head)
+        slots = Slots(tuple(targets) or DEFAULT_TARGETS[task], frozenset(kinds or [SlotKind.LOW_RANK]))
+        return Wanted(task, slots, max_rank or MAX_RANK, head)
     shapes = {input_name(name): value.shape for name, value in origin.tensors.items()}
     layers = sorted(lora_paths(shapes))
-    brought = {name: shape for name, shape in shapes.items() if LORA not in name}
-    mean = any(name.startswith(ENCODER) for name in layers)
+    vectors = tuple(name for name in sorted(shapes) if vector_kind(name))
+    brought = {name: shape for name, shape in shapes.items() if is_saved(name)}
+    mean = any(name.startswith(ENCODER) for name in (*layers, *vectors))
     needed: Task = origin.task or ("text-classification" if mean else usual_task(base))
     _agree("--task", task, needed)
     own: Head | None = None
@@ -111,7 +116,8 @@ def wanted(
             )
         own = "mean" if mean else "own"
         _agree("--head", head, own)
-    return Wanted(needed, (*targets, *layers), max_rank or max(MAX_RANK, rank), head or own, brought)
+    slots = Slots(tuple(targets), frozenset(kinds or [SlotKind.LOW_RANK]), tuple(layers), vectors)
+    return Wanted(needed, slots, max_rank or max(MAX_RANK, rank), head or own, brought)
 
 
 def export_named(name: str, profile: str, want: Wanted) -> ExportedBase:
@@ -137,11 +143,11 @@ def export_named(name: str, profile: str, want: Wanted) -> ExportedBase:
             raise ConfigError(
                 "--head is for a classifier; a language model has its own output layer: leave it out", about="--head"
             )
-        return export_causal(base, want.targets, chosen, max_rank=want.max_rank)
+        return export_causal(base, want.slots, chosen, max_rank=want.max_rank)
     if want.head == "own" or (want.head is None and slotted.has_own_head(base)):
-        model = slotted.with_own_head(base, want.targets, want.brought)
+        model = slotted.with_own_head(base, want.slots, want.brought)
     else:
-        model = slotted.with_mean_head(base, want.targets)
+        model = slotted.with_mean_head(base, want.slots)
     return export_classifier(model, base, chosen, want.max_rank)
 
 

@@ -8,7 +8,7 @@ from adapters.keyfiles import read_key, read_public_keys
 from adapters.layout import Tensors
 from adapters.manifest import Task
 from adapters.peft.folder import read_peft
-from adapters.peft.inputs import LORA
+from adapters.peft.inputs import is_saved
 from adapters.peftconfig import PeftConfig
 from adapters.registryfiles import SIGNING_KEY, RegistryFiles
 from aggregation.errors import ConfigError, DataError
@@ -74,7 +74,7 @@ def from_peft(folder: Path, version: int, labels: tuple[str, ...]) -> Origin:
         ConfigError, DataError: As ``read_peft``.
     """
     read = read_peft(folder)
-    if labels and all(LORA in name for name in read.tensors):
+    if labels and not any(is_saved(name) for name in read.tensors):
         raise ConfigError(
             f"the adapter in {folder} has no head, so labels have no meaning: leave out --labels", about="labels"
         )

@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from adapters import pretrained
 from adapters.base import Base
 from adapters.bundle import TOKENIZER
+from adapters.graphinputs import layer_of
 from adapters.layout import Floats
-from adapters.peft.inputs import AdapterInputs, LoraSlot
+from adapters.peft.inputs import AdapterInputs, LoraSlot, summary
 from aggregation.errors import ConfigError
 from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits
@@ -20,15 +21,15 @@ from export.onnx import headers, matmuls
 from export.onnx.calibrate import TEXT, TOKENS
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile
 from export.onnx.quantize import quantize
-from export.onnx.targets import linear_layers
+from export.onnx.targets import Slots, linear_layers, vectors
 
 
-def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
-    """Export ``base`` with a slot at each linear layer that ``targets`` name; takes some seconds.
+def export_causal(base: Base, slots: Slots | Sequence[str], profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
+    """Export ``base`` with ``slots`` at its linear layers; takes some seconds.
 
     Args:
         base: A causal language model.
-        targets: As ``linear_layers`` takes them, such as ``("q_proj", "v_proj")``.
+        slots: Of its layers; or targets, such as ``("q_proj", "v_proj")``, which get low-rank slots.
         profile: How weights are stored.
         max_rank: The highest rank that the base manifest allows an adapter.
 
@@ -37,8 +38,14 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
             MatMul cannot be found in the graph.
     """
     check_decoder(pretrained.configuration(base))
+    wanted = Slots.of(slots)
     model = pretrained.load(base, AutoModelForCausalLM)
-    weights = {path: _weight(model.get_submodule(path)) for path in linear_layers(model, targets)}
+    weights = {path: _weight(model.get_submodule(path)) for path in linear_layers(model, wanted.low_rank)}
+    if names := vectors(model, wanted):
+        raise ConfigError(
+            f"a language model has low-rank slots only, none for {summary([layer_of(name) for name in names])}",
+            about="slots",
+        )
     sample = sample_logits(model, pretrained.tokenizer(base))
     config = model.config
     del model  # each path loads it again, and until the end only the layers' weights are needed
@@ -46,7 +53,7 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
     layers = matmuls.find(decoder.graph, weights)
     ids = Tokenizer.from_str(decoder.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
     graph = quantize(decoder.graph, profile, ids)
-    slots = matmuls.insert_lora(graph, layers)
+    inserted = matmuls.insert_lora(graph, layers)
     matmuls.merge(graph)
     return ExportedBase(
         base_digest=base.digest,
@@ -54,9 +61,9 @@ def export_causal(base: Base, targets: Sequence[str], profile: Profile, max_rank
         profile=profile,
         # An adapter of a language model brings its own scaling (AdapterSource.adapter_inputs); 1 leaves B as it is.
         adapter_inputs=AdapterInputs("default", tuple(LoraSlot(path, 1.0) for path in weights), ()),
-        slots=slots,
+        slots=inserted,
         max_rank=max_rank,
-        files=headers.split(graph, slots) | decoder.files,
+        files=headers.split(graph, inserted) | decoder.files,
     )
 
 

@@ -28,6 +28,13 @@ TASKS = ("text-classification", "text-generation")
     "query,value or q_proj,v_proj.",
 )
 @click.option(
+    "--slots",
+    "kinds",
+    metavar="A,B",
+    help="Kinds of slots at the targets: low-rank, scale, input-scale, offset; and of the whole base: norms, biases. "
+    "Default: low-rank, and what --peft needs.",
+)
+@click.option(
     "--head",
     type=click.Choice(["own", "mean"]),
     help="Of a classifier: the base's own, or over the mean of its tokens. Default: its own, if it has one.",
@@ -47,6 +54,7 @@ def base(
     peft_folder: Path | None,
     profile: str | None,
     targets: str | None,
+    kinds: str | None,
     head: Literal["own", "mean"] | None,
     max_rank: int | None,
     out: Path,
@@ -70,12 +78,17 @@ def base(
     check_place(out)  # before the slow imports and the export
     origin = from_peft(peft_folder, 1, ()) if peft_folder else None
     from export.bundle.base import export_named, wanted
+    from export.onnx.targets import SlotKind
 
     given = [part.strip() for part in (targets or "").split(",") if part.strip()]
     if targets is not None and not given:
         raise ConfigError("--targets names no layer", about="--targets")
+    try:
+        slots = [SlotKind(part.strip()) for part in (kinds or "").split(",") if part.strip()]
+    except ValueError as error:
+        raise ConfigError(f"--slots: {error}; choose among {', '.join(SlotKind)}", about="--slots") from error
     found = find_base(name)  # converting a GGUF file shows a progress bar of its own
-    want = wanted(found, origin, task=task, targets=given, head=head, max_rank=max_rank)
+    want = wanted(found, origin, task=task, targets=given, kinds=slots, head=head, max_rank=max_rank)
     with status(f"exporting {name} as {profile or PROFILE}, which takes from seconds to a minute"):
         exported = export_named(name, profile or PROFILE, want)
     write_bundle(out, exported, [], key=signer)

@@ -3,6 +3,7 @@
 from onnx import checker
 from peft import PeftModel
 from tokenizers import Tokenizer
+from torch import nn
 
 from adapters import pretrained
 from adapters.base import Base
@@ -11,16 +12,18 @@ from aggregation.errors import ConfigError
 from export.onnx import graph, headers, rows
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import quantize
 from export.onnx.tasks import check_classifies, readable_length
 
 
-def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
+def export_classifier(
+    model: PeftModel | SlottedModel, base: Base, profile: Profile, max_rank: int = MAX_RANK
+) -> ExportedBase:
     """Export the base of ``model`` in a few seconds; no tensor of its adapter gets into the result.
 
     Args:
-        model: From ``adapters.classifier.build``; its adapter names the layers that get slots.
+        model: From ``slotted``, or ``adapters.classifier.build``, whose adapter names the layers that get slots.
         base: The base of ``model``.
         profile: How weights are stored.
         max_rank: The highest rank that the base manifest allows an adapter.
@@ -38,12 +41,12 @@ def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: 
         )
     tokenizer = pretrained.tokenizer(base)
     tokenizer.no_padding()  # which a device does not need
-    check_classifies(model.base_model.model, tokenizer.encode(SHORT_TEXT).ids)
-    inputs = find_adapter_inputs(model)
-    longest = _limit(base, tokenizer, model)
+    slotted = SlottedModel.of(model) if isinstance(model, PeftModel) else model
+    check_classifies(slotted.model, tokenizer.encode(SHORT_TEXT).ids)
+    longest = _limit(base, tokenizer, slotted.model)
     tokenizer.enable_truncation(longest)
     ids = tokenizer.encode(TEXT).ids[:TOKENS]
-    traced = quantize(graph.trace(model, inputs), profile, ids)
+    traced = quantize(graph.trace(slotted), profile, ids)
     checker.check_model(traced)
     slots = graph.slots(traced)
     files = headers.split(traced, slots) | {TOKENIZER: str(tokenizer.to_str()).encode()}
@@ -51,7 +54,7 @@ def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: 
         base_digest=base.digest,
         task="text-classification",
         profile=profile,
-        adapter_inputs=inputs,
+        adapter_inputs=slotted.inputs,
         slots=slots,
         max_rank=max_rank,
         files=files,
@@ -59,7 +62,7 @@ def export_classifier(model: PeftModel, base: Base, profile: Profile, max_rank: 
     )
 
 
-def _limit(base: Base, tokenizer: Tokenizer, model: PeftModel) -> int:
+def _limit(base: Base, tokenizer: Tokenizer, model: nn.Module) -> int:
     """The tokens of the longest text that the model reads."""
     config = pretrained.configuration(base)
     positions = getattr(config, "max_position_embeddings", None)  # transformers maps each family's own name to it
@@ -74,4 +77,4 @@ def _limit(base: Base, tokenizer: Tokenizer, model: PeftModel) -> int:
     ids = tokenizer.encode(TEXT).ids
     # Padding may have no position of its own; families that number positions take 0 or 1 for it whatever they state.
     counted = [token for token in ids if token not in (0, 1, config.pad_token_id)]
-    return readable_length(model.base_model.model, counted or ids, min(limits))
+    return readable_length(model, counted or ids, min(limits))

@@ -13,34 +13,32 @@ from typing import Any
 
 import onnx
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.export import Dim
 
-from adapters.peft.inputs import AdapterInputs
 from aggregation.errors import ConfigError
 from export.onnx.matmuls import USUAL_RANK
-from export.onnx.peftmodel import TOKENS, examples, with_inputs
+from export.onnx.peftmodel import TOKENS, SlottedModel, examples, with_inputs
 
 OPSET = 20
 ANSWER = "logits"
 MAX_REASON = 200  # characters of torch's error message
 
 
-def trace(model: PeftModel, inputs: AdapterInputs) -> onnx.ModelProto:
-    """Export ``model`` in float32: ``input_ids``, ``attention_mask`` (batch, sequence) and the slots → ``logits``.
+def trace(slotted: SlottedModel) -> onnx.ModelProto:
+    """Export ``slotted`` in float32: ``input_ids``, ``attention_mask`` (batch, sequence) and the slots → ``logits``.
 
     The result names no file or line of the machine that exports it, and equal models give equal graphs.
 
     Raises:
         ConfigError: torch cannot trace the model.
     """
-    example, dynamic = examples(model, inputs)
+    example, dynamic = examples(slotted)
     batch, sequence = Dim("batch"), Dim("sequence")
     tokens = {name: torch.ones(2, 3, dtype=torch.int64) for name in TOKENS}
     shapes = {name: {0: batch, 1: sequence} for name in TOKENS}
     return export(
-        with_inputs(model, inputs),
+        with_inputs(slotted),
         {**tokens, "adapter": example},
         {**shapes, "adapter": dynamic},
         inputs=[*TOKENS, *example],

@@ -4,13 +4,14 @@
 and a graph cannot express (DoRA, biases, methods other than LoRA, merged weights) is refused by name, because leaving
 it out would only show as worse answers on a device.
 
-Each adapted layer computes ``base(x) + (x @ A) @ B`` with A and B from the arguments and a rank dimension of its own.
-Modules in ``modules_to_save`` read their parameters from arguments too.
+Each adapted layer computes what ``adapters.graphinputs`` states, with slots from the arguments and a rank dimension of
+its own. Modules in ``modules_to_save`` read their parameters from arguments too.
 """
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -22,7 +23,18 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers.pytorch_utils import Conv1D
 
-from adapters.graphinputs import LORA_A, LORA_B, input_name
+from adapters.graphinputs import (
+    GIVEN,
+    INPUT_SCALE,
+    LORA_A,
+    LORA_B,
+    OFFSET,
+    OUTPUT_SCALE,
+    REPLACED,
+    input_name,
+    layer_of,
+    vector_site,
+)
 from adapters.layout import TensorSpec
 from adapters.peft.inputs import LABELS, AdapterInputs, LoraSlot, SavedSlot
 from adapters.pretrained import is_linear
@@ -51,7 +63,7 @@ def find_adapter_inputs(model: PeftModel) -> AdapterInputs:
         if isinstance(module, BaseTunerLayer):
             loras.append(_lora(path, module, adapter))
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-            saved.append(_saved(path, module.modules_to_save[adapter]))
+            saved.append(saved_slot(path, module.modules_to_save[adapter]))
         elif isinstance(module, AuxiliaryTrainingWrapper):
             kind = type(module).__name__
             raise ConfigError(f"{path}: {kind} cannot be exported; train it in modules_to_save", about=kind, value=path)
@@ -86,17 +98,6 @@ def _lora(path: str, layer: Any, adapter: str) -> LoraSlot:
     return LoraSlot(path, float(layer.scaling[adapter]))
 
 
-def _saved(path: str, module: nn.Module) -> SavedSlot:
-    if buffers := [name for name, _ in module.named_buffers()]:
-        raise ConfigError(
-            f"{path}: a module in modules_to_save with a buffer ({buffers[0]!r}) cannot be exported: no adapter holds "
-            "buffers",
-            about="modules_to_save",
-            value=path,
-        )
-    return SavedSlot(path, tuple(TensorSpec(name, tuple(p.shape)) for name, p in module.named_parameters()))
-
-
 def _check_complete(inputs: AdapterInputs, model: PeftModel) -> None:
     state = {input_name(name) for name in get_peft_model_state_dict(model, adapter_name=inputs.adapter)}
     if odd := sorted(state.symmetric_difference(inputs.names)):
@@ -112,17 +113,59 @@ class _Values:
         self.now: dict[str, Tensor] = {}
 
 
-class _LoraInput(nn.Module):
-    def __init__(self, base: nn.Module, path: str, values: _Values) -> None:
+class _LayerInput(nn.Module):
+    """``y = base(x * input_scale) * output_scale + (x @ A) @ B + offset``, of which a layer has some. To be traced."""
+
+    def __init__(self, base: nn.Module, path: str, names: set[str], values: _Values) -> None:
         super().__init__()
         self.base, self.path, self.values = base, path, values
+        self.kinds = {name.removeprefix(path) for name in names}
 
     def forward(self, x: Tensor) -> Tensor:
-        now = self.values.now
-        rows = x.unsqueeze(1) if x.ndim == 2 else x  # A and B may have a leading dimension for the rows of a batch
-        update: Tensor = (rows @ now[self.path + LORA_A]) @ now[self.path + LORA_B]
-        result: Tensor = self.base(x) + (update.squeeze(1) if x.ndim == 2 else update)
+        # Every slot may have a leading dimension for the rows of a batch; between them and the width, x has the tokens.
+        flat = x.ndim == 2
+        rows = x.unsqueeze(1) if flat else x
+        read = rows * self._vector(INPUT_SCALE, 1.0) if INPUT_SCALE in self.kinds else rows
+        result: Tensor = self.base(x if read is rows else read.squeeze(1) if flat else read)
+        if OUTPUT_SCALE in self.kinds:
+            scaled = (result.unsqueeze(1) if flat else result) * self._vector(OUTPUT_SCALE, 1.0)
+            result = scaled.squeeze(1) if flat else scaled
+        if LORA_A in self.kinds:
+            update = (rows @ self._now(LORA_A)) @ self._now(LORA_B)
+            result = result + (update.squeeze(1) if flat else update)
+        if OFFSET in self.kinds:
+            moved = (result.unsqueeze(1) if flat else result) + self._vector(OFFSET, 0.0)
+            result = moved.squeeze(1) if flat else moved
         return result
+
+    def _now(self, kind: str) -> Tensor:
+        return self.values.now[self.path + kind]
+
+    def _vector(self, kind: str, neutral: float) -> Tensor:
+        """What an adapter gives, or else ``neutral``: the first row of both. It has the rank of what is given.
+
+        Products and sums over no row would do, but onnxruntime-web 1.30 takes them for no result.
+        """
+        given = self._now(kind)
+        (rows, width), one = given.shape, torch.onnx.ops.symbolic
+        padding = (torch.tensor([0, 1]), torch.tensor(neutral), torch.tensor([-2]))  # a row at the end
+        both = one("Pad", (given, *padding), dtype=given.dtype, shape=(rows + 1, width))
+        return one("Gather", (both, torch.tensor([0])), {"axis": -2}, dtype=given.dtype, shape=(1, width))
+
+
+class _ReplacedInput(nn.Module):
+    """A module some of whose vectors an adapter may replace: the first row of what it gives and of the base's own."""
+
+    def __init__(self, module: nn.Module, path: str, names: set[str], values: _Values) -> None:
+        super().__init__()
+        self.module, self.path, self.values = module, path, values
+        self.names = sorted(name.removeprefix(f"{path}.").removesuffix(REPLACED) for name in names)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = {name: self.module.get_parameter(name)[None] for name in self.names}
+        given = {name: self.values.now[f"{self.path}.{name}{REPLACED}"] for name in self.names}
+        chosen = {name: torch.cat([given[name], own[name]])[0] for name in self.names}
+        return torch.func.functional_call(self.module, chosen, args, kwargs)
 
 
 class _SavedInput(nn.Module):
@@ -165,35 +208,84 @@ def logits_of(answer: Any) -> Tensor:
     return logits
 
 
-def with_inputs(model: PeftModel, inputs: AdapterInputs) -> nn.Module:
-    """A copy of ``model`` that takes ``input_ids``, ``attention_mask`` and ``adapter``, the slots' tensors by name."""
-    inner, values = copy.deepcopy(model.base_model.model).eval(), _Values()
-    for lora in inputs.loras:
-        _replace(inner, lora.path, _LoraInput(inner.get_submodule(lora.path).get_base_layer(), lora.path, values))
+@dataclass(frozen=True, slots=True)
+class SlottedModel:
+    """A base in torch, and the slots that its graph gets. ``model`` holds no adapter's tensors but a head's."""
+
+    model: nn.Module
+    inputs: AdapterInputs
+
+    @classmethod
+    def of(cls, model: PeftModel) -> Self:
+        """The base of a PEFT model, with the slots of its adapter. Raises as ``find_adapter_inputs``."""
+        inputs = find_adapter_inputs(model)
+        inner: nn.Module = copy.deepcopy(model.base_model.model).eval()
+        for lora in inputs.loras:
+            layer: Any = inner.get_submodule(lora.path)
+            _replace(inner, lora.path, layer.get_base_layer())
+        for saved in inputs.saved:
+            wrapper: Any = inner.get_submodule(saved.path)
+            _replace(inner, saved.path, wrapper.modules_to_save[inputs.adapter])
+        return cls(inner, inputs)
+
+
+def with_inputs(slotted: SlottedModel) -> nn.Module:
+    """A copy of the model that takes ``input_ids``, ``attention_mask`` and ``adapter``, the slots' tensors by name."""
+    inner, values, inputs = copy.deepcopy(slotted.model).eval(), _Values(), slotted.inputs
+    for path, names in _grouped(inputs, replaced=True).items():
+        _replace(inner, path, _ReplacedInput(inner.get_submodule(path), path, names, values))
+    for path, names in _grouped(inputs, replaced=False).items():
+        _replace(inner, path, _LayerInput(inner.get_submodule(path), path, names, values))
     for saved in inputs.saved:
-        _replace(inner, saved.path, _saved_input(model, inputs, saved, values))
+        _replace(inner, saved.path, _saved_input(slotted, saved, values))
     replace_conv1d(inner)
     return _WithInputs(inner, values)
 
 
-def examples(model: PeftModel, inputs: AdapterInputs) -> tuple[dict[str, Tensor], dict[str, dict[int, Dim]]]:
+def _grouped(inputs: AdapterInputs, *, replaced: bool) -> dict[str, set[str]]:
+    """The graph inputs of each module: those that replace its parameters, or those that change its output."""
+    groups: dict[str, set[str]] = {}
+    for name in (*inputs.vectors, *(slot.path + part for slot in inputs.loras for part in (LORA_A, LORA_B))):
+        if name.endswith(REPLACED) == replaced:
+            groups.setdefault(layer_of(name), set()).add(name)
+    return groups
+
+
+def examples(slotted: SlottedModel) -> tuple[dict[str, Tensor], dict[str, dict[int, Dim]]]:
     """Example tensors and dynamic dimensions of every slot, by name, for ``torch.export``."""
     example: dict[str, Tensor] = {}
     dynamic: dict[str, dict[int, Dim]] = {}
-    for number, lora in enumerate(inputs.loras):
-        layer, rank = model.base_model.model.get_submodule(lora.path), Dim(f"rank_{number}")
-        example[lora.path + LORA_A] = torch.ones(layer.in_features, EXAMPLE_RANK)
-        example[lora.path + LORA_B] = torch.ones(EXAMPLE_RANK, layer.out_features)
+    for number, lora in enumerate(slotted.inputs.loras):
+        (out, width), rank = weight_shape(slotted.model.get_submodule(lora.path)), Dim(f"rank_{number}")
+        example[lora.path + LORA_A] = torch.ones(width, EXAMPLE_RANK)
+        example[lora.path + LORA_B] = torch.ones(EXAMPLE_RANK, out)
         dynamic[lora.path + LORA_A], dynamic[lora.path + LORA_B] = {1: rank}, {0: rank}
+    for number, name in enumerate(slotted.inputs.vectors):
+        example[name] = torch.ones(EXAMPLE_RANK, vector_width(slotted.model, name))
+        dynamic[name] = {0: Dim(f"{GIVEN}{number}")}
     labels = Dim(LABELS)
-    for saved in inputs.saved:
-        head = _head(model, inputs, saved)
+    for saved in slotted.inputs.saved:
+        head = _head(slotted.model, saved)
         for spec in saved.parameters:
             name = f"{saved.path}.{spec.name}"
             # At least two rows, for the reason of EXAMPLE_RANK; a model with one label is refused earlier.
             example[name] = torch.ones(spec.shape)
             dynamic[name] = {0: labels} if spec.name.rpartition(".")[0] == head else {}
     return example, dynamic
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, int]:
+    """The outputs and inputs of a linear layer."""
+    first, second = layer.get_parameter("weight").shape
+    return (int(second), int(first)) if type(layer) is Conv1D else (int(first), int(second))
+
+
+def vector_width(model: nn.Module, name: str) -> int:
+    """The numbers of the vector ``name``, one of ``AdapterInputs.vectors``."""
+    if name.endswith(REPLACED):
+        return model.get_parameter(vector_site(name)).numel()
+    out, width = weight_shape(model.get_submodule(vector_site(name)))
+    return width if name.endswith(INPUT_SCALE) else out
 
 
 def replace_conv1d(root: nn.Module) -> None:
@@ -214,8 +306,20 @@ def as_linear(layer: Conv1D) -> nn.Linear:
     return linear
 
 
-def _saved_input(model: PeftModel, inputs: AdapterInputs, saved: SavedSlot, values: _Values) -> nn.Module:
-    module, head = copy.deepcopy(_saved_module(model, inputs, saved)), _head(model, inputs, saved)
+def saved_slot(path: str, module: nn.Module) -> SavedSlot:
+    """The slot of a module in ``modules_to_save``. Raises ConfigError if it has a buffer, which no adapter holds."""
+    if buffers := [name for name, _ in module.named_buffers()]:
+        raise ConfigError(
+            f"{path}: a module in modules_to_save with a buffer ({buffers[0]!r}) cannot be exported: no adapter holds "
+            "buffers",
+            about="modules_to_save",
+            value=path,
+        )
+    return SavedSlot(path, tuple(TensorSpec(name, tuple(p.shape)) for name, p in module.named_parameters()))
+
+
+def _saved_input(slotted: SlottedModel, saved: SavedSlot, values: _Values) -> nn.Module:
+    module, head = copy.deepcopy(slotted.model.get_submodule(saved.path)), _head(slotted.model, saved)
     if head is None:
         return _SavedInput(module, saved.path, values)
     bias = module.get_submodule(head).bias is not None
@@ -230,7 +334,7 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, module)
 
 
-def _head(model: PeftModel, inputs: AdapterInputs, saved: SavedSlot) -> str | None:
+def _head(model: nn.Module, saved: SavedSlot) -> str | None:
     """The path, within a module of ``modules_to_save``, of the linear layer that returns the logits; "" is the module.
 
     Its rows are labels, any number of them.
@@ -240,24 +344,19 @@ def _head(model: PeftModel, inputs: AdapterInputs, saved: SavedSlot) -> str | No
     def record(name: str) -> Callable[..., None]:
         return lambda _module, _args, output: outputs.append((name, output))
 
-    parts = _saved_module(model, inputs, saved).named_modules()
+    parts = model.get_submodule(saved.path).named_modules()
     hooks = [part.register_forward_hook(record(name)) for name, part in parts if type(part) is nn.Linear]
     try:
         with torch.no_grad():
             tokens = {name: torch.ones(1, 2, dtype=torch.int64) for name in TOKENS}
-            answer = logits_of(model.base_model.model(**tokens))
+            answer = logits_of(model(**tokens))
     except Exception as error:  # whatever the code of a model raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
-            f"{type(model.base_model.model).__name__} cannot be exported: it does not read two tokens ({reason})",
+            f"{type(model).__name__} cannot be exported: it does not read two tokens ({reason})",
             about="model_type",
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
     return next((name for name, output in outputs if output is answer), None) if answer.ndim == 2 else None
-
-
-def _saved_module(model: PeftModel, inputs: AdapterInputs, saved: SavedSlot) -> nn.Module:
-    module: nn.Module = model.base_model.model.get_submodule(saved.path).modules_to_save[inputs.adapter]
-    return module

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from adapters.bundle import MODEL, WEIGHTS
 from adapters.classifiergraph import LABELS, ClassifierGraph
-from adapters.graphinputs import LORA_A, LORA_B
+from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, REPLACED, SCALES
 from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError
 
@@ -72,14 +72,23 @@ def independent_rows(
 
 
 def _random(slots: Mapping[str, tuple[str, ...]], seed: int) -> Tensors:
-    """An adapter whose updates are about as large as what a layer reads. Only LoRA and the head depend on ``seed``."""
+    """An adapter whose updates are about as large as what a layer reads. What rows have alone depends on ``seed``."""
     rng, common = np.random.default_rng(seed), np.random.default_rng(ROWS)
     result = {}
     for name, dimensions in slots.items():
-        lora, head = name.endswith((LORA_A, LORA_B)), LABELS in dimensions
-        shape = [int(text) if text.isdigit() else ROWS if text == LABELS else RANK for text in dimensions]
-        drawn: Floats = (rng if lora or head else common).standard_normal(shape).astype(np.float32)
+        lora = name.endswith((LORA_A, LORA_B))
+        own = lora or LABELS in dimensions or name.endswith((*SCALES, OFFSET))
+        shape = [_size(text) for text in dimensions]
+        drawn: Floats = (rng if own else common).standard_normal(shape).astype(np.float32)
         # (in, rank) for A, (rank, out) for B, (out, in) for other weights: keeps the variance of what a layer reads.
         width = shape[0] if lora else shape[-1]
         result[name] = drawn / np.float32(np.sqrt(width))
+        if name.endswith((*SCALES, REPLACED)):
+            result[name] += 1
     return result
+
+
+def _size(dimension: str) -> int:
+    if dimension.isdigit():
+        return int(dimension)
+    return ROWS if dimension == LABELS else 1 if dimension.startswith(GIVEN) else RANK

@@ -5,16 +5,17 @@ The modules and their names are those in which adapters are trained, by ``adapte
 
 from collections.abc import Mapping, Sequence
 
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from adapters import pretrained
 from adapters.base import Base
 from adapters.classifier import PhraseClassifier
-from adapters.peft.inputs import in_modules, summary
+from adapters.graphinputs import layer_of
+from adapters.peft.inputs import AdapterInputs, LoraSlot, in_modules, summary
 from aggregation.errors import ConfigError
-from export.onnx.targets import linear_layers
+from export.onnx.peftmodel import SlottedModel, saved_slot
+from export.onnx.targets import Slots, linear_layers, vectors
 
 ANY_LABELS = 2  # rows of a head while it is traced; its slot takes as many as an adapter brings
 USUAL_HEADS = ("classifier", "score")  # what peft puts into modules_to_save for SEQ_CLS
@@ -26,11 +27,11 @@ def has_own_head(base: Base) -> bool:
     return str(stated[0]).endswith("ForSequenceClassification")
 
 
-def with_mean_head(base: Base, targets: Sequence[str]) -> PeftModel:
+def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
     """``adapters.classifier.PhraseClassifier``, what federations train.
 
     Raises:
-        ConfigError: The base cannot be opened, or a target names no linear layer of it.
+        ConfigError: The base cannot be opened, or lacks a layer that ``slots`` names.
     """
     encoder = pretrained.load(base, AutoModel)
     if (width := getattr(encoder.config, "hidden_size", None)) is None:
@@ -38,18 +39,18 @@ def with_mean_head(base: Base, targets: Sequence[str]) -> PeftModel:
         raise ConfigError(
             f"{kind} cannot be exported: its configuration states no hidden_size; use an encoder of texts", about=kind
         )
-    return _slotted(PhraseClassifier(encoder, width, ANY_LABELS), targets, ["classifier"])
+    return _slotted(PhraseClassifier(encoder, width, ANY_LABELS), Slots.of(slots), ["classifier"])
 
 
 def with_own_head(
-    base: Base, targets: Sequence[str], brought: Mapping[str, tuple[int, ...]] | None = None
-) -> PeftModel:
+    base: Base, slots: Slots | Sequence[str], brought: Mapping[str, tuple[int, ...]] | None = None
+) -> SlottedModel:
     """``AutoModelForSequenceClassification``, what peft makes for ``SEQ_CLS``. The base may lack what adapters bring.
 
     Args:
         base: The base.
-        targets: As ``linear_layers`` takes them.
-        brought: The shapes of an adapter's tensors other than LoRA's, by their names in the model. None: any adapter's,
+        slots: Of its layers; or targets, which get low-rank slots.
+        brought: The shapes of an adapter's ``modules_to_save``, by their names in the model. None: any adapter's,
             which brings the modules that peft usually takes for a head.
 
     Raises:
@@ -67,7 +68,7 @@ def with_own_head(
             about="head",
             value=rows,
         )
-    return _slotted(model, targets, saved)
+    return _slotted(model, Slots.of(slots), saved)
 
 
 def _labels(base: Base, brought: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -83,12 +84,16 @@ def _labels(base: Base, brought: Mapping[str, tuple[int, ...]]) -> int | None:
     return next((shape[0] for name, shape in sorted(brought.items()) if two[name] != three[name]), None)
 
 
-def _slotted(model: nn.Module, targets: Sequence[str], saved: list[str]) -> PeftModel:
-    layers = linear_layers(model, targets, saved)
-    if whole := [path for path in layers if in_modules(f"{path}.weight", saved)]:
+def _slotted(model: nn.Module, slots: Slots, saved: list[str]) -> SlottedModel:
+    layers = linear_layers(model, slots.low_rank, saved)
+    names = vectors(model, slots, saved)
+    if whole := [path for path in (*layers, *map(layer_of, names)) if in_modules(f"{path}.weight", saved)]:
         raise ConfigError(
             f"every adapter brings {summary(whole)} whole, in modules_to_save: leave it out of the targets",
             about="--targets",
             value=whole,
         )
-    return get_peft_model(model, LoraConfig(target_modules=layers, modules_to_save=saved)).eval()
+    brought = [path for path, _ in model.named_modules() if path.endswith(tuple(saved))]
+    outermost = [path for path in brought if not any(path.startswith(f"{other}.") for other in brought)]
+    modules = tuple(saved_slot(path, model.get_submodule(path)) for path in outermost)
+    return SlottedModel(model.eval(), AdapterInputs("default", tuple(LoraSlot(p, 1.0) for p in layers), modules, names))

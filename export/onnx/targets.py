@@ -1,16 +1,91 @@
-"""The linear layers that targets name: names, paths, patterns, or all of them."""
+"""Where a base gets slots: the layers that targets name, and the vectors at them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
 
 from torch import nn
 
 from adapters import pretrained
+from adapters.graphinputs import INPUT_SCALE, OFFSET, OUTPUT_SCALE, REPLACED, layer_of, vector_site
 from adapters.peft.inputs import in_modules, summary
 from aggregation.errors import ConfigError
 
 ALL = "all-linear"  # peft's word for every linear layer except those that return the answer
 NAME = re.compile(r"[\w.-]+")
+
+
+class SlotKind(StrEnum):
+    """What an adapter can bring for a layer; docs/reference/methods.md lists the methods that need each."""
+
+    LOW_RANK = "low-rank"
+    SCALE = "scale"
+    INPUT_SCALE = "input-scale"
+    OFFSET = "offset"
+    NORMS = "norms"  # the parameters of every normalization
+    BIASES = "biases"  # of every layer and normalization
+
+
+AT_LAYERS = {SlotKind.SCALE: OUTPUT_SCALE, SlotKind.INPUT_SCALE: INPUT_SCALE, SlotKind.OFFSET: OFFSET}
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """The slots of a base: ``kinds`` at the layers that ``targets`` name, and those that one adapter needs."""
+
+    targets: tuple[str, ...] = ()  # as ``linear_layers`` takes them
+    kinds: frozenset[SlotKind] = frozenset({SlotKind.LOW_RANK})
+    layers: tuple[str, ...] = ()  # the paths of the layers for which an adapter has LoRA matrices
+    vectors: tuple[str, ...] = ()  # the graph inputs of an adapter's vectors
+
+    @classmethod
+    def of(cls, slots: Self | Sequence[str]) -> Self:
+        """``slots``, or low-rank slots at these targets."""
+        return slots if isinstance(slots, cls) else cls(tuple(slots))  # type: ignore[arg-type]
+
+    @property
+    def low_rank(self) -> tuple[str, ...]:
+        """The layers that get low-rank slots, as ``linear_layers`` takes them."""
+        return (*(self.targets if SlotKind.LOW_RANK in self.kinds else ()), *self.layers)
+
+
+def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[str, ...]:
+    """The graph inputs of all vectors, in the order of the module tree.
+
+    Args:
+        model: As for ``linear_layers``.
+        slots: Of the base.
+        heads: Names of modules that adapters bring whole.
+
+    Raises:
+        ConfigError: As ``linear_layers``, or the base lacks the layer or the parameter of a vector.
+    """
+    at = [ending for kind, ending in AT_LAYERS.items() if kind in slots.kinds]
+    names = {path + ending for path in (linear_layers(model, slots.targets, heads) if at else ()) for ending in at}
+    for path, module in model.named_modules():
+        replaced = [f"{path}.{name}{REPLACED}" for name in _replaceable(module, slots.kinds)]
+        names.update(name for name in replaced if not in_modules(vector_site(name), heads))
+    linear_layers(model, [layer_of(name) for name in slots.vectors if not name.endswith(REPLACED)])
+    parameters = {name for name, value in model.named_parameters() if value.ndim == 1}
+    given = [vector_site(name) for name in slots.vectors if name.endswith(REPLACED)]
+    if missing := [name for name in given if name not in parameters]:
+        raise ConfigError(
+            f"the base has no vector among its parameters named {summary(missing)}", about="vectors", value=missing
+        )
+    places = {path: number for number, (path, _) in enumerate(model.named_modules())}
+    return tuple(sorted(names | set(slots.vectors), key=lambda name: (places[layer_of(name)], name)))
+
+
+def _replaceable(module: nn.Module, kinds: frozenset[SlotKind]) -> Iterator[str]:
+    """The parameters of one module that ``kinds`` lets an adapter replace."""
+    own = {name: value.ndim for name, value in module.named_parameters(recurse=False)}
+    norm = own.get("weight") == 1
+    for name, dimensions in own.items():
+        wanted = (SlotKind.NORMS in kinds and norm) or (SlotKind.BIASES in kinds and name == "bias")
+        if dimensions == 1 and wanted and (norm or pretrained.is_linear(module)):
+            yield name
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str], heads: Sequence[str] = ()) -> list[str]:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from adapters.bundle import TOKENIZER
 from adapters.classifiergraph import MAX_ROWS, ClassifierGraph
-from adapters.graphinputs import LORA_B
+from adapters.graphinputs import LORA_B, OFFSET, SCALES
 from adapters.layout import Floats, Tensors
 from adapters.manifest import BaseManifest, Task
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
@@ -177,11 +177,17 @@ class OnnxRunner:
         return answer
 
     def mixed(self, texts: Sequence[Sequence[int]], inputs: Tensors) -> list[Floats]:
-        """A classifier's logits, ``(labels,)`` for each text, in a batch whose other rows have no LoRA update."""
+        """A classifier's logits, ``(labels,)`` for each text, in a batch whose other rows have no updates."""
         assert self.graph is not None  # noqa: S101
-        without = {name: value * np.float32(not name.endswith(LORA_B)) for name, value in inputs.items()}
+        without = {name: _without(name, value) for name, value in inputs.items()}
         rows = [text for text in texts for _ in range(2)]
         return self.graph.mixed(rows, [inputs, without] * len(texts))[::2]
+
+
+def _without(name: str, value: Floats) -> Floats:
+    if name.endswith(LORA_B):
+        return np.zeros_like(value)  # of the same rank, so that the rows can share a run
+    return value[:0] if name.endswith((*SCALES, OFFSET)) else value
 
 
 def torch_logits(model: PeftModel, ids: Sequence[int]) -> Floats:

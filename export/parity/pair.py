@@ -20,7 +20,7 @@ from adapters.graphinputs import input_name
 from adapters.layout import Tensors
 from adapters.manifest import BaseManifest, Task
 from adapters.peft.folder import to_peft
-from adapters.peft.inputs import LORA
+from adapters.peft.inputs import is_saved
 from aggregation.errors import ConfigError, DataError
 from export.bundle.sources import Origin
 from export.parity.compare import OnnxRunner
@@ -85,7 +85,7 @@ def _bare(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
     if task == "text-generation":
         return pretrained.load(base, AutoModelForCausalLM)
     if not any(input_name(name).startswith(ENCODER) for name in tensors):
-        brought = sorted({name.rpartition(".")[0] for name in map(input_name, tensors) if LORA not in name})
+        brought = sorted({name.rpartition(".")[0] for name in map(input_name, tensors) if is_saved(name)})
         return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=brought)
     encoder = pretrained.load(base, AutoModel)
     return PhraseClassifier(encoder, encoder.config.hidden_size, labels)

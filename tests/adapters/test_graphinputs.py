@@ -64,3 +64,11 @@ def test_a_missing_and_an_unknown_tensor_are_refused() -> None:
         check_slots(inputs() | {"extra": np.ones(1, np.float32)}, SLOTS)
     with refused(DataError, BIAS):
         check_slots({name: value for name, value in inputs().items() if name != BIAS}, SLOTS)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_vector_is_there_once_or_not(rows: int) -> None:
+    slots = {"key.output_scale": ("given_0", "5")}
+    assert check_slots({"key.output_scale": np.ones((rows, 5), np.float32)}, slots) == {"given_0": rows}
+    with refused(DataError, "key.output_scale", value=(2, 5)):
+        check_slots({"key.output_scale": np.ones((2, 5), np.float32)}, slots)

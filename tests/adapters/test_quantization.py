@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from adapters.graphinputs import VECTORS
 from adapters.int4 import BLOCK
 from adapters.layout import Tensors
 from adapters.manifest import Format
@@ -48,6 +49,18 @@ def test_int8_has_a_scale_for_each_rank_and_each_row_and_leaves_vectors_alone() 
     assert stored[A].dtype == np.int8
     assert stored[BIAS].dtype == np.float32
     assert BIAS + SCALE not in stored
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_scales_offsets_and_replaced_parameters_stay_in_float32(form: Format) -> None:
+    vectors = {f"x.key{kind}": np.float32([[1.1, 1e30, -0.3]]) for kind in VECTORS}
+    stored = quantize(vectors, form)
+    assert {value.dtype for value in stored.values()} == {np.dtype(np.float32)}
+    for name, value in restore(stored, form).items():
+        np.testing.assert_array_equal(value, vectors[name])
+    if form != "fp32":
+        with refused(DataError, "x.key.output_scale"):
+            restore({"x.key.output_scale": np.ones((1, 4), np.float16)}, form)
 
 
 @given(

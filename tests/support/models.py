@@ -25,7 +25,7 @@ from adapters import causal
 from adapters.base import Base, find_base
 from adapters.classifier import LoraSpec, build, load, tensors
 from adapters.layout import Tensors
-from adapters.peft.inputs import LORA, AdapterInputs
+from adapters.peft.inputs import in_modules
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine
@@ -36,7 +36,7 @@ from export.causal import export_causal
 from export.onnx import graph
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.peftmodel import SlottedModel, find_adapter_inputs
 
 LABELS = ("Light", "Lock", "Music", "Timer")
 WORDS = (
@@ -97,14 +97,15 @@ def trace_once() -> Iterator[Callable[..., onnx.ModelProto]]:
     """
     trace, traced = graph.trace, dict[str, onnx.ModelProto]()
 
-    def cached(model: PeftModel, inputs: AdapterInputs) -> onnx.ModelProto:
-        key = hashlib.sha256(repr([slot.path for slot in (*inputs.loras, *inputs.saved)]).encode())
-        key.update(repr(sorted({str(getattr(part, "config", "")) for part in model.modules()})).encode())
-        for name, value in model.base_model.model.state_dict().items():
-            if LORA not in name and "modules_to_save" not in name and "original_module" not in name:
+    def cached(slotted: SlottedModel) -> onnx.ModelProto:
+        inputs = slotted.inputs
+        key = hashlib.sha256(repr([*(slot.path for slot in (*inputs.loras, *inputs.saved)), *inputs.vectors]).encode())
+        key.update(repr(sorted({str(getattr(part, "config", "")) for part in slotted.model.modules()})).encode())
+        for name, value in slotted.model.state_dict().items():
+            if not in_modules(name, [slot.path for slot in inputs.saved]):
                 key.update(name.encode() + value.numpy().tobytes())
         if key.hexdigest() not in traced:
-            traced[key.hexdigest()] = trace(model, inputs)
+            traced[key.hexdigest()] = trace(slotted)
         return copy.deepcopy(traced[key.hexdigest()])
 
     with pytest.MonkeyPatch.context() as patch:

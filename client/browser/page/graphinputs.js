@@ -8,11 +8,17 @@ import { DataError, quoted } from "./errors.js";
 const PEFT_PREFIX = "base_model.model.";
 export const LORA_A = ".lora_A.weight";
 export const LORA_B = ".lora_B.weight";
+const VECTORS = [".output_scale", ".input_scale", ".output_offset", ".replaced"];
+const GIVEN = "given_"; // prefix of the dimension of a vector: 1, or 0 for an adapter that lacks it
+
+/** Whether a graph input is a scale, an offset or a replaced parameter. */
+export const isVector = (name) => VECTORS.some((kind) => name.endsWith(kind));
 
 /**
  * Refuse tensors that do not fill exactly the slots of a graph; return the size that each free dimension takes.
  *
- * Throws DataError: a tensor is missing or unknown, or of a shape that the graph does not take.
+ * Throws DataError: a tensor is missing or unknown, of a shape that the graph does not take, or a vector that is there
+ * more than once.
  */
 export function checkSlots(inputs, slots) {
   const odd = [...inputs.keys()].filter((name) => !Object.hasOwn(slots, name));
@@ -25,7 +31,8 @@ export function checkSlots(inputs, slots) {
   for (const [name, dimensions] of Object.entries(slots)) {
     const { shape } = inputs.get(name);
     const fits = dimensions.every((text, i) => shape[i] === sizeOf(text, shape[i], sizes));
-    if (shape.length !== dimensions.length || !fits) {
+    const repeated = dimensions[0].startsWith(GIVEN) && shape[0] > 1;
+    if (shape.length !== dimensions.length || !fits || repeated) {
       const found = `is [${shape.join(", ")}], its slot takes [${dimensions.join(", ")}]`;
       throw new DataError(`tensor ${quoted(name)} ${found}`, name);
     }

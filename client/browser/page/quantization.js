@@ -1,12 +1,12 @@
 // How an adapter file stores numbers: the reading half of adapters/quantization.py.
 
 import { DataError, quoted } from "./errors.js";
-import { LORA_A } from "./graphinputs.js";
+import { LORA_A, isVector } from "./graphinputs.js";
 import * as numbers from "./numbers.js";
 import { product } from "./numbers.js";
 
 const SCALE = "#scale";
-// The number types of tensors with two or more dimensions, by format.
+// The number types of matrices, by format.
 const TYPES = { fp32: ["float32"], fp16: ["float16"], int8: ["int8"], int4: ["uint8", "int8"] };
 
 /**
@@ -26,7 +26,8 @@ export function restore(stored, format) {
 
 function restored(name, tensor, stored, format) {
   const { type, shape } = tensor;
-  const allowed = shape.length < 2 || !product(shape) ? ["float32"] : TYPES[format];
+  const matrix = shape.length >= 2 && product(shape) && !isVector(name);
+  const allowed = matrix ? TYPES[format] : ["float32"];
   if (!allowed.includes(type)) {
     throw new DataError(`tensor ${quoted(name)} is ${type} in an adapter of format ${format}`, name);
   }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import HRAConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
@@ -357,9 +357,9 @@ def test_lora_on_an_embedding_is_refused_whether_or_not_the_embedding_was_saved(
         read_peft(tmp_path)
 
 
-def test_a_method_other_than_lora_is_refused(tmp_path: Path) -> None:
-    get_peft_model(Net(), IA3Config(target_modules=["q_proj"], feedforward_modules=[])).save_pretrained(tmp_path)
-    with refused(ConfigError, "peft_type", value="IA3"):
+def test_a_method_without_slots_is_refused(tmp_path: Path) -> None:
+    get_peft_model(Net(), HRAConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with refused(ConfigError, "peft_type", value="HRA"):
         read_peft(tmp_path)
 
 

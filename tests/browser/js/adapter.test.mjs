@@ -69,6 +69,14 @@ test("a view into a larger buffer is read as the file alone", () => {
   for (const [name, tensor] of own) assert.deepEqual(view.get(name), tensor);
 });
 
+test("a vector is there once or not", () => {
+  const slots = { "key.output_scale": ["given_0", "3"] };
+  const fill = (rows) => checkSlots(new Map([["key.output_scale", { shape: [rows, 3] }]]), slots);
+  assert.equal(fill(0).get("given_0"), 0);
+  assert.equal(fill(1).get("given_0"), 1);
+  assert.throws(() => fill(2), /takes \[given_0, 3\]/);
+});
+
 test("slots are filled exactly, and a free dimension is one size everywhere", () => {
   const tensor = (...shape) => ({ shape });
   const slots = { a: ["2", "rank_0"], b: ["rank_0", "3"] };

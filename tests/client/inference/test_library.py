@@ -85,6 +85,52 @@ def test_two_halves_of_one_adapter_answer_as_the_adapter(bundle: Path, source: S
         assert [p.probability for p in one] == pytest.approx([p.probability for p in other], abs=1e-6)
 
 
+SCALE, SHIFT, NORM = "q.output_scale", "q.output_offset", "norm.weight.replaced"
+
+
+def with_vectors(adapters: list[VerifiedAdapter], **vectors: list[list[list[float]]]) -> list[VerifiedAdapter]:
+    """The adapters with vectors besides: of each name, one value for each adapter."""
+    rows = {name: [np.array(value, np.float32).reshape(-1, 2) for value in values] for name, values in vectors.items()}
+    return [
+        VerifiedAdapter(one.manifest, one.inputs | {name: values[number] for name, values in rows.items()})
+        for number, one in enumerate(adapters)
+    ]
+
+
+def test_what_vectors_change_is_added_up(with_anna: Path, exported: ExportedBase) -> None:
+    vectors = {SCALE: [[[3.0, 0.0]], [[0.5, 2.0]]], SHIFT: [[[1.0, -1.0]], []], NORM: [[], [[7.0, 0.0]]]}
+    adapters = with_vectors(verified(with_anna, "anna", "global"), **vectors)
+    composed = compose(Composition.parse("anna:-0.5+global"), adapters, exported.manifest).inputs
+    np.testing.assert_array_equal(composed[SCALE], [[1 - 0.5 * 2 - 0.5, 1 + 0.5 + 1]])
+    np.testing.assert_array_equal(composed[SHIFT], [[-0.5, 0.5]])
+    np.testing.assert_array_equal(composed[NORM], [[7.0, 0.0]])
+
+
+def test_replaced_parameters_are_composed_with_weights_that_add_up_to_one(
+    with_anna: Path, exported: ExportedBase
+) -> None:
+    adapters = with_vectors(verified(with_anna, "anna", "global"), **{NORM: [[[1.0, 2.0]], [[3.0, 0.0]]]})
+    composed = compose(Composition.parse("anna:1.5+global:-0.5"), adapters, exported.manifest).inputs
+    np.testing.assert_array_equal(composed[NORM], [[0.0, 3.0]])
+    with refused(ConfigError, "composition.weight", value=[1.0, 1.0]):
+        compose(Composition.parse("anna+global"), adapters, exported.manifest)
+    with refused(ConfigError, "composition.weight", value=[0.5]):
+        compose(Composition.parse("anna:0.5"), adapters[:1], exported.manifest)
+
+
+def test_a_subtracted_adapter_loses_its_update_and_has_no_part_in_the_head(
+    with_anna: Path, exported: ExportedBase
+) -> None:
+    anna, shared = verified(with_anna, "anna", "global")
+    composed = compose(Composition.parse("global+anna:-0.5"), [anna, shared], exported.manifest)
+    np.testing.assert_array_equal(composed.inputs["classifier.weight"], shared.inputs["classifier.weight"])
+    for name, found in updates(composed.inputs).items():
+        expected = updates(shared.inputs)[name] - 0.5 * updates(anna.inputs)[name]
+        np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+    with refused(ConfigError, "composition.weight", value="classifier.weight"):
+        compose(Composition.parse("anna:-1"), [anna], exported.manifest)
+
+
 def test_a_composition_is_named_by_its_parts_and_answers_unlike_each(with_anna: Path) -> None:
     session = ClassificationSession.open(with_anna)
     answers = []
@@ -117,7 +163,9 @@ def test_each_part_of_a_composition_is_verified(with_anna: Path) -> None:
 # Compositions in writing
 
 
-@pytest.mark.parametrize("text", ["global", "anna+global", "anna:0.5+global", "a.b-c_d:16", "a:0.12345678+b:1e-05"])
+@pytest.mark.parametrize(
+    "text", ["global", "anna+global", "anna:0.5+global", "a.b-c_d:16", "a:0.12345678+b:1e-05", "a+b:-0.5"]
+)
 def test_a_composition_reads_back_as_it_is_written(text: str) -> None:
     assert str(Composition.parse(text)) == text
 
@@ -137,7 +185,7 @@ def test_the_order_of_names_and_a_weight_of_one_make_no_difference() -> None:
         ("global:nan", "composition.weight"),
         ("global:inf", "composition.weight"),
         ("global:0", "composition.weight"),
-        ("global:-1", "composition.weight"),
+        ("global:-16.1", "composition.weight"),
         ("global:16.1", "composition.weight"),
         ("global+global:2", "composition"),
     ],

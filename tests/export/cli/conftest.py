@@ -57,3 +57,10 @@ def export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return Done(code, *capsys.readouterr(), errors[0] if errors else None)
 
     return run
+
+
+@pytest.fixture
+def key(export: Callable[..., Done], tmp_path: Path) -> Path:
+    assert export("key", tmp_path / "key.pem").code == 0
+    (tmp_path / "key.pub.pem").rename(tmp_path / "trust.pem")
+    return tmp_path / "key.pem"

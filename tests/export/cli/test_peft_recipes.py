@@ -1,35 +1,20 @@
 """From a folder of peft to a device's answer with one command, for the recipes that people use: torch's answer."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from click.testing import CliRunner
-from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import edgeadapt
-from adapters.base import Base, find_base
+from adapters.base import Base
 from adapters.bundle import BASE_MANIFEST
 from adapters.graphinputs import LORA_A
 from adapters.manifest import BaseManifest
+from tests.support.models import LABELS
+from tests.support.recipes import SIZES, TEXTS, bare, by_torch, infer, trained
 
 Run = Callable[..., Any]
-CLI = edgeadapt.cli  # the fixture `export` replaces it
-LABELS = ("Light", "Lock", "Music", "Timer")
-TEXTS = ("turn on the kitchen lights", "lock the door", "unlock")
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 24,
-    "pad_token_id": 0,
-}
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 24}
 LLAMA = SIZES | {"num_key_value_heads": 2}
 RECIPES: list[Any] = [  # architecture, its configuration, and what differs in the LoraConfig of a SEQ_CLS adapter
@@ -48,58 +33,6 @@ RECIPES: list[Any] = [  # architecture, its configuration, and what differs in t
         ]
     ),
 ]
-
-
-@pytest.fixture
-def key(export: Run, tmp_path: Path) -> Path:
-    assert export("key", tmp_path / "key.pem").code == 0
-    (tmp_path / "key.pub.pem").rename(tmp_path / "trust.pem")
-    return tmp_path / "key.pem"
-
-
-def bare(folder: Path, tiny_base: Base, kind: str, settings: dict[str, Any]) -> Base:
-    """A base as an encoder without a head."""
-    model = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=75, **settings))
-    _randomize(model, lambda name: True)
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes((tiny_base.folder / "tokenizer.json").read_bytes())
-    return find_base(str(folder))
-
-
-def trained(inner: Any, folder: Path, **settings: Any) -> PeftModel:
-    """A folder that peft saved, of a model with random values in place of trained ones."""
-    model = get_peft_model(inner, LoraConfig(**({"r": 4, "lora_alpha": 8} | settings)))
-    _randomize(model, lambda name: "lora_" in name or "modules_to_save" in name)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def _randomize(model: torch.nn.Module, chosen: Callable[[str], bool]) -> None:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if chosen(name) and value.ndim > 1:
-                value.copy_(0.3 * torch.randn(value.shape, generator=generator))
-
-
-def infer(bundle: Path, *texts: str) -> list[dict[str, float]]:
-    """What the command of a device answers: the probability of each label, for each text."""
-    words = ["device", "infer", "--bundle", str(bundle), "--json", "--top", str(len(LABELS)), *texts]
-    done = CliRunner().invoke(CLI, words, catch_exceptions=False)
-    answers = json.loads(done.output)["adapters"][0]["answers"]
-    return [{found["intent"]: found["probability"] for found in answer["intents"]} for answer in answers]
-
-
-def by_torch(model: PeftModel, base: Base, texts: tuple[str, ...]) -> list[dict[str, float]]:
-    tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    answers = []
-    for text in texts:
-        ids = torch.tensor([tokenizer.encode(text).ids])
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
-        answers.append(dict(zip(LABELS, logits.softmax(-1).tolist(), strict=True)))
-    return answers
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[0])

@@ -22,7 +22,7 @@ from export.bundle import adapter
 from export.onnx import graph
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
-from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.peftmodel import SlottedModel, find_adapter_inputs
 from export.onnx.quantize import quantize
 from export.parity.compare import OnnxRunner
 from tests.support import models
@@ -192,7 +192,7 @@ def test_rows_of_a_quantized_batch_do_not_influence_each_other(model: PeftModel,
 
 
 def test_quantization_does_not_change_its_argument(model: PeftModel) -> None:
-    traced = graph.trace(model, find_adapter_inputs(model))
+    traced = graph.trace(SlottedModel.of(model))
     before = traced.SerializeToString(deterministic=True)
     quantize(traced, Profile.NATIVE_INT8, [2, 5, 6, 3])
     assert traced.SerializeToString(deterministic=True) == before

@@ -120,6 +120,7 @@ function filled(tensors, slots) {
       const free = !/^[0-9]+$/.test(dimension);
       if (free && !sizes.has(dimension)) sizes.set(dimension, shape[axis]);
       require(shape[axis] === (free ? sizes.get(dimension) : Number(dimension)), "slots", name);
+      require(!dimension.startsWith("given_") || shape[axis] <= 1, "slots", name);
     });
   }
   return sizes;

@@ -1,0 +1,113 @@
+"""A base with slots of every kind answers as peft does with an adapter of any method, and gives its tensors back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import PeftModel
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from adapters.base import Base
+from adapters.peft.folder import WEIGHTS
+from client.inference.session import ClassificationSession
+from tests.support import methods
+from tests.support.methods import METHODS, Trained
+from tests.support.models import LABELS
+from tests.support.recipes import TEXTS, by_torch, infer
+
+Run = Callable[..., Any]
+globals().update(methods.FIXTURES)
+
+
+def test_a_base_with_every_slot_takes_adapters_of_every_method(
+    export: Run, every_method_base: Base, every_method: Trained, every_slot: Path, tmp_path: Path
+) -> None:
+    models = {}
+    common = ("--bundle", every_slot / "bundle")
+    for name in METHODS:
+        models[name], folder = every_method(name)
+        made = ("--peft", folder, "--labels", every_slot / "labels", "--name", name, "--key", every_slot / "key.pem")
+        done = export("adapter", *made, *common, "--format", "fp32")
+        assert done.code == 0, done.err
+        assert export("peft", *common, "--name", name, "--out", tmp_path / name).code == 0
+        before, after = load_file(folder / WEIGHTS), load_file(tmp_path / name / WEIGHTS)
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            np.testing.assert_allclose(after[key], value, rtol=1e-6 if "lora_B" in key else 0, err_msg=key)
+        again = PeftModel.from_pretrained(
+            AutoModelForSequenceClassification.from_pretrained(every_method_base.folder, num_labels=len(LABELS)),
+            tmp_path / name,
+        ).eval()
+        assert by_torch(again, every_method_base, TEXTS) == [
+            pytest.approx(row, abs=1e-6) for row in by_torch(models[name], every_method_base, TEXTS)
+        ]
+    session = ClassificationSession.open(every_slot / "bundle")
+    rows = [(text, name) for text in TEXTS for name in METHODS]
+    mixed = session.rank_mixed(rows, len(LABELS))
+    for (text, name), found in zip(rows, mixed, strict=True):
+        expected = pytest.approx(by_torch(models[name], every_method_base, (text,))[0], abs=2e-5)
+        assert {p.label: p.probability for p in found} == expected, name
+        (alone,) = session.rank([text], name, len(LABELS))
+        assert {p.label: p.probability for p in alone} == expected, name
+
+
+@pytest.mark.parametrize("name", ["ia3-pooler", pytest.param("norms", marks=pytest.mark.slow)])
+def test_a_base_gets_the_slots_of_one_adapter(
+    export: Run, key: Path, tmp_path: Path, every_method_base: Base, every_method: Trained, every_slot: Path, name: str
+) -> None:
+    model, folder = every_method(name)
+    bundle = tmp_path / "bundle"
+    made = ("adapter", "--peft", folder, "--base", every_method_base.folder, "--labels", every_slot / "labels")
+    done = export(*made, "--profile", "fp32", "--format", "int8", "--bundle", bundle, "--key", key)
+    assert done.code == 0, done.err
+    for found, expected in zip(infer(bundle, *TEXTS), by_torch(model, every_method_base, TEXTS), strict=True):
+        assert found == pytest.approx(expected, abs=0.02)  # the head is in eight bits
+    (tmp_path / "texts").write_text("\n".join(TEXTS))
+    gate = (
+        "parity",
+        "--bundle",
+        bundle,
+        "--base",
+        every_method_base.folder,
+        "--peft",
+        folder,
+        "--texts",
+        tmp_path / "texts",
+    )
+    assert export(*gate).code == 0
+
+
+def test_what_a_base_lacks_is_named(
+    export: Run, key: Path, tmp_path: Path, every_method_base: Base, every_method: Trained, every_slot: Path
+) -> None:
+    bundle, folder = tmp_path / "bundle", every_method("ia3")[1]
+    common = ("--bundle", bundle, "--labels", every_slot / "labels", "--key", key)
+    _, lora = every_method("lora")
+    assert export("adapter", "--peft", lora, "--base", every_method_base.folder, *common).code == 0
+    done = export("adapter", "--peft", folder, "--name", "ia3", *common)
+    done.refused(5, "bert.encoder.layer.0.attention.output.dense.input_scale")
+    assert "'export base --peft'" in done.err
+    done = export("base", "--base", every_method_base.folder, "--slots", "scale,wings", "--out", bundle, "--key", key)
+    done.refused(2, "--slots")
+    assert "low-rank, scale, input-scale" in done.err
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.full((32, 1), np.nan), np.ones((32, 2)), np.ones((31, 1))],
+    ids=["NaN", "two vectors", "another layer's width"],
+)
+def test_a_vector_that_does_not_fit_is_refused(
+    export: Run, tmp_path: Path, every_method: Trained, every_slot: Path, value: Any
+) -> None:
+    _, folder = every_method("ia3")
+    tensors = load_file(folder / WEIGHTS)
+    name = "base_model.model.bert.encoder.layer.0.attention.self.key.ia3_l"
+    save_file(tensors | {name: value.astype(np.float32)}, folder / WEIGHTS)
+    made = ("--peft", folder, "--labels", every_slot / "labels", "--name", "odd", "--key", every_slot / "key.pem")
+    done = export("adapter", *made, "--bundle", every_slot / "bundle")
+    assert done.code == 5
+    assert len(done.err.splitlines()) == 1

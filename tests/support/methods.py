@@ -1,0 +1,85 @@
+"""Adapters of every method of peft that has slots, and a base with slots of every kind: fixtures for conftest files."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from adapters.base import Base
+from tests.support.models import LABELS
+from tests.support.recipes import CLI, SIZES, bare, randomize
+
+Trained = Callable[[str], tuple[PeftModel, Path]]
+FEEDFORWARD = ["output.dense"]
+METHODS: dict[str, LoraConfig | IA3Config | LNTuningConfig | BeftConfig] = {
+    "lora": LoraConfig(r=4, target_modules=["query", "output.dense"], task_type="SEQ_CLS"),
+    "ia3": IA3Config(
+        target_modules=["key", "value", *FEEDFORWARD], feedforward_modules=FEEDFORWARD, task_type="SEQ_CLS"
+    ),
+    "ia3-pooler": IA3Config(
+        target_modules=["pooler.dense", "intermediate.dense"], feedforward_modules=["pooler.dense"], task_type="SEQ_CLS"
+    ),
+    "norms": LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS"),
+    "beft": BeftConfig(target_modules=["query", "intermediate.dense"], task_type="SEQ_CLS"),
+}
+
+
+@pytest.fixture(scope="session")
+def every_method_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Base) -> Base:
+    return bare(tmp_path_factory.mktemp("base"), tiny_base, "bert", SIZES)
+
+
+@pytest.fixture(scope="session")
+def every_method(every_method_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Makes an adapter of a method, with random values, and the folder that peft saves of it."""
+
+    def make(name: str) -> tuple[PeftModel, Path]:
+        inner = AutoModelForSequenceClassification.from_pretrained(every_method_base.folder, num_labels=len(LABELS))
+        model = get_peft_model(inner, METHODS[name]).eval()
+        randomize(model, lambda name: any(part in name for part in ("lora_", "modules_to_save", "beft_bias")))
+        rng = np.random.default_rng(4)
+        for key, value in model.named_parameters():
+            if "ia3_l" in key or "ln_tuning_layers" in key:
+                drawn = rng.normal(1.0, 0.5, value.shape)
+                value.data = value.data.new_tensor(drawn * (rng.random(value.shape) > 0.1))  # some are 0
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        return model, folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def every_slot(every_method_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a base with slots of every kind at every layer, without an adapter."""
+    folder = tmp_path_factory.mktemp("whole")
+    words = [
+        *("export", "key", str(folder / "key.pem")),
+        *(
+            "export",
+            "base",
+            "--base",
+            str(every_method_base.folder),
+            "--head",
+            "own",
+            "--profile",
+            "fp32",
+            "--targets",
+            "all-linear",
+        ),
+        *("--slots", "low-rank,scale,input-scale,offset,norms,biases", "--out", str(folder / "bundle")),
+        *("--key", str(folder / "key.pem")),
+    ]
+    for command in (words[:3], words[3:]):
+        done = CliRunner().invoke(CLI, command, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    (folder / "trust.pem").write_bytes((folder / "key.pub.pem").read_bytes())
+    (folder / "labels").write_text("\n".join(LABELS))
+    return folder
+
+
+FIXTURES = {name: value for name, value in globals().items() if isinstance(value, type(every_slot))}
