@@ -237,8 +237,8 @@ def test_a_signed_manifest_that_misstates_its_file_is_refused(device: Device, ho
         path.write_bytes(sound)
         resign(device.bundle, household, "anna", **claim)
         device.refuses_adapter("DataError", about)
-    path.write_bytes(sound)
     for temperature in (0.01, 20.5, True):
+        path.write_bytes(sound)
         resign(device.bundle, household, "anna", temperature=temperature)
         device.refuses_adapter("TrustError", "adapter-manifest.temperature")
     path.write_bytes(sound)
