@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from aggregation.errors import EdgeAdaptError
+from aggregation.errors import DataError, EdgeAdaptError
 from client.cli import options
 from client.cli.options import printable
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # slow to import, and not needed for --help
     from collections.abc import Generator as Closable
 
     from client.inference.generate import Conversation, Generator
+    from client.inference.text import Answer
 
 HELP = """\
 /adapter NAME   use this adapter, or several, as in /adapter global:0.5+anna; without NAME: the bare base
@@ -49,23 +50,29 @@ def chat(
     Ctrl-C ends an answer, not the conversation; with --prompt it ends the command. When the conversation exceeds the
     model's context, the oldest messages are dropped.
 
+    With --json-schema, --regex or --grammar the model can only write what has this form; whether it is right is another
+    matter. An answer that --max-tokens cut before its end is an error; --json says "valid": false instead.
+
     \b
     Examples:
       edgeadapt device chat --bundle bundle
       edgeadapt device chat --bundle bundle --adapter global:0.5+anna --system "Answer in one sentence."
       edgeadapt device chat --bundle bundle --prompt "Good morning" --temperature 0.7 --seed 1
+      edgeadapt device chat --bundle bundle --repetition-penalty 1.2 --beams 4 --max-tokens 60
+      edgeadapt device chat --bundle bundle --json-schema intents.json --prompt "Turn on the kitchen lights"
+      edgeadapt device chat --bundle bundle --regex "[0-9]{1,3} minutes" --prompt "How long do eggs boil?"
     """
     from client.inference.generate import Conversation, Generator
-    from client.inference.text import SamplingParams
 
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
     if adapter is not None and base_only:
         raise click.UsageError("--adapter and --base-only exclude each other")
+    params = options.params_of(**sampling)
     generator = Generator.open(bundle, trust)
     if not base_only and adapter is None and generator.library.names():
         adapter = generator.library.default()
-    conversation = Conversation(generator, SamplingParams(**sampling), system, adapter)
+    conversation = Conversation(generator, params, system, adapter)
     if prompt is None:
         converse(conversation, generator)
     else:
@@ -73,15 +80,21 @@ def chat(
 
 
 def answer(conversation: "Conversation", generator: "Generator", prompt: str, as_json: bool) -> None:
-    """Answer one prompt."""
+    """Answer one prompt.
+
+    Raises:
+        DataError: The answer has not the form of its guide, which JSON states instead. It was shown all the same.
+    """
     if not as_json:
-        _show(conversation.ask(prompt))
+        _show(conversation.ask(prompt), generator)
         return
     text = "".join(conversation.ask(prompt))
     last = generator.last
     assert last is not None  # noqa: S101  # an answer was just read to its end
     adapter = conversation.adapter.name if conversation.adapter else None
     counts = {"tokens": last.tokens, "prompt_tokens": last.prompt_tokens, "finish": last.finish.value}
+    if last.guide is not None:
+        counts["valid"] = last.valid
     click.echo(json.dumps({"adapter": adapter, "prompt": prompt, "answer": text, **counts}, ensure_ascii=False))
 
 
@@ -98,7 +111,7 @@ def converse(conversation: "Conversation", generator: "Generator") -> None:
                 if not _command(line, conversation, generator):
                     return
             elif line.strip():
-                _show(conversation.ask(line))
+                _show(conversation.ask(line), generator)
         except EdgeAdaptError as error:
             click.echo(f"edgeadapt: {error}", err=True)
         except KeyboardInterrupt:
@@ -120,12 +133,20 @@ def read_line(prompt: str) -> str | None:
             click.echo("  (Ctrl-D or /quit quits)")
 
 
-def _show(pieces: Iterator[str]) -> None:
-    """Print an answer as it is written."""
+def _show(pieces: Iterator[str], generator: "Generator") -> None:
+    """Print an answer as it is written. Raises as ``answer``."""
     with closing(cast("Closable[str, None, None]", pieces)):
         for piece in pieces:
             click.echo(printable(piece), nl=False)
     click.echo()
+    if generator.last is not None:
+        _check(generator.last)
+
+
+def _check(last: "Answer") -> None:
+    if not last.valid:
+        why = f"was cut after {last.tokens} tokens; raise --max-tokens" if last.finish == "length" else "is not JSON"
+        raise DataError(f"the answer is not what the {last.guide} describes: it {why}", about="answer")
 
 
 def _command(line: str, conversation: "Conversation", generator: "Generator") -> bool:

@@ -6,6 +6,7 @@ Runs on the bare install: neither torch nor flwr nor transformers is imported, a
 
 from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names
 from client.inference.generate import ChatMessage, Conversation, Generator
+from client.inference.guide import Guide, GuideKind
 from client.inference.library import Adapter, Composition, Library, WeightedAdapter, compose
 from client.inference.session import ClassificationSession, Prediction
 from client.inference.text import Answer, Finish, SamplingParams
@@ -20,6 +21,8 @@ __all__ = [
     "Conversation",
     "Finish",
     "Generator",
+    "Guide",
+    "GuideKind",
     "Library",
     "Prediction",
     "SamplingParams",

@@ -7,6 +7,7 @@ tokens, as the next message of a conversation does, only the rest is read.
 
 import importlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,7 @@ class GenerationEngine:
             The number of tokens found in the KV cache.
 
         Raises:
+            ConfigError: As ``check``.
             RuntimeError: The graph does not run.
         """
         live, known = self._usable(params, adapter, min(self.context, len(prompt) + params.max_tokens)), 0
@@ -152,14 +154,35 @@ class GenerationEngine:
         """
         live = self._live
         assert live is not None  # noqa: S101  # `read` came before
-        for _ in range(min(live.params.max_tokens, self.context - len(live.tokens))):
-            if not np.isfinite(live.inner.get_logits()).all():
-                reason = "the answer is not finite: the adapter's values are too large for this base; use another one"
-                raise DataError(reason, about="logits", value=live.adapter)
-            live.inner.generate_next_token()
+        limit = min(live.params.max_tokens, self.context - len(live.tokens))
+        if live.params.beams > 1:
+            yield from self._search(live, limit)
+            return
+        for _ in range(limit):
+            _step(live)
             token = int(live.inner.get_next_tokens()[0])
             live.tokens.append(token)
             yield token
+
+    def _search(self, live: _Live, limit: int) -> Iterator[int]:
+        """The most likely answer among the beams, once all have ended."""
+        for _ in range(limit):
+            if live.inner.is_done():
+                break
+            _step(live)
+        found = live.inner.get_sequence(0)[len(live.tokens) :]
+        yield from map(int, found)
+        if len(found) < limit:
+            yield next(iter(self.ends))  # onnxruntime-genai leaves it out
+
+    def check(self, params: SamplingParams) -> None:
+        """Return if the guide of ``params``, if any, can be followed. The first one takes seconds, others far less.
+
+        Raises:
+            ConfigError: onnxruntime-genai cannot read it, or was built without llguidance.
+        """
+        if params.guide is not None:
+            self._new(params, 1)
 
     def inner(self, params: SamplingParams, adapter: str | None) -> Any:
         """onnxruntime-genai's generator, with this adapter, for ``params.max_tokens`` in all: to time single tokens.
@@ -179,18 +202,40 @@ class GenerationEngine:
     def _usable(self, params: SamplingParams, adapter: str | None, needed: int) -> _Live:
         """The generator of the answer before, if it can be used again, else a new one.
 
-        A generator can switch to another adapter, but not back to the bare base, and a seed needs a new generator.
+        A generator can switch to another adapter, but not back to the bare base.
         """
         live = self._live
-        same = live is not None and live.params == params and params.seed is None and live.capacity >= needed
+        same = live is not None and live.params == params and params.reusable and live.capacity >= needed
         if live is not None and same and (adapter is not None or live.adapter is None):
             return live
-        capacity = min(self.context, -(-needed // GROWTH) * GROWTH)
+        # Beams end where the KV cache does, and only then is the most likely answer known.
+        capacity = needed if params.beams > 1 else min(self.context, -(-needed // GROWTH) * GROWTH)
+        self._live = None  # frees its KV cache before the next one is allocated
+        self._live = _Live(self._new(params, capacity), params, None, capacity, [])
+        return self._live
+
+    def _new(self, params: SamplingParams, capacity: int) -> Any:
+        """A generator of onnxruntime-genai. Raises as ``check``."""
         inner = self._og.GeneratorParams(self._model)
         inner.set_search_options(max_length=capacity, **params.search_options(self.vocabulary))
-        self._live = None  # frees its KV cache before the next one is allocated
-        self._live = _Live(self._og.Generator(self._model, inner), params, None, capacity, [])
-        return self._live
+        if (guide := params.guide) is None:
+            return self._og.Generator(self._model, inner)
+        try:
+            inner.set_guidance(guide.kind.value, guide.source)
+            return self._og.Generator(self._model, inner)
+        except RuntimeError as error:
+            # What is wrong may be in any line before llguidance's backtrace.
+            why = " ".join(re.split("<backtrace>|<state>", str(error))[0].split())[:200]
+            reason = f"the {guide} cannot be followed ({why}); correct or simplify it"
+            raise ConfigError(reason, about="guide") from error
+
+
+def _step(live: _Live) -> None:
+    """Write the next token, of each beam. Raises as ``GenerationEngine.draw``."""
+    if not np.isfinite(live.inner.get_logits()).all():
+        reason = "the answer is not finite: the adapter's values are too large for this base; use another one"
+        raise DataError(reason, about="logits", value=live.adapter)
+    live.inner.generate_next_token()
 
 
 def _genai() -> Any:

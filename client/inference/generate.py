@@ -103,8 +103,8 @@ class Generator:
 
         Raises:
             DataError: The text is not valid (``text.checked``) or leaves no room for an answer; while reading: a token
-                has no finite probability.
-            ConfigError: Another answer is being written.
+                has no finite probability, or none that the guide allows can be written.
+            ConfigError: Another answer is being written; while reading: the guide cannot be followed.
             TrustError, DataError, ConfigError: As ``load``.
         """
         return self._answer(self._engine.encode(checked(text)), params, adapter)
@@ -133,6 +133,10 @@ class Generator:
                 raise DataError(reason, about="message", value=token)
         listed = [{"role": message.role, "content": message.content} for message in messages]
         return self._engine.encode(self._engine.apply_chat_template(listed))
+
+    def check(self, params: SamplingParams) -> None:
+        """Return if answers can be written by these parameters. Raises ConfigError as ``GenerationEngine.check``."""
+        self._engine.check(params)
 
     def max_prompt(self, params: SamplingParams) -> int:
         """The most tokens of a prompt that leave room for an answer of ``params.max_tokens``."""
@@ -193,13 +197,16 @@ class Generator:
             raise
         except RuntimeError as error:  # of onnxruntime-genai
             engine.forget()
+            if params.guide is not None:
+                reason = f"the model cannot go on by the {params.guide} ({first_line(error)}); simplify it"
+                raise DataError(reason, about="guide") from error
             reason = f"the model does not run with this adapter: {first_line(error)}"
             raise DataError(reason, about="adapter") from error
         except BaseException:
             engine.forget()
             raise
         finally:
-            self._last = Answer(text, finish, count, len(prompt), reused)
+            self._last = Answer(text, finish, count, len(prompt), reused, params.guide)
 
 
 class Conversation:
@@ -223,7 +230,7 @@ class Conversation:
 
         Raises:
             TrustError, DataError, ConfigError: As ``use``.
-            ConfigError: An answer of ``max_tokens`` leaves no room for a question.
+            ConfigError: An answer of ``max_tokens`` leaves no room for a question, or the guide cannot be followed.
             DataError: The system prompt is not a valid message (``Generator.tokens``).
         """
         self._generator, self._params = generator, params
@@ -233,6 +240,7 @@ class Conversation:
             reason = f"an answer of {params.max_tokens} tokens leaves no room for a question: the model's limit is"
             reason = f"{reason} {generator.context} tokens; lower --max-tokens"
             raise ConfigError(reason, about="max_tokens", value=params.max_tokens)
+        generator.check(params)
         self._system = [] if system is None else [ChatMessage("system", system)]
         self._messages: list[ChatMessage] = []
         if self._system:

@@ -6,9 +6,12 @@ from enum import StrEnum
 from typing import Any
 
 from aggregation.errors import ConfigError, DataError
+from client.inference.guide import Guide
 
 MAX_TEXT = 2**16  # characters; most models accept far fewer tokens
 MAX_STOP = 256  # characters of a stop string
+MAX_BEAMS = 32  # of onnxruntime-genai; each needs a KV cache
+MAX_PENALTY = 10.0
 
 
 def checked(text: str) -> str:
@@ -51,6 +54,11 @@ class SamplingParams:
     top_k: int = 0  # sample from the k most likely tokens; 0 for all
     seed: int | None = None  # equal seeds give equal answers; None gives a new answer each time
     stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    repetition_penalty: float = (
+        1.0  # a token that occurred before gets a logit so many times worse (Keskar et al. 2019)
+    )
+    beams: int = 1  # answers that are searched at once for the most likely one; above 1, it comes as one piece
+    guide: Guide | None = None  # what the answer must look like
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -69,12 +77,33 @@ class SamplingParams:
             if not 0 < len(text) <= MAX_STOP:
                 reason = f"a stop string of {len(text)} characters is not between 1 and {MAX_STOP} characters long"
                 raise ConfigError(reason, about="stop", value=text)
+        if not 0 < self.repetition_penalty <= MAX_PENALTY:
+            reason = f"repetition_penalty {self.repetition_penalty} is not above 0 and at most {MAX_PENALTY:g}"
+            raise ConfigError(f"{reason}; 1 changes nothing", about="repetition_penalty", value=self.repetition_penalty)
+        if not 1 <= self.beams <= MAX_BEAMS:
+            raise ConfigError(f"beams {self.beams} is not between 1 and {MAX_BEAMS}", about="beams", value=self.beams)
+        if self.beams > 1 and self.temperature > 0:
+            reason = "beams search for the most likely answer, and a temperature samples; leave one of them out"
+            raise ConfigError(reason, about="beams", value=self.beams)
+        if self.guide is not None and (self.beams > 1 or self.stop):
+            reason = f"a {self.guide} excludes beams and stop strings, which could cut it; leave one of them out"
+            raise ConfigError(reason, about="guide")
+
+    @property
+    def reusable(self) -> bool:
+        """Whether one generator of onnxruntime-genai can write several such answers.
+
+        A seed fixes its random numbers from the start, beams have a KV cache each, and a guide is left where an
+        interrupted answer was.
+        """
+        return self.seed is None and self.beams == 1 and self.guide is None
 
     def search_options(self, vocabulary: int) -> dict[str, Any]:
         """The parameters for onnxruntime-genai, which refuses a ``top_k`` above the size of the vocabulary."""
+        options: dict[str, Any] = {"repetition_penalty": self.repetition_penalty, "num_beams": self.beams}
         if self.temperature == 0:
-            return {"do_sample": False}
-        options = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+            return options | {"do_sample": False}
+        options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         options["top_k"] = min(self.top_k, vocabulary)
         return options if self.seed is None else options | {"random_seed": self.seed}
 
@@ -97,6 +126,12 @@ class Answer:
     tokens: int
     prompt_tokens: int
     reused_tokens: int  # of the prompt, found in the KV cache
+    guide: Guide | None = None
+
+    @property
+    def valid(self) -> bool:
+        """Whether it has the form of its guide: one that was cut has not, and without a guide any has."""
+        return self.guide is None or (self.finish is Finish.END and self.guide.holds(self.text))
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from client.cli import device
 from client.cli.options import printable
 from client.inference.engine import GenerationEngine
 from client.inference.generate import ChatMessage, Conversation, Generator
+from client.inference.guide import Guide, GuideKind
 from client.inference.text import SamplingParams
 
 SHORT = SamplingParams(max_tokens=10)
@@ -67,8 +69,19 @@ def test_a_conversation_runs_commands_and_goes_on_after_errors(lm_bundle: Path) 
         (["--prompt", "x", "--max-tokens", "256"], "max_tokens"),
         (["--prompt", "x", "--temperature", "99"], "temperature"),
         (["--prompt", "x", "--stop", ""], "stop"),
+        (["--prompt", "x", "--beams", "0"], "beams"),
+        (["--prompt", "x", "--beams", "33"], "beams"),
+        (["--prompt", "x", "--beams", "2", "--temperature", "1"], "beams"),
+        (["--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty"),
+        (["--prompt", "x", "--repetition-penalty", "nan"], "repetition_penalty"),
+        (["--prompt", "x", "--max-tokens", "9", "--regex", "(("], "guide"),
+        (["--prompt", "x", "--regex", "a", "--beams", "2"], "guide"),
+        (["--prompt", "x", "--regex", "a", "--stop", "b"], "guide"),
+        (["--prompt", "x", "--regex", "a", "--grammar", "grammar.lark"], "guide"),
+        (["--prompt", "x", "--json-schema", "missing.json"], "missing.json"),
+        (["--prompt", "x", "--json-schema", "/dev/zero"], "zero"),
+        (["--prompt", "x", "--max-tokens", "5", "--regex", "a{9}"], "answer"),
     ],
-    ids=["empty text", "weight", "max tokens", "temperature", "stop"],
 )
 def test_wrong_input_is_refused(lm_bundle: Path, arguments: list[str], about: str) -> None:
     result = CliRunner().invoke(device, ["chat", "--bundle", str(lm_bundle), *arguments])
@@ -123,13 +136,43 @@ def test_infer_continues_a_text_with_each_adapter(lm_bundle: Path, generator: Ge
     assert result["answers"][0]["continuation"] not in ("", expected)
 
 
+def test_a_prompt_is_answered_by_a_schema_and_an_answer_that_was_cut_is_an_error(
+    lm_bundle: Path, tmp_path: Path
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["on", "off"], "x-guidance": {"whitespace_flexible": false}}')
+    arguments: list[str | Path] = ["--bundle", lm_bundle, "--json-schema", schema, "--prompt", "hello", "--json"]
+    whole = chat(*arguments, "--max-tokens", "10")
+    assert whole.returncode == 0, whole.stderr
+    row = json.loads(whole.stdout)
+    assert json.loads(row["answer"]) in ("on", "off")
+    assert (row["finish"], row["valid"]) == ("end", True)
+    cut = json.loads(chat(*arguments, "--max-tokens", "2").stdout)
+    assert (cut["finish"], cut["valid"]) == ("length", False)
+    shown = chat(*arguments[:-1], "--max-tokens", "2")
+    assert (shown.returncode, shown.stdout, shown.stderr.count("\n")) == (5, f"{cut['answer']}\n", 1)
+    assert "was cut after 2 tokens; raise --max-tokens" in shown.stderr
+
+
+def test_a_conversation_with_a_guide_goes_on_after_an_answer_that_was_cut(lm_bundle: Path) -> None:
+    done = chat("--bundle", lm_bundle, "--max-tokens", "3", "--regex", "no|yes+!", stdin="hello\nhello\n")
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
+    assert all("raise --max-tokens" in line for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [SHORT, replace(SHORT, repetition_penalty=1.5), replace(SHORT, guide=Guide(GuideKind.REGEX, "[a-z]{9}"))],
+    ids=["plain", "penalty", "guide"],
+)
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(
     generator: Generator,
     engine: GenerationEngine,
+    params: SamplingParams,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    conversation, draw, drawn = Conversation(generator, SHORT), engine.draw, []
+    conversation, draw, drawn = Conversation(generator, params), engine.draw, []
 
     def interrupted() -> Iterator[int]:
         drawn.append(True)

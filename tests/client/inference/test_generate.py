@@ -40,9 +40,9 @@ def decoded(engine: GenerationEngine, tokens: Iterable[int]) -> str:
     return "".join(decoder.decode(token) for token in tokens)
 
 
-def by_torch(model: Any, engine: GenerationEngine, count: int = 12) -> str:
+def by_torch(model: Any, engine: GenerationEngine, count: int = 12, **options: Any) -> str:
     ids = engine.encode(PROMPT)
-    given = {"attention_mask": torch.ones(1, len(ids)), "do_sample": False, "max_new_tokens": count}
+    given = {"attention_mask": torch.ones(1, len(ids)), "do_sample": False, "max_new_tokens": count} | options
     with torch.no_grad():
         sequence = model.generate(torch.tensor([ids]), **given)[0].tolist()
     return decoded(engine, sequence[len(ids) :])
@@ -62,6 +62,42 @@ def test_the_text_is_that_of_torch_with_each_adapter_and_without(
         assert found["base"] == by_torch(model, engine)
     assert len(set(found.values())) == 3
     assert written(generator, "global") == found["global"]
+
+
+@pytest.mark.parametrize(
+    ("params", "options"),
+    [
+        ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+        ({"beams": 4}, {"num_beams": 4, "early_stopping": True}),
+    ],
+    ids=["penalty", "beams"],
+)
+def test_beams_and_a_repetition_penalty_write_as_in_torch(
+    generator: Generator,
+    engine: GenerationEngine,
+    lm_model: Callable[[int, int], Any],
+    params: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    found = written(generator, "global", params=replace(SHORT, **params))
+    assert found == by_torch(lm_model(4, 1), engine, **options)
+    assert found != written(generator, "global")
+    assert generator.last is not None
+    assert (generator.last.finish, generator.last.tokens) == (Finish.LENGTH, SHORT.max_tokens)
+
+
+def test_beams_read_the_whole_prompt_and_end_where_the_model_ends_the_answer(
+    generator: Generator, engine: GenerationEngine
+) -> None:
+    params = SamplingParams(max_tokens=230, beams=3)
+    first = written(generator, "global", params=params)
+    assert generator.last is not None
+    whole = generator.last
+    assert written(generator, "global", params=params) == first
+    assert generator.last.reused_tokens == 0
+    assert (whole.finish is Finish.END) == (whole.tokens < params.max_tokens)
+    ended = len(engine.encode(first)) if whole.finish is Finish.END else whole.tokens
+    assert ended == whole.tokens - (whole.finish is Finish.END)
 
 
 def test_two_halves_of_one_adapter_write_as_the_adapter(lm_bundle: Path, lm_source: Any, vendor: IdentityKey) -> None:

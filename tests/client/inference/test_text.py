@@ -67,6 +67,10 @@ def test_without_stop_strings_every_piece_is_emitted_at_once(pieces: list[str]) 
         ("top_k", -1),
         ("seed", -1),
         ("seed", 2**31),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 10.1),
+        ("beams", 0),
+        ("beams", 33),
     ],
 )
 def test_a_sampling_parameter_out_of_range_is_refused_by_name(about: str, value: Any) -> None:
