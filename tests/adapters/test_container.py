@@ -18,7 +18,7 @@ def test_unpacked_tensors_own_their_memory() -> None:
 
 
 def test_a_shape_that_no_memory_has_is_refused() -> None:
-    """tests/vectors has the other ways in which a signer can damage a file."""
+    """tests/vectors/test_bundle.py tries the other ways in which a signer can damage a file."""
     blob = container.pack({"e": np.zeros((5, 0), np.float32)})
     dimension, too_large = struct.pack("<q", 5), struct.pack("<q", 2**61)
     assert blob.count(dimension) == 1

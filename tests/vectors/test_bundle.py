@@ -23,6 +23,7 @@ from tests.vectors.make_bundle import FOLDER, FORMATS, in_hex, opened
 EXPECTED = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))
 CASES: list[Case] = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))
 KEYS = r"trust\.pem|key\.(?:pem|type|encoding|small-order)"
+TENSOR = r"DataError (?!\.onnx_adapter|adapter-manifest|labels)(?s:.+)"  # the name of one
 ABOUT = {  # rule → what the native reader's refusal is about, and its class
     "trust": rf"TrustError (?:{KEYS})",
     "envelope": r"TrustError envelope",
@@ -36,8 +37,8 @@ ABOUT = {  # rule → what the native reader's refusal is about, and its class
     "name": r"(?:ConfigError name|TrustError adapter-manifest\.name)",
     "base": r"TrustError adapter-manifest\.base_digest",
     "container": r"DataError \.onnx_adapter",
-    "numbers": r"DataError (?:encoder|head|other)\S+",
-    "slots": r"DataError (?:encoder|head|other)\S*",
+    "numbers": TENSOR,
+    "slots": TENSOR,
     "rank": r"DataError adapter-manifest\.rank",
     "layout": r"DataError adapter-manifest\.layout_digest",
     "labels": r"DataError (?:adapter-manifest\.)?labels",
@@ -138,29 +139,28 @@ def test_both_readers_agree_on_files_with_flipped_bits(natively: Any) -> None:
     signature = json.loads(raw[MANIFEST])["signatures"][0]["keyid"].encode()
     cases += [case | {"files": {MANIFEST: raw[MANIFEST].replace(signature, b"other").decode()}}]
     for each, answer in zip(cases, other_reader(FOLDER, cases), strict=True):
-        found = natively(FOLDER, each)
-        assert (answer["rule"] is None) == (found["rule"] is None), each
-        if answer["rule"] is None:
-            assert answer == found
-        else:
-            assert re.fullmatch(ABOUT[answer["rule"]], found["rule"]), (answer["rule"], found["rule"], each)
+        _agree(natively(FOLDER, each), answer, each)
 
 
-def test_a_signed_file_with_flipped_bits_is_refused_or_has_the_same_tensors_in_both(natively: Any) -> None:
-    """A signer can damage a container in ways that one reader takes for harmless and the other does not."""
+def _agree(found: Answer, answer: Answer, case: Case) -> None:
+    if answer["rule"] is None:
+        assert answer == found
+    else:
+        assert re.fullmatch(ABOUT[answer["rule"]], str(found["rule"])), (answer["rule"], found["rule"], case)
+
+
+def test_both_readers_agree_on_signed_files_with_flipped_bits(natively: Any) -> None:
     rng, made = random.Random(6), Made(FOLDER)  # noqa: S311  # not a secret
     cases = []
     for _ in range(100):
         blob = bytearray(made.blob)
         blob[rng.randrange(len(blob))] ^= 1 << rng.randrange(8)
         cases.append({"adapter": "int8", "files": made.with_blob(bytes(blob))})
-    read_by_both = 0
-    for each, answer in zip(cases, other_reader(FOLDER, cases), strict=True):
-        found = natively(FOLDER, each)
-        if answer["rule"] is None and found["rule"] is None:
-            assert answer == found
-            read_by_both += 1
-    assert read_by_both >= 20
+    answers = other_reader(FOLDER, cases)
+    for each, answer in zip(cases, answers, strict=True):
+        _agree(natively(FOLDER, each), answer, each)
+    rules = Counter(answer["rule"] for answer in answers)
+    assert min(rules[None], rules["container"], rules["numbers"]) > 5
 
 
 def test_the_script_still_writes_these_vectors(tmp_path: Path) -> None:
