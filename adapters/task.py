@@ -149,9 +149,10 @@ def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int, ada
     0.8 / n times the larger of s and 2 · lr. If all survivors have examples, its width is at least any such period,
     because W / n is at least g and 1. It is not where all devices trained k equal steps, as with a learning rate so
     small that no gradient changes: that period is k times as long, and can show if k · g is more than W / n. The noise
-    does not depend on W, which could otherwise be read off the coordinates that no device changed. Its key is the
-    digest of the adapter and of all sums: whoever knows them computes the same mean, and whoever knows the mean alone
-    cannot subtract the noise.
+    does not depend on W, which could otherwise be read off the coordinates that no device changed. If W < n, because
+    most survivors have no examples, the greatest power of two that is not above W takes the place of n, and shows. The
+    key of the noise is the digest of the adapter and of all sums: whoever knows them computes the same mean, and
+    whoever knows the mean alone cannot subtract the noise.
 
     If W = 0, because no survivor has examples, the mean is this noise over n. The next adapter then has other bytes
     than the last one, from which devices would reveal shares for a few more sums only; and the noise of many such
@@ -177,8 +178,13 @@ def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int, ada
 
 
 def _width(step: float, task: Task, weight: float, survivors: int) -> float:
-    """The width of the noise in the sum, in weight units."""
-    return max(step, 2 * task.learning_rate) * max(1.0, weight / survivors)
+    """The width of the noise in the sum, in weight units.
+
+    In the mean it must not depend on W. One width for all W would be that of W = 1, n times as large as is needed for
+    the most: therefore one for n and above, and one for each power of two below.
+    """
+    covered = survivors if weight >= survivors else 2 ** (int(weight).bit_length() - 1) if weight else 1
+    return max(step, 2 * task.learning_rate) * max(1.0, weight / covered)
 
 
 def metrics_of(sums: Sums) -> dict[str, float]:

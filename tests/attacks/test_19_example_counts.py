@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from adapters import task
 from adapters.layout import Layout, TensorSpec
 from adapters.manifest import PeftConfig
+from client.training.examples import Example, write_examples
 from coordinator import rounds
 from coordinator.settings import FederationSettings
 from tests.support.fleet import session_spec
@@ -45,8 +46,13 @@ class Published:
         return sum(counts[name] for name in record.survivors)
 
 
-def publish(app_fleet_of: FleetOf, *, rounds: int = 6, **settings: Any) -> Published:
+def publish(app_fleet_of: FleetOf, *, rounds: int = 6, examples: int | None = None, **settings: Any) -> Published:
+    """``examples``: how many all devices have together, one each; None: as the fleet is made."""
     fleet = app_fleet_of(DEVICES, rounds=rounds, aggregation__session_rounds=rounds, **settings)
+    if examples is not None:
+        for number in range(DEVICES):
+            path = fleet.state_dir(f"device-{number:02d}").examples
+            write_examples(path, [Example("turn on the light", 0)] if number < examples else [])
     records = fleet.federate(fleet.grid(message_loss=0.02, forced_dropouts=1))
     registry, seen = fleet.registry(), [h for h in fleet.population.clients if not h.unseen]
     versions = registry.versions()
@@ -241,6 +247,30 @@ def test_the_spread_of_the_noise_does_not_depend_on_the_examples(app_fleet_of: F
     found = publish(app_fleet_of, rounds=1)
     known = deviation(max(found.step, 2 * found.first)) / len(found.records[0].survivors)
     assert known / 1.15 < spread(found) < known * 1.15
+
+
+def of_few(app_fleet_of: FleetOf, examples: int) -> tuple[int, float]:
+    """Examples of all survivors, of whom most have none, and how many the spread shows."""
+    found = publish(app_fleet_of, rounds=1, examples=examples)
+    (record,) = found.records
+    total = sum(int(name[-2:]) < examples for name in record.survivors)
+    assert total < len(record.survivors)
+    return total, deviation(max(found.step, 2 * found.first)) / spread(found)
+
+
+def test_noise_that_only_covers_the_rounding_of_few_examples_reveals_their_number(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "_width", lambda step, plan, *_: max(step, 2 * plan.learning_rate))
+    for examples in (3, 4, 5):
+        total, shown = of_few(app_fleet_of, examples)
+        assert total / 1.15 < shown < total * 1.15
+
+
+def test_the_spread_of_few_examples_shows_no_more_than_a_power_of_two(app_fleet_of: FleetOf) -> None:
+    total, shown = of_few(app_fleet_of, 5)
+    assert total == 3
+    assert 2 / 1.15 < shown < 2 * 1.15
 
 
 def test_the_noise_is_the_same_for_whoever_knows_the_sums_and_another_for_other_sums() -> None:
