@@ -5,7 +5,7 @@ continues with the session.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -33,6 +33,7 @@ from coordinator.transport import Reply, Transport
 log = logging.getLogger("edgeadapt.coordinator")
 S = TypeVar("S")
 FIRST_PAUSE = 15.0  # seconds before a second attempt at a session or an exchange
+CHECK_INS = 2  # challenges in an attempt, where a device is needed that did not answer the first
 Attachments = Mapping[str, Mapping[str, bytes]]  # device → field → what its message carries besides the body
 
 
@@ -185,7 +186,7 @@ def establish(
     spec_of = partial(settings.aggregation.spec, layout=layout, base_digest=base, rounds=rounds)
     for attempt in range(1, settings.attempts + 1):
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
-        present, nodes = _check_in(key, root, transport, name)
+        present, nodes = _check_in(key, root, transport, name, last)
         least = settings.aggregation.minimum_devices
         reason = unmet = last.unmet(nodes, root.revoked) if last else ""
         if last is not None and not unmet:
@@ -203,6 +204,7 @@ def establish(
                 transcripts,
                 name,
                 settings.attempts,
+                last.survivors if last else (),
             )
             if isinstance(outcome, RoundAborted):
                 reason = outcome.detail
@@ -255,8 +257,12 @@ def _offer(
     transcripts: Transcripts,
     group: str,
     attempts: int,
+    needed: Container[str],
 ) -> tuple[Cohort, Established | RoundAborted]:
-    """Begin the session's log, and offer the session to the devices that are ``present``."""
+    """Begin the session's log, and offer the session to the devices that are ``present``.
+
+    ``needed``: a session without one of these is of no use.
+    """
     certificates = {device: answer.certificate for device, answer in present.items()}
     offering, offer = server.open_session(key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
     recorder = transcripts.begin(offering.offer, root.revoked)
@@ -264,49 +270,60 @@ def _offer(
     last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
     proofs = transcripts.session_chain_proofs(recorder, last_offers)
     revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
-    return cohort, _negotiate(cohort, offering, offer, attachments(proofs, revoked), group)
+    due = {device for device in nodes if device in needed}
+    return cohort, _negotiate(cohort, offering, offer, attachments(proofs, revoked), group, due)
 
 
 def _negotiate(
-    cohort: Cohort, offering: Offering, offer: bytes, extra: Attachments, group: str
+    cohort: Cohort, offering: Offering, offer: bytes, extra: Attachments, group: str, due: Set[str]
 ) -> Established | RoundAborted:
-    """Steps 1–4 of the protocol."""
+    """Steps 1–4 of the protocol. ``due``: the devices without which the session is of no use."""
     offers = dict.fromkeys(cohort.nodes, offer)
-    sharing = cohort.exchange(offering, Offering.on_advert, Step.OFFER, offers, group, extra).close()
+    offered = cohort.exchange(
+        offering, Offering.on_advert, Step.OFFER, offers, group, extra, enough=lambda state: due <= state.adverts.keys()
+    )
+    sharing = offered.close()
     if isinstance(sharing, RoundAborted):
         return sharing
     state, roster = sharing
     rosters = {device: roster for device in cohort.nodes if device not in cohort.dropped}
-    session = cohort.exchange(state, Sharing.on_shares, Step.ROSTER, rosters, group).close()
+    shared = cohort.exchange(
+        state, Sharing.on_shares, Step.ROSTER, rosters, group, enough=lambda state: due <= state.encrypted_shares.keys()
+    )
+    session = shared.close()
     if not isinstance(session, RoundAborted):
         cohort.recorder.checkpoint()
     return session
 
 
 def _check_in(
-    key: IdentityKey, root: Root, transport: Transport, group: str
+    key: IdentityKey, root: Root, transport: Transport, group: str, last: LastSum | None
 ) -> tuple[dict[str, CheckIn], dict[str, int]]:
     """Challenge every node; keep those that prove which certified device they are, one node for each device.
 
-    A device at two nodes has its key at both. It takes part at the one that answers first.
+    A device at two nodes has its key at both. It takes part at the one that answers first. While a survivor of the
+    ``last`` sum is absent, the nodes without a device are challenged again.
 
     Returns:
         Device → its answer, and device → node.
     """
-    entropy = SystemEntropy()
-    challenges = {node: Challenge(entropy.bytes(DIGEST), node) for node in transport.nodes()}
-    bodies = {node: envelope.sign(key, challenge) for node, challenge in challenges.items()}
     present: dict[str, CheckIn] = {}
     admitted: dict[str, str] = {}  # name without case → device
     nodes: dict[str, int] = {}
-    for reply in transport.ask(Step.CHECK_IN, bodies, group):
-        try:
-            device, answer = checks.check_in(root, challenges[reply.node], reply.answer(), datetime.now(UTC))
-        except ProtocolError as error:
-            log.info("node %d is not admitted: %s", reply.node, error)
-            continue
-        if (twin := admitted.setdefault(same_name(device), device)) in nodes:
-            log.warning("node %d is not admitted: node %d checked in as %s before", reply.node, nodes[twin], twin)
-            continue
-        present[device], nodes[device] = answer, reply.node
+    for attempt in range(1, CHECK_INS + 1):
+        left = [node for node in transport.nodes() if node not in nodes.values()]
+        challenges = {node: Challenge(SystemEntropy().bytes(DIGEST), node) for node in left}
+        bodies = {node: envelope.sign(key, challenge) for node, challenge in challenges.items()}
+        for reply in transport.ask(Step.CHECK_IN, bodies, group if attempt == 1 else f"{group}-{attempt}"):
+            try:
+                device, answer = checks.check_in(root, challenges[reply.node], reply.answer(), datetime.now(UTC))
+            except ProtocolError as error:
+                log.info("node %d is not admitted: %s", reply.node, error)
+                continue
+            if (twin := admitted.setdefault(same_name(device), device)) in nodes:
+                log.warning("node %d is not admitted: node %d checked in as %s before", reply.node, nodes[twin], twin)
+                continue
+            present[device], nodes[device] = answer, reply.node
+        if last is None or not last.unmet(nodes, root.revoked):
+            break
     return present, nodes
