@@ -41,6 +41,7 @@ class RoundRecord(Manifest):
     blamed: tuple[str, ...]  # devices found to have dealt or revealed a wrong share
     reason: str | None  # as the log has it, if the round ended without a sum
     aborted: str | None  # the same for people
+    spoiled: str | None  # why the sum counts as zero: honest devices cannot have it
     sum: Sha256 | None  # of the unmasked vector, packed
     version: Count | None  # that the round produced
     adapter: Sha256 | None  # of that version's file
@@ -58,7 +59,9 @@ class RoundRecord(Manifest):
                 )
         result = [value is not None for value in (self.version, self.adapter, self.sum)]
         if not all(result if self.aborted is None else [not each for each in result]) or (
-            (self.reason is None) != (self.aborted is None) or (self.plan is None and self.version is not None)
+            (self.reason is None) != (self.aborted is None)
+            or (self.plan is None and self.version is not None)
+            or (self.spoiled is not None and self.version is None)
         ):
             raise DataError(
                 f"round {self.round} must either be aborted for a reason or have made a version from the sum of a plan",

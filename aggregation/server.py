@@ -51,7 +51,6 @@ class AbortReason(Enum):
 
     TOO_FEW = "too-few"  # too few devices are left, at any step
     UNRECOVERABLE = "unrecoverable"  # shares are wrong, and too few good ones are left
-    OUT_OF_RANGE = "out-of-range"  # the sum is larger than honest survivors can reach
     SESSION_OVER = "session-over"  # the session has no round left, or a certificate of its cohort expired
 
 
@@ -81,6 +80,7 @@ class RoundResult:
         dropped: Devices of the plan that are not in the sum.
         blamed: Devices found to have dealt or revealed a wrong share.
         digest: SHA-256 of the summed vector, packed.
+        spoiled: Why ``values`` are all zero: honest survivors cannot have the sum. None if it counts.
     """
 
     round: int
@@ -89,6 +89,7 @@ class RoundResult:
     dropped: tuple[str, ...]
     blamed: tuple[str, ...]
     digest: bytes
+    spoiled: str | None = None
 
 
 def too_few(spec: SessionSpec, count: int, what: str, session: "Established | None") -> RoundAborted | None:
@@ -469,7 +470,7 @@ class Unmasking:
             return survivor_set.aborted(reason, detail, recovery.blamed, recovery.blamed.intersection(missing))
         self.single_use.take("sum")
         masks.apply(survivor_set.total, _masks_to_remove(survivor_set, seeds, keys), threads)
-        return _outcome(survivor_set, tuple(sorted(recovery.blamed)))
+        return _result(survivor_set, tuple(sorted(recovery.blamed)))
 
 
 def _masks_to_remove(
@@ -484,13 +485,14 @@ def _masks_to_remove(
         yield from masks.pair_masks(private, device, publics, session.context, plan)
 
 
-def _outcome(survivor_set: SurvivorSet, blamed: tuple[str, ...]) -> "tuple[Established, RoundResult] | RoundAborted":
-    """The unmasked sum, or an abort if honest survivors cannot reach it."""
-    spec = survivor_set.session.spec.vector
+def _result(survivor_set: SurvivorSet, blamed: tuple[str, ...]) -> tuple[Established, RoundResult]:
+    """The unmasked sum; zeros if honest survivors cannot reach it."""
+    spec, devices, dropped = survivor_set.session.spec.vector, survivor_set.devices, survivor_set.dropped
+    spoiled = None
     try:
-        values = spec.decode(survivor_set.total, len(survivor_set.devices))
+        values = spec.decode(survivor_set.total, len(devices))
     except DataError as error:
-        return survivor_set.aborted(AbortReason.OUT_OF_RANGE, str(error), blamed)
+        values, spoiled = spec.zeros(), str(error)
     digest = ring.digest(survivor_set.total, spec.ring_bits)
-    result = RoundResult(survivor_set.plan.round, values, survivor_set.devices, survivor_set.dropped, blamed, digest)
+    result = RoundResult(survivor_set.plan.round, values, devices, dropped, blamed, digest, spoiled)
     return survivor_set.established, result

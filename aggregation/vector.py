@@ -188,6 +188,10 @@ class VectorSpec:
         wide = not 2.0**-126 <= per_unit < 2.0**128
         return np.multiply(given, per_unit, dtype=np.float64 if wide else given.dtype)
 
+    def zeros(self) -> dict[str, NDArray[np.float64]]:
+        """The sums of nothing: name → float64 zeros of shape ``(segment.size,)``."""
+        return {segment.name: np.zeros(segment.size) for segment in self.segments}
+
     @staticmethod
     def _round(steps: NDArray[Any], coins: Keystream, out: Ring) -> None:
         """Write floor(steps + coin), with coins uniform over [0, 1), in the precision of ``steps``.

@@ -214,15 +214,19 @@ def _responses(state: Unmasking) -> bool:
     return min(holders) >= session.spec.threshold
 
 
-def within_reach(session: Established, result: RoundResult) -> Outcome:
-    """Abort a round whose sum honest survivors cannot have (``require_reach``).
+def within_reach(session: Established, result: RoundResult) -> tuple[Established, RoundResult]:
+    """Take a sum that honest survivors cannot have (``require_reach``) for zero, as if nobody had examples.
+
+    A device lied, and nobody can tell which. If the round had no result, devices would help to a few more sums from the
+    adapter only, all with the liar: it could use them up. So a next version is made, which has nothing of the sum.
 
     Survivors may have weight 0, and so may all of them: a device without usable examples answers as every other one.
     """
+    spec = session.session.spec
     try:
-        require_reach(session.session.spec, result.values, len(result.survivors))
+        require_reach(spec, result.values, len(result.survivors))
     except DataError as error:
-        return RoundAborted(AbortReason.OUT_OF_RANGE, str(error), session, result.blamed, result.survivors)
+        return session, replace(result, values=spec.vector.zeros(), spoiled=str(error))
     return session, result
 
 
@@ -283,6 +287,7 @@ def _record(cohort: Cohort, head: Head, outcome: Outcome, made: _NextAdapter | N
         blamed=ended.blamed,
         reason=abort.reason.value if abort else None,
         aborted=abort.detail if abort else None,
+        spoiled=result.spoiled if result else None,
         sum=result.digest.hex() if result else None,
         version=made.manifest.version if made else None,
         adapter=made.manifest.sha256 if made else None,
@@ -298,6 +303,8 @@ def _commit(registry: Registry, record: RoundRecord, made: _NextAdapter | None, 
     """Store how the round ended, with the adapter that it made, and tell the operator what went wrong."""
     for device in record.blamed:
         log.warning("%s dealt or revealed a wrong share: let the authority revoke its certificate", device)
+    if record.spoiled:
+        log.warning("round %d counts as zero, for a device lied: %s", record.round, record.spoiled)
     if made is None:
         log.warning("round %d aborted: %s", record.round, record.aborted)
         registry.record_round(record, key)

@@ -72,7 +72,8 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
             f"{'-' if loss is None else format(loss, '.3f'):>6}",
             f"{each['seconds']:>7.1f}",
         )
-        yield "  ".join([*cells, *([f"aborted: {each['aborted']}"] if each["aborted"] else [])])
+        notes = [f"{name}: {each[name]}" for name in ("aborted", "spoiled") if each[name]]
+        yield "  ".join([*cells, *notes])
 
 
 def _version(manifest: VersionManifest) -> dict[str, Any]:
@@ -91,6 +92,7 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "survivors": list(record.survivors),
         "dropped": record.dropped,
         "aborted": record.aborted,
+        "spoiled": record.spoiled,
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
         "seconds": record.seconds,

@@ -11,10 +11,10 @@ sums over the same devices. How many devices are left in any combination then fo
 A later sum may lack devices whose certificates were revoked since the last one: a device that is gone would otherwise
 stop the training of all others. Only the authority can revoke.
 
-An honest coordinator repeats a round from the same adapter if too few devices answered the unmask request, if the sum
-was out of range, or if it was stopped before it logged the result. Rounds that end before the unmask request do not
-count. Equal adapters are recognized by their bytes. Whether the adapter of a plan is the one that the log leads to is a
-question to the log (``aggregation.transcript``).
+An honest coordinator repeats a round from the same adapter if too few devices answered the unmask request, or if it
+was stopped before it logged the result. Rounds that end before the unmask request do not count. Equal adapters are
+recognized by their bytes. Whether the adapter of a plan is the one that the log leads to is a question to the log
+(``aggregation.transcript``).
 """
 
 import hashlib

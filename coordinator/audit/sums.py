@@ -32,13 +32,15 @@ class UnmaskedRound:
         seeds: Survivor → seed of its own mask.
         keys: Device of the plan that is not a survivor → its mask key.
         blamed: Devices that revealed wrong shares.
-        sums: Of the survivors' contributions, decoded, once ``sums`` has recomputed them.
+        sums: Of the survivors' contributions, decoded, once ``sums`` has recomputed them; zeros if ``spoiled``.
+        spoiled: Honest survivors cannot have the sum, so that nothing of it counts.
     """
 
     seeds: Mapping[str, bytes] = field(repr=False)
     keys: Mapping[str, bytes] = field(repr=False)
     blamed: tuple[str, ...]
     sums: Sums | None = field(default=None, repr=False)
+    spoiled: bool = False
 
 
 def secrets(history: History, unmasked: dict[int, UnmaskedRound]) -> str:
@@ -81,7 +83,7 @@ def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vecto
 
     Raises:
         Problem: A vector is not the one that was signed, or only some of a round are there; or a sum is not the one
-            that the result names, or one that no honest survivors can have.
+            that the result names.
         Skipped: A sum lacks its vectors.
     """
     size = _packed_size(history)
@@ -93,6 +95,8 @@ def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vecto
     for current in complete:
         _recompute(history, current, unmasked[current.plan.round], vectors)
     text = f"{len(complete)} of {count(len(ended), 'sum')} recomputed from the masked updates, equal bit for bit"
+    if spoiled := [current.plan.round for current in complete if unmasked[current.plan.round].spoiled]:
+        text += f"; honest devices cannot have that of round {', '.join(map(str, spoiled))}, which counts as zero"
     if len(complete) < len(ended):
         raise Skipped("vectors", f"{text}. Of the others only digests of the masked updates were kept")
     return text
@@ -158,11 +162,10 @@ def _recompute(history: History, current: Round, unmasked: UnmaskedRound, vector
         text = "the updates do not add up to the sum that the result names"
         raise Problem("result.sum", text, current.place(Result))
     try:
-        values = spec.decode(total, len(current.survivors))
-        require_reach(history.offer.spec, values, len(current.survivors))
-    except DataError as error:
-        raise Problem.of(error, current.place(Result)) from None
-    unmasked.sums = values
+        unmasked.sums = spec.decode(total, len(current.survivors))
+        require_reach(history.offer.spec, unmasked.sums, len(current.survivors))
+    except DataError:
+        unmasked.sums, unmasked.spoiled = spec.zeros(), True
 
 
 def _remaining_masks(session: Session, current: Round, unmasked: UnmaskedRound) -> list[Mask]:

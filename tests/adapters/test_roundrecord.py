@@ -25,6 +25,7 @@ def test_the_largest_cohort_with_the_longest_names_fits_into_a_record() -> None:
         blamed=(),
         reason=None,
         aborted=None,
+        spoiled=None,
         sum="0" * 64,
         version=1,
         adapter="0" * 64,

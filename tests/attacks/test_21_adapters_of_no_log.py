@@ -79,7 +79,7 @@ class Attack:
         if self.kind != "aborted" or result.round % 2:
             return session, result
         self.sums.append((result.values["delta"] / result.values["weight"][0]).astype(np.float32))
-        return RoundAborted(AbortReason.OUT_OF_RANGE, "as the coordinator says", session)
+        return RoundAborted(AbortReason.TOO_FEW, "as the coordinator says", session)
 
     def devices(self, message: Message, context: Context) -> Message:
         answer = client_app(message, context)

@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from aggregation import envelope
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.messages import CheckIn
-from aggregation.server import AbortReason, RoundAborted
+from aggregation.server import RoundResult
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import app as client_app
 from client.training import contribute
@@ -25,6 +25,7 @@ from coordinator.audit.transcripts import logs
 from coordinator.registry import Blobs, database
 from coordinator.rounds import within_reach
 from coordinator.statedir import CoordinatorStateDir
+from coordinator.status import lines_of, status_of
 from simulations.engine.grid import DeliveryOutcome, InProcessGrid
 from tests.support import refused
 from tests.support.fleet import session_spec
@@ -297,7 +298,7 @@ def test_a_second_run_is_refused_and_does_not_disturb_the_first(fleet_of: FleetO
     audit(path.read_bytes(), state_dir.root, state_dir.key.public).require()
 
 
-def test_a_weight_that_honest_devices_cannot_have_aborts_the_round(
+def test_a_sum_with_a_weight_that_honest_devices_cannot_have_counts_as_zero(
     fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = contribute.contribution
@@ -311,27 +312,23 @@ def test_a_weight_that_honest_devices_cannot_have_aborts_the_round(
     monkeypatch.setattr("client.node.training.contribution", lie)
     fleet = fleet_of(4, rounds=1)
     (record,) = fleet.federate(fleet.grid())
-    assert "whole number" in (record.aborted or "")
-    assert not re.search(r"512", record.aborted or "")  # the record is published
-    assert record.version is None
-    assert len(fleet.registry().versions()) == 1
+    assert "whole number" in record.spoiled
+    assert not re.search(r"512", record.spoiled)  # the record is published
+    assert (record.version, record.metrics) == (1, {})
+    shown = "\n".join(lines_of(status_of(CoordinatorStateDir.open(fleet.out / "coordinator"))))
+    assert f"spoiled: {record.spoiled}" in shown
 
 
-def result_of(weight: float) -> Any:
-    return SimpleNamespace(
-        values={"delta": np.zeros(7), "weight": np.array([weight])}, survivors=("a", "b"), blamed=("b",)
-    )
-
-
-@pytest.mark.parametrize("weight", [-3.0, 0.9, 1.5, 201.0])
-def test_survivors_whose_weights_cannot_be_theirs_abort_the_round(weight: float) -> None:
-    session: Any = SimpleNamespace(session=SimpleNamespace(spec=session_spec(3)))
-    outcome = within_reach(session, result_of(weight))
-    assert isinstance(outcome, RoundAborted)
-    assert (outcome.reason, outcome.session) == (AbortReason.OUT_OF_RANGE, session)
-    assert (outcome.unmasked, outcome.blamed) == (("a", "b"), ("b",))
-    for enough in (result_of(0.0), result_of(1.0), result_of(200.0)):
-        assert within_reach(session, enough) == (session, enough)
+@pytest.mark.parametrize("weight", [-3.0, 0.9, 1.5, 201.0, 0.0, 1.0, 200.0])
+def test_a_sum_with_weights_that_survivors_cannot_have_counts_as_zero(weight: float) -> None:
+    counts = weight in (0, 1, 200)
+    spec = session_spec(3)
+    session: Any = SimpleNamespace(session=SimpleNamespace(spec=spec))
+    values = {"delta": np.zeros(7), "weight": np.array([weight])}
+    result = RoundResult(1, values, ("a", "b"), (), ("b",), bytes(32))
+    same, found = within_reach(session, result)
+    assert (same, found.survivors, found.blamed, found.spoiled is None) == (session, ("a", "b"), ("b",), counts)
+    assert found.values["weight"][0] == (weight if counts else 0.0)
 
 
 @pytest.mark.parametrize("rule", ["fedavg", "fedadam"])

@@ -70,6 +70,7 @@ def recorded(transcripts: Transcripts, recorder: Recorder, **changes: Any) -> Ro
         blamed=(),
         reason="unrecoverable",
         aborted="too few good shares",
+        spoiled=None,
         sum=None,
         version=None,
         adapter=None,

@@ -69,6 +69,7 @@ class Rounds:
             blamed=(),
             reason=None,
             aborted=None,
+            spoiled=None,
             sum="50" * 32,
             version=number,
             adapter=manifest.sha256,
