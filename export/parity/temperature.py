@@ -1,0 +1,61 @@
+"""The temperature of an adapter, fitted on what devices run: the exported base with the adapter as its file stores it.
+
+Quantization moves probabilities, so a temperature of the model in torch would be that of another classifier.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from adapters.calibration import Calibration, calibrate
+from adapters.layout import Tensors
+from aggregation.errors import DataError
+from export.parity.compare import OnnxRunner
+from export.phrases import read_phrases
+
+FEWEST = 50  # phrases; fewer leave the calibration error itself uncertain
+
+
+def read_examples(path: Path, labels: Sequence[str]) -> list[tuple[str, int]]:
+    """The phrases in a file of ``export.phrases``, each with the number of its label among ``labels``.
+
+    Raises:
+        ConfigError, DataError: As ``read_phrases``.
+        DataError: There are fewer than ``FEWEST`` phrases, or the head has no row for a label.
+    """
+    pairs, numbers = read_phrases(path), {label: number for number, label in enumerate(labels)}
+    if unknown := sorted({label for label, _ in pairs} - set(numbers)):
+        reason = f"the adapter has no label {unknown[0][:40]!r}, which {path} has; it has: {', '.join(labels)[:120]}"
+        raise DataError(reason, about="label", value=unknown)
+    if len(pairs) < FEWEST:
+        reason = f"{path} has {len(pairs)} phrases, and a temperature needs {FEWEST} that were not trained on; add some"
+        raise DataError(reason, about="--calibrate", value=len(pairs))
+    return [(phrase, numbers[label]) for label, phrase in pairs]
+
+
+def measure(
+    runner: OnnxRunner,
+    inputs: Tensors,
+    examples: Sequence[tuple[str, int]],
+    step: Callable[[], object] = lambda: None,
+) -> Calibration:
+    """Fit a temperature, and measure what it does to phrases that it was not fitted on.
+
+    Args:
+        runner: The exported base.
+        inputs: The adapter, read back from its file (``adapter.decode``).
+        examples: Held-out phrases with the numbers of their labels.
+        step: Called after each.
+
+    Raises:
+        DataError: An answer is not finite.
+    """
+    rows = []
+    for encoding in runner.tokenizer.encode_batch([phrase for phrase, _ in examples]):
+        rows.append(runner.logits(encoding.ids, inputs)[0])
+        step()
+    logits = np.stack(rows)
+    if not np.isfinite(logits).all():
+        raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken", about="logits")
+    return calibrate(logits, np.array([label for _, label in examples], np.int64))

@@ -1,0 +1,146 @@
+"""``export adapter --calibrate`` finds the temperature of what devices run, and refuses phrases that give none."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import PeftModel
+
+from adapters.base import Base
+from adapters.bundle import adapter_path, manifest_path
+from aggregation.entropy import SystemEntropy
+from aggregation.pki.identity import IdentityKey
+from client.inference.session import ClassificationSession
+from export.bundle.write import write_bundle
+from export.onnx.exported import ExportedBase
+from tests.support.bundles import stated
+
+Run = Callable[..., Any]
+LABELS = ("Light", "Lock", "Music", "Timer")
+WORDS = ("turn", "on", "off", "the", "light", "door", "lock", "play", "music", "set", "a", "timer", "ten", "kitchen")
+
+
+def phrases(count: int) -> list[str]:
+    rng = random.Random(3)  # noqa: S311  # not a secret
+    return [" ".join(rng.choices(WORDS, k=rng.randint(2, 6))) for _ in range(count)]
+
+
+@pytest.fixture
+def shop(tmp_path: Path, exported_int8: ExportedBase, model: PeftModel) -> Path:
+    """A bundle without adapters, its keys, and a folder that peft saved."""
+    key = IdentityKey.generate(SystemEntropy())
+    (tmp_path / "key.pem").write_bytes(key.to_pem())
+    (tmp_path / "trust.pem").write_bytes(key.public.to_pem())
+    write_bundle(tmp_path / "bundle", exported_int8, [], key=key)
+    model.save_pretrained(str(tmp_path / "lora"))
+    (tmp_path / "labels").write_text("\n".join(LABELS))
+    return tmp_path
+
+
+def add(shop: Path, *more: str | Path) -> list[str | Path]:
+    source = ["adapter", "--peft", shop / "lora", "--labels", shop / "labels"]
+    return [*source, "--bundle", shop / "bundle", "--key", shop / "key.pem", *more]
+
+
+def write(shop: Path, rows: list[tuple[str, str]]) -> Path:
+    path = shop / "held-out.tsv"
+    path.write_text("".join(f"{label}\t{phrase}\n" for label, phrase in rows))
+    return path
+
+
+def as_at(shop: Path, temperature: float, count: int) -> list[tuple[str, str]]:
+    """Phrases whose labels are as probable as the device's session would say at this temperature."""
+    session, rng = ClassificationSession.open(shop / "bundle"), np.random.default_rng(0)
+    rows = []
+    for text, ranking in zip(texts := phrases(count), session.rank(texts, "global", 4), strict=True):
+        powers = np.array([prediction.probability for prediction in ranking]) ** (1 / temperature)
+        rows.append((ranking[rng.choice(4, p=powers / powers.sum())].label, text))
+    return rows
+
+
+def test_the_temperature_is_that_of_what_a_device_answers(export: Run, shop: Path) -> None:
+    assert export(*add(shop, "--format", "int4")).code == 0
+    before = ClassificationSession.open(shop / "bundle").rank(phrases(5), "global", 4)
+    held_out = write(shop, as_at(shop, 2.5, 800))
+    done = export(*add(shop, "--format", "int4", "--calibrate", held_out, "--json"))
+    assert done.code == 0, done.err
+    row = done.json()
+    temperature = row["temperature"]
+    assert temperature == row["calibration"]["temperature"] == stated(shop / "bundle").temperature
+    assert temperature == pytest.approx(2.5, rel=0.25)
+    assert row["version"] == 2  # another temperature is another content
+    assert row["calibration"]["after"] < row["calibration"]["before"]
+    after = ClassificationSession.open(shop / "bundle").rank(phrases(5), "global", 4)
+    for one, other in zip(before, after, strict=True):
+        assert [p.label for p in one] == [p.label for p in other]
+        assert other[0].probability < one[0].probability
+
+
+def test_the_same_phrases_give_the_same_bytes_and_the_line_says_what_was_measured(export: Run, shop: Path) -> None:
+    assert export(*add(shop)).code == 0
+    held_out = write(shop, as_at(shop, 2.0, 200))
+    first = export(*add(shop, "--calibrate", held_out))
+    files = [(shop / "bundle" / path("global")).read_bytes() for path in (adapter_path, manifest_path)]
+    second = export(*add(shop, "--calibrate", held_out))
+    assert files == [(shop / "bundle" / path("global")).read_bytes() for path in (adapter_path, manifest_path)]
+    assert first.out == second.out
+    assert "from 200 phrases" in first.out.splitlines()[1]
+    assert "5-fold cross-validation, 15 bins of equal mass" in first.out
+
+
+def test_a_whole_bundle_is_calibrated_in_one_command(export: Run, shop: Path, tiny_base: Base) -> None:
+    held_out = write(shop, [(LABELS[number % 4], phrase) for number, phrase in enumerate(phrases(60))])
+    command = [*add(shop, "--base", tiny_base.folder, "--calibrate", held_out, "--json")]
+    command[command.index(shop / "bundle")] = shop / "new"
+    done = export(*command)
+    assert done.code == 0, done.err
+    assert stated(shop / "new").temperature == done.json()["calibration"]["temperature"] != 1
+
+
+def test_another_temperature_of_a_version_that_devices_may_have_is_warned_of(export: Run, shop: Path) -> None:
+    assert export(*add(shop, "--version", "4")).code == 0
+    held_out = write(shop, as_at(shop, 2.0, 60))
+    assert "devices that accepted version 4" in export(*add(shop, "--version", "4", "--calibrate", held_out)).err
+    assert "devices" not in export(*add(shop, "--version", "4", "--calibrate", held_out)).err
+
+
+def test_answers_that_are_all_right_are_said_to_be(export: Run, shop: Path) -> None:
+    assert export(*add(shop)).code == 0
+    session = ClassificationSession.open(shop / "bundle")
+    answers = session.classify(phrases(60), "global")
+    held_out = write(shop, [(answer.label, text) for answer, text in zip(answers, phrases(60), strict=True)])
+    done = export(*add(shop, "--calibrate", held_out))
+    assert done.code == 0, done.err
+    assert "60 answered right" in done.out
+    assert (
+        done.out.splitlines()[-1] == "all are answered right, so they do not show how sure to be: give harder phrases"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "about"),
+    [
+        ([("Light", "light on")] * 49, 5, "--calibrate"),
+        ([("Light", "light on")] * 60 + [("Heating", "warmer")], 5, "label"),
+        ([("Light", " ")] * 60, 5, "held-out.tsv"),
+        ([], 5, "held-out.tsv"),
+    ],
+    ids=["few", "label that the head lacks", "no phrase", "empty"],
+)
+def test_phrases_that_give_no_temperature_are_refused_and_nothing_is_written(
+    export: Run, shop: Path, rows: list[tuple[str, str]], code: int, about: str
+) -> None:
+    export(*add(shop, "--calibrate", write(shop, rows))).refused(code, about)
+    assert not (shop / "bundle" / manifest_path("global")).exists()
+
+
+def test_a_missing_file_and_a_base_that_nobody_known_signed_are_refused(export: Run, shop: Path) -> None:
+    export(*add(shop, "--calibrate", shop / "missing")).refused(2, "missing")
+    held_out = write(shop, [("Light", phrase) for phrase in phrases(60)])
+    for name in ("key.pem", "trust.pem"):
+        stranger = IdentityKey.generate(SystemEntropy())
+        (shop / name).write_bytes(stranger.to_pem() if name == "key.pem" else stranger.public.to_pem())
+    export(*add(shop, "--calibrate", held_out)).refused(4, "keyid")
