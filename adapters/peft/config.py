@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from adapters.graphinputs import INPUT_SCALE, layer_of
+from adapters.graphinputs import INPUT_SCALE, OFFSET, REPLACED, layer_of
 from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
@@ -23,26 +23,38 @@ COMMON = frozenset(
         *("inference_mode", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"),
     }
 )
+LAYERS = frozenset({"layers_to_transform", "layers_pattern"})
+LORA = COMMON | {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", *LAYERS),
+    *("lora_dropout", "runtime_config", "eva_config", "megatron_core", "qalora_group_size"),
+    *("init_lora_weights", "bias", "lora_bias"),
+}
 HARMLESS: dict[str, frozenset[str]] = {
-    "LORA": COMMON
+    "LORA": LORA,
+    "ADALORA": LORA
+    | {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},
+    "LOHA": COMMON
     | {
-        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform", "layers_pattern"),
-        *("lora_dropout", "runtime_config", "eva_config", "megatron_core", "qalora_group_size"),
-        *("init_lora_weights", "bias"),
+        *("r", "alpha", "rank_pattern", "alpha_pattern", *LAYERS),
+        *("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
     },
+    "VERA": COMMON
+    | {"r", "projection_prng_key", "save_projection", "vera_dropout", "d_initial", "bias", "init_weights", *LAYERS},
     "IA3": COMMON | {"feedforward_modules", "init_ia3_weights"},
     "LN_TUNING": COMMON,
     "BEFT": COMMON | {"init_weights"},
 }
 # Other initializations (pissa, olora, corda, loftq, lora_ga) change the weights of the base.
+BIASES = ("none", "all", "lora_only", "vera_only")  # which of the base's biases an adapter replaces
 KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+LOW_RANK = ("ADALORA", "LOHA", "VERA")  # methods that become LoRA
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 
 Settings = dict[str, Any]  # the JSON object
 
 
 def config_of(settings: Settings) -> PeftConfig:
-    """The configuration in an ``adapter_config.json``.
+    """The configuration in an ``adapter_config.json``. That of a low-rank method (``lowrank.py``) is LoRA's.
 
     Raises:
         ConfigError: A method or a setting that no graph can express; ``about`` names the setting.
@@ -55,9 +67,9 @@ def config_of(settings: Settings) -> PeftConfig:
             about="peft_type",
             value=kind,
         )
-    if (bias := settings.get("bias", "none")) != "none":
+    if (bias := settings.get("bias", "none")) not in BIASES:
         raise ConfigError(
-            f"the adapter was trained with bias={bias!r}, which cannot be exported; train it with 'none'",
+            f"the adapter was trained with bias={bias!r:.40}; choose among {', '.join(BIASES)}",
             about="bias",
             value=bias,
         )
@@ -105,21 +117,23 @@ def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None) -> 
         "modules_to_save": [slot.path for slot in inputs.saved] or None,
     }
     if config.peft_type == "LORA":
-        return settings | _lora_settings(config, [slot.path for slot in inputs.loras])
+        return settings | _lora_settings(config, inputs)
     settings["target_modules"] = sorted(set(map(layer_of, inputs.vectors)))
     if config.peft_type == "IA3":
         settings["feedforward_modules"] = [layer_of(name) for name in inputs.vectors if name.endswith(INPUT_SCALE)]
     return settings
 
 
-def _lora_settings(config: PeftConfig, paths: list[str]) -> Settings:
+def _lora_settings(config: PeftConfig, inputs: AdapterInputs) -> Settings:
+    paths = [slot.path for slot in inputs.loras]
     ranks = {path: config.rank_of(path) for path in paths}
     alphas = {path: config.alpha_of(path) for path in paths}
     return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": "all" if any(name.endswith(REPLACED) for name in inputs.vectors) else "none",
+        "lora_bias": any(name.endswith(OFFSET) for name in inputs.vectors),
         "use_rslora": config.use_rslora,
         "target_modules": sorted(ranks),
         "rank_pattern": {exactly(path): rank for path, rank in ranks.items() if rank != config.r},
@@ -138,15 +152,16 @@ def exactly(path: str) -> str:
 
 def _config(kind: str, settings: Settings) -> PeftConfig:
     targets = settings.get("target_modules") or []
-    none = None if kind == "LORA" else 0
+    patterns = kind in ("LORA", "LOHA")  # AdaLoRA's are of another form, and its tensors say as much
+    none = None if patterns else 0
     body = {
-        "peft_type": kind,
-        "r": settings.get("r", none),
-        "lora_alpha": settings.get("lora_alpha", none),
+        "peft_type": "LORA" if kind in LOW_RANK else kind,
+        "r": settings.get("r", none) if patterns else 0,
+        "lora_alpha": settings.get("alpha" if kind == "LOHA" else "lora_alpha", none) if patterns else 0,
         "target_modules": sorted(targets) if isinstance(targets, list) else [targets],
-        "rank_pattern": _pairs(settings, "rank_pattern"),
-        "alpha_pattern": _pairs(settings, "alpha_pattern"),
-        "use_rslora": settings.get("use_rslora", False),
+        "rank_pattern": _pairs(settings, "rank_pattern") if patterns else [],
+        "alpha_pattern": _pairs(settings, "alpha_pattern") if patterns else [],
+        "use_rslora": settings.get("use_rslora", False) if kind == "LORA" else False,
     }
     try:
         return TypeAdapter(PeftConfig).validate_json(json.dumps(body), strict=True)

@@ -15,8 +15,9 @@ from adapters import files
 from adapters.files import MAX_ADAPTER
 from adapters.graphinputs import PEFT_PREFIX, input_name
 from adapters.layout import Floats, Layout, Tensors
-from adapters.peft.config import Settings, config_of, saved_modules, settings_of
+from adapters.peft.config import LOW_RANK, Settings, config_of, saved_modules, settings_of
 from adapters.peft.inputs import AdapterInputs, in_modules, is_saved
+from adapters.peft.lowrank import SHARED, as_lora
 from adapters.peft.methods import from_peft_tensors, to_peft_tensors
 from adapters.peftconfig import PeftConfig
 from adapters.storage import new_folder, read, write_files
@@ -62,7 +63,10 @@ def read_peft(folder: Path) -> PeftFolder:
     settings = _settings(read(folder / CONFIG, MAX_CONFIG))
     config = config_of(settings)
     blob = read(folder / WEIGHTS, MAX_ADAPTER)
-    tensors = from_peft_tensors(_tensors(blob), config.peft_type)
+    tensors = _tensors(blob)
+    if (method := settings["peft_type"]) in LOW_RANK:
+        config, tensors = as_lora(method, settings, config, tensors)
+    tensors = from_peft_tensors(tensors, config, settings)
     _check_saved(tensors, saved_modules(settings))
     AdapterInputs.of_tensors(config, tensors)
     base, task = (_text(settings.get(name)) for name in ("base_model_name_or_path", "task_type"))
@@ -86,7 +90,7 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
     """
     inputs = AdapterInputs.of_tensors(config, tensors)
     settings = json.dumps(settings_of(config, inputs, base), indent=2).encode() + b"\n"
-    contents = {CONFIG: settings, WEIGHTS: files.encode(to_peft_tensors(tensors))}
+    contents = {CONFIG: settings, WEIGHTS: files.encode(to_peft_tensors(tensors, config))}
     with new_folder(out) as stage:
         write_files(stage, contents)
 
@@ -116,7 +120,7 @@ def _tensors(blob: bytes) -> Tensors:
 
 
 def _floats(name: str, kind: str, data: bytes, shape: list[int]) -> Floats:
-    if not name.startswith(PEFT_PREFIX) or len(name) > MAX_NAME or kind not in TYPES:
+    if not (name.startswith(PEFT_PREFIX) or name in SHARED) or len(name) > MAX_NAME or kind not in TYPES:
         raise DataError(
             f"tensor {name[:80]!r} of type {kind} is not one that peft saves for an adapter of floats",
             about=name[:80],

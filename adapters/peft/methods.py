@@ -1,21 +1,25 @@
 """The tensors of peft's methods ↔ those that graphs read: LoRA's, and the vectors of ``graphinputs.VECTORS``.
 
-======================================================== ==========================================
+======================================================== =============================================================
 peft's name, after the prefix                            becomes
-======================================================== ==========================================
-``LAYER.ia3_l`` of shape (out, 1)                        ``LAYER.output_scale`` (1, out)
-``LAYER.ia3_l`` of shape (1, in), of a feed-forward      ``LAYER.input_scale`` (1, in)
+======================================================== =============================================================
+``LAYER.ia3_l`` (out, 1)                                 ``LAYER.output_scale`` (1, out)
+``LAYER.ia3_l`` (1, in), of a feed-forward layer         ``LAYER.input_scale`` (1, in)
 ``LAYER.beft_bias`` (1, out)                             ``LAYER.output_offset`` (1, out)
+``LAYER.lora_B.bias`` (out), of ``lora_bias``            the same, times the layer's scaling
 ``NORM.ln_tuning_layers.PARAMETER`` (width)              ``NORM.PARAMETER.replaced`` (1, width)
-======================================================== ==========================================
+``MODULE.bias`` (out), of ``bias="all"``, ``lora_only``  ``MODULE.bias.replaced`` (1, out)
+======================================================== =============================================================
 
-All of them keep their values. LoRA's tensors and modules in ``modules_to_save`` keep their names.
+All of these come back; LoRA's tensors and modules in ``modules_to_save`` keep their names. The matrices of AdaLoRA,
+LoHa and VeRA become equal LoRA matrices (``lowrank.py``), and stay so.
 """
 
 import numpy as np
 
 from adapters.graphinputs import (
     INPUT_SCALE,
+    LORA_A,
     OFFSET,
     OUTPUT_SCALE,
     REPLACED,
@@ -24,32 +28,54 @@ from adapters.graphinputs import (
     vector_site,
 )
 from adapters.layout import Floats, Tensors
-from aggregation.errors import DataError
+from adapters.peft.config import Settings, saved_modules
+from adapters.peft.inputs import in_modules
+from adapters.peftconfig import PeftConfig
+from aggregation.errors import ConfigError, DataError
 
 IA3, BEFT, NORM = ".ia3_l", ".beft_bias", ".ln_tuning_layers."
+BIAS, BASE_BIAS, LORA_BIAS = ".bias", ".base_layer.bias", ".lora_B.bias"
+COPIES = (".original_module.bias", ".modules_to_save.bias")  # of a head's bias, with bias="all"; peft reads neither
 
 
-def from_peft_tensors(tensors: Tensors, method: str) -> Tensors:
+def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) -> Tensors:
     """The tensors of a PEFT folder, with vectors in the place of peft's own.
 
     Args:
-        tensors: Under peft's names.
-        method: peft's type. The tensors of other methods keep their names.
+        tensors: Under peft's names. Those of other methods than ``config``'s keep their names.
+        config: The adapter's.
+        settings: ``adapter_config.json``: which biases the adapter replaces or brings.
 
     Raises:
         DataError: A tensor has a shape that its method does not give it, or a name that only a graph's input has.
     """
-    return dict(_from_peft(name, value, method) for name, value in tensors.items())
+    found: Tensors = {}
+    bias, saved = settings.get("bias", "none"), saved_modules(settings)
+    for name, value in tensors.items():
+        if bias == "all" and name.endswith(COPIES):
+            continue
+        if name.endswith(LORA_BIAS):
+            replaces = bool(settings.get("lora_bias"))
+        else:
+            replaces = bias != "none" and name.endswith(BIAS) and not in_modules(input_name(name), saved)
+        renamed, changed = _from_peft(name, value, config, replaces)
+        found[renamed] = changed
+    return found
 
 
-def to_peft_tensors(tensors: Tensors) -> Tensors:
-    """Law: ``to_peft_tensors(from_peft_tensors(t)) == t``."""
-    return dict(_to_peft(name, value) for name, value in tensors.items())
+def to_peft_tensors(tensors: Tensors, config: PeftConfig) -> Tensors:
+    """The inverse of ``from_peft_tensors``, up to the rounding of a layer's scaling.
+
+    Raises:
+        ConfigError: A scale of LoRA's (of DoRA): peft keeps a magnitude instead, which the base's weights are part of.
+    """
+    return dict(_to_peft(name, value, config, tensors) for name, value in tensors.items())
 
 
-def _from_peft(name: str, value: Floats, method: str) -> tuple[str, Floats]:
+def _from_peft(name: str, value: Floats, config: PeftConfig, bias: bool) -> tuple[str, Floats]:
     if vector_kind(name):
         raise DataError(f"tensor {input_name(name)[:80]!r} is not one that peft saves", about=name)
+    method = config.peft_type
     if method == "IA3" and name.endswith(IA3):
         if value.ndim != 2 or 1 not in value.shape or value.shape == (1, 1):
             raise _odd(name, value)
@@ -61,25 +87,46 @@ def _from_peft(name: str, value: Floats, method: str) -> tuple[str, Floats]:
         return name.removesuffix(BEFT) + OFFSET, value
     path, norm, parameter = name.partition(NORM)
     if method == "LN_TUNING" and norm:
-        if value.ndim != 1:
-            raise _odd(name, value)
-        return f"{path}.{parameter}{REPLACED}", value[np.newaxis]
+        return f"{path}.{parameter}{REPLACED}", _row(name, value)
+    if bias and name.endswith(LORA_BIAS):
+        layer = name.removesuffix(LORA_BIAS)
+        return layer + OFFSET, _row(name, value) * np.float32(config.scaling_of(input_name(layer)))
+    if bias:
+        layer = name.removesuffix(BASE_BIAS) if name.endswith(BASE_BIAS) else name.removesuffix(BIAS)
+        return layer + BIAS + REPLACED, _row(name, value)
     return name, value
 
 
-def _to_peft(name: str, value: Floats) -> tuple[str, Floats]:
-    site = vector_site(name)
+def _to_peft(name: str, value: Floats, config: PeftConfig, tensors: Tensors) -> tuple[str, Floats]:
+    site, lora = vector_site(name), config.peft_type == "LORA"
     match vector_kind(name):
-        case ".output_scale":
+        case ".output_scale" if not lora:
             return site + IA3, value.reshape(-1, 1)
-        case ".input_scale":
+        case ".input_scale" if not lora:
             return site + IA3, value
+        case ".output_offset" if lora:
+            factor = config.scaling_of(input_name(site))
+            return site + LORA_BIAS, value[0] / np.float32(factor or 1.0)
         case ".output_offset":
             return site + BEFT, value
+        case ".replaced" if lora:
+            layer = site.removesuffix(BIAS)
+            return layer + (BASE_BIAS if layer + LORA_A in tensors else BIAS), value[0]
         case ".replaced":
             path, _, parameter = site.rpartition(".")
             return path + NORM + parameter, value[0]
-    return name, value
+        case None:
+            return name, value
+    raise ConfigError(
+        f"{input_name(site)}: a scale has no place in a LoRA folder of peft; keep the folder that it came from",
+        about=name,
+    )
+
+
+def _row(name: str, value: Floats) -> Floats:
+    if value.ndim != 1:
+        raise _odd(name, value)
+    return value[np.newaxis]
 
 
 def _odd(name: str, value: Floats) -> DataError:

@@ -19,8 +19,8 @@ from adapters.graphinputs import (
 )
 from adapters.layout import Tensors
 from adapters.manifest import Format
-from adapters.peft.config import exactly
 from adapters.peft.inputs import AdapterInputs, LoraSlot, is_saved, lora_paths, summary
+from adapters.peft.lowrank import plain
 from adapters.peftconfig import PeftConfig
 from adapters.quantization import quantize, restore
 from aggregation.errors import DataError
@@ -103,7 +103,5 @@ def unfolded(adapter: VerifiedAdapter) -> tuple[Tensors, PeftConfig]:
 
 
 def _folded(inputs: Tensors) -> PeftConfig:
-    ranks = {path: inputs[path + LORA_A].shape[1] for path in sorted(lora_paths(inputs)) if path + LORA_B in inputs}
-    rank = max(ranks.values(), default=1)
-    pairs = tuple((exactly(path), size) for path, size in ranks.items() if size != rank)
-    return PeftConfig("LORA", rank, rank, tuple(ranks), pairs, pairs)
+    paths = (path for path in sorted(lora_paths(inputs)) if path + LORA_B in inputs)
+    return plain({path: inputs[path + LORA_A].shape[1] for path in paths})

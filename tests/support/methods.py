@@ -6,26 +6,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForSequenceClassification
 
 from adapters.base import Base
 from tests.support.models import LABELS
-from tests.support.recipes import CLI, SIZES, bare, randomize
+from tests.support.recipes import CLI, SIZES, bare
 
 Trained = Callable[[str], tuple[PeftModel, Path]]
 FEEDFORWARD = ["output.dense"]
-METHODS: dict[str, LoraConfig | IA3Config | LNTuningConfig | BeftConfig] = {
-    "lora": LoraConfig(r=4, target_modules=["query", "output.dense"], task_type="SEQ_CLS"),
-    "ia3": IA3Config(
-        target_modules=["key", "value", *FEEDFORWARD], feedforward_modules=FEEDFORWARD, task_type="SEQ_CLS"
-    ),
+TARGETS = ["query", "output.dense"]
+METHODS: dict[str, PeftConfig] = {
+    "lora": LoraConfig(r=4, target_modules=TARGETS),
+    "lora-bias": LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, lora_bias=True),
+    "bitfit": LoraConfig(r=2, target_modules=["pooler.dense"], bias="all"),
+    "lora-only": LoraConfig(r=2, target_modules=TARGETS, bias="lora_only", use_rslora=True),
+    "adalora": AdaLoraConfig(init_r=6, target_r=3, lora_alpha=5, target_modules=TARGETS, total_step=9),
+    "loha": LoHaConfig(r=3, alpha=5, target_modules=TARGETS, alpha_pattern={"query": 2}, rank_pattern={"query": 2}),
+    "vera": VeraConfig(r=20, target_modules=["query", "attention.output.dense", "intermediate.dense"]),
+    "ia3": IA3Config(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]),
     "ia3-pooler": IA3Config(
-        target_modules=["pooler.dense", "intermediate.dense"], feedforward_modules=["pooler.dense"], task_type="SEQ_CLS"
+        target_modules=["pooler.dense", "intermediate.dense"], feedforward_modules=["pooler.dense"]
     ),
-    "norms": LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS"),
-    "beft": BeftConfig(target_modules=["query", "intermediate.dense"], task_type="SEQ_CLS"),
+    "norms": LNTuningConfig(target_modules=["LayerNorm"]),
+    "beft": BeftConfig(target_modules=["query", "intermediate.dense"]),
 }
+BECOME_LORA = ("adalora", "loha", "vera")  # what comes back is an equal LoRA adapter
+for method in METHODS.values():
+    method.task_type = "SEQ_CLS"
 
 
 @pytest.fixture(scope="session")
@@ -40,12 +59,17 @@ def every_method(every_method_base: Base, tmp_path_factory: pytest.TempPathFacto
     def make(name: str) -> tuple[PeftModel, Path]:
         inner = AutoModelForSequenceClassification.from_pretrained(every_method_base.folder, num_labels=len(LABELS))
         model = get_peft_model(inner, METHODS[name]).eval()
-        randomize(model, lambda name: any(part in name for part in ("lora_", "modules_to_save", "beft_bias")))
-        rng = np.random.default_rng(4)
+        rng, which = np.random.default_rng(4), getattr(METHODS[name], "bias", "none")
         for key, value in model.named_parameters():
-            if "ia3_l" in key or "ln_tuning_layers" in key:
-                drawn = rng.normal(1.0, 0.5, value.shape)
-                value.data = value.data.new_tensor(drawn * (rng.random(value.shape) > 0.1))  # some are 0
+            bias = key.endswith({"all": ".bias", "lora_only": ".base_layer.bias"}.get(which, "-"))
+            if bias or any(part in key for part in ("lora_", "modules_to_save", "beft_", "hada_", "vera_")):
+                drawn = rng.normal(0.0, 0.3, value.shape)
+            elif "ia3_l" in key or "ln_tuning_layers" in key:
+                drawn = rng.normal(1.0, 0.5, value.shape) * (rng.random(value.shape) > 0.1)  # some are 0
+            else:
+                continue
+            if "ranknum" not in key:
+                value.data = value.data.new_tensor(drawn)
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
         return model, folder

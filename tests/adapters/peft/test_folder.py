@@ -186,8 +186,7 @@ def saved(tmp_path: Path) -> Path:
     ("changes", "about"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "all"}, "bias"),
+        ({"bias": "some"}, "bias"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["experts"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
@@ -196,7 +195,7 @@ def saved(tmp_path: Path) -> Path:
         ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow"),
         ({"a\x1b[31m\nb": 3}, "a\x1b[31m\nb"),
-        ({"peft_type": "LOHA"}, "peft_type"),
+        ({"peft_type": "LOKR"}, "peft_type"),
         ({"peft_type": None}, "peft_type"),
         ({"modules_to_save": None}, "score.bias"),
     ],

@@ -12,9 +12,10 @@ from transformers import AutoModelForSequenceClassification
 
 from adapters.base import Base
 from adapters.peft.folder import WEIGHTS
+from adapters.peft.methods import COPIES
 from client.inference.session import ClassificationSession
 from tests.support import methods
-from tests.support.methods import METHODS, Trained
+from tests.support.methods import BECOME_LORA, METHODS, Trained
 from tests.support.models import LABELS
 from tests.support.recipes import TEXTS, by_torch, infer
 
@@ -34,15 +35,16 @@ def test_a_base_with_every_slot_takes_adapters_of_every_method(
         assert done.code == 0, done.err
         assert export("peft", *common, "--name", name, "--out", tmp_path / name).code == 0
         before, after = load_file(folder / WEIGHTS), load_file(tmp_path / name / WEIGHTS)
-        assert before.keys() == after.keys()
-        for key, value in before.items():
-            np.testing.assert_allclose(after[key], value, rtol=1e-6 if "lora_B" in key else 0, err_msg=key)
+        for key, value in before.items() if name not in BECOME_LORA else ():
+            if not key.endswith(COPIES):
+                np.testing.assert_allclose(after.pop(key), value, rtol=1e-6 if "lora_B" in key else 0, err_msg=key)
+        assert not after or name in BECOME_LORA
         again = PeftModel.from_pretrained(
             AutoModelForSequenceClassification.from_pretrained(every_method_base.folder, num_labels=len(LABELS)),
             tmp_path / name,
         ).eval()
         assert by_torch(again, every_method_base, TEXTS) == [
-            pytest.approx(row, abs=1e-6) for row in by_torch(models[name], every_method_base, TEXTS)
+            pytest.approx(row, abs=5e-6) for row in by_torch(models[name], every_method_base, TEXTS)
         ]
     session = ClassificationSession.open(every_slot / "bundle")
     rows = [(text, name) for text in TEXTS for name in METHODS]

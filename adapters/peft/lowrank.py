@@ -1,0 +1,116 @@
+"""Methods of peft whose update of a layer is a matrix of low rank whatever is read, as equal LoRA matrices.
+
+=========== ============================================================ ==========================================
+AdaLoRA     ``ΔW = s/(r + 1e-5) B diag(E) A`` (Zhang et al. 2023)        ``A' = diag(E) A``
+LoHa        ``ΔW = s (B₁A₁) ∘ (B₂A₂)`` (Hyeon-Woo et al. 2022)           rank r²: products of rows and of columns
+VeRA        ``ΔW = diag(b) B diag(d) A`` (Kopiczko et al. 2024)          B and A are shared by all layers
+=========== ============================================================ ==========================================
+
+The factor of each layer is in B, so every layer has the scaling 1. The update is equal up to the rounding of float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from adapters.graphinputs import LORA_A, LORA_B, input_name
+from adapters.layout import Floats, Tensors
+from adapters.peft.config import exactly
+from adapters.peftconfig import MAX_RANK, PeftConfig
+from aggregation.errors import ConfigError, DataError
+
+Pair = tuple[Floats, Floats]  # A of shape (rank, in), B of shape (out, rank)
+Settings = dict[str, Any]  # an ``adapter_config.json``
+SHARED = ("base_model.vera_A", "base_model.vera_B")
+PARTS = {
+    "ADALORA": (".lora_A", ".lora_B", ".lora_E"),
+    "LOHA": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
+    "VERA": (".vera_lambda_b", ".vera_lambda_d"),
+}
+EPSILON = 1e-5  # that peft adds to AdaLoRA's rank
+
+
+def as_lora(method: str, settings: Settings, config: PeftConfig, tensors: Tensors) -> tuple[PeftConfig, Tensors]:
+    """The configuration and tensors of LoRA with the same updates; other tensors keep their names and values.
+
+    Args:
+        method: One of ``PARTS``.
+        settings: ``adapter_config.json``.
+        config: The adapter's rank and alpha, with their patterns.
+        tensors: Under peft's names.
+
+    Raises:
+        ConfigError: A rank is above ``MAX_RANK``, or the folder lacks what all layers share.
+        DataError: A layer lacks a tensor, or two do not fit together.
+    """
+    parts = PARTS[method]
+    layers = sorted({name.removesuffix(part) for name in tensors for part in parts if name.endswith(part)})
+    convert = _converter(method, settings, config, tensors)
+    result = {n: v for n, v in tensors.items() if not n.endswith(parts) and n not in SHARED}
+    ranks: dict[str, int] = {}
+    for layer in layers:
+        values = [tensors.get(layer + part) for part in parts]
+        try:
+            a, b = convert(input_name(layer), *values)
+            fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] > 0
+        except (ValueError, IndexError, TypeError, AttributeError):  # of numpy: a value is missing or of another shape
+            fits = False
+        if not fits:
+            raise DataError(
+                f"{input_name(layer)!r} does not have tensors of {method} that fit together: the adapter is damaged",
+                about=input_name(layer),
+            )
+        if (rank := a.shape[0]) > MAX_RANK:
+            raise ConfigError(
+                f"{input_name(layer)}: {method} of this rank is LoRA of rank {rank}, above {MAX_RANK}; merge it into "
+                "the base (export base --merge)",
+                about="r",
+                value=rank,
+            )
+        result |= {layer + LORA_A: a, layer + LORA_B: b}
+        ranks[input_name(layer)] = rank
+    return plain(ranks), result
+
+
+def plain(ranks: dict[str, int]) -> PeftConfig:
+    """The configuration of LoRA with these ranks by layer, all of the scaling 1."""
+    rank = max(ranks.values(), default=1)
+    pairs = tuple((exactly(path), size) for path, size in ranks.items() if size != rank)
+    return PeftConfig("LORA", rank, rank, tuple(ranks), pairs, pairs)
+
+
+def _converter(method: str, settings: Settings, config: PeftConfig, tensors: Tensors) -> Callable[..., Pair]:
+    if method == "LOHA":
+        return lambda path, *parts: _loha(config.scaling_of(path), *parts)
+    if method == "ADALORA":
+        start, alpha = settings.get("init_r"), settings.get("lora_alpha")
+        if not isinstance(start, int) or not isinstance(alpha, int | float) or start < 1 or alpha <= 0:
+            raise ConfigError("AdaLoRA needs init_r and lora_alpha above 0", about="lora_alpha", value=alpha)
+        return lambda path, *parts: _adalora(alpha / (start + EPSILON), *parts)
+    a, b = (tensors.get(name) for name in SHARED)
+    if settings.get("save_projection") is False or a is None or b is None:
+        raise ConfigError(
+            "the folder lacks the matrices that all layers of VeRA share: save the adapter with save_projection=True",
+            about="save_projection",
+        )
+    return lambda path, *parts: _vera(a, b, *parts)
+
+
+def _adalora(factor: float, a: Floats, b: Floats, e: Floats) -> Pair:
+    return a * e.reshape(-1, 1), b * np.float32(factor)
+
+
+def _loha(factor: float, b1: Floats, a1: Floats, b2: Floats, a2: Floats) -> Pair:
+    """The rows of A are the products of each row of A₁ and each of A₂; the columns of B, of B₁'s and B₂'s."""
+    rank = a1.shape[0] * a2.shape[0]
+    if rank > MAX_RANK:
+        return np.empty((rank, 1), np.float32), np.empty((1, rank), np.float32)
+    a = (a1[:, None] * a2[None]).reshape(rank, a1.shape[1])
+    b = (b1[:, :, None] * b2[:, None]).reshape(b1.shape[0], rank)
+    return a, b * np.float32(factor)
+
+
+def _vera(a: Floats, b: Floats, lambda_b: Floats, lambda_d: Floats) -> Pair:
+    """A has the width of the widest layer; a narrower layer's is refused where it meets its slot."""
+    return a * lambda_d[:, None], b[: len(lambda_b)] * lambda_b[:, None]
