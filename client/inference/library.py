@@ -153,6 +153,8 @@ class Adapter:
     def temperature(self) -> float:
         """What divides the logits: the mean of the parts' temperatures, weighted as their heads are."""
         weights = [max(part.weight, 0.0) for part in self.composition.parts]
+        if not any(weights):  # the base's own head answers
+            return 1.0
         return float(np.average([manifest.temperature for manifest in self.manifests], weights=weights))
 
     @property

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from tokenizers import Tokenizer
 
 from adapters import dsse, jsontext
 from adapters.base import find_base
-from adapters.bundle import Bundle
+from adapters.bundle import Bundle, VerifiedAdapter
 from adapters.graphinputs import layout_of, to_inputs
 from adapters.layout import Tensors
-from adapters.manifest import Format
+from adapters.manifest import BaseManifest, Format
 from adapters.quantization import quantize, restore
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import DataError, TrustError
+from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey, PublicKey
 from client.browser.server import Site
+from client.inference.library import Composition, compose
 from client.inference.phrases import PhraseReader
+from client.inference.trust import Trust
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, add_adapter
 from export.onnx.exported import ExportedBase
@@ -140,10 +143,98 @@ def stored(source: Callable[..., AdapterSource], exported: ExportedBase, form: F
     return {
         "file": b64(adapter.encode(tensors, exported.adapter_inputs, form)),
         "layout": layout_of(inputs).digest,
-        "tensors": {
-            name: {"shape": list(value.shape), "values": b64(np.ascontiguousarray(value).tobytes())}
-            for name, value in inputs.items()
+        "tensors": written(inputs),
+    }
+
+
+def written(inputs: Tensors) -> dict[str, Any]:
+    return {
+        name: {"shape": list(value.shape), "values": b64(np.ascontiguousarray(value).tobytes())}
+        for name, value in inputs.items()
+    }
+
+
+EXPRESSIONS = (
+    *("global", " global : 1.0 ", "global:0.5", "global+anna", "anna:1e0+global:.25", "global:16+anna:0.1+bob:3."),
+    *(
+        "global:-0.5",
+        "global:-1e-5+anna:-16",
+        "global:+2",
+        "global: -1",
+        "global:1e-5+anna:0.0001",
+        "global:0.30000000000000004",
+        "a.b-c_d+Z",
+        "global:1e-400",
+    ),
+    *("", " ", "+", "global+", "global++anna", "global+global", "global:1+anna+global:2", "../x", "global:", "a b"),
+    *(
+        "global:0",
+        "global:-0.0",
+        "global:16.1",
+        "global:-16.1",
+        "global:1e400",
+        "global:nan",
+        "global:inf",
+        "global:0x1",
+        "global:1:2",
+    ),
+    *("global:one", "x" * 65, "gl\u00f6bal", "global:1e+1", "_x"),
+)
+
+
+def expression(text: str) -> tuple[str | None, str | None]:
+    """A composition in its one form, or what its refusal is about."""
+    try:
+        return str(Composition.parse(text)), None
+    except ConfigError as error:
+        return None, error.about
+
+
+VECTORS = ("q.output_scale", "q.input_scale", "q.output_offset", "norm.weight.replaced", "k.output_scale")
+
+
+def with_vectors(adapter: VerifiedAdapter, name: str) -> VerifiedAdapter:
+    """The adapter with vectors of every kind; "anna" lacks the first, and both lack the last."""
+    rng = np.random.default_rng(len(name))
+    lacking = {"q.output_scale", "k.output_scale"} if name == "anna" else {"k.output_scale"}
+    vectors = {key: rng.normal(size=(0 if key in lacking else 1, 5)).astype(np.float32) for key in VECTORS}
+    manifest = replace(adapter.manifest, temperature=0.5 + len(name))
+    return VerifiedAdapter(manifest, adapter.inputs | vectors)
+
+
+def composed(text: str, adapters: dict[str, VerifiedAdapter], base: BaseManifest) -> tuple[Any, ...]:
+    """What a native device composes, or what its refusal is about."""
+    composition = Composition.parse(text)
+    try:
+        found = compose(composition, [adapters[part.name] for part in composition.parts], base)
+    except ConfigError as error:
+        return text, error.about
+    return text, None, found.rank, found.temperature, written(found.inputs)
+
+
+@pytest.fixture
+def compositions(with_anna: Path, exported: ExportedBase) -> dict[str, Any]:
+    """Two adapters of a bundle, and what a native device composes from them."""
+    trust = Trust.open(with_anna)
+    verified = trust.bundle.base()
+    adapters = {name: with_vectors(trust.adapter(name, verified), name) for name in ("anna", "global")}
+    headless = {
+        f"{name}-headless": VerifiedAdapter(
+            one.manifest, {key: value for key, value in one.inputs.items() if "classifier" not in key}
+        )
+        for name, one in adapters.items()
+    }
+    adapters |= headless
+    texts = (
+        *("anna", "global:0.3", "global+anna", "global:0.3+anna:0.7", "anna:0.1+global:0.9", "anna:1.7+global:-0.7"),
+        *("anna:-1", "anna-headless:-1", "anna-headless:-0.5+global-headless:1.5", "anna:2+global:-1", "anna:0.5"),
+    )
+    return {
+        "written": [(text, *expression(text)) for text in EXPRESSIONS],
+        "adapters": {
+            name: {"manifest": asdict(one.manifest), "inputs": written(one.inputs)} for name, one in adapters.items()
         },
+        "composed": [composed(text, adapters, exported.manifest) for text in texts],
     }
 
 
@@ -210,6 +301,7 @@ def made(
     source: Callable[..., AdapterSource],
     vendor: IdentityKey,
     readers: dict[str, Any],
+    compositions: dict[str, Any],
 ) -> Path:
     stranger = IdentityKey.generate(SystemEntropy())
     path = tmp_path / "made.json"
@@ -226,6 +318,7 @@ def made(
                 ],
                 "body": BODY,
                 "readers": readers,
+                "compositions": compositions,
                 "keys": (stranger.public.to_pem() + vendor.public.to_pem()).decode(),
                 "points": [(spki(raw), verdict(PublicKey, raw)) for raw in points()],
                 "ids": [stranger.public.key_id, vendor.public.key_id],

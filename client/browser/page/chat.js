@@ -1,10 +1,10 @@
-// Formats a message with the chat template of the model's tokenizer_config.json, by @huggingface/jinja.
+// Formats the messages of a chat with the template of the model's tokenizer_config.json, by @huggingface/jinja.
 
 import { decode } from "./bytes.js";
 import { DataError } from "./errors.js";
 import { Template } from "./vendor/jinja/index.js";
 
-/** A function that formats one message of a user, or null if the model has no chat template. */
+/** A function that formats messages, [{ role, content }], up to where the answer begins; null without a template. */
 export function chatTemplate(config, jinja) {
   const settings = config ? JSON.parse(decode(config)) : {};
   const source = jinja ? decode(jinja) : settings.chat_template;
@@ -12,13 +12,13 @@ export function chatTemplate(config, jinja) {
   const token = (value) => (typeof value === "string" ? value : (value?.content ?? ""));
   const tokens = { bos_token: token(settings.bos_token), eos_token: token(settings.eos_token) };
   const template = new Template(source);
-  return (text) => {
+  return (messages) => {
     try {
-      const messages = [{ role: "user", content: text }];
       return template.render({ ...tokens, messages, add_generation_prompt: true });
     } catch (error) {
-      const reason = `the model's chat template does not accept the message (${error.message})`;
-      throw new DataError(`${reason}; send it as plain text`, "chat_template");
+      const reason = `the model's chat template does not accept the messages (${error.message})`;
+      const remedy = "start a new conversation without a system prompt, or send plain text";
+      throw new DataError(`${reason}; ${remedy}`, "chat_template");
     }
   };
 }

@@ -14,10 +14,11 @@ export class Client {
     };
   }
 
-  open = (args = {}) => this.#call("open", args);
+  open = (args = {}, progress) => this.#call("open", args, progress);
   use = (name) => this.#call("use", { name });
   rank = (text, top) => this.#call("rank", { text, top });
   generate = (args, piece) => this.#call("generate", args, piece);
+  reset = () => this.#call("reset", {});
   stop = () => this.#worker.postMessage({ method: "stop" });
 
   #call(method, args, piece) {

@@ -1,5 +1,7 @@
 // Runs the frozen base of a bundle with one adapter at a time: the counterpart of client/inference/session.py.
 
+import * as composition from "./composition.js";
+import { Conversation } from "./conversation.js";
 import { ConfigError, DataError, EdgeAdaptError, quoted } from "./errors.js";
 import { Generation } from "./generate.js";
 import * as runtime from "./runtime.js";
@@ -7,25 +9,29 @@ import { Text } from "./text.js";
 import { TOKENIZER, Trust } from "./trust.js";
 
 const MAX_LOADED = 32; // adapters held in memory
+const MAX_LOADED_BYTES = 2 ** 28;
 export const BARE = ""; // the name of the base without an adapter
 
 export class Engine {
-  #loaded = new Map(); // name → { manifest, feeds }, most recently used last
+  #loaded = new Map(); // name → { name, labels, rank, temperature, feeds, size }, most recently used last
   #current;
 
   /** Use `open`, which verifies. */
   constructor(source, trust, base, session, text, generation) {
     Object.assign(this, { source, trust, base, session, text, generation });
+    this.conversation = generation && new Conversation(generation);
   }
 
   /**
-   * Verify the base of `source` with the keys of `pem`, and load it. No adapter is in use yet.
+   * Verify the base of `source` with the keys of `pem`, and load it. No adapter is in use yet. `progress` is called as by
+   * `Trust.base`, and with { starting: true } when the files are verified.
    *
    * Throws TrustError: no pinned key signed it. DataError: a file is missing or cannot be loaded.
    */
-  static async open(source, pem) {
+  static async open(source, pem, progress = () => {}) {
     const trust = await Trust.open(pem);
-    const { manifest: base, files } = await trust.base(source);
+    const { manifest: base, files } = await trust.base(source, progress);
+    progress({ starting: true });
     const session = await runtime.open(files);
     try {
       const text = new Text(files.get(TOKENIZER), files.get("tokenizer_config.json"));
@@ -37,23 +43,19 @@ export class Engine {
     }
   }
 
-  /** The manifest of the adapter in use, or null. */
-  get adapter() {
-    return this.#current?.manifest ?? null;
-  }
-
   /** Every adapter of the bundle: { name, manifest }, verified, or { name, refused: reason }. */
   async adapters() {
-    const adapters = [];
-    for (const name of await this.source.adapterNames()) {
-      try {
-        adapters.push({ name, manifest: await this.trust.adapterManifest(this.source, name) });
-      } catch (error) {
-        if (!(error instanceof EdgeAdaptError)) throw error;
-        adapters.push({ name, refused: error.message });
-      }
+    const names = await this.source.adapterNames();
+    return Promise.all(names.map((name) => this.#listed(name)));
+  }
+
+  async #listed(name) {
+    try {
+      return { name, manifest: await this.trust.adapterManifest(this.source, name) };
+    } catch (error) {
+      if (!(error instanceof EdgeAdaptError)) throw error;
+      return { name, refused: error.message };
     }
-    return adapters;
   }
 
   /** Free the memory of the session. */
@@ -61,30 +63,52 @@ export class Engine {
     await this.session.release();
   }
 
-  /** Switch to an adapter, verified on first use; `BARE` is the base alone. After an error the adapter in use is kept. */
-  async use(name) {
-    const loaded = this.#loaded.get(name) ?? (await this.#load(name));
+  /**
+   * Switch to an adapter or a composition in writing (`global:0.5+anna`), verified on first use; `BARE` is the base
+   * alone. After an error the adapter in use is kept.
+   *
+   * Returns what is in use: { name, rank, parts: [{ name, weight }] }. Throws as `Trust.adapter` and
+   * `composition.compose`.
+   */
+  async use(text) {
+    const parts = text === BARE && this.generation ? [] : composition.parse(text);
+    const name = composition.format(parts);
+    const loaded = this.#loaded.get(name) ?? (await this.#load(parts));
     this.#loaded.delete(name);
     this.#loaded.set(name, loaded);
-    if (this.#loaded.size > MAX_LOADED) this.#loaded.delete(this.#loaded.keys().next().value);
+    this.#evict();
     this.#current = loaded;
-    return loaded.manifest;
+    return { name, rank: loaded.rank, parts };
   }
 
-  /** The `top` most likely labels of a text, most likely first: [{ label, probability }]. Throws DataError, ConfigError. */
+  /**
+   * The `top` most likely labels of a text, most likely first, and the share of its tokens that the base does not know:
+   * { adapter, unknown, labels: [{ label, probability }] }. Throws DataError, ConfigError.
+   */
   async rank(text, top) {
     if (this.generation) throw new ConfigError("this base writes text; it has no labels", "base.task");
-    const { manifest, feeds } = this.#inUse();
+    const adapter = this.#inUse();
     const ids = this.text.phrase(text);
     const tokens = { input_ids: runtime.int64(ids), attention_mask: runtime.int64(ids.map(() => 1)) };
-    const { logits } = await runtime.run(this.session, { ...tokens, ...feeds });
-    return best(softmax(logits.data, manifest), manifest.labels, top);
+    const { logits } = await runtime.run(this.session, { ...tokens, ...adapter.feeds });
+    const labels = best(softmax(logits.data, adapter), adapter.labels, top);
+    return { adapter: adapter.name, unknown: this.text.unknownShare(text), labels };
   }
 
-  /** Continue a prompt; see `Generation.pieces`. Throws DataError, ConfigError. */
-  pieces(prompt, options) {
+  /** Continue a text; see `Generation.pieces`. Throws DataError, ConfigError. */
+  complete(text, options) {
+    this.#requireWriter();
+    return this.generation.pieces(this.generation.promptIds(text), this.#inUse().feeds, options);
+  }
+
+  /** Answer a message of the chat; see `Conversation.ask`. */
+  ask(text, options) {
+    this.#requireWriter();
+    return this.conversation.ask(text, this.#inUse().feeds, options);
+  }
+
+  #requireWriter() {
     if (!this.generation) throw new ConfigError("this base classifies phrases; it writes no text", "base.task");
-    return this.generation.pieces(prompt, this.#inUse().feeds, options);
   }
 
   #inUse() {
@@ -92,14 +116,28 @@ export class Engine {
     return this.#current;
   }
 
-  async #load(name) {
-    const bare = name === BARE && this.generation;
-    const { manifest, inputs } = bare
-      ? { manifest: null, inputs: runtime.emptyAdapter(this.base.slots) }
-      : await this.trust.adapter(this.source, this.base, name);
-    return { manifest, feeds: runtime.adapterFeeds(inputs) };
+  async #load(parts) {
+    const adapter = parts.length ? await this.#composed(parts) : bare(this.base);
+    const size = [...adapter.inputs.values()].reduce((sum, { values }) => sum + values.byteLength, 0);
+    return { ...adapter, inputs: undefined, feeds: runtime.adapterFeeds(adapter.inputs), size };
+  }
+
+  async #composed(parts) {
+    const verified = [];
+    for (const { name } of parts) verified.push(await this.trust.adapter(this.source, this.base, name));
+    return composition.compose(parts, verified, this.base);
+  }
+
+  /** Forget the adapters that were used longest ago, except the one that was used now. */
+  #evict() {
+    const size = () => [...this.#loaded.values()].reduce((sum, each) => sum + each.size, 0);
+    while (this.#loaded.size > MAX_LOADED || (this.#loaded.size > 1 && size() > MAX_LOADED_BYTES)) {
+      this.#loaded.delete(this.#loaded.keys().next().value);
+    }
   }
 }
+
+const bare = ({ slots }) => ({ name: BARE, labels: [], rank: 0, inputs: runtime.emptyAdapter(slots) });
 
 /** Probabilities from logits, which the adapter's temperature divides. Throws DataError: one is not finite. */
 function softmax(logits, { name, temperature }) {

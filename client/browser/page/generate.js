@@ -1,20 +1,26 @@
 // Text generation with a KV cache: one forward pass for the prompt, then one for each new token.
 //
+// The cache is kept after a text: of a prompt that begins with the same tokens, as the next message of a chat does, only
+// the rest is read. Another adapter reads everything again, since its keys and values are others.
+//
 // The names of the graph's inputs, the shape of its cache and the end-of-text tokens are read from genai_config.json, as
 // onnxruntime-genai reads them on other devices.
 
 import { decode } from "./bytes.js";
 import { chatTemplate } from "./chat.js";
-import { DataError } from "./errors.js";
+import { ConfigError, DataError } from "./errors.js";
 import * as runtime from "./runtime.js";
 import { sample } from "./sampling.js";
 import { GENERATION } from "./trust.js";
 
 export class Generation {
+  last = null; // of the last text: { finish, tokens, prompt, reused }, the last two in tokens of its prompt
+  #read; // { feeds, ids, cache }: what the cache holds, and whose inputs it was read with
+
   constructor(session, text, files) {
     const { model } = JSON.parse(decode(files.get(GENERATION)));
     const { decoder } = model;
-    Object.assign(this, { session, text, limit: model.context_length });
+    Object.assign(this, { session, text, limit: model.context_length }); // tokens, prompt and answer together
     this.inputs = decoder.inputs;
     this.outputs = decoder.outputs;
     this.layers = Array.from({ length: decoder.num_hidden_layers }, (_, i) => String(i));
@@ -22,33 +28,12 @@ export class Generation {
     this.ends = new Set([model.eos_token_id].flat());
     this.chat = chatTemplate(files.get("tokenizer_config.json"), files.get("chat_template.jinja"));
     this.declared = new Set(session.inputNames);
+    this.#forget();
   }
 
-  /**
-   * Continue a prompt with the inputs of an adapter; with `chat`, answer it as a message, if the model has a template.
-   *
-   * Yields { id, text }: each new token, and the text that it completes. Ends after `maxTokens`, at an end-of-text token,
-   * or when the model's context is full. A consumer that stops reading stops the generation.
-   *
-   * Throws DataError: the prompt is empty or too long, or a logit is not finite.
-   */
-  async *pieces(prompt, feeds, { maxTokens, chat = false, temperature = 0, topP = 1, random }) {
-    const ids = this.#prompt(prompt, chat);
-    const state = { length: 0, cache: this.#cache() };
-    const [generated, decoded] = [[], { text: "" }];
-    let next = ids;
-    while (generated.length < maxTokens && ids.length + generated.length < this.limit) {
-      const id = sample(await this.#logits(next, state, feeds), { temperature, topP, random });
-      if (this.ends.has(id)) return;
-      generated.push(id);
-      next = [id];
-      yield { id, text: this.#piece(generated, decoded) };
-    }
-  }
-
-  #prompt(prompt, chat) {
-    const { text } = this;
-    const ids = chat && this.chat ? text.plain(this.chat(text.message(prompt))) : text.beginning(prompt);
+  /** The ids of a text to continue. Throws DataError: it is empty, has no known token, or leaves no room for more. */
+  promptIds(text) {
+    const ids = this.text.beginning(text);
     if (!ids.length) throw new DataError("the prompt contains no known token; write another one", "text.tokens");
     if (ids.length >= this.limit) {
       const reason = `the prompt has ${ids.length} tokens, and the model's limit is ${this.limit}; shorten it`;
@@ -57,24 +42,75 @@ export class Generation {
     return ids;
   }
 
-  #cache() {
-    const both = [this.inputs.past_key_names, this.inputs.past_value_names];
-    const names = both.flatMap((pattern) => this.layers.map((layer) => pattern.replace("%d", layer)));
-    return Object.fromEntries(names.map((name) => [name, runtime.floats(new Float32Array(0), this.empty)]));
+  /**
+   * The ids of a chat, [{ role, content }], up to where the answer begins.
+   *
+   * Throws DataError: a message is empty or has a special token of the model, or the template does not accept them.
+   * ConfigError: the model has no chat template.
+   */
+  messageIds(messages) {
+    if (!this.chat) throw new ConfigError("this model has no chat template; send plain text", "chat_template");
+    const checked = messages.map(({ role, content }) => ({ role, content: this.text.message(content) }));
+    return this.text.formatted(this.chat(checked));
   }
 
-  /** The logits of the token that follows `ids`; `state` is updated. */
-  async #logits(ids, state, feeds) {
-    const total = state.length + ids.length;
+  /**
+   * Continue a prompt, given as ids, with the inputs of an adapter.
+   *
+   * Yields { id, text }: each new token, and the text that it completes. Ends after `maxTokens`, at an end-of-text token,
+   * or when the model's context is full; `last` says which. A consumer that stops reading stops the generation.
+   *
+   * Throws DataError: a logit is not finite, or the graph does not run.
+   */
+  async *pieces(ids, feeds, { maxTokens, temperature = 0, topP = 1, random }) {
+    const reused = this.#rewind(ids, feeds);
+    this.last = { finish: "interrupted", tokens: 0, prompt: ids.length, reused };
+    const [generated, decoded] = [[], { text: "" }];
+    let next = ids.slice(reused);
+    while (generated.length < maxTokens && ids.length + generated.length < this.limit) {
+      const id = sample(await this.#logits(next, feeds), { temperature, topP, random });
+      if (this.ends.has(id)) return void (this.last.finish = "end");
+      generated.push(id);
+      next = [id];
+      this.last.tokens += 1;
+      yield { id, text: this.#piece(generated, decoded) };
+    }
+    this.last.finish = generated.length < maxTokens ? "context" : "length";
+  }
+
+  #forget() {
+    const both = [this.inputs.past_key_names, this.inputs.past_value_names];
+    const names = both.flatMap((pattern) => this.layers.map((layer) => pattern.replace("%d", layer)));
+    const cache = Object.fromEntries(names.map((name) => [name, runtime.floats(new Float32Array(0), this.empty)]));
+    this.#read = { feeds: null, ids: [], cache };
+  }
+
+  /** Keep of the cache what a prompt begins with, except its last token, whose logits are needed; return how much. */
+  #rewind(ids, feeds) {
+    const { feeds: before, ids: read, cache } = this.#read;
+    const differs = ids.slice(0, -1).findIndex((id, i) => id !== read[i]);
+    const known = feeds !== before ? 0 : differs < 0 ? ids.length - 1 : differs;
+    if (!known) this.#forget();
+    else if (known < read.length) {
+      const cut = Object.entries(cache).map(([name, tensor]) => [name, runtime.beginning(tensor, known)]);
+      this.#read = { feeds, ids: read.slice(0, known), cache: Object.fromEntries(cut) };
+    }
+    this.#read.feeds = feeds;
+    return known;
+  }
+
+  /** The logits of the token that follows `ids`, which are added to the cache. */
+  async #logits(ids, feeds) {
+    const { ids: read, cache } = this.#read;
+    const total = read.length + ids.length;
     const tokens = {
       [this.inputs.input_ids]: runtime.int64(ids),
       [this.inputs.attention_mask]: runtime.int64(new Array(total).fill(1)),
-      [this.inputs.position_ids]: runtime.int64(ids.map((_, i) => state.length + i)),
+      [this.inputs.position_ids]: runtime.int64(ids.map((_, i) => read.length + i)),
     };
     const wanted = Object.entries(tokens).filter(([name]) => this.declared.has(name));
-    const found = await runtime.run(this.session, { ...Object.fromEntries(wanted), ...state.cache, ...feeds });
-    state.length = total;
-    state.cache = this.#nextCache(found);
+    const found = await runtime.run(this.session, { ...Object.fromEntries(wanted), ...cache, ...feeds });
+    this.#read = { feeds, ids: [...read, ...ids], cache: this.#nextCache(found) };
     const logits = found[this.outputs.logits];
     return logits.data.subarray(logits.data.length - logits.dims.at(-1));
   }

@@ -8,11 +8,13 @@ import { DataError, quoted } from "./errors.js";
 const PEFT_PREFIX = "base_model.model.";
 export const LORA_A = ".lora_A.weight";
 export const LORA_B = ".lora_B.weight";
-const VECTORS = [".output_scale", ".input_scale", ".output_offset", ".replaced"];
+export const SCALES = [".output_scale", ".input_scale"];
+export const REPLACED = ".replaced";
+const VECTORS = [...SCALES, ".output_offset", REPLACED];
 const GIVEN = "given_"; // prefix of the dimension of a vector: 1, or 0 for an adapter that lacks it
 
-/** Whether a graph input is a scale, an offset or a replaced parameter. */
-export const isVector = (name) => VECTORS.some((kind) => name.endsWith(kind));
+/** The kind of vector that a graph input takes, a scale, an offset or a replaced parameter; undefined for any other. */
+export const vectorKind = (name) => VECTORS.find((kind) => name.endsWith(kind));
 
 /**
  * Refuse tensors that do not fill exactly the slots of a graph; return the size that each free dimension takes.

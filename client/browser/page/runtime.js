@@ -47,6 +47,16 @@ const zeros = (shape) => new Float32Array(shape.reduce((size, each) => size * ea
 /** An int64 tensor of shape [1, n]. */
 export const int64 = (numbers) => new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), [1, numbers.length]);
 
+/** The first `length` tokens of keys or values of a cache, [1, heads, tokens, size]. */
+export function beginning({ data, dims: [, heads, tokens, size] }, length) {
+  const kept = new Float32Array(heads * length * size);
+  for (let head = 0; head < heads; head++) {
+    const start = head * tokens * size;
+    kept.set(data.subarray(start, start + length * size), head * length * size);
+  }
+  return floats(kept, [1, heads, length, size]);
+}
+
 export const floats = (values, shape) => new ort.Tensor("float32", values, shape);
 
 export const threads = () => ort.env.wasm.numThreads;

@@ -4,15 +4,29 @@ import { byCodePoint, concat, decode } from "./bytes.js";
 import { DataError, TrustError } from "./errors.js";
 import { MAX_ENVELOPE } from "./dsse.js";
 
+const REQUEST = { cache: "no-cache", redirect: "error", credentials: "same-origin" };
+
 /** Files below a URL of the page's own origin; `listing` names the adapters, since HTTP has no folders. */
 export class HttpSource {
   constructor(root, listing) {
     [this.root, this.listing] = [new URL(root), new URL(listing)];
   }
 
-  /** The file, if it has at most `limit` bytes. Throws DataError: missing. TrustError: above the limit. */
-  async read(path, limit) {
-    return fetched(new URL(path, this.root), path, limit);
+  /**
+   * The file, if it has at most `limit` bytes; `count` is called with the number of bytes of each part that arrives.
+   *
+   * Throws DataError: missing, or the server cannot be reached. TrustError: above the limit.
+   */
+  async read(path, limit, count) {
+    return fetched(new URL(path, this.root), path, limit, count);
+  }
+
+  /** The number of bytes of a file as the server states it; null if it does not, or states that of a compressed one. */
+  async size(path) {
+    const response = await fetch(new URL(path, this.root), { ...REQUEST, method: "HEAD" }).catch(() => null);
+    const plain = response?.ok && !response.headers.has("Content-Encoding");
+    const length = plain ? response.headers.get("Content-Length") : null;
+    return length === null ? null : Number(length);
   }
 
   async adapterNames() {
@@ -34,11 +48,23 @@ export class FolderSource {
     this.files = new Map(files.map(({ path, file }) => [path.split("/").slice(1).join("/"), file]));
   }
 
-  async read(path, limit) {
+  /** As `HttpSource.read`. Throws DataError also if the file can no longer be read. */
+  async read(path, limit, count = () => {}) {
     const file = this.files.get(path);
     if (!file) throw missing(path);
     if (file.size > limit) throw tooLong(path, limit);
-    return new Uint8Array(await file.arrayBuffer());
+    try {
+      const bytes = new Uint8Array(await file.arrayBuffer());
+      count(bytes.length);
+      return bytes;
+    } catch {
+      const why = "it was changed or removed after it was picked; pick the folder again";
+      throw new DataError(`${path} cannot be read: ${why}`, fileName(path));
+    }
+  }
+
+  async size(path) {
+    return this.files.get(path)?.size ?? null;
   }
 
   async adapterNames() {
@@ -47,27 +73,34 @@ export class FolderSource {
   }
 }
 
-/** A file of the page's own origin, at most `limit` bytes; more is refused before it is in memory. Throws as `read`. */
-export async function fetched(url, path, limit) {
-  let response;
-  try {
-    response = await fetch(url, { cache: "no-cache", redirect: "error", credentials: "same-origin" });
-  } catch {
-    throw new DataError(`${path} cannot be fetched; is the server still running?`, fileName(path));
-  }
+/** A file of the page's own origin, as `HttpSource.read`; more than `limit` bytes are refused before they are read. */
+export async function fetched(url, path, limit, count = () => {}) {
+  const response = await reached(path, fetch(url, REQUEST));
   if (response.status === 404) throw missing(path);
   if (!response.ok) throw new DataError(`${path} cannot be fetched: the server answers ${response.status}`, fileName(path));
   const [parts, reader] = [[], response.body.getReader()];
   let size = 0;
-  for (let next = await reader.read(); !next.done; next = await reader.read()) {
+  for (let next = await reached(path, reader.read()); !next.done; next = await reached(path, reader.read())) {
     parts.push(next.value);
     size += next.value.length;
     if (size > limit) {
       await reader.cancel();
       throw tooLong(path, limit);
     }
+    count(next.value.length);
   }
   return concat(...parts);
+}
+
+async function reached(path, answer) {
+  try {
+    return await answer;
+  } catch {
+    const why = navigator.onLine
+      ? "the server cannot be reached, or broke off; is it still running?"
+      : "this browser is offline; connect it, or open a folder";
+    throw new DataError(`${path} cannot be fetched: ${why}`, fileName(path));
+  }
 }
 
 const fileName = (path) => path.split("/").at(-1);

@@ -64,9 +64,9 @@ export class Text {
     return ids.map((id, i) => [id, tokens[i]]).filter(([id]) => id !== undefined);
   }
 
-  /** The ids of a text without special tokens. Throws as `phrase`. */
-  plain(text) {
-    return this.#encode(checked(text), false).map(([id]) => id);
+  /** The ids of messages that a chat template has formatted, with the special tokens that it wrote. */
+  formatted(text) {
+    return this.#encode(text, false).map(([id]) => id);
   }
 
   /** The ids of a text to continue, with the special tokens that the model expects. Throws as `phrase`. */

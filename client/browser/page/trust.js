@@ -46,14 +46,21 @@ export class Trust {
     return new Trust(keys, new SeenVersions(await keySet(keys)));
   }
 
-  /** The base (rules 1 and 2): { manifest, files: Map of name → bytes }. Throws TrustError, DataError. */
-  async base(source) {
+  /**
+   * The base (rules 1 and 2): { manifest, files: Map of name → bytes }. While files are read, `progress` is called with
+   * { received, total }, in bytes; `total` is null where the source does not know it. Throws TrustError, DataError.
+   */
+  async base(source, progress = () => {}) {
     const manifest = await this.#accept(manifests.baseManifest, source, BASE_MANIFEST);
     const missing = NEEDED[manifest.task].find((name) => !Object.hasOwn(manifest.files, name));
     if (missing) throw new DataError(`the base has no ${missing}, which a browser needs; export it again`, missing);
+    const sizes = await Promise.all(Object.keys(manifest.files).map((name) => source.size(`base/${name}`)));
+    const total = sizes.includes(null) ? null : sizes.reduce((sum, size) => sum + size, 0);
+    let received = 0;
+    const count = (bytes) => progress({ received: (received += bytes), total });
     const files = new Map();
     for (const [name, digest] of Object.entries(manifest.files)) {
-      const blob = await source.read(`base/${name}`, MAX_BASE_FILE);
+      const blob = await source.read(`base/${name}`, MAX_BASE_FILE, count);
       if ((await sha256(blob)) !== digest) throw altered(`base/${name}`);
       files.set(name, blob);
     }
@@ -93,9 +100,16 @@ export class Trust {
     try {
       return await accept(raw, this.keys);
     } catch (error) {
-      if (error instanceof TrustError) throw new TrustError(`${path}: ${error.message}; copy it again`, error.about);
-      throw error;
+      if (!(error instanceof TrustError)) throw error;
+      throw new TrustError(`${path}: ${error.message}; ${this.#remedy(error)}`, error.about);
     }
+  }
+
+  #remedy({ about }) {
+    if (about !== "keyid") return "copy it again";
+    const [first, ...more] = this.keys.map(({ id }) => quoted(id));
+    const pinned = more.length ? `${first} and ${more.length} more are pinned` : `only ${first} is pinned`;
+    return `${pinned}: open the bundle with the trust.pem that its vendor gave out`;
   }
 }
 

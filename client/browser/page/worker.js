@@ -10,50 +10,60 @@ import { seeded } from "./sampling.js";
 import { fetched, FolderSource, HttpSource } from "./sources.js";
 
 const MAX_KEYS = 2 ** 16; // bytes
+const INTERVAL = 100; // milliseconds
 
 let engine; // of the open bundle, if any
 let stopped = false;
 let queue = Promise.resolve();
 
 const methods = {
-  /** Open the served bundle or the picked `files`, with the served keys or the picked ones. */
-  async open({ files, pem }) {
+  /** Open the served bundle or the picked `files`, with the served keys or the picked ones. Its pieces are progress. */
+  async open({ files, pem }, piece) {
     const here = new URL("./", self.location.href);
     const source = files ? new FolderSource(files) : new HttpSource(new URL("bundle/", here), new URL("bundle.json", here));
     const keys = pem ?? new TextDecoder().decode(await fetched(new URL("trust.pem", here), "trust.pem", MAX_KEYS));
-    const next = await Engine.open(source, keys);
+    const next = await Engine.open(source, keys, seldom(piece));
     const adapters = await next.adapters();
     await engine?.close();
     engine = next;
     const { task, profile, base_digest: base } = engine.base;
-    return { task, profile, base, adapters, threads: threads(), chat: Boolean(engine.generation?.chat) };
+    const { limit: context, chat } = engine.generation ?? {};
+    return { task, profile, base, adapters, threads: threads(), context, chat: Boolean(chat) };
   },
 
   async use({ name }) {
     const start = performance.now();
-    const manifest = await opened().use(name);
-    return { manifest, milliseconds: performance.now() - start };
+    const used = await opened().use(name);
+    return { ...used, milliseconds: performance.now() - start };
   },
 
   async rank({ text, top }) {
     const start = performance.now();
-    const labels = await opened().rank(text, top);
-    return { labels, milliseconds: performance.now() - start, adapter: opened().adapter.name };
+    const found = await opened().rank(text, top);
+    return { ...found, milliseconds: performance.now() - start };
   },
 
-  async generate({ prompt, seed, ...options }, piece) {
+  /** Answer a message of the conversation, or continue a text. */
+  async generate({ prompt, chat, seed, ...options }, piece) {
     const start = performance.now();
-    let first, tokens = 0;
+    const { generation, conversation } = opened();
+    const sampling = { ...options, random: seeded(seed) };
+    let first;
     stopped = false;
-    for await (const next of opened().pieces(prompt, { ...options, random: seeded(seed) })) {
+    for await (const next of chat ? engine.ask(prompt, sampling) : engine.complete(prompt, sampling)) {
       first ??= performance.now();
-      tokens += 1;
       piece(next);
       await otherMessages();
       if (stopped) break;
     }
     const end = performance.now();
-    return { tokens, first: (first ?? end) - start, milliseconds: end - start, stopped };
+    const times = { first: (first ?? end) - start, milliseconds: end - start };
+    return { ...generation.last, ...times, remembered: conversation.length };
+  },
+
+  /** Begin a new conversation. */
+  async reset() {
+    opened().conversation?.reset();
   },
 };
 
@@ -77,6 +87,16 @@ async function answer(id, method, args) {
 function opened() {
   if (!engine) throw new ConfigError("no bundle is open; open one first", "bundle");
   return engine;
+}
+
+/** `piece` for progress: called at most every `INTERVAL` while bytes arrive, and at the end. */
+function seldom(piece) {
+  let last = -Infinity;
+  return (progress) => {
+    if (progress.received !== progress.total && performance.now() - last < INTERVAL) return;
+    last = performance.now();
+    piece(progress);
+  };
 }
 
 /** Handle the messages that wait, such as `stop`. A timer would take four milliseconds each time. */

@@ -28,6 +28,7 @@ function source(changes) {
       if (content === null) throw new EdgeAdaptError(`${path} is missing`, path);
       return new Uint8Array(bytes(content));
     },
+    size: async () => null,
   };
 }
 
