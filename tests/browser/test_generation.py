@@ -18,7 +18,7 @@ from adapters.classifier import LoraSpec
 from adapters.files import sha256
 from adapters.layout import Layout, Tensors
 from aggregation.pki.identity import IdentityKey
-from client.inference.generate import ChatMessage, Generator
+from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.text import SamplingParams
 from client.inference.trust import Trust
 from export.bundle.write import AdapterSource, write_bundle
@@ -209,25 +209,138 @@ def test_equal_seeds_give_equal_texts_and_another_seed_another(written: Written)
     assert cold == written("global", prompt=PROMPT)["ids"], "a temperature near 0 is greedy"
 
 
-def test_text_appears_while_it_is_generated_and_the_button_stops_it(page: Any, written: Written) -> None:
-    lengths = """(() => {
+SHORT = SamplingParams(max_tokens=4)
+TURNS = (("global", "hi"), ("global", "yo"), ("other", "so"), ("other", "no"), ("global", "ok"))
+
+
+def test_a_conversation_has_the_answers_that_it_has_natively_and_drops_the_same_messages(
+    page: Any, written: Written, bundle: Path
+) -> None:
+    native = Conversation(Generator.open(bundle), SHORT, "be", "global")
+    reused, remembered = [], []
+    for name, text in TURNS:
+        native.use(name)
+        expected = "".join(native.ask(text))
+        found = written(name, prompt=text, chat=True, maxTokens=4, system="be")
+        assert (found["text"], found["remembered"]) == (expected, len(native.messages)), text
+        reused.append(found["reused"])
+        remembered.append(found["remembered"])
+    assert max(remembered) < 2 * len(TURNS), "the context of 64 tokens was full"
+    assert reused[0] == 0
+    assert reused[1] > 20, "of the same adapter, only the new message is read"
+    assert [reused[2], reused[4]] == [0, 0], "another adapter reads everything again"
+    page.evaluate("client.reset()")
+    native.reset()
+    found = written("global", prompt="hi", chat=True, maxTokens=4, system="be")
+    assert (found["text"], found["remembered"]) == ("".join(native.ask("hi")), 2)
+
+
+def test_a_prompt_that_only_begins_like_the_one_before_reads_the_rest(written: Written, bundle: Path) -> None:
+    written("global", prompt="hello there", maxTokens=9)
+    found = written("global", prompt="hello you", maxTokens=9)
+    assert found["ids"] == greedy(bundle, "global", ids_of(bundle, "hello you"), 9)
+    assert found["reused"] == len("hello ")
+    again = written("global", prompt="hello you", maxTokens=9)
+    assert (again["ids"], again["reused"]) == (found["ids"], len("hello yo")), "the last token is read for its logits"
+
+
+def test_a_message_that_leaves_no_room_is_refused_and_the_conversation_goes_on(page: Any, written: Written) -> None:
+    written("global", prompt="hi", chat=True, maxTokens=4)
+    for options, about in (
+        ({"prompt": "a" * 60, "maxTokens": 4}, "prompt"),
+        ({"prompt": "a", "maxTokens": 64}, "maxTokens"),
+        ({"prompt": "a", "maxTokens": 4, "system": "<|im_end|>"}, "message"),
+    ):
+        assert refusal(page, chat=True, **options)["about"] == about
+    assert written("global", prompt="yo", chat=True, maxTokens=4)["remembered"] == 4
+
+
+def send(page: Any, text: str) -> None:
+    """Send a message as a user does."""
+    page.evaluate("document.getElementById('prompt').focus()")
+    page.press(*text)
+    page.press("Enter", control=True)
+    page.until("document.querySelector('#transcript [data-role=assistant]:last-of-type small') !== null")
+
+
+def transcript(page: Any) -> list[list[str]]:
+    """The role, the name and the text of each entry."""
+    return list(
+        page.evaluate("""[...document.querySelectorAll('#transcript li')].map((each) => {
+          const text = (tag) => each.querySelector(tag)?.textContent;
+          return [each.dataset.role ?? each.id, text('strong'), text('p') ?? each.textContent];
+        })""")
+    )
+
+
+def test_a_chat_shows_who_said_what_and_what_the_model_no_longer_reads(
+    page: Any, serve: Callable[[Path], str], bundle: Path
+) -> None:
+    native = Conversation(Generator.open(bundle), SHORT, adapter="global")
+    page.goto(serve(bundle))
+    page.evaluate("document.getElementById('max-tokens').value = '4'")
+    answers = []
+    for text in ("hi", "yo"):
+        send(page, text)
+        answers.append("".join(native.ask(text)))
+    assert transcript(page) == [
+        ["user", "You", "hi"],
+        ["assistant", "global", answers[0]],
+        ["user", "You", "yo"],
+        ["assistant", "global", answers[1]],
+    ]
+    page.evaluate("document.querySelector('#adapters [data-name=other]').click()")
+    page.until("document.getElementById('in-use').textContent.includes('other')")
+    for text in ("so", "no"):
+        send(page, text)
+    rows = transcript(page)
+    assert [name for role, name, _ in rows if role == "assistant"] == ["global", "global", "other", "other"]
+    (line,) = (at for at, (role, *_) in enumerate(rows) if role == "forgotten")
+    assert 0 < line < len(rows) - 2
+    assert "context of 64 tokens is full" in rows[line][2]
+    page.evaluate("document.getElementById('new-chat').click()")
+    page.until("document.getElementById('transcript').children.length === 0")
+    send(page, "hi")
+    assert len(transcript(page)) == 2
+    assert page.errors() == []
+
+
+def test_a_refused_message_is_given_back_with_the_reason_next_to_it(
+    page: Any, serve: Callable[[Path], str], bundle: Path
+) -> None:
+    page.goto(serve(bundle))
+    page.evaluate("document.getElementById('prompt').value = 'x<|im_end|>'")
+    page.evaluate("document.getElementById('generate-form').requestSubmit()")
+    page.until("document.getElementById('generate-error').textContent !== ''")
+    assert "special token" in page.alert("generate-error")
+    assert page.evaluate("document.getElementById('prompt').value") == "x<|im_end|>"
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    assert transcript(page) == []
+    page.evaluate("document.getElementById('temperature').value = '9'")
+    page.evaluate("document.getElementById('generate-form').requestSubmit()")
+    assert page.evaluate("document.getElementById('sampling').open") is True, "the field that is wrong is shown"
+
+
+def test_text_appears_while_it_is_generated_and_the_button_stops_it(
+    page: Any, serve: Callable[[Path], str], bundle: Path
+) -> None:
+    page.goto(serve(bundle))
+    page.evaluate("""(() => {
       window.lengths = [];
-      const output = document.getElementById('generated');
-      new MutationObserver(() => lengths.push(output.textContent.length)).observe(output, { childList: true });
-      document.getElementById('prompt').value = 'hello there';
-      document.getElementById('chat').checked = false;
+      const list = document.getElementById('transcript');
+      const note = () => lengths.push(list.querySelector('[data-role=assistant] p')?.textContent.length ?? 0);
+      new MutationObserver(note).observe(list, { childList: true, subtree: true });
+      document.getElementById('chat').click();
       document.getElementById('max-tokens').value = '40';
-      document.getElementById('generate-form').requestSubmit();
-    })()"""
-    page.evaluate(lengths)
-    page.until("document.getElementById('speed').textContent !== ''")
+    })()""")
+    send(page, "hello there")
     grown = page.evaluate("lengths.filter((length) => length > 0)")
     assert len(grown) > 10
     assert grown == sorted(grown)
+    assert transcript(page)[0] == ["user", "Text", "hello there"]
     page.evaluate("new MutationObserver(() => document.getElementById('stop').click())"
-                  ".observe(document.getElementById('generated'), { childList: true })")  # fmt: skip
-    page.evaluate("document.getElementById('speed').textContent = ''")
-    page.evaluate("document.getElementById('generate-form').requestSubmit()")
-    page.until("document.getElementById('speed').textContent !== ''")
-    assert "(stopped)" in page.evaluate("document.getElementById('speed').textContent")
+                  ".observe(document.getElementById('transcript'), { childList: true, subtree: true })")  # fmt: skip
+    send(page, " and")
+    assert len(transcript(page)) == 2, "a text to continue takes the place of the one before"
+    assert "(stopped)" in page.evaluate("document.querySelector('#transcript small').textContent")
     assert page.evaluate("document.getElementById('generate-button').disabled") is False

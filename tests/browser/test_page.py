@@ -1,21 +1,27 @@
 """The page as its user sees it."""
 
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
+import client.browser.server
+from adapters.manifest import AdapterManifest
+from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
-from export.bundle.write import AdapterSource, add_adapter
+from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx.exported import ExportedBase
 
 pytestmark = pytest.mark.slow
 
 ROWS = "[...document.querySelectorAll('#answers tr')].map((row) => [row.cells[0].textContent, row.dataset.probability])"
-CHECKED = "document.querySelector('#adapters input:checked')?.value"
+SELECTED = "[...document.querySelectorAll('#adapters [aria-selected=true]')].map((item) => item.dataset.name)"
+CAPTION = "document.getElementById('answer-caption').textContent"
+IN_USE = "document.getElementById('in-use').textContent"
+VISIBLE = "getComputedStyle(document.getElementById('answers')).visibility"
 
 
 @pytest.fixture
@@ -32,7 +38,12 @@ def ask(page: Any, phrase: str) -> None:
 
 
 def choose(page: Any, name: str) -> None:
-    page.evaluate(f"document.querySelector('#adapters input[value={name}]').click()")
+    page.evaluate(f"document.querySelector('#adapters [data-name={name}]').click()")
+
+
+def weigh(page: Any, name: str, weight: str) -> None:
+    field = f"document.querySelector('#weights [data-name={name}]')"
+    page.evaluate(f"{field}.value = {weight!r}; {field}.dispatchEvent(new Event('change', {{ bubbles: true }}))")
 
 
 def shown(page: Any) -> list[tuple[str, float]]:
@@ -49,7 +60,7 @@ def test_a_phrase_is_classified_again_after_a_switch_to_another_adapter(
 ) -> None:
     page.goto(serve(both))
     assert page.state() == "good"
-    assert page.evaluate(CHECKED) == "anna", "the personal adapter is the default, as natively"
+    assert page.evaluate(SELECTED) == ["anna"], "the personal adapter is the default, as natively"
     ask(page, "lock the door")
     assert shown(page) == native(both, "anna", "lock the door")
     choose(page, "global")
@@ -58,19 +69,35 @@ def test_a_phrase_is_classified_again_after_a_switch_to_another_adapter(
     assert page.errors() == []
 
 
-def test_a_tampered_adapter_is_refused_and_the_one_in_use_stays_chosen(
+def test_a_switch_hides_the_old_answer_at_once(page: Any, serve: Callable[[Path], str], both: Path) -> None:
+    page.goto(serve(both))
+    ask(page, "lock the door")
+    assert page.evaluate(VISIBLE) == "visible"
+    click = "document.querySelector('#adapters [data-name=global]').click()"
+    assert page.evaluate(f"{click}; {VISIBLE}") == "hidden"
+    page.until(f"{CAPTION}.includes('with global') && {VISIBLE} === 'visible'")
+    page.evaluate("document.getElementById('phrase').value = ''")
+    choose(page, "anna")
+    page.until(f"{IN_USE}.includes('anna') && {VISIBLE} === 'visible'")
+    assert shown(page) == [], "there is no phrase to ask the other adapter for"
+
+
+def test_a_tampered_adapter_is_refused_next_to_the_list_and_the_one_in_use_stays(
     page: Any, serve: Callable[[Path], str], both: Path
 ) -> None:
     page.goto(serve(both))
+    ask(page, "lock the door")
     path = both / "adapters" / "global.onnx_adapter"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     choose(page, "global")
-    page.until("document.getElementById('status').dataset.state === 'bad'")
-    assert "global.onnx_adapter" in page.status()
-    assert page.evaluate(CHECKED) == "anna"
-    ask(page, "lock the door")
-    assert shown(page) == native(both, "anna", "lock the door")
-    assert (page.state(), page.status()) == ("good", "Adapter anna is in use."), "the error is no longer shown"
+    page.until("document.getElementById('adapter-error').textContent !== ''")
+    assert "global.onnx_adapter" in page.alert("adapter-error")
+    assert "In use: anna" in page.alert("adapter-error")
+    assert page.evaluate(SELECTED) == ["anna"]
+    page.until(f"{VISIBLE} === 'visible'")
+    assert shown(page) == native(both, "anna", "lock the door"), "the answer of the adapter in use is shown again"
+    choose(page, "anna")
+    page.until("document.getElementById('adapter-error').textContent === ''")
 
 
 def test_an_adapter_with_a_damaged_manifest_is_shown_with_the_reason_and_cannot_be_chosen(
@@ -78,15 +105,107 @@ def test_an_adapter_with_a_damaged_manifest_is_shown_with_the_reason_and_cannot_
 ) -> None:
     (both / "adapters" / "anna.json").write_bytes(b"{}")
     page.goto(serve(both))
-    assert page.evaluate("document.querySelector('#adapters input[value=anna]').disabled") is True
-    assert "not a signed document" in page.evaluate("document.querySelector('.refused').textContent")
-    assert page.evaluate(CHECKED) == "global"
+    item = "document.querySelector('#adapters [data-name=anna]')"
+    assert page.evaluate(f"{item}.getAttribute('aria-disabled')") == "true"
+    assert "not a signed document" in page.evaluate(f"{item}.textContent")
+    choose(page, "anna")
+    assert page.evaluate(SELECTED) == ["global"]
+
+
+def test_a_composition_answers_as_natively_and_the_answer_names_it(
+    page: Any, serve: Callable[[Path], str], both: Path
+) -> None:
+    page.goto(serve(both))
+    ask(page, "lock the door")
+    page.evaluate("document.getElementById('composing').click()")
+    choose(page, "global")
+    page.until(f"{CAPTION}.includes('with anna+global,')")
+    assert page.evaluate(SELECTED) == ["anna", "global"]
+    assert shown(page) == native(both, "anna+global", "lock the door")
+    weigh(page, "global", "0.25")
+    page.until(f"{CAPTION}.includes('with anna+global:0.25,')")
+    assert shown(page) == native(both, "anna+global:0.25", "lock the door")
+    weigh(page, "anna", "17")
+    page.until("document.getElementById('adapter-error').textContent !== ''")
+    assert "In use: anna+global:0.25" in page.alert("adapter-error")
+    assert shown(page) == native(both, "anna+global:0.25", "lock the door")
+    page.evaluate("document.querySelector('#weights [value=anna]').click()")
+    page.until(f"{CAPTION}.includes('with global:0.25,')")
+    page.evaluate("document.getElementById('composing').click()")
+    choose(page, "anna")
+    page.until(f"{CAPTION}.includes('with anna,')")
+    assert page.errors() == []
+
+
+def test_adapters_with_other_labels_are_not_composed(
+    page: Any,
+    serve: Callable[[Path], str],
+    both: Path,
+    exported: ExportedBase,
+    source: Callable[..., AdapterSource],
+    household: IdentityKey,
+) -> None:
+    other = replace(source("other"), labels=("W", "X", "Y", "Z"))
+    add_adapter(both, exported.adapter_inputs, other, key=household)
+    page.goto(serve(both))
+    page.evaluate("document.getElementById('composing').click()")
+    choose(page, "other")
+    page.until("document.getElementById('adapter-error').textContent !== ''")
+    assert "different labels" in page.alert("adapter-error")
+    assert page.evaluate(IN_USE).startswith("In use: anna,")
+
+
+@pytest.fixture
+def crowd(both: Path, household: IdentityKey) -> Path:
+    """A bundle with 200 more adapters, each signed under its own name."""
+    folder = both / "adapters"
+    manifest = AdapterManifest.unverified((folder / "anna.json").read_bytes())
+    for number in range(200):
+        name = f"home-{number:03d}"
+        (folder / f"{name}.json").write_bytes(replace(manifest, name=name, version=number).sign(household))
+        (folder / f"{name}.onnx_adapter").hardlink_to(folder / "anna.onnx_adapter")
+    return both
+
+
+def test_of_200_adapters_one_is_found_and_used_by_keyboard_in_a_list_of_constant_height(
+    page: Any, serve: Callable[[Path], str], crowd: Path
+) -> None:
+    page.call("Emulation.setDeviceMetricsOverride", width=1280, height=800, deviceScaleFactor=1, mobile=False)
+    page.goto(serve(crowd))
+    height = "document.getElementById('adapters').offsetHeight"
+    count = "document.getElementById('adapter-count').textContent"
+    active = "document.getElementById(document.activeElement.getAttribute('aria-activedescendant'))?.dataset.name"
+    assert page.evaluate("document.documentElement.scrollHeight") < 1000
+    before = page.evaluate(height)
+    page.evaluate("document.getElementById('adapter-search').focus()")
+    page.press(*"home 11")  # words in any order, of the name and of what is written below it
+    assert page.evaluate(count) == "11 of 202 adapters", "home-011, and 110 to 119"
+    assert page.evaluate(height) == before
+    page.press("ArrowDown", "ArrowDown", "ArrowUp")
+    assert page.evaluate(active) == "home-110"
+    page.press("Enter")
+    page.until(f"{IN_USE}.includes('home-110')")
+    assert page.evaluate(SELECTED) == ["home-110"]
+    page.press("Escape")
+    assert page.evaluate(count) == "202 adapters"
+    page.press(*"nobody", "ArrowDown", "Enter")
+    assert (page.evaluate(count), page.evaluate(height)) == ("0 of 202 adapters", before)
+    page.press("Escape")
+    page.evaluate("document.getElementById('adapters').focus()")
+    page.press(*["ArrowDown"] * 30)
+    assert page.evaluate(active) == "home-027"
+    frame = "document.getElementById('adapters').getBoundingClientRect()"
+    item = "document.querySelector('#adapters .active').getBoundingClientRect()"
+    assert page.evaluate(f"{item}.top >= {frame}.top && {item}.bottom <= {frame}.bottom"), "the list follows"
+    page.press(" ")
+    page.until(f"{IN_USE}.includes('home-027')")
+    assert page.errors() == []
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", " \u3000", "\ud800", "a\0b", "a" * 70000],
-    ids=["empty", "white space", "not Unicode", "NUL", "too long"],
+    ["", " \u3000", "\ud800", "a\0b", "a" * 70000, "🎵 １２３"],
+    ids=["empty", "white space", "not Unicode", "NUL", "too long", "unknown"],
 )
 def test_a_text_that_no_model_can_read_is_refused(
     page: Any, serve: Callable[[Path], str], bundle: Path, text: str
@@ -97,9 +216,25 @@ def test_a_text_that_no_model_can_read_is_refused(
     value = f"'a'.repeat({len(text)})" if len(text) > 1000 else units
     page.evaluate(f"Object.defineProperty(document.getElementById('phrase'), 'value', {{ value: {value} }})")
     page.evaluate("document.getElementById('classify-form').requestSubmit()")
-    page.until("document.getElementById('status').dataset.state === 'bad'")
-    assert page.status()
+    page.until("document.getElementById('phrase-error').textContent !== ''")
     assert shown(page) == []
+    assert page.evaluate("document.activeElement.id") == "phrase"
+    assert page.evaluate("document.activeElement.getAttribute('aria-invalid')") == "true"
+
+
+def test_an_error_is_shown_below_the_phrase_until_the_next_answer(
+    page: Any, serve: Callable[[Path], str], bundle: Path
+) -> None:
+    page.goto(serve(bundle))
+    page.evaluate("document.getElementById('phrase').value = '🎵'")
+    page.evaluate("document.getElementById('classify-form').requestSubmit()")
+    page.until("document.getElementById('phrase-error').textContent !== ''")
+    assert "no known token" in page.alert("phrase-error")
+    place = "document.getElementById('phrase-error').getBoundingClientRect().top"
+    assert page.evaluate(f"{place} - document.getElementById('phrase').getBoundingClientRect().bottom") < 80
+    ask(page, "🎵 the door")
+    assert page.alert("phrase-error") == ""
+    assert "33 % of its tokens unknown" in page.evaluate(CAPTION)
 
 
 def test_a_text_above_the_models_limit_is_truncated_as_natively(
@@ -156,10 +291,9 @@ def test_a_picked_folder_is_opened_with_picked_keys(
     both.rename(picked)  # so that nothing can come from the server
     page.pick("#folder", picked)
     page.pick("#pem", tmp_path / "trust.pem")
-    page.evaluate("document.getElementById('status').dataset.state = 'waiting'")
-    page.evaluate("document.getElementById('open-folder').click()")
-    page.until("['good', 'bad'].includes(document.getElementById('status').dataset.state)")
-    assert page.state() == "good", page.status()
+    page.evaluate("document.getElementById('open-folder').click(); document.getElementById('in-use').textContent = ''")
+    page.until(f"{IN_USE}.includes('anna') || document.getElementById('bundle-error').textContent !== ''")
+    assert page.alert("bundle-error") == ""
     (tmp_path / "other" / "trust.pem").write_bytes((tmp_path / "trust.pem").read_bytes())
     ask(page, "lock the door")
     assert shown(page) == native(picked, "anna", "lock the door")
@@ -189,14 +323,145 @@ def test_every_control_has_a_label_and_can_be_used_by_keyboard(
     assert page.evaluate(unlabeled) == []
     assert page.evaluate("document.querySelectorAll('[tabindex=\"-1\"]').length") == 0
     page.evaluate("document.getElementById('phrase').value = 'unlock'; document.getElementById('phrase').focus()")
-    for kind in ("keyDown", "keyUp"):
-        page.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
-    page.until("document.getElementById('answer-caption').textContent.includes('unlock')")
+    page.press("Enter")
+    page.until(f"{CAPTION}.includes('unlock')")
+    page.evaluate("document.getElementById('phrase').value = 'play music'")
+    page.press("Enter", control=True)
+    page.until(f"{CAPTION}.includes('play music')")
 
 
-def test_nothing_is_cut_off_on_a_phone(page: Any, serve: Callable[[Path], str], both: Path) -> None:
+LONG = ("HassTurnOnLightsInAreaXAndInAllOfTheOtherAreas", "L" * 256, "set_the_timer_for_ten_minutes_or_so", "Timer")
+
+
+def test_labels_wrap_between_words_and_nothing_is_cut_off_on_a_phone(
+    page: Any,
+    serve: Callable[[Path], str],
+    bundle: Path,
+    exported: ExportedBase,
+    source: Callable[..., AdapterSource],
+    vendor: IdentityKey,
+) -> None:
+    write_bundle(bundle, exported, [replace(source(), labels=LONG)], key=vendor)
     page.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
-    page.goto(serve(both))
+    page.goto(serve(bundle))
     ask(page, "lock the door")
-    time.sleep(0.1)
+    assert {label for label, _ in shown(page)} == set(LONG), "the text of a label is unchanged"
+    words = """[...document.querySelectorAll('#answers th')].flatMap((cell) => [...cell.childNodes])
+      .filter((node) => node.nodeType === Node.TEXT_NODE).map((node) => {
+        const range = document.createRange();
+        range.selectNode(node);
+        return [node.textContent, new Set([...range.getClientRects()].map(({ top }) => top)).size];
+      })"""
+    lines = dict(page.evaluate(words))
+    assert lines.pop("L" * 256) > 5
+    assert lines.keys() >= {"Hass", "Lights", "Areas", "timer_", "minutes_"}
+    assert set(lines.values()) == {1}, "no other word is cut"
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_nothing_moves_when_an_answer_appears(page: Any, serve: Callable[[Path], str], both: Path) -> None:
+    page.goto(serve(both))
+    tops = "[...document.querySelectorAll('section, input, button')].map((each) => each.getBoundingClientRect().top)"
+    before = page.evaluate(tops)
+    ask(page, "lock the door")
+    assert page.evaluate(tops) == before
+
+
+CONTRAST = """(() => {
+  const channels = (text) => text.match(/[\\d.]+/g).slice(0, 3).map((each) => each / 255);
+  const luminance = (text) => channels(text)
+    .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+  const paint = document.body.appendChild(document.createElement('i'));
+  const resolved = (name) => (paint.style.color = `var(--${name})`, luminance(getComputedStyle(paint).color));
+  return (text, ground) => {
+    const [light, dark] = [resolved(text), resolved(ground)].sort((a, b) => b - a);
+    return (light + 0.05) / (dark + 0.05);
+  };
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_and_fields_stand_out_as_wcag_demands(
+    page: Any, serve: Callable[[Path], str], bundle: Path, scheme: str
+) -> None:
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.goto(serve(bundle))
+    texts = [(text, ground) for text in ("ink", "soft", "accent", "good", "bad") for ground in ("paper", "surface")]
+    for least, pairs in (
+        (4.5, [*texts, ("on-accent", "accent")]),  # WCAG 2.2, 1.4.3
+        (3, [("edge", "paper"), ("edge", "surface")]),  # 1.4.11
+    ):
+        for text, ground in pairs:
+            assert page.evaluate(f"{CONTRAST}({text!r}, {ground!r})") >= least, (text, ground)
+
+
+def test_the_progress_counts_the_bytes_of_the_base(page: Any, serve: Callable[[Path], str], bundle: Path) -> None:
+    page.goto(serve(bundle))
+    seen = page.evaluate("""(async () => {
+      const { Client } = await import('/client.js');
+      const seen = [];
+      await new Client().open({}, (progress) => seen.push(progress));
+      return seen;
+    })()""")
+    total = sum(path.stat().st_size for path in (bundle / "base").iterdir() if path.name != "manifest.json")
+    counts = [each["received"] for each in seen if "received" in each]
+    assert {each["total"] for each in seen if "received" in each} == {total}
+    assert counts == sorted(counts)
+    assert counts[-1] == total
+    assert seen[-1] == {"starting": True}
+
+
+def test_a_bundle_of_another_signer_names_both_keys_and_the_one_that_was_open_goes_on(
+    page: Any, serve: Callable[[Path], str], both: Path, vendor: IdentityKey
+) -> None:
+    page.goto(serve(both))
+    expected = native(both, "anna", "lock the door")
+    stranger = IdentityKey.generate(SystemEntropy()).public
+    (both.parent / "trust.pem").write_bytes(stranger.to_pem())
+    page.evaluate("document.getElementById('open-served').click()")
+    page.until("document.getElementById('bundle-error').textContent !== ''")
+    assert vendor.public.key_id in page.alert("bundle-error")
+    assert f"only '{stranger.key_id}' is pinned" in page.alert("bundle-error")
+    assert page.state() == "good"
+    ask(page, "lock the door")
+    assert shown(page) == expected
+
+
+def begun(stream: BinaryIO, out: BinaryIO) -> None:
+    """Send the beginning of a file."""
+    out.write(stream.read(99))
+    raise ConnectionError
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_server_that_breaks_off_and_a_browser_that_is_offline_have_different_messages(
+    page: Any, serve: Callable[[Path], str], both: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    page.goto(serve(both))
+    (both / "base" / "web.onnx").touch()  # so that the browser asks for its content again
+    if offline:
+        page.go_offline()
+    else:
+        monkeypatch.setattr(client.browser.server.shutil, "copyfileobj", begun)
+    page.evaluate("document.getElementById('open-served').click()")
+    page.until("document.getElementById('bundle-error').textContent !== ''")
+    assert ("is offline" if offline else "broke off") in page.alert("bundle-error")
+    assert page.state() == "good"
+    ask(page, "lock the door")
+
+
+def test_without_a_bundle_that_can_be_opened_the_page_gives_the_reason_and_offers_another(
+    page: Any, serve: Callable[[Path], str], both: Path
+) -> None:
+    sound = (both / "base" / "tokenizer.json").read_bytes()
+    (both / "base" / "tokenizer.json").write_bytes(b"{}")
+    page.goto(serve(both))
+    assert page.state() == "bad"
+    assert "base/tokenizer.json does not match the digest" in page.status()
+    assert page.evaluate("document.getElementById('status').getAttribute('role')") == "alert"
+    assert page.evaluate("document.getElementById('another').open") is True
+    (both / "base" / "tokenizer.json").write_bytes(sound)
+    page.evaluate("document.getElementById('open-served').click()")
+    page.until("document.getElementById('status').dataset.state === 'good'")
+    ask(page, "lock the door")

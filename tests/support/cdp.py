@@ -13,7 +13,7 @@ from typing import Any
 from websockets.sync.client import connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-PATIENCE = 240  # seconds; the machine of a test run may be busy
+PATIENCE = 20  # seconds; the machine of a test run may be busy
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0"),
@@ -140,10 +140,31 @@ class Page:
     def state(self) -> str:
         return str(self.evaluate("document.getElementById('status').dataset.state"))
 
+    def alert(self, name: str) -> str:
+        """The error that is shown in the alert of this id."""
+        return str(self.evaluate(f"document.getElementById({name!r}).textContent"))
+
+    def press(self, *keys: str, control: bool = False) -> None:
+        """Press keys one after the other where the focus is: characters, or names such as Enter and ArrowDown."""
+        for key in keys:
+            text = {"Enter": "\r", " ": " "}.get(key, key if len(key) == 1 else "")
+            code = {"Enter": 13, "Escape": 27, "ArrowUp": 38, "ArrowDown": 40}.get(key, 0)
+            event = {"key": key, "windowsVirtualKeyCode": code, "modifiers": 2 if control else 0}
+            self.call("Input.dispatchKeyEvent", type="keyDown", text="" if control else text, **event)
+            self.call("Input.dispatchKeyEvent", type="keyUp", **event)
+
     def pick(self, selector: str, *files: Path) -> None:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
+
+    def go_offline(self) -> None:
+        """Cut the page and its workers off."""
+        workers = [event for event in self._browser.events if event["method"] == "Target.attachedToTarget"]
+        conditions = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+        for session in (self._session, *(event["params"]["sessionId"] for event in workers)):
+            with contextlib.suppress(RuntimeError):  # a worker of a page before
+                self._browser.call("Network.emulateNetworkConditions", session, **conditions)
 
     def requests(self) -> list[str]:
         """The URL of every request of the page and its workers."""

@@ -1,169 +1,108 @@
-// The page: passes the user's requests to the worker and shows its answers.
+// The page: opens a bundle, and connects its parts (adapterview.js, phraseview.js, chatview.js).
 
+import { AdapterView } from "./adapterview.js";
+import { ChatView } from "./chatview.js";
 import { Client } from "./client.js";
+import { complain, create, element, settle } from "./dom.js";
+import { PhraseView } from "./phraseview.js";
 
-const BARE = ""; // engine.js: the base without an adapter
-const TOP = 5;
-const element = (id) => document.getElementById(id);
 const client = new Client();
+const phrase = new PhraseView(client);
+const chat = new ChatView(client, () => adapters.used);
+const adapters = new AdapterView(client, {
+  switching: () => answering().switching(),
+  switched: (done) => answering().switched?.(done),
+});
 let generates = false; // whether the open bundle generates text
 
+const answering = () => (generates ? chat : phrase);
+
 function show(state, text) {
+  element("status").setAttribute("role", state === "bad" ? "alert" : "status");
   element("status").dataset.state = state;
   element("status").textContent = text;
-}
-
-/** Run `action`. An error is shown in the status line, and nothing else changes. */
-async function guarded(action) {
-  try {
-    return await action();
-  } catch (error) {
-    show("bad", error.message);
-    return undefined;
-  }
 }
 
 async function open(options) {
   show("busy", "Verifying and loading the bundle …");
   const start = performance.now();
-  const bundle = await client.open(options);
+  let bundle;
+  try {
+    bundle = await client.open(options, progress);
+  } finally {
+    element("progress").hidden = true;
+  }
   generates = bundle.task === "text-generation";
-  element("facts").replaceChildren(...facts(bundle).flatMap(([term, value]) => [create("dt", term), create("dd", value)]));
+  element("facts").replaceChildren(...facts(bundle).map(fact));
+  element("work").hidden = false;
   element("classify").hidden = generates;
   element("generate").hidden = !generates;
-  element("chat-choice").hidden = !bundle.chat;
-  element("answers").replaceChildren();
-  for (const id of ["answer-caption", "generated", "speed"]) element(id).textContent = "";
-  listAdapters(bundle.adapters);
-  const seconds = ((performance.now() - start) / 1000).toFixed(1);
-  show("good", `A pinned key signed the base. Ready after ${seconds} s.`);
-  await choose(defaultAdapter(bundle.adapters));
+  answering().show(bundle);
+  await adapters.show(bundle.adapters, generates);
+  show("good", `A pinned key signed the base. Ready after ${((performance.now() - start) / 1000).toFixed(1)} s.`);
 }
 
-const facts = ({ task, profile, base, threads }) => [
+function progress({ received, total, starting }) {
+  const bar = element("progress");
+  bar.hidden = false;
+  if (starting) {
+    bar.removeAttribute("value");
+    return show("busy", "All files of the base are verified. Starting the model …");
+  }
+  if (total) bar.value = received / total;
+  else bar.removeAttribute("value");
+  const of = total ? ` of ${megabytes(total)}` : "";
+  return show("busy", `Reading and verifying the base: ${megabytes(received)}${of} MB`);
+}
+
+const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
+
+const facts = ({ task, profile, base, threads, context }) => [
   ["Task", task],
   ["Profile", profile],
   ["Base", base.slice(0, 16)],
   ["Threads", String(threads)],
+  ...(context ? [["Context", `${context.toLocaleString("en")} tokens`]] : []),
 ];
 
-/** As Library.default in client/inference/library.py: the personal adapter, else the global one, else the first. */
-function defaultAdapter(adapters) {
-  const usable = adapters.filter(({ manifest }) => manifest);
-  const personal = usable.filter(({ manifest }) => manifest.parent !== null);
-  const candidates = [personal, usable.filter(({ name }) => name === "global"), usable];
-  return candidates.find((found) => found.length)?.[0].name ?? (generates ? BARE : undefined);
+function fact([term, value]) {
+  const pair = create("div", "");
+  pair.append(create("dt", term), create("dd", value));
+  return pair;
 }
 
-function listAdapters(adapters) {
-  const choices = adapters.map(({ name, manifest, refused }) => choice(name, name, refused ?? described(manifest), refused));
-  if (generates) choices.push(choice(BARE, "none", "the base alone"));
-  element("adapters").replaceChildren(element("adapters").firstElementChild, ...choices);
-}
-
-function choice(name, title, text, refused) {
-  const label = create("label", "");
-  label.className = "adapter";
-  const radio = Object.assign(document.createElement("input"), { type: "radio", name: "adapter", value: name });
-  radio.disabled = Boolean(refused);
-  radio.addEventListener("change", () => choose(name));
-  const note = create("small", text);
-  if (refused) note.className = "refused";
-  label.append(radio, create("strong", title), note);
-  return label;
-}
-
-function described({ parent, version, format, rank, labels, size }) {
-  const kind = parent === null ? "global" : "personal";
-  const count = labels.length ? `, ${labels.length} labels` : "";
-  return `${kind}, version ${version}, ${format}, rank ${rank}${count}, ${size.toLocaleString("en")} bytes`;
-}
-
-let used; // the adapter in use, which is kept when another is refused
-
-async function choose(name) {
-  if (name === undefined) return;
-  client.stop(); // the text that is being generated is another adapter's
-  const done = await guarded(() => client.use(name));
-  if (done) {
-    used = name;
-    show("good", `${inUse(name)}; the switch took ${done.milliseconds.toFixed(2)} ms.`);
+/** Open the served bundle when the page is loaded. */
+async function begin() {
+  try {
+    await open({});
+  } catch (error) {
+    show("bad", error.message);
+    element("another").open = true; // another bundle, other keys, or the same once more
   }
-  for (const radio of element("adapters").querySelectorAll("input")) radio.checked = radio.value === used;
-  if (done && !generates && element("phrase").value.trim()) await classify();
 }
 
-const inUse = (name) => `${name === BARE ? "No adapter" : `Adapter ${name}`} is in use`;
-
-async function classify() {
-  const text = element("phrase").value;
-  const found = await guarded(() => client.rank(text, TOP));
-  if (!found) return;
-  if (element("status").dataset.state === "bad") show("good", `${inUse(found.adapter)}.`);
-  element("answer-caption").textContent = `“${text}” with ${found.adapter}, ${found.milliseconds.toFixed(1)} ms`;
-  element("answers").replaceChildren(...found.labels.map(answerRow));
+/** Open what the user asks for. A refusal is shown next to the buttons, and what was open stays open. */
+async function reopen(options) {
+  const { state } = element("status").dataset;
+  const before = [state, element("status").textContent];
+  settle("bundle-error");
+  try {
+    await open(await options());
+  } catch (error) {
+    show(...before);
+    complain("bundle-error", error);
+  }
 }
 
-function answerRow({ label, probability }) {
-  const meter = Object.assign(document.createElement("meter"), { min: 0, max: 1, value: probability });
-  meter.setAttribute("aria-label", label);
-  const cells = [create("td", label), create("td", ""), create("td", `${(100 * probability).toFixed(1)} %`)];
-  cells[1].append(meter);
-  const row = document.createElement("tr");
-  row.dataset.probability = probability;
-  row.append(...cells);
-  return row;
-}
-
-async function generate() {
-  const number = (id) => Number(element(id).value);
-  const options = {
-    prompt: element("prompt").value,
-    chat: element("chat").checked,
-    maxTokens: number("max-tokens"),
-    temperature: number("temperature"),
-    topP: number("top-p"),
-    seed: number("seed"),
-  };
-  element("generated").textContent = element("speed").textContent = "";
-  [element("generate-button").disabled, element("stop").disabled] = [true, false];
-  const add = ({ text }) => element("generated").append(text);
-  const done = await guarded(() => client.generate(options, add));
-  [element("generate-button").disabled, element("stop").disabled] = [false, true];
-  if (!done) return;
-  if (element("status").dataset.state === "bad") show("good", `${inUse(used)}.`);
-  element("speed").textContent = speed(done);
-}
-
-function speed({ tokens, first, milliseconds, stopped }) {
-  const rate = tokens > 1 ? `, then ${((1000 * (tokens - 1)) / (milliseconds - first)).toFixed(1)} tokens/s` : "";
-  return `${tokens} tokens${stopped ? " (stopped)" : ""}, the first after ${first.toFixed(0)} ms${rate}`;
-}
-
-function create(tag, text) {
-  return Object.assign(document.createElement(tag), { textContent: text });
-}
-
-async function openPicked() {
+async function picked() {
   const [files, pem] = [element("folder").files, element("pem").files[0]];
-  if (!files.length) return show("bad", "no folder is picked; pick the folder of a bundle");
-  return guarded(async () => open({ files: [...files].map(picked), pem: await pem?.text() }));
+  if (!files.length) throw new Error("no folder is picked; pick the folder of a bundle");
+  // A worker receives a file without its path.
+  return { files: [...files].map((file) => ({ path: file.webkitRelativePath, file })), pem: await pem?.text() };
 }
 
-// A worker receives the file without its path.
-const picked = (file) => ({ path: file.webkitRelativePath, file });
+element("open-folder").addEventListener("click", () => reopen(picked));
+element("open-served").addEventListener("click", () => reopen(() => ({})));
 
-element("open-folder").addEventListener("click", openPicked);
-element("open-served").addEventListener("click", () => guarded(() => open({})));
-element("stop").addEventListener("click", () => client.stop());
-element("classify-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  classify();
-});
-element("generate-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  generate();
-});
-
-await guarded(() => open({}));
+await begin();
 document.documentElement.dataset.ready = "yes";

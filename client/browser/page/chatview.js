@@ -1,0 +1,151 @@
+// The part of the page that writes text: a chat of several messages, or the continuation of a text.
+
+import { complain, create, element, settle, submitOnCtrlEnter } from "./dom.js";
+
+const MOST_TOKENS = 256; // of an answer, unless the user says otherwise
+const ENDS = {
+  length: ", up to Max tokens",
+  context: ", until the model's context was full",
+  interrupted: " (stopped)",
+};
+
+export class ChatView {
+  #busy = false;
+  #messages = []; // the elements of the messages that are in the conversation
+
+  /** `adapter` returns the name of the adapter in use. */
+  constructor(client, adapter) {
+    Object.assign(this, { client, adapter });
+    const form = element("generate-form");
+    submitOnCtrlEnter(form);
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#send();
+    });
+    // A field that is not shown cannot say what is wrong with it.
+    form.addEventListener("invalid", () => (element("sampling").open = true), true);
+    element("stop").addEventListener("click", () => client.stop());
+    element("new-chat").addEventListener("click", () => this.#restart());
+    element("chat").addEventListener("change", () => this.#restart());
+  }
+
+  /** Begin with another bundle: { chat, context }. */
+  show({ chat, context }) {
+    this.context = context;
+    element("chat").checked = chat;
+    element("chat-choice").hidden = !chat;
+    element("max-tokens").max = Math.max(1, context - 1);
+    element("max-tokens").value = Math.min(MOST_TOKENS, Math.max(1, Math.floor(context / 2)));
+    const limit = context.toLocaleString("en");
+    element("context").textContent = `The model reads at most ${limit} tokens, the answer included.`;
+    this.#clear();
+  }
+
+  /** Another adapter is going to answer: end the text that is being written. */
+  switching() {
+    this.client.stop();
+    if (!element("chat").checked) this.#clear();
+  }
+
+  async #restart() {
+    this.client.stop();
+    await this.client.reset();
+    this.#clear();
+    element("prompt").focus();
+  }
+
+  #clear() {
+    this.#messages = [];
+    element("transcript").replaceChildren();
+    const chat = element("chat").checked;
+    for (const id of ["system-field", "new-chat"]) element(id).hidden = !chat;
+    element("prompt-label").textContent = chat ? "Message" : "Text to continue";
+    element("generate-button").textContent = chat ? "Send" : "Continue";
+    settle("generate-error", element("prompt"));
+  }
+
+  async #send() {
+    if (this.#busy) return;
+    const [field, chat] = [element("prompt"), element("chat").checked];
+    const number = (id) => Number(element(id).value);
+    const options = {
+      ...{ prompt: field.value, chat, system: element("system").value, maxTokens: number("max-tokens") },
+      ...{ temperature: number("temperature"), topP: number("top-p"), seed: number("seed") },
+    };
+    settle("generate-error", field);
+    if (!chat) element("transcript").replaceChildren();
+    const pair = [
+      message("user", chat ? "You" : "Text", field.value),
+      message("assistant", this.adapter() || "the base alone", ""),
+    ];
+    this.#append(...pair);
+    field.value = chat ? "" : field.value;
+    this.#setBusy(true);
+    try {
+      const done = await this.client.generate(options, ({ text }) => this.#add(pair[1], text));
+      this.#ended(pair, done, chat);
+    } catch (error) {
+      if (!pair[1].lastChild.textContent) for (const each of pair) each.remove();
+      field.value ||= options.prompt; // so that it can be corrected
+      complain("generate-error", error, field);
+    }
+    this.#setBusy(false);
+  }
+
+  #ended(pair, done, chat) {
+    const [, answer] = pair;
+    const empty = !answer.querySelector("p").textContent.trim();
+    const lost = chat && empty ? " An empty answer and its message are not part of the conversation." : "";
+    this.#scrolled(() => answer.append(create("small", `${speed(done)}.${lost}`)));
+    if (!chat) return;
+    if (!empty) this.#messages.push(...pair);
+    this.#markForgotten(done.remembered);
+  }
+
+  /** A line above the first message that the model still reads, if it no longer reads all. */
+  #markForgotten(remembered) {
+    document.getElementById("forgotten")?.remove();
+    const first = this.#messages.length - remembered;
+    if (first <= 0) return;
+    const text = `The model's context of ${this.context} tokens is full: it no longer reads what is above this line.`;
+    this.#messages[first].before(create("li", text, { id: "forgotten" }));
+  }
+
+  #setBusy(busy) {
+    this.#busy = busy;
+    element("generate-button").disabled = busy;
+    element("stop").disabled = !busy;
+    element("transcript").setAttribute("aria-busy", String(busy)); // announced as a whole, not token by token
+  }
+
+  #append(...entries) {
+    element("transcript").append(...entries);
+    element("transcript").scrollTop = element("transcript").scrollHeight;
+  }
+
+  #add(entry, text) {
+    this.#scrolled(() => entry.querySelector("p").append(text));
+  }
+
+  /** Change the transcript, and keep its end in view if it was. */
+  #scrolled(change) {
+    const list = element("transcript");
+    const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
+    change();
+    if (atEnd) list.scrollTop = list.scrollHeight;
+  }
+}
+
+function message(role, name, text) {
+  const entry = create("li", "");
+  entry.dataset.role = role;
+  entry.append(create("strong", name), create("p", text));
+  return entry;
+}
+
+function speed({ tokens, prompt, reused, first, milliseconds, finish }) {
+  const rate = tokens > 1 ? `, then ${((1000 * (tokens - 1)) / (milliseconds - first)).toFixed(1)} tokens/s` : "";
+  const cached = reused ? `, ${reused} of ${prompt} tokens before it from the cache` : "";
+  const count = tokens === 1 ? "1 token" : `${tokens} tokens`;
+  return `${count}${ENDS[finish] ?? ""}: the first after ${first.toFixed(0)} ms${rate}${cached}`;
+}

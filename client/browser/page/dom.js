@@ -1,0 +1,39 @@
+// What the parts of the page share: finding and making elements, errors next to what failed, and keys.
+
+export const element = (id) => document.getElementById(id);
+
+/** A new element with a text and properties. */
+export const create = (tag, text, properties = {}) =>
+  Object.assign(document.createElement(tag), { textContent: text }, properties);
+
+/**
+ * Show an error in the alert `id`. The field that it is about is marked and gets the focus.
+ *
+ * An alert is announced by a screen reader when its text changes.
+ */
+export function complain(id, error, field) {
+  element(id).textContent = error.message;
+  field?.setAttribute("aria-invalid", "true");
+  field?.focus();
+}
+
+/** Remove the error in the alert `id`, and the mark of its field. */
+export function settle(id, field) {
+  element(id).textContent = "";
+  field?.removeAttribute("aria-invalid");
+}
+
+/** Submit `form` on Ctrl+Enter and, on a Mac, Cmd+Enter in any of its fields. */
+export function submitOnCtrlEnter(form) {
+  form.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    form.requestSubmit();
+  });
+}
+
+const WORDS = /(?<=\p{Ll}|\d)(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})|(?<=[_\-./:])(?=[^_\-./:])/u;
+
+/** A label that may be broken between its words, as HassTurn|On and light_|turn_|on: its text, and <wbr> elements. */
+export const breakable = (label) =>
+  label.split(WORDS).flatMap((word, i) => (i ? [document.createElement("wbr"), word] : [word]));

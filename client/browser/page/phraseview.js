@@ -1,0 +1,75 @@
+// The part of the page that classifies a phrase and shows the most likely intents.
+
+import { breakable, complain, create, element, settle, submitOnCtrlEnter } from "./dom.js";
+
+const TOP = 5;
+
+export class PhraseView {
+  #asked = 0; // questions so far: an answer is shown only if no later question was asked
+
+  constructor(client) {
+    this.client = client;
+    const form = element("classify-form");
+    submitOnCtrlEnter(form);
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#ask();
+    });
+  }
+
+  /** Begin with another bundle, without an answer. */
+  show() {
+    this.#answer("", []);
+    settle("phrase-error", element("phrase"));
+  }
+
+  /** Hide the answer of the adapter that is in use, while another one is put in use. */
+  switching() {
+    this.#asked += 1;
+    element("answer").dataset.stale = "yes";
+  }
+
+  /** Ask the adapter that is now in use for the same phrase; show the answer again if it is still the one before. */
+  async switched(done) {
+    if (done && element("phrase").value.trim()) await this.#ask();
+    else if (done) this.#answer("", []);
+    delete element("answer").dataset.stale;
+  }
+
+  async #ask() {
+    const field = element("phrase");
+    const [text, number] = [field.value, ++this.#asked];
+    settle("phrase-error", field);
+    try {
+      const found = await this.client.rank(text, TOP);
+      if (number === this.#asked) this.#answer(caption(text, found), found.labels);
+    } catch (error) {
+      if (number !== this.#asked) return;
+      this.#answer("", []);
+      complain("phrase-error", error, field);
+    }
+  }
+
+  #answer(text, labels) {
+    element("answer-caption").textContent = text;
+    element("answers").replaceChildren(...labels.map(row));
+  }
+}
+
+function caption(text, { adapter, milliseconds, unknown }) {
+  const share = unknown ? `, ${(100 * unknown).toFixed(0)} % of its tokens unknown to the base` : "";
+  return `“${text}” with ${adapter}, ${milliseconds.toFixed(1)} ms${share}`;
+}
+
+function row({ label, probability }) {
+  const meter = create("meter", "", { min: 0, max: 1, value: probability });
+  meter.setAttribute("aria-label", label);
+  const percent = `${(100 * probability).toFixed(1)} %`;
+  const cells = [create("th", "", { scope: "row" }), create("td", ""), create("td", percent)];
+  cells[0].append(...breakable(label));
+  cells[1].append(meter);
+  const row = create("tr", "");
+  row.dataset.probability = probability;
+  row.append(...cells);
+  return row;
+}
