@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from adapters.cores import ahead, cores
 from aggregation import checks, envelope, server
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import EdgeAdaptError, ProtocolError
+from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import DIGEST, Challenge, CheckIn
 from aggregation.pki import Root
-from aggregation.pki.certificates import same_name
+from aggregation.pki.certificates import identity, load, same_name
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import RevocationList
 from aggregation.server import Established, Offering, RoundAborted, Sharing
@@ -187,6 +187,8 @@ def establish(
     for attempt in range(1, settings.attempts + 1):
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
         present, nodes = _check_in(key, root, transport, name, last)
+        now = datetime.now(UTC)
+        nodes = _valid_at(now, root, present, nodes)
         least = settings.aggregation.minimum_devices
         reason = unmet = last.unmet(nodes, root.revoked) if last else ""
         if last is not None and not unmet:
@@ -205,6 +207,7 @@ def establish(
                 name,
                 settings.attempts,
                 last.survivors if last else (),
+                now,
             )
             if isinstance(outcome, RoundAborted):
                 reason = outcome.detail
@@ -258,13 +261,14 @@ def _offer(
     group: str,
     attempts: int,
     needed: Container[str],
+    at: datetime,
 ) -> tuple[Cohort, Established | RoundAborted]:
     """Begin the session's log, and offer the session to the devices that are ``present``.
 
-    ``needed``: a session without one of these is of no use.
+    ``needed``: a session without one of these is of no use. ``at``: when their certificates are valid.
     """
     certificates = {device: answer.certificate for device, answer in present.items()}
-    offering, offer = server.open_session(key, root, spec, certificates, SystemEntropy(), datetime.now(UTC))
+    offering, offer = server.open_session(key, root, spec, certificates, SystemEntropy(), at)
     recorder = transcripts.begin(offering.offer, root.revoked)
     cohort = Cohort(transport, nodes, recorder, attempts, serials(certificates.values()), root.revoked)
     last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
@@ -296,19 +300,31 @@ def _negotiate(
     return session
 
 
+def _valid_at(at: datetime, root: Root, present: Mapping[str, CheckIn], nodes: Mapping[str, int]) -> dict[str, int]:
+    """The devices whose certificates did not expire while the others checked in."""
+    valid: dict[str, int] = {}
+    for device, node in nodes.items():
+        try:
+            root.verify(present[device].certificate, at)
+            valid[device] = node
+        except TrustError as error:
+            log.info("node %d is not admitted: %s", node, error)
+    return valid
+
+
 def _check_in(
     key: IdentityKey, root: Root, transport: Transport, group: str, last: LastSum | None
 ) -> tuple[dict[str, CheckIn], dict[str, int]]:
     """Challenge every node; keep those that prove which certified device they are, one node for each device.
 
-    A device at two nodes has its key at both. It takes part at the one that answers first. While a survivor of the
-    ``last`` sum is absent, the nodes without a device are challenged again.
+    A device at two nodes has its key at both, and so has one with two names. It takes part at the node that answers
+    first. While a survivor of the ``last`` sum is absent, the nodes without a device are challenged again.
 
     Returns:
         Device → its answer, and device → node.
     """
     present: dict[str, CheckIn] = {}
-    admitted: dict[str, str] = {}  # name without case → device
+    admitted: dict[str, str] = {}  # name without case, and id of the key → device
     nodes: dict[str, int] = {}
     for attempt in range(1, CHECK_INS + 1):
         left = [node for node in transport.nodes() if node not in nodes.values()]
@@ -320,9 +336,11 @@ def _check_in(
             except ProtocolError as error:
                 log.info("node %d is not admitted: %s", reply.node, error)
                 continue
-            if (twin := admitted.setdefault(same_name(device), device)) in nodes:
+            names = same_name(device), identity(load(answer.certificate)).key_id
+            if twin := admitted.get(names[0]) or admitted.get(names[1]):
                 log.warning("node %d is not admitted: node %d checked in as %s before", reply.node, nodes[twin], twin)
                 continue
+            admitted |= dict.fromkeys(names, device)
             present[device], nodes[device] = answer, reply.node
         if last is None or not last.unmet(nodes, root.revoked):
             break

@@ -7,6 +7,7 @@ reader of the transcript, a spreadsheet or a folder of certificates finds one.
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from aggregation import checks, client, envelope, transcript
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.messages import Offer
 from aggregation.pki import Authority
-from client.node.statedir import AUTHORITY, CERTIFICATE
+from client.node.statedir import AUTHORITY, CERTIFICATE, IDENTITY
 from coordinator.authority import AuthorityStore
 from coordinator.authority import store as authority_store
 from tests.support import refused
@@ -76,3 +77,24 @@ def test_the_coordinators_app_admits_the_first_of_two_twins(
     assert len({name.lower() for name in record.survivors}) == 7
     monkeypatch.undo()
     assert audit_failures(fleet.out) == (set() if checked else {"offer.names"})
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_device_with_two_names_takes_part_as_one_and_does_not_end_the_run(
+    app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """An authority that certified its key twice; ours does not."""
+    fleet, now = app_fleet_of(8, rounds=1), datetime.now(UTC)
+    authority = Authority.from_pem((fleet.out / "authority" / AUTHORITY).read_bytes())
+    first, second = fleet.state_dir(FIRST), fleet.state_dir(SECOND)
+    again = authority.issue(SECOND, first.identity.public, not_before=now - DAY, not_after=now + DAY)
+    (second.folder / CERTIFICATE).write_bytes(again)
+    (second.folder / IDENTITY).write_bytes(first.identity.to_pem())
+    if not checked:
+        monkeypatch.setattr("coordinator.session.identity", lambda certificate: SimpleNamespace(key_id=object()))
+        with refused(ProtocolError, "offer.keys"):
+            fleet.federate(fleet.grid())
+        return
+    (record,) = fleet.federate(fleet.grid())
+    assert len(record.survivors) == 7
+    assert audit_failures(fleet.out) == set()

@@ -10,12 +10,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from flwr.app import Context, Message
 
 from aggregation import checks, client, server
 from aggregation.errors import ProtocolError
 from aggregation.pki import Authority
 from aggregation.sealed import seal, unseal
 from aggregation.server import AbortReason, Established, RoundAborted
+from aggregation.steps import Step
+from client.node.app import app as client_app
 from client.node.statedir import AUTHORITY, CERTIFICATE
 from coordinator.app import run
 from coordinator.audit import audit
@@ -48,6 +51,32 @@ def later(monkeypatch: pytest.MonkeyPatch) -> type[Later]:
         monkeypatch.setattr(f"{module}.datetime", Later)
     monkeypatch.setattr(Later, "ahead", timedelta())
     return Later
+
+
+def unchecked_time(at: datetime, root: Any, present: Any, nodes: Any) -> Any:
+    return nodes
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_certificate_that_expires_while_others_check_in_does_not_end_the_run(
+    fleet: Any, later: type[Later], monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    def waited(message: Message, context: Context) -> Message:
+        answer = client_app(message, context)
+        if message.metadata.message_type == Step.CHECK_IN.message_type:
+            answered.append(context.node_id)
+            later.ahead = timedelta() if len(answered) < 8 else 2 * HOUR  # for the last of them
+        return answer
+
+    answered = list[int]()
+    if not checked:
+        monkeypatch.setattr("coordinator.session._valid_at", unchecked_time)
+        with refused(ProtocolError, "certificate.validity"):
+            fleet.federate(fleet.grid(app=waited))
+        return
+    first, second = fleet.federate(fleet.grid(app=waited))
+    assert len(first.survivors) == len(second.survivors) == 7
+    assert VICTIM not in first.survivors
 
 
 @pytest.fixture
