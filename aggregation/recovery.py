@@ -29,6 +29,8 @@ class Recovery:
         plan: Of the round.
         encrypted_shares: Dealer → holder → shares, as the dealers signed them.
         responses: Holder → its unmask response.
+        corrupt: Devices of the cohort that may be corrupt, and so may say that they have no share of an honest dealer;
+            None: a tenth of the roster, rounded up.
         blamed: Devices found to have dealt or revealed a wrong share; grows as secrets are reconstructed.
     """
 
@@ -36,6 +38,7 @@ class Recovery:
     plan: Plan
     encrypted_shares: Mapping[str, Mapping[str, EncryptedShares]]
     responses: Mapping[str, UnmaskResponse]
+    corrupt: int | None = None
     blamed: set[str] = field(default_factory=set)
     _coefficients: dict[tuple[int, ...], list[int]] = field(default_factory=dict, repr=False)
     _seeds: Mapping[str, Mapping[str, bytes]] = field(init=False, repr=False)
@@ -64,7 +67,8 @@ class Recovery:
     ) -> bytes | None:
         t = self.session.spec.threshold
         if len(shares) < t:
-            if self._without_share(dealer) > graph.count_of(len(self.session.peers), CORRUPT_FRACTION):
+            tenth = graph.count_of(len(self.session.peers), CORRUPT_FRACTION)
+            if self._without_share(dealer) > (tenth if self.corrupt is None else self.corrupt):
                 self.blamed.add(dealer)
             return None
         secret = self._combine(list(shares)[:t], shares)

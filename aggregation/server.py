@@ -450,15 +450,14 @@ class Unmasking:
             raise ProtocolError(text, peer, about="unmask-response.shares")
         return replace(self, responses={**self.responses, peer: message})  # shares ``single_use``: one sum
 
-    def close(self, threads: int = 1) -> "tuple[Established, RoundResult] | RoundAborted":
-        """End step 8: unmask the sum, or reveal nothing. ``threads``: as of ``masks.apply``."""
-        survivor_set, least = self.survivor_set, self.survivor_set.session.spec.threshold
-        if len(self.responses) < least:
+    def close(self, threads: int = 1, corrupt: int | None = None) -> "tuple[Established, RoundResult] | RoundAborted":
+        """End step 8: unmask the sum, or reveal nothing. ``threads``: of ``masks.apply``; ``corrupt``: ``Recovery``."""
+        survivor_set, session = self.survivor_set, self.survivor_set.session
+        if len(self.responses) < (least := session.spec.threshold):
             detail = f"{len(self.responses)} unmask responses, {least} are needed"
             return survivor_set.aborted(AbortReason.TOO_FEW, detail)
-        recovery = Recovery(
-            survivor_set.session, survivor_set.plan, survivor_set.established.encrypted_shares, self.responses
-        )
+        encrypted = survivor_set.established.encrypted_shares
+        recovery = Recovery(session, survivor_set.plan, encrypted, self.responses, corrupt)
         seeds = {device: seed for device in survivor_set.devices if (seed := recovery.seed(device))}
         keys = {device: key for device in survivor_set.dropped if (key := recovery.mask_key(device))}
         missing = sorted({*survivor_set.devices, *survivor_set.dropped} - {*seeds, *keys})

@@ -191,7 +191,7 @@ def _aggregate(
             return confirmed
         confirming, bodies = confirmed
     unmasking = cohort.exchange(confirming, Unmasking.on_unmask_response, Step.UNMASK, bodies, group, enough=_responses)
-    unmasked = unmasking.close(cores())
+    unmasked = unmasking.close(cores(), cohort.corrupt)
     return unmasked if isinstance(unmasked, RoundAborted) else within_reach(*unmasked)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from adapters.cores import ahead, cores
-from aggregation import checks, envelope, server
+from aggregation import checks, envelope, graph, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
 from aggregation.messages import DIGEST, Challenge, CheckIn
@@ -46,6 +46,7 @@ class Cohort:
         nodes: Device → Flower node.
         recorder: Writes the log.
         attempts: At an exchange in which too few devices answer.
+        corrupt: How many of the devices may be corrupt.
         serials: Device → serial of its certificate.
         revoked: The revocation list that the session applies.
         dropped: Device → the step at which it dropped out of the round under way, or of the making of the session.
@@ -55,6 +56,7 @@ class Cohort:
     nodes: Mapping[str, int]
     recorder: Recorder
     attempts: int
+    corrupt: int
     serials: Mapping[str, int]
     revoked: RevocationList | None
     dropped: dict[str, str] = field(default_factory=dict)
@@ -205,7 +207,7 @@ def establish(
                 nodes,
                 transcripts,
                 name,
-                settings.attempts,
+                settings,
                 last.survivors if last else (),
                 now,
             )
@@ -259,7 +261,7 @@ def _offer(
     nodes: Mapping[str, int],
     transcripts: Transcripts,
     group: str,
-    attempts: int,
+    settings: FederationSettings,
     needed: Container[str],
     at: datetime,
 ) -> tuple[Cohort, Established | RoundAborted]:
@@ -270,7 +272,9 @@ def _offer(
     certificates = {device: answer.certificate for device, answer in present.items()}
     offering, offer = server.open_session(key, root, spec, certificates, SystemEntropy(), at)
     recorder = transcripts.begin(offering.offer, root.revoked)
-    cohort = Cohort(transport, nodes, recorder, attempts, serials(certificates.values()), root.revoked)
+    corrupt = graph.count_of(len(nodes), settings.aggregation.corrupt_fraction)
+    known = serials(certificates.values())
+    cohort = Cohort(transport, nodes, recorder, settings.attempts, corrupt, known, root.revoked)
     last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
     proofs = transcripts.session_chain_proofs(recorder, last_offers)
     revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from adapters.task import Sums, require_reach
-from aggregation import masks, ring
+from aggregation import graph, masks, ring
 from aggregation.errors import DataError, ProtocolError
 from aggregation.masks import Mask
 from aggregation.messages import MaskedInput
 from aggregation.recovery import Recovery
 from aggregation.session import Session
+from aggregation.spec import CORRUPT_FRACTION
 from aggregation.transcript import Result
 from coordinator.audit.findings import Problem, ProducedAdapter, Skipped, count
 from coordinator.audit.history import History, Round
@@ -59,7 +60,8 @@ def secrets(history: History, unmasked: dict[int, UnmaskedRound]) -> str:
 
 
 def _recover(session: Session, history: History, current: Round) -> UnmaskedRound:
-    recovery = Recovery(session, current.plan, history.encrypted_shares, current.responses)
+    corrupt = graph.count_of(len(history.cohort), CORRUPT_FRACTION)
+    recovery = Recovery(session, current.plan, history.encrypted_shares, current.responses, corrupt)
     seeds = {device: recovery.seed(device) for device in current.survivors}
     keys = {device: recovery.mask_key(device) for device in current.absent}
     hidden = sorted(device for device, secret in {**seeds, **keys}.items() if secret is None)

@@ -7,11 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, Error, Message
 
 from aggregation import envelope, recovery, sharing
+from aggregation.errors import EdgeAdaptError
 from aggregation.messages import Shares, UnmaskResponse
-from aggregation.server import AbortReason, RoundAborted
+from aggregation.server import AbortReason, RoundAborted, Unmasking
 from aggregation.sharing import SharePair
+from aggregation.steps import BODY, RECORD, Step
+from client.node.app import app as client_app
+from tests.support import refused
+from tests.support.hostile import audit_failures
 
 SMALL = "device-000"  # first in order: its shares are among the first t
 
@@ -178,6 +184,46 @@ def test_a_device_that_withholds_its_shares_excludes_no_other_device(fleet_of: C
     assert (outcome.reason, outcome.blamed) == (AbortReason.TOO_FEW, ())
     _, result = fleet.round(outcome.session)
     assert len(result.survivors) == 8
+
+
+DEALER, LATE = "device-02", "device-07"
+WITHHOLD = ("device-05", "device-06")  # as many as the policy of a device assumes in a cohort of 11
+
+
+@pytest.mark.parametrize("weakened", [False, True])
+def test_as_many_devices_as_may_be_corrupt_frame_no_dealer(
+    app_fleet_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, weakened: bool
+) -> None:
+    """They say that they have no share of it. The roster lacks a device, and so does the unmasking.
+
+    If the coordinator believed them, it would wait until the authority revokes the dealer.
+    """
+    fleet = app_fleet_of(11, rounds=2, aggregation__session_rounds=2)
+
+    def call(message: Message, context: Context) -> Message:
+        step, group = Step(message.metadata.message_type.partition(".")[2]), message.metadata.group_id
+        name = str(context.node_config["state"]).rpartition("/")[2]
+        if (step, name) == (Step.OFFER, "device-10") or (group, step, name) == ("1", Step.UNMASK, LATE):
+            return Message(Error(101, "its disk is full"), reply_to=message)
+        reply = client_app(message, context)
+        if (group, step) == ("1", Step.UNMASK) and name in WITHHOLD:
+            identity, record = fleet.state_dir(name).identity, reply.content.config_records[RECORD]
+            answer = envelope.open_verified(UnmaskResponse, record[BODY], identity.public, name)
+            kept = {dealer: share for dealer, share in answer.seeds.items() if dealer != DEALER}
+            record[BODY] = envelope.sign(identity, dataclasses.replace(answer, seeds=kept))
+        return reply
+
+    if weakened:
+        close = Unmasking.close
+        monkeypatch.setattr(Unmasking, "close", lambda state, threads, corrupt: close(state, threads))
+        with refused(EdgeAdaptError, "session") as caught:
+            fleet.federate(fleet.grid(app=call))
+        assert f"until the authority revokes {DEALER}" in str(caught.value)
+        return
+    first, second = fleet.federate(fleet.grid(app=call))
+    assert (first.reason, first.blamed) == ("too-few", ())
+    assert (second.version, len(second.survivors)) == (1, 10)
+    assert audit_failures(fleet.out) == set()
 
 
 @pytest.mark.parametrize("dropouts", [(), ("device-005",)])
