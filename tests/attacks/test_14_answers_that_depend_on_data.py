@@ -9,7 +9,8 @@ the same of all devices; without them it reads one bit of each.
 import threading
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -286,10 +287,13 @@ def test_an_answer_that_leaves_at_once_shows_how_many_examples_a_device_has(
     assert found == {name: many if name in HOLDERS else few for name in DEVICES}
 
 
+@pytest.mark.parametrize("delayed", [True, False])
 def test_a_device_that_fails_after_training_says_so_at_the_same_time(
-    app_fleet_of: FleetOf, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch
+    app_fleet_of: FleetOf, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch, delayed: bool
 ) -> None:
     """Its disk is full."""
+    if not delayed:
+        monkeypatch.setattr("client.node.app._delayed", lambda *given: nullcontext())
     fleet, save = busy_fleet(app_fleet_of), DeviceStateDir.save_state
     set_policy(fleet, answer_quantum_seconds=QUANTUM)
 
@@ -301,14 +305,17 @@ def test_a_device_that_fails_after_training_says_so_at_the_same_time(
     monkeypatch.setattr(DeviceStateDir, "save_state", full)
     observer = Observer(now=clock.now)
     fleet.federate(fleet.grid(app=observer))
-    failed = ("refused", "failed on the device; its log has the reason", QUANTUM)
-    assert observer.seen == dict.fromkeys(DEVICES, failed)
+    at = {name: QUANTUM if delayed else 2.0 if name in HOLDERS else 1.0 for name in DEVICES}
+    assert observer.seen == {
+        name: ("refused", "failed on the device; its log has the reason", at[name]) for name in DEVICES
+    }
 
 
+@pytest.mark.parametrize("held", [True, False])
 def test_a_message_during_training_is_answered_when_the_plan_is(
-    app_fleet_of: FleetOf, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch
+    app_fleet_of: FleetOf, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch, held: bool
 ) -> None:
-    """Answered when the training ends, it would show that time as well."""
+    """Answered when the training ends, it would show that time as well. ``held``: the lock, while the plan waits."""
     fleet, train, answered, threads = busy_fleet(app_fleet_of), Trainer.train, list[float](), list[threading.Thread]()
     set_policy(fleet, answer_quantum_seconds=QUANTUM)
 
@@ -337,6 +344,18 @@ def test_a_message_during_training_is_answered_when_the_plan_is(
             thread.join()
         return reply
 
+    lock = DeviceStateDir.locked
+
+    @contextmanager
+    def waiting_without_it(state_dir: DeviceStateDir) -> Iterator[None]:
+        with lock(state_dir):
+            yield
+        if threads and threading.current_thread() is threading.main_thread():
+            sleep(QUANTUM - clock.now() % QUANTUM)
+
+    if not held:
+        monkeypatch.setattr("client.node.app._delayed", lambda *given: nullcontext())
+        monkeypatch.setattr(DeviceStateDir, "locked", waiting_without_it)
     fleet.federate(fleet.grid(app=observed))
     assert len(answered) == len(DEVICES)
-    assert all(at % QUANTUM == 0 for at in answered)
+    assert all(at % QUANTUM == 0 for at in answered) == held

@@ -12,6 +12,7 @@ kill says that more than the last record was damaged, and devices know earlier c
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from aggregation.transcript import ENTRY, MAGIC, Checkpoint
 from client.node.app import app as client_app
 from coordinator.audit import AuditInput, AuditOptions
 from coordinator.audit.transcripts import log_name, logs
+from coordinator.statedir import CoordinatorStateDir
 from coordinator.storedlog import StoredLog
 from tests.support import refused
 from tests.support.fleet import make_fleet, session_spec
@@ -99,6 +101,9 @@ def test_a_log_that_was_cut_anywhere_is_not_signed_again(fleet: Any, share: floa
     whole = log.read_bytes()
     log.write_bytes(whole[: int(share * len(whole))])
     assert_not_started(fleet)
+    assert_signed(fleet)
+    assert endings(fleet) == []  # signed, and only the registry contradicts it
+    assert StoredLog.read(log, CoordinatorStateDir.open(fleet.out / "coordinator").key.public).closed
     log.write_bytes(whole)
     fleet.federate(fleet.grid())
     assert log.read_bytes() == whole
@@ -155,6 +160,7 @@ def test_only_a_later_checkpoint_of_the_same_log_shows_that_it_was_damaged(tmp_p
 def test_a_damaged_record_before_the_end_is_not_taken_for_an_incomplete_one(tmp_path: Path) -> None:
     """Wherever the length of a record is damaged: a checkpoint of this log follows, or it is one."""
     session = run_session([{}])
+    taken: list[int] = []
     path, starts = tmp_path / log_name(1), [len(MAGIC), *session.ends()[:-1]]
     for start in starts:
         damaged = bytearray(session.raw)
@@ -162,3 +168,8 @@ def test_a_damaged_record_before_the_end_is_not_taken_for_an_incomplete_one(tmp_
         path.write_bytes(damaged)
         with refused(TrustError, path.name):
             StoredLog.read(path, session.fleet.key.public)
+        with pytest.MonkeyPatch.context() as weakened, suppress(TrustError):
+            weakened.setattr(StoredLog, "is_continued_in", lambda *given: False)
+            taken.append(len(StoredLog.read(path, session.fleet.key.public).entries))
+    assert len(taken) > len(starts) / 2
+    assert max(taken) < len(starts)  # what follows the damage would be cut off
