@@ -156,10 +156,16 @@ class OnnxRunner:
         graph = ClassifierGraph(session, manifest.slots, manifest.independent_rows) if classifies else None
         return cls(session, tokenizer, graph)
 
-    def probabilities(self, texts: Sequence[str], inputs: Tensors) -> Floats:
-        """A classifier's probabilities, shape ``(texts, labels)``. Runs one text at a time, as a device does."""
-        rows = [self.logits(encoding.ids, inputs) for encoding in self.tokenizer.encode_batch(list(texts))]
-        return np.exp(log_softmax(np.concatenate(rows)))
+    def classify(self, texts: Sequence[str], inputs: Tensors, step: Callable[[], object] = lambda: None) -> Floats:
+        """A classifier's logits, shape ``(texts, labels)``, or ``(0, 0)`` without texts; ``step`` is called after each.
+
+        Runs one text at a time, as a device does.
+        """
+        rows = []
+        for encoding in self.tokenizer.encode_batch(list(texts)):
+            rows.append(self.logits(encoding.ids, inputs))
+            step()
+        return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
 
     def logits(self, ids: Sequence[int], inputs: Tensors) -> Floats:
         """A classifier's logits, shape ``(1, labels)``, or a language model's, ``(1, tokens, vocabulary)``."""

@@ -51,11 +51,7 @@ def measure(
     Raises:
         DataError: An answer is not finite.
     """
-    rows = []
-    for encoding in runner.tokenizer.encode_batch([phrase for phrase, _ in examples]):
-        rows.append(runner.logits(encoding.ids, inputs)[0])
-        step()
-    logits = np.stack(rows)
+    logits = runner.classify([phrase for phrase, _ in examples], inputs, step)
     if not np.isfinite(logits).all():
         raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken", about="logits")
     return calibrate(logits, np.array([label for _, label in examples], np.int64))

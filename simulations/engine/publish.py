@@ -5,13 +5,16 @@ holds the same base with the global adapter and the device's own private adapter
 itself and never sends it to the coordinator.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters import classifier, files
+import numpy as np
+
+from adapters import classifier, files, storage
 from adapters.base import Base
-from adapters.layout import Tensors
-from adapters.storage import PUBLIC, replace
+from adapters.calibration import Labels, confidences, expected_calibration_error, fit
+from adapters.layout import Floats, Tensors
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
 from client.training.trainer import load_trainer
@@ -22,13 +25,16 @@ from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
 from export.parity import compare
 from export.parity.compare import Limits, OnnxRunner, Parity, limits_of
-from simulations.data.population import Population
+from export.parity.temperature import FEWEST
+from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
+from simulations.report.result import Reliability
 from simulations.scenario import Scenario
 
 BUNDLE = "bundle"
 GLOBAL = "global"
 PERSONAL = "personal"
+NINETY = (0.85, 0.95)  # what a device calls 90 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class ExportOutcome:
     bundle: Path
     parity: Parity
     accuracy: float  # share of the test phrases of all clients that the exported pair answers right
+    reliability: dict[str, Reliability]  # of the global and the personal adapters, on the test phrases of all clients
 
 
 def publish(out: Path, scenario: Scenario, population: Population, base: Base) -> ExportOutcome:
@@ -54,20 +61,70 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     runner = OnnxRunner.open(exported.files, exported.manifest)
     classifier.load(model, tensors)
     tests = [example for client in population.clients for example in client.test]
-    inputs, texts = _on_device(tensors, exported), [example.text for example in tests]
+    inputs, texts = _on_device(tensors, exported), _texts(tests)
     found = compare.compare(model, runner, inputs, texts)
     compare.gate(found, _limits(scenario))
-    right = runner.probabilities(texts, inputs).argmax(axis=1) == [example.label for example in tests]
+    logits, labels = runner.classify(texts, inputs), _labels(tests)
     key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_files.KEY).read_bytes())
     manifest = version.manifest
     source = AdapterSource(
         GLOBAL, tensors, population.labels, manifest.version, manifest.sha256, peft_config=manifest.peft_config
     )
     write_bundle(out / BUNDLE, exported, [source], key=key)
-    replace(out / device_files.TRUST, key.public.to_pem(), PUBLIC)
-    for client in population.clients:
-        _write_device_bundle(out, client.name, exported, source)
-    return ExportOutcome(provision.device_folder(out, population.clients[0].name) / BUNDLE, found, float(right.mean()))
+    storage.replace(out / device_files.TRUST, key.public.to_pem(), storage.PUBLIC)
+    personal = [_write_device_bundle(out, client, exported, source, runner) for client in population.clients]
+    return ExportOutcome(
+        provision.device_folder(out, population.clients[0].name) / BUNDLE,
+        found,
+        float((logits.argmax(axis=1) == labels).mean()),
+        {
+            GLOBAL: reliability(logits, labels, np.full(len(labels), source.temperature)),
+            PERSONAL: reliability(
+                np.concatenate([answers for answers, _ in personal if len(answers)]),
+                labels,
+                np.concatenate([np.full(len(answers), temperature) for answers, temperature in personal]),
+            ),
+        },
+    )
+
+
+def reliability(logits: Floats, labels: Labels, temperatures: Floats) -> Reliability:
+    """Whether stated probabilities are the share of right answers.
+
+    Args:
+        logits: Shape ``(answers, labels)``; at least one answer.
+        labels: The right ones, shape ``(answers,)``.
+        temperatures: Of each answer's adapter, shape ``(answers,)``.
+    """
+    calibrated = logits / temperatures.astype(logits.dtype)[:, None]
+    stated, right = confidences(calibrated), calibrated.argmax(axis=1) == labels
+    near = (stated >= NINETY[0]) & (stated < NINETY[1])
+    return Reliability(
+        before=expected_calibration_error(logits, labels),
+        after=expected_calibration_error(calibrated, labels),
+        near_ninety=int(near.sum()),
+        right_near_ninety=float(right[near].mean()) if near.any() else float("nan"),
+    )
+
+
+def personal_temperature(logits: Floats, labels: Labels, shared: float) -> float:
+    """A personal adapter's temperature, from the answers to its client's validation phrases.
+
+    Args:
+        logits: Shape ``(answers, labels)``.
+        labels: The right ones, shape ``(answers,)``.
+        shared: The global adapter's temperature, which holds where there are fewer than ``FEWEST`` phrases: fitted to
+            a dozen, a temperature does more harm than good (docs/decisions/0027-calibrated-probabilities.md).
+    """
+    return fit(logits, labels, shared) if len(labels) >= FEWEST else shared
+
+
+def _texts(examples: Sequence[LabelledText]) -> list[str]:
+    return [example.text for example in examples]
+
+
+def _labels(examples: Sequence[LabelledText]) -> Labels:
+    return np.array([example.label for example in examples], np.int64)
 
 
 def _limits(scenario: Scenario) -> Limits:
@@ -81,19 +138,31 @@ def _on_device(tensors: Tensors, exported: ExportedBase) -> Tensors:
     return adapter.decode(adapter.encode(tensors, exported.adapter_inputs), "int8")
 
 
-def _write_device_bundle(out: Path, client: str, exported: ExportedBase, common: AdapterSource) -> None:
-    """Copy the coordinator's bundle into a device's state directory, and add the device's own adapter to it."""
-    folder = provision.device_folder(out, client)
+def _write_device_bundle(
+    out: Path, client: Client, exported: ExportedBase, common: AdapterSource, runner: OnnxRunner
+) -> tuple[Floats, float]:
+    """Copy the coordinator's bundle into a device's state directory, and add the device's own adapter to it.
+
+    Returns:
+        The logits of the device's own adapter for its test phrases, and the adapter's temperature.
+    """
+    folder = provision.device_folder(out, client.name)
     copy_bundle(out / BUNDLE, folder / BUNDLE)
     blob = (folder / device_files.PERSONAL).read_bytes()
     identity = IdentityKey.from_pem((folder / device_files.IDENTITY).read_bytes())
+    tensors = files.decode(blob)
+    inputs = _on_device(tensors, exported)
+    held_out = runner.classify(_texts(client.validation), inputs)
+    temperature = personal_temperature(held_out, _labels(client.validation), common.temperature)
     private = AdapterSource(
         PERSONAL,
-        files.decode(blob),
+        tensors,
         common.labels,
         common.version,
         files.sha256(blob),
         common.sha256,
         common.peft_config,
+        temperature,
     )
     add_adapter(folder / BUNDLE, exported.adapter_inputs, private, key=identity)
+    return runner.classify(_texts(client.test), inputs), temperature

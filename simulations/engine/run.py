@@ -232,6 +232,7 @@ def _result(folder: RunFolder, base: Base, clients: Sequence[ClientResult], expo
             "count": parity.count,
             "accuracy": exported.accuracy,
         },
+        reliability=exported.reliability,
         seconds={**folder.seconds, "coordination": folder.seconds["rounds"] - folder.seconds["training"]},
     )
 

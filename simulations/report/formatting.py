@@ -4,11 +4,19 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simulations.report.result import ARMS, ReportedRound, RunResult, device_rounds, dropouts_by_step, summary
+from simulations.report.result import (
+    ARMS,
+    Reliability,
+    ReportedRound,
+    RunResult,
+    device_rounds,
+    dropouts_by_step,
+    summary,
+)
 
 COLUMNS = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
 PHRASE = "turn on the kitchen lights"
@@ -127,6 +135,18 @@ def dropouts(rounds: Sequence[ReportedRound]) -> str:
     at = ", ".join(f"{number} at {step}" for step, number in by_step.items())
     text = f"{sum(by_step.values())} of {count(device_rounds(rounds), 'device-round')}" + (f": {at}" if at else "")
     return text + (f"; {count(aborted, 'round')} aborted" if aborted else "")
+
+
+def reliability(found: Mapping[str, Reliability]) -> tuple[str, str]:
+    """How often each arm is right when it says 90 %, and the calibration errors; the personal arm comes first."""
+    arms = list(found.items())[::-1]
+    says = (f"{arm} is right {percent(one.right_near_ninety, 1)} of {one.near_ninety} times" for arm, one in arms)
+    errors = (f"{arm} {percent(one.after, 1)}{_uncalibrated(one)}" for arm, one in arms)
+    return "; ".join(says), f"calibration error: {'; '.join(errors)}"
+
+
+def _uncalibrated(one: Reliability) -> str:
+    return "" if one.before == one.after else f" ({percent(one.before, 1)} uncalibrated)"
 
 
 def program() -> str:

@@ -50,6 +50,7 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
         headline=formatting.headline(result),
         accuracy={arm: summary(result.clients, arm) for arm in ARMS},
         traffic=formatting.TrafficMeans.of(result),
+        reliability=formatting.reliability(result.reliability),
         dropouts=formatting.dropouts(result.rounds),
         dropout_count=sum(dropouts_by_step(result.rounds).values()),
         figures={

@@ -47,6 +47,20 @@ class ReportedRound:
 
 
 @dataclass(frozen=True, slots=True)
+class Reliability:
+    """Whether the probabilities of one arm are the share of right answers, on the test phrases of all clients.
+
+    Measured on the exported files, as devices answer. The calibration error is the mean distance between the two
+    (``adapters.calibration``); the lists of answers are those of all clients together.
+    """
+
+    before: float  # calibration error without a temperature
+    after: float  # with the temperatures that the adapters' manifests state
+    near_ninety: int  # answers with a probability of 85 to 95 %
+    right_near_ninety: float  # the share of them that is right; NaN if there are none
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """Everything that a run reports."""
 
@@ -59,6 +73,7 @@ class RunResult:
     bundle: str
     report: str
     parity: dict[str, float | int]  # agreement, max_abs_diff, count; accuracy of the exported global pair
+    reliability: dict[str, Reliability]  # of the arms global and personal
     seconds: dict[str, float]  # total, training (all devices, in the rounds), coordination, personal, export
 
     def to_json(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from simulations.report.formatting import (
     headline,
     percent,
     printable,
+    reliability,
     share,
     size,
 )
@@ -114,12 +115,15 @@ def _accuracy(result: RunResult) -> Table:
 
 def _facts(result: RunResult, program: str) -> list[tuple[str, str]]:
     traffic = TrafficMeans.of(result)
+    says, errors = reliability(result.reliability)
     return [
         ("up", _traffic(traffic.up, traffic.model)),
         ("down", _traffic(traffic.down, traffic.model)),
         ("dropouts", dropouts(result.rounds)),
         ("time", _time(result.seconds)),
         ("parity", _parity(result.parity)),
+        ("says 90 %", says),
+        ("", errors),
         ("bundle", result.bundle),
         ("report", result.report),
         ("try", command(result, program)),

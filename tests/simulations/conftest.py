@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from simulations.report.result import ClientResult, ReportedRound, RunResult
+from simulations.report.result import ClientResult, Reliability, ReportedRound, RunResult
 
 STEPS = ("plan", "survivors", "unmask")
 
@@ -59,6 +59,10 @@ def make_result() -> Callable[..., RunResult]:
             bundle="runs/households/bundle",
             report="runs/households/report.html",
             parity={"agreement": 0.9983, "max_abs_diff": 0.0312, "count": 600, "accuracy": 0.81},
+            reliability={
+                "global": Reliability(0.064, 0.064, 64, 0.93),
+                "personal": Reliability(0.0418, 0.029, 71, 0.8873),
+            },
             seconds={"total": 252.0, "training": 161.0, "coordination": 7.4, "personal": 38.0, "export": 21.0},
         )
 

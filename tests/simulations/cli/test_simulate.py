@@ -125,6 +125,8 @@ def test_the_result_has_every_promised_key(finished: tuple[Path, Result]) -> Non
     assert result["device_rounds"] == sum(len({*entry["survivors"], *entry["dropped"]}) for entry in rounds)
     assert {"version", "sha256", "bytes"} <= set(result["adapter"])
     assert {"agreement", "max_abs_diff"} <= set(result["parity"])
+    assert set(result["reliability"]) == {"global", "personal"}
+    assert all(0 <= one["before"] == one["after"] <= 1 for one in result["reliability"].values())  # few phrases
     assert Path(result["bundle"], "base", "model.onnx").is_file()
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     assert json.loads((out / "result.json").read_text()) == result
