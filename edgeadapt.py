@@ -23,6 +23,7 @@ COMMANDS = {
     "base": ("export.cli.bases", "base", "Show which bases there are, and what one can do.", "export"),
     "bench": ("simulations.cli.bench", "bench", "Measure secure aggregation and models on devices.", "simulations"),
     "coordinator": ("coordinator.cli.coordinator", "coordinator", "Make a coordinator, run its rounds.", "coordinator"),
+    "data": ("simulations.cli.data", "data", "Look at the texts of a simulation.", "simulations"),
     "demo": (
         "simulations.cli.simulate",
         "demo",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 from adapters.settings import Settings
 from coordinator.settings import FederationSettings
 from simulations.data.households import PopulationSettings
+from simulations.data.tables.settings import DataSettings
 
 
 class BaseSettings(Settings):
@@ -80,12 +82,17 @@ class Scenario(Settings):
         default=0, ge=0, lt=2**32, description="seed of population, seed adapter, training order and network faults"
     )
     population: PopulationSettings = PopulationSettings()
+    data: DataSettings = DataSettings()
     base: BaseSettings = BaseSettings()
     adapter: AdapterSettings = AdapterSettings()
     federation: FederationSettings = FederationSettings()
     network: NetworkSettings = NetworkSettings()
     personal: PersonalSettings = PersonalSettings()
     export: ExportSettings = ExportSettings()
+
+    def located(self, folder: Path) -> Self:
+        """The scenario with the relative paths of its data taken from ``folder``."""
+        return self.model_copy(update={"data": self.data.located(folder)})
 
 
 def describe() -> Iterator[str]:

@@ -1,8 +1,9 @@
 """``edgeadapt simulate`` runs a scenario file; ``edgeadapt demo`` runs the scenario that comes with the package."""
 
 import json
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import click
 from rich.console import Console
 
+from adapters.settings import toml_value
 from aggregation.errors import ConfigError
 from simulations.scenario import Scenario, describe
 
 RUNS = Path("runs")
+SHIPPED = Path(str(files("simulations"))) / "scenarios"
 DEMO = "households.toml"
 
 
@@ -51,40 +54,61 @@ def demo(**options: Any) -> None:
       edgeadapt demo --out runs/mine --resume      # after Ctrl-C
       edgeadapt demo --json > result.json
     """
-    _run(Path(str(files("simulations"))) / "scenarios" / DEMO, **options)
+    _run(SHIPPED / DEMO, **options)
 
 
 @click.command()
-@click.argument("scenario", type=click.Path(path_type=Path))
+@click.argument("scenario", type=click.Path(path_type=Path), metavar="SCENARIO|FILE|DIR")
 @_shared_options
 @click.option("--keys", is_flag=True, is_eager=True, expose_value=False, callback=_show_keys, help="List every key.")
 def simulate(scenario: Path, **options: Any) -> None:
-    """Run a SCENARIO file, from the population to the report.
+    """Run a SCENARIO (.toml), from the population to the report; or the demo's scenario on a FILE or DIR of texts.
 
     \b
     Examples:
       edgeadapt simulate simulations/scenarios/households.toml
+      edgeadapt simulate texts.csv --set data.client=user      # columns text, label, user
       edgeadapt simulate my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'
       edgeadapt simulate --keys
     """
     _run(scenario, **options)
 
 
+def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
+    """The scenario in a file; or, for texts in any other file or folder, the demo's with these texts.
+
+    Raises:
+        ConfigError: As ``Scenario.read``, or there is no such file.
+    """
+    if path.suffix == ".toml":
+        return Scenario.read(path, overrides).located(path.parent)
+    if not path.exists():
+        raise ConfigError(f"there is no file or folder {path}", about="SCENARIO", value=str(path))
+    name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:64] or "texts"
+    texts = f"data.files={toml_value([str(path.absolute())])}"
+    return Scenario.read(SHIPPED / DEMO, (f'name="{name}"', texts, *overrides)).located(Path())
+
+
 def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
-    scenario = Scenario.read(path, overrides)
+    scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
+    from adapters.base import find_base
+    from simulations.data import populate
+    from simulations.data.summary import summarize
     from simulations.engine.progress import RunProgress
     from simulations.engine.run import RunFolder, run
     from simulations.report.formatting import program
-    from simulations.report.terminal import print_scenario, print_table
+    from simulations.report.terminal import print_data, print_scenario, print_table
 
+    loaded = populate(scenario.data, scenario.population, scenario.seed)
     out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
     folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
     if not as_json:
         print_scenario(scenario, out, Console())
+        print_data(summarize(loaded, find_base(scenario.base.model)), Console())
     try:
         with RunProgress(quiet=as_json) as progress:
-            result = run(folder, progress)
+            result = run(folder, loaded.population, progress)
     except KeyboardInterrupt:
         click.echo(
             f"The finished parts are kept. To continue, add --out {shlex.quote(str(out))} --resume to the same command",

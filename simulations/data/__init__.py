@@ -1,1 +1,15 @@
-"""Populations: the examples of the simulated devices."""
+"""The populations of simulations: generated households, or texts of one's own."""
+
+from simulations.data.households import PopulationSettings, sample_population
+from simulations.data.tables import DataSettings, Loaded, load_population
+
+
+def populate(data: DataSettings, households: PopulationSettings, seed: int) -> Loaded:
+    """The population that a scenario describes: from ``data`` if it names texts, else households.
+
+    Raises:
+        ConfigError, DataError: As ``load_population`` and ``sample_population``.
+    """
+    if data.given:
+        return load_population(data, seed)
+    return Loaded(sample_population(households, seed), None)

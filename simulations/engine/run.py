@@ -29,7 +29,6 @@ from coordinator.app import STATE
 from coordinator.app import app as server_app
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
-from simulations.data.households import sample_population
 from simulations.data.population import Population
 from simulations.engine import provision
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
@@ -116,8 +115,13 @@ class RunFolder:
         replace(self.path / SECONDS, json.dumps(self.seconds).encode())
 
 
-def run(folder: RunFolder, progress: RunProgress) -> RunResult:
+def run(folder: RunFolder, population: Population, progress: RunProgress) -> RunResult:
     """Run the stages that are not finished, and return the result.
+
+    Args:
+        folder: Of the run.
+        population: The scenario's.
+        progress: Shows the stages.
 
     Raises:
         EdgeAdaptError: A stage failed; the outcomes of the stages before it stay in the folder.
@@ -127,7 +131,6 @@ def run(folder: RunFolder, progress: RunProgress) -> RunResult:
     with _logged(folder.path / LOG), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
             base = training_base(folder)
-            population = sample_population(scenario.population, scenario.seed)
             _prepare(folder.path, scenario, population, base)
         _federate(folder, population, progress)
         with folder.timed("personal"):
@@ -225,6 +228,7 @@ def _result(folder: RunFolder, base: Base, clients: Sequence[ClientResult], expo
         },
         base={"digest": base.digest, "bytes": base.weight_bytes},
         bundle=str(exported.bundle),
+        phrase="a text of your own" if scenario.data.given else "turn on the kitchen lights",
         report=str(folder.path / REPORT),
         parity={
             "agreement": parity.agreement,

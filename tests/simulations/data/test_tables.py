@@ -1,0 +1,338 @@
+"""Texts of one's own: every format gives the same population, no group is on both sides, and bad rows have a place."""
+
+import csv
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregation.errors import ConfigError, DataError
+from client.training.examples import MAX_TEXT
+from simulations.data.population import Client, Population
+from simulations.data.tables import DataSettings, load_population
+from simulations.data.tables.groups import group_texts, normalized
+from tests.support import refused
+
+LABELS = ("greet", "part", "ask")
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath", "inlet", "juniper", "kelp", "larch")
+
+
+def rows(users: int = 8, each: int = 14, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of three labels whose texts differ much, in the order of time."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "text": " ".join(rng.choice(WORDS, 6)) + f" {user}x{number}",
+            "label": LABELS[(user + number) % 3],
+            "user": f"user-{user}",
+            "when": f"2026-01-{number + 1:02d}T00:00:00",
+            "lang": "en" if user % 2 else "de",
+        }
+        for user in range(users)
+        for number in range(each)
+    ]
+
+
+def write_csv(path: Path, found: Iterable[dict[str, Any]], delimiter: str = ",") -> Path:
+    found = list(found)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(found[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(found)
+    return path
+
+
+def write_jsonl(path: Path, found: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, found: Iterable[dict[str, Any]]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(list(found)), path)
+    return path
+
+
+def write_saved(path: Path, found: Iterable[dict[str, Any]]) -> Path:
+    from datasets import ClassLabel, Dataset
+
+    made = Dataset.from_list([{**row, "label": LABELS.index(row["label"])} for row in found])
+    made.cast_column("label", ClassLabel(names=list(LABELS))).save_to_disk(str(path))
+    return path
+
+
+def write_folder(path: Path, found: Iterable[dict[str, Any]]) -> Path:
+    for number, row in enumerate(found):
+        file = path / row["user"] / row["label"] / f"{number:04d}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(row["text"], encoding="utf-8")
+    return path
+
+
+WRITERS: dict[str, Callable[[Path, Iterable[dict[str, Any]]], Path]] = {
+    "texts.csv": write_csv,
+    "texts.tsv": lambda path, found: write_csv(path, found, "\t"),
+    "texts.jsonl": write_jsonl,
+    "texts.parquet": write_parquet,
+    "saved": write_saved,
+}
+
+
+def load(path: Path, **settings: Any) -> Population:
+    return load_population(DataSettings(files=(str(path),), **{"client": "user", **settings}), 0).population
+
+
+def learned(client: Client) -> set[str]:
+    return {text.group for text in client.train + client.validation}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_population(tmp_path: Path, name: str) -> None:
+    expected = load(write_jsonl(tmp_path / "expected.jsonl", rows()))
+    assert load(WRITERS[name](tmp_path / name, rows())).digest == expected.digest
+
+
+def test_a_folder_of_texts_names_clients_and_labels(tmp_path: Path) -> None:
+    found = load(write_folder(tmp_path / "texts", rows()), client="client")
+    assert found.labels == tuple(sorted(LABELS))
+    assert {client.name for client in found.clients} == {f"user-{number}" for number in range(8)}
+
+
+def test_a_function_gives_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(f"def texts():\n    return {rows()!r}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = load_population(DataSettings(function="mine:texts", client="user"), 0).population
+    assert found.digest == load(write_jsonl(tmp_path / "texts.jsonl", rows())).digest
+    sys.modules.pop("mine")
+
+
+def test_each_client_has_its_own_texts_and_its_share_of_tests(tmp_path: Path) -> None:
+    found = load(write_csv(tmp_path / "texts.csv", rows(each=40)), language="lang", public_texts=2)
+    said = {row["text"]: row["user"] for row in rows(each=40)}
+    for client in found.clients:
+        texts = client.train + client.validation + client.test
+        assert {said[text.text] for text in texts} == {client.name}
+        assert 0.2 <= len(client.test) / len(texts) <= 0.3
+        assert client.language == ("en" if int(client.name[-1]) % 2 else "de")
+    assert sum(client.unseen for client in found.clients) == 2
+    assert not any(client.unseen for client in found.clients[:6])
+    assert Counter(text.label for text in found.public) == {0: 2, 1: 2, 2: 2}
+    assert not {text.text for text in found.public} & {t.text for c in found.clients for t in c.train + c.test}
+
+
+def test_another_order_of_the_files_rows_and_another_seed(tmp_path: Path) -> None:
+    one = load_population(DataSettings(files=(str(write_csv(tmp_path / "a.csv", rows())),), client="user"), 1)
+    again = load_population(DataSettings(files=(str(tmp_path / "a.csv"),), client="user"), 1)
+    other = load_population(DataSettings(files=(str(tmp_path / "a.csv"),), client="user"), 2)
+    assert one.population.digest == again.population.digest != other.population.digest
+
+
+@pytest.mark.parametrize("settings", [{}, {"holdout": "time", "time": "when"}], ids=["hash", "time"])
+def test_no_near_duplicate_of_a_test_text_is_learned_by_anyone(tmp_path: Path, settings: dict[str, Any]) -> None:
+    made = rows(each=20)
+    for number, row in enumerate(made):
+        if number % 3 == 0:  # a near-duplicate of another user's text: other case, number and punctuation
+            row["text"] = made[(number * 7 + 1) % len(made)]["text"].upper().replace("X", "9") + "!"
+    found = load(write_csv(tmp_path / "texts.csv", made), **settings)
+    everywhere = set().union(*map(learned, found.clients)) | {text.group for text in found.public}
+    tested = {text.group for client in found.clients for text in client.test}
+    assert tested
+    assert not tested & everywhere
+
+
+def test_a_split_at_random_would_have_failed_that_test(tmp_path: Path) -> None:
+    """The same near-duplicates, with a threshold that finds none of them."""
+    made = [dict(row, text=row["text"] + f" {n % 2}") for n, row in enumerate(rows(each=20)) for _ in range(2)]
+    for number, row in enumerate(made):
+        row["text"] += "!" * (number % 2)
+    loaded = load(write_csv(tmp_path / "texts.csv", made))
+    exact = {normalized(t.text) for c in loaded.clients for t in c.train + c.validation}
+    assert not exact & {normalized(text.text) for client in loaded.clients for text in client.test}
+
+
+def test_texts_of_one_group_column_stay_together(tmp_path: Path) -> None:
+    made = [dict(row, thread=f"t{number // 4}") for number, row in enumerate(rows(each=24))]
+    found = load(write_csv(tmp_path / "texts.csv", made), group="thread", public_texts=1)
+    thread = {row["text"]: row["thread"] for row in made}
+    for client in found.clients:
+        tested = {thread[text.text] for text in client.test}
+        assert tested
+        assert not tested & {thread[text.text] for text in client.train + client.validation}
+
+
+def test_by_time_the_latest_texts_are_for_tests(tmp_path: Path) -> None:
+    found = load(write_csv(tmp_path / "texts.csv", rows(each=20)), holdout="time", time="when")
+    when = {row["text"]: row["when"] for row in rows(each=20)}
+    for client in found.clients:
+        last = max(when[text.text] for text in client.train + client.validation)
+        assert all(when[text.text] > last for text in client.test)
+
+
+def test_a_split_of_the_data_is_kept_and_its_near_duplicates_are_counted(tmp_path: Path) -> None:
+    made = [dict(row, part=("test", "train", "validation")[number % 3]) for number, row in enumerate(rows(each=21))]
+    made[0]["text"] = made[1]["text"].upper()
+    path = write_csv(tmp_path / "texts.csv", made)
+    loaded = load_population(DataSettings(files=(str(path),), client="user", split="part", public_texts=1), 0)
+    part = {row["text"]: row["part"] for row in made}
+    for client in loaded.population.clients:
+        for name in ("train", "validation", "test"):
+            assert {part[text.text] for text in getattr(client, name)} == {name}
+    assert loaded.facts is not None
+    assert loaded.facts.leaked == 1
+
+
+@pytest.mark.parametrize("rule", ["iid", "dirichlet", "shard", "linear", "exponential"])
+def test_each_partition_deals_out_every_text_once(tmp_path: Path, rule: str) -> None:
+    path = write_csv(tmp_path / "texts.csv", rows(each=60))
+    found = load(path, client="", partition=rule, clients=6, minimum_texts=3, public_texts=1, concentration=5.0)
+    texts = [text.text for client in found.clients for text in client.train + client.validation + client.test]
+    assert len(texts) == len(set(texts))
+    assert len(found.clients) >= 5
+    sizes = sorted(len(c.train + c.validation + c.test) for c in found.clients)
+    if rule == "iid":
+        assert sizes[-1] - sizes[0] <= 1
+    if rule in ("linear", "exponential"):
+        assert sizes[-1] > 2 * sizes[0]
+    if rule == "shard":
+        assert all(len({t.label for t in c.train + c.validation + c.test}) <= 3 for c in found.clients)
+
+
+def test_small_concentration_makes_clients_one_sided(tmp_path: Path) -> None:
+    def most(concentration: float) -> float:
+        path = write_csv(tmp_path / "texts.csv", rows(each=60))
+        found = load(path, client="", clients=6, concentration=concentration, minimum_texts=6, public_texts=1)
+        shares = []
+        for client in found.clients:
+            counts = Counter(text.label for text in client.train + client.validation + client.test)
+            shares.append(max(counts.values()) / counts.total())
+        return float(np.mean(shares))
+
+    assert most(0.2) > most(100.0) + 0.2
+
+
+def test_names_that_no_device_can_have_are_replaced_by_numbers(tmp_path: Path) -> None:
+    made = [dict(row, user=row["user"] + "x" * 64) for row in rows()]
+    assert [client.name for client in load(write_csv(tmp_path / "texts.csv", made)).clients] == [
+        f"client-{number:04d}" for number in range(1, 9)
+    ]
+
+
+BROKEN = [
+    ({"text": ""}, "text is empty"),
+    ({"text": "x" * (MAX_TEXT + 1)}, "longer than"),
+    ({"label": " "}, "label is empty"),
+    ({"label": "a\x1b[2J"}, "not printable"),
+    ({"user": ""}, "user is empty"),
+    ({"when": "soon"}, "ISO 8601"),
+    ({"when": "inf"}, "ISO 8601"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), BROKEN, ids=lambda value: str(value)[:20])
+def test_a_broken_row_is_named_by_file_and_line_and_can_be_skipped(
+    tmp_path: Path, change: dict[str, str], reason: str
+) -> None:
+    made = rows()
+    made[30] |= change
+    path = write_csv(tmp_path / "texts.csv", made)
+    settings = DataSettings(files=(str(path),), client="user", time="when")
+    with refused(DataError, "data.files") as error:
+        load_population(settings, 0)
+    assert f"{path}:32: " in str(error.value)
+    assert reason in str(error.value)
+    skipped = load_population(settings.model_copy(update={"broken": "skip"}), 0)
+    assert skipped.facts is not None
+    assert len(skipped.facts.broken) == 1
+    assert skipped.facts.rows == len(made) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("a.csv", b"", "a.csv"),
+        ("a.csv", b"text,text\na,b\n", "a.csv"),
+        ("a.csv", b"text,label\n\xff,x\n", "a.csv"),
+        ("a.csv", b'text,label\n"a,b\n', "a.csv"),
+        ("a.csv", b"text,label\na\n", "data.files"),
+        ("a.csv", b"text,label\n" + b"x" * 2**21 + b",b\n", "a.csv"),
+        ("a.jsonl", b"[1]\n", "data.files"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "data.files"),
+        ("a.jsonl", b'{"text": "\\ud800", "label": "a"}\n', "data.files"),
+        ("a.jsonl", b'{"text": 5, "label": "a"}\n', "data.files"),
+        ("a.jsonl", b"\xff\n", "a.jsonl"),
+        ("a.parquet", b"PAR1 not really", "a.parquet"),
+        ("a.txt", b"text", "data.files"),
+        ("a.pkl", b"", "data.files"),
+        ("a.jsonl", b'{"text": "a", "label": "b"}\n', "data.label"),
+    ],
+)
+def test_a_damaged_or_unknown_file_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes, where: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ConfigError, DataError)) as error:
+        load_population(DataSettings(files=(str(tmp_path / name),)), 0)
+    assert error.value.about == where
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_missing_files_empty_folders_and_damaged_data_sets_are_named(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for name, kind in (("nowhere.csv", ConfigError), ("empty", ConfigError), ("saved", DataError)):
+        with pytest.raises(kind, match=name):
+            load_population(DataSettings(files=(str(tmp_path / name),)), 0)
+
+
+@pytest.mark.parametrize("function", ["nowhere:texts", "json:nothing", "json:loads"])
+def test_a_function_that_is_missing_or_fails_is_named(function: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=re.escape(function)):
+        load_population(DataSettings(function=function), 0)
+
+
+def test_too_few_clients_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    with refused(ConfigError, "data.client") as error:
+        load(write_csv(tmp_path / "texts.csv", rows(users=3)))
+    assert "minimum_texts" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"files": ("a.csv",), "function": "a:b"},
+        {"function": "not a function"},
+        {"holdout": "time"},
+        {"text": "same", "label": "same"},
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"data|function|time|twice"):
+        DataSettings(**settings)
+
+
+def test_near_duplicates_by_the_definition() -> None:
+    texts = ["Turn on the light!", "turn on the  LIGHT", "set it to 21 degrees", "set it to 9 degrees", "good night"]
+    assert group_texts(texts, [""] * 5, 1.0) == [0, 0, 2, 2, 4]
+    assert group_texts(texts, ["a", "", "", "", "a"], 1.0) == [0, 0, 2, 2, 0]
+
+
+@given(st.lists(st.text(max_size=30), max_size=12), st.floats(0.3, 1.0))
+def test_groups_are_a_partition_in_which_equal_texts_are_together(texts: list[str], threshold: float) -> None:
+    found = group_texts(texts, [""] * len(texts), threshold)
+    assert all(found[root] == root <= index for index, root in enumerate(found))
+    for one, first in zip(texts, found, strict=True):
+        for other, second in zip(texts, found, strict=True):
+            if normalized(one) == normalized(other):
+                assert first == second
