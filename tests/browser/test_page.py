@@ -82,6 +82,24 @@ def test_a_switch_hides_the_old_answer_at_once(page: Any, serve: Callable[[Path]
     assert shown(page) == [], "there is no phrase to ask the other adapter for"
 
 
+def test_of_several_switches_at_once_only_the_answer_of_the_last_is_shown(
+    page: Any, serve: Callable[[Path], str], both: Path
+) -> None:
+    page.goto(serve(both))
+    ask(page, "lock the door")
+    names = ["global", "anna", "global"]
+    page.evaluate(f"""(() => {{
+      window.shown = [];
+      const note = () => document.getElementById('answer').dataset.stale || shown.push({CAPTION});
+      new MutationObserver(note).observe(document.getElementById('answer'), {{ attributes: true }});
+      for (const name of {names}) document.querySelector(`#adapters [data-name=${{name}}]`).click();
+    }})()""")
+    page.until(f"{VISIBLE} === 'visible'")
+    (caption,) = page.evaluate("shown")
+    assert "with global," in caption
+    assert shown(page) == native(both, "global", "lock the door")
+
+
 def test_a_tampered_adapter_is_refused_next_to_the_list_and_the_one_in_use_stays(
     page: Any, serve: Callable[[Path], str], both: Path
 ) -> None:

@@ -81,6 +81,7 @@ export class AdapterView {
     try {
       done = await this.client.use(text);
       this.#used = done;
+      settle("adapter-error"); // of a choice before this one
       element("in-use").textContent = `${inUse(done)} (switched in ${done.milliseconds.toFixed(2)} ms)`;
     } catch (error) {
       complain("adapter-error", { message: this.#used ? `${error.message}. ${inUse(this.#used)}.` : error.message });

@@ -86,6 +86,7 @@ async function reopen(options) {
   const { state } = element("status").dataset;
   const before = [state, element("status").textContent];
   settle("bundle-error");
+  client.stop(); // the text that is being written
   try {
     await open(await options());
   } catch (error) {

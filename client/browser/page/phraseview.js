@@ -6,6 +6,8 @@ const TOP = 5;
 
 export class PhraseView {
   #asked = 0; // questions so far: an answer is shown only if no later question was asked
+  #pending = 0; // switches to another adapter that have not ended
+  #changed = false; // whether one of them has put another adapter in use
 
   constructor(client) {
     this.client = client;
@@ -25,14 +27,20 @@ export class PhraseView {
 
   /** Hide the answer of the adapter that is in use, while another one is put in use. */
   switching() {
+    this.#pending += 1;
     this.#asked += 1;
     element("answer").dataset.stale = "yes";
   }
 
-  /** Ask the adapter that is now in use for the same phrase; show the answer again if it is still the one before. */
+  /** After the last switch, ask for the same phrase again; if no adapter took another's place, show the old answer. */
   async switched(done) {
-    if (done && element("phrase").value.trim()) await this.#ask();
-    else if (done) this.#answer("", []);
+    this.#pending -= 1;
+    this.#changed ||= done;
+    if (this.#pending) return;
+    if (this.#changed && element("phrase").value.trim()) await this.#ask();
+    else if (this.#changed) this.#answer("", []);
+    if (this.#pending) return;
+    this.#changed = false;
     delete element("answer").dataset.stale;
   }
 
