@@ -7,7 +7,7 @@ the next one.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -171,8 +171,11 @@ def _aggregate(
     cohort.recorder.begin(state.plan)
     extra = attachments(receipts(cohort.recorder.log, plans), {ADAPTER: adapter.blob})
 
-    def inputs(state: Collecting) -> bool:
-        return _inputs(state) if last is None else len(state.vectors) == len(plans)
+    spec = session.session.spec
+    least = len(plans) if last else max(spec.threshold, spec.minimum_survivors)
+
+    def inputs(state: Collecting, silent: Collection[str]) -> bool:
+        return len(state.vectors) < least <= len(state.vectors) + len(silent)
 
     collecting = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check, inputs)
     dropped = [device for device in collecting.plan.members if device not in collecting.vectors]
@@ -185,33 +188,31 @@ def _aggregate(
     confirming, bodies = collected
     if isinstance(confirming, Confirming):
         confirmed = cohort.exchange(
-            confirming, Confirming.on_consistency_signature, Step.SURVIVORS, bodies, group, enough=_signatures
+            confirming, Confirming.on_consistency_signature, Step.SURVIVORS, bodies, group, awaits=_signatures
         ).close()
         if isinstance(confirmed, RoundAborted):
             return confirmed
         confirming, bodies = confirmed
-    unmasking = cohort.exchange(confirming, Unmasking.on_unmask_response, Step.UNMASK, bodies, group, enough=_responses)
+    unmasking = cohort.exchange(confirming, Unmasking.on_unmask_response, Step.UNMASK, bodies, group, awaits=_responses)
     unmasked = unmasking.close(cores(), cohort.corrupt)
     return unmasked if isinstance(unmasked, RoundAborted) else within_reach(*unmasked)
 
 
-def _inputs(state: Collecting) -> bool:
-    """Whether there are enough masked inputs for a survivor set."""
-    return server.too_few(state.established.session.spec, len(state.vectors), "masked inputs", None) is None
+def _signatures(state: Confirming, silent: Collection[str]) -> bool:
+    """Whether the unmask request needs the consistency signatures of ``silent`` devices, and has enough with them."""
+    found = len(state.consistency_signatures)
+    return found < state.survivor_set.session.spec.quorum <= found + len(silent)
 
 
-def _signatures(state: Confirming) -> bool:
-    """Whether there are enough consistency signatures for an unmask request."""
-    return len(state.consistency_signatures) >= state.survivor_set.session.spec.quorum
+def _responses(state: Unmasking, silent: Collection[str]) -> bool:
+    """Whether the sum needs the shares of ``silent`` devices, and has enough with them if all shares are good."""
+    session, members = state.survivor_set.session, state.survivor_set.plan.members
 
+    def fewest(answered: Collection[str]) -> int:
+        """Answers in the neighborhood of a member, itself included."""
+        return min((member in answered) + len(session.neighbors(member, answered)) for member in members)
 
-def _responses(state: Unmasking) -> bool:
-    """Whether there are enough unmask responses for the sum, if all shares are good."""
-    session, answered = state.survivor_set.session, state.responses
-    holders = (
-        (device in answered) + len(session.neighbors(device, answered)) for device in state.survivor_set.plan.members
-    )
-    return min(holders) >= session.spec.threshold
+    return fewest(state.responses) < session.spec.threshold <= fewest({*state.responses, *silent})
 
 
 def within_reach(session: Established, result: RoundResult) -> tuple[Established, RoundResult]:

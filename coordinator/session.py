@@ -5,7 +5,7 @@ continues with the session.
 """
 
 import logging
-from collections.abc import Callable, Container, Mapping, Set
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -49,6 +49,7 @@ class Cohort:
         corrupt: How many of the devices may be corrupt.
         serials: Device → serial of its certificate.
         revoked: The revocation list that the session applies.
+        read_root: Now → the authority with its newest revocation list.
         dropped: Device → the step at which it dropped out of the round under way, or of the making of the session.
     """
 
@@ -59,6 +60,7 @@ class Cohort:
     corrupt: int
     serials: Mapping[str, int]
     revoked: RevocationList | None
+    read_root: Callable[[datetime], Root]
     dropped: dict[str, str] = field(default_factory=dict)
 
     def exchange(
@@ -70,12 +72,12 @@ class Cohort:
         group: str,
         extra: Attachments | None = None,
         check: Callable[[str, bytes], Any] | None = None,
-        enough: Callable[[S], bool] = lambda state: True,
+        awaits: Callable[[S, Collection[str]], bool] = lambda state, silent: False,
     ) -> S:
         """Send each device its message, and let the state ``accept`` each answer in the order of arrival.
 
-        A device that does not answer, or whose answer ``accept`` refuses, drops out. Until ``enough`` have answered,
-        those of which nothing was heard get the same message again: some may not have had it.
+        A device that does not answer, or whose answer ``accept`` refuses, drops out. While the state ``awaits`` more
+        answers, the devices of which nothing was heard get the same message again: some may not have had it.
 
         Args:
             state: Of the protocol, before the first answer.
@@ -86,7 +88,8 @@ class Cohort:
             extra: See ``attachments``.
             check: (device, answer) → what ``accept`` takes; raises ``ProtocolError``. For long answers: it runs on all
                 cores, while other answers arrive and are accepted.
-            enough: Whether the step after this one can follow.
+            awaits: (state, devices of which nothing was heard) → whether the step after this one needs their answers
+                and could follow with them.
 
         Returns:
             The state after the last answer, to be closed by the caller.
@@ -96,12 +99,15 @@ class Cohort:
         for attempt in range(1, self.attempts + 1):
             again = group if attempt == 1 else f"{group}-{attempt}"
             state, silent = self._ask(state, accept, step, left, again, extra or {}, check)
-            if not silent or enough(state):
+            if not silent or attempt == self.attempts or not awaits(state, silent):
                 break
-            if attempt < self.attempts:
-                log.warning("waiting for %s at %s: too few devices have answered", names(silent), step.value)
-                self.transport.clock.sleep(pause(attempt, self.transport.deadline))
-            left = {device: bodies[device] for device in silent}
+            log.warning("waiting for %s at %s: too few devices have answered", names(silent), step.value)
+            self.transport.clock.sleep(pause(attempt, self.transport.deadline))
+            listed = self.read_root(datetime.now(UTC)).revoked
+            waited = [device for device in silent if listed is None or self.serials[device] not in listed.revoked]
+            if not awaits(state, waited):
+                break
+            left = {device: bodies[device] for device in waited}
         return state
 
     def _ask(
@@ -208,6 +214,7 @@ def establish(
                 transcripts,
                 name,
                 settings,
+                read_root,
                 last.survivors if last else (),
                 now,
             )
@@ -262,6 +269,7 @@ def _offer(
     transcripts: Transcripts,
     group: str,
     settings: FederationSettings,
+    read_root: Callable[[datetime], Root],
     needed: Container[str],
     at: datetime,
 ) -> tuple[Cohort, Established | RoundAborted]:
@@ -274,31 +282,32 @@ def _offer(
     recorder = transcripts.begin(offering.offer, root.revoked)
     corrupt = graph.count_of(len(nodes), settings.aggregation.corrupt_fraction)
     known = serials(certificates.values())
-    cohort = Cohort(transport, nodes, recorder, settings.attempts, corrupt, known, root.revoked)
+    cohort = Cohort(transport, nodes, recorder, settings.attempts, corrupt, known, root.revoked, read_root)
     last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
     proofs = transcripts.session_chain_proofs(recorder, last_offers)
     revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
-    due = {device for device in nodes if device in needed}
+    due = frozenset(device for device in nodes if device in needed)
     return cohort, _negotiate(cohort, offering, offer, attachments(proofs, revoked), group, due)
 
 
 def _negotiate(
-    cohort: Cohort, offering: Offering, offer: bytes, extra: Attachments, group: str, due: Set[str]
+    cohort: Cohort, offering: Offering, offer: bytes, extra: Attachments, group: str, due: frozenset[str]
 ) -> Established | RoundAborted:
     """Steps 1–4 of the protocol. ``due``: the devices without which the session is of no use."""
     offers = dict.fromkeys(cohort.nodes, offer)
-    offered = cohort.exchange(
-        offering, Offering.on_advert, Step.OFFER, offers, group, extra, enough=lambda state: due <= state.adverts.keys()
-    )
-    sharing = offered.close()
+
+    def adverts(state: Offering, silent: Collection[str]) -> bool:
+        return bool(due - state.adverts.keys()) and due <= {*state.adverts, *silent}
+
+    def shares(state: Sharing, silent: Collection[str]) -> bool:
+        return bool(due - state.encrypted_shares.keys()) and due <= {*state.encrypted_shares, *silent}
+
+    sharing = cohort.exchange(offering, Offering.on_advert, Step.OFFER, offers, group, extra, awaits=adverts).close()
     if isinstance(sharing, RoundAborted):
         return sharing
     state, roster = sharing
     rosters = {device: roster for device in cohort.nodes if device not in cohort.dropped}
-    shared = cohort.exchange(
-        state, Sharing.on_shares, Step.ROSTER, rosters, group, enough=lambda state: due <= state.encrypted_shares.keys()
-    )
-    session = shared.close()
+    session = cohort.exchange(state, Sharing.on_shares, Step.ROSTER, rosters, group, awaits=shares).close()
     if not isinstance(session, RoundAborted):
         cohort.recorder.checkpoint()
     return session

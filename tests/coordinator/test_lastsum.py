@@ -6,7 +6,8 @@ real ones.
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ from client.node.app import app as client_app
 from coordinator import lastsum
 from coordinator.recorder import Recorder
 from coordinator.registry import Blobs
+from simulations.engine.grid import DeliveryOutcome, InProcessGrid
 from tests.support import refused
 from tests.support.hostile import plans_for_anyone
 
@@ -203,6 +205,32 @@ def test_it_goes_on_without_a_survivor_whose_certificate_was_revoked(fleet_of: F
 
     _, second = fleet.federate(fleet.grid(app=losing(lost)))
     assert second.survivors == tuple(f"device-{n:02d}" for n in range(2, 7))
+
+
+class Silent(InProcessGrid):
+    """Nothing is heard of one node at the plan of round 2; the authority revokes it at the third request."""
+
+    fleet: Any
+    requests = 0
+
+    def _outcomes(self, batch: Sequence[Message]) -> dict[int, DeliveryOutcome]:
+        first, outcomes, away = batch[0].metadata, super()._outcomes(batch), self.fleet.node(ABSENT)
+        if first.message_type != Step.PLAN.message_type or first.group_id.partition("-")[0] != "2":
+            return outcomes
+        self.requests += away in outcomes
+        if self.requests == 3 and not (self.fleet.out / "coordinator" / "revoked.crl").exists():
+            revoke(self.fleet, ABSENT)
+        return {node: replace(outcome, request_lost=node == away) for node, outcome in outcomes.items()}
+
+
+def test_a_round_waits_for_a_silent_survivor_until_it_answers_or_is_revoked(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(7, rounds=3, aggregation__session_rounds=3)
+    kind = type("Silent", (Silent,), {"fleet": fleet})
+    grid = fleet.grid(app=losing(failed_while_unmasked(fleet)), kind=kind)
+    _, second, third = fleet.federate(grid)
+    assert grid.requests == 3
+    assert f"no update of {ABSENT}" in second.aborted
+    assert third.survivors == tuple(f"device-{n:02d}" for n in range(2, 7))
 
 
 def test_a_round_over_the_same_devices_names_no_survivors_if_one_of_them_drops_out(fleet_of: FleetOf) -> None:
