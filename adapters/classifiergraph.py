@@ -17,7 +17,7 @@ import numpy as np  # before onnxruntime, as in ``container``
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from adapters.graphinputs import LORA_A, LORA_B, OFFSET, SCALES
+from adapters.graphinputs import LORA_A, LORA_B, OFFSET, PROMPT, SCALES
 from adapters.layout import Floats, Tensors
 
 LABELS = "labels"  # the symbolic dimension of a head's rows in the base's manifest
@@ -78,8 +78,8 @@ class ClassifierGraph:
 def group_rows(adapters: Sequence[Tensors], slots: Slots, most: int = MAX_ROWS) -> list[list[int]]:
     """Group the rows that can share a run.
 
-    Adapters share a run if their ranks agree in every layer, and the parameters that they replace, except those of a
-    head, are equal.
+    Adapters share a run if their ranks agree in every layer, they have the same number of virtual tokens, and the
+    parameters that they replace, except those of a head, are equal.
 
     Args:
         adapters: The graph inputs of each row.
@@ -142,13 +142,13 @@ def _compatible(one: Tensors, other: Tensors, slots: Slots) -> bool:
 
 
 def _stackable(name: str, one: Floats, other: Floats, dimensions: Sequence[str]) -> bool:
-    if name.endswith((LORA_A, LORA_B)):
+    if name.endswith((LORA_A, LORA_B)) or name == PROMPT:
         return one.shape == other.shape
     return _per_row(name, dimensions) or np.array_equal(one, other)
 
 
 def _per_row(name: str, dimensions: Sequence[str]) -> bool:
-    return name.endswith((LORA_A, LORA_B, *SCALES, OFFSET)) or LABELS in dimensions
+    return name.endswith((LORA_A, LORA_B, *SCALES, OFFSET)) or name == PROMPT or LABELS in dimensions
 
 
 def _padded(values: Sequence[Floats], dimensions: Sequence[str], fill: float = 0.0) -> Floats:

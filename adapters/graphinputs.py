@@ -9,6 +9,9 @@ scaling folded in; both are peft's tensors transposed. The three vectors have th
 is 1, or 0 for an adapter that lacks the vector. What is absent changes nothing: the graph then takes a scale of 1 and
 an offset of 0 (docs/decisions/0021-slots-of-several-kinds.md). A fourth kind of vector replaces a vector among the
 base's parameters, such as a bias or the weight of a normalization. Modules in ``modules_to_save`` keep their shapes.
+
+Two more slots are of the whole base: embeddings of virtual tokens before a text, ``(virtual tokens, width)``, and their
+keys and values in every layer, ``(virtual tokens, layers * 2 * heads * width)`` (docs/decisions/0023).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +28,8 @@ SCALES = (OUTPUT_SCALE, INPUT_SCALE)
 REPLACED = ".replaced"  # follows the name of a parameter
 VECTORS = (*SCALES, OFFSET, REPLACED)
 GIVEN = "given_"  # prefix of the symbolic dimension of a vector: 1, or 0 for an adapter that lacks it
+PROMPT, PREFIX = "prompt_embeddings", "prefix_key_values"  # of virtual tokens, a row for each
+VIRTUAL = {PROMPT: "prompt_tokens", PREFIX: "prefix_tokens"}  # graph input → the symbolic dimension of its rows
 
 
 def to_inputs(tensors: Tensors, scaling: Mapping[str, float]) -> Tensors:
@@ -88,6 +93,24 @@ def layer_of(name: str) -> str:
     """
     site = vector_site(name)
     return site.rpartition(".")[0] if name.endswith(REPLACED) else site.removesuffix(LORA_A).removesuffix(LORA_B)
+
+
+def virtual_tokens(inputs: Tensors) -> int:
+    """The virtual tokens that an adapter puts before a text.
+
+    >>> virtual_tokens({"prompt_embeddings": np.ones((5, 8), np.float32)})
+    5
+    """
+    return sum(len(inputs[name]) for name in VIRTUAL if name in inputs)
+
+
+def with_placeholders(tokens: Sequence[int], count: int) -> list[int]:
+    """The tokens of a prompt for a language model, after a placeholder for each of ``count`` virtual tokens.
+
+    The graph does not read placeholders. They repeat the first token, because samplers that count or penalize the
+    tokens of a prompt must find none that is not in it, and none outside the vocabulary.
+    """
+    return [*([tokens[0]] * count), *tokens]
 
 
 def check_slots(inputs: Tensors, slots: Mapping[str, Sequence[str]]) -> dict[str, int]:

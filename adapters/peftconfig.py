@@ -23,7 +23,7 @@ MAX_RANK = 1024  # a coordinator names the rank, and a device makes room for it 
 V = TypeVar("V")
 
 
-Method = Literal["LORA", "IA3", "LN_TUNING", "BEFT"]  # as peft names them
+Method = Literal["LORA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"]  # as peft names them
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,9 @@ class PeftConfig:
 
     ``LORA`` is low-rank adaptation (Hu et al. 2021). The other methods have vectors only, whose values say everything:
     ``IA3`` scales activations (Liu et al. 2022), ``LN_TUNING`` replaces the parameters of normalizations (Zhao et al.
-    2023), ``BEFT`` adds to biases. For these, rank and alpha are 0.
+    2023), ``BEFT`` adds to biases. ``PROMPT_TUNING`` (Lester et al. 2021) and ``P_TUNING`` (Liu et al. 2021) have
+    embeddings of virtual tokens, ``PREFIX_TUNING`` (Li and Liang 2021) has their keys and values; they are at no layer.
+    For all these, rank and alpha are 0.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

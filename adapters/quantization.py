@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters import int4
-from adapters.graphinputs import LORA_A, vector_kind
+from adapters.graphinputs import LORA_A, VIRTUAL, vector_kind
 from adapters.layout import Floats, Tensors
 from adapters.manifest import Format
 from aggregation.errors import DataError
@@ -39,7 +39,7 @@ def quantize(inputs: Tensors, form: Format) -> Stored:
         form: ``fp32`` and ``fp16`` store floats. ``int8`` is symmetric, with one float32 scale for each rank or row.
             ``int4`` packs two integers in a byte (``int4.py``), where each rank of A and B is a row; a tensor with an
             odd number of columns is stored in int8. Vectors (also those of ``graphinputs.VECTORS``, which have two
-            dimensions) and empty tensors are stored in float32.
+            dimensions), virtual tokens and empty tensors are stored in float32.
 
     Returns:
         By graph input; the scales of a tensor under its name and ``SCALE``. Guarantee: ``restore(quantize(x, f), f)``
@@ -88,7 +88,7 @@ def restore(stored: Stored, form: Format) -> Tensors:
 
 
 def _is_matrix(name: str, value: NDArray[Any]) -> bool:
-    return value.ndim >= 2 and value.size > 0 and vector_kind(name) is None
+    return value.ndim >= 2 and value.size > 0 and vector_kind(name) is None and name not in VIRTUAL
 
 
 def _group_axis(name: str) -> int:

@@ -29,6 +29,12 @@ LORA = COMMON | {
     *("lora_dropout", "runtime_config", "eva_config", "megatron_core", "qalora_group_size"),
     *("init_lora_weights", "bias", "lora_bias"),
 }
+# The sizes are those of the tensors and of the base; encoders of virtual tokens have run when peft saves.
+VIRTUAL = COMMON | {
+    *("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "encoder_hidden_size"),
+    *("num_transformer_submodules", "prompt_tuning_init", "prompt_tuning_init_text"),
+    *("tokenizer_name_or_path", "tokenizer_kwargs"),
+}
 HARMLESS: dict[str, frozenset[str]] = {
     "LORA": LORA,
     "ADALORA": LORA
@@ -43,6 +49,9 @@ HARMLESS: dict[str, frozenset[str]] = {
     "IA3": COMMON | {"feedforward_modules", "init_ia3_weights"},
     "LN_TUNING": COMMON,
     "BEFT": COMMON | {"init_weights"},
+    "PROMPT_TUNING": VIRTUAL,
+    "P_TUNING": VIRTUAL | {"encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout"},
+    "PREFIX_TUNING": VIRTUAL | {"prefix_projection", "init_weights"},
 }
 # Other initializations (pissa, olora, corda, loftq, lora_ga) change the weights of the base.
 BIASES = ("none", "all", "lora_only", "vera_only")  # which of the base's biases an adapter replaces
@@ -80,6 +89,12 @@ def config_of(settings: Settings) -> PeftConfig:
             about="init_lora_weights",
             value=start,
         )
+    if (stacks := settings.get("num_transformer_submodules")) not in (None, 1):
+        raise ConfigError(
+            f"the adapter has virtual tokens for {stacks!r:.40} stacks of layers; only a single stack can be exported",
+            about="num_transformer_submodules",
+            value=stacks,
+        )
     for name in sorted(settings.keys() - HARMLESS[kind]):
         if (value := settings[name]) not in OFF:
             raise ConfigError(
@@ -98,7 +113,7 @@ def saved_modules(settings: Settings) -> tuple[str, ...]:
     return tuple(saved)
 
 
-def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None) -> Settings:
+def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None, virtual_tokens: int = 0) -> Settings:
     """The ``adapter_config.json`` from which peft rebuilds exactly the layers of an adapter.
 
     Layers are named by their full paths. Those whose rank or alpha differs from the configuration's have a pattern that
@@ -108,6 +123,7 @@ def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None) -> 
         config: The adapter's.
         inputs: The adapter's.
         base: The name of the base that peft notes.
+        virtual_tokens: Their number.
     """
     settings: Settings = {
         "peft_type": config.peft_type,
@@ -118,6 +134,10 @@ def settings_of(config: PeftConfig, inputs: AdapterInputs, base: str | None) -> 
     }
     if config.peft_type == "LORA":
         return settings | _lora_settings(config, inputs)
+    if inputs.virtual:
+        # Without a task peft would ignore the virtual tokens.
+        task = "SEQ_CLS" if inputs.saved else "CAUSAL_LM"
+        return settings | {"task_type": task, "num_virtual_tokens": virtual_tokens, "num_transformer_submodules": 1}
     settings["target_modules"] = sorted(set(map(layer_of, inputs.vectors)))
     if config.peft_type == "IA3":
         settings["feedforward_modules"] = [layer_of(name) for name in inputs.vectors if name.endswith(INPUT_SCALE)]

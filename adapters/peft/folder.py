@@ -13,12 +13,12 @@ from safetensors import SafetensorError, deserialize
 
 from adapters import files
 from adapters.files import MAX_ADAPTER
-from adapters.graphinputs import PEFT_PREFIX, input_name
+from adapters.graphinputs import input_name, virtual_tokens
 from adapters.layout import Floats, Layout, Tensors
 from adapters.peft.config import LOW_RANK, Settings, config_of, saved_modules, settings_of
 from adapters.peft.inputs import AdapterInputs, in_modules, is_saved
 from adapters.peft.lowrank import SHARED, as_lora
-from adapters.peft.methods import from_peft_tensors, to_peft_tensors
+from adapters.peft.methods import from_peft_tensors, is_peft_name, to_peft_tensors
 from adapters.peftconfig import PeftConfig
 from adapters.storage import new_folder, read, write_files
 from aggregation.errors import ConfigError, DataError
@@ -63,11 +63,17 @@ def read_peft(folder: Path) -> PeftFolder:
     settings = _settings(read(folder / CONFIG, MAX_CONFIG))
     config = config_of(settings)
     blob = read(folder / WEIGHTS, MAX_ADAPTER)
-    tensors = _tensors(blob)
-    if (method := settings["peft_type"]) in LOW_RANK:
+    method = settings["peft_type"]
+    tensors = _tensors(blob, method)
+    if method in LOW_RANK:
         config, tensors = as_lora(method, settings, config, tensors)
     tensors = from_peft_tensors(tensors, config, settings)
     _check_saved(tensors, saved_modules(settings))
+    count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
+    if count != (stated := settings.get("num_virtual_tokens") or 0):
+        raise DataError(
+            f"the adapter has {count} virtual tokens, but {CONFIG} states {stated!r:.40}", about="num_virtual_tokens"
+        )
     AdapterInputs.of_tensors(config, tensors)
     base, task = (_text(settings.get(name)) for name in ("base_model_name_or_path", "task_type"))
     return PeftFolder(config, files.sha256(blob), base, task, tensors)
@@ -89,7 +95,8 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
         OSError: The folder cannot be written; the error names the file.
     """
     inputs = AdapterInputs.of_tensors(config, tensors)
-    settings = json.dumps(settings_of(config, inputs, base), indent=2).encode() + b"\n"
+    count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
+    settings = json.dumps(settings_of(config, inputs, base, count), indent=2).encode() + b"\n"
     contents = {CONFIG: settings, WEIGHTS: files.encode(to_peft_tensors(tensors, config))}
     with new_folder(out) as stage:
         write_files(stage, contents)
@@ -109,28 +116,31 @@ def _settings(raw: bytes) -> Settings:
     return settings
 
 
-def _tensors(blob: bytes) -> Tensors:
+def _tensors(blob: bytes, method: str) -> Tensors:
     try:
         rows = deserialize(blob)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise DataError(f"{WEIGHTS} is damaged or truncated: {error}", about=WEIGHTS) from error
+    if odd := [(name, row["dtype"]) for name, row in rows if not (is_peft_name(name, method) or name in SHARED)]:
+        raise _odd(*odd[0])
     tensors = {name: _floats(name, row["dtype"], row["data"], row["shape"]) for name, row in rows}
     Layout.of(tensors).check(tensors)
     return tensors
 
 
 def _floats(name: str, kind: str, data: bytes, shape: list[int]) -> Floats:
-    if not (name.startswith(PEFT_PREFIX) or name in SHARED) or len(name) > MAX_NAME or kind not in TYPES:
-        raise DataError(
-            f"tensor {name[:80]!r} of type {kind} is not one that peft saves for an adapter of floats",
-            about=name[:80],
-            value=kind,
-        )
+    if len(name) > MAX_NAME or kind not in TYPES:
+        raise _odd(name, kind)
     raw = np.frombuffer(data, TYPES[kind]).reshape(shape)
     if kind == BF16:  # the upper half of a float32
         raw = (raw.astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is refused
         return raw.astype(np.float32)
+
+
+def _odd(name: str, kind: str) -> DataError:
+    reason = f"tensor {name[:80]!r} of type {kind} is not one that peft saves for an adapter of floats"
+    return DataError(reason, about=name[:80], value=kind)
 
 
 def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:

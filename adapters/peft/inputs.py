@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from adapters.graphinputs import LORA_A, LORA_B, input_name, vector_kind
+from adapters.graphinputs import LORA_A, LORA_B, VIRTUAL, input_name, vector_kind
 from adapters.layout import Tensors, TensorSpec
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
@@ -41,6 +41,7 @@ class AdapterInputs:
     loras: tuple[LoraSlot, ...]
     saved: tuple[SavedSlot, ...]
     vectors: tuple[str, ...] = ()  # the graph inputs of scales, offsets and replaced parameters
+    virtual: tuple[str, ...] = ()  # the graph inputs of virtual tokens
 
     @property
     def scaling(self) -> dict[str, float]:
@@ -52,7 +53,7 @@ class AdapterInputs:
         """The names of the graph inputs, in order."""
         pairs = [slot.path + part for slot in self.loras for part in (LORA_A, LORA_B)]
         saved = (f"{slot.path}.{spec.name}" for slot in self.saved for spec in slot.parameters)
-        return (*pairs, *self.vectors, *saved)
+        return (*pairs, *self.vectors, *self.virtual, *saved)
 
     @classmethod
     def of_tensors(cls, config: PeftConfig, tensors: Tensors) -> Self:
@@ -64,7 +65,7 @@ class AdapterInputs:
 
         Raises:
             DataError: A tensor is not of LoRA on a linear layer, a LoRA pair is incomplete or of two ranks, a rank
-                differs from the one in ``config``, or a vector is not one row.
+                differs from the one in ``config``, a vector is not one row, or there is no virtual token.
         """
         values = {input_name(name): value for name, value in tensors.items()}
         loras = tuple(_lora(path, config, values) for path in sorted(lora_paths(values)))
@@ -72,10 +73,14 @@ class AdapterInputs:
         vectors = tuple(sorted(name for name in values if vector_kind(name)))
         if odd := [name for name in vectors if values[name].ndim != 2 or values[name].shape[0] > 1]:
             raise DataError(f"{odd[0]!r} is not one vector: the adapter is damaged", about=odd[0])
+        virtual = tuple(sorted(values.keys() & VIRTUAL.keys()))
+        if odd := [name for name in virtual if values[name].ndim != 2 or not values[name].size]:
+            raise DataError(f"{odd[0]!r} has no virtual token: the adapter is damaged", about=odd[0])
         for name in sorted(name for name in values if is_saved(name)):
             path, _, parameter = name.rpartition(".")
             saved.setdefault(path, []).append(TensorSpec(parameter, tuple(values[name].shape)))
-        return cls("default", loras, tuple(SavedSlot(path, tuple(specs)) for path, specs in saved.items()), vectors)
+        modules = tuple(SavedSlot(path, tuple(specs)) for path, specs in saved.items())
+        return cls("default", loras, modules, vectors, virtual)
 
 
 def lora_paths(names: Iterable[str]) -> set[str]:
@@ -93,8 +98,8 @@ def lora_paths(names: Iterable[str]) -> set[str]:
 
 
 def is_saved(name: str) -> bool:
-    """Whether a graph input is a parameter of a module in ``modules_to_save``: neither of LoRA nor a vector."""
-    return LORA not in name and vector_kind(name) is None
+    """Whether a graph input is a parameter of a module in ``modules_to_save``: of no other kind of slot."""
+    return LORA not in name and vector_kind(name) is None and name not in VIRTUAL
 
 
 def in_modules(name: str, saved: Iterable[str]) -> bool:

@@ -9,10 +9,14 @@ peft's name, after the prefix                            becomes
 ``LAYER.lora_B.bias`` (out), of ``lora_bias``            the same, times the layer's scaling
 ``NORM.ln_tuning_layers.PARAMETER`` (width)              ``NORM.PARAMETER.replaced`` (1, width)
 ``MODULE.bias`` (out), of ``bias="all"``, ``lora_only``  ``MODULE.bias.replaced`` (1, out)
+
+All of these come back; LoRA's tensors and modules in ``modules_to_save`` keep their names. The matrices of AdaLoRA,
 ======================================================== =============================================================
 
 All of these come back; LoRA's tensors and modules in ``modules_to_save`` keep their names. The matrices of AdaLoRA,
-LoHa and VeRA become equal LoRA matrices (``lowrank.py``), and stay so.
+LoHa and VeRA become equal LoRA matrices (``lowrank.py``), and stay so. With virtual tokens, peft does not wrap the
+model, so its names lack a part of the prefix. What it saves of P-tuning, and of prefix tuning with a projection, is
+what their encoders return; the encoders themselves are not in the folder.
 """
 
 import numpy as np
@@ -22,7 +26,11 @@ from adapters.graphinputs import (
     LORA_A,
     OFFSET,
     OUTPUT_SCALE,
+    PEFT_PREFIX,
+    PREFIX,
+    PROMPT,
     REPLACED,
+    VIRTUAL,
     input_name,
     vector_kind,
     vector_site,
@@ -36,6 +44,8 @@ from aggregation.errors import ConfigError, DataError
 IA3, BEFT, NORM = ".ia3_l", ".beft_bias", ".ln_tuning_layers."
 BIAS, BASE_BIAS, LORA_BIAS = ".bias", ".base_layer.bias", ".lora_B.bias"
 COPIES = (".original_module.bias", ".modules_to_save.bias")  # of a head's bias, with bias="all"; peft reads neither
+UNWRAPPED, EMBEDDINGS = "base_model.", "prompt_embeddings"  # peft's, with virtual tokens
+VIRTUAL_TOKENS = {"PROMPT_TUNING": PROMPT, "P_TUNING": PROMPT, "PREFIX_TUNING": PREFIX}  # peft's type → graph input
 
 
 def from_peft_tensors(tensors: Tensors, config: PeftConfig, settings: Settings) -> Tensors:
@@ -69,13 +79,25 @@ def to_peft_tensors(tensors: Tensors, config: PeftConfig) -> Tensors:
     Raises:
         ConfigError: A scale of LoRA's (of DoRA): peft keeps a magnitude instead, which the base's weights are part of.
     """
+    if any(PEFT_PREFIX + name in tensors for name in VIRTUAL):
+        return {_to_unwrapped(name): value for name, value in tensors.items()}
     return dict(_to_peft(name, value, config, tensors) for name, value in tensors.items())
 
 
+def is_peft_name(name: str, method: str) -> bool:
+    """Whether ``name`` is of the form in which peft names the tensors of ``method``."""
+    if method in VIRTUAL_TOKENS:
+        return name == EMBEDDINGS or name.startswith(UNWRAPPED)
+    return name.startswith(PEFT_PREFIX)
+
+
 def _from_peft(name: str, value: Floats, config: PeftConfig, bias: bool) -> tuple[str, Floats]:
-    if vector_kind(name):
-        raise DataError(f"tensor {input_name(name)[:80]!r} is not one that peft saves", about=name)
     method = config.peft_type
+    unwrapped = name.removeprefix(UNWRAPPED) if method in VIRTUAL_TOKENS else input_name(name)
+    if vector_kind(name) or (unwrapped in VIRTUAL and name != EMBEDDINGS):
+        raise DataError(f"tensor {input_name(name)[:80]!r} is not one that peft saves", about=name)
+    if method in VIRTUAL_TOKENS:
+        return PEFT_PREFIX + (VIRTUAL_TOKENS[method] if name == EMBEDDINGS else unwrapped), value
     if method == "IA3" and name.endswith(IA3):
         if value.ndim != 2 or 1 not in value.shape or value.shape == (1, 1):
             raise _odd(name, value)
@@ -127,6 +149,10 @@ def _row(name: str, value: Floats) -> Floats:
     if value.ndim != 1:
         raise _odd(name, value)
     return value[np.newaxis]
+
+
+def _to_unwrapped(name: str) -> str:
+    return EMBEDDINGS if input_name(name) in VIRTUAL else UNWRAPPED + input_name(name)
 
 
 def _odd(name: str, value: Floats) -> DataError:

@@ -11,6 +11,7 @@ from adapters.graphinputs import (
     LORA_A,
     LORA_B,
     PEFT_PREFIX,
+    VIRTUAL,
     from_inputs,
     input_name,
     layer_of,
@@ -67,6 +68,8 @@ def completed(
         layers += [layer_of(name) for name in odd if vector_kind(name)]
         others = [name for name in odd if is_saved(name)]
         remedies = [f"no slots for {summary(layers)}: export the base with 'export base --peft'"] if layers else []
+        virtual = [name for name in odd if name in VIRTUAL]
+        remedies += [f"no slot for {virtual[0]}: export the base with 'export base --peft'"] if virtual else []
         remedies += [f"no place for {', '.join(others)}: train without modules_to_save"] if others else []
         raise DataError(f"the base has {'; '.join(remedies)}", about=odd[0], value=odd)
     if missing := sorted(name for name in set(slots) - names if is_saved(name)):
@@ -76,7 +79,11 @@ def completed(
             about=missing[0],
         )
     full, loras, vectors = dict(tensors), list(inputs.loras), list(inputs.vectors)
+    virtual = list(inputs.virtual)
     for name in slots:
+        if name in VIRTUAL and name not in names:
+            full[PEFT_PREFIX + name] = np.empty((0, int(slots[name][-1])), np.float32)
+            virtual.append(name)
         if vector_kind(name) and name not in names:
             full[PEFT_PREFIX + name] = np.empty((0, int(slots[name][-1])), np.float32)
             vectors.append(name)
@@ -87,7 +94,7 @@ def completed(
         full[PEFT_PREFIX + name] = np.empty((0, width), np.float32)
         full[PEFT_PREFIX + path + LORA_B] = np.empty((out, 0), np.float32)
         loras.append(LoraSlot(path, 1.0))
-    return full, replace(inputs, loras=tuple(loras), vectors=tuple(vectors))
+    return full, replace(inputs, loras=tuple(loras), vectors=tuple(vectors), virtual=tuple(virtual))
 
 
 def unfolded(adapter: VerifiedAdapter) -> tuple[Tensors, PeftConfig]:

@@ -7,7 +7,7 @@ from typing import Literal
 from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.classifier import ENCODER
-from adapters.graphinputs import LORA_A, input_name, vector_kind
+from adapters.graphinputs import LORA_A, VIRTUAL, input_name, vector_kind
 from adapters.manifest import Task
 from adapters.peft.inputs import is_saved, lora_paths
 from aggregation.errors import ConfigError
@@ -92,6 +92,7 @@ def wanted(
     shapes = {input_name(name): value.shape for name, value in origin.tensors.items()}
     layers = sorted(lora_paths(shapes))
     vectors = tuple(name for name in sorted(shapes) if vector_kind(name))
+    virtual = tuple(name for name in VIRTUAL if name in shapes)
     brought = {name: shape for name, shape in shapes.items() if is_saved(name)}
     mean = any(name.startswith(ENCODER) for name in (*layers, *vectors))
     needed: Task = origin.task or ("text-classification" if mean else usual_task(base))
@@ -116,7 +117,7 @@ def wanted(
             )
         own = "mean" if mean else "own"
         _agree("--head", head, own)
-    slots = Slots(tuple(targets), frozenset(kinds or [SlotKind.LOW_RANK]), tuple(layers), vectors)
+    slots = Slots(tuple(targets), frozenset(kinds or [SlotKind.LOW_RANK]), tuple(layers), vectors, virtual)
     return Wanted(needed, slots, max_rank or max(MAX_RANK, rank), head or own, brought)
 
 

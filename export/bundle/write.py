@@ -3,18 +3,30 @@
 ``adapters.bundle`` names its files and reads them. A bundle is only ever replaced whole (``adapters.storage.staged``).
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from adapters.base import Base
-from adapters.bundle import ADAPTERS, BASE, BASE_MANIFEST, adapter_names, adapter_path, manifest_path
+from adapters.bundle import (
+    ADAPTERS,
+    BASE,
+    BASE_MANIFEST,
+    GENERATION,
+    MAX_HELD_FILE,
+    TOKENIZER,
+    adapter_names,
+    adapter_path,
+    manifest_path,
+)
 from adapters.dsse import MAX_ENVELOPE
 from adapters.files import sha256
-from adapters.graphinputs import LORA_A, check_slots, to_inputs
+from adapters.graphinputs import LORA_A, check_slots, to_inputs, virtual_tokens
 from adapters.layout import Layout, Tensors
-from adapters.manifest import AdapterManifest, BaseManifest, Format, check_labels
+from adapters.manifest import AdapterManifest, BaseManifest, Format, Task, check_labels
 from adapters.peft.inputs import LABELS, AdapterInputs
 from adapters.peftconfig import PeftConfig
 from adapters.storage import link_files, locked_folder, read, staged, write_files
@@ -73,6 +85,7 @@ def _write_bundle(
     manifest = exported.manifest
     files = {(BASE / name).as_posix(): blob for name, blob in exported.files.items()}
     files[BASE_MANIFEST.as_posix()] = manifest.sign(key)
+    limit = partial(_longest, exported.task, exported.files.__getitem__)
     for source in sources:
         if source.adapter_inputs is None and exported.task == "text-generation":
             raise ConfigError(
@@ -80,7 +93,7 @@ def _write_bundle(
                 about="adapter_inputs",
                 value=source.name,
             )
-        files |= _adapter_files(source, source.adapter_inputs or exported.adapter_inputs, manifest, key, form)
+        files |= _adapter_files(source, source.adapter_inputs or exported.adapter_inputs, manifest, limit, key, form)
     kept = _kept(out, manifest, {source.name for source in sources})
     with staged(out, replaces=True) as stage:
         if kept:
@@ -240,7 +253,8 @@ def add_adapter(
     with locked_folder(bundle) as whole:
         if (manifest := stated_manifest(whole)) is None:
             raise _no_bundle(whole)
-        files = _adapter_files(source, inputs, manifest, key, form)
+        limit = partial(_longest, manifest.task, lambda name: read(whole / BASE / name, MAX_HELD_FILE))
+        files = _adapter_files(source, inputs, manifest, limit, key, form)
         with staged(whole, replaces=True) as stage:
             link_files(whole, stage)
             write_files(stage, files)
@@ -261,12 +275,25 @@ def copy_bundle(bundle: Path, out: Path) -> None:
             link_files(bundle, stage)
 
 
+def _longest(task: Task, content: Callable[[str], bytes]) -> int:
+    """The most tokens that a base reads, from the content of one of its files."""
+    if task == "text-generation":
+        return int(json.loads(content(GENERATION))["model"]["context_length"])
+    return int(json.loads(content(TOKENIZER))["truncation"]["max_length"])
+
+
 def _adapter_files(
-    source: AdapterSource, inputs: AdapterInputs, base: BaseManifest, key: IdentityKey, form: Format
+    source: AdapterSource,
+    inputs: AdapterInputs,
+    base: BaseManifest,
+    limit: Callable[[], int],
+    key: IdentityKey,
+    form: Format,
 ) -> dict[str, bytes]:
     tensors, inputs = adapter.completed(source.tensors, inputs, base.slots)
     blob = adapter.encode(tensors, inputs, form)
-    sizes = check_slots(to_inputs(tensors, inputs.scaling), base.slots)
+    filled = to_inputs(tensors, inputs.scaling)
+    sizes = check_slots(filled, base.slots)
     if sizes.get(LABELS, 2) < 2:
         raise DataError(
             f"adapter {source.name!r} has a head of one row; a device chooses among at least two labels", about="head"
@@ -279,6 +306,13 @@ def _adapter_files(
             value=len(source.labels),
         )
     check_labels(source.name, source.labels)
+    if (count := virtual_tokens(filled)) and count >= (longest := limit()):
+        raise DataError(
+            f"adapter {source.name!r} has {count} virtual tokens, which leave no room for a text: the base reads at "
+            f"most {longest} tokens",
+            about="num_virtual_tokens",
+            value=count,
+        )
     ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(LORA_A)]
     if (rank := max(ranks, default=0)) > base.max_rank:
         raise DataError(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -11,17 +12,18 @@ from transformers.pytorch_utils import Conv1D
 from adapters import pretrained
 from adapters.base import Base
 from adapters.bundle import TOKENIZER
-from adapters.graphinputs import layer_of
+from adapters.graphinputs import PREFIX, PROMPT, layer_of
 from adapters.layout import Floats
 from adapters.peft.inputs import AdapterInputs, LoraSlot, summary
 from aggregation.errors import ConfigError
 from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits
-from export.onnx import headers, matmuls
-from export.onnx.calibrate import TEXT, TOKENS
+from export.onnx import headers, matmuls, virtualtokens
+from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile
 from export.onnx.quantize import quantize
 from export.onnx.targets import Slots, linear_layers, vectors
+from export.onnx.tasks import check_reads_embeddings
 
 
 def export_causal(base: Base, slots: Slots | Sequence[str], profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
@@ -35,7 +37,7 @@ def export_causal(base: Base, slots: Slots | Sequence[str], profile: Profile, ma
 
     Raises:
         ConfigError: The base is an encoder-decoder or cannot be exported, a target names no linear layer, or a layer's
-            MatMul cannot be found in the graph.
+            MatMul cannot be found in the graph; or virtual tokens are wanted, and the graph has no place for them.
     """
     check_decoder(pretrained.configuration(base))
     wanted = Slots.of(slots)
@@ -46,7 +48,9 @@ def export_causal(base: Base, slots: Slots | Sequence[str], profile: Profile, ma
             f"a language model has low-rank slots only, none for {summary([layer_of(name) for name in names])}",
             about="slots",
         )
-    sample = sample_logits(model, pretrained.tokenizer(base))
+    tokenizer = pretrained.tokenizer(base)
+    embedding = _embedding(model, tokenizer) if wanted.virtual else None
+    sample = sample_logits(model, tokenizer)
     config = model.config
     del model  # each path loads it again, and until the end only the layers' weights are needed
     decoder = _decoder(base, config, sample)
@@ -54,13 +58,19 @@ def export_causal(base: Base, slots: Slots | Sequence[str], profile: Profile, ma
     ids = Tokenizer.from_str(decoder.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
     graph = quantize(decoder.graph, profile, ids)
     inserted = matmuls.insert_lora(graph, layers)
+    if embedding is not None and PROMPT in wanted.virtual:
+        inserted |= virtualtokens.insert_prompt(graph, embedding)
+    if PREFIX in wanted.virtual:
+        inserted |= virtualtokens.insert_prefix(graph)
     matmuls.merge(graph)
     return ExportedBase(
         base_digest=base.digest,
         task="text-generation",
         profile=profile,
         # An adapter of a language model brings its own scaling (AdapterSource.adapter_inputs); 1 leaves B as it is.
-        adapter_inputs=AdapterInputs("default", tuple(LoraSlot(path, 1.0) for path in weights), ()),
+        adapter_inputs=AdapterInputs(
+            "default", tuple(LoraSlot(path, 1.0) for path in weights), (), virtual=wanted.virtual
+        ),
         slots=inserted,
         max_rank=max_rank,
         files=headers.split(graph, inserted) | decoder.files,
@@ -84,6 +94,24 @@ def _decoder(base: Base, config: Any, sample: Sample) -> builder.DecoderGraph:
         return builder.build(base, config, sample)
     except builder.BuilderPathError:
         return traced.build(base, sample)
+
+
+def _embedding(model: nn.Module, tokenizer: Tokenizer) -> virtualtokens.Embedding:
+    """The embedding of tokens of a model that can have virtual tokens. Raises ConfigError for another model."""
+    ids = tokenizer.encode(SHORT_TEXT).ids
+    check_reads_embeddings(model, ids)
+    module: Any = model.get_input_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        plain, read = module.weight[ids], module(torch.tensor(ids))
+        scale = float((read / plain)[plain != 0].median())
+    if not torch.allclose(plain * scale, read, rtol=1e-4):
+        raise ConfigError(
+            f"{type(module).__name__} does more than to scale the embeddings of tokens: virtual tokens cannot be "
+            "exported for this base",
+            about="embeddings",
+        )
+    rows, width = module.weight.shape
+    return virtualtokens.Embedding(int(rows), int(width), round(scale, 4))
 
 
 def _weight(layer: nn.Module) -> Floats:

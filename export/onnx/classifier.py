@@ -14,7 +14,7 @@ from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import quantize
-from export.onnx.tasks import check_classifies, readable_length
+from export.onnx.tasks import check_classifies, check_reads_embeddings, readable_length
 
 
 def export_classifier(
@@ -43,6 +43,8 @@ def export_classifier(
     tokenizer.no_padding()  # which a device does not need
     slotted = SlottedModel.of(model) if isinstance(model, PeftModel) else model
     check_classifies(slotted.model, tokenizer.encode(SHORT_TEXT).ids)
+    if slotted.inputs.virtual:
+        check_reads_embeddings(slotted.model, tokenizer.encode(SHORT_TEXT).ids)
     longest = _limit(base, tokenizer, slotted.model)
     tokenizer.enable_truncation(longest)
     ids = tokenizer.encode(TEXT).ids[:TOKENS]

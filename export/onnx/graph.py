@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from adapters.graphinputs import PROMPT
 from aggregation.errors import ConfigError
 from export.onnx.matmuls import USUAL_RANK
 from export.onnx.peftmodel import TOKENS, SlottedModel, examples, with_inputs
+from export.onnx.virtualtokens import accept_rows
 
 OPSET = 20
 ANSWER = "logits"
@@ -37,13 +39,16 @@ def trace(slotted: SlottedModel) -> onnx.ModelProto:
     batch, sequence = Dim("batch"), Dim("sequence")
     tokens = {name: torch.ones(2, 3, dtype=torch.int64) for name in TOKENS}
     shapes = {name: {0: batch, 1: sequence} for name in TOKENS}
-    return export(
+    traced = export(
         with_inputs(slotted),
         {**tokens, "adapter": example},
         {**shapes, "adapter": dynamic},
         inputs=[*TOKENS, *example],
         outputs=[ANSWER],
     )
+    if PROMPT in example:
+        accept_rows(traced)
+    return traced
 
 
 def export(

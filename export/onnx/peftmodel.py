@@ -30,7 +30,9 @@ from adapters.graphinputs import (
     LORA_B,
     OFFSET,
     OUTPUT_SCALE,
+    PROMPT,
     REPLACED,
+    VIRTUAL,
     input_name,
     layer_of,
     vector_site,
@@ -199,7 +201,13 @@ class _WithInputs(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, adapter: dict[str, Tensor]) -> Tensor:
         self.values.now = adapter
-        return logits_of(self.inner(input_ids=input_ids, attention_mask=attention_mask))
+        if PROMPT not in adapter:
+            return logits_of(self.inner(input_ids=input_ids, attention_mask=attention_mask))
+        model: Any = self.inner
+        tokens = model.get_input_embeddings()(input_ids)
+        prompt = adapter[PROMPT].expand(tokens.shape[0], -1, -1)
+        mask = torch.cat([torch.ones_like(prompt[..., 0], dtype=attention_mask.dtype), attention_mask], 1)
+        return logits_of(self.inner(inputs_embeds=torch.cat([prompt, tokens], 1), attention_mask=mask))
 
 
 def logits_of(answer: Any) -> Tensor:
@@ -263,6 +271,11 @@ def examples(slotted: SlottedModel) -> tuple[dict[str, Tensor], dict[str, dict[i
     for number, name in enumerate(slotted.inputs.vectors):
         example[name] = torch.ones(EXAMPLE_RANK, vector_width(slotted.model, name))
         dynamic[name] = {0: Dim(f"{GIVEN}{number}")}
+    if PROMPT in slotted.inputs.virtual:
+        # One row, which every row of a batch reads; virtualtokens.accept_rows makes it any number.
+        model: Any = slotted.model
+        example[PROMPT] = torch.ones(1, EXAMPLE_RANK, model.get_input_embeddings().weight.shape[1])
+        dynamic[PROMPT] = {1: Dim(VIRTUAL[PROMPT])}
     labels = Dim(LABELS)
     for saved in slotted.inputs.saved:
         head = _head(slotted.model, saved)

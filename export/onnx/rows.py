@@ -12,11 +12,11 @@ import onnxruntime as ort
 
 from adapters.bundle import MODEL, WEIGHTS
 from adapters.classifiergraph import LABELS, ClassifierGraph
-from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, REPLACED, SCALES
+from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
 from adapters.layout import Floats, Tensors
 from aggregation.errors import ConfigError
 
-RANK, ROWS = 4, 3  # of the adapters that are tried; three labels
+RANK, ROWS = 4, 3  # of the adapters that are tried, with as many virtual tokens as ranks; three labels
 LONGEST = 1024  # tokens
 TOLERANCE = 2e-3  # of a logit, relative to the largest: rounding in int8 stays below a tenth of it
 MAX_REASON = 200  # characters of ONNX Runtime's message
@@ -50,7 +50,7 @@ def independent_rows(
         ConfigError: The graph does not run, or gives an answer that is not finite.
     """
     session = open_session(files)
-    longest = min(longest, LONGEST)
+    longest = min(longest, LONGEST) - (RANK if PROMPT in slots else 0)
     lengths = sorted({min(3, longest), max(1, longest // 3), longest})
     texts = [list(np.resize(ids, length)) for length in (lengths * ROWS)[:ROWS]]
     adapters = [_random(slots, seed) for seed in range(ROWS)]
@@ -77,7 +77,7 @@ def _random(slots: Mapping[str, tuple[str, ...]], seed: int) -> Tensors:
     result = {}
     for name, dimensions in slots.items():
         lora = name.endswith((LORA_A, LORA_B))
-        own = lora or LABELS in dimensions or name.endswith((*SCALES, OFFSET))
+        own = lora or LABELS in dimensions or name == PROMPT or name.endswith((*SCALES, OFFSET))
         shape = [_size(text) for text in dimensions]
         drawn: Floats = (rng if own else common).standard_normal(shape).astype(np.float32)
         # (in, rank) for A, (rank, out) for B, (out, in) for other weights: keeps the variance of what a layer reads.

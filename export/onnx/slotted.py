@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from adapters import pretrained
 from adapters.base import Base
 from adapters.classifier import PhraseClassifier
-from adapters.graphinputs import layer_of
+from adapters.graphinputs import PREFIX, layer_of
 from adapters.peft.inputs import AdapterInputs, LoraSlot, in_modules, summary
 from aggregation.errors import ConfigError
 from export.onnx.peftmodel import SlottedModel, saved_slot
@@ -39,7 +39,14 @@ def with_mean_head(base: Base, slots: Slots | Sequence[str]) -> SlottedModel:
         raise ConfigError(
             f"{kind} cannot be exported: its configuration states no hidden_size; use an encoder of texts", about=kind
         )
-    return _slotted(PhraseClassifier(encoder, width, ANY_LABELS), Slots.of(slots), ["classifier"])
+    wanted = Slots.of(slots)
+    if wanted.virtual:
+        raise ConfigError(
+            "a head over the mean of the tokens has no virtual tokens, in peft neither: choose --head own",
+            about="--head",
+            value=wanted.virtual,
+        )
+    return _slotted(PhraseClassifier(encoder, width, ANY_LABELS), wanted, ["classifier"])
 
 
 def with_own_head(
@@ -55,8 +62,15 @@ def with_own_head(
 
     Raises:
         ConfigError: As ``with_mean_head``; the model lacks a module that the adapter brings, or weights that it does
-            not bring; or the head is for several answers at a time, or for a number.
+            not bring; the head is for several answers at a time, or for a number; or a prefix is wanted.
     """
+    wanted = Slots.of(slots)
+    if PREFIX in wanted.virtual:
+        raise ConfigError(
+            "prefix tuning cannot be exported for a classifier: the encoders of transformers 5 take no keys and values "
+            "of earlier tokens, and peft itself refuses them; train with prompt tuning",
+            about="PREFIX_TUNING",
+        )
     saved, labels = list(USUAL_HEADS), None
     if brought:
         saved, labels = sorted({name.rpartition(".")[0] for name in brought}), _labels(base, brought)
@@ -68,7 +82,7 @@ def with_own_head(
             about="head",
             value=rows,
         )
-    return _slotted(model, Slots.of(slots), saved)
+    return _slotted(model, wanted, saved)
 
 
 def _labels(base: Base, brought: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -96,4 +110,5 @@ def _slotted(model: nn.Module, slots: Slots, saved: list[str]) -> SlottedModel:
     brought = [path for path, _ in model.named_modules() if path.endswith(tuple(saved))]
     outermost = [path for path in brought if not any(path.startswith(f"{other}.") for other in brought)]
     modules = tuple(saved_slot(path, model.get_submodule(path)) for path in outermost)
-    return SlottedModel(model.eval(), AdapterInputs("default", tuple(LoraSlot(p, 1.0) for p in layers), modules, names))
+    loras = tuple(LoraSlot(path, 1.0) for path in layers)
+    return SlottedModel(model.eval(), AdapterInputs("default", loras, modules, names, slots.virtual))

@@ -9,7 +9,16 @@ from typing import Self
 from torch import nn
 
 from adapters import pretrained
-from adapters.graphinputs import INPUT_SCALE, OFFSET, OUTPUT_SCALE, REPLACED, layer_of, vector_site
+from adapters.graphinputs import (
+    INPUT_SCALE,
+    OFFSET,
+    OUTPUT_SCALE,
+    PREFIX,
+    PROMPT,
+    REPLACED,
+    layer_of,
+    vector_site,
+)
 from adapters.peft.inputs import in_modules, summary
 from aggregation.errors import ConfigError
 
@@ -26,6 +35,8 @@ class SlotKind(StrEnum):
     OFFSET = "offset"
     NORMS = "norms"  # the parameters of every normalization
     BIASES = "biases"  # of every layer and normalization
+    PROMPT = "prompt"  # the embeddings of virtual tokens before a text
+    PREFIX = "prefix"  # the keys and values of virtual tokens, of a language model
 
 
 AT_LAYERS = {SlotKind.SCALE: OUTPUT_SCALE, SlotKind.INPUT_SCALE: INPUT_SCALE, SlotKind.OFFSET: OFFSET}
@@ -39,6 +50,7 @@ class Slots:
     kinds: frozenset[SlotKind] = frozenset({SlotKind.LOW_RANK})
     layers: tuple[str, ...] = ()  # the paths of the layers for which an adapter has LoRA matrices
     vectors: tuple[str, ...] = ()  # the graph inputs of an adapter's vectors
+    adapter_virtual: tuple[str, ...] = ()  # the graph inputs of an adapter's virtual tokens
 
     @classmethod
     def of(cls, slots: Self | Sequence[str]) -> Self:
@@ -49,6 +61,12 @@ class Slots:
     def low_rank(self) -> tuple[str, ...]:
         """The layers that get low-rank slots, as ``linear_layers`` takes them."""
         return (*(self.targets if SlotKind.LOW_RANK in self.kinds else ()), *self.layers)
+
+    @property
+    def virtual(self) -> tuple[str, ...]:
+        """The graph inputs of virtual tokens."""
+        kinds = {PROMPT: SlotKind.PROMPT, PREFIX: SlotKind.PREFIX}
+        return tuple(name for name, kind in kinds.items() if kind in self.kinds or name in self.adapter_virtual)
 
 
 def vectors(model: nn.Module, slots: Slots, heads: Sequence[str] = ()) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 from aggregation.errors import ConfigError
 
 MAX_REASON = 160  # characters of an error of a library
+CLOSE = 1e-3  # of the largest logit
 OFFSETS = 8  # positions that a family may reserve; RoBERTa's numbering begins at 2
 
 
@@ -75,6 +76,33 @@ def check_classifies(model: Any, ids: Sequence[int]) -> None:
         raise ConfigError(
             f"{type(model).__name__} cannot be exported: it does not answer with one row of logits for each text",
             about="model_type",
+        )
+
+
+def check_reads_embeddings(model: Any, ids: Sequence[int]) -> None:
+    """Return if a model reads nothing of tokens but their embeddings, as peft assumes of virtual tokens.
+
+    Args:
+        model: Of transformers, in evaluation mode.
+        ids: Of a text.
+
+    Raises:
+        ConfigError: It does not take embeddings, or answers differently.
+    """
+    tokens = torch.tensor([list(ids)])
+    try:
+        with torch.no_grad():
+            embeddings = model.get_input_embeddings()(tokens)
+            found = model(inputs_embeds=embeddings, attention_mask=torch.ones_like(tokens)).logits
+            expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        same = bool((found - expected).abs().max() <= CLOSE * expected.abs().max())
+        reason = "it reads more of a token than its embedding"
+    except Exception as error:  # whatever the code of a model raises
+        same, reason = False, _first_line(error)
+    if not same:
+        raise ConfigError(
+            f"{type(model).__name__} cannot have virtual tokens ({reason}); use an adapter of another method",
+            about="inputs_embeds",
         )
 
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from adapters.bundle import TOKENIZER
 from adapters.classifiergraph import MAX_ROWS, ClassifierGraph
-from adapters.graphinputs import LORA_B, OFFSET, SCALES
+from adapters.graphinputs import LORA_B, OFFSET, PROMPT, SCALES, virtual_tokens, with_placeholders
 from adapters.layout import Floats, Tensors
 from adapters.manifest import BaseManifest, Task
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
@@ -171,16 +171,17 @@ class OnnxRunner:
         """A classifier's logits, shape ``(1, labels)``, or a language model's, ``(1, tokens, vocabulary)``."""
         if self.graph is not None:
             return self.graph.logits(ids, self.graph.feeds(inputs))[np.newaxis]
-        tokens = np.array([ids], dtype=np.int64)
+        virtual = virtual_tokens(inputs)
+        tokens = np.array([with_placeholders(ids, virtual)], dtype=np.int64)
         feeds: dict[str, Any] = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), **inputs}
         for value in self.session.get_inputs():
             if value.name == "position_ids":
-                feeds[value.name] = np.arange(len(ids), dtype=np.int64)[None]
+                feeds[value.name] = np.arange(tokens.shape[1], dtype=np.int64)[None]
             elif value.name.startswith(PAST):  # (batch, heads, past tokens, width)
                 _, heads, _, width = value.shape
                 feeds[value.name] = np.zeros((1, heads, 0, width), np.float32)
         answer: Floats = self.session.run([ANSWER], feeds)[0]
-        return answer
+        return answer[:, virtual:]
 
     def mixed(self, texts: Sequence[Sequence[int]], inputs: Tensors) -> list[Floats]:
         """A classifier's logits, ``(labels,)`` for each text, in a batch whose other rows have no updates."""
@@ -191,8 +192,8 @@ class OnnxRunner:
 
 
 def _without(name: str, value: Floats) -> Floats:
-    if name.endswith(LORA_B):
-        return np.zeros_like(value)  # of the same rank, so that the rows can share a run
+    if name.endswith(LORA_B) or name == PROMPT:
+        return np.zeros_like(value)  # of the same rank or length, so that the rows can share a run
     return value[:0] if name.endswith((*SCALES, OFFSET)) else value
 
 
@@ -202,7 +203,7 @@ def torch_logits(model: PeftModel, ids: Sequence[int]) -> Floats:
     with torch.no_grad():
         answer = model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     logits: Floats = getattr(answer, "logits", answer).numpy()
-    return logits
+    return logits[:, -len(ids) :] if logits.ndim == 3 else logits  # without those of virtual tokens
 
 
 def compare(
@@ -224,6 +225,9 @@ def compare(
     Raises:
         DataError: There is no answer to compare, or one is not finite.
     """
+    if virtual := virtual_tokens(inputs):
+        limit = (runner.tokenizer.truncation or {}).get("max_length", MAX_TOKENS)
+        runner.tokenizer.enable_truncation(max(1, limit - virtual))
     rows: list[Floats] = []
     alone: list[tuple[Sequence[int], Floats]] = []
     for encoding in runner.tokenizer.encode_batch(list(texts)):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from adapters.graphinputs import VECTORS
+from adapters.graphinputs import VECTORS, VIRTUAL
 from adapters.int4 import BLOCK
 from adapters.layout import Tensors
 from adapters.manifest import Format
@@ -52,8 +52,9 @@ def test_int8_has_a_scale_for_each_rank_and_each_row_and_leaves_vectors_alone() 
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_scales_offsets_and_replaced_parameters_stay_in_float32(form: Format) -> None:
-    vectors = {f"x.key{kind}": np.float32([[1.1, 1e30, -0.3]]) for kind in VECTORS}
+def test_vectors_and_virtual_tokens_stay_in_float32(form: Format) -> None:
+    names = [*(f"x.key{kind}" for kind in VECTORS), *VIRTUAL]
+    vectors = {name: np.float32([[1.1, 1e30, -0.3]]) for name in names}
     stored = quantize(vectors, form)
     assert {value.dtype for value in stored.values()} == {np.dtype(np.float32)}
     for name, value in restore(stored, form).items():

@@ -15,6 +15,8 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -41,6 +43,8 @@ METHODS: dict[str, PeftConfig] = {
     ),
     "norms": LNTuningConfig(target_modules=["LayerNorm"]),
     "beft": BeftConfig(target_modules=["query", "intermediate.dense"]),
+    "prompt": PromptTuningConfig(num_virtual_tokens=5),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16),
 }
 BECOME_LORA = ("adalora", "loha", "vera")  # what comes back is an equal LoRA adapter
 for method in METHODS.values():
@@ -62,7 +66,7 @@ def every_method(every_method_base: Base, tmp_path_factory: pytest.TempPathFacto
         rng, which = np.random.default_rng(4), getattr(METHODS[name], "bias", "none")
         for key, value in model.named_parameters():
             bias = key.endswith({"all": ".bias", "lora_only": ".base_layer.bias"}.get(which, "-"))
-            if bias or any(part in key for part in ("lora_", "modules_to_save", "beft_", "hada_", "vera_")):
+            if bias or any(part in key for part in ("lora_", "modules_to_save", "beft_", "hada_", "vera_", "prompt_")):
                 drawn = rng.normal(0.0, 0.3, value.shape)
             elif "ia3_l" in key or "ln_tuning_layers" in key:
                 drawn = rng.normal(1.0, 0.5, value.shape) * (rng.random(value.shape) > 0.1)  # some are 0
@@ -95,7 +99,7 @@ def every_slot(every_method_base: Base, tmp_path_factory: pytest.TempPathFactory
             "--targets",
             "all-linear",
         ),
-        *("--slots", "low-rank,scale,input-scale,offset,norms,biases", "--out", str(folder / "bundle")),
+        *("--slots", "low-rank,scale,input-scale,offset,norms,biases,prompt", "--out", str(folder / "bundle")),
         *("--key", str(folder / "key.pem")),
     ]
     for command in (words[:3], words[3:]):

@@ -13,6 +13,14 @@ export const REPLACED = ".replaced";
 const VECTORS = [...SCALES, ".output_offset", REPLACED];
 const GIVEN = "given_"; // prefix of the dimension of a vector: 1, or 0 for an adapter that lacks it
 
+// Graph inputs with a row for each virtual token: embeddings, or keys and values of every layer.
+const VIRTUAL = ["prompt_embeddings", "prefix_key_values"];
+
+export const isVirtual = (name) => VIRTUAL.includes(name);
+
+/** The virtual tokens that an adapter, as graph inputs, puts before a text. */
+export const virtualTokens = (feeds) => VIRTUAL.reduce((sum, name) => sum + (feeds[name]?.dims[0] ?? 0), 0);
+
 /** The kind of vector that a graph input takes, a scale, an offset or a replaced parameter; undefined for any other. */
 export const vectorKind = (name) => VECTORS.find((kind) => name.endsWith(kind));
 

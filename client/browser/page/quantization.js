@@ -1,7 +1,7 @@
 // How an adapter file stores numbers: the reading half of adapters/quantization.py.
 
 import { DataError, quoted } from "./errors.js";
-import { LORA_A, vectorKind } from "./graphinputs.js";
+import { LORA_A, isVirtual, vectorKind } from "./graphinputs.js";
 import * as numbers from "./numbers.js";
 import { product } from "./numbers.js";
 
@@ -26,7 +26,7 @@ export function restore(stored, format) {
 
 function restored(name, tensor, stored, format) {
   const { type, shape } = tensor;
-  const matrix = shape.length >= 2 && product(shape) && !vectorKind(name);
+  const matrix = shape.length >= 2 && product(shape) && !vectorKind(name) && !isVirtual(name);
   const allowed = matrix ? TYPES[format] : ["float32"];
   if (!allowed.includes(type)) {
     throw new DataError(`tensor ${quoted(name)} is ${type} in an adapter of format ${format}`, name);

@@ -19,7 +19,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from adapters import files
 from adapters.base import Base
 from adapters.classifier import PhraseClassifier, load, tensors
-from adapters.graphinputs import from_inputs, to_inputs
+from adapters.graphinputs import PREFIX, from_inputs, to_inputs
 from adapters.manifest import Format
 from adapters.peft.folder import CONFIG, WEIGHTS, read_peft, to_peft
 from adapters.peft.inputs import AdapterInputs
@@ -310,6 +310,8 @@ LONG = f"base_model.model.{'x' * 600}.lora_A.weight"
         (_change(f"base_model.model.{BIAS}", torch.ones(6)), BIAS),
         (_change(f"base_model.model.{DORA}", torch.ones(6)), DORA),
         (_change(LONG, torch.ones(3, 6)), LONG[:80]),
+        (_change("prompt_embeddings", torch.ones(3, 6)), "prompt_embeddings"),
+        (_change(f"base_model.model.{PREFIX}", torch.ones(3, 6)), f"base_model.model.{PREFIX}"),
     ],
 )
 def test_a_tensor_that_no_graph_takes_is_refused(saved: Path, change: Any, about: str) -> None:

@@ -10,6 +10,7 @@ const TYPES = { fp32: [FLOAT32], fp16: [FLOAT16], int8: [INT8], int4: [UINT8, IN
 const BLOCK = 32; // numbers of a row that share a scale, in int4
 const SCALE = "#scale";
 const isVector = (name) => /\.(output_scale|input_scale|output_offset|replaced)$/.test(name);
+const isVirtual = (name) => name === "prompt_embeddings" || name === "prefix_key_values";
 export const isA = (name) => name.endsWith(".lora_A.weight");
 export const isB = (name) => name.endsWith(".lora_B.weight");
 const size = (shape) => shape.reduce((product, each) => product * each, 1);
@@ -88,7 +89,7 @@ export function restore(stored, format) {
       require(owner?.type === INT8 || owner?.type === UINT8, "numbers", `${name} belongs to no tensor`);
       continue;
     }
-    const allowed = value.shape.length < 2 || !size(value.shape) || isVector(name) ? [FLOAT32] : TYPES[format];
+    const allowed = value.shape.length < 2 || !size(value.shape) || isVector(name) || isVirtual(name) ? [FLOAT32] : TYPES[format];
     require(allowed.includes(value.type), "numbers", `${name} is of a type that ${format} does not have`);
     const tensor = float32(name, value, stored);
     require(tensor.values.every(Number.isFinite), "numbers", `${name} is not finite`);
