@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Self
 
 from adapters.bundle import MODEL
+from adapters.graphinputs import with_placeholders
 from aggregation.errors import ConfigError, DataError
 from client.inference.engine import GenerationEngine
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
@@ -138,9 +139,9 @@ class Generator:
         """Return if answers can be written by these parameters. Raises ConfigError as ``GenerationEngine.check``."""
         self._engine.check(params)
 
-    def max_prompt(self, params: SamplingParams) -> int:
-        """The most tokens of a prompt that leave room for an answer of ``params.max_tokens``."""
-        return self.context - params.max_tokens
+    def max_prompt(self, params: SamplingParams, adapter: Adapter | None = None) -> int:
+        """The most tokens of a prompt that leave room for an answer of ``params.max_tokens`` with an adapter."""
+        return self.context - params.max_tokens - (adapter.virtual_tokens if adapter else 0)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -161,12 +162,12 @@ class Generator:
     def _answer(self, prompt: list[int], params: SamplingParams, adapter: Named | None) -> Iterator[str]:
         composition = None if adapter is None else Composition.of(adapter)
         with self._exclusive():  # raise now, not with the first piece
-            if composition is not None:
-                self._get(composition)
+            virtual = self._get(composition).virtual_tokens if composition is not None else 0
         if not prompt:
             raise DataError("the text contains no known token; give another text", about="text.tokens")
-        if len(prompt) >= self.context:
-            reason = f"the text has {len(prompt)} tokens, and the model's limit is {self.context}; shorten it"
+        if len(prompt) + virtual >= self.context:
+            before = f" after {virtual} virtual ones" if virtual else ""
+            reason = f"the text has {len(prompt)} tokens{before}, and the model's limit is {self.context}; shorten it"
             raise DataError(reason, about="prompt", value=len(prompt))
         return self._pieces(prompt, params, composition)
 
@@ -178,8 +179,10 @@ class Generator:
     def _generate(self, prompt: list[int], params: SamplingParams, adapter: Adapter | None) -> Iterator[str]:
         engine, stops, decoder = self._engine, StopFilter(params.stop), self._engine.decoder()
         finish, text, count, reused = Finish.INTERRUPTED, "", 0, 0
+        virtual = adapter.virtual_tokens if adapter else 0
         try:
-            reused = engine.read(prompt, params, adapter.name if adapter else None)
+            known = engine.read(with_placeholders(prompt, virtual), params, adapter.name if adapter else None)
+            reused = max(0, known - virtual)
             for count, token in enumerate(engine.draw(), 1):  # noqa: B007
                 piece = "" if token in engine.ends else stops.feed(decoder.decode(token))
                 text += piece
@@ -236,7 +239,7 @@ class Conversation:
         self._generator, self._params = generator, params
         self._adapter: Adapter | None = None
         self.use(adapter)
-        if generator.max_prompt(params) < 1:
+        if generator.max_prompt(params, self._adapter) < 1:
             reason = f"an answer of {params.max_tokens} tokens leaves no room for a question: the model's limit is"
             reason = f"{reason} {generator.context} tokens; lower --max-tokens"
             raise ConfigError(reason, about="max_tokens", value=params.max_tokens)
@@ -290,7 +293,7 @@ class Conversation:
                 self._messages = [*messages, ChatMessage("assistant", text)]
 
     def _fit(self, messages: list[ChatMessage]) -> list[ChatMessage]:
-        limit = self._generator.max_prompt(self._params)
+        limit = self._generator.max_prompt(self._params, self._adapter)
         while (needed := len(self._generator.tokens([*self._system, *messages]))) > limit:
             if len(messages) < 3:
                 reason = f"the text needs {needed} tokens, and an answer of {self._params.max_tokens} leaves {limit}"

@@ -8,6 +8,7 @@ scales                  ``1 + Σ wᵢ (sᵢ - 1)``
 offsets                 ``Σ wᵢ oᵢ``
 replaced parameters     ``Σ wᵢ pᵢ``, if the weights add up to 1; else it would depend on the base's own
 ``modules_to_save``     the mean by weights; a negative weight has no part in it
+virtual tokens          one after the other, in the order of the adapters' names; their weights are 1
 ======================= ==================================================================================
 
 A module of ``modules_to_save`` replaces the base's module instead of updating it, so two of them have no sum. They are
@@ -25,7 +26,18 @@ import numpy as np
 from cachetools import LRUCache
 
 from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names
-from adapters.graphinputs import LORA_A, LORA_B, REPLACED, SCALES, vector_kind, vector_site
+from adapters.graphinputs import (
+    LORA_A,
+    LORA_B,
+    PREFIX,
+    PROMPT,
+    REPLACED,
+    SCALES,
+    VIRTUAL,
+    vector_kind,
+    vector_site,
+    virtual_tokens,
+)
 from adapters.layout import Floats, Tensors
 from adapters.manifest import AdapterManifest, BaseManifest, Task, check_name
 from aggregation.errors import ConfigError, DataError
@@ -130,6 +142,7 @@ class Adapter:
     composition: Composition
     manifests: tuple[AdapterManifest, ...]  # of the parts, in order
     rank: int  # the greatest of any layer
+    virtual_tokens: int  # before each text
     nbytes: int  # of ``inputs``
     inputs: Tensors = field(repr=False)  # by graph input
 
@@ -137,7 +150,8 @@ class Adapter:
     def of(cls, composition: Composition, manifests: tuple[AdapterManifest, ...], inputs: Tensors) -> Self:
         """The adapter with these inputs."""
         rank = max((value.shape[1] for name, value in inputs.items() if name.endswith(LORA_A)), default=0)
-        return cls(composition, manifests, rank, sum(value.nbytes for value in inputs.values()), inputs)
+        nbytes = sum(value.nbytes for value in inputs.values())
+        return cls(composition, manifests, rank, virtual_tokens(inputs), nbytes, inputs)
 
     @property
     def name(self) -> str:
@@ -179,7 +193,8 @@ def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base:
 
     Raises:
         ConfigError: The labels differ; the ranks add up to more than the base allows; the weights of adapters that
-            replace parameters do not add up to 1; or no adapter with a weight above 0 brings a head.
+            replace parameters do not add up to 1; an adapter with virtual tokens has another weight than 1; a prompt
+            meets a prefix; or no adapter with a weight above 0 brings a head.
     """
     manifests = tuple(one.manifest for one in verified)
     if len(verified) == 1 and composition.parts[0].weight == 1:
@@ -191,6 +206,9 @@ def compose(composition: Composition, verified: Sequence[VerifiedAdapter], base:
         raise ConfigError(f"{reason}; use one at a time", about="composition.labels", value=other[0].name)
     weights = [part.weight for part in composition.parts]
     inputs = {name: _composed(name, [one.inputs[name] for one in verified], weights) for name in verified[0].inputs}
+    if all(name in inputs and len(inputs[name]) for name in (PROMPT, PREFIX)):
+        reason = f"{composition} has the virtual tokens of a prompt and of a prefix, whose order is not defined"
+        raise ConfigError(f"{reason}; leave one out", about="composition.virtual_tokens", value=str(composition))
     composed = Adapter.of(composition, manifests, inputs)
     if composed.rank > base.max_rank:
         reason = f"{composed.name} has rank {composed.rank}, above the base's limit of {base.max_rank}; leave one out"
@@ -206,6 +224,11 @@ def _composed(name: str, values: Sequence[Floats], weights: Sequence[float]) -> 
     if kind := vector_kind(name):
         given = [(value, weight) for value, weight in zip(values, weights, strict=True) if len(value)]
         return _vector(name, kind, given) if given else values[0]
+    if name in VIRTUAL:
+        if odd := [weight for value, weight in zip(values, weights, strict=True) if len(value) and weight != 1]:
+            reason = f"an adapter with virtual tokens has the weight {odd[0]:g}, but tokens have no multiple; give 1"
+            raise ConfigError(reason, about="composition.weight", value=odd[0])
+        return np.concatenate(values)
     if not any(weight > 0 for weight in weights):
         reason = "a module that replaces the base's, such as a head, cannot be subtracted; give one weight above 0"
         raise ConfigError(reason, about="composition.weight", value=name)

@@ -26,17 +26,32 @@ class PhraseReader:
         special = {int(token["id"]) for token in stated.get("added_tokens", []) if token.get("special")}
         return cls(Tokenizer.from_str(tokenizer.decode()), unknown, frozenset(special - {unknown}))
 
-    def tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str, virtual_tokens: int = 0) -> list[int]:
         """The tokens of a text, with the special tokens that the model expects, truncated at the model's limit.
 
+        Args:
+            text: The text.
+            virtual_tokens: Of the adapter that reads it; they count towards the limit.
+
         Raises:
-            DataError: The text is not valid (``text.checked``), or has no known token (``unknown_share``).
+            DataError: The text is not valid (``text.checked``), or has no known token (``unknown_share``); or the
+                virtual tokens leave no room for it.
         """
         encoding = self._tokenizer.encode(checked(text))
         if self._share(encoding) == 1:
             reason = f"the text {text[:40]!r} contains no known token; give a phrase in a language of the model"
             raise DataError(reason, about="text.tokens", value=text)
-        return list(encoding.ids)
+        return self._fitted(encoding, virtual_tokens) if virtual_tokens else list(encoding.ids)
+
+    def _fitted(self, encoding: Encoding, virtual_tokens: int) -> list[int]:
+        ids, text = list(encoding.ids), [at for at, added in enumerate(encoding.special_tokens_mask) if not added]
+        limit = int((self._tokenizer.truncation or {})["max_length"])  # the exporter states it
+        surplus = max(0, len(ids) + virtual_tokens - limit)
+        if surplus >= len(text):
+            reason = f"the adapter's {virtual_tokens} virtual tokens leave no room for a text: the model's limit is"
+            raise DataError(f"{reason} {limit}; use another adapter", about="adapter", value=virtual_tokens)
+        end = text[-1] + 1
+        return ids[: end - surplus] + ids[end:]
 
     def unknown_share(self, text: str) -> float:
         """The share of a text's tokens that the tokenizer does not know, 0 to 1; a text without any token has 1.

@@ -123,7 +123,7 @@ class ClassificationSession:
             TrustError, DataError, ConfigError: As ``load``.
         """
         loaded = self._get(Composition.of(adapter))
-        rows = [self._reader.tokens(text) for text in texts]
+        rows = [self._reader.tokens(text, loaded.adapter.virtual_tokens) for text in texts]
         with self._running():
             logits = [self._graph.logits(ids, loaded.feeds) for ids in rows]
         return [_best(row, loaded.adapter, top) for row in logits]
@@ -145,10 +145,11 @@ class ClassificationSession:
         """
         if not rows:
             return []
-        tokens = [self._reader.tokens(text) for text, _ in rows]
         compositions = [Composition.of(names) for _, names in rows]
         held = {composition: self._get(composition).adapter for composition in dict.fromkeys(compositions)}
         adapters = [held[composition] for composition in compositions]
+        read = zip(rows, adapters, strict=True)
+        tokens = [self._reader.tokens(text, adapter.virtual_tokens) for (text, _), adapter in read]
         with self._running():
             logits = self._graph.mixed(tokens, [adapter.inputs for adapter in adapters])
         return [_best(row, adapter, top) for row, adapter in zip(logits, adapters, strict=True)]

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from adapters.bundle import TOKENIZER
 from adapters.classifiergraph import MAX_ROWS, ClassifierGraph
@@ -156,13 +156,23 @@ class OnnxRunner:
         graph = ClassifierGraph(session, manifest.slots, manifest.independent_rows) if classifies else None
         return cls(session, tokenizer, graph)
 
+    def encode(self, texts: Sequence[str], inputs: Tensors) -> list[Encoding]:
+        """The tokens of texts, truncated to what the virtual tokens of an adapter leave."""
+        if virtual := virtual_tokens(inputs):
+            limit = (self.tokenizer.truncation or {})["max_length"]
+            self.tokenizer.enable_truncation(limit - virtual)
+            encoded = self.tokenizer.encode_batch(list(texts))
+            self.tokenizer.enable_truncation(limit)
+            return encoded
+        return self.tokenizer.encode_batch(list(texts))
+
     def classify(self, texts: Sequence[str], inputs: Tensors, step: Callable[[], object] = lambda: None) -> Floats:
         """A classifier's logits, shape ``(texts, labels)``, or ``(0, 0)`` without texts; ``step`` is called after each.
 
         Runs one text at a time, as a device does.
         """
         rows = []
-        for encoding in self.tokenizer.encode_batch(list(texts)):
+        for encoding in self.encode(texts, inputs):
             rows.append(self.logits(encoding.ids, inputs))
             step()
         return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
@@ -225,12 +235,9 @@ def compare(
     Raises:
         DataError: There is no answer to compare, or one is not finite.
     """
-    if virtual := virtual_tokens(inputs):
-        limit = (runner.tokenizer.truncation or {}).get("max_length", MAX_TOKENS)
-        runner.tokenizer.enable_truncation(max(1, limit - virtual))
     rows: list[Floats] = []
     alone: list[tuple[Sequence[int], Floats]] = []
-    for encoding in runner.tokenizer.encode_batch(list(texts)):
+    for encoding in runner.encode(texts, inputs):
         expected, found = torch_logits(model, encoding.ids), runner.logits(encoding.ids, inputs)
         if not (np.isfinite(expected).all() and np.isfinite(found).all()):
             raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken", about="logits")

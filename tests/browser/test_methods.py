@@ -1,5 +1,6 @@
 """The page answers as the native session with an adapter of every method; what an adapter lacks is an empty tensor."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from client.inference.generate import Generator
+from client.inference.text import SamplingParams
 from tests.browser.test_classification import PHRASES, in_page, native, same
-from tests.support import methods
+from tests.browser.test_generation import PROMPT, START, ids_of
+from tests.support import methods, virtual
 from tests.support.recipes import CLI
 
 pytestmark = pytest.mark.slow
-globals().update(methods.FIXTURES)
+globals().update(methods.FIXTURES | virtual.FIXTURES)
 
 
 def test_the_page_takes_adapters_of_every_method(
@@ -25,3 +29,24 @@ def test_the_page_takes_adapters_of_every_method(
     page.goto(serve(bundle))
     for name in methods.METHODS:
         same(in_page(page, name, list(PHRASES)), native(bundle, name, list(PHRASES)))
+
+
+def test_the_page_writes_with_virtual_tokens_what_peft_computes(
+    page: Any, serve: Callable[[Path], str], virtual_bundle: Path, virtual_models: Any
+) -> None:
+    page.goto(serve(virtual_bundle))
+    page.evaluate(START)
+    prompt = ids_of(virtual_bundle, PROMPT)
+    for name in ("prompt", "prefix", "lora", "projected"):
+        found = page.evaluate(f"written({name!r}, {json.dumps({'maxTokens': 12, 'prompt': PROMPT})})")["ids"]
+        expected = virtual.greedy(virtual_models[name][0], prompt, 12)
+        assert found == [token for token in expected if token != 2], name
+    both, params = "lora:0.5+p-tuning+prompt", SamplingParams(max_tokens=12)
+    native = "".join(Generator.open(virtual_bundle).complete(PROMPT, params, both))
+    assert page.evaluate(f"written({both!r}, {json.dumps({'maxTokens': 12, 'prompt': PROMPT})})")["text"] == native
+    for composition, about in (("prompt:0.5", "composition.weight"), ("prefix+prompt", "composition.virtual_tokens")):
+        assert page.error(f"written({composition!r}, {{ maxTokens: 9, prompt: 'a' }})")["about"] == about
+    most = 64 - 5 - 1
+    assert len(page.evaluate(f"written('prompt', {{ maxTokens: 9, prompt: 'a'.repeat({most}) }})")["ids"]) == 1
+    refusal = page.error(f"written('prompt', {{ maxTokens: 9, prompt: 'a'.repeat({most + 1}) }})")
+    assert (refusal["name"], refusal["about"]) == ("DataError", "prompt")

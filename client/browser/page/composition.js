@@ -2,10 +2,10 @@
 //
 // y = base(x) + Σ wᵢ Δᵢ(x): ranks are concatenated, A = [A₁ A₂ …] and B = [w₁B₁; w₂B₂; …]; what scales and offsets change
 // is added up; replaced parameters are added up if the weights add up to 1; a module of modules_to_save is averaged by the
-// weights above 0 (docs/decisions/0013-composing-adapters.md).
+// weights above 0 (docs/decisions/0013-composing-adapters.md). Virtual tokens follow one another, with weights of 1.
 
 import { ConfigError, quoted } from "./errors.js";
-import { LORA_A, LORA_B, REPLACED, SCALES, vectorKind } from "./graphinputs.js";
+import { LORA_A, LORA_B, REPLACED, SCALES, VIRTUAL, isVirtual, vectorKind } from "./graphinputs.js";
 import { checkName } from "./manifests.js";
 
 const MAX_WEIGHT = 16; // a larger multiple of an adapter's update is noise
@@ -57,7 +57,8 @@ const pythonic = (weight) => (Math.abs(weight) < 1e-4 ? weight.toExponential().r
  * weight 1 is returned unchanged.
  *
  * Throws ConfigError: the labels differ; the ranks add up to more than the base allows; the weights of adapters that
- * replace parameters do not add up to 1; or no adapter with a weight above 0 brings a head.
+ * replace parameters do not add up to 1; an adapter with virtual tokens has another weight than 1; a prompt meets a
+ * prefix; or no adapter with a weight above 0 brings a head.
  */
 export function compose(parts, verified, base) {
   const manifests = verified.map(({ manifest }) => manifest);
@@ -71,6 +72,10 @@ export function compose(parts, verified, base) {
   const alone = parts.length === 1 && weights[0] === 1;
   const inputs = alone ? verified[0].inputs : sum(verified.map((each) => each.inputs), weights);
   const written = format(parts);
+  if (VIRTUAL.every((each) => inputs.get(each)?.shape[0])) {
+    const reason = `${written} has the virtual tokens of a prompt and of a prefix, whose order is not defined; leave one out`;
+    throw new ConfigError(reason, "composition.virtual_tokens");
+  }
   const ranks = [...inputs].filter(([key]) => key.endsWith(LORA_A)).map(([, { shape }]) => shape[1]);
   const rank = Math.max(0, ...ranks);
   if (rank > base.max_rank) {
@@ -93,6 +98,12 @@ function composed(name, tensors, weights) {
   if (name.endsWith(LORA_B)) return stacked(tensors, weights);
   const kind = vectorKind(name);
   if (kind) return vector(name, kind, tensors, weights);
+  if (isVirtual(name)) {
+    const odd = weights.find((weight, i) => tensors[i].shape[0] && weight !== 1);
+    if (odd === undefined) return stacked(tensors, weights.map(() => 1));
+    const reason = `an adapter with virtual tokens has the weight ${odd}, but tokens have no multiple; give 1`;
+    throw new ConfigError(reason, "composition.weight");
+  }
   if (!weights.some((weight) => weight > 0)) {
     const reason = "a module that replaces the base's, such as a head, cannot be subtracted; give one weight above 0";
     throw new ConfigError(reason, "composition.weight");

@@ -1,6 +1,7 @@
 // The messages of a chat with a language model: the counterpart of Conversation in client/inference/generate.py.
 
 import { ConfigError, DataError } from "./errors.js";
+import { virtualTokens } from "./graphinputs.js";
 
 /**
  * The model reads the system prompt and as many of the last messages as leave room for an answer of `maxTokens`; the
@@ -34,7 +35,8 @@ export class Conversation {
    */
   async *ask(text, feeds, { system = "", ...options }) {
     const first = system.trim() ? [{ role: "system", content: system }] : [];
-    const { messages, ids } = this.#fit(first, [...this.#messages, { role: "user", content: text }], options.maxTokens);
+    const all = [...this.#messages, { role: "user", content: text }];
+    const { messages, ids } = this.#fit(first, all, options.maxTokens, virtualTokens(feeds));
     let answer = "";
     try {
       for await (const piece of this.generation.pieces(ids, feeds, options)) {
@@ -46,8 +48,8 @@ export class Conversation {
     }
   }
 
-  #fit(first, all, maxTokens) {
-    const limit = this.generation.limit - maxTokens;
+  #fit(first, all, maxTokens, virtual) {
+    const limit = this.generation.limit - maxTokens - virtual;
     if (limit < 1) {
       const reason = `an answer of ${maxTokens} tokens leaves no room for a question: the model's limit is`;
       throw new ConfigError(`${reason} ${this.generation.limit} tokens; lower Max tokens`, "maxTokens");

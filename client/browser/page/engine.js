@@ -4,6 +4,7 @@ import * as composition from "./composition.js";
 import { Conversation } from "./conversation.js";
 import { ConfigError, DataError, EdgeAdaptError, quoted } from "./errors.js";
 import { Generation } from "./generate.js";
+import { virtualTokens } from "./graphinputs.js";
 import * as runtime from "./runtime.js";
 import { Text } from "./text.js";
 import { TOKENIZER, Trust } from "./trust.js";
@@ -88,7 +89,7 @@ export class Engine {
   async rank(text, top) {
     if (this.generation) throw new ConfigError("this base writes text; it has no labels", "base.task");
     const adapter = this.#inUse();
-    const ids = this.text.phrase(text);
+    const ids = this.text.phrase(text, virtualTokens(adapter.feeds));
     const tokens = { input_ids: runtime.int64(ids), attention_mask: runtime.int64(ids.map(() => 1)) };
     const { logits } = await runtime.run(this.session, { ...tokens, ...adapter.feeds });
     const labels = best(softmax(logits.data, adapter), adapter.labels, top);
@@ -98,7 +99,8 @@ export class Engine {
   /** Continue a text; see `Generation.pieces`. Throws DataError, ConfigError. */
   complete(text, options) {
     this.#requireWriter();
-    return this.generation.pieces(this.generation.promptIds(text), this.#inUse().feeds, options);
+    const { feeds } = this.#inUse();
+    return this.generation.pieces(this.generation.promptIds(text, virtualTokens(feeds)), feeds, options);
   }
 
   /** Answer a message of the chat; see `Conversation.ask`. */

@@ -9,6 +9,7 @@
 import { decode } from "./bytes.js";
 import { chatTemplate } from "./chat.js";
 import { ConfigError, DataError } from "./errors.js";
+import { virtualTokens } from "./graphinputs.js";
 import * as runtime from "./runtime.js";
 import { sample } from "./sampling.js";
 import { GENERATION } from "./trust.js";
@@ -31,12 +32,16 @@ export class Generation {
     this.#forget();
   }
 
-  /** The ids of a text to continue. Throws DataError: it is empty, has no known token, or leaves no room for more. */
-  promptIds(text) {
+  /**
+   * The ids of a text to continue, after `virtual` tokens. Throws DataError: it is empty, has no known token, or leaves no
+   * room for more.
+   */
+  promptIds(text, virtual = 0) {
     const ids = this.text.beginning(text);
     if (!ids.length) throw new DataError("the prompt contains no known token; write another one", "text.tokens");
-    if (ids.length >= this.limit) {
-      const reason = `the prompt has ${ids.length} tokens, and the model's limit is ${this.limit}; shorten it`;
+    if (ids.length + virtual >= this.limit) {
+      const before = virtual ? ` after ${virtual} virtual ones` : "";
+      const reason = `the prompt has ${ids.length} tokens${before}, and the model's limit is ${this.limit}; shorten it`;
       throw new DataError(reason, "prompt");
     }
     return ids;
@@ -55,16 +60,19 @@ export class Generation {
   }
 
   /**
-   * Continue a prompt, given as ids, with the inputs of an adapter.
+   * Continue a prompt, given as ids, with the inputs of an adapter. A placeholder before it for each virtual token, which
+   * the graph does not read, repeats its first id.
    *
    * Yields { id, text }: each new token, and the text that it completes. Ends after `maxTokens`, at an end-of-text token,
    * or when the model's context is full; `last` says which. A consumer that stops reading stops the generation.
    *
    * Throws DataError: a logit is not finite, or the graph does not run.
    */
-  async *pieces(ids, feeds, { maxTokens, temperature = 0, topP = 1, random }) {
+  async *pieces(prompt, feeds, { maxTokens, temperature = 0, topP = 1, random }) {
+    const virtual = virtualTokens(feeds);
+    const ids = [...new Array(virtual).fill(prompt[0]), ...prompt];
     const reused = this.#rewind(ids, feeds);
-    this.last = { finish: "interrupted", tokens: 0, prompt: ids.length, reused };
+    this.last = { finish: "interrupted", tokens: 0, prompt: prompt.length, reused: Math.max(0, reused - virtual) };
     const [generated, decoded] = [[], { text: "" }];
     let next = ids.slice(reused);
     while (generated.length < maxTokens && ids.length + generated.length < this.limit) {

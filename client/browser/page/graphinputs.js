@@ -14,7 +14,7 @@ const VECTORS = [...SCALES, ".output_offset", REPLACED];
 const GIVEN = "given_"; // prefix of the dimension of a vector: 1, or 0 for an adapter that lacks it
 
 // Graph inputs with a row for each virtual token: embeddings, or keys and values of every layer.
-const VIRTUAL = ["prompt_embeddings", "prefix_key_values"];
+export const VIRTUAL = ["prompt_embeddings", "prefix_key_values"];
 
 export const isVirtual = (name) => VIRTUAL.includes(name);
 

@@ -23,12 +23,13 @@ export class Text {
   }
 
   /**
-   * The ids of a phrase with the model's special tokens, truncated at the model's limit.
+   * The ids of a phrase with the model's special tokens, truncated at what the model's limit leaves after `virtual` tokens.
    *
-   * Throws DataError: the text is empty, too long, not Unicode, or has no known token (`unknownShare`).
+   * Throws DataError: the text is empty, too long, not Unicode, or has no known token (`unknownShare`); or there is no
+   * room for it.
    */
-  phrase(text) {
-    const { ids, unknown } = this.#read(text);
+  phrase(text, virtual = 0) {
+    const { ids, unknown } = this.#read(text, virtual);
     if (unknown === 1) {
       const reason = `the text ${quoted(text, 40)} contains no known token`;
       throw new DataError(`${reason}; give a phrase in a language of the model`, "text.tokens");
@@ -44,10 +45,14 @@ export class Text {
     return this.#read(text).unknown;
   }
 
-  #read(text) {
+  #read(text, virtual = 0) {
     const plain = this.#encode(checked(text), false);
     const all = this.#encode(text, true).map(([id]) => id);
-    const most = this.limit - (all.length - plain.length);
+    const most = this.limit - virtual - (all.length - plain.length);
+    if (most < 1) {
+      const reason = `the adapter's ${virtual} virtual tokens leave no room for a text: the model's limit is ${this.limit}`;
+      throw new DataError(`${reason}; use another adapter`, "adapter");
+    }
     const before = indexOf(plain, all);
     const kept = plain.slice(0, most);
     const counted = kept.filter(([id, piece]) => !this.special.has(id) && !WHITE_SPACE.includes(piece));
