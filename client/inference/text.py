@@ -54,9 +54,7 @@ class SamplingParams:
     top_k: int = 0  # sample from the k most likely tokens; 0 for all
     seed: int | None = None  # equal seeds give equal answers; None gives a new answer each time
     stop: tuple[str, ...] = ()  # the answer ends before the first of these
-    repetition_penalty: float = (
-        1.0  # a token that occurred before gets a logit so many times worse (Keskar et al. 2019)
-    )
+    repetition_penalty: float = 1.0  # above 1, a token that occurred becomes less likely (Keskar et al. 2019)
     beams: int = 1  # answers that are searched at once for the most likely one; above 1, it comes as one piece
     guide: Guide | None = None  # what the answer must look like
 

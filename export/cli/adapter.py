@@ -112,7 +112,8 @@ def adapter(
     else:
         if base_name is not None:
             check_base(bundle, find_base(base_name), profile)
-        found = _calibrated(*_base(bundle, signer), origin, form, examples) if examples else None
+        calibrates = examples and stated_manifest(bundle) is not None  # else `add` refuses
+        found = _calibrated(*_base(bundle, signer), origin, form, examples) if calibrates else None
         temperature = found.temperature if found else 1.0
         if registry is None and version is None:
             origin = replace(origin, version=next_version(bundle, name, origin, temperature))

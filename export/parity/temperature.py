@@ -49,9 +49,13 @@ def measure(
         step: Called after each.
 
     Raises:
-        DataError: An answer is not finite.
+        DataError: An answer is not finite, or a label has no row in the head.
     """
     logits = runner.classify([phrase for phrase, _ in examples], inputs, step)
+    labels = np.array([label for _, label in examples], np.int64)
+    if (rows := logits.shape[1]) <= labels.max():
+        reason = f"the adapter's head has {rows} rows, too few for its labels; name each row, in order (--labels)"
+        raise DataError(reason, about="labels", value=rows)
     if not np.isfinite(logits).all():
         raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken", about="logits")
-    return calibrate(logits, np.array([label for _, label in examples], np.int64))
+    return calibrate(logits, labels)

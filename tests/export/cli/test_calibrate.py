@@ -137,6 +137,16 @@ def test_phrases_that_give_no_temperature_are_refused_and_nothing_is_written(
     assert not (shop / "bundle" / manifest_path("global")).exists()
 
 
+def test_labels_that_the_head_has_no_row_for_and_a_folder_without_a_bundle_are_refused(export: Run, shop: Path) -> None:
+    held_out = write(shop, [("Fifth", phrase) for phrase in phrases(60)])
+    (shop / "labels").write_text("\n".join([*LABELS, "Fifth"]))
+    done = export(*add(shop, "--calibrate", held_out))
+    assert (done.code, done.out, done.error.about) == (5, "", "labels")
+    command = add(shop, "--calibrate", held_out)
+    command[command.index(shop / "bundle")] = shop / "nothing"
+    export(*command).refused(2, "manifest.json")
+
+
 def test_a_missing_file_and_a_base_that_nobody_known_signed_are_refused(export: Run, shop: Path) -> None:
     export(*add(shop, "--calibrate", shop / "missing")).refused(2, "missing")
     held_out = write(shop, [("Light", phrase) for phrase in phrases(60)])

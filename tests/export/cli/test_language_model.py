@@ -39,8 +39,13 @@ def _save(base: Base, folder: Path, **settings: Any) -> None:
     model.save_pretrained(folder)
 
 
-def _add(shop: Path, folder: str, *more: str) -> tuple[str | Path, ...]:
+def _add(shop: Path, folder: str, *more: str | Path) -> tuple[str | Path, ...]:
     return ("adapter", "--peft", shop / folder, "--bundle", shop / "bundle", "--key", shop / "key.pem", *more)
+
+
+def test_a_language_model_has_no_probabilities_to_calibrate(export: Callable[..., Any], shop: Path) -> None:
+    (shop / "held-out").write_text(f"{TEXTS[0]}\tturn it on\n" * 60)
+    export(*_add(shop, "lora", "--calibrate", shop / "held-out")).refused(2, "--calibrate")
 
 
 def test_parity_prints_the_losses_of_a_base_and_an_adapter(export: Callable[..., Any], shop: Path, llama: Base) -> None:
