@@ -149,6 +149,7 @@ def test_a_composition_answers_as_natively_and_the_answer_names_it(
     assert shown(page) == native(both, "anna+global:0.25", "lock the door")
     page.evaluate("document.querySelector('#weights [value=anna]').click()")
     page.until(f"{CAPTION}.includes('with global:0.25,')")
+    assert page.evaluate("document.activeElement.id") == "adapters"
     page.evaluate("document.getElementById('composing').click()")
     choose(page, "anna")
     page.until(f"{CAPTION}.includes('with anna,')")

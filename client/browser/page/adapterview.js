@@ -19,7 +19,7 @@ export class AdapterView {
     element("composing").addEventListener("change", () => this.#startOrEnd());
     element("parts").addEventListener("change", ({ target }) => this.#weigh(target.dataset.name, target.value));
     element("parts").addEventListener("submit", (event) => event.preventDefault());
-    element("parts").addEventListener("click", ({ target }) => target.value && this.#pick(target.value));
+    element("parts").addEventListener("click", ({ target }) => target.type === "button" && this.#remove(target.value));
   }
 
   /** The name of what is in use; undefined before the first. */
@@ -66,6 +66,11 @@ export class AdapterView {
   #weigh(name, weight) {
     this.#weights.set(name, weight);
     return this.#compose();
+  }
+
+  #remove(name) {
+    element("adapters").focus(); // the button that has it goes
+    return this.#pick(name);
   }
 
   async #compose() {

@@ -48,7 +48,8 @@ function weighted(text) {
 }
 
 /** A weight as Python writes it. */
-const pythonic = (weight) => (Math.abs(weight) < 1e-4 ? weight.toExponential().replace(/-(\d)$/, "-0$1") : String(weight));
+const pythonic = (weight) =>
+  Math.abs(weight) < 1e-4 ? weight.toExponential().replace(/-(\d)$/, "-0$1") : String(weight);
 
 /**
  * The adapter that `parts` make: { name, labels, rank, temperature, inputs }.
