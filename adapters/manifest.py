@@ -22,6 +22,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]  # what every database has an inte
 Task = Literal["text-classification", "text-generation"]  # as optimum and transformers call them
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # stays inside its folder
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0  # beyond, an adapter is broken rather than badly calibrated
+RuntimeVersion = Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
 Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False)]
 Format = Literal["fp32", "fp16", "int8", "int4"]  # how an adapter file stores numbers (``quantization.py``)
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -165,6 +166,8 @@ class BaseManifest(Manifest):
     slots: dict[str, tuple[str, ...]]  # graph inputs that one adapter fills → symbolic or fixed dimensions, as text
     max_rank: Count  # an adapter with a layer of a higher rank is refused
     independent_rows: bool  # of a classifier: a row of a mixed batch gets the answer that it gets alone
+    onnxruntime: RuntimeVersion  # the lowest version that runs the graphs
+    opset: Count  # the version of ONNX's operators that the graphs use
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import onnxruntime as ort
 from adapters.bundle import MODEL, TOKENIZER, VerifiedBase
 from adapters.classifiergraph import ClassifierGraph, Feeds
 from adapters.layout import Floats
+from adapters.slotshapes import without_shapes
 from aggregation.errors import ConfigError, DataError
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.phrases import PhraseReader
@@ -186,7 +187,8 @@ def _session(base: VerifiedBase, threads: int) -> ort.InferenceSession:
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(base.folder))
-    return ort.InferenceSession(base.files[MODEL], options, providers=["CPUExecutionProvider"])
+    model = without_shapes(base.files[MODEL], base.manifest.slots)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _best(logits: Floats, adapter: Adapter, top: int) -> list[Prediction]:

@@ -20,7 +20,7 @@ from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits
 from export.onnx import headers, matmuls, virtualtokens
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
-from export.onnx.exported import MAX_RANK, ExportedBase, Profile
+from export.onnx.exported import MAX_RANK, ExportedBase, Profile, metadata
 from export.onnx.quantize import quantize
 from export.onnx.targets import Slots, linear_layers, vectors
 from export.onnx.tasks import check_reads_embeddings
@@ -63,6 +63,7 @@ def export_causal(base: Base, slots: Slots | Sequence[str], profile: Profile, ma
     if PREFIX in wanted.virtual:
         inserted |= virtualtokens.insert_prefix(graph)
     matmuls.merge(graph)
+    runtime, opset = headers.requirements(graph)
     return ExportedBase(
         base_digest=base.digest,
         task="text-generation",
@@ -73,7 +74,9 @@ def export_causal(base: Base, slots: Slots | Sequence[str], profile: Profile, ma
         ),
         slots=inserted,
         max_rank=max_rank,
-        files=headers.split(graph, inserted) | decoder.files,
+        onnxruntime=runtime,
+        opset=opset,
+        files=headers.split(graph, inserted, metadata(base, "text-generation", profile, runtime)) | decoder.files,
     )
 
 

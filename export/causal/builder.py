@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
 from adapters.base import Base
 from adapters.bundle import GENERATION, MODEL
 from aggregation.errors import ConfigError
 from export.causal.sample import Sample, matches
-from export.onnx.matmuls import share_embedding
+from export.onnx.matmuls import replace_nodes, share_embedding
 
 # Projections stay separate, because each has a slot of its own; share_embedding shares the output layer's weight.
 OPTIONS = ("fuse_qkv=false", "shared_embeddings=false", "hf_token=false")
@@ -70,6 +72,7 @@ def build(base: Base, config: Any, sample: Sample) -> DecoderGraph:
         decoder["session_options"] |= QUIET
         files[GENERATION] = json.dumps(settings, indent=4).encode()
         _fix_head_size(graph, decoder["head_size"])
+        _standardize_normalization(graph)
         onnx.save(graph, out / MODEL)
         if not matches(out / MODEL, sample):
             raise BuilderPathError(
@@ -137,3 +140,30 @@ def _fix_head_size(graph: onnx.ModelProto, size: int) -> None:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param == "kv_cache_dim":
                 dimension.dim_value = size
+
+
+def _standardize_normalization(graph: onnx.ModelProto) -> None:
+    """Write RMSNorm in ONNX's operators, in place: no schema has the builder's SimplifiedLayerNormalization.
+
+    ONNX Runtime recognizes the six nodes and runs its own operator for them, so that speed and numbers stay the same.
+    """
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.graph.node:
+        if node.op_type != "SimplifiedLayerNormalization":
+            nodes.append(node)
+            continue
+        (x, weight), y = node.input, node.output[0]
+        epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
+        constants = {"two": np.float32(2), "epsilon": np.float32(epsilon), "axis": np.array([-1])}
+        named = {part: f"{y}/{part}" for part in (*constants, "square", "mean", "sum", "root", "normal")}
+        graph.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), named[n]) for n, v in constants.items())
+        for kind, inputs, output in (
+            ("Pow", [x, named["two"]], named["square"]),
+            ("ReduceMean", [named["square"], named["axis"]], named["mean"]),
+            ("Add", [named["mean"], named["epsilon"]], named["sum"]),
+            ("Sqrt", [named["sum"]], named["root"]),
+            ("Div", [x, named["root"]], named["normal"]),
+            ("Mul", [named["normal"], weight], y),
+        ):
+            nodes.append(helper.make_node(kind, inputs, [output], output))
+    replace_nodes(graph.graph, nodes)

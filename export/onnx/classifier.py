@@ -11,7 +11,7 @@ from adapters.bundle import TOKENIZER
 from aggregation.errors import ConfigError
 from export.onnx import graph, headers, rows
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
-from export.onnx.exported import MAX_RANK, ExportedBase, Profile
+from export.onnx.exported import MAX_RANK, ExportedBase, Profile, metadata
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import quantize
 from export.onnx.tasks import check_classifies, check_reads_embeddings, readable_length
@@ -51,7 +51,9 @@ def export_classifier(
     traced = quantize(graph.trace(slotted), profile, ids)
     checker.check_model(traced)
     slots = graph.slots(traced)
-    files = headers.split(traced, slots) | {TOKENIZER: str(tokenizer.to_str()).encode()}
+    runtime, opset = headers.requirements(traced)
+    files = headers.split(traced, slots, metadata(base, "text-classification", profile, runtime))
+    files[TOKENIZER] = str(tokenizer.to_str()).encode()
     return ExportedBase(
         base_digest=base.digest,
         task="text-classification",
@@ -59,6 +61,8 @@ def export_classifier(
         adapter_inputs=slotted.inputs,
         slots=slots,
         max_rank=max_rank,
+        onnxruntime=runtime,
+        opset=opset,
         files=files,
         independent_rows=rows.independent_rows(files, slots, ids, longest),
     )

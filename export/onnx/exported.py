@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from adapters.base import Base
 from adapters.bundle import MODEL
 from adapters.files import sha256
 from adapters.manifest import BaseManifest, Task
@@ -27,6 +28,11 @@ class Profile(StrEnum):
     WEB_INT8 = "web-int8"
 
 
+def metadata(base: Base, task: Task, profile: Profile, onnxruntime: str) -> dict[str, str]:
+    """What the graphs of a base state about themselves, for people; a device reads the signed manifest instead."""
+    return {"base_digest": base.digest, "task": task, "profile": profile.value, "minimum_onnxruntime": onnxruntime}
+
+
 @dataclass(frozen=True, slots=True)
 class ExportedBase:
     """A frozen base as a device runs it. One export serves every adapter of the same layers, whatever its rank."""
@@ -37,6 +43,8 @@ class ExportedBase:
     adapter_inputs: AdapterInputs
     slots: dict[str, tuple[str, ...]]  # graph inputs that an adapter fills → dimensions as text
     max_rank: int
+    onnxruntime: str  # the lowest version that runs the graphs
+    opset: int  # of ONNX's operators
     files: dict[str, bytes] = field(repr=False)  # the base's folder without its manifest
     independent_rows: bool = False  # of a classifier: measured (``rows.py``)
 
@@ -57,4 +65,6 @@ class ExportedBase:
             self.slots,
             self.max_rank,
             self.independent_rows,
+            self.onnxruntime,
+            self.opset,
         )

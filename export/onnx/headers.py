@@ -4,37 +4,56 @@ ONNX Runtime maps the file of weights into memory, so every process that opens t
 native header gives each slot an empty default, because ONNX Runtime checks required inputs before it applies an
 adapter; onnxruntime-web refuses defaults for inputs, so its header has none.
 
-Slots declare no rank. ``x @ A @ B`` therefore takes one adapter for all rows of a batch (A of shape ``(in, rank)``) or
-one for each row (A of shape ``(rows, in, rank)``): MatMul broadcasts.
+Slots declare the shapes of one adapter, with a name for each free dimension. ``x @ A @ B`` also takes one adapter for
+each row (A of shape ``(rows, in, rank)``), since MatMul broadcasts; ``adapters.slotshapes`` drops the shapes for that.
 """
 
 import copy
 import hashlib
 from collections.abc import Mapping
+from importlib.metadata import version
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from adapters.bundle import MODEL, WEB_MODEL, WEIGHTS
 
 INLINE = 1024  # bytes; smaller tensors stay in the header, where shape inference looks for constants
 PAGE = 4096  # bytes; a memory mapping starts at a page
 
+PRODUCER = "edgeadapt"
+# The first versions of ONNX Runtime with the option that maps weights from a folder, which devices need, and with the
+# operators of quantized and of fused graphs as they are written here (docs/reference/bundle-format.md, "Graphs").
+FLOAT_RUNTIME, CONTRIB_RUNTIME = "1.22", "1.23"
+NEWER = {"GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits"}
+
 Slots = Mapping[str, tuple[str, ...]]
 
 
-def split(graph: onnx.ModelProto, slots: Slots) -> dict[str, bytes]:
+def requirements(graph: onnx.ModelProto) -> tuple[str, int]:
+    """The lowest version of ONNX Runtime that runs ``graph``, and the version of ONNX's operators that it uses."""
+    newer = any(node.op_type in NEWER for node in graph.graph.node)
+    return CONTRIB_RUNTIME if newer else FLOAT_RUNTIME, next(o.version for o in graph.opset_import if not o.domain)
+
+
+def split(graph: onnx.ModelProto, slots: Slots, about: Mapping[str, str]) -> dict[str, bytes]:
     """The three files of ``graph``, which itself loses its weights, so that they are in memory only once.
 
     Args:
         graph: Its slots are inputs without defaults.
         slots: The dimensions of each slot: digits for a fixed one, else the name of a symbolic one.
+        about: What the files state about themselves, as metadata of the model.
     """
     data = _externalize(graph)
+    graph.producer_name, graph.producer_version = PRODUCER, version(PRODUCER)
+    helper.set_model_props(graph, dict(about))
+    # Only inputs and outputs have shapes: an exporter's shapes in between may be wrong.
+    del graph.graph.value_info[:]
     for value in graph.graph.input:
         if value.name in slots:
-            value.type.tensor_type.ClearField("shape")
+            sizes = [int(text) if text.isdigit() else text for text in slots[value.name]]
+            value.CopyFrom(helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, sizes))
     return {
         MODEL: _with_defaults(graph, slots).SerializeToString(deterministic=True),
         WEB_MODEL: graph.SerializeToString(deterministic=True),

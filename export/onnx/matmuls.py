@@ -65,6 +65,7 @@ def share_embedding(graph: onnx.ModelProto) -> None:
                 x, output = node.input[0], node.output[0]
                 node.CopyFrom(helper.make_node("FusedMatMul", [x, name], [output], node.name, domain=CONTRIB, transB=1))
                 graph.graph.initializer.remove(weight)
+                import_contrib(graph)
                 break
 
 
@@ -144,6 +145,12 @@ def merge(graph: onnx.ModelProto) -> None:
         elif node.output[0] not in removed:
             nodes.append(node)
     replace_nodes(graph.graph, nodes)
+
+
+def import_contrib(graph: onnx.ModelProto) -> None:
+    """State, in place, that ``graph`` uses ONNX Runtime's own operators."""
+    if CONTRIB not in {entry.domain for entry in graph.opset_import}:
+        graph.opset_import.append(helper.make_opsetid(CONTRIB, 1))
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:

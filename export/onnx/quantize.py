@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export.onnx.blocks import BLOCK, Blocks, eight_bits, four_bits, four_bits_exactly
 from export.onnx.calibrate import feeds_for, lossy_matmuls, quantized_weight
 from export.onnx.exported import Profile
-from export.onnx.matmuls import CONTRIB, USUAL_RANK, replace_nodes
+from export.onnx.matmuls import CONTRIB, USUAL_RANK, import_contrib, replace_nodes
 
 WEB_LIMIT = 0.01  # of lossy_matmuls; docs/decisions/0010 shows what other limits give
 INT8_MATH = 4  # MatMulNBits' accuracy level: activations become int8; without it ONNX Runtime unpacks to float32
@@ -69,8 +69,8 @@ def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> on
     for rank in sorted(set(summed.values())):
         parts = {f"blocks_of_{rank}": [0] * (rank - 1) + [-1, BLOCK], f"axis_of_{rank}": [rank]}
         result.graph.initializer.extend(numpy_helper.from_array(np.array(v), name) for name, v in parts.items())
-    if made and CONTRIB not in {entry.domain for entry in result.opset_import}:
-        result.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+    if made:
+        import_contrib(result)
     replace_nodes(result.graph, nodes)
     return result
 

@@ -5,7 +5,7 @@ Fourier transform or blocks over the whole length, one activation scale for a wh
 whose first dimension is not the rows. None of this shows in a configuration, so it is measured.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -14,6 +14,7 @@ from adapters.bundle import MODEL, WEIGHTS
 from adapters.classifiergraph import LABELS, ClassifierGraph
 from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
 from adapters.layout import Floats, Tensors
+from adapters.slotshapes import without_shapes
 from aggregation.errors import ConfigError
 
 RANK, ROWS = 4, 3  # of the adapters that are tried, with as many virtual tokens as ranks; three labels
@@ -22,14 +23,15 @@ TOLERANCE = 2e-3  # of a logit, relative to the largest: rounding in int8 stays 
 MAX_REASON = 200  # characters of ONNX Runtime's message
 
 
-def open_session(files: Mapping[str, bytes]) -> ort.InferenceSession:
-    """The native graph of a base, loaded from the bytes of its files."""
+def open_session(files: Mapping[str, bytes], slots: Collection[str]) -> ort.InferenceSession:
+    """The native graph of a base, loaded from the bytes of its files, whose slots take an adapter for each row."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4  # errors are raised
     data = files[WEIGHTS]
     options.add_external_initializers_from_files_in_memory([WEIGHTS], [data], [len(data)])
-    return ort.InferenceSession(files[MODEL], options, providers=["CPUExecutionProvider"])
+    model = without_shapes(files[MODEL], slots)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def independent_rows(
@@ -49,7 +51,7 @@ def independent_rows(
     Raises:
         ConfigError: The graph does not run, or gives an answer that is not finite.
     """
-    session = open_session(files)
+    session = open_session(files, slots)
     longest = min(longest, LONGEST) - (RANK if PROMPT in slots else 0)
     lengths = sorted({min(3, longest), max(1, longest // 3), longest})
     texts = [list(np.resize(ids, length)) for length in (lengths * ROWS)[:ROWS]]

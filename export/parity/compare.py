@@ -149,7 +149,7 @@ class OnnxRunner:
     @classmethod
     def open(cls, files: Mapping[str, bytes], manifest: BaseManifest) -> "OnnxRunner":
         """Load the files of a base (``ExportedBase.files``)."""
-        session, tokenizer = open_session(files), Tokenizer.from_str(files[TOKENIZER].decode())
+        session, tokenizer = open_session(files, manifest.slots), Tokenizer.from_str(files[TOKENIZER].decode())
         if tokenizer.truncation is None:
             tokenizer.enable_truncation(MAX_TOKENS)
         classifies = manifest.task == "text-classification"

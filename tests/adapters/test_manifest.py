@@ -34,7 +34,15 @@ VERSION = VersionManifest(
     labels=("HassTurnOn", "HassTurnOff"),
 )
 BASE = BaseManifest(
-    "b" * 64, "text-classification", "int8", {"model.onnx": "a" * 64}, {"lora_A": ("384", "rank")}, 64, True
+    base_digest="b" * 64,
+    task="text-classification",
+    profile="int8",
+    files={"model.onnx": "a" * 64},
+    slots={"lora_A": ("384", "rank")},
+    max_rank=64,
+    independent_rows=True,
+    onnxruntime="1.23",
+    opset=20,
 )
 ADAPTER = AdapterManifest(
     name="global",

@@ -10,8 +10,10 @@ import torch
 
 from adapters.bundle import WEIGHTS
 from adapters.layout import Floats, Tensors
+from adapters.slotshapes import without_shapes
 from export.onnx.exported import ExportedBase
 from tests.support import models
+from tests.support.headers import check_headers
 
 tiny_base, model, source, bundle = models.tiny_base, models.model, models.source, models.bundle
 exported, exported_int8, trace_once = models.exported, models.exported_int8, models.trace_once
@@ -23,11 +25,12 @@ class Runner:
     """An exported base in ONNX Runtime, asked with and without its KV cache."""
 
     def __init__(self, exported: ExportedBase) -> None:
+        check_headers(exported)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         data = exported.files[WEIGHTS]
         options.add_external_initializers_from_files_in_memory([WEIGHTS], [data], [len(data)])
-        self.session = ort.InferenceSession(exported.model, options)
+        self.session = ort.InferenceSession(without_shapes(exported.model, exported.slots), options)
         self.pasts = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
         self.outputs = [value.name for value in self.session.get_outputs()]
 

@@ -23,6 +23,7 @@ BASE_PATH, MANIFEST, FILE = (
     "bundle/adapters/int8.onnx_adapter",
 )
 A, B = "encoder.query.lora_A.weight", "encoder.query.lora_B.weight"
+OFFSET = "encoder.silent.output_offset"
 ORDER = 2**252 + 27742317777372353535851937790883648493  # RFC 8032, section 5.1
 FIELD, ORDER_8 = 2**255 - 19, 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
 PREFIX = bytes.fromhex("302a300506032b6570032100")  # RFC 8410, section 4
@@ -256,6 +257,8 @@ class Made:
             ("a file with a leading dot", {"files": self.base_body["files"] | {".x": "ab" * 32}}),
             ("a dimension that is a number", {"slots": self.base_body["slots"] | {A: [40, "rank_0"]}}),
             ("independent rows that are a number", {"independent_rows": 1}),
+            ("a runtime that is no version", {"onnxruntime": "1.x"}),
+            ("an opset that is a text", {"opset": "20"}),
         ):
             yield case(name, "manifest", self.with_base(**fields))
         spaced = json.dumps(dict(reversed(self.body.items())), indent=1).encode()
@@ -354,6 +357,7 @@ class Made:
             ("an empty matrix in int8", {"encoder.silent.lora_A.weight": np.zeros((5, 0), np.int8)}),
             ("infinity in a vector", {"head.bias": np.array([0, np.inf, 0], np.float32)}),
             ("a product that is not finite", {f"{A}#scale": np.full_like(scale, 3e38)}),
+            ("a vector in int8", {OFFSET: np.ones((1, 5), np.int8), f"{OFFSET}#scale": np.ones((1, 1), np.float32)}),
             ("four bits in an int8 file", {A: nibbles[A], f"{A}#scale": halves}),
         ):
             yield case(name, "numbers", self.with_tensors(changes))
@@ -379,10 +383,15 @@ class Made:
             ("a tensor without a slot", self.with_tensors({"other": np.zeros(1, np.float32)})),
             ("a pair of two ranks", self.with_tensors({silent: np.zeros((5, 1), np.int8), f"{silent}#scale": ones})),
             ("another number of dimensions", self.with_tensors({"head.bias": np.zeros((3, 0), np.float32)})),
+            ("a vector that is given twice", self.with_tensors({OFFSET: np.zeros((2, 5), np.float32)})),
             ("another number of inputs", self.with_tensors({silent: np.zeros((4, 0), np.float32)})),
             ("other rows of a head than of its bias", self.with_tensors({"head.bias": np.zeros(4, np.float32)})),
         ):
             yield case(name, "slots", files)
+        offset = {OFFSET: np.array([[0.5, -1, 0, 2, -0.25]], np.float32)}
+        shapes = json.loads((self.folder / "expected.json").read_text())["adapters"]["int8"]["tensors"]
+        shapes[OFFSET] = {"shape": [1, 5]}
+        yield case("a vector that is given", None, self.with_tensors(offset, layout_digest=_layout(shapes)))
         yield case("a rank above the base's limit", "rank", self.with_base(max_rank=2))
         yield case("another rank than the stated one", "rank", self.with_fields(rank=2))
         yield case("another layout", "layout", self.with_fields(layout_digest="ab" * 32))
@@ -466,6 +475,15 @@ def _odd(scales: Any) -> Any:
     changed = scales.copy()
     changed[0, 0], changed[1, 0], changed[2, 0] = -changed[0, 0], 0, 2**-24
     return changed
+
+
+def _layout(tensors: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name in sorted(tensors):
+        shape = tensors[name]["shape"]
+        lora = name.endswith((".lora_A.weight", ".lora_B.weight"))
+        rows.append([f"base_model.model.{name}", shape[::-1] if lora else shape])
+    return hashlib.sha256(jsontext.encode(rows)).hexdigest()
 
 
 def _content(body: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from adapters.bundle import TOKENIZER, TRUST
 from adapters.classifiergraph import ClassifierGraph
 from adapters.files import sha256
-from adapters.graphinputs import LORA_A, LORA_B, PEFT_PREFIX
+from adapters.graphinputs import LORA_A, LORA_B, OFFSET, PEFT_PREFIX
 from adapters.layout import Floats, Tensors
 from adapters.manifest import Format
 from adapters.peft.inputs import AdapterInputs
@@ -42,6 +42,7 @@ WORDS = ("turn", "on", "off", "the", "light", "play", "music", "please")
 LABELS = ("Light", "Music", "Zoë 灯")
 TEXTS = ("turn on the light", "play music please")
 QUERY, VALUE, SILENT = "encoder.query", "encoder.value", "encoder.silent"  # the last has no adapter
+OFFSET_SLOT = SILENT + OFFSET  # has no adapter either
 RANKS = {QUERY: 3, VALUE: 2}
 SLOTS = {
     QUERY + LORA_A: (str(WIDTH), "rank_0"),
@@ -50,6 +51,7 @@ SLOTS = {
     VALUE + LORA_B: ("rank_1", str(OUT)),
     SILENT + LORA_A: (str(OUT), "rank_2"),
     SILENT + LORA_B: ("rank_2", str(OUT)),
+    OFFSET_SLOT: ("given_0", str(OUT)),
     "head.weight": ("labels", str(OUT)),
     "head.bias": ("labels",),
 }
@@ -75,15 +77,19 @@ def graph() -> onnx.ModelProto:
     layers = {QUERY: (WIDTH, WIDTH), VALUE: (WIDTH, OUT), SILENT: (OUT, OUT)}
     weights = {f"{path}.weight": drawn(path, *shape) / np.float32(4) for path, shape in layers.items()}
     weights |= {"embedding": drawn("embedding", VOCABULARY, WIDTH)}
-    axes = {"tokens": np.array([1]), "last": np.array([-1])}
+    axes = {"tokens": [1], "last": [-1], "one_after": [0, 1], "rows": [-2], "first": [0]}
     nodes = [
         helper.make_node("Gather", ["embedding", "input_ids"], ["read"]),
         *_layer("read", QUERY),
         *_layer(f"{QUERY}.out", VALUE),
         *_layer(f"{VALUE}.out", SILENT),
+        # The first of what is given and of zeros. Not a sum: many versions of ONNX Runtime add up no rows to no row.
+        helper.make_node("Pad", [OFFSET_SLOT, "one_after", "", "rows"], ["padded"]),
+        helper.make_node("Gather", ["padded", "first"], ["offset"], axis=-2),
+        helper.make_node("Add", [f"{SILENT}.out", "offset"], ["moved"]),
         helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
         helper.make_node("Unsqueeze", ["mask", "last"], ["column"]),
-        helper.make_node("Mul", [f"{SILENT}.out", "column"], ["kept"]),
+        helper.make_node("Mul", ["moved", "column"], ["kept"]),
         helper.make_node("ReduceSum", ["kept", "tokens"], ["sum"]),
         helper.make_node("ReduceSum", ["column", "tokens"], ["count"]),
         helper.make_node("Div", ["sum", "count"], ["mean"]),
@@ -96,7 +102,8 @@ def graph() -> onnx.ModelProto:
     shapes = {name: [int(d) if d.isdigit() else d for d in dimensions] for name, dimensions in SLOTS.items()}
     slots = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in shapes.items()]
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ("batch", "labels"))
-    values = [numpy_helper.from_array(value, name) for name, value in (weights | axes).items()]
+    values = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    values += [numpy_helper.from_array(np.array(value), name) for name, value in axes.items()]
     made = helper.make_graph(nodes, "vector", [*tokens, *slots], [logits], values)
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
@@ -123,10 +130,20 @@ def tokenizer() -> bytes:
 
 def exported() -> ExportedBase:
     """The base."""
-    files = headers.split(graph(), SLOTS) | {TOKENIZER: tokenizer()}
-    inputs = AdapterInputs.of_tensors(CONFIG, tensors())
+    made = graph()
+    runtime, opset = headers.requirements(made)
+    files = headers.split(made, SLOTS, {"task": "text-classification"}) | {TOKENIZER: tokenizer()}
     return ExportedBase(
-        sha256(b"the base of the test vectors"), "text-classification", Profile.FP32, inputs, SLOTS, 8, files, True
+        base_digest=sha256(b"the base of the test vectors"),
+        task="text-classification",
+        profile=Profile.FP32,
+        adapter_inputs=AdapterInputs.of_tensors(CONFIG, tensors()),
+        slots=SLOTS,
+        max_rank=8,
+        onnxruntime=runtime,
+        opset=opset,
+        files=files,
+        independent_rows=True,
     )
 
 
@@ -160,7 +177,7 @@ def write(folder: Path) -> None:
 
 def expected(folder: Path, base: ExportedBase) -> dict[str, Any]:
     """What a reader finds in the bundle in ``folder``: tensors and ``trust.seen.json``, and what a device answers."""
-    read, run = Tokenizer.from_str(tokenizer().decode()), ClassifierGraph(open_session(base.files), SLOTS, True)
+    read, run = Tokenizer.from_str(tokenizer().decode()), ClassifierGraph(open_session(base.files, SLOTS), SLOTS, True)
     answers: list[dict[str, Any]] = [{"text": text, "ids": read.encode(text).ids, "logits": {}} for text in TEXTS]
     adapters = {}
     for form in FORMATS:

@@ -39,6 +39,8 @@ const BASE = {
   task: oneOf("text-classification", "text-generation"),
   max_rank: count,
   independent_rows: boolean,
+  onnxruntime: matching(/^[0-9]{1,4}\.[0-9]{1,4}$/), // of the native runtime; the page brings its own
+  opset: count,
 };
 
 const ADAPTER = {

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_two_processes_in_two_folders_write_the_same_bundle(llama: Base, tmp_pat
         for seed in ("1", "777")
     )
     assert first == second
-    assert onnx.load_from_string(first[headers.WEB_MODEL]).producer_version == ""
+    assert onnx.load_from_string(first[headers.WEB_MODEL]).producer_version == version("edgeadapt")
 
 
 def _edgeadapt(*arguments: str, folder: Path, seed: str) -> None:
@@ -241,6 +242,11 @@ def test_weights_in_parts_give_the_same_graph(llama: Base, tmp_path: Path) -> No
     parts = find_base(str(tmp_path))
     assert len(parts.weight_files) > 2
     one, several = (export_causal(base, ("q_proj",), Profile.FP32).files for base in (llama, parts))
+    for files in (one, several):  # the headers name the base
+        for name in (headers.MODEL, headers.WEB_MODEL):
+            header = onnx.load_from_string(files[name])
+            del header.metadata_props[:]
+            files[name] = header.SerializeToString(deterministic=True)
     assert one == several
 
 

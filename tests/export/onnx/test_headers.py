@@ -7,10 +7,17 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from peft import PeftModel
 
+from adapters.base import Base
+from adapters.slotshapes import without_shapes
 from export.onnx import headers
-from export.onnx.exported import ExportedBase
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
+from tests.support.headers import check_headers
 
+ABOUT = {"task": "text-classification"}
 SLOTS = {"A": ("64", "rank_0"), "B": ("rank_0", "32")}
 
 
@@ -38,7 +45,7 @@ def graph() -> onnx.ModelProto:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, blob in headers.split(graph(), SLOTS).items():
+    for name, blob in headers.split(graph(), SLOTS, ABOUT).items():
         (tmp_path / name).write_bytes(blob)
     return tmp_path
 
@@ -72,7 +79,11 @@ def test_a_slot_takes_one_adapter_for_all_rows_or_one_for_each_row(folder: Path)
     rng = np.random.default_rng(2)
     x, a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, 3, 64), (2, 64, 4), (2, 4, 32)))
     for name in (headers.MODEL, headers.WEB_MODEL):
-        together = run(folder / name, x=x, A=a, B=b)
+        with pytest.raises(InvalidArgument, match="Invalid rank for input"):
+            run(folder / name, x=x, A=a, B=b)
+        for_rows = folder / f"for-rows-{name}"
+        for_rows.write_bytes(without_shapes((folder / name).read_bytes(), SLOTS))
+        together = run(for_rows, x=x, A=a, B=b)
         for row in range(2):
             alone = run(folder / name, x=x[row : row + 1], A=a[row], B=b[row])
             np.testing.assert_allclose(together[row : row + 1], alone, atol=1e-5)
@@ -88,7 +99,20 @@ def test_large_weights_start_at_pages_of_the_data_file_and_small_ones_stay_in_th
 
 
 def test_equal_graphs_give_equal_files() -> None:
-    assert headers.split(graph(), SLOTS) == headers.split(graph(), SLOTS)
+    assert headers.split(graph(), SLOTS, ABOUT) == headers.split(graph(), SLOTS, ABOUT)
+
+
+@pytest.mark.parametrize("profile", Profile)
+def test_the_checker_accepts_both_headers_of_every_profile(model: PeftModel, tiny_base: Base, profile: Profile) -> None:
+    """Language models are checked wherever a test of ``tests/export`` runs one (its conftest.py)."""
+    check_headers(export_classifier(model, tiny_base, profile))
+
+
+def test_the_lowest_runtime_follows_from_the_operators() -> None:
+    made = graph()
+    assert headers.requirements(made) == ("1.22", 20)
+    made.graph.node[0].op_type = "MatMulNBits"
+    assert headers.requirements(made) == ("1.23", 20)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's memory maps")

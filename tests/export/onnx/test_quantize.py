@@ -148,7 +148,7 @@ def test_an_embedding_that_is_also_an_output_layer_is_stored_once(tmp_path: Path
     alone = graph()
     del alone.graph.node[3]
     del alone.graph.output[2]
-    sizes = [len(headers.split(model, {})[headers.WEIGHTS]) for model in (shared, in_blocks(alone, 8, {"y": 32}))]
+    sizes = [len(headers.split(model, {}, {})[headers.WEIGHTS]) for model in (shared, in_blocks(alone, 8, {"y": 32}))]
     assert sizes[0] == sizes[1]
 
 

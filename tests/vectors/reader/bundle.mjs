@@ -32,6 +32,8 @@ const BASE = {
   slots: mapOf(text, listOf(text)),
   max_rank: integer,
   independent_rows: (value) => typeof value === "boolean",
+  onnxruntime: (value) => text(value) && /^[0-9]{1,4}\.[0-9]{1,4}$/.test(value),
+  opset: integer,
 };
 const ADAPTER = {
   name: text,
