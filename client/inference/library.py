@@ -16,6 +16,7 @@ averaged, if their shapes and, for a head, the labels agree (docs/decisions/0013
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from threading import RLock
 from typing import Any, Self, TypeVar, Union
 
 import numpy as np
+import onnxruntime as ort
 from cachetools import LRUCache
 
 from adapters.bundle import VerifiedAdapter, VerifiedBase, adapter_names
@@ -273,7 +275,8 @@ class Library:
         Raises:
             TrustError: There are no pinned keys, or none of them signed this base.
             DataError: There is no bundle, or a file is missing.
-            ConfigError: The base is for another task; the message names the command to use.
+            ConfigError: The base is for another task, and the message names the command to use; or it needs a newer
+                ONNX Runtime.
         """
         if not bundle.is_dir():
             why = "it is not a folder" if bundle.exists() else "there is no such folder"
@@ -283,6 +286,7 @@ class Library:
         if task not in (None, base.manifest.task):
             reason = f"the base in {bundle} is for {base.manifest.task}; {OTHER_COMMAND[base.manifest.task]}"
             raise ConfigError(reason, about="base.task", value=base.manifest.task)
+        _check_runtime(bundle, base.manifest)
         return cls(bundle, pinned, base)
 
     @property
@@ -316,6 +320,18 @@ class Library:
         """Verify each part of ``composition``, and compose them. Raises as ``Trust.adapter`` and ``compose``."""
         verified = [self.trust.adapter(part.name, self.base) for part in composition.parts]
         return compose(composition, verified, self.manifest)
+
+
+def _check_runtime(bundle: Path, base: BaseManifest) -> None:
+    """Refuse a base that is newer than the installed ONNX Runtime, whose own error names one of its operators."""
+    installed, needed = (re.findall(r"\d+", text)[:2] for text in (ort.__version__, base.onnxruntime))
+    if list(map(int, installed)) < list(map(int, needed)):
+        raise ConfigError(
+            f"the base in {bundle} needs ONNX Runtime {base.onnxruntime} or newer, and {ort.__version__} is installed: "
+            "run pip install -U onnxruntime",
+            about="onnxruntime",
+            value=ort.__version__,
+        )
 
 
 class AdapterCache(LRUCache[Composition, V]):

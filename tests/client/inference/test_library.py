@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from adapters.layout import Tensors
@@ -335,3 +336,20 @@ def test_threads_that_share_a_cache_leave_the_sizes_right() -> None:
         thread.join()
     assert failed == []
     assert cache.currsize == 10 * len(cache) == 20
+
+
+@pytest.mark.parametrize(
+    ("installed", "accepted"), [("1.21.9", False), ("1.22.0", True), ("2.0", True), ("0.99", False)]
+)
+def test_a_base_for_a_newer_runtime_is_refused_before_it_is_loaded(
+    bundle: Path, exported: ExportedBase, monkeypatch: pytest.MonkeyPatch, installed: str, accepted: bool
+) -> None:
+    monkeypatch.setattr(ort, "__version__", installed)
+    monkeypatch.setattr(ort, "InferenceSession", None)
+    assert exported.manifest.onnxruntime == "1.22"
+    if accepted:
+        assert Library.open(bundle, None).manifest == exported.manifest
+    else:
+        with refused(ConfigError, "onnxruntime", value=installed) as caught:
+            ClassificationSession.open(bundle)
+        assert "1.22" in str(caught.value)
