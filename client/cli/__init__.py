@@ -8,6 +8,7 @@ from lazygroup import LazyGroup
 COMMANDS = {
     "adapters": ("client.cli.adapters", "adapters", "List and verify the adapters of a bundle.", ""),
     "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
+    "convert": ("client.cli.convert", "convert", "Write a verified adapter for other programs.", ""),
     "enrol": ("client.cli.node", "enrol", "Create a device's state directory and certificate request.", ""),
     "forget": ("client.cli.node", "forget", "Delete what the device remembers of the coordinator.", ""),
     "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),
