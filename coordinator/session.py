@@ -5,7 +5,7 @@ continues with the session.
 """
 
 import logging
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -103,12 +103,20 @@ class Cohort:
                 break
             log.warning("waiting for %s at %s: too few devices have answered", names(silent), step.value)
             self.transport.clock.sleep(pause(attempt, self.transport.deadline))
-            listed = self.read_root(datetime.now(UTC)).revoked
-            waited = [device for device in silent if listed is None or self.serials[device] not in listed.revoked]
+            waited = self._not_revoked(silent)
             if not awaits(state, waited):
                 break
             left = {device: bodies[device] for device in waited}
         return state
+
+    def _not_revoked(self, devices: Collection[str]) -> list[str]:
+        """Those of the devices that the authority has not revoked since the session began."""
+        try:
+            listed = self.read_root(datetime.now(UTC)).revoked
+        except EdgeAdaptError as error:  # ends the next session, not a round whose sum may be under way
+            log.warning("the revocation list cannot be read: %s", error)
+            listed = None
+        return [device for device in devices if listed is None or self.serials[device] not in listed.revoked]
 
     def _ask(
         self,
@@ -215,7 +223,7 @@ def establish(
                 name,
                 settings,
                 read_root,
-                last.survivors if last else (),
+                frozenset(device for device in nodes if last is not None and device in last.survivors),
                 now,
             )
             if isinstance(outcome, RoundAborted):
@@ -270,12 +278,12 @@ def _offer(
     group: str,
     settings: FederationSettings,
     read_root: Callable[[datetime], Root],
-    needed: Container[str],
+    due: frozenset[str],
     at: datetime,
 ) -> tuple[Cohort, Established | RoundAborted]:
     """Begin the session's log, and offer the session to the devices that are ``present``.
 
-    ``needed``: a session without one of these is of no use. ``at``: when their certificates are valid.
+    ``due``: the devices without which the session is of no use. ``at``: when all certificates are valid.
     """
     certificates = {device: answer.certificate for device, answer in present.items()}
     offering, offer = server.open_session(key, root, spec, certificates, SystemEntropy(), at)
@@ -286,7 +294,6 @@ def _offer(
     last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
     proofs = transcripts.session_chain_proofs(recorder, last_offers)
     revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
-    due = frozenset(device for device in nodes if device in needed)
     return cohort, _negotiate(cohort, offering, offer, attachments(proofs, revoked), group, due)
 
 

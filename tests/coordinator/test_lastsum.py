@@ -208,7 +208,10 @@ def test_it_goes_on_without_a_survivor_whose_certificate_was_revoked(fleet_of: F
 
 
 class Silent(InProcessGrid):
-    """Nothing is heard of one node at the plan of round 2; the authority revokes it at the third request."""
+    """Nothing is heard of one node at the plan of round 2; the authority revokes it at the third request.
+
+    At the second, somebody puts a list there that cannot be read.
+    """
 
     fleet: Any
     requests = 0
@@ -218,7 +221,9 @@ class Silent(InProcessGrid):
         if first.message_type != Step.PLAN.message_type or first.group_id.partition("-")[0] != "2":
             return outcomes
         self.requests += away in outcomes
-        if self.requests == 3 and not (self.fleet.out / "coordinator" / "revoked.crl").exists():
+        if self.requests == 2:
+            (self.fleet.out / "coordinator" / "revoked.crl").write_bytes(b"no list")
+        if self.requests == 3:
             revoke(self.fleet, ABSENT)
         return {node: replace(outcome, request_lost=node == away) for node, outcome in outcomes.items()}
 
