@@ -48,8 +48,8 @@ class Subtracting:
             self.vectors[self.device, len(self.sums)] = vector.copy()
             return vector
 
-        def kept(state: Unmasking, threads: int = 1) -> Any:
-            closed = close(state, threads)
+        def kept(state: Unmasking, *given: Any) -> Any:
+            closed = close(state, *given)
             if isinstance(closed, RoundAborted):
                 return closed
             self.sums.append(state.survivor_set.total.copy())
