@@ -67,8 +67,8 @@ def with_own_head(
     wanted = Slots.of(slots)
     if PREFIX in wanted.virtual:
         raise ConfigError(
-            "prefix tuning cannot be exported for a classifier: the encoders of transformers 5 take no keys and values "
-            "of earlier tokens, and peft itself refuses them; train with prompt tuning",
+            "prefix tuning cannot be exported for a classifier, and peft itself refuses it for encoders with "
+            "transformers 5: train with prompt tuning",
             about="PREFIX_TUNING",
         )
     saved, labels = list(USUAL_HEADS), None

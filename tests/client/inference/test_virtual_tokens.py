@@ -14,10 +14,11 @@ from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.library import Composition, Library
+from client.inference.phrases import PhraseReader
 from client.inference.text import SamplingParams
 from export.bundle.sources import from_peft
 from export.bundle.write import add
-from tests.support import refused, virtual
+from tests.support import models, refused, virtual
 
 globals().update(virtual.FIXTURES)
 
@@ -165,3 +166,17 @@ def test_beams_read_virtual_tokens_once_for_each(writer: Generator, virtual_mode
 
     greedy = virtual.greedy(model, prompt, 6)
     assert likelihood(found) >= likelihood(greedy) - 1e-4
+
+
+def test_virtual_tokens_that_leave_a_phrase_no_room_are_refused() -> None:
+    tokenizer = models.wordpiece()
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(8)
+    reader = PhraseReader.of(tokenizer.to_str().encode())
+    start, end = 2, 3
+    whole = reader.tokens("turn on the light")
+    assert reader.tokens("turn on the light", 2) == whole
+    assert reader.tokens("turn on the light", 5) == [start, whole[1], end]
+    for count in (6, 7, 8, 900):
+        with refused(DataError, "adapter", value=count):
+            reader.tokens("turn on the light", count)

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from adapters.base import Base
@@ -17,8 +19,9 @@ from client.inference.session import ClassificationSession
 from tests.support import methods
 from tests.support.methods import BECOME_LORA, METHODS, Trained
 from tests.support.models import LABELS
-from tests.support.recipes import TEXTS, by_torch, infer
+from tests.support.recipes import SIZES, TEXTS, by_torch, infer
 
+LONG = "turn on the kitchen lights and lock the door " * 4
 Run = Callable[..., Any]
 globals().update(methods.FIXTURES)
 
@@ -113,3 +116,21 @@ def test_a_vector_that_does_not_fit_is_refused(
     done = export("adapter", *made, "--bundle", every_slot / "bundle")
     assert done.code == 5
     assert len(done.err.splitlines()) == 1
+
+
+def test_a_long_text_is_cut_to_what_virtual_tokens_leave(
+    export: Run, every_method_base: Base, every_method: Trained, every_slot: Path
+) -> None:
+    model, folder = every_method("prompt")
+    made = ("--peft", folder, "--labels", every_slot / "labels", "--name", "long", "--key", every_slot / "key.pem")
+    assert export("adapter", *made, "--bundle", every_slot / "bundle", "--format", "fp32").code == 0
+    tokenizer = Tokenizer.from_file(str(every_method_base.folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(SIZES["max_position_embeddings"] - 5)
+    ids = torch.tensor([tokenizer.encode(LONG).ids])
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].softmax(-1).tolist()
+    session = ClassificationSession.open(every_slot / "bundle")
+    for (ranked,) in (session.rank([LONG], "long", 9), session.rank_mixed([(LONG, "long")], 9)):
+        found = {each.label: each.probability for each in ranked}
+        assert [found[label] for label in LABELS] == pytest.approx(expected, abs=2e-5)

@@ -13,7 +13,7 @@ from export.onnx.blocks import four_bits
 from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
-from export.parity.compare import OnnxRunner
+from export.parity.compare import OnnxRunner, log_softmax
 from tests.support import refused
 
 TEXTS = ["turn on the kitchen lights", "lock the door", "set a timer for ten minutes"]
@@ -56,7 +56,7 @@ def _probabilities(base: Base, spec: LoraSpec, profile: Profile) -> np.ndarray:
         for name, dimensions in exported.slots.items()
         if "lora" in name
     }
-    return OnnxRunner.open(exported.files, exported.manifest).probabilities(TEXTS, inputs | empty)
+    return np.exp(log_softmax(OnnxRunner.open(exported.files, exported.manifest).classify(TEXTS, inputs | empty)))
 
 
 def test_a_rounded_base_has_its_own_digest_and_the_same_tokenizer_and_configuration(
