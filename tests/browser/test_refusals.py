@@ -118,7 +118,7 @@ def test_an_adapter_file_of_another_length_is_refused(device: Device, name: str)
 
 
 def test_an_oversized_document_is_not_read_to_its_end(device: Device) -> None:
-    (device.bundle / "adapters" / "anna.json").write_bytes(bytes(2**21))
+    (device.bundle / "adapters" / "anna.json").write_bytes(bytes(dsse.MAX_ENVELOPE + 1))
     assert "larger than its limit" in device.refuses_adapter("TrustError", "anna.json")
 
 

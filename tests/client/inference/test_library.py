@@ -128,7 +128,7 @@ def test_a_subtracted_adapter_loses_its_update_and_has_no_part_in_the_head(
     for name, found in updates(composed.inputs).items():
         expected = updates(shared.inputs)[name] - 0.5 * updates(anna.inputs)[name]
         np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
-    with refused(ConfigError, "composition.weight", value="classifier.weight"):
+    with refused(ConfigError, "composition.weight", value="classifier.bias"):
         compose(Composition.parse("anna:-1"), [anna], exported.manifest)
 
 
