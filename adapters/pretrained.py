@@ -4,7 +4,10 @@ Whatever is wrong with them ends in one line. Code that comes with a base never 
 refused, where transformers would draw random ones.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +57,9 @@ def configuration(base: Base) -> Any:
     return config
 
 
-def load(base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[str] = ()) -> Any:
+def load(
+    base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[str] = (), offload: Path | None = None
+) -> Any:
     """The base as transformers' class ``kind`` (``AutoModel``, say), in float32 and evaluation mode.
 
     Args:
@@ -63,6 +68,8 @@ def load(base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[s
         num_labels: Rows of the head, where they are not the base's own.
         saved: As peft's ``modules_to_save``: modules that every adapter brings, so that the base may lack their weights
             or have them in another size.
+        offload: A new folder, for a model that may be larger than memory: its layers read their weights when they
+            compute, from the base or from there, and are on the device "meta" otherwise (``loaded``).
 
     Raises:
         ConfigError: As ``configuration``; the weights are damaged, or some that change an answer are missing or of
@@ -72,8 +79,10 @@ def load(base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[s
     if num_labels is not None:
         config.num_labels = num_labels
     transformers_logging.disable_progress_bar()
-    level = transformers_logging.get_verbosity()
+    level, placing = transformers_logging.get_verbosity(), logging.getLogger("accelerate.big_modeling")
     transformers_logging.set_verbosity_error()  # or it prints tables of missing weights
+    placing.disabled = True  # or it says that some are not in memory
+    places = {"device_map": _layers_on_disk(config, kind), "offload_folder": str(offload)} if offload else {}
     try:
         model, info = kind.from_pretrained(
             base.folder,
@@ -83,6 +92,7 @@ def load(base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[s
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=num_labels is not None,  # those that no adapter brings are refused below
+            **places,
         )
         lacking = {*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])}
         if missing := sorted(name for name in lacking if not in_modules(name, saved)):
@@ -91,7 +101,16 @@ def load(base: Base, kind: Any, num_labels: int | None = None, saved: Sequence[s
         raise _refusal(base, error) from error
     finally:
         transformers_logging.set_verbosity(level)
+        placing.disabled = False
     return model.eval()
+
+
+def loaded(module: nn.Module) -> AbstractContextManager[object]:
+    """Within the block, the own parameters of ``module`` have their values, whatever ``load`` did with them."""
+    from accelerate.utils import align_module_device
+
+    found: AbstractContextManager[object] = align_module_device(module)
+    return found
 
 
 def parameter_shapes(base: Base, kind: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
@@ -126,6 +145,7 @@ def is_linear(module: nn.Module) -> bool:
     x = torch.linspace(-1, 1, module.in_features)[None]
     with torch.no_grad():
         found = module(x)
+    with torch.no_grad(), loaded(module):
         expected = nn.functional.linear(x, module.weight, module.bias)
     return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -140,6 +160,26 @@ def tokenizer(base: Base) -> Tokenizer:
         return Tokenizer.from_file(str(base.folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain ones
         raise _refusal(base, error) from error
+
+
+def _layers_on_disk(config: Any, kind: Any) -> dict[str, str]:
+    """transformers' ``device_map`` of a model whose lists of layers are on disk and whose other modules in memory."""
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    return dict(_places(model, ""))
+
+
+def _places(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(module, nn.ModuleList):
+        yield path, "disk"
+    elif not any(isinstance(child, nn.ModuleList) for child in module.modules()):
+        yield path, "cpu"
+    else:
+        within = f"{path}." if path else ""
+        yield from ((within + name, "cpu") for name, _ in module.named_parameters(recurse=False))
+        yield from ((within + name, "cpu") for name, _ in module.named_buffers(recurse=False))
+        for name, child in module.named_children():
+            yield from _places(child, within + name)
 
 
 def _check_unused(model: Any, missing: list[str]) -> None:

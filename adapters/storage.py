@@ -229,15 +229,16 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def link_files(source: Path, target: Path) -> None:
     """Hard-link every file of ``source`` under ``target``; copy where the file system has no hard links."""
-
-    def link_or_copy(old: str, new: str) -> None:
-        try:
-            os.link(old, new)
-        except OSError:
-            shutil.copyfile(old, new)
-
     if source.is_dir():
         shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+
+
+def link_or_copy(old: str | Path, new: str | Path) -> None:
+    """Make ``new`` a hard link to the file ``old``, or a copy where the file system has no hard links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)
 
 
 def _previous(out: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from adapters import pretrained
@@ -16,7 +17,7 @@ from export.causal import export_causal
 from export.causal.base import check_decoder
 from export.onnx import slotted
 from export.onnx.classifier import export_classifier
-from export.onnx.exported import MAX_RANK, ExportedBase, Profile
+from export.onnx.exported import MAX_RANK, ExportedBase, Profile, Report
 from export.onnx.targets import SlotKind, Slots
 
 Head = Literal["own", "mean"]
@@ -121,13 +122,17 @@ def wanted(
     return Wanted(needed, slots, max_rank or max(MAX_RANK, rank), head or own, brought)
 
 
-def export_named(name: str, profile: str, want: Wanted) -> ExportedBase:
+def export_named(
+    name: str, profile: str, want: Wanted, where: Path | None = None, report: Report = lambda *_: None
+) -> ExportedBase:
     """Find, build and export a base.
 
     Args:
         name: A folder, or a package that carries the model.
         profile: One of ``Profile``.
         want: What for.
+        where: As ``export_causal`` takes it.
+        report: The same; a classifier takes too short for reports.
 
     Raises:
         ConfigError: No such base or profile, no layer of a target's name, or a head for a language model.
@@ -144,12 +149,12 @@ def export_named(name: str, profile: str, want: Wanted) -> ExportedBase:
             raise ConfigError(
                 "--head is for a classifier; a language model has its own output layer: leave it out", about="--head"
             )
-        return export_causal(base, want.slots, chosen, max_rank=want.max_rank)
+        return export_causal(base, want.slots, chosen, max_rank=want.max_rank, where=where, report=report)
     if want.head == "own" or (want.head is None and slotted.has_own_head(base)):
         model = slotted.with_own_head(base, want.slots, want.brought)
     else:
         model = slotted.with_mean_head(base, want.slots)
-    return export_classifier(model, base, chosen, want.max_rank)
+    return export_classifier(model, base, chosen, want.max_rank, where)
 
 
 def _agree(option: str, given: str | None, needed: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shutil import copyfile
 
 from adapters.base import Base
 from adapters.bundle import (
@@ -29,7 +30,7 @@ from adapters.layout import Layout, Tensors
 from adapters.manifest import AdapterManifest, BaseManifest, Format, Task, check_labels
 from adapters.peft.inputs import LABELS, AdapterInputs
 from adapters.peftconfig import PeftConfig
-from adapters.storage import link_files, locked_folder, read, staged, write_files
+from adapters.storage import link_files, link_or_copy, locked_folder, read, staged, write_files
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from export.bundle import adapter
@@ -53,7 +54,13 @@ class AdapterSource:
 
 
 def write_bundle(
-    out: Path, exported: ExportedBase, sources: Sequence[AdapterSource], *, key: IdentityKey, form: Format = "int8"
+    out: Path,
+    exported: ExportedBase,
+    sources: Sequence[AdapterSource],
+    *,
+    key: IdentityKey,
+    form: Format = "int8",
+    once: bool = False,
 ) -> None:
     """Write a bundle to ``out``, replacing an older bundle.
 
@@ -66,6 +73,7 @@ def write_bundle(
         sources: The adapters.
         key: Signs the base manifest and the adapter manifests.
         form: The adapters' number format.
+        once: No other bundle gets this export: its files become the bundle's without being copied.
 
     Raises:
         ConfigError: ``out`` is something other than a bundle, or keeps adapters that would no longer fit the base; an
@@ -75,17 +83,16 @@ def write_bundle(
         OSError: The folder cannot be written. The content of ``out`` is unchanged.
     """
     with locked_folder(out) as whole:
-        _write_bundle(whole, exported, sources, key, form)
+        _write_bundle(whole, exported, sources, key, form, once)
 
 
 def _write_bundle(
-    out: Path, exported: ExportedBase, sources: Sequence[AdapterSource], key: IdentityKey, form: Format
+    out: Path, exported: ExportedBase, sources: Sequence[AdapterSource], key: IdentityKey, form: Format, once: bool
 ) -> None:
     check_place(out)
     manifest = exported.manifest
-    files = {(BASE / name).as_posix(): blob for name, blob in exported.files.items()}
-    files[BASE_MANIFEST.as_posix()] = manifest.sign(key)
-    limit = partial(_longest, exported.task, exported.files.__getitem__)
+    files = {BASE_MANIFEST.as_posix(): manifest.sign(key)}
+    limit = partial(_longest, exported.task, exported.read)
     for source in sources:
         if source.adapter_inputs is None and exported.task == "text-generation":
             raise ConfigError(
@@ -98,6 +105,9 @@ def _write_bundle(
     with staged(out, replaces=True) as stage:
         if kept:
             link_files(out / ADAPTERS, stage / ADAPTERS)
+        (stage / BASE).mkdir()
+        for name in exported.digests:
+            (link_or_copy if once else copyfile)(exported.folder / name, stage / BASE / name)
         write_files(stage, files)
 
 
@@ -169,13 +179,15 @@ def create(
 ) -> AdapterManifest:
     """Write a bundle of ``exported`` and of ``origin`` under ``name``, and return the adapter's manifest.
 
+    ``exported`` is used up: its files become the bundle's.
+
     Raises:
         ConfigError, DataError: As ``write_bundle``, or the adapter is for another base.
     """
     _check_origin(origin, exported.base_digest)
     inputs = AdapterInputs.of_tensors(origin.peft_config, origin.tensors)
     source = replace(_source(name, origin, temperature), adapter_inputs=inputs)
-    write_bundle(bundle, exported, [source], key=key, form=form)
+    write_bundle(bundle, exported, [source], key=key, form=form, once=True)
     return _written(bundle, name)
 
 
@@ -347,11 +359,16 @@ def check_place(out: Path) -> None:
     """
     if out.exists() and not (out / BASE_MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not a bundle; name another folder", about=out.name)
-    above = next(folder for folder in out.resolve().parents if folder.exists())
+    above = folder_above(out)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError(
             f"{above} is not a folder that can be written to; name another place than {out}", about=above.name
         )
+
+
+def folder_above(out: Path) -> Path:
+    """The folder above a bundle that is to be written, or the nearest one that exists: on the disk with its room."""
+    return next(folder for folder in out.resolve().parents if folder.exists())
 
 
 def stated_manifest(bundle: Path) -> BaseManifest | None:

@@ -1,6 +1,8 @@
 """A frozen causal language model, exported once for every adapter of its layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,13 +22,21 @@ from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits
 from export.onnx import headers, matmuls, virtualtokens
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
-from export.onnx.exported import MAX_RANK, ExportedBase, Profile, metadata
+from export.onnx.exported import HIDDEN, MAX_RANK, ExportedBase, Profile, Report, WorkFolder, counted, metadata
 from export.onnx.quantize import quantize
 from export.onnx.targets import Slots, linear_layers, vectors
 from export.onnx.tasks import check_reads_embeddings
+from export.onnx.tensorstore import OnDisk, size_of
 
 
-def export_causal(base: Base, slots: Slots | Sequence[str], profile: Profile, max_rank: int = MAX_RANK) -> ExportedBase:
+def export_causal(
+    base: Base,
+    slots: Slots | Sequence[str],
+    profile: Profile,
+    max_rank: int = MAX_RANK,
+    where: Path | None = None,
+    report: Report = lambda *_: None,
+) -> ExportedBase:
     """Export ``base`` with ``slots`` at its linear layers; takes some seconds.
 
     Args:
@@ -34,36 +44,50 @@ def export_causal(base: Base, slots: Slots | Sequence[str], profile: Profile, ma
         slots: Of its layers; or targets, such as ``("q_proj", "v_proj")``, which get low-rank slots.
         profile: How weights are stored.
         max_rank: The highest rank that the base manifest allows an adapter.
+        where: The folder that holds the result's files and those that are needed meanwhile, about six bytes a
+            parameter; None for the system's folder of temporary files.
+        report: Receives how far the export is.
 
     Raises:
         ConfigError: The base is an encoder-decoder or cannot be exported, a target names no linear layer, or a layer's
             MatMul cannot be found in the graph; or virtual tokens are wanted, and the graph has no place for them.
     """
     check_decoder(pretrained.configuration(base))
-    wanted = Slots.of(slots)
-    model = pretrained.load(base, AutoModelForCausalLM)
-    weights = {path: _weight(model.get_submodule(path)) for path in linear_layers(model, wanted.low_rank)}
+    with TemporaryDirectory(prefix=HIDDEN, dir=where) as scratch:
+        return _export(base, Slots.of(slots), profile, max_rank, WorkFolder(where), Path(scratch), report)
+
+
+def _export(
+    base: Base, wanted: Slots, profile: Profile, max_rank: int, work: WorkFolder, scratch: Path, report: Report
+) -> ExportedBase:
+    store = OnDisk(scratch / "tensors")
+    model = pretrained.load(base, AutoModelForCausalLM, offload=scratch / "offload")
+    weights = _Weights(model, linear_layers(model, wanted.low_rank))
     if names := vectors(model, wanted):
         raise ConfigError(
             f"a language model has low-rank slots only, none for {summary([layer_of(name) for name in names])}",
             about="slots",
         )
+    report("running torch", 0, 0)
     tokenizer = pretrained.tokenizer(base)
     embedding = _embedding(model, tokenizer) if wanted.virtual else None
     sample = sample_logits(model, tokenizer)
-    config = model.config
-    del model  # each path loads it again, and until the end only the layers' weights are needed
-    decoder = _decoder(base, config, sample)
-    layers = matmuls.find(decoder.graph, weights)
+    decoder = _decoder(base, model, sample, store, report)
+    layers = matmuls.find(decoder.graph, weights, store)
     ids = Tokenizer.from_str(decoder.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
-    graph = quantize(decoder.graph, profile, ids)
+    passes = 3 if profile is Profile.WEB_INT8 else 1  # the MatMuls that lose too much are found first
+    store.reports(counted(report, "quantizing", passes * size_of(decoder.graph)))
+    graph = quantize(decoder.graph, profile, ids, store)
     inserted = matmuls.insert_lora(graph, layers)
     if embedding is not None and PROMPT in wanted.virtual:
         inserted |= virtualtokens.insert_prompt(graph, embedding)
     if PREFIX in wanted.virtual:
         inserted |= virtualtokens.insert_prefix(graph)
-    matmuls.merge(graph)
+    matmuls.merge(graph, store)
     runtime, opset = headers.requirements(graph)
+    store.keep([graph])
+    store.reports(counted(report, "writing", size_of(graph)))
+    about = metadata(base, "text-generation", profile, runtime)
     return ExportedBase(
         base_digest=base.digest,
         task="text-generation",
@@ -76,7 +100,8 @@ def export_causal(base: Base, slots: Slots | Sequence[str], profile: Profile, ma
         max_rank=max_rank,
         onnxruntime=runtime,
         opset=opset,
-        files=headers.split(graph, inserted, metadata(base, "text-generation", profile, runtime)) | decoder.files,
+        work=work,
+        digests=headers.split(graph, inserted, about, work.path, store) | work.write(decoder.files),
     )
 
 
@@ -91,12 +116,13 @@ def check_decoder(config: Any) -> None:
         )
 
 
-def _decoder(base: Base, config: Any, sample: Sample) -> builder.DecoderGraph:
+def _decoder(base: Base, model: Any, sample: Sample, store: OnDisk, report: Report) -> builder.DecoderGraph:
     """By the builder path if its graph gives torch's logits, else by the traced path."""
     try:
-        return builder.build(base, config, sample)
+        return builder.build(base, model.config, sample, store, report)
     except builder.BuilderPathError:
-        return traced.build(base, sample)
+        store.keep([])
+        return traced.build(base, sample, store, report)
 
 
 def _embedding(model: nn.Module, tokenizer: Tokenizer) -> virtualtokens.Embedding:
@@ -117,7 +143,20 @@ def _embedding(model: nn.Module, tokenizer: Tokenizer) -> virtualtokens.Embeddin
     return virtualtokens.Embedding(int(rows), int(width), round(scale, 4))
 
 
-def _weight(layer: nn.Module) -> Floats:
-    """Of shape ``(out, in)``."""
-    weight: Floats = layer.weight.detach().numpy()  # type: ignore[operator]
-    return weight.T if type(layer) is Conv1D else weight
+class _Weights(Mapping[str, Floats]):
+    """The weight of each layer by its path, shape ``(out, in)``, read when it is asked for."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self._layers = {path: model.get_submodule(path) for path in paths}
+
+    def __getitem__(self, path: str) -> Floats:
+        layer = self._layers[path]
+        with pretrained.loaded(layer):
+            weight: Floats = layer.weight.detach().numpy()  # type: ignore[operator]
+        return weight.T if type(layer) is Conv1D else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)

@@ -25,7 +25,9 @@ from adapters.base import Base
 from adapters.bundle import GENERATION, MODEL
 from aggregation.errors import ConfigError
 from export.causal.sample import Sample, matches
+from export.onnx.exported import Report
 from export.onnx.matmuls import replace_nodes, share_embedding
+from export.onnx.tensorstore import OnDisk
 
 # Projections stay separate, because each has a slot of its own; share_embedding shares the output layer's weight.
 OPTIONS = ("fuse_qkv=false", "shared_embeddings=false", "hf_token=false")
@@ -44,13 +46,15 @@ class DecoderGraph:
     files: dict[str, bytes] = field(repr=False)
 
 
-def build(base: Base, config: Any, sample: Sample) -> DecoderGraph:
+def build(base: Base, config: Any, sample: Sample, store: OnDisk, report: Report = lambda *_: None) -> DecoderGraph:
     """Token ids, attention mask and KV cache → logits and the next KV cache, with dynamic batch and lengths.
 
     Args:
         base: A causal language model.
         config: Its configuration, of transformers.
         sample: Torch's logits for a short text.
+        store: Holds the weights of the graph.
+        report: Receives how far this is.
 
     Raises:
         BuilderPathError: The builder does not know the architecture, or its graph does not give torch's logits.
@@ -60,8 +64,9 @@ def build(base: Base, config: Any, sample: Sample) -> DecoderGraph:
         raise BuilderPathError(
             f"onnxruntime-genai's builder leaves out the sliding window of {base.folder}", about="sliding_window"
         )
-    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-", dir=store.place.parent) as name:
         out = Path(name) / "out"
+        report("building the graph", 0, 0)
         with _builder() as builder:
             _create(builder, base, out, Path(name) / "cache")
         files = {path.name: path.read_bytes() for path in sorted(out.iterdir()) if not path.name.startswith(MODEL)}
@@ -73,14 +78,13 @@ def build(base: Base, config: Any, sample: Sample) -> DecoderGraph:
         files[GENERATION] = json.dumps(settings, indent=4).encode()
         _fix_head_size(graph, decoder["head_size"])
         _standardize_normalization(graph)
-        onnx.save(graph, out / MODEL)
-        if not matches(out / MODEL, sample):
+        store.take(out / f"{MODEL}.data", graph)
+        if not matches(graph, sample, store, report):
             raise BuilderPathError(
                 f"the graph of onnxruntime-genai's builder for {base.folder} does not give torch's logits",
                 about="logits",
             )
-        onnx.load_external_data_for_model(graph, str(out))
-    share_embedding(graph)
+    share_embedding(graph, store)
     return DecoderGraph(graph, files)
 
 

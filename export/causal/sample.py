@@ -5,11 +5,10 @@ without an error; only its logits show it.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
+import onnx
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -17,7 +16,10 @@ from tokenizers import Tokenizer
 from adapters.layout import Floats
 from aggregation.errors import ConfigError
 from export.onnx.calibrate import TEXT, TOKENS
+from export.onnx.exported import Report, counted
 from export.onnx.graph import ANSWER
+from export.onnx.segments import Segments
+from export.onnx.tensorstore import TensorStore, size_of
 
 CLOSE = 1e-3  # of the largest logit; summing the same numbers in another order differs by 1e-5
 ONE_BY_ONE = 4  # of the last tokens are read one by one, with the cache of the tokens before
@@ -57,19 +59,19 @@ def sample_logits(model: Any, tokenizer: Tokenizer) -> Sample:
     return Sample(ids.numpy(), logits, far)
 
 
-def matches(file: Path, sample: Sample) -> bool:
-    """Whether the graph in ``file`` runs and gives torch's logits, reading the text at once and through its KV cache.
+def matches(graph: onnx.ModelProto, sample: Sample, store: TensorStore, report: Report = lambda *_: None) -> bool:
+    """Whether a graph runs and gives torch's logits, reading the text at once and through its KV cache.
 
     Guarantee: if true, no logit is off by more than ``CLOSE`` times the largest absolute logit of the sample.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # a graph that does not run is an expected outcome
     try:
-        session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        pairs = [(_logits(session, sample.ids), sample.logits)]
+        runs = 1 + min(ONE_BY_ONE, sample.ids.shape[1] - 1)
+        total = runs * size_of(graph) * (1 if sample.far is None else 2)
+        segments = Segments(graph, store, counted(report, "comparing with torch", total))
+        pairs = [(_logits(graph, segments, sample.ids), sample.logits)]
         if sample.far is not None:
             start, logits = sample.far
-            pairs.append((_logits(session, sample.ids, start), logits))
+            pairs.append((_logits(graph, segments, sample.ids, start), logits))
     except Exception:  # onnxruntime raises several classes of its own, with no common base
         return False
     return all(np.abs(found - expected).max() <= CLOSE * np.abs(expected).max() for found, expected in pairs)
@@ -92,18 +94,23 @@ def _long_from(config: Any) -> int | None:
     return None
 
 
-def _logits(session: ort.InferenceSession, ids: NDArray[np.int64], start: int = 0) -> Floats:
+def _logits(graph: onnx.ModelProto, segments: Segments, ids: NDArray[np.int64], start: int = 0) -> Floats:
     """The logits of tokens that stand at the position ``start`` and those after it."""
-    inputs = {value.name: value.shape for value in session.get_inputs()}
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in graph.graph.input}
+    outputs = [value.name for value in graph.graph.output]
     # (rows, heads, past tokens, width)
-    cache = {n: np.zeros((1, s[1], 0, s[3]), np.float32) for n, s in inputs.items() if n.startswith("past")}
+    cache = {
+        name: np.zeros((1, d[1].dim_value, 0, d[3].dim_value), np.float32)
+        for name, d in inputs.items()
+        if name.startswith("past")
+    }
     length = ids.shape[1]
     ends, begin, answers = range(max(1, length - ONE_BY_ONE), length + 1), 0, []
     for end in ends:
         feeds = {"input_ids": ids[:, begin:end], "attention_mask": np.ones((1, end), np.int64), **cache}
         if "position_ids" in inputs or start:  # a graph that counts for itself cannot be shown a far position
             feeds["position_ids"] = np.arange(start + begin, start + end)[None]
-        answer = dict(zip((v.name for v in session.get_outputs()), session.run(None, feeds), strict=True))
+        answer = segments.run(outputs, feeds)
         cache = {name: answer[name.replace("past_key_values", "present")] for name in cache}
         answers.append(answer[ANSWER])
         begin = end

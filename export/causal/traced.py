@@ -19,12 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from adapters import pretrained
 from adapters.base import Base
-from adapters.bundle import GENERATION, MODEL, TOKENIZER, WEIGHTS
+from adapters.bundle import GENERATION, MODEL, TOKENIZER
 from aggregation.errors import ConfigError
 from export.causal.builder import QUIET, DecoderGraph
 from export.causal.sample import Sample, matches
 from export.onnx import graph, matmuls, tasks
+from export.onnx.exported import Report
+from export.onnx.hollow import hollow
 from export.onnx.peftmodel import replace_conv1d
+from export.onnx.tensorstore import OnDisk
 
 TOKENS = ("input_ids", "attention_mask", "position_ids")  # not every family has the last
 PARTS = ("key", "value")
@@ -59,35 +62,35 @@ class _Decoder(nn.Module):
         return (answer.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values)))
 
 
-def build(base: Base, sample: Sample) -> DecoderGraph:
+def build(base: Base, sample: Sample, store: OnDisk, report: Report = lambda *_: None) -> DecoderGraph:
     """Token ids, attention mask, positions if the family has any, and KV cache → logits and the next KV cache.
 
     Args:
         base: A causal language model.
         sample: Torch's logits for a short text.
+        store: Holds the weights of the graph.
+        report: Receives how far this is.
 
     Raises:
         ConfigError: The configuration lacks a size; torch cannot trace the architecture; the traced graph does not give
             torch's logits; its cache is not equal keys and values in each layer; or the base's files state neither the
             longest text nor the token that ends one.
     """
-    model = pretrained.load(base, AutoModelForCausalLM)
+    model = pretrained.load(base, AutoModelForCausalLM, offload=store.place.parent / "traced")
     sizes = tasks.sizes(model.config)
     cache = _cache(model, sizes)
     files = _files(base, model.config, sizes, cache, model.generation_config.eos_token_id)
     model.set_experts_implementation("batched_mm")  # the one form of a mixture of experts that torch can trace
-    replace_conv1d(model)
-    traced = _trace(model, cache)
-    matmuls.normalize(traced)
-    matmuls.share_embedding(traced)
-    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as name:
-        onnx.save(traced, Path(name, MODEL), save_as_external_data=True, location=WEIGHTS)
-        if not matches(Path(name, MODEL), sample):
-            raise ConfigError(
-                f"the graph that torch traces of {base.folder} does not give torch's logits; it cannot be exported",
-                about="logits",
-            )
-        onnx.load_external_data_for_model(traced, name)
+    report("tracing the graph", 0, 0)
+    traced = _trace(model, cache, store)
+    matmuls.normalize(traced, store)
+    matmuls.share_embedding(traced, store)
+    store.keep([traced])
+    if not matches(traced, sample, store, report):
+        raise ConfigError(
+            f"the graph that torch traces of {base.folder} does not give torch's logits; it cannot be exported",
+            about="logits",
+        )
     return DecoderGraph(traced, files)
 
 
@@ -116,7 +119,9 @@ def _part(layer: Any, name: str) -> Tensor:
     return part if isinstance(part, Tensor) else torch.empty(0)
 
 
-def _trace(model: Any, cache: KeyValueCache) -> onnx.ModelProto:
+def _trace(model: Any, cache: KeyValueCache, store: OnDisk) -> onnx.ModelProto:
+    weights = hollow(model)
+    replace_conv1d(model)
     batch, sequence, past, total = (Dim(name) for name in ("batch", "sequence", "past", "total"))
     rows, length, before = EXAMPLE.values()
     takes = inspect.signature(model.forward).parameters
@@ -134,6 +139,8 @@ def _trace(model: Any, cache: KeyValueCache) -> onnx.ModelProto:
         {"tokens": shapes, "past": [{0: batch, 2: past} for _ in kept]},
         inputs=[*tokens, *cache.names],
         outputs=[graph.ANSWER, *(name.replace("past_key_values", "present") for name in cache.names)],
+        store=store,
+        weights=weights,
     )
 
 

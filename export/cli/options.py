@@ -2,20 +2,32 @@
 
 import json
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from adapters.storage import read_lines
 from aggregation.errors import ConfigError
 from export.bundle import sources
+from export.onnx.exported import Report
 
 FOLDER = click.Path(path_type=Path)
 
 PROFILE = "native-int8"  # by default
+WHOLE_STAGE = 1e9  # seconds; the estimate uses every part of a stage that is done, however long a part takes
 
 profiled = click.option("--profile", metavar="NAME", help=f"How weights of the base are stored. Default: {PROFILE}.")
 out_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -67,6 +79,37 @@ def status(label: str) -> AbstractContextManager[object]:
     """Show ``label`` and a spinner on standard error while the block runs, if that is a terminal."""
     # FORCE_COLOR makes rich take a pipe for a terminal. The file is fixed now: torch's is redirected while it traces.
     return Console(file=sys.stderr, force_terminal=sys.stderr.isatty()).status(label)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Report]:
+    """Show how far an export is on standard error, if that is a terminal: what it does, and when that will be done."""
+    display = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(20),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr, force_terminal=sys.stderr.isatty()),  # as in ``status``
+        speed_estimate_period=WHOLE_STAGE,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not sys.stderr.isatty(),
+    )
+    shown: dict[str, TaskID] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in shown:
+            for task in shown.values():
+                display.remove_task(task)
+            shown.clear()
+            shown[stage] = display.add_task(f"{label}: {stage}", total=total or None)
+        display.update(shown[stage], completed=done, total=total or None)
+
+    with display:
+        report("reading", 0, 0)
+        yield report
 
 
 def print_result(row: dict[str, Any], line: str, as_json: bool) -> None:

@@ -25,7 +25,7 @@ TOP4, MIDDLE4 = 15, 8
 SHRINK = (1.0, TOP4 / 14, *np.linspace(0.96, 0.72, 7).tolist())
 CUT = (0.0, 0.5, 1.0)  # the fractions of the clipped range that lie below the first step
 TIE = 2**-7  # steps: keeps a residual of half a step on its side when it is computed again from rounded numbers
-ROWS = 4096  # processed at a time, to limit memory
+PART = 2**21  # weights that are processed at a time, to limit memory
 
 Bytes = NDArray[np.uint8]
 
@@ -74,11 +74,9 @@ def eight_bits(weight: Floats) -> Blocks:
     Args:
         weight: Shape ``(rows, width)``, finite, ``width`` divisible by 32.
     """
-    rows = weight.reshape(len(weight), -1, BLOCK)
-    largest = np.abs(rows).max(axis=2, keepdims=True)
-    scales = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
-    codes = (np.rint(rows / scales) + ZERO8).astype(np.uint8)
-    return Blocks(8, _shape(weight), codes.reshape(weight.shape), scales[:, :, 0])
+    parts = [_eight_bits(part) for part in _parts(weight)]
+    codes, scales = (np.concatenate([part[i] for part in parts]) for i in range(2))
+    return Blocks(8, _shape(weight), codes, scales)
 
 
 def four_bits_exactly(weight: Floats) -> Blocks | None:
@@ -94,13 +92,13 @@ def four_bits_exactly(weight: Floats) -> Blocks | None:
     Args:
         weight: As for ``four_bits``.
     """
-    rows = weight.reshape(len(weight), -1, BLOCK)
-    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=2, keepdims=True), axis=2)
-    scales = np.where(largest != 0, -largest / MIDDLE4, 1.0).astype(np.float32)
-    codes = np.rint(rows / scales) + MIDDLE4
-    if codes.max() > TOP4 or not np.array_equal((codes - MIDDLE4) * scales, rows):
-        return None
-    return Blocks(4, _shape(weight), _packed(codes.astype(np.uint8).reshape(weight.shape)), scales[:, :, 0])
+    parts = []
+    for part in _parts(weight):
+        if (found := _four_bits_exactly(part)) is None:
+            return None
+        parts.append(found)
+    codes, scales = (np.concatenate([part[i] for part in parts]) for i in range(2))
+    return Blocks(4, _shape(weight), codes, scales)
 
 
 def four_bits(weight: Floats) -> Blocks:
@@ -118,13 +116,40 @@ def four_bits(weight: Floats) -> Blocks:
     Args:
         weight: Shape ``(rows, width)``, finite, ``width`` divisible by 32.
     """
-    parts = [_four_bits(weight[start : start + ROWS]) for start in range(0, len(weight), ROWS)]
+    parts = [_four_bits(part) for part in _parts(weight)]
     codes, scales, zeros = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    return Blocks(4, _shape(weight), _packed(codes.reshape(len(weight), -1)), scales, _packed(zeros))
+    return Blocks(4, _shape(weight), codes, scales, zeros)
+
+
+def _parts(weight: Floats) -> Iterator[Floats]:
+    """Some rows at a time, which do not influence each other."""
+    count = max(1, PART // weight.shape[1])
+    for start in range(0, len(weight), count):
+        yield np.ascontiguousarray(weight[start : start + count])
+
+
+def _eight_bits(weight: Floats) -> tuple[Bytes, Floats]:
+    """Codes ``(rows, width)`` and scales ``(rows, blocks)``."""
+    rows = weight.reshape(len(weight), -1, BLOCK)
+    largest = np.abs(rows).max(axis=2, keepdims=True)
+    scales = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
+    codes = (np.rint(rows / scales) + ZERO8).astype(np.uint8)
+    return codes.reshape(weight.shape), scales[:, :, 0]
+
+
+def _four_bits_exactly(weight: Floats) -> tuple[Bytes, Floats] | None:
+    """Packed codes ``(rows, width / 2)`` and scales ``(rows, blocks)``."""
+    rows = weight.reshape(len(weight), -1, BLOCK)
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=2, keepdims=True), axis=2)
+    scales = np.where(largest != 0, -largest / MIDDLE4, 1.0).astype(np.float32)
+    codes = np.rint(rows / scales) + MIDDLE4
+    if codes.max() > TOP4 or not np.array_equal((codes - MIDDLE4) * scales, rows):
+        return None
+    return _packed(codes.astype(np.uint8).reshape(weight.shape)), scales[:, :, 0]
 
 
 def _four_bits(weight: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """Codes ``(rows, blocks, 32)``, scales and zero points ``(rows, blocks)``; the residuals' blocks come last."""
+    """Packed codes ``(rows, bytes)``, scales ``(rows, blocks)``, packed zeros; the residuals' blocks come last."""
     rows = weight.reshape(len(weight), -1, BLOCK)
     low, scales = _grid(rows)
     residual_codes, residual_scales = _stored_residuals(_residual(low, scales), scales)
@@ -132,10 +157,11 @@ def _four_bits(weight: Floats) -> tuple[Bytes, Floats, Bytes]:
     # From the residuals as stored, so that the zero point absorbs what their rounding shifts by whole steps.
     zeros = _zero(low - residuals, scales)
     codes = np.clip(np.rint((rows - residuals[:, :, None]) / scales[:, :, None]) + zeros[:, :, None], 0, TOP4)
+    stored = np.concatenate([codes, residual_codes], axis=1).astype(np.uint8).reshape(len(rows), -1)
     return (
-        np.concatenate([codes, residual_codes], axis=1).astype(np.uint8),
+        _packed(stored),
         np.concatenate([scales, residual_scales], axis=1),
-        np.concatenate([zeros, np.full(residual_scales.shape, MIDDLE4)], axis=1).astype(np.uint8),
+        _packed(np.concatenate([zeros, np.full(residual_scales.shape, MIDDLE4)], axis=1).astype(np.uint8)),
     )
 
 

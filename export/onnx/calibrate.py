@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from adapters.layout import Floats
 from aggregation.errors import ConfigError
+from export.onnx.segments import Segments
+from export.onnx.tensorstore import MEMORY, TensorStore
 
 # Outliers depend on the model, not on what it reads: any plain text shows them.
 TEXT = (
@@ -25,10 +26,11 @@ TEXT = (
 )
 SHORT_TEXT = "Please turn off the lights."
 TOKENS = 64  # of TEXT
+ROWS = 256  # of a weight that are quantized at a time, to limit memory
 Feeds = Mapping[str, NDArray[np.generic]]
 
 
-def lossy_matmuls(graph: onnx.ModelProto, feeds: Feeds, limit: float) -> dict[str, float]:
+def lossy_matmuls(graph: onnx.ModelProto, feeds: Feeds, limit: float, store: TensorStore = MEMORY) -> dict[str, float]:
     """The MatMuls that lose more than ``limit`` with int8 weights and one scale for all int8 activations.
 
     The loss of a MatMul is the mean over tokens of the squared error over the square of the exact output: tokens
@@ -39,6 +41,7 @@ def lossy_matmuls(graph: onnx.ModelProto, feeds: Feeds, limit: float) -> dict[st
         graph: In float32. Only MatMuls with a two-dimensional initializer as weight are measured.
         feeds: Every input that has no default.
         limit: The greatest loss that is not reported, a fraction.
+        store: Where the tensors of ``graph`` are.
 
     Returns:
         The loss by the name of the MatMul's output, largest first.
@@ -46,10 +49,10 @@ def lossy_matmuls(graph: onnx.ModelProto, feeds: Feeds, limit: float) -> dict[st
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     matmuls = [node for node in graph.graph.node if node.op_type in ("MatMul", "FusedMatMul")]
     matmuls = [node for node in matmuls if node.input[1] in values and len(values[node.input[1]].dims) == 2]
-    inputs = _run(graph, sorted({node.input[0] for node in matmuls}), feeds)
+    inputs = Segments(graph, store).run(sorted({node.input[0] for node in matmuls}), feeds)
     losses = {}
     for node in matmuls:
-        weight = numpy_helper.to_array(values[node.input[1]])
+        weight = store.array(values[node.input[1]])
         oriented = weight.T if node.op_type == "FusedMatMul" else weight
         losses[node.output[0]] = _loss(inputs[node.input[0]].reshape(-1, len(oriented)), oriented)
     return dict(sorted(((k, v) for k, v in losses.items() if v > limit), key=lambda item: (-item[1], item[0])))
@@ -93,24 +96,10 @@ def quantized_weight(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     Returns:
         Codes of shape ``(in, out)`` and scales of shape ``(out,)``.
     """
-    largest = np.abs(weight).max(axis=0)
+    parts = [weight[start : start + ROWS] for start in range(0, len(weight), ROWS)]
+    largest = np.max([np.abs(part).max(axis=0) for part in parts], axis=0)
     scales = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
-    return np.rint(weight / scales).astype(np.int8), scales
-
-
-def _run(graph: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> dict[str, Floats]:
-    """The values of any tensors of the graph."""
-    outputs = list(graph.graph.output)
-    try:
-        del graph.graph.output[:]
-        graph.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
-    finally:
-        del graph.graph.output[:]
-        graph.graph.output.extend(outputs)
+    return np.concatenate([np.rint(part / scales).astype(np.int8) for part in parts]), scales
 
 
 def _loss(x: Floats, weight: Floats) -> float:

@@ -1,5 +1,7 @@
 """A frozen classifier or encoder, exported once for every adapter of its layers."""
 
+from pathlib import Path
+
 from onnx import checker
 from peft import PeftModel
 from tokenizers import Tokenizer
@@ -11,14 +13,18 @@ from adapters.bundle import TOKENIZER
 from aggregation.errors import ConfigError
 from export.onnx import graph, headers, rows
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
-from export.onnx.exported import MAX_RANK, ExportedBase, Profile, metadata
+from export.onnx.exported import MAX_RANK, ExportedBase, Profile, WorkFolder, metadata
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import quantize
 from export.onnx.tasks import check_classifies, check_reads_embeddings, readable_length
 
 
 def export_classifier(
-    model: PeftModel | SlottedModel, base: Base, profile: Profile, max_rank: int = MAX_RANK
+    model: PeftModel | SlottedModel,
+    base: Base,
+    profile: Profile,
+    max_rank: int = MAX_RANK,
+    where: Path | None = None,
 ) -> ExportedBase:
     """Export the base of ``model`` in a few seconds; no tensor of its adapter gets into the result.
 
@@ -27,6 +33,7 @@ def export_classifier(
         base: The base of ``model``.
         profile: How weights are stored.
         max_rank: The highest rank that the base manifest allows an adapter.
+        where: The folder that holds the result's files; None for the system's folder of temporary files.
 
     Raises:
         ConfigError: The model has block-sparse attention, or cannot be exported (``check_classifies``,
@@ -52,8 +59,8 @@ def export_classifier(
     checker.check_model(traced)
     slots = graph.slots(traced)
     runtime, opset = headers.requirements(traced)
-    files = headers.split(traced, slots, metadata(base, "text-classification", profile, runtime))
-    files[TOKENIZER] = str(tokenizer.to_str()).encode()
+    work, about = WorkFolder(where), metadata(base, "text-classification", profile, runtime)
+    digests = headers.split(traced, slots, about, work.path) | work.write({TOKENIZER: str(tokenizer.to_str()).encode()})
     return ExportedBase(
         base_digest=base.digest,
         task="text-classification",
@@ -63,8 +70,9 @@ def export_classifier(
         max_rank=max_rank,
         onnxruntime=runtime,
         opset=opset,
-        files=files,
-        independent_rows=rows.independent_rows(files, slots, ids, longest),
+        work=work,
+        digests=digests,
+        independent_rows=rows.independent_rows(work.path, slots, ids, longest),
     )
 
 

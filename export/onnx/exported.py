@@ -1,7 +1,12 @@
-"""An exported base: its files as bytes, and what is needed to encode adapters for it. Imports no framework."""
+"""An exported base: its files, and what is needed to encode adapters for it. Imports no framework."""
 
+import shutil
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
+from tempfile import mkdtemp
 
 from adapters.base import Base
 from adapters.bundle import MODEL
@@ -9,7 +14,11 @@ from adapters.files import sha256
 from adapters.manifest import BaseManifest, Task
 from adapters.peft.inputs import AdapterInputs
 
+HIDDEN = ".edgeadapt-"  # begins the name of a folder that an export works in
 MAX_RANK = 64  # the default limit on the rank of an adapter's layers
+
+
+Report = Callable[[str, int, int], object]  # of what an export does: a description, and the bytes done of how many
 
 
 class Profile(StrEnum):
@@ -33,6 +42,37 @@ def metadata(base: Base, task: Task, profile: Profile, onnxruntime: str) -> dict
     return {"base_digest": base.digest, "task": task, "profile": profile.value, "minimum_onnxruntime": onnxruntime}
 
 
+class WorkFolder:
+    """A new folder, which is deleted with the last reference to this object, or when the process ends.
+
+    Args:
+        where: The folder that holds it; None for the system's folder of temporary files.
+    """
+
+    def __init__(self, where: Path | None = None) -> None:
+        self.path = Path(mkdtemp(prefix=HIDDEN, dir=where))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def write(self, files: Mapping[str, bytes]) -> dict[str, str]:
+        """Write files by their names, and return the SHA-256 of each, hex."""
+        for name, content in files.items():
+            (self.path / name).write_bytes(content)
+        return {name: sha256(content) for name, content in files.items()}
+
+
+def counted(report: Report, stage: str, total: int) -> Callable[[int], None]:
+    """What takes the bytes of each step of a stage and reports their sum, out of ``total``."""
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        report(stage, min(done, total), total)
+
+    report(stage, 0, total)
+    return step
+
+
 @dataclass(frozen=True, slots=True)
 class ExportedBase:
     """A frozen base as a device runs it. One export serves every adapter of the same layers, whatever its rank."""
@@ -45,26 +85,40 @@ class ExportedBase:
     max_rank: int
     onnxruntime: str  # the lowest version that runs the graphs
     opset: int  # of ONNX's operators
-    files: dict[str, bytes] = field(repr=False)  # the base's folder without its manifest
+    work: WorkFolder = field(repr=False)  # holds the base's files; they are deleted with it
+    digests: Mapping[str, str]  # of the base's files by name: SHA-256, hex
     independent_rows: bool = False  # of a classifier: measured (``rows.py``)
 
     @property
+    def folder(self) -> Path:
+        """The base's folder without its manifest."""
+        return self.work.path
+
+    @property
     def model(self) -> bytes:
-        """The native ONNX graph; its weights are in ``files[WEIGHTS]``."""
-        return self.files[MODEL]
+        """The native ONNX graph; its weights are in the file ``WEIGHTS``."""
+        return self.read(MODEL)
+
+    @property
+    def size(self) -> int:
+        """Of all files, in bytes."""
+        return sum((self.folder / name).stat().st_size for name in self.digests)
 
     @property
     def manifest(self) -> BaseManifest:
         """What the exporter signs about these files."""
-        digests = {name: sha256(blob) for name, blob in self.files.items()}
         return BaseManifest(
             self.base_digest,
             self.task,
             self.profile.value,
-            digests,
+            dict(self.digests),
             self.slots,
             self.max_rank,
             self.independent_rows,
             self.onnxruntime,
             self.opset,
         )
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        return (self.folder / name).read_bytes()

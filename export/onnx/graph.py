@@ -11,15 +11,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 from torch.export import Dim
 
 from adapters.graphinputs import PROMPT
 from aggregation.errors import ConfigError
+from export.onnx.hollow import Weights
 from export.onnx.matmuls import USUAL_RANK
 from export.onnx.peftmodel import TOKENS, SlottedModel, examples, with_inputs
+from export.onnx.tensorstore import OnDisk
 from export.onnx.virtualtokens import accept_rows
 
 OPSET = 20
@@ -58,6 +62,8 @@ def export(
     *,
     inputs: Sequence[str],
     outputs: Sequence[str],
+    store: OnDisk | None = None,
+    weights: Weights | None = None,
 ) -> onnx.ModelProto:
     """Trace ``module`` with the keyword arguments ``example``.
 
@@ -67,6 +73,8 @@ def export(
         dynamic: In the structure of ``example``, the dynamic dimensions of each tensor.
         inputs: The names of all tensors of ``example``, in order.
         outputs: The names of the tensors that the module returns.
+        store: Takes the weights; None leaves them in the graph.
+        weights: Of a hollow module (``hollow.py``); they are read one by one.
 
     Raises:
         ConfigError: torch cannot trace it.
@@ -89,6 +97,9 @@ def export(
         reason = " ".join(str(cause).split())
         raise ConfigError(f"torch cannot export this model: {reason[:MAX_REASON]}", about="torch.onnx") from error
     assert program is not None  # noqa: S101  # only the legacy exporter returns None
+    if store is not None:
+        for value in program.model.graph.initializers.values():
+            value.const_value = _stored(value, store, weights or {})
     return _without_metadata(program.model_proto)
 
 
@@ -99,6 +110,15 @@ def slots(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
         for value in graph.graph.input
         if value.name not in TOKENS
     }
+
+
+def _stored(value: Any, store: OnDisk, weights: Weights) -> Any:
+    """The tensor of an initializer, in onnx_ir's form, in the store if it is large."""
+    values = value.const_value.numpy()
+    if (read := weights.get(values.__array_interface__["data"][0])) is not None:
+        # The weight or, because the exporter folds every Transpose, a transposed view of it.
+        values = np.lib.stride_tricks.as_strided(read().numpy(), values.shape, values.strides)
+    return ir.serde.deserialize_tensor(store.tensor(values, value.name), store.place)
 
 
 @contextmanager

@@ -12,14 +12,18 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from adapters.bundle import MODEL, WEB_MODEL, WEIGHTS
+from adapters.files import sha256
+from export.onnx.tensorstore import INLINE, MEMORY, TensorStore, external
 
-INLINE = 1024  # bytes; smaller tensors stay in the header, where shape inference looks for constants
 PAGE = 4096  # bytes; a memory mapping starts at a page
 
 PRODUCER = "edgeadapt"
@@ -37,15 +41,25 @@ def requirements(graph: onnx.ModelProto) -> tuple[str, int]:
     return CONTRIB_RUNTIME if newer else FLOAT_RUNTIME, next(o.version for o in graph.opset_import if not o.domain)
 
 
-def split(graph: onnx.ModelProto, slots: Slots, about: Mapping[str, str]) -> dict[str, bytes]:
-    """The three files of ``graph``, which itself loses its weights, so that they are in memory only once.
+def split(
+    graph: onnx.ModelProto, slots: Slots, about: Mapping[str, str], folder: Path, store: TensorStore = MEMORY
+) -> dict[str, str]:
+    """Write the three files of ``graph``, which itself loses its weights.
 
     Args:
         graph: Its slots are inputs without defaults.
         slots: The dimensions of each slot: digits for a fixed one, else the name of a symbolic one.
         about: What the files state about themselves, as metadata of the model.
+        folder: Where the files are written.
+        store: Where the tensors of ``graph`` are.
+
+    Returns:
+        The SHA-256 of each file, hex, by its name.
+
+    Raises:
+        OSError: A file cannot be written.
     """
-    data = _externalize(graph)
+    digests = {WEIGHTS: _externalize(graph, folder / WEIGHTS, store)}
     graph.producer_name, graph.producer_version = PRODUCER, version(PRODUCER)
     helper.set_model_props(graph, dict(about))
     # Only inputs and outputs have shapes: an exporter's shapes in between may be wrong.
@@ -54,11 +68,11 @@ def split(graph: onnx.ModelProto, slots: Slots, about: Mapping[str, str]) -> dic
         if value.name in slots:
             sizes = [int(text) if text.isdigit() else text for text in slots[value.name]]
             value.CopyFrom(helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, sizes))
-    return {
-        MODEL: _with_defaults(graph, slots).SerializeToString(deterministic=True),
-        WEB_MODEL: graph.SerializeToString(deterministic=True),
-        WEIGHTS: data,
-    }
+    for name, header in ((MODEL, _with_defaults(graph, slots)), (WEB_MODEL, graph)):
+        content = header.SerializeToString(deterministic=True)
+        (folder / name).write_bytes(content)
+        digests[name] = sha256(content)
+    return digests
 
 
 def _with_defaults(header: onnx.ModelProto, slots: Slots) -> onnx.ModelProto:
@@ -69,22 +83,36 @@ def _with_defaults(header: onnx.ModelProto, slots: Slots) -> onnx.ModelProto:
     return result
 
 
-def _externalize(graph: onnx.ModelProto) -> bytes:
-    """Move the large tensors out, in their order, each to a page of its own; equal bytes are stored once."""
-    data = bytearray()
+def _externalize(graph: onnx.ModelProto, file: Path, store: TensorStore) -> str:
+    """Move the large tensors out, in their order, each to a page of its own; equal bytes are stored once.
+
+    Returns:
+        The SHA-256 of ``file``, hex.
+    """
     offsets: dict[bytes, int] = {}
-    for tensor in graph.graph.initializer:
-        if not tensor.HasField("raw_data"):
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
-        if (length := len(tensor.raw_data)) < INLINE:
-            continue
-        digest = hashlib.sha256(tensor.raw_data).digest()
-        if digest not in offsets:
-            data.extend(bytes(-len(data) % PAGE))
-            offsets[digest] = len(data)
-            data.extend(tensor.raw_data)
-        for key, text in (("location", WEIGHTS), ("offset", offsets[digest]), ("length", length)):
-            tensor.external_data.add(key=key, value=str(text))
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-    return bytes(data)
+    whole = hashlib.sha256()
+    with file.open("wb") as out:
+        for tensor in graph.graph.initializer:
+            values = store.array(tensor)
+            if values.nbytes < INLINE:
+                tensor.CopyFrom(_inline(tensor, values))
+                continue
+            content = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+            digest = hashlib.sha256(content).digest()
+            if digest not in offsets:
+                padding = bytes(-out.tell() % PAGE)
+                offsets[digest] = out.tell() + len(padding)
+                for part in (padding, content):
+                    out.write(part)
+                    whole.update(part)
+            moved = external(tensor.name, values, WEIGHTS, offsets[digest])
+            if tensor.HasField("doc_string"):
+                moved.doc_string = tensor.doc_string
+            tensor.CopyFrom(moved)
+    return whole.hexdigest()
+
+
+def _inline(tensor: onnx.TensorProto, values: NDArray[Any]) -> onnx.TensorProto:
+    if tensor.HasField("raw_data"):
+        return tensor
+    return numpy_helper.from_array(values, tensor.name)

@@ -16,8 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from adapters.graphinputs import LORA_A, LORA_B
 from adapters.layout import Floats
 from aggregation.errors import ConfigError
+from export.onnx.tensorstore import MEMORY, TensorStore
 
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
+ROWS = 256  # compared at a time
 USUAL_RANK = 3  # dimensions of a MatMul's input, (rows, tokens, width), where the graph states none
 
 
@@ -31,7 +33,7 @@ class LayerMatMul:
     out: int
 
 
-def normalize(graph: onnx.ModelProto) -> None:
+def normalize(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> None:
     """Store weights transposed instead of transposing them at run time, and split Gemm into MatMul and Add, in place.
 
     The graph computes the same function.
@@ -49,11 +51,11 @@ def normalize(graph: onnx.ModelProto) -> None:
         else:
             nodes.append(node)
     for name, source in transposed.items():
-        graph.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(stored[source]).T.copy(), name))
+        graph.graph.initializer.append(store.tensor(store.array(stored[source]).T.copy(), name))
     replace_nodes(graph.graph, nodes)
 
 
-def share_embedding(graph: onnx.ModelProto) -> None:
+def share_embedding(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> None:
     """Let an output layer whose weight is the embedding, transposed, read the embedding, which is then stored once."""
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
     embeddings = {node.input[0] for node in graph.graph.node if node.op_type == "Gather" and node.input[0] in values}
@@ -61,7 +63,7 @@ def share_embedding(graph: onnx.ModelProto) -> None:
         if node.op_type != "MatMul" or (weight := values.get(node.input[1])) is None:
             continue
         for name in sorted(embeddings):
-            if _is_transposed(weight, values[name]):
+            if _is_transposed(weight, values[name], store):
                 x, output = node.input[0], node.output[0]
                 node.CopyFrom(helper.make_node("FusedMatMul", [x, name], [output], node.name, domain=CONTRIB, transB=1))
                 graph.graph.initializer.remove(weight)
@@ -69,7 +71,7 @@ def share_embedding(graph: onnx.ModelProto) -> None:
                 break
 
 
-def find(graph: onnx.ModelProto, weights: Mapping[str, Floats]) -> dict[str, LayerMatMul]:
+def find(graph: onnx.ModelProto, weights: Mapping[str, Floats], store: TensorStore = MEMORY) -> dict[str, LayerMatMul]:
     """The MatMul of each layer, by the layer's path.
 
     Args:
@@ -83,7 +85,7 @@ def find(graph: onnx.ModelProto, weights: Mapping[str, Floats]) -> dict[str, Lay
     matmuls = [node for node in graph.graph.node if _weight_name(node) in values]
     found = {}
     for path, weight in weights.items():
-        same = [node for node in matmuls if _has_weight(node, values[_weight_name(node)], weight)]
+        same = [node for node in matmuls if _has_weight(node, values[_weight_name(node)], weight, store)]
         if len(same) != 1:
             raise ConfigError(
                 f"{path}: its weight is in {len(same)} MatMuls of the exported graph, not in one",
@@ -123,7 +125,7 @@ def insert_lora(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul]) -> di
     return slots
 
 
-def merge(graph: onnx.ModelProto) -> None:
+def merge(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> None:
     """Merge the blockwise MatMuls that read the same input with the same settings, in place; every output stays equal.
 
     Queries, keys and values, or the two halves of a gated layer, become one MatMulNBits and a Split. Each MatMul starts
@@ -141,7 +143,7 @@ def merge(graph: onnx.ModelProto) -> None:
     nodes = []
     for node in graph.graph.node:
         if node.output[0] in merged:
-            nodes.extend(_merged(graph.graph, merged[node.output[0]], values))
+            nodes.extend(_merged(graph.graph, merged[node.output[0]], values, store))
         elif node.output[0] not in removed:
             nodes.append(node)
     replace_nodes(graph.graph, nodes)
@@ -186,21 +188,27 @@ def _linear(node: onnx.NodeProto, weight: str) -> list[onnx.NodeProto]:
     ]
 
 
-def _is_transposed(weight: TensorProto, embedding: TensorProto) -> bool:
+def _is_transposed(weight: TensorProto, embedding: TensorProto, store: TensorStore) -> bool:
     if list(weight.dims) != list(embedding.dims)[::-1]:
         return False
-    return bool(np.array_equal(numpy_helper.to_array(weight).T, numpy_helper.to_array(embedding)))
+    return _equal(store.array(weight).T, store.array(embedding))
 
 
 def _weight_name(node: onnx.NodeProto) -> str:
     return str(node.input[1]) if node.op_type in ("MatMul", "FusedMatMul") else ""
 
 
-def _has_weight(node: onnx.NodeProto, stored: TensorProto, weight: Floats) -> bool:
+def _has_weight(node: onnx.NodeProto, stored: TensorProto, weight: Floats, store: TensorStore) -> bool:
     expected = weight if node.op_type == "FusedMatMul" else weight.T
     if tuple(stored.dims) != expected.shape:
         return False
-    return bool(np.array_equal(numpy_helper.to_array(stored), expected))
+    return _equal(store.array(stored), expected)
+
+
+def _equal(one: Floats, other: Floats) -> bool:
+    """Compare two matrices of one shape some rows at a time: most differ in the first ones."""
+    starts = range(0, len(one), ROWS)
+    return all(np.array_equal(one[start : start + ROWS], other[start : start + ROWS]) for start in starts)
 
 
 def _lora_nodes(node: onnx.NodeProto, path: str, x: str) -> list[onnx.NodeProto]:
@@ -221,14 +229,15 @@ def _input(name: str, dimensions: Sequence[str]) -> onnx.ValueInfoProto:
 
 
 def _merged(
-    graph: onnx.GraphProto, group: Sequence[onnx.NodeProto], values: Mapping[str, TensorProto]
+    graph: onnx.GraphProto, group: Sequence[onnx.NodeProto], values: Mapping[str, TensorProto], store: TensorStore
 ) -> list[onnx.NodeProto]:
     """One MatMulNBits for ``group`` and the Split behind it; adds their initializers to ``graph``."""
     settings = {a.name: a.i for a in group[0].attribute}
     rows = [next(a.i for a in node.attribute if a.name == "N") for node in group]
     outputs = [node.output[0] for node in group]
     joined = "+".join(outputs)
-    stored = [_concatenated(graph, [values[node.input[i]] for node in group]) for i in range(1, len(group[0].input))]
+    inputs = range(1, len(group[0].input))
+    stored = [_concatenated(graph, [values[node.input[i]] for node in group], store) for i in inputs]
     graph.initializer.append(numpy_helper.from_array(np.array(rows), f"{joined}_rows"))
     product = helper.make_node(
         "MatMulNBits", [group[0].input[0], *stored], [joined], joined, domain=CONTRIB, **settings | {"N": sum(rows)}
@@ -236,10 +245,10 @@ def _merged(
     return [product, helper.make_node("Split", [joined, f"{joined}_rows"], outputs, f"{joined}_split", axis=-1)]
 
 
-def _concatenated(graph: onnx.GraphProto, parts: Sequence[TensorProto]) -> str:
+def _concatenated(graph: onnx.GraphProto, parts: Sequence[TensorProto], store: TensorStore) -> str:
     """The name of the rows of all ``parts``; layers that share weights share the concatenated rows too."""
     name = "+".join(part.name for part in parts)
     if all(tensor.name != name for tensor in graph.initializer):
-        rows = np.concatenate([numpy_helper.to_array(part) for part in parts])
-        graph.initializer.append(numpy_helper.from_array(rows, name))
+        rows = np.concatenate([store.array(part) for part in parts])
+        graph.initializer.append(store.tensor(rows, name))
     return name

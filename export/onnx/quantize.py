@@ -4,17 +4,20 @@ docs/decisions/0003-int8-on-a-device.md and 0010-profiles-of-a-language-model.md
 """
 
 import copy
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.onnx.blocks import BLOCK, Blocks, eight_bits, four_bits, four_bits_exactly
 from export.onnx.calibrate import feeds_for, lossy_matmuls, quantized_weight
 from export.onnx.exported import Profile
 from export.onnx.matmuls import CONTRIB, USUAL_RANK, import_contrib, replace_nodes
+from export.onnx.tensorstore import MEMORY, TensorStore
 
 WEB_LIMIT = 0.01  # of lossy_matmuls; docs/decisions/0010 shows what other limits give
 INT8_MATH = 4  # MatMulNBits' accuracy level: activations become int8; without it ONNX Runtime unpacks to float32
@@ -22,22 +25,27 @@ FLOAT = 32  # bits of a MatMul that is left alone
 SUMS = "_with_sums"  # suffix of an input's name: the input with the sums of its blocks appended
 
 
-def quantize(graph: onnx.ModelProto, profile: Profile, ids: Sequence[int]) -> onnx.ModelProto:
+def quantize(
+    graph: onnx.ModelProto, profile: Profile, ids: Sequence[int], store: TensorStore = MEMORY
+) -> onnx.ModelProto:
     """A copy of ``graph`` in ``profile``, with the same inputs and the same names of the MatMuls' outputs.
 
     Args:
         graph: In float32, without defaults for slots, which would be mistaken for weights.
         profile: How weights are stored.
         ids: Tokens of a plain text, to measure which MatMuls ``web-int8`` must leave in float.
+        store: Where the tensors of both graphs are.
     """
     if profile is Profile.FP32:
         return copy.deepcopy(graph)
     if profile is Profile.WEB_INT8:
-        return in_integers(graph, set(lossy_matmuls(graph, feeds_for(graph, ids), WEB_LIMIT)))
-    return in_blocks(graph, 8 if profile is Profile.NATIVE_INT8 else 4, {})
+        return in_integers(graph, set(lossy_matmuls(graph, feeds_for(graph, ids), WEB_LIMIT, store)), store)
+    return in_blocks(graph, 8 if profile is Profile.NATIVE_INT8 else 4, {}, store)
 
 
-def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> onnx.ModelProto:
+def in_blocks(
+    graph: onnx.ModelProto, bits: int, other: Mapping[str, int], store: TensorStore = MEMORY
+) -> onnx.ModelProto:
     """A copy of ``graph`` with its weights in blocks of 32.
 
     Weights whose width is not divisible by 32 stay in float. Those that come in symmetric four bits keep them.
@@ -46,36 +54,39 @@ def in_blocks(graph: onnx.ModelProto, bits: int, other: Mapping[str, int]) -> on
         graph: As for ``quantize``.
         bits: 4 or 8, for the weight of every MatMul; 32 leaves them in float. Embeddings have 8.
         other: Other bits by the name of a MatMul's output; 32 leaves it in float.
+        store: As for ``quantize``.
     """
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}
     ranks = _ranks(graph.graph)
     made: dict[tuple[str, int], Blocks] = {}
+    readers = Counter(filter(None, (_weight(node, values) for node in result.graph.node)))
     nodes: list[onnx.NodeProto] = []
     summed: dict[str, int] = {}
     for node in result.graph.node:
         if (name := _weight(node, values)) is not None:
             chosen = _bits(node, other.get(node.output[0], bits))
             if (key := (name, chosen)) not in made and chosen != FLOAT:
-                matrix = numpy_helper.to_array(values[name])
+                matrix = store.array(values[name])
                 rows = matrix.T if node.op_type == "MatMul" else matrix
                 made[key] = four_bits_exactly(rows) or (eight_bits(rows) if chosen == 8 else four_bits(rows))
-            if (blocks := made.get(key)) is not None:
+            readers[name] -= 1
+            if (blocks := made.get(key) if readers[name] else made.pop(key, None)) is not None:
                 if blocks.sums and (x := node.input[0]) not in summed:
                     summed[x] = ranks.get(x, USUAL_RANK)
                     nodes.extend(_sums(x, summed[x]))
-                _replace(result.graph, node, blocks, f"{name}_{blocks.bits}bit")
+                _replace(result.graph, node, blocks, f"{name}_{blocks.bits}bit", store)
         nodes.append(node)
     for rank in sorted(set(summed.values())):
         parts = {f"blocks_of_{rank}": [0] * (rank - 1) + [-1, BLOCK], f"axis_of_{rank}": [rank]}
         result.graph.initializer.extend(numpy_helper.from_array(np.array(v), name) for name, v in parts.items())
-    if made:
+    if any(node.domain == CONTRIB for node in nodes):
         import_contrib(result)
     replace_nodes(result.graph, nodes)
     return result
 
 
-def in_integers(graph: onnx.ModelProto, kept: Container[str]) -> onnx.ModelProto:
+def in_integers(graph: onnx.ModelProto, kept: Container[str], store: TensorStore = MEMORY) -> onnx.ModelProto:
     """A copy of ``graph`` whose MatMuls are MatMulInteger, except those whose output's name is in ``kept``."""
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}
@@ -85,18 +96,18 @@ def in_integers(graph: onnx.ModelProto, kept: Container[str]) -> onnx.ModelProto
         if node.op_type not in ("MatMul", "FusedMatMul") or node.output[0] in kept or _weight(node, values) is None:
             nodes.append(node)
             continue
-        x, stored = node.input[0], numpy_helper.to_array(values[node.input[1]])
+        x, stored = node.input[0], store.array(values[node.input[1]])
         if x not in rounded:
             outputs = [f"{x}_{part}" for part in ("int8", "scale", "zero")]
             nodes.append(helper.make_node("DynamicQuantizeLinear", [x], outputs, f"{x}_rounded"))
             rounded.add(x)
         codes, scales = quantized_weight(stored.T if node.op_type == "FusedMatMul" else stored)
         name = node.output[0]
-        parts = {f"{name}_weight": codes, f"{name}_scales": scales}
-        result.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in parts.items())
+        parts: dict[str, NDArray[Any]] = {f"{name}_weight": codes, f"{name}_scales": scales}
+        result.graph.initializer.extend(store.tensor(v, n) for n, v in parts.items())
         nodes.extend(_integer_matmul(x, name))
     replace_nodes(result.graph, nodes)
-    return in_blocks(result, FLOAT, {})  # quantizes the embeddings and removes unused initializers
+    return in_blocks(result, FLOAT, {}, store)  # quantizes the embeddings and removes unused initializers
 
 
 def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
@@ -141,7 +152,7 @@ def _sums(x: str, rank: int) -> list[onnx.NodeProto]:
     ]
 
 
-def _replace(graph: onnx.GraphProto, node: onnx.NodeProto, blocks: Blocks, name: str) -> None:
+def _replace(graph: onnx.GraphProto, node: onnx.NodeProto, blocks: Blocks, name: str, store: TensorStore) -> None:
     """Let ``node`` read ``blocks``, which are added to the graph once for MatMuls and once for look-ups."""
     rows, width = blocks.shape
     settings: dict[str, Any] = {"bits": blocks.bits, "block_size": BLOCK}
@@ -153,10 +164,11 @@ def _replace(graph: onnx.GraphProto, node: onnx.NodeProto, blocks: Blocks, name:
         codes, kind = blocks.codes.reshape(*blocks.scales.shape, -1), "MatMulNBits"
         first = [node.input[0] + (SUMS if blocks.sums else ""), name]
         settings |= {"K": width + blocks.sums, "N": rows, "accuracy_level": INT8_MATH}
-    stored = {first[0] if node.op_type == "Gather" else name: codes, f"{name}_scales": blocks.scales}
+    stored: dict[str, NDArray[Any]] = {first[0] if node.op_type == "Gather" else name: codes}
+    stored[f"{name}_scales"] = blocks.scales
     if blocks.zeros is not None:
         stored[f"{name}_zeros"] = blocks.zeros
     present = {tensor.name for tensor in graph.initializer}
-    graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in stored.items() if n not in present)
+    graph.initializer.extend(store.tensor(v, n) for n, v in stored.items() if n not in present)
     names = [*first, *list(stored)[1:]]
     node.CopyFrom(helper.make_node(kind, names, list(node.output), node.name, domain=CONTRIB, **settings))

@@ -6,11 +6,12 @@ whose first dimension is not the rows. None of this shows in a configuration, so
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from adapters.bundle import MODEL, WEIGHTS
+from adapters.bundle import MODEL
 from adapters.classifiergraph import LABELS, ClassifierGraph
 from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
 from adapters.layout import Floats, Tensors
@@ -23,24 +24,21 @@ TOLERANCE = 2e-3  # of a logit, relative to the largest: rounding in int8 stays 
 MAX_REASON = 200  # characters of ONNX Runtime's message
 
 
-def open_session(files: Mapping[str, bytes], slots: Collection[str]) -> ort.InferenceSession:
-    """The native graph of a base, loaded from the bytes of its files, whose slots take an adapter for each row."""
+def open_session(folder: Path, slots: Collection[str]) -> ort.InferenceSession:
+    """The native graph of the base in ``folder``, whose slots take an adapter for each row. Its weights are mapped."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4  # errors are raised
-    data = files[WEIGHTS]
-    options.add_external_initializers_from_files_in_memory([WEIGHTS], [data], [len(data)])
-    model = without_shapes(files[MODEL], slots)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    model = without_shapes((folder / MODEL).read_bytes(), slots)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def independent_rows(
-    files: Mapping[str, bytes], slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int
-) -> bool:
+def independent_rows(folder: Path, slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int) -> bool:
     """Ask three texts of different length, each with an adapter of its own, alone and in a mixed batch.
 
     Args:
-        files: Of the base.
+        folder: Of the base.
         slots: Of the base.
         ids: The tokens of a text; the texts that are asked repeat them.
         longest: Tokens of the longest text that the base reads.
@@ -51,7 +49,7 @@ def independent_rows(
     Raises:
         ConfigError: The graph does not run, or gives an answer that is not finite.
     """
-    session = open_session(files, slots)
+    session = open_session(folder, slots)
     longest = min(longest, LONGEST) - (RANK if PROMPT in slots else 0)
     lengths = sorted({min(3, longest), max(1, longest // 3), longest})
     texts = [list(np.resize(ids, length)) for length in (lengths * ROWS)[:ROWS]]

@@ -8,9 +8,10 @@ that repeat them, and the two exceptions from that margin.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,9 +148,9 @@ class OnnxRunner:
     graph: ClassifierGraph | None  # as a device runs it; None for a language model
 
     @classmethod
-    def open(cls, files: Mapping[str, bytes], manifest: BaseManifest) -> "OnnxRunner":
-        """Load the files of a base (``ExportedBase.files``)."""
-        session, tokenizer = open_session(files, manifest.slots), Tokenizer.from_str(files[TOKENIZER].decode())
+    def open(cls, folder: Path, manifest: BaseManifest) -> "OnnxRunner":
+        """Open the base in ``folder``, whose weights are mapped into memory."""
+        session, tokenizer = open_session(folder, manifest.slots), Tokenizer.from_file(str(folder / TOKENIZER))
         if tokenizer.truncation is None:
             tokenizer.enable_truncation(MAX_TOKENS)
         classifies = manifest.task == "text-classification"

@@ -66,7 +66,8 @@ def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> Expo
             about="--base",
             value=base.digest,
         )
-    runner = OnnxRunner.open({name: verified.read(name) for name in manifest.files}, manifest)
+    runner = OnnxRunner.open(verified.folder, manifest)
+    verified.check()
     trained = _trained(base, manifest.task, origin, len(adapter.manifest.labels))
     return ExportedPair(manifest, adapter, runner, trained)
 

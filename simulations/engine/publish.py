@@ -58,7 +58,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     tensors = registry.tensors(version.manifest.version)
     model = load_trainer(base, len(population.labels), provision.lora(scenario)).model
     exported = export_classifier(model, base, Profile(scenario.export.profile))
-    runner = OnnxRunner.open(exported.files, exported.manifest)
+    runner = OnnxRunner.open(exported.folder, exported.manifest)
     classifier.load(model, tensors)
     tests = [example for client in population.clients for example in client.test]
     inputs, texts = _on_device(tensors, exported), _texts(tests)

@@ -8,7 +8,6 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from adapters.bundle import WEIGHTS
 from adapters.layout import Floats, Tensors
 from adapters.slotshapes import without_shapes
 from export.onnx.exported import ExportedBase
@@ -28,8 +27,8 @@ class Runner:
         check_headers(exported)
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        data = exported.files[WEIGHTS]
-        options.add_external_initializers_from_files_in_memory([WEIGHTS], [data], [len(data)])
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(exported.folder))
+        self.exported = exported  # its files go with it
         self.session = ort.InferenceSession(without_shapes(exported.model, exported.slots), options)
         self.pasts = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
         self.outputs = [value.name for value in self.session.get_outputs()]

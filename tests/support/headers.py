@@ -15,7 +15,7 @@ def check_headers(exported: ExportedBase) -> None:
         folder = Path(name)
         (folder / WEIGHTS).touch()  # the checker asks whether it is there
         for header in (MODEL, WEB_MODEL):
-            (folder / header).write_bytes(exported.files[header])
+            (folder / header).write_bytes(exported.read(header))
             onnx.checker.check_model(str(folder / header), full_check=True)
             model = onnx.load(folder / header, load_external_data=False)
             shapes = {v.name: dimensions(v) for v in (*model.graph.input, *model.graph.output)}

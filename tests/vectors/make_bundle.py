@@ -31,7 +31,7 @@ from adapters.peftconfig import PeftConfig
 from client.inference.trust import Trust
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx import headers
-from export.onnx.exported import ExportedBase, Profile
+from export.onnx.exported import ExportedBase, Profile, WorkFolder
 from export.onnx.rows import open_session
 from tests.vectors import bundle_cases
 
@@ -130,9 +130,9 @@ def tokenizer() -> bytes:
 
 def exported() -> ExportedBase:
     """The base."""
-    made = graph()
+    made, work = graph(), WorkFolder()
     runtime, opset = headers.requirements(made)
-    files = headers.split(made, SLOTS, {"task": "text-classification"}) | {TOKENIZER: tokenizer()}
+    digests = headers.split(made, SLOTS, {"task": "text-classification"}, work.path)
     return ExportedBase(
         base_digest=sha256(b"the base of the test vectors"),
         task="text-classification",
@@ -142,7 +142,8 @@ def exported() -> ExportedBase:
         max_rank=8,
         onnxruntime=runtime,
         opset=opset,
-        files=files,
+        work=work,
+        digests=digests | work.write({TOKENIZER: tokenizer()}),
         independent_rows=True,
     )
 
@@ -177,7 +178,7 @@ def write(folder: Path) -> None:
 
 def expected(folder: Path, base: ExportedBase) -> dict[str, Any]:
     """What a reader finds in the bundle in ``folder``: tensors and ``trust.seen.json``, and what a device answers."""
-    read, run = Tokenizer.from_str(tokenizer().decode()), ClassifierGraph(open_session(base.files, SLOTS), SLOTS, True)
+    read, run = Tokenizer.from_str(tokenizer().decode()), ClassifierGraph(open_session(base.folder, SLOTS), SLOTS, True)
     answers: list[dict[str, Any]] = [{"text": text, "ids": read.encode(text).ids, "logits": {}} for text in TEXTS]
     adapters = {}
     for form in FORMATS:

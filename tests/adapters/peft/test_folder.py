@@ -161,7 +161,7 @@ def test_a_peft_folder_gives_torchs_answers_in_the_exported_graph(tmp_path: Path
     read = read_peft(tmp_path)
     inputs = decode(encode(read.tensors, AdapterInputs.of_tensors(read.peft_config, read.tensors), "fp32"), "fp32")
     exported = export_classifier(model, tiny_base, Profile.FP32)
-    runner = OnnxRunner.open(exported.files, exported.manifest)
+    runner = OnnxRunner.open(exported.folder, exported.manifest)
     assert compare(model, runner, inputs, TEXTS).max_abs_diff < 1e-5
 
 

@@ -20,7 +20,7 @@ from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.exported import ExportedBase
+from export.onnx.exported import ExportedBase, WorkFolder
 from export.parity.compare import torch_logits
 from tests.support import refused
 
@@ -30,7 +30,7 @@ PHRASES = ["turn on the kitchen lights", "lock the door", "play music", "set a t
 
 
 def test_answers_are_those_of_the_torch_model(bundle: Path, model: PeftModel, exported: ExportedBase) -> None:
-    encodings = Tokenizer.from_str(exported.files[TOKENIZER].decode()).encode_batch(PHRASES)
+    encodings = Tokenizer.from_str(exported.read(TOKENIZER).decode()).encode_batch(PHRASES)
     logits = np.concatenate([torch_logits(model, encoding.ids) for encoding in encodings])
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     labels = ("Light", "Lock", "Music", "Timer")
@@ -186,7 +186,7 @@ def test_a_base_that_changes_while_it_is_loaded_is_not_used(bundle: Path, monkey
 
 
 def test_a_graph_that_takes_one_adapter_for_all_rows_answers_texts_alone_and_refuses_a_mixed_batch(
-    with_anna: Path, exported: ExportedBase, source: Source, vendor: IdentityKey
+    with_anna: Path, exported: ExportedBase, source: Source, vendor: IdentityKey, tmp_path: Path
 ) -> None:
     expected = ClassificationSession.open(with_anna).rank(PHRASES, "global", 4)
     graph = onnx.load_model_from_string(exported.model)
@@ -195,8 +195,9 @@ def test_a_graph_that_takes_one_adapter_for_all_rows_answers_texts_alone_and_ref
         node.input[:] = [f"{name}/flat" if name in names else name for name in node.input]
     for name in names:  # which only leaves two dimensions as they are
         graph.graph.node.insert(0, onnx.helper.make_node("Flatten", [name], [f"{name}/flat"], f"{name}/flat"))
-    files = exported.files | {"model.onnx": graph.SerializeToString()}
-    write_bundle(with_anna, replace(exported, files=files), [source()], key=vendor)
+    work = WorkFolder(tmp_path)
+    files = {name: exported.read(name) for name in exported.digests} | {"model.onnx": graph.SerializeToString()}
+    write_bundle(with_anna, replace(exported, work=work, digests=work.write(files)), [source()], key=vendor)
     session = ClassificationSession.open(with_anna)
     assert session.rank(PHRASES, "global", 4) == expected
     with refused(DataError, "model.onnx"):

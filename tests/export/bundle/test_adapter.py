@@ -68,7 +68,7 @@ def test_layers_that_an_adapter_does_not_adapt_get_an_empty_pair(
         name: np.zeros_like(value) for name, value in tensors(model).items() if ".value." in name
     }
     expected, answer = (
-        OnnxRunner.open(exported.files, exported.manifest).classify(["lock the door"], x)
+        OnnxRunner.open(exported.folder, exported.manifest).classify(["lock the door"], x)
         for x in (decode(encode(loaded, exported.adapter_inputs, form), form), inputs)
     )
     np.testing.assert_allclose(answer, expected, atol=1e-6)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from shutil import copyfile
 
 import pytest
 from peft import PeftModel
@@ -122,7 +123,14 @@ def test_a_disk_that_fills_up_at_any_file_leaves_the_old_bundle(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does, which has no name
         return write(path, data)
 
+    def copied(old: Path, new: Path) -> None:
+        if next(calls) == failing:
+            write(new, old.read_bytes()[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(old), None, str(new))  # as shutil's
+        copyfile(old, new)
+
     monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("export.bundle.write.copyfile", copied)
     with pytest.raises(OSError, match=r"No space left.*bundle"):
         write_bundle(bundle, exported, [source(seed=2, version=4)], key=vendor)
     assert contents(bundle) == before

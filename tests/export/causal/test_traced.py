@@ -3,6 +3,7 @@
 A trace takes seconds: each base is traced once, and all bases except GPT-2 have one layer.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -34,9 +36,10 @@ from export.bundle.write import AdapterSource, write_bundle
 from export.causal import builder, export_causal, traced
 from export.causal.builder import BuilderPathError
 from export.causal.sample import Sample, sample_logits
-from export.onnx import headers
+from export.onnx import headers, hollow, segments
 from export.onnx.exported import ExportedBase, Profile
 from export.onnx.peftmodel import find_adapter_inputs
+from export.onnx.tensorstore import OnDisk
 from tests.support import refused
 
 GPT2 = ("c_attn", "c_proj", "c_fc")
@@ -55,12 +58,18 @@ CASES: list[Any] = [
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        build, made = traced.build, {}
+        build, made = traced.build, dict[str, tuple[builder.DecoderGraph, dict[str, NDArray[Any]]]]()
 
-        def once(base: Base, sample: Sample) -> builder.DecoderGraph:  # quantization works on a copy
+        def once(base: Base, sample: Sample, store: OnDisk) -> builder.DecoderGraph:  # quantization works on a copy
             if base.digest not in made:
-                made[base.digest] = build(base, sample)
-            return made[base.digest]
+                decoder = build(base, sample, store)
+                stored = decoder.graph.graph.initializer
+                made[base.digest] = decoder, {tensor.name: np.array(store.array(tensor)) for tensor in stored}
+            decoder, values = made[base.digest]
+            graph = copy.deepcopy(decoder.graph)
+            del graph.graph.initializer[:]
+            graph.graph.initializer.extend(store.tensor(value, name) for name, value in values.items())
+            return replace(decoder, graph=graph)
 
         patch.setattr(traced, "build", once)
         yield
@@ -168,18 +177,19 @@ def test_an_embedding_that_is_also_the_output_layer_is_stored_once(gpt2: tuple[B
 def test_the_same_base_exports_to_the_same_bytes_without_any_path(gpt2: tuple[Base, ExportedBase]) -> None:
     base, exported = gpt2
     again = Base(base.folder, "another digest, so that it is traced again")
-    assert export_causal(again, GPT2, Profile.FP32).files == exported.files
-    for name, blob in exported.files.items():
+    assert export_causal(again, GPT2, Profile.FP32).digests == exported.digests
+    for name in exported.digests:
+        blob = exported.read(name)
         for trace in (b"site-packages", b".py", b"/tmp/", str(base.folder).encode()):
             assert trace not in blob, name
 
 
 def test_the_settings_state_the_sizes_of_the_graph(gpt2: tuple[Base, ExportedBase]) -> None:
-    stated = json.loads(gpt2[1].files["genai_config.json"])["model"]
+    stated = json.loads(gpt2[1].read("genai_config.json"))["model"]
     decoder = stated["decoder"]
     assert (stated["context_length"], stated["vocab_size"], stated["eos_token_id"]) == (64, 98, 2)
     assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 4, 16)
-    inputs = {v.name: v for v in onnx.load_from_string(gpt2[1].files[headers.WEB_MODEL]).graph.input}
+    inputs = {v.name: v for v in onnx.load_from_string(gpt2[1].read(headers.WEB_MODEL)).graph.input}
     shape = inputs["past_key_values.1.value"].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in shape] == ["batch", 4, "past", 16]
 
@@ -271,11 +281,11 @@ def test_a_base_that_the_builder_builds_wrong_takes_the_traced_path(
 
 
 @pytest.mark.slow
-def test_a_traced_graph_that_does_not_give_torchs_logits_is_refused(make_lm: Any) -> None:
+def test_a_traced_graph_that_does_not_give_torchs_logits_is_refused(make_lm: Any, tmp_path: Path) -> None:
     base = make_lm("gpt2", **ONE)
     right = sample_logits(_torch(base), pretrained.tokenizer(base))
     with refused(ConfigError, "logits"):
-        traced.build(base, Sample(right.ids, right.logits * np.float32(1.01)))
+        traced.build(base, Sample(right.ids, right.logits * np.float32(1.01)), OnDisk(tmp_path / "tensors"))
 
 
 def _longrope(long: float) -> dict[str, Any]:
@@ -305,20 +315,42 @@ def test_longrope_is_exact_past_its_original_length(make_lm: Any, runner: Any, t
 
 
 @pytest.mark.slow
-def test_a_graph_without_the_factors_of_long_texts_is_refused(make_lm: Any) -> None:
+def test_a_graph_without_the_factors_of_long_texts_is_refused(make_lm: Any, tmp_path: Path) -> None:
     without, model = make_lm("llama", **ONE, **_longrope(1.0)), _torch(make_lm("llama", **ONE, **_longrope(3.0)))
     sample = sample_logits(model, pretrained.tokenizer(without))
-    assert traced.build(without, replace(sample, far=None))  # the short text shows no difference
+    short = replace(sample, far=None)  # shows no difference
+    assert traced.build(without, short, OnDisk(tmp_path / "one"))
     again = Base(without.folder, "a digest of its own, so that it is traced again")
     with refused(ConfigError, "logits"):
-        traced.build(again, sample)
+        traced.build(again, sample, OnDisk(tmp_path / "two"))
     with refused(BuilderPathError, "logits"):
-        builder.build(again, model.config, sample)
+        builder.build(again, model.config, sample, OnDisk(tmp_path / "three"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "olmo"])  # Conv1D and Linear
+def test_weights_that_are_not_in_memory_while_torch_traces_give_the_same_graph(
+    make_lm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    base = make_lm(kind, **ONE)
+    sample, expected = sample_logits(_torch(base), pretrained.tokenizer(base)), []
+    for small, limit in ((hollow.SMALL, segments.LIMIT), (0, 20_000)):
+        monkeypatch.setattr(hollow, "SMALL", small)
+        monkeypatch.setattr(segments, "LIMIT", limit)
+        store = OnDisk(tmp_path / str(small))
+        # A digest of its own, so that it is traced again.
+        made = traced.build(Base(base.folder, f"{kind} {small}"), sample, store).graph
+        expected.append({tensor.name: np.array(store.array(tensor)) for tensor in made.graph.initializer})
+    assert expected[0].keys() == expected[1].keys()
+    for name, value in expected[0].items():
+        np.testing.assert_array_equal(expected[1][name], value)
 
 
 @pytest.mark.parametrize("window", [None, 64])
-def test_a_window_as_long_as_the_longest_text_takes_the_builder_path(make_lm: Any, window: int | None) -> None:
-    files = _built(make_lm("mistral", sliding_window=window)).files
+def test_a_window_as_long_as_the_longest_text_takes_the_builder_path(
+    make_lm: Any, window: int | None, tmp_path: Path
+) -> None:
+    files = _built(make_lm("mistral", sliding_window=window), tmp_path).files
     assert json.loads(files["genai_config.json"])["model"]["type"] == "mistral"
 
 
@@ -374,26 +406,28 @@ def test_an_encoder_decoder_is_refused_by_name(tiny_base: Base, tmp_path: Path) 
 def test_every_token_that_ends_a_text_is_kept(make_lm: Any, kind: str) -> None:
     base = make_lm(kind, **ONE)
     (base.folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 7]}')
-    files = export_causal(base, ("q_proj",), Profile.FP32).files
-    assert json.loads(files["genai_config.json"])["model"]["eos_token_id"] == [2, 7]
+    exported = export_causal(base, ("q_proj",), Profile.FP32)
+    assert json.loads(exported.read("genai_config.json"))["model"]["eos_token_id"] == [2, 7]
 
 
-def test_a_base_without_an_end_token_or_a_longest_text_is_refused(make_lm: Any) -> None:
+def test_a_base_without_an_end_token_or_a_longest_text_is_refused(make_lm: Any, tmp_path: Path) -> None:
     with refused(ConfigError, "eos_token_id"):
-        _trace(make_lm("gpt2", eos_token_id=None, bos_token_id=None), {"eos_token": None})
+        _trace(make_lm("gpt2", eos_token_id=None, bos_token_id=None), {"eos_token": None}, tmp_path / "one")
     with refused(ConfigError, "max_position_embeddings"):
-        _trace(make_lm("bloom", max_position_embeddings=None), {})
+        _trace(make_lm("bloom", max_position_embeddings=None), {}, tmp_path / "two")
 
 
-def _trace(base: Base, tokenizer: dict[str, Any]) -> None:
+def _trace(base: Base, tokenizer: dict[str, Any], place: Path) -> None:
     path = base.folder / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | tokenizer).items() if v}))
-    traced.build(base, sample_logits(_torch(base), pretrained.tokenizer(base)))
+    traced.build(base, sample_logits(_torch(base), pretrained.tokenizer(base)), OnDisk(place))
 
 
-def _built(base: Base) -> builder.DecoderGraph:
+def _built(base: Base, tmp_path: Path) -> builder.DecoderGraph:
     model = _torch(base)
-    return builder.build(base, model.config, sample_logits(model, pretrained.tokenizer(base)))
+    return builder.build(
+        base, model.config, sample_logits(model, pretrained.tokenizer(base)), OnDisk(tmp_path / "tensors")
+    )
 
 
 def _torch(base: Base) -> Any:

@@ -56,7 +56,7 @@ def _probabilities(base: Base, spec: LoraSpec, profile: Profile) -> np.ndarray:
         for name, dimensions in exported.slots.items()
         if "lora" in name
     }
-    return np.exp(log_softmax(OnnxRunner.open(exported.files, exported.manifest).classify(TEXTS, inputs | empty)))
+    return np.exp(log_softmax(OnnxRunner.open(exported.folder, exported.manifest).classify(TEXTS, inputs | empty)))
 
 
 def test_a_rounded_base_has_its_own_digest_and_the_same_tokenizer_and_configuration(

@@ -77,7 +77,7 @@ def make_family(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Ma
 
 
 def answers(exported: ExportedBase, ids: np.ndarray, mask: np.ndarray, inputs: Any) -> np.ndarray:
-    session = OnnxRunner.open(exported.files, exported.manifest).session
+    session = OnnxRunner.open(exported.folder, exported.manifest).session
     found: np.ndarray = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, **inputs})[0]
     return found
 
@@ -98,7 +98,7 @@ def test_each_family_gives_torchs_logits_up_to_its_longest_text(make_family: Mak
     rng = np.random.default_rng(0)
     load(model, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(model).items()})
     exported = export_classifier(model, base, Profile.FP32)
-    tokenizer = OnnxRunner.open(exported.files, exported.manifest).tokenizer
+    tokenizer = OnnxRunner.open(exported.folder, exported.manifest).tokenizer
     assert len(tokenizer.encode("lock " * 100).ids) == longest
     inputs = to_inputs(tensors(model), exported.adapter_inputs.scaling)
     ids = rng.integers(4, 75, (3, longest))
@@ -162,7 +162,7 @@ def test_a_model_that_reads_far_fewer_tokens_than_it_states_is_refused() -> None
 def test_a_family_that_takes_1_for_padding_whatever_it_states_reads_its_longest_text(make_family: MakeFamily) -> None:
     base = make_family("mpnet", SIZES | {"pad_token_id": 0})
     exported = export_classifier(build(base, 3, LoraSpec(targets=("q", "v"))), base, Profile.FP32)
-    runner = OnnxRunner.open(exported.files, exported.manifest)
+    runner = OnnxRunner.open(exported.folder, exported.manifest)
     ids = runner.tokenizer.encode("lock " * 100).ids
     assert len(ids) == POSITIONS - 2
     empty = {

@@ -33,7 +33,7 @@ VOCABULARY = 60
 
 @pytest.fixture(scope="module")
 def session(exported: ExportedBase) -> ort.InferenceSession:
-    return OnnxRunner.open(exported.files, exported.manifest).session
+    return OnnxRunner.open(exported.folder, exported.manifest).session
 
 
 def draw(model: PeftModel, rng: np.random.Generator) -> Tensors:
@@ -139,7 +139,7 @@ def test_any_module_in_modules_to_save_is_an_input(make_base: Callable[..., Base
     assert exported.slots["encoder.embeddings.LayerNorm.weight"] == ("32",)
     ids, mask = tokens(rng, 2, 5)
     found = onnx_logits(
-        OnnxRunner.open(exported.files, exported.manifest).session,
+        OnnxRunner.open(exported.folder, exported.manifest).session,
         ids,
         mask,
         to_inputs(values, exported.adapter_inputs.scaling),
@@ -162,7 +162,7 @@ def test_the_same_base_exports_to_the_same_bytes_whatever_the_adapter(
 ) -> None:
     monkeypatch.setattr(graph, "trace", trace_once)  # traced a second time
     again = export_classifier(build(tiny_base, 4, LoraSpec(rank=4, alpha=8)), tiny_base, Profile.FP32)
-    assert again.files == exported.files
+    assert again.digests == exported.digests
 
 
 def test_the_graph_contains_no_path_of_the_exporting_machine(exported: ExportedBase, tiny_base: Base) -> None:
@@ -181,7 +181,7 @@ def test_quantization_keeps_every_slot_and_stores_all_large_weights_in_int8(
 
 
 def test_rows_of_a_quantized_batch_do_not_influence_each_other(model: PeftModel, exported_int8: ExportedBase) -> None:
-    session = OnnxRunner.open(exported_int8.files, exported_int8.manifest).session
+    session = OnnxRunner.open(exported_int8.folder, exported_int8.manifest).session
     inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
     ids, mask = tokens(np.random.default_rng(6), 4, 9)
     together = onnx_logits(session, ids, mask, inputs)
@@ -199,7 +199,7 @@ def test_quantization_does_not_change_its_argument(model: PeftModel) -> None:
 
 
 def test_the_tokenizer_truncates_at_the_models_positions_and_does_not_pad(exported: ExportedBase) -> None:
-    tokenizer = OnnxRunner.open(exported.files, exported.manifest).tokenizer
+    tokenizer = OnnxRunner.open(exported.folder, exported.manifest).tokenizer
     assert len(tokenizer.encode("lock " * 100).ids) == 24
     assert len(tokenizer.encode("lock").ids) == 3
 

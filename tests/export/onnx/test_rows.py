@@ -82,7 +82,7 @@ def opened(family: tuple[ExportedBase, Any, bool], tmp_path: Path, vendor: Ident
 def expected(family: tuple[ExportedBase, Any, bool], seed: int, text: str) -> dict[str, float]:
     exported, model, _ = family
     load(model, draw(model, seed))
-    tokenizer = OnnxRunner.open(exported.files, exported.manifest).tokenizer
+    tokenizer = OnnxRunner.open(exported.folder, exported.manifest).tokenizer
     logits = torch_logits(model, tokenizer.encode(text).ids)[0]
     weights = np.exp(logits - logits.max())
     return dict(zip(LABELS, (weights / weights.sum()).tolist(), strict=True))
@@ -111,16 +111,16 @@ def test_parity_asks_alone_and_in_a_mixed_batch_and_refuses_a_false_promise_of_i
     values = draw(model, 1)
     load(model, values)
     inputs = adapter.decode(adapter.encode(values, exported.adapter_inputs, "fp32"), "fp32")
-    found = compare(model, OnnxRunner.open(exported.files, exported.manifest), inputs, TEXTS)
+    found = compare(model, OnnxRunner.open(exported.folder, exported.manifest), inputs, TEXTS)
     assert found.max_abs_diff < 1e-4
     assert found.mixed_diff < 1e-5
     gate(found, LIMITS)
     if not independent:
         promised = replace(exported.manifest, independent_rows=True)
         with refused(ParityError, "parity", value=("mixed_diff",)):
-            gate(compare(model, OnnxRunner.open(exported.files, promised), inputs, TEXTS), LIMITS)
+            gate(compare(model, OnnxRunner.open(exported.folder, promised), inputs, TEXTS), LIMITS)
 
 
 def test_a_graph_that_does_not_run_is_refused_at_export(exported: ExportedBase) -> None:
     with refused(ConfigError, "onnxruntime"):
-        independent_rows(exported.files, exported.slots, [10**6], 16)  # no such token
+        independent_rows(exported.folder, exported.slots, [10**6], 16)  # no such token

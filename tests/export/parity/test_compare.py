@@ -23,7 +23,7 @@ PHRASES = ("turn on the kitchen lights", "lock the door", "play music", "set a t
 
 def test_an_fp32_export_gives_torchs_answers(model: PeftModel, exported: ExportedBase) -> None:
     inputs = adapter.decode(adapter.encode(tensors(model), exported.adapter_inputs, "fp32"), "fp32")
-    found = compare(model, OnnxRunner.open(exported.files, exported.manifest), inputs, PHRASES)
+    found = compare(model, OnnxRunner.open(exported.folder, exported.manifest), inputs, PHRASES)
     assert found.agreement == 1
     assert found.max_abs_diff < 1e-5
     assert found.count == len(PHRASES)
@@ -31,7 +31,7 @@ def test_an_fp32_export_gives_torchs_answers(model: PeftModel, exported: Exporte
 
 def test_an_int8_export_gives_nearly_torchs_answers(model: PeftModel, exported_int8: ExportedBase) -> None:
     inputs = adapter.decode(adapter.encode(tensors(model), exported_int8.adapter_inputs, "int8"), "int8")
-    found = compare(model, OnnxRunner.open(exported_int8.files, exported_int8.manifest), inputs, PHRASES)
+    found = compare(model, OnnxRunner.open(exported_int8.folder, exported_int8.manifest), inputs, PHRASES)
     assert found.agreement == 1
     assert 1e-5 < found.max_abs_diff < 0.2
 
@@ -42,7 +42,7 @@ def test_an_adapter_with_the_wrong_scaling_shows_in_the_difference(model: PeftMo
         loras=tuple(replace(slot, scaling=8 * slot.scaling) for slot in exported.adapter_inputs.loras),
     )
     inputs = adapter.decode(adapter.encode(tensors(model), doubled, "fp32"), "fp32")
-    assert compare(model, OnnxRunner.open(exported.files, exported.manifest), inputs, PHRASES).max_abs_diff > 0.05
+    assert compare(model, OnnxRunner.open(exported.folder, exported.manifest), inputs, PHRASES).max_abs_diff > 0.05
 
 
 def test_labels_in_another_order_show_in_the_agreement(model: PeftModel, exported: ExportedBase) -> None:
@@ -50,7 +50,7 @@ def test_labels_in_another_order_show_in_the_agreement(model: PeftModel, exporte
     reversed_labels = inputs | {
         f"classifier.{part}": inputs[f"classifier.{part}"][::-1].copy() for part in ("weight", "bias")
     }
-    found = compare(model, OnnxRunner.open(exported.files, exported.manifest), reversed_labels, PHRASES)
+    found = compare(model, OnnxRunner.open(exported.folder, exported.manifest), reversed_labels, PHRASES)
     assert found.agreement < 0.5
     with pytest.raises(ParityError):
         gate(found, Limits(0.9))
@@ -109,14 +109,14 @@ def test_a_minimum_agreement_outside_0_to_1_is_refused(minimum: float) -> None:
 
 def test_a_comparison_without_texts_is_refused(model: PeftModel, exported: ExportedBase) -> None:
     with refused(DataError, "texts"):
-        compare(model, OnnxRunner.open(exported.files, exported.manifest), {}, [])
+        compare(model, OnnxRunner.open(exported.folder, exported.manifest), {}, [])
 
 
 def test_logits_that_are_not_finite_are_refused(model: PeftModel, exported: ExportedBase) -> None:
     inputs = adapter.decode(adapter.encode(tensors(model), exported.adapter_inputs, "fp32"), "fp32")
     broken = inputs | {"classifier.bias": np.full_like(inputs["classifier.bias"], np.nan)}
     with refused(DataError, "logits"):
-        compare(model, OnnxRunner.open(exported.files, exported.manifest), broken, PHRASES)
+        compare(model, OnnxRunner.open(exported.folder, exported.manifest), broken, PHRASES)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_the_real_minilm_keeps_its_answers_in_int8() -> None:
     }
     load(model, start)
     exported = export_classifier(model, base, Profile.NATIVE_INT8)
-    runner = OnnxRunner.open(exported.files, exported.manifest)
+    runner = OnnxRunner.open(exported.folder, exported.manifest)
     # A head that knows the bare commands, as the adapted model sees them; the texts say them in other words.
     rows = [torch.tensor([encoding.ids]) for encoding in runner.tokenizer.encode_batch(list(acts))]
     with torch.no_grad():

@@ -35,7 +35,7 @@ def trained(llama: Base, drawn: Draw) -> PeftModel:
 @pytest.fixture(scope="module")
 def runner(llama: Base) -> OnnxRunner:
     exported = export_causal(llama, TARGETS, Profile.FP32)
-    return OnnxRunner.open(exported.files, exported.manifest)
+    return OnnxRunner.open(exported.folder, exported.manifest)
 
 
 def inputs_of(model: PeftModel) -> Tensors:

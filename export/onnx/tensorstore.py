@@ -1,0 +1,130 @@
+"""Where the tensors of a graph are while it is exported: in the graph, or in files of a folder, for large bases.
+
+A graph whose tensors are in files takes no memory for them: its initializers have ONNX's external data. A tensor is
+mapped when it is read, and written as soon as it is computed.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference looks for constants
+
+
+class TensorStore(Protocol):
+    """Reads and makes the initializers of a graph."""
+
+    folder: Path | None  # of the external data
+
+    def array(self, tensor: TensorProto) -> NDArray[Any]:
+        """The values of a tensor, not to be written to."""
+
+    def tensor(self, values: NDArray[Any], name: str) -> TensorProto:
+        """A tensor with these values."""
+
+    def keep(self, graphs: Iterable[onnx.ModelProto]) -> None:
+        """Forget every tensor that none of these graphs has."""
+
+
+class InMemory:
+    """Tensors within the graph."""
+
+    folder: Path | None = None
+
+    def array(self, tensor: TensorProto) -> NDArray[Any]:
+        """As ``TensorStore``."""
+        return _held(tensor)
+
+    def tensor(self, values: NDArray[Any], name: str) -> TensorProto:
+        """As ``TensorStore``."""
+        return numpy_helper.from_array(values, name)
+
+    def keep(self, graphs: Iterable[onnx.ModelProto]) -> None:
+        """Nothing to do: a tensor goes with its graph."""
+
+
+class OnDisk:
+    """Tensors of ``INLINE`` bytes and more in files of their own, and whatever a graph refers to in the same folder.
+
+    Args:
+        place: A folder, which is made.
+    """
+
+    def __init__(self, place: Path) -> None:
+        place.mkdir()
+        self.place = place
+        self.folder: Path | None = place
+        self._numbers = itertools.count()
+        self._report: Callable[[int], object] = lambda _: None
+
+    def reports(self, report: Callable[[int], object]) -> None:
+        """From now on call ``report`` with the bytes of each tensor that is read."""
+        self._report = report
+
+    def take(self, file: Path, graph: onnx.ModelProto) -> None:
+        """Move into the folder the file of the tensors of ``graph``, which itself gets the small ones."""
+        file.rename(self.place / file.name)
+        for tensor in graph.graph.initializer:
+            if (values := self.array(tensor)).nbytes < INLINE:
+                tensor.CopyFrom(numpy_helper.from_array(np.array(values), tensor.name))
+
+    def array(self, tensor: TensorProto) -> NDArray[Any]:
+        """As ``TensorStore``; mapped from its file, whose pages leave memory with the last reference."""
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return _held(tensor)
+        stated = {entry.key: entry.value for entry in tensor.external_data}
+        kind, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
+        self._report(int(stated.get("length", "0")))
+        if 0 in shape:
+            return np.zeros(shape, kind)
+        place, offset = self.place / stated["location"], int(stated.get("offset", "0"))
+        return np.asarray(np.memmap(place, dtype=kind, mode="r", offset=offset, shape=shape))
+
+    def tensor(self, values: NDArray[Any], name: str) -> TensorProto:
+        """As ``TensorStore``. Raises OSError if the disk is full."""
+        if values.nbytes < INLINE:
+            return numpy_helper.from_array(values, name)
+        file = f"{next(self._numbers):06d}.tensor"
+        values.tofile(self.place / file)  # in C order, whatever the order in memory
+        return external(name, values, file)
+
+    def keep(self, graphs: Iterable[onnx.ModelProto]) -> None:
+        """Delete the files of tensors that none of these graphs has."""
+        entries = (entry for graph in graphs for tensor in graph.graph.initializer for entry in tensor.external_data)
+        kept = {entry.value for entry in entries if entry.key == "location"}
+        for file in self.place.iterdir():
+            if file.name not in kept:
+                file.unlink()
+
+
+def size_of(graph: onnx.ModelProto) -> int:
+    """The bytes of the tensors of a graph that are in files."""
+    entries = (entry for tensor in graph.graph.initializer for entry in tensor.external_data)
+    return sum(int(entry.value) for entry in entries if entry.key == "length")
+
+
+def external(name: str, values: NDArray[Any], file: str, offset: int = 0) -> TensorProto:
+    """A tensor whose values are in a file, in C order."""
+    tensor = TensorProto(
+        name=name,
+        dims=values.shape,
+        data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
+        data_location=TensorProto.EXTERNAL,
+    )
+    for key, value in (("location", file), ("offset", str(offset)), ("length", str(values.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _held(tensor: TensorProto) -> NDArray[Any]:
+    values: NDArray[Any] = numpy_helper.to_array(tensor)
+    return values
+
+
+MEMORY = InMemory()
