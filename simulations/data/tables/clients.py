@@ -167,7 +167,7 @@ class _Maker:
             side: dict[int, str] = {}
             for members in owned.values():
                 latest = sorted(members, key=lambda at: (self.rows[at].time, at))
-                tests = max(1, round(self.settings.test_fraction * len(members)))
+                tests = max(1, round(self.settings.holdout_fraction * len(members)))
                 side |= {at: TEST if place >= len(members) - tests else TRAIN for place, at in enumerate(latest)}
             return side
         tested = self._tested_groups(owned)
@@ -179,7 +179,7 @@ class _Maker:
         settled = set(self.public_groups)
         for members in owned.values():
             sizes = Counter(self.groups[at] for at in members)
-            target = max(1, round(self.settings.test_fraction * len(members)))
+            target = max(1, round(self.settings.holdout_fraction * len(members)))
             have = sum(size for group, size in sizes.items() if group in tested)
             for group in sorted(sizes, key=self._order):
                 if group in settled:

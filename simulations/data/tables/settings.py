@@ -64,7 +64,7 @@ class DataSettings(Settings):
         default="hash",
         description="which texts are for tests: hash (of their group, the same on every machine) or time (the latest)",
     )
-    test_fraction: float = Field(default=0.25, gt=0, le=0.5, description="share of a client's texts for tests")
+    holdout_fraction: float = Field(default=0.25, gt=0, le=0.5, description="share of a client's texts for tests")
     validation_fraction: float = Field(
         default=0.2, gt=0, le=0.5, description="share of a client's other texts kept for its own validation"
     )
