@@ -47,6 +47,11 @@ class Blocks:
         return blocks if self.scales.shape[1] > blocks else 0
 
     @property
+    def steps(self) -> NDArray[np.int8]:
+        """The codes of symmetric four bits as steps from zero, −8 to 7, shape ``(rows, width)``."""
+        return _unpacked(self.codes, self.shape[1]).astype(np.int8) - np.int8(MIDDLE4)
+
+    @property
     def values(self) -> Floats:
         """The weights that the codes represent, shape ``(rows, width)``."""
         (rows, width), count = self.shape, self.scales.shape[1]

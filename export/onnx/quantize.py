@@ -22,6 +22,7 @@ from export.onnx.tensorstore import MEMORY, TensorStore
 WEB_LIMIT = 0.01  # of lossy_matmuls; docs/decisions/0010 shows what other limits give
 INT8_MATH = 4  # MatMulNBits' accuracy level: activations become int8; without it ONNX Runtime unpacks to float32
 FLOAT = 32  # bits of a MatMul that is left alone
+FLOATS = "_in_float"  # suffix of a weight's name: the weight as the graph computes it from bytes
 SUMS = "_with_sums"  # suffix of an input's name: the input with the sums of its blocks appended
 
 
@@ -87,13 +88,23 @@ def in_blocks(
 
 
 def in_integers(graph: onnx.ModelProto, kept: Container[str], store: TensorStore = MEMORY) -> onnx.ModelProto:
-    """A copy of ``graph`` whose MatMuls are MatMulInteger, except those whose output's name is in ``kept``."""
+    """A copy of ``graph`` whose MatMuls are MatMulInteger, except those whose output's name is in ``kept``.
+
+    The latter compute in float. Where their weights come in symmetric four bits, the graph stores a byte of each, which
+    ONNX Runtime turns into the same floats when it loads the graph.
+    """
     result = copy.deepcopy(graph)
     values = {tensor.name: tensor for tensor in result.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     rounded: set[str] = set()
     for node in result.graph.node:
-        if node.op_type not in ("MatMul", "FusedMatMul") or node.output[0] in kept or _weight(node, values) is None:
+        if node.op_type not in ("MatMul", "FusedMatMul") or (name := _weight(node, values)) is None:
+            nodes.append(node)
+            continue
+        if node.output[0] in kept:
+            if node.op_type == "MatMul" and (blocks := four_bits_exactly(store.array(values[name]).T)):
+                nodes.extend(_stored_in_bytes(result.graph, blocks, name, store))
+                node.input[1] = name + FLOATS
             nodes.append(node)
             continue
         x, stored = node.input[0], store.array(values[node.input[1]])
@@ -119,6 +130,23 @@ def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
 def _bits(node: onnx.NodeProto, bits: int) -> int:
     embedding = node.op_type == "Gather" or (node.op_type == "FusedMatMul" and bits != FLOAT)
     return 8 if embedding else bits
+
+
+def _stored_in_bytes(graph: onnx.GraphProto, blocks: Blocks, name: str, store: TensorStore) -> list[onnx.NodeProto]:
+    """The nodes that make ``name + FLOATS``, shape ``(in, out)``, of bytes and the scales of their blocks."""
+    rows, width = blocks.shape
+    parts: dict[str, NDArray[Any]] = {
+        "_bytes": blocks.steps.reshape(rows, -1, BLOCK),
+        "_byte_scales": blocks.scales[:, :, np.newaxis],
+        "_shape": np.array([rows, width]),
+    }
+    graph.initializer.extend(store.tensor(value, name + part) for part, value in parts.items())
+    return [
+        helper.make_node("Cast", [f"{name}_bytes"], [f"{name}_steps"], f"{name}_steps", to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}_steps", f"{name}_byte_scales"], [f"{name}_blocks"], f"{name}_blocks"),
+        helper.make_node("Reshape", [f"{name}_blocks", f"{name}_shape"], [f"{name}_rows"], f"{name}_rows"),
+        helper.make_node("Transpose", [f"{name}_rows"], [name + FLOATS], name + FLOATS, perm=[1, 0]),
+    ]
 
 
 def _integer_matmul(x: str, name: str) -> list[onnx.NodeProto]:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from aggregation.errors import ConfigError
 from export.onnx import headers
-from export.onnx.blocks import BLOCK, eight_bits, four_bits
+from export.onnx.blocks import BLOCK, eight_bits, four_bits, four_bits_exactly
 from export.onnx.calibrate import feeds_for, lossy_matmuls
 from export.onnx.exported import Profile
 from export.onnx.quantize import WEB_LIMIT, in_blocks, in_integers, quantize
@@ -92,6 +92,27 @@ def test_integer_matmuls_give_the_float_outputs_within_rounding() -> None:
         assert np.square(ours - theirs).sum() < 1e-3 * np.square(theirs).sum()
     kinds = [node.op_type for node in in_integers(graph(), {"y"}).graph.node]
     assert (kinds.count("MatMul"), kinds.count("MatMulInteger"), kinds.count("DynamicQuantizeLinear")) == (2, 1, 1)
+
+
+def test_a_matmul_in_float_keeps_weights_of_four_bits_exactly_in_a_quarter_of_the_bytes() -> None:
+    model = graph()
+    rounded = four_bits_exactly(four_bits_of(weight(1)))
+    assert rounded is not None
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(rounded.values.T), "W"))
+    kept = in_integers(model, {"y"})
+    np.testing.assert_array_equal(run(kept)[0], run(in_blocks(model, 32, {}))[0])
+    stored = {tensor.name: len(tensor.raw_data) for tensor in kept.graph.initializer}
+    assert "W" not in stored
+    assert stored["W_bytes"] == ROWS * WIDTH
+
+
+def four_bits_of(matrix: np.ndarray) -> np.ndarray:
+    """``matrix`` rounded as ``Q4_0`` rounds."""
+    rows = matrix.reshape(len(matrix), -1, BLOCK)
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=2, keepdims=True), axis=2)
+    steps = np.rint(rows / (-largest / 8)).clip(-8, 7)
+    rounded: np.ndarray = (steps * (-largest / 8)).reshape(matrix.shape).astype(np.float32)
+    return rounded
 
 
 def test_a_matmul_with_an_outlier_among_its_inputs_stays_in_float() -> None:
