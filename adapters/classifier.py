@@ -41,14 +41,18 @@ class PhraseClassifier(nn.Module):
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Unit embeddings, shape ``(batch, hidden)``, of token ids of shape ``(batch, sequence)``."""
         states: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        weights = attention_mask.unsqueeze(-1).to(states.dtype)
-        mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1.0)
-        return nn.functional.normalize(mean, dim=-1)
+        return nn.functional.normalize(pooled(states, attention_mask), dim=-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, shape ``(batch, labels)``."""
         logits: Tensor = self.classifier(self.embed(input_ids, attention_mask))
         return logits
+
+
+def pooled(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean over the tokens that are not padding, shape ``(batch, hidden)``."""
+    weights = attention_mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1.0)
 
 
 def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:

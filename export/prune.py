@@ -23,6 +23,7 @@ from adapters.storage import staged
 from aggregation.errors import ConfigError
 
 CONFIG, WEIGHTS, TOKENIZER = IDENTITY_FILES
+WORDS = 60_000  # of each language, by default
 SPACE = "▁"  # begins a token that begins a word
 
 
