@@ -8,7 +8,7 @@ that repeat them, and the two exceptions from that margin.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -31,6 +31,7 @@ from export.onnx.graph import ANSWER
 from export.onnx.rows import open_session
 
 MAX_TOKENS = 256  # of one text, where the tokenizer itself sets no limit; longer texts are truncated
+MAX_TOGETHER = 64  # texts of one run in torch
 MIXED_TEXTS = 128  # that are asked in mixed batches too
 MIXED_LIMIT = 0.001  # of a probability, for every profile: a base that exceeds it must not state independent rows
 PAST = "past"  # part of the name of every input that holds the KV cache
@@ -105,7 +106,8 @@ class Parity:
     ``agreement``: the fraction with the same most likely label or next token. ``max_abs_diff``: the largest difference
     of any probability in any answer, 0 to 1. ``mixed_diff``: the same between a classifier's answer to a text alone
     and in a mixed batch. The losses are a language model's mean negative log likelihood of the next
-    token in nats; their exponentials are perplexities. Held-out texts have no labels, so a classifier has no losses.
+    token in nats; their exponentials are perplexities. The accuracies are a classifier's shares of right answers, where
+    the labels of the texts are known.
 
     >>> round(Parity(1.0, 0.0, 8, loss=1.1, torch_loss=1.0).perplexity_ratio, 3)
     1.105
@@ -119,6 +121,8 @@ class Parity:
     loss: float | None = None
     torch_loss: float | None = None
     mixed_diff: float = 0.0
+    accuracy: float | None = None
+    torch_accuracy: float | None = None
 
     @property
     def perplexity_ratio(self) -> float:
@@ -210,11 +214,15 @@ def _without(name: str, value: Floats) -> Floats:
 
 def torch_logits(model: PeftModel, ids: Sequence[int]) -> Floats:
     """Torch's logits, in the shape of ``OnnxRunner.logits``."""
-    tokens = torch.tensor([list(ids)])
+    return _torch_batch(model, [ids])
+
+
+def _torch_batch(model: PeftModel, rows: Sequence[Sequence[int]]) -> Floats:
+    tokens = torch.tensor([list(ids) for ids in rows])
     with torch.no_grad():
         answer = model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     logits: Floats = getattr(answer, "logits", answer).numpy()
-    return logits[:, -len(ids) :] if logits.ndim == 3 else logits  # without those of virtual tokens
+    return logits[:, -len(rows[0]) :] if logits.ndim == 3 else logits  # without those of virtual tokens
 
 
 def compare(
@@ -223,6 +231,7 @@ def compare(
     inputs: Tensors,
     texts: Sequence[str],
     step: Callable[[], object] = lambda: None,
+    labels: Sequence[int] | None = None,
 ) -> Parity:
     """Run torch and ONNX Runtime on the same texts.
 
@@ -232,28 +241,50 @@ def compare(
         inputs: The exported adapter, read back from its file (``adapter.decode``).
         texts: Held-out texts; at least one, and for a language model one of two tokens.
         step: Called after each text.
+        labels: Of a classifier: the right answer to each text, if it is known.
 
     Raises:
         DataError: There is no answer to compare, or one is not finite.
     """
     rows: list[Floats] = []
     alone: list[tuple[Sequence[int], Floats]] = []
-    for encoding in runner.encode(texts, inputs):
-        expected, found = torch_logits(model, encoding.ids), runner.logits(encoding.ids, inputs)
+    tokens = [encoding.ids for encoding in runner.encode(texts, inputs)]
+    for ids, expected in zip(tokens, _in_torch(model, tokens, together=runner.graph is not None), strict=True):
+        found = runner.logits(ids, inputs)
         if not (np.isfinite(expected).all() and np.isfinite(found).all()):
             raise DataError("an answer is NaN or infinite; the adapter or the exported base is broken", about="logits")
-        following = encoding.ids[1:] if expected.ndim == 3 else None
+        following = ids[1:] if expected.ndim == 3 else None
         rows.append(_compared(log_softmax(expected[0]), log_softmax(found[0]), following))
-        alone.append((encoding.ids, found[0]))
+        alone.append((ids, found[0]))
         step()
     if not sum(map(len, rows)):
         raise DataError(
             "parity needs at least one text, and for a language model one of at least two tokens", about="texts"
         )
-    agreement, difference, *losses = np.concatenate(rows).T.astype(np.float64)
-    means = [float(loss.mean()) for loss in losses]
-    parity = Parity(float(agreement.mean()), float(difference.max()), len(agreement), *means)
-    return parity if runner.graph is None else replace(parity, mixed_diff=_mixed_diff(runner, inputs, alone))
+    agreement, difference, *rest = np.concatenate(rows).T.astype(np.float64)
+    parity = Parity(float(agreement.mean()), float(difference.max()), len(agreement))
+    if runner.graph is None:
+        return replace(parity, loss=float(rest[0].mean()), torch_loss=float(rest[1].mean()))
+    parity = replace(parity, mixed_diff=_mixed_diff(runner, inputs, alone))
+    if labels is None:
+        return parity
+    ours, theirs = (float((answers == labels).mean()) for answers in rest)
+    return replace(parity, accuracy=ours, torch_accuracy=theirs)
+
+
+def _in_torch(model: PeftModel, rows: Sequence[Sequence[int]], *, together: bool) -> Iterator[Floats]:
+    """``torch_logits`` of each row. ``together``: rows of one length share a run, which needs no padding."""
+    if not together:
+        yield from (torch_logits(model, ids) for ids in rows)
+        return
+    found: dict[int, Floats] = {}
+    for length in sorted({len(ids) for ids in rows}):
+        same = [row for row, ids in enumerate(rows) if len(ids) == length]
+        for at in range(0, len(same), MAX_TOGETHER):
+            part = same[at : at + MAX_TOGETHER]
+            logits = _torch_batch(model, [rows[row] for row in part])
+            found.update(zip(part, logits[:, np.newaxis], strict=True))
+    yield from (found[row] for row in range(len(rows)))
 
 
 def gate(parity: Parity, limits: Limits) -> None:
@@ -308,7 +339,8 @@ def _mixed_diff(runner: OnnxRunner, inputs: Tensors, alone: Sequence[tuple[Seque
 
 
 def _compared(expected: Floats, found: Floats, following: Sequence[int] | None) -> Floats:
-    """For each answer: whether it is the same, the largest difference, and a language model's losses (ours first).
+    """For each answer: whether it is the same, the largest difference, and of both, ours first: a language model's
+    losses, a classifier's answers.
 
     Args:
         expected: Log probabilities, ``(answers, choices)``; a single answer may lack the first dimension.
@@ -316,8 +348,9 @@ def _compared(expected: Floats, found: Floats, following: Sequence[int] | None) 
         following: The tokens that follow all but the last; None for a classifier.
     """
     p, q = (np.atleast_2d(x)[: None if following is None else -1] for x in (expected, found))
-    columns = [p.argmax(axis=1) == q.argmax(axis=1), np.abs(np.exp(p) - np.exp(q)).max(axis=1)]
-    if following is not None:
-        at = (np.arange(len(p)), np.array(following, dtype=np.int64))
-        columns += [-q[at], -p[at]]
-    return np.stack(columns, axis=1)
+    answers = [q.argmax(axis=1), p.argmax(axis=1)]
+    columns = [answers[0] == answers[1], np.abs(np.exp(p) - np.exp(q)).max(axis=1)]
+    if following is None:
+        return np.stack(columns + answers, axis=1)
+    at = (np.arange(len(p)), np.array(following, dtype=np.int64))
+    return np.stack([*columns, -q[at], -p[at]], axis=1)
