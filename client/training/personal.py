@@ -3,7 +3,7 @@
 The device decides with its own held-out examples. The personal adapter never leaves it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ def personalize(
     *,
     epochs: int,
     rng: np.random.Generator,
+    step: Callable[[], object] = lambda: None,
 ) -> Personalization:
     """Fine-tune the global adapter on the training examples, and keep the best candidate on the held-out examples.
 
@@ -53,6 +54,7 @@ def personalize(
         task: How to train.
         epochs: Passes over the training examples; 0 trains nothing, and leaves ``candidates`` to choose from.
         rng: As for ``Trainer.train``.
+        step: As for ``Trainer.train``.
 
     Returns:
         The candidate with the most correct answers, among equals that with the least loss, among these the most
@@ -65,7 +67,7 @@ def personalize(
     if epochs:
         train = in_split(examples, Split.TRAIN)
         start = candidates[Candidate.GLOBAL]
-        adapters[Candidate.PERSONAL] = trainer.train(start, train, task, epochs=epochs, rng=rng)
+        adapters[Candidate.PERSONAL] = trainer.train(start, train, task, epochs=epochs, rng=rng, step=step)
     held_out = in_split(examples, Split.VALIDATION)
     scores = {candidate: trainer.score(adapter, held_out) for candidate, adapter in adapters.items()}
     order = list(Candidate)

@@ -5,7 +5,7 @@ stays in evaluation mode (no dropout), and the generator orders the examples. Ro
 here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -33,11 +33,20 @@ class Trainer:
         self.base = base
         with flushed_denormals():  # torch's threads keep what holds when they start
             self.model: PeftModel = classifier.build(base, task_labels, lora)
+        # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
+        self.model.get_base_model().encoder.set_attn_implementation("eager")
         self.layout = Layout.of(classifier.tensors(self.model))
         self.tokenizer = classifier.tokenizer(base, self.model)
 
     def train(
-        self, start: Tensors, examples: Sequence[Example], task: Task, *, epochs: int, rng: np.random.Generator
+        self,
+        start: Tensors,
+        examples: Sequence[Example],
+        task: Task,
+        *,
+        epochs: int,
+        rng: np.random.Generator,
+        step: Callable[[], object] = lambda: None,
     ) -> Tensors:
         """Train for ``epochs`` passes over ``examples``, starting from ``start``, with cross-entropy and AdamW.
 
@@ -47,6 +56,7 @@ class Trainer:
             task: Batch size, learning rate and weight decay.
             epochs: Passes over the examples.
             rng: Draws the order of the examples.
+            step: Called before each batch; an exception that it raises ends the training.
 
         Returns:
             Tensors in ``layout``, float32 and finite. Guarantee: equal arguments give equal tensors, whatever was
@@ -58,10 +68,16 @@ class Trainer:
         if not examples:
             raise DataError("there are no examples to train on; add some", about="examples", value=0)
         with flushed_denormals():
-            return self._train(start, examples, task, epochs, rng)
+            return self._train(start, examples, task, epochs, rng, step)
 
     def _train(
-        self, start: Tensors, examples: Sequence[Example], task: Task, epochs: int, rng: np.random.Generator
+        self,
+        start: Tensors,
+        examples: Sequence[Example],
+        task: Task,
+        epochs: int,
+        rng: np.random.Generator,
+        step: Callable[[], object],
     ) -> Tensors:
         classifier.load(self.model, start)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -69,6 +85,7 @@ class Trainer:
         tokens = self._tokens([e.text for e in examples])
         labels = torch.tensor([e.label for e in examples])
         for batch in batches([len(ids) for ids in tokens], task.batch_size, epochs, rng):
+            step()
             loss = cross_entropy(self._forward([tokens[i] for i in batch]), labels[batch])
             if not torch.isfinite(loss):
                 raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")

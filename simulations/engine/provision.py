@@ -69,8 +69,8 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
         adversaries=sorted({"active", scenario.federation.aggregation.adversary}),
         **_training_limits(scenario, len(population.labels)),
     )
-    # The base is named as in the scenario; one that the run has rounded is in the run's folder.
-    name = str(base.folder) if scenario.export.train_on_dequantized else scenario.base.model
+    # The base is named as in the scenario; one that the run has made is in a folder.
+    name = str(base.folder) if scenario.base_is_made else scenario.base.model
     for client in population.clients:
         folder = device_folder(out, client.name)
         key = enrol(folder, client.name, DeviceSettings(base=name, policy=policy), anchors, entropy)

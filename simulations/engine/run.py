@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +18,7 @@ import torch
 from flwr.app import Context, RecordDict
 
 from adapters import jsontext
-from adapters.base import Base, find_base
+from adapters.base import Base
 from adapters.roundrecord import RoundRecord
 from adapters.settings import LONGEST
 from adapters.storage import read, replace
@@ -27,10 +27,9 @@ from client.node.app import app as client_app
 from client.training.examples import read_examples
 from coordinator.app import STATE
 from coordinator.app import app as server_app
-from export.onnx.dequantize import dequantized
-from export.onnx.exported import Profile
 from simulations.data.population import Population
 from simulations.engine import provision
+from simulations.engine.bases import training_base
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
 from simulations.engine.personal import personalize_all
 from simulations.engine.progress import RunProgress
@@ -46,7 +45,6 @@ SECONDS = "seconds.json"
 RESULT = "result.json"
 REPORT = "report.html"
 LOG = "run.log"
-DEQUANTIZED = "base"  # a base folder, if the scenario trains on the dequantized base
 MOST_THREADS = 4  # of torch: one phrase does not keep more busy
 
 
@@ -130,7 +128,7 @@ def run(folder: RunFolder, population: Population, progress: RunProgress) -> Run
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
     with _logged(folder.path / LOG), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
-            base = training_base(folder)
+            base = training_base(folder.path, scenario, population)
             _prepare(folder.path, scenario, population, base)
         _federate(folder, population, progress)
         with folder.timed("personal"):
@@ -141,15 +139,6 @@ def run(folder: RunFolder, population: Population, progress: RunProgress) -> Run
     write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result
-
-
-def training_base(folder: RunFolder) -> Base:
-    """The base that the run trains on: the scenario's, or its copy as the export profile rounds it."""
-    base, export = find_base(folder.scenario.base.model), folder.scenario.export
-    if not export.train_on_dequantized:
-        return base
-    copy = folder.path / DEQUANTIZED
-    return find_base(str(copy)) if copy.exists() else dequantized(base, Profile(export.profile), copy)
 
 
 class _RunLog(logging.FileHandler):
@@ -234,9 +223,11 @@ def _result(folder: RunFolder, base: Base, clients: Sequence[ClientResult], expo
             "agreement": parity.agreement,
             "max_abs_diff": parity.max_abs_diff,
             "count": parity.count,
-            "accuracy": exported.accuracy,
+            "accuracy": parity.accuracy or 0.0,
+            "torch_accuracy": parity.torch_accuracy or 0.0,
         },
         reliability=exported.reliability,
+        plain={name: asdict(answers) for name, answers in exported.plain.items()},
         seconds={**folder.seconds, "coordination": folder.seconds["rounds"] - folder.seconds["training"]},
     )
 

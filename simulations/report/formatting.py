@@ -148,6 +148,30 @@ def _uncalibrated(one: Reliability) -> str:
     return "" if one.before == one.after else f" ({percent(one.before, 1)} uncalibrated)"
 
 
+def accuracies(parity: Mapping[str, float]) -> str:
+    """The accuracy of the exported global pair, and that of torch on the same phrases.
+
+    >>> accuracies({"accuracy": 0.695, "torch_accuracy": 0.6967})
+    'accuracy .6950, in torch .6967'
+    """
+    return f"accuracy {share(parity['accuracy'], 4)}, in torch {share(parity['torch_accuracy'], 4)}"
+
+
+def plain(answers: Mapping[str, Mapping[str, int]]) -> str:
+    """The plain phrases that the clients' own bundles answer right, in one line.
+
+    Args:
+        answers: Client → ``right`` and ``count``; at least one client.
+
+    >>> plain({"de-02": {"right": 10, "count": 10}, "fr-03": {"right": 8, "count": 10}})
+    '18 of 20 plain phrases right; fewest: fr-03, 8 of 10'
+    """
+    right, total = (sum(found[key] for found in answers.values()) for key in ("right", "count"))
+    worst = min(answers, key=lambda name: answers[name]["right"] / answers[name]["count"])
+    fewest = f"{printable(worst)}, {answers[worst]['right']} of {answers[worst]['count']}"
+    return f"{right} of {count(total, 'plain phrase')} right; fewest: {fewest}"
+
+
 def program() -> str:
     """The program as it must be typed here: ``edgeadapt`` if the shell finds it, else Python with ``-m``."""
     if shutil.which("edgeadapt"):

@@ -60,4 +60,6 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
             "dropouts": figures.dropouts_by_device(result),
         },
         command=formatting.command(result, program),
+        accuracies=formatting.accuracies(result.parity),
+        plain=formatting.plain(result.plain) if result.plain else "",
     )

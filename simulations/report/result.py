@@ -73,8 +73,9 @@ class RunResult:
     bundle: str
     phrase: str  # to ask the bundle; no text of a client
     report: str
-    parity: dict[str, float | int]  # agreement, max_abs_diff, count; accuracy of the exported global pair
+    parity: dict[str, float | int]  # agreement, max_abs_diff, count; accuracy of the exported global pair, and torch's
     reliability: dict[str, Reliability]  # of the arms global and personal
+    plain: dict[str, dict[str, int]]  # client → right and count of the plain phrases that its own adapter answers
     seconds: dict[str, float]  # total, training (all devices, in the rounds), coordination, personal, export
 
     def to_json(self) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from simulations.data.summary import DataSummary, lines
 from simulations.report.formatting import (
     COLUMNS,
     TrafficMeans,
+    accuracies,
     command,
     count,
     dropouts,
     duration,
     headline,
     percent,
+    plain,
     printable,
     reliability,
     share,
@@ -77,6 +79,7 @@ def _print_lines(found: Iterable[tuple[str, str]], console: Console) -> None:
 def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
     adapter, federation = scenario.adapter, scenario.federation
     training, fine = federation.training, scenario.personal
+    first, second = scenario.local_rates
     epochs = count(federation.rounds * training.epochs, "epoch")
     adversary = federation.aggregation.adversary
     rounds = f"{federation.rounds} of {count(training.epochs, 'epoch')} at learning rate {training.learning_rate:g}"
@@ -87,8 +90,7 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
         ("arms", "base      the frozen model and the vendor's head, no training"),
         (
             "",
-            f"local     own data only: {epochs} at {training.learning_rate:g}, "
-            f"then {fine.epochs} at {fine.learning_rate:g}",
+            f"local     own data only: {epochs} at {first:g}, then {fine.epochs} at {second:g}",
         ),
         ("", "global    the adapter after the last round"),
         ("", f"personal  global, then {count(fine.epochs, 'epoch')} at {fine.learning_rate:g} on own data"),
@@ -139,8 +141,10 @@ def _facts(result: RunResult, program: str) -> list[tuple[str, str]]:
         ("dropouts", dropouts(result.rounds)),
         ("time", _time(result.seconds)),
         ("parity", _parity(result.parity)),
+        ("exported", accuracies(result.parity)),
         ("says 90 %", says),
         ("", errors),
+        *([("phrases", plain(result.plain))] if result.plain else []),
         ("bundle", result.bundle),
         ("report", result.report),
         ("try", command(result, program)),

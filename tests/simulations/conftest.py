@@ -59,7 +59,14 @@ def make_result() -> Callable[..., RunResult]:
             bundle="runs/households/bundle",
             phrase="turn on the kitchen lights",
             report="runs/households/report.html",
-            parity={"agreement": 0.9983, "max_abs_diff": 0.0312, "count": 600, "accuracy": 0.81},
+            parity={
+                "agreement": 0.9983,
+                "max_abs_diff": 0.0312,
+                "count": 600,
+                "accuracy": 0.81,
+                "torch_accuracy": 0.8117,
+            },
+            plain={"en-01": {"right": 10, "count": 10}, "de-02": {"right": 8, "count": 10}},
             reliability={
                 "global": Reliability(0.064, 0.064, 64, 0.93),
                 "personal": Reliability(0.0418, 0.029, 71, 0.8873),

@@ -314,7 +314,7 @@ def test_a_pair_below_the_parity_gate_is_not_published(
     copy: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _undo(copy)
-    monkeypatch.setattr(publish.compare, "compare", lambda *_: Parity(0.4, 0.9, 36))
+    monkeypatch.setattr(publish.compare, "compare", lambda *_, **__: Parity(0.4, 0.9, 36))
     code, _, err = run("simulate", scenario, "--out", copy, "--resume")
     assert code == 6
     assert "40" in _one_line(err)

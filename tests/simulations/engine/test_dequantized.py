@@ -7,7 +7,7 @@ import pytest
 
 from aggregation.errors import ConfigError
 from simulations.engine import provision
-from simulations.engine.run import DEQUANTIZED, RunFolder, training_base
+from simulations.engine.bases import DEQUANTIZED, training_base
 from simulations.scenario import Scenario
 from tests.support import refused
 
@@ -17,9 +17,11 @@ def scenario(base: Any, **export: Any) -> Scenario:
     return Scenario.parse(settings, "tiny")
 
 
-def test_without_train_on_dequantized_the_base_is_the_scenarios_own(tiny_base: Any, tmp_path: Path) -> None:
-    folder = RunFolder.start(tmp_path / "run", scenario(tiny_base, profile="native-int4"))
-    assert training_base(folder) == tiny_base
+def test_without_train_on_dequantized_the_base_is_the_scenarios_own(
+    tiny_base: Any, tmp_path: Path, fleet_of: Any
+) -> None:
+    chosen = scenario(tiny_base, profile="native-int4")
+    assert training_base(tmp_path / "run", chosen, fleet_of(4).population) == tiny_base
     assert not (tmp_path / "run" / DEQUANTIZED).exists()
 
 
@@ -27,12 +29,12 @@ def test_the_dequantized_base_is_made_once_and_every_device_finds_it(
     tiny_base: Any, tmp_path: Path, fleet_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = scenario(tiny_base, profile="native-int4", train_on_dequantized=True)
-    base = training_base(RunFolder.start(tmp_path / "run", chosen))
+    population = fleet_of(4).population
+    base = training_base(tmp_path / "run", chosen, population)
     assert base.folder == tmp_path / "run" / DEQUANTIZED
     assert base.digest != tiny_base.digest
-    monkeypatch.setattr("simulations.engine.run.dequantized", None)  # a second call would fail
-    assert training_base(RunFolder.resume(tmp_path / "run", chosen)) == base
-    population = fleet_of(4).population
+    monkeypatch.setattr("simulations.engine.bases.dequantized", None)  # a second call would fail
+    assert training_base(tmp_path / "run", chosen, population) == base
     provision.provision(tmp_path / "fleet", chosen, population, base)
     assert {
         state_dir.settings.base for state_dir in provision.open_state_dirs(tmp_path / "fleet", population).values()

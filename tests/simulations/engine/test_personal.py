@@ -1,17 +1,21 @@
 """The arms of a client: what each is trained on, for how long, and how the client chooses what it keeps."""
 
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from adapters.layout import Tensors
+from aggregation.errors import DataError
 from client.training.examples import Split
 from client.training.trainer import Score, Trainer
-from simulations.engine.personal import personalize_all
+from simulations.engine.personal import OUTCOME, personalize_all
 from simulations.engine.progress import RunProgress
 from simulations.report.result import ClientResult
 from simulations.scenario import Scenario
+from tests.support import refused
 
 
 @pytest.fixture
@@ -30,7 +34,8 @@ def scenario(tiny_base: Any) -> Scenario:
 def outcomes(fleet_of: Callable[..., Any], scenario: Scenario) -> Callable[[], tuple[ClientResult, ...]]:
     """A function that computes the outcomes of three clients of which one is unseen."""
     fleet = fleet_of(2, unseen=1)
-    return lambda: personalize_all(fleet.out, scenario, fleet.population, fleet.base, RunProgress(quiet=True))
+    quiet = RunProgress(quiet=True)
+    return lambda: personalize_all(fleet.out, scenario, fleet.population, fleet.base, quiet, at_once=1)
 
 
 def test_local_and_personal_get_the_same_epochs_at_the_same_two_learning_rates(
@@ -38,10 +43,12 @@ def test_local_and_personal_get_the_same_epochs_at_the_same_two_learning_rates(
 ) -> None:
     trainings, train = [], Trainer.train
 
-    def recorded(self: Trainer, start: Tensors, examples: Any, task: Any, *, epochs: int, rng: Any) -> Tensors:
+    def recorded(
+        self: Trainer, start: Tensors, examples: Any, task: Any, *, epochs: int, rng: Any, **other: Any
+    ) -> Tensors:
         assert {example.split for example in examples} == {Split.TRAIN}
         trainings.append((len(examples), epochs, task.learning_rate))
-        return train(self, start, examples, task, epochs=epochs, rng=rng)
+        return train(self, start, examples, task, epochs=epochs, rng=rng, **other)
 
     monkeypatch.setattr(Trainer, "train", recorded)
     counts = [client.examples for client in outcomes()]
@@ -75,3 +82,39 @@ def test_local_is_kept_by_validation_as_personal_is(
         assert arms[3] is personal[best]
         assert arms[0] is personal[0] is local[0]
         assert arms[2] is personal[1] is not local[1]
+
+
+def test_clients_that_train_at_the_same_time_get_the_same_adapters(
+    fleet_of: Callable[..., Any], scenario: Scenario
+) -> None:
+    fleet, found = fleet_of(2, unseen=1), []
+    for at_once in (1, 3):
+        quiet = RunProgress(quiet=True)
+        results = personalize_all(fleet.out, scenario, fleet.population, fleet.base, quiet, at_once=at_once)
+        kept = {path: path.read_bytes() for path in sorted((fleet.out / "devices").glob("*/personal.safetensors"))}
+        assert len(kept) == len(results) == 3
+        found.append(([asdict(result) for result in results], kept))
+        for path in (fleet.out / "devices").glob(f"*/{OUTCOME}"):
+            path.unlink()
+    assert found[0] == found[1]
+
+
+def test_an_error_ends_the_training_of_the_other_clients(
+    fleet_of: Callable[..., Any], scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(2, unseen=1)
+    first, *_ = fleet.population.clients
+
+    def trained(self: Trainer, start: Tensors, examples: Any, task: Any, *, step: Any, **other: Any) -> Tensors:
+        if examples[0].text == first.train[0].text:
+            raise DataError("the loss is not finite", about="loss")
+        for _ in range(1000):
+            step()
+            time.sleep(0.01)
+        raise AssertionError("nobody ended this training")
+
+    monkeypatch.setattr(Trainer, "train", trained)
+    began = time.monotonic()
+    with refused(DataError, "loss"):
+        personalize_all(fleet.out, scenario, fleet.population, fleet.base, RunProgress(quiet=True), at_once=2)
+    assert time.monotonic() - began < 5
