@@ -36,7 +36,7 @@ VIRTUAL = COMMON | {
     *("tokenizer_name_or_path", "tokenizer_kwargs"),
 }
 HARMLESS: dict[str, frozenset[str]] = {
-    "LORA": LORA,
+    "LORA": LORA | {"use_dora"},
     "ADALORA": LORA
     | {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},
     "LOHA": COMMON

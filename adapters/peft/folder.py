@@ -16,7 +16,8 @@ from adapters.files import MAX_ADAPTER
 from adapters.graphinputs import input_name, virtual_tokens
 from adapters.layout import Floats, Layout, Tensors
 from adapters.peft.config import LOW_RANK, Settings, config_of, saved_modules, settings_of
-from adapters.peft.inputs import AdapterInputs, in_modules, is_saved
+from adapters.peft.dora import magnitudes
+from adapters.peft.inputs import AdapterInputs, in_modules, is_saved, lora_paths
 from adapters.peft.lowrank import SHARED, as_lora
 from adapters.peft.methods import from_peft_tensors, is_peft_name, to_peft_tensors
 from adapters.peftconfig import PeftConfig
@@ -74,6 +75,7 @@ def read_peft(folder: Path) -> PeftFolder:
         raise DataError(
             f"the adapter has {count} virtual tokens, but {CONFIG} states {stated!r:.40}", about="num_virtual_tokens"
         )
+    _check_magnitudes(tensors, bool(settings.get("use_dora")))
     AdapterInputs.of_tensors(config, tensors)
     base, task = (_text(settings.get(name)) for name in ("base_model_name_or_path", "task_type"))
     return PeftFolder(config, files.sha256(blob), base, task, tensors)
@@ -96,7 +98,8 @@ def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = 
     """
     inputs = AdapterInputs.of_tensors(config, tensors)
     count = virtual_tokens({input_name(name): value for name, value in tensors.items()})
-    settings = json.dumps(settings_of(config, inputs, base, count), indent=2).encode() + b"\n"
+    stated = settings_of(config, inputs, base, count) | ({"use_dora": True} if magnitudes(tensors) else {})
+    settings = json.dumps(stated, indent=2).encode() + b"\n"
     contents = {CONFIG: settings, WEIGHTS: files.encode(to_peft_tensors(tensors, config))}
     with new_folder(out) as stage:
         write_files(stage, contents)
@@ -164,3 +167,17 @@ def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
             raise ConfigError(
                 f"tensor {name!r} belongs to no module in modules_to_save and cannot be exported", about=name
             )
+
+
+def _check_magnitudes(tensors: Tensors, dora: bool) -> None:
+    """Refuse magnitudes that peft would not read, or layers of DoRA without any."""
+    layers = magnitudes(tensors)
+    if layers and not dora:
+        raise DataError(
+            f"{layers[0]!r} has magnitudes, and adapter_config.json does not say use_dora: the adapter is damaged",
+            about=layers[0],
+        )
+    if dora and (lacking := sorted(lora_paths(map(input_name, tensors)).symmetric_difference(layers))):
+        raise ConfigError(
+            f"{lacking[0]!r} lacks either its magnitudes or its matrices, and use_dora needs both", about="use_dora"
+        )

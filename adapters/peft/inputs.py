@@ -14,6 +14,7 @@ from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
 
 LABELS = "labels"  # the symbolic dimension of a classifier head's rows
+MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, one number for each output of a layer (``dora.py``)
 LORA = ".lora_"  # part of the name of every parameter that peft adds to a layer
 
 
@@ -89,7 +90,7 @@ def lora_paths(names: Iterable[str]) -> set[str]:
     Raises:
         DataError: peft added a tensor that is not of LoRA on a linear layer.
     """
-    added = [name for name in names if LORA in name]
+    added = [name for name in names if LORA in name and not name.endswith(MAGNITUDE)]
     if odd := sorted(name for name in added if not name.endswith((LORA_A, LORA_B))):
         raise DataError(
             f"tensor {odd[0]!r} is not of plain LoRA on a linear layer and cannot be exported", about=odd[0]

@@ -12,6 +12,7 @@ from adapters.bundle import TRUST, Bundle, VerifiedBase
 from adapters.calibration import BINS, FOLDS, Calibration
 from adapters.keyfiles import read_key, read_public_keys
 from adapters.manifest import BaseManifest, Format
+from adapters.peft.dora import magnitudes
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from export.bundle.sources import Origin
@@ -63,7 +64,12 @@ if TYPE_CHECKING:  # imports torch
     metavar="FILE",
     help="Fit the probabilities to held-out phrases: lines of a label, a tab and a phrase.",
 )
-@click.option("--base", "base_name", metavar="NAME|DIR", help="Export this base too, if BUNDLE does not exist yet.")
+@click.option(
+    "--base",
+    "base_name",
+    metavar="NAME|DIR",
+    help="Export this base too, if BUNDLE does not exist yet. DoRA needs its weights.",
+)
 @profiled
 @click.option("--bundle", type=FOLDER, required=True, metavar="BUNDLE", help="Where the adapter is added or replaced.")
 @signed_by
@@ -98,7 +104,7 @@ def adapter(
       edgeadapt export adapter --registry fleet --calibrate held-out.tsv --bundle bundle --key vendor.pem
     """
     signer = read_key(key_file)
-    origin = origin_of(registry, peft_folder, version, trust, labels)
+    origin = _resolved(origin_of(registry, peft_folder, version, trust, labels), base_name)
     examples = _examples(held_out, origin)
     if base_name is None and profile is not None:
         raise ConfigError(
@@ -128,6 +134,20 @@ def adapter(
         row["calibration"] = asdict(found)
         line = f"{line}\n{_summary(found)}"
     print_result(row, line, as_json)
+
+
+def _resolved(origin: Origin, base_name: str | None) -> Origin:
+    """``origin`` with what depends on the weights of the base."""
+    if not magnitudes(origin.tensors):
+        return origin
+    if base_name is None:
+        raise ConfigError(
+            "the scales of DoRA are computed with the base's weights: name the base of its training with --base",
+            about="--base",
+        )
+    from export.bundle.trained import resolved  # torch
+
+    return resolved(origin, find_base(base_name))
 
 
 def _exported(bundle: Path, base_name: str, profile: str, origin: Origin) -> "ExportedBase":

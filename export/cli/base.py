@@ -78,6 +78,7 @@ def base(
     check_place(out)  # before the slow imports and the export
     origin = from_peft(peft_folder, 1, ()) if peft_folder else None
     from export.bundle.base import export_named, wanted
+    from export.bundle.trained import resolved
     from export.onnx.targets import SlotKind
 
     given = [part.strip() for part in (targets or "").split(",") if part.strip()]
@@ -88,6 +89,7 @@ def base(
     except ValueError as error:
         raise ConfigError(f"--slots: {error}; choose among {', '.join(SlotKind)}", about="--slots") from error
     found = find_base(name)  # converting a GGUF file shows a progress bar of its own
+    origin = resolved(origin, found) if origin else None
     want = wanted(found, origin, task=task, targets=given, kinds=slots, head=head, max_rank=max_rank)
     with progress(f"exporting {name} as {profile or PROFILE}") as report:
         exported = export_named(name, profile or PROFILE, want, folder_above(out), report)

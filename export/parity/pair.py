@@ -7,22 +7,16 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.bundle import Bundle, VerifiedAdapter
-from adapters.classifier import ENCODER, PhraseClassifier
-from adapters.graphinputs import input_name
-from adapters.layout import Tensors
 from adapters.manifest import BaseManifest, Task
 from adapters.peft.folder import to_peft
-from adapters.peft.inputs import is_saved
 from aggregation.errors import ConfigError, DataError
 from export.bundle.sources import Origin
+from export.bundle.trained import bare_model
 from export.parity.compare import OnnxRunner
 
 
@@ -73,20 +67,9 @@ def open_pair(bundle: Bundle, name: str, base_name: str, origin: Origin) -> Expo
 
 
 def _trained(base: Base, task: Task, origin: Origin, labels: int) -> PeftModel:
-    inner = _bare(base, task, origin.tensors, labels)
+    inner = bare_model(base, task, origin.tensors, labels)
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         to_peft(origin.tensors, origin.peft_config, Path(folder) / "peft")
         with warnings.catch_warnings():  # peft uses a deprecated argument of transformers
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(inner, Path(folder) / "peft").eval()
-
-
-def _bare(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
-    """The model whose module names the adapter's tensors use."""
-    if task == "text-generation":
-        return pretrained.load(base, AutoModelForCausalLM)
-    if not any(input_name(name).startswith(ENCODER) for name in tensors):
-        brought = sorted({name.rpartition(".")[0] for name in map(input_name, tensors) if is_saved(name)})
-        return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=brought)
-    encoder = pretrained.load(base, AutoModel)
-    return PhraseClassifier(encoder, encoder.config.hidden_size, labels)

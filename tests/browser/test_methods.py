@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from adapters.base import Base
 from client.inference.generate import Generator
 from client.inference.text import SamplingParams
 from tests.browser.test_classification import PHRASES, in_page, native, same
@@ -20,11 +21,16 @@ globals().update(methods.FIXTURES | virtual.FIXTURES)
 
 
 def test_the_page_takes_adapters_of_every_method(
-    page: Any, serve: Callable[[Path], str], every_slot: Path, every_method: methods.Trained
+    page: Any,
+    serve: Callable[[Path], str],
+    every_slot: Path,
+    every_method: methods.Trained,
+    every_method_base: Base,
 ) -> None:
     bundle, common = every_slot / "bundle", ["--labels", every_slot / "labels", "--key", every_slot / "key.pem"]
     for name in methods.METHODS:
         made = ["export", "adapter", "--peft", every_method(name)[1], "--bundle", bundle, "--name", name, *common]
+        made += ["--base", every_method_base.folder]
         assert CliRunner().invoke(CLI, list(map(str, made)), catch_exceptions=False).exit_code == 0
     page.goto(serve(bundle))
     for name in methods.METHODS:

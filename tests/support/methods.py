@@ -34,6 +34,7 @@ METHODS: dict[str, PeftConfig] = {
     "lora-bias": LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, lora_bias=True),
     "bitfit": LoraConfig(r=2, target_modules=["pooler.dense"], bias="all"),
     "lora-only": LoraConfig(r=2, target_modules=TARGETS, bias="lora_only", use_rslora=True),
+    "dora": LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_dora=True),
     "adalora": AdaLoraConfig(init_r=6, target_r=3, lora_alpha=5, target_modules=TARGETS, total_step=9),
     "loha": LoHaConfig(r=3, alpha=5, target_modules=TARGETS, alpha_pattern={"query": 2}, rank_pattern={"query": 2}),
     "vera": VeraConfig(r=20, target_modules=["query", "attention.output.dense", "intermediate.dense"]),
@@ -51,6 +52,23 @@ for method in METHODS.values():
     method.task_type = "SEQ_CLS"
 
 
+def randomized(model: PeftModel) -> None:
+    """Random values for what the adapter of ``model`` trains, some of them 0."""
+    rng, which = np.random.default_rng(4), getattr(model.active_peft_config, "bias", "none")
+    for key, value in model.named_parameters():
+        bias = key.endswith({"all": ".bias", "lora_only": ".base_layer.bias"}.get(which, "-"))
+        if "magnitude" in key:
+            drawn = value.detach().numpy() * rng.normal(1.0, 0.4, value.shape)
+        elif bias or any(part in key for part in ("lora_", "modules_to_save", "beft_", "hada_", "vera_", "prompt_")):
+            drawn = rng.normal(0.0, 0.3, value.shape)
+        elif "ia3_l" in key or "ln_tuning_layers" in key:
+            drawn = rng.normal(1.0, 0.5, value.shape) * (rng.random(value.shape) > 0.1)
+        else:
+            continue
+        if "ranknum" not in key:
+            value.data = value.data.new_tensor(drawn)
+
+
 @pytest.fixture(scope="session")
 def every_method_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Base) -> Base:
     return bare(tmp_path_factory.mktemp("base"), tiny_base, "bert", SIZES)
@@ -63,17 +81,7 @@ def every_method(every_method_base: Base, tmp_path_factory: pytest.TempPathFacto
     def make(name: str) -> tuple[PeftModel, Path]:
         inner = AutoModelForSequenceClassification.from_pretrained(every_method_base.folder, num_labels=len(LABELS))
         model = get_peft_model(inner, METHODS[name]).eval()
-        rng, which = np.random.default_rng(4), getattr(METHODS[name], "bias", "none")
-        for key, value in model.named_parameters():
-            bias = key.endswith({"all": ".bias", "lora_only": ".base_layer.bias"}.get(which, "-"))
-            if bias or any(part in key for part in ("lora_", "modules_to_save", "beft_", "hada_", "vera_", "prompt_")):
-                drawn = rng.normal(0.0, 0.3, value.shape)
-            elif "ia3_l" in key or "ln_tuning_layers" in key:
-                drawn = rng.normal(1.0, 0.5, value.shape) * (rng.random(value.shape) > 0.1)  # some are 0
-            else:
-                continue
-            if "ranknum" not in key:
-                value.data = value.data.new_tensor(drawn)
+        randomized(model)
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
         return model, folder

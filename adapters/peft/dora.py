@@ -1,0 +1,55 @@
+"""DoRA (Liu et al. 2024) as slots: ``W' = diag(m / ‖W + s B A‖) (W + s B A)``, with the norm of each output's weights.
+
+With ``d = m / ‖W + s B A‖``, a scale of the output, a layer computes ``(x W + b) d + x A (s d B) + b (1 - d)``: the
+scale, B times it, and an offset for the bias, which PEFT does not scale. ``d`` needs the base's weights, so it is
+computed when the adapter is exported.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from adapters.graphinputs import LORA_A, LORA_B, OFFSET, OUTPUT_SCALE, input_name
+from adapters.layout import Floats, Tensors
+from adapters.peft.inputs import MAGNITUDE
+from adapters.peftconfig import PeftConfig
+from aggregation.errors import DataError
+
+
+def magnitudes(tensors: Tensors) -> list[str]:
+    """The paths of the layers of which an adapter has magnitudes."""
+    return sorted(input_name(name).removesuffix(MAGNITUDE) for name in tensors if name.endswith(MAGNITUDE))
+
+
+def with_scales(
+    tensors: Tensors, config: PeftConfig, weights: Mapping[str, Floats], biases: Mapping[str, Floats]
+) -> Tensors:
+    """The tensors of an adapter, with scales and offsets in the place of magnitudes.
+
+    Args:
+        tensors: As ``read_peft`` returns them.
+        config: The adapter's.
+        weights: The base's, ``(out, in)``, of each layer that has magnitudes, by its path.
+        biases: The base's, of those that have one.
+
+    Raises:
+        DataError: An adapter's tensor does not fit the base's, or a norm is 0.
+    """
+    result = {name: value for name, value in tensors.items() if not name.endswith(MAGNITUDE)}
+    for name, magnitude in tensors.items():
+        if not name.endswith(MAGNITUDE):
+            continue
+        layer = name.removesuffix(MAGNITUDE)
+        path = input_name(layer)
+        a, b, weight = tensors[layer + LORA_A], tensors[layer + LORA_B], weights[path].astype(np.float64)
+        if (b.shape[0], a.shape[1]) != weight.shape or magnitude.shape != weight.shape[:1]:
+            raise DataError(f"{path!r} of the adapter has other sizes than the base's layer", about=path)
+        norm = np.linalg.norm(weight + config.scaling_of(path) * (b.astype(np.float64) @ a), axis=1)
+        if not (norm > 0).all():
+            raise DataError(f"{path!r}: with this adapter, an output of the layer has no weights", about=path)
+        scale = magnitude / norm
+        result[layer + LORA_B] = (scale[:, None] * b).astype(np.float32)
+        result[layer + OUTPUT_SCALE] = scale[None].astype(np.float32)
+        if (bias := biases.get(path)) is not None:
+            result[layer + OFFSET] = (bias * (1 - scale))[None].astype(np.float32)
+    return result

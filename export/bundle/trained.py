@@ -1,0 +1,57 @@
+"""The model in torch that an adapter was trained in, and what an adapter needs of its weights."""
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from adapters import pretrained
+from adapters.base import Base
+from adapters.classifier import ENCODER, PhraseClassifier
+from adapters.graphinputs import input_name
+from adapters.layout import Tensors
+from adapters.manifest import Task
+from adapters.peft.dora import magnitudes, with_scales
+from adapters.peft.inputs import is_saved
+from aggregation.errors import ConfigError
+from export.bundle.base import usual_task
+from export.bundle.sources import Origin
+
+
+def resolved(origin: Origin, base: Base) -> Origin:
+    """``origin`` with what has to be computed with the base's weights: the scales of DoRA (``adapters.peft.dora``).
+
+    Raises:
+        ConfigError: The base cannot be opened, or lacks a layer of the adapter.
+        DataError: As ``with_scales``.
+    """
+    if not (layers := magnitudes(origin.tensors)):
+        return origin
+    model = bare_model(base, origin.task or usual_task(base), origin.tensors, max(2, len(origin.labels)))
+    weights, biases = {}, {}
+    for path in layers:
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError as error:
+            raise ConfigError(
+                f"the base in {base.folder} has no layer {path!r}: name the base that the adapter was trained on",
+                about="--base",
+                value=path,
+            ) from error
+        weight = layer.weight.detach().numpy()
+        weights[path] = weight.T if type(layer) is Conv1D else weight
+        if layer.bias is not None:
+            biases[path] = layer.bias.detach().numpy()
+    return replace(origin, tensors=with_scales(origin.tensors, origin.peft_config, weights, biases))
+
+
+def bare_model(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
+    """The model whose module names the adapter's tensors use."""
+    if task == "text-generation":
+        return pretrained.load(base, AutoModelForCausalLM)
+    if not any(input_name(name).startswith(ENCODER) for name in tensors):
+        brought = sorted({name.rpartition(".")[0] for name in map(input_name, tensors) if is_saved(name)})
+        return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=brought)
+    encoder = pretrained.load(base, AutoModel)
+    return PhraseClassifier(encoder, encoder.config.hidden_size, labels)
