@@ -63,8 +63,8 @@ def as_lora(method: str, settings: Settings, config: PeftConfig, tensors: Tensor
             )
         if (rank := a.shape[0]) > MAX_RANK:
             raise ConfigError(
-                f"{input_name(layer)}: {method} of this rank is LoRA of rank {rank}, above {MAX_RANK}; merge it into "
-                "the base (export base --merge)",
+                f"{input_name(layer)}: {method} of this rank is LoRA of rank {rank}, above {MAX_RANK}; train it with a "
+                "lower rank",
                 about="r",
                 value=rank,
             )
