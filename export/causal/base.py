@@ -1,6 +1,7 @@
 """A frozen causal language model, exported once for every adapter of its layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from adapters import pretrained
 from adapters.base import Base
 from adapters.bundle import TOKENIZER
-from adapters.graphinputs import PREFIX, PROMPT, layer_of
+from adapters.graphinputs import OUTPUT_SCALE, PREFIX, PROMPT, layer_of
 from adapters.layout import Floats
-from adapters.peft.inputs import AdapterInputs, LoraSlot, summary
+from adapters.peft.inputs import AdapterInputs, LoraSlot
 from aggregation.errors import ConfigError
 from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits
@@ -27,6 +28,7 @@ from export.onnx.quantize import quantize
 from export.onnx.targets import Slots, linear_layers, vectors
 from export.onnx.tasks import check_reads_embeddings
 from export.onnx.tensorstore import OnDisk, size_of
+from export.onnx.vectors import insert_vectors, scale_inputs
 
 
 def export_causal(
@@ -62,23 +64,26 @@ def _export(
 ) -> ExportedBase:
     store = OnDisk(scratch / "tensors")
     model = pretrained.load(base, AutoModelForCausalLM, offload=scratch / "offload")
-    weights = _Weights(model, linear_layers(model, wanted.low_rank))
-    if names := vectors(model, wanted):
-        raise ConfigError(
-            f"a language model has low-rank slots only, none for {summary([layer_of(name) for name in names])}",
-            about="slots",
-        )
+    adapted, names = linear_layers(model, wanted.low_rank), vectors(model, wanted)
+    sites = [layer_of(name) for name in names if pretrained.is_linear(model.get_submodule(layer_of(name)))]
+    weights = _Weights(model, list(dict.fromkeys([*adapted, *sites])))
+    parameters = _vectors(model) if names else {}
     report("running torch", 0, 0)
     tokenizer = pretrained.tokenizer(base)
     embedding = _embedding(model, tokenizer) if wanted.virtual else None
     sample = sample_logits(model, tokenizer)
     decoder = _decoder(base, model, sample, store, report)
     layers = matmuls.find(decoder.graph, weights, store)
+    scale_inputs(decoder.graph, layers, names)
     ids = Tokenizer.from_str(decoder.files[TOKENIZER].decode()).encode(TEXT).ids[:TOKENS]
     passes = 3 if profile is Profile.WEB_INT8 else 1  # the MatMuls that lose too much are found first
     store.reports(counted(report, "quantizing", passes * size_of(decoder.graph)))
     graph = quantize(decoder.graph, profile, ids, store)
-    inserted = matmuls.insert_lora(graph, layers)
+    given = insert_vectors(graph, layers, names, parameters, store)
+    scaled = {layer_of(name) for name in names if name.endswith(OUTPUT_SCALE)}
+    # The update comes after a scale of the output, and so after the bias.
+    places = {path: replace(layers[path], y=layers[path].end) if path in scaled else layers[path] for path in adapted}
+    inserted = matmuls.insert_lora(graph, places) | given
     if embedding is not None and PROMPT in wanted.virtual:
         inserted |= virtualtokens.insert_prompt(graph, embedding)
     if PREFIX in wanted.virtual:
@@ -94,7 +99,7 @@ def _export(
         profile=profile,
         # An adapter of a language model brings its own scaling (AdapterSource.adapter_inputs); 1 leaves B as it is.
         adapter_inputs=AdapterInputs(
-            "default", tuple(LoraSlot(path, 1.0) for path in weights), (), virtual=wanted.virtual
+            "default", tuple(LoraSlot(path, 1.0) for path in adapted), (), names, virtual=wanted.virtual
         ),
         slots=inserted,
         max_rank=max_rank,
@@ -141,6 +146,18 @@ def _embedding(model: nn.Module, tokenizer: Tokenizer) -> virtualtokens.Embeddin
         )
     rows, width = module.weight.shape
     return virtualtokens.Embedding(int(rows), int(width), round(scale, 4))
+
+
+def _vectors(model: nn.Module) -> dict[str, Floats]:
+    """Every vector among the parameters, by its path."""
+    found = {}
+    for path, module in model.named_modules():
+        names = [name for name, value in module.named_parameters(recurse=False) if value.ndim == 1]
+        if names:
+            with pretrained.loaded(module):
+                values = {name: module.get_parameter(name).detach().numpy().copy() for name in names}
+            found.update({f"{path}.{name}": value for name, value in values.items()})
+    return found
 
 
 class _Weights(Mapping[str, Floats]):

@@ -25,12 +25,17 @@ USUAL_RANK = 3  # dimensions of a MatMul's input, (rows, tokens, width), where t
 
 @dataclass(frozen=True, slots=True)
 class LayerMatMul:
-    """The MatMul of one layer: the names of its input and output (before the bias), and their widths."""
+    """The MatMul of one layer: the names of its input and output (before the bias), and their widths.
+
+    ``bias`` is the stored bias, and ``end`` the output after it; without a bias, ``end`` is ``y``.
+    """
 
     x: str
     y: str
     width: int
     out: int
+    end: str
+    bias: str | None = None
 
 
 def normalize(graph: onnx.ModelProto, store: TensorStore = MEMORY) -> None:
@@ -92,8 +97,9 @@ def find(graph: onnx.ModelProto, weights: Mapping[str, Floats], store: TensorSto
                 about=path,
                 value=len(same),
             )
-        out, width = weight.shape
-        found[path] = LayerMatMul(same[0].input[0], same[0].output[0], int(width), int(out))
+        (out, width), y = weight.shape, same[0].output[0]
+        end, bias = _end(graph.graph, y, values, int(out))
+        found[path] = LayerMatMul(same[0].input[0], y, int(width), int(out), end, bias)
     if len({layer.y for layer in found.values()}) != len(found):
         raise ConfigError("two layers with equal weights cannot be distinguished in the graph", about="weights")
     return found
@@ -121,7 +127,7 @@ def insert_lora(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul]) -> di
     for number, (path, layer) in enumerate(layers.items()):
         slots[path + LORA_A] = (str(layer.width), f"rank_{number}")
         slots[path + LORA_B] = (f"rank_{number}", str(layer.out))
-    graph.graph.input.extend(_input(name, dimensions) for name, dimensions in slots.items())
+    graph.graph.input.extend(slot_input(name, dimensions) for name, dimensions in slots.items())
     return slots
 
 
@@ -211,6 +217,16 @@ def _equal(one: Floats, other: Floats) -> bool:
     return all(np.array_equal(one[start : start + ROWS], other[start : start + ROWS]) for start in starts)
 
 
+def _end(graph: onnx.GraphProto, y: str, values: Mapping[str, TensorProto], out: int) -> tuple[str, str | None]:
+    """The output of a layer, and its bias, if only the addition of one reads the MatMul's output ``y``."""
+    readers = [node for node in graph.node if y in node.input]
+    if len(readers) == 1 and readers[0].op_type == "Add":
+        for name in readers[0].input:
+            if name in values and list(values[name].dims) == [out]:
+                return readers[0].output[0], name
+    return y, None
+
+
 def _lora_nodes(node: onnx.NodeProto, path: str, x: str) -> list[onnx.NodeProto]:
     """The nodes that follow ``node``, whose output is renamed in place."""
     result, base = node.output[0], f"{path}.base"
@@ -223,7 +239,8 @@ def _lora_nodes(node: onnx.NodeProto, path: str, x: str) -> list[onnx.NodeProto]
     ]
 
 
-def _input(name: str, dimensions: Sequence[str]) -> onnx.ValueInfoProto:
+def slot_input(name: str, dimensions: Sequence[str]) -> onnx.ValueInfoProto:
+    """A slot as an input of a graph, with its dimensions as text."""
     sizes = [int(text) if text.isdigit() else text for text in dimensions]
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
 

@@ -1,0 +1,184 @@
+"""Slots for vectors in a graph that has none: scales and offsets at layers, and parameters that an adapter may replace.
+
+For language models, whose graphs are built before they get slots. ``peftmodel.py`` does the same for classifiers.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from adapters.graphinputs import GIVEN, INPUT_SCALE, OFFSET, OUTPUT_SCALE, REPLACED, layer_of, vector_site
+from adapters.layout import Floats
+from aggregation.errors import ConfigError
+from export.onnx.matmuls import LayerMatMul, replace_nodes, slot_input
+from export.onnx.tensorstore import MEMORY, TensorStore
+
+Dimensions = dict[str, tuple[str, ...]]
+CONSTANTS = {
+    "vector_padding": np.array([0, 1]),  # a row at the end
+    "vector_axis": np.array([-2]),  # whatever the rank: a slot may have a first dimension for the rows of a batch
+    "vector_first": np.array([0]),
+    "vector_zeroth": np.array(0),  # without the dimension of the rows
+    "vector_one": np.array(1.0, np.float32),
+    "vector_zero": np.array(0.0, np.float32),
+}
+
+
+def scale_inputs(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul], names: Sequence[str]) -> None:
+    """Let each layer that has an input scale among ``names`` read its scaled input, in place.
+
+    Args:
+        graph: In float32: quantization stores what a MatMul reads in several forms.
+        layers: From ``matmuls.find``.
+        names: All vectors of the base.
+    """
+    chosen = {layers[layer_of(name)].y: name for name in names if name.endswith(INPUT_SCALE)}
+    nodes = [node for name in chosen.values() for node in _given(name, "vector_one")]
+    for node in graph.graph.node:
+        name = chosen.get(node.output[0]) if node.output else None
+        if name is not None:
+            scaled = f"{name}.scaled"
+            nodes.append(helper.make_node("Mul", [node.input[0], f"{name}.first"], [scaled], scaled))
+            node.input[0] = scaled
+        nodes.append(node)
+    _finish(graph, nodes)
+    slots = _slots(names, layers, {})
+    graph.graph.input.extend(slot_input(name, slots[name]) for name in chosen.values())
+
+
+def insert_vectors(
+    graph: onnx.ModelProto,
+    layers: Mapping[str, LayerMatMul],
+    names: Sequence[str],
+    parameters: Mapping[str, Floats],
+    store: TensorStore = MEMORY,
+) -> Dimensions:
+    """Add the other vectors, in place, and make all of ``names`` inputs of the graph.
+
+    Args:
+        graph: May be quantized, after ``scale_inputs``.
+        layers: From ``matmuls.find``, of every layer that has a vector.
+        names: All vectors of the base.
+        parameters: Every vector among the base's parameters, by its path.
+        store: Of the graph's tensors.
+
+    Returns:
+        The slots with their dimensions as text, in the order of ``names``.
+
+    Raises:
+        ConfigError: A parameter cannot be found in the graph.
+    """
+    first = [
+        node for name in names if name.endswith(REPLACED) for node in _replaced(graph, layers, name, parameters, store)
+    ]
+    ends = {layers[layer_of(name)].end: layer_of(name) for name in names if name.endswith((OUTPUT_SCALE, OFFSET))}
+    chosen = set(names)
+    nodes = []
+    for node in graph.graph.node:
+        nodes.append(node)
+        if node.output and (path := ends.get(node.output[0])) is not None:
+            nodes.extend(_changed(node, path, chosen))
+    for name in names:
+        if name.endswith((OUTPUT_SCALE, OFFSET)):
+            first += _given(name, "vector_one" if name.endswith(OUTPUT_SCALE) else "vector_zero")
+    _finish(graph, [*first, *nodes])
+    slots = _slots(names, layers, parameters)
+    present = {value.name for value in graph.graph.input}
+    graph.graph.input.extend(slot_input(name, dims) for name, dims in slots.items() if name not in present)
+    return slots
+
+
+def _slots(names: Sequence[str], layers: Mapping[str, LayerMatMul], parameters: Mapping[str, Floats]) -> Dimensions:
+    widths = [_width(name, layers, parameters) for name in names]
+    return {
+        name: (f"{GIVEN}{number}", str(width)) for number, (name, width) in enumerate(zip(names, widths, strict=True))
+    }
+
+
+def _width(name: str, layers: Mapping[str, LayerMatMul], parameters: Mapping[str, Floats]) -> int:
+    if name.endswith(REPLACED):
+        return len(parameters.get(vector_site(name), ()))
+    layer = layers[layer_of(name)]
+    return layer.width if name.endswith(INPUT_SCALE) else layer.out
+
+
+def _given(name: str, neutral: str) -> list[onnx.NodeProto]:
+    """``name.first``: what an adapter gives, or else the neutral value, as in ``peftmodel``."""
+    both, first = f"{name}.both", f"{name}.first"
+    return [
+        helper.make_node("Pad", [name, "vector_padding", neutral, "vector_axis"], [both], both, mode="constant"),
+        helper.make_node("Gather", [both, "vector_first"], [first], first, axis=-2),
+    ]
+
+
+def _changed(node: onnx.NodeProto, path: str, chosen: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that follow ``node``, the last of a layer, whose output is renamed in place."""
+    result, now = node.output[0], f"{path}.plain"
+    node.output[0] = now
+    kinds = [(kind, op) for kind, op in ((OUTPUT_SCALE, "Mul"), (OFFSET, "Add")) if path + kind in chosen]
+    nodes = []
+    for kind, op in kinds:
+        after = result if kind == kinds[-1][0] else f"{path}{kind}.applied"
+        nodes.append(helper.make_node(op, [now, f"{path}{kind}.first"], [after], f"{path}{kind}.applied"))
+        now = after
+    return nodes
+
+
+def _replaced(
+    graph: onnx.ModelProto,
+    layers: Mapping[str, LayerMatMul],
+    name: str,
+    parameters: Mapping[str, Floats],
+    store: TensorStore,
+) -> list[onnx.NodeProto]:
+    """``name.chosen``, which the graph's nodes read from now on: the first row of what an adapter gives and the own."""
+    path, chosen = vector_site(name), f"{name}.chosen"
+    layer = layers.get(layer_of(name)) if path.endswith(".bias") else None
+    own = layer.bias if layer is not None else _initializer(graph, path, parameters, store)
+    if own is None:
+        raise ConfigError(f"{path}: the exported graph has no such bias", about=path)
+    value = next(store.array(tensor) for tensor in graph.graph.initializer if tensor.name == own)
+    graph.graph.initializer.append(store.tensor(value[None].copy(), f"{name}.own"))
+    for node in graph.graph.node:
+        if layer is None or node.output[0] == layer.end:  # layers may share a bias
+            node.input[:] = [chosen if read == own else read for read in node.input]
+    both = f"{name}.both"
+    return [
+        helper.make_node("Concat", [name, f"{name}.own"], [both], both, axis=0),
+        helper.make_node("Gather", [both, "vector_zeroth"], [chosen], chosen, axis=0),
+    ]
+
+
+def _initializer(graph: onnx.ModelProto, path: str, parameters: Mapping[str, Floats], store: TensorStore) -> str:
+    """The stored tensor of a parameter: the only one with its values, or the one of these that has its name.
+
+    Exporters may store equal tensors once; then one layer's cannot be replaced alone.
+    """
+    value = parameters[path]
+    vectors = [tensor for tensor in graph.graph.initializer if list(tensor.dims) == [len(value)]]
+    same: list[str] = [
+        tensor.name
+        for tensor in vectors
+        if tensor.data_type == onnx.TensorProto.FLOAT and np.array_equal(store.array(tensor), value)
+    ]
+    equal = sum(np.array_equal(value, other) for other in parameters.values())
+    named = [name for name in same if name == path or name.endswith(f".{path}")]
+    found = same if equal == 1 else named if len(same) >= equal else []
+    if len(found) != 1:
+        raise ConfigError(
+            f"{path}: its values are in {len(same)} vectors of the exported graph, so an adapter cannot replace them",
+            about=path,
+            value=len(same),
+        )
+    return found[0]
+
+
+def _finish(graph: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    present = {tensor.name for tensor in graph.graph.initializer}
+    read = {name for node in nodes for name in node.input}
+    graph.graph.initializer.extend(
+        numpy_helper.from_array(value, name) for name, value in CONSTANTS.items() if name in read - present
+    )
+    replace_nodes(graph.graph, nodes)
