@@ -60,7 +60,7 @@ def _traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         build, made = traced.build, dict[str, tuple[builder.DecoderGraph, dict[str, NDArray[Any]]]]()
 
-        def once(base: Base, sample: Sample, store: OnDisk) -> builder.DecoderGraph:  # quantization works on a copy
+        def once(base: Base, sample: Sample, store: OnDisk, *_: object) -> builder.DecoderGraph:
             if base.digest not in made:
                 decoder = build(base, sample, store)
                 stored = decoder.graph.graph.initializer
