@@ -14,7 +14,7 @@ def data() -> None:
     """Look at the texts that a scenario names."""
 
 
-@data.command()
+@data.command(short_help="Show clients, sizes, labels, broken rows.")
 @click.argument("scenario", type=click.Path(path_type=Path), metavar="SCENARIO|FILE|DIR")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
 @click.option("--clients", is_flag=True, help="Also a line for each client.")

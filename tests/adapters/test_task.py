@@ -59,7 +59,7 @@ def test_a_task_is_read_as_it_was_written_and_has_one_form(task: Task) -> None:
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"labels": "on"}, "labels"),
         ({"peft_config": None}, "peft_config"),
-        ({"peft_config": {**asdict(TASK.peft_config), "peft_type": "IA3"}}, "peft_config.peft_type"),
+        ({"peft_config": {**asdict(TASK.peft_config), "peft_type": "LOKR"}}, "peft_config.peft_type"),
         ({"peft_config": {**asdict(TASK.peft_config), "r": -1}}, "peft_config.r"),
         ({"peft_config": {**asdict(TASK.peft_config), "code": "x"}}, "peft_config.code"),
         ({"unknown": 1}, "unknown"),
