@@ -111,7 +111,7 @@ def test_a_log_that_was_cut_anywhere_is_not_signed_again(fleet: Any, share: floa
 
 def test_a_log_that_is_gone_is_not_replaced_by_a_new_one(fleet: Any) -> None:
     newest_log(fleet).unlink()
-    fleet.configure({"rounds": 3})
+    fleet.configure({"rounds": 3, "attempts": 3})
     assert_not_started(fleet)
     with pytest.raises(EdgeAdaptError):
         assert_signed(fleet)  # the devices refuse it; it has signed a first session once more, for each attempt
@@ -122,6 +122,7 @@ def test_an_old_registry_does_not_make_a_version_twice(fleet: Any) -> None:
     registry = fleet.out / "coordinator" / DATABASE
     shutil.copy(registry.with_suffix(".old"), registry)
     assert fleet.registry().latest().manifest.version == 1
+    fleet.configure({"attempts": 3})
     assert_not_started(fleet)
     with pytest.raises(EdgeAdaptError):
         assert_signed(fleet)  # again it is the devices that refuse, and new ones would not

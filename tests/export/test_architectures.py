@@ -4,6 +4,7 @@ Every base is tiny and random, every linear layer has a slot, and windows are sh
 torch and ONNX Runtime give equal logits up to ``CLOSE``, without an adapter and with one, with and without the cache.
 """
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from adapters.base import Base, find_base
@@ -198,10 +200,14 @@ def test_a_classifier_is_exported_as_the_page_says(tmp_path: Path, tiny_base: Ba
 def classified(base: Base, runner: Any) -> list[str]:
     """How the logits of the base's own head compare with torch's, with an adapter on every linear layer."""
     try:
-        model = with_own_head(base, [ALL])
-        exported = export_classifier(model, base, Profile.FP32)
+        slotted = with_own_head(base, [ALL])
+        exported = export_classifier(slotted, base, Profile.FP32)
     except ConfigError as error:
         return [f"refused: {error.about}"]
+    layers, heads = [slot.path for slot in slotted.inputs.loras], [slot.path for slot in slotted.inputs.saved]
+    model = get_peft_model(
+        copy.deepcopy(slotted.model), LoraConfig(target_modules=layers, modules_to_save=heads)
+    ).eval()
     rng = np.random.default_rng(0)
     load(model, {n: 0.3 * rng.standard_normal(v.shape, dtype=np.float32) for n, v in tensors(model).items()})
     inputs = to_inputs(tensors(model), exported.adapter_inputs.scaling)

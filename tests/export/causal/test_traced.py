@@ -176,8 +176,10 @@ def test_an_embedding_that_is_also_the_output_layer_is_stored_once(gpt2: tuple[B
 @pytest.mark.slow
 def test_the_same_base_exports_to_the_same_bytes_without_any_path(gpt2: tuple[Base, ExportedBase]) -> None:
     base, exported = gpt2
-    again = Base(base.folder, "another digest, so that it is traced again")
-    assert export_causal(again, GPT2, Profile.FP32).digests == exported.digests
+    again = export_causal(Base(base.folder, "0" * 64), GPT2, Profile.FP32)  # another digest: it is traced again
+    assert set(again.digests) == set(exported.digests)
+    for name in again.digests:
+        assert again.read(name).replace(b"0" * 64, base.digest.encode()) == exported.read(name)
     for name in exported.digests:
         blob = exported.read(name)
         for trace in (b"site-packages", b".py", b"/tmp/", str(base.folder).encode()):
@@ -250,9 +252,9 @@ def builder_errors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     errors: list[str] = []
     build = builder.build
 
-    def recorded(base: Base, config: Any, sample: Sample) -> builder.DecoderGraph:
+    def recorded(*arguments: Any) -> builder.DecoderGraph:
         try:
-            return build(base, config, sample)
+            return build(*arguments)
         except BuilderPathError as error:
             errors.append(error.about)
             raise

@@ -182,7 +182,9 @@ def test_a_split_of_the_data_is_kept_and_its_near_duplicates_are_counted(tmp_pat
     made = [dict(row, part=("test", "train", "validation")[number % 3]) for number, row in enumerate(rows(each=21))]
     made[0]["text"] = made[1]["text"].upper()
     path = write_csv(tmp_path / "texts.csv", made)
-    loaded = load_population(DataSettings(files=(str(path),), client="user", split="part", public_texts=1), 0)
+    loaded = load_population(
+        DataSettings(files=(str(path),), client="user", split="part", public_texts=1, near_duplicates=1), 0
+    )
     part = {row["text"]: row["part"] for row in made}
     for client in loaded.population.clients:
         for name in ("train", "validation", "test"):
