@@ -281,4 +281,5 @@ def test_multilingual_e5_has_the_tokens_and_embeddings_of_its_package() -> None:
                 assert len(ids) == engine.token_count(text, is_query=True), (language, text)
     sample = [text for found in texts.values() for text in found[:2]]
     ours = embeddings(base.folder, [f"query: {text}" for text in sample], round_inputs=False)
-    assert (ours * engine.query(sample)).sum(1).min() > 0.9998
+    # The engine rounds activations, and differs from one processor to another: .99988 and .99979 were seen.
+    assert (ours * engine.query(sample)).sum(1).min() > 0.9995
