@@ -31,7 +31,8 @@ from export.onnx.targets import ALL
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "architectures.md"
 CLOSE = 2e-5  # of the largest logit
-LOOSE = {"gpt_oss": 1e-4}  # in place of CLOSE: off by 5e-5 on some processors
+# In place of CLOSE: with the random adapter, float32 is off by 4e-5 from double precision here, and by 1.4e-5 in torch.
+LOOSE = {"gpt_oss": 1e-4}
 LENGTH, FIRST = 20, 7  # tokens of a text, and how many of them are read at once
 ONE, TWO = {"num_hidden_layers": 1}, {"num_hidden_layers": 2}
 WINDOW = TWO | {"sliding_window": 4}
