@@ -1,4 +1,4 @@
-"""Make a session: check the devices in, then steps 1–4 of the protocol with those that answered.
+"""Make a session: steps 1–4 of the protocol with the devices that checked in (``checkin``).
 
 ``aggregation.server`` decides which step is legal; this file holds the order of the steps. ``coordinator.rounds``
 continues with the session.
@@ -12,17 +12,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 from adapters.cores import ahead, cores
-from aggregation import checks, envelope, graph, server
+from aggregation import graph, server
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import EdgeAdaptError, ProtocolError, TrustError
-from aggregation.messages import DIGEST, Challenge, CheckIn
+from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.pki import Root
-from aggregation.pki.certificates import identity, load, same_name
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import RevocationList
 from aggregation.server import Established, Offering, RoundAborted, Sharing
 from aggregation.spec import SessionSpec
 from aggregation.steps import PROOF, REVOCATIONS, Step
+from coordinator.checkin import CheckedIn, check_in
 from coordinator.lastsum import LastSum, names, serials
 from coordinator.recorder import Recorder
 from coordinator.registry import StoredAdapter
@@ -33,7 +32,6 @@ from coordinator.transport import Reply, Transport
 log = logging.getLogger("edgeadapt.coordinator")
 S = TypeVar("S")
 FIRST_PAUSE = 15.0  # seconds before a second attempt at a session or an exchange
-CHECK_INS = 2  # challenges in an attempt, where a device is needed that did not answer the first
 Attachments = Mapping[str, Mapping[str, bytes]]  # device → field → what its message carries besides the body
 
 
@@ -202,34 +200,30 @@ def establish(
     spec_of = partial(settings.aggregation.spec, layout=layout, base_digest=base, rounds=rounds)
     for attempt in range(1, settings.attempts + 1):
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
-        present, nodes = _check_in(key, root, transport, name, last)
-        now = datetime.now(UTC)
-        nodes = _valid_at(now, root, present, nodes)
-        least = settings.aggregation.minimum_devices
-        reason = unmet = last.unmet(nodes, root.revoked) if last else ""
+        present = check_in(key, root, transport, name, last)
+        reason = unmet = last.unmet(present.nodes, root.revoked) if last else ""
         if last is not None and not unmet:
-            nodes = _around(last, nodes, lambda count: spec_of(count).minimum_survivors)
-        if not unmet and len(nodes) < least:
-            reason = f"{len(nodes)} devices answered, {least} are needed"
+            present = _around(last, present, lambda count: spec_of(count).minimum_survivors)
+        count, least = len(present.nodes), settings.aggregation.minimum_devices
+        if not unmet and count < least:
+            reason = f"{count} devices answered, {least} are needed"
         if not reason:
             cohort, outcome = _offer(
-                transport,
-                key,
-                root,
-                spec_of(len(nodes)),
-                {d: present[d] for d in nodes},
-                nodes,
-                transcripts,
+                present,
+                spec_of(count),
+                last,
                 name,
-                settings,
-                read_root,
-                frozenset(device for device in nodes if last is not None and device in last.survivors),
-                now,
+                key=key,
+                root=root,
+                read_root=read_root,
+                transport=transport,
+                transcripts=transcripts,
+                settings=settings,
             )
             if isinstance(outcome, RoundAborted):
                 reason = outcome.detail
             elif not (reason := obstacle(outcome, last, root.revoked)):
-                log.info("session of %d devices for %d rounds", len(nodes) - len(cohort.dropped), rounds)
+                log.info("session of %d devices for %d rounds", count - len(cohort.dropped), rounds)
                 return cohort, outcome
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
         if attempt < settings.attempts:
@@ -252,48 +246,49 @@ def obstacle(session: Established, last: LastSum | None, revoked: RevocationList
     return aborted.detail if aborted else ""
 
 
-def _around(last: LastSum, nodes: Mapping[str, int], minimum: Callable[[int], int]) -> dict[str, int]:
+def _around(last: LastSum, present: CheckedIn, minimum: Callable[[int], int]) -> CheckedIn:
     """The devices of a session in which the survivors of the last sum are enough for another one.
 
     Args:
         last: The last sum.
-        nodes: Device → node, of all that checked in.
+        present: All that checked in.
         minimum: Size of a cohort → fewest survivors of its rounds.
     """
-    bound = {device: node for device, node in nodes.items() if device in last.survivors}
-    others = [device for device in nodes if device not in bound]
+    bound = [device for device in present.nodes if device in last.survivors]
+    others = [device for device in present.nodes if device not in last.survivors]
     while others and minimum(len(bound) + len(others)) > len(bound):
         others.pop()
-    return bound | {device: nodes[device] for device in others}
+    return present.only([*bound, *others])
 
 
 def _offer(
-    transport: Transport,
+    present: CheckedIn,
+    spec: SessionSpec,
+    last: LastSum | None,
+    group: str,
+    *,
     key: IdentityKey,
     root: Root,
-    spec: SessionSpec,
-    present: Mapping[str, CheckIn],
-    nodes: Mapping[str, int],
-    transcripts: Transcripts,
-    group: str,
-    settings: FederationSettings,
     read_root: Callable[[datetime], Root],
-    due: frozenset[str],
-    at: datetime,
+    transport: Transport,
+    transcripts: Transcripts,
+    settings: FederationSettings,
 ) -> tuple[Cohort, Established | RoundAborted]:
-    """Begin the session's log, and offer the session to the devices that are ``present``.
+    """Begin the session's log, and offer the session to the devices that are ``present``. Arguments as ``establish``.
 
-    ``due``: the devices without which the session is of no use. ``at``: when all certificates are valid.
+    Survivors of the last sum that are present are needed: without them the session is of no use.
     """
-    certificates = {device: answer.certificate for device, answer in present.items()}
-    offering, offer = server.open_session(key, root, spec, certificates, SystemEntropy(), at)
+    answers, nodes = present.answers, present.nodes
+    certificates = {device: answer.certificate for device, answer in answers.items()}
+    offering, offer = server.open_session(key, root, spec, certificates, SystemEntropy(), present.at)
     recorder = transcripts.begin(offering.offer, root.revoked)
     corrupt = graph.count_of(len(nodes), settings.aggregation.corrupt_fraction)
     known = serials(certificates.values())
     cohort = Cohort(transport, nodes, recorder, settings.attempts, corrupt, known, root.revoked, read_root)
-    last_offers = {device: answer.last_offer or b"" for device, answer in present.items()}
+    last_offers = {device: answer.last_offer or b"" for device, answer in answers.items()}
     proofs = transcripts.session_chain_proofs(recorder, last_offers)
     revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
+    due = frozenset(last.survivors if last else ()).intersection(nodes)
     return cohort, _negotiate(cohort, offering, offer, attachments(proofs, revoked), group, due)
 
 
@@ -318,50 +313,3 @@ def _negotiate(
     if not isinstance(session, RoundAborted):
         cohort.recorder.checkpoint()
     return session
-
-
-def _valid_at(at: datetime, root: Root, present: Mapping[str, CheckIn], nodes: Mapping[str, int]) -> dict[str, int]:
-    """The devices whose certificates did not expire while the others checked in."""
-    valid: dict[str, int] = {}
-    for device, node in nodes.items():
-        try:
-            root.verify(present[device].certificate, at)
-            valid[device] = node
-        except TrustError as error:
-            log.info("node %d is not admitted: %s", node, error)
-    return valid
-
-
-def _check_in(
-    key: IdentityKey, root: Root, transport: Transport, group: str, last: LastSum | None
-) -> tuple[dict[str, CheckIn], dict[str, int]]:
-    """Challenge every node; keep those that prove which certified device they are, one node for each device.
-
-    A device at two nodes has its key at both, and so has one with two names. It takes part at the node that answers
-    first. While a survivor of the ``last`` sum is absent, the nodes without a device are challenged again.
-
-    Returns:
-        Device → its answer, and device → node.
-    """
-    present: dict[str, CheckIn] = {}
-    admitted: dict[str, str] = {}  # name without case, and id of the key → device
-    nodes: dict[str, int] = {}
-    for attempt in range(1, CHECK_INS + 1):
-        left = [node for node in transport.nodes() if node not in nodes.values()]
-        challenges = {node: Challenge(SystemEntropy().bytes(DIGEST), node) for node in left}
-        bodies = {node: envelope.sign(key, challenge) for node, challenge in challenges.items()}
-        for reply in transport.ask(Step.CHECK_IN, bodies, group if attempt == 1 else f"{group}-{attempt}"):
-            try:
-                device, answer = checks.check_in(root, challenges[reply.node], reply.answer(), datetime.now(UTC))
-            except ProtocolError as error:
-                log.info("node %d is not admitted: %s", reply.node, error)
-                continue
-            names = same_name(device), identity(load(answer.certificate)).key_id
-            if twin := admitted.get(names[0]) or admitted.get(names[1]):
-                log.warning("node %d is not admitted: node %d checked in as %s before", reply.node, nodes[twin], twin)
-                continue
-            admitted |= dict.fromkeys(names, device)
-            present[device], nodes[device] = answer, reply.node
-        if last is None or not last.unmet(nodes, root.revoked):
-            break
-    return present, nodes

@@ -47,14 +47,14 @@ class Later(datetime):
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> type[Later]:
-    for module in ("client.node.app", "coordinator.session", "coordinator.rounds"):
+    for module in ("client.node.app", "coordinator.checkin", "coordinator.session", "coordinator.rounds"):
         monkeypatch.setattr(f"{module}.datetime", Later)
     monkeypatch.setattr(Later, "ahead", timedelta())
     return Later
 
 
-def unchecked_time(at: datetime, root: Any, present: Any, nodes: Any) -> Any:
-    return nodes
+def unchecked_time(root: Any, present: Any) -> Any:
+    return present
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -70,7 +70,7 @@ def test_a_certificate_that_expires_while_others_check_in_does_not_end_the_run(
 
     answered = list[int]()
     if not checked:
-        monkeypatch.setattr("coordinator.session._valid_at", unchecked_time)
+        monkeypatch.setattr("coordinator.checkin._still_valid", unchecked_time)
         with refused(ProtocolError, "certificate.validity"):
             fleet.federate(fleet.grid(app=waited))
         return

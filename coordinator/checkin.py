@@ -1,0 +1,92 @@
+"""Step 0 of the protocol: which certified devices there are, and at which nodes."""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from aggregation import checks, envelope
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ProtocolError, TrustError
+from aggregation.messages import DIGEST, Challenge, CheckIn
+from aggregation.pki import Root
+from aggregation.pki.certificates import identity, load, same_name
+from aggregation.pki.identity import IdentityKey
+from aggregation.steps import Step
+from coordinator.lastsum import LastSum
+from coordinator.transport import Transport
+
+log = logging.getLogger("edgeadapt.coordinator")
+CHECK_INS = 2  # challenges in an attempt, where a device is needed that did not answer the first
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedIn:
+    """The devices that are there.
+
+    Attributes:
+        answers: Device → its answer to the challenge.
+        nodes: Device → Flower node, of the same devices.
+        at: When all their certificates are valid.
+    """
+
+    answers: Mapping[str, CheckIn]
+    nodes: Mapping[str, int]
+    at: datetime
+
+    def only(self, devices: Collection[str]) -> "CheckedIn":
+        """Those of ``devices``, in that order."""
+        answers = {device: self.answers[device] for device in devices}
+        return CheckedIn(answers, {device: self.nodes[device] for device in devices}, self.at)
+
+
+def check_in(key: IdentityKey, root: Root, transport: Transport, group: str, last: LastSum | None) -> CheckedIn:
+    """Challenge every node; keep those that prove which certified device they are, one node for each device.
+
+    A device at two nodes has its key at both, and so has one with two names. It takes part at the node that answers
+    first. While a survivor of the ``last`` sum is absent, the nodes without a device are challenged again.
+
+    Args:
+        key: The coordinator's signing key, for the challenges.
+        root: The authority with its revocation list.
+        transport: Reaches the nodes.
+        group: Flower's group id.
+        last: The last sum from the adapter, if there is one.
+
+    Returns:
+        The devices whose certificates are still valid at its end.
+    """
+    present: dict[str, CheckIn] = {}
+    admitted: dict[str, str] = {}  # name without case, and id of the key → device
+    nodes: dict[str, int] = {}
+    for attempt in range(1, CHECK_INS + 1):
+        left = [node for node in transport.nodes() if node not in nodes.values()]
+        challenges = {node: Challenge(SystemEntropy().bytes(DIGEST), node) for node in left}
+        bodies = {node: envelope.sign(key, challenge) for node, challenge in challenges.items()}
+        for reply in transport.ask(Step.CHECK_IN, bodies, group if attempt == 1 else f"{group}-{attempt}"):
+            try:
+                device, answer = checks.check_in(root, challenges[reply.node], reply.answer(), datetime.now(UTC))
+            except ProtocolError as error:
+                log.info("node %d is not admitted: %s", reply.node, error)
+                continue
+            names = same_name(device), identity(load(answer.certificate)).key_id
+            if twin := admitted.get(names[0]) or admitted.get(names[1]):
+                log.warning("node %d is not admitted: node %d checked in as %s before", reply.node, nodes[twin], twin)
+                continue
+            admitted |= dict.fromkeys(names, device)
+            present[device], nodes[device] = answer, reply.node
+        if last is None or not last.unmet(nodes, root.revoked):
+            break
+    return _still_valid(root, CheckedIn(present, nodes, datetime.now(UTC)))
+
+
+def _still_valid(root: Root, present: CheckedIn) -> CheckedIn:
+    """The devices whose certificates did not expire while the others checked in."""
+    valid: list[str] = []
+    for device, node in present.nodes.items():
+        try:
+            root.verify(present.answers[device].certificate, present.at)
+            valid.append(device)
+        except TrustError as error:
+            log.info("node %d is not admitted: %s", node, error)
+    return present.only(valid)
