@@ -41,6 +41,7 @@ class PeftFolder:
     sha256: str  # of adapter_model.safetensors
     base: str | None
     task_type: str | None  # such as SEQ_CLS or CAUSAL_LM
+    shares_a: bool  # VeRA: A may have more columns than a layer reads (``lowrank.trimmed``)
     tensors: Tensors = field(repr=False)  # float32, under peft's names; vectors as ``methods`` names them
 
 
@@ -78,7 +79,7 @@ def read_peft(folder: Path) -> PeftFolder:
     _check_magnitudes(tensors, bool(settings.get("use_dora")))
     AdapterInputs.of_tensors(config, tensors)
     base, task = (_text(settings.get(name)) for name in ("base_model_name_or_path", "task_type"))
-    return PeftFolder(config, files.sha256(blob), base, task, tensors)
+    return PeftFolder(config, files.sha256(blob), base, task, method == "VERA", tensors)
 
 
 def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = None) -> None:

@@ -9,7 +9,7 @@ VeRA        ``ΔW = diag(b) B diag(d) A`` (Kopiczko et al. 2024)          B and 
 The factor of each layer is in B, so every layer has the scaling 1. The update is equal up to the rounding of float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,17 @@ def as_lora(method: str, settings: Settings, config: PeftConfig, tensors: Tensor
     return plain(ranks), result
 
 
+def trimmed(tensors: Tensors, slots: Mapping[str, Sequence[str]]) -> Tensors:
+    """The tensors of an adapter whose layers share A (VeRA), without the columns of A that a layer does not read.
+
+    Args:
+        tensors: Under peft's names, as ``as_lora`` returns them.
+        slots: The graph inputs of the base, with dimensions as text: A's slot is as long as what its layer reads.
+    """
+    shared = [name for name in tensors if name.endswith(LORA_A) and input_name(name) in slots]
+    return tensors | {name: tensors[name][:, : int(slots[input_name(name)][0])] for name in shared}
+
+
 def plain(ranks: dict[str, int]) -> PeftConfig:
     """The configuration of LoRA with these ranks by layer, all of the scaling 1."""
     rank = max(ranks.values(), default=1)
@@ -112,5 +123,5 @@ def _loha(factor: float, b1: Floats, a1: Floats, b2: Floats, a2: Floats) -> Pair
 
 
 def _vera(a: Floats, b: Floats, lambda_b: Floats, lambda_d: Floats) -> Pair:
-    """A has the width of the widest layer; a narrower layer's is refused where it meets its slot."""
+    """A has the width of the widest layer; ``trimmed`` makes it as narrow as a layer is."""
     return a * lambda_d[:, None], b[: len(lambda_b)] * lambda_b[:, None]

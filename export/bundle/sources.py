@@ -1,6 +1,7 @@
 """The sources of an adapter to be exported: a version in a coordinator's registry, or a PEFT folder."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapters import registryfiles
@@ -9,6 +10,7 @@ from adapters.layout import Tensors
 from adapters.manifest import Task
 from adapters.peft.folder import read_peft
 from adapters.peft.inputs import is_saved
+from adapters.peft.lowrank import trimmed
 from adapters.peftconfig import PeftConfig
 from adapters.registryfiles import SIGNING_KEY, RegistryFiles
 from aggregation.errors import ConfigError, DataError
@@ -28,6 +30,23 @@ class Origin:
     base: str | None  # the source's name or folder of the base; a hint
     task: Task | None  # what it was trained for, if the source states it
     tensors: Tensors = field(repr=False)  # under peft's names
+    shares_a: bool = False  # as ``PeftFolder`` states it
+
+
+def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]]) -> Origin:
+    """``origin`` for a base with these slots.
+
+    Raises:
+        ConfigError: The adapter is for another base.
+    """
+    if origin.base_digest not in (None, base_digest):
+        raise ConfigError(
+            f"the adapter was made for the base {str(origin.base_digest)[:12]}, not for {base_digest[:12]}; export "
+            "that base, or name another bundle",
+            about="base_digest",
+            value=origin.base_digest,
+        )
+    return replace(origin, tensors=trimmed(origin.tensors, slots)) if origin.shares_a else origin
 
 
 def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> Origin:
@@ -79,4 +98,4 @@ def from_peft(folder: Path, version: int, labels: tuple[str, ...]) -> Origin:
             f"the adapter in {folder} has no head, so labels have no meaning: leave out --labels", about="labels"
         )
     task = TASKS.get(read.task_type or "")
-    return Origin(read.peft_config, labels, version, read.sha256, None, read.base, task, read.tensors)
+    return Origin(read.peft_config, labels, version, read.sha256, None, read.base, task, read.tensors, read.shares_a)

@@ -34,7 +34,7 @@ from adapters.storage import link_files, link_or_copy, locked_folder, read, stag
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from export.bundle import adapter
-from export.bundle.sources import Origin
+from export.bundle.sources import Origin, fitted
 from export.onnx.exported import ExportedBase
 
 
@@ -139,7 +139,7 @@ def add(
     """
     if (manifest := stated_manifest(bundle)) is None:
         raise _no_bundle(bundle)
-    _check_origin(origin, manifest.base_digest)
+    origin = fitted(origin, manifest.base_digest, manifest.slots)
     before = stated_adapter(bundle, name)
     if before is not None and before.version > origin.version:
         raise DataError(
@@ -184,7 +184,7 @@ def create(
     Raises:
         ConfigError, DataError: As ``write_bundle``, or the adapter is for another base.
     """
-    _check_origin(origin, exported.base_digest)
+    origin = fitted(origin, exported.base_digest, exported.slots)
     inputs = AdapterInputs.of_tensors(origin.peft_config, origin.tensors)
     source = replace(_source(name, origin, temperature), adapter_inputs=inputs)
     write_bundle(bundle, exported, [source], key=key, form=form, once=True)
@@ -210,7 +210,7 @@ def device_inputs(origin: Origin, base: BaseManifest, form: Format) -> Tensors:
     Raises:
         ConfigError, DataError: The adapter is for another base, or does not fit it.
     """
-    _check_origin(origin, base.base_digest)
+    origin = fitted(origin, base.base_digest, base.slots)
     inputs = AdapterInputs.of_tensors(origin.peft_config, origin.tensors)
     return adapter.decode(adapter.encode(*adapter.completed(origin.tensors, inputs, base.slots), form), form)
 
@@ -225,16 +225,6 @@ def _source(name: str, origin: Origin, temperature: float) -> AdapterSource:
         peft_config=origin.peft_config,
         temperature=temperature,
     )
-
-
-def _check_origin(origin: Origin, base_digest: str) -> None:
-    if origin.base_digest not in (None, base_digest):
-        raise ConfigError(
-            f"the adapter was made for the base {str(origin.base_digest)[:12]}, not for {base_digest[:12]}; export "
-            "that base, or name another bundle",
-            about="base_digest",
-            value=origin.base_digest,
-        )
 
 
 def _written(bundle: Path, name: str) -> AdapterManifest:

@@ -6,20 +6,32 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM
 
 from adapters.base import Base
 from adapters.graphinputs import to_inputs
 from adapters.layout import Tensors
-from adapters.peft import AdapterInputs, read_peft
+from adapters.peft import AdapterInputs
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine
 from client.inference.generate import Generator
 from client.inference.library import Library
 from client.inference.text import SamplingParams
-from export.bundle.sources import from_peft
+from export.bundle.sources import fitted, from_peft
+from export.bundle.trained import resolved
 from export.bundle.write import add, write_bundle
 from export.causal import export_causal
 from export.onnx.exported import ExportedBase, Profile
@@ -42,10 +54,18 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2", "gpt2")
 def methods(kind: str) -> dict[str, PeftConfig]:
     conv = {"fan_in_fan_out": kind == "gpt2"}
     ia3 = IA3Config(target_modules=[*SCALED[kind], FORWARD[kind]], feedforward_modules=[FORWARD[kind]], **conv)
-    found: dict[str, PeftConfig] = {"ia3": ia3, "norms": LNTuningConfig(target_modules=NORMS[kind])}
+    every: dict[str, Any] = {"target_modules": [*SCALED[kind], FORWARD[kind]]}
+    found: dict[str, PeftConfig] = {
+        "ia3": ia3,
+        "norms": LNTuningConfig(target_modules=NORMS[kind]),
+        "dora": LoraConfig(r=3, lora_alpha=5, use_dora=True, **every, **conv),
+        "vera": VeraConfig(r=16, **every, **conv),
+        "adalora": AdaLoraConfig(init_r=6, target_r=3, lora_alpha=5, total_step=9, **every, **conv),
+    }
     if kind == "gpt2":
         found["bitfit"] = LoraConfig(r=2, target_modules=["c_attn"], bias="all", lora_bias=True, **conv)
     else:
+        found["loha"] = LoHaConfig(r=3, alpha=5, **every)
         found["beft"] = BeftConfig(target_modules=["up_proj", "q_proj"])
         found["lora"] = LoraConfig(r=3, target_modules=["v_proj", "up_proj"], lora_bias=True, bias="lora_only")
     return found
@@ -67,9 +87,9 @@ def trained(base: Base, config: PeftConfig, folder: Path) -> PeftModel:
     return model
 
 
-def inputs_of(folder: Path) -> Tensors:
-    read = read_peft(folder)
-    return to_inputs(read.tensors, AdapterInputs.of_tensors(read.peft_config, read.tensors).scaling)
+def inputs_of(folder: Path, base: Base, exported: ExportedBase) -> Tensors:
+    origin = fitted(resolved(from_peft(folder, 1, ()), base), base.digest, exported.slots)
+    return to_inputs(origin.tensors, AdapterInputs.of_tensors(origin.peft_config, origin.tensors).scaling)
 
 
 def test_logits_are_torchs_with_every_method_and_without(
@@ -79,7 +99,7 @@ def test_logits_are_torchs_with_every_method_and_without(
     tokens, side = np.random.default_rng(0).integers(3, 90, (2, 9)), runner(exported)
     for name, config in methods(kind).items():
         model = trained(base, config, tmp_path / name)
-        expected, given = torch_logits(model, tokens), inputs_of(tmp_path / name)
+        expected, given = torch_logits(model, tokens), inputs_of(tmp_path / name, base, exported)
         for first in (None, 1):
             found = side.logits(tokens, given, first)
             np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max(), err_msg=name)
@@ -96,7 +116,7 @@ def test_a_quantized_base_scales_its_inputs_too(
     model = trained(llama, methods("llama")["ia3"], tmp_path)
     tokens = np.random.default_rng(0).integers(3, 90, (2, 12))
     expected = torch_logits(model, tokens)
-    error = np.square(runner(exported).logits(tokens, inputs_of(tmp_path), 8) - expected).sum()
+    error = np.square(runner(exported).logits(tokens, inputs_of(tmp_path, llama, exported), 8) - expected).sum()
     assert 1e-9 < error / np.square(expected).sum() < 1e-2
 
 
@@ -105,7 +125,7 @@ def test_genai_writes_torchs_text_with_every_method(llama: Base, vendor: Identit
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
     models = {name: trained(llama, config, tmp_path / name) for name, config in methods("llama").items()}
     for name in models:
-        add(tmp_path / "lm", from_peft(tmp_path / name, 1, ()), name=name, form="fp32", key=vendor)
+        add(tmp_path / "lm", resolved(from_peft(tmp_path / name, 1, ()), llama), name=name, form="fp32", key=vendor)
     library = Library.open(tmp_path / "lm", None)
     engine = GenerationEngine(library.base, 1)
     generator = Generator(library, engine, loaded=8, loaded_bytes=2**20)
