@@ -7,13 +7,14 @@ over them, and makes the same adapters on any number of cores.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
+from typing import Self
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from adapters import files, storage
 from adapters.base import Base
 from adapters.cores import ahead, cores
 from adapters.layout import Tensors
+from adapters.manifest import VersionManifest
 from adapters.task import Task
 from aggregation.errors import DataError
 from client.node import statedir as device_files
 from client.node.statedir import DeviceStateDir
-from client.training.examples import Split, in_split, read_examples
+from client.training.examples import Example, Split, in_split, read_examples
 from client.training.personal import Candidate, Personalization, personalize
 from client.training.trainer import Trainer
 from simulations.data.population import Client, Population
@@ -49,7 +51,6 @@ class ArmInputs:
 
     Attributes:
         seed_adapter: The vendor's adapter, version 0.
-        global_adapter: The last version of the registry.
         task: The federation's training settings.
         federation_epochs: Passes over its examples that a device makes in all rounds together.
         personal: The personal step: its epochs and its learning rate.
@@ -58,12 +59,76 @@ class ArmInputs:
     """
 
     seed_adapter: Tensors
-    global_adapter: Tensors
     task: Task
     federation_epochs: int
     personal: PersonalSettings
     local_rates: tuple[float, float]
     seed: int
+
+    @classmethod
+    def of(cls, scenario: Scenario, manifest: VersionManifest, seed_adapter: Tensors) -> Self:
+        """The inputs that a scenario gives; the manifest is that of any version."""
+        federation = scenario.federation
+        return cls(
+            seed_adapter=seed_adapter,
+            task=federation.training.task(manifest),
+            federation_epochs=federation.rounds * federation.training.epochs,
+            personal=scenario.personal,
+            local_rates=scenario.local_rates,
+            seed=scenario.seed,
+        )
+
+
+def personal_step(
+    mine: Trainer,
+    client: str,
+    examples: Sequence[Example],
+    start: Tensors,
+    inputs: ArmInputs,
+    *,
+    rate: float | None = None,
+    arm: str = "",
+    step: Callable[[], object] = lambda: None,
+) -> Personalization:
+    """A client's personal step from ``start``, of whose candidates it keeps the best on its validation part.
+
+    Args:
+        mine: Of the base.
+        client: Its name, which orders the examples together with the seed and the arm.
+        examples: The client's, of all parts.
+        start: The global adapter, or what stands for it.
+        inputs: Of the run.
+        rate: The learning rate; by default that of the personal arm.
+        arm: A name for this use of the step, if it is not the personal arm.
+        step: As for ``Trainer.train``.
+    """
+    candidates = {Candidate.BASE: inputs.seed_adapter, Candidate.GLOBAL: start}
+    fine = replace(inputs.task, learning_rate=rate or inputs.personal.learning_rate)
+    rng, epochs = generator(inputs.seed, client, arm), inputs.personal.epochs
+    return personalize(mine, candidates, examples, fine, epochs=epochs, rng=rng, step=step)
+
+
+def local_arm(
+    mine: Trainer,
+    client: str,
+    examples: Sequence[Example],
+    inputs: ArmInputs,
+    step: Callable[[], object] = lambda: None,
+) -> Personalization:
+    """What a client makes by itself. It gets all that the personal arm gets, except what other clients contribute.
+
+    As many epochs, two learning rates, and the same choice on the validation part.
+    """
+    (first, second), train = inputs.local_rates, in_split(examples, Split.TRAIN)
+    task, order = replace(inputs.task, learning_rate=first), generator(inputs.seed, client, "/local")
+    start = mine.train(inputs.seed_adapter, train, task, epochs=inputs.federation_epochs, rng=order, step=step)
+    return personal_step(mine, client, examples, start, inputs, rate=second, arm="/local/personal step", step=step)
+
+
+def generator(seed: int, client: str, arm: str) -> np.random.Generator:
+    """What orders the examples of one training: of a scenario's seed, a client and an arm."""
+    name = int.from_bytes(hashlib.sha256(f"{client}{arm}".encode()).digest()[:8], "big")
+    return np.random.default_rng([seed, name])
 
 
 def personalize_all(
@@ -85,7 +150,8 @@ def personalize_all(
         progress: Shows how many clients are done.
         at_once: Clients that train at the same time; by default one a core, ``MOST_AT_ONCE`` at most.
     """
-    inputs, state_dirs = _inputs(out, scenario), provision.open_state_dirs(out, population)
+    inputs, global_adapter = _inputs(out, scenario)
+    state_dirs = provision.open_state_dirs(out, population)
     at_once = at_once or min(cores(), MOST_AT_ONCE)
     idle: SimpleQueue[Trainer] = SimpleQueue()
     for _ in range(at_once):
@@ -95,7 +161,7 @@ def personalize_all(
     def outcome(client: Client) -> ClientResult:
         mine = idle.get()
         try:
-            return _outcome(state_dirs[client.name], client, mine, inputs, partial(_check, stop))
+            return _outcome(state_dirs[client.name], client, mine, inputs, global_adapter, partial(_check, stop))
         finally:
             idle.put(mine)
 
@@ -126,63 +192,43 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _inputs(out: Path, scenario: Scenario) -> ArmInputs:
+def _inputs(out: Path, scenario: Scenario) -> tuple[ArmInputs, Tensors]:
+    """The inputs of every client, and the global adapter: the last version of the registry."""
     registry = provision.registry(out)
     last = registry.latest()
     if last is None:
         raise DataError(f"the registry of {out} is empty", about="registry")
-    federation = scenario.federation
-    return ArmInputs(
-        seed_adapter=registry.tensors(0),
-        global_adapter=registry.tensors(last.manifest.version),
-        task=federation.training.task(last.manifest),
-        federation_epochs=federation.rounds * federation.training.epochs,
-        personal=scenario.personal,
-        local_rates=scenario.local_rates,
-        seed=scenario.seed,
-    )
+    inputs = ArmInputs.of(scenario, last.manifest, registry.tensors(0))
+    return inputs, registry.tensors(last.manifest.version)
 
 
 def _outcome(
-    state_dir: DeviceStateDir, client: Client, mine: Trainer, inputs: ArmInputs, step: Callable[[], object]
+    state_dir: DeviceStateDir,
+    client: Client,
+    mine: Trainer,
+    inputs: ArmInputs,
+    global_adapter: Tensors,
+    step: Callable[[], object],
 ) -> ClientResult:
     path = state_dir.folder / OUTCOME
     if path.exists():
         return ClientResult(**json.loads(path.read_bytes()))
     examples = read_examples(state_dir.examples, len(inputs.task.labels))
-    train, test = in_split(examples, Split.TRAIN), in_split(examples, Split.TEST)
-    first, second = inputs.local_rates
-
-    def at(rate: float) -> Task:
-        return replace(inputs.task, learning_rate=rate)
-
-    def generator(arm: str) -> np.random.Generator:
-        name = int.from_bytes(hashlib.sha256(f"{client.name}{arm}".encode()).digest()[:8], "big")
-        return np.random.default_rng([inputs.seed, name])
-
-    def personal_step(start: Tensors, rate: float, arm: str) -> Personalization:
-        candidates, fine = {Candidate.BASE: inputs.seed_adapter, Candidate.GLOBAL: start}, at(rate)
-        epochs = inputs.personal.epochs
-        return personalize(mine, candidates, examples, fine, epochs=epochs, rng=generator(arm), step=step)
-
-    personal = personal_step(inputs.global_adapter, inputs.personal.learning_rate, "")
+    test = in_split(examples, Split.TEST)
+    personal = personal_step(mine, client.name, examples, global_adapter, inputs, step=step)
     storage.replace(state_dir.folder / device_files.PERSONAL, files.encode(personal.adapter))
-    # The local arm gets all that the personal arm gets, except what other clients contribute: as many epochs, two
-    # learning rates, and the same choice on the validation part.
-    epochs, order = inputs.federation_epochs, generator("/local")
-    by_itself = mine.train(inputs.seed_adapter, train, at(first), epochs=epochs, rng=order, step=step)
-    local = personal_step(by_itself, second, "/local/personal step")
+    local = local_arm(mine, client.name, examples, inputs, step)
     arms = {
         "base": inputs.seed_adapter,
         "local": local.adapter,
-        "global": inputs.global_adapter,
+        "global": global_adapter,
         "personal": personal.adapter,
     }
     outcome = ClientResult(
         client.name,
         client.language,
         client.unseen,
-        len(train),
+        len(in_split(examples, Split.TRAIN)),
         len(test),
         {arm: mine.score(adapter, test).accuracy for arm, adapter in arms.items()},
         personal.chosen.value,

@@ -15,6 +15,7 @@ from cryptography import x509
 
 from adapters.base import Base
 from adapters.classifier import seed_adapter
+from adapters.manifest import VersionManifest
 from adapters.peftconfig import LoraSpec, PeftConfig
 from adapters.storage import replace
 from aggregation import graph
@@ -57,7 +58,7 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
     replace(out / AUTHORITY / "authority.pem", authority.to_pem())
     pinned = authority.root.to_pem()
     coordinator = CoordinatorStateDir.create(out / COORDINATOR, pinned, scenario.federation, entropy)
-    _publish_seed(coordinator, scenario, population, base)
+    coordinator.registry.publish(*first_adapter(scenario, population, base), coordinator.key)
     coordinator.registry.close()
     anchors = TrustAnchors(pinned, coordinator.key.public.to_pem())
     fleet = sum(not client.unseen for client in population.clients)
@@ -78,8 +79,24 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
         certificate = authority.issue(client.name, key, not_before=begin, not_after=end, serial=serial)
         state_dir = DeviceStateDir.open(folder)
         install_certificate(state_dir, certificate, now)
-        write_examples(state_dir.examples, _examples(client))
+        write_examples(state_dir.examples, examples_of(client))
         replace(folder / TRAINING_KEY, hashlib.sha256(f"{scenario.seed}/{client.name}".encode()).digest())
+
+
+def first_adapter(scenario: Scenario, population: Population, base: Base) -> tuple[VersionManifest, bytes]:
+    """Version 0 of a run: its manifest and its file. The head comes from the public texts, LoRA changes nothing yet."""
+    mine, spec = load_trainer(base, len(population.labels), lora(scenario)), scenario.adapter
+    public = [(phrase.text, phrase.label) for phrase in population.public]
+    generator = torch.Generator().manual_seed(scenario.seed)
+    tensors = seed_adapter(mine.model, mine.tokenizer, public, len(population.labels), generator)
+    config = PeftConfig("LORA", spec.rank, spec.alpha, spec.targets)
+    return seed_version(tensors, config, population.labels, base.digest)
+
+
+def examples_of(client: Client) -> list[Example]:
+    """The examples of a client's device."""
+    parts = {Split.TRAIN: client.train, Split.VALIDATION: client.validation, Split.TEST: client.test}
+    return [Example(phrase.text, phrase.label, part) for part, phrases in parts.items() for phrase in phrases]
 
 
 def open_state_dirs(out: Path, population: Population) -> dict[str, DeviceStateDir]:
@@ -107,18 +124,3 @@ def _training_limits(scenario: Scenario, labels: int) -> dict[str, Any]:
         "maximum_batch_size": training.batch_size,
     }
     return {name: max(value, getattr(default, name)) for name, value in needed.items()} | {"answer_quantum_seconds": 0}
-
-
-def _publish_seed(coordinator: CoordinatorStateDir, scenario: Scenario, population: Population, base: Base) -> None:
-    mine, spec = load_trainer(base, len(population.labels), lora(scenario)), scenario.adapter
-    public = [(phrase.text, phrase.label) for phrase in population.public]
-    generator = torch.Generator().manual_seed(scenario.seed)
-    tensors = seed_adapter(mine.model, mine.tokenizer, public, len(population.labels), generator)
-    config = PeftConfig("LORA", spec.rank, spec.alpha, spec.targets)
-    manifest, blob = seed_version(tensors, config, population.labels, base.digest)
-    coordinator.registry.publish(manifest, blob, coordinator.key)
-
-
-def _examples(client: Client) -> list[Example]:
-    parts = {Split.TRAIN: client.train, Split.VALIDATION: client.validation, Split.TEST: client.test}
-    return [Example(phrase.text, phrase.label, part) for part, phrases in parts.items() for phrase in phrases]

@@ -129,8 +129,8 @@ def run(folder: RunFolder, population: Population, progress: RunProgress) -> Run
     with _logged(folder.path / LOG), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
             base = training_base(folder.path, scenario, population)
-            _prepare(folder.path, scenario, population, base)
-        _federate(folder, population, progress)
+            prepare(folder.path, scenario, population, base)
+        federate(folder, population, progress)
         with folder.timed("personal"):
             clients = personalize_all(folder.path, scenario, population, base, progress)
         with folder.timed("export"), progress.stage("export"):
@@ -163,7 +163,12 @@ def _logged(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
+def prepare(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
+    """Make the fleet of a run in ``out``, unless it is there.
+
+    Raises:
+        ConfigError: There is one of another population or base.
+    """
     marker, digests = out / PREPARED, {"population": population.digest, "base": base.digest}
     if marker.exists():
         if json.loads(marker.read_bytes()) != digests:
@@ -177,8 +182,8 @@ def _prepare(out: Path, scenario: Scenario, population: Population, base: Base) 
     replace(marker, json.dumps(digests).encode())
 
 
-def _federate(folder: RunFolder, population: Population, progress: RunProgress) -> None:
-    """The rounds: the real ServerApp and ClientApp, on the in-process grid."""
+def federate(folder: RunFolder, population: Population, progress: RunProgress) -> None:
+    """The rounds that are left: the real ServerApp and ClientApp, on the in-process grid, with the prepared fleet."""
     state_dirs = provision.open_state_dirs(folder.path, population)
     for state_dir in state_dirs.values():  # a client without data ends the run before the first round
         read_examples(state_dir.examples, len(population.labels))
