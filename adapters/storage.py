@@ -8,13 +8,14 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from tempfile import mkdtemp, mkstemp
+from tempfile import mkstemp
 from typing import BinaryIO
 
 from filelock import FileLock
 
+from adapters.workfolder import WorkFolder
 from aggregation.errors import ConfigError, DataError
 
 PUBLIC, PRIVATE = 0o644, 0o600
@@ -174,7 +175,7 @@ def locked_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> Iterator[Path]:
-    """An empty folder to fill, next to ``out``. It becomes ``out`` if the block ends without an error.
+    """An empty folder to fill. It becomes ``out`` if the block ends without an error.
 
     Args:
         out: The folder. Unless ``replaces``, it does not exist or is empty at the end of the block.
@@ -185,17 +186,15 @@ def staged(out: Path, *, mode: int = PUBLIC_FOLDER, replaces: bool = False) -> I
         OSError: The folder cannot be written, or ``out`` holds files. ``out`` is unchanged.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with closing(WorkFolder(out.parent)) as work:
+        stage = work.path
         stage.chmod(mode)
         yield stage
         if replaces and out.exists():
             _exchange(stage, out)
         else:
             stage.replace(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    sync(out.parent)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """A frozen causal language model, exported once for every adapter of its layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from adapters.bundle import TOKENIZER
 from adapters.graphinputs import OUTPUT_SCALE, PREFIX, PROMPT, layer_of
 from adapters.layout import Floats
 from adapters.peft.inputs import AdapterInputs, LoraSlot
+from adapters.workfolder import WorkFolder
 from aggregation.errors import ConfigError
 from export.causal import builder, traced
 from export.causal.sample import Sample, sample_logits
 from export.onnx import headers, matmuls, virtualtokens
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
-from export.onnx.exported import HIDDEN, MAX_RANK, ExportedBase, Profile, Report, WorkFolder, counted, metadata
+from export.onnx.exported import MAX_RANK, ExportedBase, Profile, Report, counted, metadata, written
 from export.onnx.quantize import quantize
 from export.onnx.targets import Slots, linear_layers, vectors
 from export.onnx.tasks import check_reads_embeddings
@@ -55,8 +56,8 @@ def export_causal(
             MatMul cannot be found in the graph; or virtual tokens are wanted, and the graph has no place for them.
     """
     check_decoder(pretrained.configuration(base))
-    with TemporaryDirectory(prefix=HIDDEN, dir=where) as scratch:
-        return _export(base, Slots.of(slots), profile, max_rank, WorkFolder(where), Path(scratch), report)
+    with closing(WorkFolder(where)) as scratch:
+        return _export(base, Slots.of(slots), profile, max_rank, WorkFolder(where), scratch.path, report)
 
 
 def _export(
@@ -106,7 +107,7 @@ def _export(
         onnxruntime=runtime,
         opset=opset,
         work=work,
-        digests=headers.split(graph, inserted, about, work.path, store) | work.write(decoder.files),
+        digests=headers.split(graph, inserted, about, work.path, store) | written(work.path, decoder.files),
     )
 
 

@@ -10,10 +10,11 @@ from torch import nn
 from adapters import pretrained
 from adapters.base import Base
 from adapters.bundle import TOKENIZER
+from adapters.workfolder import WorkFolder
 from aggregation.errors import ConfigError
 from export.onnx import graph, headers, rows
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
-from export.onnx.exported import MAX_RANK, ExportedBase, Profile, WorkFolder, metadata
+from export.onnx.exported import MAX_RANK, ExportedBase, Profile, metadata, written
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import quantize
 from export.onnx.tasks import check_classifies, check_reads_embeddings, readable_length
@@ -60,7 +61,9 @@ def export_classifier(
     slots = graph.slots(traced)
     runtime, opset = headers.requirements(traced)
     work, about = WorkFolder(where), metadata(base, "text-classification", profile, runtime)
-    digests = headers.split(traced, slots, about, work.path) | work.write({TOKENIZER: str(tokenizer.to_str()).encode()})
+    digests = headers.split(traced, slots, about, work.path) | written(
+        work.path, {TOKENIZER: str(tokenizer.to_str()).encode()}
+    )
     return ExportedBase(
         base_digest=base.digest,
         task="text-classification",

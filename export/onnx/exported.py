@@ -1,20 +1,17 @@
 """An exported base: its files, and what is needed to encode adapters for it. Imports no framework."""
 
-import shutil
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from tempfile import mkdtemp
 
 from adapters.base import Base
 from adapters.bundle import MODEL
 from adapters.files import sha256
 from adapters.manifest import BaseManifest, Task
 from adapters.peft.inputs import AdapterInputs
+from adapters.workfolder import WorkFolder
 
-HIDDEN = ".edgeadapt-"  # begins the name of a folder that an export works in
 MAX_RANK = 64  # the default limit on the rank of an adapter's layers
 
 
@@ -42,22 +39,11 @@ def metadata(base: Base, task: Task, profile: Profile, onnxruntime: str) -> dict
     return {"base_digest": base.digest, "task": task, "profile": profile.value, "minimum_onnxruntime": onnxruntime}
 
 
-class WorkFolder:
-    """A new folder, which is deleted with the last reference to this object, or when the process ends.
-
-    Args:
-        where: The folder that holds it; None for the system's folder of temporary files.
-    """
-
-    def __init__(self, where: Path | None = None) -> None:
-        self.path = Path(mkdtemp(prefix=HIDDEN, dir=where))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-    def write(self, files: Mapping[str, bytes]) -> dict[str, str]:
-        """Write files by their names, and return the SHA-256 of each, hex."""
-        for name, content in files.items():
-            (self.path / name).write_bytes(content)
-        return {name: sha256(content) for name, content in files.items()}
+def written(folder: Path, files: Mapping[str, bytes]) -> dict[str, str]:
+    """Write files by their names, and return the SHA-256 of each, hex."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return {name: sha256(content) for name, content in files.items()}
 
 
 def counted(report: Report, stage: str, total: int) -> Callable[[int], None]:

@@ -28,10 +28,11 @@ from adapters.layout import Floats, Tensors
 from adapters.manifest import Format
 from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
+from adapters.workfolder import WorkFolder
 from client.inference.trust import Trust
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx import headers
-from export.onnx.exported import ExportedBase, Profile, WorkFolder
+from export.onnx.exported import ExportedBase, Profile, written
 from export.onnx.rows import open_session
 from tests.vectors import bundle_cases
 
@@ -143,7 +144,7 @@ def exported() -> ExportedBase:
         onnxruntime=runtime,
         opset=opset,
         work=work,
-        digests=digests | work.write({TOKENIZER: tokenizer()}),
+        digests=digests | written(work.path, {TOKENIZER: tokenizer()}),
         independent_rows=True,
     )
 

@@ -16,11 +16,12 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 
 from adapters.bundle import TOKENIZER
+from adapters.workfolder import WorkFolder
 from aggregation.errors import ConfigError, DataError, TrustError
 from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from export.bundle.write import AdapterSource, write_bundle
-from export.onnx.exported import ExportedBase, WorkFolder
+from export.onnx.exported import ExportedBase, written
 from export.parity.compare import torch_logits
 from tests.support import refused
 
@@ -197,7 +198,7 @@ def test_a_graph_that_takes_one_adapter_for_all_rows_answers_texts_alone_and_ref
         graph.graph.node.insert(0, onnx.helper.make_node("Flatten", [name], [f"{name}/flat"], f"{name}/flat"))
     work = WorkFolder(tmp_path)
     files = {name: exported.read(name) for name in exported.digests} | {"model.onnx": graph.SerializeToString()}
-    write_bundle(with_anna, replace(exported, work=work, digests=work.write(files)), [source()], key=vendor)
+    write_bundle(with_anna, replace(exported, work=work, digests=written(work.path, files)), [source()], key=vendor)
     session = ClassificationSession.open(with_anna)
     assert session.rank(PHRASES, "global", 4) == expected
     with refused(DataError, "model.onnx"):
