@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from adapters.cache import cached
-from adapters.storage import read
+from adapters.storage import file_sha256, read
 from aggregation.errors import ConfigError
 
 WEIGHTS = "model.safetensors"
@@ -21,7 +21,6 @@ INDEX = "model.safetensors.index.json"  # of weights in several files
 IDENTITY_FILES = ("config.json", WEIGHTS, "tokenizer.json")
 LONGEST = {"config.json": 2**20, "tokenizer.json": 2**28, INDEX: 2**26}  # bytes; libraries read these files whole
 PART = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # a name in the base's own folder
-CHUNK = 2**20  # bytes
 GGUF, E5S1 = ".gguf", ".bin"
 CONVERTERS = {GGUF: "adapters.ggufbase", E5S1: "adapters.e5base"}
 CONVERSION = 1  # raise it when the folder that is made from the same file changes
@@ -128,12 +127,12 @@ def _converted(file: Path) -> Path:
             ) from error
         converter.convert(file, folder)
 
-    return cached(f"{file.suffix[1:]}-{CONVERSION}-{_file_digest(file)[:16]}", make)
+    return cached(f"{file.suffix[1:]}-{CONVERSION}-{file_sha256(file)[:16]}", make)
 
 
 @lru_cache(maxsize=8)
 def _digest(folder: Path) -> str:
-    rows = [[name, _file_digest(folder / name)] for name in _identity_files(folder)]
+    rows = [[name, file_sha256(folder / name)] for name in _identity_files(folder)]
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -156,11 +155,3 @@ def _identity_files(folder: Path) -> tuple[str, ...]:
         )
     config, _, tokenizer = IDENTITY_FILES
     return (config, INDEX, *parts, tokenizer)
-
-
-def _file_digest(path: Path) -> str:
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            state.update(chunk)
-    return state.hexdigest()

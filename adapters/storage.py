@@ -4,6 +4,7 @@ A kill at any instant leaves the old content or the new one. A folder that repla
 ``.NAME.previous`` by a kill between the two renames; ``locked_folder`` brings it back.
 """
 
+import hashlib
 import os
 import shutil
 import stat
@@ -22,6 +23,7 @@ PUBLIC, PRIVATE = 0o644, 0o600
 PUBLIC_FOLDER, PRIVATE_FOLDER = 0o755, 0o700
 LARGEST = 2**32  # bytes of a file that is read whole
 LONGEST_LIST = 2**24  # bytes of a file of texts or labels
+CHUNK = 2**20  # bytes
 POLL = 0.02  # seconds between two attempts to take a lock
 
 
@@ -35,6 +37,15 @@ def read(path: Path, limit: int = LARGEST) -> bytes:
     """
     with opened(path, limit) as (file, size):
         return file.read(size)  # and not what is appended meanwhile
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, hex, read in pieces. Raises OSError."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
 
 
 @contextmanager

@@ -56,6 +56,14 @@ HARMLESS: dict[str, frozenset[str]] = {
 # Other initializations (pissa, olora, corda, loftq, lora_ga) change the weights of the base.
 BIASES = ("none", "all", "lora_only", "vera_only")  # which of the base's biases an adapter replaces
 KEEPS_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+# Types that peft merges into a base's weights (export/merge.py).
+MERGED = frozenset(
+    {
+        *("ADALORA", "ADAMSS", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA"),
+        *("IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA"),
+        *("ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+    }
+)
 LOW_RANK = ("ADALORA", "LOHA", "VERA")  # methods that become LoRA
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 
@@ -71,8 +79,10 @@ def config_of(settings: Settings) -> PeftConfig:
     """
     kind = str(settings.get("peft_type"))
     if kind not in HARMLESS:
+        remedy = "merge it into its base with 'edgeadapt base merge'"
         raise ConfigError(
-            f"the adapter is of the type {kind[:40]!r}; only {', '.join(HARMLESS)} can be exported",
+            f"the adapter is of the type {kind[:40]!r}, and only {', '.join(HARMLESS)} can be exported"
+            + (f"; {remedy}" if kind in MERGED else ""),
             about="peft_type",
             value=kind,
         )

@@ -52,17 +52,7 @@ def read_peft(folder: Path) -> PeftFolder:
         ConfigError: Not a PEFT folder, one with pickled weights only, or an adapter that no graph can express.
         DataError: A file is damaged or too large, a tensor is not finite, or tensors and configuration disagree.
     """
-    if not (folder / CONFIG).is_file():
-        below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where peft saves named adapters
-        hint = f"; name one of the adapters in it: {', '.join(below)}" if below else ""
-        raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}{hint}", about=CONFIG, value=below)
-    if not (folder / WEIGHTS).is_file():
-        if (folder / PICKLE).exists():
-            raise ConfigError(
-                f"{folder} has only {PICKLE}, a pickle, which is not read: save it again with safetensors", about=PICKLE
-            )
-        raise ConfigError(f"{folder} has no {WEIGHTS}", about=WEIGHTS)
-    settings = _settings(read(folder / CONFIG, MAX_CONFIG))
+    settings = read_settings(folder)
     config = config_of(settings)
     blob = read(folder / WEIGHTS, MAX_ADAPTER)
     method = settings["peft_type"]
@@ -80,6 +70,26 @@ def read_peft(folder: Path) -> PeftFolder:
     AdapterInputs.of_tensors(config, tensors)
     base, task = (_text(settings.get(name)) for name in ("base_model_name_or_path", "task_type"))
     return PeftFolder(config, files.sha256(blob), base, task, method == "VERA", tensors)
+
+
+def read_settings(folder: Path) -> Settings:
+    """``adapter_config.json`` of a PEFT folder whose weights are no pickle, as it is.
+
+    Raises:
+        ConfigError: Not a PEFT folder, or one with pickled weights only.
+        DataError: The file is damaged or too large.
+    """
+    if not (folder / CONFIG).is_file():
+        below = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where peft saves named adapters
+        hint = f"; name one of the adapters in it: {', '.join(below)}" if below else ""
+        raise ConfigError(f"{folder} is not a PEFT folder: it has no {CONFIG}{hint}", about=CONFIG, value=below)
+    if not (folder / WEIGHTS).is_file():
+        if (folder / PICKLE).exists():
+            raise ConfigError(
+                f"{folder} has only {PICKLE}, a pickle, which is not read: save it again with safetensors", about=PICKLE
+            )
+        raise ConfigError(f"{folder} has no {WEIGHTS}", about=WEIGHTS)
+    return _settings(read(folder / CONFIG, MAX_CONFIG))
 
 
 def to_peft(tensors: Tensors, config: PeftConfig, out: Path, base: str | None = None) -> None:

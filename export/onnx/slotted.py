@@ -73,7 +73,7 @@ def with_own_head(
         )
     saved, labels = list(USUAL_HEADS), None
     if brought:
-        saved, labels = sorted({name.rpartition(".")[0] for name in brought}), _labels(base, brought)
+        saved, labels = sorted({name.rpartition(".")[0] for name in brought}), label_count(base, brought)
     model = pretrained.load(base, AutoModelForSequenceClassification, num_labels=labels, saved=saved)
     kind, rows = model.config.problem_type, model.config.num_labels
     if rows < ANY_LABELS or kind not in (None, "single_label_classification"):
@@ -85,7 +85,7 @@ def with_own_head(
     return _slotted(model, wanted, saved)
 
 
-def _labels(base: Base, brought: Mapping[str, tuple[int, ...]]) -> int | None:
+def label_count(base: Base, brought: Mapping[str, tuple[int, ...]]) -> int | None:
     """The rows of the head that the adapter brings: of the tensors whose size depends on the number of labels."""
     two, three = (pretrained.parameter_shapes(base, AutoModelForSequenceClassification, n) for n in (2, 3))
     if unknown := sorted(set(brought) - set(two)):

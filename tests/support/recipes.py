@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel
 
 import edgeadapt
 from adapters.base import Base, find_base
+from export.onnx.peftmodel import logits_of
 from tests.support.models import LABELS
 
 CLI = edgeadapt.cli  # a fixture may replace it
@@ -67,6 +68,6 @@ def by_torch(model: PeftModel, base: Base, texts: tuple[str, ...]) -> list[dict[
     for text in texts:
         ids = torch.tensor([tokenizer.encode(text).ids])
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+            logits = logits_of(model(input_ids=ids, attention_mask=torch.ones_like(ids)))[0]
         answers.append(dict(zip(LABELS, logits.softmax(-1).tolist(), strict=True)))
     return answers

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from peft import PeftType
 
-from adapters.peft.config import LOW_RANK, config_of
+from adapters.peft.config import HARMLESS, LOW_RANK, MERGED, config_of
 from aggregation.errors import ConfigError, DataError
 from tests.support import refused
 
@@ -25,6 +25,16 @@ RANKS: dict[str, dict[str, int]] = {  # of the methods that need one
 }
 
 
+def test_the_page_says_which_types_can_be_merged() -> None:
+    _, _, section = PAGE.partition("## Refused")
+    rows = re.findall(r"^\| (`[^|]+)\|[^|]*\| (yes|no) \|$", section, re.M)
+    merged = {name for names, said in rows if said == "yes" for name in re.findall("`([A-Z_0-9]+)`", names)}
+    assert {name for names, _ in rows for name in re.findall("`([A-Z_0-9]+)`", names)} == REFUSED
+    with_slots = re.findall("`([A-Z_0-9]+)`", section.partition("The types ")[2].partition("merged too")[0])
+    assert merged == MERGED - HARMLESS.keys()
+    assert set(with_slots) == MERGED & HARMLESS.keys()
+
+
 def test_the_tables_have_every_type_once() -> None:
     assert READ.isdisjoint(REFUSED)
     assert {kind.value for kind in PeftType} == READ | REFUSED
@@ -37,8 +47,9 @@ def test_a_type_is_read_or_refused_as_the_page_says(kind: str) -> None:
         expected = "LORA" if kind in LOW_RANK else kind
         assert config_of(settings).peft_type == expected
     else:
-        with refused(ConfigError, "peft_type", value=kind):
+        with refused(ConfigError, "peft_type", value=kind) as caught:
             config_of(settings)
+        assert ("'edgeadapt base merge'" in str(caught.value)) == (kind in MERGED)
 
 
 @pytest.mark.parametrize("kind", [None, 3, [], {}, "lora", "LORA ", "NEW"])

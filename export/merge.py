@@ -1,0 +1,263 @@
+"""Merge an adapter into its base: for methods of peft that have no slots, or where an adapter shall become the base.
+
+peft opens the adapter and merges it (``merge_and_unload``). What is written is opened again and compared with peft's
+answers before. The result is a base of its own: adapters of the base before have another digest, and do not fit it.
+``config.json`` states what was merged, and so does the manifest of a bundle that is exported from it.
+
+Of a classifier, an adapter brings the head, and adapters of the merged base must bring it too. It is therefore written
+as an adapter of its own, ``head``, that changes nothing else.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from adapters import pretrained
+from adapters.base import INDEX, Base, find_base
+from adapters.classifier import ENCODER
+from adapters.graphinputs import PEFT_PREFIX, input_name
+from adapters.manifest import Task
+from adapters.peft.config import MERGED, Settings, saved_modules
+from adapters.peft.folder import WEIGHTS, read_settings
+from adapters.peft.inputs import in_modules
+from adapters.storage import file_sha256, new_folder
+from aggregation.errors import ConfigError, DataError
+from export.bundle.base import usual_task
+from export.bundle.sources import TASKS
+from export.bundle.trained import model_of
+from export.onnx.calibrate import TEXT, TOKENS
+from export.onnx.peftmodel import logits_of
+from export.onnx.slotted import label_count
+from export.onnx.targets import ALL, linear_layers
+
+CONFIG, PROVENANCE = "config.json", "merged_adapters"  # the key in it
+MODULES = ".modules_to_save."
+HEAD = "head"  # a folder in the merged base's
+CLOSE = 1e-4  # of the largest logit: merging rounds each weight once
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+Shapes = Mapping[str, tuple[int, ...]]  # of the tensors in an adapter's file, by peft's names
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A merged base, and what was merged into it."""
+
+    base: Base
+    peft_type: str
+    adapter: str  # SHA-256 of the adapter's file
+    error: float  # of the largest difference to peft's logits, as a share of the largest logit
+    head: Path | None  # of a classifier: the folder of the adapter that brings the head
+
+
+def merge(base: Base, folder: Path, out: Path) -> Merge:
+    """Write the base that answers as ``base`` does with the adapter in a PEFT folder.
+
+    Args:
+        base: The base on which the adapter was trained. It is read whole into memory, in float32.
+        folder: From ``save_pretrained``. If the adapter brings tables of another number of tokens, its tokenizer is
+            taken from there too.
+        out: A new or empty folder. It is written atomically.
+
+    Raises:
+        ConfigError: peft cannot merge adapters of this type or cannot open this one, the adapter is of another base,
+            the merged base answers differently, or ``out`` is not empty.
+        DataError: A file of the folder is damaged.
+    """
+    settings = read_settings(folder)
+    kind = str(settings.get("peft_type"))
+    if kind not in MERGED:
+        raise ConfigError(
+            f"adapters of the type {kind[:40]!r} cannot be merged into a base; peft merges {', '.join(sorted(MERGED))}",
+            about="peft_type",
+            value=kind,
+        )
+    if settings.get("megatron_config"):  # peft would import a module that the file names
+        raise ConfigError("the adapter is for Megatron, which is not supported", about="megatron_config")
+    shapes = _shapes(folder / WEIGHTS)
+    task, saved, labels = _trained_as(base, settings, shapes)
+    if task == "text-classification" and labels is None:
+        raise ConfigError(
+            'the adapter brings no head: train its module in modules_to_save (task_type="SEQ_CLS" does)',
+            about="modules_to_save",
+        )
+    inner = model_of(base, task, mean=_mean(shapes), saved=saved, labels=labels)
+    resized = task == "text-generation" and _resize(inner, shapes, folder)
+    adapted = _opened(inner, folder, shapes)
+    ids = _sample(folder if resized else base.folder, inner)
+    expected = _logits(adapted, ids)
+    merged = _merged(adapted, folder)
+    note = {"peft_type": kind, "sha256": file_sha256(folder / WEIGHTS), "base_digest": base.digest}
+    with new_folder(out) as stage:
+        _write(merged, base, folder if resized else None, note, stage)
+        written = find_base(str(stage))
+        again = model_of(written, task, mean=_mean(shapes), saved=saved, labels=labels)
+        if labels is not None:
+            again = _with_head(again, merged, saved, stage / HEAD)
+        error = float((_logits(again, ids) - expected).abs().max() / expected.abs().max())
+        if not error <= CLOSE:
+            raise ConfigError(
+                f"the merged base does not give peft's logits (off by {error:.0e} of the largest); it is not written",
+                about="logits",
+                value=error,
+            )
+    return Merge(find_base(str(out)), kind, note["sha256"], error, out / HEAD if labels is not None else None)
+
+
+def _shapes(weights: Path) -> Shapes:
+    try:
+        with safe_open(weights, "np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DataError(f"{WEIGHTS} is damaged or truncated: {error}", about=WEIGHTS) from error
+
+
+def _trained_as(base: Base, settings: Settings, shapes: Shapes) -> tuple[Task, tuple[str, ...], int | None]:
+    """The task of an adapter, the modules that it brings, and of a classifier the rows of its head."""
+    saved, stated = saved_modules(settings), settings.get("task_type")
+    task = TASKS.get(stated) if isinstance(stated, str) else None
+    task = task or ("text-classification" if _mean(shapes) else usual_task(base))
+    if task == "text-generation":
+        return task, saved, None
+    brought = {input_name(name): shape for name, shape in shapes.items() if in_modules(input_name(name), saved)}
+    if _mean(shapes):
+        return task, saved, brought.get("classifier.weight", (None,))[0]
+    return task, saved, label_count(base, brought) if brought else None
+
+
+def _mean(shapes: Shapes) -> bool:
+    """Whether an adapter is of ``adapters.classifier.PhraseClassifier``."""
+    return any(input_name(name).startswith(ENCODER) for name in shapes)
+
+
+def _resize(model: Any, shapes: Shapes, folder: Path) -> bool:
+    """Give the model as many tokens as the tables have that the adapter brings, in place: whether that changed it.
+
+    New rows are NaN, so that those which the adapter does not bring are found.
+    """
+    tables = [path for path, module in model.named_modules() if module in _tables(model)]
+    brought = {shape[0] for name, shape in shapes.items() if len(shape) == 2 and _is_table(name, tables)}
+    rows = model.get_input_embeddings().weight.shape[0]
+    if brought <= {rows}:
+        return False
+    if len(brought) > 1 or not (folder / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"the adapter brings tables of {', '.join(map(str, sorted(brought)))} tokens, the base has {rows}: put the "
+            "tokenizer of its training (tokenizer.json) into its folder",
+            about="tokenizer.json",
+            value=sorted(brought),
+        )
+    model.resize_token_embeddings(brought.pop(), mean_resizing=False)
+    with torch.no_grad():
+        for table in _tables(model):
+            table.weight[rows:] = torch.nan
+    return True
+
+
+def _tables(model: Any) -> list[Any]:
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [module for module in found if module is not None]
+
+
+def _is_table(name: str, tables: Sequence[str]) -> bool:
+    """Whether peft's tensor is the weight of one of these modules, as a module to save or as a copy of the base's."""
+    path = input_name(name).removesuffix(".weight").removesuffix(".base_layer")
+    return name.endswith(".weight") and path in tables
+
+
+def _opened(inner: nn.Module, folder: Path, shapes: Shapes) -> PeftModel:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say is checked below
+            model = PeftModel.from_pretrained(inner, folder).eval()
+            found = model.load_adapter(str(folder), "default")  # once more, for what it says about names
+    except Exception as error:  # of many classes, with no common base
+        raise _refusal(folder, error) from error
+    state = model.state_dict(keep_vars=True)
+    present = {id(value) for name, value in state.items() if name not in found.missing_keys}
+    missing = {name for name in found.missing_keys if id(state[name]) not in present}  # some are shared by layers
+    # Of a table with new tokens, peft saves a second copy, which it does not read.
+    copies = {name for name in found.unexpected_keys if MODULES in name and name.replace(MODULES, ".") in shapes}
+    if odd := sorted(missing | (set(found.unexpected_keys) - copies)):
+        path = odd[0].removeprefix(PEFT_PREFIX)[:200]
+        raise ConfigError(
+            f"the adapter in {folder} is of another base, or damaged: {path!r} has no counterpart",
+            about="--peft",
+            value=odd,
+        )
+    return model
+
+
+def _merged(adapted: PeftModel, folder: Path) -> Any:
+    """The model without peft. Consumes ``adapted``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: Any = adapted.merge_and_unload(safe_merge=True).eval()
+    except Exception as error:  # as above
+        raise _refusal(folder, error) from error
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise DataError(f"{name} has values that are not finite, or that the adapter does not bring", about=name)
+    return model
+
+
+def _refusal(folder: Path, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return ConfigError(f"peft cannot merge the adapter in {folder} into this base: {reason}", about="--peft")
+
+
+def _sample(tokenizer: Path, model: nn.Module) -> Tensor:
+    config: Any = next(part.config for part in model.modules() if hasattr(part, "config"))
+    length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
+    return torch.tensor([pretrained.tokenizer(Base(tokenizer, "")).encode(TEXT).ids[:length]])
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return logits_of(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
+
+
+def _write(merged: Any, base: Base, tokenizer: Path | None, note: dict[str, str], stage: Path) -> None:
+    model = merged.encoder if hasattr(merged, "classifier") and not hasattr(merged, "config") else merged
+    embeddings, output = model.get_input_embeddings(), getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None and output.weight is not embeddings.weight:
+        model.config.tie_word_embeddings = False  # the adapter brings one of the two, or both
+    model.save_pretrained(stage)
+    replaced = {file.name for file in base.weight_files} | {INDEX, CONFIG}
+    for file in base.folder.iterdir():
+        if file.is_file() and file.name not in replaced:
+            shutil.copyfile(file, stage / file.name)
+    for file in (file for pattern in TOKENIZER_FILES for file in (tokenizer.glob(pattern) if tokenizer else ())):
+        shutil.copyfile(file, stage / file.name)
+    config = json.loads((stage / CONFIG).read_text())
+    config[PROVENANCE] = [*config.get(PROVENANCE, []), note]
+    (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _with_head(again: Any, merged: Any, saved: Sequence[str], folder: Path) -> PeftModel:
+    """The written base with an adapter that brings the head, which is saved in ``folder``."""
+    heads = [name for name in saved if any(path.endswith(name) for path, _ in again.named_modules())]
+    brought = {name: value for name, value in merged.state_dict().items() if in_modules(name, heads)}
+    again.load_state_dict(brought, strict=False)
+    layer = linear_layers(again, [ALL], heads)[0]
+    own = hasattr(again, "config")
+    lora = LoraConfig(
+        r=1, target_modules=[layer], modules_to_save=heads, task_type="SEQ_CLS" if own else None, lora_alpha=1
+    )
+    adapter = get_peft_model(again, lora).eval()
+    with torch.no_grad():
+        for name, value in adapter.named_parameters():
+            if ".lora_" in name:  # peft draws A; B is 0
+                value.zero_()
+    adapter.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, with nothing filled in
+    return adapter
