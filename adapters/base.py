@@ -18,9 +18,11 @@ from aggregation.errors import ConfigError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files
+MERGED_ADAPTERS = "merged_adapters"  # the key of ``config.json`` that states them
 IDENTITY_FILES = ("config.json", WEIGHTS, "tokenizer.json")
 LONGEST = {"config.json": 2**20, "tokenizer.json": 2**28, INDEX: 2**26}  # bytes; libraries read these files whole
 PART = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)  # a name in the base's own folder
+SHA256, METHOD = re.compile(r"[0-9a-f]{64}"), re.compile(r"[A-Z0-9_]{1,64}")
 GGUF, E5S1 = ".gguf", ".bin"
 CONVERTERS = {GGUF: "adapters.ggufbase", E5S1: "adapters.e5base"}
 CONVERSION = 1  # raise it when the folder that is made from the same file changes
@@ -60,6 +62,26 @@ class Base:
     def weight_bytes(self) -> int:
         """Size of the full model's weights, in bytes: what federated fine-tuning of everything would send."""
         return sum(file.stat().st_size for file in self.weight_files)
+
+    @property
+    def merged(self) -> dict[str, str]:
+        """The adapters that were merged into it: SHA-256 of the file → peft's name of the method.
+
+        Raises:
+            ConfigError: ``config.json`` states them in another form than ``edgeadapt base merge``.
+        """
+        try:
+            config = json.loads(read(self.folder / "config.json", LONGEST["config.json"]))
+            rows = [(row["sha256"], row["peft_type"]) for row in config.get(MERGED_ADAPTERS, [])]
+            sound = all(SHA256.fullmatch(sha256) and METHOD.fullmatch(method) for sha256, method in rows)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ConfigError(
+                f"{MERGED_ADAPTERS} in {self.folder / 'config.json'} is damaged: copy the base again",
+                about=MERGED_ADAPTERS,
+            )
+        return dict(rows)
 
 
 def find_base(where: str) -> Base:

@@ -22,6 +22,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]  # what every database has an inte
 Task = Literal["text-classification", "text-generation"]  # as optimum and transformers call them
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # stays inside its folder
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0  # beyond, an adapter is broken rather than badly calibrated
+PeftType = Annotated[str, Field(pattern=r"^[A-Z0-9_]{1,64}$")]
 RuntimeVersion = Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
 Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False)]
 Format = Literal["fp32", "fp16", "int8", "int4"]  # how an adapter file stores numbers (``quantization.py``)
@@ -168,6 +169,9 @@ class BaseManifest(Manifest):
     independent_rows: bool  # of a classifier: a row of a mixed batch gets the answer that it gets alone
     onnxruntime: RuntimeVersion  # the lowest version that runs the graphs
     opset: Count  # the version of ONNX's operators that the graphs use
+    merged: dict[
+        Sha256, PeftType
+    ]  # adapters that are part of the base: SHA-256 of the file → peft's name of the method
 
 
 @dataclass(frozen=True, slots=True)

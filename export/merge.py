@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adapters import pretrained
-from adapters.base import INDEX, Base, find_base
+from adapters.base import INDEX, MERGED_ADAPTERS, Base, find_base
 from adapters.classifier import ENCODER
 from adapters.graphinputs import PEFT_PREFIX, input_name
 from adapters.manifest import Task
@@ -39,7 +39,7 @@ from export.onnx.peftmodel import logits_of
 from export.onnx.slotted import label_count
 from export.onnx.targets import ALL, linear_layers
 
-CONFIG, PROVENANCE = "config.json", "merged_adapters"  # the key in it
+CONFIG = "config.json"
 MODULES = ".modules_to_save."
 HEAD = "head"  # a folder in the merged base's
 CLOSE = 1e-4  # of the largest logit: merging rounds each weight once
@@ -239,7 +239,7 @@ def _write(merged: Any, base: Base, tokenizer: Path | None, note: dict[str, str]
     for file in (file for pattern in TOKENIZER_FILES for file in (tokenizer.glob(pattern) if tokenizer else ())):
         shutil.copyfile(file, stage / file.name)
     config = json.loads((stage / CONFIG).read_text())
-    config[PROVENANCE] = [*config.get(PROVENANCE, []), note]
+    config[MERGED_ADAPTERS] = [*config.get(MERGED_ADAPTERS, []), note]
     (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -107,6 +107,7 @@ def _export(
         onnxruntime=runtime,
         opset=opset,
         work=work,
+        merged=base.merged,
         digests=headers.split(graph, inserted, about, work.path, store) | written(work.path, decoder.files),
     )
 

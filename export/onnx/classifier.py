@@ -76,6 +76,7 @@ def export_classifier(
         work=work,
         digests=digests,
         independent_rows=rows.independent_rows(work.path, slots, ids, longest),
+        merged=base.merged,
     )
 
 

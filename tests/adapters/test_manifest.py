@@ -43,6 +43,7 @@ BASE = BaseManifest(
     independent_rows=True,
     onnxruntime="1.23",
     opset=20,
+    merged={"f" * 64: "LOKR"},
 )
 ADAPTER = AdapterManifest(
     name="global",

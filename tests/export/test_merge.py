@@ -92,7 +92,7 @@ def test_what_was_merged_is_in_the_configuration_and_the_digest(llama: Base, tmp
     assert one.base.digest == same.base.digest != other.base.digest
     twice = merge(one.base, tmp_path / "b", tmp_path / "twice")
     noted = json.loads((twice.base.folder / "config.json").read_text())["merged_adapters"]
-    assert [(note["peft_type"], note["sha256"]) for note in noted] == [("LOKR", one.adapter), ("LOKR", other.adapter)]
+    assert twice.base.merged == {one.adapter: "LOKR", other.adapter: "LOKR"}
     assert [note["base_digest"] for note in noted] == [llama.digest, one.base.digest]
 
 
@@ -170,7 +170,9 @@ def test_an_adapter_of_another_base_is_refused(make_lm: Callable[..., Base], lla
 def test_a_merged_language_model_is_exported_as_any_base(llama: Base, tmp_path: Path, runner: Any) -> None:
     model = adapted(llama, configured("OFT", target_modules=["down_proj", "o_proj"]), tmp_path / "peft")
     done = merge(llama, tmp_path / "peft", tmp_path / "out")
-    side = runner(export_causal(done.base, ("q_proj",), Profile.FP32))
+    exported = export_causal(done.base, ("q_proj",), Profile.FP32)
+    assert exported.manifest.merged == {done.adapter: "OFT"}
+    side = runner(exported)
     tokens = np.arange(3, 20)[None]
     expected = logits(model).numpy()
     np.testing.assert_allclose(side.logits(tokens, {}, 5), expected, atol=1e-4 * np.abs(expected).max())
@@ -190,6 +192,7 @@ def test_a_merged_classifier_comes_with_an_adapter_that_brings_the_head(
     assert done.head == tmp_path / "out" / "head"
     origin = from_peft(done.head, 1, LABELS)
     exported = export_named(str(done.base.folder), "fp32", wanted(done.base, origin))
+    assert exported.manifest.merged == {done.adapter: "LOKR"}
     create(bundle, exported, origin, name="global", form="fp32", key=vendor)
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
     for found, expected in zip(infer(bundle, *TEXTS), by_torch(model, tiny_base, TEXTS), strict=True):

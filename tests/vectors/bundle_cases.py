@@ -259,6 +259,8 @@ class Made:
             ("independent rows that are a number", {"independent_rows": 1}),
             ("a runtime that is no version", {"onnxruntime": "1.x"}),
             ("an opset that is a text", {"opset": "20"}),
+            ("a merged adapter that is no digest", {"merged": {"my-adapter": "LOKR"}}),
+            ("a merged adapter whose method is no name", {"merged": {"ab" * 32: "LoKr by me"}}),
         ):
             yield case(name, "manifest", self.with_base(**fields))
         spaced = json.dumps(dict(reversed(self.body.items())), indent=1).encode()

@@ -146,6 +146,7 @@ def exported() -> ExportedBase:
         work=work,
         digests=digests | written(work.path, {TOKENIZER: tokenizer()}),
         independent_rows=True,
+        merged={sha256(b"the adapter that was merged"): "LOKR"},
     )
 
 

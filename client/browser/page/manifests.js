@@ -41,6 +41,7 @@ const BASE = {
   independent_rows: boolean,
   onnxruntime: matching(/^[0-9]{1,4}\.[0-9]{1,4}$/), // of the native runtime; the page brings its own
   opset: count,
+  merged: mapOf(sha256, matching(/^[A-Z0-9_]{1,64}$/)),
 };
 
 const ADAPTER = {

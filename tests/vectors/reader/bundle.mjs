@@ -34,6 +34,7 @@ const BASE = {
   independent_rows: (value) => typeof value === "boolean",
   onnxruntime: (value) => text(value) && /^[0-9]{1,4}\.[0-9]{1,4}$/.test(value),
   opset: integer,
+  merged: mapOf(digest, (value) => text(value) && /^[A-Z0-9_]{1,64}$/.test(value)),
 };
 const ADAPTER = {
   name: text,
