@@ -39,6 +39,7 @@ COMMANDS = {
         "Run a scenario file, from population to report.",
         "simulations",
     ),
+    "suite": ("simulations.cli.suite", "suite", "Compare arms of a scenario on several seeds.", "simulations"),
 }
 PROGRAM = "edgeadapt"
 INTERRUPTED = 130  # the exit code that a shell reports for a command that Ctrl-C ended

@@ -68,6 +68,16 @@ class LocalSettings(Settings):
     )
 
 
+class HeadSettings(Settings):
+    """Linear heads on frozen embeddings, which a client fits to its own examples and the public texts."""
+
+    ridge: float = Field(default=1.0, gt=0, description="ridge head: L2 penalty on the sum of squared errors")
+    logistic: float = Field(default=0.01, gt=0, description="logistic head: L2 penalty on the sum of the losses")
+    own_weight: float = Field(
+        default=1.0, gt=0, le=1000, description="weight of an example of the client's own; a public text has 1"
+    )
+
+
 class ExportSettings(Settings):
     """The bundles that devices run."""
 
@@ -107,6 +117,7 @@ class Scenario(Settings):
     network: NetworkSettings = NetworkSettings()
     personal: PersonalSettings = PersonalSettings()
     local: LocalSettings = LocalSettings()
+    head: HeadSettings = HeadSettings()
     export: ExportSettings = ExportSettings()
 
     def located(self, folder: Path) -> Self:

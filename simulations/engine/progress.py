@@ -29,13 +29,19 @@ class RunProgress:
         quiet: Show nothing; only listen.
         console: Where to show it, by default standard error. What is not a terminal is shown nothing.
         clock: Seconds, monotonic.
+        notify: Called with what is done at the moment, in a few words.
 
     Attributes:
         training_seconds: Sum over the devices that trained in this process.
     """
 
     def __init__(
-        self, *, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         console = console or Console(stderr=True)
         # The file is asked as well: FORCE_COLOR makes rich take a pipe for a terminal.
@@ -54,7 +60,7 @@ class RunProgress:
             transient=True,
             redirect_stdout=False,  # it may be a pipe that waits for JSON
         )
-        self._clock = clock
+        self._clock, self._notify = clock, notify
         self._listener = _Listener(self._take)
         self._levels: dict[str, int] = {}
         self._step, self._answered, self._asked = "", 0, 0
@@ -101,7 +107,9 @@ class RunProgress:
 
     @contextmanager
     def _shown(self, name: str, done: int, total: int | None) -> Iterator[None]:
-        task = self._display.add_task(name, total=total, completed=done, where=_where(name, done, total), note="")
+        where = _where(name, done, total)
+        self._notify(where)
+        task = self._display.add_task(name, total=total, completed=done, where=where, note="")
         self._display.advance(task, 0)  # the estimate counts from here
         try:
             yield
@@ -111,6 +119,7 @@ class RunProgress:
     def _advance(self) -> None:
         for task in self._display.tasks:  # one at most
             where = _where(task.description, int(task.completed) + 1, task.total)
+            self._notify(where)
             self._display.update(task.id, advance=1, where=where, note="")
 
     def _take(self, extra: Mapping[str, Any]) -> None:

@@ -1,0 +1,85 @@
+"""``edgeadapt suite``: arms against each other on several seeds, and their differences with intervals."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simulations.cli.simulate import RUNS
+
+MOST_JOBS = 4  # by default; each holds a base in memory
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def suite() -> None:
+    """Compare arms of a scenario on several seeds."""
+
+
+@suite.command(short_help="Run the arms of a suite on its seeds.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--seeds", type=click.IntRange(1, 1000), help="So many seeds, from 0 on.  [default: the file's]")
+@click.option(
+    "--jobs", type=click.IntRange(1, 256), help="Processes at the same time.  [default: one a core, at most 4]"
+)
+@click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite.  [default: runs/suite-NAME]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
+def run(file: Path, seeds: int | None, jobs: int | None, resume: bool, out: Path | None, as_json: bool) -> None:
+    """Run the arms of a suite FILE (.toml), or of one that is shipped, on its seeds.
+
+    An arm with a search first chooses its constants on other seeds, by the validation texts of the clients. A process
+    has one thread. After an interruption, the same command with --resume continues.
+
+    \b
+    Examples:
+      edgeadapt suite run households.toml --out runs/households
+      edgeadapt suite run my.toml --seeds 5 --jobs 2
+      edgeadapt suite run my.toml --seeds 5 --jobs 2 --resume
+    """
+    # Imported here, so that --help does not wait for the libraries.
+    from adapters.cores import cores
+    from simulations.suite.execute import execute
+    from simulations.suite.folder import read_suite, taken
+    from simulations.suite.progress import SuiteProgress
+
+    wanted = read_suite(file, seeds)
+    out = out or RUNS / f"suite-{wanted.settings.name}"
+    try:
+        with taken(out, wanted, resume=resume) as store, SuiteProgress(quiet=as_json) as progress:
+            execute(wanted, store, jobs or min(cores(), MOST_JOBS), progress.show)
+    except KeyboardInterrupt:
+        click.echo(
+            f"The finished parts are kept. To continue, add --out {shlex.quote(str(out))} --resume to the same command",
+            err=True,
+        )
+        raise
+    _report(out, as_json)
+
+
+@suite.command(short_help="Write and print the report of a suite.")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
+def report(folder: Path, as_json: bool) -> None:
+    """Write the report of a finished suite into its folder DIR, and print it.
+
+    \b
+    Examples:
+      edgeadapt suite report runs/households
+      edgeadapt suite report runs/households --json > suite.json
+    """
+    _report(folder, as_json)
+
+
+def _report(folder: Path, as_json: bool) -> None:
+    from simulations.suite.folder import open_suite
+    from simulations.suite.rendering import markdown
+    from simulations.suite.schedule import results
+    from simulations.suite.store import Store
+    from simulations.suite.summary import summarize
+
+    opened = open_suite(folder)
+    summary = summarize(opened.settings, results(opened, Store(folder)))
+    table: dict[str, Any] = summary.to_json()
+    click.echo(json.dumps(table) if as_json else markdown(summary))

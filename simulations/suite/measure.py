@@ -1,0 +1,257 @@
+"""Compute a trial: make each client's classifier as its arm does, and tally its answers.
+
+The rounds are those of a run (``simulations/engine``), without an export. The other arms need no fleet: they train from
+version 0, which the population's public texts and the scenario's seed give.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+
+from adapters import files
+from adapters.base import Base
+from adapters.layout import Floats, Tensors
+from adapters.storage import replace
+from adapters.task import MAX_LOSS
+from client.training.examples import Example, Split, in_split
+from client.training.trainer import Trainer, load_trainer
+from simulations.data import populate
+from simulations.data.population import Client, LabelledText, Population
+from simulations.engine import provision
+from simulations.engine.bases import training_base
+from simulations.engine.personal import ArmInputs, generator, local_arm, personal_step
+from simulations.engine.progress import RunProgress
+from simulations.engine.run import RunFolder, federate, prepare
+from simulations.scenario import Scenario
+from simulations.suite.heads import logistic_head, ridge_head, with_bias
+from simulations.suite.outcome import ClientScore, Cost, RoundPoint, Tally, TrialResult
+from simulations.suite.plan import Trial, digest_of
+from simulations.suite.settings import Kind
+from simulations.suite.store import BASES, FINISHED, Store
+
+MOST_PUBLIC = 200  # public texts that each client's classifier is asked
+CENTRAL = "/central"
+
+Answers = Callable[[Sequence[str]], Floats]  # texts → logits, shape (texts, labels)
+Notify = Callable[[str], None]  # takes what is done at the moment, in a few words
+
+
+def compute_rounds(trial: Trial, store: Store, notify: Notify) -> None:
+    """Run the rounds of a trial in their folder, from where they were interrupted, and keep what they cost."""
+    path, scenario = store.federation(trial), trial.rounds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        started = (path / "scenario.json").exists()
+        folder = RunFolder.resume(path, scenario) if started else RunFolder.start(path, scenario)
+        population, base = _population(scenario), _base(store, scenario)
+        before = _cpu()
+        try:
+            with RunProgress(quiet=True, notify=notify) as progress:
+                prepare(path, scenario, population, base)
+                federate(folder, population, progress)
+        finally:  # an interrupted run has spent it as well
+            folder.add("cpu", _cpu() - before)
+        replace(path / FINISHED, json.dumps({"cpu_seconds": folder.seconds["cpu"]}).encode())
+
+
+def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
+    """Compute a trial, whose rounds are finished.
+
+    Raises:
+        EdgeAdaptError: A training diverged, or the scenario does not fit the base or the population.
+    """
+    scenario = trial.scenario
+    population, base = _population(scenario), _base(store, scenario)
+    mine = load_trainer(base, len(population.labels), provision.lora(scenario))
+    manifest, blob = provision.first_adapter(scenario, population, base)
+    inputs = ArmInputs.of(scenario, manifest, files.decode(blob))
+    spent = _Spent()
+    answers = _answers(trial, mine, population, inputs, store, spent)
+    scores = []
+    for number, client in enumerate(population.clients, 1):
+        notify(f"client {number} of {len(population.clients)}")
+        with spent.training():
+            answer = answers(client)
+        scores.append(_score(client, answer, population.public))
+    return _result(trial, population, scores, store, spent)
+
+
+class _Spent:
+    """The processor time of training."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Add the time of the block."""
+        before = _cpu()
+        yield
+        self.seconds += _cpu() - before
+
+
+def _answers(
+    trial: Trial, mine: Trainer, population: Population, inputs: ArmInputs, store: Store, spent: _Spent
+) -> Callable[[Client], Answers]:
+    """What makes a client's classifier, in the way of the trial's arm."""
+
+    def fixed(adapter: Tensors) -> Callable[[Client], Answers]:
+        return lambda _: partial(mine.logits, adapter)
+
+    def fine_tuned(start: Tensors, arm: str = "") -> Callable[[Client], Answers]:
+        def answers(client: Client) -> Answers:
+            kept = personal_step(mine, client.name, provision.examples_of(client), start, inputs, arm=arm)
+            return partial(mine.logits, kept.adapter)
+
+        return answers
+
+    def local(client: Client) -> Answers:
+        kept = local_arm(mine, client.name, provision.examples_of(client), inputs)
+        return partial(mine.logits, kept.adapter)
+
+    match trial.kind:
+        case Kind.BASE:
+            return fixed(inputs.seed_adapter)
+        case Kind.LOCAL:
+            return local
+        case Kind.RIDGE | Kind.LOGISTIC:
+            return partial(_head, trial, mine, population)
+        case Kind.GLOBAL:
+            return fixed(_global(store.federation(trial)))
+        case Kind.PERSONAL:
+            return fine_tuned(_global(store.federation(trial)))
+        case Kind.CENTRAL | Kind.CENTRAL_PERSONAL:
+            with spent.training():
+                pooled = _pooled(mine, population, inputs)
+            return fixed(pooled) if trial.kind is Kind.CENTRAL else fine_tuned(pooled, CENTRAL)
+
+
+def _pooled(mine: Trainer, population: Population, inputs: ArmInputs) -> Tensors:
+    """Version 0, trained on the training texts of all clients that are not unseen, for the epochs of all rounds."""
+    examples = [e for client in population.clients if not client.unseen for e in _train(client)]
+    order = generator(inputs.seed, "", CENTRAL)
+    return mine.train(inputs.seed_adapter, examples, inputs.task, epochs=inputs.federation_epochs, rng=order)
+
+
+def _head(trial: Trial, mine: Trainer, population: Population, client: Client) -> Answers:
+    """A head that is fitted to the client's training texts and the public texts."""
+    settings, train = trial.scenario.head, _train(client)
+    texts = [*train, *(Example(text.text, text.label, Split.TRAIN) for text in population.public)]
+    x = with_bias(mine.embed([text.text for text in texts]))
+    labels = np.array([text.label for text in texts], np.int64)
+    weights = np.where(np.arange(len(texts)) < len(train), settings.own_weight, 1.0)
+    fit, penalty = (ridge_head, settings.ridge) if trial.kind is Kind.RIDGE else (logistic_head, settings.logistic)
+    head = fit(x, labels, weights, len(population.labels), penalty)
+    return lambda asked: (with_bias(mine.embed(asked)) @ head).astype(np.float32)
+
+
+def _train(client: Client) -> Sequence[Example]:
+    return in_split(provision.examples_of(client), Split.TRAIN)
+
+
+def _score(client: Client, answer: Answers, public: Sequence[LabelledText]) -> ClientScore:
+    asked = public[:: -(-len(public) // MOST_PUBLIC)]
+    parts = (client.validation, client.test, asked)
+    texts = [text for part in parts for text in part]
+    logits, labels = answer([text.text for text in texts]), np.array([text.label for text in texts], np.int64)
+    ends = list(accumulate(map(len, parts)))
+    tallies = [
+        _tally(logits[end - len(part) : end], labels[end - len(part) : end])
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    return ClientScore(client.name, client.unseen, *tallies)
+
+
+def _tally(logits: Floats, labels: NDArray[np.int64]) -> Tally:
+    if not len(labels):
+        return Tally("", 0.0)
+    losses = cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), reduction="none").clamp(max=MAX_LOSS)
+    right = logits.argmax(axis=1) == labels
+    return Tally("".join("1" if one else "0" for one in right), float(losses.mean()))
+
+
+def _result(
+    trial: Trial, population: Population, scores: Sequence[ClientScore], store: Store, spent: _Spent
+) -> TrialResult:
+    epochs, steps = _trained(trial, population)
+    points: tuple[RoundPoint, ...] = ()
+    down, up, cpu = 0.0, 0.0, spent.seconds
+    if trial.kind.federated:
+        folder = store.federation(trial)
+        cpu += json.loads((folder / FINISHED).read_bytes())["cpu_seconds"]
+        devices, found = sum(not client.unseen for client in population.clients), []
+        for record in provision.registry(folder).rounds():
+            up += record.bytes_up / max(1, len(record.survivors))
+            down += record.bytes_down / devices
+            found.append(RoundPoint(record.round, record.metrics.get("accuracy"), up + down))
+        points = tuple(found)
+    return TrialResult(tuple(scores), Cost(epochs, steps, cpu, up, down), points)
+
+
+def _trained(trial: Trial, population: Population) -> tuple[int, int]:
+    """Epochs of a client that is not unseen, and optimizer steps of all clients, dropouts not subtracted."""
+    federation = trial.scenario.federation
+    rounds, size = federation.rounds * federation.training.epochs, federation.training.batch_size
+    fine = trial.scenario.personal.epochs
+    seen = [len(client.train) for client in population.clients if not client.unseen]
+    everyone = [len(client.train) for client in population.clients]
+
+    def steps(counts: Sequence[int], epochs: int) -> int:
+        return epochs * sum(-(-count // size) for count in counts)
+
+    match trial.kind:
+        case Kind.LOCAL:
+            return rounds + fine, steps(everyone, rounds + fine)
+        case Kind.GLOBAL:
+            return rounds, steps(seen, rounds)
+        case Kind.PERSONAL:
+            return rounds + fine, steps(seen, rounds) + steps(everyone, fine)
+        case Kind.CENTRAL:
+            return rounds, steps([sum(seen)], rounds)
+        case Kind.CENTRAL_PERSONAL:
+            return rounds + fine, steps([sum(seen)], rounds) + steps(everyone, fine)
+        case _:
+            return 0, 0
+
+
+def _global(folder: Path) -> Tensors:
+    registry = provision.registry(folder)
+    last = registry.latest() or registry.version(0)
+    return registry.tensors(last.manifest.version)
+
+
+def _population(scenario: Scenario) -> Population:
+    return _populated(scenario.model_dump_json(include={"seed", "population", "data"}))
+
+
+@lru_cache(maxsize=2)
+def _populated(tables: str) -> Population:
+    """The population that these tables of a scenario, in JSON, describe; kept for the next trial."""
+    scenario = Scenario.parse(json.loads(tables), "scenario")
+    return populate(scenario.data, scenario.population, scenario.seed).population
+
+
+def _base(store: Store, scenario: Scenario) -> Base:
+    """The base of a trial; one that has to be made is shared by all trials that need the same."""
+    if not scenario.base_is_made:
+        return training_base(store.path, scenario, _population(scenario))
+    needs = scenario.model_dump(mode="json", include={"seed", "population", "data", "base", "export"})
+    folder = store.path / BASES / digest_of(needs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        return training_base(folder, scenario, _population(scenario))
+
+
+def _cpu() -> float:
+    """Processor seconds of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])

@@ -1,0 +1,87 @@
+"""The outcome of a trial: how each client's classifier answers, and what it cost."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """The answers to some texts.
+
+    Attributes:
+        right: A character for each text: ``1`` if its answer is right, else ``0``.
+        loss: Mean cross-entropy in nats; 0 without texts.
+    """
+
+    right: Annotated[str, Field(pattern=r"^[01]*$")]
+    loss: float
+
+    @property
+    def count(self) -> int:
+        """Texts."""
+        return len(self.right)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers; NaN without texts."""
+        return self.right.count("1") / len(self.right) if self.right else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class ClientScore:
+    """How one client's classifier answers.
+
+    Attributes:
+        name: Of the client.
+        unseen: Whether it took no part in training.
+        validation, test: The client's own texts of these parts.
+        public: The population's public texts.
+    """
+
+    name: str
+    unseen: bool
+    validation: Tally
+    test: Tally
+    public: Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a trial cost. Scoring is not counted.
+
+    Attributes:
+        epochs: Passes of a client over its training texts.
+        steps: Steps of the optimizer, all clients together.
+        cpu_seconds: Of training; in a federation with coordination and secure aggregation, all devices together.
+        bytes_up, bytes_down: Of one device, all rounds together.
+    """
+
+    epochs: int
+    steps: int
+    cpu_seconds: float
+    bytes_up: float = 0.0
+    bytes_down: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPoint:
+    """One round: the accuracy of the adapter it began with, if it is published, and one device's bytes until then."""
+
+    round: int
+    accuracy: float | None  # on the validation texts of its devices
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """All that is measured of one arm on one seed."""
+
+    clients: tuple[ClientScore, ...]
+    cost: Cost
+    rounds: tuple[RoundPoint, ...] = ()
+
+
+Outcome = TrialResult | str  # why the trial failed, in one line

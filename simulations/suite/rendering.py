@@ -1,0 +1,128 @@
+"""A suite in words and as a table in Markdown: the terminal and the page show the same."""
+
+import math
+from collections.abc import Iterator
+
+from simulations.report.formatting import count, duration, share, size_or_dash
+from simulations.suite.statistics import LEVEL, Difference, Estimate
+from simulations.suite.summary import ArmSummary, PairSummary, SuiteSummary
+
+TITLES = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
+SENTENCES = {
+    "mean": "{first} is {points} points {better} than {second}",
+    "p10": "at the 10th percentile {first} is {points} points {better} than {second}",
+    "unseen": "for unseen clients {first} is {points} points {better} than {second}",
+}
+NOISE = {
+    "mean": "the difference between {first} and {second} is within noise",
+    "p10": "at the 10th percentile the difference between {first} and {second} is within noise",
+    "unseen": "for unseen clients the difference between {first} and {second} is within noise",
+}
+LIKELY = 0.05
+
+
+def interval(found: Estimate) -> str:
+    """``.794 (.762–.823)``, without parentheses if there is no interval; a dash for NaN."""
+    spread = f" ({share(found.low)}–{share(found.high)})" if math.isfinite(found.low) else ""
+    return f"{share(found.value)}{spread}"
+
+
+def points(found: Difference) -> str:
+    """``+3.1 (1.2 to 5.0)``, in percentage points."""
+    spread = f"{100 * found.low:.1f} to {100 * found.high:.1f}" if math.isfinite(found.low) else "too few clients"
+    return f"{100 * found.value:+.1f} ({spread})"
+
+
+def sentence(pair: PairSummary, title: str, pairs: int) -> str:
+    """The comparison of one figure in plain words.
+
+    A difference whose interval contains 0 is called noise. One that Holm's correction for the ``pairs`` of the report
+    finds likely by chance is stated with that.
+    """
+    found, names = pair.figures[title], {"first": pair.first, "second": pair.second}
+    if found.is_noise:
+        text = f"{NOISE[title].format(**names)}: {points(found)}"
+        return text[0].upper() + text[1:] + "."
+    low, high = sorted((abs(found.low), abs(found.high)))
+    size, better = f"{100 * abs(found.value):.1f}", "better" if found.value > 0 else "worse"
+    text = SENTENCES[title].format(**names, points=size, better=better)
+    text += f" ({100 * LEVEL:.0f} %: {100 * low:.1f} to {100 * high:.1f})"
+    if found.adjusted > LIKELY:
+        text += f"; among {pairs} pairs, one such difference is likely by chance (Holm: p = {found.adjusted:.2f})"
+    return text[0].upper() + text[1:] + "."
+
+
+def sentences(summary: SuiteSummary) -> Iterator[str]:
+    """A sentence for each pair and figure."""
+    for pair in summary.pairs:
+        for title in SENTENCES:
+            if title in pair.figures:
+                yield sentence(pair, title, len(summary.pairs))
+
+
+def overview(summary: SuiteSummary) -> str:
+    """What the numbers are about, in one paragraph."""
+    text = (
+        f"{count(len(summary.seeds), 'seed')} ({_list(summary.seeds)}), {count(summary.clients, 'client')} over all "
+        f"seeds, {summary.unseen} of them unseen. In parentheses: {100 * LEVEL:.0f} % intervals, from resampled seeds "
+        "and clients."
+    )
+    if summary.search_seeds:
+        seeds = _list(summary.search_seeds)
+        text += f" Constants were chosen on the validation texts of clients of other seeds ({seeds})."
+    return text
+
+
+def costs(arm: ArmSummary) -> tuple[str, ...]:
+    """An arm's epochs, steps, CPU time, bytes up and down of one device, and rounds and bytes to the target."""
+    cost, reached = arm.cost, arm.reached
+    to_target = "–"
+    if reached is not None:
+        to_target = f"{reached.rounds:.1f}, {size_or_dash(reached.bytes)}" if reached.seeds else "not reached"
+    return (
+        str(cost.epochs),
+        f"{cost.steps:,}",
+        duration(cost.cpu_seconds),
+        size_or_dash(cost.bytes_up),
+        size_or_dash(cost.bytes_down),
+        to_target,
+    )
+
+
+def constants(arm: ArmSummary) -> str:
+    """What an arm's search chose, and what it cost."""
+    chosen = ", ".join(f"{key} = {value}" for key, value in arm.constants.items())
+    return f"{chosen} (of {count(arm.candidates, 'candidate')}, {duration(arm.search_cpu_seconds)} of CPU)"
+
+
+def markdown(summary: SuiteSummary) -> str:
+    """The whole report in Markdown."""
+    target = f"rounds, bytes to {share(summary.target, 2)}" if summary.target else "to target"
+    parts = [
+        f"# {summary.name}",
+        overview(summary),
+        _table(
+            ["accuracy", *TITLES.values(), "public", "forgotten"],
+            [
+                [name, *(interval(arm.figures[title]) for title in TITLES), share(arm.public), share(arm.forgotten)]
+                for name, arm in summary.arms.items()
+            ],
+        ),
+        "\n".join(f"- {line}" for line in sentences(summary)),
+        _table(
+            ["cost of a seed", "epochs", "steps", "CPU", "up", "down", target],
+            [[name, *costs(arm)] for name, arm in summary.arms.items()],
+        ),
+    ]
+    chosen = [f"- {name}: {constants(arm)}" for name, arm in summary.arms.items() if arm.constants]
+    parts += [] if not chosen else ["Constants:", "\n".join(chosen)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _list(seeds: tuple[int, ...]) -> str:
+    return ", ".join(map(str, seeds))

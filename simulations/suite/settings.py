@@ -1,0 +1,101 @@
+"""A suite file: a scenario, arms that are compared on it, seeds, and how each arm finds its constants."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from enum import Enum
+from typing import Annotated, Self
+
+from pydantic import Field, JsonValue, model_validator
+
+from adapters.settings import Settings
+
+Overrides = dict[str, JsonValue]  # dotted key of a scenario → value
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+NAME = r"^[a-z0-9][a-z0-9-]{0,39}$"
+
+
+class Kind(Enum):
+    """How an arm makes the classifier that a client answers with."""
+
+    BASE = "base"  # the vendor's head on the frozen base
+    LOCAL = "local"  # each client by itself
+    RIDGE = "ridge-head"  # a linear head on frozen embeddings: least squares with an L2 penalty
+    LOGISTIC = "logistic-head"  # the same with the logistic loss
+    GLOBAL = "global"  # the last adapter of the federation
+    PERSONAL = "personal"  # that adapter, fine-tuned in private
+    CENTRAL = "central"  # one adapter, trained on the pooled data of all clients that are not unseen
+    CENTRAL_PERSONAL = "central-personal"  # that adapter, fine-tuned in private
+
+    @property
+    def federated(self) -> bool:
+        """Whether the arm begins with the rounds of a federation."""
+        return self in (Kind.GLOBAL, Kind.PERSONAL)
+
+
+class SearchSettings(Settings):
+    """How arms find their constants: on seeds and with settings of their own, never on a seed that is reported."""
+
+    seeds: tuple[Seed, ...] = Field(default=(1000,), min_length=1, description="seeds of the searches")
+    set: Overrides = Field(default_factory=dict, description="overrides of the scenario in searches, for every arm")
+
+
+class ArmSettings(Settings):
+    """One arm of a suite."""
+
+    kind: Kind = Field(description="how the arm makes a client's classifier")
+    set: Overrides = Field(default_factory=dict, description="overrides of the scenario, for this arm")
+    search: dict[str, Annotated[tuple[JsonValue, ...], Field(min_length=1)]] = Field(
+        default_factory=dict, description="key of the scenario → values to choose from; all combinations are tried"
+    )
+
+    def candidates(self) -> Iterator[Overrides]:
+        """Every combination of the values to choose from; one without a key if there is nothing to choose."""
+        for values in itertools.product(*self.search.values()):
+            yield dict(zip(self.search, values, strict=True))
+
+
+class SuiteSettings(Settings):
+    """A suite. Overrides of an arm come after those of the suite."""
+
+    name: str = Field(default="suite", pattern=NAME, description="name of the suite")
+    scenario: str = Field(description="a scenario file, relative to the suite file, or one that is shipped")
+    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1, description="seeds that the report is about")
+    baseline: str = Field(default="", description="the arm that every other arm is compared with; none if empty")
+    compare: tuple[tuple[str, str], ...] = Field(default=(), description="further pairs of arms to compare")
+    target: float = Field(
+        default=0.0, ge=0, le=1, description="accuracy to which rounds and bytes are counted; 0: none"
+    )
+    set: Overrides = Field(default_factory=dict, description="overrides of the scenario, for every arm")
+    search: SearchSettings = SearchSettings()
+    arms: dict[Annotated[str, Field(pattern=NAME)], ArmSettings] = Field(min_length=1, description="name → arm")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        for name in (*([self.baseline] if self.baseline else []), *(arm for pair in self.compare for arm in pair)):
+            if name not in self.arms:
+                raise ValueError(f"there is no arm {name!r} to compare with; the arms are {', '.join(self.arms)}")
+        for seeds in (self.seeds, self.search.seeds):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"a seed occurs twice in {list(seeds)}")
+        if both := sorted({*self.seeds} & {*self.search.seeds}):
+            raise ValueError(f"seed {both[0]} is reported and searched on: constants must come from other seeds")
+        for name, arm in self.arms.items():
+            if "seed" in {*self.set, *self.search.set, *arm.set, *arm.search}:
+                raise ValueError(f"arm {name!r} sets seed: write seeds and search.seeds instead")
+        return self
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """The pairs of arms that are compared, each once: every arm with the baseline, then the further ones."""
+        against = [(name, self.baseline) for name in self.arms if self.baseline and name != self.baseline]
+        return tuple(dict.fromkeys([*against, *self.compare]))
+
+    def with_seeds(self, count: int) -> Self:
+        """The suite with ``count`` seeds, from 0 on.
+
+        Raises:
+            ConfigError: A search uses one of them.
+        """
+        table = json.loads(self.model_dump_json()) | {"seeds": list(range(count))}
+        return self.parse(table, "--seeds")

@@ -1,0 +1,204 @@
+"""`edgeadapt suite` from a file to a report, also after a kill or Ctrl-C, and the mistakes of its users."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgeadapt
+
+ARMS = """
+name = "tiny"
+scenario = "tiny.toml"
+seeds = [0, 1]
+baseline = "local"
+search.seeds = [7]
+arms.base.kind = "base"
+arms.local = {kind = "local", search = {"local.learning_rate" = [0.01, 0.03]}}
+arms.ridge.kind = "ridge-head"
+arms.personal.kind = "personal"
+"""
+Outcome = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def suite(scenario_file: Path) -> Path:
+    path = scenario_file.with_name("suite.toml")
+    path.write_text(ARMS)
+    return path
+
+
+def words(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "edgeadapt", "suite", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def finished(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A suite that was killed once, went on, and what it printed then."""
+    out = tmp_path_factory.mktemp("suites") / "with a space"
+    process = subprocess.Popen(words("run", suite, "--out", out, "--jobs", 2, "--json"), stdout=subprocess.DEVNULL)
+    results = out / "results"
+    deadline = time.monotonic() + 300
+    while not (results.exists() and any(results.iterdir())):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    arguments = words("run", suite, "--out", out, "--jobs", 2, "--json", "--resume")
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # nothing that was finished is computed again
+    return out, json.loads(done.stdout)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """The command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["edgeadapt", "suite", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            edgeadapt.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+@pytest.mark.slow
+def test_a_killed_suite_goes_on_and_its_report_has_every_arm_and_pair(
+    finished: tuple[Path, dict[str, Any]], run: Callable[..., Outcome]
+) -> None:
+    out, summary = finished
+    assert set(summary["arms"]) == {"base", "local", "ridge", "personal"}
+    assert [(pair["first"], pair["second"]) for pair in summary["pairs"]] == [
+        ("base", "local"),
+        ("ridge", "local"),
+        ("personal", "local"),
+    ]
+    assert summary["clients"] == 10
+    assert summary["arms"]["local"]["candidates"] == 2
+    assert summary["arms"]["local"]["constants"]["local.learning_rate"] in (0.01, 0.03)
+    code, printed, _ = run("report", out, "--json")
+    assert (code, json.loads(printed)) == (0, summary)
+    code, printed, _ = run("report", out)
+    assert code == 0
+    assert all(f"| {arm} |" in printed for arm in summary["arms"])
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_suite_is_continued_only_with_resume(
+    finished: tuple[Path, dict[str, Any]], suite: Path, run: Callable[..., Outcome]
+) -> None:
+    code, _, err = run("run", suite, "--out", finished[0])
+    assert code == 2
+    assert "--resume" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_finished_suite_computes_nothing_again_and_a_changed_one_only_what_is_new(
+    finished: tuple[Path, dict[str, Any]], suite: Path, tmp_path: Path, run: Callable[..., Outcome]
+) -> None:
+    out = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    changed = suite.with_name("changed.toml")
+    changed.write_text(ARMS.replace("seeds = [0, 1]", "seeds = [0]", 1).replace("ridge-head", "logistic-head"))
+    before = {path.name for path in (out / "results").iterdir()}
+    code, printed, err = run("run", changed, "--out", out, "--resume", "--json", "--jobs", 1)
+    assert code == 0, err
+    assert json.loads(printed)["clients"] == 5
+    assert len({path.name for path in (out / "results").iterdir()} - before) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_processes_and_says_how_to_go_on(suite: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        words("run", suite, "--out", out, "--jobs", 2), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while len(list((out / "logs").glob("*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [int(line) for line in _children(process.pid)]
+    assert len(workers) == 2
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == edgeadapt.INTERRUPTED
+    assert err.splitlines()[-1] == "edgeadapt: interrupted"
+    assert "--resume" in err
+    assert "Traceback" not in err
+    assert not [pid for pid in workers if _runs(pid)]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_suite_in_one_line(suite: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        words("run", suite, "--out", out, "--jobs", 1), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while not (workers := _children(process.pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 5
+    assert "worker-1.log" in err
+    assert err.count("\n") == 1
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def _runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_mistakes_are_named_in_one_line(suite: Path, tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    broken = suite.with_name("broken.toml")
+    broken.write_text(ARMS + 'arms.other = {kind = "local", set = {"federation.round" = 3}}\n')
+    for arguments, named in (
+        (("run", tmp_path / "absent.toml"), "absent.toml"),
+        (("run", suite, "--out", tmp_path), "not empty"),
+        (("run", suite, "--out", tmp_path / "x", "--seeds", 8), "seed 7"),
+        (("run", broken, "--out", tmp_path / "x"), "federation.rounds"),
+        (("report", tmp_path), "no suite"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert named in err
+        assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    code, _, err = run("run", suite, "--out", tmp_path / "thesis.tex" / "x")
+    assert code == 1
+    assert err.count("\n") == 1
+
+
+def test_an_unfinished_or_damaged_suite_has_no_report(suite: Path, tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    from simulations.suite.folder import SUITE, read_suite, taken
+
+    out = tmp_path / "run"
+    with taken(out, read_suite(suite), resume=False):
+        code, _, err = run("run", suite, "--out", out, "--resume")
+        assert code == 2
+        assert "another process" in err
+    code, _, err = run("report", out)
+    assert code == 5
+    assert "not finished" in err
+    (out / SUITE).write_text("{}")
+    code, _, err = run("report", out)
+    assert code == 2
+    assert "damaged" in err
