@@ -65,6 +65,10 @@ class Layout:
         rows = [[spec.name, list(spec.shape)] for spec in self.tensors]
         return hashlib.sha256(jsontext.encode(rows)).hexdigest()
 
+    def select(self, tensors: Mapping[str, Floats]) -> Tensors:
+        """Those of ``tensors`` that this layout names."""
+        return {spec.name: tensors[spec.name] for spec in self.tensors if spec.name in tensors}
+
     def check(self, tensors: Mapping[str, Floats]) -> None:
         """Refuse tensors of another layout or with values that are not finite.
 

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters import jsontext
 from adapters.layout import Layout
+from adapters.parts import Part, mask, only
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.keystream import Keystream
@@ -50,6 +51,9 @@ class Task:
     batch_size: Annotated[int, Field(gt=0, le=1024)]
     learning_rate: Annotated[float, Field(gt=0, le=1)]  # of AdamW
     weight_decay: Annotated[float, Field(ge=0, le=1)]
+    proximal: Annotated[float, Field(ge=0, le=1000)]  # μ of FedProx: adds μ/2 · ‖w - w₀‖² to the loss
+    trained: tuple[Part, ...]  # parts of the adapter; the others stay as they are
+    shared: tuple[Part, ...]  # parts whose updates are summed; those of ``trained`` that are not stay on the device
 
     def encode(self) -> bytes:
         """JSON, the same bytes for equal tasks: ``Task.decode(task.encode()) == task``."""
@@ -60,14 +64,36 @@ class Task:
         """Read a task.
 
         Raises:
-            ProtocolError: A field is missing, unknown or out of range.
+            ProtocolError: A field is missing, unknown or out of range, or nothing is both trained and shared.
         """
         try:
-            return TypeAdapter(cls).validate_json(raw, strict=True)
+            found = TypeAdapter(cls).validate_json(raw, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             field = f"task.{'.'.join(map(str, first['loc']))}"
             raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
+        if not set(found.trained) & set(found.shared):
+            raise ProtocolError("task.shared: no part of the adapter is both trained and shared", about="task.shared")
+        return found
+
+    @property
+    def private(self) -> frozenset[Part]:
+        """The parts that are trained and stay on the device."""
+        return frozenset(self.trained) - frozenset(self.shared)
+
+
+def shared_layout(layout: Layout, task: Task) -> Layout:
+    """The tensors whose updates are summed.
+
+    Args:
+        layout: Of the adapter.
+        task: Of the round.
+
+    Raises:
+        DataError: The adapter has no part that is both trained and shared.
+    """
+    only(layout, set(task.trained) & set(task.shared))
+    return only(layout, task.shared)
 
 
 def contribution_spec(
@@ -77,7 +103,8 @@ def contribution_spec(
 
     A device's weight is its number of examples, at most ``weight_cap``. ``delta`` is the clipped delta times the
     weight, so that a coordinate is within ``clip_norm * weight_cap``. ``correct``, ``loss`` and ``held_out`` come from
-    the adapter that the device received, measured on its held-out part before training.
+    the adapter that the device received, with the device's private parts, measured on its held-out part before
+    training. ``layout`` is that of the shared tensors.
 
     Raises:
         ConfigError: The ring cannot hold the sum of so many devices, or cannot count their examples one by one.
@@ -134,8 +161,10 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
         raise DataError(text, about="vector.delta")
 
 
-def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int, adapter: bytes) -> NDArray[np.float32]:
-    """The mean of the survivors' deltas, weighted by their examples.
+def weighted_mean(
+    spec: SessionSpec, task: Task, layout: Layout, sums: Sums, survivors: int, adapter: bytes
+) -> NDArray[np.float32]:
+    """The mean of the survivors' deltas, weighted by their examples; zero in the parts that the task does not train.
 
     The mean is published, as the difference of two adapters. Without noise its coordinates can have a period, of which
     the total weight W is a factor:
@@ -162,6 +191,7 @@ def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int, ada
     Args:
         spec, sums, survivors: As of ``require_reach``.
         task: Of the round's plan.
+        layout: Of the shared tensors.
         adapter: SHA-256 of the adapter from which they trained.
 
     Raises:
@@ -173,8 +203,8 @@ def weighted_mean(spec: SessionSpec, task: Task, sums: Sums, survivors: int, ada
         key.update(sums[segment.name].astype("<f8").tobytes())
     step = next(spec.vector.step(segment) for segment in spec.vector.segments if segment.name == "delta")
     noisy = delta + _width(step, task, weight, survivors) * _dither(key.digest(), delta.size)
-    mean: NDArray[np.float32] = (noisy / (weight or survivors)).astype(np.float32)
-    return mean
+    mean = (noisy / (weight or survivors)).astype(np.float32)
+    return np.where(mask(layout, task.trained), mean, np.float32(0))
 
 
 def _width(step: float, task: Task, weight: float, survivors: int) -> float:

@@ -40,7 +40,7 @@ class LastSum:
     adapter: str
     survivors: Mapping[str, int]
     blamed: frozenset[str] = frozenset()
-    terms: Mapping[str, float] = field(default_factory=dict)
+    terms: Mapping[str, float | str] = field(default_factory=dict)
 
     def unmet(self, devices: Collection[str], revoked: RevocationList | None) -> str:
         """What another sum over the same devices lacks, and what ends that; empty if nothing.
@@ -64,11 +64,13 @@ def names(devices: Sequence[str]) -> str:
     return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
 
 
-def terms(task: Task, clip_norm: float, weight_cap: int) -> dict[str, float]:
+def terms(task: Task, clip_norm: float, weight_cap: int) -> dict[str, float | str]:
     """The settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
-    training = ("epochs", "batch_size", "learning_rate", "weight_decay")
+    training = ("epochs", "batch_size", "learning_rate", "weight_decay", "proximal")
+    parts = {name: ", ".join(part.value for part in getattr(task, name)) for name in ("trained", "shared")}
     bounds = {"aggregation.clip_norm": clip_norm, "aggregation.weight_cap": weight_cap}
-    return {f"training.{name}": getattr(task, name) for name in training} | bounds
+    method = {f"method, which has as {name}": value for name, value in parts.items()}
+    return {f"training.{name}": getattr(task, name) for name in training} | method | bounds
 
 
 def serials(certificates: Iterable[bytes]) -> dict[str, int]:

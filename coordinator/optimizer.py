@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from adapters.layout import Floats, Tensors
+from adapters.layout import Floats, Layout, Tensors
 from adapters.manifest import ServerRule
 from aggregation.errors import ConfigError, DataError
 
@@ -74,14 +74,53 @@ class FedAdam:
             raise ConfigError(
                 f"tau = {self.tau} is too small: its square is zero in float32", about="tau", value=self.tau
             )
-        for name in ("beta1", "beta2"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} = {value} must be at least 0 and below 1", about=name, value=value)
+        _decay("beta1", self.beta1)
+        _decay("beta2", self.beta2)
+
+
+@dataclass(frozen=True, slots=True)
+class FedYogi(FedAdam):
+    """Yogi on the server (Reddi et al. 2021, algorithm 2): FedAdam with another second moment::
+
+        v = v - (1 - beta2) * d**2 * sign(v - d**2)
+
+    It grows as fast as FedAdam's where deltas become larger, and shrinks more slowly where they become smaller.
+    Everything else is as for ``FedAdam``.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class FedAvgM:
+    """Federated averaging with momentum on the server (Hsu et al. 2019, "Measuring the Effects of Non-Identical Data
+    Distribution for Federated Visual Classification").
+
+    For each coordinate, with the mean delta ``d``, starting from ``v = 0``::
+
+        v = momentum * v + d
+        x = x + learning_rate * v
+
+    Raises:
+        ConfigError: The learning rate is not a positive number, or the momentum is not at least 0 and below 1.
+    """
+
+    learning_rate: float = 1.0
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        _positive("learning_rate", self.learning_rate)
+        _decay("momentum", self.momentum)
 
 
 @dataclass(frozen=True, slots=True)
 class Stateless:
     """FedAvg has no state."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Velocity:
+    """FedAvgM's ``v``, float32 of shape ``(n,)``."""
+
+    velocity: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,8 +131,9 @@ class Moments:
     second: Floats
 
 
-Settings = FedAvg | FedAdam
-State = Stateless | Moments
+Settings = FedAvg | FedAvgM | FedAdam | FedYogi
+State = Stateless | Velocity | Moments
+KINDS: dict[str, type[Settings]] = {kind.__name__: kind for kind in (FedAvg, FedAvgM, FedAdam, FedYogi)}
 
 
 def to_rule(settings: Settings) -> ServerRule:
@@ -110,8 +150,7 @@ def of_rule(rule: ServerRule) -> Settings:
     Raises:
         ConfigError: There is no such optimizer, or its numbers are not those of that name or out of their range.
     """
-    kinds: dict[str, type[Settings]] = {kind.__name__: kind for kind in (FedAvg, FedAdam)}
-    kind = kinds.get(rule.name)
+    kind = KINDS.get(rule.name)
     if kind is None or {field.name for field in fields(kind)} != set(rule.numbers):
         raise ConfigError(
             f"there is no server optimizer {rule.name!r} with such numbers", about="rule", value=rule.name
@@ -128,6 +167,8 @@ def start(settings: Settings, size: int) -> State:
     match settings:
         case FedAvg():
             return Stateless()
+        case FedAvgM():
+            return Velocity(np.zeros(size, np.float32))
         case FedAdam(tau=tau):
             return Moments(np.zeros(size, np.float32), np.full(size, np.float32(tau) ** 2, np.float32))
 
@@ -155,6 +196,10 @@ def step(settings: Settings, state: State, adapter: Floats, mean_delta: Floats) 
         match settings, state:
             case FedAvg(learning_rate=rate), Stateless():
                 return state, _within(adapter + np.float32(rate) * mean_delta)
+            case FedAvgM(learning_rate=rate, momentum=momentum), Velocity(velocity=velocity):
+                _check(adapter, velocity)
+                faster = _finite(np.float32(momentum) * velocity + mean_delta)
+                return Velocity(faster), _within(adapter + np.float32(rate) * faster)
             case FedAdam(), Moments():
                 _check(adapter, state.first)
                 return _adam(settings, state, adapter, mean_delta)
@@ -168,9 +213,26 @@ def _adam(settings: FedAdam, state: Moments, adapter: Floats, delta: Floats) -> 
     rate, beta1, beta2, tau = map(np.float32, (settings.learning_rate, settings.beta1, settings.beta2, settings.tau))
     one = np.float32(1)
     first = beta1 * state.first + (one - beta1) * delta
-    second = beta2 * state.second + (one - beta2) * (delta * delta)
+    square = delta * delta
+    if isinstance(settings, FedYogi):
+        second = state.second - (one - beta2) * square * np.sign(state.second - square)
+    else:
+        second = beta2 * state.second + (one - beta2) * square
     scale: Floats = np.sqrt(second) + tau
     return Moments(_finite(first), _finite(second)), _within(adapter + rate * first / scale)
+
+
+def advance(settings: Settings, state: State, tensors: Tensors, shared: Layout, mean: Floats) -> tuple[State, Tensors]:
+    """The next adapter: ``step`` on the shared tensors, and the others as they were.
+
+    Args:
+        settings, state: As of ``step``.
+        tensors: Of the adapter.
+        shared: The layout of those that are summed.
+        mean: float32 of shape ``(shared.size,)``.
+    """
+    state, vector = step(settings, state, shared.flatten(shared.select(tensors)), mean)
+    return state, tensors | shared.unflatten(vector)
 
 
 def to_tensors(state: State) -> Tensors:
@@ -184,6 +246,8 @@ def to_tensors(state: State) -> Tensors:
     match state:
         case Stateless():
             return {}
+        case Velocity(velocity=velocity):
+            return {"velocity": velocity}
         case Moments(first=first, second=second):
             return {"first": first, "second": second}
 
@@ -201,14 +265,17 @@ def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> Stat
     """
     if not stored:
         return start(settings, size)
-    fits = isinstance(settings, FedAdam) and stored.keys() == {"first", "second"}
-    if not fits or any(value.shape != (size,) or value.dtype != np.float32 for value in stored.values()):
+    kind: type[Velocity | Moments] | None = None
+    if not isinstance(settings, FedAvg):
+        kind = Velocity if isinstance(settings, FedAvgM) else Moments
+    fits = kind is not None and stored.keys() == {field.name for field in fields(kind)}
+    if kind is None or not fits or any(v.shape != (size,) or v.dtype != np.float32 for v in stored.values()):
         raise ConfigError(
             f"the stored optimizer state is not that of {type(settings).__name__} over {size} elements:"
             " keep the optimizer that wrote it, or start a new registry",
             about="optimizer",
         )
-    return Moments(stored["first"], stored["second"])
+    return kind(**stored)
 
 
 def _check(adapter: Floats, other: Floats) -> None:
@@ -231,6 +298,11 @@ def _finite(vector: Floats) -> Floats:
 
 def _within(adapter: Floats) -> Floats:
     return np.clip(_finite(adapter), -np.float32(LARGEST), np.float32(LARGEST))
+
+
+def _decay(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name} = {value} must be at least 0 and below 1", about=name, value=value)
 
 
 def _positive(name: str, value: float) -> None:

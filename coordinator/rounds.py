@@ -18,7 +18,7 @@ from adapters.cores import cores
 from adapters.layout import Tensors
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
-from adapters.task import metrics_of, require_reach, weighted_mean
+from adapters.task import metrics_of, require_reach, shared_layout, weighted_mean
 from aggregation import server
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki import Root
@@ -78,15 +78,16 @@ def federate(
                 last = None
             if last is not None:
                 _require_same_terms(last, adapter, settings)
+            task = settings.task(adapter.manifest)
+            shared = shared_layout(adapter.layout, task)
             # Whatever can fail after a sum was unmasked fails before: devices help to few sums from an adapter.
-            state = optimizer.restore(settings.server.rule(), registry.optimizer_state(), adapter.layout.size)
+            state = optimizer.restore(settings.server.rule(), registry.optimizer_state(), shared.size)
             if cohort is None or session is None or _is_over(cohort, session, last, read_root):
                 rounds = min(settings.rounds - number + 1, settings.aggregation.session_rounds)
                 cohort, session = make_session(adapter, rounds, f"session-{number}", last)
             cohort.dropped.clear()
-            task = settings.training.task(adapter.manifest).encode()
             with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
-                outcome = _aggregate(cohort, session, adapter, task, number, last)
+                outcome = _aggregate(cohort, session, adapter, task.encode(), number, last)
             last = _last_sum(cohort, adapter, outcome) or last
             if isinstance(outcome, RoundAborted):
                 session, made = _after_abort(outcome, last, transport), None
@@ -131,7 +132,7 @@ def _require_same_terms(last: LastSum, adapter: StoredAdapter, settings: Federat
         ConfigError: A setting has changed.
     """
     bounds = settings.aggregation
-    now = lastsum.terms(settings.training.task(adapter.manifest), bounds.clip_norm, bounds.weight_cap)
+    now = lastsum.terms(settings.task(adapter.manifest), bounds.clip_norm, bounds.weight_cap)
     for name, before in last.terms.items():
         if now[name] != before:
             text = f"{name} is {now[name]}, and the last sum from adapter {adapter.manifest.version}, with {before}, "
@@ -249,12 +250,13 @@ def _step(
     settings: FederationSettings,
 ) -> _NextAdapter:
     """From the sum to the next adapter."""
-    layout, parent, plan = adapter.layout, adapter.manifest, cohort.recorder.log.plan or b""
+    parent, plan = adapter.manifest, cohort.recorder.log.plan or b""
     session, result = outcome
-    rule, task = settings.server.rule(), settings.training.task(parent)
-    mean = weighted_mean(session.session.spec, task, result.values, len(result.survivors), bytes.fromhex(parent.sha256))
-    state, vector = optimizer.step(rule, state, layout.flatten(adapter.tensors), mean)
-    blob = files.encode(layout.unflatten(vector))
+    rule, task = settings.server.rule(), settings.task(parent)
+    shared, digest = shared_layout(adapter.layout, task), bytes.fromhex(parent.sha256)
+    mean = weighted_mean(session.session.spec, task, shared, result.values, len(result.survivors), digest)
+    state, tensors = optimizer.advance(rule, state, adapter.tensors, shared, mean)
+    blob = files.encode(tensors)
     manifest = replace(
         parent,
         version=parent.version + 1,

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from adapters.cores import ahead, cores
+from adapters.task import shared_layout
 from aggregation import graph, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
@@ -197,7 +198,8 @@ def establish(
     """
     reason = ""
     layout, base = adapter.layout, adapter.manifest.base_digest
-    spec_of = partial(settings.aggregation.spec, layout=layout, base_digest=base, rounds=rounds)
+    shared = shared_layout(layout, settings.task(adapter.manifest))
+    spec_of = partial(settings.aggregation.spec, layout=layout, base_digest=base, rounds=rounds, shared=shared)
     for attempt in range(1, settings.attempts + 1):
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
         present = check_in(key, root, transport, name, last)

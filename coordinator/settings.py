@@ -1,8 +1,8 @@
 """The settings of a federation, ``federation.toml``: rounds, training, the server's step, secure aggregation."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
@@ -12,7 +12,9 @@ from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.graph import GraphParameters
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
-from coordinator.optimizer import FedAdam, FedAvg
+from coordinator.methods import METHODS
+from coordinator.optimizer import FedAdam, FedAvg, FedAvgM, FedYogi
+from coordinator.optimizer import Settings as ServerOptimizer
 
 SETTINGS = "federation.toml"  # in the coordinator's state directory
 
@@ -24,37 +26,41 @@ class Training(Settings):
     batch_size: int = Field(default=16, ge=1, le=1024, description="examples in a step")
     learning_rate: float = Field(default=2e-3, gt=0, le=1, description="learning rate of AdamW")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="weight decay of AdamW")
-
-    def task(self, manifest: VersionManifest) -> Task:
-        """The task for the adapter that ``manifest`` describes."""
-        return Task(
-            peft_config=manifest.peft_config,
-            labels=manifest.labels,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-        )
+    proximal: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="weight of FedProx's term in the loss: half of it times the squared distance from the global "
+        "adapter",
+    )
 
 
 class Server(Settings):
     """The server's step, on the mean of the devices' updates."""
 
-    optimizer: Literal["fedavg", "fedadam"] = Field(
-        default="fedavg", description="rule of the server's step: fedavg or fedadam"
+    optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = Field(
+        default="fedavg", description="rule of the server's step: fedavg, fedavgm, fedadam or fedyogi"
     )
     learning_rate: float = Field(default=1.0, gt=0, description="learning rate of the server's step")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="fedadam: decay of the first moment")
-    beta2: float = Field(default=0.99, ge=0, lt=1, description="fedadam: decay of the second moment")
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="fedavgm: the momentum; fedadam, fedyogi: decay of the first moment"
+    )
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="fedadam, fedyogi: decay of the second moment")
     tau: float = Field(
-        default=1e-3, gt=0, description="fedadam: added to the root of the second moment, in weight units"
+        default=1e-3, gt=0, description="fedadam, fedyogi: added to the root of the second moment, in weight units"
     )
 
-    def rule(self) -> FedAvg | FedAdam:
+    def rule(self) -> ServerOptimizer:
         """The optimizer's settings as its own type."""
-        if self.optimizer == "fedavg":
-            return FedAvg(self.learning_rate)
-        return FedAdam(self.learning_rate, self.beta1, self.beta2, self.tau)
+        match self.optimizer:
+            case "fedavg":
+                return FedAvg(self.learning_rate)
+            case "fedavgm":
+                return FedAvgM(self.learning_rate, self.beta1)
+            case "fedadam":
+                return FedAdam(self.learning_rate, self.beta1, self.beta2, self.tau)
+            case "fedyogi":
+                return FedYogi(self.learning_rate, self.beta1, self.beta2, self.tau)
 
 
 class Aggregation(Settings):
@@ -98,14 +104,23 @@ class Aggregation(Settings):
         "the exact number of examples; takes devices × rounds × upload of disk space",
     )
 
-    def spec(self, devices: int, layout: Layout, base_digest: str, rounds: int) -> SessionSpec:
+    def spec(
+        self, devices: int, layout: Layout, base_digest: str, rounds: int, shared: Layout | None = None
+    ) -> SessionSpec:
         """The parameters of a session with a cohort of ``devices``.
+
+        Args:
+            devices: Of the cohort.
+            layout: Of the adapter.
+            base_digest: Of the frozen base.
+            rounds: Of the session.
+            shared: The tensors whose updates are summed; None: all.
 
         Raises:
             ConfigError: The ring cannot hold the sum of so many devices, or as ``masking_graph`` and ``_survivors``.
         """
         vector = contribution_spec(
-            layout,
+            shared or layout,
             clip_norm=self.clip_norm,
             weight_cap=self.weight_cap,
             ring_bits=self.ring_bits,
@@ -185,6 +200,35 @@ class FederationSettings(Settings):
         description="attempts at making a session before the run ends, and at a step of a round that too few devices "
         "answer; the pauses between them grow from 15 s to the deadline",
     )
+    method: Literal["fedit", "ffa", "rolora", "fedsa", "fedper", "head"] = Field(
+        default="fedit",
+        description="which parts of the adapter devices train and share (docs/reference/federated-methods.md): fedit, "
+        "ffa, rolora, fedsa, fedper or head",
+    )
     training: Training = Training()
     server: Server = Server()
     aggregation: Aggregation = Aggregation()
+
+    @model_validator(mode="after")
+    def _takes_turns(self) -> Self:
+        if len(METHODS[self.method].turns) > 1 and self.server.optimizer != "fedavg":
+            raise ValueError(
+                f"method {self.method} trains parts by turns, and {self.server.optimizer} would move a part in the "
+                "rounds of another: take server.optimizer fedavg"
+            )
+        return self
+
+    def task(self, manifest: VersionManifest) -> Task:
+        """The task for the adapter that ``manifest`` describes."""
+        training, method = self.training, METHODS[self.method]
+        return Task(
+            peft_config=manifest.peft_config,
+            labels=manifest.labels,
+            epochs=training.epochs,
+            batch_size=training.batch_size,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            proximal=training.proximal,
+            trained=method.trained(manifest.version),
+            shared=method.shared,
+        )

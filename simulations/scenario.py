@@ -55,6 +55,12 @@ class PersonalSettings(Settings):
 
     epochs: int = Field(default=3, ge=0, le=100, description="passes over the household's own examples")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="learning rate of AdamW in the personal step")
+    proximal: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="weight of Ditto's term in its loss: half of it times the squared distance from the global adapter",
+    )
 
 
 class LocalSettings(Settings):

@@ -143,8 +143,11 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
         )
         snapshot = state_dir.load_snapshot(planned.ready.session.peers[planned.ready.me].share_key)
         limits = state_dir.settings.policy.training()
-        vector = train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples, limits)
+        kept = state_dir.load_private_parts()
+        vector, parts = train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples, limits, kept)
         after, answer = planned.contribute(device, vector, cores())
+        if parts is not None:
+            state_dir.save_private_parts(parts)
         state_dir.save_adapter_state(adapter_state)
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):

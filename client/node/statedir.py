@@ -3,7 +3,7 @@
 Every file is readable by its owner only. The state of a session is encrypted at rest, and replaced atomically *before*
 an answer leaves the device: a device that restarts never answers a step twice. Log state, adapter state and the newest
 revocation list are replaced in the same way; none of them is secret. What a session trains on is encrypted as well
-(``snapshot``).
+(``snapshot``), and so are the parts of an adapter that are not shared (``privateparts``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +29,7 @@ from aggregation.transcript import LogState
 from aggregation.wire import Codec
 from client.node.adapterstate import ADAPTER_STATE, AdapterState
 from client.node.policy import PolicySettings
+from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot, session_secret
 
 SETTINGS = "device.toml"
@@ -45,6 +46,7 @@ STATE = "session.sealed"
 SNAPSHOT = "examples.sealed"
 LOG_STATE = "log.state"
 ADAPTERS = "adapter.state"
+PRIVATE = "private.sealed"
 REVOKED = "revoked.crl"
 LOCK = "session.lock"
 LONGEST = 2**21  # bytes of a file other than those below: a revocation list in PEM form is the largest
@@ -230,9 +232,23 @@ class DeviceStateDir:
         """Replace the adapter state atomically."""
         replace(self.folder / ADAPTERS, ADAPTER_STATE.encode(state))
 
+    def load_private_parts(self) -> PrivateParts | None:
+        """The parts of the adapter that this device trains and does not share; None if there are none.
+
+        Raises:
+            TrustError: The file was altered.
+        """
+        if not (self.folder / PRIVATE).exists():
+            return None
+        return self._parse(partial(PrivateParts.open, key=self._read(SEALING_KEY)), PRIVATE)
+
+    def save_private_parts(self, parts: PrivateParts) -> None:
+        """Seal them, and replace the old ones atomically."""
+        replace(self.folder / PRIVATE, parts.seal(self._read(SEALING_KEY)))
+
     def forget(self) -> None:
         """Leave the session, and delete what this device remembers of the coordinator."""
-        for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS):
+        for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS, PRIVATE):
             (self.folder / name).unlink(missing_ok=True)
 
     def _decode(self, codec: Codec[Read], name: str) -> Read | None:
@@ -250,7 +266,7 @@ class DeviceStateDir:
 
     def _read(self, name: str) -> bytes:
         try:
-            return read(self.folder / name, LONGEST_STATE if name in (STATE, SNAPSHOT, ADAPTERS) else LONGEST)
+            return read(self.folder / name, LONGEST_STATE if name in (STATE, SNAPSHOT, ADAPTERS, PRIVATE) else LONGEST)
         except DataError as error:  # a device, a pipe, or too large; no error about examples
             raise TrustError(str(error), about=error.about, value=error.value) from error
         except FileNotFoundError as error:

@@ -15,15 +15,17 @@ import numpy as np
 from adapters import files
 from adapters.base import Base
 from adapters.layout import Layout, Tensors
-from adapters.task import Task
+from adapters.task import Task, shared_layout
 from aggregation.client import Planned
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
+from client.node.privateparts import PrivateParts
 from client.node.snapshot import Draw, Snapshot
 from client.training.contribute import Outcome, contribution, require_bounds
 from client.training.examples import Example, Split, in_split, parse_examples
 from client.training.limits import TrainingLimits
+from client.training.private import private_file, subject_of, with_private
 
 if TYPE_CHECKING:  # imports torch
     from client.training.trainer import Trainer
@@ -31,11 +33,29 @@ if TYPE_CHECKING:  # imports torch
 log = logging.getLogger("edgeadapt.device")
 
 
-def train(base: Base, planned: Planned, blob: bytes, snapshot: Snapshot, path: Path, limits: TrainingLimits) -> Ring:
-    """Train the adapter in ``blob`` on the snapshot's examples, and return the contribution.
+def train(
+    base: Base,
+    planned: Planned,
+    blob: bytes,
+    snapshot: Snapshot,
+    path: Path,
+    limits: TrainingLimits,
+    kept: PrivateParts | None,
+) -> tuple[Ring, PrivateParts | None]:
+    """Train the adapter in ``blob`` on the snapshot's examples.
 
-    The contribution is zero, with weight zero, if anything fails once the examples matter. ``path``: of the examples,
-    for messages.
+    Args:
+        base: The frozen base.
+        planned: The session, in which the device accepted a plan.
+        blob: The adapter's file.
+        snapshot: Of the session.
+        path: Of the examples, for messages.
+        limits: Of the device.
+        kept: Its private parts.
+
+    Returns:
+        The contribution, which is zero with weight zero if anything fails once the examples matter; and the private
+        parts to keep, None if there are none.
 
     Raises:
         ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
@@ -55,19 +75,32 @@ def train(base: Base, planned: Planned, blob: bytes, snapshot: Snapshot, path: P
         raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
         raise ProtocolError("offer, task and adapter have different layouts", COORDINATOR, about="plan.layout")
-    require_bounds(spec, trainer.layout)
+    try:
+        shared = shared_layout(trainer.layout, task)
+    except DataError as error:
+        raise ProtocolError.of(error, COORDINATOR) from None
+    require_bounds(spec, shared)
+    subject, digest = subject_of(base.digest, task, trainer.layout), plan.digest()
+    start = with_private(start, kept.start(subject, digest) if kept else None)
     rounding = snapshot.generator(plan, Draw.ROUNDING)
     try:
         examples = _usable(parse_examples(snapshot.examples, path), task)
         order = snapshot.generator(plan, Draw.ORDER)
         outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order)
-        return contribution(outcome, trainer.layout, spec, rounding)
+        vector = contribution(outcome, shared, spec, rounding)
+        return vector, _to_keep(subject, digest, task, start, outcome.trained)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizer is in Rust, whose panics are no Exception
         about = error.about if isinstance(error, EdgeAdaptError) else type(error).__name__
         log.warning("contributed nothing: %s", _unquoted(error), extra={"about": about})
-        return contribution(Outcome.nothing(start), trainer.layout, spec, rounding)
+        vector = contribution(Outcome.nothing(start), shared, spec, rounding)
+        return vector, _to_keep(subject, digest, task, start, start)
+
+
+def _to_keep(subject: bytes, plan: bytes, task: Task, start: Tensors, trained: Tensors) -> PrivateParts | None:
+    before, after = private_file(start, task), private_file(trained, task)
+    return PrivateParts(subject, plan, before, after) if before and after else None
 
 
 def _usable(examples: Sequence[Example], task: Task) -> tuple[Example, ...]:

@@ -37,7 +37,7 @@ class Outcome:
 
 
 def require_bounds(spec: SessionSpec, layout: Layout) -> None:
-    """Return if the bounds in the offer admit every contribution that a device can make.
+    """Return if the bounds in the offer admit every contribution that a device can make. ``layout``: as shared.
 
     A tighter bound would tell devices apart by whether they can answer: those that cannot have more examples, or a
     greater loss, than a number that the coordinator chose.
@@ -60,8 +60,8 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.ra
     """Encode the outcome of a round as the vector that is masked and summed.
 
     Args:
-        outcome: Finite tensors in ``layout``.
-        layout: Of the adapter; the offer has its digest.
+        outcome: Finite tensors, those of ``layout`` and maybe others, which stay on the device.
+        layout: Of the shared tensors.
         spec: Of the session, from the offer that the device accepted.
         rng: Stochastic rounding.
 
@@ -74,7 +74,8 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.ra
     Raises:
         DataError: A tensor has another layout, NaN or infinity, or a metric is outside its bound.
     """
-    delta = layout.flatten(outcome.trained).astype(np.float64) - layout.flatten(outcome.start)
+    trained, start = (layout.flatten(layout.select(tensors)) for tensors in (outcome.trained, outcome.start))
+    delta = trained.astype(np.float64) - start
     weight = min(outcome.examples, spec.weight_cap)
     values = {
         "delta": clip(delta, spec.clip_norm) * weight,

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from adapters import classifier
 from adapters.base import Base
 from adapters.layout import Layout, Tensors
+from adapters.parts import part_of
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
 from client.training.examples import Example, Score
@@ -35,6 +36,7 @@ class Trainer:
             self.model: PeftModel = classifier.build(base, task_labels, lora)
         # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
         self.model.get_base_model().encoder.set_attn_implementation("eager")
+        self.adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.layout = Layout.of(classifier.tensors(self.model))
         self.tokenizer = classifier.tokenizer(base, self.model)
 
@@ -53,7 +55,7 @@ class Trainer:
         Args:
             start: Tensors in ``layout``; the caller checks them.
             examples: At least one.
-            task: Batch size, learning rate and weight decay.
+            task: Batch size, learning rate, weight decay and proximal term; parts that it does not train stay.
             epochs: Passes over the examples.
             rng: Draws the order of the examples.
             step: Called before each batch; an exception that it raises ends the training.
@@ -80,7 +82,12 @@ class Trainer:
         step: Callable[[], object],
     ) -> Tensors:
         classifier.load(self.model, start)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for name, parameter in self.adapter.items():
+            parameter.requires_grad_(part_of(name) in task.trained)
+        parameters = [parameter for parameter in self.adapter.values() if parameter.requires_grad]
+        if not parameters:
+            raise DataError("the adapter has none of the parts that the task trains", about="task.trained")
+        anchors = [parameter.detach().clone() for parameter in parameters] if task.proximal else []
         optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=task.weight_decay)
         tokens = self._tokens([e.text for e in examples])
         labels = torch.tensor([e.label for e in examples])
@@ -89,6 +96,9 @@ class Trainer:
             loss = cross_entropy(self._forward([tokens[i] for i in batch]), labels[batch])
             if not torch.isfinite(loss):
                 raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
+            if anchors:  # FedProx (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021)
+                distance = sum(((p - a) ** 2).sum() for p, a in zip(parameters, anchors, strict=True))
+                loss = loss + task.proximal / 2 * distance
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

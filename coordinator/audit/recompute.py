@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.registryfiles import RegistryFiles
-from adapters.task import Task, metrics_of, weighted_mean
+from adapters.task import Task, metrics_of, shared_layout, weighted_mean
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.transcript import AdapterId, Place
 from coordinator import optimizer
@@ -123,13 +123,14 @@ class Recomputation:
             return "vectors"
         if agreeing.metrics != metrics_of(produced.sums):
             raise Problem("manifest.metrics", f"the metrics of adapter {version} are not those of the sum", place)
-        state = self._state_before(rule, produced, layout.size)
+        task = Task.decode(produced.training)  # of a plan that ``check`` has read
+        shared, count, digest = shared_layout(layout, task), len(produced.survivors), bytes.fromhex(start_digest)
+        state = self._state_before(rule, produced, shared.size)
         if state is None:
             return "optimizer"
-        task = Task.decode(produced.training)  # of a plan that ``check`` has read
-        mean = weighted_mean(produced.spec, task, produced.sums, len(produced.survivors), bytes.fromhex(start_digest))
-        after_state, expected = optimizer.step(rule, state, layout.flatten(before), mean)
-        if expected.tobytes() != layout.flatten(after).tobytes():
+        mean = weighted_mean(produced.spec, task, shared, produced.sums, count, digest)
+        after_state, expected = optimizer.advance(rule, state, before, shared, mean)
+        if layout.flatten(expected).tobytes() != layout.flatten(after).tobytes():
             text = f"adapter {version} is not what the server optimizer of its manifest computes from the sum ({rule})"
             raise Problem("result.adapter", text, place)
         self.state = version, after_state

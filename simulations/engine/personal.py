@@ -24,12 +24,14 @@ from adapters.base import Base
 from adapters.cores import ahead, cores
 from adapters.layout import Tensors
 from adapters.manifest import VersionManifest
+from adapters.parts import Part
 from adapters.task import Task
 from aggregation.errors import DataError
 from client.node import statedir as device_files
 from client.node.statedir import DeviceStateDir
 from client.training.examples import Example, Split, in_split, read_examples
 from client.training.personal import Candidate, Personalization, personalize
+from client.training.private import subject_of, with_private
 from client.training.trainer import Trainer
 from simulations.data.population import Client, Population
 from simulations.engine import provision
@@ -51,9 +53,9 @@ class ArmInputs:
 
     Attributes:
         seed_adapter: The vendor's adapter, version 0.
-        task: The federation's training settings.
+        task: The federation's training settings, for all parts of the adapter.
         federation_epochs: Passes over its examples that a device makes in all rounds together.
-        personal: The personal step: its epochs and its learning rate.
+        personal: The personal step: its epochs, learning rate and proximal term.
         local_rates: The two learning rates of the local arm.
         seed: Of the scenario; it orders the examples.
     """
@@ -71,7 +73,7 @@ class ArmInputs:
         federation = scenario.federation
         return cls(
             seed_adapter=seed_adapter,
-            task=federation.training.task(manifest),
+            task=replace(federation.task(manifest), trained=tuple(Part), proximal=0.0),
             federation_epochs=federation.rounds * federation.training.epochs,
             personal=scenario.personal,
             local_rates=scenario.local_rates,
@@ -103,7 +105,8 @@ def personal_step(
         step: As for ``Trainer.train``.
     """
     candidates = {Candidate.BASE: inputs.seed_adapter, Candidate.GLOBAL: start}
-    fine = replace(inputs.task, learning_rate=rate or inputs.personal.learning_rate)
+    own = inputs.personal
+    fine = replace(inputs.task, learning_rate=rate or own.learning_rate, proximal=own.proximal if not arm else 0.0)
     rng, epochs = generator(inputs.seed, client, arm), inputs.personal.epochs
     return personalize(mine, candidates, examples, fine, epochs=epochs, rng=rng, step=step)
 
@@ -215,7 +218,10 @@ def _outcome(
         return ClientResult(**json.loads(path.read_bytes()))
     examples = read_examples(state_dir.examples, len(inputs.task.labels))
     test = in_split(examples, Split.TEST)
-    personal = personal_step(mine, client.name, examples, global_adapter, inputs, step=step)
+    subject = subject_of(mine.base.digest, inputs.task, mine.layout)
+    parts = state_dir.load_private_parts()
+    shared_and_own = with_private(global_adapter, parts.start(subject) if parts else None)
+    personal = personal_step(mine, client.name, examples, shared_and_own, inputs, step=step)
     storage.replace(state_dir.folder / device_files.PERSONAL, files.encode(personal.adapter))
     local = local_arm(mine, client.name, examples, inputs, step)
     arms = {

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from adapters.layout import Layout, TensorSpec
 from adapters.manifest import PeftConfig
+from adapters.parts import Part
 from adapters.task import MAX_LOSS, UNIFORMS, Task, contribution_spec, metrics_of, require_reach, weighted_mean
 from aggregation import ring
 from aggregation.errors import ConfigError, DataError, ProtocolError
@@ -19,8 +20,10 @@ from aggregation.spec import SessionSpec
 from tests.support import refused
 from tests.support.fleet import session_spec
 
-TASK = Task(PeftConfig("LORA", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01)
+ALL = tuple(Part)
+TASK = Task(PeftConfig("LORA", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01, 0.0, ALL, ALL)
 LAYOUT = Layout((TensorSpec("a", (2, 3)),))
+PARTS = st.lists(st.sampled_from(ALL), min_size=1).map(tuple)
 
 
 @given(
@@ -38,7 +41,10 @@ LAYOUT = Layout((TensorSpec("a", (2, 3)),))
         st.integers(1, 1024),
         st.floats(0, 1, exclude_min=True),
         st.floats(0, 1),
-    )
+        st.floats(0, 1000),
+        PARTS,
+        PARTS,
+    ).filter(lambda task: set(task.trained) & set(task.shared))
 )
 def test_a_task_is_read_as_it_was_written_and_has_one_form(task: Task) -> None:
     raw = task.encode()
@@ -63,16 +69,21 @@ def test_a_task_is_read_as_it_was_written_and_has_one_form(task: Task) -> None:
         ({"peft_config": {**asdict(TASK.peft_config), "r": -1}}, "peft_config.r"),
         ({"peft_config": {**asdict(TASK.peft_config), "code": "x"}}, "peft_config.code"),
         ({"unknown": 1}, "unknown"),
+        ({"proximal": -0.1}, "proximal"),
+        ({"trained": ["C"]}, "trained.0"),
+        ({"shared": "A"}, "shared"),
+        ({"trained": []}, "shared"),
+        ({"trained": ["A"], "shared": ["B", "head"]}, "shared"),
     ],
 )
 def test_a_field_that_is_unknown_or_out_of_range_is_refused_by_name(changes: dict[str, Any], field: str) -> None:
     with refused(ProtocolError, f"task.{field}"):
-        Task.decode(json.dumps({**asdict(TASK), **changes}).encode())
+        Task.decode(json.dumps({**json.loads(TASK.encode()), **changes}).encode())
 
 
 @pytest.mark.parametrize("name", list(asdict(TASK)))
 def test_a_missing_field_is_refused_by_name(name: str) -> None:
-    fields = {key: value for key, value in asdict(TASK).items() if key != name}
+    fields = {key: value for key, value in json.loads(TASK.encode()).items() if key != name}
     with refused(ProtocolError, f"task.{name}"):
         Task.decode(json.dumps(fields).encode())
 
@@ -131,6 +142,10 @@ def spec_of(size: int, clients: int, *, clip: float, cap: int, bits: int) -> Ses
     return session_spec(clients, vector=vector, clip_norm=clip, weight_cap=cap)
 
 
+def layout_of(spec: SessionSpec) -> Layout:
+    return Layout((TensorSpec("a", (1, spec.vector.segments[0].size)),))
+
+
 def rounded_away(spec: SessionSpec, delta: Any, weight: int) -> Any:
     """A contribution with every coordinate rounded away from zero: the longest that stochastic rounding can make it."""
     vector = ring.zeros(spec.vector.size, spec.vector.ring_bits)
@@ -163,7 +178,7 @@ def test_honest_devices_at_the_clip_norm_are_never_refused_however_they_round(
         delta = np.clip(direction / np.linalg.norm(direction) * clip * (1 - 2.0**-40), -clip, clip)
         total += rounded_away(spec, delta, weight)
     sums = spec.vector.decode(total, len(weights))
-    mean = weighted_mean(spec, TASK, sums, len(weights), bytes(32))
+    mean = weighted_mean(spec, TASK, layout_of(spec), sums, len(weights), bytes(32))
     assert sums["weight"][0] == sum(weights)
     step = spec.vector.step(spec.vector.segments[0])
     width = max(step, 2 * TASK.learning_rate) * max(1, sum(weights) / len(weights))
@@ -195,7 +210,7 @@ def test_a_sum_that_honest_survivors_cannot_have_is_refused_without_its_numbers(
     others = {segment.name: np.zeros(1) for segment in spec.vector.segments[2:]}
     sums = {"delta": np.full(100, 1.7), "weight": np.array([9.0]), **others}
     noise = UNIFORMS / 2 * 2 * TASK.learning_rate / 3
-    assert np.allclose(weighted_mean(spec, TASK, sums, 3, bytes(32)), 1.7 / 9, atol=noise)
+    assert np.allclose(weighted_mean(spec, TASK, layout_of(spec), sums, 3, bytes(32)), 1.7 / 9, atol=noise)
 
 
 def test_the_mean_of_devices_without_examples_is_noise_that_differs_from_round_to_round() -> None:
@@ -203,10 +218,22 @@ def test_the_mean_of_devices_without_examples_is_noise_that_differs_from_round_t
     spec = spec_of(size, clients, clip=2.0, cap=50, bits=32)
     total = sum(rounded_away(spec, np.ones(size), 0) for _ in range(clients))
     sums = spec.vector.decode(total, clients)
-    means = [weighted_mean(spec, TASK, sums, clients, bytes([number]) * 32) for number in range(100)]
+    means = [weighted_mean(spec, TASK, layout_of(spec), sums, clients, bytes([number]) * 32) for number in range(100)]
     spread = np.sqrt(UNIFORMS / 12) * 2 * TASK.learning_rate / clients
     assert np.std(means[0]) == pytest.approx(spread, rel=0.05)
     assert np.std(np.sum(means, axis=0)) == pytest.approx(10 * spread, rel=0.05)  # not 100
+
+
+def test_the_mean_is_zero_in_the_parts_that_are_not_trained_whatever_the_sum() -> None:
+    spec, weight = spec_of(300, 3, clip=2.0, cap=50, bits=32), np.array([9.0])
+    names = ("q.lora_A.weight", "q.lora_B.weight", "score.weight")
+    layout = Layout(tuple(TensorSpec(name, (1, 100)) for name in names))
+    others = {segment.name: np.zeros(1) for segment in spec.vector.segments[2:]}
+    sums = {"delta": np.full(300, 0.9), "weight": weight, **others}
+    mean = weighted_mean(spec, replace(TASK, trained=(Part.B, Part.HEAD)), layout, sums, 3, bytes(32))
+    assert not mean[:100].any()
+    assert mean[100:].all()
+    assert weighted_mean(spec, TASK, layout, sums, 3, bytes(32))[:100].all()
 
 
 def test_a_sum_without_an_update_is_refused() -> None:

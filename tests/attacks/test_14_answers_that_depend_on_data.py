@@ -197,9 +197,9 @@ def test_a_task_without_the_labels_of_the_others_isolates_a_device_in_the_sum(
         outcomes.append(outcome)
         return contribution(outcome, *rest)
 
-    def seen(spec: Any, task: Any, found: Any, *rest: Any) -> Any:
+    def seen(spec: Any, task: Any, layout: Any, found: Any, *rest: Any) -> Any:
         sums.append(found)
-        return weighted_mean(spec, task, found, *rest)
+        return weighted_mean(spec, task, layout, found, *rest)
 
     monkeypatch.setattr("client.node.training.contribution", watched)
     monkeypatch.setattr("coordinator.rounds.weighted_mean", seen)

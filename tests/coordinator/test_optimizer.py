@@ -10,16 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from adapters import files
-from adapters.layout import Floats, Tensors
+from adapters.layout import Floats, Layout, Tensors, TensorSpec
 from adapters.manifest import ServerRule
 from aggregation.errors import ConfigError, DataError
 from coordinator.optimizer import (
     LARGEST,
     FedAdam,
     FedAvg,
+    FedAvgM,
+    FedYogi,
     Moments,
     Settings,
     State,
+    advance,
     of_rule,
     restore,
     start,
@@ -30,6 +33,7 @@ from coordinator.optimizer import (
 from tests.support import refused
 
 SIZE = 50
+EVERY = (FedAvg(0.7), FedAvgM(0.7), FedAdam(), FedYogi())
 small = st.floats(-4, 4, width=32)
 vectors = arrays(np.float32, SIZE, elements=small)
 
@@ -113,7 +117,42 @@ def test_fedadam_is_torch_adam_without_its_bias_corrections() -> None:
     np.testing.assert_allclose(adapter, weight.detach().numpy(), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("settings", [FedAvg(0.7), FedAdam()], ids=["fedavg", "fedadam"])
+def test_fedyogi_follows_the_papers_update_round_by_round() -> None:
+    settings = FedYogi(learning_rate=0.03, beta1=0.8, beta2=0.95, tau=1e-2)
+    means, x = deltas(12), [0.25] * SIZE
+    m, v = [0.0] * SIZE, [settings.tau**2] * SIZE
+    state, adapter = start(settings, SIZE), np.full(SIZE, 0.25, np.float32)
+    for mean in means:
+        state, adapter = step(settings, state, adapter, mean)
+        for i in range(SIZE):
+            square = float(mean[i]) ** 2
+            m[i] = settings.beta1 * m[i] + (1 - settings.beta1) * float(mean[i])
+            v[i] -= (1 - settings.beta2) * square * float(np.sign(v[i] - square))
+            x[i] += settings.learning_rate * m[i] / (v[i] ** 0.5 + settings.tau)
+        np.testing.assert_allclose(adapter, x, rtol=1e-5, atol=1e-7)
+
+
+def test_fedavgm_is_torch_sgd_with_momentum() -> None:
+    settings, means = FedAvgM(learning_rate=0.3, momentum=0.8), deltas(10)
+    weight = torch.zeros(SIZE, dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([weight], lr=0.3, momentum=0.8)
+    state, adapter = start(settings, SIZE), np.zeros(SIZE, np.float32)
+    for mean in means:
+        weight.grad = -torch.from_numpy(mean).double()
+        sgd.step()
+        state, adapter = step(settings, state, adapter, mean)
+    np.testing.assert_allclose(adapter, weight.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_advance_moves_the_shared_tensors_and_leaves_the_others() -> None:
+    tensors = {"a": np.ones((1, 2), np.float32), "b": np.ones(3, np.float32)}
+    shared = Layout((TensorSpec("b", (3,)),))
+    _, after = advance(FedAvg(), start(FedAvg(), 3), tensors, shared, np.array([1, 2, 3], np.float32))
+    assert after["b"].tolist() == [2, 3, 4]
+    assert after["a"] is tensors["a"]
+
+
+@pytest.mark.parametrize("settings", EVERY, ids=lambda settings: type(settings).__name__)
 def test_a_run_resumed_from_stored_state_is_the_same_bit_for_bit(settings: Settings) -> None:
     means, origin = deltas(9), np.linspace(-1, 1, SIZE, dtype=np.float32)
     _, straight = run(settings, start(settings, SIZE), origin, means)
@@ -134,7 +173,7 @@ def test_fedadam_that_loses_its_state_makes_other_adapters() -> None:
     assert not np.allclose(forgetful, straight, rtol=1e-3)
 
 
-@pytest.mark.parametrize("settings", [FedAvg(), FedAdam()], ids=["fedavg", "fedadam"])
+@pytest.mark.parametrize("settings", EVERY, ids=lambda settings: type(settings).__name__)
 def test_a_step_changes_nothing_in_place(settings: Settings) -> None:
     state, adapter, mean = start(settings, SIZE), np.ones(SIZE, np.float32), deltas(1)[0]
     for vector in (adapter, mean, *to_tensors(state).values()):
@@ -144,7 +183,7 @@ def test_a_step_changes_nothing_in_place(settings: Settings) -> None:
     assert first[1].tobytes() == second[1].tobytes()
 
 
-@pytest.mark.parametrize("settings", [FedAvg(), FedAdam()], ids=["fedavg", "fedadam"])
+@pytest.mark.parametrize("settings", EVERY, ids=lambda settings: type(settings).__name__)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_mean_that_is_not_finite_is_refused(settings: Settings, value: float) -> None:
     mean = np.array([0, value], np.float32)

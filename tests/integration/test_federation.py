@@ -86,7 +86,7 @@ def noises(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, ...], orders: Orders) -> tuple[Any, int]:
     """The weighted mean of the survivors' updates, without masks, rings or messages; and the total weight."""
     registry, settings = fleet.registry(), settings_of(fleet)
-    plan = settings.training.task(registry.version(version).manifest)
+    plan = settings.task(registry.version(version).manifest)
     mine = load_trainer(fleet.base, len(plan.labels), provisioned.lora(fleet.scenario))
     total, weights = np.zeros(mine.layout.size), 0
     for device in survivors:

@@ -40,13 +40,13 @@ class Subtracting:
         self.device, self.bits, self.delta = "", 0, slice(0)
         train, close = device_app.train, Unmasking.close
 
-        def trained(base: Any, planned: Any, *given: Any) -> Ring:
+        def trained(base: Any, planned: Any, *given: Any) -> Any:
             spec = planned.spec.vector
             self.bits, self.delta = spec.ring_bits, slice(0, spec.segments[0].size)
             self.steps[len(self.sums)] = spec.step(spec.segments[0])
-            vector = train(base, planned, *given)
+            vector, parts = train(base, planned, *given)
             self.vectors[self.device, len(self.sums)] = vector.copy()
-            return vector
+            return vector, parts
 
         def kept(state: Unmasking, *given: Any) -> Any:
             closed = close(state, *given)

@@ -106,7 +106,7 @@ class Talk:
 
     def plan(self, session: Any, **changes: Any) -> tuple[Any, dict[str, bytes]]:
         manifest = self.version().manifest
-        task = self.coordinator.settings.training.task(manifest)
+        task = self.coordinator.settings.task(manifest)
         whole = {"adapter_version": 0, "adapter_digest": manifest.sha256, "training": task.encode(), "cohort": None}
         return session.plan(**{**whole, **changes})  # type: ignore[no-any-return]
 
@@ -250,7 +250,7 @@ def test_concurrent_copies_of_a_message_are_answered_once(talk: Talk) -> None:
 def test_a_plan_whose_adapter_or_task_is_not_right_is_refused_and_the_right_plan_is_answered(talk: Talk) -> None:
     session, tensors = talk.established(), talk.coordinator.registry.tensors(0)
     manifest = talk.version().manifest
-    task = talk.coordinator.settings.training.task(manifest)
+    task = talk.coordinator.settings.task(manifest)
     flipped = bytearray(talk.adapter)
     flipped[-1] ^= 1
     _, plans = talk.plan(session)

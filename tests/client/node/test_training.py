@@ -90,7 +90,7 @@ def test_training_beyond_the_owners_limits_is_refused_before_an_example_is_read(
     talk: Talk, monkeypatch: pytest.MonkeyPatch, about: str, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
-    task = talk.coordinator.settings.training.task(talk.version().manifest)
+    task = talk.coordinator.settings.task(talk.version().manifest)
     _, plans = talk.plan(talk.established(), training=replace(task, **changes).encode())
     talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, about)
 

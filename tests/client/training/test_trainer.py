@@ -13,6 +13,7 @@ from adapters import classifier
 from adapters.classifier import HEAD_SCALE, LoraSpec, seeded
 from adapters.layout import Layout, Tensors
 from adapters.manifest import PeftConfig
+from adapters.parts import Part, part_of
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example, Score, Split
@@ -23,7 +24,7 @@ from tests.support import refused
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LABELS = ("Light", "Music", "Timer")
-TASK = Task(PeftConfig("LORA", 2, 4, ("query", "value")), LABELS, 1, 4, 0.01, 0.0)
+TASK = Task(PeftConfig("LORA", 2, 4, ("query", "value")), LABELS, 1, 4, 0.01, 0.0, 0.0, tuple(Part), tuple(Part))
 TEXTS = ("turn on the light", "play music", "set a timer", "kitchen light off", "next song", "ten minutes", "stop")
 EXAMPLES = tuple(Example(text, i % 3) for i, text in enumerate(TEXTS))
 
@@ -282,3 +283,50 @@ def test_training_and_scoring_flush_denormal_numbers_and_nothing_else_does(
     trainer.score(start, EXAMPLES)
     assert set(products) == {0.0}
     assert float(torch.tensor(1e-30) * 1e-9) > 0
+
+
+# Parts, and the proximal term.
+
+
+@pytest.mark.parametrize("parts", [(Part.B, Part.HEAD), (Part.A,), (Part.HEAD,)])
+def test_only_the_parts_of_the_task_are_trained(trainer: Trainer, start: Tensors, parts: tuple[Part, ...]) -> None:
+    begin = trainer.train(start, EXAMPLES, TASK, epochs=2, rng=rng())  # B = 0 on day one, so that A has no gradient
+    trained = trainer.train(begin, EXAMPLES, replace(TASK, trained=parts), epochs=2, rng=rng())
+    moved = {name for name in begin if not np.array_equal(trained[name], begin[name])}
+    assert moved == {name for name in begin if part_of(name) in parts}
+    # And the next one trains all again.
+    assert distance(trainer.train(start, EXAMPLES, TASK, epochs=2, rng=rng()), begin) == 0
+
+
+def test_an_adapter_without_the_parts_of_the_task_is_refused(trainer: Trainer, start: Tensors) -> None:
+    with refused(DataError, "task.trained"):
+        trainer.train(start, EXAMPLES, replace(TASK, trained=(Part.VECTORS,)), epochs=1, rng=rng())
+
+
+def test_the_proximal_term_keeps_the_adapter_near_its_start(trainer: Trainer, start: Tensors) -> None:
+    def moved(proximal: float) -> float:
+        trained = trainer.train(start, EXAMPLES, replace(TASK, proximal=proximal), epochs=8, rng=rng())
+        return float(np.sqrt(sum(((trained[name] - start[name]) ** 2).sum() for name in start)))
+
+    free, near, tied = moved(0.0), moved(1.0), moved(1000.0)
+    assert tied < 0.5 * near < 0.5 * free
+
+
+def test_the_proximal_term_is_half_of_the_squared_distance(trainer: Trainer, start: Tensors) -> None:
+    """One step from a start that is no anchor yet has no gradient of it; so two steps by hand."""
+    task, batch = replace(TASK, proximal=0.7, batch_size=len(EXAMPLES)), EXAMPLES
+    trained = trainer.train(start, batch, task, epochs=2, rng=rng())
+    classifier.load(trainer.model, start)
+    named = dict(trainer.adapter)
+    anchors = {name: value.detach().clone() for name, value in named.items()}
+    optimizer = torch.optim.AdamW(list(named.values()), lr=task.learning_rate, weight_decay=0.0)
+    labels = torch.tensor([example.label for example in batch])
+    for _ in range(2):
+        ids = trainer._tokens([example.text for example in batch])
+        order = np.argsort([len(row) for row in ids], kind="stable")
+        loss = torch.nn.functional.cross_entropy(trainer._forward([ids[i] for i in order]), labels[order.copy()])
+        loss = loss + 0.35 * sum(((named[name] - anchors[name]) ** 2).sum() for name in named)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert distance(classifier.tensors(trainer.model), trained) < 1e-5

@@ -1,0 +1,59 @@
+"""The parts of an adapter, which federated methods train and share apart from each other.
+
+A task names the parts that a device trains in a round, and those whose updates it shares. What is trained and not
+shared stays on the device (``client.training.private``).
+"""
+
+from collections.abc import Collection
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.layout import Layout
+from aggregation.errors import DataError
+
+VECTORS = (".ia3_l", ".beft_bias", ".ln_tuning_layers.", "prompt_embeddings")  # in peft's names
+
+
+class Part(StrEnum):
+    """A part of an adapter, by the names of its tensors."""
+
+    A = "A"  # of LoRA: from a layer's input to the rank
+    B = "B"  # of LoRA: from the rank to the layer's output; zero on day one
+    VECTORS = "vectors"  # of other methods: scales, offsets, parameters of normalizations, virtual tokens
+    HEAD = "head"  # modules that are trained in full
+
+
+def part_of(name: str) -> Part:
+    """The part to which a tensor belongs.
+
+    >>> part_of("base_model.model.encoder.query.lora_A.weight"), part_of("base_model.model.classifier.bias")
+    (<Part.A: 'A'>, <Part.HEAD: 'head'>)
+
+    Args:
+        name: As peft names the parameter, in a file or in its model.
+    """
+    if ".lora_A." in name:
+        return Part.A
+    if ".lora_B." in name:
+        return Part.B
+    return Part.VECTORS if any(mark in name for mark in VECTORS) else Part.HEAD
+
+
+def only(layout: Layout, parts: Collection[Part]) -> Layout:
+    """The layout of some parts of an adapter.
+
+    Raises:
+        DataError: The adapter has none of them.
+    """
+    found = tuple(spec for spec in layout.tensors if part_of(spec.name) in parts)
+    if not found:
+        named = ", ".join(sorted(part.value for part in parts))
+        raise DataError(f"the adapter has none of the parts {named}: choose another method", about="task.parts")
+    return Layout(found)
+
+
+def mask(layout: Layout, parts: Collection[Part]) -> NDArray[np.bool_]:
+    """Which elements of the flat vector of ``layout`` belong to ``parts``, shape ``(layout.size,)``."""
+    return np.concatenate([np.full(spec.size, part_of(spec.name) in parts) for spec in layout.tensors])

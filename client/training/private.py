@@ -1,0 +1,40 @@
+"""The parts of an adapter that a device trains in the rounds and does not share, as tensors.
+
+The device keeps them between rounds (``client.node.privateparts``).
+"""
+
+import hashlib
+from dataclasses import asdict
+
+from adapters import files, jsontext
+from adapters.layout import Layout, Tensors
+from adapters.parts import part_of
+from adapters.task import Task
+
+
+def subject_of(base: str, task: Task, layout: Layout) -> bytes:
+    """SHA-256 of what private parts belong to: base, method, labels and layout of the adapter.
+
+    Args:
+        base: Digest of the frozen base, hex.
+        task: Of the plan.
+        layout: Of the adapter.
+    """
+    named = [base, asdict(task.peft_config), list(task.labels), layout.digest]
+    return hashlib.sha256(jsontext.encode(named)).digest()
+
+
+def with_private(adapter: Tensors, own: bytes | None) -> Tensors:
+    """The adapter with the private parts of this device.
+
+    Args:
+        adapter: As on offer.
+        own: Their safetensors file; None if the device has none.
+    """
+    return adapter if own is None else adapter | files.decode(own)
+
+
+def private_file(tensors: Tensors, task: Task) -> bytes | None:
+    """Those tensors that the task trains and does not share, as a file; None if there are none."""
+    found = {name: value for name, value in tensors.items() if part_of(name) in task.private}
+    return files.encode(found) if found else None
