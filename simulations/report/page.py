@@ -5,7 +5,7 @@ The words are in ``templates/report.html``, which escapes every value; the numbe
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from adapters.storage import PUBLIC, replace
 from simulations.report import figures, formatting
@@ -37,15 +37,7 @@ def write_report(result: RunResult, path: Path, program: str = "edgeadapt") -> N
 
 def page(result: RunResult, program: str = "edgeadapt") -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("simulations.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(FILTERS)
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         run=result,
         headline=formatting.headline(result),
         accuracy={arm: summary(result.clients, arm) for arm in ARMS},
@@ -63,3 +55,16 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
         accuracies=formatting.accuracies(result.parity),
         plain=formatting.plain(result.plain) if result.plain else "",
     )
+
+
+def template(name: str) -> Template:
+    """A template of this package, which escapes every value."""
+    environment = Environment(
+        loader=PackageLoader("simulations.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(FILTERS)
+    return environment.get_template(name)
