@@ -3,7 +3,6 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -75,11 +74,12 @@ def report(folder: Path, as_json: bool) -> None:
 def _report(folder: Path, as_json: bool) -> None:
     from simulations.suite.folder import open_suite
     from simulations.suite.rendering import markdown
+    from simulations.suite.report import write_suite_report
     from simulations.suite.schedule import results
     from simulations.suite.store import Store
     from simulations.suite.summary import summarize
 
     opened = open_suite(folder)
     summary = summarize(opened.settings, results(opened, Store(folder)))
-    table: dict[str, Any] = summary.to_json()
-    click.echo(json.dumps(table) if as_json else markdown(summary))
+    write_suite_report(summary, folder)
+    click.echo(json.dumps(summary.to_json()) if as_json else f"{markdown(summary)}\n{folder / 'report.html'}")

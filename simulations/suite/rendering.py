@@ -18,7 +18,7 @@ NOISE = {
     "p10": "at the 10th percentile the difference between {first} and {second} is within noise",
     "unseen": "for unseen clients the difference between {first} and {second} is within noise",
 }
-LIKELY = 0.05
+CHANCE = 0.05
 
 
 def interval(found: Estimate) -> str:
@@ -36,10 +36,12 @@ def points(found: Difference) -> str:
 def sentence(pair: PairSummary, title: str, pairs: int) -> str:
     """The comparison of one figure in plain words.
 
-    A difference whose interval contains 0 is called noise. One that Holm's correction for the ``pairs`` of the report
-    finds likely by chance is stated with that.
+    A difference whose interval contains 0 is called noise; where there are too few clients for an interval, it says so.
+    A difference that is not significant at ``CHANCE`` after Holm's correction for ``pairs`` is stated with that.
     """
     found, names = pair.figures[title], {"first": pair.first, "second": pair.second}
+    if not math.isfinite(found.low):
+        return f"Too few {'unseen ' if title == 'unseen' else ''}clients to compare {pair.first} and {pair.second}."
     if found.is_noise:
         text = f"{NOISE[title].format(**names)}: {points(found)}"
         return text[0].upper() + text[1:] + "."
@@ -47,8 +49,8 @@ def sentence(pair: PairSummary, title: str, pairs: int) -> str:
     size, better = f"{100 * abs(found.value):.1f}", "better" if found.value > 0 else "worse"
     text = SENTENCES[title].format(**names, points=size, better=better)
     text += f" ({100 * LEVEL:.0f} %: {100 * low:.1f} to {100 * high:.1f})"
-    if found.adjusted > LIKELY:
-        text += f"; among {pairs} pairs, one such difference is likely by chance (Holm: p = {found.adjusted:.2f})"
+    if found.adjusted > CHANCE:
+        text += f"; of {pairs} pairs, one may differ so much by chance (Holm: p = {found.adjusted:.2f})"
     return text[0].upper() + text[1:] + "."
 
 
@@ -95,9 +97,24 @@ def constants(arm: ArmSummary) -> str:
     return f"{chosen} (of {count(arm.candidates, 'candidate')}, {duration(arm.search_cpu_seconds)} of CPU)"
 
 
+def headline(summary: SuiteSummary) -> str:
+    """The arm with the best mean, and whether the next one differs from noise, in one sentence."""
+    best = max(summary.arms, key=lambda name: summary.arms[name].figures["mean"].value)
+    text = f"{best} has the highest mean accuracy, {share(summary.arms[best].figures['mean'].value)}"
+    baseline = next((pair for pair in summary.pairs if pair.first == best), None)
+    if baseline is None:
+        return f"{text}."
+    verdict = "within noise" if baseline.figures["mean"].is_noise else points(baseline.figures["mean"]) + " points"
+    return f"{text}; against {baseline.second}: {verdict}."
+
+
+def to_target(summary: SuiteSummary) -> str:
+    """The title of the last column of ``costs``."""
+    return f"rounds, bytes to {share(summary.target, 2)}" if summary.target else "to target"
+
+
 def markdown(summary: SuiteSummary) -> str:
     """The whole report in Markdown."""
-    target = f"rounds, bytes to {share(summary.target, 2)}" if summary.target else "to target"
     parts = [
         f"# {summary.name}",
         overview(summary),
@@ -110,7 +127,7 @@ def markdown(summary: SuiteSummary) -> str:
         ),
         "\n".join(f"- {line}" for line in sentences(summary)),
         _table(
-            ["cost of a seed", "epochs", "steps", "CPU", "up", "down", target],
+            ["cost of a seed", "epochs", "steps", "CPU", "up", "down", to_target(summary)],
             [[name, *costs(arm)] for name, arm in summary.arms.items()],
         ),
     ]

@@ -7,55 +7,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from simulations.report.page import page, write_report
 from simulations.report.result import RunResult, summary
+from tests.support.pages import outline
 
 HOSTILE = "<script>$\\frac$</script>&\"' onload=alert(1) \x1b[31m"  # a figure shows the first sixteen characters
-VOID = {"meta", "path", "use", "rect", "br"}
-
-
-class _Outline(HTMLParser):
-    """Collects elements and attributes, and asserts that elements are closed in the reverse order of their opening."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 @pytest.fixture(scope="module")
 def html(result: RunResult) -> str:
     """The page of the default result; drawing it takes a second."""
     return page(result)
-
-
-def outline(html: str) -> _Outline:
-    parser = _Outline()
-    parser.feed(html)
-    parser.close()
-    assert parser.open == []
-    return parser
 
 
 def test_the_page_has_the_headline_and_every_number_of_the_table(result: RunResult, html: str) -> None:

@@ -1,0 +1,168 @@
+"""What a suite reports: figures, differences, costs; in words that say no more than the numbers do."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregation.errors import DataError
+from simulations.suite.outcome import RoundPoint, Tally, TrialResult
+from simulations.suite.plan import SearchOutcome, Suite
+from simulations.suite.rendering import markdown, sentence
+from simulations.suite.report import suite_page, write_suite_report
+from simulations.suite.statistics import Difference
+from simulations.suite.summary import PairSummary, SuiteSummary, summarize
+from tests.support import refused
+from tests.support.pages import outline
+
+NONE = SearchOutcome({}, (), 0.0)
+HOSTILE = "<script>alert(1)</script>"
+ARMS = {"base": {"kind": "base"}, "local": {"kind": "local"}, "personal": {"kind": "personal"}}
+
+
+@pytest.fixture
+def suite(suite_of: Callable[..., Suite]) -> Suite:
+    return suite_of(ARMS, baseline="local", compare=[["personal", "base"]], target=0.7)
+
+
+@pytest.fixture
+def summary(suite: Suite, result_of: Callable[..., TrialResult]) -> SuiteSummary:
+    """Two seeds with ten clients each, of which three are unseen; personal is better by 3 of 10 than local."""
+
+    def results(*shifts: int) -> dict[int, TrialResult]:
+        return {
+            seed: result_of(*(min(10, 3 + i % 3 + shift) for i in range(10)), unseen=3, cpu_seconds=10.0 * (seed + 1))
+            for seed, shift in enumerate(shifts)
+        }
+
+    rounds = (RoundPoint(1, 0.5, 100.0), RoundPoint(2, None, 200.0), RoundPoint(3, 0.75, 300.0))
+    personal = {seed: replace(result, rounds=rounds if seed else rounds[:2]) for seed, result in results(3, 4).items()}
+    chosen = SearchOutcome({"personal.epochs": 2}, (({}, 0.5), ({}, None)), 90.0)
+    return summarize(
+        suite.settings, {"base": (NONE, results(-1, 0)), "local": (NONE, results(0, 1)), "personal": (chosen, personal)}
+    )
+
+
+def test_figures_are_means_over_seeds_of_the_clients_that_are_not_unseen(summary: SuiteSummary) -> None:
+    local = summary.arms["local"].figures
+    assert local["mean"].value == pytest.approx((27 / 70 + 34 / 70) / 2)
+    assert local["worst"].value == pytest.approx(0.35)
+    assert local["unseen"].value == pytest.approx((0.4 + 0.5) / 2)
+    assert all(arm.figures[title].low <= arm.figures[title].value <= arm.figures[title].high
+               for arm in summary.arms.values() for title in arm.figures)  # fmt: skip
+    assert (summary.clients, summary.unseen) == (20, 6)
+
+
+def test_a_pair_is_compared_client_by_client(summary: SuiteSummary) -> None:
+    assert [(pair.first, pair.second) for pair in summary.pairs] == [
+        ("base", "local"),
+        ("personal", "local"),
+        ("personal", "base"),
+    ]
+    found = summary.pairs[1].figures["mean"]  # every client is better by exactly .3, whatever is drawn
+    assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.3, 0.3))
+    assert not found.is_noise
+    assert found.p <= found.adjusted < 0.01
+
+
+def test_forgetting_is_what_the_base_knew_and_the_arm_does_not(
+    suite: Suite, result_of: Callable[..., TrialResult]
+) -> None:
+    def result(right: str) -> TrialResult:
+        one = result_of(5).clients[0]
+        return replace(result_of(5), clients=(replace(one, test=Tally(right, 1.0)),))
+
+    found = {"base": "1100", "local": "0101", "personal": "1100"}
+    made = {name: (NONE, {0: result(right), 1: result(right)}) for name, right in found.items()}
+    arms = summarize(suite.settings, made).arms
+    assert [arms[name].forgotten for name in found] == [0.0, 0.5, 0.0]
+    assert math.isnan(arms["local"].figures["unseen"].value)
+    assert "unseen" not in summarize(suite.settings, made).pairs[0].figures
+
+
+def test_costs_are_means_over_seeds_and_rounds_to_the_target_end_before_the_round_that_states_it(
+    summary: SuiteSummary,
+) -> None:
+    personal = summary.arms["personal"]
+    assert personal.cost.cpu_seconds == 15.0
+    assert (personal.candidates, personal.search_cpu_seconds) == (2, 90.0)
+    assert personal.reached is not None
+    assert (personal.reached.seeds, personal.reached.rounds, personal.reached.bytes) == (1, 2.0, 200.0)
+    assert summary.arms["local"].reached is None
+
+
+def test_arms_with_other_clients_cannot_be_compared(suite: Suite, result_of: Callable[..., TrialResult]) -> None:
+    found = {name: (NONE, {0: result_of(5, 6), 1: result_of(5, 6)}) for name in ARMS}
+    found["personal"] = (NONE, {0: result_of(5, 6), 1: result_of(5)})
+    with refused(DataError, "personal"):
+        summarize(suite.settings, found)
+
+
+@pytest.mark.parametrize(
+    ("difference", "title", "expected"),
+    [
+        (Difference(0.031, 0.012, 0.05, 0.01, 0.03), "mean", "A is 3.1 points better than b (95 %: 1.2 to 5.0)."),
+        (Difference(-0.031, -0.05, -0.012, 0.01, 0.03), "mean", "A is 3.1 points worse than b (95 %: 1.2 to 5.0)."),
+        (
+            Difference(0.01, -0.02, 0.04, 0.5, 1.0),
+            "p10",
+            "At the 10th percentile the difference between a and b is within noise: +1.0 (-2.0 to 4.0).",
+        ),
+        (
+            Difference(0.02, 0.001, 0.04, 0.04, 0.2),
+            "unseen",
+            "For unseen clients a is 2.0 points better than b (95 %: 0.1 to 4.0); of 5 pairs, one may differ so much "
+            "by chance (Holm: p = 0.20).",
+        ),
+        (Difference(0.2, math.nan, math.nan, 1.0, 1.0), "unseen", "Too few unseen clients to compare a and b."),
+    ],
+)
+def test_a_comparison_in_plain_words(difference: Difference, title: str, expected: str) -> None:
+    assert sentence(PairSummary("a", "b", {title: difference}), title, 5) == expected
+
+
+def test_the_page_loads_nothing_has_every_number_and_escapes_names(summary: SuiteSummary) -> None:
+    html = suite_page(summary)
+    seen = outline(html).seen
+    assert "//" not in html
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in seen}
+    for arm in summary.arms.values():
+        assert f"<td>{arm.figures['mean'].value:.3f} (".replace("0.", ".") in html
+    assert "Personal is 30.0 points better than local (95 %: 30.0 to 30.0)." in html
+    assert suite_page(summary) == html
+    arms = {HOSTILE: summary.arms["base"], **summary.arms}
+    pairs = (PairSummary(HOSTILE, "local", summary.pairs[0].figures),)
+    hostile = suite_page(replace(summary, name=HOSTILE, arms=arms, pairs=pairs))
+    assert "<script" not in hostile
+    assert "&lt;script" in hostile
+    outline(hostile)
+
+
+def test_the_page_of_one_arm_without_a_pair_has_no_comparison(
+    suite_of: Callable[..., Suite], result_of: Callable[..., TrialResult]
+) -> None:
+    settings = suite_of({"base": {"kind": "base"}}).settings
+    alone = summarize(settings, {"base": (NONE, {0: result_of(5), 1: result_of(6)})})
+    assert "Differences" not in suite_page(alone)
+    assert "| base | .550 |" in markdown(alone)
+
+
+def test_all_files_are_written_and_equal_suites_give_equal_files(summary: SuiteSummary, tmp_path: Path) -> None:
+    contents = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_suite_report(summary, folder)
+        contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {"report.html", "report.md", "report.png", "report.json"}
+    assert contents[0]["report.png"].startswith(b"\x89PNG")
+    table: dict[str, Any] = json.loads(contents[0]["report.json"])
+    assert table["arms"]["personal"]["kind"] == "personal"
+    assert table["arms"]["local"]["reached"] is None
+    assert not re.search(rb"NaN|Infinity", contents[0]["report.json"])
