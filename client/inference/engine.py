@@ -3,6 +3,9 @@
 onnxruntime-genai loads adapters from files only: a verified adapter is written, as float32, to a private temporary
 file, which is removed after loading. The KV cache is kept after an answer: of a prompt that begins with the same
 tokens, as the next message of a conversation does, only the rest is read.
+
+A prompt is read in pieces, because the graph returns the logits of every token that it reads at once: 200 kB a token
+with SmolLM2's vocabulary.
 """
 
 import importlib
@@ -19,10 +22,12 @@ import onnxruntime as ort
 
 from adapters.bundle import GENERATION, TOKENIZER, VerifiedBase
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
+from client.inference.hugepages import collapse_in_background
 from client.inference.library import Adapter
 from client.inference.text import SamplingParams, first_line
 
 GROWTH = 256  # tokens; the KV cache grows in steps, so that a few more messages fit without a new one
+PIECE = 64  # tokens of a prompt that are read at once; with SmolLM2, longer pieces are no faster
 
 
 @dataclass(slots=True)
@@ -53,6 +58,7 @@ class GenerationEngine:
         self._tokenizer = self._og.Tokenizer(self._model)
         self._adapters = self._og.Adapters(self._model)
         self._live: _Live | None = None
+        self._in_huge_pages = False
         stated = json.loads(base.files[GENERATION])["model"]
         self.context = int(stated["context_length"])
         self.vocabulary = int(stated["vocab_size"])
@@ -142,7 +148,8 @@ class GenerationEngine:
             live.inner.rewind_to(known)
         self._switch(live, adapter)
         live.tokens = prompt[:]
-        live.inner.append_tokens(np.array(prompt[known:], dtype=np.int32))
+        # Beams are made of one prompt, which onnxruntime-genai accepts only as a whole.
+        append(live.inner, prompt[known:], PIECE if params.beams == 1 else self.context)
         return known
 
     def draw(self) -> Iterator[int]:
@@ -154,6 +161,7 @@ class GenerationEngine:
         """
         live = self._live
         assert live is not None  # noqa: S101  # `read` came before
+        self.use_huge_pages()
         limit = min(live.params.max_tokens, self.context - len(live.tokens))
         if live.params.beams > 1:
             yield from self._search(live, limit)
@@ -194,6 +202,15 @@ class GenerationEngine:
         live.tokens = []
         return live.inner
 
+    def use_huge_pages(self) -> None:
+        """Move the weights to huge pages once, in the background (``hugepages.py``), when the first answer begins.
+
+        Not earlier: it takes a core for some tenths of a second, which would delay the first token.
+        """
+        if not self._in_huge_pages:
+            self._in_huge_pages = True
+            collapse_in_background()
+
     def _switch(self, live: _Live, adapter: str | None) -> None:
         if live.adapter != adapter:
             live.inner.set_active_adapter(self._adapters, adapter)
@@ -228,6 +245,12 @@ class GenerationEngine:
             why = " ".join(re.split("<backtrace>|<state>", str(error))[0].split())[:200]
             reason = f"the {guide} cannot be followed ({why}); correct or simplify it"
             raise ConfigError(reason, about="guide") from error
+
+
+def append(inner: Any, tokens: Sequence[int], size: int = PIECE) -> None:
+    """Let onnxruntime-genai's generator ``inner`` read ``tokens``, ``size`` of them at once."""
+    for start in range(0, len(tokens), size):
+        inner.append_tokens(np.array(tokens[start : start + size], dtype=np.int32))
 
 
 def _step(live: _Live) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from adapters.layout import Floats
-from client.inference.engine import GenerationEngine
+from client.inference.engine import GenerationEngine, append
 from client.inference.library import Composition, Library
 from client.inference.text import SamplingParams
 
@@ -38,22 +38,24 @@ class BundleEngine:
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """As ``ContenderEngine.prefill``."""
-        self._read(tokens)
+        self._rewind()
+        append(self._inner, tokens)
         self._inner.generate_next_token()  # selects only: the logits are there
 
     def step(self) -> int:
         """As ``ContenderEngine.step``."""
+        self._engine.use_huge_pages()
         read = int(self._inner.get_next_tokens()[0])
         self._inner.generate_next_token()
         return read
 
     def logits(self, tokens: Sequence[int]) -> Floats:
         """As ``ContenderEngine.logits``."""
-        self._read(tokens)
+        self._rewind()
+        append(self._inner, tokens, len(tokens))  # at once: only the logits of the last piece are kept
         logits: Floats = np.asarray(self._inner.get_output("logits"), np.float32).reshape(len(tokens), -1)
         return logits
 
-    def _read(self, tokens: Sequence[int]) -> None:
+    def _rewind(self) -> None:
         if self._inner.token_count():
             self._inner.rewind_to(0)
-        self._inner.append_tokens(np.array(tokens, np.int32))

@@ -86,6 +86,20 @@ def test_beams_and_a_repetition_penalty_write_as_in_torch(
     assert (generator.last.finish, generator.last.tokens) == (Finish.LENGTH, SHORT.max_tokens)
 
 
+def test_a_prompt_is_read_in_pieces_and_answered_as_by_torch(
+    generator: Generator, engine: GenerationEngine, lm_model: Callable[[int, int], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.inference.engine.PIECE", 5)
+    assert written(generator, "global") == by_torch(lm_model(4, 1), engine)
+    assert generator.last is not None
+    assert generator.last.prompt_tokens == len(PROMPT) == 17
+    reader = generator._engine
+    reader.forget()
+    reader.read(reader.encode(PROMPT), SHORT, None)
+    assert reader._live is not None
+    assert reader._live.inner.get_output("logits").shape[1] == 17 % 5, "only the last piece's logits are kept"
+
+
 def test_beams_read_the_whole_prompt_and_end_where_the_model_ends_the_answer(
     generator: Generator, engine: GenerationEngine
 ) -> None:

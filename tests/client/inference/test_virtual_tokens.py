@@ -52,6 +52,15 @@ def test_the_text_is_pefts_with_each_method_in_turn_and_without(writer: Generato
     assert len(set(found.values())) == len(found), "the virtual tokens decide"
 
 
+def test_a_prompt_that_is_read_in_pieces_has_its_virtual_tokens_in_any_of_them(
+    writer: Generator, virtual_models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size in (2, 5):
+        monkeypatch.setattr("client.inference.engine.PIECE", size)
+        for name in ("prompt", "prefix"):
+            assert written(writer, name) == expected(writer, virtual_models[name][0]), (size, name)
+
+
 def test_a_text_that_goes_on_is_read_from_the_cache(writer: Generator, virtual_models: Any) -> None:
     written(writer, "prefix")
     assert written(writer, "prefix", TEXT + " it") == expected(writer, virtual_models["prefix"][0], TEXT + " it")
