@@ -77,7 +77,7 @@ def to_peft_tensors(tensors: Tensors, config: PeftConfig) -> Tensors:
     """The inverse of ``from_peft_tensors``, up to the rounding of a layer's scaling.
 
     Raises:
-        ConfigError: A scale of LoRA's (of DoRA): peft keeps a magnitude instead, which the base's weights are part of.
+        ConfigError: A scale of LoRA's: of DoRA, magnitudes come first (``dora.with_magnitudes``).
     """
     if any(PEFT_PREFIX + name in tensors for name in VIRTUAL):
         return {_to_unwrapped(name): value for name, value in tensors.items()}

@@ -11,10 +11,11 @@ from adapters import pretrained
 from adapters.base import Base
 from adapters.classifier import ENCODER, PhraseClassifier
 from adapters.graphinputs import input_name
-from adapters.layout import Tensors
+from adapters.layout import Floats, Tensors
 from adapters.manifest import Task
-from adapters.peft.dora import magnitudes, with_scales
+from adapters.peft.dora import magnitudes, scaled_layers, with_magnitudes, with_scales
 from adapters.peft.inputs import is_saved
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from export.bundle.base import usual_task
 from export.bundle.sources import Origin
@@ -29,9 +30,28 @@ def resolved(origin: Origin, base: Base) -> Origin:
     """
     if not (layers := magnitudes(origin.tensors)):
         return origin
-    model = bare_model(base, origin.task or usual_task(base), origin.tensors, max(2, len(origin.labels)))
+    task = origin.task or usual_task(base)
+    weights, biases = _layers(base, task, origin.tensors, max(2, len(origin.labels)), layers)
+    return replace(origin, tensors=with_scales(origin.tensors, origin.peft_config, weights, biases))
+
+
+def as_trained(tensors: Tensors, config: PeftConfig, base: Base, task: Task, labels: int) -> Tensors:
+    """The inverse of ``resolved``, for the tensors of an adapter that was exported.
+
+    Raises:
+        ConfigError, DataError: As ``resolved``.
+    """
+    weights, _ = _layers(base, task, tensors, labels, scaled_layers(tensors, config))
+    return with_magnitudes(tensors, config, weights)
+
+
+def _layers(
+    base: Base, task: Task, tensors: Tensors, labels: int, paths: Sequence[str]
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """The weights, ``(out, in)``, and the biases of some layers, by path."""
+    model = bare_model(base, task, tensors, labels)
     weights, biases = {}, {}
-    for path in layers:
+    for path in paths:
         try:
             layer = model.get_submodule(path)
         except AttributeError as error:
@@ -44,7 +64,7 @@ def resolved(origin: Origin, base: Base) -> Origin:
         weights[path] = weight.T if type(layer) is Conv1D else weight
         if layer.bias is not None:
             biases[path] = layer.bias.detach().numpy()
-    return replace(origin, tensors=with_scales(origin.tensors, origin.peft_config, weights, biases))
+    return weights, biases
 
 
 def bare_model(base: Base, task: Task, tensors: Tensors, labels: int) -> Any:

@@ -4,9 +4,14 @@ from pathlib import Path
 
 import click
 
+from adapters.base import find_base
 from adapters.bundle import TRUST, Bundle
 from adapters.keyfiles import read_public_keys
+from adapters.layout import Tensors
+from adapters.manifest import BaseManifest
+from adapters.peft.dora import scaled_layers
 from adapters.peft.folder import to_peft
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from export.bundle.adapter import unfolded
 from export.cli.options import FOLDER, from_registry, origin_of, out_json, pinned, print_result, which
@@ -18,6 +23,9 @@ from export.cli.options import FOLDER, from_registry, origin_of, out_json, pinne
 @click.option("--bundle", type=FOLDER, metavar="BUNDLE", help="Instead of a registry: an exported adapter.")
 @click.option("--name", default="global", metavar="NAME", help="Of the bundle's adapter. Default: global.")
 @pinned
+@click.option(
+    "--base", "base_name", metavar="NAME|DIR", help="The base of a bundle's DoRA adapter, which needs its weights."
+)
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder.")
 @out_json
 def peft(
@@ -26,6 +34,7 @@ def peft(
     bundle: Path | None,
     name: str,
     trust: Path | None,
+    base_name: str | None,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -44,9 +53,35 @@ def peft(
                 "--version is for a registry; a bundle holds one version of each adapter", about="--version"
             )
         read = Bundle(bundle, read_public_keys(trust or bundle.resolve().parent / TRUST))
-        tensors, config = unfolded(read.adapter(name, read.base_manifest()))
+        manifest = read.base_manifest()
+        adapter = read.adapter(name, manifest)
+        tensors, config = unfolded(adapter)
+        if scaled_layers(tensors, config):
+            tensors = _with_magnitudes(tensors, config, manifest, len(adapter.manifest.labels), base_name)
     else:
         origin = origin_of(registry, None, version, trust, None)
         tensors, config = origin.tensors, origin.peft_config
     to_peft(tensors, config, out)
     print_result({"out": str(out), "tensors": len(tensors)}, f"{out}: {len(tensors)} tensors, for peft", as_json)
+
+
+def _with_magnitudes(
+    tensors: Tensors, config: PeftConfig, manifest: BaseManifest, labels: int, base_name: str | None
+) -> Tensors:
+    """The tensors of a DoRA adapter as peft has them."""
+    if base_name is None:
+        raise ConfigError(
+            "the magnitudes of DoRA are computed with the base's weights: name the base of the bundle with --base",
+            about="--base",
+        )
+    base = find_base(base_name)
+    if base.digest != manifest.base_digest:
+        raise ConfigError(
+            f"{base_name} is the base {base.digest[:12]}, the bundle holds {manifest.base_digest[:12]}: name the base "
+            "that was exported",
+            about="--base",
+            value=base.digest,
+        )
+    from export.bundle.trained import as_trained  # torch
+
+    return as_trained(tensors, config, base, manifest.task, labels)
