@@ -1,7 +1,8 @@
 """Files and folders on disk: locked, read within a limit, and replaced whole or not at all.
 
 A kill at any instant leaves the old content or the new one. A folder that replaces another one may be left as
-``.NAME.previous`` by a kill between the two renames; ``locked_folder`` brings it back.
+``.NAME.previous`` by a kill between the two renames; ``locked_folder`` brings it back. A power cut is survived as well,
+except by what a simulation writes (``kill_safe``).
 """
 
 import hashlib
@@ -10,9 +11,10 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from tempfile import mkstemp
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from filelock import FileLock
 
@@ -25,6 +27,20 @@ LARGEST = 2**32  # bytes of a file that is read whole
 LONGEST_LIST = 2**24  # bytes of a file of texts or labels
 CHUNK = 2**20  # bytes
 POLL = 0.02  # seconds between two attempts to take a lock
+_POWER_CUTS: ContextVar[bool] = ContextVar("power_cuts", default=True)  # whether to survive them
+
+
+@contextmanager
+def kill_safe() -> Iterator[None]:
+    """Do not wait for the disk while the block runs, in this thread: for a simulation, which writes much.
+
+    What was written before a kill of the process is kept as ever; a power cut may lose the last seconds.
+    """
+    token = _POWER_CUTS.set(False)
+    try:
+        yield
+    finally:
+        _POWER_CUTS.reset(token)
 
 
 def read(path: Path, limit: int = LARGEST) -> bytes:
@@ -97,9 +113,8 @@ def replace(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-            file.flush()
             stage.chmod(mode)
-            os.fsync(file.fileno())
+            flush(file)
         stage.replace(path)
     except BaseException:
         stage.unlink(missing_ok=True)
@@ -118,16 +133,22 @@ def create(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
     except BaseException as error:
         path.unlink()  # a partial file could never be written again
         raise _named(error, path)  # noqa: B904  # the same error
 
 
+def flush(file: IO[bytes]) -> None:
+    """Make what was written to ``file`` durable: from here on it survives a power cut (see ``kill_safe``)."""
+    file.flush()
+    if _POWER_CUTS.get():
+        os.fsync(file.fileno())
+
+
 def sync(folder: Path) -> None:
-    """Make the names in ``folder`` durable: from here on they survive a power cut."""
-    if os.name == "nt":  # Windows opens no folders, and writes names through
+    """Make the names in ``folder`` durable: from here on they survive a power cut (see ``kill_safe``)."""
+    if os.name == "nt" or not _POWER_CUTS.get():  # Windows opens no folders, and writes names through
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -6,6 +6,7 @@ out of that one. A device that seals the new state before it sends the answer ne
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ from aggregation.pki.identity import PublicKey
 from aggregation.session import Peer, Session
 from aggregation.shamir import SHARE
 from aggregation.sharing import Secrets, SharePair
+from aggregation.singleuse import SingleUse
 from aggregation.spec import MAX_ROUNDS
 from aggregation.wire import Codec
 
@@ -108,7 +110,7 @@ def seal(state: ClientState, key: bytes) -> bytes:
     Raises:
         ConfigError: The key has another length.
     """
-    kept = state.ready if isinstance(state, Planned) else state
+    kept = _kept(state)
     plain = bytes([_KINDS.index(type(kept))]) + _CODECS[type(kept)].encode(kept)
     return _MAGIC + encrypt(plain, key, _MAGIC)
 
@@ -128,6 +130,18 @@ def unseal(blob: bytes, key: bytes) -> ClientState:
     except (ValueError, IndexError, ProtocolError, TrustError):
         raise TrustError("this is sealed, but it is no session state", about="sealed.ciphertext") from None
     return state
+
+
+def reopened(state: ClientState) -> ClientState:
+    """A state that is kept in memory, as a message finds it. Law: it equals ``unseal(seal(state, k), k)``."""
+    kept = _kept(state)
+    if isinstance(kept, Masked | Confirmed):
+        kept = replace(kept, ready=replace(kept.ready, single_use=SingleUse()))
+    return replace(kept, single_use=SingleUse())
+
+
+def _kept(state: ClientState) -> Advertised | Ready | Masked | Confirmed:
+    return state.ready if isinstance(state, Planned) else state
 
 
 def encrypt(plain: bytes, key: bytes, bound: bytes) -> bytes:

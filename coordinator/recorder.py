@@ -7,7 +7,6 @@ The end of a round is written to the registry first and to the log second, from 
 leaves a round in the log that is open, and the next start writes its ending (``coordinator.transcripts``).
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +92,5 @@ class Recorder:
         """Append. After the return the records survive a kill of the process, and with ``sync`` also a power cut."""
         with self.path.open("ab") as file:
             file.write(records)
-            file.flush()
             if sync:
-                os.fsync(file.fileno())
+                storage.flush(file)

@@ -1,9 +1,9 @@
 """The device's Flower ClientApp: one message in, one state transition, one message out.
 
 The protocol core decides what is legal, the trainer trains, and the state directory keeps the state between messages,
-because each message may be handled by another process. A refusal is answered with an error reply. Its reason says what
-is wrong with the coordinator's message; an error in the device's own files is only logged here, and the reply says no
-more than that there was one.
+because each message may be handled by another process; a simulation keeps it in memory (``DeviceState``). A refusal is
+answered with an error reply. Its reason says what is wrong with the coordinator's message; an error in the device's own
+files is only logged here, and the reply says no more than that there was one.
 
 No answer depends on the device's examples, except for the numbers under the mask. Only an offer, with which they are
 copied, and a plan make the device read them. What a plan asks for is checked before that, and whatever fails afterwards
@@ -14,7 +14,7 @@ was done.
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,6 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from adapters.base import find_base
 from adapters.cores import cores
 from aggregation import client, envelope, masks
 from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
@@ -35,6 +34,7 @@ from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, REVOCATIONS, Step
 from aggregation.transcript import LogState, logged_part
 from client.node import adapterstate
 from client.node.adapterstate import AdapterState
+from client.node.devicestate import DeviceState
 from client.node.statedir import DeviceStateDir
 from client.node.training import train
 from client.training.examples import read_file
@@ -45,15 +45,39 @@ READS_EXAMPLES = (Step.OFFER, Step.PLAN)
 FAILED = 101  # Flower error code: an error of the device, such as a full disk
 
 log = logging.getLogger("edgeadapt.device")
+OpenState = Callable[[Context], DeviceState]
 app = ClientApp()
 
 
-def _handler(message: Message, context: Context) -> Message:
+def register(app: ClientApp, open_state: OpenState) -> None:
+    """Let ``app`` answer the messages of every step.
+
+    Args:
+        app: New.
+        open_state: Flower's context of a node → the state of the device there, opened for each message.
+    """
+
+    def handler(message: Message, context: Context) -> Message:
+        return _answer(message, context, open_state)
+
+    for step in Step:
+        kind = app.train if step is Step.PLAN else app.query
+        kind(step.value)(handler)
+
+
+def _open_state_dir(context: Context) -> DeviceStateDir:
+    return DeviceStateDir.open(Path(str(context.node_config.get(STATE, ""))))
+
+
+register(app, _open_state_dir)
+
+
+def _answer(message: Message, context: Context, open_state: OpenState) -> Message:
     arrived = time.monotonic()
     step = Step(message.metadata.message_type.partition(".")[2])
     try:
-        state_dir = DeviceStateDir.open(Path(str(context.node_config.get(STATE, ""))))
-        quantum = state_dir.settings.policy.answer_quantum_seconds if step in READS_EXAMPLES else 0.0
+        state_dir = open_state(context)
+        quantum = state_dir.policy.answer_quantum_seconds if step in READS_EXAMPLES else 0.0
         # The lock is held while the answer waits: another message would be answered as soon as the training ended.
         with state_dir.locked(), _delayed(arrived, quantum):
             fields = _fields(message)
@@ -69,11 +93,6 @@ def _handler(message: Message, context: Context) -> Message:
         # Flower would send the text of the exception, which may name files of the device.
         log.exception("%s failed", step.value)
         return Message(Error(FAILED, "failed on the device; its log has the reason"), reply_to=message)
-
-
-for _step in Step:
-    _register = app.train if _step is Step.PLAN else app.query
-    _register(_step.value)(_handler)
 
 
 def _reason(error: EdgeAdaptError) -> str:
@@ -110,16 +129,16 @@ def _fields(message: Message) -> Mapping[str, bytes]:
     return fields
 
 
-def _check_in(state_dir: DeviceStateDir, challenge: bytes, node: int) -> bytes:
+def _check_in(state_dir: DeviceState, challenge: bytes, node: int) -> bytes:
     log_state = state_dir.load_log_state()
     last_offer = None if log_state is None else log_state.offer
     key, certificate, coordinator = state_dir.identity, state_dir.certificate, state_dir.coordinator
     return client.check_in(key, certificate, coordinator, challenge, node=node, last_offer=last_offer)
 
 
-def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, bytes]) -> bytes:
+def _transition(state_dir: DeviceState, step: Step, fields: Mapping[str, bytes]) -> bytes:
     """Load the state, make one step of the protocol, save the new state, and only then return the answer."""
-    base = find_base(state_dir.settings.base)
+    base = state_dir.base()
     if step is Step.OFFER and REVOCATIONS in fields:
         _install_revocations(state_dir, fields[REVOCATIONS])
     device, body = state_dir.device(base.digest), fields[BODY]
@@ -142,7 +161,7 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
             state_dir.load_adapter_state(), planned.plan, planned.spec, device.policy.maximum_repeats
         )
         snapshot = state_dir.load_snapshot(planned.ready.session.peers[planned.ready.me].share_key)
-        limits = state_dir.settings.policy.training()
+        limits = state_dir.policy.training()
         kept = state_dir.load_private_parts()
         vector, parts = train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples, limits, kept)
         after, answer = planned.contribute(device, vector, cores())
@@ -170,7 +189,7 @@ def _transition(state_dir: DeviceStateDir, step: Step, fields: Mapping[str, byte
     return answer
 
 
-def _install_revocations(state_dir: DeviceStateDir, raw: bytes) -> None:
+def _install_revocations(state_dir: DeviceState, raw: bytes) -> None:
     """Install the revocation list that the coordinator forwards. It can withhold a list, but not forge one."""
     state_dir.root()  # an error in the device's own files must not become a ProtocolError
     try:
@@ -205,9 +224,7 @@ def _after_receipt(
     return after
 
 
-def _after_sum(
-    state_dir: DeviceStateDir, device: Device, state: Masked | Confirmed, survivors: Survivors
-) -> AdapterState:
+def _after_sum(state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors) -> AdapterState:
     """Verify that the sum over ``survivors`` is over the same devices as earlier ones; the adapter state after it."""
     serials = {name: state.ready.serials[name] for name in survivors.vectors}
     revoked = device.root.revoked.revoked if device.root.revoked else ()
@@ -230,7 +247,7 @@ def _dealing(joined: Advertised, roster: bytes) -> DerivedEntropy:
     return DerivedEntropy(masks.derive(joined.share_key, b"edgeadapt/dealing/1", content))
 
 
-def _take_snapshot(state_dir: DeviceStateDir, joined: Advertised) -> None:
+def _take_snapshot(state_dir: DeviceState, joined: Advertised) -> None:
     """Fix what this session trains on; whether the examples can be read makes no difference to an answer."""
     try:
         examples = read_file(state_dir.examples)

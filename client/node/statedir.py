@@ -16,6 +16,7 @@ from typing import Self, TypeVar
 import tomli_w
 from pydantic import Field
 
+from adapters.base import Base, find_base
 from adapters.settings import Settings
 from adapters.storage import locked, read, replace
 from aggregation import sealed, transcript
@@ -110,6 +111,11 @@ class DeviceStateDir:
         return cls(folder, DeviceSettings.read(folder / SETTINGS))
 
     @property
+    def policy(self) -> PolicySettings:
+        """The owner's limits."""
+        return self.settings.policy
+
+    @property
     def examples(self) -> Path:
         """The examples file."""
         return self.folder / self.settings.examples
@@ -128,6 +134,10 @@ class DeviceStateDir:
     def identity(self) -> IdentityKey:
         """The device's key."""
         return self._parse(IdentityKey.from_pem, IDENTITY)
+
+    def base(self) -> Base:
+        """The frozen base that the settings name. Raises as ``find_base``."""
+        return find_base(self.settings.base)
 
     def device(self, base_digest: str) -> Device:
         """Identity, trust anchors and policy, for the protocol core.

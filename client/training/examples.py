@@ -57,9 +57,14 @@ class Score:
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
     """Write the file atomically, readable by its owner only. Law: ``read_examples`` returns the same examples."""
-    lines = [json.dumps({"text": e.text, "label": e.label, "split": e.split.value}) for e in examples]
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, "".join(f"{line}\n" for line in lines).encode())
+    replace(path, encode_examples(examples))
+
+
+def encode_examples(examples: Iterable[Example]) -> bytes:
+    """The content of a file. Law: ``parse_examples`` returns the same examples."""
+    lines = [json.dumps({"text": e.text, "label": e.label, "split": e.split.value}) for e in examples]
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def read_examples(path: Path, labels: int) -> tuple[Example, ...]:

@@ -4,7 +4,6 @@ A blob is written whole or not at all, and ``get`` returns only bytes that have 
 manifests say what a blob is.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from adapters.files import sha256
 from adapters.registryfiles import blob_name
-from adapters.storage import sync
+from adapters.storage import flush, sync
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
 
 
@@ -115,8 +114,7 @@ class Blobs:
         with self.fs.open(path, "wb") as file:
             file.write(blob)
             if isinstance(self.fs, LocalFileSystem):
-                file.flush()
-                os.fsync(file.fileno())
+                flush(file)
 
     def _settle(self) -> None:
         # On a local disk a move is durable only once the folder is synced; an object store acknowledges durable writes.

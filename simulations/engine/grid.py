@@ -6,7 +6,7 @@ any machine.
 """
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -18,6 +18,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from aggregation.steps import Step
+from client.node.app import STATE
 
 RUN_ID = 1
 SERVER_NODE = 1
@@ -111,14 +112,27 @@ class _MessageInFlight:
 class InProcessGrid(Grid):
     """Calls ``client_app(message, context)`` for each message when its reply is due."""
 
-    def __init__(self, client_app: ClientApp, state_dirs: Mapping[int, str], faults: FaultModel) -> None:
-        """``state_dirs``: node id (positive) → state directory of that node's device."""
+    def __init__(
+        self,
+        client_app: ClientApp,
+        devices: Mapping[int, str],
+        faults: FaultModel,
+        before: Callable[[Step | None, Sequence[str]], None] = lambda step, devices: None,
+    ) -> None:
+        """A grid without messages.
+
+        Args:
+            client_app: Answers for every node.
+            devices: Node id (positive) → what finds the state of that node's device: its directory, or its name.
+            faults: Of the network.
+            before: Called before messages are sent, with their step and the devices that they are for.
+        """
         self.clock = VirtualClock()
         self._app = client_app
         self._faults = faults
+        self._devices, self._before = devices, before
         self._contexts = {
-            node: Context(RUN_ID, node, {"state": state_dir}, RecordDict(), {})
-            for node, state_dir in state_dirs.items()
+            node: Context(RUN_ID, node, {STATE: device}, RecordDict(), {}) for node, device in devices.items()
         }
         self._numbers = count(1)
         self._in_flight: list[_MessageInFlight] = []  # a heap, by the arrival of the reply
@@ -185,4 +199,6 @@ class InProcessGrid(Grid):
     def _outcomes(self, batch: Sequence[Message]) -> dict[int, DeliveryOutcome]:
         first = batch[0].metadata
         step = next((step for step in Step if step.message_type == first.message_type), None)
-        return self._faults.outcomes(first.group_id, step, [message.metadata.dst_node_id for message in batch])
+        nodes = [message.metadata.dst_node_id for message in batch]
+        self._before(step, [self._devices[node] for node in nodes])
+        return self._faults.outcomes(first.group_id, step, nodes)

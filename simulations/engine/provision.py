@@ -6,9 +6,11 @@ device follows from the scenario's seed: the one that orders its examples, so th
 """
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from cryptography import x509
@@ -17,7 +19,7 @@ from adapters.base import Base
 from adapters.classifier import seed_adapter
 from adapters.manifest import VersionManifest
 from adapters.peftconfig import LoraSpec, PeftConfig
-from adapters.storage import replace
+from adapters.storage import PRIVATE_FOLDER, replace, staged
 from aggregation import graph
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
@@ -35,6 +37,7 @@ from simulations.data.population import Client, Population
 from simulations.scenario import Scenario
 
 AUTHORITY = "authority"
+AUTHORITY_KEY = "authority.pem"
 COORDINATOR = "coordinator"
 DEVICES = "devices"
 LIFETIME = timedelta(days=365)
@@ -51,36 +54,87 @@ def device_folder(out: Path, client: str) -> Path:
 
 
 def provision(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
-    """Create every directory of the fleet under ``out``."""
+    """Create authority and coordinator of the fleet under ``out``; ``Enrolment`` creates the devices."""
     entropy, now = SystemEntropy(), datetime.now(UTC)
     authority = Authority.create("edgeadapt simulation", entropy, now - timedelta(hours=1), now + LIFETIME)
     (out / AUTHORITY).mkdir(parents=True)
-    replace(out / AUTHORITY / "authority.pem", authority.to_pem())
-    pinned = authority.root.to_pem()
-    coordinator = CoordinatorStateDir.create(out / COORDINATOR, pinned, scenario.federation, entropy)
+    replace(out / AUTHORITY / AUTHORITY_KEY, authority.to_pem())
+    coordinator = CoordinatorStateDir.create(out / COORDINATOR, authority.root.to_pem(), scenario.federation, entropy)
     coordinator.registry.publish(*first_adapter(scenario, population, base), coordinator.key)
     coordinator.registry.close()
-    anchors = TrustAnchors(pinned, coordinator.key.public.to_pem())
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """Enrols the devices of a fleet, each when it is needed first.
+
+    Attributes:
+        out: Of the fleet.
+        authority: Certifies the devices.
+        anchors: What they pin.
+        settings: Of each of them.
+        clients: Name → the client whose device it is.
+        seed: Of the scenario.
+    """
+
+    out: Path
+    authority: Authority
+    anchors: TrustAnchors
+    settings: DeviceSettings
+    clients: Mapping[str, Client]
+    seed: int
+
+    @classmethod
+    def of(cls, out: Path, scenario: Scenario, population: Population, base: Base) -> Self:
+        """For the fleet that ``provision`` created in ``out``."""
+        authority = Authority.from_pem((out / AUTHORITY / AUTHORITY_KEY).read_bytes())
+        coordinator = IdentityKey.from_pem((out / COORDINATOR / KEY).read_bytes()).public
+        # The base is named as in the scenario; one that the run has made is in a folder.
+        name = str(base.folder) if scenario.base_is_made else scenario.base.model
+        return cls(
+            out,
+            authority,
+            TrustAnchors(authority.root.to_pem(), coordinator.to_pem()),
+            DeviceSettings(base=name, policy=_policy(scenario, population)),
+            {client.name: client for client in population.clients},
+            scenario.seed,
+        )
+
+    def state_dir(self, name: str) -> DeviceStateDir:
+        """The state directory of a client's device, which is created if it is missing: completely, or not at all."""
+        folder = device_folder(self.out, name)
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            with staged(folder, mode=PRIVATE_FOLDER) as stage:
+                self._enrol(stage, self.clients[name])
+        return DeviceStateDir(folder, self.settings)
+
+    def enrol_all(self) -> None:
+        """Create the state directories that are missing."""
+        for name in self.clients:
+            self.state_dir(name)
+
+    def _enrol(self, folder: Path, client: Client) -> None:
+        now = datetime.now(UTC)
+        key = enrol(folder, client.name, self.settings, self.anchors, SystemEntropy())
+        begin, end, serial = now - timedelta(hours=1), self.authority.root.not_after, x509.random_serial_number()
+        certificate = self.authority.issue(client.name, key, not_before=begin, not_after=end, serial=serial)
+        state_dir = DeviceStateDir(folder, self.settings)
+        install_certificate(state_dir, certificate, now)
+        write_examples(state_dir.examples, examples_of(client))
+        replace(folder / TRAINING_KEY, hashlib.sha256(f"{self.seed}/{client.name}".encode()).digest())
+
+
+def _policy(scenario: Scenario, population: Population) -> PolicySettings:
     fleet = sum(not client.unseen for client in population.clients)
     smallest = max(3, min(SAFE.minimum_cohort, fleet - 2))  # the default unless the fleet is smaller
     honest = graph.quorum(smallest, SAFE.corrupt_fraction) - graph.count_of(smallest, SAFE.corrupt_fraction)
-    policy = PolicySettings(
+    return PolicySettings(
         minimum_cohort=smallest,
         minimum_survivors=min(SAFE.minimum_survivors, honest),
         adversaries=sorted({"active", scenario.federation.aggregation.adversary}),
         **_training_limits(scenario, len(population.labels)),
     )
-    # The base is named as in the scenario; one that the run has made is in a folder.
-    name = str(base.folder) if scenario.base_is_made else scenario.base.model
-    for client in population.clients:
-        folder = device_folder(out, client.name)
-        key = enrol(folder, client.name, DeviceSettings(base=name, policy=policy), anchors, entropy)
-        begin, end, serial = now - timedelta(hours=1), now + LIFETIME, x509.random_serial_number()
-        certificate = authority.issue(client.name, key, not_before=begin, not_after=end, serial=serial)
-        state_dir = DeviceStateDir.open(folder)
-        install_certificate(state_dir, certificate, now)
-        write_examples(state_dir.examples, examples_of(client))
-        replace(folder / TRAINING_KEY, hashlib.sha256(f"{scenario.seed}/{client.name}".encode()).digest())
 
 
 def first_adapter(scenario: Scenario, population: Population, base: Base) -> tuple[VersionManifest, bytes]:

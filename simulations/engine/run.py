@@ -16,23 +16,27 @@ from typing import Self
 
 import torch
 from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
 
 from adapters import jsontext
 from adapters.base import Base
 from adapters.roundrecord import RoundRecord
 from adapters.settings import LONGEST
-from adapters.storage import read, replace
+from adapters.storage import kill_safe, read, replace
 from aggregation.errors import ConfigError
-from client.node.app import app as client_app
-from client.training.examples import read_examples
+from client.node.app import register
+from client.node.statedir import EXAMPLES
+from client.training.examples import encode_examples, parse_examples
 from coordinator.app import STATE
 from coordinator.app import app as server_app
 from simulations.data.population import Population
 from simulations.engine import provision
 from simulations.engine.bases import training_base
+from simulations.engine.devices import MemoryDevices
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
 from simulations.engine.personal import personalize_all
 from simulations.engine.progress import RunProgress
+from simulations.engine.provision import Enrolment
 from simulations.engine.publish import ExportOutcome, publish
 from simulations.report.formatting import program
 from simulations.report.page import write_report
@@ -130,8 +134,9 @@ def run(folder: RunFolder, population: Population, progress: RunProgress) -> Run
         with folder.timed("prepare"), progress.stage("prepare"):
             base = training_base(folder.path, scenario, population)
             prepare(folder.path, scenario, population, base)
-        federate(folder, population, progress)
+        federate(folder, population, base, progress)
         with folder.timed("personal"):
+            Enrolment.of(folder.path, scenario, population, base).enrol_all()  # of clients that no session asked
             clients = personalize_all(folder.path, scenario, population, base, progress)
         with folder.timed("export"), progress.stage("export"):
             exported = publish(folder.path, scenario, population, base)
@@ -182,16 +187,17 @@ def prepare(out: Path, scenario: Scenario, population: Population, base: Base) -
     replace(marker, json.dumps(digests).encode())
 
 
-def federate(folder: RunFolder, population: Population, progress: RunProgress) -> None:
+def federate(folder: RunFolder, population: Population, base: Base, progress: RunProgress) -> None:
     """The rounds that are left: the real ServerApp and ClientApp, on the in-process grid, with the prepared fleet."""
-    state_dirs = provision.open_state_dirs(folder.path, population)
-    for state_dir in state_dirs.values():  # a client without data ends the run before the first round
-        read_examples(state_dir.examples, len(population.labels))
+    enrolment = Enrolment.of(folder.path, folder.scenario, population, base)
+    for client in population.clients:  # a client without data ends the run before the first round
+        place = provision.device_folder(folder.path, client.name) / EXAMPLES
+        parse_examples(encode_examples(provision.examples_of(client)), place, len(population.labels))
     nodes = {
-        number: str(state_dirs[client.name].folder)
-        for number, client in enumerate(population.clients, SERVER_NODE + 1)
-        if not client.unseen
+        number: client.name for number, client in enumerate(population.clients, SERVER_NODE + 1) if not client.unseen
     }
+    devices, client_app = MemoryDevices(enrolment.state_dir, base), ClientApp()
+    register(client_app, devices.open)
     scenario = folder.scenario
     network, federation = scenario.network, scenario.federation
     steps = ROUND_STEPS if federation.aggregation.adversary == "active" else SHORT_ROUND_STEPS
@@ -199,8 +205,9 @@ def federate(folder: RunFolder, population: Population, progress: RunProgress) -
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})
     trained, done = progress.training_seconds, len(provision.registry(folder.path).rounds())
     try:
-        with folder.timed("rounds"), progress.rounds(done, federation.rounds):
-            server_app(InProcessGrid(client_app, nodes, faults), context)
+        with folder.timed("rounds"), progress.rounds(done, federation.rounds), kill_safe():
+            server_app(InProcessGrid(client_app, nodes, faults, devices.before), context)
+            devices.write()
     finally:  # like "rounds", also if it is interrupted: the difference of the two is coordination
         folder.add("training", progress.training_seconds - trained)
 

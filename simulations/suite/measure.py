@@ -58,7 +58,7 @@ def compute_rounds(trial: Trial, store: Store, notify: Notify) -> None:
         try:
             with RunProgress(quiet=True, notify=notify) as progress:
                 prepare(path, scenario, population, base)
-                federate(folder, population, progress)
+                federate(folder, population, base, progress)
         finally:  # an interrupted run has spent it as well
             folder.add("cpu", _cpu() - before)
         replace(path / FINISHED, json.dumps({"cpu_seconds": folder.seconds["cpu"]}).encode())

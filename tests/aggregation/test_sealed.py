@@ -7,9 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aggregation import ring
 from aggregation.client import Ready
 from aggregation.errors import ConfigError, ProtocolError, TrustError
-from aggregation.sealed import seal, unseal
+from aggregation.sealed import reopened, seal, unseal
 from tests.support import refused
 
 KEY = bytes(range(32))
@@ -26,7 +27,7 @@ def restart(fleet: Any) -> None:
     """Every device stops and starts again from its sealed state."""
     for name, state in fleet.states.items():
         fleet.states[name] = unseal(seal(state, KEY), KEY)
-        assert fleet.states[name] == state
+        assert fleet.states[name] == state == reopened(state)
 
 
 def test_a_session_goes_on_when_every_device_restarts_after_every_step(fleet: Any) -> None:
@@ -46,6 +47,23 @@ def test_a_session_goes_on_when_every_device_restarts_after_every_step(fleet: An
         restart(fleet)
         session, result = fleet.open(state, bodies)
         fleet.assert_sum(result)
+
+
+def test_a_state_in_memory_is_found_as_one_from_disk_is(fleet: Any) -> None:
+    """After each step, and unused: a step that was refused, or whose answer was not stored, can be repeated."""
+    session = fleet.establish()
+    _, plans = fleet.begin(session)
+    device, ready = fleet.devices[ME], fleet.states[ME]
+    begun = ready.on_plan(device, plans[ME])
+    assert reopened(begun) == unseal(seal(begun, KEY), KEY) == begun.ready
+    with refused(ProtocolError, "single-use"):
+        ready.on_plan(device, plans[ME])
+    assert reopened(ready).on_plan(device, plans[ME]) == begun
+    vector = ready.session.spec.vector
+    masked, _ = begun.contribute(device, ring.zeros(vector.size, vector.ring_bits))
+    again = reopened(masked)
+    assert again == masked == unseal(seal(masked, KEY), KEY)
+    assert again.ready.single_use is not masked.ready.single_use
 
 
 def test_a_device_that_restarts_between_plan_and_answer_abandons_the_round(fleet: Any) -> None:

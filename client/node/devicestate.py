@@ -1,0 +1,113 @@
+"""What the app needs of a device's state: on disk in the field (``statedir``), in memory in a simulation.
+
+The contract of both: an answer leaves only after the new state was saved, and what was saved is what the next message
+finds, unless the device was restarted in between. A device that then finds no session takes part in the next one.
+"""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from adapters.base import Base
+from aggregation.client import Device
+from aggregation.pki import Root
+from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.sealed import ClientState
+from aggregation.transcript import LogState
+from client.node.adapterstate import AdapterState
+from client.node.policy import PolicySettings
+from client.node.privateparts import PrivateParts
+from client.node.snapshot import Snapshot
+
+
+class DeviceState(Protocol):
+    """The state of one device, opened for one message. ``DeviceStateDir`` documents what each method raises."""
+
+    @property
+    def policy(self) -> PolicySettings:
+        """The owner's limits."""
+        ...
+
+    @property
+    def examples(self) -> Path:
+        """The examples file."""
+        ...
+
+    @property
+    def identity(self) -> IdentityKey:
+        """The device's key."""
+        ...
+
+    @property
+    def certificate(self) -> bytes:
+        """The device's certificate, DER."""
+        ...
+
+    @property
+    def coordinator(self) -> PublicKey:
+        """The pinned key of the coordinator."""
+        ...
+
+    def base(self) -> Base:
+        """The frozen base."""
+        ...
+
+    def device(self, base_digest: str) -> Device:
+        """Identity, trust anchors and policy, for the protocol core."""
+        ...
+
+    def root(self) -> Root:
+        """The pinned authority, with the newest revocation list that this device has accepted."""
+        ...
+
+    def revoke(self, raw: bytes) -> None:
+        """Accept a revocation list, and keep it if it is newer than the one before."""
+        ...
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold this state: two that read the same state would both answer a step."""
+        ...
+
+    def load_state(self) -> ClientState | None:
+        """The state of the running session, if there is one."""
+        ...
+
+    def save_state(self, state: ClientState) -> None:
+        """Replace it."""
+        ...
+
+    def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
+        """Fix what this device trains on in the session that it joins with the public key ``share_key``."""
+        ...
+
+    def load_snapshot(self, share_key: bytes) -> Snapshot:
+        """What this device trains on in the session that it joined with ``share_key``."""
+        ...
+
+    def delete_snapshot(self) -> None:
+        """Delete it: the session has no further round."""
+        ...
+
+    def load_log_state(self) -> LogState | None:
+        """What this device knows of the coordinator's log; None before its first session."""
+        ...
+
+    def save_log_state(self, log_state: LogState | None) -> None:
+        """Replace the log state; None deletes it."""
+        ...
+
+    def load_adapter_state(self) -> AdapterState | None:
+        """What this device knows of the adapter that it trained from last; None before its first plan."""
+        ...
+
+    def save_adapter_state(self, state: AdapterState) -> None:
+        """Replace the adapter state."""
+        ...
+
+    def load_private_parts(self) -> PrivateParts | None:
+        """The parts of the adapter that this device trains and does not share; None if there are none."""
+        ...
+
+    def save_private_parts(self, parts: PrivateParts) -> None:
+        """Replace them."""
+        ...

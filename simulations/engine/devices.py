@@ -1,0 +1,175 @@
+"""The devices of a simulation: the state of each is kept in memory between messages, where the field has files.
+
+Before each session and round, and at the end, a device's state directory gets what its training depends on: its
+training key, and the parts of the adapter that it does not share. What a device holds against a coordinator that lies
+is not written: the state of its session, and what it knows of the log and of the adapter. After a kill it is as a new
+device in this respect. The resumed run begins with another session, as after a restart of the coordinator in the field,
+so that a kill loses the round under way.
+
+A state directory is made when its device gets its first message. A device that is not asked at the begin of a session
+leaves the session before, which takes the most memory.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flwr.app import Context
+
+from adapters.base import Base
+from adapters.storage import replace
+from aggregation import sealed
+from aggregation.client import Device
+from aggregation.errors import TrustError
+from aggregation.pki import Root
+from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.sealed import ClientState
+from aggregation.steps import Step
+from aggregation.transcript import LogState
+from client.node.adapterstate import AdapterState
+from client.node.app import STATE
+from client.node.policy import PolicySettings
+from client.node.privateparts import PrivateParts
+from client.node.snapshot import Snapshot, session_secret
+from client.node.statedir import SNAPSHOT, TRAINING_KEY, DeviceStateDir
+
+WRITTEN_BEFORE = (Step.CHECK_IN, Step.PLAN)  # a session and a round begin
+
+
+class MemoryDevice:
+    """A ``DeviceState`` in memory. What a file gives is read once."""
+
+    def __init__(self, files: DeviceStateDir, base: Base) -> None:
+        self._files, self._base = files, base
+        self.policy: PolicySettings = files.policy
+        self.examples: Path = files.examples
+        self.identity: IdentityKey = files.identity
+        self.certificate: bytes = files.certificate
+        self.coordinator: PublicKey = files.coordinator
+        self._root = files.root()
+        self._device = files.device(base.digest)
+        self._training_key = (files.folder / TRAINING_KEY).read_bytes()
+        self._private_parts = files.load_private_parts()
+        self._written = self._training_key, self._private_parts
+        self._log_state: LogState | None = None
+        self._adapter_state: AdapterState | None = None
+        self._state: ClientState | None = None
+        self._snapshot: tuple[bytes, Snapshot] | None = None
+
+    def base(self) -> Base:
+        """The frozen base."""
+        return self._base
+
+    def device(self, base_digest: str) -> Device:
+        """See ``DeviceStateDir``. ``base_digest`` is that of ``base``."""
+        return self._device
+
+    def root(self) -> Root:
+        """See ``DeviceStateDir``."""
+        return self._root
+
+    def revoke(self, raw: bytes) -> None:
+        """See ``DeviceStateDir``."""
+        self._files.revoke(raw)
+        self._root, self._device = self._files.root(), self._files.device(self._base.digest)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nothing to lock: the devices of a simulation answer one after the other."""
+        yield
+
+    def load_state(self) -> ClientState | None:
+        """See ``DeviceStateDir``."""
+        return sealed.reopened(self._state) if self._state else None
+
+    def save_state(self, state: ClientState) -> None:
+        """Keep it in memory."""
+        self._state = state
+
+    def take_snapshot(self, examples: bytes, share_key: bytes) -> None:
+        """See ``DeviceStateDir``."""
+        secret, self._training_key = session_secret(self._training_key)
+        self._snapshot = share_key, Snapshot(secret, examples)
+
+    def load_snapshot(self, share_key: bytes) -> Snapshot:
+        """See ``DeviceStateDir``."""
+        if self._snapshot is None or self._snapshot[0] != share_key:
+            text = f"{self._files.folder} has no snapshot of this session: this device takes part from the next one on"
+            raise TrustError(text, about=SNAPSHOT)
+        return self._snapshot[1]
+
+    def delete_snapshot(self) -> None:
+        """See ``DeviceStateDir``."""
+        self._snapshot = None
+
+    def load_log_state(self) -> LogState | None:
+        """See ``DeviceStateDir``."""
+        return self._log_state
+
+    def save_log_state(self, log_state: LogState | None) -> None:
+        """See ``DeviceStateDir``; in memory only."""
+        self._log_state = log_state
+
+    def load_adapter_state(self) -> AdapterState | None:
+        """See ``DeviceStateDir``."""
+        return self._adapter_state
+
+    def save_adapter_state(self, state: AdapterState) -> None:
+        """See ``DeviceStateDir``; in memory only."""
+        self._adapter_state = state
+
+    def load_private_parts(self) -> PrivateParts | None:
+        """See ``DeviceStateDir``."""
+        return self._private_parts
+
+    def save_private_parts(self, parts: PrivateParts) -> None:
+        """See ``DeviceStateDir``; written later."""
+        self._private_parts = parts
+
+    def leave(self) -> None:
+        """Leave the session."""
+        self._state = self._snapshot = None
+
+    def write(self) -> None:
+        """Write what training depends on and the state directory does not have yet."""
+        key, parts = self._written
+        if self._training_key != key:
+            replace(self._files.folder / TRAINING_KEY, self._training_key)
+        if self._private_parts is not parts and self._private_parts is not None:
+            self._files.save_private_parts(self._private_parts)
+        self._written = self._training_key, self._private_parts
+
+
+@dataclass(slots=True)
+class MemoryDevices:
+    """The devices of a run, by the name that ``STATE`` has in the configuration of their nodes.
+
+    Args:
+        state_dir: Name → the device's state directory, which is made if it is missing.
+        base: Of all of them.
+    """
+
+    state_dir: Callable[[str], DeviceStateDir]
+    base: Base
+    _awake: dict[str, MemoryDevice] = field(default_factory=dict)
+
+    def open(self, context: Context) -> MemoryDevice:
+        """The device at a node."""
+        name = str(context.node_config[STATE])
+        if name not in self._awake:
+            self._awake[name] = MemoryDevice(self.state_dir(name), self.base)
+        return self._awake[name]
+
+    def before(self, step: Step | None, names: Sequence[str]) -> None:
+        """Prepare for a message of ``step`` to the devices ``names``: see the module."""
+        if step in WRITTEN_BEFORE:
+            self.write()
+        if step is Step.CHECK_IN:
+            for name in self._awake.keys() - set(names):
+                self._awake[name].leave()
+
+    def write(self) -> None:
+        """Write what the training of each device depends on."""
+        for device in self._awake.values():
+            device.write()

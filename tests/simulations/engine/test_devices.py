@@ -1,0 +1,131 @@
+"""Devices in memory do as devices with files, and a run of them can be resumed."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from adapters.storage import kill_safe
+from aggregation.errors import TrustError
+from aggregation.steps import Step
+from client.node.app import register
+from simulations.engine.devices import MemoryDevices
+from simulations.engine.grid import SERVER_NODE, FaultModel, InProcessGrid
+from simulations.engine.provision import Enrolment, device_folder
+
+FleetOf = Callable[..., Any]
+CALM = FaultModel(seed=0, message_loss=0.0, mean_delay=1.0)
+FAULTS = FaultModel(seed=3, message_loss=0.03, mean_delay=1.0, forced_dropouts=1)
+
+
+class Stopped(BaseException):  # the coordinator goes on after any other exception
+    pass
+
+
+def devices_of(fleet: Any) -> MemoryDevices:
+    return MemoryDevices(Enrolment.of(fleet.out, fleet.scenario, fleet.population, fleet.base).state_dir, fleet.base)
+
+
+def federate(fleet: Any, *, stop: tuple[Step, str] | None = None, faults: FaultModel = FAULTS) -> MemoryDevices:
+    """Run the rounds that are left, on devices in memory."""
+    devices, inner = devices_of(fleet), ClientApp()
+    register(inner, devices.open)
+
+    def app(message: Message, context: Context) -> Message:
+        if stop == (Step(message.metadata.message_type.partition(".")[2]), message.metadata.group_id):
+            raise Stopped
+        return inner(message, context)
+
+    names = [client.name for client in fleet.population.clients if not client.unseen]
+    with kill_safe():
+        fleet.federate(InProcessGrid(app, dict(enumerate(names, SERVER_NODE + 1)), faults, devices.before))
+    devices.write()
+    return devices
+
+
+def adapters(fleet: Any) -> list[str]:
+    return [version.manifest.sha256 for version in fleet.registry().versions()]
+
+
+def test_a_run_in_memory_makes_the_adapters_of_one_on_disk(fleet_of: FleetOf) -> None:
+    changes = {"rounds": 4, "aggregation__session_rounds": 2}
+    in_memory, on_disk = fleet_of(6, **changes), fleet_of(6, **changes)
+    devices = federate(in_memory)
+    records = on_disk.federate(
+        on_disk.grid(seed=FAULTS.seed, message_loss=FAULTS.message_loss, forced_dropouts=FAULTS.forced_dropouts)
+    )
+    assert adapters(in_memory) == adapters(on_disk)
+    assert [record.dropped for record in in_memory.registry().rounds()] == [record.dropped for record in records]
+    for name in (client.name for client in in_memory.population.clients if not client.unseen):
+        here, there = (device_folder(fleet.out, name) for fleet in (in_memory, on_disk))
+        assert (here / "training.key").read_bytes() == (there / "training.key").read_bytes()
+        state, kept = devices.open(Context(1, 2, {"state": name}, None, {})), on_disk.state_dir(name)  # type: ignore[arg-type]
+        assert state.load_adapter_state().digest == kept.load_adapter_state().digest
+        assert state.load_log_state().version == kept.load_log_state().version
+
+
+def test_a_run_resumed_between_sessions_makes_the_same_adapter(fleet_of: FleetOf) -> None:
+    changes = {"rounds": 3, "aggregation__session_rounds": 1}
+    through, stopped = fleet_of(5, **changes), fleet_of(5, **changes)
+    federate(through)
+    with pytest.raises(Stopped):
+        federate(stopped, stop=(Step.CHECK_IN, "session-3-1"))
+    assert len(stopped.registry().rounds()) == 2
+    federate(stopped)
+    assert adapters(through) == adapters(stopped)
+
+
+@pytest.mark.parametrize(
+    "stop", [(Step.ROSTER, "session-1-1"), (Step.PLAN, "3"), (Step.SURVIVORS, "2"), (Step.UNMASK, "2")]
+)
+def test_a_run_stopped_anywhere_loses_the_round_under_way_at_most(fleet_of: FleetOf, stop: tuple[Step, str]) -> None:
+    fleet = fleet_of(5, rounds=3)
+    with pytest.raises(Stopped):
+        federate(fleet, stop=stop, faults=CALM)
+    kept = fleet.registry().rounds()
+    assert len(kept) == (int(stop[1]) - 1 if stop[1].isdecimal() else 0)
+    federate(fleet, faults=CALM)
+    records = fleet.registry().rounds()
+    assert records[: len(kept)] == kept
+    assert [(record.round, record.version, len(record.survivors)) for record in records] == [
+        (n, n, 5) for n in (1, 2, 3)
+    ]
+
+
+def test_a_device_is_enrolled_with_its_first_message(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(4)
+    folder = device_folder(fleet.out, "device-00")
+    folder.rename(folder.with_name("elsewhere"))
+    devices = devices_of(fleet)
+    assert not folder.exists()
+    device = devices.open(Context(1, 2, {"state": "device-00"}, None, {}))  # type: ignore[arg-type]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in folder.with_name("elsewhere").iterdir()
+    )
+    assert device.device(fleet.base.digest).root.verify(device.certificate) == ("device-00", device.identity.public)
+    assert devices.open(Context(1, 2, {"state": "device-00"}, None, {})) is device  # type: ignore[arg-type]
+
+
+def test_a_device_that_a_session_does_not_ask_leaves_the_one_before(fleet_of: FleetOf) -> None:
+    devices = federate(fleet_of(4, rounds=1), faults=CALM)
+    asked, idle = (devices.open(Context(1, 2, {"state": f"device-0{n}"}, None, {})) for n in (0, 1))  # type: ignore[arg-type]
+    assert None not in (asked.load_state(), idle.load_state())
+    devices.before(Step.CHECK_IN, ["device-00"])
+    assert [device.load_state() is None for device in (asked, idle)] == [False, True]
+    assert None not in (idle.load_log_state(), idle.load_adapter_state())
+    with pytest.raises(TrustError):
+        idle.load_snapshot(bytes(32))
+
+
+def test_a_simulation_does_not_wait_for_the_disk_and_the_field_does(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, calls, real = fleet_of(4, rounds=1), [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(real(descriptor)))
+    federate(fleet, faults=CALM)
+    assert not calls
+    fleet_of(4, rounds=1)
+    assert calls
