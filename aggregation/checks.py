@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 
 from aggregation import envelope, masks, ring
 from aggregation.errors import ConfigError, ProtocolError, TrustError
@@ -33,10 +34,12 @@ from aggregation.messages import (
     Survivors,
 )
 from aggregation.pki import Root
-from aggregation.pki.certificates import not_after, same_name
+from aggregation.pki.certificates import not_after, same_name, serial
 from aggregation.pki.identity import PublicKey
 from aggregation.session import COORDINATOR, Peer, Session, context_of
 from aggregation.spec import SessionSpec
+
+COHORTS = 4  # of which a process keeps what it verified: the devices that it simulates are in one or two
 
 
 def may_answer(peer: str, asked: Container[str], answered: Container[str], tag: str) -> None:
@@ -94,7 +97,7 @@ def check_in(root: Root, asked: Challenge, raw: bytes, at: datetime) -> tuple[st
 
 def members(
     root: Root, certificates: Sequence[bytes], coordinator: PublicKey, at: datetime | None
-) -> dict[str, PublicKey]:
+) -> Mapping[str, PublicKey]:
     """Device id → identity key of a cohort, in ascending order, all certified and none repeated.
 
     ``coordinator``: its key, which is no device's: a key has one role.
@@ -104,9 +107,15 @@ def members(
             in upper and lower case only.
     """
     try:
-        pairs = [root.verify(der, at) for der in certificates]
+        pairs = tuple(root.verify(der, at) for der in certificates)
     except TrustError as error:
         raise ProtocolError.of(error) from None
+    return _distinct(pairs, coordinator)
+
+
+@lru_cache(maxsize=COHORTS)
+def _distinct(pairs: tuple[tuple[str, PublicKey], ...], coordinator: PublicKey) -> Mapping[str, PublicKey]:
+    """The pairs, if they are those of ``members``; one mapping for all devices that a process simulates."""
     if not ascending(device for device, _ in pairs):
         raise ProtocolError("the cohort repeats a device, or is out of order", about="offer.order")
     if len({same_name(device) for device, _ in pairs}) != len(pairs):
@@ -119,10 +128,25 @@ def members(
     return dict(pairs)
 
 
-def session_end(root: Root, certificates: Sequence[bytes]) -> datetime:
+@lru_cache(maxsize=COHORTS)
+def _serials(devices: tuple[str, ...], certificates: tuple[bytes, ...]) -> Mapping[str, int]:
+    return dict(zip(devices, map(serial, certificates), strict=True))
+
+
+def serials(cohort: Iterable[str], certificates: Iterable[bytes]) -> Mapping[str, int]:
+    """Device id → serial of its certificate, for verified certificates in the order of the cohort."""
+    return _serials(tuple(cohort), tuple(certificates))
+
+
+def session_end(root: Root, certificates: Iterable[bytes]) -> datetime:
     """When a session ends: with the first to expire of its cohort's certificates, the authority's own and its list."""
     listed = () if root.revoked is None else (root.revoked.next_update,)
-    return min(root.not_after, *listed, *map(not_after, certificates))
+    return min(root.not_after, *listed, _first_to_expire(tuple(certificates)))
+
+
+@lru_cache(maxsize=COHORTS)
+def _first_to_expire(certificates: tuple[bytes, ...]) -> datetime:
+    return min(map(not_after, certificates))
 
 
 def before_end(ends: datetime, at: datetime | None) -> None:
@@ -163,13 +187,22 @@ def advert(offer: bytes, rounds: int, signer: PublicKey, device: str, raw: bytes
 
 def roster(
     spec: SessionSpec, offer: bytes, cohort: Mapping[str, PublicKey], message: Roster
-) -> tuple[Session, dict[str, bytes]]:
+) -> tuple[Session, Mapping[str, bytes]]:
     """The session that a roster defines, and device → advert as signed.
 
     Raises:
         ProtocolError: For another offer, below the threshold, an advert from outside the cohort, a device or key
             repeated, an advert that ``advert`` refuses, or no graph of the degree on so many devices.
     """
+    return _roster(spec, offer, tuple(cohort.items()), message)
+
+
+@lru_cache(maxsize=COHORTS)
+def _roster(
+    spec: SessionSpec, offer: bytes, members: tuple[tuple[str, PublicKey], ...], message: Roster
+) -> tuple[Session, Mapping[str, bytes]]:
+    """``roster``: a process that simulates many devices verifies one once, and they share the session."""
+    cohort = dict(members)
     if message.offer != offer:
         raise ProtocolError("roster is for another offer", COORDINATOR, about="roster.offer", value=message.offer.hex())
     enough_devices(spec, len(message.adverts), "adverts on the roster", about="roster.size")
@@ -305,16 +338,20 @@ def consistency_signatures(session: Session, message: Survivors, signatures: Map
     if len(signatures) < session.spec.quorum:
         text = f"{len(signatures)} consistency signatures, {session.spec.quorum} are needed"
         raise ProtocolError(text, COORDINATOR, about="unmask.quorum", value=len(signatures))
-    digest = message.digest()
-    for device, signature in signatures.items():
-        if device not in message.vectors:
-            text = f"{device} signed the survivor set but is not in it"
-            raise ProtocolError(text, COORDINATOR, about="unmask.signers", value=device)
-        body = ConsistencySignature(digest, device).encode()
-        try:
-            envelope.verify(session.peers[device].identity, ConsistencySignature.TAG, body, signature)
-        except ProtocolError as error:
-            raise ProtocolError.of(error, COORDINATOR) from None
+    if strangers := [device for device in signatures if device not in message.vectors]:
+        text = f"{strangers[0]} signed the survivor set but is not in it"
+        raise ProtocolError(text, COORDINATOR, about="unmask.signers", value=strangers[0])
+    try:
+        _signed(message.digest(), tuple((d, session.peers[d].identity, raw) for d, raw in signatures.items()))
+    except ProtocolError as error:
+        raise ProtocolError.of(error, COORDINATOR) from None
+
+
+@lru_cache(maxsize=COHORTS)
+def _signed(survivors: bytes, signatures: tuple[tuple[str, PublicKey, bytes], ...]) -> None:
+    """Return if each device's key signed its ``ConsistencySignature`` of the survivor set with this digest."""
+    for device, key, signature in signatures:
+        envelope.verify(key, ConsistencySignature.TAG, ConsistencySignature(survivors, device).encode(), signature)
 
 
 def enough_devices(spec: SessionSpec, count: int, what: str, *, about: str = "devices") -> None:

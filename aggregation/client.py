@@ -38,7 +38,6 @@ from aggregation.messages import (
     UnmaskResponse,
 )
 from aggregation.pki import Root
-from aggregation.pki.certificates import serial
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.policy import Policy
 from aggregation.ring import Ring
@@ -68,7 +67,7 @@ class Device:
 
     def open_verified(self, kind: type[M], raw: bytes) -> M:
         """The message in ``raw``, if the coordinator signed it."""
-        return envelope.open_verified(kind, raw, self.coordinator, COORDINATOR)
+        return envelope.open_repeated(kind, raw, self.coordinator, COORDINATOR)
 
     def sign(self, message: Message) -> bytes:
         """``message`` as it travels, signed by this device."""
@@ -129,11 +128,11 @@ def join(device: Device, offer: bytes, entropy: Entropy, at: datetime | None = N
     )
     signed = device.sign(advert)
     ends = checks.session_end(device.root, message.certificates)
-    serials = dict(zip(cohort, map(serial, message.certificates), strict=True))  # the cohort has the offer's order
+    serials = checks.serials(cohort, message.certificates)
     return Advertised(me, message.spec, digest, cohort, serials, ends, signed, share_key, secrets), signed
 
 
-def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, dict[str, PublicKey]]:
+def _find_self(device: Device, offer: Offer, at: datetime | None) -> tuple[str, Mapping[str, PublicKey]]:
     cohort = checks.members(device.root, offer.certificates, device.coordinator, at)
     device.policy.check(offer.spec, len(cohort))
     try:

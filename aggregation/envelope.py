@@ -5,8 +5,10 @@ its type is refused before its content is copied.
 """
 
 import hashlib
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Annotated
+from functools import lru_cache
+from typing import Annotated, Any, cast
 
 from aggregation import wire
 from aggregation.errors import ProtocolError, TrustError
@@ -18,6 +20,8 @@ VERSION = 1
 OVERHEAD = 128  # bytes: more than magic, version, tag, lengths and signature take
 MAX_MESSAGE = 2**29  # bytes of a body
 MAGIC = b"EA"
+REPEATED = 64  # messages to all devices that a process does not verify again,
+LONGEST_REPEATED = 2**20  # each of at most so many bytes
 _LENGTH = 4  # bytes of a header's length
 
 
@@ -68,6 +72,21 @@ def open_verified(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
         return kind.decode(envelope.body)
     except ProtocolError as error:
         raise error if error.peer else ProtocolError.of(error, peer) from None
+
+
+def open_repeated(kind: type[M], raw: bytes, signer: PublicKey, peer: str) -> M:
+    """As ``open_verified``, for a message that many devices receive: a process that simulates them opens it once.
+
+    The outcome depends on the arguments alone, and only a success is kept (docs/decisions/0032-verified-once.md).
+    """
+    if len(raw) > LONGEST_REPEATED:
+        return open_verified(kind, raw, signer, peer)
+    return cast(M, _opened_once(cast(Hashable, kind), raw, signer, peer))
+
+
+@lru_cache(maxsize=REPEATED)
+def _opened_once(kind: Any, raw: bytes, signer: PublicKey, peer: str) -> Any:
+    return open_verified(kind, raw, signer, peer)
 
 
 def unverified_body(raw: bytes) -> bytes:

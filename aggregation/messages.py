@@ -65,8 +65,14 @@ SESSION_SPEC: Codec[SessionSpec] = wire.record(
 _CODECS: dict[type["Message"], Codec[Any]] = {}  # each built once
 
 
+class _Digested:
+    """Room for a digest that was computed once."""
+
+    __slots__ = ("_digest",)
+
+
 @dataclass(frozen=True, slots=True)
-class Message:
+class Message(_Digested):
     """Base of all messages: an encoding that follows from the annotated fields, and a digest under the tag."""
 
     TAG: ClassVar[str]
@@ -98,7 +104,11 @@ class Message:
 
     def digest(self) -> bytes:
         """SHA-256 of tag and canonical bytes."""
-        return hashlib.sha256(self.TAG.encode() + b"\x00" + self.encode()).digest()
+        known: bytes | None = getattr(self, "_digest", None)
+        if known is None:
+            known = hashlib.sha256(self.TAG.encode() + b"\x00" + self.encode()).digest()
+            object.__setattr__(self, "_digest", known)
+        return known
 
 
 @dataclass(frozen=True, slots=True)

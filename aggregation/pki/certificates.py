@@ -4,6 +4,7 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -17,6 +18,7 @@ from aggregation.pki.revocation import RevocationList
 
 DEVICE_ID = r"[A-Za-z0-9]([A-Za-z0-9._:-]{0,62}[A-Za-z0-9])?"  # X.520 allows a common name 64 characters
 MAX_CERTIFICATE = 2048  # bytes of DER; ours have about 350
+KNOWN_CERTIFICATES = 4096  # that a process does not parse and verify again: about 10 MB
 _DEVICE_ID = re.compile(DEVICE_ID, re.ASCII)
 _PEM = b"-----BEGIN CERTIFICATE-----"
 
@@ -48,6 +50,7 @@ def require_device_id(name: str) -> str:
     return name
 
 
+@lru_cache(maxsize=KNOWN_CERTIFICATES)
 def load(der: bytes) -> x509.Certificate:
     """Parse a certificate, whoever issued it.
 
@@ -154,12 +157,38 @@ def to_der(raw: bytes) -> bytes:
 
 def serial(der: bytes) -> int:
     """The serial of a certificate, by which a revocation list names it."""
-    return x509.load_der_x509_certificate(der).serial_number
+    return load(der).serial_number
 
 
 def not_after(der: bytes) -> datetime:
     """The time until which a certificate is valid."""
-    return x509.load_der_x509_certificate(der).not_valid_after_utc
+    return load(der).not_valid_after_utc
+
+
+@lru_cache(maxsize=KNOWN_CERTIFICATES)
+def _certified(root: bytes, der: bytes) -> tuple[str, PublicKey]:
+    """What ``Root.verify`` finds without the time and revocations, of which the outcome does not depend.
+
+    A success is kept, so that a process that simulates many devices verifies a certificate once
+    (docs/decisions/0032-verified-once.md).
+    """
+    certificate, authority = load(der), load(root)
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        text = "certificate was not issued by the pinned authority"
+        raise TrustError(text, about="certificate.issuer") from None
+    if is_authority(certificate):
+        text = "the certificate is an authority's, not a device's"
+        raise TrustError(text, about="certificate.basic-constraints")
+    device_id, key = subject(certificate), identity(certificate)
+    if not is_device_id(device_id):
+        text = f"certified name {device_id[:64]!r} is not a device id"
+        raise TrustError(text, about="certificate.common-name", value=device_id[:64])
+    if key == identity(authority):
+        text = f"certificate of {device_id} has the authority's own key"
+        raise TrustError(text, about="certificate.key", value=device_id)
+    return device_id, key
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,22 +213,8 @@ class Root:
         Raises:
             TrustError: Not a certificate of this authority for a device, revoked, or not valid at ``at``.
         """
+        device_id, key = _certified(self.der, der)
         certificate, authority = load(der), load(self.der)
-        try:
-            certificate.verify_directly_issued_by(authority)
-        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-            text = "certificate was not issued by the pinned authority"
-            raise TrustError(text, about="certificate.issuer") from None
-        if is_authority(certificate):
-            text = "the certificate is an authority's, not a device's"
-            raise TrustError(text, about="certificate.basic-constraints")
-        device_id, key = subject(certificate), identity(certificate)
-        if not is_device_id(device_id):
-            text = f"certified name {device_id[:64]!r} is not a device id"
-            raise TrustError(text, about="certificate.common-name", value=device_id[:64])
-        if key == identity(authority):
-            text = f"certificate of {device_id} has the authority's own key"
-            raise TrustError(text, about="certificate.key", value=device_id)
         if self.revoked is not None and certificate.serial_number in self.revoked.revoked:
             raise TrustError(f"certificate of {device_id} is revoked", about="certificate.revoked", value=device_id)
         for holder, each in ((device_id, certificate), ("the authority", authority)):

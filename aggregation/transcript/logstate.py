@@ -61,7 +61,7 @@ class LogState:
             ProtocolError: Not a session chain proof, or one for another session.
         """
         proof = SESSION_CHAIN_PROOF.decode(raw)
-        start = envelope.open_verified(Checkpoint, proof.start, coordinator, COORDINATOR)
+        start = envelope.open_repeated(Checkpoint, proof.start, coordinator, COORDINATOR)
         if (start.offer, start.size, start.stage) != (offer, 0, Stage.OPEN):
             text = "the session chain proof is for another session than the offer"
             raise ProtocolError(text, COORDINATOR, about="proof.start")
@@ -120,7 +120,7 @@ class LogState:
             raise ProtocolError(text, COORDINATOR, about="proof.receipt")
         last = _closed(self._checked(coordinator, proof.receipt)[1])
         for signed in proof.closed:
-            link = _closed(envelope.open_verified(Checkpoint, signed, coordinator, COORDINATOR))
+            link = _closed(envelope.open_repeated(Checkpoint, signed, coordinator, COORDINATOR))
             if link.previous != last.digest():
                 text = "the proof omits a session between the last one and this one"
                 raise ProtocolError(text, COORDINATOR, about="proof.closed")
@@ -139,7 +139,7 @@ class LogState:
 
     def _checked(self, coordinator: PublicKey, raw: bytes) -> tuple["LogState", Checkpoint]:
         receipt = RECEIPT.decode(raw)
-        checkpoint = envelope.open_verified(Checkpoint, receipt.checkpoint, coordinator, COORDINATOR)
+        checkpoint = envelope.open_repeated(Checkpoint, receipt.checkpoint, coordinator, COORDINATOR)
         if (checkpoint.offer, checkpoint.previous) != (self.offer, self.previous):
             raise ProtocolError("the log is of another session", COORDINATOR, about="receipt.session")
         try:
@@ -216,7 +216,7 @@ def _endings(coordinator: PublicKey, receipt: Receipt, checkpoint: Checkpoint) -
     found: list[Result | Abort] = []
     for entry in sorted((_included(proof, checkpoint) for proof in receipt.endings), key=lambda entry: entry.index):
         kind: type[Result] | type[Abort] = Result if entry.kind == Result.TAG else Abort
-        found.append(envelope.open_verified(kind, entry.message, coordinator, COORDINATOR))
+        found.append(envelope.open_repeated(kind, entry.message, coordinator, COORDINATOR))
     return found
 
 

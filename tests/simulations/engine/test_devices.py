@@ -50,8 +50,9 @@ def adapters(fleet: Any) -> list[str]:
     return [version.manifest.sha256 for version in fleet.registry().versions()]
 
 
-def test_a_run_in_memory_makes_the_adapters_of_one_on_disk(fleet_of: FleetOf) -> None:
-    changes = {"rounds": 4, "aggregation__session_rounds": 2}
+@pytest.mark.parametrize("method", ["fedit", "fedper"])
+def test_a_run_in_memory_makes_the_adapters_of_one_on_disk(fleet_of: FleetOf, method: str) -> None:
+    changes = {"rounds": 4, "aggregation__session_rounds": 2, "method": method}
     in_memory, on_disk = fleet_of(6, **changes), fleet_of(6, **changes)
     devices = federate(in_memory)
     records = on_disk.federate(
@@ -62,13 +63,16 @@ def test_a_run_in_memory_makes_the_adapters_of_one_on_disk(fleet_of: FleetOf) ->
     for name in (client.name for client in in_memory.population.clients if not client.unseen):
         here, there = (device_folder(fleet.out, name) for fleet in (in_memory, on_disk))
         assert (here / "training.key").read_bytes() == (there / "training.key").read_bytes()
+        mine, theirs = (fleet.state_dir(name).load_private_parts() for fleet in (in_memory, on_disk))
+        assert (mine and mine.after) == (theirs and theirs.after)
+        assert (mine is None) == (method == "fedit")
         state, kept = devices.open(Context(1, 2, {"state": name}, None, {})), on_disk.state_dir(name)  # type: ignore[arg-type]
         assert state.load_adapter_state().digest == kept.load_adapter_state().digest
         assert state.load_log_state().version == kept.load_log_state().version
 
 
 def test_a_run_resumed_between_sessions_makes_the_same_adapter(fleet_of: FleetOf) -> None:
-    changes = {"rounds": 3, "aggregation__session_rounds": 1}
+    changes = {"rounds": 3, "aggregation__session_rounds": 1, "method": "fedper"}
     through, stopped = fleet_of(5, **changes), fleet_of(5, **changes)
     federate(through)
     with pytest.raises(Stopped):
