@@ -3,12 +3,24 @@
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 Note = Callable[[str], None]  # called with the name of each step when it begins
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile of one value or more, interpolated between values.
+
+    >>> quartiles([4.0, 1.0, 3.0, 2.0, 5.0])
+    (2.0, 4.0)
+    """
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
 
 
 @dataclass(slots=True)
@@ -46,15 +58,8 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """First and third quartile of the wall-clock time, interpolated between repeats.
-
-        >>> Timing((4.0, 1.0, 3.0, 2.0, 5.0), (0.0,) * 5).quartiles
-        (2.0, 4.0)
-        """
-        if len(self.wall) == 1:
-            return self.wall[0], self.wall[0]
-        first, _, third = statistics.quantiles(self.wall, n=4, method="inclusive")
-        return first, third
+        """``quartiles`` of the wall-clock time."""
+        return quartiles(self.wall)
 
     def __add__(self, other: "Timing") -> "Timing":
         """Two calls in sequence: the sum of each repeat.

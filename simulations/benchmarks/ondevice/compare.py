@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -34,7 +34,7 @@ from export.onnx.exported import Profile
 from simulations.benchmarks.ondevice import goals, inputs, memory
 from simulations.benchmarks.ondevice.inputs import FORMATS, ContenderFiles, Recipe, TokenWindows
 from simulations.benchmarks.ondevice.process import PEER, TORCH, Contender
-from simulations.benchmarks.timing import Note, measure
+from simulations.benchmarks.timing import Note, measure, quartiles
 
 INSTALL = "llama.cpp does not take part: pip install 'edgeadapt[bench]' installs it, and compiles it for minutes"
 ARMS: dict[str, int | None] = {"base": None, "adapter": 0}  # → the place of the adapter to use
@@ -54,10 +54,11 @@ class OnDeviceWorkload:
     windows: int = 24  # of test text
     phrases: int = 200  # classified
     threads: int = 2
+    starts: int = 3  # of each contender's process
     tenants: tuple[int, ...] = (1, 10, 100)  # adapters in one process
 
 
-QUICK = OnDeviceWorkload(rounds=1, prompt=16, tokens=8, eager=2, windows=2, phrases=5, tenants=(1, 3))
+QUICK = OnDeviceWorkload(rounds=1, prompt=16, tokens=8, eager=2, windows=2, phrases=5, starts=1, tenants=(1, 3))
 
 
 def profiles(listed: str | None) -> list[Profile]:
@@ -113,10 +114,10 @@ def on_base(
         sizes[PEER] = built.write_for_peer(config["num_attention_heads"], config["num_key_value_heads"])
         names = [PEER, *names]
     prompt, load = text.prompt(work.prompt), _load_average()
-    with _started(built, names, work, prompt[: work.prompt // 4], note) as contenders:
-        perplexity = {one.spec.name: _perplexities(one, text.test[: work.windows].tolist(), note) for one in contenders}
+    with _started(built, names, work, prompt[: work.prompt // 4], note) as (contenders, starts):
         results = race(contenders, prompt, work.rounds, note)
-        peaks = {one.spec.name: one.memory() for one in contenders}
+        peaks = {one.spec.name: one.memory() for one in contenders}  # before the arrays that perplexity takes
+        perplexity = {one.spec.name: _perplexities(one, text.test[: work.windows].tolist(), note) for one in contenders}
     note("memory by number of tenants")
     return {
         "profiles": [profile.value for profile in exported],
@@ -128,7 +129,8 @@ def on_base(
         **_speeds(results),
         "sizes": sizes,
         "perplexity": perplexity,
-        "cold_start_s": {one.spec.name: one.cold for one in contenders},
+        "cold_start_s": {name: statistics.median(seconds) for name, seconds in starts.items()},
+        "cold_start_s_spread": {name: [min(seconds), max(seconds)] for name, seconds in starts.items()},
         "cold_adapter_ms": {one.spec.name: one.first_use for one in contenders},
         "peak_memory_bytes": peaks,
         "tenants": _tenants(built, min(exported, key=lambda profile: sizes[profile.value]["base"]), work.tenants),
@@ -138,16 +140,27 @@ def on_base(
 @contextmanager
 def _started(
     built: ContenderFiles, names: Sequence[str], work: OnDeviceWorkload, prompt: Sequence[int], note: Note
-) -> Iterator[list[Contender]]:
-    """Start all contenders, and end them whatever happens."""
+) -> Iterator[tuple[list[Contender], dict[str, list[float]]]]:
+    """Start all contenders ``work.starts`` times, one after the other, and end them whatever happens.
+
+    Yields:
+        The processes of the last time, and the seconds of every cold start by name.
+    """
     context = max(work.prompt + work.tokens, inputs.WINDOW)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as running:
         contenders = []
-        for name in names:
-            note(f"cold start: {name}")
-            spec = built.spec(name, work.eager if name == TORCH else work.tokens, work.threads, context)
-            contenders.append(running.enter_context(Contender(spec, prompt)))
-        yield contenders
+        for number in range(work.starts):
+            for name in names:
+                note(f"cold start {number + 1} of {work.starts}: {name}")
+                spec = built.spec(name, work.eager if name == TORCH else work.tokens, work.threads, context)
+                contender = running.enter_context(Contender(spec, prompt))
+                seconds[name].append(contender.cold)
+                contenders.append(contender)
+            if number + 1 < work.starts:
+                running.close()
+                contenders.clear()
+        yield contenders, seconds
 
 
 def _perplexities(contender: Contender, rows: list[list[int]], note: Note) -> dict[str, float]:
@@ -176,7 +189,7 @@ class Speeds:
         >>> round(Speeds(base=[100, 10], adapter=[95, 9.5]).cost, 6)
         0.05
         """
-        return 1 - ratio(self.adapter, self.base)
+        return 1 - statistics.median(ratios(self.adapter, self.base))
 
     def to_json(self) -> dict[str, float]:
         """Medians."""
@@ -197,13 +210,13 @@ class ContenderResult:
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
-def ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
-    """Median of the ratios round by round; both have one or more positive speeds, in the same rounds.
+def ratios(ours: Sequence[float], peers: Sequence[float]) -> list[float]:
+    """The ratios round by round; both have one or more positive speeds, in the same rounds.
 
-    >>> ratio([10, 20, 5], [5, 10, 2.5])
-    2.0
+    >>> ratios([10, 20, 5], [5, 10, 2.5])
+    [2.0, 2.0, 2.0]
     """
-    return statistics.median(a / b for a, b in zip(ours, peers, strict=True))
+    return [a / b for a, b in zip(ours, peers, strict=True)]
 
 
 def race(
@@ -248,13 +261,19 @@ def _speeds(results: Mapping[str, ContenderResult]) -> dict[str, Any]:
         found[f"{what}_spread"] = {name: speed.spread() for name, speed in speeds.items()}
         found[f"{what}_cost"] = {name: speed.cost for name, speed in speeds.items()}
         if peer := speeds.get(PEER):
-            found[f"{what}_ratio"] = {
-                name: {arm: ratio(getattr(speed, arm), getattr(peer, arm)) for arm in ARMS}
+            pairs = {
+                name: {arm: ratios(getattr(speed, arm), getattr(peer, arm)) for arm in ARMS}
                 for name, speed in speeds.items()
             }
+            found[f"{what}_ratio"] = _by_arm(statistics.median, pairs)
+            found[f"{what}_ratio_quartiles"] = _by_arm(quartiles, pairs)
     found["swap_ms"] = {name: statistics.median(result.swap) for name, result in results.items()}
     found["swap_ms_spread"] = {name: [min(result.swap), max(result.swap)] for name, result in results.items()}
     return found
+
+
+def _by_arm(summary: Callable[[list[float]], Any], pairs: Mapping[str, dict[str, list[float]]]) -> dict[str, Any]:
+    return {name: {arm: summary(found) for arm, found in arms.items()} for name, arms in pairs.items()}
 
 
 def phrase_ms(repeats: int) -> dict[str, float | int]:

@@ -30,7 +30,7 @@ def _speeds(found: Figures) -> str:
         cells += [f"{found['decode_cost'][name]:.1%}"]
         cells += [_speed(found, "prefill", name, "base"), _speed(found, "prefill", name, "adapter")]
         if ratios:
-            cells += [f"{found[f'{what}_ratio'][name]['adapter']:.2f}" for what in ("decode", "prefill")]
+            cells += [_ratio(found, what, name) for what in ("decode", "prefill")]
         rows.append(tuple(cells))
     return _aligned(rows)
 
@@ -38,6 +38,11 @@ def _speeds(found: Figures) -> str:
 def _speed(found: Figures, what: str, name: str, arm: str) -> str:
     least, most = found[f"{what}_spread"][name][arm]
     return f"{found[what][name][arm]:.0f} ({least:.0f}–{most:.0f})"
+
+
+def _ratio(found: Figures, what: str, name: str) -> str:
+    first, third = found[f"{what}_ratio_quartiles"][name]["adapter"]
+    return f"{found[f'{what}_ratio'][name]['adapter']:.2f} ({first:.2f}–{third:.2f})"
 
 
 def _perplexities(found: Figures) -> str:
@@ -58,10 +63,15 @@ def _latencies(found: Figures) -> str:
     rows = [("latency", "cold start s", "first use ms", "swap ms", "peak memory MB")]
     for name in found["decode"]:
         least, most = found["swap_ms_spread"][name]
-        cells = (f"{found['cold_start_s'][name]:.2f}", f"{found['cold_adapter_ms'][name]:.1f}")
+        cells = (_seconds(found, name), f"{found['cold_adapter_ms'][name]:.1f}")
         swap = f"{found['swap_ms'][name]:.2f} ({least:.2f}–{most:.2f})"
         rows.append((name, *cells, swap, f"{found['peak_memory_bytes'][name] / 1e6:.0f}"))
     return _aligned(rows)
+
+
+def _seconds(found: Figures, name: str) -> str:
+    least, most = found["cold_start_s_spread"][name]
+    return f"{found['cold_start_s'][name]:.2f} ({least:.2f}–{most:.2f})"
 
 
 def _tenants(found: Figures) -> str:
@@ -88,7 +98,7 @@ def _notes(found: Figures) -> str:
         f"{found['rounds']} rounds; {found['threads']} threads for every contender; "
         f"a prompt of {found['prompt_tokens']} tokens, {found['generated_tokens']} generated (fewer by torch).",
         "Median (smallest–largest) over the rounds; decode speed is that of a completion's median token; ratios are "
-        "medians of the ratios within a round.",
+        "medians (quartiles) of the ratios within a round, with the adapter. Memory is that of the completions.",
         f"Load average {before:.1f} at the start, {after:.1f} at the end: more than {found['threads']} is other work.",
     ]
     return "\n".join(lines)
