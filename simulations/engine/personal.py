@@ -111,6 +111,12 @@ def personal_step(
     return personalize(mine, candidates, examples, fine, epochs=epochs, rng=rng, step=step)
 
 
+def after_the_rounds(state_dir: DeviceStateDir, mine: Trainer, inputs: ArmInputs, global_adapter: Tensors) -> Tensors:
+    """The global adapter with the parts of it that the device has trained and not shared."""
+    subject, parts = subject_of(mine.base.digest, inputs.task, mine.layout), state_dir.load_private_parts()
+    return with_private(global_adapter, parts.start(subject) if parts else None)
+
+
 def local_arm(
     mine: Trainer,
     client: str,
@@ -218,10 +224,8 @@ def _outcome(
         return ClientResult(**json.loads(path.read_bytes()))
     examples = read_examples(state_dir.examples, len(inputs.task.labels))
     test = in_split(examples, Split.TEST)
-    subject = subject_of(mine.base.digest, inputs.task, mine.layout)
-    parts = state_dir.load_private_parts()
-    shared_and_own = with_private(global_adapter, parts.start(subject) if parts else None)
-    personal = personal_step(mine, client.name, examples, shared_and_own, inputs, step=step)
+    start = after_the_rounds(state_dir, mine, inputs, global_adapter)
+    personal = personal_step(mine, client.name, examples, start, inputs, step=step)
     storage.replace(state_dir.folder / device_files.PERSONAL, files.encode(personal.adapter))
     local = local_arm(mine, client.name, examples, inputs, step)
     arms = {

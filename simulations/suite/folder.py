@@ -81,7 +81,6 @@ def taken(out: Path, suite: Suite, *, resume: bool) -> Iterator[Store]:
         with FileLock(out / ".lock", timeout=0):
             table = {"settings": suite.settings.model_dump(mode="json"), "scenario": suite.scenario}
             replace(out / SUITE, json.dumps({**table, "folder": str(suite.folder)}, indent=2).encode(), PUBLIC)
-            (out / "results").mkdir(exist_ok=True)
             store = Store(out)
             _forget_failures(suite, store)
             yield store

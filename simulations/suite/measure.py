@@ -23,13 +23,14 @@ from adapters.base import Base
 from adapters.layout import Floats, Tensors
 from adapters.storage import replace
 from adapters.task import MAX_LOSS
+from client.node.statedir import DeviceStateDir
 from client.training.examples import Example, Split, in_split
 from client.training.trainer import Trainer, load_trainer
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.bases import training_base
-from simulations.engine.personal import ArmInputs, generator, local_arm, personal_step
+from simulations.engine.personal import ArmInputs, after_the_rounds, generator, local_arm, personal_step
 from simulations.engine.progress import RunProgress
 from simulations.engine.run import RunFolder, federate, prepare
 from simulations.scenario import Scenario
@@ -40,6 +41,7 @@ from simulations.suite.settings import Kind
 from simulations.suite.store import BASES, FINISHED, Store
 
 MOST_PUBLIC = 200  # public texts that each client's classifier is asked
+MOST_KEPT = 100_000  # embeddings: 150 MB for MiniLM
 CENTRAL = "/central"
 
 Answers = Callable[[Sequence[str]], Floats]  # texts → logits, shape (texts, labels)
@@ -108,12 +110,16 @@ def _answers(
     def fixed(adapter: Tensors) -> Callable[[Client], Answers]:
         return lambda _: partial(mine.logits, adapter)
 
-    def fine_tuned(start: Tensors, arm: str = "") -> Callable[[Client], Answers]:
+    def fine_tuned(start: Callable[[Client], Tensors], arm: str = "") -> Callable[[Client], Answers]:
         def answers(client: Client) -> Answers:
-            kept = personal_step(mine, client.name, provision.examples_of(client), start, inputs, arm=arm)
+            kept = personal_step(mine, client.name, provision.examples_of(client), start(client), inputs, arm=arm)
             return partial(mine.logits, kept.adapter)
 
         return answers
+
+    def federated(client: Client) -> Tensors:
+        state_dir = DeviceStateDir.open(provision.device_folder(store.federation(trial), client.name))
+        return after_the_rounds(state_dir, mine, inputs, _global(store.federation(trial)))
 
     def local(client: Client) -> Answers:
         kept = local_arm(mine, client.name, provision.examples_of(client), inputs)
@@ -125,15 +131,15 @@ def _answers(
         case Kind.LOCAL:
             return local
         case Kind.RIDGE | Kind.LOGISTIC:
-            return partial(_head, trial, mine, population)
+            return partial(_head, trial, _embeddings(mine), population, spent)
         case Kind.GLOBAL:
             return fixed(_global(store.federation(trial)))
         case Kind.PERSONAL:
-            return fine_tuned(_global(store.federation(trial)))
+            return fine_tuned(federated)
         case Kind.CENTRAL | Kind.CENTRAL_PERSONAL:
             with spent.training():
                 pooled = _pooled(mine, population, inputs)
-            return fixed(pooled) if trial.kind is Kind.CENTRAL else fine_tuned(pooled, CENTRAL)
+            return fixed(pooled) if trial.kind is Kind.CENTRAL else fine_tuned(lambda _: pooled, CENTRAL)
 
 
 def _pooled(mine: Trainer, population: Population, inputs: ArmInputs) -> Tensors:
@@ -143,16 +149,44 @@ def _pooled(mine: Trainer, population: Population, inputs: ArmInputs) -> Tensors
     return mine.train(inputs.seed_adapter, examples, inputs.task, epochs=inputs.federation_epochs, rng=order)
 
 
-def _head(trial: Trial, mine: Trainer, population: Population, client: Client) -> Answers:
+class _Embeddings:
+    """Embeddings by the frozen base, each computed once for all candidates and arms."""
+
+    def __init__(self, mine: Trainer) -> None:
+        self._mine = mine
+        self._kept: dict[str, tuple[Floats, float]] = {}  # text → embedding, and the processor time that it took
+
+    def of(self, texts: Sequence[str]) -> tuple[Floats, float]:
+        """The embeddings, shape ``(len(texts), hidden)``, and the processor seconds that they took when computed."""
+        if len(self._kept) > MOST_KEPT:
+            self._kept.clear()
+        if missing := [text for text in dict.fromkeys(texts) if text not in self._kept]:
+            before = _cpu()
+            found = self._mine.embed(missing)
+            each = (_cpu() - before) / len(missing)
+            self._kept.update((text, (row, each)) for text, row in zip(missing, found, strict=True))
+        rows = [self._kept[text] for text in texts]
+        return np.stack([row for row, _ in rows]), sum(seconds for _, seconds in rows)
+
+
+@lru_cache(maxsize=1)
+def _embeddings(mine: Trainer) -> _Embeddings:
+    return _Embeddings(mine)
+
+
+def _head(trial: Trial, embeddings: _Embeddings, population: Population, spent: "_Spent", client: Client) -> Answers:
     """A head that is fitted to the client's training texts and the public texts."""
     settings, train = trial.scenario.head, _train(client)
     texts = [*train, *(Example(text.text, text.label, Split.TRAIN) for text in population.public)]
-    x = with_bias(mine.embed([text.text for text in texts]))
+    before = _cpu()
+    found, took = embeddings.of([text.text for text in texts])
+    spent.seconds += took - (_cpu() - before)  # as if nothing had been kept
+    x = with_bias(found)
     labels = np.array([text.label for text in texts], np.int64)
     weights = np.where(np.arange(len(texts)) < len(train), settings.own_weight, 1.0)
     fit, penalty = (ridge_head, settings.ridge) if trial.kind is Kind.RIDGE else (logistic_head, settings.logistic)
     head = fit(x, labels, weights, len(population.labels), penalty)
-    return lambda asked: (with_bias(mine.embed(asked)) @ head).astype(np.float32)
+    return lambda asked: (with_bias(embeddings.of(asked)[0]) @ head).astype(np.float32)
 
 
 def _train(client: Client) -> Sequence[Example]:
@@ -160,7 +194,7 @@ def _train(client: Client) -> Sequence[Example]:
 
 
 def _score(client: Client, answer: Answers, public: Sequence[LabelledText]) -> ClientScore:
-    asked = public[:: -(-len(public) // MOST_PUBLIC)]
+    asked = public[:: max(1, -(-len(public) // MOST_PUBLIC))]
     parts = (client.validation, client.test, asked)
     texts = [text for part in parts for text in part]
     logits, labels = answer([text.text for text in texts]), np.array([text.label for text in texts], np.int64)

@@ -51,6 +51,7 @@ class Store:
     def put(self, trial: Trial, outcome: Outcome) -> None:
         """Keep the outcome of a trial."""
         value = outcome if isinstance(outcome, str) else asdict(outcome)
+        self._file(trial).parent.mkdir(exist_ok=True)
         replace(self._file(trial), json.dumps(value, separators=(",", ":")).encode(), PUBLIC)
 
     def forget(self, trial: Trial) -> None:

@@ -173,6 +173,32 @@ def test_interrupted_rounds_continue_and_the_time_of_both_attempts_counts(
     assert "round 1 of 2" not in notes
 
 
+def test_the_personal_arm_begins_with_the_parts_that_its_device_has_kept(
+    tmp_path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, federation = Store(tmp_path), scenario.federation.model_copy(update={"method": "fedper"})
+    trial = Trial(Kind.PERSONAL, scenario.model_copy(update={"federation": federation}))
+    compute_rounds(trial, store, lambda _: None)
+    heads, step = [], measure.personal_step
+
+    def recorded(mine: Any, client: str, examples: Any, start: Any, inputs: Any, **other: Any) -> Any:
+        heads.append(next(value.tobytes() for name, value in start.items() if name.endswith("classifier.weight")))
+        return step(mine, client, examples, start, inputs, **other)
+
+    monkeypatch.setattr(measure, "personal_step", recorded)
+    scores = compute(trial, store, lambda _: None).clients
+    assert len(scores) == len(heads) == 5
+    assert len({head for head, score in zip(heads, scores, strict=True) if not score.unseen}) == 4
+
+
+def test_kept_embeddings_change_neither_answers_nor_the_time_that_is_counted(store: Store, scenario: Scenario) -> None:
+    trial = Trial(Kind.RIDGE, scenario)
+    measure._embeddings.cache_clear()
+    first, second = (compute(trial, store, lambda _: None) for _ in range(2))
+    assert first.clients == second.clients
+    assert second.cost.cpu_seconds > first.cost.cpu_seconds / 3 > 0
+
+
 def test_an_error_of_a_scenario_is_the_outcome_of_its_trial(store: Store, scenario: Scenario) -> None:
     adapter = scenario.adapter.model_copy(update={"targets": ("nothing",)})
     trial = Trial(Kind.LOCAL, scenario.model_copy(update={"adapter": adapter}))

@@ -27,7 +27,6 @@ def the(suite: Suite, arm: str, seed: int = 0, **constants: Any) -> Trial:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    (tmp_path / "results").mkdir()
     return Store(tmp_path)
 
 
