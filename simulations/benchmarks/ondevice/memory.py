@@ -10,14 +10,15 @@ An adapter of the bundle is copied under N names, each signed by a key that is m
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
-from adapters.bundle import ADAPTERS, BASE, BASE_MANIFEST, TRUST, adapter_path, manifest_path
+from adapters.bundle import ADAPTERS, BASE, BASE_MANIFEST, TRUST, WEIGHTS, adapter_path, manifest_path
 from adapters.manifest import BaseManifest
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
@@ -27,6 +28,7 @@ from client.inference.library import Composition, Library
 COUNTS = (1, 10, 100, 1000)
 TEXT = "turn on the kitchen lights"
 UNLIMITED = 2**40  # bytes of loaded adapters
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,36 @@ class Pages:
         Raises:
             ConfigError: The system is not Linux.
         """
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
-        except FileNotFoundError as error:
-            reason = "memory can be measured on Linux only, which reports the pages that processes share"
-            raise ConfigError(reason, about="smaps_rollup") from error
-        size = {line.partition(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+        return cls._summed(_read(process, "smaps_rollup")[1:])
+
+    @classmethod
+    def mapping(cls, process: int, file: str) -> "Pages":
+        """The sums over the pages that map a file of the name ``file``, zero if there are none. Raises as ``of``."""
+        found, rows, inside = [], _read(process, "smaps"), False
+        for row in rows:
+            if not row.partition(" ")[0].endswith(":"):  # a mapping begins: addresses, …, path
+                inside = row.rpartition("/")[2] == file
+            elif inside:
+                found.append(row)
+        return cls._summed(found)
+
+    @classmethod
+    def _summed(cls, rows: Sequence[str]) -> "Pages":
+        size: Counter[str] = Counter()
+        for row in rows:
+            key, _, value = row.partition(":")
+            if value.endswith(" kB"):
+                size[key] += 1024 * int(value.split()[0])
         shared = size["Shared_Clean"] + size["Shared_Dirty"]
         return cls(size["Rss"], size["Pss"], shared, size["Private_Clean"] + size["Private_Dirty"])
+
+
+def _read(process: int, name: str) -> list[str]:
+    try:
+        return Path(f"/proc/{process}/{name}").read_text().splitlines()
+    except FileNotFoundError as error:
+        reason = "memory can be measured on Linux only, which reports the pages that processes share"
+        raise ConfigError(reason, about=name) from error
 
 
 def measure(
@@ -68,9 +92,10 @@ def measure(
 
     Returns:
         All sizes in bytes. ``tenants``: N → pages of one process with N adapters loaded. ``processes``: the pages of
-        each of two processes with one adapter. ``bytes_per_tenant``: growth of resident memory per adapter between the
-        smallest and the largest count, null with one count. ``adapter_bytes``: the adapter's tensors in float32.
-        ``base_bytes``: all files of the base.
+        each of two processes with one adapter. ``mapped``: those of them that map the base's file of weights; the
+        other weights are copies that ONNX Runtime made. ``bytes_per_tenant``: growth of resident memory per adapter
+        between the smallest and the largest count, null with one count. ``adapter_bytes``: the adapter's tensors in
+        float32. ``base_bytes``: all files of the base.
 
     Raises:
         EdgeAdaptError: The bundle cannot be used, or the system is not Linux.
@@ -79,14 +104,15 @@ def measure(
     name = name or library.default()
     adapter = library.load(Composition.of(name))
     with with_tenants(library, name, max(counts)) as copy:
-        tenants = {str(n): _pages(copy, n, 1)[0] for n in counts}
-        processes = _pages(copy, 1, 2)
+        tenants = {str(n): _while_running(copy, n, 1, Pages.of)[0] for n in counts}
+        processes = _while_running(copy, 1, 2, lambda process: (Pages.of(process), Pages.mapping(process, WEIGHTS)))
     fewest, most = min(counts), max(counts)
     # Not ``private``: which pages are shared changes with other processes of the machine.
     growth = tenants[str(most)].rss - tenants[str(fewest)].rss
     return {
         "tenants": {n: asdict(pages) for n, pages in tenants.items()},
-        "processes": [asdict(pages) for pages in processes],
+        "processes": [asdict(pages) for pages, _ in processes],
+        "mapped": [asdict(mapped) for _, mapped in processes],
         "bytes_per_tenant": round(growth / (most - fewest)) if most > fewest else None,
         "adapter_bytes": adapter.nbytes,
         "base_bytes": sum(file.stamp.size for file in library.base.hashed),
@@ -122,8 +148,8 @@ def _link(file: Path, name: Path) -> None:
         name.write_bytes(file.read_bytes())
 
 
-def _pages(bundle: Path, tenants: int, processes: int) -> list[Pages]:
-    """Run ``processes`` processes at the same time, each with ``tenants`` adapters, and read their pages."""
+def _while_running(bundle: Path, tenants: int, processes: int, read: Callable[[int], T]) -> list[T]:
+    """Run ``processes`` processes at the same time, each with ``tenants`` adapters, and ``read`` what each has."""
     command = [sys.executable, "-m", __name__, str(bundle), str(tenants)]
     with ExitStack() as stack:
         running = [
@@ -138,10 +164,10 @@ def _pages(bundle: Path, tenants: int, processes: int) -> list[Pages]:
                     about="tenants",
                     value=tenants,
                 )
-        pages = [Pages.of(process.pid) for process in running]
+        found = [read(process.pid) for process in running]
         for process in running:
             process.communicate()
-    return pages
+    return found
 
 
 def _tenants(bundle: Path, count: int) -> Any:
