@@ -36,6 +36,11 @@ class AdapterSettings(Settings):
     targets: tuple[str, ...] = Field(
         default=("query", "value"), min_length=1, description="names of the adapted projections"
     )
+    head: Literal["prototypes", "logistic"] = Field(
+        default="prototypes",
+        description="the vendor's head, from the public phrases: prototypes (each label's mean embedding) or logistic "
+        "(logistic regression)",
+    )
 
 
 class NetworkSettings(Settings):

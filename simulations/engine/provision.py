@@ -6,17 +6,19 @@ device follows from the scenario's seed: the one that orders its examples, so th
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from cryptography import x509
 
 from adapters.base import Base
 from adapters.classifier import seed_adapter
+from adapters.layout import Floats, Tensors
 from adapters.manifest import VersionManifest
 from adapters.peftconfig import LoraSpec, PeftConfig
 from adapters.storage import PRIVATE_FOLDER, replace, staged
@@ -31,16 +33,18 @@ from client.training.examples import Example, Split, write_examples
 from client.training.limits import TrainingLimits
 from client.training.trainer import load_trainer
 from coordinator.registry import Registry
-from coordinator.seed import seed_version
+from coordinator.seed import HEAD, seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
 from simulations.data.population import Client, Population
 from simulations.scenario import Scenario
+from simulations.suite.heads import logistic_head, with_bias
 
 AUTHORITY = "authority"
 AUTHORITY_KEY = "authority.pem"
 COORDINATOR = "coordinator"
 DEVICES = "devices"
 LIFETIME = timedelta(days=365)
+PENALTY = 0.1  # of the vendor's logistic head, on half the sum of its squared weights
 
 
 def lora(scenario: Scenario) -> LoraSpec:
@@ -143,8 +147,18 @@ def first_adapter(scenario: Scenario, population: Population, base: Base) -> tup
     public = [(phrase.text, phrase.label) for phrase in population.public]
     generator = torch.Generator().manual_seed(scenario.seed)
     tensors = seed_adapter(mine.model, mine.tokenizer, public, len(population.labels), generator)
+    if spec.head == "logistic":
+        tensors |= _logistic_head(mine.embed([text for text, _ in public]), [label for _, label in public], tensors)
     config = PeftConfig("LORA", spec.rank, spec.alpha, spec.targets)
     return seed_version(tensors, config, population.labels, base.digest)
+
+
+def _logistic_head(embeddings: Floats, labels: Sequence[int], tensors: Tensors) -> Tensors:
+    """The tensors of the head that logistic regression gives, under their names in ``tensors``."""
+    weight, bias = (next(name for name in tensors if name.endswith(f"{HEAD}.{part}")) for part in ("weight", "bias"))
+    numbers, each = np.array(labels, np.int64), np.ones(len(labels))
+    fitted = logistic_head(with_bias(embeddings), numbers, each, len(tensors[bias]), PENALTY)
+    return {weight: fitted[:-1].T.astype(np.float32), bias: fitted[-1].astype(np.float32)}
 
 
 def examples_of(client: Client) -> list[Example]:

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 
+from adapters import files
 from adapters.classifier import HEAD_SCALE
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
@@ -56,6 +59,26 @@ def test_the_registry_begins_with_the_vendors_seed_adapter(fleet: Any) -> None:
     assert np.allclose(np.linalg.norm(head, axis=1), HEAD_SCALE, rtol=1e-5)
     public = [phrase.text for phrase in fleet.population.public]
     assert mine.logits(tensors, public).argmax(1).tolist() == [phrase.label for phrase in fleet.population.public]
+
+
+def test_a_logistic_head_answers_the_public_phrases_with_the_least_loss(fleet: Any) -> None:
+    population, base = fleet.population, fleet.base
+    public, labels = zip(*[(phrase.text, phrase.label) for phrase in population.public], strict=True)
+
+    def loss(head: str) -> tuple[float, set[str]]:
+        chosen = fleet.scenario.model_copy(update={"adapter": fleet.scenario.adapter.model_copy(update={"head": head})})
+        manifest, blob = provision.first_adapter(chosen, population, base)
+        mine, tensors = load_trainer(base, len(population.labels), provision.lora(chosen)), files.decode(blob)
+        assert manifest.layout_digest == mine.layout.digest
+        logits = torch.from_numpy(mine.logits(tensors, public))
+        weight = next(value for name, value in tensors.items() if name.endswith("classifier.weight"))
+        penalty = provision.PENALTY / 2 * float((weight**2).sum())
+        other = {name for name, value in tensors.items() if "lora" in name and value.any()}
+        return float(cross_entropy(logits, torch.tensor(labels), reduction="sum")) + penalty, other
+
+    (fitted, drawn), (nearest, same) = loss("logistic"), loss("prototypes")
+    assert fitted < nearest
+    assert drawn == same  # LoRA changes nothing yet
 
 
 def test_the_seed_determines_the_seed_adapter_the_order_of_training_and_no_other_secret(fleet_of: FleetOf) -> None:
