@@ -20,7 +20,7 @@ Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Moments:
+class EmbeddingMoments:
     """The sums of some examples with embeddings of ``d`` numbers and ``k`` labels.
 
     Attributes:
@@ -34,7 +34,7 @@ class Moments:
     weight: float
 
 
-def moments_of(embeddings: NDArray[np.floating], labels: NDArray[np.integer], count: int) -> Moments:
+def moments_of(embeddings: NDArray[np.floating], labels: NDArray[np.integer], count: int) -> EmbeddingMoments:
     """The moments of examples.
 
     Args:
@@ -62,7 +62,7 @@ def moments_of(embeddings: NDArray[np.floating], labels: NDArray[np.integer], co
     targets[np.arange(len(rows)), labels] = 1.0
     most = float(len(rows))  # rounding could take a sum of equal rows past it, which the codec would refuse
     xx, xy = np.clip(rows.T @ rows, -most, most), np.clip(rows.T @ targets, -most, most)
-    return Moments((xx + xx.T) / 2, xy, most)
+    return EmbeddingMoments((xx + xx.T) / 2, xy, most)
 
 
 def pack(symmetric: Matrix) -> Vector:
@@ -89,7 +89,7 @@ def packed_size(d: int) -> int:
     return d * (d + 1) // 2
 
 
-def ridge(moments: Moments, prior: Matrix, strength: float) -> Matrix:
+def ridge(moments: EmbeddingMoments, prior: Matrix, strength: float) -> Matrix:
     """The head H that minimizes Σ ‖xᵀ H - y‖² + strength · ‖H - prior‖²: a ridge regression towards a known head.
 
     With a prior of zeros this is plain ridge regression. With the head of another task or of all devices, it is biased

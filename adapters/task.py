@@ -111,18 +111,33 @@ def contribution_spec(
     """
     segments = (
         Segment("delta", layout.size, clip_norm * weight_cap),
+        *metric_segments(weight_cap),
+    )
+    return require_exact(VectorSpec(segments, ring_bits, max_clients), weight_cap)
+
+
+def metric_segments(weight_cap: int) -> tuple[Segment, ...]:
+    """The sums of every round: the weight, and what ``metrics_of`` publishes of the adapter that it began with."""
+    return (
         Segment("weight", 1, float(weight_cap)),
         Segment("correct", 1, float(weight_cap)),
         Segment("loss", 1, MAX_LOSS * weight_cap),
         Segment("held_out", 1, float(weight_cap)),
     )
-    spec = VectorSpec(segments, ring_bits, max_clients)
-    if spec.max_steps < weight_cap:  # a step above one: the sum is divided by weights, which must be exact
+
+
+def require_exact(spec: VectorSpec, weight_cap: int) -> VectorSpec:
+    """Return the spec if it counts examples one by one: sums are divided by weights, which must be exact.
+
+    Raises:
+        ConfigError: A step of the weight is above one.
+    """
+    if spec.max_steps < weight_cap:
         raise ConfigError(
-            f"a ring of {ring_bits} bits cannot count {weight_cap} examples of each of {max_clients} devices:"
+            f"a ring of {spec.ring_bits} bits cannot count {weight_cap} examples of each of {spec.max_clients} devices:"
             " take more bits or a lower weight cap",
             about="ring_bits",
-            value=ring_bits,
+            value=spec.ring_bits,
         )
     return spec
 
@@ -151,14 +166,24 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     steps = {segment.name: spec.vector.step(segment) for segment in spec.vector.segments}
     if not {"delta", "weight"} <= steps.keys():
         raise DataError("the sum does not consist of an update and its examples", about="vector.segments")
-    weight, delta = float(sums["weight"][0]), sums["delta"]
-    if not (weight.is_integer() and 0 <= weight <= spec.weight_cap * survivors):
-        text = f"the examples of the survivors are not a whole number between 0 and {spec.weight_cap} for each"
-        raise DataError(text, about="vector.weight")
+    weight, delta = require_weight(spec, sums, survivors), sums["delta"]
     rounding = survivors * steps["delta"] * math.sqrt(delta.size) if weight else 0.0
     if not float(np.linalg.norm(delta)) <= (spec.clip_norm * weight + rounding) * (1 + NORM_ERROR):
         text = f"the sum of the updates is longer than the clip norm {spec.clip_norm:g} allows for its examples"
         raise DataError(text, about="vector.delta")
+
+
+def require_weight(spec: SessionSpec, sums: Sums, survivors: int) -> float:
+    """The total weight, if honest survivors can have it: a whole number between 0 and ``weight_cap`` for each.
+
+    Raises:
+        DataError: They cannot.
+    """
+    weight = float(sums["weight"][0])
+    if not (weight.is_integer() and 0 <= weight <= spec.weight_cap * survivors):
+        text = f"the examples of the survivors are not a whole number between 0 and {spec.weight_cap} for each"
+        raise DataError(text, about="vector.weight")
+    return weight
 
 
 def weighted_mean(
@@ -174,7 +199,7 @@ def weighted_mean(
       the sum differs by 2 · lr times multiples of g, the greatest common divisor of the weights. Clipping makes this
       period shorter.
 
-    The noise (``_width`` times ``_dither``) is added to the sum. For n survivors its standard deviation in the mean is
+    The noise (``_width`` times ``dither``) is added to the sum. For n survivors its standard deviation in the mean is
     0.8 / n times the larger of s and 2 · lr. If all survivors have examples, its width is at least any such period,
     because W / n is at least g and 1. It is not where all devices trained k equal steps, as with a learning rate so
     small that no gradient changes: that period is k times as long, and can show if k · g is more than W / n. The noise
@@ -198,11 +223,9 @@ def weighted_mean(
         DataError: As ``require_reach``.
     """
     require_reach(spec, sums, survivors)
-    delta, weight, key = sums["delta"], float(sums["weight"][0]), hashlib.sha256(b"edgeadapt/dither/1\x00" + adapter)
-    for segment in spec.vector.segments:
-        key.update(sums[segment.name].astype("<f8").tobytes())
+    delta, weight = sums["delta"], float(sums["weight"][0])
     step = next(spec.vector.step(segment) for segment in spec.vector.segments if segment.name == "delta")
-    noisy = delta + _width(step, task, weight, survivors) * _dither(key.digest(), delta.size)
+    noisy = delta + _width(step, task, weight, survivors) * dither(noise_key(spec, sums, adapter), delta.size)
     mean = (noisy / (weight or survivors)).astype(np.float32)
     return np.where(mask(layout, task.trained), mean, np.float32(0))
 
@@ -232,7 +255,20 @@ def metrics_of(sums: Sums) -> dict[str, float]:
     return {"accuracy": round(correct / held_out, DECIMALS), "loss": round(mean_loss, DECIMALS)}
 
 
-def _dither(key: bytes, size: int) -> NDArray[np.float64]:
+def noise_key(spec: SessionSpec, sums: Sums, adapter: bytes) -> bytes:
+    """The key of a round's noise, which whoever knows the sums can compute, and nobody else.
+
+    Args:
+        spec, sums: Of the round.
+        adapter: SHA-256 of the adapter that it began with.
+    """
+    key = hashlib.sha256(b"edgeadapt/dither/1\x00" + adapter)
+    for segment in spec.vector.segments:
+        key.update(sums[segment.name].astype("<f8").tobytes())
+    return key.digest()
+
+
+def dither(key: bytes, size: int) -> NDArray[np.float64]:
     """Noise of shape ``(size,)`` and width 1: sums of ``UNIFORMS`` numbers that are uniform over (-1/2, 1/2).
 
     One uniform number removes a period of the width from the distribution of a coordinate, each further one from a

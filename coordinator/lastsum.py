@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapters import taskkinds
+from adapters.analytic import AnalyticTask
 from adapters.roundrecord import RoundRecord
-from adapters.task import Task
+from adapters.taskkinds import AnyTask
 from aggregation import envelope
 from aggregation.messages import Assignment, Offer, Plan, Unmask
 from aggregation.pki.certificates import load, serial, subject
@@ -34,12 +36,14 @@ class LastSum:
         adapter: SHA-256 of the adapter's file, hex.
         survivors: Whose updates are in it: device → serial of the certificate it had then.
         blamed: Devices whose wrong shares were the reason that there is no result.
+        analytic: Whether it was of an analytic head. Another sum from the adapter is of the same kind.
         terms: Name of a setting → its value then, from ``terms``; empty for a sum of this run, whose settings stay.
     """
 
     adapter: str
     survivors: Mapping[str, int]
     blamed: frozenset[str] = frozenset()
+    analytic: bool = False
     terms: Mapping[str, float | str] = field(default_factory=dict)
 
     def unmet(self, devices: Collection[str], revoked: RevocationList | None) -> str:
@@ -64,11 +68,13 @@ def names(devices: Sequence[str]) -> str:
     return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
 
 
-def terms(task: Task, clip_norm: float, weight_cap: int) -> dict[str, float | str]:
+def terms(task: AnyTask, clip_norm: float, weight_cap: int) -> dict[str, float | str]:
     """The settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
+    bounds: dict[str, float | str] = {"aggregation.clip_norm": clip_norm, "aggregation.weight_cap": weight_cap}
+    if isinstance(task, AnalyticTask):
+        return bounds | {"analytic.ridge": task.ridge, "analytic.scale": task.scale}
     training = ("epochs", "batch_size", "learning_rate", "weight_decay", "proximal")
     parts = {name: ", ".join(part.value for part in getattr(task, name)) for name in ("trained", "shared")}
-    bounds = {"aggregation.clip_norm": clip_norm, "aggregation.weight_cap": weight_cap}
     method = {f"method, which has as {name}": value for name, value in parts.items()}
     return {f"training.{name}": getattr(task, name) for name in training} | method | bounds
 
@@ -96,8 +102,9 @@ def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[R
         if found := _in_log(log.entries, adapter):
             plan, spec, survivors = found
             record = unrecoverable.get(plan.digest().hex())
-            then = terms(Task.decode(plan.training), spec.clip_norm, spec.weight_cap)
-            return LastSum(adapter, survivors, frozenset(record.blamed if record else ()), then)
+            task = taskkinds.decode(plan.training)
+            then, blamed = terms(task, spec.clip_norm, spec.weight_cap), frozenset(record.blamed if record else ())
+            return LastSum(adapter, survivors, blamed, isinstance(task, AnalyticTask), then)
         if any(entry.kind == Result.TAG for entry in log.entries):  # what came before was from older adapters
             return None
     return None

@@ -112,8 +112,16 @@ class FedAvgM:
 
 
 @dataclass(frozen=True, slots=True)
+class AnalyticHead:
+    """Not an optimizer: the head that moments give (``adapters.analytic``). Named here, as the rule of a version.
+
+    Its numbers are in the task of the round's plan. An optimizer's state does not outlive it.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Stateless:
-    """FedAvg has no state."""
+    """FedAvg and an analytic head have no state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,9 +139,9 @@ class Moments:
     second: Floats
 
 
-Settings = FedAvg | FedAvgM | FedAdam | FedYogi
+Settings = FedAvg | FedAvgM | FedAdam | FedYogi | AnalyticHead
 State = Stateless | Velocity | Moments
-KINDS: dict[str, type[Settings]] = {kind.__name__: kind for kind in (FedAvg, FedAvgM, FedAdam, FedYogi)}
+KINDS: dict[str, type[Settings]] = {kind.__name__: kind for kind in (FedAvg, FedAvgM, FedAdam, FedYogi, AnalyticHead)}
 
 
 def to_rule(settings: Settings) -> ServerRule:
@@ -165,7 +173,7 @@ def start(settings: Settings, size: int) -> State:
     Moments(first=array([0., 0.], dtype=float32), second=array([0.25, 0.25], dtype=float32))
     """
     match settings:
-        case FedAvg():
+        case FedAvg() | AnalyticHead():
             return Stateless()
         case FedAvgM():
             return Velocity(np.zeros(size, np.float32))
@@ -263,7 +271,7 @@ def restore(settings: Settings, stored: Mapping[str, Floats], size: int) -> Stat
     Raises:
         ConfigError: The stored state belongs to another optimizer, or to an adapter of another size.
     """
-    if not stored:
+    if not stored or isinstance(settings, AnalyticHead):
         return start(settings, size)
     kind: type[Velocity | Moments] | None = None
     if not isinstance(settings, FedAvg):

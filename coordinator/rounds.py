@@ -14,11 +14,13 @@ from functools import partial
 from typing import TypeAlias
 
 from adapters import files
+from adapters.analytic import AnalyticTask
 from adapters.cores import cores
 from adapters.layout import Tensors
 from adapters.manifest import VersionManifest
 from adapters.roundrecord import RoundRecord
-from adapters.task import metrics_of, require_reach, shared_layout, weighted_mean
+from adapters.task import metrics_of
+from adapters.taskkinds import AnyTask, has_moments, require_reach
 from aggregation import server
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki import Root
@@ -28,6 +30,7 @@ from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
 from coordinator import lastsum, optimizer
 from coordinator.lastsum import LastSum, names
+from coordinator.nextadapter import next_adapter, state_size
 from coordinator.registry import Head, Registry, StoredAdapter, state_digest
 from coordinator.session import Cohort, attachments, establish, obstacle
 from coordinator.settings import FederationSettings
@@ -76,23 +79,26 @@ def federate(
             adapter = registry.newest_adapter()
             if last is not None and last.adapter != adapter.manifest.sha256:
                 last = None
+            # Of all sums from an adapter, the task is the same.
+            fits_head = number > settings.rounds - settings.analytic.rounds if last is None else last.analytic
+            task = settings.analytic_task(adapter.manifest) if fits_head else settings.task(adapter.manifest)
             if last is not None:
-                _require_same_terms(last, adapter, settings)
-            task = settings.task(adapter.manifest)
-            shared = shared_layout(adapter.layout, task)
+                _require_same_terms(last, task, adapter, settings)
             # Whatever can fail after a sum was unmasked fails before: devices help to few sums from an adapter.
-            state = optimizer.restore(settings.server.rule(), registry.optimizer_state(), shared.size)
-            if cohort is None or session is None or _is_over(cohort, session, last, read_root):
-                rounds = min(settings.rounds - number + 1, settings.aggregation.session_rounds)
-                cohort, session = make_session(adapter, rounds, f"session-{number}", last)
+            size = state_size(task, adapter.layout)
+            state = optimizer.restore(settings.rule(task), registry.optimizer_state(), size)
+            if cohort is None or session is None or _is_over(cohort, session, task, last, read_root):
+                left = settings.rounds - (0 if fits_head else settings.analytic.rounds) - number + 1
+                rounds = max(1, min(left, settings.aggregation.session_rounds))
+                cohort, session = make_session(adapter, task, rounds, f"session-{number}", last)
             cohort.dropped.clear()
             with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
                 outcome = _aggregate(cohort, session, adapter, task.encode(), number, last)
-            last = _last_sum(cohort, adapter, outcome) or last
+            last = _last_sum(cohort, adapter, fits_head, outcome) or last
             if isinstance(outcome, RoundAborted):
                 session, made = _after_abort(outcome, last, transport), None
             else:
-                session, made = outcome[0], _step(cohort, adapter, state, outcome, number, settings)
+                session, made = outcome[0], _step(cohort, adapter, task, state, outcome, number, settings)
             record = _record(cohort, registry.head(), outcome, made, time.perf_counter() - begin)
             _commit(registry, record, made, key)
             cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
@@ -101,13 +107,21 @@ def federate(
         transcripts.finish()
 
 
-def _is_over(cohort: Cohort, session: Established, last: LastSum | None, read_root: Callable[[datetime], Root]) -> bool:
-    """Whether the next round needs another session.
+def _is_over(
+    cohort: Cohort,
+    session: Established,
+    task: AnyTask,
+    last: LastSum | None,
+    read_root: Callable[[datetime], Root],
+) -> bool:
+    """Whether the next round needs another session, as for a task with other sums.
 
     A survivor of the last sum that is not in this one can only join another, and only another one leaves out a survivor
     whose certificate was revoked since.
     """
     now = datetime.now(UTC)
+    if has_moments(session.session.spec.vector) != isinstance(task, AnalyticTask):
+        return True
     if session.is_over(now) or obstacle(session, last, cohort.revoked):
         return True
     return last is not None and read_root(now).revoked != cohort.revoked
@@ -125,14 +139,14 @@ def _after_abort(aborted: RoundAborted, last: LastSum | None, transport: Transpo
     return session if server.too_few(session.session.spec, len(session.devices) - 1, "devices", None) is None else None
 
 
-def _require_same_terms(last: LastSum, adapter: StoredAdapter, settings: FederationSettings) -> None:
-    """Return if devices would train on the terms of the last sum: they help to no other sum from its adapter.
+def _require_same_terms(last: LastSum, task: AnyTask, adapter: StoredAdapter, settings: FederationSettings) -> None:
+    """Return if devices would have the task of the last sum: they help to no other sum from its adapter.
 
     Raises:
         ConfigError: A setting has changed.
     """
     bounds = settings.aggregation
-    now = lastsum.terms(settings.task(adapter.manifest), bounds.clip_norm, bounds.weight_cap)
+    now = lastsum.terms(task, bounds.clip_norm, bounds.weight_cap)
     for name, before in last.terms.items():
         if now[name] != before:
             text = f"{name} is {now[name]}, and the last sum from adapter {adapter.manifest.version}, with {before}, "
@@ -140,15 +154,15 @@ def _require_same_terms(last: LastSum, adapter: StoredAdapter, settings: Federat
             raise ConfigError(text, about=name, value=now[name])
 
 
-def _last_sum(cohort: Cohort, adapter: StoredAdapter, outcome: Outcome) -> LastSum | None:
+def _last_sum(cohort: Cohort, adapter: StoredAdapter, analytic: bool, outcome: Outcome) -> LastSum | None:
     """The sum of a round, if devices were asked to unmask it. The adapter made from a sum may have the same bytes."""
     if isinstance(outcome, RoundAborted):
         survivors = outcome.unmasked
         spoilers = outcome.blamed if outcome.reason is AbortReason.UNRECOVERABLE else ()
     else:
         survivors, spoilers = outcome[1].survivors, ()
-    found = LastSum(adapter.manifest.sha256, {name: cohort.serials[name] for name in survivors}, frozenset(spoilers))
-    return found if survivors else None
+    serials = {name: cohort.serials[name] for name in survivors}
+    return LastSum(adapter.manifest.sha256, serials, frozenset(spoilers), analytic) if survivors else None
 
 
 def _aggregate(
@@ -244,6 +258,7 @@ class _NextAdapter:
 def _step(
     cohort: Cohort,
     adapter: StoredAdapter,
+    task: AnyTask,
     state: optimizer.State,
     outcome: tuple[Established, RoundResult],
     number: int,
@@ -252,10 +267,10 @@ def _step(
     """From the sum to the next adapter."""
     parent, plan = adapter.manifest, cohort.recorder.log.plan or b""
     session, result = outcome
-    rule, task = settings.server.rule(), settings.task(parent)
-    shared, digest = shared_layout(adapter.layout, task), bytes.fromhex(parent.sha256)
-    mean = weighted_mean(session.session.spec, task, shared, result.values, len(result.survivors), digest)
-    state, tensors = optimizer.advance(rule, state, adapter.tensors, shared, mean)
+    rule, spec, count = settings.rule(task), session.session.spec, len(result.survivors)
+    state, tensors = next_adapter(
+        spec, task, rule, state, adapter.tensors, sums=result.values, survivors=count, digest=parent.sha256
+    )
     blob = files.encode(tensors)
     manifest = replace(
         parent,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from adapters.cores import ahead, cores
-from adapters.task import shared_layout
+from adapters.taskkinds import AnyTask
 from aggregation import graph, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
@@ -168,6 +168,7 @@ def attachments(proofs: Mapping[str, bytes], shared: Mapping[str, bytes]) -> Att
 def establish(
     transport: Transport,
     adapter: StoredAdapter,
+    task: AnyTask,
     rounds: int,
     group: str,
     last: LastSum | None,
@@ -185,6 +186,7 @@ def establish(
     Args:
         transport: Reaches the devices.
         adapter: Whose layout and base the session is for.
+        task: Of its rounds, whose sums the session is for.
         rounds: That the session shall last.
         group: Begins Flower's group id of each attempt.
         last: The last sum from the adapter, if there is one.
@@ -198,8 +200,7 @@ def establish(
     """
     reason = ""
     layout, base = adapter.layout, adapter.manifest.base_digest
-    shared = shared_layout(layout, settings.task(adapter.manifest))
-    spec_of = partial(settings.aggregation.spec, layout=layout, base_digest=base, rounds=rounds, shared=shared)
+    spec_of = partial(settings.aggregation.spec, layout=layout, base_digest=base, rounds=rounds, task=task)
     for attempt in range(1, settings.attempts + 1):
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
         present = check_in(key, root, transport, name, last)

@@ -1,19 +1,23 @@
 """The settings of a federation, ``federation.toml``: rounds, training, the server's step, secure aggregation."""
 
+from functools import partial
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from adapters import taskkinds
+from adapters.analytic import AnalyticTask
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.settings import Settings
 from adapters.task import Task, contribution_spec
+from adapters.taskkinds import AnyTask
 from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.graph import GraphParameters
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from coordinator.methods import METHODS
-from coordinator.optimizer import FedAdam, FedAvg, FedAvgM, FedYogi
+from coordinator.optimizer import AnalyticHead, FedAdam, FedAvg, FedAvgM, FedYogi
 from coordinator.optimizer import Settings as ServerOptimizer
 
 SETTINGS = "federation.toml"  # in the coordinator's state directory
@@ -33,6 +37,21 @@ class Training(Settings):
         description="weight of FedProx's term in the loss: half of it times the squared distance from the global "
         "adapter",
     )
+
+
+class Analytic(Settings):
+    """Rounds of the analytic head, at the end of a federation or alone."""
+
+    rounds: int = Field(
+        default=0,
+        ge=0,
+        description="how many of the rounds, the last ones, fit the head by a ridge regression to a sum over all "
+        "devices' embeddings, without training",
+    )
+    ridge: float = Field(
+        default=2e-4, gt=0, le=1, description="strength of the regularization, for each example of the sum"
+    )
+    scale: float = Field(default=16.0, gt=0, le=1000, description="logit of a score of 1 of the regression")
 
 
 class Server(Settings):
@@ -105,7 +124,7 @@ class Aggregation(Settings):
     )
 
     def spec(
-        self, devices: int, layout: Layout, base_digest: str, rounds: int, shared: Layout | None = None
+        self, devices: int, layout: Layout, base_digest: str, rounds: int, task: AnyTask | None = None
     ) -> SessionSpec:
         """The parameters of a session with a cohort of ``devices``.
 
@@ -114,13 +133,14 @@ class Aggregation(Settings):
             layout: Of the adapter.
             base_digest: Of the frozen base.
             rounds: Of the session.
-            shared: The tensors whose updates are summed; None: all.
+            task: Of the session's rounds; None: one in which updates of all tensors are summed.
 
         Raises:
             ConfigError: The ring cannot hold the sum of so many devices, or as ``masking_graph`` and ``_survivors``.
         """
-        vector = contribution_spec(
-            shared or layout,
+        vector_spec = contribution_spec if task is None else partial(taskkinds.vector_spec, task)
+        vector = vector_spec(
+            layout,
             clip_norm=self.clip_norm,
             weight_cap=self.weight_cap,
             ring_bits=self.ring_bits,
@@ -206,6 +226,7 @@ class FederationSettings(Settings):
         "ffa, rolora, fedsa, fedper or head",
     )
     training: Training = Training()
+    analytic: Analytic = Analytic()
     server: Server = Server()
     aggregation: Aggregation = Aggregation()
 
@@ -218,8 +239,24 @@ class FederationSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_the_rounds(self) -> Self:
+        if self.analytic.rounds > self.rounds:
+            raise ValueError(
+                f"analytic.rounds is {self.analytic.rounds}, more than the {self.rounds} rounds of the federation"
+            )
+        return self
+
+    def analytic_task(self, manifest: VersionManifest) -> AnalyticTask:
+        """The task of a round that fits the head of the adapter that ``manifest`` describes."""
+        return AnalyticTask(manifest.peft_config, manifest.labels, self.analytic.ridge, self.analytic.scale)
+
+    def rule(self, task: AnyTask) -> ServerOptimizer:
+        """What makes the next adapter from the sum of a task."""
+        return AnalyticHead() if isinstance(task, AnalyticTask) else self.server.rule()
+
     def task(self, manifest: VersionManifest) -> Task:
-        """The task for the adapter that ``manifest`` describes."""
+        """The task of a round that trains the adapter that ``manifest`` describes."""
         training, method = self.training, METHODS[self.method]
         return Task(
             peft_config=manifest.peft_config,

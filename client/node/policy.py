@@ -101,6 +101,10 @@ class PolicySettings(Settings):
     maximum_batch_size: int = Field(
         default=TRAINING.maximum_batch_size, ge=1, description="most examples in a step of training"
     )
+    moments: bool = Field(
+        default=TRAINING.moments,
+        description="contribute the second moments of embeddings to a sum for an analytic head",
+    )
     answer_quantum_seconds: float = Field(
         default=TRAINING.answer_quantum_seconds,
         ge=0,

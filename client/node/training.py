@@ -6,31 +6,37 @@ The order of the two keeps a refusal from saying anything about the examples.
 import logging
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from adapters import files
+from adapters import files, taskkinds
+from adapters.analytic import AnalyticTask, ClassifierHead
 from adapters.base import Base
 from adapters.layout import Layout, Tensors
+from adapters.ridge import moments_of
 from adapters.task import Task, shared_layout
+from adapters.taskkinds import AnyTask
 from aggregation.client import Planned
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
+from aggregation.spec import SessionSpec
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Draw, Snapshot
-from client.training.contribute import Outcome, contribution, require_bounds
-from client.training.examples import Example, Split, in_split, parse_examples
+from client.training.contribute import Outcome, contribution, moment_contribution, require_bounds
+from client.training.examples import Example, Score, Split, in_split, parse_examples
 from client.training.limits import TrainingLimits
+from client.training.moments import own_moments
 from client.training.private import private_file, subject_of, with_private
 
 if TYPE_CHECKING:  # imports torch
     from client.training.trainer import Trainer
 
 log = logging.getLogger("edgeadapt.device")
+Made = TypeVar("Made")
 
 
 def train(
@@ -42,7 +48,7 @@ def train(
     limits: TrainingLimits,
     kept: PrivateParts | None,
 ) -> tuple[Ring, PrivateParts | None]:
-    """Train the adapter in ``blob`` on the snapshot's examples.
+    """Train the adapter in ``blob`` on the snapshot's examples, or embed them with it for an analytic head.
 
     Args:
         base: The frozen base.
@@ -67,7 +73,7 @@ def train(
     if files.sha256(blob) != plan.adapter_digest:
         reason = "the adapter in the message does not match the digest in the plan"
         raise ProtocolError(reason, COORDINATOR, about="plan.adapter_digest")
-    task = Task.decode(plan.training)
+    task = taskkinds.decode(plan.training)
     try:
         start = files.decode(blob)
         trainer = load_trainer(base, len(task.labels), limits.check(task, start))
@@ -75,27 +81,79 @@ def train(
         raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
         raise ProtocolError("offer, task and adapter have different layouts", COORDINATOR, about="plan.layout")
-    try:
-        shared = shared_layout(trainer.layout, task)
-    except DataError as error:
-        raise ProtocolError.of(error, COORDINATOR) from None
-    require_bounds(spec, shared)
-    subject, digest = subject_of(base.digest, task, trainer.layout), plan.digest()
-    start = with_private(start, kept.start(subject, digest) if kept else None)
+    require_bounds(spec, trainer.layout, task)
     rounding = snapshot.generator(plan, Draw.ROUNDING)
-    try:
-        examples = _usable(parse_examples(snapshot.examples, path), task)
-        order = snapshot.generator(plan, Draw.ORDER)
+
+    def usable() -> tuple[Example, ...]:
+        return _usable(parse_examples(snapshot.examples, path), task)
+
+    if isinstance(task, AnalyticTask):  # of all devices in one space of embeddings, so without private parts
+        return _sum_moments(trainer, start, spec, usable, rounding), None
+    return _sum_update(trainer, start, task, planned, usable, rounding, snapshot, kept)
+
+
+def _sum_update(
+    trainer: "Trainer",
+    start: Tensors,
+    task: Task,
+    planned: Planned,
+    usable: Callable[[], tuple[Example, ...]],
+    rounding: np.random.Generator,
+    snapshot: Snapshot,
+    kept: PrivateParts | None,
+) -> tuple[Ring, PrivateParts | None]:
+    """The update of the adapter, which is trained from the device's private parts, and these parts after it."""
+    plan, spec, shared = planned.plan, planned.spec, shared_layout(trainer.layout, task)
+    subject, digest = subject_of(spec.base_digest, task, trainer.layout), plan.digest()
+    start = with_private(start, kept.start(subject, digest) if kept else None)
+
+    def trained() -> tuple[Ring, PrivateParts | None]:
+        order, examples = snapshot.generator(plan, Draw.ORDER), usable()
         outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order)
         vector = contribution(outcome, shared, spec, rounding)
         return vector, _to_keep(subject, digest, task, start, outcome.trained)
+
+    def untrained() -> tuple[Ring, PrivateParts | None]:
+        vector = contribution(Outcome.nothing(start), shared, spec, rounding)
+        return vector, _to_keep(subject, digest, task, start, start)
+
+    return _or_nothing(trained, untrained)
+
+
+def _sum_moments(
+    trainer: "Trainer",
+    adapter: Tensors,
+    spec: SessionSpec,
+    usable: Callable[[], tuple[Example, ...]],
+    rounding: np.random.Generator,
+) -> Ring:
+    """The moments of the examples, and the score of the adapter on at most ``weight_cap`` held-out ones."""
+
+    def embedded() -> Ring:
+        examples, begin = usable(), time.perf_counter()
+        held_out = trainer.score(adapter, in_split(examples, Split.VALIDATION)[: spec.weight_cap])
+        found = own_moments(trainer, adapter, examples)
+        log.info("embedded %d examples", found.weight, extra={"training_seconds": time.perf_counter() - begin})
+        return moment_contribution(found, held_out, spec, rounding)
+
+    def nothing() -> Ring:
+        head = ClassifierHead.of(trainer.layout)
+        none = moments_of(np.zeros((0, head.hidden)), np.zeros(0, np.int64), head.labels)
+        return moment_contribution(none, Score(0, 0, 0.0), spec, rounding)
+
+    return _or_nothing(embedded, nothing)
+
+
+def _or_nothing(attempt: Callable[[], Made], nothing: Callable[[], Made]) -> Made:
+    """What ``attempt`` makes of the examples; what ``nothing`` makes without them, if anything fails."""
+    try:
+        return attempt()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizer is in Rust, whose panics are no Exception
         about = error.about if isinstance(error, EdgeAdaptError) else type(error).__name__
         log.warning("contributed nothing: %s", _unquoted(error), extra={"about": about})
-        vector = contribution(Outcome.nothing(start), shared, spec, rounding)
-        return vector, _to_keep(subject, digest, task, start, start)
+        return nothing()
 
 
 def _to_keep(subject: bytes, plan: bytes, task: Task, start: Tensors, trained: Tensors) -> PrivateParts | None:
@@ -103,7 +161,7 @@ def _to_keep(subject: bytes, plan: bytes, task: Task, start: Tensors, trained: T
     return PrivateParts(subject, plan, before, after) if before and after else None
 
 
-def _usable(examples: Sequence[Example], task: Task) -> tuple[Example, ...]:
+def _usable(examples: Sequence[Example], task: AnyTask) -> tuple[Example, ...]:
     """The examples whose labels the task has."""
     usable = tuple(example for example in examples if example.label < len(task.labels))
     if len(usable) < len(examples):

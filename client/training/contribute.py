@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.layout import Layout, Tensors
-from adapters.task import contribution_spec
-from aggregation.errors import ConfigError, ProtocolError
+from adapters.ridge import EmbeddingMoments, pack
+from adapters.taskkinds import AnyTask, vector_spec
+from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
@@ -36,19 +37,27 @@ class Outcome:
         return cls(start, start, 0, Score(0, 0, 0.0))
 
 
-def require_bounds(spec: SessionSpec, layout: Layout) -> None:
-    """Return if the bounds in the offer admit every contribution that a device can make. ``layout``: as shared.
+def require_bounds(spec: SessionSpec, layout: Layout, task: AnyTask) -> None:
+    """Return if the bounds in the offer admit every contribution that a device can make.
 
     A tighter bound would tell devices apart by whether they can answer: those that cannot have more examples, or a
     greater loss, than a number that the coordinator chose.
 
+    Args:
+        spec: Of the session, from the offer.
+        layout: Of the adapter.
+        task: Of the plan.
+
     Raises:
-        ProtocolError: The vector in the offer is not that of this layout, clip norm and weight cap.
+        ProtocolError: The vector in the offer is not that of this task, layout, clip norm and weight cap, or the
+            adapter lacks what the task asks for.
     """
     vector = spec.vector
     cap, bits, clients = spec.weight_cap, vector.ring_bits, vector.max_clients
     try:
-        fair = contribution_spec(layout, clip_norm=spec.clip_norm, weight_cap=cap, ring_bits=bits, max_clients=clients)
+        fair = vector_spec(task, layout, clip_norm=spec.clip_norm, weight_cap=cap, ring_bits=bits, max_clients=clients)
+    except DataError as error:  # the adapter and the task are the coordinator's
+        raise ProtocolError.of(error, COORDINATOR) from None
     except ConfigError as error:
         raise ProtocolError(f"the vector in the offer: {error}", COORDINATOR, about="offer.spec.vector") from None
     if vector != fair:
@@ -79,12 +88,39 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.ra
     weight = min(outcome.examples, spec.weight_cap)
     values = {
         "delta": clip(delta, spec.clip_norm) * weight,
-        "weight": np.array([float(weight)]),
-        "correct": np.array([float(outcome.held_out.correct)]),
-        "loss": np.array([outcome.held_out.loss]),
-        "held_out": np.array([float(outcome.held_out.count)]),
     }
-    return spec.vector.encode(values, rng)
+    return spec.vector.encode(values | _counted(weight, outcome.held_out), rng)
+
+
+def moment_contribution(found: EmbeddingMoments, held_out: Score, spec: SessionSpec, rng: np.random.Generator) -> Ring:
+    """Encode a device's moments as the vector that is masked and summed.
+
+    Args:
+        found: Of its training examples. If they are more than ``spec.weight_cap``, the moments are scaled down to it.
+        held_out: The score of the adapter that it received, on its held-out examples.
+        spec: Of the session, from the offer that the device accepted.
+        rng: Stochastic rounding.
+
+    Returns:
+        Ring elements, shape ``(spec.vector.size,)``, in the segments of ``adapters.analytic.moment_spec``. Guarantee:
+        each value is off by less than one step of its segment, without bias.
+
+    Raises:
+        DataError: A number is not finite, or a metric is outside its bound.
+    """
+    weight = min(found.weight, float(spec.weight_cap))
+    share = weight / found.weight if found.weight else 0.0
+    values = {
+        "xx": np.clip(pack(found.xx) * share, -weight, weight),
+        "xy": np.clip(found.xy.ravel() * share, -weight, weight),
+    }
+    return spec.vector.encode(values | _counted(weight, held_out), rng)
+
+
+def _counted(weight: float, held_out: Score) -> dict[str, Vector]:
+    """The values of ``task.metric_segments``."""
+    counted = {"weight": weight, "correct": held_out.correct, "loss": held_out.loss, "held_out": held_out.count}
+    return {name: np.array([float(value)]) for name, value in counted.items()}
 
 
 def clip(delta: Vector, norm: float) -> Vector:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adapters.analytic import AnalyticTask
 from adapters.layout import Tensors
 from adapters.peftconfig import LoraSpec
-from adapters.task import Task
+from adapters.taskkinds import AnyTask
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.session import COORDINATOR
 
@@ -30,6 +31,8 @@ class TrainingLimits:
         maximum_learning_rate: Largest learning rate of AdamW.
         maximum_epochs: Most passes over the examples in a round.
         maximum_batch_size: Most examples in a step, which bounds the memory that training needs.
+        moments: Whether to contribute to an analytic head. Whoever knows the sum of second moments can tell rather well
+            whether a certain phrase is in it (docs/explanation/threat-model.md).
         answer_quantum_seconds: Offers and plans are answered at a multiple of this time after they arrived. 0: at once.
     """
 
@@ -41,9 +44,10 @@ class TrainingLimits:
     maximum_learning_rate: float = 0.1
     maximum_epochs: int = 10
     maximum_batch_size: int = 64
+    moments: bool = True
     answer_quantum_seconds: float = 60.0
 
-    def check(self, task: Task, adapter: Tensors) -> LoraSpec:
+    def check(self, task: AnyTask, adapter: Tensors) -> LoraSpec:
         """Return what to build, if the task and the adapter on offer are within these limits.
 
         Args:
@@ -51,7 +55,8 @@ class TrainingLimits:
             adapter: Finite tensors.
 
         Raises:
-            ProtocolError: A value is outside its limit, or the adapter's configuration is not plain LoRA.
+            ProtocolError: A value is outside its limit, the adapter's configuration is not plain LoRA, or the task is
+                an analytic head and the owner contributes to none.
         """
         try:
             lora = LoraSpec.of(task.peft_config)
@@ -61,16 +66,22 @@ class TrainingLimits:
         if labels < self.minimum_labels:
             reason = f"task.labels {labels} is below this device's minimum of {self.minimum_labels}"
             raise ProtocolError(reason, COORDINATOR, about="task.labels", value=labels)
+        if isinstance(task, AnalyticTask) and not self.moments:
+            reason = "this device contributes to no analytic head"
+            raise ProtocolError(reason, COORDINATOR, about="task.moments")
         magnitude = max((float(np.abs(tensor).max(initial=0)) for tensor in adapter.values()), default=0.0)
-        rules = (
+        rules: tuple[tuple[str, float, float], ...] = (
             ("adapter.magnitude", magnitude, self.maximum_magnitude),
             ("adapter.parameters", sum(tensor.size for tensor in adapter.values()), self.maximum_parameters),
             ("task.scaling", lora.alpha / lora.rank, self.maximum_scaling),
             ("task.labels", labels, self.maximum_labels),
-            ("task.learning_rate", task.learning_rate, self.maximum_learning_rate),
-            ("task.epochs", task.epochs, self.maximum_epochs),
-            ("task.batch_size", task.batch_size, self.maximum_batch_size),
         )
+        if not isinstance(task, AnalyticTask):
+            rules += (
+                ("task.learning_rate", task.learning_rate, self.maximum_learning_rate),
+                ("task.epochs", task.epochs, self.maximum_epochs),
+                ("task.batch_size", task.batch_size, self.maximum_batch_size),
+            )
         for about, value, limit in rules:
             if value > limit:
                 reason = f"{about} {value:g} is over this device's maximum of {limit:g}"

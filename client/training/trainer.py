@@ -6,7 +6,7 @@ here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -133,9 +133,21 @@ class Trainer:
             parts = [self._forward(tokens[i : i + EVALUATION_BATCH]) for i in range(0, len(texts), EVALUATION_BATCH)]
         return torch.cat(parts).numpy() if parts else np.zeros((0, 0), np.float32)
 
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Embeddings of the frozen base without adapter, shape ``(len(texts), hidden)``, each of L2 norm 1."""
-        return classifier.embed(self.model, self.tokenizer, texts)
+    def embed(self, texts: Sequence[str], adapter: Tensors | None = None) -> NDArray[np.float32]:
+        """Embeddings, shape ``(len(texts), hidden)``, each of L2 norm 1, in batches of ``EVALUATION_BATCH``.
+
+        Args:
+            texts: In any number.
+            adapter: With which the base embeds them; None: the frozen base alone.
+        """
+        if adapter is not None:
+            classifier.load(self.model, adapter)
+        base, tokens = self.model.get_base_model(), self._tokens(texts)
+        starts = range(0, len(texts), EVALUATION_BATCH)
+        alone = self.model.disable_adapter() if adapter is None else nullcontext()
+        with torch.inference_mode(), flushed_denormals(), alone:
+            parts = [base.embed(*classifier.padded(tokens[i : i + EVALUATION_BATCH])).numpy() for i in starts]
+        return np.concatenate(parts) if parts else np.zeros((0, base.encoder.config.hidden_size), np.float32)
 
     def _forward(self, tokens: Sequence[Tensor]) -> Tensor:
         """Logits, shape ``(len(tokens), labels)``."""

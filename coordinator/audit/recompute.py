@@ -17,15 +17,18 @@ followed it, not whether anyone agreed to it.
 
 from dataclasses import dataclass, field
 
+from adapters import taskkinds
+from adapters.analytic import AnalyticTask
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.registryfiles import RegistryFiles
-from adapters.task import Task, metrics_of, shared_layout, weighted_mean
+from adapters.task import metrics_of
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
 from aggregation.transcript import AdapterId, Place
 from coordinator import optimizer
 from coordinator.audit.findings import Check, Finding, Problem, ProducedAdapter, Report, Status, count
-from coordinator.optimizer import Stateless
+from coordinator.nextadapter import next_adapter, state_size
+from coordinator.optimizer import AnalyticHead, Stateless
 
 UNCHANGED = ("base_digest", "layout_digest", "peft_config", "labels")  # fields of a manifest that no round changes
 
@@ -119,17 +122,21 @@ class Recomputation:
         layout = Layout.of(before)
         if not Layout.of(after).digest == layout.digest == produced.spec.layout_digest:
             raise Problem("layout_digest", "the adapter has another layout than the session's offer", place)
+        task = taskkinds.decode(produced.training)  # of a plan that ``check`` has read
+        if isinstance(task, AnalyticTask) != isinstance(rule, AnalyticHead):
+            text = f"the manifest of adapter {version} names another rule ({rule}) than its task has"
+            raise Problem("manifest.rule", text, place)
         if produced.sums is None:
             return "vectors"
         if agreeing.metrics != metrics_of(produced.sums):
             raise Problem("manifest.metrics", f"the metrics of adapter {version} are not those of the sum", place)
-        task = Task.decode(produced.training)  # of a plan that ``check`` has read
-        shared, count, digest = shared_layout(layout, task), len(produced.survivors), bytes.fromhex(start_digest)
-        state = self._state_before(rule, produced, shared.size)
+        state = self._state_before(rule, produced, state_size(task, layout))
         if state is None:
             return "optimizer"
-        mean = weighted_mean(produced.spec, task, shared, produced.sums, count, digest)
-        after_state, expected = optimizer.advance(rule, state, before, shared, mean)
+        sums, survivors = produced.sums, len(produced.survivors)
+        after_state, expected = next_adapter(
+            produced.spec, task, rule, state, before, sums=sums, survivors=survivors, digest=start_digest
+        )
         if layout.flatten(expected).tobytes() != layout.flatten(after).tobytes():
             text = f"adapter {version} is not what the server optimizer of its manifest computes from the sum ({rule})"
             raise Problem("result.adapter", text, place)
@@ -154,7 +161,7 @@ def _require_task(manifest: VersionManifest, place: Place, encoded: bytes) -> No
         Problem: It is not, so that devices may answer by whether they have examples of a label.
     """
     try:
-        task = Task.decode(encoded)
+        task = taskkinds.decode(encoded)
     except ProtocolError as error:
         raise Problem.of(error, place) from None
     for name in ("peft_config", "labels"):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from adapters.task import Sums, require_reach
+from adapters.task import Sums
+from adapters.taskkinds import require_reach
 from aggregation import graph, masks, ring
 from aggregation.errors import DataError, ProtocolError
 from aggregation.masks import Mask

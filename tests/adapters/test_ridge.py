@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.ridge import Matrix, Moments, cholesky, moments_of, pack, packed_size, ridge, unpack
+from adapters.ridge import EmbeddingMoments, Matrix, cholesky, moments_of, pack, packed_size, ridge, unpack
 from aggregation.errors import DataError
 from aggregation.vector import Segment, VectorSpec
 from tests.support import refused
@@ -33,8 +33,8 @@ def least_squares(rows: Matrix, targets: Matrix, strength: float) -> Matrix:
     return found
 
 
-def add(*parts: Moments) -> Moments:
-    return Moments(sum(p.xx for p in parts), sum(p.xy for p in parts), sum(p.weight for p in parts))  # type: ignore[arg-type]
+def add(*parts: EmbeddingMoments) -> EmbeddingMoments:
+    return EmbeddingMoments(sum(p.xx for p in parts), sum(p.xy for p in parts), sum(p.weight for p in parts))  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 12), st.integers(0, 2**32))
@@ -131,7 +131,7 @@ def test_cholesky_is_that_of_lapack_and_needs_a_positive_definite_matrix(d: int,
 
 def test_a_sum_that_rounding_made_slightly_indefinite_still_has_a_head() -> None:
     found = moments_of(*examples(60, 8), LABELS)
-    rounded = Moments(found.xx - 1.001 * np.linalg.eigvalsh(found.xx)[0] * np.eye(8), found.xy, 60.0)
+    rounded = EmbeddingMoments(found.xx - 1.001 * np.linalg.eigvalsh(found.xx)[0] * np.eye(8), found.xy, 60.0)
     assert cholesky(rounded.xx, 1e-6) is None
     assert np.isfinite(ridge(rounded, np.zeros((8, LABELS)), 1e-6)).all()
 
@@ -139,7 +139,7 @@ def test_a_sum_that_rounding_made_slightly_indefinite_still_has_a_head() -> None
 def test_moments_that_no_embeddings_have_are_refused() -> None:
     for matrix in (np.full((2, 2), np.inf), np.full((2, 2), np.nan)):
         with refused(DataError, "moments.xx"):
-            ridge(Moments(matrix, np.zeros((2, LABELS)), 1.0), np.zeros((2, LABELS)), 1.0)
+            ridge(EmbeddingMoments(matrix, np.zeros((2, LABELS)), 1.0), np.zeros((2, LABELS)), 1.0)
 
 
 def in_plain_python(xx: list[list[float]], right: list[list[float]], shift: float) -> list[list[float]]:

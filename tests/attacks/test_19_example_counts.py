@@ -134,7 +134,7 @@ def test_exact_totals_the_plain_mean_and_an_exact_accuracy_reveal_the_counts_of_
     monkeypatch.setattr(rounds, "metrics_of", with_examples)
     monkeypatch.setattr(task, "DECIMALS", 15)
     monkeypatch.setattr(task, "MINIMUM_HELD_OUT", 1)
-    monkeypatch.setattr(task, "_dither", lambda key, size: np.zeros(size))
+    monkeypatch.setattr(task, "dither", lambda key, size: np.zeros(size))
     found = publish(app_fleet_of)
     named = {record.round: record.metrics["examples"] for record in found.records}
     assert periods(found) == named
@@ -278,7 +278,7 @@ def test_the_spread_of_few_examples_shows_no_more_than_a_power_of_two(app_fleet_
 
 def test_the_noise_is_the_same_for_whoever_knows_the_sums_and_another_for_other_sums() -> None:
     """Its deviation is 0.8 of its width, and it has no mean."""
-    noise, again, other = (task._dither(bytes([key]) * 32, 100_000) for key in (1, 1, 2))
+    noise, again, other = (task.dither(bytes([key]) * 32, 100_000) for key in (1, 1, 2))
     assert np.array_equal(noise, again)
     assert abs(np.corrcoef(noise, other)[0, 1]) < 0.02
     assert abs(noise.mean()) < 0.02

@@ -73,13 +73,13 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Orders:
 
 def noises(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The noise of each mean, in units of its width, once it is drawn."""
-    drawn, dither = list[Any](), task._dither
+    drawn, drawing = list[Any](), task.dither
 
     def watched(key: bytes, size: int) -> Any:
-        drawn.append(dither(key, size))
+        drawn.append(drawing(key, size))
         return drawn[-1]
 
-    monkeypatch.setattr(task, "_dither", watched)
+    monkeypatch.setattr(task, "dither", watched)
     return drawn
 
 
@@ -169,7 +169,7 @@ def shown(record: Any) -> tuple[Any, ...]:
 def test_devices_with_unusable_examples_answer_and_the_adapter_is_the_mean_of_the_others(
     fleet_of: FleetOf, orders: Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "_dither", lambda key, size: np.zeros(size))
+    monkeypatch.setattr(task, "dither", lambda key, size: np.zeros(size))
     fleet = fleet_of(8, rounds=2, aggregation__clip_norm=2.0, aggregation__weight_cap=16)
     fleet.state_dir("device-02").examples.write_text('{"text": "the code of the safe is 4711"')
     fleet.state_dir("device-05").examples.unlink()

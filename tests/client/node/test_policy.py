@@ -43,6 +43,7 @@ CHANGED: dict[str, Any] = {
     "maximum_learning_rate": 0.5,
     "maximum_epochs": 3,
     "maximum_batch_size": 8,
+    "moments": False,
     "answer_quantum_seconds": 2.5,
 }
 

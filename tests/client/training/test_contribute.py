@@ -9,7 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from adapters.layout import Layout, Tensors, TensorSpec
-from adapters.task import MAX_LOSS, contribution_spec, require_reach
+from adapters.parts import Part
+from adapters.peftconfig import PeftConfig
+from adapters.task import MAX_LOSS, Task, contribution_spec, require_reach
 from aggregation.errors import DataError, ProtocolError
 from aggregation.spec import Adversary, SessionSpec
 from client.training.contribute import Outcome, clip, contribution, require_bounds
@@ -19,6 +21,7 @@ from tests.support import refused
 START: Tensors = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
 LAYOUT = Layout.of(START)
 CLIP, CAP = 12.0, 128
+TASK = Task(PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 4, 0.01, 0.0, 0.0, tuple(Part), tuple(Part))
 
 
 def spec_of(clip_norm: float = CLIP, cap: int = CAP, bits: int = 22, clients: int = 12) -> SessionSpec:
@@ -153,12 +156,12 @@ def test_a_metric_that_is_not_finite_or_beyond_its_bound_is_refused(loss: float)
 
 
 def test_only_the_bounds_that_follow_from_clip_norm_and_weight_cap_are_accepted() -> None:
-    require_bounds(spec_of(), LAYOUT)
+    require_bounds(spec_of(), LAYOUT, TASK)
     for changes in ({"clip_norm": 3.0}, {"weight_cap": 127}, {"weight_cap": 129}):
         with refused(ProtocolError, "offer.spec.vector", peer="coordinator"):
-            require_bounds(replace(spec_of(), **changes), LAYOUT)
+            require_bounds(replace(spec_of(), **changes), LAYOUT, TASK)
     with refused(ProtocolError, "offer.spec.vector", peer="coordinator"):
-        require_bounds(replace(spec_of(), weight_cap=2**32), LAYOUT)
+        require_bounds(replace(spec_of(), weight_cap=2**32), LAYOUT, TASK)
 
 
 def test_a_device_that_could_not_train_contributes_exact_zeros() -> None:

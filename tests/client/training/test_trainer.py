@@ -17,7 +17,7 @@ from adapters.parts import Part, part_of
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example, Score, Split
-from client.training.personal import Candidate, personalize
+from client.training.personal import OWN_STRENGTH, Candidate, personalize, with_own_head
 from client.training.trainer import Trainer, batches, load_trainer
 from tests.support import refused
 
@@ -183,6 +183,19 @@ def test_the_seeded_adapter_changes_nothing_but_adds_the_prototype_head(trainer:
     assert np.allclose(np.diag(through[:3]), HEAD_SCALE, atol=1e-4)
 
 
+def test_embeddings_are_those_that_the_head_reads_with_or_without_the_adapter(trainer: Trainer, start: Tensors) -> None:
+    rng = np.random.default_rng(0)
+    moved = {name: value + rng.normal(0, 0.1, value.shape).astype(np.float32) for name, value in start.items()}
+    head = {name.rsplit(".", 1)[1]: value for name, value in moved.items() if ".classifier." in name}
+    many = TEXTS * 20  # more than a batch
+    found = trainer.embed(many, moved)
+    assert np.allclose(found @ head["weight"].T + head["bias"], trainer.logits(moved, many), atol=1e-4)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert np.abs(found - trainer.embed(many)).max() > 1e-3
+    assert np.array_equal(trainer.embed(many, start), trainer.embed(many))  # B is zero
+    assert trainer.embed([]).shape == trainer.embed([], moved).shape == (0, found.shape[1])
+
+
 def test_the_seeded_adapter_is_drawn_from_the_generator_alone(trainer: Trainer, start: Tensors) -> None:
     prototypes = np.eye(3, 32, dtype=np.float32)
     draws = [seeded(trainer.model, prototypes, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
@@ -330,3 +343,28 @@ def test_the_proximal_term_is_half_of_the_squared_distance(trainer: Trainer, sta
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert distance(classifier.tensors(trainer.model), trained) < 1e-5
+
+
+# The personal head.
+
+
+def test_the_personal_head_fits_the_devices_examples_and_stays_near_the_one_before(
+    trainer: Trainer, start: Tensors
+) -> None:
+    examples = (*EXAMPLES, Example("a phrase that is held out", 0, Split.VALIDATION))
+    found = with_own_head(trainer, start, examples, scale=HEAD_SCALE)
+    (name,) = (name for name in start if not np.array_equal(found[name], start[name]))
+    assert name.endswith("classifier.weight")
+    before, after = (trainer.score(adapter, EXAMPLES) for adapter in (start, found))
+    assert after.correct > before.correct
+    assert after.loss < before.loss
+    x = trainer.embed([e.text for e in EXAMPLES], start).astype(np.float64)
+    left, y = x.T @ x + OWN_STRENGTH * np.eye(x.shape[1]), np.eye(3)[[e.label for e in EXAMPLES]]
+    expected = np.linalg.solve(left, x.T @ y + OWN_STRENGTH * start[name].T / HEAD_SCALE)
+    assert np.allclose(found[name].T / HEAD_SCALE, expected, atol=1e-5)
+
+
+def test_without_examples_of_its_own_a_device_keeps_the_head(trainer: Trainer, start: Tensors) -> None:
+    held_out = [Example("stop", 0, Split.VALIDATION)]
+    found = with_own_head(trainer, start, held_out, scale=HEAD_SCALE)
+    assert all(np.allclose(found[name], start[name], atol=1e-5) for name in start)

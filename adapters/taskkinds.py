@@ -1,0 +1,74 @@
+"""The kinds of task that a plan can carry: training an adapter (``task``), and fitting its head (``analytic``).
+
+What every round needs of its task, whichever kind it is: to be read from the plan, the layout of the sums, and the
+check that honest devices can have them.
+"""
+
+import json
+from typing import TypeAlias
+
+from adapters import analytic, task
+from adapters.analytic import AnalyticTask, ClassifierHead
+from adapters.layout import Layout
+from adapters.task import Sums, Task, contribution_spec, shared_layout
+from aggregation.spec import SessionSpec
+from aggregation.vector import VectorSpec
+
+AnyTask: TypeAlias = Task | AnalyticTask
+
+
+def decode(raw: bytes) -> AnyTask:
+    """Read the task of a plan. Law: ``decode(t.encode()) == t``.
+
+    Raises:
+        ProtocolError: It is of no kind, or a field is missing, unknown or out of range.
+    """
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError):
+        fields = None  # refused below
+    is_analytic = isinstance(fields, dict) and "ridge" in fields
+    return AnalyticTask.decode(raw) if is_analytic else Task.decode(raw)
+
+
+def vector_spec(
+    given: AnyTask, layout: Layout, *, clip_norm: float, weight_cap: int, ring_bits: int, max_clients: int
+) -> VectorSpec:
+    """The sums of one round of a task.
+
+    Args:
+        given: The task.
+        layout: Of the adapter.
+        clip_norm: L2 bound on a device's update, in weight units; not of moments, which have bounds of their own.
+        weight_cap: Largest weight of one device, in examples.
+        ring_bits: Width of an element.
+        max_clients: Largest number of contributions in one sum.
+
+    Raises:
+        ConfigError: The ring cannot hold the sums, or cannot count examples one by one.
+        DataError: The adapter has none of the parts that the task shares, or no head.
+    """
+    if isinstance(given, AnalyticTask):
+        head = ClassifierHead.of(layout)
+        return analytic.moment_spec(head, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients)
+    shared = shared_layout(layout, given)
+    return contribution_spec(
+        shared, clip_norm=clip_norm, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients
+    )
+
+
+def has_moments(spec: VectorSpec) -> bool:
+    """Whether the sums are those of an ``AnalyticTask``."""
+    return spec.segments[0].name == analytic.XX
+
+
+def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
+    """Return if honest survivors can have the sum of a round, of whichever kind its task is.
+
+    Raises:
+        DataError: As ``task.require_reach`` and ``analytic.require_moments``.
+    """
+    if has_moments(spec.vector):
+        analytic.require_moments(spec, sums, survivors)
+    else:
+        task.require_reach(spec, sums, survivors)

@@ -1,0 +1,31 @@
+"""The moments of a device's own examples: what it contributes to an analytic head, and what it fits its own head to."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adapters.analytic import ClassifierHead
+from adapters.layout import Layout, Tensors
+from adapters.ridge import EmbeddingMoments, moments_of
+from client.training.examples import Example, Split, in_split
+
+if TYPE_CHECKING:  # imports torch
+    from client.training.trainer import Trainer
+
+
+def own_moments(trainer: "Trainer", adapter: Tensors, examples: Sequence[Example]) -> EmbeddingMoments:
+    """The moments of the training examples, embedded with an adapter.
+
+    Args:
+        trainer: Of the frozen base.
+        adapter: With a classification head, whose labels are those of the examples.
+        examples: Of the device, all splits; those for training may be none.
+
+    Raises:
+        DataError: The adapter has no such head, or an embedding is not finite.
+    """
+    own = in_split(examples, Split.TRAIN)
+    embeddings = trainer.embed([example.text for example in own], adapter)
+    labels = np.array([example.label for example in own], np.int64)
+    return moments_of(embeddings, labels, ClassifierHead.of(Layout.of(adapter)).labels)

@@ -1,0 +1,52 @@
+"""From the sum of a round to the next adapter, whichever kind its task is of: the mean and a server optimizer's step,
+or the head that moments give.
+
+The coordinator makes each adapter with it (``rounds``), and an audit makes it again (``audit.recompute``).
+"""
+
+from adapters.analytic import AnalyticTask, solved
+from adapters.layout import Layout, Tensors
+from adapters.task import Sums, shared_layout, weighted_mean
+from adapters.taskkinds import AnyTask
+from aggregation.spec import SessionSpec
+from coordinator import optimizer
+
+
+def state_size(task: AnyTask, layout: Layout) -> int:
+    """Elements of the vector that a server optimizer steps. ``layout``: of the adapter."""
+    return 0 if isinstance(task, AnalyticTask) else shared_layout(layout, task).size
+
+
+def next_adapter(
+    spec: SessionSpec,
+    task: AnyTask,
+    rule: optimizer.Settings,
+    state: optimizer.State,
+    tensors: Tensors,
+    *,
+    sums: Sums,
+    survivors: int,
+    digest: str,
+) -> tuple[optimizer.State, Tensors]:
+    """The adapter that a round makes, and the optimizer's state after it.
+
+    Args:
+        spec: Of the session.
+        task: Of the round's plan.
+        rule: The server optimizer; not used for an analytic head.
+        state: Of the optimizer.
+        tensors: Of the adapter that the round began with.
+        sums: Of the survivors, decoded.
+        survivors: Their number.
+        digest: SHA-256 of the file of ``tensors``, hex.
+
+    Raises:
+        ConfigError: The state belongs to another optimizer.
+        DataError: Honest survivors cannot have these sums, or the update is not finite.
+    """
+    begun = bytes.fromhex(digest)
+    if isinstance(task, AnalyticTask):
+        return state, solved(spec, task, tensors, sums, survivors, begun)
+    shared = shared_layout(Layout.of(tensors), task)
+    mean = weighted_mean(spec, task, shared, sums, survivors, begun)
+    return optimizer.advance(rule, state, tensors, shared, mean)

@@ -1,0 +1,148 @@
+"""The head of a round of moments shows a reader neither how many examples there are, nor single ones of a few. And one
+device that lies about its moments does not make the head what it likes, unless others could have made it so.
+
+A reader has no device in the rounds. It knows the task, the head before and the next head, and here even the second
+moments over the total, as if all embeddings were public in this form.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters import analytic
+from adapters.analytic import BIAS, WEIGHT, AnalyticTask, ClassifierHead, moment_spec, solved
+from adapters.layout import Layout, Tensors
+from adapters.peftconfig import PeftConfig
+from adapters.ridge import EmbeddingMoments, Matrix, moments_of, pack, ridge
+from adapters.task import UNIFORMS
+from client.training.contribute import moment_contribution
+from coordinator import rounds
+from coordinator.audit import sums
+from tests.support.fleet import session_spec
+from tests.support.hostile import audit_failures
+
+D, LABELS, DEVICES, SCALE = 24, 6, 12, 16.0
+TASK = AnalyticTask(PeftConfig("LORA", 2, 4, ("query",)), tuple("abcdef"), 2e-4, SCALE)
+BEFORE: Tensors = {WEIGHT: np.ones((LABELS, D), np.float32), BIAS: np.zeros(LABELS, np.float32)}
+
+
+def draw(count: int, seed: int = 0) -> tuple[Matrix, Any]:
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(count, D))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True), rng.integers(0, LABELS, count)
+
+
+def published(rows: Matrix, labels: Any) -> Matrix:
+    """The scores' weights of the next head, shape ``(D, LABELS)``."""
+    vector = moment_spec(ClassifierHead.of(Layout.of(BEFORE)), weight_cap=128, ring_bits=32, max_clients=DEVICES)
+    spec, found = session_spec(DEVICES, vector=vector, weight_cap=128), moments_of(rows, labels, LABELS)
+    total = {"xx": pack(found.xx), "xy": found.xy.ravel(), "weight": np.array([found.weight])}
+    total |= {name: np.zeros(1) for name in ("correct", "loss", "held_out")}
+    return solved(spec, TASK, BEFORE, total, DEVICES, bytes(32))[WEIGHT].T.astype(np.float64) / SCALE
+
+
+def means(head: Matrix, second: Matrix) -> Matrix:
+    """Σ x yᵀ / W, from the head and Σ x xᵀ / W."""
+    return (second + TASK.ridge * np.eye(len(second))) @ head - TASK.ridge / SCALE
+
+
+def agreement(numbers: Matrix, weight: int) -> float:
+    """How strongly 1 / weight shows as a period: 1 if all numbers are multiples of it, near 0 if none are."""
+    return float(abs(np.mean(np.exp(2j * np.pi * numbers * weight))))
+
+
+@pytest.mark.parametrize("count", [211, 337])
+def test_the_products_with_a_constant_feature_would_show_the_total(count: int) -> None:
+    rows, labels = draw(count)
+    with_constant = np.hstack([rows, np.ones((count, 1))])
+    targets = np.eye(LABELS)[labels]
+    found = EmbeddingMoments(with_constant.T @ with_constant, with_constant.T @ targets, float(count))
+    head = ridge(found, np.full((D + 1, LABELS), 1 / SCALE), TASK.ridge * count)
+    shares = means(head, found.xx / count)[-1]  # of the labels
+    shown = [agreement(shares, weight) for weight in range(2, 2 * count)]
+    assert int(np.argmax(shown)) + 2 == count
+    assert max(shown) > 0.999
+
+
+@pytest.mark.parametrize("count", [211, 337])
+def test_the_published_head_shows_no_total(count: int) -> None:
+    rows, labels = draw(count)
+    numbers = means(published(rows, labels), rows.T @ rows / count)
+    assert np.allclose(numbers, rows.T @ np.eye(LABELS)[labels] / count, atol=0.01)
+    assert agreement(numbers, count) < 4.5 / np.sqrt(numbers.size)
+
+
+def directions(head: Matrix) -> int:
+    """Directions of the next head that the one before lacks, beyond the noise."""
+    largest_of_noise = 2 * analytic.NOISE * (np.sqrt(D) + np.sqrt(LABELS))
+    return int((np.linalg.svd(head - 1 / SCALE, compute_uv=False) > largest_of_noise).sum())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_head_that_is_fitted_to_a_few_examples_shows_their_number_and_their_embeddings(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, labels = draw(count)[0], np.arange(count)
+    assert directions(published(rows, labels)) == 0
+    monkeypatch.setattr(analytic, "fewest_examples", lambda labels: 0)
+    head = published(rows, labels)
+    assert directions(head) == count
+    left = np.linalg.svd(head - 1 / SCALE)[0][:, :count]
+    assert np.allclose(np.linalg.norm(left.T @ rows.T, axis=0), 1, atol=0.01)  # the examples span these directions
+
+
+# One device that lies.
+
+LIES = {
+    "every second moment at its bound": lambda found, cap: replace(found, xx=np.full_like(found.xx, cap), weight=1.0),
+    "a negative direction": lambda found, cap: replace(found, xx=-cap * np.eye(len(found.xx)), weight=cap),
+    "labels at their bound": lambda found, cap: replace(found, xy=np.full_like(found.xy, cap), weight=1.0),
+    "fewer examples than none": lambda found, cap: replace(found, weight=-cap),
+}
+
+
+def federate_with_a_liar(app_fleet_of: Any, monkeypatch: pytest.MonkeyPatch, lie: str) -> tuple[Any, Any]:
+    """A round of an analytic head in which the first device that contributes lies."""
+    liars = [LIES[lie]]
+
+    def sent(found: Any, held_out: Any, spec: Any, rng: Any) -> Any:
+        if not liars:
+            return moment_contribution(found, held_out, spec, rng)
+        lied = liars.pop()(found, float(spec.weight_cap))
+        values = {name: np.zeros(1) for name in ("correct", "loss", "held_out")}
+        values |= {"xx": pack(lied.xx), "xy": lied.xy.ravel(), "weight": np.array([lied.weight])}
+        return spec.vector.encode(values, rng)
+
+    monkeypatch.setattr("client.node.training.moment_contribution", sent)
+    settings = {"rounds": 1, "analytic__rounds": 1, "aggregation__keep_masked_inputs": True}
+    fleet = app_fleet_of(8, **settings, aggregation__ring_bits=32)
+    (record,) = fleet.federate(fleet.grid())
+    return fleet, record
+
+
+def moved(fleet: Any) -> float:
+    before, after = fleet.registry().tensors(0), fleet.registry().tensors(1)
+    return float(max(np.abs(after[name] - before[name]).max() for name in before))
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_moments_that_no_embeddings_have_count_as_zero(
+    app_fleet_of: Any, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    fleet, record = federate_with_a_liar(app_fleet_of, monkeypatch, lie)
+    assert (record.version, record.metrics) == (1, {})
+    assert record.spoiled
+    assert moved(fleet) <= SCALE * analytic.NOISE * UNIFORMS / 2 + 1e-5
+    assert audit_failures(fleet.out / "coordinator") == set()
+
+
+def test_without_the_check_they_make_the_head(app_fleet_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (rounds, sums):
+        monkeypatch.setattr(module, "require_reach", lambda *given: None)
+    monkeypatch.setattr(analytic, "require_moments", lambda *given: None)
+    monkeypatch.setattr(analytic, "fewest_examples", lambda labels: 0)
+    fleet, record = federate_with_a_liar(app_fleet_of, monkeypatch, "labels at their bound")
+    assert (record.version, record.spoiled) == (1, None)
+    assert moved(fleet) > 100

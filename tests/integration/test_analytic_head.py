@@ -1,0 +1,148 @@
+"""A federation of the analytic head, alone and after rounds of training: its adapters, lineage and audit.
+
+The apps are the real ones and the base is tiny. The tests compute the head a second time, from all texts in one place.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters.analytic import NOISE, ClassifierHead
+from adapters.layout import Layout
+from adapters.ridge import Matrix
+from adapters.task import UNIFORMS
+from client.training.examples import Example, Split, in_split, read_examples, write_examples
+from client.training.trainer import Trainer, load_trainer
+from coordinator.settings import FederationSettings
+from simulations.engine import provision as provisioned
+from tests.support.hostile import audit_failures
+
+FleetOf = Callable[..., Any]
+DEVICES = 8
+KEPT = {"aggregation__keep_masked_inputs": True, "aggregation__ring_bits": 32}
+
+
+@pytest.fixture
+def fleet_with_many(fleet_of: FleetOf) -> FleetOf:
+    """A fleet whose devices have enough examples together for a head to be published."""
+
+    def make(**settings: Any) -> Any:
+        fleet = fleet_of(DEVICES, **KEPT, **settings)
+        for number, household in enumerate(fleet.population.clients):
+            path = fleet.state_dir(household.name).examples
+            own = read_examples(path, len(fleet.population.labels))
+            extra = [Example(f"{e.text} {k}", e.label) for k in range(3) for e in in_split(own, Split.TRAIN)]
+            write_examples(path, [*own, *extra, Example(f"number {number}", 0)])
+        return fleet
+
+    return make
+
+
+def trainer_of(fleet: Any) -> Trainer:
+    return load_trainer(fleet.base, len(fleet.population.labels), provisioned.lora(fleet.scenario))
+
+
+def pooled_head(fleet: Any, version: int, survivors: tuple[str, ...]) -> tuple[Matrix, int]:
+    """The head that a ridge regression fits to the survivors' texts in one place, and the number of texts."""
+    adapter, mine = fleet.registry().tensors(version), trainer_of(fleet)
+    head = ClassifierHead.of(Layout.of(adapter))
+    settings = FederationSettings.read(fleet.out / "coordinator" / "federation.toml").analytic
+    own = [
+        example
+        for name in survivors
+        for example in in_split(read_examples(fleet.state_dir(name).examples, head.labels), Split.TRAIN)
+    ]
+    x = mine.embed([example.text for example in own], adapter).astype(np.float64)
+    y = np.eye(head.labels)[[example.label for example in own]] - adapter[head.bias] / settings.scale
+    strength = settings.ridge * len(own)
+    right = x.T @ y + strength * adapter[head.weight].T / settings.scale
+    solution = settings.scale * np.linalg.solve(x.T @ x + strength * np.eye(head.hidden), right).T
+    return solution, len(own)
+
+
+def test_one_round_makes_the_head_that_all_texts_in_one_place_would_make(fleet_with_many: FleetOf) -> None:
+    fleet = fleet_with_many(rounds=1, analytic__rounds=1)
+    (record,) = fleet.federate(fleet.grid(message_loss=0.01, forced_dropouts=1))
+    registry = fleet.registry()
+    before, after = registry.tensors(0), registry.tensors(1)
+    expected, count = pooled_head(fleet, 0, record.survivors)
+    head = ClassifierHead.of(Layout.of(before))
+    assert count > 100
+    error = np.abs(after[head.weight] - expected).max()
+    assert error <= 16.0 * NOISE * UNIFORMS / 2 + 0.05  # the noise, and the rounding of 32 bits
+    assert error < 0.02 * np.abs(expected).max()  # so that it is the head of these and of no others
+    assert all(np.array_equal(after[name], before[name]) for name in before if name != head.weight)
+    manifest = registry.version(1).manifest
+    assert manifest.parent == registry.version(0).manifest.sha256
+    assert (manifest.rule.name, manifest.rule.numbers) == ("AnalyticHead", {})
+    assert record.metrics.keys() == {"accuracy", "loss"}  # of the adapter that the round began with
+    assert audit_failures(fleet.out / "coordinator") == set()
+
+
+def test_after_rounds_of_training_the_head_is_fitted_to_the_adapted_embeddings(fleet_with_many: FleetOf) -> None:
+    fleet = fleet_with_many(rounds=3, analytic__rounds=1, server__optimizer="fedadam", server__learning_rate=0.01)
+    records = fleet.federate(fleet.grid())
+    assert [record.version for record in records] == [1, 2, 3]
+    assert len({record.offer for record in records}) == 2  # the sums of a head need a session of their own
+    registry = fleet.registry()
+    rules = [version.manifest.rule.name for version in registry.versions() if version.manifest.rule]
+    assert rules == ["FedAdam", "FedAdam", "AnalyticHead"]
+    trained, last = registry.tensors(2), registry.tensors(3)
+    head = ClassifierHead.of(Layout.of(trained))
+    assert any(np.abs(value).max() > 0 for name, value in trained.items() if ".lora_B." in name)
+    assert all(np.array_equal(trained[name], last[name]) for name in trained if name != head.weight)
+    expected, _ = pooled_head(fleet, 2, records[2].survivors)
+    assert np.abs(last[head.weight] - expected).max() < 0.02 * np.abs(expected).max()
+    assert audit_failures(fleet.out / "coordinator") == set()
+
+
+def test_an_audit_finds_a_head_that_is_not_the_one_that_the_sum_gives(
+    fleet_with_many: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coordinator import rounds
+
+    honest = rounds.next_adapter
+
+    def moved(*given: Any, **named: Any) -> Any:
+        state, tensors = honest(*given, **named)
+        head = ClassifierHead.of(Layout.of(tensors))
+        return state, tensors | {head.weight: tensors[head.weight] * np.float32(1 + 2**-20)}
+
+    monkeypatch.setattr(rounds, "next_adapter", moved)
+    fleet = fleet_with_many(rounds=1, analytic__rounds=1)
+    fleet.federate(fleet.grid())
+    assert audit_failures(fleet.out / "coordinator") == {"result.adapter"}
+
+
+def test_a_fleet_with_few_examples_publishes_noise_and_says_so_nowhere_else(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(DEVICES, **KEPT, rounds=1, analytic__rounds=1)
+    (record,) = fleet.federate(fleet.grid())
+    assert (record.version, record.spoiled) == (1, None)
+    before, after = fleet.registry().tensors(0), fleet.registry().tensors(1)
+    (name,) = (name for name in before if not np.array_equal(before[name], after[name]))
+    assert np.abs(after[name] - before[name]).max() <= 16.0 * NOISE * UNIFORMS / 2 + 1e-5
+    assert audit_failures(fleet.out / "coordinator") == set()
+
+
+def test_devices_with_unusable_examples_answer_and_the_head_is_that_of_the_others(fleet_with_many: FleetOf) -> None:
+    fleet = fleet_with_many(rounds=1, analytic__rounds=1)
+    fleet.state_dir("device-01").examples.write_bytes(b"not JSON\n")
+    fleet.state_dir("device-02").examples.write_bytes(b"")
+    (record,) = fleet.federate(fleet.grid())
+    assert {"device-01", "device-02"} <= set(record.survivors)
+    others = tuple(name for name in record.survivors if name not in ("device-01", "device-02"))
+    expected, _ = pooled_head(fleet, 0, others)
+    head = ClassifierHead.of(Layout.of(fleet.registry().tensors(0)))
+    assert np.abs(fleet.registry().tensors(1)[head.weight] - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_a_device_whose_owner_shares_no_moments_refuses(fleet_with_many: FleetOf) -> None:
+    fleet = fleet_with_many(rounds=1, analytic__rounds=1)
+    settings = fleet.state_dir("device-03").folder / "device.toml"
+    settings.write_text(settings.read_text().replace("[policy]\n", "[policy]\nmoments = false\n"))
+    assert not fleet.state_dir("device-03").settings.policy.moments
+    (record,) = fleet.federate(fleet.grid())
+    assert "device-03" not in record.survivors
+    assert record.dropped["device-03"] == "plan"
