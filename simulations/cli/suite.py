@@ -59,27 +59,34 @@ def run(file: Path, seeds: int | None, jobs: int | None, resume: bool, out: Path
 
 @suite.command(short_help="Write and print the report of a suite.")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--track", type=click.Choice(["mlflow", "tensorboard"]), help="Also send the runs to this tracker.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
-def report(folder: Path, as_json: bool) -> None:
+def report(folder: Path, track: str | None, as_json: bool) -> None:
     """Write the report of a finished suite into its folder DIR, and print it.
 
     \b
     Examples:
       edgeadapt suite report runs/households
       edgeadapt suite report runs/households --json > suite.json
+      edgeadapt suite report runs/households --track tensorboard
     """
-    _report(folder, as_json)
+    _report(folder, as_json, track)
 
 
-def _report(folder: Path, as_json: bool) -> None:
+def _report(folder: Path, as_json: bool, track: str | None = None) -> None:
     from simulations.suite.folder import open_suite
     from simulations.suite.rendering import markdown
     from simulations.suite.report import write_suite_report
     from simulations.suite.schedule import results
     from simulations.suite.store import Store
     from simulations.suite.summary import summarize
+    from simulations.suite.track import TRACKERS, tracked_runs
 
     opened = open_suite(folder)
-    summary = summarize(opened.settings, results(opened, Store(folder)))
+    found = results(opened, Store(folder))
+    summary = summarize(opened.settings, found)
     write_suite_report(summary, folder)
+    if track:
+        place = TRACKERS[track](opened.settings.name, tracked_runs(opened.settings, found), folder)
+        click.echo(f"the runs are in {place}", err=True)
     click.echo(json.dumps(summary.to_json()) if as_json else f"{markdown(summary)}\n{folder / 'report.html'}")

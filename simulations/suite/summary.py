@@ -112,7 +112,7 @@ def summarize(settings: SuiteSettings, found: Found) -> SuiteSummary:
     names = tuple(found)
     draws, values, counts = {}, {}, {}
     for title in FIGURES:
-        samples = _samples(found, settings.seeds, unseen=title == "unseen")
+        samples = samples_of(found, settings.seeds, unseen=title == "unseen")
         statistic = STATISTICS["mean" if title == "unseen" else title]
         if samples:
             rng = np.random.default_rng(RESAMPLING_SEED)
@@ -165,8 +165,14 @@ def _require_pairs(found: Found) -> None:
                 )
 
 
-def _samples(found: Found, seeds: Sequence[int], *, unseen: bool) -> list[Values]:
-    """For each seed the test accuracies, shape ``(arms, clients)``; none if there are no such clients."""
+def samples_of(found: Found, seeds: Sequence[int], *, unseen: bool) -> list[Values]:
+    """For each seed the test accuracies of some clients, shape ``(arms, clients)``; none if there are no such clients.
+
+    Args:
+        found: Of every arm.
+        seeds: That ``found`` has.
+        unseen: Whether of the unseen clients, or of the others.
+    """
     samples = [
         np.array(
             [[c.test.accuracy for c in results[seed].clients if c.unseen is unseen] for _, results in found.values()]

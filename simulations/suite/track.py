@@ -1,0 +1,130 @@
+"""Send what a suite found to the experiment tracker that a team uses: MLflow or TensorBoard.
+
+An arm with a seed is a run: its constants, its figures, its costs and the accuracy of each round. Nothing leaves the
+machine, unless ``MLFLOW_TRACKING_URI`` names a server.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from aggregation.errors import ConfigError
+from simulations.suite.outcome import TrialResult
+from simulations.suite.settings import SuiteSettings
+from simulations.suite.statistics import STATISTICS, figure
+from simulations.suite.summary import FIGURES, Found, samples_of
+
+MLFLOW_FILE = "mlflow.db"  # SQLite, in the folder of the suite
+TENSORBOARD_FOLDER = "tensorboard"
+SERVER = "MLFLOW_TRACKING_URI"
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedRun:
+    """One arm with one seed, as a tracker takes it.
+
+    Attributes:
+        name: Such as ``personal-seed-0``.
+        settings: Arm, kind, seed, and the keys that the arm sets or its search chose.
+        metrics: Figures that are finite.
+        accuracies: Round → accuracy of the adapter it began with, where one was published.
+    """
+
+    name: str
+    settings: dict[str, str]
+    metrics: dict[str, float]
+    accuracies: dict[int, float]
+
+
+def tracked_runs(settings: SuiteSettings, found: Found) -> Iterator[TrackedRun]:
+    """The runs of a finished suite, arm by arm."""
+    for place, (name, (chosen, results)) in enumerate(found.items()):
+        arm = settings.arms[name]
+        keys = {**settings.set, **arm.set, **chosen.constants}
+        for seed, result in results.items():
+            yield TrackedRun(
+                f"{name}-seed-{seed}",
+                {"arm": name, "kind": arm.kind.value, "seed": str(seed), **{k: str(v) for k, v in keys.items()}},
+                _metrics(found, place, seed, result),
+                {point.round: point.accuracy for point in result.rounds if point.accuracy is not None},
+            )
+
+
+def _metrics(found: Found, place: int, seed: int, result: TrialResult) -> dict[str, float]:
+    figures = {}
+    for title in FIGURES:
+        if samples := samples_of(found, [seed], unseen=title == "unseen"):
+            statistic = STATISTICS["mean" if title == "unseen" else title]
+            figures[f"accuracy_{title}"] = float(figure(samples, statistic)[place])
+    cost = result.cost
+    spent = {"epochs": cost.epochs, "steps": cost.steps, "cpu_seconds": cost.cpu_seconds}
+    traffic = {"bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down} if result.rounds else {}
+    return {name: value for name, value in {**figures, **spent, **traffic}.items() if math.isfinite(value)}
+
+
+def to_mlflow(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
+    """Log the runs in MLflow's experiment ``name``.
+
+    Returns:
+        Where they are: the server of ``MLFLOW_TRACKING_URI``, or a database in the folder.
+
+    Raises:
+        ConfigError: MLflow is not installed, or does not take the runs.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        import mlflow
+        from mlflow.exceptions import MlflowException
+    except ModuleNotFoundError as error:
+        raise _missing("mlflow") from error
+    place = os.environ.get(SERVER) or f"sqlite:///{(folder / MLFLOW_FILE).resolve()}"
+    try:
+        mlflow.set_tracking_uri(place)
+        mlflow.set_experiment(name)
+        for run in runs:
+            with mlflow.start_run(run_name=run.name):
+                mlflow.log_params(run.settings)
+                mlflow.log_metrics(run.metrics)
+                for number, accuracy in run.accuracies.items():
+                    mlflow.log_metric("round_accuracy", accuracy, step=number)
+    except MlflowException as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"MLflow at {place} did not take the runs: {reason}", about=SERVER) from error
+    return place
+
+
+def to_tensorboard(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
+    """Write the runs as event files for TensorBoard, each in a folder of its own below the suite's folder.
+
+    Returns:
+        The folder to give to ``tensorboard --logdir``.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise _missing("tensorboard") from error
+    place = folder / TENSORBOARD_FOLDER / name
+    for run in runs:
+        with SummaryWriter(str(place / run.name)) as writer:
+            text = "\n".join(f"- {key}: {value}" for key, value in run.settings.items())
+            writer.add_text("settings", text)
+            for key, value in run.metrics.items():
+                writer.add_scalar(key, value, 0)
+            for number, accuracy in run.accuracies.items():
+                writer.add_scalar("round_accuracy", accuracy, number)
+    return str(place)
+
+
+TRACKERS: Mapping[str, Callable[[str, Iterator[TrackedRun], Path], str]] = {
+    "mlflow": to_mlflow,
+    "tensorboard": to_tensorboard,
+}
+
+
+def _missing(extra: str) -> ConfigError:
+    return ConfigError(f"--track {extra} needs a package: pip install 'edgeadapt[{extra}]'", about="--track")
