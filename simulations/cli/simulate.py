@@ -19,6 +19,7 @@ from simulations.scenario import Scenario, describe
 RUNS = Path("runs")
 SHIPPED = Path(str(files("simulations"))) / "scenarios"
 DEMO = "households.toml"
+OWN_TEXTS = "households.toml"  # whose base is not pruned to some languages
 
 
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,7 +46,8 @@ def _show_keys(context: click.Context, _: click.Parameter, wanted: bool) -> None
 def demo(**options: Any) -> None:
     """Households personalize a frozen model together; no household shows its data.
 
-    Runs the scenario simulations/scenarios/households.toml: a few minutes on two cores, without a network.
+    Runs the scenario simulations/scenarios/households.toml: a few minutes on two cores, without a network. `edgeadapt
+    simulate multilingual.toml` runs the same households on a base that reads about 100 languages.
 
     \b
     Examples:
@@ -62,11 +64,11 @@ def demo(**options: Any) -> None:
 @_shared_options
 @click.option("--keys", is_flag=True, is_eager=True, expose_value=False, callback=_show_keys, help="List every key.")
 def simulate(scenario: Path, **options: Any) -> None:
-    """Run a SCENARIO (.toml), from the population to the report; or the demo's scenario on a FILE or DIR of texts.
+    """Run a SCENARIO (.toml), from the population to the report; or households.toml on a FILE or DIR of texts.
 
     \b
     Examples:
-      edgeadapt simulate simulations/scenarios/households.toml
+      edgeadapt simulate households.toml                       # a file, or one that is shipped
       edgeadapt simulate texts.csv --set data.client=user      # columns text, label, user
       edgeadapt simulate my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'
       edgeadapt simulate --keys
@@ -75,18 +77,20 @@ def simulate(scenario: Path, **options: Any) -> None:
 
 
 def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
-    """The scenario in a file; or, for texts in any other file or folder, the demo's with these texts.
+    """The scenario in a file, or one that is shipped; for texts in any other file or folder, ``OWN_TEXTS`` with these.
 
     Raises:
         ConfigError: As ``Scenario.read``, or there is no such file.
     """
     if path.suffix == ".toml":
+        shipped = SHIPPED / path.name
+        path = shipped if not path.exists() and shipped.exists() else path
         return Scenario.read(path, overrides).located(path.parent)
     if not path.exists():
         raise ConfigError(f"there is no file or folder {path}", about="SCENARIO", value=str(path))
     name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:64] or "texts"
     texts = f"data.files={toml_value([str(path.absolute())])}"
-    return Scenario.read(SHIPPED / DEMO, (f'name="{name}"', texts, *overrides)).located(Path())
+    return Scenario.read(SHIPPED / OWN_TEXTS, (f'name="{name}"', texts, *overrides)).located(Path())
 
 
 def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: tuple[str, ...]) -> None:

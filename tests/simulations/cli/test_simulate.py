@@ -17,11 +17,14 @@ from tokenizers import Tokenizer
 
 import edgeadapt
 from adapters.base import Base, find_base
+from aggregation.errors import ConfigError
 from client.training.trainer import Trainer
 from coordinator.statedir import CoordinatorStateDir
 from export.onnx.quantize import Profile
 from export.parity.compare import Parity
+from simulations.cli.simulate import read_scenario
 from simulations.engine import publish
+from tests.support import refused
 from tests.support.trial import SCENARIO
 
 Outcome = tuple[int, str, str]
@@ -319,6 +322,22 @@ def test_a_pair_below_the_parity_gate_is_not_published(
     assert code == 6
     assert "40" in _one_line(err)
     assert not (copy / "bundle").exists()
+
+
+def test_a_shipped_scenario_is_found_by_its_name_unless_there_is_such_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_scenario(Path("households.toml"), ()).name == "households"
+    Path("households.toml").write_text('name = "mine"', encoding="utf-8")
+    assert read_scenario(Path("households.toml"), ()).name == "mine"
+    with refused(ConfigError, "nowhere.toml"):
+        read_scenario(Path("nowhere.toml"), ())
+
+
+def test_texts_of_ones_own_run_on_a_base_that_is_not_pruned_to_the_demos_languages(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\na,b\n", encoding="utf-8")
+    assert read_scenario(tmp_path / "texts.csv", ()).base.languages == ()
 
 
 def test_the_demo_runs_the_shipped_scenario(run: Command, tmp_path: Path) -> None:
