@@ -192,7 +192,7 @@ def _aggregate(
     def inputs(state: Collecting, silent: Collection[str]) -> bool:
         return len(state.vectors) < least <= len(state.vectors) + len(silent)
 
-    collecting = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check, inputs)
+    collecting = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check, inputs, least)
     dropped = [device for device in collecting.plan.members if device not in collecting.vectors]
     if last is not None and dropped:
         text = f"no update of {names(dropped)}, and devices help to another sum with all of the last one only"
@@ -203,12 +203,26 @@ def _aggregate(
     confirming, bodies = collected
     if isinstance(confirming, Confirming):
         confirmed = cohort.exchange(
-            confirming, Confirming.on_consistency_signature, Step.SURVIVORS, bodies, group, awaits=_signatures
+            confirming,
+            Confirming.on_consistency_signature,
+            Step.SURVIVORS,
+            bodies,
+            group,
+            awaits=_signatures,
+            needed=max(least, spec.quorum),
         ).close()
         if isinstance(confirmed, RoundAborted):
             return confirmed
         confirming, bodies = confirmed
-    unmasking = cohort.exchange(confirming, Unmasking.on_unmask_response, Step.UNMASK, bodies, group, awaits=_responses)
+    unmasking = cohort.exchange(
+        confirming,
+        Unmasking.on_unmask_response,
+        Step.UNMASK,
+        bodies,
+        group,
+        awaits=_responses,
+        needed=min(least, len(bodies)),
+    )
     unmasked = unmasking.close(cores(), cohort.corrupt)
     return unmasked if isinstance(unmasked, RoundAborted) else within_reach(*unmasked)
 

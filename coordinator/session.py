@@ -26,9 +26,9 @@ from coordinator.checkin import CheckedIn, check_in
 from coordinator.lastsum import LastSum, names, serials
 from coordinator.recorder import Recorder
 from coordinator.registry import StoredAdapter
-from coordinator.settings import FederationSettings
+from coordinator.settings import CohortSettings, FederationSettings
 from coordinator.transcripts import Transcripts
-from coordinator.transport import Reply, Transport
+from coordinator.transport import Enough, Reply, Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
 S = TypeVar("S")
@@ -45,6 +45,7 @@ class Cohort:
         nodes: Device → Flower node.
         recorder: Writes the log.
         attempts: At an exchange in which too few devices answer.
+        settings: How long an exchange waits for the slowest.
         corrupt: How many of the devices may be corrupt.
         serials: Device → serial of its certificate.
         revoked: The revocation list that the session applies.
@@ -56,6 +57,7 @@ class Cohort:
     nodes: Mapping[str, int]
     recorder: Recorder
     attempts: int
+    settings: CohortSettings
     corrupt: int
     serials: Mapping[str, int]
     revoked: RevocationList | None
@@ -72,10 +74,12 @@ class Cohort:
         extra: Attachments | None = None,
         check: Callable[[str, bytes], Any] | None = None,
         awaits: Callable[[S, Collection[str]], bool] = lambda state, silent: False,
+        needed: int = 0,
     ) -> S:
         """Send each device its message, and let the state ``accept`` each answer in the order of arrival.
 
-        A device that does not answer, or whose answer ``accept`` refuses, drops out. While the state ``awaits`` more
+        A device that does not answer, or whose answer ``accept`` refuses, drops out. So does one that is slower than a
+        quorum and its grace time (``CohortSettings``). While the state ``awaits`` more
         answers, the devices of which nothing was heard get the same message again: some may not have had it.
 
         Args:
@@ -89,6 +93,7 @@ class Cohort:
                 cores, while other answers arrive and are accepted.
             awaits: (state, devices of which nothing was heard) → whether the step after this one needs their answers
                 and could follow with them.
+            needed: Fewest answers that the step after this one needs.
 
         Returns:
             The state after the last answer, to be closed by the caller.
@@ -97,7 +102,8 @@ class Cohort:
         left = dict(bodies)
         for attempt in range(1, self.attempts + 1):
             again = group if attempt == 1 else f"{group}-{attempt}"
-            state, silent = self._ask(state, accept, step, left, again, extra or {}, check)
+            enough = Enough(self.settings.fewest(len(left), needed), self.settings.grace)
+            state, silent = self._ask(state, accept, step, left, again, extra or {}, check, enough)
             if not silent or attempt == self.attempts or not awaits(state, silent):
                 break
             log.warning("waiting for %s at %s: too few devices have answered", names(silent), step.value)
@@ -126,6 +132,7 @@ class Cohort:
         group: str,
         extra: Attachments,
         check: Callable[[str, bytes], Any] | None,
+        enough: Enough,
     ) -> tuple[S, list[str]]:
         """One attempt at an ``exchange``: the state after it, and the devices of which nothing was heard."""
         devices = {self.nodes[device]: device for device in bodies}
@@ -136,7 +143,7 @@ class Cohort:
         def checked(reply: Reply) -> Any:
             return check(devices[reply.node], reply.answer()) if check else reply.answer()
 
-        replies = self.transport.ask(step, asked, group, fields)
+        replies = self.transport.ask(step, asked, group, fields, enough)
         for reply, found in ahead(checked, replies, cores() if check else 1):
             device = devices[reply.node]
             try:
@@ -203,10 +210,12 @@ def establish(
     spec_of = partial(settings.aggregation.spec, layout=layout, base_digest=base, rounds=rounds, task=task)
     for attempt in range(1, settings.attempts + 1):
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
-        present = check_in(key, root, transport, name, last)
+        present = check_in(key, root, transport, name, last, settings.cohort)
         reason = unmet = last.unmet(present.nodes, root.revoked) if last else ""
         if last is not None and not unmet:
-            present = _around(last, present, lambda count: spec_of(count).minimum_survivors)
+            present = _around(last, present, lambda count: spec_of(count).minimum_survivors, settings.cohort.size)
+        elif settings.cohort.size:
+            present = present.only([*present.nodes][: settings.cohort.size])
         count, least = len(present.nodes), settings.aggregation.minimum_devices
         if not unmet and count < least:
             reason = f"{count} devices answered, {least} are needed"
@@ -249,16 +258,18 @@ def obstacle(session: Established, last: LastSum | None, revoked: RevocationList
     return aborted.detail if aborted else ""
 
 
-def _around(last: LastSum, present: CheckedIn, minimum: Callable[[int], int]) -> CheckedIn:
+def _around(last: LastSum, present: CheckedIn, minimum: Callable[[int], int], size: int) -> CheckedIn:
     """The devices of a session in which the survivors of the last sum are enough for another one.
 
     Args:
         last: The last sum.
         present: All that checked in.
         minimum: Size of a cohort → fewest survivors of its rounds.
+        size: Of a cohort, if it has one; all survivors of the last sum are in it all the same.
     """
     bound = [device for device in present.nodes if device in last.survivors]
     others = [device for device in present.nodes if device not in last.survivors]
+    others = others[: max(size - len(bound), 0)] if size else others
     while others and minimum(len(bound) + len(others)) > len(bound):
         others.pop()
     return present.only([*bound, *others])
@@ -287,7 +298,9 @@ def _offer(
     recorder = transcripts.begin(offering.offer, root.revoked)
     corrupt = graph.count_of(len(nodes), settings.aggregation.corrupt_fraction)
     known = serials(certificates.values())
-    cohort = Cohort(transport, nodes, recorder, settings.attempts, corrupt, known, root.revoked, read_root)
+    cohort = Cohort(
+        transport, nodes, recorder, settings.attempts, settings.cohort, corrupt, known, root.revoked, read_root
+    )
     last_offers = {device: answer.last_offer or b"" for device, answer in answers.items()}
     proofs = transcripts.session_chain_proofs(recorder, last_offers)
     revoked = {REVOCATIONS: root.revoked.der} if root.revoked else {}
@@ -307,12 +320,18 @@ def _negotiate(
     def shares(state: Sharing, silent: Collection[str]) -> bool:
         return bool(due - state.encrypted_shares.keys()) and due <= {*state.encrypted_shares, *silent}
 
-    sharing = cohort.exchange(offering, Offering.on_advert, Step.OFFER, offers, group, extra, awaits=adverts).close()
+    least = len(offers) if due else max(offering.spec.threshold, offering.spec.minimum_survivors)
+    sharing = cohort.exchange(
+        offering, Offering.on_advert, Step.OFFER, offers, group, extra, awaits=adverts, needed=least
+    ).close()
     if isinstance(sharing, RoundAborted):
         return sharing
     state, roster = sharing
     rosters = {device: roster for device in cohort.nodes if device not in cohort.dropped}
-    session = cohort.exchange(state, Sharing.on_shares, Step.ROSTER, rosters, group, awaits=shares).close()
+    least = len(rosters) if due else least
+    session = cohort.exchange(
+        state, Sharing.on_shares, Step.ROSTER, rosters, group, awaits=shares, needed=least
+    ).close()
     if not isinstance(session, RoundAborted):
         cohort.recorder.checkpoint()
     return session

@@ -1,7 +1,8 @@
 """The settings of a federation, ``federation.toml``: rounds, training, the server's step, secure aggregation."""
 
+import math
 from functools import partial
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +16,7 @@ from adapters.taskkinds import AnyTask
 from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.graph import GraphParameters
+from aggregation.messages import MAX_COHORT
 from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from coordinator.methods import METHODS
 from coordinator.optimizer import AnalyticHead, FedAdam, FedAvg, FedAvgM, FedYogi
@@ -208,6 +210,47 @@ class Aggregation(Settings):
         )
 
 
+class CohortSettings(Settings):
+    """Which devices a session has, and how long the others wait for the slowest of them."""
+
+    size: int = Field(
+        default=0, ge=0, le=MAX_COHORT, description="devices of a session, chosen at random; 0: all that are there"
+    )
+    over_selection: float = Field(
+        default=1.3,
+        ge=1,
+        le=100,
+        description="nodes that are asked to check in, as a multiple of the size; the first devices that do are taken",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | Literal["random"] = Field(
+        default="random",
+        description="chooses the nodes, the same ones in each run; random: the operating system's entropy does; in a "
+        "simulation, the scenario's seed",
+    )
+    quorum: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the devices asked at a step after whose answers the others have the grace time left; "
+        "never fewer than the protocol needs",
+    )
+    grace: float = Field(
+        default=0.0, ge=0, description="time for further answers after those of the quorum, in seconds"
+    )
+
+    def fewest(self, asked: int, needed: int) -> int:
+        """Answers after which only the grace time is left.
+
+        >>> CohortSettings(quorum=0.8).fewest(10, 3), CohortSettings(quorum=0.8).fewest(10, 9)
+        (8, 9)
+
+        Args:
+            asked: Devices.
+            needed: Answers that the step needs.
+        """
+        return max(math.ceil(self.quorum * asked), needed)
+
+
 class FederationSettings(Settings):
     """``federation.toml`` in the coordinator's state directory."""
 
@@ -225,6 +268,7 @@ class FederationSettings(Settings):
         description="which parts of the adapter devices train and share (docs/reference/federated-methods.md): fedit, "
         "ffa, rolora, fedsa, fedper or head",
     )
+    cohort: CohortSettings = CohortSettings()
     training: Training = Training()
     analytic: Analytic = Analytic()
     server: Server = Server()

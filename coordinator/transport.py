@@ -81,6 +81,14 @@ class PayloadBytes:
     down: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Enough:
+    """Ends an exchange early: ``grace`` seconds after ``answers`` devices have answered."""
+
+    answers: int
+    grace: float
+
+
 @dataclass(slots=True)
 class Transport:
     """A grid with a deadline for each exchange, which counts the bytes that it carries."""
@@ -105,6 +113,7 @@ class Transport:
         bodies: Mapping[int, bytes],
         group: str,
         attachments: Mapping[int, Mapping[str, bytes]] | None = None,
+        enough: Enough | None = None,
     ) -> Iterator[Reply]:
         """Send each node its body and yield the answers in the order of arrival, one for each node.
 
@@ -113,6 +122,7 @@ class Transport:
             bodies: Node → protocol message.
             group: Flower's group id: the round, or the attempt at a session.
             attachments: Node → field → what its message carries besides the body.
+            enough: When to stop before the deadline, if not all answer.
         """
         end = self.clock.now() + self.deadline  # pushing counts too: a message ages from the moment it is made
         messages = []
@@ -130,23 +140,27 @@ class Transport:
         yield from (
             Reply(node, None, "could not be reached", silent=True) for node in bodies if node not in waiting.values()
         )
-        yield from self._collect(waiting, end)
+        yield from self._collect(waiting, end, enough)
 
-    def _collect(self, waiting: dict[str, int], end: float) -> Iterator[Reply]:
-        pause = FIRST_POLL
+    def _collect(self, waiting: dict[str, int], end: float, enough: Enough | None) -> Iterator[Reply]:
+        pause, answers, late = FIRST_POLL, 0, "did not answer in time"
         while waiting:
             arrived = False
             for message_id, node in list(waiting.items()):
                 if reply := self._pull(message_id, node):
                     del waiting[message_id]
                     arrived = True
+                    answers += reply.body is not None
                     yield reply
-            if self.clock.now() >= end:
+            now = self.clock.now()
+            if enough and answers >= enough.answers:
+                end, enough, late = min(end, now + enough.grace), None, "answered later than enough others"
+            if now >= end:
                 break
             pause = FIRST_POLL if arrived else min(2 * pause, LAST_POLL)
             if waiting:
                 self.clock.sleep(pause)
-        yield from (Reply(node, None, "did not answer in time", silent=True) for node in waiting.values())
+        yield from (Reply(node, None, late, silent=True) for node in waiting.values())
 
     def _pull(self, message_id: str, node: int) -> Reply | None:
         """The reply to a message; None before it arrives. A grid may also return replies to other messages."""

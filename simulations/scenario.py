@@ -53,6 +53,11 @@ class NetworkSettings(Settings):
     forced_dropouts: int = Field(
         default=1, ge=0, description="devices that drop out of each round, at a step that varies"
     )
+    availability: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        default=(),
+        description="share of the devices that can be reached in a round, 0 to 1, for each round in turn, over and "
+        "over, as in the hours of a day; all of them if no share is given",
+    )
 
 
 class PersonalSettings(Settings):

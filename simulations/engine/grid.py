@@ -63,6 +63,8 @@ class FaultModel:
         mean_delay: Mean of the exponentially distributed delay, virtual seconds.
         forced_dropouts: Devices that drop out of every round, at one of ``steps`` in turn.
         steps: Where a forced dropout can happen.
+        availability: Share of the devices that can be reached in a round, for each round in turn, over and over; all of
+            them in all rounds if empty. A device that is there at some share is there at every larger one.
     """
 
     seed: int
@@ -70,6 +72,7 @@ class FaultModel:
     mean_delay: float
     forced_dropouts: int = 0
     steps: tuple[Step, ...] = ROUND_STEPS
+    availability: tuple[float, ...] = ()
 
     def outcomes(self, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, DeliveryOutcome]:
         """The outcome of one message to each of ``nodes``.
@@ -80,14 +83,22 @@ class FaultModel:
             nodes: The receivers.
         """
         dropouts = self._forced(group, step, nodes)
-        return {node: self._outcome(group, step, node, node in dropouts) for node in nodes}
+        there = self._there(group)
+        return {node: self._outcome(group, step, node, node in dropouts, there) for node in nodes}
 
-    def _outcome(self, group: str, step: Step | None, node: int, forced: bool) -> DeliveryOutcome:
+    def _there(self, group: str) -> float:
+        """The share of the devices that can be reached in the round of a group, or the first of its session."""
+        number = next((part for part in group.split("-") if part.isdecimal()), "0")
+        return self.availability[int(number) % len(self.availability)] if self.availability else 1.0
+
+    def _outcome(self, group: str, step: Step | None, node: int, forced: bool, there: float) -> DeliveryOutcome:
         rng = self._rng(group, [*Step, None].index(step), node)
         request_lost, reply_lost = (bool(lost) for lost in rng.random(2) < self.message_loss)
         delay = float(rng.exponential(self.mean_delay))
         if forced:  # half of them before the device sees the request, half after it has answered
             request_lost, reply_lost = (True, False) if rng.random() < 0.5 else (False, True)
+        if there < 1.0 and self._rng("", len(Step) + 1, node).random() >= there:
+            request_lost = True
         return DeliveryOutcome(request_lost, reply_lost, delay)
 
     def _forced(self, group: str, step: Step | None, nodes: Sequence[int]) -> set[int]:

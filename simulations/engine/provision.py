@@ -63,7 +63,11 @@ def provision(out: Path, scenario: Scenario, population: Population, base: Base)
     authority = Authority.create("edgeadapt simulation", entropy, now - timedelta(hours=1), now + LIFETIME)
     (out / AUTHORITY).mkdir(parents=True)
     replace(out / AUTHORITY / AUTHORITY_KEY, authority.to_pem())
-    coordinator = CoordinatorStateDir.create(out / COORDINATOR, authority.root.to_pem(), scenario.federation, entropy)
+    federation = scenario.federation
+    if federation.cohort.seed == "random":
+        cohort = federation.cohort.model_copy(update={"seed": scenario.seed})
+        federation = federation.model_copy(update={"cohort": cohort})
+    coordinator = CoordinatorStateDir.create(out / COORDINATOR, authority.root.to_pem(), federation, entropy)
     coordinator.registry.publish(*first_adapter(scenario, population, base), coordinator.key)
     coordinator.registry.close()
 
@@ -131,6 +135,7 @@ class Enrolment:
 
 def _policy(scenario: Scenario, population: Population) -> PolicySettings:
     fleet = sum(not client.unseen for client in population.clients)
+    fleet = min(fleet, scenario.federation.cohort.size or fleet)
     smallest = max(3, min(SAFE.minimum_cohort, fleet - 2))  # the default unless the fleet is smaller
     honest = graph.quorum(smallest, SAFE.corrupt_fraction) - graph.count_of(smallest, SAFE.corrupt_fraction)
     return PolicySettings(

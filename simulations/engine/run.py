@@ -201,7 +201,9 @@ def federate(folder: RunFolder, population: Population, base: Base, progress: Ru
     scenario = folder.scenario
     network, federation = scenario.network, scenario.federation
     steps = ROUND_STEPS if federation.aggregation.adversary == "active" else SHORT_ROUND_STEPS
-    faults = FaultModel(scenario.seed, network.message_loss, network.mean_delay, network.forced_dropouts, steps)
+    faults = FaultModel(
+        scenario.seed, network.message_loss, network.mean_delay, network.forced_dropouts, steps, network.availability
+    )
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})
     trained, done = progress.training_seconds, len(provision.registry(folder.path).rounds())
     try:

@@ -68,6 +68,20 @@ def test_other_seeds_rounds_steps_and_devices_have_other_outcomes() -> None:
     assert len(delays) == 2 * 5 * 7 * 2
 
 
+def test_devices_come_and_go_with_the_hours_and_the_same_ones_are_there_at_the_same_share() -> None:
+    faults = FaultModel(seed=1, message_loss=0.0, mean_delay=1.0, availability=(1.0, 0.3, 0.6))
+    nodes = range(2, 1002)
+
+    def there(group: str) -> set[int]:
+        return {node for node, outcome in faults.outcomes(group, Step.PLAN, nodes).items() if not outcome.request_lost}
+
+    night, morning, day = there("1"), there("session-2-1"), there("3")
+    assert night < morning < day == set(nodes)
+    assert abs(len(night) - 300) < 75
+    assert abs(len(morning) - 600) < 75
+    assert there("4") == night
+
+
 def test_earlier_messages_do_not_change_an_outcome() -> None:
     faults = FaultModel(seed=5, message_loss=0.3, mean_delay=2.0, forced_dropouts=1)
     fresh, resumed = grid_of(faults), grid_of(faults)
