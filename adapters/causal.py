@@ -3,15 +3,20 @@
 ``tensors`` and ``load`` are those of a classifier.
 """
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from adapters import pretrained
 from adapters.base import Base
-from adapters.classifier import LoraSpec, load, tensors
+from adapters.classifier import LoraSpec, adapted, load, tensors
+from adapters.graphinputs import PEFT_PREFIX
+from adapters.layout import Tensors
 from aggregation.errors import ConfigError
 
-__all__ = ["LORA", "build", "load", "tensors"]
+__all__ = ["LORA", "build", "load", "seeded", "tensors"]
 
 LORA = LoraSpec(targets=("q_proj", "v_proj"))
 
@@ -20,14 +25,42 @@ def build(base: Base, lora: LoraSpec = LORA) -> PeftModel:
     """The base with a fresh adapter, in evaluation mode: every parameter frozen but LoRA's.
 
     Raises:
-        ConfigError: The base is no causal language model, or no module of it has a target's name.
+        ConfigError: The base is no causal language model, no module of it has a target's name, or one that has is not a
+            linear layer.
     """
-    model = pretrained.load(base, AutoModelForCausalLM)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), task_type="CAUSAL_LM")
-    try:
-        return get_peft_model(model, config).eval()
-    except ValueError as error:
-        names = pretrained.layer_names(model)
-        raise ConfigError(
-            f"the base has no module named as in {list(lora.targets)}; it has {names}", about="target_modules"
-        ) from error
+    return adapted(pretrained.load(base, AutoModelForCausalLM), lora, task_type="CAUSAL_LM")
+
+
+def require_private(model: PeftModel) -> None:
+    """Return if no layer on which the adapter has LoRA has a row for each token.
+
+    The gradient of B at the output layer has another sign for the tokens of the examples than for all others, so that a
+    sum would name them, as it would at the embedding.
+
+    Raises:
+        ConfigError: One has.
+    """
+    output = model.get_base_model().get_output_embeddings()
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and (layer is output or layer.get_base_layer() is output):
+            name = path.removeprefix(PEFT_PREFIX)
+            raise ConfigError(
+                f"target_modules name {name}, which has a row for each token: LoRA on it would show which tokens the "
+                "examples have; name other layers",
+                about="target_modules",
+            )
+
+
+def seeded(model: PeftModel, generator: torch.Generator) -> Tensors:
+    """The first adapter of a federation: LoRA that changes nothing (B = 0, A drawn as in its paper).
+
+    Args:
+        model: From ``build``.
+        generator: Draws A; the same generator state gives the same adapter.
+    """
+    start = tensors(model)
+    for name, value in start.items():
+        bound = 1 / np.sqrt(value.shape[1])
+        draw = torch.rand(value.shape, generator=generator, dtype=torch.float32)
+        start[name] = ((2 * draw - 1) * bound).numpy() if ".lora_A." in name else np.zeros_like(value)
+    return start

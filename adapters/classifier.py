@@ -67,20 +67,30 @@ def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:
     if labels < 2:
         raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels", value=labels)
     encoder = pretrained.load(base, AutoModel)
-    return _adapted(PhraseClassifier(encoder, encoder.config.hidden_size, labels), lora, modules_to_save=["classifier"])
+    return adapted(PhraseClassifier(encoder, encoder.config.hidden_size, labels), lora, modules_to_save=["classifier"])
 
 
-def _adapted(model: nn.Module, lora: LoraSpec, **settings: Any) -> PeftModel:
+def adapted(model: nn.Module, lora: LoraSpec, **settings: Any) -> PeftModel:
+    """A frozen model with a fresh LoRA adapter on linear layers, in evaluation mode.
+
+    Args:
+        model: In evaluation mode.
+        lora: Of the adapter.
+        settings: Others of peft's ``LoraConfig``.
+
+    Raises:
+        ConfigError: No module of it bears a target's name, or one that does is not a linear layer.
+    """
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), **settings)
     try:
-        adapted = get_peft_model(model, config).eval()
+        found = get_peft_model(model, config).eval()
     except ValueError as error:
         names = pretrained.layer_names(model)
         raise ConfigError(
             f"the base has no module named as in {list(lora.targets)}; it has {names}", about="target_modules"
         ) from error
-    _require_linear(adapted)
-    return adapted
+    _require_linear(found)
+    return found
 
 
 def _require_linear(model: PeftModel) -> None:

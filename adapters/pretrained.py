@@ -5,7 +5,7 @@ refused, where transformers would draw random ones.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -203,3 +203,39 @@ def _refusal(base: Base, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split()) or type(error).__name__
     about, value = (error.about, error.value) if isinstance(error, ConfigError) else ("base", reason[:MAX_REASON])
     return ConfigError(f"the base in {base.folder} cannot be opened: {reason[:MAX_REASON]}", about=about, value=value)
+
+
+def chat_template(base: Base) -> Callable[[list[dict[str, str]], bool], str] | None:
+    """What renders messages as the base's chat template does; None if it has none.
+
+    Returns:
+        Messages, each with ``role`` and ``content``, and whether an answer shall follow → the text of the prompt.
+
+    Raises:
+        ConfigError: The tokenizer's files are damaged.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of many classes, with no common base
+        raise _refusal(base, error) from error
+    if not tokenizer.chat_template:
+        return None
+
+    def render(messages: list[dict[str, str]], answer: bool) -> str:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+        return text
+
+    return render
+
+
+def end_token(model: Any) -> int:
+    """The token that ends a text of a language model.
+
+    Raises:
+        ConfigError: Its configuration names none.
+    """
+    for config in (model.generation_config, model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return int(ids[0] if isinstance(ids, list) else ids)
+    raise ConfigError("nothing says which token ends a text; state eos_token_id in config.json", about="eos_token_id")

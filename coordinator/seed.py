@@ -1,6 +1,6 @@
 """Version 0 of the registry: the adapter that the first round starts from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from adapters import files
 from adapters.layout import Layout, Tensors
@@ -20,9 +20,9 @@ def seed_version(
     """The manifest and the file of the first version.
 
     Args:
-        tensors: Of an adapter of ``adapters.classifier.PhraseClassifier``, under peft's names.
+        tensors: Of an adapter of ``adapters.classifier.PhraseClassifier``, or of a language model, under peft's names.
         peft_config: Of the adapter.
-        labels: Of the head's rows, in order.
+        labels: Of the head's rows, in order; none for a language model.
         base_digest: Of the frozen base that the adapter is for.
 
     Raises:
@@ -32,21 +32,13 @@ def seed_version(
     LoraSpec.of(peft_config)
     inputs = AdapterInputs.of_tensors(peft_config, tensors)
     heads = {slot.path: {spec.name: spec.shape for spec in slot.parameters} for slot in inputs.saved}
-    if (
-        set(heads) != {HEAD}
-        or set(heads[HEAD]) != PARAMETERS
-        or not all(s.path.startswith(ENCODER) for s in inputs.loras)
-    ):
+    if labels:
+        _require_classifier(inputs, heads, labels)
+    elif heads:
         raise ConfigError(
-            "devices train LoRA on an encoder and a linear head over the mean of its tokens, and the adapter has other "
-            "modules: make it with 'edgeadapt export seed'",
-            about=HEAD,
-            value=sorted(heads),
-        )
-    rows = heads[HEAD]["weight"][0]
-    if len(set(labels)) != len(labels) or len(labels) != rows:
-        raise ConfigError(
-            f"the adapter's head has {rows} labels, and {len(set(labels))} different ones are given", about="labels"
+            f"the adapter trains {', '.join(sorted(heads))} in full, and has no labels: name them, or train LoRA alone "
+            "on a language model",
+            about="labels",
         )
     blob = files.encode(tensors)
     manifest = VersionManifest(
@@ -65,3 +57,34 @@ def seed_version(
         labels=tuple(labels),
     )
     return manifest, blob
+
+
+def _require_classifier(
+    inputs: AdapterInputs, heads: Mapping[str, Mapping[str, tuple[int, ...]]], labels: Sequence[str]
+) -> None:
+    """Return if devices can train the adapter, and its head has these labels.
+
+    Args:
+        inputs: The adapter's.
+        heads: Path of a module that is trained in full → its parameters' shapes.
+        labels: Of the head's rows, in order.
+
+    Raises:
+        ConfigError: As ``seed_version``.
+    """
+    if (
+        set(heads) != {HEAD}
+        or set(heads[HEAD]) != PARAMETERS
+        or not all(s.path.startswith(ENCODER) for s in inputs.loras)
+    ):
+        raise ConfigError(
+            "devices train LoRA on an encoder and a linear head over the mean of its tokens, and the adapter has other "
+            "modules: make it with 'edgeadapt export seed'",
+            about=HEAD,
+            value=sorted(heads),
+        )
+    rows = heads[HEAD]["weight"][0]
+    if len(set(labels)) != len(labels) or len(labels) != rows:
+        raise ConfigError(
+            f"the adapter's head has {rows} labels, and {len(set(labels))} different ones are given", about="labels"
+        )

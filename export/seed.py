@@ -1,6 +1,6 @@
-"""The first adapter of a federation, made from a few public phrases for each label and written as a PEFT folder.
+"""The first adapter of a federation, written as a PEFT folder: a classifier's from a few public phrases for each label.
 
-``edgeadapt coordinator publish`` takes the folder. It holds what ``peft`` saves, and ``labels.txt``.
+``edgeadapt coordinator publish`` takes the folder. It holds what ``peft`` saves, and a classifier's ``labels.txt``.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from adapters import classifier
+from adapters import causal, classifier
 from adapters.base import Base
 from adapters.classifier import LoraSpec
 from adapters.peft.folder import LABELS
@@ -20,7 +20,8 @@ def write_seed(base: Base, phrases: Sequence[tuple[str, str]], lora: LoraSpec, s
 
     Args:
         base: The frozen base.
-        phrases: Labels and phrases. The labels' order of first appearance is that of the head's rows.
+        phrases: Labels and phrases. The labels' order of first appearance is that of the head's rows. None for a
+            language model.
         lora: Of the adapter.
         seed: Draws LoRA's A matrices.
         out: A new folder.
@@ -29,16 +30,22 @@ def write_seed(base: Base, phrases: Sequence[tuple[str, str]], lora: LoraSpec, s
         The labels, in the order of the head's rows.
 
     Raises:
-        ConfigError: ``out`` holds something, there are fewer than two labels, or as ``classifier.build``.
+        ConfigError: ``out`` holds something, there is one label, or as ``classifier.build`` or ``causal.build``.
         OSError: The folder cannot be written.
     """
-    labels = tuple(dict.fromkeys(label for label, _ in phrases))
+    labels, generator = tuple(dict.fromkeys(label for label, _ in phrases)), torch.Generator().manual_seed(seed)
     with new_folder(out) as stage:
-        model = classifier.build(base, len(labels), lora)
-        numbered = [(phrase, labels.index(label)) for label, phrase in phrases]
-        tokens, generator = classifier.tokenizer(base, model), torch.Generator().manual_seed(seed)
-        classifier.load(model, classifier.seed_adapter(model, tokens, numbered, len(labels), generator))
+        if labels:
+            model = classifier.build(base, len(labels), lora)
+            numbered = [(phrase, labels.index(label)) for label, phrase in phrases]
+            tokens = classifier.tokenizer(base, model)
+            classifier.load(model, classifier.seed_adapter(model, tokens, numbered, len(labels), generator))
+        else:
+            model = causal.build(base, lora)
+            causal.require_private(model)
+            causal.load(model, causal.seeded(model, generator))
         model.save_pretrained(str(stage), save_embedding_layers=False)
         (stage / "README.md").unlink(missing_ok=True)  # peft's, with nothing filled in
-        (stage / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        if labels:
+            (stage / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
     return labels

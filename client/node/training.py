@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,22 @@ log = logging.getLogger("edgeadapt.device")
 Made = TypeVar("Made")
 
 
+class LocalTrainer(Protocol):
+    """What trains and scores an adapter of one task: ``training.trainer.Trainer``, ``training.language``."""
+
+    layout: Layout
+
+    def train(
+        self, start: Tensors, examples: Sequence[Example], task: Task, *, epochs: int, rng: np.random.Generator
+    ) -> Tensors:
+        """Train for ``epochs`` passes over ``examples``."""
+        ...
+
+    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
+        """Score an adapter on held-out examples."""
+        ...
+
+
 def train(
     base: Base,
     planned: Planned,
@@ -67,7 +83,8 @@ def train(
         ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
     """
     # Imported here: Flower starts a process for each message, and only this step needs torch, which takes seconds.
-    from client.training.trainer import load_trainer
+    from client.training.language import load_language_trainer
+    from client.training.trainer import Trainer, load_trainer
 
     plan, spec = planned.plan, planned.spec
     if files.sha256(blob) != plan.adapter_digest:
@@ -76,7 +93,8 @@ def train(
     task = taskkinds.decode(plan.training)
     try:
         start = files.decode(blob)
-        trainer = load_trainer(base, len(task.labels), limits.check(task, start))
+        lora, labels = limits.check(task, start), len(task.labels)
+        trainer: LocalTrainer = load_trainer(base, labels, lora) if labels else load_language_trainer(base, lora)
     except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
         raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
@@ -85,15 +103,17 @@ def train(
     rounding = snapshot.generator(plan, Draw.ROUNDING)
 
     def usable() -> tuple[Example, ...]:
-        return _usable(parse_examples(snapshot.examples, path), task)
+        return _usable(parse_examples(snapshot.examples, path, None if task.labels else 0), task)
 
     if isinstance(task, AnalyticTask):  # of all devices in one space of embeddings, so without private parts
+        if not isinstance(trainer, Trainer):
+            raise ProtocolError("a language model has no analytic head", COORDINATOR, about="task.labels")
         return _sum_moments(trainer, start, spec, usable, rounding), None
     return _sum_update(trainer, start, task, planned, usable, rounding, snapshot, kept)
 
 
 def _sum_update(
-    trainer: "Trainer",
+    trainer: LocalTrainer,
     start: Tensors,
     task: Task,
     planned: Planned,
@@ -170,7 +190,13 @@ def _usable(examples: Sequence[Example], task: AnyTask) -> tuple[Example, ...]:
 
 
 def _outcome(
-    trainer: "Trainer", start: Tensors, task: Task, examples: Sequence[Example], *, cap: int, rng: np.random.Generator
+    trainer: LocalTrainer,
+    start: Tensors,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    cap: int,
+    rng: np.random.Generator,
 ) -> Outcome:
     """Score ``start`` on at most ``cap`` held-out examples, and train it on the others."""
     own = in_split(examples, Split.TRAIN)

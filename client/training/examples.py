@@ -15,6 +15,7 @@ from aggregation.errors import DataError
 
 MAX_TEXT = 2_000  # characters
 MAX_FILE = 64 * 2**20  # bytes
+NO_LABEL = -1
 
 
 class Split(Enum):
@@ -27,11 +28,19 @@ class Split(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A phrase and the number of its label. ``repr`` does not show the text, which is private."""
+    """A text, with the number of its label or with the prompt that it answers. ``repr`` does not show them.
+
+    Args:
+        text: What is classified, or what a language model learns to write.
+        label: Of a classifier; ``NO_LABEL`` for a language model.
+        split: Its use.
+        prompt: What comes before the text, for a language model; it is not learned.
+    """
 
     text: str
-    label: int
+    label: int = NO_LABEL
     split: Split = Split.TRAIN
+    prompt: str = ""
 
     def __repr__(self) -> str:
         return f"Example(<{len(self.text)} characters>, {self.label}, {self.split.value})"
@@ -41,11 +50,14 @@ class Example:
 class Score:
     """An adapter's score on some examples.
 
+    Of a language model, ``correct`` adds up the shares of tokens that it would have written, and ``loss`` the nats for
+    each byte.
+
     >>> Score(correct=3, count=4, loss=1.5).accuracy
     0.75
     """
 
-    correct: int  # examples whose most probable label is right
+    correct: float  # examples whose most probable label is right
     count: int
     loss: float  # sum of the examples' cross-entropies in nats, each at most ``adapters.task.MAX_LOSS``
 
@@ -63,7 +75,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
 
 def encode_examples(examples: Iterable[Example]) -> bytes:
     """The content of a file. Law: ``parse_examples`` returns the same examples."""
-    lines = [json.dumps({"text": e.text, "label": e.label, "split": e.split.value}) for e in examples]
+    lines = [json.dumps(_row(example)) for example in examples]
     return "".join(f"{line}\n" for line in lines).encode()
 
 
@@ -71,8 +83,8 @@ def read_examples(path: Path, labels: int) -> tuple[Example, ...]:
     """All examples in the file.
 
     Args:
-        path: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``).
-        labels: The number of labels; every example's label must be below it.
+        path: JSON lines, as for ``parse_examples``.
+        labels: The number of labels; every example's label must be below it. 0: for a language model.
 
     Raises:
         DataError: As ``read_file`` and ``parse_examples``.
@@ -98,9 +110,11 @@ def parse_examples(raw: bytes, path: Path, labels: int | None = None) -> tuple[E
     """The examples in the content of a file.
 
     Args:
-        raw: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``), in UTF-8.
+        raw: JSON lines with ``text``, ``label`` and, optionally, ``split`` (default ``train``), in UTF-8. For a
+            language model with ``text`` and, optionally, ``prompt`` and ``split``.
         path: Of the file, for messages.
-        labels: The number of labels; every example's label must be below it. None: any label is accepted.
+        labels: The number of labels; every example's label must be below it. None: any label is accepted. 0: for a
+            language model, a label is neither needed nor read.
 
     Raises:
         DataError: It is not UTF-8, a line is not an example, or there is no training example.
@@ -127,16 +141,29 @@ def in_split(examples: Sequence[Example], split: Split) -> tuple[Example, ...]:
 def _example(line: str, where: str, labels: int | None) -> Example:
     try:
         row: dict[str, Any] = json.loads(line)
-        text, label, split = row["text"], row["label"], Split(row.get("split", "train"))
+        label = NO_LABEL if labels == 0 else row["label"]
+        text, prompt, split = row["text"], row.get("prompt", ""), Split(row.get("split", "train"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         # From None: the parser's error quotes the line.
-        raise DataError(f'{where} is not an object {{"text": …, "label": …}}', about="example") from None
-    if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
-        # JSON can escape a lone surrogate, which no tokenizer reads.
-        raise DataError(f"the text in {where} is not a string of Unicode", about="example.text")
-    if not text.strip() or len(text) > MAX_TEXT:
-        raise DataError(f"the text in {where} is empty or longer than {MAX_TEXT} characters", about="example.text")
+        keys = '{"text": …}' if labels == 0 else '{"text": …, "label": …}'
+        raise DataError(f"{where} is not an object {keys}", about="example") from None
+    for name, value in (("text", text), ("prompt", prompt)):
+        if not isinstance(value, str) or any("\ud800" <= char <= "\udfff" for char in value):
+            # JSON can escape a lone surrogate, which no tokenizer reads.
+            raise DataError(f"the {name} in {where} is not a string of Unicode", about=f"example.{name}")
+        if len(value) > MAX_TEXT or (value is text and not value.strip()):
+            reason = f"the {name} in {where} is empty or longer than {MAX_TEXT} characters"
+            raise DataError(reason, about=f"example.{name}")
+    if labels == 0:
+        return Example(text, NO_LABEL, split, prompt)
     if type(label) is not int or label < 0 or (labels is not None and label >= labels):
         highest = "on" if labels is None else f"to {labels - 1}"
         raise DataError(f"the label in {where} is not an integer from 0 {highest}", about="example.label")
     return Example(text, label, split)
+
+
+def _row(example: Example) -> dict[str, Any]:
+    row: dict[str, Any] = {"text": example.text, "split": example.split.value}
+    if example.label != NO_LABEL:
+        row["label"] = example.label
+    return row | ({"prompt": example.prompt} if example.prompt else {})

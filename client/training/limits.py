@@ -25,8 +25,8 @@ class TrainingLimits:
         maximum_magnitude: Largest absolute value in an adapter.
         maximum_parameters: Most numbers in an adapter, which bounds what training and masking cost.
         maximum_scaling: Largest ``alpha / rank``, the factor of a LoRA update.
-        minimum_labels: Fewest labels of a task. If it has fewer than the examples, only some devices can train, and the
-            sum is over these few alone.
+        minimum_labels: Fewest labels of a classifier's task. If it has fewer than the examples, only some devices can
+            train, and the sum is over these few alone.
         maximum_labels: Most labels of a task.
         maximum_learning_rate: Largest learning rate of AdamW.
         maximum_epochs: Most passes over the examples in a round.
@@ -63,7 +63,7 @@ class TrainingLimits:
         except ConfigError as error:
             raise ProtocolError.of(error, COORDINATOR) from None
         labels = len(task.labels)
-        if labels < self.minimum_labels:
+        if 0 < labels < self.minimum_labels:  # a language model has none
             reason = f"task.labels {labels} is below this device's minimum of {self.minimum_labels}"
             raise ProtocolError(reason, COORDINATOR, about="task.labels", value=labels)
         if isinstance(task, AnalyticTask) and not self.moments:

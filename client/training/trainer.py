@@ -5,7 +5,7 @@ stays in evaluation mode (no dropout), and the generator orders the examples. Ro
 here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from adapters import classifier
@@ -82,30 +82,14 @@ class Trainer:
         step: Callable[[], object],
     ) -> Tensors:
         classifier.load(self.model, start)
-        for name, parameter in self.adapter.items():
-            parameter.requires_grad_(part_of(name) in task.trained)
-        parameters = [parameter for parameter in self.adapter.values() if parameter.requires_grad]
-        if not parameters:
-            raise DataError("the adapter has none of the parts that the task trains", about="task.trained")
-        anchors = [parameter.detach().clone() for parameter in parameters] if task.proximal else []
-        optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=task.weight_decay)
         tokens = self._tokens([e.text for e in examples])
         labels = torch.tensor([e.label for e in examples])
-        for batch in batches([len(ids) for ids in tokens], task.batch_size, epochs, rng):
-            step()
-            loss = cross_entropy(self._forward([tokens[i] for i in batch]), labels[batch])
-            if not torch.isfinite(loss):
-                raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
-            if anchors:  # FedProx (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021)
-                distance = sum(((p - a) ** 2).sum() for p, a in zip(parameters, anchors, strict=True))
-                loss = loss + task.proximal / 2 * distance
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        trained = classifier.tensors(self.model)
-        if not all(np.isfinite(tensor).all() for tensor in trained.values()):  # after the last step, no loss shows it
-            raise DataError("the trained adapter is not finite; lower the learning rate", about="training.adapter")
-        return trained
+
+        def loss(batch: list[int]) -> Tensor:
+            return cross_entropy(self._forward([tokens[i] for i in batch]), labels[batch])
+
+        fit(self.adapter, batches([len(ids) for ids in tokens], task.batch_size, epochs, rng), loss, task, step)
+        return finite(classifier.tensors(self.model))
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``; all zeros if there are none.
@@ -157,6 +141,56 @@ class Trainer:
 
     def _tokens(self, texts: Sequence[str]) -> list[Tensor]:
         return [torch.tensor(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
+
+
+def fit(
+    adapter: Mapping[str, nn.Parameter],
+    order: Iterable[list[int]],
+    loss_of: Callable[[list[int]], Tensor],
+    task: Task,
+    step: Callable[[], object],
+) -> None:
+    """Minimize a loss with AdamW over the parts of an adapter that a task trains, in place.
+
+    Args:
+        adapter: Its parameters, by peft's names.
+        order: Batches, as indices of examples.
+        loss_of: Batch → its mean loss.
+        task: Learning rate, weight decay, proximal term and parts.
+        step: Called before each batch; an exception that it raises ends the training.
+
+    Raises:
+        DataError: The adapter has none of the parts, or a loss is not finite.
+    """
+    for name, parameter in adapter.items():
+        parameter.requires_grad_(part_of(name) in task.trained)
+    parameters = [parameter for parameter in adapter.values() if parameter.requires_grad]
+    if not parameters:
+        raise DataError("the adapter has none of the parts that the task trains", about="task.trained")
+    anchors = [parameter.detach().clone() for parameter in parameters] if task.proximal else []
+    optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=task.weight_decay)
+    for batch in order:
+        step()
+        loss = loss_of(batch)
+        if not torch.isfinite(loss):
+            raise DataError("the training loss is not finite; lower the learning rate", about="training.loss")
+        if anchors:  # FedProx (Li et al. 2020); Ditto's personal objective is the same (Li et al. 2021)
+            distance = torch.stack([((p - a) ** 2).sum() for p, a in zip(parameters, anchors, strict=True)]).sum()
+            loss = loss + task.proximal / 2 * distance
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
+def finite(trained: Tensors) -> Tensors:
+    """Return the tensors that a training made. After its last step, no loss shows whether they are finite.
+
+    Raises:
+        DataError: One holds NaN or infinity.
+    """
+    if not all(np.isfinite(tensor).all() for tensor in trained.values()):
+        raise DataError("the trained adapter is not finite; lower the learning rate", about="training.adapter")
+    return trained
 
 
 @contextmanager

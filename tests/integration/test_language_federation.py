@@ -1,0 +1,91 @@
+"""A language model federated through the real apps: rounds lower the loss of every author, and an audit agrees."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adapters import causal
+from client.inference.generate import Generator, SamplingParams
+from client.training.examples import Split, in_split, read_examples
+from client.training.language import load_language_trainer
+from coordinator.audit import AuditInput, AuditOptions, Status
+from simulations.data.population import Client, LabelledText, Population
+from simulations.engine import provision
+from simulations.engine.grid import SERVER_NODE
+from simulations.scenario import Scenario
+from tests.conftest import TinyFleet
+from tests.support.models import llama, make_lm
+
+__all__ = ["llama", "make_lm"]  # fixtures
+
+ROOT = Path(__file__).resolve().parents[2]
+AUTHORS = {"device-00": "abab ab", "device-01": "aab aab", "device-02": "ab abb", "device-03": "abba ab"}
+
+
+def texts(words: str, count: int) -> tuple[LabelledText, ...]:
+    return tuple(LabelledText(f"{words} " * (2 + number % 3), -1, "g") for number in range(count))
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, llama: Any, one_thread: None) -> TinyFleet:
+    clients = tuple(Client(name, "", False, texts(said, 6), texts(said, 2), ()) for name, said in AUTHORS.items())
+    population = Population((), (), clients)
+    settings = {
+        "name": "authors",
+        "base": {"model": str(llama.folder)},
+        "adapter": {"rank": 4, "targets": ["q_proj", "v_proj"]},
+    }
+    scenario = Scenario.parse(settings, "test")
+    made = TinyFleet(tmp_path / "fleet", scenario, population, llama)
+    provision.provision(made.out, scenario, population, llama)
+    provision.Enrolment.of(made.out, scenario, population, llama).enrol_all()
+    made.configure({"rounds": 3, "training.learning_rate": 0.02, "training.epochs": 4})
+    made.configure({"aggregation.keep_masked_inputs": True})
+    folders = [str(provision.device_folder(made.out, name)) for name in AUTHORS]
+    made.nodes = dict(enumerate(folders, SERVER_NODE + 1))
+    return made
+
+
+def test_a_language_model_is_federated_end_to_end(fleet: TinyFleet) -> None:
+    records = fleet.federate(fleet.grid())
+    assert [record.version for record in records] == [1, 2, 3]
+    registry, trainer = fleet.registry(), load_language_trainer(fleet.base, provision.lora(fleet.scenario))
+    for name in AUTHORS:
+        held_out = in_split(read_examples(fleet.state_dir(name).examples, 0), Split.VALIDATION)
+        before, after = (trainer.score(registry.tensors(version), held_out) for version in (0, 3))
+        assert after.loss < 0.8 * before.loss, name
+    manifest = registry.latest().manifest
+    assert manifest.labels == ()
+    assert np.isfinite(next(iter(registry.tensors(3).values()))).all()
+    reports = AuditInput.open(fleet.out / "coordinator", AuditOptions()).audit(unfinished=False)
+    assert {finding.status for report in reports.values() for finding in report.findings} <= {Status.PASS}
+
+
+@pytest.mark.slow
+def test_its_last_version_is_exported_and_writes_as_its_authors_do(fleet: TinyFleet, tmp_path: Path) -> None:
+    """Through the commands: from the registry to a bundle, and from that to an answer."""
+    fleet.federate(fleet.grid())
+    key, bundle, base = str(tmp_path / "vendor.pem"), str(tmp_path / "bundle"), str(fleet.base.folder)
+    command("export", "key", key)
+    command("export", "base", "--base", base, "--profile", "fp32", "--out", bundle, "--key", key)
+    registry = str(fleet.out / "coordinator")
+    command("export", "adapter", "--registry", registry, "--format", "fp32", "--bundle", bundle, "--key", key)
+    trainer = load_language_trainer(fleet.base, provision.lora(fleet.scenario))
+    causal.load(trainer.model, fleet.registry().tensors(3))
+    asked = torch.tensor([trainer.tokenizer.encode("abab").ids])
+    expected = trainer.model.generate(input_ids=asked, max_new_tokens=12, do_sample=False)[0, asked.shape[1] :]
+    generator = Generator.open(Path(bundle), tmp_path / "vendor.pub.pem", threads=1)
+    found = "".join(generator.complete("abab", SamplingParams(max_tokens=12), "global"))
+    assert found == trainer.tokenizer.decode(expected.tolist(), skip_special_tokens=True)
+
+
+def command(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeadapt", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
