@@ -11,7 +11,7 @@ with SmolLM2's vocabulary.
 import importlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,8 +44,13 @@ class _Live:
 class GenerationEngine:
     """A verified base, loaded. The caller verifies adapters, and reads one answer at a time."""
 
-    def __init__(self, base: VerifiedBase, threads: int) -> None:
+    def __init__(self, base: VerifiedBase, threads: int, options: Mapping[str, str] | None = None) -> None:
         """Load the model.
+
+        Args:
+            base: The base.
+            threads: For the graph.
+            options: Further session options of ONNX Runtime, such as ``enable_profiling``.
 
         Raises:
             ConfigError: onnxruntime-genai is not installed.
@@ -53,7 +58,8 @@ class GenerationEngine:
         """
         self._og = _genai()
         config = self._og.Config(str(base.folder))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        session = {"intra_op_num_threads": threads, **(options or {})}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self._model = self._og.Model(config)
         self._tokenizer = self._og.Tokenizer(self._model)
         self._adapters = self._og.Adapters(self._model)

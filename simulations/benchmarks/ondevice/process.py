@@ -229,7 +229,7 @@ def _answer(engine: ContenderEngine, command: Mapping[str, Any]) -> dict[str, An
         total, count = loss(engine, command["rows"])
         return {"loss": total, "count": count}
     if command["do"] == "memory":
-        return {"bytes": _peak_memory()}
+        return {"bytes": resident("VmHWM")}
     marks = [time.perf_counter()]
     engine.prefill(command["prompt"])
     marks.append(time.perf_counter())
@@ -241,11 +241,15 @@ def _answer(engine: ContenderEngine, command: Mapping[str, Any]) -> dict[str, An
     return {"prefill": seconds[0], "steps": seconds[1:], "tokens": tokens}
 
 
-def _peak_memory() -> int:
+def resident(what: str) -> int:
+    """Bytes of this process in memory by a field of Linux's ``status`` (proc(5)): ``VmRSS`` now, ``VmHWM`` at most.
+
+    0 outside Linux.
+    """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     # Not ``ru_maxrss``: a process begins with what its parent had when it was forked.
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:")), 0)
 
 
 if __name__ == "__main__":
