@@ -233,7 +233,7 @@ class GenerationEngine:
             return live
         # Beams end where the KV cache does, and only then is the most likely answer known.
         capacity = needed if params.beams > 1 else min(self.context, -(-needed // GROWTH) * GROWTH)
-        self._live = None  # frees its KV cache before the next one is allocated
+        live = self._live = None  # frees its KV cache before the next one is allocated
         self._live = _Live(self._new(params, capacity), params, None, capacity, [])
         return self._live
 

@@ -6,6 +6,7 @@ onnxruntime-genai that the client uses for an answer.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class BundleEngine:
             verified = self._library.load(Composition.of(self._adapters[adapter]))
             self._engine.load(verified)
             self._loaded[adapter] = verified.name
+        self._inner: Any = None  # of two generators, only one is in memory
         self._inner = self._engine.inner(self._options, None if adapter is None else self._loaded[adapter])
 
     def prefill(self, tokens: Sequence[int]) -> None:

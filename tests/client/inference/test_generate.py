@@ -3,6 +3,7 @@
 import importlib
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +306,17 @@ def test_a_switch_after_the_first_use_takes_less_than_a_millisecond(generator: G
         generator.load(name)
         times.append(time.perf_counter() - start)
     assert float(np.median(times)) < 1e-3
+
+
+def test_a_generator_is_freed_before_the_next_one_is_made(
+    generator: Generator, engine: GenerationEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(generator, "global")
+    assert engine._live is not None
+    first, made, make = weakref.ref(engine._live.inner), [], engine._new
+    monkeypatch.setattr(engine, "_new", lambda *given: made.append(first()) or make(*given))
+    written(generator)  # the bare base needs another one
+    assert made == [None], "two KV caches were in memory"
 
 
 def test_after_its_inner_generator_was_used_an_engine_reads_the_whole_prompt(
