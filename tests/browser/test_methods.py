@@ -9,10 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from adapters.base import Base
+from aggregation.pki.identity import IdentityKey
 from client.inference.generate import Generator
 from client.inference.text import SamplingParams
 from tests.browser.test_classification import PHRASES, in_page, native, same
 from tests.browser.test_generation import PROMPT, START, ids_of
+from tests.export.causal.test_vectors import every_method_written
 from tests.support import methods, virtual
 from tests.support.recipes import CLI
 
@@ -35,6 +37,19 @@ def test_the_page_takes_adapters_of_every_method(
     page.goto(serve(bundle))
     for name in methods.METHODS:
         same(in_page(page, name, list(PHRASES)), native(bundle, name, list(PHRASES)))
+
+
+def test_the_page_writes_with_adapters_of_every_method(
+    page: Any, serve: Callable[[Path], str], llama: Base, vendor: IdentityKey, tmp_path: Path
+) -> None:
+    models = every_method_written(llama, vendor, tmp_path)
+    page.goto(serve(tmp_path / "lm"))
+    page.evaluate(START)
+    prompt = ids_of(tmp_path / "lm", PROMPT)
+    for name, model in models.items():
+        found = page.evaluate(f"written({name!r}, {json.dumps({'maxTokens': 12, 'prompt': PROMPT})})")["ids"]
+        expected = virtual.greedy(model, prompt, 12)
+        assert found == [token for token in expected if token != 2], name
 
 
 def test_the_page_writes_with_virtual_tokens_what_peft_computes(

@@ -120,12 +120,18 @@ def test_a_quantized_base_scales_its_inputs_too(
     assert 1e-9 < error / np.square(expected).sum() < 1e-2
 
 
-def test_genai_writes_torchs_text_with_every_method(llama: Base, vendor: IdentityKey, tmp_path: Path) -> None:
-    write_bundle(tmp_path / "lm", export_causal(llama, EVERY, Profile.FP32), [], key=vendor)
-    (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
-    models = {name: trained(llama, config, tmp_path / name) for name, config in methods("llama").items()}
+def every_method_written(base: Base, vendor: IdentityKey, folder: Path) -> dict[str, PeftModel]:
+    """The models by method, of which the bundle ``lm`` in ``folder`` has an adapter each."""
+    write_bundle(folder / "lm", export_causal(base, EVERY, Profile.FP32), [], key=vendor)
+    (folder / "trust.pem").write_bytes(vendor.public.to_pem())
+    models = {name: trained(base, config, folder / name) for name, config in methods("llama").items()}
     for name in models:
-        add(tmp_path / "lm", resolved(from_peft(tmp_path / name, 1, ()), llama), name=name, form="fp32", key=vendor)
+        add(folder / "lm", resolved(from_peft(folder / name, 1, ()), base), name=name, form="fp32", key=vendor)
+    return models
+
+
+def test_genai_writes_torchs_text_with_every_method(llama: Base, vendor: IdentityKey, tmp_path: Path) -> None:
+    models = every_method_written(llama, vendor, tmp_path)
     library = Library.open(tmp_path / "lm", None)
     engine = GenerationEngine(library.base, 1)
     generator = Generator(library, engine, loaded=8, loaded_bytes=2**20)
