@@ -36,10 +36,16 @@ def scale_inputs(graph: onnx.ModelProto, layers: Mapping[str, LayerMatMul], name
     """
     chosen = {layers[layer_of(name)].y: name for name in names if name.endswith(INPUT_SCALE)}
     nodes = [node for name in chosen.values() for node in _given(name, "vector_one")]
+    stated = {value.name: value for value in graph.graph.value_info}
     for node in graph.graph.node:
         name = chosen.get(node.output[0]) if node.output else None
         if name is not None:
             scaled = f"{name}.scaled"
+            if node.input[0] in stated:  # some layers read two dimensions, which quantization has to know
+                same = onnx.ValueInfoProto()
+                same.CopyFrom(stated[node.input[0]])
+                same.name = scaled
+                graph.graph.value_info.append(same)
             nodes.append(helper.make_node("Mul", [node.input[0], f"{name}.first"], [scaled], scaled))
             node.input[0] = scaled
         nodes.append(node)
