@@ -14,7 +14,7 @@ from client.inference.generate import Generator
 from client.inference.text import SamplingParams
 from tests.browser.test_classification import PHRASES, in_page, native, same
 from tests.browser.test_generation import PROMPT, START, ids_of
-from tests.export.causal.test_vectors import every_method_written
+from tests.export.causal.test_vectors import BASES, every_method_written
 from tests.support import methods, virtual
 from tests.support.recipes import CLI
 
@@ -39,10 +39,11 @@ def test_the_page_takes_adapters_of_every_method(
         same(in_page(page, name, list(PHRASES)), native(bundle, name, list(PHRASES)))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # by the builder path, by the traced path
 def test_the_page_writes_with_adapters_of_every_method(
-    page: Any, serve: Callable[[Path], str], llama: Base, vendor: IdentityKey, tmp_path: Path
+    page: Any, serve: Callable[[Path], str], make_lm: Any, vendor: IdentityKey, tmp_path: Path, kind: str
 ) -> None:
-    models = every_method_written(llama, vendor, tmp_path)
+    models = every_method_written(kind, make_lm(kind, **BASES[kind]), vendor, tmp_path)
     page.goto(serve(tmp_path / "lm"))
     page.evaluate(START)
     prompt = ids_of(tmp_path / "lm", PROMPT)

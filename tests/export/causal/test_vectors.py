@@ -120,18 +120,21 @@ def test_a_quantized_base_scales_its_inputs_too(
     assert 1e-9 < error / np.square(expected).sum() < 1e-2
 
 
-def every_method_written(base: Base, vendor: IdentityKey, folder: Path) -> dict[str, PeftModel]:
+def every_method_written(kind: str, base: Base, vendor: IdentityKey, folder: Path) -> dict[str, PeftModel]:
     """The models by method, of which the bundle ``lm`` in ``folder`` has an adapter each."""
     write_bundle(folder / "lm", export_causal(base, EVERY, Profile.FP32), [], key=vendor)
     (folder / "trust.pem").write_bytes(vendor.public.to_pem())
-    models = {name: trained(base, config, folder / name) for name, config in methods("llama").items()}
+    models = {name: trained(base, config, folder / name) for name, config in methods(kind).items()}
     for name in models:
         add(folder / "lm", resolved(from_peft(folder / name, 1, ()), base), name=name, form="fp32", key=vendor)
     return models
 
 
-def test_genai_writes_torchs_text_with_every_method(llama: Base, vendor: IdentityKey, tmp_path: Path) -> None:
-    models = every_method_written(llama, vendor, tmp_path)
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_genai_writes_torchs_text_with_every_method(
+    make_lm: Any, vendor: IdentityKey, tmp_path: Path, kind: str
+) -> None:
+    models = every_method_written(kind, make_lm(kind, **BASES[kind]), vendor, tmp_path)
     library = Library.open(tmp_path / "lm", None)
     engine = GenerationEngine(library.base, 1)
     generator = Generator(library, engine, loaded=8, loaded_bytes=2**20)
