@@ -93,8 +93,7 @@ def merge(base: Base, folder: Path, out: Path) -> Merge:
     resized = task == "text-generation" and _resize(inner, shapes, folder)
     adapted = _opened(inner, folder, shapes)
     ids = _sample(folder if resized else base.folder, inner)
-    expected = _logits(adapted, ids)
-    merged = _merged(adapted, folder)
+    expected, merged = _merged(adapted, ids, folder)
     note = {"peft_type": kind, "sha256": file_sha256(folder / WEIGHTS), "base_digest": base.digest}
     with new_folder(out) as stage:
         _write(merged, base, folder if resized else None, note, stage)
@@ -196,18 +195,19 @@ def _opened(inner: nn.Module, folder: Path, shapes: Shapes) -> PeftModel:
     return model
 
 
-def _merged(adapted: PeftModel, folder: Path) -> Any:
-    """The model without peft. Consumes ``adapted``."""
+def _merged(adapted: PeftModel, ids: Tensor, folder: Path) -> tuple[Tensor, Any]:
+    """Peft's logits, and the model without peft. Consumes ``adapted``."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            expected = _logits(adapted, ids)
             model: Any = adapted.merge_and_unload(safe_merge=True).eval()
     except Exception as error:  # as above
         raise _refusal(folder, error) from error
     for name, value in model.named_parameters():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise DataError(f"{name} has values that are not finite, or that the adapter does not bring", about=name)
-    return model
+    return expected, model
 
 
 def _refusal(folder: Path, error: Exception) -> ConfigError:

@@ -158,6 +158,29 @@ def test_a_damaged_adapter_is_refused_and_nothing_is_written(llama: Base, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+SETTINGS_THAT_DO_NOT_FIT: list[dict[str, Any]] = [
+    {"task_type": "SEQ_CLS"},
+    {"target_modules": ["wings"]},
+    {"target_modules": {"a": 1}},
+    {"megatron_config": {"x": 1}, "megatron_core": "this"},
+    {"modules_to_save": 3},
+    {"r": "many"},
+    {"peft_type": ["LOKR"]},
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("changes", SETTINGS_THAT_DO_NOT_FIT, ids=str)
+def test_settings_that_do_not_fit_end_in_one_line(llama: Base, tmp_path: Path, changes: dict[str, Any]) -> None:
+    adapted(llama, configured("LOKR"), tmp_path / "peft")
+    config = tmp_path / "peft" / CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises((ConfigError, DataError)) as caught:
+        merge(llama, tmp_path / "peft", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_of_another_base_is_refused(make_lm: Callable[..., Base], llama: Base, tmp_path: Path) -> None:
     adapted(make_lm(hidden_size=32, head_dim=8), configured("LOKR"), tmp_path / "peft")
     with refused(ConfigError, "--peft"):
