@@ -118,8 +118,11 @@ def _answers(
         return answers
 
     def federated(client: Client) -> Tensors:
-        state_dir = DeviceStateDir.open(provision.device_folder(store.federation(trial), client.name))
-        return after_the_rounds(state_dir, mine, inputs, _global(store.federation(trial)))
+        folder = provision.device_folder(store.federation(trial), client.name)
+        shared = _global(store.federation(trial))
+        if not folder.exists():  # a device that no session asked has kept nothing
+            return shared
+        return after_the_rounds(DeviceStateDir.open(folder), mine, inputs, shared)
 
     def local(client: Client) -> Answers:
         kept = local_arm(mine, client.name, provision.examples_of(client), inputs)
