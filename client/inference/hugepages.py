@@ -44,13 +44,19 @@ def collapse() -> int:
     takes 0.3 seconds of CPU time.
 
     Returns:
-        The bytes that the system accepted; 0 where it has no such call or its setting is ``never``.
+        The bytes that the system accepted; 0 where it has no such call, hides its files, or its setting is ``never``.
     """
-    if sys.platform != "linux" or not SETTING.is_file() or "[never]" in SETTING.read_text():
+    if sys.platform != "linux":
+        return 0
+    try:
+        if "[never]" in SETTING.read_text():
+            return 0
+        lines = MAPPINGS.read_text(errors="replace").splitlines()
+    except OSError:
         return 0
     madvise = ctypes.CDLL(None).madvise  # releases the interpreter lock while it runs
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    ranges = [_whole_pages(one) for one in mappings(MAPPINGS.read_text().splitlines()) if _is_dense(one)]
+    ranges = [_whole_pages(one) for one in mappings(lines) if _is_dense(one)]
     return sum(size for start, size in ranges if size and madvise(start, size, MADV_COLLAPSE) == 0)
 
 

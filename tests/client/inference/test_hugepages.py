@@ -30,14 +30,14 @@ def test_mappings_are_read_from_smaps() -> None:
     ]
 
 
-@pytest.mark.parametrize("setting", ["always madvise [never]", None])
-def test_nothing_happens_where_the_system_has_no_huge_pages_or_never_gives_them(
+@pytest.mark.parametrize("setting", ["always madvise [never]", "always [madvise] never", None])
+def test_nothing_happens_where_the_system_has_no_huge_pages_never_gives_them_or_hides_its_files(
     setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if setting is not None:
         (tmp_path / "enabled").write_text(setting)
     monkeypatch.setattr(hugepages, "SETTING", tmp_path / "enabled")
-    monkeypatch.setattr(hugepages, "MAPPINGS", tmp_path / "not read")
+    monkeypatch.setattr(hugepages, "MAPPINGS", tmp_path / "hidden")
     assert hugepages.collapse() == 0
 
 
