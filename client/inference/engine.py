@@ -154,7 +154,7 @@ class GenerationEngine:
             live.inner.rewind_to(known)
         self._switch(live, adapter)
         live.tokens = prompt[:]
-        # Beams are made of one prompt, which onnxruntime-genai accepts only as a whole.
+        # With beams onnxruntime-genai 0.18 ends the process at the second piece.
         append(live.inner, prompt[known:], PIECE if params.beams == 1 else self.context)
         return known
 

@@ -99,6 +99,8 @@ def test_a_prompt_is_read_in_pieces_and_answered_as_by_torch(
     reader.read(reader.encode(PROMPT), SHORT, None)
     assert reader._live is not None
     assert reader._live.inner.get_output("logits").shape[1] == 17 % 5, "only the last piece's logits are kept"
+    beams = by_torch(lm_model(4, 1), engine, num_beams=4, early_stopping=True)
+    assert written(generator, "global", params=replace(SHORT, beams=4)) == beams
 
 
 def test_beams_read_the_whole_prompt_and_end_where_the_model_ends_the_answer(
