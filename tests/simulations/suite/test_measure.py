@@ -14,6 +14,7 @@ from simulations.data import populate
 from simulations.data.population import Population
 from simulations.engine.personal import personalize_all
 from simulations.engine.progress import RunProgress
+from simulations.engine.provision import Enrolment
 from simulations.scenario import Scenario
 from simulations.suite import measure
 from simulations.suite.measure import compute, compute_rounds
@@ -52,6 +53,7 @@ def test_a_trial_gives_the_accuracies_of_a_run(
 ) -> None:
     rounds, base = store.federation(Trial(Kind.GLOBAL, scenario)), find_base(scenario.base.model)
     copy = shutil.copytree(rounds, tmp_path / "run")
+    Enrolment.of(copy, scenario, population, base).enrol_all()
     clients = personalize_all(copy, scenario, population, base, RunProgress(quiet=True), at_once=1)
     for kind in (Kind.BASE, Kind.LOCAL, Kind.GLOBAL, Kind.PERSONAL):
         found = [(client.name, client.unseen, client.test.accuracy) for client in computed[kind].clients]
