@@ -291,6 +291,11 @@ class FederationSettings(Settings):
             )
         return self
 
+    @property
+    def training_rounds(self) -> int:
+        """Rounds in which devices train."""
+        return self.rounds - self.analytic.rounds
+
     def analytic_task(self, manifest: VersionManifest) -> AnalyticTask:
         """The task of a round that fits the head of the adapter that ``manifest`` describes."""
         return AnalyticTask(manifest.peft_config, manifest.labels, self.analytic.ridge, self.analytic.scale)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adapters.analytic import refit
-from adapters.layout import Tensors
+from adapters.analytic import ClassifierHead, refit
+from adapters.layout import Layout, Tensors
 from adapters.task import Task
 from client.training.examples import Example, Score, Split, in_split
 from client.training.moments import own_moments
@@ -101,3 +101,26 @@ def with_own_head(
         DataError: The adapter has no classification head, or an embedding is not finite.
     """
     return refit(adapter, own_moments(trainer, adapter, examples), strength=strength, scale=scale)
+
+
+def with_both_heads(
+    trainer: "Trainer", tuned: Tensors, shared: Tensors, examples: Sequence[Example], *, scale: float
+) -> Tensors:
+    """A fine-tuned adapter whose head is the sum of two: its own, and the shared one fitted to the device's examples.
+
+    The logits of two heads on one embedding add up to those of one, so the ensemble is an adapter like every other.
+
+    Args:
+        trainer: Of the frozen base.
+        tuned: The fine-tuned adapter, whose embeddings both heads read.
+        shared: The adapter with the shared head, after a round of the analytic head.
+        examples: Of the device, all splits.
+        scale: As of ``with_own_head``.
+
+    Raises:
+        DataError: As ``with_own_head``.
+    """
+    head = ClassifierHead.of(Layout.of(tuned))
+    names = (head.weight, head.bias)
+    own = with_own_head(trainer, tuned | {name: shared[name] for name in names}, examples, scale=scale)
+    return tuned | {name: tuned[name] + own[name] for name in names}

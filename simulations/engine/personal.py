@@ -74,7 +74,7 @@ class ArmInputs:
         return cls(
             seed_adapter=seed_adapter,
             task=replace(federation.task(manifest), trained=tuple(Part), proximal=0.0),
-            federation_epochs=federation.rounds * federation.training.epochs,
+            federation_epochs=federation.training_rounds * federation.training.epochs,
             personal=scenario.personal,
             local_rates=scenario.local_rates,
             seed=scenario.seed,
@@ -109,6 +109,18 @@ def personal_step(
     fine = replace(inputs.task, learning_rate=rate or own.learning_rate, proximal=own.proximal if not arm else 0.0)
     rng, epochs = generator(inputs.seed, client, arm), inputs.personal.epochs
     return personalize(mine, candidates, examples, fine, epochs=epochs, rng=rng, step=step)
+
+
+def fine_tune(mine: Trainer, client: str, train: Sequence[Example], start: Tensors, inputs: ArmInputs) -> Tensors:
+    """The training of a client's personal step alone, without a choice on its validation part.
+
+    Args:
+        mine, client, start, inputs: As of ``personal_step``.
+        train: The client's training examples.
+    """
+    own = inputs.personal
+    task = replace(inputs.task, learning_rate=own.learning_rate, proximal=own.proximal)
+    return mine.train(start, train, task, epochs=own.epochs, rng=generator(inputs.seed, client, ""))
 
 
 def after_the_rounds(state_dir: DeviceStateDir, mine: Trainer, inputs: ArmInputs, global_adapter: Tensors) -> Tensors:

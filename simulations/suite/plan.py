@@ -63,6 +63,7 @@ class Trial:
         trained = {
             Kind.LOCAL: clients * self._round_epochs + fine,
             Kind.PERSONAL: fine,
+            Kind.BOTH_HEADS: fine,
             Kind.CENTRAL: self._seen * self._round_epochs,
             Kind.CENTRAL_PERSONAL: self._seen * self._round_epochs + fine,
         }
@@ -70,7 +71,7 @@ class Trial:
 
     @property
     def _round_epochs(self) -> int:
-        return self.scenario.federation.rounds * self.scenario.federation.training.epochs
+        return self.scenario.federation.training_rounds * self.scenario.federation.training.epochs
 
     @property
     def _clients(self) -> int:

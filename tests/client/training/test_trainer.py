@@ -17,7 +17,7 @@ from adapters.parts import Part, part_of
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example, Score, Split
-from client.training.personal import OWN_STRENGTH, Candidate, personalize, with_own_head
+from client.training.personal import OWN_STRENGTH, Candidate, personalize, with_both_heads, with_own_head
 from client.training.trainer import Trainer, batches, load_trainer
 from tests.support import refused
 
@@ -368,3 +368,13 @@ def test_without_examples_of_its_own_a_device_keeps_the_head(trainer: Trainer, s
     held_out = [Example("stop", 0, Split.VALIDATION)]
     found = with_own_head(trainer, start, held_out, scale=HEAD_SCALE)
     assert all(np.allclose(found[name], start[name], atol=1e-5) for name in start)
+
+
+def test_an_ensemble_of_two_heads_is_one_adapter_whose_logits_are_their_sum(trainer: Trainer, start: Tensors) -> None:
+    tuned = trainer.train(start, EXAMPLES, TASK, epochs=2, rng=rng())
+    found = with_both_heads(trainer, tuned, start, EXAMPLES, scale=HEAD_SCALE)
+    heads = {name for name in start if ".classifier." in name}
+    own = with_own_head(trainer, tuned | {name: start[name] for name in heads}, EXAMPLES, scale=HEAD_SCALE)
+    expected = trainer.logits(tuned, TEXTS) + trainer.logits(own, TEXTS)
+    assert np.allclose(trainer.logits(found, TEXTS), expected, atol=1e-3)
+    assert {name for name in tuned if not np.array_equal(found[name], tuned[name])} == heads
