@@ -70,6 +70,7 @@ def simulate(scenario: Path, **options: Any) -> None:
     Examples:
       edgeadapt simulate households.toml                       # a file, or one that is shipped
       edgeadapt simulate texts.csv --set data.client=user      # columns text, label, user
+      edgeadapt simulate authors.toml --set 'data.files=["texts.jsonl"]' --set data.client=author
       edgeadapt simulate my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'
       edgeadapt simulate --keys
     """
@@ -99,10 +100,11 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: t
     from adapters.base import find_base
     from simulations.data import populate
     from simulations.data.summary import summarize
+    from simulations.engine.language import run_language_model
     from simulations.engine.progress import RunProgress
     from simulations.engine.run import RunFolder, run
     from simulations.report.formatting import program
-    from simulations.report.terminal import print_data, print_scenario, print_table
+    from simulations.report.terminal import print_authors, print_data, print_scenario, print_table
 
     loaded = populate(scenario.data, scenario.population, scenario.seed)
     out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
@@ -112,14 +114,22 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: t
         print_data(summarize(loaded, find_base(scenario.base.model)), Console())
     try:
         with RunProgress(quiet=as_json) as progress:
-            result = run(folder, loaded.population, progress)
+            if scenario.data.for_language_model:
+                written = run_language_model(folder, loaded.population, progress)
+            else:
+                result = run(folder, loaded.population, progress)
     except KeyboardInterrupt:
         click.echo(
             f"The finished parts are kept. To continue, add --out {shlex.quote(str(out))} --resume to the same command",
             err=True,
         )
         raise
-    if as_json:
+    if scenario.data.for_language_model:
+        if as_json:
+            click.echo(json.dumps(written.to_json()))
+        else:
+            print_authors(written, Console())
+    elif as_json:
         click.echo(json.dumps(result.to_json()))
     else:
         print_table(result, Console(), program())

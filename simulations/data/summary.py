@@ -9,6 +9,7 @@ import numpy as np
 
 from adapters.base import Base
 from client.inference.phrases import PhraseReader
+from client.training.examples import NO_LABEL
 from simulations.data.population import Client, LabelledText
 from simulations.data.tables import DataFacts, Loaded
 
@@ -56,7 +57,7 @@ def summarize(loaded: Loaded, base: Base) -> DataSummary:
     counts = Counter(text.label for client in population.clients for text in _texts(client))
     return DataSummary(
         tuple(_client(client, reader) for client in population.clients),
-        {population.labels[label]: count for label, count in counts.most_common()},
+        {population.labels[label]: count for label, count in counts.most_common() if label != NO_LABEL},
         len(population.public),
         loaded.facts,
     )
@@ -73,7 +74,8 @@ def lines(summary: DataSummary) -> Iterator[tuple[str, str]]:
     yield "texts", f"of a client, median and range: {each}; {summary.public} public ones"
     total, shown = sum(summary.labels.values()), list(summary.labels.items())[:SHOWN_LABELS]
     some = ", ".join(f"{label} {100 * count / total:.0f} %" for label, count in shown)
-    yield "labels", f"{len(summary.labels)}: {some}{', …' if len(summary.labels) > SHOWN_LABELS else ''}"
+    if summary.labels:
+        yield "labels", f"{len(summary.labels)}: {some}{', …' if len(summary.labels) > SHOWN_LABELS else ''}"
     if languages := Counter(client.language for client in clients if client.language):
         yield "languages", ", ".join(f"{code} {count}" for code, count in sorted(languages.items()))
     yield "unknown", _unknown(summary)

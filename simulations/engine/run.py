@@ -130,7 +130,7 @@ def run(folder: RunFolder, population: Population, progress: RunProgress) -> Run
     """
     scenario = folder.scenario
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
-    with _logged(folder.path / LOG), folder.timed("total"):
+    with logged(folder.path), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
             base = training_base(folder.path, scenario, population)
             prepare(folder.path, scenario, population, base)
@@ -154,9 +154,9 @@ class _RunLog(logging.FileHandler):
 
 
 @contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    """Append to a file what coordinator and devices log while the block runs, such as dropouts and their causes."""
-    handler = _RunLog(path, encoding="utf-8")
+def logged(out: Path) -> Iterator[None]:
+    """Append to a run's log what coordinator and devices log while the block runs, such as dropouts."""
+    handler = _RunLog(out / LOG, encoding="utf-8")
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logger = logging.getLogger("edgeadapt")

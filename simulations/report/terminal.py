@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from simulations.data.summary import DataSummary, lines
+from simulations.report.authors import LanguageResult
+from simulations.report.authors import summary as authors
 from simulations.report.formatting import (
     COLUMNS,
     TrafficMeans,
@@ -83,18 +85,21 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
     epochs = count(federation.rounds * training.epochs, "epoch")
     adversary = federation.aggregation.adversary
     rounds = f"{federation.rounds} of {count(training.epochs, 'epoch')} at learning rate {training.learning_rate:g}"
+    writes = scenario.data.for_language_model
+    kind, head = ("language model", "") if writes else ("text encoder", " and the vendor's head")
+    layers = f"LoRA of rank {adapter.rank} on {', '.join(adapter.targets)}"
     return [
-        ("base", f"{scenario.base.model}, a pretrained text encoder, frozen on every device"),
-        ("adapter", f"LoRA of rank {adapter.rank} on {', '.join(adapter.targets)}, and a classification head"),
+        ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
+        ("adapter", layers if writes else f"{layers}, and a classification head"),
         ("rounds", f"{rounds}; {adversary} secure aggregation"),
-        ("arms", "base      the frozen model and the vendor's head, no training"),
+        ("arms", f"base      the frozen model{head}, no training"),
         (
             "",
             f"local     own data only: {epochs} at {first:g}, then {fine.epochs} at {second:g}",
         ),
         ("", "global    the adapter after the last round"),
         ("", f"personal  global, then {count(fine.epochs, 'epoch')} at {fine.learning_rate:g} on own data"),
-        ("", "local, personal: the best candidate on own validation phrases"),
+        ("", f"local, personal: the best candidate on own validation {'texts' if writes else 'phrases'}"),
         ("folder", str(out)),
     ]
 
@@ -170,3 +175,21 @@ def _parity(parity: dict[str, float | int]) -> str:
         f"{share(parity['agreement'], 4)} of {count(int(parity['count']), 'phrase')} as in torch, "
         f"largest difference {parity['max_abs_diff']:.2g}"
     )
+
+
+def print_authors(result: LanguageResult, console: Console) -> None:
+    """Print the closing table of a language model's run: bits for each byte, by client and arm."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    for title in ("bits per byte", *ARMS, ""):
+        table.add_column(title, justify="left" if title in ("bits per byte", "") else "right", no_wrap=True)
+    for client in result.clients:
+        cells = [f"{client.loss[arm]:.3f}" for arm in ARMS]
+        table.add_row(Text(printable(client.name)), *cells, Text("unseen" if client.unseen else client.choice, "dim"))
+    table.add_section()
+    for name in ("mean", "worst", "unseen"):
+        found = [authors(result.clients, arm)[name] for arm in ARMS]
+        table.add_row(Text(name, "bold"), *("–" if math.isnan(value) else f"{value:.3f}" for value in found), "")
+    console.print(table)
+    adapter = result.adapter
+    made = f"version {adapter['version']} after {count(result.rounds, 'round')}, {size(int(adapter['bytes']))}"
+    _print_lines([("adapter", made), ("time", duration(result.seconds["total"]))], console)

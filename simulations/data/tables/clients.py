@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.certificates import is_device_id
+from client.training.examples import NO_LABEL
 from simulations.data.population import Client, LabelledText, Population
 from simulations.data.tables.groups import group_texts
 from simulations.data.tables.partition import partition
@@ -79,8 +80,9 @@ class _Maker:
     def __init__(self, settings: DataSettings, seed: int, rows: Rows, public: Rows) -> None:
         self.settings, self.seed = settings, seed
         self.rows, given = list(rows.good), public.good
-        self.labels = tuple(sorted({row.label for row in (*self.rows, *given)}))
-        if len(self.labels) < 2:
+        found = {row.label for row in (*self.rows, *given)}
+        self.labels = tuple(sorted(found)) if settings.label else ()
+        if settings.label and len(self.labels) < 2:
             raise ConfigError(
                 f"the {len(self.rows)} texts have {len(self.labels)} different labels; at least 2 are needed",
                 about="data.label",
@@ -89,7 +91,7 @@ class _Maker:
         texts = [row.text for row in (*self.rows, *given)]
         keys = [row.group for row in (*self.rows, *given)]
         self.groups = group_texts(texts, keys, settings.near_duplicates)
-        self.number = {label: index for index, label in enumerate(self.labels)}
+        self.number = {label: index for index, label in enumerate(self.labels)} or {"": NO_LABEL}
         self.public_groups = set(self.groups[len(self.rows) :])
         self.public = [self._labelled(row, self.groups[len(self.rows) + at]) for at, row in enumerate(given)]
 
@@ -127,7 +129,7 @@ class _Maker:
         return self._hash("group", first)
 
     def _labelled(self, row: Row, group: int) -> LabelledText:
-        return LabelledText(row.text, self.number[row.label], f"g{group}")
+        return LabelledText(row.text, self.number[row.label], f"g{group}", row.prompt)
 
     def _take_public(self) -> set[int]:
         """Make some texts of each label public, and return all texts of their groups, which no client keeps."""

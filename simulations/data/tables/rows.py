@@ -39,6 +39,7 @@ class Row:
     time: float
     group: str
     language: str
+    prompt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,16 @@ def _rows(found: Iterable[Placed], settings: DataSettings) -> Rows:
 
 def _row(where: str, fields: Fields, settings: DataSettings) -> Row | str:
     """The row, or what is wrong with it."""
-    for name in (settings.text, settings.label, settings.client, settings.split, settings.time, settings.group):
+    needed = ("text", "label", "prompt", "client", "split", "time", "group")
+    for name in (getattr(settings, column) for column in needed):
         if name and fields.get(name) is None:
             return f"{name} is missing"
-    text = fields[settings.text]
-    if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
-        return f"{settings.text} is not a text of Unicode"
-    if not text.strip() or len(text) > MAX_TEXT:
-        return f"{settings.text} is empty or longer than {MAX_TEXT} characters"
+    for column in filter(None, (settings.text, settings.prompt)):
+        text = fields[column]
+        if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
+            return f"{column} is not a text of Unicode"
+        if not text.strip() or len(text) > MAX_TEXT:
+            return f"{column} is empty or longer than {MAX_TEXT} characters"
     names = {}
     for key in ("label", "client", "split", "group", "language"):
         column = getattr(settings, key)
@@ -105,7 +108,8 @@ def _row(where: str, fields: Fields, settings: DataSettings) -> Row | str:
     time = _time(fields[settings.time]) if settings.time else 0.0
     if not math.isfinite(time):
         return f"{settings.time} is neither a number nor a time in ISO 8601"
-    return Row(where, text, time=time, **names)
+    prompt = fields[settings.prompt] if settings.prompt else ""
+    return Row(where, fields[settings.text], time=time, prompt=prompt, **names)
 
 
 def _time(value: object) -> float:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from adapters.settings import Settings
 
 ENTRY_POINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-COLUMNS = ("text", "label", "client", "split", "time", "group", "language")
+COLUMNS = ("text", "label", "prompt", "client", "split", "time", "group", "language")
 
 
 class DataSettings(Settings):
@@ -31,7 +31,13 @@ class DataSettings(Settings):
         default=(), description="files of public texts, which the first adapter's head is made from; see public_texts"
     )
     text: str = Field(default="text", min_length=1, description="column of the text")
-    label: str = Field(default="label", min_length=1, description="column of the label")
+    label: str = Field(
+        default="label", description="column of the label; empty: the texts are for a language model, and have none"
+    )
+    prompt: str = Field(
+        default="",
+        description="for a language model: column of what each text answers; without one, texts are continued",
+    )
     client: str = Field(default="", description="column of the client; without one, partition makes the clients")
     split: str = Field(
         default="", description="column that says train, validation or test; without one, holdout splits"
@@ -88,12 +94,19 @@ class DataSettings(Settings):
             raise ValueError("files and function are both given: name one of them")
         if self.function and not ENTRY_POINT.fullmatch(self.function):
             raise ValueError(f"function {self.function!r} is not MODULE:FUNCTION")
+        if self.prompt and self.label:
+            raise ValueError("a prompt is for a language model, whose texts have no label: set label to nothing")
         if self.holdout == "time" and not self.time:
             raise ValueError("holdout = time needs the column of the time: set data.time")
         named = [name for name in (getattr(self, column) for column in COLUMNS) if name]
         if repeated := [name for name in named if named.count(name) > 1]:
             raise ValueError(f"the column {repeated[0]!r} is named twice")
         return self
+
+    @property
+    def for_language_model(self) -> bool:
+        """Whether a language model learns to write the texts."""
+        return self.given and not self.label
 
     @property
     def given(self) -> bool:

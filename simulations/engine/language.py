@@ -1,0 +1,136 @@
+"""One run of a scenario of a language model: the rounds, and what each client's arms make of its test texts.
+
+The rounds are those of a classifier's run. A loss is in bits for each byte of text: a byte is the same in every
+language and for every tokenizer, and a model that predicts nothing needs about eight.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from adapters import files, storage
+from adapters.base import Base, find_base
+from adapters.layout import Tensors
+from adapters.parts import Part
+from adapters.task import Task
+from client.node import statedir as device_files
+from client.training.examples import Example, Split, in_split
+from client.training.language import LanguageTrainer, load_language_trainer
+from client.training.private import subject_of, with_private
+from simulations.data.population import Client, Population
+from simulations.engine import provision
+from simulations.engine.personal import generator
+from simulations.engine.progress import RunProgress
+from simulations.engine.provision import Enrolment
+from simulations.engine.run import RESULT, RunFolder, federate, logged, prepare
+from simulations.report.authors import AuthorResult, LanguageResult
+from simulations.scenario import Scenario
+
+OUTCOME = "outcome.json"  # in a device's state directory
+
+
+def run_language_model(folder: RunFolder, population: Population, progress: RunProgress) -> LanguageResult:
+    """Run the stages that are not finished, and return the result.
+
+    Args:
+        folder: Of the run.
+        population: The scenario's, without labels.
+        progress: Shows the stages.
+
+    Raises:
+        EdgeAdaptError: A stage failed; the outcomes of the stages before it stay in the folder.
+    """
+    scenario = folder.scenario
+    with logged(folder.path), folder.timed("total"):
+        with folder.timed("prepare"), progress.stage("prepare"):
+            base = find_base(scenario.base.model)
+            prepare(folder.path, scenario, population, base)
+        federate(folder, population, base, progress)
+        with folder.timed("personal"):
+            clients = _personal_steps(folder, population, base, progress)
+    registry = provision.registry(folder.path)
+    last = (registry.latest() or registry.version(0)).manifest
+    result = LanguageResult(
+        scenario=scenario.name,
+        seed=scenario.seed,
+        clients=clients,
+        rounds=len(registry.rounds()),
+        adapter={"version": last.version, "sha256": last.sha256, "bytes": last.size},
+        base={"digest": base.digest, "bytes": base.weight_bytes},
+        seconds=dict(folder.seconds),
+    )
+    storage.replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
+    return result
+
+
+def _personal_steps(
+    folder: RunFolder, population: Population, base: Base, progress: RunProgress
+) -> tuple[AuthorResult, ...]:
+    scenario, registry = folder.scenario, provision.registry(folder.path)
+    Enrolment.of(folder.path, scenario, population, base).enrol_all()
+    last = (registry.latest() or registry.version(0)).manifest
+    task = replace(scenario.federation.task(last), trained=tuple(Part), proximal=0.0)
+    trainer = load_language_trainer(base, provision.lora(scenario))
+    arms = _Arms(trainer, scenario, task, registry.tensors(0), registry.tensors(last.version))
+    state_dirs, found = provision.open_state_dirs(folder.path, population), []
+    with progress.stage("personal step", total=len(population.clients)) as advance:
+        for client in population.clients:
+            path = state_dirs[client.name].folder / OUTCOME
+            if path.exists():
+                found.append(AuthorResult(**json.loads(path.read_bytes())))
+            else:
+                parts = state_dirs[client.name].load_private_parts()
+                own = parts.start(subject_of(base.digest, task, trainer.layout)) if parts else None
+                outcome, kept = arms.of(client, own)
+                storage.replace(path.parent / device_files.PERSONAL, files.encode(kept))
+                storage.replace(path, json.dumps(asdict(outcome)).encode())
+                found.append(outcome)
+            advance()
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arms:
+    """What the arms of every client are made from."""
+
+    trainer: LanguageTrainer
+    scenario: Scenario
+    task: Task
+    seed_adapter: Tensors
+    global_adapter: Tensors
+
+    def of(self, client: Client, own: bytes | None) -> tuple[AuthorResult, Tensors]:
+        """A client's result, and the adapter that it keeps. ``own``: its private parts, if it has some."""
+        examples = provision.examples_of(client)
+        train, test = in_split(examples, Split.TRAIN), in_split(examples, Split.TEST)
+        federation, personal = self.scenario.federation, self.scenario.personal
+        first, second = self.scenario.local_rates
+
+        def trained(start: Tensors, rate: float, epochs: int, arm: str, proximal: float = 0.0) -> Tensors:
+            task = replace(self.task, learning_rate=rate, proximal=proximal)
+            order = generator(self.scenario.seed, client.name, arm)
+            return self.trainer.train(start, train, task, epochs=epochs, rng=order) if epochs else start
+
+        start = with_private(self.global_adapter, own)
+        tuned = trained(start, personal.learning_rate, personal.epochs, "", personal.proximal)
+        alone = trained(self.seed_adapter, first, federation.rounds * federation.training.epochs, "/local")
+        alone_tuned = trained(alone, second, personal.epochs, "/local/personal step")
+        held_out = in_split(examples, Split.VALIDATION)
+        choice, kept = self._best({"base": self.seed_adapter, "global": start, "personal": tuned}, held_out)
+        _, local = self._best({"base": self.seed_adapter, "first": alone, "second": alone_tuned}, held_out)
+        adapters = {"base": self.seed_adapter, "local": local, "global": self.global_adapter, "personal": kept}
+        loss = {arm: bits(self.trainer, adapter, test) for arm, adapter in adapters.items()}
+        return AuthorResult(client.name, client.unseen, len(train), len(test), loss, choice), kept
+
+    def _best(self, candidates: dict[str, Tensors], held_out: Sequence[Example]) -> tuple[str, Tensors]:
+        """The name of the candidate with the least loss, among equals the last one; and the candidate."""
+        score: Callable[[str], float] = lambda name: self.trainer.score(candidates[name], held_out).loss  # noqa: E731
+        best = min(reversed(candidates), key=score)
+        return best, candidates[best]
+
+
+def bits(trainer: LanguageTrainer, adapter: Tensors, examples: Sequence[Example]) -> float:
+    """The mean loss of some texts, in bits for each byte; NaN without texts."""
+    score = trainer.score(adapter, examples)
+    return score.loss / score.count / math.log(2) if score.count else math.nan

@@ -1,0 +1,110 @@
+"""A run of a language model: texts without labels become authors, and each arm is scored in bits for each byte."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from adapters.base import Base
+from aggregation.errors import ConfigError
+from client.training.examples import NO_LABEL, Example
+from client.training.language import load_language_trainer
+from simulations.cli.simulate import simulate
+from simulations.data import populate
+from simulations.engine import provision
+from simulations.engine.language import bits
+from simulations.report.authors import AuthorResult, summary
+from simulations.scenario import Scenario
+from tests.support import refused
+from tests.support.models import llama, make_lm
+
+__all__ = ["llama", "make_lm"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORDS = {"ann": "ab", "bob": "ba", "cid": "abb", "dee": "aab", "eve": "bba"}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    rows = [
+        {"words": f"{said} " * (2 + number % 4) + "x" * number, "author": name, "asked": "ab"}
+        for name, said in WORDS.items()
+        for number in range(12)
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return tmp_path / "texts.jsonl"
+
+
+@pytest.fixture
+def run(texts: Path, llama: Base, tmp_path: Path) -> Callable[..., Any]:
+    def made(*more: str) -> Any:
+        settings = {
+            "data.files": json.dumps([str(texts)]),
+            "data.text": '"words"',
+            "data.near_duplicates": "1",
+            "base.model": json.dumps(str(llama.folder)),
+            "federation.rounds": "2",
+            "federation.training.learning_rate": "0.02",
+            "personal.learning_rate": "0.01",
+            "network.message_loss": "0",
+            "network.forced_dropouts": "0",
+        }
+        options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+        arguments = ["authors.toml", "--out", str(tmp_path / "run"), *options, *more]
+        return CliRunner().invoke(simulate, arguments, catch_exceptions=False)
+
+    return made
+
+
+def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[..., Any], tmp_path: Path) -> None:
+    done = json.loads(run("--json").output)
+    assert {client["name"] for client in done["clients"]} == set(WORDS)
+    assert sum(client["unseen"] for client in done["clients"]) == 1
+    assert done["adapter"]["version"] == 2
+    for client in done["clients"]:
+        assert client["loss"]["personal"] < client["loss"]["base"]
+        assert all(0 < loss < 20 for loss in client["loss"].values())
+    assert done["loss"]["global"]["mean"] < done["loss"]["base"]["mean"]
+    again = json.loads(run("--json", "--resume").output)
+    assert again["clients"] == done["clients"]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["clients"] == done["clients"]
+    shown = run("--resume").output
+    assert "bits per byte" in shown
+    assert "a pretrained language model" in shown
+    assert "head" not in shown
+
+
+def test_texts_without_labels_have_prompts_if_a_column_is_named(texts: Path) -> None:
+    table = {"files": [str(texts)], "text": "words", "label": "", "client": "author", "prompt": "asked"}
+    scenario = Scenario.parse({"name": "t", "data": {**table, "near_duplicates": 1}}, "test")
+    population = populate(scenario.data, scenario.population, 0).population
+    assert population.labels == ()
+    found = [example for client in population.clients for example in provision.examples_of(client)]
+    assert {(example.label, example.prompt) for example in found} == {(NO_LABEL, "ab")}
+
+
+def test_a_prompt_with_a_label_is_refused() -> None:
+    with refused(ConfigError, "data"):
+        Scenario.parse({"name": "t", "data": {"files": ["x.csv"], "prompt": "asked"}}, "test")
+
+
+def test_bits_for_each_byte(llama: Base) -> None:
+    scenario = Scenario.parse({"name": "t", "adapter": {"targets": ["q_proj"]}}, "test")
+    trainer = load_language_trainer(llama, provision.lora(scenario))
+    from adapters.causal import tensors
+
+    examples = [Example("ab ab"), Example("ba")]
+    score = trainer.score(tensors(trainer.model), examples)
+    assert bits(trainer, tensors(trainer.model), examples) == pytest.approx(score.loss / 2 / math.log(2))
+    assert math.isnan(bits(trainer, tensors(trainer.model), []))
+
+
+def test_a_summary_is_of_the_authors_that_took_part() -> None:
+    def author(loss: float, unseen: bool = False) -> AuthorResult:
+        return AuthorResult("a", unseen, 1, 1, {"base": loss}, "base")
+
+    assert summary([author(1.0), author(2.0), author(9.0, True)], "base") == {"mean": 1.5, "worst": 2.0, "unseen": 9.0}
+    assert math.isnan(summary([author(1.0)], "base")["unseen"])
