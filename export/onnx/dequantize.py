@@ -44,7 +44,7 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
         )
     with new_folder(out) as stage:
         model = pretrained.load(base, AutoModelForCausalLM if task == "text-generation" else AutoModel)
-        _round(model, BITS[profile])
+        round_weights(model, BITS[profile])
         model.save_pretrained(stage)
         replaced = {file.name for file in base.weight_files} | {INDEX}
         for file in base.folder.iterdir():
@@ -53,8 +53,8 @@ def dequantized(base: Base, profile: Profile, out: Path, task: Task = "text-clas
     return find_base(str(out))
 
 
-def _round(model: nn.Module, bits: int) -> None:
-    """Round as ``quantize.in_blocks``: embeddings, also as output layers, in eight bits, other weights in ``bits``.
+def round_weights(model: nn.Module, bits: int) -> None:
+    """Round as ``quantize.in_blocks``, in place: embeddings, also as output layers, in eight bits, others in ``bits``.
 
     Weights whose width is not divisible by a block stay as they are.
     """

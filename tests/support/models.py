@@ -99,7 +99,8 @@ def trace_once() -> Iterator[Callable[..., onnx.ModelProto]]:
 
     def cached(slotted: SlottedModel) -> onnx.ModelProto:
         inputs = slotted.inputs
-        key = hashlib.sha256(repr([*(slot.path for slot in (*inputs.loras, *inputs.saved)), *inputs.vectors]).encode())
+        names = [*(slot.path for slot in (*inputs.loras, *inputs.saved)), *inputs.vectors, *inputs.virtual]
+        key = hashlib.sha256(repr(names).encode())
         key.update(repr(sorted({str(getattr(part, "config", "")) for part in slotted.model.modules()})).encode())
         for name, value in slotted.model.state_dict().items():
             if not in_modules(name, [slot.path for slot in inputs.saved]):
