@@ -9,6 +9,7 @@ COMMANDS = {
     "ondevice": ("simulations.cli.bench_ondevice", "ondevice", "A language model against torch and llama.cpp.", ""),
     "profile": ("simulations.cli.bench_profile", "profile", "Where a language model's time and memory go.", ""),
     "secagg": ("simulations.cli.bench_secagg", "secagg", "Secure aggregation against Flower's SecAgg+.", ""),
+    "simulation": ("simulations.cli.bench_simulation", "simulation", "The engine against Flower's own.", ""),
 }
 
 

@@ -25,6 +25,12 @@ OWN_TEXTS = "households.toml"  # whose base is not pruned to some languages
 def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable."),
+        click.option(
+            "--engine",
+            type=click.Choice(["local", "ray"]),
+            default="local",
+            help="Where the rounds run: in this process, or on Flower's simulation engine.  [default: local]",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),
         click.option("--resume", is_flag=True, help="Continue the run in --out, or the newest run in runs/."),
         click.option(
@@ -94,18 +100,21 @@ def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
     return Scenario.read(SHIPPED / OWN_TEXTS, (f'name="{name}"', texts, *overrides)).located(Path())
 
 
-def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
+def _run(path: Path, out: Path | None, resume: bool, as_json: bool, engine: str, overrides: tuple[str, ...]) -> None:
     scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
     from adapters.base import find_base
     from simulations.data import populate
     from simulations.data.summary import summarize
+    from simulations.engine.flowerengine import require_ray
     from simulations.engine.language import run_language_model
     from simulations.engine.progress import RunProgress
     from simulations.engine.run import RunFolder, run
     from simulations.report.formatting import program
     from simulations.report.terminal import print_authors, print_data, print_scenario, print_table
 
+    if engine == "ray":
+        require_ray()
     loaded = populate(scenario.data, scenario.population, scenario.seed)
     out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
     folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
@@ -115,9 +124,9 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, overrides: t
     try:
         with RunProgress(quiet=as_json) as progress:
             if scenario.data.for_language_model:
-                written = run_language_model(folder, loaded.population, progress)
+                written = run_language_model(folder, loaded.population, progress, on_ray=engine == "ray")
             else:
-                result = run(folder, loaded.population, progress)
+                result = run(folder, loaded.population, progress, on_ray=engine == "ray")
     except KeyboardInterrupt:
         click.echo(
             f"The finished parts are kept. To continue, add --out {shlex.quote(str(out))} --resume to the same command",

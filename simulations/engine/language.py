@@ -30,13 +30,16 @@ from simulations.scenario import Scenario
 OUTCOME = "outcome.json"  # in a device's state directory
 
 
-def run_language_model(folder: RunFolder, population: Population, progress: RunProgress) -> LanguageResult:
+def run_language_model(
+    folder: RunFolder, population: Population, progress: RunProgress, *, on_ray: bool = False
+) -> LanguageResult:
     """Run the stages that are not finished, and return the result.
 
     Args:
         folder: Of the run.
         population: The scenario's, without labels.
         progress: Shows the stages.
+        on_ray: As for ``run.federate``.
 
     Raises:
         EdgeAdaptError: A stage failed; the outcomes of the stages before it stay in the folder.
@@ -46,7 +49,7 @@ def run_language_model(folder: RunFolder, population: Population, progress: RunP
         with folder.timed("prepare"), progress.stage("prepare"):
             base = find_base(scenario.base.model)
             prepare(folder.path, scenario, population, base)
-        federate(folder, population, base, progress)
+        federate(folder, population, base, progress, on_ray=on_ray)
         with folder.timed("personal"):
             clients = _personal_steps(folder, population, base, progress)
     registry = provision.registry(folder.path)

@@ -33,6 +33,7 @@ from simulations.data.population import Population
 from simulations.engine import provision
 from simulations.engine.bases import training_base
 from simulations.engine.devices import MemoryDevices
+from simulations.engine.flowerengine import federate_on_ray
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
 from simulations.engine.personal import personalize_all
 from simulations.engine.progress import RunProgress
@@ -117,13 +118,14 @@ class RunFolder:
         replace(self.path / SECONDS, json.dumps(self.seconds).encode())
 
 
-def run(folder: RunFolder, population: Population, progress: RunProgress) -> RunResult:
+def run(folder: RunFolder, population: Population, progress: RunProgress, *, on_ray: bool = False) -> RunResult:
     """Run the stages that are not finished, and return the result.
 
     Args:
         folder: Of the run.
         population: The scenario's.
         progress: Shows the stages.
+        on_ray: As for ``federate``.
 
     Raises:
         EdgeAdaptError: A stage failed; the outcomes of the stages before it stay in the folder.
@@ -134,7 +136,7 @@ def run(folder: RunFolder, population: Population, progress: RunProgress) -> Run
         with folder.timed("prepare"), progress.stage("prepare"):
             base = training_base(folder.path, scenario, population)
             prepare(folder.path, scenario, population, base)
-        federate(folder, population, base, progress)
+        federate(folder, population, base, progress, on_ray=on_ray)
         with folder.timed("personal"):
             Enrolment.of(folder.path, scenario, population, base).enrol_all()  # of clients that no session asked
             clients = personalize_all(folder.path, scenario, population, base, progress)
@@ -187,8 +189,18 @@ def prepare(out: Path, scenario: Scenario, population: Population, base: Base) -
     replace(marker, json.dumps(digests).encode())
 
 
-def federate(folder: RunFolder, population: Population, base: Base, progress: RunProgress) -> None:
-    """The rounds that are left: the real ServerApp and ClientApp, on the in-process grid, with the prepared fleet."""
+def federate(
+    folder: RunFolder, population: Population, base: Base, progress: RunProgress, *, on_ray: bool = False
+) -> None:
+    """The rounds that are left: the real ServerApp and ClientApp, with the prepared fleet.
+
+    Args:
+        folder: Of the run.
+        population: Of the run.
+        base: Of the run.
+        progress: Shows the rounds.
+        on_ray: Run them on Flower's simulation engine, which has no faults, instead of the in-process grid.
+    """
     enrolment = Enrolment.of(folder.path, folder.scenario, population, base)
     for client in population.clients:  # a client without data ends the run before the first round
         place = provision.device_folder(folder.path, client.name) / EXAMPLES
@@ -208,6 +220,11 @@ def federate(folder: RunFolder, population: Population, base: Base, progress: Ru
     trained, done = progress.training_seconds, len(provision.registry(folder.path).rounds())
     try:
         with folder.timed("rounds"), progress.rounds(done, federation.rounds), kill_safe():
+            if on_ray:
+                enrolment.enrol_all()
+                state_dirs = [provision.device_folder(folder.path, name) for name in nodes.values()]
+                federate_on_ray(folder.path / provision.COORDINATOR, state_dirs)
+                return
             server_app(InProcessGrid(client_app, nodes, faults, devices.before), context)
             devices.write()
     finally:  # like "rounds", also if it is interrupted: the difference of the two is coordination

@@ -1,0 +1,87 @@
+"""The rounds on Flower's own simulation engine: the same two apps, with the devices in Ray's processes.
+
+It is for more than one machine can compute. Each message may be handled by another process, so the state of a device is
+in its files, as in the field: in a folder that all machines of the Ray cluster see under the same path. This engine has
+no faults and no time of its own: every device answers, and waiting takes real time.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from adapters.cores import cores
+from adapters.roundrecord import RoundRecord
+from aggregation.errors import ConfigError
+from client.node.app import register
+from client.node.statedir import DeviceStateDir
+from coordinator.app import run
+from coordinator.statedir import CoordinatorStateDir
+
+CLUSTER = "RAY_ADDRESS"  # environment variable of Ray: the cluster to use; without it one is started here
+PARTITION = "partition-id"  # Flower's number of a simulated node, from 0
+
+
+def require_ray() -> None:
+    """Return if Ray is installed.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if find_spec("ray") is None:
+        raise ConfigError("--engine ray needs Ray: pip install 'edgeadapt[ray]'", about="--engine", value="ray")
+
+
+def federate_on_ray(
+    coordinator: Path, state_dirs: Sequence[Path], done: Callable[[RoundRecord], None] = lambda record: None
+) -> None:
+    """Run the rounds that are still to do.
+
+    Args:
+        coordinator: Its state directory.
+        state_dirs: Of the devices, all of them made.
+        done: Called with the record of each round.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        EdgeAdaptError: As ``coordinator.app.run``.
+    """
+    require_ray()
+    # Imported here: both take seconds.
+    from flwr.simulation import run_simulation
+
+    client_app, server_app, failed = ClientApp(), ServerApp(), list[BaseException]()
+    register(client_app, partial(_open, [str(folder) for folder in state_dirs]))
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            for record in run(CoordinatorStateDir.open(coordinator), grid):
+                done(record)
+        except BaseException as error:  # Flower would log it and go on
+            failed.append(error)
+
+    started: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if CLUSTER not in os.environ:
+        started["num_cpus"] = cores()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Ray's, about accelerators
+        run_simulation(
+            server_app,
+            client_app,
+            len(state_dirs),
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": started},
+        )
+    if failed:
+        raise failed[0]
+
+
+def _open(state_dirs: Sequence[str], context: Context) -> DeviceStateDir:
+    return DeviceStateDir.open(Path(state_dirs[int(context.node_config[PARTITION])]))
