@@ -45,6 +45,7 @@ ANSWER = """(async () => {
   for (const phrase of %s) found.push((await client.rank(phrase, 1)).labels[0].label);
   return found;
 })()"""
+PROFILES = [profile.value for profile in Profile]
 TOGETHER = 20  # phrases of one request to the browser, which is not waited for without end
 
 
@@ -67,7 +68,7 @@ class Accuracy:
 
 
 @click.command()
-@click.option("--profile", type=click.Choice([*Profile]), default=Profile.WEB_INT8.value, show_default=True)
+@click.option("--profile", type=click.Choice(PROFILES), default=Profile.WEB_INT8.value, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
 def main(run: Path, profile: str, as_json: bool) -> None:
