@@ -220,10 +220,13 @@ def weighted_mean(
         adapter: SHA-256 of the adapter from which they trained.
 
     Raises:
-        DataError: As ``require_reach``.
+        DataError: As ``require_reach``, or the sum has another size than the shared tensors.
     """
     require_reach(spec, sums, survivors)
     delta, weight = sums["delta"], float(sums["weight"][0])
+    if delta.shape != (layout.size,):
+        text = f"the sum is of {delta.size} numbers, and the shared tensors have {layout.size}"
+        raise DataError(text, about="shape", value=delta.size)
     step = next(spec.vector.step(segment) for segment in spec.vector.segments if segment.name == "delta")
     noisy = delta + _width(step, task, weight, survivors) * dither(noise_key(spec, sums, adapter), delta.size)
     mean = (noisy / (weight or survivors)).astype(np.float32)

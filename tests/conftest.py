@@ -3,7 +3,6 @@
 Torch and Flower are imported by what uses them, so that other tests do not wait for them.
 """
 
-import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,24 +13,17 @@ import hypothesis
 import pytest
 import tomli_w
 
+from tests.support.verified import forget_verified
+
 # How long an example takes says how busy the machine is, not whether the code is right.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
-
-VERIFIED_ONCE = {
-    "aggregation.checks": ("_distinct", "_serials", "_first_to_expire", "_roster", "_signed"),
-    "aggregation.envelope": ("_opened_once",),
-    "aggregation.pki.certificates": ("load", "_certified"),
-}
 
 
 @pytest.fixture(autouse=True)
 def nothing_verified_before() -> None:
     """Let each test verify for itself what an earlier one verified: some take a check away."""
-    for module, functions in VERIFIED_ONCE.items():
-        if module in sys.modules:
-            for name in functions:
-                getattr(sys.modules[module], name).cache_clear()
+    forget_verified()
 
 
 LABELS = ("Light", "Music", "Timer")

@@ -153,9 +153,8 @@ def test_if_they_answered_with_their_error_the_coordinator_would_read_a_bit_of_e
     fleet, observer = hostile_fleet(app_fleet_of, **ATTACKS[attack]), Observer()
     set_policy(fleet, maximum_magnitude=NO_LIMIT)
     monkeypatch.setattr(Outcome, "nothing", failing)
-    monkeypatch.setattr(
-        "client.node.training.parse_examples", partial(parse_examples, labels=ATTACKS[attack]["labels"])
-    )
+    labels = ATTACKS[attack]["labels"]
+    monkeypatch.setattr("client.node.training.parse_examples", lambda raw, path, _: parse_examples(raw, path, labels))
     (record,) = fleet.federate(fleet.grid(app=observer))
     assert observer.bits() == {name: name in HOLDERS for name in DEVICES}
     assert record.dropped == dict.fromkeys(HOLDERS, "plan")  # it is in the files of the run, and they pass the audit
@@ -202,7 +201,7 @@ def test_a_task_without_the_labels_of_the_others_isolates_a_device_in_the_sum(
         return weighted_mean(spec, task, layout, found, *rest)
 
     monkeypatch.setattr("client.node.training.contribution", watched)
-    monkeypatch.setattr("coordinator.rounds.weighted_mean", seen)
+    monkeypatch.setattr("coordinator.nextadapter.weighted_mean", seen)
     (record,) = fleet.federate(fleet.grid())
     assert record.survivors == DEVICES
     (victim,) = (outcome for outcome in outcomes if outcome.examples)

@@ -14,6 +14,7 @@ from adapters.roundrecord import RoundRecord, digest_of
 from coordinator import lastsum, rounds, transcripts
 from coordinator.audit import AuditInput, AuditOptions, Status
 from coordinator.registry import Head, Registry, database
+from tests.support.verified import forget_verified
 
 
 def unchecked_head(registry: Registry) -> Head:
@@ -38,6 +39,7 @@ def audit_failures(path: Path, at: datetime | None = None) -> set[str]:
         path: The folder of a run, or one log.
         at: When the sessions took place, if the auditor knows.
     """
+    forget_verified()  # the auditor has a process of its own
     checked = AuditInput.open(path, AuditOptions(at=at))
     reports = checked.audit(unfinished=False)
     findings = [finding for report in reports.values() for finding in report.findings]
