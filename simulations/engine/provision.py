@@ -38,8 +38,8 @@ from coordinator.registry import Registry
 from coordinator.seed import HEAD, seed_version
 from coordinator.statedir import KEY, CoordinatorStateDir, open_registry
 from simulations.data.population import Client, Population
+from simulations.engine.heads import logistic_head, with_bias
 from simulations.scenario import Scenario
-from simulations.suite.heads import logistic_head, with_bias
 
 AUTHORITY = "authority"
 AUTHORITY_KEY = "authority.pem"

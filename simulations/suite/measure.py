@@ -31,11 +31,11 @@ from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.bases import training_base
+from simulations.engine.heads import logistic_head, ridge_head, with_bias
 from simulations.engine.personal import ArmInputs, after_the_rounds, fine_tune, generator, local_arm, personal_step
 from simulations.engine.progress import RunProgress
 from simulations.engine.run import RunFolder, federate, prepare
 from simulations.scenario import Scenario
-from simulations.suite.heads import logistic_head, ridge_head, with_bias
 from simulations.suite.outcome import ClientScore, Cost, RoundPoint, Tally, TrialResult
 from simulations.suite.plan import Trial, digest_of
 from simulations.suite.settings import Kind

@@ -102,13 +102,17 @@ class Suite:
             searched: Whether it is a part of the search.
 
         Raises:
-            ConfigError: A key is unknown, or a value is out of range.
+            ConfigError: A key is unknown, a value is out of range, or the scenario is of a language model.
         """
         arm, common = self.settings.arms[name], self.settings.search.set if searched else {}
         layers: tuple[Overrides, ...] = (self.settings.set, arm.set, common, constants, {"seed": seed})
         changes = [f"{key}={toml_value(value)}" for layer in layers for key, value in layer.items()]
         where = f"arm {name!r}"
-        return Trial(arm.kind, Scenario.parse(overridden(dict(self.scenario), changes), where).located(self.folder))
+        scenario = Scenario.parse(overridden(dict(self.scenario), changes), where).located(self.folder)
+        if scenario.data.for_language_model:
+            text = f"{where} is of a language model, and a suite scores classifiers: use edgeadapt simulate"
+            raise ConfigError(text, about="data.label")
+        return Trial(arm.kind, scenario)
 
     def trials(self, name: str, constants: Overrides) -> Iterator[tuple[int, Trial]]:
         """The trials of an arm that are reported: seed and trial."""

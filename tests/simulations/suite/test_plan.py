@@ -201,3 +201,9 @@ def test_a_damaged_result_is_named(damage: bytes, suite_of: SuiteOf, store: Stor
     file.write_bytes(damage)
     with refused(DataError, file.name):
         Store(store.path).get(trial)
+
+
+def test_a_suite_of_a_language_model_is_refused_before_it_runs(suite_of: SuiteOf) -> None:
+    suite = suite_of({"base": {"kind": "base", "set": {"data.files": ["texts.jsonl"], "data.label": ""}}})
+    with refused(ConfigError, "data.label"):
+        suite.check()
