@@ -6,7 +6,7 @@ language and for every tokenizer, and a model that predicts nothing needs about 
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from adapters import files, storage
@@ -128,8 +128,11 @@ class _Arms:
 
     def _best(self, candidates: dict[str, Tensors], held_out: Sequence[Example]) -> tuple[str, Tensors]:
         """The name of the candidate with the least loss, among equals the last one; and the candidate."""
-        score: Callable[[str], float] = lambda name: self.trainer.score(candidates[name], held_out).loss  # noqa: E731
-        best = min(reversed(candidates), key=score)
+
+        def loss(name: str) -> float:
+            return self.trainer.score(candidates[name], held_out).loss
+
+        best = min(reversed(candidates), key=loss)
         return best, candidates[best]
 
 
