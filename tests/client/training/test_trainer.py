@@ -372,9 +372,10 @@ def test_without_examples_of_its_own_a_device_keeps_the_head(trainer: Trainer, s
 
 def test_an_ensemble_of_two_heads_is_one_adapter_whose_logits_are_their_sum(trainer: Trainer, start: Tensors) -> None:
     tuned = trainer.train(start, EXAMPLES, TASK, epochs=2, rng=rng())
-    found = with_both_heads(trainer, tuned, start, EXAMPLES, scale=HEAD_SCALE)
     heads = {name for name in start if ".classifier." in name}
-    own = with_own_head(trainer, tuned | {name: start[name] for name in heads}, EXAMPLES, scale=HEAD_SCALE)
+    shared = start | {name: start[name] + np.float32(0.25) for name in heads}
+    found = with_both_heads(trainer, tuned, shared, EXAMPLES, scale=HEAD_SCALE)
+    own = with_own_head(trainer, tuned | {name: shared[name] for name in heads}, EXAMPLES, scale=HEAD_SCALE)
     expected = trainer.logits(tuned, TEXTS) + trainer.logits(own, TEXTS)
     assert np.allclose(trainer.logits(found, TEXTS), expected, atol=1e-3)
     assert {name for name in tuned if not np.array_equal(found[name], tuned[name])} == heads
