@@ -169,7 +169,7 @@ def apply(vector: Ring, masks: Iterable[Mask], threads: int = 1) -> None:
     array([0, 1, 2], dtype=uint32)
 
     Args:
-        vector: Shape ``(n,)``, contiguous ``uint32`` or ``uint64``; ``n`` may be 0.
+        vector: Shape ``(n,)``, contiguous, of an element type of ``ring``; ``n`` may be 0.
         masks: Consumed in batches of ``MASKS_PER_BATCH``.
         threads: Largest number of threads, usually one for each core; a short vector uses one.
     """
@@ -221,7 +221,7 @@ def _pass(blocks: Sequence[Ring], streams: Sequence[_Stream], ready: Semaphore, 
         done.release()
 
 
-def expand(key: bytes, size: int, dtype: np.dtype[np.uint32] | np.dtype[np.uint64]) -> Ring:
+def expand(key: bytes, size: int, dtype: np.dtype[np.uint16] | np.dtype[np.uint32] | np.dtype[np.uint64]) -> Ring:
     """The mask that ``key`` expands to: shape ``(size,)``, of ``dtype``. ``apply`` adds it without allocating it."""
     vector: Ring = np.zeros(size, dtype)
     apply(vector, [Mask(key, add=True)])

@@ -1,8 +1,8 @@
 """The ring of integers mod 2^bits: how its vectors are held in memory and how they travel.
 
-In memory an element is a wrapping ``uint32`` (``uint64`` above 32 bits) of which only the low ``bits`` count: since
-2^bits divides 2^32, sums may wrap there and be reduced at the end. On the wire an element takes exactly ``bits`` bits;
-the first element occupies the lowest bits of the first byte.
+In memory an element is a wrapping ``uint16`` (``uint32`` above 16 bits, ``uint64`` above 32) of which only the low
+``bits`` count: since 2^bits divides the modulus of its type, sums may wrap there and be reduced at the end. On the wire
+an element takes exactly ``bits`` bits; the first element occupies the lowest bits of the first byte.
 """
 
 import hashlib
@@ -15,23 +15,23 @@ from numpy.typing import DTypeLike, NDArray
 
 from aggregation.errors import ConfigError, DataError, ProtocolError
 
-Ring: TypeAlias = NDArray[np.uint32] | NDArray[np.uint64]
+Ring: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32] | NDArray[np.uint64]
 MAX_BITS = 64
 BLOCK = 2**16  # items processed at a time
 
 
 def dtype(bits: int) -> DTypeLike:
-    """The little-endian element type that holds ``bits`` bits: ``<u4`` up to 32, ``<u8`` above.
+    """The little-endian element type that holds ``bits`` bits: ``<u2`` up to 16, ``<u4`` up to 32, ``<u8`` above.
 
-    >>> dtype(24), dtype(33)
-    (dtype('uint32'), dtype('uint64'))
+    >>> dtype(16), dtype(24), dtype(33)
+    (dtype('uint16'), dtype('uint32'), dtype('uint64'))
 
     Raises:
         ConfigError: ``bits`` is not between 1 and 64.
     """
     if not 1 <= bits <= MAX_BITS:
         raise ConfigError(f"ring of {bits} bits is not between 1 and {MAX_BITS}", about="ring.bits", value=bits)
-    return np.dtype("<u4") if bits <= 32 else np.dtype("<u8")
+    return np.dtype("<u2" if bits <= 16 else "<u4" if bits <= 32 else "<u8")
 
 
 def zeros(size: int, bits: int) -> Ring:
@@ -65,7 +65,7 @@ def require_vector(values: Ring, size: int, bits: int) -> None:
 def pack(values: Ring, bits: int) -> bytes:
     """Encode the low ``bits`` bits of each element.
 
-    >>> pack(np.array([1, 2, 3], np.uint32), 4).hex()
+    >>> pack(np.array([1, 2, 3], np.uint16), 4).hex()
     '2103'
 
     Args:
@@ -108,7 +108,7 @@ def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
     """Decode ``size`` elements. Law: ``unpack(pack(v, bits), v.size, bits) == v`` for reduced ``v``.
 
     >>> unpack(bytes.fromhex("2103"), 3, 4)
-    array([1, 2, 3], dtype=uint32)
+    array([1, 2, 3], dtype=uint16)
 
     Args:
         raw: Exactly ``packed_size(size, bits)`` bytes.
@@ -142,10 +142,10 @@ def unpack(raw: bytes | memoryview, size: int, bits: int) -> Ring:
 def add(total: Ring, raw: bytes | memoryview, bits: int) -> None:
     """Add a packed vector in place: ``total += unpack(raw, total.size, bits)``, wrapping, with one block of memory.
 
-    >>> total = np.array([15, 0, 1], np.uint32)
+    >>> total = np.array([15, 0, 1], np.uint16)
     >>> add(total, bytes.fromhex("2103"), 4)
     >>> total & 15
-    array([0, 2, 4], dtype=uint32)
+    array([0, 2, 4], dtype=uint16)
 
     Raises:
         ProtocolError: As ``unpack``; ``total`` is then unchanged.

@@ -22,7 +22,7 @@ from aggregation.keystream import Keystream
 from aggregation.ring import Ring
 
 Floats = NDArray[np.float64] | NDArray[np.float32]
-MAX_SIZE = 2**27  # elements: half a gigabyte of uint32
+MAX_SIZE = 2**27  # elements: half a gigabyte in a ring of 32 bits
 MAX_CLIENTS = 2**20
 MAX_SEGMENTS = 4096
 _SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-100, 2.0**100
@@ -249,7 +249,7 @@ class VectorSpec:
                 np.multiply(signed, step, out=found[chunk])
         return sums
 
-    def _signed(self, part: Ring) -> NDArray[np.int32] | NDArray[np.int64]:
+    def _signed(self, part: Ring) -> NDArray[np.int16] | NDArray[np.int32] | NDArray[np.int64]:
         unused = 8 * part.itemsize - self.ring_bits
         high = part << unused  # the ring's top bit becomes the sign
         return high.view(f"<i{part.itemsize}") >> unused

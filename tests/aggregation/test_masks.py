@@ -79,7 +79,7 @@ def test_added_masks_are_removed_in_any_order(size: int, bits: int, keys: list[t
     assert np.array_equal(vector, before)
 
 
-@pytest.mark.parametrize("bits", [24, 64])
+@pytest.mark.parametrize("bits", [16, 24, 64])
 def test_a_mask_does_not_depend_on_the_block_size(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = np.dtype(ring.dtype(bits))
     whole = masks.expand(A, 10_001, dtype)

@@ -12,7 +12,7 @@ from aggregation import ring
 CONSTANT = 3 * 2**20  # bytes: blocks, keys, messages
 
 
-@pytest.mark.parametrize("bits", [22, 24, 32])
+@pytest.mark.parametrize("bits", [16, 22, 24, 32])
 def test_a_device_needs_three_times_its_vector(
     fleet_of: Callable[..., Any], spec_of: Callable[..., Any], vector_of: Callable[..., Any], bits: int
 ) -> None:

@@ -31,7 +31,7 @@ def test_packing_equals_one_big_integer_and_round_trips(bits: int, data: st.Data
     assert np.array_equal(ring.unpack(raw, len(values), bits), vector)
 
 
-@pytest.mark.parametrize("bits", [1, 7, 8, 22, 24, 31, 32, 33, 48, 63, 64])
+@pytest.mark.parametrize("bits", [1, 7, 8, 11, 16, 17, 22, 24, 31, 32, 33, 48, 63, 64])
 def test_vectors_of_many_blocks_round_trip(bits: int) -> None:
     size = 3 * ring.BLOCK + 13
     rng = np.random.default_rng(bits)
@@ -87,7 +87,8 @@ def test_a_vector_of_another_type_is_not_packed(bits: int) -> None:
 
 
 def test_the_element_type_is_the_smallest_that_holds_the_ring() -> None:
-    assert np.dtype(ring.dtype(32)) == np.dtype("<u4")
+    assert np.dtype(ring.dtype(16)) == np.dtype("<u2")
+    assert np.dtype(ring.dtype(17)) == np.dtype(ring.dtype(32)) == np.dtype("<u4")
     assert np.dtype(ring.dtype(33)) == np.dtype("<u8")
 
 
@@ -98,7 +99,7 @@ def test_the_digest_is_of_the_packed_vector_reduced_to_the_ring() -> None:
     assert ring.digest(vector + 1, 20) != ring.digest(vector, 20)
 
 
-@pytest.mark.parametrize("bits", [3, 7, 22, 24, 31, 32, 33, 40, 64])
+@pytest.mark.parametrize("bits", [3, 7, 16, 22, 24, 31, 32, 33, 40, 64])
 @pytest.mark.parametrize("size", [1, 13, ring.BLOCK + 13, 2 * ring.BLOCK])
 def test_adding_a_packed_vector_is_unpacking_and_adding(bits: int, size: int) -> None:
     rng = np.random.default_rng(bits)
@@ -129,7 +130,7 @@ def test_a_contribution_is_packed_and_added_with_one_block_of_memory() -> None:
     assert peak < 16 * ring.BLOCK
 
 
-@pytest.mark.parametrize(("bits", "moves"), [(32, False), (64, False), (24, True), (40, True)])
+@pytest.mark.parametrize(("bits", "moves"), [(16, False), (32, False), (64, False), (13, True), (24, True), (40, True)])
 def test_packing_without_a_copy_shares_memory_where_nothing_has_to_move(bits: int, moves: bool) -> None:
     vector = np.arange(1000).astype(ring.dtype(bits))
     view = ring.packed_view(vector, bits)

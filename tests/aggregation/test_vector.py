@@ -118,7 +118,7 @@ def test_a_bound_that_single_precision_rounds_up_is_within_itself(
 
 
 @pytest.mark.parametrize("bound", [2.0**-100, 2.0**-20, 1.0, 2.0**100])
-@pytest.mark.parametrize("bits", [8, 32, 64])
+@pytest.mark.parametrize("bits", [8, 16, 32, 64])
 def test_single_precision_is_rounded_as_double_is(bound: float, bits: int) -> None:
     spec = VectorSpec((Segment("x", 4096, bound),), bits, 3)
     x = (np.random.default_rng(7).uniform(-1, 1, 4096) * bound).astype(np.float32)

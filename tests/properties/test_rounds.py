@@ -99,7 +99,7 @@ def test_a_round_may_be_planned_for_a_part_of_the_session(fleet_of: FleetOf) -> 
     fleet.assert_sum(result)
 
 
-@pytest.mark.parametrize("bits", [17, 24, 31, 32, 33, 40, 64])
+@pytest.mark.parametrize("bits", [16, 17, 24, 31, 32, 33, 40, 64])
 def test_the_sum_is_right_in_rings_of_any_width(
     fleet_of: FleetOf, spec_of: Callable[..., Any], vector_of: Callable[..., Any], bits: int
 ) -> None:

@@ -103,8 +103,9 @@ def share(secret: bytes, drawn: bytes, x: int) -> bytes:
 
 
 def mask(key: bytes, bits: int) -> list[int]:
-    raw = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(4 * SIZE))
-    return [int.from_bytes(raw[i : i + 4], "little") % 2**bits for i in range(0, len(raw), 4)]
+    size = 2 if bits <= 16 else 4
+    raw = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(size * SIZE))
+    return [int.from_bytes(raw[i : i + size], "little") % 2**bits for i in range(0, len(raw), size)]
 
 
 def pack(values: list[int], bits: int) -> bytes:
@@ -460,6 +461,7 @@ def names(count: int) -> list[str]:
 
 CASES = (
     Case("complete", names(5), k=4, t=3, least=3, bits=24, dropouts=["unit-1"], silent=["unit-3"]),
+    Case("narrow", names(5), k=4, t=3, least=3, bits=16, dropouts=["unit-2"], silent=["unit-4"]),
     Case("wide", names(5), k=4, t=3, least=3, bits=32, dropouts=["unit-0"], silent=[]),
     Case("sparse", names(9), k=4, t=4, least=5, bits=22, dropouts=["unit-4"], silent=[]),
     Case("large", names(13), k=8, t=6, least=8, bits=19, dropouts=["unit-2", "unit-7"], silent=["unit-a"]),

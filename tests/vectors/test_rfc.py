@@ -76,7 +76,7 @@ def test_aes_256_of_sp_800_38a() -> None:
     assert aes_block(AES_KEY, PLAIN).hex() == CIPHERTEXT
 
 
-@pytest.mark.parametrize("dtype", ["<u4", "<u8"])
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<u8"])
 def test_our_masks_are_aes_of_a_counter_from_zero_in_little_endian_elements(dtype: str) -> None:
     stream = b"".join(aes_block(AES_KEY, counter.to_bytes(16, "big")) for counter in range(100))
     expected = np.frombuffer(stream, dtype)
