@@ -23,6 +23,10 @@ class Part(StrEnum):
     B = "B"  # of LoRA: from the rank to the layer's output; zero on day one
     VECTORS = "vectors"  # of other methods: scales, offsets, parameters of normalizations, virtual tokens
     HEAD = "head"  # modules that are trained in full
+    R = "R"  # of Fed-SB, between B and A within a round; no adapter's file has it (``adapters.lorasb``)
+
+
+PARTS = (Part.A, Part.B, Part.VECTORS, Part.HEAD)  # of an adapter's file
 
 
 def part_of(name: str) -> Part:
@@ -38,6 +42,8 @@ def part_of(name: str) -> Part:
         return Part.A
     if ".lora_B." in name:
         return Part.B
+    if ".lora_R." in name:
+        return Part.R
     return Part.VECTORS if any(mark in name for mark in VECTORS) else Part.HEAD
 
 

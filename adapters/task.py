@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters import jsontext
 from adapters.layout import Layout
+from adapters.lorasb import with_squares
 from adapters.parts import Part, mask, only
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError, ProtocolError
@@ -64,7 +65,8 @@ class Task:
         """Read a task.
 
         Raises:
-            ProtocolError: A field is missing, unknown or out of range, or nothing is both trained and shared.
+            ProtocolError: A field is missing, unknown or out of range, nothing is both trained and shared, or R is not
+                both or is with A or B.
         """
         try:
             found = TypeAdapter(cls).validate_json(raw, strict=True)
@@ -74,6 +76,9 @@ class Task:
             raise ProtocolError(f"{field}: {first['msg']}", about=field) from error
         if not set(found.trained) & set(found.shared):
             raise ProtocolError("task.shared: no part of the adapter is both trained and shared", about="task.shared")
+        for parts in (found.trained, found.shared):
+            if Part.R in {*found.trained, *found.shared} and (Part.R not in parts or {Part.A, Part.B} & {*parts}):
+                raise ProtocolError("task: R is trained and shared without A and B, or not at all", about="task.parts")
         return found
 
     @property
@@ -83,15 +88,16 @@ class Task:
 
 
 def shared_layout(layout: Layout, task: Task) -> Layout:
-    """The tensors whose updates are summed.
+    """The tensors whose updates are summed; in a round of Fed-SB, R of each LoRA layer is one of them.
 
     Args:
         layout: Of the adapter.
         task: Of the round.
 
     Raises:
-        DataError: The adapter has no part that is both trained and shared.
+        DataError: The adapter has no part that is both trained and shared, or as ``with_squares``.
     """
+    layout = with_squares(layout) if Part.R in task.shared else layout
     only(layout, set(task.trained) & set(task.shared))
     return only(layout, task.shared)
 

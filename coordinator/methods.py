@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from adapters.parts import Part
+from adapters.parts import PARTS, Part
 
-ALL = tuple(Part)
 FACTORS = (Part.A, Part.B)
 
 
@@ -28,8 +27,8 @@ class FederatedMethod:
     """
 
     source: str
-    turns: tuple[tuple[Part, ...], ...] = (ALL,)
-    shared: tuple[Part, ...] = ALL
+    turns: tuple[tuple[Part, ...], ...] = (PARTS,)
+    shared: tuple[Part, ...] = PARTS
 
     def trained(self, version: int) -> tuple[Part, ...]:
         """The parts that devices train of the adapter of ``version``.
@@ -62,14 +61,20 @@ METHODS: Mapping[str, FederatedMethod] = MappingProxyType(
             ((Part.A, Part.HEAD), (Part.B, Part.HEAD)),
             (*FACTORS, Part.HEAD),
         ),
+        "fedsb": FederatedMethod(
+            "Singhal et al. 2025, Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in "
+            "(Private) Federated LoRA Fine-Tuning",
+            ((Part.R, Part.HEAD),),
+            (Part.R, Part.HEAD),
+        ),
         "fedsa": FederatedMethod(
             "Guo et al. 2024, Selective Aggregation for Low-Rank Adaptation in Federated Learning",
-            (ALL,),
+            (PARTS,),
             (Part.A, Part.VECTORS, Part.HEAD),
         ),
         "fedper": FederatedMethod(
             "Arivazhagan et al. 2019, Federated Learning with Personalization Layers",
-            (ALL,),
+            (PARTS,),
             (*FACTORS, Part.VECTORS),
         ),
         "head": FederatedMethod("FedAvg of the head alone, on the frozen base", ((Part.HEAD,),), (Part.HEAD,)),

@@ -6,6 +6,8 @@ The coordinator makes each adapter with it (``rounds``), and an audit makes it a
 
 from adapters.analytic import AnalyticTask, solved
 from adapters.layout import Layout, Tensors
+from adapters.lorasb import folded, unfolded
+from adapters.parts import Part
 from adapters.task import Sums, shared_layout, weighted_mean
 from adapters.taskkinds import AnyTask
 from aggregation.spec import SessionSpec
@@ -49,4 +51,6 @@ def next_adapter(
         return state, solved(spec, task, tensors, sums, survivors, begun)
     shared = shared_layout(Layout.of(tensors), task)
     mean = weighted_mean(spec, task, shared, sums, survivors, begun)
-    return optimizer.advance(rule, state, tensors, shared, mean)
+    begin = unfolded(tensors) if Part.R in task.shared else tensors
+    state, made = optimizer.advance(rule, state, begin, shared, mean)
+    return state, folded(made, optimizer.LARGEST)

@@ -263,10 +263,10 @@ class FederationSettings(Settings):
         description="attempts at making a session before the run ends, and at a step of a round that too few devices "
         "answer; the pauses between them grow from 15 s to the deadline",
     )
-    method: Literal["fedit", "ffa", "rolora", "fedsa", "fedper", "head"] = Field(
+    method: Literal["fedit", "ffa", "rolora", "fedsb", "fedsa", "fedper", "head"] = Field(
         default="fedit",
         description="which parts of the adapter devices train and share (docs/reference/federated-methods.md): fedit, "
-        "ffa, rolora, fedsa, fedper or head",
+        "ffa, rolora, fedsb, fedsa, fedper or head",
     )
     cohort: CohortSettings = CohortSettings()
     training: Training = Training()

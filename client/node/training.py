@@ -7,6 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -16,6 +17,8 @@ from adapters import files, taskkinds
 from adapters.analytic import AnalyticTask, ClassifierHead
 from adapters.base import Base
 from adapters.layout import Layout, Tensors
+from adapters.lorasb import unfolded
+from adapters.parts import Part
 from adapters.ridge import moments_of
 from adapters.task import Task, shared_layout
 from adapters.taskkinds import AnyTask
@@ -126,15 +129,16 @@ def _sum_update(
     plan, spec, shared = planned.plan, planned.spec, shared_layout(trainer.layout, task)
     subject, digest = subject_of(spec.base_digest, task, trainer.layout), plan.digest()
     start = with_private(start, kept.start(subject, digest) if kept else None)
+    begun = unfolded(start) if Part.R in task.shared else start
 
     def trained() -> tuple[Ring, PrivateParts | None]:
         order, examples = snapshot.generator(plan, Draw.ORDER), usable()
         outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order)
-        vector = contribution(outcome, shared, spec, rounding)
+        vector = contribution(replace(outcome, start=begun), shared, spec, rounding)
         return vector, _to_keep(subject, digest, task, start, outcome.trained)
 
     def untrained() -> tuple[Ring, PrivateParts | None]:
-        vector = contribution(Outcome.nothing(start), shared, spec, rounding)
+        vector = contribution(Outcome.nothing(begun), shared, spec, rounding)
         return vector, _to_keep(subject, digest, task, start, start)
 
     return _or_nothing(trained, untrained)

@@ -22,7 +22,7 @@ from adapters.layout import Layout, Tensors
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example, Score
-from client.training.trainer import batches, finite, fit, flushed_denormals
+from client.training.trainer import batches, finite, fit, flushed_denormals, squares, values
 
 MAX_TOKENS = 128  # of a prompt with its text
 EVALUATION_BATCH = 16  # texts
@@ -86,8 +86,9 @@ class LanguageTrainer:
                 return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
             order = batches([len(each.ids) for each in encoded], task.batch_size, epochs, rng)
-            fit(self.adapter, order, loss, task, step)
-            return finite(causal.tensors(self.model))
+            with squares(self.model, task) as extra:
+                fit(self.adapter | extra, order, loss, task, step)
+            return finite(causal.tensors(self.model) | values(extra))
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``; all zeros if there are none.

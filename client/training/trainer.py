@@ -19,11 +19,13 @@ from torch.nn.functional import cross_entropy
 from adapters import classifier
 from adapters.base import Base
 from adapters.layout import Layout, Tensors
-from adapters.parts import part_of
+from adapters.lorasb import frozen_factor, square_name
+from adapters.parts import Part, part_of
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
 from client.training.examples import Example, Score
 
+LORA_B = ".lora_B.default"  # ends the path of a layer's B in peft's model
 EVALUATION_BATCH = 64  # phrases; no gradients, so larger than a training batch
 
 
@@ -61,8 +63,8 @@ class Trainer:
             step: Called before each batch; an exception that it raises ends the training.
 
         Returns:
-            Tensors in ``layout``, float32 and finite. Guarantee: equal arguments give equal tensors, whatever was
-            trained before, and the base does not change.
+            Tensors in ``layout``, and R if the task trains it (``adapters.lorasb``), float32 and finite. Guarantee:
+            equal arguments give equal tensors, whatever was trained before, and the base does not change.
 
         Raises:
             DataError: There are no examples, or the loss or a tensor is not finite.
@@ -88,8 +90,10 @@ class Trainer:
         def loss(batch: list[int]) -> Tensor:
             return cross_entropy(self._forward([tokens[i] for i in batch]), labels[batch])
 
-        fit(self.adapter, batches([len(ids) for ids in tokens], task.batch_size, epochs, rng), loss, task, step)
-        return finite(classifier.tensors(self.model))
+        order = batches([len(ids) for ids in tokens], task.batch_size, epochs, rng)
+        with squares(self.model, task) as extra:
+            fit(self.adapter | extra, order, loss, task, step)
+        return finite(classifier.tensors(self.model) | values(extra))
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``; all zeros if there are none.
@@ -180,6 +184,45 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+
+
+@contextmanager
+def squares(model: nn.Module, task: Task) -> Iterator[dict[str, nn.Parameter]]:
+    """R of each LoRA layer of a model, zero at first, while the block runs; none if the task does not train R.
+
+    Args:
+        model: Of peft.
+        task: Of the round.
+
+    Yields:
+        Name of R → parameter, shape ``(rank, rank)``.
+    """
+    found, hooks = dict[str, nn.Parameter](), []
+    for path, layer in model.named_modules():
+        if Part.R in task.trained and path.endswith(LORA_B):
+            name = f"{path.removesuffix('.default')}.weight"
+            found[square_name(name)] = square = nn.Parameter(torch.zeros(layer.in_features, layer.in_features))
+            frozen = torch.from_numpy(frozen_factor(name, tuple(layer.weight.shape)))
+            hooks.append(layer.register_forward_hook(_adding(square, frozen)))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def values(parameters: Mapping[str, nn.Parameter]) -> Tensors:
+    """Copies of the parameters as float32 arrays."""
+    return {name: np.array(parameter.detach().numpy()) for name, parameter in parameters.items()}
+
+
+def _adding(square: Tensor, frozen: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook of a layer that computes B z: it makes that (B + F R) z."""
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + inputs[0] @ square.T @ frozen.T
+
+    return add
 
 
 def finite(trained: Tensors) -> Tensors:

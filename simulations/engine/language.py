@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from adapters import files, storage
 from adapters.base import Base, find_base
 from adapters.layout import Tensors
-from adapters.parts import Part
+from adapters.parts import PARTS
 from adapters.task import Task
 from client.node import statedir as device_files
 from client.training.examples import Example, Split, in_split
@@ -73,7 +73,7 @@ def _personal_steps(
     scenario, registry = folder.scenario, provision.registry(folder.path)
     Enrolment.of(folder.path, scenario, population, base).enrol_all()
     last = (registry.latest() or registry.version(0)).manifest
-    task = replace(scenario.federation.task(last), trained=tuple(Part), proximal=0.0)
+    task = replace(scenario.federation.task(last), trained=PARTS, proximal=0.0)
     trainer = load_language_trainer(base, provision.lora(scenario))
     arms = _Arms(trainer, scenario, task, registry.tensors(0), registry.tensors(last.version))
     state_dirs, found = provision.open_state_dirs(folder.path, population), []

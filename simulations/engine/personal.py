@@ -24,7 +24,7 @@ from adapters.base import Base
 from adapters.cores import ahead, cores
 from adapters.layout import Tensors
 from adapters.manifest import VersionManifest
-from adapters.parts import Part
+from adapters.parts import PARTS
 from adapters.task import Task
 from aggregation.errors import DataError
 from client.node import statedir as device_files
@@ -73,7 +73,7 @@ class ArmInputs:
         federation = scenario.federation
         return cls(
             seed_adapter=seed_adapter,
-            task=replace(federation.task(manifest), trained=tuple(Part), proximal=0.0),
+            task=replace(federation.task(manifest), trained=PARTS, proximal=0.0),
             federation_epochs=federation.training_rounds * federation.training.epochs,
             personal=scenario.personal,
             local_rates=scenario.local_rates,

@@ -6,7 +6,7 @@ import pytest
 from adapters import taskkinds
 from adapters.analytic import AnalyticTask, ClassifierHead, moment_spec
 from adapters.layout import Layout, TensorSpec
-from adapters.parts import Part
+from adapters.parts import PARTS
 from adapters.peftconfig import PeftConfig
 from adapters.task import Task, contribution_spec
 from aggregation.errors import DataError, ProtocolError
@@ -14,7 +14,7 @@ from tests.support import refused
 from tests.support.fleet import session_spec
 
 CONFIG, LABELS = PeftConfig("LORA", 2, 4, ("query",)), ("off", '{"ridge":1}')
-TRAINING = Task(CONFIG, LABELS, 1, 4, 0.01, 0.0, 0.0, tuple(Part), tuple(Part))
+TRAINING = Task(CONFIG, LABELS, 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS)
 ANALYTIC = AnalyticTask(CONFIG, LABELS, 1e-3, 16.0)
 LAYOUT = Layout((TensorSpec("m.classifier.bias", (2,)), TensorSpec("m.classifier.weight", (2, 5))))
 BOUNDS = {"weight_cap": 100, "ring_bits": 32, "max_clients": 3}

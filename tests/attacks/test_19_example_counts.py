@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from adapters import task
 from adapters.layout import Layout, TensorSpec
 from adapters.manifest import PeftConfig
-from adapters.parts import Part
+from adapters.parts import PARTS
 from client.training.examples import Example, write_examples
 from coordinator import rounds
 from coordinator.settings import FederationSettings
@@ -209,9 +209,7 @@ def test_nor_does_it_show_if_the_weights_have_a_common_divisor(divisor: int, mon
     spec = session_spec(6, vector=vector, clip_norm=12.0, weight_cap=128)
     others = {name: np.zeros(1) for name in ("correct", "loss", "held_out")}
     sums = {"delta": rate * weights @ signs, "weight": np.array([float(weights.sum())]), **others}
-    plan = task.Task(
-        PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 16, rate, 0.0, 0.0, tuple(Part), tuple(Part)
-    )
+    plan = task.Task(PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 16, rate, 0.0, 0.0, PARTS, PARTS)
 
     def shown() -> float:
         mean = task.weighted_mean(spec, plan, layout, sums, 6, bytes(32)).astype(np.float64)

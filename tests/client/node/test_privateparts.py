@@ -7,7 +7,7 @@ import pytest
 
 from adapters import files
 from adapters.layout import Layout, Tensors
-from adapters.parts import Part
+from adapters.parts import PARTS, Part
 from adapters.peftconfig import PeftConfig
 from adapters.task import Task
 from aggregation.errors import TrustError
@@ -15,8 +15,7 @@ from client.node.privateparts import PrivateParts
 from client.training.private import private_file, subject_of, with_private
 from tests.support import refused
 
-ALL = tuple(Part)
-TASK = Task(PeftConfig("LORA", 2, 4, ("q",)), ("off", "on"), 1, 16, 0.01, 0.0, 0.0, ALL, (Part.A, Part.B))
+TASK = Task(PeftConfig("LORA", 2, 4, ("q",)), ("off", "on"), 1, 16, 0.01, 0.0, 0.0, PARTS, (Part.A, Part.B))
 KEY, FIRST, SECOND = b"k" * 32, b"1" * 32, b"2" * 32
 BASE = "b" * 64
 
@@ -71,7 +70,7 @@ def test_settings_of_the_training_change_nothing() -> None:
 
 
 def test_a_task_that_shares_all_it_trains_keeps_nothing() -> None:
-    assert private_file(adapter(0), replace(TASK, shared=ALL)) is None
+    assert private_file(adapter(0), replace(TASK, shared=PARTS)) is None
     assert private_file(adapter(0), replace(TASK, trained=(Part.A,))) is None
 
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from adapters.layout import Layout, Tensors, TensorSpec
-from adapters.parts import Part
+from adapters.parts import PARTS
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task, contribution_spec, require_reach
 from aggregation.errors import DataError, ProtocolError
@@ -21,7 +21,7 @@ from tests.support import refused
 START: Tensors = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
 LAYOUT = Layout.of(START)
 CLIP, CAP = 12.0, 128
-TASK = Task(PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 4, 0.01, 0.0, 0.0, tuple(Part), tuple(Part))
+TASK = Task(PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS)
 
 
 def spec_of(clip_norm: float = CLIP, cap: int = CAP, bits: int = 22, clients: int = 12) -> SessionSpec:

@@ -15,7 +15,7 @@ from adapters import causal
 from adapters.base import Base
 from adapters.classifier import LoraSpec
 from adapters.layout import Tensors
-from adapters.parts import Part
+from adapters.parts import PARTS, Part
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
@@ -24,8 +24,7 @@ from client.training.language import IGNORED, MAX_TOKENS, LanguageTrainer
 from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALL = tuple(Part)
-TASK = Task(PeftConfig("LORA", 4, 8, ("q_proj", "v_proj")), (), 1, 4, 0.02, 0.0, 0.0, ALL, ALL)
+TASK = Task(PeftConfig("LORA", 4, 8, ("q_proj", "v_proj")), (), 1, 4, 0.02, 0.0, 0.0, PARTS, PARTS)
 LORA = LoraSpec(4, 8, ("q_proj", "v_proj"))
 TEXTS = tuple(Example(text) for text in ("abab abab abab", "ba ba ba", "abba", "aabb aabb", "b a b a b a"))
 TEMPLATE = (

@@ -12,19 +12,20 @@ import torch
 from adapters import classifier
 from adapters.classifier import HEAD_SCALE, LoraSpec, seeded
 from adapters.layout import Layout, Tensors
+from adapters.lorasb import folded
 from adapters.manifest import PeftConfig
-from adapters.parts import Part, part_of
+from adapters.parts import PARTS, Part, part_of
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example, Score, Split
 from client.training.personal import OWN_STRENGTH, Candidate, personalize, with_both_heads, with_own_head
-from client.training.trainer import Trainer, batches, load_trainer
+from client.training.trainer import Trainer, batches, load_trainer, squares
 from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LABELS = ("Light", "Music", "Timer")
-TASK = Task(PeftConfig("LORA", 2, 4, ("query", "value")), LABELS, 1, 4, 0.01, 0.0, 0.0, tuple(Part), tuple(Part))
+TASK = Task(PeftConfig("LORA", 2, 4, ("query", "value")), LABELS, 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS)
 TEXTS = ("turn on the light", "play music", "set a timer", "kitchen light off", "next song", "ten minutes", "stop")
 EXAMPLES = tuple(Example(text, i % 3) for i, text in enumerate(TEXTS))
 
@@ -379,3 +380,21 @@ def test_an_ensemble_of_two_heads_is_one_adapter_whose_logits_are_their_sum(trai
     expected = trainer.logits(tuned, TEXTS) + trainer.logits(own, TEXTS)
     assert np.allclose(trainer.logits(found, TEXTS), expected, atol=1e-3)
     assert {name for name in tuned if not np.array_equal(found[name], tuned[name])} == heads
+
+
+def test_a_square_between_the_factors_is_trained_alone_and_answers_like_the_folded_adapter(
+    trainer: Trainer, start: Tensors
+) -> None:
+    task = replace(TASK, trained=(Part.R,), shared=(Part.R,))
+    trained = trainer.train(start, EXAMPLES, task, epochs=20, rng=rng())
+    assert {name for name in trained if name not in start} == {name for name in trained if part_of(name) is Part.R}
+    assert all(np.array_equal(trained[name], start[name]) for name in start)
+    adapter = folded(trained)
+    assert trainer.score(adapter, EXAMPLES).loss < 0.9 * trainer.score(start, EXAMPLES).loss
+    texts = [example.text for example in EXAMPLES]
+    with squares(trainer.model, task) as found, torch.inference_mode():
+        for name, parameter in found.items():
+            parameter.copy_(torch.from_numpy(trained[name]))
+        during = trainer.logits(start, texts)
+    np.testing.assert_allclose(trainer.logits(adapter, texts), during, atol=1e-4)
+    assert np.abs(trainer.logits(start, texts) - during).max() > 0.1  # outside the block, the layers are as before
