@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.certificates import is_device_id
 from client.training.examples import NO_LABEL
@@ -27,7 +29,7 @@ class DataFacts:
     """What became of the rows.
 
     Attributes:
-        rows: Rows that were read, broken ones not counted.
+        rows: Rows that are used, broken ones not counted.
         broken: A line for each broken row.
         groups: Groups of near-duplicates among the rows.
         small: Clients that were left out, because they had fewer than ``minimum_texts`` or nothing to train or test on.
@@ -79,7 +81,7 @@ class _Maker:
 
     def __init__(self, settings: DataSettings, seed: int, rows: Rows, public: Rows) -> None:
         self.settings, self.seed = settings, seed
-        self.rows, given = list(rows.good), public.good
+        self.rows, given = self._sampled(rows.good), public.good
         found = {row.label for row in (*self.rows, *given)}
         self.labels = tuple(sorted(found)) if settings.label else ()
         if settings.label and len(self.labels) < 2:
@@ -94,6 +96,13 @@ class _Maker:
         self.number = {label: index for index, label in enumerate(self.labels)} or {"": NO_LABEL}
         self.public_groups = set(self.groups[len(self.rows) :])
         self.public = [self._labelled(row, self.groups[len(self.rows) + at]) for at, row in enumerate(given)]
+
+    def _sampled(self, rows: Sequence[Row]) -> list[Row]:
+        """At most ``settings.sample`` of the rows, in their order."""
+        if not 0 < self.settings.sample < len(rows):
+            return list(rows)
+        drawn = np.random.default_rng(self.seed).choice(len(rows), self.settings.sample, replace=False)
+        return [rows[at] for at in sorted(drawn)]
 
     def make(self, broken: tuple[str, ...]) -> Loaded:
         """All steps."""

@@ -50,6 +50,9 @@ class DataSettings(Settings):
     broken: Literal["refuse", "skip"] = Field(
         default="refuse", description="what a broken row does: refuse (the run ends) or skip (it is counted)"
     )
+    sample: int = Field(
+        default=0, ge=0, description="largest number of rows that are used, which the seed chooses; 0: all rows"
+    )
     partition: Literal["iid", "dirichlet", "shard", "linear", "exponential"] = Field(
         default="dirichlet",
         description="how flwr-datasets deals texts out where there is no column of clients: iid, dirichlet (mix of "

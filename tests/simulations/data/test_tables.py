@@ -200,6 +200,23 @@ def test_a_split_of_the_data_is_kept_and_its_near_duplicates_are_counted(tmp_pat
     assert loaded.facts.leaked == 1
 
 
+def test_a_sample_has_as_many_rows_as_it_says_and_the_seed_chooses_them(tmp_path: Path) -> None:
+    settings = DataSettings(
+        files=(str(write_csv(tmp_path / "t.csv", rows())),), client="user", sample=80, minimum_texts=3, public_texts=2
+    )
+
+    def texts(seed: int) -> set[str]:
+        loaded = load_population(settings, seed)
+        assert loaded.facts is not None
+        assert loaded.facts.rows == 80
+        return {text.text for text in loaded.population.clients[0].train}
+
+    assert texts(1) == texts(1) != texts(2)
+    whole = load_population(settings.model_copy(update={"sample": 1000}), 1)
+    assert whole.facts is not None
+    assert whole.facts.rows == len(rows())
+
+
 @pytest.mark.parametrize("rule", ["iid", "dirichlet", "shard", "linear", "exponential"])
 def test_each_partition_deals_out_every_text_once(tmp_path: Path, rule: str) -> None:
     path = write_csv(tmp_path / "texts.csv", rows(each=60))
