@@ -22,10 +22,21 @@ def suite() -> None:
 @click.option(
     "--jobs", type=click.IntRange(1, 256), help="Processes at the same time.  [default: one a core, at most 4]"
 )
+@click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm; repeatable.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a scenario key; repeatable.")
 @click.option("--resume", is_flag=True, help="Continue the suite in --out; what is finished is kept.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the suite.  [default: runs/suite-NAME]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
-def run(file: Path, seeds: int | None, jobs: int | None, resume: bool, out: Path | None, as_json: bool) -> None:
+def run(
+    file: Path,
+    seeds: int | None,
+    jobs: int | None,
+    arms: tuple[str, ...],
+    overrides: tuple[str, ...],
+    resume: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Run the arms of a suite FILE (.toml), or of one that is shipped, on its seeds.
 
     An arm with a search first chooses its constants on other seeds, by the validation texts of the clients. A process
@@ -34,6 +45,7 @@ def run(file: Path, seeds: int | None, jobs: int | None, resume: bool, out: Path
     \b
     Examples:
       edgeadapt suite run households.toml --out runs/households
+      edgeadapt suite run newsgroups.toml --set data.concentration=0.1 --out runs/newsgroups
       edgeadapt suite run my.toml --seeds 5 --jobs 2
       edgeadapt suite run my.toml --seeds 5 --jobs 2 --resume
     """
@@ -43,7 +55,7 @@ def run(file: Path, seeds: int | None, jobs: int | None, resume: bool, out: Path
     from simulations.suite.folder import read_suite, taken
     from simulations.suite.progress import SuiteProgress
 
-    wanted = read_suite(file, seeds)
+    wanted = read_suite(file, seeds=seeds, changes=overrides, arms=arms)
     out = out or RUNS / f"suite-{wanted.settings.name}"
     try:
         with taken(out, wanted, resume=resume) as store, SuiteProgress(quiet=as_json) as progress:

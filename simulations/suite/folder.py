@@ -1,7 +1,7 @@
 """Start, continue and read a suite in its folder."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,18 +21,22 @@ SHIPPED_SUITES = Path(__file__).parents[1] / "suites"
 SHIPPED_SCENARIOS = Path(__file__).parents[1] / "scenarios"
 
 
-def read_suite(path: Path, seeds: int | None = None) -> Suite:
+def read_suite(path: Path, *, seeds: int | None = None, changes: Sequence[str] = (), arms: Sequence[str] = ()) -> Suite:
     """The suite in a file, or one that is shipped under this name.
 
     Args:
         path: TOML.
         seeds: If given, so many seeds from 0 on in place of the file's.
+        changes: ``KEY=VALUE`` of the scenario, for every arm; they come after those of the suite.
+
+        arms: If given, only these of its arms.
 
     Raises:
-        ConfigError: It or its scenario is missing, or a key or a value of a trial is wrong.
+        ConfigError: It, its scenario or an arm is missing, or a key or a value of a trial is wrong.
     """
     path = _or_shipped(path, SHIPPED_SUITES)
-    settings = SuiteSettings.read(path)
+    settings = SuiteSettings.read(path).with_overrides(changes)
+    settings = settings.with_arms(arms) if arms else settings
     named = _or_shipped(path.parent / settings.scenario, SHIPPED_SCENARIOS)
     scenario = Scenario.read(named).located(named.parent)
     suite = Suite(settings if seeds is None else settings.with_seeds(seeds), _table(scenario), named.parent)

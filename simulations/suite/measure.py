@@ -5,9 +5,11 @@ version 0, which the population's public texts and the scenario's seed give.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -18,10 +20,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from adapters import files
+from adapters import files, storage
 from adapters.base import Base
 from adapters.layout import Floats, Tensors
-from adapters.storage import replace
+from adapters.lorasb import folded
+from adapters.parts import Part
 from adapters.task import MAX_LOSS
 from client.node.statedir import DeviceStateDir
 from client.training.examples import Example, Split, in_split
@@ -36,6 +39,7 @@ from simulations.engine.personal import ArmInputs, after_the_rounds, fine_tune, 
 from simulations.engine.progress import RunProgress
 from simulations.engine.run import RunFolder, federate, prepare
 from simulations.scenario import Scenario
+from simulations.suite.aggregationerror import aggregation_error
 from simulations.suite.outcome import ClientScore, Cost, RoundPoint, Tally, TrialResult
 from simulations.suite.plan import Trial, digest_of
 from simulations.suite.settings import Kind
@@ -43,7 +47,7 @@ from simulations.suite.store import BASES, FINISHED, Store
 
 MOST_PUBLIC = 200  # public texts that each client's classifier is asked
 MOST_KEPT = 100_000  # embeddings: 150 MB for MiniLM
-CENTRAL = "/central"
+CENTRAL, LAST_ROUND = "/central", "/last round"  # names of trainings, which order their examples
 
 Answers = Callable[[Sequence[str]], Floats]  # texts → logits, shape (texts, labels)
 Notify = Callable[[str], None]  # takes what is done at the moment, in a few words
@@ -64,7 +68,7 @@ def compute_rounds(trial: Trial, store: Store, notify: Notify) -> None:
                 federate(folder, population, base, progress)
         finally:  # an interrupted run has spent it as well
             folder.add("cpu", _cpu() - before)
-        replace(path / FINISHED, json.dumps({"cpu_seconds": folder.seconds["cpu"]}).encode())
+        storage.replace(path / FINISHED, json.dumps({"cpu_seconds": folder.seconds["cpu"]}).encode())
 
 
 def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
@@ -86,7 +90,8 @@ def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
         with spent.training():
             answer = answers(client)
         scores.append(_score(client, answer, population.public))
-    return _result(trial, population, scores, store, spent)
+    error = _error(trial, mine, population, store) if trial.kind is Kind.GLOBAL else None
+    return replace(_result(trial, population, scores, store, spent), aggregation_error=error)
 
 
 class _Spent:
@@ -275,6 +280,31 @@ def _trained(trial: Trial, population: Population) -> tuple[int, int]:
             return rounds + fine, steps([sum(seen)], rounds) + steps(everyone, fine)
         case _:
             return 0, 0
+
+
+def _error(trial: Trial, mine: Trainer, population: Population, store: Store) -> float | None:
+    """The aggregation error of the last round of training, which all its clients train once more, without dropouts.
+
+    None where there is no such mean: no round trained LoRA's factors, or they stay on the devices.
+    """
+    federation, registry = trial.scenario.federation, provision.registry(store.federation(trial))
+    last = registry.latest() or registry.version(0)
+    begin = min(last.manifest.version, federation.training_rounds) - 1
+    if begin < 0:
+        return None
+    task, start = federation.task(registry.version(begin).manifest), registry.tensors(begin)
+    if task.private & {Part.A, Part.B}:
+        return None
+
+    def trained() -> Iterator[tuple[Tensors, float]]:
+        for client in population.clients:
+            if not client.unseen:
+                examples, order = _train(client), generator(trial.scenario.seed, client.name, LAST_ROUND)
+                tensors = folded(mine.train(start, examples, task, epochs=task.epochs, rng=order))
+                yield tensors, min(len(examples), federation.aggregation.weight_cap)
+
+    found = aggregation_error(trained())
+    return found if math.isfinite(found) else None
 
 
 def _global(folder: Path) -> Tensors:

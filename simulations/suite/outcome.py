@@ -77,11 +77,19 @@ class RoundPoint:
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """All that is measured of one arm on one seed."""
+    """All that is measured of one arm on one seed.
+
+    Attributes:
+        clients: In the order of the population.
+        cost: Of the trial.
+        rounds: Of its federation.
+        aggregation_error: Of the last round of training (``aggregationerror``); None if it was not measured.
+    """
 
     clients: tuple[ClientScore, ...]
     cost: Cost
     rounds: tuple[RoundPoint, ...] = ()
+    aggregation_error: float | None = None
 
 
 Outcome = TrialResult | str  # why the trial failed, in one line

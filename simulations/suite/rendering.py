@@ -75,6 +75,11 @@ def overview(summary: SuiteSummary) -> str:
     return text
 
 
+def shares(arm: ArmSummary) -> tuple[str, ...]:
+    """An arm's accuracy on public texts, what it has forgotten, and its aggregation error."""
+    return tuple(share(value) for value in (arm.public, arm.forgotten, arm.aggregation_error))
+
+
 def costs(arm: ArmSummary) -> tuple[str, ...]:
     """An arm's epochs, steps, CPU time, bytes up and down of one device, and rounds and bytes to the target."""
     cost, reached = arm.cost, arm.reached
@@ -119,9 +124,9 @@ def markdown(summary: SuiteSummary) -> str:
         f"# {summary.name}",
         overview(summary),
         _table(
-            ["accuracy", *TITLES.values(), "public", "forgotten"],
+            ["accuracy", *TITLES.values(), "public", "forgotten", "aggregation error"],
             [
-                [name, *(interval(arm.figures[title]) for title in TITLES), share(arm.public), share(arm.forgotten)]
+                [name, *(interval(arm.figures[title]) for title in TITLES), *shares(arm)]
                 for name, arm in summary.arms.items()
             ],
         ),

@@ -38,6 +38,7 @@ def suite_page(summary: SuiteSummary) -> str:
         titles=rendering.TITLES,
         to_target=rendering.to_target(summary),
         interval=rendering.interval,
+        shares=rendering.shares,
         costs=rendering.costs,
         constants=rendering.constants,
         sentences=list(rendering.sentences(summary)),

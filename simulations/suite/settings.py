@@ -2,13 +2,14 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from adapters.settings import Settings
+from adapters.settings import Settings, overridden
+from aggregation.errors import ConfigError
 
 Overrides = dict[str, JsonValue]  # dotted key of a scenario → value
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -92,6 +93,39 @@ class SuiteSettings(Settings):
         """The pairs of arms that are compared, each once: every arm with the baseline, then the further ones."""
         against = [(name, self.baseline) for name in self.arms if self.baseline and name != self.baseline]
         return tuple(dict.fromkeys([*against, *self.compare]))
+
+    def with_overrides(self, changes: Sequence[str]) -> Self:
+        """The suite with ``KEY=VALUE`` of the scenario for every arm, after its own overrides.
+
+        Raises:
+            ConfigError: A change has another form.
+        """
+        found = dict(self.set)
+        for change in changes:
+            key = change.partition("=")[0].strip()
+            value: Any = overridden({}, [change])
+            for name in key.split("."):
+                value = value[name]
+            found[key] = value
+        return self.parse(json.loads(self.model_dump_json()) | {"set": found}, "--set")
+
+    def with_arms(self, names: Sequence[str]) -> Self:
+        """The suite with some of its arms only, and the comparisons among them.
+
+        Raises:
+            ConfigError: There is no arm of a name.
+        """
+        if odd := [name for name in names if name not in self.arms]:
+            text = f"there is no arm {odd[0]!r}; the arms are {', '.join(self.arms)}"
+            raise ConfigError(text, about="--arm", value=odd[0])
+        table = json.loads(self.model_dump_json())
+        return self.parse(
+            table
+            | {"arms": {name: arm for name, arm in table["arms"].items() if name in names}}
+            | {"compare": [pair for pair in table["compare"] if {*pair} <= {*names}]}
+            | {"baseline": self.baseline if self.baseline in names else ""},
+            "--arm",
+        )
 
     def with_seeds(self, count: int) -> Self:
         """The suite with ``count`` seeds, from 0 on.

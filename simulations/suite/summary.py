@@ -53,6 +53,7 @@ class ArmSummary:
         public: Mean accuracy of the clients' classifiers on public texts.
         forgotten: Of the test texts that the arm of kind base answers right, the share that this arm answers wrong; NaN
             without such an arm.
+        aggregation_error: Mean over seeds; NaN if it was not measured.
         cost: Means over seeds.
         reached: The rounds to the target accuracy; None if the arm has no rounds or the suite no target.
         constants: That its search chose.
@@ -63,6 +64,7 @@ class ArmSummary:
     figures: dict[str, Estimate]
     public: float
     forgotten: float
+    aggregation_error: float
     cost: Cost
     reached: Reached | None
     constants: Overrides
@@ -130,6 +132,7 @@ def summarize(settings: SuiteSettings, found: Found) -> SuiteSummary:
             },
             public=_mean([c.public.accuracy for r in results.values() for c in r.clients]),
             forgotten=_forgotten(found[base][1], results) if base else math.nan,
+            aggregation_error=_mean([e for r in results.values() if (e := r.aggregation_error) is not None]),
             cost=_cost([result.cost for result in results.values()]),
             reached=_reached([r.rounds for r in results.values()], settings.target)
             if settings.target and settings.arms[name].kind.federated

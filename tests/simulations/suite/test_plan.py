@@ -81,6 +81,22 @@ def test_pairs_are_every_arm_with_the_baseline_and_the_further_ones_once() -> No
     assert SuiteSettings.parse(table, "test").pairs == (("a", "b"), ("c", "b"), ("a", "c"))
 
 
+def test_an_override_of_the_command_comes_after_the_suites_and_before_an_arms(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    arms = '[arms.one]\nkind = "local"\n[arms.two]\nkind = "local"\nset = {"personal.epochs" = 7}\n'
+    file.write_text(f'scenario = "households.toml"\nseeds = [0]\nset = {{"personal.epochs" = 5}}\n{arms}')
+    suite = read_suite(file, changes=["personal.epochs=6", "population.languages=['en']"])
+    assert [the(suite, name).scenario.personal.epochs for name in ("one", "two")] == [6, 7]
+    assert the(suite, "one").scenario.population.languages == ("en",)
+
+
+def test_some_arms_are_compared_among_themselves() -> None:
+    suite = read_suite(Path("households.toml"), arms=["ridge", "personal", "global"])
+    assert list(suite.settings.arms) == ["ridge", "global", "personal"]
+    assert suite.settings.pairs == (("personal", "ridge"), ("personal", "global"))
+    assert read_suite(Path("households.toml"), arms=["local", "base"]).settings.pairs == (("base", "local"),)
+
+
 def test_a_trial_is_named_by_all_that_its_result_depends_on(suite_of: SuiteOf) -> None:
     suite = suite_of({"local": {"kind": "local"}, "base": {"kind": "base"}})
     trial = the(suite, "local")

@@ -175,6 +175,10 @@ def test_mistakes_are_named_in_one_line(suite: Path, tmp_path: Path, run: Callab
         (("run", suite, "--out", tmp_path), "not empty"),
         (("run", suite, "--out", tmp_path / "x", "--seeds", 8), "seed 7"),
         (("run", broken, "--out", tmp_path / "x"), "federation.rounds"),
+        (("run", suite, "--out", tmp_path / "x", "--set", "federation.round=3"), "federation.rounds"),
+        (("run", suite, "--out", tmp_path / "x", "--set", "seed=3"), "seeds"),
+        (("run", suite, "--out", tmp_path / "x", "--arm", "nobody"), "nobody"),
+        (("run", suite, "--out", tmp_path / "x", "--set", "seed"), "KEY=VALUE"),
         (("report", tmp_path), "no suite"),
     ):
         code, out, err = run(*arguments)
