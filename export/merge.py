@@ -92,6 +92,7 @@ def merge(base: Base, folder: Path, out: Path) -> Merge:
     inner = model_of(base, task, mean=_mean(shapes), saved=saved, labels=labels)
     resized = task == "text-generation" and _resize(inner, shapes, folder)
     adapted = _opened(inner, folder, shapes)
+    _separate(adapted)
     ids = _sample(folder if resized else base.folder, inner)
     expected, merged = _merged(adapted, ids, folder)
     note = {"peft_type": kind, "sha256": file_sha256(folder / WEIGHTS), "base_digest": base.digest}
@@ -162,7 +163,8 @@ def _resize(model: Any, shapes: Shapes, folder: Path) -> bool:
 
 
 def _tables(model: Any) -> list[Any]:
-    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    owner: Any = next(part for part in model.modules() if hasattr(part, "get_input_embeddings"))
+    found = (owner.get_input_embeddings(), owner.get_output_embeddings())
     return [module for module in found if module is not None]
 
 
@@ -193,6 +195,19 @@ def _opened(inner: nn.Module, folder: Path, shapes: Shapes) -> PeftModel:
             value=odd,
         )
     return model
+
+
+def _separate(model: PeftModel) -> None:
+    """Give each layer weights of its own, in place: those that peft repeats (``layer_replication``) share theirs, and
+    so do tied tables of which one is adapted, and what is merged into one would be merged into the other.
+    """
+    tables, seen = _tables(model), set[nn.Parameter]()
+    tied = set() if any(hasattr(table, "base_layer") for table in tables) else {table.weight for table in tables}
+    for module in model.modules():
+        for name, value in module.named_parameters(recurse=False):
+            if value in seen and value not in tied:
+                setattr(module, name, nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad))
+            seen.add(value)
 
 
 def _merged(adapted: PeftModel, ids: Tensor, folder: Path) -> tuple[Tensor, Any]:

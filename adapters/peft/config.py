@@ -64,6 +64,8 @@ MERGED = frozenset(
         *("ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
     }
 )
+# Settings of LoRA without which it cannot be exported, and with which it can be merged.
+MERGEABLE = frozenset({"layer_replication", "target_parameters", "trainable_token_indices"})
 LOW_RANK = ("ADALORA", "LOHA", "VERA")  # methods that become LoRA
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 
@@ -107,8 +109,9 @@ def config_of(settings: Settings) -> PeftConfig:
         )
     for name in sorted(settings.keys() - HARMLESS[kind]):
         if (value := settings[name]) not in OFF:
+            remedy = ", or merge the adapter into its base with 'edgeadapt base merge'" if name in MERGEABLE else ""
             raise ConfigError(
-                f"the adapter uses {name[:40]!r}: {value!r:.40}, which cannot be exported: train without it",
+                f"the adapter uses {name[:40]!r}: {value!r:.40}, which cannot be exported: train without it{remedy}",
                 about=name,
                 value=value,
             )

@@ -164,7 +164,7 @@ def _check_saved(tensors: Tensors, saved: tuple[str, ...]) -> None:
         if EMBEDDING in name:  # before the embedding itself, which peft saves too and which is refused below
             raise ConfigError(
                 f"tensor {name!r} is of LoRA on an embedding, which cannot be exported: train without it in "
-                "target_modules",
+                "target_modules, or merge the adapter into its base with 'edgeadapt base merge'",
                 about=name,
             )
     for name in names:

@@ -96,6 +96,29 @@ def test_what_was_merged_is_in_the_configuration_and_the_digest(llama: Base, tmp
     assert [note["base_digest"] for note in noted] == [llama.digest, one.base.digest]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+        {"trainable_token_indices": [4, 5]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=lambda settings: next(reversed(settings)),
+)
+def test_lora_that_cannot_be_exported_is_referred_to_merging_and_merges(
+    make_lm: Callable[..., Base], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    base = make_lm(num_hidden_layers=2)
+    model = adapted(base, configured("LORA", **settings), tmp_path / "peft")
+    with pytest.raises(ConfigError, match=r"train without it.*, or merge the adapter into its base with 'edgeadapt"):
+        from_peft(tmp_path / "peft", 1, ())
+    done = merge(base, tmp_path / "peft", tmp_path / "out")
+    expected, found = logits(model), logits(pretrained.load(done.base, AutoModelForCausalLM))
+    torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "norm"]], ids=str)
 @pytest.mark.filterwarnings("ignore")
