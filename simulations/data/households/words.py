@@ -37,7 +37,7 @@ class Words:
         floors: Names of floors.
         devices: Names by kind of device (a Home Assistant domain).
         phrases: Free texts, by the name of the list that they fill.
-        unnatural: Patterns that match sentences nobody says.
+        unnatural: Patterns that match sentences nobody says, in lower case.
     """
 
     people: tuple[str, ...]
@@ -49,11 +49,11 @@ class Words:
 
     def flaws(self, sentence: str, enough: int) -> int:
         """How many patterns of unnatural speech the sentence matches; counting stops at ``enough``."""
-        found = 0
+        found, heard = 0, sentence.lower()
         for pattern in self.unnatural:
             if found >= enough:
                 break
-            found += pattern.search(sentence) is not None
+            found += pattern.search(heard) is not None
         return found
 
 
@@ -122,7 +122,7 @@ def _patterns(raw: Mapping[str, Any]) -> Iterable[re.Pattern[str]]:
     for pattern in raw["unnatural"]:
         for mark, names in alternations.items():
             pattern = pattern.replace(mark, names)
-        yield re.compile(pattern, re.IGNORECASE)
+        yield _lower(pattern)
     articles = sorted({article for fitting in raw["articles"].values() for article in fitting})
     if raw.get("needs_article", False):
         yield _without_article(articles, _any_of(_gendered(own), raw["people"]))
@@ -139,14 +139,14 @@ def _gendered(tables: Iterable[Mapping[str, list[str]]]) -> list[str]:
 
 def _without_article(articles: list[str], nouns: str) -> re.Pattern[str]:
     """A noun after a word that is not an article."""
-    return re.compile(rf"(^|\s)(?!({_any_of(articles)})\s)\S+\s({nouns})\b", re.IGNORECASE)
+    return _lower(rf"(^|\s)(?!({_any_of(articles)})\s)\S+\s({nouns})\b")
 
 
 def _clash(articles: list[str], nouns: str) -> re.Pattern[str]:
     """A noun after an article that does not fit it; one that ends in an apostrophe may touch it."""
     spaced = [rf"{re.escape(article)}\s+" for article in articles if not article.endswith("'")]
     elided = [rf"{re.escape(article)}\s*" for article in articles if article.endswith("'")]
-    return re.compile(rf"\b({'|'.join(spaced + elided)})({nouns})\b", re.IGNORECASE)
+    return _lower(rf"\b({'|'.join(spaced + elided)})({nouns})\b")
 
 
 def _any_of(names: Iterable[str], people: Iterable[str] = ()) -> str:
@@ -154,3 +154,8 @@ def _any_of(names: Iterable[str], people: Iterable[str] = ()) -> str:
     anyone = f"(?:{'|'.join(map(re.escape, people))})"
     ordered = sorted(set(names), key=lambda name: (-len(name), name))
     return "|".join(re.escape(name).replace(r"\{person\}", anyone) for name in ordered)
+
+
+def _lower(pattern: str) -> re.Pattern[str]:
+    """The pattern for a sentence in lower case; ``re.IGNORECASE`` searches hundreds of names several times slower."""
+    return re.compile(re.sub(r"\\.|[^\\]+", lambda part: part[0] if part[0][0] == "\\" else part[0].lower(), pattern))
