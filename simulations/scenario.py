@@ -94,6 +94,17 @@ class HeadSettings(Settings):
     )
 
 
+class EvaluationSettings(Settings):
+    """What happens after the rounds: the personal step, the local arm, scores, and bundles."""
+
+    clients: int = Field(
+        default=200,
+        ge=2,
+        description="at most so many clients are evaluated after the rounds, chosen by the seed, with the population's "
+        "share of unseen ones: they make their arms, are scored, and get bundles",
+    )
+
+
 class ExportSettings(Settings):
     """The bundles that devices run."""
 
@@ -134,6 +145,7 @@ class Scenario(Settings):
     personal: PersonalSettings = PersonalSettings()
     local: LocalSettings = LocalSettings()
     head: HeadSettings = HeadSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
 
     def located(self, folder: Path) -> Self:

@@ -191,7 +191,9 @@ def app_fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[.
         scenario, population = Scenario.parse(settings, "tiny"), _population(devices, unseen)
         made = TinyFleet(tmp_path / f"fleet-{count}", scenario, population, tiny_base)
         provision.provision(made.out, scenario, population, tiny_base)
-        provision.Enrolment.of(made.out, scenario, population, tiny_base).enrol_all()
+        provision.Enrolment.of(made.out, scenario, population, tiny_base).enrol(
+            client.name for client in population.clients
+        )
         made.configure({"rounds": 3, "training.learning_rate": 0.01})
         made.configure({key.replace("__", "."): value for key, value in federation.items()})
         seen = [household.name for household in population.clients if not household.unseen]

@@ -75,6 +75,7 @@ def simulate(scenario: Path, **options: Any) -> None:
     \b
     Examples:
       edgeadapt simulate households.toml                       # a file, or one that is shipped
+      edgeadapt simulate population.toml                       # 10,000 households in cohorts of 100
       edgeadapt simulate texts.csv --set data.client=user      # columns text, label, user
       edgeadapt simulate authors.toml --set 'data.files=["texts.jsonl"]' --set data.client=author
       edgeadapt simulate my.toml --set federation.rounds=20 --set 'population.languages=["en","es"]'

@@ -4,6 +4,9 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,25 @@ class Population:
     labels: tuple[str, ...]
     public: tuple[LabelledText, ...]
     clients: tuple[Client, ...]
+
+    def sampled(self, count: int, seed: int) -> Self:
+        """The population with ``count`` of its clients, chosen at random and in their order; all, if it has no more.
+
+        The share of unseen clients stays, rounded; of either kind that the population has, at least one is chosen.
+
+        Args:
+            count: Two or more.
+            seed: Determines the choice, together with the population's numbers of clients.
+        """
+        kinds = [[i for i, client in enumerate(self.clients) if client.unseen is unseen] for unseen in (False, True)]
+        seen, unseen = map(len, kinds)
+        if count >= seen + unseen:
+            return self
+        few = min(max(round(count * unseen / (seen + unseen)), min(unseen, 1)), count - 1 if seen else count)
+        rng = np.random.default_rng([seed, count])
+        pairs = zip(kinds, (count - few, few), strict=True)
+        chosen = sorted(int(i) for kind, number in pairs for i in rng.choice(kind, size=number, replace=False))
+        return dataclasses.replace(self, clients=tuple(self.clients[i] for i in chosen))
 
     @property
     def digest(self) -> str:

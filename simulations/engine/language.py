@@ -22,8 +22,7 @@ from simulations.data.population import Client, Population
 from simulations.engine import provision
 from simulations.engine.personal import generator
 from simulations.engine.progress import RunProgress
-from simulations.engine.provision import Enrolment
-from simulations.engine.run import RESULT, RunFolder, federate, logged, prepare
+from simulations.engine.run import RESULT, RunFolder, evaluated_of, federate, logged, prepare
 from simulations.report.authors import AuthorResult, LanguageResult
 from simulations.scenario import Scenario
 
@@ -57,6 +56,7 @@ def run_language_model(
     result = LanguageResult(
         scenario=scenario.name,
         seed=scenario.seed,
+        population=len(population.clients),
         clients=clients,
         rounds=len(registry.rounds()),
         adapter={"version": last.version, "sha256": last.sha256, "bytes": last.size},
@@ -71,7 +71,7 @@ def _personal_steps(
     folder: RunFolder, population: Population, base: Base, progress: RunProgress
 ) -> tuple[AuthorResult, ...]:
     scenario, registry = folder.scenario, provision.registry(folder.path)
-    Enrolment.of(folder.path, scenario, population, base).enrol_all()
+    population = evaluated_of(folder.path, scenario, population, base)
     last = (registry.latest() or registry.version(0)).manifest
     task = replace(scenario.federation.task(last), trained=PARTS, proximal=0.0)
     trainer = load_language_trainer(base, provision.lora(scenario))

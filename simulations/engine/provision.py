@@ -6,7 +6,7 @@ device follows from the scenario's seed: the one that orders its examples, so th
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -119,9 +119,9 @@ class Enrolment:
                 self._enrol(stage, self.clients[name])
         return DeviceStateDir(folder, self.settings)
 
-    def enrol_all(self) -> None:
-        """Create the state directories that are missing."""
-        for name in self.clients:
+    def enrol(self, names: Iterable[str]) -> None:
+        """Create the state directories that are missing, of these clients."""
+        for name in names:
             self.state_dir(name)
 
     def _enrol(self, folder: Path, client: Client) -> None:

@@ -138,11 +138,11 @@ def run(folder: RunFolder, population: Population, progress: RunProgress, *, on_
             prepare(folder.path, scenario, population, base)
         federate(folder, population, base, progress, on_ray=on_ray)
         with folder.timed("personal"):
-            Enrolment.of(folder.path, scenario, population, base).enrol_all()  # of clients that no session asked
-            clients = personalize_all(folder.path, scenario, population, base, progress)
+            evaluated = evaluated_of(folder.path, scenario, population, base)
+            clients = personalize_all(folder.path, scenario, evaluated, base, progress)
         with folder.timed("export"), progress.stage("export"):
-            exported = publish(folder.path, scenario, population, base)
-    result = _result(folder, base, clients, exported)
+            exported = publish(folder.path, scenario, evaluated, base)
+    result = _result(folder, len(population.clients), base, clients, exported)
     write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result
@@ -189,6 +189,13 @@ def prepare(out: Path, scenario: Scenario, population: Population, base: Base) -
     replace(marker, json.dumps(digests).encode())
 
 
+def evaluated_of(out: Path, scenario: Scenario, population: Population, base: Base) -> Population:
+    """The clients that are evaluated after the rounds, all of them enrolled, also those that no session asked."""
+    chosen = population.sampled(scenario.evaluation.clients, scenario.seed)
+    Enrolment.of(out, scenario, population, base).enrol(client.name for client in chosen.clients)
+    return chosen
+
+
 def federate(
     folder: RunFolder, population: Population, base: Base, progress: RunProgress, *, on_ray: bool = False
 ) -> None:
@@ -221,7 +228,7 @@ def federate(
     try:
         with folder.timed("rounds"), progress.rounds(done, federation.rounds), kill_safe():
             if on_ray:
-                enrolment.enrol_all()
+                enrolment.enrol(nodes.values())
                 state_dirs = [provision.device_folder(folder.path, name) for name in nodes.values()]
                 federate_on_ray(folder.path / provision.COORDINATOR, state_dirs)
                 return
@@ -231,15 +238,17 @@ def federate(
         folder.add("training", progress.training_seconds - trained)
 
 
-def _result(folder: RunFolder, base: Base, clients: Sequence[ClientResult], exported: ExportOutcome) -> RunResult:
+def _result(
+    folder: RunFolder, population: int, base: Base, clients: Sequence[ClientResult], exported: ExportOutcome
+) -> RunResult:
     registry, parity, scenario = provision.registry(folder.path), exported.parity, folder.scenario
     last = (registry.latest() or registry.version(0)).manifest
-    devices = sum(not client.unseen for client in clients)
     return RunResult(
         scenario=scenario.name,
         seed=scenario.seed,
+        population=population,
         clients=tuple(clients),
-        rounds=tuple(_reported(record, devices) for record in registry.rounds()),
+        rounds=tuple(map(_reported, registry.rounds())),
         adapter={
             "version": last.version,
             "sha256": last.sha256,
@@ -263,14 +272,15 @@ def _result(folder: RunFolder, base: Base, clients: Sequence[ClientResult], expo
     )
 
 
-def _reported(record: RoundRecord, devices: int) -> ReportedRound:
+def _reported(record: RoundRecord) -> ReportedRound:
+    up, down = record.bytes_of_one
     return ReportedRound(
         round=record.round,
         survivors=record.survivors,
         dropped=record.dropped,
         aborted=record.aborted,
-        bytes_up=round(record.bytes_up / max(1, len(record.survivors))),
-        bytes_down=round(record.bytes_down / devices),
+        bytes_up=round(up),
+        bytes_down=round(down),
         seconds=record.seconds,
         metrics=record.metrics,
         version=record.version,

@@ -33,7 +33,8 @@ class LanguageResult:
 
     scenario: str
     seed: int
-    clients: tuple[AuthorResult, ...]
+    population: int  # clients in all
+    clients: tuple[AuthorResult, ...]  # that were evaluated
     rounds: int
     adapter: dict[str, int | str]  # version, sha256, bytes
     base: dict[str, int | str]  # digest, bytes

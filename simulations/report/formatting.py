@@ -90,7 +90,7 @@ def printable(text: str) -> str:
 
 
 def headline(result: RunResult) -> str:
-    """The run in one sentence."""
+    """The run in one sentence, and in another one how many clients were evaluated, if not all were."""
     unseen = sum(h.unseen for h in result.clients)
     languages = len({h.language for h in result.clients})
     mean = {arm: summary(result.clients, arm) for arm in ARMS}
@@ -98,12 +98,21 @@ def headline(result: RunResult) -> str:
         f"{count(len(result.clients) - unseen, 'client')}, {count(languages, 'language')}: "
         f"personal {share(mean['personal']['mean'], 2)} on average, local {share(mean['local']['mean'], 2)}"
     )
-    if not unseen:
-        return f"{text}."
-    return (
-        f"{text}; {count(unseen, 'client')} that took no part in training: "
-        f"global {share(mean['global']['unseen'], 2)}, base {share(mean['base']['unseen'], 2)}."
-    )
+    if unseen:
+        text += (
+            f"; {count(unseen, 'client')} that took no part in training: "
+            f"global {share(mean['global']['unseen'], 2)}, base {share(mean['base']['unseen'], 2)}"
+        )
+    return f"{text}. {evaluated(len(result.clients), result.population)}".rstrip()
+
+
+def evaluated(clients: int, population: int) -> str:
+    """How many clients were evaluated; empty if all were.
+
+    >>> evaluated(200, 10_000)
+    '200 of 10000 clients, chosen by the seed, were evaluated.'
+    """
+    return f"{clients} of {population} clients, chosen by the seed, were evaluated." if clients < population else ""
 
 
 def command(result: RunResult, program: str) -> str:

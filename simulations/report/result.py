@@ -66,7 +66,8 @@ class RunResult:
 
     scenario: str
     seed: int
-    clients: tuple[ClientResult, ...]
+    population: int  # clients in all
+    clients: tuple[ClientResult, ...]  # that were evaluated
     rounds: tuple[ReportedRound, ...]
     adapter: dict[str, int | str]  # version, sha256, bytes, elements
     base: dict[str, int | str]  # digest, bytes

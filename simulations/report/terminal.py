@@ -20,6 +20,7 @@ from simulations.report.formatting import (
     count,
     dropouts,
     duration,
+    evaluated,
     headline,
     percent,
     plain,
@@ -100,6 +101,7 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
         ("", "global    the adapter after the last round"),
         ("", f"personal  global, then {count(fine.epochs, 'epoch')} at {fine.learning_rate:g} on own data"),
         ("", f"local, personal: the best candidate on own validation {'texts' if writes else 'phrases'}"),
+        ("evaluated", f"at most {count(scenario.evaluation.clients, 'client')}, chosen by the seed"),
         ("folder", str(out)),
     ]
 
@@ -192,4 +194,6 @@ def print_authors(result: LanguageResult, console: Console) -> None:
     console.print(table)
     adapter = result.adapter
     made = f"version {adapter['version']} after {count(result.rounds, 'round')}, {size(int(adapter['bytes']))}"
-    _print_lines([("adapter", made), ("time", duration(result.seconds["total"]))], console)
+    note = evaluated(len(result.clients), result.population)
+    facts = [("adapter", made), ("time", duration(result.seconds["total"])), *([("evaluated", note)] if note else [])]
+    _print_lines(facts, console)

@@ -85,8 +85,9 @@ def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
     spent = _Spent()
     answers = _answers(trial, mine, population, inputs, store, spent)
     scores = []
-    for number, client in enumerate(population.clients, 1):
-        notify(f"client {number} of {len(population.clients)}")
+    evaluated = _evaluated(trial, population)
+    for number, client in enumerate(evaluated, 1):
+        notify(f"client {number} of {len(evaluated)}")
         with spent.training():
             answer = answers(client)
         scores.append(_score(client, answer, population.public))
@@ -213,6 +214,10 @@ def _head(trial: Trial, embeddings: _Embeddings, population: Population, spent: 
     return lambda asked: (with_bias(embeddings.of(asked)[0]) @ head).astype(np.float32)
 
 
+def _evaluated(trial: Trial, population: Population) -> Sequence[Client]:
+    return population.sampled(trial.scenario.evaluation.clients, trial.scenario.seed).clients
+
+
 def _train(client: Client) -> Sequence[Example]:
     return in_split(provision.examples_of(client), Split.TRAIN)
 
@@ -247,22 +252,24 @@ def _result(
     if trial.kind.federated:
         folder = store.federation(trial)
         cpu += json.loads((folder / FINISHED).read_bytes())["cpu_seconds"]
-        devices, found = sum(not client.unseen for client in population.clients), []
+        found = []
         for record in provision.registry(folder).rounds():
-            up += record.bytes_up / max(1, len(record.survivors))
-            down += record.bytes_down / devices
+            up, down = (total + one for total, one in zip((up, down), record.bytes_of_one, strict=True))
             found.append(RoundPoint(record.round, record.metrics.get("accuracy"), up + down))
         points = tuple(found)
     return TrialResult(tuple(scores), Cost(epochs, steps, cpu, up, down), points)
 
 
 def _trained(trial: Trial, population: Population) -> tuple[int, int]:
-    """Epochs of a client that is not unseen, and optimizer steps of all clients, dropouts not subtracted."""
+    """Epochs of a client that is not unseen, and optimizer steps of all clients, dropouts not subtracted.
+
+    After the rounds, only the clients that are evaluated train.
+    """
     federation = trial.scenario.federation
     rounds, size = federation.training_rounds * federation.training.epochs, federation.training.batch_size
     fine = trial.scenario.personal.epochs
     seen = [len(client.train) for client in population.clients if not client.unseen]
-    everyone = [len(client.train) for client in population.clients]
+    everyone = [len(client.train) for client in _evaluated(trial, population)]
 
     def steps(counts: Sequence[int], epochs: int) -> int:
         return epochs * sum(-(-count // size) for count in counts)

@@ -1,5 +1,9 @@
 """The record of a round holds any round that a session can have."""
 
+from dataclasses import replace
+
+import pytest
+
 from adapters.dsse import MAX_ENVELOPE
 from adapters.roundrecord import RoundRecord
 from aggregation.messages import MAX_COHORT
@@ -10,10 +14,11 @@ KEY = IdentityKey(bytes(range(32)))
 LONGEST = tuple(f"{number:064}" for number in range(MAX_COHORT))  # of the names that a certificate can have
 
 
-def test_the_largest_cohort_with_the_longest_names_fits_into_a_record() -> None:
-    """Every device is among the survivors, and dropped out after its update arrived."""
+@pytest.fixture
+def record() -> RoundRecord:
+    """Every device of the largest cohort is among the survivors, and dropped out after its update arrived."""
     step = max((step.value for step in Step), key=len)
-    record = RoundRecord(
+    return RoundRecord(
         round=1,
         previous=None,
         offer="0" * 64,
@@ -35,6 +40,16 @@ def test_the_largest_cohort_with_the_longest_names_fits_into_a_record() -> None:
         seconds=1.5,
         metrics={"accuracy": 0.5, "loss": 0.5},
     )
+
+
+def test_the_largest_cohort_with_the_longest_names_fits_into_a_record(record: RoundRecord) -> None:
     raw = record.sign(KEY)
     assert RoundRecord.accept(raw, [KEY.public]) == record
     assert MAX_ENVELOPE / 4 < len(raw) < MAX_ENVELOPE / 1.5
+
+
+def test_a_device_of_a_round_has_its_share_of_the_bytes(record: RoundRecord) -> None:
+    some = replace(record, survivors=("a", "b"), dropped={"b": "unmask", "c": "plan"}, bytes_up=10, bytes_down=12)
+    assert some.bytes_of_one == (5, 4)
+    nobody = replace(record, survivors=(), dropped={}, bytes_up=0, bytes_down=12)
+    assert nobody.bytes_of_one == (0, 12)

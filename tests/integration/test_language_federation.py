@@ -43,7 +43,7 @@ def fleet(tmp_path: Path, llama: Any, one_thread: None) -> TinyFleet:
     scenario = Scenario.parse(settings, "test")
     made = TinyFleet(tmp_path / "fleet", scenario, population, llama)
     provision.provision(made.out, scenario, population, llama)
-    provision.Enrolment.of(made.out, scenario, population, llama).enrol_all()
+    provision.Enrolment.of(made.out, scenario, population, llama).enrol(client.name for client in population.clients)
     made.configure({"rounds": 3, "training.learning_rate": 0.02, "training.epochs": 4})
     made.configure({"aggregation.keep_masked_inputs": True})
     folders = [str(provision.device_folder(made.out, name)) for name in AUTHORS]

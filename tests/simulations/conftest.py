@@ -52,6 +52,7 @@ def make_result() -> Callable[..., RunResult]:
         return RunResult(
             scenario="households",
             seed=0,
+            population=clients,
             clients=members,
             rounds=tuple(_round(rng, number, names) for number in range(1, rounds + 1)),
             adapter={"version": rounds, "sha256": "3b" * 32, "bytes": 412_312, "elements": 98_304},

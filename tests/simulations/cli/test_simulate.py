@@ -94,6 +94,31 @@ def copy(finished: tuple[Path, Result], tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished[0], tmp_path / "run"))
 
 
+def test_only_so_many_clients_are_evaluated_and_no_other_one_gets_a_bundle(
+    scenario: Path, tmp_path: Path, run: Command
+) -> None:
+    keys = ("evaluation.clients=3", "population.households=12", "federation.cohort.size=5", "federation.rounds=1")
+    options = [word for key in keys for word in ("--set", key)]
+    code, out, err = run("simulate", scenario, "--out", tmp_path / "run", "--json", *options)
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    names = [client["name"] for client in result["clients"]]
+    assert (len(names), sum(client["unseen"] for client in result["clients"]), result["population"]) == (3, 1, 12)
+    devices = tmp_path / "run" / "devices"
+    for file in ("bundle", "outcome.json"):
+        assert sorted(path.parent.name for path in devices.glob(f"*/{file}")) == sorted(names)
+    asked = 7  # over-selection: nobody else has a key
+    assert len(names) <= len(list(devices.iterdir())) <= asked + len(names) < 12
+    assert "3 of 12 clients" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_one_evaluated_client_is_too_few(scenario: Path, tmp_path: Path, run: Command) -> None:
+    code, _, err = run("simulate", scenario, "--out", tmp_path / "run", "--set", "evaluation.clients=1")
+    assert code != 0
+    assert "evaluation.clients" in _one_line(err)
+    assert not (tmp_path / "run").exists()
+
+
 def _undo(run_folder: Path, *stages: str) -> None:
     """Delete the outcome of the export, and of other stages, so that a resumed run has to repeat them."""
     for stage in ("bundle", "devices/*/bundle", "result.json", *stages):

@@ -36,7 +36,9 @@ def test_the_dequantized_base_is_made_once_and_every_device_finds_it(
     monkeypatch.setattr("simulations.engine.bases.dequantized", None)  # a second call would fail
     assert training_base(tmp_path / "run", chosen, population) == base
     provision.provision(tmp_path / "fleet", chosen, population, base)
-    provision.Enrolment.of(tmp_path / "fleet", chosen, population, base).enrol_all()
+    provision.Enrolment.of(tmp_path / "fleet", chosen, population, base).enrol(
+        client.name for client in population.clients
+    )
     assert {
         state_dir.settings.base for state_dir in provision.open_state_dirs(tmp_path / "fleet", population).values()
     } == {str(base.folder)}

@@ -109,7 +109,9 @@ def test_devices_find_the_base_that_the_run_has_made(given: Given, population: P
     chosen = given(center=True)
     base = training_base(tmp_path / "run", chosen, population)
     provision.provision(tmp_path / "fleet", chosen, population, base)
-    provision.Enrolment.of(tmp_path / "fleet", chosen, population, base).enrol_all()
+    provision.Enrolment.of(tmp_path / "fleet", chosen, population, base).enrol(
+        client.name for client in population.clients
+    )
     devices = provision.open_state_dirs(tmp_path / "fleet", population).values()
     assert {device.settings.base for device in devices} == {str(base.folder)}
     registry = provision.registry(tmp_path / "fleet")

@@ -53,7 +53,7 @@ def test_a_trial_gives_the_accuracies_of_a_run(
 ) -> None:
     rounds, base = store.federation(Trial(Kind.GLOBAL, scenario)), find_base(scenario.base.model)
     copy = shutil.copytree(rounds, tmp_path / "run")
-    Enrolment.of(copy, scenario, population, base).enrol_all()
+    Enrolment.of(copy, scenario, population, base).enrol(client.name for client in population.clients)
     clients = personalize_all(copy, scenario, population, base, RunProgress(quiet=True), at_once=1)
     for kind in (Kind.BASE, Kind.LOCAL, Kind.GLOBAL, Kind.PERSONAL):
         found = [(client.name, client.unseen, client.test.accuracy) for client in computed[kind].clients]
