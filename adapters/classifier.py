@@ -4,7 +4,7 @@ One function builds it, so that the vendor's seed, every device and the exporter
 tensor names. Training loops live on the device (``client/training/trainer.py``), the ONNX graph in ``export/``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from adapters.peftconfig import LoraSpec as LoraSpec
 from aggregation.errors import ConfigError
 
 MAX_TOKENS = 128  # of a text that is trained on or embedded
-MANY = 1024  # texts that are embedded at once
+BATCH = 16  # texts that are embedded or scored at once
 ENCODER = "encoder."  # begins the path of everything below a ``PhraseClassifier``'s head
 HEAD_SCALE = 16.0  # logit of a phrase that lies exactly on its intent's prototype; a softmax temperature of 1/16
 
@@ -135,12 +135,26 @@ def padded(tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
 
 
+def in_batches(forward: Callable[[Tensor, Tensor], Tensor], tokens: Sequence[Tensor]) -> Tensor:
+    """The rows that a model gives for texts, in batches of similar length, which need little padding.
+
+    Args:
+        forward: Token ids and attention mask of a batch → one row for each text.
+        tokens: The ids of each text; at least one text.
+
+    Returns:
+        The rows in the order of ``tokens``.
+    """
+    order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))
+    batches = [[tokens[text] for text in order[at : at + BATCH]] for at in range(0, len(order), BATCH)]
+    return torch.cat([forward(*padded(batch)) for batch in batches])[np.argsort(order)]
+
+
 def embed(model: PeftModel, tokens: Tokenizer, texts: Sequence[str]) -> Floats:
     """Embeddings of the frozen base without adapter, shape ``(len(texts), hidden)``, each of L2 norm 1."""
     ids = [torch.tensor(encoding.ids) for encoding in tokens.encode_batch(list(texts))]
     with torch.inference_mode(), model.disable_adapter():
-        base = model.get_base_model()
-        return torch.cat([base.embed(*padded(ids[at : at + MANY])) for at in range(0, len(ids), MANY)]).numpy()
+        return in_batches(model.get_base_model().embed, ids).numpy()
 
 
 def seed_adapter(

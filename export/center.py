@@ -17,11 +17,10 @@ from transformers import AutoModel
 
 from adapters import pretrained
 from adapters.base import INDEX, Base, find_base
-from adapters.classifier import MAX_TOKENS, padded, pooled
+from adapters.classifier import MAX_TOKENS, in_batches, pooled
 from adapters.storage import new_folder
 from aggregation.errors import ConfigError
 
-BATCH = 64  # texts
 CLOSE = 1e-3  # of the mean's length: float32 over a few hundred additions
 
 
@@ -63,8 +62,4 @@ def _means(model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tens
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.no_padding()
     rows = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
-    parts = []
-    for at in range(0, len(rows), BATCH):
-        ids, mask = padded(rows[at : at + BATCH])
-        parts.append(pooled(model(input_ids=ids, attention_mask=mask)[0], mask))
-    return torch.cat(parts)
+    return in_batches(lambda ids, mask: pooled(model(input_ids=ids, attention_mask=mask)[0], mask), rows)

@@ -26,7 +26,6 @@ from aggregation.errors import DataError
 from client.training.examples import Example, Score
 
 LORA_B = ".lora_B.default"  # ends the path of a layer's B in peft's model
-EVALUATION_BATCH = 64  # phrases; no gradients, so larger than a training batch
 
 
 class Trainer:
@@ -88,7 +87,7 @@ class Trainer:
         labels = torch.tensor([e.label for e in examples])
 
         def loss(batch: list[int]) -> Tensor:
-            return cross_entropy(self._forward([tokens[i] for i in batch]), labels[batch])
+            return cross_entropy(self._forward(*classifier.padded([tokens[i] for i in batch])), labels[batch])
 
         order = batches([len(ids) for ids in tokens], task.batch_size, epochs, rng)
         with squares(self.model, task) as extra:
@@ -114,15 +113,15 @@ class Trainer:
         return Score(correct, len(examples), float(losses.sum()))
 
     def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Logits, shape ``(len(texts), labels)``, in batches of ``EVALUATION_BATCH``; ``(0, 0)`` without texts."""
+        """Logits, shape ``(len(texts), labels)``; ``(0, 0)`` without texts."""
+        if not texts:
+            return np.zeros((0, 0), np.float32)
         classifier.load(self.model, adapter)
-        tokens = self._tokens(texts)
         with torch.inference_mode(), flushed_denormals():
-            parts = [self._forward(tokens[i : i + EVALUATION_BATCH]) for i in range(0, len(texts), EVALUATION_BATCH)]
-        return torch.cat(parts).numpy() if parts else np.zeros((0, 0), np.float32)
+            return classifier.in_batches(self._forward, self._tokens(texts)).numpy()
 
     def embed(self, texts: Sequence[str], adapter: Tensors | None = None) -> NDArray[np.float32]:
-        """Embeddings, shape ``(len(texts), hidden)``, each of L2 norm 1, in batches of ``EVALUATION_BATCH``.
+        """Embeddings, shape ``(len(texts), hidden)``, each of L2 norm 1.
 
         Args:
             texts: In any number.
@@ -130,16 +129,15 @@ class Trainer:
         """
         if adapter is not None:
             classifier.load(self.model, adapter)
-        base, tokens = self.model.get_base_model(), self._tokens(texts)
-        starts = range(0, len(texts), EVALUATION_BATCH)
+        base = self.model.get_base_model()
+        if not texts:
+            return np.zeros((0, base.encoder.config.hidden_size), np.float32)
         alone = self.model.disable_adapter() if adapter is None else nullcontext()
         with torch.inference_mode(), flushed_denormals(), alone:
-            parts = [base.embed(*classifier.padded(tokens[i : i + EVALUATION_BATCH])).numpy() for i in starts]
-        return np.concatenate(parts) if parts else np.zeros((0, base.encoder.config.hidden_size), np.float32)
+            return classifier.in_batches(base.embed, self._tokens(texts)).numpy()
 
-    def _forward(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Logits, shape ``(len(tokens), labels)``."""
-        ids, mask = classifier.padded(tokens)
+    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits, shape ``(texts, labels)``, of token ids of shape ``(texts, longest)``."""
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask)
         return logits
 

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from adapters import files
-from adapters.classifier import LoraSpec, build, load, seeded, tensors
+from adapters.classifier import BATCH, LoraSpec, build, in_batches, load, seeded, tensors
 from adapters.layout import Layout
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
@@ -127,3 +127,16 @@ def test_a_method_that_says_more_than_plain_lora_is_refused_for_training(method:
 
 def test_a_plain_method_is_what_it_says() -> None:
     assert LoraSpec.of(PeftConfig("LORA", 2, 4, ("query",))) == LoraSpec(2, 4, ("query",))
+
+
+def test_batches_hold_texts_of_similar_length_and_the_rows_keep_their_order() -> None:
+    lengths, seen = [3, 9, 1, 9, 2, 3, 8] * 7, list[int]()
+
+    def forward(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen.append(int((mask == 0).sum()))  # padding
+        return ids[:, :1]
+
+    rows = in_batches(forward, [torch.full((length,), text) for text, length in enumerate(lengths)])
+    assert rows.flatten().tolist() == list(range(len(lengths)))
+    assert len(seen) == -(-len(lengths) // BATCH)
+    assert sum(seen) == 84  # in the order of the texts it is 195

@@ -132,7 +132,7 @@ def test_a_score_is_the_sum_over_batches_of_any_size(
     trainer: Trainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trainer.score(start, EXAMPLES)
-    monkeypatch.setattr("client.training.trainer.EVALUATION_BATCH", 2)
+    monkeypatch.setattr("adapters.classifier.BATCH", 2)
     split = trainer.score(start, EXAMPLES)
     assert (split.correct, split.count) == (whole.correct, whole.count)
     assert split.loss == pytest.approx(whole.loss, rel=1e-5)
@@ -288,9 +288,9 @@ def test_training_and_scoring_flush_denormal_numbers_and_nothing_else_does(
 ) -> None:
     products, forward = list[float](), Trainer._forward
 
-    def watched(self: Trainer, tokens: Any) -> Any:
+    def watched(self: Trainer, *batch: Any) -> Any:
         products.append(float(torch.tensor(1e-30) * 1e-9))
-        return forward(self, tokens)
+        return forward(self, *batch)
 
     monkeypatch.setattr(Trainer, "_forward", watched)
     trainer.train(start, EXAMPLES, TASK, epochs=1, rng=rng())
@@ -338,7 +338,9 @@ def test_the_proximal_term_is_half_of_the_squared_distance(trainer: Trainer, sta
     for _ in range(2):
         ids = trainer._tokens([example.text for example in batch])
         order = np.argsort([len(row) for row in ids], kind="stable")
-        loss = torch.nn.functional.cross_entropy(trainer._forward([ids[i] for i in order]), labels[order.copy()])
+        loss = torch.nn.functional.cross_entropy(
+            trainer._forward(*classifier.padded([ids[i] for i in order])), labels[order.copy()]
+        )
         loss = loss + 0.35 * sum(((named[name] - anchors[name]) ** 2).sum() for name in named)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
