@@ -254,9 +254,11 @@ def metrics_of(sums: Sums) -> dict[str, float]:
 
     Returns:
         ``accuracy`` (a share) and ``loss`` (nats): means over the held-out examples, of the adapter that the round
-        began with, to ``DECIMALS``. Empty if there are fewer than ``MINIMUM_HELD_OUT``, or if honest survivors cannot
-        have these sums.
+        began with, to ``DECIMALS``. Empty if there are fewer than ``MINIMUM_HELD_OUT``, if honest survivors cannot have
+        these sums, or if the sums have noise and no metrics.
     """
+    if "held_out" not in sums:
+        return {}
     correct, held_out, loss = (float(sums[name][0]) for name in ("correct", "held_out", "loss"))
     if not (held_out >= MINIMUM_HELD_OUT and 0 <= correct <= held_out):
         return {}

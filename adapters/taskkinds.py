@@ -7,10 +7,12 @@ check that honest devices can have them.
 import json
 from typing import TypeAlias
 
-from adapters import analytic, task
+from adapters import analytic, noisysum, task
 from adapters.analytic import AnalyticTask, ClassifierHead
 from adapters.layout import Layout
+from adapters.noisysum import noisy_spec
 from adapters.task import Sums, Task, contribution_spec, shared_layout
+from aggregation.errors import ConfigError
 from aggregation.spec import SessionSpec
 from aggregation.vector import VectorSpec
 
@@ -32,7 +34,14 @@ def decode(raw: bytes) -> AnyTask:
 
 
 def vector_spec(
-    given: AnyTask, layout: Layout, *, clip_norm: float, weight_cap: int, ring_bits: int, max_clients: int
+    given: AnyTask,
+    layout: Layout,
+    *,
+    clip_norm: float,
+    weight_cap: int,
+    ring_bits: int,
+    max_clients: int,
+    noise: float = 0.0,
 ) -> VectorSpec:
     """The sums of one round of a task.
 
@@ -43,15 +52,21 @@ def vector_spec(
         weight_cap: Largest weight of one device, in examples.
         ring_bits: Width of an element.
         max_clients: Largest number of contributions in one sum.
+        noise: Standard deviation of the noise of one device on each number, in weight units; 0: none.
 
     Raises:
-        ConfigError: The ring cannot hold the sums, or cannot count examples one by one.
+        ConfigError: The ring cannot hold the sums, or cannot count examples one by one; or noise is asked for an
+            analytic head.
         DataError: The adapter has none of the parts that the task shares, or no head.
     """
     if isinstance(given, AnalyticTask):
+        if noise:
+            raise ConfigError("sums of an analytic head have no noise: set analytic.rounds to 0", about="privacy")
         head = ClassifierHead.of(layout)
         return analytic.moment_spec(head, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients)
     shared = shared_layout(layout, given)
+    if noise:
+        return noisy_spec(shared, clip_norm=clip_norm, noise=noise, ring_bits=ring_bits, max_clients=max_clients)
     return contribution_spec(
         shared, clip_norm=clip_norm, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients
     )
@@ -66,9 +81,11 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     """Return if honest survivors can have the sum of a round, of whichever kind its task is.
 
     Raises:
-        DataError: As ``task.require_reach`` and ``analytic.require_moments``.
+        DataError: As ``task.require_reach``, ``noisysum.require_reach`` and ``analytic.require_moments``.
     """
-    if has_moments(spec.vector):
+    if spec.privacy is not None:
+        noisysum.require_reach(spec, sums, survivors)
+    elif has_moments(spec.vector):
         analytic.require_moments(spec, sums, survivors)
     else:
         task.require_reach(spec, sums, survivors)

@@ -12,8 +12,9 @@ from typing import Annotated, Any, ClassVar, Self, TypeAlias, TypeVar
 from aggregation import wire
 from aggregation.pki import DEVICE_ID, MAX_CERTIFICATE
 from aggregation.pki.identity import SIGNATURE
+from aggregation.privacy.accounting import Mechanism
 from aggregation.shamir import SHARE
-from aggregation.spec import MAX_ROUNDS, Adversary, SessionSpec
+from aggregation.spec import MAX_ROUNDS, Adversary, Privacy, SessionSpec
 from aggregation.vector import MAX_SEGMENTS, Segment, VectorSpec
 from aggregation.wire import Codec
 
@@ -40,10 +41,13 @@ Uint64: TypeAlias = Annotated[int, _U64]
 _KeyOfEachRound: TypeAlias = Annotated[tuple[bytes, ...], wire.sequence(wire.fixed(32), MAX_ROUNDS)]
 _ShareByDealer: TypeAlias = Annotated[Mapping[str, bytes], wire.mapping(DEVICES, wire.fixed(SHARE), MAX_COHORT)]
 
-_SEGMENT = wire.record(Segment, {"name": wire.text(r"[A-Za-z0-9_./-]{1,128}"), "size": _U32, "bound": wire.real})
+_SEGMENT = wire.record(
+    Segment, {"name": wire.text(r"[A-Za-z0-9_./-]{1,128}"), "size": _U32, "bound": wire.real, "noise": wire.real}
+)
 _VECTOR_SPEC = wire.record(
     VectorSpec, {"segments": wire.sequence(_SEGMENT, MAX_SEGMENTS), "ring_bits": wire.uint(8), "max_clients": _U32}
 )
+_PRIVACY = wire.record(Privacy, {"mechanism": wire.choice(Mechanism), "honest": _U32, "delta": wire.real})
 SESSION_SPEC: Codec[SessionSpec] = wire.record(
     SessionSpec,
     {
@@ -54,7 +58,7 @@ SESSION_SPEC: Codec[SessionSpec] = wire.record(
         "vector": _VECTOR_SPEC,
         "clip_norm": wire.real,
         "weight_cap": _U64,
-        "privacy": wire.text(r"[a-z-]{1,32}"),
+        "privacy": wire.optional(_PRIVACY),
         "base_digest": _HEX,
         "layout_digest": _HEX,
         "adversary": wire.choice(Adversary),

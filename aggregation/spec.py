@@ -10,6 +10,8 @@ from enum import Enum
 
 from aggregation import graph
 from aggregation.errors import ConfigError
+from aggregation.privacy.accounting import Mechanism, NoisySum, Spent
+from aggregation.privacy.rounding import norm_squared
 from aggregation.vector import VectorSpec
 
 MAX_ROUNDS = 1024
@@ -43,6 +45,29 @@ def default_threshold(devices: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Privacy:
+    """Differential privacy of a session: each device adds noise to its vector, as much as the segment says.
+
+    Args:
+        mechanism: Distribution of the noise.
+        honest: Devices whose noise counts in a sum over ``minimum_survivors``, 1 or more: the others may be corrupt.
+        delta: The δ of the coordinator's account, between 0 and 1.
+
+    Raises:
+        ConfigError: ``delta`` is out of range.
+    """
+
+    mechanism: Mechanism
+    honest: int
+    delta: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.delta < 1:
+            text = f"privacy.delta {self.delta} is not between 0 and 1"
+            raise ConfigError(text, about="spec.privacy.delta", value=self.delta)
+
+
+@dataclass(frozen=True, slots=True)
 class SessionSpec:
     """Parameters of a session.
 
@@ -53,8 +78,8 @@ class SessionSpec:
         degree: Neighbors of a device in the masking graph; the cohort size less one is the complete graph.
         vector: Layout, fixed-point format and ring of a contribution.
         clip_norm: L2 bound on a device's update before it is weighted, in weight units.
-        weight_cap: Largest weight of one device, in examples.
-        privacy: Noise mechanism; ``"none"`` is the only one so far.
+        weight_cap: Largest weight of one device, in examples; 1 with noise, where every device has the weight 1.
+        privacy: Of the noise that devices add. None: they add none, and nothing bounds what a sum says about one.
         base_digest: SHA-256 of the frozen base, 64 hex digits.
         layout_digest: SHA-256 of the adapter's layout, 64 hex digits.
         adversary: The model against which the session is secure; ``ACTIVE`` runs the consistency check.
@@ -70,7 +95,7 @@ class SessionSpec:
     vector: VectorSpec
     clip_norm: float
     weight_cap: int
-    privacy: str
+    privacy: Privacy | None
     base_digest: str
     layout_digest: str
     adversary: Adversary
@@ -88,7 +113,6 @@ class SessionSpec:
             ("degree", self.degree < clients, f"below max_clients {clients}"),
             ("clip_norm", math.isfinite(self.clip_norm) and self.clip_norm > 0, "a positive number"),
             ("weight_cap", 1 <= self.weight_cap <= 2**32, "between 1 and 2^32"),
-            ("privacy", self.privacy == "none", "a known mechanism; 'none' is the only one"),
             ("base_digest", _DIGEST.fullmatch(self.base_digest), "a SHA-256 in 64 lower-case hex digits"),
             ("layout_digest", _DIGEST.fullmatch(self.layout_digest), "a SHA-256 in 64 lower-case hex digits"),
         )
@@ -96,6 +120,48 @@ class SessionSpec:
             if not holds:
                 value = getattr(self, name)
                 raise ConfigError(f"{name} {value} is not {expected}", about=f"spec.{name}", value=value)
+        self._require_noise()
+
+    def _require_noise(self) -> None:
+        """Return if all of the vector has noise, and it is accounted for, or none of it."""
+        noisy = [segment for segment in self.vector.segments if segment.noise]
+        if self.privacy is None:
+            if noisy:
+                raise ConfigError("the vector has noise, and no mechanism is named", about="spec.privacy")
+            return
+        if len(noisy) != 1 or len(self.vector.segments) != 1 or self.weight_cap != 1:
+            text = "with noise, a vector consists of one segment, which has noise, and the weight cap is 1"
+            raise ConfigError(text, about="spec.privacy")
+        if not 1 <= self.privacy.honest <= self.minimum_survivors:
+            text = f"privacy.honest {self.privacy.honest} is not between 1 and minimum_survivors"
+            raise ConfigError(text, about="spec.privacy.honest", value=self.privacy.honest)
+        self.spent(self.minimum_survivors)
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The standard deviation of the noise in the smallest sum over the clip norm; 0 without noise."""
+        if self.privacy is None:
+            return 0.0
+        return self.vector.segments[0].noise * math.sqrt(self.privacy.honest) / self.clip_norm
+
+    def spent(self, survivors: int, corrupt: int = 0) -> Spent:
+        """What the sum of a round reveals of one device, in a session with noise.
+
+        Args:
+            survivors: Their number, ``minimum_survivors`` or more.
+            corrupt: How many of them may have added no noise; the session's own number, if that is higher.
+
+        Raises:
+            ConfigError: No honest device is left, or a number is out of the range of ``NoisySum``.
+        """
+        if self.privacy is None:
+            raise ValueError("a session without noise has no account")
+        (segment,) = self.vector.segments
+        step = self.vector.step(segment)
+        honest = survivors - max(corrupt, self.minimum_survivors - self.privacy.honest)
+        longest = norm_squared(self.clip_norm / step, segment.size)
+        variance = (segment.noise / step) ** 2
+        return Spent.on([NoisySum(self.privacy.mechanism, segment.size, longest, variance, honest)])
 
     @property
     def quorum(self) -> int:

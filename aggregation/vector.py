@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from aggregation import ring
 from aggregation.errors import ConfigError, DataError
 from aggregation.keystream import Keystream
+from aggregation.privacy import noise
 from aggregation.ring import Ring
 
 Floats = NDArray[np.float64] | NDArray[np.float32]
@@ -27,6 +28,7 @@ MAX_CLIENTS = 2**20
 MAX_SEGMENTS = 4096
 _SMALLEST_BOUND, _LARGEST_BOUND = 2.0**-100, 2.0**100
 COIN_BITS = 23  # of a rounding coin: its sum with a fraction fits single precision
+WRAP_BITS = 40  # noise takes a sum beyond its reach with a probability of at most 2^-WRAP_BITS
 _CHUNK = 2**15  # elements: a quarter of a megabyte of float64, and its coins, stay in the second-level cache
 
 
@@ -34,13 +36,17 @@ _CHUNK = 2**15  # elements: a quarter of a megabyte of float64, and its coins, s
 class Segment:
     """A run of elements that share a bound: ``size`` numbers with ``|x| <= bound``, in their own unit.
 
+    ``noise`` is the standard deviation of what each device adds to each of them; 0: nothing.
+
     Raises:
-        ConfigError: ``size`` is not between 1 and ``MAX_SIZE``, or ``bound`` not between 2^-100 and 2^100.
+        ConfigError: ``size`` is not between 1 and ``MAX_SIZE``, or ``bound`` not between 2^-100 and 2^100, nor
+            ``noise``, unless it is 0.
     """
 
     name: str
     size: int
     bound: float
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MAX_SIZE:
@@ -55,6 +61,13 @@ class Segment:
                 about="segment.bound",
                 value=self.bound,
             )
+        if self.noise != 0 and not _SMALLEST_BOUND <= self.noise <= _LARGEST_BOUND:
+            raise ConfigError(
+                f"segment {self.name}: noise {self.noise} is neither 0 nor between {_SMALLEST_BOUND} and "
+                f"{_LARGEST_BOUND}",
+                about="segment.noise",
+                value=self.noise,
+            )
 
     @property
     def largest(self) -> float:
@@ -66,7 +79,8 @@ class Segment:
 class VectorSpec:
     """Layout and fixed-point format of a contribution.
 
-    Guarantee: ``max_clients`` contributions within their bounds cannot wrap the ring.
+    Guarantee: ``max_clients`` contributions within their bounds cannot wrap the ring, in a segment with noise except
+    with a probability of at most 2^-``WRAP_BITS``.
 
     >>> spec = VectorSpec((Segment("delta", 3, 1.0), Segment("weight", 1, 100.0)), ring_bits=24, max_clients=10)
     >>> spec.size, spec.max_steps, spec.step(spec.segments[1])
@@ -116,6 +130,8 @@ class VectorSpec:
                 about="vector.ring_bits",
                 value=self.ring_bits,
             )
+        for segment in self.segments:
+            self.step(segment)
 
     @property
     def size(self) -> int:
@@ -129,9 +145,47 @@ class VectorSpec:
         return min(((1 << (self.ring_bits - 1)) - 1) // self.max_clients, 1 << 40)
 
     def step(self, segment: Segment) -> float:
-        """Resolution of ``segment`` in its unit: the finest power of two with ``largest / step <= max_steps``."""
+        """Resolution of ``segment`` in its unit: the finest power of two with ``largest / step <= max_steps``.
+
+        With noise, the finest one with which the sum of ``max_clients`` values and their noise is below half the ring,
+        and the noise of one device has at most ``noise.MAX_DEVIATION`` steps.
+
+        Raises:
+            ConfigError: The noise does not fit the ring in steps of the bound.
+        """
+        if segment.noise:
+            return self._noisy_step(segment)
         step = math.ldexp(1.0, math.frexp(segment.largest / self.max_steps)[1] - 1)
         return step if math.ceil(segment.largest / step) <= self.max_steps else 2 * step
+
+    def _noisy_step(self, segment: Segment) -> float:
+        # A power of two that is not above the finest step that can do.
+        step = math.ldexp(1.0, math.frexp(max(segment.noise / noise.MAX_DEVIATION, segment.largest / 2**40))[1] - 1)
+        half = (1 << (self.ring_bits - 1)) - 1
+        while step <= segment.largest:
+            if segment.noise <= noise.MAX_DEVIATION * step and self._reach(segment, step, self.max_clients) <= half:
+                return step
+            step *= 2
+        raise ConfigError(
+            f"a ring of {self.ring_bits} bits cannot hold the sum of {self.max_clients} clients with noise of "
+            f"{segment.noise:g}: use more bits",
+            about="vector.ring_bits",
+            value=self.ring_bits,
+        )
+
+    @staticmethod
+    def _reach(segment: Segment, step: float, clients: int) -> int:
+        """The largest magnitude of an element of the sum of ``clients`` contributions, in steps; with noise except with
+        a probability of at most 2^-``WRAP_BITS`` for any element."""
+        values = clients * math.ceil(segment.largest / step)
+        if not segment.noise:
+            return values
+        odds = math.log(2) * (WRAP_BITS + 1) + math.log(segment.size)
+        return values + math.floor(noise.reach(clients * (segment.noise / step) ** 2, odds))
+
+    def to_ring(self, steps: NDArray[np.int64]) -> Ring:
+        """Whole numbers of steps as elements of the ring. Shape ``(size,)``, whatever their magnitude."""
+        return steps.astype(ring.dtype(self.ring_bits))
 
     def encode(self, values: Mapping[str, Floats], rng: np.random.Generator) -> Ring:
         """Round ``values`` to ring steps without bias (stochastic rounding).
@@ -226,7 +280,7 @@ class VectorSpec:
 
         Raises:
             DataError: Another number of survivors, another shape or type, or a sum that ``survivors`` clients within
-                their bounds cannot reach.
+                their bounds cannot reach, with noise except with a probability of 2^-``WRAP_BITS``.
         """
         if not 1 <= survivors <= self.max_clients:
             raise DataError(
@@ -236,7 +290,7 @@ class VectorSpec:
         sums = {}
         for segment, part in self._parts(total):
             step = self.step(segment)
-            reach = survivors * math.ceil(segment.largest / step)
+            reach = self._reach(segment, step, survivors)
             found = sums[segment.name] = np.empty(segment.size)
             for start in range(0, segment.size, _CHUNK):
                 chunk = slice(start, start + _CHUNK)

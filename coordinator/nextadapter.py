@@ -7,6 +7,7 @@ The coordinator makes each adapter with it (``rounds``), and an audit makes it a
 from adapters.analytic import AnalyticTask, solved
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import folded, unfolded
+from adapters.noisysum import noisy_mean
 from adapters.parts import Part
 from adapters.task import Sums, shared_layout, weighted_mean
 from adapters.taskkinds import AnyTask
@@ -50,7 +51,8 @@ def next_adapter(
     if isinstance(task, AnalyticTask):
         return state, solved(spec, task, tensors, sums, survivors, begun)
     shared = shared_layout(Layout.of(tensors), task)
-    mean = weighted_mean(spec, task, shared, sums, survivors, begun)
+    mean_of = weighted_mean if spec.privacy is None else noisy_mean
+    mean = mean_of(spec, task, shared, sums, survivors, begun)
     begin = unfolded(tensors) if Part.R in task.shared else tensors
     state, made = optimizer.advance(rule, state, begin, shared, mean)
     return state, folded(made, optimizer.LARGEST)

@@ -207,7 +207,7 @@ def establish(
     """
     reason = ""
     layout, base = adapter.layout, adapter.manifest.base_digest
-    spec_of = partial(settings.aggregation.spec, layout=layout, base_digest=base, rounds=rounds, task=task)
+    spec_of = partial(settings.session_spec, layout=layout, base_digest=base, rounds=rounds, task=task)
     for attempt in range(1, settings.attempts + 1):
         root, name = read_root(datetime.now(UTC)), f"{group}-{attempt}"
         present = check_in(key, root, transport, name, last, settings.cohort)

@@ -17,7 +17,8 @@ from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.graph import GraphParameters
 from aggregation.messages import MAX_COHORT
-from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
+from aggregation.privacy.accounting import Mechanism, calibrated
+from aggregation.spec import CORRUPT_FRACTION, Adversary, Privacy, SessionSpec
 from coordinator.methods import METHODS
 from coordinator.optimizer import AnalyticHead, FedAdam, FedAvg, FedAvgM, FedYogi
 from coordinator.optimizer import Settings as ServerOptimizer
@@ -84,6 +85,44 @@ class Server(Settings):
                 return FedYogi(self.learning_rate, self.beta1, self.beta2, self.tau)
 
 
+class PrivacySettings(Settings):
+    """Differential privacy: noise that each device adds, and what all sums together may say about one device."""
+
+    mechanism: Literal["none", "skellam", "discrete-gaussian"] = Field(
+        default="none",
+        description="noise that each device adds to its update: skellam, discrete-gaussian or none; with noise, every "
+        "device has the same weight, and sums have no metrics",
+    )
+    epsilon: float = Field(
+        default=0.0,
+        ge=0,
+        description="epsilon of all rounds together, for one device: the noise is calibrated to it, and the run ends "
+        "before it is exceeded; 0: noise_multiplier is given instead",
+    )
+    delta: float = Field(default=1e-6, gt=0, lt=1, description="delta for which epsilon is stated")
+    noise_multiplier: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="standard deviation of the noise of the honest devices in the smallest sum of a round, in clip "
+        "norms; 0: calibrated to epsilon",
+    )
+
+    @model_validator(mode="after")
+    def _names_the_noise(self) -> Self:
+        given = (self.epsilon > 0) + (self.noise_multiplier > 0)
+        if given != (self.mechanism != "none"):
+            raise ValueError(
+                "privacy takes a mechanism with epsilon or noise_multiplier, one of the two, or none of the three"
+            )
+        return self
+
+    @property
+    def noisy(self) -> bool:
+        """Whether sums have noise."""
+        return self.mechanism != "none"
+
+
 class Aggregation(Settings):
     """Secure aggregation: what a session is secure against, and the bounds of an update."""
 
@@ -116,7 +155,10 @@ class Aggregation(Settings):
     )
     clip_norm: float = Field(default=12.0, gt=0, description="largest L2 norm of a device's update, in weight units")
     weight_cap: int = Field(
-        default=128, ge=1, le=65536, description="largest weight of one device in the mean, in examples"
+        default=128,
+        ge=1,
+        le=65536,
+        description="largest weight of one device in the mean, in examples; 1 in a federation with noise",
     )
     ring_bits: int = Field(default=22, ge=16, le=62, description="bits of an element of the masked vector")
     keep_masked_inputs: bool = Field(
@@ -126,7 +168,15 @@ class Aggregation(Settings):
     )
 
     def spec(
-        self, devices: int, layout: Layout, base_digest: str, rounds: int, task: AnyTask | None = None
+        self,
+        devices: int,
+        layout: Layout,
+        base_digest: str,
+        rounds: int,
+        task: AnyTask | None = None,
+        *,
+        privacy: PrivacySettings | None = None,
+        noise_multiplier: float = 0.0,
     ) -> SessionSpec:
         """The parameters of a session with a cohort of ``devices``.
 
@@ -135,29 +185,38 @@ class Aggregation(Settings):
             layout: Of the adapter.
             base_digest: Of the frozen base.
             rounds: Of the session.
-            task: Of the session's rounds; None: one in which updates of all tensors are summed.
+            task: Of the session's rounds; None: one in which updates of all tensors are summed, without noise.
+            privacy: Mechanism and delta of a session with noise.
+            noise_multiplier: Of such a session: see ``PrivacySettings``.
 
         Raises:
             ConfigError: The ring cannot hold the sum of so many devices, or as ``masking_graph`` and ``_survivors``.
         """
-        vector_spec = contribution_spec if task is None else partial(taskkinds.vector_spec, task)
-        vector = vector_spec(
-            layout,
-            clip_norm=self.clip_norm,
-            weight_cap=self.weight_cap,
-            ring_bits=self.ring_bits,
-            max_clients=devices,
-        )
         chosen = self.masking_graph(devices)
+        survivors = self._survivors(devices, chosen)
+        honest = survivors - graph.count_of(devices, self.corrupt_fraction)
+        noisy = privacy is not None and privacy.noisy
+        if noisy and honest < 1:
+            text = f"a sum of {survivors} devices has no honest one: lower corrupt_fraction"
+            raise ConfigError(text, about="aggregation.corrupt_fraction", value=self.corrupt_fraction)
+        noise = noise_multiplier * self.clip_norm / math.sqrt(honest) if noisy else 0.0
+        vector_spec = contribution_spec if task is None else partial(taskkinds.vector_spec, task, noise=noise)
+        weight_cap = 1 if noisy else self.weight_cap
         return SessionSpec(
             rounds=rounds,
             threshold=chosen.threshold,
-            minimum_survivors=self._survivors(devices, chosen),
+            minimum_survivors=survivors,
             degree=chosen.degree,
-            vector=vector,
+            vector=vector_spec(
+                layout,
+                clip_norm=self.clip_norm,
+                weight_cap=weight_cap,
+                ring_bits=self.ring_bits,
+                max_clients=devices,
+            ),
             clip_norm=self.clip_norm,
-            weight_cap=self.weight_cap,
-            privacy="none",
+            weight_cap=weight_cap,
+            privacy=Privacy(Mechanism(privacy.mechanism), honest, privacy.delta) if privacy and noisy else None,
             base_digest=base_digest,
             layout_digest=layout.digest,
             adversary=Adversary(self.adversary),
@@ -273,6 +332,7 @@ class FederationSettings(Settings):
     analytic: Analytic = Analytic()
     server: Server = Server()
     aggregation: Aggregation = Aggregation()
+    privacy: PrivacySettings = PrivacySettings()
 
     @model_validator(mode="after")
     def _takes_turns(self) -> Self:
@@ -290,6 +350,36 @@ class FederationSettings(Settings):
                 f"analytic.rounds is {self.analytic.rounds}, more than the {self.rounds} rounds of the federation"
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_noise_for_its_tasks(self) -> Self:
+        if self.privacy.noisy and self.analytic.rounds:
+            raise ValueError("sums of an analytic head have no noise: set analytic.rounds to 0, or privacy to none")
+        return self
+
+    @property
+    def weight_cap(self) -> int:
+        """Largest weight of one device in a session."""
+        return 1 if self.privacy.noisy else self.aggregation.weight_cap
+
+    def session_spec(self, devices: int, layout: Layout, base_digest: str, rounds: int, task: AnyTask) -> SessionSpec:
+        """The parameters of a session, as ``Aggregation.spec``; noise is calibrated to the federation's ``rounds``.
+
+        Raises:
+            ConfigError: As ``Aggregation.spec``, or no noise meets the epsilon.
+        """
+        build = partial(self.aggregation.spec, devices, layout, base_digest, rounds, task)
+        privacy = self.privacy
+        if not privacy.noisy:
+            return build()
+        build = partial(build, privacy=privacy)
+
+        def epsilon(multiplier: float) -> float:
+            """Of all rounds, if no more devices survive than a round must have."""
+            spec = build(noise_multiplier=multiplier)
+            return spec.spent(spec.minimum_survivors).times(self.rounds).epsilon(privacy.delta)
+
+        return build(noise_multiplier=privacy.noise_multiplier or calibrated(epsilon, privacy.epsilon))
 
     @property
     def training_rounds(self) -> int:

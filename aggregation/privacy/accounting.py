@@ -93,15 +93,14 @@ class NoisySum:
         wide = (math.sqrt(squared / total) + tau * root) ** 2
         return np.minimum(limit + tau * self.size, _ORDERS / 2 * min(middle, wide))
 
-    @property
-    def distance(self) -> float:
-        """The statistical distance of the drawn noise to the exact one, over all elements and honest devices."""
-        return self.honest * self.size * DISTANCE
-
 
 @dataclass(frozen=True, slots=True)
 class Spent:
     """What a number of sums reveal together: their curves add up, whatever was chosen in view of earlier ones.
+
+    Args:
+        curve: Rényi divergence at each of ``ORDERS``, in nats.
+        draws: Numbers that honest devices drew as noise, each within ``DISTANCE`` of its distribution.
 
     >>> one = Spent.on([NoisySum(Mechanism.SKELLAM, size=100, norm_squared=10**6, variance=1e6, honest=16)])
     >>> round(one.epsilon(1e-6), 2), round((one + one).epsilon(1e-6), 2)
@@ -109,28 +108,28 @@ class Spent:
     """
 
     curve: tuple[float, ...] = (0.0,) * len(ORDERS)
-    distance: float = 0.0
+    draws: int = 0
 
     @classmethod
     def on(cls, sums: Iterable[NoisySum]) -> "Spent":
         """Of the segments of one round, or of all sums of several rounds."""
         given = tuple(sums)
         curve = np.sum([one.curve() for one in given], axis=0) if given else np.zeros(len(ORDERS))
-        return cls(tuple(curve.tolist()), math.fsum(one.distance for one in given))
+        return cls(tuple(curve.tolist()), sum(one.honest * one.size for one in given))
 
     def __add__(self, other: "Spent") -> "Spent":
         curve = tuple(left + right for left, right in zip(self.curve, other.curve, strict=True))
-        return Spent(curve, self.distance + other.distance)
+        return Spent(curve, self.draws + other.draws)
 
     def times(self, rounds: int) -> "Spent":
         """Of as many rounds as this one."""
-        return Spent(tuple(rounds * value for value in self.curve), rounds * self.distance)
+        return Spent(tuple(rounds * value for value in self.curve), rounds * self.draws)
 
     def epsilon(self, delta: float) -> float:
         """The least ε on ``ORDERS`` for which all of it is (ε, δ)-differentially private.
 
-        From the curve, ε = R(α) + log(1 - 1/α) - log(αδ) / (α - 1) (Canonne et al. 2020, proposition 12). Noise at a
-        statistical distance t from that of the curve adds (1 + exp ε) t to δ; a 2^-20th part of δ is kept for it.
+        From the curve, ε = R(α) + log(1 - 1/α) - log(αδ) / (α - 1) (Canonne et al. 2020, proposition 12). A statistical
+        distance t of all drawn noise to that of the curve adds (1 + exp ε) t to δ; a 2^-20th part of δ is kept for it.
 
         Args:
             delta: Between 0 and 1, both excluded.
@@ -148,7 +147,7 @@ class Spent:
         rest = math.log(delta * (1 - _RESERVE))
         found = np.array(self.curve) + np.log1p(-1 / _ORDERS) - (rest + np.log(_ORDERS)) / (_ORDERS - 1)
         least = max(0.0, float(found.min()))
-        bounded = least < 100 and (1 + math.exp(least)) * self.distance <= delta * _RESERVE
+        bounded = least < 100 and (1 + math.exp(least)) * self.draws * DISTANCE <= delta * _RESERVE
         return least if bounded else math.inf
 
 

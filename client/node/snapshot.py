@@ -5,8 +5,9 @@ directory is rolled back therefore answers a plan again byte for byte as before,
 between, or not at all: training depends on nothing but the snapshot, the plan and the adapter, and a snapshot opens
 only for the session in which it was taken.
 
-The secret orders the examples and rounds the update. The coordinator knows all else that training depends on, and
-would otherwise make the other devices repeat their updates, and subtract two sums that differ by one device.
+The secret orders the examples, rounds the update and draws its noise. The coordinator knows all else that training
+depends on, and would otherwise make the other devices repeat their updates, and subtract two sums that differ by one
+device.
 """
 
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ class Draw(Enum):
 
     ORDER = "order"  # of the examples
     ROUNDING = "rounding"  # of the update to whole steps
+    NOISE = "noise"  # in a session with differential privacy
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +61,19 @@ class Snapshot:
         """
         return _CODEC.decode(sealed.decrypt(raw.removeprefix(_MAGIC), key, _MAGIC + share_key))
 
-    def generator(self, plan: Plan, draw: Draw) -> np.random.Generator:
-        """The generator of one draw in one round.
+    def key(self, plan: Plan, draw: Draw) -> bytes:
+        """The secret (32 bytes) of one draw in one round.
 
         Guarantee: it is the same for the same plan, and unrelated to that of any other plan or session.
         """
         # Without the context, which begins with fresh bytes of the coordinator: the secret already belongs to one
         # session, and runs with given secrets can be repeated.
         digest = replace(plan, context=bytes(DIGEST)).digest()
-        seed = derive(self.secret, b"edgeadapt/training/1", draw.value.encode(), digest)
-        return np.random.default_rng(int.from_bytes(seed, "big"))
+        return derive(self.secret, b"edgeadapt/training/1", draw.value.encode(), digest)
+
+    def generator(self, plan: Plan, draw: Draw) -> np.random.Generator:
+        """The generator of one draw in one round, from its ``key``."""
+        return np.random.default_rng(int.from_bytes(self.key(plan, draw), "big"))
 
 
 _CODEC: Codec[Snapshot] = wire.record(Snapshot)

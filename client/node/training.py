@@ -29,7 +29,13 @@ from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Draw, Snapshot
-from client.training.contribute import Outcome, contribution, moment_contribution, require_bounds
+from client.training.contribute import (
+    Outcome,
+    contribution,
+    moment_contribution,
+    noisy_contribution,
+    require_bounds,
+)
 from client.training.examples import Example, Score, Split, in_split, parse_examples
 from client.training.limits import TrainingLimits
 from client.training.moments import own_moments
@@ -131,15 +137,19 @@ def _sum_update(
     start = with_private(start, kept.start(subject, digest) if kept else None)
     begun = unfolded(start) if Part.R in task.shared else start
 
+    def encoded(outcome: Outcome) -> Ring:
+        if spec.privacy is None:
+            return contribution(outcome, shared, spec, rounding)
+        adapter, key = bytes.fromhex(plan.adapter_digest), snapshot.key(plan, Draw.NOISE)
+        return noisy_contribution(outcome, shared, spec, adapter, rounding, key)
+
     def trained() -> tuple[Ring, PrivateParts | None]:
         order, examples = snapshot.generator(plan, Draw.ORDER), usable()
         outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order)
-        vector = contribution(replace(outcome, start=begun), shared, spec, rounding)
-        return vector, _to_keep(subject, digest, task, start, outcome.trained)
+        return encoded(replace(outcome, start=begun)), _to_keep(subject, digest, task, start, outcome.trained)
 
     def untrained() -> tuple[Ring, PrivateParts | None]:
-        vector = contribution(Outcome.nothing(begun), shared, spec, rounding)
-        return vector, _to_keep(subject, digest, task, start, start)
+        return encoded(Outcome.nothing(begun)), _to_keep(subject, digest, task, start, start)
 
     return _or_nothing(trained, untrained)
 

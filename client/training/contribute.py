@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from adapters.layout import Layout, Tensors
 from adapters.ridge import EmbeddingMoments, pack
 from adapters.taskkinds import AnyTask, vector_spec
+from aggregation import rotation
 from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.privacy import noise
+from aggregation.privacy.rounding import round_within
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
@@ -53,9 +56,16 @@ def require_bounds(spec: SessionSpec, layout: Layout, task: AnyTask) -> None:
             adapter lacks what the task asks for.
     """
     vector = spec.vector
-    cap, bits, clients = spec.weight_cap, vector.ring_bits, vector.max_clients
     try:
-        fair = vector_spec(task, layout, clip_norm=spec.clip_norm, weight_cap=cap, ring_bits=bits, max_clients=clients)
+        fair = vector_spec(
+            task,
+            layout,
+            clip_norm=spec.clip_norm,
+            weight_cap=spec.weight_cap,
+            ring_bits=vector.ring_bits,
+            max_clients=vector.max_clients,
+            noise=vector.segments[0].noise,
+        )
     except DataError as error:  # the adapter and the task are the coordinator's
         raise ProtocolError.of(error, COORDINATOR) from None
     except ConfigError as error:
@@ -90,6 +100,45 @@ def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.ra
         "delta": clip(delta, spec.clip_norm) * weight,
     }
     return spec.vector.encode(values | _counted(weight, outcome.held_out), rng)
+
+
+def noisy_contribution(
+    outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: bytes, rng: np.random.Generator, noise_key: bytes
+) -> Ring:
+    """Encode the outcome of a round in a session with noise, as the vector that is masked and summed.
+
+    The update is clipped, rotated, and rounded until its norm is within that for which the session accounts
+    (``rounding.norm_squared``); noise is then added to whole numbers. So the guarantee does not depend on how floating
+    point rounds. A device without examples contributes the noise alone, with the weight 1 as every other.
+
+    Args:
+        outcome, layout: As of ``contribution``.
+        spec: Of the session, whose offer the device accepted.
+        adapter: SHA-256 of the adapter's file; the seed of the rotation follows from it.
+        rng: Stochastic rounding.
+        noise_key: 32 secret bytes, for this round only.
+
+    Returns:
+        Ring elements, shape ``(spec.vector.size,)``. A coordinate of the rotated update is beyond its bound, and is
+        clipped to it, with a probability of at most 2^-40 for all of them (``rotation.peak``).
+
+    Raises:
+        DataError: A tensor has another layout, NaN or infinity.
+    """
+    if spec.privacy is None:
+        raise ValueError("a session without noise has another contribution")
+    (segment,) = spec.vector.segments
+    step = spec.vector.step(segment)
+    trained, start = (layout.flatten(layout.select(tensors)) for tensors in (outcome.trained, outcome.start))
+    delta = clip(trained.astype(np.float64) - start, spec.clip_norm)
+    steps = np.clip(rotation.rotate(delta, rotation.seed(adapter)), -segment.bound, segment.bound) / step
+
+    def rounded() -> NDArray[np.int64]:
+        return np.floor(steps + rng.random(steps.size)).astype(np.int64)
+
+    found = round_within(steps, spec.clip_norm / step, rounded)
+    found += noise.draw(spec.privacy.mechanism, (segment.noise / step) ** 2, segment.size, noise_key)
+    return spec.vector.to_ring(found)
 
 
 def moment_contribution(found: EmbeddingMoments, held_out: Score, spec: SessionSpec, rng: np.random.Generator) -> Ring:

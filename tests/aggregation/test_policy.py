@@ -12,7 +12,8 @@ from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.pki import Authority, RevocationList
 from aggregation.policy import Policy
-from aggregation.spec import MAX_ROUNDS, Adversary, default_threshold
+from aggregation.privacy.accounting import Mechanism
+from aggregation.spec import MAX_ROUNDS, Adversary, Privacy, default_threshold
 from tests.support import refused
 
 SpecOf = Callable[..., Any]
@@ -153,7 +154,7 @@ def test_a_policy_that_protects_nobody_cannot_be_constructed(limits: dict[str, A
         {"weight_cap": 0},
         {"weight_cap": 2**32 + 1},
         {"rounds": MAX_ROUNDS + 1},
-        {"privacy": "some"},
+        {"privacy": Privacy(Mechanism.SKELLAM, 3, 1e-6)},
         {"base_digest": "AB" * 32},
         {"base_digest": "ab"},
         {"layout_digest": ""},

@@ -12,16 +12,22 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from adapters.layout import Layout, TensorSpec
+from adapters.parts import Part
+from adapters.peftconfig import PeftConfig
+from adapters.task import Task
 from aggregation import graph
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.policy import Policy
-from aggregation.spec import Adversary
+from aggregation.privacy.accounting import Mechanism
+from aggregation.spec import Adversary, Privacy, SessionSpec
 from coordinator.optimizer import FedAdam, FedAvg
-from coordinator.settings import Aggregation, FederationSettings, Server
+from coordinator.settings import Aggregation, FederationSettings, PrivacySettings, Server
 from tests.support import refused
 
 LAYOUT = Layout((TensorSpec("a", (100, 10)),))
 BASE = "b" * 64
+LORA = Layout((TensorSpec("a.lora_A.weight", (4, 100)), TensorSpec("a.lora_B.weight", (50, 4))))
+TASK = Task(PeftConfig("LORA", 4, 8, ("a",)), ("off", "on"), 1, 4, 0.01, 0.0, 0.0, tuple(Part), tuple(Part))
 
 
 def fields(model: type[BaseModel] = FederationSettings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -156,3 +162,57 @@ def test_a_ring_that_could_wrap_or_miscount_is_refused() -> None:
 def test_the_weaker_adversary_is_offered_only_where_the_settings_name_it() -> None:
     weaker = Aggregation(adversary="honest-but-curious").spec(8, LAYOUT, BASE, 1)
     assert weaker.adversary is Adversary.HONEST_BUT_CURIOUS
+
+
+def noisy(epsilon: float = 0.0, **changes: Any) -> FederationSettings:
+    privacy = PrivacySettings(mechanism="skellam", epsilon=epsilon, **changes)
+    return FederationSettings(rounds=5, privacy=privacy, aggregation=Aggregation(clip_norm=1.0))
+
+
+def session_of(settings: FederationSettings, devices: int = 20) -> SessionSpec:
+    return settings.session_spec(devices, LORA, BASE, 2, TASK)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 8.0])
+def test_noise_is_calibrated_to_the_epsilon_of_all_rounds_with_the_fewest_survivors(epsilon: float) -> None:
+    spec = session_of(noisy(epsilon))
+    found = spec.spent(spec.minimum_survivors).times(5).epsilon(1e-6)
+    assert 0.99 * epsilon < found <= epsilon
+    assert spec.weight_cap == 1
+    assert spec.privacy == Privacy(Mechanism.SKELLAM, spec.minimum_survivors - graph.count_of(20, 0.1), 1e-6)
+
+
+def test_a_noise_multiplier_is_that_of_the_honest_devices_of_the_smallest_sum() -> None:
+    assert session_of(noisy(noise_multiplier=0.7)).noise_multiplier == pytest.approx(0.7)
+
+
+def test_without_privacy_a_session_has_no_noise() -> None:
+    spec = session_of(FederationSettings())
+    assert spec.privacy is None
+    assert spec == Aggregation().spec(20, LORA, BASE, 2, TASK)
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"mechanism": "skellam"},
+        {"mechanism": "skellam", "epsilon": 1.0, "noise_multiplier": 1.0},
+        {"epsilon": 1.0},
+        {"noise_multiplier": 1.0},
+    ],
+)
+def test_a_mechanism_and_its_strength_are_given_together_or_not_at_all(tmp_path: Path, privacy: dict[str, Any]) -> None:
+    with refused(ConfigError, "privacy"):
+        FederationSettings.read(write(tmp_path, {"privacy": privacy}))
+
+
+def test_an_analytic_head_with_noise_is_refused(tmp_path: Path) -> None:
+    settings = {"analytic": {"rounds": 1}, "privacy": {"mechanism": "skellam", "epsilon": 1.0}}
+    with refused(ConfigError, ""):
+        FederationSettings.read(write(tmp_path, settings))
+
+
+def test_a_cohort_whose_smallest_sum_may_have_no_honest_device_is_refused() -> None:
+    settings = noisy(1.0).model_copy(update={"aggregation": Aggregation(corrupt_fraction=0.95)})
+    with refused(ConfigError, "aggregation.corrupt_fraction"):
+        session_of(settings, devices=4)

@@ -60,7 +60,7 @@ def session_spec(devices: int, **changes: Any) -> SessionSpec:
         vector=vector_spec(devices),
         clip_norm=4.0,
         weight_cap=100,
-        privacy="none",
+        privacy=None,
         base_digest=BASE,
         layout_digest=LAYOUT,
         adversary=Adversary.ACTIVE,

@@ -66,6 +66,8 @@ def real(value: float) -> bytes:
     return struct.pack(">d", value)
 
 
+NO_NOISE = b"\x00"
+
 # Cryptography
 
 
@@ -247,9 +249,9 @@ class Case:
         return self.coordinator("offer", self.out["session"] + self.spec(t, least) + many(certificates))
 
     def spec(self, t: int, least: int) -> bytes:
-        vector = many([text("delta") + u(SIZE, 4) + real(1.0)]) + u(self.bits, 1) + u(len(self.names), 4)
+        vector = many([text("delta") + u(SIZE, 4) + real(1.0) + real(0.0)]) + u(self.bits, 1) + u(len(self.names), 4)
         spec = b"".join(u(v, 4) for v in (ROUNDS, t, least, self.k)) + vector + real(2.5) + u(7, 8)
-        return spec + text("none") + text(HEX) + text(HEX) + text("active")
+        return spec + NO_NOISE + text(HEX) + text(HEX) + text("active")
 
     def roster(self) -> None:
         draws = {name: stream(f"{self.label}/join/{name}", 32 * (1 + 2 * ROUNDS)) for name in self.names}

@@ -100,7 +100,7 @@ def spec_of(case: dict[str, Any]) -> SessionSpec:
         vector=vector,
         clip_norm=2.5,
         weight_cap=7,
-        privacy="none",
+        privacy=None,
         base_digest=given["digest"],
         layout_digest=given["digest"],
         adversary=Adversary.ACTIVE,

@@ -109,7 +109,7 @@ def make(devices: int, degree: int, threshold: int, size: int) -> EdgeAdaptFleet
         vector=VectorSpec((Segment("delta", size, 1.0),), ring_bits=BITS, max_clients=devices),
         clip_norm=1.0,
         weight_cap=1,
-        privacy="none",
+        privacy=None,
         base_digest=_DIGEST,
         layout_digest=_DIGEST,
         adversary=Adversary.ACTIVE,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import ive, logsumexp
 
 from aggregation.errors import ConfigError
-from aggregation.privacy.accounting import DISTANCE, ORDERS, Mechanism, NoisySum, Spent, calibrated
+from aggregation.privacy.accounting import ORDERS, Mechanism, NoisySum, Spent, calibrated
 from tests.support import refused
 
 SKELLAM, GAUSSIAN = Mechanism.SKELLAM, Mechanism.DISCRETE_GAUSSIAN
@@ -129,7 +129,7 @@ def test_segments_with_noise_of_their_own_and_rounds_add_up() -> None:
     both = Spent.on([first, second])
     assert both.curve == tuple(first.curve() + second.curve())
     assert (both + both).curve == both.times(2).curve
-    assert both.distance == DISTANCE + 150 * DISTANCE
+    assert both.draws == 1 + 150
 
 
 def test_a_sum_of_skellam_noises_costs_what_one_of_their_total_variance_costs() -> None:

@@ -26,7 +26,7 @@ TASK = Task(PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 4, 0.01, 0.0
 
 def spec_of(clip_norm: float = CLIP, cap: int = CAP, bits: int = 22, clients: int = 12) -> SessionSpec:
     vector = contribution_spec(LAYOUT, clip_norm=clip_norm, weight_cap=cap, ring_bits=bits, max_clients=clients)
-    return SessionSpec(1, 2, 2, clients - 1, vector, clip_norm, cap, "none", "b" * 64, LAYOUT.digest, Adversary.ACTIVE)
+    return SessionSpec(1, 2, 2, clients - 1, vector, clip_norm, cap, None, "b" * 64, LAYOUT.digest, Adversary.ACTIVE)
 
 
 def outcome_of(delta: Any, **changes: Any) -> Outcome:

@@ -1,0 +1,90 @@
+"""The sum of a round of training with noise: its vector, what honest survivors can reach, and its mean.
+
+With noise every device has the weight 1, whatever it has examples of, and nothing but the update is in the vector: an
+exact number, such as a count of examples, has no place in a sum that is to say little about one device, and metrics
+that are hidden by noise of their own are worth less than the budget that they cost
+(``docs/decisions/0038-privacy-of-a-session.md``).
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.layout import Layout
+from adapters.parts import mask
+from adapters.task import NORM_ERROR, Sums, Task, dither, noise_key
+from aggregation import rotation
+from aggregation.errors import DataError
+from aggregation.privacy import noise
+from aggregation.privacy.rounding import norm_squared
+from aggregation.spec import SessionSpec
+from aggregation.vector import WRAP_BITS, Segment, VectorSpec
+
+
+def noisy_spec(layout: Layout, *, clip_norm: float, noise: float, ring_bits: int, max_clients: int) -> VectorSpec:
+    """The sum of one round: the clipped and rotated update, in one segment with noise.
+
+    Args:
+        layout: Of the shared tensors.
+        clip_norm: L2 bound on an update, in weight units.
+        noise: Standard deviation of the noise of one device on each coordinate, in weight units.
+        ring_bits: Width of an element.
+        max_clients: Largest number of contributions in one sum.
+
+    Raises:
+        ConfigError: The ring cannot hold the sum of so many devices.
+    """
+    bound = clip_norm * rotation.peak(layout.size)
+    return VectorSpec((Segment("delta", layout.size, bound, noise),), ring_bits, max_clients)
+
+
+def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
+    """Return if honest survivors can have the sum of a round with noise: else a device lied.
+
+    With n survivors, d coordinates of step s, and noise of the variance v on each device's: the norm of the sum is at
+    most n · s · √``norm_squared`` + √d · r, where no coordinate of the noise is beyond r except with a probability of
+    2^-40 (``noise.reach``).
+
+    Raises:
+        DataError: They cannot. The text names no number of the sum.
+    """
+    (segment,) = spec.vector.segments
+    step = spec.vector.step(segment)
+    odds = math.log(2) * (WRAP_BITS + 1) + math.log(segment.size)
+    added = noise.reach(survivors * (segment.noise / step) ** 2, odds) * math.sqrt(segment.size)
+    longest = survivors * math.sqrt(norm_squared(spec.clip_norm / step, segment.size)) + added
+    if not float(np.linalg.norm(sums[segment.name])) <= longest * step * (1 + NORM_ERROR):
+        text = f"the sum of the updates is longer than the clip norm {spec.clip_norm:g} and the noise allow"
+        raise DataError(text, about="vector.delta")
+
+
+def noisy_mean(
+    spec: SessionSpec, task: Task, layout: Layout, sums: Sums, survivors: int, adapter: bytes
+) -> NDArray[np.float32]:
+    """The mean of the survivors' deltas and noise; zero in the parts that the task does not train.
+
+    Noise of the width of a step is added, as in ``task.weighted_mean``: the next adapter has other bytes than the last
+    one also if the sum counts as zero.
+
+    Args:
+        spec: Of the session.
+        task: Of the round's plan.
+        layout: Of the shared tensors.
+        sums: Decoded.
+        survivors: Their number.
+        adapter: SHA-256 of the adapter from which they trained.
+
+    Raises:
+        DataError: As ``require_reach``, or the sum has another size than the shared tensors.
+    """
+    require_reach(spec, sums, survivors)
+    (segment,) = spec.vector.segments
+    found = sums[segment.name]
+    if found.shape != (layout.size,):
+        text = f"the sum is of {found.size} numbers, and the shared tensors have {layout.size}"
+        raise DataError(text, about="shape", value=found.size)
+    update = rotation.rotate_back(found, rotation.seed(adapter))
+    update += spec.vector.step(segment) * dither(noise_key(spec, sums, adapter), found.size)
+    mean = (update / survivors).astype(np.float32)
+    return np.where(mask(layout, task.trained), mean, np.float32(0))
