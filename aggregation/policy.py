@@ -3,6 +3,7 @@
 The defaults are the secure ones. The coordinator cannot change them; each weaker value is the owner's choice.
 """
 
+import math
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -35,6 +36,11 @@ class Policy:
         maximum_rounds: Most rounds in a session.
         maximum_repeats: Most sums from an adapter for which the device reveals shares after the first one.
             All are over the same devices (``client.node.adapterstate``).
+        minimum_noise_multiplier: Least noise of a sum: the standard deviation of that of its honest devices in the
+            smallest sum of a round, in clip norms. Above 0, a session must have noise.
+        maximum_epsilon: Most that all contributions of this device together may reveal, for ``delta``
+            (``client.node.privacyledger``). Above 0, a session must have noise; 0: no limit.
+        delta: The probability for which ``maximum_epsilon`` is stated.
         demand_proofs: Whether to take part again only if the coordinator proves what its log holds (``transcript``).
         revocation_days: Greatest age of the authority's revocation list, in days. 0: no list is required, and a list
             that the device has is valid until its own end.
@@ -54,6 +60,9 @@ class Policy:
     maximum_weight: int = 65_536
     maximum_rounds: int = 64
     maximum_repeats: int = 3
+    minimum_noise_multiplier: float = 0.0
+    maximum_epsilon: float = 0.0
+    delta: float = 1e-6
     demand_proofs: bool = True
     revocation_days: int = 0
 
@@ -67,6 +76,9 @@ class Policy:
             ("maximum_ring_bits", high <= 64, "64 or less"),
             ("maximum_repeats", 0 <= self.maximum_repeats <= MAX_REPEATS, f"between 0 and {MAX_REPEATS}"),
             ("revocation_days", self.revocation_days >= 0, "0 or more"),
+            ("minimum_noise_multiplier", 0 <= self.minimum_noise_multiplier < math.inf, "a number from 0 on"),
+            ("maximum_epsilon", 0 <= self.maximum_epsilon < math.inf, "a number from 0 on"),
+            ("delta", 0 < self.delta < 1, "between 0 and 1"),
         )
         for name, holds, expected in ranges:
             if not holds:
@@ -166,6 +178,17 @@ class Policy:
             (base in self.known_bases, "base_digest", base, f"base {base[:12]} is not on this device"),
             (spec.weight_cap <= self.maximum_weight, "weight_cap", spec.weight_cap, weight),
             (spec.rounds <= self.maximum_rounds, "rounds", spec.rounds, rounds),
+            *self._noise_rules(spec, corrupt),
+        )
+
+    def _noise_rules(self, spec: SessionSpec, corrupt: int) -> tuple[_Rule, ...]:
+        found, least = spec.noise_multiplier(corrupt), self.minimum_noise_multiplier
+        demanded = least > 0 or self.maximum_epsilon > 0
+        bare = "the session adds no noise to its sums, and this device's policy demands it"
+        little = f"noise multiplier {found:.3g}, without {corrupt} corrupt devices, is below this device's {least:g}"
+        return (
+            (spec.privacy is not None or not demanded, "privacy", None, bare),
+            (found >= least, "noise_multiplier", found, little),
         )
 
 

@@ -137,12 +137,20 @@ class SessionSpec:
             raise ConfigError(text, about="spec.privacy.honest", value=self.privacy.honest)
         self.spent(self.minimum_survivors)
 
-    @property
-    def noise_multiplier(self) -> float:
-        """The standard deviation of the noise in the smallest sum over the clip norm; 0 without noise."""
+    def noise_multiplier(self, corrupt: int = 0) -> float:
+        """The standard deviation of the noise in the smallest sum over the clip norm; 0 without noise.
+
+        ``corrupt``: as of ``spent``.
+        """
         if self.privacy is None:
             return 0.0
-        return self.vector.segments[0].noise * math.sqrt(self.privacy.honest) / self.clip_norm
+        honest = max(0, self.honest(self.minimum_survivors, corrupt))
+        return self.vector.segments[0].noise * math.sqrt(honest) / self.clip_norm
+
+    def honest(self, survivors: int, corrupt: int = 0) -> int:
+        """How many of the survivors of a session with noise add it. ``corrupt``: as of ``spent``."""
+        assumed = self.minimum_survivors - self.privacy.honest if self.privacy else 0
+        return survivors - max(corrupt, assumed)
 
     def spent(self, survivors: int, corrupt: int = 0) -> Spent:
         """What the sum of a round reveals of one device, in a session with noise.
@@ -158,7 +166,7 @@ class SessionSpec:
             raise ValueError("a session without noise has no account")
         (segment,) = self.vector.segments
         step = self.vector.step(segment)
-        honest = survivors - max(corrupt, self.minimum_survivors - self.privacy.honest)
+        honest = self.honest(survivors, corrupt)
         longest = norm_squared(self.clip_norm / step, segment.size)
         variance = (segment.noise / step) ** 2
         return Spent.on([NoisySum(self.privacy.mechanism, segment.size, longest, variance, honest)])

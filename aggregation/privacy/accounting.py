@@ -102,6 +102,9 @@ class Spent:
         curve: Rényi divergence at each of ``ORDERS``, in nats.
         draws: Numbers that honest devices drew as noise, each within ``DISTANCE`` of its distribution.
 
+    Raises:
+        ConfigError: The curve is not one.
+
     >>> one = Spent.on([NoisySum(Mechanism.SKELLAM, size=100, norm_squared=10**6, variance=1e6, honest=16)])
     >>> round(one.epsilon(1e-6), 2), round((one + one).epsilon(1e-6), 2)
     (1.14, 1.66)
@@ -109,6 +112,11 @@ class Spent:
 
     curve: tuple[float, ...] = (0.0,) * len(ORDERS)
     draws: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.curve) != len(ORDERS) or not all(0 <= value < math.inf for value in self.curve):
+            text = f"a privacy account has {len(ORDERS)} finite numbers, none below 0"
+            raise ConfigError(text, about="spent.curve", value=len(self.curve))
 
     @classmethod
     def on(cls, sums: Iterable[NoisySum]) -> "Spent":

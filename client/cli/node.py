@@ -1,6 +1,7 @@
 """``edgeadapt device enrol``, ``install``, ``policy`` and ``forget``: the commands on a device's state directory."""
 
 import json
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> 
 def policy(state_dir: Path, as_json: bool) -> None:
     """Print the policy in force, from [policy] in device.toml; * marks a limit that differs from its default.
 
+    The last line says what this device's contributions may have revealed, as the epsilon of differential privacy.
+
     \b
     Example:
       edgeadapt device policy --state kitchen
@@ -91,15 +94,23 @@ def policy(state_dir: Path, as_json: bool) -> None:
     from client.node.policy import PolicySettings
     from client.node.statedir import DeviceStateDir
 
-    values = DeviceStateDir.open(state_dir).settings.policy.model_dump(mode="json")
+    opened = DeviceStateDir.open(state_dir)
+    limits, ledger = opened.settings.policy, opened.load_privacy_ledger()
+    values = limits.model_dump(mode="json")
+    spent = ledger.spent.epsilon(limits.delta)
     defaults = PolicySettings().model_dump(mode="json")
     if as_json:
-        click.echo(json.dumps({"policy": values, "changed": [key for key in values if values[key] != defaults[key]]}))
+        changed = [key for key in values if values[key] != defaults[key]]
+        account = {"epsilon": spent if math.isfinite(spent) else None, "noisy": ledger.noisy, "bare": ledger.bare}
+        click.echo(json.dumps({"policy": values, "changed": changed, "privacy": account}))
         return
     for key, value in values.items():
         mark = " " if value == defaults[key] else "*"
         click.echo(f"{mark} {key:{WIDTH}} {json.dumps(value)}")
         click.echo(f"    {PolicySettings.model_fields[key].description}")
+    of = f" of {limits.maximum_epsilon:g}" if limits.maximum_epsilon else ""
+    bare = f", and {ledger.bare} without noise, which nothing bounds" if ledger.bare else ""
+    click.echo(f"spent: epsilon {spent:.2f}{of} for delta {limits.delta:g} by {ledger.noisy} contributions{bare}")
 
 
 @click.command()

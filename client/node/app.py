@@ -32,9 +32,10 @@ from aggregation.sealed import ClientState
 from aggregation.session import COORDINATOR
 from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, REVOCATIONS, Step
 from aggregation.transcript import LogState, logged_part
-from client.node import adapterstate
+from client.node import adapterstate, privacyledger
 from client.node.adapterstate import AdapterState
 from client.node.devicestate import DeviceState
+from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
 from client.node.training import train
 from client.training.examples import read_file
@@ -161,10 +162,14 @@ def _transition(state_dir: DeviceState, step: Step, fields: Mapping[str, bytes])
             state_dir.load_adapter_state(), planned.plan, planned.spec, device.policy.maximum_repeats
         )
         snapshot = state_dir.load_snapshot(planned.ready.session.peers[planned.ready.me].share_key)
+        ledger = privacyledger.on_plan(
+            state_dir.load_privacy_ledger(), planned.spec, len(planned.ready.serials), device.policy
+        )
         limits = state_dir.policy.training()
         kept = state_dir.load_private_parts()
         vector, parts = train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples, limits, kept)
         after, answer = planned.contribute(device, vector, cores())
+        state_dir.save_privacy_ledger(ledger)  # first: whatever is interrupted after this counts as spent
         if parts is not None:
             state_dir.save_private_parts(parts)
         state_dir.save_adapter_state(adapter_state)
@@ -177,6 +182,7 @@ def _transition(state_dir: DeviceState, step: Step, fields: Mapping[str, bytes])
         after, answer = state.on_unmask(device, body)
         survivors = Unmask.decode(envelope.unverified_body(body)).survivors
         state_dir.save_adapter_state(_after_sum(state_dir, device, state, survivors))
+        state_dir.save_privacy_ledger(_after_unmasking(state_dir, device, state, survivors))
         log_state = log_state and log_state.on_survivors(survivors.vectors)
     else:
         held = "has joined no session" if state is None else f"is in the state {type(state).__name__}"
@@ -229,6 +235,16 @@ def _after_sum(state_dir: DeviceState, device: Device, state: Masked | Confirmed
     serials = {name: state.ready.serials[name] for name in survivors.vectors}
     revoked = device.root.revoked.revoked if device.root.revoked else ()
     return adapterstate.on_survivors(state_dir.load_adapter_state(), state.plan, serials, revoked)
+
+
+def _after_unmasking(
+    state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors
+) -> PrivacyLedger:
+    """The privacy ledger after this device reveals its shares for the sum over ``survivors``."""
+    known, ready = state_dir.load_privacy_ledger(), state.ready
+    return privacyledger.on_survivors(
+        known, ready.session.spec, len(ready.serials), len(survivors.vectors), device.policy
+    )
 
 
 def _proof(fields: Mapping[str, bytes]) -> bytes:

@@ -16,6 +16,7 @@ from aggregation.sealed import ClientState
 from aggregation.transcript import LogState
 from client.node.adapterstate import AdapterState
 from client.node.policy import PolicySettings
+from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
 
@@ -110,4 +111,12 @@ class DeviceState(Protocol):
 
     def save_private_parts(self, parts: PrivateParts) -> None:
         """Replace them."""
+        ...
+
+    def load_privacy_ledger(self) -> PrivacyLedger:
+        """What this device's contributions may have revealed; nothing before its first."""
+        ...
+
+    def save_privacy_ledger(self, ledger: PrivacyLedger) -> None:
+        """Replace it."""
         ...

@@ -67,6 +67,20 @@ class PolicySettings(Settings):
         description="most sums from an adapter for which the device reveals shares after the first one; all are over "
         "the same devices, less those that were revoked since",
     )
+    minimum_noise_multiplier: float = Field(
+        default=SAFE.minimum_noise_multiplier,
+        ge=0,
+        le=1000,
+        description="least noise of a session: its standard deviation in the smallest sum of a round, from honest "
+        "devices, in clip norms; above 0, sessions without noise are refused",
+    )
+    maximum_epsilon: float = Field(
+        default=SAFE.maximum_epsilon,
+        ge=0,
+        description="most that all contributions of this device together may reveal, as the epsilon of differential "
+        "privacy for delta; above 0, sessions without noise are refused, and so is a plan that exceeds it; 0: no limit",
+    )
+    delta: float = Field(default=SAFE.delta, gt=0, lt=1, description="probability for which maximum_epsilon is stated")
     demand_proofs: bool = Field(
         default=SAFE.demand_proofs,
         description="take part again only if the coordinator proves that its log extends what this device saw and "

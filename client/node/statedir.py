@@ -30,6 +30,7 @@ from aggregation.transcript import LogState
 from aggregation.wire import Codec
 from client.node.adapterstate import ADAPTER_STATE, AdapterState
 from client.node.policy import PolicySettings
+from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot, session_secret
 
@@ -48,6 +49,7 @@ SNAPSHOT = "examples.sealed"
 LOG_STATE = "log.state"
 ADAPTERS = "adapter.state"
 PRIVATE = "private.sealed"
+LEDGER = "privacy.sealed"
 REVOKED = "revoked.crl"
 LOCK = "session.lock"
 LONGEST = 2**21  # bytes of a file other than those below: a revocation list in PEM form is the largest
@@ -256,8 +258,22 @@ class DeviceStateDir:
         """Seal them, and replace the old ones atomically."""
         replace(self.folder / PRIVATE, parts.seal(self._read(SEALING_KEY)))
 
+    def load_privacy_ledger(self) -> PrivacyLedger:
+        """What this device's contributions may have revealed; nothing before its first.
+
+        Raises:
+            TrustError: The file was altered.
+        """
+        if not (self.folder / LEDGER).exists():
+            return PrivacyLedger()
+        return self._parse(partial(PrivacyLedger.open, key=self._read(SEALING_KEY)), LEDGER)
+
+    def save_privacy_ledger(self, ledger: PrivacyLedger) -> None:
+        """Seal it, and replace the old one atomically."""
+        replace(self.folder / LEDGER, ledger.seal(self._read(SEALING_KEY)))
+
     def forget(self) -> None:
-        """Leave the session, and delete what this device remembers of the coordinator."""
+        """Leave the session, and delete what this device remembers of the coordinator; its privacy ledger stays."""
         for name in (STATE, SNAPSHOT, LOG_STATE, ADAPTERS, PRIVATE):
             (self.folder / name).unlink(missing_ok=True)
 

@@ -1,7 +1,8 @@
 """The devices of a simulation: the state of each is kept in memory between messages, where the field has files.
 
 Before each session and round, and at the end, a device's state directory gets what its training depends on: its
-training key, and the parts of the adapter that it does not share. What a device holds against a coordinator that lies
+training key, and the parts of the adapter that it does not share; its privacy ledger is written whenever it changes.
+What a device holds against a coordinator that lies
 is not written: the state of its session, and what it knows of the log and of the adapter. After a kill it is as a new
 device in this respect. The resumed run begins with another session, as after a restart of the coordinator in the field,
 so that a kill loses the round under way.
@@ -30,6 +31,7 @@ from aggregation.transcript import LogState
 from client.node.adapterstate import AdapterState
 from client.node.app import STATE
 from client.node.policy import PolicySettings
+from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot, session_secret
 from client.node.statedir import SNAPSHOT, TRAINING_KEY, DeviceStateDir
@@ -51,6 +53,7 @@ class MemoryDevice:
         self._device = files.device(base.digest)
         self._training_key = (files.folder / TRAINING_KEY).read_bytes()
         self._private_parts = files.load_private_parts()
+        self._privacy_ledger = files.load_privacy_ledger()
         self._written = self._training_key, self._private_parts
         self._log_state: LogState | None = None
         self._adapter_state: AdapterState | None = None
@@ -126,6 +129,15 @@ class MemoryDevice:
     def save_private_parts(self, parts: PrivateParts) -> None:
         """See ``DeviceStateDir``; written later."""
         self._private_parts = parts
+
+    def load_privacy_ledger(self) -> PrivacyLedger:
+        """See ``DeviceStateDir``."""
+        return self._privacy_ledger
+
+    def save_privacy_ledger(self, ledger: PrivacyLedger) -> None:
+        """See ``DeviceStateDir``; written at once."""
+        self._files.save_privacy_ledger(ledger)
+        self._privacy_ledger = ledger
 
     def leave(self) -> None:
         """Leave the session."""

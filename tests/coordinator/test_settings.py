@@ -183,7 +183,7 @@ def test_noise_is_calibrated_to_the_epsilon_of_all_rounds_with_the_fewest_surviv
 
 
 def test_a_noise_multiplier_is_that_of_the_honest_devices_of_the_smallest_sum() -> None:
-    assert session_of(noisy(noise_multiplier=0.7)).noise_multiplier == pytest.approx(0.7)
+    assert session_of(noisy(noise_multiplier=0.7)).noise_multiplier() == pytest.approx(0.7)
 
 
 def test_without_privacy_a_session_has_no_noise() -> None:

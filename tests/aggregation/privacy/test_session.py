@@ -87,7 +87,8 @@ def test_a_session_accounts_for_its_rounded_updates_and_the_noise_of_honest_surv
     expected = NoisySum(Mechanism.SKELLAM, SIZE, norm_squared(CLIP / step, SIZE), (0.5 / step) ** 2, 6 + 3)
     assert spec.spent(spec.minimum_survivors + 3) == Spent.on([expected])
     assert spec.spent(10, corrupt=4) == Spent.on([replace(expected, honest=6)])
-    assert spec.noise_multiplier == pytest.approx(0.5 * math.sqrt(6) / CLIP)
+    assert spec.noise_multiplier() == pytest.approx(0.5 * math.sqrt(6) / CLIP)
+    assert spec.noise_multiplier(corrupt=3) == pytest.approx(0.5 * math.sqrt(4) / CLIP)
 
 
 @pytest.mark.parametrize("corrupt", [10, 12])

@@ -12,9 +12,11 @@ from click.testing import CliRunner
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
+from aggregation.privacy.accounting import Mechanism, NoisySum, Spent
 from aggregation.spec import Adversary
 from client.cli import device
 from client.node.policy import PolicySettings
+from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceSettings, DeviceStateDir
 from client.training.limits import TrainingLimits
 from tests.support import refused
@@ -33,6 +35,9 @@ CHANGED: dict[str, Any] = {
     "maximum_weight": 100,
     "maximum_rounds": 4,
     "maximum_repeats": 0,
+    "minimum_noise_multiplier": 0.5,
+    "maximum_epsilon": 8.0,
+    "delta": 1e-9,
     "demand_proofs": False,
     "revocation_days": 7,
     "maximum_magnitude": 50.0,
@@ -148,7 +153,18 @@ def test_the_command_prints_what_is_in_force(tmp_path: Path) -> None:
     lines = [line for line in printed.output.splitlines() if not line.startswith("    ")]
     assert lines[1].split() == ["*", "minimum_cohort", "20"]
     assert [line.split()[0] for line in lines].count("*") == 1
-    assert len(lines) == len(CHANGED)
+    assert len(lines) == len(CHANGED) + 1
     shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)
     assert shown["changed"] == ["minimum_cohort"]
     assert PolicySettings(**shown["policy"]) == state_dir.settings.policy
+    assert shown["privacy"] == {"epsilon": 0.0, "noisy": 0, "bare": 0}
+
+
+def test_the_command_prints_what_contributions_may_have_revealed(tmp_path: Path) -> None:
+    state_dir = with_policy(tmp_path, "maximum_epsilon = 8.0\n")
+    spent = Spent.on([NoisySum(Mechanism.SKELLAM, 100, 10**6, 1e6, 16)])
+    state_dir.save_privacy_ledger(PrivacyLedger(settled=spent, pending=spent, noisy=2, bare=1))
+    printed = CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder)]).output.splitlines()[-1]
+    assert f"epsilon {(spent + spent).epsilon(1e-6):.2f} of 8 " in printed
+    shown = json.loads(CliRunner().invoke(device, ["policy", "--state", str(state_dir.folder), "--json"]).output)
+    assert shown["privacy"] == {"epsilon": (spent + spent).epsilon(1e-6), "noisy": 2, "bare": 1}

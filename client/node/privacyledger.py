@@ -1,0 +1,97 @@
+"""What the sums to which a device contributed may have revealed of it, and the owner's limit on that.
+
+The device counts for itself, from the offers that it accepted, with as many corrupt devices as its policy assumes. A
+contribution counts before it leaves, as part of the smallest sum that the session allows: others can unmask the sum
+without this device. Once the device reveals its shares it knows the survivors, and their number takes the place of the
+smallest. A contribution to a round that it did not see the end of counts in full, whether or not its sum was unmasked.
+
+The ledger is kept when the device forgets a coordinator: what was revealed stays revealed. The file is encrypted.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from aggregation import graph, sealed, wire
+from aggregation.errors import ProtocolError
+from aggregation.messages import Uint32
+from aggregation.policy import Policy
+from aggregation.privacy.accounting import ORDERS, Spent
+from aggregation.session import COORDINATOR
+from aggregation.spec import SessionSpec
+from aggregation.wire import Codec
+
+_MAGIC = b"edgeadapt/privacy-ledger/1\x00"
+NOTHING = Spent()
+_SPENT: Codec[Spent] = wire.record(Spent, {"curve": wire.sequence(wire.real, len(ORDERS)), "draws": wire.uint(128)})
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyLedger:
+    """The account of one device.
+
+    Law: ``open(seal(l, k), k) == l``.
+
+    Args:
+        settled: Of sums whose survivors it knows, and of rounds that it did not see the end of.
+        pending: Of the contribution that left last, if neither is known of it yet.
+        noisy: Contributions with noise.
+        bare: Contributions without noise, which nothing bounds; they are in no other number.
+    """
+
+    settled: Annotated[Spent, _SPENT] = NOTHING
+    pending: Annotated[Spent, _SPENT] = NOTHING
+    noisy: Uint32 = 0
+    bare: Uint32 = 0
+
+    @property
+    def spent(self) -> Spent:
+        """Of everything that left the device with noise."""
+        return self.settled + self.pending
+
+    def seal(self, key: bytes) -> bytes:
+        """Encrypt it. ``key``: the device's sealing key."""
+        return _MAGIC + sealed.encrypt(_CODEC.encode(self), key, _MAGIC)
+
+    @classmethod
+    def open(cls, raw: bytes, key: bytes) -> "PrivacyLedger":
+        """Decrypt it.
+
+        Raises:
+            TrustError: It was altered, or sealed with another key.
+        """
+        return _CODEC.decode(sealed.decrypt(raw.removeprefix(_MAGIC), key, _MAGIC))
+
+
+_CODEC: Codec[PrivacyLedger] = wire.record(PrivacyLedger)
+
+
+def on_plan(known: PrivacyLedger, spec: SessionSpec, cohort: int, policy: Policy) -> PrivacyLedger:
+    """The ledger to save before the contribution to a round leaves.
+
+    Args:
+        known: The device's.
+        spec: Of the session.
+        cohort: Its number of devices.
+        policy: Of the device.
+
+    Raises:
+        ProtocolError: It would exceed the policy's ``maximum_epsilon``.
+    """
+    settled = known.spent
+    if spec.privacy is None:
+        return replace(known, settled=settled, pending=NOTHING, bare=known.bare + 1)
+    cost = spec.spent(spec.minimum_survivors, graph.count_of(cohort, policy.corrupt_fraction))
+    after, limit = (settled + cost).epsilon(policy.delta), policy.maximum_epsilon
+    if limit and after > limit:
+        text = f"plan refused: it would take the privacy that this device spends to an epsilon of {after:.2f}, above "
+        text += f"its policy's maximum_epsilon of {limit:g} for delta {policy.delta:g}"
+        raise ProtocolError(text, COORDINATOR, about="plan.epsilon", value=after)
+    return replace(known, settled=settled, pending=cost, noisy=known.noisy + 1)
+
+
+def on_survivors(known: PrivacyLedger, spec: SessionSpec, cohort: int, survivors: int, policy: Policy) -> PrivacyLedger:
+    """The ledger to save before the device reveals shares for a sum over so many ``survivors``."""
+    if spec.privacy is None:
+        return known
+    exact = spec.spent(survivors, graph.count_of(cohort, policy.corrupt_fraction))
+    return replace(known, settled=known.settled + exact, pending=NOTHING)
