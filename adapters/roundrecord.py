@@ -49,10 +49,11 @@ class RoundRecord(Manifest):
     bytes_up: Count
     bytes_down: Count
     seconds: float  # wall time of the round
+    epsilon: float | None  # what all sums so far may have revealed, for the delta in the offer; None without noise
     metrics: dict[str, float]
 
     def __post_init__(self) -> None:
-        for name, value in {"seconds": self.seconds, **self.metrics}.items():
+        for name, value in {"seconds": self.seconds, "epsilon": self.epsilon or 0.0, **self.metrics}.items():
             if not math.isfinite(value):
                 raise DataError(
                     f"round {self.round}: {name!r} is {value}, which no record can hold", about=name, value=value

@@ -26,18 +26,23 @@ from aggregation.errors import ConfigError, DataError
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.server import AbortReason, Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
+from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
 from coordinator import lastsum, optimizer
+from coordinator.audit.account import Account, logged
+from coordinator.audit.transcripts import logs
 from coordinator.lastsum import LastSum, names
 from coordinator.nextadapter import next_adapter, state_size
 from coordinator.registry import Head, Registry, StoredAdapter, state_digest
 from coordinator.session import Cohort, attachments, establish, obstacle
 from coordinator.settings import FederationSettings
+from coordinator.storedlog import StoredLog
 from coordinator.transcripts import Transcripts
 from coordinator.transport import Transport
 
 log = logging.getLogger("edgeadapt.coordinator")
+SLACK = 2.0**-30  # relative: as many rounds as the noise is calibrated to are within the epsilon, however it rounds
 Outcome: TypeAlias = tuple[Established, RoundResult] | RoundAborted
 
 
@@ -74,6 +79,7 @@ def federate(
     transcripts.finish()  # before a device is asked: what a kill left is repaired, and other damage refused
     try:
         last = lastsum.find(transcripts.folder, key.public, registry.head().newest[1], registry.rounds())
+        account = _account(transcripts, key) if settings.privacy.noisy else Account()
         for number in range(len(registry.rounds()) + 1, settings.rounds + 1):
             begin = time.perf_counter()
             adapter = registry.newest_adapter()
@@ -92,14 +98,18 @@ def federate(
                 rounds = max(1, min(left, settings.aggregation.session_rounds))
                 cohort, session = make_session(adapter, task, rounds, f"session-{number}", last)
             cohort.dropped.clear()
+            spec = session.session.spec
+            _require_budget(account, spec, settings)
             with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
                 outcome = _aggregate(cohort, session, adapter, task.encode(), number, last)
             last = _last_sum(cohort, adapter, fits_head, outcome) or last
+            account = account.after(spec, _named(outcome))
             if isinstance(outcome, RoundAborted):
                 session, made = _after_abort(outcome, last, transport), None
             else:
                 session, made = outcome[0], _step(cohort, adapter, task, state, outcome, number, settings)
-            record = _record(cohort, registry.head(), outcome, made, time.perf_counter() - begin)
+            seconds, epsilon = time.perf_counter() - begin, account.epsilon(spec)
+            record = _record(cohort, registry.head(), outcome, made, seconds=seconds, epsilon=epsilon)
             _commit(registry, record, made, key)
             cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
             yield record
@@ -301,7 +311,43 @@ def _step(
     return _NextAdapter(manifest, blob, optimizer.to_tensors(state))
 
 
-def _record(cohort: Cohort, head: Head, outcome: Outcome, made: _NextAdapter | None, seconds: float) -> RoundRecord:
+def _account(transcripts: Transcripts, key: IdentityKey) -> Account:
+    """What sums have revealed so far, also those of rounds that a kill interrupted, which have no record."""
+    account = Account()
+    for path in logs(transcripts.folder):
+        account = logged(account, StoredLog.read(path, key.public).entries)
+    return account
+
+
+def _named(outcome: Outcome) -> int:
+    """How many survivors were named to devices."""
+    return outcome.named if isinstance(outcome, RoundAborted) else len(outcome[1].survivors)
+
+
+def _require_budget(account: Account, spec: SessionSpec, settings: FederationSettings) -> None:
+    """Return if the smallest sum of a session may still be revealed. Repeats and aborted rounds count too.
+
+    Raises:
+        ConfigError: It would take the account beyond the epsilon of the settings.
+    """
+    limit = settings.privacy.epsilon
+    epsilon = account.after(spec, spec.minimum_survivors).epsilon(spec) if limit else None
+    if epsilon is not None and epsilon > limit * (1 + SLACK):
+        spent = account.epsilon(spec)
+        text = f"{account.noisy} sums have spent an epsilon of {spent:.3f}, and another could exceed {limit:g}: the "
+        text += "federation ends here, or raise privacy.epsilon, which devices may refuse"
+        raise ConfigError(text, about="privacy.epsilon", value=limit)
+
+
+def _record(
+    cohort: Cohort,
+    head: Head,
+    outcome: Outcome,
+    made: _NextAdapter | None,
+    *,
+    seconds: float,
+    epsilon: float | None,
+) -> RoundRecord:
     """The record of the round under way, whose ending the log does not have yet."""
     log, last, carried = cohort.recorder.synced(), head.round, cohort.transport.take_carried()
     ended = outcome if isinstance(outcome, RoundAborted) else outcome[1]
@@ -327,6 +373,7 @@ def _record(cohort: Cohort, head: Head, outcome: Outcome, made: _NextAdapter | N
         bytes_up=carried.up,
         bytes_down=carried.down,
         seconds=seconds,
+        epsilon=epsilon,
         metrics=made.manifest.metrics if made else {},
     )
 

@@ -72,7 +72,8 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
             f"{'-' if loss is None else format(loss, '.3f'):>6}",
             f"{each['seconds']:>7.1f}",
         )
-        notes = [f"{name}: {each[name]}" for name in ("aborted", "spoiled") if each[name]]
+        notes = [f"epsilon {each['epsilon']:.3f}"] if each["epsilon"] is not None else []
+        notes += [f"{name}: {each[name]}" for name in ("aborted", "spoiled") if each[name]]
         yield "  ".join([*cells, *notes])
 
 
@@ -97,6 +98,7 @@ def _round(record: RoundRecord) -> dict[str, Any]:
         "bytes_down": record.bytes_down,
         "seconds": record.seconds,
         "metrics": record.metrics,
+        "epsilon": record.epsilon,
         "version": record.version,
     }
 

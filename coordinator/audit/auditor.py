@@ -175,6 +175,7 @@ class _Audit:
             dropouts_by_step=history.dropouts_by_step if history else {},
             participation=rules.participation(history) if history else {},
             offer=history.offer.digest().hex() if history else "",
+            spec=history.offer.spec if history else None,
             entries=len(self.reading.entries),
             previous=self.checkpoints[0].previous if self.checkpoints else NO_SESSION,
             last=self.checkpoints[-1].digest() if self.checkpoints else b"",

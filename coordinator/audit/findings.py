@@ -26,6 +26,7 @@ class Check(Enum):
     SUMS = "sums"
     PARTICIPATION = "participation"
     REPEATS = "repeats"  # over all sessions that are audited
+    PRIVACY = "privacy"  # likewise
     ADAPTERS = "adapters"  # needs the registry; a transcript alone does not have the adapters
 
 
@@ -108,6 +109,7 @@ class RoundSummary:
         sum: Digest of the sum, hex, if the round has a result.
         entries: In the log before the ending of the round; if the round is open, all of the log.
         root: Of these entries, hex.
+        epsilon: What all sums so far may have revealed (``account``); None in a session without noise.
     """
 
     round: int
@@ -124,6 +126,7 @@ class RoundSummary:
     sum: str | None
     entries: int
     root: str
+    epsilon: float | None = None
 
     @property
     def open(self) -> bool:
@@ -166,6 +169,7 @@ class Report:
         dropouts_by_step: Step → devices that dropped out before the first round.
         participation: Device → rounds whose sum contains its update.
         offer: Digest of the session's offer, hex; empty if it cannot be read.
+        spec: The parameters in it; None if it cannot be read.
         entries: Number of entries in the log.
         previous: Digest of the last checkpoint of the session before, according to this log.
         last: Digest of this log's last checkpoint; empty if it has none.
@@ -183,6 +187,7 @@ class Report:
     dropouts_by_step: Mapping[str, tuple[str, ...]]
     participation: Mapping[str, int]
     offer: str
+    spec: SessionSpec | None
     entries: int
     previous: bytes
     last: bytes

@@ -25,6 +25,7 @@ from aggregation.errors import DataError, TrustError, of_file
 from aggregation.pki import Root
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
+from coordinator.audit.account import Account, audited, require_recorded
 from coordinator.audit.auditor import audit, chain
 from coordinator.audit.findings import Check, Finding, Report, Status
 from coordinator.audit.recompute import Recomputation
@@ -140,13 +141,14 @@ class AuditInput:
         """
         vectors = partial(_vector, self.paths[0].parent / VECTORS)
         recomputation = Recomputation(self.registry) if self.registry else None
-        reports, sums = {}, RepeatedSums()
+        reports, sums, spent = dict[str, Report](), RepeatedSums(), Account()
         for path in self.paths:
             accepted = unfinished and path == self.paths[-1]
             report = audit(storage.read(path), self.root, self.coordinator, vectors, at=self.at, unfinished=accepted)
-            findings = (_repeats(path.name, report, sums), _adapters(report, recomputation, self.published))
+            repeats, adapters = _repeats(path.name, report, sums), _adapters(report, recomputation, self.published)
+            spent, report = audited(spent, replace(report, findings=(*report.findings, repeats)))
             produced = tuple(replace(each, sums=None) for each in report.produced)  # the sums take memory
-            reports[path.name] = replace(report, findings=(*report.findings, *findings), produced=produced)
+            reports[path.name] = replace(report, findings=(*report.findings, adapters), produced=produced)
         return reports
 
     def require(self, reports: Mapping[str, Report], *, unfinished: bool) -> None:
@@ -163,6 +165,7 @@ class AuditInput:
         if self.complete and self.registry and self.published:
             _require_logged(self.published, self.records, reports)
             require_logged(self.records, _state(self.registry)[1], reports, unfinished=unfinished)
+            require_recorded(self.records, reports)
             require_published(self.records, self.registry.manifest)
 
     @property

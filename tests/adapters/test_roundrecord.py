@@ -38,6 +38,7 @@ def record() -> RoundRecord:
         bytes_up=2**40,
         bytes_down=2**40,
         seconds=1.5,
+        epsilon=None,
         metrics={"accuracy": 0.5, "loss": 0.5},
     )
 

@@ -78,6 +78,7 @@ def recorded(transcripts: Transcripts, recorder: Recorder, **changes: Any) -> Ro
         bytes_up=1,
         bytes_down=1,
         seconds=1.0,
+        epsilon=None,
         metrics={},
     )
     record = replace(record, **changes)

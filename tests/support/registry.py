@@ -77,6 +77,7 @@ class Rounds:
             bytes_up=3 * 10**10,
             bytes_down=7,
             seconds=2.5,
+            epsilon=None,
             metrics={"loss": 1 / number},
         )
 

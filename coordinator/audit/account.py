@@ -1,0 +1,112 @@
+"""What the sums of a coordinator may have revealed of one device, from its logs alone.
+
+A sum counts once its survivors were named to devices, whether or not the round has a result: from then on answers can
+unmask it. The coordinator keeps the same account, in the records of its rounds, and an audit compares the two. It
+counts every device as if it were in every sum, and no amplification by sampling.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from adapters.roundrecord import RoundRecord
+from aggregation import envelope
+from aggregation.errors import TrustError
+from aggregation.messages import Offer, Survivors, Unmask
+from aggregation.privacy.accounting import Spent
+from aggregation.spec import SessionSpec
+from aggregation.transcript import Entry
+from coordinator.audit.findings import Check, Finding, Report, Status, count
+
+_TOLERANCE = 1e-9  # relative: logarithms differ in the last bits between machines
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What sums have revealed so far.
+
+    Args:
+        spent: Of the sums with noise.
+        noisy: Their number.
+        bare: Sums without noise, which nothing bounds; they are in no other number.
+    """
+
+    spent: Spent = Spent()  # noqa: RUF009 - immutable
+    noisy: int = 0
+    bare: int = 0
+
+    def after(self, spec: SessionSpec, survivors: int) -> "Account":
+        """The account after a round with so many named survivors; 0: none were named."""
+        if not survivors:
+            return self
+        if spec.privacy is None:
+            return replace(self, bare=self.bare + 1)
+        return Account(self.spent + spec.spent(survivors), self.noisy + 1, self.bare)
+
+    def epsilon(self, spec: SessionSpec) -> float | None:
+        """For the δ of a session; None in one without noise."""
+        return None if spec.privacy is None else self.spent.epsilon(spec.privacy.delta)
+
+
+def logged(account: Account, entries: Iterable[Entry]) -> Account:
+    """The account after the session of a log whose entries were verified."""
+    spec: SessionSpec | None = None
+    rounds: dict[int, int] = {}
+    for entry in entries:
+        body = envelope.unverified_body(entry.message)
+        if entry.kind == Offer.TAG:
+            spec = Offer.decode(body).spec
+        elif entry.kind == Survivors.TAG:
+            rounds.setdefault(entry.round, len(Survivors.decode(body).vectors))
+        elif entry.kind == Unmask.TAG:
+            rounds.setdefault(entry.round, len(Unmask.decode(body).survivors.vectors))
+    if spec is not None:
+        for survivors in rounds.values():
+            account = account.after(spec, survivors)
+    return account
+
+
+def audited(account: Account, report: Report) -> tuple[Account, Report]:
+    """The account after an audited session, and its report with the ε after each round and a finding."""
+    spec, before = report.spec, account
+    if report.failed or spec is None:
+        return account, replace(report, findings=(*report.findings, Finding(Check.PRIVACY, Status.NOT_REACHED, "")))
+    rounds = []
+    for each in report.rounds:
+        account = account.after(spec, len(each.survivors))
+        rounds.append(replace(each, epsilon=account.epsilon(spec)))
+    finding = Finding(Check.PRIVACY, Status.PASS, _text(spec, account, account.noisy - before.noisy))
+    return account, replace(report, rounds=tuple(rounds), findings=(*report.findings, finding))
+
+
+def _text(spec: SessionSpec, account: Account, here: int) -> str:
+    epsilon = account.epsilon(spec)
+    if spec.privacy is None or epsilon is None:
+        return "the sums of this session have no noise: nothing bounds what they say about a device"
+    bare = f". {count(account.bare, 'other sum')} without noise, about which it says nothing" if account.bare else ""
+    corrupt = count(spec.minimum_survivors - spec.privacy.honest, "survivor")
+    delta, kind, sums = spec.privacy.delta, spec.privacy.mechanism.value, count(account.noisy, "sum")
+    return (
+        f"epsilon {epsilon:.3f} for delta {delta:g} after {sums} with noise, {here} in this session, with {kind} "
+        f"noise; {corrupt} of each may have added none{bare}"
+    )
+
+
+def require_recorded(records: Sequence[RoundRecord], reports: Mapping[str, Report]) -> None:
+    """Return if each record states the ε that follows from the logs.
+
+    Raises:
+        TrustError: One states another.
+    """
+    found = {(report.offer, each.plan): each.epsilon for report in reports.values() for each in report.rounds}
+    for record in records:
+        if record.plan is None:
+            continue
+        expected = found.get((record.offer, record.plan))
+        same = record.epsilon == expected
+        if record.epsilon is not None and expected is not None:
+            same = abs(record.epsilon - expected) <= _TOLERANCE * expected
+        if not same:
+            text = (
+                f"round {record.round} was recorded with an epsilon of {record.epsilon}, and its log gives {expected}"
+            )
+            raise TrustError(text, about="record.epsilon", value=record.round)

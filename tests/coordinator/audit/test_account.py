@@ -1,0 +1,129 @@
+"""The coordinator's account of what its sums reveal is that of its logs, and an audit recomputes it from them alone."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregation.errors import ConfigError, TrustError
+from aggregation.steps import Step
+from coordinator.audit import AuditInput, AuditOptions
+from coordinator.audit.account import Account, audited, require_recorded
+from coordinator.audit.findings import Check, Status
+from coordinator.registry import Registry
+from coordinator.settings import FederationSettings
+from tests.support import refused
+
+FleetOf = Callable[..., Any]
+NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 1.0, "aggregation__clip_norm": 0.5}
+
+
+def reports_of(fleet: Any) -> tuple[AuditInput, Any]:
+    checked = AuditInput.open(fleet.out / "coordinator", AuditOptions())
+    return checked, checked.audit(unfinished=False)
+
+
+def test_an_audit_finds_the_recorded_epsilon_from_the_logs_alone(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(8, rounds=3, aggregation__session_rounds=2, **NOISY)
+    records = fleet.federate(fleet.grid(forced_dropouts=1))
+    checked, reports = reports_of(fleet)
+    checked.require(reports, unfinished=False)
+    found = [each.epsilon for report in reports.values() for each in report.rounds]
+    assert found == [record.epsilon for record in records]
+    assert found == sorted(found)
+    assert None not in found
+    assert len(reports) == 2
+    last = [finding for finding in list(reports.values())[-1].findings if finding.check is Check.PRIVACY]
+    assert [finding.status for finding in last] == [Status.PASS]
+    assert f"epsilon {found[-1]:.3f} for delta 1e-06 after 3 sums" in last[0].text
+    more = replace(records[-1], epsilon=found[-1] * (1 - 1e-6))
+    with refused(TrustError, "record.epsilon", value=3):
+        require_recorded([*records[:-1], more], reports)
+    with refused(TrustError, "record.epsilon", value=3):
+        require_recorded([*records[:-1], replace(records[-1], epsilon=None)], reports)
+
+
+def test_without_noise_no_epsilon_is_claimed(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(8, rounds=1)
+    (record,) = fleet.federate(fleet.grid())
+    checked, reports = reports_of(fleet)
+    checked.require(reports, unfinished=False)
+    assert record.epsilon is None
+    (report,) = reports.values()
+    assert [each.epsilon for each in report.rounds] == [None]
+    with refused(TrustError, "record.epsilon", value=1):
+        require_recorded([replace(record, epsilon=1.0)], reports)
+    account, _ = audited(Account(), report)
+    assert (account.noisy, account.bare) == (0, 1)
+
+
+def without_answers(step: Step) -> Any:
+    """The devices' app, in which no message of a step is answered."""
+    from client.node.app import app
+
+    def answer(message: Any, context: Any) -> Any:
+        if message.metadata.message_type.endswith(step.value):
+            raise RuntimeError("no answer")
+        return app(message, context)
+
+    return answer
+
+
+@pytest.mark.parametrize(("step", "counted"), [(Step.PLAN, 0), (Step.SURVIVORS, 1), (Step.UNMASK, 1)])
+def test_a_sum_counts_once_its_survivors_were_named_also_without_a_result(
+    fleet_of: FleetOf, step: Step, counted: int
+) -> None:
+    fleet = fleet_of(8, rounds=1, attempts=1, **NOISY)
+    (record,) = fleet.federate(fleet.grid(app=without_answers(step)))
+    assert record.aborted is not None
+    checked, reports = reports_of(fleet)
+    checked.require(reports, unfinished=False)
+    assert (record.epsilon or 0) > 0 if counted else record.epsilon == 0
+    (report,) = reports.values()
+    assert audited(Account(), report)[0].noisy == counted
+
+
+def test_a_sum_whose_round_was_interrupted_counts(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the unmask request and the record: the log has the survivors, the registry has no round."""
+    whole = fleet_of(8, rounds=2, **NOISY)
+    expected = whole.federate(whole.grid())
+    fleet = fleet_of(8, rounds=1, **NOISY)
+    real = Registry.commit_round
+
+    def killed(*_: Any) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr(Registry, "commit_round", killed)
+    with pytest.raises(OSError, match="killed"):
+        fleet.federate(fleet.grid())
+    monkeypatch.setattr(Registry, "commit_round", real)
+    (record,) = fleet.federate(fleet.grid())
+    assert record.round == 1
+    assert record.epsilon == pytest.approx(expected[1].epsilon, rel=1e-12)
+    checked, reports = reports_of(fleet)
+    checked.require(reports, unfinished=False)
+
+
+def test_a_federation_ends_before_it_exceeds_its_epsilon(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(8, rounds=2, privacy__mechanism="skellam", privacy__epsilon=4.0, aggregation__clip_norm=0.5)
+    records = fleet.federate(fleet.grid())
+    assert 0 < records[0].epsilon < records[1].epsilon <= 4.0
+    settings = FederationSettings.read(fleet.out / "coordinator" / "federation.toml")
+    assert settings.rounds == 2
+    fleet.configure({"rounds": 3, "privacy.epsilon": records[1].epsilon})
+    with refused(ConfigError, "privacy.epsilon"):
+        fleet.federate(fleet.grid())
+    assert len(fleet.registry().rounds()) == 2
+
+
+def test_the_status_shows_the_epsilon_of_each_round(fleet_of: FleetOf, tmp_path: Path) -> None:
+    from coordinator.statedir import CoordinatorStateDir
+    from coordinator.status import lines_of, status_of
+
+    fleet = fleet_of(8, rounds=1, **NOISY)
+    (record,) = fleet.federate(fleet.grid())
+    status = status_of(CoordinatorStateDir.open(fleet.out / "coordinator"))
+    assert status["rounds"][0]["epsilon"] == record.epsilon
+    assert f"epsilon {record.epsilon:.3f}" in list(lines_of(status))[-1]
