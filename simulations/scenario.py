@@ -63,6 +63,18 @@ class NetworkSettings(Settings):
 class PersonalSettings(Settings):
     """The personal step: private training after the last round."""
 
+    method: Literal["fine-tune", "ridge", "ensemble", "interpolate"] = Field(
+        default="fine-tune",
+        description="how the personal adapter is made from the global one: fine-tune (training), ridge (its head "
+        "fitted by a regression, without training), ensemble (fine-tuned, with the sum of both heads) or interpolate "
+        "(between the global and the fine-tuned adapter)",
+    )
+    choice: Literal["best", "significant", "never"] = Field(
+        default="best",
+        description="when the base or the global adapter is kept instead: best (it answers more of the validation "
+        "texts), significant (more than chance would: a sign test at 5 %) or never",
+    )
+    share: float = Field(default=0.5, ge=0, le=1, description="interpolate: share of the fine-tuned adapter, 0 to 1")
     epochs: int = Field(default=3, ge=0, le=100, description="passes over the household's own examples")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="learning rate of AdamW in the personal step")
     proximal: float = Field(
@@ -71,6 +83,11 @@ class PersonalSettings(Settings):
         le=1000,
         description="weight of Ditto's term in its loss: half of it times the squared distance from the global adapter",
     )
+
+    @property
+    def training_epochs(self) -> int:
+        """Passes over the examples that the method makes."""
+        return 0 if self.method == "ridge" else self.epochs
 
 
 class LocalSettings(Settings):

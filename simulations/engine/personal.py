@@ -30,7 +30,14 @@ from aggregation.errors import DataError
 from client.node import statedir as device_files
 from client.node.statedir import DeviceStateDir
 from client.training.examples import Example, Split, in_split, read_examples
-from client.training.personal import Candidate, Personalization, personalize
+from client.training.personal import (
+    Candidate,
+    Choice,
+    Personalization,
+    PersonalMethod,
+    PersonalStep,
+    personalize,
+)
 from client.training.private import subject_of, with_private
 from client.training.trainer import Trainer
 from simulations.data.population import Client, Population
@@ -55,7 +62,8 @@ class ArmInputs:
         seed_adapter: The vendor's adapter, version 0.
         task: The federation's training settings, for all parts of the adapter.
         federation_epochs: Passes over its examples that a device makes in all rounds together.
-        personal: The personal step: its epochs, learning rate and proximal term.
+        personal: The personal step.
+        scale: Logit of a score of 1 of a head that is fitted by a regression.
         local_rates: The two learning rates of the local arm.
         seed: Of the scenario; it orders the examples.
     """
@@ -64,6 +72,7 @@ class ArmInputs:
     task: Task
     federation_epochs: int
     personal: PersonalSettings
+    scale: float
     local_rates: tuple[float, float]
     seed: int
 
@@ -76,6 +85,7 @@ class ArmInputs:
             task=replace(federation.task(manifest), trained=PARTS, proximal=0.0),
             federation_epochs=federation.training_rounds * federation.training.epochs,
             personal=scenario.personal,
+            scale=federation.analytic.scale,
             local_rates=scenario.local_rates,
             seed=scenario.seed,
         )
@@ -92,7 +102,7 @@ def personal_step(
     arm: str = "",
     step: Callable[[], object] = lambda: None,
 ) -> Personalization:
-    """A client's personal step from ``start``, of whose candidates it keeps the best on its validation part.
+    """A client's personal step from ``start``.
 
     Args:
         mine: Of the base.
@@ -107,20 +117,8 @@ def personal_step(
     candidates = {Candidate.BASE: inputs.seed_adapter, Candidate.GLOBAL: start}
     own = inputs.personal
     fine = replace(inputs.task, learning_rate=rate or own.learning_rate, proximal=own.proximal if not arm else 0.0)
-    rng, epochs = generator(inputs.seed, client, arm), inputs.personal.epochs
-    return personalize(mine, candidates, examples, fine, epochs=epochs, rng=rng, step=step)
-
-
-def fine_tune(mine: Trainer, client: str, train: Sequence[Example], start: Tensors, inputs: ArmInputs) -> Tensors:
-    """The training of a client's personal step alone, without a choice on its validation part.
-
-    Args:
-        mine, client, start, inputs: As of ``personal_step``.
-        train: The client's training examples.
-    """
-    own = inputs.personal
-    task = replace(inputs.task, learning_rate=own.learning_rate, proximal=own.proximal)
-    return mine.train(start, train, task, epochs=own.epochs, rng=generator(inputs.seed, client, ""))
+    how = PersonalStep(own.epochs, inputs.scale, PersonalMethod(own.method), own.share, Choice(own.choice))
+    return personalize(mine, candidates, examples, fine, how, rng=generator(inputs.seed, client, arm), step=step)
 
 
 def after_the_rounds(state_dir: DeviceStateDir, mine: Trainer, inputs: ArmInputs, global_adapter: Tensors) -> Tensors:

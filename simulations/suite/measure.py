@@ -28,14 +28,13 @@ from adapters.parts import Part
 from adapters.task import MAX_LOSS
 from client.node.statedir import DeviceStateDir
 from client.training.examples import Example, Split, in_split
-from client.training.personal import with_both_heads, with_own_head
 from client.training.trainer import Trainer, load_trainer
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.bases import training_base
 from simulations.engine.heads import logistic_head, ridge_head, with_bias
-from simulations.engine.personal import ArmInputs, after_the_rounds, fine_tune, generator, local_arm, personal_step
+from simulations.engine.personal import ArmInputs, after_the_rounds, generator, local_arm, personal_step
 from simulations.engine.progress import RunProgress
 from simulations.engine.run import RunFolder, federate, prepare
 from simulations.scenario import Scenario
@@ -135,17 +134,6 @@ def _answers(
         kept = local_arm(mine, client.name, provision.examples_of(client), inputs)
         return partial(mine.logits, kept.adapter)
 
-    scale = trial.scenario.federation.analytic.scale
-
-    def own_head(client: Client) -> Answers:
-        examples = provision.examples_of(client)
-        return partial(mine.logits, with_own_head(mine, federated(client), examples, scale=scale))
-
-    def both_heads(client: Client) -> Answers:
-        shared, examples = federated(client), provision.examples_of(client)
-        tuned = fine_tune(mine, client.name, in_split(examples, Split.TRAIN), shared, inputs)
-        return partial(mine.logits, with_both_heads(mine, tuned, shared, examples, scale=scale))
-
     match trial.kind:
         case Kind.BASE:
             return fixed(inputs.seed_adapter)
@@ -157,10 +145,6 @@ def _answers(
             return fixed(_global(store.federation(trial)))
         case Kind.PERSONAL:
             return fine_tuned(federated)
-        case Kind.OWN_HEAD:
-            return own_head
-        case Kind.BOTH_HEADS:
-            return both_heads
         case Kind.CENTRAL | Kind.CENTRAL_PERSONAL:
             with spent.training():
                 pooled = _pooled(mine, population, inputs)
@@ -267,7 +251,7 @@ def _trained(trial: Trial, population: Population) -> tuple[int, int]:
     """
     federation = trial.scenario.federation
     rounds, size = federation.training_rounds * federation.training.epochs, federation.training.batch_size
-    fine = trial.scenario.personal.epochs
+    fine = trial.scenario.personal.training_epochs
     seen = [len(client.train) for client in population.clients if not client.unseen]
     everyone = [len(client.train) for client in _evaluated(trial, population)]
 
@@ -277,9 +261,9 @@ def _trained(trial: Trial, population: Population) -> tuple[int, int]:
     match trial.kind:
         case Kind.LOCAL:
             return rounds + fine, steps(everyone, rounds + fine)
-        case Kind.GLOBAL | Kind.OWN_HEAD:
+        case Kind.GLOBAL:
             return rounds, steps(seen, rounds)
-        case Kind.PERSONAL | Kind.BOTH_HEADS:
+        case Kind.PERSONAL:
             return rounds + fine, steps(seen, rounds) + steps(everyone, fine)
         case Kind.CENTRAL:
             return rounds, steps([sum(seen)], rounds)

@@ -59,11 +59,10 @@ class Trial:
     def weight(self) -> float:
         """Work after the rounds, in epochs of a client."""
         clients = float(self._clients)
-        fine = clients * self.scenario.personal.epochs
+        fine = clients * self.scenario.personal.training_epochs
         trained = {
             Kind.LOCAL: clients * self._round_epochs + fine,
             Kind.PERSONAL: fine,
-            Kind.BOTH_HEADS: fine,
             Kind.CENTRAL: self._seen * self._round_epochs,
             Kind.CENTRAL_PERSONAL: self._seen * self._round_epochs + fine,
         }

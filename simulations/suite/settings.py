@@ -24,16 +24,14 @@ class Kind(Enum):
     RIDGE = "ridge-head"  # a linear head on frozen embeddings: least squares with an L2 penalty
     LOGISTIC = "logistic-head"  # the same with the logistic loss
     GLOBAL = "global"  # the last adapter of the federation
-    PERSONAL = "personal"  # that adapter, fine-tuned in private
-    OWN_HEAD = "own-head"  # that adapter, its head fitted to the client's examples by a regression
-    BOTH_HEADS = "both-heads"  # that adapter, fine-tuned in private, with the sum of its head and the one of own-head
+    PERSONAL = "personal"  # that adapter after the personal step
     CENTRAL = "central"  # one adapter, trained on the pooled data of all clients that are not unseen
-    CENTRAL_PERSONAL = "central-personal"  # that adapter, fine-tuned in private
+    CENTRAL_PERSONAL = "central-personal"  # that adapter after the personal step
 
     @property
     def federated(self) -> bool:
         """Whether the arm begins with the rounds of a federation."""
-        return self in (Kind.GLOBAL, Kind.PERSONAL, Kind.OWN_HEAD, Kind.BOTH_HEADS)
+        return self in (Kind.GLOBAL, Kind.PERSONAL)
 
 
 class SearchSettings(Settings):

@@ -18,7 +18,17 @@ from adapters.parts import PARTS, Part, part_of
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example, Score, Split
-from client.training.personal import OWN_STRENGTH, Candidate, personalize, with_both_heads, with_own_head
+from client.training.personal import (
+    OWN_STRENGTH,
+    Candidate,
+    Choice,
+    PersonalMethod,
+    PersonalStep,
+    better_by_chance,
+    personalize,
+    with_both_heads,
+    with_own_head,
+)
 from client.training.trainer import Trainer, batches, load_trainer, squares
 from tests.support import refused
 
@@ -223,13 +233,14 @@ def test_the_layout_of_a_trainer_is_that_of_its_model(trainer: Trainer, start: T
 
 # The private adapter.
 
+STEP = PersonalStep(0, HEAD_SCALE)
 MINE = tuple(replace(e, split=Split.VALIDATION if i % 3 == 0 else Split.TRAIN) for i, e in enumerate(EXAMPLES * 2))
 
 
 def test_a_device_keeps_the_best_candidate_on_its_held_out_examples(trainer: Trainer, start: Tensors) -> None:
     worse = {name: -value for name, value in start.items()}
     held_out = [e for e in MINE if e.split is Split.VALIDATION]
-    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: worse}, MINE, TASK, epochs=0, rng=rng())
+    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: worse}, MINE, TASK, STEP, rng=rng())
     assert set(kept.scores) == {Candidate.BASE, Candidate.GLOBAL}
     best = max(kept.scores.values(), key=lambda score: (score.correct, -score.loss))
     assert kept.scores[kept.chosen] == best == trainer.score(kept.adapter, held_out)
@@ -237,7 +248,8 @@ def test_a_device_keeps_the_best_candidate_on_its_held_out_examples(trainer: Tra
 
 def test_a_device_fine_tunes_the_global_adapter_on_its_training_examples(trainer: Trainer, start: Tensors) -> None:
     shared = trainer.train(start, EXAMPLES, TASK, epochs=1, rng=rng())
-    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: shared}, MINE, TASK, epochs=3, rng=rng())
+    how = replace(STEP, epochs=3)
+    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: shared}, MINE, TASK, how, rng=rng())
     mine = trainer.train(shared, [e for e in MINE if e.split is Split.TRAIN], TASK, epochs=3, rng=rng())
     held_out = [e for e in MINE if e.split is Split.VALIDATION]
     assert kept.scores[Candidate.PERSONAL] == trainer.score(mine, held_out)
@@ -247,9 +259,56 @@ def test_a_device_fine_tunes_the_global_adapter_on_its_training_examples(trainer
 
 def test_without_held_out_examples_a_device_keeps_the_personal_adapter(trainer: Trainer, start: Tensors) -> None:
     only = [e for e in MINE if e.split is Split.TRAIN]
-    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: start}, only, TASK, epochs=1, rng=rng())
+    how = replace(STEP, epochs=1)
+    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: start}, only, TASK, how, rng=rng())
     assert kept.chosen is Candidate.PERSONAL
     assert distance(kept.adapter, start) > 0
+
+
+@pytest.mark.parametrize("method", PersonalMethod)
+def test_each_method_makes_its_personal_adapter_from_the_global_one(
+    trainer: Trainer, start: Tensors, method: PersonalMethod
+) -> None:
+    shared, own = (
+        trainer.train(start, EXAMPLES[:4], TASK, epochs=1, rng=rng()),
+        [e for e in MINE if e.split is Split.TRAIN],
+    )
+    how = PersonalStep(2, HEAD_SCALE, method, share=0.25, choice=Choice.NEVER)
+    kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: shared}, MINE, TASK, how, rng=rng())
+    tuned = trainer.train(shared, own, TASK, epochs=2, rng=rng())
+    expected = {
+        PersonalMethod.FINE_TUNE: tuned,
+        PersonalMethod.RIDGE: with_own_head(trainer, shared, MINE, scale=HEAD_SCALE),
+        PersonalMethod.ENSEMBLE: with_both_heads(trainer, tuned, shared, MINE, scale=HEAD_SCALE),
+        PersonalMethod.INTERPOLATE: {name: 0.75 * shared[name] + 0.25 * tuned[name] for name in shared},
+    }
+    assert kept.chosen is Candidate.PERSONAL
+    assert distance(kept.adapter, expected[method]) < 1e-6
+    assert all(distance(kept.adapter, other) > 1e-3 for name, other in expected.items() if name is not method)
+    assert all(tensor.dtype == np.float32 for tensor in kept.adapter.values())
+
+
+@pytest.mark.parametrize(("held_out", "chosen"), [(4, Candidate.PERSONAL), (5, Candidate.BASE)])
+def test_another_candidate_is_kept_only_if_it_is_better_by_more_than_chance(
+    trainer: Trainer, start: Tensors, held_out: int, chosen: Candidate
+) -> None:
+    """Five examples that one adapter alone answers right are beyond chance at 5 %, four are not."""
+    texts = [e.text for e in EXAMPLES if trainer.score(start, [e]).correct][:1]
+    label = next(e.label for e in EXAMPLES if e.text == texts[0])
+    mine = [Example(texts[0], label, Split.VALIDATION)] * held_out
+    bad = {name: -value for name, value in start.items()}
+    how = replace(STEP, choice=Choice.SIGNIFICANT)
+    kept = personalize(trainer, {Candidate.BASE: start, Candidate.PERSONAL: bad}, mine, TASK, how, rng=rng())
+    assert kept.chosen is chosen
+    kept = personalize(trainer, {Candidate.BASE: start, Candidate.PERSONAL: bad}, mine, TASK, STEP, rng=rng())
+    assert kept.chosen is Candidate.BASE
+
+
+def test_the_sign_test_counts_the_examples_on_which_two_adapters_differ() -> None:
+    one, other = np.array([1, 1, 1, 0, 1, 0], bool), np.array([0, 0, 1, 0, 0, 1], bool)
+    assert better_by_chance(one, other) == pytest.approx((4 + 1) / 16)  # at least 3 of 4 heads
+    assert better_by_chance(other, one) == pytest.approx(15 / 16)
+    assert better_by_chance(one, one) == 1
 
 
 def test_an_adapter_of_rank_zero_is_refused() -> None:

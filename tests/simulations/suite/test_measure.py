@@ -84,8 +84,6 @@ def test_the_cost_counts_epochs_steps_time_and_bytes(
         Kind.CENTRAL: 2,
         Kind.LOCAL: 3,
         Kind.PERSONAL: 3,
-        Kind.OWN_HEAD: 2,
-        Kind.BOTH_HEADS: 3,
         Kind.CENTRAL_PERSONAL: 3,
     }
     steps = [-(-len(client.train) // 16) for client in population.clients]
@@ -105,7 +103,8 @@ def test_the_cost_counts_epochs_steps_time_and_bytes(
 def test_rounds_of_an_analytic_head_are_no_training(scenario: Scenario, tmp_path: Path) -> None:
     table = scenario.model_dump(mode="json")
     table["federation"] |= {"rounds": 1, "analytic": {"rounds": 1}}
-    store, trial = Store(tmp_path), Trial(Kind.OWN_HEAD, Scenario.parse(table, "test"))
+    table["personal"] |= {"method": "ridge", "choice": "never"}
+    store, trial = Store(tmp_path), Trial(Kind.PERSONAL, Scenario.parse(table, "test"))
     compute_rounds(trial, store, lambda _: None)
     found = compute(trial, store, lambda _: None)
     assert (found.cost.epochs, found.cost.steps) == (0, 0)
@@ -135,8 +134,6 @@ def test_only_the_training_texts_of_the_right_clients_are_trained_on(
         Kind.RIDGE: [],
         Kind.GLOBAL: [(texts, 1, 0.02) for texts in seen],  # for the aggregation error
         Kind.PERSONAL: [(texts, 1, 1e-3) for texts in own],
-        Kind.OWN_HEAD: [],
-        Kind.BOTH_HEADS: [(texts, 1, 1e-3) for texts in own],
         Kind.LOCAL: [part for texts in own for part in ((texts, 2, 0.02), (texts, 1, 1e-3))],
         Kind.CENTRAL: [(pooled, 2, 0.02)],
         Kind.CENTRAL_PERSONAL: [(pooled, 2, 0.02), *((texts, 1, 1e-3) for texts in own)],
