@@ -32,6 +32,12 @@ COMMANDS = {
     ),
     "device": ("client.cli", "device", "Inference on a device: verify a bundle, answer phrases.", ""),
     "export": ("export.cli", "export", "Make bundles for devices from bases and adapters.", "export"),
+    "privacy": (
+        "coordinator.cli.privacy",
+        "privacy",
+        "Plan a federation's noise and its epsilon.",
+        "coordinator",
+    ),
     "seeds": ("simulations.cli.seeds", "seeds", "Compare finished runs of one scenario.", "simulations"),
     "simulate": (
         "simulations.cli.simulate",

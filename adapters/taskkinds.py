@@ -64,11 +64,28 @@ def vector_spec(
             raise ConfigError("sums of an analytic head have no noise: set analytic.rounds to 0", about="privacy")
         head = ClassifierHead.of(layout)
         return analytic.moment_spec(head, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients)
-    shared = shared_layout(layout, given)
+    return updates_spec(
+        shared_layout(layout, given),
+        clip_norm=clip_norm,
+        weight_cap=weight_cap,
+        ring_bits=ring_bits,
+        max_clients=max_clients,
+        noise=noise,
+    )
+
+
+def updates_spec(
+    layout: Layout, *, clip_norm: float, weight_cap: int, ring_bits: int, max_clients: int, noise: float = 0.0
+) -> VectorSpec:
+    """The sums of one round of training. ``layout``: of the shared tensors; the others as of ``vector_spec``.
+
+    Raises:
+        ConfigError: The ring cannot hold the sums, or cannot count examples one by one.
+    """
     if noise:
-        return noisy_spec(shared, clip_norm=clip_norm, noise=noise, ring_bits=ring_bits, max_clients=max_clients)
+        return noisy_spec(layout, clip_norm=clip_norm, noise=noise, ring_bits=ring_bits, max_clients=max_clients)
     return contribution_spec(
-        shared, clip_norm=clip_norm, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients
+        layout, clip_norm=clip_norm, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients
     )
 
 

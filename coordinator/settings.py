@@ -11,8 +11,8 @@ from adapters.analytic import AnalyticTask
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.settings import Settings
-from adapters.task import Task, contribution_spec
-from adapters.taskkinds import AnyTask
+from adapters.task import Task
+from adapters.taskkinds import AnyTask, updates_spec
 from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.graph import GraphParameters
@@ -185,7 +185,7 @@ class Aggregation(Settings):
             layout: Of the adapter.
             base_digest: Of the frozen base.
             rounds: Of the session.
-            task: Of the session's rounds; None: one in which updates of all tensors are summed, without noise.
+            task: Of the session's rounds; None: one in which updates of all tensors are summed.
             privacy: Mechanism and delta of a session with noise.
             noise_multiplier: Of such a session: see ``PrivacySettings``.
 
@@ -200,7 +200,7 @@ class Aggregation(Settings):
             text = f"a sum of {survivors} devices has no honest one: lower corrupt_fraction"
             raise ConfigError(text, about="aggregation.corrupt_fraction", value=self.corrupt_fraction)
         noise = noise_multiplier * self.clip_norm / math.sqrt(honest) if noisy else 0.0
-        vector_spec = contribution_spec if task is None else partial(taskkinds.vector_spec, task, noise=noise)
+        vector_spec = partial(updates_spec if task is None else partial(taskkinds.vector_spec, task), noise=noise)
         weight_cap = 1 if noisy else self.weight_cap
         return SessionSpec(
             rounds=rounds,
@@ -362,7 +362,9 @@ class FederationSettings(Settings):
         """Largest weight of one device in a session."""
         return 1 if self.privacy.noisy else self.aggregation.weight_cap
 
-    def session_spec(self, devices: int, layout: Layout, base_digest: str, rounds: int, task: AnyTask) -> SessionSpec:
+    def session_spec(
+        self, devices: int, layout: Layout, base_digest: str, rounds: int, task: AnyTask | None = None
+    ) -> SessionSpec:
         """The parameters of a session, as ``Aggregation.spec``; noise is calibrated to the federation's ``rounds``.
 
         Raises:

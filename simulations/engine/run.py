@@ -249,6 +249,7 @@ def _result(
         population=population,
         clients=tuple(clients),
         rounds=tuple(map(_reported, registry.rounds())),
+        delta=scenario.federation.privacy.delta if scenario.federation.privacy.noisy else None,
         adapter={
             "version": last.version,
             "sha256": last.sha256,
@@ -284,4 +285,5 @@ def _reported(record: RoundRecord) -> ReportedRound:
         seconds=record.seconds,
         metrics=record.metrics,
         version=record.version,
+        epsilon=record.epsilon,
     )

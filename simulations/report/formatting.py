@@ -145,6 +145,15 @@ def dropouts(rounds: Sequence[ReportedRound]) -> str:
     return text + (f"; {count(aborted, 'round')} aborted" if aborted else "")
 
 
+def privacy(result: RunResult) -> tuple[str, str]:
+    """The epsilon of all rounds, or none; and what that means."""
+    known = [r.epsilon for r in result.rounds if r.epsilon is not None]
+    if result.delta is None or not known:
+        return "none", "nothing bounds what the sums say about one device"
+    rounds = count(len(result.rounds), "round")
+    return f"epsilon {known[-1]:.2f}", f"for delta {result.delta:g} after {rounds}, for everything of one device"
+
+
 def reliability(found: Mapping[str, Reliability]) -> tuple[str, str]:
     """How often each arm is right when it says 90 %, and the calibration errors; the personal arm comes first."""
     arms = list(found.items())[::-1]

@@ -44,6 +44,7 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
         traffic=formatting.TrafficMeans.of(result),
         reliability=formatting.reliability(result.reliability),
         dropouts=formatting.dropouts(result.rounds),
+        privacy=formatting.privacy(result),
         dropout_count=sum(dropouts_by_step(result.rounds).values()),
         figures={
             "clients": figures.clients(result),

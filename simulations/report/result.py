@@ -44,6 +44,7 @@ class ReportedRound:
     seconds: float
     metrics: dict[str, float]  # accuracy and loss of the adapter that the round began with, on validation parts; …
     version: int | None  # of the adapter that the round produced
+    epsilon: float | None  # what all sums so far may have revealed of a device; None without differential privacy
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class RunResult:
     population: int  # clients in all
     clients: tuple[ClientResult, ...]  # that were evaluated
     rounds: tuple[ReportedRound, ...]
+    delta: float | None  # for which the epsilon of the rounds is stated; None without differential privacy
     adapter: dict[str, int | str]  # version, sha256, bytes, elements
     base: dict[str, int | str]  # digest, bytes
     bundle: str
@@ -97,7 +99,7 @@ def device_rounds(rounds: Iterable[ReportedRound]) -> int:
 def dropouts_by_step(rounds: Iterable[ReportedRound]) -> dict[str, int]:
     """How many device-rounds ended early, by step, in the order of the protocol; a step without a dropout is absent.
 
-    >>> r = ReportedRound(1, (), {"en-01": "unmask", "de-02": "plan", "fr-01": "plan"}, None, 0, 0, 0.0, {}, None)
+    >>> r = ReportedRound(1, (), {"en-01": "unmask", "de-02": "plan", "fr-01": "plan"}, None, 0, 0, 0.0, {}, None, None)
     >>> dropouts_by_step([r])
     {'plan': 2, 'unmask': 1}
     """

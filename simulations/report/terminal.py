@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.settings import FederationSettings
 from simulations.data.summary import DataSummary, lines
 from simulations.report.authors import LanguageResult
 from simulations.report.authors import summary as authors
@@ -25,6 +26,7 @@ from simulations.report.formatting import (
     percent,
     plain,
     printable,
+    privacy,
     reliability,
     share,
     size,
@@ -93,6 +95,7 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
         ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
         ("adapter", layers if writes else f"{layers}, and a classification head"),
         ("rounds", f"{rounds}; {adversary} secure aggregation"),
+        ("privacy", _noise(federation)),
         ("arms", f"base      the frozen model{head}, no training"),
         (
             "",
@@ -104,6 +107,16 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
         ("evaluated", f"at most {count(scenario.evaluation.clients, 'client')}, chosen by the seed"),
         ("folder", str(out)),
     ]
+
+
+def _noise(federation: FederationSettings) -> str:
+    privacy = federation.privacy
+    if not privacy.noisy:
+        return "none: nothing bounds what the sums say about one device"
+    amount = f"epsilon {privacy.epsilon:g}" if privacy.epsilon else f"noise multiplier {privacy.noise_multiplier:g}"
+    return (
+        f"{privacy.mechanism} noise, {amount}, delta {privacy.delta:g}, clip norm {federation.aggregation.clip_norm:g}"
+    )
 
 
 def print_table(result: RunResult, console: Console, program: str = "edgeadapt") -> None:
@@ -139,13 +152,14 @@ def _accuracy(result: RunResult) -> Table:
     return table
 
 
-def _facts(result: RunResult, program: str) -> list[tuple[str, str]]:
+def _facts(result: RunResult, program: str) -> list[tuple[str, str | Text]]:
     traffic = TrafficMeans.of(result)
     says, errors = reliability(result.reliability)
     return [
         ("up", _traffic(traffic.up, traffic.model)),
         ("down", _traffic(traffic.down, traffic.model)),
         ("dropouts", dropouts(result.rounds)),
+        ("privacy", Text.assemble((privacy(result)[0], "bold"), f": {privacy(result)[1]}")),
         ("time", _time(result.seconds)),
         ("parity", _parity(result.parity)),
         ("exported", accuracies(result.parity)),

@@ -38,6 +38,7 @@ def _round(rng: np.random.Generator, number: int, names: tuple[str, ...]) -> Rep
             "loss": float(2.1 - 1.4 * progress),
         },
         version=number,
+        epsilon=None,
     )
 
 
@@ -55,6 +56,7 @@ def make_result() -> Callable[..., RunResult]:
             population=clients,
             clients=members,
             rounds=tuple(_round(rng, number, names) for number in range(1, rounds + 1)),
+            delta=None,
             adapter={"version": rounds, "sha256": "3b" * 32, "bytes": 412_312, "elements": 98_304},
             base={"digest": "a7" * 32, "bytes": 90_868_376},
             bundle="runs/households/bundle",

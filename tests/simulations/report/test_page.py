@@ -34,6 +34,14 @@ def test_the_page_has_the_headline_and_every_number_of_the_table(result: RunResu
     assert "edgeadapt device infer --bundle runs/households/bundle &#34;turn on the kitchen lights&#34;" in html
 
 
+def test_the_page_states_epsilon_by_round_and_in_bold_where_nothing_is_bounded(result: RunResult, html: str) -> None:
+    assert "<dt>differential privacy</dt><dd><strong>none</strong><small>nothing bounds" in html
+    rounds = tuple(replace(each, epsilon=0.5 * each.round) for each in result.rounds)
+    found = page(replace(result, rounds=rounds, delta=1e-6))
+    assert "<dd><strong>epsilon 5.00</strong><small>for delta 1e-06 after 10 rounds" in found
+    assert all(f"<td>{0.5 * number:.2f}</td>" in found for number in range(1, 11))
+
+
 def test_the_page_loads_nothing_and_runs_nothing(html: str) -> None:
     seen = outline(html).seen
     assert "//" not in html

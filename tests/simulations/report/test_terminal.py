@@ -41,6 +41,13 @@ def test_the_lines_below_the_table_have_the_costs_and_the_next_command(result: R
     assert text.endswith('edgeadapt device infer --bundle runs/households/bundle "turn on the kitchen lights"\n')
 
 
+def test_the_privacy_of_the_rounds_is_stated_also_where_nothing_is_bounded(result: RunResult) -> None:
+    assert "privacy    none: nothing bounds what the sums say about one device\n" in printed(result)
+    rounds = tuple(replace(each, epsilon=0.5 * each.round) for each in result.rounds)
+    text = printed(replace(result, rounds=rounds, delta=1e-6))
+    assert "privacy    epsilon 5.00: for delta 1e-06 after 10 rounds, for everything of one device\n" in text
+
+
 def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> None:
     out = StringIO()
     federation = {"rounds": 7, "training": {"epochs": 2, "learning_rate": 0.01}}

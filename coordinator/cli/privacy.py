@@ -1,0 +1,124 @@
+"""``edgeadapt privacy``: what differential privacy costs, before a federation is run."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adapters.settings import overridden
+from aggregation.errors import ConfigError
+
+if TYPE_CHECKING:
+    from coordinator.settings import FederationSettings
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+HEAD = "devices  survive  honest  multiplier  epsilon  if all survive  noise/clip norm  bits  bytes up"
+
+
+@dataclass(frozen=True, slots=True)
+class CohortPlan:
+    """What a cohort of one size costs.
+
+    Args:
+        devices: Of the cohort.
+        minimum_survivors: Of a round.
+        honest: Devices whose noise counts, of these.
+        noise_multiplier: Standard deviation of their noise over the clip norm.
+        epsilon: Of all rounds, if no more devices survive.
+        epsilon_all: Of all rounds, if every device survives.
+        noise: Norm of the noise in the mean of all devices over the clip norm, which no mean exceeds.
+        ring_bits: Of an element.
+        bytes_up: Of an update of one device.
+    """
+
+    devices: int
+    minimum_survivors: int
+    honest: int
+    noise_multiplier: float
+    epsilon: float
+    epsilon_all: float
+    noise: float
+    ring_bits: int
+    bytes_up: int
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def privacy() -> None:
+    """Plan the differential privacy of a federation.
+
+    \b
+    Example:
+      edgeadapt privacy plan --numbers 50000 --set privacy.mechanism=skellam --set privacy.epsilon=8
+    """
+
+
+@privacy.command(short_help="Print noise and epsilon for sizes of a cohort.")
+@click.option("--numbers", type=click.IntRange(1, 2**27), required=True, help="Numbers in an update.")
+@click.option(
+    "--devices",
+    type=click.IntRange(3, 10_000),
+    multiple=True,
+    default=(10, 100, 1000),
+    show_default=True,
+    help="Devices of a cohort; may be repeated.",
+)
+@click.option("--settings", type=FILE, metavar="FILE", help="A federation.toml; the defaults without it.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of the settings; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(
+    numbers: int, devices: tuple[int, ...], settings: Path | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Print, for each size of a cohort, the noise and the epsilon of all rounds, and how large the noise is.
+
+    The accuracy that noise costs depends on the task, and a scenario measures it. Compare the noise of the mean with
+    the updates: a mean has at most the clip norm, and one of unlike updates much less.
+
+    \b
+    Examples:
+      edgeadapt privacy plan --numbers 50000 --set privacy.mechanism=skellam --set privacy.epsilon=8 --set rounds=5
+      edgeadapt privacy plan --numbers 50000 --settings fleet/federation.toml --devices 40 --devices 400
+    """
+    from coordinator.settings import FederationSettings
+
+    given = FederationSettings.read(settings, overrides) if settings else None
+    wanted = given or FederationSettings.parse(overridden({}, overrides), "--set")
+    if not wanted.privacy.noisy:
+        text = "the sums would have no noise: name privacy.mechanism and privacy.epsilon or privacy.noise_multiplier"
+        raise ConfigError(text, about="privacy.mechanism")
+    rows = [_row(wanted, numbers, count) for count in devices]
+    if as_json:
+        found = [asdict(row) for row in rows]
+        click.echo(json.dumps({"rounds": wanted.rounds, "delta": wanted.privacy.delta, "plans": found}))
+        return
+    click.echo(f"{wanted.rounds} rounds of {wanted.privacy.mechanism} noise, delta {wanted.privacy.delta:g}")
+    click.echo(HEAD)
+    for row in rows:
+        click.echo(
+            f"{row.devices:>7}  {row.minimum_survivors:>7}  {row.honest:>6}  {row.noise_multiplier:>10.3f}  "
+            f"{row.epsilon:>7.3f}  {row.epsilon_all:>14.3f}  {row.noise:>15.3f}  {row.ring_bits:>4}  {row.bytes_up:>8,}"
+        )
+
+
+def _row(settings: "FederationSettings", numbers: int, devices: int) -> CohortPlan:
+    from adapters.layout import Layout, TensorSpec
+    from aggregation.ring import packed_size
+
+    spec = settings.session_spec(devices, Layout((TensorSpec("update", (numbers,)),)), "0" * 64, 1)
+    (segment,), delta = spec.vector.segments, settings.privacy.delta
+    fewest, most = (
+        spec.spent(count).times(settings.rounds).epsilon(delta) for count in (spec.minimum_survivors, devices)
+    )
+    return CohortPlan(
+        devices=devices,
+        minimum_survivors=spec.minimum_survivors,
+        honest=spec.honest(spec.minimum_survivors),
+        noise_multiplier=spec.noise_multiplier(),
+        epsilon=fewest,
+        epsilon_all=most,
+        noise=segment.noise * math.sqrt(numbers / devices) / spec.clip_norm,
+        ring_bits=spec.vector.ring_bits,
+        bytes_up=packed_size(numbers, spec.vector.ring_bits),
+    )

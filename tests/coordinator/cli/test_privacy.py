@@ -1,0 +1,53 @@
+"""``edgeadapt privacy plan`` states what sessions of these settings account for."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from adapters.layout import Layout, TensorSpec
+from aggregation.errors import ConfigError
+from coordinator.cli.privacy import privacy
+from coordinator.settings import FederationSettings, PrivacySettings
+from tests.support import refused
+
+NOISY = ("--set", "privacy.mechanism=skellam", "--set", "privacy.epsilon=4.0", "--set", "rounds=3")
+
+
+def invoke(*arguments: str) -> str:
+    done = CliRunner().invoke(privacy, ["plan", "--numbers", "2000", *arguments])
+    if done.exception:
+        raise done.exception
+    return done.output
+
+
+def test_a_plan_is_that_of_the_session_and_epsilon_is_met(tmp_path: Path) -> None:
+    (found,) = json.loads(invoke(*NOISY, "--devices", "30", "--json"))["plans"]
+    settings = FederationSettings(rounds=3, privacy=PrivacySettings(mechanism="skellam", epsilon=4.0))
+    spec = settings.session_spec(30, Layout((TensorSpec("update", (2000,)),)), "0" * 64, 1)
+    assert found["noise_multiplier"] == spec.noise_multiplier()
+    assert found["epsilon"] == spec.spent(spec.minimum_survivors).times(3).epsilon(1e-6) <= 4.0
+    assert found["epsilon_all"] == spec.spent(30).times(3).epsilon(1e-6) < found["epsilon"]
+    assert found["noise"] == pytest.approx(spec.vector.segments[0].noise * math.sqrt(2000 / 30) / spec.clip_norm)
+    path = tmp_path / "federation.toml"
+    path.write_text(settings.to_toml())
+    assert json.loads(invoke("--settings", str(path), "--devices", "30", "--json"))["plans"] == [found]
+
+
+def test_a_plan_has_a_line_for_each_cohort() -> None:
+    lines = invoke(*NOISY, "--devices", "8", "--devices", "80").splitlines()
+    assert lines[0] == "3 rounds of skellam noise, delta 1e-06"
+    assert [line.split()[0] for line in lines[1:]] == ["devices", "8", "80"]
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_a_plan_without_noise_is_refused() -> None:
+    with refused(ConfigError, "privacy.mechanism"):
+        invoke()
+
+
+def test_a_cohort_that_needs_more_bits_is_refused() -> None:
+    with refused(ConfigError, "vector.ring_bits"):
+        invoke(*NOISY, "--devices", "10000", "--set", "aggregation.ring_bits=16", "--set", "privacy.epsilon=0.01")
