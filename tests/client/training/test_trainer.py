@@ -269,10 +269,8 @@ def test_without_held_out_examples_a_device_keeps_the_personal_adapter(trainer: 
 def test_each_method_makes_its_personal_adapter_from_the_global_one(
     trainer: Trainer, start: Tensors, method: PersonalMethod
 ) -> None:
-    shared, own = (
-        trainer.train(start, EXAMPLES[:4], TASK, epochs=1, rng=rng()),
-        [e for e in MINE if e.split is Split.TRAIN],
-    )
+    shared = trainer.train(start, EXAMPLES[:4], TASK, epochs=1, rng=rng())
+    own = [e for e in MINE if e.split is Split.TRAIN]
     how = PersonalStep(2, HEAD_SCALE, method, share=0.25, choice=Choice.NEVER)
     kept = personalize(trainer, {Candidate.BASE: start, Candidate.GLOBAL: shared}, MINE, TASK, how, rng=rng())
     tuned = trainer.train(shared, own, TASK, epochs=2, rng=rng())
