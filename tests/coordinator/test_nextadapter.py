@@ -1,0 +1,68 @@
+"""From a sum to the next adapter: in a round of Fed-SB, each server optimizer steps R and never A."""
+
+import numpy as np
+import pytest
+
+from adapters.layout import Layout, Tensors
+from adapters.lorasb import frozen_factor
+from adapters.manifest import PeftConfig
+from adapters.parts import Part
+from adapters.task import Task, shared_layout
+from aggregation.vector import Segment, VectorSpec
+from coordinator import optimizer
+from coordinator.nextadapter import next_adapter, state_size
+from coordinator.optimizer import FedAdam, FedAvg, FedAvgM
+from tests.support.fleet import ADAPTER, session_spec
+
+A, B, HEAD = "layer.query.lora_A.weight", "layer.query.lora_B.weight", "classifier.weight"
+R = "layer.query.lora_R.weight"
+TASK = Task(
+    PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 4, 1e-6, 0.0, 0.0, (Part.R, Part.HEAD), (Part.R, Part.HEAD)
+)
+WEIGHT, DEVICES = 40.0, 4
+
+
+def adapter() -> Tensors:
+    rng = np.random.default_rng(1)
+    return {
+        name: rng.normal(size=shape).astype(np.float32) for name, shape in {A: (2, 5), B: (6, 2), HEAD: (2, 5)}.items()
+    }
+
+
+@pytest.mark.parametrize("rule", [FedAvg(0.5), FedAvgM(1.0, 0.9), FedAdam(0.1)])
+def test_the_mean_of_squares_moves_b_by_its_product_with_the_frozen_factor(rule: optimizer.Settings) -> None:
+    before = adapter()
+    layout = shared_layout(Layout.of(before), TASK)
+    assert [spec.name for spec in layout.tensors] == [HEAD, R]
+    size = state_size(TASK, Layout.of(before))
+    vector = VectorSpec((Segment("delta", size, 400.0), Segment("weight", 1, 100.0)), ring_bits=40, max_clients=DEVICES)
+    spec = session_spec(DEVICES, vector=vector)
+    state, tensors = optimizer.start(rule, size), before
+    reference, vector_before = (
+        optimizer.start(rule, size),
+        layout.flatten({HEAD: before[HEAD], R: np.zeros((2, 2), np.float32)}),
+    )
+    for mean in np.random.default_rng(2).normal(scale=0.1, size=(2, size)):
+        sums = {"delta": WEIGHT * mean, "weight": np.array([WEIGHT])}
+        state, after = next_adapter(spec, TASK, rule, state, tensors, sums=sums, survivors=DEVICES, digest=ADAPTER)
+        reference, stepped = optimizer.step(rule, reference, vector_before, mean.astype(np.float32))
+        moved = layout.unflatten(stepped)
+        assert after.keys() == before.keys()
+        assert np.array_equal(after[A], before[A])
+        expected = tensors[B] + frozen_factor(B, (6, 2)) @ moved[R]
+        np.testing.assert_allclose(after[B], expected, atol=1e-4)
+        np.testing.assert_allclose(after[HEAD], moved[HEAD], atol=1e-4)
+        assert np.abs(after[B] - tensors[B]).max() > 1e-2
+        tensors, vector_before = after, layout.flatten({HEAD: moved[HEAD], R: np.zeros((2, 2), np.float32)})
+
+
+def test_what_would_grow_without_limit_is_clipped() -> None:
+    before = adapter() | {B: np.full((6, 2), optimizer.LARGEST, np.float32)}
+    size = state_size(TASK, Layout.of(before))
+    vector = VectorSpec((Segment("delta", size, 400.0), Segment("weight", 1, 100.0)), ring_bits=40, max_clients=DEVICES)
+    sums = {"delta": np.full(size, WEIGHT * 0.5), "weight": np.array([WEIGHT])}
+    rule, spec = FedAvg(1000.0), session_spec(DEVICES, vector=vector)
+    _, after = next_adapter(
+        spec, TASK, rule, optimizer.start(rule, size), before, sums=sums, survivors=DEVICES, digest=ADAPTER
+    )
+    assert np.abs(after[B]).max() == optimizer.LARGEST
