@@ -184,10 +184,13 @@ def app_fleet_of(tmp_path: Path, tiny_base: Any, one_thread: None) -> Callable[.
 
     count = 0
 
-    def make(devices: int = 8, *, unseen: int = 1, seed: int = 0, **federation: Any) -> TinyFleet:
+    def make(
+        devices: int = 8, *, unseen: int = 1, seed: int = 0, adapter: Mapping[str, Any] | None = None, **federation: Any
+    ) -> TinyFleet:
         nonlocal count
         count += 1
-        settings = {"name": "tiny", "seed": seed, "base": {"model": str(tiny_base.folder)}, "adapter": {"rank": 2}}
+        settings = {"name": "tiny", "seed": seed, "base": {"model": str(tiny_base.folder)}}
+        settings |= {"adapter": adapter or {"rank": 2}}
         scenario, population = Scenario.parse(settings, "tiny"), _population(devices, unseen)
         made = TinyFleet(tmp_path / f"fleet-{count}", scenario, population, tiny_base)
         provision.provision(made.out, scenario, population, tiny_base)

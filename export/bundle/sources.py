@@ -11,6 +11,7 @@ from adapters.manifest import Task
 from adapters.peft.folder import read_peft
 from adapters.peft.inputs import is_saved
 from adapters.peft.lowrank import trimmed
+from adapters.peft.methods import from_peft_tensors
 from adapters.peftconfig import PeftConfig
 from adapters.registryfiles import SIGNING_KEY, RegistryFiles
 from aggregation.errors import ConfigError, DataError
@@ -69,6 +70,7 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
     if found is None:
         which = "is empty" if version is None else f"has no version {version}"
         raise DataError(f"the registry in {state_dir} {which}", about="version", value=version)
+    tensors = from_peft_tensors(registry.tensors(found), found.peft_config, {})
     return Origin(
         found.peft_config,
         found.labels,
@@ -77,7 +79,7 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
         found.base_digest,
         None,
         None,
-        registry.tensors(found),
+        tensors,
     )
 
 

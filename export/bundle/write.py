@@ -6,7 +6,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from shutil import copyfile
@@ -147,7 +147,7 @@ def add(
             about="version",
             value=origin.version,
         )
-    source = _source(name, origin, temperature)
+    source = source_of(name, origin, temperature=temperature)
     add_adapter(bundle, AdapterInputs.of_tensors(origin.peft_config, origin.tensors), source, key=key, form=form)
     return _written(bundle, name)
 
@@ -185,9 +185,7 @@ def create(
         ConfigError, DataError: As ``write_bundle``, or the adapter is for another base.
     """
     origin = fitted(origin, exported.base_digest, exported.slots)
-    inputs = AdapterInputs.of_tensors(origin.peft_config, origin.tensors)
-    source = replace(_source(name, origin, temperature), adapter_inputs=inputs)
-    write_bundle(bundle, exported, [source], key=key, form=form, once=True)
+    write_bundle(bundle, exported, [source_of(name, origin, temperature=temperature)], key=key, form=form, once=True)
     return _written(bundle, name)
 
 
@@ -215,15 +213,22 @@ def device_inputs(origin: Origin, base: BaseManifest, form: Format) -> Tensors:
     return adapter.decode(adapter.encode(*adapter.completed(origin.tensors, inputs, base.slots), form), form)
 
 
-def _source(name: str, origin: Origin, temperature: float) -> AdapterSource:
+def source_of(name: str, origin: Origin, *, parent: str | None = None, temperature: float = 1.0) -> AdapterSource:
+    """``origin`` as an adapter ``name`` of a bundle; ``parent`` and ``temperature`` as ``AdapterSource`` has them.
+
+    Raises:
+        DataError: The tensors of ``origin`` are not those of its configuration.
+    """
     return AdapterSource(
         name,
         origin.tensors,
         origin.labels,
         origin.version,
         origin.sha256,
-        peft_config=origin.peft_config,
-        temperature=temperature,
+        parent,
+        origin.peft_config,
+        temperature,
+        AdapterInputs.of_tensors(origin.peft_config, origin.tensors),
     )
 
 

@@ -6,7 +6,7 @@ itself and never sends it to the coordinator.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,20 @@ import numpy as np
 from adapters import classifier, files, storage
 from adapters.base import Base
 from adapters.calibration import Labels, confidences, expected_calibration_error, fit
-from adapters.layout import Floats, Tensors
+from adapters.layout import Floats
+from adapters.peft.inputs import AdapterInputs
+from adapters.peft.methods import from_peft_tensors
 from aggregation.pki.identity import IdentityKey
 from client.node import statedir as device_files
 from client.training.trainer import load_trainer
 from coordinator import statedir as coordinator_files
-from export.bundle import adapter
-from export.bundle.write import AdapterSource, add_adapter, copy_bundle, write_bundle
+from export.bundle.base import wanted
+from export.bundle.sources import Origin, from_registry
+from export.bundle.trained import resolved
+from export.bundle.write import add_adapter, copy_bundle, device_inputs, source_of, write_bundle
 from export.onnx.classifier import export_classifier
 from export.onnx.exported import ExportedBase, Profile
+from export.onnx.slotted import with_mean_head
 from export.parity import compare
 from export.parity.compare import Limits, OnnxRunner, Parity, limits_of
 from export.parity.temperature import FEWEST
@@ -62,31 +67,29 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
     Raises:
         ParityError: The answers of the exported pair differ too much from those of torch; no bundle was written.
     """
-    registry = provision.registry(out)
-    version = registry.latest() or registry.version(0)
-    tensors = registry.tensors(version.manifest.version)
-    model = load_trainer(base, len(population.labels), provision.lora(scenario)).model
-    exported = export_classifier(model, base, Profile(scenario.export.profile))
+    origin = resolved(from_registry(out / provision.COORDINATOR, None, None), base)
+    model = load_trainer(base, len(population.labels), origin.peft_config).model
+    profile, slots = Profile(scenario.export.profile), wanted(base, origin).slots
+    exported = export_classifier(with_mean_head(base, slots), base, profile)
     runner = OnnxRunner.open(exported.folder, exported.manifest)
-    classifier.load(model, tensors)
+    classifier.load(model, provision.registry(out).tensors(origin.version))
     tests = [example for client in population.clients for example in client.test]
-    inputs, texts, labels = _on_device(tensors, exported), _texts(tests), _labels(tests)
+    inputs, texts, labels = device_inputs(origin, exported.manifest, "int8"), _texts(tests), _labels(tests)
     found = compare.compare(model, runner, inputs, texts, labels=labels.tolist())
     compare.gate(found, _limits(scenario))
     logits = runner.classify(texts, inputs)
     key = IdentityKey.from_pem((out / provision.COORDINATOR / coordinator_files.KEY).read_bytes())
-    manifest = version.manifest
-    source = AdapterSource(
-        GLOBAL, tensors, population.labels, manifest.version, manifest.sha256, peft_config=manifest.peft_config
-    )
-    write_bundle(out / BUNDLE, exported, [source], key=key)
+    write_bundle(out / BUNDLE, exported, [source_of(GLOBAL, origin)], key=key)
     storage.replace(out / device_files.TRUST, key.public.to_pem(), storage.PUBLIC)
-    personal = [_write_device_bundle(out, client, exported, source, runner) for client in population.clients]
+    own = {client.name: _personal(out, client, origin, base) for client in population.clients}
+    personal = [
+        _write_device_bundle(out, client, exported, origin, own[client.name], runner) for client in population.clients
+    ]
     return ExportOutcome(
         provision.device_folder(out, population.clients[0].name) / BUNDLE,
         found,
         {
-            GLOBAL: reliability(logits, labels, np.full(len(labels), source.temperature)),
+            GLOBAL: reliability(logits, labels, np.ones(len(labels), np.float32)),
             PERSONAL: reliability(
                 np.concatenate([answers for answers, _ in personal if len(answers)]),
                 labels,
@@ -96,7 +99,7 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
         {
             client.name: answers
             for client in population.clients
-            if (answers := _plain_answers(out, client, population.labels, exported, runner))
+            if (answers := _plain_answers(client, own[client.name], exported, runner))
         },
     )
 
@@ -146,25 +149,25 @@ def _limits(scenario: Scenario) -> Limits:
     return limits_of(scenario.export.profile, "text-classification") if minimum == "profile" else Limits(minimum)
 
 
-def _on_device(tensors: Tensors, exported: ExportedBase) -> Tensors:
-    """The adapter as a device reads it back from its int8 file."""
-    return adapter.decode(adapter.encode(tensors, exported.adapter_inputs), "int8")
+def _personal(out: Path, client: Client, origin: Origin, base: Base) -> Origin:
+    """A client's own adapter, which was trained from the global one."""
+    blob = (provision.device_folder(out, client.name) / device_files.PERSONAL).read_bytes()
+    tensors = from_peft_tensors(files.decode(blob), origin.peft_config, {})
+    return resolved(replace(origin, tensors=tensors, sha256=files.sha256(blob)), base)
 
 
-def _plain_answers(
-    out: Path, client: Client, labels: Sequence[str], exported: ExportedBase, runner: OnnxRunner
-) -> PlainAnswers | None:
-    phrases = {intent: text for intent, text in plain_phrases().get(client.language, {}).items() if intent in labels}
+def _plain_answers(client: Client, own: Origin, exported: ExportedBase, runner: OnnxRunner) -> PlainAnswers | None:
+    plain = plain_phrases().get(client.language, {})
+    phrases = {intent: text for intent, text in plain.items() if intent in own.labels}
     if not phrases:
         return None
-    own = files.decode((provision.device_folder(out, client.name) / device_files.PERSONAL).read_bytes())
-    best = runner.classify([*phrases.values()], _on_device(own, exported)).argmax(axis=1)
-    right = sum(labels[answer] == intent for answer, intent in zip(best, phrases, strict=True))
+    best = runner.classify([*phrases.values()], device_inputs(own, exported.manifest, "int8")).argmax(axis=1)
+    right = sum(own.labels[answer] == intent for answer, intent in zip(best, phrases, strict=True))
     return PlainAnswers(right, len(phrases))
 
 
 def _write_device_bundle(
-    out: Path, client: Client, exported: ExportedBase, common: AdapterSource, runner: OnnxRunner
+    out: Path, client: Client, exported: ExportedBase, common: Origin, own: Origin, runner: OnnxRunner
 ) -> tuple[Floats, float]:
     """Copy the coordinator's bundle into a device's state directory, and add the device's own adapter to it.
 
@@ -173,21 +176,10 @@ def _write_device_bundle(
     """
     folder = provision.device_folder(out, client.name)
     copy_bundle(out / BUNDLE, folder / BUNDLE)
-    blob = (folder / device_files.PERSONAL).read_bytes()
     identity = IdentityKey.from_pem((folder / device_files.IDENTITY).read_bytes())
-    tensors = files.decode(blob)
-    inputs = _on_device(tensors, exported)
+    inputs = device_inputs(own, exported.manifest, "int8")
     held_out = runner.classify(_texts(client.validation), inputs)
-    temperature = personal_temperature(held_out, _labels(client.validation), common.temperature)
-    private = AdapterSource(
-        PERSONAL,
-        tensors,
-        common.labels,
-        common.version,
-        files.sha256(blob),
-        common.sha256,
-        common.peft_config,
-        temperature,
-    )
-    add_adapter(folder / BUNDLE, exported.adapter_inputs, private, key=identity)
+    temperature = personal_temperature(held_out, _labels(client.validation), 1.0)
+    private = source_of(PERSONAL, own, parent=common.sha256, temperature=temperature)
+    add_adapter(folder / BUNDLE, AdapterInputs.of_tensors(own.peft_config, own.tensors), private, key=identity)
     return runner.classify(_texts(client.test), inputs), temperature

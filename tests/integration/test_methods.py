@@ -1,0 +1,162 @@
+"""Each adapter method that is trained, through the real apps: secure aggregation, an audit, plain peft and a bundle."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from adapters import causal, pretrained
+from adapters.classifier import PhraseClassifier, padded
+from adapters.layout import Layout
+from adapters.parts import Part, part_of
+from adapters.peft.folder import to_peft
+from client.training.examples import Example, Split
+from client.training.language import load_language_trainer
+from client.training.trainer import load_trainer
+from coordinator.audit import AuditInput, AuditOptions, Check, Status
+from export.bundle.base import wanted
+from export.bundle.sources import from_registry
+from export.bundle.trained import resolved
+from export.bundle.write import device_inputs
+from export.causal import export_causal
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import Profile
+from export.onnx.slotted import with_mean_head
+from export.parity import compare
+from export.parity.compare import OnnxRunner
+from simulations.data.population import Client, LabelledText, Population
+from simulations.engine import provision
+from simulations.engine.grid import SERVER_NODE
+from simulations.scenario import Scenario
+from tests.conftest import TinyFleet
+from tests.support.models import llama, make_lm
+
+__all__ = ["llama", "make_lm"]  # fixtures
+
+FleetOf = Callable[..., Any]
+DEVICES = 4
+TEXTS = ["turn on the light", "stop the music"]
+METHODS: dict[str, dict[str, Any]] = {
+    "rslora": {"rank": 4},
+    "dora": {"rank": 2},
+    "ia3": {},
+    "ln_tuning": {},
+    "beft": {"targets": ["query", "value", "output.dense"]},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_federated_audited_opened_by_peft_and_exported(
+    app_fleet_of: FleetOf, tmp_path: Path, method: str
+) -> None:
+    settings = {"method": method, **METHODS[method]}
+    fleet = app_fleet_of(DEVICES, adapter=settings, aggregation__keep_masked_inputs=True, rounds=2)
+    records = fleet.federate(fleet.grid())
+    assert [record.version for record in records] == [1, 2]
+    registry = fleet.registry()
+    config, last = registry.version(2).manifest.peft_config, registry.tensors(2)
+    before = registry.tensors(0)
+    moved = {part_of(name) for name in last if not np.array_equal(last[name], before[name])}
+    assert moved == {part_of(name) for name in last} >= {Part.HEAD}
+    require_recomputed(fleet, 2)
+    trainer = load_trainer(fleet.base, len(fleet.population.labels), config)
+    assert trainer.layout == Layout.of(last)
+    expected = trainer.logits(last, TEXTS)
+    assert np.abs(expected - trainer.logits(before, TEXTS)).max() > 1e-3
+
+    origin = from_registry(fleet.out / "coordinator", None, None)
+    to_peft(origin.tensors, origin.peft_config, tmp_path / "peft")
+    encoder = pretrained.load(fleet.base, AutoModel)
+    plain = PhraseClassifier(encoder, encoder.config.hidden_size, len(fleet.population.labels))
+    opened = peft.PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
+    ids = [torch.tensor(trainer.tokenizer.encode(text).ids) for text in TEXTS]
+    with torch.no_grad():
+        found = opened(*padded(ids)).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    exported_from = resolved(origin, fleet.base)
+    slots = wanted(fleet.base, exported_from).slots
+    exported = export_classifier(with_mean_head(fleet.base, slots), fleet.base, Profile.FP32)
+    runner = OnnxRunner.open(exported.folder, exported.manifest)
+    answers = runner.classify(TEXTS, device_inputs(exported_from, exported.manifest, "fp32"))
+    np.testing.assert_allclose(answers, expected, atol=1e-4)
+
+
+def require_recomputed(fleet: Any, rounds: int) -> None:
+    """An audit recomputes each adapter from the masked inputs, bit for bit."""
+    reports = AuditInput.open(fleet.out / "coordinator", AuditOptions()).audit(unfinished=False)
+    (finding,) = (each for report in reports.values() for each in report.findings if each.check is Check.ADAPTERS)
+    assert finding.status is Status.PASS, finding
+    assert f"{rounds} of {rounds} recomputed" in finding.text
+
+
+AUTHORS = {"device-00": "abab ab", "device-01": "aab aab", "device-02": "ab abb", "device-03": "abba ab"}
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "dora": {"rank": 2},
+    "ia3": {},
+    "ln_tuning": {},
+    "beft": {},
+    "prompt_tuning": {"virtual_tokens": 4},
+    "prefix_tuning": {"virtual_tokens": 3},
+}
+
+
+def said(words: str, count: int) -> tuple[LabelledText, ...]:
+    return tuple(LabelledText(f"{words} " * (2 + number % 3), -1, "g") for number in range(count))
+
+
+@pytest.mark.parametrize("method", LANGUAGE)
+def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_exported(
+    language_fleet_of: FleetOf, llama: Any, tmp_path: Path, method: str
+) -> None:
+    fleet = language_fleet_of({"method": method, **LANGUAGE[method]})
+    records = fleet.federate(fleet.grid())
+    assert [record.version for record in records] == [1, 2]
+    require_recomputed(fleet, 2)
+    registry = fleet.registry()
+    config, before, last = registry.version(2).manifest.peft_config, registry.tensors(0), registry.tensors(2)
+    trainer = load_language_trainer(llama, config)
+    assert trainer.layout == Layout.of(last)
+    held_out = [Example(text.text, -1, Split.VALIDATION) for words in AUTHORS.values() for text in said(words, 3)]
+    assert trainer.score(last, held_out).loss < trainer.score(before, held_out).loss
+
+    origin = from_registry(fleet.out / "coordinator", None, None)
+    to_peft(origin.tensors, origin.peft_config, tmp_path / "peft")
+    opened = peft.PeftModel.from_pretrained(pretrained.load(llama, AutoModelForCausalLM), tmp_path / "peft").eval()
+    ids = torch.tensor([trainer.tokenizer.encode("abab ab").ids])
+    causal.load(trainer.model, last)
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids).logits[:, -ids.shape[1] :] for model in (opened, trainer.model))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+    exported_from = resolved(origin, llama)
+    exported = export_causal(llama, wanted(llama, exported_from).slots, Profile.FP32)
+    runner = OnnxRunner.open(exported.folder, exported.manifest)
+    inputs = device_inputs(exported_from, exported.manifest, "fp32")
+    parity = compare.compare(trainer.model, runner, inputs, [text.text for text in held_out])
+    assert parity.agreement == 1
+    assert parity.max_abs_diff < 1e-4
+
+
+@pytest.fixture
+def language_fleet_of(tmp_path: Path, llama: Any, one_thread: None) -> FleetOf:
+    def make(adapter: dict[str, Any]) -> TinyFleet:
+        clients = tuple(Client(name, "", False, said(words, 6), said(words, 2), ()) for name, words in AUTHORS.items())
+        population = Population((), (), clients)
+        settings = {"name": "authors", "base": {"model": str(llama.folder)}, "adapter": adapter}
+        scenario = Scenario.parse(settings, "test")
+        made = TinyFleet(tmp_path / "fleet", scenario, population, llama)
+        provision.provision(made.out, scenario, population, llama)
+        provision.Enrolment.of(made.out, scenario, population, llama).enrol_all()
+        made.configure({"rounds": 2, "training.learning_rate": 0.02, "training.epochs": 2})
+        made.configure({"aggregation.keep_masked_inputs": True})
+        folders = [str(provision.device_folder(made.out, name)) for name in AUTHORS]
+        made.nodes = dict(enumerate(folders, SERVER_NODE + 1))
+        return made
+
+    return make
