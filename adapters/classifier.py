@@ -1,27 +1,26 @@
-"""The trainable view of a frozen encoder: mean pooling, a linear head, and LoRA through peft on chosen projections.
+"""The trainable view of a frozen encoder: mean pooling, a linear head, and an adapter of one of peft's methods.
 
 One function builds it, so that the vendor's seed, every device and the exporter hold the same module with the same
 tensor names. Training loops live on the device (``client/training/trainer.py``), the ONNX graph in ``export/``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
-from transformers.pytorch_utils import Conv1D
 
 from adapters import pretrained
 from adapters.base import Base
-from adapters.graphinputs import PEFT_PREFIX
 from adapters.layout import Floats, Tensors
-from adapters.peftconfig import LoraSpec as LoraSpec
+from adapters.peftconfig import PeftConfig
+from adapters.trainable import adapted, initial
+from adapters.trainable import load as load
+from adapters.trainable import tensors as tensors
 from aggregation.errors import ConfigError
 
 MAX_TOKENS = 128  # of a text that is trained on or embedded
@@ -55,70 +54,24 @@ def pooled(states: Tensor, attention_mask: Tensor) -> Tensor:
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1.0)
 
 
-def build(base: Base, labels: int, lora: LoraSpec) -> PeftModel:
-    """The base with a fresh adapter, in evaluation mode: every parameter frozen but LoRA's and the head's.
+def build(base: Base, labels: int, config: PeftConfig) -> PeftModel:
+    """The base with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's and the head's.
 
     The fresh adapter has peft's own random values; ``load`` sets others, ``seeded`` makes the vendor's.
 
     Raises:
-        ConfigError: Fewer than two labels, a base that cannot be opened, no module of it bears a target's name, or one
-            that does is not a linear layer.
+        ConfigError: Fewer than two labels, a base that cannot be opened, virtual tokens, or as ``trainable.adapted``.
     """
     if labels < 2:
         raise ConfigError(f"a classifier needs at least two labels, got {labels}", about="labels", value=labels)
-    encoder = pretrained.load(base, AutoModel)
-    return adapted(PhraseClassifier(encoder, encoder.config.hidden_size, labels), lora, modules_to_save=["classifier"])
-
-
-def adapted(model: nn.Module, lora: LoraSpec, **settings: Any) -> PeftModel:
-    """A frozen model with a fresh LoRA adapter on linear layers, in evaluation mode.
-
-    Args:
-        model: In evaluation mode.
-        lora: Of the adapter.
-        settings: Others of peft's ``LoraConfig``.
-
-    Raises:
-        ConfigError: No module of it bears a target's name, or one that does is not a linear layer.
-    """
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), **settings)
-    try:
-        found = get_peft_model(model, config).eval()
-    except ValueError as error:
-        names = pretrained.layer_names(model)
+    if config.num_virtual_tokens:
         raise ConfigError(
-            f"the base has no module named as in {list(lora.targets)}; it has {names}", about="target_modules"
-        ) from error
-    _require_linear(found)
-    return found
-
-
-def _require_linear(model: PeftModel) -> None:
-    """Return if LoRA adapts linear layers only: the update of an embedding names the tokens of the examples.
-
-    Raises:
-        ConfigError: It adapts another one.
-    """
-    layers = {path: layer.get_base_layer() for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    for path, layer in layers.items():
-        if not isinstance(layer, nn.Linear | Conv1D):  # the latter is a linear layer with transposed weights
-            name = path.removeprefix(PEFT_PREFIX)
-            raise ConfigError(
-                f"target_modules name {name}, which is not a linear layer but {layer}: LoRA on an embedding would show"
-                " which tokens the examples have; name linear layers only",
-                about="target_modules",
-            )
-
-
-def tensors(model: PeftModel) -> Tensors:
-    """Copies of the adapter's tensors as float32 arrays, under the names that PEFT saves."""
-    state = get_peft_model_state_dict(model)
-    return {name: value.detach().to(torch.float32).numpy().copy() for name, value in state.items()}
-
-
-def load(model: PeftModel, adapter: Mapping[str, Floats]) -> None:
-    """Set the adapter's values. The caller has checked them against the layout."""
-    set_peft_model_state_dict(model, {name: torch.from_numpy(np.array(value)) for name, value in adapter.items()})
+            f"{config.peft_type} puts virtual tokens before a text, and a head over the mean of the tokens has none, in"
+            " peft neither: train another method",
+            about="num_virtual_tokens",
+        )
+    encoder = pretrained.load(base, AutoModel)
+    return adapted(PhraseClassifier(encoder, encoder.config.hidden_size, labels), config, heads=["classifier"])
 
 
 def tokenizer(base: Base, model: PeftModel) -> Tokenizer:
@@ -170,7 +123,7 @@ def seed_adapter(
         generator: As for ``seeded``.
 
     Returns:
-        float32 tensors under the names that PEFT saves. Guarantee: the LoRA update is zero, so that the classifier
+        float32 tensors under the names that PEFT saves. Guarantee: the adapter changes nothing, so that the classifier
         answers with the label whose phrases are nearest in the base's embedding space.
     """
     embeddings = embed(model, tokens, [text for text, _ in phrases])
@@ -180,22 +133,16 @@ def seed_adapter(
 
 
 def seeded(model: PeftModel, prototypes: Floats, generator: torch.Generator) -> Tensors:
-    """The adapter on day one: LoRA that changes nothing (B = 0, A drawn as in its paper), a prototype head.
+    """The adapter on day one: one that changes nothing (``trainable.initial``), and a prototype head.
 
     Args:
         model: From ``build``.
         prototypes: Shape ``(labels, hidden)``, a mean embedding for each label; zero rows for labels without phrases.
-        generator: Draws A; the same generator state gives the same adapter.
+        generator: Draws LoRA's A; the same generator state gives the same adapter.
     """
-    start = tensors(model)
+    start = initial(model, generator)
     for name, value in start.items():
-        if ".lora_A." in name:
-            bound = 1 / np.sqrt(value.shape[1])
-            draw = torch.rand(value.shape, generator=generator, dtype=torch.float32)
-            start[name] = ((2 * draw - 1) * bound).numpy()
-        elif ".lora_B." in name:
-            start[name] = np.zeros_like(value)
-        elif name.endswith("classifier.weight"):
+        if name.endswith("classifier.weight"):
             lengths = np.linalg.norm(prototypes, axis=1, keepdims=True)
             start[name] = (HEAD_SCALE * prototypes / np.maximum(lengths, 1e-12)).astype(np.float32)
         elif name.endswith("classifier.bias"):

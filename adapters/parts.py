@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from adapters.layout import Layout
 from aggregation.errors import DataError
 
-VECTORS = (".ia3_l", ".beft_bias", ".ln_tuning_layers.", "prompt_embeddings")  # in peft's names
+# In peft's names; virtual tokens have one in a file and another in a model.
+VECTORS = (
+    ".ia3_l",
+    ".beft_bias",
+    ".ln_tuning_layers.",
+    ".lora_magnitude_vector",
+    "prompt_embeddings",
+    "prompt_encoder.",
+)
 
 
 class Part(StrEnum):
@@ -21,7 +29,7 @@ class Part(StrEnum):
 
     A = "A"  # of LoRA: from a layer's input to the rank
     B = "B"  # of LoRA: from the rank to the layer's output; zero on day one
-    VECTORS = "vectors"  # of other methods: scales, offsets, parameters of normalizations, virtual tokens
+    VECTORS = "vectors"  # of other methods: scales, magnitudes, offsets, parameters of normalizations, virtual tokens
     HEAD = "head"  # modules that are trained in full
     R = "R"  # of Fed-SB, between B and A within a round; no adapter's file has it (``adapters.lorasb``)
 

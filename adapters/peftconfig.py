@@ -6,7 +6,8 @@ refused. A property test holds this file to peft itself (``tests/adapters/peft/t
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
@@ -19,11 +20,14 @@ Alpha = Rank | Annotated[float, Field(ge=0, lt=2**63)]  # a whole number to peft
 Pattern = Annotated[str, Field(min_length=1, max_length=512)]
 # Sets within sets and word boundaries, which Python and the engine that is used read differently.
 OTHERWISE = re.compile(r"\[[^]]*\[|--|&&|~~|\\[<>]|\\[bB]\{")
-MAX_RANK = 1024  # a coordinator names the rank, and a device makes room for it before it sees the adapter's layout
+# A coordinator names them, and a device makes room for them before it sees the adapter's layout.
+MAX_RANK = 1024
+MAX_VIRTUAL_TOKENS = 1024
 V = TypeVar("V")
 
-
 Method = Literal["LORA", "IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"]  # as peft names them
+# As scenarios and commands name what can be trained from the start: LoRA with each of its scalings is a method there.
+MethodName = Literal["lora", "rslora", "dora", "ia3", "ln_tuning", "beft", "prompt_tuning", "prefix_tuning"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class PeftConfig:
     ``IA3`` scales activations (Liu et al. 2022), ``LN_TUNING`` replaces the parameters of normalizations (Zhao et al.
     2023), ``BEFT`` adds to biases. ``PROMPT_TUNING`` (Lester et al. 2021) and ``P_TUNING`` (Liu et al. 2021) have
     embeddings of virtual tokens, ``PREFIX_TUNING`` (Li and Liang 2021) has their keys and values; they are at no layer.
-    For all these, rank and alpha are 0.
+    For all these, rank and alpha are 0. The fields are those of peft's own configurations.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -47,6 +51,14 @@ class PeftConfig:
     rank_pattern: tuple[tuple[Pattern, Rank], ...] = ()
     alpha_pattern: tuple[tuple[Pattern, Alpha], ...] = ()
     use_rslora: bool = False  # scaling is alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023)
+    use_dora: bool = False  # weights are split into magnitude and direction (Liu et al. 2024)
+    feedforward_modules: tuple[str, ...] = ()  # of IA3: those of the targets whose input is scaled, not their output
+    num_virtual_tokens: Rank = 0
+
+    @classmethod
+    def lora(cls, rank: int = 8, alpha: int = 16, targets: Sequence[str] = ("query", "value")) -> Self:
+        """Plain LoRA: ``y = W x + (alpha / rank) B A x`` at the layers that ``targets`` name."""
+        return cls("LORA", rank, alpha, tuple(targets))
 
     def rank_of(self, path: str) -> int:
         """The rank of the layer at ``path``, its place in the base's module tree. Raises as ``scaling_of``."""
@@ -69,34 +81,49 @@ class PeftConfig:
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
 
-@dataclass(frozen=True, slots=True)
-class LoraSpec:
-    """Low-rank adaptation of the encoder (Hu et al. 2021): ``y = W x + (alpha / rank) B A x``."""
+SETTINGS = {field.name for field in fields(PeftConfig)} - {"peft_type"}
+AT_LAYERS, VIRTUAL = frozenset({"target_modules"}), frozenset({"num_virtual_tokens"})
+TRAINABLE: Mapping[Method, frozenset[str]] = {  # method → the settings with which it can be trained
+    "LORA": AT_LAYERS | {"r", "lora_alpha", "use_rslora", "use_dora"},
+    "IA3": AT_LAYERS | {"feedforward_modules"},
+    "LN_TUNING": AT_LAYERS,
+    "BEFT": AT_LAYERS,
+    "PROMPT_TUNING": VIRTUAL,
+    "P_TUNING": VIRTUAL,
+    "PREFIX_TUNING": VIRTUAL,
+}
 
-    rank: int = 8
-    alpha: int = 16
-    targets: tuple[str, ...] = ("query", "value")
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.rank <= MAX_RANK or self.alpha < 1 or not self.targets:
-            raise ConfigError(
-                f"LoRA needs a rank of 1 to {MAX_RANK}, an alpha of at least 1 and a target module", about="lora"
-            )
+def require_trainable(config: PeftConfig) -> None:
+    """Return if an adapter of this configuration can be trained here.
 
-    @classmethod
-    def of(cls, config: PeftConfig) -> Self:
-        """What a manifest or a task says, if every layer has one rank and one scaling, ``alpha / rank``.
+    A device builds what a coordinator names. So modules are named in plain words, without patterns, which run as long
+    as they like; sizes are bounded; and a setting that the method does not read is refused, because training something
+    else would go unnoticed.
 
-        Raises:
-            ConfigError: It says more, or what cannot be built. Training something else would go unnoticed.
-        """
-        plain = PeftConfig("LORA", config.r, config.lora_alpha, config.target_modules)
-        if config != plain or not isinstance(config.lora_alpha, int):
-            raise ConfigError(
-                "the adapter has patterns or a scaling of its own; only plain LoRA can be trained here",
-                about="peft_config",
-            )
-        return cls(config.r, config.lora_alpha, config.target_modules)
+    Raises:
+        ConfigError: It cannot; ``about`` names the setting.
+    """
+    method = config.peft_type
+    for name in SETTINGS - TRAINABLE[method]:
+        if value := getattr(config, name):
+            raise _untrainable(name, value, f"{method} without {name}")
+    if "target_modules" in TRAINABLE[method]:
+        if not config.target_modules:
+            raise _untrainable("target_modules", (), f"{method} of at least one target module")
+    elif not 1 <= config.num_virtual_tokens <= MAX_VIRTUAL_TOKENS:
+        wanted = f"{method} of 1 to {MAX_VIRTUAL_TOKENS} virtual tokens"
+        raise _untrainable("num_virtual_tokens", config.num_virtual_tokens, wanted)
+    if method == "LORA" and not 1 <= config.r <= MAX_RANK:
+        raise _untrainable("r", config.r, f"LORA of a rank of 1 to {MAX_RANK}")
+    if method == "LORA" and not (isinstance(config.lora_alpha, int) and config.lora_alpha >= 1):
+        raise _untrainable("lora_alpha", config.lora_alpha, "LORA of a whole alpha of at least 1")
+    if odd := sorted(set(config.feedforward_modules) - set(config.target_modules)):
+        raise _untrainable("feedforward_modules", odd, "IA3 whose feedforward_modules are among its target_modules")
+
+
+def _untrainable(name: str, value: object, wanted: str) -> ConfigError:
+    return ConfigError(f"{name} is {value!r:.80}; devices train {wanted}", about=name, value=value)
 
 
 def _matching(patterns: tuple[tuple[str, V], ...], path: str, default: V) -> V:

@@ -43,6 +43,11 @@ class FederatedMethod:
         return all(not {*FACTORS} <= {*turn} & {*self.shared} for turn in self.turns) and not self.private
 
     @property
+    def splits_factors(self) -> bool:
+        """Whether A and B are not treated alike, so that the adapter has to be LoRA without magnitudes."""
+        return any(Part.R in parts or len({*FACTORS} & {*parts}) == 1 for parts in (*self.turns, self.shared))
+
+    @property
     def private(self) -> frozenset[Part]:
         """The parts that are trained and stay on the devices."""
         return frozenset(part for turn in self.turns for part in turn) - frozenset(self.shared)

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from adapters import files
+from adapters.graphinputs import layer_of
 from adapters.layout import Layout, Tensors
 from adapters.manifest import VersionManifest
 from adapters.peft import AdapterInputs
-from adapters.peftconfig import LoraSpec, PeftConfig
+from adapters.peft.methods import from_peft_tensors
+from adapters.peftconfig import PeftConfig, require_trainable
 from aggregation.errors import ConfigError
 
 HEAD = "classifier"  # path of the head that devices train (``adapters.classifier.PhraseClassifier``)
@@ -29,15 +31,15 @@ def seed_version(
         ConfigError: Devices cannot train such an adapter, or the labels are not those of the head.
         DataError: The tensors are not those of the configuration.
     """
-    LoraSpec.of(peft_config)
-    inputs = AdapterInputs.of_tensors(peft_config, tensors)
+    require_trainable(peft_config)
+    inputs = AdapterInputs.of_tensors(peft_config, from_peft_tensors(tensors, peft_config, {}))
     heads = {slot.path: {spec.name: spec.shape for spec in slot.parameters} for slot in inputs.saved}
     if labels:
         _require_classifier(inputs, heads, labels)
     elif heads:
         raise ConfigError(
-            f"the adapter trains {', '.join(sorted(heads))} in full, and has no labels: name them, or train LoRA alone "
-            "on a language model",
+            f"the adapter trains {', '.join(sorted(heads))} in full, and has no labels: name them, or train "
+            "nothing else on a language model",
             about="labels",
         )
     blob = files.encode(tensors)
@@ -72,14 +74,16 @@ def _require_classifier(
     Raises:
         ConfigError: As ``seed_version``.
     """
+    layers = [*(slot.path for slot in inputs.loras), *map(layer_of, inputs.vectors)]
     if (
         set(heads) != {HEAD}
         or set(heads[HEAD]) != PARAMETERS
-        or not all(s.path.startswith(ENCODER) for s in inputs.loras)
+        or not all(path.startswith(ENCODER) for path in layers)
+        or inputs.virtual
     ):
         raise ConfigError(
-            "devices train LoRA on an encoder and a linear head over the mean of its tokens, and the adapter has other "
-            "modules: make it with 'edgeadapt export seed'",
+            "devices train the layers of an encoder and a linear head over the mean of its tokens, and the adapter has "
+            "others: make it with 'edgeadapt export seed'",
             about=HEAD,
             value=sorted(heads),
         )

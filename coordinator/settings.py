@@ -397,8 +397,16 @@ class FederationSettings(Settings):
         return AnalyticHead() if isinstance(task, AnalyticTask) else self.server.rule()
 
     def task(self, manifest: VersionManifest) -> Task:
-        """The task of a round that trains the adapter that ``manifest`` describes."""
-        training, method = self.training, METHODS[self.method]
+        """The task of a round that trains the adapter that ``manifest`` describes.
+
+        Raises:
+            ConfigError: The method tells LoRA's matrices apart, and the adapter is of another kind.
+        """
+        training, method, config = self.training, METHODS[self.method], manifest.peft_config
+        if method.splits_factors and (config.peft_type != "LORA" or config.use_dora):
+            kind = "DoRA" if config.use_dora else config.peft_type
+            reason = f"method {self.method} trains LoRA's matrices apart from each other, and the adapter is {kind}"
+            raise ConfigError(f"{reason}: choose fedit, fedper or head", about="method", value=self.method)
         return Task(
             peft_config=manifest.peft_config,
             labels=manifest.labels,

@@ -10,20 +10,22 @@ import torch
 
 from adapters import causal, classifier
 from adapters.base import Base
-from adapters.classifier import LoraSpec
 from adapters.peft.folder import LABELS
+from adapters.peftconfig import PeftConfig
 from adapters.storage import new_folder
 
 
-def write_seed(base: Base, phrases: Sequence[tuple[str, str]], lora: LoraSpec, seed: int, out: Path) -> tuple[str, ...]:
+def write_seed(
+    base: Base, phrases: Sequence[tuple[str, str]], config: PeftConfig, seed: int, out: Path
+) -> tuple[str, ...]:
     """Make the first adapter and write its folder, completely or not at all.
 
     Args:
         base: The frozen base.
         phrases: Labels and phrases. The labels' order of first appearance is that of the head's rows. None for a
             language model.
-        lora: Of the adapter.
-        seed: Draws LoRA's A matrices.
+        config: Of the adapter.
+        seed: Draws LoRA's A matrices, or the tokens as which virtual tokens begin.
         out: A new folder.
 
     Returns:
@@ -36,14 +38,14 @@ def write_seed(base: Base, phrases: Sequence[tuple[str, str]], lora: LoraSpec, s
     labels, generator = tuple(dict.fromkeys(label for label, _ in phrases)), torch.Generator().manual_seed(seed)
     with new_folder(out) as stage:
         if labels:
-            model = classifier.build(base, len(labels), lora)
+            model = classifier.build(base, len(labels), config)
             numbered = [(phrase, labels.index(label)) for label, phrase in phrases]
             tokens = classifier.tokenizer(base, model)
             classifier.load(model, classifier.seed_adapter(model, tokens, numbered, len(labels), generator))
         else:
-            model = causal.build(base, lora)
+            model = causal.build(base, config)
             causal.require_private(model)
-            causal.load(model, causal.seeded(model, generator))
+            causal.load(model, causal.initial(model, generator))
         model.save_pretrained(str(stage), save_embedding_layers=False)
         (stage / "README.md").unlink(missing_ok=True)  # peft's, with nothing filled in
         if labels:

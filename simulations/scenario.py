@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from adapters.peftconfig import MAX_VIRTUAL_TOKENS, MethodName
 from adapters.settings import Settings
 from coordinator.settings import FederationSettings
 from simulations.data.households import PopulationSettings
@@ -31,10 +32,25 @@ class BaseSettings(Settings):
 class AdapterSettings(Settings):
     """What is trained on top of the base, in addition to the classification head."""
 
-    rank: int = Field(default=8, ge=1, le=64, description="rank of each LoRA pair")
-    alpha: int = Field(default=16, ge=1, le=1024, description="LoRA's alpha; the update is scaled by alpha / rank")
+    method: MethodName = Field(
+        default="lora",
+        description="method of the adapter (docs/reference/methods.md): lora, rslora, dora, ia3, ln_tuning, beft, and "
+        "of a language model prompt_tuning or prefix_tuning",
+    )
+    rank: int = Field(default=8, ge=1, le=64, description="rank of each LoRA pair; of lora, rslora and dora")
+    alpha: int = Field(
+        default=16, ge=1, le=1024, description="LoRA's alpha; the update is scaled by alpha / rank, or alpha / √rank"
+    )
     targets: tuple[str, ...] = Field(
-        default=("query", "value"), min_length=1, description="names of the adapted projections"
+        default=(),
+        description="names of the adapted modules; if none is named, those that PEFT names for the base's "
+        "architecture, and of ln_tuning all normalizations",
+    )
+    feedforward: tuple[str, ...] = Field(
+        default=(), description="those of ia3's targets whose input is scaled, and not their output"
+    )
+    virtual_tokens: int = Field(
+        default=20, ge=1, le=MAX_VIRTUAL_TOKENS, description="virtual tokens of prompt_tuning and prefix_tuning"
     )
     head: Literal["prototypes", "logistic"] = Field(
         default="prototypes",

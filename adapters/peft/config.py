@@ -66,6 +66,7 @@ MERGED = frozenset(
 )
 # Settings of LoRA without which it cannot be exported, and with which it can be merged.
 MERGEABLE = frozenset({"layer_replication", "target_parameters", "trainable_token_indices"})
+VIRTUAL_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # of virtual tokens
 LOW_RANK = ("ADALORA", "LOHA", "VERA")  # methods that become LoRA
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 
@@ -184,17 +185,19 @@ def exactly(path: str) -> str:
 
 
 def _config(kind: str, settings: Settings) -> PeftConfig:
-    targets = settings.get("target_modules") or []
     patterns = kind in ("LORA", "LOHA")  # AdaLoRA's are of another form, and its tensors say as much
     none = None if patterns else 0
     body = {
         "peft_type": "LORA" if kind in LOW_RANK else kind,
         "r": settings.get("r", none) if patterns else 0,
         "lora_alpha": settings.get("alpha" if kind == "LOHA" else "lora_alpha", none) if patterns else 0,
-        "target_modules": sorted(targets) if isinstance(targets, list) else [targets],
+        "target_modules": _listed(settings, "target_modules"),
         "rank_pattern": _pairs(settings, "rank_pattern") if patterns else [],
         "alpha_pattern": _pairs(settings, "alpha_pattern") if patterns else [],
         "use_rslora": settings.get("use_rslora", False) if kind == "LORA" else False,
+        "use_dora": settings.get("use_dora", False) if kind == "LORA" else False,
+        "feedforward_modules": _listed(settings, "feedforward_modules") if kind == "IA3" else [],
+        "num_virtual_tokens": settings.get("num_virtual_tokens", 0) if kind in VIRTUAL_TYPES else 0,
     }
     try:
         return TypeAdapter(PeftConfig).validate_json(json.dumps(body), strict=True)
@@ -202,6 +205,12 @@ def _config(kind: str, settings: Settings) -> PeftConfig:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         field = ".".join(map(str, first["loc"]))
         raise DataError(f"adapter_config.json: {field}: {first['msg']}", about=field.partition(".")[0]) from error
+
+
+def _listed(settings: Settings, name: str) -> list[Any]:
+    """The names of modules, sorted, or the pattern in their place."""
+    found = settings.get(name) or []
+    return sorted(found) if isinstance(found, list) else [found]
 
 
 def _pairs(settings: Settings, name: str) -> list[tuple[str, Any]]:

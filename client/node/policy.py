@@ -100,7 +100,12 @@ class PolicySettings(Settings):
         default=TRAINING.maximum_parameters, ge=1, description="most numbers in an adapter to train"
     )
     maximum_scaling: float = Field(
-        default=TRAINING.maximum_scaling, gt=0, description="largest alpha / rank, the factor of a LoRA update"
+        default=TRAINING.maximum_scaling,
+        gt=0,
+        description="largest factor of a LoRA update (alpha / rank)",
+    )
+    maximum_virtual_tokens: int = Field(
+        default=TRAINING.maximum_virtual_tokens, ge=0, description="most virtual tokens before a text"
     )
     minimum_labels: int = Field(
         default=TRAINING.minimum_labels, ge=2, description="fewest labels of a task: as many as the examples can have"

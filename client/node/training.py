@@ -102,8 +102,9 @@ def train(
     task = taskkinds.decode(plan.training)
     try:
         start = files.decode(blob)
-        lora, labels = limits.check(task, start), len(task.labels)
-        trainer: LocalTrainer = load_trainer(base, labels, lora) if labels else load_language_trainer(base, lora)
+        limits.check(task, start)
+        config, labels = task.peft_config, len(task.labels)
+        trainer: LocalTrainer = load_trainer(base, labels, config) if labels else load_language_trainer(base, config)
     except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
         raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:

@@ -1,7 +1,8 @@
 """Trains an adapter of a causal language model on a device's texts, and scores it on held-out texts.
 
 A text without a prompt is continued from its first token, which is not learned. A text with one is the answer to it,
-in the base's chat template if it has one; only the answer is learned. A text is cut off at ``MAX_TOKENS``.
+in the base's chat template if it has one; only the answer is learned. A text is cut off at ``MAX_TOKENS``, or earlier
+if the base reads fewer.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +18,9 @@ from torch.nn.functional import cross_entropy
 
 from adapters import causal, pretrained
 from adapters.base import Base
-from adapters.classifier import LoraSpec, padded
+from adapters.classifier import padded
 from adapters.layout import Layout, Tensors
+from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example, Score
@@ -47,11 +49,12 @@ class Encoded:
 class LanguageTrainer:
     """A frozen language model with one adapter, and its tokenizer."""
 
-    def __init__(self, base: Base, lora: LoraSpec) -> None:
+    def __init__(self, base: Base, config: PeftConfig) -> None:
         self.base = base
         with flushed_denormals():
-            self.model = causal.build(base, lora)
+            self.model = causal.build(base, config)
         causal.require_private(self.model)
+        self.longest = min(MAX_TOKENS, causal.room(self.model) or MAX_TOKENS)
         self.adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.layout = Layout.of(causal.tensors(self.model))
         self.tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
@@ -131,9 +134,11 @@ class LanguageTrainer:
         closing = self.tokenizer.encode(after, add_special_tokens=False).ids if after else [self.end]
         ids = [*asked, *found.ids, *closing]
         first = max(len(asked), 1)  # the first token that is learned
-        if len(ids) <= first or first >= MAX_TOKENS:
-            raise DataError(f"a prompt leaves no room for its text within {MAX_TOKENS} tokens", about="example.prompt")
-        ids = ids[:MAX_TOKENS]
+        if len(ids) <= first or first >= self.longest:
+            raise DataError(
+                f"a prompt leaves no room for its text within {self.longest} tokens", about="example.prompt"
+            )
+        ids = ids[: self.longest]
         targets = [IGNORED] * len(ids)
         for at, (_, following) in enumerate(pairwise(ids)):
             if at + 1 >= first:
@@ -161,11 +166,12 @@ class LanguageTrainer:
         targets = torch.full_like(ids, IGNORED)
         for row, each in zip(targets, batch, strict=True):
             row[: len(each.targets)] = each.targets
-        logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
+        # Prompt tuning has logits of its virtual tokens as well, before those of a text.
+        logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :]
         return logits, targets
 
 
 @lru_cache(maxsize=2)
-def load_language_trainer(base: Base, lora: LoraSpec) -> LanguageTrainer:
+def load_language_trainer(base: Base, config: PeftConfig) -> LanguageTrainer:
     """A trainer that stays loaded for the next message. Its methods load the adapter that they are given."""
-    return LanguageTrainer(base, lora)
+    return LanguageTrainer(base, config)

@@ -11,7 +11,7 @@ import numpy as np
 
 from adapters.analytic import AnalyticTask
 from adapters.layout import Tensors
-from adapters.peftconfig import LoraSpec
+from adapters.peftconfig import require_trainable
 from adapters.taskkinds import AnyTask
 from aggregation.errors import ConfigError, ProtocolError
 from aggregation.session import COORDINATOR
@@ -24,7 +24,8 @@ class TrainingLimits:
     Args:
         maximum_magnitude: Largest absolute value in an adapter.
         maximum_parameters: Most numbers in an adapter, which bounds what training and masking cost.
-        maximum_scaling: Largest ``alpha / rank``, the factor of a LoRA update.
+        maximum_scaling: Largest factor of a LoRA update, ``alpha / rank`` of plain LoRA.
+        maximum_virtual_tokens: Most virtual tokens before a text, each of which takes the time of a token.
         minimum_labels: Fewest labels of a classifier's task. If it has fewer than the examples, only some devices can
             train, and the sum is over these few alone.
         maximum_labels: Most labels of a task.
@@ -39,6 +40,7 @@ class TrainingLimits:
     maximum_magnitude: float = 1000.0
     maximum_parameters: int = 2**24  # 64 MiB of float32
     maximum_scaling: float = 64.0
+    maximum_virtual_tokens: int = 128
     minimum_labels: int = 2
     maximum_labels: int = 1024
     maximum_learning_rate: float = 0.1
@@ -47,19 +49,20 @@ class TrainingLimits:
     moments: bool = True
     answer_quantum_seconds: float = 60.0
 
-    def check(self, task: AnyTask, adapter: Tensors) -> LoraSpec:
-        """Return what to build, if the task and the adapter on offer are within these limits.
+    def check(self, task: AnyTask, adapter: Tensors) -> None:
+        """Return if the task and the adapter on offer are within these limits.
 
         Args:
             task: As decoded.
             adapter: Finite tensors.
 
         Raises:
-            ProtocolError: A value is outside its limit, the adapter's configuration is not plain LoRA, or the task is
+            ProtocolError: A value is outside its limit, no adapter of the configuration can be trained, or the task is
                 an analytic head and the owner contributes to none.
         """
+        config = task.peft_config
         try:
-            lora = LoraSpec.of(task.peft_config)
+            require_trainable(config)
         except ConfigError as error:
             raise ProtocolError.of(error, COORDINATOR) from None
         labels = len(task.labels)
@@ -73,7 +76,8 @@ class TrainingLimits:
         rules: tuple[tuple[str, float, float], ...] = (
             ("adapter.magnitude", magnitude, self.maximum_magnitude),
             ("adapter.parameters", sum(tensor.size for tensor in adapter.values()), self.maximum_parameters),
-            ("task.scaling", lora.alpha / lora.rank, self.maximum_scaling),
+            ("task.scaling", config.scaling_of("") if config.r else 0.0, self.maximum_scaling),
+            ("task.virtual_tokens", config.num_virtual_tokens, self.maximum_virtual_tokens),
             ("task.labels", labels, self.maximum_labels),
         )
         if not isinstance(task, AnalyticTask):
@@ -86,4 +90,3 @@ class TrainingLimits:
             if value > limit:
                 reason = f"{about} {value:g} is over this device's maximum of {limit:g}"
                 raise ProtocolError(reason, COORDINATOR, about=about, value=value)
-        return lora

@@ -21,6 +21,7 @@ from adapters.base import Base
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import frozen_factor, square_name
 from adapters.parts import Part, part_of
+from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
 from client.training.examples import Example, Score
@@ -31,10 +32,10 @@ LORA_B = ".lora_B.default"  # ends the path of a layer's B in peft's model
 class Trainer:
     """A frozen base with one adapter, and its tokenizer."""
 
-    def __init__(self, base: Base, task_labels: int, lora: classifier.LoraSpec) -> None:
+    def __init__(self, base: Base, task_labels: int, config: PeftConfig) -> None:
         self.base = base
         with flushed_denormals():  # torch's threads keep what holds when they start
-            self.model: PeftModel = classifier.build(base, task_labels, lora)
+            self.model: PeftModel = classifier.build(base, task_labels, config)
         # On short texts, without fused kernels, a step of multilingual-e5-small takes a fifth less time.
         self.model.get_base_model().encoder.set_attn_implementation("eager")
         self.adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -249,9 +250,9 @@ def flushed_denormals() -> Iterator[None]:
 
 
 @lru_cache(maxsize=2)
-def load_trainer(base: Base, labels: int, lora: classifier.LoraSpec) -> Trainer:
+def load_trainer(base: Base, labels: int, config: PeftConfig) -> Trainer:
     """A trainer that stays loaded for the next message. Its methods load the adapter that they are given."""
-    return Trainer(base, labels, lora)
+    return Trainer(base, labels, config)
 
 
 def batches(lengths: Sequence[int], size: int, epochs: int, rng: np.random.Generator) -> Iterator[list[int]]:

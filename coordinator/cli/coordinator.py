@@ -95,6 +95,7 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
     from adapters.base import find_base
     from adapters.peft.folder import LABELS, read_peft
     from adapters.peft.inputs import AdapterInputs
+    from adapters.peft.methods import to_peft_tensors
     from adapters.storage import read_lines
     from coordinator.seed import seed_version
     from coordinator.statedir import CoordinatorStateDir
@@ -110,7 +111,9 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
         source, listed = read_peft(folder), labels or folder / LABELS
         heads = AdapterInputs.of_tensors(source.peft_config, source.tensors).saved
         names = read_lines(listed, "label") if labels or heads or listed.exists() else ()
-        manifest, blob = seed_version(source.tensors, source.peft_config, names, find_base(base).digest)
+        tensors = to_peft_tensors(source.tensors, source.peft_config)
+        manifest, blob = seed_version(tensors, source.peft_config, names, find_base(base).digest)
+        opened.settings.task(manifest)  # its method may not train such an adapter
         opened.registry.publish(manifest, blob, opened.key)
     row = {"version": 0, "sha256": manifest.sha256, "bytes": len(blob), "base_digest": manifest.base_digest}
     digests = f"sha256 {manifest.sha256[:16]}, base {manifest.base_digest[:16]}"

@@ -74,7 +74,7 @@ def _personal_steps(
     population = evaluated_of(folder.path, scenario, population, base)
     last = (registry.latest() or registry.version(0)).manifest
     task = replace(scenario.federation.task(last), trained=PARTS, proximal=0.0)
-    trainer = load_language_trainer(base, provision.lora(scenario))
+    trainer = load_language_trainer(base, last.peft_config)
     arms = _Arms(trainer, scenario, task, registry.tensors(0), registry.tensors(last.version))
     state_dirs, found = provision.open_state_dirs(folder.path, population), []
     with progress.stage("personal step", total=len(population.clients)) as advance:

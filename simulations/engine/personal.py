@@ -170,11 +170,12 @@ def personalize_all(
         at_once: Clients that train at the same time; by default one a core, ``MOST_AT_ONCE`` at most.
     """
     inputs, global_adapter = _inputs(out, scenario)
+    config = inputs.task.peft_config
     state_dirs = provision.open_state_dirs(out, population)
     at_once = at_once or min(cores(), MOST_AT_ONCE)
     idle: SimpleQueue[Trainer] = SimpleQueue()
     for _ in range(at_once):
-        idle.put(Trainer(base, len(population.labels), provision.lora(scenario)))
+        idle.put(Trainer(base, len(population.labels), config))
     stop, outcomes = Event(), []
 
     def outcome(client: Client) -> ClientResult:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from cryptography import x509
 
-from adapters import causal
 from adapters.base import Base
 from adapters.classifier import seed_adapter
 from adapters.layout import Floats, Tensors
 from adapters.manifest import VersionManifest
-from adapters.peftconfig import LoraSpec, PeftConfig
+from adapters.peftconfig import PeftConfig
 from adapters.storage import PRIVATE_FOLDER, replace, staged
+from adapters.trainable import configuration, initial
 from aggregation import graph
 from aggregation.entropy import SystemEntropy
 from aggregation.pki import Authority
@@ -49,9 +49,9 @@ LIFETIME = timedelta(days=365)
 PENALTY = 0.1  # of the vendor's logistic head, on half the sum of its squared weights
 
 
-def lora(scenario: Scenario) -> LoraSpec:
-    """The scenario's adapter as the classifier's own type."""
-    return LoraSpec(scenario.adapter.rank, scenario.adapter.alpha, scenario.adapter.targets)
+def peft_config(scenario: Scenario, base: Base) -> PeftConfig:
+    """The configuration of the scenario's adapter on its base. Raises ConfigError as ``trainable.configuration``."""
+    return configuration(base, **scenario.adapter.model_dump(exclude={"head"}))
 
 
 def device_folder(out: Path, client: str) -> Path:
@@ -149,18 +149,23 @@ def _policy(scenario: Scenario, population: Population) -> PolicySettings:
 
 
 def first_adapter(scenario: Scenario, population: Population, base: Base) -> tuple[VersionManifest, bytes]:
-    """Version 0 of a run: its manifest and its file. The head comes from the public texts, LoRA changes nothing yet."""
-    spec, generator = scenario.adapter, torch.Generator().manual_seed(scenario.seed)
+    """Version 0 of a run: its manifest and its file. The head comes from the public texts.
+
+    Raises:
+        ConfigError: As ``peft_config``, or the federation's method trains no such adapter.
+    """
+    config, generator = peft_config(scenario, base), torch.Generator().manual_seed(scenario.seed)
     if population.labels:
-        mine = load_trainer(base, len(population.labels), lora(scenario))
+        mine = load_trainer(base, len(population.labels), config)
         public = [(phrase.text, phrase.label) for phrase in population.public]
         tensors = seed_adapter(mine.model, mine.tokenizer, public, len(population.labels), generator)
-        if spec.head == "logistic":
+        if scenario.adapter.head == "logistic":
             tensors |= _logistic_head(mine.embed([text for text, _ in public]), [label for _, label in public], tensors)
     else:
-        tensors = causal.seeded(load_language_trainer(base, lora(scenario)).model, generator)
-    config = PeftConfig("LORA", spec.rank, spec.alpha, spec.targets)
-    return seed_version(tensors, config, population.labels, base.digest)
+        tensors = initial(load_language_trainer(base, config).model, generator)
+    manifest, blob = seed_version(tensors, config, population.labels, base.digest)
+    scenario.federation.task(manifest)
+    return manifest, blob
 
 
 def _logistic_head(embeddings: Floats, labels: Sequence[int], tensors: Tensors) -> Tensors:
@@ -197,7 +202,8 @@ def _training_limits(scenario: Scenario, labels: int) -> dict[str, Any]:
     """
     training, adapter, default = scenario.federation.training, scenario.adapter, TrainingLimits()
     needed = {
-        "maximum_scaling": adapter.alpha / adapter.rank,
+        "maximum_scaling": adapter.alpha / (1 if adapter.method == "rslora" else adapter.rank),
+        "maximum_virtual_tokens": adapter.virtual_tokens,
         "maximum_labels": labels,
         "maximum_learning_rate": training.learning_rate,
         "maximum_epochs": training.epochs,

@@ -78,8 +78,8 @@ def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
     """
     scenario = trial.scenario
     population, base = _population(scenario), _base(store, scenario)
-    mine = load_trainer(base, len(population.labels), provision.lora(scenario))
     manifest, blob = provision.first_adapter(scenario, population, base)
+    mine = load_trainer(base, len(population.labels), manifest.peft_config)
     inputs = ArmInputs.of(scenario, manifest, files.decode(blob))
     spent = _Spent()
     answers = _answers(trial, mine, population, inputs, store, spent)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.base import Base
 from adapters.causal import LORA, build, load, tensors
-from adapters.classifier import LoraSpec
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from tests.support import refused
 
@@ -37,7 +37,7 @@ def logits(model: torch.nn.Module) -> np.ndarray:
 
 
 def test_only_the_adapter_is_trained_and_it_changes_nothing_yet(base: Base) -> None:
-    model = build(base, LoraSpec(rank=3, targets=("q_proj", "down_proj")))
+    model = build(base, PeftConfig.lora(rank=3, targets=("q_proj", "down_proj")))
     trained = sorted(name for name, value in model.named_parameters() if value.requires_grad)
     assert len(trained) == 2 * 2 * 2
     assert all(".lora_" in name for name in trained)
@@ -60,7 +60,7 @@ def test_tensors_have_the_names_of_peft_and_come_back_through_load(base: Base) -
 
 def test_an_unknown_target_is_refused(base: Base) -> None:
     with refused(ConfigError, "target_modules"):
-        build(base, LoraSpec(targets=("query",)))
+        build(base, PeftConfig.lora(targets=("query",)))
 
 
 def test_a_folder_without_a_language_model_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from adapters import files
-from adapters.classifier import BATCH, LoraSpec, build, in_batches, load, seeded, tensors
+from adapters.classifier import BATCH, build, in_batches, load, seeded, tensors
 from adapters.layout import Layout
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
@@ -22,7 +22,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
 
 @pytest.fixture(scope="module")
 def model(tiny_base: Any) -> PeftModel:
-    return build(tiny_base, 3, LoraSpec(2, 4))
+    return build(tiny_base, 3, PeftConfig.lora(2, 4))
 
 
 def logits(model: PeftModel) -> torch.Tensor:
@@ -96,37 +96,13 @@ def test_an_adapter_with_b_at_zero_leaves_the_base_as_it_is(model: PeftModel) ->
 @pytest.mark.parametrize("labels", [-1, 0, 1])
 def test_fewer_than_two_labels_are_refused(tiny_base: Any, labels: int) -> None:
     with refused(ConfigError, "labels", value=labels):
-        build(tiny_base, labels, LoraSpec())
+        build(tiny_base, labels, PeftConfig.lora())
 
 
 @pytest.mark.parametrize("targets", [("no_such_layer",), ("",), ("encoder",)])
 def test_targets_that_the_base_has_not_are_refused_by_name(tiny_base: Any, targets: tuple[str, ...]) -> None:
     with refused(ConfigError, "target_modules"):
-        build(tiny_base, 3, LoraSpec(2, 4, targets))
-
-
-@pytest.mark.parametrize("spec", [{"rank": 0}, {"alpha": 0}, {"targets": ()}, {"rank": 10**6}])
-def test_an_adapter_that_makes_no_sense_is_refused(spec: dict[str, Any]) -> None:
-    with refused(ConfigError, "lora"):
-        LoraSpec(**spec)
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        PeftConfig("LORA", 2, 4, ("query",), rank_pattern=(("query", 4),)),
-        PeftConfig("LORA", 2, 4, ("query",), alpha_pattern=(("query", 4),)),
-        PeftConfig("LORA", 2, 4, ("query",), use_rslora=True),
-        PeftConfig("LORA", 2, 0.5, ("query",)),
-    ],
-)
-def test_a_method_that_says_more_than_plain_lora_is_refused_for_training(method: PeftConfig) -> None:
-    with refused(ConfigError, "peft_config"):
-        LoraSpec.of(method)
-
-
-def test_a_plain_method_is_what_it_says() -> None:
-    assert LoraSpec.of(PeftConfig("LORA", 2, 4, ("query",))) == LoraSpec(2, 4, ("query",))
+        build(tiny_base, 3, PeftConfig.lora(2, 4, targets))
 
 
 def test_batches_hold_texts_of_similar_length_and_the_rows_keep_their_order() -> None:

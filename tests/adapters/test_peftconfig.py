@@ -1,6 +1,6 @@
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import SchemaError
 
 from adapters import jsontext
-from adapters.peftconfig import PeftConfig
-from aggregation.errors import DataError
+from adapters.peftconfig import PeftConfig, require_trainable
+from aggregation.errors import ConfigError, DataError
 from tests.support import refused
 
 PLAIN = PeftConfig("LORA", 8, 16, ("query",))
@@ -119,3 +119,50 @@ def test_an_unknown_field_or_peft_type_is_refused(change: dict[str, Any]) -> Non
     body = jsontext.encode(asdict(PLAIN) | change)
     with pytest.raises(ValidationError):
         TypeAdapter(PeftConfig).validate_json(body, strict=True)
+
+
+IA3 = PeftConfig("IA3", 0, 0, ("key", "dense"), feedforward_modules=("dense",))
+PROMPT = PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=20)
+TRAINABLE = {
+    "lora": PLAIN,
+    "rslora": replace(PLAIN, use_rslora=True),
+    "dora": replace(PLAIN, use_dora=True),
+    "ia3": IA3,
+    "norms": PeftConfig("LN_TUNING", 0, 0, ("LayerNorm",)),
+    "beft": PeftConfig("BEFT", 0, 0, ("value",)),
+    "prompt": PROMPT,
+    "p-tuning": replace(PROMPT, peft_type="P_TUNING"),
+    "prefix": replace(PROMPT, peft_type="PREFIX_TUNING"),
+}
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_each_method_can_be_trained_with_the_settings_that_it_reads(name: str) -> None:
+    require_trainable(TRAINABLE[name])
+
+
+@pytest.mark.parametrize(
+    ("config", "about"),
+    [
+        (replace(PLAIN, rank_pattern=(("query", 4),)), "rank_pattern"),
+        (replace(PLAIN, alpha_pattern=(("query", 4),)), "alpha_pattern"),
+        (replace(PLAIN, lora_alpha=0.5), "lora_alpha"),
+        (replace(PLAIN, lora_alpha=0), "lora_alpha"),
+        (replace(PLAIN, r=0), "r"),
+        (replace(PLAIN, r=10**6), "r"),
+        (replace(PLAIN, target_modules=()), "target_modules"),
+        (replace(PLAIN, feedforward_modules=("query",)), "feedforward_modules"),
+        (replace(PLAIN, num_virtual_tokens=1), "num_virtual_tokens"),
+        (replace(IA3, r=2), "r"),
+        (replace(IA3, use_dora=True), "use_dora"),
+        (replace(IA3, target_modules=()), "target_modules"),
+        (replace(IA3, feedforward_modules=("output.dense",)), "feedforward_modules"),
+        (replace(PROMPT, num_virtual_tokens=0), "num_virtual_tokens"),
+        (replace(PROMPT, num_virtual_tokens=10**6), "num_virtual_tokens"),
+        (replace(PROMPT, target_modules=("query",)), "target_modules"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_cannot_be_trained_is_refused_by_setting(config: PeftConfig, about: str) -> None:
+    with refused(ConfigError, about):
+        require_trainable(config)

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import classifier, files
+from adapters import classifier, files, trainable
 from adapters.layout import Layout, Tensors
 from adapters.manifest import PeftConfig, VersionManifest
-from adapters.peftconfig import LoraSpec
 from aggregation.errors import ConfigError
 from client.training.trainer import load_trainer
 from coordinator import rounds
@@ -47,8 +46,8 @@ def attacked(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, *, checked:
     """A fleet of that coordinator, the record of its first round, and the sums that the coordinator learned."""
     reach, sums = rounds.within_reach, list[Any]()
     with pytest.MonkeyPatch.context() as hostile:
-        hostile.setattr(classifier, "_require_linear", lambda model: None)
-        hostile.setattr(provision, "lora", lambda scenario: LoraSpec(RANK, 4, EMBEDDING))
+        hostile.setattr(trainable, "_require_kinds", lambda model, config: None)
+        hostile.setattr(provision, "peft_config", lambda scenario, base: PeftConfig.lora(RANK, 4, EMBEDDING))
         hostile.setattr(provision, "seed_version", first_version)
         fleet = app_fleet_of(DEVICES, rounds=1, aggregation__ring_bits=32)
     load_trainer.cache_clear()
@@ -59,14 +58,14 @@ def attacked(app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, *, checked:
 
     monkeypatch.setattr(rounds, "within_reach", learned)
     if not checked:
-        monkeypatch.setattr(classifier, "_require_linear", lambda model: None)
+        monkeypatch.setattr(trainable, "_require_kinds", lambda model, config: None)
     (record,) = fleet.federate(fleet.grid())
     return fleet, record, sums
 
 
 def tokens_of(fleet: Any) -> set[int]:
     """The tokens of all examples that the devices train on."""
-    read = load_trainer(fleet.base, len(fleet.population.labels), LoraSpec(RANK, 4)).tokenizer
+    read = load_trainer(fleet.base, len(fleet.population.labels), PeftConfig.lora(RANK, 4)).tokenizer
     texts = [phrase.text for home in fleet.population.clients if not home.unseen for phrase in home.train]
     return {token for encoding in read.encode_batch(texts) for token in encoding.ids}
 
@@ -92,6 +91,9 @@ def test_every_device_refuses_to_train_an_embedding(
 
 
 @pytest.mark.parametrize("target", ["word_embeddings", "position_embeddings", "token_type_embeddings"])
-def test_no_embedding_is_adapted(tiny_base: Any, target: str) -> None:
-    with refused(ConfigError, "target_modules"):
-        classifier.build(tiny_base, 3, LoraSpec(RANK, 4, ("query", target)))
+@pytest.mark.parametrize("method", ["LORA", "IA3", "BEFT", "LN_TUNING"])
+def test_no_embedding_is_adapted_by_any_method(tiny_base: Any, method: Any, target: str) -> None:
+    rank = RANK if method == "LORA" else 0
+    others = "LayerNorm" if method == "LN_TUNING" else "query"
+    with refused(ConfigError, "target_modules", value=target):
+        classifier.build(tiny_base, 3, PeftConfig(method, rank, rank, (others, target)))

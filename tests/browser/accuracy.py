@@ -85,7 +85,7 @@ def measure(run: Path, profile: Profile, program: str) -> Accuracy:
     scenario = RunFolder.resume(run, None).scenario
     population = populate(scenario.data, scenario.population, scenario.seed).population
     base = training_base(run, scenario, population)
-    trainer = load_trainer(base, len(population.labels), provision.lora(scenario))
+    trainer = load_trainer(base, len(population.labels), provision.peft_config(scenario, base))
     registry = provision.registry(run)
     version = registry.latest() or registry.version(0)
     tensors, manifest = registry.tensors(version.manifest.version), version.manifest

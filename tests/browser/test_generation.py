@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from adapters.base import Base
 from adapters.bundle import WEB_MODEL, WEIGHTS
 from adapters.causal import build
-from adapters.classifier import LoraSpec
 from adapters.files import sha256
 from adapters.layout import Layout, Tensors
+from adapters.peftconfig import PeftConfig
 from aggregation.pki.identity import IdentityKey
 from client.inference.generate import ChatMessage, Conversation, Generator
 from client.inference.text import SamplingParams
@@ -62,7 +62,7 @@ def writer(chatty: Base) -> ExportedBase:
 
 @pytest.fixture(scope="module")
 def sources(chatty: Base, drawn: Any) -> list[AdapterSource]:
-    model = build(chatty, LoraSpec(rank=4, alpha=8, targets=TARGETS))
+    model = build(chatty, PeftConfig.lora(rank=4, alpha=8, targets=TARGETS))
     values: list[Tensors] = [drawn(model, seed) for seed in (0, 1)]
     return [
         AdapterSource(name, tensors, (), 1, Layout.of(tensors).digest, adapter_inputs=find_adapter_inputs(model))

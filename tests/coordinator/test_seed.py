@@ -55,10 +55,29 @@ def test_an_adapter_that_devices_cannot_train_is_refused() -> None:
             seed_version(found, CONFIG, LABELS, "b" * 64)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"use_rslora": True}, {"rank_pattern": (("query", 3),)}, {"lora_alpha": 0.5}], ids=str
-)
-def test_an_adapter_that_is_not_plain_lora_is_refused(changes: dict[str, Any]) -> None:
+def test_the_version_of_another_method_has_the_names_of_peft() -> None:
+    layer = PATH.replace("query", "output.dense")
+    found = {name: value for name, value in tensors().items() if "lora" not in name}
+    found |= {f"{PATH}.ia3_l": np.ones((5, 1), np.float32), f"{layer}.ia3_l": np.ones((1, 5), np.float32)}
+    config = PeftConfig("IA3", 0, 0, ("query", "output.dense"), feedforward_modules=("output.dense",))
+    manifest, blob = seed_version(found, config, LABELS, "b" * 64)
+    assert files.decode(blob).keys() == found.keys()
+    assert manifest.peft_config == config
+    elsewhere = {name.replace(".encoder.", "."): value for name, value in found.items()}
+    with refused(ConfigError, "classifier"):
+        seed_version(elsewhere, config, LABELS, "b" * 64)
+
+
+def test_virtual_tokens_are_for_a_language_model() -> None:
+    config = PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=2)
+    found = {"prompt_embeddings": np.ones((2, 5), np.float32)}
+    assert seed_version(found, config, (), "b" * 64)[0].labels == ()
+    with refused(ConfigError, "classifier"):
+        seed_version(found, config, LABELS, "b" * 64)
+
+
+@pytest.mark.parametrize("changes", [{"rank_pattern": (("query", 3),)}, {"lora_alpha": 0.5}], ids=str)
+def test_an_adapter_that_devices_could_build_in_several_ways_is_refused(changes: dict[str, Any]) -> None:
     plain: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ("query",)}
     with pytest.raises(ConfigError):
         seed_version(tensors(), PeftConfig(**{**plain, **changes}), LABELS, "b" * 64)

@@ -10,13 +10,13 @@ from transformers import LlamaConfig, LlamaModel
 
 from adapters import classifier
 from adapters.base import Base, find_base
-from adapters.peftconfig import LoraSpec
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from export.center import centered
 from tests.support import refused
 
 TEXTS = ["turn on the light", "play some music", "how warm is it here", "stop"]
-SPEC = LoraSpec(2, 4, ("query", "value"))
+SPEC = PeftConfig.lora(2, 4, ("query", "value"))
 
 
 def means(base: Base) -> torch.Tensor:

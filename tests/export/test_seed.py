@@ -8,9 +8,10 @@ import pytest
 from peft import PeftModel
 
 from adapters import classifier
-from adapters.classifier import LoraSpec, PhraseClassifier
+from adapters.classifier import PhraseClassifier
 from adapters.peft import read_peft
 from adapters.peft.folder import LABELS
+from adapters.peftconfig import PeftConfig
 from adapters.pretrained import load
 from aggregation.errors import ConfigError, DataError
 from export.phrases import read_phrases
@@ -27,7 +28,7 @@ PHRASES = [
 
 @pytest.fixture
 def seed(tiny_base: Any, tmp_path: Path) -> Path:
-    assert write_seed(tiny_base, PHRASES, LoraSpec(2, 4), 7, tmp_path / "seed") == ("Light", "Music", "Timer")
+    assert write_seed(tiny_base, PHRASES, PeftConfig.lora(2, 4), 7, tmp_path / "seed") == ("Light", "Music", "Timer")
     return tmp_path / "seed"
 
 
@@ -39,7 +40,7 @@ def test_the_folder_holds_configuration_tensors_and_labels(seed: Path) -> None:
     ]
     assert (seed / LABELS).read_text() == "Light\nMusic\nTimer\n"
     found = read_peft(seed)
-    assert LoraSpec.of(found.peft_config) == LoraSpec(2, 4)
+    assert found.peft_config == PeftConfig.lora(2, 4)
     updates = [value for name, value in found.tensors.items() if ".lora_B." in name]
     assert updates
     assert not any(value.any() for value in updates)
@@ -60,7 +61,7 @@ def test_plain_peft_opens_the_folder_and_answers_by_the_nearest_phrases(seed: Pa
 
 def test_equal_seeds_give_equal_tensors(tiny_base: Any, tmp_path: Path) -> None:
     for number, name in ((7, "a"), (7, "b"), (8, "c")):
-        write_seed(tiny_base, PHRASES, LoraSpec(2, 4), number, tmp_path / name)
+        write_seed(tiny_base, PHRASES, PeftConfig.lora(2, 4), number, tmp_path / name)
     one, same, other = (read_peft(tmp_path / name).sha256 for name in "abc")
     assert one == same != other
 
@@ -68,12 +69,12 @@ def test_equal_seeds_give_equal_tensors(tiny_base: Any, tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_is_left_alone(seed: Path, tiny_base: Any) -> None:
     before = {path.name: path.read_bytes() for path in seed.iterdir()}
     with refused(ConfigError, "seed"):
-        write_seed(tiny_base, PHRASES, LoraSpec(2, 4), 8, seed)
+        write_seed(tiny_base, PHRASES, PeftConfig.lora(2, 4), 8, seed)
     assert {path.name: path.read_bytes() for path in seed.iterdir()} == before
 
 
 def test_a_seed_that_cannot_be_made_leaves_nothing(tiny_base: Any, tmp_path: Path) -> None:
-    for phrases, lora in ((PHRASES[:1], LoraSpec(2, 4)), (PHRASES, LoraSpec(2, 4, ("nothing",)))):
+    for phrases, lora in ((PHRASES[:1], PeftConfig.lora(2, 4)), (PHRASES, PeftConfig.lora(2, 4, ("nothing",)))):
         with pytest.raises(ConfigError):
             write_seed(tiny_base, phrases, lora, 7, tmp_path / "seed")
     assert list(tmp_path.iterdir()) == []

@@ -41,7 +41,7 @@ def fleet_with_many(fleet_of: FleetOf) -> FleetOf:
 
 
 def trainer_of(fleet: Any) -> Trainer:
-    return load_trainer(fleet.base, len(fleet.population.labels), provisioned.lora(fleet.scenario))
+    return load_trainer(fleet.base, len(fleet.population.labels), provisioned.peft_config(fleet.scenario, fleet.base))
 
 
 def pooled_head(fleet: Any, version: int, survivors: tuple[str, ...]) -> tuple[Matrix, int]:

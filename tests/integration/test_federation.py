@@ -87,7 +87,7 @@ def plain_mean(fleet: Any, start: Tensors, version: int, survivors: tuple[str, .
     """The weighted mean of the survivors' updates, without masks, rings or messages; and the total weight."""
     registry, settings = fleet.registry(), settings_of(fleet)
     plan = settings.task(registry.version(version).manifest)
-    mine = load_trainer(fleet.base, len(plan.labels), provisioned.lora(fleet.scenario))
+    mine = load_trainer(fleet.base, len(plan.labels), provisioned.peft_config(fleet.scenario, fleet.base))
     total, weights = np.zeros(mine.layout.size), 0
     for device in survivors:
         examples = in_split(read_examples(fleet.state_dir(device).examples, len(plan.labels)), Split.TRAIN)

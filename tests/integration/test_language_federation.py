@@ -54,7 +54,10 @@ def fleet(tmp_path: Path, llama: Any, one_thread: None) -> TinyFleet:
 def test_a_language_model_is_federated_end_to_end(fleet: TinyFleet) -> None:
     records = fleet.federate(fleet.grid())
     assert [record.version for record in records] == [1, 2, 3]
-    registry, trainer = fleet.registry(), load_language_trainer(fleet.base, provision.lora(fleet.scenario))
+    registry, trainer = (
+        fleet.registry(),
+        load_language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base)),
+    )
     for name in AUTHORS:
         held_out = in_split(read_examples(fleet.state_dir(name).examples, 0), Split.VALIDATION)
         before, after = (trainer.score(registry.tensors(version), held_out) for version in (0, 3))
@@ -75,7 +78,7 @@ def test_its_last_version_is_exported_and_writes_as_its_authors_do(fleet: TinyFl
     command("export", "base", "--base", base, "--profile", "fp32", "--out", bundle, "--key", key)
     registry = str(fleet.out / "coordinator")
     command("export", "adapter", "--registry", registry, "--format", "fp32", "--bundle", bundle, "--key", key)
-    trainer = load_language_trainer(fleet.base, provision.lora(fleet.scenario))
+    trainer = load_language_trainer(fleet.base, provision.peft_config(fleet.scenario, fleet.base))
     causal.load(trainer.model, fleet.registry().tensors(3))
     asked = torch.tensor([trainer.tokenizer.encode("abab").ids])
     expected = trainer.model.generate(input_ids=asked, max_new_tokens=12, do_sample=False)[0, asked.shape[1] :]

@@ -36,7 +36,7 @@ def test_the_scenario_of_the_demo_has_the_promised_size() -> None:
     assert len(scenario.population.languages) >= 3
     assert scenario.population.unseen == 0.2
     assert scenario.network.forced_dropouts >= 1
-    assert (scenario.adapter.rank, scenario.adapter.targets) == (8, ("query", "value"))
+    assert (scenario.adapter.rank, scenario.adapter.targets) == (8, ())
     assert scenario.federation.aggregation.ring_bits <= 24  # three bytes an element
 
 
@@ -72,7 +72,8 @@ def test_a_stored_scenario_is_read_back_the_same(tmp_path: Path) -> None:
         ("[federation]\ndeadline = inf", "federation.deadline"),
         ("[federation.server]\nlearning_rate = nan", "federation.server.learning_rate"),
         ('[federation.server]\noptimizer = "sgd"', "federation.server.optimizer"),
-        ("[adapter]\ntargets = []", "adapter.targets"),
+        ('[adapter]\nmethod = "loha"', "adapter.method"),
+        ("[adapter]\nvirtual_tokens = 0", "adapter.virtual_tokens"),
         ('[adapter]\ntargets = "query"', "adapter.targets"),
         ("[population]\nlanguages = [1]", "population.languages.0"),
         ("[population]\nhouseholds = 2", "population.households"),

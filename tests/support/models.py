@@ -23,9 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters import causal
 from adapters.base import Base, find_base
-from adapters.classifier import LoraSpec, build, load, tensors
+from adapters.classifier import build, load, tensors
 from adapters.layout import Tensors
 from adapters.peft.inputs import in_modules
+from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.pki.identity import IdentityKey
 from client.inference.engine import GenerationEngine
@@ -84,7 +85,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[...,
 @pytest.fixture(scope="session")
 def model(tiny_base: Base) -> PeftModel:
     """The tiny classifier; its adapter's values are those of ``draw(model, 0)``."""
-    built = build(tiny_base, len(LABELS), LoraSpec(rank=4, alpha=8))
+    built = build(tiny_base, len(LABELS), PeftConfig.lora(rank=4, alpha=8))
     load(built, draw(built, 0))
     return built
 
@@ -264,7 +265,7 @@ def lm_model(lm_base: Any) -> Callable[[int, int], Any]:
     """Makes the torch model with an adapter: rank and seed of its values. One with rank 0 is the bare base."""
 
     def make(rank: int, seed: int) -> Any:
-        model = causal.build(lm_base, LoraSpec(rank=rank, alpha=2 * rank, targets=("q_proj", "v_proj")))
+        model = causal.build(lm_base, PeftConfig.lora(rank=rank, alpha=2 * rank, targets=("q_proj", "v_proj")))
         rng = np.random.default_rng(seed)
         values = {n: (0.4 * rng.standard_normal(v.shape)).astype(np.float32) for n, v in causal.tensors(model).items()}
         causal.load(model, values)

@@ -29,6 +29,9 @@ const PEFT_CONFIG = {
   rank_pattern: listOf(pairOf(pattern, count)),
   alpha_pattern: listOf(pairOf(pattern, number)),
   use_rslora: boolean,
+  use_dora: boolean,
+  feedforward_modules: listOf(string),
+  num_virtual_tokens: count,
 };
 
 const BASE = {

@@ -22,8 +22,9 @@ from tokenizers import Tokenizer
 
 from adapters.base import Base, find_base
 from adapters.bundle import TRUST
-from adapters.classifier import LoraSpec, build, tensors
+from adapters.classifier import build, tensors
 from adapters.layout import Layout
+from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
@@ -285,7 +286,7 @@ def phrase_ms(repeats: int) -> dict[str, float | int]:
         ``Timing.to_json`` from text to label, and ``swap_ms``, the median of a switch between two loaded adapters.
     """
     base = find_base(MINILM)
-    model = build(base, len(LABELS), LoraSpec())
+    model = build(base, len(LABELS), PeftConfig.lora())
     values = tensors(model)
     sources = [AdapterSource(name, values, LABELS, 1, Layout.of(values).digest) for name in ("one", "two")]
     key = IdentityKey.generate(SystemEntropy())

@@ -9,15 +9,15 @@ from safetensors.numpy import load_file
 
 from adapters import causal
 from adapters.base import find_base
-from adapters.classifier import LoraSpec
 from adapters.layout import Floats
+from adapters.peftconfig import PeftConfig
 
 
 class TorchEngine:
     """A causal language model in torch, in float32."""
 
-    def __init__(self, base: str, *, threads: int, lora: LoraSpec, adapters: Sequence[Path] = ()) -> None:
-        """Load a base, and adapters of the shape ``lora``: safetensors files with peft's names."""
+    def __init__(self, base: str, *, threads: int, lora: PeftConfig, adapters: Sequence[Path] = ()) -> None:
+        """Load a base, and adapters of the configuration ``lora``: safetensors files with peft's names."""
         torch.set_num_threads(threads)
         self._model = causal.build(find_base(base), lora)
         self._adapters = [load_file(path) for path in adapters]

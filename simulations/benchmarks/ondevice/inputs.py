@@ -24,7 +24,6 @@ from adapters import causal, files
 from adapters.base import Base
 from adapters.bundle import BASE, TRUST, adapter_path
 from adapters.cache import cached
-from adapters.classifier import LoraSpec
 from adapters.layout import Tensors
 from adapters.manifest import Format
 from adapters.peft.inputs import AdapterInputs
@@ -93,9 +92,9 @@ class Recipe:
     seed: int = 0
 
     @property
-    def lora(self) -> LoraSpec:
-        """The adapter's shape."""
-        return LoraSpec(self.rank, self.alpha, self.targets)
+    def lora(self) -> PeftConfig:
+        """The adapter's configuration."""
+        return PeftConfig.lora(self.rank, self.alpha, self.targets)
 
     def key(self, base: Base, windows: Tokens) -> str:
         """A digest of everything on which the trained adapter depends, 16 hex digits."""
@@ -172,7 +171,7 @@ class ContenderFiles:
         bundle = self.bundle(profile)
         write_bundle(bundle, exported, [], key=key)
         (bundle.parent / TRUST).write_bytes(key.public.to_pem())
-        config = PeftConfig("LORA", self.recipe.rank, self.recipe.alpha, self.recipe.targets)
+        config = self.recipe.lora
         inputs, digest = AdapterInputs.of_tensors(config, tensors), files.sha256(self.adapter.read_bytes())
         for form in FORMATS:
             add_adapter(

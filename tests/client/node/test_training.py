@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters import files
+from adapters import files, jsontext
 from adapters.peftconfig import PeftConfig
 from aggregation.steps import ADAPTER, BODY, Step
 from client.training.limits import TrainingLimits
@@ -84,6 +84,16 @@ def test_an_exception_in_training_is_answered_and_its_text_is_not_logged(
         ("task.batch_size", {"batch_size": 65}),
         ("task.labels", {"labels": tuple(map(str, range(1025)))}),
         ("task.scaling", {"peft_config": PeftConfig("LORA", 2, 130, ("query", "value"))}),
+        ("task.scaling", {"peft_config": PeftConfig("LORA", 4, 130, ("query", "value"), use_rslora=True)}),
+        ("task.virtual_tokens", {"peft_config": PeftConfig("PROMPT_TUNING", 0, 0, (), num_virtual_tokens=129)}),
+        ("rank_pattern", {"peft_config": PeftConfig("LORA", 2, 4, ("query",), (("query", 1),))}),
+        ("feedforward_modules", {"peft_config": PeftConfig("IA3", 0, 0, ("key",), feedforward_modules=("query",))}),
+        ("target_modules", {"peft_config": PeftConfig("IA3", 0, 0, ("nothing",))}),
+        ("target_modules", {"peft_config": PeftConfig("LN_TUNING", 0, 0, ("encoder",))}),
+        ("target_modules", {"peft_config": PeftConfig("LN_TUNING", 0, 0, ("word_embeddings",))}),
+        ("target_modules", {"peft_config": PeftConfig("BEFT", 0, 0, ("LayerNorm",))}),
+        ("num_virtual_tokens", {"peft_config": PeftConfig("PREFIX_TUNING", 0, 0, (), num_virtual_tokens=3)}),
+        ("plan.layout", {"peft_config": PeftConfig("IA3", 0, 0, ("key",))}),
     ],
 )
 def test_training_beyond_the_owners_limits_is_refused_before_an_example_is_read(
@@ -93,6 +103,30 @@ def test_training_beyond_the_owners_limits_is_refused_before_an_example_is_read(
     task = talk.coordinator.settings.task(talk.version().manifest)
     _, plans = talk.plan(talk.established(), training=replace(task, **changes).encode())
     talk.refused(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, about)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft_type": "ADAPTION_PROMPT"},
+        {"modules_to_save": ["encoder"]},
+        {"inference_mode": True},
+        {"init_lora_weights": "pissa"},
+        {"megatron_core": "os"},
+        {"target_modules": "all-linear"},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_says_more_than_can_be_trained_is_refused_before_an_example_is_read(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("client.node.training.parse_examples", lambda *_: pytest.fail("an example was read"))
+    task = json.loads(talk.coordinator.settings.task(talk.version().manifest).encode())
+    task["peft_config"] |= changes
+    _, plans = talk.plan(talk.established(), training=jsontext.encode(task))
+    talk.refused(
+        FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter}, f"task.peft_config.{next(iter(changes))}"
+    )
 
 
 def test_an_adapter_of_huge_numbers_is_refused_before_an_example_is_read(

@@ -13,19 +13,18 @@ from torch.nn.functional import cross_entropy
 
 from adapters import causal
 from adapters.base import Base
-from adapters.classifier import LoraSpec
 from adapters.layout import Tensors
 from adapters.parts import PARTS, Part
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
 from client.training.examples import Example, Split, parse_examples, read_examples, write_examples
-from client.training.language import IGNORED, MAX_TOKENS, LanguageTrainer
+from client.training.language import IGNORED, LanguageTrainer
 from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASK = Task(PeftConfig("LORA", 4, 8, ("q_proj", "v_proj")), (), 1, 4, 0.02, 0.0, 0.0, PARTS, PARTS)
-LORA = LoraSpec(4, 8, ("q_proj", "v_proj"))
+LORA = PeftConfig.lora(4, 8, ("q_proj", "v_proj"))
 TEXTS = tuple(Example(text) for text in ("abab abab abab", "ba ba ba", "abba", "aabb aabb", "b a b a b a"))
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -39,7 +38,7 @@ def trainer(llama: Base) -> LanguageTrainer:
 
 @pytest.fixture(scope="module")
 def start(trainer: LanguageTrainer) -> Tensors:
-    return causal.seeded(trainer.model, torch.Generator().manual_seed(1))
+    return causal.initial(trainer.model, torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def test_a_template_that_changes_answers_is_refused(chatty: LanguageTrainer) -> 
 
 def test_long_texts_are_cut_off_and_a_prompt_without_room_is_refused(trainer: LanguageTrainer, start: Tensors) -> None:
     long, (cut,) = "ab" * 400, trainer.encode([Example("ab" * 400)])
-    assert len(cut.ids) == MAX_TOKENS
+    assert len(cut.ids) == trainer.longest == 64  # as many as the base reads
     assert cut.size < len(long)
     with refused(DataError, "example.prompt"):
         trainer.score(start, [Example("ab", prompt=long)])
@@ -134,13 +133,13 @@ def test_no_example_weighs_more_than_the_bound_of_its_metric(trainer: LanguageTr
 def test_lora_on_layers_with_a_row_for_each_token_is_refused(make_lm: Callable[..., Base], target: str) -> None:
     """Their updates name the tokens of the examples."""
     with refused(ConfigError, "target_modules"):
-        LanguageTrainer(make_lm(tie_word_embeddings=False), LoraSpec(2, 4, ("q_proj", target)))
+        LanguageTrainer(make_lm(tie_word_embeddings=False), PeftConfig.lora(2, 4, ("q_proj", target)))
 
 
 def test_what_the_output_layers_update_would_show(make_lm: Callable[..., Base]) -> None:
     """The alive half of the test above: after one step, the rows of the examples' tokens have another sign."""
-    model = causal.build(make_lm(tie_word_embeddings=False), LoraSpec(1, 1, ("lm_head",)))
-    start = causal.seeded(model, torch.Generator().manual_seed(1))
+    model = causal.build(make_lm(tie_word_embeddings=False), PeftConfig.lora(1, 1, ("lm_head",)))
+    start = causal.initial(model, torch.Generator().manual_seed(1))
     causal.load(model, start)
     ids = torch.tensor([[5, 6, 5, 6, 5]])
     cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]).backward()

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from adapters import classifier
-from adapters.classifier import HEAD_SCALE, LoraSpec, seeded
+from adapters.classifier import HEAD_SCALE, seeded
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import folded
 from adapters.manifest import PeftConfig
 from adapters.parts import PARTS, Part, part_of
 from adapters.task import MAX_LOSS, Task
-from aggregation.errors import ConfigError, DataError
+from aggregation.errors import DataError
 from client.training.examples import Example, Score, Split
 from client.training.personal import (
     OWN_STRENGTH,
@@ -42,7 +42,7 @@ EXAMPLES = tuple(Example(text, i % 3) for i, text in enumerate(TEXTS))
 
 @pytest.fixture(scope="module")
 def trainer(tiny_base: Any) -> Trainer:
-    return Trainer(tiny_base, 3, LoraSpec(2, 4))
+    return Trainer(tiny_base, 3, PeftConfig.lora(2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_texts_of_similar_length_share_a_batch_and_each_is_visited_once_in_an_ep
 
 
 def test_the_same_base_labels_and_adapter_share_one_loaded_model(tiny_base: Any) -> None:
-    assert load_trainer(tiny_base, 3, LoraSpec(2, 4)) is load_trainer(tiny_base, 3, LoraSpec(2, 4))
+    assert load_trainer(tiny_base, 3, PeftConfig.lora(2, 4)) is load_trainer(tiny_base, 3, PeftConfig.lora(2, 4))
 
 
 # The seeded adapter.
@@ -309,11 +309,6 @@ def test_the_sign_test_counts_the_examples_on_which_two_adapters_differ() -> Non
     assert better_by_chance(one, one) == 1
 
 
-def test_an_adapter_of_rank_zero_is_refused() -> None:
-    with pytest.raises(ConfigError):
-        LoraSpec(rank=0)
-
-
 # Denormal numbers, which take a processor up to a hundred times as long.
 
 MANY_THREADS = """
@@ -321,12 +316,11 @@ import sys
 from contextlib import nullcontext
 import torch
 from adapters.base import find_base
-from adapters.classifier import LoraSpec
 from client.training import trainer
 if sys.argv[2] == "kept":
     trainer.flushed_denormals = nullcontext
 torch.set_num_threads(2)
-trainer.Trainer(find_base(sys.argv[1]), 3, LoraSpec(2, 4))
+trainer.Trainer(find_base(sys.argv[1]), 3, PeftConfig.lora(2, 4))
 with trainer.flushed_denormals():
     products = torch.full((2**20,), 1e-30) * 1e-9
 print(int(products.view(torch.int32).count_nonzero()))

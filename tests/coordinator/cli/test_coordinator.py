@@ -210,15 +210,19 @@ def test_init_and_status_load_neither_torch_nor_flower(tmp_path: Path, authority
         assert not set(done.stdout.split()) & {"flwr", "grpc", "torch", "transformers"}
 
 
-@pytest.fixture
-def seed(tiny_base: Any, tmp_path: Path) -> Path:
-    from adapters.classifier import LoraSpec
+def write(base: Any, method: str, folder: Path) -> Path:
+    """The folder of a first adapter for two labels."""
+    from adapters.trainable import configuration
     from export.seed import write_seed
 
-    write_seed(
-        tiny_base, [("on", "turn on the light"), ("off", "stop the music")], LoraSpec(2, 4), 0, tmp_path / "seed"
-    )
-    return tmp_path / "seed"
+    phrases = [("on", "turn on the light"), ("off", "stop the music")]
+    write_seed(base, phrases, configuration(base, method, rank=2), 0, folder)
+    return folder
+
+
+@pytest.fixture
+def seed(tiny_base: Any, tmp_path: Path) -> Path:
+    return write(tiny_base, "lora", tmp_path / "seed")
 
 
 def test_publish_puts_the_adapter_into_the_registry_as_version_0(
@@ -254,4 +258,31 @@ def test_publish_takes_other_labels_and_refuses_a_second_first_adapter(
     refusal(ConfigError, "version", *published)
     opened = CoordinatorStateDir.open(folder)
     assert opened.registry.newest_adapter().manifest.labels == ("an", "aus")
+    opened.registry.close()
+
+
+def test_an_adapter_of_another_method_is_published_as_peft_names_it(
+    tmp_path: Path, authority: Path, tiny_base: Any
+) -> None:
+    folder, written = tmp_path / "fleet", write(tiny_base, "ia3", tmp_path / "seed")
+    call("init", folder, "--authority", authority)
+    done = call("publish", folder, "--peft", written, "--base", tiny_base.folder)
+    assert done.exit_code == 0, done.output
+    opened = CoordinatorStateDir.open(folder)
+    config = opened.registry.version(0).manifest.peft_config
+    assert (config.peft_type, config.feedforward_modules) == ("IA3", ("output.dense",))
+    assert config.target_modules == ("key", "output.dense", "value")
+    assert any(name.endswith(".output.dense.ia3_l") for name in opened.registry.tensors(0))
+    opened.registry.close()
+
+
+@pytest.mark.parametrize("method", ["ffa", "rolora", "fedsa", "fedsb"])
+def test_methods_that_tell_loras_matrices_apart_publish_no_other_adapter(
+    tmp_path: Path, authority: Path, tiny_base: Any, method: str
+) -> None:
+    folder, written = tmp_path / "fleet", write(tiny_base, "dora", tmp_path / "seed")
+    call("init", folder, "--authority", authority, "--set", f"method={method}")
+    refusal(ConfigError, "method", "publish", folder, "--peft", written, "--base", tiny_base.folder)
+    opened = CoordinatorStateDir.open(folder)
+    assert opened.registry.latest() is None
     opened.registry.close()

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.causal import build, tensors
-from adapters.classifier import LoraSpec
 from adapters.graphinputs import to_inputs
 from adapters.keyfiles import make_key
+from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from export.bundle.adapter import encode
@@ -57,7 +57,7 @@ def test_every_layer_takes_an_adapter_and_gives_torchs_logits(
 ) -> None:
     base = make_lm(kind, **settings)
     onnx_side = runner(export_causal(base, every_layer, Profile.FP32))
-    model = build(base, LoraSpec(rank=5, alpha=7, targets=every_layer))
+    model = build(base, PeftConfig.lora(rank=5, alpha=7, targets=every_layer))
     inputs = to_inputs(drawn(model, 0), find_adapter_inputs(model).scaling)
     tokens = ids(3, 9)
     expected = torch_logits(model, tokens)
@@ -99,7 +99,7 @@ def test_a_quantized_base_gives_nearly_torchs_logits_with_an_adapter(
 ) -> None:
     exported = export_causal(llama, every_layer, profile)
     assert [len(exported.slots), *exported.slots["model.layers.1.mlp.down_proj.lora_A.weight"]] == [28, "96", "rank_13"]
-    model = build(llama, LoraSpec(rank=4, targets=every_layer))
+    model = build(llama, PeftConfig.lora(rank=4, targets=every_layer))
     inputs = to_inputs(drawn(model, 5), find_adapter_inputs(model).scaling)
     tokens = ids(2, 12)
     expected = torch_logits(model, tokens)
@@ -110,7 +110,7 @@ def test_a_quantized_base_gives_nearly_torchs_logits_with_an_adapter(
 def test_each_row_of_a_batch_has_its_own_adapter(
     llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Any, runner: Any
 ) -> None:
-    model, side = build(llama, LoraSpec(rank=3, targets=every_layer)), runner(exported)
+    model, side = build(llama, PeftConfig.lora(rank=3, targets=every_layer)), runner(exported)
     inputs = [to_inputs(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(3)]
     tokens = ids(3, 5)
     found = side.logits(tokens, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}, 2)
@@ -204,7 +204,7 @@ def generate(folder: Path, prompt: list[int], count: int, adapter: Path | None =
 def test_genai_generates_the_tokens_of_torch_with_and_without_an_adapter(
     folder: Path, llama: Base, exported: ExportedBase, every_layer: tuple[str, ...], drawn: Callable[..., Any]
 ) -> None:
-    model = build(llama, LoraSpec(rank=6, alpha=12, targets=every_layer))
+    model = build(llama, PeftConfig.lora(rank=6, alpha=12, targets=every_layer))
     drawn(model, 3)
     (folder / "one.onnx_adapter").write_bytes(encode(tensors(model), find_adapter_inputs(model), "fp32"))
     prompt = [1, 41, 52, 63]

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from adapters import pretrained
 from adapters.base import Base, find_base
 from adapters.causal import build, tensors
-from adapters.classifier import LoraSpec
 from adapters.graphinputs import to_inputs
+from adapters.peftconfig import PeftConfig
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError
 from aggregation.pki.identity import IdentityKey
@@ -112,7 +112,7 @@ def test_any_rank_gives_torchs_logits_with_and_without_the_cache(
 ) -> None:
     base, exported = made(case)
     side, tokens = runner(exported), ids(2, 9)
-    for model in (build(base, LoraSpec(rank=5, alpha=7, targets=case[2])), patterned(base, case[2])):
+    for model in (build(base, PeftConfig.lora(rank=5, alpha=7, targets=case[2])), patterned(base, case[2])):
         inputs = to_inputs(drawn(model, 0), find_adapter_inputs(model).scaling)
         assert set(inputs) == set(exported.slots)
         expected = torch_logits(model, tokens)
@@ -142,7 +142,7 @@ def test_a_row_padded_on_the_right_gives_its_own_logits(gpt2: tuple[Base, Export
 
 def test_each_row_of_a_batch_has_its_own_adapter(gpt2: tuple[Base, ExportedBase], drawn: Any, runner: Any) -> None:
     base, exported = gpt2
-    model, side, tokens = build(base, LoraSpec(rank=3, targets=GPT2)), runner(exported), ids(2, 5)
+    model, side, tokens = build(base, PeftConfig.lora(rank=3, targets=GPT2)), runner(exported), ids(2, 5)
     inputs = [to_inputs(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(2)]
     found = side.logits(tokens, {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}, 2)
     for row in range(2):
@@ -157,7 +157,7 @@ def test_a_quantized_base_gives_nearly_torchs_logits_and_leaves_no_weight_in_flo
 ) -> None:
     base, exact = gpt2
     exported = export_causal(base, GPT2, profile)
-    model, tokens = build(base, LoraSpec(rank=4, targets=GPT2)), ids(2, 12)
+    model, tokens = build(base, PeftConfig.lora(rank=4, targets=GPT2)), ids(2, 12)
     inputs, expected = to_inputs(drawn(model, 5), find_adapter_inputs(model).scaling), torch_logits(model, tokens)
     error = np.square(runner(exported).logits(tokens, inputs, 8) - expected).sum() / np.square(expected).sum()
     assert 1e-9 < error < limit
@@ -201,7 +201,7 @@ def test_a_device_generates_torchs_text_with_and_without_an_adapter(
     made: Any, case: Case, drawn: Any, tmp_path: Path
 ) -> None:
     base, exported = made(case)
-    model = build(base, LoraSpec(rank=4, targets=case[2]))
+    model = build(base, PeftConfig.lora(rank=4, targets=case[2]))
     drawn(model, 3)
     key = IdentityKey.generate(SystemEntropy())
     source = AdapterSource("global", tensors(model), (), 1, "a" * 64, adapter_inputs=find_adapter_inputs(model))
@@ -240,7 +240,10 @@ def test_a_sliding_window_that_the_builder_leaves_out_is_kept(
     make_lm: Any, runner: Any, torch_logits: Any, builder_errors: list[str]
 ) -> None:
     base, tokens = make_lm("mistral", **ONE, sliding_window=4), ids(2, 12)
-    model, side = build(base, LoraSpec(targets=("q_proj",))), runner(export_causal(base, ("q_proj",), Profile.FP32))
+    model, side = (
+        build(base, PeftConfig.lora(targets=("q_proj",))),
+        runner(export_causal(base, ("q_proj",), Profile.FP32)),
+    )
     assert builder_errors == ["sliding_window"]
     for first in (None, 1, 7):
         np.testing.assert_allclose(side.logits(tokens, {}, first), torch_logits(model, tokens), atol=1e-4)
@@ -362,7 +365,7 @@ def test_rows_with_their_own_adapters_in_a_layer_that_flattens_the_batch_are_an_
 ) -> None:
     case = CASES[2].values[0]  # OPT's fc1 and fc2
     base, exported = made(case)
-    model = build(base, LoraSpec(rank=3, targets=case[2]))
+    model = build(base, PeftConfig.lora(rank=3, targets=case[2]))
     inputs = [to_inputs(drawn(model, seed), find_adapter_inputs(model).scaling) for seed in range(2)]
     both = {name: np.stack([row[name] for row in inputs]) for name in inputs[0]}
     with pytest.raises((Fail, InvalidArgument, RuntimeException)):

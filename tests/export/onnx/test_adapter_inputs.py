@@ -7,7 +7,8 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
 from adapters.base import Base
-from adapters.classifier import LoraSpec, PhraseClassifier, build
+from adapters.classifier import PhraseClassifier, build
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from export.onnx.peftmodel import find_adapter_inputs
 from tests.support import refused
@@ -25,7 +26,7 @@ def with_lora(base: Base, **settings: Any) -> PeftModel:
 
 
 def test_every_adapted_layer_and_the_head_have_inputs(tiny_base: Base) -> None:
-    inputs = find_adapter_inputs(build(tiny_base, 4, LoraSpec(rank=4, alpha=8)))
+    inputs = find_adapter_inputs(build(tiny_base, 4, PeftConfig.lora(rank=4, alpha=8)))
     assert [slot.path.rpartition(".")[2] for slot in inputs.loras] == ["query", "value"] * 2
     assert [slot.path for slot in inputs.saved] == ["classifier"]
     assert inputs.names[0] == QUERY.format(0) + ".lora_A.weight"

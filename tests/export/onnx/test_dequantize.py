@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from adapters.base import Base
-from adapters.classifier import LoraSpec, build
+from adapters.classifier import build
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from export.onnx.blocks import four_bits
 from export.onnx.classifier import export_classifier
@@ -37,7 +38,7 @@ def test_the_rounded_base_in_float_gives_the_probabilities_of_the_exported_profi
     """Except for the rounding of activations, which training cannot anticipate."""
     profile = Profile.NATIVE_INT4
     rounded = dequantized(tiny_base, profile, tmp_path / "rounded")
-    spec = LoraSpec(rank=4, alpha=8)
+    spec = PeftConfig.lora(rank=4, alpha=8)
     in_float, in_profile, before = (
         _probabilities(base, spec, form)
         for base, form in ((rounded, Profile.FP32), (tiny_base, profile), (tiny_base, Profile.FP32))
@@ -45,7 +46,7 @@ def test_the_rounded_base_in_float_gives_the_probabilities_of_the_exported_profi
     assert np.abs(in_float - in_profile).max() < 0.3 * np.abs(before - in_profile).max() + 0.01
 
 
-def _probabilities(base: Base, spec: LoraSpec, profile: Profile) -> np.ndarray:
+def _probabilities(base: Base, spec: PeftConfig, profile: Profile) -> np.ndarray:
     model = build(base, 4, spec)
     rng = np.random.default_rng(2)
     head = {"classifier.weight": rng.standard_normal((4, 32)) * 3, "classifier.bias": np.zeros(4)}

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from adapters import pretrained
 from adapters.base import Base, find_base
-from adapters.classifier import LoraSpec, build, load, tensors
+from adapters.classifier import build, load, tensors
 from adapters.graphinputs import to_inputs
 from adapters.peft.folder import read_peft
 from adapters.peft.inputs import AdapterInputs
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from export.bundle.base import export_named, wanted
 from export.onnx import tasks
@@ -94,7 +95,7 @@ def exact(model: torch.nn.Module, ids: np.ndarray, mask: np.ndarray) -> np.ndarr
 def test_each_family_gives_torchs_logits_up_to_its_longest_text(make_family: MakeFamily, family: Family) -> None:
     kind, settings, targets, longest = family
     base = make_family(kind, settings)
-    model = build(base, 3, LoraSpec(rank=4, alpha=6, targets=targets))
+    model = build(base, 3, PeftConfig.lora(rank=4, alpha=6, targets=targets))
     rng = np.random.default_rng(0)
     load(model, {name: rng.standard_normal(v.shape, dtype=np.float32) for name, v in tensors(model).items()})
     exported = export_classifier(model, base, Profile.FP32)
@@ -161,7 +162,7 @@ def test_a_model_that_reads_far_fewer_tokens_than_it_states_is_refused() -> None
 @pytest.mark.slow
 def test_a_family_that_takes_1_for_padding_whatever_it_states_reads_its_longest_text(make_family: MakeFamily) -> None:
     base = make_family("mpnet", SIZES | {"pad_token_id": 0})
-    exported = export_classifier(build(base, 3, LoraSpec(targets=("q", "v"))), base, Profile.FP32)
+    exported = export_classifier(build(base, 3, PeftConfig.lora(targets=("q", "v"))), base, Profile.FP32)
     runner = OnnxRunner.open(exported.folder, exported.manifest)
     ids = runner.tokenizer.encode("lock " * 100).ids
     assert len(ids) == POSITIONS - 2

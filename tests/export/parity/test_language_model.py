@@ -10,8 +10,8 @@ from peft import PeftModel
 
 from adapters import causal
 from adapters.base import Base
-from adapters.classifier import LoraSpec
 from adapters.layout import Tensors
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import DataError
 from export.bundle import adapter
 from export.causal import export_causal
@@ -27,7 +27,7 @@ Draw = Callable[[PeftModel, int], Tensors]
 
 @pytest.fixture(scope="module")
 def trained(llama: Base, drawn: Draw) -> PeftModel:
-    model = causal.build(llama, LoraSpec(4, 8, TARGETS))
+    model = causal.build(llama, PeftConfig.lora(4, 8, TARGETS))
     drawn(model, 3)
     return model
 

@@ -93,7 +93,7 @@ def test_a_prompt_with_a_label_is_refused() -> None:
 
 def test_bits_for_each_byte(llama: Base) -> None:
     scenario = Scenario.parse({"name": "t", "adapter": {"targets": ["q_proj"]}}, "test")
-    trainer = load_language_trainer(llama, provision.lora(scenario))
+    trainer = load_language_trainer(llama, provision.peft_config(scenario, llama))
     from adapters.causal import tensors
 
     examples = [Example("ab ab"), Example("ba")]

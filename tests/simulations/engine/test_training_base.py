@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from adapters import classifier
 from adapters.base import Base
 from adapters.cache import VARIABLE
-from adapters.peftconfig import LoraSpec
+from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from simulations.data.population import LabelledText, Population
 from simulations.engine import provision
@@ -52,7 +52,7 @@ def given(tmp_path: Path, make_base: Callable[..., Base], monkeypatch: pytest.Mo
 
 def mean(base: Base, texts: tuple[LabelledText, ...]) -> float:
     """The length of the mean over the texts of each one's mean over its tokens, which is what centering removes."""
-    model = classifier.build(base, 2, LoraSpec(2, 4, ("query", "value")))
+    model = classifier.build(base, 2, PeftConfig.lora(2, 4, ("query", "value")))
     ids = [torch.tensor(e.ids) for e in classifier.tokenizer(base, model).encode_batch([text.text for text in texts])]
     tokens, mask = classifier.padded(ids)
     with torch.inference_mode():
