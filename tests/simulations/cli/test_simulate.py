@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import PeftModel
 from tokenizers import Tokenizer
 
 import edgeadapt
@@ -20,6 +19,7 @@ from adapters.base import Base, find_base
 from aggregation.errors import ConfigError
 from client.training.trainer import Trainer
 from coordinator.statedir import CoordinatorStateDir
+from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import Profile
 from export.parity.compare import Parity
 from simulations.cli.simulate import read_scenario
@@ -59,8 +59,8 @@ def run(
     """The command line in this process: exit code, standard output, standard error. It traces a base once."""
     export = publish.export_classifier
 
-    def cached(model: PeftModel, base: Base, profile: Profile) -> object:
-        key = (base.digest, model.get_base_model().classifier.out_features, profile)
+    def cached(model: SlottedModel, base: Base, profile: Profile) -> object:
+        key = (base.digest, model.inputs.names, profile)
         if key not in traced:
             traced[key] = export(model, base, profile)
         return traced[key]
