@@ -31,24 +31,25 @@ def texts(words: str, count: int) -> tuple[LabelledText, ...]:
     return tuple(LabelledText(f"{words} " * (2 + number % 3), -1, "g") for number in range(count))
 
 
-@pytest.fixture
-def fleet(tmp_path: Path, llama: Any, one_thread: None) -> TinyFleet:
+def fleet_of_authors(out: Path, base: Any, adapter: dict[str, Any]) -> TinyFleet:
+    """A device for each author, and a coordinator whose first version is of this ``[adapter]``."""
     clients = tuple(Client(name, "", False, texts(said, 6), texts(said, 2), ()) for name, said in AUTHORS.items())
     population = Population((), (), clients)
-    settings = {
-        "name": "authors",
-        "base": {"model": str(llama.folder)},
-        "adapter": {"rank": 4, "targets": ["q_proj", "v_proj"]},
-    }
+    settings = {"name": "authors", "base": {"model": str(base.folder)}, "adapter": adapter}
     scenario = Scenario.parse(settings, "test")
-    made = TinyFleet(tmp_path / "fleet", scenario, population, llama)
-    provision.provision(made.out, scenario, population, llama)
-    provision.Enrolment.of(made.out, scenario, population, llama).enrol(client.name for client in population.clients)
+    made = TinyFleet(out, scenario, population, base)
+    provision.provision(made.out, scenario, population, base)
+    provision.Enrolment.of(made.out, scenario, population, base).enrol(client.name for client in population.clients)
     made.configure({"rounds": 3, "training.learning_rate": 0.02, "training.epochs": 4})
     made.configure({"aggregation.keep_masked_inputs": True})
     folders = [str(provision.device_folder(made.out, name)) for name in AUTHORS]
     made.nodes = dict(enumerate(folders, SERVER_NODE + 1))
     return made
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, llama: Any, one_thread: None) -> TinyFleet:
+    return fleet_of_authors(tmp_path / "fleet", llama, {"rank": 4})
 
 
 def test_a_language_model_is_federated_end_to_end(fleet: TinyFleet) -> None:

@@ -29,11 +29,7 @@ from export.onnx.exported import Profile
 from export.onnx.slotted import with_mean_head
 from export.parity import compare
 from export.parity.compare import OnnxRunner
-from simulations.data.population import Client, LabelledText, Population
-from simulations.engine import provision
-from simulations.engine.grid import SERVER_NODE
-from simulations.scenario import Scenario
-from tests.conftest import TinyFleet
+from tests.integration.test_language_federation import AUTHORS, fleet_of_authors, texts
 from tests.support.models import llama, make_lm
 
 __all__ = ["llama", "make_lm"]  # fixtures
@@ -95,7 +91,6 @@ def require_recomputed(fleet: Any, rounds: int) -> None:
     assert f"{rounds} of {rounds} recomputed" in finding.text
 
 
-AUTHORS = {"device-00": "abab ab", "device-01": "aab aab", "device-02": "ab abb", "device-03": "abba ab"}
 LANGUAGE: dict[str, dict[str, Any]] = {
     "dora": {"rank": 2},
     "ia3": {},
@@ -106,15 +101,12 @@ LANGUAGE: dict[str, dict[str, Any]] = {
 }
 
 
-def said(words: str, count: int) -> tuple[LabelledText, ...]:
-    return tuple(LabelledText(f"{words} " * (2 + number % 3), -1, "g") for number in range(count))
-
-
 @pytest.mark.parametrize("method", LANGUAGE)
 def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_exported(
-    language_fleet_of: FleetOf, llama: Any, tmp_path: Path, method: str
+    one_thread: None, llama: Any, tmp_path: Path, method: str
 ) -> None:
-    fleet = language_fleet_of({"method": method, **LANGUAGE[method]})
+    fleet = fleet_of_authors(tmp_path / "fleet", llama, {"method": method, **LANGUAGE[method]})
+    fleet.configure({"rounds": 2, "training.epochs": 2})
     records = fleet.federate(fleet.grid())
     assert [record.version for record in records] == [1, 2]
     require_recomputed(fleet, 2)
@@ -122,7 +114,7 @@ def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_ex
     config, before, last = registry.version(2).manifest.peft_config, registry.tensors(0), registry.tensors(2)
     trainer = load_language_trainer(llama, config)
     assert trainer.layout == Layout.of(last)
-    held_out = [Example(text.text, -1, Split.VALIDATION) for words in AUTHORS.values() for text in said(words, 3)]
+    held_out = [Example(text.text, -1, Split.VALIDATION) for words in AUTHORS.values() for text in texts(words, 3)]
     assert trainer.score(last, held_out).loss < trainer.score(before, held_out).loss
 
     origin = from_registry(fleet.out / "coordinator", None, None)
@@ -141,22 +133,3 @@ def test_a_method_of_a_language_model_is_federated_audited_opened_by_peft_and_ex
     parity = compare.compare(trainer.model, runner, inputs, [text.text for text in held_out])
     assert parity.agreement == 1
     assert parity.max_abs_diff < 1e-4
-
-
-@pytest.fixture
-def language_fleet_of(tmp_path: Path, llama: Any, one_thread: None) -> FleetOf:
-    def make(adapter: dict[str, Any]) -> TinyFleet:
-        clients = tuple(Client(name, "", False, said(words, 6), said(words, 2), ()) for name, words in AUTHORS.items())
-        population = Population((), (), clients)
-        settings = {"name": "authors", "base": {"model": str(llama.folder)}, "adapter": adapter}
-        scenario = Scenario.parse(settings, "test")
-        made = TinyFleet(tmp_path / "fleet", scenario, population, llama)
-        provision.provision(made.out, scenario, population, llama)
-        provision.Enrolment.of(made.out, scenario, population, llama).enrol_all()
-        made.configure({"rounds": 2, "training.learning_rate": 0.02, "training.epochs": 2})
-        made.configure({"aggregation.keep_masked_inputs": True})
-        folders = [str(provision.device_folder(made.out, name)) for name in AUTHORS]
-        made.nodes = dict(enumerate(folders, SERVER_NODE + 1))
-        return made
-
-    return make
