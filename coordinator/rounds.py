@@ -104,11 +104,12 @@ def federate(
                 outcome = _aggregate(cohort, session, adapter, task.encode(), number, last)
             last = _last_sum(cohort, adapter, fits_head, outcome) or last
             account = account.after(spec, _named(outcome))
+            epsilon = account.epsilon(spec)
             if isinstance(outcome, RoundAborted):
                 session, made = _after_abort(outcome, last, transport), None
             else:
-                session, made = outcome[0], _step(cohort, adapter, task, state, outcome, number, settings)
-            seconds, epsilon = time.perf_counter() - begin, account.epsilon(spec)
+                session, made = outcome[0], _step(cohort, adapter, task, state, outcome, number, settings, epsilon)
+            seconds = time.perf_counter() - begin
             record = _record(cohort, registry.head(), outcome, made, seconds=seconds, epsilon=epsilon)
             _commit(registry, record, made, key)
             cohort.recorder.end(record)  # after the registry: a start after a kill writes it from the record
@@ -287,6 +288,7 @@ def _step(
     outcome: tuple[Established, RoundResult],
     number: int,
     settings: FederationSettings,
+    epsilon: float | None,
 ) -> _NextAdapter:
     """From the sum to the next adapter."""
     parent, plan = adapter.manifest, cohort.recorder.log.plan or b""
@@ -307,6 +309,7 @@ def _step(
         rule=optimizer.to_rule(rule),
         survivors=result.survivors,
         metrics=metrics_of(result.values),
+        epsilon=epsilon,
     )
     return _NextAdapter(manifest, blob, optimizer.to_tensors(state))
 

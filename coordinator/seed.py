@@ -55,6 +55,7 @@ def seed_version(
         rule=None,
         survivors=(),
         metrics={},
+        epsilon=None,
         peft_config=peft_config,
         labels=tuple(labels),
     )

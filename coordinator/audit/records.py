@@ -55,7 +55,8 @@ def require_published(records: Sequence[RoundRecord], manifest_of: Callable[[int
     for record in records:
         manifest = None if record.version is None else manifest_of(record.version)
         made = record.version is None or (manifest is not None and record.made(manifest))
-        if not made or record.metrics != (manifest.metrics if manifest else {}):
+        stated = (manifest.metrics, manifest.epsilon) if manifest else ({}, record.epsilon)
+        if not made or (record.metrics, record.epsilon) != stated:
             text = f"the record of round {record.round} and the manifest of its adapter contradict each other"
             raise TrustError(text, about="record", value=record.round)
 

@@ -30,6 +30,7 @@ VERSION = VersionManifest(
     rule=ServerRule("FedAdam", {"learning_rate": 0.01}),
     survivors=("küche", "flur"),
     metrics={"loss": 0.25, "accuracy": 1.0},
+    epsilon=3.5,
     peft_config=PLAIN,
     labels=("HassTurnOn", "HassTurnOff"),
 )
@@ -78,6 +79,7 @@ manifests = st.builds(
     | st.builds(ServerRule, text, st.dictionaries(text, st.floats(allow_nan=False, allow_infinity=False), max_size=2)),
     survivors=st.lists(text, max_size=3).map(tuple),
     metrics=st.dictionaries(text, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
+    epsilon=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     peft_config=st.builds(PeftConfig, st.just("LORA"), st.integers(1, 64), st.integers(1, 64), st.just(("query",))),
     labels=st.lists(text, max_size=3).map(tuple),
 )

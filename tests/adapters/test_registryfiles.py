@@ -48,6 +48,7 @@ def manifest(version: int) -> VersionManifest:
         rule=ServerRule("FedAvg", {"learning_rate": 1.0}) if version else None,
         survivors=("anna", "ben") if version else (),
         metrics={"loss": 0.5} if version else {},
+        epsilon=None,
         peft_config=PeftConfig("LORA", 8, 16, ("query",)),
         labels=("on", "off"),
     )

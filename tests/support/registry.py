@@ -34,6 +34,7 @@ def _manifest(number: int) -> VersionManifest:
         rule=ServerRule("FedAvg", {"learning_rate": 1.0}) if number else None,
         survivors=("anna", "ben") if number else (),
         metrics={"loss": 1 / number} if number else {},
+        epsilon=None,
         peft_config=PeftConfig("LORA", 8, 16, ("query", "value")),
         labels=("on", "off"),
     )

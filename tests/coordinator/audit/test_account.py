@@ -34,6 +34,7 @@ def test_an_audit_finds_the_recorded_epsilon_from_the_logs_alone(fleet_of: Fleet
     assert found == [record.epsilon for record in records]
     assert found == sorted(found)
     assert None not in found
+    assert [fleet.registry().version(number).manifest.epsilon for number in range(4)] == [None, *found]
     assert len(reports) == 2
     last = [finding for finding in list(reports.values())[-1].findings if finding.check is Check.PRIVACY]
     assert [finding.status for finding in last] == [Status.PASS]
