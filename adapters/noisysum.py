@@ -16,10 +16,9 @@ from adapters.parts import mask
 from adapters.task import NORM_ERROR, Sums, Task, dither, noise_key
 from aggregation import rotation
 from aggregation.errors import DataError
-from aggregation.privacy import noise
 from aggregation.privacy.rounding import norm_squared
 from aggregation.spec import SessionSpec
-from aggregation.vector import WRAP_BITS, Segment, VectorSpec
+from aggregation.vector import Segment, VectorSpec, noise_reach
 
 
 def noisy_spec(layout: Layout, *, clip_norm: float, noise: float, ring_bits: int, max_clients: int) -> VectorSpec:
@@ -42,17 +41,15 @@ def noisy_spec(layout: Layout, *, clip_norm: float, noise: float, ring_bits: int
 def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     """Return if honest survivors can have the sum of a round with noise: else a device lied.
 
-    With n survivors, d coordinates of step s, and noise of the variance v on each device's: the norm of the sum is at
-    most n · s · √``norm_squared`` + √d · r, where no coordinate of the noise is beyond r except with a probability of
-    2^-40 (``noise.reach``).
+    With n survivors and d coordinates of step s, the norm of the sum is at most n · s · √``norm_squared`` + s · √d · r,
+    where the noise of no coordinate is beyond r steps except with a probability of 2^-40 (``vector.noise_reach``).
 
     Raises:
         DataError: They cannot. The text names no number of the sum.
     """
     (segment,) = spec.vector.segments
     step = spec.vector.step(segment)
-    odds = math.log(2) * (WRAP_BITS + 1) + math.log(segment.size)
-    added = noise.reach(survivors * (segment.noise / step) ** 2, odds) * math.sqrt(segment.size)
+    added = noise_reach(segment, step, survivors) * math.sqrt(segment.size)
     longest = survivors * math.sqrt(norm_squared(spec.clip_norm / step, segment.size)) + added
     if not float(np.linalg.norm(sums[segment.name])) <= longest * step * (1 + NORM_ERROR):
         text = f"the sum of the updates is longer than the clip norm {spec.clip_norm:g} and the noise allow"

@@ -75,6 +75,13 @@ class Segment:
         return max(self.bound, float(np.float32(self.bound)))
 
 
+def noise_reach(segment: Segment, step: float, clients: int) -> float:
+    """What the noise of ``clients`` devices, in steps, exceeds in some element of a segment with a probability of at
+    most 2^-``WRAP_BITS``."""
+    odds = math.log(2) * (WRAP_BITS + 1) + math.log(segment.size)  # either side of each element
+    return noise.reach(clients * (segment.noise / step) ** 2, odds)
+
+
 @dataclass(frozen=True, slots=True)
 class VectorSpec:
     """Layout and fixed-point format of a contribution.
@@ -180,8 +187,7 @@ class VectorSpec:
         values = clients * math.ceil(segment.largest / step)
         if not segment.noise:
             return values
-        odds = math.log(2) * (WRAP_BITS + 1) + math.log(segment.size)
-        return values + math.floor(noise.reach(clients * (segment.noise / step) ** 2, odds))
+        return values + math.floor(noise_reach(segment, step, clients))
 
     def to_ring(self, steps: NDArray[np.int64]) -> Ring:
         """Whole numbers of steps as elements of the ring. Shape ``(size,)``, whatever their magnitude."""
