@@ -145,7 +145,7 @@ class VersionManifest(Manifest):
     rule: ServerRule | None  # of the server optimizer, from the sum to this version; None for the seed
     survivors: tuple[str, ...]  # devices whose updates are in the sum
     metrics: dict[str, float]  # means over the survivors, as unmasked
-    epsilon: float | None  # what all sums so far may have revealed of one device; None: nothing bounds it
+    epsilon: float | None  # what all sums so far may have revealed of a device, at most; None: nothing bounds it
     peft_config: PeftConfig
     labels: tuple[str, ...]  # the head's rows, in order
 

@@ -59,8 +59,8 @@ class RoundAborted:
     """A round without a result. ``session`` begins the next round; None if no session was established.
 
     ``blamed``: devices found to have dealt or revealed a wrong share. ``unmasked``: the survivors, if devices were
-    asked to unmask their sum: they help to another one from the same adapter over the same devices. ``named``: how many
-    survivors were named to devices; a sum with noise counts as revealed from then on.
+    asked to unmask their sum: they help to another one from the same adapter over the same devices. ``named``: the
+    survivors, if they were named to devices; a sum with noise counts as revealed from then on.
     """
 
     reason: AbortReason
@@ -68,7 +68,7 @@ class RoundAborted:
     session: "Established | None"
     blamed: tuple[str, ...] = ()
     unmasked: tuple[str, ...] = ()
-    named: int = 0
+    named: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +392,7 @@ class SurvivorSet:
     ) -> RoundAborted:
         """The abort after the unmask request. ``excluded``: devices that are in no further round of the session."""
         after = replace(self.established, excluded=self.established.excluded.union(excluded))
-        return RoundAborted(reason, detail, after, tuple(sorted(blamed)), self.devices, len(self.devices))
+        return RoundAborted(reason, detail, after, tuple(sorted(blamed)), self.devices, self.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,7 +419,7 @@ class Confirming:
         signers, quorum = tuple(sorted(self.consistency_signatures)), self.survivor_set.session.spec.quorum
         if len(signers) < quorum:
             detail = f"{len(signers)} consistency signatures, {quorum} are needed"
-            named = len(self.survivor_set.devices)
+            named = self.survivor_set.devices
             return RoundAborted(AbortReason.TOO_FEW, detail, self.survivor_set.established, named=named)
         body = self.survivor_set.unmask({device: self.consistency_signatures[device] for device in signers[:quorum]})
         return Unmasking(self.survivor_set, signers), dict.fromkeys(signers, body)

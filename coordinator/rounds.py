@@ -26,7 +26,6 @@ from aggregation.errors import ConfigError, DataError
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.server import AbortReason, Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
-from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
 from coordinator import lastsum, optimizer
@@ -99,7 +98,7 @@ def federate(
                 cohort, session = make_session(adapter, task, rounds, f"session-{number}", last)
             cohort.dropped.clear()
             spec = session.session.spec
-            _require_budget(account, spec, settings)
+            _require_budget(account, session, settings)
             with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
                 outcome = _aggregate(cohort, session, adapter, task.encode(), number, last)
             last = _last_sum(cohort, adapter, fits_head, outcome) or last
@@ -322,22 +321,21 @@ def _account(transcripts: Transcripts, key: IdentityKey) -> Account:
     return account
 
 
-def _named(outcome: Outcome) -> int:
-    """How many survivors were named to devices."""
-    return outcome.named if isinstance(outcome, RoundAborted) else len(outcome[1].survivors)
+def _named(outcome: Outcome) -> tuple[str, ...]:
+    """The survivors that were named to devices."""
+    return outcome.named if isinstance(outcome, RoundAborted) else outcome[1].survivors
 
 
-def _require_budget(account: Account, spec: SessionSpec, settings: FederationSettings) -> None:
+def _require_budget(account: Account, session: Established, settings: FederationSettings) -> None:
     """Return if the smallest sum of a session may still be revealed. Repeats and aborted rounds count too.
 
     Raises:
         ConfigError: It would take the account beyond the epsilon of the settings.
     """
-    limit = settings.privacy.epsilon
-    epsilon = account.after(spec, spec.minimum_survivors).epsilon(spec) if limit else None
+    limit, spec = settings.privacy.epsilon, session.session.spec
+    epsilon = account.epsilon_of_next(spec, session.devices) if limit else None
     if epsilon is not None and epsilon > limit * (1 + SLACK):
-        spent = account.epsilon(spec)
-        text = f"{account.noisy} sums have spent an epsilon of {spent:.3f}, and another could exceed {limit:g}: the "
+        text = f"after {account.noisy} sums, another could spend an epsilon of {epsilon:.3f}, above {limit:g}: the "
         text += "federation ends here, or raise privacy.epsilon, which devices may refuse"
         raise ConfigError(text, about="privacy.epsilon", value=limit)
 

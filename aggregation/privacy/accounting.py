@@ -159,6 +159,9 @@ class Spent:
         return least if bounded else math.inf
 
 
+NOTHING = Spent()
+
+
 def calibrated(epsilon: Callable[[float], float], target: float) -> float:
     """The least noise multiplier that meets a target, to a relative 2^-12 and never below it.
 

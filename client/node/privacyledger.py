@@ -15,13 +15,12 @@ from aggregation import graph, sealed, wire
 from aggregation.errors import ProtocolError
 from aggregation.messages import Uint32
 from aggregation.policy import Policy
-from aggregation.privacy.accounting import ORDERS, Spent
+from aggregation.privacy.accounting import NOTHING, ORDERS, Spent
 from aggregation.session import COORDINATOR
 from aggregation.spec import SessionSpec
 from aggregation.wire import Codec
 
 _MAGIC = b"edgeadapt/privacy-ledger/1\x00"
-NOTHING = Spent()
 _SPENT: Codec[Spent] = wire.record(Spent, {"curve": wire.sequence(wire.real, len(ORDERS)), "draws": wire.uint(128)})
 
 

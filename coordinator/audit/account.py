@@ -1,18 +1,19 @@
 """What the sums of a coordinator may have revealed of one device, from its logs alone.
 
 A sum counts once its survivors were named to devices, whether or not the round has a result: from then on answers can
-unmask it. The coordinator keeps the same account, in the records of its rounds, and an audit compares the two. It
-counts every device as if it were in every sum, and no amplification by sampling.
+unmask it. Each device counts for the sums that it is in, and for no amplification by sampling; the account is that of
+the device that spent most. The coordinator keeps the same account, in the records of its rounds, and an audit compares
+the two.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from adapters.roundrecord import RoundRecord
 from aggregation import envelope
 from aggregation.errors import TrustError
 from aggregation.messages import Offer, Survivors, Unmask
-from aggregation.privacy.accounting import Spent
+from aggregation.privacy.accounting import NOTHING, Spent
 from aggregation.spec import SessionSpec
 from aggregation.transcript import Entry
 from coordinator.audit.findings import Check, Finding, Report, Status, count
@@ -25,40 +26,57 @@ class Account:
     """What sums have revealed so far.
 
     Args:
-        spent: Of the sums with noise.
-        noisy: Their number.
+        spent: Device → by the sums with noise that it is in.
+        noisy: Number of these sums.
         bare: Sums without noise, which nothing bounds; they are in no other number.
     """
 
-    spent: Spent = Spent()  # noqa: RUF009 - immutable
+    spent: Mapping[str, Spent] = field(default_factory=dict)
     noisy: int = 0
     bare: int = 0
 
-    def after(self, spec: SessionSpec, survivors: int) -> "Account":
-        """The account after a round with so many named survivors; 0: none were named."""
+    def after(self, spec: SessionSpec, survivors: Collection[str]) -> "Account":
+        """The account after a round with these named survivors; none: nothing was revealed."""
         if not survivors:
             return self
         if spec.privacy is None:
             return replace(self, bare=self.bare + 1)
-        return Account(self.spent + spec.spent(survivors), self.noisy + 1, self.bare)
+        cost = spec.spent(len(survivors))
+        before = {device: self.spent.get(device, NOTHING) for device in survivors}
+        total = {one: one + cost for one in set(before.values())}  # few: most devices are in the same sums
+        spent = {**self.spent, **{device: total[one] for device, one in before.items()}}
+        return Account(spent, self.noisy + 1, self.bare)
 
     def epsilon(self, spec: SessionSpec) -> float | None:
-        """For the δ of a session; None in one without noise."""
-        return None if spec.privacy is None else self.spent.epsilon(spec.privacy.delta)
+        """Of the device that spent most, for the δ of a session; None in one without noise."""
+        return _largest(spec, self.spent.values())
+
+    def epsilon_of_next(self, spec: SessionSpec, devices: Collection[str]) -> float | None:
+        """The same after another sum over ``devices`` or some of them, if no more survive than must."""
+        if spec.privacy is None:
+            return None
+        cost = spec.spent(spec.minimum_survivors)
+        return _largest(spec, (one + cost for one in {self.spent.get(device, NOTHING) for device in devices}))
+
+
+def _largest(spec: SessionSpec, spent: Iterable[Spent]) -> float | None:
+    if spec.privacy is None:
+        return None
+    return max((one.epsilon(spec.privacy.delta) for one in set(spent)), default=0.0)
 
 
 def logged(account: Account, entries: Iterable[Entry]) -> Account:
     """The account after the session of a log whose entries were verified."""
     spec: SessionSpec | None = None
-    rounds: dict[int, int] = {}
+    rounds: dict[int, Collection[str]] = {}
     for entry in entries:
         body = envelope.unverified_body(entry.message)
         if entry.kind == Offer.TAG:
             spec = Offer.decode(body).spec
         elif entry.kind == Survivors.TAG:
-            rounds.setdefault(entry.round, len(Survivors.decode(body).vectors))
+            rounds.setdefault(entry.round, Survivors.decode(body).vectors.keys())
         elif entry.kind == Unmask.TAG:
-            rounds.setdefault(entry.round, len(Unmask.decode(body).survivors.vectors))
+            rounds.setdefault(entry.round, Unmask.decode(body).survivors.vectors.keys())
     if spec is not None:
         for survivors in rounds.values():
             account = account.after(spec, survivors)
@@ -72,7 +90,7 @@ def audited(account: Account, report: Report) -> tuple[Account, Report]:
         return account, replace(report, findings=(*report.findings, Finding(Check.PRIVACY, Status.NOT_REACHED, "")))
     rounds = []
     for each in report.rounds:
-        account = account.after(spec, len(each.survivors))
+        account = account.after(spec, each.survivors)
         rounds.append(replace(each, epsilon=account.epsilon(spec)))
     finding = Finding(Check.PRIVACY, Status.PASS, _text(spec, account, account.noisy - before.noisy))
     return account, replace(report, rounds=tuple(rounds), findings=(*report.findings, finding))
@@ -86,8 +104,8 @@ def _text(spec: SessionSpec, account: Account, here: int) -> str:
     corrupt = count(spec.minimum_survivors - spec.privacy.honest, "survivor")
     delta, kind, sums = spec.privacy.delta, spec.privacy.mechanism.value, count(account.noisy, "sum")
     return (
-        f"epsilon {epsilon:.3f} for delta {delta:g} after {sums} with noise, {here} in this session, with {kind} "
-        f"noise; {corrupt} of each may have added none{bare}"
+        f"epsilon {epsilon:.3f} for delta {delta:g}, of the device that spent most, after {sums} with noise, {here} in "
+        f"this session, with {kind} noise; {corrupt} of each may have added none{bare}"
     )
 
 

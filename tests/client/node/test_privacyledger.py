@@ -11,11 +11,11 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
-from aggregation.privacy.accounting import Mechanism, Spent
+from aggregation.privacy.accounting import NOTHING, Mechanism, Spent
 from aggregation.spec import Privacy, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from client.node import app, privacyledger
-from client.node.privacyledger import NOTHING, PrivacyLedger, on_plan, on_survivors
+from client.node.privacyledger import PrivacyLedger, on_plan, on_survivors
 from client.node.statedir import LEDGER, DeviceSettings, DeviceStateDir
 from tests.support import refused
 from tests.support.fleet import session_spec

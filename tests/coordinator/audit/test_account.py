@@ -8,16 +8,25 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ConfigError, TrustError
+from aggregation.privacy.accounting import Mechanism
+from aggregation.spec import Privacy, SessionSpec
 from aggregation.steps import Step
+from aggregation.vector import Segment, VectorSpec
 from coordinator.audit import AuditInput, AuditOptions
 from coordinator.audit.account import Account, audited, require_recorded
 from coordinator.audit.findings import Check, Status
 from coordinator.registry import Registry
 from coordinator.settings import FederationSettings
 from tests.support import refused
+from tests.support.fleet import session_spec
 
 FleetOf = Callable[..., Any]
 NOISY = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 1.0, "aggregation__clip_norm": 0.5}
+
+
+def noisy_session() -> SessionSpec:
+    vector = VectorSpec((Segment("delta", 500, 0.4, 0.5),), 16, 10)
+    return session_spec(10, vector=vector, clip_norm=1.0, weight_cap=1, privacy=Privacy(Mechanism.SKELLAM, 6, 1e-6))
 
 
 def reports_of(fleet: Any) -> tuple[AuditInput, Any]:
@@ -38,7 +47,7 @@ def test_an_audit_finds_the_recorded_epsilon_from_the_logs_alone(fleet_of: Fleet
     assert len(reports) == 2
     last = [finding for finding in list(reports.values())[-1].findings if finding.check is Check.PRIVACY]
     assert [finding.status for finding in last] == [Status.PASS]
-    assert f"epsilon {found[-1]:.3f} for delta 1e-06 after 3 sums" in last[0].text
+    assert f"epsilon {found[-1]:.3f} for delta 1e-06, of the device that spent most, after 3 sums" in last[0].text
     more = replace(records[-1], epsilon=found[-1] * (1 - 1e-6))
     with refused(TrustError, "record.epsilon", value=3):
         require_recorded([*records[:-1], more], reports)
@@ -128,3 +137,16 @@ def test_the_status_shows_the_epsilon_of_each_round(fleet_of: FleetOf, tmp_path:
     status = status_of(CoordinatorStateDir.open(fleet.out / "coordinator"))
     assert status["rounds"][0]["epsilon"] == record.epsilon
     assert f"epsilon {record.epsilon:.3f}" in list(lines_of(status))[-1]
+
+
+def test_each_device_counts_for_the_sums_that_it_is_in() -> None:
+    spec = noisy_session()
+    one, first, second = spec.spent(8), ("a", *"bcdefgh"), ("a", *"ijklmno")
+    account = Account().after(spec, first).after(spec, second).after(spec, ())
+    assert (account.noisy, len(account.spent)) == (2, 15)
+    assert account.spent["a"] == one + one
+    assert account.spent["b"] == account.spent["o"] == one
+    assert account.epsilon(spec) == (one + one).epsilon(1e-6)
+    smallest = spec.spent(spec.minimum_survivors)
+    assert account.epsilon_of_next(spec, "bo") == (one + smallest).epsilon(1e-6)
+    assert account.epsilon_of_next(spec, "az") == (one + one + smallest).epsilon(1e-6)
