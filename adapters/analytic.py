@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Self
 
 import numpy as np
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from adapters import jsontext
 from adapters.layout import Layout, Tensors
@@ -63,7 +63,7 @@ class AnalyticTask:
             ProtocolError: A field is missing, unknown or out of range.
         """
         try:
-            return TypeAdapter(cls).validate_json(raw, strict=True)
+            return jsontext.decode_as(cls, raw)
         except ValidationError as error:
             first = error.errors()[0]
             field = f"task.{'.'.join(map(str, first['loc']))}"

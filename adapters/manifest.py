@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from adapters import dsse, jsontext
 from adapters.peftconfig import PeftConfig
@@ -109,7 +109,7 @@ class Manifest:
     def _of(cls, payload: bytes) -> Self:
         try:
             jsontext.decode(payload)  # refuses what the next line would read in one of several ways
-            return TypeAdapter(cls).validate_json(payload, strict=True)
+            return jsontext.decode_as(cls, payload)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from adapters import jsontext
 from adapters.layout import Layout
@@ -69,7 +69,7 @@ class Task:
                 both or is with A or B.
         """
         try:
-            found = TypeAdapter(cls).validate_json(raw, strict=True)
+            found = jsontext.decode_as(cls, raw)
         except ValidationError as error:
             first = error.errors()[0]
             field = f"task.{'.'.join(map(str, first['loc']))}"

@@ -7,8 +7,9 @@ import json
 import re
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from adapters import jsontext
 from adapters.graphinputs import INPUT_SCALE, OFFSET, REPLACED, layer_of
 from adapters.peft.inputs import AdapterInputs
 from adapters.peftconfig import PeftConfig
@@ -200,7 +201,7 @@ def _config(kind: str, settings: Settings) -> PeftConfig:
         "num_virtual_tokens": settings.get("num_virtual_tokens", 0) if kind in VIRTUAL_TYPES else 0,
     }
     try:
-        return TypeAdapter(PeftConfig).validate_json(json.dumps(body), strict=True)
+        return jsontext.decode_as(PeftConfig, json.dumps(body))
     except (ValidationError, TypeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         field = ".".join(map(str, first["loc"]))

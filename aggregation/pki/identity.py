@@ -101,11 +101,13 @@ class IdentityKey:
     """The private half of an identity. Its bytes appear in no ``repr``, and so in no log and no traceback."""
 
     raw: bytes = field(repr=False)
+    _key: Ed25519PrivateKey = field(init=False, repr=False, compare=False)  # loading it costs as much as signing
 
     def __post_init__(self) -> None:
         if len(self.raw) != KEY:
             text = f"an Ed25519 private key has {KEY} bytes, not {len(self.raw)}"
             raise TrustError(text, about="key.length", value=len(self.raw))
+        object.__setattr__(self, "_key", Ed25519PrivateKey.from_private_bytes(self.raw))
 
     @classmethod
     def generate(cls, entropy: Entropy) -> "IdentityKey":
@@ -115,16 +117,16 @@ class IdentityKey:
     @property
     def public(self) -> PublicKey:
         """The public half."""
-        return PublicKey(self._key().public_key().public_bytes_raw())
+        return PublicKey(self._key.public_key().public_bytes_raw())
 
     def sign(self, tag: str, body: bytes) -> bytes:
         """Sign ``body`` for the purpose ``tag``: 64 bytes, the same for the same input (RFC 8032, section 5.1.6)."""
-        return self._key().sign(_framed(tag, body))
+        return self._key.sign(_framed(tag, body))
 
     def to_pem(self, passphrase: bytes | None = None) -> bytes:
         """PKCS #8 in PEM. Without a passphrase it is not encrypted: write it only where nobody else can read it."""
         encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
-        return self._key().private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+        return self._key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 
     @classmethod
     def from_pem(cls, pem: bytes, passphrase: bytes | None = None) -> "IdentityKey":
@@ -144,6 +146,3 @@ class IdentityKey:
             kind = type(key).__name__
             raise TrustError(f"expected an Ed25519 private key, got {kind}", about="key.type", value=kind)
         return cls(key.private_bytes_raw())
-
-    def _key(self) -> Ed25519PrivateKey:
-        return Ed25519PrivateKey.from_private_bytes(self.raw)
