@@ -25,6 +25,7 @@ from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
 
 XX, XY = "xx", "xy"  # segments
+RING_BITS = 22  # unless a coordinator sets other ones; with 18 the demo's accuracy is lower (``analytic-head.md``)
 WEIGHT = "classifier.weight"  # ends the name of the head's matrix, shape (labels, hidden)
 BIAS = "classifier.bias"  # shape (labels,)
 

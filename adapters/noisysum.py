@@ -20,6 +20,8 @@ from aggregation.privacy.rounding import norm_squared
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec, noise_reach
 
+RING_BITS = 22  # unless a coordinator sets more: the noise, not the ring, then decides how exact a mean is
+
 
 def noisy_spec(layout: Layout, *, clip_norm: float, noise: float, ring_bits: int, max_clients: int) -> VectorSpec:
     """The sum of one round: the clipped and rotated update, in one segment with noise.

@@ -8,6 +8,7 @@ next adapter from the mean, and its auditor does so again.
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Self
 
@@ -20,14 +21,19 @@ from adapters.layout import Layout
 from adapters.lorasb import with_squares
 from adapters.parts import Part, mask, only
 from adapters.peftconfig import PeftConfig
+from aggregation import rotation
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.keystream import Keystream
+from aggregation.ring import MAX_BITS
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
 
 MAX_LOSS = 20.0  # nats; a device's loss is clipped to it, so that the metric has a bound
 
 NORM_ERROR = 2.0**-20  # relative: a norm of 2^27 numbers in float64 is off by less than 2^-26
+LEAST_RING_BITS = 16  # two bytes in memory and on the wire
+RESOLUTION = 1 / 8  # norm of one step in every coordinate of the mean, in clip norms, at most
+
 UNIFORMS = 8  # numbers in the noise of one coordinate of the mean
 
 # Published with the survivors' names, an exact count of examples is an equation, and rounds have different survivors:
@@ -108,18 +114,42 @@ def contribution_spec(
     """The sums of one round: the weighted delta, the weights and the metrics, each with its own bound.
 
     A device's weight is its number of examples, at most ``weight_cap``. ``delta`` is the clipped delta times the
-    weight, so that a coordinate is within ``clip_norm * weight_cap``. ``correct``, ``loss`` and ``held_out`` come from
-    the adapter that the device received, with the device's private parts, measured on its held-out part before
-    training. ``layout`` is that of the shared tensors.
+    weight, rotated, so that a coordinate is within ``rotation.peak`` of its norm, ``clip_norm * weight_cap``.
+    ``correct``, ``loss`` and ``held_out`` come from the adapter that the device received, with the device's private
+    parts, measured on its held-out part before training. ``layout`` is that of the shared tensors.
 
     Raises:
         ConfigError: The ring cannot hold the sum of so many devices, or cannot count their examples one by one.
     """
     segments = (
-        Segment("delta", layout.size, clip_norm * weight_cap),
+        Segment("delta", layout.size, clip_norm * weight_cap * rotation.peak(layout.size)),
         *metric_segments(weight_cap),
     )
     return require_exact(VectorSpec(segments, ring_bits, max_clients), weight_cap)
+
+
+def least_ring_bits(layout: Layout, *, clip_norm: float, weight_cap: int, max_clients: int) -> int:
+    """The least ring for ``contribution_spec``, from ``LEAST_RING_BITS`` on, with a fine enough step.
+
+    It counts examples one by one, and s · √d / n is at most ``RESOLUTION`` times the clip norm, with the step s, d
+    coordinates and n devices: ``weighted_mean`` adds noise of about this norm.
+
+    Raises:
+        ConfigError: No ring can.
+    """
+    for bits in range(LEAST_RING_BITS, MAX_BITS):
+        with suppress(ConfigError):
+            spec = contribution_spec(
+                layout, clip_norm=clip_norm, weight_cap=weight_cap, ring_bits=bits, max_clients=max_clients
+            )
+            noise = spec.step(spec.segment("delta")) * math.sqrt(layout.size) / max_clients
+            if noise <= RESOLUTION * clip_norm:
+                return bits
+    raise ConfigError(
+        f"no ring can hold the sum of {max_clients} updates of {weight_cap} examples with the clip norm {clip_norm}",
+        about="clip_norm",
+        value=clip_norm,
+    )
 
 
 def metric_segments(weight_cap: int) -> tuple[Segment, ...]:
@@ -154,12 +184,12 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     With W the total weight, n survivors, and s the step of the d coordinates of ``delta``:
 
     - W is a whole number between 0 and ``weight_cap * n``. Weights are examples, counted without error.
-    - ‖Σ delta‖ ≤ ``clip_norm`` · W + n · s · √d. Each delta has at most the norm ``clip_norm`` before it is weighted,
-      and stochastic rounding moves a coordinate by less than a step for each survivor.
-    - If W = 0, Σ delta = 0: a delta times 0 is encoded without error.
+    - ‖Σ delta‖ ≤ ``clip_norm`` · W + ``rounding_norm``. Each delta has at most the norm ``clip_norm`` before it is
+      weighted, and the rotation keeps norms.
 
-    Guarantee: no sum of honest contributions is refused. The mean of a sum that is not refused has at most the norm
-    ``clip_norm`` + n · s · √d / W, or 0 if W = 0, whoever lied; ``weighted_mean`` adds its noise.
+    Guarantee: a sum of honest contributions is refused with a probability of at most 2^-40. The mean of a sum that is
+    not refused has at most the norm ``clip_norm`` + ``rounding_norm`` / W, or 0 if W = 0, whoever lied;
+    ``weighted_mean`` adds its noise.
 
     Args:
         spec: Of the session.
@@ -169,14 +199,38 @@ def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:
     Raises:
         DataError: Honest survivors cannot have it. The text names no number of the sum, because it is published.
     """
-    steps = {segment.name: spec.vector.step(segment) for segment in spec.vector.segments}
-    if not {"delta", "weight"} <= steps.keys():
+    if not {"delta", "weight"} <= {segment.name for segment in spec.vector.segments}:
         raise DataError("the sum does not consist of an update and its examples", about="vector.segments")
-    weight, delta = require_weight(spec, sums, survivors), sums["delta"]
-    rounding = survivors * steps["delta"] * math.sqrt(delta.size) if weight else 0.0
-    if not float(np.linalg.norm(delta)) <= (spec.clip_norm * weight + rounding) * (1 + NORM_ERROR):
+    weight, rounding = require_weight(spec, sums, survivors), rounding_norm(spec, survivors)
+    if not float(np.linalg.norm(sums["delta"])) <= (spec.clip_norm * weight + rounding) * (1 + NORM_ERROR):
         text = f"the sum of the updates is longer than the clip norm {spec.clip_norm:g} allows for its examples"
         raise DataError(text, about="vector.delta")
+
+
+def rounding_norm(spec: SessionSpec, survivors: int) -> float:
+    """Bound on the norm of the rounding errors in the sum of ``survivors`` updates, in weight units.
+
+    An error of one device and coordinate is below 1.5 steps, has a mean of 0 and a variance of s² / 4
+    (``rounding_noise``), and is independent of the others. So the norm E of their sum has E‖E‖² = n · d · s² / 4. It is
+    a convex function of the errors that changes by at most √n times their distance, so ‖E‖ exceeds its mean by
+    3 s √n · √(80 ln 2) with a probability of at most 2^-40 (Boucheron, Lugosi and Massart 2013, "Concentration
+    Inequalities", theorem 6.10). It never exceeds 1.5 · n · s · √d.
+    """
+    delta = spec.vector.segment("delta")
+    step, root = spec.vector.step(delta), math.sqrt(delta.size)
+    likely = math.sqrt(survivors) * (root / 2 + 3 * math.sqrt(2 * math.log(2) * rotation.EXCESS_BITS))
+    return step * min(likely, 1.5 * survivors * root)
+
+
+def rounding_noise(step: float, size: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """What a device adds to its rotated update before it is rounded: uniform over half a step to either side.
+
+    Stochastic rounding alone is an error without bias, but with a variance between 0 and s² / 4 that depends on the
+    number. With this noise the variance is s² / 4 for every number, also for 0: the two are the triangular dither of
+    Wannamaker et al. 2000, "A Theory of Nonsubtractive Dither", section IV. So the rounding errors of a round show
+    neither how many devices have examples nor how long their updates are.
+    """
+    return step * (rng.random(size) - 0.5)
 
 
 def require_weight(spec: SessionSpec, sums: Sums, survivors: int) -> float:
@@ -197,27 +251,29 @@ def weighted_mean(
 ) -> NDArray[np.float32]:
     """The mean of the survivors' deltas, weighted by their examples; zero in the parts that the task does not train.
 
-    The mean is published, as the difference of two adapters. Without noise its coordinates can have a period, of which
-    the total weight W is a factor:
+    The mean is published, as the difference of two adapters. Without noise it can have a period, of which the total
+    weight W is a factor:
 
-    - s / W, where s is the step of ``delta``: the sum consists of such steps.
+    - s / W, where s is the step of ``delta``: the coordinates of the rotated sum are multiples of s, and anybody can
+      rotate the mean.
     - 2 · lr · g / W, where every device trained one step: the first step of AdamW is ±lr in each coordinate, so that
       the sum differs by 2 · lr times multiples of g, the greatest common divisor of the weights. Clipping makes this
       period shorter.
 
-    The noise (``_width`` times ``dither``) is added to the sum. For n survivors its standard deviation in the mean is
-    0.8 / n times the larger of s and 2 · lr. If all survivors have examples, its width is at least any such period,
-    because W / n is at least g and 1. It is not where all devices trained k equal steps, as with a learning rate so
-    small that no gradient changes: that period is k times as long, and can show if k · g is more than W / n. The noise
-    does not depend on W, which could otherwise be read off the coordinates that no device changed. If W < n, because
-    most survivors have no examples, the greatest power of two that is not above W takes the place of n, and shows. The
-    key of the noise is the digest of the adapter and of all sums: whoever knows them computes the same mean, and
-    whoever knows the mean alone cannot subtract the noise.
+    The noise (``_width`` times ``dither``) is added to the sum. A rotation of it has the same variance and is nearer to
+    a normal distribution, so what ``dither`` says of periods is true of both. With the rounding errors of n survivors,
+    which the rotation spreads over all coordinates, its standard deviation in the mean is 0.8 / n times the larger of s
+    and 2 · lr. If all survivors have κ examples (``_width``), the width of the noise is at least any such period,
+    because W / n is at least g and κ. It is not where all devices trained k equal steps, as with a learning rate so
+    small that no gradient changes: that period is k times as long, and can show if k · g is more than W / n. Noise and
+    errors together do not depend on W, which could otherwise be read off the coordinates that no device changed. If
+    W < κ · n, the greatest power of two that is not above W / κ takes the place of n, and shows. The key of the noise
+    is the digest of the adapter and of all sums: whoever knows them computes the same mean, and whoever knows the mean
+    alone cannot subtract the noise.
 
-    If W = 0, because no survivor has examples, the mean is this noise over n. The next adapter then has other bytes
-    than the last one, from which devices would reveal shares for a few more sums only; and the noise of many such
-    rounds grows with the root of their number, because each begins with another adapter. All sums being zero, a reader
-    can compute this noise: that nobody had examples is not hidden.
+    If W = 0, because no survivor has examples, the mean is this noise over n, as wide as if each had one. The next
+    adapter then has other bytes than the last one, from which devices would reveal shares for a few more sums only; and
+    the noise of many such rounds grows with the root of their number, because each begins with another adapter.
 
     Args:
         spec, sums, survivors: As of ``require_reach``.
@@ -233,20 +289,26 @@ def weighted_mean(
     if delta.shape != (layout.size,):
         text = f"the sum is of {delta.size} numbers, and the shared tensors have {layout.size}"
         raise DataError(text, about="shape", value=delta.size)
-    step = next(spec.vector.step(segment) for segment in spec.vector.segments if segment.name == "delta")
-    noisy = delta + _width(step, task, weight, survivors) * dither(noise_key(spec, sums, adapter), delta.size)
-    mean = (noisy / (weight or survivors)).astype(np.float32)
+    noise = _width(spec, task, weight, survivors) * dither(noise_key(spec, sums, adapter), delta.size)
+    update = rotation.rotate_back(delta, rotation.seed(adapter)) if weight else np.zeros(delta.size)
+    mean = ((update + noise) / (weight or survivors)).astype(np.float32)
     return np.where(mask(layout, task.trained), mean, np.float32(0))
 
 
-def _width(step: float, task: Task, weight: float, survivors: int) -> float:
+def _width(spec: SessionSpec, task: Task, weight: float, survivors: int) -> float:
     """The width of the noise in the sum, in weight units.
 
-    In the mean it must not depend on W. One width for all W would be that of W = 1, n times as large as is needed for
-    the most: therefore one for n and above, and one for each power of two below.
+    In the mean, the variance of noise and rounding errors must not depend on W, and the noise must be at least as wide
+    as a step. One variance for all W would be that of W = 1, n times as large as is needed for the most: therefore one
+    for κ · n and above, and one for each power of two below. The errors of n survivors have the variance of noise with
+    the width s · √(3 n / ``UNIFORMS``).
     """
-    covered = survivors if weight >= survivors else 2 ** (int(weight).bit_length() - 1) if weight else 1
-    return max(step, 2 * task.learning_rate) * max(1.0, weight / covered)
+    step = spec.vector.step(spec.vector.segment("delta"))
+    wide, errors = max(step, 2 * task.learning_rate), 3 * survivors / UNIFORMS * step**2
+    least = max(1.0, math.sqrt(step**2 + errors) / wide)  # κ
+    per_device = (weight or survivors) / least
+    covered = survivors if per_device >= survivors else 2.0 ** (math.frexp(per_device)[1] - 1)
+    return math.sqrt((wide * (weight or survivors) / covered) ** 2 - (errors if weight else 0.0))
 
 
 def metrics_of(sums: Sums) -> dict[str, float]:

@@ -89,6 +89,21 @@ def updates_spec(
     )
 
 
+def least_ring_bits(
+    given: AnyTask | None, layout: Layout, *, clip_norm: float, weight_cap: int, max_clients: int, noise: float = 0.0
+) -> int:
+    """The least width of an element with which the sums of a round are exact enough.
+
+    Arguments and errors are those of ``vector_spec``; ``given`` is None where updates of all tensors are summed.
+    """
+    if isinstance(given, AnalyticTask):
+        return analytic.RING_BITS
+    if noise:
+        return noisysum.RING_BITS
+    shared = layout if given is None else shared_layout(layout, given)
+    return task.least_ring_bits(shared, clip_norm=clip_norm, weight_cap=weight_cap, max_clients=max_clients)
+
+
 def has_moments(spec: VectorSpec) -> bool:
     """Whether the sums are those of an ``AnalyticTask``."""
     return spec.segments[0].name == analytic.XX

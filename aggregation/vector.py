@@ -145,6 +145,10 @@ class VectorSpec:
         """Number of elements of all segments."""
         return sum(segment.size for segment in self.segments)
 
+    def segment(self, name: str) -> Segment:
+        """The segment of that name; ``KeyError`` if it does not exist."""
+        return {segment.name: segment for segment in self.segments}[name]
+
     @property
     def max_steps(self) -> int:
         """Largest magnitude of one client's element, in steps: ``max_clients`` times it is below half the ring."""

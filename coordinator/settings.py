@@ -11,7 +11,7 @@ from adapters.analytic import AnalyticTask
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
 from adapters.settings import Settings
-from adapters.task import Task
+from adapters.task import LEAST_RING_BITS, Task
 from adapters.taskkinds import AnyTask, updates_spec
 from aggregation import graph
 from aggregation.errors import ConfigError
@@ -160,7 +160,13 @@ class Aggregation(Settings):
         le=65536,
         description="largest weight of one device in the mean, in examples; 1 in a federation with noise",
     )
-    ring_bits: int = Field(default=22, ge=16, le=62, description="bits of an element of the masked vector")
+    ring_bits: int = Field(
+        default=LEAST_RING_BITS,
+        ge=LEAST_RING_BITS,
+        le=62,
+        description="fewest bits of an element of the masked vector; a session takes more where its sums need them, as "
+        "those of an analytic head and those with noise do",
+    )
     keep_masked_inputs: bool = Field(
         default=False,
         description="keep every masked update in the transcript, so that whoever reads it can recompute the sums, with "
@@ -190,7 +196,7 @@ class Aggregation(Settings):
             noise_multiplier: Of such a session: see ``PrivacySettings``.
 
         Raises:
-            ConfigError: The ring cannot hold the sum of so many devices, or as ``masking_graph`` and ``_survivors``.
+            ConfigError: No ring can hold the sum of so many devices, or as ``masking_graph`` and ``_survivors``.
         """
         chosen = self.masking_graph(devices)
         survivors = self._survivors(devices, chosen)
@@ -201,21 +207,19 @@ class Aggregation(Settings):
             raise ConfigError(text, about="aggregation.corrupt_fraction", value=self.corrupt_fraction)
         noise = noise_multiplier * self.clip_norm / math.sqrt(honest) if noisy else 0.0
         vector_spec = partial(updates_spec if task is None else partial(taskkinds.vector_spec, task), noise=noise)
-        weight_cap = 1 if noisy else self.weight_cap
+        norm, cap = self.clip_norm, 1 if noisy else self.weight_cap
+        least = taskkinds.least_ring_bits(
+            task, layout, clip_norm=norm, weight_cap=cap, max_clients=devices, noise=noise
+        )
+        bits = max(self.ring_bits, least)
         return SessionSpec(
             rounds=rounds,
             threshold=chosen.threshold,
             minimum_survivors=survivors,
             degree=chosen.degree,
-            vector=vector_spec(
-                layout,
-                clip_norm=self.clip_norm,
-                weight_cap=weight_cap,
-                ring_bits=self.ring_bits,
-                max_clients=devices,
-            ),
-            clip_norm=self.clip_norm,
-            weight_cap=weight_cap,
+            vector=vector_spec(layout, clip_norm=norm, weight_cap=cap, ring_bits=bits, max_clients=devices),
+            clip_norm=norm,
+            weight_cap=cap,
             privacy=Privacy(Mechanism(privacy.mechanism), honest, privacy.delta) if privacy and noisy else None,
             base_digest=base_digest,
             layout_digest=layout.digest,

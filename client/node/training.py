@@ -135,14 +135,14 @@ def _sum_update(
     """The update of the adapter, which is trained from the device's private parts, and these parts after it."""
     plan, spec, shared = planned.plan, planned.spec, shared_layout(trainer.layout, task)
     subject, digest = subject_of(spec.base_digest, task, trainer.layout), plan.digest()
+    adapter = bytes.fromhex(plan.adapter_digest)
     start = with_private(start, kept.start(subject, digest) if kept else None)
     begun = unfolded(start) if Part.R in task.shared else start
 
     def encoded(outcome: Outcome) -> Ring:
         if spec.privacy is None:
-            return contribution(outcome, shared, spec, rounding)
-        adapter, key = bytes.fromhex(plan.adapter_digest), snapshot.key(plan, Draw.NOISE)
-        return noisy_contribution(outcome, shared, spec, adapter, rounding, key)
+            return contribution(outcome, shared, spec, adapter, rounding)
+        return noisy_contribution(outcome, shared, spec, adapter, rounding, snapshot.key(plan, Draw.NOISE))
 
     def trained() -> tuple[Ring, PrivateParts | None]:
         order, examples = snapshot.generator(plan, Draw.ORDER), usable()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from adapters.layout import Layout, Tensors
 from adapters.ridge import EmbeddingMoments, pack
+from adapters.task import rounding_noise
 from adapters.taskkinds import AnyTask, vector_spec
 from aggregation import rotation
 from aggregation.errors import ConfigError, DataError, ProtocolError
@@ -75,30 +76,33 @@ def require_bounds(spec: SessionSpec, layout: Layout, task: AnyTask) -> None:
         raise ProtocolError(reason, COORDINATOR, about="offer.spec.vector")
 
 
-def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, rng: np.random.Generator) -> Ring:
+def contribution(outcome: Outcome, layout: Layout, spec: SessionSpec, adapter: bytes, rng: np.random.Generator) -> Ring:
     """Encode the outcome of a round as the vector that is masked and summed.
 
     Args:
         outcome: Finite tensors, those of ``layout`` and maybe others, which stay on the device.
         layout: Of the shared tensors.
         spec: Of the session, from the offer that the device accepted.
+        adapter: SHA-256 of the adapter's file; the seed of the rotation follows from it.
         rng: Stochastic rounding.
 
     Returns:
         Ring elements, shape ``(spec.vector.size,)``. Decoded with the segments of ``spec.vector``, in weight units:
-        ``delta`` is ``clip(trained - start, clip_norm) * weight``, ``weight`` is the number of examples, at most
-        ``spec.weight_cap``; ``correct``, ``loss`` and ``held_out`` are the score of ``start``. Guarantee: each value is
-        off by less than one step of its segment, without bias.
+        ``delta`` is ``clip(trained - start, clip_norm) * weight``, rotated; ``weight`` is the number of examples, at
+        most ``spec.weight_cap``; ``correct``, ``loss`` and ``held_out`` are the score of ``start``. Guarantee: each
+        value is off by less than one step of its segment, without bias; a coordinate of ``delta`` by less than 1.5
+        steps with a variance of a quarter of a squared step (``task.rounding_noise``), or more if it is beyond its
+        bound, with a probability of at most 2^-40 for all coordinates (``rotation.peak``).
 
     Raises:
         DataError: A tensor has another layout, NaN or infinity, or a metric is outside its bound.
     """
     trained, start = (layout.flatten(layout.select(tensors)) for tensors in (outcome.trained, outcome.start))
-    delta = trained.astype(np.float64) - start
-    weight = min(outcome.examples, spec.weight_cap)
-    values = {
-        "delta": clip(delta, spec.clip_norm) * weight,
-    }
+    weight, segment = min(outcome.examples, spec.weight_cap), spec.vector.segment("delta")
+    delta = clip(trained.astype(np.float64) - start, spec.clip_norm) * weight
+    rotated = rotation.rotate(delta, rotation.seed(adapter))
+    rotated += rounding_noise(spec.vector.step(segment), delta.size, rng)
+    values = {"delta": np.clip(rotated, -segment.bound, segment.bound)}
     return spec.vector.encode(values | _counted(weight, outcome.held_out), rng)
 
 

@@ -13,13 +13,28 @@ from hypothesis import strategies as st
 from adapters.layout import Layout, TensorSpec
 from adapters.manifest import PeftConfig
 from adapters.parts import PARTS, Part
-from adapters.task import MAX_LOSS, UNIFORMS, Task, contribution_spec, metrics_of, require_reach, weighted_mean
-from aggregation import ring
+from adapters.task import (
+    MAX_LOSS,
+    RESOLUTION,
+    UNIFORMS,
+    Task,
+    _width,
+    contribution_spec,
+    least_ring_bits,
+    metrics_of,
+    require_reach,
+    rounding_noise,
+    rounding_norm,
+    weighted_mean,
+)
+from aggregation import ring, rotation
 from aggregation.errors import ConfigError, DataError, ProtocolError
 from aggregation.spec import SessionSpec
 from tests.support import refused
 from tests.support.fleet import session_spec
 
+ADAPTER = bytes(range(32))  # SHA-256 of the adapter that a round begins with
+SEED = rotation.seed(ADAPTER)
 TASK = Task(PeftConfig("LORA", 8, 16, ("query", "value")), ("off", "on"), 2, 16, 2e-3, 0.01, 0.0, PARTS, PARTS)
 LAYOUT = Layout((TensorSpec("a", (2, 3)),))
 SOME_PARTS = st.lists(st.sampled_from(PARTS), min_size=1).map(tuple)
@@ -107,15 +122,16 @@ def test_a_rate_that_is_no_number_is_refused(rate: bytes) -> None:
 
 
 def test_every_sum_has_its_bound_and_the_adapter_comes_first() -> None:
-    spec = contribution_spec(LAYOUT, clip_norm=12.0, weight_cap=128, ring_bits=22, max_clients=15)
+    large = Layout((TensorSpec("a", (1, 10**6)),))
+    spec = contribution_spec(large, clip_norm=12.0, weight_cap=128, ring_bits=22, max_clients=15)
     assert [(s.name, s.size, s.bound) for s in spec.segments] == [
-        ("delta", 6, 12.0 * 128),
+        ("delta", 10**6, 12.0 * 128 * rotation.peak(10**6)),
         ("weight", 1, 128.0),
         ("correct", 1, 128.0),
         ("loss", 1, MAX_LOSS * 128),
         ("held_out", 1, 128.0),
     ]
-    assert (spec.ring_bits, spec.max_clients, spec.size) == (22, 15, LAYOUT.size + 4)
+    assert (spec.ring_bits, spec.max_clients, spec.size) == (22, 15, 10**6 + 4)
 
 
 @given(st.integers(16, 40), st.integers(1, 65_536), st.integers(3, 5_000))
@@ -129,6 +145,31 @@ def test_examples_are_counted_exactly_or_the_ring_is_refused(bits: int, cap: int
     for segment in spec.segments[1:]:
         if segment.name in ("weight", "correct", "held_out"):
             assert spec.step(segment) <= 1
+
+
+@given(st.integers(1, 10**6), st.integers(1, 65_536), st.integers(3, 5_000), st.floats(1e-3, 1e3))
+def test_the_least_ring_counts_examples_and_is_fine_enough_and_one_bit_less_is_not(
+    size: int, cap: int, clients: int, clip: float
+) -> None:
+    layout = Layout((TensorSpec("a", (1, size)),))
+    bounds: dict[str, Any] = {"clip_norm": clip, "weight_cap": cap, "max_clients": clients}
+
+    def fits(bits: int) -> bool:
+        try:
+            spec = contribution_spec(layout, ring_bits=bits, **bounds)
+        except ConfigError:
+            return False
+        return spec.step(spec.segment("delta")) * np.sqrt(size) / clients <= RESOLUTION * clip
+
+    bits = least_ring_bits(layout, **bounds)
+    assert fits(bits)
+    assert bits == 16 or not fits(bits - 1)
+
+
+@pytest.mark.parametrize("clients", [12, 100, 255])
+def test_sixteen_bits_hold_updates_of_the_demos_size(clients: int) -> None:
+    layout = Layout((TensorSpec("a", (1, 84_864)),))
+    assert least_ring_bits(layout, clip_norm=12.0, weight_cap=128, max_clients=clients) == 16
 
 
 def test_a_task_is_a_value() -> None:
@@ -149,16 +190,13 @@ def layout_of(spec: SessionSpec) -> Layout:
     return Layout((TensorSpec("a", (1, spec.vector.segments[0].size)),))
 
 
-def rounded_away(spec: SessionSpec, delta: Any, weight: int) -> Any:
-    """A contribution with every coordinate rounded away from zero: the longest that stochastic rounding can make it."""
-    vector = ring.zeros(spec.vector.size, spec.vector.ring_bits)
-    start = 0
-    for segment in spec.vector.segments:
-        value = {"delta": delta * weight, "weight": np.array([float(weight)])}.get(segment.name, np.zeros(segment.size))
-        steps = np.sign(value) * np.ceil(np.abs(value) / spec.vector.step(segment))
-        vector[start : start + segment.size] = (steps.astype(np.int64) % 2**spec.vector.ring_bits).astype(vector.dtype)
-        start += segment.size
-    return vector
+def rounded(spec: SessionSpec, delta: Any, weight: int, rng: np.random.Generator) -> Any:
+    """A contribution to the adapter ``ADAPTER``."""
+    segment = spec.vector.segment("delta")
+    value = rotation.rotate(delta * weight, SEED) + rounding_noise(spec.vector.step(segment), delta.size, rng)
+    others = {other.name: np.zeros(other.size) for other in spec.vector.segments}
+    given = {"delta": np.clip(value, -segment.bound, segment.bound), "weight": np.array([float(weight)])}
+    return spec.vector.encode(others | given, rng)
 
 
 @given(
@@ -169,24 +207,38 @@ def rounded_away(spec: SessionSpec, delta: Any, weight: int) -> Any:
     alike=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_honest_devices_at_the_clip_norm_are_never_refused_however_they_round(
+def test_honest_devices_at_the_clip_norm_are_not_refused(
     size: int, weights: list[int], clip: float, bits: int, alike: bool, seed: int
 ) -> None:
     spec, rng = spec_of(size, len(weights), clip=clip, cap=50, bits=bits), np.random.default_rng(seed)
     total = ring.zeros(spec.vector.size, bits)
-    # All coordinates and devices alike: then the norms add up, and so do the errors of rounding.
+    # All devices alike: then the norms add up.
     drawn = np.ones((1, size)) if alike else rng.standard_normal((len(weights), size))
     for number, weight in enumerate(weights):
         direction = drawn[number % len(drawn)]
         delta = np.clip(direction / np.linalg.norm(direction) * clip * (1 - 2.0**-40), -clip, clip)
-        total += rounded_away(spec, delta, weight)
+        total += rounded(spec, delta, weight, rng)
     sums = spec.vector.decode(total, len(weights))
-    mean = weighted_mean(spec, TASK, layout_of(spec), sums, len(weights), bytes(32))
+    mean = weighted_mean(spec, TASK, layout_of(spec), sums, len(weights), ADAPTER)
     assert sums["weight"][0] == sum(weights)
-    step = spec.vector.step(spec.vector.segments[0])
-    width = max(step, 2 * TASK.learning_rate) * max(1, sum(weights) / len(weights))
-    errors = (len(weights) * step + UNIFORMS / 2 * width) / (sum(weights) or len(weights))
-    assert np.linalg.norm(mean) <= (clip + errors * np.sqrt(size)) * (1 + 1e-5)
+    counted = sum(weights) or len(weights)
+    noise = UNIFORMS / 2 * _width(spec, TASK, sum(weights), len(weights)) * np.sqrt(size)
+    assert np.linalg.norm(mean) <= (clip + (rounding_norm(spec, len(weights)) + noise) / counted) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("size", "clients"), [(10_000, 3), (10_000, 50), (400, 400)])
+def test_rounding_errors_are_within_their_bound_and_not_far_from_it(size: int, clients: int) -> None:
+    spec, rng = spec_of(size, clients, clip=12.0, cap=16, bits=16), np.random.default_rng(size)
+    total = sum(rounded(spec, np.zeros(size), 0, rng) for _ in range(clients))
+    error = np.linalg.norm(spec.vector.decode(total, clients)["delta"])
+    step, bound = spec.vector.step(spec.vector.segment("delta")), rounding_norm(spec, clients)
+    assert error == pytest.approx(step * np.sqrt(clients * size) / 2, rel=0.1)
+    assert error < bound < (1.5 if size == 10_000 else 3.5) * error
+
+
+def test_the_bound_on_rounding_errors_is_never_above_what_rounding_can_do() -> None:
+    spec = spec_of(4, 3, clip=12.0, cap=16, bits=16)
+    assert rounding_norm(spec, 3) == 3 * 1.5 * 2 * spec.vector.step(spec.vector.segment("delta"))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +246,7 @@ def test_honest_devices_at_the_clip_norm_are_never_refused_however_they_round(
     [
         ({"norm": 1.01}, "vector.delta"),
         ({"norm": float("nan")}, "vector.delta"),
-        ({"weight": 0.0, "delta": 2.0**-20}, "vector.delta"),
+        ({"weight": 0.0, "delta": 2.0**-15}, "vector.delta"),
         ({"weight": -1.0}, "vector.weight"),
         ({"weight": 9.5}, "vector.weight"),
         ({"weight": 151.0}, "vector.weight"),
@@ -211,15 +263,17 @@ def test_a_sum_that_honest_survivors_cannot_have_is_refused_without_its_numbers(
         require_reach(spec, sums, 3)
     assert set(re.findall(r"[0-9.]+", str(caught.value))) <= {"0", "2", "50"}  # the limits
     others = {segment.name: np.zeros(1) for segment in spec.vector.segments[2:]}
-    sums = {"delta": np.full(100, 1.7), "weight": np.array([9.0]), **others}
+    delta = rotation.rotate(np.full(100, 1.7), SEED)
+    sums = {"delta": delta, "weight": np.array([9.0]), **others}
     noise = UNIFORMS / 2 * 2 * TASK.learning_rate / 3
-    assert np.allclose(weighted_mean(spec, TASK, layout_of(spec), sums, 3, bytes(32)), 1.7 / 9, atol=noise)
+    assert np.allclose(weighted_mean(spec, TASK, layout_of(spec), sums, 3, ADAPTER), 1.7 / 9, atol=noise)
 
 
 def test_the_mean_of_devices_without_examples_is_noise_that_differs_from_round_to_round() -> None:
     size, clients = 10_000, 8
     spec = spec_of(size, clients, clip=2.0, cap=50, bits=32)
-    total = sum(rounded_away(spec, np.ones(size), 0) for _ in range(clients))
+    rng = np.random.default_rng(1)
+    total = sum(rounded(spec, np.ones(size), 0, rng) for _ in range(clients))
     sums = spec.vector.decode(total, clients)
     means = [weighted_mean(spec, TASK, layout_of(spec), sums, clients, bytes([number]) * 32) for number in range(100)]
     spread = np.sqrt(UNIFORMS / 12) * 2 * TASK.learning_rate / clients

@@ -25,6 +25,7 @@ from flwr.app import Context, Message, RecordDict
 from adapters import classifier
 from adapters.layout import Layout, Tensors
 from adapters.task import weighted_mean
+from aggregation import rotation
 from aggregation.client import Masked
 from aggregation.steps import BODY, RECORD, Step
 from client.node.app import READS_EXAMPLES, app
@@ -197,7 +198,7 @@ def test_a_task_without_the_labels_of_the_others_isolates_a_device_in_the_sum(
         return contribution(outcome, *rest)
 
     def seen(spec: Any, task: Any, layout: Any, found: Any, *rest: Any) -> Any:
-        sums.append(found)
+        sums.append((found["delta"] / found["weight"][0], rest[-1]))
         return weighted_mean(spec, task, layout, found, *rest)
 
     monkeypatch.setattr("client.node.training.contribution", watched)
@@ -207,7 +208,8 @@ def test_a_task_without_the_labels_of_the_others_isolates_a_device_in_the_sum(
     (victim,) = (outcome for outcome in outcomes if outcome.examples)
     layout = Layout.of(victim.start)
     update = layout.flatten(victim.trained).astype(np.float64) - layout.flatten(victim.start)
-    found = sums[0]["delta"] / sums[0]["weight"][0]  # the published mean has noise besides
+    rotated, adapter = sums[0]
+    found = rotation.rotate_back(rotated, rotation.seed(adapter))  # the published mean has noise besides
     assert np.abs(found - update).max() < 1e-3 * np.abs(update).max()
 
 

@@ -14,6 +14,7 @@ import pytest
 from flwr.app import Context, Message
 
 from adapters import task
+from aggregation import rotation
 from aggregation.server import AbortReason, RoundAborted
 from aggregation.spec import SessionSpec
 from client.node import app as node
@@ -26,7 +27,8 @@ from tests.support.hostile import audit_failures
 FleetOf = Callable[..., Any]
 DEVICES, LIAR = 8, "device-03"
 CLIP = 2.0
-KEPT = {"aggregation__keep_masked_inputs": True}
+KEPT = {"aggregation__keep_masked_inputs": True, "aggregation__ring_bits": 32}
+Lie = Callable[[SessionSpec, Any, bytes], Any]
 
 
 @dataclasses.dataclass
@@ -34,10 +36,10 @@ class OneLiar:
     """The real app; the contribution of one device is what ``lie`` makes of an honest one.
 
     Args:
-        lie: (spec, contribution) → contribution, in ring elements.
+        lie: (spec, contribution, SHA-256 of the adapter) → contribution, in ring elements.
     """
 
-    lie: Callable[[SessionSpec, Any], Any]
+    lie: Lie
 
     def __call__(self, message: Message, context: Context) -> Message:
         if not str(context.node_config["state"]).endswith(LIAR):
@@ -45,35 +47,36 @@ class OneLiar:
         honest = training.contribution
 
         def contribution(*given: Any) -> Any:
-            return self.lie(next(each for each in given if isinstance(each, SessionSpec)), honest(*given))
+            return self.lie(given[2], honest(*given), given[3])
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "contribution", contribution)
             return node.app(message, context)
 
 
-def put(spec: SessionSpec, vector: Any, **values: float) -> Any:
-    """The vector with every element of these segments at a value."""
+def put(spec: SessionSpec, vector: Any, **values: Any) -> Any:
+    """The vector with the elements of these segments at a value, or at one each."""
     start = 0
     for segment in spec.vector.segments:
         if segment.name in values:
-            vector[start : start + segment.size] = int(values[segment.name] / spec.vector.step(segment)) % 2**32
+            steps = np.array(values[segment.name] / spec.vector.step(segment)).astype(np.int64)
+            vector[start : start + segment.size] = steps % 2**spec.vector.ring_bits
         start += segment.size
     return vector
 
 
-def at_the_bound(spec: SessionSpec, vector: Any) -> Any:
-    return put(spec, vector, delta=spec.clip_norm * spec.weight_cap, weight=1)
+def at_the_bound(spec: SessionSpec, vector: Any, _: bytes) -> Any:
+    return put(spec, vector, delta=spec.vector.segment("delta").bound, weight=1)
 
 
-LIES: dict[str, Callable[[SessionSpec, Any], Any]] = {
+LIES: dict[str, Lie] = {
     "every coordinate at its bound": at_the_bound,
-    "so many negative examples that none are left": lambda spec, vector: put(spec, vector, weight=-spec.weight_cap),
-    "half an example": lambda spec, vector: put(spec, vector, weight=0.5),
+    "so many negative examples that none are left": lambda spec, vector, _: put(spec, vector, weight=-spec.weight_cap),
+    "half an example": lambda spec, vector, _: put(spec, vector, weight=0.5),
 }
 
 
-def run(app_fleet_of: FleetOf, lie: Callable[[SessionSpec, Any], Any]) -> tuple[Any, Any]:
+def run(app_fleet_of: FleetOf, lie: Lie) -> tuple[Any, Any]:
     fleet = app_fleet_of(DEVICES, rounds=1, **KEPT, aggregation__clip_norm=CLIP)
     (record,) = fleet.federate(fleet.grid(app=OneLiar(lie)))
     return fleet, record
@@ -114,7 +117,7 @@ def test_without_the_check_one_device_decides_where_the_adapter_goes(
     unchecked(monkeypatch, rounds, task, sums)
     fleet, record = run(app_fleet_of, LIES[lie])
     assert (record.version, record.spoiled) == (1, None)
-    assert LIES[lie] is not at_the_bound or moved(fleet) > 50 * CLIP
+    assert LIES[lie] is not at_the_bound or moved(fleet) > 10 * CLIP
     assert audit_failures(fleet.out / "coordinator") == set()
     monkeypatch.undo()
     assert audit_failures(fleet.out / "coordinator") == {"manifest.metrics"}  # of a sum that counts
@@ -166,15 +169,13 @@ def test_a_device_that_lies_within_the_bound_moves_the_mean_by_no_more_than_the_
 ) -> None:
     """What remains: the direction. It is that of the liar, as if all examples were its own."""
 
-    def largest(spec: SessionSpec, vector: Any) -> Any:
-        segment = spec.vector.segments[0]
-        return put(
-            spec, vector, delta=0.9 * CLIP * 30 / np.sqrt(segment.size), weight=1
-        )  # the others have more than 30
+    def largest(spec: SessionSpec, vector: Any, _: bytes) -> Any:
+        size = spec.vector.segment("delta").size
+        return put(spec, vector, delta=0.9 * CLIP * 30 / np.sqrt(size), weight=1)  # the others have more than 30
 
     fleet, record = run(app_fleet_of, largest)
     assert record.version == 1
-    honest, _ = run(app_fleet_of, lambda spec, vector: vector)
+    honest, _ = run(app_fleet_of, lambda spec, vector, _: vector)
     assert 3 * moved(honest) < moved(fleet) <= CLIP
     assert audit_failures(fleet.out / "coordinator") == set()
 
@@ -187,13 +188,11 @@ WIDE = 600.0  # clip norm: two rounds lead as far as a hundred do with the defau
 def led_away(app_fleet_of: FleetOf) -> tuple[Any, list[int | None]]:
     """A fleet after three rounds in which the first coordinate moved by most of the clip norm; their versions."""
 
-    def lie(spec: SessionSpec, vector: Any) -> Any:
-        vector = put(spec, vector, delta=0, weight=1)
-        vector[0] = int(0.9 * WIDE * 39 / spec.vector.step(spec.vector.segments[0]))  # all survivors have 39 examples
-        return vector
+    def lie(spec: SessionSpec, vector: Any, adapter: bytes) -> Any:
+        delta = 0.9 * WIDE * 39 * np.eye(1, spec.vector.segment("delta").size)[0]  # all survivors have 39 examples
+        return put(spec, vector, delta=rotation.rotate(delta, rotation.seed(adapter)), weight=1)
 
-    bounds = {"aggregation__clip_norm": WIDE, "aggregation__ring_bits": 32}
-    fleet = app_fleet_of(DEVICES, rounds=3, **KEPT, **bounds)
+    fleet = app_fleet_of(DEVICES, rounds=3, **KEPT, aggregation__clip_norm=WIDE)
     return fleet, [record.version for record in fleet.federate(fleet.grid(app=OneLiar(lie)))]
 
 

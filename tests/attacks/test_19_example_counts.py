@@ -19,6 +19,7 @@ from adapters import task
 from adapters.layout import Layout, TensorSpec
 from adapters.manifest import PeftConfig
 from adapters.parts import PARTS
+from aggregation import rotation
 from client.training.examples import Example, write_examples
 from coordinator import rounds
 from coordinator.settings import FederationSettings
@@ -36,6 +37,7 @@ class Published:
     records: tuple[Any, ...]
     manifests: tuple[Any, ...]
     adapters: tuple[NDArray[np.float64], ...]
+    seeds: tuple[bytes, ...]  # of the rotation of the sum from each adapter
     unchanged: NDArray[np.bool_]  # coordinates that no device changes in the first round
     step: float
     first: float  # the step of AdamW: its learning rate
@@ -67,6 +69,7 @@ def publish(app_fleet_of: FleetOf, *, rounds: int = 6, examples: int | None = No
         adapters=tuple(
             layout.flatten(registry.tensors(version.manifest.version)).astype(np.float64) for version in versions
         ),
+        seeds=tuple(rotation.seed(bytes.fromhex(version.manifest.sha256)) for version in versions),
         unchanged=layout.flatten(
             {name: np.full_like(value, "lora_A" in name) for name, value in registry.tensors(0).items()}
         ).astype(bool),
@@ -107,7 +110,9 @@ def moved_by(found: Published, record: Any) -> NDArray[np.float64]:
 
 
 def strength(found: Published, record: Any, weights: NDArray[np.int64]) -> NDArray[np.float64]:
-    return agreement(moved_by(found, record), weights, found.step)
+    """In the rotated step from one adapter to the next: a sum is rounded after its rotation."""
+    rotated = rotation.rotate(moved_by(found, record), found.seeds[record.version - 1])
+    return agreement(rotated, weights, found.step)
 
 
 def agreement(moved: NDArray[np.float64], weights: NDArray[np.int64], step: float) -> NDArray[np.float64]:
@@ -135,7 +140,7 @@ def test_exact_totals_the_plain_mean_and_an_exact_accuracy_reveal_the_counts_of_
     monkeypatch.setattr(task, "DECIMALS", 15)
     monkeypatch.setattr(task, "MINIMUM_HELD_OUT", 1)
     monkeypatch.setattr(task, "dither", lambda key, size: np.zeros(size))
-    found = publish(app_fleet_of)
+    found = publish(app_fleet_of, aggregation__ring_bits=22)
     named = {record.round: record.metrics["examples"] for record in found.records}
     assert periods(found) == named
     counts = solve(found, named)
@@ -184,7 +189,7 @@ def first_steps(found: Published) -> tuple[NDArray[np.float64], NDArray[np.float
 def test_with_the_noise_of_the_rounding_alone_the_first_step_of_adamw_reveals_the_total(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(task, "_width", lambda step, *_: step)
+    monkeypatch.setattr(task, "_width", lambda spec, *_: step_of(spec))
     _, shown, total = first_steps(publish(app_fleet_of, rounds=1, **settings))
     assert int(shown[1:].argmax()) + 2 == total
     assert shown[total - 1] > 0.5
@@ -208,7 +213,8 @@ def test_nor_does_it_show_if_the_weights_have_a_common_divisor(divisor: int, mon
     vector = task.contribution_spec(layout, clip_norm=12.0, weight_cap=128, ring_bits=32, max_clients=6)
     spec = session_spec(6, vector=vector, clip_norm=12.0, weight_cap=128)
     others = {name: np.zeros(1) for name in ("correct", "loss", "held_out")}
-    sums = {"delta": rate * weights @ signs, "weight": np.array([float(weights.sum())]), **others}
+    delta = rotation.rotate(rate * weights @ signs, rotation.seed(bytes(32)))
+    sums = {"delta": delta, "weight": np.array([float(weights.sum())]), **others}
     plan = task.Task(PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 16, rate, 0.0, 0.0, PARTS, PARTS)
 
     def shown() -> float:
@@ -216,7 +222,7 @@ def test_nor_does_it_show_if_the_weights_have_a_common_divisor(divisor: int, mon
         return float(agreement(mean, np.array([weights.sum() // divisor]), 2 * rate)[0])
 
     assert shown() < 4.5 / np.sqrt(size)
-    monkeypatch.setattr(task, "_width", lambda step, *_: step)
+    monkeypatch.setattr(task, "_width", lambda spec, *_: step_of(spec))
     assert shown() > 0.9
     monkeypatch.setattr(task, "_width", lambda *_: 2 * rate)  # of one example, not of a device's
     assert (shown() > 0.05) == (divisor > 1)
@@ -231,6 +237,10 @@ def spread(found: Published) -> float:
     return float(moved_by(found, record)[found.unchanged].std())
 
 
+def step_of(spec: Any) -> float:
+    return float(spec.vector.step(spec.vector.segment("delta")))
+
+
 def deviation(width: float) -> float:
     return width * np.sqrt(task.UNIFORMS / 12)
 
@@ -238,21 +248,34 @@ def deviation(width: float) -> float:
 def test_noise_of_a_fixed_width_in_the_sum_reveals_the_total_by_its_spread_in_the_mean(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "_width", lambda step, *_: step)
+    monkeypatch.setattr(task, "_width", lambda spec, *_: step_of(spec))
     found = publish(app_fleet_of, rounds=1)
-    total = found.total(found.train, found.records[0])
-    assert total / 1.15 < deviation(found.step) / spread(found) < total * 1.15
+    total, survivors = found.total(found.train, found.records[0]), len(found.records[0].survivors)
+    both = np.hypot(deviation(found.step), np.sqrt(survivors) * found.step / 2)  # with the rounding errors
+    assert total / 1.15 < both / spread(found) < total * 1.15
+
+
+def test_noise_that_does_not_allow_for_rounding_errors_reveals_the_total_by_what_they_add(
+    app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rotation spreads them over all coordinates, and their deviation in the sum is the same for every total."""
+    monkeypatch.setattr(task, "_width", lambda spec, _, weight, survivors: step_of(spec) * weight / survivors)
+    found = publish(app_fleet_of, rounds=1, examples=DEVICES)  # one each
+    total = survivors = len(found.records[0].survivors)
+    added = spread(found) ** 2 - (deviation(found.step) / survivors) ** 2
+    shown = np.sqrt(survivors / added) * found.step / 2
+    assert total / 1.15 < shown < total * 1.15
 
 
 def test_the_spread_of_the_noise_does_not_depend_on_the_examples(app_fleet_of: FleetOf) -> None:
     found = publish(app_fleet_of, rounds=1)
     known = deviation(max(found.step, 2 * found.first)) / len(found.records[0].survivors)
-    assert known / 1.15 < spread(found) < known * 1.15
+    assert known / 1.05 < spread(found) < known * 1.05
 
 
 def of_few(app_fleet_of: FleetOf, examples: int) -> tuple[int, float]:
     """Examples of all survivors, of whom most have none, and how many the spread shows."""
-    found = publish(app_fleet_of, rounds=1, examples=examples)
+    found = publish(app_fleet_of, rounds=1, examples=examples, aggregation__ring_bits=32)
     (record,) = found.records
     total = sum(int(name[-2:]) < examples for name in record.survivors)
     assert total < len(record.survivors)
@@ -262,7 +285,7 @@ def of_few(app_fleet_of: FleetOf, examples: int) -> tuple[int, float]:
 def test_noise_that_only_covers_the_rounding_of_few_examples_reveals_their_number(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "_width", lambda step, plan, *_: max(step, 2 * plan.learning_rate))
+    monkeypatch.setattr(task, "_width", lambda spec, plan, *_: max(step_of(spec), 2 * plan.learning_rate))
     for examples in (3, 4, 5):
         total, shown = of_few(app_fleet_of, examples)
         assert total / 1.15 < shown < total * 1.15

@@ -303,8 +303,8 @@ def test_a_sum_with_a_weight_that_honest_devices_cannot_have_counts_as_zero(
 ) -> None:
     honest = contribute.contribution
 
-    def lie(outcome: Any, layout: Any, spec: Any, rng: Any) -> Any:
-        vector = honest(outcome, layout, spec, rng)
+    def lie(outcome: Any, layout: Any, spec: Any, *rest: Any) -> Any:
+        vector = honest(outcome, layout, spec, *rest)
         step = spec.vector.step(spec.vector.segments[1])
         vector[layout.size] = 2**spec.vector.ring_bits - int(spec.weight_cap / step)  # behind the delta: the weight
         return vector

@@ -152,11 +152,14 @@ def test_the_minimum_of_survivors_is_a_share_of_the_cohort_but_never_below_the_t
         assert Aggregation(minimum_survivors=share).spec(12, LAYOUT, BASE, 1).minimum_survivors == expected
 
 
-def test_a_ring_that_could_wrap_or_miscount_is_refused() -> None:
-    with refused(ConfigError, "ring_bits", value=16):
-        Aggregation(ring_bits=16).spec(400, LAYOUT, BASE, 1)
-    with refused(ConfigError, "vector.ring_bits", value=16):
-        Aggregation(ring_bits=16).spec(2**16, LAYOUT, BASE, 1)
+RINGS = {(16, 12): 16, (16, 255): 16, (16, 400): 17, (16, 2**16): 25, (22, 12): 22, (22, 2**16): 25}
+
+
+def test_a_ring_has_the_bits_that_are_set_or_as_many_as_its_sums_need() -> None:
+    bits = {(least, n): Aggregation(ring_bits=least).spec(n, LAYOUT, BASE, 1).vector.ring_bits for least, n in RINGS}
+    assert bits == RINGS
+    with refused(ConfigError, "clip_norm", value=1e40):
+        Aggregation(clip_norm=1e40).spec(12, LAYOUT, BASE, 1)
 
 
 def test_the_weaker_adversary_is_offered_only_where_the_settings_name_it() -> None:

@@ -37,7 +37,7 @@ def test_the_scenario_of_the_demo_has_the_promised_size() -> None:
     assert scenario.population.unseen == 0.2
     assert scenario.network.forced_dropouts >= 1
     assert (scenario.adapter.rank, scenario.adapter.targets) == (8, ())
-    assert scenario.federation.aggregation.ring_bits <= 24  # three bytes an element
+    assert scenario.federation.aggregation.ring_bits == 16  # two bytes an element
 
 
 def test_an_empty_file_is_the_default_scenario(tmp_path: Path) -> None:

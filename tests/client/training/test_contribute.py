@@ -12,6 +12,7 @@ from adapters.layout import Layout, Tensors, TensorSpec
 from adapters.parts import PARTS
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task, contribution_spec, require_reach
+from aggregation import rotation
 from aggregation.errors import DataError, ProtocolError
 from aggregation.spec import Adversary, SessionSpec
 from client.training.contribute import Outcome, clip, contribution, require_bounds
@@ -21,6 +22,7 @@ from tests.support import refused
 START: Tensors = {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float32)}
 LAYOUT = Layout.of(START)
 CLIP, CAP = 12.0, 128
+ADAPTER = bytes(range(32))  # SHA-256 of the file of ``START``, as it were
 TASK = Task(PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS)
 
 
@@ -35,8 +37,12 @@ def outcome_of(delta: Any, **changes: Any) -> Outcome:
 
 
 def sent(outcome: Outcome, spec: SessionSpec, seed: int = 0) -> dict[str, Any]:
-    """The values of a sum over this device alone."""
-    return spec.vector.decode(contribution(outcome, LAYOUT, spec, np.random.default_rng(seed)), 1)
+    """The values of a sum over this device alone; ``delta`` is rotated."""
+    return spec.vector.decode(contribution(outcome, LAYOUT, spec, ADAPTER, np.random.default_rng(seed)), 1)
+
+
+def rotated(delta: Any) -> Any:
+    return rotation.rotate(delta, rotation.seed(ADAPTER))
 
 
 def step(spec: SessionSpec, name: str) -> float:
@@ -48,7 +54,7 @@ deltas = st.lists(st.floats(-100, 100, width=32), min_size=10, max_size=10)
 
 @settings(deadline=None)
 @given(deltas, st.integers(1, 300), st.integers(0, 2**32))
-def test_the_contribution_is_weight_times_clipped_delta_within_a_step(
+def test_the_contribution_is_weight_times_clipped_delta_rotated_within_one_and_a_half_steps(
     delta: list[float], examples: int, seed: int
 ) -> None:
     spec, outcome = spec_of(), outcome_of(delta, examples=examples)
@@ -57,7 +63,7 @@ def test_the_contribution_is_weight_times_clipped_delta_within_a_step(
     exact = LAYOUT.flatten(outcome.trained).astype(np.float64) - LAYOUT.flatten(START)
     length = np.linalg.norm(exact)
     expected = exact * weight * min(1.0, CLIP / length if length else 1.0)
-    assert np.abs(values["delta"] - expected).max() < step(spec, "delta") * (1 + 1e-9)
+    assert np.abs(values["delta"] - rotated(expected)).max() < 1.5 * step(spec, "delta") * (1 + 1e-9)
     assert values["weight"][0] == weight
     assert (values["correct"][0], values["held_out"][0]) == (2, 3)
     assert abs(values["loss"][0] - 1.5) < step(spec, "loss")
@@ -100,7 +106,7 @@ def test_no_bound_is_ever_exceeded_by_finite_tensors(delta: list[float], norm: f
     spec = spec_of(norm, cap, bits)
     outcome = Outcome(START, trained, 10**9, Score(cap, cap, MAX_LOSS * cap))
     values = sent(outcome, spec)  # refuses what is out of bounds
-    assert np.linalg.norm(values["delta"]) <= norm * cap + 10 * step(spec, "delta")
+    assert np.linalg.norm(values["delta"]) <= norm * cap + 1.5 * np.sqrt(10) * step(spec, "delta")
     assert values["weight"][0] == cap
 
 
@@ -122,7 +128,7 @@ def test_no_honest_device_is_refused_for_its_norm_and_a_lie_of_a_ten_thousandth_
     vector = contribution_spec(LARGE, clip_norm=norm, weight_cap=CAP, ring_bits=bits, max_clients=12)
     spec = replace(spec_of(norm), vector=vector, layout_digest=LARGE.digest)
     outcome = Outcome(start, trained, examples, Score(2, 3, 1.5))
-    sums = vector.decode(contribution(outcome, LARGE, spec, rng), 1)
+    sums = vector.decode(contribution(outcome, LARGE, spec, ADAPTER, rng), 1)
     require_reach(spec, sums, 1)
     if bits == 40:
         delta = sums["delta"] * (norm * sums["weight"][0] * (1 + 1e-4) / np.linalg.norm(sums["delta"]))
@@ -164,11 +170,11 @@ def test_only_the_bounds_that_follow_from_clip_norm_and_weight_cap_are_accepted(
         require_bounds(replace(spec_of(), weight_cap=2**32), LAYOUT, TASK)
 
 
-def test_a_device_that_could_not_train_contributes_exact_zeros() -> None:
+def test_a_device_that_could_not_train_counts_nothing_and_its_update_is_only_rounding_noise() -> None:
     spec = spec_of()
-    vector = contribution(Outcome.nothing(START), LAYOUT, spec, np.random.default_rng(0))
-    assert not vector.any()
-    assert vector.shape == (spec.vector.size,)
+    found = [sent(Outcome.nothing(START), spec, seed) for seed in range(100)]
+    assert not any(values[name].any() for values in found for name in ("weight", "correct", "loss", "held_out"))
+    assert set(np.unique([values["delta"] for values in found]) / step(spec, "delta")) == {-1.0, 0.0, 1.0}
 
 
 def test_an_adapter_of_another_layout_is_refused() -> None:
@@ -179,9 +185,39 @@ def test_an_adapter_of_another_layout_is_refused() -> None:
 def test_the_rounding_is_unbiased() -> None:
     """Accepts the right mean and rejects one that is off by a fiftieth of a step."""
     spec, outcome = spec_of(bits=16, clients=3, cap=3, clip_norm=2.0**-7), outcome_of([1e-4] * 10, examples=1)
-    exact = LAYOUT.flatten(outcome.trained).astype(np.float64) - LAYOUT.flatten(START)
+    exact = rotated(LAYOUT.flatten(outcome.trained).astype(np.float64) - LAYOUT.flatten(START))
     draws = np.stack([sent(outcome, spec, seed)["delta"] for seed in range(2000)])
     unit = step(spec, "delta")
-    error = (draws.mean(0) - exact) / unit  # of the mean of 2,000 draws: at most 1/2 / sqrt(2000) = 0.011, each
+    error = (draws.mean(0) - exact) / unit  # of the mean of 2,000 draws: 1/2 / sqrt(2000) = 0.011, each
     assert np.abs(error.mean()) < 0.02
     assert len(np.unique(draws)) > 1
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 5e-3])
+def test_the_variance_of_the_rounding_shows_nothing_of_the_update(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a squared step for every update. By stochastic rounding alone, an update of zero has none."""
+    spec, outcome = spec_of(bits=16, clients=3, cap=3, clip_norm=2.0**-4), outcome_of([size] * 10, examples=1)
+    exact = rotated(LAYOUT.flatten(outcome.trained).astype(np.float64) - LAYOUT.flatten(START))
+
+    def variance() -> float:
+        errors = np.stack([sent(outcome, spec, seed)["delta"] for seed in range(4000)]) - exact
+        return float(np.mean((errors / step(spec, "delta")) ** 2))
+
+    assert variance() == pytest.approx(1 / 4, rel=0.02)  # the standard error of the estimate is 0.6 %
+    monkeypatch.setattr("client.training.contribute.rounding_noise", lambda step, size, rng: np.zeros(size))
+    assert variance() < 0.18
+
+
+def test_a_coordinate_beyond_its_bound_is_clipped_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As seeds are, none is: here the rotation is one that gathers the norm in one coordinate."""
+    vector = contribution_spec(LARGE, clip_norm=1.0, weight_cap=CAP, ring_bits=16, max_clients=12)
+    spec = replace(spec_of(1.0), vector=vector, layout_digest=LARGE.digest)
+    start = {"a": np.zeros((1, LARGE.size), np.float32)}
+    trained = {"a": np.full((1, LARGE.size), 1.0, np.float32)}
+    monkeypatch.setattr(rotation, "rotate", lambda delta, seed: np.linalg.norm(delta) * np.eye(1, delta.size)[0])
+    outcome = Outcome(start, trained, CAP, Score(0, 0, 0.0))
+    sums = vector.decode(contribution(outcome, LARGE, spec, ADAPTER, np.random.default_rng(0)), 1)
+    bound, unit = vector.segment("delta").bound, step(spec, "delta")
+    assert bound < 0.6 * CAP
+    assert bound - unit < sums["delta"][0] < bound + unit
+    require_reach(spec, sums, 1)

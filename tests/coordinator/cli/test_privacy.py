@@ -50,4 +50,4 @@ def test_a_plan_without_noise_is_refused() -> None:
 
 def test_a_cohort_that_needs_more_bits_is_refused() -> None:
     with refused(ConfigError, "vector.ring_bits"):
-        invoke(*NOISY, "--devices", "10000", "--set", "aggregation.ring_bits=16", "--set", "privacy.epsilon=0.01")
+        invoke(*NOISY, "--devices", "10000", "--set", "privacy.epsilon=0.001")
