@@ -17,8 +17,9 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from adapters.cores import cores
-from aggregation import graph, masks, ring
+from aggregation import graph, masks, ring, rotation
 from aggregation.masks import Mask
+from aggregation.ring import Ring
 from aggregation.vector import Floats
 from simulations.benchmarks.secagg import ours, peer
 from simulations.benchmarks.timing import Call, Note, Stopwatch, Timing, interleaved, measure
@@ -84,8 +85,9 @@ def compare(work: SecAggWorkload, note: Note) -> dict[str, Any]:
     mine = ours.make(work.devices, work.degree, work.threshold, work.elements)
     theirs = peer.make(work.devices, work.degree, work.threshold)
     values, rng = np.random.default_rng(1).uniform(-1, 1, work.elements), np.random.default_rng(2)
-    note("client: shares, encode and mask, whole upload")
+    note("client: shares, encode and mask, rotation, whole upload")
     clients = _clients(work, mine, theirs, values)
+    back = measure(lambda given: rotation.rotate_back(given, bytes(32)), lambda: values, work.repeats)
     note("masks against AES and an addition")
     limits = mask_limits(work.elements, work.degree + 1, max(work.repeats, 7))
     note("uploads of every device")
@@ -107,6 +109,7 @@ def compare(work: SecAggWorkload, note: Note) -> dict[str, Any]:
         **{name: pair.to_json() for name, pair in clients.items()},
         "server": server,
         "server_checks_ms": checks,
+        "server_rotation_ms": back.ms,
         "bytes": {"ours": len(next(iter(bodies.values()))), "peer": len(foreign)},
         **limits,
     }
@@ -130,6 +133,7 @@ def _clients(
     return {
         "shares": Pair(*interleaved(Call(mine.deal, lambda: first, work.repeats), peers(theirs.deal))),
         "client": pair(mine.masked, theirs.masked),
+        "client_rotated": pair(mine.rotated, theirs.masked),
         "upload": pair(mine.upload, theirs.upload),
     }
 
@@ -175,7 +179,7 @@ def mask_limits(elements: int, count: int, repeats: int) -> dict[str, float]:
     """Compare the speed of masking with its lower bound, the AES-256 keystream and one wrapping addition.
 
     Args:
-        elements: Of the vector, each of 32 bits.
+        elements: Of the vector, each of ``ours.BITS``.
         count: Masks, at most 256.
         repeats: The fastest by CPU time counts.
 
@@ -205,8 +209,9 @@ def mask_limits(elements: int, count: int, repeats: int) -> dict[str, float]:
 def _keystream(blocks: int, mode: modes.CTR | modes.GCM, add: bool, _: None) -> None:
     """Write ``blocks`` blocks of keystream over each other; add each to another block if ``add``."""
     stream, zeros = Cipher(algorithms.AES256(bytes(32)), mode).encryptor(), bytes(masks.BLOCK)
-    buffer, total = memoryview(bytearray(masks.BLOCK)), np.zeros(masks.BLOCK // 4, np.uint32)
-    keystream = np.frombuffer(buffer, np.uint32)
+    buffer, kind = memoryview(bytearray(masks.BLOCK)), ring.dtype(ours.BITS)
+    keystream: Ring = np.frombuffer(buffer, kind)
+    total = np.zeros_like(keystream)
     for _repeat in range(blocks):
         stream.update_into(zeros, buffer)
         if add:
@@ -248,7 +253,7 @@ def memory(work: SecAggWorkload, note: Note) -> dict[str, float]:
     """
     note("memory")
     fleet, values, rng = _fleet(MEMORY_DEVICES, work.elements)
-    plan, vector = fleet.begin().plan, 4 * work.elements  # bytes
+    plan, vector = fleet.begin().plan, ring.zeros(work.elements, ours.BITS).nbytes
 
     def upload(name: str) -> bytes:
         return fleet.upload(fleet.planned(name, plan), values, rng)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from adapters.cores import ahead
-from aggregation import graph, masks, ring, shamir, sharing
+from aggregation import graph, masks, ring, rotation, shamir, sharing
 from aggregation.client import Device, Planned, Ready
 from aggregation.entropy import SystemEntropy
 from aggregation.messages import ConsistencySignature, EncryptedShares, Plan, UnmaskResponse
@@ -30,7 +30,7 @@ from aggregation.spec import CORRUPT_FRACTION, Adversary, SessionSpec
 from aggregation.vector import Floats, Segment, VectorSpec
 
 T = TypeVar("T")
-BITS = 32  # of an element: the peer's modulus
+BITS = 16  # of an element, as in a session; the peer's modulus has 32
 ENTROPY = SystemEntropy()
 _OFFER, _DIGEST = hashlib.sha256(b"benchmark").digest(), hashlib.sha256(b"benchmark").hexdigest()
 _BEGIN, _END = dt.datetime(2026, 1, 1, tzinfo=dt.UTC), dt.datetime(2126, 1, 1, tzinfo=dt.UTC)
@@ -70,6 +70,14 @@ class EdgeAdaptFleet:
         held = {dealer: self.pairs[dealer][device] for dealer in dealers}
         ready = Ready(self.session, {}, self.established.ends, device, 1, frozenset(held), None, {}, {})
         return Planned(ready, plan, self.secrets[device], held)
+
+    def rotated(
+        self, planned: Planned, values: Mapping[str, Floats], rng: np.random.Generator, threads: int = 1
+    ) -> Ring:
+        """Rotate a device's vector before ``masked``. The values stay within their bound, as those of an update do."""
+        bound = self.session.spec.vector.segment("delta").bound
+        turned = rotation.rotate(np.asarray(values["delta"], np.float64), bytes(32))
+        return self.masked(planned, {"delta": np.clip(turned, -bound, bound)}, rng, threads)
 
     def masked(
         self, planned: Planned, values: Mapping[str, Floats], rng: np.random.Generator, threads: int = 1

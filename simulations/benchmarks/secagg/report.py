@@ -20,7 +20,11 @@ def table(found: Figures) -> str:
 
 def _rows(found: Figures) -> Iterator[tuple[str, ...]]:
     yield _row("client: shares", found["shares"])
-    pairs = {"client: encode + mask": found["client"], "client: whole upload": found["upload"]}
+    pairs = {
+        "client: encode + mask": found["client"],
+        "client: rotate + encode + mask": found["client_rotated"],
+        "client: whole upload": found["upload"],
+    }
     pairs |= {f"server: {float(key):.0%} dropouts": pair for key, pair in found["server"].items()}
     for what, pair in pairs.items():
         yield _row(what, {**pair, "cpu_ratio": None})
@@ -49,6 +53,7 @@ def _notes(found: Figures) -> Iterator[str]:
     yield f"Ours masks in {found['threads']} thread{'s' * (found['threads'] > 1)}; in the rows of one core, in one."
     yield f"Bytes of an upload: ours {size['ours']}, peer {size['peer']}."
     yield f"Checks of digests and signatures, which the peer does not have, add {checks['0']:.0f} ms at our server."
+    yield f"Rotating the sum back, which the peer does not do, adds {found['server_rotation_ms']:.0f} ms at our server."
     yield (
         f"Masks at {found['mask_gb_per_s']:.1f} GB/s: {found['mask_fraction_of_limit']:.0%} of the speed of the "
         f"keystream and one addition. AES-256 alone: {found['aes_ctr_gb_per_s']:.1f} GB/s in CTR mode, "
