@@ -99,6 +99,13 @@ class PersonalSettings(Settings):
         le=1000,
         description="weight of Ditto's term in its loss: half of it times the squared distance from the global adapter",
     )
+    public: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="public texts that a classifier rehearses in the personal steps of both arms: so many of each "
+        "label of which the client has no example, and which it would unlearn",
+    )
 
     @property
     def training_epochs(self) -> int:

@@ -128,6 +128,26 @@ def personalize(
     return Personalization(chosen, adapters[chosen], scores)
 
 
+def rehearsed(
+    examples: Sequence[Example], public: Sequence[Example], *, each: int, rng: np.random.Generator
+) -> list[Example]:
+    """The examples, and public ones of the labels that they lack, so that training does not unlearn these labels.
+
+    Rehearsal (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal").
+
+    Args:
+        examples: Of the device, all splits.
+        public: Training examples, of any labels.
+        each: Of each label without a training example so many are added, or as many as there are.
+        rng: Draws them.
+    """
+    own, found = {example.label for example in in_split(examples, Split.TRAIN)}, list(examples)
+    for label in sorted({example.label for example in public} - own):
+        some = [example for example in public if example.label == label]
+        found += [some[i] for i in rng.permutation(len(some))[:each]]
+    return found
+
+
 def _personal(
     trainer: "Trainer",
     shared: Tensors,

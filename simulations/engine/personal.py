@@ -37,6 +37,7 @@ from client.training.personal import (
     PersonalMethod,
     PersonalStep,
     personalize,
+    rehearsed,
 )
 from client.training.private import subject_of, with_private
 from client.training.trainer import Trainer
@@ -65,6 +66,7 @@ class ArmInputs:
         personal: The personal step.
         scale: Logit of a score of 1 of a head that is fitted by a regression.
         local_rates: The two learning rates of the local arm.
+        public: Training examples that every device can have.
         seed: Of the scenario; it orders the examples.
     """
 
@@ -74,10 +76,11 @@ class ArmInputs:
     personal: PersonalSettings
     scale: float
     local_rates: tuple[float, float]
+    public: Sequence[Example]
     seed: int
 
     @classmethod
-    def of(cls, scenario: Scenario, manifest: VersionManifest, seed_adapter: Tensors) -> Self:
+    def of(cls, scenario: Scenario, manifest: VersionManifest, seed_adapter: Tensors, population: Population) -> Self:
         """The inputs that a scenario gives; the manifest is that of any version."""
         federation = scenario.federation
         return cls(
@@ -87,6 +90,7 @@ class ArmInputs:
             personal=scenario.personal,
             scale=federation.analytic.scale,
             local_rates=scenario.local_rates,
+            public=provision.public_examples(population),
             seed=scenario.seed,
         )
 
@@ -118,7 +122,14 @@ def personal_step(
     own = inputs.personal
     fine = replace(inputs.task, learning_rate=rate or own.learning_rate, proximal=own.proximal if not arm else 0.0)
     how = PersonalStep(own.epochs, inputs.scale, PersonalMethod(own.method), own.share, Choice(own.choice))
-    return personalize(mine, candidates, examples, fine, how, rng=generator(inputs.seed, client, arm), step=step)
+    order, read = generator(inputs.seed, client, arm), personal_examples(client, examples, inputs)
+    return personalize(mine, candidates, read, fine, how, rng=order, step=step)
+
+
+def personal_examples(client: str, examples: Sequence[Example], inputs: ArmInputs) -> Sequence[Example]:
+    """What the personal steps of a client's arms read: its examples, and the public ones that the scenario adds."""
+    draws = generator(inputs.seed, client, "/public")
+    return rehearsed(examples, inputs.public, each=inputs.personal.public, rng=draws)
 
 
 def after_the_rounds(state_dir: DeviceStateDir, mine: Trainer, inputs: ArmInputs, global_adapter: Tensors) -> Tensors:
@@ -169,7 +180,7 @@ def personalize_all(
         progress: Shows how many clients are done.
         at_once: Clients that train at the same time; by default one a core, ``MOST_AT_ONCE`` at most.
     """
-    inputs, global_adapter = _inputs(out, scenario)
+    inputs, global_adapter = _inputs(out, scenario, population)
     config = inputs.task.peft_config
     state_dirs = provision.open_state_dirs(out, population)
     at_once = at_once or min(cores(), MOST_AT_ONCE)
@@ -212,13 +223,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _inputs(out: Path, scenario: Scenario) -> tuple[ArmInputs, Tensors]:
+def _inputs(out: Path, scenario: Scenario, population: Population) -> tuple[ArmInputs, Tensors]:
     """The inputs of every client, and the global adapter: the last version of the registry."""
     registry = provision.registry(out)
     last = registry.latest()
     if last is None:
         raise DataError(f"the registry of {out} is empty", about="registry")
-    inputs = ArmInputs.of(scenario, last.manifest, registry.tensors(0))
+    inputs = ArmInputs.of(scenario, last.manifest, registry.tensors(0), population)
     return inputs, registry.tensors(last.manifest.version)
 
 

@@ -184,6 +184,11 @@ def examples_of(client: Client) -> list[Example]:
     ]
 
 
+def public_examples(population: Population) -> list[Example]:
+    """The public texts of a population as training examples."""
+    return [Example(text.text, text.label, Split.TRAIN) for text in population.public]
+
+
 def open_state_dirs(out: Path, population: Population) -> dict[str, DeviceStateDir]:
     """Client → its device's state directory."""
     return {h.name: DeviceStateDir.open(device_folder(out, h.name)) for h in population.clients}

@@ -34,7 +34,14 @@ from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.bases import training_base
 from simulations.engine.heads import logistic_head, ridge_head, with_bias
-from simulations.engine.personal import ArmInputs, after_the_rounds, generator, local_arm, personal_step
+from simulations.engine.personal import (
+    ArmInputs,
+    after_the_rounds,
+    generator,
+    local_arm,
+    personal_examples,
+    personal_step,
+)
 from simulations.engine.progress import RunProgress
 from simulations.engine.run import RunFolder, federate, prepare
 from simulations.scenario import Scenario
@@ -80,7 +87,7 @@ def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
     population, base = _population(scenario), _base(store, scenario)
     manifest, blob = provision.first_adapter(scenario, population, base)
     mine = load_trainer(base, len(population.labels), manifest.peft_config)
-    inputs = ArmInputs.of(scenario, manifest, files.decode(blob))
+    inputs = ArmInputs.of(scenario, manifest, files.decode(blob), population)
     spent = _Spent()
     answers = _answers(trial, mine, population, inputs, store, spent)
     scores = []
@@ -91,7 +98,7 @@ def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
             answer = answers(client)
         scores.append(_score(client, answer, population.public))
     error = _error(trial, mine, population, store) if trial.kind is Kind.GLOBAL else None
-    return replace(_result(trial, population, scores, store, spent), aggregation_error=error)
+    return replace(_result(trial, population, inputs, scores, store, spent), aggregation_error=error)
 
 
 class _Spent:
@@ -186,7 +193,7 @@ def _embeddings(mine: Trainer) -> _Embeddings:
 def _head(trial: Trial, embeddings: _Embeddings, population: Population, spent: "_Spent", client: Client) -> Answers:
     """A head that is fitted to the client's training texts and the public texts."""
     settings, train = trial.scenario.head, _train(client)
-    texts = [*train, *(Example(text.text, text.label, Split.TRAIN) for text in population.public)]
+    texts = [*train, *provision.public_examples(population)]
     before = _cpu()
     found, took = embeddings.of([text.text for text in texts])
     spent.seconds += took - (_cpu() - before)  # as if nothing had been kept
@@ -228,9 +235,14 @@ def _tally(logits: Floats, labels: NDArray[np.int64]) -> Tally:
 
 
 def _result(
-    trial: Trial, population: Population, scores: Sequence[ClientScore], store: Store, spent: _Spent
+    trial: Trial,
+    population: Population,
+    inputs: ArmInputs,
+    scores: Sequence[ClientScore],
+    store: Store,
+    spent: _Spent,
 ) -> TrialResult:
-    epochs, steps = _trained(trial, population)
+    epochs, steps = _trained(trial, population, inputs)
     points: tuple[RoundPoint, ...] = ()
     down, up, cpu = 0.0, 0.0, spent.seconds
     if trial.kind.federated:
@@ -244,7 +256,7 @@ def _result(
     return TrialResult(tuple(scores), Cost(epochs, steps, cpu, up, down), points)
 
 
-def _trained(trial: Trial, population: Population) -> tuple[int, int]:
+def _trained(trial: Trial, population: Population, inputs: ArmInputs) -> tuple[int, int]:
     """Epochs of a client that is not unseen, and optimizer steps of all clients, dropouts not subtracted.
 
     After the rounds, only the clients that are evaluated train.
@@ -253,22 +265,24 @@ def _trained(trial: Trial, population: Population) -> tuple[int, int]:
     rounds, size = federation.training_rounds * federation.training.epochs, federation.training.batch_size
     fine = trial.scenario.personal.training_epochs
     seen = [len(client.train) for client in population.clients if not client.unseen]
-    everyone = [len(client.train) for client in _evaluated(trial, population)]
+    evaluated = _evaluated(trial, population)
+    everyone = [len(client.train) for client in evaluated]
+    read = [len(in_split(personal_examples(c.name, provision.examples_of(c), inputs), Split.TRAIN)) for c in evaluated]
 
     def steps(counts: Sequence[int], epochs: int) -> int:
         return epochs * sum(-(-count // size) for count in counts)
 
     match trial.kind:
         case Kind.LOCAL:
-            return rounds + fine, steps(everyone, rounds + fine)
+            return rounds + fine, steps(everyone, rounds) + steps(read, fine)
         case Kind.GLOBAL:
             return rounds, steps(seen, rounds)
         case Kind.PERSONAL:
-            return rounds + fine, steps(seen, rounds) + steps(everyone, fine)
+            return rounds + fine, steps(seen, rounds) + steps(read, fine)
         case Kind.CENTRAL:
             return rounds, steps([sum(seen)], rounds)
         case Kind.CENTRAL_PERSONAL:
-            return rounds + fine, steps([sum(seen)], rounds) + steps(everyone, fine)
+            return rounds + fine, steps([sum(seen)], rounds) + steps(read, fine)
         case _:
             return 0, 0
 

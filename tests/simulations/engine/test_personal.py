@@ -9,10 +9,11 @@ import pytest
 
 from adapters.layout import Tensors
 from aggregation.errors import DataError
-from client.training.examples import Split
+from client.training.examples import Split, in_split, write_examples
 from client.training.trainer import Score, Trainer
 from simulations.engine.personal import OUTCOME, personalize_all
 from simulations.engine.progress import RunProgress
+from simulations.engine.provision import examples_of
 from simulations.report.result import ClientResult
 from simulations.scenario import Scenario
 from tests.support import refused
@@ -56,6 +57,36 @@ def test_local_and_personal_get_the_same_epochs_at_the_same_two_learning_rates(
     # The rounds already gave the global adapter its eight epochs at 0.02: the personal step adds three at 0.005.
     personal, local = [(3, 0.005)], [(8, 0.02), (3, 0.005)]
     assert trainings == [(count, *training) for count in counts for training in personal + local]
+
+
+def test_the_personal_steps_of_both_arms_rehearse_the_same_public_texts(
+    fleet_of: Callable[..., Any], scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainings, train = list[tuple[int, set[str]]](), Trainer.train
+
+    def recorded(self: Trainer, start: Tensors, examples: Any, *given: Any, epochs: int, **other: Any) -> Tensors:
+        trainings.append((epochs, {example.text for example in examples}))
+        return train(self, start, examples, *given, epochs=epochs, **other)
+
+    monkeypatch.setattr(Trainer, "train", recorded)
+    fleet = fleet_of(2)
+    chosen = scenario.model_copy(update={"personal": scenario.personal.model_copy(update={"public": 1})})
+    kept = {
+        client.name: [example for example in examples_of(client) if example.label]
+        for client in fleet.population.clients
+    }
+    for client, examples in kept.items():
+        write_examples(fleet.state_dir(client).examples, examples)
+    personalize_all(fleet.out, chosen, fleet.population, fleet.base, RunProgress(quiet=True), at_once=1)
+    public = {text.text: text.label for text in fleet.population.public}
+    for examples in kept.values():
+        (steps, own), (rounds, alone), (again, both) = trainings[:3]
+        del trainings[:3]
+        assert (steps, rounds, again) == (3, 8, 3)
+        train = in_split(examples, Split.TRAIN)
+        assert alone == {example.text for example in train}
+        assert own == both > alone
+        assert sorted(public[text] for text in own - alone) == sorted({*public.values()} - {e.label for e in train})
 
 
 @pytest.mark.parametrize(("best", "kept"), [(0, "base"), (1, "global"), (2, "personal")])
