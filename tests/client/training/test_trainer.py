@@ -317,6 +317,7 @@ import sys
 from contextlib import nullcontext
 import torch
 from adapters.base import find_base
+from adapters.peftconfig import PeftConfig
 from client.training import trainer
 if sys.argv[2] == "kept":
     trainer.flushed_denormals = nullcontext
