@@ -49,7 +49,7 @@ class RoundRecord(Manifest):
     bytes_up: Count
     bytes_down: Count
     seconds: float  # wall time of the round
-    epsilon: float | None  # what all sums so far may have revealed, for the delta in the offer; None without noise
+    epsilon: float | None  # what all sums so far may have revealed, for the offer's delta; None: nothing bounds it
     metrics: dict[str, float]
 
     def __post_init__(self) -> None:

@@ -333,8 +333,10 @@ def _require_budget(account: Account, session: Established, settings: Federation
         ConfigError: It would take the account beyond the epsilon of the settings.
     """
     limit, spec = settings.privacy.epsilon, session.session.spec
-    epsilon = account.epsilon_of_next(spec, session.devices) if limit else None
-    if epsilon is not None and epsilon > limit * (1 + SLACK):
+    if not limit:
+        return
+    epsilon = account.epsilon_of_next(spec, session.devices)
+    if epsilon > limit * (1 + SLACK):
         text = f"after {account.noisy} sums, another could spend an epsilon of {epsilon:.3f}, above {limit:g}: the "
         text += "federation ends here, or raise privacy.epsilon, which devices may refuse"
         raise ConfigError(text, about="privacy.epsilon", value=limit)

@@ -24,8 +24,8 @@ from aggregation.errors import ConfigError
 # Orders of the Rényi divergence: whole numbers, for which the bound on Skellam noise is proved. The best order for a
 # small ε is near 2 log(1/δ) / ε.
 ORDERS = (*range(2, 64), *range(64, 256, 8), *range(256, 1024, 32), *range(1024, 8193, 256))
-DISTANCE = 2.0**-100  # statistical distance to the exact distribution that one drawn number may have (``noise``)
-_RESERVE = 2.0**-20  # share of δ that is kept for it
+DISTANCE = 2.0**-108  # statistical distance to the exact distribution that one drawn number may have (``noise``)
+_RESERVE = 2.0**-10  # share of δ that is kept for it
 _ORDERS = np.array(ORDERS, np.float64)
 _SEARCH = 2.0**-12  # relative precision of a calibrated noise multiplier
 
@@ -137,7 +137,7 @@ class Spent:
         """The least ε on ``ORDERS`` for which all of it is (ε, δ)-differentially private.
 
         From the curve, ε = R(α) + log(1 - 1/α) - log(αδ) / (α - 1) (Canonne et al. 2020, proposition 12). A statistical
-        distance t of all drawn noise to that of the curve adds (1 + exp ε) t to δ; a 2^-20th part of δ is kept for it.
+        distance t of all drawn noise to that of the curve adds (1 + exp ε) t to δ; a 2^-10th part of δ is kept for it.
 
         Args:
             delta: Between 0 and 1, both excluded.

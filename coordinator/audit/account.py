@@ -6,6 +6,7 @@ the device that spent most. The coordinator keeps the same account, in the recor
 the two.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -48,20 +49,19 @@ class Account:
         return Account(spent, self.noisy + 1, self.bare)
 
     def epsilon(self, spec: SessionSpec) -> float | None:
-        """Of the device that spent most, for the δ of a session; None in one without noise."""
-        return _largest(spec, self.spent.values())
+        """Of the device that spent most, for the δ of a session; None if no finite one holds, as without noise."""
+        found = _largest(spec, self.spent.values())
+        return found if math.isfinite(found) else None
 
-    def epsilon_of_next(self, spec: SessionSpec, devices: Collection[str]) -> float | None:
-        """The same after another sum over ``devices`` or some of them, if no more survive than must."""
-        if spec.privacy is None:
-            return None
+    def epsilon_of_next(self, spec: SessionSpec, devices: Collection[str]) -> float:
+        """The same after another sum over ``devices`` or some of them, if no more survive than must; maybe infinite."""
         cost = spec.spent(spec.minimum_survivors)
         return _largest(spec, (one + cost for one in {self.spent.get(device, NOTHING) for device in devices}))
 
 
-def _largest(spec: SessionSpec, spent: Iterable[Spent]) -> float | None:
+def _largest(spec: SessionSpec, spent: Iterable[Spent]) -> float:
     if spec.privacy is None:
-        return None
+        return math.inf
     return max((one.epsilon(spec.privacy.delta) for one in set(spent)), default=0.0)
 
 
@@ -98,8 +98,10 @@ def audited(account: Account, report: Report) -> tuple[Account, Report]:
 
 def _text(spec: SessionSpec, account: Account, here: int) -> str:
     epsilon = account.epsilon(spec)
-    if spec.privacy is None or epsilon is None:
+    if spec.privacy is None:
         return "the sums of this session have no noise: nothing bounds what they say about a device"
+    if epsilon is None:
+        return "the sums of this session have too little noise for a finite epsilon"
     bare = f". {count(account.bare, 'other sum')} without noise, about which it says nothing" if account.bare else ""
     corrupt = count(spec.minimum_survivors - spec.privacy.honest, "survivor")
     delta, kind, sums = spec.privacy.delta, spec.privacy.mechanism.value, count(account.noisy, "sum")

@@ -90,7 +90,7 @@ def plan(
         raise ConfigError(text, about="privacy.mechanism")
     rows = [_row(wanted, numbers, count) for count in devices]
     if as_json:
-        found = [asdict(row) for row in rows]
+        found = [{name: None if value == math.inf else value for name, value in asdict(row).items()} for row in rows]
         click.echo(json.dumps({"rounds": wanted.rounds, "delta": wanted.privacy.delta, "plans": found}))
         return
     click.echo(f"{wanted.rounds} rounds of {wanted.privacy.mechanism} noise, delta {wanted.privacy.delta:g}")

@@ -120,7 +120,7 @@ def test_of_many_steps_skellam_noise_costs_what_dp_accounting_says_of_a_gaussian
 
 def test_the_conversion_is_that_of_dp_accounting() -> None:
     curve = Spent.on([one_sum(25.0, 9), one_sum(100.0, 16)])
-    expected, _ = rdp_privacy_accountant.compute_epsilon(ORDERS, curve.curve, DELTA)
+    expected, _ = rdp_privacy_accountant.compute_epsilon(ORDERS, curve.curve, DELTA * (1 - 2.0**-10))
     assert curve.epsilon(DELTA) == pytest.approx(expected, rel=1e-6)
 
 
@@ -150,7 +150,7 @@ def test_nothing_costs_nothing() -> None:
 def test_a_sampler_too_far_from_its_distribution_for_delta_gives_no_finite_epsilon() -> None:
     spent = Spent.on([one_sum(1e4, 100, size=10**6, honest=100)])
     assert spent.epsilon(1e-15) < 1
-    assert spent.epsilon(1e-18) == math.inf
+    assert spent.epsilon(1e-23) == math.inf
 
 
 @pytest.mark.parametrize("target", [0.1, 2.0, 9.0])

@@ -107,7 +107,7 @@ def test_a_table_is_as_near_to_the_exact_distribution_as_is_accounted(variance: 
     for mechanism, weight in ((SKELLAM, bessel), (GAUSSIAN, gaussian)):
         found = table(mechanism, variance)
         weights = [weight(k, exact) for k in range(-found.first + 20)]
-        assert 0 < distance(found, weights) < Fraction(DISTANCE) / 2**10
+        assert 0 < distance(found, weights) < Fraction(DISTANCE)
         assert (
             distance(found, [weight(k, exact * Fraction(2**99 + 1, 2**99)) for k in range(-found.first + 20)])
             > DISTANCE / 64

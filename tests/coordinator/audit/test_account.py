@@ -69,6 +69,14 @@ def test_without_noise_no_epsilon_is_claimed(fleet_of: FleetOf) -> None:
     assert (account.noisy, account.bare) == (0, 1)
 
 
+def test_too_little_noise_for_a_finite_epsilon_is_recorded_as_none(fleet_of: FleetOf) -> None:
+    fleet = fleet_of(8, rounds=1, **{**NOISY, "privacy__noise_multiplier": 0.01})
+    (record,) = fleet.federate(fleet.grid())
+    checked, reports = reports_of(fleet)
+    checked.require(reports, unfinished=False)
+    assert (record.version, record.epsilon) == (1, None)
+
+
 def without_answers(step: Step) -> Any:
     """The devices' app, in which no message of a step is answered."""
     from client.node.app import app

@@ -51,3 +51,9 @@ def test_a_plan_without_noise_is_refused() -> None:
 def test_a_cohort_that_needs_more_bits_is_refused() -> None:
     with refused(ConfigError, "vector.ring_bits"):
         invoke(*NOISY, "--devices", "10000", "--set", "privacy.epsilon=0.001")
+
+
+def test_too_little_noise_for_a_finite_epsilon_is_stated_as_none() -> None:
+    little = ("--set", "privacy.mechanism=skellam", "--set", "privacy.noise_multiplier=0.01", "--devices", "30")
+    (found,) = json.loads(invoke(*little, "--json"))["plans"]
+    assert (found["epsilon"], found["noise_multiplier"]) == (None, pytest.approx(0.01))
