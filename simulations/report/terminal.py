@@ -86,6 +86,7 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
     training, fine = federation.training, scenario.personal
     first, second = scenario.local_rates
     epochs = count(federation.rounds * training.epochs, "epoch")
+    rehearsal = f"rehearse {count(fine.public, 'public phrase')} of each label they lack"
     adversary = federation.aggregation.adversary
     rounds = f"{federation.rounds} of {count(training.epochs, 'epoch')} at learning rate {training.learning_rate:g}"
     writes = scenario.data.for_language_model
@@ -103,6 +104,7 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
         ),
         ("", "global    the adapter after the last round"),
         ("", f"personal  global, then {count(fine.epochs, 'epoch')} at {fine.learning_rate:g} on own data"),
+        *([("", f"local, personal: {rehearsal}")] if fine.public and not writes else []),
         ("", f"local, personal: the best candidate on own validation {'texts' if writes else 'phrases'}"),
         ("evaluated", f"at most {count(scenario.evaluation.clients, 'client')}, chosen by the seed"),
         ("folder", str(out)),

@@ -57,7 +57,7 @@ def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> N
             "base": {"model": "some_\x1bencoder"},
             "population": {"languages": ["en", "es"], "public_languages": ["de"]},
             "federation": federation,
-            "personal": {"epochs": 5, "learning_rate": 0.003},
+            "personal": {"epochs": 5, "learning_rate": 0.003, "public": 4},
         },
         "mine",
     )
@@ -67,6 +67,7 @@ def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> N
         "base       some_?encoder, ",
         "local     own data only: 14 epochs at 0.01, then 5 at 0.003",
         "personal  global, then 5 epochs at 0.003 on own data",
+        "local, personal: rehearse 4 public phrases of each label they lack",
         f"folder     {tmp_path}",
     ):
         assert line in text
