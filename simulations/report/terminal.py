@@ -1,7 +1,7 @@
 """What a run prints in a terminal, in eighty columns: what it is about to do, and the closing table."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich import box
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adapters.peftconfig import MethodName
 from coordinator.settings import FederationSettings
 from simulations.data.summary import DataSummary, lines
 from simulations.report.authors import LanguageResult
@@ -32,13 +33,23 @@ from simulations.report.formatting import (
     size,
 )
 from simulations.report.result import ARMS, RunResult, summary
-from simulations.scenario import Scenario
+from simulations.scenario import AdapterSettings, Scenario
 
 NOTES = {
     "base": "the vendor's head, no training",
     "local": "each client by itself",
     "global": "the last global adapter",
     "personal": "global, then tuned in private",
+}
+METHODS: Mapping[MethodName, str] = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "ia3": "IA³",
+    "ln_tuning": "LayerNorm tuning",
+    "beft": "BEFT",
+    "prompt_tuning": "prompt tuning",
+    "prefix_tuning": "prefix tuning",
 }
 LABEL = 11  # columns
 
@@ -81,6 +92,15 @@ def _print_lines(found: Iterable[tuple[str, str]], console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
+def _described(adapter: AdapterSettings) -> str:
+    """The method of a scenario's adapter, with its size, and its modules unless they are the usual ones."""
+    name = METHODS[adapter.method]
+    if adapter.method in ("prompt_tuning", "prefix_tuning"):
+        return f"{name} with {count(adapter.virtual_tokens, 'virtual token')}"
+    size = f" of rank {adapter.rank}" if adapter.method in ("lora", "rslora", "dora") else ""
+    return f"{name}{size}{' on ' if adapter.targets else ''}{', '.join(adapter.targets)}"
+
+
 def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
     adapter, federation = scenario.adapter, scenario.federation
     training, fine = federation.training, scenario.personal
@@ -91,7 +111,7 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
     rounds = f"{federation.rounds} of {count(training.epochs, 'epoch')} at learning rate {training.learning_rate:g}"
     writes = scenario.data.for_language_model
     kind, head = ("language model", "") if writes else ("text encoder", " and the vendor's head")
-    layers = f"LoRA of rank {adapter.rank} on {', '.join(adapter.targets)}"
+    layers = _described(adapter)
     return [
         ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
         ("adapter", layers if writes else f"{layers}, and a classification head"),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -73,6 +74,23 @@ def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> N
         assert line in text
     assert all(f" {arm:<9} " in text for arm in ARMS)
     assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith("folder"))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "line"),
+    [
+        ({}, "LoRA of rank 8, and a classification head"),
+        ({"method": "dora", "rank": 2, "targets": ["key"]}, "DoRA of rank 2 on key, and a classification head"),
+        ({"method": "ia3"}, "IA³, and a classification head"),
+        ({"method": "prompt_tuning", "virtual_tokens": 1}, "prompt tuning with 1 virtual token, and a"),
+    ],
+    ids=str,
+)
+def test_the_adapter_is_named_with_its_size(tmp_path: Path, adapter: dict[str, Any], line: str) -> None:
+    out = StringIO()
+    scenario = Scenario.parse({"name": "mine", "adapter": adapter}, "mine")
+    print_scenario(scenario, tmp_path, Console(file=out, width=80))
+    assert f"adapter    {line}" in out.getvalue()
 
 
 def test_no_line_is_longer_than_a_terminal_but_a_path_or_command(result: RunResult) -> None:
