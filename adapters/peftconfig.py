@@ -105,7 +105,7 @@ def require_trainable(config: PeftConfig) -> None:
         ConfigError: It cannot; ``about`` names the setting.
     """
     method = config.peft_type
-    for name in SETTINGS - TRAINABLE[method]:
+    for name in sorted(SETTINGS - TRAINABLE[method]):  # the same refusal in every process
         if value := getattr(config, name):
             raise _untrainable(name, value, f"{method} without {name}")
     if "target_modules" in TRAINABLE[method]:
