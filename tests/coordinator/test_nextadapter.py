@@ -8,6 +8,7 @@ from adapters.lorasb import frozen_factor
 from adapters.manifest import PeftConfig
 from adapters.parts import Part
 from adapters.task import Task, shared_layout
+from aggregation import rotation
 from aggregation.vector import Segment, VectorSpec
 from coordinator import optimizer
 from coordinator.nextadapter import next_adapter, state_size
@@ -29,6 +30,10 @@ def adapter() -> Tensors:
     }
 
 
+def rotated(delta: rotation.Vector) -> rotation.Vector:
+    return rotation.rotate(delta, rotation.seed(bytes.fromhex(ADAPTER)))
+
+
 @pytest.mark.parametrize("rule", [FedAvg(0.5), FedAvgM(1.0, 0.9), FedAdam(0.1)])
 def test_the_mean_of_squares_moves_b_by_its_product_with_the_frozen_factor(rule: optimizer.Settings) -> None:
     before = adapter()
@@ -43,7 +48,7 @@ def test_the_mean_of_squares_moves_b_by_its_product_with_the_frozen_factor(rule:
         layout.flatten({HEAD: before[HEAD], R: np.zeros((2, 2), np.float32)}),
     )
     for mean in np.random.default_rng(2).normal(scale=0.1, size=(2, size)):
-        sums = {"delta": WEIGHT * mean, "weight": np.array([WEIGHT])}
+        sums = {"delta": rotated(WEIGHT * mean), "weight": np.array([WEIGHT])}
         state, after = next_adapter(spec, TASK, rule, state, tensors, sums=sums, survivors=DEVICES, digest=ADAPTER)
         reference, stepped = optimizer.step(rule, reference, vector_before, mean.astype(np.float32))
         moved = layout.unflatten(stepped)
@@ -60,7 +65,7 @@ def test_what_would_grow_without_limit_is_clipped() -> None:
     before = adapter() | {B: np.full((6, 2), optimizer.LARGEST, np.float32)}
     size = state_size(TASK, Layout.of(before))
     vector = VectorSpec((Segment("delta", size, 400.0), Segment("weight", 1, 100.0)), ring_bits=40, max_clients=DEVICES)
-    sums = {"delta": np.full(size, WEIGHT * 0.5), "weight": np.array([WEIGHT])}
+    sums = {"delta": rotated(np.full(size, WEIGHT * 0.5)), "weight": np.array([WEIGHT])}
     rule, spec = FedAvg(1000.0), session_spec(DEVICES, vector=vector)
     _, after = next_adapter(
         spec, TASK, rule, optimizer.start(rule, size), before, sums=sums, survivors=DEVICES, digest=ADAPTER
