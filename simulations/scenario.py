@@ -74,6 +74,11 @@ class NetworkSettings(Settings):
         description="share of the devices that can be reached in a round, 0 to 1, for each round in turn, over and "
         "over, as in the hours of a day; all of them if no share is given",
     )
+    trace: str = Field(
+        default="",
+        description="CSV file that says in which rounds which devices can be reached (docs/how-to/cohorts.md), from "
+        "the folder of the scenario file; without one, availability alone does",
+    )
 
 
 class PersonalSettings(Settings):
@@ -189,8 +194,10 @@ class Scenario(Settings):
     export: ExportSettings = ExportSettings()
 
     def located(self, folder: Path) -> Self:
-        """The scenario with the relative paths of its data taken from ``folder``."""
-        return self.model_copy(update={"data": self.data.located(folder)})
+        """The scenario with the relative paths of its data and its trace taken from ``folder``."""
+        trace = str((folder / self.network.trace).resolve()) if self.network.trace else ""
+        network = self.network.model_copy(update={"trace": trace})
+        return self.model_copy(update={"data": self.data.located(folder), "network": network})
 
     @property
     def base_is_made(self) -> bool:

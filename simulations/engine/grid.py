@@ -19,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from aggregation.steps import Step
 from client.node.app import STATE
+from simulations.engine.trace import Steps
 
 RUN_ID = 1
 SERVER_NODE = 1
@@ -65,6 +66,7 @@ class FaultModel:
         steps: Where a forced dropout can happen.
         availability: Share of the devices that can be reached in a round, for each round in turn, over and over; all of
             them in all rounds if empty. A device that is there at some share is there at every larger one.
+        trace: Node → its own share, for the nodes and rounds that a trace is about, in place of ``availability``.
     """
 
     seed: int
@@ -73,6 +75,7 @@ class FaultModel:
     forced_dropouts: int = 0
     steps: tuple[Step, ...] = ROUND_STEPS
     availability: tuple[float, ...] = ()
+    trace: Mapping[int, Steps] = field(default_factory=dict)
 
     def outcomes(self, group: str, step: Step | None, nodes: Sequence[int]) -> dict[int, DeliveryOutcome]:
         """The outcome of one message to each of ``nodes``.
@@ -83,13 +86,16 @@ class FaultModel:
             nodes: The receivers.
         """
         dropouts = self._forced(group, step, nodes)
-        there = self._there(group)
-        return {node: self._outcome(group, step, node, node in dropouts, there) for node in nodes}
+        number = int(next((part for part in group.split("-") if part.isdecimal()), "0"))
+        share = self.availability[number % len(self.availability)] if self.availability else 1.0
+        return {
+            node: self._outcome(group, step, node, node in dropouts, self._there(node, number, share)) for node in nodes
+        }
 
-    def _there(self, group: str) -> float:
-        """The share of the devices that can be reached in the round of a group, or the first of its session."""
-        number = next((part for part in group.split("-") if part.isdecimal()), "0")
-        return self.availability[int(number) % len(self.availability)] if self.availability else 1.0
+    def _there(self, node: int, number: int, share: float) -> float:
+        """The share at which a node is there in a round, or in the first one of a session."""
+        own = self.trace[node].at(number) if node in self.trace else None
+        return share if own is None else own
 
     def _outcome(self, group: str, step: Step | None, node: int, forced: bool, there: float) -> DeliveryOutcome:
         rng = self._rng(group, [*Step, None].index(step), node)

@@ -39,6 +39,7 @@ from simulations.engine.personal import personalize_all
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import Enrolment
 from simulations.engine.publish import ExportOutcome, publish
+from simulations.engine.trace import read_trace
 from simulations.report.formatting import program
 from simulations.report.page import write_report
 from simulations.report.result import ClientResult, ReportedRound, RunResult
@@ -220,8 +221,15 @@ def federate(
     scenario = folder.scenario
     network, federation = scenario.network, scenario.federation
     steps = ROUND_STEPS if federation.aggregation.adversary == "active" else SHORT_ROUND_STEPS
+    found = read_trace(Path(network.trace), population.clients) if network.trace else {}
     faults = FaultModel(
-        scenario.seed, network.message_loss, network.mean_delay, network.forced_dropouts, steps, network.availability
+        scenario.seed,
+        network.message_loss,
+        network.mean_delay,
+        network.forced_dropouts,
+        steps,
+        network.availability,
+        {node: found[name] for node, name in nodes.items() if name in found},
     )
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})
     trained, done = progress.training_seconds, len(provision.registry(folder.path).rounds())

@@ -112,6 +112,17 @@ def test_only_so_many_clients_are_evaluated_and_no_other_one_gets_a_bundle(
     assert "3 of 12 clients" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_trace_is_read_next_to_the_scenario_and_a_wrong_one_ends_the_run_before_the_first_round(
+    scenario: Path, tmp_path: Path, run: Command
+) -> None:
+    copy = Path(shutil.copy(scenario, tmp_path / "copy.toml"))
+    trace = copy.with_name("trace.csv")
+    trace.write_text("client,round,available\nxx-01,1,0\n")
+    code, _, err = run("simulate", copy, "--out", tmp_path / "run", "--set", "network.trace=trace.csv")
+    assert code != 0
+    assert f"{trace}, line 2" in _one_line(err)
+
+
 def test_one_evaluated_client_is_too_few(scenario: Path, tmp_path: Path, run: Command) -> None:
     code, _, err = run("simulate", scenario, "--out", tmp_path / "run", "--set", "evaluation.clients=1")
     assert code != 0
