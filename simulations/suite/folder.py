@@ -28,7 +28,6 @@ def read_suite(path: Path, *, seeds: int | None = None, changes: Sequence[str] =
         path: TOML.
         seeds: If given, so many seeds from 0 on in place of the file's.
         changes: ``KEY=VALUE`` of the scenario, for every arm; they come after those of the suite.
-
         arms: If given, only these of its arms.
 
     Raises:
