@@ -40,6 +40,9 @@ NAMED: Mapping[str, Mapping[str, list[str]]] = {  # method → architecture → 
     "BEFT": constants.TRANSFORMERS_MODELS_TO_BEFT_TARGET_MODULES_MAPPING,
 }
 
+# Projections to queries and values, which Hu et al. 2021 adapt, as architectures name them that peft has no names for.
+PROJECTIONS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"), ("qkv_proj",), ("Wqkv",))
+
 
 def adapted(model: nn.Module, config: PeftConfig, *, heads: Sequence[str] = (), task: str | None = None) -> PeftModel:
     """A frozen model with a fresh adapter, in evaluation mode: every parameter frozen but the adapter's.
@@ -79,8 +82,8 @@ def configuration(
         method: Of the adapter.
         rank: Of LoRA, as alpha.
         alpha: The factor of the update is alpha / rank, of rsLoRA alpha / sqrt(rank).
-        targets: Names of the modules that are adapted. None: those that peft names for the base's architecture; of
-            LayerNorm tuning, all normalizations.
+        targets: Names of the modules that are adapted. None: those that peft names for the base's architecture, or of
+            LoRA the first of ``PROJECTIONS`` that the base has; of LayerNorm tuning, all normalizations.
         feedforward: Those of IA³'s targets whose input is scaled. None, without targets: those that peft names.
         virtual_tokens: Of prompt and prefix tuning.
 
@@ -95,7 +98,7 @@ def configuration(
         fields["num_virtual_tokens"] = virtual_tokens
     elif not targets:
         architecture = pretrained.configuration(base).model_type
-        targets = _norms(base) if kind == "LN_TUNING" else _named(kind, architecture)
+        targets = _norms(base) if kind == "LN_TUNING" else _named(kind, architecture, base)
         if kind == "IA3":
             feedforward = feedforward or constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[architecture]
     config = PeftConfig(kind, target_modules=tuple(targets), feedforward_modules=tuple(feedforward), **fields)
@@ -103,15 +106,25 @@ def configuration(
     return config
 
 
-def _named(kind: str, architecture: str) -> list[str]:
-    """The modules that peft adapts by default."""
-    if architecture not in NAMED[kind]:
-        raise ConfigError(
-            f"peft names no modules of {architecture!r} for {kind}; name them with targets",
-            about="target_modules",
-            value=architecture,
-        )
-    return NAMED[kind][architecture]
+def _named(kind: str, architecture: str, base: Base) -> Sequence[str]:
+    """The modules that peft adapts by default, or those of ``PROJECTIONS``."""
+    if architecture in NAMED[kind]:
+        return NAMED[kind][architecture]
+    found = {path.split(".")[-2] for path in _matrices(base)} if kind == "LORA" else set()
+    for names in PROJECTIONS:
+        if found.issuperset(names):
+            return names
+    raise ConfigError(
+        f"peft names no modules of {architecture!r} for {kind}; name them with targets",
+        about="target_modules",
+        value=architecture,
+    )
+
+
+def _matrices(base: Base) -> list[str]:
+    """The names of a base's parameters of two dimensions, as of linear layers."""
+    shapes = pretrained.parameter_shapes(base, AutoModel, 2)
+    return [name for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")]
 
 
 def _norms(base: Base) -> list[str]:

@@ -1,12 +1,21 @@
 """What peft builds of a checked configuration: of which modules, with which first values, and what is refused."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DistilBertConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    Phi3Config,
+)
 
 from adapters import causal, classifier, pretrained
 from adapters.base import Base
@@ -17,6 +26,7 @@ from tests.support import refused
 from tests.support.models import llama, make_lm
 
 __all__ = ["llama", "make_lm"]  # fixtures
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1}
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
@@ -67,6 +77,31 @@ def test_a_base_for_which_peft_names_no_modules_needs_targets(llama: Base, monke
     with refused(ConfigError, "target_modules"):
         configuration(llama, "beft")
     assert configuration(llama, "beft", targets=["q_proj"]).target_modules == ("q_proj",)
+
+
+def test_lora_is_at_queries_and_values_where_peft_names_no_modules(
+    tiny_base: Base, llama: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters.trainable.NAMED", {"LORA": {}})
+    assert configuration(tiny_base).target_modules == ("query", "value")
+    assert configuration(llama).target_modules == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (AlbertConfig(pad_token_id=0, **SMALL), ("query", "value")),
+        (DistilBertConfig(pad_token_id=0, **SMALL), ("q_lin", "v_lin")),
+        (MPNetConfig(pad_token_id=0, **SMALL), ("q", "v")),
+        (ModernBertConfig(pad_token_id=0, **SMALL), ("Wqkv",)),
+        (Phi3Config(pad_token_id=0, **SMALL), ("qkv_proj",)),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_common_bases_need_no_targets(config: Any, names: tuple[str, ...], tmp_path: Path) -> None:
+    config.vocab_size = 32
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    assert configuration(Base(tmp_path, "")).target_modules == names
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "ln_tuning", "beft"])
