@@ -270,7 +270,8 @@ def test_noise_that_does_not_allow_for_rounding_errors_reveals_the_total_by_what
 def test_the_spread_of_the_noise_does_not_depend_on_the_examples(app_fleet_of: FleetOf) -> None:
     found = publish(app_fleet_of, rounds=1)
     known = deviation(max(found.step, 2 * found.first)) / len(found.records[0].survivors)
-    assert known / 1.05 < spread(found) < known * 1.05
+    # A has 256 coordinates, so the deviation of all of them has a standard error of 4.4 %.
+    assert known / 1.15 < spread(found) < known * 1.15
 
 
 def of_few(app_fleet_of: FleetOf, examples: int) -> tuple[int, float]:

@@ -80,7 +80,7 @@ def damage(path: Path, at: int) -> None:
 def test_a_sound_run_passes_in_plain_words(run: Run, folder: Path) -> None:
     code, out, err = run("verify", folder.parents[1])
     assert (code, err) == (0, "")
-    assert out.count("  pass  ") == 12
+    assert out.count("  pass  ") == 13
     assert "no step was answered twice" in out
     assert "bit for bit" in out
     assert "compare them with those that devices pin" in out
@@ -97,7 +97,7 @@ def test_json_is_one_object_that_names_each_check(run: Run, folder: Path, logged
     printed = json.loads(out)
     (session,) = printed["sessions"]
     assert (code, printed["ok"], printed["error"]) == (0, True, None)
-    assert [check["status"] for check in session["checks"]] == ["pass"] * 12 + ["skipped"]
+    assert [check["status"] for check in session["checks"]] == ["pass"] * 13 + ["skipped"]
     assert [check["check"] for check in session["checks"]] == [check.value for check in Check]
     assert session["participation"] == logged.audit().participation
     assert session["dropouts_by_step"] == {}
