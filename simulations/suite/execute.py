@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,8 +44,12 @@ class _Worker:
         line = json.dumps({"kind": trial.kind.value, "scenario": table, "rounds": job.rounds})
         assert self.process.stdin is not None  # noqa: S101  # it is a pipe
         self.job, self.notes = job, ""
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:  # it was killed before it read: ``_await`` says so
+            with suppress(BrokenPipeError):  # of what is not written, which Python would complain about at its end
+                self.process.stdin.close()
 
     def line(self) -> str:
         what = "" if self.job is None else f"{self.job.label}: {'rounds ' if self.job.rounds else ''}{self.notes}"

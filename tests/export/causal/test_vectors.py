@@ -39,6 +39,7 @@ from export.onnx.targets import ALL, SlotKind, Slots
 from tests.export.causal.test_traced import continued
 from tests.support import refused
 from tests.support.methods import randomized
+from tests.support.processor import saturates
 
 EVERY = Slots((ALL,), frozenset(SlotKind))
 GPT2 = {"n_positions": 64, "num_key_value_heads": ..., "head_dim": ..., "intermediate_size": ...}
@@ -117,7 +118,8 @@ def test_a_quantized_base_scales_its_inputs_too(
     tokens = np.random.default_rng(0).integers(3, 90, (2, 12))
     expected = torch_logits(model, tokens)
     error = np.square(runner(exported).logits(tokens, inputs_of(tmp_path, llama, exported), 8) - expected).sum()
-    assert 1e-9 < error / np.square(expected).sum() < 1e-2
+    limit = 6e-2 if profile is Profile.WEB_INT8 and saturates() else 1e-2
+    assert 1e-9 < error / np.square(expected).sum() < limit
 
 
 def every_method_written(kind: str, base: Base, vendor: IdentityKey, folder: Path) -> dict[str, PeftModel]:
