@@ -58,7 +58,7 @@ def smollm(tmp_path_factory: pytest.TempPathFactory, vendor: IdentityKey) -> Pat
 
     sources: list[Any] = [source("global", 1), source("anna", 2)]
     out = tmp_path_factory.mktemp("smollm")
-    write_bundle(out / "bundle", export_causal(base, LORA.targets, Profile.NATIVE_INT8), sources, key=vendor)
+    write_bundle(out / "bundle", export_causal(base, LORA.target_modules, Profile.NATIVE_INT8), sources, key=vendor)
     (out / "trust.pem").write_bytes(vendor.public.to_pem())
     return out / "bundle"
 
