@@ -62,10 +62,13 @@ def load_population(settings: DataSettings, seed: int) -> Loaded:
 
     Raises:
         ConfigError: As ``read_rows``, or there are too few clients, labels or texts.
-        DataError: As ``read_rows``, or a row is broken and ``settings.broken`` refuses it.
+        DataError: As ``read_rows``, no row can be used, or one is broken and ``settings.broken`` refuses it.
     """
     rows, public = read_rows(settings), read_public(settings)
     broken = rows.broken + public.broken
+    if not rows.good:
+        why = f"none of the {len(broken)} rows can be used; {broken[0]}" if broken else "there are no rows of texts"
+        raise DataError(why, about="data.files", value=broken)
     if broken and settings.broken == "refuse":
         more = f" (and {len(broken) - 1} more rows)" if len(broken) > 1 else ""
         raise DataError(

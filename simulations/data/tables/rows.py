@@ -84,9 +84,12 @@ def _rows(found: Iterable[Placed], settings: DataSettings) -> Rows:
 
 def _row(where: str, fields: Fields, settings: DataSettings) -> Row | str:
     """The row, or what is wrong with it."""
-    needed = ("text", "label", "prompt", "client", "split", "time", "group")
-    for name in (getattr(settings, column) for column in needed):
-        if name and fields.get(name) is None:
+    for key in ("text", "label", "prompt", "client", "split", "time", "group"):
+        name = getattr(settings, key)
+        if name and name not in fields:
+            there = ", ".join(map(str, fields))[:MAX_NAME]
+            return f"there is no column {name}, only {there}; name it with data.{key}"
+        if name and fields[name] is None:
             return f"{name} is missing"
     for column in filter(None, (settings.text, settings.prompt)):
         text = fields[column]
