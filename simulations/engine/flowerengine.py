@@ -5,6 +5,7 @@ in its files, as in the field: in a folder that all machines of the Ray cluster 
 no faults and no time of its own: every device answers, and waiting takes real time.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -73,6 +74,7 @@ def federate_on_ray(
         started["num_cpus"] = cores()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # Ray's, about accelerators
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # it announces a successor that has no call from Python
         run_simulation(
             server_app,
             client_app,

@@ -202,6 +202,8 @@ def _traffic(value: float, model: float) -> str:
 
 def _time(seconds: dict[str, float]) -> str:
     training, coordination = seconds["training"], seconds["coordination"]
+    if not training > 0:  # in other processes, which count no time
+        return f"{duration(seconds['total'])}; rounds with training {duration(coordination)}"
     return (
         f"{duration(seconds['total'])}; training {duration(training)}; "
         f"coordination {duration(coordination)}, {percent(coordination, training)} of that"

@@ -1,6 +1,11 @@
 """The same apps on Flower's simulation engine."""
 
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,7 +13,7 @@ from typing import Any
 import pytest
 
 from aggregation.errors import EdgeAdaptError
-from simulations.engine.flowerengine import federate_on_ray
+from simulations.engine.flowerengine import CLUSTER, federate_on_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
 FleetOf = Callable[..., Any]
@@ -24,3 +29,47 @@ def test_flowers_engine_makes_the_adapters_of_the_in_process_one_and_errors_reac
     there.configure({"rounds": 3, "attempts": 1, "aggregation.minimum_devices": 9})
     with pytest.raises(EdgeAdaptError):
         federate_on_ray(there.out / "coordinator", [Path(folder) for folder in there.nodes.values()])
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A Ray cluster of two nodes with a core each, started by Ray's command line as on two machines."""
+    import ray
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ENABLE_MULTIPLE_NODES_ON_SAME_HOST", "1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv(CLUSTER, f"127.0.0.1:{port}")
+    with ExitStack() as stack:
+        for role in (("--head", f"--port={port}", "--include-dashboard=false"), (f"--address=127.0.0.1:{port}",)):
+            log = stack.enter_context((tmp_path / "ray.log").open("ab"))
+            # In the foreground: ended by its signal, and no other node of this machine with it.
+            command = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1")
+            node = subprocess.Popen([*command, "--object-store-memory=100000000", *role], stdout=log, stderr=log)
+            stack.callback(node.wait, 60)
+            stack.callback(node.terminate)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                ray.init(logging_level="ERROR")
+            except ConnectionError:
+                time.sleep(1)
+                continue
+            cores = [node["Resources"].get("CPU") for node in ray.nodes() if node["Alive"]]
+            ray.shutdown()
+            if cores == [1.0, 1.0]:
+                break
+        else:
+            pytest.fail((tmp_path / "ray.log").read_text())
+        yield
+
+
+@pytest.mark.usefixtures("two_nodes")
+def test_a_cluster_of_two_nodes_makes_the_adapters_of_one_machine(fleet_of: FleetOf) -> None:
+    there, here = fleet_of(4, rounds=2), fleet_of(4, rounds=2)
+    done: list[Any] = []
+    federate_on_ray(there.out / "coordinator", [Path(folder) for folder in there.nodes.values()], done.append)
+    records = here.federate(here.grid())
+    assert [record.adapter for record in done] == [record.adapter for record in records]

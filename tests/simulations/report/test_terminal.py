@@ -123,6 +123,6 @@ def test_a_run_whose_rounds_were_all_aborted_has_no_traffic(result: RunResult) -
 
 
 @pytest.mark.parametrize("training", [0.0, float("nan")])
-def test_an_unknown_training_time_gives_no_share(result: RunResult, training: float) -> None:
+def test_an_unknown_training_time_is_in_that_of_the_rounds(result: RunResult, training: float) -> None:
     text = printed(replace(result, seconds={**result.seconds, "training": training}))
-    assert ", – of that" in text
+    assert "time       4 min 12 s; rounds with training 7.4 s" in text
