@@ -6,12 +6,13 @@ coordinates let P be the greatest power of two that is not above d. The first P 
 signs and then by the Hadamard matrix of order P over √P; then the last P coordinates likewise, with fresh signs. Both
 steps are orthogonal, so no coordinate is added, as padding to a power of two would.
 
-The rotation hides nothing: its seed is public. It is computed in float64 by additions in a fixed order, so that a
+The rotation hides nothing: its seed is public. It is computed in float64 by exact sums of rounded numbers, so that a
 coordinator and an auditor invert it to the same bits.
 """
 
 import hashlib
 import math
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from aggregation.keystream import Keystream
 
 Vector = NDArray[np.float64]
 EXCESS_BITS = 40  # the bound ``peak`` fails with a probability of at most 2^-EXCESS_BITS
+_ORDER = 16  # of the small matrices: 4.5 ms for 2^19 numbers; 6.0 with 32, 7.2 with 64, 18.8 by additions
 _SEED = b"edgeadapt/rotation/1\x00"
 
 
@@ -59,7 +61,8 @@ def rotate(vector: Vector, seed: bytes) -> Vector:
         seed: 32 bytes.
 
     Returns:
-        Shape ``(d,)``, of the same norm, up to a relative error below 2^-45.
+        Shape ``(d,)``. Each of the two steps rounds coordinates to P · 2^-53 of the greatest one or finer, and then by
+        three roundings of float64 at most.
     """
     out, scratch = vector.astype(np.float64), np.empty(_order(vector.size))
     for block, signs in _steps(vector.size, seed):
@@ -102,17 +105,29 @@ def _steps(size: int, seed: bytes) -> list[tuple[slice, NDArray[np.int8]]]:
 def _hadamard(vector: Vector, scratch: Vector) -> None:
     """Multiply by the Hadamard matrix of order P (Sylvester's construction), then by the float64 next to 1 / √P.
 
-    In place. The butterflies (x[i], x[i + h]) → (x[i] + x[i + h], x[i] - x[i + h]) are done for h = 1, 2, 4, …, P / 2.
-    Additions of long rows are several times as fast as those of neighbors. So the vector is transposed as a matrix,
-    first with the lower half of the bits of the index along its rows, then back.
+    In place. Numbers are first rounded to multiples of 2^(e - 53) P, all of them being below 2^e. Then no sum of P of
+    them, with any signs, needs more than 53 bits: all sums are exact, in any order, by any library of matrix products.
+    The matrix is the Kronecker product of small ones, which are applied to one axis after the other.
     """
-    found, other, half = vector, scratch, (vector.size.bit_length() - 1) // 2
-    for columns in (1 << half, vector.size >> half):
-        np.copyto(other.reshape(columns, -1), found.reshape(-1, columns).T)
-        found, other, width = other, found, vector.size // columns
-        while width < vector.size:
-            pairs, out = found.reshape(-1, 2, width), other.reshape(-1, 2, width)
-            np.add(pairs[:, 0], pairs[:, 1], out=out[:, 0])
-            np.subtract(pairs[:, 0], pairs[:, 1], out=out[:, 1])
-            found, other, width = other, found, 2 * width
-    np.multiply(found, math.sqrt(1 / vector.size), out=vector)
+    found, other, left = vector, scratch, vector.size
+    exponent = 54 - left.bit_length() - math.frexp(max(vector.max(), -vector.min()))[1]
+    np.rint(np.ldexp(vector, exponent, out=scratch), out=vector)
+    while left > 1:
+        order = min(left, _ORDER)
+        np.matmul(found.reshape(order, -1).T, _matrix(order), out=other.reshape(-1, order))
+        found, other, left = other, found, left // order
+    np.multiply(np.ldexp(found, -exponent, out=other), math.sqrt(1 / vector.size), out=vector)
+    vector += 0.0  # no negative zeros: their sign would depend on the order
+
+
+@cache
+def _matrix(order: int) -> Vector:
+    """Sylvester's Hadamard matrix. ``order``: a power of two.
+
+    >>> _matrix(2).tolist()
+    [[1.0, 1.0], [1.0, -1.0]]
+    """
+    matrix: Vector = np.ones((1, 1))
+    while len(matrix) < order:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix

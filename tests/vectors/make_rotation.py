@@ -1,5 +1,5 @@
 """Makes rotation.json: rotated vectors, bit for bit, from docs/reference/protocol.md alone. Shares no code with the
-project, and uses Python's own floating-point numbers, one operation at a time.
+project, and sums in whole numbers.
 
     python tests/vectors/make_rotation.py
 
@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import struct
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ def signs(seed: bytes, order: int) -> list[list[int]]:
 
 
 def hadamard(x: list[float]) -> list[float]:
-    h = 1
-    while h < len(x):
-        x = [x[i] + x[i + h] if i % (2 * h) < h else x[i - h] - x[i] for i in range(len(x))]
-        h *= 2
-    return [value * math.sqrt(1 / len(x)) for value in x]
+    """Row by row, in whole numbers."""
+    exponent = 53 - math.frexp(max(abs(value) for value in x))[1] - (len(x).bit_length() - 1)
+    whole = [round(Fraction(value) * Fraction(2) ** exponent) for value in x]  # to even
+    sums = [sum(-v if (i & j).bit_count() % 2 else v for j, v in enumerate(whole)) for i in range(len(x))]
+    return [float(Fraction(value) / Fraction(2) ** exponent) * math.sqrt(1 / len(x)) + 0.0 for value in sums]
 
 
 def rotate(x: list[float], seed: bytes) -> list[float]:
