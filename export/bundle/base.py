@@ -123,7 +123,13 @@ def wanted(
 
 
 def export_named(
-    name: str, profile: str, want: Wanted, where: Path | None = None, report: Report = lambda *_: None
+    name: str,
+    profile: str,
+    want: Wanted,
+    where: Path | None = None,
+    report: Report = lambda *_: None,
+    *,
+    training: bool | None = None,
 ) -> ExportedBase:
     """Find, build and export a base.
 
@@ -133,9 +139,11 @@ def export_named(
         want: What for.
         where: As ``export_causal`` takes it.
         report: The same; a classifier takes too short for reports.
+        training: As ``export_classifier`` takes it.
 
     Raises:
-        ConfigError: No such base or profile, no layer of a target's name, or a head for a language model.
+        ConfigError: No such base or profile, no layer of a target's name, a head or a training graph for a language
+            model, or as ``export_classifier``.
     """
     try:
         chosen = Profile(profile)
@@ -149,12 +157,17 @@ def export_named(
             raise ConfigError(
                 "--head is for a classifier; a language model has its own output layer: leave it out", about="--head"
             )
+        if training:
+            raise ConfigError(
+                "language models have no training graph: a device needs torch to train them; leave out --training",
+                about="--training",
+            )
         return export_causal(base, want.slots, chosen, max_rank=want.max_rank, where=where, report=report)
     if want.head == "own" or (want.head is None and slotted.has_own_head(base)):
         model = slotted.with_own_head(base, want.slots, want.brought)
     else:
         model = slotted.with_mean_head(base, want.slots)
-    return export_classifier(model, base, chosen, want.max_rank, where)
+    return export_classifier(model, base, chosen, want.max_rank, where, training=training)
 
 
 def _agree(option: str, given: str | None, needed: str) -> None:

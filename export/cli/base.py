@@ -6,6 +6,7 @@ from typing import Literal
 import click
 
 from adapters.base import find_base
+from adapters.bundle import TRAINING
 from adapters.keyfiles import read_key
 from adapters.manifest import Task
 from aggregation.errors import ConfigError
@@ -45,6 +46,11 @@ TASKS = ("text-classification", "text-generation")
     metavar="N",
     help="Highest rank of an adapter. Default: 64, or that of --peft if it is higher.",
 )
+@click.option(
+    "--training/--no-training",
+    default=None,
+    help="Of a classifier: with a graph by which devices train adapters without torch. Default: if it can be made.",
+)
 @click.option("--out", type=FOLDER, required=True, metavar="BUNDLE", help="The bundle; its base is replaced.")
 @signed_by
 @out_json
@@ -57,6 +63,7 @@ def base(
     kinds: str | None,
     head: Literal["own", "mean"] | None,
     max_rank: int | None,
+    training: bool | None,
     out: Path,
     key_file: Path,
     as_json: bool,
@@ -92,12 +99,19 @@ def base(
     origin = resolved(origin, found) if origin else None
     want = wanted(found, origin, task=task, targets=given, kinds=slots, head=head, max_rank=max_rank)
     with progress(f"exporting {name} as {profile or PROFILE}") as report:
-        exported = export_named(name, profile or PROFILE, want, folder_above(out), report)
+        exported = export_named(name, profile or PROFILE, want, folder_above(out), report, training=training)
     write_bundle(out, exported, [], key=signer, once=True)
     manifest, size = exported.manifest, exported.size
     row = {name: getattr(manifest, name) for name in ("base_digest", "task", "profile", "files", "max_rank")}
+    trainable = TRAINING in manifest.files
+    lines = [
+        f"{out}: base {manifest.base_digest[:12]}, {manifest.profile}, {len(manifest.slots)} slots, {size:,} bytes"
+        + (", devices can train it" if trainable else "")
+    ]
+    if exported.untrainable:
+        lines.append(f"devices cannot train it without torch: {exported.untrainable}")
     print_result(
-        {"bundle": str(out), **row, "slots": len(manifest.slots), "bytes": size},
-        f"{out}: base {manifest.base_digest[:12]}, {manifest.profile}, {len(manifest.slots)} slots, {size:,} bytes",
+        {"bundle": str(out), **row, "slots": len(manifest.slots), "bytes": size, "training": trainable},
+        "\n".join(lines),
         as_json,
     )

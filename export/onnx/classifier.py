@@ -9,15 +9,17 @@ from torch import nn
 
 from adapters import pretrained
 from adapters.base import Base
-from adapters.bundle import TOKENIZER
+from adapters.bundle import TOKENIZER, TRAINING
 from adapters.workfolder import WorkFolder
 from aggregation.errors import ConfigError
 from export.onnx import graph, headers, rows
 from export.onnx.calibrate import SHORT_TEXT, TEXT, TOKENS
 from export.onnx.exported import MAX_RANK, ExportedBase, Profile, metadata, written
+from export.onnx.gradients import check_gradients
 from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import quantize
 from export.onnx.tasks import check_classifies, check_reads_embeddings, readable_length
+from export.onnx.training import training_graph
 
 
 def export_classifier(
@@ -26,6 +28,8 @@ def export_classifier(
     profile: Profile,
     max_rank: int = MAX_RANK,
     where: Path | None = None,
+    *,
+    training: bool | None = False,
 ) -> ExportedBase:
     """Export the base of ``model`` in a few seconds; no tensor of its adapter gets into the result.
 
@@ -35,10 +39,12 @@ def export_classifier(
         profile: How weights are stored.
         max_rank: The highest rank that the base manifest allows an adapter.
         where: The folder that holds the result's files; None for the system's folder of temporary files.
+        training: Whether the result has a training graph, with which devices train adapters; None: if it can have one.
 
     Raises:
         ConfigError: The model has block-sparse attention, or cannot be exported (``check_classifies``,
-            ``find_adapter_inputs``, ``graph.trace``); its graph does not run; or nothing limits the length of a text.
+            ``find_adapter_inputs``, ``graph.trace``); its graph does not run; nothing limits the length of a text; or
+            it cannot have the training graph that it shall have (``training_graph``, ``check_gradients``).
     """
     if getattr(pretrained.configuration(base), "attention_type", None) == "block_sparse":
         # transformers reads short texts, and whatever follows them, with full attention: which answer is right depends.
@@ -56,14 +62,29 @@ def export_classifier(
     longest = _limit(base, tokenizer, slotted.model)
     tokenizer.enable_truncation(longest)
     ids = tokenizer.encode(TEXT).ids[:TOKENS]
-    traced = quantize(graph.trace(slotted), profile, ids)
+    plain = graph.trace(slotted)
+    untrainable, backward = "", None
+    if training is not False:
+        try:
+            backward = training_graph(plain, profile)
+        except ConfigError as error:
+            untrainable = _unless(training, error)
+    traced = quantize(plain, profile, ids)
     checker.check_model(traced)
     slots = graph.slots(traced)
     runtime, opset = headers.requirements(traced)
     work, about = WorkFolder(where), metadata(base, "text-classification", profile, runtime)
-    digests = headers.split(traced, slots, about, work.path) | written(
+    digests = headers.split(traced, slots, about, work.path, training=backward) | written(
         work.path, {TOKENIZER: str(tokenizer.to_str()).encode()}
     )
+    if backward is not None:
+        opset = max(opset, headers.requirements(backward)[1])
+        try:
+            check_gradients(work.path, slotted, slots, profile, ids, longest)
+        except ConfigError as error:
+            untrainable = _unless(training, error)
+            del digests[TRAINING]
+            (work.path / TRAINING).unlink()
     return ExportedBase(
         base_digest=base.digest,
         task="text-classification",
@@ -77,7 +98,15 @@ def export_classifier(
         digests=digests,
         independent_rows=rows.independent_rows(work.path, slots, ids, longest),
         merged=base.merged,
+        untrainable=untrainable,
     )
+
+
+def _unless(demanded: bool | None, error: ConfigError) -> str:
+    """Why there is no training graph, unless one is demanded."""
+    if demanded:
+        raise error
+    return str(error)
 
 
 def _limit(base: Base, tokenizer: Tokenizer, model: nn.Module) -> int:

@@ -75,6 +75,7 @@ class ExportedBase:
     digests: Mapping[str, str]  # of the base's files by name: SHA-256, hex
     independent_rows: bool = False  # of a classifier: measured (``rows.py``)
     merged: Mapping[str, str] = field(default_factory=dict)  # as ``Base.merged``
+    untrainable: str = ""  # why it has no training graph, if one was tried
 
     @property
     def folder(self) -> Path:

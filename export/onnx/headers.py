@@ -10,7 +10,7 @@ each row (A of shape ``(rows, in, rank)``), since MatMul broadcasts; ``adapters.
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from adapters.bundle import MODEL, WEB_MODEL, WEIGHTS
+from adapters.bundle import MODEL, TRAINING, WEB_MODEL, WEIGHTS
 from adapters.files import sha256
 from export.onnx.tensorstore import INLINE, MEMORY, TensorStore, external
 
@@ -42,9 +42,14 @@ def requirements(graph: onnx.ModelProto) -> tuple[str, int]:
 
 
 def split(
-    graph: onnx.ModelProto, slots: Slots, about: Mapping[str, str], folder: Path, store: TensorStore = MEMORY
+    graph: onnx.ModelProto,
+    slots: Slots,
+    about: Mapping[str, str],
+    folder: Path,
+    store: TensorStore = MEMORY,
+    training: onnx.ModelProto | None = None,
 ) -> dict[str, str]:
-    """Write the three files of ``graph``, which itself loses its weights.
+    """Write the files of ``graph``, which itself loses its weights.
 
     Args:
         graph: Its slots are inputs without defaults.
@@ -52,6 +57,8 @@ def split(
         about: What the files state about themselves, as metadata of the model.
         folder: Where the files are written.
         store: Where the tensors of ``graph`` are.
+        training: Its training graph (``training.training_graph``), if there is one: a third header over the same file,
+            which grows by what only this graph has.
 
     Returns:
         The SHA-256 of each file, hex, by its name.
@@ -59,16 +66,21 @@ def split(
     Raises:
         OSError: A file cannot be written.
     """
-    digests = {WEIGHTS: _externalize(graph, folder / WEIGHTS, store)}
-    graph.producer_name, graph.producer_version = PRODUCER, version(PRODUCER)
-    helper.set_model_props(graph, dict(about))
+    graphs = [graph] if training is None else [graph, training]
+    digests = {WEIGHTS: _externalize(graphs, folder / WEIGHTS, store)}
+    for each in graphs:
+        each.producer_name, each.producer_version = PRODUCER, version(PRODUCER)
+        helper.set_model_props(each, dict(about))
     # Only inputs and outputs have shapes: an exporter's shapes in between may be wrong.
     del graph.graph.value_info[:]
     for value in graph.graph.input:
         if value.name in slots:
             sizes = [int(text) if text.isdigit() else text for text in slots[value.name]]
             value.CopyFrom(helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, sizes))
-    for name, header in ((MODEL, _with_defaults(graph, slots)), (WEB_MODEL, graph)):
+    headers = {MODEL: _with_defaults(graph, slots), WEB_MODEL: graph}
+    if training is not None:
+        headers[TRAINING] = training
+    for name, header in headers.items():
         content = header.SerializeToString(deterministic=True)
         (folder / name).write_bytes(content)
         digests[name] = sha256(content)
@@ -83,7 +95,7 @@ def _with_defaults(header: onnx.ModelProto, slots: Slots) -> onnx.ModelProto:
     return result
 
 
-def _externalize(graph: onnx.ModelProto, file: Path, store: TensorStore) -> str:
+def _externalize(graphs: Sequence[onnx.ModelProto], file: Path, store: TensorStore) -> str:
     """Move the large tensors out, in their order, each to a page of its own; equal bytes are stored once.
 
     Returns:
@@ -92,7 +104,7 @@ def _externalize(graph: onnx.ModelProto, file: Path, store: TensorStore) -> str:
     offsets: dict[bytes, int] = {}
     whole = hashlib.sha256()
     with file.open("wb") as out:
-        for tensor in graph.graph.initializer:
+        for tensor in (tensor for graph in graphs for tensor in graph.graph.initializer):
             values = store.array(tensor)
             if values.nbytes < INLINE:
                 tensor.CopyFrom(_inline(tensor, values))

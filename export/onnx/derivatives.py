@@ -1,0 +1,282 @@
+"""The derivative of each operator: the gradients of its inputs, from that of its output.
+
+A rule adds nodes to a backward pass and returns the names of the gradients, by the number of the input. It is asked for
+the inputs in ``wanted``; masks, indices and shapes have no gradients.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from aggregation.errors import ConfigError
+from export.onnx.backward import Backward
+
+Gradients = Mapping[int, str]
+Rule = Callable[[Backward, onnx.NodeProto, str, set[int]], Gradients]
+Slope = Callable[[Backward, str, str, str], str]  # gradient, input, output → gradient of the input
+
+CONSTANT = frozenset(
+    ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Shape", "Size")
+)  # operators whose output does not change with small changes of what they read
+
+
+def rule_of(node: onnx.NodeProto) -> Rule:
+    """The rule of a node's operator.
+
+    Raises:
+        ConfigError: There is no such rule.
+    """
+    if node.domain or (rule := RULES.get(node.op_type)) is None:
+        raise ConfigError(
+            f"the operator {node.op_type} has no derivative here, so devices cannot train this base: export it with "
+            "--no-training",
+            about=node.op_type,
+        )
+    return rule
+
+
+def _sum(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    return {n: to.summed(gradient, node.input[n], node.output[0]) for n in wanted}
+
+
+def _difference(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    signed = {0: gradient, 1: to.add("Neg", gradient) if 1 in wanted else ""}
+    return {n: to.summed(signed[n], node.input[n], node.output[0]) for n in wanted}
+
+
+def _product(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    return {n: to.summed(to.add("Mul", gradient, node.input[1 - n]), node.input[n], node.output[0]) for n in wanted}
+
+
+def _quotient(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    below = to.add("Div", gradient, node.input[1])
+    found = {0: below}
+    if 1 in wanted:
+        found[1] = to.add("Neg", to.add("Mul", below, node.output[0]))
+    return {n: to.summed(found[n], node.input[n], node.output[0]) for n in wanted}
+
+
+def _matmul(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    """Of Y = A B: dA = dY Bᵀ and dB = Aᵀ dY."""
+    (a, b), y = node.input, node.output[0]
+    ranks = to.rank(a), to.rank(b)
+    if min(ranks) < 2:
+        raise ConfigError("a product with a vector has no derivative here: use another base", about="MatMul")
+    found = {}
+    if 0 in wanted:
+        found[0] = _unbatched(to, to.add("MatMul", gradient, to.swapped(b, ranks[1])), ranks, 0, a, y)
+    if 1 in wanted and ranks[1] == 2:
+        rows, over = (to.add("Flatten", name, axis=max(ranks) - 1) for name in (a, gradient))
+        found[1] = to.add("MatMul", to.swapped(rows, 2), over)
+    elif 1 in wanted:
+        found[1] = _unbatched(to, to.add("MatMul", to.swapped(a, ranks[0]), gradient), ranks, 1, b, y)
+    return found
+
+
+def _gemm(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    """Of Y = A B + C, with A or B transposed."""
+    a, b, *_ = node.input
+    given = settings(node, alpha=1.0, beta=1.0, transA=0, transB=0)
+    if (given["alpha"], given["beta"], given["transA"]) != (1.0, 1.0, 0):
+        raise ConfigError("a scaled or transposed Gemm has no derivative here: use another base", about="Gemm")
+    found = {}
+    if 0 in wanted:
+        found[0] = to.add("MatMul", gradient, b if given["transB"] else to.swapped(b, 2))
+    if 1 in wanted:
+        rows = (gradient, a) if given["transB"] else (a, gradient)
+        found[1] = to.add("MatMul", to.swapped(rows[0], 2), rows[1])
+    if 2 in wanted:
+        found[2] = to.summed(gradient, node.input[2], node.output[0])
+    return found
+
+
+def _unbatched(to: Backward, gradient: str, ranks: tuple[int, int], own: int, source: str, result: str) -> str:
+    """The gradient by one factor, summed over the leading dimensions along which it was repeated."""
+    if to.same_leading(source, result):
+        return gradient
+    leading = to.add("Shape", result, end=-2)
+    whole = to.add("Concat", leading, to.add("Shape", source, start=-2), axis=0)
+    return to.summed_to(gradient, source, whole, max(ranks))
+
+
+def _where(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    chosen, zero = node.input[0], to.number(0)
+    parts = {1: (gradient, zero), 2: (zero, gradient)}
+    return {n: to.summed(to.add("Where", chosen, *parts[n]), node.input[n], node.output[0]) for n in wanted}
+
+
+def _clip(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    x = node.input[0]
+    for limit, compare in zip(node.input[1:], ("GreaterOrEqual", "LessOrEqual"), strict=False):
+        if limit:
+            gradient = to.add("Where", to.add(compare, x, limit), gradient, to.number(0))
+    return {0: gradient}
+
+
+def _pow(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    x, exponent = node.input
+    if 1 in wanted:
+        raise ConfigError("an exponent that is trained has no derivative here: use another base", about="Pow")
+    lower = to.add("Pow", x, to.add("Sub", exponent, to.number(1)))
+    return {0: to.summed(to.add("Mul", gradient, to.add("Mul", exponent, lower)), x, node.output[0])}
+
+
+def _reduced(to: Backward, node: onnx.NodeProto, gradient: str) -> str:
+    """A gradient with the dimensions that a reduction dropped."""
+    if settings(node, keepdims=1)["keepdims"] or len(node.input) < 2:
+        return gradient
+    return to.add("Unsqueeze", gradient, node.input[1])
+
+
+def _reduce_sum(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    return {0: to.add("Expand", _reduced(to, node, gradient), to.add("Shape", node.input[0]))}
+
+
+def _reduce_mean(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    sizes = (
+        to.add("Cast", to.add("Size", name), to=onnx.TensorProto.FLOAT) for name in (node.output[0], node.input[0])
+    )
+    return _reduce_sum(to, node, to.add("Mul", gradient, to.add("Div", *sizes)), wanted)
+
+
+def _reduce_l2(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    """x / |x|, and 0 where x is 0, as torch has it."""
+    x, norm = node.input[0], _reduced(to, node, node.output[0])
+    none = to.add("Equal", norm, to.number(0))
+    unit = to.add("Div", x, to.add("Where", none, to.number(1), norm))
+    return {0: to.add("Mul", _reduced(to, node, gradient), unit)}
+
+
+def _softmax(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    """y (g - Σ g y)."""
+    y, axes = node.output[0], to.integers(settings(node, axis=-1)["axis"])
+    total = to.add("ReduceSum", to.add("Mul", gradient, y), axes, keepdims=1)
+    return {0: to.add("Mul", y, to.add("Sub", gradient, total))}
+
+
+def _log_softmax(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    """g - exp(y) Σ g."""
+    total = to.add("ReduceSum", gradient, to.integers(settings(node, axis=-1)["axis"]), keepdims=1)
+    return {0: to.add("Sub", gradient, to.add("Mul", to.add("Exp", node.output[0]), total))}
+
+
+def _layer_norm(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    """With x̂ = (x - mean) / deviation and h = g scale: (h - mean(h) - x̂ mean(h x̂)) / deviation (Ba et al. 2016).
+
+    The forward node returns mean and deviation as well from now on.
+    """
+    if settings(node, axis=-1)["axis"] != -1:
+        raise ConfigError("only a normalization over the last dimension has a derivative here", about=node.op_type)
+    x, y, last = node.input[0], node.output[0], to.integers(-1)
+    mean, inverse = f"{y}_mean", f"{y}_inverse_deviation"
+    del node.output[1:]
+    node.output.extend([mean, inverse])
+    normal = to.add("Mul", to.add("Sub", x, mean), inverse)
+    scaled = to.add("Mul", gradient, node.input[1])
+    first = to.add("ReduceMean", scaled, last)
+    second = to.add("Mul", normal, to.add("ReduceMean", to.add("Mul", scaled, normal), last))
+    found = {0: to.add("Mul", to.add("Sub", to.add("Sub", scaled, first), second), inverse)}
+    if 1 in wanted:
+        found[1] = to.summed(to.add("Mul", gradient, normal), node.input[1], y)
+    if 2 in wanted:
+        found[2] = to.summed(gradient, node.input[2], y)
+    return found
+
+
+def _same_numbers(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    return {0: to.shaped(gradient, node.input[0])}
+
+
+def _expand(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    return {0: to.summed(gradient, node.input[0], node.output[0])}
+
+
+def _transpose(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    order = settings(node, perm=list(range(to.rank(node.input[0])))[::-1])["perm"]
+    return {0: to.add("Transpose", gradient, perm=np.argsort(order).tolist())}
+
+
+def _gather(to: Backward, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> Gradients:
+    """Of one index, such as the first token's: zero for all others."""
+    (x, index), axis = node.input, settings(node, axis=0)["axis"]
+    if to.rank(index):
+        raise ConfigError("a look-up of several rows has no derivative here: use another base", about="Gather")
+    rank = to.rank(x)
+    size = to.add("Shape", x, start=axis % rank, end=axis % rank + 1)
+    row = to.add("Unsqueeze", index, to.integers(0))
+    at = to.add("OneHot", row, to.add("Squeeze", size), to.constant(np.array([0, 1], np.float32)))
+    column = to.add("Reshape", at, to.integers(-1, *[1] * (rank - 1 - axis % rank)))
+    return {0: to.add("Mul", to.add("Unsqueeze", gradient, to.integers(axis)), column)}
+
+
+def _gelu(to: Backward, node: onnx.NodeProto, gradient: str, _: set[int]) -> Gradients:
+    """Hendrycks and Gimpel 2016: Φ(x) + x φ(x), or the derivative of its approximation by tanh."""
+    x, times = node.input[0], partial(to.add, "Mul")
+    square = times(x, x)
+    if settings(node, approximate=b"none")["approximate"] == b"none":
+        error = to.add("Erf", times(x, to.number(math.sqrt(0.5))))
+        area = times(to.add("Add", error, to.number(1)), to.number(0.5))
+        density = times(to.add("Exp", times(square, to.number(-0.5))), to.number(1 / math.sqrt(2 * math.pi)))
+        return {0: times(gradient, to.add("Add", area, times(x, density)))}
+    width, cubic = math.sqrt(2 / math.pi), 0.044715
+    bent = times(x, to.add("Add", times(square, to.number(width * cubic)), to.number(width)))
+    tanh = to.add("Tanh", bent)
+    area = times(to.add("Add", tanh, to.number(1)), to.number(0.5))
+    slope = to.add("Add", times(square, to.number(3 * width * cubic)), to.number(width))
+    steep = times(to.add("Sub", to.number(1), times(tanh, tanh)), times(slope, to.number(0.5)))
+    return {0: times(gradient, to.add("Add", area, times(x, steep)))}
+
+
+def _by(slope: Slope) -> Rule:
+    """The rule of an elementwise operator of one input."""
+    return lambda to, node, gradient, _: {0: slope(to, gradient, node.input[0], node.output[0])}
+
+
+def _one_minus(to: Backward, value: str) -> str:
+    return to.add("Sub", to.number(1), value)
+
+
+def settings(node: onnx.NodeProto, **defaults: Any) -> dict[str, Any]:
+    """The attributes of a node."""
+    return defaults | {each.name: helper.get_attribute_value(each) for each in node.attribute}
+
+
+RULES: Mapping[str, Rule] = {
+    "Add": _sum,
+    "Sub": _difference,
+    "Mul": _product,
+    "Div": _quotient,
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Where": _where,
+    "Clip": _clip,
+    "Pow": _pow,
+    "ReduceSum": _reduce_sum,
+    "ReduceMean": _reduce_mean,
+    "ReduceL2": _reduce_l2,
+    "Softmax": _softmax,
+    "LogSoftmax": _log_softmax,
+    "LayerNormalization": _layer_norm,
+    "Reshape": _same_numbers,
+    "Flatten": _same_numbers,
+    "Squeeze": _same_numbers,
+    "Unsqueeze": _same_numbers,
+    "Expand": _expand,
+    "Transpose": _transpose,
+    "Gather": _gather,
+    "Gelu": _gelu,
+    "Identity": _by(lambda to, g, x, y: g),
+    "Neg": _by(lambda to, g, x, y: to.add("Neg", g)),
+    "Exp": _by(lambda to, g, x, y: to.add("Mul", g, y)),
+    "Log": _by(lambda to, g, x, y: to.add("Div", g, x)),
+    "Sqrt": _by(lambda to, g, x, y: to.add("Div", g, to.add("Add", y, y))),
+    "Reciprocal": _by(lambda to, g, x, y: to.add("Neg", to.add("Mul", g, to.add("Mul", y, y)))),
+    "Tanh": _by(lambda to, g, x, y: to.add("Mul", g, _one_minus(to, to.add("Mul", y, y)))),
+    "Sigmoid": _by(lambda to, g, x, y: to.add("Mul", g, to.add("Mul", y, _one_minus(to, y)))),
+    "Relu": _by(lambda to, g, x, y: to.add("Where", to.add("Greater", x, to.number(0)), g, to.number(0))),
+}

@@ -1,0 +1,129 @@
+"""The training graph of a classifier: the loss of a batch, and its gradient by every slot.
+
+It is made of the graph that answers, by ``differentiate``, and reads the same weights: of a quantized base the bytes
+that the device answers with, which it turns into floats block by block. So it adds to a bundle little more than its
+nodes, and an adapter is trained on the base that it will run on (as QLoRA does; Dettmers et al. 2023).
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from adapters.layout import Floats
+from adapters.traininggraph import LOSS, SHARES, TARGETS
+from aggregation.errors import ConfigError
+from export.onnx import graph as tracing
+from export.onnx.blocks import BLOCK, ZERO8, eight_bits, four_bits_exactly
+from export.onnx.differentiate import differentiate
+from export.onnx.exported import Profile
+from export.onnx.matmuls import replace_nodes
+from export.onnx.quantize import FLOAT, in_blocks
+
+PROFILES = (Profile.FP32, Profile.NATIVE_INT8)  # whose weights a training graph can read
+BLOCKWISE_OPSET = 21  # the first with DequantizeLinear by blocks
+ROWS, COLUMNS = "_in_rows", "_in_columns"  # end the names of a weight: an output of the layer in each
+
+
+def training_graph(traced: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
+    """The training graph of a traced classifier, with its weights as a profile stores them.
+
+    Args:
+        traced: From ``graph.trace``.
+        profile: One of ``PROFILES``.
+
+    Returns:
+        A graph with the inputs of ``traced``, ``TARGETS`` and ``SHARES``, and the outputs ``LOSS`` and the gradients.
+        Its weights are byte for byte those of ``quantize(traced, profile)``, which ``headers.split`` stores once.
+
+    Raises:
+        ConfigError: The profile is another one, or as ``differentiate``.
+    """
+    if profile not in PROFILES:
+        raise ConfigError(
+            f"devices cannot train a base in {profile.value}: choose the profile {' or '.join(PROFILES)}",
+            about="--training",
+            value=profile.value,
+        )
+    made = differentiate(_with_loss(traced), LOSS, tuple(tracing.slots(traced)))
+    if profile is Profile.FP32:
+        return made
+    made = in_blocks(made, FLOAT, {})  # the embeddings alone
+    _read_blocks(made)
+    return made
+
+
+def _with_loss(traced: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that also computes the loss: Σ shares · cross-entropy."""
+    made, logits = copy.deepcopy(traced), tracing.ANSWER
+    graph, node = made.graph, helper.make_node
+    constants = {"last_axis": np.array([-1]), "off_and_on": np.array([0, 1], np.float32)}
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    graph.node.extend(
+        [
+            node("LogSoftmax", [logits], ["log_probabilities"], axis=-1),
+            node("Shape", [logits], ["labels_shape"], start=-1),
+            node("Squeeze", ["labels_shape"], ["label_count"]),
+            node("OneHot", [TARGETS, "label_count", "off_and_on"], ["wanted"]),
+            node("Mul", ["log_probabilities", "wanted"], ["log_likelihoods"]),
+            node("ReduceSum", ["log_likelihoods", "last_axis"], ["log_likelihood"], keepdims=0),
+            node("Mul", ["log_likelihood", SHARES], ["shared_out"]),
+            node("ReduceSum", ["shared_out"], ["total"], keepdims=0),
+            node("Neg", ["total"], [LOSS]),
+        ]
+    )
+    rows = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for name, kind in ((TARGETS, TensorProto.INT64), (SHARES, TensorProto.FLOAT)):
+        graph.input.append(helper.make_tensor_value_info(name, kind, [rows]))
+    return made
+
+
+def _read_blocks(graph: onnx.ModelProto) -> None:
+    """Let the MatMuls of both passes read the weights as ``in_blocks`` stores them in eight bits, in place."""
+    inner, nodes, done = graph.graph, list[onnx.NodeProto](), set[str]()
+    values = {tensor.name: tensor for tensor in inner.initializer}
+    wanted = {
+        node.input[1] for node in inner.node if node.op_type == "MatMul" and _is_weight(values.get(node.input[1]))
+    }
+    for node in inner.node:
+        for name in wanted.intersection(node.input):
+            if name not in done:
+                nodes.extend(_floats(inner, name, numpy_helper.to_array(values[name])))
+                done.add(name)
+            if node.op_type == "MatMul" and node.input[1] == name:
+                node.input[1] = name + COLUMNS
+            elif node.op_type == "Transpose":  # of the backward pass, which reads the rows as they are stored
+                node.CopyFrom(helper.make_node("Identity", [name + ROWS], list(node.output), node.name))
+        nodes.append(node)
+    replace_nodes(inner, nodes)
+    for entry in graph.opset_import:
+        entry.version = entry.version if entry.domain else max(entry.version, BLOCKWISE_OPSET)
+
+
+def _floats(graph: onnx.GraphProto, name: str, weight: Floats) -> list[onnx.NodeProto]:
+    """The nodes that make a weight of its bytes, once for both passes: as stored, and transposed."""
+    exact = four_bits_exactly(weight.T)
+    blocks = exact or eight_bits(weight.T)
+    parts: dict[str, NDArray[Any]] = {
+        name + "_codes": exact.steps if exact else blocks.codes,
+        name + "_scales": blocks.scales,
+    }
+    if not exact:
+        parts["zero_points_{}_{}".format(*blocks.scales.shape)] = np.full(blocks.scales.shape, ZERO8, np.uint8)
+    present = {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in parts.items() if n not in present)
+    rows, columns = name + ROWS, name + COLUMNS
+    return [
+        helper.make_node("DequantizeLinear", list(parts), [rows], rows, axis=1, block_size=BLOCK),
+        helper.make_node("Transpose", [rows], [columns], columns, perm=[1, 0]),
+    ]
+
+
+def _is_weight(tensor: TensorProto | None) -> bool:
+    """Whether a MatMul multiplies with it, and its input has whole blocks."""
+    if tensor is None or tensor.data_type != TensorProto.FLOAT:
+        return False
+    return len(tensor.dims) == 2 and tensor.dims[0] % BLOCK == 0

@@ -1,0 +1,229 @@
+"""A base's training graph: torch's gradients, over the weights that the device answers with; held to that at export."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+
+from adapters.base import Base
+from adapters.bundle import MODEL, TRAINING, WEIGHTS, Bundle
+from adapters.classifier import build, load, tensors
+from adapters.graphinputs import to_inputs
+from adapters.layout import Tensors
+from adapters.peftconfig import PeftConfig
+from adapters.traininggraph import TrainingBatch, TrainingGraph, missing_slots
+from aggregation.errors import ConfigError, TrustError
+from aggregation.pki.identity import IdentityKey
+from export.bundle.base import export_named, wanted
+from export.bundle.write import write_bundle
+from export.onnx import derivatives, gradients, graph, training
+from export.onnx.classifier import export_classifier
+from export.onnx.dequantize import BITS, round_weights
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.peftmodel import SlottedModel, find_adapter_inputs
+from export.onnx.slotted import with_own_head
+from export.onnx.targets import SlotKind, Slots
+from tests.support.errors import refused
+
+Exported = Callable[[Profile], ExportedBase]
+
+
+@pytest.fixture(scope="module")
+def trained(model: PeftModel, tiny_base: Base, trace_once: object) -> Exported:
+    made = {profile: export_classifier(model, tiny_base, profile, training=True) for profile in training.PROFILES}
+    return made.__getitem__
+
+
+def opened(exported: ExportedBase) -> TrainingGraph:
+    return TrainingGraph(exported.read(TRAINING), exported.folder)
+
+
+def in_torch(
+    base: Base, profile: Profile, config: PeftConfig, labels: int, values: Tensors, batch: TrainingBatch
+) -> Tensors:
+    """Torch's gradients in peft's own model, in peft's names, on the weights of the profile."""
+    import torch
+
+    model = build(base, labels, config)
+    if profile in BITS:
+        round_weights(model.get_base_model().encoder, BITS[profile])
+    load(model, values)
+    logits = model(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask))
+    losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.targets), reduction="none")
+    (losses * torch.from_numpy(batch.shares)).sum().backward()
+    found = {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
+    return {name.replace(".default", "").replace("modules_to_save.", ""): value for name, value in found.items()}
+
+
+@given(
+    rank=st.integers(1, 9),
+    labels=st.integers(2, 9),
+    texts=st.integers(1, 4),
+    length=st.integers(1, 24),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=10, deadline=None)
+@pytest.mark.parametrize("profile", training.PROFILES)
+def test_the_gradients_are_torchs_for_any_rank_labels_batch_and_length(
+    tiny_base: Base, trained: Exported, profile: Profile, rank: int, labels: int, texts: int, length: int, seed: int
+) -> None:
+    rng, config = np.random.default_rng(seed), PeftConfig.lora(rank=rank, alpha=3)
+    model = build(tiny_base, labels, config)
+    values = {n: rng.standard_normal(v.shape, dtype=np.float32) / 3 for n, v in tensors(model).items()}
+    mask = (np.arange(length) < rng.integers(1, length + 1, (texts, 1))).astype(np.int64)
+    shares = rng.random(texts, dtype=np.float32)
+    batch = TrainingBatch(rng.integers(4, 60, mask.shape) * mask, mask, rng.integers(0, labels, texts), shares)
+    scaling = find_adapter_inputs(model).scaling
+    loss, found = opened(trained(profile)).gradients(batch, to_inputs(values, scaling))
+    expected = in_torch(tiny_base, profile, config, labels, values, batch)
+    assert loss > 0
+    # What moves an input by so much moves it by the transpose of what peft's tensor moves: B's is scaled once more.
+    for name, value in to_inputs(expected, {path: 1 / factor for path, factor in scaling.items()}).items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-3, atol=2e-5 * max(1.0, float(np.abs(value).max())))
+
+
+def test_slots_of_rank_zero_have_empty_gradients(trained: Exported, model: PeftModel) -> None:
+    exported = trained(Profile.NATIVE_INT8)
+    inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
+    empty = {
+        name: value[:, :0] if "lora_A" in name else value[:0] if "lora_B" in name else value
+        for name, value in inputs.items()
+    }
+    ones = np.ones((2, 3), np.int64)
+    batch = TrainingBatch(5 * ones, ones, np.array([0, 1]), np.full(2, 0.5, np.float32))
+    _, found = opened(exported).gradients(batch, empty)
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in empty.items()}
+    assert np.abs(found["classifier.weight"]).max() > 0
+
+
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(trained: Exported, model: PeftModel) -> None:
+    opens = opened(trained(Profile.FP32))
+    inputs = to_inputs(tensors(model), find_adapter_inputs(model).scaling)
+    rng = np.random.default_rng(2)
+    ids, ones = rng.integers(4, 60, (5, 7)), np.ones((5, 7), np.int64)
+    targets, shares = rng.integers(0, 4, 5), np.full(5, 0.2, np.float32)
+    loss, whole = opens.gradients(TrainingBatch(ids, ones, targets, shares), inputs)
+    parts = [
+        opens.gradients(TrainingBatch(ids[s], ones[s], targets[s], shares[s]), inputs) for s in (slice(2), slice(2, 5))
+    ]
+    assert loss == pytest.approx(sum(part for part, _ in parts), rel=1e-5)
+    for name, value in whole.items():
+        np.testing.assert_allclose(sum(part[name] for _, part in parts), value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("profile", training.PROFILES)
+def test_the_training_graph_adds_almost_nothing_to_the_weights(
+    trained: Exported, exported: ExportedBase, exported_int8: ExportedBase, profile: Profile
+) -> None:
+    without = exported if profile is Profile.FP32 else exported_int8
+    header = onnx.load_from_string(trained(profile).read(TRAINING))
+    before, after = ((each.folder / WEIGHTS).read_bytes() for each in (without, trained(profile)))
+    assert after[: len(before)] == before
+    zeros = {t.name: np.prod(t.dims) for t in header.graph.initializer if t.name.startswith("zero_points")}
+    assert len(after) - len(before) <= sum(4096 for _ in zeros)  # a page for each shape of blocks
+    large = [tensor for tensor in header.graph.initializer if np.prod(tensor.dims) > 1024]
+    assert large
+    assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in large)
+
+
+def test_the_answering_graph_is_the_same_with_and_without_a_training_graph(
+    trained: Exported, exported: ExportedBase
+) -> None:
+    with_it, without = trained(Profile.FP32), exported
+    assert [with_it.read(MODEL), set(with_it.digests) - set(without.digests)] == [without.read(MODEL), {TRAINING}]
+    assert not missing_slots(opened(with_it), with_it.slots)
+
+
+def test_an_altered_training_graph_is_refused(trained: Exported, tmp_path: Path, vendor: IdentityKey) -> None:
+    write_bundle(tmp_path / "bundle", trained(Profile.FP32), [], key=vendor)
+    bundle = Bundle(tmp_path / "bundle", (vendor.public,))
+    assert bundle.base().read(TRAINING)
+    file = tmp_path / "bundle" / "base" / TRAINING
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with refused(TrustError, TRAINING):
+        bundle.base()
+
+
+@pytest.mark.parametrize("kind", ["LayerNormalization", "Softmax", "Gelu", "MatMul"])
+def test_a_graph_whose_gradients_are_one_percent_off_is_refused(
+    model: PeftModel, tiny_base: Base, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    right = derivatives.RULES[kind]
+
+    def off(to: object, node: onnx.NodeProto, gradient: str, wanted: set[int]) -> dict[int, str]:
+        found = dict(right(to, node, gradient, wanted))  # type: ignore[arg-type]
+        return {n: to.add("Mul", name, to.number(1.01)) for n, name in found.items()}  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(derivatives, "RULES", derivatives.RULES | {kind: off})
+    with pytest.raises(ConfigError) as caught:
+        export_classifier(model, tiny_base, Profile.FP32, training=True)
+    assert caught.value.about in find_adapter_inputs(model).names
+
+
+def test_a_graph_over_other_weights_is_refused(
+    model: PeftModel, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "BITS", {})  # torch keeps the weights in float
+    with pytest.raises(ConfigError):
+        export_classifier(model, tiny_base, Profile.NATIVE_INT8, training=True)
+
+
+@pytest.mark.parametrize("profile", [Profile.NATIVE_INT4, Profile.WEB_INT8])
+def test_a_profile_without_a_training_graph_is_refused_only_where_one_is_demanded(
+    model: PeftModel, tiny_base: Base, profile: Profile
+) -> None:
+    with refused(ConfigError, "--training"):
+        export_classifier(model, tiny_base, profile, training=True)
+    made = export_classifier(model, tiny_base, profile, training=None)
+    assert profile.value in made.untrainable
+    assert TRAINING not in made.digests
+
+
+def test_a_base_whose_gradients_are_off_is_exported_without_a_training_graph_by_default(
+    model: PeftModel, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "LIMIT", 0.0)
+    made = export_classifier(model, tiny_base, Profile.FP32, training=None)
+    assert made.untrainable
+    assert TRAINING not in made.digests
+    assert not (made.folder / TRAINING).exists()
+
+
+def test_slots_that_have_no_derivative_are_named(tiny_base: Base) -> None:
+    slots = Slots(("query",), frozenset({SlotKind.SCALE}))
+    want = wanted(tiny_base, targets=slots.targets, kinds=[SlotKind.SCALE])
+    with refused(ConfigError, "Gather"):
+        export_named(str(tiny_base.folder), "fp32", want, training=True)
+
+
+def test_the_first_token_as_the_answers_source_has_gradients(tiny_base: Base) -> None:
+    slotted = with_own_head(tiny_base, ["query", "value"])  # BERT's pooler reads the first token
+    made = export_classifier(slotted, tiny_base, Profile.FP32, training=True)
+    assert not missing_slots(opened(made), made.slots)
+
+
+def test_tracing_is_needed_once_for_both_graphs(
+    model: PeftModel, tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, once = [], graph.trace
+
+    def counted(slotted: SlottedModel) -> onnx.ModelProto:
+        count.append(slotted)
+        return once(slotted)
+
+    monkeypatch.setattr(graph, "trace", counted)
+    export_classifier(model, tiny_base, Profile.FP32, training=True)
+    assert len(count) == 1
+
+
+def test_a_language_model_has_none(make_lm: Callable[..., Base]) -> None:
+    base = make_lm("llama")
+    with refused(ConfigError, "--training"):
+        export_named(str(base.folder), "fp32", wanted(base), training=True)
