@@ -104,11 +104,13 @@ def read_scenario(path: Path, overrides: Sequence[str]) -> Scenario:
 def _run(path: Path, out: Path | None, resume: bool, as_json: bool, engine: str, overrides: tuple[str, ...]) -> None:
     scenario = read_scenario(path, overrides)
     # Imported here, so that --help and a wrong key do not wait for torch.
-    from adapters.base import find_base
+    from adapters.cores import cores
     from simulations.data import populate
     from simulations.data.summary import summarize
+    from simulations.engine.bases import unrounded_base
     from simulations.engine.flowerengine import require_ray
     from simulations.engine.language import run_language_model
+    from simulations.engine.memory import available_memory, estimate, require_memory
     from simulations.engine.progress import RunProgress
     from simulations.engine.run import RunFolder, run
     from simulations.report.formatting import program
@@ -117,11 +119,15 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, engine: str,
     if engine == "ray":
         require_ray()
     loaded = populate(scenario.data, scenario.population, scenario.seed)
+    base, available = unrounded_base(scenario), available_memory()
+    needed = estimate(scenario, loaded.population, base, cores() if engine == "ray" else 0)
+    require_memory(needed, available)
     out = (out or _newest(scenario) if resume else out or _fresh(scenario)).resolve()
     folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
     if not as_json:
-        print_scenario(scenario, out, Console())
-        print_data(summarize(loaded, find_base(scenario.base.model)), Console())
+        clients = len(loaded.population.clients)
+        print_scenario(scenario, out, Console(), clients=clients, memory=needed.describe(available))
+        print_data(summarize(loaded, base), Console())
     try:
         with RunProgress(quiet=as_json) as progress:
             if scenario.data.for_language_model:

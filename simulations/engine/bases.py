@@ -23,9 +23,7 @@ def training_base(out: Path, scenario: Scenario, population: Population) -> Base
     Raises:
         ConfigError: There is no such base, or as ``frequent_words``, ``prune`` and ``centered``.
     """
-    base, export = find_base(scenario.base.model), scenario.export
-    if scenario.base.languages:
-        base = _pruned(base, scenario.base.languages)
+    base, export = unrounded_base(scenario), scenario.export
     if scenario.base.center:
         copy = out / CENTERED
         base = find_base(str(copy)) if copy.exists() else centered(base, [u.text for u in population.public], copy)
@@ -33,6 +31,16 @@ def training_base(out: Path, scenario: Scenario, population: Population) -> Base
         copy = out / DEQUANTIZED
         base = find_base(str(copy)) if copy.exists() else dequantized(base, Profile(export.profile), copy)
     return base
+
+
+def unrounded_base(scenario: Scenario) -> Base:
+    """The base before it is centered and rounded, which change no size. It is in no run's folder.
+
+    Raises:
+        ConfigError: As ``training_base``.
+    """
+    base = find_base(scenario.base.model)
+    return _pruned(base, scenario.base.languages) if scenario.base.languages else base
 
 
 def _pruned(base: Base, languages: tuple[str, ...]) -> Base:

@@ -54,16 +54,18 @@ METHODS: Mapping[MethodName, str] = {
 LABEL = 11  # columns
 
 
-def print_scenario(scenario: Scenario, out: Path, console: Console) -> None:
+def print_scenario(scenario: Scenario, out: Path, console: Console, *, clients: int, memory: str) -> None:
     """Print what the base, the languages and the arms are, before the run starts.
 
     Args:
         scenario: The scenario to run.
         out: The folder of the run.
+        clients: Of the population.
+        memory: What the run takes, in words.
         console: Where to print; without color if it is not a terminal.
     """
     console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
-    _print_lines(_plan(scenario, out), console)
+    _print_lines(_plan(scenario, out, clients, memory), console)
 
 
 def print_data(summary: DataSummary, console: Console) -> None:
@@ -101,7 +103,7 @@ def _described(adapter: AdapterSettings) -> str:
     return f"{name}{size}{' on ' if adapter.targets else ''}{', '.join(adapter.targets)}"
 
 
-def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
+def _plan(scenario: Scenario, out: Path, clients: int, memory: str) -> list[tuple[str, str]]:
     adapter, federation = scenario.adapter, scenario.federation
     training, fine = federation.training, scenario.personal
     first, second = scenario.local_rates
@@ -110,6 +112,7 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
     adversary = federation.aggregation.adversary
     rounds = f"{federation.rounds} of {count(training.epochs, 'epoch')} at learning rate {training.learning_rate:g}"
     writes = scenario.data.for_language_model
+    most = scenario.evaluation.clients
     kind, head = ("language model", "") if writes else ("text encoder", " and the vendor's head")
     layers = _described(adapter)
     return [
@@ -126,7 +129,8 @@ def _plan(scenario: Scenario, out: Path) -> list[tuple[str, str]]:
         ("", f"personal  global, then {count(fine.epochs, 'epoch')} at {fine.learning_rate:g} on own data"),
         *([("", f"local, personal: {rehearsal}")] if fine.public and not writes else []),
         ("", f"local, personal: the best candidate on own validation {'texts' if writes else 'phrases'}"),
-        ("evaluated", f"at most {count(scenario.evaluation.clients, 'client')}, chosen by the seed"),
+        *([("evaluated", f"{most} of {clients} clients, chosen by the seed")] if clients > most else []),
+        ("memory", memory),
         ("folder", str(out)),
     ]
 

@@ -62,7 +62,7 @@ def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> N
         },
         "mine",
     )
-    print_scenario(scenario, tmp_path, Console(file=out, width=80))
+    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=15, memory="about 1.2 GB")
     text = out.getvalue()
     for line in (
         "base       some_?encoder, ",
@@ -89,7 +89,7 @@ def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> N
 def test_the_adapter_is_named_with_its_size(tmp_path: Path, adapter: dict[str, Any], line: str) -> None:
     out = StringIO()
     scenario = Scenario.parse({"name": "mine", "adapter": adapter}, "mine")
-    print_scenario(scenario, tmp_path, Console(file=out, width=80))
+    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=15, memory="about 1.2 GB")
     assert f"adapter    {line}" in out.getvalue()
 
 
