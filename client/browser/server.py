@@ -24,7 +24,7 @@ from client.inference.trust import Trust
 
 WEB = Path(__file__).parent / "page"
 LIBRARIES = WEB / "node_modules"
-PAGE = ("*.html", "*.css", "*.js", "*.svg")
+PAGE = ("*.html", "*.css", "*.js", "*.svg", "aggregation/*.js")
 VENDOR = {  # a library's file on the page → in node_modules
     "vendor/jinja/LICENSE": "@huggingface/jinja/LICENSE",
     "vendor/jinja/index.js": "@huggingface/jinja/dist/index.js",
@@ -81,7 +81,7 @@ class Site:
         if not (bundle / BASE_MANIFEST).is_file():
             raise DataError(f"{bundle} is not a bundle: it has no base", about="bundle", value=str(bundle))
         Trust.open(bundle, trust)
-        page = {path.name: path for pattern in PAGE for path in WEB.glob(pattern)}
+        page = {path.relative_to(WEB).as_posix(): path for pattern in PAGE for path in WEB.glob(pattern)}
         page |= {name: LIBRARIES / path for name, path in VENDOR.items()}
         if any(not path.is_file() for path in page.values()):
             reason = f"the libraries of the page are not installed: run npm ci --ignore-scripts --prefix '{WEB}'"

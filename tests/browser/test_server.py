@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import posixpath
 import socket
 import struct
 import threading
@@ -223,7 +224,8 @@ def test_a_folder_that_is_not_empty_is_not_exported_to(bundle: Path, tmp_path: P
 def test_every_file_that_the_page_asks_for_is_on_the_list(bundle: Path) -> None:
     """Otherwise a renamed module or a missing library would show only in a browser."""
     site = Site.of(bundle)
-    for file in WEB.glob("*.js"):
+    for file in (*WEB.glob("*.js"), *WEB.glob("aggregation/*.js")):
+        folder = file.parent.relative_to(WEB).as_posix()
         for line in file.read_text().splitlines():
-            if " from " in line and (quoted := line.split(" from ")[-1].strip(' ;"')).startswith("./"):
-                assert site.find(quoted.removeprefix("./")) is not None, (file.name, quoted)
+            if " from " in line and (quoted := line.split(" from ")[-1].strip(' ;"')).startswith("."):
+                assert site.find(posixpath.normpath(f"{folder}/{quoted}")) is not None, (file.name, quoted)

@@ -22,7 +22,12 @@ export function unbase64(text) {
   return Uint8Array.from(binary, (unit) => unit.charCodeAt(0));
 }
 
-export const sha256 = async (bytes) => hex(new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)));
+/** SHA-256 of bytes, 32 bytes; `sha256` gives it in hexadecimal digits. */
+export const digest = async (bytes) => new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+
+export const sha256 = async (bytes) => hex(await digest(bytes));
+
+export const equal = (left, right) => left.length === right.length && left.every((byte, i) => byte === right[i]);
 
 export function concat(...parts) {
   const whole = new Uint8Array(parts.reduce((size, part) => size + part.length, 0));

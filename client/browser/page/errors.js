@@ -18,5 +18,18 @@ export class ConfigError extends EdgeAdaptError {}
 /** A file, tensor or text cannot be used. */
 export class DataError extends EdgeAdaptError {}
 
+/** A peer sent what the protocol does not allow. `peer` names it where it is known. */
+export class ProtocolError extends EdgeAdaptError {
+  constructor(message, about = "", peer = "") {
+    super(peer ? `${peer}: ${message}` : message, about);
+    this.peer = peer;
+  }
+
+  /** `error` as the fault of `peer`: the same line, the same `about`. */
+  static of(error, peer = "") {
+    return new ProtocolError(error.message, error.about, peer);
+  }
+}
+
 /** A value for a message: quoted, and cut to `limit` characters. */
 export const quoted = (value, limit = 80) => `'${[...String(value)].slice(0, limit).join("")}'`;

@@ -40,10 +40,10 @@ async function publicKey(base64) {
 }
 
 /** Throws TrustError for a point under which anyone can sign, or a second encoding of a point; else returns `raw`. */
-function requireStrong(raw) {
+export function requireStrong(raw) {
   const y = BigInt(`0x${hex(raw.slice().reverse())}`) % 2n ** 255n; // without the sign of x
-  if (y >= FIELD) throw new TrustError("an Ed25519 key in an encoding that RFC 8032 does not allow", "trust.pem");
-  if (SMALL_ORDER.includes(y)) throw new TrustError("a point of small order is no Ed25519 key", "trust.pem");
+  if (y >= FIELD) throw new TrustError("an Ed25519 key in an encoding that RFC 8032 does not allow", "key.encoding");
+  if (SMALL_ORDER.includes(y)) throw new TrustError("a point of small order is no Ed25519 key", "key.small-order");
   return raw;
 }
 

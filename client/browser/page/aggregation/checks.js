@@ -1,0 +1,162 @@
+// The checks of a device, as aggregation/checks.py: everything it requires of a message before it acts on it.
+//
+// Each throws ProtocolError, about the same field as there. Rules by step of docs/reference/protocol.md.
+
+import { equal, hex } from "../bytes.js";
+import { ConfigError, ProtocolError, TrustError } from "../errors.js";
+import { requirePublicKey } from "./masks.js";
+import { Advert, COORDINATOR, ConsistencySignature, Plan, Roster, Survivors, openVerified, unverifiedBody, verify } from "./messages.js";
+import { Session } from "./session.js";
+import { quorumOf } from "./spec.js";
+import { ascending } from "./wire.js";
+
+/** The ids and keys of a cohort: a Map of device → { key, serial, notAfter }. `coordinator`: its key, which is no device's. */
+export async function members(root, certificates, coordinator, at) {
+  const found = [];
+  try {
+    for (const der of certificates) found.push(await root.verify(der, at));
+  } catch (error) {
+    throw error instanceof TrustError ? ProtocolError.of(error) : error;
+  }
+  const names = found.map(({ device }) => device);
+  if (!ascending(names)) throw new ProtocolError("the cohort repeats a device, or is out of order", "offer.order");
+  if (new Set(names.map((name) => name.toLowerCase())).size !== names.length) {
+    throw new ProtocolError("two device ids of the cohort differ in upper and lower case only", "offer.names");
+  }
+  if (new Set([coordinator, ...found.map(({ key }) => key)].map(hex)).size !== 1 + names.length) {
+    throw new ProtocolError("two devices of the cohort, or one and the coordinator, have the same key", "offer.keys");
+  }
+  return new Map(found.map(({ device, ...rest }) => [device, rest]));
+}
+
+/** When a session ends: with the first to expire of its cohort's certificates, the authority's own and its list. */
+export function sessionEnd(root, cohort) {
+  const times = Array.from(cohort.values(), ({ notAfter }) => notAfter);
+  return Math.min(root.authority.notAfter, root.revoked?.nextUpdate ?? Infinity, ...times);
+}
+
+/** Returns if a session that ends at `ends` may begin a round at `at`; null: the device has no clock it trusts. */
+export function beforeEnd(ends, at) {
+  if (at === null || at <= ends) return;
+  const text = `the session ended on ${new Date(ends).toISOString()}, when a certificate or the revocation list expired`;
+  throw new ProtocolError(text, "plan.time", COORDINATOR);
+}
+
+/** The advert of `device` for the offer with this digest. */
+async function advert(offer, rounds, signer, device, raw) {
+  const message = await openVerified(Advert, raw, signer, device);
+  if (!equal(message.offer, offer)) throw new ProtocolError("advert message is for another offer", "advert.offer", device);
+  if (message.device !== device) throw new ProtocolError(`advert message names ${message.device}`, "advert.device", device);
+  if (message.mask_keys.length !== rounds || message.commitments.length !== rounds) {
+    throw new ProtocolError(`advert does not have keys and commitments for ${rounds} rounds`, "advert.mask_keys", device);
+  }
+  const keys = [message.share_key, ...message.mask_keys];
+  if (new Set(keys.map(hex)).size !== keys.length) throw new ProtocolError("advert repeats a key", "advert.keys", device);
+  try {
+    keys.forEach(requirePublicKey);
+  } catch (error) {
+    throw ProtocolError.of(error, device);
+  }
+  return message;
+}
+
+/** The session that a roster defines, and a Map of device → advert as signed. */
+export async function roster(spec, offer, cohort, message) {
+  if (!equal(message.offer, offer)) throw new ProtocolError("roster is for another offer", "roster.offer", COORDINATOR);
+  enoughDevices(spec, message.adverts.length, "adverts on the roster", "roster.size");
+  const [signed, peers, keys] = [new Map(), new Map(), new Set()];
+  let last = "";
+  for (const raw of message.adverts) {
+    // Whose advert it claims to be; `advert` then requires that device's signature.
+    const { device } = Advert.decode(unverifiedBody(raw));
+    const identity = cohort.get(device)?.key;
+    if (!identity) throw new ProtocolError(`${device} is on the roster but not in the cohort`, "roster.members", COORDINATOR);
+    if (device <= last) throw new ProtocolError(`${device} is repeated on the roster, or out of order`, "roster.order", COORDINATOR);
+    const found = await advert(offer, spec.rounds, identity, device, raw);
+    for (const key of [found.share_key, ...found.mask_keys].map(hex)) {
+      if (keys.has(key)) throw new ProtocolError(`${device} has a key of another device on the roster`, "roster.keys", COORDINATOR);
+      keys.add(key);
+    }
+    signed.set(device, raw);
+    peers.set(device, { position: peers.size + 1, identity, shareKey: found.share_key, maskKeys: found.mask_keys });
+    last = device;
+  }
+  try {
+    return [await Session.of(spec, offer, await Roster.digest(message), peers), signed];
+  } catch (error) {
+    throw error instanceof ConfigError ? ProtocolError.of(error, COORDINATOR) : error;
+  }
+}
+
+/** Returns if the encrypted shares that a device receives are from neighbors only, and enough for a round. */
+export function encryptedShares(session, me, received) {
+  const near = new Set(session.neighbors(me, session.peers.keys()));
+  for (const dealer of received.keys()) {
+    if (!near.has(dealer)) throw new ProtocolError(`shares of ${dealer}, which is not a neighbor`, "assignment.dealers", COORDINATOR);
+  }
+  enoughNeighbors(session, me, received.keys(), "sent it shares", "assignment.neighbors");
+}
+
+/** Returns if a device may act on a plan. `dealers`: the Set of devices whose shares it has. */
+export function plan(session, me, dealers, lastRound, message) {
+  const refuse = (text, field) => {
+    throw new ProtocolError(text, `plan.${field}`, COORDINATOR);
+  };
+  const { context, round, members: named } = message;
+  if (!equal(context, session.context)) refuse("plan is for another session", "context");
+  if (round <= lastRound || round > session.spec.rounds) {
+    refuse(`round ${round} is not between ${lastRound + 1} and ${session.spec.rounds}`, "round");
+  }
+  if (!ascending(named)) refuse("plan repeats a member, or is out of order", "order");
+  if (!named.includes(me)) refuse("plan does not include this device", "self");
+  const without = [
+    ...named.filter((device) => !session.peers.has(device)),
+    ...session.neighbors(me, named).filter((device) => !dealers.has(device)),
+  ];
+  if (without.length) refuse(`${without.sort()[0]} is in the plan, but this device has no shares of it`, "members");
+  enoughDevices(session.spec, named.length, "members of the plan", "plan.size");
+  enoughNeighbors(session, me, named, "are in the plan", "plan.neighbors");
+}
+
+/** Returns if a device may sign and unmask a survivor set. `vector`: digest of its own masked vector. */
+export async function survivors(session, current, me, vector, message) {
+  const refuse = (text, field) => {
+    throw new ProtocolError(text, `survivors.${field}`, COORDINATOR);
+  };
+  if (!equal(message.plan, await Plan.digest(current))) refuse("survivor set is for another plan", "plan");
+  const stranger = [...message.vectors.keys()].find((device) => !current.members.includes(device));
+  if (stranger) refuse(`survivor ${stranger} is not in the plan`, "members");
+  if (!equal(message.vectors.get(me) ?? [], vector)) refuse("survivor set does not include this device with its own vector", "self");
+  enoughDevices(session.spec, message.vectors.size, "survivors", "survivors.size");
+  enoughNeighbors(session, me, message.vectors.keys(), "survived", "survivors.neighbors");
+}
+
+/** Returns if a quorum of survivors signed this set: `signatures` is a Map of device → signature. */
+export async function consistencySignatures(session, message, signatures) {
+  const quorum = quorumOf(session.spec);
+  if (signatures.size < quorum) {
+    throw new ProtocolError(`${signatures.size} consistency signatures, ${quorum} are needed`, "unmask.quorum", COORDINATOR);
+  }
+  const stranger = [...signatures.keys()].find((device) => !message.vectors.has(device));
+  if (stranger) throw new ProtocolError(`${stranger} signed the survivor set but is not in it`, "unmask.signers", COORDINATOR);
+  const signed = await Survivors.digest(message);
+  for (const [device, signature] of signatures) {
+    const body = ConsistencySignature.encode({ survivors: signed, device });
+    try {
+      await verify(session.peers.get(device).identity, ConsistencySignature.tag, body, signature);
+    } catch (error) {
+      throw ProtocolError.of(error, COORDINATOR);
+    }
+  }
+}
+
+function enoughDevices(spec, count, what, about) {
+  const least = Math.max(spec.threshold, spec.minimum_survivors);
+  if (count < least) throw new ProtocolError(`${count} ${what}, ${least} are needed`, about, COORDINATOR);
+}
+
+function enoughNeighbors(session, me, present, what, about) {
+  const [count, least] = [1 + session.neighbors(me, present).length, session.spec.threshold];
+  if (count >= least) return;
+  throw new ProtocolError(`${count} devices of this device's neighborhood ${what}, ${least} are needed`, about, COORDINATOR);
+}

@@ -1,0 +1,93 @@
+// From an update to a clipped, weighted, rotated vector in fixed point, as client/training/contribute.py and
+// aggregation/vector.py. The vector is all that a device sends of its data, and it is sent under the mask.
+
+import { unhex } from "../bytes.js";
+import { DataError, ProtocolError } from "../errors.js";
+import { keystream, systemEntropy } from "./masks.js";
+import { COORDINATOR } from "./messages.js";
+import { arrayType } from "./ring.js";
+import { peak, rotate, seedOf } from "./rotation.js";
+import { maxSteps, sizeOf, stepOf } from "./spec.js";
+
+const SHRINK = 1 - 2 ** -40; // keeps a clipped coordinate within its bound however the division rounds
+const COIN_BITS = 23; // of a rounding coin
+const MAX_LOSS = 20; // nats, of one example (adapters/task.py)
+
+/**
+ * Returns if the vector in the offer admits every contribution to a mean of updates of `size` numbers: a tighter bound would
+ * tell devices apart by whether they can answer. Throws ProtocolError.
+ */
+export function requireBounds(spec, size) {
+  const cap = Number(spec.weight_cap);
+  const counted = [["weight", 1, cap], ["correct", 1, cap], ["loss", 1, MAX_LOSS * cap], ["held_out", 1, cap]];
+  const fair = [["delta", size, spec.clip_norm * cap * peak(size)], ...counted];
+  const found = spec.vector.segments.map((segment) => [segment.name, segment.size, segment.bound]);
+  if (JSON.stringify(found) === JSON.stringify(fair) && maxSteps(spec.vector) >= cap) return;
+  const text = "the bounds of the vector in the offer do not follow from its clip norm and weight cap";
+  throw new ProtocolError(text, "offer.spec.vector", COORDINATOR);
+}
+
+/**
+ * The contribution of a device as ring elements.
+ *
+ * `delta` is its update, a Float64Array; `examples` their number; `score` is { correct, loss, count } of the adapter that it
+ * received on held-out examples. `adapter` is the digest in the plan, hex. Throws DataError: a number is not finite, or a
+ * metric is outside its bound.
+ */
+export async function contribution({ delta, examples, score }, spec, adapter, entropy = systemEntropy) {
+  const weight = Math.min(examples, Number(spec.weight_cap));
+  const segment = spec.vector.segments.find(({ name }) => name === "delta");
+  const rotated = await rotate(clip(delta, spec.clip_norm).map((x) => x * weight), await seedOf(unhex(adapter)));
+  const step = stepOf(spec.vector, segment);
+  const drawn = new DataView((await entropy(8 * rotated.length)).buffer);
+  // Uniform over half a step to either side, also where the update is zero (adapters.task.rounding_noise).
+  const noisy = rotated.map((x, i) => x + step * (uniform(drawn, 8 * i) - 0.5));
+  return encode(spec.vector, {
+    delta: noisy.map((x) => Math.min(segment.bound, Math.max(-segment.bound, x))),
+    weight: Float64Array.of(weight),
+    correct: Float64Array.of(score.correct),
+    loss: Float64Array.of(score.loss),
+    held_out: Float64Array.of(score.count),
+  }, entropy);
+}
+
+/** A number in [0, 1) of 53 bits, as NumPy makes it of 64. */
+const uniform = (drawn, at) => Number(drawn.getBigUint64(at, true) >> 11n) * 2 ** -53;
+
+/** `delta` clipped to an L2 norm (McMahan et al. 2018, algorithm 1). */
+export function clip(delta, norm) {
+  const length = Math.sqrt(delta.reduce((sum, x) => sum + x * x, 0));
+  if (length > norm) return delta.map((x) => x * ((norm / length) * SHRINK));
+  return delta.map((x) => Math.min(norm, Math.max(-norm, x)));
+}
+
+/**
+ * Rounds values to ring steps without bias (stochastic rounding): { name: Float64Array } of exactly the vector's segments.
+ * `entropy` draws the key of the rounding coins, 32 bytes.
+ */
+export async function encode(vector, values, entropy = systemEntropy) {
+  const key = await crypto.subtle.importKey("raw", await entropy(32), "AES-CTR", false, ["encrypt"]);
+  const coins = new Uint32Array((await keystream(key, 0, 4 * sizeOf(vector))).buffer);
+  const out = new (arrayType(vector.ring_bits))(sizeOf(vector));
+  if (Object.keys(values).length !== vector.segments.length) {
+    throw new DataError(`segments ${Object.keys(values)} are not those of the spec`, "vector.segments");
+  }
+  let at = 0;
+  for (const segment of vector.segments) {
+    const given = values[segment.name];
+    if (given?.length !== segment.size) {
+      throw new DataError(`segment ${segment.name} does not have ${segment.size} numbers`, `vector.${segment.name}`);
+    }
+    const perUnit = 1 / stepOf(vector, segment);
+    for (const value of given) {
+      if (!(Math.abs(value) <= segment.bound)) {
+        throw new DataError(`segment ${segment.name} has a value of ${value}, its bound is ${segment.bound}`, `vector.${segment.name}`);
+      }
+      const steps = value * perUnit;
+      const whole = Math.floor(steps);
+      const coin = (coins[at] >>> (32 - COIN_BITS)) * 2 ** -COIN_BITS;
+      out[at++] = whole + Math.floor(steps - whole + coin); // negative numbers in two's complement
+    }
+  }
+  return out;
+}

@@ -1,0 +1,106 @@
+// What a device requires of an offer before it takes part, as aggregation/policy.py, with the same defaults.
+//
+// Two things are stricter here: rings have at most 32 bits, and no session with noise is joined
+// (docs/decisions/0048-device-in-javascript.md).
+
+import { ConfigError, ProtocolError } from "../errors.js";
+import { COMPLETE_UP_TO, GRINDING, SIGMA, countOf, isSecure, leftOver } from "./graph.js";
+import { COORDINATOR } from "./messages.js";
+import { ACTIVE, quorumOf } from "./spec.js";
+
+const DEFAULTS = {
+  known_bases: [], // SHA-256 of the frozen bases that this device holds, in hex
+  minimum_cohort: 8,
+  minimum_survivors: 4, // honest devices, in a sum and in combinations of sums
+  minimum_ring_bits: 16,
+  maximum_ring_bits: 32,
+  adversaries: [ACTIVE],
+  corrupt_fraction: 0.1,
+  complete_up_to: COMPLETE_UP_TO,
+  maximum_weight: 65_536,
+  maximum_rounds: 64,
+};
+
+/** Limits on the sessions that a device joins; `given` replaces defaults. Throws ConfigError: a value is out of range. */
+export class Policy {
+  constructor(given = {}) {
+    Object.assign(this, DEFAULTS, given);
+    const [low, high] = [this.minimum_ring_bits, this.maximum_ring_bits];
+    const honest = this.minimum_cohort - countOf(this.minimum_cohort, this.corrupt_fraction);
+    const ranges = {
+      minimum_cohort: [this.minimum_cohort >= 3, "3 or more: a sum of two shows each the other's part"],
+      minimum_survivors: [
+        2 <= this.minimum_survivors && this.minimum_survivors <= honest,
+        `between 2 and ${honest}, the honest devices of the smallest cohort`,
+      ],
+      corrupt_fraction: [0 <= this.corrupt_fraction && this.corrupt_fraction < 1, "in [0, 1)"],
+      minimum_ring_bits: [1 <= low && low <= high, `between 1 and maximum_ring_bits ${high}`],
+      maximum_ring_bits: [high <= 32, "32 or less"],
+    };
+    for (const name of Object.keys(given)) {
+      if (!(name in DEFAULTS)) throw new ConfigError(`${name} is not a limit of a policy`, `policy.${name}`);
+    }
+    for (const [name, [holds, expected]] of Object.entries(ranges)) {
+      if (!holds) throw new ConfigError(`${name} ${this[name]} is not ${expected}`, `policy.${name}`);
+    }
+    Object.freeze(this);
+  }
+
+  /** Returns if this device may join a session of `spec` with so many devices; else throws ProtocolError. */
+  check(spec, cohort) {
+    refuse("offer", this.#offerRules(spec, cohort));
+  }
+
+  /** Returns if the graph is secure with `roster` of the `cohort` devices, all corrupt ones among them. */
+  checkRoster(spec, cohort, roster) {
+    refuse("roster", this.#graphRules(spec, cohort, roster));
+  }
+
+  #graphRules(spec, cohort, present) {
+    const [corrupt, least] = [countOf(cohort, this.corrupt_fraction), this.minimum_survivors];
+    const { degree, threshold } = spec;
+    const left = leftOver(present, corrupt, degree, threshold, spec.minimum_survivors);
+    const few = `sums of one adapter could be combined to ${Math.max(left, 0)} honest devices, below this device's ${least}`;
+    const combined = [left >= least, "combined", few];
+    if (degree >= present - 1) {
+      const text = `threshold ${threshold} of ${present} does not withstand ${corrupt} corrupt devices`;
+      return [[2 * threshold > present + corrupt, "threshold", text], combined];
+    }
+    const bits = SIGMA + (spec.adversary === ACTIVE ? GRINDING : 0);
+    const weak = `degree ${degree} and threshold ${threshold} of ${present} devices do not withstand ${corrupt} corrupt ones`;
+    return [
+      [cohort > this.complete_up_to, "degree", `degree ${degree} is not the complete graph of ${present} devices`],
+      [isSecure(present, corrupt, degree, threshold, bits), "graph", weak],
+      combined,
+    ];
+  }
+
+  #offerRules(spec, cohort) {
+    const corrupt = countOf(cohort, this.corrupt_fraction);
+    const { threshold, adversary, base_digest: base, weight_cap: weight, rounds } = spec;
+    const { ring_bits: bits, max_clients: clients } = spec.vector;
+    const [quorum, honest] = [quorumOf(spec), spec.minimum_survivors - corrupt];
+    const inRing = this.minimum_ring_bits <= bits && bits <= this.maximum_ring_bits;
+    const own = (value) => `this device's ${value}`;
+    return [
+      [cohort >= this.minimum_cohort, "cohort", `cohort of ${cohort} is below ${own(this.minimum_cohort)}`],
+      [threshold <= cohort, "threshold", `threshold ${threshold} is above the cohort of ${cohort}`],
+      [clients >= cohort, "max_clients", `a sum of ${cohort} could wrap the ring`],
+      ...this.#graphRules(spec, cohort, cohort),
+      [honest >= this.minimum_survivors, "minimum_survivors", `a sum may have ${honest} honest devices, below ${own(this.minimum_survivors)}`],
+      [adversary !== ACTIVE || 2 * quorum > cohort + corrupt, "quorum", `${quorum} of ${cohort} devices sign: two groups could sign different sets`],
+      [inRing, "ring_bits", `ring of ${bits} bits is outside this device's limits`],
+      [this.adversaries.includes(adversary), "adversary", `this device does not accept the adversary model ${adversary}`],
+      [this.known_bases.includes(base), "base_digest", `base ${base.slice(0, 12)} is not on this device`],
+      [weight <= this.maximum_weight, "weight_cap", `weight cap ${weight} is over ${own(this.maximum_weight)}`],
+      [rounds <= this.maximum_rounds, "rounds", `session of ${rounds} rounds is over ${own(this.maximum_rounds)}`],
+      [spec.privacy === null, "privacy", "this device cannot add the noise that the session demands; a native device can"],
+    ];
+  }
+}
+
+function refuse(what, rules) {
+  for (const [holds, field, reason] of rules) {
+    if (!holds) throw new ProtocolError(`${what} refused: ${reason}`, `${what}.${field}`, COORDINATOR);
+  }
+}

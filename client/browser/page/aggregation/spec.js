@@ -1,0 +1,111 @@
+// The parameters of a session, as aggregation/spec.py and aggregation/vector.py. Contradictions are refused on reading.
+//
+// What noise in a segment implies is not checked: policy.js refuses every session with noise.
+
+import { ConfigError } from "../errors.js";
+import { choice, optional, real, record, sequence, text, uint, uint64 } from "./wire.js";
+
+export const MAX_ROUNDS = 1024;
+const MAX_SIZE = 2 ** 27; // elements
+const MAX_CLIENTS = 2 ** 20;
+const MAX_SEGMENTS = 4096;
+const [SMALLEST, LARGEST] = [2 ** -100, 2 ** 100]; // bounds of a segment
+const U32 = uint(32);
+export const HEX = text("[0-9a-f]{64}");
+
+const SEGMENT = record({ name: text("[A-Za-z0-9_./-]{1,128}"), size: U32, bound: real, noise: real }, (segment) => {
+  const within = (value) => SMALLEST <= value && value <= LARGEST;
+  require(segment, "segment", {
+    size: [1 <= segment.size && segment.size <= MAX_SIZE, `between 1 and ${MAX_SIZE}`],
+    bound: [within(segment.bound), "between 2^-100 and 2^100"],
+    noise: [segment.noise === 0 || within(segment.noise), "0, or between 2^-100 and 2^100"],
+  });
+});
+
+const VECTOR = record({ segments: sequence(SEGMENT, MAX_SEGMENTS), ring_bits: uint(8), max_clients: U32 }, (vector) => {
+  const { segments, ring_bits: bits, max_clients: clients } = vector;
+  if (bits < 1 || bits > 64) throw new ConfigError(`ring of ${bits} bits is not between 1 and 64`, "ring.bits");
+  if (!segments.length || new Set(segments.map(({ name }) => name)).size !== segments.length) {
+    throw new ConfigError(`a vector has 1 to ${MAX_SEGMENTS} segments, each with its own name`, "vector.segments");
+  }
+  require({ ...vector, size: sizeOf(vector) }, "vector", {
+    size: [sizeOf(vector) <= MAX_SIZE, `at most ${MAX_SIZE}`],
+    max_clients: [1 <= clients && clients <= MAX_CLIENTS, `between 1 and ${MAX_CLIENTS}`],
+  });
+  if (maxSteps(vector) < 1) {
+    throw new ConfigError(`a ring of ${bits} bits cannot hold a sum of ${clients} clients`, "vector.ring_bits");
+  }
+});
+
+const PRIVACY = record({ mechanism: choice("skellam", "discrete-gaussian"), honest: U32, delta: real }, ({ delta }) => {
+  if (!(0 < delta && delta < 1)) throw new ConfigError(`${delta} is not between 0 and 1`, "spec.privacy.delta");
+});
+
+export const ACTIVE = "active";
+export const HONEST_BUT_CURIOUS = "honest-but-curious";
+
+export const SESSION_SPEC = record(
+  {
+    rounds: U32,
+    threshold: U32,
+    minimum_survivors: U32,
+    degree: U32,
+    vector: VECTOR,
+    clip_norm: real,
+    weight_cap: uint64,
+    privacy: optional(PRIVACY),
+    base_digest: HEX,
+    layout_digest: HEX,
+    adversary: choice(ACTIVE, HONEST_BUT_CURIOUS),
+  },
+  (spec) => {
+    const { rounds, threshold, minimum_survivors: least, degree, clip_norm: norm, weight_cap: cap } = spec;
+    const clients = spec.vector.max_clients;
+    require(spec, "spec", {
+      rounds: [1 <= rounds && rounds <= MAX_ROUNDS, `between 1 and ${MAX_ROUNDS}`],
+      threshold: [2 <= threshold && threshold <= degree + 1, `between 2 and degree + 1 = ${degree + 1}`],
+      minimum_survivors: [threshold <= least && least <= clients, `between the threshold and max_clients ${clients}`],
+      degree: [degree < clients, `below max_clients ${clients}`],
+      clip_norm: [norm > 0, "a positive number"],
+      weight_cap: [1n <= cap && cap <= 2n ** 32n, "between 1 and 2^32"],
+    });
+    if (spec.privacy === null && spec.vector.segments.some(({ noise }) => noise)) {
+      throw new ConfigError("the vector has noise, and no mechanism is named", "spec.privacy");
+    }
+  },
+);
+
+function require(value, what, rules) {
+  for (const [name, [holds, expected]] of Object.entries(rules)) {
+    if (!holds) throw new ConfigError(`${name} ${value[name]} is not ${expected}`, `${what}.${name}`);
+  }
+}
+
+/** Consistency signatures that a device requires before it reveals shares, in an active session. */
+export function quorumOf(spec) {
+  return spec.degree === spec.vector.max_clients - 1 ? spec.threshold : spec.minimum_survivors;
+}
+
+/** Number of elements of all segments of a vector. */
+export const sizeOf = ({ segments }) => segments.reduce((sum, { size }) => sum + size, 0);
+
+/** Largest magnitude of one client's element, in steps; at most 2^40. */
+export function maxSteps({ ring_bits: bits, max_clients: clients }) {
+  const most = ((1n << BigInt(bits - 1)) - 1n) / BigInt(clients);
+  return most < 2n ** 40n ? Number(most) : 2 ** 40;
+}
+
+/** Resolution of a segment without noise: the finest power of two with which `maxSteps` of them reach its bound. */
+export function stepOf(vector, { bound }) {
+  const largest = Math.max(bound, Math.fround(bound)); // float32 values that are clipped to the bound are within it
+  const step = powerBelow(largest / maxSteps(vector));
+  return Math.ceil(largest / step) <= maxSteps(vector) ? step : 2 * step;
+}
+
+/** The greatest power of two that is not above `x`, a normal number. */
+function powerBelow(x) {
+  const view = new DataView(new ArrayBuffer(8));
+  view.setFloat64(0, x);
+  view.setBigUint64(0, view.getBigUint64(0) & (0x7ffn << 52n)); // the exponent, without the fraction
+  return view.getFloat64(0);
+}

@@ -1,0 +1,253 @@
+// The canonical encoding, as aggregation/wire.py: each value has exactly one byte string, each accepted one exactly one value.
+//
+// A codec is { write(out, value), read(source) }. Every length is checked against its limit and against the bytes present
+// before anything is allocated. Reading arbitrary bytes returns a value or throws ProtocolError. Integers of up to 32 bits
+// are numbers, those of 64 bits are BigInts; maps are Maps, because "constructor" is a device id.
+
+import { ConfigError, ProtocolError, quoted } from "../errors.js";
+
+/** A cursor over bytes that never reads past their end. */
+class Reader {
+  #data;
+  #at = 0;
+
+  constructor(data) {
+    this.#data = data;
+  }
+
+  get left() {
+    return this.#data.length - this.#at;
+  }
+
+  take(n) {
+    if (n > this.left) {
+      throw new ProtocolError(`message is truncated: ${n} bytes expected, ${this.left} left`, "encoding.length");
+    }
+    this.#at += n;
+    return this.#data.subarray(this.#at - n, this.#at);
+  }
+}
+
+/** A buffer that grows. */
+class Writer {
+  #buffer = new Uint8Array(1024);
+  #size = 0;
+
+  add(bytes) {
+    const size = this.#size + bytes.length;
+    if (size > this.#buffer.length) {
+      const larger = new Uint8Array(2 * size);
+      larger.set(this.#buffer);
+      this.#buffer = larger;
+    }
+    this.#buffer.set(bytes, this.#size);
+    this.#size = size;
+  }
+
+  get bytes() {
+    return this.#buffer.slice(0, this.#size);
+  }
+}
+
+/** The canonical bytes of `value`. Throws ConfigError: a field is over its limit. */
+export function encode(codec, value) {
+  const out = new Writer();
+  codec.write(out, value);
+  return out.bytes;
+}
+
+/** The value that `raw` encodes. Throws ProtocolError: not the canonical encoding of one value. */
+export function decode(codec, raw) {
+  const source = new Reader(raw);
+  const value = codec.read(source);
+  if (source.left) throw new ProtocolError(`${source.left} bytes left over after the message`, "encoding.trailing");
+  return value;
+}
+
+const view = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+
+/** `value` in 4 bytes, big-endian. */
+export function u32(value) {
+  const bytes = new Uint8Array(4);
+  view(bytes).setUint32(0, value);
+  return bytes;
+}
+
+/** An unsigned integer of 8 or 32 bits, big-endian. */
+export function uint(bits) {
+  const size = bits / 8;
+  return {
+    write(out, value) {
+      if (!Number.isInteger(value) || value < 0 || value >= 2 ** bits) throw tooLarge(value, bits);
+      out.add(u32(value).subarray(4 - size));
+    },
+    read: (source) => source.take(size).reduce((value, byte) => value * 256 + byte, 0),
+  };
+}
+
+/** An unsigned integer of 64 bits, a BigInt. */
+export const uint64 = {
+  write(out, value) {
+    if (value < 0n || value >= 2n ** 64n) throw tooLarge(value, 64);
+    const bytes = new Uint8Array(8);
+    view(bytes).setBigUint64(0, value);
+    out.add(bytes);
+  },
+  read: (source) => view(source.take(8)).getBigUint64(0),
+};
+
+const tooLarge = (value, bits) => new ConfigError(`${value} does not fit an unsigned field of ${bits} bits`, "encoding.uint");
+
+/** Exactly `size` bytes, without a length. */
+export function fixed(size) {
+  return {
+    write(out, value) {
+      if (value.length !== size) throw new ConfigError(`${value.length} bytes in a field of exactly ${size}`, "encoding.fixed");
+      out.add(value);
+    },
+    read: (source) => source.take(size),
+  };
+}
+
+/** At most `limit` bytes after their length in 4 bytes. */
+export function blob(limit) {
+  return {
+    write(out, value) {
+      writeCount(out, value.length, limit);
+      out.add(value);
+    },
+    read: (source) => source.take(readCount(source, limit)),
+  };
+}
+
+/** ASCII text of at most 255 characters that `pattern` matches in full, after its length in 1 byte. */
+export function text(pattern) {
+  const whole = new RegExp(`^(?:${pattern})$`);
+  function checked(value, Refusal) {
+    if (value.length > 255 || !whole.test(value)) {
+      throw new Refusal(`${quoted(value)} does not match ${pattern}`, "encoding.text");
+    }
+    return value;
+  }
+  return {
+    write(out, value) {
+      const raw = Uint8Array.from(checked(value, ConfigError), (sign) => sign.charCodeAt(0));
+      out.add([raw.length]);
+      out.add(raw);
+    },
+    read: (source) => checked(String.fromCharCode(...source.take(source.take(1)[0])), ProtocolError),
+  };
+}
+
+/** A finite IEEE 754 double, big-endian; zero has one encoding. */
+export const real = {
+  write(out, value) {
+    if (!Number.isFinite(value)) throw new ConfigError(`${value} is not a finite number`, "encoding.real");
+    const bytes = new Uint8Array(8);
+    view(bytes).setFloat64(0, value + 0);
+    out.add(bytes);
+  },
+  read(source) {
+    const value = view(source.take(8)).getFloat64(0);
+    if (Number.isFinite(value) && !Object.is(value, -0)) return value;
+    throw new ProtocolError("a real number is not finite, or is a negative zero", "encoding.real");
+  },
+};
+
+/** One of a closed list of texts. */
+export function choice(...names) {
+  const inner = text("[a-z-]+");
+  return {
+    write: inner.write,
+    read(source) {
+      const name = inner.read(source);
+      if (!names.includes(name)) throw new ProtocolError(`${quoted(name)} is not one of ${names}`, "encoding.choice");
+      return name;
+    },
+  };
+}
+
+/** A value that may be null: a flag in 1 byte, then the value if there is one. */
+export function optional(item) {
+  return {
+    write(out, value) {
+      out.add([value === null ? 0 : 1]);
+      if (value !== null) item.write(out, value);
+    },
+    read(source) {
+      const [flag] = source.take(1);
+      if (flag > 1) throw new ProtocolError(`flag ${flag} is neither 0 nor 1`, "encoding.flag");
+      return flag ? item.read(source) : null;
+    },
+  };
+}
+
+/** At most `limit` items in the given order, after their count in 4 bytes. */
+export function sequence(item, limit) {
+  return {
+    write(out, values) {
+      writeCount(out, values.length, limit);
+      for (const value of values) item.write(out, value);
+    },
+    read: (source) => Array.from({ length: readCount(source, limit) }, () => item.read(source)),
+  };
+}
+
+/** A Map of at most `limit` entries, written in strictly ascending order of key: no repeated key, one order. */
+export function mapping(key, value, limit) {
+  const entry = {
+    write(out, [name, found]) {
+      key.write(out, name);
+      value.write(out, found);
+    },
+    read: (source) => [key.read(source), value.read(source)],
+  };
+  const entries = sequence(entry, limit);
+  return {
+    write: (out, values) => entries.write(out, [...values].sort(([a], [b]) => (a < b ? -1 : 1))),
+    read(source) {
+      const pairs = entries.read(source);
+      if (!ascending(pairs.map(([name]) => name))) {
+        throw new ProtocolError("entries are repeated or out of order", "encoding.order");
+      }
+      return new Map(pairs);
+    },
+  };
+}
+
+/** An object with these fields in this order. What `check` refuses with a ConfigError is refused on reading. */
+export function record(fields, check = () => {}) {
+  const codecs = Object.entries(fields);
+  return {
+    write(out, value) {
+      for (const [name, codec] of codecs) codec.write(out, value[name]);
+    },
+    read(source) {
+      const value = Object.freeze(Object.fromEntries(codecs.map(([name, codec]) => [name, codec.read(source)])));
+      try {
+        check(value);
+      } catch (error) {
+        throw error instanceof ConfigError ? ProtocolError.of(error) : error;
+      }
+      return value;
+    },
+  };
+}
+
+/** Whether texts are in strictly ascending order: none is repeated. */
+export const ascending = (names) => names.every((name, i) => i === 0 || names[i - 1] < name);
+
+function writeCount(out, count, limit) {
+  if (count > limit) throw new ConfigError(`${count} are over the limit of ${limit}`, "encoding.limit");
+  out.add(u32(count));
+}
+
+function readCount(source, limit) {
+  const announced = view(source.take(4)).getUint32(0);
+  if (announced > limit) throw new ProtocolError(`length ${announced} is over the limit of ${limit}`, "encoding.limit");
+  if (announced > source.left) {
+    // Every item takes a byte or more: refused before a list is built.
+    throw new ProtocolError(`message is truncated: ${announced} items announced, ${source.left} bytes left`, "encoding.length");
+  }
+  return announced;
+}
