@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,23 @@ from numpy.typing import NDArray
 
 from adapters.layout import Layout, TensorSpec
 from adapters.task import contribution_spec
-from aggregation import ring
+from aggregation import client, envelope, ring
+from aggregation.envelope import ENVELOPE, Envelope
+from aggregation.errors import ProtocolError
 from aggregation.messages import Offer
+from aggregation.pki.identity import IdentityKey
+from aggregation.sealed import reopened
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from client.training.contribute import Outcome, contribution
 from client.training.examples import Score
 from tests.support import programs
 from tests.support.fleet import ADAPTER, session_spec
-from tests.vectors.test_rounds import CASES, Walk
+from tests.vectors.test_rounds import CASES, GivenEntropy, Walk, devices_of
 
 raw = bytes.fromhex
+STEPS = {"offer": "roster", "roster": "assignment", "assignment": "survivors", "survivors": "unmask", "unmask": ""}
+"""Tag of what the coordinator sends → the next one."""
 JS = Path(__file__).parent / "js" / "aggregation"
 
 
@@ -52,6 +60,84 @@ def test_a_round_is_byte_for_byte_that_of_the_independent_script(tmp_path: Path,
     about = tmp_path / "about.json"
     about.write_text(json.dumps({label: refusals(case) for label, case in CASES.items()}))
     run(node, "rounds.test.mjs", EDGEADAPT_ABOUT=about)
+
+
+# Hostile messages: signed by the coordinator, or not, and damaged everywhere
+
+NUMBERS = (0, 1, 2, 5, 6, 65, 255, 2**31, 2**32 - 1)
+
+
+def damaged(rng: random.Random, body: bytes, changes: int) -> Iterator[bytes]:
+    """``body`` with other numbers, flipped bits, bytes that are missing, repeated or left over."""
+    for _ in range(changes):
+        at, size = rng.randrange(len(body)), rng.choice((1, 4, 8))
+        number = (rng.choice(NUMBERS) % 256**size).to_bytes(size, "big")
+        yield body[:at] + number + body[at + size :]
+        yield body[:at] + bytes([body[at] ^ 1 << rng.randrange(8)]) + body[at + 1 :]
+        yield rng.choice((body[:at], body[:at] + body[at + size :], body[: at + size] + body[at:]))
+    yield from (b"", body + b"\x00", body * 2)
+    for at in range(32, min(len(body), 160), 4):  # the numbers of an offer or a plan are among these
+        yield from (body[:at] + number.to_bytes(4, "big") + body[at + 4 :] for number in NUMBERS[:5])
+
+
+class Native:
+    """A native device of a vector before each step. Every step begins from a state that has not answered."""
+
+    def __init__(self, case: dict[str, Any], name: str) -> None:
+        self.case, self.name, self.device = case, name, devices_of(case)[name]
+        self.key = IdentityKey(raw(case["identities"]["coordinator"]))
+        self.states: dict[str, Any] = {}
+        for step in STEPS:
+            self.after = self.answer(step, raw(self.good(step)))[0]
+            self.states[STEPS[step]] = self.after
+
+    def good(self, step: str) -> str:
+        """The sound message of a step."""
+        found = self.case["assignments"][self.name] if step == "assignment" else self.case[step]
+        return str(found)
+
+    def answer(self, step: str, message: bytes) -> tuple[Any, bytes]:
+        """The state after a step, and the answer."""
+        case, name, device = self.case, self.name, self.device
+        if step == "offer":
+            return client.join(device, message, GivenEntropy(40 * case["join"][name]))  # some offer more rounds
+        state = reopened(self.states[step])
+        if step == "roster":
+            return state.on_roster(device, message, GivenEntropy(case["deal"][name]))  # type: ignore[no-any-return,union-attr]
+        if step == "assignment":
+            vector = np.array(case["plain"][name], ring.dtype(case["spec"]["ring_bits"]))
+            return state.on_plan(device, message).contribute(device, vector)  # type: ignore[no-any-return,union-attr]
+        return getattr(state, f"on_{step}")(device, message)  # type: ignore[no-any-return]
+
+    def verdict(self, step: str, message: bytes) -> dict[str, Any]:
+        """The answer to a message, or what its refusal is about."""
+        found: dict[str, Any] = {"step": step, "message": message.hex(), "about": None, "answer": None}
+        try:
+            return found | {"answer": self.answer(step, message)[1].hex()}
+        except ProtocolError as error:
+            return found | {"about": error.about}
+
+    def hostile(self, rng: random.Random, changes: int) -> Iterator[dict[str, Any]]:
+        """Messages of every step, and what this device makes of them."""
+        for step in STEPS:
+            message = raw(self.good(step))
+            body = envelope.unverified_body(message)
+            for other in damaged(rng, body, changes):
+                signed = self.key.sign(step, other)
+                yield self.verdict(step, ENVELOPE.encode(Envelope(b"EA", 1, step, other, signed)))
+            for other in damaged(rng, message, changes // 8):
+                yield self.verdict(step, other)
+
+
+@pytest.mark.slow
+def test_damaged_messages_are_answered_or_refused_as_by_a_native_device(tmp_path: Path, node: str) -> None:
+    rng, made = random.Random(3), tmp_path / "hostile.json"  # noqa: S311  # not a secret
+    found = {label: list(Native(CASES[label], "unit-0").hostile(rng, 40)) for label in ("narrow", "sparse")}
+    each = [one for case in found.values() for one in case]
+    assert all(len({one["about"] for one in each if one["step"] == step}) > 5 for step in STEPS)
+    assert any(one["answer"] for one in each)
+    made.write_text(json.dumps(found))
+    run(node, "hostile.test.mjs", EDGEADAPT_HOSTILE=made)
 
 
 # Contributions
