@@ -22,6 +22,7 @@ COMMANDS = {
     "authority": ("coordinator.cli.authority", "authority", "Enrol devices: certify their keys, revoke them.", ""),
     "base": ("export.cli.bases", "base", "Show which bases there are, and what one can do.", "export"),
     "bench": ("simulations.cli.bench", "bench", "Measure secure aggregation and models on devices.", "simulations"),
+    "channel": ("coordinator.cli.channel", "channel", "Publish bundles to devices by channel.", ""),
     "coordinator": ("coordinator.cli.coordinator", "coordinator", "Make a coordinator, run its rounds.", "coordinator"),
     "data": ("simulations.cli.data", "data", "Look at the texts of a simulation.", "simulations"),
     "demo": (

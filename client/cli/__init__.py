@@ -15,6 +15,7 @@ COMMANDS = {
     "install": ("client.cli.node", "install", "Install a certificate or revocation list.", ""),
     "policy": ("client.cli.node", "policy", "Print the device's policy.", ""),
     "serve-web": ("client.cli.serve_web", "serve_web", "Serve a page that runs a bundle in the browser.", ""),
+    "update": ("client.cli.update", "update", "Bring a bundle to the release of its channel.", ""),
 }
 
 __all__ = ["device"]

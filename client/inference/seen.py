@@ -43,6 +43,10 @@ class SeenVersions:
 
     path: Path
 
+    def check(self, manifest: AdapterManifest) -> None:
+        """Return if ``accept`` would. Raises TrustError as it does, and notes nothing."""
+        _is_new(self._read(), manifest)
+
     def accept(self, manifest: AdapterManifest) -> None:
         """Note the version of a verified manifest, if it is the highest so far.
 

@@ -1,0 +1,56 @@
+"""``edgeadapt device update``: bring a bundle to the current release of the channel that it follows."""
+
+import json
+from pathlib import Path
+
+import click
+
+from client.cli import options
+
+
+@click.command()
+@options.bundle
+@options.trust
+@click.option("--repository", metavar="URL|DIR", help="The repository's public folder. Needed once, with the next two.")
+@click.option("--channel", metavar="NAME", help="The channel to follow, such as stable.")
+@click.option("--root", type=options.FILE, metavar="FILE", help="root.json of the repository, to pin.")
+@options.as_json
+def update(
+    bundle: Path, trust: Path | None, repository: str | None, channel: str | None, root: Path | None, as_json: bool
+) -> None:
+    """Bring the bundle in DIR to the current release of its channel. Private adapters stay.
+
+    The first call names the repository and pins its root; later calls need the bundle only. Nothing older, expired or
+    not signed as the root demands is accepted, and whatever fails, the bundle in use stays. An interrupted update goes
+    on with the files that it has.
+
+    \b
+    Examples:
+      edgeadapt device update --bundle kitchen/bundle --repository https://updates.example.org --channel stable \\
+        --root root.json
+      edgeadapt device update --bundle kitchen/bundle
+    """
+    from client.updates import ChannelSource, follow
+    from client.updates import update as bring
+
+    named = (repository, channel, root)
+    if any(named):
+        if repository is None or channel is None or root is None:
+            raise click.UsageError("name --repository, --channel and --root together")
+        follow(bundle, ChannelSource(repository, channel), root)
+
+    def note(name: str, size: int) -> None:
+        click.echo(f"fetching {name}, {size:,} bytes", err=True)
+
+    found = bring(bundle, trust, note)
+    release, source = found.release, found.source
+    if as_json:
+        row = {"channel": source.channel, "release": release.number, "made": release.made, "changed": found.changed}
+        aside = [str(path) for path in found.set_aside]
+        click.echo(json.dumps({**row, "adapters": release.adapters, "bytes": found.fetched, "set_aside": aside}))
+        return
+    adapters = ", ".join(f"{name} {version}" for name, version in sorted(release.adapters.items()))
+    state = f"{found.fetched:,} bytes fetched" if found.changed else "already there"
+    click.echo(f"{source.channel}, release {release.number} of {release.made}: {adapters}; {state}")
+    for path in found.set_aside:
+        click.echo(f"set aside {path}: a private adapter for another base")

@@ -1,0 +1,292 @@
+"""Follow a channel of releases: what to fetch is decided by The Update Framework (TUF), what to trust by that and by
+the pinned keys of bundles.
+
+::
+
+    trust.pem               pinned keys of bundles
+    updates/source.json     where the repository is, and the channel
+    updates/root.json       the pinned root of the repository
+    updates/metadata/       what TUF has accepted so far: from here on nothing older is accepted
+    updates/files/          downloads that are not in use yet, by digest
+    updates/private/BASE/   private adapters for a base that was replaced
+    bundle/                 replaced whole, or not at all
+
+TUF's client refuses metadata of unknown signers, older than before, expired, or from different states of the
+repository (Samuel et al. 2010, "Survivable Key Compromise in Software Update Systems"). A release that it accepts is
+then held to the rules of every bundle (``client.inference.trust``). Whatever fails, the bundle in use stays.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, ValidationError
+from tuf.api.exceptions import (
+    BadVersionNumberError,
+    DownloadError,
+    DownloadHTTPError,
+    DownloadLengthMismatchError,
+    ExpiredMetadataError,
+    LengthOrHashMismatchError,
+    RepositoryError,
+)
+from tuf.api.metadata import Metadata, Root, TargetFile
+from tuf.ngclient import FetcherInterface, Updater
+
+from adapters import jsontext, storage
+from adapters.bundle import MAX_BASE_FILE, Bundle, adapter_names, adapter_path, manifest_path
+from adapters.release import MAX_RELEASE, METADATA, RELEASE, TARGETS, Release, check_channel, target
+from aggregation.errors import ConfigError, DataError, TrustError
+from client.inference.trust import Trust
+
+UPDATES, FILES, PRIVATE = "updates", "files", "private"
+SOURCE, ROOT = "source.json", "root.json"
+MAX_ROOT = 512_000  # bytes, as TUF's client has it
+MAX_SOURCE = 2**12  # bytes
+CHUNK = 2**16  # bytes
+Note = Callable[[str, int], None]  # the name of a file that is fetched, and its size in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSource:
+    """A channel: where its repository's public folder is (http, https, or a local folder), and its name."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    repository: Annotated[str, Field(min_length=1, max_length=2000)]
+    channel: Annotated[str, Field(max_length=32)]
+
+    def url(self, part: str) -> str:
+        """Where the files of ``part`` are."""
+        return f"{self.repository.rstrip('/')}/{part}/"
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """What a bundle is now."""
+
+    source: ChannelSource
+    release: Release
+    changed: bool  # whether it was another release before
+    fetched: int = 0  # bytes
+    set_aside: tuple[Path, ...] = ()  # private adapters for another base, which the new one cannot use
+
+
+def follow(bundle: Path, source: ChannelSource, root: Path) -> None:
+    """Pin the root of a repository, and note which channel ``bundle`` follows.
+
+    Another channel of the same repository may be noted later, but not another repository: what was accepted from one
+    says nothing about another.
+
+    Raises:
+        ConfigError: The place or the channel cannot be one, or another root is pinned already.
+        DataError, TrustError: ``root`` is missing or damaged, or is no root that its own keys have signed.
+    """
+    check_channel(source.channel)
+    parts = urlsplit(source.repository)
+    if parts.scheme not in ("http", "https") and not Path(source.repository).is_dir():
+        reason = f"{source.repository[:200]} is neither an address (http, https) nor a folder"
+        raise ConfigError(reason, about="repository", value=source.repository)
+    folder = bundle.resolve().parent / UPDATES
+    raw = _required(root, MAX_ROOT)
+    try:
+        Metadata[Root].from_bytes(raw).verify_delegate(Root.type, Metadata[Root].from_bytes(raw))
+    except (RepositoryError, ValueError, TypeError, KeyError) as error:
+        raise TrustError(f"{root} is no root that its own keys have signed", about=root.name) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    with storage.locked(folder / ".lock"):
+        pinned = folder / ROOT
+        if pinned.exists() and storage.read(pinned, MAX_ROOT) != raw:
+            reason = f"{pinned} pins another root: delete {folder} if this device shall trust another repository"
+            raise ConfigError(reason, about=ROOT)
+        if not pinned.exists():
+            storage.replace(pinned, raw)
+        storage.replace(folder / SOURCE, jsontext.encode(asdict(source)))
+
+
+def update(bundle: Path, trust: Path | None = None, note: Note = lambda name, size: None) -> Updated:
+    """Bring ``bundle`` to the current release of the channel that it follows. Private adapters stay.
+
+    Args:
+        bundle: The folder; it need not exist yet.
+        trust: Pinned keys of bundles; by default ``trust.pem`` in the folder that contains the bundle.
+        note: Called before a file is fetched.
+
+    Raises:
+        ConfigError: It follows no channel, the repository cannot be reached or has no release of the channel, or the
+            disk cannot be written.
+        DataError: The bundle or a file of the release is damaged.
+        TrustError: The repository or the release breaks a rule. The bundle in use stays.
+    """
+    folder = bundle.resolve().parent / UPDATES
+    if not (folder / SOURCE).is_file():
+        raise ConfigError(f"{bundle} follows no channel yet: name --repository, --channel and --root once")
+    with storage.locked(folder / ".lock"), storage.locked_folder(bundle) as place, _said():
+        source = _source(folder / SOURCE)
+        files = folder / FILES
+        files.mkdir(exist_ok=True)
+        updater = _updater(folder, source)
+        updater.refresh()
+        release = _release(updater, source, files)
+        if _installed(place, release):
+            return Updated(source, release, changed=False)
+        fetched = _fetch(updater, source, release, place, files, note)
+        aside = _install(place, release, files, Trust.open(place, trust), folder / PRIVATE)
+        shutil.rmtree(files, ignore_errors=True)
+        return Updated(source, release, changed=True, fetched=fetched, set_aside=aside)
+
+
+class _Folder(FetcherInterface):
+    """Fetches from a local folder."""
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        try:
+            file = Path(url).open("rb")  # noqa: SIM115  # closed by ``read``
+        except FileNotFoundError as error:
+            raise DownloadHTTPError(f"there is no file {url}", 404) from error
+
+        def read() -> Iterator[bytes]:
+            with file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+
+        return read()
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """TUF's errors as this project's."""
+    try:
+        yield
+    except ExpiredMetadataError as error:
+        raise TrustError(
+            f"the repository has not been renewed in time, or somebody shows an old state of it ({error}): the bundle "
+            "in use stays",
+            about="repository.expired",
+        ) from error
+    except BadVersionNumberError as error:
+        raise TrustError(
+            f"the repository is older than it was before ({error}): the bundle in use stays",
+            about="repository.version",
+        ) from error
+    except (LengthOrHashMismatchError, DownloadLengthMismatchError) as error:
+        reason = f"a file is not what the repository has signed ({error}): the bundle in use stays"
+        raise TrustError(reason, about="repository.file") from error
+    except RepositoryError as error:
+        reason = f"the repository is not signed as its root demands ({error}): the bundle in use stays"
+        raise TrustError(reason, about="repository.signature") from error
+    except DownloadError as error:
+        raise ConfigError(f"the repository cannot be read ({error}): try again later", about="repository") from error
+
+
+def _source(path: Path) -> ChannelSource:
+    try:
+        raw = storage.read(path, MAX_SOURCE)
+        jsontext.decode(raw)
+        return jsontext.decode_as(ChannelSource, raw)
+    except (DataError, ValueError, ValidationError) as error:
+        raise DataError(f"{path} is damaged: name --repository and --channel again", about=path.name) from error
+
+
+def _updater(folder: Path, source: ChannelSource) -> Updater:
+    metadata = folder / METADATA
+    metadata.mkdir(exist_ok=True)
+    local = urlsplit(source.repository).scheme not in ("http", "https")
+    return Updater(
+        str(metadata),
+        source.url(METADATA),
+        target_base_url=source.url(TARGETS),
+        fetcher=_Folder() if local else None,
+        bootstrap=_required(folder / ROOT, MAX_ROOT),
+    )
+
+
+def _required(path: Path, limit: int) -> bytes:
+    try:
+        return storage.read(path, limit)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", about=path.name) from error
+
+
+def _described(updater: Updater, source: ChannelSource, name: str, limit: int) -> TargetFile:
+    found = updater.get_targetinfo(target(source.channel, name))
+    if found is None:
+        reason = f"the repository has no {name} of channel {source.channel}"
+        raise ConfigError(f"{reason}: nothing was published there", about="channel", value=source.channel)
+    if found.length > limit:
+        raise TrustError(f"{name} of the release has {found.length} bytes, more than {limit}", about=name)
+    return found
+
+
+def _release(updater: Updater, source: ChannelSource, files: Path) -> Release:
+    found = _described(updater, source, RELEASE, MAX_RELEASE)
+    return Release.decode(storage.read(Path(updater.download_target(found, str(files / RELEASE))), MAX_RELEASE))
+
+
+def _installed(bundle: Path, release: Release) -> bool:
+    """Whether all files of the release are in the bundle as it has them."""
+    return all(
+        (bundle / name).is_file() and storage.file_sha256(bundle / name) == digest
+        for name, digest in release.files.items()
+    )
+
+
+def _fetch(updater: Updater, source: ChannelSource, release: Release, bundle: Path, files: Path, note: Note) -> int:
+    """Bring every file of the release into ``files``, under its digest. Returns how many bytes were fetched."""
+    fetched = 0
+    for name, digest in release.files.items():
+        found = _described(updater, source, name, MAX_BASE_FILE)
+        if found.hashes.get("sha256") != digest:
+            raise TrustError(f"the release and the metadata state different digests of {name}", about=name)
+        place = files / digest
+        if place.is_file() and storage.file_sha256(place) == digest:  # from an update that was interrupted
+            continue
+        if (bundle / name).is_file() and storage.file_sha256(bundle / name) == digest:
+            place.unlink(missing_ok=True)
+            storage.link_or_copy(bundle / name, place)
+            continue
+        note(name, found.length)
+        updater.download_target(found, str(place))
+        fetched += found.length
+    return fetched
+
+
+def _install(bundle: Path, release: Release, files: Path, trust: Trust, aside: Path) -> tuple[Path, ...]:
+    """Make a bundle of ``files`` and the private adapters of the old one; verify it; put it into place.
+
+    Returns the manifests of private adapters that went to ``aside``.
+    """
+    with storage.staged(bundle, replaces=True) as stage:
+        for name, digest in release.files.items():
+            (stage / name).parent.mkdir(exist_ok=True)
+            storage.link_or_copy(files / digest, stage / name)
+        made = Bundle(stage, trust.bundle.trusted)
+        base = made.base()
+        for name in adapter_names(stage):
+            trust.seen.check(made.adapter(name, base.manifest).manifest)
+        return _keep_private(trust.bundle, base.manifest.base_digest, stage, aside)
+
+
+def _keep_private(old: Bundle, base_digest: str, stage: Path, aside: Path) -> tuple[Path, ...]:
+    """Link the private adapters of the old bundle into ``stage``; those for another base into ``aside``."""
+    found = []
+    for name in adapter_names(old.folder):
+        manifest = old.adapter_manifest(name)
+        if manifest.parent is None:
+            continue
+        fits = manifest.base_digest == base_digest
+        into = stage if fits else aside / manifest.base_digest
+        if fits and (stage / manifest_path(name)).exists():
+            reason = f"the release has an adapter {name!r}, which is the name of a private one: rename that"
+            raise ConfigError(reason, about="adapter", value=name)
+        for path in (manifest_path(name), adapter_path(name)):
+            (into / path).parent.mkdir(parents=True, exist_ok=True)
+            (into / path).unlink(missing_ok=True)
+            storage.link_or_copy(old.folder / path, into / path)
+        if not fits:
+            found.append(into / manifest_path(name))
+    return tuple(found)

@@ -1,0 +1,213 @@
+"""``edgeadapt channel``: releases for devices, by channel, in a repository of static files."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from adapters import storage
+from adapters.keyfiles import read_key
+from aggregation.entropy import SystemEntropy
+from coordinator.channels import ChannelRepository, Published, pinned_keys
+
+FOLDER = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+ROOT = "root.json"  # in the repository's folder: what devices pin
+
+repository = click.argument("folder", type=FOLDER, metavar="DIR")
+name = click.argument("channel", metavar="CHANNEL")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def channel() -> None:
+    """Publish bundles to devices by channel: static files that any web server or folder carries.
+
+    DIR/public is what is served. DIR/keys are the keys of the roles: move those of root and targets away while they
+    are not used. See docs/how-to/channels.md.
+
+    \b
+    Example, start to end:
+      edgeadapt channel init releases
+      edgeadapt channel publish releases canary --bundle runs/demo/bundle
+      edgeadapt channel promote releases canary stable
+      edgeadapt channel show releases
+      edgeadapt channel rollback releases stable --to 1 --key vendor.key
+    """
+
+
+@channel.command(short_help="Make a repository, with a key for each role.")
+@repository
+@click.option("--channel", "names", multiple=True, metavar="NAME", help="Default: canary and stable. May be repeated.")
+def init(folder: Path, names: tuple[str, ...]) -> None:
+    """Make a repository in the new folder DIR. Devices pin DIR/root.json.
+
+    \b
+    Examples:
+      edgeadapt channel init releases
+      edgeadapt channel init releases --channel stable --channel stable-de
+    """
+    given = {"channels": names} if names else {}
+    made = ChannelRepository.create(folder, SystemEntropy(), _now(), **given)
+    _write_root(folder, made)
+    click.echo(f"channels {', '.join(made.channels)}; serve {folder / 'public'}; devices pin {folder / ROOT}")
+
+
+@channel.command(short_help="Make a bundle the next release of a channel.")
+@repository
+@name
+@click.option("--bundle", type=FOLDER, required=True, metavar="DIR", help="The bundle's folder.")
+@click.option("--trust", type=FILE, metavar="FILE", help="Keys that sign bundles. Default: trust.pem next to it.")
+@as_json
+def publish(folder: Path, channel: str, bundle: Path, trust: Path | None, as_json: bool) -> None:
+    """Verify a bundle, and make it the next release of CHANNEL. Private adapters in it are left out.
+
+    A release that devices would refuse, with an adapter older than that of the current one, is refused here.
+
+    \b
+    Examples:
+      edgeadapt channel publish releases canary --bundle runs/demo/bundle
+      edgeadapt channel publish releases stable --bundle bundle --trust vendor.pub.pem
+    """
+    _print(_open(folder).publish(channel, bundle, pinned_keys(bundle, trust)), as_json)
+
+
+@channel.command(short_help="Make the release of one channel that of another.")
+@repository
+@click.argument("source", metavar="FROM")
+@click.argument("channel", metavar="TO")
+@as_json
+def promote(folder: Path, source: str, channel: str, as_json: bool) -> None:
+    """Make the current release of channel FROM the next one of channel TO.
+
+    \b
+    Example:
+      edgeadapt channel promote releases canary stable
+    """
+    _print(_open(folder).promote(source, channel), as_json)
+
+
+@channel.command(short_help="Publish an earlier release again.")
+@repository
+@name
+@click.option("--to", "number", type=click.IntRange(min=1), required=True, metavar="N", help="Number of the release.")
+@click.option("--key", type=FILE, required=True, metavar="FILE", help="The vendor's key, which signs bundles.")
+@as_json
+def rollback(folder: Path, channel: str, number: int, key: Path, as_json: bool) -> None:
+    """Publish release N of CHANNEL again, its adapters signed under a version above all others.
+
+    Devices never go back to an older version: they get the old content as a new one, with their next update.
+
+    \b
+    Example:
+      edgeadapt channel rollback releases stable --to 3 --key vendor.key
+    """
+    _print(_open(folder).roll_back(channel, number, read_key(key)), as_json)
+
+
+@channel.command(short_help="Add a channel.")
+@repository
+@name
+def add(folder: Path, channel: str) -> None:
+    """Add a channel with a key of its own.
+
+    \b
+    Example:
+      edgeadapt channel add releases stable-de
+    """
+    _open(folder).add_channel(channel, SystemEntropy())
+    click.echo(f"channel {channel}")
+
+
+@channel.command(short_help="Sign again what expires soon.")
+@repository
+@click.option("--all", "everything", is_flag=True, help="Also root, targets and channels, with their keys.")
+def renew(folder: Path, everything: bool) -> None:
+    """Sign snapshot and timestamp again: to be called once a day, by a timer. Needs no key but theirs.
+
+    Devices refuse a repository whose timestamp is older than a week, so that nobody can hold back a release for longer.
+
+    \b
+    Examples:
+      edgeadapt channel renew releases
+      edgeadapt channel renew releases --all
+    """
+    opened = _open(folder)
+    opened.renew(everything=everything)
+    _write_root(folder, opened)
+
+
+@channel.command(short_help="Replace the key of a role or channel.")
+@repository
+@click.argument("role", metavar="ROLE|CHANNEL")
+def rotate(folder: Path, role: str) -> None:
+    """Replace the key of root, targets, snapshot (with timestamp) or a channel. Devices follow by themselves.
+
+    \b
+    Example:
+      edgeadapt channel rotate releases stable
+    """
+    opened = _open(folder)
+    opened.rotate(role, SystemEntropy())
+    _write_root(folder, opened)
+
+
+@channel.command(short_help="Show channels, releases, roles and keys.")
+@repository
+@as_json
+def show(folder: Path, as_json: bool) -> None:
+    """Show what each channel has, when each role's metadata expire, and which keys are here.
+
+    \b
+    Example:
+      edgeadapt channel show releases
+    """
+    opened = _open(folder)
+    releases = {each: opened.release(each) for each in opened.channels}
+    roles = list(opened.roles())
+    if as_json:
+        row = {
+            "channels": {each: found and json.loads(found.encode()) for each, found in releases.items()},
+            "roles": {
+                role: {
+                    "version": version,
+                    "expires": expires.isoformat(),
+                    "keys": {str(path): path.is_file() for path in keys},
+                }
+                for role, version, expires, keys in roles
+            },
+        }
+        click.echo(json.dumps(row))
+        return
+    for each, found in releases.items():
+        adapters = ", ".join(f"{key} {version}" for key, version in sorted(found.adapters.items())) if found else ""
+        click.echo(f"{each:<12} " + (f"release {found.number} of {found.made}: {adapters}" if found else "no release"))
+    for role, version, expires, keys in roles:
+        places = ", ".join(f"{path.name}{'' if path.is_file() else ' (not here)'}" for path in keys)
+        late = " EXPIRED" if expires <= _now() else ""
+        click.echo(f"{role:<12} version {version}, until {expires:%Y-%m-%d}{late}, key {places}")
+
+
+def _open(folder: Path) -> ChannelRepository:
+    return ChannelRepository.open(folder, _now())
+
+
+def _write_root(folder: Path, opened: ChannelRepository) -> None:
+    storage.replace(folder / ROOT, opened.root(), storage.PUBLIC)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _print(made: Published, as_json: bool) -> None:
+    release = made.release
+    if as_json:
+        row = {"channel": made.channel, "release": release.number, "adapters": release.adapters}
+        click.echo(json.dumps({**row, "files": release.files, "left_out": made.private}))
+        return
+    adapters = ", ".join(f"{key} {version}" for key, version in sorted(release.adapters.items()))
+    click.echo(f"{made.channel}, release {release.number}: {adapters}; {len(release.files)} files")
+    if made.private:
+        click.echo(f"left out, because private: {', '.join(made.private)}")

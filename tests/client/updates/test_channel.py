@@ -1,0 +1,413 @@
+"""A device follows a channel of a real repository over HTTP; every attack that TUF is for leaves the bundle in use."""
+
+import errno
+import http.server
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from tuf.api.metadata import Metadata, Targets
+
+from adapters.bundle import adapter_names, adapter_path, manifest_path
+from adapters.keyfiles import make_key
+from adapters.release import Release
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, DataError, EdgeAdaptError, TrustError
+from aggregation.pki.identity import IdentityKey
+from client.inference.trust import Trust
+from client.updates import ChannelSource, Updated, follow, update
+from coordinator.channels import ChannelRepository
+from edgeadapt import cli
+from export.bundle.write import AdapterSource, write_bundle
+from export.onnx.exported import ExportedBase
+from tests.support import refused
+from tests.support.bundles import flip, resign, stated
+
+NOW = datetime.now(UTC)
+Source = Callable[..., AdapterSource]
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Place:
+    """A vendor with a repository that is served, and a device that follows its stable channel."""
+
+    folder: Path
+    repository: ChannelRepository
+    address: str
+    vendor: IdentityKey
+    made: Path
+    device: Path
+
+    @property
+    def bundle(self) -> Path:
+        return self.device / "bundle"
+
+    def publish(self, version: int, source: AdapterSource, exported: ExportedBase, channel: str = "stable") -> None:
+        write_bundle(self.made, exported, [source], key=self.vendor)
+        resign(self.made, self.vendor, version=version)
+        self.repository.publish(channel, self.made, [self.vendor.public])
+
+    def follow(self, channel: str = "stable") -> None:
+        (self.folder / "root.json").write_bytes(self.repository.root())
+        follow(self.bundle, ChannelSource(self.address, channel), self.folder / "root.json")
+
+    def update(self) -> Updated:
+        return update(self.bundle)
+
+    def version(self) -> int:
+        """Of the adapter in use, which the device accepts."""
+        trust = Trust.open(self.bundle)
+        return trust.adapter("global", trust.bundle.base()).manifest.version
+
+
+@pytest.fixture
+def place(tmp_path: Path, vendor: IdentityKey, household: IdentityKey) -> Iterator[Place]:
+    repository = ChannelRepository.create(tmp_path / "releases", SystemEntropy(), NOW)
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "releases" / "public"))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    device = tmp_path / "device"
+    device.mkdir()
+    (device / "trust.pem").write_bytes(vendor.public.to_pem() + household.public.to_pem())
+    made = tmp_path / "made" / "bundle"
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    yield Place(tmp_path, repository, address, vendor, made, device)
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def following(place: Place, source: Source, exported: ExportedBase) -> Place:
+    """The device has release 1, with version 1 of the adapter."""
+    place.publish(1, source("global"), exported)
+    place.follow()
+    assert place.update().changed
+    assert place.version() == 1
+    return place
+
+
+def metadata(place: Place) -> Path:
+    return place.folder / "releases" / "public" / "metadata"
+
+
+def stays(place: Place, kind: type[EdgeAdaptError], word: str) -> None:
+    """An update is refused, and the bundle in use answers."""
+    with pytest.raises(kind, match=word):
+        place.update()
+    assert place.version() == 1
+
+
+# --- what works
+
+
+def test_a_device_gets_each_release_and_fetches_only_what_is_new(
+    following: Place, source: Source, exported: ExportedBase
+) -> None:
+    assert not following.update().changed
+    following.publish(2, source("global", seed=5), exported)
+    found = following.update()
+    assert (found.release.number, found.changed, following.version()) == (2, True, 2)
+    new = (adapter_path("global"), manifest_path("global"))
+    assert found.fetched == sum((following.bundle / path).stat().st_size for path in new)
+
+
+def test_a_release_goes_through_the_canary_to_stable(following: Place, source: Source, exported: ExportedBase) -> None:
+    following.publish(2, source("global", seed=5), exported, channel="canary")
+    assert not following.update().changed
+    following.repository.promote("canary", "stable")
+    assert following.update().release.number == 2
+    assert following.version() == 2
+
+
+def test_a_rollback_brings_the_old_content_back_under_a_new_version(
+    following: Place, source: Source, exported: ExportedBase, vendor: IdentityKey
+) -> None:
+    before = stated(following.bundle)
+    following.publish(2, source("global", seed=5), exported)
+    following.update()
+    following.version()  # the device has used it: it would refuse version 1 now
+    following.repository.roll_back("stable", 1, vendor)
+    following.update()
+    assert following.version() == 3
+    assert stated(following.bundle).content == before.content
+
+
+def test_private_adapters_stay_and_are_never_published(
+    following: Place, source: Source, exported: ExportedBase, household: IdentityKey, with_anna: Path
+) -> None:
+    for path in (manifest_path("anna"), adapter_path("anna")):
+        shutil.copyfile(with_anna / path, following.bundle / path)
+    following.publish(2, source("global", seed=5), exported)
+    following.update()
+    assert adapter_names(following.bundle) == ["anna", "global"]
+    resign(following.bundle, following.vendor, "global", version=3)
+    found = following.repository.publish("stable", following.bundle, [following.vendor.public, household.public])
+    assert found.private == ("anna",)
+    assert not [path for path in following.repository.targets.rglob("*") if "anna" in path.name]
+
+
+def test_a_private_adapter_for_another_base_is_set_aside(
+    following: Place, source: Source, exported_int8: ExportedBase, household: IdentityKey, with_anna: Path
+) -> None:
+    for path in (manifest_path("anna"), adapter_path("anna")):
+        shutil.copyfile(with_anna / path, following.bundle / path)
+    resign(following.bundle, household, "anna", base_digest="0" * 64)
+    following.publish(2, source("global", seed=5), exported_int8)
+    private = (following.bundle / manifest_path("anna")).read_bytes()
+    (aside,) = following.update().set_aside
+    assert aside.read_bytes() == private
+    assert adapter_names(following.bundle) == ["global"]
+    assert (aside.parent / adapter_path("anna").name).is_file()
+
+
+@pytest.mark.parametrize("role", ["root", "targets", "snapshot", "stable"])
+def test_devices_follow_a_rotated_key(following: Place, source: Source, exported: ExportedBase, role: str) -> None:
+    old = {path.name for path in (following.folder / "releases" / "keys").iterdir()}
+    following.repository.rotate(role, SystemEntropy())
+    assert len({path.name for path in (following.folder / "releases" / "keys").iterdir()} - old) == 1
+    following.publish(2, source("global", seed=5), exported)
+    assert following.update().release.number == 2
+
+
+def test_an_update_that_was_killed_goes_on_with_what_it_has(
+    following: Place, source: Source, exported: ExportedBase
+) -> None:
+    following.publish(2, source("global", seed=5), exported)
+    code = (
+        "import os, signal, sys; from pathlib import Path; from client.updates import update;"
+        "seen = [];"
+        "update(Path(sys.argv[1]), None, lambda *file: (seen.append(file), len(seen) == 2 and os.kill(os.getpid(), 9)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(following.bundle)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert following.version() == 1
+    found = following.update()
+    assert following.version() == 2
+    sizes = [(following.bundle / path).stat().st_size for path in (adapter_path("global"), manifest_path("global"))]
+    assert found.fetched in sizes  # one of the two new files was there already
+
+
+# --- attacks, by the names of the TUF specification
+
+
+def test_rollback_attack(following: Place, source: Source, exported: ExportedBase) -> None:
+    old = following.folder / "old"
+    shutil.copytree(metadata(following), old)
+    following.publish(2, source("global", seed=5), exported)
+    following.update()
+    shutil.rmtree(metadata(following))
+    shutil.copytree(old, metadata(following))
+    with refused(TrustError, "repository.version"):
+        following.update()
+    assert following.version() == 2
+
+
+def test_freeze_attack(place: Place, source: Source, exported: ExportedBase) -> None:
+    place.repository = ChannelRepository(place.repository.folder, NOW - timedelta(days=8))
+    place.publish(1, source("global"), exported)
+    place.follow()
+    with refused(TrustError, "repository.expired"):
+        place.update()
+    assert not place.bundle.exists()
+    ChannelRepository(place.repository.folder, NOW).renew()
+    assert place.update().release.number == 1
+
+
+def test_mix_and_match_attack(following: Place, source: Source, exported: ExportedBase) -> None:
+    """Metadata of the channel from another state of the repository, under the name of the current one."""
+    following.publish(2, source("global", seed=5), exported)
+    newest = max(metadata(following).glob("*.stable.json"), key=lambda path: int(path.name.split(".")[0]))
+    shutil.copyfile(metadata(following) / "2.stable.json", newest)
+    stays(following, TrustError, "stays")
+
+
+def test_endless_data_attack(following: Place, source: Source, exported: ExportedBase) -> None:
+    following.publish(2, source("global", seed=5), exported)
+    digest = stated(following.made).sha256
+    (path,) = following.repository.targets.rglob(f"{digest}.*")
+    path.write_bytes(path.read_bytes() + bytes(2**20))
+    stays(following, TrustError, "a file is not what the repository has signed")
+
+
+def test_arbitrary_software_attack(following: Place, source: Source, exported: ExportedBase) -> None:
+    following.publish(2, source("global", seed=5), exported)
+    (path,) = following.repository.targets.rglob(f"{stated(following.made).sha256}.*")
+    flip(path, 0.5)
+    stays(following, TrustError, "a file is not what the repository has signed")
+
+
+@pytest.mark.parametrize("role", ["timestamp", "2.snapshot", "2.stable"])
+def test_metadata_that_nobody_signed(following: Place, role: str) -> None:
+    shutil.rmtree(following.device / "updates" / "metadata")  # a device that has accepted nothing yet
+    path = metadata(following) / f"{role}.json"
+    content = json.loads(path.read_bytes())
+    content["signed"]["expires"] = "2100-01-01T00:00:00Z"
+    path.write_text(json.dumps(content))
+    stays(following, TrustError, "stays")
+
+
+def test_a_channel_cannot_sign_for_another_one(following: Place, source: Source, exported: ExportedBase) -> None:
+    """A stolen canary key: a file that it signs under the name of stable is not looked at."""
+    repository = following.repository
+    following.publish(2, source("global", seed=5), exported, channel="canary")
+    signed = repository._load(Targets, "canary")
+    for path in list(signed.targets):
+        signed.targets[path.replace("canary/", "stable/")] = signed.targets[path]
+    repository._commit({"canary": signed})
+    assert not following.update().changed
+    assert following.version() == 1
+
+
+def test_a_repository_of_another_vendor(following: Place, source: Source, exported: ExportedBase) -> None:
+    other = ChannelRepository.create(following.folder / "other", SystemEntropy(), NOW)
+    shutil.rmtree(following.repository.folder / "public")
+    shutil.copytree(other.folder / "public", following.repository.folder / "public")
+    stays(following, TrustError, "not signed as its root demands|older than it was|one state")
+    (following.folder / "other.json").write_bytes(other.root())
+    with pytest.raises(ConfigError, match="another root"):
+        follow(following.bundle, ChannelSource(following.address, "stable"), following.folder / "other.json")
+
+
+def test_a_release_whose_bundle_the_vendor_did_not_sign(
+    following: Place, source: Source, exported: ExportedBase, household: IdentityKey, tmp_path: Path
+) -> None:
+    """Whoever has the channel's key, and not the vendor's, cannot bring an adapter to a device."""
+    stranger = IdentityKey.generate(SystemEntropy())
+    write_bundle(following.made, exported, [source("global", seed=5)], key=stranger)
+    resign(following.made, stranger, version=2)
+    following.repository.publish("stable", following.made, [stranger.public])
+    with refused(TrustError, "keyid"):
+        following.update()
+    assert following.version() == 1
+
+
+# --- bad input and bad luck
+
+
+def test_a_release_that_devices_would_refuse_is_not_published(
+    following: Place, source: Source, exported: ExportedBase
+) -> None:
+    with pytest.raises(ConfigError, match="under the version 2 or later"):
+        following.publish(1, source("global", seed=5), exported)
+    assert not following.update().changed
+
+
+def test_a_full_disk_leaves_the_bundle_in_use(
+    following: Place, source: Source, exported: ExportedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following.publish(2, source("global", seed=5), exported)
+
+    def full(old: object, new: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(new))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("adapters.storage.link_or_copy", full)
+        with pytest.raises(OSError, match="No space"):
+            following.update()
+    assert following.version() == 1
+    assert following.update().changed
+
+
+def test_a_server_that_is_down(following: Place) -> None:
+    shutil.rmtree(following.repository.folder / "public")
+    stays(following, ConfigError, "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("repository", "channel", "word"),
+    [("ftp://example.org", "stable", "neither"), ("nowhere", "stable", "neither"), ("http://x", "Root", "no name")],
+)
+def test_a_source_that_cannot_be_one(place: Place, repository: str, channel: str, word: str) -> None:
+    (place.folder / "root.json").write_bytes(place.repository.root())
+    with pytest.raises(ConfigError, match=word):
+        follow(place.bundle, ChannelSource(repository, channel), place.folder / "root.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"signed": 1}'])
+def test_a_damaged_root_is_not_pinned(place: Place, content: bytes) -> None:
+    (place.folder / "root.json").write_bytes(content)
+    with pytest.raises((TrustError, DataError)):
+        follow(place.bundle, ChannelSource(place.address, "stable"), place.folder / "root.json")
+    with pytest.raises(ConfigError, match="follows no channel"):
+        place.update()
+
+
+def test_a_root_that_is_altered_is_not_pinned(place: Place) -> None:
+    content = json.loads(place.repository.root())
+    content["signed"]["expires"] = "2100-01-01T00:00:00Z"
+    (place.folder / "root.json").write_text(json.dumps(content))
+    with pytest.raises(TrustError, match="no root that its own keys have signed"):
+        follow(place.bundle, ChannelSource(place.address, "stable"), place.folder / "root.json")
+
+
+@pytest.mark.parametrize(
+    "path", ["../trust.pem", "base/../../x", "/etc/passwd", "base/.hidden", "adapters/a/b", "base/", "other/x"]
+)
+def test_a_release_names_no_file_outside_of_a_bundle(path: str) -> None:
+    good = Release(1, "now", {"base/manifest.json": "0" * 64}, {"global": 1})
+    assert Release.decode(good.encode()) == good
+    raw = good.encode().replace(b"base/manifest.json", path.encode())
+    with refused(TrustError, "release.json"):
+        Release.decode(raw)
+
+
+def test_a_key_that_is_kept_elsewhere_is_named(following: Place, source: Source, exported: ExportedBase) -> None:
+    (keys,) = [keys for role, _, _, keys in following.repository.roles() if role == "stable"]
+    away = keys[0].rename(following.folder / "away.pem")
+    before = sorted(path.name for path in metadata(following).iterdir())
+    with pytest.raises(ConfigError, match="bring the key back"):
+        following.publish(2, source("global", seed=5), exported)
+    assert sorted(path.name for path in metadata(following).iterdir()) == before
+    following.repository.renew()  # needs the keys of snapshot and timestamp only
+    away.rename(keys[0])
+    following.publish(2, source("global", seed=5), exported)
+    assert following.update().changed
+
+
+# --- the commands
+
+
+def test_the_commands_from_a_repository_to_a_device(
+    place: Place, source: Source, exported: ExportedBase, tmp_path: Path
+) -> None:
+    key, public = make_key(tmp_path / "vendor.key", SystemEntropy())
+    write_bundle(place.made, exported, [source("global")], key=key)
+
+    def run(*words: object) -> str:
+        found = CliRunner().invoke(cli, [str(word) for word in words], catch_exceptions=False)
+        assert found.exit_code == 0, found.output
+        return found.output
+
+    mine = tmp_path / "mine"
+    run("channel", "init", mine)
+    run("channel", "publish", mine, "canary", "--bundle", place.made, "--trust", public)
+    run("channel", "promote", mine, "canary", "stable")
+    run("channel", "rotate", mine, "stable")
+    run("channel", "renew", mine, "--all")
+    assert json.loads(run("channel", "show", mine, "--json"))["channels"]["stable"]["number"] == 1
+    assert "release 1" in run("channel", "show", mine)
+    (place.device / "trust.pem").write_bytes(public.read_bytes())
+    words = ("device", "update", "--bundle", place.bundle)
+    shown = run(*words, "--repository", mine / "public", "--channel", "stable", "--root", mine / "root.json")
+    assert "stable, release 1" in shown
+    assert "already there" in run(*words)
+    assert json.loads(run(*words, "--json"))["changed"] is False
+    assert Metadata.from_file(str(mine / "root.json")).signed.version == 2
