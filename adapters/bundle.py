@@ -145,6 +145,11 @@ class VerifiedBase:
     files: dict[str, bytes] = field(repr=False)  # those that ``NEEDED`` names
     hashed: tuple[HashedFile, ...] = field(repr=False)  # all
 
+    @property
+    def digest(self) -> str:
+        """Of the frozen base that was exported, as ``Base.digest``."""
+        return self.manifest.base_digest
+
     def read(self, name: str) -> bytes:
         """The content of any listed file, verified again. Raises as ``Bundle.base``."""
         content = read_file(self.folder / name, MAX_BASE_FILE)

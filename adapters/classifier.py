@@ -16,6 +16,7 @@ from transformers import AutoModel
 
 from adapters import pretrained
 from adapters.base import Base
+from adapters.classifiergraph import MAX_TOKENS
 from adapters.layout import Floats, Tensors
 from adapters.peftconfig import PeftConfig
 from adapters.trainable import adapted, initial
@@ -23,9 +24,7 @@ from adapters.trainable import load as load
 from adapters.trainable import tensors as tensors
 from aggregation.errors import ConfigError
 
-MAX_TOKENS = 128  # of a text that is trained on or embedded
 BATCH = 16  # texts that are embedded or scored at once
-ENCODER = "encoder."  # begins the path of everything below a ``PhraseClassifier``'s head
 HEAD_SCALE = 16.0  # logit of a phrase that lies exactly on its intent's prototype; a softmax temperature of 1/16
 
 

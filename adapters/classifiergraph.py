@@ -10,7 +10,8 @@ not padded: docs/decisions/0013-composing-adapters.md. Where all rows use one ad
 layers may read inputs of any shape.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np  # before onnxruntime, as in ``container``
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 
 from adapters.graphinputs import LORA_A, LORA_B, OFFSET, PROMPT, SCALES
 from adapters.layout import Floats, Tensors
+from adapters.slotshapes import without_shapes
 
 LABELS = "labels"  # the symbolic dimension of a head's rows in the base's manifest
 RANK = "rank_"  # prefix of the symbolic dimension of a rank
 MIN_RANK = 2  # of a graph input; ONNX Runtime adds up a product with one column in an order that depends on the rows
+ENCODER = "encoder."  # begins the path of everything below a head over the mean of the tokens
+MAX_TOKENS = 128  # of a text that is trained on or embedded
 MAX_ROWS = 16  # of one run; more rows are no faster, and each takes up to 5 MB on MiniLM
 Slots = Mapping[str, Sequence[str]]  # graph input → its symbolic dimensions, from the base's manifest
 Feeds = Mapping[str, Any]  # graph input → OrtValue
@@ -73,6 +77,22 @@ class ClassifierGraph:
         feeds = _ort_values({"input_ids": ids, "attention_mask": mask})
         logits: Floats = self._session.run_with_ort_values(["logits"], feeds | dict(adapter))[0].numpy()
         return logits
+
+
+def open_session(model: bytes, folder: Path, slots: Collection[str], threads: int = 1) -> ort.InferenceSession:
+    """The session of an exported graph, whose slots take an adapter for each row.
+
+    Args:
+        model: The graph, verified.
+        folder: Of the file of weights, which is mapped into memory, so that processes share it.
+        slots: Of the base.
+        threads: For matrix products.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors are raised
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return ort.InferenceSession(without_shapes(model, slots), options, providers=["CPUExecutionProvider"])
 
 
 def group_rows(adapters: Sequence[Tensors], slots: Slots, most: int = MAX_ROWS) -> list[list[int]]:

@@ -53,6 +53,14 @@ def from_inputs(inputs: Tensors, scaling: Mapping[str, float]) -> Tensors:
     return {PEFT_PREFIX + name: _transposed(name, value, inverse) for name, value in inputs.items()}
 
 
+def gradients_of_tensors(gradients: Tensors, scaling: Mapping[str, float]) -> Tensors:
+    """The gradients by the tensors under peft's names, from those by the graph inputs that ``to_inputs`` makes of them.
+
+    ``to_inputs`` transposes, and multiplies B by the scaling; so does the chain rule.
+    """
+    return {PEFT_PREFIX + name: _transposed(name, value, scaling) for name, value in gradients.items()}
+
+
 def input_name(peft_name: str) -> str:
     """The graph input for the tensor that peft calls ``peft_name``.
 

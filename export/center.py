@@ -17,7 +17,8 @@ from transformers import AutoModel
 
 from adapters import pretrained
 from adapters.base import INDEX, Base, find_base
-from adapters.classifier import MAX_TOKENS, in_batches, pooled
+from adapters.classifier import in_batches, pooled
+from adapters.classifiergraph import MAX_TOKENS
 from adapters.storage import new_folder
 from aggregation.errors import ConfigError
 

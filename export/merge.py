@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from adapters import pretrained
 from adapters.base import INDEX, MERGED_ADAPTERS, Base, find_base
-from adapters.classifier import ENCODER
+from adapters.classifiergraph import ENCODER
 from adapters.graphinputs import PEFT_PREFIX, input_name
 from adapters.manifest import Task
 from adapters.peft.config import MERGED, Settings, saved_modules

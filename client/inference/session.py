@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import onnxruntime as ort
 
-from adapters.bundle import MODEL, TOKENIZER, VerifiedBase
-from adapters.classifiergraph import ClassifierGraph, Feeds
+from adapters.bundle import MODEL, TOKENIZER
+from adapters.classifiergraph import ClassifierGraph, Feeds, open_session
 from adapters.layout import Floats
-from adapters.slotshapes import without_shapes
 from aggregation.errors import ConfigError, DataError
 from client.inference.library import Adapter, AdapterCache, Composition, Library, Named
 from client.inference.phrases import PhraseReader
@@ -51,8 +49,9 @@ class ClassificationSession:
         """Use ``open`` or ``of``."""
         self._library, self._loaded = library, loaded
         self._reader = PhraseReader.of(library.base.files[TOKENIZER])
-        manifest = library.manifest
-        self._graph = ClassifierGraph(_session(library.base, threads), manifest.slots, manifest.independent_rows)
+        base, manifest = library.base, library.manifest
+        session = open_session(base.files[MODEL], base.folder, manifest.slots, threads)
+        self._graph = ClassifierGraph(session, manifest.slots, manifest.independent_rows)
 
     @classmethod
     def open(
@@ -179,16 +178,6 @@ class ClassificationSession:
         except Exception as error:  # onnxruntime raises classes without a common base
             reason = f"the base in {self._library.bundle} does not run: {first_line(error)}; export it again"
             raise DataError(reason, about=MODEL) from error
-
-
-def _session(base: VerifiedBase, threads: int) -> ort.InferenceSession:
-    """The graph from the verified bytes. Its weights are mapped from the folder, so processes share them."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # errors are raised
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(base.folder))
-    model = without_shapes(base.files[MODEL], base.manifest.slots)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _best(logits: Floats, adapter: Adapter, top: int) -> list[Prediction]:

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from adapters.base import Base
 from aggregation.client import Device
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
@@ -19,6 +18,7 @@ from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot
+from client.training.protocols import FrozenBase
 
 
 class DeviceState(Protocol):
@@ -49,7 +49,7 @@ class DeviceState(Protocol):
         """The pinned key of the coordinator."""
         ...
 
-    def base(self) -> Base:
+    def base(self) -> FrozenBase:
         """The frozen base."""
         ...
 

@@ -16,7 +16,8 @@ from typing import Self, TypeVar
 import tomli_w
 from pydantic import Field
 
-from adapters.base import Base, find_base
+from adapters.base import find_base
+from adapters.bundle import BASE_MANIFEST
 from adapters.settings import Settings
 from adapters.storage import locked, read, replace
 from aggregation import sealed, transcript
@@ -28,11 +29,13 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
 from aggregation.transcript import LogState
 from aggregation.wire import Codec
+from client.inference.trust import Trust
 from client.node.adapterstate import ADAPTER_STATE, AdapterState
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot, session_secret
+from client.training.protocols import FrozenBase
 
 SETTINGS = "device.toml"
 IDENTITY = "identity.pem"
@@ -61,7 +64,7 @@ Read = TypeVar("Read")
 class DeviceSettings(Settings):
     """``device.toml``: the owner's settings. The coordinator cannot change them."""
 
-    base: str = Field(description="frozen base: a folder, a file, or an installed package that contains one")
+    base: str = Field(description="frozen base: a folder, a file, an installed package that contains one, or a bundle")
     examples: str = Field(default=EXAMPLES, description="examples file, relative to the state directory")
     policy: PolicySettings = PolicySettings()
 
@@ -137,8 +140,16 @@ class DeviceStateDir:
         """The device's key."""
         return self._parse(IdentityKey.from_pem, IDENTITY)
 
-    def base(self) -> Base:
-        """The frozen base that the settings name. Raises as ``find_base``."""
+    def base(self) -> FrozenBase:
+        """The frozen base that the settings name: itself, or that of a bundle.
+
+        Raises:
+            ConfigError, DataError: As ``find_base`` and ``Bundle.base``.
+            TrustError: No key in ``trust.pem``, next to the bundle, signed its base, or a file was altered.
+        """
+        folder = Path(self.settings.base)
+        if (folder / BASE_MANIFEST).is_file():
+            return Trust.open(folder).bundle.base()
         return find_base(self.settings.base)
 
     def device(self, base_digest: str) -> Device:

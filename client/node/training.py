@@ -9,13 +9,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from adapters import files, taskkinds
 from adapters.analytic import AnalyticTask, ClassifierHead
-from adapters.base import Base
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import unfolded
 from adapters.parts import Part
@@ -36,36 +35,19 @@ from client.training.contribute import (
     noisy_contribution,
     require_bounds,
 )
+from client.training.engine import classifier_trainer, language_trainer
 from client.training.examples import Example, Score, Split, in_split, parse_examples
 from client.training.limits import TrainingLimits
 from client.training.moments import own_moments
 from client.training.private import private_file, subject_of, with_private
-
-if TYPE_CHECKING:  # imports torch
-    from client.training.trainer import Trainer
+from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
 
 log = logging.getLogger("edgeadapt.device")
 Made = TypeVar("Made")
 
 
-class LocalTrainer(Protocol):
-    """What trains and scores an adapter of one task: ``training.trainer.Trainer``, ``training.language``."""
-
-    layout: Layout
-
-    def train(
-        self, start: Tensors, examples: Sequence[Example], task: Task, *, epochs: int, rng: np.random.Generator
-    ) -> Tensors:
-        """Train for ``epochs`` passes over ``examples``."""
-        ...
-
-    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
-        """Score an adapter on held-out examples."""
-        ...
-
-
 def train(
-    base: Base,
+    base: FrozenBase,
     planned: Planned,
     blob: bytes,
     snapshot: Snapshot,
@@ -76,7 +58,7 @@ def train(
     """Train the adapter in ``blob`` on the snapshot's examples, or embed them with it for an analytic head.
 
     Args:
-        base: The frozen base.
+        base: The frozen base, or that of a bundle with a training graph.
         planned: The session, in which the device accepted a plan.
         blob: The adapter's file.
         snapshot: Of the session.
@@ -91,10 +73,6 @@ def train(
     Raises:
         ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
     """
-    # Imported here: Flower starts a process for each message, and only this step needs torch, which takes seconds.
-    from client.training.language import load_language_trainer
-    from client.training.trainer import Trainer, load_trainer
-
     plan, spec = planned.plan, planned.spec
     if files.sha256(blob) != plan.adapter_digest:
         reason = "the adapter in the message does not match the digest in the plan"
@@ -104,7 +82,7 @@ def train(
         start = files.decode(blob)
         limits.check(task, start)
         config, labels = task.peft_config, len(task.labels)
-        trainer: LocalTrainer = load_trainer(base, labels, config) if labels else load_language_trainer(base, config)
+        trainer = classifier_trainer(base, labels, config) if labels else language_trainer(base, config)
     except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
         raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:
@@ -116,9 +94,9 @@ def train(
         return _usable(parse_examples(snapshot.examples, path, None if task.labels else 0), task)
 
     if isinstance(task, AnalyticTask):  # of all devices in one space of embeddings, so without private parts
-        if not isinstance(trainer, Trainer):
+        if not labels:
             raise ProtocolError("a language model has no analytic head", COORDINATOR, about="task.labels")
-        return _sum_moments(trainer, start, spec, usable, rounding), None
+        return _sum_moments(classifier_trainer(base, labels, config), start, spec, usable, rounding), None
     return _sum_update(trainer, start, task, planned, usable, rounding, snapshot, kept)
 
 
@@ -156,7 +134,7 @@ def _sum_update(
 
 
 def _sum_moments(
-    trainer: "Trainer",
+    trainer: ClassifierTrainer,
     adapter: Tensors,
     spec: SessionSpec,
     usable: Callable[[], tuple[Example, ...]],

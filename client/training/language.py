@@ -23,8 +23,10 @@ from adapters.layout import Layout, Tensors
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import ConfigError, DataError
+from client.training.batches import batches
+from client.training.descent import finite
 from client.training.examples import Example, Score
-from client.training.trainer import batches, finite, fit, flushed_denormals, squares, values
+from client.training.trainer import fit, flushed_denormals, squares, values
 
 MAX_TOKENS = 128  # of a prompt with its text
 EVALUATION_BATCH = 16  # texts

@@ -1,7 +1,6 @@
 """The moments of a device's own examples: what it contributes to an analytic head, and what it fits its own head to."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,12 +8,10 @@ from adapters.analytic import ClassifierHead
 from adapters.layout import Layout, Tensors
 from adapters.ridge import EmbeddingMoments, moments_of
 from client.training.examples import Example, Split, in_split
-
-if TYPE_CHECKING:  # imports torch
-    from client.training.trainer import Trainer
+from client.training.protocols import ClassifierTrainer
 
 
-def own_moments(trainer: "Trainer", adapter: Tensors, examples: Sequence[Example]) -> EmbeddingMoments:
+def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> EmbeddingMoments:
     """The moments of the training examples, embedded with an adapter.
 
     Args:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +17,7 @@ from adapters.layout import Layout, Tensors
 from adapters.task import Task
 from client.training.examples import Example, Score, Split, in_split
 from client.training.moments import own_moments
-
-if TYPE_CHECKING:  # imports torch
-    from client.training.trainer import Trainer
+from client.training.protocols import ClassifierTrainer
 
 # Of ``with_own_head``, chosen on households of validation seeds: MiniLM and multilingual-e5-small are equally good with
 # 0.3 to 1 (docs/decisions/0033-analytic-head.md).
@@ -83,7 +80,7 @@ class PersonalStep:
 
 
 def personalize(
-    trainer: "Trainer",
+    trainer: ClassifierTrainer,
     candidates: Mapping[Candidate, Tensors],
     examples: Sequence[Example],
     task: Task,
@@ -149,7 +146,7 @@ def rehearsed(
 
 
 def _personal(
-    trainer: "Trainer",
+    trainer: ClassifierTrainer,
     shared: Tensors,
     examples: Sequence[Example],
     task: Task,
@@ -189,14 +186,19 @@ def better_by_chance(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     return float(sum(math.comb(total, k) for k in range(wins, total + 1)) / 2**total)
 
 
-def _right(trainer: "Trainer", adapter: Tensors, examples: Sequence[Example]) -> NDArray[np.bool_]:
+def _right(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example]) -> NDArray[np.bool_]:
     found = trainer.logits(adapter, [example.text for example in examples]).argmax(axis=1)
     right: NDArray[np.bool_] = np.equal(found, [example.label for example in examples])
     return right
 
 
 def with_own_head(
-    trainer: "Trainer", adapter: Tensors, examples: Sequence[Example], *, scale: float, strength: float = OWN_STRENGTH
+    trainer: ClassifierTrainer,
+    adapter: Tensors,
+    examples: Sequence[Example],
+    *,
+    scale: float,
+    strength: float = OWN_STRENGTH,
 ) -> Tensors:
     """The adapter with its head fitted to the training examples as well, by one regression and no training.
 
@@ -218,7 +220,7 @@ def with_own_head(
 
 
 def with_both_heads(
-    trainer: "Trainer", tuned: Tensors, shared: Tensors, examples: Sequence[Example], *, scale: float
+    trainer: ClassifierTrainer, tuned: Tensors, shared: Tensors, examples: Sequence[Example], *, scale: float
 ) -> Tensors:
     """A fine-tuned adapter whose head is the sum of two: its own, and the shared one fitted to the device's examples.
 

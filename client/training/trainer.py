@@ -24,6 +24,8 @@ from adapters.parts import Part, part_of
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
+from client.training.batches import batches
+from client.training.descent import finite
 from client.training.examples import Example, Score
 
 LORA_B = ".lora_B.default"  # ends the path of a layer's B in peft's model
@@ -224,17 +226,6 @@ def _adding(square: Tensor, frozen: Tensor) -> Callable[[nn.Module, tuple[Tensor
     return add
 
 
-def finite(trained: Tensors) -> Tensors:
-    """Return the tensors that a training made. After its last step, no loss shows whether they are finite.
-
-    Raises:
-        DataError: One holds NaN or infinity.
-    """
-    if not all(np.isfinite(tensor).all() for tensor in trained.values()):
-        raise DataError("the trained adapter is not finite; lower the learning rate", about="training.adapter")
-    return trained
-
-
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
     """Compute with zero in place of denormal numbers, in this thread and those that torch starts meanwhile.
@@ -253,25 +244,3 @@ def flushed_denormals() -> Iterator[None]:
 def load_trainer(base: Base, labels: int, config: PeftConfig) -> Trainer:
     """A trainer that stays loaded for the next message. Its methods load the adapter that they are given."""
     return Trainer(base, labels, config)
-
-
-def batches(lengths: Sequence[int], size: int, epochs: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Batches of texts of similar length, which need little padding, in random order.
-
-    Args:
-        lengths: Tokens of each text.
-        size: Texts in a batch; the last batch of the longest texts may be smaller.
-        epochs: Passes over the texts.
-        rng: Draws the order of the batches, and that of texts of equal length.
-
-    Yields:
-        The indices of a batch. Guarantee: an epoch contains every index exactly once.
-
-    >>> list(batches([7, 2, 9], 2, 1, np.random.default_rng(0)))
-    [[2], [1, 0]]
-    """
-    for _ in range(epochs):
-        shuffled = rng.permutation(len(lengths))
-        grouped = shuffled[np.argsort(np.asarray(lengths)[shuffled], kind="stable")]
-        epoch = [grouped[start : start + size].tolist() for start in range(0, len(lengths), size)]
-        yield from (epoch[i] for i in rng.permutation(len(epoch)))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from adapters import pretrained
 from adapters.base import Base, find_base
-from adapters.classifier import ENCODER
+from adapters.classifiergraph import ENCODER
 from adapters.graphinputs import LORA_A, VIRTUAL, input_name, vector_kind
 from adapters.manifest import Task
 from adapters.peft.inputs import is_saved, lora_paths

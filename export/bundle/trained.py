@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters import pretrained
 from adapters.base import Base
-from adapters.classifier import ENCODER, PhraseClassifier
+from adapters.classifier import PhraseClassifier
+from adapters.classifiergraph import ENCODER
 from adapters.graphinputs import input_name
 from adapters.layout import Floats, Tensors
 from adapters.manifest import Task

@@ -12,10 +12,9 @@ import numpy as np
 import onnxruntime as ort
 
 from adapters.bundle import MODEL
-from adapters.classifiergraph import LABELS, ClassifierGraph
+from adapters.classifiergraph import LABELS, ClassifierGraph, open_session
 from adapters.graphinputs import GIVEN, LORA_A, LORA_B, OFFSET, PROMPT, REPLACED, SCALES
 from adapters.layout import Floats, Tensors
-from adapters.slotshapes import without_shapes
 from aggregation.errors import ConfigError
 
 RANK, ROWS = 4, 3  # of the adapters that are tried, with as many virtual tokens as ranks; three labels
@@ -24,14 +23,9 @@ TOLERANCE = 2e-3  # of a logit, relative to the largest: rounding in int8 stays 
 MAX_REASON = 200  # characters of ONNX Runtime's message
 
 
-def open_session(folder: Path, slots: Collection[str]) -> ort.InferenceSession:
-    """The native graph of the base in ``folder``, whose slots take an adapter for each row. Its weights are mapped."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4  # errors are raised
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    model = without_shapes((folder / MODEL).read_bytes(), slots)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+def open_base(folder: Path, slots: Collection[str]) -> ort.InferenceSession:
+    """The native graph of the base in ``folder``, as devices open it."""
+    return open_session((folder / MODEL).read_bytes(), folder, slots)
 
 
 def independent_rows(folder: Path, slots: Mapping[str, tuple[str, ...]], ids: Sequence[int], longest: int) -> bool:
@@ -49,7 +43,7 @@ def independent_rows(folder: Path, slots: Mapping[str, tuple[str, ...]], ids: Se
     Raises:
         ConfigError: The graph does not run, or gives an answer that is not finite.
     """
-    session = open_session(folder, slots)
+    session = open_base(folder, slots)
     longest = min(longest, LONGEST) - (RANK if PROMPT in slots else 0)
     lengths = sorted({min(3, longest), max(1, longest // 3), longest})
     texts = [list(np.resize(ids, length)) for length in (lengths * ROWS)[:ROWS]]

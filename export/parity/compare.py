@@ -28,7 +28,7 @@ from adapters.manifest import BaseManifest, Task
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError
 from export.onnx.exported import Profile
 from export.onnx.graph import ANSWER
-from export.onnx.rows import open_session
+from export.onnx.rows import open_base
 
 MAX_TOKENS = 256  # of one text, where the tokenizer itself sets no limit; longer texts are truncated
 MAX_TOGETHER = 64  # texts of one run in torch
@@ -154,7 +154,7 @@ class OnnxRunner:
     @classmethod
     def open(cls, folder: Path, manifest: BaseManifest) -> "OnnxRunner":
         """Open the base in ``folder``, whose weights are mapped into memory."""
-        session, tokenizer = open_session(folder, manifest.slots), Tokenizer.from_file(str(folder / TOKENIZER))
+        session, tokenizer = open_base(folder, manifest.slots), Tokenizer.from_file(str(folder / TOKENIZER))
         if tokenizer.truncation is None:
             tokenizer.enable_truncation(MAX_TOKENS)
         classifies = manifest.task == "text-classification"

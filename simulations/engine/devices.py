@@ -18,7 +18,6 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from adapters.base import Base
 from adapters.storage import replace
 from aggregation import sealed
 from aggregation.client import Device
@@ -35,6 +34,7 @@ from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Snapshot, session_secret
 from client.node.statedir import SNAPSHOT, TRAINING_KEY, DeviceStateDir
+from client.training.protocols import FrozenBase
 
 WRITTEN_BEFORE = (Step.CHECK_IN, Step.PLAN)  # a session and a round begin
 
@@ -42,7 +42,7 @@ WRITTEN_BEFORE = (Step.CHECK_IN, Step.PLAN)  # a session and a round begin
 class MemoryDevice:
     """A ``DeviceState`` in memory. What a file gives is read once."""
 
-    def __init__(self, files: DeviceStateDir, base: Base) -> None:
+    def __init__(self, files: DeviceStateDir, base: FrozenBase) -> None:
         self._files, self._base = files, base
         self.policy: PolicySettings = files.policy
         self.examples: Path = files.examples
@@ -60,7 +60,7 @@ class MemoryDevice:
         self._state: ClientState | None = None
         self._snapshot: tuple[bytes, Snapshot] | None = None
 
-    def base(self) -> Base:
+    def base(self) -> FrozenBase:
         """The frozen base."""
         return self._base
 
@@ -163,7 +163,7 @@ class MemoryDevices:
     """
 
     state_dir: Callable[[str], DeviceStateDir]
-    base: Base
+    base: FrozenBase
     _awake: dict[str, MemoryDevice] = field(default_factory=dict)
 
     def open(self, context: Context) -> MemoryDevice:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from adapters.base import Base
-from adapters.classifier import MAX_TOKENS
+from adapters.classifiergraph import MAX_TOKENS
 from adapters.cores import cores
 from aggregation.errors import ConfigError
 from simulations.data.population import Client, LabelledText, Population

@@ -17,6 +17,7 @@ ENROLMENT = (
     "coordinator.authority.store",
 )
 AUDITOR = ("coordinator.cli.audit", "coordinator.audit.transcripts")
+TRAINING = ("adapters.traininggraph", "client.training.graphtrainer")
 ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalchemy", "torch", "transformers"}
 
 
@@ -41,6 +42,15 @@ def test_a_device_that_only_answers_loads_no_training_framework(root: Path) -> N
     assert not loaded & ABSENT_ON_A_DEVICE
 
 
+def test_a_device_that_takes_part_with_a_training_graph_loads_no_training_framework(root: Path) -> None:
+    script = f"import sys, client.node.app, {', '.join(TRAINING)}; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert {"client", "onnxruntime", "flwr"} <= loaded
+    assert not loaded & (ABSENT_ON_A_DEVICE - {"flwr", "safetensors"}) - {"sqlalchemy"}  # which flwr may load
+
+
 def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> None:
     script = "import sys, edgeadapt; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
@@ -55,12 +65,13 @@ def test_the_command_line_loads_no_part_before_it_is_asked_to(root: Path) -> Non
         (DEVICE, None),
         (ENROLMENT, None),
         (AUDITOR, None),
+        (TRAINING, None),
         (("client",), "train"),
         (("coordinator",), "coordinator"),
         (("export",), "export"),
         (PARTS, "simulations"),
     ],
-    ids=["bare install", "enrolment", "audit", "train", "coordinator", "export", "simulations"],
+    ids=["bare install", "enrolment", "audit", "training graph", "train", "coordinator", "export", "simulations"],
 )
 def test_each_roles_extra_installs_what_the_role_imports(
     graph: grimp.ImportGraph, root: Path, modules: tuple[str, ...], extra: str | None

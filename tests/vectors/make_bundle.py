@@ -33,7 +33,7 @@ from client.inference.trust import Trust
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx import headers
 from export.onnx.exported import ExportedBase, Profile, written
-from export.onnx.rows import open_session
+from export.onnx.rows import open_base
 from tests.vectors import bundle_cases
 
 FOLDER = Path(__file__).with_name("bundle")
@@ -180,7 +180,7 @@ def write(folder: Path) -> None:
 
 def expected(folder: Path, base: ExportedBase) -> dict[str, Any]:
     """What a reader finds in the bundle in ``folder``: tensors and ``trust.seen.json``, and what a device answers."""
-    read, run = Tokenizer.from_str(tokenizer().decode()), ClassifierGraph(open_session(base.folder, SLOTS), SLOTS, True)
+    read, run = Tokenizer.from_str(tokenizer().decode()), ClassifierGraph(open_base(base.folder, SLOTS), SLOTS, True)
     answers: list[dict[str, Any]] = [{"text": text, "ids": read.encode(text).ids, "logits": {}} for text in TEXTS]
     adapters = {}
     for form in FORMATS:

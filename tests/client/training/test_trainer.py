@@ -17,6 +17,7 @@ from adapters.manifest import PeftConfig
 from adapters.parts import PARTS, Part, part_of
 from adapters.task import MAX_LOSS, Task
 from aggregation.errors import DataError
+from client.training.batches import batches
 from client.training.examples import Example, Score, Split
 from client.training.personal import (
     OWN_STRENGTH,
@@ -30,7 +31,7 @@ from client.training.personal import (
     with_both_heads,
     with_own_head,
 )
-from client.training.trainer import Trainer, batches, load_trainer, squares
+from client.training.trainer import Trainer, load_trainer, squares
 from tests.support import refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")

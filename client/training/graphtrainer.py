@@ -1,0 +1,230 @@
+"""Trains an adapter of a classifier with the training graph of its bundle, and scores it: ``Trainer`` without torch.
+
+The gradients come from ONNX Runtime (``adapters.traininggraph``), the steps from NumPy (``descent``), and logits from
+the graph with which the device answers. Of the same batches, both trainers make the same adapter, up to rounding and
+the quantization of the base.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from cachetools import LRUCache, cached
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from adapters.bundle import MODEL, TOKENIZER, TRAINING, VerifiedBase
+from adapters.classifiergraph import ENCODER, LABELS, MAX_TOKENS, ClassifierGraph, open_session
+from adapters.graphinputs import LORA_A, LORA_B, PEFT_PREFIX, gradients_of_tensors, to_inputs
+from adapters.layout import Floats, Layout, Tensors, TensorSpec
+from adapters.lorasb import frozen_factor, square_name, unfolded
+from adapters.parts import Part, part_of
+from adapters.peftconfig import PeftConfig
+from adapters.task import MAX_LOSS, Task
+from adapters.traininggraph import TrainingGraph, batch_of
+from aggregation.errors import ConfigError, DataError
+from client.training.batches import batches
+from client.training.denormals import without_denormals
+from client.training.descent import descend
+from client.training.examples import Example, Score
+
+HEAD = ("classifier.bias", "classifier.weight")  # over the mean of the tokens, as federations train it
+TOKENS_AT_ONCE = 512  # of one run of the training graph, which bounds its memory; with MiniLM 0.4 MB a token
+
+
+class GraphTrainer:
+    """A verified base with a training graph, and its tokenizer. It holds no adapter."""
+
+    def __init__(self, base: VerifiedBase, labels: int, config: PeftConfig, threads: int = 1) -> None:
+        """Load the base.
+
+        Args:
+            base: Of a bundle.
+            labels: Rows of the head.
+            config: Of the adapters: LoRA at layers that have slots.
+            threads: For matrix products.
+
+        Raises:
+            ConfigError: The base has no training graph, another head than federations train, or no slot for the method;
+                or a file cannot be loaded.
+            TrustError: A file of the bundle changed since it was verified.
+        """
+        self.base, self._slots = base, base.manifest.slots
+        _check(base, config)
+        layers = sorted(name.removesuffix(LORA_A) for name in self._slots if name.endswith(LORA_A))
+        adapted = [path for path in layers if _targeted(path, config.target_modules)]
+        self._scaling = {path: config.scaling_of(path) for path in adapted}
+        self._empty = _empty(self._slots, [path for path in layers if path not in self._scaling])
+        self.layout = _layout(self._slots, adapted, labels, config)
+        self.hidden = int(self._slots[HEAD[1]][1])
+        training = base.read(TRAINING)
+        try:
+            self._tokenizer = Tokenizer.from_str(base.files[TOKENIZER].decode())
+            longest = int((self._tokenizer.truncation or {"max_length": MAX_TOKENS})["max_length"])
+            self._tokenizer.enable_truncation(min(MAX_TOKENS, longest))
+            self._tokenizer.no_padding()
+            with without_denormals():  # which the threads of the sessions inherit
+                session = open_session(base.files[MODEL], base.folder, self._slots, threads)
+                self._training = TrainingGraph(training, base.folder, threads)
+        except Exception as error:  # tokenizers and onnxruntime raise classes without a common base
+            reason = f"the base in {base.folder} cannot be loaded for training: {' '.join(str(error).split())[:200]}"
+            raise ConfigError(reason, about=TRAINING) from error
+        self._graph = ClassifierGraph(session, self._slots, base.manifest.independent_rows)
+        base.check()
+
+    def train(
+        self,
+        start: Tensors,
+        examples: Sequence[Example],
+        task: Task,
+        *,
+        epochs: int,
+        rng: np.random.Generator,
+        step: Callable[[], object] = lambda: None,
+    ) -> Tensors:
+        """Train for ``epochs`` passes over ``examples``. Arguments, result and errors: as ``Trainer.train``."""
+        if not examples:
+            raise DataError("there are no examples to train on; add some", about="examples", value=0)
+        tokens, labels = self._tokens([e.text for e in examples]), [e.label for e in examples]
+
+        def gradients_of(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
+            return self._gradients(values, [tokens[i] for i in batch], [labels[i] for i in batch])
+
+        order = batches([len(ids) for ids in tokens], task.batch_size, epochs, rng)
+        begun = unfolded(start) if Part.R in task.trained else start
+        with without_denormals():
+            return descend(begun, order, gradients_of, task, step)
+
+    def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
+        """Score an adapter on ``examples``. Arguments and result are those of ``Trainer.score``."""
+        if not examples:
+            return Score(0, 0, 0.0)
+        logits = self.logits(adapter, [e.text for e in examples]).astype(np.float64)
+        labels, rows = np.array([e.label for e in examples]), np.arange(len(examples))
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[rows, labels]
+        correct = int((logits.argmax(axis=1) == labels).sum())
+        return Score(correct, len(examples), float(np.minimum(losses, MAX_LOSS).sum()))
+
+    def logits(self, adapter: Tensors, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Logits, shape ``(len(texts), labels)``; ``(0, 0)`` without texts."""
+        return self._run(self._inputs(adapter), texts) if texts else np.zeros((0, 0), np.float32)
+
+    def embed(self, texts: Sequence[str], adapter: Tensors | None = None) -> NDArray[np.float32]:
+        """Embeddings, shape ``(len(texts), hidden)``. Arguments are those of ``Trainer.embed``.
+
+        They are the logits of a head that is the identity.
+        """
+        if not texts:
+            return np.zeros((0, self.hidden), np.float32)
+        bias, weight = HEAD
+        inputs = self._inputs(adapter) if adapter is not None else _empty(self._slots, self._paths())
+        identity = {bias: np.zeros(self.hidden, np.float32), weight: np.eye(self.hidden, dtype=np.float32)}
+        return self._run(inputs | identity, texts)
+
+    def _run(self, inputs: Tensors, texts: Sequence[str]) -> Floats:
+        tokens = self._tokens(texts)
+        order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))  # texts of a run need little padding
+        with without_denormals():
+            rows = self._graph.mixed([tokens[text] for text in order], [inputs] * len(order))
+        result: Floats = np.stack(rows)[np.argsort(order)]
+        return result
+
+    def _gradients(self, values: Tensors, tokens: Sequence[list[int]], labels: Sequence[int]) -> tuple[float, Tensors]:
+        """The mean loss of a batch, and its gradients by peft's tensors, and by R for those that have one."""
+        squares = {name: values[square_name(name)] for name in values if square_name(name) in values and _is_b(name)}
+        factors = {name: frozen_factor(name, values[name].shape) for name in squares}
+        inputs = self._inputs(values | {name: values[name] + factors[name] @ r for name, r in squares.items()})
+        loss, total = 0.0, dict[str, Floats]()
+        for part in _parts(tokens):
+            shares = [1 / len(tokens)] * len(part)
+            batch = batch_of([tokens[i] for i in part], [labels[i] for i in part], shares)
+            some, found = self._training.gradients(batch, inputs)
+            loss += some
+            total = {name: total[name] + value if total else value for name, value in found.items()}
+        scaled = {name: value for name, value in total.items() if name not in self._empty}
+        gradients = gradients_of_tensors(scaled, self._scaling)
+        return loss, gradients | {square_name(name): factors[name].T @ gradients[name] for name in squares}
+
+    def _inputs(self, adapter: Tensors) -> Tensors:
+        """The graph inputs of an adapter of this layout."""
+        named = {spec.name: adapter[spec.name] for spec in self.layout.tensors}
+        return to_inputs(named, self._scaling) | self._empty
+
+    def _paths(self) -> list[str]:
+        return [name.removesuffix(LORA_A) for name in self._slots if name.endswith(LORA_A)]
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
+
+
+def _key(base: VerifiedBase, labels: int, config: PeftConfig) -> object:
+    return base.folder, tuple(sorted(base.manifest.files.items())), labels, config
+
+
+@cached(LRUCache(maxsize=2), key=_key)
+def load_graph_trainer(base: VerifiedBase, labels: int, config: PeftConfig) -> GraphTrainer:
+    """A trainer that stays loaded for the next message."""
+    return GraphTrainer(base, labels, config)
+
+
+def _check(base: VerifiedBase, config: PeftConfig) -> None:
+    """Refuse what cannot be trained with this base."""
+    if TRAINING not in base.manifest.files:
+        raise ConfigError(
+            f"the base in {base.folder} has no training graph: export it with 'export base --training', or name the "
+            "base itself and install the extra train",
+            about=TRAINING,
+        )
+    if config.peft_type != "LORA" or config.use_dora:
+        method = "DoRA" if config.use_dora else config.peft_type
+        raise ConfigError(
+            f"a training graph trains LoRA, not {method}: install the extra train", about="task.peft_config"
+        )
+    slots = base.manifest.slots
+    trained = {name for name in slots if name.startswith(ENCODER) and name.endswith((LORA_A, LORA_B))} | set(HEAD)
+    if odd := sorted(trained ^ set(slots)):
+        raise ConfigError(
+            f"the base in {base.folder} has a slot {odd[0]!r}, which federations do not train: export it with --head "
+            "mean and low-rank slots",
+            about=odd[0],
+        )
+
+
+def _targeted(path: str, targets: Sequence[str]) -> bool:
+    """Whether peft puts an adapter at a layer: a target is its path, or the end of it."""
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def _empty(slots: dict[str, tuple[str, ...]], layers: Sequence[str]) -> Tensors:
+    """Inputs of rank 0 for the layers without an adapter."""
+    found = {path + LORA_A: np.zeros((int(slots[path + LORA_A][0]), 0), np.float32) for path in layers}
+    return found | {path + LORA_B: np.zeros((0, int(slots[path + LORA_B][1])), np.float32) for path in layers}
+
+
+def _layout(slots: dict[str, tuple[str, ...]], adapted: Sequence[str], labels: int, config: PeftConfig) -> Layout:
+    """The layout of the adapters, in peft's names and shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in adapted:
+        rank = config.rank_of(path)
+        shapes[path + LORA_A] = (rank, int(slots[path + LORA_A][0]))
+        shapes[path + LORA_B] = (int(slots[path + LORA_B][1]), rank)
+    for name in HEAD:
+        shapes[name] = tuple(labels if text == LABELS else int(text) for text in slots[name])
+    return Layout(tuple(TensorSpec(PEFT_PREFIX + name, shapes[name]) for name in sorted(shapes)))
+
+
+def _is_b(name: str) -> bool:
+    return part_of(name) is Part.B
+
+
+def _parts(tokens: Sequence[list[int]]) -> Iterator[list[int]]:
+    """The rows of a batch in runs of at most ``TOKENS_AT_ONCE`` tokens with padding, each of one row or more."""
+    part: list[int] = []
+    longest = 0
+    for row, ids in enumerate(tokens):
+        longest = max(longest, len(ids))
+        if part and longest * (len(part) + 1) > TOKENS_AT_ONCE:
+            yield part
+            part, longest = [], len(ids)
+        part.append(row)
+    yield part

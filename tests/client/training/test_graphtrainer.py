@@ -1,0 +1,325 @@
+"""The trainer without torch makes the adapters that torch makes of the same batches, and needs nothing of it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters.base import Base
+from adapters.bundle import TRAINING, Bundle, VerifiedBase
+from adapters.layout import Tensors
+from adapters.parts import PARTS, Part
+from adapters.peftconfig import PeftConfig
+from adapters.task import MAX_LOSS, Task
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, DataError, TrustError
+from aggregation.pki.identity import IdentityKey
+from client.training import graphtrainer
+from client.training.denormals import flushes, without_denormals
+from client.training.engine import classifier_trainer, language_trainer
+from client.training.examples import Example, Score
+from client.training.graphtrainer import GraphTrainer
+from client.training.trainer import Trainer
+from export.bundle.write import write_bundle
+from export.onnx.classifier import export_classifier
+from export.onnx.dequantize import dequantized
+from export.onnx.exported import Profile
+from export.onnx.slotted import with_mean_head, with_own_head
+from tests.support.errors import refused
+
+LABELS = ("Light", "Music", "Timer")
+LORA = PeftConfig.lora(2, 4)
+TASK = Task(LORA, LABELS, 1, 4, 0.01, 0.01, 0.0, PARTS, PARTS)
+PHRASES = (
+    ("turn on the light", 0),
+    ("kitchen light off", 0),
+    ("switch the lamp on please and make it bright", 0),
+    ("play music", 1),
+    ("stop the music", 1),
+    ("play a song in the kitchen", 1),
+    ("set a timer", 2),
+    ("wake me in ten minutes", 2),
+    ("start the timer", 2),
+)
+EXAMPLES = [Example(text, label) for text, label in PHRASES]
+TEXTS = [text for text, _ in PHRASES]
+Open = Callable[[Profile], VerifiedBase]
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def bundled(folder: Path, exported: Any) -> VerifiedBase:
+    """The base of a bundle, verified."""
+    key = IdentityKey.generate(SystemEntropy())
+    write_bundle(folder, exported, [], key=key)
+    return Bundle(folder, (key.public,)).base()
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Open:
+    model = with_mean_head(tiny_base, ["query", "key", "value"])  # more slots than the adapters have
+    folder = tmp_path_factory.mktemp("bundles")
+    made = {
+        profile: bundled(folder / profile.value, export_classifier(model, tiny_base, profile, training=True))
+        for profile in (Profile.FP32, Profile.NATIVE_INT8)
+    }
+    return made.__getitem__
+
+
+@pytest.fixture(scope="module")
+def ours(opened: Open) -> GraphTrainer:
+    return GraphTrainer(opened(Profile.FP32), 3, LORA)
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_base: Base) -> Trainer:
+    return Trainer(tiny_base, 3, LORA)
+
+
+@pytest.fixture(scope="module")
+def start(ours: GraphTrainer) -> Tensors:
+    drawn = rng(5)
+    return {s.name: (0.2 * drawn.standard_normal(s.shape)).astype(np.float32) for s in ours.layout.tensors}
+
+
+def distance(left: Tensors, right: Tensors) -> float:
+    assert left.keys() == right.keys()
+    return max(float(np.abs(left[name] - right[name]).max()) for name in left)
+
+
+# Of the same batches, the same adapters.
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        TASK,
+        replace(TASK, batch_size=1),
+        replace(TASK, proximal=3.0),
+        replace(TASK, trained=(Part.B, Part.HEAD)),
+        replace(TASK, trained=(Part.R, Part.HEAD)),
+    ],
+    ids=["LoRA", "one by one", "proximal", "B and head", "Fed-SB"],
+)
+def test_an_epoch_makes_the_adapter_that_torch_makes(
+    ours: GraphTrainer, theirs: Trainer, start: Tensors, task: Task
+) -> None:
+    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in (ours, theirs))
+    moved = distance({name: expected[name] for name in start}, start) if Part.R not in task.trained else 0.01
+    assert distance(found, expected) < 0.002 * moved
+    assert moved > 0.009
+
+
+def test_rank_stabilized_scaling_reaches_the_gradients(opened: Open, tiny_base: Base, start: Tensors) -> None:
+    config = replace(LORA, use_rslora=True)
+    task = replace(TASK, peft_config=config)
+    both = GraphTrainer(opened(Profile.FP32), 3, config), Trainer(tiny_base, 3, config)
+    found, expected = (t.train(start, EXAMPLES, task, epochs=1, rng=rng(1)) for t in both)
+    assert distance(found, expected) < 2e-5
+
+
+def test_on_a_quantized_base_it_trains_on_the_weights_that_the_device_runs(
+    opened: Open, tiny_base: Base, start: Tensors, theirs: Trainer, tmp_path: Path
+) -> None:
+    ours = GraphTrainer(opened(Profile.NATIVE_INT8), 3, LORA)
+    rounded = Trainer(dequantized(tiny_base, Profile.NATIVE_INT8, tmp_path / "rounded"), 3, LORA)
+    found = ours.train(start, EXAMPLES, TASK, epochs=1, rng=rng(1))
+    assert distance(found, rounded.train(start, EXAMPLES, TASK, epochs=1, rng=rng(1))) < 2e-5
+    assert distance(found, theirs.train(start, EXAMPLES, TASK, epochs=1, rng=rng(1))) > 1e-4
+
+
+def test_scores_logits_and_embeddings_are_torchs(ours: GraphTrainer, theirs: Trainer, start: Tensors) -> None:
+    many = TEXTS * 5  # more than a run
+    np.testing.assert_allclose(ours.logits(start, many), theirs.logits(start, many), atol=1e-5)
+    np.testing.assert_allclose(ours.embed(many, start), theirs.embed(many, start), atol=1e-5)
+    np.testing.assert_allclose(ours.embed(many), theirs.embed(many), atol=1e-5)
+    assert np.abs(ours.embed(many) - ours.embed(many, start)).max() > 1e-3
+    found, expected = ours.score(start, EXAMPLES), theirs.score(start, EXAMPLES)
+    assert (found.correct, found.count) == (expected.correct, expected.count)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+
+
+def test_the_layout_is_that_of_torchs_model(ours: GraphTrainer, theirs: Trainer) -> None:
+    assert ours.layout == theirs.layout
+
+
+def test_training_lowers_the_loss_and_changes_nothing_in_place(ours: GraphTrainer, start: Tensors) -> None:
+    before = {name: value.copy() for name, value in start.items()}
+    trained = ours.train(start, EXAMPLES, TASK, epochs=25, rng=rng())
+    assert ours.score(trained, EXAMPLES).loss < 0.5 * ours.score(start, EXAMPLES).loss
+    assert distance(start, before) == 0
+
+
+def test_equal_arguments_give_equal_adapters_whatever_was_trained_before(ours: GraphTrainer, start: Tensors) -> None:
+    first = ours.train(start, EXAMPLES, TASK, epochs=2, rng=rng(1))
+    ours.train(first, EXAMPLES[:3], TASK, epochs=1, rng=rng(9))
+    assert distance(ours.train(start, EXAMPLES, TASK, epochs=2, rng=rng(1)), first) == 0
+
+
+def test_a_batch_that_is_run_in_parts_to_save_memory_makes_the_same_adapter(
+    ours: GraphTrainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ours.train(start, EXAMPLES, replace(TASK, batch_size=9), epochs=1, rng=rng(1))
+    monkeypatch.setattr(graphtrainer, "TOKENS_AT_ONCE", 13)
+    parts = list(graphtrainer._parts([[1] * 5] * 4 + [[1] * 20] + [[1] * 3]))
+    assert parts == [[0, 1], [2, 3], [4], [5]]
+    assert distance(ours.train(start, EXAMPLES, replace(TASK, batch_size=9), epochs=1, rng=rng(1)), whole) < 1e-5
+
+
+def test_the_step_is_called_before_each_batch_and_can_end_the_training(ours: GraphTrainer, start: Tensors) -> None:
+    calls: list[int] = []
+
+    def stop() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ours.train(start, EXAMPLES, TASK, epochs=9, rng=rng(), step=stop)
+    assert len(calls) == 2
+
+
+# Bad input.
+
+
+def test_no_examples_are_refused_and_score_zero(ours: GraphTrainer, start: Tensors) -> None:
+    with refused(DataError, "examples", value=0):
+        ours.train(start, (), TASK, epochs=1, rng=rng())
+    assert ours.score(start, ()) == Score(0, 0, 0.0)
+    assert (ours.logits(start, ()).shape, ours.embed(()).shape) == ((0, 0), (0, 32))
+
+
+def test_a_loss_that_is_not_finite_is_refused(ours: GraphTrainer, start: Tensors) -> None:
+    broken = {name: np.full_like(value, 3e38) for name, value in start.items()}
+    with refused(DataError, "training.loss"):
+        ours.train(broken, EXAMPLES, TASK, epochs=1, rng=rng())
+
+
+def test_an_adapter_without_the_parts_that_the_task_trains_is_refused(ours: GraphTrainer, start: Tensors) -> None:
+    with refused(DataError, "task.trained"):
+        ours.train(start, EXAMPLES, replace(TASK, trained=(Part.VECTORS,)), epochs=1, rng=rng())
+
+
+def test_a_loss_is_clipped_to_its_bound(ours: GraphTrainer, start: Tensors) -> None:
+    sure = {name: value * (1e4 if "classifier" in name else 1) for name, value in start.items()}
+    wrong = [Example(text, (int(np.argmax(ours.logits(sure, [text]))) + 1) % 3) for text in TEXTS]
+    assert ours.score(sure, wrong) == Score(0, len(TEXTS), MAX_LOSS * len(TEXTS))
+
+
+def test_a_long_text_is_truncated(ours: GraphTrainer, start: Tensors) -> None:
+    long = " ".join(["light"] * 300)
+    assert ours.logits(start, [long, "light"]).shape == (2, 3)
+    ours.train(start, [Example(long, 0)], TASK, epochs=1, rng=rng())
+
+
+@pytest.mark.parametrize(
+    "config", [PeftConfig("IA3", 0, 0, ("query",)), replace(LORA, use_dora=True)], ids=["IA3", "DoRA"]
+)
+def test_a_method_that_needs_torch_is_refused(opened: Open, config: PeftConfig) -> None:
+    with refused(ConfigError, "task.peft_config"):
+        GraphTrainer(opened(Profile.FP32), 3, config)
+
+
+def test_a_bundle_without_a_training_graph_is_refused(tiny_base: Base, tmp_path: Path) -> None:
+    model = with_mean_head(tiny_base, ["query", "value"])
+    with refused(ConfigError, TRAINING):
+        GraphTrainer(bundled(tmp_path / "b", export_classifier(model, tiny_base, Profile.FP32)), 3, LORA)
+
+
+def test_a_base_with_its_own_head_is_refused(tiny_base: Base, tmp_path: Path) -> None:
+    made = export_classifier(with_own_head(tiny_base, ["query"]), tiny_base, Profile.FP32, training=True)
+    with refused(ConfigError, next(name for name in sorted(made.slots) if "query" in name)):
+        GraphTrainer(bundled(tmp_path / "b", made), 3, LORA)
+
+
+def test_a_training_graph_that_changed_after_it_was_verified_is_refused(tiny_base: Base, tmp_path: Path) -> None:
+    made = export_classifier(with_mean_head(tiny_base, ["query"]), tiny_base, Profile.FP32, training=True)
+    base = bundled(tmp_path / "bundle", made)
+    with (base.folder / TRAINING).open("ab") as file:
+        file.write(b"\0")
+    with refused(TrustError, TRAINING):
+        GraphTrainer(base, 3, PeftConfig.lora(2, 4, ("query",)))
+
+
+def test_a_bundle_trains_no_language_model(opened: Open) -> None:
+    with refused(ConfigError, "base"):
+        language_trainer(opened(Profile.FP32), LORA)
+
+
+# Denormal numbers, and what is imported.
+
+
+def test_denormal_numbers_are_flushed_within_the_block_alone() -> None:
+    assert not flushes()
+    with without_denormals():
+        assert flushes()
+    assert not flushes()
+
+
+def test_training_and_scoring_flush_denormal_numbers(
+    ours: GraphTrainer, start: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    run, logits = ours._training.gradients, ours._graph.mixed
+    monkeypatch.setattr(ours._training, "gradients", lambda *a: (seen.append(flushes()), run(*a))[1])
+    monkeypatch.setattr(ours._graph, "mixed", lambda *a: (seen.append(flushes()), logits(*a))[1])
+    ours.train(start, EXAMPLES, TASK, epochs=1, rng=rng())
+    ours.score(start, EXAMPLES)
+    assert len(seen) > 2
+    assert all(seen)
+
+
+BLOCKED = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"accelerate", "flwr", "gguf", "onnx", "peft", "torch", "transformers"}:
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+from pathlib import Path
+import numpy as np
+from adapters.bundle import Bundle
+from adapters.keyfiles import read_public_keys
+from adapters.parts import PARTS
+from adapters.peftconfig import PeftConfig
+from adapters.task import Task
+from client.training.engine import classifier_trainer
+from client.training.examples import Example
+
+folder = Path(sys.argv[1])
+base = Bundle(folder, read_public_keys(Path(sys.argv[2]))).base()
+trainer = classifier_trainer(base, 2, PeftConfig.lora(2, 4))
+start = {s.name: np.full(s.shape, 0.1, np.float32) for s in trainer.layout.tensors}
+task = Task(PeftConfig.lora(2, 4), ("a", "b"), 1, 2, 0.01, 0.0, 0.0, PARTS, PARTS)
+examples = [Example("play music", 0), Example("set a timer", 1)]
+trained = trainer.train(start, examples, task, epochs=1, rng=np.random.default_rng(0))
+print(trainer.score(trained, examples).count, any(not np.array_equal(trained[n], start[n]) for n in start))
+"""
+
+
+def test_a_device_trains_without_torch(tiny_base: Base, tmp_path: Path) -> None:
+    key = IdentityKey.generate(SystemEntropy())
+    made = export_classifier(
+        with_mean_head(tiny_base, ["query", "value"]), tiny_base, Profile.NATIVE_INT8, training=True
+    )
+    write_bundle(tmp_path / "bundle", made, [], key=key)
+    (tmp_path / "trust.pem").write_bytes(key.public.to_pem())
+    command = [sys.executable, "-c", BLOCKED, str(tmp_path / "bundle"), str(tmp_path / "trust.pem")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "2 True\n", done.stderr
+
+
+def test_the_trainer_of_a_bundle_stays_loaded(opened: Open) -> None:
+    base = opened(Profile.FP32)
+    one = classifier_trainer(base, 3, LORA)
+    assert one is classifier_trainer(replace(base, files=dict(base.files)), 3, LORA)
+    assert one is not classifier_trainer(base, 4, LORA)

@@ -1,0 +1,115 @@
+"""A federation whose devices train with the graph of a bundle: no torch, and the adapters that torch makes."""
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+
+from adapters.base import Base
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import EdgeAdaptError
+from aggregation.pki.identity import IdentityKey
+from client.node.statedir import SETTINGS
+from client.training.trainer import Trainer
+from export.bundle.write import write_bundle
+from export.onnx.classifier import export_classifier
+from export.onnx.exported import ExportedBase, Profile
+from export.onnx.slotted import with_mean_head
+from tests.support.errors import refused
+
+Exported = Callable[[Profile], ExportedBase]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_base: Base) -> Exported:
+    slotted = with_mean_head(tiny_base, ["query", "value"])
+    made = {p: export_classifier(slotted, tiny_base, p, training=True) for p in (Profile.FP32, Profile.NATIVE_INT8)}
+    return made.__getitem__
+
+
+def give_bundles(fleet: Any, exported: ExportedBase) -> None:
+    """Let every device of a fleet train with one bundle instead of the base."""
+    key, folder = IdentityKey.generate(SystemEntropy()), fleet.out / "shared"
+    write_bundle(folder / "bundle", exported, [], key=key)
+    (folder / "trust.pem").write_bytes(key.public.to_pem())
+    for state_dir in fleet.nodes.values():
+        file = Path(state_dir) / SETTINGS
+        settings = tomllib.loads(file.read_text())
+        file.write_text(tomli_w.dumps(settings | {"base": str(folder / "bundle")}))
+
+
+def last(fleet: Any) -> Any:
+    registry = fleet.registry()
+    return registry.tensors(max(record.version for record in fleet.registry().rounds()))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"method": "fedsb"}, {"analytic__rounds": 1}], ids=["LoRA", "Fed-SB", "analytic head"]
+)
+def test_devices_without_torch_make_the_versions_that_torch_makes(
+    app_fleet_of: Any, exported: Exported, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise AssertionError("torch trained")
+
+    found = []
+    for with_bundle in (False, True):
+        fleet = app_fleet_of(6, seed=3, rounds=2, **{"aggregation__ring_bits": 32, **changes})
+        if with_bundle:
+            give_bundles(fleet, exported(Profile.FP32))
+            monkeypatch.setattr(Trainer, "__init__", absent)
+        records = fleet.federate(fleet.grid())
+        assert [len(record.survivors) for record in records] == [6, 6]
+        found.append((fleet.registry().tensors(0), last(fleet)))
+    (start, expected), (_, tensors) = found
+    moved = max(float(np.abs(expected[name] - start[name]).max()) for name in start)
+    assert moved > 1e-3
+    # The order of the examples and the rounding coins are drawn anew in each federation.
+    assert max(float(np.abs(expected[name] - tensors[name]).max()) for name in start) < moved
+
+
+def test_devices_with_a_bundle_that_nobody_they_trust_signed_refuse_to_train(
+    app_fleet_of: Any, exported: Exported
+) -> None:
+    fleet = app_fleet_of(6, rounds=1)
+    give_bundles(fleet, exported(Profile.NATIVE_INT8))
+    other = IdentityKey.generate(SystemEntropy())
+    (fleet.out / "shared" / "trust.pem").write_bytes(other.public.to_pem())
+    with refused(EdgeAdaptError, "session"):
+        fleet.federate(fleet.grid())
+    assert not fleet.registry().rounds()
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"accelerate", "gguf", "onnx", "peft", "torch", "transformers"}:
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+import client.node.app
+from client.node.statedir import DeviceStateDir
+from client.training.engine import classifier_trainer
+from adapters.peftconfig import PeftConfig
+from pathlib import Path
+
+base = DeviceStateDir.open(Path(sys.argv[1])).base()
+print(classifier_trainer(base, 3, PeftConfig.lora(2, 4)).layout.size, base.digest)
+"""
+
+
+def test_a_devices_app_opens_its_bundle_without_torch(app_fleet_of: Any, exported: Exported) -> None:
+    fleet = app_fleet_of(2)
+    give_bundles(fleet, exported(Profile.NATIVE_INT8))
+    command = [sys.executable, "-c", WITHOUT_TORCH, next(iter(fleet.nodes.values()))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1] == fleet.base.digest
