@@ -59,6 +59,22 @@ class AdapterSettings(Settings):
     )
 
 
+class GroupSettings(Settings):
+    """Groups of clients that have an adapter of their own."""
+
+    by: Literal["none", "language"] = Field(
+        default="none",
+        description="what divides the clients into groups of which each has a federation and an adapter of its own: "
+        "none (all share one) or language (that of a household, or the column data.language)",
+    )
+    smallest: int = Field(
+        default=8,
+        ge=3,
+        description="fewest devices of a group, not counting unseen clients; those of smaller ones share a common "
+        "adapter",
+    )
+
+
 class NetworkSettings(Settings):
     """The faults of the in-process grid."""
 
@@ -186,12 +202,19 @@ class Scenario(Settings):
     base: BaseSettings = BaseSettings()
     adapter: AdapterSettings = AdapterSettings()
     federation: FederationSettings = FederationSettings()
+    groups: GroupSettings = GroupSettings()
     network: NetworkSettings = NetworkSettings()
     personal: PersonalSettings = PersonalSettings()
     local: LocalSettings = LocalSettings()
     head: HeadSettings = HeadSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
+
+    @model_validator(mode="after")
+    def _groups_classifiers(self) -> Self:
+        if self.groups.by != "none" and self.data.for_language_model:
+            raise ValueError("groups are of classifiers' clients, and this is a language model: set groups.by to none")
+        return self
 
     def located(self, folder: Path) -> Self:
         """The scenario with the relative paths of its data and its trace taken from ``folder``."""

@@ -109,6 +109,8 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, engine: str,
     from simulations.data.summary import summarize
     from simulations.engine.bases import unrounded_base
     from simulations.engine.flowerengine import require_ray
+    from simulations.engine.groups import describe as describe_groups
+    from simulations.engine.groups import grouped
     from simulations.engine.language import run_language_model
     from simulations.engine.memory import available_memory, estimate, require_memory
     from simulations.engine.progress import RunProgress
@@ -126,7 +128,9 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, engine: str,
     folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
     if not as_json:
         clients = len(loaded.population.clients)
-        print_scenario(scenario, out, Console(), clients=clients, memory=needed.describe(available))
+        groups = describe_groups(grouped(loaded.population, scenario.groups)) if scenario.groups.by != "none" else ""
+        memory = needed.describe(available)
+        print_scenario(scenario, out, Console(), clients=clients, groups=groups, memory=memory)
         print_data(summarize(loaded, base), Console())
     try:
         with RunProgress(quiet=as_json) as progress:

@@ -20,9 +20,10 @@ from client.training.language import LanguageTrainer, load_language_trainer
 from client.training.private import subject_of, with_private
 from simulations.data.population import Client, Population
 from simulations.engine import provision
+from simulations.engine.groups import grouped
 from simulations.engine.personal import generator
 from simulations.engine.progress import RunProgress
-from simulations.engine.run import RESULT, RunFolder, evaluated_of, federate, logged, prepare
+from simulations.engine.run import RESULT, RunFolder, evaluated_of, federate_groups, logged, prepare
 from simulations.report.authors import AuthorResult, LanguageResult
 from simulations.scenario import Scenario
 
@@ -48,7 +49,7 @@ def run_language_model(
         with folder.timed("prepare"), progress.stage("prepare"):
             base = find_base(scenario.base.model)
             prepare(folder.path, scenario, population, base)
-        federate(folder, population, base, progress, on_ray=on_ray)
+        federate_groups(folder, population, grouped(population, scenario.groups), base, progress, on_ray=on_ray)
         with folder.timed("personal"):
             clients = _personal_steps(folder, population, base, progress)
     registry = provision.registry(folder.path)
@@ -71,7 +72,9 @@ def _personal_steps(
     folder: RunFolder, population: Population, base: Base, progress: RunProgress
 ) -> tuple[AuthorResult, ...]:
     scenario, registry = folder.scenario, provision.registry(folder.path)
-    population = evaluated_of(folder.path, scenario, population, base)
+    population = evaluated_of(
+        folder.path, scenario, population, base, population.sampled(scenario.evaluation.clients, scenario.seed)
+    )
     last = (registry.latest() or registry.version(0)).manifest
     task = replace(scenario.federation.task(last), trained=PARTS, proximal=0.0)
     trainer = load_language_trainer(base, last.peft_config)

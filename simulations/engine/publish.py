@@ -8,6 +8,7 @@ itself and never sends it to the coordinator.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -40,6 +41,7 @@ from simulations.scenario import Scenario
 BUNDLE = "bundle"
 GLOBAL = "global"
 PERSONAL = "personal"
+Answers: TypeAlias = tuple[Floats, Labels, Floats]  # arguments of ``reliability``
 NINETY = (0.85, 0.95)  # what a device calls 90 %
 
 
@@ -57,8 +59,13 @@ class ExportOutcome:
 
     bundle: Path
     parity: Parity  # on the test phrases of all clients
-    reliability: dict[str, Reliability]  # of the global and the personal adapters, on the test phrases of all clients
+    answers: dict[str, Answers]  # of the global and the personal adapters, to the test phrases of all clients
     plain: dict[str, PlainAnswers]  # by client; without those of a language that has no plain phrases
+
+    @property
+    def reliability(self) -> dict[str, Reliability]:
+        """Whether the probabilities of each arm are the share of right answers."""
+        return {arm: reliability(*answers) for arm, answers in self.answers.items()}
 
 
 def publish(out: Path, scenario: Scenario, population: Population, base: Base) -> ExportOutcome:
@@ -89,8 +96,8 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
         provision.device_folder(out, population.clients[0].name) / BUNDLE,
         found,
         {
-            GLOBAL: reliability(logits, labels, np.ones(len(labels), np.float32)),
-            PERSONAL: reliability(
+            GLOBAL: (logits, labels, np.ones(len(labels), np.float32)),
+            PERSONAL: (
                 np.concatenate([answers for answers, _ in personal if len(answers)]),
                 labels,
                 np.concatenate([np.full(len(answers), temperature) for answers, temperature in personal]),
@@ -101,6 +108,33 @@ def publish(out: Path, scenario: Scenario, population: Population, base: Base) -
             for client in population.clients
             if (answers := _plain_answers(client, own[client.name], exported, runner))
         },
+    )
+
+
+def joined(found: Sequence[ExportOutcome]) -> ExportOutcome:
+    """The exports of several federations as one, with the bundle of the first; at least one."""
+    if len(found) == 1:
+        return found[0]
+    weights = [each.parity.count for each in found]
+
+    def mean(name: str) -> float:
+        return float(np.average([getattr(each.parity, name) or 0.0 for each in found], weights=weights))
+
+    def together(arm: str) -> Answers:
+        logits, labels, temperatures = zip(*(each.answers[arm] for each in found), strict=True)
+        return np.concatenate(logits), np.concatenate(labels), np.concatenate(temperatures)
+
+    parity = replace(
+        found[0].parity,
+        count=sum(weights),
+        max_abs_diff=max(each.parity.max_abs_diff for each in found),
+        **{name: mean(name) for name in ("agreement", "accuracy", "torch_accuracy")},
+    )
+    return ExportOutcome(
+        found[0].bundle,
+        parity,
+        {arm: together(arm) for arm in found[0].answers},
+        {name: answers for each in found for name, answers in each.plain.items()},
     )
 
 

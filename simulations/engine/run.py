@@ -8,9 +8,10 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Self
 
@@ -29,20 +30,22 @@ from client.node.statedir import EXAMPLES
 from client.training.examples import encode_examples, parse_examples
 from coordinator.app import STATE
 from coordinator.app import app as server_app
+from coordinator.registry import Registry
 from simulations.data.population import Population
 from simulations.engine import provision
 from simulations.engine.bases import training_base
 from simulations.engine.devices import MemoryDevices
 from simulations.engine.flowerengine import federate_on_ray
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
+from simulations.engine.groups import Group, grouped
 from simulations.engine.personal import personalize_all
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import Enrolment
-from simulations.engine.publish import ExportOutcome, publish
-from simulations.engine.trace import read_trace
+from simulations.engine.publish import ExportOutcome, joined, publish
+from simulations.engine.trace import Steps, read_trace
 from simulations.report.formatting import program
 from simulations.report.page import write_report
-from simulations.report.result import ClientResult, ReportedRound, RunResult
+from simulations.report.result import ClientResult, GroupResult, ReportedRound, RunResult, joined_rounds
 from simulations.scenario import Scenario
 
 SCENARIO = "scenario.json"
@@ -118,6 +121,12 @@ class RunFolder:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         replace(self.path / SECONDS, json.dumps(self.seconds).encode())
 
+    def of(self, group: Group) -> "RunFolder":
+        """The folder of a group's federation, with the same times."""
+        path = self.path / group.folder
+        path.mkdir(parents=True, exist_ok=True)
+        return RunFolder(path, self.scenario, self.seconds)
+
 
 def run(folder: RunFolder, population: Population, progress: RunProgress, *, on_ray: bool = False) -> RunResult:
     """Run the stages that are not finished, and return the result.
@@ -131,19 +140,27 @@ def run(folder: RunFolder, population: Population, progress: RunProgress, *, on_
     Raises:
         EdgeAdaptError: A stage failed; the outcomes of the stages before it stay in the folder.
     """
-    scenario = folder.scenario
+    scenario, groups = folder.scenario, grouped(population, folder.scenario.groups)
     torch.set_num_threads(min(MOST_THREADS, torch.get_num_threads()))
     with logged(folder.path), folder.timed("total"):
         with folder.timed("prepare"), progress.stage("prepare"):
             base = training_base(folder.path, scenario, population)
-            prepare(folder.path, scenario, population, base)
-        federate(folder, population, base, progress, on_ray=on_ray)
+            for group in groups:
+                prepare(folder.of(group).path, scenario, group.population, base)
+        federate_groups(folder, population, groups, base, progress, on_ray=on_ray)
         with folder.timed("personal"):
-            evaluated = evaluated_of(folder.path, scenario, population, base)
-            clients = personalize_all(folder.path, scenario, evaluated, base, progress)
+            chosen = population.sampled(scenario.evaluation.clients, scenario.seed)
+            evaluated = [
+                (path, evaluated_of(path, scenario, group.population, base, chosen))
+                for path, group in ((folder.of(group).path, group) for group in groups)
+            ]
+            evaluated = [(path, found) for path, found in evaluated if found.clients]
+            clients = [
+                client for path, found in evaluated for client in personalize_all(path, scenario, found, base, progress)
+            ]
         with folder.timed("export"), progress.stage("export"):
-            exported = publish(folder.path, scenario, evaluated, base)
-    result = _result(folder, len(population.clients), base, clients, exported)
+            exported = joined([publish(path, scenario, found, base) for path, found in evaluated])
+    result = _result(folder, population, groups, base, clients, exported)
     write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result
@@ -190,23 +207,64 @@ def prepare(out: Path, scenario: Scenario, population: Population, base: Base) -
     replace(marker, json.dumps(digests).encode())
 
 
-def evaluated_of(out: Path, scenario: Scenario, population: Population, base: Base) -> Population:
-    """The clients that are evaluated after the rounds, all of them enrolled, also those that no session asked."""
-    chosen = population.sampled(scenario.evaluation.clients, scenario.seed)
-    Enrolment.of(out, scenario, population, base).enrol(client.name for client in chosen.clients)
-    return chosen
+def evaluated_of(out: Path, scenario: Scenario, population: Population, base: Base, chosen: Population) -> Population:
+    """The clients of ``population`` that are evaluated after the rounds, all of them enrolled in the fleet in ``out``.
+
+    Args:
+        out: Of the fleet.
+        scenario: Of the run.
+        population: Of the fleet.
+        base: Of the run.
+        chosen: The clients that are evaluated; those of other fleets as well.
+    """
+    names = {client.name for client in chosen.clients}
+    found = replace_fields(population, clients=tuple(c for c in population.clients if c.name in names))
+    Enrolment.of(out, scenario, population, base).enrol(client.name for client in found.clients)
+    return found
 
 
-def federate(
-    folder: RunFolder, population: Population, base: Base, progress: RunProgress, *, on_ray: bool = False
+def federate_groups(
+    folder: RunFolder,
+    population: Population,
+    groups: Sequence[Group],
+    base: Base,
+    progress: RunProgress,
+    *,
+    on_ray: bool = False,
 ) -> None:
-    """The rounds that are left: the real ServerApp and ClientApp, with the prepared fleet.
+    """The rounds that are left, of one federation after the other.
 
     Args:
         folder: Of the run.
         population: Of the run.
+        groups: Of the population.
         base: Of the run.
         progress: Shows the rounds.
+        on_ray: As for ``federate``.
+    """
+    trace = folder.scenario.network.trace
+    found = read_trace(Path(trace), population.clients) if trace else {}
+    for group in groups:
+        federate(folder.of(group), group.population, base, progress, found, on_ray=on_ray)
+
+
+def federate(
+    folder: RunFolder,
+    population: Population,
+    base: Base,
+    progress: RunProgress,
+    trace: Mapping[str, Steps],
+    *,
+    on_ray: bool = False,
+) -> None:
+    """The rounds that are left of one fleet, which is prepared: the real ServerApp and ClientApp.
+
+    Args:
+        folder: Of the fleet.
+        population: Of the fleet.
+        base: Of the run.
+        progress: Shows the rounds.
+        trace: Client → when its device can be reached, as ``read_trace`` gives it.
         on_ray: Run them on Flower's simulation engine, which has no faults, instead of the in-process grid.
     """
     enrolment = Enrolment.of(folder.path, folder.scenario, population, base)
@@ -218,23 +276,11 @@ def federate(
     }
     devices, client_app = MemoryDevices(enrolment.state_dir, base), ClientApp()
     register(client_app, devices.open)
-    scenario = folder.scenario
-    network, federation = scenario.network, scenario.federation
-    steps = ROUND_STEPS if federation.aggregation.adversary == "active" else SHORT_ROUND_STEPS
-    found = read_trace(Path(network.trace), population.clients) if network.trace else {}
-    faults = FaultModel(
-        scenario.seed,
-        network.message_loss,
-        network.mean_delay,
-        network.forced_dropouts,
-        steps,
-        network.availability,
-        {node: found[name] for node, name in nodes.items() if name in found},
-    )
+    faults = _faults(folder.scenario, {node: trace[name] for node, name in nodes.items() if name in trace})
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})
     trained, done = progress.training_seconds, len(provision.registry(folder.path).rounds())
     try:
-        with folder.timed("rounds"), progress.rounds(done, federation.rounds), kill_safe():
+        with folder.timed("rounds"), progress.rounds(done, folder.scenario.federation.rounds), kill_safe():
             if on_ray:
                 enrolment.enrol(nodes.values())
                 state_dirs = [provision.device_folder(folder.path, name) for name in nodes.values()]
@@ -246,17 +292,38 @@ def federate(
         folder.add("training", progress.training_seconds - trained)
 
 
+def _faults(scenario: Scenario, trace: Mapping[int, Steps]) -> FaultModel:
+    """The faults of the in-process grid. ``trace``: node → when it can be reached."""
+    network = scenario.network
+    return FaultModel(
+        scenario.seed,
+        network.message_loss,
+        network.mean_delay,
+        network.forced_dropouts,
+        ROUND_STEPS if scenario.federation.aggregation.adversary == "active" else SHORT_ROUND_STEPS,
+        network.availability,
+        trace,
+    )
+
+
 def _result(
-    folder: RunFolder, population: int, base: Base, clients: Sequence[ClientResult], exported: ExportOutcome
+    folder: RunFolder,
+    population: Population,
+    groups: Sequence[Group],
+    base: Base,
+    clients: Sequence[ClientResult],
+    exported: ExportOutcome,
 ) -> RunResult:
-    registry, parity, scenario = provision.registry(folder.path), exported.parity, folder.scenario
+    parity, scenario = exported.parity, folder.scenario
+    registries = [provision.registry(folder.of(group).path) for group in groups]
+    registry, rounds = registries[0], [each.rounds() for each in registries]
     last = (registry.latest() or registry.version(0)).manifest
     return RunResult(
         scenario=scenario.name,
         seed=scenario.seed,
-        population=population,
+        population=len(population.clients),
         clients=tuple(clients),
-        rounds=tuple(map(_reported, registry.rounds())),
+        rounds=tuple(joined_rounds([reported(record) for record in same]) for same in zip(*rounds, strict=True)),
         delta=scenario.federation.privacy.delta if scenario.federation.privacy.noisy else None,
         adapter={
             "version": last.version,
@@ -265,6 +332,7 @@ def _result(
             "elements": sum(tensor.size for tensor in registry.tensors(last.version).values()),
         },
         base={"digest": base.digest, "bytes": base.weight_bytes},
+        groups=tuple(_group_result(*each) for each in zip(groups, registries, rounds, strict=True) if each[0].name),
         bundle=str(exported.bundle),
         phrase="a text of your own" if scenario.data.given else "turn on the kitchen lights",
         report=str(folder.path / REPORT),
@@ -281,7 +349,16 @@ def _result(
     )
 
 
-def _reported(record: RoundRecord) -> ReportedRound:
+def _group_result(group: Group, registry: Registry, rounds: Sequence[RoundRecord]) -> GroupResult:
+    last = (registry.latest() or registry.version(0)).manifest
+    names = tuple(client.name for client in group.population.clients)
+    return GroupResult(
+        group.name, str(group.folder), names, group.devices, sum(r.aborted is not None for r in rounds), last.sha256
+    )
+
+
+def reported(record: RoundRecord) -> ReportedRound:
+    """A round as the report has it, from the coordinator's record."""
     up, down = record.bytes_of_one
     return ReportedRound(
         round=record.round,

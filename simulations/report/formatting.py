@@ -145,6 +145,17 @@ def dropouts(rounds: Sequence[ReportedRound]) -> str:
     return text + (f"; {count(aborted, 'round')} aborted" if aborted else "")
 
 
+def formatted_groups(result: RunResult) -> str:
+    """The federations of a run with groups: their devices, and the mean accuracy of the personal arm."""
+    parts = []
+    for group in result.groups:
+        inside = [client for client in result.clients if client.name in group.clients and not client.unseen]
+        mean = sum(client.accuracy["personal"] for client in inside) / len(inside) if inside else math.nan
+        aborted = f", {count(group.aborted, 'round')} aborted" if group.aborted else ""
+        parts.append(f"{printable(group.name)} {count(group.devices, 'device')}{aborted}, personal {share(mean)}")
+    return "; ".join(parts)
+
+
 def privacy(result: RunResult) -> tuple[str, str]:
     """The epsilon of all rounds, or none; and what that means."""
     known = [r.epsilon for r in result.rounds if r.epsilon is not None]

@@ -48,6 +48,18 @@ class ReportedRound:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupResult:
+    """A federation of its own in a run with ``groups``."""
+
+    name: str  # the language, or "common"
+    folder: str  # of the federation, in that of the run
+    clients: tuple[str, ...]  # unseen ones too
+    devices: int  # that take part
+    aborted: int  # rounds
+    adapter: str  # SHA-256 of the last version, hex
+
+
+@dataclass(frozen=True, slots=True)
 class Reliability:
     """Whether the probabilities of one arm are the share of right answers, on the test phrases of all clients.
 
@@ -80,6 +92,7 @@ class RunResult:
     reliability: dict[str, Reliability]  # of the arms global and personal
     plain: dict[str, dict[str, int]]  # client → right and count of the plain phrases that its own adapter answers
     seconds: dict[str, float]  # total, training (all devices, in the rounds), coordination, personal, export
+    groups: tuple[GroupResult, ...] = ()  # none if all clients share one adapter; ``adapter`` is that of the first
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -89,6 +102,36 @@ class RunResult:
             "dropouts_by_step": dropouts_by_step(self.rounds),
             **asdict(self),
         }
+
+
+def joined_rounds(found: Sequence[ReportedRound]) -> ReportedRound:
+    """The rounds of one number in several federations as one; it is aborted if all are.
+
+    Bytes and metrics are means over the federations that finished it, weighted by their survivors. A metric is in it
+    if all of these have it; epsilon is the largest one.
+    """
+    if len(found) == 1:
+        return found[0]
+    done = [r for r in found if r.aborted is None]
+    weights = [len(r.survivors) for r in done]
+
+    def mean(values: Iterable[float]) -> float:
+        return float(np.average(list(values), weights=weights)) if done else 0.0
+
+    known = set.intersection(*(set(r.metrics) for r in done)) if done else set()
+    spent = [r.epsilon for r in found if r.epsilon is not None]
+    return ReportedRound(
+        round=found[0].round,
+        survivors=tuple(device for r in done for device in r.survivors),
+        dropped={device: step for r in found for device, step in r.dropped.items()},
+        aborted=None if done else found[0].aborted,
+        bytes_up=round(mean(r.bytes_up for r in done)),
+        bytes_down=round(mean(r.bytes_down for r in done)),
+        seconds=sum(r.seconds for r in found),
+        metrics={name: mean(r.metrics[name] for r in done) for name in sorted(known)},
+        version=max((r.version for r in done if r.version is not None), default=None),
+        epsilon=max(spent, default=None),
+    )
 
 
 def device_rounds(rounds: Iterable[ReportedRound]) -> int:

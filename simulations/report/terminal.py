@@ -23,6 +23,7 @@ from simulations.report.formatting import (
     dropouts,
     duration,
     evaluated,
+    formatted_groups,
     headline,
     percent,
     plain,
@@ -54,7 +55,9 @@ METHODS: Mapping[MethodName, str] = {
 LABEL = 11  # columns
 
 
-def print_scenario(scenario: Scenario, out: Path, console: Console, *, clients: int, memory: str) -> None:
+def print_scenario(
+    scenario: Scenario, out: Path, console: Console, *, clients: int, memory: str, groups: str = ""
+) -> None:
     """Print what the base, the languages and the arms are, before the run starts.
 
     Args:
@@ -62,10 +65,11 @@ def print_scenario(scenario: Scenario, out: Path, console: Console, *, clients: 
         out: The folder of the run.
         clients: Of the population.
         memory: What the run takes, in words.
+        groups: That have an adapter of their own, in words; empty if all clients share one.
         console: Where to print; without color if it is not a terminal.
     """
     console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
-    _print_lines(_plan(scenario, out, clients, memory), console)
+    _print_lines(_plan(scenario, out, clients, memory, groups), console)
 
 
 def print_data(summary: DataSummary, console: Console) -> None:
@@ -103,7 +107,7 @@ def _described(adapter: AdapterSettings) -> str:
     return f"{name}{size}{' on ' if adapter.targets else ''}{', '.join(adapter.targets)}"
 
 
-def _plan(scenario: Scenario, out: Path, clients: int, memory: str) -> list[tuple[str, str]]:
+def _plan(scenario: Scenario, out: Path, clients: int, memory: str, groups: str) -> list[tuple[str, str]]:
     adapter, federation = scenario.adapter, scenario.federation
     training, fine = federation.training, scenario.personal
     first, second = scenario.local_rates
@@ -130,6 +134,7 @@ def _plan(scenario: Scenario, out: Path, clients: int, memory: str) -> list[tupl
         *([("", f"local, personal: {rehearsal}")] if fine.public and not writes else []),
         ("", f"local, personal: the best candidate on own validation {'texts' if writes else 'phrases'}"),
         *([("evaluated", f"{most} of {clients} clients, chosen by the seed")] if clients > most else []),
+        *([("groups", groups)] if groups else []),
         ("memory", memory),
         ("folder", str(out)),
     ]
@@ -182,6 +187,7 @@ def _facts(result: RunResult, program: str) -> list[tuple[str, str | Text]]:
     traffic = TrafficMeans.of(result)
     says, errors = reliability(result.reliability)
     return [
+        *([("groups", formatted_groups(result))] if result.groups else []),
         ("up", _traffic(traffic.up, traffic.model)),
         ("down", _traffic(traffic.down, traffic.model)),
         ("dropouts", dropouts(result.rounds)),

@@ -33,6 +33,7 @@ from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
 from simulations.engine import provision
 from simulations.engine.bases import training_base
+from simulations.engine.groups import fleet_folders, grouped
 from simulations.engine.heads import logistic_head, ridge_head, with_bias
 from simulations.engine.personal import (
     ArmInputs,
@@ -43,7 +44,8 @@ from simulations.engine.personal import (
     personal_step,
 )
 from simulations.engine.progress import RunProgress
-from simulations.engine.run import RunFolder, federate, prepare
+from simulations.engine.run import RunFolder, federate_groups, prepare, reported
+from simulations.report.result import joined_rounds
 from simulations.scenario import Scenario
 from simulations.suite.aggregationerror import aggregation_error
 from simulations.suite.outcome import ClientScore, Cost, RoundPoint, Tally, TrialResult
@@ -70,8 +72,10 @@ def compute_rounds(trial: Trial, store: Store, notify: Notify) -> None:
         before = _cpu()
         try:
             with RunProgress(quiet=True, notify=notify) as progress:
-                prepare(path, scenario, population, base)
-                federate(folder, population, base, progress)
+                groups = grouped(population, scenario.groups)
+                for group in groups:
+                    prepare(folder.of(group).path, scenario, group.population, base)
+                federate_groups(folder, population, groups, base, progress)
         finally:  # an interrupted run has spent it as well
             folder.add("cpu", _cpu() - before)
         storage.replace(path / FINISHED, json.dumps({"cpu_seconds": folder.seconds["cpu"]}).encode())
@@ -130,9 +134,16 @@ def _answers(
 
         return answers
 
+    folders = (
+        fleet_folders(store.federation(trial), grouped(population, trial.scenario.groups)) if trial.federation else {}
+    )
+
+    def shared_by(client: Client) -> Answers:
+        return partial(mine.logits, _global(folders[client.name]))
+
     def federated(client: Client) -> Tensors:
-        folder = provision.device_folder(store.federation(trial), client.name)
-        shared = _global(store.federation(trial))
+        folder = provision.device_folder(folders[client.name], client.name)
+        shared = _global(folders[client.name])
         if not folder.exists():  # a device that no session asked has kept nothing
             return shared
         return after_the_rounds(DeviceStateDir.open(folder), mine, inputs, shared)
@@ -149,7 +160,7 @@ def _answers(
         case Kind.RIDGE | Kind.LOGISTIC:
             return partial(_head, trial, _embeddings(mine), population, spent)
         case Kind.GLOBAL:
-            return fixed(_global(store.federation(trial)))
+            return shared_by
         case Kind.PERSONAL:
             return fine_tuned(federated)
         case Kind.CENTRAL | Kind.CENTRAL_PERSONAL:
@@ -248,10 +259,13 @@ def _result(
     if trial.kind.federated:
         folder = store.federation(trial)
         cpu += json.loads((folder / FINISHED).read_bytes())["cpu_seconds"]
+        groups = grouped(population, trial.scenario.groups)
+        records = [provision.registry(folder / group.folder).rounds() for group in groups]
         found = []
-        for record in provision.registry(folder).rounds():
-            up, down = (total + one for total, one in zip((up, down), record.bytes_of_one, strict=True))
-            found.append(RoundPoint(record.round, record.metrics.get("accuracy"), up + down))
+        for same in zip(*records, strict=True):
+            one = joined_rounds([reported(record) for record in same])
+            up, down = up + one.bytes_up, down + one.bytes_down
+            found.append(RoundPoint(one.round, one.metrics.get("accuracy"), up + down))
         points = tuple(found)
     return TrialResult(tuple(scores), Cost(epochs, steps, cpu, up, down), points)
 
@@ -290,8 +304,10 @@ def _trained(trial: Trial, population: Population, inputs: ArmInputs) -> tuple[i
 def _error(trial: Trial, mine: Trainer, population: Population, store: Store) -> float | None:
     """The aggregation error of the last round of training, which all its clients train once more, without dropouts.
 
-    None where there is no such mean: no round trained LoRA's factors, or they stay on the devices.
+    None where there is no such mean: no round trained LoRA's factors, they stay on the devices, or there are groups.
     """
+    if trial.scenario.groups.by != "none":
+        return None
     federation, registry = trial.scenario.federation, provision.registry(store.federation(trial))
     last = registry.latest() or registry.version(0)
     begin = min(last.manifest.version, federation.training_rounds) - 1

@@ -23,7 +23,7 @@ from export.onnx.peftmodel import SlottedModel
 from export.onnx.quantize import Profile
 from export.parity.compare import Parity
 from simulations.cli.simulate import read_scenario
-from simulations.engine import publish
+from simulations.engine import provision, publish
 from tests.support import refused
 from tests.support.trial import SCENARIO
 
@@ -110,6 +110,36 @@ def test_only_so_many_clients_are_evaluated_and_no_other_one_gets_a_bundle(
     asked = 7  # over-selection: nobody else has a key
     assert len(names) <= len(list(devices.iterdir())) <= asked + len(names) < 12
     assert "3 of 12 clients" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_each_language_has_a_federation_and_an_adapter_of_its_own_and_one_report_has_them_all(
+    scenario: Path, tmp_path: Path, run: Command
+) -> None:
+    keys = (
+        "population.households=12",
+        'population.languages=["en", "de"]',
+        "groups.by=language",
+        "groups.smallest=4",
+        "federation.rounds=1",
+        "network.forced_dropouts=0",
+        "evaluation.clients=6",
+    )
+    options = [word for key in keys for word in ("--set", key)]
+    code, out, err = run("simulate", scenario, "--out", tmp_path / "run", "--json", *options)
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    groups = {group["name"]: group for group in result["groups"]}
+    assert set(groups) == {"de", "en"}
+    assert len({group["adapter"] for group in groups.values()}) == 2
+    (joined,) = result["rounds"]
+    assert len(joined["survivors"]) == sum(group["devices"] for group in groups.values())
+    for name, group in groups.items():
+        folder = tmp_path / "run" / group["folder"]
+        (record,) = provision.registry(folder).rounds()
+        assert all(survivor.startswith(name) for survivor in record.survivors)
+        assert run("audit", "verify", folder)[0] == 0
+    assert len(result["clients"]) == 6
+    assert {client["language"] for client in result["clients"]} == {"de", "en"}
 
 
 def test_a_trace_is_read_next_to_the_scenario_and_a_wrong_one_ends_the_run_before_the_first_round(
