@@ -43,6 +43,8 @@ class AnalyticTask:
         labels: Of the head.
         ridge: Strength of the regularization, for each example of the sum.
         scale: Logit of a score of 1: the regression fits scores of 0 and 1.
+        dimensions: Coordinates of an embedding whose moments are summed with noise (``noisyhead``); 0: no noise, and
+            all of them.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -51,6 +53,7 @@ class AnalyticTask:
     labels: tuple[str, ...]
     ridge: Annotated[float, Field(gt=0, le=1)]
     scale: Annotated[float, Field(gt=0, le=1000)]
+    dimensions: Annotated[int, Field(ge=0, le=2**16)] = 0
 
     def encode(self) -> bytes:
         """JSON, the same bytes for equal tasks: ``AnalyticTask.decode(task.encode()) == task``."""
@@ -185,6 +188,12 @@ def solved(
         raise DataError("the sums are not those of this adapter's head", about="vector.segments")
     if found.weight >= fewest_examples(head.labels):
         tensors = refit(tensors, found, strength=task.ridge * found.weight, scale=task.scale)
+    return dithered(spec, task, tensors, sums, digest)
+
+
+def dithered(spec: SessionSpec, task: AnalyticTask, tensors: Tensors, sums: Sums, digest: bytes) -> Tensors:
+    """An adapter with small noise in its head, as ``solved`` says."""
+    head = ClassifierHead.of(Layout.of(tensors))
     before = tensors[head.weight]
     noise = dither(noise_key(spec, sums, digest), before.size).reshape(before.shape)
     weight = np.clip(before.astype(np.float64) + task.scale * NOISE * noise, -LARGEST, LARGEST)

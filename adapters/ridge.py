@@ -17,6 +17,8 @@ from aggregation.errors import DataError
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
+_SWEEPS = 30  # of Jacobi's method; ten do for d = 128
+_OFF = 2.0**-45  # of the largest entry: what is left off the diagonal
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,11 +55,24 @@ def moments_of(embeddings: NDArray[np.floating], labels: NDArray[np.integer], co
     >>> found.xx.round(2).tolist(), found.xy.round(2).tolist(), found.weight
     ([[0.36, 0.48], [0.48, 1.64]], [[0.0, 0.6], [1.0, 0.8]], 2.0)
     """
+    return moments_of_rows(unit_rows(embeddings), labels, count)
+
+
+def unit_rows(embeddings: NDArray[np.floating]) -> Matrix:
+    """Embeddings of shape ``(n, d)``, scaled to L2 norm 1; a row of zeros stays one.
+
+    Raises:
+        DataError: A number is not finite.
+    """
     rows = embeddings.astype(np.float64)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     if not np.isfinite(lengths).all():
         raise DataError("an embedding is not finite: the base or its adapter overflows", about="embeddings")
-    rows = rows / np.where(lengths > 0, lengths, 1.0)
+    return rows / np.where(lengths > 0, lengths, 1.0)
+
+
+def moments_of_rows(rows: Matrix, labels: NDArray[np.integer], count: int) -> EmbeddingMoments:
+    """As ``moments_of``, of rows of norm 1 at most, which stay as they are."""
     targets = np.zeros((len(rows), count))
     targets[np.arange(len(rows)), labels] = 1.0
     most = float(len(rows))  # rounding could take a sum of equal rows past it, which the codec would refuse
@@ -133,6 +148,63 @@ def cholesky(symmetric: Matrix, shift: float = 0.0) -> Matrix | None:
         lower[j:, j] = column
         left[j + 1 :, j + 1 :] -= column[1:, None] * column[None, 1:]
     return lower
+
+
+def positive_part(symmetric: Matrix) -> Matrix:
+    """The nearest positive semidefinite matrix in the Frobenius norm: negative eigenvalues become 0 (Higham 1988).
+
+    Eigenvalues are found by Jacobi's method in parallel order (Brent and Luk 1985), with elementwise operations in a
+    fixed order: equal arguments give equal bits on every machine (see ``ridge``). It takes 0.2 s for d = 128.
+
+    Args:
+        symmetric: Shape ``(d, d)``, finite.
+
+    >>> positive_part(np.array([[0.0, 1.0], [1.0, 0.0]])).round(9).tolist()
+    [[0.5, 0.5], [0.5, 0.5]]
+    """
+    values, vectors = _eigen(symmetric)
+    part = np.zeros_like(symmetric)
+    for value, row in zip(values, vectors, strict=True):
+        if value > 0:
+            part += value * (row[:, None] * row[None, :])
+    return part
+
+
+def _eigen(symmetric: Matrix) -> tuple[Vector, Matrix]:
+    """Eigenvalues, shape ``(d,)``, and eigenvectors as the rows of a matrix of shape ``(d, d)``.
+
+    Each step rotates d / 2 disjoint pairs of coordinates at once, so that their entries off the diagonal vanish; d - 1
+    steps meet every pair, as in a round-robin tournament. A sweep squares what is left off the diagonal, in the end.
+    """
+    size = len(symmetric) + len(symmetric) % 2  # an odd one out is paired with a coordinate of zeros
+    a, v = np.zeros((size, size)), np.eye(size)
+    a[: len(symmetric), : len(symmetric)] = symmetric
+    order = list(range(size))
+    for _ in range(_SWEEPS):
+        if not np.abs(a - np.diag(np.diag(a))).max() > _OFF * np.abs(a).max():
+            break
+        for _ in range(size - 1):
+            p, q = np.array(order[: size // 2]), np.array(order[size // 2 :][::-1])
+            c, s = _plane_rotations(a[p, p], a[q, q], a[p, q])
+            for matrix in (a, v):
+                matrix[p], matrix[q] = _turned(matrix[p], matrix[q], c[:, None], s[:, None])
+            a[:, p], a[:, q] = _turned(a[:, p], a[:, q], c, s)
+            order = [order[0], order[-1], *order[1:-1]]
+    return np.diag(a)[: len(symmetric)].copy(), v[: len(symmetric), : len(symmetric)]
+
+
+def _plane_rotations(first: Vector, second: Vector, off: Vector) -> tuple[Vector, Vector]:
+    """Cosines and sines of the smaller angles that make ``off`` vanish (Golub and Van Loan, section 8.5.2)."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratio = (second - first) / (2 * off)
+        tangent = np.copysign(1.0, ratio) / (np.abs(ratio) + np.sqrt(ratio * ratio + 1))
+    tangent = np.where(off == 0, 0.0, tangent)
+    cosine = 1 / np.sqrt(tangent * tangent + 1)
+    return cosine, cosine * tangent
+
+
+def _turned(left: Matrix, right: Matrix, c: Matrix | Vector, s: Matrix | Vector) -> tuple[Matrix, Matrix]:
+    return c * left - s * right, s * left + c * right
 
 
 def forward(lower: Matrix, right: Matrix) -> Matrix:

@@ -7,7 +7,7 @@ check that honest devices can have them.
 import json
 from typing import TypeAlias
 
-from adapters import analytic, noisysum, task
+from adapters import analytic, noisyhead, noisysum, task
 from adapters.analytic import AnalyticTask, ClassifierHead
 from adapters.layout import Layout
 from adapters.noisysum import noisy_spec
@@ -48,21 +48,26 @@ def vector_spec(
     Args:
         given: The task.
         layout: Of the adapter.
-        clip_norm: L2 bound on a device's update, in weight units; not of moments, which have bounds of their own.
+        clip_norm: L2 bound on a device's update, in weight units, or on its moments with noise; moments without noise
+            have bounds of their own.
         weight_cap: Largest weight of one device, in examples.
         ring_bits: Width of an element.
         max_clients: Largest number of contributions in one sum.
         noise: Standard deviation of the noise of one device on each number, in weight units; 0: none.
 
     Raises:
-        ConfigError: The ring cannot hold the sums, or cannot count examples one by one; or noise is asked for an
-            analytic head.
+        ConfigError: The ring cannot hold the sums, or cannot count examples one by one; or the task of an analytic head
+            names dimensions and there is no noise, or the other way round.
         DataError: The adapter has none of the parts that the task shares, or no head.
     """
     if isinstance(given, AnalyticTask):
-        if noise:
-            raise ConfigError("sums of an analytic head have no noise: set analytic.rounds to 0", about="privacy")
+        if bool(noise) != bool(given.dimensions):
+            text = f"an analytic head of {given.dimensions} dimensions does not go with noise of {noise:g}"
+            raise ConfigError(text, about="task.dimensions", value=given.dimensions)
         head = ClassifierHead.of(layout)
+        if noise:
+            size, bounds = noisyhead.moments_size(head, given), {"ring_bits": ring_bits, "max_clients": max_clients}
+            return noisy_spec(noisyhead.MOMENTS, size, clip_norm=clip_norm, noise=noise, **bounds)
         return analytic.moment_spec(head, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients)
     return updates_spec(
         shared_layout(layout, given),
@@ -83,7 +88,8 @@ def updates_spec(
         ConfigError: The ring cannot hold the sums, or cannot count examples one by one.
     """
     if noise:
-        return noisy_spec(layout, clip_norm=clip_norm, noise=noise, ring_bits=ring_bits, max_clients=max_clients)
+        bounds = {"ring_bits": ring_bits, "max_clients": max_clients}
+        return noisy_spec("delta", layout.size, clip_norm=clip_norm, noise=noise, **bounds)
     return contribution_spec(
         layout, clip_norm=clip_norm, weight_cap=weight_cap, ring_bits=ring_bits, max_clients=max_clients
     )
@@ -97,16 +103,19 @@ def least_ring_bits(
     Arguments and errors are those of ``vector_spec``; ``given`` is None where updates of all tensors are summed.
     """
     if isinstance(given, AnalyticTask):
-        return analytic.RING_BITS
-    if noise:
-        return noisysum.RING_BITS
+        if not noise:
+            return analytic.RING_BITS
+        size = noisyhead.moments_size(ClassifierHead.of(layout), given)
+        return noisysum.least_ring_bits(size, clip_norm=clip_norm, noise=noise, max_clients=max_clients)
     shared = layout if given is None else shared_layout(layout, given)
+    if noise:
+        return noisysum.least_ring_bits(shared.size, clip_norm=clip_norm, noise=noise, max_clients=max_clients)
     return task.least_ring_bits(shared, clip_norm=clip_norm, weight_cap=weight_cap, max_clients=max_clients)
 
 
 def has_moments(spec: VectorSpec) -> bool:
     """Whether the sums are those of an ``AnalyticTask``."""
-    return spec.segments[0].name == analytic.XX
+    return spec.segments[0].name in (analytic.XX, noisyhead.MOMENTS)
 
 
 def require_reach(spec: SessionSpec, sums: Sums, survivors: int) -> None:

@@ -72,7 +72,8 @@ def terms(task: AnyTask, clip_norm: float, weight_cap: int) -> dict[str, float |
     """The settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
     bounds: dict[str, float | str] = {"aggregation.clip_norm": clip_norm, "aggregation.weight_cap": weight_cap}
     if isinstance(task, AnalyticTask):
-        return bounds | {"analytic.ridge": task.ridge, "analytic.scale": task.scale}
+        names = ("ridge", "scale", "dimensions")
+        return bounds | {f"analytic.{name}": getattr(task, name) for name in names}
     training = ("epochs", "batch_size", "learning_rate", "weight_decay", "proximal")
     parts = {name: ", ".join(part.value for part in getattr(task, name)) for name in ("trained", "shared")}
     method = {f"method, which has as {name}": value for name, value in parts.items()}

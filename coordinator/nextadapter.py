@@ -4,7 +4,8 @@ or the head that moments give.
 The coordinator makes each adapter with it (``rounds``), and an audit makes it again (``audit.recompute``).
 """
 
-from adapters.analytic import AnalyticTask, solved
+from adapters import analytic, noisyhead
+from adapters.analytic import AnalyticTask
 from adapters.layout import Layout, Tensors
 from adapters.lorasb import folded, unfolded
 from adapters.noisysum import noisy_mean
@@ -49,6 +50,7 @@ def next_adapter(
     """
     begun = bytes.fromhex(digest)
     if isinstance(task, AnalyticTask):
+        solved = analytic.solved if spec.privacy is None else noisyhead.solved
         return state, solved(spec, task, tensors, sums, survivors, begun)
     shared = shared_layout(Layout.of(tensors), task)
     mean_of = weighted_mean if spec.privacy is None else noisy_mean

@@ -155,8 +155,7 @@ def _require_same_terms(last: LastSum, task: AnyTask, adapter: StoredAdapter, se
     Raises:
         ConfigError: A setting has changed.
     """
-    bounds = settings.aggregation
-    now = lastsum.terms(task, bounds.clip_norm, settings.weight_cap)
+    now = lastsum.terms(task, settings.clip_norm(task), settings.weight_cap)
     for name, before in last.terms.items():
         if now[name] != before:
             text = f"{name} is {now[name]}, and the last sum from adapter {adapter.manifest.version}, with {before}, "

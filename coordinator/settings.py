@@ -10,6 +10,7 @@ from adapters import taskkinds
 from adapters.analytic import AnalyticTask
 from adapters.layout import Layout
 from adapters.manifest import VersionManifest
+from adapters.peftconfig import PeftConfig
 from adapters.settings import Settings
 from adapters.task import LEAST_RING_BITS, Task
 from adapters.taskkinds import AnyTask, updates_spec
@@ -17,7 +18,7 @@ from aggregation import graph
 from aggregation.errors import ConfigError
 from aggregation.graph import GraphParameters
 from aggregation.messages import MAX_COHORT
-from aggregation.privacy.accounting import Mechanism, calibrated
+from aggregation.privacy.accounting import NOTHING, Mechanism, calibrated
 from aggregation.spec import CORRUPT_FRACTION, Adversary, Privacy, SessionSpec
 from coordinator.methods import METHODS
 from coordinator.optimizer import AnalyticHead, FedAdam, FedAvg, FedAvgM, FedYogi
@@ -55,6 +56,15 @@ class Analytic(Settings):
         default=2e-4, gt=0, le=1, description="strength of the regularization, for each example of the sum"
     )
     scale: float = Field(default=16.0, gt=0, le=1000, description="logit of a score of 1 of the regression")
+    dimensions: int = Field(
+        default=128,
+        ge=1,
+        le=2**16,
+        description="with noise: coordinates of the randomly rotated embeddings that are summed; fewer have less noise",
+    )
+    clip_norm: float = Field(
+        default=0.2, gt=0, description="with noise: largest L2 norm of the mean moments of a device's embeddings"
+    )
 
 
 class Server(Settings):
@@ -181,6 +191,7 @@ class Aggregation(Settings):
         rounds: int,
         task: AnyTask | None = None,
         *,
+        clip_norm: float | None = None,
         privacy: PrivacySettings | None = None,
         noise_multiplier: float = 0.0,
     ) -> SessionSpec:
@@ -192,6 +203,7 @@ class Aggregation(Settings):
             base_digest: Of the frozen base.
             rounds: Of the session.
             task: Of the session's rounds; None: one in which updates of all tensors are summed.
+            clip_norm: If not that of an update.
             privacy: Mechanism and delta of a session with noise.
             noise_multiplier: Of such a session: see ``PrivacySettings``.
 
@@ -205,9 +217,9 @@ class Aggregation(Settings):
         if noisy and honest < 1:
             text = f"a sum of {survivors} devices has no honest one: lower corrupt_fraction"
             raise ConfigError(text, about="aggregation.corrupt_fraction", value=self.corrupt_fraction)
-        noise = noise_multiplier * self.clip_norm / math.sqrt(honest) if noisy else 0.0
+        norm, cap = clip_norm or self.clip_norm, 1 if noisy else self.weight_cap
+        noise = noise_multiplier * norm / math.sqrt(honest) if noisy else 0.0
         vector_spec = partial(updates_spec if task is None else partial(taskkinds.vector_spec, task), noise=noise)
-        norm, cap = self.clip_norm, 1 if noisy else self.weight_cap
         least = taskkinds.least_ring_bits(
             task, layout, clip_norm=norm, weight_cap=cap, max_clients=devices, noise=noise
         )
@@ -355,12 +367,6 @@ class FederationSettings(Settings):
             )
         return self
 
-    @model_validator(mode="after")
-    def _has_noise_for_its_tasks(self) -> Self:
-        if self.privacy.noisy and self.analytic.rounds:
-            raise ValueError("sums of an analytic head have no noise: set analytic.rounds to 0, or privacy to none")
-        return self
-
     @property
     def weight_cap(self) -> int:
         """Largest weight of one device in a session."""
@@ -369,23 +375,53 @@ class FederationSettings(Settings):
     def session_spec(
         self, devices: int, layout: Layout, base_digest: str, rounds: int, task: AnyTask | None = None
     ) -> SessionSpec:
-        """The parameters of a session, as ``Aggregation.spec``; noise is calibrated to the federation's ``rounds``.
+        """The parameters of a session, as ``Aggregation.spec``; noise is calibrated to all rounds of the federation.
+
+        Rounds that train and rounds that fit a head have the same noise multiplier.
 
         Raises:
             ConfigError: As ``Aggregation.spec``, or no noise meets the epsilon.
         """
-        build = partial(self.aggregation.spec, devices, layout, base_digest, rounds, task)
         privacy = self.privacy
-        if not privacy.noisy:
-            return build()
-        build = partial(build, privacy=privacy)
+
+        def build(of: AnyTask | None, multiplier: float) -> SessionSpec:
+            return self.aggregation.spec(
+                devices,
+                layout,
+                base_digest,
+                rounds,
+                of,
+                clip_norm=self.clip_norm(of),
+                privacy=privacy,
+                noise_multiplier=multiplier,
+            )
 
         def epsilon(multiplier: float) -> float:
             """Of all rounds, if no more devices survive than a round must have."""
-            spec = build(noise_multiplier=multiplier)
-            return spec.spent(spec.minimum_survivors).times(self.rounds).epsilon(privacy.delta)
+            spent = NOTHING
+            for of, count in self._kinds(task):
+                spec = build(of, multiplier)
+                spent += spec.spent(spec.minimum_survivors).times(count)
+            return spent.epsilon(privacy.delta)
 
-        return build(noise_multiplier=privacy.noise_multiplier or calibrated(epsilon, privacy.epsilon))
+        if not privacy.noisy:
+            return build(task, 0.0)
+        return build(task, privacy.noise_multiplier or calibrated(epsilon, privacy.epsilon))
+
+    def clip_norm(self, task: AnyTask | None) -> float:
+        """The L2 bound on what a device contributes to a sum of a task."""
+        noisy_head = self.privacy.noisy and isinstance(task, AnalyticTask)
+        return self.analytic.clip_norm if noisy_head else self.aggregation.clip_norm
+
+    def _kinds(self, task: AnyTask | None) -> list[tuple[AnyTask | None, int]]:
+        """Each kind of task of the federation, and its number of rounds; ``task`` is of one of them."""
+        if task is None:
+            return [(None, self.rounds)]
+        fits = isinstance(task, AnalyticTask)
+        trained = self._training_task(task.peft_config, task.labels, 0) if fits else task
+        fitted = task if fits else self._analytic_task(task.peft_config, task.labels)
+        kinds = (trained, self.training_rounds), (fitted, self.analytic.rounds)
+        return [(kind, count) for kind, count in kinds if count]
 
     @property
     def training_rounds(self) -> int:
@@ -394,7 +430,11 @@ class FederationSettings(Settings):
 
     def analytic_task(self, manifest: VersionManifest) -> AnalyticTask:
         """The task of a round that fits the head of the adapter that ``manifest`` describes."""
-        return AnalyticTask(manifest.peft_config, manifest.labels, self.analytic.ridge, self.analytic.scale)
+        return self._analytic_task(manifest.peft_config, manifest.labels)
+
+    def _analytic_task(self, config: PeftConfig, labels: tuple[str, ...]) -> AnalyticTask:
+        own = self.analytic
+        return AnalyticTask(config, labels, own.ridge, own.scale, own.dimensions if self.privacy.noisy else 0)
 
     def rule(self, task: AnyTask) -> ServerOptimizer:
         """What makes the next adapter from the sum of a task."""
@@ -406,19 +446,22 @@ class FederationSettings(Settings):
         Raises:
             ConfigError: The method tells LoRA's matrices apart, and the adapter is of another kind.
         """
-        training, method, config = self.training, METHODS[self.method], manifest.peft_config
+        return self._training_task(manifest.peft_config, manifest.labels, manifest.version)
+
+    def _training_task(self, config: PeftConfig, labels: tuple[str, ...], version: int) -> Task:
+        training, method = self.training, METHODS[self.method]
         if method.splits_factors and (config.peft_type != "LORA" or config.use_dora):
             kind = "DoRA" if config.use_dora else config.peft_type
             reason = f"method {self.method} trains LoRA's matrices apart from each other, and the adapter is {kind}"
             raise ConfigError(f"{reason}: choose fedit, fedper or head", about="method", value=self.method)
         return Task(
-            peft_config=manifest.peft_config,
-            labels=manifest.labels,
+            peft_config=config,
+            labels=labels,
             epochs=training.epochs,
             batch_size=training.batch_size,
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
             proximal=training.proximal,
-            trained=method.trained(manifest.version),
+            trained=method.trained(version),
             shared=method.shared,
         )

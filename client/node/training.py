@@ -25,7 +25,6 @@ from aggregation.client import Planned
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
-from aggregation.spec import SessionSpec
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Draw, Snapshot
 from client.training.contribute import (
@@ -33,12 +32,13 @@ from client.training.contribute import (
     contribution,
     moment_contribution,
     noisy_contribution,
+    noisy_vector,
     require_bounds,
 )
 from client.training.engine import classifier_trainer, language_trainer
 from client.training.examples import Example, Score, Split, in_split, parse_examples
 from client.training.limits import TrainingLimits
-from client.training.moments import own_moments
+from client.training.moments import own_moments, own_projected_moments
 from client.training.private import private_file, subject_of, with_private
 from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
 
@@ -96,7 +96,8 @@ def train(
     if isinstance(task, AnalyticTask):  # of all devices in one space of embeddings, so without private parts
         if not labels:
             raise ProtocolError("a language model has no analytic head", COORDINATOR, about="task.labels")
-        return _sum_moments(classifier_trainer(base, labels, config), start, spec, usable, rounding), None
+        chosen = classifier_trainer(base, labels, config)
+        return _sum_moments(chosen, start, task, planned, usable, rounding, snapshot), None
     return _sum_update(trainer, start, task, planned, usable, rounding, snapshot, kept)
 
 
@@ -136,11 +137,23 @@ def _sum_update(
 def _sum_moments(
     trainer: ClassifierTrainer,
     adapter: Tensors,
-    spec: SessionSpec,
+    task: AnalyticTask,
+    planned: Planned,
     usable: Callable[[], tuple[Example, ...]],
     rounding: np.random.Generator,
+    snapshot: Snapshot,
 ) -> Ring:
-    """The moments of the examples, and the score of the adapter on at most ``weight_cap`` held-out ones."""
+    """The moments of the examples; without noise also the score of the adapter on at most ``weight_cap`` others."""
+    plan, spec = planned.plan, planned.spec
+    digest = bytes.fromhex(plan.adapter_digest)
+
+    def hidden() -> Ring:
+        vector = own_projected_moments(trainer, adapter, usable(), task, digest)
+        return noisy_vector(vector, spec, digest, rounding, snapshot.key(plan, Draw.NOISE))
+
+    def noise() -> Ring:
+        zeros = np.zeros(spec.vector.size)
+        return noisy_vector(zeros, spec, digest, rounding, snapshot.key(plan, Draw.NOISE))
 
     def embedded() -> Ring:
         examples, begin = usable(), time.perf_counter()
@@ -154,7 +167,7 @@ def _sum_moments(
         none = moments_of(np.zeros((0, head.hidden)), np.zeros(0, np.int64), head.labels)
         return moment_contribution(none, Score(0, 0, 0.0), spec, rounding)
 
-    return _or_nothing(embedded, nothing)
+    return _or_nothing(embedded, nothing) if spec.privacy is None else _or_nothing(hidden, noise)
 
 
 def _or_nothing(attempt: Callable[[], Made], nothing: Callable[[], Made]) -> Made:

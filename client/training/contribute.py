@@ -129,12 +129,22 @@ def noisy_contribution(
     Raises:
         DataError: A tensor has another layout, NaN or infinity.
     """
+    trained, start = (layout.flatten(layout.select(tensors)) for tensors in (outcome.trained, outcome.start))
+    return noisy_vector(trained.astype(np.float64) - start, spec, adapter, rng, noise_key)
+
+
+def noisy_vector(vector: Vector, spec: SessionSpec, adapter: bytes, rng: np.random.Generator, noise_key: bytes) -> Ring:
+    """Encode a vector of a session with noise: clipped, rotated, rounded within its norm, and with noise.
+
+    Args:
+        vector: Shape ``(spec.vector.size,)``, finite.
+        spec, adapter, rng, noise_key: As of ``noisy_contribution``.
+    """
     if spec.privacy is None:
         raise ValueError("a session without noise has another contribution")
     (segment,) = spec.vector.segments
     step = spec.vector.step(segment)
-    trained, start = (layout.flatten(layout.select(tensors)) for tensors in (outcome.trained, outcome.start))
-    delta = clip(trained.astype(np.float64) - start, spec.clip_norm)
+    delta = clip(vector, spec.clip_norm)
     steps = np.clip(rotation.rotate(delta, rotation.seed(adapter)), -segment.bound, segment.bound) / step
 
     def rounded() -> NDArray[np.int64]:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adapters.analytic import ClassifierHead
+from adapters import noisyhead
+from adapters.analytic import AnalyticTask, ClassifierHead
 from adapters.layout import Layout, Tensors
-from adapters.ridge import EmbeddingMoments, moments_of
+from adapters.ridge import EmbeddingMoments, Vector, moments_of
 from client.training.examples import Example, Split, in_split
 from client.training.protocols import ClassifierTrainer
 
@@ -26,3 +27,19 @@ def own_moments(trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence
     embeddings = trainer.embed([example.text for example in own], adapter)
     labels = np.array([example.label for example in own], np.int64)
     return moments_of(embeddings, labels, ClassifierHead.of(Layout.of(adapter)).labels)
+
+
+def own_projected_moments(
+    trainer: ClassifierTrainer, adapter: Tensors, examples: Sequence[Example], task: AnalyticTask, digest: bytes
+) -> Vector:
+    """The vector that a session with noise sums: see ``adapters.noisyhead``.
+
+    Args:
+        trainer, adapter, examples: As of ``own_moments``.
+        task: Of the round.
+        digest: SHA-256 of the adapter's file.
+    """
+    own = in_split(examples, Split.TRAIN)
+    head = ClassifierHead.of(Layout.of(adapter))
+    embeddings = trainer.embed([example.text for example in own], adapter)
+    return noisyhead.contributed(embeddings, np.array([example.label for example in own], np.int64), head, task, digest)

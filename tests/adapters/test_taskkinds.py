@@ -16,11 +16,12 @@ from tests.support.fleet import session_spec
 CONFIG, LABELS = PeftConfig("LORA", 2, 4, ("query",)), ("off", '{"ridge":1}')
 TRAINING = Task(CONFIG, LABELS, 1, 4, 0.01, 0.0, 0.0, PARTS, PARTS)
 ANALYTIC = AnalyticTask(CONFIG, LABELS, 1e-3, 16.0)
+NOISY = AnalyticTask(CONFIG, LABELS, 1e-3, 16.0, dimensions=4)
 LAYOUT = Layout((TensorSpec("m.classifier.bias", (2,)), TensorSpec("m.classifier.weight", (2, 5))))
 BOUNDS = {"weight_cap": 100, "ring_bits": 32, "max_clients": 3}
 
 
-@pytest.mark.parametrize("task", [TRAINING, ANALYTIC])
+@pytest.mark.parametrize("task", [TRAINING, ANALYTIC, NOISY])
 def test_a_task_is_read_as_it_was_written(task: taskkinds.AnyTask) -> None:
     assert taskkinds.decode(task.encode()) == task
     assert type(taskkinds.decode(task.encode())) is type(task)
@@ -44,7 +45,9 @@ def test_the_sums_are_those_of_the_kind() -> None:
     moments = taskkinds.vector_spec(ANALYTIC, LAYOUT, clip_norm=2.0, **BOUNDS)
     assert training == contribution_spec(LAYOUT, clip_norm=2.0, **BOUNDS)
     assert moments == moment_spec(ClassifierHead.of(LAYOUT), **BOUNDS)
-    assert (taskkinds.has_moments(training), taskkinds.has_moments(moments)) == (False, True)
+    noisy = taskkinds.vector_spec(NOISY, LAYOUT, clip_norm=2.0, noise=0.1, **BOUNDS)
+    assert [segment.size for segment in noisy.segments] == [4 * 5 // 2 + 4 * 2]
+    assert [taskkinds.has_moments(vector) for vector in (training, moments, noisy)] == [False, True, True]
 
 
 def test_an_adapter_without_a_head_has_no_moments() -> None:

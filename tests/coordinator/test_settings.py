@@ -11,8 +11,9 @@ import tomli_w
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from adapters.analytic import AnalyticTask
 from adapters.layout import Layout, TensorSpec
-from adapters.parts import Part
+from adapters.parts import PARTS, Part
 from adapters.peftconfig import PeftConfig
 from adapters.task import Task
 from aggregation import graph
@@ -21,7 +22,7 @@ from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Adversary, Privacy, SessionSpec
 from coordinator.optimizer import FedAdam, FedAvg
-from coordinator.settings import Aggregation, FederationSettings, PrivacySettings, Server
+from coordinator.settings import Aggregation, Analytic, FederationSettings, PrivacySettings, Server
 from tests.support import refused
 
 LAYOUT = Layout((TensorSpec("a", (100, 10)),))
@@ -209,10 +210,17 @@ def test_a_mechanism_and_its_strength_are_given_together_or_not_at_all(tmp_path:
         FederationSettings.read(write(tmp_path, {"privacy": privacy}))
 
 
-def test_an_analytic_head_with_noise_is_refused(tmp_path: Path) -> None:
-    settings = {"analytic": {"rounds": 1}, "privacy": {"mechanism": "skellam", "epsilon": 1.0}}
-    with refused(ConfigError, ""):
-        FederationSettings.read(write(tmp_path, settings))
+def test_rounds_of_both_kinds_are_within_the_epsilon_together() -> None:
+    settings = noisy(2.0).model_copy(update={"analytic": Analytic(rounds=2, dimensions=40, clip_norm=0.1)})
+    layout = Layout((*LORA.tensors, TensorSpec("classifier.bias", (2,)), TensorSpec("classifier.weight", (2, 100))))
+    head = AnalyticTask(TASK.peft_config, TASK.labels, 2e-4, 16.0, 40)
+    training = replace(TASK, trained=PARTS, shared=PARTS)
+    trains, fits = (settings.session_spec(20, layout, BASE, 2, task) for task in (training, head))
+    assert [(s.vector.segments[0].size, s.clip_norm) for s in (trains, fits)] == [(layout.size, 1.0), (900, 0.1)]
+    assert trains.noise_multiplier() == pytest.approx(fits.noise_multiplier(), rel=1e-12)
+    spent = [spec.spent(spec.minimum_survivors) for spec in (trains, fits)]
+    found = (spent[0].times(3) + spent[1].times(2)).epsilon(1e-6)
+    assert 0.99 * 2.0 < found <= 2.0
 
 
 def test_a_cohort_whose_smallest_sum_may_have_no_honest_device_is_refused() -> None:

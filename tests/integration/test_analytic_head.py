@@ -21,6 +21,8 @@ from tests.support.hostile import audit_failures
 
 FleetOf = Callable[..., Any]
 DEVICES = 8
+CLIP = 0.3
+PRIVATE = {"privacy__mechanism": "skellam", "analytic__dimensions": 512, "analytic__clip_norm": CLIP}
 KEPT = {"aggregation__keep_masked_inputs": True, "aggregation__ring_bits": 32}
 
 
@@ -96,6 +98,42 @@ def test_after_rounds_of_training_the_head_is_fitted_to_the_adapted_embeddings(f
     expected, _ = pooled_head(fleet, 2, records[2].survivors)
     assert np.abs(last[head.weight] - expected).max() < 0.02 * np.abs(expected).max()
     assert audit_failures(fleet.out / "coordinator") == set()
+
+
+def test_with_noise_the_head_is_that_of_the_noisy_sum_and_the_audit_computes_it_again(fleet_with_many: FleetOf) -> None:
+    fleet = fleet_with_many(rounds=2, analytic__rounds=1, **PRIVATE, privacy__noise_multiplier=0.5)
+    trained, fitted = fleet.federate(fleet.grid(message_loss=0.01, forced_dropouts=1))
+    assert 0 < trained.epsilon < fitted.epsilon
+    assert (fitted.version, fitted.spoiled, fitted.metrics) == (2, None, {})
+    registry = fleet.registry()
+    before, after = registry.tensors(1), registry.tensors(2)
+    head = ClassifierHead.of(Layout.of(before))
+    assert registry.version(2).manifest.epsilon == fitted.epsilon
+    assert all(np.array_equal(after[name], before[name]) for name in before if name != head.weight)
+    assert audit_failures(fleet.out / "coordinator") == set()
+
+
+def test_with_little_noise_it_is_the_head_of_the_devices_mean_moments(fleet_with_many: FleetOf) -> None:
+    fleet = fleet_with_many(rounds=1, analytic__rounds=1, **PRIVATE, privacy__noise_multiplier=1e-4)
+    fleet.state_dir("device-01").examples.write_bytes(b"not JSON\n")
+    (record,) = fleet.federate(fleet.grid())
+    before, after = fleet.registry().tensors(0), fleet.registry().tensors(1)
+    head, mine = ClassifierHead.of(Layout.of(before)), trainer_of(fleet)
+    xx, xy = np.zeros((head.hidden, head.hidden)), np.zeros((head.hidden, head.labels))
+    for name in record.survivors:
+        if name == "device-01":
+            continue
+        own = in_split(read_examples(fleet.state_dir(name).examples, head.labels), Split.TRAIN)
+        x = mine.embed([e.text for e in own], before).astype(np.float64)
+        second, first = x.T @ x / len(own), x.T @ np.eye(head.labels)[[e.label for e in own]] / len(own)
+        scale = min(1.0, CLIP / np.sqrt((second**2).sum() + (first**2).sum()))
+        xx, xy = xx + scale * second, xy + scale * first
+    count = len(record.survivors)
+    strength = 2e-4 * count + 1e-4 * CLIP * np.sqrt(count / 6) * np.sqrt(head.hidden / 2)
+    right = xy + strength * before[head.weight].T / 16.0
+    expected = 16.0 * np.linalg.solve(xx + strength * np.eye(head.hidden), right).T
+    assert np.corrcoef(after[head.weight].ravel(), expected.ravel())[0, 1] > 0.99
+    assert np.corrcoef(after[head.weight].ravel(), before[head.weight].ravel())[0, 1] < 0.99
 
 
 def test_an_audit_finds_a_head_that_is_not_the_one_that_the_sum_gives(

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters.analytic import AnalyticTask
 from adapters.layout import Layout, Tensors
-from adapters.noisysum import noisy_mean, noisy_spec, require_reach
+from adapters.noisysum import least_ring_bits, noisy_mean, noisy_spec, require_reach
 from adapters.parts import Part
 from adapters.peftconfig import PeftConfig
 from adapters.task import Task
@@ -31,7 +32,7 @@ KEY = bytes(range(32))
 
 
 def spec_of(deviation: float = 0.3, mechanism: Mechanism = Mechanism.SKELLAM) -> SessionSpec:
-    vector = noisy_spec(LAYOUT, clip_norm=CLIP, noise=deviation, ring_bits=16, max_clients=CLIENTS)
+    vector = noisy_spec("delta", LAYOUT.size, clip_norm=CLIP, noise=deviation, ring_bits=16, max_clients=CLIENTS)
     privacy = Privacy(mechanism, 5, 1e-6)
     return SessionSpec(1, 7, 7, CLIENTS - 1, vector, CLIP, 1, privacy, "b" * 64, LAYOUT.digest, Adversary.ACTIVE)
 
@@ -90,12 +91,35 @@ def test_only_the_vector_that_follows_from_the_clip_norm_is_accepted() -> None:
         require_bounds(replace(spec, vector=narrow), LAYOUT, TASK)
 
 
-def test_an_analytic_head_has_no_noise() -> None:
-    from adapters.analytic import AnalyticTask
+@pytest.mark.parametrize(("dimensions", "deviation"), [(0, 0.1), (8, 0.0)])
+def test_moments_have_noise_if_and_only_if_their_dimensions_are_named(dimensions: int, deviation: float) -> None:
+    task = AnalyticTask(TASK.peft_config, TASK.labels, 1e-3, 16.0, dimensions)
+    with refused(ConfigError, "task.dimensions", value=dimensions):
+        vector_spec(task, LAYOUT, clip_norm=1, weight_cap=1, ring_bits=16, max_clients=3, noise=deviation)
 
-    task = AnalyticTask(TASK.peft_config, TASK.labels, 1e-3, 16.0)
-    with refused(ConfigError, "privacy"):
-        vector_spec(task, LAYOUT, clip_norm=1, weight_cap=1, ring_bits=16, max_clients=3, noise=0.1)
+
+@pytest.mark.parametrize(
+    ("size", "norm", "deviation", "clients", "expected"), [(10**6, 2.0, 0.3, 12, 16), (12_096, 0.2, 0.006, 1000, 18)]
+)
+def test_the_ring_has_the_fewest_bits_with_which_rounding_costs_little(
+    size: int, norm: float, deviation: float, clients: int, expected: int
+) -> None:
+    bounds = {"clip_norm": norm, "noise": deviation}
+
+    def longest(bits: int) -> float:
+        spec = noisy_spec("delta", size, **bounds, ring_bits=bits, max_clients=clients)
+        steps = norm / spec.step(spec.segments[0])
+        return float(np.sqrt(norm_squared(steps, size)) / steps)
+
+    bits = least_ring_bits(size, **bounds, max_clients=clients)
+    assert bits == expected
+    assert longest(bits) <= 1.01 * longest(60)
+    assert bits == 16 or longest(bits - 1) > 1.01 * longest(60)
+
+
+def test_no_ring_holds_noise_that_dwarfs_its_bound() -> None:
+    with refused(ConfigError, "vector.ring_bits"):
+        least_ring_bits(10**6, clip_norm=CLIP, noise=1e4, max_clients=CLIENTS)
 
 
 def test_a_sum_of_honest_devices_is_within_reach_and_one_of_long_updates_is_not() -> None:
