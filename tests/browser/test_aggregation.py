@@ -6,27 +6,33 @@ import random
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from adapters.layout import Layout, TensorSpec
 from adapters.task import contribution_spec
 from aggregation import client, envelope, ring
 from aggregation.envelope import ENVELOPE, Envelope
-from aggregation.errors import ProtocolError
-from aggregation.messages import Offer
-from aggregation.pki.identity import IdentityKey
+from aggregation.errors import ProtocolError, TrustError
+from aggregation.messages import Offer, Plan
+from aggregation.pki import Authority, IdentityKey, Reason, Revocation, Root
+from aggregation.policy import Policy
 from aggregation.sealed import reopened
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
+from client.node import adapterstate
 from client.training.contribute import Outcome, contribution
 from client.training.examples import Score
 from tests.support import programs
-from tests.support.fleet import ADAPTER, session_spec
+from tests.support.fleet import ADAPTER, CountedEntropy, session_spec
 from tests.vectors.test_rounds import CASES, GivenEntropy, Walk, devices_of
 
 raw = bytes.fromhex
@@ -233,3 +239,118 @@ def test_a_contribution_is_bit_for_bit_that_of_a_native_device(tmp_path: Path, n
     }
     made.write_text(json.dumps(content))
     run(node, "contribution.test.mjs", EDGEADAPT_CONTRIBUTIONS=made)
+
+
+# Revocation lists, and histories of plans and sums
+
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+def millis(at: datetime) -> int:
+    return int(1000 * at.timestamp())
+
+
+def odd_lists(authority: Authority) -> Iterator[bytes]:
+    """Lists that the authority signs although ``revocations`` would refuse to."""
+    name = x509.load_der_x509_certificate(authority.der).subject
+    key = Ed25519PrivateKey.from_private_bytes(authority.key.raw)
+    plain = x509.CertificateRevocationListBuilder(name, BEGIN, BEGIN + DAY)
+    numbered = plain.add_extension(x509.CRLNumber(5), critical=False)
+    entry = x509.RevokedCertificateBuilder(7, BEGIN)
+    issuer = x509.CertificateIssuer([x509.DirectoryName(name)])
+    builders = (
+        plain,
+        numbered.add_extension(x509.DeltaCRLIndicator(4), critical=True),
+        numbered.add_extension(x509.AuthorityKeyIdentifier(b"id", None, None), critical=False),
+        numbered.add_revoked_certificate(entry.add_extension(issuer, critical=True).build()),
+        numbered.add_revoked_certificate(entry.add_extension(x509.InvalidityDate(BEGIN), critical=False).build()),
+    )
+    for builder in builders:
+        yield builder.sign(key, None).public_bytes(serialization.Encoding.DER)
+
+
+def read_list(root: Root, raw_list: bytes) -> dict[str, Any]:
+    """A list, or what a native device's refusal of it is about."""
+    found: dict[str, Any] = {"list": raw_list.hex(), "refused": None}
+    try:
+        read = root.revocations(raw_list)
+    except TrustError as error:
+        return found | {"refused": error.about}
+    ends = millis(read.next_update)
+    return found | {"number": str(read.number), "serials": [str(each) for each in read.revoked], "ends": ends}
+
+
+def revocations(rng: random.Random) -> dict[str, Any]:
+    entropy = CountedEntropy(3)
+    authority = Authority.create("lists", entropy, BEGIN, BEGIN + 900 * DAY)
+    stranger = Authority.create("lists", entropy, BEGIN, BEGIN + 900 * DAY)
+    public = IdentityKey.generate(entropy).public
+    certificate = authority.issue("unit-0", public, not_before=BEGIN, not_after=BEGIN + DAY, serial=2**159 - 1)
+    revoked = {7: Revocation(BEGIN, Reason.KEY_COMPROMISE), 2**159 - 1: Revocation(BEGIN + DAY)}
+    two = [authority.revocations(n, given, BEGIN, BEGIN + 30 * DAY).der for n, given in ((1, {}), (2, revoked))]
+    exact = [*two, stranger.revocations(3, {}, BEGIN, BEGIN + DAY).der, *odd_lists(authority)]
+    harmed = [b"", *(two[1][:at] for at in range(0, len(two[1]), 9))]
+    for _ in range(200):
+        at = rng.randrange(len(two[1]))
+        harmed.append(two[1][:at] + bytes([two[1][at] ^ 1 << rng.randrange(8)]) + two[1][at + 1 :])
+    return {
+        "root": authority.der.hex(),
+        "certificate": certificate.hex(),
+        "lists": [read_list(authority.root, each) for each in (*exact, *harmed)],
+        "exact": [each.hex() for each in exact],
+        "two": [each.hex() for each in two],
+        "fresh": [fresh(authority, days, days_ago) for days in (0, 3) for days_ago in (None, -2, 0, 2, 4, 31)],
+    }
+
+
+def fresh(authority: Authority, days: int, days_ago: int | None) -> dict[str, Any]:
+    """Whether a native device relies on a list of that age, or on none."""
+    at, policy = BEGIN + 100 * DAY, Policy(revocation_days=days)
+    found: dict[str, Any] = {"updates": None, "days": days, "at": millis(at), "refused": None}
+    listed = None
+    if days_ago is not None:
+        listed = authority.revocations(1, {}, at - days_ago * DAY, at - days_ago * DAY + 30 * DAY)
+        found["updates"] = [millis(listed.this_update), millis(listed.next_update)]
+    try:
+        policy.check_revocations(listed, at)
+    except ProtocolError as error:
+        found["refused"] = error.about
+    return found
+
+
+def history(rng: random.Random) -> dict[str, Any]:
+    """Plans and sums as a hostile coordinator may send them, and what a native device's refusals are about."""
+    known, repeats, events = None, rng.randrange(3), []
+    adapters = [bytes([number]).hex() * 32 for number in range(3)]
+    serials = {f"unit-{number}": 100 + number for number in range(4)}
+    for _ in range(12):
+        plan = Plan(
+            bytes(32), 1, ("a", "b"), rng.choice((1, 1, 2, 3)), rng.choice(adapters), rng.choice((b"", b"", b"x"))
+        )
+        spec = session_spec(4, clip_norm=rng.choice((4.0, 4.0, 2.0)))
+        event: dict[str, Any] = {
+            "body": plan.encode().hex(),
+            "clip_norm": spec.clip_norm,
+            "weight_cap": spec.weight_cap,
+        }
+        event |= {"survivors": None, "revoked": rng.choice(([], [], [103])), "refused": None}
+        try:
+            if rng.randrange(2):
+                known = adapterstate.on_plan(known, plan, spec, repeats)
+            else:
+                event["survivors"] = dict(list(serials.items())[: rng.choice((4, 4, 3))])
+                known = adapterstate.on_survivors(known, plan, event["survivors"], event["revoked"])
+        except ProtocolError as error:
+            event["refused"] = error.about
+        events.append(event)
+    return {"repeats": repeats, "events": events}
+
+
+def test_revocation_lists_and_adapter_states_are_those_of_a_native_device(tmp_path: Path, node: str) -> None:
+    rng, made = random.Random(9), tmp_path / "history.json"  # noqa: S311  # not a secret
+    histories = [history(rng) for _ in range(400)]
+    abouts = {event["refused"] for each in histories for event in each["events"]}
+    assert len(abouts) == 7, abouts  # every refusal occurs, and none
+    made.write_text(json.dumps({**revocations(rng), "histories": histories}))
+    run(node, "history.test.mjs", EDGEADAPT_HISTORY=made)

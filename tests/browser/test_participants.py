@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from aggregation import envelope
 from aggregation.messages import Offer, Roster, Survivors, Unmask
+from aggregation.pki import Revocation
+from aggregation.pki.certificates import serial
 from aggregation.pki.identity import PublicKey
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
@@ -56,9 +58,9 @@ class Program:
             raise RefusedError(answer["refused"])
         return answer
 
-    def answer(self, device: str, step: Step, body: bytes) -> bytes:
+    def answer(self, device: str, step: Step, body: bytes, **fields: bytes) -> bytes:
         """A device's answer to a message of the coordinator."""
-        return base64.b64decode(self.ask("answer", device, step=step.value, body=body)["body"])
+        return base64.b64decode(self.ask("answer", device, step=step.value, body=body, **fields)["body"])
 
     def close(self) -> None:
         self._process.kill()
@@ -78,6 +80,13 @@ class MixedFleet(Fleet):
 
     scripted: frozenset[str] = frozenset()
     program: Any = field(default=None, repr=False)
+
+    def begin(self, session: Established, cohort: Collection[str] | None = None) -> Any:
+        """The plan of a round from an adapter of its own: devices help to sums from one adapter over one set."""
+        digest = f"{session.last_round:064x}"
+        return session.plan(
+            adapter_version=1 + session.last_round, adapter_digest=digest, training=b"settings", cohort=cohort
+        )
 
     def join(self, name: str, offer: bytes) -> bytes:
         return self._asked(name, Step.OFFER, offer) if name in self.scripted else Fleet.join(self, name, offer)
@@ -196,9 +205,9 @@ def test_a_round_that_too_few_finish_is_aborted_and_the_next_one_has_a_sum(mixed
     fleet.assert_exact(result, set(fleet.devices))
 
 
-def refuses(fleet: MixedFleet, name: str, step: Step, body: bytes, about: str) -> None:
+def refuses(fleet: MixedFleet, name: str, step: Step, body: bytes, about: str, **fields: bytes) -> None:
     with pytest.raises(RefusedError) as caught:
-        fleet.program.answer(name, step, body)
+        fleet.program.answer(name, step, body, **fields)
     assert (caught.value.name, caught.value.about) == ("ProtocolError", about)
 
 
@@ -245,6 +254,21 @@ def test_a_device_in_javascript_signs_and_unmasks_one_survivor_set(mixed: Mixed)
     refuses(fleet, me, Step.UNMASK, requests[me], "step")
 
 
+def test_a_device_in_javascript_helps_to_sums_from_one_adapter_over_one_set(mixed: Mixed) -> None:
+    fleet = mixed(4, {0})
+    me = "device-000"
+    session, result = fleet.round(fleet.establish())
+    fleet.assert_exact(result, set(fleet.devices))
+    same = {"adapter_version": 1, "adapter_digest": "0" * 64, "cohort": None}
+    _, plans = session.plan(**same, training=b"other settings")
+    refuses(fleet, me, Step.PLAN, plans[me], "plan.terms")
+    state, plans = replace(session, last_round=session.last_round + 1).plan(**same, training=b"settings")
+    for name in sorted(set(plans) - {"device-001"}):
+        state = fleet.accept(state, "on_masked_input", name, fleet.contribute(name, plans[name]))
+    _, bodies = state.close()
+    refuses(fleet, me, Step.SURVIVORS, bodies[me], "survivors.repeat")
+
+
 def test_a_device_in_javascript_refuses_false_rosters(mixed: Mixed) -> None:
     fleet = mixed(4, {0})
     me = "device-000"
@@ -265,6 +289,21 @@ def test_a_device_in_javascript_refuses_false_rosters(mixed: Mixed) -> None:
         refuses(fleet, me, Step.ROSTER, resigned(fleet, Roster, roster, adverts=tuple(adverts)), about)
     refuses(fleet, me, Step.ROSTER, resigned(fleet, Roster, roster, offer=bytes(32)), "roster.offer")
     assert fleet.program.answer(me, Step.ROSTER, resigned(fleet, Roster, roster, adverts=(own, *others)))
+
+
+def test_a_device_in_javascript_takes_revocations_from_the_authority_alone(mixed: Mixed) -> None:
+    fleet = mixed(4, {0})
+    me, other = "device-000", "device-001"
+    _, offer = fleet.offer()
+    gone = {serial(fleet.devices[other].certificate): Revocation(BEGIN)}
+    newer, older = (fleet.authority.revocations(n, given, BEGIN, END).der for n, given in ((2, gone), (1, {})))
+    stranger = make_fleet(4, seed=9).authority.revocations(3, {}, BEGIN, END).der
+    refuses(fleet, me, Step.OFFER, offer, "revocations.signature", revocations=stranger)
+    refuses(fleet, me, Step.OFFER, offer, "revocations", revocations=newer[:-1])
+    assert fleet.program.answer(me, Step.OFFER, offer, revocations=older)
+    refuses(fleet, me, Step.OFFER, offer, "certificate.revoked", revocations=newer)
+    refuses(fleet, me, Step.OFFER, offer, "certificate.revoked")
+    refuses(fleet, me, Step.OFFER, offer, "revocations.number", revocations=older)
 
 
 def test_an_offer_that_breaks_the_policy_is_refused(mixed: Mixed) -> None:

@@ -23,7 +23,7 @@ export function connect(participant, url) {
 async function answer(participant, raw) {
   const { id, step, fields } = decode(REQUEST, raw);
   try {
-    return encode(ANSWER, { id, body: await participant.answer(step, fields.get("body") ?? new Uint8Array()), reason: [] });
+    return encode(ANSWER, { id, body: await participant.answer(step, Object.fromEntries(fields)), reason: [] });
   } catch (error) {
     const reason = error instanceof ProtocolError ? error.message : "failed on the device";
     return encode(ANSWER, { id, body: null, reason: new TextEncoder().encode(reason).subarray(0, MAX_REASON) });

@@ -33,6 +33,11 @@ export class Device {
     Object.freeze(this);
   }
 
+  /** This device with another state of its pinned authority. */
+  withRoot(root) {
+    return new Device({ ...this, key: this.#key, root });
+  }
+
   open(kind, raw) {
     return m.openVerified(kind, raw, this.coordinator, m.COORDINATOR);
   }
@@ -141,13 +146,15 @@ class Advertised {
       seed.fill(0);
       rounds.set(i + 1, { ...keys, held: new Map([[me, own[i]]]) });
     }
-    return [new Ready({ session, me, ends, lastRound: 0, dealers: null }, shareKey, rounds), shares];
+    const serials = new Map([...cohort].map(([name, { serial }]) => [name, serial]));
+    return [new Ready({ session, me, ends, serials, lastRound: 0, dealers: null }, shareKey, rounds), shares];
   }
 }
 
 /**
- * Between rounds. `lastRound`: the last one begun, 0 before the first; `dealers`: the Set of devices whose shares arrived,
- * null before. The secrets are a Map of round → { maskKey, seed, held }, of rounds still to come.
+ * Between rounds. `ends`: see `checks.sessionEnd`; `serials`: a Map of device → serial of its certificate, of the whole
+ * cohort; `lastRound`: the last one begun, 0 before the first; `dealers`: the Set of devices whose shares arrived, null before.
+ * The secrets are a Map of round → { maskKey, seed, held }, of rounds still to come.
  */
 class Ready {
   #shareKey;
@@ -168,8 +175,8 @@ class Ready {
     checks.plan(this.session, this.me, dealers, this.lastRound, plan);
     this.#singleUse.take("round");
     const later = new Map([...rounds].filter(([round]) => round > plan.round));
-    const { session, me, ends } = this;
-    return new Planned(new Ready({ session, me, ends, lastRound: plan.round, dealers }, null, later), plan, rounds.get(plan.round));
+    const next = new Ready({ ...this, lastRound: plan.round, dealers }, null, later);
+    return new Planned(next, plan, rounds.get(plan.round));
   }
 
   async #decrypt(shares) {

@@ -1,10 +1,10 @@
 // A device in a session: one message in, one step of the protocol, one message out, as client/node/app.py.
 
-import { ProtocolError } from "../errors.js";
+import { ProtocolError, TrustError } from "../errors.js";
+import * as adapterstate from "./adapterstate.js";
 import { checkIn, join } from "./device.js";
-import { COORDINATOR } from "./messages.js";
-
-const METHODS = { roster: "onRoster", survivors: "onSurvivors", unmask: "onUnmask" };
+import { COORDINATOR, Unmask, unverifiedBody } from "./messages.js";
+import { newerThan, readRevocations, requireFresh } from "./revocations.js";
 
 /** `train` makes a device's contribution: (plan, spec) → a ring vector (contribution.js). `node`: Flower's id of this node. */
 export class Participant {
@@ -12,6 +12,7 @@ export class Participant {
   #train;
   #node;
   #state = null;
+  #adapter = null;
   #last = Promise.resolve();
 
   constructor(device, train, node = 0n) {
@@ -19,33 +20,78 @@ export class Participant {
   }
 
   /**
-   * The answer to the request `step` (aggregation/steps.py) with this body. `at`: now in milliseconds, or null.
+   * The answer to the request `step` (aggregation/steps.py). `fields`: { body, revocations }, the latter where there is a list.
+   * `at`: now in milliseconds, or null.
    *
-   * Requests are answered one after the other. Throws ProtocolError: refused; the state is that of before.
+   * Requests are answered one after the other. Throws ProtocolError: refused.
    */
-  answer(step, body, at = Date.now()) {
-    const found = this.#last.then(() => this.#step(step, body, at));
+  answer(step, fields, at = Date.now()) {
+    const found = this.#last.then(() => this.#step(step, fields, at));
     this.#last = found.catch(() => {});
     return found;
   }
 
-  async #step(step, body, at) {
-    const [device, state] = [this.#device, this.#state];
-    if (step === "checkin") return checkIn(device, body, this.#node);
-    let after;
-    if (step === "offer") {
-      after = await join(device, body, undefined, at);
-    } else if (step === "plan" && state?.onPlan) {
-      const planned = await state.onPlan(device, body, at);
-      after = await planned.contribute(device, await this.#train(planned.plan, planned.spec));
-    } else if (state?.[METHODS[step]]) {
-      after = await state[METHODS[step]](device, body);
-    } else {
-      const held = state ? `is in the state ${state.constructor.name}` : "has joined no session";
-      throw new ProtocolError(`unexpected ${step}: this device ${held}`, "step", COORDINATOR);
-    }
-    const [next, answer] = after;
-    this.#state = next;
+  async #step(step, { body, revocations }, at) {
+    if (!body) throw new ProtocolError("the message has no body", "message.body", COORDINATOR);
+    const state = this.#state;
+    if (step === "checkin") return checkIn(this.#device, body, this.#node);
+    if (step === "offer") return this.#offer(body, revocations, at);
+    if (step === "roster" && state?.onRoster) return this.#after(await state.onRoster(this.#device, body));
+    if (step === "plan" && state?.onPlan) return this.#plan(body, at);
+    if (step === "survivors" && state?.onSurvivors) return this.#survivors(body);
+    if (step === "unmask" && state?.onUnmask) return this.#unmask(body);
+    const held = state ? `is in the state ${state.constructor.name}` : "has joined no session";
+    throw new ProtocolError(`unexpected ${step}: this device ${held}`, "step", COORDINATOR);
+  }
+
+  #after([state, answer]) {
+    this.#state = state;
     return answer;
+  }
+
+  async #offer(body, revocations, at) {
+    if (revocations) await this.#install(revocations);
+    const { root, policy } = this.#device;
+    if (at !== null) requireFresh(root.revoked, policy.revocation_days, at);
+    return this.#after(await join(this.#device, body, undefined, at));
+  }
+
+  /** Installs the list that the coordinator forwards. It can withhold a list, but not forge one. */
+  async #install(raw) {
+    const { root } = this.#device;
+    try {
+      this.#device = this.#device.withRoot(root.withRevocations(newerThan(await readRevocations(root, raw), root.revoked)));
+    } catch (error) {
+      throw error instanceof TrustError ? ProtocolError.of(error, COORDINATOR) : error;
+    }
+  }
+
+  async #plan(body, at) {
+    const planned = await this.#state.onPlan(this.#device, body, at);
+    this.#state = planned; // whatever fails from here on, the device can take part in a later round
+    const { plan, spec } = planned;
+    const adapter = adapterstate.onPlan(this.#adapter, plan, spec, this.#device.policy.maximum_repeats);
+    const answer = this.#after(await planned.contribute(this.#device, await this.#train(plan, spec)));
+    this.#adapter = adapter;
+    return answer;
+  }
+
+  async #survivors(body) {
+    const state = this.#state;
+    const [confirmed, answer] = await state.onSurvivors(this.#device, body);
+    this.#afterSum(state, confirmed.survivors); // it signs for no sum for which it would reveal no shares
+    return this.#after([confirmed, answer]);
+  }
+
+  async #unmask(body) {
+    const state = this.#state;
+    const after = await state.onUnmask(this.#device, body);
+    this.#adapter = this.#afterSum(state, Unmask.decode(unverifiedBody(body)).survivors);
+    return this.#after(after);
+  }
+
+  #afterSum({ ready, plan }, { vectors }) {
+    const serials = new Map([...vectors.keys()].map((device) => [device, ready.serials.get(device)]));
+    return adapterstate.onSurvivors(this.#adapter, plan, serials, this.#device.root.revoked?.serials ?? new Set());
   }
 }

@@ -19,6 +19,8 @@ const DEFAULTS = {
   complete_up_to: COMPLETE_UP_TO,
   maximum_weight: 65_536,
   maximum_rounds: 64,
+  maximum_repeats: 3, // sums from an adapter after the first one
+  revocation_days: 0, // greatest age of the authority's revocation list; 0: no list is required
 };
 
 /** Limits on the sessions that a device joins; `given` replaces defaults. Throws ConfigError: a value is out of range. */
@@ -36,6 +38,8 @@ export class Policy {
       corrupt_fraction: [0 <= this.corrupt_fraction && this.corrupt_fraction < 1, "in [0, 1)"],
       minimum_ring_bits: [1 <= low && low <= high, `between 1 and maximum_ring_bits ${high}`],
       maximum_ring_bits: [high <= 32, "32 or less"],
+      maximum_repeats: [0 <= this.maximum_repeats && this.maximum_repeats <= 15, "between 0 and 15"],
+      revocation_days: [this.revocation_days >= 0, "0 or more"],
     };
     for (const name of Object.keys(given)) {
       if (!(name in DEFAULTS)) throw new ConfigError(`${name} is not a limit of a policy`, `policy.${name}`);

@@ -34,8 +34,9 @@ const ACTIONS = {
     return {};
   },
 
-  async answer({ device, step, body }) {
-    return { body: base64(await participants.get(device).answer(step, bytes(body), null)) };
+  async answer({ device, step, body, revocations }) {
+    const fields = { body: bytes(body), ...(revocations && { revocations: bytes(revocations) }) };
+    return { body: base64(await participants.get(device).answer(step, fields, null)) };
   },
 };
 

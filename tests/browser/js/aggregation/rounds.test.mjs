@@ -97,7 +97,7 @@ test("no state shows a secret to what prints, copies or serializes it", async ()
   const [advertised] = await join(device, raw(one.offer), given(one.join[name]));
   assert.deepEqual(Object.keys(advertised), []);
   const [ready] = await advertised.onRoster(device, raw(one.roster), given(one.deal[name]));
-  assert.deepEqual(Object.keys(ready).sort(), ["dealers", "ends", "lastRound", "me", "session"]);
+  assert.deepEqual(Object.keys(ready).sort(), ["dealers", "ends", "lastRound", "me", "serials", "session"]);
   const planned = await ready.onPlan(device, raw(one.assignments[name]));
   assert.deepEqual(Object.keys(planned), ["ready", "plan"]);
 });
