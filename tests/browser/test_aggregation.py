@@ -29,6 +29,7 @@ from aggregation.sealed import reopened
 from aggregation.spec import SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from client.node import adapterstate
+from client.node.app import _dealing
 from client.training.contribute import Outcome, contribution
 from client.training.examples import Score
 from tests.support import programs
@@ -62,10 +63,21 @@ def refusals(case: dict[str, Any]) -> list[str]:
     return [walk.about[bad["message"]] for bad in case["refused"]]
 
 
+def dealt(case: dict[str, Any], name: str) -> str:
+    """The shares of a native device whose polynomials follow from its share key and the roster."""
+    device, roster = devices_of(case)[name], raw(case["roster"])
+    advertised, _ = client.join(device, raw(case["offer"]), GivenEntropy(case["join"][name]))
+    _, shares = advertised.on_roster(device, roster, _dealing(advertised, roster))
+    return shares.hex()
+
+
 def test_a_round_is_byte_for_byte_that_of_the_independent_script(tmp_path: Path, node: str) -> None:
-    about = tmp_path / "about.json"
-    about.write_text(json.dumps({label: refusals(case) for label, case in CASES.items()}))
-    run(node, "rounds.test.mjs", EDGEADAPT_ABOUT=about)
+    native = tmp_path / "native.json"
+    found = {"about": {}, "dealt": {}}
+    for label, case in CASES.items():
+        found["about"][label], found["dealt"][label] = refusals(case), dealt(case, "unit-0")
+    native.write_text(json.dumps(found))
+    run(node, "rounds.test.mjs", EDGEADAPT_NATIVE=native)
 
 
 # Hostile messages: signed by the coordinator, or not, and damaged everywhere

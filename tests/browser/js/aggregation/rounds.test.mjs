@@ -5,12 +5,14 @@ import { readFileSync } from "node:fs";
 import test from "node:test";
 
 import { checkIn, join } from "../../../../client/browser/page/aggregation/device.js";
-import { unverifiedBody, CheckIn } from "../../../../client/browser/page/aggregation/messages.js";
+import { derivable, derive, exchangeKey, pairKey, publicKey, selfKey, sharedSecret } from "../../../../client/browser/page/aggregation/masks.js";
+import { CheckIn, unverifiedBody } from "../../../../client/browser/page/aggregation/messages.js";
 import { arrayType } from "../../../../client/browser/page/aggregation/ring.js";
 import { ProtocolError } from "../../../../client/browser/page/errors.js";
 import { CASES, POLICY, deviceOf, given, hex, raw } from "./vectors.mjs";
 
-const ABOUT = JSON.parse(readFileSync(process.env.EDGEADAPT_ABOUT, "utf8")); // case → what each refusal is about, natively
+// Of a native device: case → what each refusal is about, and → the shares that follow from the share key and the roster.
+const { about: ABOUT, dealt: DEALT } = JSON.parse(readFileSync(process.env.EDGEADAPT_NATIVE, "utf8"));
 const STEPS = ["challenge", "offer", "roster", "assignment", "survivors", "unmask"]; // that a device answers
 
 async function deliver({ refused }, label, step, name, call, body, seen) {
@@ -77,6 +79,25 @@ for (const [label, one] of Object.entries(CASES)) {
     assert.deepEqual(seen.sort((a, b) => a - b), meant);
   });
 }
+
+test("without given randomness, the shares follow from the share key and the roster", async () => {
+  for (const [label, shares] of Object.entries(DEALT)) {
+    const one = CASES[label];
+    const device = await deviceOf("unit-0", { ...one, policy: { ...POLICY, known_bases: [one.spec.digest] } });
+    const [advertised] = await join(device, raw(one.offer), given(one.join["unit-0"]));
+    assert.equal(hex((await advertised.onRoster(device, raw(one.roster)))[1]), shares);
+  }
+});
+
+test("no key can be exported", async () => {
+  const bytes = crypto.getRandomValues(new Uint8Array(32));
+  const [own, seed, bound] = [await exchangeKey(bytes), await derivable(bytes), new Uint8Array(32)];
+  const pair = await pairKey(own, await publicKey(own), bound, bound, ["a", "b"]);
+  const secret = await sharedSecret(own, await publicKey(own));
+  for (const key of [own, seed, pair, secret, await selfKey(seed, bound, bound, "a"), await derive(seed, "AES-GCM", bound)]) {
+    assert.equal(key.extractable, false);
+  }
+});
 
 test("of two requests at the same time, one is answered", async () => {
   const one = CASES.narrow;
