@@ -4,7 +4,8 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,16 +25,20 @@ from aggregation.envelope import ENVELOPE, Envelope
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Offer, Plan
 from aggregation.pki import Authority, IdentityKey, Reason, Revocation, Root
+from aggregation.pki.identity import PublicKey
 from aggregation.policy import Policy
 from aggregation.sealed import reopened
 from aggregation.spec import SessionSpec
+from aggregation.transcript import LogState
 from aggregation.vector import Segment, VectorSpec
 from client.node import adapterstate
 from client.node.app import _dealing
 from client.training.contribute import Outcome, contribution
 from client.training.examples import Score
+from tests.aggregation.transcript import test_logstate
 from tests.support import programs
 from tests.support.fleet import ADAPTER, CountedEntropy, session_spec
+from tests.support.logs import KEY, OFFERS, chain, chain_proof, log_of, seen
 from tests.vectors.test_rounds import CASES, GivenEntropy, Walk, devices_of
 
 raw = bytes.fromhex
@@ -366,3 +371,79 @@ def test_revocation_lists_and_adapter_states_are_those_of_a_native_device(tmp_pa
     assert len(abouts) == 7, abouts  # every refusal occurs, and none
     made.write_text(json.dumps({**revocations(rng), "histories": histories}))
     run(node, "history.test.mjs", EDGEADAPT_HISTORY=made)
+
+
+# Proofs about the log
+
+
+class Recorder:
+    """Records what native log states make of what they are given."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Any]] = []
+        self.calls: list[dict[str, Any]] = []
+
+    def index(self, state: LogState) -> int:
+        written = {name: plain(value) for name, value in asdict(state).items()}
+        if written not in self.states:
+            self.states.append(written)
+        return self.states.index(written)
+
+    def wrapped(self, method: str) -> Callable[..., Any]:
+        """The method, with a record of each call that is not made by another one."""
+        native = getattr(LogState, method)
+
+        def call(*given: Any) -> LogState:
+            own = () if method == "initial" else given[:1]
+            record = {"method": method, "state": self.index(own[0]) if own else None, "after": None, "about": None}
+            record["given"] = [plain(each) for each in given[len(own) :]]
+            self.calls.append(record)
+            depth = len(self.calls)
+            try:
+                after = native(*given)
+            except ProtocolError as error:
+                record["about"] = error.about
+                raise
+            finally:
+                del self.calls[depth:]
+            record["after"] = self.index(after)
+            return after  # type: ignore[no-any-return]
+
+        return staticmethod(call) if method == "initial" else call  # type: ignore[return-value]
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, PublicKey):
+        return value.raw.hex()
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, int):
+        return str(value)
+    return value if value is None or isinstance(value, str) else [plain(each) for each in value]
+
+
+def test_proofs_about_the_log_are_judged_as_by_a_native_device(
+    tmp_path: Path, node: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the native device's own tests, and damaged ones."""
+    recorder, rng, made = Recorder(), random.Random(4), tmp_path / "proofs.json"  # noqa: S311  # not a secret
+    for method in ("initial", "on_receipt", "on_session_chain_proof", "contributed", "on_survivors"):
+        monkeypatch.setattr(LogState, method, recorder.wrapped(method))
+    for name, check in vars(test_logstate).items():
+        marks = getattr(check, "pytestmark", [])
+        if name.startswith("test_") and not hasattr(check, "hypothesis"):
+            for given in marks[0].args[1] if marks else [None]:
+                check(given) if marks else check()
+    logged, closed = chain(3)
+    receipt, proof = log_of(3).receipt(), chain_proof(logged, closed)
+    for other in damaged(rng, receipt, 40):
+        with suppress(ProtocolError):
+            seen(3).on_receipt(KEY.public, other)
+    for other in damaged(rng, proof, 40):
+        with suppress(ProtocolError):
+            seen(2).on_session_chain_proof(KEY.public, other, OFFERS[3])
+    assert len({call["about"] for call in recorder.calls}) > 18
+    calls = list({json.dumps(call): call for call in recorder.calls}.values())
+    made.write_text(json.dumps({"states": recorder.states, "calls": calls}))
+    run(node, "logstate.test.mjs", EDGEADAPT_PROOFS=made)

@@ -26,7 +26,13 @@ from tests.browser.test_aggregation import JS
 from tests.support import programs
 from tests.support.fleet import BASE, BEGIN, END, Fleet, make_fleet, session_spec, vector_spec
 
-POLICY = {"known_bases": [BASE], "minimum_cohort": 3, "minimum_survivors": 2, "minimum_ring_bits": 8}
+POLICY = {
+    "demand_proofs": False,
+    "known_bases": [BASE],
+    "minimum_cohort": 3,
+    "minimum_survivors": 2,
+    "minimum_ring_bits": 8,
+}
 ASKS = {"on_survivors": Step.SURVIVORS, "on_unmask": Step.UNMASK}
 
 
@@ -304,6 +310,14 @@ def test_a_device_in_javascript_takes_revocations_from_the_authority_alone(mixed
     refuses(fleet, me, Step.OFFER, offer, "certificate.revoked", revocations=newer)
     refuses(fleet, me, Step.OFFER, offer, "certificate.revoked")
     refuses(fleet, me, Step.OFFER, offer, "revocations.number", revocations=older)
+
+
+def test_an_offer_without_a_proof_about_the_log_is_refused(mixed: Mixed) -> None:
+    fleet = mixed(4, {0}, {"demand_proofs": True})
+    _, offer = fleet.offer()
+    refuses(fleet, "device-000", Step.OFFER, offer, "message.proof")
+    refuses(fleet, "device-000", Step.OFFER, offer, "encoding.length", proof=b"")
+    refuses(fleet, "device-000", Step.OFFER, offer, "encoding.length", proof=bytes(9))
 
 
 def test_an_offer_that_breaks_the_policy_is_refused(mixed: Mixed) -> None:

@@ -119,6 +119,14 @@ class Advertised {
     [this.#known, this.#advert, this.#own] = [known, advert, own];
   }
 
+  get me() {
+    return this.#known.me;
+  }
+
+  get offer() {
+    return this.#known.offer;
+  }
+
   /**
    * Checks the roster and shares the secrets of every round (steps 3 and 4): the state and the encrypted shares.
    *

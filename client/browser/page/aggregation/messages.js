@@ -11,9 +11,9 @@ export const MAX_CERTIFICATE = 2048; // bytes of DER
 export const COORDINATOR = "coordinator"; // its name in errors
 export const SHARE = 33; // bytes
 export const AEAD_TAG = 16; // bytes
-const MAX_COHORT = 10_000;
+export const MAX_COHORT = 10_000;
 const SIGNATURE = 64; // bytes
-const OVERHEAD = 128; // bytes: more than magic, version, tag, lengths and signature take
+export const OVERHEAD = 128; // bytes: more than magic, version, tag, lengths and signature take
 const MIB = 2 ** 20;
 const [MAGIC, VERSION] = ["EA", 1];
 const FRAME = utf8("edgeadapt/1\0");
@@ -31,7 +31,7 @@ const SHARE_BY_DEALER = mapping(DEVICE, fixed(SHARE), MAX_COHORT);
 const CERTIFICATE = blob(MAX_CERTIFICATE);
 
 /** A message: its tag, the limit of its body in bytes, and the codec of its body. */
-function message(tag, limit, fields) {
+export function message(tag, limit, fields) {
   const codec = record(fields);
   return {
     tag,
@@ -130,6 +130,12 @@ export async function openVerified(kind, raw, signer, peer) {
 
 /** The body of a message whose signer is not known yet: only to find out which key must verify it. */
 export const unverifiedBody = (raw) => decode(ENVELOPE, raw).body;
+
+/** The signed header of a masked input: the part of it that is logged. */
+export function signedHeader(raw) {
+  const end = raw.length - 4;
+  return raw.slice(end - new DataView(raw.buffer, raw.byteOffset + end).getUint32(0), end);
+}
 
 /** A masked input as it travels: vector, signed header, length of the header. */
 export const withVector = (packed, header) => concat(packed, header, u32(header.length));

@@ -3,7 +3,8 @@
 import { ProtocolError, TrustError } from "../errors.js";
 import * as adapterstate from "./adapterstate.js";
 import { checkIn, join } from "./device.js";
-import { COORDINATOR, Unmask, unverifiedBody } from "./messages.js";
+import { LogState } from "./logstate.js";
+import { COORDINATOR, Plan, Unmask, signedHeader, unverifiedBody } from "./messages.js";
 import { newerThan, readRevocations, requireFresh } from "./revocations.js";
 
 /** `train` makes a device's contribution: (plan, spec) → a ring vector (contribution.js). `node`: Flower's id of this node. */
@@ -13,6 +14,7 @@ export class Participant {
   #node;
   #state = null;
   #adapter = null;
+  #log = null;
   #last = Promise.resolve();
 
   constructor(device, train, node = 0n) {
@@ -20,7 +22,7 @@ export class Participant {
   }
 
   /**
-   * The answer to the request `step` (aggregation/steps.py). `fields`: { body, revocations }, the latter where there is a list.
+   * The answer to the request `step` (aggregation/steps.py). `fields`: { body, proof, revocations }, as far as there are any.
    * `at`: now in milliseconds, or null.
    *
    * Requests are answered one after the other. Throws ProtocolError: refused.
@@ -31,13 +33,13 @@ export class Participant {
     return found;
   }
 
-  async #step(step, { body, revocations }, at) {
+  async #step(step, { body, proof, revocations }, at) {
     if (!body) throw new ProtocolError("the message has no body", "message.body", COORDINATOR);
     const state = this.#state;
-    if (step === "checkin") return checkIn(this.#device, body, this.#node);
-    if (step === "offer") return this.#offer(body, revocations, at);
+    if (step === "checkin") return checkIn(this.#device, body, this.#node, this.#log?.offer ?? null);
+    if (step === "offer") return this.#offer(body, proof, revocations, at);
     if (step === "roster" && state?.onRoster) return this.#after(await state.onRoster(this.#device, body));
-    if (step === "plan" && state?.onPlan) return this.#plan(body, at);
+    if (step === "plan" && state?.onPlan) return this.#plan(body, proof, at);
     if (step === "survivors" && state?.onSurvivors) return this.#survivors(body);
     if (step === "unmask" && state?.onUnmask) return this.#unmask(body);
     const held = state ? `is in the state ${state.constructor.name}` : "has joined no session";
@@ -49,11 +51,31 @@ export class Participant {
     return answer;
   }
 
-  async #offer(body, revocations, at) {
+  async #offer(body, proof, revocations, at) {
     if (revocations) await this.#install(revocations);
     const { root, policy } = this.#device;
     if (at !== null) requireFresh(root.revoked, policy.revocation_days, at);
-    return this.#after(await join(this.#device, body, undefined, at));
+    const joined = await join(this.#device, body, undefined, at);
+    this.#log = await this.#afterOffer(joined[0], proof);
+    return this.#after(joined);
+  }
+
+  /** Verifies that the log of the offered session follows the log that this device knows. */
+  async #afterOffer({ me, offer }, proof) {
+    const { policy, coordinator } = this.#device;
+    if (!policy.demand_proofs) return null;
+    if (!proof) throw new ProtocolError("the message has no proof about the log", "message.proof", COORDINATOR);
+    return this.#log ? this.#log.onSessionChainProof(coordinator, proof, offer) : LogState.initial(coordinator, proof, offer, me);
+  }
+
+  /** Verifies the log: this device's messages of its last round are in it, and its newest adapter is the plan's. */
+  async #afterReceipt(plan, proof) {
+    const { policy, coordinator } = this.#device;
+    if (!policy.demand_proofs) return null;
+    if (!proof) throw new ProtocolError("the message has no proof about the log", "message.proof", COORDINATOR);
+    const after = await this.#log.onReceipt(coordinator, proof);
+    after.requireNewest(plan);
+    return after;
   }
 
   /** Installs the list that the coordinator forwards. It can withhold a list, but not forge one. */
@@ -66,13 +88,15 @@ export class Participant {
     }
   }
 
-  async #plan(body, at) {
+  async #plan(body, proof, at) {
     const planned = await this.#state.onPlan(this.#device, body, at);
     this.#state = planned; // whatever fails from here on, the device can take part in a later round
     const { plan, spec } = planned;
+    const log = await this.#afterReceipt(plan, proof);
     const adapter = adapterstate.onPlan(this.#adapter, plan, spec, this.#device.policy.maximum_repeats);
     const answer = this.#after(await planned.contribute(this.#device, await this.#train(plan, spec)));
     this.#adapter = adapter;
+    this.#log = log && (await log.contributed(await Plan.digest(plan), signedHeader(answer)));
     return answer;
   }
 
@@ -80,13 +104,16 @@ export class Participant {
     const state = this.#state;
     const [confirmed, answer] = await state.onSurvivors(this.#device, body);
     this.#afterSum(state, confirmed.survivors); // it signs for no sum for which it would reveal no shares
+    this.#log = this.#log && (await this.#log.onSurvivors(confirmed.survivors.vectors.keys(), answer));
     return this.#after([confirmed, answer]);
   }
 
   async #unmask(body) {
     const state = this.#state;
     const after = await state.onUnmask(this.#device, body);
-    this.#adapter = this.#afterSum(state, Unmask.decode(unverifiedBody(body)).survivors);
+    const { survivors } = Unmask.decode(unverifiedBody(body));
+    this.#adapter = this.#afterSum(state, survivors);
+    this.#log = this.#log && (await this.#log.onSurvivors(survivors.vectors.keys()));
     return this.#after(after);
   }
 

@@ -20,6 +20,7 @@ const DEFAULTS = {
   maximum_weight: 65_536,
   maximum_rounds: 64,
   maximum_repeats: 3, // sums from an adapter after the first one
+  demand_proofs: true, // whether to take part again only if the coordinator proves what its log holds
   revocation_days: 0, // greatest age of the authority's revocation list; 0: no list is required
 };
 
@@ -85,14 +86,16 @@ export class Policy {
     const { ring_bits: bits, max_clients: clients } = spec.vector;
     const [quorum, honest] = [quorumOf(spec), spec.minimum_survivors - corrupt];
     const inRing = this.minimum_ring_bits <= bits && bits <= this.maximum_ring_bits;
+    const twoGroups = `${quorum} of ${cohort} devices sign the survivor set: two groups could sign different sets`;
+    const few = `a sum may have ${honest} honest devices, below this device's ${this.minimum_survivors}`;
     const own = (value) => `this device's ${value}`;
     return [
       [cohort >= this.minimum_cohort, "cohort", `cohort of ${cohort} is below ${own(this.minimum_cohort)}`],
       [threshold <= cohort, "threshold", `threshold ${threshold} is above the cohort of ${cohort}`],
       [clients >= cohort, "max_clients", `a sum of ${cohort} could wrap the ring`],
       ...this.#graphRules(spec, cohort, cohort),
-      [honest >= this.minimum_survivors, "minimum_survivors", `a sum may have ${honest} honest devices, below ${own(this.minimum_survivors)}`],
-      [adversary !== ACTIVE || 2 * quorum > cohort + corrupt, "quorum", `${quorum} of ${cohort} devices sign: two groups could sign different sets`],
+      [honest >= this.minimum_survivors, "minimum_survivors", few],
+      [adversary !== ACTIVE || 2 * quorum > cohort + corrupt, "quorum", twoGroups],
       [inRing, "ring_bits", `ring of ${bits} bits is outside this device's limits`],
       [this.adversaries.includes(adversary), "adversary", `this device does not accept the adversary model ${adversary}`],
       [this.known_bases.includes(base), "base_digest", `base ${base.slice(0, 12)} is not on this device`],

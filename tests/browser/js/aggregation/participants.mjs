@@ -34,8 +34,8 @@ const ACTIONS = {
     return {};
   },
 
-  async answer({ device, step, body, revocations }) {
-    const fields = { body: bytes(body), ...(revocations && { revocations: bytes(revocations) }) };
+  async answer({ device, step, ...given }) {
+    const fields = Object.fromEntries(Object.entries(given).map(([name, value]) => [name, bytes(value)]));
     return { body: base64(await participants.get(device).answer(step, fields, null)) };
   },
 };
