@@ -13,7 +13,7 @@ const ED25519 = "2b6570";
 const COMMON_NAME = "550403";
 const BASIC_CONSTRAINTS = "551d13";
 const TEXTS = [0x0c, 0x13, 0x16]; // UTF8String, PrintableString, IA5String
-const [VERSION, EXTENSIONS] = [0xa0, 0xa3]; // context-specific tags
+const [BOOLEAN, VERSION, EXTENSIONS] = [0x01, 0xa0, 0xa3]; // tags
 const V3 = 2n;
 const ID = new RegExp(`^(?:${DEVICE_ID})$`);
 
@@ -102,20 +102,27 @@ function identity(certificate) {
   return requireStrong(raw);
 }
 
+/** A Map of object identifier → { critical, value } of extensions, none of which occurs twice. */
+export function extensionsIn(source) {
+  const found = new Map();
+  while (!source.done) {
+    const entry = source.sequence();
+    const oid = entry.oid();
+    const critical = entry.next === BOOLEAN && entry.boolean();
+    if (found.has(oid)) throw new SyntaxError("an extension occurs twice");
+    found.set(oid, { critical, value: entry.take("OCTETS") });
+    entry.end();
+  }
+  return found;
+}
+
 /** Whether a certificate may issue others: the basic constraints are the one extension that is understood here. */
 function isAuthority({ extensions }) {
-  const seen = new Map();
-  let entry;
+  let found = null;
   try {
-    while (!extensions.done) {
-      entry = extensions.sequence();
-      const oid = entry.oid();
-      const critical = entry.next === 0x01 && entry.boolean();
-      const value = entry.take("OCTETS");
-      entry.end();
-      if (seen.has(oid)) throw new SyntaxError("an extension occurs twice");
-      seen.set(oid, oid === BASIC_CONSTRAINTS ? constraints(value) : null);
-      if (critical && oid !== BASIC_CONSTRAINTS) {
+    for (const [oid, { critical, value }] of extensionsIn(extensions)) {
+      if (oid === BASIC_CONSTRAINTS) found = constraints(value);
+      else if (critical) {
         throw new TrustError(`certificate has the critical extension ${oid}, which is not supported`, "certificate.extension");
       }
     }
@@ -123,8 +130,7 @@ function isAuthority({ extensions }) {
     if (error instanceof TrustError) throw error;
     throw new TrustError("certificate has an extension twice, or one that is not readable", "certificate.extension");
   }
-  const found = seen.get(BASIC_CONSTRAINTS);
-  if (found === undefined) throw new TrustError("certificate has no basic constraints", "certificate.basic-constraints");
+  if (found === null) throw new TrustError("certificate has no basic constraints", "certificate.basic-constraints");
   return found;
 }
 
@@ -132,7 +138,7 @@ function constraints(value) {
   const outer = new Der(value);
   const inner = outer.sequence();
   outer.end();
-  const ca = inner.next === 0x01 && inner.boolean();
+  const ca = inner.next === BOOLEAN && inner.boolean();
   if (!inner.done) inner.integer(); // path length
   inner.end();
   return ca;

@@ -124,7 +124,8 @@ export async function survivors(session, current, me, vector, message) {
     throw new ProtocolError(text, `survivors.${field}`, COORDINATOR);
   };
   if (!equal(message.plan, await Plan.digest(current))) refuse("survivor set is for another plan", "plan");
-  const stranger = [...message.vectors.keys()].find((device) => !current.members.includes(device));
+  const planned = new Set(current.members);
+  const stranger = [...message.vectors.keys()].find((device) => !planned.has(device));
   if (stranger) refuse(`survivor ${stranger} is not in the plan`, "members");
   if (!equal(message.vectors.get(me) ?? [], vector)) refuse("survivor set does not include this device with its own vector", "self");
   enoughDevices(session.spec, message.vectors.size, "survivors", "survivors.size");

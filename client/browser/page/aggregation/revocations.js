@@ -2,7 +2,7 @@
 
 import { equal } from "../bytes.js";
 import { ProtocolError, TrustError } from "../errors.js";
-import { isSignedBy, algorithmOf, signedPart } from "./certificates.js";
+import { algorithmOf, extensionsIn, isSignedBy, signedPart } from "./certificates.js";
 import { Der } from "./der.js";
 import { COORDINATOR } from "./messages.js";
 
@@ -51,7 +51,7 @@ export async function readRevocations(root, der) {
 
 function numberOf(extensions) {
   let number = null;
-  for (const [oid, value] of extensionsIn(extensions)) {
+  for (const [oid, { value }] of extensionsIn(extensions)) {
     // Delta and partial lists are marked by other extensions.
     if (![CRL_NUMBER, AUTHORITY_KEY].includes(oid)) {
       throw new TrustError(`revocation list has an unsupported extension ${oid}`, "revocations.extension");
@@ -70,26 +70,12 @@ function serialsOf(entries) {
     entry.time();
     const more = entry.done ? new Der(new Uint8Array()) : entry.sequence();
     entry.end();
-    for (const [oid] of extensionsIn(more)) {
+    for (const oid of extensionsIn(more).keys()) {
       // Such an extension may name another authority's certificate.
       if (oid !== REASON) throw new TrustError("revocation list has an entry of another authority", "revocations.issuer");
     }
   }
   return serials;
-}
-
-/** [object identifier, value] of each extension, none of which occurs twice. */
-function extensionsIn(source) {
-  const found = new Map();
-  while (!source.done) {
-    const entry = source.sequence();
-    const oid = entry.oid();
-    if (entry.next === 0x01) entry.boolean();
-    if (found.has(oid)) throw new SyntaxError("an extension occurs twice");
-    found.set(oid, entry.take("OCTETS"));
-    entry.end();
-  }
-  return found;
 }
 
 /** `list`, if a reader that has `seen` may accept it: it is newer, or the same. Throws TrustError. */
