@@ -7,6 +7,7 @@ from lazygroup import LazyGroup
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
     "ondevice": ("simulations.cli.bench_ondevice", "ondevice", "A language model against torch and llama.cpp.", ""),
+    "privacy": ("simulations.cli.bench_privacy", "privacy", "Epsilon against accuracy, and what canaries find.", ""),
     "profile": ("simulations.cli.bench_profile", "profile", "Where a language model's time and memory go.", ""),
     "secagg": ("simulations.cli.bench_secagg", "secagg", "Secure aggregation against Flower's SecAgg+.", ""),
     "simulation": ("simulations.cli.bench_simulation", "simulation", "The engine against Flower's own.", ""),

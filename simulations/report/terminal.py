@@ -145,9 +145,8 @@ def _noise(federation: FederationSettings) -> str:
     if not privacy.noisy:
         return "none: nothing bounds what the sums say about one device"
     amount = f"epsilon {privacy.epsilon:g}" if privacy.epsilon else f"noise multiplier {privacy.noise_multiplier:g}"
-    return (
-        f"{privacy.mechanism} noise, {amount}, delta {privacy.delta:g}, clip norm {federation.aggregation.clip_norm:g}"
-    )
+    norm = federation.aggregation.clip_norm if federation.training_rounds else federation.analytic.clip_norm
+    return f"{privacy.mechanism} noise, {amount}, delta {privacy.delta:g}, clip norm {norm:g}"
 
 
 def print_table(result: RunResult, console: Console, program: str = "edgeadapt") -> None:
