@@ -54,7 +54,6 @@ class TrainingGraph:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # errors are raised
-        options.enable_cpu_mem_arena = False  # it would keep the memory of the largest batch
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         # A processor takes up to a hundred times as long for denormals, so that an adapter could slow down some texts.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")

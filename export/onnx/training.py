@@ -113,11 +113,15 @@ def _floats(graph: onnx.GraphProto, name: str, weight: Floats) -> list[onnx.Node
     }
     if not exact:
         parts["zero_points_{}_{}".format(*blocks.scales.shape)] = np.full(blocks.scales.shape, ZERO8, np.uint8)
+    shape = "shape_{}_{}".format(*blocks.shape)
+    stored = parts | {shape: np.array(blocks.shape)}
     present = {tensor.name for tensor in graph.initializer}
-    graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in parts.items() if n not in present)
-    rows, columns = name + ROWS, name + COLUMNS
+    graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in stored.items() if n not in present)
+    blockwise, rows, columns = f"{name}_in_blocks", name + ROWS, name + COLUMNS
     return [
-        helper.make_node("DequantizeLinear", list(parts), [rows], rows, axis=1, block_size=BLOCK),
+        helper.make_node("DequantizeLinear", list(parts), [blockwise], blockwise, axis=1, block_size=BLOCK),
+        # To the shape that it has: ONNX Runtime repeats a DequantizeLinear for each of its readers.
+        helper.make_node("Reshape", [blockwise, shape], [rows], rows),
         helper.make_node("Transpose", [rows], [columns], columns, perm=[1, 0]),
     ]
 
