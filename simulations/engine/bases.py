@@ -1,16 +1,32 @@
-"""The base that a run trains on: the scenario's, with fewer tokens, centered, or rounded, as the scenario says."""
+"""The base that a run trains on: the scenario's, with fewer tokens, centered, or rounded, as the scenario says.
+
+With the engine ``onnx``, devices have it in a bundle with a training graph.
+"""
 
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
 from adapters.base import Base, find_base
+from adapters.bundle import TRUST
 from adapters.cache import cached
+from adapters.peftconfig import PeftConfig
+from adapters.storage import PUBLIC, replace
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError
+from aggregation.pki.identity import IdentityKey
+from client.inference.trust import Trust
+from client.training.engine import classifier_trainer
+from client.training.protocols import FrozenBase
+from export.bundle.write import write_bundle
 from export.center import centered
+from export.onnx.classifier import export_classifier
 from export.onnx.dequantize import dequantized
 from export.onnx.exported import Profile
+from export.onnx.slotted import with_mean_head
 from export.prune import WORDS, frequent_words, prune
 from simulations.data.population import Population
+from simulations.engine.provision import bundle_of, peft_config
 from simulations.scenario import Scenario
 
 CENTERED = "centered"  # folders in that of the run
@@ -41,6 +57,33 @@ def unrounded_base(scenario: Scenario) -> Base:
     """
     base = find_base(scenario.base.model)
     return _pruned(base, scenario.base.languages) if scenario.base.languages else base
+
+
+def device_base(out: Path, scenario: Scenario, base: Base, population: Population) -> FrozenBase:
+    """What the devices of the run in ``out`` train on: the base itself, or that of a bundle that is made once.
+
+    Raises:
+        ConfigError: The profile has no training graph, or the engine trains no such adapter.
+    """
+    if scenario.base.engine == "torch":
+        return base
+    if not population.labels:
+        raise ConfigError("the engine onnx trains classifiers: set base.engine to torch", about="base.engine")
+    config, bundle = peft_config(scenario, base), bundle_of(out)
+    if not bundle.exists():
+        _write(bundle, base, config, Profile(scenario.export.profile))
+    verified = Trust.open(bundle).bundle.base()
+    classifier_trainer(verified, len(population.labels), config)  # refuses what the devices would
+    return verified
+
+
+def _write(bundle: Path, base: Base, config: PeftConfig, profile: Profile) -> None:
+    """A bundle of the base with slots for such adapters and a training graph, and the key that it is signed with."""
+    exported = export_classifier(with_mean_head(base, config.target_modules), base, profile, training=True)
+    key = IdentityKey.generate(SystemEntropy())
+    bundle.parent.mkdir(exist_ok=True)
+    replace(bundle.with_name(TRUST), key.public.to_pem(), PUBLIC)
+    write_bundle(bundle, exported, [], key=key, once=True)
 
 
 def _pruned(base: Base, languages: tuple[str, ...]) -> Base:

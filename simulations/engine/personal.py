@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from adapters import files, storage
-from adapters.base import Base
+from adapters.bundle import VerifiedBase
 from adapters.cores import ahead, cores
 from adapters.layout import Tensors
 from adapters.manifest import VersionManifest
@@ -30,6 +30,7 @@ from aggregation.errors import DataError
 from client.node import statedir as device_files
 from client.node.statedir import DeviceStateDir
 from client.training.examples import Example, Split, in_split, read_examples
+from client.training.graphtrainer import GraphTrainer
 from client.training.personal import (
     Candidate,
     Choice,
@@ -40,6 +41,7 @@ from client.training.personal import (
     rehearsed,
 )
 from client.training.private import subject_of, with_private
+from client.training.protocols import ClassifierTrainer, FrozenBase
 from client.training.trainer import Trainer
 from simulations.data.population import Client, Population
 from simulations.engine import provision
@@ -96,7 +98,7 @@ class ArmInputs:
 
 
 def personal_step(
-    mine: Trainer,
+    mine: ClassifierTrainer,
     client: str,
     examples: Sequence[Example],
     start: Tensors,
@@ -132,14 +134,16 @@ def personal_examples(client: str, examples: Sequence[Example], inputs: ArmInput
     return rehearsed(examples, inputs.public, each=inputs.personal.public, rng=draws)
 
 
-def after_the_rounds(state_dir: DeviceStateDir, mine: Trainer, inputs: ArmInputs, global_adapter: Tensors) -> Tensors:
+def after_the_rounds(
+    state_dir: DeviceStateDir, mine: ClassifierTrainer, inputs: ArmInputs, global_adapter: Tensors
+) -> Tensors:
     """The global adapter with the parts of it that the device has trained and not shared."""
     subject, parts = subject_of(mine.base.digest, inputs.task, mine.layout), state_dir.load_private_parts()
     return with_private(global_adapter, parts.start(subject) if parts else None)
 
 
 def local_arm(
-    mine: Trainer,
+    mine: ClassifierTrainer,
     client: str,
     examples: Sequence[Example],
     inputs: ArmInputs,
@@ -165,7 +169,7 @@ def personalize_all(
     out: Path,
     scenario: Scenario,
     population: Population,
-    base: Base,
+    base: FrozenBase,
     progress: RunProgress,
     *,
     at_once: int | None = None,
@@ -176,7 +180,7 @@ def personalize_all(
         out: The folder of the run.
         scenario: Of the run.
         population: Of the run.
-        base: Of the run.
+        base: What the devices train on.
         progress: Shows how many clients are done.
         at_once: Clients that train at the same time; by default one a core, ``MOST_AT_ONCE`` at most.
     """
@@ -184,9 +188,12 @@ def personalize_all(
     config = inputs.task.peft_config
     state_dirs = provision.open_state_dirs(out, population)
     at_once = at_once or min(cores(), MOST_AT_ONCE)
-    idle: SimpleQueue[Trainer] = SimpleQueue()
+    idle: SimpleQueue[ClassifierTrainer] = SimpleQueue()
     for _ in range(at_once):
-        idle.put(Trainer(base, len(population.labels), config))
+        labels = len(population.labels)
+        idle.put(
+            GraphTrainer(base, labels, config) if isinstance(base, VerifiedBase) else Trainer(base, labels, config)
+        )
     stop, outcomes = Event(), []
 
     def outcome(client: Client) -> ClientResult:
@@ -236,7 +243,7 @@ def _inputs(out: Path, scenario: Scenario, population: Population) -> tuple[ArmI
 def _outcome(
     state_dir: DeviceStateDir,
     client: Client,
-    mine: Trainer,
+    mine: ClassifierTrainer,
     inputs: ArmInputs,
     global_adapter: Tensors,
     step: Callable[[], object],

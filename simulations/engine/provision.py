@@ -59,6 +59,11 @@ def device_folder(out: Path, client: str) -> Path:
     return out / DEVICES / client
 
 
+def bundle_of(out: Path) -> Path:
+    """The bundle with which the devices of a run train, if their engine is ``onnx``."""
+    return out / "training" / "bundle"
+
+
 def provision(out: Path, scenario: Scenario, population: Population, base: Base) -> None:
     """Create authority and coordinator of the fleet under ``out``; ``Enrolment`` creates the devices."""
     entropy, now = SystemEntropy(), datetime.now(UTC)
@@ -101,6 +106,7 @@ class Enrolment:
         coordinator = IdentityKey.from_pem((out / COORDINATOR / KEY).read_bytes()).public
         # The base is named as in the scenario; one that the run has made is in a folder.
         name = str(base.folder) if scenario.base_is_made else scenario.base.model
+        name = str(bundle_of(out)) if scenario.base.engine == "onnx" else name
         return cls(
             out,
             authority,

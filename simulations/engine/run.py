@@ -33,7 +33,7 @@ from coordinator.app import app as server_app
 from coordinator.registry import Registry
 from simulations.data.population import Population
 from simulations.engine import provision
-from simulations.engine.bases import training_base
+from simulations.engine.bases import device_base, training_base
 from simulations.engine.devices import MemoryDevices
 from simulations.engine.flowerengine import federate_on_ray
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
@@ -156,7 +156,9 @@ def run(folder: RunFolder, population: Population, progress: RunProgress, *, on_
             ]
             evaluated = [(path, found) for path, found in evaluated if found.clients]
             clients = [
-                client for path, found in evaluated for client in personalize_all(path, scenario, found, base, progress)
+                client
+                for path, found in evaluated
+                for client in personalize_all(path, scenario, found, device_base(path, scenario, base, found), progress)
             ]
         with folder.timed("export"), progress.stage("export"):
             exported = joined([publish(path, scenario, found, base) for path, found in evaluated])
@@ -192,7 +194,7 @@ def prepare(out: Path, scenario: Scenario, population: Population, base: Base) -
     """Make the fleet of a run in ``out``, unless it is there.
 
     Raises:
-        ConfigError: There is one of another population or base.
+        ConfigError: There is one of another population or base, or as ``device_base``.
     """
     marker, digests = out / PREPARED, {"population": population.digest, "base": base.digest}
     if marker.exists():
@@ -203,6 +205,7 @@ def prepare(out: Path, scenario: Scenario, population: Population, base: Base) -
         return
     for name in (provision.AUTHORITY, provision.COORDINATOR, provision.DEVICES):  # what an interrupted run left
         shutil.rmtree(out / name, ignore_errors=True)
+    device_base(out, scenario, base, population)
     provision.provision(out, scenario, population, base)
     replace(marker, json.dumps(digests).encode())
 
@@ -274,7 +277,8 @@ def federate(
     nodes = {
         number: client.name for number, client in enumerate(population.clients, SERVER_NODE + 1) if not client.unseen
     }
-    devices, client_app = MemoryDevices(enrolment.state_dir, base), ClientApp()
+    trained_on = device_base(folder.path, folder.scenario, base, population)
+    devices, client_app = MemoryDevices(enrolment.state_dir, trained_on), ClientApp()
     register(client_app, devices.open)
     faults = _faults(folder.scenario, {node: trace[name] for node, name in nodes.items() if name in trace})
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})

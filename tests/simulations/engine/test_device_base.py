@@ -1,0 +1,78 @@
+"""A run whose devices train with the graph of a bundle instead of torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.base import Base
+from adapters.bundle import BASE_MANIFEST, TRAINING, VerifiedBase
+from aggregation.errors import ConfigError
+from client.training.graphtrainer import GraphTrainer
+from client.training.trainer import Trainer
+from simulations.engine.bases import device_base
+from simulations.engine.personal import OUTCOME, personalize_all
+from simulations.engine.progress import RunProgress
+from simulations.engine.provision import Enrolment, bundle_of
+from simulations.scenario import Scenario
+from tests.support.errors import refused
+
+
+def with_engine(scenario: Scenario, engine: str = "onnx", **export: Any) -> Scenario:
+    base = scenario.base.model_copy(update={"engine": engine})
+    return scenario.model_copy(update={"base": base, "export": scenario.export.model_copy(update=export)})
+
+
+def test_torch_trains_on_the_base_itself(fleet_of: Any, tmp_path: Path) -> None:
+    fleet = fleet_of(3)
+    assert device_base(tmp_path, fleet.scenario, fleet.base, fleet.population) is fleet.base
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_bundle_is_made_once_and_makes_every_clients_arms_without_torch(
+    fleet_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(4)
+    scenario = with_engine(fleet.scenario)
+    base = device_base(fleet.out, scenario, fleet.base, fleet.population)
+    assert isinstance(base, VerifiedBase)
+    assert base.digest == fleet.base.digest
+    assert TRAINING in base.manifest.files
+    written = (bundle_of(fleet.out) / BASE_MANIFEST).stat().st_mtime_ns
+    device_base(fleet.out, scenario, fleet.base, fleet.population)
+    assert (bundle_of(fleet.out) / BASE_MANIFEST).stat().st_mtime_ns == written
+    assert Enrolment.of(fleet.out, scenario, fleet.population, fleet.base).settings.base == str(bundle_of(fleet.out))
+
+    def absent(*_: object, **__: object) -> None:
+        raise AssertionError("torch trained")
+
+    monkeypatch.setattr(Trainer, "__init__", absent)
+    used: list[GraphTrainer] = []
+    train = GraphTrainer.train
+    monkeypatch.setattr(GraphTrainer, "train", lambda self, *a, **k: (used.append(self), train(self, *a, **k))[1])
+    clients = personalize_all(fleet.out, scenario, fleet.population, base, RunProgress(quiet=True), at_once=1)
+    assert len(used) == 3 * len(clients)  # the personal arm, and two trainings of the local one
+    outcome = json.loads((fleet.state_dir(clients[0].name).folder / OUTCOME).read_text())
+    assert set(outcome["accuracy"]) == {"base", "local", "global", "personal"}
+
+
+def test_a_profile_without_a_training_graph_is_refused_before_the_rounds(fleet_of: Any, tmp_path: Path) -> None:
+    fleet = fleet_of(3)
+    with refused(ConfigError, "--training"):
+        device_base(tmp_path, with_engine(fleet.scenario, profile="native-int4"), fleet.base, fleet.population)
+    assert not bundle_of(tmp_path).exists()
+
+
+def test_a_method_that_needs_torch_is_refused_before_the_rounds(fleet_of: Any, tmp_path: Path, tiny_base: Base) -> None:
+    fleet = fleet_of(3, adapter={"method": "ia3"})
+    with refused(ConfigError, "task.peft_config"):
+        device_base(tmp_path, with_engine(fleet.scenario), fleet.base, fleet.population)
+
+
+def test_texts_without_labels_are_refused(fleet_of: Any, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    fleet = fleet_of(3)
+    with refused(ConfigError, "base.engine"):
+        device_base(tmp_path, with_engine(fleet.scenario), fleet.base, replace(fleet.population, labels=()))
