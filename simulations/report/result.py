@@ -16,10 +16,9 @@ ARMS = ("base", "local", "global", "personal")
 class ClientResult:
     """One client's test accuracy by arm, each a share of its own test phrases.
 
-    ``base``: the vendor's adapter, no training. ``local``: trained by the client itself, for the epochs and learning
-    rates of the personal arm. ``global``: the last global adapter. ``personal``: the global adapter, fine-tuned in
-    private. Of ``local`` and ``personal``, the client keeps the candidate that does best on its validation part;
-    ``choice`` says which candidate it kept as ``personal``.
+    ``base``: the vendor's adapter, no training. ``local``: trained by the client itself, for the epochs of the
+    personal arm, with the same personal step. ``global``: the last global adapter. ``personal``: the global adapter
+    after the personal step. ``choice`` says which candidate the client kept as ``personal``.
     """
 
     name: str

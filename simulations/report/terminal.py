@@ -40,7 +40,7 @@ NOTES = {
     "base": "the vendor's head, no training",
     "local": "each client by itself",
     "global": "the last global adapter",
-    "personal": "global, then tuned in private",
+    "personal": "global, then the personal step",
 }
 METHODS: Mapping[MethodName, str] = {
     "lora": "LoRA",
@@ -109,12 +109,10 @@ def _described(adapter: AdapterSettings) -> str:
 
 def _plan(scenario: Scenario, out: Path, clients: int, memory: str, groups: str) -> list[tuple[str, str]]:
     adapter, federation = scenario.adapter, scenario.federation
-    training, fine = federation.training, scenario.personal
-    first, second = scenario.local_rates
-    epochs = count(federation.rounds * training.epochs, "epoch")
-    rehearsal = f"rehearse {count(fine.public, 'public phrase')} of each label they lack"
+    training, fitted = federation.training, federation.analytic.rounds
     adversary = federation.aggregation.adversary
-    rounds = f"{federation.rounds} of {count(training.epochs, 'epoch')} at learning rate {training.learning_rate:g}"
+    epochs = count(training.epochs, "epoch")
+    rounds = f"{federation.training_rounds} of {epochs} at learning rate {training.learning_rate:g}"
     writes = scenario.data.for_language_model
     most = scenario.evaluation.clients
     kind, head = ("language model", "") if writes else ("text encoder", " and the vendor's head")
@@ -123,20 +121,39 @@ def _plan(scenario: Scenario, out: Path, clients: int, memory: str, groups: str)
         ("base", f"{scenario.base.model}, a pretrained {kind}, frozen on every device"),
         ("adapter", layers if writes else f"{layers}, and a classification head"),
         ("rounds", f"{rounds}; {adversary} secure aggregation"),
+        *([("", f"then {fitted} of the analytic head, without training")] if fitted else []),
         ("privacy", _noise(federation)),
         ("arms", f"base      the frozen model{head}, no training"),
-        (
-            "",
-            f"local     own data only: {epochs} at {first:g}, then {fine.epochs} at {second:g}",
-        ),
-        ("", "global    the adapter after the last round"),
-        ("", f"personal  global, then {count(fine.epochs, 'epoch')} at {fine.learning_rate:g} on own data"),
-        *([("", f"local, personal: {rehearsal}")] if fine.public and not writes else []),
-        ("", f"local, personal: the best candidate on own validation {'texts' if writes else 'phrases'}"),
+        *(("", line) for line in _personal(scenario)),
         *([("evaluated", f"{most} of {clients} clients, chosen by the seed")] if clients > most else []),
         *([("groups", groups)] if groups else []),
         ("memory", memory),
         ("folder", str(out)),
+    ]
+
+
+def _personal(scenario: Scenario) -> list[str]:
+    """The arms after the base, and what their personal steps have in common."""
+    training, step, writes = scenario.federation.training, scenario.personal, scenario.data.for_language_model
+    alone = count(scenario.federation.training_rounds * training.epochs, "epoch")
+    texts = "texts" if writes else "phrases"
+    first, *rates = (*scenario.local_rates, step.learning_rate)
+    tuned = [f"{count(step.epochs, 'epoch')} at {rate:g}" for rate in rates]
+    of_local, of_personal = ["a ridge head"] * 2 if step.method == "ridge" else tuned
+    shared = {
+        "rehearse": f"rehearse {count(step.public, 'public phrase')} of each label they lack",
+        "ensemble": "the trained head and a ridge head, added",
+        "interpolate": f"{100 * step.share:g} % of the way from the adapter before",
+        "best": f"the best candidate on own validation {texts}",
+        "significant": f"another only if significantly better on own {texts}",
+    }
+    used = {"best"} if writes else {step.method, step.choice, "rehearse" if step.public else ""}
+    lines = [line for name, line in shared.items() if name in used]
+    return [
+        f"local     own data only: {alone} at {first:g}, then {of_local}",
+        "global    the adapter after the last round",
+        f"personal  global, then {of_personal} on own data",
+        *(f"local, personal: {line}" for line in lines),
     ]
 
 

@@ -66,7 +66,7 @@ def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> N
     text = out.getvalue()
     for line in (
         "base       some_?encoder, ",
-        "local     own data only: 14 epochs at 0.01, then 5 at 0.003",
+        "local     own data only: 14 epochs at 0.01, then 5 epochs at 0.003",
         "personal  global, then 5 epochs at 0.003 on own data",
         "local, personal: rehearse 4 public phrases of each label they lack",
         f"folder     {tmp_path}",
@@ -74,6 +74,37 @@ def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> N
         assert line in text
     assert all(f" {arm:<9} " in text for arm in ARMS)
     assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith("folder"))
+
+
+@pytest.mark.parametrize(
+    ("personal", "lines"),
+    [
+        ({"method": "ridge"}, ["4 epochs at 0.01, then a ridge head", "global, then a ridge head on own data"]),
+        (
+            {"method": "ensemble"},
+            ["then 3 epochs at 0.001", "local, personal: the trained head and a ridge head, added"],
+        ),
+        ({"method": "interpolate"}, ["local, personal: 50 % of the way from the adapter before"]),
+        ({"choice": "significant"}, ["another only if significantly better on own phrases"]),
+    ],
+    ids=str,
+)
+def test_before_the_run_the_personal_step_is_named(tmp_path: Path, personal: dict[str, str], lines: list[str]) -> None:
+    out = StringIO()
+    federation = {"rounds": 5, "training": {"learning_rate": 0.01}, "analytic": {"rounds": 1}}
+    scenario = Scenario.parse({"federation": federation, "personal": personal}, "mine")
+    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=6, memory="little")
+    text = out.getvalue()
+    for line in ("4 of 1 epoch at learning rate 0.01", "then 1 of the analytic head", *lines):
+        assert line in text
+    assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith(("base", "folder")))
+
+
+def test_a_personal_step_that_does_not_choose_names_no_choice(tmp_path: Path) -> None:
+    out = StringIO()
+    scenario = Scenario.parse({"personal": {"choice": "never"}}, "mine")
+    print_scenario(scenario, tmp_path, Console(file=out, width=80), clients=6, memory="little")
+    assert "validation" not in out.getvalue()
 
 
 @pytest.mark.parametrize(
