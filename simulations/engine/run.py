@@ -42,7 +42,7 @@ from simulations.engine.personal import personalize_all
 from simulations.engine.progress import RunProgress
 from simulations.engine.provision import Enrolment
 from simulations.engine.publish import ExportOutcome, joined, publish
-from simulations.engine.trace import Steps, read_trace
+from simulations.engine.trace import Steps, read_trace, trace_digest
 from simulations.report.formatting import program
 from simulations.report.page import write_report
 from simulations.report.result import ClientResult, GroupResult, ReportedRound, RunResult, joined_rounds
@@ -194,13 +194,16 @@ def prepare(out: Path, scenario: Scenario, population: Population, base: Base) -
     """Make the fleet of a run in ``out``, unless it is there.
 
     Raises:
-        ConfigError: There is one of another population or base, or as ``device_base``.
+        ConfigError: There is one of another population, base or trace, or as ``device_base``.
     """
     marker, digests = out / PREPARED, {"population": population.digest, "base": base.digest}
+    if scenario.network.trace:
+        digests["trace"] = trace_digest(Path(scenario.network.trace))
     if marker.exists():
         if json.loads(marker.read_bytes()) != digests:
             raise ConfigError(
-                f"{out} contains a run with another population or base model: choose another --out", about="--out"
+                f"{out} contains a run with another population, base model or trace: choose another --out",
+                about="--out",
             )
         return
     for name in (provision.AUTHORITY, provision.COORDINATOR, provision.DEVICES):  # what an interrupted run left

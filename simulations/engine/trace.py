@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.storage import file_sha256
 from aggregation.errors import ConfigError, DataError
 from simulations.data.population import Client
 
@@ -66,6 +67,18 @@ def read_trace(path: Path, clients: Iterable[Client]) -> Mapping[str, Steps]:
         raise ConfigError(f"{KEY}: {path} cannot be read: {error}", about=KEY, value=str(path)) from error
     steps = {name: Steps(*zip(*sorted(rows.items()), strict=True)) for name, rows in found.items()}
     return {client: each for name, each in steps.items() for client in named[name]}
+
+
+def trace_digest(path: Path) -> str:
+    """SHA-256 of the file (hex): a resumed run has the trace that it began with.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise ConfigError(f"{KEY}: {path} cannot be read: {error}", about=KEY, value=str(path)) from error
 
 
 def _column(path: Path, header: Sequence[str]) -> str:

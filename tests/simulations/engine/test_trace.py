@@ -1,6 +1,8 @@
 """Availability traces: who can be reached when, and what a broken file says."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +10,7 @@ from aggregation.errors import ConfigError, DataError
 from aggregation.steps import Step
 from simulations.data.population import Client
 from simulations.engine.grid import FaultModel
+from simulations.engine.run import prepare
 from simulations.engine.trace import Steps, read_trace
 from tests.support import refused
 
@@ -88,3 +91,17 @@ def test_a_file_that_is_no_trace_is_refused(path: Path, text: str) -> None:
 def test_a_missing_file_is_refused(path: Path) -> None:
     with refused(ConfigError, "network.trace", value=str(path)):
         read_trace(path, CLIENTS)
+
+
+def test_a_run_is_not_resumed_with_another_trace(fleet_of: Callable[..., Any], tmp_path: Path) -> None:
+    fleet, trace = fleet_of(4), tmp_path / "trace.csv"
+    network = fleet.scenario.network.model_copy(update={"trace": str(trace)})
+    scenario = fleet.scenario.model_copy(update={"network": network})
+    with refused(ConfigError, "network.trace"):
+        prepare(tmp_path / "run", scenario, fleet.population, fleet.base)
+    trace.write_text("client,round,available\ndevice-00,1,0\n")
+    prepare(tmp_path / "run", scenario, fleet.population, fleet.base)
+    prepare(tmp_path / "run", scenario, fleet.population, fleet.base)
+    trace.write_text("client,round,available\ndevice-00,2,0\n")
+    with refused(ConfigError, "--out"):
+        prepare(tmp_path / "run", scenario, fleet.population, fleet.base)
