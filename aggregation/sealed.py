@@ -8,7 +8,7 @@ out of that one. A device that seals the new state before it sends the answer ne
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -27,6 +27,7 @@ from aggregation.spec import MAX_ROUNDS
 from aggregation.wire import Codec
 
 ClientState: TypeAlias = Advertised | Ready | Planned | Masked | Confirmed
+Value = TypeVar("Value")
 _MAGIC = b"edgeadapt/state/1\x00"
 _KEY, _NONCE = 32, 12  # bytes
 _U32, _U64, _32 = wire.uint(32), wire.uint(64), wire.fixed(32)
@@ -171,6 +172,20 @@ def decrypt(blob: bytes, key: bytes, bound: bytes) -> bytes:
     except (InvalidTag, ValueError):
         text = "what is sealed here was altered, or is of another device or session"
         raise TrustError(text, about="sealed.ciphertext") from None
+
+
+def seal_record(codec: Codec[Value], value: Value, key: bytes, magic: bytes, bound: bytes = b"") -> bytes:
+    """Encrypt a record of its own kind: ``magic``, and what ``encrypt`` makes. ``bound``: what else it belongs to."""
+    return magic + encrypt(codec.encode(value), key, magic + bound)
+
+
+def open_record(codec: Codec[Value], raw: bytes, key: bytes, magic: bytes, bound: bytes = b"") -> Value:
+    """What ``seal_record`` encrypted.
+
+    Raises:
+        TrustError, ConfigError: As ``decrypt``.
+    """
+    return codec.decode(decrypt(raw.removeprefix(magic), key, magic + bound))
 
 
 def _cipher(key: bytes) -> AESGCM:

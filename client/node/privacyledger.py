@@ -49,7 +49,7 @@ class PrivacyLedger:
 
     def seal(self, key: bytes) -> bytes:
         """Encrypt it. ``key``: the device's sealing key."""
-        return _MAGIC + sealed.encrypt(_CODEC.encode(self), key, _MAGIC)
+        return sealed.seal_record(_CODEC, self, key, _MAGIC)
 
     @classmethod
     def open(cls, raw: bytes, key: bytes) -> "PrivacyLedger":
@@ -58,7 +58,7 @@ class PrivacyLedger:
         Raises:
             TrustError: It was altered, or sealed with another key.
         """
-        return _CODEC.decode(sealed.decrypt(raw.removeprefix(_MAGIC), key, _MAGIC))
+        return sealed.open_record(_CODEC, raw, key, _MAGIC)
 
 
 _CODEC: Codec[PrivacyLedger] = wire.record(PrivacyLedger)

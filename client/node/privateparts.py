@@ -36,7 +36,7 @@ class PrivateParts:
 
     def seal(self, key: bytes) -> bytes:
         """Encrypt them. ``key``: the device's sealing key."""
-        return _MAGIC + sealed.encrypt(_CODEC.encode(self), key, _MAGIC)
+        return sealed.seal_record(_CODEC, self, key, _MAGIC)
 
     def start(self, subject: bytes, plan: bytes = b"") -> bytes | None:
         """The file from which a training starts; None if the parts are of another subject.
@@ -56,7 +56,7 @@ class PrivateParts:
         Raises:
             TrustError: They were altered, or sealed with another key.
         """
-        return _CODEC.decode(sealed.decrypt(raw.removeprefix(_MAGIC), key, _MAGIC))
+        return sealed.open_record(_CODEC, raw, key, _MAGIC)
 
 
 _CODEC: Codec[PrivateParts] = wire.record(PrivateParts)

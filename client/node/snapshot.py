@@ -50,7 +50,7 @@ class Snapshot:
             key: The device's sealing key.
             share_key: The public share encryption key with which the device joined; it is fresh for each join.
         """
-        return _MAGIC + sealed.encrypt(_CODEC.encode(self), key, _MAGIC + share_key)
+        return sealed.seal_record(_CODEC, self, key, _MAGIC, share_key)
 
     @classmethod
     def open(cls, raw: bytes, key: bytes, share_key: bytes) -> "Snapshot":
@@ -59,7 +59,7 @@ class Snapshot:
         Raises:
             TrustError: It was altered, or taken when the device joined with another key.
         """
-        return _CODEC.decode(sealed.decrypt(raw.removeprefix(_MAGIC), key, _MAGIC + share_key))
+        return sealed.open_record(_CODEC, raw, key, _MAGIC, share_key)
 
     def key(self, plan: Plan, draw: Draw) -> bytes:
         """The secret (32 bytes) of one draw in one round.
