@@ -243,10 +243,12 @@ class Ready:
     def _decrypt(self, message: Assignment) -> "Ready":
         checks.encrypted_shares(self.session, self.me, message.encrypted_shares)
         held = {round_: dict(pairs) for round_, pairs in self.held.items()}
-        for dealer, encrypted in message.encrypted_shares.items():
-            pairs = sharing.decrypt(self.session, self.share_key or b"", dealer, self.me, encrypted)
-            for round_, pair in (pairs or {}).items():
-                held[round_][dealer] = pair
+        if message.encrypted_shares:
+            key = masks.private_key(self.share_key or b"")
+            for dealer, encrypted in message.encrypted_shares.items():
+                pairs = sharing.decrypt(self.session, key, dealer, self.me, encrypted)
+                for round_, pair in (pairs or {}).items():
+                    held[round_][dealer] = pair
         dealers = frozenset(message.encrypted_shares)
         return Ready(self.session, self.serials, self.ends, self.me, self.last_round, dealers, None, self.secrets, held)
 

@@ -87,10 +87,16 @@ def shared_secret(private: bytes, public: bytes) -> bytes:
     Raises:
         ProtocolError: ``public`` is a point of small order, or not 32 bytes.
     """
-    return _exchange(X25519PrivateKey.from_private_bytes(private), public)
+    return exchange(private_key(private), public)
 
 
-def _exchange(private: X25519PrivateKey, public: bytes) -> bytes:
+def private_key(private: bytes) -> X25519PrivateKey:
+    """A private key to ``exchange`` with several others: loading it costs as much as an exchange."""
+    return X25519PrivateKey.from_private_bytes(private)
+
+
+def exchange(private: X25519PrivateKey, public: bytes) -> bytes:
+    """``shared_secret`` with a key that is loaded."""
     try:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
@@ -134,7 +140,7 @@ def pair_masks(private: bytes, me: str, publics: Mapping[str, bytes], context: b
     its peers had added for it.
 
     Args:
-        private: The mask key of ``me``; loading it costs as much as an exchange, so it is loaded once.
+        private: The mask key of ``me``.
         me: A device id.
         publics: Peer → its public mask key.
         context: Of the session.
@@ -146,9 +152,9 @@ def pair_masks(private: bytes, me: str, publics: Mapping[str, bytes], context: b
     Raises:
         ProtocolError: A public key is of small order, or not 32 bytes.
     """
-    key = X25519PrivateKey.from_private_bytes(private)
+    key = private_key(private)
     return [
-        Mask(_pair_key(_exchange(key, public), context, plan, (me, peer)), add=me < peer)
+        Mask(_pair_key(exchange(key, public), context, plan, (me, peer)), add=me < peer)
         for peer, public in publics.items()
     ]
 

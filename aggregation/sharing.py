@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from aggregation import masks, shamir
@@ -62,12 +63,13 @@ def deal(
         keys = shamir.split(secret.mask_key, threshold, points, entropy)
         for holder, seed, key in zip(holders, seeds, keys, strict=True):
             pairs[holder][round_] = SharePair(seed, key)
-    encrypted = {holder: encrypt(session, share_key, dealer, holder, pairs[holder]) for holder in holders[1:]}
+    private = masks.private_key(share_key)
+    encrypted = {holder: encrypt(session, private, dealer, holder, pairs[holder]) for holder in holders[1:]}
     return pairs[dealer], encrypted
 
 
 def encrypt(
-    session: Session, share_key: bytes, dealer: str, holder: str, pairs: Mapping[int, SharePair]
+    session: Session, share_key: X25519PrivateKey, dealer: str, holder: str, pairs: Mapping[int, SharePair]
 ) -> EncryptedShares:
     """Encrypt one holder's pairs, in order of round, with a digest of each share."""
     ordered = [share for _, pair in sorted(pairs.items()) for share in (pair.seed, pair.key)]
@@ -76,7 +78,7 @@ def encrypt(
 
 
 def decrypt(
-    session: Session, share_key: bytes, dealer: str, holder: str, encrypted: EncryptedShares
+    session: Session, share_key: X25519PrivateKey, dealer: str, holder: str, encrypted: EncryptedShares
 ) -> dict[int, SharePair] | None:
     """Round → pair, or None if the dealer encrypted something that does not match its digests.
 
@@ -105,6 +107,6 @@ def digest(share: bytes) -> bytes:
     return hashlib.sha256(b"edgeadapt/share/1\x00" + share).digest()[:SHARE_DIGEST]
 
 
-def _key(session: Session, private: bytes, public: bytes, dealer: str, holder: str) -> bytes:
-    secret = masks.shared_secret(private, public)
+def _key(session: Session, private: X25519PrivateKey, public: bytes, dealer: str, holder: str) -> bytes:
+    secret = masks.exchange(private, public)
     return masks.derive(secret, _TAG, session.context, dealer.encode(), holder.encode())

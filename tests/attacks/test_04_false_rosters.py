@@ -61,7 +61,8 @@ def test_with_signatures_unchecked_replaced_keys_reveal_secrets_of_the_victim(
     shares = Shares.decode(envelope.unverified_body(fleet.share(VICTIM, raw)))
     session = session_of(fleet, state.offer, raw)
     pairs = {
-        name: sharing.decrypt(session, private[name], VICTIM, name, shares.encrypted_shares[name]) for name in private
+        name: sharing.decrypt(session, masks.private_key(key), VICTIM, name, shares.encrypted_shares[name])
+        for name, key in private.items()
     }
     holders = sorted(pairs)[: fleet.spec.threshold]
     seed = shamir.combine(

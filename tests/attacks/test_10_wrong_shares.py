@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Error, Message
 
-from aggregation import envelope, recovery, sharing
+from aggregation import envelope, masks, recovery, sharing
 from aggregation.errors import EdgeAdaptError
 from aggregation.messages import Shares, UnmaskResponse
 from aggregation.server import AbortReason, RoundAborted, Unmasking
@@ -102,7 +102,7 @@ def deal_badly(fleet: Any, dealer: str, cheated: Collection[str], *, digests: bo
     """``dealer`` deals ``cheated`` wrong shares, with digests of these or of the right ones."""
     genuine = sharing.encrypt
 
-    def encrypt(session: Any, share_key: bytes, who: str, holder: str, pairs: dict[int, SharePair]) -> Any:
+    def encrypt(session: Any, share_key: Any, who: str, holder: str, pairs: dict[int, SharePair]) -> Any:
         right = genuine(session, share_key, who, holder, pairs)
         if who != dealer or holder not in cheated:
             return right
@@ -268,8 +268,10 @@ def test_shares_for_another_number_of_rounds_are_dropped(fleet_of: Callable[...,
     established = fleet.establish()
     dealer = fleet.states["device-001"]
     pair = SharePair(bytes(33), bytes(33))
-    encrypted = sharing.encrypt(established.session, dealer.share_key, "device-001", SMALL, dict.fromkeys(rounds, pair))
-    assert sharing.decrypt(established.session, fleet.states[SMALL].share_key, "device-001", SMALL, encrypted) is None
+    key = masks.private_key(dealer.share_key)
+    encrypted = sharing.encrypt(established.session, key, "device-001", SMALL, dict.fromkeys(rounds, pair))
+    held = masks.private_key(fleet.states[SMALL].share_key)
+    assert sharing.decrypt(established.session, held, "device-001", SMALL, encrypted) is None
 
 
 @pytest.mark.parametrize("cut", [{"ciphertext": b""}, {"digests": ()}])
@@ -277,7 +279,8 @@ def test_shares_of_another_size_are_dropped(fleet_of: Callable[..., Any], cut: d
     fleet = fleet_of(4)
     established = fleet.establish()
     encrypted = dataclasses.replace(established.encrypted_shares["device-001"][SMALL], **cut)
-    assert sharing.decrypt(established.session, fleet.states[SMALL].share_key, "device-001", SMALL, encrypted) is None
+    held = masks.private_key(fleet.states[SMALL].share_key)
+    assert sharing.decrypt(established.session, held, "device-001", SMALL, encrypted) is None
 
 
 @pytest.mark.parametrize("dealt", [True, False])
