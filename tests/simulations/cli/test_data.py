@@ -113,7 +113,7 @@ def test_a_table_becomes_a_report_in_one_command(
 ) -> None:
     out = tmp_path / "run"
     words = ("--set", "data.client=user", "--set", f"base.model={base}", "--set", "federation.rounds=2")
-    more = ("--set", "personal.epochs=1", "--set", "export.minimum_agreement=0.5", "--out", out)
+    more = ("--set", "network.forced_dropouts=0", "--set", "export.minimum_agreement=0.5", "--out", out)
     code, printed, err = call("simulate", table, *words, *more)
     assert code == 0, err
     result = json.loads((out / "result.json").read_text())
