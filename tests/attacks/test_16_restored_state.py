@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from flwr.app import Context, Message
 
-from aggregation import envelope, ring, sharing
+from aggregation import envelope, masks, ring, sharing
 from aggregation.entropy import SystemEntropy
 from aggregation.messages import Shares
 from aggregation.ring import Ring
@@ -191,7 +191,8 @@ def test_shares_that_are_dealt_anew_show_their_difference(
     joined: Any = DeviceStateDir.open(attack.backups[0]).load_state()
     ready: Any = DeviceStateDir.open(attack.folder).load_state()
     holder = next(iter(dealt[0].encrypted_shares))
-    key = sharing._key(ready.session, joined.share_key, ready.session.peers[holder].share_key, VICTIM, holder)
+    private = masks.private_key(joined.share_key)
+    key = sharing._key(ready.session, private, ready.session.peers[holder].share_key, VICTIM, holder)
     sent = [shares.encrypted_shares[holder].ciphertext for shares in dealt]
     plain = [AESGCM(key).decrypt(bytes(12), each, ready.session.context) for each in sent]
     assert plain[0] != plain[1]
