@@ -71,7 +71,7 @@ def federate_on_ray(
 
     started: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if CLUSTER not in os.environ:
-        started["num_cpus"] = cores()
+        started |= {"address": "local", "num_cpus": cores()}  # and not one that somebody started on this machine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # Ray's, about accelerators
         logging.getLogger("flwr").setLevel(logging.ERROR)  # it announces a successor that has no call from Python
