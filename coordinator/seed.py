@@ -53,7 +53,6 @@ def seed_version(
         round=0,
         plan=None,
         rule=None,
-        combination=None,
         survivors=(),
         metrics={},
         epsilon=None,

@@ -66,7 +66,6 @@ def recorded(transcripts: Transcripts, recorder: Recorder, **changes: Any) -> Ro
         entries=log.tree.size,
         root=log.tree.root().hex(),
         survivors=(),
-        groups=(),
         dropped={},
         blamed=(),
         reason="unrecoverable",

@@ -81,8 +81,8 @@ for (const [label, one] of Object.entries(CASES)) {
 }
 
 test("without given randomness, the shares follow from the share key and the roster", async () => {
-  for (const [label, one] of plain) {
-    const shares = DEALT[label];
+  for (const [label, shares] of Object.entries(DEALT)) {
+    const one = CASES[label];
     const device = await deviceOf("unit-0", { ...one, policy: { ...POLICY, known_bases: [one.spec.digest] } });
     const [advertised] = await join(device, raw(one.offer), given(one.join["unit-0"]));
     assert.equal(hex((await advertised.onRoster(device, raw(one.roster)))[1]), shares);
