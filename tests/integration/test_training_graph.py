@@ -49,15 +49,13 @@ def last(fleet: Any) -> Any:
     return registry.tensors(max(record.version for record in fleet.registry().rounds()))
 
 
-# The order of the examples and the rounding coins are drawn anew in each federation. Whether embeddings agree is tested
-# in tests/client/training/test_graphtrainer.py.
 @pytest.mark.parametrize(
-    ("changes", "apart"),
-    [({}, 1.0), ({"method": "fedsb"}, 1.0), ({"analytic__rounds": 1}, 2.0)],
+    ("changes", "solved"),
+    [({}, False), ({"method": "fedsb"}, False), ({"rounds": 1, "analytic__rounds": 1}, True)],
     ids=["LoRA", "Fed-SB", "analytic head"],
 )
 def test_devices_without_torch_make_the_versions_that_torch_makes(
-    app_fleet_of: Any, exported: Exported, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], apart: float
+    app_fleet_of: Any, exported: Exported, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], solved: bool
 ) -> None:
     def absent(*_: object, **__: object) -> None:
         raise AssertionError("torch trained")
@@ -74,7 +72,11 @@ def test_devices_without_torch_make_the_versions_that_torch_makes(
     (start, expected), (_, tensors) = found
     moved = max(float(np.abs(expected[name] - start[name]).max()) for name in start)
     assert moved > 1e-3
-    assert max(float(np.abs(expected[name] - tensors[name]).max()) for name in start) < apart * moved
+    # Rounding coins, and where devices train the order of the examples, are drawn anew in each federation. A head that
+    # is solved anew may hardly move, so what coins do to it is compared with its size.
+    size = max(float(np.abs(expected[name]).max()) for name in start if name.endswith("classifier.weight"))
+    limit = 0.01 * size if solved else moved
+    assert max(float(np.abs(expected[name] - tensors[name]).max()) for name in start) < limit
 
 
 def test_devices_with_a_bundle_that_nobody_they_trust_signed_refuse_to_train(
