@@ -8,8 +8,12 @@ import json
 import os
 import signal
 import sys
+import threading
 import warnings
+from collections.abc import Callable
+from functools import partial
 from io import TextIOWrapper
+from typing import Any
 
 import click
 
@@ -85,6 +89,8 @@ def main() -> None:
     if not sys.warnoptions:  # warnings of libraries are for developers
         warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, _terminate)
+    report = sys.unraisablehook
+    sys.unraisablehook = partial(_unraisable, report)
     try:
         sys.exit(cli(prog_name=PROGRAM, standalone_mode=False))
     except EdgeAdaptError as error:
@@ -101,20 +107,40 @@ def main() -> None:
         _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", INTERRUPTED)
-    except ImportError as error:  # pybind11 turns Ctrl-C during the import of a library into this
-        if not isinstance(error.__cause__, KeyboardInterrupt):
+    except SystemExit as error:
+        if error.code != TERMINATED:
             raise
-        _fail("interrupted", INTERRUPTED)
+        _fail("terminated", TERMINATED)
+    except ImportError as error:  # pybind11 turns a signal during the import of a library into this
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            _fail("interrupted", INTERRUPTED)
+        if isinstance(error.__cause__, SystemExit):
+            _fail("terminated", TERMINATED)
+        raise
     except MemoryError:
         _fail("this machine does not have enough memory", 1)
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+    finally:
+        sys.unraisablehook = report
 
 
 def _terminate(*_: object) -> None:
     """End as after an error, so that no temporary file is left. Not as Ctrl-C, after which a chat goes on."""
-    sys.stderr = sys.__stderr__  # an export keeps what libraries print while it traces, and so would keep this line
-    _fail("terminated", TERMINATED)
+    sys.exit(TERMINATED)
+
+
+def _unraisable(report: Callable[[Any], object], dropped: Any) -> None:
+    """Send a signal again that came during a callback or finalizer, whose exceptions Python reports and drops."""
+    error = dropped.exc_value
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.SIGINT
+    elif isinstance(error, SystemExit) and error.code == TERMINATED:
+        number = signal.SIGTERM
+    else:
+        report(dropped)
+        return
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # after the callback, whose exceptions are dropped
 
 
 def _fail(message: str, code: int) -> None:

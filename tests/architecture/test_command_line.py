@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -152,10 +153,38 @@ def test_ctrl_c_while_a_library_is_being_loaded_is_an_interruption(
 
 
 def test_who_terminates_a_command_reads_so_also_while_a_library_is_kept_quiet(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stderr", sys.stderr)  # put back afterwards
-    with redirect_stderr(io.StringIO()), pytest.raises(SystemExit) as caught:
-        edgeadapt._terminate()
-    assert caught.value.code == 143
-    assert capfd.readouterr().err == "edgeadapt: terminated\n"
+    def quietly(**_options: object) -> None:
+        with redirect_stderr(io.StringIO()):
+            edgeadapt._terminate()
+
+    monkeypatch.setattr(edgeadapt, "cli", quietly)
+    assert run("demo") == (143, "", "edgeadapt: terminated\n")
+
+
+CALLBACK = """
+import os, time, edgeadapt
+
+class Finalizer:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
+        sum(range(10))  # the handler runs here, and Python drops what it raises
+
+def command(**options):
+    Finalizer()
+    time.sleep(60)
+
+edgeadapt.cli = command
+edgeadapt.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_during_a_callback_is_not_lost(number: int, code: int, line: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", CALLBACK.format(number=int(number))], capture_output=True, text=True, timeout=50
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", f"edgeadapt: {line}\n")
