@@ -1,6 +1,7 @@
-"""A device in a federation: its state directory, policy and enrolment, and its Flower app.
+"""A device in a federation: its state directory, policy, enrolment, its steps of the protocol, and its Flower app.
 
-The app is ``client.node.app:app``. It is not exported here, because it imports Flower, which enrolment does not need.
+The app is ``client.node.app:app``, around the steps of ``client.node.step``. It is not exported here, because it
+imports Flower, which enrolment does not need.
 """
 
 from client.node.enrolment import TrustAnchors, enrol, install_certificate

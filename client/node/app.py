@@ -1,51 +1,23 @@
-"""The device's Flower ClientApp: one message in, one state transition, one message out.
+"""The device's Flower ClientApp: it carries requests to ``client.node.step`` and the answers back.
 
-The protocol core decides what is legal, the trainer trains, and the state directory keeps the state between messages,
-because each message may be handled by another process; a simulation keeps it in memory (``DeviceState``). A refusal is
-answered with an error reply. Its reason says what is wrong with the coordinator's message; an error in the device's own
-files is only logged here, and the reply says no more than that there was one.
-
-No answer depends on the device's examples, except for the numbers under the mask. Only an offer, with which they are
-copied, and a plan make the device read them. What a plan asks for is checked before that, and whatever fails afterwards
-gives a contribution of zero (``client.node.training``); the answer leaves at a time that does not show when the device
-was done.
+A refusal becomes an error reply with its code and reason. Flower would send the text of an exception, which may name
+files of the device; a step raises none.
 """
 
-import hashlib
-import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from adapters.cores import cores
-from aggregation import client, envelope, masks
-from aggregation.client import Advertised, Confirmed, Device, Masked, Planned, Ready
-from aggregation.entropy import DerivedEntropy, SystemEntropy
-from aggregation.errors import DataError, EdgeAdaptError, ProtocolError, TrustError
-from aggregation.messages import Plan, Survivors, Unmask
-from aggregation.sealed import ClientState
-from aggregation.session import COORDINATOR
-from aggregation.steps import ADAPTER, BODY, PROOF, RECORD, REVOCATIONS, Step
-from aggregation.transcript import LogState, logged_part
-from client.node import adapterstate, privacyledger
-from client.node.adapterstate import AdapterState
+from aggregation.steps import BODY, RECORD, Step
 from client.node.devicestate import DeviceState
-from client.node.privacyledger import PrivacyLedger
 from client.node.statedir import DeviceStateDir
-from client.node.training import train
-from client.training.examples import read_file
+from client.node.step import Refusal, answer
 
 STATE = "state"  # key of the Flower node's configuration: the path of the state directory
-REFUSED = 100  # Flower error code: the device refused; the reason says why
-READS_EXAMPLES = (Step.OFFER, Step.PLAN)
-FAILED = 101  # Flower error code: an error of the device, such as a full disk
 
-log = logging.getLogger("edgeadapt.device")
 OpenState = Callable[[Context], DeviceState]
 app = ClientApp()
 
@@ -59,7 +31,13 @@ def register(app: ClientApp, open_state: OpenState) -> None:
     """
 
     def handler(message: Message, context: Context) -> Message:
-        return _answer(message, context, open_state)
+        step = Step(message.metadata.message_type.partition(".")[2])
+        record = message.content.config_records.get(RECORD, ConfigRecord())
+        fields = {name: value for name, value in record.items() if isinstance(value, bytes)}
+        answered = answer(partial(open_state, context), step, fields, context.node_id)
+        if isinstance(answered, Refusal):
+            return Message(Error(int(answered.code), answered.reason), reply_to=message)
+        return Message(RecordDict({RECORD: ConfigRecord({BODY: answered})}), reply_to=message)
 
     for step in Step:
         kind = app.train if step is Step.PLAN else app.query
@@ -71,203 +49,3 @@ def _open_state_dir(context: Context) -> DeviceStateDir:
 
 
 register(app, _open_state_dir)
-
-
-def _answer(message: Message, context: Context, open_state: OpenState) -> Message:
-    arrived = time.monotonic()
-    step = Step(message.metadata.message_type.partition(".")[2])
-    try:
-        state_dir = open_state(context)
-        quantum = state_dir.policy.answer_quantum_seconds if step in READS_EXAMPLES else 0.0
-        # The lock is held while the answer waits: another message would be answered as soon as the training ended.
-        with state_dir.locked(), _delayed(arrived, quantum):
-            fields = _fields(message)
-            if step is Step.CHECK_IN:
-                answer = _check_in(state_dir, fields[BODY], context.node_id)
-            else:
-                answer = _transition(state_dir, step, fields)
-        return Message(RecordDict({RECORD: ConfigRecord({BODY: answer})}), reply_to=message)
-    except EdgeAdaptError as error:
-        log.warning("%s refused: %s", step.value, error, extra={"about": error.about})
-        return Message(Error(REFUSED, _reason(error)), reply_to=message)
-    except Exception:
-        # Flower would send the text of the exception, which may name files of the device.
-        log.exception("%s failed", step.value)
-        return Message(Error(FAILED, "failed on the device; its log has the reason"), reply_to=message)
-
-
-def _reason(error: EdgeAdaptError) -> str:
-    """The reason that the coordinator receives: for an error in the device's own files, only its kind."""
-    if isinstance(error, ProtocolError):
-        return " ".join(str(error).split())
-    return "cannot take part; the device's log has the reason"
-
-
-@contextmanager
-def _delayed(arrived: float, quantum: float) -> Iterator[None]:
-    """Wait at the end, also after an error, until a multiple of ``quantum`` seconds has passed since ``arrived``."""
-    try:
-        yield
-    except Exception:
-        _wait(arrived, quantum)
-        raise
-    _wait(arrived, quantum)
-
-
-def _wait(arrived: float, quantum: float) -> None:
-    if quantum:
-        passed = time.monotonic() - arrived
-        if passed > quantum:
-            log.warning("answering took %d s: a larger answer_quantum_seconds would hide how long it took", passed)
-        time.sleep(quantum - passed % quantum)
-
-
-def _fields(message: Message) -> Mapping[str, bytes]:
-    record = message.content.config_records.get(RECORD)
-    fields = {} if record is None else {key: value for key, value in record.items() if isinstance(value, bytes)}
-    if BODY not in fields:
-        raise ProtocolError("the message has no body", COORDINATOR, about="message.body")
-    return fields
-
-
-def _check_in(state_dir: DeviceState, challenge: bytes, node: int) -> bytes:
-    log_state = state_dir.load_log_state()
-    last_offer = None if log_state is None else log_state.offer
-    key, certificate, coordinator = state_dir.identity, state_dir.certificate, state_dir.coordinator
-    return client.check_in(key, certificate, coordinator, challenge, node=node, last_offer=last_offer)
-
-
-def _transition(state_dir: DeviceState, step: Step, fields: Mapping[str, bytes]) -> bytes:
-    """Load the state, make one step of the protocol, save the new state, and only then return the answer."""
-    base = state_dir.base()
-    if step is Step.OFFER and REVOCATIONS in fields:
-        _install_revocations(state_dir, fields[REVOCATIONS])
-    device, body = state_dir.device(base.digest), fields[BODY]
-    # An offer starts a new session, so that a damaged state excludes the device from one session only.
-    state = None if step is Step.OFFER else state_dir.load_state()
-    log_state = state_dir.load_log_state() if device.policy.demand_proofs else None
-    after: ClientState
-    if step is Step.OFFER:
-        now = datetime.now(UTC)
-        device.policy.check_revocations(device.root.revoked, now)
-        after, answer = client.join(device, body, SystemEntropy(), now)
-        log_state = _after_offer(device, log_state, fields, after)
-        _take_snapshot(state_dir, after)
-    elif step is Step.ROSTER and isinstance(state, Advertised):
-        after, answer = state.on_roster(device, body, _dealing(state, body))
-    elif step is Step.PLAN and isinstance(state, Ready | Planned | Masked | Confirmed):
-        planned = state.on_plan(device, body, datetime.now(UTC))
-        log_state = _after_receipt(device, log_state, fields, planned.plan)
-        adapter_state = adapterstate.on_plan(
-            state_dir.load_adapter_state(), planned.plan, planned.spec, device.policy.maximum_repeats
-        )
-        snapshot = state_dir.load_snapshot(planned.ready.session.peers[planned.ready.me].share_key)
-        ledger = privacyledger.on_plan(
-            state_dir.load_privacy_ledger(), planned.spec, len(planned.ready.serials), device.policy
-        )
-        limits = state_dir.policy.training()
-        kept = state_dir.load_private_parts()
-        vector, parts = train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples, limits, kept)
-        after, answer = planned.contribute(device, vector, cores())
-        state_dir.save_privacy_ledger(ledger)  # first: whatever is interrupted after this counts as spent
-        if parts is not None:
-            state_dir.save_private_parts(parts)
-        state_dir.save_adapter_state(adapter_state)
-        log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
-    elif step is Step.SURVIVORS and isinstance(state, Masked):
-        after, answer = state.on_survivors(device, body)
-        _after_sum(state_dir, device, state, after.survivors)  # signs for no sum for which it would reveal no shares
-        log_state = log_state and log_state.on_survivors(after.survivors.vectors, answer)
-    elif step is Step.UNMASK and isinstance(state, Masked | Confirmed):
-        after, answer = state.on_unmask(device, body)
-        survivors = Unmask.decode(envelope.unverified_body(body)).survivors
-        state_dir.save_adapter_state(_after_sum(state_dir, device, state, survivors))
-        state_dir.save_privacy_ledger(_after_unmasking(state_dir, device, state, survivors))
-        log_state = log_state and log_state.on_survivors(survivors.vectors)
-    else:
-        held = "has joined no session" if state is None else f"is in the state {type(state).__name__}"
-        raise ProtocolError(f"unexpected {step.value}: this device {held}", COORDINATOR, about="step", value=step.value)
-    state_dir.save_state(after)
-    if isinstance(after, Masked) and not after.ready.secrets:  # of later rounds
-        state_dir.delete_snapshot()
-    if step is not Step.ROSTER:
-        state_dir.save_log_state(log_state)
-    return answer
-
-
-def _install_revocations(state_dir: DeviceState, raw: bytes) -> None:
-    """Install the revocation list that the coordinator forwards. It can withhold a list, but not forge one."""
-    state_dir.root()  # an error in the device's own files must not become a ProtocolError
-    try:
-        state_dir.revoke(raw)
-    except TrustError as error:
-        raise ProtocolError.of(error, COORDINATOR) from None
-
-
-def _after_offer(
-    device: Device, log_state: LogState | None, fields: Mapping[str, bytes], joined: Advertised
-) -> LogState | None:
-    """Verify that the log of the offered session follows the log that this device knows."""
-    if not device.policy.demand_proofs:
-        return None
-    proof = _proof(fields)
-    if log_state is None:
-        return LogState.initial(device.coordinator, proof, joined.offer, joined.me)
-    return log_state.on_session_chain_proof(device.coordinator, proof, joined.offer)
-
-
-def _after_receipt(
-    device: Device, log_state: LogState | None, fields: Mapping[str, bytes], plan: Plan
-) -> LogState | None:
-    """Verify the log: this device's messages of its last round are in it, and its newest adapter is the plan's."""
-    if not device.policy.demand_proofs:
-        return None
-    if log_state is None:
-        reason = "this device has no log state of the session; it takes part again from the next offer on"
-        raise ProtocolError(reason, about="log state")
-    after = log_state.on_receipt(device.coordinator, _proof(fields))
-    after.require_newest(plan)
-    return after
-
-
-def _after_sum(state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors) -> AdapterState:
-    """Verify that the sum over ``survivors`` is over the same devices as earlier ones; the adapter state after it."""
-    serials = {name: state.ready.serials[name] for name in survivors.vectors}
-    revoked = device.root.revoked.revoked if device.root.revoked else ()
-    return adapterstate.on_survivors(state_dir.load_adapter_state(), state.plan, serials, revoked)
-
-
-def _after_unmasking(
-    state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors
-) -> PrivacyLedger:
-    """The privacy ledger after this device reveals its shares for the sum over ``survivors``."""
-    known, ready = state_dir.load_privacy_ledger(), state.ready
-    return privacyledger.on_survivors(
-        known, ready.session.spec, len(ready.serials), len(survivors.vectors), device.policy
-    )
-
-
-def _proof(fields: Mapping[str, bytes]) -> bytes:
-    if PROOF not in fields:
-        raise ProtocolError("the message has no proof about the log", COORDINATOR, about="message.proof")
-    return fields[PROOF]
-
-
-def _dealing(joined: Advertised, roster: bytes) -> DerivedEntropy:
-    """Draws the polynomials for a roster, and for the same roster the same ones.
-
-    A device that is restored from a backup could be asked for its shares twice. Each neighbor's are encrypted under one
-    key and nonce, so that two dealings would show the difference of their shares.
-    """
-    content = hashlib.sha256(envelope.unverified_body(roster)).digest()  # ``on_roster`` verifies it
-    return DerivedEntropy(masks.derive(joined.share_key, b"edgeadapt/dealing/1", content))
-
-
-def _take_snapshot(state_dir: DeviceState, joined: Advertised) -> None:
-    """Fix what this session trains on; whether the examples can be read makes no difference to an answer."""
-    try:
-        examples = read_file(state_dir.examples)
-    except DataError as error:
-        log.warning("no examples for this session: %s", error, extra={"about": error.about})
-        examples = b""
-    state_dir.take_snapshot(examples, masks.public_key(joined.share_key))

@@ -28,8 +28,9 @@ from adapters.task import weighted_mean
 from aggregation import rotation
 from aggregation.client import Masked
 from aggregation.steps import BODY, RECORD, Step
-from client.node.app import READS_EXAMPLES, app
+from client.node.app import app
 from client.node.statedir import DeviceStateDir
+from client.node.step import READS_EXAMPLES
 from client.training.contribute import Outcome, contribution
 from client.training.examples import Example, Split, parse_examples, read_file, write_examples
 from client.training.trainer import Trainer
@@ -241,9 +242,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
         return content
 
     virtual = SimpleNamespace(monotonic=clock.now, perf_counter=clock.now, sleep=clock.sleep)
-    monkeypatch.setattr("client.node.app.time", virtual)
+    monkeypatch.setattr("client.node.step.time", virtual)
     monkeypatch.setattr(Trainer, "train", slow)
-    monkeypatch.setattr("client.node.app.read_file", slowly_read)
+    monkeypatch.setattr("client.node.step.read_file", slowly_read)
     return clock
 
 
@@ -294,7 +295,7 @@ def test_a_device_that_fails_after_training_says_so_at_the_same_time(
 ) -> None:
     """Its disk is full."""
     if not delayed:
-        monkeypatch.setattr("client.node.app._delayed", lambda *given: nullcontext())
+        monkeypatch.setattr("client.node.step._delayed", lambda *given: nullcontext())
     fleet, save = busy_fleet(app_fleet_of), DeviceStateDir.save_state
     set_policy(fleet, answer_quantum_seconds=QUANTUM)
 
@@ -339,7 +340,7 @@ def test_a_message_during_training_is_answered_when_the_plan_is(
 
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "train", interrupted)
-            patch.setattr("client.node.app.time.sleep", sleep)
+            patch.setattr("client.node.step.time.sleep", sleep)
             reply = app(message, context)
         for thread in threads:
             thread.join()
@@ -355,7 +356,7 @@ def test_a_message_during_training_is_answered_when_the_plan_is(
             sleep(QUANTUM - clock.now() % QUANTUM)
 
     if not held:
-        monkeypatch.setattr("client.node.app._delayed", lambda *given: nullcontext())
+        monkeypatch.setattr("client.node.step._delayed", lambda *given: nullcontext())
         monkeypatch.setattr(DeviceStateDir, "locked", waiting_without_it)
     fleet.federate(fleet.grid(app=observed))
     assert len(answered) == len(DEVICES)

@@ -47,7 +47,7 @@ class Later(datetime):
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> type[Later]:
-    for module in ("client.node.app", "coordinator.checkin", "coordinator.session", "coordinator.rounds"):
+    for module in ("client.node.step", "coordinator.checkin", "coordinator.session", "coordinator.rounds"):
         monkeypatch.setattr(f"{module}.datetime", Later)
     monkeypatch.setattr(Later, "ahead", timedelta())
     return Later

@@ -32,7 +32,7 @@ from aggregation.spec import SessionSpec
 from aggregation.transcript import LogState
 from aggregation.vector import Segment, VectorSpec
 from client.node import adapterstate
-from client.node.app import _dealing
+from client.node.step import _dealing
 from client.training.contribute import Outcome, contribution
 from client.training.examples import Score
 from tests.aggregation.transcript import test_logstate

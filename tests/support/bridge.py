@@ -16,8 +16,8 @@ from websockets.sync.server import ServerConnection, serve
 from aggregation import wire
 from aggregation.steps import RECORD
 from client.browser.server import HEADERS, TYPES, Site
-from client.node.app import REFUSED
 from client.node.app import app as client_app
+from client.node.step import RefusalCode
 
 PATIENCE = 120  # seconds; the machine of a test run may be busy
 NODE = "/node/"  # the path of a node's WebSocket
@@ -80,9 +80,9 @@ class Bridge:
             self.tabs[node].send(ASKED.encode(Asked(next(self._ids), step, fields)))
             answer = ANSWERED.decode(bytes(self.tabs[node].recv(PATIENCE)))  # type: ignore[arg-type]
         except ConnectionClosed:
-            return Message(Error(REFUSED, "the tab is closed"), reply_to=message)
+            return Message(Error(RefusalCode.REFUSED, "the tab is closed"), reply_to=message)
         if answer.body is None:
-            return Message(Error(REFUSED, answer.reason.decode()), reply_to=message)
+            return Message(Error(RefusalCode.REFUSED, answer.reason.decode()), reply_to=message)
         return Message(RecordDict({RECORD: ConfigRecord({"body": answer.body})}), reply_to=message)
 
     def close(self) -> None:

@@ -25,10 +25,11 @@ from aggregation.messages import Challenge, Survivors
 from aggregation.pki import Authority
 from aggregation.steps import ADAPTER, BODY, RECORD, REVOCATIONS, Step
 from aggregation.vector import VectorSpec
-from client.node.app import FAILED, REFUSED, STATE, app
+from client.node.app import STATE, app
 from client.node.snapshot import Draw, Snapshot
 from client.node.statedir import LOCK, DeviceStateDir
 from client.node.statedir import STATE as STATE_FILE
+from client.node.step import RefusalCode
 from client.training.contribute import Outcome
 from coordinator import settings
 from coordinator.statedir import CoordinatorStateDir
@@ -73,7 +74,7 @@ class Talk:
         before = state.read_bytes() if state.exists() else None
         reply = self.reply(device, step, record)
         assert reply.has_error(), f"{step} was answered"
-        assert reply.error.code == REFUSED
+        assert reply.error.code == RefusalCode.REFUSED
         assert reply.error.reason
         assert "\n" not in reply.error.reason
         assert about is None or self.refusals[-1] == about, reply.error.reason
@@ -336,7 +337,7 @@ def test_a_node_without_a_state_directory_is_refused(
     monkeypatch.chdir(tmp_path)
     for config in ({}, {STATE: ""}, {STATE: str(tmp_path / "gone")}):
         reply = app(message(Step.CHECK_IN, {BODY: b""}), Context(1, 2, config, RecordDict(), {}))
-        assert reply.error.code == REFUSED
+        assert reply.error.code == RefusalCode.REFUSED
         assert reply.error.reason == "cannot take part; the device's log has the reason"
 
 
@@ -366,7 +367,10 @@ def test_an_error_in_a_devices_own_files_is_reported_without_its_reason(talk: Ta
     now = datetime.now(UTC)
     listed = authority.revocations(1, {}, now, now + timedelta(days=1)).to_pem()
     reply = talk.reply(FIRST, Step.OFFER, {BODY: offer, REVOCATIONS: listed})
-    assert (reply.error.code, reply.error.reason) == (REFUSED, "cannot take part; the device's log has the reason")
+    assert (reply.error.code, reply.error.reason) == (
+        RefusalCode.REFUSED,
+        "cannot take part; the device's log has the reason",
+    )
 
 
 @pytest.mark.parametrize("kind", ["endless", "pipe", "large"])
@@ -389,7 +393,10 @@ def test_a_file_that_would_never_end_or_fill_the_memory_is_refused_unread(talk: 
         path.unlink()
         if aside.exists():
             aside.rename(path)
-        assert (reply.error.code, reply.error.reason) == (REFUSED, "cannot take part; the device's log has the reason")
+        assert (reply.error.code, reply.error.reason) == (
+            RefusalCode.REFUSED,
+            "cannot take part; the device's log has the reason",
+        )
         assert talk.refusals[-1] == name
     talk.ask(FIRST, Step.ROSTER, roster)
 
@@ -406,7 +413,7 @@ def test_no_answer_is_sent_before_the_new_state_is_on_the_disk(talk: Talk, monke
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", full)
         reply = talk.reply(FIRST, Step.PLAN, {BODY: plans[FIRST], ADAPTER: talk.adapter})
-    assert reply.error.code == FAILED
+    assert reply.error.code == RefusalCode.FAILED
     assert state.read_bytes() == before
     talk.ask(FIRST, Step.PLAN, plans[FIRST], adapter=talk.adapter)
     assert state.read_bytes() != before

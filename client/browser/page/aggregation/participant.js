@@ -1,4 +1,4 @@
-// A device in a session: one message in, one step of the protocol, one message out, as client/node/app.py.
+// A device in a session: one message in, one step of the protocol, one message out, as client/node/step.py.
 
 import { ProtocolError, TrustError } from "../errors.js";
 import * as adapterstate from "./adapterstate.js";
