@@ -1,12 +1,13 @@
-"""The authority with its signing key: it issues its own certificate, device certificates and revocation lists."""
+"""The authority with its signing key. It issues its own, device and TLS certificates, and revocation lists."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import NameOID
 
@@ -15,6 +16,7 @@ from aggregation.errors import ConfigError, TrustError
 from aggregation.pki.certificates import Root, identity, load, require_device_id, subject
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import Revocation, RevocationList, sign_list
+from aggregation.pki.tls import TlsPublicKey, TlsRole, extensions
 
 MAX_NAME = 64  # bytes of a common name (X.520)
 
@@ -40,7 +42,8 @@ class Authority:
                 value=name[:MAX_NAME],
             )
         key = IdentityKey.generate(entropy)
-        builder = _builder(name, name, key.public, not_before, not_after)
+        serial = _serial(name, name, key.public, not_before, not_after)
+        builder = _builder(name, name, _certified_key(key.public), not_before, not_after, serial=serial)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         return cls(key, _sign(builder, key))
 
@@ -72,8 +75,45 @@ class Authority:
         """
         require_device_id(device_id)
         issuer = subject(load(self.der))
-        builder = _builder(device_id, issuer, public, not_before, not_after, serial=serial)
+        serial = _serial(issuer, device_id, public, not_before, not_after) if serial is None else serial
+        builder = _builder(device_id, issuer, _certified_key(public), not_before, not_after, serial=serial)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        return _sign(builder, self.key)
+
+    def issue_tls(
+        self,
+        name: str,
+        public: TlsPublicKey,
+        role: TlsRole,
+        hosts: Sequence[str] = (),
+        *,
+        not_before: datetime,
+        not_after: datetime,
+        serial: int,
+    ) -> bytes:
+        """Certify that ``public`` is the TLS key of ``name``; returns DER.
+
+        Args:
+            name: Of the device or the gateway.
+            public: Its P-256 key.
+            role: Which side of TLS it is for.
+            hosts: As ``tls.extensions``.
+            not_before: Begin of validity.
+            not_after: End of validity.
+            serial: A random number.
+
+        Raises:
+            ConfigError: As ``issue`` and ``tls.extensions``.
+        """
+        require_device_id(name)
+        key = serialization.load_der_public_key(public.der)
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ConfigError("a key for TLS must be of the curve P-256", about="key.type")
+        issuer = subject(load(self.der))
+        builder = _builder(name, issuer, key, not_before, not_after, serial=serial)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        for extension in extensions(role, hosts):
+            builder = builder.add_extension(extension, critical=False)
         return _sign(builder, self.key)
 
     def revocations(
@@ -114,27 +154,34 @@ class Authority:
 def _builder(
     subject: str,
     issuer: str,
-    public: PublicKey,
+    public: Ed25519PublicKey | ec.EllipticCurvePublicKey,
     not_before: datetime,
     not_after: datetime,
     *,
-    serial: int | None = None,
+    serial: int,
 ) -> x509.CertificateBuilder:
     if not not_before < not_after:
         text = f"certificate of {subject} would end before it begins"
         raise ConfigError(text, about="certificate.validity", value=subject)
-    # By default the serial is derived from the certified fields: different certificates have different serials.
-    stamp = f"{issuer}\x00{subject}\x00{not_before.isoformat()}\x00{not_after.isoformat()}\x00".encode()
-    derived = int.from_bytes(hashlib.sha256(stamp + public.raw).digest()[:19], "big") + 1
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
         .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-        .public_key(Ed25519PublicKey.from_public_bytes(public.raw))
-        .serial_number(derived if serial is None else serial)
+        .public_key(public)
+        .serial_number(serial)
         .not_valid_before(not_before)
         .not_valid_after(not_after)
     )
+
+
+def _certified_key(public: PublicKey) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(public.raw)
+
+
+def _serial(issuer: str, subject: str, public: PublicKey, not_before: datetime, not_after: datetime) -> int:
+    """From the certified fields: different certificates have different serials."""
+    stamp = f"{issuer}\x00{subject}\x00{not_before.isoformat()}\x00{not_after.isoformat()}\x00".encode()
+    return int.from_bytes(hashlib.sha256(stamp + public.raw).digest()[:19], "big") + 1
 
 
 def _sign(builder: x509.CertificateBuilder, key: IdentityKey) -> bytes:

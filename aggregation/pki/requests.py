@@ -8,6 +8,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import NameOID
 
 from aggregation.errors import TrustError
@@ -36,6 +37,15 @@ def read_request(raw: bytes) -> tuple[str, PublicKey]:
     Raises:
         TrustError: Not such a request, or one for a certificate that the authority does not issue.
     """
+    name, key = parsed(raw)
+    if not isinstance(key, Ed25519PublicKey):
+        kind = type(key).__name__
+        raise TrustError(f"the request is for a {kind}, not an Ed25519 key", about="request.key", value=kind)
+    return name, PublicKey(key.public_bytes_raw())
+
+
+def parsed(raw: bytes) -> tuple[str, CertificatePublicKeyTypes]:
+    """Name and key of any kind in a request that was signed with that key. Raises as ``read_request``."""
     try:
         if len(raw) > MAX_REQUEST:
             raise ValueError
@@ -45,9 +55,6 @@ def read_request(raw: bytes) -> tuple[str, PublicKey]:
         names = [str(each.value) for each in asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion):
         raise TrustError("not a certificate request (PKCS #10) in PEM or DER form", about="request") from None
-    if not isinstance(key, Ed25519PublicKey):
-        kind = type(key).__name__
-        raise TrustError(f"the request is for a {kind}, not an Ed25519 key", about="request.key", value=kind)
     if not signed:
         raise TrustError("the request was not signed with the key that it is for", about="request.signature")
     asks = constraints(asked, "request")
@@ -56,4 +63,4 @@ def read_request(raw: bytes) -> tuple[str, PublicKey]:
     if len(names) != 1 or not is_device_id(names[0]):
         text = "the request does not name one device in its common name"
         raise TrustError(text, about="request.common-name", value=names)
-    return names[0], PublicKey(key.public_bytes_raw())
+    return names[0], key

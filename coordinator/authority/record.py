@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, TypeAlias
 
@@ -28,6 +29,14 @@ class _Line(BaseModel):
     at: datetime
 
 
+class Purpose(Enum):
+    """What a certificate is for: a device's identity, or one side of TLS."""
+
+    IDENTITY = "identity"
+    DEVICE_TLS = "device-tls"
+    GATEWAY_TLS = "gateway-tls"
+
+
 class CertificateIssued(_Line):
     """A certificate was issued. ``key`` is the id of the certified key; ``certificate`` is DER in base 64."""
 
@@ -38,6 +47,7 @@ class CertificateIssued(_Line):
     not_before: datetime
     not_after: datetime
     certificate: str
+    purpose: Purpose = Purpose.IDENTITY
 
 
 class CertificateRevoked(_Line):

@@ -24,15 +24,17 @@ from adapters.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.pki import Authority, Root
-from aggregation.pki.certificates import require_device_id, same_name
+from aggregation.pki.certificates import load, require_device_id, same_name
 from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.pki.revocation import MAX_REVOCATIONS, Reason, Revocation
+from aggregation.pki.tls import TlsPublicKey, TlsRole
 from coordinator.authority.record import (
     AuthorityRecord,
     CertificateIssued,
     CertificateRevoked,
     Event,
     ListSigned,
+    Purpose,
     RecordWriter,
 )
 
@@ -124,27 +126,63 @@ class AuthorityStore:
                 device has a valid certificate with another key; or another device's name differs in case only.
             DataError: The record is damaged or lacks lines.
         """
-        now, name = self.clock(), require_device_id(name)
-        begin, end = now - SKEW, now + timedelta(days)
-        if end > authority.root.not_after:
-            text = f"the authority itself ends on {authority.root.not_after:%Y-%m-%d}: choose fewer --days"
-            raise ConfigError(text, about="--days", value=days)
+        begin, end = self._validity(authority, require_device_id(name), days)
         with self._writing() as writer:
-            _require_new(writer, name, key, now)
+            _require_new(writer, name, key, self.clock())
             serial = x509.random_serial_number()
             der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
-            writer.add(
-                CertificateIssued(
-                    at=now,
-                    name=name,
-                    serial=f"{serial:x}",
-                    key=key.key_id,
-                    not_before=begin,
-                    not_after=end,
-                    certificate=base64.b64encode(der).decode(),
-                )
-            )
+            self._add(writer, name, key.key_id, der, Purpose.IDENTITY)
         return der
+
+    def issue_tls(
+        self, authority: Authority, name: str, key: TlsPublicKey, role: TlsRole, hosts: Sequence[str], days: int
+    ) -> bytes:
+        """Certify that ``key`` is the TLS key of ``name``, valid from now on; DER.
+
+        Args:
+            authority: Unlocked.
+            name: A device with a valid certificate of its identity, or a gateway.
+            key: P-256.
+            role: Which side of TLS the certificate is for.
+            hosts: At which devices reach a gateway.
+            days: For which it is valid.
+
+        Raises:
+            ConfigError: The certificate would outlast the authority, the name is that of no device, or as
+                ``Authority.issue_tls``.
+            DataError: The record is damaged or lacks lines.
+        """
+        begin, end = self._validity(authority, require_device_id(name), days)
+        with self._writing() as writer:
+            if role is TlsRole.DEVICE:
+                _require_device(writer, name, self.clock())
+            serial = x509.random_serial_number()
+            der = authority.issue_tls(name, key, role, hosts, not_before=begin, not_after=end, serial=serial)
+            purpose = Purpose.DEVICE_TLS if role is TlsRole.DEVICE else Purpose.GATEWAY_TLS
+            self._add(writer, name, key.key_id, der, purpose)
+        return der
+
+    def _validity(self, authority: Authority, name: str, days: int) -> tuple[datetime, datetime]:
+        now = self.clock()
+        if now + timedelta(days) > authority.root.not_after:
+            text = f"the authority itself ends on {authority.root.not_after:%Y-%m-%d}: choose fewer --days for {name}"
+            raise ConfigError(text, about="--days", value=days)
+        return now - SKEW, now + timedelta(days)
+
+    def _add(self, writer: RecordWriter, name: str, key_id: str, der: bytes, purpose: Purpose) -> None:
+        certificate = load(der)
+        writer.add(
+            CertificateIssued(
+                at=self.clock(),
+                name=name,
+                serial=f"{certificate.serial_number:x}",
+                key=key_id,
+                not_before=certificate.not_valid_before_utc,
+                not_after=certificate.not_valid_after_utc,
+                certificate=base64.b64encode(der).decode(),
+                purpose=purpose,
+            )
+        )
 
     def revoke(self, authority: Authority, which: str, reason: Reason, list_days: int) -> tuple[CertificateIssued, ...]:
         """Revoke the certificates of a device, or the one with a serial, and sign a new list with all revocations.
@@ -251,6 +289,8 @@ class AuthorityStore:
 def _require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime) -> None:
     revoked, key_id = _revoked(writer.events), key.key_id
     for each in _issued(writer.events):
+        if each.purpose is not Purpose.IDENTITY:
+            continue
         if each.key == key_id and each.serial in revoked:
             text = f"the key {key_id} was revoked: generate a new one on the device"
             raise ConfigError(text, about="key.revoked", value=key_id)
@@ -263,6 +303,15 @@ def _require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime)
         if each.name == name and each.key != key_id and each.serial not in revoked and now <= each.not_after:
             text = f"{name} has a valid certificate with another key ({each.key}): revoke it first"
             raise ConfigError(text, about="name.key", value=each.key)
+
+
+def _require_device(writer: RecordWriter, name: str, now: datetime) -> None:
+    revoked = _revoked(writer.events)
+    for each in _issued(writer.events):
+        valid = each.purpose is Purpose.IDENTITY and each.serial not in revoked and now <= each.not_after
+        if valid and each.name == name:
+            return
+    raise ConfigError(f"{name} has no valid certificate: certify its identity first", about="name", value=name)
 
 
 def _issued(events: Sequence[Event]) -> list[CertificateIssued]:
