@@ -169,6 +169,13 @@ class EvaluationSettings(Settings):
         description="at most so many clients are evaluated after the rounds, chosen by the seed, with the population's "
         "share of unseen ones: they make their arms, are scored, and get bundles",
     )
+    canaries: int = Field(
+        default=0,
+        ge=0,
+        le=100_000,
+        description="of a federation with noise: at least so many canaries are planted in sums like those of the run, "
+        "and guessed; the lower bound on epsilon that follows is reported with the account; 0: none",
+    )
 
 
 class ExportSettings(Settings):

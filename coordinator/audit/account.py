@@ -67,6 +67,13 @@ def _largest(spec: SessionSpec, spent: Iterable[Spent]) -> float:
 
 def logged(account: Account, entries: Iterable[Entry]) -> Account:
     """The account after the session of a log whose entries were verified."""
+    for spec, survivors in sums(entries):
+        account = account.after(spec, survivors)
+    return account
+
+
+def sums(entries: Iterable[Entry]) -> list[tuple[SessionSpec, Collection[str]]]:
+    """The sums of a log whose entries were verified, each with the survivors that were named to devices."""
     spec: SessionSpec | None = None
     rounds: dict[int, Collection[str]] = {}
     for entry in entries:
@@ -77,10 +84,7 @@ def logged(account: Account, entries: Iterable[Entry]) -> Account:
             rounds.setdefault(entry.round, Survivors.decode(body).vectors.keys())
         elif entry.kind == Unmask.TAG:
             rounds.setdefault(entry.round, Unmask.decode(body).survivors.vectors.keys())
-    if spec is not None:
-        for survivors in rounds.values():
-            account = account.after(spec, survivors)
-    return account
+    return [(spec, survivors) for survivors in rounds.values()] if spec is not None else []
 
 
 def audited(account: Account, report: Report) -> tuple[Account, Report]:

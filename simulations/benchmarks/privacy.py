@@ -25,11 +25,11 @@ from client.training.trainer import load_trainer
 from coordinator.nextadapter import next_adapter
 from coordinator.optimizer import AnalyticHead, Stateless
 from coordinator.settings import FederationSettings
-from simulations.benchmarks.canaries import CONFIDENCE, Guesses, gaussian_epsilon, one_run_epsilon, planted
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText
 from simulations.engine import provision
 from simulations.engine.bases import training_base
+from simulations.engine.canaries import CONFIDENCE, Sum, bounded
 from simulations.scenario import Scenario
 
 FULL = (0.0, 16.0, 8.0, 4.0, 2.0, 1.0)  # of epsilon; 0: no noise
@@ -48,7 +48,7 @@ class PrivacyRow:
         ring_bits, bytes_up: Of a contribution.
         mean, p10, unseen: Accuracy over the clients that contributed, its 10th percentile, and the mean of the others.
         account: Epsilon of a sum in which all devices add their noise, as in this one.
-        one_run, gaussian: Lower bounds on it from canaries (``benchmarks.canaries``).
+        one_run, gaussian: Lower bounds on it from canaries (``engine.canaries``).
     """
 
     epsilon: float | None
@@ -157,13 +157,10 @@ def _row(epsilon: float, spec: SessionSpec, accuracy: tuple[float, float, float]
     if spec.privacy is None:
         return PrivacyRow(None, 0.0, bits, size, *accuracy, None, None, None)
     devices, delta = spec.vector.max_clients, spec.privacy.delta
-    guesses = Guesses(0, 0, 0, 0)
-    while guesses.inside + guesses.outside < canaries:
-        guesses += planted(spec, devices, os.urandom)
     corrupt = spec.minimum_survivors - spec.privacy.honest
     account = spec.spent(devices + corrupt).epsilon(delta)  # nobody leaves its noise out
-    bounds = one_run_epsilon(guesses, delta), gaussian_epsilon(guesses, delta)
-    return PrivacyRow(epsilon, spec.noise_multiplier(), bits, size, *accuracy, account, *bounds)
+    found = bounded([Sum(spec, devices)], account, delta, canaries)
+    return PrivacyRow(epsilon, spec.noise_multiplier(), bits, size, *accuracy, account, found.one_run, found.gaussian)
 
 
 def table(found: dict[str, object]) -> str:

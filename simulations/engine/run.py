@@ -34,6 +34,7 @@ from coordinator.registry import Registry
 from simulations.data.population import Population
 from simulations.engine import provision
 from simulations.engine.bases import device_base, training_base
+from simulations.engine.canaries import audited
 from simulations.engine.devices import MemoryDevices
 from simulations.engine.flowerengine import federate_on_ray
 from simulations.engine.grid import ROUND_STEPS, RUN_ID, SERVER_NODE, SHORT_ROUND_STEPS, FaultModel, InProcessGrid
@@ -45,12 +46,13 @@ from simulations.engine.publish import ExportOutcome, joined, publish
 from simulations.engine.trace import Steps, read_trace, trace_digest
 from simulations.report.formatting import program
 from simulations.report.page import write_report
-from simulations.report.result import ClientResult, GroupResult, ReportedRound, RunResult, joined_rounds
+from simulations.report.result import CanaryBounds, ClientResult, GroupResult, ReportedRound, RunResult, joined_rounds
 from simulations.scenario import Scenario
 
 SCENARIO = "scenario.json"
 PREPARED = "prepared.json"
 SECONDS = "seconds.json"
+CANARIES = "canaries.json"
 RESULT = "result.json"
 REPORT = "report.html"
 LOG = "run.log"
@@ -162,7 +164,9 @@ def run(folder: RunFolder, population: Population, progress: RunProgress, *, on_
             ]
         with folder.timed("export"), progress.stage("export"):
             exported = joined([publish(path, scenario, found, base) for path, found in evaluated])
-    result = _result(folder, population, groups, base, clients, exported)
+        with progress.stage("canaries"):
+            canaries = canary_bounds(folder, groups)
+    result = replace_fields(_result(folder, population, groups, base, clients, exported), canaries=canaries)
     write_report(result, folder.path / REPORT, program())
     replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result
@@ -311,6 +315,20 @@ def _faults(scenario: Scenario, trace: Mapping[int, Steps]) -> FaultModel:
         network.availability,
         trace,
     )
+
+
+def canary_bounds(folder: RunFolder, groups: Sequence[Group]) -> CanaryBounds | None:
+    """What the scenario's canaries find in sums as those of its rounds, once; None if it has none, or no noise."""
+    scenario, path = folder.scenario, folder.path / CANARIES
+    if not scenario.evaluation.canaries or not scenario.federation.privacy.noisy:
+        return None
+    if path.exists():
+        return CanaryBounds(**json.loads(path.read_bytes()))
+    fleets = [folder.of(group).path for group in groups]
+    found = audited(fleets, scenario.federation.privacy.delta, scenario.evaluation.canaries)
+    if found:
+        replace(path, json.dumps(asdict(found)).encode())
+    return found
 
 
 def _result(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from simulations.report.result import (
     ARMS,
+    CanaryBounds,
     Reliability,
     ReportedRound,
     RunResult,
@@ -163,6 +164,19 @@ def privacy(result: RunResult) -> tuple[str, str]:
         return "none", "nothing bounds what the sums say about one device"
     rounds = count(len(result.rounds), "round")
     return f"epsilon {known[-1]:.2f}", f"for delta {result.delta:g} after {rounds}, for everything of one device"
+
+
+def canaries(found: CanaryBounds) -> tuple[str, str]:
+    """The lower bound on epsilon from canaries, the account, and what the bound holds for.
+
+    >>> "; ".join(canaries(CanaryBounds(1000, 712, account=8.0, one_run=0.61, gaussian=6.52, confidence=0.95)))
+    'epsilon at least 6.52, below the account of 8.00; at 95 % for Gaussian noise, 0.61 for any; 712 of 1000 guessed'
+    """
+    above = max(found.gaussian, found.one_run) > found.account
+    side, doubt = ("above", ": too little noise, or chance") if above else ("below", "")
+    text = f"epsilon at least {found.gaussian:.2f}, {side} the account of {found.account:.2f}{doubt}"
+    held = f"at {percent(found.confidence, 1)} for Gaussian noise, {found.one_run:.2f} for any"
+    return text, f"{held}; {found.right} of {found.count} guessed"
 
 
 def reliability(found: Mapping[str, Reliability]) -> tuple[str, str]:

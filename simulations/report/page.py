@@ -45,6 +45,7 @@ def page(result: RunResult, program: str = "edgeadapt") -> str:
         reliability=formatting.reliability(result.reliability),
         dropouts=formatting.dropouts(result.rounds),
         privacy=formatting.privacy(result),
+        canaries=formatting.canaries(result.canaries) if result.canaries else (),
         dropout_count=sum(dropouts_by_step(result.rounds).values()),
         figures={
             "clients": figures.clients(result),

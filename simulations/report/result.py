@@ -73,6 +73,18 @@ class Reliability:
 
 
 @dataclass(frozen=True, slots=True)
+class CanaryBounds:
+    """Lower bounds on epsilon from canaries (``engine.canaries``), and the account, an upper bound on the same sums."""
+
+    count: int  # of canaries
+    right: int  # of them, guessed to be in the sums or not
+    account: float  # epsilon of the device that spent most
+    one_run: float  # a lower bound on it that assumes nothing of the noise
+    gaussian: float  # one that assumes the errors of Gaussian noise
+    confidence: float  # of each bound
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """Everything that a run reports."""
 
@@ -91,6 +103,7 @@ class RunResult:
     reliability: dict[str, Reliability]  # of the arms global and personal
     plain: dict[str, dict[str, int]]  # client → right and count of the plain phrases that its own adapter answers
     seconds: dict[str, float]  # total, training (all devices, in the rounds), coordination, personal, export
+    canaries: CanaryBounds | None = None  # None if none were asked for, or without differential privacy
     groups: tuple[GroupResult, ...] = ()  # none if all clients share one adapter; ``adapter`` is that of the first
 
     def to_json(self) -> dict[str, Any]:

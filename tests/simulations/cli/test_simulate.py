@@ -259,6 +259,24 @@ def test_resuming_without_a_run_is_refused(tmp_path: Path, scenario: Path, run: 
 
 
 @pytest.mark.slow
+def test_a_run_with_noise_has_the_bound_of_its_canaries_which_a_resumed_one_keeps(
+    tmp_path: Path, scenario: Path, run: Command
+) -> None:
+    noise = ("privacy.mechanism=skellam", "privacy.noise_multiplier=0.8", "aggregation.clip_norm=0.1", "rounds=1")
+    keys = (*(f"federation.{key}" for key in noise), "evaluation.clients=2", "evaluation.canaries=50")
+    changes = [word for change in keys for word in ("--set", change)]
+    code, out, err = run("simulate", scenario, "--out", tmp_path / "run", "--json", *changes)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["canaries"]["account"] == found["rounds"][-1]["epsilon"]
+    assert 0 <= found["canaries"]["gaussian"] < found["canaries"]["account"]
+    code, out, _ = run("simulate", scenario, "--out", tmp_path / "run", "--resume", "--json", *changes)
+    assert json.loads(out)["canaries"] == found["canaries"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert f"the account of {found['canaries']['account']:.2f}" in report
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_with_the_next_round_also_in_an_honest_but_curious_session(
     tmp_path: Path, scenario: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

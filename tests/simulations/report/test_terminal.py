@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from simulations.report.result import ARMS, RunResult
+from simulations.report.result import ARMS, CanaryBounds, RunResult
 from simulations.report.terminal import print_scenario, print_table
 from simulations.scenario import Scenario
 
@@ -47,6 +47,20 @@ def test_the_privacy_of_the_rounds_is_stated_also_where_nothing_is_bounded(resul
     rounds = tuple(replace(each, epsilon=0.5 * each.round) for each in result.rounds)
     text = printed(replace(result, rounds=rounds, delta=1e-6))
     assert "privacy    epsilon 5.00: for delta 1e-06 after 10 rounds, for everything of one device\n" in text
+
+
+@pytest.mark.parametrize(
+    ("gaussian", "line"),
+    [
+        (6.52, "epsilon at least 6.52, below the account of 8.00"),
+        (9.1, "epsilon at least 9.10, above the account of 8.00: too little noise, or chance"),
+    ],
+)
+def test_the_bound_of_canaries_is_next_to_the_account(result: RunResult, gaussian: float, line: str) -> None:
+    bounds = CanaryBounds(1000, 712, account=8.0, one_run=0.61, gaussian=gaussian, confidence=0.95)
+    text = printed(replace(result, canaries=bounds))
+    assert f"canaries   {line}\n" in text
+    assert "           at 95 % for Gaussian noise, 0.61 for any; 712 of 1000 guessed\n" in text
 
 
 def test_before_the_run_base_languages_and_arms_are_printed(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 The account of a session is an upper bound on what a sum reveals. Whoever puts known vectors into the sum, and guesses
 from it which ones are there, gets a lower bound, from the real code of a device: if it is above the account, there is a
 mistake, such as noise that is too small. A canary takes the place of a device: its vector is as long as an update may
-be, and orthogonal to those of all other canaries, so that one sum tries many of them.
+be, and orthogonal to those of all other canaries, so that one sum tries many of them. A device is in the sums of
+several rounds; so is its canary, which is guessed from all of them.
 
 Two bounds, each with a confidence:
 
@@ -15,17 +16,26 @@ Two bounds, each with a confidence:
 """
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aggregation import rotation
+from aggregation.pki.identity import IdentityKey
 from aggregation.ring import dtype
 from aggregation.spec import SessionSpec
 from client.training.contribute import noisy_vector
+from coordinator.audit.account import Account, sums
+from coordinator.audit.transcripts import logs
+from coordinator.statedir import KEY, TRANSCRIPT
+from coordinator.storedlog import StoredLog
+from simulations.engine import provision
+from simulations.report.result import CanaryBounds
 
 CONFIDENCE = 0.95
 ADAPTER = bytes(32)  # stands for the digest that seeds the rotation
@@ -60,27 +70,113 @@ class Guesses:
         )
 
 
-def planted(spec: SessionSpec, devices: int, entropy: Callable[[int], bytes]) -> Guesses:
-    """Plant a canary in the place of each of ``devices`` devices in one sum, and guess all of them.
-
-    Each device contributes its canary or zeros by a fair coin, through the code of a real device: clipping, rotation,
-    rounding and noise in the ring. A canary counts as present if the sum is closer to it than to its absence.
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """One sum that a device was in.
 
     Args:
-        spec: Of a session with noise, whose vector has at least as many numbers as there are devices.
-        devices: 1 to ``spec.vector.max_clients``.
+        spec: Of a session with noise, whose vector has at least as many numbers as ``devices``.
+        devices: That add their noise, 1 to ``spec.vector.max_clients``.
+    """
+
+    spec: SessionSpec
+    devices: int
+
+
+def planted(found: Sequence[Sum], entropy: Callable[[int], bytes]) -> Guesses:
+    """Plant canaries in the place of as many devices as are in all of these sums, and guess each from all of them.
+
+    Each device contributes its canary, to all sums, or zeros, by a fair coin, through the code of a real device:
+    clipping, rotation, rounding and noise in the ring. A canary counts as present if Gaussian noise of the same
+    variance made that likelier: if Σ C (r - C/2) / V > 0 over the sums, with the clip norm C, the canary's reading r,
+    and the variance V of all noise.
+
+    Args:
+        found: One sum or more.
         entropy: Random bytes, as ``os.urandom``.
     """
-    (segment,) = spec.vector.segments
     rng = np.random.default_rng(int.from_bytes(entropy(32), "big"))
-    coins, total = rng.random(devices) < 0.5, np.zeros(segment.size, dtype(spec.vector.ring_bits))
-    for device, present in enumerate(coins):
-        vector = np.zeros(segment.size)
-        vector[device] = spec.clip_norm if present else 0.0
-        total += noisy_vector(vector, spec, ADAPTER, rng, entropy(32))
-    found = rotation.rotate_back(spec.vector.decode(total, devices)[segment.name], rotation.seed(ADAPTER))
-    guessed: NDArray[np.bool_] = found[:devices] > spec.clip_norm / 2
+    coins = rng.random(min(one.devices for one in found)) < 0.5
+    likelier = np.zeros(coins.size)
+    for one in found:
+        norm, variance = one.spec.clip_norm, one.devices * one.spec.vector.segments[0].noise ** 2
+        likelier += norm * (_readings(one, coins, rng, entropy) - norm / 2) / variance
+    guessed: NDArray[np.bool_] = likelier > 0
     return Guesses(int(coins.sum()), int((coins & ~guessed).sum()), int((~coins).sum()), int((~coins & guessed).sum()))
+
+
+def _readings(
+    one: Sum, coins: NDArray[np.bool_], rng: np.random.Generator, entropy: Callable[[int], bytes]
+) -> NDArray[np.float64]:
+    """The coordinates of a sum in which the canaries are, if their coins say so."""
+    spec = one.spec
+    (segment,) = spec.vector.segments
+    total = np.zeros(segment.size, dtype(spec.vector.ring_bits))
+    for device in range(one.devices):
+        vector = np.zeros(segment.size)
+        if device < coins.size:
+            vector[device] = spec.clip_norm * coins[device]
+        total += noisy_vector(vector, spec, ADAPTER, rng, entropy(32))
+    decoded = spec.vector.decode(total, one.devices)[segment.name]
+    return rotation.rotate_back(decoded, rotation.seed(ADAPTER))[: coins.size]
+
+
+def bounded(found: Sequence[Sum], account: float, delta: float, canaries: int) -> CanaryBounds:
+    """What canaries find in the sums of one device.
+
+    Args:
+        found: One sum or more.
+        account: Epsilon of these sums, for ``delta``.
+        delta: For which bounds are stated.
+        canaries: At least; they are planted in the same sums again until they are as many.
+    """
+    guesses = Guesses(0, 0, 0, 0)
+    while guesses.inside + guesses.outside < canaries:
+        guesses += planted(found, os.urandom)
+    return CanaryBounds(
+        count=guesses.inside + guesses.outside,
+        right=guesses.correct,
+        account=account,
+        one_run=one_run_epsilon(guesses, delta),
+        gaussian=gaussian_epsilon(guesses, delta),
+        confidence=CONFIDENCE,
+    )
+
+
+def audited(fleets: Iterable[Path], delta: float, canaries: int) -> CanaryBounds | None:
+    """What canaries find in sums as those of a run: for the device that spent most, of all its federations.
+
+    The sums are those that the coordinators' logs name, with as many devices as the account counts on: of the
+    survivors, those that may be corrupt add nothing.
+
+    Args:
+        fleets: The folder of each federation.
+        delta: Of the account.
+        canaries: As of ``bounded``.
+
+    Returns:
+        None if no sum with noise was revealed, or if nothing bounds what the device spent.
+    """
+    spent = [one for folder in fleets if (one := _spent_most(folder / provision.COORDINATOR, delta)) is not None]
+    if not spent:
+        return None
+    account, found = max(spent, key=lambda one: one[0])
+    return bounded(found, account, delta, canaries) if math.isfinite(account) else None
+
+
+def _spent_most(coordinator: Path, delta: float) -> tuple[float, list[Sum]] | None:
+    """The epsilon of the device that spent most in a federation, and the sums that it was in; None without noise."""
+    key = IdentityKey.from_pem((coordinator / KEY).read_bytes()).public
+    named = [each for log in logs(coordinator / TRANSCRIPT) for each in sums(StoredLog.read(log, key).entries)]
+    account = Account()
+    for spec, survivors in named:
+        account = account.after(spec, survivors)
+    epsilons = {device: spent.epsilon(delta) for device, spent in account.spent.items()}
+    if not epsilons:
+        return None
+    most = max(epsilons, key=epsilons.__getitem__)
+    mine = [Sum(spec, spec.honest(len(survivors))) for spec, survivors in named if spec.privacy and most in survivors]
+    return epsilons[most], mine
 
 
 def one_run_epsilon(guesses: Guesses, delta: float, confidence: float = CONFIDENCE) -> float:

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,8 @@ from adapters.noisysum import noisy_spec
 from aggregation.privacy import noise
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
-from simulations.benchmarks import canaries
-from simulations.benchmarks.canaries import Guesses, gaussian_epsilon, one_run_epsilon, planted
+from simulations.engine import canaries
+from simulations.engine.canaries import Guesses, Sum, audited, gaussian_epsilon, one_run_epsilon, planted
 from tests.support.fleet import session_spec
 
 DEVICES, SIZE, CLIP, DELTA, SUMS = 60, 400, 1.0, 1e-6, 40
@@ -27,32 +29,56 @@ def spec_of(multiplier: float, mechanism: Mechanism = Mechanism.SKELLAM) -> Sess
     return session_spec(DEVICES, vector=vector, clip_norm=CLIP, weight_cap=1, privacy=Privacy(mechanism, fewest, DELTA))
 
 
-def guessed(spec: SessionSpec, sums: int = SUMS) -> Guesses:
+def guessed(spec: SessionSpec, runs: int = SUMS, rounds: int = 1) -> Guesses:
     total, rng = Guesses(0, 0, 0, 0), np.random.default_rng(0)
-    for _ in range(sums):
-        total += planted(spec, DEVICES, rng.bytes)
+    for _ in range(runs):
+        total += planted([Sum(spec, DEVICES)] * rounds, rng.bytes)
     return total
 
 
-def claimed(spec: SessionSpec) -> float:
-    return spec.spent(DEVICES).epsilon(DELTA)
-
-
-@pytest.mark.parametrize("mechanism", Mechanism)
+@pytest.mark.parametrize(
+    ("mechanism", "rounds"), [(Mechanism.SKELLAM, 1), (Mechanism.DISCRETE_GAUSSIAN, 1), (Mechanism.SKELLAM, 2)]
+)
 def test_honest_noise_stays_below_the_account_and_two_thirds_of_it_are_caught(
-    mechanism: Mechanism, monkeypatch: pytest.MonkeyPatch
+    mechanism: Mechanism, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = spec_of(0.9, mechanism)
-    account = claimed(spec)
-    bound = gaussian_epsilon(guessed(spec), DELTA)
-    assert 0.75 * account < bound < account
+    spec = spec_of(0.9 * math.sqrt(rounds), mechanism)
+    account = spec.spent(DEVICES).times(rounds).epsilon(DELTA)
+    bound = gaussian_epsilon(guessed(spec, rounds=rounds), DELTA)
+    assert 0.7 * account < bound < account
     draw = noise.draw
     monkeypatch.setattr(noise, "draw", lambda kind, variance, *rest: draw(kind, variance * (2 / 3) ** 2, *rest))
-    assert gaussian_epsilon(guessed(spec), DELTA) > account
+    assert gaussian_epsilon(guessed(spec, rounds=rounds), DELTA) > account
+
+
+def test_a_sum_with_less_noise_weighs_more_in_a_guess() -> None:
+    clear, drowned = Sum(spec_of(0.3), DEVICES), Sum(spec_of(30.0), DEVICES)
+    rng, wrong = np.random.default_rng(0), Guesses(0, 0, 0, 0)
+    for _ in range(20):
+        wrong += planted([clear, drowned], rng.bytes)
+    assert wrong.missed + wrong.mistaken < 0.1 * (wrong.inside + wrong.outside)  # 5 % from the clear one alone
+
+
+def test_the_sums_of_a_run_are_those_of_the_device_that_spent_most(fleet_of: Callable[..., Any]) -> None:
+    fleet = fleet_of(
+        8, rounds=2, aggregation__clip_norm=CLIP, privacy__mechanism="skellam", privacy__noise_multiplier=0.8
+    )
+    records = fleet.federate(fleet.grid(forced_dropouts=1))
+    found = audited([fleet.out], DELTA, canaries=40)
+    assert found is not None
+    assert found.account == records[-1].epsilon
+    assert max(found.one_run, found.gaussian) < found.account
+    assert found.right <= found.count >= 40
+
+
+def test_a_run_without_noise_has_no_canaries(fleet_of: Callable[..., Any]) -> None:
+    fleet = fleet_of(4, rounds=1)
+    fleet.federate(fleet.grid())
+    assert audited([fleet.out], DELTA, canaries=40) is None
 
 
 def test_a_sum_without_noise_is_read_without_an_error() -> None:
-    found = guessed(spec_of(0.02), sums=2)
+    found = guessed(spec_of(0.02), runs=2)
     assert (found.missed, found.mistaken) == (0, 0)
     assert found.inside + found.outside == found.correct == 2 * DEVICES
 
