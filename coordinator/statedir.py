@@ -32,6 +32,7 @@ AUTHORITY = "authority.pem"
 REVOKED = "revoked.crl"
 TRANSCRIPT = "transcript"
 LOCK = "run.lock"
+TLS_KEY, TLS_REQUEST, TLS_CERTIFICATE = "tls.key", "tls.csr", "tls.pem"  # of the gateway
 HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
 
 

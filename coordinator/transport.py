@@ -32,10 +32,14 @@ log = logging.getLogger("edgeadapt.coordinator")
 
 
 class Clock(Protocol):
-    """Time in seconds: the system's, or a simulation's, which does not wait."""
+    """Time in seconds: the system's, or a simulation's, which does not wait.
+
+    ``wait`` is a pause between two looks at the grid. A grid that knows when an answer arrives ends it then.
+    """
 
     def now(self) -> float: ...
     def sleep(self, seconds: float) -> None: ...
+    def wait(self, seconds: float) -> None: ...
 
 
 class SystemClock:
@@ -47,6 +51,10 @@ class SystemClock:
 
     def sleep(self, seconds: float) -> None:
         """Wait."""
+        time.sleep(seconds)
+
+    def wait(self, seconds: float) -> None:
+        """Wait: Flower's grids do not say when an answer arrives."""
         time.sleep(seconds)
 
 
@@ -159,7 +167,7 @@ class Transport:
                 break
             pause = FIRST_POLL if arrived else min(2 * pause, LAST_POLL)
             if waiting:
-                self.clock.sleep(pause)
+                self.clock.wait(pause)
         yield from (Reply(node, None, late, silent=True) for node in waiting.values())
 
     def _pull(self, message_id: str, node: int) -> Reply | None:

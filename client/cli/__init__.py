@@ -7,6 +7,7 @@ from lazygroup import LazyGroup
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
     "adapters": ("client.cli.adapters", "adapters", "List and verify the adapters of a bundle.", ""),
+    "agent": ("client.cli.agent", "agent", "Take part through the coordinator's gateway.", "gateway"),
     "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
     "convert": ("client.cli.convert", "convert", "Write a verified adapter for other programs.", ""),
     "enrol": ("client.cli.node", "enrol", "Create a device's state directory and certificate request.", ""),

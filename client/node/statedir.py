@@ -54,6 +54,8 @@ ADAPTERS = "adapter.state"
 PRIVATE = "private.sealed"
 LEDGER = "privacy.sealed"
 REVOKED = "revoked.crl"
+TLS_KEY = "tls.key"  # for the gateway
+TLS_CERTIFICATE = "tls.pem"
 LOCK = "session.lock"
 LONGEST = 2**21  # bytes of a file other than those below: a revocation list in PEM form is the largest
 LONGEST_STATE = 2**30  # bytes of a session's state, of the examples that it trains on, or of the adapter state
@@ -66,6 +68,7 @@ class DeviceSettings(Settings):
 
     base: str = Field(description="frozen base: a folder, a file, an installed package that contains one, or a bundle")
     examples: str = Field(default=EXAMPLES, description="examples file, relative to the state directory")
+    gateway: str = Field(default="", description="HOST:PORT of the coordinator's gateway, for a light device")
     policy: PolicySettings = PolicySettings()
 
     @classmethod

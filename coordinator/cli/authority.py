@@ -11,6 +11,7 @@ from aggregation.errors import ConfigError, of_file
 from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import Reason
+from aggregation.pki.tls import TlsRole, read_tls_request
 from coordinator.authority import AuthorityStore, CertificateIssued
 from coordinator.authority.store import CERTIFICATE, KEY, REVOKED, SHORTEST_PASSPHRASE
 
@@ -111,6 +112,32 @@ def issue(
     else:
         out.write_bytes(certificates.to_pem(der))
     click.echo(f"certified {device} with the key {key.key_id} for {days} days", err=True)
+
+
+@authority.command("issue-tls", short_help="Certify the TLS key of a gateway.")
+@folder
+@click.option("--request", type=FILE, required=True, metavar="FILE", help="From 'edgeadapt coordinator tls-request'.")
+@click.option("--host", "hosts", multiple=True, required=True, metavar="HOST", help="Name or IP; may be repeated.")
+@click.option("--days", type=click.IntRange(1, 3650), default=90, show_default=True, help="For which it is valid.")
+@click.option("--out", type=FILE, required=True, metavar="FILE", help="Write the certificate here.")
+@passphrase_file
+def issue_tls(
+    folder: Path, request: Path, hosts: tuple[str, ...], days: int, out: Path, passphrase_file: Path | None
+) -> None:
+    """Certify the TLS key of a gateway, for the names and addresses at which devices reach it.
+
+    \b
+    Example:
+      edgeadapt authority issue-tls authority --request fleet/tls.csr --host fleet.example --out fleet/tls.pem
+    """
+    with of_file(request):
+        name, key = read_tls_request(storage.read(request, LONGEST))
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out} cannot be written: choose another --out", about="--out", value=str(out))
+    store = AuthorityStore(folder)
+    der = store.issue_tls(_unlock(store, passphrase_file), name, key, TlsRole.GATEWAY, hosts, days)
+    storage.replace(out, certificates.to_pem(der), storage.PUBLIC)
+    click.echo(f"certified {name} with the TLS key {key.key_id} for {', '.join(hosts)}, {days} days", err=True)
 
 
 @authority.command(short_help="Revoke a device's certificates, or one by its serial.")

@@ -14,6 +14,7 @@ from aggregation.errors import ConfigError, EdgeAdaptError
 
 if TYPE_CHECKING:
     from coordinator.launch import Connection
+    from coordinator.statedir import CoordinatorStateDir
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -122,8 +123,36 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
     click.echo(json.dumps({**row, "labels": list(names)}) if as_json else line)
 
 
-@coordinator.command(short_help="Run the rounds on a Flower SuperLink.")
+@coordinator.command("tls-request", short_help="Make the gateway's TLS key, and a request for the authority.")
 @directory
+@click.option(
+    "--name", default="gateway", show_default=True, metavar="NAME", help="Of the gateway, in its certificate."
+)
+def tls_request(state_dir: Path, name: str) -> None:
+    """Make the gateway's TLS key in DIR, and DIR/tls.csr, a request for the authority. An old key is replaced.
+
+    The authority certifies the key for the names at which devices reach the gateway. Its certificate is DIR/tls.pem.
+
+    \b
+    Example:
+      edgeadapt coordinator tls-request fleet
+      edgeadapt authority issue-tls authority --request fleet/tls.csr --host fleet.example --out fleet/tls.pem
+    """
+    from aggregation.entropy import SystemEntropy
+    from aggregation.pki.tls import TlsKey
+    from coordinator.statedir import TLS_KEY, TLS_REQUEST, CoordinatorStateDir
+
+    opened, key = CoordinatorStateDir.open(state_dir), TlsKey.generate(SystemEntropy())
+    request = key.request(name)
+    with opened.locked():
+        storage.replace(state_dir / TLS_KEY, key.pem)
+        storage.replace(state_dir / TLS_REQUEST, request, storage.PUBLIC)
+    click.echo(f"send {state_dir / TLS_REQUEST} to the authority")
+
+
+@coordinator.command(short_help="Run the rounds on a Flower SuperLink, or over the gateway.")
+@directory
+@click.option("--gateway", metavar="HOST:PORT", help="Listen here for light devices, instead of using a SuperLink.")
 @click.option("--superlink", metavar="HOST:PORT", help="Address of the SuperLink.")
 @click.option("--root-certificates", type=FILE, metavar="FILE", help="Authority of its TLS certificate, PEM.")
 @click.option("--insecure", is_flag=True, help="Connect without TLS: for a trial on one machine.")
@@ -131,20 +160,27 @@ def publish(state_dir: Path, folder: Path, base: str, labels: Path | None, as_js
 @as_json
 def run(
     state_dir: Path,
+    gateway: str | None,
     superlink: str | None,
     root_certificates: Path | None,
     insecure: bool,
     connection: str | None,
     as_json: bool,
 ) -> None:
-    """Run the rounds that are still to do on a Flower SuperLink, and show the log until they are done.
+    """Run the rounds that are still to do, and show the log until they are done.
 
-    The SuperLink starts the coordinator's process, so it must find DIR under the same path. Ctrl-C ends the display,
-    not the run ('flwr stop' does). After a failure repeat the command: finished rounds are in DIR. To add rounds,
-    raise 'rounds' in DIR/federation.toml.
+    With --gateway, this process serves light devices ('edgeadapt device agent') over gRPC with mutual TLS, and waits
+    until enough are connected. Ctrl-C ends the run; a round that is under way is lost.
+
+    On a Flower SuperLink, the SuperLink starts the coordinator's process, so it must find DIR under the same path.
+    Ctrl-C ends the display, not the run ('flwr stop' does).
+
+    After a failure repeat the command: finished rounds are in DIR. To add rounds, raise 'rounds' in
+    DIR/federation.toml.
 
     \b
     Examples:
+      edgeadapt coordinator run fleet --gateway 0.0.0.0:9443
       edgeadapt coordinator run fleet --superlink 127.0.0.1:8000 --root-certificates ca.pem
       edgeadapt coordinator run fleet --connection my-superlink
     """
@@ -152,9 +188,9 @@ def run(
     from coordinator.statedir import CoordinatorStateDir
     from coordinator.status import lines_of, status_of
 
-    if (superlink is None) == (connection is None):
-        raise ConfigError("give either --superlink or --connection", about="--superlink")
-    if connection is not None and (root_certificates or insecure):
+    if sum(way is not None for way in (gateway, superlink, connection)) != 1:
+        raise ConfigError("give one of --gateway, --superlink and --connection", about="--superlink")
+    if superlink is None and (root_certificates or insecure):
         raise ConfigError("--root-certificates and --insecure go with --superlink", about="--connection")
     opened = CoordinatorStateDir.open(state_dir)
     opened.registry.newest_adapter()  # before Flower: its error would be in a log of the SuperLink
@@ -163,12 +199,31 @@ def run(
         way: AbstractContextManager[Connection] = nullcontext(Connection(connection or "", os.environ))
         if superlink is not None:
             way = connected(superlink, root_certificates, insecure=insecure)
-        with way as flower:
-            _run(flower, state_dir)
+        if gateway is not None:
+            _serve(opened, gateway)
+        else:
+            with way as flower:
+                _run(flower, state_dir)
         found = status_of(opened)
     if found["rounds_done"] < found["rounds_wanted"]:  # another run did not finish, or 'rounds' was raised meanwhile
         raise EdgeAdaptError(f"rounds are left: repeat 'edgeadapt coordinator run {state_dir}'", about="rounds")
     click.echo(json.dumps(found) if as_json else "\n".join(lines_of(found)))
+
+
+def _serve(state_dir: "CoordinatorStateDir", address: str) -> None:
+    """Run the rounds that are left over a gateway in this process."""
+    import logging
+
+    from coordinator.app import run
+    from coordinator.gateway.grid import serving
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("edgeadapt").setLevel(logging.INFO)
+    with serving(state_dir, address) as grid:
+        grid.await_devices(state_dir.settings.aggregation.minimum_devices)
+        for record in run(state_dir, grid):
+            survivors = record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts"
+            click.echo(f"round {record.round} of {state_dir.settings.rounds}: {survivors}", err=True)
 
 
 def _run(flower: "Connection", state_dir: Path) -> None:

@@ -41,6 +41,8 @@ class VirtualClock:
         """Let ``seconds`` pass at once."""
         self._now += seconds
 
+    wait = sleep
+
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOutcome:

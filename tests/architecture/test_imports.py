@@ -18,6 +18,13 @@ ENROLMENT = (
 )
 AUDITOR = ("coordinator.cli.audit", "coordinator.audit.transcripts")
 TRAINING = ("adapters.traininggraph", "client.training.graphtrainer")
+GATEWAY = ("client.gateway", "client.node.step")
+DISTRIBUTIONS = {  # import package → distribution of another name
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+}
 ABSENT_ON_A_DEVICE = {"flwr", "fsspec", "onnx", "peft", "safetensors", "sqlalchemy", "torch", "transformers"}
 
 
@@ -81,7 +88,7 @@ def test_each_roles_extra_installs_what_the_role_imports(
         needed |= graph.find_upstream_modules(module, as_package=extra is not None)
     third_party = {name.partition(".")[0] for name in needed} - {*PARTS, TOP} - set(sys.stdlib_module_names)
     assert third_party
-    assert not {name.replace("_", "-") for name in third_party} - _declared(root, extra)
+    assert not {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in third_party} - _declared(root, extra)
 
 
 def _declared(root: Path, extra: str | None) -> set[str]:

@@ -1,0 +1,42 @@
+"""``edgeadapt device agent``: take part in a federation through the coordinator's gateway."""
+
+import logging
+import signal
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from aggregation.errors import ConfigError
+from client.cli import options
+
+
+@click.command()
+@options.state_dir
+@click.option("--gateway", metavar="HOST:PORT", help="Default: 'gateway' in device.toml.")
+def agent(state_dir: Path, gateway: str | None) -> None:
+    """Wait for the coordinator's requests, train when one asks for it and the policy permits it, and answer.
+
+    The device connects to the gateway; nothing connects to the device. It reconnects by itself, and ends when the
+    gateway refuses it, or on SIGINT or SIGTERM, after a step that is under way. One agent at a time uses DIR.
+
+    \b
+    Example:
+      edgeadapt device agent --state kitchen --gateway fleet.example:9443
+    """
+    from client.gateway.agent import Agent
+    from client.node.statedir import DeviceStateDir
+
+    address = gateway or DeviceStateDir.open(state_dir).settings.gateway
+    if not address:
+        raise ConfigError(f"{state_dir} names no gateway: give --gateway HOST:PORT", about="--gateway")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("edgeadapt").setLevel(logging.INFO)
+    running = Agent(state_dir, address)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        running.stop()
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+    running.run()

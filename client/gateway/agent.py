@@ -1,0 +1,224 @@
+"""The agent of a light device: it attends at a gateway, and answers each request with a step of ``client.node.step``.
+
+The connection is mutual TLS under the pinned authority. Whatever can pass by itself is tried again after a pause that
+grows, or that the gateway names; a refusal ends the agent. An answer that did not reach the gateway is sent again, and
+never made again: the device's state has moved on.
+"""
+
+import hashlib
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from grpc import StatusCode
+
+from adapters import storage
+from adapters.gateway import frames
+from adapters.gateway import gateway_pb2 as pb
+from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
+from aggregation.pki.certificates import load, subject, to_der
+from aggregation.pki.tls import TlsKey, bind
+from aggregation.steps import Step
+from client.node.statedir import AUTHORITY, LONGEST, TLS_CERTIFICATE, TLS_KEY, DeviceStateDir
+from client.node.step import Refusal, RefusalCode, answer
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before another attempt
+TRANSFER = 180.0  # seconds for an answer or a blob
+ATTEMPTS = 6  # at a transfer; the request is void soon after
+PASSING = {
+    StatusCode.UNAVAILABLE,
+    StatusCode.RESOURCE_EXHAUSTED,
+    StatusCode.DEADLINE_EXCEEDED,
+    StatusCode.CANCELLED,  # by the gateway, which is shutting down
+    StatusCode.UNKNOWN,
+    StatusCode.INTERNAL,
+}
+LOCK = "agent.lock"
+log = logging.getLogger("edgeadapt.agent")
+T = TypeVar("T")
+
+
+def pause(attempt: int, error: grpc.RpcError) -> float:
+    """Seconds before another attempt: what the gateway says, or up to twice as long each time, at random.
+
+    Args:
+        attempt: From 1.
+        error: Of the last one.
+    """
+    named = dict(error.trailing_metadata() or ()).get(frames.RETRY_AFTER, "")
+    if isinstance(named, str) and named.isdecimal() and len(named) < 8:
+        return min(int(named) / 1000, LONGEST_PAUSE)
+    most = min(FIRST_PAUSE * 2.0 ** min(attempt, 16), LONGEST_PAUSE)
+    return most * (0.5 + secrets.randbelow(2**20) / 2**21)  # so that not all devices come back at once
+
+
+def refusal(error: grpc.RpcError) -> EdgeAdaptError:
+    """What a gateway's refusal means."""
+    text = f"the gateway refuses this device: {error.details()}"
+    if error.code() in (StatusCode.PERMISSION_DENIED, StatusCode.UNAUTHENTICATED):
+        return TrustError(text, about="gateway")
+    return ProtocolError(text, about="gateway")
+
+
+@dataclass(slots=True)
+class Agent:
+    """A device at a gateway.
+
+    Args:
+        folder: The device's state directory.
+        address: ``HOST:PORT`` of the gateway.
+    """
+
+    folder: Path
+    address: str
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _call: grpc.Call | None = None
+    _last: tuple[int, bytes | Refusal] | None = None  # the last request, and its answer
+
+    def stop(self) -> None:
+        """End ``run`` soon; a step that is under way is finished."""
+        self._stop.set()
+        if self._call is not None:
+            self._call.cancel()
+
+    def run(self) -> None:
+        """Attend until ``stop``.
+
+        Raises:
+            ConfigError: Another agent uses the state directory, or it is not one.
+            TrustError: A file of it is missing or damaged.
+            EdgeAdaptError: The gateway refuses this device.
+        """
+        state_dir = DeviceStateDir.open(self.folder)
+        try:
+            with storage.locked(self.folder / LOCK, wait=False):
+                self._run(state_dir)
+        except TimeoutError:
+            raise ConfigError(f"another agent uses {self.folder}: end it first", about=LOCK) from None
+
+    def _run(self, state_dir: DeviceStateDir) -> None:
+        attempt = 0
+        while not self._stop.is_set():
+            try:
+                with _channel(state_dir, self.address) as channel:
+                    requests = self._attend(channel, state_dir)
+                    attempt = 0 if requests.is_active() else attempt
+                    for raw in requests:
+                        self._handle(channel, state_dir, frames.request(raw))
+            except grpc.RpcError as error:
+                if self._stop.is_set():
+                    return
+                if error.code() not in PASSING:
+                    raise refusal(error) from error
+                attempt += 1
+                seconds = pause(attempt, error)
+                log.info("no gateway at %s, again in %.1f s: %s", self.address, seconds, _one_line(error))
+                self._stop.wait(seconds)
+
+    def _attend(self, channel: grpc.Channel, state_dir: DeviceStateDir) -> Any:
+        own = to_der(storage.read(state_dir.folder / TLS_CERTIFICATE, LONGEST))
+        hello = pb.Hello(certificate=state_dir.certificate, binding=bind(state_dir.identity, own))
+        call = channel.unary_stream(frames.ATTEND)(hello.SerializeToString())
+        self._call = call
+        call.initial_metadata()  # waits until the gateway has admitted the device
+        if call.is_active():
+            log.info("connected to %s", self.address)
+        if self._stop.is_set():
+            call.cancel()
+        return call
+
+    def _handle(self, channel: grpc.Channel, state_dir: DeviceStateDir, request: pb.Request) -> None:
+        if self._last is None or self._last[0] != request.id:
+            self._last = request.id, self._answer(channel, state_dir, request)
+        number, found = self._last
+        try:
+            self._transfer(partial(_send, channel, number, found))
+        except grpc.RpcError as error:
+            if error.code() is not StatusCode.FAILED_PRECONDITION:
+                raise
+            log.warning("the answer to %s came too late", request.step)  # the request is void
+
+    def _answer(self, channel: grpc.Channel, state_dir: DeviceStateDir, request: pb.Request) -> bytes | Refusal:
+        try:
+            fetched = {
+                name: self._transfer(partial(_fetch, channel, blob, bytearray())) for name, blob in _blobs(request)
+            }
+        except ProtocolError as error:
+            return Refusal(RefusalCode.REFUSED, str(error))
+        device = subject(load(state_dir.certificate))
+        step, fields = Step(request.step), {**request.fields, **fetched}
+        log.info("answering %s", step.value)
+        return answer(lambda: DeviceStateDir.open(self.folder), step, fields, frames.node_of(device))
+
+    def _transfer(self, call: Callable[[], T]) -> T:
+        """Call until it succeeds.
+
+        Raises:
+            grpc.RpcError: The gateway refuses, or cannot be reached after ``ATTEMPTS``.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return call()
+            except grpc.RpcError as error:
+                if error.code() not in PASSING or attempt == ATTEMPTS or self._stop.wait(pause(attempt, error)):
+                    raise
+        raise AssertionError
+
+
+def _channel(state_dir: DeviceStateDir, address: str) -> grpc.Channel:
+    """A connection to the gateway, which nothing is sent on yet.
+
+    Raises:
+        TrustError: A file is missing or damaged.
+    """
+    folder = state_dir.folder
+    for name in (TLS_KEY, TLS_CERTIFICATE):
+        if not (folder / name).is_file():
+            text = f"{folder} has no {name}: certify this device's TLS key first ('edgeadapt device tls-request')"
+            raise TrustError(text, about=name)
+    key = TlsKey(storage.read(folder / TLS_KEY, LONGEST))
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=storage.read(folder / AUTHORITY, LONGEST),
+        private_key=key.pem,
+        certificate_chain=storage.read(folder / TLS_CERTIFICATE, LONGEST),
+    )
+    return grpc.secure_channel(address, credentials, options=frames.DEVICE_OPTIONS)
+
+
+def _blobs(request: pb.Request) -> Iterable[tuple[str, pb.Blob]]:
+    found: Mapping[str, pb.Blob] = request.blobs
+    return found.items()
+
+
+def _fetch(channel: grpc.Channel, blob: pb.Blob, content: bytearray) -> bytes:
+    """A field of the request under way; what ``content`` has from an earlier attempt is not sent again.
+
+    Raises:
+        ProtocolError: It is not what the request says.
+    """
+    asked = pb.Range(sha256=blob.sha256, offset=len(content)).SerializeToString()
+    for raw in channel.unary_stream(frames.FETCH)(asked, timeout=TRANSFER):
+        content += frames.chunk(raw)
+        if len(content) > blob.size:
+            break
+    if len(content) != blob.size or hashlib.sha256(content).digest() != blob.sha256:
+        raise ProtocolError("a field of the request does not match its digest", about="request.blobs")
+    return bytes(content)
+
+
+def _send(channel: grpc.Channel, number: int, found: bytes | Refusal) -> None:
+    if isinstance(found, Refusal):
+        parts = frames.reason_parts(number, found.code, found.reason)
+    else:
+        parts = frames.answer_parts(number, found)
+    channel.stream_unary(frames.ANSWER)(parts, timeout=TRANSFER)
+
+
+def _one_line(error: grpc.RpcError) -> str:
+    return " ".join(f"{error.code().name}: {error.details()}".split())[:200]

@@ -1,0 +1,192 @@
+"""A Flower grid over the gateway: the same ServerApp runs on it as on a SuperLink.
+
+A message becomes a request of the gateway, and its answer a reply. Nobody polls: the grid's clock waits until an answer
+arrives, or its time is over.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from adapters import storage
+from adapters.gateway.frames import node_of
+from adapters.keyfiles import MAX_PEM
+from aggregation.errors import ConfigError, of_file
+from aggregation.pki.certificates import to_der
+from aggregation.pki.tls import TlsRole, verify_tls
+from aggregation.steps import BODY, RECORD
+from coordinator.gateway.hub import NoAnswer
+from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot, ServerTls
+from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+
+RUN_ID = SERVER_NODE = 1
+LOOK = 0.2  # seconds between two looks whether enough devices are connected
+log = logging.getLogger("edgeadapt.gateway")
+
+
+@contextmanager
+def serving(state_dir: CoordinatorStateDir, address: str) -> Iterator["GatewayGrid"]:
+    """A grid over a gateway with the TLS files of a coordinator's state directory, while the block runs.
+
+    Raises:
+        ConfigError: The directory has no TLS certificate, or as ``Gateway``.
+        TrustError: The certificate is not one of the pinned authority for a gateway.
+    """
+    folder, now = state_dir.folder, datetime.now(UTC)
+    for name in (TLS_KEY, TLS_CERTIFICATE):
+        if not (folder / name).is_file():
+            text = f"{folder} has no {name}: make a key with 'edgeadapt coordinator tls-request', and let the authority"
+            raise ConfigError(f"{text} certify it", about=name)
+    key, certificate = (storage.read(folder / name, MAX_PEM) for name in (TLS_KEY, TLS_CERTIFICATE))
+    with of_file(folder / TLS_CERTIFICATE):
+        verify_tls(state_dir.read_root(now), to_der(certificate), TlsRole.GATEWAY, now)
+    grid = GatewayGrid(address, ServerTls(key, certificate, state_dir.root.to_pem()), state_dir.read_root)
+    log.info("listening at %s", f"{address.rpartition(':')[0]}:{grid.port}")
+    try:
+        yield grid
+    finally:
+        grid.close()
+
+
+class ArrivalClock:
+    """The machine's clock. ``wait`` ends early when an answer arrives."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Event()
+
+    def now(self) -> float:
+        """Seconds since some fixed point."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, whatever arrives."""
+        time.sleep(seconds)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until an answer has arrived since the last call, at most ``seconds``."""
+        self.arrived.wait(seconds)
+        self.arrived.clear()
+
+
+class GatewayGrid(Grid):
+    """Light devices as nodes. The node of a device follows from its certified name (``frames.node_of``)."""
+
+    def __init__(self, address: str, tls: ServerTls, read_root: ReadRoot, limits: GatewayLimits | None = None) -> None:
+        """Start a gateway. Arguments and errors as ``Gateway``."""
+        self.clock = ArrivalClock()
+        self._run = Run.create_empty(RUN_ID)
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._asked: dict[int, Message] = {}  # the gateway's id → message that has no reply yet
+        self._early: dict[int, bytes | NoAnswer] = {}  # answers that came before their message was noted
+        self._replies: dict[str, tuple[float, Message]] = {}  # message id → when it is void, reply not pulled yet
+        self._devices: dict[int, str] = {}  # node → device
+        # Flower's Message reads the identity of the process.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
+        self._gateway = Gateway(address, tls, read_root, self._answered, limits)
+
+    @property
+    def port(self) -> int:
+        """At which the gateway listens."""
+        return self._gateway.port
+
+    def close(self) -> None:
+        """Stop the gateway."""
+        self._gateway.close()
+
+    def await_devices(self, count: int) -> None:
+        """Wait until so many devices are connected."""
+        while len(self._gateway.devices()) < count:
+            self.clock.sleep(LOOK)
+
+    def set_run(self, run: Run) -> None:
+        """See ``Grid``."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """See ``Grid``."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See ``Grid``."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See ``Grid``: the devices that are connected now."""
+        listed = {node_of(device): device for device in self._gateway.devices()}
+        self._devices |= listed
+        return list(listed)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See ``Grid``: the ids of those messages whose devices are there and have not too much to do."""
+        batch = [message for message in messages if message.metadata.dst_node_id in self._devices]
+        if not batch:
+            return []
+        requests = {}
+        for message in batch:
+            record = message.content.config_records.get(RECORD, ConfigRecord())
+            fields = {name: value for name, value in record.items() if isinstance(value, bytes)}
+            step = message.metadata.message_type.partition(".")[2]
+            requests[self._devices[message.metadata.dst_node_id]] = (step, fields)
+        numbers = self._gateway.ask(requests, min(message.metadata.ttl for message in batch))
+        pushed = []
+        with self._lock:
+            for message in batch:
+                number = numbers[self._devices[message.metadata.dst_node_id]]
+                if number is not None:
+                    pushed.append(str(next(self._numbers)))
+                    message.metadata.__dict__["_message_id"] = pushed[-1]  # as Flower's own grids do
+                    self._asked[number] = message
+            now = self.clock.now()  # replies to an exchange that ended without them
+            self._replies = {number: kept for number, kept in self._replies.items() if kept[0] > now}
+            early, self._early = self._early, {}
+        for number, answer in early.items():
+            self._answered(number, answer)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """See ``Grid``."""
+        with self._lock:
+            return [self._replies.pop(number)[1] for number in message_ids if number in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """See ``Grid``."""
+        left = set(self.push_messages(messages))
+        end = None if timeout is None else self.clock.now() + timeout
+        replies: list[Message] = []
+        while left and (end is None or self.clock.now() < end):
+            replies += self.pull_messages(left)
+            left -= {reply.metadata.reply_to_message_id for reply in replies}
+            if left:
+                self.clock.wait(1.0 if end is None else min(1.0, max(0.0, end - self.clock.now())))
+        return replies
+
+    def _answered(self, number: int, answer: bytes | NoAnswer) -> None:
+        with self._lock:
+            message = self._asked.pop(number, None)
+            if message is None:
+                self._early[number] = answer
+                return
+            void = self.clock.now() + message.metadata.ttl
+            self._replies[message.metadata.message_id] = void, _reply(message, answer)
+        self.clock.arrived.set()
+
+
+def _reply(message: Message, answer: bytes | NoAnswer) -> Message:
+    if isinstance(answer, bytes):
+        return Message(RecordDict({RECORD: ConfigRecord({BODY: answer})}), reply_to=message)
+    code = ErrorCode.NODE_UNAVAILABLE if answer.code is None else answer.code
+    return Message(Error(code, answer.reason), reply_to=message)

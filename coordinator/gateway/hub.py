@@ -1,0 +1,199 @@
+"""Who is connected to the gateway, what is asked of whom, and what was answered. No gRPC and no Flower here.
+
+Everything runs on one event loop and takes no lock. A device has one request under way at a time; others wait, up to a
+limit, and none outlives its time. A device whose stream breaks may come back within the grace time: a request that it
+has not answered is sent again. A newer stream of a device ends the older one, which may be half open.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from adapters.gateway import frames
+from aggregation.errors import EdgeAdaptError, ProtocolError
+
+WAITING = 4  # requests of one device
+ID_BITS = 63  # ids are random: no device can guess another's, and a restart repeats none
+
+
+@dataclass(frozen=True, slots=True)
+class NoAnswer:
+    """Why a request was not answered. ``code``: the device's own; None if nothing was heard of it."""
+
+    code: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a device presented, and the gateway verified: two certificates in DER, and the binding of both."""
+
+    device: str
+    tls_certificate: bytes = field(repr=False)
+    certificate: bytes = field(repr=False)
+    binding: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """A request that has no answer yet. ``blobs``: SHA-256 → a field that is fetched."""
+
+    id: int
+    message: bytes = field(repr=False)
+    blobs: Mapping[bytes, bytes] = field(repr=False)
+    timer: asyncio.TimerHandle = field(repr=False)
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """An open ``Attend`` call of a device. ``sent``: the request under way on it."""
+
+    credentials: Credentials
+    sent: int | None = None
+    over: EdgeAdaptError | None = None  # why the gateway ends it
+
+
+@dataclass(slots=True, eq=False)
+class _Mailbox:
+    """A device, while it is connected or may come back."""
+
+    stream: Stream | None = None
+    asked: dict[int, Asked] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True, eq=False)
+class Hub:
+    """All devices.
+
+    Args:
+        answered: Called with the id of a request and its answer, once for each request.
+        grace: Seconds in which a device whose stream broke may come back.
+    """
+
+    answered: Callable[[int, bytes | NoAnswer], None]
+    grace: float
+    _mailboxes: dict[str, _Mailbox] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that are connected or may come back."""
+        return tuple(self._mailboxes)
+
+    @property
+    def requests(self) -> int:
+        """Requests that have no answer yet."""
+        return sum(len(mailbox.asked) for mailbox in self._mailboxes.values())
+
+    def streams(self) -> Iterator[Stream]:
+        """The open streams."""
+        yield from [mailbox.stream for mailbox in self._mailboxes.values() if mailbox.stream is not None]
+
+    def open(self, credentials: Credentials) -> Stream:
+        """Begin a stream of a device. An older one ends."""
+        mailbox = self._mailboxes.setdefault(credentials.device, _Mailbox())
+        if mailbox.stream is not None:
+            text = f"{credentials.device} has connected again"
+            self.end(mailbox.stream, ProtocolError(text, about="gateway.stream"))
+        mailbox.stream = Stream(credentials)
+        return mailbox.stream
+
+    def end(self, stream: Stream, reason: EdgeAdaptError) -> None:
+        """Let the gateway end a stream with an error."""
+        stream.over = reason
+        self._mailboxes[stream.credentials.device].changed.set()
+
+    def closed(self, stream: Stream) -> None:
+        """A stream is over. Unless the device comes back within the grace time, its requests have no answer."""
+        mailbox = self._mailboxes.get(stream.credentials.device)
+        if mailbox is not None and mailbox.stream is stream:
+            mailbox.stream = None
+            asyncio.get_running_loop().call_later(self.grace, self._gone, stream.credentials.device, mailbox)
+
+    def _gone(self, device: str, mailbox: _Mailbox) -> None:
+        if mailbox.stream is None and self._mailboxes.get(device) is mailbox:
+            del self._mailboxes[device]
+            for asked in mailbox.asked.values():
+                asked.timer.cancel()
+                self.answered(asked.id, NoAnswer(None, "the device disconnected"))
+
+    def ask(
+        self, device: str, step: str, fields: Mapping[str, bytes], digests: Mapping[str, bytes], seconds: float
+    ) -> int | None:
+        """Ask a device. Returns the request's id; None if the device is not there or has too much to do.
+
+        Args:
+            device: Its name.
+            step: Of the protocol.
+            fields: The signed body, and what is in the same message.
+            digests: Field → SHA-256, for those that the device fetches.
+            seconds: Until the request is void.
+        """
+        mailbox = self._mailboxes.get(device)
+        if mailbox is None or len(mailbox.asked) >= WAITING:
+            return None
+        number = 1 + secrets.randbits(ID_BITS)
+        message = frames.request_message(number, step, fields, digests)
+        timer = asyncio.get_running_loop().call_later(seconds, self._expire, mailbox, number)
+        blobs = {digest: fields[name] for name, digest in digests.items()}
+        mailbox.asked[number] = Asked(number, message, blobs, timer)
+        mailbox.changed.set()
+        return number
+
+    def _expire(self, mailbox: _Mailbox, number: int) -> None:
+        if mailbox.asked.pop(number, None):
+            mailbox.changed.set()
+            self.answered(number, NoAnswer(None, "did not answer in time"))
+
+    async def next(self, stream: Stream) -> Asked:
+        """The next request for a stream, once the one before was answered or is void.
+
+        Raises:
+            EdgeAdaptError: The gateway ends the stream.
+        """
+        mailbox = self._mailboxes[stream.credentials.device]
+        while stream.over is None:
+            mailbox.changed.clear()
+            if stream.sent not in mailbox.asked and mailbox.asked:
+                asked = next(iter(mailbox.asked.values()))
+                stream.sent = asked.id
+                return asked
+            await mailbox.changed.wait()
+        raise stream.over
+
+    def stream_of(self, device: str, tls_certificate: bytes) -> Stream:
+        """The stream of a device whose calls come with the same TLS certificate.
+
+        Raises:
+            ProtocolError: No such stream is open.
+        """
+        mailbox = self._mailboxes.get(device)
+        if mailbox is None or mailbox.stream is None or mailbox.stream.credentials.tls_certificate != tls_certificate:
+            raise ProtocolError(f"{device} is not attending with this certificate", about="gateway.stream")
+        return mailbox.stream
+
+    def under_way(self, stream: Stream, number: int | None = None) -> Asked:
+        """The request that was sent on a stream and is not answered yet.
+
+        Args:
+            stream: Of the device.
+            number: The id by which the device names it; None for whichever it is.
+
+        Raises:
+            ProtocolError: No request, or another one, is under way.
+        """
+        asked = self._mailboxes[stream.credentials.device].asked.get(stream.sent or 0)
+        if asked is None or number not in (None, asked.id):
+            text = "no such request is under way: it was answered, is void, or is another device's"
+            raise ProtocolError(text, about="gateway.request")
+        return asked
+
+    def answer(self, stream: Stream, number: int, answer: bytes | NoAnswer) -> None:
+        """Take the answer to the request under way, once. Raises as ``under_way``."""
+        asked = self.under_way(stream, number)
+        mailbox = self._mailboxes[stream.credentials.device]
+        del mailbox.asked[asked.id]
+        asked.timer.cancel()
+        mailbox.changed.set()
+        self.answered(asked.id, answer)

@@ -1,0 +1,377 @@
+"""The gRPC service of the gateway, with mutual TLS, on an event loop in a thread of its own.
+
+What a device may do follows from its connection: the TLS certificate names it, and with ``Attend`` it proves that the
+identity of the same name is its own (``aggregation.pki.tls``). Status codes tell a retry from a refusal: after
+``UNAVAILABLE``, ``RESOURCE_EXHAUSTED`` and ``DEADLINE_EXCEEDED`` the same call may succeed later; after any other it
+will not (docs/reference/gateway.md).
+"""
+
+import asyncio
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+import grpc
+from grpc import StatusCode, aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from adapters.gateway import frames
+from adapters.gateway import gateway_pb2 as pb
+from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
+from aggregation.pki import Root, certificates
+from aggregation.pki.tls import TlsRole, verify_binding, verify_tls
+from coordinator.gateway.hub import Credentials, Hub, NoAnswer, Stream
+
+log = logging.getLogger("edgeadapt.gateway")
+T = TypeVar("T")
+Context: TypeAlias = Any  # grpc.aio.ServicerContext, which has no types
+ReadRoot = Callable[[datetime], Root]
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLimits:
+    """What one device can cost the gateway.
+
+    Attributes:
+        calls: Calls of one device in a row; after that as many in ``seconds``.
+        seconds: In which a device regains all of its calls.
+        transfer: Seconds for one message to a device, or for the whole of an answer or a blob.
+        uploading: Bytes of answers that are being received, of all devices.
+        devices: Connected at the same time.
+        grace: Seconds in which a device whose stream broke may come back.
+    """
+
+    calls: int = 60
+    seconds: float = 30.0
+    transfer: float = 120.0
+    uploading: int = 2**30
+    devices: int = 4096
+    grace: float = 10.0
+
+
+@dataclass(slots=True)
+class TokenBucket:
+    """Lets ``calls`` calls pass in a row, and regains them evenly in ``seconds``."""
+
+    calls: int
+    seconds: float
+    left: float = field(init=False)
+    at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.left = float(self.calls)
+
+    def wait(self, now: float) -> float:
+        """Take a call at the time ``now``; 0, or the seconds until there is one."""
+        self.left = min(self.calls, self.left + (now - self.at) * self.calls / self.seconds)
+        self.at = now
+        if self.left < 1.0:
+            return (1.0 - self.left) * self.seconds / self.calls
+        self.left -= 1.0
+        return 0.0
+
+
+@dataclass(slots=True)
+class Service:
+    """The calls. Raw bytes come in and go out; ``adapters.gateway.frames`` decides what is accepted."""
+
+    hub: Hub
+    read_root: ReadRoot
+    limits: GatewayLimits
+    began: float = field(default_factory=time.monotonic)
+    uploading: int = 0
+    _buckets: dict[str, TokenBucket] = field(default_factory=dict)
+    _root: tuple[datetime, Root] | None = None
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """For gRPC's server."""
+        return grpc.method_handlers_generic_handler(
+            frames.SERVICE,
+            {
+                "Attend": grpc.unary_stream_rpc_method_handler(self.attend),
+                "Fetch": grpc.unary_stream_rpc_method_handler(self.fetch),
+                "Answer": grpc.stream_unary_rpc_method_handler(self.answer),
+                "Status": grpc.unary_unary_rpc_method_handler(self.status),
+            },
+        )
+
+    async def attend(self, raw: bytes, context: Context) -> None:
+        """Send requests to a device until its stream ends."""
+        async with _answered(context):
+            name, tls_certificate = await self._peer(context)
+            hello = frames.hello(raw)
+            credentials = Credentials(name, tls_certificate, hello.certificate, hello.binding)
+            self.verify(credentials, datetime.now(UTC))
+            if len(self.hub.devices) >= self.limits.devices and name not in self.hub.devices:
+                await _later(context, StatusCode.RESOURCE_EXHAUSTED, "the gateway is full", 60.0)
+            stream = self.hub.open(credentials)
+            log.info("%s is connected", name)
+            try:
+                await context.send_initial_metadata(())  # the device is admitted
+                while True:
+                    asked = await self.hub.next(stream)
+                    async with asyncio.timeout(self.limits.transfer):
+                        await context.write(asked.message)
+            finally:
+                self.hub.closed(stream)
+                log.info("%s is disconnected", name)
+
+    async def fetch(self, raw: bytes, context: Context) -> None:
+        """Send a field of the request under way, from an offset on."""
+        async with _answered(context):
+            stream = await self._stream(context)
+            asked_for = frames.byte_range(raw)
+            content = self.hub.under_way(stream).blobs.get(asked_for.sha256)
+            if content is None:
+                raise ProtocolError("the request under way has no such field", about="range.sha256")
+            async with asyncio.timeout(self.limits.transfer):
+                for part in frames.chunks(content, asked_for.offset):
+                    await context.write(part)
+
+    async def answer(self, parts: AsyncIterator[bytes], context: Context) -> bytes:
+        """Take the answer to the request under way."""
+        async with _answered(context), asyncio.timeout(self.limits.transfer):
+            stream = await self._stream(context)
+            beginning = frames.beginning(await anext(parts, b""))
+            self.hub.under_way(stream, beginning.request)
+            if beginning.HasField("reason"):
+                found: bytes | NoAnswer = NoAnswer(beginning.reason.code, beginning.reason.text)
+                await _no_more(parts)
+            elif self.uploading + beginning.size > self.limits.uploading:
+                await _later(context, StatusCode.RESOURCE_EXHAUSTED, "too many answers at once", 2.0)
+            else:
+                with self._receiving(beginning.size):
+                    found = await _body(parts, beginning.size)
+            self.hub.answer(stream, beginning.request, found)
+        return bytes(pb.Receipt().SerializeToString())
+
+    async def status(self, raw: bytes, context: Context) -> bytes:
+        """How much there is to do."""
+        async with _answered(context):
+            await self._peer(context)
+        seconds = int(time.monotonic() - self.began)
+        reply = pb.StatusReply(devices=len(self.hub.devices), requests=self.hub.requests, seconds=seconds)
+        return bytes(reply.SerializeToString())
+
+    def verify(self, credentials: Credentials, at: datetime) -> None:
+        """Return if the credentials are valid at a time, with the newest revocation list.
+
+        Raises:
+            TrustError: They are not.
+        """
+        root = self.root(at)
+        verify_binding(root, credentials.tls_certificate, credentials.certificate, credentials.binding, at)
+
+    def end_revoked(self, at: datetime) -> None:
+        """End the streams of devices whose certificates have expired or were revoked since they connected."""
+        for stream in self.hub.streams():
+            try:
+                self.verify(stream.credentials, at)
+            except TrustError as error:
+                log.warning("%s is disconnected: %s", stream.credentials.device, error)
+                self.hub.end(stream, error)
+
+    def root(self, at: datetime) -> Root:
+        """The authority with its revocation list, read once a second at most: a list may be long."""
+        if self._root is None or not at - self._root[0] < timedelta(seconds=1):
+            self._root = at, self.read_root(at)
+        return self._root[1]
+
+    async def _peer(self, context: Context) -> tuple[str, bytes]:
+        """The device that the TLS certificate of a call names, and the certificate in DER; counts the call."""
+        (pem,) = context.auth_context().get("x509_pem_cert", [b""])
+        at = datetime.now(UTC)
+        der = certificates.to_der(pem)
+        name = verify_tls(self.root(at), der, TlsRole.DEVICE, at)
+        bucket = self._buckets.setdefault(name, TokenBucket(self.limits.calls, self.limits.seconds))
+        if wait := bucket.wait(time.monotonic()):
+            await _later(context, StatusCode.RESOURCE_EXHAUSTED, "too many calls", wait)
+        return name, der
+
+    async def _stream(self, context: Context) -> Stream:
+        return self.hub.stream_of(*await self._peer(context))
+
+    @contextmanager
+    def _receiving(self, size: int) -> Iterator[None]:
+        self.uploading += size
+        try:
+            yield
+        finally:
+            self.uploading -= size
+
+
+async def _body(parts: AsyncIterator[bytes], size: int) -> bytes:
+    """The bytes of an answer.
+
+    Raises:
+        ProtocolError: They are more or fewer than was said.
+    """
+    body = bytearray()
+    async for raw in parts:
+        body += frames.answer_data(raw)
+        if len(body) > size:
+            break
+    if len(body) != size:
+        raise ProtocolError(f"the answer has not the {size} bytes that it began with", about="answer.size", value=size)
+    return bytes(body)
+
+
+async def _no_more(parts: AsyncIterator[bytes]) -> None:
+    if await anext(parts, None) is not None:
+        raise ProtocolError("nothing may follow a reason", about="answer.reason")
+
+
+class _answered:  # noqa: N801
+    """Ends a call with the status code that its error means."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, TimeoutError):
+            await self._context.abort(StatusCode.DEADLINE_EXCEEDED, "too slow: the transfer took longer than allowed")
+        elif isinstance(error, TrustError):
+            log.warning("a call is refused: %s", error)
+            await self._context.abort(StatusCode.PERMISSION_DENIED, str(error))
+        elif isinstance(error, ProtocolError):
+            log.warning("a call is refused: %s", error)
+            gone = error.about in ("gateway.stream", "gateway.request")
+            code = StatusCode.FAILED_PRECONDITION if gone else StatusCode.INVALID_ARGUMENT
+            await self._context.abort(code, str(error))
+        elif isinstance(error, EdgeAdaptError):
+            log.error("calls cannot be served: %s", error)
+            await _later(self._context, StatusCode.UNAVAILABLE, "the gateway cannot serve this call now", 60.0)
+
+
+async def _later(context: Context, code: StatusCode, reason: str, seconds: float) -> NoReturn:
+    """End a call with an error after which it may succeed, in so many seconds."""
+    await context.abort(code, reason, ((frames.RETRY_AFTER, str(int(1000 * seconds) + 1)),))
+    raise AssertionError
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """The gateway's P-256 key and its certificate, both PEM, and the pinned authority's certificate."""
+
+    key: bytes = field(repr=False)
+    certificate: bytes
+    authority: bytes
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For a port on which every peer has a certificate of the authority."""
+        pairs = [(self.key, self.certificate)]
+        return grpc.ssl_server_credentials(pairs, root_certificates=self.authority, require_client_auth=True)
+
+
+class _Digests(dict[int, bytes]):
+    """SHA-256 of fields that are alive meanwhile; the same object is hashed once, because all devices get it."""
+
+    def __call__(self, content: bytes) -> bytes:
+        if id(content) not in self:
+            self[id(content)] = hashlib.sha256(content).digest()
+        return self[id(content)]
+
+
+class Gateway:
+    """A running gateway. Its methods may be called from any thread; ``answered`` is called from the gateway's."""
+
+    def __init__(
+        self,
+        address: str,
+        tls: ServerTls,
+        read_root: ReadRoot,
+        answered: Callable[[int, bytes | NoAnswer], None],
+        limits: GatewayLimits | None = None,
+    ) -> None:
+        """Start listening.
+
+        Args:
+            address: ``HOST:PORT``; port 0 takes any free one.
+            tls: Of the gateway.
+            read_root: Now → the authority with its newest revocation list.
+            answered: As for ``Hub``.
+            limits: What a device may cost.
+
+        Raises:
+            ConfigError: The address is in use or not valid, or the TLS files do not fit together.
+        """
+        limits = limits or GatewayLimits()
+        self._service = Service(Hub(answered, limits.grace), read_root, limits)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="gateway", daemon=True)
+        self._thread.start()
+        try:
+            self._server, self.port = self._call(self._serve(address, tls))
+        except RuntimeError as error:
+            self._end()
+            text = f"the gateway cannot listen at {address}: the port is in use, or the TLS files do not fit together"
+            raise ConfigError(text, about="--gateway", value=address) from error
+
+    async def _serve(self, address: str, tls: ServerTls) -> tuple[aio.Server, int]:
+        server = aio.server(options=frames.GATEWAY_OPTIONS, maximum_concurrent_rpcs=4 * self._service.limits.devices)
+        servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        server.add_generic_rpc_handlers((self._service.handlers(),))
+        reflection.enable_server_reflection((frames.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        port = server.add_secure_port(address, tls.credentials())
+        await server.start()
+        await servicer.set(frames.SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        return server, port
+
+    def devices(self) -> tuple[str, ...]:
+        """The devices that are there now. Those that were revoked meanwhile are disconnected first."""
+
+        async def listed() -> tuple[str, ...]:
+            self._service.end_revoked(datetime.now(UTC))
+            return tuple(stream.credentials.device for stream in self._service.hub.streams() if not stream.over)
+
+        return self._call(listed())
+
+    def ask(self, requests: Mapping[str, tuple[str, Mapping[str, bytes]]], seconds: float) -> dict[str, int | None]:
+        """Ask devices.
+
+        Args:
+            requests: Device → step, and fields.
+            seconds: Until the requests are void.
+
+        Returns:
+            Device → id of its request; None as ``Hub.ask``.
+        """
+
+        digest = _Digests()
+        long = {
+            device: {name: digest(content) for name, content in fields.items() if len(content) > frames.INLINE}
+            for device, (_, fields) in requests.items()
+        }
+
+        async def asked() -> dict[str, int | None]:
+            hub = self._service.hub
+            return {
+                device: hub.ask(device, step, fields, long[device], seconds)
+                for device, (step, fields) in requests.items()
+            }
+
+        return self._call(asked())
+
+    def close(self) -> None:
+        """End all calls and stop listening."""
+        self._call(self._server.stop(grace=0.2))
+        self._end()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()

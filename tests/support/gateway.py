@@ -1,0 +1,77 @@
+"""A gateway on this machine's loopback, with real TLS, and the agents of devices in threads."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from adapters.gateway import frames
+from aggregation.entropy import SystemEntropy
+from aggregation.pki import Authority, certificates
+from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
+from client.gateway.agent import Agent
+from client.node.statedir import TLS_CERTIFICATE, TLS_KEY
+from coordinator.gateway.server import ServerTls
+
+HOST = "127.0.0.1"
+
+
+def authority_of(fleet: Any) -> Authority:
+    return Authority.from_pem((fleet.out / "authority" / "authority.pem").read_bytes())
+
+
+def certify(authority: Authority, name: str, role: TlsRole, **dates: datetime) -> tuple[bytes, bytes]:
+    """A new TLS key and its certificate, both PEM."""
+    key, now = TlsKey.generate(SystemEntropy()), datetime.now(UTC)
+    _, public = read_tls_request(key.request(name))
+    valid = {"not_before": now - timedelta(days=1), "not_after": now + timedelta(days=1), **dates}
+    hosts = (HOST,) if role is TlsRole.GATEWAY else ()
+    serial = int.from_bytes(SystemEntropy().bytes(8), "big") + 1
+    der = authority.issue_tls(name, public, role, hosts, serial=serial, **valid)
+    return key.pem, certificates.to_pem(der)
+
+
+def give_tls(fleet: Any) -> None:
+    """A TLS key and certificate for each device of a fleet."""
+    for folder in map(Path, fleet.nodes.values()):
+        key, certificate = certify(authority_of(fleet), folder.name, TlsRole.DEVICE)
+        (folder / TLS_KEY).write_bytes(key)
+        (folder / TLS_CERTIFICATE).write_bytes(certificate)
+
+
+def server_tls(authority: Authority) -> ServerTls:
+    return ServerTls(*certify(authority, "gateway", TlsRole.GATEWAY), authority.root.to_pem())
+
+
+def channel(port: int, key: bytes | None, certificate: bytes | None, authority: Authority) -> grpc.Channel:
+    """A connection with whatever credentials; the agent's own is made by itself."""
+    credentials = grpc.ssl_channel_credentials(authority.root.to_pem(), key, certificate)
+    return grpc.secure_channel(f"{HOST}:{port}", credentials, options=frames.DEVICE_OPTIONS)
+
+
+@contextmanager
+def attending(port: int, folders: Sequence[str | Path]) -> Iterator[list[Agent]]:
+    """The agents of these devices, each in a thread, while the block runs."""
+    agents = [Agent(Path(folder), f"{HOST}:{port}") for folder in folders]
+    threads = [threading.Thread(target=agent.run) for agent in agents]
+    for thread in threads:
+        thread.start()
+    try:
+        yield agents
+    finally:
+        for agent in agents:
+            agent.stop()
+        for thread in threads:
+            thread.join()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Until it holds; fails after so many seconds."""
+    end, pause = datetime.now(UTC) + timedelta(seconds=seconds), threading.Event()
+    while not condition():
+        assert datetime.now(UTC) < end, "not in time"
+        pause.wait(0.02)
