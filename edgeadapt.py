@@ -23,7 +23,7 @@ from lazygroup import LazyGroup
 # command → (module, attribute, one line for --help, extra that it needs)
 COMMANDS = {
     "audit": ("coordinator.cli.audit", "audit_command", "Check from its transcripts what a coordinator did.", ""),
-    "authority": ("coordinator.cli.authority", "authority", "Enrol devices: certify their keys, revoke them.", ""),
+    "authority": ("coordinator.cli", "authority_group", "Enrol devices: certify their keys, revoke them.", ""),
     "base": ("export.cli.bases", "base", "Show which bases there are, and what one can do.", "export"),
     "bench": ("simulations.cli.bench", "bench", "Measure secure aggregation and models on devices.", "simulations"),
     "channel": ("coordinator.cli.channel", "channel", "Publish bundles to devices by channel.", ""),

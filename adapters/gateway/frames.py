@@ -193,7 +193,7 @@ def enrol_request(raw: bytes) -> pb.EnrolRequest:
 def enrolled(raw: bytes) -> pb.Enrolled:
     """What a device that enrols receives. Raises as ``enrol_request``."""
     message = _parse(pb.Enrolled, raw)
-    _require(bool(message.certificate and message.tls_certificate and message.coordinator), "enrol.reply")
+    _require(bool(message.certificate and message.tls_certificate), "enrol.reply")
     return message
 
 

@@ -117,11 +117,9 @@ class EnrolRequest(_message.Message):
     def __init__(self, token: _Optional[bytes] = ..., request: _Optional[bytes] = ..., tls_request: _Optional[bytes] = ...) -> None: ...
 
 class Enrolled(_message.Message):
-    __slots__ = ("certificate", "tls_certificate", "coordinator")
+    __slots__ = ("certificate", "tls_certificate")
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     TLS_CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
-    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
     certificate: bytes
     tls_certificate: bytes
-    coordinator: bytes
-    def __init__(self, certificate: _Optional[bytes] = ..., tls_certificate: _Optional[bytes] = ..., coordinator: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, certificate: _Optional[bytes] = ..., tls_certificate: _Optional[bytes] = ...) -> None: ...

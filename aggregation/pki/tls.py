@@ -72,6 +72,10 @@ class TlsKey:
         signed = x509.CertificateSigningRequestBuilder(named).sign(self._private(), hashes.SHA256())
         return signed.public_bytes(serialization.Encoding.PEM)
 
+    def public(self) -> ec.EllipticCurvePublicKey:
+        """The public half."""
+        return self._private().public_key()
+
     def _private(self) -> ec.EllipticCurvePrivateKey:
         try:
             key = serialization.load_pem_private_key(self.pem, password=None)

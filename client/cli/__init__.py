@@ -10,7 +10,7 @@ COMMANDS = {
     "agent": ("client.cli.agent", "agent", "Take part through the coordinator's gateway.", "gateway"),
     "chat": ("client.cli.chat", "chat", "Chat with the language model of a bundle.", ""),
     "convert": ("client.cli.convert", "convert", "Write a verified adapter for other programs.", ""),
-    "enrol": ("client.cli.node", "enrol", "Create a device's state directory and certificate request.", ""),
+    "enrol": ("client.cli.enrol", "enrol", "Create a device's state directory, and certify its keys.", "gateway"),
     "forget": ("client.cli.node", "forget", "Delete what the device remembers of the coordinator.", ""),
     "infer": ("client.cli.infer", "infer", "Classify phrases, or continue texts.", ""),
     "install": ("client.cli.node", "install", "Install a certificate or revocation list.", ""),

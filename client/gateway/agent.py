@@ -7,7 +7,6 @@ never made again: the device's state has moved on.
 
 import hashlib
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,49 +20,19 @@ from grpc import StatusCode
 from adapters import storage
 from adapters.gateway import frames
 from adapters.gateway import gateway_pb2 as pb
-from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
+from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.pki.certificates import load, subject, to_der
 from aggregation.pki.tls import TlsKey, bind
 from aggregation.steps import Step
+from client.gateway.calls import PASSING, pause, refusal
 from client.node.statedir import AUTHORITY, LONGEST, TLS_CERTIFICATE, TLS_KEY, DeviceStateDir
 from client.node.step import Refusal, RefusalCode, answer
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before another attempt
 TRANSFER = 180.0  # seconds for an answer or a blob
 ATTEMPTS = 6  # at a transfer; the request is void soon after
-PASSING = {
-    StatusCode.UNAVAILABLE,
-    StatusCode.RESOURCE_EXHAUSTED,
-    StatusCode.DEADLINE_EXCEEDED,
-    StatusCode.CANCELLED,  # by the gateway, which is shutting down
-    StatusCode.UNKNOWN,
-    StatusCode.INTERNAL,
-}
 LOCK = "agent.lock"
 log = logging.getLogger("edgeadapt.agent")
 T = TypeVar("T")
-
-
-def pause(attempt: int, error: grpc.RpcError) -> float:
-    """Seconds before another attempt: what the gateway says, or up to twice as long each time, at random.
-
-    Args:
-        attempt: From 1.
-        error: Of the last one.
-    """
-    named = dict(error.trailing_metadata() or ()).get(frames.RETRY_AFTER, "")
-    if isinstance(named, str) and named.isdecimal() and len(named) < 8:
-        return min(int(named) / 1000, LONGEST_PAUSE)
-    most = min(FIRST_PAUSE * 2.0 ** min(attempt, 16), LONGEST_PAUSE)
-    return most * (0.5 + secrets.randbelow(2**20) / 2**21)  # so that not all devices come back at once
-
-
-def refusal(error: grpc.RpcError) -> EdgeAdaptError:
-    """What a gateway's refusal means."""
-    text = f"the gateway refuses this device: {error.details()}"
-    if error.code() in (StatusCode.PERMISSION_DENIED, StatusCode.UNAUTHENTICATED):
-        return TrustError(text, about="gateway")
-    return ProtocolError(text, about="gateway")
 
 
 @dataclass(slots=True)
@@ -115,7 +84,7 @@ class Agent:
                 if self._stop.is_set():
                     return
                 if error.code() not in PASSING:
-                    raise refusal(error) from error
+                    raise refusal(error, "the gateway") from error
                 attempt += 1
                 seconds = pause(attempt, error)
                 log.info("no gateway at %s, again in %.1f s: %s", self.address, seconds, _one_line(error))

@@ -13,7 +13,8 @@ from aggregation.entropy import Entropy
 from aggregation.errors import TrustError, of_file
 from aggregation.pki import Root, certificates, requests
 from aggregation.pki.identity import IdentityKey, PublicKey
-from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR, TRUST, DeviceSettings, DeviceStateDir
+from aggregation.pki.tls import TlsKey
+from client.node.statedir import AUTHORITY, CERTIFICATE, COORDINATOR, TLS_KEY, TRUST, DeviceSettings, DeviceStateDir
 
 REQUEST = "request.csr"
 
@@ -36,7 +37,14 @@ class TrustAnchors:
             PublicKey.from_pem(self.coordinator)
 
 
-def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAnchors, entropy: Entropy) -> PublicKey:
+def enrol(
+    folder: Path,
+    name: str,
+    settings: DeviceSettings,
+    anchors: TrustAnchors,
+    entropy: Entropy,
+    tls_key: TlsKey | None = None,
+) -> PublicKey:
     """Create a state directory with a certificate request: completely, or not at all.
 
     Args:
@@ -45,6 +53,7 @@ def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAncho
         settings: The owner's; the path of a base that is a folder or a file is made absolute.
         anchors: What the device trusts.
         entropy: Draws the identity and the sealing key.
+        tls_key: Of a light device, for its connection.
 
     Returns:
         The key to certify.
@@ -63,6 +72,7 @@ def enrol(folder: Path, name: str, settings: DeviceSettings, anchors: TrustAncho
         TRUST: PublicKey.from_pem(anchors.coordinator).to_pem() + identity.public.to_pem(),
         REQUEST: request,
     }
+    trust |= {TLS_KEY: tls_key.pem} if tls_key else {}
     with new_folder(folder, mode=PRIVATE_FOLDER) as stage:
         DeviceStateDir.create(stage, settings, identity, trust, entropy)
     return identity.public

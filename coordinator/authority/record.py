@@ -20,6 +20,7 @@ from adapters.storage import locked, read
 from aggregation.errors import DataError
 from aggregation.pki.revocation import Reason
 
+Token = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Serial = Annotated[str, Field(pattern=r"^[0-9a-f]{1,40}$")]
 
 
@@ -66,7 +67,25 @@ class ListSigned(_Line):
     next_update: datetime
 
 
-Event: TypeAlias = CertificateIssued | CertificateRevoked | ListSigned
+class InvitationIssued(_Line):
+    """A device may enrol over a network until ``expires``. ``token`` is the digest of the secret."""
+
+    event: Literal["invited"] = "invited"
+    name: str
+    token: Token
+    expires: datetime
+
+
+class InvitationUsed(_Line):
+    """The invitation was accepted for these two keys, and is for no others from now on."""
+
+    event: Literal["used"] = "used"
+    token: Token
+    key: str
+    tls_key: str
+
+
+Event: TypeAlias = CertificateIssued | CertificateRevoked | ListSigned | InvitationIssued | InvitationUsed
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 

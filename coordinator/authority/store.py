@@ -19,6 +19,7 @@ from typing import Self
 from cryptography import x509
 
 from adapters import storage
+from adapters.gateway import invitation
 from adapters.keyfiles import MAX_PEM
 from adapters.storage import PRIVATE, PRIVATE_FOLDER, PUBLIC
 from aggregation.entropy import SystemEntropy
@@ -26,13 +27,16 @@ from aggregation.errors import ConfigError, DataError, TrustError, of_file
 from aggregation.pki import Authority, Root
 from aggregation.pki.certificates import load, require_device_id, same_name
 from aggregation.pki.identity import IdentityKey, PublicKey
+from aggregation.pki.requests import read_request
 from aggregation.pki.revocation import MAX_REVOCATIONS, Reason, Revocation
-from aggregation.pki.tls import TlsPublicKey, TlsRole
+from aggregation.pki.tls import TlsPublicKey, TlsRole, read_tls_request
 from coordinator.authority.record import (
     AuthorityRecord,
     CertificateIssued,
     CertificateRevoked,
     Event,
+    InvitationIssued,
+    InvitationUsed,
     ListSigned,
     Purpose,
     RecordWriter,
@@ -126,12 +130,15 @@ class AuthorityStore:
                 device has a valid certificate with another key; or another device's name differs in case only.
             DataError: The record is damaged or lacks lines.
         """
-        begin, end = self._validity(authority, require_device_id(name), days)
         with self._writing() as writer:
-            _require_new(writer, name, key, self.clock())
-            serial = x509.random_serial_number()
-            der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
-            self._add(writer, name, key.key_id, der, Purpose.IDENTITY)
+            return self._issue(writer, authority, name, key, days)
+
+    def _issue(self, writer: RecordWriter, authority: Authority, name: str, key: PublicKey, days: int) -> bytes:
+        begin, end = self._validity(authority, require_device_id(name), days)
+        _require_new(writer, name, key, self.clock())
+        serial = x509.random_serial_number()
+        der = authority.issue(name, key, not_before=begin, not_after=end, serial=serial)
+        self._add(writer, name, key.key_id, der, Purpose.IDENTITY)
         return der
 
     def issue_tls(
@@ -152,15 +159,73 @@ class AuthorityStore:
                 ``Authority.issue_tls``.
             DataError: The record is damaged or lacks lines.
         """
-        begin, end = self._validity(authority, require_device_id(name), days)
         with self._writing() as writer:
-            if role is TlsRole.DEVICE:
-                _require_device(writer, name, self.clock())
-            serial = x509.random_serial_number()
-            der = authority.issue_tls(name, key, role, hosts, not_before=begin, not_after=end, serial=serial)
-            purpose = Purpose.DEVICE_TLS if role is TlsRole.DEVICE else Purpose.GATEWAY_TLS
-            self._add(writer, name, key.key_id, der, purpose)
+            return self._issue_tls(writer, authority, name, key, role, hosts, days)
+
+    def _issue_tls(
+        self,
+        writer: RecordWriter,
+        authority: Authority,
+        name: str,
+        key: TlsPublicKey,
+        role: TlsRole,
+        hosts: Sequence[str],
+        days: int,
+    ) -> bytes:
+        begin, end = self._validity(authority, require_device_id(name), days)
+        if role is TlsRole.DEVICE:
+            _require_device(writer, name, self.clock())
+        serial = x509.random_serial_number()
+        der = authority.issue_tls(name, key, role, hosts, not_before=begin, not_after=end, serial=serial)
+        purpose = Purpose.DEVICE_TLS if role is TlsRole.DEVICE else Purpose.GATEWAY_TLS
+        self._add(writer, name, key.key_id, der, purpose)
         return der
+
+    def invite(self, name: str, token: str, hours: float) -> datetime:
+        """Let the device ``name`` enrol over a network once; until when.
+
+        Args:
+            name: That will be certified.
+            token: Digest of the invitation's secret; the secret is not kept.
+            hours: For which the invitation is valid.
+
+        Raises:
+            ConfigError: A device cannot have this name.
+            DataError: As ``issue``.
+        """
+        now, name = self.clock(), require_device_id(name)
+        expires = now + timedelta(hours=hours)
+        with self._writing() as writer:
+            writer.add(InvitationIssued(at=now, name=name, token=token, expires=expires))
+        return expires
+
+    def redeem(
+        self, authority: Authority, secret: bytes, request: bytes, tls_request: bytes, *, days: int
+    ) -> tuple[bytes, bytes]:
+        """Certify the two keys of an invited device, DER. For the same keys again, the same certificates.
+
+        Args:
+            authority: Unlocked.
+            secret: Of the invitation.
+            request: PKCS #10 for the identity.
+            tls_request: PKCS #10 for the TLS key.
+            days: For which the certificates are valid.
+
+        Raises:
+            TrustError: The invitation is unknown, has expired, or was used for other keys; or a request is not valid,
+                or for another name.
+            ConfigError, DataError: As ``issue``.
+        """
+        (name, key), (tls_name, tls_key) = read_request(request), read_tls_request(tls_request)
+        token = invitation.digest(secret)
+        with self._writing() as writer:
+            _redeemable(writer.events, token, (name, tls_name), (key.key_id, tls_key.key_id), self.clock())
+            if not any(isinstance(event, InvitationUsed) and event.token == token for event in writer.events):
+                _require_new(writer, name, key, self.clock())
+                writer.add(InvitationUsed(at=self.clock(), token=token, key=key.key_id, tls_key=tls_key.key_id))
+            der = _certificate(writer.events, key.key_id) or self._issue(writer, authority, name, key, days)
+            tls_der = _certificate(writer.events, tls_key.key_id)
+            return der, tls_der or self._issue_tls(writer, authority, name, tls_key, TlsRole.DEVICE, (), days)
 
     def _validity(self, authority: Authority, name: str, days: int) -> tuple[datetime, datetime]:
         now = self.clock()
@@ -303,6 +368,32 @@ def _require_new(writer: RecordWriter, name: str, key: PublicKey, now: datetime)
         if each.name == name and each.key != key_id and each.serial not in revoked and now <= each.not_after:
             text = f"{name} has a valid certificate with another key ({each.key}): revoke it first"
             raise ConfigError(text, about="name.key", value=each.key)
+
+
+def _redeemable(
+    events: Sequence[Event], token: str, names: tuple[str, str], keys: tuple[str, str], now: datetime
+) -> None:
+    """Return if an invitation is for these names, and was not used for other keys.
+
+    Raises:
+        TrustError: It is not; the text does not say whether such an invitation exists.
+    """
+    invited = [event for event in events if isinstance(event, InvitationIssued) and event.token == token]
+    used = [
+        (event.key, event.tls_key) for event in events if isinstance(event, InvitationUsed) and event.token == token
+    ]
+    if not invited or (used and used[0] != keys) or (not used and now > invited[0].expires):
+        raise TrustError("the invitation is not valid, has expired, or was used: ask for a new one", about="invitation")
+    if names != (invited[0].name, invited[0].name):
+        text = f"the invitation is for {invited[0].name}, and the requests for {names[0]} and {names[1]}"
+        raise TrustError(text, about="invitation.name", value=names)
+
+
+def _certificate(events: Sequence[Event], key_id: str) -> bytes | None:
+    """The certificate of a key, if it has one that is not revoked."""
+    revoked = _revoked(events)
+    found = [each for each in _issued(events) if each.key == key_id and each.serial not in revoked]
+    return base64.b64decode(found[-1].certificate) if found else None
 
 
 def _require_device(writer: RecordWriter, name: str, now: datetime) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from adapters import storage
+from adapters.gateway.invitation import Invitation, new_secret
+from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, of_file
 from aggregation.pki import Authority, certificates, requests
 from aggregation.pki.identity import PublicKey
@@ -34,15 +36,7 @@ list_days = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def authority() -> None:
-    """Enrol devices: certify their keys, revoke them, list them.
-
-    Devices and coordinator pin authority.pem; the key stays in DIR. See docs/how-to/enrol-devices.md.
-    """
-
-
-@authority.command()
+@click.command()
 @folder
 @click.option("--name", default="edgeadapt authority", show_default=True, help="Name in its certificate.")
 @click.option(
@@ -74,7 +68,7 @@ def init(folder: Path, name: str, days: int, list_days: int, passphrase_file: Pa
     click.echo(f"pin {folder / CERTIFICATE} on the devices and the coordinator; keep {folder / KEY} here")
 
 
-@authority.command()
+@click.command()
 @folder
 @click.option("--name", metavar="DEVICE", help="Device id. Default: the one in the request.")
 @click.option("--request", type=FILE, metavar="FILE", help="PKCS #10 request from 'edgeadapt device enrol'.")
@@ -106,7 +100,7 @@ def issue(
     if out is not None and not os.access(out.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{out} cannot be written: choose another --out", about="--out", value=str(out))
     store = AuthorityStore(folder)
-    der = store.issue(_unlock(store, passphrase_file), device, key, days)
+    der = store.issue(unlock(store, passphrase_file), device, key, days)
     if out is None:
         click.echo(certificates.to_pem(der).decode(), nl=False)
     else:
@@ -114,7 +108,37 @@ def issue(
     click.echo(f"certified {device} with the key {key.key_id} for {days} days", err=True)
 
 
-@authority.command("issue-tls", short_help="Certify the TLS key of a gateway.")
+@click.command()
+@folder
+@click.option("--name", required=True, metavar="DEVICE", help="Device id, which the certificates will have.")
+@click.option("--coordinator", type=FILE, required=True, metavar="FILE", help="Its public key, which the device pins.")
+@click.option("--enrolment", required=True, metavar="HOST:PORT", help="Where 'edgeadapt authority serve' listens.")
+@click.option("--gateway", required=True, metavar="HOST:PORT", help="The coordinator's gateway.")
+@click.option(
+    "--hours", type=click.FloatRange(0.01, 24 * 90), default=24.0, show_default=True, help="For which it is valid."
+)
+def invite(folder: Path, name: str, coordinator: Path, enrolment: str, gateway: str, hours: float) -> None:
+    """Print an invitation: a token with which one device can enrol over a network, once.
+
+    Give it to the device's owner only: whoever has it can enrol in the device's place. It needs no passphrase, because
+    nothing is certified until the token is used.
+
+    \b
+    Example:
+      edgeadapt authority invite authority --name kitchen --coordinator fleet/coordinator.pem \\
+        --enrolment authority.example:9444 --gateway fleet.example:9443
+    """
+    store, secret = AuthorityStore(folder), new_secret(SystemEntropy())
+    with of_file(coordinator):
+        key = PublicKey.from_pem(storage.read(coordinator, LONGEST))
+    made = Invitation(secret, name, enrolment, gateway, store.root.der, key.raw)
+    token = made.to_text()
+    expires = store.invite(name, made.digest, hours)
+    click.echo(f"for {name}, once, until {expires:%Y-%m-%d %H:%M} UTC:", err=True)
+    click.echo(token)
+
+
+@click.command()
 @folder
 @click.option("--request", type=FILE, required=True, metavar="FILE", help="From 'edgeadapt coordinator tls-request'.")
 @click.option("--host", "hosts", multiple=True, required=True, metavar="HOST", help="Name or IP; may be repeated.")
@@ -135,12 +159,12 @@ def issue_tls(
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{out} cannot be written: choose another --out", about="--out", value=str(out))
     store = AuthorityStore(folder)
-    der = store.issue_tls(_unlock(store, passphrase_file), name, key, TlsRole.GATEWAY, hosts, days)
+    der = store.issue_tls(unlock(store, passphrase_file), name, key, TlsRole.GATEWAY, hosts, days)
     storage.replace(out, certificates.to_pem(der), storage.PUBLIC)
     click.echo(f"certified {name} with the TLS key {key.key_id} for {', '.join(hosts)}, {days} days", err=True)
 
 
-@authority.command(short_help="Revoke a device's certificates, or one by its serial.")
+@click.command()
 @folder
 @click.argument("which", metavar="NAME|SERIAL")
 @click.option(
@@ -162,13 +186,13 @@ def revoke(folder: Path, which: str, reason: str, list_days: int, passphrase_fil
       edgeadapt authority revoke authority kitchen --reason keyCompromise
     """
     store = AuthorityStore(folder)
-    new = store.revoke(_unlock(store, passphrase_file), which, Reason(reason), list_days)
+    new = store.revoke(unlock(store, passphrase_file), which, Reason(reason), list_days)
     for each in new:
         click.echo(f"revoked {each.name}, serial {each.serial}")
     click.echo(f"{'' if new else 'already revoked; '}copy {folder / REVOKED} to the coordinator")
 
 
-@authority.command()
+@click.command()
 @folder
 @list_days
 @passphrase_file
@@ -180,11 +204,11 @@ def crl(folder: Path, list_days: int, passphrase_file: Path | None) -> None:
       edgeadapt authority crl authority --list-days 30
     """
     store = AuthorityStore(folder)
-    number = store.sign_list(_unlock(store, passphrase_file), list_days)
+    number = store.sign_list(unlock(store, passphrase_file), list_days)
     click.echo(f"revocation list {number}: copy {folder / REVOKED} to the coordinator")
 
 
-@authority.command("list")
+@click.command("list")
 @folder
 @as_json
 def list_(folder: Path, as_json: bool) -> None:
@@ -223,7 +247,8 @@ def _requested(name: str | None, request: Path | None, public_key: Path | None) 
         return name, PublicKey.from_pem(storage.read(public_key, LONGEST))
 
 
-def _unlock(store: AuthorityStore, passphrase_file: Path | None) -> Authority:
+def unlock(store: AuthorityStore, passphrase_file: Path | None) -> Authority:
+    """The authority, with its passphrase from a file, or typed."""
     return store.unlock(_passphrase(passphrase_file, new=False) if store.encrypted else None)
 
 

@@ -267,10 +267,10 @@ class ServerTls:
     certificate: bytes
     authority: bytes
 
-    def credentials(self) -> grpc.ServerCredentials:
-        """For a port on which every peer has a certificate of the authority."""
-        pairs = [(self.key, self.certificate)]
-        return grpc.ssl_server_credentials(pairs, root_certificates=self.authority, require_client_auth=True)
+    def credentials(self, *, certified_only: bool) -> grpc.ServerCredentials:
+        """For a port, on which every peer must have a certificate of the authority if ``certified_only``."""
+        pairs, root = [(self.key, self.certificate)], self.authority if certified_only else None
+        return grpc.ssl_server_credentials(pairs, root_certificates=root, require_client_auth=certified_only)
 
 
 class _Digests(dict[int, bytes]):
@@ -323,7 +323,7 @@ class Gateway:
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         server.add_generic_rpc_handlers((self._service.handlers(),))
         reflection.enable_server_reflection((frames.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        port = server.add_secure_port(address, tls.credentials())
+        port = server.add_secure_port(address, tls.credentials(certified_only=True))
         await server.start()
         await servicer.set(frames.SERVICE, health_pb2.HealthCheckResponse.SERVING)
         return server, port

