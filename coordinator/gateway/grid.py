@@ -30,6 +30,7 @@ from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot, ServerT
 from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
 
 RUN_ID = SERVER_NODE = 1
+GATHER = 0.005  # seconds for more answers, after the first: a look at 1000 requests for each answer takes longer
 LOOK = 0.2  # seconds between two looks whether enough devices are connected
 log = logging.getLogger("edgeadapt.gateway")
 
@@ -74,7 +75,8 @@ class ArrivalClock:
 
     def wait(self, seconds: float) -> None:
         """Wait until an answer has arrived since the last call, at most ``seconds``."""
-        self.arrived.wait(seconds)
+        if self.arrived.wait(seconds):
+            time.sleep(GATHER)
         self.arrived.clear()
 
 

@@ -1,0 +1,171 @@
+"""Ask many connected devices over a real gateway with mutual TLS on loopback, and time the answers.
+
+The gateway and the coordinator's transport are those of a run; the devices are in another process and only wait
+(``clients``). Both processes share this machine, so that the devices' work on TLS is in the times.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from aggregation.entropy import SystemEntropy
+from aggregation.pki import Authority, certificates
+from aggregation.pki.tls import TlsKey, TlsRole, read_tls_request
+from aggregation.steps import ADAPTER, Step
+from coordinator.gateway.grid import GatewayGrid
+from coordinator.gateway.server import GatewayLimits, ServerTls
+from coordinator.transport import Transport
+from simulations.benchmarks.gateway.clients import WORK, allow_connections
+from simulations.benchmarks.timing import Note
+
+ADAPTER_BYTES, UPDATE_BYTES = 345_000, 172_000  # MiniLM with LoRA of rank 8, 16 bits per element
+CHECK_IN_BYTES, SIGNATURE_BYTES, SHARES_BYTES = 400, 150, 4_000
+DEADLINE = 120.0  # seconds for an exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Sizes of the measurement.
+
+    Attributes:
+        cohort: Devices of a round.
+        work: Seconds that each device works at each step.
+        repeats: Rounds.
+        devices: Connected at once.
+        check_ins: Of them, asked at once.
+        pulls: Of them, that get an adapter at once.
+    """
+
+    cohort: int
+    work: float
+    repeats: int
+    devices: int
+    check_ins: int
+    pulls: int
+
+
+FULL = Load(cohort=10, work=0.2, repeats=10, devices=2000, check_ins=1000, pulls=200)
+QUICK = Load(cohort=3, work=0.05, repeats=2, devices=10, check_ins=5, pulls=5)
+
+
+def measure(load: Load, note: Note) -> dict[str, Any]:
+    """Run all parts; times in milliseconds, memory in bytes."""
+    before = os.getloadavg()[0]
+    note(f"rounds of {load.cohort} devices")
+    with _gateway(load.cohort) as (transport, _):
+        rounds = [_round(transport, load.work) for _ in range(load.repeats + 1)][1:]  # the first one warms up
+    note(f"{load.devices} devices connect")
+    begin = time.perf_counter()
+    with _gateway(load.devices) as (transport, memory):
+        connected, nodes = time.perf_counter() - begin, transport.nodes()
+        note(f"{load.check_ins} check-ins, {load.pulls} adapters")
+        check_ins = _ask(transport, Step.CHECK_IN, nodes[: load.check_ins], 0.0, CHECK_IN_BYTES)
+        pulls = _ask(transport, Step.PLAN, nodes[: load.pulls], 0.0, SIGNATURE_BYTES, os.urandom(ADAPTER_BYTES))
+    return {
+        "load": asdict(load),
+        "round": {name: _spread([each[name] for each in rounds]) for name in rounds[0]},
+        "connect_seconds": connected,
+        "connected": len(nodes),
+        "bytes_a_connection": memory / load.devices,
+        "check_in": check_ins,
+        "pull": pulls,
+        "load_average": [before, os.getloadavg()[0]],
+    }
+
+
+def _round(transport: Transport, work: float) -> dict[str, float]:
+    """Milliseconds of each step of a round beyond the devices' work, and of all steps together."""
+    nodes, adapter = transport.nodes(), os.urandom(ADAPTER_BYTES)
+    found = {}
+    for step, size in ((Step.PLAN, UPDATE_BYTES), (Step.SURVIVORS, SIGNATURE_BYTES), (Step.UNMASK, SHARES_BYTES)):
+        asked = _ask(transport, step, nodes, work, size, adapter if step is Step.PLAN else b"")
+        if asked["errors"]:
+            raise AssertionError(f"{asked['errors']} devices did not answer {step.value}")
+        found[step.value] = asked["last_ms"] - 1e3 * work
+    return {**found, "all": sum(found.values())}
+
+
+def _ask(
+    transport: Transport, step: Step, nodes: tuple[int, ...], work: float, size: int, adapter: bytes = b""
+) -> dict[str, float]:
+    """One exchange: when the answers were there, in milliseconds since it began, and how many were missing."""
+    body = WORK.pack(work, size)
+    fields: Mapping[int, Mapping[str, bytes]] = {node: {ADAPTER: adapter} if adapter else {} for node in nodes}
+    begin, times, errors = time.perf_counter(), list[float](), 0
+    for reply in transport.ask(step, dict.fromkeys(nodes, body), "1", fields):
+        times.append(1e3 * (time.perf_counter() - begin))
+        errors += reply.body is None
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    return {"p50_ms": cuts[49], "p99_ms": cuts[98], "last_ms": times[-1], "errors": errors, "asked": len(nodes)}
+
+
+@contextmanager
+def _gateway(count: int) -> Iterator[tuple[Transport, float]]:
+    """A gateway to which so many devices are connected, and the bytes of memory that they take here."""
+    allow_connections(count)
+    now = datetime.now(UTC)
+    authority = Authority.create("bench", SystemEntropy(), now - timedelta(hours=1), now + timedelta(hours=2))
+    key = TlsKey.generate(SystemEntropy())
+    _, public = read_tls_request(key.request("gateway"))
+    dates = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(hours=1)}
+    der = authority.issue_tls("gateway", public, TlsRole.GATEWAY, ("127.0.0.1",), serial=1, **dates)
+    tls = ServerTls(key.pem, certificates.to_pem(der), authority.root.to_pem())
+    limits = GatewayLimits(calls=10_000)  # a step after the other, without training
+    grid = GatewayGrid("127.0.0.1:0", tls, lambda at: authority.root, limits)
+    command = [sys.executable, "-m", "simulations.benchmarks.gateway.clients", str(grid.port), str(count)]
+    before = _resident()
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as clients:  # noqa: S603
+            if clients.stdin is None or clients.stdout is None:
+                raise AssertionError
+            clients.stdin.write(authority.to_pem() + b"\n")
+            clients.stdin.flush()
+            if clients.stdout.readline() != b"connected\n":
+                raise AssertionError("the devices could not connect")
+            yield Transport(grid, grid.clock, DEADLINE), _resident() - before
+            clients.stdin.close()
+    finally:
+        grid.close()
+
+
+def _resident() -> float:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values)}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The figures for a reader."""
+    load, (before, after) = found["load"], found["load_average"]
+    connected = f"{found['connected']} of {load['devices']} devices connected in {found['connect_seconds']:.1f} s"
+    asked = {"check_in": "check-ins", "pull": f"adapters of {ADAPTER_BYTES / 1e3:.0f} kB"}
+    return "\n".join(
+        [
+            f"A round of {load['cohort']} devices that work {1e3 * load['work']:.0f} ms a step: ms beyond that work",
+            f"  {'step':<12}{'median':>8}{'least':>8}{'most':>8}",
+            *(_row(name, 12, each.values()) for name, each in found["round"].items()),
+            "",
+            f"{connected}, their keys and certificates included",
+            f"{found['bytes_a_connection'] / 1024:.0f} KiB of memory a connection",
+            f"  {'at once':<26}{'p50 ms':>8}{'p99 ms':>8}{'last':>8}{'errors':>8}",
+            *(_row(f"{found[name]['asked']} {what}", 26, [*found[name].values()][:-1]) for name, what in asked.items()),
+            "",
+            f"load average {before:.1f} before, {after:.1f} after; gateway and devices share this machine",
+        ]
+    )
+
+
+def _row(name: str, width: int, figures: Iterable[float]) -> str:
+    return f"  {name:<{width}}" + "".join(f"{figure:>8.0f}" for figure in figures)
