@@ -8,8 +8,9 @@ def populate(data: DataSettings, households: PopulationSettings, seed: int) -> L
     """The population that a scenario describes: from ``data`` if it names texts, else households.
 
     Raises:
-        ConfigError, DataError: As ``load_population`` and ``sample_population``.
+        ConfigError, DataError: As ``load_population``, ``sample_population`` and ``DataSettings.require_texts``.
     """
+    data.require_texts()
     if data.given:
         return load_population(data, seed)
     return Loaded(sample_population(households, seed), None)

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from adapters.settings import Settings
+from aggregation.errors import ConfigError
 
 ENTRY_POINT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 COLUMNS = ("text", "label", "prompt", "client", "split", "time", "group", "language")
@@ -115,6 +116,18 @@ class DataSettings(Settings):
     def given(self) -> bool:
         """Whether there are texts of one's own."""
         return bool(self.files or self.function)
+
+    def require_texts(self) -> None:
+        """Return if there are texts of one's own, or no other key asks for some.
+
+        Raises:
+            ConfigError: A key is set, and there are neither files nor a function.
+        """
+        idle = [key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default]
+        if idle and not self.given:
+            raise ConfigError(
+                f"data.{idle[0]} is set, and there are no texts: name them with data.files", about="data.files"
+            )
 
     def located(self, folder: Path) -> Self:
         """The settings with relative paths taken from ``folder``."""

@@ -77,6 +77,11 @@ def test_a_run_scores_every_author_and_goes_on_from_its_folder(run: Callable[...
     assert "head" not in shown
 
 
+def test_a_run_without_texts_is_refused(tmp_path: Path) -> None:
+    with refused(ConfigError, "data.files"):
+        CliRunner().invoke(simulate, ["authors.toml", "--out", str(tmp_path / "run")], catch_exceptions=False)
+
+
 def test_texts_without_labels_have_prompts_if_a_column_is_named(texts: Path) -> None:
     table = {"files": [str(texts)], "text": "words", "label": "", "client": "author", "prompt": "asked"}
     scenario = Scenario.parse({"name": "t", "data": {**table, "near_duplicates": 1}}, "test")
