@@ -30,6 +30,66 @@ from simulations.scenario import Scenario
 OUTCOME = "outcome.json"  # in a device's state directory
 
 
+@dataclass(frozen=True, slots=True)
+class LanguageArms:
+    """What the arms of every client are made from.
+
+    Attributes:
+        trainer: Of the base.
+        scenario: Of the run.
+        task: The federation's training settings, for all parts of the adapter.
+        seed_adapter: The vendor's adapter, version 0.
+    """
+
+    trainer: LanguageTrainer
+    scenario: Scenario
+    task: Task
+    seed_adapter: Tensors
+
+    def local(self, client: Client) -> Tensors:
+        """What a client makes by itself: the best on its validation texts, the base and the first part included."""
+        epochs = self.scenario.federation.rounds * self.scenario.federation.training.epochs
+        first, second = self.scenario.local_rates
+        alone = self._trained(client, self.seed_adapter, first, epochs, "/local")
+        tuned = self._trained(client, alone, second, self.scenario.personal.epochs, "/local/personal step")
+        return self._best({"base": self.seed_adapter, "first": alone, "second": tuned}, client)[1]
+
+    def personal(self, client: Client, start: Tensors, arm: str = "") -> tuple[str, Tensors]:
+        """The personal step from ``start``: the name of what a client keeps, and its adapter.
+
+        Args:
+            client: With its texts.
+            start: The global adapter, or what stands for it.
+            arm: A name for this use of the step, if it is not the personal arm.
+        """
+        own = self.scenario.personal
+        tuned = self._trained(client, start, own.learning_rate, own.epochs, arm, 0.0 if arm else own.proximal)
+        return self._best({"base": self.seed_adapter, "global": start, "personal": tuned}, client)
+
+    def _trained(
+        self, client: Client, start: Tensors, rate: float, epochs: int, arm: str, proximal: float = 0.0
+    ) -> Tensors:
+        if not epochs:
+            return start
+        task = replace(self.task, learning_rate=rate, proximal=proximal)
+        train, order = _part(client, Split.TRAIN), generator(self.scenario.seed, client.name, arm)
+        return self.trainer.train(start, train, task, epochs=epochs, rng=order)
+
+    def _best(self, candidates: dict[str, Tensors], client: Client) -> tuple[str, Tensors]:
+        """The candidate with the least loss on the client's validation texts, among equals the last one."""
+        held_out = _part(client, Split.VALIDATION)
+
+        def loss(name: str) -> float:
+            return self.trainer.score(candidates[name], held_out).loss
+
+        best = min(reversed(candidates), key=loss)
+        return best, candidates[best]
+
+
+def _part(client: Client, split: Split) -> tuple[Example, ...]:
+    return in_split(provision.examples_of(client), split)
+
+
 def run_language_model(
     folder: RunFolder, population: Population, progress: RunProgress, *, on_ray: bool = False
 ) -> LanguageResult:
@@ -78,7 +138,7 @@ def _personal_steps(
     last = (registry.latest() or registry.version(0)).manifest
     task = replace(scenario.federation.task(last), trained=PARTS, proximal=0.0)
     trainer = load_language_trainer(base, last.peft_config)
-    arms = _Arms(trainer, scenario, task, registry.tensors(0), registry.tensors(last.version))
+    arms, shared = LanguageArms(trainer, scenario, task, registry.tensors(0)), registry.tensors(last.version)
     state_dirs, found = provision.open_state_dirs(folder.path, population), []
     with progress.stage("personal step", total=len(population.clients)) as advance:
         for client in population.clients:
@@ -88,7 +148,7 @@ def _personal_steps(
             else:
                 parts = state_dirs[client.name].load_private_parts()
                 own = parts.start(subject_of(base.digest, task, trainer.layout)) if parts else None
-                outcome, kept = arms.of(client, own)
+                outcome, kept = _outcome(arms, client, shared, own)
                 storage.replace(path.parent / device_files.PERSONAL, files.encode(kept))
                 storage.replace(path, json.dumps(asdict(outcome)).encode())
                 found.append(outcome)
@@ -96,47 +156,13 @@ def _personal_steps(
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
-class _Arms:
-    """What the arms of every client are made from."""
-
-    trainer: LanguageTrainer
-    scenario: Scenario
-    task: Task
-    seed_adapter: Tensors
-    global_adapter: Tensors
-
-    def of(self, client: Client, own: bytes | None) -> tuple[AuthorResult, Tensors]:
-        """A client's result, and the adapter that it keeps. ``own``: its private parts, if it has some."""
-        examples = provision.examples_of(client)
-        train, test = in_split(examples, Split.TRAIN), in_split(examples, Split.TEST)
-        federation, personal = self.scenario.federation, self.scenario.personal
-        first, second = self.scenario.local_rates
-
-        def trained(start: Tensors, rate: float, epochs: int, arm: str, proximal: float = 0.0) -> Tensors:
-            task = replace(self.task, learning_rate=rate, proximal=proximal)
-            order = generator(self.scenario.seed, client.name, arm)
-            return self.trainer.train(start, train, task, epochs=epochs, rng=order) if epochs else start
-
-        start = with_private(self.global_adapter, own)
-        tuned = trained(start, personal.learning_rate, personal.epochs, "", personal.proximal)
-        alone = trained(self.seed_adapter, first, federation.rounds * federation.training.epochs, "/local")
-        alone_tuned = trained(alone, second, personal.epochs, "/local/personal step")
-        held_out = in_split(examples, Split.VALIDATION)
-        choice, kept = self._best({"base": self.seed_adapter, "global": start, "personal": tuned}, held_out)
-        _, local = self._best({"base": self.seed_adapter, "first": alone, "second": alone_tuned}, held_out)
-        adapters = {"base": self.seed_adapter, "local": local, "global": self.global_adapter, "personal": kept}
-        loss = {arm: bits(self.trainer, adapter, test) for arm, adapter in adapters.items()}
-        return AuthorResult(client.name, client.unseen, len(train), len(test), loss, choice), kept
-
-    def _best(self, candidates: dict[str, Tensors], held_out: Sequence[Example]) -> tuple[str, Tensors]:
-        """The name of the candidate with the least loss, among equals the last one; and the candidate."""
-
-        def loss(name: str) -> float:
-            return self.trainer.score(candidates[name], held_out).loss
-
-        best = min(reversed(candidates), key=loss)
-        return best, candidates[best]
+def _outcome(arms: LanguageArms, client: Client, shared: Tensors, own: bytes | None) -> tuple[AuthorResult, Tensors]:
+    """A client's result, and the adapter that it keeps. ``own``: its private parts, if it has some."""
+    test = _part(client, Split.TEST)
+    choice, kept = arms.personal(client, with_private(shared, own))
+    adapters = {"base": arms.seed_adapter, "local": arms.local(client), "global": shared, "personal": kept}
+    loss = {arm: bits(arms.trainer, adapter, test) for arm, adapter in adapters.items()}
+    return AuthorResult(client.name, client.unseen, len(client.train), len(test), loss, choice), kept
 
 
 def bits(trainer: LanguageTrainer, adapter: Tensors, examples: Sequence[Example]) -> float:

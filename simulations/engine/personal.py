@@ -41,7 +41,7 @@ from client.training.personal import (
     rehearsed,
 )
 from client.training.private import subject_of, with_private
-from client.training.protocols import ClassifierTrainer, FrozenBase
+from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
 from client.training.trainer import Trainer
 from simulations.data.population import Client, Population
 from simulations.engine import provision
@@ -135,7 +135,7 @@ def personal_examples(client: str, examples: Sequence[Example], inputs: ArmInput
 
 
 def after_the_rounds(
-    state_dir: DeviceStateDir, mine: ClassifierTrainer, inputs: ArmInputs, global_adapter: Tensors
+    state_dir: DeviceStateDir, mine: LocalTrainer, inputs: ArmInputs, global_adapter: Tensors
 ) -> Tensors:
     """The global adapter with the parts of it that the device has trained and not shared."""
     subject, parts = subject_of(mine.base.digest, inputs.task, mine.layout), state_dir.load_private_parts()

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from simulations.report.drawing import CHARACTER, INK, LINE, MUTED, WIDTH, axes, png, short, svg
 from simulations.report.formatting import share
-from simulations.suite.rendering import TITLES
+from simulations.suite.metric import Metric
+from simulations.suite.rendering import metric_of
 from simulations.suite.statistics import Difference, Estimate
 from simulations.suite.summary import SuiteSummary
 
@@ -24,16 +25,18 @@ Mark = Estimate | Difference
 
 
 def arms(summary: SuiteSummary) -> str:
-    """Accuracy of every arm, as SVG: a panel for the mean, the 10th percentile and the unseen clients."""
+    """Every arm's accuracy or loss, as SVG: a panel for the mean, the 10th percentile and the unseen clients."""
     rows = list(summary.arms)
+    metric = metric_of(summary)
     text = "; ".join(f"{name} {share(arm.figures['mean'].value)}" for name, arm in summary.arms.items()) + "."
-    return svg("arms", "Accuracy by arm", text, _height(rows), lambda figure: _arms(figure, summary))
+    return svg("arms", f"{metric.name.capitalize()} by arm", text, _height(rows), lambda figure: _arms(figure, summary))
 
 
 def pairs(summary: SuiteSummary) -> str:
-    """Difference of every pair in percentage points, as SVG; noise is gray."""
+    """Difference of every pair, as SVG; noise is gray."""
     rows = [f"{pair.first} - {pair.second}" for pair in summary.pairs]
-    text = "Differences of pairs of arms in percentage points; the list below states each in a sentence."
+    unit = metric_of(summary).differences
+    text = f"Differences of pairs of arms in {unit}; the list below states each in a sentence."
     return svg("pairs", "Differences", text, _height(rows), lambda figure: _pairs(figure, summary))
 
 
@@ -56,26 +59,29 @@ def _height(rows: Sequence[str]) -> float:
 
 def _arms(figure: "Figure", summary: SuiteSummary) -> None:
     rows = {name: [arm.figures[title] for title in SHOWN] for name, arm in summary.arms.items()}
-    for ax in _panels(figure, rows, 0.0, lambda _: ACCENT):
+    for ax in _panels(figure, rows, metric_of(summary), 0.0, lambda _: ACCENT):
         ax.xaxis.set_major_formatter(lambda value, _: share(value, 1))
 
 
 def _pairs(figure: "Figure", summary: SuiteSummary, above: float = 0.0) -> None:
     nothing = Difference(math.nan, math.nan, math.nan, 1.0, 1.0)
+    metric = metric_of(summary)
     rows = {
-        f"{short(pair.first)} - {short(pair.second)}": [_in_points(pair.figures.get(title, nothing)) for title in SHOWN]
+        f"{short(pair.first)} - {short(pair.second)}": [
+            _scaled(pair.figures.get(title, nothing), metric.factor) for title in SHOWN
+        ]
         for pair in summary.pairs
     }
-    for ax in _panels(figure, rows, above, lambda mark: NOISE if getattr(mark, "is_noise", False) else ACCENT):
+    for ax in _panels(figure, rows, metric, above, lambda mark: NOISE if getattr(mark, "is_noise", False) else ACCENT):
         ax.axvline(0, color=MUTED, linewidth=1, zorder=1)
 
 
-def _in_points(found: Difference) -> Difference:
-    return Difference(100 * found.value, 100 * found.low, 100 * found.high, found.p, found.adjusted)
+def _scaled(found: Difference, factor: float) -> Difference:
+    return Difference(factor * found.value, factor * found.low, factor * found.high, found.p, found.adjusted)
 
 
 def _panels(
-    figure: "Figure", rows: Mapping[str, Sequence[Mark]], above: float, color: Callable[[Mark], str]
+    figure: "Figure", rows: Mapping[str, Sequence[Mark]], metric: Metric, above: float, color: Callable[[Mark], str]
 ) -> list["Axes"]:
     """A panel for each of ``SHOWN``, a row for each key; ``above`` are the units that are used by other figures."""
     names = list(rows)
@@ -87,7 +93,7 @@ def _panels(
             _mark(ax, marks[i], y, color(marks[i]))
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_yticks(range(len(names)), [name if " - " in name else short(name) for name in names] if i == 0 else [])
-        ax.set_title(TITLES[title], loc="left", fontsize=11, color=INK)
+        ax.set_title(metric.titles[title], loc="left", fontsize=11, color=INK)
         ax.grid(axis="x")
         ax.set_axisbelow(True)
         ax.margins(x=0.12)

@@ -1,4 +1,4 @@
-"""Compute a trial: make each client's classifier as its arm does, and tally its answers.
+"""Compute a trial: make each client's adapter or head as its arm does, and tally what it does on the client's texts.
 
 The rounds are those of a run (``simulations/engine``), without an export. The other arms need no fleet: they train from
 version 0, which the population's public texts and the scenario's seed give.
@@ -7,7 +7,7 @@ version 0, which the population's public texts and the scenario's seed give.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -28,6 +28,8 @@ from adapters.parts import Part
 from adapters.task import MAX_LOSS
 from client.node.statedir import DeviceStateDir
 from client.training.examples import Example, Split, in_split
+from client.training.language import LanguageTrainer, load_language_trainer
+from client.training.protocols import LocalTrainer
 from client.training.trainer import Trainer, load_trainer
 from simulations.data import populate
 from simulations.data.population import Client, LabelledText, Population
@@ -35,6 +37,7 @@ from simulations.engine import provision
 from simulations.engine.bases import training_base
 from simulations.engine.groups import fleet_folders, grouped
 from simulations.engine.heads import logistic_head, ridge_head, with_bias
+from simulations.engine.language import LanguageArms
 from simulations.engine.personal import (
     ArmInputs,
     after_the_rounds,
@@ -57,7 +60,9 @@ MOST_PUBLIC = 200  # public texts that each client's classifier is asked
 MOST_KEPT = 100_000  # embeddings: 150 MB for MiniLM
 CENTRAL, LAST_ROUND = "/central", "/last round"  # names of trainings, which order their examples
 
+Parts = Sequence[Sequence[LabelledText]]
 Answers = Callable[[Sequence[str]], Floats]  # texts → logits, shape (texts, labels)
+Model = Callable[[Parts], list[Tally]]  # what a client has: parts of texts → a tally of each
 Notify = Callable[[str], None]  # takes what is done at the moment, in a few words
 
 
@@ -90,19 +95,60 @@ def compute(trial: Trial, store: Store, notify: Notify) -> TrialResult:
     scenario = trial.scenario
     population, base = _population(scenario), _base(store, scenario)
     manifest, blob = provision.first_adapter(scenario, population, base)
-    mine = load_trainer(base, len(population.labels), manifest.peft_config)
     inputs = ArmInputs.of(scenario, manifest, files.decode(blob), population)
-    spent = _Spent()
-    answers = _answers(trial, mine, population, inputs, store, spent)
-    scores = []
-    evaluated = _evaluated(trial, population)
+    of_task: type[_Classifier | _Language] = _Language if scenario.data.for_language_model else _Classifier
+    task, spent = of_task(base, scenario, population, inputs), _Spent()
+    if isinstance(task, _Classifier) and trial.kind.of_embeddings:
+        models = _heads(trial, _embeddings(task.mine), population, spent)
+    else:
+        models = _models(trial, task, population, store, spent)
+    scores, evaluated = [], _evaluated(trial, population)
+    asked = _asked(population.public)
     for number, client in enumerate(evaluated, 1):
         notify(f"client {number} of {len(evaluated)}")
         with spent.training():
-            answer = answers(client)
-        scores.append(_score(client, answer, population.public))
-    error = _error(trial, mine, population, store) if trial.kind is Kind.GLOBAL else None
+            model = models(client)
+        scores.append(ClientScore(client.name, client.unseen, *model((client.validation, client.test, asked))))
+    error = _error(trial, task.mine, population, store) if trial.kind is Kind.GLOBAL else None
     return replace(_result(trial, population, inputs, scores, store, spent), aggregation_error=error)
+
+
+class _Classifier:
+    """What a client makes of a classifier's adapter."""
+
+    def __init__(self, base: Base, scenario: Scenario, population: Population, inputs: ArmInputs) -> None:
+        self.inputs = inputs
+        self.mine = load_trainer(base, len(population.labels), inputs.task.peft_config)
+
+    def local(self, client: Client) -> Tensors:
+        """The adapter that the client trains by itself."""
+        return local_arm(self.mine, client.name, provision.examples_of(client), self.inputs).adapter
+
+    def personal(self, client: Client, start: Tensors, arm: str = "") -> Tensors:
+        """``start`` after the personal step; ``arm`` names this use of the step if it is not the personal arm."""
+        examples = provision.examples_of(client)
+        return personal_step(self.mine, client.name, examples, start, self.inputs, arm=arm).adapter
+
+    def model(self, adapter: Tensors) -> Model:
+        """The adapter's answers, tallied."""
+        return partial(_answered, partial(self.mine.logits, adapter))
+
+
+class _Language:
+    """What a client makes of a language model's adapter; as ``_Classifier``."""
+
+    def __init__(self, base: Base, scenario: Scenario, population: Population, inputs: ArmInputs) -> None:
+        self.inputs, self.mine = inputs, load_language_trainer(base, inputs.task.peft_config)
+        self._arms = LanguageArms(self.mine, scenario, inputs.task, inputs.seed_adapter)
+
+    def local(self, client: Client) -> Tensors:
+        return self._arms.local(client)
+
+    def personal(self, client: Client, start: Tensors, arm: str = "") -> Tensors:
+        return self._arms.personal(client, start, arm)[1]
+
+    def model(self, adapter: Tensors) -> Model:
+        return lambda parts: [_predicted(self.mine, adapter, part) for part in parts]
 
 
 class _Spent:
@@ -119,57 +165,42 @@ class _Spent:
         self.seconds += _cpu() - before
 
 
-def _answers(
-    trial: Trial, mine: Trainer, population: Population, inputs: ArmInputs, store: Store, spent: _Spent
-) -> Callable[[Client], Answers]:
-    """What makes a client's classifier, in the way of the trial's arm."""
-
-    def fixed(adapter: Tensors) -> Callable[[Client], Answers]:
-        return lambda _: partial(mine.logits, adapter)
-
-    def fine_tuned(start: Callable[[Client], Tensors], arm: str = "") -> Callable[[Client], Answers]:
-        def answers(client: Client) -> Answers:
-            kept = personal_step(mine, client.name, provision.examples_of(client), start(client), inputs, arm=arm)
-            return partial(mine.logits, kept.adapter)
-
-        return answers
-
+def _models(
+    trial: Trial, task: _Classifier | _Language, population: Population, store: Store, spent: _Spent
+) -> Callable[[Client], Model]:
+    """What makes a client's model, in the way of the trial's arm."""
+    mine, inputs = task.mine, task.inputs
     folders = (
         fleet_folders(store.federation(trial), grouped(population, trial.scenario.groups)) if trial.federation else {}
     )
 
-    def shared_by(client: Client) -> Answers:
-        return partial(mine.logits, _global(folders[client.name]))
+    def shared(client: Client) -> Tensors:
+        return _global(folders[client.name])
 
     def federated(client: Client) -> Tensors:
         folder = provision.device_folder(folders[client.name], client.name)
-        shared = _global(folders[client.name])
         if not folder.exists():  # a device that no session asked has kept nothing
-            return shared
-        return after_the_rounds(DeviceStateDir.open(folder), mine, inputs, shared)
-
-    def local(client: Client) -> Answers:
-        kept = local_arm(mine, client.name, provision.examples_of(client), inputs)
-        return partial(mine.logits, kept.adapter)
+            return shared(client)
+        return after_the_rounds(DeviceStateDir.open(folder), mine, inputs, shared(client))
 
     match trial.kind:
         case Kind.BASE:
-            return fixed(inputs.seed_adapter)
+            return lambda _: task.model(inputs.seed_adapter)
         case Kind.LOCAL:
-            return local
-        case Kind.RIDGE | Kind.LOGISTIC:
-            return partial(_head, trial, _embeddings(mine), population, spent)
+            return lambda client: task.model(task.local(client))
         case Kind.GLOBAL:
-            return shared_by
+            return lambda client: task.model(shared(client))
         case Kind.PERSONAL:
-            return fine_tuned(federated)
-        case Kind.CENTRAL | Kind.CENTRAL_PERSONAL:
+            return lambda client: task.model(task.personal(client, federated(client)))
+        case _:
             with spent.training():
                 pooled = _pooled(mine, population, inputs)
-            return fixed(pooled) if trial.kind is Kind.CENTRAL else fine_tuned(lambda _: pooled, CENTRAL)
+            if trial.kind is Kind.CENTRAL:
+                return lambda _: task.model(pooled)
+            return lambda client: task.model(task.personal(client, pooled, CENTRAL))
 
 
-def _pooled(mine: Trainer, population: Population, inputs: ArmInputs) -> Tensors:
+def _pooled(mine: LocalTrainer, population: Population, inputs: ArmInputs) -> Tensors:
     """Version 0, trained on the training texts of all clients that are not unseen, for the epochs of all rounds."""
     examples = [e for client in population.clients if not client.unseen for e in _train(client)]
     order = generator(inputs.seed, "", CENTRAL)
@@ -201,6 +232,11 @@ def _embeddings(mine: Trainer) -> _Embeddings:
     return _Embeddings(mine)
 
 
+def _heads(trial: Trial, kept: _Embeddings, population: Population, spent: _Spent) -> Callable[[Client], Model]:
+    """What makes a client's linear head on frozen embeddings."""
+    return lambda client: partial(_answered, _head(trial, kept, population, spent, client))
+
+
 def _head(trial: Trial, embeddings: _Embeddings, population: Population, spent: "_Spent", client: Client) -> Answers:
     """A head that is fitted to the client's training texts and the public texts."""
     settings, train = trial.scenario.head, _train(client)
@@ -220,21 +256,28 @@ def _evaluated(trial: Trial, population: Population) -> Sequence[Client]:
     return population.sampled(trial.scenario.evaluation.clients, trial.scenario.seed).clients
 
 
+def _asked(public: Sequence[LabelledText]) -> Sequence[LabelledText]:
+    return public[:: max(1, -(-len(public) // MOST_PUBLIC))]
+
+
 def _train(client: Client) -> Sequence[Example]:
     return in_split(provision.examples_of(client), Split.TRAIN)
 
 
-def _score(client: Client, answer: Answers, public: Sequence[LabelledText]) -> ClientScore:
-    asked = public[:: max(1, -(-len(public) // MOST_PUBLIC))]
-    parts = (client.validation, client.test, asked)
+def _answered(answers: Answers, parts: Parts) -> list[Tally]:
+    """The tallies of a classifier, which is asked all texts at once."""
     texts = [text for part in parts for text in part]
-    logits, labels = answer([text.text for text in texts]), np.array([text.label for text in texts], np.int64)
+    logits, labels = answers([text.text for text in texts]), np.array([text.label for text in texts], np.int64)
     ends = list(accumulate(map(len, parts)))
-    tallies = [
+    return [
         _tally(logits[end - len(part) : end], labels[end - len(part) : end])
         for part, end in zip(parts, ends, strict=True)
     ]
-    return ClientScore(client.name, client.unseen, *tallies)
+
+
+def _predicted(mine: LanguageTrainer, adapter: Tensors, part: Sequence[LabelledText]) -> Tally:
+    found = mine.score(adapter, [Example(text.text, text.label, Split.TEST, text.prompt) for text in part])
+    return Tally("", found.loss / found.count if found.count else 0.0, found.count)
 
 
 def _tally(logits: Floats, labels: NDArray[np.int64]) -> Tally:
@@ -265,9 +308,15 @@ def _result(
         for same in zip(*records, strict=True):
             one = joined_rounds([reported(record) for record in same])
             up, down = up + one.bytes_up, down + one.bytes_down
-            found.append(RoundPoint(one.round, one.metrics.get("accuracy"), up + down))
+            found.append(RoundPoint(one.round, _value(one.metrics, trial.scenario), up + down))
         points = tuple(found)
     return TrialResult(tuple(scores), Cost(epochs, steps, cpu, up, down), points)
+
+
+def _value(metrics: Mapping[str, float], scenario: Scenario) -> float | None:
+    if not scenario.data.for_language_model:
+        return metrics.get("accuracy")
+    return metrics["loss"] / math.log(2) if "loss" in metrics else None
 
 
 def _trained(trial: Trial, population: Population, inputs: ArmInputs) -> tuple[int, int]:
@@ -301,7 +350,7 @@ def _trained(trial: Trial, population: Population, inputs: ArmInputs) -> tuple[i
             return 0, 0
 
 
-def _error(trial: Trial, mine: Trainer, population: Population, store: Store) -> float | None:
+def _error(trial: Trial, mine: LocalTrainer, population: Population, store: Store) -> float | None:
     """The aggregation error of the last round of training, which all its clients train once more, without dropouts.
 
     None where there is no such mean: no round trained LoRA's factors, they stay on the devices, or there are groups.

@@ -1,4 +1,4 @@
-"""The outcome of a trial: how each client's classifier answers, and what it cost."""
+"""The outcome of a trial: how each client's model does on its texts, and what it cost."""
 
 import math
 from dataclasses import dataclass
@@ -9,30 +9,37 @@ from pydantic import Field
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """The answers to some texts.
+    """The answers to some texts, or how well a language model predicts them.
 
     Attributes:
-        right: A character for each text: ``1`` if its answer is right, else ``0``.
-        loss: Mean cross-entropy in nats; 0 without texts.
+        right: A character for each text that is classified: ``1`` if its answer is right, else ``0``.
+        loss: Mean cross-entropy of a text in nats, of a language model for each byte; 0 without texts.
+        predicted: Texts of a language model.
     """
 
     right: Annotated[str, Field(pattern=r"^[01]*$")]
     loss: float
+    predicted: int = 0
 
     @property
     def count(self) -> int:
         """Texts."""
-        return len(self.right)
+        return len(self.right) or self.predicted
 
     @property
     def accuracy(self) -> float:
-        """The share of right answers; NaN without texts."""
+        """The share of right answers; NaN without answers."""
         return self.right.count("1") / len(self.right) if self.right else math.nan
+
+    @property
+    def bits(self) -> float:
+        """Mean loss of a language model in bits for each byte; NaN without texts of one."""
+        return self.loss / math.log(2) if self.predicted else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class ClientScore:
-    """How one client's classifier answers.
+    """How one client's classifier answers, or how well its language model predicts.
 
     Attributes:
         name: Of the client.
@@ -68,10 +75,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class RoundPoint:
-    """One round: the accuracy of the adapter it began with, if it is published, and one device's bytes until then."""
+    """One round: what the adapter does that it began with, if it is published, and one device's bytes until then."""
 
     round: int
-    accuracy: float | None  # on the validation texts of its devices
+    value: float | None  # accuracy, or bits for each byte, on the validation texts of its devices
     bytes: float
 
 

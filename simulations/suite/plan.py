@@ -16,6 +16,7 @@ from typing import Any
 from adapters.settings import overridden, toml_value
 from aggregation.errors import ConfigError
 from simulations.scenario import Scenario
+from simulations.suite.metric import metric_of
 from simulations.suite.outcome import Outcome, TrialResult
 from simulations.suite.settings import Kind, Overrides, SuiteSettings
 
@@ -101,15 +102,17 @@ class Suite:
             searched: Whether it is a part of the search.
 
         Raises:
-            ConfigError: A key is unknown, a value is out of range, or the scenario is of a language model.
+            ConfigError: A key is unknown, a value is out of range, there are no texts, or a language model has no such
+                arm.
         """
         arm, common = self.settings.arms[name], self.settings.search.set if searched else {}
         layers: tuple[Overrides, ...] = (self.settings.set, arm.set, common, constants, {"seed": seed})
         changes = [f"{key}={toml_value(value)}" for layer in layers for key, value in layer.items()]
         where = f"arm {name!r}"
         scenario = Scenario.parse(overridden(dict(self.scenario), changes), where).located(self.folder)
-        if scenario.data.for_language_model:
-            text = f"{where} is of a language model, and a suite scores classifiers: use edgeadapt simulate"
+        scenario.data.require_texts()
+        if scenario.data.for_language_model and arm.kind.of_embeddings:
+            text = f"{where} fits a head to embeddings, and a language model has no head: leave the arm out with --arm"
             raise ConfigError(text, about="data.label")
         return Trial(arm.kind, scenario)
 
@@ -136,7 +139,7 @@ class SearchOutcome:
 
     Attributes:
         constants: The best candidate.
-        scores: Of each candidate, in order: the mean accuracy on validation texts; None if a trial of it failed.
+        scores: Of each candidate, in order: the mean score on validation texts; None if a trial of it failed.
         cpu_seconds: Of all candidates together, as if each trained its rounds for itself.
     """
 
@@ -151,8 +154,8 @@ Results = Callable[[Trial], Outcome | None]  # what is stored of a trial
 def search(suite: Suite, name: str, results: Results) -> SearchOutcome | None:
     """The outcome of an arm's search; None as long as a trial of it is missing.
 
-    The best candidate has the highest mean accuracy on the clients' validation texts, over clients and then over seeds;
-    among equals the least loss; among these it is the first.
+    The best candidate has the best mean score on the clients' validation texts, accuracy or bits for each byte, over
+    clients and then over seeds; among equals the least loss; among these it is the first.
 
     Raises:
         ConfigError: Every candidate failed, or no client has a validation text.
@@ -181,15 +184,16 @@ def search(suite: Suite, name: str, results: Results) -> SearchOutcome | None:
 
 
 def _validation(results: Sequence[TrialResult], wanted: int) -> tuple[float, float] | None:
-    """Accuracy and negative loss on validation texts: means over seeds of means over clients that have some."""
+    """Score and negative loss on validation texts: means over seeds of means over clients that have some."""
     if len(results) < wanted:
         return None
     tallies = [[client.validation for client in result.clients if client.validation.count] for result in results]
     if not all(tallies):
         return math.nan, math.nan
-    accuracy = [sum(tally.accuracy for tally in row) / len(row) for row in tallies]
+    metric = metric_of(results)
+    score = [sum(metric.score(tally) for tally in row) / len(row) for row in tallies]
     loss = [sum(tally.loss for tally in row) / len(row) for row in tallies]
-    return sum(accuracy) / wanted, -sum(loss) / wanted
+    return sum(score) / wanted, -sum(loss) / wanted
 
 
 def digest_of(table: Mapping[str, Any]) -> str:

@@ -4,51 +4,56 @@ import math
 from collections.abc import Iterator
 
 from simulations.report.formatting import count, duration, share, size_or_dash
+from simulations.suite.metric import ACCURACY, METRICS, Metric
 from simulations.suite.statistics import LEVEL, Difference, Estimate
 from simulations.suite.summary import ArmSummary, PairSummary, SuiteSummary
 
-TITLES = {"mean": "mean", "p10": "10th pct.", "worst": "worst", "unseen": "unseen"}
 SENTENCES = {
-    "mean": "{first} is {points} points {better} than {second}",
-    "p10": "at the 10th percentile {first} is {points} points {better} than {second}",
-    "unseen": "for unseen clients {first} is {points} points {better} than {second}",
+    "mean": "{first} is {size} {better} than {second}",
+    "p10": "at the {decile} percentile {first} is {size} {better} than {second}",
+    "unseen": "for unseen clients {first} is {size} {better} than {second}",
 }
 NOISE = {
     "mean": "the difference between {first} and {second} is within noise",
-    "p10": "at the 10th percentile the difference between {first} and {second} is within noise",
+    "p10": "at the {decile} percentile the difference between {first} and {second} is within noise",
     "unseen": "for unseen clients the difference between {first} and {second} is within noise",
 }
 CHANCE = 0.05
 
 
-def interval(found: Estimate) -> str:
+def metric_of(summary: SuiteSummary) -> Metric:
+    """What the suite compares."""
+    return METRICS[summary.metric]
+
+
+def interval(found: Estimate, metric: Metric) -> str:
     """``.794 (.762–.823)``, without parentheses if there is no interval; a dash for NaN."""
-    spread = f" ({share(found.low)}–{share(found.high)})" if math.isfinite(found.low) else ""
-    return f"{share(found.value)}{spread}"
+    spread = f" ({metric.text(found.low)}–{metric.text(found.high)})" if math.isfinite(found.low) else ""
+    return f"{metric.text(found.value)}{spread}"
 
 
-def points(found: Difference) -> str:
-    """``+3.1 (1.2 to 5.0)``, in percentage points."""
-    spread = f"{100 * found.low:.1f} to {100 * found.high:.1f}" if math.isfinite(found.low) else "too few clients"
-    return f"{100 * found.value:+.1f} ({spread})"
+def difference(found: Difference, metric: Metric) -> str:
+    """``+3.1 (1.2 to 5.0)``, in the unit of differences of the metric."""
+    spread = f"{metric.size(found.low)} to {metric.size(found.high)}"
+    return f"{metric.size(found.value, signed=True)} ({spread if math.isfinite(found.low) else 'too few clients'})"
 
 
-def sentence(pair: PairSummary, title: str, pairs: int) -> str:
+def sentence(pair: PairSummary, title: str, pairs: int, metric: Metric = ACCURACY) -> str:
     """The comparison of one figure in plain words.
 
     A difference whose interval contains 0 is called noise; where there are too few clients for an interval, it says so.
     A difference that is not significant at ``CHANCE`` after Holm's correction for ``pairs`` is stated with that.
     """
-    found, names = pair.figures[title], {"first": pair.first, "second": pair.second}
+    found, names = pair.figures[title], {"first": pair.first, "second": pair.second, "decile": metric.decile}
     if not math.isfinite(found.low):
         return f"Too few {'unseen ' if title == 'unseen' else ''}clients to compare {pair.first} and {pair.second}."
     if found.is_noise:
-        text = f"{NOISE[title].format(**names)}: {points(found)}"
+        text = f"{NOISE[title].format(**names)}: {difference(found, metric)}"
         return text[0].upper() + text[1:] + "."
-    low, high = sorted((abs(found.low), abs(found.high)))
-    size, better = f"{100 * abs(found.value):.1f}", "better" if found.value > 0 else "worse"
-    text = SENTENCES[title].format(**names, points=size, better=better)
-    text += f" ({100 * LEVEL:.0f} %: {100 * low:.1f} to {100 * high:.1f})"
+    low, high = (metric.size(bound) for bound in sorted((abs(found.low), abs(found.high))))
+    better = "better" if metric.better(found.value) else "worse"
+    text = SENTENCES[title].format(**names, size=f"{metric.size(abs(found.value))} {metric.unit}", better=better)
+    text += f" ({100 * LEVEL:.0f} %: {low} to {high})"
     if found.adjusted > CHANCE:
         text += f"; of {pairs} pairs, one may differ so much by chance (Holm: p = {found.adjusted:.2f})"
     return text[0].upper() + text[1:] + "."
@@ -59,7 +64,7 @@ def sentences(summary: SuiteSummary) -> Iterator[str]:
     for pair in summary.pairs:
         for title in SENTENCES:
             if title in pair.figures:
-                yield sentence(pair, title, len(summary.pairs))
+                yield sentence(pair, title, len(summary.pairs), metric_of(summary))
 
 
 def overview(summary: SuiteSummary) -> str:
@@ -76,7 +81,7 @@ def overview(summary: SuiteSummary) -> str:
 
 
 def shares(arm: ArmSummary) -> tuple[str, ...]:
-    """An arm's accuracy on public texts, what it has forgotten, and its aggregation error."""
+    """What an arm reaches on public texts, what it has forgotten, and its aggregation error."""
     return tuple(share(value) for value in (arm.public, arm.forgotten, arm.aggregation_error))
 
 
@@ -104,12 +109,15 @@ def constants(arm: ArmSummary) -> str:
 
 def headline(summary: SuiteSummary) -> str:
     """The arm with the best mean, and whether the next one differs from noise, in one sentence."""
-    best = max(summary.arms, key=lambda name: summary.arms[name].figures["mean"].value)
-    text = f"{best} has the highest mean accuracy, {share(summary.arms[best].figures['mean'].value)}"
+    metric = metric_of(summary)
+    best = max(summary.arms, key=lambda name: metric.sign * summary.arms[name].figures["mean"].value)
+    most = "highest mean accuracy" if metric is ACCURACY else f"least mean loss in {metric.name}"
+    text = f"{best} has the {most}, {metric.text(summary.arms[best].figures['mean'].value)}"
     baseline = next((pair for pair in summary.pairs if pair.first == best), None)
     if baseline is None:
         return f"{text}."
-    verdict = "within noise" if baseline.figures["mean"].is_noise else points(baseline.figures["mean"]) + " points"
+    found = baseline.figures["mean"]
+    verdict = "within noise" if found.is_noise else f"{difference(found, metric)} {metric.unit}"
     return f"{text}; against {baseline.second}: {verdict}."
 
 
@@ -120,13 +128,14 @@ def to_target(summary: SuiteSummary) -> str:
 
 def markdown(summary: SuiteSummary) -> str:
     """The whole report in Markdown."""
+    metric = metric_of(summary)
     parts = [
         f"# {summary.name}",
         overview(summary),
         _table(
-            ["accuracy", *TITLES.values(), "public", "forgotten", "aggregation error"],
+            [metric.name, *metric.titles.values(), "public", "forgotten", "aggregation error"],
             [
-                [name, *(interval(arm.figures[title]) for title in TITLES), *shares(arm)]
+                [name, *(interval(arm.figures[title], metric) for title in metric.titles), *shares(arm)]
                 for name, arm in summary.arms.items()
             ],
         ),

@@ -35,7 +35,7 @@ def suite_page(summary: SuiteSummary) -> str:
         suite=summary,
         headline=rendering.headline(summary),
         overview=rendering.overview(summary),
-        titles=rendering.TITLES,
+        metric=rendering.metric_of(summary),
         to_target=rendering.to_target(summary),
         interval=rendering.interval,
         shares=rendering.shares,

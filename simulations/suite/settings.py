@@ -17,9 +17,9 @@ NAME = r"^[a-z0-9][a-z0-9-]{0,39}$"
 
 
 class Kind(Enum):
-    """How an arm makes the classifier that a client answers with."""
+    """How an arm makes what a client answers or writes with."""
 
-    BASE = "base"  # the vendor's head on the frozen base
+    BASE = "base"  # the frozen base, a classifier's with the vendor's head
     LOCAL = "local"  # each client by itself
     RIDGE = "ridge-head"  # a linear head on frozen embeddings: least squares with an L2 penalty
     LOGISTIC = "logistic-head"  # the same with the logistic loss
@@ -33,6 +33,11 @@ class Kind(Enum):
         """Whether the arm begins with the rounds of a federation."""
         return self in (Kind.GLOBAL, Kind.PERSONAL)
 
+    @property
+    def of_embeddings(self) -> bool:
+        """Whether the arm is a head on the embeddings of a frozen encoder."""
+        return self in (Kind.RIDGE, Kind.LOGISTIC)
+
 
 class SearchSettings(Settings):
     """How arms find their constants: on seeds and with settings of their own, never on a seed that is reported."""
@@ -44,7 +49,7 @@ class SearchSettings(Settings):
 class ArmSettings(Settings):
     """One arm of a suite."""
 
-    kind: Kind = Field(description="how the arm makes a client's classifier")
+    kind: Kind = Field(description="how the arm makes a client's model")
     set: Overrides = Field(default_factory=dict, description="overrides of the scenario, for this arm")
     search: dict[str, Annotated[tuple[JsonValue, ...], Field(min_length=1)]] = Field(
         default_factory=dict, description="key of the scenario → values to choose from; all combinations are tried"
@@ -65,7 +70,9 @@ class SuiteSettings(Settings):
     baseline: str = Field(default="", description="the arm that every other arm is compared with; none if empty")
     compare: tuple[tuple[str, str], ...] = Field(default=(), description="further pairs of arms to compare")
     target: float = Field(
-        default=0.0, ge=0, le=1, description="accuracy to which rounds and bytes are counted; 0: none"
+        default=0.0,
+        ge=0,
+        description="accuracy, or bits per byte, to which rounds and bytes are counted; 0: none",
     )
     set: Overrides = Field(default_factory=dict, description="overrides of the scenario, for every arm")
     search: SearchSettings = SearchSettings()

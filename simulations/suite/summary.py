@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from aggregation.errors import DataError
+from simulations.suite.metric import Metric, metric_of
 from simulations.suite.outcome import Cost, RoundPoint, TrialResult
 from simulations.suite.plan import SearchOutcome
 from simulations.suite.settings import Kind, Overrides, SuiteSettings
@@ -31,7 +32,7 @@ Found = Mapping[str, tuple[SearchOutcome, Mapping[int, TrialResult]]]  # arm →
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """The rounds of a federation until its adapter has the target accuracy, and one device's bytes until then.
+    """The rounds of a federation until its adapter reaches the target, and one device's bytes until then.
 
     Attributes:
         seeds: Seeds in which it is reached; the others count for nothing.
@@ -48,14 +49,14 @@ class ArmSummary:
     """One arm.
 
     Attributes:
-        figures: ``mean``, ``p10`` (10th percentile) and ``worst`` test accuracy of the clients that are not unseen, and
-            the mean of those that are; NaN if there are none. Means over seeds.
-        public: Mean accuracy of the clients' classifiers on public texts.
+        figures: ``mean``, ``p10`` (10th percentile; of bits per byte the 90th) and ``worst`` test value of the clients
+            that are not unseen, and the mean of those that are; NaN if there are none. Means over seeds.
+        public: Mean value of the clients' models on public texts.
         forgotten: Of the test texts that the arm of kind base answers right, the share that this arm answers wrong; NaN
             without such an arm.
         aggregation_error: Mean over seeds; NaN if it was not measured.
         cost: Means over seeds.
-        reached: The rounds to the target accuracy; None if the arm has no rounds or the suite no target.
+        reached: The rounds to the target; None if the arm has no rounds or the suite no target.
         constants: That its search chose.
         candidates, search_cpu_seconds: Of its search.
     """
@@ -83,9 +84,10 @@ class PairSummary:
 
 @dataclass(frozen=True, slots=True)
 class SuiteSummary:
-    """A suite. ``clients`` and ``unseen`` are counted over all seeds."""
+    """A suite. ``clients`` and ``unseen`` are counted over all seeds; ``metric`` is a key of ``METRICS``."""
 
     name: str
+    metric: str
     seeds: tuple[int, ...]
     search_seeds: tuple[int, ...]
     target: float
@@ -112,6 +114,7 @@ def summarize(settings: SuiteSettings, found: Found) -> SuiteSummary:
     """
     _require_pairs(found)
     names = tuple(found)
+    metric = metric_of([result for _, results in found.values() for result in results.values()])
     draws, values, counts = {}, {}, {}
     for title in FIGURES:
         samples = samples_of(found, settings.seeds, unseen=title == "unseen")
@@ -125,16 +128,16 @@ def summarize(settings: SuiteSettings, found: Found) -> SuiteSummary:
         name: ArmSummary(
             kind=settings.arms[name].kind,
             figures={
-                title: estimate(float(values[title][i]), draws[title][i], counts[title])
+                title: metric.estimate(estimate(float(values[title][i]), draws[title][i], counts[title]))
                 if title in values
                 else Estimate(math.nan, math.nan, math.nan)
                 for title in FIGURES
             },
-            public=_mean([c.public.accuracy for r in results.values() for c in r.clients]),
+            public=_mean([metric.of(c.public) for r in results.values() for c in r.clients]),
             forgotten=_forgotten(found[base][1], results) if base else math.nan,
             aggregation_error=_mean([e for r in results.values() if (e := r.aggregation_error) is not None]),
             cost=_cost([result.cost for result in results.values()]),
-            reached=_reached([r.rounds for r in results.values()], settings.target)
+            reached=_reached([r.rounds for r in results.values()], settings.target, metric)
             if settings.target and settings.arms[name].kind.federated
             else None,
             constants=chosen.constants,
@@ -146,13 +149,14 @@ def summarize(settings: SuiteSettings, found: Found) -> SuiteSummary:
     clients = [c for result in next(iter(found.values()))[1].values() for c in result.clients]
     return SuiteSummary(
         name=settings.name,
+        metric=metric.name,
         seeds=settings.seeds,
         search_seeds=settings.search.seeds if any(arm.search for arm in settings.arms.values()) else (),
         target=settings.target,
         clients=len(clients),
         unseen=sum(c.unseen for c in clients),
         arms=arms,
-        pairs=_pairs(settings.pairs, names, values, draws, counts),
+        pairs=_pairs(settings.pairs, names, values, draws, counts, metric),
     )
 
 
@@ -169,16 +173,22 @@ def _require_pairs(found: Found) -> None:
 
 
 def samples_of(found: Found, seeds: Sequence[int], *, unseen: bool) -> list[Values]:
-    """For each seed the test accuracies of some clients, shape ``(arms, clients)``; none if there are no such clients.
+    """For each seed the test scores of some clients, shape ``(arms, clients)``; none if there are no such clients.
+
+    A score is an accuracy, or the negative of a loss in bits for each byte.
 
     Args:
         found: Of every arm.
         seeds: That ``found`` has.
         unseen: Whether of the unseen clients, or of the others.
     """
+    metric = metric_of([result for _, results in found.values() for result in results.values()])
     samples = [
         np.array(
-            [[c.test.accuracy for c in results[seed].clients if c.unseen is unseen] for _, results in found.values()]
+            [
+                [metric.score(c.test) for c in results[seed].clients if c.unseen is unseen]
+                for _, results in found.values()
+            ]
         )
         for seed in seeds
     ]
@@ -191,6 +201,7 @@ def _pairs(
     values: Mapping[str, Values],
     draws: Mapping[str, Values],
     counts: Mapping[str, int],
+    metric: Metric,
 ) -> tuple[PairSummary, ...]:
     found: list[dict[str, Difference]] = [{} for _ in pairs]
     for title in values:
@@ -199,7 +210,7 @@ def _pairs(
         chances = [p_value(each, counts[title]) for each in apart]
         for row, (i, j), each, p, adjusted in zip(found, places, apart, chances, holm(chances), strict=True):
             interval = estimate(float(values[title][i] - values[title][j]), each, counts[title])
-            row[title] = Difference(interval.value, interval.low, interval.high, p, adjusted)
+            row[title] = metric.difference(Difference(interval.value, interval.low, interval.high, p, adjusted))
     return tuple(PairSummary(*pair, row) for pair, row in zip(pairs, found, strict=True))
 
 
@@ -224,11 +235,11 @@ def _cost(costs: Sequence[Cost]) -> Cost:
     )
 
 
-def _reached(runs: Sequence[Sequence[RoundPoint]], target: float) -> Reached:
+def _reached(runs: Sequence[Sequence[RoundPoint]], target: float, metric: Metric) -> Reached:
     found = []
     for points in runs:
         for before, point in pairwise((RoundPoint(0, None, 0.0), *points)):  # a round states what it began with
-            if point.accuracy is not None and point.accuracy >= target:
+            if point.value is not None and metric.reached(point.value, target):
                 found.append((before.round, before.bytes))
                 break
     return Reached(len(found), _mean([rounds for rounds, _ in found]), _mean([size for _, size in found]))

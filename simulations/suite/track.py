@@ -1,7 +1,7 @@
 """Send what a suite found to the experiment tracker that a team uses: MLflow or TensorBoard.
 
-An arm with a seed is a run: its constants, its figures, its costs and the accuracy of each round. Nothing leaves the
-machine, unless ``MLFLOW_TRACKING_URI`` names a server.
+An arm with a seed is a run: its constants, its figures, its costs and its rounds. Nothing leaves the machine,
+unless ``MLFLOW_TRACKING_URI`` names a server.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aggregation.errors import ConfigError
+from simulations.suite.metric import metric_of
 from simulations.suite.outcome import TrialResult
 from simulations.suite.settings import SuiteSettings
 from simulations.suite.statistics import STATISTICS, figure
@@ -29,17 +30,18 @@ class TrackedRun:
         name: Such as ``personal-seed-0``.
         settings: Arm, kind, seed, and the keys that the arm sets or its search chose.
         metrics: Figures that are finite.
-        accuracies: Round → accuracy of the adapter it began with, where one was published.
+        by_round: Name and values of what the adapters do that the rounds begin with, where one was published.
     """
 
     name: str
     settings: dict[str, str]
     metrics: dict[str, float]
-    accuracies: dict[int, float]
+    by_round: tuple[str, dict[int, float]]
 
 
 def tracked_runs(settings: SuiteSettings, found: Found) -> Iterator[TrackedRun]:
     """The runs of a finished suite, arm by arm."""
+    key = _key(found)
     for place, (name, (chosen, results)) in enumerate(found.items()):
         arm = settings.arms[name]
         keys = {**settings.set, **arm.set, **chosen.constants}
@@ -48,20 +50,26 @@ def tracked_runs(settings: SuiteSettings, found: Found) -> Iterator[TrackedRun]:
                 f"{name}-seed-{seed}",
                 {"arm": name, "kind": arm.kind.value, "seed": str(seed), **{k: str(v) for k, v in keys.items()}},
                 _metrics(found, place, seed, result),
-                {point.round: point.accuracy for point in result.rounds if point.accuracy is not None},
+                (f"round_{key}", {point.round: point.value for point in result.rounds if point.value is not None}),
             )
 
 
 def _metrics(found: Found, place: int, seed: int, result: TrialResult) -> dict[str, float]:
-    figures = {}
+    figures, metric = {}, metric_of([result])
     for title in FIGURES:
         if samples := samples_of(found, [seed], unseen=title == "unseen"):
             statistic = STATISTICS["mean" if title == "unseen" else title]
-            figures[f"accuracy_{title}"] = float(figure(samples, statistic)[place])
+            figures[f"{_key(found)}_{title}"] = metric.sign * float(figure(samples, statistic)[place])
     cost = result.cost
     spent = {"epochs": cost.epochs, "steps": cost.steps, "cpu_seconds": cost.cpu_seconds}
     traffic = {"bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down} if result.rounds else {}
     return {name: value for name, value in {**figures, **spent, **traffic}.items() if math.isfinite(value)}
+
+
+def _key(found: Found) -> str:
+    """The name of the suite's metric, as trackers take it."""
+    results = [result for _, by_seed in found.values() for result in by_seed.values()]
+    return metric_of(results).name.replace(" ", "_")
 
 
 def to_mlflow(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
@@ -87,8 +95,9 @@ def to_mlflow(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
             with mlflow.start_run(run_name=run.name):
                 mlflow.log_params(run.settings)
                 mlflow.log_metrics(run.metrics)
-                for number, accuracy in run.accuracies.items():
-                    mlflow.log_metric("round_accuracy", accuracy, step=number)
+                key, values = run.by_round
+                for number, value in values.items():
+                    mlflow.log_metric(key, value, step=number)
     except MlflowException as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"MLflow at {place} did not take the runs: {reason}", about=SERVER) from error
@@ -115,8 +124,9 @@ def to_tensorboard(name: str, runs: Iterator[TrackedRun], folder: Path) -> str:
             writer.add_text("settings", text)
             for key, value in run.metrics.items():
                 writer.add_scalar(key, value, 0)
-            for number, accuracy in run.accuracies.items():
-                writer.add_scalar("round_accuracy", accuracy, number)
+            name_of_round, values = run.by_round
+            for number, value in values.items():
+                writer.add_scalar(name_of_round, value, number)
     return str(place)
 
 

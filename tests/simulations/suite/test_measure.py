@@ -1,7 +1,6 @@
 """A trial measures what a run measures, by the same code; and each arm is trained on what it should be."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -220,17 +219,6 @@ def test_an_error_of_a_scenario_is_the_outcome_of_its_trial(store: Store, scenar
 
 
 @pytest.mark.parametrize("count", [1, 200, 201, 1000])
-def test_no_more_public_texts_are_asked_than_the_limit(count: int, make_answer: Callable[..., Any]) -> None:
-    score = make_answer(count)
-    assert 100 < score.public.count <= measure.MOST_PUBLIC or score.public.count == count
-
-
-@pytest.fixture
-def make_answer(population: Population) -> Callable[..., Any]:
-    def make(count: int) -> Any:
-        client = population.clients[0]
-        public = [population.public[i % len(population.public)] for i in range(count)]
-        zeros = lambda texts: np.zeros((len(texts), len(population.labels)), np.float32)  # noqa: E731
-        return measure._score(client, zeros, public)
-
-    return make
+def test_no_more_public_texts_are_asked_than_the_limit(count: int, population: Population) -> None:
+    asked = measure._asked([population.public[i % len(population.public)] for i in range(count)])
+    assert 100 < len(asked) <= measure.MOST_PUBLIC or len(asked) == count

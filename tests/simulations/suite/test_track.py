@@ -48,7 +48,7 @@ def test_a_run_has_the_keys_figures_costs_and_rounds_of_its_arm_and_seed(suite: 
     assert run.metrics["accuracy_mean"] == pytest.approx((0.6 + 0.7) / 2)
     assert run.metrics["accuracy_unseen"] == pytest.approx(0.9)
     assert run.metrics["bytes_up"] == 20
-    assert run.accuracies == {2: 0.75}
+    assert run.by_round == ("round_accuracy", {2: 0.75})
     assert "bytes_up" not in runs["base-seed-0"].metrics
 
 
