@@ -24,6 +24,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # st
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0  # beyond, an adapter is broken rather than badly calibrated
 PeftType = Annotated[str, Field(pattern=r"^[A-Z0-9_]{1,64}$")]
 RuntimeVersion = Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")]
+Epsilon = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, allow_inf_nan=False)]
 Format = Literal["fp32", "fp16", "int8", "int4"]  # how an adapter file stores numbers (``quantization.py``)
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -194,11 +195,12 @@ class AdapterManifest(Manifest):
     rank: Count
     labels: tuple[str, ...]
     temperature: Temperature  # divides a classifier's logits (``adapters.calibration``); 1 if it is not calibrated
+    epsilon: Epsilon | None  # of a federation with differential privacy, as of ``VersionManifest``; None: no bound
 
     @property
     def content(self) -> str:
-        """SHA-256 of what the adapter is, whatever its name, version and number format: tensors, scaling, labels
-        and temperature.
+        """SHA-256 of what the adapter is, whatever its name, version, number format and epsilon: tensors, scaling,
+        labels and temperature.
         """
-        same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": ""}
+        same = {"name": "", "version": 0, "sha256": "", "size": 0, "format": "", "epsilon": None}
         return hashlib.sha256(jsontext.encode(asdict(self) | same)).hexdigest()

@@ -50,6 +50,7 @@ def _verified(library: "Library", name: str) -> dict[str, Any]:
         "format": manifest.format,
         "rank": manifest.rank,
         "bytes": manifest.size,
+        "epsilon": manifest.epsilon,
         "sha256": manifest.sha256,
         "labels": list(manifest.labels),
     }
@@ -58,8 +59,14 @@ def _verified(library: "Library", name: str) -> dict[str, Any]:
 def _described(adapter: dict[str, Any]) -> str:
     if "refused" in adapter:
         return f"{adapter['name']}  refused: {adapter['refused']}"
+    privacy = f"{_privacy(adapter['epsilon'])}  " if adapter["kind"] == "global" else ""
     labels = f"{len(adapter['labels'])} labels  " if adapter["labels"] else ""
     return (
         f"{adapter['name']}  {adapter['kind']}  version {adapter['version']}  {adapter['format']}  "
-        f"rank {adapter['rank']}  {labels}{adapter['bytes']:,} bytes  {adapter['sha256'][:12]}"
+        f"rank {adapter['rank']}  {labels}{privacy}{adapter['bytes']:,} bytes  {adapter['sha256'][:12]}"
     )
+
+
+def _privacy(epsilon: float | None) -> str:
+    """What an adapter may say about one device whose updates are in it."""
+    return click.style("privacy none", bold=True) if epsilon is None else f"epsilon {epsilon:.2f}"

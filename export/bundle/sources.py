@@ -32,6 +32,7 @@ class Origin:
     task: Task | None  # what it was trained for, if the source states it
     tensors: Tensors = field(repr=False)  # under peft's names
     shares_a: bool = False  # as ``PeftFolder`` states it
+    epsilon: float | None = None  # of the sums that it was made from, as its version's manifest states it
 
 
 def fitted(origin: Origin, base_digest: str, slots: Mapping[str, Sequence[str]]) -> Origin:
@@ -80,6 +81,7 @@ def from_registry(state_dir: Path, version: int | None, trust: Path | None) -> O
         None,
         None,
         tensors,
+        epsilon=found.epsilon,
     )
 
 

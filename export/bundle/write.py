@@ -51,6 +51,7 @@ class AdapterSource:
     peft_config: PeftConfig | None = None  # without it, an export to peft folds the scaling into B
     temperature: float = 1.0  # of a classifier's probabilities (``adapters.calibration``)
     adapter_inputs: AdapterInputs | None = None  # of the model that the tensors come from; None: the exported base's
+    epsilon: float | None = None  # of the sums that it was made from; None: nothing bounds it
 
 
 def write_bundle(
@@ -229,6 +230,7 @@ def source_of(name: str, origin: Origin, *, parent: str | None = None, temperatu
         origin.peft_config,
         temperature,
         AdapterInputs.of_tensors(origin.peft_config, origin.tensors),
+        origin.epsilon if parent is None else None,  # of what a device fitted to its own examples, nothing is bounded
     )
 
 
@@ -341,6 +343,7 @@ def _adapter_files(
         rank=rank,
         labels=source.labels,
         temperature=source.temperature,
+        epsilon=source.epsilon,
     )
     contents = {adapter_path(source.name): blob, manifest_path(source.name): manifest.sign(key)}
     return {path.as_posix(): content for path, content in contents.items()}

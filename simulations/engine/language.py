@@ -23,7 +23,7 @@ from simulations.engine import provision
 from simulations.engine.groups import grouped
 from simulations.engine.personal import generator
 from simulations.engine.progress import RunProgress
-from simulations.engine.run import RESULT, RunFolder, evaluated_of, federate_groups, logged, prepare
+from simulations.engine.run import RESULT, RunFolder, canary_bounds, evaluated_of, federate_groups, logged, prepare
 from simulations.report.authors import AuthorResult, LanguageResult
 from simulations.scenario import Scenario
 
@@ -109,20 +109,26 @@ def run_language_model(
         with folder.timed("prepare"), progress.stage("prepare"):
             base = find_base(scenario.base.model)
             prepare(folder.path, scenario, population, base)
-        federate_groups(folder, population, grouped(population, scenario.groups), base, progress, on_ray=on_ray)
+        groups = grouped(population, scenario.groups)
+        federate_groups(folder, population, groups, base, progress, on_ray=on_ray)
         with folder.timed("personal"):
             clients = _personal_steps(folder, population, base, progress)
-    registry = provision.registry(folder.path)
+        canaries = canary_bounds(folder, groups)
+    registry, privacy = provision.registry(folder.path), scenario.federation.privacy
+    rounds = registry.rounds()
     last = (registry.latest() or registry.version(0)).manifest
     result = LanguageResult(
         scenario=scenario.name,
         seed=scenario.seed,
         population=len(population.clients),
         clients=clients,
-        rounds=len(registry.rounds()),
+        rounds=len(rounds),
+        epsilon=rounds[-1].epsilon if rounds else None,
+        delta=privacy.delta if privacy.noisy else None,
         adapter={"version": last.version, "sha256": last.sha256, "bytes": last.size},
         base={"digest": base.digest, "bytes": base.weight_bytes},
         seconds=dict(folder.seconds),
+        canaries=canaries,
     )
     storage.replace(folder.path / RESULT, json.dumps(result.to_json(), indent=2).encode())
     return result

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from simulations.report.result import ARMS
+from simulations.report.result import ARMS, CanaryBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,12 @@ class LanguageResult:
     population: int  # clients in all
     clients: tuple[AuthorResult, ...]  # that were evaluated
     rounds: int
+    epsilon: float | None  # what all sums may have revealed of a device; None without differential privacy
+    delta: float | None  # for which epsilon is stated
     adapter: dict[str, int | str]  # version, sha256, bytes
     base: dict[str, int | str]  # digest, bytes
     seconds: dict[str, float]
+    canaries: CanaryBounds | None = None  # as of ``RunResult``
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""

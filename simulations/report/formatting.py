@@ -157,13 +157,15 @@ def formatted_groups(result: RunResult) -> str:
     return "; ".join(parts)
 
 
-def privacy(result: RunResult) -> tuple[str, str]:
-    """The epsilon of all rounds, or none; and what that means."""
-    known = [r.epsilon for r in result.rounds if r.epsilon is not None]
-    if result.delta is None or not known:
+def privacy(epsilon: float | None, delta: float | None, rounds: int) -> tuple[str, str]:
+    """The epsilon of all rounds, or none; and what that means.
+
+    >>> privacy(6.071, 1e-6, 2)
+    ('epsilon 6.07', 'for delta 1e-06 after 2 rounds, for everything of one device')
+    """
+    if delta is None or epsilon is None:
         return "none", "nothing bounds what the sums say about one device"
-    rounds = count(len(result.rounds), "round")
-    return f"epsilon {known[-1]:.2f}", f"for delta {result.delta:g} after {rounds}, for everything of one device"
+    return f"epsilon {epsilon:.2f}", f"for delta {delta:g} after {count(rounds, 'round')}, for everything of one device"
 
 
 def canaries(found: CanaryBounds) -> tuple[str, str]:

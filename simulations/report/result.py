@@ -106,6 +106,12 @@ class RunResult:
     canaries: CanaryBounds | None = None  # None if none were asked for, or without differential privacy
     groups: tuple[GroupResult, ...] = ()  # none if all clients share one adapter; ``adapter`` is that of the first
 
+    @property
+    def epsilon(self) -> float | None:
+        """What all sums may have revealed of a device; None without differential privacy."""
+        known = [each.epsilon for each in self.rounds if each.epsilon is not None]
+        return known[-1] if known else None
+
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         return {

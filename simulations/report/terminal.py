@@ -34,7 +34,7 @@ from simulations.report.formatting import (
     share,
     size,
 )
-from simulations.report.result import ARMS, RunResult, summary
+from simulations.report.result import ARMS, CanaryBounds, RunResult, summary
 from simulations.scenario import AdapterSettings, Scenario
 
 NOTES = {
@@ -93,9 +93,9 @@ def print_clients(summary: DataSummary, console: Console) -> None:
     console.print(table)
 
 
-def _print_lines(found: Iterable[tuple[str, str]], console: Console) -> None:
+def _print_lines(found: Iterable[tuple[str, str | Text]], console: Console) -> None:
     for label, text in found:
-        line = Text.assemble((f"{label:<{LABEL}}", "dim"), printable(text))
+        line = Text.assemble((f"{label:<{LABEL}}", "dim"), printable(text) if isinstance(text, str) else text)
         console.print(line, soft_wrap=True, highlight=False)
 
 
@@ -208,8 +208,7 @@ def _facts(result: RunResult, program: str) -> list[tuple[str, str | Text]]:
         ("up", _traffic(traffic.up, traffic.model)),
         ("down", _traffic(traffic.down, traffic.model)),
         ("dropouts", dropouts(result.rounds)),
-        ("privacy", Text.assemble((privacy(result)[0], "bold"), f": {privacy(result)[1]}")),
-        *(zip(("canaries", ""), canaries(result.canaries), strict=True) if result.canaries else ()),
+        *_privacy(result.epsilon, result.delta, len(result.rounds), result.canaries),
         ("time", _time(result.seconds)),
         ("parity", _parity(result.parity)),
         ("exported", accuracies(result.parity)),
@@ -220,6 +219,15 @@ def _facts(result: RunResult, program: str) -> list[tuple[str, str | Text]]:
         ("report", result.report),
         ("try", command(result, program)),
     ]
+
+
+def _privacy(
+    epsilon: float | None, delta: float | None, rounds: int, bounds: CanaryBounds | None
+) -> list[tuple[str, str | Text]]:
+    """What the rounds may have revealed of a device, and what canaries say to it."""
+    amount, meaning = privacy(epsilon, delta, rounds)
+    lines = zip(("canaries", ""), canaries(bounds), strict=True) if bounds else ()
+    return [("privacy", Text.assemble((amount, "bold"), f": {meaning}")), *lines]
 
 
 def _traffic(value: float, model: float) -> str:
@@ -261,5 +269,10 @@ def print_authors(result: LanguageResult, console: Console) -> None:
     adapter = result.adapter
     made = f"version {adapter['version']} after {count(result.rounds, 'round')}, {size(int(adapter['bytes']))}"
     note = evaluated(len(result.clients), result.population)
-    facts = [("adapter", made), ("time", duration(result.seconds["total"])), *([("evaluated", note)] if note else [])]
+    facts = [
+        ("adapter", made),
+        *_privacy(result.epsilon, result.delta, result.rounds, result.canaries),
+        ("time", duration(result.seconds["total"])),
+        *([("evaluated", note)] if note else []),
+    ]
     _print_lines(facts, console)

@@ -60,6 +60,7 @@ ADAPTER = AdapterManifest(
     rank=8,
     labels=("HassTurnOn",),
     temperature=1.25,
+    epsilon=6.0,
 )
 DOCUMENTS = [VERSION, BASE, ADAPTER]
 KEY = IdentityKey.generate(SystemEntropy())

@@ -59,7 +59,7 @@ SLOTS = {
 CONFIG = PeftConfig(
     "LORA", 3, 4.5, ("query", "value"), rank_pattern=(("value", 2),), alpha_pattern=(("value", 2e-05),), use_rslora=True
 )
-VERSION, TEMPERATURE = 7, 1.25
+VERSION, TEMPERATURE, EPSILON = 7, 1.25, 6.5
 TOKENS = ("input_ids", "attention_mask")
 SEEN = "trust.seen.json"
 VENDOR, OWNER = bundle_cases.key("vendor"), bundle_cases.key("owner")
@@ -170,7 +170,8 @@ def write(folder: Path) -> None:
     write_bundle(folder / "bundle", base, [], key=VENDOR)
     for form in FORMATS:
         parent = None if form == "fp32" else "ab" * 32
-        source = AdapterSource(form, values, LABELS, VERSION, digest, parent, CONFIG, TEMPERATURE)
+        epsilon = EPSILON if form == "fp32" else None  # that of the global one
+        source = AdapterSource(form, values, LABELS, VERSION, digest, parent, CONFIG, TEMPERATURE, epsilon=epsilon)
         signer = OWNER if form == "int4" else VENDOR
         add_adapter(folder / "bundle", base.adapter_inputs, source, key=signer, form=form)
     (folder / TRUST).write_bytes(VENDOR.public.to_pem() + OWNER.public.to_pem())

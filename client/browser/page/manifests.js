@@ -61,6 +61,7 @@ const ADAPTER = {
   rank: count,
   labels: listOf(string),
   temperature: between(0.05, 20), // adapters/manifest.py
+  epsilon: orNull(between(0, Number.MAX_VALUE)),
 };
 
 /** `name`, if an adapter and its two files can have it on any system. Throws ConfigError. */

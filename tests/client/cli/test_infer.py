@@ -10,7 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from aggregation.errors import EdgeAdaptError
+from aggregation.pki.identity import IdentityKey
 from client.cli import device
+from tests.support.bundles import resign
 
 Done = subprocess.CompletedProcess[str]
 
@@ -100,6 +102,17 @@ def test_adapters_are_listed_with_what_was_verified(with_anna: Path) -> None:
         "personal",
         "global",
     ]
+
+
+def test_the_listing_has_the_epsilon_of_a_global_adapter_or_says_that_nothing_bounds_it(
+    with_anna: Path, vendor: IdentityKey
+) -> None:
+    personal, shared = run("adapters", "--bundle", with_anna).output.splitlines()
+    assert "privacy none" in shared
+    assert "privacy" not in personal
+    resign(with_anna, vendor, epsilon=6.071)
+    assert "epsilon 6.07 " in run("adapters", "--bundle", with_anna).output
+    assert [each["epsilon"] for each in adapters("adapters", "--bundle", with_anna, "--json")] == [None, 6.071]
 
 
 def test_a_listing_names_the_adapters_that_fail_verification_and_fails(with_anna: Path) -> None:

@@ -25,6 +25,7 @@ from export.parity.compare import Parity
 from simulations.cli.simulate import read_scenario
 from simulations.engine import provision, publish
 from tests.support import refused
+from tests.support.bundles import stated
 from tests.support.trial import SCENARIO
 
 Outcome = tuple[int, str, str]
@@ -270,6 +271,9 @@ def test_a_run_with_noise_has_the_bound_of_its_canaries_which_a_resumed_one_keep
     found = json.loads(out)
     assert found["canaries"]["account"] == found["rounds"][-1]["epsilon"]
     assert 0 <= found["canaries"]["gaussian"] < found["canaries"]["account"]
+    assert stated(tmp_path / "run" / "bundle").epsilon == found["canaries"]["account"]
+    own = next((tmp_path / "run").glob("devices/*/bundle"))
+    assert (stated(own).epsilon, stated(own, "personal").epsilon) == (found["canaries"]["account"], None)
     code, out, _ = run("simulate", scenario, "--out", tmp_path / "run", "--resume", "--json", *changes)
     assert json.loads(out)["canaries"] == found["canaries"]
     report = (tmp_path / "run" / "report.html").read_text()

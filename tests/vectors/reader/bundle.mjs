@@ -50,6 +50,7 @@ const ADAPTER = {
   rank: integer,
   labels: listOf(text),
   temperature: number(0.05, 20),
+  epsilon: orNull(number(0, Number.MAX_VALUE)),
 };
 
 /**
@@ -173,9 +174,9 @@ function readSeen(raw) {
   return seen;
 }
 
-/** The digest of what an adapter is, whatever its name, version and number format. */
+/** The digest of what an adapter is, whatever its name, version, number format and epsilon. */
 function contentOf(manifest) {
-  const blank = { name: "", sha256: "", format: "", version: 0n, size: 0n };
+  const blank = { name: "", sha256: "", format: "", version: 0n, size: 0n, epsilon: null };
   const written = { ...blank, temperature: Number(manifest.get("temperature")) };
   return sha256(canonical(new Map([...manifest, ...Object.entries(written)])));
 }
