@@ -16,6 +16,7 @@ from scipy.special import ive, logsumexp
 
 from aggregation.errors import ConfigError
 from aggregation.privacy.accounting import ORDERS, Mechanism, NoisySum, Spent, calibrated
+from aggregation.privacy.rounding import norm_squared
 from tests.support import refused
 
 SKELLAM, GAUSSIAN = Mechanism.SKELLAM, Mechanism.DISCRETE_GAUSSIAN
@@ -107,6 +108,31 @@ def test_ten_sums_cost_no_less_than_by_the_privacy_loss_distribution_and_little_
     one = privacy_loss_distribution.from_two_probability_mass_functions(*both, value_discretization_interval=1e-3)
     tight = one.self_compose(10).get_epsilon_for_delta(DELTA)
     assert tight <= Spent.on([one_sum(3600.0, shift**2)] * 10).epsilon(DELTA) <= 1.12 * tight
+
+
+# Of the accounting code that the authors of both papers published: github.com/google-research/federated, commit
+# 5e27a86, distributed_dp/accounting_utils.py, _skellam_rdp and compute_rdp_dgaussian after rounded_l2_norm_bound, with
+# the β of aggregation.privacy.rounding. Steps for a weight unit, clip norm, numbers, devices, deviation of the noise of
+# one device; divergences of Skellam and of discrete Gaussian noise for the orders 2, 8 and 32.
+PUBLISHED = [
+    ((100, 1.0, 1_000, 100, 0.05), (4.274546, 17.09711, 68.38738), (4.27248, 17.08992, 68.35968)),
+    ((20, 0.5, 100_000, 1_000, 0.1), (6.435102, 25.73438, 102.9315), (6.431485, 25.72594, 102.9038)),
+    ((1_000, 0.1, 84_864, 300, 0.01), (1.071102, 4.284275, 17.13697), (1.071022, 4.284087, 17.13635)),
+    ((10, 5.0, 1_000, 400, 0.1), (7.517853, 30.03678, 120.1125), (7.584222, 30.33689, 120.358)),
+]
+
+
+@pytest.mark.parametrize(("given", "skellam", "gaussian"), PUBLISHED)
+def test_the_curves_are_those_of_the_code_that_the_papers_authors_published(
+    given: tuple[int, float, int, int, float], skellam: tuple[float, ...], gaussian: tuple[float, ...]
+) -> None:
+    """Their bounds on the norm are no whole numbers; ours is the whole number below."""
+    steps, clip_norm, size, devices, deviation = given
+    longest = norm_squared(steps * clip_norm, size)
+    for mechanism, expected in ((SKELLAM, skellam), (GAUSSIAN, gaussian)):
+        curve = NoisySum(mechanism, size, longest, (steps * deviation) ** 2, devices).curve()
+        found = [float(curve[ORDERS.index(order)]) for order in (2, 8, 32)]
+        assert found == pytest.approx(expected, rel=1 / longest + 1e-6)
 
 
 @pytest.mark.parametrize(("multiplier", "rounds"), itertools.product((1.0, 2.0, 20.0), (1, 10)))
