@@ -65,4 +65,5 @@ def parity(
         f"{measured} ({pair.base.profile} base, {form} adapter, {len(lines)} texts)",
         as_json,
     )
-    gate(measured, limits_of(pair.base.profile, pair.base.task))
+    limits = limits_of(pair.base.profile, pair.base.task)
+    gate(measured, limits, epsilon=pair.adapter.manifest.epsilon)

@@ -287,8 +287,14 @@ def _in_torch(model: PeftModel, rows: Sequence[Sequence[int]], *, together: bool
     yield from (found[row] for row in range(len(rows)))
 
 
-def gate(parity: Parity, limits: Limits) -> None:
+def gate(parity: Parity, limits: Limits, *, epsilon: float | None = None) -> None:
     """Return if the files may ship.
+
+    Args:
+        parity: As measured.
+        limits: Of the profile.
+        epsilon: As the adapter's manifest states it. With the noise of differential privacy, the labels of a classifier
+            are near ties where the noise is as large as the update, and rounding turns them.
 
     Raises:
         ParityError: A measure exceeds ``limits`` or is NaN; ``value`` names the fields of ``Parity`` that do.
@@ -305,9 +311,16 @@ def gate(parity: Parity, limits: Limits) -> None:
     if not parity.mixed_diff <= MIXED_LIMIT:
         broken["mixed_diff"] = f"in a mixed batch {parity.mixed_diff:.3g} from the answer alone, at most {MIXED_LIMIT}"
     if broken:
+        remedy = "export with another profile or adapter format"
+        if epsilon is not None:
+            remedy += (
+                f". The adapter has the noise of differential privacy (epsilon {epsilon:.2f}): where it outweighs the "
+                "update (edgeadapt privacy plan), answers are near ties, which rounding turns; take profile fp32, more "
+                "devices, fewer rounds or a larger epsilon"
+            )
         raise ParityError(
             f"the exported files are too far from torch on {parity.count} answers ({'; '.join(broken.values())}); "
-            "export with another profile or adapter format",
+            f"{remedy}",
             about="parity",
             value=tuple(broken),
         )

@@ -1,12 +1,15 @@
 """The coordinator's account of what its sums reveal is that of its logs, and an audit recomputes it from them alone."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from adapters.layout import Layout, TensorSpec
 from aggregation.errors import ConfigError, TrustError
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
@@ -53,6 +56,27 @@ def test_an_audit_finds_the_recorded_epsilon_from_the_logs_alone(fleet_of: Fleet
         require_recorded([*records[:-1], more], reports)
     with refused(TrustError, "record.epsilon", value=3):
         require_recorded([*records[:-1], replace(records[-1], epsilon=None)], reports)
+
+
+def test_a_device_of_sampled_cohorts_is_charged_for_its_own_rounds_without_amplification() -> None:
+    """Ten devices out of forty in each of eight rounds; the settings calibrate to a device that is in all of them."""
+    settings = FederationSettings.parse(
+        {"rounds": 8, "privacy": {"mechanism": "skellam", "epsilon": 8.0}, "aggregation": {"clip_norm": 1.0}}, "test"
+    )
+    spec = settings.session_spec(10, Layout((TensorSpec("a", (500,)),)), "b" * 64, 8)
+    rng, account, names = np.random.default_rng(0), Account(), [f"device-{number}" for number in range(40)]
+    cohorts = [rng.choice(names, 10, replace=False).tolist() for _ in range(8)]
+    for cohort in cohorts:
+        account = account.after(spec, cohort)
+    rounds = Counter(name for cohort in cohorts for name in cohort)
+    one = spec.spent(10)
+    assert {name: spent.epsilon(1e-6) for name, spent in account.spent.items()} == {
+        name: pytest.approx(one.times(count).epsilon(1e-6)) for name, count in rounds.items()
+    }
+    most = max(rounds.values())
+    assert 1 < most < 8
+    assert account.epsilon(spec) == pytest.approx(one.times(most).epsilon(1e-6))
+    assert one.times(most).epsilon(1e-6) < one.times(8).epsilon(1e-6) < settings.privacy.epsilon
 
 
 def test_without_noise_no_epsilon_is_claimed(fleet_of: FleetOf) -> None:

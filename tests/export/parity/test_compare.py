@@ -84,6 +84,12 @@ def test_the_gates_line_names_measure_limit_and_remedy() -> None:
     assert caught.value.exit_code == 6
 
 
+def test_the_gates_line_names_the_noise_of_an_adapter_with_differential_privacy() -> None:
+    with pytest.raises(ParityError, match=r"noise of differential privacy \(epsilon 6\.07\).*profile fp32"):
+        gate(replace(AT_LIMIT, agreement=0.975), LIMIT, epsilon=6.071)
+    gate(AT_LIMIT, LIMIT, epsilon=6.071)
+
+
 @pytest.mark.parametrize("found", [Parity(math.nan, 0, 1), Parity(1, math.nan, 1), Parity(1, 0, 1, math.nan, 2.0)])
 def test_a_measure_that_is_nan_does_not_pass(found: Parity) -> None:
     with pytest.raises(ParityError):
