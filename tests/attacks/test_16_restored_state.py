@@ -23,6 +23,7 @@ from aggregation.messages import Shares
 from aggregation.ring import Ring
 from aggregation.steps import BODY, RECORD, Step
 from client.node import app as device_app
+from client.node import step as device_step
 from client.node.snapshot import Snapshot
 from client.node.statedir import EXAMPLES, SNAPSHOT, TRAINING_KEY, DeviceStateDir
 from client.training.examples import Example, write_examples
@@ -119,14 +120,14 @@ def test_without_the_snapshot_the_difference_of_two_answers_is_that_of_two_updat
 ) -> None:
     """As it was: the device trains on the examples that its file has now."""
     plain: list[Ring] = []
-    train = device_app.train
+    train = device_step.train
 
     def trained(*given: Any) -> Any:
         vector, parts = train(*given)
         plain.append(vector.copy())
         return vector, parts
 
-    monkeypatch.setattr(device_app, "train", trained)
+    monkeypatch.setattr(device_step, "train", trained)
     load = DeviceStateDir.load_snapshot
 
     def current(state_dir: DeviceStateDir, share_key: bytes) -> Snapshot:
@@ -182,7 +183,7 @@ def test_a_restored_device_deals_its_shares_byte_for_byte_as_before(app_fleet_of
 def test_shares_that_are_dealt_anew_show_their_difference(
     app_fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_app, "_dealing", lambda joined, roster: SystemEntropy())
+    monkeypatch.setattr(device_step, "_dealing", lambda joined, roster: SystemEntropy())
     attack = attacked(app_fleet_of, Step.ROSTER)
     attack.restore(0)
     second = attack.answer(0)

@@ -15,6 +15,7 @@ from aggregation.ring import Ring
 from aggregation.server import AbortReason, RoundAborted, Unmasking
 from aggregation.steps import Step
 from client.node import app as device_app
+from client.node import step as device_step
 from client.node.adapterstate import AdapterState
 
 FleetOf = Callable[..., Any]
@@ -38,7 +39,7 @@ class Subtracting:
         self.vectors: dict[tuple[str, int], Ring] = {}  # device and round → what it sent under the mask, for comparison
         self.steps: dict[int, float] = {}  # round → step of its updates, in weight units
         self.device, self.bits, self.delta = "", 0, slice(0)
-        train, close = device_app.train, Unmasking.close
+        train, close = device_step.train, Unmasking.close
 
         def trained(base: Any, planned: Any, *given: Any) -> Any:
             spec = planned.spec.vector
@@ -58,7 +59,7 @@ class Subtracting:
                 return RoundAborted(AbortReason.TOO_FEW, "as the coordinator says", closed[0])
             return closed
 
-        monkeypatch.setattr(device_app, "train", trained)
+        monkeypatch.setattr(device_step, "train", trained)
         monkeypatch.setattr(Unmasking, "close", kept)
 
     def __call__(self, message: Message, context: Context) -> Message:

@@ -14,7 +14,7 @@ from aggregation.policy import Policy
 from aggregation.privacy.accounting import NOTHING, Mechanism, Spent
 from aggregation.spec import Privacy, SessionSpec
 from aggregation.vector import Segment, VectorSpec
-from client.node import app, privacyledger
+from client.node import privacyledger, step
 from client.node.privacyledger import PrivacyLedger, on_plan, on_survivors
 from client.node.statedir import LEDGER, DeviceSettings, DeviceStateDir
 from tests.support import refused
@@ -173,6 +173,6 @@ def test_a_kill_before_the_answer_leaves_counts_as_spent(fleet_of: FleetOf, monk
 
 def test_without_the_ledger_devices_would_go_on(fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privacyledger, "on_plan", lambda known, *_: known)
-    assert app.privacyledger is privacyledger
+    assert step.privacyledger is privacyledger
     fleet = noisy_fleet(fleet_of, maximum_epsilon=0.001)
     assert [record.version for record in fleet.federate(fleet.grid())] == [1, 2, 3, 4]
