@@ -102,6 +102,17 @@ class NetworkSettings(Settings):
     )
 
 
+class AttackSettings(Settings):
+    """Devices that lie in their updates, to measure what they cost the others."""
+
+    kind: Literal["none", "sign-flip", "label-flip", "boost"] = Field(
+        default="none",
+        description="how attackers lie: sign-flip (the negative of their update), label-flip (trained with each label "
+        "replaced by its mirror image in the list of labels), boost (ten times the update of label-flip) or none",
+    )
+    share: float = Field(default=0.1, gt=0, lt=0.5, description="share of the devices that are attackers, 0 to 1/2")
+
+
 class PersonalSettings(Settings):
     """The personal step: private training after the last round."""
 
@@ -216,6 +227,7 @@ class Scenario(Settings):
     federation: FederationSettings = FederationSettings()
     groups: GroupSettings = GroupSettings()
     network: NetworkSettings = NetworkSettings()
+    attack: AttackSettings = AttackSettings()
     personal: PersonalSettings = PersonalSettings()
     local: LocalSettings = LocalSettings()
     head: HeadSettings = HeadSettings()
@@ -226,6 +238,15 @@ class Scenario(Settings):
     def _groups_classifiers(self) -> Self:
         if self.groups.by != "none" and self.data.for_language_model:
             raise ValueError("groups are of classifiers' clients, and this is a language model: set groups.by to none")
+        return self
+
+    @model_validator(mode="after")
+    def _attacks_training(self) -> Self:
+        if self.attack.kind != "none" and (self.data.for_language_model or self.federation.analytic.rounds):
+            raise ValueError(
+                "attackers lie in the training rounds of classifiers: set attack.kind to none, or "
+                "federation.analytic.rounds to 0 in a scenario of a classifier"
+            )
         return self
 
     def located(self, folder: Path) -> Self:

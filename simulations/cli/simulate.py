@@ -120,6 +120,9 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, engine: str,
 
     if engine == "ray":
         require_ray()
+        if scenario.attack.kind != "none":
+            text = "attackers need the grid of this process: leave out --engine, or set attack.kind to none"
+            raise ConfigError(text, about="attack.kind", value=scenario.attack.kind)
     loaded = populate(scenario.data, scenario.population, scenario.seed)
     base, available = unrounded_base(scenario), available_memory()
     needed = estimate(scenario, loaded.population, base, cores() if engine == "ray" else 0)

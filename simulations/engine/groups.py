@@ -35,7 +35,12 @@ class Group:
     @property
     def devices(self) -> int:
         """Clients that take part in training."""
-        return _devices(self.population.clients)
+        return len(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the clients that take part in training."""
+        return tuple(client.name for client in self.population.clients if not client.unseen)
 
 
 def grouped(population: Population, settings: GroupSettings) -> tuple[Group, ...]:

@@ -17,7 +17,6 @@ from typing import Self
 
 import torch
 from flwr.app import Context, RecordDict
-from flwr.clientapp import ClientApp
 
 from adapters import jsontext
 from adapters.base import Base
@@ -33,6 +32,7 @@ from coordinator.app import app as server_app
 from coordinator.registry import Registry
 from simulations.data.population import Population
 from simulations.engine import provision
+from simulations.engine.attackers import LyingApp, attackers
 from simulations.engine.bases import device_base, training_base
 from simulations.engine.canaries import audited
 from simulations.engine.devices import MemoryDevices
@@ -285,7 +285,8 @@ def federate(
         number: client.name for number, client in enumerate(population.clients, SERVER_NODE + 1) if not client.unseen
     }
     trained_on = device_base(folder.path, folder.scenario, base, population)
-    devices, client_app = MemoryDevices(enrolment.state_dir, trained_on), ClientApp()
+    devices = MemoryDevices(enrolment.state_dir, trained_on)
+    client_app = LyingApp(folder.scenario.attack.kind, attackers(folder.scenario, nodes.values()))
     register(client_app, devices.open)
     faults = _faults(folder.scenario, {node: trace[name] for node, name in nodes.items() if name in trace})
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})
@@ -340,6 +341,7 @@ def _result(
     exported: ExportOutcome,
 ) -> RunResult:
     parity, scenario = exported.parity, folder.scenario
+    liars = [attackers(scenario, group.names) for group in groups]
     registries = [provision.registry(folder.of(group).path) for group in groups]
     registry, rounds = registries[0], [each.rounds() for each in registries]
     last = (registry.latest() or registry.version(0)).manifest
@@ -357,6 +359,8 @@ def _result(
             "elements": sum(tensor.size for tensor in registry.tensors(last.version).values()),
         },
         base={"digest": base.digest, "bytes": base.weight_bytes},
+        attack=scenario.attack.kind,
+        attackers=tuple(sorted(frozenset().union(*liars))),
         groups=tuple(_group_result(*each) for each in zip(groups, registries, rounds, strict=True) if each[0].name),
         bundle=str(exported.bundle),
         phrase="a text of your own" if scenario.data.given else "turn on the kitchen lights",

@@ -104,7 +104,13 @@ def headline(result: RunResult) -> str:
             f"; {count(unseen, 'client')} that took no part in training: "
             f"global {share(mean['global']['unseen'], 2)}, base {share(mean['base']['unseen'], 2)}"
         )
-    return f"{text}. {evaluated(len(result.clients), result.population)}".rstrip()
+    return f"{attack(result)}{text}. {evaluated(len(result.clients), result.population)}".rstrip()
+
+
+def attack(result: RunResult) -> str:
+    """How many devices lied, in capitals; empty if none did."""
+    found = len(result.attackers)
+    return f"UNDER ATTACK: {count(found, 'device')} lied in training ({result.attack}). " if found else ""
 
 
 def evaluated(clients: int, population: int) -> str:

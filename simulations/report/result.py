@@ -104,6 +104,8 @@ class RunResult:
     plain: dict[str, dict[str, int]]  # client → right and count of the plain phrases that its own adapter answers
     seconds: dict[str, float]  # total, training (all devices, in the rounds), coordination, personal, export
     canaries: CanaryBounds | None = None  # None if none were asked for, or without differential privacy
+    attack: str = "none"  # how the attackers lied in training
+    attackers: tuple[str, ...] = ()
     groups: tuple[GroupResult, ...] = ()  # none if all clients share one adapter; ``adapter`` is that of the first
 
     @property

@@ -124,6 +124,7 @@ def _plan(scenario: Scenario, out: Path, clients: int, memory: str, groups: str)
         ("rounds", f"{rounds}; {adversary} secure aggregation"),
         *([("", f"then {fitted} of the analytic head, without training")] if fitted else []),
         ("privacy", _noise(federation)),
+        *([("ATTACK", _attack(scenario))] if scenario.attack.kind != "none" else []),
         ("arms", f"base      the frozen model{head}, no training"),
         *(("", line) for line in _personal(scenario)),
         *([("evaluated", f"{most} of {clients} clients, chosen by the seed")] if clients > most else []),
@@ -156,6 +157,10 @@ def _personal(scenario: Scenario) -> list[str]:
         f"personal  global, then {of_personal} on own data",
         *(f"local, personal: {line}" for line in lines),
     ]
+
+
+def _attack(scenario: Scenario) -> str:
+    return f"{100 * scenario.attack.share:g} % of the devices lie in their updates: {scenario.attack.kind}"
 
 
 def _noise(federation: FederationSettings) -> str:
