@@ -114,8 +114,10 @@ def solved(
     - The noise in S is nearly a symmetric Gaussian matrix: its eigenvalues fill the semicircle of
       radius τ √(2 d) (Wigner), and their root mean square is τ √(d / 2). S is projected on the positive semidefinite
       matrices, which removes about half of it.
-    - The ridge regression towards the head before has the strength ``task.ridge`` · n + τ √(d / 2). So a direction in
-      which the embeddings of all devices count for less than the noise keeps the head before.
+    - The ridge regression towards the head before has the strength ``task.ridge`` · n + τ √(d / 2) · max(1, τ / C),
+      with the clip norm C. So a direction in which the embeddings of all devices count for less than the noise keeps
+      the head before. Where the noise is longer than a whole contribution, the strength is in proportion to its
+      variance, as that of the posterior mean of a regression with Gaussian noise and a Gaussian prior.
     - Directions that were not kept do not change.
 
     Args:
@@ -140,10 +142,11 @@ def solved(
     split = packed_size(kept)
     second = positive_part(unpack(flat[:split] / _weights(kept), kept))
     found = EmbeddingMoments(second, flat[split:].reshape(kept, head.labels), float(survivors))
-    noise = segment.noise * math.sqrt(survivors) * math.sqrt(kept / 2)
+    noise = segment.noise * math.sqrt(survivors)
+    strength = task.ridge * survivors + noise * math.sqrt(kept / 2) * max(1.0, noise / spec.clip_norm)
     weight = tensors[head.weight].astype(np.float64)
     rotated = np.array([rotation.rotate(row, seed) for row in weight])
     small = {head.weight: rotated[:, :kept].astype(np.float32), head.bias: tensors[head.bias]}
-    rotated[:, :kept] = refit(small, found, strength=task.ridge * survivors + noise, scale=task.scale)[head.weight]
+    rotated[:, :kept] = refit(small, found, strength=strength, scale=task.scale)[head.weight]
     fitted = np.array([rotation.rotate_back(row, seed) for row in rotated])
     return dithered(spec, task, tensors | {head.weight: fitted.astype(np.float32)}, sums, digest)

@@ -129,6 +129,33 @@ def test_a_head_that_does_not_allow_for_the_noise_is_worse(monkeypatch: pytest.M
     assert allowed > 0.5
 
 
+@pytest.mark.parametrize(("deviation", "times"), [(0.02, 1.0), (0.1, 0.1 * math.sqrt(DEVICES) / CLIP)])
+def test_noise_longer_than_a_contribution_has_a_strength_in_proportion_to_its_variance(
+    deviation: float, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, used, bare = task_of(), [], noisyhead.refit
+
+    def noted(*given: Any, strength: float, scale: float) -> Tensors:
+        used.append(strength)
+        return bare(*given, strength=strength, scale=scale)
+
+    monkeypatch.setattr(noisyhead, "refit", noted)
+    spec = spec_of(task, deviation)
+    noisyhead.solved(spec, task, BEFORE, summed(spec, task), DEVICES, ADAPTER)
+    expected = 1e-6 * DEVICES + times * deviation * math.sqrt(DEVICES * HIDDEN / 2)
+    assert used == [pytest.approx(expected, rel=1e-3)]  # the ring rounds the noise
+
+
+def test_a_good_head_is_not_lost_to_noise_that_drowns_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, spec = task_of(), spec_of(task_of(), 0.3)
+    good = BEFORE | {"classifier.weight": (2 * CENTERS).astype(np.float32)}
+    sums, bare = summed(spec, task), noisyhead.refit
+    assert accuracy(noisyhead.solved(spec, task, good, sums, DEVICES, ADAPTER)) > accuracy(good) - 0.05
+    weak = 0.3 * math.sqrt(DEVICES * HIDDEN / 2)
+    monkeypatch.setattr(noisyhead, "refit", lambda *given, **named: bare(*given, **{**named, "strength": weak}))
+    assert accuracy(noisyhead.solved(spec, task, good, sums, DEVICES, ADAPTER)) < accuracy(good) - 0.05
+
+
 def test_directions_that_were_not_kept_do_not_change() -> None:
     task, seed = task_of(11), rotation.seed(ADAPTER)
     before = BEFORE | {"classifier.weight": np.random.default_rng(0).normal(size=(LABELS, HIDDEN)).astype(np.float32)}
