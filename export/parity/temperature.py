@@ -10,15 +10,15 @@ import numpy as np
 
 from adapters.calibration import Calibration, calibrate
 from adapters.layout import Tensors
+from adapters.phrases import read_phrases
 from aggregation.errors import DataError
 from export.parity.compare import OnnxRunner
-from export.phrases import read_phrases
 
 FEWEST = 50  # phrases; fewer leave the calibration error itself uncertain
 
 
 def read_examples(path: Path, labels: Sequence[str]) -> list[tuple[str, int]]:
-    """The phrases in a file of ``export.phrases``, each with the number of its label among ``labels``.
+    """The phrases in a file of ``adapters.phrases``, each with the number of its label among ``labels``.
 
     Raises:
         ConfigError, DataError: As ``read_phrases``.

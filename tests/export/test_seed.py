@@ -12,9 +12,9 @@ from adapters.classifier import PhraseClassifier
 from adapters.peft import read_peft
 from adapters.peft.folder import LABELS
 from adapters.peftconfig import PeftConfig
+from adapters.phrases import read_phrases
 from adapters.pretrained import load
 from aggregation.errors import ConfigError, DataError
-from export.phrases import read_phrases
 from export.seed import write_seed
 from tests.support import refused
 

@@ -1,0 +1,45 @@
+"""Phrases with their labels, one pair a line: what an exporter learns from or measures on, and what a device is taught.
+
+A message names the line, and not the phrase: what a device is taught is private.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from adapters.storage import read_lines
+from aggregation.errors import DataError
+
+TAB = "\t"
+
+
+def read_phrases(path: Path) -> list[tuple[str, str]]:
+    """The labels and phrases in a file with one pair a line: the label, a tab, the phrase.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: A line has no tab, or nothing on one side of it; or as ``read_lines``.
+    """
+    return _pairs(read_lines(path, "phrase"), path)
+
+
+def parse_phrases(raw: bytes, path: Path) -> list[tuple[str, str]]:
+    """The labels and phrases in the content of such a file. Raises DataError as ``read_phrases``; there may be none."""
+    try:
+        lines = raw.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8", about=path.name) from error
+    return _pairs([line for line in lines if line.strip()], path)
+
+
+def _pairs(lines: Iterable[str], path: Path) -> list[tuple[str, str]]:
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        label, _, phrase = (part.strip() for part in line.partition(TAB))
+        if not label or not phrase:
+            raise DataError(
+                f"phrase {number} of {path} has not the form LABEL TAB PHRASE",
+                about=path.name,
+                value=number,
+            )
+        pairs.append((label, phrase))
+    return pairs
