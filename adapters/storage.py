@@ -1,8 +1,8 @@
 """Files and folders on disk: locked, read within a limit, and replaced whole or not at all.
 
 A kill at any instant leaves the old content or the new one. A folder that replaces another one may be left as
-``.NAME.previous`` by a kill between the two renames; ``locked_folder`` brings it back. A power cut is survived as well,
-except by what a simulation writes (``kill_safe``).
+``.NAME.previous`` by a kill between the two renames; ``locked_folder`` and ``restore`` bring it back. A power cut is
+survived as well, except by what a simulation writes (``kill_safe``).
 """
 
 import hashlib
@@ -203,6 +203,13 @@ def locked_folder(out: Path) -> Iterator[Path]:
             raise ConfigError(f"cannot write to {above} ({reason}): name another place", about=out.name) from error
         _repair(out)
         yield out
+
+
+def restore(out: Path) -> None:
+    """Bring back the folder ``out`` if a kill left it as ``.NAME.previous``. Raises as ``locked_folder``."""
+    if not out.exists() and _previous(out.resolve()).exists():
+        with locked_folder(out):
+            pass
 
 
 @contextmanager

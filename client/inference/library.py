@@ -42,6 +42,7 @@ from adapters.graphinputs import (
 )
 from adapters.layout import Floats, Tensors
 from adapters.manifest import AdapterManifest, BaseManifest, Task, check_name
+from adapters.storage import restore
 from aggregation.errors import ConfigError, DataError
 from client.inference.trust import Trust
 
@@ -278,6 +279,7 @@ class Library:
             ConfigError: The base is for another task, and the message names the command to use; or it needs a newer
                 ONNX Runtime.
         """
+        restore(bundle)
         if not bundle.is_dir():
             why = "it is not a folder" if bundle.exists() else "there is no such folder"
             raise DataError(f"{bundle} is not a bundle: {why}", about="bundle", value=str(bundle))
