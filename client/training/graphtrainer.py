@@ -14,13 +14,21 @@ from tokenizers import Tokenizer
 
 from adapters.bundle import MODEL, TOKENIZER, TRAINING, VerifiedBase
 from adapters.classifiergraph import ENCODER, LABELS, MAX_TOKENS, ClassifierGraph, open_session
-from adapters.graphinputs import LORA_A, LORA_B, PEFT_PREFIX, gradients_of_tensors, to_inputs
+from adapters.graphinputs import (
+    LORA_A,
+    LORA_B,
+    PEFT_PREFIX,
+    from_inputs,
+    gradients_of_tensors,
+    input_name,
+    to_inputs,
+)
 from adapters.layout import Floats, Layout, Tensors, TensorSpec
 from adapters.lorasb import frozen_factor, square_name, unfolded
 from adapters.parts import Part, part_of
 from adapters.peftconfig import PeftConfig
 from adapters.task import MAX_LOSS, Task
-from adapters.traininggraph import TrainingGraph, batch_of
+from adapters.traininggraph import TrainingGraph, batch_of, missing_slots
 from aggregation.errors import ConfigError, DataError
 from client.training.batches import batches
 from client.training.denormals import without_denormals
@@ -68,6 +76,9 @@ class GraphTrainer:
         except Exception as error:  # tokenizers and onnxruntime raise classes without a common base
             reason = f"the base in {base.folder} cannot be loaded for training: {' '.join(str(error).split())[:200]}"
             raise ConfigError(reason, about=TRAINING) from error
+        if missing := missing_slots(self._training, self._slots):
+            reason = f"the training graph in {base.folder} has no gradient of {missing[0]!r}: export the base again"
+            raise ConfigError(reason, about=TRAINING, value=missing)
         self._graph = ClassifierGraph(session, self._slots, base.manifest.independent_rows)
         base.check()
 
@@ -87,12 +98,51 @@ class GraphTrainer:
         tokens, labels = self._tokens([e.text for e in examples]), [e.label for e in examples]
 
         def gradients_of(values: Tensors, batch: list[int]) -> tuple[float, Tensors]:
-            return self._gradients(values, [tokens[i] for i in batch], [labels[i] for i in batch])
+            shares = [1 / len(batch)] * len(batch)
+            return self._gradients(values, [tokens[i] for i in batch], [labels[i] for i in batch], shares)
 
         order = batches([len(ids) for ids in tokens], task.batch_size, epochs, rng)
         begun = unfolded(start) if Part.R in task.trained else start
         with without_denormals():
             return descend(begun, order, gradients_of, task, step)
+
+    def gradients(
+        self, adapter: Tensors, examples: Sequence[Example], shares: Sequence[float]
+    ) -> tuple[float, Tensors]:
+        """The sum of each example's cross-entropy in nats times its share, and the gradient by each tensor.
+
+        Args:
+            adapter: All tensors, under peft's names.
+            examples: At least one.
+            shares: Of each example.
+
+        Raises:
+            DataError: The training graph does not run.
+        """
+        tokens = self._tokens([example.text for example in examples])
+        order = sorted(range(len(tokens)), key=lambda text: len(tokens[text]))
+        with without_denormals():
+            return self._gradients(
+                adapter, [tokens[i] for i in order], [examples[i].label for i in order], [shares[i] for i in order]
+            )
+
+    def tensors_of(self, inputs: Tensors) -> Tensors:
+        """The tensors, under peft's names, of an adapter that is given by graph input.
+
+        Raises:
+            DataError: It is of another layout: of other layers or ranks, or has what is no LoRA.
+        """
+        given = {name: value for name, value in inputs.items() if value.size}
+        if odd := sorted(set(given) - {input_name(spec.name) for spec in self.layout.tensors}):
+            reason = f"the adapter changes {odd[0]!r}, which a training graph cannot train with its method"
+            raise DataError(f"{reason}: use an adapter of plain LoRA", about=odd[0])
+        tensors = from_inputs(given, self._scaling)
+        self.layout.check(tensors)
+        return tensors
+
+    def inputs_of(self, adapter: Tensors) -> Tensors:
+        """The graph inputs of an adapter, one for each slot. Law: ``tensors_of(inputs_of(a))`` is ``a``, rounded."""
+        return self._inputs(adapter)
 
     def score(self, adapter: Tensors, examples: Sequence[Example]) -> Score:
         """Score an adapter on ``examples``. Arguments and result are those of ``Trainer.score``."""
@@ -129,16 +179,21 @@ class GraphTrainer:
         result: Floats = np.stack(rows)[np.argsort(order)]
         return result
 
-    def _gradients(self, values: Tensors, tokens: Sequence[list[int]], labels: Sequence[int]) -> tuple[float, Tensors]:
-        """The mean loss of a batch, and its gradients by peft's tensors, and by R for those that have one."""
+    def _gradients(
+        self, values: Tensors, tokens: Sequence[list[int]], labels: Sequence[int], shares: Sequence[float]
+    ) -> tuple[float, Tensors]:
+        """The loss of a batch, and its gradients by peft's tensors, and by R for those that have one."""
         squares = {name: values[square_name(name)] for name in values if square_name(name) in values and _is_b(name)}
         factors = {name: frozen_factor(name, values[name].shape) for name in squares}
         inputs = self._inputs(values | {name: values[name] + factors[name] @ r for name, r in squares.items()})
         loss, total = 0.0, dict[str, Floats]()
         for part in _parts(tokens):
-            shares = [1 / len(tokens)] * len(part)
-            batch = batch_of([tokens[i] for i in part], [labels[i] for i in part], shares)
-            some, found = self._training.gradients(batch, inputs)
+            batch = batch_of([tokens[i] for i in part], [labels[i] for i in part], [shares[i] for i in part])
+            try:
+                some, found = self._training.gradients(batch, inputs)
+            except Exception as error:  # onnxruntime raises classes without a common base
+                reason = f"the training graph in {self.base.folder} does not run ({' '.join(str(error).split())[:200]})"
+                raise DataError(f"{reason}: export the base again", about=TRAINING) from error
             loss += some
             total = {name: total[name] + value if total else value for name, value in found.items()}
         scaled = {name: value for name, value in total.items() if name not in self._empty}
