@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aggregation.errors import DataError
+from aggregation.errors import ConfigError, DataError
 from client.cli import options
 from client.cli.options import printable
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # slow to import, and not needed for --help
 @options.trust
 @click.option("--top", default=1, type=click.IntRange(1, 1000), metavar="N", help="Show the N most likely intents.")
 @click.option("--max-tokens", default=64, metavar="N", help="Limit of a continuation.", show_default=True)
+@click.option("--teach", "label", metavar="LABEL", help="LABEL is right: learn that on this device.")
 @options.as_json
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
 def infer(
@@ -38,6 +39,7 @@ def infer(
     trust: Path | None,
     top: int,
     max_tokens: int,
+    label: str | None,
     as_json: bool,
     texts: tuple[str, ...],
 ) -> None:
@@ -48,6 +50,8 @@ def infer(
     Probabilities are calibrated if the adapter was exported with --calibrate; --json states its temperature, which is 1
     if it was not.
 
+    With --teach, the private adapter learns the right intent of each TEXT at once (`edgeadapt device learn`).
+
     With a language model, continue each TEXT instead; `edgeadapt device chat` chats with it.
 
     \b
@@ -57,10 +61,14 @@ def infer(
       edgeadapt device infer --bundle runs/demo/devices/en-01/bundle --adapter global --adapter personal "movie night"
       edgeadapt device infer --bundle runs/demo/devices/en-01/bundle --compose global:0.5+personal "movie night"
       edgeadapt device infer --bundle runs/demo/bundle --json - < phrases.txt
+      edgeadapt device infer --bundle phone/bundle --teach HassTurnOn "make it bright in here"
     """
     from client.inference.library import Library
 
     phrases = _phrases(texts)
+    if label is not None:
+        _teach(bundle, names, compose, trust, phrases, label, as_json)
+        return
     library = Library.open(bundle, trust)
     adapters = (*names, *(() if compose is None else (compose,)))
     if library.manifest.task == "text-generation":
@@ -68,6 +76,23 @@ def infer(
     else:
         answers, lines = _classify(library, adapters, phrases, top), _table
     click.echo(json.dumps({"adapters": answers}, ensure_ascii=False) if as_json else "\n".join(lines(answers)))
+
+
+def _teach(
+    bundle: Path,
+    names: tuple[str, ...],
+    compose: str | None,
+    trust: Path | None,
+    phrases: list[str],
+    label: str,
+    as_json: bool,
+) -> None:
+    from client.cli.learn import teach
+    from client.learning import Correction
+
+    if compose is not None or len(names) > 1:
+        raise ConfigError("one adapter learns at a time: name it with --adapter, without --compose", about="--teach")
+    teach(bundle, trust, names[0] if names else None, [Correction(text, label) for text in phrases], as_json)
 
 
 def _phrases(texts: Sequence[str]) -> list[str]:

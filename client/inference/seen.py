@@ -47,6 +47,11 @@ class SeenVersions:
         """Return if ``accept`` would. Raises TrustError as it does, and notes nothing."""
         _is_new(self._read(), manifest)
 
+    def highest(self, base_digest: str, name: str) -> int:
+        """The highest version of an adapter that was accepted; 0 if none was. Raises TrustError as ``accept``."""
+        seen = self._read().get(base_digest, {}).get(name)
+        return seen.version if seen else 0
+
     def accept(self, manifest: AdapterManifest) -> None:
         """Note the version of a verified manifest, if it is the highest so far.
 

@@ -6,9 +6,10 @@ from typing import Literal
 import click
 
 from adapters.base import find_base
-from adapters.bundle import TRAINING
+from adapters.bundle import PHRASES, TRAINING
 from adapters.keyfiles import read_key
 from adapters.manifest import Task
+from adapters.phrases import read_phrases
 from aggregation.errors import ConfigError
 from export.cli.options import FOLDER, PROFILE, from_folder, out_json, print_result, profiled, progress, signed_by
 
@@ -51,6 +52,12 @@ TASKS = ("text-classification", "text-generation")
     default=None,
     help="Of a classifier: with a graph by which devices train adapters without torch. Default: if it can be made.",
 )
+@click.option(
+    "--phrases",
+    type=FOLDER,
+    metavar="FILE",
+    help="Public phrases that devices rehearse when they learn: lines of a label, a tab and a phrase.",
+)
 @click.option("--out", type=FOLDER, required=True, metavar="BUNDLE", help="The bundle; its base is replaced.")
 @signed_by
 @out_json
@@ -64,6 +71,7 @@ def base(
     head: Literal["own", "mean"] | None,
     max_rank: int | None,
     training: bool | None,
+    phrases: Path | None,
     out: Path,
     key_file: Path,
     as_json: bool,
@@ -82,6 +90,7 @@ def base(
     from export.bundle.write import check_place, folder_above, write_bundle
 
     signer = read_key(key_file)
+    public = read_phrases(phrases) if phrases else []
     check_place(out)  # before the slow imports and the export
     origin = from_peft(peft_folder, 1, ()) if peft_folder else None
     from export.bundle.base import export_named, wanted
@@ -98,8 +107,13 @@ def base(
     found = find_base(name)  # converting a GGUF file shows a progress bar of its own
     origin = resolved(origin, found) if origin else None
     want = wanted(found, origin, task=task, targets=given, kinds=slots, head=head, max_rank=max_rank)
+    if public and want.task == "text-generation":
+        raise ConfigError("--phrases are for a classifier; leave them out", about="--phrases")
     with progress(f"exporting {name} as {profile or PROFILE}") as report:
         exported = export_named(name, profile or PROFILE, want, folder_above(out), report, training=training)
+    if public:
+        content = "".join(f"{label}\t{phrase}\n" for label, phrase in public)
+        exported = exported.with_file(PHRASES, content.encode())
     write_bundle(out, exported, [], key=signer, once=True)
     manifest, size = exported.manifest, exported.size
     row = {name: getattr(manifest, name) for name in ("base_digest", "task", "profile", "files", "max_rank")}

@@ -1,9 +1,10 @@
 """An exported base: its files, and what is needed to encode adapters for it. Imports no framework."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Self
 
 from adapters.base import Base
 from adapters.bundle import MODEL
@@ -107,6 +108,10 @@ class ExportedBase:
             self.opset,
             dict(self.merged),
         )
+
+    def with_file(self, name: str, content: bytes) -> Self:
+        """With one more file in the same folder."""
+        return replace(self, digests={**self.digests, **written(self.folder, {name: content})})
 
     def read(self, name: str) -> bytes:
         """The content of a file."""

@@ -16,7 +16,9 @@ from transformers import AutoModel
 
 from adapters import files
 from adapters.base import Base
+from adapters.bundle import PHRASES, Bundle
 from adapters.classifier import PhraseClassifier, load, tensors
+from adapters.keyfiles import read_key
 from adapters.layout import Layout, Tensors
 from adapters.manifest import AdapterManifest, VersionManifest
 from adapters.peftconfig import PeftConfig
@@ -240,6 +242,15 @@ def test_a_base_is_exported_before_its_adapters(export: Run, shop: Path, tiny_ba
     into = ("adapter", "--registry", shop / "fleet", "--bundle", shop / "new", "--key", shop / "key.pem")
     export(*into).refused(5, "rank")
     assert not (shop / "new" / "adapters").exists()
+
+
+def test_public_phrases_are_a_signed_file_of_the_base(export: Run, shop: Path, tiny_base: Base) -> None:
+    (shop / "public.tsv").write_text("Light\tlights on\n\n Music \t play music \n")
+    out, key = shop / "learns", shop / "key.pem"
+    done = export("base", "--base", tiny_base.folder, "--phrases", shop / "public.tsv", "--out", out, "--key", key)
+    assert done.code == 0, done.err
+    base = Bundle(out, (read_key(key).public,)).base()
+    assert base.read(PHRASES) == b"Light\tlights on\nMusic\tplay music\n"
 
 
 def test_the_help_has_examples(export: Run) -> None:

@@ -1,0 +1,95 @@
+"""``edgeadapt device learn``: teaches the private adapter of a bundle what a person corrects, or takes it back."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aggregation.errors import ConfigError
+from client.cli import options
+from client.cli.options import printable
+
+if TYPE_CHECKING:  # slow to import, and not needed for --help
+    from client.learning import Answers, Correction, Learned
+
+
+@click.command()
+@options.bundle
+@click.option("--adapter", "name", metavar="NAME", help="The adapter that learns. Default: the one in use.")
+@options.trust
+@click.option("--undo", is_flag=True, help="Go back to the adapter before the last lesson.")
+@options.as_json
+@click.argument("file", required=False, type=options.FILE, metavar="[FILE]")
+def learn(bundle: Path, name: str | None, trust: Path | None, undo: bool, as_json: bool, file: Path | None) -> None:
+    """Learn the corrections in FILE, lines of a label, a tab and a phrase: the private adapter of the bundle is tuned
+    on this device, and is in use at once.
+
+    A bundle without a private adapter gets one, made from the adapter in use. What is learned stays on this device, in
+    the folder 'learned' next to the bundle. The base must have a training graph (`edgeadapt export base --training`).
+
+    Printed are the corrections, and which of the other known phrases are answered otherwise than before.
+
+    \b
+    Examples:
+      edgeadapt device learn --bundle phone/bundle corrections.tsv
+      edgeadapt device infer --bundle phone/bundle --teach HassTurnOn "make it bright in here"
+      edgeadapt device learn --bundle phone/bundle --undo
+    """
+    if undo == (file is not None):
+        raise ConfigError("name a FILE of corrections, or --undo what was learned last", about="--undo")
+    if file is not None:
+        from adapters.phrases import read_phrases
+        from client.learning import Correction
+
+        teach(bundle, trust, name, [Correction(text, label) for label, text in read_phrases(file)], as_json)
+        return
+    from client.learning import Learner
+
+    with Learner.open(bundle, trust, name) as learner:
+        undone = learner.undo()
+    if as_json:
+        click.echo(json.dumps(asdict(undone), ensure_ascii=False))
+    else:
+        click.echo(f"{undone.adapter} version {undone.version} is in use, without what was learned last:")
+        click.echo("\n".join(f"{one.label}  {_line(one.text)}" for one in undone.corrections))
+
+
+def teach(bundle: Path, trust: Path | None, name: str | None, corrections: "list[Correction]", as_json: bool) -> None:
+    """Learn corrections, and print what that did. Raises as ``Learner.open`` and ``Learner.teach``."""
+    from client.learning import Learner
+
+    with Learner.open(bundle, trust, name) as learner:
+        learned = learner.teach(corrections)
+    click.echo(json.dumps(_row(learned), ensure_ascii=False) if as_json else "\n".join(_lines(learned)))
+
+
+def _row(learned: "Learned") -> dict[str, Any]:
+    found = asdict(learned)
+    for answers in (*found["taught"], *found["changed"]):
+        for when in ("before", "after"):
+            answers[when]["probability"] = round(answers[when]["probability"], 6)
+    return found | {"seconds": round(learned.seconds, 3)}
+
+
+def _lines(learned: "Learned") -> list[str]:
+    known = sum(one.after.label == one.label for one in learned.taught)
+    lines = [
+        f"{learned.adapter} version {learned.version}: {known} of {len(learned.taught)} learned, "
+        f"{learned.steps} steps, {learned.seconds:.1f} s",
+        *map(_change, learned.taught),
+    ]
+    if learned.tested:
+        lines.append(f"{len(learned.changed)} of {learned.tested} other known phrases are answered otherwise")
+    wrong = (f"  forgotten: {one.label}" if one.after.label != one.label else "" for one in learned.changed)
+    return lines + [f"{_change(one)}{note}" for one, note in zip(learned.changed, wrong, strict=True)]
+
+
+def _change(one: "Answers") -> str:
+    before, after = (f"{answer.label} {answer.probability:.1%}" for answer in (one.before, one.after))
+    return f"{before} → {after}  {_line(one.text)}"
+
+
+def _line(text: str) -> str:
+    return " ".join(printable(text).split())

@@ -1,0 +1,128 @@
+"""What a device was taught: corrections, and the adapters before the last of them, encrypted in a file next to the
+bundle.
+
+A lesson is one run of learning. It keeps the adapter that was in use before, so that it can be undone. The file is
+written before the bundle: after a kill between the two, the last lesson made no adapter, which
+``LessonHistory.current`` finds.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Self
+
+from aggregation import sealed, wire
+from aggregation.errors import DataError
+from aggregation.wire import Codec
+from client.training.examples import MAX_TEXT
+
+MAX_LESSONS = 8  # that can be undone
+MAX_CORRECTIONS = 512  # that are kept; the oldest are dropped
+MAX_AT_ONCE = 64
+MAX_FILE = 2**26  # bytes of an adapter before a lesson
+_MAGIC = b"edgeadapt/learned/1\x00"
+
+
+def _utf8(limit: int) -> Codec[str]:
+    raw = wire.blob(limit)
+    return Codec(lambda out, value: raw.write(out, value.encode()), lambda source: raw.read(source).decode())
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """A phrase, and the label that a person gave it. ``repr`` shows neither."""
+
+    text: Annotated[str, _utf8(4 * MAX_TEXT)] = field(repr=False)
+    label: Annotated[str, _utf8(2**12)] = field(repr=False)
+
+
+_CORRECTIONS = wire.sequence(wire.record(Correction), MAX_CORRECTIONS + MAX_AT_ONCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """The private adapter before a lesson: its signed manifest and its file."""
+
+    manifest: Annotated[bytes, wire.blob(2**22)] = field(repr=False)
+    blob: Annotated[bytes, wire.blob(MAX_FILE)] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One run of learning.
+
+    Attributes:
+        corrections: What was taught.
+        made: SHA-256 of the file of the adapter that it made.
+        used: SHA-256 of the file of the adapter that was in use before.
+        before: That adapter; None if it was not private, so that undoing deletes the private one.
+    """
+
+    corrections: Annotated[tuple[Correction, ...], _CORRECTIONS]
+    made: Annotated[str, wire.text("[0-9a-f]{64}")]
+    used: Annotated[str, wire.text("[0-9a-f]{64}")]
+    before: Annotated[Before | None, wire.optional(wire.record(Before))]
+
+
+@dataclass(frozen=True, slots=True)
+class LessonHistory:
+    """What a device was taught. Law: ``open(seal(h, k), k) == h``.
+
+    Attributes:
+        kept: Corrections of lessons that cannot be undone any more, oldest first.
+        lessons: Those that can be, oldest first.
+    """
+
+    kept: Annotated[tuple[Correction, ...], _CORRECTIONS] = ()
+    lessons: Annotated[tuple[Lesson, ...], wire.sequence(wire.record(Lesson), MAX_LESSONS)] = ()
+
+    @property
+    def corrections(self) -> tuple[Correction, ...]:
+        """All of them, oldest first; of a text that was corrected twice, the newest."""
+        every = [*self.kept, *(one for lesson in self.lessons for one in lesson.corrections)]
+        return tuple({one.text: one for one in every}.values())
+
+    def current(self, used: str) -> Self:
+        """The history of the adapter that is in use: a last lesson that made none is left out.
+
+        If none of the lessons made the adapter, as after another one was installed, none can be undone.
+
+        Args:
+            used: SHA-256 of its file.
+        """
+        if not self.lessons or self.lessons[-1].made == used:
+            return self
+        if self.lessons[-1].used == used:
+            return replace(self, lessons=self.lessons[:-1])
+        return replace(self, kept=self.corrections[-MAX_CORRECTIONS:], lessons=())
+
+    def then(self, lesson: Lesson) -> Self:
+        """With one more lesson; of the oldest one, if it is one too many, only the corrections are kept."""
+        lessons = (*self.lessons, lesson)
+        dropped, lessons = lessons[:-MAX_LESSONS], lessons[-MAX_LESSONS:]
+        kept = (*self.kept, *(one for old in dropped for one in old.corrections))
+        return replace(self, kept=kept[-MAX_CORRECTIONS:], lessons=lessons)
+
+    def undone(self) -> tuple[Lesson, Self]:
+        """The last lesson, and the history without it.
+
+        Raises:
+            DataError: No lesson is left.
+        """
+        if not self.lessons:
+            raise DataError("there is nothing to undo: the adapter in use was not learned here", about="--undo")
+        return self.lessons[-1], replace(self, lessons=self.lessons[:-1])
+
+    def seal(self, key: bytes) -> bytes:
+        """Encrypt it. ``key``: 32 bytes that never leave the device."""
+        return sealed.seal_record(_CODEC, self, key, _MAGIC)
+
+    @classmethod
+    def open(cls, raw: bytes, key: bytes) -> "LessonHistory":
+        """Decrypt it.
+
+        Raises:
+            TrustError: It was altered, or sealed with another key.
+        """
+        return sealed.open_record(_CODEC, raw, key, _MAGIC)
+
+
+_CODEC: Codec[LessonHistory] = wire.record(LessonHistory)
