@@ -5,6 +5,7 @@ The grid may be Flower's own or a simulated one.
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from flwr.app import Context
@@ -12,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from adapters.roundrecord import RoundRecord
 from aggregation.errors import ConfigError
+from coordinator.launch import GATEWAY as GATEWAY
 from coordinator.launch import STATE as STATE
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir
@@ -31,14 +33,25 @@ def main(grid: Grid, context: Context) -> None:
             f"the run configuration needs {STATE!r}: the coordinator's state directory", about=STATE, value=folder
         )
     state_dir = CoordinatorStateDir.open(Path(folder))
-    for record in run(state_dir, grid):
-        log.info(
-            "round %d of %d: %s",
-            record.round,
-            state_dir.settings.rounds,
-            record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts",
-            extra={"record": record, "rounds": state_dir.settings.rounds},
-        )
+    address = context.run_config.get(GATEWAY)
+    with joined(grid, state_dir, address) if isinstance(address, str) and address else nullcontext(grid) as whole:
+        for record in run(state_dir, whole):
+            log.info(
+                "round %d of %d: %s",
+                record.round,
+                state_dir.settings.rounds,
+                record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts",
+                extra={"record": record, "rounds": state_dir.settings.rounds},
+            )
+
+
+@contextmanager
+def joined(grid: Grid, state_dir: CoordinatorStateDir, address: str) -> Iterator[Grid]:
+    """``grid`` together with light devices at a gateway at ``address``, while the block runs."""
+    from coordinator.gateway.grid import JoinedGrid, serving  # a coordinator without a gateway needs no gRPC services
+
+    with serving(state_dir, address, own_process=False) as light:
+        yield JoinedGrid(grid, light)
 
 
 def run(state_dir: CoordinatorStateDir, grid: Grid) -> Iterator[RoundRecord]:

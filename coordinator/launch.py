@@ -23,6 +23,7 @@ from aggregation.errors import EdgeAdaptError
 
 BUNDLE = Path(__file__).parent / "flower"
 STATE = "coordinator-state"  # key of the run configuration: the coordinator's state directory
+GATEWAY = "coordinator-gateway"  # key of the run configuration: where the coordinator listens for light devices, if so
 OURS = "edgeadapt"  # the connection's name in a configuration that is made here
 FLWR = (sys.executable, "-c", "from flwr.cli.app import app; app()")
 COMPLETED = "finished:completed"
@@ -35,15 +36,21 @@ class Connection:
     name: str
     environment: Mapping[str, str]
 
-    def start(self, state_dir: Path) -> str:
+    def start(self, state_dir: Path, gateway: str | None = None) -> str:
         """Submit a run for the coordinator's state directory. Returns Flower's id of it.
+
+        Args:
+            state_dir: Of the coordinator.
+            gateway: ``HOST:PORT`` at which the run listens for light devices as well.
 
         Raises:
             EdgeAdaptError: The SuperLink cannot be reached, or refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "run.toml"  # a file, because Flower's own parser takes no quotes in a value
-            config.write_text(f"{STATE} = {toml_value(str(state_dir.resolve()))}\n", encoding="utf-8")
+            values = {STATE: str(state_dir.resolve())} | ({GATEWAY: gateway} if gateway else {})
+            lines = (f"{key} = {toml_value(value)}\n" for key, value in values.items())
+            config.write_text("".join(lines), encoding="utf-8")
             found = self._json("run", str(BUNDLE), self.name, "--run-config", str(config))
         return str(found["run-id"])
 

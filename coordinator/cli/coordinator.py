@@ -152,7 +152,7 @@ def tls_request(state_dir: Path, name: str) -> None:
 
 @coordinator.command(short_help="Run the rounds on a Flower SuperLink, or over the gateway.")
 @directory
-@click.option("--gateway", metavar="HOST:PORT", help="Listen here for light devices, instead of using a SuperLink.")
+@click.option("--gateway", metavar="HOST:PORT", help="Listen here for light devices.")
 @click.option("--superlink", metavar="HOST:PORT", help="Address of the SuperLink.")
 @click.option("--root-certificates", type=FILE, metavar="FILE", help="Authority of its TLS certificate, PEM.")
 @click.option("--insecure", is_flag=True, help="Connect without TLS: for a trial on one machine.")
@@ -173,7 +173,8 @@ def run(
     until enough are connected. Ctrl-C ends the run; a round that is under way is lost.
 
     On a Flower SuperLink, the SuperLink starts the coordinator's process, so it must find DIR under the same path.
-    Ctrl-C ends the display, not the run ('flwr stop' does).
+    Ctrl-C ends the display, not the run ('flwr stop' does). With --gateway as well, the run serves light devices and
+    SuperNodes in one cohort.
 
     After a failure repeat the command: finished rounds are in DIR. To add rounds, raise 'rounds' in
     DIR/federation.toml.
@@ -188,8 +189,9 @@ def run(
     from coordinator.statedir import CoordinatorStateDir
     from coordinator.status import lines_of, status_of
 
-    if sum(way is not None for way in (gateway, superlink, connection)) != 1:
-        raise ConfigError("give one of --gateway, --superlink and --connection", about="--superlink")
+    if (superlink and connection) or not (gateway or superlink or connection):
+        text = "give --gateway, --superlink or --connection; the first goes with one of the others"
+        raise ConfigError(text, about="--superlink")
     if superlink is None and (root_certificates or insecure):
         raise ConfigError("--root-certificates and --insecure go with --superlink", about="--connection")
     opened = CoordinatorStateDir.open(state_dir)
@@ -199,11 +201,11 @@ def run(
         way: AbstractContextManager[Connection] = nullcontext(Connection(connection or "", os.environ))
         if superlink is not None:
             way = connected(superlink, root_certificates, insecure=insecure)
-        if gateway is not None:
-            _serve(opened, gateway)
+        if superlink is None and connection is None:
+            _serve(opened, gateway or "")
         else:
             with way as flower:
-                _run(flower, state_dir)
+                _run(flower, state_dir, gateway)
         found = status_of(opened)
     if found["rounds_done"] < found["rounds_wanted"]:  # another run did not finish, or 'rounds' was raised meanwhile
         raise EdgeAdaptError(f"rounds are left: repeat 'edgeadapt coordinator run {state_dir}'", about="rounds")
@@ -226,8 +228,8 @@ def _serve(state_dir: "CoordinatorStateDir", address: str) -> None:
             click.echo(f"round {record.round} of {state_dir.settings.rounds}: {survivors}", err=True)
 
 
-def _run(flower: "Connection", state_dir: Path) -> None:
-    run_id = flower.start(state_dir)
+def _run(flower: "Connection", state_dir: Path, gateway: str | None) -> None:
+    run_id = flower.start(state_dir, gateway)
     click.echo(f"run {run_id} has begun", err=True)
     try:
         flower.show_log(run_id)

@@ -30,14 +30,17 @@ from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot, ServerT
 from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
 
 RUN_ID = SERVER_NODE = 1
+PREFIX = "gateway-"  # of message ids; Flower's are hexadecimal
 GATHER = 0.005  # seconds for more answers, after the first: a look at 1000 requests for each answer takes longer
 LOOK = 0.2  # seconds between two looks whether enough devices are connected
 log = logging.getLogger("edgeadapt.gateway")
 
 
 @contextmanager
-def serving(state_dir: CoordinatorStateDir, address: str) -> Iterator["GatewayGrid"]:
+def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool = True) -> Iterator["GatewayGrid"]:
     """A grid over a gateway with the TLS files of a coordinator's state directory, while the block runs.
+
+    ``own_process``: as for ``GatewayGrid``.
 
     Raises:
         ConfigError: The directory has no TLS certificate, or as ``Gateway``.
@@ -51,7 +54,9 @@ def serving(state_dir: CoordinatorStateDir, address: str) -> Iterator["GatewayGr
     key, certificate = (storage.read(folder / name, MAX_PEM) for name in (TLS_KEY, TLS_CERTIFICATE))
     with of_file(folder / TLS_CERTIFICATE):
         verify_tls(state_dir.read_root(now), to_der(certificate), TlsRole.GATEWAY, now)
-    grid = GatewayGrid(address, ServerTls(key, certificate, state_dir.root.to_pem()), state_dir.read_root)
+    grid = GatewayGrid(
+        address, ServerTls(key, certificate, state_dir.root.to_pem()), state_dir.read_root, own_process=own_process
+    )
     log.info("listening at %s", f"{address.rpartition(':')[0]}:{grid.port}")
     try:
         yield grid
@@ -83,8 +88,16 @@ class ArrivalClock:
 class GatewayGrid(Grid):
     """Light devices as nodes. The node of a device follows from its certified name (``frames.node_of``)."""
 
-    def __init__(self, address: str, tls: ServerTls, read_root: ReadRoot, limits: GatewayLimits | None = None) -> None:
-        """Start a gateway. Arguments and errors as ``Gateway``."""
+    def __init__(
+        self,
+        address: str,
+        tls: ServerTls,
+        read_root: ReadRoot,
+        limits: GatewayLimits | None = None,
+        *,
+        own_process: bool = True,
+    ) -> None:
+        """Start a gateway. Arguments and errors as ``Gateway``; ``own_process``: Flower did not start this one."""
         self.clock = ArrivalClock()
         self._run = Run.create_empty(RUN_ID)
         self._numbers = itertools.count(1)
@@ -93,8 +106,8 @@ class GatewayGrid(Grid):
         self._early: dict[int, bytes | NoAnswer] = {}  # answers that came before their message was noted
         self._replies: dict[str, tuple[float, Message]] = {}  # message id → when it is void, reply not pulled yet
         self._devices: dict[int, str] = {}  # node → device
-        # Flower's Message reads the identity of the process.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
+        if own_process:  # Flower's Message reads the identity of the process
+            TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
         self._gateway = Gateway(address, tls, read_root, self._answered, limits)
 
     @property
@@ -105,6 +118,11 @@ class GatewayGrid(Grid):
     def close(self) -> None:
         """Stop the gateway."""
         self._gateway.close()
+
+    @property
+    def known(self) -> frozenset[int]:
+        """The nodes that were listed so far."""
+        return frozenset(self._devices)
 
     def await_devices(self, count: int) -> None:
         """Wait until so many devices are connected."""
@@ -149,7 +167,7 @@ class GatewayGrid(Grid):
             for message in batch:
                 number = numbers[self._devices[message.metadata.dst_node_id]]
                 if number is not None:
-                    pushed.append(str(next(self._numbers)))
+                    pushed.append(f"{PREFIX}{next(self._numbers)}")
                     message.metadata.__dict__["_message_id"] = pushed[-1]  # as Flower's own grids do
                     self._asked[number] = message
             now = self.clock.now()  # replies to an exchange that ended without them
@@ -166,15 +184,7 @@ class GatewayGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """See ``Grid``."""
-        left = set(self.push_messages(messages))
-        end = None if timeout is None else self.clock.now() + timeout
-        replies: list[Message] = []
-        while left and (end is None or self.clock.now() < end):
-            replies += self.pull_messages(left)
-            left -= {reply.metadata.reply_to_message_id for reply in replies}
-            if left:
-                self.clock.wait(1.0 if end is None else min(1.0, max(0.0, end - self.clock.now())))
-        return replies
+        return exchange(self, self.clock, messages, timeout)
 
     def _answered(self, number: int, answer: bytes | NoAnswer) -> None:
         with self._lock:
@@ -192,3 +202,68 @@ def _reply(message: Message, answer: bytes | NoAnswer) -> Message:
         return Message(RecordDict({RECORD: ConfigRecord({BODY: answer})}), reply_to=message)
     code = ErrorCode.NODE_UNAVAILABLE if answer.code is None else answer.code
     return Message(Error(code, answer.reason), reply_to=message)
+
+
+class JoinedGrid(Grid):
+    """SuperNodes and light devices in one cohort: a grid of Flower, and one over the gateway.
+
+    Its clock is the gateway's: an answer of a light device ends a wait. SuperNodes are looked for as often as on a grid
+    of their own.
+    """
+
+    def __init__(self, flower: Grid, light: GatewayGrid) -> None:
+        """Neither grid is closed here."""
+        self._flower, self._light = flower, light
+        self.clock = light.clock
+
+    def set_run(self, run: Run) -> None:
+        """See ``Grid``."""
+        self._flower.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """See ``Grid``."""
+        return self._flower.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See ``Grid``."""
+        return self._flower.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See ``Grid``: of both. A light device whose node is that of a SuperNode is not listed."""
+        flower = [*self._flower.get_node_ids()]
+        return [*flower, *(node for node in self._light.get_node_ids() if node not in flower)]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See ``Grid``."""
+        batch, light = list(messages), self._light.known
+        ours = [message for message in batch if message.metadata.dst_node_id in light]
+        others = [message for message in batch if message.metadata.dst_node_id not in light]
+        pushed = [*self._light.push_messages(ours)]  # first: light devices need not wait for the database of Flower
+        return [*pushed, *(self._flower.push_messages(others) if others else ())]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """See ``Grid``."""
+        ids = list(message_ids)
+        others = [number for number in ids if not number.startswith(PREFIX)]
+        found = [*self._light.pull_messages(number for number in ids if number.startswith(PREFIX))]
+        return [*found, *(self._flower.pull_messages(others) if others else ())]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """See ``Grid``."""
+        return exchange(self, self.clock, messages, timeout)
+
+
+def exchange(grid: Grid, clock: ArrivalClock, messages: Iterable[Message], timeout: float | None) -> list[Message]:
+    """Send messages, and wait for the replies, at most ``timeout`` seconds."""
+    left, replies = set(grid.push_messages(messages)), list[Message]()
+    end = None if timeout is None else clock.now() + timeout
+    while left and (end is None or clock.now() < end):
+        arrived = [*grid.pull_messages(left)]
+        replies += arrived
+        left -= {reply.metadata.reply_to_message_id for reply in arrived}
+        if left:
+            clock.wait(1.0 if end is None else min(1.0, max(0.0, end - clock.now())))
+    return replies

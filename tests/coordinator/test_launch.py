@@ -12,7 +12,7 @@ import pytest
 from adapters.settings import toml_value
 from aggregation.errors import EdgeAdaptError
 from coordinator import launch
-from coordinator.launch import STATE, Connection, connected
+from coordinator.launch import GATEWAY, STATE, Connection, connected
 from tests.support import refused
 
 FAKE = """
@@ -70,6 +70,17 @@ def test_a_run_is_started_with_the_bundle_and_the_state_directory(
     assert tomllib.loads((folder / "config.toml").read_text()) == {
         "superlink": {used: {"address": "127.0.0.1:8000", "root-certificates": str(tmp_path / "ca.pem")}}
     }
+
+
+def test_a_run_that_also_serves_light_devices_is_started_with_the_gateways_address(
+    flower: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = flower(run=STARTED)
+    Connection("mine", {"FLWR_HOME": str(tmp_path)}).start(tmp_path, "0.0.0.0:9443")
+    found = tomllib.loads((folder / "run.toml").read_text())
+    assert found == {STATE: str(tmp_path), GATEWAY: "0.0.0.0:9443"}
+    bundle = tomllib.loads((launch.BUNDLE / "pyproject.toml").read_text())
+    assert found.keys() == bundle["tool"]["flwr"]["app"]["config"].keys()  # Flower refuses other keys
 
 
 def test_without_tls_the_connection_must_say_so(flower: Callable[..., Path], tmp_path: Path) -> None:

@@ -42,10 +42,10 @@ def test_flower_finds_both_apps_in_the_installed_package(sent: dict[str, str]) -
     assert not warnings
 
 
-def test_the_bundle_takes_the_coordinators_folder_under_the_name_that_the_app_reads(sent: dict[str, str]) -> None:
-    from coordinator.app import STATE
+def test_the_bundle_takes_the_coordinators_folder_and_gateway_as_the_app_reads_them(sent: dict[str, str]) -> None:
+    from coordinator.app import GATEWAY, STATE
 
-    assert tomllib.loads(sent["pyproject.toml"])["tool"]["flwr"]["app"]["config"] == {STATE: ""}
+    assert tomllib.loads(sent["pyproject.toml"])["tool"]["flwr"]["app"]["config"] == {GATEWAY: "", STATE: ""}
 
 
 def test_the_bundles_version_is_the_packages() -> None:
