@@ -146,6 +146,25 @@ def test_scores_logits_and_embeddings_are_torchs(ours: GraphTrainer, theirs: Tra
     assert found.loss == pytest.approx(expected.loss, rel=1e-4)
 
 
+def test_the_loss_of_weighted_examples_is_their_weighted_cross_entropy(ours: GraphTrainer, start: Tensors) -> None:
+    shares = [0.5, 0.25, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0, 0.0]
+    losses = [ours.score(start, [example]).loss for example in EXAMPLES]
+    loss, gradients = ours.gradients(start, EXAMPLES, shares)
+    assert loss == pytest.approx(sum(share * one for share, one in zip(shares, losses, strict=True)), rel=1e-4)
+    counted = [0, 1, 3]
+    same = ours.gradients(start, [EXAMPLES[i] for i in counted], [shares[i] for i in counted])[1]
+    assert distance(gradients, same) < 1e-5
+    assert distance(gradients, ours.gradients(start, EXAMPLES, shares[::-1])[1]) > 1e-3
+
+
+def test_an_adapter_is_the_same_by_graph_input_and_under_pefts_names(ours: GraphTrainer, start: Tensors) -> None:
+    inputs = ours.inputs_of(start)
+    assert distance(ours.tensors_of(inputs), start) < 1e-6
+    extra = next(name for name in sorted(inputs) if not inputs[name].size)
+    with refused(DataError, extra):
+        ours.tensors_of(inputs | {extra: np.ones((*inputs[extra].shape[:1], 2), np.float32)})
+
+
 def test_the_layout_is_that_of_torchs_model(ours: GraphTrainer, theirs: Trainer) -> None:
     assert ours.layout == theirs.layout
 
