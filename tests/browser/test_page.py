@@ -14,6 +14,7 @@ from aggregation.pki.identity import IdentityKey
 from client.inference.session import ClassificationSession
 from export.bundle.write import AdapterSource, add_adapter, write_bundle
 from export.onnx.exported import ExportedBase
+from tests.support.bundles import resign
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +129,18 @@ def test_an_adapter_with_a_damaged_manifest_is_shown_with_the_reason_and_cannot_
     assert "not a signed document" in page.evaluate(f"{item}.textContent")
     choose(page, "anna")
     assert page.evaluate(SELECTED) == ["global"]
+
+
+def test_the_list_says_what_a_global_adapter_may_reveal_of_a_device(
+    page: Any, serve: Callable[[Path], str], both: Path, vendor: IdentityKey
+) -> None:
+    note, url = "document.querySelector('#adapters [data-name={}]').textContent", serve(both)
+    page.goto(url)
+    assert "global, without differential privacy, version" in page.evaluate(note.format("global"))
+    assert "personal, version" in page.evaluate(note.format("anna"))
+    resign(both, vendor, epsilon=6.071)
+    page.goto(url)
+    assert "global, epsilon 6.07, version" in page.evaluate(note.format("global"))
 
 
 def test_a_composition_answers_as_natively_and_the_answer_names_it(
