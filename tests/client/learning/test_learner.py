@@ -50,7 +50,7 @@ def trainable(model: PeftModel, tiny_base: Base, trace_once: object) -> Exported
 @pytest.fixture(scope="module")
 def drawn(model: PeftModel) -> AdapterSource:
     values = {name: value * np.float32(0.02 if "classifier" in name else 1) for name, value in draw(model, 0).items()}
-    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG)
+    return AdapterSource("global", values, LABELS, 3, "c" * 64, None, CONFIG, epsilon=3.0)
 
 
 @pytest.fixture
@@ -103,6 +103,7 @@ def test_a_correction_is_answered_from_then_on_and_undone(phone: Path) -> None:
     learned = teach(phone, label)
     assert answer(phone) == label
     assert (learned.adapter, learned.version) == ("personal", 4)
+    assert (stated(phone).epsilon, stated(phone, "personal").epsilon) == (3.0, None)
     (own,) = learned.taught
     assert (own.before.label, own.after.label) == (before, label)
     assert own.after.probability >= 0.8
