@@ -179,9 +179,16 @@ class Service:
                 self.hub.end(stream, error)
 
     def root(self, at: datetime) -> Root:
-        """The authority with its revocation list, read once a second at most: a list may be long."""
+        """The authority with its revocation list, read once a second at most: a list may be long.
+
+        Raises:
+            EdgeAdaptError: The list is damaged or has expired. It is no ``TrustError``, which would refuse the device.
+        """
         if self._root is None or not at - self._root[0] < timedelta(seconds=1):
-            self._root = at, self.read_root(at)
+            try:
+                self._root = at, self.read_root(at)
+            except TrustError as error:
+                raise EdgeAdaptError(str(error), about=error.about, value=error.value) from error
         return self._root[1]
 
     async def _peer(self, context: Context) -> tuple[str, bytes]:

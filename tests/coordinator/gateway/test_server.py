@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from adapters.gateway import frames
 from adapters.gateway import gateway_pb2 as pb
 from aggregation.entropy import SystemEntropy
-from aggregation.errors import ConfigError
+from aggregation.errors import ConfigError, TrustError
 from aggregation.pki import Authority
 from aggregation.pki.certificates import serial, to_der
 from aggregation.pki.revocation import Revocation
@@ -137,6 +137,17 @@ def test_a_port_in_use_or_a_wrong_key_is_refused(site: Site) -> None:
     for address, given in ((f"{HOST}:{site.gateway.port}", tls), (f"{HOST}:0", replace(tls, key=b"no key"))):
         with refused(ConfigError, "--gateway"):
             Gateway(address, given, lambda at: site.authority.root, lambda number, answer: None)
+
+
+def test_a_revocation_list_that_has_expired_refuses_no_device_for_good(site: Site) -> None:
+    def expired(at: datetime) -> Any:
+        raise TrustError("the revocation list has expired", about="revocation.expired")
+
+    other = Gateway(f"{HOST}:0", server_tls(site.authority), expired, lambda number, answer: None)
+    kitchen = LightDevice(other.port, site.authority, "kitchen")
+    assert kitchen.attend().refused()[0] is StatusCode.UNAVAILABLE
+    kitchen.close()
+    other.close()
 
 
 # Attacks: who may connect.
