@@ -86,7 +86,7 @@ class Service:
     read_root: ReadRoot
     limits: GatewayLimits
     began: float = field(default_factory=time.monotonic)
-    uploading: int = 0
+    _answers: dict[str, tuple[int, asyncio.Timeout]] = field(default_factory=dict)
     _buckets: dict[str, TokenBucket] = field(default_factory=dict)
     _root: tuple[datetime, Root] | None = None
 
@@ -137,17 +137,17 @@ class Service:
 
     async def answer(self, parts: AsyncIterator[bytes], context: Context) -> bytes:
         """Take the answer to the request under way."""
-        async with _answered(context), asyncio.timeout(self.limits.transfer):
+        async with _answered(context), asyncio.timeout(self.limits.transfer) as patience:
             stream = await self._stream(context)
             beginning = frames.beginning(await anext(parts, b""))
             self.hub.under_way(stream, beginning.request)
             if beginning.HasField("reason"):
                 found: bytes | NoAnswer = NoAnswer(beginning.reason.code, beginning.reason.text)
                 await _no_more(parts)
-            elif self.uploading + beginning.size > self.limits.uploading:
+            elif self._uploading(except_for=stream.credentials.device) + beginning.size > self.limits.uploading:
                 await _later(context, StatusCode.RESOURCE_EXHAUSTED, "too many answers at once", 2.0)
             else:
-                with self._receiving(beginning.size):
+                with self._receiving(stream.credentials.device, beginning.size, patience):
                     found = await _body(parts, beginning.size)
             self.hub.answer(stream, beginning.request, found)
         return bytes(pb.Receipt().SerializeToString())
@@ -205,13 +205,21 @@ class Service:
     async def _stream(self, context: Context) -> Stream:
         return self.hub.stream_of(*await self._peer(context))
 
+    def _uploading(self, except_for: str) -> int:
+        """Bytes of the answers that are being received, of all devices but one."""
+        return sum(size for device, (size, _) in self._answers.items() if device != except_for)
+
     @contextmanager
-    def _receiving(self, size: int) -> Iterator[None]:
-        self.uploading += size
+    def _receiving(self, device: str, size: int, patience: asyncio.Timeout) -> Iterator[None]:
+        """Count an answer while the block runs. An older one of the device, which may be half open, is out of time."""
+        if device in self._answers:
+            self._answers[device][1].reschedule(asyncio.get_running_loop().time())
+        mine = self._answers[device] = size, patience
         try:
             yield
         finally:
-            self.uploading -= size
+            if self._answers.get(device) is mine:
+                del self._answers[device]
 
 
 async def _body(parts: AsyncIterator[bytes], size: int) -> bytes:
