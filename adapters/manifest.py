@@ -121,7 +121,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class ServerRule:
-    """The server optimizer that made a version (``coordinator.optimizer``): its name, and its numbers by name."""
+    """A rule that made a version, the server optimizer or the combination of groups: its name, and its numbers by name.
+
+    ``coordinator.optimizer`` and ``coordinator.combination`` have the rules.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -144,6 +147,7 @@ class VersionManifest(Manifest):
     round: Count  # 0 for the seed
     plan: Sha256 | None  # digest of that round's plan, in which a log names the round; None for the seed
     rule: ServerRule | None  # of the server optimizer, from the sum to this version; None for the seed
+    combination: ServerRule | None  # of the means of groups; None where the round had one sum
     survivors: tuple[str, ...]  # devices whose updates are in the sum
     metrics: dict[str, float]  # means over the survivors, as unmasked
     epsilon: float | None  # what all sums so far may have revealed of a device, at most; None: nothing bounds it

@@ -9,13 +9,25 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field
 
 from adapters.manifest import Count, Manifest, Sha256, VersionManifest
 from aggregation.errors import DataError, TrustError
 from aggregation.pki.identity import PublicKey
 
 INTERRUPTED = "interrupted"  # why a log aborts a round that was under way when the process ended; it has no record
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecord:
+    """A group of a round: the devices in its sum, and how far its mean is from the combination, in weight units."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    survivors: tuple[str, ...]
+    distance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +50,12 @@ class RoundRecord(Manifest):
     root: Sha256  # of these entries
     survivors: tuple[str, ...]  # devices whose updates are in the sum
     dropped: dict[str, str]  # device that did not finish the round → the step at which it dropped out
+    groups: tuple[GroupRecord, ...]  # with a sum of their own each; empty if the round had one sum
     blamed: tuple[str, ...]  # devices found to have dealt or revealed a wrong share
     reason: str | None  # as the log has it, if the round ended without a sum
     aborted: str | None  # the same for people
-    spoiled: str | None  # why the sum counts as zero: honest devices cannot have it
-    sum: Sha256 | None  # of the unmasked vector, packed
+    spoiled: str | None  # why the sum, or that of a group, counts as zero: honest devices cannot have it
+    sum: Sha256 | None  # of the unmasked vector, packed; with groups, of all of them (``aggregation.groups``)
     version: Count | None  # that the round produced
     adapter: Sha256 | None  # of that version's file
     optimizer: Sha256 | None  # of the server optimizer's state after the round; None if it has none

@@ -8,10 +8,12 @@ They are pure and raise ``ProtocolError``; nothing is logged and ignored. Rules 
 3. roster: adverts of members, none repeated, signed, for this offer; my own unchanged; ``threshold`` of them or more.
 4. encrypted shares: from neighbors on the roster; enough of them.
 5. plan: this session, which has not ended; a round not begun before; I am in U1; I have shares of my neighbors in U1;
-   U1 is large enough and has enough of my neighbors.
+   U1 is large enough and has enough of my neighbors, and each group its minimum.
 6. masked input: signed, for this plan, with exactly the vector that was signed.
-7. survivors: this plan; U2 within U1; I am in U2 with my own vector; U2 is large enough and has enough of my neighbors.
-8. unmask: a quorum of consistency signatures, from anywhere in the graph, on exactly the survivor set that I signed.
+7. survivors: this plan; U2 within U1; I am in U2 with my own vector; U2 is large enough and has enough of my neighbors,
+   and each group its minimum.
+8. unmask: a quorum of consistency signatures, from anywhere in the graph, on exactly the survivor set that I signed,
+   and of each group its minimum.
 """
 
 import itertools
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 
-from aggregation import envelope, masks, ring
+from aggregation import envelope, groups, masks, ring
 from aggregation.errors import ConfigError, ProtocolError, TrustError
 from aggregation.messages import (
     Advert,
@@ -269,6 +271,21 @@ def plan(session: Session, me: str, dealers: Collection[str], last_round: int, m
         raise ProtocolError(text, COORDINATOR, about="plan.members", value=device)
     enough_devices(session.spec, len(message.members), "members of the plan", about="plan.size")
     enough_neighbors(session, me, message.members, "are in the plan", about="plan.neighbors")
+    grouped(session.spec, message)
+
+
+def grouped(spec: SessionSpec, message: Plan) -> None:
+    """Return if the groups of a plan are well-formed, and each has its minimum of members.
+
+    Raises:
+        ProtocolError: They are not.
+    """
+    if message.former and spec.grouping is None:
+        raise ProtocolError("plan names former members without groups", COORDINATOR, about="plan.former")
+    if not ascending(message.former) or not set(message.former).isdisjoint(message.members):
+        text = "plan repeats a former member, has it out of order, or also as a member"
+        raise ProtocolError(text, COORDINATOR, about="plan.former")
+    groups.require_minimum(spec, message, message.members, "members of the plan", about="plan.group")
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +330,7 @@ def survivors(session: Session, current: Plan, me: str, vector: bytes, message: 
         raise ProtocolError(text, COORDINATOR, about="survivors.self", value=me)
     enough_devices(session.spec, len(message.vectors), "survivors", about="survivors.size")
     enough_neighbors(session, me, message.vectors, "survived", about="survivors.neighbors")
+    groups.require_minimum(session.spec, current, message.vectors, "survivors", about="survivors.group")
 
 
 def shares_to_reveal(
@@ -329,22 +347,34 @@ def shares_to_reveal(
     )
 
 
-def consistency_signatures(session: Session, message: Survivors, signatures: Mapping[str, bytes]) -> None:
+def consistency_signatures(
+    session: Session, current: Plan, message: Survivors, signatures: Mapping[str, bytes]
+) -> None:
     """Return if a quorum of survivors signed this set. No other set has a quorum, since a device signs one.
 
     Raises:
-        ProtocolError: Fewer signed, one of them is not a survivor, or a signature is not valid.
+        ProtocolError: Fewer signed, also in a group; one of them is not a survivor, or a signature is not valid.
     """
-    if len(signatures) < session.spec.quorum:
-        text = f"{len(signatures)} consistency signatures, {session.spec.quorum} are needed"
-        raise ProtocolError(text, COORDINATOR, about="unmask.quorum", value=len(signatures))
     if strangers := [device for device in signatures if device not in message.vectors]:
         text = f"{strangers[0]} signed the survivor set but is not in it"
         raise ProtocolError(text, COORDINATOR, about="unmask.signers", value=strangers[0])
+    quorum(session.spec, current, signatures)
     try:
         _signed(message.digest(), tuple((d, session.peers[d].identity, raw) for d, raw in signatures.items()))
     except ProtocolError as error:
         raise ProtocolError.of(error, COORDINATOR) from None
+
+
+def quorum(spec: SessionSpec, current: Plan, signers: Collection[str]) -> None:
+    """Return if enough survivors signed their set, in all and in each group.
+
+    Raises:
+        ProtocolError: Too few did.
+    """
+    if len(signers) < spec.quorum:
+        text = f"{len(signers)} consistency signatures, {spec.quorum} are needed"
+        raise ProtocolError(text, COORDINATOR, about="unmask.quorum", value=len(signers))
+    groups.require_minimum(spec, current, signers, "consistency signatures", about="unmask.group")
 
 
 @lru_cache(maxsize=COHORTS)

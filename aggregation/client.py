@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from aggregation import checks, envelope, masks, ring, sharing
+from aggregation import checks, envelope, groups, masks, ring, sharing
 from aggregation.entropy import Entropy
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.masks import Mask
@@ -294,9 +294,9 @@ class Planned:
         return masked, envelope.sign_vector(device.identity, header, packed)
 
     def round_masks(self, plan: bytes) -> list[Mask]:
-        """The masks of this device for the plan with digest ``plan``: one for each neighbor, and the self mask."""
+        """The masks of this device for the plan with digest ``plan``: one for each peer, and the self mask."""
         session, me = self.ready.session, self.ready.me
-        publics = session.mask_keys(session.neighbors(me, self.plan.members), self.plan.round)
+        publics = session.mask_keys(groups.mask_peers(session, self.plan, me, self.plan.members), self.plan.round)
         pairs = masks.pair_masks(self.secrets.mask_key, me, publics, session.context, plan)
         return [*pairs, Mask(masks.self_key(self.secrets.seed, session.context, plan, me), add=True)]
 
@@ -372,7 +372,8 @@ class Confirmed:
         if message.survivors != self.survivors:
             text = "unmask request is for another survivor set than this device signed"
             raise ProtocolError(text, COORDINATOR, about="unmask.survivors")
-        checks.consistency_signatures(self.ready.session, message.survivors, message.consistency_signatures)
+        session, signatures = self.ready.session, message.consistency_signatures
+        checks.consistency_signatures(session, self.plan, message.survivors, signatures)
         self.single_use.take("unmask-response")
         return self.ready, _unmask_response(device, self.ready, self.plan, self.held, message.survivors)
 

@@ -14,7 +14,7 @@ from aggregation.pki import DEVICE_ID, MAX_CERTIFICATE
 from aggregation.pki.identity import SIGNATURE
 from aggregation.privacy.accounting import Mechanism
 from aggregation.shamir import SHARE
-from aggregation.spec import MAX_ROUNDS, Adversary, Privacy, SessionSpec
+from aggregation.spec import MAX_ROUNDS, Adversary, Grouping, Privacy, SessionSpec
 from aggregation.vector import MAX_SEGMENTS, Segment, VectorSpec
 from aggregation.wire import Codec
 
@@ -48,6 +48,7 @@ _VECTOR_SPEC = wire.record(
     VectorSpec, {"segments": wire.sequence(_SEGMENT, MAX_SEGMENTS), "ring_bits": wire.uint(8), "max_clients": _U32}
 )
 _PRIVACY = wire.record(Privacy, {"mechanism": wire.choice(Mechanism), "honest": _U32, "delta": wire.real})
+_GROUPING = wire.record(Grouping, {"count": _U32, "minimum": _U32})
 SESSION_SPEC: Codec[SessionSpec] = wire.record(
     SessionSpec,
     {
@@ -62,6 +63,7 @@ SESSION_SPEC: Codec[SessionSpec] = wire.record(
         "base_digest": _HEX,
         "layout_digest": _HEX,
         "adversary": wire.choice(Adversary),
+        "grouping": wire.optional(_GROUPING),
     },
 )
 
@@ -214,6 +216,8 @@ class Plan(Message):
     """A round: the same for every device in it; its digest is bound into every mask.
 
     ``members`` is the set U1 in ascending order; ``training`` holds settings that this package does not interpret.
+    ``former``: devices that were dealt into groups with the members when the round was first planned, and are in it no
+    more, in ascending order.
     """
 
     TAG: ClassVar = "plan"
@@ -224,6 +228,7 @@ class Plan(Message):
     adapter_version: Uint64
     adapter_digest: HexDigest
     training: Annotated[bytes, wire.blob(MAX_TRAINING)]
+    former: DeviceIds = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ class Policy:
         known_bases: SHA-256 of the frozen bases that this device holds, in hex. Empty: it joins no session.
         minimum_cohort: Smallest cohort, in devices.
         minimum_survivors: Fewest honest devices, this one included, in a sum: the session's own minimum of survivors,
-            less the corrupt devices of the cohort. And fewest in a linear combination of sums from one adapter.
+            or with groups that of a group, less all corrupt devices of the cohort. And fewest in a linear combination
+            of sums from one adapter.
         minimum_ring_bits: Fewest bits of a ring element.
         maximum_ring_bits: Most bits of a ring element.
         adversaries: Adversary models that this device accepts.
@@ -152,9 +153,9 @@ class Policy:
         adversary, quorum, base = spec.adversary, spec.quorum, spec.base_digest
         in_ring = self.minimum_ring_bits <= bits <= self.maximum_ring_bits
         two_groups = f"{quorum} of {cohort} devices sign the survivor set: two groups could sign different sets"
-        honest = spec.minimum_survivors - corrupt
+        honest = spec.smallest_sum - corrupt  # all corrupt ones may be in one group, which the coordinator can try for
         few = (
-            f"a sum over {spec.minimum_survivors} of {cohort} devices has {honest} honest ones, below this device's "
+            f"a sum over {spec.smallest_sum} of {cohort} devices has {honest} honest ones, below this device's "
             f"minimum_survivors of {self.minimum_survivors}; for a small fleet lower it together with minimum_cohort"
         )
         small = f"cohort of {cohort} is below this device's minimum of {self.minimum_cohort}"
@@ -171,7 +172,7 @@ class Policy:
             ),
             (spec.vector.max_clients >= cohort, "max_clients", cohort, f"a sum of {cohort} could wrap the ring"),
             *self._graph_rules(spec, cohort, cohort),
-            (honest >= self.minimum_survivors, "minimum_survivors", spec.minimum_survivors, few),
+            (honest >= self.minimum_survivors, "minimum_survivors", spec.smallest_sum, few),
             (adversary is not Adversary.ACTIVE or 2 * quorum > cohort + corrupt, "quorum", quorum, two_groups),
             (in_ring, "ring_bits", bits, f"ring of {bits} bits is outside this device's limits"),
             (adversary in self.adversaries, "adversary", adversary, model),

@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from aggregation import graph, masks, shamir, sharing
+from aggregation import graph, groups, masks, shamir, sharing
+from aggregation.masks import Mask
 from aggregation.messages import EncryptedShares, Plan, UnmaskResponse
 from aggregation.session import Session, commitment
 from aggregation.spec import CORRUPT_FRACTION
@@ -99,6 +100,27 @@ class Recovery:
         if points not in self._coefficients:
             self._coefficients[points] = shamir.lagrange(points)
         return shamir.combine(self._coefficients[points], [shares[holder] for holder in holders])
+
+
+def masks_to_remove(
+    session: Session, plan: Plan, survivors: Sequence[str], seeds: Mapping[str, bytes], keys: Mapping[str, bytes]
+) -> Iterator[Mask]:
+    """The opposites of the masks that the sum of a group's survivors still has: their self masks, and those that they
+    share with dropouts.
+
+    Args:
+        session: The public state.
+        plan: Of the round.
+        survivors: Of one group, or all if there are no groups.
+        seeds: Survivor → its seed.
+        keys: Device of the plan that dropped out → its mask key.
+    """
+    digest = plan.digest()
+    for device in survivors:
+        yield Mask(masks.self_key(seeds[device], session.context, digest, device), add=False)
+    for device, private in keys.items():
+        publics = session.mask_keys(groups.mask_peers(session, plan, device, survivors), plan.round)
+        yield from masks.pair_masks(private, device, publics, session.context, digest)
 
 
 def _sets(holders: Sequence[str], t: int) -> Iterator[tuple[str, ...]]:

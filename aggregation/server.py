@@ -6,22 +6,23 @@
 ``on_…`` takes one device's answer and returns the next state. A bad answer raises ``ProtocolError`` with the peer's
 name and leaves the state unchanged; the caller counts that peer as dropped out. ``close`` ends a step with the devices
 that have answered: the caller decides when. If too few answered it returns ``RoundAborted``, with the session for the
-next round. A round ends with the sum of its survivors or without a sum, never with another sum.
+next round. A round ends with the sum of its survivors, or of each group of them, or without; never with another sum.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregation import checks, envelope, masks, ring, sharing
+from aggregation import checks, envelope, groups, masks, ring, sharing
 from aggregation.checks import CheckedInput
 from aggregation.entropy import Entropy
-from aggregation.errors import ConfigError, DataError, ProtocolError
-from aggregation.masks import Mask
+from aggregation.errors import ConfigError, ProtocolError
+from aggregation.groups import GroupSum
 from aggregation.messages import (
     Advert,
     Assignment,
@@ -39,7 +40,7 @@ from aggregation.messages import (
 )
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey, PublicKey
-from aggregation.recovery import Recovery
+from aggregation.recovery import Recovery, masks_to_remove
 from aggregation.ring import Ring
 from aggregation.session import Session
 from aggregation.singleuse import SingleUse
@@ -59,8 +60,8 @@ class RoundAborted:
     """A round without a result. ``session`` begins the next round; None if no session was established.
 
     ``blamed``: devices found to have dealt or revealed a wrong share. ``unmasked``: the survivors, if devices were
-    asked to unmask their sum: they help to another one from the same adapter over the same devices. ``named``: the
-    survivors, if they were named to devices; a sum with noise counts as revealed from then on.
+    asked to unmask their sum, or with groups to sign: they help to another one from the same adapter over the same
+    devices. ``named``: the survivors, if they were named to devices; a sum with noise counts as revealed from then on.
     """
 
     reason: AbortReason
@@ -73,31 +74,48 @@ class RoundAborted:
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """The sum of a round.
+    """The sums of a round, one for each group.
 
     Args:
         round: Its number in the session, from 1.
-        values: Segment name → sum over the survivors, float64 of shape ``(segment.size,)``, in the segment's unit.
-        survivors: Devices whose contributions are in the sum.
-        dropped: Devices of the plan that are not in the sum.
+        sums: In the order of the groups; one without groups.
+        dropped: Devices of the plan that are in no sum.
         blamed: Devices found to have dealt or revealed a wrong share.
-        digest: SHA-256 of the summed vector, packed.
-        spoiled: Why ``values`` are all zero: honest survivors cannot have the sum. None if it counts.
+        digest: See ``groups.digest_of``.
     """
 
     round: int
-    values: dict[str, NDArray[np.float64]]
-    survivors: tuple[str, ...]
+    sums: tuple[GroupSum, ...]
     dropped: tuple[str, ...]
     blamed: tuple[str, ...]
     digest: bytes
-    spoiled: str | None = None
+
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """Devices whose contributions are in a sum, in ascending order."""
+        return tuple(sorted(device for each in self.sums for device in each.survivors))
+
+    @property
+    def values(self) -> dict[str, NDArray[np.float64]]:
+        """Segment name → total of all sums that count."""
+        return groups.total(self.sums)
 
 
 def too_few(spec: SessionSpec, count: int, what: str, session: "Established | None") -> RoundAborted | None:
     """The abort of a round with fewer devices than its session requires, or None if there are enough."""
     try:
         checks.enough_devices(spec, count, what)
+    except ProtocolError as error:
+        return RoundAborted(AbortReason.TOO_FEW, str(error), session)
+    return None
+
+
+def _too_few_of(session: "Established", plan: Plan, present: Collection[str], what: str) -> RoundAborted | None:
+    """As ``too_few``, also for a group that has fewer devices than its minimum."""
+    spec = session.session.spec
+    try:
+        checks.enough_devices(spec, len(present), what)
+        groups.require_minimum(spec, plan, present, what, about="group")
     except ProtocolError as error:
         return RoundAborted(AbortReason.TOO_FEW, str(error), session)
     return None
@@ -172,8 +190,7 @@ class Offering:
 
     def close(self) -> "tuple[Sharing, bytes] | RoundAborted":
         """End step 2; the bytes are the roster, for every device on it."""
-        aborted = too_few(self.spec, len(self.adverts), "adverts", None)
-        if aborted:
+        if aborted := too_few(self.spec, len(self.adverts), "adverts", None):
             return aborted
         roster = Roster(self.offer, tuple(raw for _, raw in sorted(self.adverts.items())))
         session, _ = checks.roster(self.spec, self.offer, self.cohort, roster)
@@ -254,6 +271,7 @@ class Established:
         adapter_digest: str,
         training: bytes,
         cohort: Collection[str] | None,
+        dealt: Collection[str] = (),
         at: datetime | None = None,
     ) -> "tuple[Collecting, dict[str, bytes]] | RoundAborted":
         """Begin a round (step 5).
@@ -263,6 +281,7 @@ class Established:
             adapter_digest: Its SHA-256, in hex.
             training: Settings for the trainer, not interpreted here.
             cohort: The devices of ``devices`` that take part; None for all.
+            dealt: All that were dealt into groups in an earlier round from this adapter, if it must be repeated.
             at: The time at which the certificates of the session must be valid.
 
         Returns:
@@ -272,34 +291,34 @@ class Established:
             text = "the session has no round left, or a certificate of its cohort expired: open a new one"
             return RoundAborted(AbortReason.SESSION_OVER, text, self)
         members = tuple(device for device in self.devices if cohort is None or device in cohort)
-        aborted = too_few(self.session.spec, len(members), "members of the plan", self)
-        if aborted:
-            return aborted
         begun = replace(self, last_round=self.last_round + 1)
-        plan = Plan(self.session.context, begun.last_round, members, adapter_version, adapter_digest, training)
+        former = tuple(sorted(set(dealt).difference(members)))
+        plan = Plan(self.session.context, begun.last_round, members, adapter_version, adapter_digest, training, former)
+        if aborted := _too_few_of(self, plan, members, "members of the plan"):
+            return aborted
         out = {device: self._assignment(plan, device) for device in members}
-        vector = self.session.spec.vector
-        return Collecting(begun, plan, plan.digest(), ring.zeros(vector.size, vector.ring_bits)), out
+        spec = self.session.spec
+        totals = tuple(ring.zeros(spec.vector.size, spec.vector.ring_bits) for _ in range(spec.groups))
+        return Collecting(begun, plan, plan.digest(), totals), out
 
     def _assignment(self, plan: Plan, device: str) -> bytes:
         dealers = () if device in self.delivered else self.session.neighbors(device, self.encrypted_shares)
-        return envelope.sign(
-            self.key, Assignment(plan, {dealer: self.encrypted_shares[dealer][device] for dealer in dealers})
-        )
+        encrypted = {dealer: self.encrypted_shares[dealer][device] for dealer in dealers}
+        return envelope.sign(self.key, Assignment(plan, encrypted))
 
 
 @dataclass(frozen=True, slots=True)
 class Collecting:
     """The plan is sent; masked inputs arrive and are added as they arrive, so that none is kept.
 
-    ``total`` is one buffer that all successors share: a state that has a successor refuses further inputs. ``digest``
-    is the plan's; ``vectors`` holds the digest of each device's vector.
+    ``totals`` has one buffer for each group, which all successors share: a state that has a successor refuses further
+    inputs. ``digest`` is the plan's; ``vectors`` holds the digest of each device's vector.
     """
 
     established: "Established"
     plan: Plan
     digest: bytes
-    total: Ring = field(repr=False, compare=False)
+    totals: tuple[Ring, ...] = field(repr=False, compare=False)
     vectors: Mapping[str, bytes] = field(default_factory=dict)
     single_use: SingleUse = field(default_factory=SingleUse, repr=False, compare=False)
 
@@ -321,7 +340,7 @@ class Collecting:
         return checks.masked_input(self.established.session, self.digest, peer, body)
 
     def add(self, peer: str, checked: CheckedInput) -> "Collecting":
-        """Add a device's masked vector to the sum.
+        """Add a device's masked vector to the sum of its group.
 
         Raises:
             ProtocolError: It is the second of its device, was checked for another device or plan, or has unused bits
@@ -329,9 +348,10 @@ class Collecting:
         """
         checks.may_answer(peer, self.plan.members, self.vectors, MaskedInput.TAG)
         checks.refers_to(peer, MaskedInput.TAG, checked.device, "plan", checked.plan, self.digest)
+        spec = self.established.session.spec
         try:
             self.single_use.require("successor")
-            ring.add(self.total, checked.packed, self.established.session.spec.vector.ring_bits)
+            ring.add(self.totals[groups.of_plan(spec, self.plan)[peer]], checked.packed, spec.vector.ring_bits)
         except ProtocolError as error:
             raise ProtocolError.of(error, peer) from None
         self.single_use.take("successor")
@@ -339,30 +359,28 @@ class Collecting:
 
     def close(self) -> "tuple[Confirming | Unmasking, dict[str, bytes]] | RoundAborted":
         """End step 6: the devices that answered are the survivors. Returns the message for each of them."""
-        aborted = too_few(self.established.session.spec, len(self.vectors), "masked inputs", self.established)
-        if aborted:
+        if aborted := _too_few_of(self.established, self.plan, self.vectors, "masked inputs"):
             return aborted
         self.single_use.take("survivor set")
         # A masked input proves that its sender has its encrypted shares.
         proven = replace(self.established, delivered=self.established.delivered | set(self.vectors))
         message = Survivors(self.digest, self.vectors)
-        survivor_set = SurvivorSet(proven, self.plan, message, message.digest(), self.total)
+        survivor_set = SurvivorSet(proven, self.plan, message, message.digest(), self.totals)
         if proven.session.spec.adversary is Adversary.HONEST_BUT_CURIOUS:
-            return Unmasking(survivor_set, survivor_set.devices), dict.fromkeys(
-                survivor_set.devices, survivor_set.unmask({})
-            )
+            body = survivor_set.unmask({})
+            return Unmasking(survivor_set, survivor_set.devices), dict.fromkeys(survivor_set.devices, body)
         return Confirming(survivor_set), dict.fromkeys(survivor_set.devices, envelope.sign(proven.key, message))
 
 
 @dataclass(frozen=True, slots=True)
 class SurvivorSet:
-    """The survivors of a round, the digest of that message, and the sum of their vectors, still masked."""
+    """The survivors of a round, the digest of that message, and the sum of their vectors by group, still masked."""
 
     established: "Established"
     plan: Plan
     survivors: Survivors
     digest: bytes
-    total: Ring = field(repr=False, compare=False)
+    totals: tuple[Ring, ...] = field(repr=False, compare=False)
 
     @property
     def session(self) -> Session:
@@ -415,14 +433,17 @@ class Confirming:
         return replace(self, consistency_signatures={**self.consistency_signatures, peer: envelope.signature(body)})
 
     def close(self) -> "tuple[Unmasking, dict[str, bytes]] | RoundAborted":
-        """End step 7. Returns the unmask request, with a quorum of signatures, for each device that signed."""
-        signers, quorum = tuple(sorted(self.consistency_signatures)), self.survivor_set.session.spec.quorum
-        if len(signers) < quorum:
-            detail = f"{len(signers)} consistency signatures, {quorum} are needed"
-            named = self.survivor_set.devices
-            return RoundAborted(AbortReason.TOO_FEW, detail, self.survivor_set.established, named=named)
-        body = self.survivor_set.unmask({device: self.consistency_signatures[device] for device in signers[:quorum]})
-        return Unmasking(self.survivor_set, signers), dict.fromkeys(signers, body)
+        """End step 7: the unmask request, with a quorum of signatures (with groups: all), for all that signed."""
+        signers, survivor_set = tuple(sorted(self.consistency_signatures)), self.survivor_set
+        spec, named = survivor_set.session.spec, survivor_set.devices
+        try:
+            checks.quorum(spec, survivor_set.plan, signers)
+        except ProtocolError as error:
+            bound, session = named if spec.grouping else (), survivor_set.established
+            return RoundAborted(AbortReason.TOO_FEW, str(error), session, unmasked=bound, named=named)
+        shown = signers if spec.grouping else signers[: spec.quorum]
+        body = survivor_set.unmask({device: self.consistency_signatures[device] for device in shown})
+        return Unmasking(survivor_set, signers), dict.fromkeys(signers, body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,9 +466,8 @@ class Unmasking:
         checks.may_answer(peer, self.asked, self.responses, tag)
         message = survivor_set.open_verified(UnmaskResponse, peer, body)
         checks.refers_to(peer, tag, message.device, "survivors", message.survivors, survivor_set.digest)
-        survived, dropped = checks.shares_to_reveal(
-            survivor_set.session, survivor_set.plan, peer, survivor_set.survivors
-        )
+        plan, survivors = survivor_set.plan, survivor_set.survivors
+        survived, dropped = checks.shares_to_reveal(survivor_set.session, plan, peer, survivors)
         if not (set(message.seeds) <= set(survived) and set(message.keys) <= set(dropped)):
             text = "response has a share that this device must not reveal"
             raise ProtocolError(text, peer, about="unmask-response.shares")
@@ -459,8 +479,8 @@ class Unmasking:
         if len(self.responses) < (least := session.spec.threshold):
             detail = f"{len(self.responses)} unmask responses, {least} are needed"
             return survivor_set.aborted(AbortReason.TOO_FEW, detail)
-        encrypted = survivor_set.established.encrypted_shares
-        recovery = Recovery(session, survivor_set.plan, encrypted, self.responses, corrupt)
+        dealt = survivor_set.established.encrypted_shares
+        recovery = Recovery(session, survivor_set.plan, dealt, self.responses, corrupt)
         seeds = {device: seed for device in survivor_set.devices if (seed := recovery.seed(device))}
         keys = {device: key for device in survivor_set.dropped if (key := recovery.mask_key(device))}
         missing = sorted({*survivor_set.devices, *survivor_set.dropped} - {*seeds, *keys})
@@ -471,30 +491,10 @@ class Unmasking:
             # Their secrets could not be reconstructed in the next round either.
             return survivor_set.aborted(reason, detail, recovery.blamed, recovery.blamed.intersection(missing))
         self.single_use.take("sum")
-        masks.apply(survivor_set.total, _masks_to_remove(survivor_set, seeds, keys), threads)
-        return _result(survivor_set, tuple(sorted(recovery.blamed)))
-
-
-def _masks_to_remove(
-    survivor_set: SurvivorSet, seeds: Mapping[str, bytes], keys: Mapping[str, bytes]
-) -> Iterator[Mask]:
-    """The opposites of the masks left in the sum: self masks of survivors, pair masks of survivors with dropouts."""
-    session, plan = survivor_set.session, survivor_set.plan.digest()
-    for device, seed in seeds.items():
-        yield Mask(masks.self_key(seed, session.context, plan, device), add=False)
-    for device, private in keys.items():
-        publics = session.mask_keys(session.neighbors(device, seeds), survivor_set.plan.round)
-        yield from masks.pair_masks(private, device, publics, session.context, plan)
-
-
-def _result(survivor_set: SurvivorSet, blamed: tuple[str, ...]) -> tuple[Established, RoundResult]:
-    """The unmasked sum; zeros if honest survivors cannot reach it."""
-    spec, devices, dropped = survivor_set.session.spec.vector, survivor_set.devices, survivor_set.dropped
-    spoiled = None
-    try:
-        values = spec.decode(survivor_set.total, len(devices))
-    except DataError as error:
-        values, spoiled = spec.zeros(), str(error)
-    digest = ring.digest(survivor_set.total, spec.ring_bits)
-    result = RoundResult(survivor_set.plan.round, values, devices, dropped, blamed, digest, spoiled)
-    return survivor_set.established, result
+        plan, totals, blamed = survivor_set.plan, survivor_set.totals, tuple(sorted(recovery.blamed))
+        by_group = groups.split(session.spec, plan, survivor_set.devices)
+        for survivors, total in zip(by_group, totals, strict=True):
+            masks.apply(total, masks_to_remove(session, plan, survivors, seeds, keys), threads)
+        sums = tuple(map(partial(GroupSum.of, session.spec), by_group, totals))
+        result = RoundResult(plan.round, sums, survivor_set.dropped, blamed, groups.digest_of(session.spec, totals))
+        return survivor_set.established, result

@@ -50,7 +50,7 @@ class Privacy:
 
     Args:
         mechanism: Distribution of the noise.
-        honest: Devices whose noise counts in a sum over ``minimum_survivors``, 1 or more: the others may be corrupt.
+        honest: Devices whose noise counts in the smallest sum, 1 or more: the others may be corrupt.
         delta: The δ of the coordinator's account, between 0 and 1.
 
     Raises:
@@ -65,6 +65,29 @@ class Privacy:
         if not 0 < self.delta < 1:
             text = f"privacy.delta {self.delta} is not between 0 and 1"
             raise ConfigError(text, about="spec.privacy.delta", value=self.delta)
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """Several sums a round, each over a group of the devices (``groups``).
+
+    Args:
+        count: Of groups, 2 or more.
+        minimum: Contributions of a group below which no sum of the round is unmasked; and consistency signatures of the
+            group that a device requires.
+
+    Raises:
+        ConfigError: A number is below 2.
+    """
+
+    count: int
+    minimum: int
+
+    def __post_init__(self) -> None:
+        for name in ("count", "minimum"):
+            if getattr(self, name) < 2:
+                text = f"grouping.{name} {getattr(self, name)} is not 2 or more"
+                raise ConfigError(text, about=f"spec.grouping.{name}", value=getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +106,7 @@ class SessionSpec:
         base_digest: SHA-256 of the frozen base, 64 hex digits.
         layout_digest: SHA-256 of the adapter's layout, 64 hex digits.
         adversary: The model against which the session is secure; ``ACTIVE`` runs the consistency check.
+        grouping: Of the devices of a round; None: a round has one sum.
 
     Raises:
         ConfigError: A value is out of range or contradicts another.
@@ -99,6 +123,7 @@ class SessionSpec:
     base_digest: str
     layout_digest: str
     adversary: Adversary
+    grouping: Grouping | None = None
 
     def __post_init__(self) -> None:
         clients = self.vector.max_clients
@@ -120,7 +145,20 @@ class SessionSpec:
             if not holds:
                 value = getattr(self, name)
                 raise ConfigError(f"{name} {value} is not {expected}", about=f"spec.{name}", value=value)
+        self._require_groups()
         self._require_noise()
+
+    def _require_groups(self) -> None:
+        """Return if so many groups fit the session, and the quorum of a survivor set is shown to each device."""
+        if self.grouping is None:
+            return
+        count, minimum = self.grouping.count, self.grouping.minimum
+        if self.adversary is not Adversary.ACTIVE:
+            text = "groups need the consistency check: a device counts on the signatures of its group"
+            raise ConfigError(text, about="spec.grouping.adversary", value=self.adversary)
+        if count * minimum > self.vector.max_clients:
+            text = f"{count} groups of {minimum} devices or more do not fit max_clients {self.vector.max_clients}"
+            raise ConfigError(text, about="spec.grouping.count", value=count)
 
     def _require_noise(self) -> None:
         """Return if all of the vector has noise, and it is accounted for, or none of it."""
@@ -132,10 +170,20 @@ class SessionSpec:
         if len(noisy) != 1 or len(self.vector.segments) != 1 or self.weight_cap != 1:
             text = "with noise, a vector consists of one segment, which has noise, and the weight cap is 1"
             raise ConfigError(text, about="spec.privacy")
-        if not 1 <= self.privacy.honest <= self.minimum_survivors:
-            text = f"privacy.honest {self.privacy.honest} is not between 1 and minimum_survivors"
+        if not 1 <= self.privacy.honest <= self.smallest_sum:
+            text = f"privacy.honest {self.privacy.honest} is not between 1 and {self.smallest_sum}, the smallest sum"
             raise ConfigError(text, about="spec.privacy.honest", value=self.privacy.honest)
         self.spent(self.minimum_survivors)
+
+    @property
+    def groups(self) -> int:
+        """Sums of a round."""
+        return self.grouping.count if self.grouping else 1
+
+    @property
+    def smallest_sum(self) -> int:
+        """Fewest contributions in a sum."""
+        return self.grouping.minimum if self.grouping else self.minimum_survivors
 
     def noise_multiplier(self, corrupt: int = 0) -> float:
         """The standard deviation of the noise in the smallest sum over the clip norm; 0 without noise.
@@ -144,16 +192,16 @@ class SessionSpec:
         """
         if self.privacy is None:
             return 0.0
-        honest = max(0, self.honest(self.minimum_survivors, corrupt))
+        honest = max(0, self.honest(self.smallest_sum, corrupt))
         return self.vector.segments[0].noise * math.sqrt(honest) / self.clip_norm
 
     def honest(self, survivors: int, corrupt: int = 0) -> int:
-        """How many of the survivors of a session with noise add it. ``corrupt``: as of ``spent``."""
-        assumed = self.minimum_survivors - self.privacy.honest if self.privacy else 0
+        """How many of the survivors in a sum with noise add it. ``corrupt``: as of ``spent``."""
+        assumed = self.smallest_sum - self.privacy.honest if self.privacy else 0
         return survivors - max(corrupt, assumed)
 
     def spent(self, survivors: int, corrupt: int = 0) -> Spent:
-        """What the sum of a round reveals of one device, in a session with noise.
+        """What a round reveals of one device, in a session with noise. With groups, each sum counts as the smallest.
 
         Args:
             survivors: Their number, ``minimum_survivors`` or more.
@@ -166,7 +214,7 @@ class SessionSpec:
             raise ValueError("a session without noise has no account")
         (segment,) = self.vector.segments
         step = self.vector.step(segment)
-        honest = self.honest(survivors, corrupt)
+        honest = self.honest(self.smallest_sum if self.grouping else survivors, corrupt)
         longest = norm_squared(self.clip_norm / step, segment.size)
         variance = (segment.noise / step) ** 2
         return Spent.on([NoisySum(self.privacy.mechanism, segment.size, longest, variance, honest)])

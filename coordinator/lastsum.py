@@ -4,6 +4,8 @@ Devices reveal shares for sums from one adapter over one set of survivors only. 
 certificates were revoked since (``client.node.adapterstate``). So after a round that ended without a result when
 devices had been asked to unmask its sum, every later round from that adapter is over the same devices. A kill may have
 come before such a round was recorded: the log has the request before any device can have it.
+
+With groups, devices are bound as soon as they sign a survivor set, and later rounds have the same groups.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,7 +17,7 @@ from adapters.analytic import AnalyticTask
 from adapters.roundrecord import RoundRecord
 from adapters.taskkinds import AnyTask
 from aggregation import envelope
-from aggregation.messages import Assignment, Offer, Plan, Unmask
+from aggregation.messages import Assignment, Offer, Plan, Survivors, Unmask
 from aggregation.pki.certificates import load, serial, subject
 from aggregation.pki.identity import PublicKey
 from aggregation.pki.revocation import RevocationList
@@ -37,6 +39,7 @@ class LastSum:
         survivors: Whose updates are in it: device → serial of the certificate it had then.
         blamed: Devices whose wrong shares were the reason that there is no result.
         analytic: Whether it was of an analytic head. Another sum from the adapter is of the same kind.
+        dealt: Devices that were dealt into its groups; empty without groups.
         terms: Name of a setting → its value then, from ``terms``; empty for a sum of this run, whose settings stay.
     """
 
@@ -44,6 +47,7 @@ class LastSum:
     survivors: Mapping[str, int]
     blamed: frozenset[str] = frozenset()
     analytic: bool = False
+    dealt: tuple[str, ...] = ()
     terms: Mapping[str, float | str] = field(default_factory=dict)
 
     def unmet(self, devices: Collection[str], revoked: RevocationList | None) -> str:
@@ -68,9 +72,10 @@ def names(devices: Sequence[str]) -> str:
     return ", ".join(devices[:NAMED]) + (f" and {len(devices) - NAMED} more" if len(devices) > NAMED else "")
 
 
-def terms(task: AnyTask, clip_norm: float, weight_cap: int) -> dict[str, float | str]:
+def terms(task: AnyTask, clip_norm: float, weight_cap: int, groups: int) -> dict[str, float | str]:
     """The settings on which devices train for all sums from an adapter alike (``client.node.adapterstate``)."""
     bounds: dict[str, float | str] = {"aggregation.clip_norm": clip_norm, "aggregation.weight_cap": weight_cap}
+    bounds["aggregation.groups"] = groups
     if isinstance(task, AnalyticTask):
         names = ("ridge", "scale", "dimensions")
         return bounds | {f"analytic.{name}": getattr(task, name) for name in names}
@@ -104,8 +109,10 @@ def find(folder: Path, coordinator: PublicKey, adapter: str, records: Iterable[R
             plan, spec, survivors = found
             record = unrecoverable.get(plan.digest().hex())
             task = taskkinds.decode(plan.training)
-            then, blamed = terms(task, spec.clip_norm, spec.weight_cap), frozenset(record.blamed if record else ())
-            return LastSum(adapter, survivors, blamed, isinstance(task, AnalyticTask), then)
+            then = terms(task, spec.clip_norm, spec.weight_cap, spec.groups)
+            blamed = frozenset(record.blamed if record else ())
+            dealt = tuple(sorted((*plan.members, *plan.former))) if spec.grouping else ()
+            return LastSum(adapter, survivors, blamed, isinstance(task, AnalyticTask), dealt, then)
         if any(entry.kind == Result.TAG for entry in log.entries):  # what came before was from older adapters
             return None
     return None
@@ -127,4 +134,6 @@ def _in_log(entries: Iterable[Entry], adapter: str) -> tuple[Plan, SessionSpec, 
         elif entry.kind == Unmask.TAG and plan and spec and plan.adapter_digest == adapter:
             survivors = Unmask.decode(body).survivors.vectors
             found = plan, spec, {device: certified[device] for device in survivors}
+        elif entry.kind == Survivors.TAG and plan and spec and spec.grouping and plan.adapter_digest == adapter:
+            found = plan, spec, {device: certified[device] for device in Survivors.decode(body).vectors}
     return found

@@ -18,21 +18,24 @@ from adapters.analytic import AnalyticTask
 from adapters.cores import cores
 from adapters.layout import Tensors
 from adapters.manifest import VersionManifest
-from adapters.roundrecord import RoundRecord
+from adapters.roundrecord import GroupRecord, RoundRecord
 from adapters.task import metrics_of
 from adapters.taskkinds import AnyTask, has_moments, require_reach
-from aggregation import server
-from aggregation.errors import ConfigError, DataError
+from aggregation import groups, server
+from aggregation.errors import ConfigError, DataError, ProtocolError
+from aggregation.groups import GroupSum
+from aggregation.messages import Plan
 from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.server import AbortReason, Collecting, Confirming, Established, RoundAborted, RoundResult, Unmasking
+from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, Step
 from aggregation.transcript import receipts
-from coordinator import lastsum, optimizer
+from coordinator import combination, lastsum, optimizer
 from coordinator.audit.account import Account, logged
 from coordinator.audit.transcripts import logs
 from coordinator.lastsum import LastSum, names
-from coordinator.nextadapter import next_adapter, state_size
+from coordinator.nextadapter import distances_of, next_adapter, state_size
 from coordinator.registry import Head, Registry, StoredAdapter, state_digest
 from coordinator.session import Cohort, attachments, establish, obstacle
 from coordinator.settings import FederationSettings
@@ -99,9 +102,10 @@ def federate(
             cohort.dropped.clear()
             spec = session.session.spec
             _require_budget(account, session, settings)
+            dealt = last.dealt if last else session.devices if spec.grouping else ()
             with registry.reserved(adapter.blob, optimizer.to_tensors(state)):
                 outcome = _aggregate(cohort, session, adapter, task.encode(), number, last)
-            last = _last_sum(cohort, adapter, fits_head, outcome) or last
+            last = _last_sum(cohort, adapter, fits_head, outcome, dealt) or last
             account = account.after(spec, _named(outcome))
             epsilon = account.epsilon(spec)
             if isinstance(outcome, RoundAborted):
@@ -155,7 +159,8 @@ def _require_same_terms(last: LastSum, task: AnyTask, adapter: StoredAdapter, se
     Raises:
         ConfigError: A setting has changed.
     """
-    now = lastsum.terms(task, settings.clip_norm(task), settings.weight_cap)
+    bounds = settings.aggregation
+    now = lastsum.terms(task, settings.clip_norm(task), settings.weight_cap, bounds.groups)
     for name, before in last.terms.items():
         if now[name] != before:
             text = f"{name} is {now[name]}, and the last sum from adapter {adapter.manifest.version}, with {before}, "
@@ -163,15 +168,18 @@ def _require_same_terms(last: LastSum, task: AnyTask, adapter: StoredAdapter, se
             raise ConfigError(text, about=name, value=now[name])
 
 
-def _last_sum(cohort: Cohort, adapter: StoredAdapter, analytic: bool, outcome: Outcome) -> LastSum | None:
-    """The sum of a round, if devices were asked to unmask it. The adapter made from a sum may have the same bytes."""
+def _last_sum(
+    cohort: Cohort, adapter: StoredAdapter, analytic: bool, outcome: Outcome, dealt: tuple[str, ...]
+) -> LastSum | None:
+    """The sum of a round, if it binds devices. The adapter made from a sum may have the same bytes."""
     if isinstance(outcome, RoundAborted):
         survivors = outcome.unmasked
         spoilers = outcome.blamed if outcome.reason is AbortReason.UNRECOVERABLE else ()
     else:
         survivors, spoilers = outcome[1].survivors, ()
     serials = {name: cohort.serials[name] for name in survivors}
-    return LastSum(adapter.manifest.sha256, serials, frozenset(spoilers), analytic) if survivors else None
+    digest = adapter.manifest.sha256
+    return LastSum(digest, serials, frozenset(spoilers), analytic, dealt) if survivors else None
 
 
 def _aggregate(
@@ -187,6 +195,7 @@ def _aggregate(
         adapter_digest=manifest.sha256,
         training=task,
         cohort=last.survivors if last else None,
+        dealt=last.dealt if last else (),
         at=datetime.now(UTC),
     )
     if isinstance(planned, RoundAborted):
@@ -196,10 +205,11 @@ def _aggregate(
     extra = attachments(receipts(cohort.recorder.log, plans), {ADAPTER: adapter.blob})
 
     spec = session.session.spec
-    least = len(plans) if last else max(spec.threshold, spec.minimum_survivors)
+    least = len(plans) if last else _needed(spec, state.plan, max(spec.threshold, spec.minimum_survivors))
 
     def inputs(state: Collecting, silent: Collection[str]) -> bool:
-        return len(state.vectors) < least <= len(state.vectors) + len(silent)
+        few = not _enough(spec, state.plan, state.vectors, least)
+        return few and _enough(spec, state.plan, {*state.vectors, *silent}, least)
 
     collecting = cohort.exchange(state, Collecting.add, Step.PLAN, plans, group, extra, state.check, inputs, least)
     dropped = [device for device in collecting.plan.members if device not in collecting.vectors]
@@ -218,7 +228,7 @@ def _aggregate(
             bodies,
             group,
             awaits=_signatures,
-            needed=max(least, spec.quorum),
+            needed=max(least, _needed(spec, state.plan, spec.quorum)),
         ).close()
         if isinstance(confirmed, RoundAborted):
             return confirmed
@@ -238,8 +248,26 @@ def _aggregate(
 
 def _signatures(state: Confirming, silent: Collection[str]) -> bool:
     """Whether the unmask request needs the consistency signatures of ``silent`` devices, and has enough with them."""
-    found = len(state.consistency_signatures)
-    return found < state.survivor_set.session.spec.quorum <= found + len(silent)
+    spec, plan, found = state.survivor_set.session.spec, state.survivor_set.plan, state.consistency_signatures
+    few = not _enough(spec, plan, found, spec.quorum)
+    return few and _enough(spec, plan, {*found, *silent}, spec.quorum)
+
+
+def _enough(spec: SessionSpec, plan: Plan, answered: Collection[str], least: int) -> bool:
+    """Whether ``least`` devices have answered, and of each group its minimum."""
+    try:
+        groups.require_minimum(spec, plan, answered, "answers", about="group")
+    except ProtocolError:
+        return False
+    return len(answered) >= least
+
+
+def _needed(spec: SessionSpec, plan: Plan, least: int) -> int:
+    """Fewest answers of the members of a plan with which each group has its minimum, whichever are missing."""
+    if spec.grouping is None:
+        return least
+    smallest = min(map(len, groups.split(spec, plan, plan.members)))
+    return max(least, len(plan.members) - smallest + spec.grouping.minimum)
 
 
 def _responses(state: Unmasking, silent: Collection[str]) -> bool:
@@ -262,11 +290,15 @@ def within_reach(session: Established, result: RoundResult) -> tuple[Established
     Survivors may have weight 0, and so may all of them: a device without usable examples answers as every other one.
     """
     spec = session.session.spec
+    return session, replace(result, sums=tuple(_within_reach(spec, each) for each in result.sums))
+
+
+def _within_reach(spec: SessionSpec, found: GroupSum) -> GroupSum:
     try:
-        require_reach(spec, result.values, len(result.survivors))
+        require_reach(spec, found.values, len(found.survivors))
     except DataError as error:
-        return session, replace(result, values=spec.vector.zeros(), spoiled=str(error))
-    return session, result
+        return GroupSum(found.survivors, spec.vector.zeros(), found.spoiled or str(error))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +308,7 @@ class _NextAdapter:
     manifest: VersionManifest
     blob: bytes
     state: Tensors
+    groups: tuple[GroupRecord, ...]
 
 
 def _step(
@@ -291,10 +324,13 @@ def _step(
     """From the sum to the next adapter."""
     parent, plan = adapter.manifest, cohort.recorder.log.plan or b""
     session, result = outcome
-    rule, spec, count = settings.rule(task), session.session.spec, len(result.survivors)
+    rule, spec, how, sums = settings.rule(task), session.session.spec, settings.aggregation.combination, result.sums
     state, tensors = next_adapter(
-        spec, task, rule, state, adapter.tensors, sums=result.values, survivors=count, digest=parent.sha256
+        spec, task, rule, state, adapter.tensors, sums=sums, combination=how, digest=parent.sha256
     )
+    far: tuple[float, ...] = ()
+    if how is not None and not isinstance(task, AnalyticTask):
+        far = distances_of(spec, task, how, adapter.tensors, sums, parent.sha256)
     blob = files.encode(tensors)
     manifest = replace(
         parent,
@@ -305,11 +341,13 @@ def _step(
         round=number,
         plan=plan.hex(),
         rule=optimizer.to_rule(rule),
+        combination=combination.to_rule(how) if how else None,
         survivors=result.survivors,
         metrics=metrics_of(result.values),
         epsilon=epsilon,
     )
-    return _NextAdapter(manifest, blob, optimizer.to_tensors(state))
+    records = tuple(GroupRecord(each.survivors, distance) for each, distance in zip(sums, far, strict=bool(far)))
+    return _NextAdapter(manifest, blob, optimizer.to_tensors(state), records)
 
 
 def _account(transcripts: Transcripts, key: IdentityKey) -> Account:
@@ -363,11 +401,12 @@ def _record(
         entries=log.tree.size,
         root=log.tree.root().hex(),
         survivors=result.survivors if result else (),
+        groups=made.groups if made else (),
         dropped=dict(cohort.dropped),
         blamed=ended.blamed,
         reason=abort.reason.value if abort else None,
         aborted=abort.detail if abort else None,
-        spoiled=result.spoiled if result else None,
+        spoiled=groups.spoiled(result.sums) if result else None,
         sum=result.digest.hex() if result else None,
         version=made.manifest.version if made else None,
         adapter=made.manifest.sha256 if made else None,
@@ -385,7 +424,8 @@ def _commit(registry: Registry, record: RoundRecord, made: _NextAdapter | None, 
     for device in record.blamed:
         log.warning("%s dealt or revealed a wrong share: let the authority revoke its certificate", device)
     if record.spoiled:
-        log.warning("round %d counts as zero, for a device lied: %s", record.round, record.spoiled)
+        what = "a sum of round" if record.groups else "round"
+        log.warning("%s %d counts as zero, for a device lied: %s", what, record.round, record.spoiled)
     if made is None:
         log.warning("round %d aborted: %s", record.round, record.aborted)
         registry.record_round(record, key)

@@ -53,6 +53,7 @@ def seed_version(
         round=0,
         plan=None,
         rule=None,
+        combination=None,
         survivors=(),
         metrics={},
         epsilon=None,

@@ -5,6 +5,7 @@ continues with the session.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from adapters.cores import ahead, cores
 from adapters.taskkinds import AnyTask
-from aggregation import graph, server
+from aggregation import graph, groups, server
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import EdgeAdaptError, ProtocolError
 from aggregation.pki import Root
@@ -216,7 +217,7 @@ def establish(
             present = _around(last, present, lambda count: spec_of(count).minimum_survivors, settings.cohort.size)
         elif settings.cohort.size:
             present = present.only([*present.nodes][: settings.cohort.size])
-        count, least = len(present.nodes), settings.aggregation.minimum_devices
+        count, least = len(present.nodes), settings.aggregation.fewest_devices
         if not unmet and count < least:
             reason = f"{count} devices answered, {least} are needed"
         if not reason:
@@ -236,6 +237,8 @@ def establish(
                 reason = outcome.detail
             elif not (reason := obstacle(outcome, last, root.revoked)):
                 log.info("session of %d devices for %d rounds", count - len(cohort.dropped), rounds)
+                if found := outcome.session.spec.grouping:
+                    log.info("rounds have %d sums: a device hides in one of %d or more", found.count, found.minimum)
                 return cohort, outcome
         log.warning("session not made, attempt %d of %d: %s", attempt, settings.attempts, reason)
         if attempt < settings.attempts:
@@ -254,8 +257,15 @@ def obstacle(session: Established, last: LastSum | None, revoked: RevocationList
     if last is not None and (unmet := last.unmet(session.devices, revoked)):
         return unmet
     members = [device for device in session.devices if last is None or device in last.survivors]
-    aborted = server.too_few(session.session.spec, len(members), "members of the next plan", session)
-    return aborted.detail if aborted else ""
+    spec = session.session.spec
+    aborted = server.too_few(spec, len(members), "members of the next plan", session)
+    if aborted or spec.grouping is None:
+        return aborted.detail if aborted else ""
+    group_of = groups.deal(last.adapter, last.dealt, spec.groups) if last else groups.deal("", members, spec.groups)
+    sizes = Counter(group_of[device] for device in members)
+    least = min(sizes[number] for number in range(spec.groups))
+    text = f"a group has {least} members of the next plan, {spec.grouping.minimum} are needed"
+    return text if least < spec.grouping.minimum else ""
 
 
 def _around(last: LastSum, present: CheckedIn, minimum: Callable[[int], int], size: int) -> CheckedIn:

@@ -1,7 +1,9 @@
 """The state of a federation, read from the coordinator's state directory: versions, rounds, dropouts, last session."""
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from aggregation.messages import Shares
 from aggregation.transcript import Checkpoint, Stage
 from coordinator.audit.transcripts import logs
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
+
+SUSPICIOUS = 0.01  # probability
 
 
 def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
@@ -36,6 +40,7 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
         "dropouts_by_step": dict(steps),
         "versions": [_version(version.manifest) for version in state_dir.registry.versions()],
         "rounds": [_round(record) for record in rounds],
+        "farthest": farthest(rounds),
         "last_session": _session(state_dir.folder / TRANSCRIPT),
     }
 
@@ -75,6 +80,39 @@ def lines_of(status: dict[str, Any]) -> Iterator[str]:
         notes = [f"epsilon {each['epsilon']:.3f}"] if each["epsilon"] is not None else []
         notes += [f"{name}: {each[name]}" for name in ("aborted", "spoiled") if each[name]]
         yield "  ".join([*cells, *notes])
+    if status["farthest"]:
+        yield ""
+        yield "devices whose groups were farthest from the combination, more often than chance (a hint, no proof):"
+    for device, each in status["farthest"].items():
+        yield f"{device}: {each['farthest']} of {each['rounds']} rounds, which has a chance of {each['chance']:.2g}"
+
+
+def farthest(records: Iterable[RoundRecord]) -> dict[str, dict[str, float]]:
+    """Devices whose groups were the farthest from the combination more often than chance, the least likely first.
+
+    In each round with groups one is the farthest; a device is in it with a probability of one over their number if it
+    is like all others, and rounds deal anew. A device is listed if so many such rounds or more have a probability of
+    less than ``SUSPICIOUS``. That is a hint for the operator and no proof: of a hundred honest devices, one is listed.
+
+    Returns:
+        Device → ``rounds`` with groups that it is in, ``farthest``: in how many its group was, and ``chance``.
+    """
+    likely: dict[str, list[float]] = {}  # device → probability of so many rounds in the farthest group, by number
+    seen: Counter[str] = Counter()
+    for record in records:
+        last = max((each.distance for each in record.groups), default=0.0)
+        for group in record.groups:
+            for device in group.survivors:
+                share, before = 1 / len(record.groups), likely.get(device, [1.0])
+                missed, hit = [*before, 0.0], [0.0, *before]
+                likely[device] = [(1 - share) * no + share * yes for no, yes in zip(missed, hit, strict=True)]
+                seen[device] += group.distance == last
+    chances = {device: math.fsum(each[seen[device] :]) for device, each in likely.items()}
+    return {
+        device: {"rounds": len(likely[device]) - 1, "farthest": seen[device], "chance": chance}
+        for device, chance in sorted(chances.items(), key=lambda item: (item[1], item[0]))
+        if chance < SUSPICIOUS
+    }
 
 
 def _version(manifest: VersionManifest) -> dict[str, Any]:
@@ -89,6 +127,7 @@ def _version(manifest: VersionManifest) -> dict[str, Any]:
 
 def _round(record: RoundRecord) -> dict[str, Any]:
     return {
+        "groups": [asdict(group) for group in record.groups],
         "round": record.round,
         "survivors": list(record.survivors),
         "dropped": record.dropped,

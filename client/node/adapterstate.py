@@ -8,6 +8,10 @@ shares for sums from an adapter over one set of survivors, and for a few of them
 the same settings and bounds: a clip norm or weight cap that only one device reaches would single out its update in two
 sums over the same devices. How many devices are left in any combination then follows from the threshold.
 
+With groups, a device is bound once it signed a survivor set, and not only once it revealed shares: it counts on the
+signatures of its group, each of which stands for a device that is in no sum with others (``aggregation.groups``). Later
+sums have the same groups.
+
 A later sum may lack devices whose certificates were revoked since the last one: a device that is gone would otherwise
 stop the training of all others. Only the authority can revoke.
 
@@ -40,8 +44,9 @@ class AdapterState:
         version: Its number.
         digest: SHA-256 of its file, hex.
         terms: See ``terms``.
-        sums: For how many sums from it the device revealed shares.
+        sums: For how many sums from it the device revealed shares or, with groups, signed the survivor set.
         survivors: Whose updates are in the last of them: device id → serial of the certificate it had then.
+        dealt: See ``dealt``, of the last of them.
         earlier: SHA-256 of the files of the last ``EARLIER`` adapters before it for whose sums the device revealed
             shares, the oldest first.
     """
@@ -51,6 +56,7 @@ class AdapterState:
     terms: Digest
     sums: Uint32 = 0
     survivors: Annotated[Mapping[str, int], SERIALS] = field(default_factory=dict)
+    dealt: Digest = bytes(32)
     earlier: Annotated[tuple[bytes, ...], wire.sequence(DIGESTS, EARLIER)] = field(default=(), repr=False)
 
 
@@ -60,6 +66,14 @@ ADAPTER_STATE: Codec[AdapterState] = wire.record(AdapterState)
 def terms(plan: Plan, spec: SessionSpec) -> bytes:
     """Digest of what the coordinator chose of an update besides the adapter: settings, clip norm and weight cap."""
     return hashlib.sha256(f"{spec.clip_norm!r}/{spec.weight_cap}/".encode() + plan.training).digest()
+
+
+def dealt(plan: Plan, spec: SessionSpec) -> bytes:
+    """Digest of what the groups of a plan follow from, besides the adapter; zeros without groups."""
+    if spec.grouping is None:
+        return bytes(32)
+    named = ",".join(sorted({*plan.members, *plan.former}))
+    return hashlib.sha256(f"{spec.groups}/{named}".encode()).digest()
 
 
 def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_repeats: int) -> AdapterState:
@@ -95,6 +109,9 @@ def on_plan(known: AdapterState | None, plan: Plan, spec: SessionSpec, maximum_r
     if known.sums and now != known.terms:
         text = f"adapter {version} was trained with other settings, clip norm or weight cap before its sum was unmasked"
         raise ProtocolError(text, COORDINATOR, about="plan.terms")
+    if known.sums and dealt(plan, spec) != known.dealt:
+        text = f"the last sum from adapter {version} had other groups: this device helps to no sum with others"
+        raise ProtocolError(text, COORDINATOR, about="plan.groups")
     return replace(known, version=version, terms=now)
 
 
@@ -104,13 +121,14 @@ def earlier(known: AdapterState) -> tuple[bytes, ...]:
 
 
 def on_survivors(
-    known: AdapterState | None, plan: Plan, survivors: Mapping[str, int], revoked: Container[int]
+    known: AdapterState | None, plan: Plan, spec: SessionSpec, survivors: Mapping[str, int], revoked: Container[int]
 ) -> AdapterState:
-    """The state after the device reveals shares for a sum.
+    """The state after the device reveals shares for a sum or, with groups, signs its survivor set.
 
     Args:
         known: Its state.
         plan: Of the round.
+        spec: Of the session.
         survivors: Whose updates are in the sum: device id → serial of its certificate.
         revoked: Serials in the authority's revocation list.
 
@@ -129,4 +147,4 @@ def on_survivors(
                 f"more, and lacks {len(lacking)} whose certificates are not revoked"
             )
             raise ProtocolError(text, COORDINATOR, about="survivors.repeat", value=len(added | lacking))
-    return replace(known, sums=known.sums + 1, survivors=survivors)
+    return replace(known, sums=known.sums + 1, survivors=survivors, dealt=dealt(plan, spec))

@@ -10,6 +10,7 @@ depends on, and would otherwise make the other devices repeat their updates, and
 device.
 """
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Annotated
@@ -64,11 +65,12 @@ class Snapshot:
     def key(self, plan: Plan, draw: Draw) -> bytes:
         """The secret (32 bytes) of one draw in one round.
 
-        Guarantee: it is the same for the same plan, and unrelated to that of any other plan or session.
+        Guarantee: it is the same for the same plan, whatever its former members, and unrelated to that of any other
+        plan or session.
         """
         # Without the context, which begins with fresh bytes of the coordinator: the secret already belongs to one
-        # session, and runs with given secrets can be repeated.
-        digest = replace(plan, context=bytes(DIGEST)).digest()
+        # session, and runs with given secrets can be repeated. Groups make no difference to what a device trains.
+        digest = hashlib.sha256(b"plan\x00" + _TRAINED.encode(replace(plan, context=bytes(DIGEST)))).digest()
         return derive(self.secret, b"edgeadapt/training/1", draw.value.encode(), digest)
 
     def generator(self, plan: Plan, draw: Draw) -> np.random.Generator:
@@ -77,6 +79,7 @@ class Snapshot:
 
 
 _CODEC: Codec[Snapshot] = wire.record(Snapshot)
+_TRAINED: Codec[Plan] = wire.record(Plan, {k: codec for k, codec in wire.annotated(Plan).items() if k != "former"})
 
 
 def session_secret(secret: bytes) -> tuple[bytes, bytes]:

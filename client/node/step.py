@@ -161,12 +161,16 @@ def _transition(state_dir: DeviceState, step: Step, fields: Mapping[str, bytes])
         log_state = log_state and log_state.contributed(planned.plan.digest(), logged_part(step, answer))
     elif step is Step.SURVIVORS and isinstance(state, Masked):
         after, answer = state.on_survivors(device, body)
-        _after_sum(state_dir, device, state, after.survivors)  # signs for no sum for which it would reveal no shares
+        # It signs for no sum for which it would reveal no shares. With groups, others then count on its signature.
+        bound = _after_sum(state_dir, device, state, after.survivors)
+        if state.ready.session.spec.grouping:
+            state_dir.save_adapter_state(bound)
         log_state = log_state and log_state.on_survivors(after.survivors.vectors, answer)
     elif step is Step.UNMASK and isinstance(state, Masked | Confirmed):
         after, answer = state.on_unmask(device, body)
         survivors = Unmask.decode(envelope.unverified_body(body)).survivors
-        state_dir.save_adapter_state(_after_sum(state_dir, device, state, survivors))
+        if not state.ready.session.spec.grouping:
+            state_dir.save_adapter_state(_after_sum(state_dir, device, state, survivors))
         state_dir.save_privacy_ledger(_after_unmasking(state_dir, device, state, survivors))
         log_state = log_state and log_state.on_survivors(survivors.vectors)
     else:
@@ -218,8 +222,8 @@ def _after_receipt(
 def _after_sum(state_dir: DeviceState, device: Device, state: Masked | Confirmed, survivors: Survivors) -> AdapterState:
     """Verify that the sum over ``survivors`` is over the same devices as earlier ones; the adapter state after it."""
     serials = {name: state.ready.serials[name] for name in survivors.vectors}
-    revoked = device.root.revoked.revoked if device.root.revoked else ()
-    return adapterstate.on_survivors(state_dir.load_adapter_state(), state.plan, serials, revoked)
+    revoked, spec = device.root.revoked.revoked if device.root.revoked else (), state.ready.session.spec
+    return adapterstate.on_survivors(state_dir.load_adapter_state(), state.plan, spec, serials, revoked)
 
 
 def _after_unmasking(

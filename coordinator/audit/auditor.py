@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from aggregation import groups
 from aggregation.errors import TrustError
 from aggregation.messages import Assignment, Message
 from aggregation.pki import Root
@@ -198,14 +199,17 @@ class _Audit:
     def _summary(self, current: histories.Round, tree: merkle.Tree) -> RoundSummary:
         number, result = current.plan.round, current.ending if isinstance(current.ending, Result) else None
         entries = current.place(type(current.ending)).index if current.ending else tree.size
+        spec = self._history.offer.spec
         return RoundSummary(
             number,
             current.plan.digest().hex(),
             current.plan.members,
+            tuple(sorted((*current.plan.members, *current.plan.former))) if spec.grouping else (),
+            groups.split(spec, current.plan, current.survivors),
             rules.adapter(current),
             current.survivors,
-            rules.unmasked(self._history.offer.spec, current),
-            current.dropouts_by_step(self._history.offer.spec.adversary),
+            rules.unmasked(spec, current),
+            current.dropouts_by_step(spec.adversary),
             self.unmasked[number].blamed if number in self.unmasked else (),
             rules.ending(current),
             result.produced if result else None,

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from adapters.task import Sums
 from aggregation.errors import EdgeAdaptError, TrustError
+from aggregation.groups import GroupSum
 from aggregation.spec import SessionSpec
 from aggregation.transcript import AdapterId, Place
 
@@ -96,6 +96,8 @@ class RoundSummary:
         round: Its number in the session.
         plan: Digest of the plan, hex.
         planned: The members of its plan.
+        dealt: The devices that were dealt into its groups; empty without groups.
+        groups: The survivors of each group; one without groups.
         adapter: Version and digest of the adapter from which the devices trained.
         survivors: The devices whose updates are in the sum; empty if the coordinator never named them.
         unmasked: The devices in the sum that the coordinator learned, or could learn in a round without a result; empty
@@ -115,6 +117,8 @@ class RoundSummary:
     round: int
     plan: str
     planned: tuple[str, ...]
+    dealt: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
     adapter: AdapterId
     survivors: tuple[str, ...]
     unmasked: tuple[str, ...]
@@ -146,7 +150,7 @@ class ProducedAdapter:
         spec: Of the session, from its offer.
         training: The task in the round's plan, as encoded.
         survivors: The devices whose updates are in the sum.
-        sums: Of their contributions, recomputed from the masked vectors; None if these were not kept.
+        sums: Of their contributions by group, recomputed from the masked vectors; None if these were not kept.
     """
 
     place: Place
@@ -156,7 +160,7 @@ class ProducedAdapter:
     spec: SessionSpec
     training: bytes
     survivors: tuple[str, ...]
-    sums: Sums | None = field(repr=False, compare=False)
+    sums: tuple[GroupSum, ...] | None = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ the registry (``adapters.registryfiles``) four things can be checked:
 - FedAdam has two moments as state, which start from constants at version 0. Its steps can be recomputed if no sum since
   version 0 is missing, and not otherwise.
 
-The server optimizer is the one that the manifest of the new adapter names. An audit shows whether the coordinator
-followed it, not whether anyone agreed to it.
+Server optimizer and combination of groups are those that the manifest of the new adapter names. An audit shows whether
+the coordinator followed them, not whether anyone agreed to them.
 """
 
 from dataclasses import dataclass, field
@@ -24,8 +24,9 @@ from adapters.manifest import VersionManifest
 from adapters.registryfiles import RegistryFiles
 from adapters.task import metrics_of
 from aggregation.errors import ConfigError, DataError, ProtocolError, TrustError
+from aggregation.groups import total
 from aggregation.transcript import AdapterId, Place
-from coordinator import optimizer
+from coordinator import combination, optimizer
 from coordinator.audit.findings import Check, Finding, Problem, ProducedAdapter, Report, Status, count
 from coordinator.nextadapter import next_adapter, state_size
 from coordinator.optimizer import AnalyticHead, Stateless
@@ -128,14 +129,14 @@ class Recomputation:
             raise Problem("manifest.rule", text, place)
         if produced.sums is None:
             return "vectors"
-        if agreeing.metrics != metrics_of(produced.sums):
+        how = _combination(agreeing, produced)
+        if agreeing.metrics != metrics_of(total(produced.sums)):
             raise Problem("manifest.metrics", f"the metrics of adapter {version} are not those of the sum", place)
         state = self._state_before(rule, produced, state_size(task, layout))
         if state is None:
             return "optimizer"
-        sums, survivors = produced.sums, len(produced.survivors)
         after_state, expected = next_adapter(
-            produced.spec, task, rule, state, before, sums=sums, survivors=survivors, digest=start_digest
+            produced.spec, task, rule, state, before, sums=produced.sums, combination=how, digest=start_digest
         )
         if layout.flatten(expected).tobytes() != layout.flatten(after).tobytes():
             text = f"adapter {version} is not what the server optimizer of its manifest computes from the sum ({rule})"
@@ -214,3 +215,19 @@ def _rule(manifest: VersionManifest, place: Place) -> optimizer.Settings:
     except ConfigError as error:
         text = str(error)
     raise Problem("manifest.rule", f"the server optimizer of adapter {manifest.version}: {text}", place)
+
+
+def _combination(manifest: VersionManifest, produced: ProducedAdapter) -> combination.Combination | None:
+    """How the means of groups made an adapter, according to its manifest; None if its round had one sum.
+
+    Raises:
+        Problem: The manifest names none where there were groups, one where there were none, or an unknown one.
+    """
+    about = "manifest.combination"
+    if (manifest.combination is None) != (produced.spec.grouping is None):
+        text = f"the manifest of adapter {manifest.version} and the session's offer differ in whether there are groups"
+        raise Problem(about, text, produced.place)
+    try:
+        return None if manifest.combination is None else combination.of_rule(manifest.combination)
+    except ConfigError as error:
+        raise Problem(about, f"the combination of adapter {manifest.version}: {error}", produced.place) from None

@@ -88,6 +88,9 @@ def _agrees(record: RoundRecord, logged: RoundSummary) -> bool:
     """Whether a record and a log say the same of a round. Costs and dropouts are the record's only."""
     made = (record.version, record.adapter) if record.version is not None else None
     survivors = logged.survivors if logged.result else ()
+    groups = logged.groups if logged.result and logged.dealt else ()
+    if tuple(each.survivors for each in record.groups) != groups:
+        return False
     return (record.entries, record.root, record.reason, made, record.sum, record.survivors) == (
         (logged.entries, logged.root, logged.reason, logged.result, logged.sum, survivors)
     )

@@ -20,7 +20,8 @@ class RepeatedSums:
     """Follows the sums through a coordinator's sessions, in order.
 
     Args:
-        seen: Digest of an adapter → log and round of each sum from it so far.
+        seen: Digest of an adapter → log and round of each sum from it so far; with groups, of each round that named
+            survivors.
     """
 
     seen: dict[str, list[tuple[str, RoundSummary]]] = field(default_factory=lambda: defaultdict(list))
@@ -34,11 +35,13 @@ class RepeatedSums:
         """
         aborted, repeated = list[str](), list[str]()
         for current in rounds:
+            if problem := self._dealt_otherwise(current):
+                return Finding(Check.REPEATS, Status.FAIL, problem, about="plan.former")
             if current.unmasked and not current.result:
                 devices = _names(current.unmasked)
                 aborted.append(f"round {current.round} has no result, and its sum could be unmasked, over {devices}")
-            if current.unmasked:
-                repeated += self._repeats(log, current)
+            repeated += self._repeats(log, current) if current.unmasked else ()
+            if current.unmasked or (current.dealt and current.survivors):
                 self.seen[current.adapter[1]].append((log, current))
         if not aborted and not repeated:
             text = "no round without a result could be unmasked, and no two sums are from one adapter"
@@ -46,8 +49,22 @@ class RepeatedSums:
         about = "round.repeated" if repeated else "round.aborted"
         return Finding(Check.REPEATS, Status.WARNING, ". ".join([*aborted, *repeated, _REMEDY]), about=about)
 
+    def _dealt_otherwise(self, current: RoundSummary) -> str:
+        """What is wrong with the devices that a round deals into groups; empty if nothing.
+
+        They are the members of its plan or, where survivors of a round from its adapter were named before, those that
+        were dealt then.
+        """
+        before = [each.dealt for _, each in self.seen.get(current.adapter[1], [])]
+        expected = before[-1] if before else current.planned if current.dealt else ()
+        if current.dealt == expected:
+            return ""
+        return f"round {current.round} deals other devices into its groups than its plan, and earlier sums, have"
+
     def _repeats(self, log: str, current: RoundSummary) -> Iterator[str]:
         for other, before in self.seen[current.adapter[1]]:
+            if not before.unmasked:
+                continue
             where = f"round {before.round}" + ("" if other == log else f" of {other}")
             either = sorted({*before.unmasked} ^ {*current.unmasked})
             alone = f"{_names(either)} in one of the two" if either else "the same devices in both"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from aggregation import checks, envelope, graph
+from aggregation import checks, envelope, graph, groups
 from aggregation.errors import ProtocolError
 from aggregation.messages import Assignment, ConsistencySignature, Survivors, Unmask, UnmaskResponse
 from aggregation.session import Session
@@ -40,6 +40,8 @@ def thresholds(history: History) -> str:
         _enough_devices(history, current)
     signatures = f" and {spec.quorum} signatures on its survivor set" if active else ""
     trusted = "" if active else ". The session is honest-but-curious: nothing shows that all devices were shown one set"
+    if spec.grouping:
+        signatures += f", with {spec.grouping.minimum} or more devices and signatures of each of {spec.groups} groups"
     both = "both secrets of a device, or signatures on two survivor sets," if active else "both secrets of a device"
     chance = "" if spec.degree >= present - 1 else " (except by chance, at most 2^-40)"
     return (
@@ -70,10 +72,13 @@ def _enough_devices(history: History, current: Round) -> None:
     spec = history.offer.spec
     planned = len(current.plan.members)
     _hold("plan.size", current.place(Assignment), lambda: checks.enough_devices(spec, planned, "in the plan"))
+    _hold("plan.groups", current.place(Assignment), lambda: checks.grouped(spec, current.plan))
     if current.survivor_set is None:
         return
     place, survived = _named(history, current), len(current.survivors)
     _hold("survivors.size", place, lambda: checks.enough_devices(spec, survived, "survivors"))
+    in_groups = partial(groups.require_minimum, spec, current.plan, current.survivors, "survivors", about="group")
+    _hold("survivors.group", place, in_groups)
     if isinstance(current.ending, Result) and history.session is not None:
         _enough_responses(history.session, current)
 
@@ -127,6 +132,8 @@ def _signed_by_quorum(history: History, current: Round, peer: str, unmask: Unmas
     if len(signatures) < quorum:
         text = f"{count(len(signatures), 'consistency signature')}, {quorum} are needed"
         raise Problem("unmask.quorum", text, place)
+    spec, plan = history.offer.spec, current.plan
+    _hold("unmask.group", place, lambda: checks.quorum(spec, plan, tuple(signatures)))
     for device, signature in signatures.items():
         if device not in current.signed:
             raise Problem("unmask.signers", f"the consistency signature of {device} is not in the log", place)

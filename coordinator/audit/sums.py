@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from adapters.task import Sums
 from adapters.taskkinds import require_reach
-from aggregation import graph, masks, ring
+from aggregation import graph, groups, masks, ring
 from aggregation.errors import DataError, ProtocolError
+from aggregation.groups import GroupSum
 from aggregation.masks import Mask
 from aggregation.messages import MaskedInput
 from aggregation.recovery import Recovery
+from aggregation.ring import Ring
 from aggregation.session import Session
-from aggregation.spec import CORRUPT_FRACTION
+from aggregation.spec import CORRUPT_FRACTION, SessionSpec
 from aggregation.transcript import Result
 from coordinator.audit.findings import Problem, ProducedAdapter, Skipped, count
 from coordinator.audit.history import History, Round
@@ -34,15 +35,14 @@ class UnmaskedRound:
         seeds: Survivor → seed of its own mask.
         keys: Device of the plan that is not a survivor → its mask key.
         blamed: Devices that revealed wrong shares.
-        sums: Of the survivors' contributions, decoded, once ``sums`` has recomputed them; zeros if ``spoiled``.
-        spoiled: Honest survivors cannot have the sum, so that nothing of it counts.
+        sums: Of the survivors' contributions by group, decoded, once ``sums`` has recomputed them; zeros where honest
+            survivors cannot have one.
     """
 
     seeds: Mapping[str, bytes] = field(repr=False)
     keys: Mapping[str, bytes] = field(repr=False)
     blamed: tuple[str, ...]
-    sums: Sums | None = field(default=None, repr=False)
-    spoiled: bool = False
+    sums: tuple[GroupSum, ...] | None = field(default=None, repr=False)
 
 
 def secrets(history: History, unmasked: dict[int, UnmaskedRound]) -> str:
@@ -98,8 +98,9 @@ def sums(history: History, unmasked: Mapping[int, UnmaskedRound], vectors: Vecto
     for current in complete:
         _recompute(history, current, unmasked[current.plan.round], vectors)
     text = f"{len(complete)} of {count(len(ended), 'sum')} recomputed from the masked updates, equal bit for bit"
-    if spoiled := [current.plan.round for current in complete if unmasked[current.plan.round].spoiled]:
-        text += f"; honest devices cannot have that of round {', '.join(map(str, spoiled))}, which counts as zero"
+    made = {current.plan.round: unmasked[current.plan.round].sums or () for current in complete}
+    if spoiled := [number for number, found in made.items() if any(each.spoiled for each in found)]:
+        text += f"; honest devices cannot have one of round {', '.join(map(str, spoiled))}, which counts as zero"
     if len(complete) < len(ended):
         raise Skipped("vectors", f"{text}. Of the others only digests of the masked updates were kept")
     return text
@@ -151,31 +152,48 @@ def _is_kept(current: Round, device: str, vectors: Vectors, size: int) -> bool:
 
 
 def _recompute(history: History, current: Round, unmasked: UnmaskedRound, vectors: Vectors) -> None:
+    spec = history.offer.spec
+    by_group = groups.split(spec, current.plan, current.survivors)
+    totals = [_total(history, current, devices, unmasked, vectors) for devices in by_group]
+    if isinstance(current.ending, Result) and groups.digest_of(spec, totals) != current.ending.sum:
+        text = "the updates do not add up to the sum that the result names"
+        raise Problem("result.sum", text, current.place(Result))
+    unmasked.sums = tuple(_decoded(spec, devices, total) for devices, total in zip(by_group, totals, strict=True))
+
+
+def _decoded(spec: SessionSpec, survivors: tuple[str, ...], total: Ring) -> GroupSum:
+    try:
+        values = spec.vector.decode(total, len(survivors))
+        require_reach(spec, values, len(survivors))
+    except DataError as error:
+        return GroupSum(survivors, spec.vector.zeros(), str(error))
+    return GroupSum(survivors, values)
+
+
+def _total(
+    history: History, current: Round, survivors: tuple[str, ...], unmasked: UnmaskedRound, vectors: Vectors
+) -> Ring:
+    """The unmasked sum of a group's vectors."""
     spec = history.offer.spec.vector
     total = ring.zeros(spec.size, spec.ring_bits)
-    for device in current.survivors:
+    for device in survivors:
         packed = vectors(current.inputs[device].vector, _packed_size(history)) or b""
         try:
             np.add(total, ring.unpack(packed, spec.size, spec.ring_bits), out=total)
         except ProtocolError as error:
             raise Problem.of(error, current.place(MaskedInput, device)) from None
     if history.session is not None:
-        masks.apply(total, _remaining_masks(history.session, current, unmasked))
-    if isinstance(current.ending, Result) and ring.digest(total, spec.ring_bits) != current.ending.sum:
-        text = "the updates do not add up to the sum that the result names"
-        raise Problem("result.sum", text, current.place(Result))
-    try:
-        unmasked.sums = spec.decode(total, len(current.survivors))
-        require_reach(history.offer.spec, unmasked.sums, len(current.survivors))
-    except DataError:
-        unmasked.sums, unmasked.spoiled = spec.zeros(), True
+        masks.apply(total, _remaining_masks(history.session, current, survivors, unmasked))
+    return total
 
 
-def _remaining_masks(session: Session, current: Round, unmasked: UnmaskedRound) -> list[Mask]:
-    """The masks that the sum of the masked vectors still contains, with the sign that removes them."""
+def _remaining_masks(
+    session: Session, current: Round, survivors: tuple[str, ...], unmasked: UnmaskedRound
+) -> list[Mask]:
+    """The masks that the sum of a group's masked vectors still contains, with the sign that removes them."""
     plan, index = current.plan.digest(), current.plan.round - 1
     own = [
-        Mask(masks.self_key(seed, session.context, plan, device), add=False) for device, seed in unmasked.seeds.items()
+        Mask(masks.self_key(unmasked.seeds[device], session.context, plan, device), add=False) for device in survivors
     ]
     pairs = [
         # A survivor added the mask if its id is the smaller one; what was added is subtracted now.
@@ -184,6 +202,6 @@ def _remaining_masks(session: Session, current: Round, unmasked: UnmaskedRound) 
             add=peer > device,
         )
         for device, key in unmasked.keys.items()
-        for peer in session.neighbors(device, current.survivors)
+        for peer in groups.mask_peers(session, current.plan, device, survivors)
     ]
     return [*own, *pairs]

@@ -114,7 +114,7 @@ def _row(settings: "FederationSettings", numbers: int, devices: int) -> CohortPl
     return CohortPlan(
         devices=devices,
         minimum_survivors=spec.minimum_survivors,
-        honest=spec.honest(spec.minimum_survivors),
+        honest=spec.honest(spec.smallest_sum),
         noise_multiplier=spec.noise_multiplier(),
         epsilon=fewest,
         epsilon_all=most,

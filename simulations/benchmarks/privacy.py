@@ -17,6 +17,7 @@ from adapters import files, noisyhead, ridge
 from adapters.analytic import AnalyticTask, ClassifierHead
 from adapters.layout import Layout, Tensors
 from adapters.ridge import Matrix
+from aggregation.groups import GroupSum
 from aggregation.ring import dtype, packed_size
 from aggregation.spec import SessionSpec
 from client.training.contribute import moment_contribution, noisy_vector
@@ -133,9 +134,9 @@ def _fitted(
         else:
             vector = noisyhead.contributed(embeddings, labels, head, task, bytes.fromhex(digest))
             total += noisy_vector(vector, spec, bytes.fromhex(digest), rng, os.urandom(32))
-    sums = spec.vector.decode(total, len(devices))
+    sums = [GroupSum.of(spec, tuple(map(str, range(len(devices)))), total)]
     _, after = next_adapter(
-        spec, task, AnalyticHead(), Stateless(), tensors, sums=sums, survivors=len(devices), digest=digest
+        spec, task, AnalyticHead(), Stateless(), tensors, sums=sums, combination=None, digest=digest
     )
     return after
 

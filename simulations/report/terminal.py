@@ -123,6 +123,7 @@ def _plan(scenario: Scenario, out: Path, clients: int, memory: str, groups: str)
         ("adapter", layers if writes else f"{layers}, and a classification head"),
         ("rounds", f"{rounds}; {adversary} secure aggregation"),
         *([("", f"then {fitted} of the analytic head, without training")] if fitted else []),
+        *([("sums", _price(federation, clients))] if federation.aggregation.groups > 1 else []),
         ("privacy", _noise(federation)),
         *([("ATTACK", _attack(scenario))] if scenario.attack.kind != "none" else []),
         ("arms", f"base      the frozen model{head}, no training"),
@@ -157,6 +158,22 @@ def _personal(scenario: Scenario) -> list[str]:
         f"personal  global, then {of_personal} on own data",
         *(f"local, personal: {line}" for line in lines),
     ]
+
+
+def _price(federation: FederationSettings, clients: int) -> str:
+    """What groups cost a device and, with differential privacy, the mean."""
+    bounds = federation.aggregation
+    devices = min(federation.cohort.size or clients, clients)
+    found = bounds.grouping(devices)
+    if found is None:
+        return "none"
+    noise = (
+        f", and the mean has about {found.count**0.5:.1f} × the noise of one sum" if federation.privacy.noisy else ""
+    )
+    hides = f"{devices // found.count} instead of {devices}, never of fewer than {found.minimum}{noise}"
+    return (
+        f"{found.count} sums a round, combined by {bounds.combine}: of {devices} devices, one hides in a sum of {hides}"
+    )
 
 
 def _attack(scenario: Scenario) -> str:

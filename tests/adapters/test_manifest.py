@@ -28,6 +28,7 @@ VERSION = VersionManifest(
     round=3,
     plan="e" * 64,
     rule=ServerRule("FedAdam", {"learning_rate": 0.01}),
+    combination=None,
     survivors=("küche", "flur"),
     metrics={"loss": 0.25, "accuracy": 1.0},
     epsilon=3.5,
@@ -66,6 +67,8 @@ DOCUMENTS = [VERSION, BASE, ADAPTER]
 KEY = IdentityKey.generate(SystemEntropy())
 sha256 = st.text("0123456789abcdef", min_size=64, max_size=64)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+rules = st.none() | st.builds(ServerRule, text, st.dictionaries(text, finite, max_size=2))
 manifests = st.builds(
     VersionManifest,
     version=st.integers(0, 2**63 - 1),
@@ -76,11 +79,11 @@ manifests = st.builds(
     parent=st.none() | sha256,
     round=st.integers(0, 10**6),
     plan=st.none() | sha256,
-    rule=st.none()
-    | st.builds(ServerRule, text, st.dictionaries(text, st.floats(allow_nan=False, allow_infinity=False), max_size=2)),
+    rule=rules,
+    combination=rules,
     survivors=st.lists(text, max_size=3).map(tuple),
-    metrics=st.dictionaries(text, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
-    epsilon=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    metrics=st.dictionaries(text, finite, max_size=3),
+    epsilon=st.none() | finite,
     peft_config=st.builds(PeftConfig, st.just("LORA"), st.integers(1, 64), st.integers(1, 64), st.just(("query",))),
     labels=st.lists(text, max_size=3).map(tuple),
 )

@@ -46,6 +46,7 @@ def manifest(version: int) -> VersionManifest:
         round=version,
         plan=f"{version:064x}" if version else None,
         rule=ServerRule("FedAvg", {"learning_rate": 1.0}) if version else None,
+        combination=None,
         survivors=("anna", "ben") if version else (),
         metrics={"loss": 0.5} if version else {},
         epsilon=None,

@@ -26,6 +26,7 @@ def record() -> RoundRecord:
         entries=2**40,
         root="0" * 64,
         survivors=LONGEST,
+        groups=(),
         dropped=dict.fromkeys(LONGEST, step),
         blamed=(),
         reason=None,

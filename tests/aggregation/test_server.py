@@ -167,7 +167,7 @@ def test_a_masked_input_is_accepted_once_and_for_its_plan_only(fleet: Any) -> No
     assert_refused(state.on_masked_input, OTHER, body, "signature")
     assert_refused(state.on_masked_input, ME, resigned_input(fleet, ME, body, plan=bytes(32)), "masked-input.plan")
     assert_refused(state.on_masked_input, ME, resigned_input(fleet, ME, body, device=OTHER), "masked-input.device")
-    assert not state.total.any()
+    assert not state.totals[0].any()
     taken = state.on_masked_input(ME, body)
     assert_refused(taken.on_masked_input, ME, body, "masked-input.repeated")
 
@@ -181,7 +181,7 @@ def test_a_checked_input_is_added_once_for_its_device_and_its_plan_only(fleet: A
         state.add(OTHER, mine)
     with refused(ProtocolError, "masked-input.plan", peer=ME):
         later.add(ME, mine)
-    assert not state.total.any()
+    assert not state.totals[0].any()
     taken = state.add(ME, mine)
     with refused(ProtocolError, "masked-input.repeated", peer=ME):
         taken.add(ME, mine)
@@ -203,10 +203,10 @@ def test_a_state_with_a_successor_adds_no_further_input(fleet: Any) -> None:
     state, plans = fleet.begin(fleet.establish())
     bodies = {name: fleet.contribute(name, plans[name]) for name in plans}
     moved = state.on_masked_input(ME, bodies[ME])
-    before = moved.total.copy()
+    before = moved.totals[0].copy()
     with refused(ProtocolError, "single-use", peer="device-001", value="successor"):
         state.on_masked_input(OTHER, bodies[OTHER])
-    assert (moved.total == before).all()
+    assert (moved.totals[0] == before).all()
 
 
 def test_an_input_after_the_end_of_the_step_is_not_added(fleet: Any) -> None:
@@ -215,19 +215,19 @@ def test_an_input_after_the_end_of_the_step_is_not_added(fleet: Any) -> None:
     for name in sorted(bodies)[:4]:
         state = state.on_masked_input(name, bodies[name])
     survivor_set = state.close()[0].survivor_set
-    before = survivor_set.total.copy()
+    before = survivor_set.totals[0].copy()
     assert_refused(state.on_masked_input, "device-004", bodies["device-004"], "single-use")
-    assert (survivor_set.total == before).all()
+    assert (survivor_set.totals[0] == before).all()
     with refused(ProtocolError, "single-use"):
         state.close()
 
 
 def test_inputs_are_added_as_they_arrive_and_not_kept(fleet: Any) -> None:
     state, plans = fleet.begin(fleet.establish())
-    total = state.total
+    total = state.totals[0]
     for name in plans:
         state = state.on_masked_input(name, fleet.contribute(name, plans[name]))
-    assert state.total is total
+    assert state.totals[0] is total
     assert {len(digest) for digest in state.vectors.values()} == {32}
 
 
@@ -319,7 +319,7 @@ def test_a_sum_that_honest_survivors_cannot_reach_counts_as_zero(fleet: Any, mon
     state, bodies = state.close()
     fleet.states[ME] = replace(fleet.states[ME], vector=hashlib.sha256(bytes(range(7, 7 + 24))).digest())
     _, result = fleet.open(*fleet.confirm(state, bodies))
-    assert "more than 4 clients within its bound" in result.spoiled
+    assert "more than 4 clients within its bound" in result.sums[0].spoiled
     assert not any(values.any() for values in result.values.values())
 
 

@@ -126,13 +126,14 @@ def test_consistency_signatures_that_were_verified_do_not_cover_another_signatur
     fleet = fleet_of(4)
     state, bodies = fleet.confirm(*fleet.collect(fleet.establish()))
     message = Unmask.decode(envelope.unverified_body(next(iter(bodies.values()))))
-    session, survivors, signatures = state.survivor_set.session, message.survivors, message.consistency_signatures
-    checks.consistency_signatures(session, survivors, signatures)
+    session, plan = state.survivor_set.session, state.survivor_set.plan
+    survivors, signatures = message.survivors, message.consistency_signatures
+    checks.consistency_signatures(session, plan, survivors, signatures)
     first, second = list(signatures)[:2]
     other = replace(survivors, vectors={**survivors.vectors, first: bytes(32)})
     for wrong in (
-        (session, survivors, {**signatures, first: signatures[second]}),
-        (session, other, signatures),
+        (session, plan, survivors, {**signatures, first: signatures[second]}),
+        (session, plan, other, signatures),
     ):
         with pytest.raises(ProtocolError):
             checks.consistency_signatures(*wrong)

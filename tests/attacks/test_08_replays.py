@@ -36,7 +36,7 @@ def test_a_masked_input_of_another_round_is_refused(fleet: Any) -> None:
 def test_without_the_plan_a_replayed_input_is_added(fleet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Plan, "digest", lambda plan: bytes(32))
     old, second = two_rounds(fleet)
-    assert second.on_masked_input(ME, old).total.any()
+    assert second.on_masked_input(ME, old).totals[0].any()
 
 
 def sharing(fleet: Any) -> tuple[Any, bytes]:

@@ -79,8 +79,8 @@ def test_with_signatures_of_the_neighborhood_only_a_sum_below_the_minimum_is_unm
 def nearby(strict: Callable[..., None]) -> Callable[..., None]:
     """The weakened check: ``threshold`` valid signatures, as many as reconstruct a secret."""
 
-    def consistency_signatures(session: Any, message: Survivors, signatures: dict[str, bytes]) -> None:
+    def consistency_signatures(session: Any, plan: Any, message: Survivors, signatures: dict[str, bytes]) -> None:
         weak = dataclasses.replace(session.spec, minimum_survivors=session.spec.threshold)
-        strict(dataclasses.replace(session, spec=weak), message, signatures)
+        strict(dataclasses.replace(session, spec=weak), plan, message, signatures)
 
     return consistency_signatures

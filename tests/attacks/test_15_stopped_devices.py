@@ -15,6 +15,7 @@ from flwr.app import Context, Message
 from adapters import files
 from aggregation import envelope
 from aggregation.messages import Assignment, Plan
+from aggregation.spec import SessionSpec
 from aggregation.steps import ADAPTER, BODY, RECORD, Step
 from client.node import adapterstate
 from client.node import app as device_app
@@ -30,12 +31,12 @@ on_survivors = adapterstate.on_survivors
 
 
 def forgetting(
-    known: AdapterState | None, plan: Plan, survivors: Mapping[str, int], revoked: Container[int]
+    known: AdapterState | None, plan: Plan, spec: SessionSpec, survivors: Mapping[str, int], revoked: Container[int]
 ) -> AdapterState:
     """``on_survivors`` of a device that takes an adapter that it does not remember for one without sums."""
     if known is None or known.digest != plan.adapter_digest:
         known = AdapterState(plan.adapter_version, plan.adapter_digest, bytes(32))
-    return on_survivors(known, plan, survivors, revoked)
+    return on_survivors(known, plan, spec, survivors, revoked)
 
 
 class Stopping(Subtracting):

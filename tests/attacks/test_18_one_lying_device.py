@@ -155,8 +155,8 @@ def test_if_its_rounds_had_no_result_the_training_would_end_for_ever(
 
     def aborting(session: Any, result: Any) -> Any:
         _, checked = within(session, result)
-        lied = RoundAborted(AbortReason.TOO_FEW, str(checked.spoiled), session, (), result.survivors)
-        return lied if checked.spoiled else (session, result)
+        lied = RoundAborted(AbortReason.TOO_FEW, str(checked.sums[0].spoiled), session, (), result.survivors)
+        return lied if checked.sums[0].spoiled else (session, result)
 
     monkeypatch.setattr(rounds, "within_reach", aborting)
     _, records = spoilt(app_fleet_of)

@@ -114,7 +114,8 @@ def mean_of_aborted(out: Path, withheld: dict[str, UnmaskResponse]) -> Any:
     folder = path.parent / VECTORS
     sums._recompute(logged, current, unmasked, lambda digest, _: vector_path(folder, digest).read_bytes())
     assert unmasked.sums is not None
-    return unmasked.sums["delta"] / unmasked.sums["weight"][0]
+    (one,) = unmasked.sums
+    return one.values["delta"] / one.values["weight"][0]
 
 
 def test_the_coordinator_has_the_sum_of_the_round_that_it_logs_as_aborted(

@@ -39,7 +39,7 @@ def first_version(tensors: Tensors, _: PeftConfig, labels: Sequence[str], base: 
     blob, layout = files.encode(tensors), Layout.of(tensors).digest
     config = PeftConfig("LORA", RANK, 4, EMBEDDING)
     return VersionManifest(
-        0, files.sha256(blob), len(blob), base, layout, None, 0, None, None, (), {}, None, config, tuple(labels)
+        0, files.sha256(blob), len(blob), base, layout, None, 0, None, None, None, (), {}, None, config, tuple(labels)
     ), blob
 
 

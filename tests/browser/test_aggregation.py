@@ -28,7 +28,7 @@ from aggregation.pki import Authority, IdentityKey, Reason, Revocation, Root
 from aggregation.pki.identity import PublicKey
 from aggregation.policy import Policy
 from aggregation.sealed import reopened
-from aggregation.spec import SessionSpec
+from aggregation.spec import Grouping, SessionSpec
 from aggregation.transcript import LogState
 from aggregation.vector import Segment, VectorSpec
 from client.node import adapterstate
@@ -342,22 +342,17 @@ def history(rng: random.Random) -> dict[str, Any]:
     adapters = [bytes([number]).hex() * 32 for number in range(3)]
     serials = {f"unit-{number}": 100 + number for number in range(4)}
     for _ in range(12):
-        plan = Plan(
-            bytes(32), 1, ("a", "b"), rng.choice((1, 1, 2, 3)), rng.choice(adapters), rng.choice((b"", b"", b"x"))
-        )
-        spec = session_spec(4, clip_norm=rng.choice((4.0, 4.0, 2.0)))
-        event: dict[str, Any] = {
-            "body": plan.encode().hex(),
-            "clip_norm": spec.clip_norm,
-            "weight_cap": spec.weight_cap,
-        }
+        version, digest, training = rng.choice((1, 1, 2, 3)), rng.choice(adapters), rng.choice((b"", b"", b"x"))
+        plan = Plan(bytes(32), 1, ("a", "b"), version, digest, training, rng.choice(((), (), ("c",))))
+        spec = session_spec(4, clip_norm=rng.choice((4.0, 4.0, 2.0)), grouping=rng.choice((None, Grouping(2, 2))))
+        event: dict[str, Any] = {"body": plan.encode().hex(), "offer": offer_of(spec)}
         event |= {"survivors": None, "revoked": rng.choice(([], [], [103])), "refused": None}
         try:
             if rng.randrange(2):
                 known = adapterstate.on_plan(known, plan, spec, repeats)
             else:
                 event["survivors"] = dict(list(serials.items())[: rng.choice((4, 4, 3))])
-                known = adapterstate.on_survivors(known, plan, event["survivors"], event["revoked"])
+                known = adapterstate.on_survivors(known, plan, spec, event["survivors"], event["revoked"])
         except ProtocolError as error:
             event["refused"] = error.about
         events.append(event)
@@ -368,7 +363,7 @@ def test_revocation_lists_and_adapter_states_are_those_of_a_native_device(tmp_pa
     rng, made = random.Random(9), tmp_path / "history.json"  # noqa: S311  # not a secret
     histories = [history(rng) for _ in range(400)]
     abouts = {event["refused"] for each in histories for event in each["events"]}
-    assert len(abouts) == 7, abouts  # every refusal occurs, and none
+    assert len(abouts) == 8, abouts  # every refusal occurs, and none
     made.write_text(json.dumps({**revocations(rng), "histories": histories}))
     run(node, "history.test.mjs", EDGEADAPT_HISTORY=made)
 

@@ -19,7 +19,7 @@ from aggregation.pki.identity import PublicKey
 from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
 from aggregation.server import AbortReason, Established, RoundAborted
-from aggregation.spec import Adversary, Privacy
+from aggregation.spec import Adversary, Grouping, Privacy
 from aggregation.steps import Step
 from aggregation.vector import Segment, VectorSpec
 from tests.browser.test_aggregation import JS
@@ -186,6 +186,16 @@ def test_a_session_on_a_sparse_graph_has_exact_sums(mixed: Mixed) -> None:
     fleet = mixed(11, range(0, 11, 2), {"complete_up_to": 3, "corrupt_fraction": 0.0}, **spec)
     _, result = fleet.round(fleet.establish(), {"input": ["device-003"]})
     fleet.assert_exact(result, set(fleet.devices) - {"device-003"})
+
+
+def test_a_session_with_groups_has_an_exact_sum_of_each(mixed: Mixed) -> None:
+    fleet = mixed(8, {1, 4}, grouping=Grouping(2, 3))
+    _, result = fleet.round(fleet.establish(), {"input": ["device-002"]})
+    assert sorted(name for each in result.sums for name in each.survivors) == sorted(
+        set(fleet.devices) - {"device-002"}
+    )
+    for each in result.sums:
+        fleet.assert_exact(each, each.survivors)
 
 
 def test_a_session_of_devices_in_javascript_alone_has_exact_sums(mixed: Mixed) -> None:

@@ -9,6 +9,7 @@ from adapters.manifest import PeftConfig
 from adapters.parts import Part
 from adapters.task import Task, shared_layout
 from aggregation import rotation
+from aggregation.groups import GroupSum
 from aggregation.vector import Segment, VectorSpec
 from coordinator import optimizer
 from coordinator.nextadapter import next_adapter, state_size
@@ -20,7 +21,8 @@ R = "layer.query.lora_R.weight"
 TASK = Task(
     PeftConfig("LORA", 2, 4, ("query",)), ("off", "on"), 1, 4, 1e-6, 0.0, 0.0, (Part.R, Part.HEAD), (Part.R, Part.HEAD)
 )
-WEIGHT, DEVICES = 40.0, 4
+WEIGHT, NAMES = 40.0, ("a", "b", "c", "d")
+DEVICES = len(NAMES)
 
 
 def adapter() -> Tensors:
@@ -49,7 +51,9 @@ def test_the_mean_of_squares_moves_b_by_its_product_with_the_frozen_factor(rule:
     )
     for mean in np.random.default_rng(2).normal(scale=0.1, size=(2, size)):
         sums = {"delta": rotated(WEIGHT * mean), "weight": np.array([WEIGHT])}
-        state, after = next_adapter(spec, TASK, rule, state, tensors, sums=sums, survivors=DEVICES, digest=ADAPTER)
+        state, after = next_adapter(
+            spec, TASK, rule, state, tensors, sums=[GroupSum(NAMES, sums)], combination=None, digest=ADAPTER
+        )
         reference, stepped = optimizer.step(rule, reference, vector_before, mean.astype(np.float32))
         moved = layout.unflatten(stepped)
         assert after.keys() == before.keys()
@@ -68,6 +72,13 @@ def test_what_would_grow_without_limit_is_clipped() -> None:
     sums = {"delta": rotated(np.full(size, WEIGHT * 0.5)), "weight": np.array([WEIGHT])}
     rule, spec = FedAvg(1000.0), session_spec(DEVICES, vector=vector)
     _, after = next_adapter(
-        spec, TASK, rule, optimizer.start(rule, size), before, sums=sums, survivors=DEVICES, digest=ADAPTER
+        spec,
+        TASK,
+        rule,
+        optimizer.start(rule, size),
+        before,
+        sums=[GroupSum(NAMES, sums)],
+        combination=None,
+        digest=ADAPTER,
     )
     assert np.abs(after[B]).max() == optimizer.LARGEST

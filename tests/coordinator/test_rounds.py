@@ -14,6 +14,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from aggregation import envelope
 from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
+from aggregation.groups import GroupSum
 from aggregation.messages import CheckIn
 from aggregation.server import RoundResult
 from aggregation.steps import BODY, RECORD, Step
@@ -325,9 +326,9 @@ def test_a_sum_with_weights_that_survivors_cannot_have_counts_as_zero(weight: fl
     spec = session_spec(3)
     session: Any = SimpleNamespace(session=SimpleNamespace(spec=spec))
     values = {"delta": np.zeros(7), "weight": np.array([weight])}
-    result = RoundResult(1, values, ("a", "b"), (), ("b",), bytes(32))
+    result = RoundResult(1, (GroupSum(("a", "b"), values),), (), ("b",), bytes(32))
     same, found = within_reach(session, result)
-    assert (same, found.survivors, found.blamed, found.spoiled is None) == (session, ("a", "b"), ("b",), counts)
+    assert (same, found.survivors, found.blamed, found.sums[0].spoiled is None) == (session, ("a", "b"), ("b",), counts)
     assert found.values["weight"][0] == (weight if counts else 0.0)
 
 

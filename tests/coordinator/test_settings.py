@@ -22,7 +22,8 @@ from aggregation.policy import Policy
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Adversary, Privacy, SessionSpec
 from coordinator.optimizer import FedAdam, FedAvg
-from coordinator.settings import Aggregation, Analytic, FederationSettings, PrivacySettings, Server
+from coordinator.sessionsettings import Aggregation, PrivacySettings
+from coordinator.settings import Analytic, FederationSettings, Server
 from tests.support import refused
 
 LAYOUT = Layout((TensorSpec("a", (100, 10)),))

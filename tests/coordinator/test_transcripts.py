@@ -66,6 +66,7 @@ def recorded(transcripts: Transcripts, recorder: Recorder, **changes: Any) -> Ro
         entries=log.tree.size,
         root=log.tree.root().hex(),
         survivors=(),
+        groups=(),
         dropped={},
         blamed=(),
         reason="unrecoverable",

@@ -32,7 +32,8 @@ from client.training.contribute import clip
 from client.training.examples import Split, in_split, read_examples
 from client.training.trainer import load_trainer
 from coordinator import optimizer
-from coordinator.settings import Aggregation, FederationSettings
+from coordinator.sessionsettings import Aggregation
+from coordinator.settings import FederationSettings
 from simulations.engine import provision as provisioned
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,9 +14,11 @@ from aggregation.errors import ProtocolError
 from aggregation.messages import Plan
 from client.node import adapterstate
 from client.node.adapterstate import AdapterState
+from tests.support.fleet import session_spec
 
 DIGEST, FRACTION = "aa" * 32, 0.1
 PLAN = Plan(bytes(32), 1, ("a", "b"), 1, DIGEST, b"")
+SPEC = session_spec(20)
 
 
 class Devices:
@@ -31,7 +33,7 @@ class Devices:
         for number in asked:
             known = self.states.get(number, AdapterState(1, DIGEST, bytes(32)))
             try:
-                self.states[number] = adapterstate.on_survivors(known, PLAN, named, ())
+                self.states[number] = adapterstate.on_survivors(known, PLAN, SPEC, named, ())
             except ProtocolError:
                 continue
             out.append(number)

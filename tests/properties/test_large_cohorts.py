@@ -7,7 +7,7 @@ import pytest
 
 from adapters.layout import Layout, TensorSpec
 from aggregation.policy import Policy
-from coordinator.settings import Aggregation
+from coordinator.sessionsettings import Aggregation
 
 DEVICES = 150
 LAYOUT = Layout((TensorSpec("a", (10, 10)),))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from aggregation.messages import Plan
 from aggregation.ring import Ring
 from aggregation.server import AbortReason, RoundAborted, Unmasking
+from aggregation.spec import SessionSpec
 from aggregation.steps import Step
 from client.node import app as device_app
 from client.node import step as device_step
@@ -53,7 +54,7 @@ class Subtracting:
             closed = close(state, *given)
             if isinstance(closed, RoundAborted):
                 return closed
-            self.sums.append(state.survivor_set.total.copy())
+            self.sums.append(state.survivor_set.totals[0].copy())
             self.deltas.append(closed[1].values["delta"])
             if len(self.sums) in aborted:
                 return RoundAborted(AbortReason.TOO_FEW, "as the coordinator says", closed[0])
@@ -98,6 +99,8 @@ def fleet_without_proofs(app_fleet_of: FleetOf, devices: int = DEVICES, **settin
     return fleet
 
 
-def any_set(known: AdapterState, plan: Plan, survivors: Mapping[str, int], revoked: Container[int]) -> AdapterState:
+def any_set(
+    known: AdapterState, plan: Plan, spec: SessionSpec, survivors: Mapping[str, int], revoked: Container[int]
+) -> AdapterState:
     """``adapterstate.on_survivors`` without a comparison."""
     return replace(known, sums=known.sums + 1, survivors=survivors)

@@ -138,7 +138,8 @@ class Case:
     """A session and its first round; ``out`` is what the file holds of it.
 
     ``t``: shares that reconstruct a secret. ``least``: fewest survivors. ``quorum``: signatures in the unmask request.
-    ``dropouts`` send no masked input; ``silent`` devices sign no survivor set and reveal no shares.
+    ``dropouts`` send no masked input; ``silent`` devices sign no survivor set and reveal no shares. ``groups`` have a
+    minimum of 2 devices.
     """
 
     label: str
@@ -149,6 +150,7 @@ class Case:
     bits: int
     dropouts: list[str]
     silent: list[str]
+    groups: int = 1
     out: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, Ed25519PrivateKey] = field(default_factory=dict)
     share_key: dict[str, bytes] = field(default_factory=dict)
@@ -168,6 +170,10 @@ class Case:
     def quorum(self) -> int:
         return self.t if self.complete else self.least
 
+    def group(self, number: int) -> list[str]:
+        order = sorted(self.names, key=lambda name: sha(b"edgeadapt/group/1\x00", bytes.fromhex(HEX), name.encode()))
+        return order[number :: self.groups]
+
     def make(self) -> dict[str, Any]:
         self.parties()
         self.check_in()
@@ -178,15 +184,8 @@ class Case:
         return self.out | {"spec": self.numbers(), "dropouts": self.dropouts, "silent": self.silent}
 
     def numbers(self) -> dict[str, Any]:
-        return {
-            "degree": self.k,
-            "threshold": self.t,
-            "minimum_survivors": self.least,
-            "ring_bits": self.bits,
-            "size": SIZE,
-            "rounds": ROUNDS,
-            "digest": HEX,
-        }
+        own = {"degree": self.k, "threshold": self.t, "minimum_survivors": self.least, "groups": self.groups}
+        return own | {"ring_bits": self.bits, "size": SIZE, "rounds": ROUNDS, "digest": HEX}
 
     def coordinator(self, tag: str, body: bytes) -> bytes:
         return message(self.keys["coordinator"], tag, body)
@@ -251,7 +250,14 @@ class Case:
     def spec(self, t: int, least: int) -> bytes:
         vector = many([text("delta") + u(SIZE, 4) + real(1.0) + real(0.0)]) + u(self.bits, 1) + u(len(self.names), 4)
         spec = b"".join(u(v, 4) for v in (ROUNDS, t, least, self.k)) + vector + real(2.5) + u(7, 8)
-        return spec + NO_NOISE + text(HEX) + text(HEX) + text("active")
+        return (
+            spec
+            + NO_NOISE
+            + text(HEX)
+            + text(HEX)
+            + text("active")
+            + (b"\x01" + u(self.groups, 4) + u(2, 4) if self.groups > 1 else b"\x00")
+        )
 
     def roster(self) -> None:
         draws = {name: stream(f"{self.label}/join/{name}", 32 * (1 + 2 * ROUNDS)) for name in self.names}
@@ -327,9 +333,17 @@ class Case:
             digests = many([sha(b"edgeadapt/share/1\x00", one)[:16] for one in shares])
             self.encrypted_shares.setdefault(dealer, {})[holder] = blob(sealed) + digests
 
-    def plan(self, *, number: int = 1, members: list[str] | None = None) -> bytes:
+    def plan(self, *, number: int = 1, members: list[str] | None = None, former: tuple[str, ...] = ()) -> bytes:
         named = many([text(name) for name in members or self.names])
-        return self.context + u(number, 4) + named + u(3, 8) + text(HEX) + blob(b"train")
+        return (
+            self.context
+            + u(number, 4)
+            + named
+            + u(3, 8)
+            + text(HEX)
+            + blob(b"train")
+            + many([text(name) for name in former])
+        )
 
     def plan_and_inputs(self) -> None:
         planned = digest("plan", self.plan())
@@ -353,6 +367,9 @@ class Case:
 
     def refuse_plans(self, encrypted_shares: dict[str, bytes]) -> None:
         first, *others = self.names
+        gone = self.group(1)[1:] if self.groups > 1 and first in self.group(0) else []
+        left, former = [name for name in self.names if name not in gone], tuple(sorted(gone))
+        grouped = {"a group of one": self.plan(members=left, former=former)} if gone else {}
         for why, plan in {
             "a round beyond the session": self.plan(number=ROUNDS + 1),
             "round zero": self.plan(number=0),
@@ -360,6 +377,8 @@ class Case:
             "members out of order": self.plan(members=[*others, first]),
             "too few members": self.plan(members=[first]),
             "of another session": bytes(32) + self.plan()[32:],
+            "a former member that is a member": self.plan(former=(others[0],)),
+            **grouped,
         }.items():
             self.refuse("assignment", first, why, self.coordinator("assignment", plan + encrypted_shares[first]))
 
@@ -367,7 +386,8 @@ class Case:
         masked = list(self.out["plain"][name])
         own = derive(self.seed[name, 1], b"edgeadapt/self-mask/1", self.context, planned, name.encode())
         secrets = [(own, 1)]
-        for other in self.neighbors[name]:
+        same = next(one for one in map(self.group, range(self.groups)) if name in one)
+        for other in [each for each in self.neighbors[name] if self.groups == 1 or each in same]:
             low, high = sorted((name, other))
             secret = exchange(self.mask_key[name, 1], public(self.mask_key[other, 1]))
             bound = (b"edgeadapt/pair-mask/1", self.context, planned, low.encode(), high.encode())
@@ -397,18 +417,21 @@ class Case:
         signers = [name for name in survived if name not in self.silent]
         survivors = planned + table({name: vectors[name] for name in survived})
         surviving = digest("survivors", survivors)
+        shown = signers[: self.quorum] if self.groups == 1 else signers
         statement = {name: surviving + text(name) for name in signers}
-        signed = {
-            name: sign(self.keys[name], "consistency-signature", statement[name]) for name in signers[: self.quorum]
-        }
+        signed = {name: sign(self.keys[name], "consistency-signature", statement[name]) for name in shown}
         self.out["unmask"] = self.coordinator("unmask", survivors + table(signed))
         self.out["survivors"] = self.coordinator("survivors", survivors)
         self.out["consistency_signatures"] = {
             n: message(self.keys[n], "consistency-signature", statement[n]) for n in signers
         }
         self.out["unmask_responses"] = {n: self.response(n, surviving, survived) for n in signers}
-        total = [sum(column) % 2**self.bits for column in zip(*(self.out["plain"][n] for n in survived), strict=True)]
-        self.out |= {"total": total, "total_digest": sha(pack(total, self.bits))}
+        parts = [[n for n in self.group(i) if n in survived] for i in range(self.groups)]
+        plain = [zip(*(self.out["plain"][n] for n in part), strict=True) for part in parts]
+        totals = [[sum(column) % 2**self.bits for column in columns] for columns in plain]
+        digests = [sha(pack(total, self.bits)) for total in totals]
+        joined = digests[0] if self.groups == 1 else sha(b"edgeadapt/sums/1\x00", *digests)
+        self.out |= {"totals": totals, "total_digest": joined}
         self.refuse_survivors(planned, {name: vectors[name] for name in survived}, signers[0])
         self.refuse_unmask(survivors, signed, signers[0])
 
@@ -433,7 +456,7 @@ class Case:
     def refuse_unmask(self, survivors: bytes, signed: dict[str, bytes], who: str) -> None:
         one, *rest = signed
         for why, shown in {
-            "one signature too few": {name: signed[name] for name in rest},
+            "one signature too few": {name: signed[name] for name in rest[-self.quorum + 1 :]},
             "a signature of zeros": {**signed, one: bytes(64)},
             "a signature of another device": {**signed, one: signed[rest[0]]},
             "a signature of a dropout": {**signed, self.dropouts[0]: signed[one]},
@@ -442,18 +465,15 @@ class Case:
         response, key = self.out["unmask_responses"][who], self.keys[who]
         start = len(b"EA\x01") + len(text("unmask-response")) + 4
         body = response[start:-64]
-        self.refuse(
-            "unmask-response", who, "for another survivor set", message(key, "unmask-response", bytes(32) + body[32:])
-        )
+        other = message(key, "unmask-response", bytes(32) + body[32:])
+        self.refuse("unmask-response", who, "for another survivor set", other)
         stranger = body[: 32 + len(text(who))] + table({self.dropouts[0]: bytes(33)}) + table({})
         self.refuse("unmask-response", who, "a share of the other kind", message(key, "unmask-response", stranger))
 
 
 def hexed(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, dict):
-        return {key: hexed(one) for key, one in value.items()}
+    if isinstance(value, bytes | dict):
+        return value.hex() if isinstance(value, bytes) else {key: hexed(one) for key, one in value.items()}
     return [hexed(one) for one in value] if isinstance(value, list) else value
 
 
@@ -466,6 +486,7 @@ CASES = (
     Case("narrow", names(5), k=4, t=3, least=3, bits=16, dropouts=["unit-2"], silent=["unit-4"]),
     Case("wide", names(5), k=4, t=3, least=3, bits=32, dropouts=["unit-0"], silent=[]),
     Case("sparse", names(9), k=4, t=4, least=5, bits=22, dropouts=["unit-4"], silent=[]),
+    Case("groups", names(8), k=7, t=5, least=5, bits=24, dropouts=["unit-1"], silent=["unit-3"], groups=2),
     Case("large", names(13), k=8, t=6, least=8, bits=19, dropouts=["unit-2", "unit-7"], silent=["unit-a"]),
 )
 

@@ -18,7 +18,7 @@ from aggregation.pki import Root
 from aggregation.pki.identity import IdentityKey
 from aggregation.policy import Policy
 from aggregation.server import RoundAborted
-from aggregation.spec import Adversary, SessionSpec
+from aggregation.spec import Adversary, Grouping, SessionSpec
 from aggregation.vector import Segment, VectorSpec
 from tests.support import refused
 
@@ -53,6 +53,8 @@ ABOUT: dict[tuple[str, str], str] = {  # step and what is wrong → what the ref
     ("assignment", "members out of order"): "plan.order",
     ("assignment", "too few members"): "plan.size",
     ("assignment", "of another session"): "plan.context",
+    ("assignment", "a former member that is a member"): "plan.former",
+    ("assignment", "a group of one"): "plan.group",
     ("masked-input", "for another plan"): "masked-input.plan",
     ("masked-input", "too long"): "masked-input.size",
     ("masked-input", "another vector than the signed one"): "masked-input.vector",
@@ -104,6 +106,7 @@ def spec_of(case: dict[str, Any]) -> SessionSpec:
         base_digest=given["digest"],
         layout_digest=given["digest"],
         adversary=Adversary.ACTIVE,
+        grouping=Grouping(given["groups"], 2) if given["groups"] > 1 else None,
     )
 
 
@@ -245,7 +248,7 @@ def test_a_round_is_byte_for_byte_that_of_the_independent_script(case: dict[str,
     ended = walk.open(walk.collect())
     assert not isinstance(ended, RoundAborted)
     used = 2 ** case["spec"]["ring_bits"] - 1
-    assert np.array_equal(walk.server.survivor_set.total & used, case["total"])
+    assert [(total & used).tolist() for total in walk.server.survivor_set.totals] == case["totals"]
     assert ended[1].digest.hex() == case["total_digest"]
     assert ended[1].dropped == tuple(case["dropouts"])
     assert walk.about.keys() == {

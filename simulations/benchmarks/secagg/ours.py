@@ -165,12 +165,14 @@ class Uploads:
 
     def without(self, dropouts: frozenset[str]) -> "Uploads":
         """The same round from its beginning, with a sum of its own, in which ``dropouts`` send nothing."""
-        begun = dataclasses.replace(self.collecting, total=np.zeros_like(self.collecting.total), single_use=SingleUse())
+        begun = dataclasses.replace(
+            self.collecting, totals=(np.zeros_like(self.collecting.totals[0]),), single_use=SingleUse()
+        )
         return Uploads(self.fleet, begun, {name: body for name, body in self.bodies.items() if name not in dropouts})
 
     def sum_up(self) -> None:
         """Add the uploads without the checks of signatures and digests (``receive`` has them), as the peer does."""
-        total, size = self.collecting.total, self.fleet.session.spec.vector.size
+        total, size = self.collecting.totals[0], self.fleet.session.spec.vector.size
         for body in self.bodies.values():
             ring.add(total, memoryview(body)[: ring.packed_size(size, BITS)], BITS)
 

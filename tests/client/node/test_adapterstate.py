@@ -13,7 +13,7 @@ from aggregation.entropy import SystemEntropy
 from aggregation.errors import ProtocolError, TrustError
 from aggregation.messages import Plan
 from aggregation.pki.identity import IdentityKey
-from aggregation.spec import SessionSpec
+from aggregation.spec import Grouping, SessionSpec
 from client.node import adapterstate
 from client.node.adapterstate import ADAPTER_STATE, EARLIER, AdapterState, earlier, terms
 from client.node.statedir import ADAPTERS, DeviceSettings, DeviceStateDir
@@ -41,7 +41,7 @@ def on_survivors(
     known: AdapterState | None, each: Plan, survivors: Iterable[str] = ALL, revoked: Container[int] = ()
 ) -> AdapterState:
     """``revoked``: serials. A device has the number in its name, plus 100, as its serial."""
-    return adapterstate.on_survivors(known, each, {name: ALL_SERIALS.get(name, 0) for name in survivors}, revoked)
+    return adapterstate.on_survivors(known, each, SPEC, {name: ALL_SERIALS.get(name, 0) for name in survivors}, revoked)
 
 
 def after(known: AdapterState | None, *unmasked: Plan, repeats: int = 1) -> AdapterState:
@@ -151,7 +151,7 @@ def test_a_later_sum_may_lack_devices_that_were_revoked_and_no_others() -> None:
 
 def test_a_device_whose_certificate_was_renewed_is_in_the_set_under_its_name() -> None:
     renewed = {**ALL_SERIALS, ALL[0]: 7}
-    known = adapterstate.on_survivors(after(None, plan(3)), plan(3), renewed, {100})
+    known = adapterstate.on_survivors(after(None, plan(3)), plan(3), SPEC, renewed, {100})
     assert known == AdapterState(3, A, TERMS, 2, renewed)
     with refused(ProtocolError, "survivors.repeat", value=1):
         on_survivors(known, plan(3), ALL[1:], {100})
@@ -192,3 +192,21 @@ def test_a_state_survives_the_process_and_a_damaged_one_is_refused(tmp_path: Pat
     with refused(TrustError, ADAPTERS) as caught:
         state_dir.load_adapter_state()
     assert "edgeadapt device forget" in str(caught.value)
+
+
+def test_a_repeat_with_other_groups_is_refused() -> None:
+    """Of the sums over two deals of the same devices, the difference would show a few of them."""
+    spec = session_spec(20, grouping=Grouping(2, 5))
+    first = replace(plan(3), members=ALL)
+    known = adapterstate.on_plan(None, first, spec, 3)
+    bound = adapterstate.on_survivors(known, first, spec, {name: ALL_SERIALS[name] for name in ALL[1:]}, ())
+    less = replace(first, members=ALL[1:])
+    for other in (less, replace(less, former=("device-99",)), replace(less, former=(ALL[0], "device-99"))):
+        with refused(ProtocolError, "plan.groups"):
+            adapterstate.on_plan(bound, other, spec, 3)
+    for other_spec in (SPEC, session_spec(20, grouping=Grouping(3, 5))):
+        with refused(ProtocolError, "plan.groups"):
+            adapterstate.on_plan(bound, first, other_spec, 3)
+    again = replace(less, former=ALL[:1])
+    assert adapterstate.on_plan(bound, again, spec, 3).sums == 1
+    assert adapterstate.on_plan(bound, replace(plan(4, B), members=ALL[1:]), spec, 3).sums == 0  # another adapter

@@ -31,7 +31,7 @@ from client.node.statedir import LOCK, DeviceStateDir
 from client.node.statedir import STATE as STATE_FILE
 from client.node.step import RefusalCode
 from client.training.contribute import Outcome
-from coordinator import settings
+from coordinator import sessionsettings
 from coordinator.statedir import CoordinatorStateDir
 
 FIRST = "device-00"
@@ -293,14 +293,14 @@ def test_bounds_that_tell_devices_apart_are_refused_by_every_device(
     talk: Talk, name: str, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A coordinator offers a bound and counts who cannot answer: they have more examples, or a greater loss."""
-    genuine = settings.updates_spec
+    genuine = sessionsettings.updates_spec
 
     def narrowed(layout: Layout, **whole: Any) -> VectorSpec:
         spec = genuine(layout, **whole)
         tight = (replace(each, bound=bound) if each.name == name else each for each in spec.segments)
         return replace(spec, segments=tuple(tight))
 
-    monkeypatch.setattr(settings, "updates_spec", narrowed)
+    monkeypatch.setattr(sessionsettings, "updates_spec", narrowed)
     _, plans = talk.plan(talk.established())
     for device, body in plans.items():
         talk.refused(device, Step.PLAN, {BODY: body, ADAPTER: talk.adapter}, "offer.spec.vector")

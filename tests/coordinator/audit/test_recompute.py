@@ -17,6 +17,7 @@ from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY, RegistryFiles
 from adapters.task import Task
 from aggregation import envelope
 from aggregation.errors import ConfigError, TrustError
+from aggregation.groups import GroupSum
 from aggregation.messages import MaskedInput
 from aggregation.pki.identity import IdentityKey
 from aggregation.transcript import ENTRY, LENGTH, Result, read
@@ -282,6 +283,12 @@ def first_session(state_dir_of: Callable[[str], Path], monkeypatch: pytest.Monke
     return new, report.produced
 
 
+def with_values(produced: ProducedAdapter, **changes: Any) -> tuple[GroupSum, ...]:
+    """The one sum of a round, with other segments."""
+    (one,) = produced.sums or ()
+    return (replace(one, values={**one.values, **changes}),)
+
+
 @pytest.mark.parametrize(
     ("changes", "about"),
     [
@@ -301,7 +308,7 @@ def test_a_log_that_contradicts_the_registry_is_found(
     if "spec" in changes:
         changes = {"spec": replace(first.spec, **changes["spec"])}
     elif "sums" in changes:
-        changes = {"sums": {**(first.sums or {}), **changes["sums"]}}
+        changes = {"sums": with_values(first, **changes["sums"])}
     finding = new()((replace(first, **changes), second))
     assert outcome(finding) == (Status.FAIL, about)
     assert finding.place == first.place
@@ -331,9 +338,9 @@ def test_an_adapter_that_was_exchanged_after_the_last_sum_of_a_session_is_found(
 def test_a_change_of_one_step_of_one_number_of_the_sum_is_found(first_session: FirstSession) -> None:
     new, (first, second) = first_session
     assert first.sums is not None
-    delta, vector = first.sums["delta"].copy(), first.spec.vector
+    delta, vector = first.sums[0].values["delta"].copy(), first.spec.vector
     delta[np.abs(delta).argmin()] += vector.step(vector.segments[0])
-    finding = new()((replace(first, sums={**first.sums, "delta": delta}), second))
+    finding = new()((replace(first, sums=with_values(first, delta=delta)), second))
     assert outcome(finding) == (Status.FAIL, "result.adapter")
 
 

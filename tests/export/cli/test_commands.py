@@ -50,7 +50,8 @@ def publish(state_dir: Path, base: Base, versions: list[Tensors], labels: tuple[
         blob = files.encode(values)
         digest, layout = files.sha256(blob), Layout.of(values).digest
         manifest = VersionManifest(
-            number, digest, len(blob), base.digest, layout, parent, number, None, None, (), {}, None, METHOD, labels
+            number, digest, len(blob), base.digest, layout, parent, number, None, None, None, (), {}, None, METHOD,
+            labels,
         )  # fmt: skip
         commit(registry, manifest, blob, key)
         parent = digest

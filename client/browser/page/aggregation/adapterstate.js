@@ -21,7 +21,7 @@ export function onPlan(known, plan, spec, repeats) {
   const { adapter_version: version, adapter_digest: digest } = plan;
   // What the coordinator chose of an update besides the adapter.
   const terms = `${spec.clip_norm}/${spec.weight_cap}/${hex(plan.training)}`;
-  const fresh = { version, digest, terms, sums: 0, survivors: new Map(), earlier: [] };
+  const fresh = { version, digest, terms, sums: 0, survivors: new Map(), dealt: "", earlier: [] };
   if (known === null) return fresh;
   if (version < known.version) {
     refuse(`adapter ${version} of the plan is older than adapter ${known.version}, which this device trained from`, "plan.adapter_version");
@@ -42,14 +42,23 @@ export function onPlan(known, plan, spec, repeats) {
   if (known.sums && terms !== known.terms) {
     refuse(`adapter ${version} was trained with other settings, clip norm or weight cap before its sum was unmasked`, "plan.terms");
   }
+  if (known.sums && dealt(plan, spec) !== known.dealt) {
+    refuse(`the last sum from adapter ${version} had other groups: this device helps to no sum with others`, "plan.groups");
+  }
   return { ...known, version, terms };
 }
 
+/** What the groups of a plan follow from, besides the adapter; empty without groups. */
+function dealt({ members, former }, { grouping }) {
+  return grouping ? `${grouping.count}/${[...new Set([...members, ...former])].sort()}` : "";
+}
+
 /**
- * The state after the device reveals shares for a sum over `survivors`, a Map of device → serial of its certificate; `revoked`
- * is a Set of serials. Throws ProtocolError: it trained from another adapter since, or the last sum has other devices.
+ * The state after the device reveals shares, or with groups signs the survivor set, for a sum over `survivors`: a Map of
+ * device → serial of its certificate. `revoked` is a Set of serials. Throws ProtocolError: it trained from another adapter
+ * since, or the last sum has other devices.
  */
-export function onSurvivors(known, plan, survivors, revoked) {
+export function onSurvivors(known, plan, spec, survivors, revoked) {
   if (known?.digest !== plan.adapter_digest) {
     refuse(`adapter ${plan.adapter_version} of the sum is not the one that this device trained from last`, "survivors.adapter");
   }
@@ -59,5 +68,5 @@ export function onSurvivors(known, plan, survivors, revoked) {
     const text = `this one has ${added.length} more, and lacks ${lacking.length} whose certificates are not revoked`;
     refuse(`the last sum from adapter ${plan.adapter_version} was over other devices: ${text}`, "survivors.repeat");
   }
-  return { ...known, sums: known.sums + 1, survivors };
+  return { ...known, sums: known.sums + 1, survivors, dealt: dealt(plan, spec) };
 }

@@ -4,6 +4,7 @@
 
 import { equal, hex } from "../bytes.js";
 import { ConfigError, ProtocolError, TrustError } from "../errors.js";
+import { requireMinimum } from "./groups.js";
 import { requirePublicKey } from "./masks.js";
 import { Advert, COORDINATOR, ConsistencySignature, Plan, Roster, Survivors, openVerified, unverifiedBody, verify } from "./messages.js";
 import { Session } from "./session.js";
@@ -98,7 +99,7 @@ export function encryptedShares(session, me, received) {
 }
 
 /** Returns if a device may act on a plan. `dealers`: the Set of devices whose shares it has. */
-export function plan(session, me, dealers, lastRound, message) {
+export async function plan(session, me, dealers, lastRound, message) {
   const refuse = (text, field) => {
     throw new ProtocolError(text, `plan.${field}`, COORDINATOR);
   };
@@ -116,6 +117,12 @@ export function plan(session, me, dealers, lastRound, message) {
   if (without.length) refuse(`${without.sort()[0]} is in the plan, but this device has no shares of it`, "members");
   enoughDevices(session.spec, named.length, "members of the plan", "plan.size");
   enoughNeighbors(session, me, named, "are in the plan", "plan.neighbors");
+  const { former } = message;
+  if (former.length && session.spec.grouping === null) refuse("plan names former members without groups", "former");
+  if (!ascending(former) || former.some((device) => named.includes(device))) {
+    refuse("plan repeats a former member, has it out of order, or also as a member", "former");
+  }
+  await requireMinimum(session.spec, message, named, "members of the plan", "plan.group");
 }
 
 /** Returns if a device may sign and unmask a survivor set. `vector`: digest of its own masked vector. */
@@ -130,16 +137,18 @@ export async function survivors(session, current, me, vector, message) {
   if (!equal(message.vectors.get(me) ?? [], vector)) refuse("survivor set does not include this device with its own vector", "self");
   enoughDevices(session.spec, message.vectors.size, "survivors", "survivors.size");
   enoughNeighbors(session, me, message.vectors.keys(), "survived", "survivors.neighbors");
+  await requireMinimum(session.spec, current, message.vectors.keys(), "survivors", "survivors.group");
 }
 
-/** Returns if a quorum of survivors signed this set: `signatures` is a Map of device → signature. */
-export async function consistencySignatures(session, message, signatures) {
+/** Returns if a quorum of survivors, and of each group its minimum, signed this set: `signatures` is a Map of device → signature. */
+export async function consistencySignatures(session, current, message, signatures) {
   const quorum = quorumOf(session.spec);
+  const stranger = [...signatures.keys()].find((device) => !message.vectors.has(device));
+  if (stranger) throw new ProtocolError(`${stranger} signed the survivor set but is not in it`, "unmask.signers", COORDINATOR);
   if (signatures.size < quorum) {
     throw new ProtocolError(`${signatures.size} consistency signatures, ${quorum} are needed`, "unmask.quorum", COORDINATOR);
   }
-  const stranger = [...signatures.keys()].find((device) => !message.vectors.has(device));
-  if (stranger) throw new ProtocolError(`${stranger} signed the survivor set but is not in it`, "unmask.signers", COORDINATOR);
+  await requireMinimum(session.spec, current, signatures.keys(), "consistency signatures", "unmask.group");
   const signed = await Survivors.digest(message);
   for (const [device, signature] of signatures) {
     const body = ConsistencySignature.encode({ survivors: signed, device });

@@ -11,6 +11,7 @@
 import { digest, encode as utf8, equal } from "../bytes.js";
 import { ProtocolError, TrustError } from "../errors.js";
 import * as checks from "./checks.js";
+import { maskPeers } from "./groups.js";
 import { KEY, apply, derivable, derive, derivedEntropy, exchangeKey, pairKey, publicKey, selfKey, systemEntropy } from "./masks.js";
 import * as m from "./messages.js";
 import { pack, requireVector } from "./ring.js";
@@ -180,7 +181,7 @@ class Ready {
     const { plan, encrypted_shares: shares } = await device.open(m.Assignment, assignment);
     checks.beforeEnd(this.ends, at);
     const [rounds, dealers] = this.dealers ? [this.#rounds, this.dealers] : [await this.#decrypt(shares), new Set(shares.keys())];
-    checks.plan(this.session, this.me, dealers, this.lastRound, plan);
+    await checks.plan(this.session, this.me, dealers, this.lastRound, plan);
     this.#singleUse.take("round");
     const later = new Map([...rounds].filter(([round]) => round > plan.round));
     const next = new Ready({ ...this, lastRound: plan.round, dealers }, null, later);
@@ -235,7 +236,7 @@ class Planned {
     const { session, me } = this.ready;
     const { maskKey, seed } = this.#secrets;
     const masks = [{ key: await selfKey(seed, session.context, planned, me), add: true }];
-    for (const peer of session.neighbors(me, this.plan.members)) {
+    for (const peer of await maskPeers(session, this.plan, me)) {
       const raw = session.peers.get(peer).maskKeys[this.plan.round - 1];
       masks.push({ key: await pairKey(maskKey, raw, session.context, planned, [me, peer]), add: me < peer });
     }
@@ -307,7 +308,7 @@ class Confirmed {
     if (!equal(await m.Survivors.digest(survivors), this.signed)) {
       throw new ProtocolError("unmask request is for another survivor set than this device signed", "unmask.survivors", m.COORDINATOR);
     }
-    await checks.consistencySignatures(this.ready.session, survivors, signatures);
+    await checks.consistencySignatures(this.ready.session, this.plan, survivors, signatures);
     this.#singleUse.take("unmask-response");
     return [this.ready, await unmaskResponse(device, this, this.#held, survivors)];
   }

@@ -66,6 +66,7 @@ export const Plan = message("plan", 4 * MIB, {
   adapter_version: uint64,
   adapter_digest: HEX,
   training: blob(MIB),
+  former: DEVICES,
 });
 export const Assignment = message("assignment", 64 * MIB, { plan: Plan.codec, encrypted_shares: SHARES_BY_DEVICE });
 export const MaskedInput = message("masked-input", 1024, { plan: DIGEST, device: DEVICE, vector: DIGEST });

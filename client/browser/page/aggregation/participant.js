@@ -103,7 +103,9 @@ export class Participant {
   async #survivors(body) {
     const state = this.#state;
     const [confirmed, answer] = await state.onSurvivors(this.#device, body);
-    this.#afterSum(state, confirmed.survivors); // it signs for no sum for which it would reveal no shares
+    // It signs for no sum for which it would reveal no shares. With groups, others then count on its signature.
+    const bound = this.#afterSum(state, confirmed.survivors);
+    if (state.ready.session.spec.grouping) this.#adapter = bound;
     this.#log = this.#log && (await this.#log.onSurvivors(confirmed.survivors.vectors.keys(), answer));
     return this.#after([confirmed, answer]);
   }
@@ -112,13 +114,13 @@ export class Participant {
     const state = this.#state;
     const after = await state.onUnmask(this.#device, body);
     const { survivors } = Unmask.decode(unverifiedBody(body));
-    this.#adapter = this.#afterSum(state, survivors);
+    if (!state.ready.session.spec.grouping) this.#adapter = this.#afterSum(state, survivors);
     this.#log = this.#log && (await this.#log.onSurvivors(survivors.vectors.keys()));
     return this.#after(after);
   }
 
   #afterSum({ ready, plan }, { vectors }) {
     const serials = new Map([...vectors.keys()].map((device) => [device, ready.serials.get(device)]));
-    return adapterstate.onSurvivors(this.#adapter, plan, serials, this.#device.root.revoked?.serials ?? new Set());
+    return adapterstate.onSurvivors(this.#adapter, plan, ready.session.spec, serials, this.#device.root.revoked?.serials ?? new Set());
   }
 }

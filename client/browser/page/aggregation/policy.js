@@ -6,7 +6,7 @@
 import { ConfigError, ProtocolError } from "../errors.js";
 import { COMPLETE_UP_TO, GRINDING, SIGMA, countOf, isSecure, leftOver } from "./graph.js";
 import { COORDINATOR } from "./messages.js";
-import { ACTIVE, quorumOf } from "./spec.js";
+import { ACTIVE, quorumOf, smallestSum } from "./spec.js";
 
 const DEFAULTS = {
   known_bases: [], // SHA-256 of the frozen bases that this device holds, in hex
@@ -84,7 +84,8 @@ export class Policy {
     const corrupt = countOf(cohort, this.corrupt_fraction);
     const { threshold, adversary, base_digest: base, weight_cap: weight, rounds } = spec;
     const { ring_bits: bits, max_clients: clients } = spec.vector;
-    const [quorum, honest] = [quorumOf(spec), spec.minimum_survivors - corrupt];
+    // All corrupt devices may be in one group, which the coordinator can try for.
+    const [quorum, honest] = [quorumOf(spec), smallestSum(spec) - corrupt];
     const inRing = this.minimum_ring_bits <= bits && bits <= this.maximum_ring_bits;
     const twoGroups = `${quorum} of ${cohort} devices sign the survivor set: two groups could sign different sets`;
     const few = `a sum may have ${honest} honest devices, below this device's ${this.minimum_survivors}`;

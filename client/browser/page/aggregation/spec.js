@@ -41,6 +41,11 @@ const PRIVACY = record({ mechanism: choice("skellam", "discrete-gaussian"), hone
   if (!(0 < delta && delta < 1)) throw new ConfigError(`${delta} is not between 0 and 1`, "spec.privacy.delta");
 });
 
+const GROUPING = record({ count: U32, minimum: U32 }, (grouping) => {
+  const { count, minimum } = grouping;
+  require(grouping, "spec.grouping", { count: [count >= 2, "2 or more"], minimum: [minimum >= 2, "2 or more"] });
+});
+
 export const ACTIVE = "active";
 export const HONEST_BUT_CURIOUS = "honest-but-curious";
 
@@ -57,6 +62,7 @@ export const SESSION_SPEC = record(
     base_digest: HEX,
     layout_digest: HEX,
     adversary: choice(ACTIVE, HONEST_BUT_CURIOUS),
+    grouping: optional(GROUPING),
   },
   (spec) => {
     const { rounds, threshold, minimum_survivors: least, degree, clip_norm: norm, weight_cap: cap } = spec;
@@ -69,6 +75,13 @@ export const SESSION_SPEC = record(
       clip_norm: [norm > 0, "a positive number"],
       weight_cap: [1n <= cap && cap <= 2n ** 32n, "between 1 and 2^32"],
     });
+    const { grouping } = spec;
+    if (grouping !== null && spec.adversary !== ACTIVE) {
+      throw new ConfigError("groups need the consistency check", "spec.grouping.adversary");
+    }
+    if (grouping !== null && grouping.count * grouping.minimum > clients) {
+      throw new ConfigError(`so many groups do not fit max_clients ${clients}`, "spec.grouping.count");
+    }
     if (spec.privacy === null && spec.vector.segments.some(({ noise }) => noise)) {
       throw new ConfigError("the vector has noise, and no mechanism is named", "spec.privacy");
     }
@@ -85,6 +98,9 @@ function require(value, what, rules) {
 export function quorumOf(spec) {
   return spec.degree === spec.vector.max_clients - 1 ? spec.threshold : spec.minimum_survivors;
 }
+
+/** Fewest contributions in a sum. */
+export const smallestSum = ({ grouping, minimum_survivors: least }) => grouping?.minimum ?? least;
 
 /** Number of elements of all segments of a vector. */
 export const sizeOf = ({ segments }) => segments.reduce((sum, { size }) => sum + size, 0);

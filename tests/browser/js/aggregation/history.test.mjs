@@ -6,7 +6,7 @@ import test from "node:test";
 
 import * as adapterstate from "../../../../client/browser/page/aggregation/adapterstate.js";
 import { Root } from "../../../../client/browser/page/aggregation/certificates.js";
-import { Plan } from "../../../../client/browser/page/aggregation/messages.js";
+import { Offer, Plan } from "../../../../client/browser/page/aggregation/messages.js";
 import { newerThan, readRevocations, requireFresh } from "../../../../client/browser/page/aggregation/revocations.js";
 import { ProtocolError, TrustError } from "../../../../client/browser/page/errors.js";
 import { raw } from "./vectors.mjs";
@@ -60,13 +60,13 @@ test("a device relies on a list as natively", () => {
 test(`${made.histories.length} histories of plans and sums have the native verdicts`, () => {
   for (const { repeats, events } of made.histories) {
     let known = null;
-    for (const { body, clip_norm, weight_cap, survivors, revoked, refused } of events) {
+    for (const { body, offer, survivors, revoked, refused } of events) {
       const plan = Plan.decode(raw(body));
-      const spec = { clip_norm, weight_cap: BigInt(weight_cap) };
+      const { spec } = Offer.decode(raw(offer));
       const serials = survivors && new Map(Object.entries(survivors).map(([name, serial]) => [name, BigInt(serial)]));
       let why = null;
       try {
-        known = serials ? adapterstate.onSurvivors(known, plan, serials, new Set(revoked.map(BigInt))) : adapterstate.onPlan(known, plan, spec, repeats);
+        known = serials ? adapterstate.onSurvivors(known, plan, spec, serials, new Set(revoked.map(BigInt))) : adapterstate.onPlan(known, plan, spec, repeats);
       } catch (error) {
         assert.ok(error instanceof ProtocolError, error.stack);
         why = error.about;
