@@ -32,6 +32,9 @@ class CohortPlan:
         noise: Norm of the noise in the mean of all devices over the clip norm, which no mean exceeds.
         ring_bits: Of an element.
         bytes_up: Of an update of one device.
+        groups: Sums of a round.
+        smallest_sum: Fewest devices in one of them.
+        price: ``noise`` over that of a round with one sum.
     """
 
     devices: int
@@ -43,6 +46,9 @@ class CohortPlan:
     noise: float
     ring_bits: int
     bytes_up: int
+    groups: int
+    smallest_sum: int
+    price: float
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -100,13 +106,21 @@ def plan(
             f"{row.devices:>7}  {row.minimum_survivors:>7}  {row.honest:>6}  {row.noise_multiplier:>10.3f}  "
             f"{row.epsilon:>7.3f}  {row.epsilon_all:>14.3f}  {row.noise:>15.3f}  {row.ring_bits:>4}  {row.bytes_up:>8,}"
         )
+    for row in (row for row in rows if row.groups > 1):
+        click.echo(
+            f"{row.devices:>7} devices in {row.groups} sums: one hides in a sum of {row.smallest_sum} or more, and the "
+            f"noise of the mean is {row.price:.2f} × that of one sum"
+        )
 
 
 def _row(settings: "FederationSettings", numbers: int, devices: int) -> CohortPlan:
     from adapters.layout import Layout, TensorSpec
     from aggregation.ring import packed_size
 
-    spec = settings.session_spec(devices, Layout((TensorSpec("update", (numbers,)),)), "0" * 64, 1)
+    layout, bounds = Layout((TensorSpec("update", (numbers,)),)), settings.aggregation
+    spec = settings.session_spec(devices, layout, "0" * 64, 1)
+    ungrouped = settings.model_copy(update={"aggregation": bounds.model_copy(update={"groups": 1})})
+    (of_one_sum,) = ungrouped.session_spec(devices, layout, "0" * 64, 1).vector.segments
     (segment,), delta = spec.vector.segments, settings.privacy.delta
     fewest, most = (
         spec.spent(count).times(settings.rounds).epsilon(delta) for count in (spec.minimum_survivors, devices)
@@ -121,4 +135,7 @@ def _row(settings: "FederationSettings", numbers: int, devices: int) -> CohortPl
         noise=segment.noise * math.sqrt(numbers / devices) / spec.clip_norm,
         ring_bits=spec.vector.ring_bits,
         bytes_up=packed_size(numbers, spec.vector.ring_bits),
+        groups=spec.groups,
+        smallest_sum=spec.smallest_sum,
+        price=segment.noise / of_one_sum.noise,
     )

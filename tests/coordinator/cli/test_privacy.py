@@ -44,6 +44,18 @@ def test_a_plan_has_a_line_for_each_cohort() -> None:
     assert len({len(line) for line in lines[1:]}) == 1
 
 
+def test_a_plan_states_the_price_of_groups() -> None:
+    grouped = (*NOISY, "--devices", "40", "--set", "aggregation.groups=5")
+    (found,) = json.loads(invoke(*grouped, "--json"))["plans"]
+    (one,) = json.loads(invoke(*NOISY, "--devices", "40", "--json"))["plans"]
+    assert (one["groups"], one["smallest_sum"], one["price"]) == (1, one["minimum_survivors"], 1.0)
+    assert (found["groups"], found["smallest_sum"]) == (5, 8)
+    assert found["honest"] == 4  # 4 of 40 devices may be corrupt, and all in one group
+    assert found["price"] == pytest.approx(found["noise"] / one["noise"])
+    assert found["price"] == pytest.approx(math.sqrt(one["honest"] / found["honest"]), rel=0.05)
+    assert "in 5 sums: one hides in a sum of 8 or more" in invoke(*grouped).splitlines()[-1]
+
+
 def test_a_plan_without_noise_is_refused() -> None:
     with refused(ConfigError, "privacy.mechanism"):
         invoke()
