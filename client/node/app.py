@@ -15,6 +15,7 @@ from aggregation.steps import BODY, RECORD, Step
 from client.node.devicestate import DeviceState
 from client.node.statedir import DeviceStateDir
 from client.node.step import Refusal, answer
+from client.training.engine import TrainerOf, trainer_of
 
 STATE = "state"  # key of the Flower node's configuration: the path of the state directory
 
@@ -22,19 +23,20 @@ OpenState = Callable[[Context], DeviceState]
 app = ClientApp()
 
 
-def register(app: ClientApp, open_state: OpenState) -> None:
+def register(app: ClientApp, open_state: OpenState, choose: TrainerOf = trainer_of) -> None:
     """Let ``app`` answer the messages of every step.
 
     Args:
         app: New.
         open_state: Flower's context of a node → the state of the device there, opened for each message.
+        choose: Gives what makes the updates of these devices.
     """
 
     def handler(message: Message, context: Context) -> Message:
         step = Step(message.metadata.message_type.partition(".")[2])
         record = message.content.config_records.get(RECORD, ConfigRecord())
         fields = {name: value for name, value in record.items() if isinstance(value, bytes)}
-        answered = answer(partial(open_state, context), step, fields, context.node_id)
+        answered = answer(partial(open_state, context), step, fields, context.node_id, choose)
         if isinstance(answered, Refusal):
             return Message(Error(int(answered.code), answered.reason), reply_to=message)
         return Message(RecordDict({RECORD: ConfigRecord({BODY: answered})}), reply_to=message)

@@ -35,6 +35,7 @@ from client.node.adapterstate import AdapterState
 from client.node.devicestate import DeviceState
 from client.node.privacyledger import PrivacyLedger
 from client.node.training import train
+from client.training.engine import TrainerOf, trainer_of
 from client.training.examples import read_file
 
 READS_EXAMPLES = (Step.OFFER, Step.PLAN)
@@ -57,7 +58,11 @@ class Refusal:
 
 
 def answer(
-    open_state: Callable[[], DeviceState], step: Step, fields: Mapping[str, bytes], node: int
+    open_state: Callable[[], DeviceState],
+    step: Step,
+    fields: Mapping[str, bytes],
+    node: int,
+    choose: TrainerOf = trainer_of,
 ) -> bytes | Refusal:
     """Answer one request of the coordinator. The new state is saved before the return.
 
@@ -66,6 +71,7 @@ def answer(
         step: Of the protocol.
         fields: Of the request (``aggregation.steps``): the signed body, and what is in the same message.
         node: The device's node on the coordinator's grid. It answers challenges for this node only.
+        choose: Gives what makes the device's updates.
 
     Returns:
         The signed answer, or a refusal. No error is raised: what went wrong may name files of the device.
@@ -80,7 +86,7 @@ def answer(
                 raise ProtocolError("the message has no body", COORDINATOR, about="message.body")
             if step is Step.CHECK_IN:
                 return _check_in(state_dir, fields[BODY], node)
-            return _transition(state_dir, step, fields)
+            return _transition(state_dir, step, fields, choose)
     except EdgeAdaptError as error:
         log.warning("%s refused: %s", step.value, error, extra={"about": error.about})
         return Refusal(RefusalCode.REFUSED, _reason(error))
@@ -122,7 +128,7 @@ def _check_in(state_dir: DeviceState, challenge: bytes, node: int) -> bytes:
     return client.check_in(key, certificate, coordinator, challenge, node=node, last_offer=last_offer)
 
 
-def _transition(state_dir: DeviceState, step: Step, fields: Mapping[str, bytes]) -> bytes:
+def _transition(state_dir: DeviceState, step: Step, fields: Mapping[str, bytes], choose: TrainerOf) -> bytes:
     """Load the state, make one step of the protocol, save the new state, and only then return the answer."""
     base = state_dir.base()
     if step is Step.OFFER and REVOCATIONS in fields:
@@ -152,7 +158,8 @@ def _transition(state_dir: DeviceState, step: Step, fields: Mapping[str, bytes])
         )
         limits = state_dir.policy.training()
         kept = state_dir.load_private_parts()
-        vector, parts = train(base, planned, fields.get(ADAPTER, b""), snapshot, state_dir.examples, limits, kept)
+        blob = fields.get(ADAPTER, b"")
+        vector, parts = train(base, planned, blob, snapshot, state_dir.examples, limits, kept, choose)
         after, answer = planned.contribute(device, vector, cores())
         state_dir.save_privacy_ledger(ledger)  # first: whatever is interrupted after this counts as spent
         if parts is not None:

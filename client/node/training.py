@@ -35,7 +35,7 @@ from client.training.contribute import (
     noisy_vector,
     require_bounds,
 )
-from client.training.engine import classifier_trainer, language_trainer
+from client.training.engine import TrainerOf, classifier_trainer, trainer_of
 from client.training.examples import Example, Score, Split, in_split, parse_examples
 from client.training.limits import TrainingLimits
 from client.training.moments import own_moments, own_projected_moments
@@ -54,6 +54,7 @@ def train(
     path: Path,
     limits: TrainingLimits,
     kept: PrivateParts | None,
+    choose: TrainerOf = trainer_of,
 ) -> tuple[Ring, PrivateParts | None]:
     """Train the adapter in ``blob`` on the snapshot's examples, or embed them with it for an analytic head.
 
@@ -65,6 +66,7 @@ def train(
         path: Of the examples, for messages.
         limits: Of the device.
         kept: Its private parts.
+        choose: Gives what makes its updates.
 
     Returns:
         The contribution, which is zero with weight zero if anything fails once the examples matter; and the private
@@ -82,7 +84,7 @@ def train(
         start = files.decode(blob)
         limits.check(task, start)
         config, labels = task.peft_config, len(task.labels)
-        trainer = classifier_trainer(base, labels, config) if labels else language_trainer(base, config)
+        trainer = choose(base, labels, config)
     except (DataError, ConfigError) as error:  # adapter and task are the coordinator's, so it may receive the reason
         raise ProtocolError(f"adapter and task: {error}", COORDINATOR, about=error.about or "plan.training") from error
     if not Layout.of(start).digest == trainer.layout.digest == spec.layout_digest:

@@ -3,10 +3,19 @@
 Each is imported when it is needed: torch takes seconds, and a device with a bundle need not have it.
 """
 
+from collections.abc import Callable
+
 from adapters.bundle import VerifiedBase
 from adapters.peftconfig import PeftConfig
 from aggregation.errors import ConfigError
 from client.training.protocols import ClassifierTrainer, FrozenBase, LocalTrainer
+
+TrainerOf = Callable[[FrozenBase, int, PeftConfig], LocalTrainer]  # base, labels, configuration → the trainer
+
+
+def trainer_of(base: FrozenBase, labels: int, config: PeftConfig) -> LocalTrainer:
+    """The trainer of a classifier or, without labels, of a language model. Raises as ``classifier_trainer``."""
+    return classifier_trainer(base, labels, config) if labels else language_trainer(base, config)
 
 
 def classifier_trainer(base: FrozenBase, labels: int, config: PeftConfig) -> ClassifierTrainer:

@@ -5,9 +5,7 @@ only the update is not that of its examples. What it costs the others is what a 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
-from unittest.mock import patch
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import Context, Message
@@ -15,9 +13,8 @@ from flwr.clientapp import ClientApp
 
 from adapters.layout import Layout, Tensors
 from adapters.task import Task
-from client.node import training
-from client.node.app import STATE
-from client.training.engine import classifier_trainer
+from client.node.app import STATE, OpenState, register
+from client.training.engine import trainer_of
 from client.training.examples import Example, Score
 from client.training.protocols import FrozenBase, LocalTrainer
 from simulations.scenario import Scenario
@@ -25,7 +22,7 @@ from simulations.scenario import Scenario
 FACTORS = {"sign-flip": -1.0, "label-flip": 1.0, "boost": 10.0}  # of what the attacker trains
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LyingTrainer:
     """A trainer whose update is not that of the examples.
 
@@ -36,11 +33,10 @@ class LyingTrainer:
 
     trainer: LocalTrainer
     kind: str  # a key of ``FACTORS``
+    layout: Layout = field(init=False)  # of the adapter
 
-    @property
-    def layout(self) -> Layout:
-        """Of the adapter."""
-        return self.trainer.layout
+    def __post_init__(self) -> None:
+        self.layout = self.trainer.layout
 
     @property
     def base(self) -> FrozenBase:
@@ -80,19 +76,22 @@ def attackers(scenario: Scenario, devices: Iterable[str]) -> frozenset[str]:
 
 
 class LyingApp(ClientApp):
-    """The devices' app, in which the devices ``names`` lie."""
+    """The devices' app, in which some devices lie.
 
-    def __init__(self, kind: str, names: frozenset[str]) -> None:
+    Args:
+        kind: Of the lie; unused if no device lies.
+        names: The devices that do, by the name that ``STATE`` has in the configuration of their nodes.
+        open_state: As for ``register``.
+    """
+
+    def __init__(self, kind: str, names: frozenset[str], open_state: OpenState) -> None:
         super().__init__()
-        self.kind, self.names = kind, names
+        self._names, self._attacker = names, ClientApp()
+        register(self, open_state)
+        register(self._attacker, open_state, lambda *given: LyingTrainer(trainer_of(*given), kind))
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message with the software of the device that it is for."""
-        if context.node_config[STATE] not in self.names:
-            return super().__call__(message, context)
-
-        def lying(*given: Any) -> Any:
-            return LyingTrainer(classifier_trainer(*given), self.kind)
-
-        with patch.object(training, "classifier_trainer", lying):
-            return super().__call__(message, context)
+        if context.node_config[STATE] in self._names:
+            return self._attacker(message, context)
+        return super().__call__(message, context)

@@ -24,7 +24,6 @@ from adapters.roundrecord import RoundRecord
 from adapters.settings import LONGEST
 from adapters.storage import kill_safe, read, replace
 from aggregation.errors import ConfigError
-from client.node.app import register
 from client.node.statedir import EXAMPLES
 from client.training.examples import encode_examples, parse_examples
 from coordinator.app import STATE
@@ -286,8 +285,8 @@ def federate(
     }
     trained_on = device_base(folder.path, folder.scenario, base, population)
     devices = MemoryDevices(enrolment.state_dir, trained_on)
-    client_app = LyingApp(folder.scenario.attack.kind, attackers(folder.scenario, nodes.values()))
-    register(client_app, devices.open)
+    liars = attackers(folder.scenario, nodes.values())
+    client_app = LyingApp(folder.scenario.attack.kind, liars, devices.open)
     faults = _faults(folder.scenario, {node: trace[name] for node, name in nodes.items() if name in trace})
     context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {STATE: str(folder.path / provision.COORDINATOR)})
     trained, done = progress.training_seconds, len(provision.registry(folder.path).rounds())
