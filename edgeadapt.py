@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from io import TextIOWrapper
+from types import FrameType
 from typing import Any
 
 import click
@@ -55,6 +56,7 @@ COMMANDS = {
 PROGRAM = "edgeadapt"
 INTERRUPTED = 130  # the exit code that a shell reports for a command that Ctrl-C ended
 TERMINATED = 143  # and SIGTERM
+IMPORT = "<frozen importlib._bootstrap>"  # the file that Python names for the frames of an import
 
 # At run time nothing is downloaded and nothing is reported, whatever the defaults of a library are.
 OFFLINE = {
@@ -88,7 +90,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may contain bytes that cannot be printed
     if not sys.warnoptions:  # warnings of libraries are for developers
         warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, _interrupt)
     report = sys.unraisablehook
     sys.unraisablehook = partial(_unraisable, report)
     try:
@@ -111,12 +115,6 @@ def main() -> None:
         if error.code != TERMINATED:
             raise
         _fail("terminated", TERMINATED)
-    except ImportError as error:  # pybind11 turns a signal during the import of a library into this
-        if isinstance(error.__cause__, KeyboardInterrupt):
-            _fail("interrupted", INTERRUPTED)
-        if isinstance(error.__cause__, SystemExit):
-            _fail("terminated", TERMINATED)
-        raise
     except MemoryError:
         _fail("this machine does not have enough memory", 1)
     except OSError as error:
@@ -125,9 +123,24 @@ def main() -> None:
         sys.unraisablehook = report
 
 
-def _terminate(*_: object) -> None:
-    """End as after an error, so that no temporary file is left. Not as Ctrl-C, after which a chat goes on."""
-    sys.exit(TERMINATED)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End by an exception, so that no temporary file is left. SIGTERM not as Ctrl-C, after which a chat goes on.
+
+    A signal during an import takes effect after it: libraries crash, or report another error, when one of their modules
+    in C meets an exception as it begins.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == IMPORT:
+            _send_again(number)
+            return
+        frame = frame.f_back
+    if number == signal.SIGTERM:
+        sys.exit(TERMINATED)
+    raise KeyboardInterrupt
+
+
+def _send_again(number: int) -> None:
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 def _unraisable(report: Callable[[Any], object], dropped: Any) -> None:
@@ -140,7 +153,7 @@ def _unraisable(report: Callable[[Any], object], dropped: Any) -> None:
     else:
         report(dropped)
         return
-    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # after the callback, whose exceptions are dropped
+    _send_again(number)  # after the callback, whose exceptions are dropped
 
 
 def _fail(message: str, code: int) -> None:

@@ -136,28 +136,12 @@ def test_too_little_memory_is_said_in_one_line(run: Callable[..., Outcome], monk
     assert run("audit") == (1, "", "edgeadapt: this machine does not have enough memory\n")
 
 
-def test_ctrl_c_while_a_library_is_being_loaded_is_an_interruption(
-    run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def loading(cause: BaseException) -> Callable[..., None]:
-        def load(**_options: object) -> None:
-            raise ImportError("initialization failed") from cause  # as pybind11 does
-
-        return load
-
-    monkeypatch.setattr(edgeadapt, "cli", loading(KeyboardInterrupt()))
-    assert run("demo") == (130, "", "edgeadapt: interrupted\n")
-    monkeypatch.setattr(edgeadapt, "cli", loading(OSError("no such library")))
-    with pytest.raises(ImportError, match="initialization failed"):
-        edgeadapt.main()
-
-
 def test_who_terminates_a_command_reads_so_also_while_a_library_is_kept_quiet(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def quietly(**_options: object) -> None:
         with redirect_stderr(io.StringIO()):
-            edgeadapt._terminate()
+            edgeadapt._interrupt(signal.SIGTERM, None)
 
     monkeypatch.setattr(edgeadapt, "cli", quietly)
     assert run("demo") == (143, "", "edgeadapt: terminated\n")
@@ -180,11 +164,39 @@ edgeadapt.main()
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "line"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
+SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+
+
+@pytest.mark.parametrize(("number", "code", "line"), SIGNALS)
 def test_a_signal_during_a_callback_is_not_lost(number: int, code: int, line: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", CALLBACK.format(number=int(number))], capture_output=True, text=True, timeout=50
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", f"edgeadapt: {line}\n")
+
+
+IMPORTED = """
+import os, time
+os.kill(os.getpid(), {number})
+sum(range(10))  # here a handler runs
+ended = time.monotonic() + 0.2  # in which the signal comes again and again
+while time.monotonic() < ended: time.sleep(0.01)
+print("imported", flush=True)
+"""
+IMPORTING = """
+import time, edgeadapt
+
+def command(**options):
+    import slow
+    time.sleep(60)
+
+edgeadapt.cli = command
+edgeadapt.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "line"), SIGNALS)
+def test_a_signal_during_an_import_waits_for_its_end(tmp_path: pathlib.Path, number: int, code: int, line: str) -> None:
+    (tmp_path / "slow.py").write_text(IMPORTED.format(number=int(number)))
+    ended = subprocess.run([sys.executable, "-c", IMPORTING], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "imported\n", f"edgeadapt: {line}\n")

@@ -25,7 +25,7 @@ SECONDS = 300  # in which every command ends on a busy machine
 def interrupted(folder: Path, command: str, ask: signal.Signals, after: float | None) -> bool:
     """Send a signal to the command after so many seconds of it, or never. Whether it came before the end."""
     started = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *command.split()],
+        [sys.executable, "-X", "faulthandler", "-c", PROGRAM, *command.split()],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
