@@ -131,9 +131,10 @@ def _run(path: Path, out: Path | None, resume: bool, as_json: bool, engine: str,
     folder = RunFolder.resume(out, scenario) if resume else RunFolder.start(out, scenario)
     if not as_json:
         clients = len(loaded.population.clients)
-        groups = describe_groups(grouped(loaded.population, scenario.groups)) if scenario.groups.by != "none" else ""
-        memory = needed.describe(available)
-        print_scenario(scenario, out, Console(), clients=clients, groups=groups, memory=memory)
+        divided = grouped(loaded.population, scenario.groups)
+        groups = describe_groups(divided) if scenario.groups.by != "none" else ""
+        devices, memory = min(group.devices for group in divided), needed.describe(available)
+        print_scenario(scenario, out, Console(), clients=clients, devices=devices, groups=groups, memory=memory)
         print_data(summarize(loaded, base), Console())
     try:
         with RunProgress(quiet=as_json) as progress:

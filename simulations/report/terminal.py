@@ -57,7 +57,7 @@ LABEL = 11  # columns
 
 
 def print_scenario(
-    scenario: Scenario, out: Path, console: Console, *, clients: int, memory: str, groups: str = ""
+    scenario: Scenario, out: Path, console: Console, *, clients: int, devices: int, memory: str, groups: str = ""
 ) -> None:
     """Print what the base, the languages and the arms are, before the run starts.
 
@@ -65,12 +65,13 @@ def print_scenario(
         scenario: The scenario to run.
         out: The folder of the run.
         clients: Of the population.
+        devices: That take part in training, in the smallest federation.
         memory: What the run takes, in words.
         groups: That have an adapter of their own, in words; empty if all clients share one.
         console: Where to print; without color if it is not a terminal.
     """
     console.print(Text(f"Scenario {scenario.name}, seed {scenario.seed}", style="bold"))
-    _print_lines(_plan(scenario, out, clients, memory, groups), console)
+    _print_lines(_plan(scenario, out, clients, devices, memory, groups), console)
 
 
 def print_data(summary: DataSummary, console: Console) -> None:
@@ -108,7 +109,7 @@ def _described(adapter: AdapterSettings) -> str:
     return f"{name}{size}{' on ' if adapter.targets else ''}{', '.join(adapter.targets)}"
 
 
-def _plan(scenario: Scenario, out: Path, clients: int, memory: str, groups: str) -> list[tuple[str, str]]:
+def _plan(scenario: Scenario, out: Path, clients: int, devices: int, memory: str, groups: str) -> list[tuple[str, str]]:
     adapter, federation = scenario.adapter, scenario.federation
     training, fitted = federation.training, federation.analytic.rounds
     adversary = federation.aggregation.adversary
@@ -123,7 +124,7 @@ def _plan(scenario: Scenario, out: Path, clients: int, memory: str, groups: str)
         ("adapter", layers if writes else f"{layers}, and a classification head"),
         ("rounds", f"{rounds}; {adversary} secure aggregation"),
         *([("", f"then {fitted} of the analytic head, without training")] if fitted else []),
-        *([("sums", _price(federation, clients))] if federation.aggregation.groups > 1 else []),
+        *([("sums", _price(federation, devices))] if federation.aggregation.groups > 1 else []),
         ("privacy", _noise(federation)),
         *([("ATTACK", _attack(scenario))] if scenario.attack.kind != "none" else []),
         ("arms", f"base      the frozen model{head}, no training"),
@@ -160,10 +161,10 @@ def _personal(scenario: Scenario) -> list[str]:
     ]
 
 
-def _price(federation: FederationSettings, clients: int) -> str:
+def _price(federation: FederationSettings, devices: int) -> str:
     """What groups cost a device and, with differential privacy, the mean."""
     bounds = federation.aggregation
-    devices = min(federation.cohort.size or clients, clients)
+    devices = min(federation.cohort.size or devices, devices)
     found = bounds.grouping(devices)
     if found is None:
         return "none"
