@@ -192,13 +192,13 @@ class SessionSpec:
         """
         if self.privacy is None:
             return 0.0
-        honest = max(0, self.honest(self.smallest_sum, corrupt))
+        honest = max(0, self.honest(self.minimum_survivors, corrupt))
         return self.vector.segments[0].noise * math.sqrt(honest) / self.clip_norm
 
     def honest(self, survivors: int, corrupt: int = 0) -> int:
-        """How many of the survivors in a sum with noise add it. ``corrupt``: as of ``spent``."""
+        """How many devices add the noise of a sum that the account counts on. All as of ``spent``."""
         assumed = self.smallest_sum - self.privacy.honest if self.privacy else 0
-        return survivors - max(corrupt, assumed)
+        return (self.smallest_sum if self.grouping else survivors) - max(corrupt, assumed)
 
     def spent(self, survivors: int, corrupt: int = 0) -> Spent:
         """What a round reveals of one device, in a session with noise. With groups, each sum counts as the smallest.
@@ -214,7 +214,7 @@ class SessionSpec:
             raise ValueError("a session without noise has no account")
         (segment,) = self.vector.segments
         step = self.vector.step(segment)
-        honest = self.honest(self.smallest_sum if self.grouping else survivors, corrupt)
+        honest = self.honest(survivors, corrupt)
         longest = norm_squared(self.clip_norm / step, segment.size)
         variance = (segment.noise / step) ** 2
         return Spent.on([NoisySum(self.privacy.mechanism, segment.size, longest, variance, honest)])

@@ -128,7 +128,7 @@ def _row(settings: "FederationSettings", numbers: int, devices: int) -> CohortPl
     return CohortPlan(
         devices=devices,
         minimum_survivors=spec.minimum_survivors,
-        honest=spec.honest(spec.smallest_sum),
+        honest=spec.honest(spec.minimum_survivors),
         noise_multiplier=spec.noise_multiplier(),
         epsilon=fewest,
         epsilon_all=most,

@@ -14,7 +14,7 @@ from adapters.noisysum import noisy_spec
 from aggregation.privacy import noise
 from aggregation.privacy.accounting import Mechanism
 from aggregation.spec import Privacy, SessionSpec
-from simulations.engine import canaries
+from simulations.engine import canaries, provision
 from simulations.engine.canaries import Guesses, Sum, audited, gaussian_epsilon, one_run_epsilon, planted
 from tests.support.fleet import session_spec
 
@@ -69,6 +69,15 @@ def test_the_sums_of_a_run_are_those_of_the_device_that_spent_most(fleet_of: Cal
     assert found.account == records[-1].epsilon
     assert max(found.one_run, found.gaussian) < found.account
     assert found.right <= found.count >= 40
+
+
+def test_canaries_of_groups_are_planted_in_the_smallest_sum_as_the_account_counts(fleet_of: Callable[..., Any]) -> None:
+    noise = {"privacy__mechanism": "skellam", "privacy__noise_multiplier": 0.8}
+    fleet = fleet_of(16, rounds=1, aggregation__clip_norm=CLIP, aggregation__groups=2, **noise)
+    (record,) = fleet.federate(fleet.grid())
+    epsilon, (found,) = canaries._spent_most(fleet.out / provision.COORDINATOR, DELTA)  # type: ignore[misc]
+    assert found.devices == found.spec.privacy.honest < found.spec.smallest_sum < len(record.survivors) / 2
+    assert epsilon == record.epsilon == found.spec.spent(len(record.survivors)).epsilon(DELTA)
 
 
 def test_a_run_without_noise_has_no_canaries(fleet_of: Callable[..., Any]) -> None:
