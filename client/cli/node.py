@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -48,13 +49,16 @@ def install(state_dir: Path, certificate: Path | None, revoked: Path | None) -> 
 def policy(state_dir: Path, as_json: bool) -> None:
     """Print the policy in force, from [policy] in device.toml; * marks a limit that differs from its default.
 
-    The last line says what this device's contributions may have revealed, as the epsilon of differential privacy.
+    Below are the conditions of [eligibility] with what is read now; - marks one that is not met. The last line says
+    what this device's contributions may have revealed, as the epsilon of differential privacy.
 
     \b
     Example:
       edgeadapt device policy --state kitchen
     """
+    from client.node.eligibility import conditions
     from client.node.policy import PolicySettings
+    from client.node.readings import SYSTEM
     from client.node.statedir import DeviceStateDir
 
     opened = DeviceStateDir.open(state_dir)
@@ -62,15 +66,23 @@ def policy(state_dir: Path, as_json: bool) -> None:
     values = limits.model_dump(mode="json")
     spent = ledger.spent.epsilon(limits.delta)
     defaults = PolicySettings().model_dump(mode="json")
+    found = conditions(opened, SYSTEM, datetime.now().astimezone())
+    eligible = all(condition.met for condition in found)
     if as_json:
         changed = [key for key in values if values[key] != defaults[key]]
         account = {"epsilon": spent if math.isfinite(spent) else None, "noisy": ledger.noisy, "bare": ledger.bare}
-        click.echo(json.dumps({"policy": values, "changed": changed, "privacy": account}))
+        eligibility = {"eligible": eligible, "conditions": [asdict(condition) for condition in found]}
+        shown = {"policy": values, "changed": changed, "privacy": account, "eligibility": eligibility}
+        click.echo(json.dumps(shown))
         return
     for key, value in values.items():
         mark = " " if value == defaults[key] else "*"
         click.echo(f"{mark} {key:{WIDTH}} {json.dumps(value)}")
         click.echo(f"    {PolicySettings.model_fields[key].description}")
+    if found:
+        click.echo("eligible now" if eligible else "not eligible now")
+    for condition in found:
+        click.echo(f"{' ' if condition.met else '-'} {condition.name:{WIDTH}} {condition.reading}")
     of = f" of {limits.maximum_epsilon:g}" if limits.maximum_epsilon else ""
     bare = f", and {ledger.bare} without noise, which nothing bounds" if ledger.bare else ""
     click.echo(f"spent: epsilon {spent:.2f}{of} for delta {limits.delta:g} by {ledger.noisy} contributions{bare}")

@@ -1,5 +1,8 @@
 """The agent of a light device: it attends at a gateway, and answers each request with a step of ``client.node.step``.
 
+It attends only while its owner's conditions are met (``client.node.eligibility``), and waits without a connection while
+they are not.
+
 The connection is mutual TLS under the pinned authority. Whatever can pass by itself is tried again after a pause that
 grows, or that the gateway names; a refusal ends the agent. An answer that did not reach the gateway is sent again, and
 never made again: the device's state has moved on.
@@ -8,8 +11,10 @@ never made again: the device's state has moved on.
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +25,13 @@ from grpc import StatusCode
 from adapters import storage
 from adapters.gateway import frames
 from adapters.gateway import gateway_pb2 as pb
-from aggregation.errors import ConfigError, ProtocolError, TrustError
+from aggregation.errors import ConfigError, EdgeAdaptError, ProtocolError, TrustError
 from aggregation.pki.certificates import load, subject, to_der
 from aggregation.pki.tls import TlsKey, bind
 from aggregation.steps import Step
 from client.gateway.calls import PASSING, pause, refusal
+from client.node.eligibility import LOOK, Condition, conditions, machine_conditions
+from client.node.readings import Readings, SystemReadings
 from client.node.statedir import AUTHORITY, LONGEST, TLS_CERTIFICATE, TLS_KEY, DeviceStateDir
 from client.node.step import Refusal, RefusalCode, answer
 
@@ -42,13 +49,19 @@ class Agent:
     Args:
         folder: The device's state directory.
         address: ``HOST:PORT`` of the gateway.
+        readings: Of the machine.
+        look: Seconds between two looks at the conditions.
     """
 
     folder: Path
     address: str
+    readings: Readings = field(default_factory=SystemReadings)
+    look: float = LOOK
     _stop: threading.Event = field(default_factory=threading.Event)
     _call: grpc.Call | None = None
     _last: tuple[int, bytes | Refusal] | None = None  # the last request, and its answer
+    _answering: bool = False
+    _declined: bool = False  # a condition is not met any more
 
     def stop(self) -> None:
         """End ``run`` soon; a step that is under way is finished."""
@@ -73,22 +86,75 @@ class Agent:
 
     def _run(self, state_dir: DeviceStateDir) -> None:
         attempt = 0
-        while not self._stop.is_set():
+        while self._await_conditions():
             try:
                 with _channel(state_dir, self.address) as channel:
                     requests = self._attend(channel, state_dir)
                     attempt = 0 if requests.is_active() else attempt
-                    for raw in requests:
-                        self._handle(channel, state_dir, frames.request(raw))
+                    with self._looking(requests):
+                        for raw in requests:
+                            self._handle(channel, state_dir, frames.request(raw))
+                            if self._declined:
+                                break
             except grpc.RpcError as error:
                 if self._stop.is_set():
                     return
+                if self._declined:
+                    continue
                 if error.code() not in PASSING:
                     raise refusal(error, "the gateway") from error
                 attempt += 1
                 seconds = pause(attempt, error)
                 log.info("no gateway at %s, again in %.1f s: %s", self.address, seconds, _one_line(error))
                 self._stop.wait(seconds)
+
+    def _await_conditions(self) -> bool:
+        """Wait until all conditions are met. Returns False if the agent is to stop."""
+        said: tuple[str, ...] = ()
+        while not self._stop.is_set():
+            unmet = self._unmet(to_join=True)
+            if not unmet:
+                self._declined = False
+                return True
+            names = tuple(each.name for each in unmet)
+            if names != said:
+                log.info("not eligible: %s", "; ".join(f"{each.name}: {each.reading}" for each in unmet))
+                said = names
+            self._stop.wait(self.look)
+        return False
+
+    def _unmet(self, *, to_join: bool) -> list[Condition]:
+        """The conditions that are not met now: all, or only those of the machine."""
+        now = datetime.now().astimezone()
+        try:
+            state_dir = DeviceStateDir.open(self.folder)  # the owner may have changed the settings
+        except EdgeAdaptError as error:
+            return [Condition("device.toml", str(error), met=False)]
+        if to_join:
+            found = conditions(state_dir, self.readings, now)
+        else:
+            found = machine_conditions(state_dir.eligibility, self.readings, now)
+        return [each for each in found if not each.met]
+
+    @contextmanager
+    def _looking(self, call: grpc.Call) -> Iterator[None]:
+        """While the block runs, end ``call`` once a condition is not met, unless a request is being answered."""
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(self.look):
+                if not self._answering and self._unmet(to_join=False):
+                    self._declined = True
+                    call.cancel()
+                    return
+
+        looking = threading.Thread(target=look, name="eligibility")
+        looking.start()
+        try:
+            yield
+        finally:
+            done.set()
+            looking.join()
 
     def _attend(self, channel: grpc.Channel, state_dir: DeviceStateDir) -> Any:
         own = to_der(storage.read(state_dir.folder / TLS_CERTIFICATE, LONGEST))
@@ -103,9 +169,17 @@ class Agent:
         return call
 
     def _handle(self, channel: grpc.Channel, state_dir: DeviceStateDir, request: pb.Request) -> None:
+        self._answering = True
+        try:
+            self._answer_once(channel, state_dir, request)
+        finally:
+            self._answering = False
+
+    def _answer_once(self, channel: grpc.Channel, state_dir: DeviceStateDir, request: pb.Request) -> None:
         if self._last is None or self._last[0] != request.id:
             self._last = request.id, self._answer(channel, state_dir, request)
         number, found = self._last
+        self._declined = isinstance(found, Refusal) and found.code is RefusalCode.NOT_ELIGIBLE
         try:
             self._transfer(partial(_send, channel, number, found))
         except grpc.RpcError as error:
@@ -123,7 +197,8 @@ class Agent:
         device = subject(load(state_dir.certificate))
         step, fields = Step(request.step), {**request.fields, **fetched}
         log.info("answering %s", step.value)
-        return answer(lambda: DeviceStateDir.open(self.folder), step, fields, frames.node_of(device))
+        node, opened = frames.node_of(device), partial(DeviceStateDir.open, self.folder)
+        return answer(opened, step, fields, node, readings=self.readings)
 
     def _transfer(self, call: Callable[[], T]) -> T:
         """Call until it succeeds.

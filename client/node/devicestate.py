@@ -5,6 +5,7 @@ finds, unless the device was restarted in between. A device that then finds no s
 """
 
 from contextlib import AbstractContextManager
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from aggregation.pki.identity import IdentityKey, PublicKey
 from aggregation.sealed import ClientState
 from aggregation.transcript import LogState
 from client.node.adapterstate import AdapterState
+from client.node.eligibility import EligibilitySettings
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
@@ -27,6 +29,16 @@ class DeviceState(Protocol):
     @property
     def policy(self) -> PolicySettings:
         """The owner's limits."""
+        ...
+
+    @property
+    def eligibility(self) -> EligibilitySettings:
+        """The owner's conditions."""
+        ...
+
+    @property
+    def last_round(self) -> datetime | None:
+        """When the device took part last."""
         ...
 
     @property

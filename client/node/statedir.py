@@ -9,6 +9,7 @@ revocation list are replaced in the same way; none of them is secret. What a ses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -31,6 +32,7 @@ from aggregation.transcript import LogState
 from aggregation.wire import Codec
 from client.inference.trust import Trust
 from client.node.adapterstate import ADAPTER_STATE, AdapterState
+from client.node.eligibility import EligibilitySettings
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
@@ -70,6 +72,7 @@ class DeviceSettings(Settings):
     examples: str = Field(default=EXAMPLES, description="examples file, relative to the state directory")
     gateway: str = Field(default="", description="HOST:PORT of the coordinator's gateway, for a light device")
     policy: PolicySettings = PolicySettings()
+    eligibility: EligibilitySettings = EligibilitySettings()
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
@@ -122,6 +125,19 @@ class DeviceStateDir:
     def policy(self) -> PolicySettings:
         """The owner's limits."""
         return self.settings.policy
+
+    @property
+    def eligibility(self) -> EligibilitySettings:
+        """When the device takes part."""
+        return self.settings.eligibility
+
+    @property
+    def last_round(self) -> datetime | None:
+        """When the device trained last, or revealed shares: then it replaces its adapter state. None before."""
+        try:
+            return datetime.fromtimestamp((self.folder / ADAPTERS).stat().st_mtime, UTC)
+        except FileNotFoundError:
+            return None
 
     @property
     def examples(self) -> Path:

@@ -33,12 +33,15 @@ from aggregation.transcript import LogState, logged_part
 from client.node import adapterstate, privacyledger
 from client.node.adapterstate import AdapterState
 from client.node.devicestate import DeviceState
+from client.node.eligibility import LOOK, EligibilityError, conditions, machine_conditions, require
 from client.node.privacyledger import PrivacyLedger
+from client.node.readings import SYSTEM, Readings
 from client.node.training import train
 from client.training.engine import TrainerOf, trainer_of
 from client.training.examples import read_file
 
 READS_EXAMPLES = (Step.OFFER, Step.PLAN)
+JOINS = (Step.CHECK_IN, Step.OFFER)
 log = logging.getLogger("edgeadapt.device")
 
 
@@ -47,6 +50,7 @@ class RefusalCode(IntEnum):
 
     REFUSED = 100  # the device refused; the reason says why
     FAILED = 101  # an error of the device, such as a full disk
+    NOT_ELIGIBLE = 102  # a condition of the owner is not met now
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ def answer(
     fields: Mapping[str, bytes],
     node: int,
     choose: TrainerOf = trainer_of,
+    readings: Readings = SYSTEM,
 ) -> bytes | Refusal:
     """Answer one request of the coordinator. The new state is saved before the return.
 
@@ -72,6 +77,7 @@ def answer(
         fields: Of the request (``aggregation.steps``): the signed body, and what is in the same message.
         node: The device's node on the coordinator's grid. It answers challenges for this node only.
         choose: Gives what makes the device's updates.
+        readings: Of the machine, for the owner's conditions (``client.node.eligibility``).
 
     Returns:
         The signed answer, or a refusal. No error is raised: what went wrong may name files of the device.
@@ -84,9 +90,14 @@ def answer(
         with state_dir.locked(), _delayed(arrived, quantum):
             if BODY not in fields:
                 raise ProtocolError("the message has no body", COORDINATOR, about="message.body")
+            if step in JOINS:
+                require(conditions(state_dir, readings, datetime.now().astimezone()))
             if step is Step.CHECK_IN:
                 return _check_in(state_dir, fields[BODY], node)
-            return _transition(state_dir, step, fields, choose)
+            return _transition(state_dir, step, fields, choose, readings)
+    except EligibilityError as error:
+        log.info("%s declined: %s", step.value, error, extra={"about": error.about})
+        return Refusal(RefusalCode.NOT_ELIGIBLE, "does not take part now")
     except EdgeAdaptError as error:
         log.warning("%s refused: %s", step.value, error, extra={"about": error.about})
         return Refusal(RefusalCode.REFUSED, _reason(error))
@@ -128,7 +139,22 @@ def _check_in(state_dir: DeviceState, challenge: bytes, node: int) -> bytes:
     return client.check_in(key, certificate, coordinator, challenge, node=node, last_offer=last_offer)
 
 
-def _transition(state_dir: DeviceState, step: Step, fields: Mapping[str, bytes], choose: TrainerOf) -> bytes:
+def _eligible(state_dir: DeviceState, readings: Readings) -> Callable[[], None]:
+    """Looks at the machine when it is called, at most every ``LOOK`` seconds; raises ``EligibilityError``."""
+    settings, looked = state_dir.eligibility, -LOOK
+
+    def look() -> None:
+        nonlocal looked
+        if time.monotonic() >= looked + LOOK:
+            require(machine_conditions(settings, readings, datetime.now().astimezone()))
+            looked = time.monotonic()
+
+    return look
+
+
+def _transition(
+    state_dir: DeviceState, step: Step, fields: Mapping[str, bytes], choose: TrainerOf, readings: Readings
+) -> bytes:
     """Load the state, make one step of the protocol, save the new state, and only then return the answer."""
     base = state_dir.base()
     if step is Step.OFFER and REVOCATIONS in fields:
@@ -159,7 +185,10 @@ def _transition(state_dir: DeviceState, step: Step, fields: Mapping[str, bytes],
         limits = state_dir.policy.training()
         kept = state_dir.load_private_parts()
         blob = fields.get(ADAPTER, b"")
-        vector, parts = train(base, planned, blob, snapshot, state_dir.examples, limits, kept, choose)
+        # Nothing is saved if the device stops here: it has answered no plan, and its keys masked nothing.
+        look = _eligible(state_dir, readings)
+        look()
+        vector, parts = train(base, planned, blob, snapshot, state_dir.examples, limits, kept, choose, look)
         after, answer = planned.contribute(device, vector, cores())
         state_dir.save_privacy_ledger(ledger)  # first: whatever is interrupted after this counts as spent
         if parts is not None:

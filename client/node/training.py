@@ -25,6 +25,7 @@ from aggregation.client import Planned
 from aggregation.errors import ConfigError, DataError, EdgeAdaptError, ProtocolError
 from aggregation.ring import Ring
 from aggregation.session import COORDINATOR
+from client.node.eligibility import EligibilityError
 from client.node.privateparts import PrivateParts
 from client.node.snapshot import Draw, Snapshot
 from client.training.contribute import (
@@ -55,6 +56,7 @@ def train(
     limits: TrainingLimits,
     kept: PrivateParts | None,
     choose: TrainerOf = trainer_of,
+    step: Callable[[], object] = lambda: None,
 ) -> tuple[Ring, PrivateParts | None]:
     """Train the adapter in ``blob`` on the snapshot's examples, or embed them with it for an analytic head.
 
@@ -67,6 +69,7 @@ def train(
         limits: Of the device.
         kept: Its private parts.
         choose: Gives what makes its updates.
+        step: Called before each batch; ``EligibilityError`` from it ends the training.
 
     Returns:
         The contribution, which is zero with weight zero if anything fails once the examples matter; and the private
@@ -74,6 +77,7 @@ def train(
 
     Raises:
         ProtocolError: What is on offer cannot or must not be trained. This is known before an example is read.
+        EligibilityError: From ``step``.
     """
     plan, spec = planned.plan, planned.spec
     if files.sha256(blob) != plan.adapter_digest:
@@ -100,7 +104,7 @@ def train(
             raise ProtocolError("a language model has no analytic head", COORDINATOR, about="task.labels")
         chosen = classifier_trainer(base, labels, config)
         return _sum_moments(chosen, start, task, planned, usable, rounding, snapshot), None
-    return _sum_update(trainer, start, task, planned, usable, rounding, snapshot, kept)
+    return _sum_update(trainer, start, task, planned, usable, rounding, snapshot, kept, step)
 
 
 def _sum_update(
@@ -112,6 +116,7 @@ def _sum_update(
     rounding: np.random.Generator,
     snapshot: Snapshot,
     kept: PrivateParts | None,
+    step: Callable[[], object],
 ) -> tuple[Ring, PrivateParts | None]:
     """The update of the adapter, which is trained from the device's private parts, and these parts after it."""
     plan, spec, shared = planned.plan, planned.spec, shared_layout(trainer.layout, task)
@@ -127,7 +132,7 @@ def _sum_update(
 
     def trained() -> tuple[Ring, PrivateParts | None]:
         order, examples = snapshot.generator(plan, Draw.ORDER), usable()
-        outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order)
+        outcome = _outcome(trainer, start, task, examples, cap=spec.weight_cap, rng=order, step=step)
         return encoded(replace(outcome, start=begun)), _to_keep(subject, digest, task, start, outcome.trained)
 
     def untrained() -> tuple[Ring, PrivateParts | None]:
@@ -176,7 +181,7 @@ def _or_nothing(attempt: Callable[[], Made], nothing: Callable[[], Made]) -> Mad
     """What ``attempt`` makes of the examples; what ``nothing`` makes without them, if anything fails."""
     try:
         return attempt()
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, EligibilityError):
         raise
     except BaseException as error:  # the tokenizer is in Rust, whose panics are no Exception
         about = error.about if isinstance(error, EdgeAdaptError) else type(error).__name__
@@ -205,12 +210,13 @@ def _outcome(
     *,
     cap: int,
     rng: np.random.Generator,
+    step: Callable[[], object],
 ) -> Outcome:
     """Score ``start`` on at most ``cap`` held-out examples, and train it on the others."""
     own = in_split(examples, Split.TRAIN)
     begin = time.perf_counter()
     held_out = trainer.score(start, in_split(examples, Split.VALIDATION)[:cap])
-    trained = trainer.train(start, own, task, epochs=task.epochs, rng=rng)
+    trained = trainer.train(start, own, task, epochs=task.epochs, rng=rng, step=step)
     log.info("trained on %d examples", len(own), extra={"training_seconds": time.perf_counter() - begin})
     return Outcome(start, trained, len(own), held_out)
 

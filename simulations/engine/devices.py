@@ -29,6 +29,7 @@ from aggregation.steps import Step
 from aggregation.transcript import LogState
 from client.node.adapterstate import AdapterState
 from client.node.app import STATE
+from client.node.eligibility import EligibilitySettings
 from client.node.policy import PolicySettings
 from client.node.privacyledger import PrivacyLedger
 from client.node.privateparts import PrivateParts
@@ -45,6 +46,7 @@ class MemoryDevice:
     def __init__(self, files: DeviceStateDir, base: FrozenBase) -> None:
         self._files, self._base = files, base
         self.policy: PolicySettings = files.policy
+        self.eligibility, self.last_round = EligibilitySettings(), None  # a simulated device always takes part
         self.examples: Path = files.examples
         self.identity: IdentityKey = files.identity
         self.certificate: bytes = files.certificate

@@ -1,0 +1,156 @@
+"""When a device takes part: the ``[eligibility]`` table of ``device.toml``, and whether its conditions are met now.
+
+The conditions are those of Google's on-device federated compute. A condition that is asked for and cannot be read is
+not met. Those of the machine are read again while the device trains; the others are read when it joins a session.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, time, timedelta
+from pathlib import Path
+from typing import Protocol, Self
+
+from pydantic import Field, model_validator
+
+from adapters.settings import Settings
+from aggregation.errors import EdgeAdaptError
+from client.node.readings import Readings
+from client.training.examples import parse_examples, read_file
+
+IDLE = 0.25  # of the processors' time: others use less
+LOOK = 10.0  # seconds between two looks at the machine
+
+
+class EligibilitySettings(Settings):
+    """``[eligibility]``. Without a condition, the device takes part at any time."""
+
+    idle: bool = Field(
+        default=False, description="only while other processes use less than a quarter of the processors' time"
+    )
+    charging: bool = Field(default=False, description="only on external power")
+    unmetered: bool = Field(default=False, description="only on a network connection that is not metered")
+    hours: str = Field(
+        default="",
+        pattern=r"^(([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d)?$",
+        description='only between these hours of local time, such as "22:00-06:00"',
+    )
+    minimum_battery: int = Field(default=0, ge=0, le=100, description="only with this charge, in percent")
+    minimum_examples: int = Field(default=0, ge=0, description="only with so many examples, of all splits")
+    minimum_separation_hours: float = Field(
+        default=0.0, ge=0, le=8760, description="only so long after the last round, in hours, into another session"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        begin, _, end = self.hours.partition("-")
+        if self.hours and begin == end:
+            raise ValueError(f"hours {self.hours} are none, or all: leave them out for all")
+        return self
+
+
+class EligibleState(Protocol):
+    """What the conditions need of a device's state."""
+
+    @property
+    def eligibility(self) -> EligibilitySettings:
+        """The owner's conditions."""
+        ...
+
+    @property
+    def examples(self) -> Path:
+        """The examples file."""
+        ...
+
+    @property
+    def last_round(self) -> datetime | None:
+        """When the device took part last."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A condition that the owner demands. ``name``: its key; ``reading``: what is now, or why that is unknown."""
+
+    name: str
+    reading: str
+    met: bool
+
+
+class EligibilityError(EdgeAdaptError):
+    """A condition is not met now. It may be later."""
+
+
+def machine_conditions(settings: EligibilitySettings, readings: Readings, now: datetime) -> list[Condition]:
+    """The conditions of the machine that are demanded; ``now`` is in local time."""
+    found = []
+    if settings.hours:
+        found.append(Condition("hours", f"{now:%H:%M}, and {settings.hours} is demanded", _within(settings.hours, now)))
+    if settings.charging:
+        found.append(_read("charging", lambda: _power(readings.external_power())))
+    if settings.minimum_battery:
+        found.append(_read("minimum_battery", lambda: _at_least(readings.battery(), settings.minimum_battery, " %")))
+    if settings.unmetered:
+        found.append(_read("unmetered", lambda: _network(readings.metered())))
+    if settings.idle:
+        found.append(_read("idle", lambda: _use(readings.used_by_others())))
+    return found
+
+
+def conditions(state: EligibleState, readings: Readings, now: datetime) -> list[Condition]:
+    """All conditions that are demanded of a device that joins a session; ``now`` is in local time."""
+    settings = state.eligibility
+    found = machine_conditions(settings, readings, now)
+    if settings.minimum_examples:
+        found.append(
+            _read("minimum_examples", lambda: _at_least(_count(state.examples), settings.minimum_examples, " examples"))
+        )
+    if settings.minimum_separation_hours and state.last_round is not None:
+        since = now.astimezone(UTC) - state.last_round
+        # A time that is still to come was written before the clock was set back; it may be years.
+        met = not timedelta(0) <= since < timedelta(hours=settings.minimum_separation_hours)
+        text = f"the last round was {since / timedelta(hours=1):.1f} h ago, and {settings.minimum_separation_hours:g} h"
+        found.append(Condition("minimum_separation_hours", f"{text} are demanded", met))
+    return found
+
+
+def require(found: Sequence[Condition]) -> None:
+    """Return if all conditions are met.
+
+    Raises:
+        EligibilityError: One is not.
+    """
+    if unmet := [each for each in found if not each.met]:
+        raise EligibilityError("; ".join(f"{each.name}: {each.reading}" for each in unmet), about=unmet[0].name)
+
+
+def _read(name: str, reading: Callable[[], tuple[str, bool]]) -> Condition:
+    try:
+        return Condition(name, *reading())
+    except EdgeAdaptError as error:
+        return Condition(name, f"cannot be read, and counts as not met: {error}", met=False)
+
+
+def _within(hours: str, now: datetime) -> bool:
+    begin, end = map(time.fromisoformat, hours.split("-"))
+    at = now.time()
+    return begin <= at < end if begin < end else at >= begin or at < end
+
+
+def _power(external: bool) -> tuple[str, bool]:
+    return ("on external power" if external else "on battery", external)
+
+
+def _network(metered: bool) -> tuple[str, bool]:
+    return ("the connection is metered" if metered else "the connection is not metered", not metered)
+
+
+def _use(share: float) -> tuple[str, bool]:
+    return f"other processes use {share:.0%} of the processors, and less than {IDLE:.0%} is demanded", share < IDLE
+
+
+def _at_least(value: float, least: int, unit: str) -> tuple[str, bool]:
+    return f"{value:.0f}{unit}, and at least {least} are demanded", value >= least
+
+
+def _count(path: Path) -> int:
+    return len(parse_examples(read_file(path), path, 0))  # of either kind: labels are not read
