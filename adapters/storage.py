@@ -158,18 +158,22 @@ def sync(folder: Path) -> None:
 
 
 @contextmanager
-def locked(lock: Path, *, wait: bool = True) -> Iterator[None]:
+def locked(lock: Path, *, timeout: float = -1) -> Iterator[None]:
     """Hold the lock file ``lock``, which is created and kept; one holder at a time among all processes and threads.
 
     The operating system releases the lock when its holder is killed.
 
+    Args:
+        lock: Its place.
+        timeout: Seconds to wait for it; -1 for as long as it takes.
+
     Raises:
         ConfigError: A link, a folder, a device or a pipe is in its place. Whatever a link leads to is not touched.
-        TimeoutError: Another holder has it, and ``wait`` is false.
+        TimeoutError: Another holder has it.
         OSError: The file cannot be created.
     """
     _require_own_file(lock)
-    with FileLock(lock, blocking=wait, poll_interval=POLL):  # follows no symbolic link that appears only now, either
+    with FileLock(lock, timeout=timeout, poll_interval=POLL):  # follows no symbolic link that appears only now, either
         yield
 
 

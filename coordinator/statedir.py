@@ -32,6 +32,7 @@ AUTHORITY = "authority.pem"
 REVOKED = "revoked.crl"
 TRANSCRIPT = "transcript"
 LOCK = "run.lock"
+PATIENCE = 2.0  # seconds in which a run takes the lock: whoever looks whether it is held has it for a moment
 TLS_KEY, TLS_REQUEST, TLS_CERTIFICATE = "tls.key", "tls.csr", "tls.pem"  # of the gateway
 HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
 
@@ -119,7 +120,7 @@ class CoordinatorStateDir:
     def in_use(self) -> bool:
         """Whether a run holds the directory."""
         try:
-            with storage.locked(self.folder / LOCK, wait=False) if (self.folder / LOCK).exists() else nullcontext():
+            with storage.locked(self.folder / LOCK, timeout=0) if (self.folder / LOCK).exists() else nullcontext():
                 return False
         except TimeoutError:
             return True
@@ -133,7 +134,7 @@ class CoordinatorStateDir:
         """
         with ExitStack() as stack:
             try:
-                stack.enter_context(storage.locked(self.folder / LOCK, wait=False))
+                stack.enter_context(storage.locked(self.folder / LOCK, timeout=PATIENCE))
             except TimeoutError:
                 raise EdgeAdaptError(
                     f"another run is using {self.folder}: wait until it ends, or end it", about=LOCK

@@ -79,7 +79,7 @@ class Agent:
         """
         state_dir = DeviceStateDir.open(self.folder)
         try:
-            with storage.locked(self.folder / LOCK, wait=False):
+            with storage.locked(self.folder / LOCK, timeout=0):
                 self._run(state_dir)
         except TimeoutError:
             raise ConfigError(f"another agent uses {self.folder}: end it first", about=LOCK) from None

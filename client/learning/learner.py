@@ -120,7 +120,7 @@ class Learner:
         folder = bundle.resolve().parent / LEARNED
         folder.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
         try:
-            with storage.locked(folder / LOCK, wait=False):
+            with storage.locked(folder / LOCK, timeout=0):
                 adapter = library.trust.adapter(name or library.default(), library.base)
                 target = adapter.manifest.name if adapter.manifest.parent else PERSONAL
                 if target != adapter.manifest.name and target in adapter_names(bundle):

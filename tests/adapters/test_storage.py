@@ -128,10 +128,10 @@ def test_a_lock_that_is_held_can_be_refused_instead_of_awaited_and_a_kill_releas
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "lock"], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"in\n"
-        with pytest.raises(TimeoutError), storage.locked(tmp_path / "lock", wait=False):
+        with pytest.raises(TimeoutError), storage.locked(tmp_path / "lock", timeout=0):
             pass
         process.kill()
-    with storage.locked(tmp_path / "lock", wait=False):
+    with storage.locked(tmp_path / "lock", timeout=0):
         pass
 
 
@@ -146,8 +146,8 @@ def test_what_is_no_file_of_its_own_is_no_lock_and_is_not_touched(tmp_path: Path
         "pipe": lambda: os.mkfifo(lock),
         "folder": lock.mkdir,
     }[kind]()
-    for wait in (True, False):
-        with refused(ConfigError, "lock"), storage.locked(lock, wait=wait):
+    for timeout in (-1, 0):
+        with refused(ConfigError, "lock"), storage.locked(lock, timeout=timeout):
             pass
     assert victim.read_bytes() == b"content"
     assert not (tmp_path / "created").exists()

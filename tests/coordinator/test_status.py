@@ -1,11 +1,17 @@
 """The status of a federation, before its first version, during and after its rounds."""
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from adapters import storage
 from aggregation.entropy import SystemEntropy
+from coordinator import statedir
 from coordinator.settings import FederationSettings
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.status import lines_of, status_of
@@ -78,3 +84,24 @@ def test_an_aborted_round_is_listed_with_its_reason(fleet_of: FleetOf) -> None:
     assert found["rounds_aborted"] == 1
     assert found["rounds"][0]["aborted"] == record.aborted
     assert any(line.endswith(f"aborted: {record.aborted}") for line in lines_of(found))
+
+
+def test_a_run_that_begins_while_somebody_looks_whether_one_runs_is_not_refused(
+    fleet_of: FleetOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statedir, "PATIENCE", 60.0)
+    folder = fleet_of(3).out / "coordinator"
+    state_dir, held, look = CoordinatorStateDir.open(folder), threading.Event(), threading.Event()
+
+    def looking() -> None:
+        with storage.locked(folder / statedir.LOCK):
+            held.set()
+            look.wait(0.3)
+
+    with ThreadPoolExecutor(1) as pool:
+        looked = pool.submit(looking)
+        assert held.wait(60)
+        with state_dir.locked():
+            assert state_dir.in_use
+        looked.result()
+    state_dir.registry.close()
