@@ -66,8 +66,12 @@ class Connection:
             text=True,
             errors="replace",
         ) as process:
-            for line in process.stdout or ():
-                click.echo(line, err=True, nl=False)
+            try:
+                for line in process.stdout or ():
+                    click.echo(line, err=True, nl=False)
+            except BaseException:
+                process.terminate()  # the end of the block waits for it
+                raise
 
     def require_completed(self, run_id: str) -> None:
         """Return if the run completed.
