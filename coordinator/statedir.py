@@ -20,9 +20,12 @@ from adapters.registryfiles import BLOBS, DATABASE, SIGNING_KEY
 from aggregation.entropy import Entropy
 from aggregation.errors import ConfigError, EdgeAdaptError, of_file
 from aggregation.pki import Root
+from aggregation.pki.certificates import to_der
 from aggregation.pki.identity import IdentityKey
 from aggregation.pki.revocation import MAX_REVOCATIONS
+from aggregation.pki.tls import TlsRole, verify_tls
 from coordinator.registry import Registry
+from coordinator.servicesettings import SERVICES, ServiceSettings
 from coordinator.settings import SETTINGS, FederationSettings
 from coordinator.transcripts import Transcripts
 
@@ -33,8 +36,9 @@ REVOKED = "revoked.crl"
 TRANSCRIPT = "transcript"
 LOCK = "run.lock"
 PATIENCE = 2.0  # seconds in which a run takes the lock: whoever looks whether it is held has it for a moment
-TLS_KEY, TLS_REQUEST, TLS_CERTIFICATE = "tls.key", "tls.csr", "tls.pem"  # of the gateway
+TLS_KEY, TLS_REQUEST, TLS_CERTIFICATE = "tls.key", "tls.csr", "tls.pem"  # of the gateway and the SuperLink
 HEADER = b"# The settings of a federation. A run reads them when it starts.\n"
+SERVICES_HEADER = b"# What 'edgeadapt coordinator up' runs on this machine. It reads them when it starts.\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,14 @@ class CoordinatorStateDir:
     transcripts: Transcripts
 
     @classmethod
-    def create(cls, folder: Path, authority: bytes, settings: FederationSettings, entropy: Entropy) -> Self:
+    def create(
+        cls,
+        folder: Path,
+        authority: bytes,
+        settings: FederationSettings,
+        entropy: Entropy,
+        services: ServiceSettings | None = None,
+    ) -> Self:
         """Make a new state directory with a new signing key and an empty registry.
 
         Args:
@@ -57,6 +68,7 @@ class CoordinatorStateDir:
             authority: Certificate of the authority to pin, PEM.
             settings: Of the federation.
             entropy: Draws the key.
+            services: What this machine runs for the federation; None if that is not by ``edgeadapt coordinator up``.
 
         Raises:
             ConfigError: The folder holds something, or is the working directory.
@@ -70,6 +82,8 @@ class CoordinatorStateDir:
             storage.replace(stage / PUBLIC_KEY, key.public.to_pem(), storage.PUBLIC)
             storage.replace(stage / AUTHORITY, root.to_pem(), storage.PUBLIC)
             storage.replace(stage / SETTINGS, HEADER + settings.to_toml().encode(), storage.PUBLIC)
+            if services is not None:
+                storage.replace(stage / SERVICES, SERVICES_HEADER + services.to_toml().encode(), storage.PUBLIC)
             open_registry(stage, key).close()
         return cls.open(folder)
 
@@ -115,6 +129,25 @@ class CoordinatorStateDir:
         if root.revoked is not None:
             root.revoked.require_fresh(at)
         return root
+
+    def read_tls(self, at: datetime) -> tuple[bytes, bytes]:
+        """The TLS key of what listens on this machine, and its certificate, both PEM.
+
+        Args:
+            at: Now.
+
+        Raises:
+            ConfigError: The directory has none.
+            TrustError: The certificate is not one of the pinned authority for a gateway.
+        """
+        for name in (TLS_KEY, TLS_CERTIFICATE):
+            if not (self.folder / name).is_file():
+                text = f"{self.folder} has no {name}: make a key with 'edgeadapt coordinator tls-request', and let the"
+                raise ConfigError(f"{text} authority certify it", about=name)
+        key, certificate = (storage.read(self.folder / name, MAX_PEM) for name in (TLS_KEY, TLS_CERTIFICATE))
+        with of_file(self.folder / TLS_CERTIFICATE):
+            verify_tls(self.read_root(at), to_der(certificate), TlsRole.GATEWAY, at)
+        return key, certificate
 
     @property
     def in_use(self) -> bool:

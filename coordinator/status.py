@@ -15,6 +15,7 @@ from aggregation.errors import ProtocolError
 from aggregation.messages import Shares
 from aggregation.transcript import Checkpoint, Stage
 from coordinator.audit.transcripts import logs
+from coordinator.services import deployment
 from coordinator.statedir import TRANSCRIPT, CoordinatorStateDir
 
 SUSPICIOUS = 0.01  # probability
@@ -33,6 +34,7 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
         "key": state_dir.key.public.key_id,
         "authority": state_dir.root.fingerprint,
         "running": state_dir.in_use,
+        "services": deployment.running(state_dir.folder),
         "rounds_done": len(rounds),
         "rounds_wanted": state_dir.settings.rounds,
         "rounds_aborted": sum(record.aborted is not None for record in rounds),
@@ -48,6 +50,12 @@ def status_of(state_dir: CoordinatorStateDir) -> dict[str, Any]:
 def lines_of(status: dict[str, Any]) -> Iterator[str]:
     """The same for a reader."""
     yield f"{status['state']}: key {status['key']}, authority {status['authority'][:16]}"
+    if services := status["services"]:
+        yield f"services run since {services['since']}, process {services['pid']}"
+        for each in services["services"]:
+            at = f" at {each['address']}" if each["address"] else ""
+            process = f", process {each['pid']}" if each["pid"] else ""
+            yield f"  {each['name']}{at}: {each['state']}{process}, {each['restarts']} restarts"
     done, wanted, aborted = status["rounds_done"], status["rounds_wanted"], status["rounds_aborted"]
     at = ", ".join(f"{count} at {step}" for step, count in status["dropouts_by_step"].items())
     count = sum(status["dropouts_by_step"].values())

@@ -25,6 +25,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         "commands": lambda _: commands(),
         "keys": lambda _: keys(),
         "federation": lambda _: federation(),
+        "services": lambda _: services(),
         "api": api,
     }
     return MARK.sub(lambda mark: makers[mark[1]](mark[2]), markdown)
@@ -88,9 +89,20 @@ def federation() -> str:
     _importable()
     from coordinator.settings import FederationSettings
 
+    return _settings(FederationSettings)
+
+
+def services() -> str:
+    """Every key of what a coordinator's machine runs."""
+    _importable()
+    from coordinator.servicesettings import ServiceSettings
+
+    return _settings(ServiceSettings)
+
+
+def _settings(kind: Any) -> str:
     rows = [
-        (key, json.dumps(info.get_default(call_default_factory=True)), info.description)
-        for key, info in FederationSettings.fields()
+        (key, json.dumps(info.get_default(call_default_factory=True)), info.description) for key, info in kind.fields()
     ]
     return _table(rows)
 

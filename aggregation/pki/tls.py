@@ -166,6 +166,21 @@ def verify_tls(root: Root, der: bytes, role: TlsRole, at: datetime) -> str:
     return name
 
 
+def hosts_of(der: bytes) -> tuple[str, ...]:
+    """The names and IP addresses in a gateway's certificate, as ``extensions`` took them; none in a device's.
+
+    Raises:
+        TrustError: Not a certificate, or its names cannot be read.
+    """
+    try:
+        names = load(der).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ()
+    except ValueError:
+        raise TrustError("the names in the TLS certificate cannot be read", about="tls.hosts") from None
+    return tuple(str(name.value) for name in names)
+
+
 def bind(identity: IdentityKey, certificate: bytes) -> bytes:
     """The identity's signature on a TLS certificate in DER: its owner has both keys."""
     return identity.sign(BINDING, certificate)

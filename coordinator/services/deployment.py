@@ -1,0 +1,218 @@
+"""The services of a coordinator's state directory: Flower's SuperLink, and the rounds with their gateway.
+
+``up`` runs them while it holds ``up.lock``, and writes to ``services.json`` what runs. The authority's enrolment
+service does not belong to them: it runs where the authority's key is.
+"""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from adapters import jsontext, storage
+from aggregation.errors import ConfigError, EdgeAdaptError
+from aggregation.pki.certificates import to_der
+from aggregation.pki.tls import hosts_of
+from coordinator.services.supervisor import Happening, Patience, Report, ServiceEvent, ServiceProgram, supervise
+from coordinator.servicesettings import SERVICES, ServiceSettings
+from coordinator.statedir import AUTHORITY, TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+
+LOCK, RUNNING = "up.lock", "services.json"
+DATABASE, HOME = "superlink.db", "superlink"  # of the SuperLink: its state, and Flower's folder
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # where Flower's own processes reach what listens there
+PROBE = 2.0  # seconds for one look at a port
+MAX_RUNNING = 2**16  # bytes
+SLACK = 30.0  # seconds, beyond what services may take to stop
+
+
+def up(folder: Path, report: Report) -> None:
+    """Run the services of a state directory until all rounds are done.
+
+    Args:
+        folder: The coordinator's state directory.
+        report: Called with each event, from several threads.
+
+    Raises:
+        ConfigError: ``services.toml`` is missing or names nothing to run, or a TLS file is missing or for another host.
+        TrustError: The TLS certificate is not one of the authority for a gateway.
+        EdgeAdaptError: They run already, the registry is empty, or the rounds cannot go on as they are set.
+    """
+    state_dir = CoordinatorStateDir.open(folder)
+    settings = ServiceSettings.read(folder / SERVICES)
+    state_dir.registry.newest_adapter()
+    services = services_of(state_dir, settings)
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def changed(shown: list[dict[str, str | int | None]]) -> None:
+        found = {"pid": os.getpid(), "since": began, "services": shown}
+        storage.replace(folder / RUNNING, json.dumps(found).encode(), storage.PUBLIC)
+
+    with _alone(folder):
+        try:
+            changed([])
+            supervise(services, Patience(settings.ready, settings.stop, settings.pause), report, changed)
+        finally:
+            _await_rounds(state_dir, settings.stop)
+            (folder / RUNNING).unlink(missing_ok=True)
+            state_dir.registry.close()
+    report(ServiceEvent("rounds", Happening.DONE))
+
+
+def services_of(state_dir: CoordinatorStateDir, settings: ServiceSettings) -> tuple[ServiceProgram, ...]:
+    """The services that the settings name, in the order of their start.
+
+    Raises:
+        ConfigError: They name none, or as ``CoordinatorStateDir.read_tls``, or the certificate is for other hosts.
+        TrustError: As ``CoordinatorStateDir.read_tls``.
+    """
+    folder = state_dir.folder.resolve()
+    if not settings.gateway and not settings.superlink:
+        text = f"{state_dir.folder / SERVICES} names nothing to run: set gateway or superlink to HOST:PORT"
+        raise ConfigError(text, about=SERVICES)
+    _, certificate = state_dir.read_tls(datetime.now(UTC))
+    command = ["edgeadapt:main", "coordinator", "run", str(folder)]
+    services = []
+    if settings.superlink:
+        address = _within(settings.superlink)
+        host = address.rpartition(":")[0].strip("[]")
+        if host not in (hosts := hosts_of(to_der(certificate))):
+            text = f"{TLS_CERTIFICATE} is for {', '.join(hosts)}, and the SuperLink's own processes reach it at {host}"
+            raise ConfigError(f"{text}: let the authority certify that too", about=TLS_CERTIFICATE, value=host)
+        services.append(_superlink(folder, settings.superlink))
+        command += ["--superlink", address, "--root-certificates", str(folder / AUTHORITY)]
+    if settings.gateway:
+        command += ["--gateway", settings.gateway]
+    rounds = ServiceProgram(
+        name="rounds",
+        command=tuple(command),
+        environment=dict(os.environ),
+        address=settings.gateway,
+        is_ready=lambda: not settings.gateway or _listens(_within(settings.gateway)),
+        may_start=lambda: not state_dir.in_use,  # a run may outlive the command that began it
+        finishes=True,
+        fatal=frozenset({ConfigError.exit_code}),
+    )
+    return (*services, rounds)
+
+
+def running(folder: Path) -> dict[str, Any] | None:
+    """What ``up`` has written about the services that it runs now; None if it does not run."""
+    if not (folder / LOCK).exists():
+        return None
+    try:
+        with storage.locked(folder / LOCK, timeout=0):
+            return None
+    except TimeoutError:
+        try:
+            found: dict[str, Any] = jsontext.decode(storage.read(folder / RUNNING, MAX_RUNNING))
+        except FileNotFoundError:  # it has just begun, or is about to end
+            return {"pid": None, "since": None, "services": []}
+        return found
+
+
+def stop(folder: Path) -> bool:
+    """Ask ``up`` to stop its services, and wait until it has. Returns whether it ran.
+
+    Raises:
+        ConfigError: As ``CoordinatorStateDir.open``.
+        EdgeAdaptError: It did not stop in time.
+    """
+    CoordinatorStateDir.open(folder).registry.close()
+    settings = ServiceSettings.read(folder / SERVICES)
+    found = running(folder)
+    if found is None:
+        return False
+    if found["pid"] is not None:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(found["pid"], signal.SIGTERM)
+    end = time.monotonic() + SLACK + settings.stop * (len(found["services"]) + 1)
+    while running(folder) is not None:
+        if time.monotonic() > end:
+            text = f"the process {found['pid']}, which runs the services of {folder}, did not stop in time"
+            raise EdgeAdaptError(text, about=LOCK, value=found["pid"])
+        time.sleep(PROBE / 10)
+    return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:  # a while, because whoever looks whether the lock is held has it for a moment
+            stack.enter_context(storage.locked(folder / LOCK, timeout=PROBE))
+        except TimeoutError:
+            text = f"the services of {folder} run already: see 'edgeadapt coordinator status {folder}'"
+            raise EdgeAdaptError(text, about=LOCK) from None
+        yield
+
+
+def _await_rounds(state_dir: CoordinatorStateDir, seconds: float) -> None:
+    """Wait until a run that the SuperLink had started is over. It ends when it misses the SuperLink."""
+    end = time.monotonic() + seconds
+    while state_dir.in_use and time.monotonic() < end:
+        time.sleep(PROBE / 10)
+
+
+def _superlink(folder: Path, address: str) -> ServiceProgram:
+    host, _, port = address.rpartition(":")
+    home = folder / HOME
+    home.mkdir(mode=storage.PRIVATE_FOLDER, exist_ok=True)
+    options = {
+        "--host": host.strip("[]"),
+        "--port": port,
+        "--database": folder / DATABASE,
+        "--ssl-certfile": folder / TLS_CERTIFICATE,
+        "--ssl-keyfile": folder / TLS_KEY,
+        "--ssl-ca-certfile": folder / AUTHORITY,
+    }
+    listed = [str(part) for option in options.items() for part in option]
+    flags = ("--enable-supernode-auth", "--disable-runtime-dependency-installation")
+    path = os.pathsep.join(
+        [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+    )  # Flower starts its programs by it
+    own = {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PATH": path}
+    return ServiceProgram(
+        name="superlink",
+        command=("flwr.superlink.cli:flower_superlink", *listed, *flags),
+        environment={**os.environ, **own},
+        address=address,
+        is_ready=lambda: _is_healthy(_within(address), folder / AUTHORITY),
+    )
+
+
+def _within(address: str) -> str:
+    """Where processes of this machine reach what listens at ``address``."""
+    host, _, port = address.rpartition(":")
+    return f"{EVERYWHERE.get(host, host)}:{port}"
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE).close()
+    except OSError:
+        return False
+    return True
+
+
+def _is_healthy(address: str, authority: Path) -> bool:
+    """Whether a SuperLink with a certificate of this authority says so."""
+    host, _, port = address.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(authority)
+    connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=PROBE, context=context)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

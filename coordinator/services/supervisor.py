@@ -1,0 +1,229 @@
+"""Start services in order, wait until each is ready, restart those that end, and stop them in reverse order.
+
+It knows nothing of coordinators. A service that is not ready holds back the start of those after it; those that run
+already go on, because what they need from it may come back before they notice.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+
+from aggregation.errors import EdgeAdaptError
+
+LOOK = 0.1  # seconds between two looks at the services
+FIRST_PAUSE = 1.0  # seconds
+LONGEST_LINE = 4096  # bytes of one line of a service's output; a longer one is cut into several
+
+
+class Happening(Enum):
+    """What an event reports."""
+
+    STARTED = "started"
+    READY = "ready"
+    OUTPUT = "output"
+    ENDED = "ended"
+    STOPPING = "stopping"
+    KILLED = "killed"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceEvent:
+    """Something that happened to a service. ``details``: what can be written in JSON."""
+
+    service: str
+    happening: Happening
+    details: Mapping[str, str | int | float] = field(default_factory=dict)
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+Report = Callable[[ServiceEvent], None]  # called from several threads
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceProgram:
+    """A program that runs as long as the supervisor.
+
+    Attributes:
+        name: For people.
+        command: The program, ``MODULE:FUNCTION``, and its arguments; started by ``coordinator.services.child``.
+        environment: Of the process.
+        address: ``HOST:PORT`` at which it listens; empty if it does not.
+        is_ready: Whether it does its work; asked until it does.
+        may_start: Whether it can be started now; asked until it can.
+        finishes: Whether exit code 0 means that its work is done, and with it the supervisor's.
+        fatal: Exit codes after which a restart does not help.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    address: str
+    is_ready: Callable[[], bool]
+    may_start: Callable[[], bool] = lambda: True
+    finishes: bool = False
+    fatal: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds: in which a service must be ready and must stop, and of the longest pause before a restart."""
+
+    ready: float
+    stop: float
+    pause: float
+
+
+class ServiceState(Enum):
+    """What a service is doing."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    READY = "ready"
+
+
+@dataclass(slots=True)
+class Supervised:
+    """A service, and its process while there is one."""
+
+    service: ServiceProgram
+    patience: Patience
+    report: Report
+    process: "subprocess.Popen[bytes] | None" = None
+    state: ServiceState = ServiceState.WAITING
+    restarts: int = 0
+    done: bool = False
+    _failures: int = 0  # in a row
+    _since: float = 0.0  # when the process was started
+    _not_before: float = 0.0
+    _reader: threading.Thread | None = None
+    _last: str = ""  # line that the process wrote
+
+    def step(self, *, may_start: bool) -> None:
+        """Look after the service. ``may_start``: whether those before it are ready."""
+        now = time.monotonic()
+        if self.process is None:
+            if may_start and now >= self._not_before and self.service.may_start():
+                self._start(now)
+        elif (code := self.process.poll()) is not None:
+            self._ended(code, now)
+        elif self.state is ServiceState.STARTING and self.service.is_ready():
+            self.state = ServiceState.READY
+            self._report(Happening.READY, seconds=round(now - self._since, 1), **self._where())
+        elif self.state is ServiceState.STARTING and now - self._since > self.patience.ready:
+            self.stop(reason=f"not ready within {self.patience.ready:g} s")
+            self._pause(now)
+        elif self.state is ServiceState.READY and now - self._since > self.patience.pause:
+            self._failures = 0
+
+    def stop(self, *, reason: str) -> None:
+        """Ask the process to end, and kill it if it does not in time."""
+        if self.process is None:
+            return
+        self._report(Happening.STOPPING, pid=self.process.pid, reason=reason)
+        self.process.terminate()
+        try:
+            self.process.wait(self.patience.stop)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self._report(Happening.KILLED, pid=self.process.pid)
+        self._close(self.process.wait())
+
+    def snapshot(self) -> dict[str, str | int | None]:
+        """What ``edgeadapt coordinator status`` shows of it."""
+        return {
+            "name": self.service.name,
+            "state": self.state.value,
+            "pid": self.process.pid if self.process else None,
+            "address": self.service.address,
+            "restarts": self.restarts,
+        }
+
+    def _start(self, now: float) -> None:
+        command = [sys.executable, "-m", "coordinator.services.child", *self.service.command]
+        self.process = subprocess.Popen(  # noqa: S603
+            command,
+            env=self.service.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in a terminal would end all at once, and not in order
+        )
+        self._since, self.state = now, ServiceState.STARTING
+        self._report(Happening.STARTED, pid=self.process.pid, **self._where())
+        self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
+        self._reader.start()
+
+    def _read(self, process: "subprocess.Popen[bytes]") -> None:
+        assert process.stdout is not None  # noqa: S101
+        while raw := process.stdout.readline(LONGEST_LINE):
+            if text := raw.decode(errors="replace").rstrip():
+                self._last = text
+                self._report(Happening.OUTPUT, text=text)
+
+    def _ended(self, code: int, now: float) -> None:
+        self._close(code)
+        if code == 0 and self.service.finishes:
+            self.done = True
+        elif code in self.service.fatal:
+            raise EdgeAdaptError(f"{self.service.name} ended: {self._last}", about=self.service.name, value=code)
+        else:
+            self._pause(now)
+
+    def _pause(self, now: float) -> None:
+        self._not_before = now + min(FIRST_PAUSE * 2**self._failures, self.patience.pause)
+        self._failures += 1
+        self.restarts += 1
+
+    def _close(self, code: int) -> None:
+        process, self.process, self.state = self.process, None, ServiceState.WAITING
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+        if self._reader is not None:
+            self._reader.join(LOOK)  # what the process wrote last; one that it started may keep the pipe open
+        self._report(Happening.ENDED, code=code)
+
+    def _where(self) -> dict[str, str]:
+        return {"address": self.service.address} if self.service.address else {}
+
+    def _report(self, happening: Happening, **details: str | int | float) -> None:
+        self.report(ServiceEvent(self.service.name, happening, details))
+
+
+def supervise(
+    services: Sequence[ServiceProgram],
+    patience: Patience,
+    report: Report,
+    changed: Callable[[list[dict[str, str | int | None]]], None],
+) -> None:
+    """Run services until one that ``finishes`` has done its work; whatever ends this, stop them in reverse order.
+
+    Args:
+        services: In the order of their start.
+        patience: For each of them.
+        report: Called with each event.
+        changed: Called with ``Supervised.snapshot`` of each service when one has changed.
+
+    Raises:
+        EdgeAdaptError: A service ended with an exit code that is ``fatal`` for it.
+    """
+    supervised = [Supervised(service, patience, report) for service in services]
+    shown: list[dict[str, str | int | None]] = []
+    try:
+        while not any(each.done for each in supervised):
+            ready = True
+            for each in supervised:
+                each.step(may_start=ready)
+                ready = ready and each.state is ServiceState.READY
+            if (now := [each.snapshot() for each in supervised]) != shown:
+                shown = now
+                changed(shown)
+            time.sleep(LOOK)
+    finally:
+        for each in reversed(supervised):
+            each.stop(reason="all are stopped")

@@ -1,0 +1,155 @@
+"""Which services a state directory has, and that they run once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from adapters import storage
+from aggregation.errors import ConfigError, EdgeAdaptError, TrustError
+from aggregation.pki.tls import TlsRole
+from coordinator.cli.coordinator import coordinator
+from coordinator.services import deployment
+from coordinator.services.deployment import LOCK, RUNNING, running, services_of, stop, up
+from coordinator.servicesettings import SERVICES, ServiceSettings
+from coordinator.statedir import AUTHORITY, TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+from tests.support import refused
+from tests.support.gateway import authority_of, certify, free_port
+
+BOTH = {"gateway": "127.0.0.1:9443", "superlink": "127.0.0.1:8000"}
+
+
+@pytest.fixture
+def state_dir(fleet_of: Callable[..., Any]) -> Any:
+    """Of a coordinator with TLS files for 127.0.0.1."""
+    fleet = fleet_of(3)
+    folder = fleet.out / "coordinator"
+    key, certificate = certify(authority_of(fleet), "gateway", TlsRole.GATEWAY)
+    (folder / TLS_KEY).write_bytes(key)
+    (folder / TLS_CERTIFICATE).write_bytes(certificate)
+    opened = CoordinatorStateDir.open(folder)
+    yield opened
+    opened.registry.close()
+
+
+def write(folder: Path, **settings: str) -> None:
+    (folder / SERVICES).write_text(ServiceSettings.parse(settings, "test").to_toml())
+
+
+def test_the_superlink_comes_before_the_rounds_that_use_it(state_dir: CoordinatorStateDir) -> None:
+    superlink, rounds = services_of(state_dir, ServiceSettings(**BOTH))
+    folder = state_dir.folder.resolve()
+    assert (superlink.name, rounds.name, rounds.finishes) == ("superlink", "rounds", True)
+    assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation"} <= {*superlink.command}
+    assert "--insecure" not in superlink.command
+    assert superlink.environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert Path(superlink.environment["FLWR_HOME"]).parent == folder
+    given = ("--superlink", BOTH["superlink"], "--root-certificates", str(folder / AUTHORITY))
+    assert rounds.command[-6:] == (*given, "--gateway", BOTH["gateway"])
+
+
+def test_telemetry_stays_off_where_the_environment_turns_it_on(
+    state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
+    superlink, _ = services_of(state_dir, ServiceSettings(**BOTH))
+    assert superlink.environment["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+def test_what_listens_everywhere_is_reached_by_loopback(state_dir: CoordinatorStateDir) -> None:
+    _, rounds = services_of(state_dir, ServiceSettings(superlink="0.0.0.0:8000"))
+    assert rounds.command[rounds.command.index("--superlink") + 1] == "127.0.0.1:8000"
+
+
+def test_light_devices_need_no_superlink(state_dir: CoordinatorStateDir) -> None:
+    (rounds,) = services_of(state_dir, ServiceSettings(gateway=BOTH["gateway"]))
+    assert "--superlink" not in rounds.command
+
+
+def test_a_certificate_for_another_host_is_refused_before_flower_fails(state_dir: CoordinatorStateDir) -> None:
+    with refused(ConfigError, TLS_CERTIFICATE, value="localhost"):
+        services_of(state_dir, ServiceSettings(superlink="localhost:8000"))
+
+
+def test_a_device_s_certificate_is_refused(state_dir: CoordinatorStateDir, fleet_of: Callable[..., Any]) -> None:
+    fleet = fleet_of(3)
+    key, certificate = certify(authority_of(fleet), "device-00", TlsRole.DEVICE)
+    folder = fleet.out / "coordinator"
+    (folder / TLS_KEY).write_bytes(key)
+    (folder / TLS_CERTIFICATE).write_bytes(certificate)
+    opened = CoordinatorStateDir.open(folder)
+    with refused(TrustError, "tls.usage", value="device-00"):
+        services_of(opened, ServiceSettings(**BOTH))
+    opened.registry.close()
+
+
+def test_up_says_what_is_missing_and_leaves_nothing(fleet_of: Callable[..., Any]) -> None:
+    folder = fleet_of(3).out / "coordinator"
+    before = {path.name for path in folder.iterdir()}
+    with refused(ConfigError, SERVICES):
+        up(folder, lambda event: None)
+    write(folder)
+    with refused(ConfigError, SERVICES):
+        up(folder, lambda event: None)
+    write(folder, **BOTH)
+    with refused(ConfigError, TLS_KEY):
+        up(folder, lambda event: None)
+    assert {path.name for path in folder.iterdir()} == before | {SERVICES}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gateway": "127.0.0.1"},
+        {"gateway": "127.0.0.1:0"},
+        {"superlink": "127.0.0.1:65536"},
+        {"superlink": "https://a:8000"},
+        {"gateway": "a:1 --insecure"},
+        {"gateway": "a:1", "superlink": "a:1"},
+        {"stop": "0"},
+        {"command": "sh"},
+    ],
+    ids=str,
+)
+def test_settings_that_are_no_places_to_listen_are_refused(settings: dict[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        ServiceSettings.parse(settings, "test")
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:9443", "[::]:9443", "[::1]:1", "fleet.example:65535"])
+def test_places_to_listen_are_accepted_and_written(tmp_path: Path, address: str) -> None:
+    settings = ServiceSettings.parse({"gateway": address}, "test")
+    (tmp_path / SERVICES).write_text(settings.to_toml())
+    assert ServiceSettings.read(tmp_path / SERVICES) == settings
+
+
+def test_a_second_up_is_refused_and_changes_nothing(
+    state_dir: CoordinatorStateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment, "PROBE", 0.1)
+    folder = state_dir.folder
+    write(folder, gateway=f"127.0.0.1:{free_port()}")
+    (folder / RUNNING).write_text(json.dumps({"pid": 1, "since": "now", "services": []}))
+    with storage.locked(folder / LOCK), refused(EdgeAdaptError, LOCK):
+        up(folder, lambda event: None)
+    assert json.loads((folder / RUNNING).read_text())["pid"] == 1
+
+
+def test_what_a_killed_up_has_written_does_not_count(state_dir: CoordinatorStateDir) -> None:
+    folder = state_dir.folder
+    write(folder, **BOTH)
+    (folder / RUNNING).write_text(json.dumps({"pid": 1, "since": "now", "services": []}))
+    (folder / LOCK).touch()
+    assert running(folder) is None
+    assert not stop(folder)  # and process 1 is not asked to end
+
+
+def test_stop_and_status_of_what_does_not_run(state_dir: CoordinatorStateDir) -> None:
+    write(state_dir.folder, **BOTH)
+    result = CliRunner().invoke(coordinator, ["stop", str(state_dir.folder)])
+    assert (result.exit_code, result.output) == (0, f"no services of {state_dir.folder} run\n")
+    found = json.loads(CliRunner().invoke(coordinator, ["status", str(state_dir.folder), "--json"]).output)
+    assert found["services"] is None

@@ -1,0 +1,160 @@
+"""Services are started in order, watched and stopped: real processes of a few lines."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from adapters import storage
+from aggregation.errors import EdgeAdaptError
+from coordinator.services import supervisor
+from coordinator.services.supervisor import Happening, Patience, ServiceEvent, ServiceProgram, supervise
+from tests.support import refused
+from tests.support.gateway import wait_until
+
+ROOT = Path(__file__).resolve().parents[3]
+PATIENT = Patience(ready=600, stop=600, pause=600)
+PROGRAMS = """
+import pathlib, signal, sys, time
+
+def serve(name):
+    pathlib.Path(name).touch()
+    while True:
+        time.sleep(0.05)
+
+def server(): serve(sys.argv[1])
+def finish(): print("the work is done")
+def fail(): print("first line"); sys.exit("it\\x1b[31m failed")
+def refuse(): print("no such setting"); sys.exit(2)
+def fail_twice():
+    with open(sys.argv[1], "a") as file: file.write("x")
+    sys.exit(pathlib.Path(sys.argv[1]).read_text() != "xxx")
+def deaf():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    serve(sys.argv[1])
+"""
+
+
+class Recorder:
+    """The events of a run, and what was shown of its services."""
+
+    def __init__(self) -> None:
+        self.events: list[ServiceEvent] = []
+        self.shown: list[list[dict[str, str | int | None]]] = []
+
+    def of(self, happening: Happening) -> list[str]:
+        return [event.service for event in self.events if event.happening is happening]
+
+    def texts(self) -> list[object]:
+        return [event.details["text"] for event in self.events if event.happening is Happening.OUTPUT]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Callable[..., ServiceProgram]:
+    """A service that runs a function of ``PROGRAMS``; it is ready when the file of its name is there."""
+    (tmp_path / "programs.py").write_text(PROGRAMS)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+
+    def make(name: str, function: str = "server", **options: object) -> ServiceProgram:
+        mark = tmp_path / name
+        known = {"is_ready": mark.exists, "address": "", **options}
+        return ServiceProgram(name, (f"programs:{function}", str(mark)), environment, **known)  # type: ignore[arg-type]
+
+    return make
+
+
+def run(services: list[ServiceProgram], patience: Patience = PATIENT) -> Recorder:
+    record = Recorder()
+    supervise(services, patience, record.events.append, record.shown.append)
+    return record
+
+
+def test_each_is_started_when_the_one_before_is_ready_and_all_are_stopped_in_reverse_order(
+    service: Callable[..., ServiceProgram], tmp_path: Path
+) -> None:
+    asked: list[bool] = []
+
+    def ready() -> bool:
+        asked.append((tmp_path / "second").exists())
+        return (tmp_path / "first").exists() and len(asked) > 3
+
+    work = service("work", "finish", finishes=True, is_ready=lambda: True)
+    record = run([service("first", is_ready=ready), service("second"), work])
+    assert not any(asked)  # the second was not started before the first was ready
+    assert record.of(Happening.STARTED) == ["first", "second", "work"]
+    assert record.of(Happening.STOPPING) == ["second", "first"]
+    assert record.of(Happening.ENDED) == ["work", "second", "first"]
+    assert "the work is done" in record.texts()
+
+
+def test_a_service_that_ends_is_started_again_after_pauses_that_double(
+    service: Callable[..., ServiceProgram], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.25)
+    record = run([service("work", "fail_twice", finishes=True, is_ready=lambda: False)])
+    assert record.of(Happening.STARTED) == ["work"] * 3
+    assert [event.details["code"] for event in record.events if event.happening is Happening.ENDED] == [1, 1, 0]
+    started = [event.at for event in record.events if event.happening is Happening.STARTED]
+    ended = [event.at for event in record.events if event.happening is Happening.ENDED]
+    pauses = [(begin - end).total_seconds() for begin, end in zip(started[1:], ended, strict=False)]
+    assert pauses[0] >= 0.24
+    assert pauses[1] >= 0.49
+    assert record.shown[-1][0]["restarts"] == 2
+
+
+def test_one_that_is_not_ready_in_time_is_stopped_and_started_again(
+    service: Callable[..., ServiceProgram], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.0)
+    record = Recorder()
+
+    def report(event: ServiceEvent) -> None:
+        record.events.append(event)
+        if len(record.of(Happening.STARTED)) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        supervise([service("slow", is_ready=lambda: False)], Patience(0.2, 600, 1), report, record.shown.append)
+    reasons = [event.details["reason"] for event in record.events if event.happening is Happening.STOPPING]
+    assert reasons[0] == "not ready within 0.2 s"
+
+
+def test_one_that_does_not_stop_is_killed(service: Callable[..., ServiceProgram]) -> None:
+    work = service("work", "finish", finishes=True, is_ready=lambda: True)
+    record = run([service("deaf", "deaf"), work], Patience(600, 0.3, 600))
+    assert record.of(Happening.KILLED) == ["deaf"]
+    assert record.events[-1].details["code"] == -signal.SIGKILL
+
+
+def test_an_exit_code_after_which_a_restart_is_useless_ends_all_with_what_was_written(
+    service: Callable[..., ServiceProgram],
+) -> None:
+    record = Recorder()
+    work = service("work", "refuse", fatal=frozenset({2}))
+    with refused(EdgeAdaptError, "work", value=2) as caught:
+        supervise([service("first"), work], PATIENT, record.events.append, record.shown.append)
+    assert "no such setting" in str(caught.value)
+    assert record.of(Happening.ENDED) == ["work", "first"]
+
+
+def test_services_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    (tmp_path / "holder.py").write_text(
+        "import sys, time\nfrom pathlib import Path\nfrom adapters.storage import locked\n"
+        "def hold():\n    with locked(Path(sys.argv[1])): Path(sys.argv[1] + '.held').touch(); time.sleep(600)\n"
+    )
+    script = (
+        "import os, sys\nfrom coordinator.services.supervisor import *\n"
+        "service = ServiceProgram('held', ('holder:hold', sys.argv[1]), dict(os.environ), '', lambda: True)\n"
+        "supervise([service], Patience(600, 600, 600), lambda event: None, lambda shown: None)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    with subprocess.Popen([sys.executable, "-c", script, str(lock)], env=environment) as process:
+        wait_until(lambda: (tmp_path / "lock.held").exists(), seconds=120)
+        process.kill()
+    with storage.locked(lock, timeout=120):
+        pass

@@ -1,0 +1,137 @@
+"""``edgeadapt coordinator up`` with light devices: real processes, one of them killed, and all of them stopped."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator.services.deployment import running
+from coordinator.servicesettings import SERVICES, ServiceSettings
+from coordinator.statedir import TLS_CERTIFICATE, TLS_KEY, CoordinatorStateDir
+from tests.support.gateway import HOST, attending, authority_of, free_port, give_tls, server_tls, wait_until
+from tests.support.trial import call
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+LONG = 300.0  # seconds, on a machine that has other work
+
+
+class Up:
+    """The command as a process, and the events that it has written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.events, self.other = folder, list[dict[str, Any]](), list[str]()
+        command = [sys.executable, "-m", "edgeadapt", "coordinator", "up", folder, "--json"]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr or ():
+            if line.startswith("{"):
+                self.events.append(json.loads(line))
+            else:
+                self.other.append(line)
+
+    def count(self, event: str, service: str = "rounds") -> int:
+        return sum((each["event"], each["service"]) == (event, service) for each in self.events)
+
+    def wait(self) -> int:
+        code = self.process.wait(LONG)
+        self._reader.join(LONG)
+        return code
+
+    def pid(self, service: str = "rounds") -> int:
+        found = running(self.folder)
+        assert found is not None
+        (pid,) = [each["pid"] for each in found["services"] if each["name"] == service]
+        assert isinstance(pid, int)
+        return pid
+
+
+@contextmanager
+def going_up(folder: Path) -> Iterator[Up]:
+    up = Up(folder)
+    try:
+        yield up
+    finally:
+        up.process.kill()
+        up.process.communicate()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex((HOST, port)) == 0
+
+
+def coordinator_of(fleet: Any) -> tuple[Path, int]:
+    """The state directory of a fleet's coordinator with a gateway in its services, and the gateway's port."""
+    give_tls(fleet)
+    folder, port, tls = fleet.out / "coordinator", free_port(), server_tls(authority_of(fleet))
+    (folder / TLS_KEY).write_bytes(tls.key)
+    (folder / TLS_CERTIFICATE).write_bytes(tls.certificate)
+    (folder / SERVICES).write_text(ServiceSettings(gateway=f"{HOST}:{port}").to_toml())
+    return folder, port
+
+
+def test_rounds_that_are_killed_go_on_from_the_last_one_and_up_ends_when_all_are_done(
+    app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = app_fleet_of(3, rounds=20)
+    folder, port = coordinator_of(fleet)
+    state_dir = CoordinatorStateDir.open(folder)
+    with going_up(folder) as up, attending(port, [*fleet.nodes.values()]):
+        wait_until(lambda: state_dir.registry.rounds() or up.process.poll() is not None, LONG)
+        os.kill(up.pid(), signal.SIGKILL)
+        assert up.wait() == 0, up.other
+    records = state_dir.registry.rounds()
+    state_dir.registry.close()
+    assert [record.round for record in records] == [*range(1, 21)]
+    assert [record.version for record in records if record.aborted is None] == [*range(1, 21)]
+    codes = [each["code"] for each in up.events if each["event"] == "ended"]
+    assert codes == [-signal.SIGKILL, 0]
+    assert up.count("ready") == 2
+    assert up.events[-1]["event"] == "done"
+    assert running(folder) is None
+    capsys.readouterr()
+    call("audit", "verify", folder, "--authority", fleet.out / "authority" / "authority.pem", "--json")
+    assert json.loads(capsys.readouterr().out)["ok"]
+
+
+def test_services_run_once_are_shown_and_stop_by_command_or_when_up_is_killed(
+    app_fleet_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, port = coordinator_of(app_fleet_of(3, rounds=1))
+    with going_up(folder) as up:
+        wait_until(lambda: up.count("ready") or up.process.poll() is not None, LONG)
+        wait_until(lambda: "ready" in json.dumps(running(folder)))
+        capsys.readouterr()
+        call("coordinator", "status", folder)
+        shown = capsys.readouterr().out
+        assert f"rounds at {HOST}:{port}: ready, process {up.pid()}, 0 restarts" in shown
+        second = subprocess.run(
+            [sys.executable, "-m", "edgeadapt", "coordinator", "up", folder], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (second.returncode, second.stdout, second.stderr.count("\n")) == (1, "", 1)
+        assert "run already" in second.stderr
+        call("coordinator", "stop", folder)
+        assert capsys.readouterr().out == "stopped\n"
+        assert up.wait() == 143
+        assert [each["event"] for each in up.events if each["event"] != "output"][-2:] == ["stopping", "ended"]
+        assert not listens(port)
+    with going_up(folder) as up:
+        wait_until(lambda: up.count("ready") or up.process.poll() is not None, LONG)
+        assert listens(port)
+        up.process.kill()
+        wait_until(lambda: not listens(port), LONG)
+    assert running(folder) is None
