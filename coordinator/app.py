@@ -5,8 +5,9 @@ The grid may be Flower's own or a simulated one.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -18,6 +19,9 @@ from coordinator.launch import STATE as STATE
 from coordinator.rounds import federate
 from coordinator.statedir import CoordinatorStateDir
 from coordinator.transport import Clock, SystemClock, Transport
+
+if TYPE_CHECKING:
+    from coordinator.gateway.grid import JoinedGrid
 
 log = logging.getLogger("edgeadapt.coordinator")
 app = ServerApp()
@@ -34,19 +38,27 @@ def main(grid: Grid, context: Context) -> None:
         )
     state_dir = CoordinatorStateDir.open(Path(folder))
     address = context.run_config.get(GATEWAY)
-    with joined(grid, state_dir, address) if isinstance(address, str) and address else nullcontext(grid) as whole:
-        for record in run(state_dir, whole):
-            log.info(
-                "round %d of %d: %s",
-                record.round,
-                state_dir.settings.rounds,
-                record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts",
-                extra={"record": record, "rounds": state_dir.settings.rounds},
-            )
+    if not isinstance(address, str) or not address:
+        _run(state_dir, grid)
+        return
+    with joined(grid, state_dir, address) as whole:
+        whole.await_devices(state_dir.settings.aggregation.minimum_devices)
+        _run(state_dir, whole)
+
+
+def _run(state_dir: CoordinatorStateDir, grid: Grid) -> None:
+    for record in run(state_dir, grid):
+        log.info(
+            "round %d of %d: %s",
+            record.round,
+            state_dir.settings.rounds,
+            record.aborted or f"{len(record.survivors)} survivors, {len(record.dropped)} dropouts",
+            extra={"record": record, "rounds": state_dir.settings.rounds},
+        )
 
 
 @contextmanager
-def joined(grid: Grid, state_dir: CoordinatorStateDir, address: str) -> Iterator[Grid]:
+def joined(grid: Grid, state_dir: CoordinatorStateDir, address: str) -> Iterator["JoinedGrid"]:
     """``grid`` together with light devices at a gateway at ``address``, while the block runs."""
     from coordinator.gateway.grid import JoinedGrid, serving  # a coordinator without a gateway needs no gRPC services
 

@@ -28,6 +28,7 @@ RUN_ID = SERVER_NODE = 1
 PREFIX = "gateway-"  # of message ids; Flower's are hexadecimal
 GATHER = 0.005  # seconds for more answers, after the first: a look at 1000 requests for each answer takes longer
 LOOK = 0.2  # seconds between two looks whether enough devices are connected
+LOOK_AT_LINK = 2.0  # the same where each look is a call to the SuperLink
 log = logging.getLogger("edgeadapt.gateway")
 
 
@@ -202,6 +203,11 @@ class JoinedGrid(Grid):
         """Neither grid is closed here."""
         self._flower, self._light = flower, light
         self.clock = light.clock
+
+    def await_devices(self, count: int) -> None:
+        """Wait until so many SuperNodes and light devices together are there."""
+        while len([*self.get_node_ids()]) < count:
+            self.clock.sleep(LOOK_AT_LINK)
 
     def set_run(self, run: Run) -> None:
         """See ``Grid``."""
