@@ -8,10 +8,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from adapters import jsontext
-from adapters.storage import PUBLIC, read, replace
+from adapters.base import find_base
+from adapters.storage import PUBLIC, file_sha256, read, replace
 from aggregation.errors import ConfigError
 from simulations.scenario import Scenario
-from simulations.suite.plan import Suite
+from simulations.suite.plan import Suite, digest_of
 from simulations.suite.settings import SuiteSettings
 from simulations.suite.store import Store
 
@@ -70,7 +71,9 @@ def taken(out: Path, suite: Suite, *, resume: bool) -> Iterator[Store]:
         resume: Whether to continue. What failed is tried again.
 
     Raises:
-        ConfigError: The folder contains something else, or another process uses it.
+        ConfigError: The folder contains something else, another process uses it, or it was begun with another content
+            of a file that the suite names.
+        OSError: Such a file cannot be read.
     """
     started = (out / SUITE).exists()
     if started and not resume:
@@ -82,13 +85,48 @@ def taken(out: Path, suite: Suite, *, resume: bool) -> Iterator[Store]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=0):
-            table = {"settings": suite.settings.model_dump(mode="json"), "scenario": suite.scenario}
+            content = _same_content(out / SUITE, suite) if started else _content(suite)
+            table = {"settings": suite.settings.model_dump(mode="json"), "scenario": suite.scenario, "content": content}
             replace(out / SUITE, json.dumps({**table, "folder": str(suite.folder)}, indent=2).encode(), PUBLIC)
             store = Store(out)
             _forget_failures(suite, store)
             yield store
     except Timeout as error:
         raise ConfigError(f"another process runs a suite in {out}: wait for it, or choose another --out") from error
+
+
+def _same_content(file: Path, suite: Suite) -> dict[str, str]:
+    """What the suite in ``file`` and this one name, with digests. Raises ConfigError if the content of any differs."""
+    try:
+        before: dict[str, str] = jsontext.decode(read(file, LARGEST))["content"]
+        now = _content(suite)
+        changed = [name for name, digest in now.items() if before.get(name, digest) != digest]
+    except (KeyError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged: choose another --out", about=SUITE) from error
+    if changed:
+        raise ConfigError(f"{changed[0]} is not what it was when this suite began: choose another --out", about="--out")
+    return before | now
+
+
+def _content(suite: Suite) -> dict[str, str]:
+    """The bases and files that a suite names → digests of their content."""
+    found: dict[str, str] = {}
+    for name, arm in suite.settings.arms.items():
+        for constants in arm.candidates():
+            for _, trial in suite.trials(name, constants):
+                scenario = trial.scenario
+                found.setdefault(scenario.base.model, find_base(scenario.base.model).digest)
+                for place in (*scenario.data.files, *scenario.data.public, scenario.network.trace):
+                    if place and place not in found:
+                        found[place] = _digest(Path(place))
+    return found
+
+
+def _digest(place: Path) -> str:
+    if not place.is_dir():
+        return file_sha256(place)
+    files = sorted(file for file in place.rglob("*") if file.is_file())
+    return digest_of({file.relative_to(place).as_posix(): file_sha256(file) for file in files})
 
 
 def _forget_failures(suite: Suite, store: Store) -> None:

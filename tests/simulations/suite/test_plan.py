@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aggregation.errors import ConfigError, DataError
-from simulations.suite.folder import SHIPPED_SUITES, read_suite
+from simulations.suite.folder import SHIPPED_SUITES, read_suite, taken
 from simulations.suite.outcome import TrialResult
 from simulations.suite.plan import Suite, Trial, search
 from simulations.suite.schedule import pending, ready, results
@@ -223,3 +223,28 @@ def test_a_damaged_result_is_named(damage: bytes, suite_of: SuiteOf, store: Stor
     file.write_bytes(damage)
     with refused(DataError, file.name):
         Store(store.path).get(trial)
+
+
+def test_a_suite_goes_on_only_with_the_texts_that_it_began_with(tmp_path: Path) -> None:
+    texts, folder, out = tmp_path / "texts.csv", tmp_path / "more", tmp_path / "out"
+    folder.mkdir()
+    for file in (texts, folder / "a.txt"):
+        file.write_text("text,label,client\nhello,greet,anna\n")
+    (tmp_path / "mine.toml").write_text('[data]\nfiles = ["texts.csv", "more"]\nclient = "client"\n')
+    (tmp_path / "suite.toml").write_text('scenario = "mine.toml"\nseeds = [0]\n[arms.base]\nkind = "base"\n')
+    suite = read_suite(tmp_path / "suite.toml")
+    with taken(out, suite, resume=False):
+        pass
+    with taken(out, read_suite(tmp_path / "suite.toml", seeds=2), resume=True):
+        pass
+    for change in (texts, folder / "a.txt", folder / "b.txt"):
+        before = change.read_text() if change.exists() else None
+        change.write_text("text,label,client\nbye,part,anna\n")
+        with refused(ConfigError, "--out"), taken(out, suite, resume=True):
+            pass
+        change.unlink() if before is None else change.write_text(before)
+    with taken(out, suite, resume=True):
+        pass
+    (out / "suite.json").write_text("{}")
+    with refused(ConfigError, "suite.json"), taken(out, suite, resume=True):
+        pass
