@@ -20,8 +20,6 @@ from hashlib import sha256
 from pathlib import Path
 from stat import S_IMODE
 
-import numpy as np
-
 from adapters import container, storage
 from adapters.bundle import PHRASES, TOKENIZER, TRUST, VerifiedAdapter, adapter_names, adapter_path, manifest_path
 from adapters.keyfiles import read_key
@@ -209,9 +207,9 @@ class Learner:
         labels, base = self.adapter.manifest.labels, self.library.base
         public = parse_phrases(base.read(PHRASES), base.folder / PHRASES) if PHRASES in base.manifest.files else []
         corrected = self.history.corrections
-        known, rng = taught | {one.text for one in corrected}, np.random.default_rng(len(corrected))
-        shuffled = [public[i] for i in rng.permutation(len(public)) if public[i][1] not in known]
-        usable = [Example(text, labels.index(label)) for label, text in shuffled if label in labels]
+        known = taught | {one.text for one in corrected}
+        unknown = [(label, text) for label, text in public if label in labels and text not in known]
+        usable = [Example(text, labels.index(label)) for label, text in _in_lesson_order(unknown, len(corrected))]
         one_each = list({example.label: example for example in usable}.values())
         earlier = [
             Example(one.text, labels.index(one.label))
@@ -291,6 +289,14 @@ class Learner:
 
     def _trusted(self) -> tuple[PublicKey, ...]:
         return self.library.trust.bundle.trusted
+
+
+def _in_lesson_order(phrases: Sequence[tuple[str, str]], lesson: int) -> list[tuple[str, str]]:
+    """Labels and phrases in the order of a lesson, which is another one for each number.
+
+    A generator's order would be NumPy's own; digests give the same one in the browser (``page/learning/learner.js``).
+    """
+    return sorted(phrases, key=lambda pair: sha256("\t".join([str(lesson), *pair]).encode()).digest())
 
 
 def _keys(folder: Path, entropy: Entropy) -> tuple[IdentityKey, bytes]:
