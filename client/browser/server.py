@@ -24,7 +24,7 @@ from client.inference.trust import Trust
 
 WEB = Path(__file__).parent / "page"
 LIBRARIES = WEB / "node_modules"
-PAGE = ("*.html", "*.css", "*.js", "*.svg", "aggregation/*.js")
+PAGE = ("*.html", "*.css", "*.js", "*.svg", "aggregation/*.js", "learning/*.js")
 VENDOR = {  # a library's file on the page → in node_modules
     "vendor/jinja/LICENSE": "@huggingface/jinja/LICENSE",
     "vendor/jinja/index.js": "@huggingface/jinja/dist/index.js",

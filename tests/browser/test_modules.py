@@ -24,6 +24,7 @@ from adapters.bundle import Bundle, VerifiedAdapter
 from adapters.graphinputs import layout_of, to_inputs
 from adapters.layout import Tensors
 from adapters.manifest import BaseManifest, Format
+from adapters.phrases import parse_phrases
 from adapters.quantization import quantize, restore
 from aggregation.entropy import SystemEntropy
 from aggregation.errors import ConfigError, DataError, TrustError
@@ -32,6 +33,7 @@ from client.browser.server import Site
 from client.inference.library import Composition, compose
 from client.inference.phrases import PhraseReader
 from client.inference.trust import Trust
+from client.training.descent import AdamW
 from export.bundle import adapter
 from export.bundle.write import AdapterSource, add_adapter
 from export.onnx.exported import ExportedBase
@@ -294,6 +296,43 @@ def readers() -> dict[str, Any]:
     return tiny | {"real": native_reader(real, 256, PHRASES)}
 
 
+PHRASE_FILES = (
+    *(
+        b"Light\tturn on\n",
+        b"",
+        b"\n \n",
+        b"A\tb\r\nC\td\x0be\tf\x1cg\th\xc2\x85i\tj\xe2\x80\xa8k\tl",
+        b" A \t b\tc \n",
+    ),
+    *(b"no tab", b"\tphrase", b"label\t\xc2\xa0", b"\xff\tx", b"\xef\xbb\xbfA\tb", b"\xef\xbb\xbf\tb", b"A\t\x1f\x1f"),
+    *(b"A\tb\n\x1f\n\xe3\x80\x80\nC\td", b"A\tb\nC", b"\x00\t\x00"),
+)
+
+
+def lessons() -> dict[str, Any]:
+    """Steps of AdamW, and what is read of files of phrases."""
+    steps, rng = [], np.random.default_rng(5)
+    for rate, decay in ((2e-3, 0.0), (0.05, 0.1)):
+        value, optimizer, after = rng.normal(size=40).astype(np.float32), AdamW(rate, decay), []
+        gradients = [(rng.normal(size=40) * 10.0 ** rng.uniform(-9, 3, size=40)).astype(np.float32) for _ in range(30)]
+        gradients[3][:] = 0
+        row: dict[str, Any] = {"rate": rate, "decay": decay, "start": b64(value.tobytes())}
+        values = {"w": value}
+        for gradient in gradients:
+            optimizer.step(values, {"w": gradient})
+            after.append(b64(values["w"].tobytes()))
+        steps.append(row | {"gradients": [b64(each.tobytes()) for each in gradients], "after": after})
+    return {"steps": steps, "files": [(b64(raw), *pairs(raw)) for raw in PHRASE_FILES]}
+
+
+def pairs(raw: bytes) -> tuple[Any, str | None]:
+    """The labels and phrases of a file, or what its refusal is about."""
+    try:
+        return parse_phrases(raw, Path("phrases.tsv")), None
+    except DataError as error:
+        return None, error.about
+
+
 @pytest.fixture
 def made(
     tmp_path: Path,
@@ -319,6 +358,7 @@ def made(
                 "body": BODY,
                 "readers": readers,
                 "compositions": compositions,
+                "learning": lessons(),
                 "keys": (stranger.public.to_pem() + vendor.public.to_pem()).decode(),
                 "points": [(spki(raw), verdict(PublicKey, raw)) for raw in points()],
                 "ids": [stranger.public.key_id, vendor.public.key_id],

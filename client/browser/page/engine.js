@@ -7,7 +7,7 @@ import { Generation } from "./generate.js";
 import { virtualTokens } from "./graphinputs.js";
 import * as runtime from "./runtime.js";
 import { Text } from "./text.js";
-import { TOKENIZER, Trust } from "./trust.js";
+import { TOKENIZER, TRAINING, Trust, WEIGHTS } from "./trust.js";
 
 const MAX_LOADED = 32; // adapters held in memory
 const MAX_LOADED_BYTES = 2 ** 28;
@@ -57,6 +57,13 @@ export class Engine {
       if (!(error instanceof EdgeAdaptError)) throw error;
       return { name, refused: error.message };
     }
+  }
+
+  /** A session of the training graph, whose files are read and verified again. Throws as `Trust.file`, `runtime.open`. */
+  async trainingSession() {
+    const names = [TRAINING, WEIGHTS].filter((name) => Object.hasOwn(this.base.files, name));
+    const read = async (name) => [name, await this.trust.file(this.source, this.base, name)];
+    return runtime.openTraining(new Map(await Promise.all(names.map(read))));
   }
 
   /** Free the memory of the session. */

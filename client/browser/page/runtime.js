@@ -1,7 +1,7 @@
 // Runs the frozen base in onnxruntime-web. One graph serves all adapters: an adapter is a set of inputs.
 
 import { DataError } from "./errors.js";
-import { MODEL, WEIGHTS } from "./trust.js";
+import { MODEL, TRAINING, WEIGHTS } from "./trust.js";
 import * as ort from "./vendor/onnxruntime-web/ort.wasm.min.mjs";
 
 // Relative to this file, so that the page works below any path. Threads need an isolated page (COOP and COEP headers).
@@ -9,18 +9,26 @@ ort.env.wasm.wasmPaths = new URL("./vendor/onnxruntime-web/", import.meta.url).h
 ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2)) : 1;
 ort.env.logLevel = "error";
 
-/** A session of the verified files of a base. Throws DataError if onnxruntime-web cannot load them. */
-export async function open(files) {
+/**
+ * A session of a graph among the verified files of a base. `options` are onnxruntime-web's. Throws DataError if it cannot
+ * load them.
+ */
+export async function open(files, graph = MODEL, options = {}) {
   const weights = files.get(WEIGHTS);
   try {
-    return await ort.InferenceSession.create(files.get(MODEL), {
+    return await ort.InferenceSession.create(files.get(graph), {
       executionProviders: ["wasm"],
       externalData: weights ? [{ path: WEIGHTS, data: weights }] : [],
+      ...options,
     });
   } catch (error) {
-    throw new DataError(`this page cannot load the base: ${firstLine(error)}`, MODEL);
+    throw new DataError(`this page cannot load the base: ${firstLine(error)}`, graph);
   }
 }
+
+/** A session of the training graph. Folding constants would store each weight once more. */
+export const openTraining = (files) =>
+  open(files, TRAINING, { extra: { optimization: { disable_specified_optimizers: "ConstantFolding" } } });
 
 /** The outputs of a session. Throws DataError if the graph does not run. */
 export async function run(session, feeds) {
@@ -44,8 +52,16 @@ export function emptyAdapter(slots) {
 
 const zeros = (shape) => new Float32Array(shape.reduce((size, each) => size * each, 1));
 
-/** An int64 tensor of shape [1, n]. */
-export const int64 = (numbers) => new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), [1, numbers.length]);
+/** An int64 tensor, of shape [1, n] if no other is given. */
+export const int64 = (numbers, shape = [1, numbers.length]) => new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), shape);
+
+/** The tokens of several texts as graph inputs of shape [texts, longest], padded with 0. */
+export function padded(tokens) {
+  const longest = Math.max(...tokens.map(({ length }) => length));
+  const rows = (of) => tokens.flatMap((ids) => Array.from({ length: longest }, (_, i) => (i < ids.length ? of(ids[i]) : 0)));
+  const shape = [tokens.length, longest];
+  return { input_ids: int64(rows((id) => id), shape), attention_mask: int64(rows(() => 1), shape) };
+}
 
 /** The first `length` tokens of keys or values of a cache, [1, heads, tokens, size]. */
 export function beginning({ data, dims: [, heads, tokens, size] }, length) {

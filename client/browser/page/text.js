@@ -7,7 +7,7 @@ import { Tokenizer } from "./vendor/tokenizers/tokenizers.min.mjs";
 const MAX_TEXT = 2 ** 16; // characters, as client/inference/text.py
 const REPLACEMENT = "\ufffd"; // the text of the first bytes of a character
 const WHITE_SPACE = ["▁", "Ġ"]; // tokens that SentencePiece and byte-level BPE write for it
-const BLANK = /^[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*$/; // as Python's str.strip
+const BLANK = /[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]/; // as Python's str.strip
 
 export class Text {
   /** `tokenizer` and `config` are the bytes of tokenizer.json and, if there is one, of tokenizer_config.json. */
@@ -37,6 +37,11 @@ export class Text {
     return ids;
   }
 
+  /** The ids of a text that need not be known, with the model's special tokens; at most `most`. Throws as `unknownShare`. */
+  tokens(text, most) {
+    return this.#read(text, 0, most).ids;
+  }
+
   /**
    * The share of a text's tokens that the tokenizer does not know, 0 to 1, by the rule of the native session: special
    * tokens and marks of white space do not count, and a text without any other token has 1. Throws as `phrase`.
@@ -45,10 +50,10 @@ export class Text {
     return this.#read(text).unknown;
   }
 
-  #read(text, virtual = 0) {
+  #read(text, virtual = 0, limit = Infinity) {
     const plain = this.#encode(checked(text), false);
     const all = this.#encode(text, true).map(([id]) => id);
-    const most = this.limit - virtual - (all.length - plain.length);
+    const most = Math.min(this.limit, limit) - virtual - (all.length - plain.length);
     if (most < 1) {
       const reason = `the adapter's ${virtual} virtual tokens leave no room for a text: the model's limit is ${this.limit}`;
       throw new DataError(`${reason}; use another adapter`, "adapter");
@@ -93,8 +98,16 @@ export class Text {
   }
 }
 
+/** A text without white space around it. */
+export function stripped(text) {
+  let [start, end] = [0, text.length];
+  while (start < end && BLANK.test(text[start])) start++;
+  while (start < end && BLANK.test(text[end - 1])) end--;
+  return text.slice(start, end);
+}
+
 function checked(text) {
-  if (BLANK.test(text)) throw new DataError("the text is empty; give a phrase", "text");
+  if (!stripped(text)) throw new DataError("the text is empty; give a phrase", "text");
   if (text.includes("\0")) throw new DataError("the text contains a NUL character; remove it", "text");
   if (!text.isWellFormed()) throw new DataError("the text is not valid Unicode", "text");
   if (text.length > 2 * MAX_TEXT || [...text].length > MAX_TEXT) {

@@ -22,6 +22,8 @@ import { SeenVersions } from "./seen.js";
 export const MODEL = "web.onnx";
 export const WEIGHTS = "model.onnx.data";
 export const TOKENIZER = "tokenizer.json";
+export const TRAINING = "training.onnx";
+export const PHRASES = "phrases.tsv";
 export const GENERATION = "genai_config.json";
 const BASE_MANIFEST = "base/manifest.json";
 const NEEDED = {
@@ -59,12 +61,15 @@ export class Trust {
     let received = 0;
     const count = (bytes) => progress({ received: (received += bytes), total });
     const files = new Map();
-    for (const [name, digest] of Object.entries(manifest.files)) {
-      const blob = await source.read(`base/${name}`, MAX_BASE_FILE, count);
-      if ((await sha256(blob)) !== digest) throw altered(`base/${name}`);
-      files.set(name, blob);
-    }
+    for (const name of Object.keys(manifest.files)) files.set(name, await this.file(source, manifest, name, count));
     return { manifest, files };
+  }
+
+  /** A file of a base, by its verified manifest (rule 2). `count` as of the source. Throws TrustError, DataError. */
+  async file(source, { files }, name, count) {
+    const blob = await source.read(`base/${name}`, MAX_BASE_FILE, count);
+    if ((await sha256(blob)) !== files[name]) throw altered(`base/${name}`);
+    return blob;
   }
 
   /** What is signed about an adapter (rule 3). Throws as `base`; ConfigError for a name that no adapter can have. */

@@ -1,0 +1,27 @@
+// Public phrases with their labels, one pair a line, as adapters/phrases.py.
+
+import { decode } from "../bytes.js";
+import { DataError } from "../errors.js";
+import { stripped } from "../text.js";
+
+const LINES = /\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]/; // as Python's str.splitlines
+
+/**
+ * The pairs in the bytes of a file: [{ label, text }].
+ *
+ * Throws DataError: it is not UTF-8, or a line has no tab, or nothing on one side of it. The message names the line.
+ */
+export function parsePhrases(bytes, name) {
+  let text;
+  try {
+    text = decode(bytes);
+  } catch {
+    throw new DataError(`${name} is not UTF-8`, name);
+  }
+  return text.split(LINES).filter(stripped).map((line, i) => {
+    const tab = line.indexOf("\t");
+    const [label, phrase] = tab < 0 ? ["", ""] : [stripped(line.slice(0, tab)), stripped(line.slice(tab + 1))];
+    if (!label || !phrase) throw new DataError(`phrase ${i + 1} of ${name} has not the form LABEL TAB PHRASE`, name);
+    return { label, text: phrase };
+  });
+}
